@@ -32,7 +32,7 @@ def test_report_of_a_sound_installation() -> None:
 def test_report_to_read() -> None:
     result = CliRunner().invoke(main, ["doctor"])
     assert result.exit_code == 0
-    assert f"ABI        {native.ABI_VERSION}\n" in result.stdout
+    assert f"ABI              {native.ABI_VERSION}\n" in result.stdout
     assert "device     " in result.stdout
     assert result.stdout.splitlines()[-1].startswith("All is well: ")
 

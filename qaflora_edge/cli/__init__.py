@@ -7,8 +7,6 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from types import FrameType
 from typing import Any, NoReturn
 
 import click
@@ -97,9 +95,11 @@ class VerbGroup(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         kwargs["standalone_mode"] = False
         _prepare_streams()
+        if threading.current_thread() is threading.main_thread():
+            # A command that is told to end cleans up on its way.
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
-            with _sigterm_leaves():
-                code = super().main(*args, **kwargs)
+            code = super().main(*args, **kwargs)
         except QafloraError as error:
             _fail(str(error))
         except click.NoSuchOption as error:
@@ -129,23 +129,6 @@ class VerbGroup(click.Group):
                 "base, fewer adapters or a smaller --ctx."
             )
         sys.exit(code if isinstance(code, int) else 0)
-
-
-@contextlib.contextmanager
-def _sigterm_leaves() -> Iterator[None]:
-    """Let SIGTERM end the command by an exception, with exit code 143: it cleans up on its way."""
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield  # the main thread's owner decides about signals
-        return
-    previous = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _fail(message: str) -> NoReturn:

@@ -116,20 +116,14 @@ def _use_one_blas_thread() -> None:
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
-def _without_nan(value: Any) -> Any:
-    """Put None in place of numbers that JSON lacks."""
-    if isinstance(value, dict):
-        return {key: _without_nan(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _print_report(report: dict[str, Any], as_json: bool) -> None:
     """Print the largest difference that the checks found; with JSON, the whole report."""
     checks = [{**check, "is_right": check["of_allowed"] <= 1.0} for check in report["checks"]]
     if as_json:
-        print_json(_without_nan({**report, "checks": checks}))
+        for check in checks:  # JSON has neither NaN nor infinity
+            numbers = [key for key, value in check.items() if isinstance(value, float)]
+            check |= {key: None for key in numbers if not math.isfinite(check[key])}
+        print_json({**report, "checks": checks})
     elif checks and report["path"]:  # else the error says what is wrong
         worst = max(checks, key=lambda check: check["of_allowed"])
         found = "none differs from its source"

@@ -100,27 +100,26 @@ def _device(ggml: Any, device: int) -> dict[str, Any]:
 
 def _lines(report: dict[str, Any]) -> str:
     library = report["library"]
-    lines = []
+    rows = [("library", f"not usable, looked for in {library.get('folder')}")]
     if library["ok"]:
-        lines += [
-            f"library    {library['file']}",
-            f"ABI        {library['abi_version']}",
-            f"built from {library['build_info']}",
-            f"offload    {'to a GPU' if library['gpu_offload'] else 'none (a CPU build)'}",
+        rows = [
+            ("library", library["file"]),
+            ("ABI", library["abi_version"]),
+            ("built from", library["build_info"]),
+            ("offload", "to a GPU" if library["gpu_offload"] else "none (a CPU build)"),
+            *(
+                (
+                    "device",
+                    f"{device['name']} ({device['type']}): {device['description']}, "
+                    f"{device['memory_total_bytes'] / 1e9:.1f} GB",
+                )
+                for device in library["devices"]
+            ),
+            ("features", library["features"]),
         ]
-        for device in library["devices"]:
-            total_gb = device["memory_total_bytes"] / 1e9
-            lines.append(
-                f"device     {device['name']} ({device['type']}): {device['description']}, "
-                f"{total_gb:.1f} GB"
-            )
-        lines.append(f"features   {library['features']}")
-    else:
-        lines.append(f"library    not usable, looked for in {library['folder']}")
-    for name, version in report["versions"].items():
-        lines.append(f"{name:<16} {version or 'not installed'}")
-    lines += [f"platform   {report['platform']}", f"cache      {report['cache']}"]
-    return "\n".join(lines)
+    rows += [(name, version or "not installed") for name, version in report["versions"].items()]
+    rows += [(name, report[name]) for name in ("platform", "cache")]
+    return "\n".join(f"{name:<16} {value}" for name, value in rows)
 
 
 def cpu_name() -> str:

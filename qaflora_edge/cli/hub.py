@@ -115,14 +115,12 @@ def models(as_json: bool) -> None:
         }
         click.echo(json.dumps(entries))
         return
-    width = max((len(model.name) for model, _ in known), default=0)
     for model, path in known:
-        click.echo(
-            f"{model.name:<{width}}  {model.size_bytes / 1e6:5.0f} MB  {model.kind:<4}  "
-            f"{model.description}; {model.license}"
-        )
         place = f"here: {path}" if path else f"get it: qaflora pull {model.name}"
-        click.echo(f"{'':<{width}}  {place}")
+        click.echo(
+            f"{model.name}: {model.description}; {model.size_bytes / 1e6:.0f} MB, {model.kind}, "
+            f"{model.license}\n  {place}"
+        )
 
 
 @command("qaflora list", "qaflora list --json", name="list")

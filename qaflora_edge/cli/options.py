@@ -209,25 +209,22 @@ def bundle_folder(text: str) -> Path:
     if (model := load_registry().get(text)) and (path := local_path(model)):
         return path
     try:
-        pulled = pulled_path(text)
+        if model is None and (pulled := pulled_path(text)):
+            return pulled
     except RegistryError:
-        if model is None:
-            if folder.name != text:
-                return folder  # a path: reported as the missing folder that it is
-            near = difflib.get_close_matches(text, {*named_bundles(), *load_registry()}, n=1)
-            raise BundleError(
-                f"Cannot open {text}: there is no such folder, file or name; expected the folder "
-                "of a bundle, the .gguf of a base, or a name of `qaflora list` or `qaflora "
-                f"models`. {f'Did you mean {near[0]}?' if near else 'See `qaflora --help`.'}"
-            ) from None
-        pulled = None
-    if pulled is None:
+        if folder.name != text:
+            return folder  # a path: reported as the missing folder that it is
+        near = difflib.get_close_matches(text, {*named_bundles(), *load_registry()}, n=1)
         raise BundleError(
-            f"Cannot open the {'bundle' if model is None else 'base'} {text}: there is no such "
-            f"folder, and it was not pulled. Fetch it with `qaflora pull {text}`, or give the "
-            "folder of a bundle."
-        )
-    return pulled
+            f"Cannot open {text}: there is no such folder, file or name; expected the folder "
+            "of a bundle, the .gguf of a base, or a name of `qaflora list` or `qaflora "
+            f"models`. {f'Did you mean {near[0]}?' if near else 'See `qaflora --help`.'}"
+        ) from None
+    raise BundleError(
+        f"Cannot open the {'bundle' if model is None else 'base'} {text}: there is no such "
+        f"folder, and it was not pulled. Fetch it with `qaflora pull {text}`, or give the "
+        "folder of a bundle."
+    )
 
 
 def open_engine(

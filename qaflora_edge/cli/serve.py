@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 
 import click
@@ -15,8 +16,6 @@ from qaflora_edge.cli.options import (
     shared_options,
 )
 from qaflora_edge.errors import OptionError
-
-KEY_RULE = "8 or more printable ASCII characters without spaces"
 
 
 @command(
@@ -61,7 +60,11 @@ def serve(
             f"--host {host} can be reached from other machines, and there is no API key. Set "
             "QAFLORA_API_KEY, or say --insecure if everyone may use it."
         )
-    _check_key(api_key)
+    if api_key is not None and not re.fullmatch("[!-~]{8,}", api_key):
+        raise OptionError(
+            f"The API key has {len(api_key)} characters, expected 8 or more printable ASCII "
+            "characters without spaces; choose another one (--api-key, QAFLORA_API_KEY)."
+        )
     names = LOCAL_NAMES | {socket.gethostname().lower(), host.lower(), *map(str.lower, allow_host)}
     is_open = api_key is not None and not is_loopback(host)
     run(
@@ -79,12 +82,3 @@ def serve(
             sampling=options.sampling,
         ),
     )
-
-
-def _check_key(api_key: str | None) -> None:
-    is_printable = api_key is None or all("!" <= character <= "~" for character in api_key)
-    if api_key is not None and (len(api_key) < 8 or not is_printable):
-        raise OptionError(
-            f"The API key has {len(api_key)} characters, expected {KEY_RULE}; choose another one "
-            "(--api-key, QAFLORA_API_KEY)."
-        )

@@ -76,6 +76,11 @@ def weights(
         prompts = [Prompt(read_prompt(str(prompt)))]
     weighed = []
     with open_engine(bundle, options) as engine, progress_bars() as tell:
+        if plot is not None and not engine.adapters:
+            raise OutputFileError(
+                f"Cannot draw {plot}: the bundle has no adapters, expected one or more. Add one "
+                "with `qaflora bundle add`."
+            )
         queries = [_query(engine, asked, options) for asked in prompts]  # all fit, or none is shown
         for asked, tokens in zip(prompts, queries, strict=True):
             fusion = engine.weights(tokens)
@@ -118,20 +123,11 @@ def _query(engine: Engine, prompt: Prompt, options: SharedOptions) -> list[int]:
 
 
 def _write_plot(path: Path, weighed: Sequence[tuple[Prompt, FusionWeights]], subject: str) -> None:
-    """Draw a panel per prompt; the suffix chooses .svg or .html.
-
-    Raises OutputFileError, also when there is no adapter.
-    """
-    if not weighed[0][1].adapters:
-        raise OutputFileError(
-            f"Cannot draw {path}: the bundle has no adapters, expected one or more. Add one with "
-            "`qaflora bundle add`."
-        )
+    """Draw a panel per prompt; the suffix chooses .svg or .html. Raises OutputFileError."""
     from qaflora_edge.show.pages import picture, weights_page
 
     if path.suffix.lower() == ".html":
-        labelled = [(prompt.label, prompt.text, fusion) for prompt, fusion in weighed]
-        page = weights_page(labelled, subject)
+        page = weights_page([(each.label, each.text, fusion) for each, fusion in weighed], subject)
     else:
-        page = picture([(prompt.label, fusion) for prompt, fusion in weighed], subject)
+        page = picture([(each.label, fusion) for each, fusion in weighed], subject)
     write_text_atomic(path, page)

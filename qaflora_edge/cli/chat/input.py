@@ -1,7 +1,6 @@
 """Messages typed on a terminal: line editing, history, several lines, completion."""
 
 import contextlib
-import os
 from collections.abc import Iterable
 
 from prompt_toolkit import PromptSession
@@ -11,7 +10,6 @@ from prompt_toolkit.document import Document
 from prompt_toolkit.filters import Condition, is_searching
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-from prompt_toolkit.output import ColorDepth
 from prompt_toolkit.styles import Style
 
 from qaflora_edge.cli.chat.commands import completions
@@ -36,7 +34,6 @@ class TerminalInput:
             prompt_continuation=" " * len(_PROMPT),
             bottom_toolbar=_HINT,
             style=_STYLE,
-            color_depth=ColorDepth.DEPTH_1_BIT if os.environ.get("NO_COLOR") else None,
             enable_open_in_editor=True,
             reserve_space_for_menu=5,
         )
