@@ -1,5 +1,6 @@
 """Conversion of PEFT adapters, against PEFT's own deltas and an independent permutation."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -222,109 +223,71 @@ def refusal(kind: type[Exception], folder: Path, base: Path, **options: Any) -> 
     return str(caught.value)
 
 
-def test_unsupported_architecture_is_named(tmp_path: Path, make_base: MakeBase) -> None:
-    base = make_base()
-    folder = tiny.write_tiny_peft(tmp_path / "a", base)
-    other = tmp_path / "other.gguf"
-    tiny.write_shapes(other, "rwkv7", {})
-    assert refusal(UnsupportedAdapterError, folder, other) == (
-        f"Cannot convert {folder} for {other}: its architecture 'rwkv7' is refused, for "
-        "llama.cpp multiplies with its linear attention's matrices without adapters; expected one "
-        f"of {', '.join(ARCHITECTURES)}. Use another base, or try an adapter GGUF made by "
-        "llama.cpp's convert_lora_to_gguf.py."
-    )
+Q0 = "model.layers.0.self_attn.q_proj"
+NESTED = "model.language_model.layers.0.self_attn.q_proj"
+VISION = "model.vision_tower.layers.0.self_attn.q_proj"
+OTHER = " The adapter is for another base (adapter_config.json says 'tiny')."
+# The base's architecture, tensors and layers; module -> n_out, n_in; what is said of them.
+REFUSED: list[tuple[str, dict[str, tuple[int, ...]], dict[str, tuple[int, int]], str]] = [
+    ("rwkv7", {}, {Q0: (64, 64)},
+     "its architecture 'rwkv7' is refused, for llama.cpp multiplies with its linear attention's "
+     f"matrices without adapters; expected one of {', '.join(ARCHITECTURES)}. Use another base, or "
+     "try an adapter GGUF made by llama.cpp's convert_lora_to_gguf.py."),
+    ("llama", {"blk.0.attn_q.weight": (64, 64)}, {"model.layers.3.self_attn.q_proj": (64, 64)},
+     "module model.layers.3.self_attn.q_proj is in layer 3, and the base has layers 0 to 0."
+     + OTHER),
+    ("llama", {"blk.0.attn_q.weight": (64, 64)}, {Q0: (96, 96)},
+     f"module {Q0} is for a weight of shape [96, 96], and blk.0.attn_q.weight of the base is "
+     f"[64, 64].{OTHER}"),
+    ("llama", {"token_embd.weight": (271, 64)}, {Q0: (64, 64)},
+     f"module {Q0} needs tensor blk.0.attn_q.weight, which the base lacks.{OTHER}"),
+    ("gemma3", {"blk.0.attn_q.weight": (64, 64)}, {VISION: (64, 64)},
+     f"module {VISION} has no counterpart in a gemma3 GGUF; expected projections of the language "
+     "model's layers, embed_tokens or lm_head. The adapter may be for another base "
+     "(adapter_config.json says 'tiny'), or was trained on parts that a GGUF lacks."),
+    ("gemma3", {"blk.0.attn_q.weight": (64, 64)}, {Q0: (64, 64), NESTED: (64, 64)},
+     f"modules {Q0} and {NESTED} both name blk.0.attn_q.weight of the base; expected one LoRA for "
+     "each. Save it again."),
+    ("llama", {"token_embd.weight": (271, 64)}, {"model.embed_tokens": (271, 64)},
+     "module model.embed_tokens has LoRA of a linear layer, and token_embd.weight of the base is "
+     "not one. Train a plain LoRA."),
+]  # fmt: skip
 
 
-def test_adapter_with_more_layers_is_refused(tmp_path: Path, make_base: MakeBase) -> None:
-    folder = tiny.write_tiny_peft(tmp_path / "a", make_base("llama", n_layer=5))
-    base = make_base("llama", n_layer=3)
-    assert refusal(AdapterMismatchError, folder, base.path) == (
-        f"Cannot convert {folder} for {base.path}: module model.layers.3.self_attn.q_proj is in "
-        "layer 3, and the base has layers 0 to 2. The adapter is for another base "
-        "(adapter_config.json says 'tiny')."
-    )
+@pytest.mark.parametrize(("arch", "tensors", "modules", "message"), REFUSED)
+def test_what_does_not_fit_the_base_is_named(
+    tmp_path: Path,
+    arch: str,
+    tensors: dict[str, tuple[int, ...]],
+    modules: dict[str, tuple[int, int]],
+    message: str,
+) -> None:
+    base = tiny.write_shapes(tmp_path / "base.gguf", arch, tensors)
+    folder = write_modules(tmp_path / "a", modules)
+    kind = AdapterMismatchError if message.endswith(OTHER) else UnsupportedAdapterError
+    assert refusal(kind, folder, base) == f"Cannot convert {folder} for {base}: {message}"
 
 
-def test_adapter_of_another_width_is_refused(tmp_path: Path, make_base: MakeBase) -> None:
-    folder = tiny.write_tiny_peft(tmp_path / "a", make_base("llama", n_embd=96))
-    base = make_base("llama")
-    assert refusal(AdapterMismatchError, folder, base.path) == (
-        f"Cannot convert {folder} for {base.path}: module model.layers.0.self_attn.q_proj is for a "
-        "weight of shape [96, 96], and blk.0.attn_q.weight of the base is [64, 64]. The adapter is "
-        "for another base (adapter_config.json says 'tiny')."
-    )
-
-
-def test_tensor_that_the_base_lacks_is_named(tmp_path: Path, make_base: MakeBase) -> None:
-    base = make_base()
-    folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj"])
-    fused = tiny.write_shapes(tmp_path / "fused.gguf", "llama", {"token_embd.weight": (271, 64)})
-    assert refusal(AdapterMismatchError, folder, fused) == (
-        f"Cannot convert {folder} for {fused}: module model.layers.0.self_attn.q_proj needs tensor "
-        "blk.0.attn_q.weight, which the base lacks. The adapter is for another base "
-        "(adapter_config.json says 'tiny')."
-    )
-
-
-def test_module_outside_the_language_model_is_named(tmp_path: Path, make_base: MakeBase) -> None:
-    base = make_base("gemma3")
-    prefix = "model.vision_tower.layers"
-    folder = tiny.write_tiny_peft(tmp_path / "a", base, prefix=prefix, targets=["q_proj"])
-    assert refusal(UnsupportedAdapterError, folder, base.path) == (
-        f"Cannot convert {folder} for {base.path}: module {prefix}.0.self_attn.q_proj has no "
-        "counterpart in a gemma3 GGUF; expected projections of the language model's layers, "
-        "embed_tokens or lm_head. The adapter may be for another base (adapter_config.json says "
-        "'tiny'), or was trained on parts that a GGUF lacks."
-    )
-
-
-def test_two_modules_for_one_tensor_are_refused(tmp_path: Path, make_base: MakeBase) -> None:
-    base = make_base("gemma3")
-    folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj"], layers=[0])
-    names = ["model.layers.0.self_attn.q_proj", "model.language_model.layers.0.self_attn.q_proj"]
-    a, b = np.ones((4, 64), np.float32), np.ones((64, 4), np.float32)
+def write_modules(folder: Path, modules: dict[str, tuple[int, int]], b: float = 1.0) -> Path:
+    """Write a PEFT folder with these modules: name -> n_out, n_in."""
+    folder.mkdir()
     tensors = {}
-    for name in names:
-        tensors[f"base_model.model.{name}.lora_A.weight"] = a
-        tensors[f"base_model.model.{name}.lora_B.weight"] = b
+    for name, (n_out, n_in) in modules.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = np.ones((4, n_in), np.float32)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = np.full((n_out, 4), b, np.float32)
     tiny.write_safetensors(folder / "adapter_model.safetensors", tensors)
-    assert refusal(UnsupportedAdapterError, folder, base.path) == (
-        f"Cannot convert {folder} for {base.path}: modules {names[0]} and {names[1]} both name "
-        "blk.0.attn_q.weight of the base; expected one LoRA for each. Save it again."
-    )
-
-
-def test_lora_of_the_wrong_kind_is_refused(tmp_path: Path, make_base: MakeBase) -> None:
-    base = make_base()
-    folder = tiny.write_tiny_peft(
-        tmp_path / "a", base, targets=["q_proj"], config={"target_modules": None}
-    )
-    name = "base_model.model.model.embed_tokens"
-    tensors = {
-        f"{name}.lora_A.weight": np.ones((4, base.n_embd), np.float32),
-        f"{name}.lora_B.weight": np.ones((base.n_vocab, 4), np.float32),
-    }
-    tiny.write_safetensors(folder / "adapter_model.safetensors", tensors)
-    assert refusal(UnsupportedAdapterError, folder, base.path) == (
-        f"Cannot convert {folder} for {base.path}: module model.embed_tokens has LoRA of a linear "
-        "layer, and "
-        "token_embd.weight of the base is not one. Train a plain LoRA."
-    )
+    fields = {"peft_type": "LORA", "r": 4, "base_model_name_or_path": "tiny"}
+    (folder / "adapter_config.json").write_text(json.dumps(fields), encoding="utf-8")
+    return folder
 
 
 def test_value_too_large_for_the_type_is_refused(tmp_path: Path, make_base: MakeBase) -> None:
     base = make_base("qwen2")
-    folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj"], strength=0.0)
-    module = "model.layers.0.self_attn.q_proj"
-    tensors = {
-        f"base_model.model.{module}.lora_A.weight": np.ones((4, 64), np.float32),
-        f"base_model.model.{module}.lora_B.weight": np.full((64, 4), 7e4, np.float32),
-    }
-    tiny.write_safetensors(folder / "adapter_model.safetensors", tensors)
+    folder = write_modules(tmp_path / "a", {Q0: (64, 64)}, b=7e4)
     assert refusal(UnsupportedAdapterError, folder, base.path) == (
-        f"Cannot convert module {module} of {folder / 'adapter_model.safetensors'}: the largest "
-        "value of lora_B is 70000, more than F16 holds. Choose output type f32, or check the "
-        "adapter's alpha."
+        f"Cannot convert module {Q0} of {folder / 'adapter_model.safetensors'}: the largest value "
+        "of lora_B is 70000, more than F16 holds. Choose output type f32, or check the adapter's "
+        "alpha."
     )
     convert_adapter(folder, base.path, tmp_path / "out.gguf", outtype="bf16")
 
