@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
 from typing import Any
 from unittest import mock
 
@@ -14,6 +13,7 @@ from bundles import TinyBundle, make_bundle
 from click.testing import CliRunner, Result
 
 from qaflora_edge.bench.memory import measure_memory
+from qaflora_edge.bench.parts import compared, take_turns
 from qaflora_edge.bench.rig import Prompts, Rig, prefill
 from qaflora_edge.cli import main
 from qaflora_edge.engine import Engine
@@ -54,46 +54,12 @@ def bench(made: TinyBundle, *args: str) -> Result:
     return CliRunner().invoke(main, ["bench", str(made.folder), *args])
 
 
-def runs(shown: dict[str, Any], part: str, key: str, **facts: object) -> list[float]:
-    (row,) = [row for row in shown[part] if all(row[name] == facts[name] for name in facts)]
-    return [run[key] for run in row["runs"]]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("length", [20, 40])
-def test_ratios_of_decode_are_taken_within_a_round(shown: dict[str, Any], length: int) -> None:
-    key = "decode_tokens_per_second"
-    own, stock, base = (
-        runs(shown, "decode", key, prompt_tokens=length, contestant=who, k=k)
-        for who, k in (("ours", 3), ("stock", 3), ("base", 0))
-    )
-    (row,) = [
-        r
-        for r in shown["decode"]
-        if (r["prompt_tokens"], r["contestant"], r["k"]) == (length, "ours", 3)
-    ]
-    pairs = {"of_stock": zip(own, stock, strict=True), "of_base": zip(own, base, strict=True)}
-    for name, both in pairs.items():
-        assert row[f"decode_{name}"]["median"] == pytest.approx(median(a / b for a, b in both))
-
-
 @pytest.mark.slow
 def test_stock_and_ours_compute_the_same(shown: dict[str, Any]) -> None:
     """Logits have a spread of 3; F16 keys and values, and sums in another order."""
     found = [row["logits_difference"] for row in shown["decode"] if row["contestant"] == "ours"]
     assert len(found) == 4
     assert max(found) < 2e-2
-
-
-@pytest.mark.slow
-def test_first_token_is_compared_with_the_prefill_of_its_round(shown: dict[str, Any]) -> None:
-    methods = {row["method"] for row in shown["ttft"]}
-    assert {"plain", "qa-flora", "static"} <= methods
-    for row in shown["ttft"]:
-        plain = runs(shown, "ttft", "ttft_ms", prompt_tokens=row["prompt_tokens"], method="plain")
-        own = [run["ttft_ms"] for run in row["runs"]]
-        pairs = zip(own, plain, strict=True)
-        assert row["of_plain"]["median"] == pytest.approx(median(a / b for a, b in pairs))
 
 
 @pytest.mark.slow
@@ -105,15 +71,36 @@ def test_no_first_token_is_had_from_a_prompt_read_before(made: TinyBundle) -> No
     assert len(set(read)) == len(read) > 0
 
 
+def test_contestants_take_turns_and_ratios_are_taken_within_a_round() -> None:
+    told: list[tuple[int, int]] = []
+    order: list[str] = []
+
+    def run(name: str, turn: int) -> dict[str, float]:
+        order.append(name)
+        return {"ms": {"a": [99, 1, 8, 9], "b": [1, 2, 4, 1]}[name][turn]}
+
+    runs = take_turns(["a", "b"], 3, run, lambda *step: told.append(step))
+    assert "".join(order) == "abbaabba"
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    found = compared("ms", runs["a"], of_b=runs["b"])  # without the first round
+    assert found["ms"] == {"median": 8, "min": 1, "max": 9}
+    assert found["of_b"] == {"median": 2, "min": 0.5, "max": 9}
+
+
 @pytest.mark.slow
-def test_callers_are_compared_with_one_and_with_the_base(shown: dict[str, Any]) -> None:
-    key = "tokens_per_second"
-    (row,) = [row for row in shown["callers"] if (row["callers"], row["way"]) == (3, "ours")]
-    own = [run[key] for run in row["runs"]]
-    for name, other in (("of_one", (1, "ours")), ("of_base", (3, "base"))):
-        others = runs(shown, "callers", key, callers=other[0], way=other[1])
-        pairs = zip(own, others, strict=True)
-        assert row[name]["median"] == pytest.approx(median(a / b for a, b in pairs))
+def test_every_part_has_its_contestants(shown: dict[str, Any]) -> None:
+    first = shown["ttft"][0]
+    assert (first["method"], first["of_plain"]["median"]) == ("plain", 1)
+    assert {"qa-flora", "static"} < {row["method"] for row in shown["ttft"]}
+    decode = {(row["contestant"], row["k"]): row for row in shown["decode"]}
+    assert decode.keys() == {("base", 0), ("stock", 1), ("ours", 1), ("stock", 3), ("ours", 3)}
+    assert {"decode_of_base", "prefill_of_stock"} < decode["ours", 3].keys()
+    callers = {(row["callers"], row["way"]): row for row in shown["callers"]}
+    assert callers.keys() == {(3, "base"), (3, "ours"), (1, "base"), (1, "ours")}
+    assert {"of_one", "of_base"} < callers[3, "ours"].keys()
+    assert {len(row["runs"]) for part in ("ttft", "decode", "callers") for row in shown[part]} == {
+        3
+    }
 
 
 @pytest.mark.slow

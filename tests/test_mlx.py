@@ -83,27 +83,6 @@ def test_fields_of_the_config_are_read(tmp_path: Path) -> None:
     assert adapter.config.base_name == "mlx-community/Tiny-4bit"
 
 
-@pytest.mark.parametrize(
-    ("config", "kind", "reason"),
-    [
-        ({"fine_tune_type": "dora"}, "dora", "DoRA also rescales the base's weights"),
-        ({"fine_tune_type": None, "use_dora": True}, "dora",
-         "DoRA also rescales the base's weights"),
-        ({"fine_tune_type": "full"}, "full",
-         "whole matrices were trained, which are not low-rank"),
-    ],
-)  # fmt: skip
-def test_other_fine_tunes_are_refused_by_name(
-    tmp_path: Path, config: dict[str, Any], kind: str, reason: str
-) -> None:
-    folder = write_mlx(tmp_path / "a", **config)
-    assert refusal(UnsupportedAdapterError, folder) == (
-        f"Cannot use {folder / 'adapter_config.json'}: fine_tune_type is {kind!r}; {reason}, and a "
-        "plain LoRA cannot represent it. Fuse it into its base with mlx_lm.fuse, or train a plain "
-        "LoRA."
-    )
-
-
 FIELDS: list[tuple[dict[str, Any], str, str, str]] = [
     ({"fine_tune_type": "loha"}, "fine_tune_type", '"loha"', "'lora'"),
     ({"lora_parameters": None}, "lora_parameters", "missing", "an object with rank and scale"),
@@ -140,21 +119,6 @@ def test_scale_that_depends_on_the_version_is_refused(tmp_path: Path) -> None:
     assert module.scale == 10.0
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        (f"{Q0}.m", "a DoRA magnitude vector"),
-        (f"{Q0}.scales", "not known here"),
-    ],
-)
-def test_other_tensors_are_refused_by_name(tmp_path: Path, name: str, kind: str) -> None:
-    folder = write_mlx(tmp_path / "a", {**PAIR, name: np.ones(64, np.float32)})
-    assert refusal(UnsupportedAdapterError, folder) == (
-        f"Cannot use {folder / 'adapters.safetensors'}: tensor {name} is {kind}; expected only "
-        "lora_a and lora_b, for a plain LoRA cannot represent more. Train a plain LoRA."
-    )
-
-
 EXPERTS = "model.layers.0.mlp.switch_mlp"
 
 
@@ -183,67 +147,75 @@ def test_experts_are_those_that_mlx_fuses(tmp_path: Path) -> None:
     convert_adapter(folder, base.path, out, outtype="q8_0", verify=True)  # of other blocks
 
 
-@pytest.mark.parametrize(
-    ("a", "b"),
-    [
-        ((3, 4, 64), (2, 96, 4)),
-        ((3, 5, 64), (3, 96, 5)),
-        ((64, 4), (4, 96)),
-    ],
+APART = "The two files do not belong together; save the adapter again"
+FUSE = (
+    "and a plain LoRA cannot represent it. Fuse it into its base with mlx_lm.fuse, or train a "
+    "plain LoRA."
 )
-def test_experts_must_fit_each_other(
-    tmp_path: Path, a: tuple[int, ...], b: tuple[int, ...]
+UP = f"{EXPERTS}.up_proj.lora_"
+
+
+def pair(name: str, a: tuple[int, ...], b: tuple[int, ...]) -> dict[str, NDArray[np.float32]]:
+    return {f"{name}a": np.ones(a, np.float32), f"{name}b": np.ones(b, np.float32)}
+
+
+def unfit(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[Any, ...]:
+    """Make the case of experts that do not fit each other."""
+    return (PeftConfigError, {}, pair(UP, a, b), "adapter_config.json",
+            f"experts {EXPERTS}.up_proj have rank 4 by lora_parameters, but lora_a is {list(a)} "
+            f"and lora_b {list(b)}; expected [n_expert, 4, n_in] and [n_expert, n_out, 4]. "
+            f"{APART}.")  # fmt: skip
+
+
+# The error, fields of the config, the tensors, the file that is named, and what is said of it.
+REFUSALS = [
+    (UnsupportedAdapterError, {"fine_tune_type": "dora"}, PAIR, "adapter_config.json",
+     f"fine_tune_type is 'dora'; DoRA also rescales the base's weights, {FUSE}"),
+    (UnsupportedAdapterError, {"fine_tune_type": None, "use_dora": True}, PAIR,
+     "adapter_config.json",
+     f"fine_tune_type is 'dora'; DoRA also rescales the base's weights, {FUSE}"),
+    (UnsupportedAdapterError, {"fine_tune_type": "full"}, PAIR, "adapter_config.json",
+     f"fine_tune_type is 'full'; whole matrices were trained, which are not low-rank, {FUSE}"),
+    (UnsupportedAdapterError, {}, {**PAIR, f"{Q0}.m": np.ones(64, np.float32)},
+     "adapters.safetensors",
+     f"tensor {Q0}.m is a DoRA magnitude vector; expected only lora_a and lora_b, for a plain LoRA "
+     "cannot represent more. Train a plain LoRA."),
+    (UnsupportedAdapterError, {}, {**PAIR, f"{Q0}.scales": np.ones(64, np.float32)},
+     "adapters.safetensors",
+     f"tensor {Q0}.scales is not known here; expected only lora_a and lora_b, for a plain LoRA "
+     "cannot represent more. Train a plain LoRA."),
+    (UnsupportedAdapterError, {}, pair("model.embed_tokens.lora_", (99, 4), (4, 64)),
+     "adapters.safetensors",
+     "module model.embed_tokens is an embedding with a LoRA, which MLX applies to a tied head as "
+     "well; expected LoRA on linear layers. Train without it."),
+    (PeftConfigError,
+     {"lora_parameters": {"rank": 4, "scale": 1.0, "keys": ["self_attn.v_proj"]}}, PAIR,
+     "adapter_config.json",
+     f"module {Q0} has tensors, but lora_parameters.keys do not name it; expected every module "
+     f"that has tensors. {APART}, or correct this one if the tensors are right."),
+    (SafetensorsFileError, {}, {f"{Q0}.lora_b": PAIR[f"{Q0}.lora_b"]}, "adapters.safetensors",
+     f"module {Q0} has lora_b but no lora_a; expected both. The file is incomplete; save the "
+     "adapter again."),
+    (PeftConfigError, {"lora_parameters": {"rank": 8, "scale": 1.0}}, PAIR, "adapter_config.json",
+     f"module {Q0} has rank 8 by lora_parameters, but lora_a is [64, 4] and lora_b [4, 64]; "
+     f"expected [n_in, 8] and [8, n_out]. {APART}."),
+    unfit((3, 4, 64), (2, 96, 4)),
+    unfit((3, 5, 64), (3, 96, 5)),
+    unfit((64, 4), (4, 96)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "config", "tensors", "file", "message"), REFUSALS)
+def test_what_does_not_fit_is_refused(
+    tmp_path: Path,
+    kind: type[Exception],
+    config: dict[str, Any],
+    tensors: dict[str, Any],
+    file: str,
+    message: str,
 ) -> None:
-    name = f"{EXPERTS}.up_proj"
-    tensors = {f"{name}.lora_a": np.ones(a), f"{name}.lora_b": np.ones(b)}
-    folder = write_mlx(tmp_path / "a", tensors)
-    assert refusal(PeftConfigError, folder) == (
-        f"Cannot use {folder / 'adapter_config.json'}: experts {name} have rank 4 by "
-        f"lora_parameters, but lora_a is {list(a)} and lora_b {list(b)}; expected "
-        "[n_expert, 4, n_in] and [n_expert, n_out, 4]. The two files do not belong together; save "
-        "the adapter again."
-    )
-
-
-def test_embeddings_are_refused(tmp_path: Path) -> None:
-    name = "model.embed_tokens"
-    tensors = {f"{name}.lora_a": np.ones((99, 4)), f"{name}.lora_b": np.ones((4, 64))}
-    folder = write_mlx(
-        tmp_path / "a", {key: value.astype(np.float32) for key, value in tensors.items()}
-    )
-    assert refusal(UnsupportedAdapterError, folder) == (
-        f"Cannot use {folder / 'adapters.safetensors'}: module {name} is an embedding with a LoRA, "
-        "which MLX applies to a tied head as well; expected LoRA on linear layers. Train without "
-        "it."
-    )
-
-
-def test_module_that_the_config_does_not_adapt_is_refused(tmp_path: Path) -> None:
-    parameters = {"rank": 4, "scale": 1.0, "keys": ["self_attn.v_proj"]}
-    folder = write_mlx(tmp_path / "a", lora_parameters=parameters)
-    assert refusal(PeftConfigError, folder) == (
-        f"Cannot use {folder / 'adapter_config.json'}: module {Q0} has tensors, but "
-        "lora_parameters.keys do not name it; expected every module that has tensors. The two "
-        "files do not belong together; save the adapter again, or correct this one if the tensors "
-        "are right."
-    )
-
-
-def test_half_of_a_pair_is_refused(tmp_path: Path) -> None:
-    folder = write_mlx(tmp_path / "a", {f"{Q0}.lora_b": PAIR[f"{Q0}.lora_b"]})
-    assert refusal(SafetensorsFileError, folder) == (
-        f"Cannot use {folder / 'adapters.safetensors'}: module {Q0} has lora_b but no lora_a; "
-        "expected both. The file is incomplete; save the adapter again."
-    )
-
-
-def test_rank_must_be_the_same_in_both_files(tmp_path: Path) -> None:
-    folder = write_mlx(tmp_path / "a", lora_parameters={"rank": 8, "scale": 1.0})
-    assert refusal(PeftConfigError, folder) == (
-        f"Cannot use {folder / 'adapter_config.json'}: module {Q0} has rank 8 by lora_parameters, "
-        "but lora_a is [64, 4] and lora_b [4, 64]; expected [n_in, 8] and [8, n_out]. The two "
-        "files do not belong together; save the adapter again."
-    )
+    folder = write_mlx(tmp_path / "a", tensors, **config)
+    assert refusal(kind, folder) == f"Cannot use {folder / file}: {message}"
 
 
 def test_missing_weights_are_named(tmp_path: Path) -> None:
