@@ -10,11 +10,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import tiny
+from click.testing import CliRunner, Result
 
 from qaflora_edge import Engine
 from qaflora_edge.bundles import measure
 from qaflora_edge.bundles.create import create_bundle
 from qaflora_edge.bundles.edit import add_adapters, calibrate
+from qaflora_edge.cli import main
 
 # Measuring with all of them takes seconds.
 PROMPTS, TURNS = measure.neutral_prompts()[::5], measure.short_turns()[::16]
@@ -82,6 +84,11 @@ def _made(place: Path, is_calibrated: bool, base_options: dict[str, Any]) -> Tin
     if is_calibrated:
         calibrate(made.folder, Engine)
     return made
+
+
+def qaflora(*args: object) -> Result:
+    """Run the command in this process."""
+    return CliRunner().invoke(main, [str(arg) for arg in args])
 
 
 def add_adapter(folder: Path, name: str, source: Path | str, **options: Any) -> None:

@@ -119,6 +119,14 @@ def hub() -> Iterator[FakeHub]:
 
 
 @pytest.fixture
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache in place of the user's."""
+    path = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("QAFLORA_CACHE", str(path))
+    return path
+
+
+@pytest.fixture
 def hub_cache(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Let this process use that Hub, with no token and an empty cache, which is given.
 

@@ -4,10 +4,8 @@ from pathlib import Path
 
 import pytest
 import tiny
-from bundles import TinyBundle, make_sources
-from click.testing import CliRunner, Result
+from bundles import TinyBundle, make_sources, qaflora
 
-from qaflora_edge.cli import main
 from qaflora_edge.formats import names as registry
 from qaflora_edge.formats.bundle import read_bundle_text
 
@@ -24,10 +22,6 @@ def make(place: Path, trained_on: str | None) -> TinyBundle:
     config = {"base_model_name_or_path": trained_on}
     tiny.write_tiny_peft(place / "named", made.base, config=config)
     return made
-
-
-def qaflora(*args: object) -> Result:
-    return CliRunner().invoke(main, [str(arg) for arg in args])
 
 
 def commands(place: Path) -> list[list[object]]:

@@ -4,22 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-from bundles import TinyBundle, bundle_json, make_bundle, make_sources
-from click.testing import CliRunner, Result
+from bundles import TinyBundle, bundle_json, make_bundle, make_sources, qaflora
+from click.testing import Result
 
 from qaflora_edge.bundles.open import load_bundle
-from qaflora_edge.cli import main
 from qaflora_edge.cli.bundle import describe
 from qaflora_edge.formats.adapter import read_adapter_gguf
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QAFLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
-def qaflora(*args: object) -> Result:
-    return CliRunner().invoke(main, [str(arg) for arg in args])
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def create(made: TinyBundle, *more: object) -> Result:

@@ -4,12 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from bundles import bundle_json, make_bundle, snapshot
-from click.testing import CliRunner, Result
+from bundles import bundle_json, make_bundle, qaflora, snapshot
 from hubs import FakeHub
 
 from qaflora_edge.bundles.open import load_bundle
-from qaflora_edge.cli import main
 from qaflora_edge.errors import BundleError
 from qaflora_edge.formats import names as registry
 from qaflora_edge.hub.fetch import fetch_hub
@@ -25,10 +23,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub_cache: Path) -> P
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     return tmp_path / "work"
-
-
-def qaflora(*args: object) -> Result:
-    return CliRunner().invoke(main, [str(arg) for arg in args])
 
 
 def put_base() -> Path:

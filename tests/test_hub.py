@@ -20,9 +20,7 @@ PICTURE = "training/curve.png"
 REPO_DIR = "models--owner--bundle"
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QAFLORA_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture
@@ -315,6 +313,7 @@ def test_a_model_of_the_registry_comes_from_the_hub(
     hub: FakeHub,
     hub_cache: Path,
     tmp_path: Path,
+    own_cache: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
@@ -327,6 +326,6 @@ def test_a_model_of_the_registry_comes_from_the_hub(
     path.write_text(json.dumps({"models": {"fake": {**entry, **more, "sources": [source]}}}))
     monkeypatch.setattr(names, "package_data", lambda name: path)
     target = fetch_model("fake")
-    assert target == tmp_path / "cache" / "models" / "mine.gguf"
+    assert target == own_cache / "models" / "mine.gguf"
     assert target.read_bytes() == content
     assert capfd.readouterr() == ("", "")  # no progress bar of the library either

@@ -6,14 +6,12 @@ from typing import Any
 
 import pytest
 import yaml
-from bundles import TinyBundle, bundle_json, make_bundle
-from click.testing import CliRunner, Result
+from bundles import TinyBundle, bundle_json, make_bundle, qaflora
 from hubs import TOKEN, FakeHub
 
 from qaflora_edge.bundles.edit import set_base
 from qaflora_edge.bundles.open import load_bundle, verify_bundle
 from qaflora_edge.bundles.push import push
-from qaflora_edge.cli import main
 from qaflora_edge.errors import (
     BundleError,
     ChecksumError,
@@ -26,14 +24,12 @@ from qaflora_edge.errors import (
 from qaflora_edge.hub.fetch import ADVICE, fetch_hub
 
 # The Hub's library itself uploads with what its network library calls outdated.
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("own_cache"),
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
+]
 
 ADAPTERS = {"adapters/math.gguf", "adapters/es.gguf"}
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QAFLORA_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -207,10 +203,6 @@ def test_private_means_private(hub: FakeHub, signed_in: Path, made: TinyBundle) 
         "--private out, or name another."
     )
     assert set(hub.files("me/mine")) == {"x.txt"}
-
-
-def qaflora(*args: object) -> Result:
-    return CliRunner().invoke(main, [str(arg) for arg in args])
 
 
 def test_the_command(hub: FakeHub, signed_in: Path, made: TinyBundle) -> None:
