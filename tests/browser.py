@@ -1,6 +1,5 @@
 """A headless Chromium, driven over WebDriver with the standard library alone."""
 
-import base64
 import contextlib
 import json
 import re
@@ -97,19 +96,12 @@ class Browser:
         )
         return found
 
-    def point(self, selector: str, kind: str = "mouse", *, press: bool = False) -> None:
-        """Move a mouse or a finger to the middle of an element, and press if asked to."""
-        steps: list[dict[str, Any]] = [
-            {"type": "pointerMove", "duration": 0, "x": 0, "y": 0, "origin": self.find(selector)}
-        ]
-        if press:
-            steps += [
-                {"type": "pointerDown", "button": 0},
-                {"type": "pause", "duration": 20},
-                {"type": "pointerUp", "button": 0},
-            ]
-        pointer = {"type": "pointer", "id": kind, "parameters": {"pointerType": kind}}
-        self.send("POST", "/actions", {"actions": [{**pointer, "actions": steps}]})
+    def point(self, selector: str) -> None:
+        """Move the mouse to the middle of an element."""
+        origin = self.find(selector)
+        step = {"type": "pointerMove", "duration": 0, "x": 0, "y": 0, "origin": origin}
+        mouse = {"type": "pointer", "id": "mouse", "parameters": {"pointerType": "mouse"}}
+        self.send("POST", "/actions", {"actions": [{**mouse, "actions": [step]}]})
 
     def press(self, *keys: str) -> None:
         """Press keys one after the other: letters, or WebDriver's code points for others."""
@@ -121,9 +113,6 @@ class Browser:
     def log(self) -> list[str]:
         """What the console said since the last call, policy violations included."""
         return [entry["message"] for entry in self.send("POST", "/se/log", {"type": "browser"})]
-
-    def screenshot(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self.send("GET", "/screenshot")))
 
     def close(self) -> None:
         self.send("DELETE", "")

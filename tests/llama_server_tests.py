@@ -110,57 +110,47 @@ def _is_of(item: Any, entry: str) -> bool:
 
 
 def pytest_sessionstart(session: Any) -> None:
+    import tiny
     import utils  # theirs
 
-    place = session.config._tmp_path_factory.mktemp("base")
-    ours: Any = _Starter(place)
-    utils.ServerProcess.start = ours.start
-    utils.ServerProcess.stop = ours.stop
+    path = session.config._tmp_path_factory.mktemp("base") / "tiny.gguf"
+    tiny.write_tiny_base(path, n_ctx=2048, chat_template=tiny.QWEN)
+    running: dict[Any, contextlib.ExitStack] = {}
+
+    def start(server: Any, timeout_seconds: int = 60) -> None:
+        running[server] = stack = contextlib.ExitStack()
+        url = stack.enter_context(_listening(server, path))
+        server.server_port = int(url.rpartition(":")[2])
+        utils.server_instances.add(server)
+
+    def stop(server: Any) -> None:
+        if server in running:
+            running.pop(server).close()
+
+    utils.ServerProcess.start = start
+    utils.ServerProcess.stop = stop
     utils.ServerPreset.load_all = staticmethod(lambda: None)
 
 
-class _Starter:
-    """Stands for their ServerProcess.start and stop."""
+def _listening(server: Any, path: Path) -> contextlib.AbstractContextManager[str]:
+    """Our server over a base, with the options of theirs."""
+    from serving import listening_app, make_options
 
-    def __init__(self, place: Path) -> None:
-        import tiny
+    from qaflora_edge.server.app import make_app
 
-        self._base = tiny.write_tiny_base(place / "tiny.gguf", n_ctx=2048, chat_template=tiny.QWEN)
-        self._running: dict[Any, contextlib.ExitStack] = {}
-        starter = self
-
-        def start(server: Any, timeout_seconds: int = 60) -> None:
-            starter._start(server)
-
-        def stop(server: Any) -> None:
-            if server in starter._running:
-                starter._running.pop(server).close()
-
-        self.start, self.stop = start, stop
-
-    def _start(self, server: Any) -> None:
-        import utils  # theirs
-        from serving import listening_app, make_options
-
-        from qaflora_edge.server.app import make_app
-
-        n_slot = server.n_slots or 1
-        engine = {"n_ctx": (server.n_ctx or 512) // n_slot, "n_parallel": n_slot, "threads": 1}
-        sampling = {"temperature": server.temperature, "seed": server.seed}
-        if server.n_predict and server.n_predict > 0:
-            sampling["max_tokens"] = server.n_predict
-        origins = (server.cors_origins,) if server.cors_origins else ()
-        options = make_options(
-            engine=engine, sampling=sampling, api_key=server.api_key, cors_origins=origins
-        )
-        app = make_app([self._base.path], options)
-        bundle = next(iter(app.state.models.by_name.values()))
-        app.state.models.find = lambda model: (bundle, None)
-        stack = contextlib.ExitStack()
-        url = stack.enter_context(listening_app(_without_v1(app)))
-        server.server_port = int(url.rpartition(":")[2])
-        self._running[server] = stack
-        utils.server_instances.add(server)
+    n_slot = server.n_slots or 1
+    engine = {"n_ctx": (server.n_ctx or 512) // n_slot, "n_parallel": n_slot, "threads": 1}
+    sampling = {"temperature": server.temperature, "seed": server.seed}
+    if server.n_predict and server.n_predict > 0:
+        sampling["max_tokens"] = server.n_predict
+    origins = (server.cors_origins,) if server.cors_origins else ()
+    options = make_options(
+        engine=engine, sampling=sampling, api_key=server.api_key, cors_origins=origins
+    )
+    app = make_app([path], options)
+    bundle = next(iter(app.state.models.by_name.values()))
+    app.state.models.find = lambda model: (bundle, None)
+    return listening_app(_without_v1(app))
 
 
 def _without_v1(app: Any) -> Any:

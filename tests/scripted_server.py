@@ -6,14 +6,12 @@ It speaks as `qaflora serve` does where the page listens, and keeps what the pag
 import asyncio
 import contextlib
 import json
-import socket
-import threading
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import uvicorn
-from patience import wait_until
+from serving import running
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -168,16 +166,6 @@ def app(script: Script) -> Starlette:
 @contextlib.contextmanager
 def served(application: Any) -> Iterator[str]:
     """An application at an address of this machine, for as long as the block runs."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(application, log_level="error", lifespan="off", ws="none")
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            wait_until(lambda: server.started or not thread.is_alive())
-            assert server.started
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
-        finally:
-            server.should_exit = True
-            thread.join()
+    config = uvicorn.Config(application, log_level="error", lifespan="off", ws="none")
+    with running(config) as address:
+        yield f"{address}/"

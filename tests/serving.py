@@ -49,24 +49,31 @@ def listening(*places: Path, **options: Any) -> Iterator[str]:
 
 @contextlib.contextmanager
 def listening_app(app: Starlette, *, send_buffer: int = 0) -> Iterator[str]:
-    """The address of an app that listens on this machine, in a thread.
+    """The address of an app that listens on this machine, in a thread; see running."""
+    config = config_of(app)
+    config.lifespan = "on"
+    with running(config, send_buffer=send_buffer) as address:
+        wait_until_open(lambda: got(f"{address}/health").json()["status"])
+        yield address
+
+
+@contextlib.contextmanager
+def running(config: uvicorn.Config, *, send_buffer: int = 0) -> Iterator[str]:
+    """The address of a server that listens on a free port of this machine, in a thread.
 
     send_buffer  bytes that the system takes of a connection before its client does; 0: as it likes
     """
-    config = config_of(app)
-    config.port, config.lifespan = 0, "on"
+    config.port = 0
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     wait_until(lambda: server.started or not thread.is_alive())
     assert server.started
+    listener = server.servers[0].sockets[0]
     try:
         if send_buffer:
-            listening = server.servers[0].sockets[0]
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
-        address = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-        wait_until_open(lambda: got(f"{address}/health").json()["status"])
-        yield address
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join(PATIENCE_S)

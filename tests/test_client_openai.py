@@ -65,17 +65,6 @@ def text_of(answer: dict[str, Any]) -> str:
     return text
 
 
-def test_chat(client: OpenAI, alone: Engine) -> None:
-    options: Any = {"max_tokens": 20, "temperature": 1.5, "seed": 4}
-    found = client.chat.completions.create(model="tiny", messages=USER, **options)
-    expected = alone.chat(USER, **options)
-    assert found.choices[0].message.content == text_of(expected)
-    assert found.usage is not None
-    assert found.usage.total_tokens == expected["usage"]["total_tokens"]
-    fusion: Any = found.model_extra["fusion"]  # type: ignore[index]
-    assert set(fusion["weights"]) == {"math", "es"}
-
-
 def test_stream_with_the_mix_asked_for(client: OpenAI, alone: Engine) -> None:
     options: Any = {"max_tokens": 20, "temperature": 1.5, "seed": 4}
     wanted = alone.chat(USER, weights={"math": 0.75}, **options)
@@ -148,6 +137,3 @@ def test_failures_are_its_own_exceptions(client: OpenAI, url: str) -> None:
         pytest.raises(openai.AuthenticationError),
     ):
         chat(stranger)
-    with pytest.raises(openai.APIStatusError) as absent:
-        client.embeddings.create(model="tiny", input="a")
-    assert absent.value.status_code == 501

@@ -4,7 +4,6 @@
 """
 
 import asyncio
-import contextlib
 import json
 import os
 import re
@@ -18,14 +17,13 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 from bundles import TinyBundle, make_bundle
-from patience import PATIENCE_S, wait_until
-from serving import ENGINE, free_port, listening
+from patience import PATIENCE_S
+from serving import ENGINE, listening
 from tiny import EOS, QWEN, constant_logits
 
 from qaflora_edge import Engine
 
 KEY = "a-key-of-the-tests"
-MASTER_KEY = "sk-6f1d0a7e52c94b83"  # of the proxy
 USER = [{"role": "user", "content": "the thing?"}]
 OPTIONS: dict[str, Any] = {"max_tokens": 12, "temperature": 1.5, "seed": 4}
 N_CASES = int(os.environ.get("QAFLORA_TEST_CASES", "40"))  # of schemathesis, for each operation
@@ -126,75 +124,6 @@ def test_litellm(url: str, alone: Engine, monkeypatch: pytest.MonkeyPatch) -> No
         litellm.completion(model="openai/other", **asked)
     with pytest.raises(litellm.AuthenticationError):
         litellm.completion(model="openai/tiny", **{**asked, "api_key": "another-key"})
-
-
-@needs("litellm")
-@needs("fastapi")
-def test_litellm_proxy_before_two_servers(
-    made: TinyBundle, url: str, alone: Engine, tmp_path: Path
-) -> None:
-    """One name for two servers; when one of them is gone, the other answers."""
-    port = free_port()
-
-    def entry(base: str) -> dict[str, Any]:
-        params = {"model": "openai/tiny:single:es", "api_base": base, "api_key": KEY}
-        return {"model_name": "ours", "litellm_params": params}
-
-    environment = {
-        **os.environ,
-        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
-        "LITELLM_MASTER_KEY": MASTER_KEY,
-    }
-    with listening(made.folder, api_key=KEY) as second:
-        config = tmp_path / "config.yaml"  # JSON is YAML
-        settings = {"num_retries": 3, "retry_after": 0, "routing_strategy": "simple-shuffle"}
-        models = [entry(url), entry(f"{second}/v1")]
-        text = json.dumps({"model_list": models, "router_settings": settings})
-        config.write_text(text, encoding="utf-8")
-        command = [sys.executable, "-c", "from litellm import run_server; run_server()"]
-        options = ["--config", str(config), "--host", "127.0.0.1", "--port", str(port)]
-        log = (tmp_path / "log").open("wb")
-        with (
-            log,
-            subprocess.Popen(
-                [*command, *options], env=environment, stdout=log, stderr=log
-            ) as proxy,
-        ):
-            try:
-                wait_until(lambda: proxy.poll() is not None or _is_ready(port))
-                texts = [_ask_proxy(port) for _ in range(6)]
-                assert texts == [expected(alone, "single:es")] * 6
-                counts = [_answered(base) for base in (url.removesuffix("/v1"), second)]
-                assert sum(counts) >= 6
-            finally:
-                proxy.kill()
-
-
-def _is_ready(port: int) -> bool:
-    with contextlib.suppress(httpx.HTTPError):
-        return httpx.get(f"http://127.0.0.1:{port}/health/liveliness").status_code == 200
-    return False
-
-
-def _ask_proxy(port: int) -> str:
-    response = httpx.post(
-        f"http://127.0.0.1:{port}/v1/chat/completions",
-        json={"model": "ours", "messages": USER, **OPTIONS},
-        headers={"Authorization": f"Bearer {MASTER_KEY}"},
-        timeout=PATIENCE_S,
-    )
-    assert response.status_code == 200, response.text
-    text: str = response.json()["choices"][0]["message"]["content"]
-    return text
-
-
-def _answered(base: str) -> float:
-    """How many requests a server has answered."""
-    text = httpx.get(f"{base}/metrics", headers={"Authorization": f"Bearer {KEY}"}).text
-    found = re.findall(
-        r"^qaflora_requests_total\{.*chat/completions.*\} (\S+)$", text, re.MULTILINE
-    )
-    return sum(map(float, found))
 
 
 @needs("llm")

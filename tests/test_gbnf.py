@@ -144,15 +144,6 @@ def test_bad_grammar_is_refused_with_its_place(text: str, reason: str) -> None:
     assert str(caught.value).endswith("; correct it there.")
 
 
-def test_grammar_under_which_nothing_is_written_is_refused() -> None:
-    with pytest.raises(GrammarError) as caught:
-        gbnf_grammar("root ::= root", source="The grammar x.gbnf")
-    assert str(caught.value) == (
-        "The grammar x.gbnf cannot be followed: nothing can be written under it. Write it more "
-        "simply."
-    )
-
-
 def _chain(n: int, rule: str = "r{}") -> str:
     rules = "".join(f"r{i} ::= {rule.format(i + 1)}\n" for i in range(n))
     return f'root ::= r0\n{rules}r{n} ::= "x"'

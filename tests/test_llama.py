@@ -15,34 +15,16 @@ from qaflora_edge.config import MAX_SEED
 from qaflora_edge.errors import OptionError
 
 # What langchain_community.llms.LlamaCpp gives to Llama() and to each call, by its own defaults.
-LANGCHAIN_INIT = {
-    "rope_freq_scale": 1.0,
-    "rope_freq_base": 10000.0,
-    "lora_path": None,
-    "lora_base": None,
-    "n_ctx": 256,
-    "n_parts": -1,
-    "seed": -1,
-    "f16_kv": True,
-    "logits_all": False,
-    "vocab_only": False,
-    "use_mlock": False,
-    "n_threads": 1,
-    "n_batch": 8,
-    "use_mmap": True,
-    "last_n_tokens_size": 64,
-    "verbose": True,
+LANGCHAIN_INIT: dict[str, Any] = {
+    **dict.fromkeys(("lora_path", "lora_base"), None),
+    **dict.fromkeys(("f16_kv", "use_mmap", "verbose"), True),
+    **dict.fromkeys(("logits_all", "vocab_only", "use_mlock"), False),
+    **{"rope_freq_scale": 1.0, "rope_freq_base": 10000.0, "n_parts": -1, "seed": -1},
+    **{"n_ctx": 256, "n_threads": 1, "n_batch": 8, "last_n_tokens_size": 64},
 }
-LANGCHAIN_CALL = {
-    "suffix": None,
-    "max_tokens": 8,
-    "temperature": 0.8,
-    "top_p": 0.95,
-    "logprobs": None,
-    "echo": False,
-    "repeat_penalty": 1.1,
-    "top_k": 40,
-    "stop": [],
+LANGCHAIN_CALL: dict[str, Any] = {
+    **{"suffix": None, "logprobs": None, "echo": False, "stop": [], "max_tokens": 8},
+    **{"temperature": 0.8, "top_p": 0.95, "repeat_penalty": 1.1, "top_k": 40},
 }
 USER = [{"role": "user", "content": "the thing?"}]
 
@@ -133,9 +115,7 @@ def test_call_pattern_of_langchain_works(made: TinyBundle) -> None:
         assert result["choices"][0]["text"]
         parts = list(llama(prompt="the king", stream=True, **LANGCHAIN_CALL))
         assert all(part["choices"][0].get("logprobs") is None for part in parts)
-        params = {
-            key: LANGCHAIN_CALL[key] for key in LANGCHAIN_CALL if key not in ("suffix", "echo")
-        }
+        params = {name: LANGCHAIN_CALL[name] for name in ("max_tokens", "stop", "top_k")}
         result = llama.create_chat_completion(messages=USER, **params)
         assert result["choices"][0]["message"]["role"] == "assistant"
         assert llama.engine.weights("the king").adapters == ("math", "es")

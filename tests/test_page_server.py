@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from browser import Browser, missing
 from bundles import make_bundle
-from desk import ESCAPE, Desk
+from desk import Desk
 from scripted_server import Script
 from serving import ENGINE, listening
 
@@ -63,21 +63,3 @@ def test_text_and_weights_are_those_of_the_engine_alone(desk: Desk, folder: Path
                 for layer, weight in enumerate(row.tolist())
             ]
     assert desk.window.log() == []
-
-
-def test_a_refusal_is_shown_and_stop_ends_the_work(desk: Desk) -> None:
-    desk.ask("word " * 2000)
-    assert "context" in desk.text(".note.trouble")
-    desk.set("#max-tokens", "400")
-    desk.click("#new")
-    desk.type(QUESTION)
-    desk.click("#send")
-    desk.window.until("return document.querySelector('[data-state=writing]')")
-    desk.window.press(ESCAPE)
-    desk.wait()
-    assert desk.text(".note") in ("Stopped.", "Cut at the longest answer; see the settings.")
-    desk.window.until(
-        "if (!window.asking) { window.asking = true; fetch('metrics').then(r => r.text())"
-        " .then(t => { window.metrics = t; window.asking = false; }); }"
-        "return /^qaflora_requests_running 0.0$/m.test(window.metrics)"
-    )

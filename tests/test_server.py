@@ -270,75 +270,66 @@ def test_what_cannot_fit_is_refused_without_cutting_it_into_tokens(
 
 LONG_TEXT = "y" * 200_000
 REFUSED = [
-    ({"model": "tinny"}, 404, "model", "The model is 'tinny', expected one of tiny."),
-    ({"messages": []}, 400, "messages", "The field messages is [], expected a list of messages"),
-    ({"messages": [{}]}, 400, "messages", "Message 0 has role = None, expected a text, as in {"),
-    ({"messages": USER * 2049}, 400, "messages", "The field messages is [{'role': 'user', 'con"),
-    ({"temperature": -1}, 400, "temperature", "The field temperature is -1, expected a number fr"),
-    ({"temperature": "1"}, 400, "temperature", "The field temperature is '1', expected a number"),
-    ({"n": 17}, 400, "n", "The field n is 17, expected a number of answers from 1 to 16."),
-    ({"stop": [""]}, 400, "stop", "The field stop is [''], expected a text or 1 to 16 texts,"),
-    ({"stream": "yes"}, 400, "stream", "The field stream is 'yes', expected true or false."),
+    ({"messages": []}, "messages", "The field messages is [], expected a list of messages"),
+    ({"messages": [{}]}, "messages", "Message 0 has role = None, expected a text, as in {"),
+    ({"messages": USER * 2049}, "messages", "The field messages is [{'role': 'user', 'con"),
+    ({"temperature": -1}, "temperature", "The field temperature is -1, expected a number fr"),
+    ({"n": 17}, "n", "The field n is 17, expected a number of answers from 1 to 16."),
+    ({"stop": [""]}, "stop", "The field stop is [''], expected a text or 1 to 16 texts,"),
+    ({"stream": "yes"}, "stream", "The field stream is 'yes', expected true or false."),
     (
         {"stream": True, "stream_options": {"include_usage": 1}},
-        400,
         "stream_options.include_usage",
         "The field stream_options.include_usage is 1, expected true or false.",
     ),
-    ({"logprobs": 3}, 400, "logprobs", "The field logprobs is 3, expected true or false."),
-    ({"logit_bias": {"999": 1}}, 400, "logit_bias", "Option logit_bias has the token 999, expec"),
-    ({"tools": [3]}, 400, "tools", "Option tools has 3, expected {'type': 'function', "),
+    ({"logprobs": 3}, "logprobs", "The field logprobs is 3, expected true or false."),
+    ({"logit_bias": {"999": 1}}, "logit_bias", "Option logit_bias has the token 999, expec"),
     (
         {"tools": [{"type": "function", "function": {"name": "f"}}]},
-        400,
         "tools",
         "The chat template of ",
     ),
-    ({"functions": [{}]}, 400, "functions", "Option functions of chat is [{}], expected None: it"),
-    ({"best_of": 3}, 400, "best_of", "Option best_of of chat is 3, expected None: it"),
-    ({"response_format": {"type": "x"}}, 400, "response_format", "Option response_format is {'ty"),
-    ({"grammar": "root ::= ("}, 400, "grammar", "The grammar"),
-    ({"grammar": "a" * 300_000}, 400, "grammar", "The grammar has 300000 characters, expected "),
-    ({"fusion": {"a": 1}}, 400, "fusion.a", "The field fusion.a does not exist, expected one of"),
-    ({"fusion": {"strategy": "x"}}, 400, "fusion", "Strategy 'x' is not known; expected one of"),
+    ({"functions": [{}]}, "functions", "Option functions of chat is [{}], expected None: it"),
+    ({"response_format": {"type": "x"}}, "response_format", "Option response_format is {'ty"),
+    ({"grammar": "root ::= ("}, "grammar", "The grammar"),
+    ({"grammar": "a" * 300_000}, "grammar", "The grammar has 300000 characters, expected "),
+    ({"fusion": {"a": 1}}, "fusion.a", "The field fusion.a does not exist, expected one of"),
+    ({"fusion": {"strategy": "x"}}, "fusion", "Strategy 'x' is not known; expected one of"),
     (
         {"model": "tiny:base", "fusion": {"strategy": "static"}},
-        400,
         "fusion.strategy",
         "The field fusion.strategy is 'static', expected base, as the model says, or nothing.",
     ),
-    ({"fusion": {"adapters": ["x"]}}, 400, "fusion", ""),
+    ({"fusion": {"adapters": ["x"]}}, "fusion", ""),
     (
         {"fusion": {"strategy": "manual:math=1e30"}},
-        400,
         "fusion.strategy",
         "The field fusion.strategy is 'manual:math=1e30', expected weights from -100 to 100.",
     ),
-    ({"fusion": {"weights": {"es": 1e3}}}, 400, "fusion.weights", "The field fusion.weights is {"),
-    ({"fusion": {"weights": [[1]]}}, 400, "fusion", "Weights have the shape [1, 1], expected [2,"),
+    ({"fusion": {"weights": [[True]]}}, "fusion.weights", "The field fusion.weights is [[True]], "),
+    ({"fusion": {"weights": {"es": 1e3}}}, "fusion.weights", "The field fusion.weights is {"),
+    ({"fusion": {"weights": [[1]]}}, "fusion", "Weights have the shape [1, 1], expected [2,"),
     (
         {"fusion": {"weights": {"es": 1}, "strategy": "base"}},
-        400,
         "fusion.weights",
         "The field fusion.weights is {'es': 1}, expected none beside the strategy base: leave one",
     ),
-    ({"lora": [{"id": 2, "scale": 1}]}, 400, "lora", "The field lora is [{'id': 2, 'scale': 1.0}]"),
+    ({"lora": [{"id": 2, "scale": 1}]}, "lora", "The field lora is [{'id': 2, 'scale': 1.0}]"),
     (
         {"json_schema": {}, "response_format": {"type": "json_object"}},
-        400,
         "json_schema",
         "The field json_schema is {}, expected nothing beside response_format",
     ),
 ]
 
 
-@pytest.mark.parametrize(("body", "status", "param", "message"), REFUSED)
+@pytest.mark.parametrize(("body", "param", "message"), REFUSED)
 def test_what_cannot_be_followed_is_refused_by_its_field(
-    client: TestClient, body: dict[str, Any], status: int, param: str, message: str
+    client: TestClient, body: dict[str, Any], param: str, message: str
 ) -> None:
     whole = {"model": "tiny", "messages": USER, "max_tokens": 1, **body}
     found, error = failure(client, **whole)
-    assert (found, error["param"]) == (status, param), error
+    assert (found, error["param"]) == (400, param), error
     assert error["message"].startswith(message)
     if "stream" not in body:
         assert failure(client, **whole, stream=True) == (found, error)

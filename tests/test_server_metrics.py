@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import TinyBundle, make_bundle
+from bundles import make_bundle
 from prometheus_client.parser import text_string_to_metric_families
 from serving import client_of
 from starlette.testclient import TestClient
@@ -21,13 +21,8 @@ LINES = "qaflora_edge.server"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
-    return make_bundle(tmp_path_factory.mktemp("record"))
-
-
-@pytest.fixture(scope="module")
-def bundle(made: TinyBundle) -> Path:
-    return made.folder
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(tmp_path_factory.mktemp("record")).folder
 
 
 @pytest.fixture
