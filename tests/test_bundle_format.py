@@ -150,6 +150,9 @@ def test_what_older_bundles_have_is_kept_and_ignored(validator: Any, raw: Raw) -
     text = parse_bundle(json.dumps(document).encode(), "bundle.json")
     assert text.raw == document
     assert (known_of(text).pool, known_of(text).strategy) == ("last", "manual:es=0.5")
+    document["fusion"] = fusion | {"strategy": "norm:2"}
+    text = parse_bundle(json.dumps(document).encode(), "bundle.json")
+    assert known_of(text).strategy == "norm:top=2"
 
 
 def test_the_schema_of_sessions_takes_what_is_saved(tmp_path: Path) -> None:

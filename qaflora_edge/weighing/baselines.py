@@ -1,18 +1,5 @@
-"""Strategies of other work, with one pass of the base: `norm`, `centroid`, `arrow` and `spectr`.
+"""Strategies of other work, with one pass of the base: `norm`, `centroid`, `arrow` and `spectr`."""
 
-norm      LoGo (arXiv 2511.07129): |scale B A x| at a late query projection.
-centroid  the router of DAM (arXiv 2403.08755): softmax of the cosine similarity of the query's
-          embedding to each adapter's centroid, at temperature 0.01. An embedding is the mean over
-          a text's tokens of the base's state after its last block; a centroid is the mean of some.
-arrow, spectr  query-level variants of Arrow (arXiv 2405.11157) and SpectR (arXiv 2504.03454).
-          Both route each token at each module: softmax over the adapters of |v . x|, v the top
-          right-singular vector of B A, or of |scale B A x|. Here x is the input of q, k and v in
-          the base alone, and a layer's weights are the mean over tokens and modules: one mix for
-          the whole answer, where the published methods mix at each token.
-"""
-
-import re
-from collections.abc import Sequence
 from typing import Any
 
 from qaflora_edge.errors import StrategyError
@@ -32,37 +19,29 @@ TEMPERATURE = 0.01  # of DAM's own experiments (its README, --router_temp)
 
 
 class Norm(Strategy):
+    """Weigh by shares of |scale B A x| at a late query projection (LoGo, arXiv 2511.07129)."""
+
     name = "norm"
-    help = "by what the adapter adds to a late query projection, one weight for all layers; N: top"
-    argument = "N"
+    help = "by what the adapter adds to a late query projection, one weight for all layers"
     measured = Measured("added to q")
     compares = QUERIES
-
-    def parse(self, argument: str, adapters: Sequence[str], text: str) -> int | None:
-        """Read the N of norm:N, how many adapters weigh more than 0; None for all."""
-        if not argument:
-            return None
-        if not re.fullmatch(r"[0-9]{1,9}", argument) or int(argument) < 1:
-            raise StrategyError(
-                f"Strategy {text!r}: {argument!r} is no number of adapters, expected norm or "
-                "norm:N with N from 1."
-            )
-        return int(argument)
 
     def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix:
         import numpy as np
 
-        from qaflora_edge.weighing.numbers import normalise_top
+        from qaflora_edge.weighing.numbers import normalise
 
-        norms = probe.norms()
-        weights, measure = (
-            np.repeat(column.astype(np.float32)[:, None], query.n_layer, axis=1)
-            for column in (normalise_top(norms, argument), norms)
-        )
-        return Mix(weights, measure)
+        norms = np.repeat(probe.norms()[:, None], query.n_layer, axis=1)
+        return Mix(normalise(norms), norms)
 
 
 class Centroid(Strategy):
+    """Weigh by the softmax of cosine similarities to each adapter's centroid, divided by 0.01.
+
+    The router of DAM (arXiv 2403.08755). An embedding is the mean over a text's tokens of the
+    base's state after its last block; a centroid is the mean of sample texts' embeddings.
+    """
+
     name = "centroid"
     help = "by how near the query is to sample texts of each adapter (`qaflora bundle samples`)"
     measured = Measured("similarity")
@@ -89,6 +68,12 @@ class Centroid(Strategy):
 
 
 class _Spectral(Strategy):
+    """Weigh by the mean over tokens and modules of softmax over the adapters of a size.
+
+    x is the input of q, k and v in the base alone. The published methods mix at each token; here
+    one mix holds for the whole answer.
+    """
+
     reading: Reading
     compares = KINDS
 
@@ -97,6 +82,8 @@ class _Spectral(Strategy):
 
 
 class Arrow(_Spectral):
+    """Weigh by |v . x|, v the top right-singular vector of B A (Arrow, arXiv 2405.11157)."""
+
     name = "arrow"
     help = "by how much of the query lies in the direction that each adapter amplifies most"
     reading = "arrow"
@@ -104,6 +91,8 @@ class Arrow(_Spectral):
 
 
 class SpectR(_Spectral):
+    """Weigh by |scale B A x| (SpectR, arXiv 2504.03454)."""
+
     name = "spectr"
     help = "by the size of what each adapter adds to the attention's projections"
     reading = "spectr"

@@ -16,6 +16,8 @@ from qaflora_edge.weighing.strategy import (
 
 
 class _Divergence(Strategy):
+    """Weigh each adapter by its share of a layer's divergence."""
+
     measure: Measure = "kl"
     measured = Measured("divergence", " nats", ("lens", "pool"))
     options = (*SHAPING, *PROBING)
@@ -28,11 +30,15 @@ class _Divergence(Strategy):
 
 
 class QaFlora(_Divergence):
+    """Weigh by KL(base || adapter) of next-token distributions (qa-FLoRA, arXiv 2512.11366)."""
+
     name = "qa-flora"
     help = "by the KL of the base's next-token distribution to the adapter's (the published method)"
 
 
 class Cosine(_Divergence):
+    """Weigh by 1 - cos of the base's and the adapter's state: the paper's ablation."""
+
     name = "cosine"
     help = "by the cosine distance of hidden states"
     measure = "cosine"
@@ -40,6 +46,8 @@ class Cosine(_Divergence):
 
 
 class Euclidean(_Divergence):
+    """Weigh by the Euclidean distance of the base's and the adapter's state."""
+
     name = "euclidean"
     help = "by the Euclidean distance of hidden states"
     measure = "euclidean"
@@ -47,6 +55,11 @@ class Euclidean(_Divergence):
 
 
 class Calibrated(_Divergence):
+    """Weigh by KL divided by the adapter's typical KL over neutral prompts, layer by layer.
+
+    Our own: an adapter that moves every prompt far is not heavier for it.
+    """
+
     name = "calibrated"
     help = "as qa-flora, relative to each adapter's typical divergence"
     needs_typical = ("norm", "raw", "question_norm", "question_raw")  # any lens, any pool

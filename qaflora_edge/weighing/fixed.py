@@ -10,7 +10,7 @@ _LARGEST = 3.4028234663852886e38  # of float32
 
 
 class _Fixed(Strategy):
-    """Weighs by adapter -> weight, which parse() gives; others weigh 0."""
+    """Weigh by adapter -> weight, which parse() gives; others weigh 0."""
 
     is_probed = False
 
@@ -22,6 +22,8 @@ class _Fixed(Strategy):
 
 
 class Static(_Fixed):
+    """Weigh every adapter 1 / n_adapter: the paper's uniform mix."""
+
     name = "static"
     help = "all alike"
 
@@ -30,6 +32,8 @@ class Static(_Fixed):
 
 
 class Single(_Fixed):
+    """Weigh one adapter 1."""
+
     name = "single"
     help = "one adapter alone"
     argument, needs_argument = "NAME", True
@@ -39,6 +43,8 @@ class Single(_Fixed):
 
 
 class Manual(_Fixed):
+    """Weigh by numbers after the colon, applied as they are."""
+
     name = "manual"
     help = "by given weights, the same at every layer"
     argument, needs_argument = "NAME=W,NAME=W", True
@@ -63,6 +69,8 @@ class Manual(_Fixed):
 
 
 class Base(_Fixed):
+    """Weigh every adapter 0."""
+
     name = "base"
     help = "the base without any adapter"
 

@@ -47,7 +47,7 @@ class FusionWeights:
     probe_ms: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """The object that `qaflora weights --json` prints."""
+        """Give the object that `qaflora weights --json` prints."""
         return {
             "adapters": list(self.adapters),
             "strategy": self.strategy,
@@ -62,7 +62,7 @@ class FusionWeights:
 
     @property
     def measured(self) -> "Measured":
-        """Name and unit of `divergence`: what the strategy measures."""
+        """Give name and unit of `divergence`: what the strategy measures."""
         from qaflora_edge.weighing.strategy import measured_by
 
         return measured_by(self.strategy.partition(":")[0])
@@ -84,7 +84,7 @@ def _rows(array: F32) -> list[list[float]]:
 
 
 def check_choice(what: str, value: str, choices: Sequence[str]) -> str:
-    """value, if it is one of choices; StrategyError otherwise."""
+    """Give value, if it is one of choices. Raises StrategyError."""
     if value not in choices:
         raise StrategyError(f"The {what} {value!r} is not known; expected {' or '.join(choices)}.")
     return value
@@ -93,7 +93,7 @@ def check_choice(what: str, value: str, choices: Sequence[str]) -> str:
 def check_weights(
     weights: ArrayLike, adapters: Sequence[str], n_layer: int, *, source: str = ""
 ) -> F32:
-    """weights as float32 [n_adapter, n_layer].
+    """Check weights, and give them as float32 [n_adapter, n_layer].
 
     source  what messages begin with
 
@@ -134,27 +134,15 @@ def normalise(divergence: ArrayLike) -> F32:
     return np.where(total > 0.0, share, 1.0 / n_adapter).astype(np.float32)
 
 
-def normalise_top(norms: ArrayLike, top: int | None) -> F32:
-    """Weigh each adapter by its share of the `top` largest norms, the others 0.
-
-    norms    [n_adapter]  >= 0
-    returns  [n_adapter]  >= 0, sums to 1; 1/n_adapter each where all norms are 0
-    """
-    kept = np.asarray(norms, dtype=np.float64).copy()
-    if top is not None:
-        kept[np.argsort(-kept, kind="stable")[top:]] = 0.0
-    return normalise(kept[:, None])[:, 0]
-
-
 def softmax(values: ArrayLike) -> F64:
-    """exp(values) / sum exp(values) over the first axis."""
+    """Compute exp(values) / sum exp(values) over the first axis: float64 of the same shape."""
     z = np.asarray(values, np.float64)
     p = np.exp(z - z.max(axis=0, keepdims=True))
     return np.asarray(p / p.sum(axis=0, keepdims=True))
 
 
 def calibrate(divergence: ArrayLike, typical: ArrayLike) -> F64:
-    """Divergences relative to each adapter's typical one.
+    """Divide divergences by each adapter's typical ones.
 
     divergence  [n_adapter, n_layer]
     typical     [n_adapter, n_layer]  > 0, geometric mean over neutral prompts
@@ -166,7 +154,7 @@ def calibrate(divergence: ArrayLike, typical: ArrayLike) -> F64:
 
 
 def typical_divergence(divergences: ArrayLike) -> F64:
-    """Geometric mean over prompts: exp(mean log(div + 1e-12)).
+    """Take the geometric mean over prompts: exp(mean log(div + 1e-12)).
 
     divergences  [n_prompt, n_adapter, n_layer]
     returns      [n_adapter, n_layer]  > 0
@@ -176,9 +164,9 @@ def typical_divergence(divergences: ArrayLike) -> F64:
 
 
 def cosine_distance(base: ArrayLike, adapted: ArrayLike) -> F64:
-    """1 - cos of the states: base [n_layer, n_embd], adapted [n_adapter, n_layer, n_embd].
+    """Measure 1 - cos of states: base [n_layer, n_embd], adapted [n_adapter, n_layer, n_embd].
 
-    Computed as |a/|a| - b/|b||^2 / 2, which does not cancel when the two are close.
+    returns  float64 [n_adapter, n_layer], as |a/|a| - b/|b||^2 / 2: close states do not cancel
     """
     a = np.asarray(base, np.float64)
     b = np.asarray(adapted, np.float64)
@@ -188,13 +176,13 @@ def cosine_distance(base: ArrayLike, adapted: ArrayLike) -> F64:
 
 
 def euclidean_distance(base: ArrayLike, adapted: ArrayLike) -> F64:
-    """|h_j - h|: base [n_layer, n_embd], adapted [n_adapter, n_layer, n_embd]."""
+    """Measure |h_j - h|: base [n_layer, n_embd], adapted [n_adapter, n_layer, n_embd]."""
     difference = np.asarray(adapted, np.float64) - np.asarray(base, np.float64)
     return np.asarray(np.linalg.norm(difference, axis=-1))
 
 
 def kl_divergence(base_logits: ArrayLike, difference: ArrayLike) -> F64:
-    """KL(p || q) in nats, p = softmax(base_logits), q = softmax(base_logits + difference).
+    """Compute KL(p || q) in nats, p = softmax(base_logits), q = softmax(base_logits + difference).
 
     base_logits  [..., n_vocab]
     difference   [..., n_vocab]  logits under the adapter minus base logits

@@ -74,7 +74,7 @@ class Probe(Protocol):
         """Give states after each block: float32 [1 + n_adapter, n_layer, n_embd], base first."""
 
     def added(self) -> F64:
-        """What adapters would add in two places: float64 [2, n_adapter, n_layer].
+        """Measure what adapters would add in two places: float64 [2, n_adapter, n_layer].
 
         |scale B A x| at q, k and v, in one pass of the base alone: at the last token, and in the
         question's tokens.
@@ -131,7 +131,7 @@ class Strategy:
     argument  what follows a colon, as NAME in single:NAME; "" when nothing may
     needs_argument  whether it has to be given
     is_probed whether weigh() asks the probe, so that weights differ from query to query
-    options   further ones after the colon, as in qa-flora:power=2, if it is probed. Those of
+    options   what follows the colon else, as in qa-flora:power=2, if it is probed. Those of
               SHAPING change the result of weigh(); its own are in query.options.
     reads_question  whether weigh() needs query.question, whatever the pool
     needs_typical   what it needs of each adapter in query.typical, of calibration.KEYS
@@ -178,7 +178,7 @@ class Strategy:
 
     @property
     def usage(self) -> str:
-        """How it is written, as in single:NAME."""
+        """Write its form, as in single:NAME."""
         if not self.argument:
             return self.name
         written = f"{self.name}:{self.argument}"
@@ -250,20 +250,12 @@ def parse_strategy(text: str, adapters: Sequence[str]) -> Chosen:
         _load_entry_points()
     strategy = _registry.get(name)
     options: dict[str, Any] = {}
-    if strategy is not None and strategy.is_probed and argument:
-        has_argument = bool(strategy.argument)
-        argument, options = read_options(
-            argument, strategy.options, text, has_argument=has_argument
-        )
-        colon = argument
-    is_written = strategy is not None and (
-        bool(argument) and bool(strategy.argument)
-        if colon or strategy.needs_argument
-        else not argument
-    )
+    if strategy is not None and strategy.is_probed and argument and not strategy.argument:
+        options, colon, argument = read_options(argument, strategy.options, text), "", ""
     if strategy is None and (instead := removed(name)):
         raise StrategyError(instead)
-    if strategy is None or not is_written:
+    needs = bool(strategy and (colon or strategy.needs_argument))
+    if strategy is None or needs != bool(argument and strategy.argument):
         near = [] if strategy else difflib.get_close_matches(name.lower(), _registry, n=1)
         hint = f"did you mean {_registry[near[0]].usage}? Expected" if near else "expected"
         raise StrategyError(
@@ -273,31 +265,24 @@ def parse_strategy(text: str, adapters: Sequence[str]) -> Chosen:
     return Chosen(text, strategy, strategy.parse(argument, adapters, text), options)
 
 
-def read_options(
-    behind: str, options: Sequence[Option], text: str, *, has_argument: bool
-) -> tuple[str, dict[str, Any]]:
-    """Split the text after a strategy's colon into its argument and its options by name.
+def read_options(behind: str, options: Sequence[Option], text: str) -> dict[str, Any]:
+    """Read the options after a strategy's colon: name -> value.
 
-    behind        items with commas between them
-    has_argument  whether other items are the strategy's argument
-    text          the whole strategy, for messages
+    behind  items with commas between them
+    text    the whole strategy, for messages
 
     Raises StrategyError for an unknown or repeated option, or a value out of its range.
     """
     known = {option.name: option for option in options}
     found: dict[str, Any] = {}
-    others = []
     for item in behind.split(","):
         name, equals, value = item.partition("=")
         if name not in known or not equals:
-            if not has_argument:
-                raise _unknown(item, name, options, text)
-            others.append(item)
-        elif name in found:
+            raise _unknown(item, name, options, text)
+        if name in found:
             raise StrategyError(f"Strategy {text!r} has the option {name} twice, expected it once.")
-        else:
-            found[name] = _value(known[name], value, text)
-    return ",".join(others), found
+        found[name] = _value(known[name], value, text)
+    return found
 
 
 def written(option: Option) -> str:

@@ -34,6 +34,8 @@ _OPTIONS = (
 
 
 class TwoPlace(Strategy):
+    """Weigh one adapter by the last token, another by the question; our own rule, see pair()."""
+
     name = "two-place"
     help = "one adapter by where the answer begins, one by the question's words; or the base"
     options = _OPTIONS

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -11,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike
 
-from qaflora_edge.arrays import F32, F64
+from qaflora_edge.arrays import F32
 from qaflora_edge.errors import QafloraError, StrategyError
 from qaflora_edge.formats.bundle import BundleText, wrong_bundle
 from qaflora_edge.formats.json_text import WrongField, shown
@@ -60,6 +61,8 @@ def known_of(text: BundleText | None) -> Known:
     fusion, names = text.fusion, [adapter.name for adapter in text.adapters]
     pool = fusion.get("pool")
     strategy = _manual(fusion) or fusion.get("strategy")
+    if strategy and re.fullmatch(r"norm:[1-9]\d*", strategy):  # of 0.1
+        strategy = strategy.replace(":", ":top=")
     pool = None if pool == "mean" else pool
     known = Known().under(strategy=strategy, lens=fusion.get("lens"), pool=pool)
     try:
@@ -256,32 +259,16 @@ def shaped(weights: F32, options: Mapping[str, Any], source: str) -> F32:
             f"{source}its weights go down to {share.min():g}, expected none below 0 where power, "
             "layers, top or total shape them; leave these options out."
         )
-    share = normalise(_power(share, options.get("power", 1.0))).astype(np.float64)
+    largest = share.max(axis=0, keepdims=True)  # of its shares no power underflows at all places
+    share = np.divide(share, largest, out=np.zeros_like(share), where=largest > 0)
+    share = normalise(share ** options.get("power", 1.0)).astype(np.float64)
     if options.get("layers") == "mean":
         share = np.repeat(share.mean(axis=1, keepdims=True), share.shape[1], axis=1)
-    if (top := options.get("top")) is not None:
-        share = _heaviest(share, top)
-    return (share * _factor(share, options.get("total", 1.0))).astype(np.float32)
-
-
-def _power(share: F64, power: float) -> F64:
-    """Raise each layer's shares of its largest one to a power; they cannot all underflow."""
-    largest = share.max(axis=0, keepdims=True)
-    powers: F64 = np.divide(share, largest, out=np.zeros_like(share), where=largest > 0) ** power
-    return powers
-
-
-def _heaviest(share: F64, top: int) -> F64:
-    """Keep the `top` adapters of the largest mean over layers; the others get 0."""
-    kept = np.argsort(-share.mean(axis=1), kind="stable")[:top]
-    left = np.zeros_like(share)
-    left[kept] = normalise(share[kept])
-    return left
-
-
-def _factor(share: F64, total: float | str) -> F64 | float:
-    """Compute the factor of a layer's shares: one number, or [1, n_layer]."""
+    if (top := options.get("top")) is not None:  # of the largest mean over layers
+        kept = np.argsort(-share.mean(axis=1), kind="stable")[:top]
+        left, share = share, np.zeros_like(share)
+        share[kept] = normalise(left[kept])
+    total: Any = options.get("total", 1.0)
     if total == "l2":
-        norms: F64 = np.sqrt((share**2).sum(axis=0, keepdims=True))
-        return 1.0 / norms
-    return float(total)
+        total = 1.0 / np.sqrt((share**2).sum(axis=0, keepdims=True))
+    return np.asarray(share * total, np.float32)
