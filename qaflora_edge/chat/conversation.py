@@ -155,10 +155,8 @@ def _conversation(messages: Sequence[Mapping[str, str]]) -> Conversation:
     if roles != ["user", "assistant"] * len(questions):
         expected = "a user's and an assistant's in turns, after at most one of system"
         raise WrongField("messages", f"a list of {shown(roles)}", expected)
-    return Conversation(
-        messages[0]["content"] if n_system else None,
-        [
-            Turn(question["content"], answer["content"], answer.get("finish_reason", "stop"))
-            for question, answer in zip(questions, answers, strict=True)
-        ],
-    )
+    turns = [
+        Turn(question["content"], answer["content"], answer.get("finish_reason", "stop"))
+        for question, answer in zip(questions, answers, strict=True)
+    ]
+    return Conversation(messages[0]["content"] if n_system else None, turns)

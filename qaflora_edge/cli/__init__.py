@@ -89,8 +89,9 @@ class VerbGroup(click.Group):
         try:
             super().invoke(ctx)
             sys.stdout.flush()
-        except BrokenPipeError:
-            _leave_quietly()
+        except BrokenPipeError:  # whoever read the output has seen enough
+            _drop_output()
+            sys.exit(0)
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         kwargs["standalone_mode"] = False
@@ -158,12 +159,6 @@ def _prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-
-
-def _leave_quietly() -> None:
-    """End without a word: whoever read the output has seen enough."""
-    _drop_output()
-    sys.exit(0)
 
 
 def _drop_output() -> None:

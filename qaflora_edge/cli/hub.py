@@ -57,15 +57,9 @@ def pull(ref: str, to: Path | None, with_base: bool, update: bool) -> None:
 
 def _fetch_base(folder: Path, progress: TellCount) -> None:
     from qaflora_edge.bundles.source import fetch_base
-    from qaflora_edge.errors import BundleError
-    from qaflora_edge.formats.bundle import BUNDLE_FILE, read_bundle_text
+    from qaflora_edge.formats.bundle import read_bundle_text
     from qaflora_edge.hub.local import recorded_base
 
-    if not (folder / BUNDLE_FILE).exists():
-        raise BundleError(
-            f"Pulled {folder}, which is no bundle: only {BUNDLE_FILE} names a base; expected a "
-            "bundle with --with-base. Leave it out, and pull the base by its own name."
-        )
     base = read_bundle_text(folder).base
     if recorded_base(folder, base) is None:
         fetch_base(folder, base, progress)

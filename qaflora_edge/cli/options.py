@@ -29,15 +29,12 @@ class SharedOptions(SimpleNamespace):
 
     def keywords(self, group: str) -> dict[str, Any]:
         """The options of a group of `config`, by their names in Python."""
-        given = (
-            (option, getattr(self, option.key))
-            for option in in_group(group).values()
-            if option.flag
-        )
-        return {
-            option.name: not value if option.is_negated and value is not None else value
-            for option, value in given
-        }
+        found = {}
+        for option in in_group(group).values():
+            if option.flag:
+                value = getattr(self, option.key)
+                found[option.name] = not value if option.is_negated and value is not None else value
+        return found
 
     @property
     def engine(self) -> dict[str, Any]:

@@ -97,7 +97,13 @@ def run(
     `index`, the number of the line from 0, and for a line that failed `error`; the others go on,
     and the exit code is 1.
     """
-    _check_usage((schema_path, grammar_path), system, options)
+    if schema_path is not None and grammar_path is not None:
+        raise click.UsageError("Give --json-schema or --grammar, not both.")
+    stop_source = click.get_current_context().get_parameter_source("stop")
+    if schema_path is not None and stop_source is click.core.ParameterSource.COMMANDLINE:
+        raise click.UsageError("--stop would cut the JSON of --json-schema.")
+    if system is not None and options.raw_prompt:
+        raise click.UsageError("--system needs the chat template, which --raw-prompt leaves out.")
     is_asked = prompts_path is not None or "-" in (prompt, schema_path, grammar_path)
     piped = "" if is_asked else read_piped()
     if (prompt is None and not piped) == (prompts_path is None):
@@ -129,18 +135,6 @@ def run(
             click.echo(summary_line(answer), err=True)
     if not answer.is_whole:
         raise incomplete(answer)
-
-
-def _check_usage(
-    grammars: tuple[str | None, str | None], system: str | None, options: SharedOptions
-) -> None:
-    if None not in grammars:
-        raise click.UsageError("Give --json-schema or --grammar, not both.")
-    stop_source = click.get_current_context().get_parameter_source("stop")
-    if grammars[0] is not None and stop_source is click.core.ParameterSource.COMMANDLINE:
-        raise click.UsageError("--stop would cut the JSON of --json-schema.")
-    if system is not None and options.raw_prompt:
-        raise click.UsageError("--system needs the chat template, which --raw-prompt leaves out.")
 
 
 def _read_grammar(schema_path: str | None, grammar_path: str | None) -> Grammar | None:
