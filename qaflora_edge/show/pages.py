@@ -79,27 +79,23 @@ def weights_page(labelled: Sequence[tuple[str, str, FusionWeights]], subject: st
     labelled  a label, the prompt and the weights of each query
     subject   names of bundle and base
     """
-    sections = []
-    for number, (label, prompt, _) in enumerate(labelled, 1):
-        title = crop(label, TITLE_CHARS)
-        is_whole = title == spelt(" ".join(prompt.split()))
-        sections.append({"title": f"{number}. {title}", "prompt": "" if is_whole else prompt})
     fusions = [fusion for _, _, fusion in labelled]
-    ends = scale(fusions)
-    drawn = [
-        {
+    sections = []
+    for number, (label, prompt, fusion) in enumerate(labelled, 1):
+        title = crop(label, TITLE_CHARS)
+        section = {
+            "title": f"{number}. {title}",
+            "prompt": "" if title == spelt(" ".join(prompt.split())) else prompt,
             "fusion": fusion,
             "what": None if fusion.divergence is None else fusion.measured,
             "why_alone": "" if fusion.weights.any() else why_alone(fusion),
-            "panel": _panel(fusion, ends),
+            "panel": _panel(fusion, scale(fusions)),
             "layers": [layer_ranges(layers) for layers in leading_layers(fusion)],
         }
-        for fusion in fusions
-    ]
-    shown = [{**each, **section} for each, section in zip(drawn, sections, strict=True)]
-    told = {"subject": subject, "how": facts(fusions), "sections": shown, **_scale(fusions)}
-    style, script = _asset("weights.css"), _asset("weights.js")
-    return _page("weights.html.j2", style, script, title="qaflora weights", **told)
+        sections.append(section)
+    values = {"title": "qaflora weights", "subject": subject, "how": facts(fusions)}
+    values |= {"sections": sections, **_scale(fusions)}
+    return _page("weights.html.j2", _asset("weights.css"), _asset("weights.js"), **values)
 
 
 def _scale(fusions: Sequence[FusionWeights]) -> dict[str, Any]:

@@ -128,8 +128,6 @@ def why_alone(fusion: FusionWeights) -> str:
 def facts(fusions: Sequence[FusionWeights]) -> str:
     """Say how weights came about, in what all of them share."""
     first = fusions[0]
-    if len({each.strategy for each in fusions}) > 1:
-        return f"{len(fusions)} strategies, {first.prompt_tokens} prompt tokens"
     parts = [f"strategy {first.strategy}"]
     if first.divergence is not None:
         parts += [f"{each} {getattr(first, each)}" for each in first.measured.reads]
