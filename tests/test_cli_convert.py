@@ -108,7 +108,6 @@ def test_json_says_what_was_written(tmp_path: Path, base: tiny.TinyBase) -> None
         "rank": 8,
         "targets": ["attn_q"],
         "n_module": 3,
-        "n_rescaled": 0,
         "size_bytes": out.stat().st_size,
         "trained_on": None,
         "base_name": "tiny llama 0",

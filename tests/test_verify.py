@@ -86,7 +86,6 @@ def test_differences_are_those_of_the_deltas(tmp_path: Path) -> None:
             6 / 4 * stored[f"{stem}.lora_b"] @ stored[f"{stem}.lora_a"] - delta
         ).max()
         assert check.largest_difference == pytest.approx(difference, rel=1e-9)
-        assert check.relative_difference == pytest.approx(difference / np.abs(delta).max())
 
 
 @pytest.mark.parametrize(("kind", "outtype"), [("peft", "q8_0"), ("mlx", "bf16")])
@@ -109,7 +108,7 @@ def test_tiles_that_are_read_one_by_one_give_what_the_whole_gives(
     tiled = verify_conversion(tmp_path / "out.gguf", header, modules)
     for one, other in zip(whole, tiled, strict=True):
         assert one.module == other.module
-        for field in ("largest_difference", "relative_difference", "of_allowed"):
+        for field in ("largest_difference", "of_allowed"):
             assert getattr(other, field) == pytest.approx(getattr(one, field), rel=1e-6)
 
 

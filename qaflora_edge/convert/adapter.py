@@ -43,7 +43,7 @@ _FLOATS = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.fl
 
 @dataclass(frozen=True)
 class ConvertedAdapter:
-    """What was written. `n_rescaled` modules carry a part of their scale in B."""
+    """What was written."""
 
     path: Path
     architecture: str
@@ -51,7 +51,6 @@ class ConvertedAdapter:
     rank: int
     targets: tuple[str, ...]
     n_module: int
-    n_rescaled: int
     size_bytes: int
     trained_on: str | None = None  # the base's repository, by the adapter's config
     base_name: str | None = None  # what the base's file calls itself
@@ -118,7 +117,6 @@ def convert_adapter(
         rank=max(module.rank for module in modules),
         targets=tuple(sorted({module.kind for module in modules})),
         n_module=len(modules),
-        n_rescaled=sum(module.is_rescaled for module in modules),
         size_bytes=out_path.stat().st_size,
         trained_on=trained_on,
         base_name=header.name,

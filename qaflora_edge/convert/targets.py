@@ -59,10 +59,6 @@ class PlannedModule(Target):
     def rank(self) -> int:
         return self.source.rank
 
-    @property
-    def is_rescaled(self) -> bool:
-        return self.factor != 1.0
-
     def shape(self, side: str) -> tuple[int, ...]:
         """Give the shape of lora_a or lora_b in the file, in numpy order."""
         n_in, rank = self.source.n_in, self.rank
@@ -119,10 +115,6 @@ class SingleExperts(_Experts):
 
     experts: Mapping[int, tuple[PeftModule, float]]
 
-    @property
-    def is_rescaled(self) -> bool:
-        return any(factor != 1.0 for _, factor in self.experts.values())
-
     def slices(self, side: str) -> Iterator[tuple[Any, F32]]:
         """Read lora_a or lora_b expert by expert, as `PlannedModule.slices` does."""
         n_row = self.shape(side)[1]
@@ -148,10 +140,6 @@ class StackedExperts(_Experts):
     factor: float
     rows: Index | None
     is_swapped: bool
-
-    @property
-    def is_rescaled(self) -> bool:
-        return self.factor != 1.0
 
     def slices(self, side: str) -> Iterator[tuple[Any, F32]]:
         """Read lora_a or lora_b expert by expert, as `PlannedModule.slices` does."""

@@ -55,15 +55,13 @@ _TILED = ("qwen35", "qwen35moe")
 class ModuleCheck:
     """How far one module of the file is from its source.
 
-    largest_difference   of an entry of the delta
-    relative_difference  the same, relative to the delta's largest entry
-    of_allowed           the largest difference relative to what rounding explains; above 1 is wrong
+    largest_difference  of an entry of the delta
+    of_allowed          the largest difference relative to what rounding explains; above 1 is wrong
     """
 
     module: str
     tensor: str
     largest_difference: float
-    relative_difference: float
     of_allowed: float
 
     @property
@@ -129,39 +127,30 @@ def _check_module(info: AdapterInfo, header: GgufHeader, module: Planned) -> Mod
     kinds = [info.tensors[f"{module.base_name}.lora_{side}"].ggml_type for side in "ab"]
     scale = info.alpha / info.ranks[module.base_name]
     is_embedding = isinstance(module, PlannedModule) and module.source.is_embedding
-    found = np.zeros(3)  # the largest difference, entry of the delta, and share of what is allowed
+    found = np.zeros(2)  # the largest difference, and share of what is allowed
     pairs = zip(source_deltas(header, module), stored_deltas(info, module), strict=True)
     for source, stored in pairs:
         allowed = _allowed(source, kinds, scale, is_embedding)
         found = np.maximum(found, _compare(source, stored, allowed))  # it keeps NaN
-    largest_difference, largest, of_allowed = found
-    return ModuleCheck(
-        module=module.name,
-        tensor=module.base_name,
-        largest_difference=float(largest_difference),
-        relative_difference=float(largest_difference / largest) if largest else 0.0,
-        of_allowed=float(of_allowed),
-    )
+    return ModuleCheck(module.name, module.base_name, *map(float, found))
 
 
 def _compare(source: Delta, stored: Delta, allowed: F64) -> F64:
-    """Compare two deltas: the largest difference, the largest entry, and the share of `allowed`.
+    """Compare two deltas: the largest difference, and its largest share of `allowed`.
 
     allowed  [n_out]  what an entry of a row may differ by
-    returns  [3]
+    returns  [2]
     """
-    found = np.zeros(3)
+    found = np.zeros(2)
     for columns in parts(source.n_in, TILE_COLUMNS):
         right, stored_right = source.right(columns), stored.right(columns)
         for rows in parts(source.n_out, TILE_ROWS):
-            delta = source.left(rows) @ right
             with np.errstate(all="ignore"):  # a file that is wrong may hold anything
                 difference = stored.left(rows) @ stored_right
-                difference -= delta
+                difference -= source.left(rows) @ right
                 by_row = np.abs(difference, out=difference).max(axis=1)
                 share = np.where(by_row == 0, 0.0, by_row / allowed[rows.start : rows.stop])
-            largest = np.abs(delta, out=delta).max()
-            found = np.maximum(found, (by_row.max(), largest, share.max()))
+            found = np.maximum(found, (by_row.max(), share.max()))
     return found
 
 

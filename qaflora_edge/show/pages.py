@@ -93,9 +93,9 @@ def weights_page(labelled: Sequence[tuple[str, str, FusionWeights]], subject: st
             "layers": [layer_ranges(layers) for layers in leading_layers(fusion)],
         }
         sections.append(section)
-    values = {"title": "qaflora weights", "subject": subject, "how": facts(fusions)}
-    values |= {"sections": sections, **_scale(fusions)}
-    return _page("weights.html.j2", _asset("weights.css"), _asset("weights.js"), **values)
+    told = {"subject": subject, "how": facts(fusions), "sections": sections, **_scale(fusions)}
+    style, script = _asset("weights.css"), _asset("weights.js")
+    return _page("weights.html.j2", style, script, title="qaflora weights", **told)
 
 
 def _scale(fusions: Sequence[FusionWeights]) -> dict[str, Any]:
