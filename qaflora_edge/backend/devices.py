@@ -7,6 +7,7 @@ Custom operations stay here, for their parameters are addresses of this process 
 import ctypes
 import math
 import os
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from qaflora_edge.backend.library import Handle, ggml_of, library_dir, load
 from qaflora_edge.errors import LibraryError, OptionError, WorkerError
 
 MAX_WORKERS = 16  # ggml-rpc.h GGML_RPC_MAX_SERVERS
+_ENDPOINT = re.compile(r"[^:]+:(?P<port>[0-9]{1,5})")
 _MAX_DEVICES = 16  # llama_max_devices()
 _ENDS = b"^(token_embd|output)"  # names of tensors; a head that is tied has the embedding's
 _CPU, _GPU, _INTEGRATED_GPU = 0, 1, 2  # ggml-backend.h ggml_backend_dev_type
@@ -100,18 +102,14 @@ def endpoints(text: str) -> tuple[str, ...]:
     Raises OptionError.
     """
     found = tuple(each.strip() for each in text.split(","))
-    for each in found:
-        host, _, port = each.rpartition(":")
-        is_port = port.isascii() and port.isdecimal() and 0 < int(port) < 1 << 16
-        if not (host and is_port) or ":" in host:
-            raise OptionError(
-                f"Option rpc has the worker {each!r}, expected HOST:PORT with a name or an IPv4 "
-                "address, as `qaflora worker` says it; several apart by commas.",
-                "rpc",
-            )
-    if len(set(found)) < len(found) or len(found) > MAX_WORKERS:
+    matches = [_ENDPOINT.fullmatch(each) for each in found]
+    are_right = all(match and 0 < int(match["port"]) < 1 << 16 for match in matches)
+    if not are_right or len(set(found)) < len(found) or len(found) > MAX_WORKERS:
         raise OptionError(
-            f"Option rpc is {text!r}, expected up to {MAX_WORKERS} different workers.", "rpc"
+            f"Option rpc is {text!r}, expected up to {MAX_WORKERS} different workers apart by "
+            "commas, each as HOST:PORT with a name or an IPv4 address, as `qaflora worker` says "
+            "it.",
+            "rpc",
         )
     return found
 

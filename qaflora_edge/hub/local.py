@@ -6,7 +6,6 @@ finds it there. It is imported when a reference is looked up, which takes a mome
 
 import contextlib
 import glob
-import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,9 +37,6 @@ from qaflora_edge.formats.names import (
 from qaflora_edge.peft.config import CONFIG_FILE
 from qaflora_edge.settings import bundle_places
 
-MAX_ENTRIES = 1000
-
-
 # --- bundles by name ----------------------------------------------------------------------------
 
 
@@ -52,10 +48,9 @@ def is_bundle(folder: Path) -> bool:
 def bundles_in(folder: Path) -> list[Path]:
     """List the bundles directly inside a folder; none when it cannot be read."""
     try:
-        entries = sorted(itertools.islice(folder.iterdir(), MAX_ENTRIES))
+        return [path.parent for path in sorted(folder.glob(f"*/{BUNDLE_FILE}"))]
     except (OSError, ValueError):
         return []
-    return [entry for entry in entries if is_bundle(entry)]
 
 
 def named_bundles() -> dict[str, Path]:
