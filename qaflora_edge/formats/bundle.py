@@ -8,7 +8,7 @@ import contextlib
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -78,7 +78,7 @@ class AdapterRecord:
         return f"The adapter {self.name}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BundleText:
     """What bundle.json says.
 
@@ -88,13 +88,13 @@ class BundleText:
     raw      the whole object, unknown keys included
     """
 
-    name: str
-    description: str
-    license: str
+    name: str = ""
+    description: str = ""
+    license: str = ""
     base: BaseRecord
     adapters: tuple[AdapterRecord, ...]
-    fusion: Mapping[str, Any]
-    system: str
+    fusion: Mapping[str, Any] = field(default_factory=dict)
+    system: str = ""
     where: str
     raw: Mapping[str, Any]
 
@@ -177,17 +177,9 @@ def parse_bundle(data: bytes, where: str) -> BundleText:
         ) from error
     try:
         check_schema(raw, "bundle")
-        text = BundleText(
-            name=raw.get("name", ""),
-            description=raw.get("description", ""),
-            license=raw.get("license", ""),
-            base=_record(BaseRecord, raw["base"]),
-            adapters=tuple(_record(AdapterRecord, adapter) for adapter in raw["adapters"]),
-            fusion=raw.get("fusion", {}),
-            system=raw.get("system", ""),
-            where=where,
-            raw=raw,
-        )
+        adapters = tuple(_record(AdapterRecord, adapter) for adapter in raw["adapters"])
+        read = {"base": _record(BaseRecord, raw["base"]), "adapters": adapters}
+        text = _record(BundleText, {**raw, **read, "where": where, "raw": raw})
         _check_between_fields(text)
     except WrongField as problem:
         raise wrong_bundle(where, problem) from problem
@@ -209,22 +201,21 @@ def packed_files(text: BundleText) -> tuple[str, ...]:
 
 def _record(kind: type[Record], raw: Mapping[str, Any]) -> Record:
     """Take the fields of an object that a record has."""
-    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    names = [each.name for each in fields(kind)]  # type: ignore[arg-type]
     return kind(**{name: raw[name] for name in names if name in raw})
 
 
 def _check_between_fields(text: BundleText) -> None:
     """Check what a schema cannot state. Raises WrongField."""
-    names: dict[str, str] = {}
-    for index, adapter in enumerate(text.adapters):
-        if adapter.name.lower() in names:
+    names = [adapter.name for adapter in text.adapters]
+    for index, name in enumerate(names):
+        if name.lower() in map(str.lower, names[:index]):
             place = f"adapters[{index}].name"
-            raise WrongField(place, shown(adapter.name), "a name that no other adapter has")
-        names[adapter.name.lower()] = adapter.name
+            raise WrongField(place, shown(name), "a name that no other adapter has")
     for key in ("typical", "samples"):
         for name, value in text.fusion.get(key, {}).items():
-            if name not in names.values():
-                expected = f"only adapters of this bundle ({', '.join(names.values())})"
+            if name not in names:
+                expected = f"only adapters of this bundle ({', '.join(names)})"
                 raise WrongField(shortened(f"fusion.{key}.{name}"), shown(value), expected)
     n_layer = text.base.n_layer
     for name, typical in text.fusion.get("typical", {}).items():
