@@ -183,18 +183,6 @@ def test_rows_that_tensors_cannot_share_are_refused(
         layout(f"blk.0.{stem}", header, shape)
 
 
-def write_peft(folder: Path, module: str, n_out: int, n_in: int) -> Path:
-    """Write a PEFT folder with one module."""
-    base = tiny.write_tiny_base(folder.with_suffix(".gguf"))
-    config = {"target_modules": [module]}
-    tiny.write_tiny_peft(folder, base, targets=["q_proj"], layers=[0], config=config)
-    a, b = np.ones((4, n_in), np.float32), np.ones((n_out, 4), np.float32)
-    name = f"base_model.model.{module}"
-    tensors = {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
-    tiny.write_safetensors(folder / "adapter_model.safetensors", tensors)
-    return folder
-
-
 ONLY = (
     "expected projections of the language model's layers, embed_tokens or lm_head. Train without "
     "this module, or merge the adapter into its base."
@@ -233,7 +221,8 @@ CASES = {
 def test_module_that_cannot_be_placed_is_named(tmp_path: Path, case: str) -> None:
     arch, tensor, shape, module, reason = CASES[case]
     base = tiny.write_shapes(tmp_path / "base.gguf", arch, {tensor: shape}, n_head=8)
-    folder = write_peft(tmp_path / "a", module, *shape)
+    pairs = {module: (np.ones((4, shape[1])), np.ones((shape[0], 4)))}
+    folder = tiny.write_pairs_of_peft(tmp_path / "a", pairs, base_model_name_or_path="tiny")
     with pytest.raises((AdapterMismatchError, UnsupportedAdapterError)) as caught:
         convert_adapter(folder, base, tmp_path / "out.gguf")
     assert (caught.type is AdapterMismatchError) == ("another base" in reason)
@@ -244,7 +233,8 @@ def test_architecture_that_gguf_does_not_know_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = tiny.write_shapes(tmp_path / "base.gguf", "qwen2", {"blk.0.attn_k.weight": (32, 64)})
-    folder = write_peft(tmp_path / "a", "model.layers.0.self_attn.k_proj", 32, 64)
+    pairs = {"model.layers.0.self_attn.k_proj": (np.ones((4, 64)), np.ones((32, 4)))}
+    folder = tiny.write_pairs_of_peft(tmp_path / "a", pairs)
     monkeypatch.setattr(gguf, "MODEL_ARCH_NAMES", {gguf.MODEL_ARCH.LLAMA: "llama"})
     with pytest.raises(UnsupportedAdapterError) as caught:
         convert_adapter(folder, base, tmp_path / "out.gguf")

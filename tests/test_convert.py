@@ -1,6 +1,5 @@
 """Conversion of PEFT adapters, against PEFT's own deltas and an independent permutation."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -263,27 +262,16 @@ def test_what_does_not_fit_the_base_is_named(
     message: str,
 ) -> None:
     base = tiny.write_shapes(tmp_path / "base.gguf", arch, tensors)
-    folder = write_modules(tmp_path / "a", modules)
+    pairs = {name: (np.ones((4, n_in)), np.ones((n, 4))) for name, (n, n_in) in modules.items()}
+    folder = tiny.write_pairs_of_peft(tmp_path / "a", pairs, base_model_name_or_path="tiny")
     kind = AdapterMismatchError if message.endswith(OTHER) else UnsupportedAdapterError
     assert refusal(kind, folder, base) == f"Cannot convert {folder} for {base}: {message}"
 
 
-def write_modules(folder: Path, modules: dict[str, tuple[int, int]], b: float = 1.0) -> Path:
-    """Write a PEFT folder with these modules: name -> n_out, n_in."""
-    folder.mkdir()
-    tensors = {}
-    for name, (n_out, n_in) in modules.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = np.ones((4, n_in), np.float32)
-        tensors[f"base_model.model.{name}.lora_B.weight"] = np.full((n_out, 4), b, np.float32)
-    tiny.write_safetensors(folder / "adapter_model.safetensors", tensors)
-    fields = {"peft_type": "LORA", "r": 4, "base_model_name_or_path": "tiny"}
-    (folder / "adapter_config.json").write_text(json.dumps(fields), encoding="utf-8")
-    return folder
-
-
 def test_value_too_large_for_the_type_is_refused(tmp_path: Path, make_base: MakeBase) -> None:
     base = make_base("qwen2")
-    folder = write_modules(tmp_path / "a", {Q0: (64, 64)}, b=7e4)
+    pairs = {Q0: (np.ones((4, 64)), np.full((64, 4), 7e4))}
+    folder = tiny.write_pairs_of_peft(tmp_path / "a", pairs)
     assert refusal(UnsupportedAdapterError, folder, base.path) == (
         f"Cannot convert module {Q0} of {folder / 'adapter_model.safetensors'}: the largest value "
         "of lora_B is 70000, more than F16 holds. Choose output type f32, or check the adapter's "

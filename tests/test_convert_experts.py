@@ -1,7 +1,6 @@
 """Adapters of experts, converted: the delta of each expert is what numpy says of the source."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 from numpy.typing import NDArray
+from tiny import write_pairs_of_peft
 
 from qaflora_edge.convert import plan
 from qaflora_edge.convert.adapter import ConvertedAdapter, convert_adapter
@@ -38,19 +38,6 @@ def write_base(
         shapes = {"gate_up": (2 * n_ff, N_EMBD), "down": (N_EMBD, n_ff)}
     named = {f"blk.0.ffn_{part}_exps.weight": (N_EXPERT, *shape) for part, shape in shapes.items()}
     return tiny.write_shapes(path, arch, named)
-
-
-def write_peft(folder: Path, tensors: Mapping[str, Any], **fields: Any) -> Path:
-    """Write a PEFT folder with these pairs: module -> (A, B)."""
-    folder.mkdir(exist_ok=True)
-    named = {}
-    for module, (a, b) in tensors.items():
-        named[f"base_model.model.{module}.lora_A.weight"] = np.asarray(a, np.float32)
-        named[f"base_model.model.{module}.lora_B.weight"] = np.asarray(b, np.float32)
-    tiny.write_safetensors(folder / "adapter_model.safetensors", named)
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 8, **fields}
-    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-    return folder
 
 
 def drawn(*shape: int) -> NDArray[np.float32]:
@@ -107,7 +94,7 @@ def test_experts_of_their_own_are_stacked(tmp_path: Path, names: tuple[str, str]
         f"{experts}.2.{up}": (drawn(7, N_EMBD), drawn(N_FF, 7)),
     }
     patterns = {"rank_pattern": {f"experts.2.{up}": 7}, "alpha_pattern": {f"2.{up}": 3.5}}
-    converted = convert(write_peft(tmp_path / "a", tensors, **patterns), base)
+    converted = convert(write_pairs_of_peft(tmp_path / "a", tensors, **patterns), base)
     (a0, b0), (a2, b2) = tensors.values()
     expected = np.zeros((N_EXPERT, N_FF, N_EMBD))
     expected[0] = 2.0 * b0.astype(np.float64) @ a0.astype(np.float64)
@@ -125,7 +112,9 @@ def test_parameter_of_gate_and_up_is_taken_apart(tmp_path: Path, arch: str, fuse
         EXPERTS: stacked_pair(N_FF, N_EMBD),
     }
     targets = [f"{EXPERTS}.down_proj", f"{EXPERTS}.gate_up_proj"]
-    found = deltas(convert(write_peft(tmp_path / "a", pairs, target_parameters=targets), base))
+    found = deltas(
+        convert(write_pairs_of_peft(tmp_path / "a", pairs, target_parameters=targets), base)
+    )
     gate_up, down = (stacked_delta(*pair) for pair in pairs.values())
     gate, up = gate_up[:, :N_FF], gate_up[:, N_FF:]
     if arch == "gpt-oss":
@@ -142,7 +131,7 @@ def test_older_peft_had_a_and_b_the_other_way_round(tmp_path: Path) -> None:
     """As PEFT 0.18 saw a parameter of [n_expert, n_out, n_in]: its A has n_out columns."""
     base = write_base(tmp_path / "base.gguf")
     a, b = stacked_pair(2 * N_FF, N_EMBD)
-    folder = write_peft(
+    folder = write_pairs_of_peft(
         tmp_path / "a", {EXPERTS: (a, b)}, target_parameters=["experts.gate_up_proj"]
     )
     found = deltas(convert(folder, base))
@@ -158,7 +147,9 @@ def test_square_experts_need_a_version(tmp_path: Path) -> None:
     alone = {EXPERTS: (a, b)}
     target = ["experts.gate_up_proj"]
     for version in (None, "0.19.0", "0.19.1.dev0", "0.19.1rc1"):
-        folder = write_peft(tmp_path / "a", alone, target_parameters=target, peft_version=version)
+        folder = write_pairs_of_peft(
+            tmp_path / "a", alone, target_parameters=target, peft_version=version
+        )
         with pytest.raises(UnsupportedAdapterError) as caught:
             convert(folder, base)
         assert str(caught.value) == (
@@ -168,7 +159,9 @@ def test_square_experts_need_a_version(tmp_path: Path) -> None:
             "merge it and train again, or set peft_version if it is later."
         )
     for version in ("0.19.1", "0.21.2.dev0"):
-        folder = write_peft(tmp_path / "a", alone, target_parameters=target, peft_version=version)
+        folder = write_pairs_of_peft(
+            tmp_path / "a", alone, target_parameters=target, peft_version=version
+        )
         found = deltas(convert(folder, base))
         both = np.concatenate([found["gate"], found["up"]], axis=1)
         np.testing.assert_allclose(both, stacked_delta(a, b), rtol=2e-6, atol=1e-5)
@@ -176,7 +169,7 @@ def test_square_experts_need_a_version(tmp_path: Path) -> None:
 
 def test_mistake_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = write_base(tmp_path / "base.gguf")
-    folder = write_peft(
+    folder = write_pairs_of_peft(
         tmp_path / "a",
         {EXPERTS: stacked_pair(N_EMBD, 2 * N_FF)},
         target_parameters=["experts.gate_up_proj"],
@@ -241,14 +234,14 @@ def test_experts_that_do_not_fit_are_named(
     message: str,
 ) -> None:
     base = write_base(tmp_path / "base.gguf", **base_options)
-    folder = write_peft(tmp_path / "a", pairs, **fields)
+    folder = write_pairs_of_peft(tmp_path / "a", pairs, **fields)
     kind = AdapterMismatchError if message.endswith(OTHER) else UnsupportedAdapterError
     assert refusal(kind, folder, base) == f"Cannot convert {folder} for {base}: {message}"
 
 
 def test_filling_up_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = write_base(tmp_path / "base.gguf")
-    folder = write_peft(tmp_path / "a", {SINGLE: PAIR})
+    folder = write_pairs_of_peft(tmp_path / "a", {SINGLE: PAIR})
     n_bytes = 4 * N_EXPERT * RANK * N_FF
     monkeypatch.setattr(plan, "MAX_STACKED_BYTES", n_bytes)
     convert(folder, base)
@@ -281,16 +274,18 @@ def test_parameters_and_tensors_must_belong_together(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base.gguf")
     pair = stacked_pair(N_FF, N_EMBD)
     both = ["experts.gate_up_proj", "experts.down_proj"]
-    folder = write_peft(tmp_path / "a", {EXPERTS: pair}, target_parameters=both)
+    folder = write_pairs_of_peft(tmp_path / "a", {EXPERTS: pair}, target_parameters=both)
     assert refusal(PeftConfigError, folder, base) == (
         f"Cannot use {folder / 'adapter_config.json'}: target_parameters names 2 parameters of "
         f"module {EXPERTS} (gate_up_proj, down_proj), and 1 have tensors; expected as many. The "
         "two files do not belong together; save the adapter again."
     )
-    folder = write_peft(tmp_path / "a", {EXPERTS: pair}, target_parameters="experts.down_proj")
+    folder = write_pairs_of_peft(
+        tmp_path / "a", {EXPERTS: pair}, target_parameters="experts.down_proj"
+    )
     with pytest.raises(PeftConfigError, match=r'target_parameters is "experts\.down_proj", exp'):
         convert(folder, base)
-    folder = write_peft(
+    folder = write_pairs_of_peft(
         tmp_path / "a", {EXPERTS: PAIR}, target_parameters=["experts.down_proj"], r=RANK + 1
     )
     with pytest.raises(PeftConfigError, match=r"expected \[5 times the number of experts, n_in\]"):
@@ -299,7 +294,7 @@ def test_parameters_and_tensors_must_belong_together(tmp_path: Path) -> None:
 
 def test_other_parameters_of_experts_are_refused_by_name(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base.gguf", "gpt-oss")
-    folder = write_peft(
+    folder = write_pairs_of_peft(
         tmp_path / "a", {EXPERTS: PAIR}, target_parameters=["experts.gate_up_proj_bias"]
     )
     assert refusal(UnsupportedAdapterError, folder, base) == (

@@ -340,84 +340,47 @@ def test_file_that_git_lfs_left_out_is_told(tmp_path: Path) -> None:
 # --- files that are missing, damaged, or do not belong together --------------------------------
 
 
-def test_missing_parts_are_named(tmp_path: Path) -> None:
-    folder = tmp_path / "none"
-    assert refusal(InputFileError, folder) == (
-        f"Cannot read the adapter {folder}: it does not exist; expected a PEFT folder with "
-        "adapter_config.json and adapter_model.safetensors. Check the path."
-    )
-    folder.mkdir()
-    assert refusal(InputFileError, folder) == (
-        f"Cannot read the adapter {folder}: adapter_config.json is missing; expected a PEFT "
-        "folder. Give the folder that PEFT's save_pretrained wrote."
-    )
-    write_pair(folder)
-    (folder / "adapter_model.safetensors").unlink()
-    assert refusal(InputFileError, folder) == (
-        f"Cannot read the adapter {folder}: adapter_model.safetensors is missing. "
-        "Give the folder that PEFT's save_pretrained wrote."
-    )
-    for name in ("adapter_model.bin", "adapter_0.pt"):
-        (folder / name).write_bytes(b"\x80\x04.")
-        assert refusal(InputFileError, folder) == (
-            f"Cannot read the adapter {folder}: it has {name}, and pickles are not opened because "
-            "they can run code; expected adapter_model.safetensors. Load it with PEFT and save it "
-            "with save_pretrained(..., safe_serialization=True)."
-        )
-        (folder / name).unlink()
-
-
-def test_what_is_no_adapter_is_told_from_what_it_is(tmp_path: Path) -> None:
-    folder = write_pair(tmp_path / "a")
-    weights = folder / "adapter_model.safetensors"
-    head = "expected a PEFT folder with adapter_config.json and adapter_model.safetensors. "
-    assert refusal(InputFileError, weights) == (
-        f"Cannot read the adapter {weights}: it is a file; {head}Give {folder}."
-    )
-    gguf = tmp_path / "a.gguf"
-    gguf.write_bytes(b"GGUF")
-    assert refusal(InputFileError, gguf) == (
-        f"Cannot read the adapter {gguf}: it is a file; {head}A GGUF is not converted: put an "
-        "adapter GGUF in a bundle as it is, with `qaflora bundle create`."
-    )
-    long = tmp_path / ("x" * 300)
-    assert refusal(InputFileError, long) == (
-        f"Cannot read the adapter {long}: it cannot be examined (File name too long); {head}"
-        "Check the path."
-    )
-
-
-@pytest.mark.parametrize(
-    ("files", "advice"),
-    [
-        (
-            ["bundle.json", "adapters/math.gguf"],
-            "It is a bundle; of a bundle give one file, such as {}/adapters/NAME.gguf.",
-        ),
-        (["math.gguf"], "Of an adapter GGUF give the file, such as {}/math.gguf."),
-        (
-            ["adapter_model.safetensors"],
-            "Without it nobody knows the scale of adapter_model.safetensors: fetch or save it as "
-            "well, with PEFT's save_pretrained.",
-        ),
-        (
-            ["config.json", "model.safetensors"],
-            "It holds a whole model: a merged adapter is no adapter any more. Give the folder that "
-            "was merged, or make the model itself a base with llama.cpp's convert_hf_to_gguf.py.",
-        ),
-    ],
+LACKS = "adapter_config.json is missing; expected a PEFT folder. "
+HEAD = "expected a PEFT folder with adapter_config.json and adapter_model.safetensors. "
+PICKLE = (
+    "pickles are not opened because they can run code; expected adapter_model.safetensors. Load it "
+    "with PEFT and save it with save_pretrained(..., safe_serialization=True)."
 )
-def test_folder_without_an_adapter_is_told_from_what_it_holds(
-    tmp_path: Path, files: list[str], advice: str
+SAVED = "Give the folder that PEFT's save_pretrained wrote."
+# Files that there are, the path that is given, and what is said of it; {} is their folder.
+FILES: list[tuple[list[str], str, str]] = [
+    ([], "none", f"it does not exist; {HEAD}Check the path."),
+    ([], "x" * 300, f"it cannot be examined (File name too long); {HEAD}Check the path."),
+    ([], "", LACKS + SAVED),
+    (["adapter_config.json"], "", f"adapter_model.safetensors is missing. {SAVED}"),
+    (["adapter_config.json", "adapter_model.bin"], "", f"it has adapter_model.bin, and {PICKLE}"),
+    (["adapter_config.json", "adapter_0.pt"], "", f"it has adapter_0.pt, and {PICKLE}"),
+    (["adapter_config.json", "adapter_model.safetensors"], "adapter_model.safetensors",
+     f"it is a file; {HEAD}Give {{}}."),
+    (["a.gguf"], "a.gguf",
+     f"it is a file; {HEAD}A GGUF is not converted: put an adapter GGUF in a bundle as it is, with "
+     "`qaflora bundle create`."),
+    (["bundle.json"], "",
+     f"{LACKS}It is a bundle; of a bundle give one file, such as {{}}/adapters/NAME.gguf."),
+    (["math.gguf"], "", f"{LACKS}Of an adapter GGUF give the file, such as {{}}/math.gguf."),
+    (["adapter_model.safetensors"], "",
+     f"{LACKS}Without it nobody knows the scale of adapter_model.safetensors: fetch or save it as "
+     "well, with PEFT's save_pretrained."),
+    (["config.json"], "",
+     f"{LACKS}It holds a whole model: a merged adapter is no adapter any more. Give the folder "
+     "that was merged, or make the model itself a base with llama.cpp's convert_hf_to_gguf.py."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("files", "given", "message"), FILES)
+def test_what_is_no_adapter_is_told_from_what_there_is(
+    tmp_path: Path, files: list[str], given: str, message: str
 ) -> None:
     for name in files:
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("{}")
-    assert refusal(InputFileError, tmp_path) == (
-        f"Cannot read the adapter {tmp_path}: adapter_config.json is missing; expected a PEFT "
-        f"folder. {advice.format(tmp_path)}"
-    )
+        (tmp_path / name).write_text('{"peft_type": "LORA"}')
+    path = tmp_path / given
+    text = f"Cannot read the adapter {path}: {message.format(tmp_path)}"
+    assert refusal(InputFileError, path) == text
 
 
 def test_of_checkpoints_the_last_is_suggested(tmp_path: Path) -> None:

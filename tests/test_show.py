@@ -83,14 +83,6 @@ def test_cells_show_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "weight 0 ▁▂▃▄▅▆▇█ 1; layers 0 to 7" in lines
 
 
-def test_colour_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TERM", "xterm-256color")
-    assert "\x1b[36m" in "\n".join(printed([weighed()]))
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert "\x1b[36m" not in "\n".join(printed([weighed()]))
-
-
 def test_base_alone_says_why() -> None:
     alone = replace(exact([0.0], [0.0]), strategy="two-place")
     why = "No adapter stands out here: the base answers alone"

@@ -492,6 +492,22 @@ def _rank_of(module: str, rank: int, rank_pattern: Mapping[str, int]) -> int:
     return next(matching, rank)
 
 
+def write_pairs_of_peft(
+    folder: Path, pairs: Mapping[str, tuple[object, object]], **fields: object
+) -> Path:
+    """Write a PEFT folder of rank 4 with these pairs: module -> A [4, n_in], B [n_out, 4]."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        f"base_model.model.{module}.lora_{side}.weight": np.asarray(values, np.float32)
+        for module, pair in pairs.items()
+        for side, values in zip("AB", pair, strict=True)
+    }
+    write_safetensors(folder / "adapter_model.safetensors", tensors)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **fields}
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
 def write_safetensors(path: Path, tensors: Mapping[str, F32], dtype: str = "F32") -> None:
     """Write float32 arrays as F32, F16 or BF16 (rounded to nearest even)."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
