@@ -7,59 +7,36 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qaflora_edge.engine import Engine
-    from qaflora_edge.errors import QafloraError
-    from qaflora_edge.evaluation.metrics import Metric, register_metric
-    from qaflora_edge.inference.generation import Generation
-    from qaflora_edge.openai.llama import Llama, replace_llama_cpp
-    from qaflora_edge.weighing.numbers import FusionWeights
-    from qaflora_edge.weighing.strategy import (
-        Measured,
-        Mix,
-        Probe,
-        Query,
-        Strategy,
-        register_strategy,
-    )
+    from qaflora_edge.engine import Engine as Engine
+    from qaflora_edge.errors import QafloraError as QafloraError
+    from qaflora_edge.evaluation.metrics import Metric as Metric
+    from qaflora_edge.evaluation.metrics import register_metric as register_metric
+    from qaflora_edge.inference.generation import Generation as Generation
+    from qaflora_edge.openai.llama import Llama as Llama
+    from qaflora_edge.openai.llama import replace_llama_cpp as replace_llama_cpp
+    from qaflora_edge.weighing.numbers import FusionWeights as FusionWeights
+    from qaflora_edge.weighing.strategy import Measured as Measured
+    from qaflora_edge.weighing.strategy import Mix as Mix
+    from qaflora_edge.weighing.strategy import Probe as Probe
+    from qaflora_edge.weighing.strategy import Query as Query
+    from qaflora_edge.weighing.strategy import Strategy as Strategy
+    from qaflora_edge.weighing.strategy import register_strategy as register_strategy
 
 __version__ = "0.1.0"
-__all__ = [
-    "Engine",
-    "FusionWeights",
-    "Generation",
-    "Llama",
-    "Measured",
-    "Metric",
-    "Mix",
-    "Probe",
-    "QafloraError",
-    "Query",
-    "Strategy",
-    "__version__",
-    "register_metric",
-    "register_strategy",
-    "replace_llama_cpp",
-]
-
-_HOME = {
-    "Engine": "qaflora_edge.engine",
-    "FusionWeights": "qaflora_edge.weighing.numbers",
-    "Generation": "qaflora_edge.inference.generation",
-    "Llama": "qaflora_edge.openai.llama",
-    "Measured": "qaflora_edge.weighing.strategy",
-    "Metric": "qaflora_edge.evaluation.metrics",
-    "Mix": "qaflora_edge.weighing.strategy",
-    "Probe": "qaflora_edge.weighing.strategy",
-    "QafloraError": "qaflora_edge.errors",
-    "Query": "qaflora_edge.weighing.strategy",
-    "Strategy": "qaflora_edge.weighing.strategy",
-    "register_metric": "qaflora_edge.evaluation.metrics",
-    "register_strategy": "qaflora_edge.weighing.strategy",
-    "replace_llama_cpp": "qaflora_edge.openai.llama",
+_HOMES = {
+    "engine": "Engine",
+    "errors": "QafloraError",
+    "evaluation.metrics": "Metric register_metric",
+    "inference.generation": "Generation",
+    "openai.llama": "Llama replace_llama_cpp",
+    "weighing.numbers": "FusionWeights",
+    "weighing.strategy": "Measured Mix Probe Query Strategy register_strategy",
 }
+_HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
+__all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

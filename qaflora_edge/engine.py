@@ -22,7 +22,6 @@ from qaflora_edge.errors import (
     wrong_option,
 )
 from qaflora_edge.files import AnyPath
-from qaflora_edge.formats.inputs import check_unchanged
 from qaflora_edge.inference.core import Core, check_process
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.inference.request import (
@@ -126,13 +125,9 @@ class Engine:
             adapter_type=adapter_type,
             placing=placing,
             options=options,
+            states=opened.states,
         )
         self._core = Core(backend, opened.adapters, prefix_cache=prefix_cache)
-        try:
-            check_unchanged(opened.states)  # llama.cpp opened the files by name, after the checks
-        except BaseException:
-            self._core.close()
-            raise
         self._model = model = backend.model
         self.loaded_adapters = self._core.adapters  # also those not in use
         self.name = model.name  # the base's own, or its file's
@@ -165,12 +160,6 @@ class Engine:
         """
         with self._core.call():
             self._core.loop.run_forever()
-
-    def __reduce__(self) -> Any:
-        raise TypeError(
-            "An Engine cannot be pickled or copied; give its options to the other process, and "
-            "make one there."
-        )
 
     def __enter__(self) -> Self:
         return self
@@ -348,18 +337,12 @@ class Engine:
         """
         prompt, continuation = _whole(prompt), _whole(continuation)
         is_list = _are_many(prompt)
-        if is_list != _are_many(continuation):
+        if is_list != _are_many(continuation) or (is_list and len(prompt) != len(continuation)):
             raise OptionError(
-                "score got a list of prompts or of continuations and one of the others, expected "
-                "one of both or lists of both: repeat the one, as in [prompt] * 3."
+                f"score got {prompt!r:.60} and {continuation!r:.60}, expected one of both, or "
+                "lists of the same length: repeat a prompt, as in [prompt] * 3."
             )
-        if not is_list:
-            prompt, continuation = [prompt], [continuation]
-        if len(prompt) != len(continuation):
-            raise OptionError(
-                f"score got {len(prompt)} prompts and {len(continuation)} continuations, "
-                "expected as many of both."
-            )
+        pairs = zip(prompt, continuation, strict=True) if is_list else [(prompt, continuation)]
         from qaflora_edge.inference.score import Item
 
         with self._core.call():
@@ -367,7 +350,7 @@ class Engine:
             probe = self._core.probe(cancellation)
             known: dict[tuple[int, ...], F32] = {}
             items = []
-            for each, text in zip(prompt, continuation, strict=True):
+            for each, text in pairs:
                 tokens = tuple(self.tokenize(each, parse_special=parse_special))
                 following = self._continuation(tokens, text)
                 if tokens not in known:
@@ -493,8 +476,7 @@ class Engine:
                       prefill would compute the same bits.
         on_weights    called with the weights once they are known, before prefill
         on_progress   called with "weighing" or "reading", how many tokens of the prompt are done,
-                      and how many it has; at "weighing" by the thread that computes, which may
-                      not call this Engine then (BusyError)
+                      and how many it has
         cancel        once it is set, the answer ends as by Generation.cancel
         wait          prefill before returning. False: prefill when the first piece of this or
                       another answer is requested.

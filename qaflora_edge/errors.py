@@ -77,36 +77,28 @@ def is_disk_full(error: OSError) -> bool:
     return error.errno in {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
-class InputFileError(QafloraError):
-    """A file is missing, truncated, corrupted, or not what it claims to be."""
+class InputFileError(QafloraError): ...
 
 
-class GgufFileError(InputFileError):
-    """A GGUF file cannot be read as what it is used for."""
+class GgufFileError(InputFileError): ...
 
 
-class SafetensorsFileError(InputFileError):
-    """A safetensors file cannot be read."""
+class SafetensorsFileError(InputFileError): ...
 
 
-class PeftConfigError(InputFileError):
-    """An adapter_config.json cannot be read, or a field of it is wrong."""
+class PeftConfigError(InputFileError): ...
 
 
-class SessionFileError(InputFileError):
-    """A saved chat cannot be read."""
+class SessionFileError(InputFileError): ...
 
 
-class TaskFileError(InputFileError):
-    """A task of an evaluation cannot be read, or an item of it is wrong."""
+class TaskFileError(InputFileError): ...
 
 
-class ResultsFileError(InputFileError):
-    """The results of an evaluation cannot be read."""
+class ResultsFileError(InputFileError): ...
 
 
-class OutputFileError(QafloraError):
-    """A file cannot be written where it was asked for."""
+class OutputFileError(QafloraError): ...
 
 
 class ConversionError(OutputFileError):
@@ -117,72 +109,55 @@ class ConversionError(OutputFileError):
         self.checks = checks
 
 
-class UnsupportedAdapterError(QafloraError):
-    """An adapter uses a PEFT feature that a plain LoRA cannot represent."""
+class UnsupportedAdapterError(QafloraError): ...
 
 
-class AdapterMismatchError(QafloraError):
-    """An adapter does not fit the base it is used with."""
+class AdapterMismatchError(QafloraError): ...
 
 
-class BundleError(QafloraError):
-    """A bundle's description or folder is wrong."""
+class BundleError(QafloraError): ...
 
 
-class ChecksumError(BundleError):
-    """A file of a bundle is not the one that was recorded."""
+class ChecksumError(BundleError): ...
 
 
-class RegistryError(QafloraError):
-    """A model name is not in the registry, or the registry cannot be read."""
+class RegistryError(QafloraError): ...
 
 
-class DownloadError(RegistryError):
-    """A file could not be fetched whole."""
+class DownloadError(RegistryError): ...
 
 
-class UploadError(RegistryError):
-    """The Hub did not take what was pushed."""
+class UploadError(RegistryError): ...
 
 
-class LibraryError(QafloraError):
-    """The native library is missing, not patched, or of another version."""
+class LibraryError(QafloraError): ...
 
 
-class BackendError(QafloraError):
-    """The native library reported a failure; the message is its own."""
+class BackendError(QafloraError): ...
 
 
-class WorkerError(BackendError):
-    """A worker cannot be reached or used, or its connection ended."""
+class WorkerError(BackendError): ...
 
 
-class PromptError(QafloraError):
-    """A prompt is empty, longer than the context, or no text."""
+class PromptError(QafloraError): ...
 
 
-class ContextError(PromptError):
-    """A prompt is longer than the context."""
+class ContextError(PromptError): ...
 
 
-class ChatTemplateError(QafloraError):
-    """The base has no usable chat template and one is needed."""
+class ChatTemplateError(QafloraError): ...
 
 
-class ToolsError(ChatTemplateError):
-    """The base's chat template knows no tools, or has them called in a form that is not read."""
+class ToolsError(ChatTemplateError): ...
 
 
-class WeightsError(QafloraError):
-    """Fusion weights have the wrong shape, or are NaN or infinite."""
+class WeightsError(QafloraError): ...
 
 
-class StrategyError(QafloraError):
-    """A strategy, lens, pool or adapter name is not known."""
+class StrategyError(QafloraError): ...
 
 
-class SettingsError(QafloraError):
-    """The settings file cannot be read, or a key of it is wrong."""
+class SettingsError(QafloraError): ...
 
 
 class OptionError(QafloraError):
@@ -201,17 +176,13 @@ def wrong_option(name: str, found: object, expected: str) -> OptionError:
     return OptionError(f"Option {name} is {found!r:.200}, expected {expected}.", name)
 
 
-class GrammarError(QafloraError):
-    """A grammar or a JSON schema cannot be read, or asks for what cannot be followed."""
+class GrammarError(QafloraError): ...
 
 
-class CancelledError(QafloraError):
-    """A call was ended by Engine.cancel before there was an answer."""
+class CancelledError(QafloraError): ...
 
 
-class IncompleteAnswerError(QafloraError):
-    """An answer was cut before the grammar or JSON schema that it follows ended."""
+class IncompleteAnswerError(QafloraError): ...
 
 
-class BusyError(QafloraError):
-    """An Engine was used by two threads at once, or after it was closed."""
+class BusyError(QafloraError): ...

@@ -157,15 +157,8 @@ WRONG_SCORES: list[tuple[Any, Any, dict[str, Any], type[QafloraError], str]] = [
     (None, "a", {}, PromptError, "The prompt is None, expected a text or a sequence of token ids."),
     ("a", [9999], {}, PromptError, "Token 1 of the prompt with its continuation is 9999, expected"),
     ([1] * 300, [1] * 101, {}, PromptError, "The prompt with its continuation has 401 tokens, the"),
-    (
-        ["a"],
-        ["b", "c"],
-        {},
-        OptionError,
-        "score got 1 prompts and 2 continuations, expected as man",
-    ),
-    ("a", ["b", "c"], {}, OptionError, "score got a list of prompts or of continuations and one o"),
-    (["a"], "b", {}, OptionError, "score got a list of prompts or of continuations and one of the"),
+    (["a"], ["b", "c"], {}, OptionError, "score got ['a'] and ['b', 'c'], expected one of both"),
+    (["a"], "b", {}, OptionError, "score got ['a'] and 'b', expected one of both, or lists of the"),
     ("a", "b", {"weights": [[1]]}, WeightsError, "Weights have the shape [1, 1], expected [2, 3]"),
 ]
 

@@ -31,6 +31,7 @@ from qaflora_edge.backend.model import Model, Pack, shared_model
 from qaflora_edge.config import KV_TYPES
 from qaflora_edge.errors import BackendError, CancelledError
 from qaflora_edge.formats.gguf import GgufHeader
+from qaflora_edge.formats.inputs import FileState, check_unchanged
 
 T = TypeVar("T")
 U8 = NDArray[np.uint8]
@@ -376,6 +377,9 @@ class Backend:
     adapter_type  one of config.ADAPTER_TYPES
     placing   gpu_layers, rpc and tensor_split: where the base's layers go
     options   threads, kv_type and flash_attn of every context; `options` has `stop` as well
+    states    of the files when they were checked
+
+    Raises ChecksumError for a file that changed since, BackendError, GgufFileError, WorkerError.
 
     close() frees all, contexts before their model. Without it the garbage collector does.
     """
@@ -390,6 +394,7 @@ class Backend:
         adapter_type: str,
         placing: Mapping[str, Any],
         options: Mapping[str, Any],
+        states: Mapping[Path, FileState],
     ) -> None:
         self.stop = Stop()
         self.options: dict[str, Any] = {**options, "stop": self.stop}
@@ -404,6 +409,7 @@ class Backend:
                 Context(self.model, self.pack, n_ctx=n_ctx, n_seq=n_seq, **self.options)
             )
             self.model.check_workers()
+            check_unchanged(states)  # llama.cpp opened the files by name, after the checks
         except BaseException:
             self.close()
             raise

@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -54,7 +54,6 @@ class Core:
         self.is_closed = False
         self._idle = threading.Condition()
         self._n_call: dict[int, int] = {}  # by thread
-        self._telling: int | None = None  # the thread that reports progress while it computes
         self._cancellations: weakref.WeakSet[Cancellation] = weakref.WeakSet()
         self._cancelling = threading.RLock()  # all threads change that set
         self.last_answer: int | None = None  # number of the last request's sequence
@@ -108,11 +107,6 @@ class Core:
         with self._idle:
             if self.is_closed:
                 raise BusyError("This Engine is closed; make a new one.")
-            if me == self._telling:
-                raise BusyError(
-                    "This Engine is in use by the call whose on_progress is told of the weighing; "
-                    "ask it after that call has returned."
-                )
             self._n_call[me] = self._n_call.get(me, 0) + 1
         _process = os.getpid()
         try:
@@ -135,7 +129,7 @@ class Core:
             return
         me = threading.get_ident()
         with self._idle:
-            if me in self._n_call or me == self._telling:
+            if me in self._n_call:
                 raise BusyError(
                     "This Engine is in use by the call that close() was called from; close it "
                     "after the call has returned."
@@ -179,37 +173,21 @@ class Core:
     ) -> Callable[[Query], "QueryProbe"]:
         """Measure a query for a strategy, with other callers' work in between.
 
-        tell  called with "weighing", how many tokens are read, and how many there are
+        tell  called with "weighing", how many tokens are done, and how many there are
         """
-
         from qaflora_edge.weighing.probe import QueryProbe
 
         def query_probe(query: Query) -> QueryProbe:
+            n_token = len(query.tokens)
+            told = None if tell is None else lambda n_done: tell("weighing", n_done, n_token)
+
             def run(steps: "Steps[T]", /) -> T:
-                told = steps if tell is None else self._told(steps, tell, len(query.tokens))
-                result: T = self.loop.run("probe", told, cancellation)
+                result: T = self.loop.run("probe", steps, cancellation, told)
                 return result
 
             return QueryProbe(self.prober, query, self.rows(query.adapters), run)
 
         return query_probe
-
-    def _told(self, steps: "Steps[T]", tell: Tell, n_token: int) -> "Steps[T]":
-        """Do the same steps, and report their progress."""
-        with closing(steps):
-            while True:
-                try:
-                    n_read = next(steps)
-                except StopIteration as end:
-                    result: T = end.value
-                    return result
-                if n_read is not None:
-                    self._telling = threading.get_ident()  # its calls would wait for ever
-                    try:
-                        tell("weighing", n_read, n_token)
-                    finally:
-                        self._telling = None
-                yield n_read
 
     def run(
         self, steps: "Steps[T]", cancellation: Cancellation | None = None, *, kind: str = "probe"

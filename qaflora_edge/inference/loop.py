@@ -46,16 +46,37 @@ class Loop:
             self._scheduler.add(sequence)
             self._turn.notify_all()
 
-    def run(self, kind: str, steps: Generator[Any, None, Any], cancellation: Cancellation) -> Any:
+    def run(
+        self,
+        kind: str,
+        steps: Generator[int | None, None, Any],
+        cancellation: Cancellation,
+        tell: Callable[[int], None] | None = None,
+    ) -> Any:
         """Drive a generator to its end, with other work in between; give its result.
 
         kind  generators of one kind share contexts, and run one after the other
+        tell  called by this thread, between steps, with the last number that was yielded
         """
         job = Job(kind, steps, cancellation)
         with self._turn:
             self._scheduler.add_job(job)
             self._turn.notify_all()
-        self.drive(lambda: job.is_done)
+        n_told = 0
+
+        def has_more() -> bool:
+            return job.is_done or (tell is not None and job.n_done > n_told)
+
+        try:
+            while not job.is_done:
+                self.drive(has_more)
+                if tell is not None and job.n_done > n_told:
+                    n_told = job.n_done
+                    tell(n_told)
+        except BaseException:
+            cancellation.set()
+            self.drive(lambda: job.is_done)
+            raise
         if job.error is not None:
             raise job.error
         return job.result

@@ -15,16 +15,17 @@ class Job:
     """Work other than answers, such as a probe: a generator that yields between micro-batches.
 
     kind    jobs of one kind share contexts, and run one after the other
+    n_done  the last number that the generator yielded
     result  what the generator returned, once it is done
     error   what it raised
     """
 
     def __init__(
-        self, kind: str, steps: Generator[Any, None, Any], cancellation: Cancellation
+        self, kind: str, steps: Generator[int | None, None, Any], cancellation: Cancellation
     ) -> None:
         self.kind = kind
         self._steps, self._cancellation = steps, cancellation
-        self.is_done = False
+        self.is_done, self.n_done = False, 0
         self.result: Any = None
         self.error: BaseException | None = None
 
@@ -35,7 +36,7 @@ class Job:
     def advance(self) -> None:
         """Compute the next part; an error is kept for the caller that waits."""
         try:
-            next(self._steps)
+            self.n_done = next(self._steps) or self.n_done
         except StopIteration as end:
             self.result, self.is_done = end.value, True
         except BaseException as error:
