@@ -185,7 +185,7 @@ def checked_schema(schema: Any, *, source: str = "The JSON schema") -> dict[str,
 
 
 class _Checker:
-    """A walk through a schema; llguidance itself checks the values of most keywords.
+    """Walk through a schema; llguidance itself checks the values of most keywords.
 
     is_combined  whether some value has to fit several schemas with keywords
     narrows      whether objects get named properties only, and schemas the types of their keywords

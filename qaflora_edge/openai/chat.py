@@ -23,7 +23,7 @@ _EMPTY: dict[str, Any] = {"refusal": None, "annotations": []}  # that strict cli
 
 
 class Answer(dict[str, Any]):
-    """An object of an answer, its fields also as attributes: answer.choices[0].message.content."""
+    """Give the fields of an answer as attributes too: answer.choices[0].message.content."""
 
     _MAY_LACK = frozenset({"content", "role", "tool_calls", "usage", "logprobs"})
 

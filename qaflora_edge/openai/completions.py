@@ -11,7 +11,7 @@ from qaflora_edge.inference.sequence import TokenLogprob
 
 
 class Shape(NamedTuple):
-    """Functions that make the choices of an answer.
+    """Make the choices of an answer.
 
     choice   makes the one of a whole answer
     choices  yields those of its chunks
@@ -95,7 +95,7 @@ def answer_head(kind: str, model_name: str) -> dict[str, Any]:
 
 
 class ShownTokens:
-    """Hands out tokens as their text is shown; those of a stop text are never."""
+    """Hand out tokens as their text is shown; those of a stop text never are."""
 
     def __init__(self, generation: Generation) -> None:
         self._generation = generation

@@ -39,7 +39,7 @@ _OF_CHAT = ("response_format", "tools", "tool_choice")
 
 
 class Llama:
-    """A bundle that answers as llama-cpp-python's Llama does; each prompt is weighed.
+    """Answer as llama-cpp-python's Llama does, from a bundle; each prompt is weighed.
 
     model_path    a bundle folder, or a base GGUF
     n_ctx         tokens of prompt and answer together
@@ -131,7 +131,7 @@ class Llama:
 
     @property
     def context_params(self) -> SimpleNamespace:
-        """The one of llama.cpp's context parameters that others read (LlamaIndex does): n_ctx."""
+        """Give the one of llama.cpp's context parameters that others read (LlamaIndex does)."""
         return SimpleNamespace(n_ctx=self.engine.n_ctx)
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
@@ -150,6 +150,7 @@ class Llama:
         return text.removeprefix(b" ") if is_begin else text
 
     def n_ctx(self) -> int:
+        """Count the tokens of the context."""
         return self.engine.n_ctx
 
 

@@ -120,7 +120,7 @@ def mix_of(fusion: FusionWeights, out: Computed) -> dict[str, Any]:
 
 
 class Sender:
-    """Sends answers with what stands beside OpenAI's fields: the mix, and the times.
+    """Send answers with two fields more than OpenAI's: the mix, and the times.
 
     answers  the n answers to each prompt; the first has begun
     """

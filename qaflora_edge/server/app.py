@@ -106,7 +106,7 @@ async def health(request: Request) -> Response:
 
 
 async def metrics(request: Request) -> Response:
-    """Count for Prometheus."""
+    """Show counters for Prometheus."""
     state = request.app.state
     found: Metrics = state.metrics
     n_waiting = state.models.queue.waiting.total()
@@ -119,7 +119,7 @@ async def metrics(request: Request) -> Response:
 
 
 async def openapi(request: Request) -> Response:
-    """Describe all of this."""
+    """Describe the API in OpenAPI."""
     paths = ((path.replace(":path", ""), route.__doc__, kind) for path, route, kind in API)
     return JSONResponse(bodies.describe(paths))
 

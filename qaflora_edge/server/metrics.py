@@ -23,7 +23,7 @@ _TIMES = {
 
 
 class Metrics:
-    """Counters of one server, under the prefix qaflora_."""
+    """Count for one server, under the prefix qaflora_."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()

@@ -47,7 +47,7 @@ _CAUSES: dict[type[errors.QafloraError], tuple[str, ...]] = {
 
 
 class Refusal(Exception):
-    """Why a request is not answered, in OpenAI's shape; 503 may be answered at another time.
+    """Say why a request is not answered, in OpenAI's shape; 503 may be answered later.
 
     param  the field that is wrong
     code   what programs tell it by
@@ -129,11 +129,11 @@ Flag = Annotated[bool | None, Field(title="true or false")]
 
 
 class Strict(BaseModel, strict=True):
-    """An object of a request: values have exactly the types that are declared."""
+    """Hold an object of a request: values have exactly the types that are declared."""
 
 
 class Fusion(Strict, extra="forbid"):
-    """The field `fusion`: how a request is weighed, and what the answer tells of it."""
+    """Say how a request is weighed, and what the answer tells of it."""
 
     strategy: Text | None = Field(None, title="the name of a strategy")
     adapters: list[str] | None = Field(None, title="names of adapters", fail_fast=True)
@@ -144,7 +144,7 @@ class Fusion(Strict, extra="forbid"):
 
 
 class Scale(Strict):
-    """An entry of llama-server's `lora`."""
+    """Give an adapter a weight, as an entry of llama-server's `lora`."""
 
     id: int = Field(ge=0)
     scale: float = Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT)
@@ -157,13 +157,13 @@ class StreamOptions(Strict):
 
 
 class Body(Strict):
-    """What every request may say."""
+    """Ask a model."""
 
     model: str | None = Field(None, title="a model that GET /v1/models lists")
 
 
 class Weighed(Body):
-    """A request that is weighed."""
+    """Ask for something that is weighed."""
 
     fusion: Fusion | None = Field(None, title='an object, as in {"strategy": "calibrated"}')
     lora: list[Scale] | None = Field(None, title=_SCALES, fail_fast=True)
@@ -190,7 +190,7 @@ Sampled: Any = create_model("Sampled", __base__=Weighed, **_FIELDS)
 
 
 class Answered(Sampled, extra="allow"):  # type: ignore[misc, call-arg]
-    """A request for answers: sampling options, and how the answers are sent."""
+    """Ask for answers: how they are sampled, and how they are sent."""
 
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(
         None, title=f"a number of answers from 1 to {MAX_CHOICES}"
@@ -204,12 +204,12 @@ class Answered(Sampled, extra="allow"):  # type: ignore[misc, call-arg]
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """The sampling options that are given."""
+        """Give the sampling options that the request has."""
         return {name: getattr(self, name) for name in _NAMED if getattr(self, name) is not None}
 
 
 class Tooled(Answered):
-    """A request whose answers may call tools."""
+    """Ask for answers that may call tools."""
 
     tools: list[Any] | None = Field(
         None, max_length=MAX_TOOLS, title=f"a list of {MAX_TOOLS} tools at most"
@@ -219,7 +219,7 @@ class Tooled(Answered):
 
 
 class ChatBody(Tooled):
-    """The body of /v1/chat/completions."""
+    """Ask /v1/chat/completions."""
 
     messages: Messages
     logprobs: Flag = None
@@ -232,7 +232,7 @@ class ChatBody(Tooled):
 
 
 class TextBody(Answered):
-    """The body of /v1/completions."""
+    """Ask /v1/completions."""
 
     prompt: Text | Tokens | Prompts = Field(
         title=f"a text, a list of token ids, or a list of these, {MAX_PROMPTS} at most"
@@ -240,7 +240,7 @@ class TextBody(Answered):
 
 
 class ResponsesBody(Tooled):
-    """The body of /v1/responses."""
+    """Ask /v1/responses."""
 
     input: Annotated[str | list[Any], Field(min_length=1)] = Field(
         title="a text or a list of items"
@@ -253,14 +253,14 @@ class ResponsesBody(Tooled):
 
 
 class WeightsBody(Weighed):
-    """The body of /v1/weights."""
+    """Ask /v1/weights."""
 
     prompt: Text | Tokens | None = Field(None, title="a text or token ids")
     messages: Messages | None = None
 
 
 class TokenizeBody(Body):
-    """The body of /tokenize."""
+    """Ask /tokenize."""
 
     content: str = Field(title="a text")
     add_special: Flag = None
@@ -268,7 +268,7 @@ class TokenizeBody(Body):
 
 
 class DetokenizeBody(Body):
-    """The body of /detokenize."""
+    """Ask /detokenize."""
 
     tokens: list[int] = Field(
         max_length=MAX_TOKENS, fail_fast=True, title=f"a list of {MAX_TOKENS} token ids at most"

@@ -25,7 +25,7 @@ MAX_HEAD_BYTES = 64 << 10  # of a request: its first line and its headers
 
 
 class _Server(uvicorn.Server):
-    """A server that the second signal ends at once."""
+    """Serve until a signal; a second one ends at once."""
 
     is_interrupted = False
     lost: QafloraError | None = None

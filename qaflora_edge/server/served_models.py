@@ -25,7 +25,7 @@ N_LIGHT = 2  # requests that take no step of an Engine, computed at once
 
 @dataclass(frozen=True, kw_only=True)
 class ServerOptions:
-    """How a server answers.
+    """Say how a server answers.
 
     api_key       what requests have to carry, None: nothing
     cors_origins  origins of pages that may ask as our own does; "*" is all
@@ -48,7 +48,7 @@ class ServerOptions:
 
     @property
     def n_slot(self) -> int:
-        """Requests of a bundle that are answered at once.
+        """Count the requests of a bundle that are answered at once.
 
         One more than are decoded together: it is weighed at the same time.
         """
@@ -91,7 +91,7 @@ class Queue:
 
 @dataclass
 class ServedModel:
-    """One bundle, opened or not.
+    """Hold one bundle, opened or not.
 
     name        how clients call it
     weigher     knows its adapters and defaults
@@ -120,18 +120,18 @@ class ServedModel:
 
     @property
     def ids(self) -> list[str]:
-        """The model ids that name it."""
+        """List the model ids that name it."""
         return [self.name, *(f"{self.name}:{strategy}" for strategy in self.strategies)]
 
     @property
     def is_lost(self) -> bool:
-        """Whether no request can be answered: it cannot be opened, or nothing computes for it."""
+        """Tell whether no request can be answered: it cannot be opened, or nothing computes."""
         is_stopped = self.worker is not None and not self.worker.is_alive()
         return self.has_failed or (self.engine is not None and is_stopped)
 
 
 class ServedModels:
-    """Bundles by name; each is opened when it is first asked for.
+    """Find bundles by name, and open each when it is first asked for.
 
     Raises BundleError for a bundle that cannot be read, or a name that is given twice.
     """
@@ -199,7 +199,7 @@ class ServedModels:
 
     @property
     def listed(self) -> list[str]:
-        """The ids that GET /v1/models lists: each bundle, and its base alone."""
+        """List ids for GET /v1/models: each bundle, and its base alone."""
         return [each for name in self.by_name for each in (name, f"{name}:base")]
 
     def card(self, name: str) -> dict[str, Any]:

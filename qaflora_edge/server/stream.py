@@ -46,7 +46,7 @@ def event(value: Any, name: str = "") -> bytes:
 
 
 class Computed:
-    """Answers a request: events where the body has `stream`, else one JSON text.
+    """Answer a request: events where the body has `stream`, else one JSON text.
 
     compute   called in a thread; it sets `headers`, then hands on the answer by `send`
     is_light  it takes no step of the Engine, and does not wait for a slot of answers
