@@ -333,7 +333,8 @@ def test_help_names_every_command_and_quit_leaves(made: TinyBundle) -> None:
     for name in (*COMMANDS, "quit"):
         assert f"\n/{name} " in f"\n{result.stderr}"
     assert (result.exit_code, result.stdout) == (0, "")
-    for word in ("exit", "/bye"):
+    assert chat(made.folder, "/?").stderr == result.stderr
+    for word in ("exit", "quit", "/bye"):
         left = chat(made.folder, word, "the thing")
         assert (left.exit_code, left.stdout, left.stderr) == (0, "", "")
 

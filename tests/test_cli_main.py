@@ -67,7 +67,7 @@ def test_every_option_and_argument_is_explained(words: str) -> None:
     said = " ".join([*(COMMANDS[words].help or "").split(), *texts])
     for param in params:
         if isinstance(param, click.Argument):
-            name = (param.metavar or param.name or "").upper()
+            name = (param.metavar or param.name or "").upper().strip("[].")
             assert name == "DIR" or name in said, (words, name)
 
 
@@ -124,6 +124,12 @@ def test_an_unknown_name_is_told_what_is_accepted_and_the_nearest() -> None:
     assert (result.exit_code, result.stdout) == (1, "")
     assert "expected the folder of a bundle, the .gguf of a base, or a name" in result.stderr
     assert result.stderr.endswith("Did you mean smollm2-135m-instruct?\n")
+
+
+def test_a_prompt_without_quotes_is_told() -> None:
+    result = CliRunner().invoke(main, ["run", "DIR", "how", "are", "you"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert 'quote a prompt of several words: "how are you".' in result.stderr
 
 
 LOADED = """

@@ -34,6 +34,12 @@ if TYPE_CHECKING:
 PROMPT_WORK = "Weighing the adapters, then prefill"
 
 
+def _one_prompt(ctx: click.Context, param: click.Parameter, words: tuple[str, ...]) -> str | None:
+    if len(words) > 1:
+        raise click.BadParameter(f'quote a prompt of several words: "{" ".join(words)}".')
+    return words[0] if words else None
+
+
 @command(
     'qaflora run models/demo "¿Cuál es la capital de Perú?"',
     'qaflora run models/demo "¿Qué es un río?" --strategy calibrated --json',
@@ -42,7 +48,7 @@ PROMPT_WORK = "Weighing the adapters, then prefill"
     "qaflora run models/demo --prompts questions.jsonl -o answers.jsonl",
 )
 @click.argument("bundle", **BUNDLE)
-@click.argument("prompt", required=False)
+@click.argument("prompt", nargs=-1, metavar="[PROMPT]", callback=_one_prompt)
 @click.option(
     "--prompts",
     "prompts_path",

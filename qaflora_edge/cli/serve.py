@@ -23,7 +23,7 @@ from qaflora_edge.errors import OptionError
     "qaflora serve models/demo models/other --parallel 8 --port 8000",
     "QAFLORA_API_KEY=... qaflora serve models/demo --host 0.0.0.0",
 )
-@click.argument("bundles", nargs=-1, required=True, **BUNDLE)
+@click.argument("bundles", nargs=-1, required=True, **{**BUNDLE, "metavar": "DIR..."})
 @own_options
 @shared_options
 def serve(
@@ -49,11 +49,10 @@ def serve(
         from qaflora_edge.server.run import run
         from qaflora_edge.server.security import LOCAL_NAMES, is_loopback
         from qaflora_edge.server.served_models import ServerOptions
-    except ModuleNotFoundError as error:
-        package, _, _ = (error.name or "").partition(".")
+    except ImportError as error:  # not installed, or broken
         raise OptionError(
-            f"qaflora serve needs the package {package}, which is not installed, expected "
-            "those of the extra `server`; install them with: pip install 'qaflora-edge[server]'."
+            f"qaflora serve cannot load a package: {error}; expected those of the extra "
+            "`server`. Install them with: pip install 'qaflora-edge[server]'."
         ) from error
     if not is_loopback(host) and api_key is None and not insecure:
         raise click.UsageError(

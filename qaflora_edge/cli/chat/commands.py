@@ -43,6 +43,7 @@ def _command(follows: str = "") -> Callable[[Command], Command]:
 def run_command(chat: Chat, line: str) -> None:
     """Run `/name argument`. A failure is shown, and the chat goes on."""
     name, _, argument = line[1:].partition(" ")
+    name = "help" if name == "?" else name
     try:
         if name not in COMMANDS:
             near = difflib.get_close_matches(name.lower(), COMMANDS, n=1)
@@ -181,13 +182,13 @@ def load(chat: Chat, argument: str) -> None:
 
 @_command()
 def help_(chat: Chat, argument: str) -> None:
-    """Show this list."""
+    """Show this list, as /? does."""
     rows = [
         (f"/{name} {follows}".rstrip(), str(function.__doc__))
         for name, (function, follows) in COMMANDS.items()
     ]
     rows += [
-        ("/quit", "Leave, as exit, /bye and Ctrl-D do."),
+        ("/quit", "Leave, as exit, quit, /bye and Ctrl-D do."),
         ("//TEXT", "Send a message that begins with one slash."),
     ]
     chat.view.show(f"{_table(rows)}\n\n{KEYS}")
