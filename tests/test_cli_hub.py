@@ -174,8 +174,7 @@ def test_pull_with_the_base(hub: FakeHub, hub_cache: Path, tmp_path: Path) -> No
     hub.requests.clear()
     assert qaflora("pull", "owner/bundle", "--with-base").exit_code == 0
     assert hub.requests == []
-    address = f"https://huggingface.co/owner/bundle/tree/{folder.name}"
-    assert qaflora("pull", address).stdout == f"{folder}\n"
-    for ref in ("owner/bundle", address, "https://huggingface.co/owner/bundle"):
+    for ref in ("owner/bundle", "https://huggingface.co/owner/bundle"):
+        assert qaflora("pull", ref).stdout == f"{folder}\n"
         verified = qaflora("bundle", "verify", ref)
         assert verified.stdout == f"{folder}: the base and 2 adapters are the recorded ones.\n"

@@ -332,8 +332,8 @@ def test_what_does_not_fit_is_refused(
 def test_file_that_git_lfs_left_out_is_told(tmp_path: Path) -> None:
     path = write_pair(tmp_path / "a") / "adapter_model.safetensors"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n")
-    assert refusal(SafetensorsFileError, path.parent).startswith(
-        f"Cannot read {path}: it is a Git LFS pointer; expected the file that it stands for. Run "
+    assert refusal(InputFileError, path.parent).startswith(
+        f"Cannot read {path}: opening or reading it failed: it is a Git LFS pointer; run `git lfs "
     )
 
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from qaflora_edge.arrays import F32
 from qaflora_edge.errors import GgufFileError, QafloraError
 from qaflora_edge.files import AnyPath
-from qaflora_edge.formats.inputs import LFS_ADVICE, changed, is_lfs_pointer, open_input, reading
+from qaflora_edge.formats.inputs import changed, open_input, reading
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -179,10 +179,7 @@ class GgufCursor:
         """Check magic and version, and give the number of tensors."""
         self.take(4, "the magic")
         if self.data[:4] != MAGIC:
-            advice = LFS_ADVICE if is_lfs_pointer(self.path) else ADVICE
-            self.fail(
-                "its beginning", repr(bytes(self.data[:4])), f"{MAGIC!r} of a GGUF file", advice
-            )
+            self.fail("its beginning", repr(bytes(self.data[:4])), f"{MAGIC!r} of a GGUF file")
         version = self.scalar(U32, "the version")
         if version not in VERSIONS:
             self.fail("the version", version, "2 or 3, little-endian")

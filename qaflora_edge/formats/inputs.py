@@ -33,8 +33,6 @@ MEMORY_FILE = "checked.json"
 MAX_MEMORY_BYTES = 4 << 20  # a larger memory begins from nothing
 
 FileState = tuple[int, int]  # bytes, and the time of the last change in ns
-# What to do with a file that is_lfs_pointer.
-LFS_ADVICE = "Run `git lfs install` and `git lfs pull` in its folder, or fetch the file itself."
 _LFS_START = b"version https://git-lfs.github.com/spec/"
 
 
@@ -42,7 +40,7 @@ def open_input(path: AnyPath) -> BufferedReader:
     """Open a regular file to read.
 
     A named pipe or a device would make a reader wait for ever or never end. Raises OSError for
-    what is no regular file; the reader says what it expected.
+    what is no regular file, and for the pointer that git leaves where Git LFS is missing.
     """
     # O_NONBLOCK: opening a pipe does not wait for its writer. Files are read as ever.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
@@ -50,14 +48,16 @@ def open_input(path: AnyPath) -> BufferedReader:
         handle = os.open(path, flags | getattr(os, "O_BINARY", 0))
     except ValueError as error:
         raise OSError(errno.EINVAL, "the path has a null character") from error
-    try:
-        mode = os.fstat(handle).st_mode
-        if not stat.S_ISREG(mode):
-            raise OSError(errno.EINVAL, f"it is {kind_of(mode)}, not a file")
-        return os.fdopen(handle, "rb")
-    except BaseException:
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
         os.close(handle)
-        raise
+        raise OSError(errno.EINVAL, f"it is {kind_of(mode)}, not a file")
+    file = os.fdopen(handle, "rb")
+    if file.peek(len(_LFS_START)).startswith(_LFS_START):
+        file.close()
+        found = "it is a Git LFS pointer; run `git lfs install` and `git lfs pull` in its folder"
+        raise OSError(errno.EINVAL, found)
+    return file
 
 
 def reading(path: AnyPath) -> AbstractContextManager[None]:
@@ -81,15 +81,6 @@ def read_input(path: AnyPath, most: int) -> bytes:
     if len(data) > most:
         raise ValueError(f"it has more than {most} bytes")
     return data
-
-
-def is_lfs_pointer(path: AnyPath) -> bool:
-    """Tell whether a file is the pointer that git leaves where Git LFS is missing."""
-    try:
-        with open_input(path) as file:
-            return file.read(len(_LFS_START)) == _LFS_START
-    except OSError:
-        return False
 
 
 def sha256_file(path: AnyPath) -> str:
@@ -155,18 +146,17 @@ def check_file(
     """
     state = file_state(path)
     if record.size_bytes not in (None, state[0]):
+        with reading(path), open_input(path):
+            pass  # it may be a Git LFS pointer
         found, expected = f"{state[0]} bytes", str(record.size_bytes)
     else:
         state, digest = _hash(path, always_hash)
         if digest == record.sha256:
             return state
         found, expected = f"the SHA-256 {digest}", record.sha256
-    advice = record.advice
-    if is_lfs_pointer(path):
-        advice = f"It is a Git LFS pointer, which stands for the file. {LFS_ADVICE}"
     raise ChecksumError(
         f"{record.title} is not the file that was recorded: {path} has {found}, expected "
-        f"{expected} as {where} says. {advice}"
+        f"{expected} as {where} says. {record.advice}"
     )
 
 

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 from qaflora_edge.errors import RegistryError
 from qaflora_edge.files import cache_dir, package_data
@@ -23,10 +22,6 @@ _REF = re.compile(
     rf"(?P<repo>{_NAME}/{_NAME})(?:/(?P<file>[^@\\]+\.gguf))?(?:@(?P<revision>[A-Za-z0-9._/-]+))?"
 )
 _REPO = re.compile(rf"{_NAME}/{_NAME}")
-_ADDRESS = re.compile(
-    rf"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repo>{_NAME}/{_NAME})"
-    r"(?:/(?:tree|blob|resolve)/(?P<revision>[^/?#]+)(?P<path>/[^?#]*)?)?/?(?:[?#].*)?"
-)
 
 _FILE_TYPE = re.compile(r"[-._](I?Q\d\w*|B?F16|F32)(\.gguf)?$|\.gguf$", re.IGNORECASE)
 _FORMATS = ("gguf", "hf", "unsloth", "bnb", "4bit", "8bit", "bf16", "f16", "fp16")
@@ -58,15 +53,8 @@ def parse_hub_ref(text: str) -> HubRef:
 
 
 def from_address(text: str) -> str:
-    """Turn the address of a Hub page into a reference; give other text as it is.
-
-    parse_hub_ref refuses an address with more than a repository, a revision and a file.
-    """
-    match = _ADDRESS.fullmatch(text)
-    if match is None:
-        return text
-    path, revision = unquote(match["path"] or "").rstrip("/"), unquote(match["revision"] or "")
-    return match["repo"] + path + f"@{revision}" * (revision not in ("", "main"))
+    """Turn the address of a repository's page into a reference; give other text as it is."""
+    return re.sub(r"^(https?://)?(huggingface\.co|hf\.co)/([^/]+/[^/]+)/?$", r"\3", text)
 
 
 def is_repo(text: str) -> bool:

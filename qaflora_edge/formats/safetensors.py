@@ -15,7 +15,7 @@ from qaflora_edge.arrays import F32
 from qaflora_edge.errors import SafetensorsFileError
 from qaflora_edge.files import AnyPath
 from qaflora_edge.formats.gguf import read_columns
-from qaflora_edge.formats.inputs import LFS_ADVICE, is_lfs_pointer, open_input, reading
+from qaflora_edge.formats.inputs import open_input, reading
 from qaflora_edge.formats.json_text import read_json_object
 
 MAX_HEADER_BYTES = 1 << 24  # the format allows 100 MB; an adapter needs a few hundred KB
@@ -99,11 +99,6 @@ def read_safetensors(path: AnyPath) -> dict[str, StoredTensor]:
             "file; fetch or save it again."
         )
 
-    if is_lfs_pointer(path):
-        raise SafetensorsFileError(
-            f"Cannot read {path}: it is a Git LFS pointer; expected the file that it stands for. "
-            f"{LFS_ADVICE}"
-        )
     with reading(path), open_input(path) as file:
         n_header = int.from_bytes(file.read(8), "little")
         if n_header > MAX_HEADER_BYTES:
