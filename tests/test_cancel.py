@@ -65,14 +65,6 @@ def test_cancel_ends_an_answer_and_keeps_its_text(engine: Engine) -> None:
     assert engine.generate("the king", max_tokens=30).text() == whole
 
 
-def test_cancelled_chat_says_so(engine: Engine) -> None:
-    chunks = engine.chat([{"role": "user", "content": "a"}], stream=True, max_tokens=50)
-    next(chunks)
-    next(chunks)
-    engine.cancel()
-    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks][-1] == "cancelled"
-
-
 @pytest.mark.parametrize("is_done", [True, False])
 def test_cancel_ends_all_answers_that_were_asked_for(engine: Engine, is_done: bool) -> None:
     found = []

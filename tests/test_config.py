@@ -125,51 +125,6 @@ def test_options_and_ranges_of_llm() -> None:
     assert fails(ValidationError, BundleModel.Options, stop="")
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_defaults_of_a_command(command: str) -> None:
-    """Those of Python, but for what is listed here."""
-    different = {
-        "run": {"max_tokens": 512},
-        "chat": {"n_ctx": None, "max_tokens": 512, "temperature": 0.7, "repeat_penalty": 1.03},
-        "weights": {},
-        "compare": {"max_tokens": 256, "n_parallel": 4},
-        "eval": {"max_tokens": 512, "n_parallel": 8, "seed": 0},
-        "bench": {"max_tokens": 64},
-        "serve": {"n_ctx": 4096, "n_parallel": 4, "temperature": 0.7},
-    }
-    expected = {
-        "strategy": None,
-        "lens": None,
-        "pool": None,
-        "raw_prompt": False,
-        "prefix_cache": 128,
-        "ctx": 2048,
-        "parallel": 1,
-        "kv_type": "f16",
-        "adapter_type": "auto",
-        "no_flash_attn": None,
-        "threads": None,
-        "gpu_layers": None,
-        "rpc": None,
-        "tensor_split": None,
-        "max_tokens": None,
-        "temp": 0.0,
-        "top_p": 0.95,
-        "top_k": 0,
-        "min_p": 0.0,
-        "repeat_penalty": 1.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-        "seed": None,
-        "stop": (),
-    }
-    expected = {key: expected[key] for key in expected if key != "raw_prompt" or command != "serve"}
-    params = find_command(command).make_context("", ["DIR", *NEEDED.get(command, ())]).params
-    assert {key: params[key] for key in params if key in SHARED} == expected | {
-        BY_NAME[name].key: value for name, value in different[command].items()
-    }
-
-
 def python_defaults(call: Any) -> dict[str, Any]:
     """Parameters of a call that are options, and their defaults."""
     parameters = inspect.signature(call).parameters
@@ -199,14 +154,6 @@ def test_engine_refuses_before_it_loads(tmp_path: Path) -> None:
     for options, message in (
         ({"n_ctx": 0}, "Option n_ctx is 0, expected a number of tokens from 1 to 16777216."),
         ({"n_parallel": 0}, "Option n_parallel is 0, expected a number of requests from 1 to 256."),
-        (
-            {"fast": True},
-            "The option fast is gone; use --strategy two-place, which is fast and exact.",
-        ),
-        (
-            {"probe_tail": 8},
-            "The option probe_tail is gone; use --strategy two-place, fast and exact.",
-        ),
         (
             {"min_weight": 0.1},
             "The option min_weight is gone; use a strategy option such as top=2.",

@@ -130,15 +130,6 @@ def test_scores_of_lists_are_those_one_by_one(alone: Engine) -> None:
         np.testing.assert_allclose(found, expected, atol=ATOL, rtol=0)
 
 
-def test_scores_leave_answers_alone(engine: Engine, alone: Engine) -> None:
-    """They have a context of their own; an answer that goes on meanwhile is not disturbed."""
-    expected = alone.generate("the thing", max_tokens=20).text()
-    answer = engine.generate("the thing", max_tokens=20)
-    first = next(answer)
-    engine.score(drawn(300), drawn(80))
-    assert first + answer.text() == expected
-
-
 def test_text_is_scored_without_bos(tmp_path: Path) -> None:
     base = write_tiny_base(tmp_path / "base.gguf", add_bos=True)
     with Engine(base=base.path, **OPTIONS) as engine:
@@ -394,14 +385,3 @@ def test_an_event_ends_one_call_of_several(engine: Engine, alone: Engine) -> Non
     assert alone.generate("the thing", max_tokens=mine.n_completion).text().startswith(text)
     assert others.text() == alone.generate("a ring", max_tokens=30).text()
     assert others.finish_reason == "length"
-
-
-def test_an_event_ends_the_rest_of_many(engine: Engine) -> None:
-    event, ended = threading.Event(), []
-    requests = [{"prompt": drawn(4, seed=i), "max_tokens": 5 if i == 1 else 300} for i in range(4)]
-    for index, answer in engine.generate_many(requests, weights="static", cancel=event):
-        assert answer.text()
-        ended.append((index, answer.finish_reason))
-        event.set()
-    assert ended[0] == (1, "length")
-    assert sorted(ended[1:]) == [(0, "cancelled"), (2, "cancelled"), (3, "cancelled")]

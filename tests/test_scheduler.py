@@ -128,19 +128,6 @@ def alone(tokens: Sequence[int], weight: float = 1.0, n: int = 5) -> list[int]:
     return sequence.answer
 
 
-def test_a_prompt_is_cut_into_pieces_and_its_answer_follows() -> None:
-    bench = Bench(1)
-    sequence = bench.add(range(20), n=3)
-    batches = [[(s.start, len(s.tokens), s.outputs) for s in b] for b in bench.step()]
-    assert batches == [[(0, 6, "none")]]
-    bench.step()
-    (last,) = bench.step()
-    assert [(s.start, len(s.tokens), s.outputs) for s in last] == [(12, 8, "last")]
-    assert len(sequence.answer) == 1  # with the prompt's last token comes the first of the answer
-    bench.finish(sequence)
-    assert (sequence.finish_reason, len(sequence.answer)) == ("length", 3)
-
-
 def test_prefill_of_one_goes_on_beside_decoding_of_others() -> None:
     bench = Bench(2)
     first = bench.add([1, 2, 3], n=20)

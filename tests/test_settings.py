@@ -32,11 +32,6 @@ def test_file_lies_in_the_users_config_folder(
     assert settings_path() == tmp_path / ".config/qaflora-edge/config.toml"
 
 
-def test_home_of_an_unknown_user_is_a_folder_of_that_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QAFLORA_CONFIG", "~no-such-user/config.toml")
-    assert settings_path() == Path.cwd() / "~no-such-user/config.toml"
-
-
 def test_null_device_means_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QAFLORA_CONFIG", os.devnull)
     assert read_settings() == {}
@@ -84,39 +79,29 @@ def test_missing_file_that_was_named(config: Path) -> None:
     )
 
 
-def test_folder_is_no_file(config: Path) -> None:
-    config.mkdir()
-    assert "it is no plain file, expected a TOML file" in message(config)
-
-
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
 def test_named_pipe_is_not_waited_for(config: Path) -> None:
     os.mkfifo(config)
     assert "it is no plain file" in message(config)
 
 
-def test_text_that_is_no_toml(config: Path) -> None:
-    config.write_text("strategy = norm\n", encoding="utf-8")
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"strategy = norm", "(at line 1"),
+        (b"\xff\xfe", "can't decode byte 0xff"),
+        (b"a = " + b"[" * 100_000, ""),
+        (b"#" * ((1 << 20) + 1), "it has more than 1048576 bytes"),
+    ],
+)
+def test_file_that_is_no_toml(config: Path, data: bytes, reason: str) -> None:
+    config.write_bytes(data)
     text = message(config)
     assert text.startswith("Cannot read the settings in FILE: ")
-    assert "line 1" in text
+    assert reason in text
     assert text.endswith(
-        'expected TOML in UTF-8, with lines such as strategy = "calibrated". Correct or remove '
+        '; expected TOML in UTF-8, with lines such as strategy = "calibrated". Correct or remove '
         "the file."
-    )
-
-
-@pytest.mark.parametrize("data", [b"\xff\xfe", b"a = " + b"[" * 100_000])
-def test_bytes_that_are_no_toml(config: Path, data: bytes) -> None:
-    config.write_bytes(data)
-    assert "expected TOML in UTF-8" in message(config)
-
-
-def test_file_without_end(config: Path) -> None:
-    config.write_bytes(b"#" * ((1 << 20) + 1))
-    assert message(config) == (
-        "Cannot read the settings in FILE: it has more than 1048576 bytes; expected TOML in UTF-8, "
-        'with lines such as strategy = "calibrated". Correct or remove the file.'
     )
 
 
@@ -124,9 +109,7 @@ def test_file_without_end(config: Path) -> None:
     ("line", "told"),
     [
         ("cache = 3", "cache is 3, expected the path of a folder, as a text"),
-        ('cache = ""', "cache is '', expected the path of a folder, as a text"),
         ('bundles = "x"', "bundles is 'x', expected a list of paths of folders, as texts"),
-        ("bundles = [1]", "bundles is [1], expected a list of paths of folders, as texts"),
     ],
 )
 def test_library_keys_of_the_wrong_type(config: Path, line: str, told: str) -> None:
