@@ -14,7 +14,7 @@ import pytest
     "options",
     [["--outtype", "f16"], ["--outtype", "q8_0", "--verify", "--modules", "mlp.down_proj"]],
 )
-def test_peak_memory_is_little_more_than_the_output_buffer(
+def test_peak_memory_is_little_more_than_header_and_buffer(
     checkout: Path, options: list[str]
 ) -> None:
     """One layer of the shapes of an 8B model, rank 64, in a process without torch."""
@@ -27,4 +27,4 @@ def test_peak_memory_is_little_more_than_the_output_buffer(
     assert result["adapter_bytes"] > 2 * n_value
     assert result["output_bytes"] > (1 if "q8_0" in options else 2) * n_value
     assert result["peak_bytes"] > result["floor_bytes"] > 1e7
-    assert result["pairs_beyond_buffer"] <= 1.5
+    assert result["pairs_beyond"] <= 2
