@@ -54,7 +54,7 @@ FusionWeights._repr_html_ = _draw
 
 
 class Engine:
-    """A base with its adapters, ready to weigh them for each query.
+    """Weigh adapters for each query, and answer with the weighed mix over one base.
 
     bundle    a bundle folder, or a base alone, a GGUF file; or give base and adapters (name ->
               adapter GGUF) instead
@@ -174,7 +174,8 @@ class Engine:
     # facts
 
     @property
-    def adapters(self) -> tuple[str, ...]:  # in use, in the order of every first axis
+    def adapters(self) -> tuple[str, ...]:
+        """Name the adapters in use, in the order of every first axis."""
         return self._weigher.adapters
 
     @property
@@ -189,10 +190,12 @@ class Engine:
 
     @property
     def lens(self) -> str:
+        """Name how states are read: norm or raw."""
         return self._weigher.known.lens
 
     @property
     def pool(self) -> str:
+        """Name which tokens are weighed by: last or question."""
         return self._weigher.known.pool
 
     @property

@@ -11,7 +11,7 @@ Outputs = Literal["last", "all", "none"]
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens of one sequence, from position `start` on, and which of them have an output."""
+    """Name tokens of one sequence from position `start` on, and which have an output."""
 
     seq: int
     tokens: Sequence[int]
@@ -20,7 +20,7 @@ class Span:
 
 
 class Batch:
-    """A llama_batch of consecutive spans; it owns its memory.
+    """Own a llama_batch of consecutive spans.
 
     n_token, n_output  rows in all, and those with an output
     last               row of each span's last token
@@ -78,7 +78,7 @@ def _never(token: int) -> bool:
 
 @dataclass(frozen=True)
 class Chunks:
-    """Cuts prompts into chunks of n_full tokens; a rest below n_least joins the chunk before it.
+    """Cut prompts into chunks of n_full tokens; a rest below n_least joins the chunk before it.
 
     A cut depends on the prompt's tokens alone: prefill gives the same bits whatever else is
     computed. Cuts fall where messages end, so that prompts with the same first messages share
@@ -96,6 +96,7 @@ class Chunks:
 
     @property
     def n_most(self) -> int:
+        """Count the tokens of the longest chunk."""
         return self.n_full + self.n_least - 1
 
     def end(self, tokens: Sequence[int], at: int) -> int:

@@ -41,7 +41,7 @@ _MAX_SCORES_BYTES = 256 << 20  # 8,192 tokens of a base with 25 heads
 
 
 class Stop:
-    """A flag set by one thread and read by another: between tokens, and inside llama_decode.
+    """Flag set by one thread and read by another: between tokens, and inside llama_decode.
 
     llama.cpp asks its abort callback before every node of a graph. A Python function there would
     wait for the interpreter's lock each time; strlen of a buffer that is empty or "\\1" looks at
@@ -53,12 +53,15 @@ class Stop:
 
     @property
     def is_set(self) -> bool:
+        """Tell whether work is to end."""
         return self._buffer.raw[0] != 0
 
     def set(self) -> None:
+        """End native work that watches the flag."""
         self._buffer[0] = b"\1"
 
     def clear(self) -> None:
+        """Let work go on."""
         self._buffer[0] = b"\0"
 
     def watch(self, lib: Any, context: Any) -> None:
@@ -76,7 +79,7 @@ def _strlen() -> Any:
 
 
 class Context(Handle):
-    """Runs sequences of one base with one pack, each under its own weights, 0 at first.
+    """Run sequences of one base with one pack, each under its own weights, 0 at first.
 
     n_ctx       tokens that each sequence can hold
     n_output    most outputs of one decode; by default one of each sequence
@@ -369,7 +372,7 @@ class Context(Handle):
 
 
 class Backend:
-    """The library's part of an Engine: a base, its adapters, and all contexts made of them.
+    """Open the library's part of an Engine: a base, its adapters, and contexts made of them.
 
     base      header from formats.base.read_base
     adapters  files, in the order of every first axis

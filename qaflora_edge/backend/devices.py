@@ -135,7 +135,7 @@ def shares(text: str, n_device: int) -> list[float]:
 
 
 class Workers(Handle):
-    """Connections to workers.
+    """Connect to workers.
 
     devices  ggml_backend_dev_t of all their devices, in their order
 

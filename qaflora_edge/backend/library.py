@@ -42,7 +42,7 @@ _INSTALL_ADVICE = "reinstall qaflora-edge (pip install --force-reinstall --no-de
 
 
 class Stats(ctypes.Structure):
-    """struct qaflora_stats: counters of one context."""
+    """Mirror struct qaflora_stats: counters of one context."""
 
     _fields_ = [
         ("n_graph_built", ctypes.c_int64),
@@ -76,7 +76,7 @@ _PROTOTYPES: dict[str, tuple[object, list[object]]] = {
 
 
 def library_dir() -> Path:
-    """The folder of the patched library: QAFLORA_LIB_PATH, else the package's lib/.
+    """Find the folder of the patched library: QAFLORA_LIB_PATH, else the package's lib/.
 
     A source checkout has none: there it is that of the package that is installed beside it.
     """
@@ -138,7 +138,7 @@ def _set(name: str, value: str | None) -> None:
 
 
 def ggml_of(lib: ctypes.CDLL) -> ctypes.CDLL:
-    """The library with ggml's registry of backends: libllama's own dependencies, or ggml.dll."""
+    """Give the library with ggml's registry of backends: libllama's, or ggml.dll."""
     if sys.platform == "win32":
         return ctypes.CDLL(str(Path(lib._name).with_name("ggml.dll")))
     return lib
@@ -235,7 +235,7 @@ def forget_logged() -> None:
 
 
 class Handle:
-    """A resource of the library that is freed once, by close().
+    """Free a resource of the library once, by close().
 
     There is no __del__: a garbage collector may take a model before its contexts.
     """
@@ -243,6 +243,7 @@ class Handle:
     _pointer: Any = None
 
     def close(self) -> None:
+        """Free it. A second call does nothing."""
         if self._pointer is not None:
             pointer, self._pointer = self._pointer, None
             self._free(pointer)

@@ -25,7 +25,7 @@ _ATTR_LSTRIP, _ATTR_RSTRIP = 1 << 7, 1 << 8
 
 @dataclass(frozen=True)
 class SpecialToken:
-    """A token that llama.cpp finds in text by its spelling, before it splits the rest."""
+    """Describe a token that llama.cpp finds in text by its spelling, before it splits the rest."""
 
     id: int
     text: str
@@ -39,15 +39,17 @@ class SpecialToken:
 
     @property
     def strips_left(self) -> bool:
+        """Tell whether white space before it belongs to it."""
         return bool(self.attributes & _ATTR_LSTRIP)
 
     @property
     def strips_right(self) -> bool:
+        """Tell whether white space after it belongs to it."""
         return bool(self.attributes & _ATTR_RSTRIP)
 
 
 class Model(Handle):
-    """A base, memory-mapped and shared by all contexts.
+    """Hold a base, memory-mapped and shared by all contexts.
 
     base          header from formats.base.read_base, which refuses what would end the process
     gpu_layers    layers on devices; None: all
@@ -237,7 +239,7 @@ def shared_model(base: GgufHeader, placing: Mapping[str, Any]) -> Model:
 
 
 class Pack(Handle):
-    """Adapter files, stacked along the rank axis beside the base's weights.
+    """Stack adapter files along the rank axis, next to the base's weights.
 
     adapter_type  one of config.ADAPTER_TYPES: what they are converted to
     first_layers  of each adapter the first one that it changes
@@ -266,4 +268,5 @@ class Pack(Handle):
 
     @property
     def size_bytes(self) -> int:
+        """Count the bytes of the stacked adapters."""
         return int(self._functions.pack_size_bytes(self._pointer))

@@ -16,7 +16,7 @@ from qaflora_edge.errors import BackendError
 
 @dataclass(frozen=True)
 class KvState:
-    """A copy of the KV state of a context's sequences, which have the same tokens.
+    """Copy the KV state of a context's sequences, which have the same tokens.
 
     tokens     ids
     sequences  uint8 [n_byte] of each
@@ -29,11 +29,12 @@ class KvState:
 
     @property
     def n_byte(self) -> int:
+        """Count the bytes of all sequences."""
         return sum(data.size for data in self.sequences)
 
 
 class ProbeContext(Context):
-    """Runs the same tokens in all sequences and captures their states; computes no logits.
+    """Run the same tokens in all sequences and capture their states; compute no logits.
 
     is_differential  see method: sequence 0 is the base, the others run the same tokens
     has_inputs       capture what query projections read as well

@@ -27,7 +27,7 @@ _STACK_SIZE = threading.Lock()
 
 
 class Grammar(str):
-    """A checked grammar in llguidance's notation; any other text is taken for GBNF.
+    """Mark a checked grammar in llguidance's notation; any other text is taken for GBNF.
 
     source  how messages call it, such as "The grammar list.gbnf"
     """
@@ -97,7 +97,7 @@ def chosen_grammar(
 
 
 class Constraint:
-    """The state of one answer in its grammar.
+    """Follow one answer in its grammar.
 
     Raises GrammarError for a grammar that llguidance does not take.
     """
@@ -136,7 +136,7 @@ class Constraint:
 
 
 class _Vocabulary:
-    """A base's vocabulary as llguidance asks for it (_tokenizer.py TokenizerWrapper).
+    """Give a base's vocabulary as llguidance asks for it (_tokenizer.py TokenizerWrapper).
 
     Tokens that write nothing, end an answer, or write U+0000 (which llama.cpp's own grammars never
     take) are special: no grammar takes them for their text.

@@ -27,15 +27,14 @@ from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.strategy import Query
 
 if TYPE_CHECKING:
-    from qaflora_edge.inference.score import Scorer
-    from qaflora_edge.weighing.probe import Prober, QueryProbe, Steps
+    from qaflora_edge.weighing.probe import QueryProbe, Steps
 
 T = TypeVar("T")
 _process: int | None = None  # in which the library computed first
 
 
 class Core:
-    """Runs the calls of an Engine, and closes its backend when none is left.
+    """Run the calls of an Engine, and close its backend when none is left.
 
     backend   freed by close()
     adapters  name -> facts of its file, in the order of every first axis
@@ -47,10 +46,6 @@ class Core:
     ) -> None:
         self.backend, self.model, self.context = backend, backend.model, backend.context
         self.adapters = tuple(adapters)
-        self._infos, self._prefix_cache = list(adapters.values()), prefix_cache
-        self._opening = threading.Lock()
-        self._prober: Prober | None = None
-        self._scorer: Scorer | None = None
         self.is_closed = False
         self._idle = threading.Condition()
         self._n_call: dict[int, int] = {}  # by thread
@@ -59,35 +54,14 @@ class Core:
         self.last_answer: int | None = None  # number of the last request's sequence
         scheduler = Scheduler(backend.context.n_seq, backend.chunks)
         self.loop = Loop(self.model, self.context, scheduler, backend.stop)
-
-    @property
-    def prober(self) -> "Prober":
-        """Open the prober, when first asked for: many strategies never probe."""
+        from qaflora_edge.inference.score import Scorer
         from qaflora_edge.weighing.probe import Prefixes, Prober
 
-        with self._opening:
-            if self._prober is None:
-                prefixes = Prefixes(self._prefix_cache << 20)
-                self._prober = self.backend.keep(
-                    Prober(
-                        self.model,
-                        self.backend.pack,
-                        self.backend.options,
-                        infos=self._infos,
-                        prefixes=prefixes,
-                    )
-                )
-            return self._prober
-
-    @property
-    def scorer(self) -> "Scorer":
-        """Open the scorer, when first asked for."""
-        from qaflora_edge.inference.score import Scorer
-
-        with self._opening:
-            if self._scorer is None:
-                self._scorer = self.backend.keep(Scorer(self.backend))
-            return self._scorer
+        made, infos = (self.model, backend.pack, backend.options), list(adapters.values())
+        self.scorer = backend.keep(Scorer(*made))
+        self.prober = backend.keep(
+            Prober(*made, infos=infos, prefixes=Prefixes(prefix_cache << 20))
+        )
 
     # life
 

@@ -14,7 +14,7 @@ from qaflora_edge.weighing.numbers import FusionWeights
 
 
 class Generation(Iterator[str]):
-    """An answer as it is generated: an iterator over pieces of text.
+    """Iterate over an answer as it is generated, in pieces of text.
 
     An answer that is dropped before its end is cancelled. One that is kept goes on while other
     calls of its Engine compute, and its pieces wait.
@@ -72,6 +72,7 @@ class Generation(Iterator[str]):
 
     @property
     def timings(self) -> Timings:
+        """Give the milliseconds spent."""
         return self._sequence.timings
 
     @property
@@ -148,6 +149,7 @@ class Generation(Iterator[str]):
 
     @property
     def usage(self) -> dict[str, int]:
+        """Count tokens as OpenAI does."""
         return {
             "prompt_tokens": self.n_prompt,
             "completion_tokens": self.n_completion,

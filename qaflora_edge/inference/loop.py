@@ -7,16 +7,17 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
-from qaflora_edge.backend.context import Stop, cancelled
+from qaflora_edge.backend.context import Context, Stop, cancelled
+from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import BackendError, BusyError, QafloraError
 from qaflora_edge.inference import sequence as sequences
 from qaflora_edge.inference.request import Cancellation
-from qaflora_edge.inference.runner import AnswerContext, Runner, Vocabulary
+from qaflora_edge.inference.runner import Runner
 from qaflora_edge.inference.scheduler import Job, Scheduler, Step
 
 
 class Loop:
-    """Lets one thread at a time drive; the others wait for what concerns them.
+    """Let one thread at a time drive; the others wait for what concerns them.
 
     stop  ends native work of the contexts that watch it
 
@@ -27,7 +28,7 @@ class Loop:
     """
 
     def __init__(
-        self, vocabulary: Vocabulary, context: AnswerContext, scheduler: Scheduler, stop: Stop
+        self, vocabulary: Model, context: Context, scheduler: Scheduler, stop: Stop
     ) -> None:
         self._scheduler, self._stop = scheduler, stop
         self._runner = Runner(vocabulary, context, self._computing)

@@ -24,7 +24,7 @@ Prompt = str | Sequence[int]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen and when to stop: the options of `config` in group sampling.
+    """Say how tokens are chosen and when to stop: the options of `config` in group sampling.
 
     make_sampling checks them.
 
@@ -68,7 +68,7 @@ def make_sampling(stop: Any, **options: Any) -> Sampling:
 
 
 class Cancellation:
-    """Tells whether a call was told to end, by cancel() or by an event of the caller."""
+    """Tell whether a call was told to end, by set() or by an event of the caller."""
 
     def __init__(self, event: threading.Event | None = None) -> None:
         self._is_set, self._event = False, event
@@ -83,7 +83,7 @@ class Cancellation:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """A prompt, the weights of prefill and answer, and how tokens are chosen.
+    """Ask for an answer: a prompt, its weights, and how tokens are chosen.
 
     tokens        ids of the prompt
     weights       float32 [n_adapter, n_layer], of all loaded adapters

@@ -1,51 +1,29 @@
 """The runner: computes what the scheduler decided, and decides nothing."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
 
 import numpy as np
 
-from qaflora_edge.arrays import F32
 from qaflora_edge.backend.batch import Span
+from qaflora_edge.backend.context import Context
+from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import BackendError, CancelledError, QafloraError
 from qaflora_edge.inference import sequence as sequences
 from qaflora_edge.inference.scheduler import Slot, Step
 from qaflora_edge.inference.sequence import token_logprob
 
 
-class AnswerContext(Protocol):
-    """What the runner needs of backend.context.Context."""
-
-    def keep(self, n_token: int, seq: int) -> int: ...
-    def clear(self, seq: int | None = None) -> None: ...
-    def clean(self, seq: int, doubtful: Collection[int] = ()) -> None: ...
-    def copy(self, source: int, target: int) -> None: ...
-    def set_weights(self, weights: F32, *, seq: int = 0) -> None: ...
-    def decode_spans(self, spans: Sequence[Span]) -> list[int]: ...
-    def tokens_of(self, seq: int) -> list[int]: ...
-    def logits(self, row: int = -1) -> F32: ...
-    def logits_view(self, row: int = -1) -> F32: ...
-    def sample(self, sampler: Any, row: int = -1) -> int: ...
-
-
-class Vocabulary(Protocol):
-    """What the runner needs of backend.model.Model."""
-
-    def is_end(self, token: int) -> bool: ...
-    def piece(self, token: int, *, special: bool = False) -> bytes: ...
-
-
 class Runner:
-    """Prefills prompts and decodes tokens in the slots of one context.
+    """Prefill prompts and decode tokens in the slots of one context.
 
     computing  called before each native call with the sequences that wait for it
     """
 
     def __init__(
         self,
-        vocabulary: Vocabulary,
-        context: AnswerContext,
+        vocabulary: Model,
+        context: Context,
         computing: Callable[[Sequence[sequences.Sequence]], None],
     ) -> None:
         self._vocabulary, self._context, self._computing = vocabulary, context, computing

@@ -22,7 +22,7 @@ _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32
 
 
 class Sampler:
-    """Draws the tokens of one answer: a llama_sampler chain, and a grammar's constraint.
+    """Draw the tokens of one answer: a llama_sampler chain, and a grammar's constraint.
 
     Without close() it is freed when it is collected.
 
@@ -138,6 +138,7 @@ class Sampler:
         return int(array.selected)
 
     def close(self) -> None:
+        """Free the chain."""
         self._finalizer()
 
 

@@ -12,7 +12,7 @@ from qaflora_edge.inference.sequence import Sequence
 
 
 class Job:
-    """Work other than answers, such as a probe: a generator that yields between micro-batches.
+    """Advance work other than answers, such as a probe, by one micro-batch at a time.
 
     kind    jobs of one kind share contexts, and run one after the other
     n_done  the last number that the generator yielded
@@ -31,6 +31,7 @@ class Job:
 
     @property
     def is_cancelled(self) -> bool:
+        """Tell whether its caller told it to end."""
         return self._cancellation.is_set
 
     def advance(self) -> None:
@@ -52,7 +53,7 @@ class Job:
 
 @dataclass
 class Slot:
-    """One sequence of the answering context, and its KV state.
+    """Note one sequence of the answering context, and its KV state.
 
     tokens   ids of the KV state
     n_exact  how many of them were prefilled in the chunks of their prompt: a prompt with the same
@@ -106,7 +107,7 @@ class Slot:
 
 @dataclass
 class Step:
-    """What is computed before the scheduler is asked again, in this order.
+    """List what is computed before the scheduler is asked again, in this order.
 
     copies    (from, to): slots to copy KV state between, because prompts begin alike
     moves     (from, to): slots to move KV state between, so that those in use are adjacent
@@ -125,7 +126,7 @@ class Step:
 
 
 class Scheduler:
-    """Serves requests in order of arrival: for slots, for prefill, and for jobs.
+    """Serve requests in order of arrival: for slots, for prefill, and for jobs.
 
     n_slot  requests that are decoded together
     chunks  how prompts are cut into chunks. A step prefills one chunk, or several short ones: no
@@ -145,17 +146,20 @@ class Scheduler:
 
     @property
     def running(self) -> list[Sequence]:
-        """Sequences that have a slot, in the order of their slots."""
+        """List sequences that have a slot, in the order of their slots."""
         return [slot.sequence for slot in self.slots if slot.sequence is not None]
 
     @property
     def has_work(self) -> bool:
+        """Tell whether anything waits or runs."""
         return bool(self.waiting or self.jobs or self.running)
 
     def add(self, sequence: Sequence) -> None:
+        """Put a sequence into the queue."""
         self.waiting.append(sequence)
 
     def add_job(self, job: Job) -> None:
+        """Put a job into its queue."""
         self.jobs.append(job)
 
     def remove_ended(self) -> int:

@@ -2,12 +2,14 @@
 
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.backend.batch import Outputs, Span
-from qaflora_edge.backend.context import Backend, Context
+from qaflora_edge.backend.context import Context
+from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.errors import BackendError
 from qaflora_edge.inference.sequence import log_softmax
 from qaflora_edge.weighing.probe import n_ctx_for, wiped_on_failure
@@ -18,7 +20,7 @@ _N_OUTPUT = 64  # rows of logits in a batch: their memory is n_vocab each
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """Token ids of a prompt and of what follows it, and the weights [n_adapter, n_layer]."""
+    """Hold token ids of a prompt and its continuation, and weights [n_adapter, n_layer]."""
 
     prompt: tuple[int, ...]
     continuation: tuple[int, ...]
@@ -26,16 +28,17 @@ class Item:
 
 
 class Scorer:
-    """Computes log-probabilities in its own context, made when first asked for.
+    """Compute log-probabilities in a context that the first continuation opens.
 
     Continuations of one prompt under the same weights share its KV state.
     """
 
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
+    def __init__(self, model: Model, pack: Pack, options: dict[str, Any]) -> None:
+        self._model, self._pack, self._options = model, pack, options
         self._context: Context | None = None
 
     def close(self) -> None:
+        """Free the context."""
         if self._context is not None:
             self._context.close()
             self._context = None
@@ -65,13 +68,13 @@ class Scorer:
         if self._context is None or self._context.n_ctx < n_token:
             self.close()
             self._context = Context(
-                self._backend.model,
-                self._backend.pack,
+                self._model,
+                self._pack,
                 n_ctx=n_ctx_for(n_token),
                 n_seq=_N_SEQ,
                 n_output=_N_OUTPUT,
                 is_unified=True,
-                **self._backend.options,
+                **self._options,
             )
         return self._context
 

@@ -24,7 +24,7 @@ _numbers = itertools.count(1)
 
 @dataclass
 class Timings:
-    """Milliseconds spent; prefill_ms and decode_ms include concurrent work for other requests.
+    """Count milliseconds; prefill_ms and decode_ms include concurrent work for other requests.
 
     n_decoded  tokens decoded after the first
     token_s    when each token of the answer was chosen, by time.perf_counter()
@@ -38,9 +38,11 @@ class Timings:
 
     @property
     def tokens_per_second(self) -> float:
+        """Give the speed of decoding."""
         return 1e3 * self.n_decoded / self.decode_ms if self.decode_ms > 0 else 0.0
 
     def to_dict(self) -> dict[str, float]:
+        """Give `timings` of `qaflora run --json`."""
         return {
             "probe_ms": round(self.probe_ms, 3),
             "prefill_ms": round(self.prefill_ms, 3),
@@ -51,7 +53,7 @@ class Timings:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """One token and its log-probability.
+    """Hold one token and its log-probability.
 
     data     its bytes; of a control token its spelling
     logprob  in nats, before temperature, penalties, biases and grammar
@@ -67,7 +69,7 @@ class TokenLogprob:
 
 
 class Sequence:
-    """A request on its way: waiting, prefill, decoding, done.
+    """Follow a request: waiting, prefill, decoding, done.
 
     n_max       most tokens of the answer
     slot        of the context, None while it waits or once it is done
@@ -98,18 +100,22 @@ class Sequence:
 
     @property
     def n_prompt(self) -> int:
+        """Count the tokens of the prompt."""
         return len(self.request.tokens)
 
     @property
     def is_prefill(self) -> bool:
+        """Tell whether tokens of the prompt are left."""
         return self.n_past < self.n_prompt
 
     @property
     def is_done(self) -> bool:
+        """Tell whether it has ended."""
         return self.finish_reason is not None
 
     @property
     def is_cancelled(self) -> bool:
+        """Tell whether it was told to end."""
         return self.request.cancellation.is_set
 
     def take(self, token: int, data: bytes | None) -> None:
@@ -152,7 +158,7 @@ class Sequence:
 
 
 class TextDecoder:
-    """Turns the bytes of tokens into text: whole UTF-8 characters, up to the first stop text."""
+    """Turn the bytes of tokens into text: whole UTF-8 characters, up to the first stop text."""
 
     def __init__(self, stops: Many[str]) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")

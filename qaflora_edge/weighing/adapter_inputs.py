@@ -66,7 +66,7 @@ def _matrix(info: AdapterInfo, name: str) -> F64:
 
 
 class AttentionInputs:
-    """Attention projections that all adapters adapt, for `arrow` and `spectr`.
+    """Read attention projections that all adapters adapt, for `arrow` and `spectr`.
 
     reading   "arrow": one direction of each module; "spectr": all, with their scales
 
@@ -112,7 +112,7 @@ class AttentionInputs:
 
 
 class AttentionSizes:
-    """One adapter's modules q, k and v that are not all 0, for `two-place`.
+    """Read one adapter's modules q, k and v that are not all 0, for `two-place`.
 
     Its sizes do not depend on other adapters, so that typical ones can be stored.
     """
@@ -160,7 +160,7 @@ def sums_of(adapters: Sequence[AttentionSizes], inputs: F32, threads: Executor) 
 
 
 class QueryProjections:
-    """The query projection of the last block that all adapters adapt, for `norm`.
+    """Read the query projection of the last block that all adapters adapt, for `norm`.
 
     Raises StrategyError when there is no such block.
     """

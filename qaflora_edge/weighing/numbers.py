@@ -28,7 +28,7 @@ _TYPICAL_EPS = 1e-12  # nats, see typical_divergence
 
 @dataclass(frozen=True)
 class FusionWeights:
-    """What one query's adapters weigh, and why.
+    """Hold what adapters weigh for one query, and the measure behind it.
 
     adapters       names, in the order of the first axis
     weights        float32 [n_adapter, n_layer]
@@ -68,7 +68,7 @@ class FusionWeights:
         return measured_by(self.strategy.partition(":")[0])
 
     def means(self) -> dict[str, float]:
-        """Adapter -> mean weight over layers."""
+        """Map each adapter to its mean weight over layers."""
         return dict(zip(self.adapters, map(float, self.weights.mean(axis=1)), strict=True))
 
     def __repr__(self) -> str:

@@ -7,7 +7,6 @@ of other requests in between.
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from typing import Any, Protocol, TypeVar
 
@@ -42,7 +41,7 @@ _N_WORTH = 64  # tokens; to prefill fewer again is as quick as to keep them
 
 
 class Run(Protocol):
-    """Drives a generator to its end and returns its result."""
+    """Drive a generator to its end, and give its result."""
 
     def __call__(self, steps: Steps[T], /) -> T: ...
 
@@ -81,14 +80,8 @@ def _prefill(
             yield at
 
 
-@dataclass(frozen=True)
-class _Entry:
-    key: Hashable
-    state: KvState
-
-
 class Prefixes:
-    """KV states of prefilled prompts; the least recently used one is dropped first.
+    """Cache KV states of prefilled prompts; the least recently used one is dropped first.
 
     n_byte  limit of all states together; 0 keeps none
 
@@ -98,11 +91,12 @@ class Prefixes:
 
     def __init__(self, n_byte: int) -> None:
         self._n_most = n_byte
-        self._entries: list[_Entry] = []  # the most recently used one last
+        self._entries: list[tuple[Hashable, KvState]] = []  # the most recently used one last
 
     @property
     def n_byte(self) -> int:
-        return sum(entry.state.n_byte for entry in self._entries)
+        """Count the bytes of all states."""
+        return sum(state.n_byte for _, state in self._entries)
 
     def go_on(
         self,
@@ -123,13 +117,13 @@ class Prefixes:
         """
         read = context.tokens[:n_exact]
         n_held = chunks.n_alike(read, tokens, n_after)
-        entry, n_kept = self._longest(key, tokens, chunks, n_after)
-        if entry is None or n_kept < n_held + _N_WORTH:
+        state, n_kept = self._longest(key, tokens, chunks, n_after)
+        if state is None or n_kept < n_held + _N_WORTH:
             if len(read) >= n_held + _N_WORTH:
                 self.keep(key, context, n_exact)
             return context.keep_first(n_held)
         self.keep(key, context, n_exact)
-        context.load_kv_state(entry.state)
+        context.load_kv_state(state)
         return context.keep_first(n_kept)
 
     def keep(self, key: Hashable, context: ProbeContext, n_exact: int | None = None) -> None:
@@ -147,31 +141,28 @@ class Prefixes:
         def is_in(tokens: list[int]) -> bool:
             return chunks.n_alike(state.tokens, tokens, n_after=1) == len(tokens)
 
-        kept = [
-            entry for entry in self._entries if entry.key != key or not is_in(entry.state.tokens)
-        ]
-        self._entries = [*kept, _Entry(key, state)]
+        kept = [each for each in self._entries if each[0] != key or not is_in(each[1].tokens)]
+        self._entries = [*kept, (key, state)]
         while self.n_byte > self._n_most:
             del self._entries[0]
 
     def _longest(
         self, key: Hashable, tokens: Sequence[int], chunks: Chunks, n_after: int
-    ) -> tuple[_Entry | None, int]:
-        """Find the entry of which most can be reused, and how many tokens; it counts as used."""
-        best, n_best = None, 0
-        for entry in self._entries:
-            if entry.key == key:
-                n = chunks.n_alike(entry.state.tokens, tokens, n_after)
-                if n > n_best:
-                    best, n_best = entry, n
-        if best is not None:
-            self._entries.remove(best)
-            self._entries.append(best)
-        return best, n_best
+    ) -> tuple[KvState | None, int]:
+        """Find the state of which most can be reused, and how many tokens; it counts as used."""
+        best, n_best = -1, 0
+        for i, (other, state) in enumerate(self._entries):
+            n = chunks.n_alike(state.tokens, tokens, n_after) if other == key else 0
+            if n > n_best:
+                best, n_best = i, n
+        if best < 0:
+            return None, 0
+        self._entries.append(self._entries.pop(best))
+        return self._entries[-1][1], n_best
 
 
 class _GrowingContext:
-    """A probe context that a longer query replaces by a larger one; the KV state moves along.
+    """Keep a probe context; replace it by a larger one for a longer query, KV state included.
 
     make  makes one from n_ctx, has_inputs and all_outputs
     """
@@ -207,7 +198,7 @@ class _GrowingContext:
 
 
 class BaseProber:
-    """Measures with one sequence of the base: one pass, however many adapters there are.
+    """Measure with one sequence of the base: one pass, however many adapters there are.
 
     infos     the adapters
     prefixes  the prefix cache
@@ -242,9 +233,7 @@ class BaseProber:
     def norms(self, tokens: Sequence[int], rows: Sequence[int]) -> Steps[F64]:
         """Measure what each adapter adds to a late query projection: float64 [n_row].
 
-        |scale B A x| for the last token's x (after LoGo, arXiv 2511.07129).
-
-        Raises StrategyError when the adapters have no query projection in common.
+        Raises as strategy.Probe.norms does.
         """
         projections = self._queries(tuple(rows))
         context = self._contexts.for_query(len(tokens), has_inputs=True)
@@ -272,12 +261,7 @@ class BaseProber:
     def routing(
         self, tokens: Sequence[int], rows: Sequence[int], reading: Reading
     ) -> Steps[tuple[F64, F64]]:
-        """Compute Arrow's or SpectR's weights and their measure, means over tokens and modules.
-
-        returns  two float64 [n_row, n_layer]
-
-        Raises StrategyError when the adapters have no projection of the attention in common.
-        """
+        """Compute what strategy.Probe.routing gives, and raise as it does."""
         inputs = self._attention(tuple(rows), reading)
         context = self._contexts.for_query(len(tokens), has_inputs=True, all_outputs=True)
         context.clear()
@@ -292,9 +276,9 @@ class BaseProber:
     def added(self, tokens: Sequence[int], rows: Sequence[int], span: Span) -> Steps[F64]:
         """Measure what each adapter would add to q, k and v in two places: [2, n_row, n_layer].
 
-        |scale B A x| with x of the base alone, the geometric mean over a layer's modules: at the
-        last token, and in the mean over the question's tokens, which stand at span. 0 where an
-        adapter adapts none of them.
+        span  where the question's tokens stand
+
+        Of a layer's modules the geometric mean is taken, 0 where an adapter adapts none of them.
         """
         sizes = [self._sizes(row) for row in rows]
         start, stop = span
@@ -334,7 +318,7 @@ class BaseProber:
 
 
 class Prober:
-    """Measures with sequences of one context: the base, then each adapter alone at weight 1.
+    """Measure with sequences of one context: the base, then each adapter alone at weight 1.
 
     infos     the adapters' facts, where they were read before
     prefixes  the prefix cache; by default only the last query's KV state is reused
@@ -511,7 +495,7 @@ class Prober:
 
 
 class QueryProbe:
-    """Measures one query for a strategy, with a Prober: see strategy.Probe.
+    """Measure one query for a strategy, with a Prober: see strategy.Probe.
 
     run  drives the work
     """

@@ -37,7 +37,7 @@ _NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
 
 @dataclass(frozen=True)
 class Query:
-    """One query and what is known of the adapters in use.
+    """Hold one query, and what is known of the adapters in use.
 
     tokens    ids of the prompt
     adapters  names of those in use, in the order of every first axis
@@ -62,7 +62,7 @@ class Query:
 
 
 class Probe(Protocol):
-    """Measures that a strategy may take of its query; each is computed once."""
+    """Measure a query for its strategy; each measure is computed once."""
 
     def divergence(self, measure: Measure = "kl") -> F64:
         """Measure how far each adapter moves the base: float64 [n_adapter, n_layer], >= 0.
@@ -100,7 +100,7 @@ class Probe(Protocol):
 
 @dataclass(frozen=True)
 class Measured:
-    """How a strategy's measure is shown.
+    """Say how a strategy's measure is shown.
 
     name   heading of its numbers
     unit   with a space before it
@@ -117,14 +117,14 @@ ADDED = Measured("added to q, k, v")
 
 @dataclass(frozen=True)
 class Mix:
-    """Weights [n_adapter, n_layer], and the measure [n_adapter, n_layer] they come from."""
+    """Hold weights [n_adapter, n_layer], and their measure [n_adapter, n_layer]."""
 
     weights: ArrayLike
     divergence: ArrayLike | None = None
 
 
 class Strategy:
-    """How adapters are weighed for a query. Subclass it, and give an object to register_strategy.
+    """Weigh adapters for a query. Subclass it, and give an object to register_strategy.
 
     name      as in `--strategy NAME`: small letters, digits and hyphens
     help      half a sentence on what it does
@@ -187,7 +187,7 @@ class Strategy:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A parsed strategy; options are the given ones."""
+    """Hold a parsed strategy; options are the given ones."""
 
     text: str
     strategy: Strategy

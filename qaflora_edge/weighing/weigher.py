@@ -34,7 +34,7 @@ Weights = FusionWeights | Mapping[str, float] | ArrayLike | str | None
 
 @dataclass(frozen=True)
 class Known:
-    """A bundle's defaults of weighing, and measurements of its adapters.
+    """Hold a bundle's defaults of weighing, and measurements of its adapters.
 
     typical, centroids  see Query
     """
@@ -116,7 +116,7 @@ def parse_centroid(text: str, n_embd: int) -> F32:
 
 @dataclass(frozen=True)
 class Weigher:
-    """Weighs for an Engine: the adapters in use, defaults, and facts of each adapter.
+    """Weigh for an Engine, by the adapters in use, defaults, and facts of each adapter.
 
     find_question  finds the question's span in a prompt's tokens; None for plain text
     targets        adapter -> kinds of modules that it adapts, where known
@@ -134,7 +134,7 @@ class Weigher:
         self.parse(self.known.strategy)
 
     def parse(self, text: str) -> Chosen:
-        """Parse a strategy; StrategyError if it is unknown or cannot be followed here."""
+        """Parse a strategy. Raises StrategyError if it is unknown or cannot be followed here."""
         chosen = parse_strategy(text, self.adapters)
         query = self.query((), chosen)
         chosen.strategy.check(chosen.argument, query)
