@@ -47,7 +47,7 @@ def _field(option: Option) -> Any:
     kind: Any = Literal[option.choices] if option.choices else option.kind
     return (str if kind is tuple else kind) | None, Field(
         default=None,
-        description=option.help.removesuffix(".").replace(": {strategies}", ""),
+        description=option.help.partition(": {")[0].removesuffix("."),
         ge=None if option.is_open else option.low,
         gt=option.low if option.is_open else None,
         le=option.high,

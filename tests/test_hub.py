@@ -224,7 +224,7 @@ def test_a_pickled_adapter_is_refused(hub: FakeHub, hub_cache: Path) -> None:
     with pytest.raises(DownloadError) as caught:
         fetch_hub("owner/math")
     assert str(caught.value) == (
-        "Could not pull owner/math: expected adapter_model.safetensors beside adapter_config.json "
+        "Could not pull owner/math: expected adapter_model.safetensors next to adapter_config.json "
         "in owner/math; there is none but adapter_model.bin, a pickle. "
         "Ask its owner to save the adapter as safetensors."
     )

@@ -109,7 +109,7 @@ def test_scale_that_depends_on_the_version_is_refused(tmp_path: Path) -> None:
     parameters = {"rank": 4, "alpha": 16.0, "scale": 10.0}
     folder = write_mlx(tmp_path / "a", lora_parameters=parameters, fine_tune_type=None)
     assert refusal(PeftConfigError, folder) == (
-        f"Cannot use {folder / 'adapter_config.json'}: lora_parameters.alpha is 16.0 beside scale; "
+        f"Cannot use {folder / 'adapter_config.json'}: lora_parameters.alpha is 16.0 with a scale; "
         "MLX used it until June 2024 and ignores it since, and without fine_tune_type the scale "
         "cannot be known; expected none, or 4 as the rank. Remove alpha if a later version trained "
         "the adapter; else multiply scale by alpha / rank and remove it."

@@ -312,13 +312,13 @@ REFUSED = [
     (
         {"fusion": {"weights": {"es": 1}, "strategy": "base"}},
         "fusion.weights",
-        "The field fusion.weights is {'es': 1}, expected none beside the strategy base: leave one",
+        "The field fusion.weights is {'es': 1}, expected none next to the strategy base: leave one",
     ),
     ({"lora": [{"id": 2, "scale": 1}]}, "lora", "The field lora is [{'id': 2, 'scale': 1.0}]"),
     (
         {"json_schema": {}, "response_format": {"type": "json_object"}},
         "json_schema",
-        "The field json_schema is {}, expected nothing beside response_format",
+        "The field json_schema is {}, expected nothing next to response_format",
     ),
 ]
 

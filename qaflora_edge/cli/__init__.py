@@ -188,10 +188,10 @@ Environment:
 @click.version_option(__version__, prog_name="qaflora")
 @click.pass_context
 def main(ctx: click.Context) -> None:
-    """Several LoRA adapters at once on a quantised base, weighed anew for each query.
+    """Several LoRA adapters at once on a quantised base, weighed for each query.
 
-    DIR is the folder of a bundle, one base and its adapters (see `qaflora bundle create`), or for
-    run, chat, serve, compare, eval and weights a base alone: a GGUF file, or its name in
+    DIR is the folder of a bundle, one base and its adapters (see `qaflora bundle create`). Run,
+    chat, serve, compare, eval and weights also take a base alone: a GGUF file, or its name in
     `qaflora models`.
     """
     verb = ctx.invoked_subcommand or ""

@@ -46,7 +46,7 @@ def _pairs(
     return pairs
 
 
-_outtype = click_option(replace(OWN["convert"]["outtype"], help="Type of what is converted."), "")
+_outtype = click_option(replace(OWN["convert"]["outtype"], help="Convert to this type."), "")
 _from_now_on = click.option("--strategy", help="Used by default from now on.  [default: as it is]")
 _calibrate = click.option(
     "--calibrate/--no-calibrate",

@@ -59,7 +59,7 @@ def _one_prompt(ctx: click.Context, param: click.Parameter, words: tuple[str, ..
 @click.option(
     "-o",
     "--out",
-    help="Write the answers to --prompts into FILE; run again, it goes on where it was.",
+    help="Write the answers to --prompts into FILE; run again, it resumes.",
     **out_file(),
 )
 @click.option(
@@ -96,12 +96,12 @@ def run(
     """Answer a prompt with the weighed adapters.
 
     The answer goes to stdout as it is generated, everything else to stderr. PROMPT `-` reads
-    stdin; what is piped into stdin beside a PROMPT is put behind it. An answer that the limit cuts
-    before its schema or grammar ended is printed, and the exit code is 1.
+    stdin; a pipe's text follows a PROMPT. An answer that the limit cuts before its schema or
+    grammar ended is printed, and the exit code is 1.
 
-    With --prompts, stdout or the file of -o gets one JSON object a line as answers end, with
-    `index`, the number of the line from 0, and for a line that failed `error`; the others go on,
-    and the exit code is 1.
+    With --prompts, stdout or the file of -o gets one JSON object a line as answers end. `index` is
+    the number of the prompt's line, from 0. A line that failed has `error`; the others go on, and
+    the exit code is 1.
     """
     if schema_path is not None and grammar_path is not None:
         raise click.UsageError("Give --json-schema or --grammar, not both.")

@@ -22,10 +22,10 @@ from qaflora_edge.settings import expanded
 def worker(host: str, port: int, cache: str | None, threads: int | None, insecure: bool) -> None:
     """Lend this machine's memory to a base that does not fit another.
 
-    It holds layers and computes them for one client at a time, which names it with --rpc; both
-    have to be of the same build. It is llama.cpp's RPC server, whose protocol has no password and
-    no encryption: beyond this machine let it listen on 127.0.0.1 and reach it through a tunnel, or
-    say --insecure in a network of your own. It says what it does until Ctrl-C ends it.
+    It computes layers for one client at a time, which names it with --rpc; both must be of the
+    same build. It is llama.cpp's RPC server: its protocol has no password and no encryption. From
+    other machines reach it through a tunnel, or say --insecure in a network of your own. Ctrl-C
+    ends it.
     """
     _check_host(host, insecure)
     folder = None if cache is None else expanded(cache)

@@ -255,7 +255,7 @@ def _choose_peft(ref: HubRef, names: Sequence[str]) -> list[str]:
         pickles = [name for name in adapter if name.endswith(PICKLES)]
         pickled = f" but {pickles[0]}, a pickle" if pickles else ""
         raise DownloadError(
-            f"expected {WEIGHTS_FILE} beside {CONFIG_FILE} in {ref.repo}; there is "
+            f"expected {WEIGHTS_FILE} next to {CONFIG_FILE} in {ref.repo}; there is "
             f"none{pickled}. Ask its owner to save the adapter as safetensors."
         )
     return [CONFIG_FILE, *weights, *(name for name in (INDEX_FILE, *DOCUMENTS) if name in names)]

@@ -275,7 +275,7 @@ def _mlx_config(path: Path, fields: Mapping[str, Any]) -> PeftConfig:
     # September 2024: a config without it may be of either kind.
     if "fine_tune_type" not in fields and alpha is not None and alpha != rank:
         raise PeftConfigError(
-            f"Cannot use {path}: lora_parameters.alpha is {shown(alpha)} beside scale; MLX used it "
+            f"Cannot use {path}: lora_parameters.alpha is {shown(alpha)} with a scale; MLX used it "
             f"until June 2024 and ignores it since, and without fine_tune_type the scale cannot be "
             f"known; expected none, or {rank} as the rank. Remove alpha if a later version trained "
             "the adapter; else multiply scale by alpha / rank and remove it."

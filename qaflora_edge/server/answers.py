@@ -66,7 +66,7 @@ def weighing_of(
         expected = f"{of_model}, as the model says, or nothing"
         raise wrong_field("fusion.strategy", strategy, expected)
     if weights is not None and strategy is not None:
-        raise wrong_field(by, weights, f"none beside the strategy {strategy}: leave one out")
+        raise wrong_field(by, weights, f"none next to the strategy {strategy}: leave one out")
     if strategy is not None and strategy.startswith("manual:"):
         _check_range("fusion.strategy", strategy, parse_strategy(strategy, adapters).argument)
     elif weights is not None:
@@ -216,7 +216,7 @@ async def chat_completions(request: Request) -> Computed:
     given = {name: getattr(body, name) for name in OF_CHAT}
     if body.json_schema is not None:  # llama-server's own
         if body.response_format not in (None, _PROSE):
-            raise wrong_field("json_schema", body.json_schema, "nothing beside response_format")
+            raise wrong_field("json_schema", body.json_schema, "nothing next to response_format")
         given["response_format"] = {"type": "json_object", "schema": body.json_schema}
     options = {**weighing, **options_of(request, body, **given)}
     model = body.model or served.name

@@ -67,7 +67,7 @@ def chat(
     Each answer is weighed for the conversation so far; a line on stderr tells the speed and who
     spoke. A line that begins with a slash is a command; /help lists them. Ctrl-C stops an answer,
     Ctrl-D leaves. When the context is full the oldest turns drop out. A repeat penalty of 1.03
-    holds off loops; /set repeat_penalty off takes it away.
+    prevents loops; /set repeat_penalty off takes it away.
 
     In a pipe each line of stdin is a message, and stdout has the answers alone.
     """
