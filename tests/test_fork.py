@@ -1,15 +1,11 @@
 """Engines and processes: no waiting for threads that a fork did not take along, no copies."""
 
-import copy
-import pickle
 import subprocess
 import sys
 
 import pytest
 from bundles import TinyBundle, make_bundle
 from patience import PATIENCE_S
-
-from qaflora_edge import Engine
 
 CODE = """\
 import os, sys
@@ -65,15 +61,3 @@ def test_forked_process_is_told_and_does_not_wait(made: TinyBundle, state: str) 
         ", in which an Engine was in use, and the library's threads are not here. Start processes "
         "with multiprocessing's method 'spawn', or fork before the first Engine is used."
     )
-
-
-@pytest.mark.parametrize("take", [pickle.dumps, copy.deepcopy])
-def test_engine_is_not_copied(made: TinyBundle, take: object) -> None:
-    with Engine(made.folder) as engine:
-        with pytest.raises(TypeError) as caught:
-            take(engine)  # type: ignore[operator]
-        assert str(caught.value) == (
-            "An Engine cannot be pickled or copied; give its options to the other process, and "
-            "make one there."
-        )
-        assert engine.weights("the king").adapters == ("math", "es")
