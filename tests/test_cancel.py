@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from patience import PATIENCE_S, wait_until
 from tiny import write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine, FusionWeights
@@ -93,20 +92,6 @@ def test_weights_are_told_before_the_prompt_is_read(engine: Engine) -> None:
     answer = engine.generate("one more", max_tokens=2, on_weights=on_weights)
     assert told == [answer.fusion]
     assert engine._core.context.tokens != held
-
-
-def test_close_between_weights_and_prompt_ends_the_call(tmp_path: Path) -> None:
-    engine = Engine(base=write_tiny_base(tmp_path / "base.gguf").path, n_parallel=2)
-    closing = threading.Thread(target=engine.close)
-
-    def close(_: FusionWeights) -> None:
-        closing.start()
-        wait_until(lambda: engine._core.loop._is_closed)
-
-    with pytest.raises(BusyError, match=r"was closed in the middle of a call"):
-        engine.generate("the king", on_weights=close)
-    closing.join(PATIENCE_S)
-    assert not closing.is_alive()
 
 
 def test_answer_keeps_its_engine_alive(tmp_path: Path) -> None:

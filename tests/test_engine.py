@@ -192,13 +192,6 @@ def test_engine_needs_a_bundle_or_a_base(base: TinyBase, tmp_path: Path) -> None
         Engine(tmp_path, base=base.path)
 
 
-def test_an_answer_that_is_dropped_makes_room(engine: Engine) -> None:
-    next(engine.generate(PROMPT))
-    n_before = engine._core.context.n_decoded
-    assert engine.generate("another", max_tokens=3, weights="base").text()
-    assert engine._core.context.n_decoded - n_before < 6  # not until the context is full
-
-
 def test_close_ends_the_calls_of_other_threads(base: TinyBase) -> None:
     engine = Engine(base=base.path)
     answer = engine.generate("the king")
