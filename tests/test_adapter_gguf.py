@@ -183,16 +183,31 @@ def test_experts_of_the_base_are_compared(tmp_path: Path) -> None:
 
 
 IGNORED = (
-    "which llama.cpp computes without adapters for llama, and this part would be ignored; expected "
-    "tensors that it adapts. Train without this module, or merge the adapter into its base."
+    "expected projections of the language model's layers, token_embd or output. "
+    "Train without this module, or merge the adapter into its base."
 )
 
 
 def test_tensor_that_is_ignored_is_refused(tmp_path: Path, base: tiny.TinyBase) -> None:
-    name = "blk.0.attn_norm.weight"
-    path = write(tmp_path / "a.gguf", pair(name, (4, 64), (64, 4)))
-    assert refusal(UnsupportedAdapterError, path, base) == (
-        f"Cannot use adapter {path} with base {base.path}: it adapts {name}, {IGNORED}"
+    for name, why in (
+        ("blk.0.attn_norm.weight", "llama.cpp computes without adapters for llama"),
+        ("mm.0.weight", "belongs to no layer, so that no layer's weight applies"),
+    ):
+        path = write(tmp_path / "a.gguf", pair(name, (4, 64), (64, 4)))
+        assert refusal(UnsupportedAdapterError, path, base) == (
+            f"Cannot use adapter {path} with base {base.path}: it adapts {name}, which {why}; "
+            f"{IGNORED}"
+        )
+
+
+def test_activated_adapter_is_refused(tmp_path: Path) -> None:
+    """llama.cpp adds it from certain tokens on, and not to all of a prompt."""
+    writer = tiny.begin_adapter(tmp_path / "a.gguf")
+    writer.add_array("adapter.alora.invocation_tokens", [1])
+    tiny.finish(writer)
+    assert refusal(UnsupportedAdapterError, tmp_path / "a.gguf") == (
+        f"Cannot use adapter {tmp_path / 'a.gguf'}: metadata field adapter.alora.invocation_tokens "
+        "makes it an activated LoRA; expected an adapter without it. Train a plain LoRA."
     )
 
 

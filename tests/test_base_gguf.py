@@ -89,7 +89,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str, str, str]] = {
     "odd rope": ("gemma3", {"arch.rope.dimension_count": 7},
                  "gemma3.rope.dimension_count", "7", "an even number from 2 to 16"),
     "sections": ("llama", {"arch.rope.dimension_sections": [8, 8, 8, 0]},
-                 "llama.rope.dimension_sections", "(8, 8, 8, 0)", "16 together at most"),
+                 "llama.rope.dimension_sections", "[8, 8, 8, 0]", "16 together at most"),
     "epsilon": ("llama", {"arch.attention.layer_norm_rms_epsilon": float("nan")},
                 "llama.attention.layer_norm_rms_epsilon", "nan", "a finite number from 0 on"),
     "window": ("gemma3", {"arch.attention.sliding_window": 1 << 31},

@@ -119,7 +119,7 @@ def glm4_rows(name: str, header: GgufHeader, shape: tuple[int, int]) -> tuple[Pa
         stem = name.rpartition(".")[2]
         if stem in ("attn_q", "attn_k"):
             n_head = header.n_head if stem == "attn_q" else header.n_head_kv
-            return (Part(name, neox_rows(shape[0], n_head, header.n_rotary)),)
+            return (Part(name, neox_rows(shape[0], n_head, header.count("rope.dimension_count"))),)
     return (Part(name),)
 
 
@@ -172,8 +172,8 @@ def qwen3next_rows(name: str, header: GgufHeader, shape: tuple[int, int]) -> tup
     """Linear attention's first projection has a key's q, k, values and their gates together."""
     if not name.endswith(".ssm_in"):
         return (Part(name),)
-    n_key, n_value = header.n_ssm("group_count"), header.n_ssm("time_step_rank")
-    n_dim, n_inner = header.n_ssm("state_size"), header.n_ssm("inner_size")
+    n_key, n_value = header.count("ssm.group_count"), header.count("ssm.time_step_rank")
+    n_dim, n_inner = header.count("ssm.state_size"), header.count("ssm.inner_size")
     if shape[0] != 2 * (n_key * n_dim + n_inner) or n_inner % n_key:
         raise LayoutError(f"{shape[0]} rows, which {n_value} values and {n_key} keys cannot share")
     rows = np.arange(shape[0]).reshape(n_key, -1)
@@ -188,10 +188,10 @@ def qwen35_rows(name: str, header: GgufHeader, shape: tuple[int, int]) -> tuple[
     stem = name.rpartition(".")[2]
     if stem not in ("attn_qkv", "attn_gate", "ssm_alpha", "ssm_beta", "ssm_out"):
         return (Part(name),)
-    n_key, n_value = header.n_ssm("group_count"), header.n_ssm("time_step_rank")
+    n_key, n_value = header.count("ssm.group_count"), header.count("ssm.time_step_rank")
     if stem == "ssm_out":
         return (Part(name, columns=tiled_rows(shape[1], n_key, n_value)),)
-    n_before = 2 * n_key * header.n_ssm("state_size") if stem == "attn_qkv" else 0  # q and k
+    n_before = 2 * n_key * header.count("ssm.state_size") if stem == "attn_qkv" else 0  # q and k
     values = n_before + tiled_rows(max(shape[0] - n_before, 0), n_key, n_value)
     return (Part(name, np.concatenate([np.arange(n_before), values])),)
 

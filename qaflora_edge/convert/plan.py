@@ -26,7 +26,7 @@ from qaflora_edge.convert.layouts import (
 )
 from qaflora_edge.convert.targets import Planned, PlannedModule, SingleExperts, StackedExperts
 from qaflora_edge.errors import AdapterMismatchError, UnsupportedAdapterError
-from qaflora_edge.formats.base import ARCH_FACTS, is_bypassed
+from qaflora_edge.formats.base import ARCH_FACTS, why_not_adapted
 from qaflora_edge.formats.gguf import GgufHeader
 from qaflora_edge.peft.folder import PeftAdapter
 from qaflora_edge.peft.modules import PeftModule
@@ -230,14 +230,10 @@ def _place(
 def _check_tensor(pair: _Pair, target: PlannedModule) -> None:
     """Refuse a tensor that no adapter or no layer's weight enters, or that is not the module's."""
     header, source, name = pair.header, target.source, target.base_name
-    why = None
-    if is_bypassed(header.architecture, name):
-        why = f"llama.cpp computes without adapters for {header.architecture}"
-    elif name in ARCH_FACTS[header.architecture].scaled:
+    why = why_not_adapted(header.architecture, name)
+    if name in ARCH_FACTS[header.architecture].scaled:
         why = "its converter may have scaled, which the GGUF does not say"
-    elif not name.startswith(("blk.", "token_embd.", "output.")):
-        why = "belongs to no layer, so that no layer's weight applies"
-    if why is not None:
+    if why:
         raise pair.unsupported(
             f"module {source.name} goes to {name}, which {why}; expected projections of the "
             "language model's layers, embed_tokens or lm_head. Train without this module, or merge "

@@ -305,7 +305,7 @@ def source_rows(header: GgufHeader, module: PlannedModule) -> Index:
     if name == "in_proj_qkvz":
         return _gated_row(row, header, is_gate=stem == "attn_gate")
     if architecture in _TILED and stem in ("attn_qkv", "attn_gate", "ssm_alpha", "ssm_beta"):
-        n_before = 2 * header.n_ssm("group_count") * header.n_ssm("state_size")
+        n_before = 2 * header.count("ssm.group_count") * header.count("ssm.state_size")
         n_before = n_before if stem == "attn_qkv" else 0
         tiled = n_before + _tiled_place(row - n_before, n_out - n_before, header)
         return np.where(row < n_before, row, tiled)
@@ -359,9 +359,9 @@ def _turned(row: Index, header: GgufHeader, n_head: int) -> Index:
     if (
         "glm4.rope.dimension_sections" in header.metadata
     ):  # 0, 2, 4, ..., 1, 3, 5, ... of the dimensions that are rotated
-        half = header.n_rotary // 2
+        half = header.count("rope.dimension_count") // 2
         turned = np.where(dim < half, 2 * dim, 2 * (dim - half) + 1)
-        return head + np.where(dim < header.n_rotary, turned, dim)
+        return head + np.where(dim < header.count("rope.dimension_count"), turned, dim)
     return row
 
 
@@ -379,8 +379,8 @@ def _grouped_row(row: Index, n_row: int, n_head: int, n_head_kv: int) -> Index:
 
 def _gated_row(row: Index, header: GgufHeader, *, is_gate: bool) -> Index:
     """Of all q, k and v, or of all gates, where the source has those of a key together."""
-    n_key, n_dim = header.n_ssm("group_count"), header.n_ssm("state_size")
-    n_value = header.n_ssm("inner_size") // n_key  # rows of the values of one key
+    n_key, n_dim = header.count("ssm.group_count"), header.count("ssm.state_size")
+    n_value = header.count("ssm.inner_size") // n_key  # rows of the values of one key
     n_group = 2 * (n_dim + n_value)
     if is_gate:
         return row // n_value * n_group + 2 * n_dim + n_value + row % n_value
@@ -393,7 +393,7 @@ def _gated_row(row: Index, header: GgufHeader, *, is_gate: bool) -> Index:
 
 def _tiled_place(place: Index, n_place: int, header: GgufHeader) -> Index:
     """Of the first value of every key, then the second, where the source has a key's together."""
-    n_key, n_value = header.n_ssm("group_count"), header.n_ssm("time_step_rank")
+    n_key, n_value = header.count("ssm.group_count"), header.count("ssm.time_step_rank")
     n_dim = n_place // n_value
     head, dim = place // n_dim, place % n_dim
     return (head % n_key * (n_value // n_key) + head // n_key) * n_dim + dim

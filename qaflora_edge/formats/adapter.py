@@ -17,7 +17,7 @@ from qaflora_edge.errors import (
     UnsupportedAdapterError,
 )
 from qaflora_edge.files import AnyPath
-from qaflora_edge.formats.base import is_bypassed, module_kind
+from qaflora_edge.formats.base import module_kind, why_not_adapted
 from qaflora_edge.formats.gguf import (
     GgufHeader,
     TensorInfo,
@@ -146,6 +146,9 @@ def _check_kind(header: GgufHeader) -> None:
             found = f"metadata field {key} is " + ("missing" if value is None else f"{value!r:.99}")
             advice = "Give an adapter GGUF, as `qaflora convert` writes it."
             raise _wrong(header, found, repr(expected), advice)
+    if (key := "adapter.alora.invocation_tokens") in header.metadata:
+        found, advice = f"metadata field {key} makes it an activated LoRA", "Train a plain LoRA."
+        raise _wrong(header, found, "an adapter without it", advice, UnsupportedAdapterError)
 
 
 def _alpha(header: GgufHeader) -> float:
@@ -187,11 +190,10 @@ def _rank(header: GgufHeader, base: str, pair: Mapping[str, TensorInfo]) -> int:
 
 def _check_module(info: AdapterInfo, header: GgufHeader, base_name: str) -> None:
     start = f"Cannot use adapter {info.path} with base {header.path}: it adapts {base_name}"
-    if is_bypassed(header.architecture, base_name):
+    if why := why_not_adapted(header.architecture, base_name):
         raise UnsupportedAdapterError(
-            f"{start}, which llama.cpp computes without adapters for {header.architecture}, and "
-            "this part would be ignored; expected tensors that it adapts. Train without this "
-            "module, or merge the adapter into its base."
+            f"{start}, which {why}; expected projections of the language model's layers, "
+            "token_embd or output. Train without this module, or merge the adapter into its base."
         )
     tensor = header.tensors.get(base_name)
     if tensor is None and base_name == HEAD:

@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
-from numpy.typing import NDArray
 
 from qaflora_edge.errors import BundleError, GgufFileError
 from qaflora_edge.files import AnyPath, package_data
@@ -86,6 +85,15 @@ def is_bypassed(architecture: str, base_name: str) -> bool:
     return base_name != "token_embd.weight" and _NOT_MULTIPLIED.search(kind) is not None
 
 
+def why_not_adapted(architecture: str, base_name: str) -> str:
+    """Say why a LoRA on a tensor of a base would not count; "" where it does."""
+    if is_bypassed(architecture, base_name):
+        return f"llama.cpp computes without adapters for {architecture}"
+    if not base_name.startswith(("blk.", "token_embd.", "output.")):
+        return "belongs to no layer, so that no layer's weight applies"
+    return ""
+
+
 # Limits of llama.cpp 0c1e5709, and ours where no place is named.
 MAX_LAYERS = 512  # llama-hparams.h LLAMA_MAX_LAYERS
 MAX_EXPERTS = 1024  # llama-hparams.h LLAMA_MAX_EXPERTS
@@ -101,7 +109,6 @@ NO_FLOATS = tuple(
     GGMLQuantizationType[name] for name in ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K")
 )
 _BYTE = re.compile(rb"<0x[0-9A-Fa-f]{2}>")
-_ATTENTION = re.compile(r"blk\.(?P<layer>\d+)\.attn_(?P<part>q|k|v|qkv)\.weight")
 
 
 def read_base(path: AnyPath) -> GgufHeader:
@@ -110,17 +117,13 @@ def read_base(path: AnyPath) -> GgufHeader:
     Raises InputFileError when the file cannot be read, GgufFileError naming the field.
     """
     header = read_gguf_header(path)
-    texts = read_texts(header.path, header.metadata.get(TOKENS), MAX_TOKENS)
-    types = read_numbers(header.path, header.metadata.get("tokenizer.ggml.token_type"))
     base = _Base(header, ARCH_FACTS.get(header.architecture, ArchFacts()))
     base.check_ranges()
     base.check_experts()
     base.check_heads()
-    base.check_shared_keys()
-    if base.facts.heads in ("whole", "plain"):
-        base.check_projections()
+    base.check_layers()
     _check_tensors(header)
-    _check_tokens(header, texts, types)
+    _check_tokens(header)
     return header
 
 
@@ -152,18 +155,15 @@ class _Base:
     def fail(self, field: str, found: object, expected: str) -> NoReturn:
         _fail(self.header, f"{self.header.architecture}.{field}", found, expected)
 
-    def values(self, field: str) -> tuple[object, ...]:
-        """Give the values of a field, one or one a layer; none where it is missing."""
-        value = self.header.metadata.get(f"{self.header.architecture}.{field}")
-        return value if isinstance(value, tuple) else () if value is None else (value,)
-
     def numbers(self, field: str) -> list[int]:
-        return [value for value in self.values(field) if isinstance(value, int)]
+        """Give the numbers of a field, one or one a layer; none where it is missing."""
+        value = self.header.metadata.get(f"{self.header.architecture}.{field}")
+        values = value if isinstance(value, tuple) else (value,)
+        return [each for each in values if isinstance(each, int)]
 
     def number(self, field: str, default: int) -> int:
-        """Give the first value of a field."""
-        (value, *_) = (*self.values(field), default)
-        return value if isinstance(value, int) else default
+        """Give the first number of a field."""
+        return next(iter(self.numbers(field)), default)
 
     def check_range(self, field: str, least: int, most: int) -> None:
         for value in self.numbers(field):
@@ -202,16 +202,16 @@ class _Base:
     def check_heads(self) -> None:
         """Check the widths of a head's query, value and rotated part, and rope's scaling."""
         n_embd, heads = self.header.n_embd, "attention.head_count"
-        for scaling in self.values("rope.scaling.type"):
-            if scaling not in ROPE_SCALINGS:
-                self.fail("rope.scaling.type", scaling, f"one of {', '.join(ROPE_SCALINGS)}")
-        if self.facts.heads in ("whole", "plain") and self.values(heads) in ((), (0,)):
-            self.fail(heads, (*self.values(heads), "missing")[0], "the number of heads")
+        scaling = f"{self.header.architecture}.rope.scaling.type"
+        if (found := self.header.metadata.get(scaling, "none")) not in ROPE_SCALINGS:
+            _fail(self.header, scaling, found, f"one of {', '.join(ROPE_SCALINGS)}")
+        if self.facts.heads in ("whole", "plain") and self.numbers(heads) in ([], [0]):
+            self.fail(heads, (*self.numbers(heads), "missing")[0], "the number of heads")
         n_head = self.number(heads, 0)
         if n_head <= 0:
             return  # no attention in the first layer: the loader takes no widths
         n_key = n_value = n_embd // n_head
-        if not self.values("attention.key_length") and n_embd % n_head:
+        if not self.numbers("attention.key_length") and n_embd % n_head:
             self.fail(heads, n_head, f"a divisor of {n_embd}, the width of the model")
         for suffix in ("", "_swa"):
             n_key = self.number(f"attention.key_length{suffix}", n_key)
@@ -223,8 +223,8 @@ class _Base:
                 self.fail(f"attention.value_length{suffix}", n_value, expected)
             self.check_rotated(f"rope.dimension_count{suffix}", n_key)
         self.check_range("rope.dimension_sections", 0, n_key)
-        if sum(self.numbers("rope.dimension_sections")) > n_key:
-            sections = self.values("rope.dimension_sections")
+        sections = self.numbers("rope.dimension_sections")
+        if sum(sections) > n_key:
             expected = f"{n_key} together at most, the width of a head"
             self.fail("rope.dimension_sections", sections, expected)
 
@@ -238,42 +238,32 @@ class _Base:
                 expected = f"an even number from 2 to {n_key}, the width of a head"
                 self.fail(field, n_rotary, expected)
 
-    def at(self, field: str, layer: int) -> int | None:
-        """Give a layer's value of a field with one value or one a layer."""
-        values = self.values(field)
-        value = values[0] if len(values) == 1 else values[layer] if layer < len(values) else None
-        return value if isinstance(value, int) else None
+    def by_layer(self, field: str) -> list[int]:
+        """Give the number of each layer; fewer where the loader refuses the field."""
+        numbers = self.numbers(field)
+        return numbers * self.header.n_layer if len(numbers) == 1 else numbers
 
-    def check_shared_keys(self) -> None:
-        """Check that every key belongs to equally many queries."""
-        queries, keys = "attention.head_count", "attention.head_count_kv"
-        for layer in range(max(len(self.values(queries)), len(self.values(keys)))):
-            n_head, n_head_kv = self.at(queries, layer), self.at(keys, layer)
-            if n_head and n_head_kv and n_head % n_head_kv:
-                self.fail(keys, n_head_kv, f"a divisor of {n_head}, the number of heads")
+    def check_layers(self) -> None:
+        """Check that each key belongs to equally many queries, and projections have a head's rows.
 
-    def check_projections(self) -> None:
-        """Check that projections have rows for every head; the loader checks only some."""
+        The loader checks only some.
+        """
         queries = keys = "attention.head_count"
-        if self.values(f"{keys}_kv"):
+        if self.numbers(f"{keys}_kv"):
             keys = f"{keys}_kv"
         n_first = self.number(queries, 0)
-        if n_first <= 0:
-            return
-        n_key = self.number("attention.key_length", self.header.n_embd // n_first)
-        for tensor in self.header.tensors.values():
-            match = _ATTENTION.fullmatch(tensor.name)
-            if match is None:
-                continue
-            n_head, n_head_kv = (self.at(name, int(match["layer"])) for name in (queries, keys))
-            if n_head is None or n_head_kv is None:
-                continue  # the loader refuses what is no number for each layer
+        n_key = self.number("attention.key_length", self.header.n_embd // max(n_first, 1))
+        of_layers = zip(self.by_layer(queries), self.by_layer(keys), strict=False)
+        for layer, (n_head, n_head_kv) in enumerate(of_layers):
+            if n_head and n_head_kv and n_head % n_head_kv:
+                self.fail(keys, n_head_kv, f"a divisor of {n_head}, the number of heads")
             n = {"q": n_head, "k": n_head_kv, "v": n_head_kv, "qkv": n_head + 2 * n_head_kv}
-            expected = n[match["part"]] * n_key
-            if tensor.shape[0] != expected:
-                field = f"the number of rows of {tensor.name}"
-                what = f"{expected}, for heads of {n_key} each"
-                _fail(self.header, field, tensor.shape[0], what)
+            for part in n if n_first > 0 and self.facts.heads in ("whole", "plain") else ():
+                tensor = self.header.tensors.get(f"blk.{layer}.attn_{part}.weight")
+                if tensor is not None and tensor.shape[0] != n[part] * n_key:
+                    field = f"the number of rows of {tensor.name}"
+                    expected = f"{n[part] * n_key}, for heads of {n_key} each"
+                    _fail(self.header, field, tensor.shape[0], expected)
 
 
 def _check_tensors(header: GgufHeader) -> None:
@@ -290,19 +280,16 @@ def _check_tensors(header: GgufHeader) -> None:
             _fail(header, f"the type of tensor {tensor.name}", kind.name, "a type of weights")
 
 
-def _check_tokens(header: GgufHeader, texts: list[bytes], types: NDArray[np.int64]) -> None:
-    """Check that every token has a text of its own: llama-vocab.cpp asserts it.
-
-    texts  of the tokens; the loader refuses a vocabulary that is none
-    types  [n]  llama.h llama_token_type; empty where the loader refuses them, or has none
-    """
+def _check_tokens(header: GgufHeader) -> None:
+    """Check that every token has a text of its own: llama-vocab.cpp asserts it."""
     array = header.metadata.get(TOKENS)
     if isinstance(array, SkippedArray) and array.length > MAX_TOKENS:
         _fail(header, f"the length of {TOKENS}", array.length, f"at most {MAX_TOKENS}")
+    read = read_texts(header.path, array, MAX_TOKENS)  # none: the loader refuses it
     # The loader gives those without a text a name, by their number.
-    texts = [text or b"[EMPTY_%d]" % index for index, text in enumerate(texts)]
+    texts = [text or b"[EMPTY_%d]" % index for index, text in enumerate(read)]
     if texts:
-        _check_bytes(header, texts, types)
+        _check_bytes(header, texts)
     seen: set[bytes] = set()
     for index, text in enumerate(texts):
         if text in seen:
@@ -311,9 +298,11 @@ def _check_tokens(header: GgufHeader, texts: list[bytes], types: NDArray[np.int6
         seen.add(text)
 
 
-def _check_bytes(header: GgufHeader, texts: list[bytes], types: NDArray[np.int64]) -> None:
+def _check_bytes(header: GgufHeader, texts: list[bytes]) -> None:
     """Check the tokens of single bytes: llama-vocab.cpp token_to_byte and byte_to_token."""
     model = header.metadata.get("tokenizer.ggml.model")
+    # [n_token]  llama.h llama_token_type; empty where the loader refuses them, or there are none
+    types = read_numbers(header.path, header.metadata.get("tokenizer.ggml.token_type"))
     for index in np.flatnonzero(types[: len(texts)] == BYTE_TOKEN):
         if model == "bert" or not _BYTE.fullmatch(texts[index]):
             shown = texts[index].decode("utf-8", "replace")

@@ -165,13 +165,10 @@ class GgufCursor:
         relative: dict[str, TensorInfo] = {}  # with offsets from the tensor data
         for index in range(n_tensor):
             info = self.read_tensor_info(index, alignment)
-            if info.name in relative:
+            if relative.setdefault(info.name, info) is not info:
                 self.fail(f"tensor {info.name!r}", "listed twice", "every tensor once")
-            relative[info.name] = info
-        data_offset = -(-self.position // alignment) * alignment
-        tensors = {
-            name: replace(info, offset=data_offset + info.offset) for name, info in relative.items()
-        }
+        begin = -(-self.position // alignment) * alignment
+        tensors = {name: replace(x, offset=begin + x.offset) for name, x in relative.items()}
         self.check_places(tensors)
         return GgufHeader(self.path, architecture, metadata, tensors, self.size_bytes)
 
@@ -280,29 +277,20 @@ class GgufHeader:
 
     @property
     def n_layer(self) -> int:
-        return self._count("block_count", MAX_LAYERS)
+        return self.count("block_count", MAX_LAYERS)
 
     @property
     def n_embd(self) -> int:
-        return self._count("embedding_length")
+        return self.count("embedding_length")
 
     @property
     def n_head(self) -> int:
-        return self._count("attention.head_count")
+        return self.count("attention.head_count")
 
     @property
     def n_head_kv(self) -> int:
-        if f"{self.architecture}.attention.head_count_kv" not in self.metadata:
-            return self.n_head
-        return self._count("attention.head_count_kv")
-
-    def n_ssm(self, field: str) -> int:
-        """Give a count of the recurrent layers, such as `state_size`."""
-        return self._count(f"ssm.{field}")
-
-    @property
-    def n_rotary(self) -> int:
-        return self._count("rope.dimension_count")
+        is_given = f"{self.architecture}.attention.head_count_kv" in self.metadata
+        return self.count("attention.head_count_kv") if is_given else self.n_head
 
     @property
     def n_vocab(self) -> int:
@@ -312,7 +300,7 @@ class GgufHeader:
             raise self._no_model("tensor token_embd.weight", found, "[n_vocab, n_embd]")
         return info.shape[0]
 
-    def _count(self, field: str, largest: int = MAX_COUNT) -> int:
+    def count(self, field: str, largest: int = MAX_COUNT) -> int:
         """Give a positive whole number of the architecture, such as `block_count`."""
         key = f"{self.architecture}.{field}"
         value = self.metadata.get(key)
@@ -341,15 +329,11 @@ def read_gguf_header(path: AnyPath) -> GgufHeader:
         return GgufCursor(path, file, os.fstat(file.fileno()).st_size).read_header()
 
 
-def read_array(path: Path, array: SkippedArray) -> bytes:
-    """Read the bytes of a metadata array. Raises as read_columns does."""
-    return read_columns(path, array.offset, array.n_bytes, range(1), range(array.n_bytes))
-
-
 def read_numbers(path: Path, value: MetadataValue | None) -> NDArray[np.int64]:
     """Read an array of int32: [n], empty for another value. Raises as read_columns does."""
     if isinstance(value, SkippedArray) and value.n_bytes == 4 * value.length:
-        return np.frombuffer(read_array(path, value), "<i4").astype(np.int64)
+        data = read_columns(path, value.offset, value.n_bytes, range(1), range(value.n_bytes))
+        return np.frombuffer(data, "<i4").astype(np.int64)
     is_numbers = isinstance(value, tuple) and all(isinstance(each, int) for each in value)
     return np.array(value if is_numbers else (), np.int64)
 
@@ -361,7 +345,7 @@ def read_texts(path: Path, array: MetadataValue | None, most: int) -> list[bytes
     """
     if not isinstance(array, SkippedArray) or array.length > most:
         return []
-    data = read_array(path, array)
+    data = read_columns(path, array.offset, array.n_bytes, range(1), range(array.n_bytes))
     texts, at = [], 0
     try:
         for _ in range(array.length):
@@ -468,16 +452,14 @@ def read_columns(
 
     Raises InputFileError when the file is gone, `kind` when it became shorter.
     """
+    is_whole = len(columns) == row_bytes  # rows are neighbours, and read at once
+    n_byte = len(rows) * row_bytes if is_whole else len(columns)
+    pieces = []
     with reading(path), open_input(path) as file:
-        if len(columns) == row_bytes:
-            file.seek(offset + rows.start * row_bytes)
-            data = file.read(len(rows) * row_bytes)
-        else:
-            pieces = []
-            for row in rows:
-                file.seek(offset + row * row_bytes + columns.start)
-                pieces.append(file.read(len(columns)))
-            data = b"".join(pieces)
+        for row in rows[:1] if is_whole else rows:
+            file.seek(offset + row * row_bytes + columns.start)
+            pieces.append(file.read(n_byte))
+    data = b"".join(pieces)
     if len(data) != len(rows) * len(columns):
         raise changed(path, kind)
     return data
