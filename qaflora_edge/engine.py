@@ -528,8 +528,8 @@ class Engine:
             return keep_history.number
         if keep_history and self.n_parallel > 1:
             raise OptionError(
-                "Option keep_history is True, expected the Generation that the prompt goes on "
-                "from: an Engine with n_parallel above 1 has no one last answer."
+                "Option keep_history is True, expected the Generation to continue: an "
+                "Engine with n_parallel above 1 has no single last answer."
             )
         return self._core.last_answer if keep_history else None
 

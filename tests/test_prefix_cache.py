@@ -158,12 +158,12 @@ def test_a_state_of_other_weights_or_cut_short_is_refused(loaded: tuple[Model, P
         with pytest.raises(BackendError) as caught:
             context.load_kv_state(held)
         assert str(caught.value) == (
-            "A KV state cannot be taken over: sequence 1 was read under other weights than it has "
+            "A KV state cannot be reused: sequence 1 was prefilled under other weights than it has "
             "here."
         )
         assert context.tokens == []
         context.set_weights(weights, seq=1)
-        with pytest.raises(BackendError, match="A KV state cannot be taken over: 0 of"):
+        with pytest.raises(BackendError, match="A KV state cannot be reused: 0 of"):
             context.load_kv_state(replace(held, sequences=[held.sequences[0][:-100]] * 2))
         assert context.tokens == []
         context.load_kv_state(held)

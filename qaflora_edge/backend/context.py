@@ -254,7 +254,7 @@ class Context(Handle):
         if n != data.size:
             self.clear(seq)
             raise BackendError(
-                f"A KV state cannot be taken over: {n} of {data.size} bytes of sequence {seq} "
+                f"A KV state cannot be reused: {n} of {data.size} bytes of sequence {seq} "
                 f"went in: {logged()}."
             )
         self._tokens[seq] = list(tokens)

@@ -86,8 +86,8 @@ class ProbeContext(Context):
         for seq, weights in enumerate(state.weights):
             if weights != self._weights[seq]:
                 raise BackendError(
-                    f"A KV state cannot be taken over: sequence {seq} was read under other weights "
-                    "than it has here."
+                    f"A KV state cannot be reused: sequence {seq} was prefilled under other "
+                    "weights than it has here."
                 )
         try:
             for seq, data in enumerate(state.sequences):

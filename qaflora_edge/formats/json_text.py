@@ -153,7 +153,7 @@ class LineFile:
                 file.seek(self.n_byte)
                 file.write(line)
         except OSError as error:
-            advice = "See to it and run the same again, which goes on"
+            advice = "See to it and run the same again, which resumes"
             raise self.refused(error.strerror or str(error), advice) from error
         self.n_byte += len(line)
 
