@@ -20,6 +20,8 @@ KV_TYPES = {"f16": 1, "f32": 0, "q8_0": 8}  # ggml.h GGML_TYPE_*
 LENSES, POOLS = ("norm", "raw"), ("last", "question")
 OUTTYPES = ("f32", "f16", "bf16", "q8_0")
 ADAPTER_TYPES = {"auto": 0, "q8_0": 1, "q4_0": 2}  # qaflora.h enum qaflora_adapter_type
+# Where options stand in the help, in this order; those of the last one are in --help-all alone.
+SECTIONS = ("Options", "Server", "Prompt", "Answer", "Mix", "Model", ADVANCED := "Advanced")
 
 
 @dataclass(frozen=True)
@@ -33,15 +35,16 @@ class Option:
               (Engine.generate's), answers (Engine.answers')
     flag      on the command line, empty where it has no place there; a flag that begins with
               `--no-` turns off what is on by default
-    help      a sentence; {strategies} in it stands for the forms of all strategies, {options} for
-              those of their options
+    short     a flag of one letter, as llm and llama.cpp have it
+    section   of SECTIONS
+    help      sentences, of which `--help` shows the first; {strategies} stands for the forms of all
+              strategies, {options} for those of their options
     low, high, is_open  the range; is_open: low itself is not in it
     noun      what a number is, in messages
     words     texts that may stand in place of a number
     unset     the default in words, where `default` does not say it
     defaults  command -> the default that it has instead
     aliases   other names in OpenAI's calls
-    left_out  commands that do not have it, of those that share options
     variable  a further variable of the environment that sets it
     is_secret whether its value is not to be shown
     """
@@ -51,6 +54,8 @@ class Option:
     default: Any = None
     groups: str = ""
     flag: str = ""
+    short: str = ""
+    section: str = ADVANCED
     help: str = ""
     low: float | None = None
     high: float | None = None
@@ -62,7 +67,6 @@ class Option:
     unset: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
-    left_out: tuple[str, ...] = ()
     variable: str = ""
     is_secret: bool = False
 
@@ -134,7 +138,7 @@ _TOKENS = "a number of tokens"
 # A line or two for each: one call an option, in the order of the help texts.
 # fmt: off
 OPTIONS = (
-    Option("strategy", str, None, "engine weighing", "--strategy", metavar="NAME",
+    Option("strategy", str, None, "engine weighing", "--strategy", section="Mix", metavar="NAME",
            help="How adapters are weighed: {strategies}. Those that look at the query take options "
            "after a colon, as in qa-flora:power=2. Options: {options}.", unset="the bundle's"),
     Option("lens", str, None, "engine weighing", "--lens", choices=LENSES,
@@ -147,10 +151,10 @@ OPTIONS = (
            noun="a number of MiB", metavar="MIB",
            help="Keep so much KV state of the probe, so that prompts which begin alike are weighed "
            "sooner; 0 keeps the last prompt only."),
-    Option("raw_prompt", bool, False, "", "--raw-prompt/--no-raw-prompt", left_out=("serve",),
+    Option("raw_prompt", bool, False, "", "--raw-prompt/--no-raw-prompt",
            help="Take the prompt as it is: no chat template."),
-    Option("n_ctx", int, 2048, "engine", "--ctx", low=1, high=MAX_CTX, noun=_TOKENS,
-           defaults={"chat": None, "serve": 4096},
+    Option("n_ctx", int, 2048, "engine", "--ctx", "-c", "Model", low=1, high=MAX_CTX,
+           noun=_TOKENS, defaults={"chat": None, "serve": 4096},
            help="Fit so many tokens of prompt and answer. A chat decides by itself unless told."),
     Option("n_parallel", int, 1, "engine", "--parallel", low=1, high=MAX_PARALLEL,
            noun="a number of requests", help="Decode so many requests together.",
@@ -162,9 +166,9 @@ OPTIONS = (
            "auto leaves them as they are. On the CPU only."),
     Option("flash_attn", bool, None, "engine", "--no-flash-attn/--flash-attn",
            help="Do without flash attention, or use it.", unset="where it is quicker"),
-    Option("threads", int, None, "engine", "--threads", low=1, high=MAX_THREADS,
+    Option("threads", int, None, "engine", "--threads", "-t", "Model", low=1, high=MAX_THREADS,
            noun="a number of threads", help="Use so many CPU threads.", unset="all cores"),
-    Option("gpu_layers", int, None, "engine", "--gpu-layers", unset="all",
+    Option("gpu_layers", int, None, "engine", "--gpu-layers", section="Model", unset="all",
            help="Put so many layers on the GPU, or on the workers of --rpc."),
     Option("rpc", str, None, "engine", "--rpc", metavar="HOST:PORT,...", unset="none",
            help="Put layers on these workers (qaflora worker), for a base that does not fit this "
@@ -172,11 +176,11 @@ OPTIONS = (
     Option("tensor_split", str, None, "engine", "--tensor-split", metavar="N,...",
            unset="by their free memory",
            help="Give each worker and then each GPU this share of the layers."),
-    Option("max_tokens", int, None, "sampling", "--max-tokens", low=0, noun=_TOKENS,
+    Option("max_tokens", int, None, "sampling", "--max-tokens", "-n", "Answer", low=0, noun=_TOKENS,
            help="Generate at most so many tokens.", aliases=("max_completion_tokens",),
            defaults={"run": 512, "chat": 512, "llm": 512, "eval": 512, "compare": 256,
                      "bench": 64}),
-    Option("temperature", float, 0.0, "sampling", "--temp", low=0,
+    Option("temperature", float, 0.0, "sampling", "--temp", section="Answer", low=0,
            defaults={"chat": 0.7, "serve": 0.7},
            help="Sample at this temperature; 0 is greedy."),
     Option("top_p", float, 0.95, "sampling", "--top-p", low=0, high=1,
@@ -192,9 +196,10 @@ OPTIONS = (
            help="Lower the logit of a token by this if it is among the answer's last 64."),
     Option("frequency_penalty", float, 0.0, "sampling", "--frequency-penalty", low=-100, high=100,
            help="Lower the logit of a token by this for each time among the answer's last 64."),
-    Option("seed", int, None, "engine sampling answers", "--seed", low=0, high=MAX_SEED - 1,
-           help="Sample with this seed.", unset="a new one", defaults={"eval": 0}),
-    Option("stop", tuple, (), "sampling", "--stop", metavar="TEXT",
+    Option("seed", int, None, "engine sampling answers", "--seed", section="Answer", low=0,
+           high=MAX_SEED - 1, help="Sample with this seed.", unset="a new one",
+           defaults={"eval": 0}),
+    Option("stop", tuple, (), "sampling", "--stop", section="Answer", metavar="TEXT",
            help="End the answer before TEXT; repeatable."),
     Option("grammar", str, None, "sampling", help="Answer under this GBNF grammar."),
     Option("logit_bias", dict, None, "sampling", low=-100, high=100,
@@ -206,11 +211,11 @@ OPTIONS = (
 # What one command has besides, and can be set.
 OWN_OPTIONS = {
     "run": (
-        Option("system", str, flag="--system", metavar="TEXT",
+        Option("system", str, flag="--system", short="-s", section="Prompt", metavar="TEXT",
                help="Say this first, as the system's message."),
     ),
     "chat": (
-        Option("system", str, flag="--system", metavar="TEXT",
+        Option("system", str, flag="--system", short="-s", section="Prompt", metavar="TEXT",
                help="Begin with this system prompt; /system changes it."),
         Option("keep_history", bool, False, flag="--keep-history/--no-keep-history",
                help="Prefill only what is new in each turn; earlier turns keep the KV state of "
@@ -219,12 +224,12 @@ OWN_OPTIONS = {
                help="No escape codes, no line editing, no rendered Markdown."),
     ),
     "serve": (
-        Option("host", str, "127.0.0.1", flag="--host", metavar="ADDRESS",
+        Option("host", str, "127.0.0.1", flag="--host", section="Server", metavar="ADDRESS",
                help="Listen here; 0.0.0.0 is every address of this machine."),
-        Option("port", int, 8080, flag="--port", low=0, high=65535, noun="a number of a port",
-               help="Listen here; 0 chooses a free one."),
-        Option("api_key", str, flag="--api-key", metavar="KEY", variable="QAFLORA_API_KEY",
-               is_secret=True, unset="none",
+        Option("port", int, 8080, flag="--port", section="Server", low=0, high=65535,
+               noun="a number of a port", help="Listen here; 0 chooses a free one."),
+        Option("api_key", str, flag="--api-key", section="Server", metavar="KEY",
+               variable="QAFLORA_API_KEY", is_secret=True, unset="none",
                help="Require Authorization: Bearer KEY; better set the variable."),
         Option("max_queue", int, 64, flag="--max-queue", low=0, high=100_000,
                noun="a number of requests", help="Let so many requests wait, and refuse others."),
@@ -241,21 +246,23 @@ OWN_OPTIONS = {
                help="Serve beyond this machine without an API key."),
     ),
     "worker": (
-        Option("host", str, "127.0.0.1", flag="--host", metavar="ADDRESS",
+        Option("host", str, "127.0.0.1", flag="--host", section="Options", metavar="ADDRESS",
                help="Listen at this IPv4 address; 0.0.0.0 is every one of this machine."),
-        Option("port", int, 50052, flag="--port", low=1, high=65535, noun="a number of a port",
-               help="Listen here."),
-        Option("cache", str, flag="--cache", metavar="DIR", unset="none",
+        Option("port", int, 50052, flag="--port", section="Options", low=1, high=65535,
+               noun="a number of a port", help="Listen here."),
+        Option("cache", str, flag="--cache", section="Options", metavar="DIR", unset="none",
                help="Keep large tensors of clients in this folder, so that they are sent once. "
                "Nothing in it is ever removed."),
-        Option("threads", int, None, flag="--threads", low=1, high=MAX_THREADS,
-               noun="a number of threads", help="Use so many CPU threads.", unset="all cores"),
+        Option("threads", int, None, flag="--threads", short="-t", section="Options", low=1,
+               high=MAX_THREADS, noun="a number of threads", help="Use so many CPU threads.",
+               unset="all cores"),
         Option("insecure", bool, False, flag="--insecure/--no-insecure",
+               section="Options",
                help="Listen beyond this machine. Whoever reaches the port may read and write what "
                "is there, and nothing is encrypted."),
     ),
     "convert": (
-        Option("outtype", str, "f16", flag="--outtype", choices=OUTTYPES,
+        Option("outtype", str, "f16", flag="--outtype", section="Options", choices=OUTTYPES,
                help="Store the adapter's tensors in this type."),
     ),
 }
@@ -283,6 +290,22 @@ OWN = {
 }
 
 
+# Command -> groups and names of shared options that would have no effect there, apart by spaces.
+WITHOUT = {
+    "serve": "raw_prompt",
+    "chat": "n_parallel",
+    "weights": "sampling n_parallel",
+    "bench": "n_ctx n_parallel raw_prompt temperature top_p top_k min_p repeat_penalty stop "
+    "presence_penalty frequency_penalty",
+}
+
+
+def shared_by(command: str) -> dict[str, Option]:
+    """The shared options that have an effect for a command, by their keys."""
+    without = set(WITHOUT.get(command, "").split())
+    return {k: o for k, o in SHARED.items() if not without & {o.name, *o.groups.split()}}
+
+
 # What was there in 0.1 -> what to do instead. Verbs, flags, settings and keywords alike.
 REMOVED = {
     "first": "The option first is gone; use --strategy two-place, which runs the base alone.",
@@ -298,7 +321,6 @@ REMOVED = {
     "min_weight": "The option min_weight is gone; use a strategy option such as top=2.",
     "server": "`chat --server` is gone; open the server's page, or use a client for OpenAI's API.",
     "csv": "`weights --csv` is gone; use --json, an object for each prompt.",
-    "file": "`run --file` is gone; pipe it: qaflora run DIR PROMPT < FILE.",
     "html": "`compare --html` is gone; `weights --plot FILE.html` draws, `compare --json` has all.",
     "dpi": "The option dpi is gone; write the picture as .svg or .html, sharp at any size.",
     "print_systemd": "The option print_systemd is gone; docs/server.md has a unit to copy.",

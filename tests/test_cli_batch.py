@@ -232,8 +232,8 @@ def test_a_pipe_is_read_once(made: TinyBundle) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "Give PROMPT, or text on stdin, or else --prompts FILE."),
-        (("a", "--prompts", "f"), "Give PROMPT, or text on stdin, or else --prompts FILE."),
+        ((), "Give PROMPT, -f FILE or text on stdin, or else --prompts FILE."),
+        (("a", "--prompts", "f"), "Give PROMPT, -f FILE or text on stdin, or else --prompts FILE."),
         (("a", "-o", "f"), "-o is for the answers to --prompts FILE."),
         (("--prompts", "f", "-o", "./f"), "f is named twice; give each FILE a name of its own."),
         (("--prompts", "f", "-o", "-"), "a file is needed, stdout will not do."),

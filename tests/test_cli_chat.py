@@ -283,7 +283,7 @@ def test_undo_and_retry(made: TinyBundle) -> None:
     again = answers(made.folder, "the thing")
     assert result.stdout == as_lines(answers(made.folder, "on a ring") + again + again)
     # After a retry the conversation has one turn, not two.
-    result = chat(made.folder, "the thing", "/retry", "and then", args=(*GREEDY, "--parallel", "2"))
+    result = chat(made.folder, "the thing", "/retry", "and then", args=GREEDY)
     first, second = answers(made.folder, "the thing", "and then")
     assert result.stdout == as_lines([first, first, second])
 

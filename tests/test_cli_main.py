@@ -52,7 +52,7 @@ def test_help_has_sentences_an_example_and_exit_codes_and_fits_a_terminal(words:
     assert not words or lines[2].rstrip().endswith(".")
     if words not in ("", "bundle"):
         assert f"Example:\n    qaflora {words}" in result.stdout
-        assert "  Exit codes:\n    0    it worked\n" in result.stdout
+        assert "\n  Exit codes: 0 done, 1 failed" in result.stdout
 
 
 @pytest.mark.parametrize("words", COMMANDS)
@@ -83,7 +83,23 @@ def test_similar_commands_are_offered() -> None:
 def test_listed_line_is_the_first_of_the_help(verb: str) -> None:
     assert (COMMANDS[verb].help or "").splitlines()[0] == VERBS[verb]
     width = max(map(len, VERBS))
-    assert f"  {verb:<{width}}  {VERBS[verb]}\n" in CliRunner().invoke(main, ["--help"]).stdout
+    name = {"list": "list, ls", "remove": "remove, rm"}.get(verb, verb)
+    assert f"  {name:<{width}}  {VERBS[verb]}\n" in CliRunner().invoke(main, ["--help"]).stdout
+
+
+def test_help_shows_what_is_usual_and_help_all_the_rest() -> None:
+    short, whole = (  # a process of its own knows no strategies of other tests
+        subprocess.run([*QAFLORA, "run", each], capture_output=True, text=True).stdout
+        for each in ("-h", "--help-all")
+    )
+    sections = ["Prompt", "Answer", "Mix", "Model"]
+    assert re.findall(r"^(\w+):$", short, re.M) == sections
+    assert re.findall(r"^(\w+):$", whole, re.M) == [*sections, "Advanced"]
+    assert len(short.splitlines()) <= 45
+    assert all(each in whole and each not in short for each in ("--top-k", "power=P"))
+    for flags in ("-s, --system", "-f, --file", "-n, --max-tokens", "-c, --ctx", "-t, --threads"):
+        assert f"  {flags} " in short
+    assert "--help-all" not in CliRunner().invoke(main, ["convert", "-h"]).stdout
 
 
 def test_version() -> None:

@@ -152,6 +152,8 @@ def test_base_may_be_named_as_in_the_registry(
         ("printf 'doc\\n' | {run} x", "x\n\ndoc"),
         ("printf 'doc' | {run}", "doc"),
         ("{run} x < doc.txt", "x\n\ndoc"),
+        ("{run} x -f doc.txt", "x\n\ndoc"),
+        ("{run} --file - < doc.txt", "doc"),
         ("printf -- '-' | {run} -", "-"),
         ("{run} x < /dev/null", "x"),
         ("while read line; do {run} $line; done < doc.txt", "doc"),
@@ -266,7 +268,7 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
     ("args", "message"),
     [
         (["-", "--json-schema", "-"], "stdin (`-`) can be read only once."),
-        (["--prompts", "-", "--grammar", "-"], "stdin (`-`) can be read only once."),
+        (["-f", "-", "--grammar", "-"], "stdin (`-`) can be read only once."),
         ([PROMPT, "--json-schema", "a", "--grammar", "b"], "Give --json-schema or --grammar, not"),
         ([PROMPT, "--json-schema", "a", "--stop", "}"], "--stop would cut the JSON of --json-"),
         ([PROMPT, "--system", "a", "--raw-prompt"], "--system needs the chat template, which"),

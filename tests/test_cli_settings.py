@@ -176,7 +176,7 @@ def test_tables_are_commands_with_these_options() -> None:
         command = main.get_command(context, table)
         if table != "llm":
             assert command is not None
-            assert {"strategy", "stop"} <= {param.name for param in command.params}
+            assert {"strategy", "lens"} <= {param.name for param in command.params}
 
 
 def expected_table() -> str:

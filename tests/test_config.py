@@ -16,7 +16,7 @@ from qaflora_edge import Engine, Llama, config
 from qaflora_edge.cli import main
 from qaflora_edge.cli.options import SharedOptions
 from qaflora_edge.cli.settings import SHARED_TABLES, file_settings, shared_settings
-from qaflora_edge.config import OPTIONS, SHARED, Option, in_group
+from qaflora_edge.config import OPTIONS, SHARED, Option, in_group, shared_by
 from qaflora_edge.errors import OptionError, SettingsError
 from qaflora_edge.inference.request import Sampling, make_sampling
 
@@ -74,7 +74,7 @@ def refusals(
 ) -> dict[str, bool]:
     """Which ways to give an option refuse a value."""
     key, refused = option.key, {}
-    for verb in COMMANDS:
+    for verb in (each for each in COMMANDS if key in shared_by(each)):
         line = [f"{option.flag}={value}", "DIR", *NEEDED.get(verb, ())]
         refused[verb] = fails(click.BadParameter, find_command(verb).make_context, "", line)
 

@@ -17,27 +17,41 @@ from qaflora_edge.config import removed
 from qaflora_edge.errors import QafloraError, is_disk_full
 from qaflora_edge.files import one_line
 
-# Verb -> its line in `qaflora --help`. The first line of a command's own help says the same.
-VERBS = {
-    "run": "Answer a prompt with the weighed adapters.",
-    "chat": "Talk with the weighed adapters.",
-    "serve": "Serve bundles to programs and browsers that speak OpenAI's API.",
-    "worker": "Lend this machine's memory to a base that does not fit another.",
-    "compare": "Show what several strategies answer, side by side.",
-    "eval": "Score tasks under several strategies.",
-    "weights": "Show what each adapter weighs for a prompt.",
-    "bundle": "Make, change, show and verify bundles.",
-    "convert": "Convert a PEFT adapter to an adapter GGUF.",
-    "pull": "Fetch a model, an adapter or a bundle.",
-    "push": "Push a bundle or an adapter to the Hub.",
-    "models": "List the models that can be pulled.",
-    "list": "List the bundles and bases that are here.",
-    "remove": "Remove a model, an adapter or a bundle that was pulled.",
-    "bench": "Measure speed on this machine.",
-    "doctor": "Report the library, the devices and the versions.",
-    "settings": "Show what is set by environment and settings file.",
-    "completion": "Print completion for a shell.",
+# Groups of verbs, and for each its line in `qaflora --help`. The first line of a command's own help
+# says the same.
+GROUPS = {
+    "Ask": {
+        "run": "Answer a prompt with the weighed adapters.",
+        "chat": "Talk with the weighed adapters.",
+        "compare": "Show what several strategies answer, side by side.",
+        "weights": "Show what each adapter weighs for a prompt.",
+    },
+    "Serve": {
+        "serve": "Serve bundles to programs and browsers that speak OpenAI's API.",
+        "worker": "Lend this machine's memory to a base that does not fit another.",
+    },
+    "Make": {
+        "bundle": "Make, change, show and verify bundles.",
+        "convert": "Convert a PEFT adapter to an adapter GGUF.",
+    },
+    "Fetch": {
+        "pull": "Fetch a model, an adapter or a bundle.",
+        "push": "Push a bundle or an adapter to the Hub.",
+        "models": "List the models that can be pulled.",
+        "list": "List the bundles and bases that are here.",
+        "remove": "Remove a model, an adapter or a bundle that was pulled.",
+    },
+    "Measure": {
+        "eval": "Score tasks under several strategies.",
+        "bench": "Measure speed on this machine.",
+    },
+    "Set up": {
+        "doctor": "Report the library, the devices and the versions.",
+        "settings": "Show what is set by environment and settings file.",
+        "completion": "Print completion for a shell.",
+    },
 }
+VERBS = {verb: line for verbs in GROUPS.values() for verb, line in verbs.items()}
 ALIASES = {"ls": "list", "rm": "remove"}
 # Verb -> its module and function, where they do not have its name.
 _PLACES = {verb: ("hub", verb) for verb in ("pull", "push", "models", "remove")}
@@ -82,8 +96,11 @@ class VerbGroup(click.Group):
             raise click.UsageError(f"{error.message}{hint}", ctx) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(VERBS.items()))
+        names = {verb: f"{verb}, {alias}" for alias, verb in ALIASES.items()}
+        width = max(map(len, [*VERBS, *names.values()]))
+        for group, verbs in GROUPS.items():
+            with formatter.section(group):
+                formatter.write_dl([(names.get(v, v).ljust(width), verbs[v]) for v in verbs])
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -181,7 +198,7 @@ Environment:
   QAFLORA_...     any shared option, as QAFLORA_THREADS=4; see `qaflora settings`
   NO_COLOR        no colours
 
-`qaflora COMMAND --help` explains a command, with its exit codes."""
+`qaflora COMMAND --help` explains a command, `--help-all` with all of its options."""
 
 
 @click.group(cls=VerbGroup, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import functools
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -15,8 +17,8 @@ import click
 
 from qaflora_edge.cli.complete import complete_bundle, complete_strategy
 from qaflora_edge.cli.progress import waiting
-from qaflora_edge.cli.prompts import read_text
-from qaflora_edge.config import OWN, SHARED, Option, in_group
+from qaflora_edge.cli.prompts import read_message
+from qaflora_edge.config import ADVANCED, OWN, SECTIONS, Option, in_group, shared_by
 from qaflora_edge.errors import BundleError, PromptError, RegistryError
 from qaflora_edge.files import check_takes_file
 
@@ -31,7 +33,7 @@ class SharedOptions(SimpleNamespace):
         """The options of a group of `config`, by their names in Python."""
         found = {}
         for option in in_group(group).values():
-            if option.flag:
+            if hasattr(self, option.key):
                 value = getattr(self, option.key)
                 found[option.name] = not value if option.is_negated and value is not None else value
         return found
@@ -116,11 +118,15 @@ class _Option(click.Option):
         self.help = meaning(self.declared) + default
         return super().get_help_record(ctx)
 
+    def get_help_extra(self, ctx: click.Context) -> Any:  # ranges stand in docs/settings.md
+        return {key: text for key, text in super().get_help_extra(ctx).items() if key != "range"}
+
 
 def click_option(option: Option, command: str) -> Callable[..., Any]:
     """An option as a decorator for a command."""
     default = option.default_of(command)
-    keywords: dict[str, Any] = {"metavar": option.metavar}
+    metavar = option.metavar or {int: "N", float: "X"}.get(option.kind)
+    keywords: dict[str, Any] = {"metavar": metavar}
     if option.kind is not tuple:
         keywords["default"] = not default if option.is_negated and default is not None else default
     if option.name == "strategy":
@@ -128,7 +134,7 @@ def click_option(option: Option, command: str) -> Callable[..., Any]:
     unset = "" if command in option.defaults else option.unset
     has_words = unset or option.kind is bool
     return click.option(
-        option.flag,
+        *filter(None, (option.flag, option.short)),
         cls=_Option,
         declared=option,
         unset=unset,
@@ -158,7 +164,7 @@ def own_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the shared options; the command gets them as one argument `options`."""
-    options = [option for option in SHARED.values() if command.__name__ not in option.left_out]
+    options = list(shared_by(command.__name__).values())
 
     @functools.wraps(command)
     def collected(**kwargs: Any) -> Any:
@@ -171,19 +177,80 @@ def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return decorated
 
 
-EXIT_CODES = """\
-Exit codes:
-  0    it worked
-  1    an expected failure: stderr says what failed, and what to do
-  2    wrong usage
-  130  ended by Ctrl-C"""
+class _Command(click.Command):
+    """A command whose options stand in sections.
+
+    sections  parameter -> its section, for options that are not in `config`
+
+    Where some are advanced, `--help` leaves these out and shows the first sentence of others.
+    """
+
+    def __init__(self, *args: Any, sections: Mapping[str, str], **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        self._sections = sections
+        if any(self._section(param) == ADVANCED for param in self.params):
+            self.params.append(_HELP_ALL)
+
+    def _section(self, param: click.Parameter) -> str:
+        if _HELP_ALL in self.params and not {"--help", "--help-all"}.isdisjoint(param.opts):
+            return ADVANCED
+        declared = param.declared.section if isinstance(param, _Option) else SECTIONS[0]
+        return self._sections.get(param.name or "", declared)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows: dict[str, list[tuple[str, str]]] = {name: [] for name in SECTIONS}
+        for param in self.get_params(ctx):
+            if isinstance(param, click.Option) and (record := param.get_help_record(ctx)):
+                rows[self._section(param)].append(record)
+        is_short = bool(rows[ADVANCED]) and not ctx.meta.get(_ALL)
+        if is_short:
+            del rows[ADVANCED]
+        width = max(len(flags) for records in rows.values() for flags, _ in records)
+        for name, records in filter(itemgetter(1), rows.items()):
+            with formatter.section(name):
+                formatter.write_dl(
+                    [
+                        (flags.ljust(min(width, 30)), _FURTHER.sub("", text) if is_short else text)
+                        for flags, text in records
+                    ]
+                )
+        if is_short:
+            formatter.write(f"\n  {_MORE}\n")
 
 
-def command(*lines: str, group: Any = click, **keywords: Any) -> Callable[..., click.Command]:
-    """A command whose help ends with an example in these lines, and how it ends."""
+def _show_all(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        ctx.meta[_ALL] = True
+        click.echo(ctx.get_help())
+        ctx.exit()
+
+
+_ALL = "qaflora.help_all"
+_HELP_ALL = click.Option(
+    ["--help-all"],
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_all,
+    help="Show all options, and all about them.",
+)
+_MORE = "-h, --help shows this; --help-all shows the advanced options too."
+_FURTHER = re.compile(r"(?<=\.) (?! ).*?(?=  \[|$)", re.DOTALL)  # sentences after the first
+EXIT_CODES = "Exit codes: 0 done, 1 failed (stderr says why), 2 wrong usage, 130 Ctrl-C"
+
+
+def command(
+    *lines: str, group: Any = click, sections: Mapping[str, str] | None = None, **keywords: Any
+) -> Callable[..., click.Command]:
+    """A command whose help ends with an example in these lines, and how it ends.
+
+    sections  see _Command
+    """
     example = "\n".join(f"  {line}" for line in lines)
-    epilog = f"\b\nExample:\n{example}\n\n\b\n{EXIT_CODES}"
-    decorator: Callable[..., click.Command] = group.command(epilog=epilog, **keywords)
+    keywords["epilog"] = f"\b\nExample:\n{example}\n\n\b\n{EXIT_CODES}"
+    decorator: Callable[..., click.Command] = group.command(
+        cls=_Command, sections=sections or {}, **keywords
+    )
     return decorator
 
 
@@ -244,7 +311,7 @@ def read_prompt(text: str) -> str:
     Raises PromptError when it is empty, InputFileError when stdin is no UTF-8 or too long.
     """
     if text == "-":
-        text = read_text("-").removesuffix("\n").removesuffix("\r")
+        text = read_message("-")
     return check_prompt(text)
 
 

@@ -186,6 +186,11 @@ def read_text(path: str) -> str:
     return _decode(data, name)
 
 
+def read_message(path: str) -> str:
+    """Read a file as read_text does, without its last line end."""
+    return read_text(path).removesuffix("\n").removesuffix("\r")
+
+
 def read_piped() -> str:
     """What stands in stdin unasked: of a pipe, or of a file from its beginning; else "".
 
@@ -203,5 +208,5 @@ def read_piped() -> str:
     if not (is_whole or stat.S_ISFIFO(mode)):
         return ""
     with waiting("Reading stdin (for none, add < /dev/null)"):
-        text = read_text("-").removesuffix("\n").removesuffix("\r")
+        text = read_message("-")
     return text if text.strip() else ""

@@ -17,6 +17,7 @@ from qaflora_edge.cli.answers import (
 from qaflora_edge.cli.options import (
     BUNDLE,
     SharedOptions,
+    check_prompt,
     command,
     open_engine,
     out_file,
@@ -26,7 +27,7 @@ from qaflora_edge.cli.options import (
     shared_options,
 )
 from qaflora_edge.cli.progress import waiting
-from qaflora_edge.cli.prompts import read_piped, read_text
+from qaflora_edge.cli.prompts import read_message, read_piped, read_text
 
 if TYPE_CHECKING:
     from qaflora_edge.inference.constraint import Grammar
@@ -42,49 +43,56 @@ def _one_prompt(ctx: click.Context, param: click.Parameter, words: tuple[str, ..
 
 @command(
     'qaflora run models/demo "¿Cuál es la capital de Perú?"',
-    'qaflora run models/demo "¿Qué es un río?" --strategy calibrated --json',
-    'qaflora run models/demo "Name a country." --json-schema country.json > answer.json',
     'git diff | qaflora run models/demo "What does this change?"',
     "qaflora run models/demo --prompts questions.jsonl -o answers.jsonl",
+    sections={"file": "Prompt", "prompts_path": "Prompt"}
+    | dict.fromkeys(("as_json", "schema_path", "grammar_path", "out"), "Answer"),
 )
 @click.argument("bundle", **BUNDLE)
 @click.argument("prompt", nargs=-1, metavar="[PROMPT]", callback=_one_prompt)
+@own_options
+@shared_options
+@click.option(
+    "-f", "--file", metavar="FILE", help="Put the text of FILE after PROMPT; `-` is stdin."
+)
 @click.option(
     "--prompts",
     "prompts_path",
     metavar="FILE",
-    help="Answer each line of FILE instead of PROMPT, 8 at a time unless --parallel says: JSON "
-    'objects with "prompt" or "messages", and options of their own; `-` is stdin.',
+    help="Answer each line of FILE; `-` is stdin. Lines are JSON objects with "
+    '"prompt" or "messages", and options of their own, 8 at a time unless --parallel says. Each '
+    "answer is an object with `index`, the number of its line from 0, and for a line that failed "
+    "`error`; the others go on, and the exit code is 1.",
 )
 @click.option(
     "-o",
     "--out",
-    help="Write the answers to --prompts into FILE; run again, it resumes.",
+    help="Write the answers to --prompts into FILE. Run again, it resumes.",
     **out_file(),
 )
 @click.option(
     "--json",
     "as_json",
     is_flag=True,
-    help="Print one JSON object at the end; with --prompts, give the weights of every layer.",
+    help="Print one JSON object at the end. With --prompts, give the weights of every layer.",
 )
 @click.option(
     "--json-schema",
     "schema_path",
     metavar="FILE",
-    help="Answer in JSON that is valid under the JSON schema in FILE.",
+    help="Answer in JSON that fits the JSON schema in FILE. An answer that the limit cuts is "
+    "printed, and the exit code is 1.",
 )
 @click.option(
     "--grammar",
     "grammar_path",
     metavar="FILE",
-    help="Answer under the grammar in FILE, in llama.cpp's notation (GBNF).",
+    help="Answer under the grammar in FILE, in GBNF. That is llama.cpp's notation.",
 )
-@own_options
-@shared_options
 def run(
     bundle: str,
     prompt: str | None,
+    file: str | None,
     prompts_path: str | None,
     out: Path | None,
     system: str | None,
@@ -96,12 +104,7 @@ def run(
     """Answer a prompt with the weighed adapters.
 
     The answer goes to stdout as it is generated, everything else to stderr. PROMPT `-` reads
-    stdin; a pipe's text follows a PROMPT. An answer that the limit cuts before its schema or
-    grammar ended is printed, and the exit code is 1.
-
-    With --prompts, stdout or the file of -o gets one JSON object a line as answers end. `index` is
-    the number of the prompt's line, from 0. A line that failed has `error`; the others go on, and
-    the exit code is 1.
+    stdin; a pipe's text follows a PROMPT.
     """
     if schema_path is not None and grammar_path is not None:
         raise click.UsageError("Give --json-schema or --grammar, not both.")
@@ -110,15 +113,16 @@ def run(
         raise click.UsageError("--stop would cut the JSON of --json-schema.")
     if system is not None and options.raw_prompt:
         raise click.UsageError("--system needs the chat template, which --raw-prompt leaves out.")
-    is_asked = prompts_path is not None or "-" in (prompt, schema_path, grammar_path)
+    is_asked = prompts_path is not None or "-" in (prompt, file, schema_path, grammar_path)
     piped = "" if is_asked else read_piped()
-    if (prompt is None and not piped) == (prompts_path is None):
-        raise click.UsageError("Give PROMPT, or text on stdin, or else --prompts FILE.")
+    if (prompt is None and file is None and not piped) == (prompts_path is None):
+        raise click.UsageError("Give PROMPT, -f FILE or text on stdin, or else --prompts FILE.")
     if out is not None and prompts_path is None:
         raise click.UsageError("-o is for the answers to --prompts FILE.")
-    if [prompt, prompts_path, schema_path, grammar_path].count("-") > 1:
+    if [prompt, file, prompts_path, schema_path, grammar_path].count("-") > 1:
         raise click.UsageError("stdin (`-`) can be read only once.")
     parts = [] if prompt is None else [read_prompt(prompt)]
+    parts += [] if file is None else [check_prompt(read_message(file))]
     text = "\n\n".join([*parts, piped] if piped else parts)
     sampling = options.sampling
     sampling["grammar"] = _read_grammar(schema_path, grammar_path)

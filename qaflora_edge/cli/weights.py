@@ -65,7 +65,7 @@ def weights(
     """Show what each adapter weighs for a prompt.
 
     Prints who speaks, the mean weight of each adapter, and a heatmap of adapters and layers. PROMPT
-    `-` reads stdin. Nothing is generated, so the sampling options have no effect here.
+    `-` reads stdin. Nothing is generated.
     """
     if (prompt is None) == (prompts_path is None):
         raise click.UsageError("Give either PROMPT or --prompts FILE.")

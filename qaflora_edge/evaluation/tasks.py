@@ -108,44 +108,42 @@ def read_task(path: str | Path) -> Task:
     ):
         data = file.read().removeprefix(codecs.BOM_UTF8)
     lines = list(_objects(data, str(path)))
-    header: dict[str, Any] = {}
-    if lines and "task" in lines[0][1]:
-        where, first = lines.pop(0)
-        try:
-            check_schema(first, "task")
-        except WrongField as error:
-            raise _wrong(where, str(error)) from error
-        header = first["task"]
-    items = tuple(Item(index, fields, where) for index, (where, fields) in enumerate(lines))
+    header = _header(*lines.pop(0)) if lines and "task" in lines[0][1] else {}
+    items = [Item(index, fields, where) for index, (where, fields) in enumerate(lines)]
     if not items:
-        expected = 'lines such as {"question": ..., "answer": ...}'
-        raise _wrong(str(path), f"it has no item, expected {expected}")
+        raise _wrong(str(path), "it has no item", 'lines such as {"question": ..., "answer": ...}')
     defaults = {"name": Path(path).name.removesuffix(".jsonl"), "metric": _metric_of(items)}
-    task = Task(sha256=hashlib.sha256(data).hexdigest(), items=items, **defaults | header)
+    task = Task(sha256=hashlib.sha256(data).hexdigest(), items=tuple(items), **defaults | header)
     if task.metric not in metrics():
-        fault = WrongField("metric", shown(task.metric), f"one of {', '.join(metrics())}")
-        raise _wrong(f"{path}, line 1", str(fault))
+        expected = f"one of {', '.join(metrics())}"
+        raise _wrong(f"{path}, line 1", f"field metric is {shown(task.metric)}", expected)
     for item in items:
-        try:
-            _check_item(task, item)
-        except (WrongField, PromptError) as error:
-            raise _wrong(item.where, str(error).removesuffix(".")) from error
+        _check_item(task, item)
     return task
 
 
-def _wrong(where: str, what: str) -> TaskFileError:
-    return TaskFileError(f"Cannot use the task {where}: {what}. {ADVICE}")
+def _wrong(where: str, found: str, expected: str) -> TaskFileError:
+    return TaskFileError(f"Cannot use the task {where}: {found}, expected {expected}. {ADVICE}")
 
 
 def _objects(data: bytes, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Read the lines that are not blank, each with its place."""
     for number, line in enumerate(data.split(b"\n"), 1):
+        if not line.strip():
+            continue
         where = f"{path}, line {number}"
         try:
-            if line.strip():
-                yield where, read_json_object(line)
+            yield where, read_json_object(line)
         except ValueError as error:  # errors of JSON and UTF-8 too
-            raise _wrong(where, f"it is no JSON object ({error}), expected one") from error
+            raise _wrong(where, f"it is no JSON object ({error})", "one") from error
+
+
+def _header(where: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        check_schema(found, "task")
+    except WrongField as error:
+        raise TaskFileError(f"Cannot use the task {where}: {error}. {ADVICE}") from error
+    return dict(found["task"])
 
 
 def _metric_of(items: Sequence[Item]) -> str:
@@ -158,20 +156,25 @@ def _metric_of(items: Sequence[Item]) -> str:
 
 
 def _check_item(task: Task, item: Item) -> None:
-    """Raise WrongField or PromptError where an item cannot be asked or scored."""
+    """Raise TaskFileError where an item cannot be asked or scored."""
     fields = item.fields
-    asked = next((key for key in ASKED if key in fields), "question")
+    asked = next((key for key in ASKED if key in fields), None)
+    if asked is None:
+        raise _wrong(item.where, "it has no question", "question, prompt or messages")
     fault = task.by.check(fields)
-    if asked != "messages" and not is_text(fields.get(asked)):
-        fault = asked, "a text that is not blank, or the field prompt or messages"
+    if asked != "messages" and not is_text(fields[asked]):
+        fault = asked, "a text that is not blank"
     if fault:
-        found = shown(fields[fault[0]]) if fault[0] in fields else "missing"
-        raise WrongField(fault[0], found, fault[1])
+        key, expected = fault
+        found = shown(fields[key]) if key in fields else "missing"
+        raise _wrong(item.where, f"{key} is {found}", expected)
     try:
         task.question(item)
+    except PromptError as error:  # of its messages
+        raise TaskFileError(f"Cannot use the task {item.where}: {error} {ADVICE}") from error
     except KeyError as error:
-        expected = f"only names of the fields {shortened(', '.join(fields))}"
-        raise WrongField("template", f"a text with {{{error.args[0]:.80}}}", expected) from error
+        expected = f"one of the fields {shortened(', '.join(fields))}"
+        raise _wrong(item.where, f"its template names {shown(error.args[0])}", expected) from error
 
 
 def _filled(template: str, fields: Mapping[str, Any]) -> str:

@@ -52,7 +52,7 @@ def wiped_on_failure(context: Context) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        context.clear(is_zeroed=True)
+        context.wipe()
         raise
 
 
