@@ -45,26 +45,18 @@ def test_json_is_the_contract_and_the_engines(made: TinyBundle) -> None:
     }
 
 
-def test_heatmap_is_printed(made: TinyBundle) -> None:
-    result = weights(made, PROMPT, "--strategy", "manual:math=0.25,es=1")
-    assert (result.exit_code, result.stderr) == (0, "")
-    lines = result.stdout.splitlines()
-    assert lines[0] == "es 100 % · math 25 %"
-    assert lines[3].split() == ["math", "0.25", "▃▃▃▃▃▃▃▃▃"]
-    assert lines[4].split() == ["es", "1.00", "█████████"]
-    assert lines[-1].startswith("strategy manual:math=0.25,es=1, ")
-
-
 def test_two_place_says_what_it_measured_and_why_the_base_is_alone(made: TinyBundle) -> None:
     mixed = weights(made, PROMPT, "--strategy", "two-place:abstain=never").stdout
     assert "strategy two-place:abstain=never, " in mixed
-    assert "added to q, k, v" in mixed
+    assert "looks like its kind (" in mixed
     alone = weights(made, PROMPT, "--strategy", "two-place:abstain=100").stdout
-    assert "No adapter stands out here: the base answers alone (two-place:abstain=never" in alone
+    assert "The base answers alone: no adapter stands out where the answer begins (" in alone
     for shown in (mixed, alone):
         assert not {"lens", "pool", "divergence"} & {*re.findall(r"\w+", shown)}
     plain = json.loads(weights(made, PROMPT, "--strategy", "two-place", "--json").stdout)
     assert (plain["lens"], plain["pool"]) == ("norm", "last")  # the contract
+    assert plain["reasons"]["es"]["thresholds"] == {"answer": 1.5, "question": 1.0}
+    assert plain["why"]
 
 
 LINES = "the thing on a ring\n\n   \nin the ring: a 'thing', \"the\"\r\n=1+1\n"

@@ -10,9 +10,10 @@ import pytest
 from rich.cells import cell_len
 
 from qaflora_edge.show.heatmap import leading_layers, print_heatmap, scale
-from qaflora_edge.show.pages import picture, weights_page
+from qaflora_edge.show.pages import notebook_html, picture, weights_page
 from qaflora_edge.show.text import crop, layer_ranges, spelt, visible, who_spoke
 from qaflora_edge.weighing.numbers import FusionWeights
+from qaflora_edge.weighing.strategy import Reason
 
 SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = (
@@ -84,11 +85,26 @@ def test_cells_show_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_base_alone_says_why() -> None:
-    alone = replace(exact([0.0], [0.0]), strategy="two-place")
-    why = "No adapter stands out here: the base answers alone"
-    first, second, *_ = printed([("", alone)])
-    assert (first, second[: len(why)]) == ("base", why)
-    assert any(text.startswith(why) for text in Page(html([("", alone)])).texts)
+    why = "No adapter weighs anything: the base answers alone."
+    assert printed([("", exact([0.0], [0.0]))])[:2] == ["base", why]
+    assert why in Page(html([("", exact([0.0], [0.0]))])).texts
+
+
+def test_what_decided_is_a_table_and_no_heatmap() -> None:
+    needed = {"answer": 1.5, "question": 1.0}
+    math = Reason({"answer": 3.08, "question": -0.4}, needed, "answer")
+    es = Reason({"answer": 0.25, "question": 2.2}, needed, "question")
+    fusion = replace(exact([0.5], [0.5]), why="So.", reasons={"math": math, "es": es})
+    rows = [
+        ["adapter", "weight", "answer", "question", "taken", "as"],
+        ["math", "0.50", "3.08", "-0.40", "answer"],
+        ["es", "0.50", "0.25", "2.20", "question"],
+        ["threshold", "1.50", "1.00"],
+    ]
+    assert [line.split() for line in printed([("", fusion)])[1:7]] == [["So."], [], *rows]
+    for page in (html([("", fusion)]), notebook_html(fusion)):
+        assert {"So.", *rows[1], *rows[3]} <= {*Page(page).texts}
+        assert "<rect" not in page
 
 
 def test_what_turns_or_controls_is_spelt() -> None:

@@ -23,7 +23,7 @@ from qaflora_edge.errors import QafloraError, StrategyError
 from qaflora_edge.weighing.calibration import KEYS
 from qaflora_edge.weighing.strategy import Query, parse_strategy
 
-NAMES = ("math", "es", "med")
+NAMES = ("math", "es", "med", "ru")
 USUAL = {"mean": log(0.01), "spread": 0.5}
 PLACES = ("added_last", "added_question", "added_text")
 
@@ -43,14 +43,8 @@ class Places:
         return np.repeat(np.array(self.found)[:, :, None], 2, axis=2)
 
 
-def weighed(
-    text: str,
-    last: list[float],
-    question: list[float],
-    *,
-    is_chat: bool = True,
-) -> list[float]:
-    """Weights [n_adapter] for what adapters do, the same at both layers."""
+def mixed(text: str, last: list[float], question: list[float], *, is_chat: bool = True) -> Any:
+    """The mix for what adapters do, the same at both layers."""
     names = NAMES[: len(last)]
     chosen = parse_strategy(text, names)
     query = Query(
@@ -66,7 +60,12 @@ def weighed(
     )
     chosen.strategy.check(None, query)
     probe: Any = Places(last, question)
-    mix: Any = chosen.strategy.weigh(query, probe, None)
+    return chosen.strategy.weigh(query, probe, None)
+
+
+def weighed(text: str, last: list[float], question: list[float], **options: bool) -> list[float]:
+    """Weights [n_adapter] for what adapters do."""
+    mix = mixed(text, last, question, **options)
     if mix.divergence is not None:
         np.testing.assert_allclose(mix.divergence[:, 0], last, rtol=1e-5)
     assert (mix.weights[:, 0] == mix.weights[:, 1]).all()
@@ -82,22 +81,6 @@ def test_one_adapter_comes_from_each_place() -> None:
     last, question = [at(1), at(0), at(3)], [at(0.2), at(1.1), at(2)]
     assert weighed("two-place", last, question) == [0, 0.5, 0.5]
     assert weighed("two-place:answer=0.7,question=0.8", last, question) == [0, 0.8, 0.7]
-
-
-def test_an_adapter_is_compared_with_itself() -> None:
-    """What is usual of one is not what is usual of another."""
-    strategy = parse_strategy("two-place", ("strong", "weak")).strategy
-    usual = {"mean": log(1.0), "spread": 0.5}
-    typical = {"strong": dict.fromkeys(PLACES, usual), "weak": dict.fromkeys(PLACES, USUAL)}
-    query = Query(
-        (1,), ("strong", "weak"), 2, "norm", "last", typical, question=(0, 1), is_chat=True
-    )
-    probe: Any = Places([1.0, at(3)], [2.0, at(0)])
-    mix: Any = strategy.weigh(query, probe, None)
-    assert mix.weights[:, 0].tolist() == [0.5, 0.5]  # the weak one first, the strong one second
-    probe = Places([1.0, at(3)], [0.9, at(0)])
-    mix = strategy.weigh(query, probe, None)
-    assert mix.weights[:, 0].tolist() == [0, 1]
 
 
 def test_what_raises_all_adapters_is_no_surprise() -> None:
@@ -137,6 +120,35 @@ def test_plain_text_gets_the_most_unusual_one() -> None:
     last, question = [at(-2), at(-1), at(-3)], [at(5), at(0), at(0)]
     assert weighed("two-place", last, question, is_chat=False) == [0, 0.5, 0]
     assert weighed("two-place:answer=1", last, question, is_chat=False) == [0, 1, 0]
+
+
+SAYS = "the answer looks like its kind"
+BASE = "The base answers alone: no adapter stands out where the answer begins"
+
+
+# fmt: off
+CASES = [
+    ([3.1, 0.2, 0.1, 0], [0.4, 2.2, 0.1, 0],
+     f"math: {SAYS} (3.1 above typical). es: the question does (2.2). The others are typical."),
+    ([1.75, 0, 1.6], [0, 0.9, 0],
+     f"math: {SAYS} (1.8 above typical). The others are less unusual. Below 2 the base keeps a "
+     "part."),
+    ([0.25, 1.25], [0, 9], f"{BASE} (es most: 1.25, needed: above 1.5)."),
+    ([3], [9], "math is the only adapter in use."),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("last", "question", "why"), CASES)
+def test_it_says_why_with_the_numbers_that_decide(
+    last: list[float], question: list[float], why: str
+) -> None:
+    mix = mixed("two-place", [*map(at, last)], [*map(at, question)])
+    assert mix.why == why
+    for i, found in enumerate(mix.reasons.values()):
+        assert found.scores == pytest.approx({"answer": last[i], "question": question[i]}, abs=1e-6)
+        assert found.thresholds == {"answer": 1.5, "question": 1}
+        assert bool(found.taken_as) == bool(mix.weights[i, 0])
 
 
 def test_new_bundles_are_weighed_by_it_where_it_has_something_to_go_by(

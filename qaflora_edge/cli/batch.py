@@ -254,7 +254,7 @@ class _Job:
             return _failure(answer.error)
         result = answer_dict(answer, with_fusion=self.as_json)
         if not self.as_json:
-            means = {name: round(mean, 4) for name, mean in answer.fusion.means().items()}
+            means = {name: round(mean, 4) for name, mean in answer.fusion.means.items()}
             result["fusion"] = {"strategy": answer.fusion.strategy, "weights": means}
         return result if answer.is_whole else {**result, **_failure(incomplete(answer))}
 

@@ -105,7 +105,7 @@ def mix_of(fusion: FusionWeights, out: Computed) -> dict[str, Any]:
     returned = out.body.fusion.returned if out.body.fusion else None
     if returned == "none":
         return {}
-    means = fusion.means()
+    means = fusion.means
     if means:
         shown = (f"{name}={mean:.2f}" for name, mean in means.items())
         out.headers["X-Fusion"] = ",".join(shown)

@@ -11,11 +11,13 @@ from qaflora_edge.show.text import (
     ASCII_BLOCKS,
     BLOCKS,
     can_show,
+    columns,
     crop,
     facts,
+    reason_rows,
     visible,
     who_spoke,
-    why_alone,
+    why,
 )
 
 if TYPE_CHECKING:
@@ -87,13 +89,15 @@ def print_heatmap(
         if label:
             console.print(crop(label, console.width), style="bold")
         console.print(visible(who_spoke(fusion)))
-        if fusion.weights.any():
+        if told := why(fusion):
+            console.print(visible(told))
+        if fusion.weights.any() or fusion.reasons:
             console.print()
-            console.print(_rows(fusion, (low, high), blocks, console.width))
-        elif not label:
-            console.print(why_alone(fusion))
+            table = [[crop(visible(name), NAME_MAX), *row] for name, *row in reason_rows(fusion)]
+            layers = None if table else _rows(fusion, (low, high), blocks, console.width)
+            console.print(layers or "\n".join(columns(table)))
         console.print()
-    if any(fusion.weights.any() for fusion in fusions):
+    if any(not reason_rows(fusion) for fusion in fusions):
         lowest, n_layer = min_weight(fusions), fusions[0].weights.shape[1]
         below = f"; - below 0, down to {lowest:.3g}" if lowest < 0 else ""
         console.print(f"weight {low:g} {blocks} {high:g}{below}; layers 0 to {n_layer - 1}")

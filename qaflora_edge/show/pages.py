@@ -19,7 +19,7 @@ import jinja2
 from markupsafe import Markup
 
 from qaflora_edge.show.heatmap import TICK, leading_layers, min_weight, scale
-from qaflora_edge.show.text import crop, facts, layer_ranges, len_pixels, spelt, why_alone
+from qaflora_edge.show.text import crop, facts, layer_ranges, len_pixels, reason_rows, spelt, why
 
 if TYPE_CHECKING:
     from qaflora_edge.weighing.numbers import FusionWeights
@@ -88,7 +88,8 @@ def weights_page(labelled: Sequence[tuple[str, str, FusionWeights]], subject: st
             "prompt": "" if title == spelt(" ".join(prompt.split())) else prompt,
             "fusion": fusion,
             "what": None if fusion.divergence is None else fusion.measured,
-            "why_alone": "" if fusion.weights.any() else why_alone(fusion),
+            "why": why(fusion),
+            "rows": reason_rows(fusion),
             "panel": _panel(fusion, scale(fusions)),
             "layers": [layer_ranges(layers) for layers in leading_layers(fusion)],
         }
@@ -134,10 +135,10 @@ def _panel(fusion: FusionWeights, ends: tuple[float, float]) -> dict[str, Any]:
 
 
 def notebook_html(fusion: FusionWeights) -> str:
-    """Show weights in a notebook: how they came about, the cells, the scale."""
-    words = [facts([fusion])] + ([] if fusion.weights.any() else [why_alone(fusion)])
-    panel = _panel(fusion, scale([fusion]))
-    return _render("notebook.html.j2", words=words, panel=panel, **_scale([fusion]))
+    """Show weights in a notebook: how they came about, and layers or what decided."""
+    words = [facts([fusion])] + [why(fusion)] * bool(why(fusion))
+    drawn = {"rows": reason_rows(fusion), "panel": _panel(fusion, scale([fusion]))}
+    return _render("notebook.html.j2", words=words, **drawn, **_scale([fusion]))
 
 
 def picture(labelled: Sequence[tuple[str, FusionWeights]], subject: str) -> str:

@@ -103,7 +103,7 @@ def who_spoke(weights: FusionWeights | Mapping[str, float]) -> str:
 
     As in `math 50 % · es 50 %`, `es 81 % · base 19 %`, or `base`.
     """
-    by_name = weights if isinstance(weights, Mapping) else weights.means()
+    by_name = weights if isinstance(weights, Mapping) else weights.means
     means = sorted(by_name.items(), key=lambda item: -item[1])
     shares = {spelt(name): round(100 * mean) for name, mean in means}
     rest = 100 - sum(shares.values())
@@ -113,16 +113,32 @@ def who_spoke(weights: FusionWeights | Mapping[str, float]) -> str:
     return " · ".join(parts + [f"base {rest} %"] * (rest > 1))
 
 
-def why_alone(fusion: FusionWeights) -> str:
-    """Say why the base answers alone: for weights that are all 0."""
-    if not fusion.adapters:
-        return "There are no adapters: the base answers alone."
-    if fusion.strategy.startswith("two-place") and "abstain=never" not in fusion.strategy:
-        return (
-            "No adapter stands out here: the base answers alone "
-            "(two-place:abstain=never mixes all the same)."
-        )
-    return "No adapter weighs anything: the base answers alone."
+def why(fusion: FusionWeights) -> str:
+    """Say what decided, or that the base answers alone; "" where layers show it."""
+    if fusion.why or fusion.weights.any():
+        return fusion.why
+    found = "No adapter weighs anything" if fusion.adapters else "There are no adapters"
+    return f"{found}: the base answers alone."
+
+
+def reason_rows(fusion: FusionWeights) -> list[list[str]]:
+    """Lay out what decided where no layer differs: heads, adapters, thresholds; else nothing."""
+    reasons = list(fusion.reasons.values())
+    is_measured = fusion.divergence is not None and not reasons
+    if is_measured or (fusion.weights != fusion.weights[:, :1]).any():
+        return []
+    columns = {"adapter": fusion.adapters, "weight": [f"{w:.2f}" for w in fusion.means.values()]}
+    places, needed = (reasons[0].scores, reasons[0].thresholds) if reasons else ({}, {})
+    digits = ".2f" if needed else ".3g"
+    for place in places:
+        columns[place] = [f"{reason.scores[place]:{digits}}" for reason in reasons]
+    if any(reason.taken_as for reason in reasons):
+        columns["taken as"] = [reason.taken_as or "-" for reason in reasons]
+    rows = [[*columns], *map(list, zip(*columns.values(), strict=True))]
+    if needed:
+        shown = [f"{needed[place]:.2f}" if place in needed else "" for place in places]
+        rows.append(["threshold", "", *shown])
+    return rows
 
 
 def facts(fusions: Sequence[FusionWeights]) -> str:

@@ -4,8 +4,8 @@ The method is qa-FLoRA (AAAI 2026, arXiv 2512.11366). `kl_divergence` is the num
 what the library computes through the quantised head.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -17,7 +17,7 @@ from qaflora_edge.config import POOLS as POOLS
 from qaflora_edge.errors import StrategyError, WeightsError
 
 if TYPE_CHECKING:
-    from qaflora_edge.weighing.strategy import Measured
+    from qaflora_edge.weighing.strategy import Measured, Reason
 
 DEFAULT_STRATEGY, DEFAULT_LENS, DEFAULT_POOL = "qa-flora", "norm", "last"
 
@@ -35,6 +35,7 @@ class FusionWeights:
     divergence     float32 [n_adapter, n_layer] in the strategy's measure (KL in nats), or None
     prompt_tokens  tokens of the query
     probe_ms       time of the probe in milliseconds, 0 without one
+    why, reasons   what decided where no layer differs: in words, and by adapter
     """
 
     adapters: tuple[str, ...]
@@ -45,6 +46,8 @@ class FusionWeights:
     pool: str = DEFAULT_POOL
     prompt_tokens: int = 0
     probe_ms: float = 0.0
+    why: str = ""
+    reasons: "Mapping[str, Reason]" = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Give the object that `qaflora weights --json` prints."""
@@ -58,7 +61,13 @@ class FusionWeights:
             "divergence": None if self.divergence is None else _rows(self.divergence),
             "weights": _rows(self.weights),
             "probe_ms": round(self.probe_ms, 3),
+            **self.why_dict(),
         }
+
+    def why_dict(self) -> dict[str, Any]:
+        """Give `why` and `reasons` for JSON; nothing where there are none."""
+        reasons = {name: asdict(reason) for name, reason in self.reasons.items()}
+        return {"why": self.why, "reasons": reasons} if self.why else {}
 
     @property
     def measured(self) -> "Measured":
@@ -67,12 +76,19 @@ class FusionWeights:
 
         return measured_by(self.strategy.partition(":")[0])
 
+    @property
     def means(self) -> dict[str, float]:
         """Map each adapter to its mean weight over layers."""
         return dict(zip(self.adapters, map(float, self.weights.mean(axis=1)), strict=True))
 
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """Name the adapters with a mean weight above 0, heaviest first."""
+        heaviest = sorted(self.means.items(), key=lambda item: -item[1])
+        return tuple(name for name, mean in heaviest if mean > 0)
+
     def __repr__(self) -> str:
-        means = ", ".join(f"{name!r} {mean:.2f}" for name, mean in self.means().items())
+        means = ", ".join(f"{name!r} {mean:.2f}" for name, mean in self.means.items())
         return f"<FusionWeights {self.strategy}, {self.weights.shape[1]} layers: {means or 'base'}>"
 
     # Draws weights in a notebook. The Engine sets it: numbers know no pictures.

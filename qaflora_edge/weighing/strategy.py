@@ -116,11 +116,22 @@ ADDED = Measured("added to q, k, v")
 
 
 @dataclass(frozen=True)
+class Reason:
+    """Hold what decided about an adapter, by place, and the place it is taken for, or ""."""
+
+    scores: Mapping[str, float]
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+    taken_as: str = ""
+
+
+@dataclass(frozen=True)
 class Mix:
-    """Hold weights [n_adapter, n_layer], and their measure [n_adapter, n_layer]."""
+    """Hold weights, their measure, both [n_adapter, n_layer], and what decided for all layers."""
 
     weights: ArrayLike
     divergence: ArrayLike | None = None
+    reasons: Mapping[str, Reason] = field(default_factory=dict)
+    why: str = ""
 
 
 class Strategy:

@@ -3,9 +3,7 @@
 Two places are measured in one pass of the base alone: the last token of a chat prompt, where the
 answer begins, and the question's own tokens. The measure is what each adapter would add to q, k
 and v there, compared with what is typical of it. The adapter that stands out most where the answer
-begins is the first; another that stands out in the question is the second. Without a second one
-the first has both weights. Where none stands out at the answer, the base answers alone. An adapter
-that is the only one in use is chosen without a measure.
+begins is the first; another that stands out in the question is the second: see pair().
 """
 
 from collections.abc import Mapping
@@ -15,9 +13,10 @@ from qaflora_edge.arrays import F32, F64
 from qaflora_edge.config import Option
 from qaflora_edge.errors import StrategyError
 from qaflora_edge.weighing.divergence import check_typical
-from qaflora_edge.weighing.strategy import ADDED, Mix, Probe, Query, Strategy
+from qaflora_edge.weighing.strategy import ADDED, Mix, Probe, Query, Reason, Strategy
 
-RAMP = 0.5  # standard deviations between the base alone and the whole mix
+Taken = dict[int, str]  # adapter's index -> the place that it is taken for, the answer first
+STANDS_OUT, RAMP = 1.5, 0.5  # standard deviations; from the base alone to the whole mix
 
 # fmt: off
 _OPTIONS = (
@@ -27,15 +26,13 @@ _OPTIONS = (
            help="the weight of the one that is found in the question"),
     Option("second", float, 1.0, low=-100, high=100, metavar="Z",
            help="none is taken from the question up to Z standard deviations: the other is alone"),
-    Option("abstain", float, 1.5, low=-100, high=100, words=("never",), metavar="Z",
+    Option("abstain", float, STANDS_OUT, low=-100, high=100, words=("never",), metavar="Z",
            help="the base answers alone up to Z standard deviations; 0.5 above, the mix is whole"),
 )
 # fmt: on
 
 
 class TwoPlace(Strategy):
-    """Weigh one adapter by the last token, another by the question; our own rule, see pair()."""
-
     name = "two-place"
     help = "one adapter by where the answer begins, one by the question's words; or the base"
     options = _OPTIONS
@@ -46,8 +43,7 @@ class TwoPlace(Strategy):
     def check(self, argument: Any, query: Query) -> None:
         from qaflora_edge.weighing.calibration import adds_nothing
 
-        keys = self.needs_typical
-        check_typical(self.name, query, keys, f"({', '.join(keys)})")
+        check_typical(self.name, query, self.needs_typical, f"({', '.join(self.needs_typical)})")
         silent = [name for name in query.adapters if adds_nothing(query.typical[name])]
         if silent:
             raise StrategyError(
@@ -62,23 +58,27 @@ class TwoPlace(Strategy):
         from qaflora_edge.weighing.calibration import unusual
 
         options = _all_options(query)
-        if _is_alone(query):
-            return Mix(np.full((1, query.n_layer), options["answer"] + options["question"]))
+        if len(query.adapters) == 1 and "abstain" not in query.options:
+            whole = np.full((1, query.n_layer), options["answer"] + options["question"])
+            return Mix(whole, why=f"{query.adapters[0]} is the only adapter in use.")
         last, question = probe.added()
         if query.is_chat:
-            in_question = unusual(query, "added_question", question)
-            weights = pair(unusual(query, "added_last", last), in_question, options)
+            scores = {"answer": unusual(query, "added_last", last)}
+            scores["question"] = unusual(query, "added_question", question)
+            weights, taken = pair(scores["answer"], scores["question"], options)
         else:  # plain text has no question: the most unusual adapter alone
-            weights = np.zeros(len(last), np.float32)
-            weights[unusual(query, "added_text", last).argmax()] = options["answer"]
-        return Mix(np.repeat(weights[:, None], query.n_layer, axis=1), last)
+            scores = {"text": unusual(query, "added_text", last)}
+            weights, taken = np.zeros(len(last), np.float32), {int(scores["text"].argmax()): "text"}
+            weights[[*taken]] = options["answer"]
+        told = _told(query, scores, taken)
+        return Mix(np.repeat(weights[:, None], query.n_layer, axis=1), last, *told)
 
 
 STRATEGIES = (TwoPlace(),)
 
 
-def pair(last: F64, question: F64, options: Mapping[str, Any]) -> F32:
-    """Weigh adapters for a chat prompt: float32 [n_adapter].
+def pair(last: F64, question: F64, options: Mapping[str, Any]) -> tuple[F32, Taken]:
+    """Weigh adapters for a chat prompt: float32 [n_adapter], and the place each is taken for.
 
     last, question  [n_adapter]  how unusual each adapter is there, in standard deviations
     """
@@ -91,14 +91,39 @@ def pair(last: F64, question: F64, options: Mapping[str, Any]) -> F32:
     is_second = others[second] > options["second"]
     weights[second if is_second else first] = options["question"]
     weights[first] += options["answer"]
-    if options["abstain"] == "never":
-        return weights
-    return weights * np.float32(np.clip((last.max() - options["abstain"]) / RAMP, 0.0, 1.0))
+    taken = {first: "answer"} | ({second: "question"} if is_second else {})
+    abstain = -np.inf if options["abstain"] == "never" else options["abstain"]
+    share = np.clip((last.max() - abstain) / RAMP, 0.0, 1.0)
+    return weights * np.float32(share), taken if share else {}
 
 
-def _is_alone(query: Query) -> bool:
-    """Tell whether the only adapter is chosen without a measure."""
-    return len(query.adapters) == 1 and "abstain" not in query.options
+def _told(query: Query, scores: Mapping[str, F64], taken: Taken) -> tuple[dict[str, Reason], str]:
+    """Give each adapter's numbers, and say in words what decided.
+
+    scores  place -> [n_adapter], how unusual each adapter is there; first where the answer begins
+    """
+    names, options = query.adapters, _all_options(query)
+    limits = {"answer": options["abstain"], "question": options["second"]}
+    needed = {p: limits[p] for p in scores if limits.get(p, "never") != "never"}
+    numbers = [{p: float(z[i]) for p, z in scores.items()} for i in range(len(names))]
+    reasons = {n: Reason(numbers[i], needed, taken.get(i, "")) for i, n in enumerate(names)}
+    place, z = next(iter(scores.items()))
+    first = int(z.argmax())
+    if not taken:
+        return reasons, (
+            "The base answers alone: no adapter stands out where the answer begins "
+            f"({names[first]} most: {z[first]:.2f}, needed: above {needed[place]:g})."
+        )
+    said = [f"{names[first]}: the {place} looks like its kind ({z[first]:.1f} above typical)."]
+    said += [f"{names[i]}: the question does ({numbers[i][p]:.1f})." for i, p in taken.items()][1:]
+    others = [i for i in range(len(names)) if i not in taken]
+    is_typical = all(numbers[i][p] <= needed.get(p, STANDS_OUT) for i in others for p in scores)
+    if others:
+        who = "The others are" if len(others) > 1 else "The other is"
+        said.append(f"{who} {'typical' if is_typical else 'less unusual'}.")
+    if z[first] < needed.get("answer", z[first] - RAMP) + RAMP:
+        said.append(f"Below {needed['answer'] + RAMP:g} the base keeps a part.")
+    return reasons, " ".join(said)
 
 
 def _all_options(query: Query) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from qaflora_edge.weighing.strategy import (
     Mix,
     Probe,
     Query,
+    Reason,
     Span,
     Typical,
     parse_strategy,
@@ -210,7 +211,7 @@ class Weigher:
         source = f"Strategy {chosen.text!r}: "
         fusion = self._fusion(mix, chosen.text, query, probe_ms, source=source)
         found = shaped(fusion.weights, chosen.options, source)
-        return replace(fusion, weights=found)
+        return replace(fusion, weights=found, **_one_number(fusion))
 
     def _given(self, weights: FusionWeights) -> FusionWeights:
         if weights.adapters != self.adapters:
@@ -238,7 +239,20 @@ class Weigher:
             pool=query.pool,
             prompt_tokens=len(query.tokens),
             probe_ms=probe_ms,
+            why=mix.why,
+            reasons=mix.reasons,
         )
+
+
+def _one_number(fusion: FusionWeights) -> dict[str, Any]:
+    """Give `why` and `reasons` of a strategy that measures one number an adapter."""
+    measured, name = fusion.divergence, fusion.measured.name
+    if fusion.why or measured is None or (measured != measured[:, :1]).any():
+        return {}
+    scores = measured[:, 0].tolist()
+    reasons = {a: Reason({name: x}) for a, x in zip(fusion.adapters, scores, strict=True)}
+    highest = fusion.adapters[int(measured[:, 0].argmax())]
+    return {"why": f"{highest}: {name} {max(scores):.3g}, the highest.", "reasons": reasons}
 
 
 def shaped(weights: F32, options: Mapping[str, Any], source: str) -> F32:

@@ -98,7 +98,7 @@ def adapters(chat: Chat, argument: str) -> None:
         engine.use_adapters(sorted(in_use | chosen))
     elif action == "off":
         engine.use_adapters(sorted(in_use - chosen | chosen - loaded))  # refuses unknown names
-    means = {} if chat.fusion is None else chat.fusion.means()
+    means = {} if chat.fusion is None else chat.fusion.means
     rows, width = [], max(map(len, engine.loaded_adapters), default=0)
     for name in engine.loaded_adapters:
         last = f"  {100 * means[name]:3.0f} % of the last answer" if name in means else ""
