@@ -1,17 +1,14 @@
-"""Peak memory of one answer, in a process of its own: `python -m qaflora_edge.bench.memory`.
+"""Peak memory of one answer, in a process of its own."""
 
-A request comes as JSON on stdin; the measured bytes go as JSON to stdout.
-"""
-
-import json
+import multiprocessing
 import re
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from qaflora_edge.errors import BackendError, OptionError, QafloraError
+from qaflora_edge.errors import BackendError, OptionError
 
 
 def measure_memory(
@@ -20,26 +17,20 @@ def measure_memory(
     """Answer a prompt once in a new process, and return what it took.
 
     engine   keywords of Engine
-    returns  peak_bytes: the most resident memory; adapters_bytes: what the packed adapters have of
-             it
+    returns  peak_bytes: the most resident memory; adapters_bytes: the packed adapters' part of it
 
-    Raises BackendError when that process fails.
+    Raises what the Engine raised there, or BackendError when that process died.
     """
-    request = {"bundle": str(bundle), "tokens": list(tokens), "max_tokens": max_tokens}
-    done = subprocess.run(
-        [sys.executable, "-m", "qaflora_edge.bench.memory"],
-        input=json.dumps({**request, "engine": dict(engine)}),
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode != 0:
-        said = (done.stderr.strip().splitlines() or ["nothing"])[-1].removesuffix(".")
-        raise BackendError(
-            f"The run whose memory is measured ended with code {done.returncode}, expected 0; it "
-            f"said: {said}. Try the same options with `qaflora run`."
-        )
-    measured: dict[str, int] = json.loads(done.stdout)
-    return measured
+    if status_bytes("VmHWM") is None:
+        raise OptionError("Peak memory is measured on Linux only; leave out memory with --only.")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(_answer, bundle, list(tokens), max_tokens, dict(engine)).result()
+        except BrokenProcessPool as error:
+            raise BackendError(
+                "The process whose memory is measured died, expected an answer. Perhaps memory is "
+                "short: try the same options with `qaflora run`."
+            ) from error
 
 
 def status_bytes(field: str, pid: int | str = "self") -> int | None:
@@ -52,26 +43,12 @@ def status_bytes(field: str, pid: int | str = "self") -> int | None:
     return 1024 * int(match[1]) if match else None
 
 
-def main() -> None:
-    """Answer the request on stdin."""
+def _answer(
+    bundle: Path, tokens: Sequence[int], max_tokens: int, options: Mapping[str, Any]
+) -> dict[str, int]:
     from qaflora_edge.engine import Engine
 
-    request = json.load(sys.stdin)
-    try:
-        with Engine(request["bundle"], **request["engine"]) as engine:
-            engine.generate(request["tokens"], max_tokens=request["max_tokens"]).text()
-            measured = {
-                "peak_bytes": status_bytes("VmHWM"),
-                "adapters_bytes": engine._core.backend.pack.size_bytes,
-            }
-        if measured["peak_bytes"] is None:
-            raise OptionError(
-                "Peak memory is measured on Linux only; leave out memory with --only."
-            )
-    except QafloraError as error:
-        sys.exit(" ".join(str(error).splitlines()))
-    print(json.dumps(measured))
-
-
-if __name__ == "__main__":
-    main()
+    with Engine(bundle, **options) as engine:
+        engine.generate(tokens, max_tokens=max_tokens).text()
+        adapters_bytes = engine._core.backend.pack.size_bytes
+        return {"peak_bytes": status_bytes("VmHWM") or 0, "adapters_bytes": adapters_bytes}

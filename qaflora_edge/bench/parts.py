@@ -5,16 +5,16 @@ ttft has its own. A first round is thrown away. Ratios are taken within a round,
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any, TypeVar
 
 import numpy as np
 
-from qaflora_edge.arrays import F32
 from qaflora_edge.backend.context import Context
-from qaflora_edge.bench.rig import Prompts, Rig, prefill
+from qaflora_edge.bench.rig import Rig, prefill
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import OptionError
 from qaflora_edge.progress import Tell, TellCount
@@ -37,18 +37,19 @@ class Plan:
 
 
 def take_turns(
-    names: Sequence[Who], repeat: int, run: Callable[[Who, int], Run], tell: TellCount
+    contestants: Mapping[Who, Callable[[int], Run]], repeat: int, tell: TellCount
 ) -> dict[Who, list[Run]]:
     """Run all contestants in each of 1 + repeat rounds, another one first each time.
 
-    run      measures a contestant in a round
-    returns  contestant -> its runs, without that of the first round
+    contestants  who -> measures it in a round of this number
+    returns      who -> its runs, without that of the first round
     """
+    names = list(contestants)
     runs: dict[Who, list[Run]] = {name: [] for name in names}
     for turn in range(1 + repeat):
         at = turn % len(names)
         for name in [*names[at:], *names[:at]]:
-            runs[name].append(run(name, turn))
+            runs[name].append(contestants[name](turn))
         tell(turn + 1, 1 + repeat)
     return {name: own[1:] for name, own in runs.items()}
 
@@ -67,75 +68,56 @@ def compared(key: str, own: Sequence[Run], **others: Sequence[Run]) -> Row:
 # decode
 
 
-def measure_decode(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell) -> list[Row]:
+def measure_decode(rig: Rig, plan: Plan, tell: Tell) -> Iterator[Row]:
     """Prefill a prompt and decode given tokens after it, at each length."""
     n_ctx = max(plan.prompt_tokens) + plan.max_tokens
-    contexts: dict[tuple[str, int], Context] = {("base", 0): rig.base(n_ctx)}
+    contexts: dict[str, Context] = {"base": rig.stock(0, n_ctx)}
     for k in plan.k:
-        contexts |= {("stock", k): rig.stock(k, n_ctx), ("ours", k): rig.ours(k, n_ctx)}
-    rows: list[Row] = []
+        contexts |= {f"stock k={k}": rig.stock(k, n_ctx), f"ours k={k}": rig.ours(k, n_ctx)}
     for length in plan.prompt_tokens:
-        rows += _decode_rows(contexts, length, plan, prompts, tell)
-    return rows
+        drawn = [rig.draw(length + plan.max_tokens) for _ in range(1 + plan.repeat)]
+        contestants = {
+            name: partial(_decode, context, drawn, length) for name, context in contexts.items()
+        }
+        runs = take_turns(contestants, plan.repeat, partial(tell, "decode"))
+        for name, own in runs.items():
+            row: Row = {"prompt_tokens": length, "name": name, "runs": own}
+            stock = name.replace("ours", "stock")
+            for what in ("decode", "prefill"):
+                others = {} if name == "base" else {f"{what}_of_base": runs["base"]}
+                others |= {} if name == stock else {f"{what}_of_stock": runs[stock]}
+                row |= compared(f"{what}_tokens_per_second", own, **others)
+            if name != stock:  # do both compute the same after the last round's tokens?
+                difference = contexts[name].logits() - contexts[stock].logits()
+                row["logits_difference"] = float(np.abs(difference).max())
+            yield row
 
 
-def _decode_rows(
-    contexts: Mapping[tuple[str, int], Context],
-    length: int,
-    plan: Plan,
-    prompts: Prompts,
-    tell: Tell,
-) -> list[Row]:
-    drawn = [prompts.draw(length + plan.max_tokens) for _ in range(1 + plan.repeat)]
-    logits: dict[tuple[str, int], F32] = {}
-
-    def run(who: tuple[str, int], turn: int) -> Run:
-        speeds, logits[who] = _decode(contexts[who], drawn[turn], length)
-        return speeds
-
-    runs = take_turns(list(contexts), plan.repeat, run, lambda *n: tell("decode", *n))
-    rows: list[Row] = []
-    for (name, k), own in runs.items():
-        row: Row = {"prompt_tokens": length, "contestant": name, "k": k, "runs": own}
-        for what in ("prefill", "decode"):
-            others = {} if name == "base" else {f"{what}_of_base": runs["base", 0]}
-            others |= {f"{what}_of_stock": runs["stock", k]} if name == "ours" else {}
-            row |= compared(f"{what}_tokens_per_second", own, **others)
-        if name == "ours":  # do both compute the same?
-            difference = np.abs(logits["ours", k] - logits["stock", k]).max()
-            row["logits_difference"] = float(difference)
-        rows.append(row)
-    return rows
-
-
-def _decode(context: Context, tokens: Sequence[int], length: int) -> tuple[Run, F32]:
-    """Times of one contestant, and the logits after the prompt: float32 [n_vocab]."""
+def _decode(context: Context, drawn: Sequence[Sequence[int]], length: int, turn: int) -> Run:
+    tokens = drawn[turn]
     start = time.perf_counter()
     prefill(context, tokens[:length])
-    first = context.logits()
+    context.logits()
     middle = time.perf_counter()
     for position in range(length, len(tokens)):
         context.decode([tokens[position]], start=position)
         context._lib.llama_synchronize(context._pointer)  # a device may still compute
     end = time.perf_counter()
-    speeds = {
+    return {
         "prefill_tokens_per_second": length / (middle - start),
         "decode_tokens_per_second": (len(tokens) - length) / (end - middle),
     }
-    return speeds, first
 
 
 # time to the first token
 
 
-def measure_ttft(rig: Rig, engine: Engine, plan: Plan, prompts: Prompts, tell: Tell) -> list[Row]:
+def measure_ttft(rig: Rig, engine: Engine, plan: Plan, tell: Tell) -> Iterator[Row]:
     """Weigh, prefill and choose a first token, next to llama.cpp's prefill of the base."""
-    names = [name for name in METHODS if name.partition(":")[0] in engine.strategies]
-    base = rig.base(max(plan.prompt_tokens))
+    base = rig.stock(0, max(plan.prompt_tokens))
 
-    def run(who: tuple[int, str], _: int) -> Run:
-        length, name = who
-        tokens = prompts.draw(length)  # an Engine keeps what it read of the last one
+    def run(length: int, name: str, _: int) -> Run:
+        tokens = rig.draw(length)  # an Engine keeps what it read of the last one
         start = time.perf_counter()
         if name == "plain":
             prefill(base, tokens)
@@ -144,21 +126,20 @@ def measure_ttft(rig: Rig, engine: Engine, plan: Plan, prompts: Prompts, tell: T
             engine.generate(tokens, weights=name, max_tokens=1).text()
         return {"ttft_ms": 1e3 * (time.perf_counter() - start)}
 
-    every = [(length, name) for length in plan.prompt_tokens for name in ("plain", *names)]
-    runs = take_turns(every, plan.repeat, run, lambda *n: tell("ttft", *n))
-    return [
-        {"prompt_tokens": length, "method": name, "runs": own}
-        | compared("ttft_ms", own, of_plain=runs[length, "plain"])
-        for (length, name), own in runs.items()
-    ]
+    names = ["plain", *(name for name in METHODS if name.partition(":")[0] in engine.strategies)]
+    every = {(n, name): partial(run, n, name) for n in plan.prompt_tokens for name in names}
+    runs = take_turns(every, plan.repeat, partial(tell, "ttft"))
+    for (length, name), own in runs.items():
+        row = {"prompt_tokens": length, "name": name, "runs": own}
+        yield row | compared("ttft_ms", own, of_plain=runs[length, "plain"])
 
 
 # callers
 
 
 def measure_callers(
-    engines: Mapping[str, Engine], plan: Plan, prompts: Prompts, tell: Tell
-) -> list[Row]:
+    rig: Rig, engines: Mapping[str, Engine], plan: Plan, tell: Tell
+) -> Iterator[Row]:
     """Decode for some callers at once, each with a mix of its own, next to the base alone.
 
     engines  "base" and "ours", for as many callers as the plan has at most
@@ -169,28 +150,23 @@ def measure_callers(
         "base": [None] * most,
         "ours": drawn.transpose(0, 2, 1).astype(np.float32),
     }
-    options = {"max_tokens": plan.max_tokens, "logit_bias": dict.fromkeys(prompts.ends, -100.0)}
-    read = [  # of different lengths
-        [prompts.draw(length + i) for i in range(most)] for _ in range(1 + plan.repeat)
+    options = {"max_tokens": plan.max_tokens, "logit_bias": dict.fromkeys(rig.ends, -100.0)}
+    prompts = [  # of different lengths
+        [rig.draw(length + i) for i in range(most)] for _ in range(1 + plan.repeat)
     ]
 
-    def run(who: tuple[int, str], turn: int) -> Run:
-        n, way = who
-        pairs = zip(read[turn][:n], mixes[way][:n], strict=True)
+    def run(n: int, way: str, turn: int) -> Run:
+        pairs = zip(prompts[turn][:n], mixes[way][:n], strict=True)
         requests = [{"prompt": tokens, "weights": mix} for tokens, mix in pairs]
         answers = engines[way].generate_many(requests, **options)
         return {"tokens_per_second": _speed([answer.timings.token_s for _, answer in answers])}
 
-    every = [(n, way) for n in plan.callers for way in mixes]
-    runs = take_turns(every, plan.repeat, run, lambda *n: tell("callers", *n))
-    fewest, rows = min(plan.callers), []
+    every = {(n, way): partial(run, n, way) for n in plan.callers for way in mixes}
+    runs = take_turns(every, plan.repeat, partial(tell, "callers"))
     for (n, way), own in runs.items():
-        others = {"of_one": runs[fewest, way]} | (
-            {} if way == "base" else {"of_base": runs[n, "base"]}
-        )
-        row = {"callers": n, "way": way, "runs": own}
-        rows.append(row | compared("tokens_per_second", own, **others))
-    return rows
+        others = {} if way == "base" else {"of_base": runs[n, "base"]}
+        others |= {"of_fewest": runs[min(plan.callers), way]}
+        yield {"name": f"{n} {way}", "runs": own} | compared("tokens_per_second", own, **others)
 
 
 def _speed(times: Sequence[Sequence[float]]) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 
 from qaflora_edge.backend.context import Context, context_params
 from qaflora_edge.backend.library import logged
-from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.backend.model import PLACING, Model, Pack
 from qaflora_edge.bundles.measure import neutral_prompts
 from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.base import read_base
@@ -50,34 +50,29 @@ class StockContext(Context):
 
 
 class Rig(contextlib.ExitStack):
-    """One base and the contexts that are timed on it; close() frees all of them.
+    """One base, the contexts that are timed on it, and prompts; close() frees all of them.
 
-    adapters      for more than these each is loaded again, and costs what another adapter would
-    placing       gpu_layers, rpc and tensor_split
-    adapter_type  type that ours are converted to; llama.cpp's own stay as their files have them
-    options       threads, kv_type and flash_attn of every context
+    adapters  for more than these each is loaded again, and costs what another adapter would
+    options   keywords of Engine; llama.cpp's own adapters keep the types of their files
+    seed      of the prompts
+    ends      attribute: the tokens that end an answer
     """
 
     def __init__(
-        self,
-        base: Path,
-        adapters: Sequence[Path],
-        *,
-        placing: Mapping[str, Any],
-        adapter_type: str = "auto",
-        options: Mapping[str, Any],
+        self, base: Path, adapters: Sequence[Path], options: Mapping[str, Any], seed: int = 0
     ) -> None:
         super().__init__()
-        self._paths, self._adapter_type, self._options = adapters, adapter_type, dict(options)
-        self._loras: list[Any] = []  # the model frees them
+        self._paths, self._adapter_type = adapters, options.get("adapter_type", "auto")
+        self._options = {name: options[name] for name in ("threads", "kv_type", "flash_attn")}
+        placing = {name: options.get(name) for name in PLACING}
         self.model = self.enter_context(contextlib.closing(Model(read_base(base), **placing)))
-
-    def base(self, n_ctx: int) -> StockContext:
-        """The base alone."""
-        return self.stock(0, n_ctx)
+        self._loras: list[Any] = []  # the model frees them
+        self._random, self._n_drawn = random.Random(seed), 0
+        self._start = self.model.tokenize("", add_special=True, parse_special=False)[:1]
+        self.ends = [token for token in range(self.model.n_vocab) if self.model.is_end(token)]
 
     def stock(self, k: int, n_ctx: int) -> StockContext:
-        """k adapters at scale 1/k through llama_set_adapters_lora."""
+        """Set up k adapters at scale 1/k through llama_set_adapters_lora; 0 for the base alone."""
         for path in self._copies(k)[len(self._loras) :]:
             lora = self.model._lib.llama_adapter_lora_init(self.model._pointer, os.fsencode(path))
             if not lora:
@@ -88,7 +83,7 @@ class Rig(contextlib.ExitStack):
         return self.enter_context(contextlib.closing(context))
 
     def ours(self, k: int, n_ctx: int) -> Context:
-        """k adapters of one pack, at weight 1/k in every layer."""
+        """Set up k adapters of one pack, at weight 1/k in every layer."""
         pack = Pack(self.model, self._copies(k), adapter_type=self._adapter_type)
         self.callback(pack.close)
         context = Context(self.model, pack, n_ctx=n_ctx, **self._options)
@@ -98,6 +93,21 @@ class Rig(contextlib.ExitStack):
 
     def _copies(self, k: int) -> list[Path]:
         return [self._paths[i % len(self._paths)] for i in range(k)]
+
+    def draw(self, n_token: int) -> list[int]:
+        """Draw a prompt out of everyday text in many languages: BOS, a number, text from anywhere.
+
+        Each has another number, so no KV state of one prompt serves the next.
+        """
+        self._n_drawn += 1
+        text, texts = f"{self._n_drawn}. ", neutral_prompts()
+        tokens: list[int] = []
+        while len(tokens) < n_token:
+            tokens += self.model.tokenize(text, add_special=False, parse_special=False)
+            self._random.shuffle(texts)
+            text = "\n".join(texts) + "\n"
+            text = text[self._random.randrange(len(text) // 2) :]
+        return (self._start + tokens)[:n_token]
 
 
 def prefill(context: Context, tokens: Sequence[int]) -> None:
@@ -111,27 +121,3 @@ def prefill(context: Context, tokens: Sequence[int]) -> None:
         end = context.chunks().end(tokens, at)
         context.decode(tokens[at:end], start=at)
         at = end
-
-
-class Prompts:
-    """Draws prompts out of everyday text in many languages, each with another first token.
-
-    So no KV state of one prompt serves the next. `ends` are the tokens that end an answer.
-    """
-
-    def __init__(self, model: Model, seed: int) -> None:
-        self._model, self._random, self._n_drawn = model, random.Random(seed), 0
-        self._start = model.tokenize("", add_special=True, parse_special=False)[:1]
-        self.ends = [token for token in range(model.n_vocab) if model.is_end(token)]
-
-    def draw(self, n_token: int) -> list[int]:
-        """Token ids: BOS where the base asks for it, a number, then text from any place on."""
-        self._n_drawn += 1
-        text, texts = f"{self._n_drawn}. ", neutral_prompts()
-        tokens: list[int] = []
-        while len(tokens) < n_token:
-            tokens += self._model.tokenize(text, add_special=False, parse_special=False)
-            self._random.shuffle(texts)
-            text = "\n".join(texts) + "\n"
-            text = text[self._random.randrange(len(text) // 2) :]
-        return (self._start + tokens)[:n_token]
