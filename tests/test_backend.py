@@ -1,8 +1,10 @@
 """The native backend against oracles that do not use it: merged bases and stock llama.cpp."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,22 +34,23 @@ from qaflora_edge.weighing import numbers as fusion
 F32 = NDArray[np.float32]
 EXACT = {"kv_type": "f32", "flash_attn": False, "threads": 2}
 TOKENS = [72, 101, 261, 32, 113, 117, 101, 115, 116, 262, 111, 102, 97, 266, 32, 107]
+LONG = (TOKENS * 2)[:29]
+KERNELS = ["ggml", PLAIN_KERNELS, *MORE_KERNELS]
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> TinyBase:
-    return write_tiny_base(tmp_path / "base.gguf")
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> TinyBase:
+    return write_tiny_base(tmp_path_factory.mktemp("base") / "base.gguf")
 
 
-@pytest.fixture
-def adapters(tmp_path: Path, base: TinyBase) -> list[TinyAdapter]:
+@pytest.fixture(scope="module")
+def adapters(base: TinyBase) -> list[TinyAdapter]:
     """Three adapters of different rank, alpha and targets."""
+    folder, some = base.path.parent, ("attn_k", "ffn_down")
     return [
-        write_tiny_adapter(tmp_path / "a.gguf", base, rank=4, alpha=8, seed=1),
-        write_tiny_adapter(tmp_path / "b.gguf", base, rank=7, alpha=3, seed=2, targets=STEMS[:4]),
-        write_tiny_adapter(
-            tmp_path / "c.gguf", base, rank=2, alpha=4, seed=3, targets=("attn_k", "ffn_down")
-        ),
+        write_tiny_adapter(folder / "a.gguf", base, rank=4, alpha=8, seed=1),
+        write_tiny_adapter(folder / "b.gguf", base, rank=7, alpha=3, seed=2, targets=STEMS[:4]),
+        write_tiny_adapter(folder / "c.gguf", base, rank=2, alpha=4, seed=3, targets=some),
     ]
 
 
@@ -57,6 +60,39 @@ def weights(base: TinyBase) -> F32:
     array = np.random.default_rng(7).random((3, base.n_layer)).astype(np.float32)
     array[0, 0], array[1, 1], array[2, 2] = 0.0, 1.7, -0.4
     return array
+
+
+@pytest.fixture(scope="module")
+def single(base: TinyBase, adapters: list[TinyAdapter]) -> F32:
+    """States after each token of LONG, each sequence and token alone: [n_token, 1 + k, ...]."""
+    return single_states(base, adapters, LONG)
+
+
+@pytest.fixture
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, base: TinyBase) -> str:
+    """Ask for kernels; a processor or build without them skips the test."""
+    monkeypatch.setenv("QAFLORA_CPU_KERNELS", request.param)
+    try:
+        Pack(Model(read_base(base.path)), []).close()
+    except BackendError as error:
+        pytest.skip(str(error))
+    return str(request.param)
+
+
+def with_kernels(names: Sequence[str]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("kernels", names, indirect=True)
+
+
+def some(base: TinyBase, *seeds: int, **options: Any) -> list[TinyAdapter]:
+    """Write an adapter for each seed, next to the base."""
+    folder = base.path.parent
+    return [
+        write_tiny_adapter(folder / f"{seed}.gguf", base, seed=seed, **options) for seed in seeds
+    ]
+
+
+def assert_near(found: F32, expected: F32, atol: float) -> None:
+    np.testing.assert_allclose(found, expected, atol=atol, rtol=0)
 
 
 def load(
@@ -108,32 +144,26 @@ def stock_logits(
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3"])
 def test_fused_logits_equal_a_merged_base(tmp_path: Path, arch: str, weights: F32) -> None:
     base = write_tiny_base(tmp_path / "base.gguf", arch)
-    adapters = [
-        write_tiny_adapter(tmp_path / f"{rank}.gguf", base, rank=rank, seed=rank)
-        for rank in (4, 16, 5)
-    ]
+    adapters = [some(base, rank, rank=rank)[0] for rank in (4, 16, 5)]
     merged = write_merged(tmp_path / "merged.gguf", base, adapters, weights)
     fused = fused_logits(base, adapters, weights)
     assert np.abs(fused - stock_logits(base)).max() > 0.1  # the adapters do something
     # float32 sums of another order over three layers; logits are of size 1 to 5
-    np.testing.assert_allclose(fused, stock_logits(merged), atol=1e-4, rtol=0)
+    assert_near(fused, stock_logits(merged), 1e-4)
 
 
 def with_adapted_ends(tmp_path: Path, weights: F32) -> tuple[TinyBase, list[TinyAdapter], F32]:
     """A base, adapters on its embedding and head, and the logits of the two merged."""
     base = write_tiny_base(tmp_path / "base.gguf", tied=False)
     targets = ("token_embd", "output", "attn_q")
-    adapters = [
-        write_tiny_adapter(tmp_path / f"{rank}.gguf", base, rank=rank, seed=rank, targets=targets)
-        for rank in (4, 3, 8)
-    ]
+    adapters = [some(base, rank, rank=rank, targets=targets)[0] for rank in (4, 3, 8)]
     merged = write_merged(tmp_path / "merged.gguf", base, adapters, weights, tied=False)
     return base, adapters, stock_logits(merged)
 
 
 def test_head_and_embedding_follow_the_last_and_first_layer(tmp_path: Path, weights: F32) -> None:
     base, adapters, expected = with_adapted_ends(tmp_path, weights)
-    np.testing.assert_allclose(fused_logits(base, adapters, weights), expected, atol=1e-4, rtol=0)
+    assert_near(fused_logits(base, adapters, weights), expected, 1e-4)
 
 
 def one_hot(n_adapter: int, n_layer: int, ia: int) -> F32:
@@ -144,17 +174,10 @@ def one_hot(n_adapter: int, n_layer: int, ia: int) -> F32:
     return weights
 
 
-@pytest.mark.parametrize("ia", [0, 2])
-def test_one_hot_weights_equal_stock_lora(
-    base: TinyBase, adapters: list[TinyAdapter], ia: int
-) -> None:
-    weights = one_hot(3, base.n_layer, ia)
-    np.testing.assert_allclose(
-        fused_logits(base, adapters, weights),
-        stock_logits(base, [adapters[ia].path], [1.0]),
-        atol=1e-5,
-        rtol=0,
-    )
+def test_one_hot_weights_equal_stock_lora(base: TinyBase, adapters: list[TinyAdapter]) -> None:
+    for ia in (0, 2):
+        fused = fused_logits(base, adapters, one_hot(3, base.n_layer, ia))
+        assert_near(fused, stock_logits(base, [adapters[ia].path], [1.0]), 1e-5)
 
 
 def test_zero_weights_equal_the_base_bit_for_bit(
@@ -182,63 +205,34 @@ def test_changed_weights_equal_a_fresh_run_bit_for_bit(
 def test_changing_weights_builds_no_graph(base: TinyBase, adapters: list[TinyAdapter]) -> None:
     rng = np.random.default_rng(0)
     model, pack = load(base, adapters)
-    with Context(model, pack, n_ctx=128, **EXACT) as context:
+    with Context(model, pack, n_ctx=64, **EXACT) as context:
         context.decode(TOKENS[:1])
         before = context._functions.get_stats(context._pointer)
-        for i in range(100):
+        for i in range(20):
             context.set_weights(rng.random((3, base.n_layer)).astype(np.float32))
             context.decode([TOKENS[i % len(TOKENS)]], start=1 + i)
         after = context._functions.get_stats(context._pointer)
-        assert after.n_decoded - before.n_decoded == 100
+        assert after.n_decoded - before.n_decoded == 20
         assert after.n_graph_built == before.n_graph_built
-    # beside it, llama.cpp's own adapters: every changed scale makes a new graph
-    stock = StockContext(model, n_ctx=128)
-    stock.set_adapters([adapter.path for adapter in adapters], [0.1, 0.1, 0.1])
-    stock.decode(TOKENS[:1])
-    before = stock.n_reused
-    for i in range(100):
-        stock.set_scales(rng.random(3).tolist())
-        stock.decode([TOKENS[i % len(TOKENS)]])
-    assert stock.n_reused == before
-    stock.close()
 
 
-KERNELS = ["ggml", PLAIN_KERNELS, *MORE_KERNELS]
-
-
-def use_kernels(monkeypatch: pytest.MonkeyPatch, base: TinyBase, name: str) -> None:
-    """Ask for kernels; a processor or build without them skips the test."""
-    monkeypatch.setenv("QAFLORA_CPU_KERNELS", name)
-    try:
-        Pack(Model(read_base(base.path)), []).close()
-    except BackendError as error:
-        pytest.skip(str(error))
-
-
-@pytest.mark.parametrize("kernels", KERNELS)
+@with_kernels(KERNELS)
 @pytest.mark.parametrize(
-    "outtype", ["f32", "f16", pytest.param("bf16", marks=pytest.mark.slow), "q8_0"]
+    ("outtype", "rank"), [("f32", 5), ("f32", 32), ("f16", 5), ("bf16", 32), ("q8_0", 32)]
 )
-@pytest.mark.parametrize("rank", [5, 32])
 def test_every_kernel_agrees_with_a_merged_base(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kernels: str, outtype: str, rank: int
+    tmp_path: Path, kernels: str, outtype: str, rank: int
 ) -> None:
     """Widths that no panel, vector or tile divides; prompts that no tile divides."""
     n_ff = 224 if outtype == "q8_0" else 90
     base = write_tiny_base(tmp_path / "base.gguf", n_ff=n_ff)
-    use_kernels(monkeypatch, base, kernels)
-    adapters = [
-        write_tiny_adapter(tmp_path / f"{seed}.gguf", base, rank=rank, seed=seed, outtype=outtype)
-        for seed in (1, 2, 3)
-    ]
+    adapters = some(base, 1, 2, 3, rank=rank, outtype=outtype)
     weights = np.random.default_rng(1).random((3, base.n_layer)).astype(np.float32)
     weights[1, 0] = weights[0, 1] = 0.0
     merged = write_merged(tmp_path / "merged.gguf", base, adapters, weights, n_ff=n_ff)
     # ggml rounds activations to the type of A and B, down to 8 bits; our kernels do not
     atol = {"f32": 1e-4, "q8_0": 1e-1}.get(outtype, 2e-2) if kernels == "ggml" else 1e-4
-    np.testing.assert_allclose(
-        fused_logits(base, adapters, weights), stock_logits(merged), atol=atol, rtol=0
-    )
+    assert_near(fused_logits(base, adapters, weights), stock_logits(merged), atol)
 
 
 def rounded(values: F32, kind: str) -> F32:
@@ -257,30 +251,18 @@ def rounded(values: F32, kind: str) -> F32:
     return (steps * scale).astype(np.float32).reshape(len(values), -1)[:, :n]
 
 
-@pytest.mark.parametrize("kernels", KERNELS[1:])
+@with_kernels(KERNELS[1:])
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
 @pytest.mark.parametrize(
-    "outtype", ["f32", pytest.param("f16", marks=pytest.mark.slow), "q8_0", "q4_0"]
+    ("outtype", "rank"), [("f32", 5), ("f16", 32), ("q8_0", 5), ("q8_0", 32), ("q4_0", 32)]
 )
-@pytest.mark.parametrize("rank", [5, 32])
 def test_adapters_are_converted_as_they_are_loaded(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    kernels: str,
-    kind: str,
-    outtype: str,
-    rank: int,
+    tmp_path: Path, kernels: str, kind: str, outtype: str, rank: int
 ) -> None:
     """Blocks of 32 inputs of A, and of 32 outputs of B; panels that outputs do not fill."""
     base = write_tiny_base(tmp_path / "base.gguf", n_head_dim=12)
-    use_kernels(monkeypatch, base, kernels)
     targets = [stem for stem in STEMS if stem != "attn_output"]  # 48 inputs are no whole blocks
-    adapters = [
-        write_tiny_adapter(
-            tmp_path / f"{seed}.gguf", base, rank=rank, targets=targets, seed=seed, outtype=outtype
-        )
-        for seed in (1, 2)
-    ]
+    adapters = some(base, 1, 2, rank=rank, targets=targets, outtype=outtype)
     found = []
     for adapter in adapters:  # what a file has in 8 bits stays as it is under q8_0
         is_stored = outtype == kind == "q8_0"
@@ -290,12 +272,8 @@ def test_adapters_are_converted_as_they_are_loaded(
         found.append(replace(adapter, a=a, b=b))
     weights = np.random.default_rng(1).random((2, base.n_layer)).astype(np.float32)
     merged = write_merged(tmp_path / "merged.gguf", base, found, weights, n_head_dim=12)
-    np.testing.assert_allclose(
-        fused_logits(base, adapters, weights, adapter_type=kind),
-        stock_logits(merged),
-        atol=1e-4,
-        rtol=0,
-    )
+    fused = fused_logits(base, adapters, weights, adapter_type=kind)
+    assert_near(fused, stock_logits(merged), 1e-4)
 
 
 def test_what_cannot_be_converted_is_refused(
@@ -319,21 +297,19 @@ def test_what_cannot_be_converted_is_refused(
     )
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
+@with_kernels(KERNELS)
 @pytest.mark.parametrize("n", [3, 29])
 def test_every_kernel_agrees_on_the_probe(
     monkeypatch: pytest.MonkeyPatch,
     base: TinyBase,
     adapters: list[TinyAdapter],
+    single: F32,
     kernels: str,
     n: int,
 ) -> None:
-    tokens = (TOKENS * 2)[:n]
-    expected = single_states(base, adapters, tokens)[-1]
-    use_kernels(monkeypatch, base, kernels)
     for differential in (False, True):
-        probed = probe_states(base, adapters, tokens, differential=differential)
-        np.testing.assert_allclose(probed, expected, atol=2e-5, rtol=1e-5)
+        probed = probe_states(base, adapters, LONG[:n], differential=differential)
+        np.testing.assert_allclose(probed, single[n - 1], atol=2e-5, rtol=1e-5)
     model, pack = load(base, adapters)
     found = []
     for name in (PLAIN_KERNELS, kernels):
@@ -350,34 +326,21 @@ def mixes(n_seq: int, n_adapter: int, n_layer: int) -> F32:
     return mix
 
 
-@pytest.mark.parametrize("kernels", KERNELS[1:])
+@with_kernels(KERNELS[1:])
 @pytest.mark.parametrize(
-    ("outtype", "adapter_type"),
+    ("outtype", "adapter_type", "n_seq"),
     [
-        *((each, "auto") for each in ("f32", "f16", "bf16", "q8_0")),
-        ("f32", "q8_0"),
-        ("f32", "q4_0"),
+        *(("f32", "auto", 2), ("f16", "auto", 66), ("bf16", "auto", 11), ("q8_0", "auto", 11)),
+        *(("f32", "q8_0", 11), ("f32", "q4_0", 11)),
     ],
 )
-@pytest.mark.parametrize("n_seq", [pytest.param(2, marks=pytest.mark.slow), 11])
 def test_every_kernel_decodes_mixes_together_as_alone(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    kernels: str,
-    outtype: str,
-    adapter_type: str,
-    n_seq: int,
+    tmp_path: Path, kernels: str, outtype: str, adapter_type: str, n_seq: int
 ) -> None:
     """Tiles take rows of different sequences. Of more than 64 too."""
     has_blocks = "q8_0" in (outtype, adapter_type) or adapter_type == "q4_0"
     base = write_tiny_base(tmp_path / "base.gguf", n_ff=224 if has_blocks else 90)
-    use_kernels(monkeypatch, base, kernels)
-    rank = 32 if outtype == "q8_0" else 5
-    adapters = [
-        write_tiny_adapter(tmp_path / f"{seed}.gguf", base, rank=rank, seed=seed, outtype=outtype)
-        for seed in (1, 2, 3)
-    ]
-    n_seq *= 6 if outtype == "f16" and n_seq == 11 else 1
+    adapters = some(base, 1, 2, 3, rank=32 if outtype == "q8_0" else 5, outtype=outtype)
     mix = mixes(n_seq, 3, base.n_layer)
     model, pack = load(base, adapters, adapter_type=adapter_type)
     together = RawContext(model, pack, n_seq=n_seq)
@@ -387,13 +350,13 @@ def test_every_kernel_decodes_mixes_together_as_alone(
     for pos, token in enumerate(TOKENS[:3]):
         rows = [Row(token + seq % 5, pos, seq, True) for seq in range(n_seq)]
         assert together.decode(rows) == 0
-    for seq in range(n_seq):
+    for seq in {*range(min(n_seq, 11)), n_seq - 1}:
         alone.clear()
         alone.set_weights(0, mix[seq])
         for pos, token in enumerate(TOKENS[:3]):
             assert alone.decode([Row(token + seq % 5, pos, 0, True)]) == 0
         # ggml multiplies one row in another order than many
-        np.testing.assert_allclose(together.logits(seq), alone.logits(0), atol=2e-5, rtol=0)
+        assert_near(together.logits(seq), alone.logits(0), 2e-5)
     together.close()
     alone.close()
 
@@ -444,31 +407,20 @@ def single_states(base: TinyBase, adapters: Sequence[TinyAdapter], tokens: Seque
     return np.swapaxes(np.array(rows, np.float32), 0, 1)
 
 
-@pytest.mark.parametrize("differential", [False, True])
-@pytest.mark.parametrize("pool", ["last", "mean"])
 def test_probe_states_equal_separate_passes(
-    base: TinyBase, adapters: list[TinyAdapter], differential: bool, pool: str
+    base: TinyBase, adapters: list[TinyAdapter], single: F32
 ) -> None:
-    probed = probe_states(base, adapters, TOKENS, differential=differential, pool=pool)
-    single = single_states(base, adapters, TOKENS)
-    expected = single[-1] if pool == "last" else single.mean(axis=0)
-    np.testing.assert_allclose(probed, expected, atol=2e-5, rtol=1e-5)
-
-
-def test_last_state_gives_the_logits(base: TinyBase, adapters: list[TinyAdapter]) -> None:
-    model, pack = load(base, adapters)
-    with ProbeContext(model, pack, n_ctx=64, **EXACT) as context:
-        context.capture_begin()
-        context.decode(TOKENS)
-        logits = project(context, context.states(0)[-1:])[0]
-    np.testing.assert_allclose(logits, stock_logits(base), atol=2e-5, rtol=0)
+    for pool, expected in (("last", single[15]), ("mean", single[:16].mean(axis=0))):
+        for differential in (False, True):
+            probed = probe_states(base, adapters, TOKENS, differential=differential, pool=pool)
+            np.testing.assert_allclose(probed, expected, atol=2e-5, rtol=1e-5)
 
 
 def test_bias_of_the_head_is_part_of_the_lens(tmp_path: Path) -> None:
     n_vocab = write_tiny_base(tmp_path / "plain.gguf", "qwen2").n_vocab
     bias = np.random.default_rng(2).standard_normal(n_vocab).astype(np.float32)
     base = write_tiny_base(tmp_path / "base.gguf", "qwen2", replace={"output.bias": bias})
-    adapters = [write_tiny_adapter(tmp_path / "a.gguf", base)]
+    adapters = some(base, 1)
     expected = stock_logits(base)
     adapted = stock_logits(base, [adapters[0].path], [1.0])
     states = probe_states(base, adapters, TOKENS, differential=False)
@@ -476,7 +428,7 @@ def test_bias_of_the_head_is_part_of_the_lens(tmp_path: Path) -> None:
     with ProbeContext(model, pack, n_ctx=64, **EXACT) as context:
         logits = project(context, states[:, -1])
         found = context.divergence(states[0], states[1:], "norm")[0, -1]
-    np.testing.assert_allclose(logits, [expected, adapted], atol=5e-5, rtol=0)
+    assert_near(logits, np.stack([expected, adapted]), 5e-5)
     p, q = (np.exp(z - z.max(), dtype=np.float64) for z in (expected, adapted))
     p, q = p / p.sum(), q / q.sum()
     assert found == pytest.approx((p * np.log(p / q)).sum(), rel=1e-3)
@@ -487,10 +439,7 @@ def test_differential_probe_is_at_least_as_close(tmp_path: Path, dtype: str) -> 
     """On a quantised base the difference of states keeps more of its digits."""
     base = write_tiny_base(tmp_path / "base.gguf", dtype=dtype)
     exact = write_tiny_base(tmp_path / "exact.gguf", replace=base.tensors)
-    adapters = [
-        write_tiny_adapter(tmp_path / f"{seed}.gguf", base, seed=seed, strength=0.01)
-        for seed in (1, 2)
-    ]
+    adapters = some(base, 1, 2, strength=0.01)
     truth = probe_states(exact, adapters, TOKENS, differential=False)
     truth = truth[1:] - truth[:1]
     errors = []
@@ -514,7 +463,7 @@ def test_massive_activations_leave_the_base_as_it_is(
         replace[f"blk.{il}.ffn_down.weight"][:, 5] *= 0.01
     base = write_tiny_base(tmp_path / "base.gguf", dtype="q8_0", replace=replace)
     exact = write_tiny_base(tmp_path / "exact.gguf", replace=base.tensors)
-    adapters = [write_tiny_adapter(tmp_path / "a.gguf", base, strength=0.01)]
+    adapters = some(base, 1, strength=0.01)
     truth = probe_states(exact, adapters, TOKENS[:12], differential=False)
     errors = []
     for kernels in ("ggml", ""):  # ggml's operations split no rows
@@ -524,45 +473,39 @@ def test_massive_activations_leave_the_base_as_it_is(
     assert errors[1] < errors[0] / 5
 
 
-@pytest.mark.parametrize("kernels", MORE_KERNELS)
-@pytest.mark.parametrize("dtype", ["q4_1", "q5_0", "q6_k", "q8_0"])
-@pytest.mark.parametrize(("differential", "n_token"), [(True, 5), (True, 40), (False, 40)])
+@pytest.fixture(params=["q4_1", "q5_0", "q6_k", "q8_0"])
+def quantised(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[TinyBase, TinyBase]:
+    """A quantised base, and one of the same values in float32."""
+    size = {"n_embd": 256, "n_ff": 512}
+    base = write_tiny_base(tmp_path / "base.gguf", dtype=request.param, **size)
+    return base, write_tiny_base(tmp_path / "exact.gguf", replace=base.tensors, **size)
+
+
+@with_kernels(MORE_KERNELS)
 def test_probe_of_a_quantised_base_is_as_near_to_it_as_with_ggml(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    kernels: str,
-    dtype: str,
-    differential: bool,
-    n_token: int,
+    monkeypatch: pytest.MonkeyPatch, quantised: tuple[TinyBase, TinyBase], kernels: str
 ) -> None:
     """Our own product rounds rows to 8 bits as ggml's does, or in smaller blocks."""
-    size = {"n_embd": 256, "n_ff": 512}
-    base = write_tiny_base(tmp_path / "base.gguf", dtype=dtype, **size)
-    exact = write_tiny_base(tmp_path / "exact.gguf", replace=base.tensors, **size)
-    adapters = [
-        write_tiny_adapter(tmp_path / f"{seed}.gguf", base, seed=seed, strength=0.1)
-        for seed in (1, 2)
-    ]
-    tokens = (TOKENS * 40)[:n_token]
-    truth = probe_states(exact, adapters, tokens, differential=False)
-    errors = []
-    for name in ("ggml", kernels):
-        use_kernels(monkeypatch, base, name)
-        states = probe_states(base, adapters, tokens, differential=differential)
-        moved = states[1:] - states[0] - (truth[1:] - truth[0])
-        errors.append([np.abs(states[0] - truth[0]).mean(), np.abs(moved).mean()])
-    assert (np.array(errors[1]) <= 1.2 * np.array(errors[0])).all(), errors
+    base, exact = quantised
+    adapters = some(base, 1, 2, strength=0.1)
+    for differential, n_token in ((True, 5), (True, 40), (False, 40)):
+        tokens = (TOKENS * 3)[:n_token]
+        truth = probe_states(exact, adapters, tokens, differential=False)
+        errors = []
+        for name in ("ggml", kernels):
+            monkeypatch.setenv("QAFLORA_CPU_KERNELS", name)
+            states = probe_states(base, adapters, tokens, differential=differential)
+            moved = states[1:] - states[0] - (truth[1:] - truth[0])
+            errors.append([np.abs(states[0] - truth[0]).mean(), np.abs(moved).mean()])
+        assert (np.array(errors[1]) <= 1.2 * np.array(errors[0])).all(), errors
 
 
-@pytest.mark.parametrize("kernels", MORE_KERNELS)
-@pytest.mark.parametrize("dtype", ["q4_1", "q5_0", "q6_k", "q8_0"])
+@with_kernels(MORE_KERNELS)
 def test_answers_of_a_quantised_base_are_as_near_to_it_as_with_ggml(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kernels: str, dtype: str
+    monkeypatch: pytest.MonkeyPatch, quantised: tuple[TinyBase, TinyBase], kernels: str
 ) -> None:
     """A prompt, and then tokens one by one, of one sequence and of several together."""
-    size = {"n_embd": 256, "n_ff": 512}
-    base = write_tiny_base(tmp_path / "base.gguf", dtype=dtype, **size)
-    exact = write_tiny_base(tmp_path / "exact.gguf", replace=base.tensors, **size)
+    base, exact = quantised
 
     def logits(base: TinyBase, n_seq: int) -> F32:
         model = Model(read_base(base.path))
@@ -572,14 +515,12 @@ def test_answers_of_a_quantised_base_are_as_near_to_it_as_with_ggml(
                 context.decode(TOKENS[at : at + 1], start=at)
             return np.stack([context.logits(row) for row in range(n_seq)])
 
-    truth = logits(exact, 1)[0]
-    use_kernels(monkeypatch, base, "ggml")
-    theirs = np.abs(logits(base, 1)[0] - truth).mean()
-    use_kernels(monkeypatch, base, kernels)
-    alone = logits(base, 1)[0]
-    assert np.abs(alone - truth).mean() <= 1.2 * theirs
+    truth, alone = logits(exact, 1)[0], logits(base, 1)[0]
     for n_seq in (2, 7, 13) if kernels == "avx512vnni" else ():  # else single rows are ggml's
         assert np.array_equal(logits(base, n_seq), np.broadcast_to(alone, (n_seq, alone.size)))
+    monkeypatch.setenv("QAFLORA_CPU_KERNELS", "ggml")
+    theirs = np.abs(logits(base, 1)[0] - truth).mean()
+    assert np.abs(alone - truth).mean() <= 1.2 * theirs
 
 
 # the lens
@@ -608,14 +549,8 @@ def divergence(base: TinyBase, states: F32, lens: str) -> NDArray[np.float64]:
 
 @pytest.mark.parametrize("lens", ["raw", "norm"])
 @pytest.mark.parametrize("strength", [0.3, 1e-3])
-def test_divergence_equals_the_numpy_reference(
-    tmp_path: Path, base: TinyBase, lens: str, strength: float
-) -> None:
-    adapters = [
-        write_tiny_adapter(tmp_path / f"{seed}.gguf", base, seed=seed, strength=strength)
-        for seed in (1, 2)
-    ]
-    states = probe_states(base, adapters, TOKENS, differential=True)
+def test_divergence_equals_the_numpy_reference(base: TinyBase, lens: str, strength: float) -> None:
+    states = probe_states(base, some(base, 1, 2, strength=strength), TOKENS, differential=True)
     found = divergence(base, states, lens)
     np.testing.assert_allclose(found, reference_divergence(base, states, lens), rtol=2e-4)
 
@@ -624,34 +559,24 @@ def test_divergence_equals_the_numpy_reference(
 def test_quantised_head_keeps_weak_adapters(tmp_path: Path, lens: str) -> None:
     """Blocks of 8 bits have a scale in F16, which has few digits for states this close."""
     base = write_tiny_base(tmp_path / "base.gguf", dtype="q8_0")
-    adapters = [
-        write_tiny_adapter(tmp_path / f"{seed}.gguf", base, seed=seed, strength=1e-6)
-        for seed in (1, 2)
-    ]
-    states = probe_states(base, adapters, TOKENS, differential=True)
+    states = probe_states(base, some(base, 1, 2, strength=1e-6), TOKENS, differential=True)
     found = divergence(base, states, lens)
     # 8-bit rounding of activations that no longer depends on their size
     np.testing.assert_allclose(found, reference_divergence(base, states, lens), rtol=1.2e-2)
 
 
-@pytest.mark.parametrize("kernels", MORE_KERNELS)
+@with_kernels(MORE_KERNELS)
 @pytest.mark.parametrize(
     ("dtype", "n_embd"), [("q8_0", 32), ("q8_0", 160), ("q4_1", 96), ("q5_0", 96), ("q6_k", 256)]
 )
 @pytest.mark.parametrize("threads", [1, 2])
 def test_quantised_head_takes_rows_of_twice_8_bits(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    kernels: str,
-    dtype: str,
-    n_embd: int,
-    threads: int,
+    tmp_path: Path, kernels: str, dtype: str, n_embd: int, threads: int
 ) -> None:
     """Numbers of rows and outputs that fill no tile, and rows of zeros and of all sizes."""
     names = [f"<|{i}|>" for i in range(300)]  # more than one thread takes at once
     path = tmp_path / "base.gguf"
     base = write_tiny_base(path, n_embd=n_embd, n_ff=256, dtype=dtype, user_defined=names)
-    use_kernels(monkeypatch, base, kernels)
     rng = np.random.default_rng(3)
     rows = rng.standard_normal((29, n_embd)).astype(np.float32)
     rows *= np.float32(10.0) ** rng.integers(-3, 4, (29, n_embd // 32)).repeat(32, axis=1)
@@ -701,47 +626,35 @@ def test_divergence_that_is_not_finite_is_reported(tmp_path: Path, dtype: str) -
 # failures
 
 
-def test_pack_names_what_does_not_fit(
-    tmp_path: Path, base: TinyBase, adapters: list[TinyAdapter]
-) -> None:
+def test_pack_names_what_does_not_fit(tmp_path: Path, base: TinyBase) -> None:
     wide = write_tiny_base(tmp_path / "wide.gguf", n_embd=96, n_head=6, n_head_kv=3)
-    model = Model(read_base(wide.path))
+    fitting = write_tiny_adapter(tmp_path / "a.gguf", base, targets=["attn_k"]).path
     with pytest.raises(BackendError) as caught:
-        Pack(model, [adapters[2].path])
+        Pack(Model(read_base(wide.path)), [fitting])
     assert str(caught.value) == (
-        f"Adapters cannot be loaded: {adapters[2].path}: 'blk.0.attn_k.weight' is [32, 64], "
+        f"Adapters cannot be loaded: {fitting}: 'blk.0.attn_k.weight' is [32, 64], "
         "the base has [48, 96]; use the base that the adapter was trained on."
     )
-    with pytest.raises(BackendError, match=r"general\.type is '', expected 'adapter'"):
-        Pack(model, [wide.path])
     writer = begin_adapter(tmp_path / "activated.gguf")
     writer.add_array("adapter.alora.invocation_tokens", [1])
     finish(writer)
-    with pytest.raises(BackendError, match=r"activated\.gguf: is an activated LoRA \(aLoRA\)"):
-        Pack(model, [tmp_path / "activated.gguf"])
     (tmp_path / "noise.gguf").write_bytes(b"noise")
-    with pytest.raises(BackendError, match=r"noise\.gguf: not a readable GGUF file"):
-        Pack(model, [tmp_path / "noise.gguf"])
-
-
-@pytest.mark.parametrize("dtype", [np.float64, np.int32])
-def test_adapter_of_a_type_without_numbers_is_refused(
-    tmp_path: Path, base: TinyBase, dtype: type
-) -> None:
-    pair = {"lora_a": np.ones((4, 64), dtype), "lora_b": np.ones((64, 4), dtype)}
-    tensors = {f"blk.0.attn_q.weight.{name}": array for name, array in pair.items()}
-    path = write_pairs(tmp_path / "odd.gguf", tensors)
-    with pytest.raises(BackendError, match="expected F32, F16, BF16 or a quantised type"):
-        Pack(Model(read_base(base.path)), [path])
-
-
-def test_truncated_adapter_is_refused(
-    tmp_path: Path, base: TinyBase, adapters: list[TinyAdapter]
-) -> None:
-    short = tmp_path / "short.gguf"
-    short.write_bytes(adapters[0].path.read_bytes()[:-100])
-    with pytest.raises(BackendError, match=r"short\.gguf"):
-        Pack(Model(read_base(base.path)), [short])
+    (tmp_path / "short.gguf").write_bytes(fitting.read_bytes()[:-100])
+    for dtype in (np.float64, np.int32):
+        pair = {"lora_a": np.ones((4, 64), dtype), "lora_b": np.ones((64, 4), dtype)}
+        tensors = {f"blk.0.attn_q.weight.{name}": array for name, array in pair.items()}
+        write_pairs(tmp_path / f"{dtype.__name__}.gguf", tensors)
+    model = Model(read_base(base.path))
+    for name, found in (
+        ("wide", "general.type is '', expected 'adapter'"),
+        ("activated", "is an activated LoRA (aLoRA)"),
+        ("noise", "not a readable GGUF file"),
+        ("short", "but the file has "),
+        ("float64", "expected F32, F16, BF16 or a quantised type"),
+        ("int32", "expected F32, F16, BF16 or a quantised type"),
+    ):
+        with pytest.raises(BackendError, match=rf"{name}\.gguf: .*{re.escape(found)}"):
+            Pack(model, [tmp_path / f"{name}.gguf"])
 
 
 def test_weights_of_the_wrong_size_or_value_are_refused(
