@@ -19,8 +19,8 @@ from qaflora_edge.bundles.edit import add_adapters, calibrate
 from qaflora_edge.cli import main
 
 # Measuring with all of them takes seconds.
-PROMPTS, TURNS = measure.neutral_prompts()[::5], measure.short_turns()[::16]
-measure.neutral_prompts, measure.short_turns = lambda: [*PROMPTS], lambda: [*TURNS]
+PROMPTS, TURNS = measure.neutral("prompts")[::5], measure.neutral("turns")[::16]
+measure.neutral = lambda kind: list({"prompts": PROMPTS, "turns": TURNS}[kind])
 
 
 @dataclass(frozen=True)

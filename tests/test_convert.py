@@ -326,11 +326,11 @@ def test_names_are_those_of_the_map_of_all_blocks(architecture: str) -> None:
     whole = gguf.get_tensor_name_map(arch, 12)
     assert len(most.mapping) > 500
     for hf_name in most.mapping:
-        assert tensor_name(one, 12, hf_name) == whole.get_name(hf_name)
+        assert tensor_name(one, 12, hf_name, {}) == whole.get_name(hf_name)
 
 
 @pytest.mark.parametrize("block", ["00", "-1", "0x1", "", "x", "12", "1.0"])
 def test_a_block_that_is_none_has_no_name(block: str) -> None:
     one = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1)
-    assert tensor_name(one, 12, f"model.layers.{block}.mlp.up_proj") is None
-    assert tensor_name(one, 12, "model.layers.11.mlp.up_proj") == "blk.11.ffn_up"
+    assert tensor_name(one, 12, f"model.layers.{block}.mlp.up_proj", {}) is None
+    assert tensor_name(one, 12, "model.layers.11.mlp.up_proj", {}) == "blk.11.ffn_up"

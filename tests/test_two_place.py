@@ -17,7 +17,7 @@ from decoded import count_decoded
 from qaflora_edge import Engine
 from qaflora_edge.bundles.create import create_bundle
 from qaflora_edge.bundles.edit import calibrate
-from qaflora_edge.bundles.measure import neutral_prompts, short_turns
+from qaflora_edge.bundles.measure import neutral
 from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.errors import QafloraError, StrategyError
 from qaflora_edge.weighing.calibration import KEYS
@@ -234,14 +234,14 @@ def test_a_bundle_knows_what_is_usual_in_its_places(made: TinyBundle) -> None:
         def note(key: str, measured: Any) -> None:
             extents[key].append(np.log(np.asarray(measured, float) + 1e-12).mean(axis=1))
 
-        for prompt in [*neutral_prompts(), *short_turns()]:
+        for prompt in [*neutral("prompts"), *neutral("turns")]:
             chat = engine.chat_tokens([{"role": "user", "content": prompt}])
             span = engine._weigher.find_question(chat)
             assert span is not None
             last, question = core.run(core.prober.base.added(chat, rows, span))
             note("added_last", last)
             note("added_question", question)
-            if prompt not in neutral_prompts():
+            if prompt not in neutral("prompts"):
                 continue
             text = engine.tokenize(prompt)
             note("added_text", core.run(core.prober.base.added(text, rows, (0, len(text))))[0])

@@ -13,7 +13,7 @@ import numpy as np
 from qaflora_edge.backend.context import Context, context_params
 from qaflora_edge.backend.library import logged
 from qaflora_edge.backend.model import PLACING, Model, Pack
-from qaflora_edge.bundles.measure import neutral_prompts
+from qaflora_edge.bundles.measure import neutral
 from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.base import read_base
 
@@ -100,7 +100,7 @@ class Rig(contextlib.ExitStack):
         Each has another number, so no KV state of one prompt serves the next.
         """
         self._n_drawn += 1
-        text, texts = f"{self._n_drawn}. ", neutral_prompts()
+        text, texts = f"{self._n_drawn}. ", neutral("prompts")
         tokens: list[int] = []
         while len(tokens) < n_token:
             tokens += self.model.tokenize(text, add_special=False, parse_special=False)

@@ -25,19 +25,9 @@ ONCE = "Measuring what is typical of each adapter, once"  # label of the progres
 OpenEngine = Callable[..., AbstractContextManager[Any]]  # the class Engine
 
 
-def neutral_prompts() -> list[str]:
-    """Read the prompts that ship with the package, in order."""
-    return _texts("prompts")
-
-
-def short_turns() -> list[str]:
-    """Read the turns of a few words that ship with the package, in order."""
-    return _texts("turns")
-
-
-def _texts(kind: str) -> list[str]:
-    data = json.loads(package_data(PROMPTS_FILE).read_text(encoding="utf-8"))
-    return [str(text) for text in data[kind]]
+def neutral(kind: str) -> list[str]:
+    """Read the texts that ship with the package, in order: "prompts", or "turns" of a few words."""
+    return list(json.loads(package_data(PROMPTS_FILE).read_text(encoding="utf-8"))[kind])
 
 
 def prompts_sha256(prompts: Sequence[str]) -> str:
@@ -63,7 +53,7 @@ def measure_typical(
     keys = (
         KEYS if strategy is None else parse_strategy(strategy, [*adapters]).strategy.needs_typical
     )
-    prompts, turns = neutral_prompts(), short_turns()
+    prompts, turns = neutral("prompts"), neutral("turns")
     fusion, read = raw.setdefault("fusion", {}), [*prompts, *turns]
     recorded = {"sha256": prompts_sha256(read), "n_prompt": len(read)}
     typical: dict[str, dict[str, Any]] = fusion.get("typical", {})

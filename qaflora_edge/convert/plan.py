@@ -168,36 +168,36 @@ def _tensor_names(pair: _Pair) -> gguf.TensorNameMap:
     )
 
 
-def tensor_name(name_map: gguf.TensorNameMap, n_layer: int, hf_name: str) -> str | None:
-    """Look HF's name up in the map of block 0; None for an unknown one."""
+def tensor_name(
+    name_map: gguf.TensorNameMap, n_layer: int, hf_name: str, unmapped: Mapping[str, str]
+) -> str | None:
+    """Look HF's name up in the map of block 0; None for an unknown one.
+
+    unmapped  modules that the map lacks, for llama.cpp takes them apart: name in a block -> stem
+    """
     block = _BLOCK.search(hf_name)
+    name: str | None
     if block is None:
-        name: str | None = name_map.get_name(hf_name)
+        name = name_map.get_name(hf_name)
         return name
     if int(block[0]) >= n_layer:
         return None
     name = name_map.get_name(f"{hf_name[: block.start()]}0{hf_name[block.end() :]}")
+    if name is None and (stem := unmapped.get(hf_name[block.end() + 1 :])):
+        name = f"blk.0.{stem}"
     return name and name.replace("blk.0.", f"blk.{block[0]}.", 1)
-
-
-def _unmapped_name(header: GgufHeader, hf_name: str) -> str | None:
-    """Look up a module that gguf's map lacks, for it is taken apart: blk.0.attn_qkv."""
-    block = _BLOCK.search(hf_name)
-    if block is None or int(block[0]) >= header.n_layer:
-        return None
-    stem = ARCH_FACTS[header.architecture].unmapped.get(hf_name[block.end() + 1 :])
-    return stem and f"blk.{block[0]}.{stem}"
 
 
 def _mapped(pair: _Pair, module: PeftModule, name_map: gguf.TensorNameMap) -> str:
     """Give the name of a module's tensor, such as blk.0.attn_q."""
     header = pair.header
+    unmapped = ARCH_FACTS[header.architecture].unmapped
     prefixes = [prefix for prefix in _PREFIXES if module.name.startswith(prefix)]
     spellings = [_PREFIXES[prefix] + module.name.removeprefix(prefix) for prefix in prefixes]
     for hf_name in (module.name, *spellings):
         # Some of gguf's maps leave out a head that is tied, and adapters of it fit nevertheless.
-        name = tensor_name(name_map, header.n_layer, hf_name) or {"lm_head": "output"}.get(hf_name)
-        if name := name or _unmapped_name(header, hf_name):
+        name = tensor_name(name_map, header.n_layer, hf_name, unmapped)
+        if name := name or {"lm_head": "output"}.get(hf_name):
             return name
     layer = _LAYER.search(f".{module.name}")
     if layer and not re.search(r"(^|[._])(vision|visual|audio)", module.name):

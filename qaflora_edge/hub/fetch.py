@@ -17,7 +17,6 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from qaflora_edge.errors import DownloadError, OutputFileError, QafloraError, RegistryError
 from qaflora_edge.files import CHUNK_BYTES, AnyPath, atomic_path, cache_dir, cache_lock, make_folder
@@ -37,9 +36,6 @@ from qaflora_edge.hub.local import hub_cache_dir, pulled_path, whole_path
 from qaflora_edge.peft.config import CONFIG_FILE
 from qaflora_edge.peft.folder import INDEX_FILE, PICKLES, WEIGHTS_FILE
 from qaflora_edge.progress import TellCount, silent
-
-if TYPE_CHECKING:
-    from huggingface_hub.hf_api import ModelInfo
 
 LIST_TIMEOUT_SECONDS = 30
 # Fetched next to the files of a bundle or an adapter.
@@ -185,16 +181,6 @@ def _fetch_wheel(part: PackagePart, wheel: Path) -> None:
 # --- the Hub ------------------------------------------------------------------------------------
 
 
-def model_info(ref: HubRef) -> "ModelInfo":
-    """Ask the Hub for the commit of a revision and its files. Raises DownloadError."""
-    from huggingface_hub import HfApi
-
-    with hub_errors(f"the Hub did not give the list of files of {ref.repo}"):
-        return HfApi().model_info(
-            ref.repo, revision=ref.revision, files_metadata=True, timeout=LIST_TIMEOUT_SECONDS
-        )
-
-
 def fetch_hub(ref: str, to: AnyPath | None = None, *, update: bool = False) -> Path:
     """Fetch a bundle or a PEFT adapter (gives its folder), or a single GGUF (gives its file).
 
@@ -207,9 +193,15 @@ def fetch_hub(ref: str, to: AnyPath | None = None, *, update: bool = False) -> P
     here = None if to is not None or update else pulled_path(ref)
     if here is not None and (parsed.file or here.is_dir()):
         return here  # only the Hub knows whether one GGUF file is all of a repository
+    from huggingface_hub import HfApi
+
     place = None if to is None else Path(to).absolute()  # the library expands ~
     try:
-        listed = [sibling.rfilename for sibling in model_info(parsed).siblings or []]
+        with hub_errors(f"the Hub did not give the list of files of {parsed.repo}"):
+            info = HfApi().model_info(
+                parsed.repo, revision=parsed.revision, timeout=LIST_TIMEOUT_SECONDS
+            )
+        listed = [sibling.rfilename for sibling in info.siblings or []]
         names = _choose(parsed, listed)
         if place is not None:
             _check_place(f"Cannot pull {ref} to {to}", place, parsed.file)
