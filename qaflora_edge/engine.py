@@ -25,6 +25,7 @@ from qaflora_edge.files import AnyPath
 from qaflora_edge.inference.core import Core, check_process
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.inference.request import (
+    Cancellation,
     Prompt,
     Request,
     checked_tokens,
@@ -34,8 +35,14 @@ from qaflora_edge.inference.request import (
 )
 from qaflora_edge.inference.sampler import Sampler
 from qaflora_edge.progress import Tell, TellCount, silent
-from qaflora_edge.weighing.calibration import EXTENTS, KEYS, measure_typical
-from qaflora_edge.weighing.numbers import LENSES, FusionWeights
+from qaflora_edge.weighing.calibration import (
+    EXTENTS,
+    KEYS,
+    LAYERS,
+    N_TOGETHER,
+    measure_typical,
+)
+from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.strategy import Query
 from qaflora_edge.weighing.weigher import Weigher, Weights
 
@@ -392,27 +399,42 @@ class Engine:
         returns   adapter -> key -> numbers
         """
         with self._core.call():
-            probe = self._core.probe(self._core.cancellation())
-
+            cancellation = self._core.cancellation()
+            probe = self._core.probe(cancellation)
             has_extents = not {*EXTENTS}.isdisjoint(keys)
+            every = [*prompts, *(turns if has_extents else ())]
 
-            def measure(prompt: str) -> dict[str, F64]:
-                chat, text = self._chat_query(prompt), self._weigher.query(self.tokenize(prompt))
-                found: dict[str, F64] = {}
-                if has_extents:
-                    found["added_last"], found["added_question"] = probe(chat).added()
-                if prompt in turns:
-                    return found
-                for lens in LENSES:
-                    for key, pool in ((lens, "answer"), (f"question_{lens}", "question")):
-                        if key in keys:
-                            found[key] = probe(replace(chat, lens=lens, pool=pool)).divergence()
-                if has_extents:
-                    found["added_text"] = probe(text).added()[0]
-                return found
+            def measured() -> Iterator[dict[str, F64]]:
+                for at in range(0, len(every), N_TOGETHER):
+                    chats = [self._chat_query(text) for text in every[at : at + N_TOGETHER]]
+                    found: list[dict[str, F64]] = [{} for _ in chats]
+                    if has_extents:
+                        found = self._extents(chats, prompts[at : at + N_TOGETHER], cancellation)
+                    for i, (chat, each) in enumerate(zip(chats, found, strict=True), at):
+                        for key in LAYERS if i < len(prompts) else ():
+                            if key in keys:
+                                pool = "question" if key.startswith("question_") else "answer"
+                                query = replace(chat, lens=key.removeprefix("question_"), pool=pool)
+                                each[key] = probe(query).divergence()
+                        yield each
 
-            prompts = [*prompts, *turns] if has_extents else prompts
-            return measure_typical(measure, prompts, self.adapters, progress)
+            return measure_typical(measured(), len(every), self.adapters, progress)
+
+    def _extents(
+        self, chats: Sequence[Query], texts: Sequence[str], cancellation: Cancellation
+    ) -> list[dict[str, F64]]:
+        """Measure what EXTENTS sum up of each chat; texts are the first ones' as plain text."""
+        base, rows = self._core.prober.base, self._core.rows(self.adapters)
+
+        def added(queries: Sequence[Query]) -> list[F64]:
+            steps = base.added_together(queries, rows)
+            return self._core.run(steps, cancellation) if queries else []
+
+        found = [dict(zip(EXTENTS, places, strict=False)) for places in added(chats)]
+        plain = [self._weigher.query(self.tokenize(text)) for text in texts]
+        for each, (last, _) in zip(found, added(plain), strict=False):
+            each["added_text"] = last
+        return found
 
     def centroid(self, texts: Sequence[str], progress: TellCount | None = None) -> F32:
         """Average the embeddings of sample texts, for the strategy `centroid`: float32 [n_embd].

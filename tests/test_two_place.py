@@ -15,6 +15,7 @@ from bundles import TinyBundle, make_bundle
 from decoded import count_decoded
 
 from qaflora_edge import Engine
+from qaflora_edge.backend.batch import n_common
 from qaflora_edge.bundles.create import create_bundle
 from qaflora_edge.bundles.edit import calibrate
 from qaflora_edge.bundles.measure import neutral
@@ -252,6 +253,22 @@ def test_a_bundle_knows_what_is_usual_in_its_places(made: TinyBundle) -> None:
             assert typical[name][key]["spread"] == pytest.approx(max(spread, 0.01), abs=2e-3)
             distances = (np.array(values)[:, ia] - mean) / max(spread, 0.01)
             np.testing.assert_allclose(typical[name][key]["each"], distances, atol=0.2)
+
+
+def test_prompts_are_measured_in_one_batch(
+    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What all chats have before their questions is prefilled once."""
+    prompts, turns = ["the thing", "a ring in the air"], ["on"]
+    with Engine(made.folder) as engine:
+        chats = [engine.chat_tokens([{"role": "user", "content": t}]) for t in [*prompts, *turns]]
+        texts = [engine.tokenize(text) for text in prompts]
+        counts = count_decoded(monkeypatch)
+        engine.typical_divergence(prompts, keys=PLACES, turns=turns)
+    n_same = min(n_common(chats[0], chat) for chat in chats)
+    assert n_same == 5
+    n_chat = sum(len(chat) - n_same for chat in chats)
+    assert counts == [n_same, n_chat, sum(len(text) for text in texts)]
 
 
 def test_an_engine_follows_it_in_one_pass_of_the_base(

@@ -74,6 +74,9 @@ def create_bundle(
     with cache_lock(f"bundle {folder.resolve()}"), atomic_folder(folder, what) as temporary:
         base_path, recorded = find_base(base)
         header = read_gguf_header(base_path)
+        tell("Hashing the base", 0, 1)
+        record = base_record(header, recorded)
+        tell("Hashing the base", 1, 1)
         sources = [find_adapter(path) for _, path in pairs]
         raw: dict[str, Any] = {
             "format": FORMAT,
@@ -81,7 +84,7 @@ def create_bundle(
             "description": description,
             "license": license,
             **({"system": system} if system else {}),
-            "base": base_record(header, recorded),
+            "base": record,
             "adapters": [],
         }
         (temporary / "adapters").mkdir()

@@ -19,7 +19,7 @@ from qaflora_edge.weighing.weigher import Known, Weigher
 
 PROMPTS_FILE = "data/neutral_prompts.json"
 CALIBRATION_CTX = 512  # tokens; the neutral prompts are short
-ONCE = "Measuring what is typical of each adapter, once"  # label of the progress
+OPENING, ONCE = "Opening the base", "Measuring what is typical of each adapter, once"
 
 
 OpenEngine = Callable[..., AbstractContextManager[Any]]  # the class Engine
@@ -63,7 +63,10 @@ def measure_typical(
     names = {name for each in lacking.values() for name in each}
     if names:
         paths = {name: path for name, path in adapters.items() if name in names}
+        tell(OPENING, 0, 1)
         with engine(base=base_path, adapters=paths, n_ctx=CALIBRATION_CTX) as opened:
+            tell(OPENING, 1, 1)
+            tell(ONCE, 0, len(read))
             found = opened.typical_divergence(
                 prompts,
                 lambda done, total: tell(ONCE, done, total),

@@ -1,7 +1,7 @@
 """Calibration: what is typical of an adapter over neutral prompts, as bundle.json stores it."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ LAYERS = tuple(f"{place}{lens}" for place in ("", "question_") for lens in LENSE
 # as plain text.
 EXTENTS = ("added_last", "added_question", "added_text")
 KEYS = (*LAYERS, *EXTENTS)
+N_TOGETHER = 8  # prompts of one batch: the base's matrices are read once for all
 
 _EPS = 1e-12  # added before a logarithm; layers of 0 change no surprise
 _SPREAD_MIN = 0.01  # an adapter that always does the same would surprise whatever it does
@@ -61,26 +62,26 @@ def adds_nothing(typical: Mapping[str, Mapping[str, float]]) -> bool:
 
 
 def measure_typical(
-    measure: Callable[[str], Mapping[str, F64]],
-    prompts: Sequence[str],
+    measures: Iterable[Mapping[str, F64]],
+    n_prompt: int,
     adapters: Sequence[str],
     progress: TellCount | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Measure each adapter over neutral prompts.
 
-    measure   a prompt -> one of KEYS -> float64 [n_adapter, n_layer]
+    measures  of each prompt: one of KEYS -> float64 [n_adapter, n_layer]
     progress  called with (prompts done, prompts in all)
     returns   adapter -> one of KEYS -> a list of n_layer numbers, or mean, spread and each
     """
     measured: dict[str, list[F64]] = {}
-    for done, prompt in enumerate(prompts, 1):
-        for key, value in measure(prompt).items():
+    for done, values in enumerate(measures, 1):
+        for key, value in values.items():
             measured.setdefault(key, []).append(value)
         if progress is not None:
-            progress(done, len(prompts))
+            progress(done, n_prompt)
     typical = {
-        key: _mean_and_spread(values) if key in EXTENTS else typical_divergence(values).tolist()
-        for key, values in measured.items()
+        key: _mean_and_spread(each) if key in EXTENTS else typical_divergence(each).tolist()
+        for key, each in measured.items()
     }
     return {
         name: {key: values[ia] for key, values in typical.items()}

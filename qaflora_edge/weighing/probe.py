@@ -13,7 +13,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from qaflora_edge.arrays import F32, F64
-from qaflora_edge.backend.batch import Chunks, Outputs
+from qaflora_edge.backend.batch import Chunks, Outputs, n_common
+from qaflora_edge.backend.batch import Span as Tokens
 from qaflora_edge.backend.context import Context, default_threads
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.probe_context import KvState, ProbeContext
@@ -26,6 +27,7 @@ from qaflora_edge.weighing.adapter_inputs import (
     QueryProjections,
     sums_of,
 )
+from qaflora_edge.weighing.calibration import N_TOGETHER
 from qaflora_edge.weighing.strategy import Measure, Query, Reading, Span
 
 T = TypeVar("T")
@@ -222,13 +224,16 @@ class BaseProber:
         self._queries = lru_cache(1)(partial(read, QueryProjections))
         self._attention = lru_cache(2)(partial(read, AttentionInputs))
         self._sizes = cache(lambda row: AttentionSizes(infos[row], model.n_layer))
-        self._contexts = _GrowingContext(partial(ProbeContext, model, pack, n_seq=1, **options))
+        make = partial(ProbeContext, model, pack, **options)
+        self._contexts = _GrowingContext(partial(make, n_seq=1))
+        self._together = _GrowingContext(partial(make, n_seq=1 + N_TOGETHER, is_unified=True))
         self._threads = ThreadPoolExecutor(options.get("threads") or default_threads())
 
     def close(self) -> None:
         """Free the context and its threads."""
         self._threads.shutdown(wait=False)
         self._contexts.close()
+        self._together.close()
 
     def norms(self, tokens: Sequence[int], rows: Sequence[int]) -> Steps[F64]:
         """Measure what each adapter adds to a late query projection: float64 [n_row].
@@ -292,11 +297,53 @@ class BaseProber:
                 question = [q + more for q, more in zip(question, found, strict=True)]
                 at = end
                 yield at
-        n = stop - start
-        at_last = sums_of(sizes, inputs[-1:], self._threads)
-        last = [each.of_layers(q) for q, each in zip(at_last, sizes, strict=True)]
-        means = [each.of_layers(q / n) for q, each in zip(question, sizes, strict=True)]
-        return np.array([last, means])
+        return self._at_places(sizes, inputs, question, stop - start)
+
+    def added_together(self, queries: Sequence[Query], rows: Sequence[int]) -> Steps[list[F64]]:
+        """Measure the same of up to N_TOGETHER queries in one batch: [2, n_row, n_layer] of each.
+
+        The tokens that all have before their questions are prefilled once, and kept.
+        """
+        sizes = [self._sizes(row) for row in rows]
+        first = queries[0].tokens
+        n_same = min(min(q.question[0], n_common(first, q.tokens)) for q in queries)
+        n_token = n_same + sum(len(query.tokens) - n_same for query in queries)
+        context = self._together.for_query(n_token, has_inputs=True, all_outputs=True)
+        with wiped_on_failure(context):
+            if context.tokens != list(first[:n_same]):
+                context.clear()
+                if n_same:
+                    context.decode(first[:n_same], outputs="none", n_seq=1)
+                    yield n_same
+            spans = [
+                Tokens(seq, query.tokens[n_same:], n_same, "all")
+                for seq, query in enumerate(queries, 1)
+            ]
+            for span in spans:
+                context.copy(0, span.seq)
+            context.capture_begin("mean")
+            context.decode_spans(spans)
+            found = []
+            for span, query in zip(spans, queries, strict=True):
+                inputs = context.inputs(span.seq, n_row=len(span.tokens))
+                start, stop = query.question
+                inside = inputs[start - n_same : stop - n_same]
+                question = sums_of(sizes, inside, self._threads)
+                found.append(self._at_places(sizes, inputs, question, stop - start))
+                context.clear(span.seq)
+        return found
+
+    def _at_places(
+        self, sizes: Sequence[AttentionSizes], inputs: F32, question: Sequence[F64], n: int
+    ) -> F64:
+        """Give [2, n_row, n_layer] from inputs that end with the last token's, and n's sums."""
+        places = (sums_of(sizes, inputs[-1:], self._threads), [each / n for each in question])
+        return np.array(
+            [
+                [size.of_layers(each) for size, each in zip(sizes, place, strict=True)]
+                for place in places
+            ]
+        )
 
     @staticmethod
     def _inputs(context: ProbeContext, tokens: Sequence[int], at: int) -> Iterator[tuple[int, F32]]:
