@@ -1,7 +1,9 @@
 """Bundles: made whole or not at all, loaded only when every file is the recorded one."""
 
+import functools
 import hashlib
 import json
+import operator
 import os
 import re
 import struct
@@ -309,36 +311,31 @@ def test_bundle_can_move_to_a_machine_with_the_pulled_base(
 # a hostile bundle.json
 
 
-def set_base(**fields: Any) -> Callable[[Raw], object]:
-    return lambda raw: raw["base"].update(fields)
-
-
-def set_adapter(**fields: Any) -> Callable[[Raw], object]:
-    return lambda raw: raw["adapters"][0].update(fields)
-
-
-def set_typical(value: Any) -> Callable[[Raw], object]:
-    return lambda raw: raw["fusion"].update(typical=value)
-
-
-def set_samples(value: Any) -> Callable[[Raw], object]:
-    return lambda raw: raw["fusion"].update(samples=value)
+def sets(*place: str | int, **fields: Any) -> Callable[[Raw], object]:
+    """Change fields of the object at a place of bundle.json."""
+    return lambda raw: functools.reduce(operator.getitem, place, raw).update(fields)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda raw: raw.update(format="other/1"), 'format is "other/1", expected "qaflora-bundle'),
-        (lambda raw: raw["adapters"][1].update(name="MATH"), "adapters[1].name is"),
-        (set_base(n_layer=True), "base.n_layer is true, expected a whole number from 1 to 1024"),
-        (set_base(n_layer=4), "field base.n_layer is 4, expected 3 as in"),
-        (set_base(file="a\0b"), "its base (llama"),
-        (set_samples({"no": {"embedding": "AAAA"}}), "fusion.samples.no is "),
-        (set_samples({"es": {"embedding": "AAAA"}}), "expected base64 of 64 finite float32"),
-        (lambda raw: raw["fusion"].update(strategy="single:no"), 'fusion.strategy is "single:no"'),
-        (set_typical({"no": {}}), "fusion.typical.no is {}, expected only adapters"),
+        (sets(format="other/1"), 'format is "other/1", expected "qaflora-bundle'),
+        (sets("adapters", 1, name="MATH"), "adapters[1].name is"),
         (
-            set_typical({"es": {"norm": [1, 2]}}),
+            sets("base", n_layer=True),
+            "base.n_layer is true, expected a whole number from 1 to 1024",
+        ),
+        (sets("base", n_layer=4), "field base.n_layer is 4, expected 3 as in"),
+        (sets("base", file="a\0b"), "its base (llama"),
+        (sets("fusion", samples={"no": {"embedding": "AAAA"}}), "fusion.samples.no is "),
+        (
+            sets("fusion", samples={"es": {"embedding": "AAAA"}}),
+            "expected base64 of 64 finite float32",
+        ),
+        (sets("fusion", strategy="single:no"), 'fusion.strategy is "single:no"'),
+        (sets("fusion", typical={"no": {}}), "fusion.typical.no is {}, expected only adapters"),
+        (
+            sets("fusion", typical={"es": {"norm": [1, 2]}}),
             "fusion.typical.es.norm is a list of 2, expected 3",
         ),
     ],
@@ -376,7 +373,7 @@ def test_broken_json_is_refused(made: TinyBundle) -> None:
 def test_paths_stay_inside_the_bundle(made: TinyBundle, file: str, message: str) -> None:
     if file == "out.gguf":
         (made.folder / file).symlink_to(made.adapter.path)
-    rewrite(made.folder, set_adapter(file=file))
+    rewrite(made.folder, sets("adapters", 0, file=file))
     with pytest.raises(BundleError, match=message):
         load_bundle(made.folder)
 
