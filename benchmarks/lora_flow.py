@@ -29,14 +29,9 @@ from transformers import AutoModelForCausalLM, GgufConfig
 
 from qaflora_edge import Engine, FusionWeights
 from qaflora_edge.bundles.open import Opened, load_bundle
-from qaflora_edge.evaluation.results import ResultsFile
-from qaflora_edge.evaluation.run import (
-    asked_fields,
-    header,
-    score_fields,
-    scored_texts,
-    task_prompt,
-)
+from qaflora_edge.evaluation.metrics import listed
+from qaflora_edge.evaluation.results import kept_results
+from qaflora_edge.evaluation.run import asked_fields, header, score_fields, task_prompt
 from qaflora_edge.evaluation.tasks import Item, Task, read_task
 from qaflora_edge.formats.adapter import read_pair
 
@@ -206,7 +201,8 @@ def evaluate(flow: Flow, engine: Engine, task: Task, item: Item) -> dict[str, An
     prompt = task_prompt(engine, task, item)
     start = time.perf_counter()
     if task.by.is_likelihood:
-        rows = [(prompt, plain_tokens(engine, text)) for text in scored_texts(task, item)]
+        texts = listed(item.fields[task.by.needs])
+        rows = [(prompt, plain_tokens(engine, text)) for text in texts]
         scores = []
         for logits, (_, answer) in zip(flow.answer_logits(rows), rows, strict=True):
             chosen = torch.tensor(answer, device=flow.device)[:, None]
@@ -221,7 +217,8 @@ def evaluate(flow: Flow, engine: Engine, task: Task, item: Item) -> dict[str, An
         found = score_fields(task, item, text)
     fusion = FusionWeights(engine.adapters, means, None, STRATEGY)
     return {
-        **asked_fields(task, item, STRATEGY, fusion),
+        **asked_fields(task, item, STRATEGY),
+        "weights": fusion.means,
         **found,
         "probe_ms": 0.0,
         "prefill_ms": 0.0,
@@ -303,8 +300,7 @@ def main(words: Sequence[str] | None = None) -> None:
         if args.adapters:
             engine.use_adapters(args.adapters.split(","))
         head = header(args.bundle, engine, [task], [STRATEGY], training(args))
-        file = ResultsFile(args.out, head)
-        with file.opened():
+        with kept_results(args.out, head) as file:
             indexes = range(len(task.items))[HALVES[args.half]][: args.limit]
             left = [i for i in indexes if (task.name, i, STRATEGY) not in file.records]
             if not left:
@@ -318,7 +314,7 @@ def main(words: Sequence[str] | None = None) -> None:
             with torch.inference_mode():
                 for index in left:
                     found = evaluate(flow, engine, task, task.items[index])
-                    file.write(found)
+                    file.add(found)
                     print(f"{task.name} {index}: {found['score']:.4g}", flush=True)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from qaflora_edge import Engine, FusionWeights
-from qaflora_edge.evaluation.results import ResultsFile
+from qaflora_edge.evaluation.results import kept_results
 from qaflora_edge.evaluation.run import asked_fields, header, score_fields, task_prompt
 from qaflora_edge.evaluation.tasks import read_task
 from qaflora_edge.inference.generation import Generation
@@ -82,8 +82,7 @@ def main() -> None:
             engine.use_adapters(args.adapters.split(","))
         told = {"every": args.every, "n_ctx": 2048}
         head = header(args.bundle, engine, [task], [strategy], told)
-        file = ResultsFile(args.out, head)
-        with file.opened():
+        with kept_results(args.out, head) as file:
             left = [item for item in items if (task.name, item.index, strategy) not in file.records]
             prompts = [task_prompt(engine, task, item) for item in left]
             answers = answers_of(engine, prompts, every=args.every, n_most=task.max_tokens or 256)
@@ -93,9 +92,10 @@ def main() -> None:
                 pieces = map(engine._model.piece, answer.tokens[len(answer.prompt) :])
                 text = b"".join(pieces).decode("utf-8", "replace")
                 found = score_fields(task, item, text)
-                file.write(
+                file.add(
                     {
-                        **asked_fields(task, item, strategy, fusion),
+                        **asked_fields(task, item, strategy),
+                        "weights": fusion.means,
                         **found,
                         "probe_ms": round(answer.probe_ms, 3),
                         "probe_before_ms": 0.0,

@@ -23,6 +23,7 @@ import numpy as np
 from qaflora_edge.evaluation.results import Results, read_results
 from qaflora_edge.evaluation.statistics import Estimate, difference, mean
 from qaflora_edge.evaluation.table import NATS, NONE, POINTS, SINGLE, STATIC, Cell, estimate, number
+from qaflora_edge.evaluation.table import gain as gain_over
 
 HERE = Path(__file__).resolve().parent
 BASE, SUBJECT, BEST = "base", "subject", "best single adapter, in hindsight"
@@ -79,11 +80,12 @@ class Set:
         self.headers.append(results.header)
         if results.header["base"]["sha256"] != self.base:
             raise SystemExit(f"Cannot use {file}: its base is not that of the set {self.name}.")
+        adapters = [adapter["name"] for adapter in results.header["adapters"]]
         for task in results.header["tasks"]:
-            cell = self.cells.setdefault(task["name"], Cell(task, results.adapters))
+            cell = self.cells.setdefault(task["name"], Cell(task, adapters))
             if cell.task != task:
                 raise SystemExit(f"Cannot use {file}: {task['name']} is not asked as before.")
-        for row in results.records:
+        for row in results.records.values():
             rows = self.cells[row["task"]].rows.setdefault(row["strategy"], {})
             before, now = rows.setdefault(row["item"], row)["score"], row["score"]
             if before != now and (None in (before, now) or abs(before - now) > ROUNDING):
@@ -180,14 +182,14 @@ class Figures:
         return [shared(cell, strategies) for cell in found]
 
     def over(self, name: str, one: str, other: str, subject: str = "") -> Estimate:
-        """Average how many points a strategy is ahead of another one."""
+        """Average how much of 1 a strategy is ahead of another one."""
         cells = self.cells(name, (one, other), subject)
         gains = [cell.gains(named(cell, one), named(cell, other)) for cell in cells]
-        return difference(gains, is_right=True).times(100.0)
+        return difference(gains, is_right=True)
 
     def points(self, cells: Sequence[Cell], strategy: str) -> Estimate:
-        """Average the right answers of 100."""
-        return mean([cell.scores(named(cell, strategy)) for cell in cells]).times(100.0)
+        """Average the share of right answers."""
+        return mean([cell.scores(named(cell, strategy)) for cell in cells])
 
     def right(self, cells: Sequence[Cell], strategy: str) -> tuple[int, int]:
         """Count right answers, and questions."""
@@ -206,15 +208,20 @@ def median(values: Iterable[float]) -> float:
     return float(np.median(known)) if known else math.nan
 
 
+def answered(cell: Cell, strategy: str) -> list[Row]:
+    """List the records that have a score."""
+    return [cell.rows[strategy][item] for item in cell.scored(strategy)]
+
+
 def probe_ms(cell: Cell, strategy: str) -> float:
     """Give the median over the items where no other strategy had probed before."""
-    rows = cell.scored(strategy).values()
+    rows = answered(cell, strategy)
     return median(row["probe_ms"] for row in rows if not row.get("probe_before_ms"))
 
 
 def prefills(cell: Cell, strategy: str) -> float:
     """Give what weighing takes, in prefills of the prompt."""
-    prefill_ms = median(row["prefill_ms"] for row in cell.scored(strategy).values())
+    prefill_ms = median(row["prefill_ms"] for row in answered(cell, strategy))
     return probe_ms(cell, strategy) / prefill_ms if prefill_ms > 0 else math.nan
 
 
@@ -273,7 +280,7 @@ def sets_table(figures: Figures) -> str:
         scores = [number(figures.points(cells, each).value, POINTS) for each in RIVALS]
         n_item = figures.right(cells, "two-place")[1]
         gains = [cell.gains("two-place", STATIC) for cell in cells]
-        ahead = gain(difference(gains, is_right=True).times(100.0))
+        ahead = gain(difference(gains, is_right=True))
         rows.append((title, str(n_item), *scores, ahead))
     shown = [SHOWN.get(each, f"`{each}`") for each in RIVALS]
     return table(("", "questions", *shown, "`two-place` ahead of `static`"), rows)
@@ -293,7 +300,7 @@ def by_sums(figures: Figures, name: str, one: str, other: str) -> str:
         for cell in figures.cells(name, (one, other))
         for rows in (cell.rows[one],)
     ]
-    return gain(difference(gains, is_right=True).times(100.0))
+    return gain(difference(gains, is_right=True))
 
 
 def after_sum(row: Row) -> float:
@@ -360,7 +367,7 @@ def scores(cells: Sequence[Cell], strategies: Sequence[str]) -> str:
     for strategy in (*strategies, BEST):
         of = [cell.best_single() if strategy == BEST else strategy for cell in cells]
         values = [
-            cell.score(each).value if cell.scored(each) else math.nan
+            mean([cell.scores(each)]).value if cell.scored(each) else math.nan
             for cell, each in zip(cells, of, strict=True)
         ]
         if not all(map(math.isnan, values)):
@@ -377,9 +384,9 @@ def details(cells: Sequence[Cell], strategies: Sequence[str]) -> str:
             cell.name,
             strategy,
             str(len(cell.scored(strategy))),
-            estimate(cell.score(strategy), cell.unit),
-            gain(cell.gain(strategy, STATIC), cell.unit),
-            gain(cell.gain(strategy, cell.best_single()), cell.unit),
+            estimate(mean([cell.scores(strategy)]), cell.unit),
+            gain(gain_over([cell], strategy, [STATIC]), cell.unit),
+            gain(gain_over([cell], strategy, [cell.best_single()]), cell.unit),
         )
         for cell in cells
         for strategy in strategies
@@ -410,8 +417,8 @@ def what_it_takes(found: Set) -> str:
 
 
 def ends(found: Estimate) -> charts.Range:
-    """Give a mean and the ends of its interval."""
-    return found.value, found.low, found.high
+    """Give a mean of shares and the ends of its interval, of 100."""
+    return 100 * found.value, 100 * found.low, 100 * found.high
 
 
 def result_charts(figures: Figures) -> dict[str, str]:

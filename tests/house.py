@@ -46,21 +46,17 @@ def budgets(checkout: Path) -> dict[str, int]:
 
 def words(checkout: Path) -> dict[str, int]:
     """Figures of README and docs/; docs/README.md, the index, is no page."""
-    readme = (checkout / "README.md").read_text("utf-8")
-    docs = [page.read_text("utf-8") for page in (checkout / "docs").glob("*.md")]
-    counts = [len(each.split()) for page in (readme, *docs) for each in sentences(page)]
-    return {
-        "words of README": len(readme.split()),
-        "long sentences of README": n_long(readme),
-        "words of docs": sum(len(page.split()) for page in docs),
-        "pages of docs": len(docs) - 1,
-        "long sentences of docs": sum(map(n_long, docs)),
-        "mean words of a sentence": -(-sum(counts) // len(counts)),
-    }
-
-
-def n_long(text: str) -> int:
-    return sum(len(each.split()) > LONG for each in sentences(text))
+    pages = list((checkout / "docs").glob("*.md"))
+    texts = {"docs": pages, "README": [checkout / "README.md"]}
+    found = {"pages of docs": len(pages) - 1}
+    counts: list[int] = []
+    for name, paths in texts.items():
+        text = "\n\n".join(path.read_text("utf-8") for path in paths)
+        lengths = [len(each.split()) for each in sentences(text)]
+        found[f"words of {name}"] = len(text.split())
+        found[f"long sentences of {name}"] = sum(n > LONG for n in lengths)
+        counts += lengths
+    return found | {"mean words of a sentence": -(-sum(counts) // len(counts))}
 
 
 def sentences(page: str) -> list[str]:
@@ -84,9 +80,7 @@ def closure(checkout: Path, start: str) -> set[Path]:
     while todo:
         name = todo.pop()
         stem = checkout / name.replace(".", "/")
-        path = next(
-            (p for p in (stem.with_suffix(".py"), stem / "__init__.py") if p.is_file()), None
-        )
+        path = next(filter(Path.is_file, (stem.with_suffix(".py"), stem / "__init__.py")), None)
         if path is None or path in found:
             continue
         found.add(path)

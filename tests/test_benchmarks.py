@@ -60,7 +60,7 @@ def test_code_is_scored_by_its_tests(bundle: Path, tmp_path: Path) -> None:
     item = {"prompt": "def f():\n", "entry_point": "f", "test": "assert f() is None"}
     path, out = write(tmp_path / "code.jsonl", item), tmp_path / "r.jsonl"
     script("code_metric", "eval", bundle, path, "-o", out, "--strategies", "base")
-    (found,) = read_results(out).records
+    (found,) = read_results(out).records.values()
     assert (found["score"] == 1) is (found["failure"] == "")
     assert isinstance(found["isolated"], list)
 
@@ -81,7 +81,7 @@ def test_lora_flow_starts_as_the_static_mix(bundle: Path, tmp_path: Path) -> Non
     item = {"question": "one and two", "continuation": "three"}
     path, out = write(tmp_path / "t.jsonl", item), tmp_path / "r.jsonl"
     script("lora_flow", bundle, path, path, "-o", out, "--epochs", 0)
-    (found,) = read_results(out).records
+    (found,) = read_results(out).records.values()
     with Engine(bundle, strategy="static", kv_type="f32", flash_attn=False) as engine:
         tokens = engine.chat_tokens([{"role": "user", "content": item["question"]}])
         expected = -float(engine.score(tokens, item["continuation"]).mean())
@@ -93,7 +93,7 @@ def test_refresh_weighs_every_few_tokens(bundle: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "t.jsonl", {"task": {"max_tokens": 12}}, *items)
     out = tmp_path / "r.jsonl"
     script("refresh", bundle, path, "-o", out, "--every", 5, "--half", "dev")
-    found = read_results(out).records
+    found = [*read_results(out).records.values()]
     assert [record["item"] for record in found] == [0, 2]
     assert max(record["n_token"] for record in found) > 5
 

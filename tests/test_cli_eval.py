@@ -15,7 +15,7 @@ from qaflora_edge.evaluation.results import read_results
 
 # F32 everywhere: what is decoded together changes no token.
 F32 = ("--kv-type", "f32", "--no-flash-attn", "--ctx", 256, "--threads", 1)
-TIMES = ("probe_ms", "probe_before_ms", "prefill_ms", "decode_ms")
+TIMES = ("probe_ms", "probe_before_ms", "prefill_ms", "decode_ms", "tokens_per_second")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def by_key(path: Path) -> dict[tuple[str, int, str], dict[str, Any]]:
         (each["task"], each["item"], each["strategy"]): {
             key: value for key, value in each.items() if key not in TIMES
         }
-        for each in read_results(path).records
+        for each in read_results(path).records.values()
     }
 
 

@@ -32,10 +32,6 @@ def page_id(page: Path) -> str:
     return str(page.relative_to(CHECKOUT))
 
 
-def describe(done: subprocess.CompletedProcess[str]) -> str:
-    return f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
-
-
 # Above all other logits of the base of the pages, which are below 5: it writes " everywhere, and
 # ends strings and objects as soon as a grammar lets it.
 LIKELY = {'"': 20.0, "}": 15.0, ",": 14.0}
@@ -104,7 +100,7 @@ def test_blocks_of_the_page_run(page: Path, scratch: Path, tmp_path: Path) -> No
     """With a tiny bundle; test_transcript types the same commands on the real one."""
     for block in runnable(page):
         done = run_block(block, scratch, tmp_path / "home")
-        assert done.returncode == 0, f"{page.name}:{block.line}: {describe(done)}"
+        assert done.returncode == 0, f"{page.name}:{block.line}: {done.stdout}\n{done.stderr}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
@@ -115,11 +111,9 @@ def test_no_command_of_the_page_escapes(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_links_of_the_page_lead_somewhere(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    targets = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text) + re.findall(
-        r'src(?:set)?="([^":]+)"', text
-    )
-    missing = [target for target in targets if not (page.parent / target).exists()]
-    assert missing == []
+    targets = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text)
+    targets += re.findall(r'src(?:set)?="([^":]+)"', text)
+    assert [target for target in targets if not (page.parent / target).exists()] == []
 
 
 def command_options(words: list[str]) -> tuple[str, set[str]] | None:

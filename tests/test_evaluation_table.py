@@ -9,15 +9,8 @@ from made_results import header, record
 
 from qaflora_edge.errors import ResultsFileError
 from qaflora_edge.evaluation.results import Results
-from qaflora_edge.evaluation.statistics import mean_of_means
-from qaflora_edge.evaluation.table import (
-    Cell,
-    best_strategy,
-    cells,
-    estimate,
-    heads,
-    rows,
-)
+from qaflora_edge.evaluation.statistics import Estimate, mean_of_means
+from qaflora_edge.evaluation.table import Cell, best_strategy, cells, estimate, gain, heads, rows
 
 RIGHT = {  # strategy -> which of six items it answers rightly
     "base": "000001",
@@ -42,12 +35,16 @@ def points(task: str) -> list[dict[str, Any]]:
 
 
 def results(records: list[dict[str, Any]], **metrics: str) -> Results:
-    return Results(header(metrics), tuple(records))
+    return Results(header(metrics), records)
 
 
 def one_cell(records: list[dict[str, Any]], metric: str = "number") -> Cell:
     [found] = cells(results(records, t=metric))
     return found
+
+
+def over(cell: Cell, strategy: str, other: str) -> Estimate | None:
+    return gain([cell], strategy, [other])
 
 
 def bonett_price(n: int, n_more: int, n_less: int) -> tuple[float, float]:
@@ -60,35 +57,27 @@ def bonett_price(n: int, n_more: int, n_less: int) -> tuple[float, float]:
 def test_points_over_static_and_over_the_best_single_adapter() -> None:
     cell = one_cell(points("t"))
     assert cell.best_single() == "single:math"
-    assert cell.score("qa-flora").value == pytest.approx(100 * 4 / 6)
-    over_static, over_best = (cell.gain("qa-flora", s) for s in ("static", "single:math"))
-    assert over_static is not None
-    assert over_best is not None
-    assert over_static.value == pytest.approx(100 * 2 / 6)
-    assert (over_best.value, over_best.n_item) == (pytest.approx(100 * 1 / 6), 6)
-    assert (over_best.low, over_best.high) == pytest.approx(
-        [100 * end for end in bonett_price(6, 1, 0)]
-    )
-    assert cell.gain("static", "static") is None
-    assert cell.gain("qa-flora", "norm") is None
+    score, over_static, over_best = rows([cell])["qa-flora"]
+    assert score.value == pytest.approx(4 / 6)
+    assert over_static == pytest.approx((2 / 6, *bonett_price(6, 2, 0), 6))
+    assert over_best == pytest.approx((1 / 6, *bonett_price(6, 1, 0), 6))
+    assert over(cell, "static", "static") is None
+    assert over(cell, "qa-flora", "norm") is None
 
 
 def test_of_losses_less_is_better() -> None:
     cell = one_cell(scored("t", LOSS), "loss")
     assert cell.best_single() == "single:math"
-    assert cell.score("qa-flora").value == pytest.approx(2.5)
-    assert cell.gain("qa-flora", "single:math") == mean_of_means([np.array([0.5, 0.5, -0.5])])
+    assert rows([cell])["qa-flora"][0].value == pytest.approx(2.5)
+    assert over(cell, "qa-flora", "single:math") == mean_of_means([np.array([0.5, 0.5, -0.5])])
 
 
 def test_differences_are_of_the_items_that_both_have_a_score_for() -> None:
     records = [*points("t")[:-1], record("t", 5, "qa-flora", None, error="too long")]
-    cell = one_cell(records)
-    over = cell.gain("qa-flora", "static")
-    assert cell.score("qa-flora").n_item == 5
-    assert over is not None
-    assert (over.n_item, over.value) == (5, pytest.approx(40.0))
+    score, over_static, _ = rows([one_cell(records)])["qa-flora"]
+    assert score.n_item == 5
+    assert over_static == pytest.approx((0.4, *bonett_price(5, 2, 0), 5))
     failed = one_cell([*points("t"), record("t", 0, "norm", None, error="no projections")])
-    assert math.isnan(failed.score("norm").value)
     assert [estimate(each, "points") for each in rows([failed])["norm"]] == ["-", "-", "-"]
 
 
@@ -110,7 +99,7 @@ def test_tables_have_a_row_for_each_strategy_and_count_tasks_alike() -> None:
     assert estimate(table["static"][0], "points").startswith("33.3 (9.7 to 70.0)")
     gains = [np.array([0, 0, 1, 1, 0, 0.0]), -np.array([0, 0, 1, 1, 0, 0.0])]
     score, over_static, _ = rows(found)["qa-flora"]
-    assert (score.value, over_static) == (50.0, mean_of_means(gains).times(100))
+    assert (score.value, over_static) == (0.5, mean_of_means(gains))
     assert heads(found)[2] == "over each best single *"
 
 

@@ -3,7 +3,6 @@
 `python tests/house.py` prints each figure next to its budget.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -27,17 +26,15 @@ def test_sentences_are_those_of_the_prose() -> None:
     assert sentences(page) == ["One two.", "Three:", "Four: five six."]
 
 
-def help_texts(command: click.Command, context: click.Context) -> Iterator[str]:
-    yield command.help or ""
-    yield from (getattr(param, "help", None) or "" for param in command.get_params(context))
-    if isinstance(command, click.Group):
-        for name in command.list_commands(context):
-            inner = command.get_command(context, name)
-            assert inner is not None
-            yield from help_texts(inner, context)
-
-
 def test_help_has_no_long_sentence() -> None:
-    found = [each for text in help_texts(main, click.Context(main)) for each in sentences(text)]
+    todo: list[click.Command] = [main]
+    context = click.Context(main)
+    found: list[str] = []
+    for command in todo:
+        if isinstance(command, click.Group):
+            inner = (command.get_command(context, name) for name in command.list_commands(context))
+            todo += [each for each in inner if each is not None]
+        texts = [command.help, *(getattr(each, "help", None) for each in command.params)]
+        found += [each for text in texts for each in sentences(text or "")]
     assert len(found) > 200
     assert [each for each in found if len(each.split()) > LONG] == []

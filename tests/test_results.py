@@ -8,7 +8,7 @@ import made_results
 import pytest
 
 from qaflora_edge.errors import OutputFileError, ResultsFileError
-from qaflora_edge.evaluation.results import ResultsFile, read_results
+from qaflora_edge.evaluation.results import kept_results, read_results
 
 HEADER = {**made_results.header({"sums": "number"}), "strategies": ["static"]}
 WHOLE = json.dumps(HEADER).encode() + b"\n"
@@ -19,10 +19,9 @@ def record(item: int, strategy: str = "static", **fields: Any) -> dict[str, Any]
 
 
 def write(path: Path, *records: dict[str, Any], head: dict[str, Any] = HEADER) -> None:
-    file = ResultsFile(path, head)
-    with file.opened():
+    with kept_results(path, head) as results:
         for each in records:
-            file.write(each)
+            results.add(each)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -36,9 +35,9 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     write(path, *records)
     assert lines(path) == [HEADER, *records]
     found = read_results(path)
-    assert (found.header, list(found.records)) == (HEADER, records)
-    assert found.strategies == ("static", "base")
-    assert found.adapters == ("math", "es")
+    assert (found.header, [*found.records.values()]) == (HEADER, records)
+    assert found.strategies == ["static", "base"]
+    assert found.failed == records[3:]
 
 
 def test_a_file_is_gone_on_with_after_a_cut_line(tmp_path: Path) -> None:
@@ -48,11 +47,10 @@ def test_a_file_is_gone_on_with_after_a_cut_line(tmp_path: Path) -> None:
     path.write_bytes(whole + b'{"task": "sums", "it')
     assert len(read_results(path).records) == 2
     more = {**HEADER, "strategies": ["static", "base"], "machine": "another", "version": "9"}
-    file = ResultsFile(path, more)
-    with file.opened():
-        assert [*file.records] == [("sums", 0, "static"), ("sums", 1, "static")]
-        file.write(record(1, "base"))
-        assert len(file.results.records) == 3
+    with kept_results(path, more) as results:
+        assert [*results.records] == [("sums", 0, "static"), ("sums", 1, "static")]
+        results.add(record(1, "base"))
+        assert len(results.records) == 3
     assert path.read_bytes().startswith(whole)
     assert lines(path) == [HEADER, record(0), record(1), record(1, "base")]
 
@@ -73,8 +71,8 @@ def test_the_file_of_another_evaluation_stays(tmp_path: Path, key: str) -> None:
     with pytest.raises(OutputFileError) as failure:
         write(path, record(1), head={**HEADER, key: "another"})
     assert str(failure.value) == (
-        f"Cannot write results into {path}: it was begun for another bundle, task or option, "
-        "expected the same. Give what it was begun with, or choose another -o FILE."
+        f"Cannot write results into {path}: it was begun with another value of `{key}`, expected "
+        "the same. Give what it was begun with, or choose another -o FILE."
     )
     assert path.read_bytes() == before
 

@@ -38,7 +38,7 @@ def main() -> None:
     for path in args.results:
         if task.sha256 not in (each["sha256"] for each in read_results(path).header["tasks"]):
             sys.exit(f"{path} has no answers to {args.task}. Give the file that was asked.")
-    for row in (row for path in args.results for row in read_results(path).records):
+    for row in (row for path in args.results for row in read_results(path).records.values()):
         item = task.items[row["item"]]
         answer = bare(row["answer"], item.fields) if row["score"] == 1 else None
         if answer is not None:

@@ -33,7 +33,7 @@ from qaflora_edge.errors import BackendError, CancelledError
 from qaflora_edge.formats.gguf import GgufHeader
 from qaflora_edge.formats.inputs import FileState, check_unchanged
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Any)
 U8 = NDArray[np.uint8]
 _DECODE_ABORTED = 2  # llama.h llama_decode
 _FLASH_ATTN_AUTO, _FLASH_ATTN_OFF, _FLASH_ATTN_ON = -1, 0, 1  # llama.h llama_flash_attn_type
@@ -160,21 +160,19 @@ class Context(Handle):
         """Give the tokens of a sequence."""
         return self._tokens[seq]
 
-    def clear(self, seq: int | None = None) -> None:
-        """Forget all tokens of one sequence, or of all; after close() do nothing."""
-        if self._pointer is None:
+    def clear(self, seq: int | None = None, *, is_zeroed: bool = False) -> None:
+        """Forget all tokens of one sequence, or of all; after close() do nothing.
+
+        is_zeroed  zero the memory of all sequences: see clean()
+        """
+        if self._pointer is None:  # the steps of a query may end after close()
             return
         if seq is None:
-            self.wipe(is_zeroed=False)
-        else:
-            self._lib.llama_memory_seq_rm(self._memory, seq, -1, -1)
-            self._tokens[seq] = []
-
-    def wipe(self, *, is_zeroed: bool = True) -> None:
-        """Forget all sequences and zero their memory: see clean()."""
-        if self._pointer is not None:  # the steps of a query may end after close()
             self._lib.llama_memory_clear(self._memory, is_zeroed)
             self._tokens = [[] for _ in range(self.n_seq)]
+        else:
+            self._rm(seq, -1)
+            self._tokens[seq] = []
 
     def clean(self, seq: int, doubtful: Collection[int] = ()) -> None:
         """Forget a sequence with states that may be NaN, and overwrite its memory.
@@ -198,7 +196,7 @@ class Context(Handle):
         """Zero all memory, and load the other sequences again."""
         self._make_copies(seq)
         held = [(i, self._sequence(i), each) for i, each in enumerate(self._tokens) if each]
-        self.wipe()
+        self.clear(is_zeroed=True)
         for other, data, tokens in held:
             self._load(other, data, tokens)
 
@@ -401,13 +399,11 @@ class Backend:
     ) -> None:
         self.stop = Stop()
         self.options: dict[str, Any] = {**options, "stop": self.stop}
-        self._resources: list[Any] = []
-        weakref.finalize(self, _close_all, self._resources).atexit = False
+        self._resources = contextlib.ExitStack()
+        weakref.finalize(self, self._resources.close).atexit = False
         try:
-            self.model = shared_model(base, placing)
-            self._resources.append(self.model)
-            self.pack = Pack(self.model, adapters, adapter_type=adapter_type)
-            self._resources.append(self.pack)
+            self.model = self.keep(shared_model(base, placing))
+            self.pack = self.keep(Pack(self.model, adapters, adapter_type=adapter_type))
             self.context = self.keep(
                 Context(self.model, self.pack, n_ctx=n_ctx, n_seq=n_seq, **self.options)
             )
@@ -420,17 +416,12 @@ class Backend:
 
     def keep(self, resource: T) -> T:
         """Close a resource with the others, the last one first."""
-        self._resources.append(resource)
+        self._resources.callback(resource.close)
         return resource
 
     def close(self) -> None:
         """Free everything. A second call does nothing."""
-        _close_all(self._resources)
-
-
-def _close_all(resources: list[Any]) -> None:
-    while resources:
-        resources.pop().close()
+        self._resources.close()
 
 
 def cancelled() -> CancelledError:

@@ -8,38 +8,27 @@ import ctypes
 import math
 import os
 import re
-import sys
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from qaflora_edge.backend.library import Handle, ggml_of, library_dir, load
+from qaflora_edge.backend.library import (
+    DEVICE_CPU,
+    DEVICE_GPU,
+    DEVICE_INTEGRATED_GPU,
+    Handle,
+    ggml_of,
+    library_dir,
+    load,
+)
 from qaflora_edge.errors import LibraryError, OptionError, WorkerError
 
 MAX_WORKERS = 16  # ggml-rpc.h GGML_RPC_MAX_SERVERS
 _ENDPOINT = re.compile(r"[^:]+:(?P<port>[0-9]{1,5})")
 _MAX_DEVICES = 16  # llama_max_devices()
 _ENDS = b"^(token_embd|output)"  # names of tensors; a head that is tied has the embedding's
-_CPU, _GPU, _INTEGRATED_GPU = 0, 1, 2  # ggml-backend.h ggml_backend_dev_type
-_INT, _SIZE, _HANDLE, _TEXT = ctypes.c_int, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_char_p
-_SIZES = ctypes.POINTER(_SIZE)
-_GGML: dict[str, tuple[Any, list[Any]]] = {
-    "ggml_backend_reg_by_name": (_HANDLE, [_TEXT]),
-    "ggml_backend_reg_get_proc_address": (_HANDLE, [_HANDLE, _TEXT]),
-    "ggml_backend_reg_dev_count": (_SIZE, [_HANDLE]),
-    "ggml_backend_reg_dev_get": (_HANDLE, [_HANDLE, _SIZE]),
-    "ggml_backend_dev_count": (_SIZE, []),
-    "ggml_backend_dev_get": (_HANDLE, [_SIZE]),
-    "ggml_backend_dev_type": (_INT, [_HANDLE]),
-    "ggml_backend_dev_name": (_TEXT, [_HANDLE]),
-    "ggml_backend_dev_description": (_TEXT, [_HANDLE]),
-    "ggml_backend_dev_memory": (None, [_HANDLE, _SIZES, _SIZES]),
-    "ggml_backend_dev_by_type": (_HANDLE, [_INT]),
-    "ggml_backend_dev_init": (_HANDLE, [_HANDLE, _TEXT]),
-    "ggml_backend_free": (None, [_HANDLE]),
-    "ggml_backend_cpu_buffer_type": (_HANDLE, []),
-}
+_SIZE, _HANDLE, _TEXT = ctypes.c_size_t, ctypes.c_void_p, ctypes.c_char_p
 _RPC: dict[str, tuple[Any, list[Any]]] = {
     "add_server": (_HANDLE, [_TEXT]),
     "connection": (ctypes.c_uint64, [_TEXT, ctypes.POINTER(_TEXT)]),
@@ -53,19 +42,9 @@ class _BufferOverride(ctypes.Structure):
     _fields_ = [("pattern", _TEXT), ("buft", _HANDLE)]
 
 
-@cache
 def ggml() -> SimpleNamespace:
-    """Declare functions of ggml's registry of backends, without `ggml_backend_`."""
-    binding, _ = load()
-    lib, functions = ggml_of(binding._lib), SimpleNamespace()
-    rest = lib
-    if sys.platform == "win32":  # a library gives its own functions only
-        rest = ctypes.CDLL(str(Path(lib._name).with_name("ggml-base.dll")))
-    for name, (restype, argtypes) in _GGML.items():
-        function = getattr(lib, name, None) or getattr(rest, name)
-        function.restype, function.argtypes = restype, argtypes
-        setattr(functions, name.removeprefix("ggml_backend_"), function)
-    return functions
+    """Give functions of ggml's registry of backends, without `ggml_backend_`."""
+    return ggml_of(load()[0]._lib)
 
 
 @cache
@@ -91,8 +70,8 @@ def gpus() -> list[int]:
     """List the GPUs of this machine; integrated ones where there is no other."""
     count, get, kind = ggml().dev_count, ggml().dev_get, ggml().dev_type
     found = [get(i) for i in range(count())]
-    return [each for each in found if kind(each) == _GPU] or [
-        each for each in found if kind(each) == _INTEGRATED_GPU
+    return [each for each in found if kind(each) == DEVICE_GPU] or [
+        each for each in found if kind(each) == DEVICE_INTEGRATED_GPU
     ]
 
 
@@ -135,15 +114,15 @@ def shares(text: str, n_device: int) -> list[float]:
 
 
 class Workers(Handle):
-    """Connect to workers.
+    """Connect to the workers that --rpc names, or to none.
 
     devices  ggml_backend_dev_t of all their devices, in their order
 
     Raises WorkerError for one that cannot be used, OptionError as `endpoints` does.
     """
 
-    def __init__(self, text: str) -> None:
-        self._endpoints = endpoints(text)
+    def __init__(self, text: str | None) -> None:
+        self._endpoints = () if text is None else endpoints(text)
         self.devices: list[int] = []
         self._pointer: list[int] = []  # a backend for each device keeps its connection
         try:
@@ -193,31 +172,30 @@ class Workers(Handle):
 
 def place(
     params: Any, *, gpu_layers: int | None, rpc: str | None, tensor_split: str | None
-) -> tuple[Workers | None, bool]:
+) -> tuple[Workers, bool]:
     """Write where layers go into llama_model_params.
 
     returns  connections to the workers, and whether any layer is on a device
 
     The head and the embedding stay here where there are workers, and with them the lens.
     """
-    workers = None if rpc is None else Workers(rpc)
+    workers = Workers(rpc)
     try:
-        devices = [*(workers.devices if workers else ()), *gpus()]
+        devices = [*workers.devices, *gpus()]
         if tensor_split is not None:
             split = shares(tensor_split, len(devices))
             params.tensor_split = (ctypes.c_float * _MAX_DEVICES)(*split)
         if gpu_layers is not None:
             # llama.cpp 0c1e5709, llama-model.cpp load_tensors: the head is the first of them
-            params.n_gpu_layers = gpu_layers + (workers is not None and gpu_layers > 0)
-        if workers is not None:
+            params.n_gpu_layers = gpu_layers + (rpc is not None and gpu_layers > 0)
+        if rpc is not None:
             chosen = (_HANDLE * (len(devices) + 1))(*devices)
             here = (_BufferOverride * 2)(_BufferOverride(_ENDS, ggml().cpu_buffer_type()))
             params.devices = ctypes.cast(chosen, _HANDLE)
             params.tensor_buft_overrides = ctypes.cast(here, _HANDLE)
             params._kept = chosen, here
     except BaseException:
-        if workers is not None:
-            workers.close()
+        workers.close()
         raise
     return workers, bool(devices) and gpu_layers != 0
 
@@ -227,7 +205,7 @@ def serve(host: str, port: int, *, cache: Path | None, threads: int) -> None:
 
     cache  folder for large tensors that clients sent, or None
     """
-    devices = gpus() or [ggml().dev_by_type(_CPU)]
+    devices = gpus() or [ggml().dev_by_type(DEVICE_CPU)]
     array = (_HANDLE * len(devices))(*devices)
     path = None if cache is None else os.fsencode(cache)
     start = rpc().start_server

@@ -10,7 +10,7 @@ import os
 import platform
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -32,7 +32,7 @@ LENS = {"raw": 0, "norm": 1}
 # thousands of barriers of a token costs a wake-up. docs/performance.md has the figures.
 SPIN_COUNT = 10_000
 
-_DEVICE_TYPE_CPU = 0  # enum ggml_backend_dev_type
+DEVICE_CPU, DEVICE_GPU, DEVICE_INTEGRATED_GPU = 0, 1, 2  # enum ggml_backend_dev_type
 
 _LOG_LEVEL_ERROR = 4  # ggml.h GGML_LOG_LEVEL_ERROR
 _errors: deque[str] = deque(maxlen=4)
@@ -52,26 +52,48 @@ class Stats(ctypes.Structure):
     ]
 
 
-_INT, _LONG, _HANDLE, _TEXT = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p, ctypes.c_char_p
-_TEXTS, _FLOATS, _DOUBLES = map(ctypes.POINTER, (_TEXT, ctypes.c_float, ctypes.c_double))
+_INT, _LONG, _SIZE = ctypes.c_int32, ctypes.c_int64, ctypes.c_size_t
+_HANDLE, _TEXT = ctypes.c_void_p, ctypes.c_char_p
+_TEXTS, _SIZES, _FLOATS, _DOUBLES = map(
+    ctypes.POINTER, (_TEXT, _SIZE, ctypes.c_float, ctypes.c_double)
+)
 # What each function of qaflora.h returns, and what it takes.
-_PROTOTYPES: dict[str, tuple[object, list[object]]] = {
-    "qaflora_abi_version": (_INT, []),
-    "qaflora_build_info": (_TEXT, []),
-    "qaflora_last_error": (_TEXT, []),
-    "qaflora_pack_init": (_HANDLE, [_HANDLE, _TEXTS, _INT, _INT]),
-    "qaflora_pack_free": (None, [_HANDLE]),
-    "qaflora_pack_size_bytes": (_LONG, [_HANDLE]),
-    "qaflora_pack_first_layer": (_INT, [_HANDLE, _INT]),
-    "qaflora_context_init": (_HANDLE, [_HANDLE, _HANDLE, _HANDLE, ctypes.c_uint32]),
-    "qaflora_set_weights": (_INT, [_HANDLE, _INT, _FLOATS, _LONG]),
-    "qaflora_capture_begin": (_INT, [_HANDLE, _INT]),
-    "qaflora_get_states": (_INT, [_HANDLE, _INT, _FLOATS, _LONG]),
-    "qaflora_get_inputs": (_INT, [_HANDLE, _INT, _FLOATS, _LONG]),
-    "qaflora_divergence": (_INT, [_HANDLE, _INT, _INT, _FLOATS, _FLOATS, _DOUBLES]),
-    "qaflora_project": (_INT, [_HANDLE, _INT, _FLOATS, _FLOATS]),
-    "qaflora_final_norm": (_INT, [_HANDLE, _INT, _FLOATS, _FLOATS]),
-    "qaflora_get_stats": (Stats, [_HANDLE]),
+Prototype = tuple[Any, list[Any]]
+_PROTOTYPES: dict[str, Prototype] = {
+    "abi_version": (_INT, []),
+    "build_info": (_TEXT, []),
+    "last_error": (_TEXT, []),
+    "pack_init": (_HANDLE, [_HANDLE, _TEXTS, _INT, _INT]),
+    "pack_free": (None, [_HANDLE]),
+    "pack_size_bytes": (_LONG, [_HANDLE]),
+    "pack_first_layer": (_INT, [_HANDLE, _INT]),
+    "context_init": (_HANDLE, [_HANDLE, _HANDLE, _HANDLE, ctypes.c_uint32]),
+    "set_weights": (_INT, [_HANDLE, _INT, _FLOATS, _LONG]),
+    "capture_begin": (_INT, [_HANDLE, _INT]),
+    "get_states": (_INT, [_HANDLE, _INT, _FLOATS, _LONG]),
+    "get_inputs": (_INT, [_HANDLE, _INT, _FLOATS, _LONG]),
+    "divergence": (_INT, [_HANDLE, _INT, _INT, _FLOATS, _FLOATS, _DOUBLES]),
+    "project": (_INT, [_HANDLE, _INT, _FLOATS, _FLOATS]),
+    "final_norm": (_INT, [_HANDLE, _INT, _FLOATS, _FLOATS]),
+    "get_stats": (Stats, [_HANDLE]),
+}
+_GGML: dict[str, Prototype] = {
+    "load_all_from_path": (None, [_TEXT]),
+    "reg_count": (_SIZE, []),
+    "reg_by_name": (_HANDLE, [_TEXT]),
+    "reg_get_proc_address": (_HANDLE, [_HANDLE, _TEXT]),
+    "reg_dev_count": (_SIZE, [_HANDLE]),
+    "reg_dev_get": (_HANDLE, [_HANDLE, _SIZE]),
+    "dev_count": (_SIZE, []),
+    "dev_get": (_HANDLE, [_SIZE]),
+    "dev_type": (_INT, [_HANDLE]),
+    "dev_name": (_TEXT, [_HANDLE]),
+    "dev_description": (_TEXT, [_HANDLE]),
+    "dev_memory": (None, [_HANDLE, _SIZES, _SIZES]),
+    "dev_by_type": (_HANDLE, [_INT]),
+    "dev_init": (_HANDLE, [_HANDLE, _TEXT]),
+    "free": (None, [_HANDLE]),
+    "cpu_buffer_type": (_HANDLE, []),
 }
 
 
@@ -106,7 +128,7 @@ def _import_binding(folder: Path) -> ModuleType:
     if spin is None and "OMP_WAIT_POLICY" not in os.environ:
         spin = str(SPIN_COUNT)
     try:
-        with _variable("LLAMA_CPP_LIB_PATH", str(folder)), _variable("GOMP_SPINCOUNT", spin):
+        with _variables(LLAMA_CPP_LIB_PATH=str(folder), GOMP_SPINCOUNT=spin):
             binding = import_module("llama_cpp.llama_cpp")
     except ImportError as err:
         raise LibraryError(
@@ -121,27 +143,27 @@ def _import_binding(folder: Path) -> ModuleType:
 
 
 @contextlib.contextmanager
-def _variable(name: str, value: str | None) -> Iterator[None]:
-    """Set or remove a variable that a library reads once, as it is loaded; put it back after."""
-    before = os.environ.get(name)
-    _set(name, value)
+def _variables(**values: str | None) -> Iterator[None]:
+    """Set or remove variables that a library reads once, as it is loaded; put them back after."""
+    before = {name: os.environ.pop(name, None) for name in values}
+    os.environ.update({name: value for name, value in values.items() if value is not None})
     try:
         yield
     finally:
-        _set(name, before)
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
-def _set(name: str, value: str | None) -> None:
-    os.environ.pop(name, None)
-    if value is not None:
-        os.environ[name] = value
-
-
-def ggml_of(lib: ctypes.CDLL) -> ctypes.CDLL:
-    """Give the library with ggml's registry of backends: libllama's, or ggml.dll."""
-    if sys.platform == "win32":
-        return ctypes.CDLL(str(Path(lib._name).with_name("ggml.dll")))
-    return lib
+@cache
+def ggml_of(lib: ctypes.CDLL) -> SimpleNamespace:
+    """Declare functions of ggml's registry of backends, without `ggml_backend_`."""
+    libs = [lib]
+    if sys.platform == "win32":  # a library gives its own functions only
+        names = ("ggml.dll", "ggml-base.dll")
+        libs = [ctypes.CDLL(str(Path(lib._name).with_name(name))) for name in names]
+    return _declare(_GGML, "ggml_backend_", *libs)
 
 
 def _load_backends(lib: ctypes.CDLL, folder: Path) -> None:
@@ -151,16 +173,11 @@ def _load_backends(lib: ctypes.CDLL, folder: Path) -> None:
     (0c1e5709, ggml-backend-reg.cpp ggml_backend_load_best), and takes one more from a variable.
     """
     ggml = ggml_of(lib)
-    ggml.ggml_backend_reg_count.restype = ctypes.c_size_t
-    if ggml.ggml_backend_reg_count():  # this build has them linked
+    if ggml.reg_count():  # this build has them linked
         return
-    load = ggml.ggml_backend_load_all_from_path
-    load.restype, load.argtypes = None, [ctypes.c_char_p]
-    with _variable("GGML_BACKEND_PATH", None):
-        load(os.fsencode(folder))
-    by_type = ggml.ggml_backend_dev_by_type
-    by_type.restype, by_type.argtypes = ctypes.c_void_p, [ctypes.c_int]
-    if not by_type(_DEVICE_TYPE_CPU):
+    with _variables(GGML_BACKEND_PATH=None):
+        ggml.load_all_from_path(os.fsencode(folder))
+    if not ggml.dev_by_type(DEVICE_CPU):
         found = ", ".join(sorted(path.name for path in folder.glob("*ggml-cpu*"))) or "none"
         raise LibraryError(
             f"No CPU backend of {folder} can be loaded on this processor "
@@ -169,12 +186,16 @@ def _load_backends(lib: ctypes.CDLL, folder: Path) -> None:
         )
 
 
-def _declare(lib: ctypes.CDLL) -> SimpleNamespace:
+def _declare(
+    prototypes: Mapping[str, Prototype], prefix: str, *libs: ctypes.CDLL
+) -> SimpleNamespace:
+    """Declare functions of the first library that has each, under their names without prefix."""
     functions = SimpleNamespace()
-    for name, (restype, argtypes) in _PROTOTYPES.items():
-        function = getattr(lib, name)
+    for name, (restype, argtypes) in prototypes.items():
+        lib = next((each for each in libs if hasattr(each, prefix + name)), libs[0])
+        function = getattr(lib, prefix + name)
         function.restype, function.argtypes = restype, argtypes
-        setattr(functions, name.removeprefix("qaflora_"), function)
+        setattr(functions, name, function)
     return functions
 
 
@@ -203,7 +224,7 @@ def load() -> tuple[ModuleType, SimpleNamespace]:
     _keep_log(binding)
     _load_backends(binding._lib, folder.absolute())
     binding.llama_backend_init()
-    return binding, _declare(binding._lib)
+    return binding, _declare(_PROTOTYPES, "qaflora_", binding._lib)
 
 
 def last_error() -> str:

@@ -18,9 +18,9 @@ from qaflora_edge.formats.gguf import GgufHeader
 
 PLACING = ("gpu_layers", "rpc", "tensor_split")  # options that say where layers go
 _VOCAB_TYPE_NONE = 0
-# llama.h enum llama_token_attr
-_ATTR_UNKNOWN, _ATTR_CONTROL, _ATTR_USER_DEFINED = 1 << 0, 1 << 3, 1 << 4
-_ATTR_LSTRIP, _ATTR_RSTRIP = 1 << 7, 1 << 8
+# llama.h enum llama_token_attr: unknown or control; LSTRIP; RSTRIP
+_ATTRS = (1 << 0 | 1 << 3, 1 << 7, 1 << 8)
+_ATTR_USER_DEFINED = 1 << 4
 
 
 @dataclass(frozen=True)
@@ -29,23 +29,10 @@ class SpecialToken:
 
     id: int
     text: str
-    attributes: int  # llama.h llama_token_attr
     is_control: bool  # control tokens, and all that end an answer
-
-    @property
-    def is_parsed_on_demand(self) -> bool:
-        """Tell whether it is found with parse_special only."""
-        return bool(self.attributes & (_ATTR_UNKNOWN | _ATTR_CONTROL))
-
-    @property
-    def strips_left(self) -> bool:
-        """Tell whether white space before it belongs to it."""
-        return bool(self.attributes & _ATTR_LSTRIP)
-
-    @property
-    def strips_right(self) -> bool:
-        """Tell whether white space after it belongs to it."""
-        return bool(self.attributes & _ATTR_RSTRIP)
+    is_parsed_on_demand: bool  # found with parse_special only
+    strips_left: bool  # white space before it belongs to it
+    strips_right: bool
 
 
 class Model(Handle):
@@ -114,12 +101,11 @@ class Model(Handle):
     @property
     def is_lost(self) -> bool:
         """Tell whether a worker with layers of it is lost: it has to be loaded again."""
-        return self._workers is not None and self._workers.lost() is not None
+        return self._workers.lost() is not None
 
     def check_workers(self) -> None:
         """Raise WorkerError where a worker is lost."""
-        if self._workers is not None:
-            self._workers.check()
+        self._workers.check()
 
     def close(self) -> None:
         """Free it, once all who share it have closed it."""
@@ -135,8 +121,7 @@ class Model(Handle):
     def _free(self, pointer: Any) -> None:
         if pointer:
             self._lib.llama_model_free(pointer)
-        if self._workers is not None:
-            self._workers.close()
+        self._workers.close()
 
     @cached_property
     def special_tokens(self) -> tuple[SpecialToken, ...]:
@@ -144,10 +129,11 @@ class Model(Handle):
         found = []
         for token in range(self.n_vocab):
             attributes = int(self._lib.llama_vocab_get_attr(self.vocab, token))
-            is_control = bool(attributes & (_ATTR_UNKNOWN | _ATTR_CONTROL)) or self.is_end(token)
+            is_on_demand, *strips = (bool(attributes & mask) for mask in _ATTRS)
+            is_control = is_on_demand or self.is_end(token)
             if is_control or attributes & _ATTR_USER_DEFINED:
                 text = self._lib.llama_vocab_get_text(self.vocab, token).decode("utf-8", "replace")
-                found.append(SpecialToken(token, text, attributes, is_control))
+                found.append(SpecialToken(token, text, is_control, is_on_demand, *strips))
         return tuple(sorted(found, key=lambda token: -len(token.text.encode("utf-8"))))
 
     @cached_property

@@ -7,13 +7,7 @@ from typing import Any
 
 from qaflora_edge.bundles.edit import calibrate, write_bundle_json
 from qaflora_edge.bundles.measure import OpenEngine, check_strategy
-from qaflora_edge.bundles.source import (
-    base_record,
-    check_names,
-    find_adapter,
-    find_base,
-    put_adapter,
-)
+from qaflora_edge.bundles.source import base_record, check_names, find_base, put_adapters
 from qaflora_edge.errors import BundleError, OutputFileError
 from qaflora_edge.files import AnyPath, atomic_folder, cache_lock, readable
 from qaflora_edge.formats.bundle import BUNDLE_FILE, FORMAT
@@ -77,7 +71,6 @@ def create_bundle(
         tell("Hashing the base", 0, 1)
         record = base_record(header, recorded)
         tell("Hashing the base", 1, 1)
-        sources = [find_adapter(path) for _, path in pairs]
         raw: dict[str, Any] = {
             "format": FORMAT,
             "name": name or readable(folder.resolve().name),
@@ -87,13 +80,7 @@ def create_bundle(
             "base": record,
             "adapters": [],
         }
-        (temporary / "adapters").mkdir()
-        for done, (adapter_name, found) in enumerate(zip(names, sources, strict=True)):
-            tell("Converting the adapters", done, len(names))
-            file = f"adapters/{adapter_name}.gguf"
-            facts = put_adapter(found, temporary / file, header, outtype)
-            raw["adapters"].append({"name": adapter_name, "file": file, **facts})
-        tell("Converting the adapters", len(names), len(names))
+        put_adapters(temporary, raw, pairs, header, outtype, tell)
         if engine is None:
             check_strategy(what, raw, wanted)
         raw["fusion"] = {

@@ -13,7 +13,7 @@ from typing import Any
 
 from qaflora_edge.bundles.measure import OpenEngine, check_strategy, measure_typical, prompts_sha256
 from qaflora_edge.bundles.open import load_bundle
-from qaflora_edge.bundles.source import check_names, find_adapter, find_base, put_adapter
+from qaflora_edge.bundles.source import check_names, find_base, put_adapters
 from qaflora_edge.errors import BundleError, StrategyError
 from qaflora_edge.files import AnyPath, cache_lock, check_takes_file, write_text_atomic
 from qaflora_edge.formats.bundle import (
@@ -60,10 +60,8 @@ def add_adapters(
         if strategy is not None:
             wanted = raw.setdefault("fusion", {})["strategy"] = strategy
         parse_strategy(wanted, names)  # raises before the work
-        for name, source in [(name, find_adapter(source)) for name, source in pairs]:
-            record = {"name": name, "file": _new_file(folder, name, raw)}
-            raw["adapters"].append(record)
-            record |= put_adapter(source, folder / record["file"], loaded.header, outtype)
+        put_adapters(folder, raw, pairs, loaded.header, outtype, tell)
+        for record in raw["adapters"][len(loaded.adapters) :]:
             record |= note or {}
         if engine is None:
             check_strategy(f"Cannot weigh the bundle {folder}", raw, wanted)
@@ -233,19 +231,3 @@ def _index(folder: Path, text: BundleText, name: str) -> int:
             f"{', '.join(names) or 'it has none'}."
         )
     return names.index(name)
-
-
-def _new_file(folder: Path, name: str, raw: Mapping[str, Any]) -> str:
-    """Choose a place for an adapter's file; what a killed command left there is overwritten.
-
-    Raises BundleError when the file is another adapter's.
-    """
-    file = f"adapters/{name}.gguf"
-    for record in raw["adapters"]:
-        if record["file"].lower() == file.lower():
-            raise BundleError(
-                f"Cannot put an adapter {name} into {folder}: the file {file} is that of the "
-                f"adapter {record['name']}. Choose another name."
-            )
-    safe_join(folder, file).parent.mkdir(exist_ok=True)
-    return file

@@ -21,7 +21,6 @@ from qaflora_edge.formats.bundle import (
     adapter_paths,
     is_base,
     read_bundle_text,
-    recorded_file,
 )
 from qaflora_edge.formats.gguf import GgufHeader
 from qaflora_edge.formats.inputs import FileState, check_file, file_state
@@ -97,13 +96,11 @@ def load_bundle(
     if adapters is not None or is_base(place):
         states = {path: file_state(path) for path in (place, *paths.values())}
     else:
-        text = read_bundle_text(place)
-        found = recorded_file(place, text.base)
-        paths = adapter_paths(place, text)
-        if found is None:
-            from qaflora_edge.hub.local import pulled_base
+        from qaflora_edge.hub.local import recorded_base
 
-            found = pulled_base(text.base)
+        text = read_bundle_text(place)
+        paths = adapter_paths(place, text)
+        found = recorded_base(place, text.base)
         if found is None:
             raise BundleError(
                 f"Cannot open the bundle {place}: its base ({text.base.architecture}, "

@@ -19,12 +19,12 @@ from qaflora_edge.files import AnyPath, atomic_path, readable, what_is_at
 from qaflora_edge.formats.adapter import read_adapter
 from qaflora_edge.formats.bundle import BUNDLE_FILE, NAME_PATTERN, NAME_RULE, BaseRecord
 from qaflora_edge.formats.gguf import GgufHeader
-from qaflora_edge.formats.inputs import checksum, sha256_file
+from qaflora_edge.formats.inputs import checksum, safe_join, sha256_file
 from qaflora_edge.formats.names import load_registry, model_name, parse_hub_ref, pulled_model
 from qaflora_edge.hub.fetch import fetch_hub, fetch_model
 from qaflora_edge.hub.local import cached_ref
 from qaflora_edge.peft.folder import check_no_part
-from qaflora_edge.progress import TellCount
+from qaflora_edge.progress import Tell, TellCount
 from qaflora_edge.settings import expanded
 
 
@@ -137,20 +137,50 @@ def check_names(names: Sequence[str]) -> None:
         seen.add(name.lower())
 
 
-def put_adapter(
+def put_adapters(
+    folder: Path,
+    raw: Mapping[str, Any],
+    pairs: Sequence[tuple[str, AnyPath]],
+    header: GgufHeader,
+    outtype: str,
+    tell: Tell,
+) -> None:
+    """Convert or copy adapters into a bundle, check them against the base, and record them.
+
+    raw     bundle.json; its adapters are changed
+    pairs   name and source of each; all are found before the first is converted
+    header  of the base
+
+    Raises BundleError when a file's place is another adapter's. What a killed command left there is
+    overwritten.
+    """
+    sources = [find_adapter(path) for _, path in pairs]
+    safe_join(folder, "adapters").mkdir(exist_ok=True)
+    for done, ((name, _), source) in enumerate(zip(pairs, sources, strict=True)):
+        tell("Converting the adapters", done, len(pairs))
+        file = f"adapters/{name}.gguf"
+        for other in raw["adapters"]:
+            if other["file"].lower() == file.lower():
+                raise BundleError(
+                    f"Cannot put an adapter {name} into {folder}: the file {file} is that of the "
+                    f"adapter {other['name']}. Choose another name."
+                )
+        raw["adapters"].append({"name": name, "file": file})
+        raw["adapters"][-1] |= _put_adapter(source, safe_join(folder, file), header, outtype)
+    tell("Converting the adapters", len(pairs), len(pairs))
+
+
+def _put_adapter(
     source: AdapterSource, target: Path, header: GgufHeader, outtype: str
 ) -> dict[str, Any]:
-    """Convert or copy one adapter to its place in a bundle, and check it against the base.
-
-    header   of the base
-    returns  what bundle.json says of it, name and file apart
-    """
+    """Put one adapter in its place; give what bundle.json says of it, name and file apart."""
     if source.path.is_dir():
         convert_adapter(source.path, header, target, outtype=outtype, name=source.name)
         info = read_adapter(target, header)
     else:  # messages name the file that the user knows
         info = read_adapter(source.path, header)
-        copy_file(source.path, target)
+        with atomic_path(target) as temporary:
+            shutil.copyfile(source.path, temporary)
     return {
         "sha256": sha256_file(target),
         "size_bytes": target.stat().st_size,
@@ -162,12 +192,6 @@ def put_adapter(
         "description": "",
         **({"hub": source.hub} if source.hub else {}),
     }
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy an adapter file, whole or not at all."""
-    with atomic_path(target) as temporary:
-        shutil.copyfile(source, temporary)
 
 
 def base_record(header: GgufHeader, recorded: Mapping[str, str]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +26,7 @@ from qaflora_edge.files import one_line, write_text_atomic
 
 if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
-    from qaflora_edge.evaluation.results import Results
-    from qaflora_edge.evaluation.run import Evaluation
+    from qaflora_edge.evaluation.results import Record, Results
     from qaflora_edge.evaluation.statistics import Estimate
     from qaflora_edge.evaluation.table import Cell
     from qaflora_edge.evaluation.tasks import Task
@@ -93,38 +92,34 @@ def eval(
     scored; docs/evaluate.md says how to write one. Every item is asked under every strategy, many
     at once (--parallel).
     """
-    from qaflora_edge.bundles.edit import editing
+    from qaflora_edge.bundles.edit import editing, set_default
     from qaflora_edge.cli.doctor import cpu_name
-    from qaflora_edge.evaluation.results import ResultsFile
-    from qaflora_edge.evaluation.run import Evaluation, header
+    from qaflora_edge.evaluation.results import kept_results
+    from qaflora_edge.evaluation.run import evaluate, header, left
+    from qaflora_edge.evaluation.table import best_strategy
     from qaflora_edge.evaluation.tasks import read_task
 
     check_outputs((out, html, None if json_path == "-" else json_path), tasks, added_to=out)
+    folder = bundle_folder(bundle)
     if save:
-        with editing(bundle_folder(bundle)):  # says now what it would say at the end
+        with editing(folder):  # says now what it would say at the end
             pass
     read = [read_task(path) for path in tasks]
     _check_names(read)
-    sampling, raw_prompt = options.sampling, options.raw_prompt
+    sampling = options.sampling | {"raw_prompt": options.raw_prompt}
     with open_engine(bundle, options) as engine:
         strategies = _strategies(engine, ways, options.strategy)
-        file = ResultsFile(
-            out,
-            header(
-                bundle_folder(bundle),
-                engine,
-                read,
-                strategies,
-                _asked_under(engine, options),
-                cpu_name(),
-            ),
-        )
-        with file.opened():
-            _run(Evaluation(engine, read, strategies, file, limit, sampling, raw_prompt))
-    _show(file.results, json_path, html)
+        told = _asked_under(engine, options)
+        head = header(folder, engine, read, strategies, told, cpu_name())
+        with kept_results(out, head) as results:
+            asked = left(read, strategies, results, limit)
+            _keep(results, evaluate(engine, asked, **sampling), len(asked))
+    _show(results, json_path, html)
     if save:
-        _save(bundle_folder(bundle), file.results)
-    click.get_current_context().exit(1 if file.results.failed else 0)
+        best, how = best_strategy(results), results.header["options"]
+        set_default(folder, best, lens=how["lens"], pool=how["pool"])
+        click.echo(f"The strategy of {folder} is {best} from now on.", err=True)
+    click.get_current_context().exit(1 if results.failed else 0)
 
 
 def _check_names(tasks: Sequence[Task]) -> None:
@@ -155,27 +150,20 @@ def _asked_under(engine: Engine, options: SharedOptions) -> dict[str, Any]:
     return {**found, "stop": list(found["stop"])}
 
 
-def _run(evaluation: Evaluation) -> None:
-    """Ask what is left, with a bar on a terminal, and say at the end what was done."""
-    file, start = evaluation.file, time.perf_counter()
-    n_left = sum(len(list(evaluation.left(task))) for task in evaluation.tasks)
-    n_before, n_token = len(file.records), 0
+def _keep(results: Results, records: Iterator[Record], n_asked: int) -> None:
+    """Keep records as they come, with a bar on a terminal, and say at the end what was done."""
+    start, n_before, n_done, n_token = time.perf_counter(), len(results.records), 0, 0
     try:
-        with progress_bars() as bar:
-
-            def tell(n: int) -> None:
-                nonlocal n_token
-                n_token += n
-                bar("Evaluating", len(file.records) - n_before, n_left)
-
-            evaluation.tell = tell
-            evaluation.run()
+        with progress_bars() as tell:
+            for n_done, record in enumerate(records, 1):
+                results.add(record)
+                n_token += record.get("n_token", 0)
+                tell("Evaluating", n_done, n_asked)
     finally:  # also of Ctrl-C
-        seconds = time.perf_counter() - start
-        parts = [f"{len(file.records) - n_before} results in {seconds:.0f} s, {n_token} tokens"]
+        parts = [f"{n_done} results in {time.perf_counter() - start:.0f} s, {n_token} tokens"]
         if n_before:
             parts.append(f"{n_before} were there before")
-        if failed := file.results.failed:
+        if failed := results.failed:
             first = "{task}, item {item}: {error}".format_map(failed[0])
             parts.append(f"{len(failed)} failed, the first: {first}")
         click.echo(f"[{one_line('; '.join(parts))}]", err=True)
@@ -186,7 +174,7 @@ def _show(results: Results, json_path: str | None, html: Path | None) -> None:
 
     found = cells(results)
     document = json.dumps(
-        {**results.header, "results": list(results.records)}, ensure_ascii=json_path == "-"
+        {**results.header, "results": list(results.records.values())}, ensure_ascii=json_path == "-"
     )
     if json_path == "-":
         click.echo(document)
@@ -228,54 +216,39 @@ def _task_shown(cell: Cell) -> dict[str, Any]:
     """Write a task as `results_page` takes it."""
     from qaflora_edge.evaluation.table import estimate, heads, rows
 
-    def bar(
-        found: Estimate | None, *, is_difference: bool
-    ) -> tuple[str, float, float, float] | None:
+    def bar(at: int, found: Estimate | None) -> tuple[str, float, float, float] | None:
         if found is None:
             return None
-        text = estimate(found, cell.unit, is_difference=is_difference)
+        text = estimate(found, cell.unit, is_difference=at > 0)
         return text, found.value, found.low, found.high
 
+    items: dict[int, list[Record]] = {}
+    for each in cell.rows.values():
+        for item, row in each.items():
+            items.setdefault(item, []).append(row)
+    lines = {name: [bar(*each) for each in enumerate(row)] for name, row in rows([cell]).items()}
     return {
         "name": cell.name,
         "metric": cell.task["metric"],
         "heads": heads([cell]),
-        "lines": {
-            strategy: [bar(each, is_difference=at > 0) for at, each in enumerate(row)]
-            for strategy, row in rows([cell]).items()
-        },
-        "entries": [
-            _item_shown(cell, item)
-            for item in sorted({item for rows in cell.rows.values() for item in rows})
-        ],
+        "lines": lines,
+        "entries": [_item_shown(items[item], cell.unit) for item in sorted(items)],
     }
 
 
-def _item_shown(cell: Cell, index: int) -> dict[str, Any]:
+def _item_shown(given: Sequence[Record], unit: str) -> dict[str, Any]:
     from qaflora_edge.evaluation.table import number
     from qaflora_edge.show.text import crop, who_spoke
 
-    given = {strategy: rows[index] for strategy, rows in cell.rows.items() if index in rows}
-    first = next(iter(given.values()))
     answers = [
         {
-            "strategy": strategy,
-            "score": "failed"
-            if row["score"] is None
-            else number(cell.factor * row["score"], cell.unit),
+            "strategy": row["strategy"],
+            "score": "failed" if row["score"] is None else number(row["score"], unit),
             "mix": who_spoke(row["weights"]),
             "text": row["error"] or row["answer"] or "",
         }
-        for strategy, row in given.items()
+        for row in given
     ]
-    told = {key: first[key] for key in ("question", "expected")}
-    return {"index": index, "title": crop(told["question"], 90), **told, "answers": answers}
-
-
-def _save(folder: Path, results: Results) -> None:
-    from qaflora_edge.bundles.edit import set_default
-    from qaflora_edge.evaluation.table import best_strategy
-
-    strategy, options = best_strategy(results), results.header["options"]
-    set_default(folder, strategy, lens=options["lens"], pool=options["pool"])
-    click.echo(f"The strategy of {folder} is {strategy} from now on.", err=True)
+    told = {key: given[0][key] for key in ("question", "expected")}
+    title = crop(told["question"], 90)
+    return {"index": given[0]["item"], "title": title, **told, "answers": answers}

@@ -64,9 +64,7 @@ _registry: dict[str, Metric] = {}
 
 
 def register_metric(metric: Metric) -> None:
-    """Let tasks of this process be scored by a metric of its own.
-
-    A metric replaces an earlier one of its name, so that a notebook's cell can run twice.
+    """Let tasks of this process be scored by a metric of its own; the last one of a name counts.
 
     Raises TaskFileError for a name that is taken or malformed, or an object that is no Metric.
     """
@@ -116,7 +114,7 @@ def choice_score(log_probs: Sequence[F32], fields: Fields) -> dict[str, Any]:
 
 
 def loss(log_probs: Sequence[F32], fields: Fields) -> float:
-    """Nats a token of a continuation with log-probabilities float32 [n_token]."""
+    """Give the nats a token of one continuation: float32 [n_token] each, as `choice_score`."""
     return -float(log_probs[0].mean(dtype=np.float64))
 
 

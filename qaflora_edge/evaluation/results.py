@@ -8,9 +8,8 @@ Lines are added as items end, so that a run that was killed can resume.
 
 import gzip
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,32 +25,34 @@ ADVICE = "Give a file that `qaflora eval -o` has written."
 Record = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
 class Results:
-    """A results file, read.
+    """Results by task, item and strategy, in the order that they came.
 
-    header   its first line
-    records  the others, one for each item and strategy, in the order that they came
+    header   what is asked, under which options: the first line of a file
+    records  one for each item and strategy; `add` writes it into the file, if there is one
     """
 
-    header: Record
-    records: tuple[Record, ...]
+    def __init__(self, header: Record, records: Iterable[Record] = ()) -> None:
+        self.header = header
+        self.records = {_key(record): record for record in records}
+        self._file: LineFile | None = None
 
     @property
-    def strategies(self) -> tuple[str, ...]:
+    def strategies(self) -> list[str]:
         """Every strategy: those of the first run, then those that were added."""
-        found = dict.fromkeys(self.header["strategies"])
-        return tuple(found | dict.fromkeys(record["strategy"] for record in self.records))
+        return [*dict.fromkeys([*self.header["strategies"], *(key[2] for key in self.records)])]
 
     @property
     def failed(self) -> list[Record]:
         """Records of items that could not be asked."""
-        return [record for record in self.records if record["score"] is None]
+        return [record for record in self.records.values() if record["score"] is None]
 
-    @property
-    def adapters(self) -> tuple[str, ...]:
-        """Names of the adapters in use."""
-        return tuple(adapter["name"] for adapter in self.header["adapters"])
+    def add(self, record: Record) -> None:
+        """Add the result of an item under a strategy."""
+        if self._file is not None:
+            for line in (record,) if self._file.n_byte else (self.header, record):
+                self._file.add(json.dumps(line, ensure_ascii=False, allow_nan=False))
+        self.records[_key(record)] = record
 
 
 def read_results(path: str | Path) -> Results:
@@ -62,58 +63,37 @@ def read_results(path: str | Path) -> Results:
     lines, _ = _read(path)
     if not lines:
         raise _wrong(path, 1, "it is empty or cut", "a header and results")
-    return Results(lines[0], tuple(lines[1:]))
+    return Results(lines[0], lines[1:])
 
 
-class ResultsFile:
-    """A results file that grows by whole lines; what it has already is read first.
+@contextmanager
+def kept_results(path: Path | None, header: Record) -> Iterator[Results]:
+    """Give results that grow by whole lines; what the file has already is read first.
 
-    path     None: nothing is written, and results are kept in memory only
-    header   of this run
-    records  what there is by now, by task, item and strategy
+    path    None: nothing is written
+    header  of this run
+
+    Raises ResultsFileError or OutputFileError when the file is of another evaluation, or cannot be
+    written to; then it stays as it is.
     """
+    results = Results(header)
+    with ExitStack() as stack:
+        if path is not None:
+            file = LineFile(path, "results")
+            stack.enter_context(file.opened())
+            lines, file.n_byte = _read(path) if path.exists() else ([], 0)
+            if lines:  # else it is new, or was killed while its first line was written
+                for key in IDENTITY:
+                    if lines[0].get(key) != header[key]:
+                        found = f"it was begun with another value of `{key}`, expected the same"
+                        raise file.refused(found, "Give what it was begun with")
+                results = Results(lines[0], lines[1:])
+            results._file = file
+        yield results
 
-    def __init__(self, path: Path | None, header: Record) -> None:
-        self._file = None if path is None else LineFile(path, "results")
-        self._header = header
-        self.records: dict[tuple[str, int, str], Record] = {}
 
-    @property
-    def results(self) -> Results:
-        """Everything that there is by now."""
-        return Results(self._header, tuple(self.records.values()))
-
-    @contextmanager
-    def opened(self) -> Iterator[None]:
-        """Read what the file has, and keep others from writing into it.
-
-        Raises ResultsFileError or OutputFileError when it is of another evaluation, or cannot be
-        written to; then it stays as it is.
-        """
-        if self._file is None:
-            yield
-            return
-        with self._file.opened():
-            if self._file.path.exists():
-                self._resume(self._file)
-            yield
-
-    def write(self, record: Record) -> None:
-        """Add the result of an item under a strategy."""
-        if self._file is not None:
-            for line in (record,) if self._file.n_byte else (self._header, record):
-                self._file.add(json.dumps(line, ensure_ascii=False, allow_nan=False))
-        self.records[record["task"], record["item"], record["strategy"]] = record
-
-    def _resume(self, file: LineFile) -> None:
-        lines, n_byte = _read(file.path)
-        if not lines:  # empty, or killed while its first line was written
-            return
-        if any(self._header[key] != lines[0].get(key) for key in IDENTITY):
-            what = "it was begun for another bundle, task or option, expected the same"
-            raise file.refused(what, "Give what it was begun with")
-        self._header, file.n_byte = lines[0], n_byte
-        self.records = {(each["task"], each["item"], each["strategy"]): each for each in lines[1:]}
+def _key(record: Record) -> tuple[str, int, str]:
+    return record["task"], record["item"], record["strategy"]
 
 
 def _read(path: str | Path) -> tuple[list[Record], int]:
@@ -129,7 +109,7 @@ def _read(path: str | Path) -> tuple[list[Record], int]:
             found.append(read_json_object(line))
         except ValueError as error:  # errors of JSON and UTF-8 too
             raise _wrong(path, number, f"it is no JSON object ({error})", "one") from error
-    return found, len(whole)
+    return found, len(whole) if found else 0
 
 
 def _wrong(path: str | Path, number: int, found: str, expected: str) -> ResultsFileError:

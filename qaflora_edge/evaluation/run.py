@@ -1,22 +1,27 @@
-"""Ask every item of some tasks under every strategy, score the answers, and write each result."""
+"""Ask items of tasks under strategies, and score the answers."""
 
 import hashlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import CancelledError, ChatTemplateError, PromptError
-from qaflora_edge.evaluation.results import ResultsFile
+from qaflora_edge.evaluation.metrics import listed
+from qaflora_edge.evaluation.results import Results
 from qaflora_edge.evaluation.tasks import Item, Task
 from qaflora_edge.weighing.numbers import FusionWeights
+
+Asked = tuple[Task, Item, str]  # the last is the strategy
+Record = dict[str, Any]
+_UNUSABLE = (PromptError, ChatTemplateError)  # the fault of one item; other errors end the run
 
 
 def header(
@@ -26,7 +31,7 @@ def header(
     strategies: Sequence[str],
     options: Mapping[str, Any],
     machine: str = "",
-) -> dict[str, Any]:
+) -> Record:
     """Write the first line of a results file.
 
     folder   of the bundle
@@ -38,160 +43,125 @@ def header(
 
     identity = bundle_identity(folder)
     fusion = {} if is_base(folder) else read_bundle_text(folder).raw.get("fusion", {})
+    # What some strategies use: a file from before a calibration is of another evaluation.
+    measured = json.dumps([fusion.get(key) for key in ("typical", "samples")], sort_keys=True)
     keys = ("name", "metric", "sha256", "language", "domain", "system", "template")
     return {
         "eval": 1,
         "version": __version__,
         "bundle": identity["name"],
         "base": {"name": engine.name, "sha256": identity["base_sha256"]},
-        "adapters": [
-            {"name": name, "sha256": identity["adapters"][name]} for name in engine.adapters
-        ],
+        "adapters": [{"name": n, "sha256": identity["adapters"][n]} for n in engine.adapters],
         "n_layer": engine.n_layer,
-        "measured": {  # what some strategies use
-            key: hashlib.sha256(json.dumps(fusion[key], sort_keys=True).encode()).hexdigest()
-            for key in ("typical", "samples")
-            if key in fusion
-        },
-        "tasks": [
-            {**{key: getattr(task, key) for key in keys}, "n_item": len(task.items)}
-            for task in tasks
-        ],
+        "measured": hashlib.sha256(measured.encode()).hexdigest(),
+        "tasks": [{key: getattr(task, key) for key in keys} for task in tasks],
         "strategies": list(strategies),
         "options": dict(options),
         "machine": machine,
     }
 
 
-@dataclass(frozen=True)
-class _Weighed:
-    """An item, weighed under one strategy.
+def left(
+    tasks: Iterable[Task], strategies: Sequence[str], results: Results, limit: int | None = None
+) -> list[Asked]:
+    """List what the results lack.
 
-    record  what is written of it by now
+    limit  items of each task that are asked; None: all
+
+    Strategies of an item come one after the other, for they share what is measured of it.
+    Each is in turn the first, which pays for that.
     """
+    n = len(strategies)
+    return [
+        (task, item, strategy)
+        for task in tasks
+        for item in task.items[:limit]
+        for strategy in (strategies[(item.index + i) % n] for i in range(n))
+        if (task.name, item.index, strategy) not in results.records
+    ]
 
-    item: Item
-    tokens: Sequence[int]
-    fusion: FusionWeights
-    record: dict[str, Any]
 
+def evaluate(
+    engine: Engine, asked: Iterable[Asked], *, raw_prompt: bool = False, **sampling: Any
+) -> Iterator[Record]:
+    """Ask and score; yield records in the order in which items end.
 
-@dataclass
-class Evaluation:
-    """Tasks that are asked under strategies; what the file has already is left out.
-
-    limit       items of each task that are asked; None: all
-    sampling    keywords of Engine.generate
     raw_prompt  no chat template, whatever the tasks say
-    tell        called after each result with the number of its tokens
+    sampling    keywords of Engine.generate
 
-    An item with a prompt that cannot be used, one that is too long for example, is a result
-    without a score. Any other failure ends the run, which can resume.
+    An item with a prompt that cannot be used, one that is too long for example, is a record
+    without a score. Raises any other failure.
     """
+    for task, group in itertools.groupby(asked, itemgetter(0)):
+        if task.by.is_likelihood:
+            yield from _likelihoods(engine, group, raw_prompt)
+        else:
+            yield from _answers(engine, task, group, raw_prompt, sampling)
 
-    engine: Engine
-    tasks: Sequence[Task]
-    strategies: Sequence[str]
-    file: ResultsFile
-    limit: int | None = None
-    sampling: Mapping[str, Any] = field(default_factory=dict)
-    raw_prompt: bool = False
-    tell: Callable[[int], None] = lambda n_token: None
 
-    def left(self, task: Task) -> Iterator[tuple[Item, str]]:
-        """Give each item and strategy that the file does not have.
+def _answers(
+    engine: Engine, task: Task, asked: Iterable[Asked], raw_prompt: bool, sampling: Record
+) -> Iterator[Record]:
+    """Generate answers, many at once."""
+    own = {"max_tokens": task.max_tokens, "stop": task.stop}
+    sampling = sampling | {key: value for key, value in own.items() if value is not None}
+    records: list[Record] = []
+    spent_ms: Counter[int] = Counter()
 
-        Strategies of an item come one after the other, for they share what is measured of it.
-        Each is in turn the first, which pays for that.
-        """
-        n = len(self.strategies)
-        for item, at in itertools.product(task.items[: self.limit], range(n)):
-            strategy = self.strategies[(item.index + at) % n]
-            if (task.name, item.index, strategy) not in self.file.records:
-                yield item, strategy
+    def requests() -> Iterator[Record]:
+        for _, item, strategy in asked:
+            record = asked_fields(task, item, strategy)
+            records.append(record)
+            how = {"weights": strategy, "on_weights": partial(_weighed, record, spent_ms)}
+            yield request(engine, task, item, raw_prompt=raw_prompt) | how
 
-    def run(self) -> None:
-        """Ask what is left; each result is written when it is there."""
-        for task in self.tasks:
-            ask = self._score if task.by.is_likelihood else self._generate
-            ask(task)
+    for number, answer in engine.generate_many(requests(), **sampling):
+        record, error = records[number], answer.error
+        if answer.is_cancelled:
+            raise CancelledError("The evaluation was ended; the same command resumes it.")
+        if error is None:
+            record |= score_fields(task, task.items[record["item"]], answer.text())
+            record |= answer.timings.to_dict()
+            record |= {"n_prompt": answer.n_prompt, "n_token": answer.n_completion}
+            record["finish_reason"] = answer.finish_reason
+        elif isinstance(error, _UNUSABLE):
+            record["error"] = str(error)
+        else:
+            raise error
+        yield record
 
-    def _weighed(self, task: Task) -> Iterator[_Weighed]:
-        """Weigh the items that are left."""
-        last, before_ms = None, 0.0  # probe time of the item's strategies before
-        for item, strategy in self.left(task):
-            if item is not last:
-                last, before_ms = item, 0.0
-            try:
-                tokens = task_prompt(self.engine, task, item, raw_prompt=self.raw_prompt)
-                fusion = self.engine.weights(tokens, strategy=strategy)
-            except (PromptError, ChatTemplateError) as error:
-                self._write(asked_fields(task, item, strategy) | {"error": str(error)})
-                continue
-            record = asked_fields(task, item, strategy, fusion)
-            record |= {"probe_ms": fusion.probe_ms, "probe_before_ms": before_ms}
-            yield _Weighed(item, tokens, fusion, {**record, "n_prompt": len(tokens)})
-            before_ms += fusion.probe_ms
 
-    def _generate(self, task: Task) -> None:
-        """Generate answers, many at once."""
-        running: dict[int, _Weighed] = {}
-
-        def requests() -> Iterator[dict[str, Any]]:
-            for number, weighed in enumerate(self._weighed(task)):
-                running[number] = weighed
-                yield {"prompt": weighed.tokens, "weights": weighed.fusion}
-
-        own = {"max_tokens": task.max_tokens, "stop": task.stop and tuple(task.stop)}
-        sampling = {**self.sampling, **{key: each for key, each in own.items() if each is not None}}
-        for number, answer in self.engine.generate_many(requests(), **sampling):
-            if answer.error is not None and not isinstance(answer.error, PromptError):
-                raise answer.error
-            if answer.is_cancelled:
-                raise CancelledError("The evaluation was ended; the same command resumes it.")
-            weighed, error = running.pop(number), answer.error
-            facts = {
-                "prefill_ms": answer.timings.prefill_ms,
-                "decode_ms": answer.timings.decode_ms,
-                "n_token": answer.n_completion,
-                "finish_reason": answer.finish_reason,
-            }
-            found = score_fields(task, weighed.item, answer.text()) if error is None else {}
-            self._write(weighed.record | facts | found | {"error": error and str(error)})
-
-    def _score(self, task: Task) -> None:
-        """Measure the likelihood of texts; nothing is generated."""
-        for weighed in self._weighed(task):
-            texts = scored_texts(task, weighed.item)
+def _likelihoods(engine: Engine, asked: Iterable[Asked], raw_prompt: bool) -> Iterator[Record]:
+    """Measure the likelihood of texts; nothing is generated."""
+    spent_ms: Counter[int] = Counter()
+    for task, item, strategy in asked:
+        record, texts = asked_fields(task, item, strategy), listed(item.fields[task.by.needs])
+        try:
+            tokens = task_prompt(engine, task, item, raw_prompt=raw_prompt)
+            fusion = engine.weights(tokens, strategy=strategy)
+            _weighed(record, spent_ms, fusion)
             start = time.perf_counter()
-            try:
-                prompts = [weighed.tokens] * len(texts)
-                scores = self.engine.score(prompts, texts, weights=weighed.fusion)
-            except PromptError as error:
-                self._write(weighed.record | {"error": str(error)})
-                continue
-            facts = {
-                "prefill_ms": 1e3 * (time.perf_counter() - start),
-                "decode_ms": 0.0,
-                "n_token": sum(map(len, scores)),
-                "finish_reason": None,
-            }
-            self._write(weighed.record | facts | score_fields(task, weighed.item, scores))
-
-    def _write(self, record: dict[str, Any]) -> None:
-        ms = {key: round(record[key], 3) for key in record if key.endswith("_ms")}
-        self.file.write(record | ms)
-        self.tell(record.get("n_token", 0))
+            scores = engine.score([tokens] * len(texts), texts, weights=fusion)
+        except _UNUSABLE as error:
+            record["error"] = str(error)
+        else:
+            record["prefill_ms"] = round(1e3 * (time.perf_counter() - start), 3)
+            record |= {"n_prompt": len(tokens), "n_token": sum(map(len, scores))}
+            record |= score_fields(task, item, scores)
+        yield record
 
 
-def asked_fields(
-    task: Task, item: Item, strategy: str, fusion: FusionWeights | None = None
-) -> dict[str, Any]:
-    """Write a result's fields of the question and its weights; there is no answer yet.
+def _weighed(record: Record, spent_ms: Counter[int], fusion: FusionWeights) -> None:
+    """Add weights to a record, what they took, and what earlier strategies of the item took."""
+    item, probe_ms = record["item"], round(fusion.probe_ms, 3)
+    record["weights"] = {name: round(mean, 4) for name, mean in fusion.means.items()}
+    record |= {"probe_ms": probe_ms, "probe_before_ms": spent_ms[item]}
+    spent_ms[item] += probe_ms  # type: ignore[assignment]
 
-    fusion  None where it could not be weighed
-    """
-    record = {
+
+def asked_fields(task: Task, item: Item, strategy: str) -> Record:
+    """Begin a record: what is asked. It has no weights and no answer yet."""
+    return {
         "task": task.name,
         "item": item.index,
         "strategy": strategy,
@@ -202,19 +172,9 @@ def asked_fields(
         "weights": {},
         "error": None,
     }
-    if fusion is not None:
-        means = np.asarray(fusion.weights, np.float64).mean(axis=1).round(4)  # [n_adapter]
-        record["weights"] = dict(zip(fusion.adapters, means.tolist(), strict=True))
-    return record
 
 
-def scored_texts(task: Task, item: Item) -> list[str]:
-    """Give the texts that are scored where nothing is generated."""
-    found = item.fields[task.by.needs]
-    return found if task.metric == "choice" else [found]
-
-
-def score_fields(task: Task, item: Item, given: str | Sequence[F32]) -> dict[str, Any]:
+def score_fields(task: Task, item: Item, given: str | Sequence[F32]) -> Record:
     """Score an answer, or texts by their likelihood; `score` and what else the metric says.
 
     given  the answer, or log-probabilities of each text's tokens in nats: float32 [n_token] each
@@ -224,15 +184,24 @@ def score_fields(task: Task, item: Item, given: str | Sequence[F32]) -> dict[str
     return answer | (dict(found) if isinstance(found, Mapping) else {"score": float(found)})
 
 
-def task_prompt(engine: Engine, task: Task, item: Item, *, raw_prompt: bool = False) -> list[int]:
-    """Tokenize what an item asks: in chat form where there is a template, or as it is.
+def request(engine: Engine, task: Task, item: Item, *, raw_prompt: bool = False) -> dict[str, Any]:
+    """Ask an item as Engine.generate_many takes it: `messages` for the template, or `prompt`.
 
     raw_prompt  no chat template, whatever the task says
 
-    Messages and system always need the template. Raises PromptError for one that is too long,
-    ChatTemplateError for a conversation without a template.
+    Messages and system always need the template.
     """
     is_chat = engine.has_chat_template and not (raw_prompt or task.raw_prompt)
     if is_chat or "messages" in item.fields or task.system is not None:
-        return engine.chat_tokens(task.messages(item))
-    return engine.tokenize(task.question(item))
+        return {"messages": task.messages(item)}
+    return {"prompt": task.question(item)}
+
+
+def task_prompt(engine: Engine, task: Task, item: Item, *, raw_prompt: bool = False) -> list[int]:
+    """Tokenize what an item asks; see `request`.
+
+    Raises PromptError for one that is too long, ChatTemplateError for a conversation without a
+    template.
+    """
+    asked = request(engine, task, item, raw_prompt=raw_prompt)
+    return engine.chat_tokens(**asked) if "messages" in asked else engine.tokenize(**asked)

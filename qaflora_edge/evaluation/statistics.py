@@ -2,9 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Self
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,11 +12,9 @@ from qaflora_edge.arrays import F64
 Z = NormalDist().inv_cdf(0.975)
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean and the ends of its 95 % interval.
+class Estimate(NamedTuple):
+    """A mean and the ends of its 95 % interval, over n_item items.
 
-    n_item     number of items
     low, high  NaN where a task has one item: too few to tell
     """
 
@@ -25,10 +22,6 @@ class Estimate:
     low: float
     high: float
     n_item: int
-
-    def times(self, factor: float) -> Self:
-        """Convert to another unit; factor > 0."""
-        return type(self)(factor * self.value, factor * self.low, factor * self.high, self.n_item)
 
 
 def mean(tasks: Sequence[F64]) -> Estimate:

@@ -1,7 +1,7 @@
 """What results say: scores with intervals, paired differences, and which strategy was the best."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,7 +26,7 @@ class Cell:
     """
 
     task: Record
-    adapters: tuple[str, ...]
+    adapters: Sequence[str]
     rows: dict[str, dict[int, Record]] = field(default_factory=dict)
 
     @property
@@ -38,24 +38,15 @@ class Cell:
         """Unit of scores: points of 100, where more is better, or nats a token, where less is."""
         return NATS if self.task["metric"] == "loss" else POINTS
 
-    @property
-    def factor(self) -> float:
-        """Factor from scores in the file to the unit."""
-        return 1.0 if self.unit == NATS else 100.0
-
-    @property
-    def sign(self) -> float:
-        """1 where a higher score is better, else -1."""
-        return -1.0 if self.unit == NATS else 1.0
-
-    def scored(self, strategy: str | None) -> dict[int, Record]:
-        """Records that have a score, by item."""
+    def scored(self, strategy: str | None) -> dict[int, float]:
+        """Scores as they were written, 0 to 1 or nats, by item; without those that failed."""
         rows = self.rows.get(strategy or "", {})
-        return {item: row for item, row in rows.items() if row["score"] is not None}
+        return {item: row["score"] for item, row in rows.items() if row["score"] is not None}
 
-    def scores(self, strategy: str) -> F64:
-        """Scores as they were written, 0 to 1 or nats: float64 [n_item]."""
-        return np.array([row["score"] for row in self.scored(strategy).values()], np.float64)
+    def scores(self, strategy: str, items: Iterable[int] | None = None) -> F64:
+        """Scores of all items that have one, or of some: float64 [n_item]."""
+        found = self.scored(strategy)
+        return np.array([found[item] for item in items or found], np.float64)
 
     def gains(self, strategy: str, over: str | None) -> F64:
         """How much better a strategy is than another, above 0 where it is: float64 [n_item].
@@ -63,53 +54,69 @@ class Cell:
         Differences of scores as they were written, over the items that both have.
         """
         mine, theirs = self.scored(strategy), self.scored(over)
-        found = [mine[item]["score"] - theirs[item]["score"] for item in mine if item in theirs]
-        return self.sign * np.array(found, np.float64)
-
-    def score(self, strategy: str) -> Estimate:
-        """The mean score in the unit; NaN where no item has one."""
-        return mean([self.scores(strategy)]).times(self.factor)
-
-    def gain(self, strategy: str, over: str | None) -> Estimate | None:
-        """How much better a strategy is than another, in the unit; None where one is missing."""
-        return total_gain([self], strategy, [over])
+        found = np.array([mine[item] - theirs[item] for item in mine if item in theirs], np.float64)
+        return -found if self.unit == NATS else found
 
     def best_single(self) -> str | None:
-        """Find the single adapter with the best mean, in hindsight: on these items.
-
-        Adapters are compared by the items that all of them have, if there are such items.
-        """
-        scored = {f"{SINGLE}{name}": self.scored(f"{SINGLE}{name}") for name in self.adapters}
-        scored = {name: rows for name, rows in scored.items() if rows}
-        shared = set.intersection(*map(set, scored.values())) if scored else set()
-
-        def value(name: str) -> float:
-            rows = scored[name]
-            return self.sign * float(np.mean([rows[item]["score"] for item in shared or rows]))
-
-        return max(scored, key=value, default=None)
+        """Find the single adapter with the best mean, in hindsight: on these items."""
+        names = [f"{SINGLE}{name}" for name in self.adapters]
+        return best([self], [name for name in names if self.scored(name)])
 
 
 def cells(results: Results) -> list[Cell]:
     """Sort records by task and strategy, in the order asked for: answers end in another one."""
-    found = {task["name"]: Cell(task, results.adapters) for task in results.header["tasks"]}
+    adapters = [adapter["name"] for adapter in results.header["adapters"]]
+    found = {task["name"]: Cell(task, adapters) for task in results.header["tasks"]}
     order = results.strategies.index
-    for row in sorted(results.records, key=lambda row: order(row["strategy"])):
+    for row in sorted(results.records.values(), key=lambda row: order(row["strategy"])):
         found[row["task"]].rows.setdefault(row["strategy"], {})[row["item"]] = row
     return list(found.values())
 
 
-def total_gain(
-    found: Sequence[Cell], strategy: str, others: Sequence[str | None]
-) -> Estimate | None:
-    """Average how much better a strategy is than another one of each task, in the unit.
+def gain(found: Sequence[Cell], strategy: str, others: Sequence[str | None]) -> Estimate | None:
+    """Average how much better a strategy is than another one of each task.
 
     None where a task lacks one of them, or they are the same. Every task counts the same.
     """
     gains = [cell.gains(strategy, over) for cell, over in zip(found, others, strict=True)]
     if {strategy} == {*others} or not all(map(len, gains)):
         return None
-    return difference(gains, is_right=found[0].unit == POINTS).times(found[0].factor)
+    return difference(gains, is_right=found[0].unit == POINTS)
+
+
+def best(found: Sequence[Cell], names: Sequence[str]) -> str | None:
+    """Find the strategy with the best mean over tasks; of equal ones the first.
+
+    Strategies are compared by the items that all of them have, if there are such items.
+    """
+    shared = [set.intersection(*(set(cell.scored(n)) for n in names)) for cell in found if names]
+
+    def value(name: str) -> float:
+        means = [cell.scores(name, s).mean() for cell, s in zip(found, shared, strict=True)]
+        return round(math.fsum(means), 12) * (-1 if found[0].unit == NATS else 1)
+
+    return max(names, key=value, default=None)
+
+
+def best_strategy(results: Results) -> str:
+    """Find the strategy with the best mean over the tasks.
+
+    Losses count only where no task has points.
+
+    Raises ResultsFileError where no strategy has a score for all items.
+    """
+    found = cells(results)
+    found = [cell for cell in found if cell.unit == POINTS] or found
+    whole = results.strategies
+    for cell in found:
+        items = set[int]().union(*map(cell.scored, cell.rows))
+        whole = [name for name in whole if items and cell.scored(name).keys() == items]
+    if not whole:
+        raise ResultsFileError(
+            "No strategy can be saved: none has a score for every item of every task. See what "
+            "failed, or leave those items out."
+        )
+    return best(found, whole) or ""
 
 
 # tables
@@ -117,8 +124,8 @@ def total_gain(
 
 def heads(found: Sequence[Cell]) -> tuple[str, str, str]:
     """Name the columns of `rows`."""
-    best = "each best single" if len(found) > 1 else found[0].best_single() or "the best single"
-    return f"score, {found[0].unit}", "over static", f"over {best} *"
+    name = "each best single" if len(found) > 1 else found[0].best_single() or "the best single"
+    return f"score, {found[0].unit}", "over static", f"over {name} *"
 
 
 def rows(found: Sequence[Cell]) -> dict[str, tuple[Estimate, Estimate | None, Estimate | None]]:
@@ -132,49 +139,21 @@ def rows(found: Sequence[Cell]) -> dict[str, tuple[Estimate, Estimate | None, Es
     for strategy in found[0].rows:
         scores = [cell.scores(strategy) for cell in found]
         if len(found) == 1 or all(map(len, scores)):
-            over_static, over_best = (total_gain(found, strategy, each) for each in others)
-            table[strategy] = mean(scores).times(found[0].factor), over_static, over_best
+            over_static, over_best = (gain(found, strategy, each) for each in others)
+            table[strategy] = mean(scores), over_static, over_best
     return table
 
 
 def number(value: float, unit: str, *, is_difference: bool = False) -> str:
     """Write a score or difference in its unit; `-` where there is none."""
-    digits = 3 if unit == NATS else 1
-    return NONE if math.isnan(value) else f"{value:{'+' if is_difference else ''}.{digits}f}"
+    digits, factor = (3, 1.0) if unit == NATS else (1, 100.0)
+    sign = "+" if is_difference else ""
+    return NONE if math.isnan(value) else f"{factor * value:{sign}.{digits}f}"
 
 
 def estimate(found: Estimate | None, unit: str, *, is_difference: bool = False) -> str:
     """Write a mean and its interval, as in `12.0 (8.5 to 16.7)`."""
     if found is None:
         return NONE
-    ends = (found.value, found.low, found.high)
-    value, low, high = (number(end, unit, is_difference=is_difference) for end in ends)
+    value, low, high = (number(end, unit, is_difference=is_difference) for end in found[:3])
     return value if low == NONE else f"{value} ({low} to {high})"
-
-
-# the best strategy
-
-
-def best_strategy(results: Results) -> str:
-    """Find the strategy with the highest mean over the tasks.
-
-    Losses count only where no task has points. Of equal strategies the first is taken.
-
-    Raises ResultsFileError where no strategy has a score for all items.
-    """
-    found = cells(results)
-    found = [cell for cell in found if cell.unit == POINTS] or found
-    items = [{item for name in cell.rows for item in cell.scored(name)} for cell in found]
-    means = {
-        name: math.fsum(cell.sign * cell.scores(name).mean() for cell in found)
-        for name in results.strategies
-        if all(
-            own and cell.scored(name).keys() == own for cell, own in zip(found, items, strict=True)
-        )
-    }
-    if not means:
-        raise ResultsFileError(
-            "No strategy can be saved: none has a score for every item of every task. See what "
-            "failed, or leave those items out."
-        )
-    return max(means, key=lambda name: round(means[name], 12))

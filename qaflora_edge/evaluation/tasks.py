@@ -108,42 +108,44 @@ def read_task(path: str | Path) -> Task:
     ):
         data = file.read().removeprefix(codecs.BOM_UTF8)
     lines = list(_objects(data, str(path)))
-    header = _header(*lines.pop(0)) if lines and "task" in lines[0][1] else {}
-    items = [Item(index, fields, where) for index, (where, fields) in enumerate(lines)]
+    header: dict[str, Any] = {}
+    if lines and "task" in lines[0][1]:
+        where, first = lines.pop(0)
+        try:
+            check_schema(first, "task")
+        except WrongField as error:
+            raise _wrong(where, str(error)) from error
+        header = first["task"]
+    items = tuple(Item(index, fields, where) for index, (where, fields) in enumerate(lines))
     if not items:
-        raise _wrong(str(path), "it has no item", 'lines such as {"question": ..., "answer": ...}')
+        expected = 'lines such as {"question": ..., "answer": ...}'
+        raise _wrong(str(path), f"it has no item, expected {expected}")
     defaults = {"name": Path(path).name.removesuffix(".jsonl"), "metric": _metric_of(items)}
-    task = Task(sha256=hashlib.sha256(data).hexdigest(), items=tuple(items), **defaults | header)
+    task = Task(sha256=hashlib.sha256(data).hexdigest(), items=items, **defaults | header)
     if task.metric not in metrics():
-        expected = f"one of {', '.join(metrics())}"
-        raise _wrong(f"{path}, line 1", f"field metric is {shown(task.metric)}", expected)
+        fault = WrongField("metric", shown(task.metric), f"one of {', '.join(metrics())}")
+        raise _wrong(f"{path}, line 1", str(fault))
     for item in items:
-        _check_item(task, item)
+        try:
+            _check_item(task, item)
+        except (WrongField, PromptError) as error:
+            raise _wrong(item.where, str(error).removesuffix(".")) from error
     return task
 
 
-def _wrong(where: str, found: str, expected: str) -> TaskFileError:
-    return TaskFileError(f"Cannot use the task {where}: {found}, expected {expected}. {ADVICE}")
+def _wrong(where: str, what: str) -> TaskFileError:
+    return TaskFileError(f"Cannot use the task {where}: {what}. {ADVICE}")
 
 
 def _objects(data: bytes, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Read the lines that are not blank, each with its place."""
     for number, line in enumerate(data.split(b"\n"), 1):
-        if not line.strip():
-            continue
         where = f"{path}, line {number}"
         try:
-            yield where, read_json_object(line)
+            if line.strip():
+                yield where, read_json_object(line)
         except ValueError as error:  # errors of JSON and UTF-8 too
-            raise _wrong(where, f"it is no JSON object ({error})", "one") from error
-
-
-def _header(where: str, found: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        check_schema(found, "task")
-    except WrongField as error:
-        raise TaskFileError(f"Cannot use the task {where}: {error}. {ADVICE}") from error
-    return dict(found["task"])
+            raise _wrong(where, f"it is no JSON object ({error}), expected one") from error
 
 
 def _metric_of(items: Sequence[Item]) -> str:
@@ -156,25 +158,20 @@ def _metric_of(items: Sequence[Item]) -> str:
 
 
 def _check_item(task: Task, item: Item) -> None:
-    """Raise TaskFileError where an item cannot be asked or scored."""
+    """Raise WrongField or PromptError where an item cannot be asked or scored."""
     fields = item.fields
-    asked = next((key for key in ASKED if key in fields), None)
-    if asked is None:
-        raise _wrong(item.where, "it has no question", "question, prompt or messages")
+    asked = next((key for key in ASKED if key in fields), "question")
     fault = task.by.check(fields)
-    if asked != "messages" and not is_text(fields[asked]):
-        fault = asked, "a text that is not blank"
+    if asked != "messages" and not is_text(fields.get(asked)):
+        fault = asked, "a text that is not blank, or the field prompt or messages"
     if fault:
-        key, expected = fault
-        found = shown(fields[key]) if key in fields else "missing"
-        raise _wrong(item.where, f"{key} is {found}", expected)
+        found = shown(fields[fault[0]]) if fault[0] in fields else "missing"
+        raise WrongField(fault[0], found, fault[1])
     try:
         task.question(item)
-    except PromptError as error:  # of its messages
-        raise TaskFileError(f"Cannot use the task {item.where}: {error} {ADVICE}") from error
     except KeyError as error:
-        expected = f"one of the fields {shortened(', '.join(fields))}"
-        raise _wrong(item.where, f"its template names {shown(error.args[0])}", expected) from error
+        expected = f"only names of the fields {shortened(', '.join(fields))}"
+        raise WrongField("template", f"a text with {{{error.args[0]:.80}}}", expected) from error
 
 
 def _filled(template: str, fields: Mapping[str, Any]) -> str:

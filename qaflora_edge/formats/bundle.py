@@ -152,14 +152,6 @@ def adapter_paths(folder: Path, text: BundleText) -> dict[str, Path]:
     return paths
 
 
-def recorded_file(folder: Path, base: BaseRecord) -> Path | None:
-    """Give the base's file where bundle.json names one that is here, else None."""
-    with contextlib.suppress(ValueError, OSError):  # a name that no file can have
-        if base.file and (folder / base.file).is_file():  # an absolute file stays absolute
-            return folder / base.file
-    return None
-
-
 def parse_bundle(data: bytes, where: str) -> BundleText:
     """Parse bundle.json.
 

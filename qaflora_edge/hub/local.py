@@ -25,7 +25,6 @@ from qaflora_edge.formats.bundle import (
     BaseRecord,
     packed_files,
     read_bundle_text,
-    recorded_file,
 )
 from qaflora_edge.formats.names import (
     HubRef,
@@ -108,11 +107,9 @@ def pulled_path(text: str) -> Path | None:
 
 def recorded_base(folder: Path, base: BaseRecord) -> Path | None:
     """Find the base where bundle.json says, else where `qaflora pull` puts it, else None."""
-    return recorded_file(folder, base) or pulled_base(base)
-
-
-def pulled_base(base: BaseRecord) -> Path | None:
-    """Find the base of a bundle where `qaflora pull` puts it, else None."""
+    with contextlib.suppress(ValueError, OSError):  # a name that no file can have
+        if base.file and (folder / base.file).is_file():  # an absolute file stays absolute
+            return folder / base.file
     if base.hub and (pulled := pulled_path(base.hub)):
         return pulled
     return pulled_model(base.registry) if base.registry else None

@@ -54,7 +54,7 @@ def wiped_on_failure(context: Context) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        context.wipe()
+        context.clear(is_zeroed=True)
         raise
 
 
