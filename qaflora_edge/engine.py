@@ -25,7 +25,6 @@ from qaflora_edge.files import AnyPath
 from qaflora_edge.inference.core import Core, check_process
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.inference.request import (
-    Cancellation,
     Prompt,
     Request,
     checked_tokens,
@@ -35,13 +34,7 @@ from qaflora_edge.inference.request import (
 )
 from qaflora_edge.inference.sampler import Sampler
 from qaflora_edge.progress import Tell, TellCount, silent
-from qaflora_edge.weighing.calibration import (
-    EXTENTS,
-    KEYS,
-    LAYERS,
-    N_TOGETHER,
-    measure_typical,
-)
+from qaflora_edge.weighing.calibration import EXTENTS, KEYS, LAYERS, typical_of
 from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.strategy import Query
 from qaflora_edge.weighing.weigher import Weigher, Weights
@@ -394,47 +387,35 @@ class Engine:
 
         prompts   neutral texts; in chat form when the base has a template, and as text
         turns     short turns, such as greetings: chats for EXTENTS alone
-        progress  called with (prompts done, prompts in all)
+        progress  called with (prompts read, those in all); each is read several times
         keys      what to measure, of weighing.calibration.KEYS; EXTENTS take the base alone
         returns   adapter -> key -> numbers
         """
         with self._core.call():
-            cancellation = self._core.cancellation()
+            cancellation, tell = self._core.cancellation(), progress or silent
+            layers = [key for key in LAYERS if key in keys]
+            chats = [self._chat_query(text) for text in (*prompts, *turns)]
+            plain = [self._weigher.query(self.tokenize(text)) for text in prompts]
+            n_extent = 0 if {*EXTENTS}.isdisjoint(keys) else len(chats) + len(plain)
+            n_all = n_extent + (len(plain) if layers else 0)
+            measured: dict[str, Any] = {}
+            if n_extent:
+                base, rows = self._core.prober.base, self._core.rows(self.adapters)
+
+                def added(queries: Sequence[Query], n_before: int) -> F64:
+                    steps = base.added_together(queries, rows)
+                    return self._core.run(steps, cancellation, lambda n: tell(n_before + n, n_all))
+
+                measured["added_last"], measured["added_question"] = added(chats, 0)
+                measured["added_text"] = added(plain, len(chats))[0]
             probe = self._core.probe(cancellation)
-            has_extents = not {*EXTENTS}.isdisjoint(keys)
-            every = [*prompts, *(turns if has_extents else ())]
-
-            def measured() -> Iterator[dict[str, F64]]:
-                for at in range(0, len(every), N_TOGETHER):
-                    chats = [self._chat_query(text) for text in every[at : at + N_TOGETHER]]
-                    found: list[dict[str, F64]] = [{} for _ in chats]
-                    if has_extents:
-                        found = self._extents(chats, prompts[at : at + N_TOGETHER], cancellation)
-                    for i, (chat, each) in enumerate(zip(chats, found, strict=True), at):
-                        for key in LAYERS if i < len(prompts) else ():
-                            if key in keys:
-                                pool = "question" if key.startswith("question_") else "answer"
-                                query = replace(chat, lens=key.removeprefix("question_"), pool=pool)
-                                each[key] = probe(query).divergence()
-                        yield each
-
-            return measure_typical(measured(), len(every), self.adapters, progress)
-
-    def _extents(
-        self, chats: Sequence[Query], texts: Sequence[str], cancellation: Cancellation
-    ) -> list[dict[str, F64]]:
-        """Measure what EXTENTS sum up of each chat; texts are the first ones' as plain text."""
-        base, rows = self._core.prober.base, self._core.rows(self.adapters)
-
-        def added(queries: Sequence[Query]) -> list[F64]:
-            steps = base.added_together(queries, rows)
-            return self._core.run(steps, cancellation) if queries else []
-
-        found = [dict(zip(EXTENTS, places, strict=False)) for places in added(chats)]
-        plain = [self._weigher.query(self.tokenize(text)) for text in texts]
-        for each, (last, _) in zip(found, added(plain), strict=False):
-            each["added_text"] = last
-        return found
+            for done, chat in enumerate(chats[: len(plain)] if layers else (), n_extent + 1):
+                for key in layers:
+                    pool = "question" if key.startswith("question_") else "answer"
+                    query = replace(chat, lens=key.removeprefix("question_"), pool=pool)
+                    measured.setdefault(key, []).append(probe(query).divergence())
+                tell(done, n_all)
+            return typical_of(measured, self.adapters)
 
     def centroid(self, texts: Sequence[str], progress: TellCount | None = None) -> F32:
         """Average the embeddings of sample texts, for the strategy `centroid`: float32 [n_embd].

@@ -66,7 +66,7 @@ def measure_typical(
         tell(OPENING, 0, 1)
         with engine(base=base_path, adapters=paths, n_ctx=CALIBRATION_CTX) as opened:
             tell(OPENING, 1, 1)
-            tell(ONCE, 0, len(read))
+            tell(ONCE, 0, 1)
             found = opened.typical_divergence(
                 prompts,
                 lambda done, total: tell(ONCE, done, total),

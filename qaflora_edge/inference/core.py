@@ -164,10 +164,15 @@ class Core:
         return query_probe
 
     def run(
-        self, steps: "Steps[T]", cancellation: Cancellation | None = None, *, kind: str = "probe"
+        self,
+        steps: "Steps[T]",
+        cancellation: Cancellation | None = None,
+        tell: Callable[[int], None] | None = None,
+        *,
+        kind: str = "probe",
     ) -> T:
-        """Drive a generator to its end, with other callers' work in between."""
-        result: T = self.loop.run(kind, steps, cancellation or self.cancellation())
+        """Drive a generator to its end, with other callers' work in between; tell its yields."""
+        result: T = self.loop.run(kind, steps, cancellation or self.cancellation(), tell)
         return result
 
     # answers

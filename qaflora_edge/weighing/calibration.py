@@ -1,13 +1,12 @@
 """Calibration: what is typical of an adapter over neutral prompts, as bundle.json stores it."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from qaflora_edge.arrays import F64
-from qaflora_edge.progress import TellCount
 from qaflora_edge.weighing.numbers import LENSES, typical_divergence
 from qaflora_edge.weighing.strategy import Query
 
@@ -18,7 +17,6 @@ LAYERS = tuple(f"{place}{lens}" for place in ("", "question_") for lens in LENSE
 # as plain text.
 EXTENTS = ("added_last", "added_question", "added_text")
 KEYS = (*LAYERS, *EXTENTS)
-N_TOGETHER = 8  # prompts of one batch: the base's matrices are read once for all
 
 _EPS = 1e-12  # added before a logarithm; layers of 0 change no surprise
 _SPREAD_MIN = 0.01  # an adapter that always does the same would surprise whatever it does
@@ -61,27 +59,17 @@ def adds_nothing(typical: Mapping[str, Mapping[str, float]]) -> bool:
     return typical["added_last"]["mean"] < math.log(_EPS) + 1e-3
 
 
-def measure_typical(
-    measures: Iterable[Mapping[str, F64]],
-    n_prompt: int,
-    adapters: Sequence[str],
-    progress: TellCount | None = None,
+def typical_of(
+    measured: Mapping[str, Sequence[F64]], adapters: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
-    """Measure each adapter over neutral prompts.
+    """Sum up what was measured of each adapter over neutral prompts.
 
-    measures  of each prompt: one of KEYS -> float64 [n_adapter, n_layer]
-    progress  called with (prompts done, prompts in all)
+    measured  one of KEYS -> of each prompt float64 [n_adapter, n_layer]
     returns   adapter -> one of KEYS -> a list of n_layer numbers, or mean, spread and each
     """
-    measured: dict[str, list[F64]] = {}
-    for done, values in enumerate(measures, 1):
-        for key, value in values.items():
-            measured.setdefault(key, []).append(value)
-        if progress is not None:
-            progress(done, n_prompt)
     typical = {
-        key: _mean_and_spread(each) if key in EXTENTS else typical_divergence(each).tolist()
-        for key, each in measured.items()
+        key: _mean_and_spread(values) if key in EXTENTS else typical_divergence(values).tolist()
+        for key, values in measured.items()
     }
     return {
         name: {key: values[ia] for key, values in typical.items()}

@@ -27,7 +27,6 @@ from qaflora_edge.weighing.adapter_inputs import (
     QueryProjections,
     sums_of,
 )
-from qaflora_edge.weighing.calibration import N_TOGETHER
 from qaflora_edge.weighing.strategy import Measure, Query, Reading, Span
 
 T = TypeVar("T")
@@ -40,6 +39,7 @@ _Key = tuple[tuple[int, ...], tuple[int, ...], Span | None]
 _N_CTX_MIN = 256  # tokens
 _BASE = "base"  # key of the base alone in the prefix cache
 _N_WORTH = 64  # tokens; to prefill fewer again is as quick as to keep them
+_N_TOGETHER = 8  # short queries of one batch: the base's matrices are read once for all
 
 
 class Run(Protocol):
@@ -224,16 +224,14 @@ class BaseProber:
         self._queries = lru_cache(1)(partial(read, QueryProjections))
         self._attention = lru_cache(2)(partial(read, AttentionInputs))
         self._sizes = cache(lambda row: AttentionSizes(infos[row], model.n_layer))
-        make = partial(ProbeContext, model, pack, **options)
-        self._contexts = _GrowingContext(partial(make, n_seq=1))
-        self._together = _GrowingContext(partial(make, n_seq=1 + N_TOGETHER, is_unified=True))
+        self._make = partial(ProbeContext, model, pack, **options)
+        self._contexts = _GrowingContext(partial(self._make, n_seq=1))
         self._threads = ThreadPoolExecutor(options.get("threads") or default_threads())
 
     def close(self) -> None:
         """Free the context and its threads."""
         self._threads.shutdown(wait=False)
         self._contexts.close()
-        self._together.close()
 
     def norms(self, tokens: Sequence[int], rows: Sequence[int]) -> Steps[F64]:
         """Measure what each adapter adds to a late query projection: float64 [n_row].
@@ -299,51 +297,41 @@ class BaseProber:
                 yield at
         return self._at_places(sizes, inputs, question, stop - start)
 
-    def added_together(self, queries: Sequence[Query], rows: Sequence[int]) -> Steps[list[F64]]:
-        """Measure the same of up to N_TOGETHER queries in one batch: [2, n_row, n_layer] of each.
+    def added_together(self, queries: Sequence[Query], rows: Sequence[int]) -> Steps[F64]:
+        """Measure the same of many short queries: [2, n_query, n_row, n_layer].
 
-        The tokens that all have before their questions are prefilled once, and kept.
+        What all have before their questions is prefilled once. Yields how many are measured.
         """
-        sizes = [self._sizes(row) for row in rows]
-        first = queries[0].tokens
-        n_same = min(min(q.question[0], n_common(first, q.tokens)) for q in queries)
-        n_token = n_same + sum(len(query.tokens) - n_same for query in queries)
-        context = self._together.for_query(n_token, has_inputs=True, all_outputs=True)
-        with wiped_on_failure(context):
-            if context.tokens != list(first[:n_same]):
-                context.clear()
-                if n_same:
-                    context.decode(first[:n_same], outputs="none", n_seq=1)
-                    yield n_same
-            spans = [
-                Tokens(seq, query.tokens[n_same:], n_same, "all")
-                for seq, query in enumerate(queries, 1)
-            ]
-            for span in spans:
-                context.copy(0, span.seq)
-            context.capture_begin("mean")
-            context.decode_spans(spans)
-            found = []
-            for span, query in zip(spans, queries, strict=True):
-                inputs = context.inputs(span.seq, n_row=len(span.tokens))
-                start, stop = query.question
-                inside = inputs[start - n_same : stop - n_same]
-                question = sums_of(sizes, inside, self._threads)
-                found.append(self._at_places(sizes, inputs, question, stop - start))
-                context.clear(span.seq)
-        return found
+        sizes, first = [self._sizes(row) for row in rows], queries[0].tokens
+        n_same = min(min(n_common(first, q.tokens), q.question[0]) for q in queries)
+        groups = [queries[at : at + _N_TOGETHER] for at in range(0, len(queries), _N_TOGETHER)]
+        n_token = n_same + max(sum(len(query.tokens) for query in group) for group in groups)
+        shape: Any = {"n_ctx": n_ctx_for(n_token), "n_seq": 1 + _N_TOGETHER, "is_unified": True}
+        found: list[F64] = []
+        with self._make(**shape, has_inputs=True, all_outputs=True) as context:
+            if n_same:
+                context.decode(first[:n_same], outputs="none", n_seq=1)
+            for group in groups:
+                for seq in range(1, context.n_seq):
+                    context.copy(0, seq)
+                rests = [query.tokens[n_same:] for query in group]
+                context.capture_begin("mean")
+                context.decode_spans([Tokens(i, r, n_same, "all") for i, r in enumerate(rests, 1)])
+                for seq, (query, rest) in enumerate(zip(group, rests, strict=True), 1):
+                    inputs = context.inputs(seq, n_row=len(rest))
+                    start, stop = query.question
+                    inside = inputs[start - n_same : stop - n_same]
+                    question = sums_of(sizes, inside, self._threads)
+                    found.append(self._at_places(sizes, inputs, question, stop - start))
+                yield len(found)
+        return np.stack(found, axis=1)
 
     def _at_places(
         self, sizes: Sequence[AttentionSizes], inputs: F32, question: Sequence[F64], n: int
     ) -> F64:
-        """Give [2, n_row, n_layer] from inputs that end with the last token's, and n's sums."""
-        places = (sums_of(sizes, inputs[-1:], self._threads), [each / n for each in question])
-        return np.array(
-            [
-                [size.of_layers(each) for size, each in zip(sizes, place, strict=True)]
-                for place in places
-            ]
-        )
+        """Give [2, n_row, n_layer], of the last of inputs and of the question's sums over n."""
+        places = sums_of(sizes, inputs[-1:], self._threads), [each / n for each in question]
+        return np.array([list(map(AttentionSizes.of_layers, sizes, place)) for place in places])
 
     @staticmethod
     def _inputs(context: ProbeContext, tokens: Sequence[int], at: int) -> Iterator[tuple[int, F32]]:
