@@ -32,7 +32,7 @@ from qaflora_edge.bundles.open import Opened, load_bundle
 from qaflora_edge.evaluation.metrics import listed
 from qaflora_edge.evaluation.results import kept_results
 from qaflora_edge.evaluation.run import asked_fields, header, score_fields, task_prompt
-from qaflora_edge.evaluation.tasks import Item, Task, read_task
+from qaflora_edge.evaluation.tasks import Task, read_task
 from qaflora_edge.formats.adapter import read_pair
 
 STRATEGY = "lora-flow"
@@ -196,12 +196,13 @@ def train(flow: Flow, rows: Sequence[Any], args: argparse.Namespace) -> None:
         print(f"epoch {epoch + 1}: loss {np.mean(losses):.4f}", flush=True)
 
 
-def evaluate(flow: Flow, engine: Engine, task: Task, item: Item) -> dict[str, Any]:
+def evaluate(flow: Flow, engine: Engine, task: Task, index: int) -> dict[str, Any]:
     """An item's result; its weights are the gates', the mean over the prompt's tokens."""
+    item = task.items[index]
     prompt = task_prompt(engine, task, item)
     start = time.perf_counter()
     if task.by.is_likelihood:
-        texts = listed(item.fields[task.by.needs])
+        texts = listed(item[task.by.needs])
         rows = [(prompt, plain_tokens(engine, text)) for text in texts]
         scores = []
         for logits, (_, answer) in zip(flow.answer_logits(rows), rows, strict=True):
@@ -217,7 +218,7 @@ def evaluate(flow: Flow, engine: Engine, task: Task, item: Item) -> dict[str, An
         found = score_fields(task, item, text)
     fusion = FusionWeights(engine.adapters, means, None, STRATEGY)
     return {
-        **asked_fields(task, item, STRATEGY),
+        **asked_fields(task, index, STRATEGY),
         "weights": fusion.means,
         **found,
         "probe_ms": 0.0,
@@ -313,7 +314,7 @@ def main(words: Sequence[str] | None = None) -> None:
             train(flow, list(zip(examples.prompts, answers, strict=True)), args)
             with torch.inference_mode():
                 for index in left:
-                    found = evaluate(flow, engine, task, task.items[index])
+                    found = evaluate(flow, engine, task, index)
                     file.add(found)
                     print(f"{task.name} {index}: {found['score']:.4g}", flush=True)
 

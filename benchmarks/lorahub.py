@@ -22,7 +22,7 @@ import numpy as np
 
 from qaflora_edge import Engine
 from qaflora_edge.evaluation.run import task_prompt
-from qaflora_edge.evaluation.tasks import Item, Task, read_task
+from qaflora_edge.evaluation.tasks import Task, read_task
 
 BOUND, L1 = 1.5, 0.05
 STEP = 0.5  # of the first steps: a sixth of the range, nevergrad's default
@@ -56,20 +56,17 @@ def read_examples(engine: Engine, task: Task, items: Sequence[int]) -> Examples:
     """Read items of a task as an evaluation asks them."""
     chosen = [task.items[index] for index in items]
     prompts = tuple(tuple(task_prompt(engine, task, item)) for item in chosen)
-    return Examples(prompts, tuple(right_answer(task, item) for item in chosen))
+    return Examples(prompts, tuple(right_answer(task, index) for index in items))
 
 
-def right_answer(task: Task, item: Item) -> str:
+def right_answer(task: Task, index: int) -> str:
     """Give the text that should answer an item: `continuation`, else its first answer."""
-    text = item.fields.get("continuation")
-    if text is None and task.metric == "choice":
-        text = task.choices(item)[item.fields["answer"]]
-    if text is None and "answer" in item.fields:
-        answer = item.fields["answer"]
-        text = str(answer[0] if isinstance(answer, list) else answer)
-    if not isinstance(text, str) or not text:
-        raise SystemExit(f"{item.where} has no right answer. Add the field continuation.")
-    return text
+    item = task.items[index]
+    found = item.get("continuation", task.expected(item))
+    text = found[0] if isinstance(found, list) else found
+    if text in (None, ""):
+        raise SystemExit(f"Item {index} has no right answer. Add the field continuation.")
+    return str(text)
 
 
 def objective(weights: Sequence[float], loss: float) -> float:

@@ -74,7 +74,7 @@ def main() -> None:
     if task.stop:
         raise SystemExit(f"{args.task} has texts to stop at, which are not looked for here.")
     strategy = f"{args.strategy}, each {args.every}"
-    items = [item for item in task.items if item.index % 2 == (args.half == "test")][: args.limit]
+    items = range(args.half == "test", len(task.items), 2)[: args.limit]
     with Engine(
         args.bundle, strategy=args.strategy, n_ctx=2048, n_parallel=16, prefix_cache=1024
     ) as engine:
@@ -83,15 +83,15 @@ def main() -> None:
         told = {"every": args.every, "n_ctx": 2048}
         head = header(args.bundle, engine, [task], [strategy], told)
         with kept_results(args.out, head) as file:
-            left = [item for item in items if (task.name, item.index, strategy) not in file.records]
-            prompts = [task_prompt(engine, task, item) for item in left]
+            left = [item for item in items if (task.name, item, strategy) not in file.records]
+            prompts = [task_prompt(engine, task, task.items[item]) for item in left]
             answers = answers_of(engine, prompts, every=args.every, n_most=task.max_tokens or 256)
             for item, answer in zip(left, answers, strict=True):
                 means = np.mean([fusion.weights for fusion in answer.fusions], axis=0)
                 fusion = FusionWeights(engine.adapters, means, None, strategy)
                 pieces = map(engine._model.piece, answer.tokens[len(answer.prompt) :])
                 text = b"".join(pieces).decode("utf-8", "replace")
-                found = score_fields(task, item, text)
+                found = score_fields(task, task.items[item], text)
                 file.add(
                     {
                         **asked_fields(task, item, strategy),
@@ -106,7 +106,7 @@ def main() -> None:
                         "finish_reason": answer.reason,
                     }
                 )
-                print(f"{task.name} {item.index}: {found['score']:.4g}", flush=True)
+                print(f"{task.name} {item}: {found['score']:.4g}", flush=True)
 
 
 if __name__ == "__main__":

@@ -629,9 +629,9 @@ class Engine:
 
 def _find_question(model: "Model", tokens: Sequence[int]) -> tuple[int, int] | None:
     """Find the span of the last user turn; the chat template is read when the first is sought."""
-    from qaflora_edge.chat.tokens import question_finder
+    from qaflora_edge.chat.tokens import find_question
 
-    return question_finder(model).find(tokens)
+    return find_question(model, tokens)
 
 
 def _not_loaded(name: str, known: Sequence[str]) -> StrategyError:

@@ -68,7 +68,7 @@ def test_problems_of_a_package_and_what_solves_them(tmp_path: Path, checkout: Pa
     assert "1 problems" in said.stdout
     task = read_task(out)
     (item,) = task.items
-    assert item.fields["task_id"] == "numbers_of_mine.functions.twice"
+    assert item["task_id"] == "numbers_of_mine.functions.twice"
     asked = task.question(item)
     assert 'def twice(n):\n    """Twice' in asked
     assert "return" not in asked

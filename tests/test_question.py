@@ -13,7 +13,7 @@ from tiny import CHATML, TinyBase, write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine, FusionWeights
 from qaflora_edge.backend.model import Model
-from qaflora_edge.chat.tokens import QuestionFinder, chat_tokens
+from qaflora_edge.chat.tokens import chat_tokens, find_question
 from qaflora_edge.formats.base import read_base
 from qaflora_edge.weighing.numbers import kl_divergence
 
@@ -43,7 +43,7 @@ def asked(*contents: str, system: str = "") -> list[dict[str, str]]:
 
 def found(model: Model, messages: Sequence[Any]) -> str | None:
     tokens = chat_tokens(model, messages)
-    span = QuestionFinder(model).find(tokens)
+    span = find_question(model, tokens)
     if span is None:
         return None
     return b"".join(model.piece(t, special=True) for t in tokens[slice(*span)]).decode()
@@ -72,8 +72,8 @@ def test_without_control_tokens_around_it_there_is_none(
 ) -> None:
     model = Model(read_base(write_tiny_base(tmp_path / "base.gguf", chat_template=template).path))
     tokens = model.tokenize("user: the air\nassistant:", add_special=False, parse_special=False)
-    assert QuestionFinder(model).find(tokens) is None
-    assert QuestionFinder(model).find([]) is None
+    assert find_question(model, tokens) is None
+    assert find_question(model, []) is None
     model.close()
 
 

@@ -49,10 +49,9 @@ def test_a_task_says_how_it_is_asked(tmp_path: Path) -> None:
     item = {"question": "2 + 3?", "answer": "5", "language": "español"}
     task = read(tmp_path, "\ufeff" + json.dumps({"task": header}), "", item, "  ")
     assert task.question(task.items[0]) == "2 + 3? {in español}"
-    assert task.messages(task.items[0]) == [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "2 + 3? {in español}"},
-    ]
+    system, user = task.asked(task.items[0], is_chat=False)["messages"]
+    assert system == {"role": "system", "content": "Be brief."}
+    assert user == {"role": "user", "content": "2 + 3? {in español}"}
     assert (task.name, task.metric, task.max_tokens, task.stop) == ("sums-es", "exact", 9, ["\n"])
     assert (task.language, task.domain, task.expected(task.items[0])) == ("es", "math", "5")
 
@@ -69,7 +68,7 @@ def test_messages_are_asked_as_they_are(tmp_path: Path) -> None:
     messages = [{"role": "system", "content": "Own."}, {"role": "user", "content": "2 + 3?"}]
     header = {"task": {"system": "Other.", "template": "{x}"}}
     task = read(tmp_path, header, {"messages": messages, "answer": 5})
-    assert task.messages(task.items[0]) == messages
+    assert task.asked(task.items[0])["messages"] == messages
     assert task.question(task.items[0]) == "2 + 3?"
 
 
@@ -77,7 +76,7 @@ def test_lines_end_in_any_way_and_keep_their_separators(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     lines = '{"question": "a\u2028b", "answer": 1}\r\n{"question": "c", "answer": 2}'
     path.write_bytes(lines.encode())
-    assert [item.fields["question"] for item in read_task(path).items] == ["a\u2028b", "c"]
+    assert [item["question"] for item in read_task(path).items] == ["a\u2028b", "c"]
 
 
 CHOICE = {"question": "a", "choices": ["b", "c"], "answer": 0}

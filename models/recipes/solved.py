@@ -40,7 +40,7 @@ def main() -> None:
             sys.exit(f"{path} has no answers to {args.task}. Give the file that was asked.")
     for row in (row for path in args.results for row in read_results(path).records.values()):
         item = task.items[row["item"]]
-        answer = bare(row["answer"], item.fields) if row["score"] == 1 else None
+        answer = bare(row["answer"], item) if row["score"] == 1 else None
         if answer is not None:
             found[json.dumps({"question": task.question(item), "answer": answer})] = None
     args.out.write_text("".join(f"{line}\n" for line in found), encoding="utf-8")

@@ -77,56 +77,45 @@ def _reason(error: Exception) -> str:
 _SAMPLES = ("a", "Some other words.")  # two questions, which a template has to frame alike
 
 
-class QuestionFinder:
-    """Finds the question in a prompt: the last user turn, as the base's template writes it.
+def find_question(model: Model, tokens: Sequence[int]) -> tuple[int, int] | None:
+    """Find where the last user turn's text begins and ends; None without such a turn.
 
-    What the template puts before a question is learnt from two short ones. Only tokens count, so
-    prompts are understood however they were made. Typed text never becomes a control token.
+    Only tokens count, so prompts are understood however they were made. Typed text never becomes a
+    control token.
     """
-
-    def __init__(self, model: Model) -> None:
-        self._control = {token.id for token in model.special_tokens if token.is_control}
-        self._head, self._rest = self._opening(model)
-
-    def _opening(self, model: Model) -> tuple[list[int], list[int]]:
-        """Learn how a user turn begins: from a control token on, and the white space after it.
-
-        The white space may have become one token with the question's first one.
-        """
-        try:
-            one, other = (
-                chat_tokens(model, [{"role": "user", "content": text}]) for text in _SAMPLES
-            )
-        except QafloraError:  # no template, or one that cannot be used
-            return [], []
-        n = end = n_common(one, other)
-        behind = one[len(one) - n_common(one[::-1], other[::-1]) :]
-        while end > 0 and not model.piece(one[end - 1], special=True).strip():
-            end -= 1
-        for start in range(end - 1, -1, -1):
-            # Long enough to be no assistant's turn, which may begin with the same token.
-            if one[start] in self._control and _last_place(one[start:end], behind) is None:
-                return one[start:end], one[end:n]
-        return [], []
-
-    def find(self, tokens: Sequence[int]) -> tuple[int, int] | None:
-        """Find where the last user turn's text begins and ends; None without such a turn."""
-        at = _last_place(self._head, tokens)
-        if at is None:
-            return None
-        start = at + len(self._head)
-        for token in self._rest:
-            start += start < len(tokens) and tokens[start] == token
-        end = start
-        while end < len(tokens) and tokens[end] not in self._control:
-            end += 1
-        return (start, end) if start < end else None
+    control, head, rest = _opening(model)
+    at = _last_place(head, tokens)
+    if at is None:
+        return None
+    start = at + len(head)
+    for token in rest:
+        start += start < len(tokens) and tokens[start] == token
+    ends = (end for end in range(start, len(tokens)) if tokens[end] in control)
+    end = next(ends, len(tokens))
+    return (start, end) if start < end else None
 
 
 @lru_cache(4)
-def question_finder(model: Model) -> QuestionFinder:
-    """Give a base's finder: its template is read once."""
-    return QuestionFinder(model)
+def _opening(model: Model) -> tuple[set[int], list[int], list[int]]:
+    """Learn from two short questions how the base's template begins a user turn.
+
+    Returns all control tokens, the turn's first tokens from a control token on, and the white space
+    after them, which may have become one token with the question's first one.
+    """
+    control = {token.id for token in model.special_tokens if token.is_control}
+    try:
+        one, other = (chat_tokens(model, [{"role": "user", "content": text}]) for text in _SAMPLES)
+    except QafloraError:  # no template, or one that cannot be used
+        return control, [], []
+    n = end = n_common(one, other)
+    behind = one[len(one) - n_common(one[::-1], other[::-1]) :]
+    while end > 0 and not model.piece(one[end - 1], special=True).strip():
+        end -= 1
+    for start in range(end - 1, -1, -1):
+        # Long enough to be no assistant's turn, which may begin with the same token.
+        if one[start] in control and _last_place(one[start:end], behind) is None:
+            return control, one[start:end], one[end:n]
+    return control, [], []
 
 
 def _last_place(part: Sequence[int], tokens: Sequence[int]) -> int | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,8 +113,9 @@ def eval(
         told = _asked_under(engine, options)
         head = header(folder, engine, read, strategies, told, cpu_name())
         with kept_results(out, head) as results:
-            asked = left(read, strategies, results, limit)
-            _keep(results, evaluate(engine, asked, **sampling), len(asked))
+            asked = [(task, left(task, strategies, results, limit)) for task in read]
+            every = chain.from_iterable(evaluate(engine, *each, **sampling) for each in asked)
+            _keep(results, every, sum(len(items) for _, items in asked))
     _show(results, json_path, html)
     if save:
         best, how = best_strategy(results), results.header["options"]
@@ -150,7 +152,7 @@ def _asked_under(engine: Engine, options: SharedOptions) -> dict[str, Any]:
     return {**found, "stop": list(found["stop"])}
 
 
-def _keep(results: Results, records: Iterator[Record], n_asked: int) -> None:
+def _keep(results: Results, records: Iterable[Record], n_asked: int) -> None:
     """Keep records as they come, with a bar on a terminal, and say at the end what was done."""
     start, n_before, n_done, n_token = time.perf_counter(), len(results.records), 0, 0
     try:

@@ -1,25 +1,23 @@
 """Ask items of tasks under strategies, and score the answers."""
 
 import hashlib
-import itertools
 import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import CancelledError, ChatTemplateError, PromptError
-from qaflora_edge.evaluation.metrics import listed
+from qaflora_edge.evaluation.metrics import Fields, listed
 from qaflora_edge.evaluation.results import Results
-from qaflora_edge.evaluation.tasks import Item, Task
+from qaflora_edge.evaluation.tasks import Task
 from qaflora_edge.weighing.numbers import FusionWeights
 
-Asked = tuple[Task, Item, str]  # the last is the strategy
+Asked = tuple[int, str]  # the index of an item, and a strategy
 Record = dict[str, Any]
 _UNUSABLE = (PromptError, ChatTemplateError)  # the fault of one item; other errors end the run
 
@@ -62,58 +60,56 @@ def header(
 
 
 def left(
-    tasks: Iterable[Task], strategies: Sequence[str], results: Results, limit: int | None = None
+    task: Task, strategies: Sequence[str], results: Results, limit: int | None = None
 ) -> list[Asked]:
     """List what the results lack.
 
-    limit  items of each task that are asked; None: all
+    limit  items that are asked; None: all
 
     Strategies of an item come one after the other, for they share what is measured of it.
     Each is in turn the first, which pays for that.
     """
     n = len(strategies)
     return [
-        (task, item, strategy)
-        for task in tasks
-        for item in task.items[:limit]
-        for strategy in (strategies[(item.index + i) % n] for i in range(n))
-        if (task.name, item.index, strategy) not in results.records
+        (item, strategy)
+        for item in range(len(task.items))[:limit]
+        for strategy in (strategies[(item + i) % n] for i in range(n))
+        if (task.name, item, strategy) not in results.records
     ]
 
 
 def evaluate(
-    engine: Engine, asked: Iterable[Asked], *, raw_prompt: bool = False, **sampling: Any
+    engine: Engine, task: Task, asked: Iterable[Asked], *, raw_prompt: bool = False, **sampling: Any
 ) -> Iterator[Record]:
-    """Ask and score; yield records in the order in which items end.
+    """Ask and score; give records in the order in which items end.
 
-    raw_prompt  no chat template, whatever the tasks say
+    raw_prompt  no chat template, whatever the task says
     sampling    keywords of Engine.generate
 
     An item with a prompt that cannot be used, one that is too long for example, is a record
     without a score. Raises any other failure.
     """
-    for task, group in itertools.groupby(asked, itemgetter(0)):
-        if task.by.is_likelihood:
-            yield from _likelihoods(engine, group, raw_prompt)
-        else:
-            yield from _answers(engine, task, group, raw_prompt, sampling)
+    is_chat = engine.has_chat_template and not raw_prompt
+    if task.by.is_likelihood:
+        return _likelihoods(engine, task, asked, is_chat)
+    own = {"max_tokens": task.max_tokens, "stop": task.stop}
+    sampling |= {key: value for key, value in own.items() if value is not None}
+    return _answers(engine, task, asked, is_chat, sampling)
 
 
 def _answers(
-    engine: Engine, task: Task, asked: Iterable[Asked], raw_prompt: bool, sampling: Record
+    engine: Engine, task: Task, asked: Iterable[Asked], is_chat: bool, sampling: Record
 ) -> Iterator[Record]:
     """Generate answers, many at once."""
-    own = {"max_tokens": task.max_tokens, "stop": task.stop}
-    sampling = sampling | {key: value for key, value in own.items() if value is not None}
     records: list[Record] = []
     spent_ms: Counter[int] = Counter()
 
     def requests() -> Iterator[Record]:
-        for _, item, strategy in asked:
-            record = asked_fields(task, item, strategy)
+        for index, strategy in asked:
+            record = asked_fields(task, index, strategy)
             records.append(record)
             how = {"weights": strategy, "on_weights": partial(_weighed, record, spent_ms)}
-            yield request(engine, task, item, raw_prompt=raw_prompt) | how
+            yield task.asked(task.items[index], is_chat=is_chat) | how
 
     for number, answer in engine.generate_many(requests(), **sampling):
         record, error = records[number], answer.error
@@ -131,13 +127,16 @@ def _answers(
         yield record
 
 
-def _likelihoods(engine: Engine, asked: Iterable[Asked], raw_prompt: bool) -> Iterator[Record]:
+def _likelihoods(
+    engine: Engine, task: Task, asked: Iterable[Asked], is_chat: bool
+) -> Iterator[Record]:
     """Measure the likelihood of texts; nothing is generated."""
     spent_ms: Counter[int] = Counter()
-    for task, item, strategy in asked:
-        record, texts = asked_fields(task, item, strategy), listed(item.fields[task.by.needs])
+    for index, strategy in asked:
+        record, item = asked_fields(task, index, strategy), task.items[index]
+        texts = listed(item[task.by.needs])
         try:
-            tokens = task_prompt(engine, task, item, raw_prompt=raw_prompt)
+            tokens = task_prompt(engine, task, item, is_chat=is_chat)
             fusion = engine.weights(tokens, strategy=strategy)
             _weighed(record, spent_ms, fusion)
             start = time.perf_counter()
@@ -159,11 +158,12 @@ def _weighed(record: Record, spent_ms: Counter[int], fusion: FusionWeights) -> N
     spent_ms[item] += probe_ms  # type: ignore[assignment]
 
 
-def asked_fields(task: Task, item: Item, strategy: str) -> Record:
+def asked_fields(task: Task, index: int, strategy: str) -> Record:
     """Begin a record: what is asked. It has no weights and no answer yet."""
+    item = task.items[index]
     return {
         "task": task.name,
-        "item": item.index,
+        "item": index,
         "strategy": strategy,
         "score": None,
         "answer": None,
@@ -174,34 +174,21 @@ def asked_fields(task: Task, item: Item, strategy: str) -> Record:
     }
 
 
-def score_fields(task: Task, item: Item, given: str | Sequence[F32]) -> Record:
+def score_fields(task: Task, item: Fields, given: str | Sequence[F32]) -> Record:
     """Score an answer, or texts by their likelihood; `score` and what else the metric says.
 
     given  the answer, or log-probabilities of each text's tokens in nats: float32 [n_token] each
     """
-    found = task.by.score(given, item.fields)
+    found = task.by.score(given, item)
     answer = {"answer": given if isinstance(given, str) else None}
     return answer | (dict(found) if isinstance(found, Mapping) else {"score": float(found)})
 
 
-def request(engine: Engine, task: Task, item: Item, *, raw_prompt: bool = False) -> dict[str, Any]:
-    """Ask an item as Engine.generate_many takes it: `messages` for the template, or `prompt`.
-
-    raw_prompt  no chat template, whatever the task says
-
-    Messages and system always need the template.
-    """
-    is_chat = engine.has_chat_template and not (raw_prompt or task.raw_prompt)
-    if is_chat or "messages" in item.fields or task.system is not None:
-        return {"messages": task.messages(item)}
-    return {"prompt": task.question(item)}
-
-
-def task_prompt(engine: Engine, task: Task, item: Item, *, raw_prompt: bool = False) -> list[int]:
-    """Tokenize what an item asks; see `request`.
+def task_prompt(engine: Engine, task: Task, item: Fields, *, is_chat: bool = True) -> list[int]:
+    """Tokenize what an item asks; is_chat as Task.asked takes it.
 
     Raises PromptError for one that is too long, ChatTemplateError for a conversation without a
     template.
     """
-    asked = request(engine, task, item, raw_prompt=raw_prompt)
+    asked = task.asked(item, is_chat=is_chat and engine.has_chat_template)
     return engine.chat_tokens(**asked) if "messages" in asked else engine.tokenize(**asked)

@@ -11,14 +11,14 @@ import codecs
 import hashlib
 import re
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qaflora_edge.chat.messages import begin_with, checked_messages
 from qaflora_edge.errors import PromptError, TaskFileError, os_errors
-from qaflora_edge.evaluation.metrics import BUILT_IN, Metric, is_text, metrics
+from qaflora_edge.evaluation.metrics import BUILT_IN, Fields, Metric, is_text, metrics
 from qaflora_edge.formats.inputs import open_input
 from qaflora_edge.formats.json_text import (
     WrongField,
@@ -33,22 +33,10 @@ ADVICE = "Correct the file; docs/evaluate.md says what it may have."
 
 
 @dataclass(frozen=True)
-class Item:
-    """One question.
-
-    fields  as its line has them
-    where   its file and line, for messages
-    """
-
-    index: int
-    fields: Mapping[str, Any]
-    where: str
-
-
-@dataclass(frozen=True)
 class Task:
     """Items, and how they are asked and scored.
 
+    items            the fields of each, as its line has them
     metric           name of a metric
     sha256           of the file
     template         text with names of an item's fields in braces; None: the question as it is
@@ -60,7 +48,7 @@ class Task:
     name: str
     metric: str
     sha256: str
-    items: tuple[Item, ...]
+    items: Sequence[Fields]
     system: str | None = None
     template: str | None = None
     raw_prompt: bool = False
@@ -74,27 +62,29 @@ class Task:
         """The metric itself."""
         return metrics()[self.metric]
 
-    def question(self, item: Item) -> str:
+    def question(self, item: Fields) -> str:
         """Write what an item asks as one text."""
-        fields = item.fields
-        if "messages" in fields:
-            return str(checked_messages(fields["messages"])[-1]["content"])
+        if "messages" in item:
+            return str(checked_messages(item["messages"])[-1]["content"])
         if self.template is None:
-            return str(fields.get("question", fields.get("prompt")))
-        return _filled(self.template, fields)
+            return str(item.get("question", item.get("prompt")))
+        return _filled(self.template, item)
 
-    def messages(self, item: Item) -> list[Any]:
-        """Write what an item asks as a conversation."""
-        messages = item.fields.get("messages")
-        messages = messages or [{"role": "user", "content": self.question(item)}]
-        return list(begin_with(self.system, messages))
+    def asked(self, item: Fields, *, is_chat: bool = True) -> dict[str, Any]:
+        """Ask an item as Engine.generate_many takes it: `messages` for the template, or `prompt`.
 
-    def expected(self, item: Item) -> Any:
+        is_chat  whether there is a template to use; messages and system always need one
+        """
+        if "messages" not in item and self.system is None and (self.raw_prompt or not is_chat):
+            return {"prompt": self.question(item)}
+        messages = item.get("messages") or [{"role": "user", "content": self.question(item)}]
+        return {"messages": list(begin_with(self.system, messages))}
+
+    def expected(self, item: Fields) -> Any:
         """Give what is right: of a choice its text; None where only the metric knows."""
-        fields = item.fields
         if self.metric == "choice":
-            return fields["choices"][fields["answer"]]
-        return fields.get("continuation" if self.metric == "loss" else "answer")
+            return item["choices"][item["answer"]]
+        return item.get("continuation" if self.metric == "loss" else "answer")
 
 
 def read_task(path: str | Path) -> Task:
@@ -116,7 +106,7 @@ def read_task(path: str | Path) -> Task:
         except WrongField as error:
             raise _wrong(where, str(error)) from error
         header = first["task"]
-    items = tuple(Item(index, fields, where) for index, (where, fields) in enumerate(lines))
+    items = [item for _, item in lines]
     if not items:
         expected = 'lines such as {"question": ..., "answer": ...}'
         raise _wrong(str(path), f"it has no item, expected {expected}")
@@ -125,11 +115,11 @@ def read_task(path: str | Path) -> Task:
     if task.metric not in metrics():
         fault = WrongField("metric", shown(task.metric), f"one of {', '.join(metrics())}")
         raise _wrong(f"{path}, line 1", str(fault))
-    for item in items:
+    for where, item in lines:
         try:
             _check_item(task, item)
         except (WrongField, PromptError) as error:
-            raise _wrong(item.where, str(error).removesuffix(".")) from error
+            raise _wrong(where, str(error).removesuffix(".")) from error
     return task
 
 
@@ -148,33 +138,32 @@ def _objects(data: bytes, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
             raise _wrong(where, f"it is no JSON object ({error}), expected one") from error
 
 
-def _metric_of(items: Sequence[Item]) -> str:
+def _metric_of(items: Sequence[Fields]) -> str:
     """Find the metric that the fields ask for."""
     for metric in metrics().values():
-        if metric.needs != "answer" and metric.needs in items[0].fields:
+        if metric.needs != "answer" and metric.needs in items[0]:
             return metric.name
-    is_number = all(BUILT_IN["number"].check(item.fields) is None for item in items)
+    is_number = all(BUILT_IN["number"].check(item) is None for item in items)
     return "number" if is_number else "contains"
 
 
-def _check_item(task: Task, item: Item) -> None:
+def _check_item(task: Task, item: Fields) -> None:
     """Raise WrongField or PromptError where an item cannot be asked or scored."""
-    fields = item.fields
-    asked = next((key for key in ASKED if key in fields), "question")
-    fault = task.by.check(fields)
-    if asked != "messages" and not is_text(fields.get(asked)):
+    asked = next((key for key in ASKED if key in item), "question")
+    fault = task.by.check(item)
+    if asked != "messages" and not is_text(item.get(asked)):
         fault = asked, "a text that is not blank, or the field prompt or messages"
     if fault:
-        found = shown(fields[fault[0]]) if fault[0] in fields else "missing"
+        found = shown(item[fault[0]]) if fault[0] in item else "missing"
         raise WrongField(fault[0], found, fault[1])
     try:
         task.question(item)
     except KeyError as error:
-        expected = f"only names of the fields {shortened(', '.join(fields))}"
+        expected = f"only names of the fields {shortened(', '.join(item))}"
         raise WrongField("template", f"a text with {{{error.args[0]:.80}}}", expected) from error
 
 
-def _filled(template: str, fields: Mapping[str, Any]) -> str:
+def _filled(template: str, fields: Fields) -> str:
     """Replace names of fields in braces; {{ and }} are braces, {choices} lines with letters.
 
     Raises KeyError with a name that is none.
