@@ -10,6 +10,7 @@ import numpy as np
 from qaflora_edge.arrays import F32
 from qaflora_edge.convert.layouts import Index
 from qaflora_edge.formats.base import module_kind
+from qaflora_edge.formats.gguf import parts
 from qaflora_edge.peft.modules import PeftModule
 
 SLICE_VALUES = 1 << 14  # that are turned and encoded at a time
@@ -69,25 +70,16 @@ class PlannedModule(Target):
 
     def slices(self, side: str) -> Iterator[tuple[Any, F32]]:
         """Read lora_a or lora_b by slices of rows: their places in the file, and [some rows, n]."""
-        source = self.source
-        values = source.read_a() if side == "a" else source.read_b()
-        if side == "a" and source.is_embedding:
+        values = self.source.read_a() if side == "a" else self.source.read_b()
+        if side == "a" and self.source.is_embedding:
             values = values.T
-        places = None
-        if side == "b" and self.rows is not None:
-            places = np.full(source.n_out, -1)  # -1: rows that other tensors take
-            places[self.rows] = np.arange(len(self.rows))
-        n_row = max(1, SLICE_VALUES // values.shape[1])
-        for begin in range(0, len(values), n_row):
-            piece = values[begin : begin + n_row]
-            own = slice(begin, begin + len(piece))
-            if side == "a":
-                yield own, piece if self.columns is None else piece[:, self.columns]
-            elif places is None:
-                yield own, _scaled(piece, self.factor)
+        for part in parts(self.shape(side)[0], max(1, SLICE_VALUES // values.shape[1])):
+            own = slice(part.start, part.stop)
+            if side == "b":
+                rows = own if self.rows is None else self.rows[own]
+                yield own, _scaled(values[rows], self.factor)
             else:
-                place = places[own]
-                yield place[place >= 0], _scaled(piece[place >= 0], self.factor)
+                yield own, values[own] if self.columns is None else values[own][:, self.columns]
 
 
 @dataclass(frozen=True)
