@@ -139,7 +139,7 @@ _TOKENS = "a number of tokens"
 # fmt: off
 OPTIONS = (
     Option("strategy", str, None, "engine weighing", "--strategy", section="Mix", metavar="NAME",
-           help="How adapters are weighed: {strategies}. Those that look at the query take options "
+           help="Choose how to weigh: {strategies}. Those that look at the query take options "
            "after a colon, as in qa-flora:power=2. Options: {options}.", unset="the bundle's"),
     Option("lens", str, None, "engine weighing", "--lens", choices=LENSES,
            help="Take a layer's state through the final norm, or raw.",
@@ -208,6 +208,11 @@ OPTIONS = (
            help="Keep how likely each token was, and so many of the likeliest."),
     Option("n", int, 1, "answers", low=1, noun="a number of answers", help="Give so many answers."),
 )
+# Adapters for a base alone: of every command that takes the shared options, and no setting.
+ADAPTER = Option("adapter", tuple, flag="--adapter", section="Mix", metavar="[NAME=]PATH",
+                 help="Weigh this adapter on a base alone; repeatable. PATH is a PEFT folder, an "
+                 "adapter .gguf or the Hub's owner/name, and is converted once, into the cache. "
+                 "NAME is the folder's or file's unless given.")
 # What one command has besides, and can be set.
 OWN_OPTIONS = {
     "run": (

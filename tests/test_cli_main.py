@@ -114,7 +114,7 @@ def test_version() -> None:
         ["no-such-verb"],
         ["run"],
         ["run", "DIR", "hi", "--temp", "-1"],
-        ["bundle", "create", "DIR", "--base", "x", "--adapter", "nameonly"],
+        ["bundle", "create", "DIR", "--base", "x", "--adapter", "=path"],
         ["convert", "DIR", "-o", "x.gguf"],
     ],
 )

@@ -60,7 +60,7 @@ def test_bundles_are_models(run: Run) -> None:
     listed = run("models", "--options", "-m", "qaflora/bundle")
     assert listed.exit_code == 0, listed.stderr
     assert "BundleModel: qaflora/bundle" in listed.stdout
-    assert "How adapters are weighed" in listed.stdout
+    assert "Choose how to weigh" in listed.stdout
 
 
 def test_answer_is_the_engines_and_its_weights_are_logged(made: TinyBundle, run: Run) -> None:

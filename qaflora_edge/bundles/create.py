@@ -1,25 +1,44 @@
 """Make a bundle: convert or copy adapters, write bundle.json, then measure."""
 
+import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qaflora_edge.bundles.edit import calibrate, write_bundle_json
+from qaflora_edge import __version__
+from qaflora_edge.bundles.edit import calibrate, set_default, write_bundle_json
 from qaflora_edge.bundles.measure import OpenEngine, check_strategy
-from qaflora_edge.bundles.source import base_record, check_names, find_base, put_adapters
+from qaflora_edge.bundles.source import (
+    base_record,
+    check_names,
+    find_adapter,
+    find_base,
+    put_adapters,
+)
 from qaflora_edge.errors import BundleError, OutputFileError
-from qaflora_edge.files import AnyPath, atomic_folder, cache_lock, readable
-from qaflora_edge.formats.bundle import BUNDLE_FILE, FORMAT
+from qaflora_edge.files import (
+    AnyPath,
+    atomic_folder,
+    cache_dir,
+    cache_lock,
+    make_folder,
+    readable,
+)
+from qaflora_edge.formats.bundle import BUNDLE_FILE, FORMAT, read_bundle_text
 from qaflora_edge.formats.gguf import read_gguf_header
+from qaflora_edge.formats.inputs import file_state
+from qaflora_edge.peft.folder import adapter_folder
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing import numbers
 from qaflora_edge.weighing.strategy import parse_strategy
+from qaflora_edge.weighing.weigher import Weigher, known_of
 
 # Right answers of 100 over nine cells, six adapters loaded (docs/results.md): two-place 38.0,
 # static 31.9, the base 30.3, qa-flora 28.1; with two of the six trained a second time 36.3, 32.3,
 # 28.0, 26.8; and two-place weighs six in a seventh of the time.
 BEST, PUBLISHED = "two-place", numbers.DEFAULT_STRATEGY
+UNMEASURED = "spectr"  # level with static and two-place there, and needs nothing measured
 
 
 def create_bundle(
@@ -95,4 +114,34 @@ def create_bundle(
         except BundleError:  # BEST cannot weigh an adapter that adds nothing to q, k and v
             if strategy is not None:
                 raise
+    return folder
+
+
+def cached_bundle(base: Path, adapters: Sequence[tuple[str, str]], progress: Tell) -> Path:
+    """Make a bundle of a base and adapters in the cache, or find the one made before.
+
+    base      a GGUF file
+    adapters  name -> as create_bundle takes them; files are the same while their sizes and times
+              of change are
+
+    It is weighed by UNMEASURED, or by PUBLISHED where that cannot weigh these adapters.
+    """
+    check_names([name for name, _ in adapters])
+    files, parts = [base], [__version__]
+    for name, path in adapters:
+        found = find_adapter(path).path
+        files += sorted(adapter_folder(found).iterdir()) if found.is_dir() else [found]
+        parts += [name, str(len(files))]
+    parts += [f"{file.resolve()} {file_state(file)}" for file in files]
+    key = hashlib.sha256(os.fsencode("\n".join(parts))).hexdigest()[:16]
+    folder = cache_dir() / "mixes" / key / base.stem
+    make_folder(folder.parent, "the environment variable QAFLORA_CACHE")
+    with cache_lock(f"mix {key}"):
+        if not folder.exists():
+            create_bundle(folder, base, adapters, progress=progress)
+            text = read_bundle_text(folder)
+            targets = {adapter.name: adapter.targets for adapter in text.adapters}
+            known = known_of(text)
+            if UNMEASURED in Weigher(tuple(targets), text.base.n_layer, targets=targets).followed:
+                set_default(folder, UNMEASURED, lens=known.lens, pool=known.pool)
     return folder

@@ -1,11 +1,20 @@
 """The base of an adapter, where the user gives none: the adapter says what it was trained on."""
 
+from __future__ import annotations
+
+import os
 from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from qaflora_edge.errors import BundleError
 from qaflora_edge.formats.names import plain_name
 from qaflora_edge.settings import expanded
+
+if TYPE_CHECKING:
+    from qaflora_edge.formats.names import Model
 
 
 def choose_base(base: str | None, adapters: Iterable[str]) -> str:
@@ -17,7 +26,7 @@ def choose_base(base: str | None, adapters: Iterable[str]) -> str:
     """
     if base is not None:
         return base
-    from qaflora_edge.formats.names import load_registry, local_path
+    from qaflora_edge.formats.names import local_path
 
     trained_on = next(filter(None, map(_trained_on, adapters)), None)
     if trained_on is None:
@@ -25,8 +34,7 @@ def choose_base(base: str | None, adapters: Iterable[str]) -> str:
             "Missing option '--base': give the GGUF of the base that the adapter was trained on."
         )
     said = f"The adapter says that it was trained on {trained_on}"
-    same = (m for m in load_registry().values() if plain_name(m.name) == plain_name(trained_on))
-    if (model := next(same, None)) is None:
+    if (model := _known(trained_on)) is None:
         raise click.UsageError(
             f"Missing option '--base'. {said}: give a GGUF of it, in any quantisation. On the Hub "
             "it is mostly in a repository whose name ends in GGUF; with --base "
@@ -39,6 +47,32 @@ def choose_base(base: str | None, adapters: Iterable[str]) -> str:
         )
     click.echo(f"{said}: the base is {model.name}.", err=True)
     return model.name
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raise BundleError for a PEFT or MLX folder in place of a bundle: say its base, what to type.
+
+    A bundle, or what is no such folder, passes.
+    """
+    from qaflora_edge.formats.bundle import BUNDLE_FILE
+
+    is_other = not folder.is_dir() or os.path.exists(folder / BUNDLE_FILE)
+    if is_other or (trained_on := _trained_on(str(folder))) is None:
+        return
+    model = _known(trained_on)
+    base = "BASE.gguf" if model is None else model.name
+    raise BundleError(
+        f"Cannot open {folder}: it is an adapter for {trained_on}, expected a bundle or a base. "
+        f"Give its base, in any quantisation: qaflora run {base} --adapter {folder} PROMPT"
+    )
+
+
+def _known(trained_on: str) -> Model | None:
+    """Find the model of the registry that an adapter's config names."""
+    from qaflora_edge.formats.names import load_registry
+
+    same = (m for m in load_registry().values() if plain_name(m.name) == plain_name(trained_on))
+    return next(same, None)
 
 
 def _trained_on(adapter: str) -> str | None:

@@ -14,6 +14,7 @@ from qaflora_edge.cli.base_choice import choose_base
 from qaflora_edge.cli.complete import complete_adapter
 from qaflora_edge.cli.options import (
     BUNDLE,
+    adapter_pairs,
     bundle_folder,
     check_prompt,
     click_option,
@@ -21,7 +22,7 @@ from qaflora_edge.cli.options import (
 )
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.cli.prompts import read_text
-from qaflora_edge.config import OWN
+from qaflora_edge.config import ADAPTER, OWN
 from qaflora_edge.files import one_line
 
 
@@ -34,18 +35,11 @@ def bundle() -> None:
     """
 
 
-def _pairs(
-    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
-) -> list[tuple[str, str]]:
-    pairs = []
-    for value in values:
-        name, equals, text = value.partition("=")
-        if not (name and equals and text):
-            raise click.BadParameter(f"{value!r} is not of the form {param.metavar}.")
-        pairs.append((name, text))
-    return pairs
+def _pairs(ctx: click.Context, param: click.Parameter, values: Any) -> list[tuple[str, str]]:
+    return adapter_pairs(values)
 
 
+_adapters: dict[str, Any] = {"multiple": True, "metavar": ADAPTER.metavar, "callback": _pairs}
 _outtype = click_option(replace(OWN["convert"]["outtype"], help="Convert to this type."), "")
 _from_now_on = click.option("--strategy", help="Used by default from now on.  [default: as it is]")
 _calibrate = click.option(
@@ -72,12 +66,11 @@ _calibrate = click.option(
 @click.option(
     "--adapter",
     "adapters",
-    multiple=True,
     required=True,
-    metavar="NAME=PATH",
-    callback=_pairs,
+    **_adapters,
     help="An adapter: a PEFT folder, which is converted, an adapter .gguf, or a Hub reference to "
-    "one of them (owner/name, with @revision to pin it); repeatable.",
+    "one of them (owner/name, with @revision to pin it); repeatable. NAME is the folder's or "
+    "file's unless given.",
 )
 @click.option("--name", help="The bundle's name.  [default: the folder's]")
 @click.option("--description", default="", help="What the bundle is for.")
@@ -134,22 +127,31 @@ def create(
     group=bundle,
 )
 @click.argument("folder", **BUNDLE)
-@click.argument("pairs", metavar="NAME=PATH", nargs=-1, required=True, callback=_pairs)
+@click.argument("pairs", metavar="[[NAME=]PATH]...", nargs=-1, callback=_pairs)
+@click.option("--adapter", "adapters", **_adapters, help="Add this one too; repeatable.")
 @_outtype
 @click.option("--source", help="Where the adapters come from.")
 @click.option("--license", help="The adapters' licence.")
 @click.option("--description", help="What the adapters were trained for.")
 @_from_now_on
 @_calibrate
-def add(folder: str, pairs: list[tuple[str, str]], calibrate: bool, **options: Any) -> None:
+def add(
+    folder: str,
+    pairs: list[tuple[str, str]],
+    adapters: list[tuple[str, str]],
+    calibrate: bool,
+    **options: Any,
+) -> None:
     """Add adapters to a bundle.
 
-    NAME=PATH gives an adapter its name in the bundle; PATH is what `qaflora bundle create
-    --adapter` takes. When something fails, the bundle is as it was.
+    [NAME=]PATH is what `qaflora bundle create --adapter` takes. When something fails, the bundle is
+    as it was.
     """
     from qaflora_edge.bundles.edit import add_adapters
     from qaflora_edge.engine import Engine
 
+    if not (pairs := [*pairs, *adapters]):
+        raise click.UsageError("Give an adapter, as [NAME=]PATH.")
     path = bundle_folder(folder)
     notes = {key: options.pop(key) for key in ("source", "license", "description")}
     options["note"] = {key: text for key, text in notes.items() if text is not None}

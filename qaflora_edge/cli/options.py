@@ -6,6 +6,7 @@ import difflib
 import functools
 import os
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from operator import itemgetter
@@ -15,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qaflora_edge.cli.base_choice import refuse_adapter
 from qaflora_edge.cli.complete import complete_bundle, complete_strategy
-from qaflora_edge.cli.progress import waiting
+from qaflora_edge.cli.progress import progress_bars, waiting
 from qaflora_edge.cli.prompts import read_message
-from qaflora_edge.config import ADVANCED, OWN, SECTIONS, Option, in_group, shared_by
+from qaflora_edge.config import ADAPTER, ADVANCED, OWN, SECTIONS, Option, in_group, shared_by
 from qaflora_edge.errors import BundleError, PromptError, RegistryError
 from qaflora_edge.files import check_takes_file
+from qaflora_edge.settings import expanded
 
 if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
@@ -169,12 +172,53 @@ def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def collected(**kwargs: Any) -> Any:
         shared = {option.key: kwargs.pop(option.key) for option in options}
+        if adapters := adapter_pairs(kwargs.pop(ADAPTER.key)):
+            if "bundles" in kwargs:
+                kwargs["bundles"] = (_with_adapters(adapters, *kwargs["bundles"]),)
+            else:
+                kwargs["bundle"] = _with_adapters(adapters, kwargs["bundle"])
         return command(options=SharedOptions(**shared), **kwargs)
 
     decorated: Callable[..., Any] = collected
-    for option in reversed(options):
+    for option in (*reversed(options), ADAPTER):
         decorated = click_option(option, command.__name__)(decorated)
     return decorated
+
+
+def adapter_pairs(values: Sequence[str]) -> list[tuple[str, str]]:
+    """Read [NAME=]PATH; the folder, file or repository gives the name where there is none.
+
+    Raises BadParameter where one side is empty.
+    """
+    pairs = []
+    for value in values:
+        name, equals, path = value.partition("=")
+        if not equals or os.path.exists(expanded(value)):
+            name, path = expanded(value).resolve().name.partition("@")[0], value
+            name = re.sub(r"[^A-Za-z0-9._-]+", "-", name.removesuffix(".gguf")).lstrip("-._")[:64]
+        if not (name and path):
+            raise click.BadParameter(f"{value!r} is not of the form {ADAPTER.metavar}.")
+        pairs.append((name, path))
+    return pairs
+
+
+def _with_adapters(adapters: Sequence[tuple[str, str]], base: str, *others: str) -> str:
+    """Find or make the bundle of a base and adapters in the cache; say how to make one to keep."""
+    from qaflora_edge.bundles.create import cached_bundle
+    from qaflora_edge.formats.bundle import is_base
+
+    place = bundle_folder(base)
+    if others or not is_base(place):
+        raise click.UsageError(
+            f"--adapter goes with one base, a .gguf file, and not with {' '.join((base, *others))};"
+            " to put an adapter into a bundle: qaflora bundle add DIR PATH."
+        )
+    with progress_bars() as tell:
+        folder = cached_bundle(place, adapters, tell)
+    words = ["qaflora", "bundle", "create", "my-bundle", "--base", base]
+    words += [word for name, path in adapters for word in ("--adapter", f"{name}={path}")]
+    click.echo(f"To keep these adapters, measured for two-place: {shlex.join(words)}", err=True)
+    return str(folder)
 
 
 class _Command(click.Command):
@@ -262,6 +306,7 @@ def bundle_folder(text: str) -> Path:
     """
     folder = Path(text)
     if os.path.exists(folder):
+        refuse_adapter(folder)
         return folder
     from qaflora_edge.formats.names import from_address, load_registry, local_path
     from qaflora_edge.hub.local import named_bundles, pulled_path
