@@ -119,9 +119,6 @@ def test_table_to_read(made: TinyBundle) -> None:
     for text in ("adapters: math (rank 4, F16), es (rank 8, F32)", "ours k=3", "stock k=3",
                  "ttft, prompt 40 tokens", "3 ours", "memory, peak:"):  # fmt: skip
         assert text in result.stdout
-    alone = bench(made, *SMALL, *SIZES, "--only", "memory")
-    assert "memory, peak:" in alone.stdout
-    assert "callers" not in alone.stdout
 
 
 def test_stock_context_has_the_parameters_of_ours(rig: Rig) -> None:

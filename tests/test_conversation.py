@@ -45,19 +45,6 @@ def test_the_older_half_drops_out_until_the_rest_fits() -> None:
         assert len(conversation.turns) == n_turn  # they are kept for a session file
 
 
-def test_a_full_context_is_not_begun_anew_with_every_turn() -> None:
-    conversation = Conversation("sys")
-    begun = []
-    for number in range(40):
-        tokens = conversation.fit(f"{number:04}", tokenize, 94)
-        begun.append(conversation.n_dropped)
-        assert len(tokens) <= 94
-        conversation.turns.append(Turn(f"{number:04}", "a" * 4))
-    n_begun = len(set(begun)) - 1
-    # A turn is 10 tokens: 9 fit beside the system prompt, and some 4 are dropped at once.
-    assert 40 // 9 <= n_begun <= 9
-
-
 def test_too_long_a_question_is_refused_and_drops_nothing() -> None:
     conversation = talk(2)
     with pytest.raises(PromptError, match="The prompt has 121 tokens, the context 100"):

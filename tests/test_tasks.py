@@ -82,29 +82,24 @@ def test_lines_end_in_any_way_and_keep_their_separators(tmp_path: Path) -> None:
 CHOICE = {"question": "a", "choices": ["b", "c"], "answer": 0}
 HOSTILE: list[tuple[list[Any], str]] = [
     ([], ": it has no item, expected lines such as"),
-    (["nothing"], ", line 1: it is no JSON object (Expecting value"),
     (
         ['{"question": "\\ud800", "answer": 1}'],
         "line 1: it is no JSON object (it has half of a surrogate",
     ),
-    ([{"task": 1}, SUM], "line 1: field task is 1, expected an object with some of the fields n"),
     (
         [{"task": {}, "x": 1}, SUM],
         'field data is {"task": {}, "x": 1}, expected nothing but {"task"',
     ),
     ([SUM, {"task": {}}], "line 2: field question is missing, expected a text that is not blank"),
-    ([{"task": {"metrics": "x"}}, SUM], 'field task is {"metrics": "x"}, expected an object'),
     ([{"task": {"metric": "bleu"}}, SUM], 'field metric is "bleu", expected one of number, exact'),
     ([{"task": {"name": "a b"}}, SUM], 'field task.name is "a b", expected 1 to 64 letters'),
     ([{"task": {"template": "{x}"}}, SUM], "2: field template is a text with {x}, expected only n"),
-    ([{"question": " ", "answer": 1}], 'question is " ", expected a text that is not blank'),
     (
         [{"messages": [{"role": "user"}], "answer": 1}],
         "Message 0 has content = None, expected",
     ),
     ([{"question": "a"}], "answer is missing, expected a text or number, or a list of them"),
     ([{"task": {"metric": "number"}}, {"question": "a", "answer": "b"}], 'answer is "b", expected'),
-    ([{"task": {"metric": "choice"}}, SUM], "choices is missing, expected a list of 2 to 26 texts"),
     ([{**CHOICE, "answer": 2}], "answer is 2, expected the number of a choice, 0 to 1"),
     ([{"task": {"metric": "loss"}}, SUM], "continuation is missing, expected a text"),
 ]

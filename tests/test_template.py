@@ -75,7 +75,6 @@ HOSTILE = [
     "{{ 9**9**9 }}",
     BIG + "{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
     BIG + "{% set ns.x = ns.x.replace('a', 'aaaa') %}{% endfor %}",
-    BIG + "{% set ns.x = ns.x | join(ns.x) %}{% endfor %}",
     BIG + "{% set ns.y = [ns.y, ns.y] %}{% endfor %}{{ ns.y | tojson }}",
     BIG + "{% set ns.y = [ns.y, ns.y] %}{% set ns.z = [ns.z, ns.z] %}{% endfor %}"
     "{{ ns.y == ns.z }}",
