@@ -58,7 +58,8 @@ class Engine:
 
     bundle    a bundle folder, or a base alone, a GGUF file; or give base and adapters (name ->
               adapter GGUF) instead
-    n_ctx     tokens of prompt and answer together, of each request
+    n_ctx     most tokens of prompt and answer together, of each request, allocated at once. None:
+              what the base was trained for, within free memory, allocated when a request needs it
     n_parallel  requests that are decoded together; others wait in a queue
     threads   CPU threads, by default the cores that this process may use
     gpu_layers  layers offloaded where the library was built with a GPU backend, or to workers
@@ -81,7 +82,7 @@ class Engine:
         *,
         base: AnyPath | None = None,
         adapters: Mapping[str, AnyPath] | None = None,
-        n_ctx: int = 2048,
+        n_ctx: int | None = None,
         n_parallel: int = 1,
         threads: int | None = None,
         gpu_layers: int | None = None,
@@ -108,7 +109,7 @@ class Engine:
         check("engine", {**options, **placing, **own})
         check_process()
         opened = open_any(bundle, base, adapters)
-        self.seed, self.n_ctx, self.n_parallel = seed, n_ctx, n_parallel
+        self.seed, self.n_parallel = seed, n_parallel
         self.system = opened.text.system if opened.text else ""
         self._weigher = Weigher(
             adapters=tuple(opened.adapters),
@@ -129,6 +130,7 @@ class Engine:
         )
         self._core = Core(backend, opened.adapters, prefix_cache=prefix_cache)
         self._model = model = backend.model
+        self.n_ctx = backend.n_ctx  # most tokens of a request
         self.loaded_adapters = self._core.adapters  # also those not in use
         self.name = model.name  # the base's own, or its file's
         self.n_layer, self.n_vocab = model.n_layer, model.n_vocab

@@ -19,7 +19,6 @@ from scripted_chat import scripted
 from qaflora_edge import Engine
 from qaflora_edge.bundles.create import create_bundle
 from qaflora_edge.cli import main
-from qaflora_edge.cli.chat.app import context_size
 from qaflora_edge.cli.chat.commands import COMMANDS
 from qaflora_edge.cli.chat.view import parse_markdown, split_closed
 from qaflora_edge.config import in_group
@@ -184,10 +183,6 @@ def test_markdown_is_still_markdown() -> None:
     assert markdown("**18** is *it*, `x*y`") == "18 is it, x*y"
     assert "print(1)" in markdown("```python\nprint(1)\n```")
     assert "a b ──── 1 2" in markdown("| a | b |\n|---|---|\n| 1 | 2 |")
-
-
-def test_context_size_is_what_the_base_was_trained_for(made: TinyBundle) -> None:
-    assert context_size(made.folder, "f16") == 512
 
 
 # commands

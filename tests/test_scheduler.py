@@ -31,6 +31,8 @@ class NotedContext:
         self.batches: list[list[Span]] = []
         self.broken: set[int] = set()  # tokens that no batch may have
 
+    n_ctx = 0
+
     def keep(self, n_token: int, seq: int) -> int:
         del self.cells[seq][n_token:]
         return len(self.cells[seq])

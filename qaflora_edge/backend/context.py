@@ -28,9 +28,9 @@ from qaflora_edge.backend.library import (
     logged,
 )
 from qaflora_edge.backend.model import Model, Pack, shared_model
-from qaflora_edge.config import KV_TYPES
+from qaflora_edge.config import KV_TYPES, MAX_CTX
 from qaflora_edge.errors import BackendError, CancelledError
-from qaflora_edge.formats.gguf import GgufHeader
+from qaflora_edge.formats.gguf import GgufHeader, kv_bytes
 from qaflora_edge.formats.inputs import FileState, check_unchanged
 
 T = TypeVar("T", bound=Any)
@@ -38,6 +38,8 @@ U8 = NDArray[np.uint8]
 _DECODE_ABORTED = 2  # llama.h llama_decode
 _FLASH_ATTN_AUTO, _FLASH_ATTN_OFF, _FLASH_ATTN_ON = -1, 0, 1  # llama.h llama_flash_attn_type
 _MAX_SCORES_BYTES = 256 << 20  # 8,192 tokens of a base with 25 heads
+_N_CTX_MIN = 256  # tokens
+_N_CTX_FIRST, _N_CTX_SAFE = 1024, 4096  # of a context without a limit: at first, and in any case
 
 
 class Stop:
@@ -121,14 +123,41 @@ class Context(Handle):
         params.n_ubatch = min(n_ubatch(n_seq if is_probe else 1), params.n_batch)
         if n_output is not None:
             params.n_outputs_max = min(n_output, params.n_batch)
-        self._pointer = self._functions.context_init(
-            model._pointer, ctypes.byref(params), pack._pointer, flags
+        self._params, self._flags = params, flags
+        self._pointer = self._init(n_seq, n_ctx)
+        self._set_up(n_seq, n_ctx, params, stop)
+
+    def _init(self, n_seq: int, n_ctx: int, advice: str = "") -> Any:
+        pointer = self._functions.context_init(
+            self._model._pointer, ctypes.byref(self._params), self._pack._pointer, self._flags
         )
-        if not self._pointer:
+        if not pointer:
             raise BackendError(
                 f"A context of {n_seq} x {n_ctx} tokens cannot be made: {logged(last_error())}."
+                f"{advice}"
             )
-        self._set_up(n_seq, n_ctx, params, stop)
+        return pointer
+
+    def grow(self, n_ctx: int) -> None:
+        """Give each sequence a buffer of n_ctx tokens, and keep its KV state.
+
+        Kernels stay the same, so answers do. Weights have to be set again, and pending copies are
+        lost. Raises BackendError, and changes nothing, when the context cannot be made.
+        """
+        forget_logged()
+        held = [
+            (seq, self._sequence(seq), tokens)
+            for seq, tokens in enumerate(self._tokens)
+            if tokens and seq not in self._copying
+        ]
+        self._params.n_ctx = self._params.n_batch = n_ctx * self.n_seq
+        advice = " Ask for fewer tokens, or limit all requests (--ctx, n_ctx)."
+        pointer = self._init(self.n_seq, n_ctx, advice)
+        self._free(self._pointer)
+        self._pointer = pointer
+        self._set_up(self.n_seq, n_ctx, self._params, self._stop)
+        for seq, data, tokens in held:
+            self._load(seq, data, tokens)
 
     def _set_up(self, n_seq: int, n_ctx: int, params: Any, stop: Stop | None) -> None:
         self.n_seq, self.n_ctx = n_seq, n_ctx
@@ -374,7 +403,9 @@ class Backend:
 
     base      header from formats.base.read_base
     adapters  files, in the order of every first axis
-    n_ctx, n_seq  tokens of each sequence of the answering context, and how many sequences
+    n_ctx     most tokens of each sequence of the answering context, all allocated now; None: as
+              many as automatic_ctx allows, allocated when asked for
+    n_seq     sequences of the answering context
     adapter_type  one of config.ADAPTER_TYPES
     placing   gpu_layers, rpc and tensor_split: where the base's layers go
     options   threads, kv_type and flash_attn of every context; `options` has `stop` as well
@@ -390,7 +421,7 @@ class Backend:
         base: GgufHeader,
         adapters: Sequence[Path],
         *,
-        n_ctx: int,
+        n_ctx: int | None,
         n_seq: int,
         adapter_type: str,
         placing: Mapping[str, Any],
@@ -404,8 +435,10 @@ class Backend:
         try:
             self.model = self.keep(shared_model(base, placing))
             self.pack = self.keep(Pack(self.model, adapters, adapter_type=adapter_type))
+            self.n_ctx = n_ctx or automatic_ctx(self.model, base, options["kv_type"], n_seq)
+            self._n_first = n_ctx or min(self.n_ctx, _N_CTX_FIRST)
             self.context = self.keep(
-                Context(self.model, self.pack, n_ctx=n_ctx, n_seq=n_seq, **self.options)
+                Context(self.model, self.pack, n_ctx=self._n_first, n_seq=n_seq, **self.options)
             )
             self.model.check_workers()
             check_unchanged(states)  # llama.cpp opened the files by name, after the checks
@@ -413,6 +446,10 @@ class Backend:
             self.close()
             raise
         self.chunks = self.context.chunks()
+
+    def n_ctx_for(self, n_token: int) -> int:
+        """Size the answering context for a request of so many tokens."""
+        return min(self.n_ctx, max(self._n_first, n_ctx_for(n_token)))
 
     def keep(self, resource: T) -> T:
         """Close a resource with the others, the last one first."""
@@ -447,6 +484,39 @@ def as_bytes(array: U8) -> Any:
 def floats(array: F32) -> Any:
     """Give a float pointer to an array, for a call during which the array lives."""
     return array.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+
+
+def n_ctx_for(n_token: int) -> int:
+    """Size a context for so many tokens; it grows by doubling."""
+    return max(_N_CTX_MIN, 1 << (n_token - 1).bit_length())
+
+
+def automatic_ctx(model: Model, base: GgufHeader, kv_type: str, n_seq: int) -> int:
+    """Choose the most tokens of a sequence where nobody limits them.
+
+    These are as many as the base was trained for. Half of the memory that the base leaves free
+    has to hold the KV states of all sequences and of the probe, and a chunk's attention scores.
+    """
+    n_train = model.n_ctx_train or _N_CTX_SAFE
+    if any("rope_factors_long" in name for name in base.tensors):
+        # llama.cpp 0c1e5709, get_rope_factors: a larger context computes other positions
+        n_orig = base.metadata.get(f"{base.architecture}.rope.scaling.original_context_length")
+        n_train = min(n_train, n_orig) if isinstance(n_orig, int) else n_train
+    token_bytes = (n_seq + 1) * kv_bytes(base, kv_type) + 4 * model.n_head * n_ubatch()
+    n_fit = (_free_bytes() - base.path.stat().st_size) / 2 / max(1, token_bytes)
+    return min(n_train, max(_N_CTX_SAFE, int(n_fit)), MAX_CTX)
+
+
+def _free_bytes() -> int:
+    """Estimate the memory that programs may still take."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (AttributeError, ValueError, OSError):  # Windows
+        return 4 << 30
 
 
 def context_params(

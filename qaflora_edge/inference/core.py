@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from qaflora_edge.weighing.probe import QueryProbe, Steps
 
 T = TypeVar("T")
+_N_ANSWER = 2048  # tokens that an answer without a limit has at least, where the context has them
 _process: int | None = None  # in which the library computed first
 
 
@@ -52,7 +53,7 @@ class Core:
         self._cancellations: weakref.WeakSet[Cancellation] = weakref.WeakSet()
         self._cancelling = threading.RLock()  # all threads change that set
         self.last_answer: int | None = None  # number of the last request's sequence
-        scheduler = Scheduler(backend.context.n_seq, backend.chunks)
+        scheduler = Scheduler(backend.context.n_seq, backend.chunks, lambda: backend.context.n_ctx)
         self.loop = Loop(self.model, self.context, scheduler, backend.stop)
         from qaflora_edge.inference.score import Scorer
         from qaflora_edge.weighing.probe import Prefixes, Prober
@@ -179,10 +180,12 @@ class Core:
 
     def begin(self, request: Request, sampler: Sampler | None, fusion: FusionWeights) -> Generation:
         """Put a request into the queue."""
-        n_room = self.context.n_ctx - len(request.tokens) + 1
-        most = request.sampling.max_tokens
+        n_prompt = len(request.tokens)
+        most = 0 if request.keeps_logits else request.sampling.max_tokens
+        n_ctx = self.backend.n_ctx_for(n_prompt + (_N_ANSWER if most is None else most))
+        n_room = n_ctx - n_prompt + 1
         n_max = n_room if most is None else min(n_room, most)
-        sequence = RunningSequence(request, sampler, n_max)
+        sequence = RunningSequence(request, sampler, n_max, n_ctx)
         if sampler is not None:
             self.last_answer = sequence.number
         self.loop.add(sequence)

@@ -32,6 +32,9 @@ class Runner:
 
     def run(self, step: Step, slots: Sequence[Slot]) -> None:
         """Compute a step, except its job. A failure ends only the sequences that it concerns."""
+        for sequence, _ in step.admitted:
+            if sequence.n_ctx > self._context.n_ctx:
+                self._grow(sequence)
         for source, target in step.copies:
             self._context.copy(source, target)
             self._took(source, target)
@@ -47,7 +50,8 @@ class Runner:
         if step.decode:
             self._decode(step.decode, slots)
         for sequence, n in step.prefill:
-            self._prefill(sequence, slots[_slot(sequence)], n)
+            if not sequence.is_done:
+                self._prefill(sequence, slots[_slot(sequence)], n)
         while self._spoilt:
             slot = slots[self._spoilt.pop()]
             self._clean(slot.number)
@@ -58,6 +62,12 @@ class Runner:
         self._context.clear()
         for slot in slots:
             slot.forget()
+
+    def _grow(self, sequence: sequences.Sequence) -> None:
+        try:
+            self._context.grow(sequence.n_ctx)
+        except BackendError as error:
+            sequence.fail(error)
 
     def _took(self, source: int, target: int) -> None:
         """Note that a slot now has the states of another one."""

@@ -1,7 +1,7 @@
 """The scheduler: which request is prefilled, decoded or probed next. It only decides."""
 
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -131,15 +131,17 @@ class Scheduler:
     n_slot  requests that are decoded together
     chunks  how prompts are cut into chunks. A step prefills one chunk, or several short ones: no
             decoding request waits for more than a micro-batch.
+    n_ctx   gives the tokens that a slot can hold now. A request that needs more waits until
+            nothing runs, for then the context can grow.
 
     Prefill and jobs alternate where there are both; decoding goes on in every step.
     """
 
-    def __init__(self, n_slot: int, chunks: Chunks) -> None:
+    def __init__(self, n_slot: int, chunks: Chunks, n_ctx: Callable[[], int] = lambda: 0) -> None:
         self.slots = [Slot(number) for number in range(n_slot)]
         self.waiting: deque[Sequence] = deque()
         self.jobs: deque[Job] = deque()
-        self._chunks = chunks
+        self._chunks, self._n_ctx = chunks, n_ctx
         self._is_jobs_turn = True
         self._last_kind = ""
         self._n_turn = 0
@@ -207,7 +209,8 @@ class Scheduler:
     def _admit(self, step: Step) -> None:
         while self.waiting:
             free = [slot for slot in self.slots if slot.sequence is None]
-            if not free:
+            is_small = self.waiting[0].n_ctx > self._n_ctx()
+            if not free or (is_small and self.running):
                 return
             sequence = self.waiting.popleft()
             slot = max(free, key=lambda slot: self._fitness(slot, sequence))

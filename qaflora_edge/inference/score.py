@@ -8,11 +8,11 @@ import numpy as np
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.backend.batch import Outputs, Span
-from qaflora_edge.backend.context import Context
+from qaflora_edge.backend.context import Context, n_ctx_for
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.errors import BackendError
 from qaflora_edge.inference.sequence import log_softmax
-from qaflora_edge.weighing.probe import n_ctx_for, wiped_on_failure
+from qaflora_edge.weighing.probe import wiped_on_failure
 
 _N_SEQ = 32  # continuations of one prompt in a batch, the prompt itself included
 _N_OUTPUT = 64  # rows of logits in a batch: their memory is n_vocab each

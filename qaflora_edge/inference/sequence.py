@@ -72,6 +72,7 @@ class Sequence:
     """Follow a request: waiting, prefill, decoding, done.
 
     n_max       most tokens of the answer
+    n_ctx       tokens that its slot has to hold
     slot        of the context, None while it waits or once it is done
     n_past      tokens of prompt and answer with KV state in the slot
     next_token  chosen, not yet decoded
@@ -81,9 +82,12 @@ class Sequence:
     error       why there is no answer; finish_reason is "error" then
     """
 
-    def __init__(self, request: Request, sampler: "Sampler | None", n_max: int) -> None:
+    def __init__(
+        self, request: Request, sampler: "Sampler | None", n_max: int, n_ctx: int = 0
+    ) -> None:
         self.number = next(_numbers)
-        self.request, self.sampler, self.n_max = request, sampler, n_max
+        self.request, self.sampler = request, sampler
+        self.n_max, self.n_ctx = n_max, n_ctx
         self.slot: int | None = None
         self.n_past = 0
         self.next_token: int | None = None

@@ -42,7 +42,7 @@ class Llama:
     """Answer as llama-cpp-python's Llama does, from a bundle; each prompt is weighed.
 
     model_path    a bundle folder, or a base GGUF
-    n_ctx         tokens of prompt and answer together
+    n_ctx         tokens of prompt and answer together; 0: see Engine
     n_gpu_layers, n_threads, seed, flash_attn  as there
     engine_options  further options of Engine: adapters (for a base GGUF), strategy, lens, pool, ...
 
@@ -67,7 +67,7 @@ class Llama:
         self.engine = Engine(
             model_path if is_bundle else None,
             base=None if is_bundle else model_path,
-            n_ctx=n_ctx,
+            n_ctx=n_ctx or None,
             gpu_layers=n_gpu_layers,
             threads=n_threads or None,
             flash_attn=flash_attn,

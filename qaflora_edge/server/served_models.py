@@ -211,7 +211,7 @@ class ServedModels:
         meta: dict[str, Any] = {
             "adapters": list(model.weigher.adapters),
             "n_layer": model.weigher.n_layer,
-            "n_ctx": self._options.engine["n_ctx"],
+            "n_ctx": model.engine.n_ctx if model.engine else self._options.engine.get("n_ctx"),
             "strategy": strategy or model.weigher.known.strategy,
             "strategies": list(model.strategies),
             "loaded": model.engine is not None,

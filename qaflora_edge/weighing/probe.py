@@ -15,7 +15,7 @@ import numpy as np
 from qaflora_edge.arrays import F32, F64
 from qaflora_edge.backend.batch import Chunks, Outputs, n_common
 from qaflora_edge.backend.batch import Span as Tokens
-from qaflora_edge.backend.context import Context, default_threads
+from qaflora_edge.backend.context import Context, default_threads, n_ctx_for
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.probe_context import KvState, ProbeContext
 from qaflora_edge.errors import BackendError
@@ -36,7 +36,6 @@ PLACES = ("answer", "question")  # the last token, where the answer begins; the 
 # tokens, rows, and where the question stands; None: only the last token's states are captured
 _Key = tuple[tuple[int, ...], tuple[int, ...], Span | None]
 
-_N_CTX_MIN = 256  # tokens
 _BASE = "base"  # key of the base alone in the prefix cache
 _N_WORTH = 64  # tokens; to prefill fewer again is as quick as to keep them
 _N_TOGETHER = 8  # short queries of one batch: the base's matrices are read once for all
@@ -56,11 +55,6 @@ def wiped_on_failure(context: Context) -> Iterator[None]:
     except BaseException:
         context.clear(is_zeroed=True)
         raise
-
-
-def n_ctx_for(n_token: int) -> int:
-    """Size a context for so many tokens; it grows by doubling."""
-    return max(_N_CTX_MIN, 1 << (n_token - 1).bit_length())
 
 
 def _prefill(

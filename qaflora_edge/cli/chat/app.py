@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 LEAVING = ("exit", "quit", "/exit", "/quit", "/bye")
 _MESSAGE = ("message", "for example with iconv")
-_LARGEST, _LEAST = 8192, 2048  # tokens of a context that nobody chose
-_MEMORY_PART = 8  # an eighth of this machine's memory for its KV state
 
 
 @command(
@@ -75,9 +73,7 @@ def chat(
 
     folder = bundle_folder(bundle)
     is_plain = plain or not _is_capable()
-    n_ctx = context_size(folder, options.kv_type) if options.ctx is None else options.ctx
-    opened = open_engine(bundle, options, is_quiet=is_plain, n_ctx=n_ctx, n_parallel=1)
-    with opened as engine:
+    with open_engine(bundle, options, is_quiet=is_plain, n_parallel=1) as engine:
         view = View() if is_plain else TerminalView()
         talk = Chat(engine, folder, view, options, keep_history=keep_history)
         talk.tokens([{"role": "user", "content": "?"}])  # says that the base has no template
@@ -98,27 +94,6 @@ def _is_capable() -> bool:
     if os.environ.get("TERM", "").lower() in ("", "dumb", "unknown") and os.name != "nt":
         return False
     return sys.stdin.isatty() and sys.stdout.isatty()
-
-
-def context_size(folder: Path, kv_type: str) -> int:
-    """Choose the tokens of a chat's context: what the base was trained for, within memory."""
-    from qaflora_edge.formats.bundle import is_base, read_bundle_text
-    from qaflora_edge.formats.gguf import kv_bytes, read_gguf_header
-    from qaflora_edge.hub.local import recorded_base
-
-    is_alone = is_base(folder)
-    base_path = folder if is_alone else recorded_base(folder, read_bundle_text(folder).base)
-    if base_path is None:  # opening the bundle says so
-        return _LEAST
-    header = read_gguf_header(base_path)
-    n_train = header.metadata.get(f"{header.architecture}.context_length")
-    size = min(_LARGEST, n_train if isinstance(n_train, int) and n_train > 0 else _LEAST)
-    try:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # Windows
-        return size
-    n_most = memory / _MEMORY_PART / kv_bytes(header, kv_type)
-    return size if size <= n_most else max(_LEAST, int(n_most))
 
 
 class PlainInput:

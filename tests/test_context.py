@@ -1,0 +1,102 @@
+"""The automatic context: it grows for requests that need it, and no answer changes."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+from bundles import TinyBundle, make_bundle
+from click.testing import CliRunner
+from serving import client_of
+
+from qaflora_edge import Engine
+from qaflora_edge.backend import context
+from qaflora_edge.cli import main
+from qaflora_edge.errors import BackendError
+from qaflora_edge.formats.base import read_base
+
+LONG = "the thing on a ring " * 390  # 4,305 tokens
+OPTIONS = {"strategy": "static", "threads": 1}
+GREEDY = ["--strategy", "static", "--threads", "1", "--temp", "0", "--max-tokens", "8"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+    return make_bundle(tmp_path_factory.mktemp("long"), n_layer=1, n_ctx=8192)
+
+
+@pytest.fixture(scope="module")
+def fixed(made: TinyBundle) -> Iterator[Engine]:
+    """An Engine with a context that never grows."""
+    with Engine(made.folder, n_ctx=8192, **OPTIONS) as engine:
+        yield engine
+
+
+def ask(engine: Engine, text: str) -> str:
+    tokens = engine.chat_tokens([{"role": "user", "content": text}])
+    return engine.generate(tokens, max_tokens=8).text()
+
+
+@pytest.mark.parametrize("verb", [["run", "-"], ["chat", "--repeat-penalty", "1"]])
+def test_commands_answer_a_long_prompt(made: TinyBundle, fixed: Engine, verb: list[str]) -> None:
+    words = [verb[0], str(made.folder), *verb[1:], *GREEDY]
+    result = CliRunner().invoke(main, words, input=LONG)
+    assert (result.exit_code, result.stdout) == (0, ask(fixed, LONG) + "\n")
+    result = CliRunner().invoke(main, [*words, "--ctx", "2048"], input=LONG)
+    assert "tokens, the context 2048; shorten it, or raise the context" in result.stderr
+
+
+def test_a_server_answers_a_long_prompt(made: TinyBundle, fixed: Engine) -> None:
+    options = {"engine": {**OPTIONS, "n_parallel": 2}, "sampling": {"temperature": 0}}
+    with client_of(made.folder, **options) as client:
+        body = {"messages": [{"role": "user", "content": LONG}], "max_tokens": 8}
+        found = client.post("/v1/chat/completions", json=body).json()
+        assert found["choices"][0]["message"]["content"] == ask(fixed, LONG)
+        assert client.get("/v1/models").json()["data"][0]["meta"]["n_ctx"] == 8192
+
+
+def test_the_context_grows_when_nothing_runs_and_keeps_its_states(
+    made: TinyBundle, fixed: Engine
+) -> None:
+    short = "a king in the air " * 50
+    ends = [token for token in range(fixed.n_vocab) if fixed._model.is_end(token)]
+    endless = {"max_tokens": 100, "logit_bias": dict.fromkeys(ends, -100)}
+    with Engine(made.folder, n_parallel=2, **OPTIONS) as engine:
+        slots = engine._core.context
+        running = engine.generate(short, **endless)
+        assert (slots.n_ctx, running.is_done) == (1024, False)
+        for text in (LONG, short, f"{short} again"):
+            assert np.array_equal(engine.logits(text), fixed.logits(text))
+            assert slots.n_ctx == 8192
+            assert slots.tokens[:99] == engine.tokenize(short)[:99]  # not prefilled again
+        assert running.text() == fixed.generate(short, **endless).text()
+        answer = engine.generate(short, wait=False)
+        assert answer._sequence.n_max == 4096 - answer.n_prompt + 1
+
+
+def test_a_context_that_cannot_grow_fails_one_request(
+    made: TinyBundle, fixed: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Engine(made.folder, **OPTIONS) as engine:
+        monkeypatch.setattr(engine._core.context, "_functions", Mock(context_init=lambda *_: None))
+        with pytest.raises(BackendError, match=r"1 x 8192 tokens cannot be made.*Ask for fewer"):
+            ask(engine, LONG)
+        monkeypatch.undo()
+        assert ask(engine, "the king") == ask(fixed, "the king")
+
+
+def test_memory_and_rope_limit_the_context(
+    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, model = read_base(made.base.path), SimpleNamespace(n_ctx_train=1 << 17, n_head=28)
+    limit = partial(context.automatic_ctx, model, kv_type="f32")
+    monkeypatch.setattr(context, "_free_bytes", lambda: 1 << 30)
+    # bytes of a token: K and V of 2 heads of 16 numbers, twice; and 319 rows of scores
+    assert limit(base, n_seq=1) == (2**30 - base.size_bytes) // 2 // (2 * 256 + 4 * 28 * 319)
+    assert limit(base, n_seq=999) == 4096
+    base = replace(base, tensors={**base.tensors, "rope_factors_long.weight": None})
+    base.metadata[f"{base.architecture}.rope.scaling.original_context_length"] = 2048
+    assert limit(base, n_seq=1) == 2048
