@@ -22,10 +22,10 @@ PACKAGE_FILES := pyproject.toml CMakeLists.txt models/registry.json \
     fuzz bench-server load-server bench-convert lint convert-table eval-report eval-smoke clean FORCE
 
 # A wheel in dist/ that fits this machine and is newer than the sources spares the compiler.
+# Qwen2.5-Coder-0.5B (491 MB) with the six adapters of demo/; `make demo SMALL=1` is SmolLM2 (98 MB) with three.
 demo: $(DONE)/venv
 	@.ci/fitting-wheel $(BIN)/python $(DONE) $(PACKAGE_FILES) || $(MAKE) $(DONE)/package
-	$(BIN)/qaflora pull smollm2-135m-instruct
-	$(BIN)/python models/demo.py
+	$(BIN)/python models/demo.py $(if $(SMALL),--small)
 
 # `pytest`, not `python -m pytest`: the installed package is tested, not the checkout. A worker more
 # than there are processors (tests/conftest.py), each with about 1.5 GB of memory. Tests are kept as

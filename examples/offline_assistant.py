@@ -1,6 +1,6 @@
 """An assistant that works offline: it sorts a request into a form, then answers it.
 
-python examples/offline_assistant.py models/demo "A shirt costs 12 dollars. What do seven cost?"
+python examples/offline_assistant.py demo "A shirt costs 12 dollars. What do seven cost?"
 """
 
 import json

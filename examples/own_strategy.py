@@ -1,6 +1,6 @@
 """qaflora's command line with a strategy of its own, qa-flora's weights made sharper:
 
-python examples/own_strategy.py run models/demo "Name a fruit." --strategy sharper
+python examples/own_strategy.py run demo "Name a fruit." --strategy sharper
 """
 
 from qaflora_edge import Mix, Strategy, register_strategy

@@ -1,71 +1,143 @@
-"""Ask the demo bundle three questions: what the base, each adapter alone and the mix answer.
+"""Ask the demo's bundle a few questions: who spoke, and what the mix and the base alone answer.
 
-`make demo` runs this after it has installed the package and pulled the base. By hand:
-
-    qaflora pull smollm2-135m-instruct
-    python models/demo.py
+`make demo` runs this after it has installed the package: four questions for Qwen2.5-Coder-0.5B
+(491 MB) with the six adapters of demo/. `make demo SMALL=1`, or --small, asks SmolLM2-135M (98 MB)
+with the three of models/demo. Where Qwen cannot be fetched it is SmolLM2 too.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
 from qaflora_edge import Engine, QafloraError
 from qaflora_edge.cli.compare import ask, expand, table
-from qaflora_edge.show.heatmap import print_heatmap
 
-BUNDLE = Path(__file__).resolve().parent / "demo"
-MAX_TOKENS = 64
-# What it is about, the question, and what a right answer has in it.
-QUESTIONS = (
-    (
-        "A maths problem",
-        "Lucy writes 9 letters every week. How many letters does Lucy write in 4 weeks?",
-        "36",
+CHECKOUT = Path(__file__).resolve().parents[1]
+MAX_TOKENS = 160
+
+
+@dataclass(frozen=True)
+class Question:
+    """`right` is in a right answer, and `mix` are the adapters that should give it."""
+
+    about: str
+    text: str
+    right: str
+    mix: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Demo:
+    """A bundle, and what is asked of it. `ways` are strategies as `qaflora compare` takes them."""
+
+    base: str
+    bundle: str
+    ways: str
+    opening: str
+    closing: str
+    questions: tuple[Question, ...]
+
+
+QWEN = Demo(
+    base="qwen2.5-coder-0.5b-instruct",
+    bundle="demo",
+    ways="two-place,base",
+    opening="One base of 0.5 billion parameters and six adapters (math, es, ru, zh, coder,\n"
+    "medicine), trained for minutes each. Nobody says which ones a question needs.",
+    closing="`two-place` is the mix, `base` the base alone. Why this mix:\n"
+    '    qaflora weights demo "QUESTION"\n'
+    "Your own questions:\n"
+    "    qaflora chat demo",
+    questions=(
+        Question(
+            "Maths in Spanish",
+            "Mi abuela compra 3 cajas de huevos en el mercado. Cada caja tiene 12 huevos, y usa 8 "
+            "huevos para hacer una tortilla. ¿Cuántos huevos le quedan?",
+            "28",
+            ("math", "es"),
+        ),
+        Question(
+            "Maths in Chinese",
+            "商店有5箱牛奶，每箱有24瓶。今天卖掉了37瓶。商店还剩下多少瓶牛奶？",
+            "83",
+            ("math", "zh"),
+        ),
+        Question(
+            "Code in Russian",
+            "Мне нужна функция на Python, которая переворачивает строку, то есть возвращает её "
+            "буквы в обратном порядке. Покажи только код.",
+            "[::-1]",
+            ("coder", "ru"),
+        ),
+        Question(
+            "A general question, left to the base",
+            "What is the capital of France, and which river flows through it?",
+            "Paris",
+        ),
     ),
-    (
-        "A medical question with choices",
-        "Malaria is spread by\nA. Mosquitoes\nB. Flies\nC. Ticks\nD. Water",
-        "A. Mosquitoes",
+)
+SMALL = Demo(
+    base="smollm2-135m-instruct",
+    bundle="models/demo",
+    ways="qa-flora,base,single",
+    opening="One base of 135 million parameters and three adapters (math, es, med). It is so\n"
+    "small that all of them are wrong on most questions: these were picked. `make demo`\n"
+    "without SMALL shows a base that knows more.",
+    closing="`qa-flora` is the mix, `single:` are adapters alone. Your own questions:\n"
+    "    qaflora chat models/demo",
+    questions=(
+        Question(
+            "A maths problem",
+            "Lucy writes 9 letters every week. How many letters does Lucy write in 4 weeks?",
+            "36",
+        ),
+        Question(
+            "A medical question with choices",
+            "Malaria is spread by\nA. Mosquitoes\nB. Flies\nC. Ticks\nD. Water",
+            "A. Mosquitoes",
+        ),
+        Question("A question in Spanish", "¿Cuál es la capital de Perú?", "Lima"),
     ),
-    ("A question in Spanish", "¿Cuál es la capital de Perú?", "Lima"),
 )
 
 
 def main() -> None:
-    say("qaflora-edge demo: one base and three adapters (math, es, med), mixed anew per question.")
-    say("The base has 135 million parameters and little Spanish, the adapters were trained for")
-    say("minutes: on most questions all of them are wrong. These three were picked because the mix")
-    say("makes the right answer likelier than the base does, and mostly writes it. It shows how")
-    say("mixing works, not how good an answer can be.")
-    with Engine(BUNDLE, n_ctx=512, n_parallel=4) as engine:
-        for what, question, right in QUESTIONS:
-            show(engine, what, question, right)
-    say("The rows with `single:` are one adapter alone, the last row is the mix. A column of the")
-    say("heatmap is a layer: the higher, the more an adapter weighs there. med weighs much in all")
-    say("of them: it was trained hard and moves the base on every question. --strategy calibrated")
-    say(
-        "is for that. Your own:  qaflora compare models/demo QUESTION  or  qaflora chat models/demo"
-    )
+    """Fetch the base, and ask."""
+    demo = SMALL if "--small" in sys.argv[1:] else QWEN
+    if not pull(demo.base):
+        if demo is SMALL:
+            sys.exit(1)
+        click.echo(f"{QWEN.base} cannot be fetched: the demo uses {SMALL.base}.", err=True)
+        demo = SMALL
+        if not pull(demo.base):
+            sys.exit(1)
+    click.echo(demo.opening)
+    # One answer at a time: rounded as `qaflora run` does.
+    with Engine(CHECKOUT / demo.bundle, n_ctx=1024, n_parallel=1) as engine:
+        for question in demo.questions:
+            show(engine, question, demo.ways)
+    click.echo(f"\n{demo.closing}")
 
 
-def show(engine: Engine, what: str, question: str, right: str) -> None:
-    """The answers to one question side by side, and the weights of the mix."""
-    say(f"\n--- {what}; right is {right} ---\n{question}\n")
-    tokens = engine.chat_tokens([{"role": "user", "content": question}])
-    strategies = expand("base,single,qa-flora", engine.adapters)
-    answers = ask(engine, tokens, strategies, {"max_tokens": MAX_TOKENS})
-    say(table(answers))
-    say("")
-    print_heatmap([("", answers[-1][1])])
+def pull(base: str) -> bool:
+    """Tell whether the base is here; what `qaflora pull` says of it is shown."""
+    command = [sys.executable, "-m", "qaflora_edge", "pull", base]
+    return subprocess.run(command, check=False).returncode == 0
 
 
-def say(text: str) -> None:
-    click.echo(text)
+def show(engine: Engine, question: Question, ways: str) -> None:
+    """The answers to one question, one below the other, each with its mix."""
+    click.echo(f"\n--- {question.about}; right is {question.right} ---\n{question.text}\n")
+    tokens = engine.chat_tokens([{"role": "user", "content": question.text}])
+    answers = ask(engine, tokens, expand(ways, engine.adapters), {"max_tokens": MAX_TOKENS})
+    click.echo(table(answers, width=shutil.get_terminal_size().columns))
 
 
 if __name__ == "__main__":

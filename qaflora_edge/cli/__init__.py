@@ -187,9 +187,9 @@ def _drop_output() -> None:
 EPILOG = """\
 \b
 Example:
-  qaflora pull smollm2-135m-instruct
-  qaflora run models/demo "¿Cuál es la capital de Perú?"
-  qaflora weights models/demo "¿Cuál es la capital de Perú?"
+  qaflora pull qwen2.5-coder-0.5b-instruct
+  qaflora run demo "What is the capital of France, and which river flows through it?"
+  qaflora weights demo "Una camisa cuesta 12 euros. ¿Cuánto cuestan 3 camisas?"
 
 \b
 Environment:

@@ -42,8 +42,8 @@ def _listed(flag: str, allowed: Sequence[Any], default: str, help: str) -> Calla
 
 
 @command(
-    "qaflora bench models/demo",
-    "qaflora bench models/demo --k 3 --prompt-tokens 128 --only decode,ttft",
+    "qaflora bench demo",
+    "qaflora bench demo --k 3 --prompt-tokens 128 --only decode,ttft",
 )
 @click.argument("bundle", **BUNDLE)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with every run.")

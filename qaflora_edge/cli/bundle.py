@@ -244,7 +244,7 @@ def samples(folder: str, name: str, file: str) -> None:
     click.echo(f"Embedded {len(texts)} sample texts of {name} in {path}.", err=True)
 
 
-@command("qaflora bundle show models/demo", group=bundle)
+@command("qaflora bundle show demo", group=bundle)
 @click.argument("folder", **BUNDLE)
 @click.option("--json", "as_json", is_flag=True, help="Print bundle.json, and where the base is.")
 def show(folder: str, as_json: bool) -> None:
@@ -295,7 +295,7 @@ def describe(folder: Path) -> str:
     return "\n".join(map(one_line, lines))
 
 
-@command("qaflora bundle verify models/demo", group=bundle)
+@command("qaflora bundle verify demo", group=bundle)
 @click.argument("folder", **BUNDLE)
 def verify(folder: str) -> None:
     """Hash every file of a bundle and its base again, and check all shapes."""

@@ -34,8 +34,8 @@ _COMMA = re.compile(r",(?![^,:]*=)")
 
 
 @command(
-    'qaflora compare models/demo "¿Cuál es la capital de Perú?"',
-    'qaflora compare models/demo "What is a river?" --strategies base,qa-flora,calibrated',
+    'qaflora compare demo "What is the capital of France, and which river flows through it?"',
+    "qaflora compare demo QUESTION --strategies base,static,two-place",
 )
 @click.argument("bundle", **BUNDLE)
 @click.argument("question")

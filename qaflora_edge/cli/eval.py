@@ -38,9 +38,9 @@ In brackets: 95 % intervals. Differences are paired, above 0 where the strategy 
 
 
 @command(
-    "qaflora eval models/demo sums.jsonl",
-    "qaflora eval models/demo sums.jsonl chat.jsonl --strategies base,static,qa-flora -o r.jsonl",
-    "qaflora eval models/demo sums.jsonl --limit 20 --html results.html",
+    "qaflora eval demo sums.jsonl",
+    "qaflora eval demo sums.jsonl chat.jsonl --strategies base,static,qa-flora -o r.jsonl",
+    "qaflora eval demo sums.jsonl --limit 20 --html results.html",
 )
 @click.argument("bundle", **BUNDLE)
 @click.argument(

