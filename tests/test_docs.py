@@ -194,7 +194,7 @@ def test_the_demo_answers_rightly_with_the_mix_that_it_names(
             assert {name for name, mean in means if mean} == {*each.mix}
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+@pytest.mark.parametrize("page", ["docs/quickstart.md"])
 def test_questions_of_the_first_pages_are_the_demos(page: str, checkout: Path) -> None:
     """Those that the mix answers rightly: what people see first should be right."""
     text = (checkout / page).read_text(encoding="utf-8")
