@@ -5,7 +5,6 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from numbers import Integral
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -27,10 +26,14 @@ from qaflora_edge.inference.generation import Generation
 from qaflora_edge.inference.request import (
     Prompt,
     Request,
+    are_many,
     checked_tokens,
+    is_conversation,
     make_sampling,
+    one_of,
     prompt_tokens,
     token_ids,
+    whole,
 )
 from qaflora_edge.inference.sampler import Sampler
 from qaflora_edge.progress import Tell, TellCount, silent
@@ -268,26 +271,28 @@ class Engine:
         *,
         strategy: str | None = None,
         adapters: Sequence[str] | None = None,
+        raw: bool = False,
         parse_special: bool = False,
         cancel: threading.Event | None = None,
     ) -> Any:
         """Weigh the adapters for a prompt, or for each of a list of prompts.
 
+        prompt    messages, a text (a user turn where the base has a chat template), or token ids
         adapters  those to weigh; by default those in use
+        raw       take a text as it is, as parse_special does
         cancel    once it is set, CancelledError is raised
 
-        Returns FusionWeights, or a list of them, with weights and divergence, float32
-        [n_adapter, n_layer].
+        Returns FusionWeights, or a list of them.
         """
 
-        def weigh(each: Prompt) -> FusionWeights:
+        def weigh(each: Any) -> FusionWeights:
             with self._core.call():
-                tokens = self.tokenize(each, parse_special=parse_special)
+                tokens = self._asked(each, raw=raw, parse_special=parse_special)
                 probe = self._core.probe(self._core.cancellation(cancel))
                 return self._using(adapters).weigh(strategy, tokens, probe)
 
-        prompt = _whole(prompt)
-        return [weigh(each) for each in prompt] if _are_many(prompt) else weigh(prompt)
+        prompt = whole(prompt)
+        return [weigh(each) for each in prompt] if are_many(prompt) else weigh(prompt)
 
     def hidden_states(
         self, prompt: Prompt, *, adapter: str | None = None, parse_special: bool = False
@@ -340,9 +345,9 @@ class Engine:
 
         Raises PromptError when a continuation is empty, or too long for n_ctx with its prompt.
         """
-        prompt, continuation = _whole(prompt), _whole(continuation)
-        is_list = _are_many(prompt)
-        if is_list != _are_many(continuation) or (is_list and len(prompt) != len(continuation)):
+        prompt, continuation = whole(prompt), whole(continuation)
+        is_list = are_many(prompt)
+        if is_list != are_many(continuation) or (is_list and len(prompt) != len(continuation)):
             raise OptionError(
                 f"score got {prompt!r:.60} and {continuation!r:.60}, expected one of both, or "
                 "lists of the same length: repeat a prompt, as in [prompt] * 3."
@@ -439,12 +444,17 @@ class Engine:
                     progress(done, len(texts))
             return (total / len(texts)).astype(np.float32)
 
+    def _asked(self, prompt: Any, *, raw: bool = False, parse_special: bool = False) -> list[int]:
+        """Tokenize messages, ids, or a text: as a user turn, unless raw or without a template."""
+        is_turn = self.has_chat_template and not (raw or parse_special)
+        if isinstance(prompt, str) and prompt and is_turn:
+            prompt = [{"role": "user", "content": prompt}]
+        if is_conversation(prompt):
+            return self.chat_tokens(prompt)
+        return self.tokenize(prompt, parse_special=parse_special)
+
     def _chat_query(self, text: str) -> Query:
-        """Ask a question in chat form when the base has a template, else as text."""
-        if self.has_chat_template:
-            tokens = self.chat_tokens([{"role": "user", "content": text}])
-        else:
-            tokens = self.tokenize(text)
+        tokens = self._asked(text)
         span = self._weigher.find_question(tokens)
         query = self._weigher.query(tokens)
         return replace(query, question=span or (0, len(tokens)), is_chat=span is not None)
@@ -456,6 +466,7 @@ class Engine:
         prompt: Prompt,
         *,
         weights: Weights = None,
+        strategy: str | None = None,
         adapters: Sequence[str] | None = None,
         max_tokens: int | None = None,
         temperature: float = 0.0,
@@ -474,7 +485,8 @@ class Engine:
     ) -> Generation:
         """Answer a prompt: an iterator over pieces of text, greedy unless temperature > 0.
 
-        weights       a strategy, adapters' weights by name, or as `weights` gives them
+        weights       adapters' weights by name, or as `weights` gives them, or a strategy, which
+                      may be given as `strategy` too
         adapters      those to weigh; by default those in use
         grammar       GBNF text that the answer follows, with the start `root`
         json_schema   the answer is JSON that is valid under this schema; True: any JSON
@@ -512,7 +524,7 @@ class Engine:
             cancellation = self._core.cancellation(cancel)
             probe = self._core.probe(cancellation, on_progress)
             sampler = Sampler(self._model, sampling)  # a bad grammar is refused before the work
-            fusion = self._using(adapters).weigh(weights, tokens, probe)
+            fusion = self._using(adapters).weigh(one_of(weights, strategy), tokens, probe)
             if on_weights is not None:
                 on_weights(fusion)
             request = Request(
@@ -550,7 +562,7 @@ class Engine:
         """
         first = self.seed if seed is None else seed
         check("answers", {"n": n, "seed": first})
-        weights = options.pop("weights", None)
+        weights = one_of(options.pop("weights", None), options.pop("strategy", None))
         for i in range(n):
             own_seed = None if first is None else (first + i) % MAX_SEED
             answer = self.generate(prompt, weights=weights, seed=own_seed, **options)
@@ -641,15 +653,3 @@ def _not_loaded(name: str, known: Sequence[str]) -> StrategyError:
         f"The adapter {name!r} is not loaded; expected names out of: "
         f"{', '.join(known) or 'none is loaded'}."
     )
-
-
-def _whole(prompt: Any) -> Any:
-    """Give a list in place of an iterator."""
-    return list(prompt) if isinstance(prompt, Iterator) else prompt
-
-
-def _are_many(prompt: Any) -> bool:
-    """Tell a list of prompts, texts or sequences of ids, from one prompt."""
-    if isinstance(prompt, str | Mapping) or not isinstance(prompt, Iterable):
-        return False  # one, if a wrong one
-    return any(not isinstance(each, Integral) for each in prompt)

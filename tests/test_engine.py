@@ -49,7 +49,7 @@ def engine(base: TinyBase, adapters: dict[str, Path]) -> Iterator[Engine]:
 
 
 def test_weights_follow_from_hidden_states(engine: Engine, base: TinyBase) -> None:
-    fusion = engine.weights(PROMPT)
+    fusion = engine.weights(PROMPT, raw=True)
     assert fusion.adapters == NAMES
     assert fusion.weights.dtype == np.float32
     assert fusion.weights.shape == fusion.divergence.shape == (3, base.n_layer)
@@ -81,13 +81,25 @@ def test_logits_that_are_no_numbers_are_reported(
         assert engine.generate(PROMPT, weights="base", max_tokens=2).text()
 
 
+def test_a_text_is_weighed_as_a_user_turn_unless_raw(engine: Engine) -> None:
+    turn = [{"role": "user", "content": PROMPT}]
+    tokens = (engine.chat_tokens(turn), engine.tokenize(PROMPT))
+    chat, plain = (engine.weights(each).weights.tolist() for each in tokens)
+    found = [*engine.weights([turn, PROMPT]), engine.weights(turn)]
+    assert [each.weights.tolist() for each in found] == [chat] * 3 != [plain] * 3
+    assert engine.weights(PROMPT, raw=True).weights.tolist() == plain
+
+
 def test_logits_take_weights_in_every_form(engine: Engine) -> None:
-    fusion = engine.weights(PROMPT)
+    fusion = engine.weights(PROMPT, raw=True)
     logits = engine.logits(PROMPT)
     assert logits.shape == (engine.n_vocab,)
     for weights in (fusion, fusion.weights, fusion.weights.tolist(), "qa-flora", None):
         assert np.array_equal(engine.logits(PROMPT, weights=weights), logits)
     assert not np.array_equal(engine.logits(PROMPT, weights="base"), logits)
+    assert engine.generate(PROMPT, strategy="base", max_tokens=1).fusion.strategy == "base"
+    with pytest.raises(OptionError, match=r"Options strategy='base' and weights are given, exp"):
+        engine.generate(PROMPT, strategy="base", weights="static")
 
 
 def test_bos_is_added_where_the_vocabulary_asks_for_it(tmp_path: Path) -> None:
@@ -99,7 +111,7 @@ def test_bos_is_added_where_the_vocabulary_asks_for_it(tmp_path: Path) -> None:
 
 def test_generation_is_greedy_over_the_logits(engine: Engine) -> None:
     tokens = engine.tokenize(PROMPT)
-    fusion = engine.weights(PROMPT)
+    fusion = engine.weights(PROMPT, raw=True)
     expected: list[int] = []
     for _ in range(5):
         expected.append(int(engine.logits([*tokens, *expected], weights=fusion).argmax()))

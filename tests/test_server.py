@@ -143,6 +143,11 @@ def test_the_mix_is_told(client: TestClient, alone: Engine) -> None:
     layers = answer(client, **asked, fusion={"return": "layers"})["fusion"]["layers"]
     assert np.array_equal(np.float32([layers["math"], layers["es"]]), fusion.weights)
 
+    asked["model"] = "tiny:two-place"
+    told = answer(client, **asked, fusion={"return": "why"})["fusion"]
+    expected = alone.weights(USER, strategy="two-place").why_dict()
+    assert {key: told[key] for key in told.keys() - {"strategy", "probe_ms", "weights"}} == expected
+
     response = client.post(CHAT, json={**asked, "fusion": {"return": "none"}})
     assert "fusion" not in response.json()
     assert "x-fusion" not in response.headers
@@ -169,7 +174,8 @@ def test_weights_by_request(
 def test_weights_alone_are_those_of_the_command(client: TestClient, alone: Engine) -> None:
     for body, prompt in (
         ({"messages": USER}, alone.chat_tokens(USER)),
-        ({"prompt": "the king"}, alone.tokenize("the king")),
+        ({"prompt": USER[0]["content"]}, alone.chat_tokens(USER)),
+        ({"prompt": "the king", "raw": True}, alone.tokenize("the king")),
     ):
         found = answer(client, "/v1/weights", model="tiny:calibrated", **body)
         expected = alone.weights(prompt, strategy="calibrated").to_dict()

@@ -281,7 +281,7 @@ def test_an_engine_follows_it_in_one_pass_of_the_base(
         counts = count_decoded(monkeypatch)
         fusion = engine.weights(tokens)
         assert sum(counts) == len(tokens)
-        text = engine.weights("the thing").weights
+        text = engine.weights("the thing", raw=True).weights
         calibrated = engine.weights(tokens, strategy="calibrated:pool=question")
         plain = np.asarray(engine.weights(tokens, strategy="qa-flora:pool=question").divergence)
         core = engine._core

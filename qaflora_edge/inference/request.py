@@ -5,8 +5,9 @@ Prompts are checked here against the vocabulary and the context.
 
 import operator
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from qaflora_edge.arrays import F32
@@ -57,14 +58,16 @@ def make_sampling(stop: Any, **options: Any) -> Sampling:
 
     Raises OptionError for an unknown option, or a wrong value.
     """
-    if "strategy" in options:
-        raise OptionError(
-            f"Option strategy is {options['strategy']!r}, expected no such option here: an answer "
-            f"takes its strategy as weights={options['strategy']!r}."
-        )
     stops = () if stop is None else (stop,) if isinstance(stop, str) else stop
     check("sampling", {**options, "stop": stops})
     return Sampling(stop=tuple(stops), **options)
+
+
+def one_of(weights: Any, strategy: str | None) -> Any:
+    """Give weights, or else the strategy. Raises OptionError for both."""
+    if weights is not None and strategy is not None:
+        raise OptionError(f"Options strategy={strategy!r} and weights are given, expected one.")
+    return weights if strategy is None else strategy
 
 
 class Cancellation:
@@ -130,6 +133,23 @@ def check_size(model: "Model", texts: Iterable[str], n_ctx: int) -> None:
             f"The prompt has {size} bytes, more than the context of {n_ctx} tokens can hold; "
             "shorten it, or raise the context (--ctx, n_ctx)."
         )
+
+
+def whole(prompt: Any) -> Any:
+    """Give a list in place of an iterator."""
+    return list(prompt) if isinstance(prompt, Iterator) else prompt
+
+
+def is_conversation(prompt: Any) -> bool:
+    """Tell messages from texts and ids."""
+    return isinstance(prompt, Sequence) and any(isinstance(each, Mapping) for each in prompt)
+
+
+def are_many(prompt: Any) -> bool:
+    """Tell a list of prompts from one: a text, messages, or a sequence of ids."""
+    if isinstance(prompt, str | Mapping) or not isinstance(prompt, Iterable):
+        return False  # one, if a wrong one
+    return not is_conversation(prompt) and any(not isinstance(each, Integral) for each in prompt)
 
 
 def token_ids(prompt: Any, what: str = "prompt") -> list[int]:

@@ -114,6 +114,8 @@ def mix_of(fusion: FusionWeights, out: Computed) -> dict[str, Any]:
         "probe_ms": round(fusion.probe_ms, 3),
         "weights": {name: round(mean, 6) for name, mean in means.items()},
     }
+    if returned in ("why", "layers"):
+        found |= fusion.why_dict()
     if returned == "layers":
         found["layers"] = dict(zip(fusion.adapters, fusion.weights.tolist(), strict=True))
     return {"fusion": found}
@@ -287,8 +289,8 @@ async def weights(request: Request) -> Computed:
         raise wrong_field("prompt", prompt, "either prompt or messages")
 
     def compute(engine: Engine, out: Computed) -> None:
-        tokens = engine.chat_tokens(messages) if messages else engine.tokenize(prompt or "")
-        found = engine.weights(tokens, strategy=strategy, adapters=adapters, cancel=out.cancel)
+        options = {"strategy": strategy, "adapters": adapters, "cancel": out.cancel}
+        found = engine.weights(messages or prompt, raw=bool(body.raw), **options)
         mix_of(found, out)
         out.facts["prompt_tokens"] = found.prompt_tokens
         out.send(encoded(found.to_dict()))

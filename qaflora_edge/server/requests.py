@@ -138,8 +138,8 @@ class Fusion(Strict, extra="forbid"):
     strategy: Text | None = Field(None, title="the name of a strategy")
     adapters: list[str] | None = Field(None, title="names of adapters", fail_fast=True)
     weights: dict[str, Any] | Rows | None = Field(None, title=_WEIGHTS)
-    returned: Literal["summary", "layers", "none"] | None = Field(
-        None, alias="return", title="one of summary, layers, none"
+    returned: Literal["summary", "why", "layers", "none"] | None = Field(
+        None, alias="return", title="one of summary, why, layers, none"
     )
 
 
@@ -257,6 +257,7 @@ class WeightsBody(Weighed):
 
     prompt: Text | Tokens | None = Field(None, title="a text or token ids")
     messages: Messages | None = None
+    raw: Flag = None
 
 
 class TokenizeBody(Body):
