@@ -1,6 +1,7 @@
 """Models: a base and its adapters, loaded once and shared by all contexts."""
 
 import ctypes
+import itertools
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,6 +9,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from qaflora_edge.backend.devices import place
 from qaflora_edge.backend.library import Handle, forget_logged, last_error, load, logged
@@ -126,14 +130,21 @@ class Model(Handle):
     @cached_property
     def special_tokens(self) -> tuple[SpecialToken, ...]:
         """List control, unknown, user-defined and end tokens, longest first."""
+
+        def of_all(function: Any) -> NDArray[np.int32]:
+            values = map(function, itertools.repeat(self.vocab), range(self.n_vocab))
+            return np.fromiter(values, np.int32, self.n_vocab)
+
+        attributes = of_all(self._lib.llama_vocab_get_attr)
+        is_end = of_all(self._lib.llama_vocab_is_eog) != 0
         found = []
-        for token in range(self.n_vocab):
-            attributes = int(self._lib.llama_vocab_get_attr(self.vocab, token))
-            is_on_demand, *strips = (bool(attributes & mask) for mask in _ATTRS)
-            is_control = is_on_demand or self.is_end(token)
-            if is_control or attributes & _ATTR_USER_DEFINED:
-                text = self._lib.llama_vocab_get_text(self.vocab, token).decode("utf-8", "replace")
-                found.append(SpecialToken(token, text, is_control, is_on_demand, *strips))
+        for token in np.flatnonzero(
+            (attributes & (_ATTRS[0] | _ATTR_USER_DEFINED)) | is_end
+        ).tolist():
+            is_on_demand, *strips = (bool(attributes[token] & mask) for mask in _ATTRS)
+            text = self._lib.llama_vocab_get_text(self.vocab, token).decode("utf-8", "replace")
+            is_control = is_on_demand or bool(is_end[token])
+            found.append(SpecialToken(token, text, is_control, is_on_demand, *strips))
         return tuple(sorted(found, key=lambda token: -len(token.text.encode("utf-8"))))
 
     @cached_property

@@ -287,9 +287,11 @@ def _check_tokens(header: GgufHeader) -> None:
         _fail(header, f"the length of {TOKENS}", array.length, f"at most {MAX_TOKENS}")
     read = read_texts(header.path, array, MAX_TOKENS)  # none: the loader refuses it
     # The loader gives those without a text a name, by their number.
-    texts = [text or b"[EMPTY_%d]" % index for index, text in enumerate(read)]
+    texts = read if all(read) else [text or b"[EMPTY_%d]" % i for i, text in enumerate(read)]
     if texts:
         _check_bytes(header, texts)
+    if len(set(texts)) == len(texts):
+        return
     seen: set[bytes] = set()
     for index, text in enumerate(texts):
         if text in seen:
