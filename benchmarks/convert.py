@@ -153,6 +153,7 @@ def main() -> None:
     if options.json:
         print(json.dumps(result))
         return
+    most = 4 if options.verify else 2  # a pair as float32 is two; the file's and its source's
     mb = {name: value / 1e6 for name, value in result.items() if name.endswith("_bytes")}
     print(
         f"{options.layers} layers of an 8B Llama, rank {options.rank}, {options.dtype} to "
@@ -162,9 +163,9 @@ def main() -> None:
         f"{mb['over_floor_bytes']:.1f} MB over the interpreter's {mb['floor_bytes']:.1f} MB\n"
         f"the base's header {mb['header_bytes']:.2f} MB, largest pair "
         f"{mb['largest_pair_bytes']:.2f} MB, its output buffer {mb['output_buffer_bytes']:.2f} MB: "
-        f"{result['pairs_beyond']:.2f} pairs beyond header and buffer (at most 2)"
+        f"{result['pairs_beyond']:.2f} pairs beyond header and buffer (at most {most})"
     )
-    sys.exit(result["pairs_beyond"] > 2)
+    sys.exit(result["pairs_beyond"] > most)
 
 
 if __name__ == "__main__":

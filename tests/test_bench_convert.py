@@ -27,4 +27,4 @@ def test_peak_memory_is_little_more_than_header_and_buffer(
     assert result["adapter_bytes"] > 2 * n_value
     assert result["output_bytes"] > (1 if "q8_0" in options else 2) * n_value
     assert result["peak_bytes"] > result["floor_bytes"] > 1e7
-    assert result["pairs_beyond"] <= 2
+    assert result["pairs_beyond"] <= (4 if "--verify" in options else 2)

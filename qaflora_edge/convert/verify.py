@@ -1,12 +1,12 @@
 """Verify a conversion: does the file that was written say what the PEFT adapter says?
 
 The delta `scale * B A` of each module is computed twice in float64, from the source and from the
-file as a runtime reads it, and compared entry by entry, a tile in memory at a time. The order of
+file as a runtime reads it, and compared entry by entry, a tile at a time. The order of
 rows is worked out once more, by plain arithmetic and in other terms than `layouts` does, from
 llama.cpp 0c1e5709, conversion/*.py: nothing is taken from the code that converts.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +17,8 @@ from numpy.typing import NDArray
 from qaflora_edge.arrays import F32, F64
 from qaflora_edge.convert.targets import Planned, PlannedModule, SingleExperts, StackedExperts
 from qaflora_edge.errors import ConversionError
-from qaflora_edge.formats.adapter import AdapterInfo, read_adapter_gguf
-from qaflora_edge.formats.gguf import GgufHeader, parts, read_value_block
-from qaflora_edge.formats.safetensors import StoredTensor
-from qaflora_edge.peft.modules import PeftModule
+from qaflora_edge.formats.adapter import AdapterInfo, read_adapter_gguf, read_pair
+from qaflora_edge.formats.gguf import GgufHeader, parts
 from qaflora_edge.progress import TellBytes
 
 Index = NDArray[np.int64]
@@ -71,16 +69,23 @@ class ModuleCheck:
 
 @dataclass(frozen=True)
 class Delta:
-    """A matrix [n_out, n_in], which is left [n_out, rank] times right [rank, n_in].
+    """A matrix [n_out, n_in]: scale * left @ right.
 
-    left   gives some neighbouring rows of the left, with the scale
-    right  gives some neighbouring columns of the right
+    left   [n_out, rank]  float32
+    right  [rank, n_in]   float32
     """
 
-    n_out: int
-    n_in: int
-    left: Callable[[range], F64]
-    right: Callable[[range], F64]
+    left: F32
+    right: F32
+    scale: float
+
+    def rows(self, part: slice) -> F64:
+        """Give some rows of the left, with the scale."""
+        return self.scale * self.left[part].astype(np.float64)
+
+    def columns(self, part: slice) -> F64:
+        """Give some columns of the right."""
+        return self.right[:, part].astype(np.float64)
 
 
 def verify_conversion(
@@ -142,14 +147,14 @@ def _compare(source: Delta, stored: Delta, allowed: F64) -> F64:
     returns  [2]
     """
     found = np.zeros(2)
-    for columns in parts(source.n_in, TILE_COLUMNS):
-        right, stored_right = source.right(columns), stored.right(columns)
-        for rows in parts(source.n_out, TILE_ROWS):
+    for columns in _tiles(source.right.shape[1], TILE_COLUMNS):
+        right, stored_right = source.columns(columns), stored.columns(columns)
+        for rows in _tiles(len(source.left), TILE_ROWS):
             with np.errstate(all="ignore"):  # a file that is wrong may hold anything
-                difference = stored.left(rows) @ stored_right
-                difference -= source.left(rows) @ right
+                difference = stored.rows(rows) @ stored_right
+                difference -= source.rows(rows) @ right
                 by_row = np.abs(difference, out=difference).max(axis=1)
-                share = np.where(by_row == 0, 0.0, by_row / allowed[rows.start : rows.stop])
+                share = np.where(by_row == 0, 0.0, by_row / allowed[rows])
             found = np.maximum(found, (by_row.max(), share.max()))
     return found
 
@@ -165,17 +170,21 @@ def _allowed(
     # Blocks of 8 bits lie along the rows of the file: the ranks of an embedding's A and of B.
     axis = 0 if is_embedding else 1
     size_right = error_right = np.zeros(1)  # [rank]  the largest of each rank
-    for columns in parts(source.n_in, TILE_COLUMNS):
-        right = source.right(columns)
+    for columns in _tiles(source.right.shape[1], TILE_COLUMNS):
+        right = source.columns(columns)
         size_right = np.maximum(size_right, np.abs(right).max(axis=1))
         error_right = np.maximum(error_right, _rounding(right, kinds[0], axis).max(axis=1))
-    allowed = np.empty(source.n_out)
-    for rows in parts(source.n_out, TILE_ROWS):
-        left = source.left(rows) / scale
+    allowed = np.empty(len(source.left))
+    for rows in _tiles(len(source.left), TILE_ROWS):
+        left = source.rows(rows) / scale
         error_left = _rounding(left, kinds[1], axis=1)
         by_row = (np.abs(left) + error_left) @ error_right + error_left @ size_right
-        allowed[rows.start : rows.stop] = abs(scale) * by_row
+        allowed[rows] = abs(scale) * by_row
     return allowed
+
+
+def _tiles(n: int, n_tile: int) -> Iterator[slice]:
+    return (slice(part.start, part.stop) for part in parts(n, n_tile))
 
 
 def _rounding(values: F64, kind: GGMLQuantizationType, axis: int) -> F64:
@@ -195,101 +204,44 @@ def _rounding(values: F64, kind: GGMLQuantizationType, axis: int) -> F64:
 
 def source_deltas(header: GgufHeader, module: Planned) -> Iterator[Delta]:
     """The deltas that the source says: one, or that of each expert; in the tensor's order."""
+    source = module.source
     if isinstance(module, PlannedModule):
         rows, columns = source_rows(header, module), source_columns(header, module)
-        yield _of_module(module.source, rows, columns)
+        yield Delta(source.read_b()[rows], source.read_a()[:, columns], source.scale)
     elif isinstance(module, SingleExperts):
+        nothing = np.zeros((module.n_out, 1), np.float32), np.zeros((1, module.n_in), np.float32)
         for expert in range(module.n_expert):
             if expert in module.experts:
-                source, _ = module.experts[expert]
-                yield _of_module(source, np.arange(module.n_out), np.arange(module.n_in))
+                own, _ = module.experts[expert]
+                yield Delta(own.read_b(), own.read_a(), own.scale)
             else:
-                yield Delta(module.n_out, module.n_in, lambda rows: np.zeros((len(rows), 1)),
-                            lambda columns: np.zeros((1, len(columns))))  # fmt: skip
+                yield Delta(*nothing, 1.0)
     else:
+        a, b = source.read_a(), source.read_b()
         for expert in range(module.n_expert):
-            yield _of_parameter(header, module, expert)
+            yield _of_expert(header, module, expert, a, b)
 
 
-def _of_module(source: PeftModule, rows: Index, columns: Index) -> Delta:
-    ranks = range(source.rank)
-
-    def left(part: range) -> F64:
-        return source.scale * _gather(lambda own: _block(source, source.b, own, ranks), rows, part)
-
-    def right(part: range) -> F64:
-        return _gather(lambda own: _block(source, source.a, ranks, own).T, columns, part).T
-
-    return Delta(len(rows), len(columns), left, right)
-
-
-def _of_parameter(header: GgufHeader, module: StackedExperts, expert: int) -> Delta:
+def _of_expert(header: GgufHeader, module: StackedExperts, expert: int, a: F32, b: F32) -> Delta:
     """One expert of the parameter of all: by PEFT's rule, "o r e, e r i"; by MLX's, b[e] @ a[e]."""
     source = module.source
-    ranks = range(expert * source.rank, (expert + 1) * source.rank)
-    side_by_side = range(source.rank * source.n_expert)
-
-    def of_a(part: range) -> F32:  # [len(part), rank]
-        return source.a.read_block(ranks, part).T
-
-    def of_b(part: range) -> F32:  # [len(part), rank]
-        if source.is_b_by_expert:
-            begin = expert * source.n_out
-            rows = range(begin + part.start, begin + part.stop)
-            return source.b.read_block(rows, range(source.rank))
-        return source.b.read_block(part, side_by_side)[:, expert :: source.n_expert]
-
-    writes, reads = (of_a, of_b) if module.is_swapped else (of_b, of_a)
-    own = expert_rows(header, module, source.n_in if module.is_swapped else source.n_out)
-    return Delta(
-        len(own),
-        module.n_in,
-        lambda part: source.scale * _gather(writes, own, part),
-        lambda part: reads(part).T.astype(np.float64),
-    )
-
-
-def _block(source: PeftModule, tensor: StoredTensor, rows: range, columns: range) -> F32:
-    if source.is_transposed:
-        return tensor.read_block(columns, rows).T
-    return tensor.read_block(rows, columns)
-
-
-def _gather(read: Callable[[range], F32], places: Index, part: range) -> F64:
-    """Read the places of a part, which need not be neighbours.
-
-    read     gives [n, rank] for neighbouring places
-    returns  [len(part), rank]
-    """
-    own = places[part.start : part.stop]
-    first = int(own.min())
-    return read(range(first, int(own.max()) + 1))[own - first].astype(np.float64)
+    a = a[expert * source.rank : (expert + 1) * source.rank]
+    if source.is_b_by_expert:
+        b = b[expert * source.n_out : (expert + 1) * source.n_out]
+    else:
+        b = b[:, expert :: source.n_expert]
+    left, right = (a.T, b.T) if module.is_swapped else (b, a)
+    return Delta(left[expert_rows(header, module, len(left))], right, source.scale)
 
 
 def stored_deltas(info: AdapterInfo, module: Planned) -> Iterator[Delta]:
     """The deltas that the file says, as a runtime reads it: one, or that of each expert."""
-    a, b = (info.tensors[f"{module.base_name}.lora_{side}"] for side in "ab")
-    n_rank = info.ranks[module.base_name]
-    scale = info.alpha / n_rank
-    is_embedding = isinstance(module, PlannedModule) and module.source.is_embedding
-    n_expert = a.shape[0] if len(a.shape) == 3 else 1
-    n_out, n_in = b.shape[-2], a.shape[0] if is_embedding else a.shape[-1]
-
-    def of_expert(expert: int) -> Delta:
-        def left(part: range) -> F64:
-            rows = range(expert * n_out + part.start, expert * n_out + part.stop)
-            values = read_value_block(info.path, b, rows, range(n_rank))
-            return scale * values.astype(np.float64)
-
-        def right(part: range) -> F64:
-            ranks = range(expert * n_rank, (expert + 1) * n_rank)
-            if is_embedding:
-                return read_value_block(info.path, a, part, ranks).T.astype(np.float64)
-            return read_value_block(info.path, a, ranks, part).astype(np.float64)
-
-        return Delta(n_out, n_in, left, right)
-
-    yield from map(of_expert, range(n_expert))
+    a, b, scale = read_pair(info, module.base_name)
+    if isinstance(module, PlannedModule):
+        yield Delta(b, a.T if module.source.is_embedding else a, scale)
+    else:
+        for own_a, own_b in zip(a, b, strict=True):
+            yield Delta(own_b, own_a, scale)
 
 
 # The order of rows, told a second time

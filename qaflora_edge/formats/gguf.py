@@ -330,9 +330,9 @@ def read_gguf_header(path: AnyPath) -> GgufHeader:
 
 
 def read_numbers(path: Path, value: MetadataValue | None) -> NDArray[np.int64]:
-    """Read an array of int32: [n], empty for another value. Raises as read_columns does."""
+    """Read an array of int32: [n], empty for another value. Raises as read_bytes does."""
     if isinstance(value, SkippedArray) and value.n_bytes == 4 * value.length:
-        data = read_columns(path, value.offset, value.n_bytes, range(1), range(value.n_bytes))
+        data = read_bytes(path, value.offset, value.n_bytes)
         return np.frombuffer(data, "<i4").astype(np.int64)
     is_numbers = isinstance(value, tuple) and all(isinstance(each, int) for each in value)
     return np.array(value if is_numbers else (), np.int64)
@@ -341,11 +341,11 @@ def read_numbers(path: Path, value: MetadataValue | None) -> NDArray[np.int64]:
 def read_texts(path: Path, array: MetadataValue | None, most: int) -> list[bytes]:
     """Read an array of texts; none of another value, or of an array with more than `most`.
 
-    Raises as read_columns does.
+    Raises as read_bytes does.
     """
     if not isinstance(array, SkippedArray) or array.length > most:
         return []
-    data = read_columns(path, array.offset, array.n_bytes, range(1), range(array.n_bytes))
+    data = read_bytes(path, array.offset, array.n_bytes)
     texts, at = [], 0
     try:
         for _ in range(array.length):
@@ -364,23 +364,17 @@ def read_values(path: Path, info: TensorInfo) -> F32:
 
     returns  [*shape]  float32; of some types it can be NaN or infinite
 
-    Raises as read_columns does, and GgufFileError where the type has no floats.
+    Raises as read_bytes does, and GgufFileError where the type has no floats.
     """
-    n_row = math.prod(info.shape[:-1])
-    return read_value_block(path, info, range(n_row), range(info.shape[-1])).reshape(info.shape)
+    rows = range(math.prod(info.shape[:-1]))
+    return _floats(path, info, _read_rows(path, info, rows)).reshape(info.shape)
 
 
-def read_value_block(path: Path, info: TensorInfo, rows: range, columns: range) -> F32:
-    """Read neighbouring rows and columns of a tensor, the columns in whole blocks of its type.
-
-    returns  [len(rows), len(columns)]  float32; of some types it can be NaN or infinite
-
-    Raises as read_values does.
-    """
-    raw = np.frombuffer(read_raw_rows(path, info, rows, columns), np.uint8)
+def _floats(path: Path, info: TensorInfo, raw: NDArray[np.uint8]) -> F32:
+    """Turn bytes of some rows into floats: [*leading axes of the tensor or n_row, n_column]."""
     try:
         with np.errstate(invalid="ignore", over="ignore"):  # a block's scale may be NaN
-            values: F32 = gguf.quants.dequantize(raw.reshape(len(rows), -1), info.ggml_type)
+            values: F32 = gguf.quants.dequantize(raw, info.ggml_type)
     except NotImplementedError as error:
         raise GgufFileError(
             f"Cannot read tensor {info.name} of {path}: its type {info.ggml_type.name} cannot "
@@ -389,16 +383,11 @@ def read_value_block(path: Path, info: TensorInfo, rows: range, columns: range) 
     return values
 
 
-def read_raw_rows(path: Path, info: TensorInfo, rows: range, columns: range | None = None) -> bytes:
-    """Read neighbouring rows as the file holds them; of all columns, or whole blocks of them.
-
-    Raises as read_columns does.
-    """
-    n_block, block_bytes = GGML_QUANT_SIZES[info.ggml_type]
-    row_bytes = info.shape[-1] // n_block * block_bytes
-    columns = columns or range(info.shape[-1])
-    part = range(*(end // n_block * block_bytes for end in (columns.start, columns.stop)))
-    return read_columns(path, info.offset, row_bytes, rows, part)
+def _read_rows(path: Path, info: TensorInfo, rows: range) -> NDArray[np.uint8]:
+    """Read neighbouring rows as the file holds them: [len(rows), bytes of a row]."""
+    row_bytes = info.n_bytes // math.prod(info.shape[:-1])
+    data = read_bytes(path, info.offset + rows.start * row_bytes, len(rows) * row_bytes)
+    return np.frombuffer(data, np.uint8).reshape(len(rows), row_bytes)
 
 
 def count_not_finite(path: Path, info: TensorInfo) -> int:
@@ -411,10 +400,10 @@ def count_not_finite(path: Path, info: TensorInfo) -> int:
     for rows in parts(math.prod(info.shape[:-1]), n_row):
         if info.ggml_type in EXPONENTS:
             form, exponent = EXPONENTS[info.ggml_type]
-            bits = np.frombuffer(read_raw_rows(path, info, rows), form)
+            bits = _read_rows(path, info, rows).view(form)
             n_bad += int(np.count_nonzero((bits & exponent) == exponent))
         else:
-            values = read_value_block(path, info, rows, range(info.shape[-1]))
+            values = _floats(path, info, _read_rows(path, info, rows))
             n_bad += int(np.count_nonzero(~np.isfinite(values)))
     return n_bad
 
@@ -436,30 +425,13 @@ def parts(n: int, n_part: int) -> Iterator[range]:
         yield range(begin, min(begin + n_part, n))
 
 
-def read_columns(
-    path: Path,
-    offset: int,
-    row_bytes: int,
-    rows: range,
-    columns: range,
-    kind: type[QafloraError] = GgufFileError,
+def read_bytes(
+    path: Path, offset: int, n_bytes: int, kind: type[QafloraError] = GgufFileError
 ) -> bytes:
-    """Read a part of a table of bytes: the same bytes out of each of neighbouring rows.
-
-    offset   of the table in the file
-    rows     neighbouring rows, and `columns` neighbouring bytes of each
-    returns  len(rows) * len(columns) bytes
-
-    Raises InputFileError when the file is gone, `kind` when it became shorter.
-    """
-    is_whole = len(columns) == row_bytes  # rows are neighbours, and read at once
-    n_byte = len(rows) * row_bytes if is_whole else len(columns)
-    pieces = []
+    """Read a part of a file. Raises InputFileError when it is gone, `kind` when it is shorter."""
     with reading(path), open_input(path) as file:
-        for row in rows[:1] if is_whole else rows:
-            file.seek(offset + row * row_bytes + columns.start)
-            pieces.append(file.read(n_byte))
-    data = b"".join(pieces)
-    if len(data) != len(rows) * len(columns):
+        file.seek(offset)
+        data = file.read(n_bytes)
+    if len(data) != n_bytes:
         raise changed(path, kind)
     return data

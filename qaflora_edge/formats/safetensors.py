@@ -5,7 +5,6 @@ up to the end of the file. It accepts a tensor named twice, gives numpy no bfloa
 that someone may shorten. So names are checked and values read here.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,14 +13,14 @@ import numpy as np
 from qaflora_edge.arrays import F32
 from qaflora_edge.errors import SafetensorsFileError
 from qaflora_edge.files import AnyPath
-from qaflora_edge.formats.gguf import read_columns
+from qaflora_edge.formats.gguf import read_bytes
 from qaflora_edge.formats.inputs import open_input, reading
 from qaflora_edge.formats.json_text import read_json_object
 
 MAX_HEADER_BYTES = 1 << 24  # the format allows 100 MB; an adapter needs a few hundred KB
 MAX_NAME_LENGTH = 256
 MAX_READ_BYTES = 1 << 32  # of one tensor; rank 4096 on 256,000 tokens as F32
-FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+FORMS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # the upper half of a float32
 
 
 @dataclass(frozen=True)
@@ -40,45 +39,28 @@ class StoredTensor:
 
         returns  [*shape]  float32, finite
 
-        Raises as read_block does, and where a value is NaN or infinite.
+        Raises InputFileError when the file is gone, SafetensorsFileError when it became shorter,
+        the type is no float, or a value is NaN or infinite.
         """
-        n_value = math.prod(self.shape)
-        values = self._read(range(1), range(n_value), n_value).reshape(self.shape)
-        if n_bad := n_value - int(np.count_nonzero(np.isfinite(values))):
-            found = f"{n_bad} of its {n_value} values are NaN or infinite; expected finite numbers"
-            advice = "use an earlier checkpoint or fetch it again."
-            raise self._wrong(f"{found}. The training diverged or the file is corrupted; {advice}")
-        return values
-
-    def read_block(self, rows: range, columns: range) -> F32:
-        """Read neighbouring rows and columns, and nothing else of the file.
-
-        returns  [len(rows), len(columns)]  float32, which may be NaN or infinite
-
-        Raises InputFileError when the file is gone, SafetensorsFileError when it became shorter or
-        the type is no float.
-        """
-        return self._read(rows, columns, math.prod(self.shape[1:]))
-
-    def _read(self, rows: range, columns: range, n_column: int) -> F32:
-        if self.dtype not in FLOAT_BYTES:
-            found = f"its dtype is {self.dtype}; expected {', '.join(FLOAT_BYTES)}"
+        if self.dtype not in FORMS:
+            found = f"its dtype is {self.dtype}; expected {', '.join(FORMS)}"
             raise self._wrong(f"{found}. Save the adapter in one of these.")
         if self.n_bytes > MAX_READ_BYTES:
             found = f"it has {self.n_bytes} bytes; expected at most {MAX_READ_BYTES}"
             advice = "Check that it is a plain LoRA."
             raise self._wrong(f"{found}, which no matrix of a LoRA exceeds. {advice}")
-        n = FLOAT_BYTES[self.dtype]
-        part = range(columns.start * n, columns.stop * n)
-        raw = read_columns(
-            self.path, self.offset, n_column * n, rows, part, kind=SafetensorsFileError
-        )
-        if self.dtype == "BF16":  # the upper half of a float32
-            bits = np.frombuffer(raw, "<u2").astype("<u4") << 16
-            values = bits.view("<f4")
-        else:
-            values = np.frombuffer(raw, "<f4" if n == 4 else "<f2")
-        return values.astype(np.float32, copy=False).reshape(len(rows), len(columns))
+        raw = read_bytes(self.path, self.offset, self.n_bytes, SafetensorsFileError)
+        values = np.frombuffer(raw, FORMS[self.dtype])
+        if self.dtype == "BF16":
+            values = (values.astype("<u4") << 16).view("<f4")
+        if n_bad := values.size - int(np.count_nonzero(np.isfinite(values))):
+            found = f"{n_bad} of its {values.size} values are NaN or infinite"
+            advice = "use an earlier checkpoint or fetch it again."
+            raise self._wrong(
+                f"{found}; expected finite numbers. The training diverged or the file is "
+                f"corrupted; {advice}"
+            )
+        return values.astype(np.float32, copy=False).reshape(self.shape)
 
     def _wrong(self, text: str) -> SafetensorsFileError:
         return SafetensorsFileError(f"Cannot use tensor {self.name} of {self.path}: {text}")
