@@ -11,6 +11,7 @@ from scripted_server import Script
 from serving import ENGINE, listening
 
 from qaflora_edge import Engine
+from qaflora_edge.show.text import reason_rows
 
 pytestmark = [
     pytest.mark.slow,
@@ -62,4 +63,13 @@ def test_text_and_weights_are_those_of_the_engine_alone(desk: Desk, folder: Path
                 for name, row in zip(fusion.adapters, fusion.weights, strict=True)
                 for layer, weight in enumerate(row.tolist())
             ]
+        fusion = engine.weights(MESSAGES, strategy="two-place")
+        desk.set("#strategy", "two-place")
+        desk.click("#new")
+        desk.ask(QUESTION)
+        desk.click("button.mix")
+        rows = "return [...document.querySelectorAll('.reasons tr')].map(r => "
+        rows += "[...r.children].map(cell => cell.textContent))"
+        assert desk.window.run(rows) == reason_rows(fusion)
+        assert desk.text(".why") == fusion.why
     assert desk.window.log() == []

@@ -1,4 +1,4 @@
-// The mix of an answer: a bar of the adapters' shares, which opens into weights by layer.
+// The mix of an answer: a bar of the adapters' shares, which opens into what decided.
 const N_HUE = 8;
 const hue = (name, adapters) => `hue-${Math.max(0, adapters.indexOf(name)) % N_HUE}`;
 
@@ -12,7 +12,8 @@ const weightTexts = weights => {
   return weights.map(w => isShare ? `${Math.round(100 * w)} %` : w.toFixed(2).replace("-", "−"));
 };
 
-// fusion: {strategy, weights: {name: mean}, layers: {name: [n_layer]}}; adapters: all of the bundle
+// fusion: {strategy, weights: {name: mean}, layers: {name: [n_layer]}, and where no layer differs
+// why, reasons: {name: {scores: {place: number}, thresholds, taken_as}}}; adapters: all of the bundle
 const mixView = (fusion, adapters) => {
   const names = Object.keys(fusion.weights), weights = Object.values(fusion.weights);
   const texts = weightTexts(weights), whole = sum(weights.map(Math.abs));
@@ -29,19 +30,37 @@ const mixView = (fusion, adapters) => {
   });
   if (!whole) legend.append(el("span", { className: "entry" }, "the base alone"));
   const label = whole ? names.map((name, i) => `${name} ${texts[i]}`).join(", ") : "the base alone";
-  if (!whole || !fusion.layers) return el("div", { className: "mix", role: "img", "aria-label": `Mix: ${label}` },
+  const isTold = names.length > 0 && names.every(name => fusion.reasons?.[name]);
+  if (!isTold && (!whole || !fusion.layers)) return el("div", { className: "mix", role: "img", "aria-label": `Mix: ${label}` },
     bar, el("span", { className: "line" }, legend));
 
   const map = el("div", { className: "map", id: unique("map"), hidden: true });
+  const title = isTold ? "Why this mix" : "Weights by layer";
   const toggle = el("button", {
-    type: "button", className: "mix", title: "Weights by layer", "aria-expanded": "false", "aria-controls": map.id,
+    type: "button", className: "mix", title, "aria-expanded": "false", "aria-controls": map.id,
     onclick: () => {
-      if (!map.childElementCount) map.append(...heatmap(names, fusion, adapters));
+      if (!map.childElementCount) map.append(...(isTold ? reasonTable(names, fusion) : heatmap(names, fusion, adapters)));
       map.hidden = !map.hidden;
       toggle.setAttribute("aria-expanded", String(!map.hidden));
     },
-  }, bar, el("span", { className: "line" }, legend, el("span", { className: "unseen" }, "Weights by layer"), drawn("open")));
+  }, bar, el("span", { className: "line" }, legend, el("span", { className: "unseen" }, title), drawn("open")));
   return el("div", {}, toggle, map);
+};
+
+// What decided, as `qaflora weights` prints it.
+const reasonTable = (names, { why, weights, reasons }) => {
+  const { scores, thresholds } = reasons[names[0]], places = Object.keys(scores);
+  const needed = Object.keys(thresholds).length, isTaken = names.some(name => reasons[name].taken_as);
+  const number = value => value === undefined ? "" : needed ? value.toFixed(2) : String(Number(value.toPrecision(3)));
+  const row = (...cells) => el("tr", {}, ...cells.map((text, i) => el(i ? "td" : "th", {}, el("bdi", {}, text))));
+  const line = (name, weight, numbers, ...taken) => row(name, weight, ...places.map(place => number(numbers[place])), ...taken);
+  return [
+    el("p", { className: "why" }, why),
+    el("div", { className: "wide" }, el("table", { className: "reasons" },
+      row("adapter", "weight", ...places, ...(isTaken ? ["taken as"] : [])),
+      ...names.map(name => line(name, weights[name].toFixed(2), reasons[name].scores, ...(isTaken ? [reasons[name].taken_as || "-"] : []))),
+      ...(needed ? [line("threshold", "", thresholds)] : []))),
+  ];
 };
 
 const heatmap = (names, fusion, adapters) => {

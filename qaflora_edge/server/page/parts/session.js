@@ -44,6 +44,15 @@ const wrong = (name, value, expected) => {
   return new Error(`${name} is ${found}, expected ${expected}.`);
 };
 
+// What decided about each adapter, where all of it is there.
+const isScores = value => isObject(value) && Object.values(value).every(Number.isFinite);
+const reasonsOf = ({ why, reasons }, names) => {
+  const isWhole = isText(why) && isObject(reasons) && names.length && names.every(name =>
+    isScores(reasons[name]?.scores) && isScores(reasons[name].thresholds) && isText(reasons[name].taken_as));
+  const taken = name => (({ scores, thresholds, taken_as }) => ({ scores, thresholds, taken_as }))(reasons[name]);
+  return isWhole ? { why, reasons: Object.fromEntries(names.map(name => [name, taken(name)])) } : {};
+};
+
 // The mix of an answer, where it is whole: means, and as many layers of each adapter.
 const fusionOf = fusion => {
   if (!isObject(fusion) || !isText(fusion.strategy) || !isObject(fusion.layers)) return undefined;
@@ -54,6 +63,7 @@ const fusionOf = fusion => {
     strategy: fusion.strategy, probe_ms: Number(fusion.probe_ms) || 0,
     weights: Object.fromEntries(names.map((name, i) => [name, means[i]])),
     layers: Object.fromEntries(names.map((name, i) => [name, rows[i]])),
+    ...reasonsOf(fusion, names),
   };
 };
 
