@@ -53,7 +53,16 @@ def _draw(fusion: FusionWeights) -> str:
     return notebook_html(fusion)
 
 
+def _tell(fusion: FusionWeights) -> str:
+    from qaflora_edge.show.text import who_spoke
+
+    n_layer = fusion.weights.shape[1]
+    return f"<FusionWeights {fusion.strategy}, {n_layer} layers: {who_spoke(fusion)}>"
+
+
+# Numbers know neither pictures nor screens.
 FusionWeights._repr_html_ = _draw
+FusionWeights.__repr__ = _tell  # type: ignore[assignment]
 
 
 class Engine:

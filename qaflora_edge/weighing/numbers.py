@@ -87,11 +87,7 @@ class FusionWeights:
         heaviest = sorted(self.means.items(), key=lambda item: -item[1])
         return tuple(name for name, mean in heaviest if mean > 0)
 
-    def __repr__(self) -> str:
-        means = ", ".join(f"{name!r} {mean:.2f}" for name, mean in self.means.items())
-        return f"<FusionWeights {self.strategy}, {self.weights.shape[1]} layers: {means or 'base'}>"
-
-    # Draws weights in a notebook. The Engine sets it: numbers know no pictures.
+    # Draws weights in a notebook. The Engine sets it, and __repr__.
     _repr_html_: ClassVar[Callable[["FusionWeights"], str] | None] = None
 
 
