@@ -1,5 +1,7 @@
 """Shared fixtures. Nothing here loads a library or fetches a file before a test asks for it."""
 
+from __future__ import annotations
+
 import os
 import signal
 import subprocess
@@ -7,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
+from typing import TYPE_CHECKING
 
 import pytest
 from browser import Browser, browser
@@ -16,6 +19,9 @@ import qaflora_edge
 from qaflora_edge.cli.settings import SHARED, SHARED_TABLES, variables
 from qaflora_edge.files import cache_dir
 from qaflora_edge.hub.fetch import fetch_model
+
+if TYPE_CHECKING:
+    from bundles import TinyBundle
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -91,6 +97,22 @@ def smollm2() -> Path:
 def checkout() -> Path:
     """The source checkout that these tests lie in."""
     return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+    """A tiny bundle that no test changes, not calibrated."""
+    from bundles import make_bundle
+
+    return make_bundle(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture(scope="session")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+    """A tiny bundle that no test changes, with all that is measured of its adapters."""
+    from bundles import make_bundle
+
+    return make_bundle(tmp_path_factory.mktemp("calibrated"), calibrate=True)
 
 
 @pytest.fixture(scope="session")

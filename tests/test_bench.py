@@ -10,7 +10,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import tiny
-from bundles import TinyBundle, make_bundle
+from bundles import TinyBundle
 from click.testing import CliRunner, Result
 
 from qaflora_edge.bench.memory import measure_memory
@@ -23,11 +23,6 @@ from qaflora_edge.errors import BundleError
 SMALL = ("--repeat", "3", "--prompt-tokens", "40,20", "--max-tokens", "6", "--threads", "1")
 SIZES = ("--k", "1,3", "--callers", "3,1")
 FACTS = ("llama_n_ctx", "llama_n_batch", "llama_n_seq_max", "llama_n_threads")
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
-    return make_bundle(tmp_path_factory.mktemp("bench"))
 
 
 @pytest.fixture(scope="module")

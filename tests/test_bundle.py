@@ -62,11 +62,6 @@ def made(tmp_path: Path) -> TinyBundle:
     return make_bundle(tmp_path)
 
 
-@pytest.fixture(scope="module")
-def calibrated(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
-    return make_bundle(tmp_path_factory.mktemp("calibrated"), calibrate=True)
-
-
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 

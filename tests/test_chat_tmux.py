@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from bundles import TinyBundle, make_bundle
+from bundles import TinyBundle
 from scripted_chat import ANSWER
 from tmux import Window, need_tmux, on_a_terminal
 
@@ -16,11 +16,6 @@ pytestmark = pytest.mark.slow  # each starts a terminal and a chat
 Open = Callable[..., Window]
 SCRIPTED = (sys.executable, str(Path(__file__).with_name("scripted_chat.py")))
 HINT = "Alt-Enter: new line"  # below the input: it can be typed to
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
-    return make_bundle(tmp_path_factory.mktemp("chat"))
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import TinyBundle, bundle_json, make_bundle
+from bundles import TinyBundle, bundle_json
 from click.testing import CliRunner, Result
 from patience import PATIENCE_S, wait_until
 
@@ -24,11 +24,6 @@ from qaflora_edge.errors import OptionError
 # F32 everywhere: what is decoded together changes no token.
 F32 = ("--kv-type", "f32", "--no-flash-attn", "--ctx", 256, "--threads", 1)
 QUESTIONS = [f"thing {i} on a ring" for i in range(9)]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
-    return make_bundle(tmp_path_factory.mktemp("batch"))
 
 
 def run(made: TinyBundle, *args: object, stdin: str | bytes | None = None) -> Result:

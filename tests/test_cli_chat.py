@@ -28,11 +28,6 @@ TESTS = str(Path(__file__).parent)
 GREEDY = ("--temp", "0", "--max-tokens", "6")
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
-    return make_bundle(tmp_path_factory.mktemp("chat"))
-
-
 def chat(folder: Path, *lines: str | bytes, args: Sequence[str] = GREEDY) -> Result:
     text = b"".join((line.encode() if isinstance(line, str) else line) + b"\n" for line in lines)
     # One thread: others would wait for each other on a busy machine, and a tiny base needs none.

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from bundles import TinyBundle, make_bundle
+from bundles import TinyBundle
 from click.testing import CliRunner, Result
 from rich.cells import cell_len
 
@@ -18,11 +18,6 @@ from qaflora_edge.weighing.numbers import FusionWeights
 
 PROMPT = "the thing on a ring"
 EVIL = "<script>alert(1)</script>\x1b[2J\x1b]0;title\x07<img src=x onerror=alert(1)>"
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
-    return make_bundle(tmp_path_factory.mktemp("compare"))
 
 
 def compare(made: TinyBundle, *args: object, stdin: str | None = None) -> Result:

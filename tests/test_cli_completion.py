@@ -5,15 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from bundles import TinyBundle, make_bundle
+from bundles import TinyBundle
 from click.testing import CliRunner
 
 from qaflora_edge.cli import main
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
-    return make_bundle(tmp_path_factory.mktemp("completion"))
 
 
 def suggested(made: TinyBundle, line: str, **more: str) -> list[str]:

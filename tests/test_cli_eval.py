@@ -18,11 +18,6 @@ F32 = ("--kv-type", "f32", "--no-flash-attn", "--ctx", 256, "--threads", 1)
 TIMES = ("probe_ms", "probe_before_ms", "prefill_ms", "decode_ms", "tokens_per_second")
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
-    return make_bundle(tmp_path_factory.mktemp("eval"), calibrate=True)
-
-
 def task(path: Path, *lines: dict[str, Any], **header: Any) -> Path:
     lines = ({"task": header}, *lines) if header else lines
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -34,8 +29,8 @@ def sums(path: Path, n: int = 6) -> Path:
     return task(path, *lines, max_tokens=8, template="{question}\nA number:")
 
 
-def run(made: TinyBundle, *args: object) -> Result:
-    words = ["eval", str(made.folder), *(str(arg) for arg in (*F32, *args))]
+def run(calibrated: TinyBundle, *args: object) -> Result:
+    words = ["eval", str(calibrated.folder), *(str(arg) for arg in (*F32, *args))]
     return CliRunner().invoke(main, words)
 
 
@@ -49,12 +44,14 @@ def by_key(path: Path) -> dict[tuple[str, int, str], dict[str, Any]]:
     }
 
 
-def test_every_item_is_answered_under_every_strategy(made: TinyBundle, tmp_path: Path) -> None:
+def test_every_item_is_answered_under_every_strategy(
+    calibrated: TinyBundle, tmp_path: Path
+) -> None:
     out = tmp_path / "r.jsonl"
-    result = run(made, sums(tmp_path / "sums.jsonl", 3), "-o", out, "--parallel", 5)
+    result = run(calibrated, sums(tmp_path / "sums.jsonl", 3), "-o", out, "--parallel", 5)
     assert result.exit_code == 0, result.output
     found = by_key(out)
-    with Engine(made.folder) as engine:
+    with Engine(calibrated.folder) as engine:
         ways = list(engine.strategies)
     assert ways[:4] == ["base", "static", "single:math", "single:es"]
     assert {"qa-flora", "cosine", "euclidean", "calibrated", "norm"} < set(ways)
@@ -64,7 +61,7 @@ def test_every_item_is_answered_under_every_strategy(made: TinyBundle, tmp_path:
     assert header["strategies"] == ways
     assert [each["name"] for each in header["adapters"]] == ["math", "es"]
     options = {"kv_type": "f32", "flash_attn": False, "n_ctx": 256}
-    with Engine(made.folder, **options) as engine:  # type: ignore[arg-type]
+    with Engine(calibrated.folder, **options) as engine:  # type: ignore[arg-type]
         for (_, item, way), each in found.items():
             text = f"thing {item} on a ring\nA number:"
             tokens = engine.chat_tokens([{"role": "user", "content": text}])
@@ -78,7 +75,7 @@ def test_every_item_is_answered_under_every_strategy(made: TinyBundle, tmp_path:
             assert each["expected"] == item
 
 
-def test_likelihoods_are_those_of_the_engine(made: TinyBundle, tmp_path: Path) -> None:
+def test_likelihoods_are_those_of_the_engine(calibrated: TinyBundle, tmp_path: Path) -> None:
     choices = ["one thing", "another on the ring"]
     pick = task(tmp_path / "pick.jsonl", {"question": "Which?", "choices": choices, "answer": 0})
     text = task(
@@ -87,10 +84,10 @@ def test_likelihoods_are_those_of_the_engine(made: TinyBundle, tmp_path: Path) -
         raw_prompt=True,
     )
     out = tmp_path / "r.jsonl"
-    assert run(made, pick, text, "-o", out).exit_code == 0
+    assert run(calibrated, pick, text, "-o", out).exit_code == 0
     found = by_key(out)
     options = {"kv_type": "f32", "flash_attn": False, "n_ctx": 256}
-    with Engine(made.folder, **options) as engine:  # type: ignore[arg-type]
+    with Engine(calibrated.folder, **options) as engine:  # type: ignore[arg-type]
         asked = engine.chat_tokens([{"role": "user", "content": "Which?"}])
         for way in engine.strategies:
             sums = [float(engine.score(asked, each, weights=way).sum()) for each in choices]
@@ -106,33 +103,33 @@ def test_likelihoods_are_those_of_the_engine(made: TinyBundle, tmp_path: Path) -
             assert found["text", 0, way]["score"] == pytest.approx(nats, abs=1e-5)
 
 
-def test_a_file_is_resumed(made: TinyBundle, tmp_path: Path) -> None:
+def test_a_file_is_resumed(calibrated: TinyBundle, tmp_path: Path) -> None:
     path, out, whole = sums(tmp_path / "s.jsonl"), tmp_path / "r.jsonl", tmp_path / "whole.jsonl"
-    assert run(made, path, "--strategies", "base", "--limit", 2, "-o", out).exit_code == 0
+    assert run(calibrated, path, "--strategies", "base", "--limit", 2, "-o", out).exit_code == 0
     assert [item for _, item, _ in by_key(out)] == [0, 1]
     before = out.read_bytes()
     with out.open("ab") as file:
         file.write(b'{"task": "s", "item": 5, "strat')  # as if it died within a line
-    result = run(made, path, "--strategies", "base,qa-flora", "-o", out)
+    result = run(calibrated, path, "--strategies", "base,qa-flora", "-o", out)
     assert result.stderr.startswith("[10 results in ")
     assert result.stderr.endswith("; 2 were there before]\n")
     assert out.read_bytes().startswith(before)
-    assert run(made, path, "--strategies", "base,qa-flora", "-o", whole).exit_code == 0
+    assert run(calibrated, path, "--strategies", "base,qa-flora", "-o", whole).exit_code == 0
     assert by_key(out) == by_key(whole)
     full = out.read_bytes()
-    result = run(made, path, "--strategies", "base", "-o", out, "--temp", 1)
+    result = run(calibrated, path, "--strategies", "base", "-o", out, "--temp", 1)
     assert result.exit_code == 1
     assert "it was begun with another value of `options`" in result.stderr
     assert out.read_bytes() == full
 
 
 def test_an_item_that_cannot_be_asked_is_a_result_without_a_score(
-    made: TinyBundle, tmp_path: Path
+    calibrated: TinyBundle, tmp_path: Path
 ) -> None:
     items = [{"question": "a" * n, "answer": 1} for n in (3, 600, 4)]
     out = tmp_path / "r.jsonl"
     path = task(tmp_path / "sums.jsonl", *items, max_tokens=2)
-    result = run(made, path, "--strategies", "base,qa-flora", "-o", out)
+    result = run(calibrated, path, "--strategies", "base,qa-flora", "-o", out)
     assert result.exit_code == 1
     assert "2 failed, the first: sums, item 1: The prompt has " in result.stderr
     found = by_key(out)
@@ -142,10 +139,10 @@ def test_an_item_that_cannot_be_asked_is_a_result_without_a_score(
     assert len(found) == 6
 
 
-def test_table_json_and_page_show_every_item(made: TinyBundle, tmp_path: Path) -> None:
+def test_table_json_and_page_show_every_item(calibrated: TinyBundle, tmp_path: Path) -> None:
     path, page, file = sums(tmp_path / "sums.jsonl", 2), tmp_path / "r.html", tmp_path / "r.json"
     ways = ("--strategies", "static,qa-flora")
-    result = run(made, path, *ways, "--html", page, "--json", file)
+    result = run(calibrated, path, *ways, "--html", page, "--json", file)
     assert result.exit_code == 0
     document = json.loads(file.read_text(encoding="utf-8"))
     found = [(each["item"], each["strategy"]) for each in document["results"]]
@@ -169,7 +166,7 @@ def test_table_json_and_page_show_every_item(made: TinyBundle, tmp_path: Path) -
     ],
 )
 def test_wrong_usage(
-    made: TinyBundle,
+    calibrated: TinyBundle,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     args: tuple[str, ...],
@@ -178,7 +175,7 @@ def test_wrong_usage(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     sums(tmp_path / "sums.jsonl")
-    result = run(made, "sums.jsonl", *args)
+    result = run(calibrated, "sums.jsonl", *args)
     assert result.exit_code == code
     assert message in result.stderr
 
@@ -204,9 +201,11 @@ def test_save_makes_the_best_strategy_the_default(tmp_path: Path) -> None:
         assert engine.strategy == best
 
 
-def test_what_cannot_be_saved_is_said_before_the_work(made: TinyBundle, tmp_path: Path) -> None:
+def test_what_cannot_be_saved_is_said_before_the_work(
+    calibrated: TinyBundle, tmp_path: Path
+) -> None:
     path = sums(tmp_path / "sums.jsonl", 1)
-    words = ["eval", str(made.base.path), str(path), "--save", *map(str, F32)]
+    words = ["eval", str(calibrated.base.path), str(path), "--save", *map(str, F32)]
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 1
     assert "Error: Cannot " in result.stderr

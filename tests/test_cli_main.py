@@ -11,7 +11,7 @@ import click
 import numpy as np
 import pytest
 import tiny
-from bundles import TinyBundle, make_bundle
+from bundles import TinyBundle
 from click.testing import CliRunner
 from patience import PATIENCE_S
 
@@ -19,11 +19,6 @@ from qaflora_edge import __version__
 from qaflora_edge.cli import VERBS, main
 
 QAFLORA = [sys.executable, "-m", "qaflora_edge"]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
-    return make_bundle(tmp_path_factory.mktemp("main"))
 
 
 def commands() -> dict[str, click.Command]:

@@ -23,11 +23,6 @@ PROMPT = "the thing on a ring"
 QAFLORA = [sys.executable, "-m", "qaflora_edge"]
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
-    return make_bundle(tmp_path_factory.mktemp("run"))
-
-
 def run(folder: object, *args: object, stdin: str | None = None) -> Result:
     words = ["run", str(folder), *(str(arg) for arg in args)]
     return CliRunner().invoke(main, words, input=stdin)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 import pytest
-from bundles import TinyBundle, make_bundle
+from bundles import TinyBundle
 from click.testing import CliRunner
 
 from qaflora_edge import Engine
@@ -18,11 +18,6 @@ from qaflora_edge.cli.settings import (
     shared_settings,
 )
 from qaflora_edge.config import OWN
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
-    return make_bundle(tmp_path_factory.mktemp("settings"))
 
 
 @pytest.fixture

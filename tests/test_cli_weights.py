@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bundles import TinyBundle, make_bundle, snapshot
+from bundles import TinyBundle, snapshot
 from click.testing import CliRunner, Result
 
 from qaflora_edge import Engine
@@ -15,21 +15,16 @@ from qaflora_edge.cli import main
 PROMPT = "the thing on a ring"
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
-    return make_bundle(tmp_path_factory.mktemp("weights"), calibrate=True)
-
-
-def weights(made: TinyBundle, *args: object, stdin: str | bytes | None = None) -> Result:
-    words = ["weights", str(made.folder), *(str(arg) for arg in args)]
+def weights(calibrated: TinyBundle, *args: object, stdin: str | bytes | None = None) -> Result:
+    words = ["weights", str(calibrated.folder), *(str(arg) for arg in args)]
     return CliRunner().invoke(main, words, input=stdin)
 
 
-def test_json_is_the_contract_and_the_engines(made: TinyBundle) -> None:
-    result = weights(made, PROMPT, "--json")
+def test_json_is_the_contract_and_the_engines(calibrated: TinyBundle) -> None:
+    result = weights(calibrated, PROMPT, "--json")
     assert (result.exit_code, result.stderr) == (0, "")
     shown = json.loads(result.stdout)
-    with Engine(made.folder) as engine:
+    with Engine(calibrated.folder) as engine:
         tokens = engine.chat_tokens([{"role": "user", "content": PROMPT}])
         fusion = engine.weights(tokens)
     assert shown.pop("probe_ms") > 0
@@ -45,15 +40,15 @@ def test_json_is_the_contract_and_the_engines(made: TinyBundle) -> None:
     }
 
 
-def test_two_place_says_what_it_measured_and_why_the_base_is_alone(made: TinyBundle) -> None:
-    mixed = weights(made, PROMPT, "--strategy", "two-place:abstain=never").stdout
+def test_two_place_says_what_it_measured_and_why_the_base_is_alone(calibrated: TinyBundle) -> None:
+    mixed = weights(calibrated, PROMPT, "--strategy", "two-place:abstain=never").stdout
     assert "strategy two-place:abstain=never, " in mixed
     assert "looks like its kind (" in mixed
-    alone = weights(made, PROMPT, "--strategy", "two-place:abstain=100").stdout
+    alone = weights(calibrated, PROMPT, "--strategy", "two-place:abstain=100").stdout
     assert "The base answers alone: no adapter stands out where the answer begins (" in alone
     for shown in (mixed, alone):
         assert not {"lens", "pool", "divergence"} & {*re.findall(r"\w+", shown)}
-    plain = json.loads(weights(made, PROMPT, "--strategy", "two-place", "--json").stdout)
+    plain = json.loads(weights(calibrated, PROMPT, "--strategy", "two-place", "--json").stdout)
     assert (plain["lens"], plain["pool"]) == ("norm", "last")  # the contract
     assert plain["reasons"]["es"]["thresholds"] == {"answer": 1.5, "question": 1.0}
     assert plain["why"]
@@ -74,25 +69,27 @@ def without_time(shown: dict[str, object]) -> dict[str, object]:
     return {key: value for key, value in shown.items() if key != "probe_ms"}
 
 
-def test_prompts_print_the_contracts_object_a_line_each(made: TinyBundle, prompts: Path) -> None:
-    result = weights(made, "--prompts", prompts, "--json")
+def test_prompts_print_the_contracts_object_a_line_each(
+    calibrated: TinyBundle, prompts: Path
+) -> None:
+    result = weights(calibrated, "--prompts", prompts, "--json")
     assert (result.exit_code, result.stderr) == (0, "")
     shown = [json.loads(line) for line in result.stdout.splitlines()]
     assert [item.pop("prompt") for item in shown] == TEXTS
-    alone = [json.loads(weights(made, text, "--json").stdout) for text in TEXTS]
+    alone = [json.loads(weights(calibrated, text, "--json").stdout) for text in TEXTS]
     assert [without_time(item) for item in shown] == [without_time(item) for item in alone]
-    piped = weights(made, "--prompts", "-", "--json", stdin=LINES)
+    piped = weights(calibrated, "--prompts", "-", "--json", stdin=LINES)
     assert [json.loads(line)["weights"] for line in piped.stdout.splitlines()] == [
         item["weights"] for item in alone
     ]
 
 
 def test_a_prompt_that_does_not_fit_is_named_before_any_is_weighed(
-    made: TinyBundle, tmp_path: Path
+    calibrated: TinyBundle, tmp_path: Path
 ) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("short\n" + "long " * 200 + "\n")
-    result = weights(made, "--prompts", path, "--json", "--ctx", 64)
+    result = weights(calibrated, "--prompts", path, "--json", "--ctx", 64)
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith(f"Error: {path}, line 2: The prompt has ")
 
@@ -105,18 +102,18 @@ def test_a_prompt_that_does_not_fit_is_named_before_any_is_weighed(
         (PROMPT, "--plot", "weights.png"),
     ],
 )
-def test_wrong_usage_is_2(made: TinyBundle, args: tuple[str, ...]) -> None:
-    result = weights(made, *args)
+def test_wrong_usage_is_2(calibrated: TinyBundle, args: tuple[str, ...]) -> None:
+    result = weights(calibrated, *args)
     assert (result.exit_code, result.stdout) == (2, "")
     assert "Usage: " in result.stderr
 
 
 @pytest.mark.parametrize("suffix", ["svg", "html"])
 def test_plot_is_written_next_to_the_other_outputs(
-    suffix: str, made: TinyBundle, tmp_path: Path
+    suffix: str, calibrated: TinyBundle, tmp_path: Path
 ) -> None:
     path = tmp_path / f"weights.{suffix}"
-    result = weights(made, PROMPT, "--plot", path, "--json")
+    result = weights(calibrated, PROMPT, "--plot", path, "--json")
     assert (result.exit_code, result.stderr) == (0, "")
     shown, text = json.loads(result.stdout)["weights"], path.read_text(encoding="utf-8")
     assert "tiny on tiny llama 0" in text
@@ -133,15 +130,15 @@ def test_plot_is_written_next_to_the_other_outputs(
     ],
 )
 def test_failure_says_what_is_wrong(
-    made: TinyBundle, args: list[str], stdin: str | bytes | None, message: str
+    calibrated: TinyBundle, args: list[str], stdin: str | bytes | None, message: str
 ) -> None:
-    before = snapshot(made.folder.parent)
-    result = weights(made, *args, stdin=stdin)
+    before = snapshot(calibrated.folder.parent)
+    result = weights(calibrated, *args, stdin=stdin)
     assert (result.exit_code, result.stdout) == (1, "")
     assert message in result.stderr
     assert result.stderr.startswith("Error: ")
     assert result.stderr.count("\n") == 1
-    assert snapshot(made.folder.parent) == before
+    assert snapshot(calibrated.folder.parent) == before
 
 
 @pytest.mark.slow

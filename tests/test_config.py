@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 import pytest
-from bundles import TinyBundle, make_bundle
+from bundles import TinyBundle
 from click.testing import CliRunner
 
 from qaflora_edge import Engine, Llama, config
@@ -47,11 +47,6 @@ GOOD_AND_BAD: Mapping[str, tuple[list[Any], list[Any]]] = {
     "frequency_penalty": ([-100.0, 100.0], [-100.001, 100.001]),
     "seed": ([0, 4294967294], [-1, 4294967295]),
 }
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
-    return make_bundle(tmp_path_factory.mktemp("config"))
 
 
 def test_every_option_with_a_range_is_tried() -> None:

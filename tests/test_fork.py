@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from bundles import TinyBundle, make_bundle
+from bundles import TinyBundle
 from patience import PATIENCE_S
 
 CODE = """\
@@ -32,11 +32,6 @@ if child == 0:
 os.waitpid(child, 0)
 print(child != 0 and len(engine.weights("the king").adapters))
 """
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
-    return make_bundle(tmp_path_factory.mktemp("fork"))
 
 
 @pytest.mark.slow

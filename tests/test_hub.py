@@ -6,7 +6,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from bundles import TinyBundle, make_bundle
+from bundles import TinyBundle
 from hubs import TOKEN, FakeHub
 
 from qaflora_edge.bundles.open import load_bundle, verify_bundle
@@ -21,11 +21,6 @@ REPO_DIR = "models--owner--bundle"
 
 
 pytestmark = pytest.mark.usefixtures("own_cache", "hub_cache")
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
-    return make_bundle(tmp_path_factory.mktemp("made"))
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import TinyBundle, make_bundle
+from bundles import TinyBundle
 
 from qaflora_edge import Llama
 from qaflora_edge.config import MAX_SEED
@@ -27,11 +27,6 @@ LANGCHAIN_CALL: dict[str, Any] = {
     **{"temperature": 0.8, "top_p": 0.95, "repeat_penalty": 1.1, "top_k": 40},
 }
 USER = [{"role": "user", "content": "the thing?"}]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
-    return make_bundle(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from bundles import TinyBundle, make_bundle
+from bundles import TinyBundle
 from click.testing import CliRunner, Result
 
 llm = pytest.importorskip("llm", reason="the extra llm is not installed")
@@ -20,11 +20,6 @@ from qaflora_edge import Engine  # noqa: E402
 from qaflora_edge.llm_plugin import close_all  # noqa: E402
 
 Run = Callable[..., Result]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
-    return make_bundle(tmp_path_factory.mktemp("llm"))
 
 
 @pytest.fixture

@@ -23,20 +23,15 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
-    return make_bundle(tmp_path_factory.mktemp("server"), calibrate=True)
-
-
-@pytest.fixture(scope="module")
-def client(made: TinyBundle) -> Iterator[TestClient]:
-    with client_of(made.folder) as client:
+def client(calibrated: TinyBundle) -> Iterator[TestClient]:
+    with client_of(calibrated.folder) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
-def alone(made: TinyBundle) -> Iterator[Engine]:
+def alone(calibrated: TinyBundle) -> Iterator[Engine]:
     """The oracle."""
-    with Engine(made.folder, **ENGINE) as engine:  # type: ignore[arg-type]
+    with Engine(calibrated.folder, **ENGINE) as engine:  # type: ignore[arg-type]
         yield engine
 
 
@@ -360,9 +355,9 @@ def test_the_field_that_is_wrong_is_the_one_of_the_path(
     assert (status, error["param"]) == (400, param), error
 
 
-def test_defaults_are_for_requests_that_say_nothing(made: TinyBundle) -> None:
+def test_defaults_are_for_requests_that_say_nothing(calibrated: TinyBundle) -> None:
     sampling = {"max_tokens": 3, "stop": ("zq",), "logit_bias": {"65": 100}}
-    with client_of(made.folder, sampling=sampling) as client:
+    with client_of(calibrated.folder, sampling=sampling) as client:
         asked = {"messages": USER}
         assert answer(client, **asked)["usage"]["completion_tokens"] == 3
         assert answer(client, **asked, max_completion_tokens=5)["usage"]["completion_tokens"] == 5

@@ -25,11 +25,6 @@ USER = [{"role": "user", "content": "the thing?"}]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
-    return make_bundle(tmp_path_factory.mktemp("faults"), calibrate=True)
-
-
-@pytest.fixture(scope="module")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
     """A base that writes an `a` after the other: answers of minutes, unless they are ended."""
     replace = constant_logits(lambda token: 9.0 if token == "a" else 0.0)
@@ -123,12 +118,12 @@ def test_a_client_that_reads_nothing_is_given_up(
 
 @pytest.mark.slow
 def test_bodies_that_come_slowly_or_never(
-    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
+    calibrated: TinyBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They hold no turn, and are not waited for without end; others are answered meanwhile."""
     monkeypatch.setattr(requests, "BODY_S", 3.0)
     data = json.dumps({"messages": USER, "max_tokens": 9}).encode()
-    with listening(made.folder, max_queue=0) as url, contextlib.ExitStack() as stack:
+    with listening(calibrated.folder, max_queue=0) as url, contextlib.ExitStack() as stack:
         expected = ask(url)
 
         def connect() -> socket.socket:
@@ -162,7 +157,7 @@ def is_closed(client: socket.socket) -> bool:
     return True
 
 
-def test_heads_without_end(made: TinyBundle) -> None:
+def test_heads_without_end(calibrated: TinyBundle) -> None:
     """What belongs to no body is bounded, long before anybody's key was seen."""
     n = 2 * MAX_HEAD_BYTES
     start = b"POST / HTTP/1.1\r\nHost: localhost\r\n"
@@ -174,7 +169,7 @@ def test_heads_without_end(made: TinyBundle) -> None:
         start + b"X: a\r\n" * (n // 6),
         start + chunked + b"X: " + b"a" * n,
     )
-    with listening(made.folder, api_key=KEY) as url, contextlib.ExitStack() as stack:
+    with listening(calibrated.folder, api_key=KEY) as url, contextlib.ExitStack() as stack:
         for data in unending:
             client = stack.enter_context(socket.create_connection(address_of(url), PATIENCE_S))
             with contextlib.suppress(ConnectionError):

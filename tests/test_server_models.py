@@ -27,11 +27,6 @@ USER = [{"role": "user", "content": "the thing?"}]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
-    return make_bundle(tmp_path_factory.mktemp("shelf"))
-
-
-@pytest.fixture(scope="module")
 def places(made: TinyBundle, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Three bundles of that base, and one of another."""
     place = tmp_path_factory.mktemp("others")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bundles import TinyBundle, make_bundle
+from bundles import TinyBundle
 
 from qaflora_edge import Engine
 from qaflora_edge.config import PROBING, SHAPING
@@ -20,11 +20,6 @@ from qaflora_edge.weighing.weigher import shaped
 PROMPT = "the thing on a ring"
 SHARES = np.array([[0.5, 0.2, 0.0], [0.3, 0.7, 0.0], [0.2, 0.1, 1.0]], np.float32)
 PAGE = Path(__file__).resolve().parents[1] / "docs/strategies.md"
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
-    return make_bundle(tmp_path_factory.mktemp("shaping"), calibrate=True)
 
 
 def plain(shares: list[list[float]], *, power: float, top: int, total: float) -> list[list[float]]:
@@ -65,8 +60,8 @@ def test_shaping_of_negative_weights_is_refused() -> None:
     )
 
 
-def test_every_probed_strategy_takes_them(made: TinyBundle) -> None:
-    with Engine(made.folder) as engine:
+def test_every_probed_strategy_takes_them(calibrated: TinyBundle) -> None:
+    with Engine(calibrated.folder) as engine:
         plain_weights = engine.weights(PROMPT, strategy="norm:top=1")
         fusion = engine.weights(PROMPT, strategy="norm:top=1,power=2,total=1.5")
     powers = plain_weights.weights.astype(np.float64) ** 2

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles import TinyBundle, make_bundle
+from bundles import TinyBundle
 from click.testing import CliRunner
 
 from qaflora_edge import Engine, Measured, Mix, QafloraError, Strategy, register_strategy
@@ -23,11 +23,6 @@ from qaflora_edge.weighing import strategy as registry
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples/own_strategy.py"
 PROMPT = "the thing on a ring"
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
-    return make_bundle(tmp_path_factory.mktemp("strategies"))
 
 
 @pytest.fixture(autouse=True)

@@ -29,11 +29,6 @@ USUAL = {"mean": log(0.01), "spread": 0.5}
 PLACES = ("added_last", "added_question", "added_text")
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
-    return make_bundle(tmp_path_factory.mktemp("two"), calibrate=True)
-
-
 class Places:
     """A probe that found these numbers [n_adapter] at each layer."""
 
@@ -153,13 +148,13 @@ def test_it_says_why_with_the_numbers_that_decide(
 
 
 def test_new_bundles_are_weighed_by_it_where_it_has_something_to_go_by(
-    made: TinyBundle, tmp_path: Path
+    calibrated: TinyBundle, tmp_path: Path
 ) -> None:
-    mlp = tiny.write_tiny_adapter(tmp_path / "mlp.gguf", made.base, targets=["ffn_up"])
+    mlp = tiny.write_tiny_adapter(tmp_path / "mlp.gguf", calibrated.base, targets=["ffn_up"])
     one_layer = tiny.write_tiny_adapter(
-        tmp_path / "v.gguf", made.base, targets=["attn_v"], layers=[1]
+        tmp_path / "v.gguf", calibrated.base, targets=["attn_v"], layers=[1]
     )
-    es, base = made.adapter.path, made.base.path
+    es, base = calibrated.adapter.path, calibrated.base.path
 
     def strategy_of(*adapters: Path, **options: Any) -> str:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
@@ -199,9 +194,11 @@ def deltas(adapter: Path, n_layer: int) -> dict[int, list[Any]]:
     }
 
 
-def test_what_adapters_would_add_is_their_delta_times_what_the_base_reads(made: TinyBundle) -> None:
+def test_what_adapters_would_add_is_their_delta_times_what_the_base_reads(
+    calibrated: TinyBundle,
+) -> None:
     """Oracle: the deltas multiplied out, and the inputs of the base one token at a time."""
-    with Engine(made.folder, kv_type="f32", flash_attn=False) as engine:
+    with Engine(calibrated.folder, kv_type="f32", flash_attn=False) as engine:
         core, tokens, span = engine._core, list(range(60, 72)), (3, 9)
         rows = core.rows(engine.adapters)
         found = core.run(core.prober.base.added(tokens, rows, span))
@@ -214,7 +211,7 @@ def test_what_adapters_would_add_is_their_delta_times_what_the_base_reads(made: 
             context.decode([token], start=at)
             inputs.append(context.inputs(0)[0].astype(np.float64))
         n_layer = engine.n_layer
-    for ia, path in enumerate(load_bundle(made.folder).adapter_paths.values()):
+    for ia, path in enumerate(load_bundle(calibrated.folder).adapter_paths.values()):
         for layer, modules in deltas(path, n_layer).items():
             sizes = [[np.linalg.norm(m @ x[layer]) for x in inputs] for m in modules]
             last = exp(np.mean([log(each[-1]) for each in sizes])) if sizes else 0
@@ -223,12 +220,12 @@ def test_what_adapters_would_add_is_their_delta_times_what_the_base_reads(made: 
             assert found[1, ia, layer] == pytest.approx(question, rel=1e-3)
 
 
-def test_a_bundle_knows_what_is_usual_in_its_places(made: TinyBundle) -> None:
+def test_a_bundle_knows_what_is_usual_in_its_places(calibrated: TinyBundle) -> None:
     """Oracle: what is measured of the neutral prompts one by one."""
-    typical = load_bundle(made.folder).known.typical
+    typical = load_bundle(calibrated.folder).known.typical
     assert all(set(typical[name]) == set(KEYS) for name in ("math", "es"))
     extents: dict[str, list[Any]] = {key: [] for key in PLACES}
-    with Engine(made.folder) as engine:
+    with Engine(calibrated.folder) as engine:
         core = engine._core
         rows = core.rows(engine.adapters)
 
@@ -256,11 +253,11 @@ def test_a_bundle_knows_what_is_usual_in_its_places(made: TinyBundle) -> None:
 
 
 def test_prompts_are_measured_in_one_batch(
-    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
+    calibrated: TinyBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What all chats have before their questions is prefilled once."""
     prompts, turns = ["the thing", "a ring in the air"], ["on"]
-    with Engine(made.folder) as engine:
+    with Engine(calibrated.folder) as engine:
         chats = [engine.chat_tokens([{"role": "user", "content": t}]) for t in [*prompts, *turns]]
         texts = [engine.tokenize(text) for text in prompts]
         counts = count_decoded(monkeypatch)
@@ -272,11 +269,11 @@ def test_prompts_are_measured_in_one_batch(
 
 
 def test_an_engine_follows_it_in_one_pass_of_the_base(
-    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
+    calibrated: TinyBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    typical = load_bundle(made.folder).known.typical
+    typical = load_bundle(calibrated.folder).known.typical
     usual = {key: [typical[name][key] for name in ("math", "es")] for key in PLACES}
-    with Engine(made.folder, strategy="two-place:abstain=never") as engine:
+    with Engine(calibrated.folder, strategy="two-place:abstain=never") as engine:
         tokens = engine.chat_tokens([{"role": "user", "content": "the thing on a ring"}])
         counts = count_decoded(monkeypatch)
         fusion = engine.weights(tokens)
@@ -304,7 +301,9 @@ def test_an_engine_follows_it_in_one_pass_of_the_base(
     np.testing.assert_allclose(calibrated.weights, ratio / ratio.sum(axis=0), rtol=1e-4)
 
 
-def test_an_older_bundle_is_asked_to_be_measured_again(made: TinyBundle, tmp_path: Path) -> None:
+def test_an_older_bundle_is_asked_to_be_measured_again(
+    calibrated: TinyBundle, tmp_path: Path
+) -> None:
     old = make_bundle(tmp_path, calibrate=True)
     path = old.folder / "bundle.json"
     text = json.loads(path.read_text(encoding="utf-8"))
@@ -324,11 +323,11 @@ def test_an_older_bundle_is_asked_to_be_measured_again(made: TinyBundle, tmp_pat
                 f"math, es {how}; measure them with `qaflora bundle calibrate DIR`."
             )
     calibrate(old.folder, Engine)
-    assert load_bundle(old.folder).known.typical == load_bundle(made.folder).known.typical
+    assert load_bundle(old.folder).known.typical == load_bundle(calibrated.folder).known.typical
 
 
 def test_what_precedes_the_question_is_read_once(
-    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
+    calibrated: TinyBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The numbers are the same bits as of a prompt that is read as a whole."""
 
@@ -341,9 +340,9 @@ def test_what_precedes_the_question_is_read_once(
 
     story = {"role": "user", "content": "the thing on a ring is in the air " * 8}
     turns = [story, {"role": "assistant", "content": "It is."}, {"role": "user", "content": "Why?"}]
-    with Engine(made.folder) as engine:
+    with Engine(calibrated.folder) as engine:
         fresh = added(engine, turns)
-    with Engine(made.folder) as engine:
+    with Engine(calibrated.folder) as engine:
         first = added(engine, [story])
         counts = count_decoded(monkeypatch)
         np.testing.assert_array_equal(added(engine, turns), fresh)
