@@ -181,7 +181,7 @@ OPTIONS = (
            defaults={"run": 512, "chat": 512, "llm": 512, "eval": 512, "compare": 256,
                      "bench": 64}),
     Option("temperature", float, 0.0, "sampling", "--temp", section="Answer", low=0,
-           defaults={"chat": 0.7, "serve": 0.7},
+           defaults={"chat": 0.2, "serve": 0.2},  # small bases err soon above
            help="Sample at this temperature; 0 is greedy."),
     Option("top_p", float, 0.95, "sampling", "--top-p", low=0, high=1,
            help="Sample from the likeliest tokens that make up this much; 1 is all."),
