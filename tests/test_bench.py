@@ -75,7 +75,7 @@ def test_contestants_take_turns_and_ratios_are_taken_within_a_round() -> None:
         order.append(name)
         return {"ms": ms[turn]}
 
-    given = {"a": [99, 1, 8, 9], "b": [1, 2, 4, 1]}
+    given: dict[str, list[float]] = {"a": [99, 1, 8, 9], "b": [1, 2, 4, 1]}
     contestants = {name: partial(run, name, ms) for name, ms in given.items()}
     runs = take_turns(contestants, 3, lambda *step: told.append(step))
     assert "".join(order) == "abbaabba"
@@ -93,6 +93,9 @@ def test_every_part_has_its_contestants(shown: dict[str, Any]) -> None:
     decode = {row["name"]: row for row in shown["decode"]}
     assert decode.keys() == {"base", "stock k=1", "ours k=1", "stock k=3", "ours k=3"}
     assert {"decode_of_base", "prefill_of_stock"} < decode["ours k=3"].keys()
+    alone, busy = shown["busy"]
+    assert (alone["name"], busy["name"]) == ("ours k=3", "ours k=3, busy")
+    assert (alone["decode_of_alone"]["median"], busy["decode_of_alone"]["median"] > 0) == (1, True)
     callers = {row["name"]: row for row in shown["callers"]}
     assert callers.keys() == {"3 base", "3 ours", "1 base", "1 ours"}
     assert {"of_fewest", "of_base"} < callers["3 ours"].keys()
@@ -142,7 +145,7 @@ def test_no_prompt_begins_with_another(rig: Rig) -> None:
     ("args", "code", "expected"),
     [
         (("--k", "0"), 2, "'0' is not a number from 1 to 255."),
-        (("--only", "speed"), 2, "'speed' is not one of memory, callers, decode, ttft."),
+        (("--only", "speed"), 2, "'speed' is not one of memory, callers, decode, busy, ttft."),
         (("--max-tokens", "1"), 1, "Option --max-tokens is 1, expected at least 2: decoding is "
          "measured after the first token. Raise it."),
     ],

@@ -63,6 +63,25 @@ def test_threads_do_not_spin_for_long() -> None:
     assert done.stderr.split("GOMP_SPINCOUNT = '")[1].split("'")[0] == str(native.SPIN_COUNT)
 
 
+def test_openmp_that_another_package_loaded_is_told() -> None:
+    """It has read its variables: only a copy of our own, as wheels have, reads ours."""
+    first = "import ctypes, re; ctypes.CDLL('libgomp.so.1')\n"
+    copies = "\nprint(len({*re.findall('/.*libgomp.*', open('/proc/self/maps').read())}))"
+    given = {"GOMP_SPINCOUNT": "5000"}
+    for env in ({}, given):
+        settings = {name: value for name, value in os.environ.items() if name not in given}
+        done = subprocess.run(
+            [sys.executable, "-c", first + LOAD + copies],
+            env=settings | env,
+            capture_output=True,
+            text=True,
+        )
+        if "cannot open shared object" in done.stderr:
+            pytest.skip("this machine has no libgomp.so.1 of its own")
+        is_shared = done.stdout.split() == ["loaded", "1"]
+        assert ("Set GOMP_SPINCOUNT=1000 before" in done.stderr) == (is_shared and not env)
+
+
 def test_missing_library_is_named(tmp_path: Path) -> None:
     said = run(LOAD, QAFLORA_LIB_PATH=str(tmp_path))
     assert said.startswith("refused: The native library is missing: ")

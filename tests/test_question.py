@@ -16,6 +16,7 @@ from qaflora_edge.backend.model import Model
 from qaflora_edge.chat.tokens import chat_tokens, find_question
 from qaflora_edge.formats.base import read_base
 from qaflora_edge.weighing.numbers import kl_divergence
+from qaflora_edge.weighing.probe import PLACES
 
 EXACT: dict[str, Any] = {"kv_type": "f32", "flash_attn": False}
 QUESTION = "the king is in the air"
@@ -108,7 +109,8 @@ def one_by_one(engine: Engine, tokens: Sequence[int], span: tuple[int, int]) -> 
 
 def probed(engine: Engine, tokens: Sequence[int], span: tuple[int, int]) -> Any:
     core = engine._core
-    return core.run(core.prober.places(tokens, core.rows(engine.adapters), span))
+    rows, states = core.rows(engine.adapters), core.prober.states
+    return np.array([core.run(states(tokens, rows, pool, span)) for pool in PLACES])
 
 
 def shown(fusion: FusionWeights) -> Any:

@@ -6,8 +6,10 @@ this module sets the variable, imports llama_cpp, and refuses a library without 
 
 import contextlib
 import ctypes
+import logging
 import os
 import platform
+import re
 import sys
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -27,10 +29,10 @@ CONTEXT_INPUTS = 4
 CAPTURE = {"last": 0, "mean": 1}
 LENS = {"raw": 0, "norm": 1}
 
-# How long a thread of GCC's OpenMP looks for the others at a barrier before it sleeps. Its own
-# default, 300,000, keeps cores busy that another program waits for; without any, every one of the
-# thousands of barriers of a token costs a wake-up. docs/performance.md has the figures.
-SPIN_COUNT = 10_000
+# How long a thread of GCC's OpenMP looks for the others at a barrier before it sleeps. By default
+# it keeps a core busy 300 times as long, while another program has the others'. Below, thousands of
+# barriers of a token cost a wake-up each. docs/performance.md has the figures.
+SPIN_COUNT = 1_000
 
 DEVICE_CPU, DEVICE_GPU, DEVICE_INTEGRATED_GPU = 0, 1, 2  # enum ggml_backend_dev_type
 
@@ -124,9 +126,9 @@ def _import_binding(folder: Path) -> ModuleType:
             f"The native library is missing: {folder / _library_name()} does not exist; "
             f"{_INSTALL_ADVICE}, or set QAFLORA_LIB_PATH to the folder that holds it."
         )
-    spin = os.environ.get("GOMP_SPINCOUNT")
-    if spin is None and "OMP_WAIT_POLICY" not in os.environ:
-        spin = str(SPIN_COUNT)
+    is_ours = not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & {*os.environ}
+    spin = str(SPIN_COUNT) if is_ours else os.environ.get("GOMP_SPINCOUNT")
+    early = _openmp() if is_ours else set()
     try:
         with _variables(LLAMA_CPP_LIB_PATH=str(folder), GOMP_SPINCOUNT=spin):
             binding = import_module("llama_cpp.llama_cpp")
@@ -139,7 +141,21 @@ def _import_binding(folder: Path) -> ModuleType:
             f"The native library {folder / _library_name()} cannot be loaded ({err}); "
             f"{_INSTALL_ADVICE}."
         ) from err
+    if early and early == _openmp():
+        logging.getLogger(__name__).warning(
+            "Another package loaded %s before the first Engine was made. Threads wait busily, and "
+            "answers are slow next to other programs. Set GOMP_SPINCOUNT=%d before Python starts, "
+            "or import that package later.",
+            *(", ".join(early), SPIN_COUNT),
+        )
     return binding
+
+
+def _openmp() -> set[str]:
+    """Find the copies of GCC's OpenMP in this process, where Linux tells."""
+    with contextlib.suppress(OSError):
+        return {*re.findall(r"/.*libgomp.*", Path("/proc/self/maps").read_text(errors="replace"))}
+    return set()
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from qaflora_edge.show.text import columns
 if TYPE_CHECKING:
     from qaflora_edge.bundles.open import Opened
 
-PARTS = ("memory", "callers", "decode", "ttft")  # memory is short, and may refuse an option
+PARTS = ("memory", "callers", "decode", "busy", "ttft")  # memory is short, and may refuse an option
 Row = Mapping[str, Any]
 
 
@@ -77,7 +77,8 @@ def bench(
     llama_set_adapters_lora (stock), and of as many fused by us; each at weight 1/k. ttft: the time
     to the first token under several strategies, each with a prompt of its own, as a multiple of
     the base's prefill (plain). callers: decoding for --callers at once, each with a mix of its own,
-    next to the base in one batch. memory: the peak of one answer in a process of its own.
+    next to the base in one batch. busy: decoding next to a process that computes with OpenMP, of
+    decoding alone. memory: the peak of one answer in a process of its own.
     """
     from qaflora_edge.bundles.open import load_bundle
 
@@ -126,6 +127,8 @@ def _measured(
                 measured["callers"] = [*parts.measure_callers(rig, both, plan, tell)]
         if "decode" in only:
             measured["decode"] = [*parts.measure_decode(rig, plan, tell)]
+        if "busy" in only:
+            measured["busy"] = [*parts.measure_busy(rig, loaded.place, plan, tell)]
         if "ttft" in only:
             with Engine(loaded.place, **given) as engine:
                 measured["ttft"] = [*parts.measure_ttft(rig, engine, plan, tell)]
@@ -166,7 +169,7 @@ def _table(result: Row) -> Iterator[str]:
     yield f"{result['base']}, {_mb(result['base_bytes'])}; adapters: {adapters}"
     yield f"{result['cpu']}, {result['threads']} threads; {result['library']['build_info']}"
     yield f"medians of {result['repeat']} interleaved runs (lowest-highest); ratios within a run"
-    for part in ("callers", "decode", "ttft"):
+    for part in PARTS[1:]:
         for length, group in groupby(result.get(part, ()), lambda row: row.get("prompt_tokens")):
             rows = list(group)
             keys = [key for key, value in rows[-1].items() if isinstance(value, dict)]

@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -155,11 +156,7 @@ class Core:
         def query_probe(query: Query) -> QueryProbe:
             n_token = len(query.tokens)
             told = None if tell is None else lambda n_done: tell("weighing", n_done, n_token)
-
-            def run(steps: "Steps[T]", /) -> T:
-                result: T = self.loop.run("probe", steps, cancellation, told)
-                return result
-
+            run = partial(self.run, cancellation=cancellation, tell=told)
             return QueryProbe(self.prober, query, self.rows(query.adapters), run)
 
         return query_probe

@@ -382,17 +382,21 @@ class Prober:
         self._contexts.close()
         self._last = None
 
-    def states(self, tokens: Sequence[int], rows: Sequence[int]) -> Steps[F32]:
-        """Give the last token's states: float32 [1 + n_row, n_layer, n_embd], the base first."""
-        return self._measured((tuple(tokens), tuple(rows), None))
+    def states(
+        self,
+        tokens: Sequence[int],
+        rows: Sequence[int],
+        pool: str = "last",
+        span: Span | None = None,
+    ) -> Steps[F32]:
+        """Give states: float32 [1 + n_row, n_layer, n_embd], the base first.
 
-    def places(self, tokens: Sequence[int], rows: Sequence[int], span: Span) -> Steps[F32]:
-        """Give states in two places: float32 [2, 1 + n_row, n_layer, n_embd], in one pass.
-
-        span     where the question's tokens stand
-        returns  the last token's states, and the means over the question's tokens
+        pool  "last": the last token's; or one of PLACES, both in one pass, of the question at span
         """
-        return self._measured((tuple(tokens), tuple(rows), span))
+        if pool not in PLACES:
+            return (yield from self._measured((tuple(tokens), tuple(rows), None)))
+        places = yield from self._measured((tuple(tokens), tuple(rows), span))
+        return np.array(places[PLACES.index(pool)])
 
     def divergence(
         self,
@@ -406,13 +410,9 @@ class Prober:
         """Measure how far each adapter moves the base: float64 [n_row, n_layer].
 
         measure  "cosine" and "euclidean" distances of states, else KL in nats through the lens
-        pool     "last": the last token; or one of PLACES, of the question at span
+        pool     as states() takes it
         """
-        if pool in PLACES:
-            places = yield from self.places(tokens, rows, span)
-            states = places[PLACES.index(pool)]
-        else:
-            states = yield from self.states(tokens, rows)
+        states = yield from self.states(tokens, rows, pool, span)
         if measure == "cosine":
             return numbers.cosine_distance(states[0], states[1:])
         if measure == "euclidean":
@@ -538,9 +538,8 @@ class QueryProbe:
         return self._run(self._prober.divergence(*self._what, measure, lens, pool, question))
 
     def states(self) -> F32:
-        if self._query.pool == "question":
-            return np.array(self._run(self._prober.places(*self._what, self._query.question))[1])
-        return np.array(self._run(self._prober.states(*self._what)))
+        pool, question = self._query.pool, self._query.question
+        return np.array(self._run(self._prober.states(*self._what, pool, question)))
 
     def added(self) -> F64:
         return self._run(self._prober.base.added(*self._what, self._query.question))
