@@ -85,9 +85,9 @@ def test_weights_are_those_of_a_direct_reimplementation(made_once: TinyBundle) -
             assert found.weights.shape == found.divergence.shape == (2, 3)
             # The samples were read with an f16 KV state; softmax at 0.01 makes 1e-4 of it 1e-2.
             np.testing.assert_allclose(found.divergence[:, 0], similarity.numpy(), atol=2e-4)
-            scores = [reason.scores["similarity"] for reason in found.reasons.values()]
+            scores = [reason.scores["similarity"] for reason in found.why.values()]
             assert scores == found.divergence[:, 0].tolist()
-            assert found.why.startswith(f"{found.chosen[0]}: similarity ")
+            assert found.because.startswith(f"{found.chosen[0]}: similarity ")
             expected = torch.softmax(similarity / 0.01, dim=0).numpy()
             np.testing.assert_allclose(found.weights[:, 2], expected, atol=2e-2)
 

@@ -50,8 +50,8 @@ def test_two_place_says_what_it_measured_and_why_the_base_is_alone(calibrated: T
         assert not {"lens", "pool", "divergence"} & {*re.findall(r"\w+", shown)}
     plain = json.loads(weights(calibrated, PROMPT, "--strategy", "two-place", "--json").stdout)
     assert (plain["lens"], plain["pool"]) == ("norm", "last")  # the contract
-    assert plain["reasons"]["es"]["thresholds"] == {"answer": 1.5, "question": 1.0}
-    assert plain["why"]
+    assert plain["why"]["es"]["thresholds"] == {"answer": 1.5, "question": 1.0}
+    assert plain["because"]
 
 
 LINES = "the thing on a ring\n\n   \nin the ring: a 'thing', \"the\"\r\n=1+1\n"

@@ -71,5 +71,5 @@ def test_text_and_weights_are_those_of_the_engine_alone(desk: Desk, folder: Path
         rows = "return [...document.querySelectorAll('.reasons tr')].map(r => "
         rows += "[...r.children].map(cell => cell.textContent))"
         assert desk.window.run(rows) == reason_rows(fusion)
-        assert desk.text(".why") == fusion.why
+        assert desk.text(".why") == fusion.because
     assert desk.window.log() == []

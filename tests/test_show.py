@@ -94,7 +94,7 @@ def test_what_decided_is_a_table_and_no_heatmap() -> None:
     needed = {"answer": 1.5, "question": 1.0}
     math = Reason({"answer": 3.08, "question": -0.4}, needed, "answer")
     es = Reason({"answer": 0.25, "question": 2.2}, needed, "question")
-    fusion = replace(exact([0.5], [0.5]), why="So.", reasons={"math": math, "es": es})
+    fusion = replace(exact([0.5], [0.5]), because="So.", why={"math": math, "es": es})
     rows = [
         ["adapter", "weight", "answer", "question", "taken", "as"],
         ["math", "0.50", "3.08", "-0.40", "answer"],

@@ -135,13 +135,13 @@ CASES = [
 # fmt: on
 
 
-@pytest.mark.parametrize(("last", "question", "why"), CASES)
+@pytest.mark.parametrize(("last", "question", "because"), CASES)
 def test_it_says_why_with_the_numbers_that_decide(
-    last: list[float], question: list[float], why: str
+    last: list[float], question: list[float], because: str
 ) -> None:
     mix = mixed("two-place", [*map(at, last)], [*map(at, question)])
-    assert mix.why == why
-    for i, found in enumerate(mix.reasons.values()):
+    assert mix.because == because
+    for i, found in enumerate(mix.why.values()):
         assert found.scores == pytest.approx({"answer": last[i], "question": question[i]}, abs=1e-6)
         assert found.thresholds == {"answer": 1.5, "question": 1}
         assert bool(found.taken_as) == bool(mix.weights[i, 0])

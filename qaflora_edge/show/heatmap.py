@@ -91,7 +91,7 @@ def print_heatmap(
         console.print(visible(who_spoke(fusion)))
         if told := why(fusion):
             console.print(visible(told))
-        if fusion.weights.any() or fusion.reasons:
+        if fusion.weights.any() or fusion.why:
             console.print()
             table = [[crop(visible(name), NAME_MAX), *row] for name, *row in reason_rows(fusion)]
             layers = None if table else _rows(fusion, (low, high), blocks, console.width)

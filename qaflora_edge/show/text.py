@@ -115,15 +115,15 @@ def who_spoke(weights: FusionWeights | Mapping[str, float]) -> str:
 
 def why(fusion: FusionWeights) -> str:
     """Say what decided, or that the base answers alone; "" where layers show it."""
-    if fusion.why or fusion.weights.any():
-        return fusion.why
+    if fusion.because or fusion.weights.any():
+        return fusion.because
     found = "No adapter weighs anything" if fusion.adapters else "There are no adapters"
     return f"{found}: the base answers alone."
 
 
 def reason_rows(fusion: FusionWeights) -> list[list[str]]:
     """Lay out what decided where no layer differs: heads, adapters, thresholds; else nothing."""
-    reasons = list(fusion.reasons.values())
+    reasons = list(fusion.why.values())
     is_measured = fusion.divergence is not None and not reasons
     if is_measured or (fusion.weights != fusion.weights[:, :1]).any():
         return []

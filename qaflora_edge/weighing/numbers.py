@@ -35,7 +35,7 @@ class FusionWeights:
     divergence     float32 [n_adapter, n_layer] in the strategy's measure (KL in nats), or None
     prompt_tokens  tokens of the query
     probe_ms       time of the probe in milliseconds, 0 without one
-    why, reasons   what decided where no layer differs: in words, and by adapter
+    because, why   what decided where no layer differs: in words, and by adapter
     """
 
     adapters: tuple[str, ...]
@@ -46,8 +46,8 @@ class FusionWeights:
     pool: str = DEFAULT_POOL
     prompt_tokens: int = 0
     probe_ms: float = 0.0
-    why: str = ""
-    reasons: "Mapping[str, Reason]" = field(default_factory=dict)
+    because: str = ""
+    why: "Mapping[str, Reason]" = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Give the object that `qaflora weights --json` prints."""
@@ -65,9 +65,9 @@ class FusionWeights:
         }
 
     def why_dict(self) -> dict[str, Any]:
-        """Give `why` and `reasons` for JSON; nothing where there are none."""
-        reasons = {name: asdict(reason) for name, reason in self.reasons.items()}
-        return {"why": self.why, "reasons": reasons} if self.why else {}
+        """Give `because` and `why` for JSON; nothing where there are none."""
+        reasons = {name: asdict(reason) for name, reason in self.why.items()}
+        return {"because": self.because, "why": reasons} if self.because else {}
 
     @property
     def measured(self) -> "Measured":

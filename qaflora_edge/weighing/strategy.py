@@ -130,8 +130,8 @@ class Mix:
 
     weights: ArrayLike
     divergence: ArrayLike | None = None
-    reasons: Mapping[str, Reason] = field(default_factory=dict)
-    why: str = ""
+    why: Mapping[str, Reason] = field(default_factory=dict)
+    because: str = ""
 
 
 class Strategy:

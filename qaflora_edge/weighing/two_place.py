@@ -60,7 +60,7 @@ class TwoPlace(Strategy):
         options = _all_options(query)
         if len(query.adapters) == 1 and "abstain" not in query.options:
             whole = np.full((1, query.n_layer), options["answer"] + options["question"])
-            return Mix(whole, why=f"{query.adapters[0]} is the only adapter in use.")
+            return Mix(whole, because=f"{query.adapters[0]} is the only adapter in use.")
         last, question = probe.added()
         if query.is_chat:
             scores = {"answer": unusual(query, "added_last", last)}

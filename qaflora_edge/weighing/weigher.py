@@ -239,20 +239,20 @@ class Weigher:
             pool=query.pool,
             prompt_tokens=len(query.tokens),
             probe_ms=probe_ms,
+            because=mix.because,
             why=mix.why,
-            reasons=mix.reasons,
         )
 
 
 def _one_number(fusion: FusionWeights) -> dict[str, Any]:
-    """Give `why` and `reasons` of a strategy that measures one number an adapter."""
+    """Give `because` and `why` of a strategy that measures one number an adapter."""
     measured, name = fusion.divergence, fusion.measured.name
-    if fusion.why or measured is None or (measured != measured[:, :1]).any():
+    if fusion.because or measured is None or (measured != measured[:, :1]).any():
         return {}
     scores = measured[:, 0].tolist()
     reasons = {a: Reason({name: x}) for a, x in zip(fusion.adapters, scores, strict=True)}
     highest = fusion.adapters[int(measured[:, 0].argmax())]
-    return {"why": f"{highest}: {name} {max(scores):.3g}, the highest.", "reasons": reasons}
+    return {"because": f"{highest}: {name} {max(scores):.3g}, the highest.", "why": reasons}
 
 
 def shaped(weights: F32, options: Mapping[str, Any], source: str) -> F32:

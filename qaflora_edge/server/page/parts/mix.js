@@ -13,7 +13,7 @@ const weightTexts = weights => {
 };
 
 // fusion: {strategy, weights: {name: mean}, layers: {name: [n_layer]}, and where no layer differs
-// why, reasons: {name: {scores: {place: number}, thresholds, taken_as}}}; adapters: all of the bundle
+// because, why: {name: {scores: {place: number}, thresholds, taken_as}}}; adapters: all of the bundle
 const mixView = (fusion, adapters) => {
   const names = Object.keys(fusion.weights), weights = Object.values(fusion.weights);
   const texts = weightTexts(weights), whole = sum(weights.map(Math.abs));
@@ -30,7 +30,7 @@ const mixView = (fusion, adapters) => {
   });
   if (!whole) legend.append(el("span", { className: "entry" }, "the base alone"));
   const label = whole ? names.map((name, i) => `${name} ${texts[i]}`).join(", ") : "the base alone";
-  const isTold = names.length > 0 && names.every(name => fusion.reasons?.[name]);
+  const isTold = names.length > 0 && names.every(name => fusion.why?.[name]);
   if (!isTold && (!whole || !fusion.layers)) return el("div", { className: "mix", role: "img", "aria-label": `Mix: ${label}` },
     bar, el("span", { className: "line" }, legend));
 
@@ -48,17 +48,17 @@ const mixView = (fusion, adapters) => {
 };
 
 // What decided, as `qaflora weights` prints it.
-const reasonTable = (names, { why, weights, reasons }) => {
-  const { scores, thresholds } = reasons[names[0]], places = Object.keys(scores);
-  const needed = Object.keys(thresholds).length, isTaken = names.some(name => reasons[name].taken_as);
+const reasonTable = (names, { because, weights, why }) => {
+  const { scores, thresholds } = why[names[0]], places = Object.keys(scores);
+  const needed = Object.keys(thresholds).length, isTaken = names.some(name => why[name].taken_as);
   const number = value => value === undefined ? "" : needed ? value.toFixed(2) : String(Number(value.toPrecision(3)));
   const row = (...cells) => el("tr", {}, ...cells.map((text, i) => el(i ? "td" : "th", {}, el("bdi", {}, text))));
   const line = (name, weight, numbers, ...taken) => row(name, weight, ...places.map(place => number(numbers[place])), ...taken);
   return [
-    el("p", { className: "why" }, why),
+    el("p", { className: "why" }, because),
     el("div", { className: "wide" }, el("table", { className: "reasons" },
       row("adapter", "weight", ...places, ...(isTaken ? ["taken as"] : [])),
-      ...names.map(name => line(name, weights[name].toFixed(2), reasons[name].scores, ...(isTaken ? [reasons[name].taken_as || "-"] : []))),
+      ...names.map(name => line(name, weights[name].toFixed(2), why[name].scores, ...(isTaken ? [why[name].taken_as || "-"] : []))),
       ...(needed ? [line("threshold", "", thresholds)] : []))),
   ];
 };

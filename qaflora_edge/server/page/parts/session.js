@@ -46,11 +46,11 @@ const wrong = (name, value, expected) => {
 
 // What decided about each adapter, where all of it is there.
 const isScores = value => isObject(value) && Object.values(value).every(Number.isFinite);
-const reasonsOf = ({ why, reasons }, names) => {
-  const isWhole = isText(why) && isObject(reasons) && names.length && names.every(name =>
-    isScores(reasons[name]?.scores) && isScores(reasons[name].thresholds) && isText(reasons[name].taken_as));
-  const taken = name => (({ scores, thresholds, taken_as }) => ({ scores, thresholds, taken_as }))(reasons[name]);
-  return isWhole ? { why, reasons: Object.fromEntries(names.map(name => [name, taken(name)])) } : {};
+const reasonsOf = ({ because, why }, names) => {
+  const isWhole = isText(because) && isObject(why) && names.length && names.every(name =>
+    isScores(why[name]?.scores) && isScores(why[name].thresholds) && isText(why[name].taken_as));
+  const taken = name => (({ scores, thresholds, taken_as }) => ({ scores, thresholds, taken_as }))(why[name]);
+  return isWhole ? { because, why: Object.fromEntries(names.map(name => [name, taken(name)])) } : {};
 };
 
 // The mix of an answer, where it is whole: means, and as many layers of each adapter.
