@@ -140,9 +140,6 @@ def test_fewer_adapters_than_all_are_subtracted_alike(loaded: tuple[Model, Pack]
     assert error < 0.3 * np.abs(plain[1] - plain[0] - move).max()
 
 
-# sizes at which llama.cpp would end the process
-
-
 # a decode that was ended
 
 

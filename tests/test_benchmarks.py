@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import make_bundle
+from bundles import TinyBundle
 
 from qaflora_edge import Engine
 from qaflora_edge.evaluation.results import read_results
@@ -37,11 +37,6 @@ def write(path: Path, *lines: dict[str, Any]) -> Path:
     return path
 
 
-@pytest.fixture
-def bundle(tmp_path: Path) -> Path:
-    return make_bundle(tmp_path).folder
-
-
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_script_explains_itself(name: str) -> None:
     assert "usage: " in script(name, "--help").lower()
@@ -56,43 +51,43 @@ def test_pages_and_charts_of_results_are_those_of_the_report(tmp_path: Path) -> 
     assert max(p.stat().st_size for p in (BENCHMARKS / "results").iterdir()) < MAX_BYTES
 
 
-def test_code_is_scored_by_its_tests(bundle: Path, tmp_path: Path) -> None:
+def test_code_is_scored_by_its_tests(made: TinyBundle, tmp_path: Path) -> None:
     item = {"prompt": "def f():\n", "entry_point": "f", "test": "assert f() is None"}
     path, out = write(tmp_path / "code.jsonl", item), tmp_path / "r.jsonl"
-    script("code_metric", "eval", bundle, path, "-o", out, "--strategies", "base")
+    script("code_metric", "eval", made.folder, path, "-o", out, "--strategies", "base")
     (found,) = read_results(out).records.values()
     assert (found["score"] == 1) is (found["failure"] == "")
     assert isinstance(found["isolated"], list)
 
 
-def test_lorahub_gives_a_manual_mix(bundle: Path, tmp_path: Path) -> None:
+def test_lorahub_gives_a_manual_mix(made: TinyBundle, tmp_path: Path) -> None:
     items = [{"question": f"thing {i}", "answer": i, "continuation": " on a ring"} for i in "12"]
     path = write(tmp_path / "t.jsonl", *items)
     words = ("--adapters", "math", "--budget", 3, "--examples", 2)
-    *tried, mix = script("lorahub", bundle, path, *words).splitlines()
+    *tried, mix = script("lorahub", made.folder, path, *words).splitlines()
     assert [line.partition(" at ")[2] for line in tried] == ["0.000", "-1.500", "1.500"]
-    with Engine(bundle, strategy=mix, n_ctx=256) as engine:
+    with Engine(made.folder, strategy=mix, n_ctx=256) as engine:
         assert {*engine.weights("thing").weights[0]} <= {-1.5, 0.0, 1.5}
 
 
-def test_lora_flow_starts_as_the_static_mix(bundle: Path, tmp_path: Path) -> None:
+def test_lora_flow_starts_as_the_static_mix(made: TinyBundle, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     item = {"question": "one and two", "continuation": "three"}
     path, out = write(tmp_path / "t.jsonl", item), tmp_path / "r.jsonl"
-    script("lora_flow", bundle, path, path, "-o", out, "--epochs", 0)
+    script("lora_flow", made.folder, path, path, "-o", out, "--epochs", 0)
     (found,) = read_results(out).records.values()
-    with Engine(bundle, strategy="static", kv_type="f32", flash_attn=False) as engine:
+    with Engine(made.folder, strategy="static", kv_type="f32", flash_attn=False) as engine:
         tokens = engine.chat_tokens([{"role": "user", "content": item["question"]}])
         expected = -float(engine.score(tokens, item["continuation"]).mean())
     assert found["score"] == pytest.approx(expected, abs=1e-4)
 
 
-def test_refresh_weighs_every_few_tokens(bundle: Path, tmp_path: Path) -> None:
+def test_refresh_weighs_every_few_tokens(made: TinyBundle, tmp_path: Path) -> None:
     items = ({"question": q, "answer": 1} for q in "abc")
     path = write(tmp_path / "t.jsonl", {"task": {"max_tokens": 12}}, *items)
     out = tmp_path / "r.jsonl"
-    script("refresh", bundle, path, "-o", out, "--every", 5, "--half", "dev")
+    script("refresh", made.folder, path, "-o", out, "--every", 5, "--half", "dev")
     found = [*read_results(out).records.values()]
     assert [record["item"] for record in found] == [0, 2]
     assert max(record["n_token"] for record in found) > 5

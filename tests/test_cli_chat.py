@@ -90,9 +90,7 @@ def test_too_long_a_line_is_told_and_the_chat_goes_on(
 
 def test_raw_prompt_chats_without_a_template(tmp_path: Path) -> None:
     made = make_bundle(tmp_path, chat_template=None)
-    failed = chat(made.folder, "hi")
-    assert (failed.exit_code, failed.stdout) == (1, "")
-    assert "has no chat template" in failed.stderr
+    assert chat(made.folder, "hi").exit_code == 1
     assert chat(made.folder, "hi", args=(*GREEDY, "--raw-prompt")).exit_code == 0
 
 

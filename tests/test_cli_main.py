@@ -120,16 +120,6 @@ def test_wrong_usage_is_2(args: list[str]) -> None:
     assert "Usage:" in result.stderr
 
 
-def test_expected_failure_is_1_with_one_paragraph(tmp_path: Path) -> None:
-    result = CliRunner().invoke(main, ["run", str(tmp_path / "none"), "hi"])
-    assert result.exit_code == 1
-    assert result.stdout == ""
-    assert result.stderr == (
-        f"Error: Cannot open the bundle {tmp_path / 'none'}: it does not exist; expected a folder "
-        "with bundle.json. Give the folder of a bundle, or make one with `qaflora bundle create`.\n"
-    )
-
-
 def test_an_unknown_name_is_told_what_is_accepted_and_the_nearest() -> None:
     result = CliRunner().invoke(main, ["run", "smollm2-135m-instrukt", "hi"])
     assert (result.exit_code, result.stdout) == (1, "")

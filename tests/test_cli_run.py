@@ -166,17 +166,6 @@ def test_what_is_piped_stands_behind_the_prompt(
     assert json.loads(done.stdout)["usage"]["prompt_tokens"] == expected, done.stderr
 
 
-def test_system_message_comes_first(made: TinyBundle) -> None:
-    with Engine(made.folder) as engine:
-        tokens = engine.chat_tokens(
-            [{"role": "system", "content": "the ring"}, {"role": "user", "content": PROMPT}]
-        )
-        expected = engine.generate(tokens, max_tokens=8).text()
-    result = run(made.folder, PROMPT, "--system", "the ring", "--max-tokens", 8)
-    assert result.stdout == expected + "\n"
-    assert expected != answer(made, max_tokens=8)
-
-
 # grammars
 
 DATE = 'root ::= [0-9]{4} "-" [0-9]{2}\n'
@@ -244,16 +233,6 @@ def test_bad_grammar_is_named_before_the_model_is_loaded(
     assert wrong.format(path=path) in result.stderr
     assert result.stderr.startswith("Error: ")
     assert result.stderr.count("\n") == 1
-
-
-def test_missing_file_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "none"
-    result = run(tmp_path / "no-bundle", PROMPT, "--grammar", path)
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr == (
-        f"Error: Cannot read {path}: No such file or directory. Check that the file exists and "
-        "that you may read it.\n"
-    )
 
 
 # usage, streams

@@ -60,11 +60,6 @@ def client(url: str) -> Iterator[OpenAI]:
         yield client
 
 
-def text_of(answer: dict[str, Any]) -> str:
-    text: str = answer["choices"][0]["message"]["content"]
-    return text
-
-
 def test_stream_with_the_mix_asked_for(client: OpenAI, alone: Engine) -> None:
     options: Any = {"max_tokens": 20, "temperature": 1.5, "seed": 4}
     wanted = alone.chat(USER, weights={"math": 0.75}, **options)
@@ -78,7 +73,8 @@ def test_stream_with_the_mix_asked_for(client: OpenAI, alone: Engine) -> None:
     )
     assert raw.headers["x-fusion"] == "math=0.75,es=0.00"
     *chunks, last = list(raw.parse())
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text_of(wanted)
+    text = wanted["choices"][0]["message"]["content"]
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
     assert chunks[-1].choices[0].finish_reason == wanted["choices"][0]["finish_reason"]
     assert last.usage is not None
     assert last.usage.completion_tokens == wanted["usage"]["completion_tokens"]

@@ -102,13 +102,6 @@ def test_logits_take_weights_in_every_form(engine: Engine) -> None:
         engine.generate(PROMPT, strategy="base", weights="static")
 
 
-def test_bos_is_added_where_the_vocabulary_asks_for_it(tmp_path: Path) -> None:
-    with_bos = write_tiny_base(tmp_path / "bos.gguf", add_bos=True)
-    with Engine(base=with_bos.path) as engine:
-        tokens = engine.tokenize("a")
-    assert tokens == [with_bos.tokens.index("<|endoftext|>"), with_bos.tokens.index("a")]
-
-
 def test_generation_is_greedy_over_the_logits(engine: Engine) -> None:
     tokens = engine.tokenize(PROMPT)
     fusion = engine.weights(PROMPT, raw=True)
@@ -140,11 +133,6 @@ def test_typical_divergence_is_measured_per_adapter_lens_and_layer(
     for ia, name in enumerate(NAMES):
         assert set(typical[name]) == set(KEYS)
         np.testing.assert_allclose(typical[name]["norm"], expected[ia], rtol=1e-5)
-    found = engine.typical_divergence(["the"], keys=("norm", "added_last"), turns=["air is"])
-    alone = engine.typical_divergence(["the"], keys=("norm",), turns=["air is"])
-    for name in NAMES:
-        assert found[name]["norm"] == alone[name]["norm"]
-        assert found[name]["added_last"] == typical[name]["added_last"]
 
 
 # failures

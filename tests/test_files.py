@@ -7,7 +7,7 @@ import pytest
 
 from qaflora_edge.errors import BundleError, OutputFileError
 from qaflora_edge.files import atomic_path, check_takes_file, write_text_atomic
-from qaflora_edge.formats.inputs import open_input, safe_join, sha256_file
+from qaflora_edge.formats.inputs import open_input, safe_join
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="POSIX permissions and links")
 
@@ -68,13 +68,6 @@ def test_atomic_path_replaces_no_pipe_and_no_device(tmp_path: Path) -> None:
     for place in ("/proc/self/fd/99", "/dev/new"):
         with pytest.raises(OutputFileError, match="expected a file's name in a folder of files"):
             check_takes_file(Path(place))
-
-
-def test_sha256_file_matches_the_standard(tmp_path: Path) -> None:
-    path = tmp_path / "a"
-    path.write_bytes(b"abc")
-    # FIPS 180-2, appendix B.1
-    assert sha256_file(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
 @pytest.mark.parametrize(

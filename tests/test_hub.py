@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -11,9 +10,8 @@ from hubs import TOKEN, FakeHub
 
 from qaflora_edge.bundles.open import load_bundle, verify_bundle
 from qaflora_edge.errors import BundleError, DownloadError, OutputFileError, RegistryError
-from qaflora_edge.formats import names
 from qaflora_edge.formats.names import HubRef, from_address, parse_hub_ref
-from qaflora_edge.hub.fetch import ADVICE, fetch_hub, fetch_model
+from qaflora_edge.hub.fetch import ADVICE, fetch_hub
 from qaflora_edge.hub.local import pulled_path
 
 PICTURE = "training/curve.png"
@@ -266,24 +264,3 @@ def test_what_the_hub_refuses_is_told_with_its_reason(
     assert f"{start} owner/a: RepositoryNotFoundError: " in refusal("owner/a")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert fetch_hub("owner/a").read_bytes() == b"GGUF"
-
-
-def test_a_model_of_the_registry_comes_from_the_hub(
-    hub: FakeHub,
-    tmp_path: Path,
-    own_cache: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    content = b"GGUF" + bytes(20_000)
-    commit = hub.put("owner/models", {"a.gguf": content})
-    entry = {"description": "", "file": "mine.gguf", "sha256": sha256(content).hexdigest()}
-    more = {"size_bytes": len(content), "architecture": "llama", "kind": "base", "license": "MIT"}
-    source = {"type": "hub", "repo": "owner/models", "revision": commit, "file": "a.gguf"}
-    path = tmp_path / "registry.json"
-    path.write_text(json.dumps({"models": {"fake": {**entry, **more, "sources": [source]}}}))
-    monkeypatch.setattr(names, "package_data", lambda name: path)
-    target = fetch_model("fake")
-    assert target == own_cache / "models" / "mine.gguf"
-    assert target.read_bytes() == content
-    assert capfd.readouterr() == ("", "")  # no progress bar of the library either

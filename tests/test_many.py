@@ -63,11 +63,6 @@ def drawn(n: int, seed: int = 0) -> list[int]:
     return [int(token) for token in np.random.default_rng(seed).integers(1, 250, n)]
 
 
-def log_softmax(logits: F32) -> F64:
-    z = logits.astype(np.float64)
-    return np.asarray(z - np.logaddexp.reduce(z))
-
-
 # scores
 
 
@@ -86,7 +81,8 @@ def stock_score(
         context = StockContext(model, n_ctx=512)
         logits = context.decode(prompt)
         for token in continuation:
-            scores.append(log_softmax(logits)[token])
+            z = logits.astype(np.float64)
+            scores.append(z[token] - np.logaddexp.reduce(z))
             logits = context.decode([token])
         context.close()
     return np.array(scores)
@@ -134,6 +130,7 @@ def test_text_is_scored_without_bos(tmp_path: Path) -> None:
     base = write_tiny_base(tmp_path / "base.gguf", add_bos=True)
     with Engine(base=base.path, **OPTIONS) as engine:
         prompt = engine.tokenize("the thing")
+        assert prompt[0] == base.tokens.index("<|endoftext|>")
         following = engine.tokenize(" on")[1:]
         found = engine.score("the thing", " on")
         assert found.shape == (len(following),)
@@ -357,20 +354,14 @@ def test_requests_are_taken_as_there_is_room(engine: Engine) -> None:
     assert len(taken) == 12
 
 
-def assert_idle(engine: Engine) -> None:
-    """Nothing of earlier calls is computed any more."""
-    gc.collect()
-    scheduler = engine._core.loop._scheduler
-    assert engine.generate("a", max_tokens=1).text() is not None
-    assert not scheduler.has_work
-
-
 def test_leaving_early_cancels_the_rest(engine: Engine) -> None:
     requests = [{"prompt": drawn(4, seed=i), "max_tokens": 5 if i == 2 else 300} for i in range(9)]
     for index, _ in engine.generate_many(requests, weights="static"):
         assert index == 2
         break
-    assert_idle(engine)
+    gc.collect()
+    assert engine.generate("a", max_tokens=1).text() is not None
+    assert not engine._core.loop._scheduler.has_work
 
 
 def test_an_event_ends_one_call_of_several(engine: Engine, alone: Engine) -> None:

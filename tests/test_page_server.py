@@ -1,11 +1,10 @@
 """The page on a real server with a tiny model: what it shows is what the Engine alone says."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from browser import Browser, missing
-from bundles import make_bundle
+from bundles import TinyBundle
 from desk import Desk
 from scripted_server import Script
 from serving import ENGINE, listening
@@ -22,14 +21,9 @@ QUESTION = "the thing?"
 MESSAGES = [{"role": "user", "content": QUESTION}]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bundle(tmp_path_factory.mktemp("bundle"), calibrate=True).folder
-
-
 @pytest.fixture
-def desk(window: Browser, folder: Path) -> Iterator[Desk]:
-    with listening(folder) as address:
+def desk(window: Browser, calibrated: TinyBundle) -> Iterator[Desk]:
+    with listening(calibrated.folder) as address:
         made = Desk(window, Script(), f"{address}/")
         window.log()
         made.open()
@@ -39,8 +33,8 @@ def desk(window: Browser, folder: Path) -> Iterator[Desk]:
         window.open("about:blank")
 
 
-def test_text_and_weights_are_those_of_the_engine_alone(desk: Desk, folder: Path) -> None:
-    with Engine(folder, **ENGINE) as engine:  # type: ignore[arg-type]
+def test_text_and_weights_are_those_of_the_engine_alone(desk: Desk, calibrated: TinyBundle) -> None:
+    with Engine(calibrated.folder, **ENGINE) as engine:  # type: ignore[arg-type]
         for strategy in ("", "calibrated", "static"):
             fusion = engine.weights(engine.chat_tokens(MESSAGES), strategy=strategy or None)
             answer = engine.chat(MESSAGES, weights=strategy or None, max_tokens=12, temperature=0)

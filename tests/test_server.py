@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from bundles import TinyBundle, make_bundle
+from bundles import TinyBundle
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from serving import ENGINE, client_of
@@ -363,14 +362,6 @@ def test_defaults_are_for_requests_that_say_nothing(calibrated: TinyBundle) -> N
         assert answer(client, **asked, max_completion_tokens=5)["usage"]["completion_tokens"] == 5
         found = client.post(TEXT, json={"prompt": "the"}).json()
         assert found["usage"]["completion_tokens"] == 3
-
-
-def test_a_chat_without_a_template(tmp_path: Path) -> None:
-    folder = make_bundle(tmp_path, chat_template=None).folder
-    with client_of(folder) as client:
-        status, error = failure(client, messages=USER)
-        assert (status, error["param"]) == (400, "messages")
-        assert "has no chat template" in error["message"]
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import make_bundle
+from bundles import TinyBundle
 from prometheus_client.parser import text_string_to_metric_families
 from serving import client_of
 from starlette.testclient import TestClient
@@ -20,14 +19,9 @@ BODY = {"model": "tiny:static", "messages": [{"role": "user", "content": SECRET}
 LINES = "qaflora_edge.server"
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bundle(tmp_path_factory.mktemp("record")).folder
-
-
 @pytest.fixture
-def client(bundle: Path) -> Iterator[TestClient]:
-    with client_of(bundle) as client:
+def client(made: TinyBundle) -> Iterator[TestClient]:
+    with client_of(made.folder) as client:
         yield client
 
 
@@ -45,7 +39,7 @@ def test_metrics_count_what_was_answered(client: TestClient) -> None:
     stream = client.post(CHAT, json={**BODY, "stream": True})
     assert stream.text.endswith("data: [DONE]\n\n")
     client.post(CHAT, json={**BODY, "n": 0})
-    client.post("/v1/weights", json={"prompt": "the", "model": "tiny"})
+    client.post("/v1/weights", json={"prompt": "the", "raw": True, "model": "tiny"})
     for path in ("/nothing", "/nothing/at/all"):
         client.get(path)
     found = samples(client)

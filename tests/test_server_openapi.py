@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
-from bundles import make_bundle
+from bundles import TinyBundle
 from serving import client_of
 from starlette.routing import Route
 from starlette.testclient import TestClient
@@ -18,9 +17,8 @@ from qaflora_edge.server.app import NOT_HERE
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
-    folder: Path = make_bundle(tmp_path_factory.mktemp("openapi")).folder
-    with client_of(folder) as client:
+def client(made: TinyBundle) -> Iterator[TestClient]:
+    with client_of(made.folder) as client:
         yield client
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from bundles import make_bundle
+from bundles import TinyBundle
 from click.testing import CliRunner
 from serving import client_of
 from starlette.testclient import TestClient
@@ -21,19 +20,14 @@ PATHS = ("/v1/models", "/v1/models/tiny", "/metrics", "/openapi.json", "/nothing
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bundle(tmp_path_factory.mktemp("security")).folder
-
-
-@pytest.fixture(scope="module")
-def locked(bundle: Path) -> Iterator[TestClient]:
-    with client_of(bundle, api_key=KEY) as client:
+def locked(made: TinyBundle) -> Iterator[TestClient]:
+    with client_of(made.folder, api_key=KEY) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
-def opened(bundle: Path) -> Iterator[TestClient]:
-    with client_of(bundle, cors_origins=(ORIGIN,)) as client:
+def opened(made: TinyBundle) -> Iterator[TestClient]:
+    with client_of(made.folder, cors_origins=(ORIGIN,)) as client:
         yield client
 
 
@@ -145,7 +139,7 @@ def test_nothing_is_for_others_to_embed(opened: TestClient, locked: TestClient) 
         assert headers["cross-origin-resource-policy"] == "same-origin"
 
 
-def test_a_page_that_may_ask_is_told_so(opened: TestClient, bundle: Path) -> None:
+def test_a_page_that_may_ask_is_told_so(opened: TestClient, made: TinyBundle) -> None:
     asks = {
         "origin": ORIGIN,
         "access-control-request-method": "POST",
@@ -158,7 +152,7 @@ def test_a_page_that_may_ask_is_told_so(opened: TestClient, bundle: Path) -> Non
     response = opened.get("/v1/models", headers={"origin": ORIGIN})
     assert response.headers["access-control-allow-origin"] == ORIGIN
     assert "x-fusion" in response.headers["access-control-expose-headers"].lower()
-    with client_of(bundle, api_key=KEY, cors_origins=(ORIGIN,)) as locked:
+    with client_of(made.folder, api_key=KEY, cors_origins=(ORIGIN,)) as locked:
         response = locked.get("/v1/models", headers={"origin": ORIGIN})
         assert response.status_code == 401
         assert response.headers["access-control-allow-origin"] == ORIGIN  # it may read why
@@ -174,8 +168,8 @@ def test_loopback() -> None:
     assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.0.7", "example.org", "")))
 
 
-def test_beyond_this_machine_only_with_a_key(bundle: Path) -> None:
-    result = CliRunner().invoke(main, ["serve", str(bundle), "--host", "0.0.0.0"])
+def test_beyond_this_machine_only_with_a_key(made: TinyBundle) -> None:
+    result = CliRunner().invoke(main, ["serve", str(made.folder), "--host", "0.0.0.0"])
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1] == (
         "Error: --host 0.0.0.0 can be reached from other machines, and there is no API key. Set "
@@ -184,8 +178,8 @@ def test_beyond_this_machine_only_with_a_key(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["short", "with a space", "schlüssel", "x" * 7, "tab\tinside"])
-def test_keys_that_cannot_be_sent_are_refused(bundle: Path, key: str) -> None:
-    result = CliRunner().invoke(main, ["serve", str(bundle)], env={"QAFLORA_API_KEY": key})
+def test_keys_that_cannot_be_sent_are_refused(made: TinyBundle, key: str) -> None:
+    result = CliRunner().invoke(main, ["serve", str(made.folder)], env={"QAFLORA_API_KEY": key})
     assert result.exit_code == 1
     assert result.stderr == (
         f"Error: The API key has {len(key)} characters, expected 8 or more printable ASCII "

@@ -167,19 +167,14 @@ def test_worker_refuses_a_custom_operation(tmp_path: Path) -> None:
     node += bytes(4 + 10 * 8 + 3 * 8 + 64 + 4)
     graph = struct.pack("<II", 0, 1) + struct.pack("<Q", 1) + struct.pack("<I", 1) + node
     with worker(tmp_path) as lonely:
-        _, _, build = _hello_and_close(lonely.port)
+        client, _, build = hello(lonely.port, b"")
+        client.close()
         client, _, _ = hello(lonely.port, build)
         with client:
             client.sendall(struct.pack("<BQ", GRAPH_COMPUTE, len(graph)) + graph)
             assert client.recv(1) == b""
         wait_until(lambda: "refused the custom operation of a client" in lonely.log.read_text())
         assert lonely.process.poll() is None
-
-
-def _hello_and_close(port: int) -> tuple[None, tuple[int, int, int], bytes]:
-    client, version, build = hello(port, b"")
-    client.close()
-    return None, version, build
 
 
 # failures
