@@ -1,5 +1,6 @@
 """What llama_decode refuses with adapters, and what a decode that failed or was ended leaves."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from raw_context import RawContext, Row, rows_of
-from tiny import TinyAdapter, TinyBase, write_tiny_adapter, write_tiny_base
+from tiny import write_tiny_adapter, write_tiny_base
 
 from qaflora_edge.backend import library as native
 from qaflora_edge.backend.model import Model, Pack
@@ -19,24 +20,29 @@ OTHERS = [10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21]
 DIFFERENTIAL = native.CONTEXT_PROBE | native.CONTEXT_DIFFERENTIAL
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> TinyBase:
-    """Quantised, so that a differential product is told from a plain one."""
-    return write_tiny_base(tmp_path / "base.gguf", dtype="q8_0")
-
-
-@pytest.fixture
-def adapters(tmp_path: Path, base: TinyBase) -> list[TinyAdapter]:
-    return [
-        write_tiny_adapter(tmp_path / f"{seed}.gguf", base, seed=seed, strength=0.02)
+@contextlib.contextmanager
+def opened(place: Path, dtype: str) -> Iterator[tuple[Model, Pack]]:
+    base = write_tiny_base(place / "base.gguf", dtype=dtype)
+    paths = [
+        write_tiny_adapter(place / f"{seed}.gguf", base, seed=seed, strength=0.02).path
         for seed in (1, 2, 3)
     ]
+    with Model(read_base(base.path)) as model, Pack(model, paths) as pack:
+        yield model, pack
 
 
 @pytest.fixture
-def loaded(base: TinyBase, adapters: list[TinyAdapter]) -> Iterator[tuple[Model, Pack]]:
-    with Model(read_base(base.path)) as model, Pack(model, [a.path for a in adapters]) as pack:
-        yield model, pack
+def loaded(tmp_path: Path) -> Iterator[tuple[Model, Pack]]:
+    """Quantised, so that a differential product is told from a plain one."""
+    with opened(tmp_path, "q8_0") as both:
+        yield both
+
+
+@pytest.fixture
+def loaded_f32(tmp_path: Path) -> Iterator[tuple[Model, Pack]]:
+    """Not quantised, so that numbers hang on no batch's shape but for the order of sums."""
+    with opened(tmp_path, "f32") as both:
+        yield both
 
 
 def probe(loaded: tuple[Model, Pack], flags: int = DIFFERENTIAL, **params: object) -> RawContext:
@@ -163,18 +169,6 @@ def abort_in_second(context: RawContext) -> None:
         return n_asked >= 20
 
     context.abort_when(is_due)
-
-
-@pytest.fixture
-def loaded_f32(tmp_path: Path) -> Iterator[tuple[Model, Pack]]:
-    """Not quantised, so that numbers hang on no batch's shape but for the order of sums."""
-    base = write_tiny_base(tmp_path / "f32.gguf")
-    paths = [
-        write_tiny_adapter(tmp_path / f"f32-{seed}.gguf", base, seed=seed, strength=0.02).path
-        for seed in (1, 2, 3)
-    ]
-    with Model(read_base(base.path)) as model, Pack(model, paths) as pack:
-        yield model, pack
 
 
 def test_an_ended_decode_keeps_the_micro_batches_before(loaded_f32: tuple[Model, Pack]) -> None:

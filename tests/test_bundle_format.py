@@ -13,7 +13,7 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
-from bundles import bundle_json, make_bundle
+from bundles import TinyBundle, bundle_json
 
 from qaflora_edge.chat.conversation import Conversation, Turn, save_session
 from qaflora_edge.errors import BundleError
@@ -48,9 +48,8 @@ def validator() -> Any:
 
 
 @pytest.fixture(scope="module")
-def raw(tmp_path_factory: pytest.TempPathFactory) -> Raw:
+def raw(made: TinyBundle) -> Raw:
     """A bundle.json with every field that there is."""
-    made = make_bundle(tmp_path_factory.mktemp("format"))
     found: Raw = bundle_json(made.folder)
     found["base"] |= {"registry": "tiny", "hub": "owner/name/base.gguf@v1"}
     found["adapters"][0] |= {"hub": "owner/name"}
@@ -114,9 +113,10 @@ def only_the_reader_knows(place: Place, value: Any) -> bool:
     return place[:2] == ("fusion", "typical") and len(place) >= 4 and value in (MISSING, [1])
 
 
-def test_real_bundles_are_valid(validator: Any, raw: Raw, checkout: Path, tmp_path: Path) -> None:
-    made = make_bundle(tmp_path, calibrate=True)
-    for path in (checkout / "models/demo/bundle.json", made.folder / "bundle.json"):
+def test_real_bundles_are_valid(
+    validator: Any, raw: Raw, checkout: Path, calibrated: TinyBundle
+) -> None:
+    for path in (checkout / "models/demo/bundle.json", calibrated.folder / "bundle.json"):
         validator.validate(json.loads(path.read_text(encoding="utf-8")))
     validator.validate(raw)
     assert reader_takes(raw)

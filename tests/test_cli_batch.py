@@ -146,7 +146,11 @@ HOSTILE = [
     ('{"prompt": "a", "strategy": "best"}', "StrategyError", "Strategy 'best' is not known"),
     ('{"prompt": "a", "json_schema": {"type": "x"}}', "GrammarError", "The JSON schema"),
     ('{"prompt": "a", "grammar": "root ::= x"}', "GrammarError", "The grammar"),
-    ('{"prompt": "a", "grammar": "", "json_schema": {}}', "OptionError", "both given"),
+    (
+        '{"prompt": "a", "grammar": "", "json_schema": {}}',
+        "OptionError",
+        "Options grammar and a JSON schema are both given; give one or the other.",
+    ),
     (
         lines({"messages": [{"role": "a", "content": "a", "tool_calls": ["a" * 9999]}]}).strip(),
         "PromptError",

@@ -316,10 +316,6 @@ def test_openais_options_that_change_nothing_are_taken(engine: Engine) -> None:
             "temperature, top_p, top_k, min_p, repeat_penalty, presence_penalty, "
             "frequency_penalty, seed, stop, grammar, logit_bias, logprobs.",
         ),
-        (
-            {"stream_options": True, "stream": True},
-            "Option stream_options is True, expected an object such as {'include_usage': True}.",
-        ),
     ],
 )
 def test_options_that_cannot_be_followed_are_refused(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import make_bundle
+from bundles import TinyBundle
 from click.testing import CliRunner
 
 import qaflora_edge
@@ -20,10 +20,9 @@ PACKAGE = Path(qaflora_edge.__file__).parent
 
 @pytest.mark.parametrize("strategy", ["qa-flora", "two-place", "static"])
 def test_an_answer_passes_at_most_15_modules(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
+    calibrated: TinyBundle, monkeypatch: pytest.MonkeyPatch, strategy: str
 ) -> None:
     """Modules of every function that waits while the library computes, or takes a token back."""
-    made = make_bundle(tmp_path, calibrate=True)
     seen: set[str] = set()
 
     def noting(method: Any) -> Any:
@@ -40,7 +39,7 @@ def test_an_answer_passes_at_most_15_modules(
 
     monkeypatch.setattr(Context, "decode_spans", noting(Context.decode_spans))
     monkeypatch.setattr(Sequence, "take", noting(Sequence.take))
-    words = ["run", str(made.folder), "How far?", "--max-tokens", "4", "--strategy", strategy]
+    words = ["run", str(calibrated.folder), "How far?", "--max-tokens", "4", "--strategy", strategy]
     assert CliRunner().invoke(main, words).exit_code == 0
     seen |= {"backend/context.py", "inference/sequence.py"}
     assert len(seen) <= 15, sorted(seen)

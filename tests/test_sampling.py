@@ -10,7 +10,7 @@ import pytest
 from tiny import constant_logits, write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine
-from qaflora_edge.errors import BackendError, GrammarError, OptionError
+from qaflora_edge.errors import BackendError, GrammarError
 
 PROMPT = "the king is in the air"
 PERSON = {
@@ -140,11 +140,3 @@ def test_bad_grammar_is_refused_before_the_work(
     assert str(caught.value) == f"The grammar cannot be read: {reason}; correct it there."
     with pytest.raises(GrammarError, match="The JSON schema, at #: the keyword 'not'"):
         engine.generate(PROMPT, json_schema={"not": {}})
-
-
-def test_grammar_and_schema_together_are_refused(engine: Engine) -> None:
-    with pytest.raises(OptionError) as caught:
-        engine.generate(PROMPT, grammar='root ::= "a"', json_schema=True)
-    assert str(caught.value) == (
-        "Options grammar and a JSON schema are both given; give one or the other."
-    )

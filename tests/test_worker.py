@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import test_backend as cpu
-from bundles import make_bundle
+from bundles import TinyBundle
 from click.testing import CliRunner
 from numpy.typing import NDArray
 from patience import PATIENCE_S, wait_until
@@ -217,8 +217,7 @@ def test_lost_connection_ends_all_that_is_decoded(base, adapters, free) -> None:
                     answer.text()
 
 
-def test_server_says_503_once_a_worker_is_lost(tmp_path: Path, free: Worker) -> None:
-    made = make_bundle(tmp_path)
+def test_server_says_503_once_a_worker_is_lost(made: TinyBundle, free: Worker) -> None:
     with relay(free) as between:
         engine = {**ENGINE, "rpc": between.endpoint}
         with client_of(made.folder, engine=engine) as client:
