@@ -155,7 +155,7 @@ OPTIONS = (
            help="Take the prompt as it is: no chat template."),
     Option("n_ctx", int, None, "engine", "--ctx", "-c", "Model", low=1, high=MAX_CTX,
            noun=_TOKENS, unset="what the base was trained for, within memory",
-           help="Limit prompt and answer to so many tokens, and allocate them at once."),
+           help="Limit prompt and answer to so many tokens. They are allocated at once."),
     Option("n_parallel", int, 1, "engine", "--parallel", low=1, high=MAX_PARALLEL,
            noun="a number of requests", help="Decode so many requests together.",
            defaults={"compare": 4, "eval": 8, "serve": 4}),
