@@ -129,7 +129,7 @@ def test_a_turn_that_needs_a_larger_context_costs_no_more(
     counts = count_decoded(monkeypatch)
     found: dict[int, list[F32]] = {}
     for n_first in (256, 1024):  # tokens that there is room for at first
-        monkeypatch.setattr("qaflora_edge.weighing.probe._N_CTX_MIN", n_first)
+        monkeypatch.setattr("qaflora_edge.backend.context._N_CTX_MIN", n_first)
         probed = Alone(Prober(model, pack, options), 2)
         found[n_first], n_read = [], []
         for n in (200, 250, 300, 700):
