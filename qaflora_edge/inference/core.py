@@ -54,7 +54,8 @@ class Core:
         self._cancellations: weakref.WeakSet[Cancellation] = weakref.WeakSet()
         self._cancelling = threading.RLock()  # all threads change that set
         self.last_answer: int | None = None  # number of the last request's sequence
-        scheduler = Scheduler(backend.context.n_seq, backend.chunks, lambda: backend.context.n_ctx)
+        context = backend.context  # not the backend, which a circle of the loop would keep alive
+        scheduler = Scheduler(context.n_seq, backend.chunks, lambda: context.n_ctx)
         self.loop = Loop(self.model, self.context, scheduler, backend.stop)
         from qaflora_edge.inference.score import Scorer
         from qaflora_edge.weighing.probe import Prefixes, Prober
