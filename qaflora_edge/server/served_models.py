@@ -188,11 +188,12 @@ class ServedModels:
         found = self.by_name.get(name)
         if found is not None and (not colon or strategy in found.strategies):
             return found, strategy if colon else None
-        names = found.ids if found else list(self.by_name)
+        names = list(found.ids if found else self.by_name)
+        more = ["..."] if len(names) > 5 else []
         raise Refusal(
             400 if model is None else 404,
             f"The model is {'missing' if model is None else repr(model):.100}, expected one of "
-            f"{', '.join(names)}.",
+            f"{', '.join(names[:5] + more)}.",
             param="model",
             code="model_not_found",
         )
