@@ -14,7 +14,7 @@ from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.probe_context import ProbeContext
 from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.base import read_base
-from qaflora_edge.weighing.probe import Prefixes, Prober
+from qaflora_edge.weighing.probe import PLACES, Prefixes, Prober
 
 F32 = NDArray[np.float32]
 MIB = 1 << 20
@@ -213,11 +213,12 @@ def test_a_question_that_is_read_in_two_places_goes_on_too(
         start = starts[-1]
         span = (start, len(prompt) - 5)
         counts = count_decoded(monkeypatch, first_only=True)
-        found = run_alone(sharing.places(prompt, (0, 1, 2), span))
+        found = [run_alone(sharing.states(prompt, (0, 1, 2), place, span)) for place in PLACES]
         n_read.append(sum(counts))
         monkeypatch.undo()
         alone = Prober(*loaded, {"threads": 1})
-        assert np.array_equal(found, run_alone(alone.places(prompt, (0, 1, 2), span)))
+        same = [run_alone(alone.states(prompt, (0, 1, 2), place, span)) for place in PLACES]
+        assert np.array_equal(found, same)
         alone.close()
         # A query that is read at once takes nothing that was read in another way.
         whole = Prober(*loaded, {"threads": 1})

@@ -17,7 +17,7 @@ from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.errors import BackendError, StrategyError
 from qaflora_edge.formats.base import read_base
-from qaflora_edge.weighing.probe import Prober
+from qaflora_edge.weighing.probe import PLACES, Prober
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -49,7 +49,7 @@ class Alone:
         return run_alone(self.prober.states(tokens, self.rows))
 
     def mean(self, tokens: Sequence[int]) -> F32:
-        return run_alone(self.prober.places(tokens, self.rows, (0, len(tokens))))[1]
+        return run_alone(self.prober.states(tokens, self.rows, PLACES[1], (0, len(tokens))))
 
     def divergence(self, tokens: Sequence[int], measure: str, lens: str, pool: str) -> F64:
         return run_alone(self.prober.divergence(tokens, self.rows, measure, lens, pool))
