@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import tiny
@@ -111,6 +112,23 @@ def test_a_base_with_adapters_is_weighed_without_a_bundle(tmp_path: Path) -> Non
     tiny.write_tiny_peft(made.peft, made.base, rank=2)
     qaflora("weights", made.base.path, "the thing", *own)
     assert len(list((tmp_path / "cache" / "mixes").rglob("bundle.json"))) == 2
+
+
+def test_a_first_run_that_was_ended_is_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_sources(tmp_path)
+    words = ["weights", made.base.path, "the thing", "--json", "--adapter", made.peft]
+    with monkeypatch.context() as patched:
+        ended = Mock(side_effect=KeyboardInterrupt)
+        patched.setattr("qaflora_edge.bundles.create.set_default", ended)
+        assert qaflora(*words).exit_code == 130
+    (made.peft / "train.log").write_text("a log is no part of an adapter")
+    (made.peft / "latest").symlink_to("nowhere")
+    assert json.loads(qaflora(*words).stdout)["strategy"] == "spectr"
+    (made.peft / "train.log").write_text("and it grows")
+    qaflora(*words)
+    assert len(list((tmp_path / "cache" / "mixes").rglob("bundle.json"))) == 1
 
 
 def test_adapters_without_a_shared_kind_are_weighed_by_qa_flora(tmp_path: Path) -> None:

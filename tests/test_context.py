@@ -88,6 +88,38 @@ def test_a_context_that_cannot_grow_fails_one_request(
         assert ask(engine, "the king") == ask(fixed, "the king")
 
 
+def test_an_interrupt_in_a_growth_leaves_an_engine_that_works(
+    made: TinyBundle, fixed: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Engine(made.folder, **OPTIONS) as engine:
+        slots = engine._core.context
+        free = slots._free
+
+        def freed(pointer: object) -> None:
+            free(pointer)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(slots, "_free", freed)
+        with pytest.raises(KeyboardInterrupt):
+            ask(engine, LONG)
+        monkeypatch.undo()
+        assert ask(engine, "the king") == ask(fixed, "the king")
+        assert ask(engine, LONG) == ask(fixed, LONG)
+
+
+def test_no_memory_for_a_growth_fails_one_request(
+    made: TinyBundle, fixed: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Engine(made.folder, n_parallel=2, **OPTIONS) as engine:
+        ask(engine, "the king")  # a state that would be copied
+        monkeypatch.setattr(context, "mapped", Mock(side_effect=OSError(12, "no memory")))
+        long = engine.generate(LONG, max_tokens=8, wait=False)
+        short = engine.generate("the king", max_tokens=8, wait=False)
+        with pytest.raises(BackendError, match=r"cannot grow.*no memory"):
+            long.text()
+        assert short.text() == fixed.generate("the king", max_tokens=8).text()
+
+
 def test_memory_and_rope_limit_the_context(
     made: TinyBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -152,10 +152,9 @@ class Context(Handle):
         ]
         self._params.n_ctx = self._params.n_batch = n_ctx * self.n_seq
         advice = " Ask for fewer tokens, or limit all requests (--ctx, n_ctx)."
-        pointer = self._init(self.n_seq, n_ctx, advice)
-        self._free(self._pointer)
-        self._pointer = pointer
+        old, self._pointer = self._pointer, self._init(self.n_seq, n_ctx, advice)
         self._set_up(self.n_seq, n_ctx, self._params, self._stop)
+        self._free(old)  # last: Ctrl-C may raise after it
         for seq, data, tokens in held:
             self._load(seq, data, tokens)
 
@@ -508,11 +507,16 @@ def automatic_ctx(model: Model, base: GgufHeader, kv_type: str, n_seq: int) -> i
 
 
 def _free_bytes() -> int:
-    """Estimate the memory that programs may still take."""
+    """Estimate the memory that this process may still take; a container's limit counts."""
+    group = Path("/sys/fs/cgroup")
+    n_left = MAX_CTX << 30  # no limit
+    with contextlib.suppress(OSError, ValueError):  # "max" is no limit either
+        limit, used = ((group / f"memory.{what}").read_text() for what in ("max", "current"))
+        n_left = int(limit) - int(used)
     with contextlib.suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
+                return min(n_left, int(line.split()[1]) << 10)
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     except (AttributeError, ValueError, OSError):  # Windows

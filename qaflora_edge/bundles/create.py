@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from qaflora_edge.files import (
 from qaflora_edge.formats.bundle import BUNDLE_FILE, FORMAT, read_bundle_text
 from qaflora_edge.formats.gguf import read_gguf_header
 from qaflora_edge.formats.inputs import file_state
-from qaflora_edge.peft.folder import adapter_folder
+from qaflora_edge.peft.folder import adapter_files, adapter_folder
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing import numbers
 from qaflora_edge.weighing.strategy import parse_strategy
@@ -130,18 +131,21 @@ def cached_bundle(base: Path, adapters: Sequence[tuple[str, str]], progress: Tel
     files, parts = [base], [__version__]
     for name, path in adapters:
         found = find_adapter(path).path
-        files += sorted(adapter_folder(found).iterdir()) if found.is_dir() else [found]
+        files += adapter_files(adapter_folder(found)) if found.is_dir() else [found]
         parts += [name, str(len(files))]
-    parts += [f"{file.resolve()} {file_state(file)}" for file in files]
+    parts += [f"{file.absolute()} {file_state(file)}" for file in files]
     key = hashlib.sha256(os.fsencode("\n".join(parts))).hexdigest()[:16]
     folder = cache_dir() / "mixes" / key / base.stem
     make_folder(folder.parent, "the environment variable QAFLORA_CACHE")
     with cache_lock(f"mix {key}"):
         if not folder.exists():
-            create_bundle(folder, base, adapters, progress=progress)
-            text = read_bundle_text(folder)
+            part = folder.with_name(f"{base.stem}.part")  # may be left by a run that was ended
+            shutil.rmtree(part, ignore_errors=True)
+            create_bundle(part, base, adapters, name=base.stem, progress=progress)
+            text = read_bundle_text(part)
             targets = {adapter.name: adapter.targets for adapter in text.adapters}
             known = known_of(text)
             if UNMEASURED in Weigher(tuple(targets), text.base.n_layer, targets=targets).followed:
-                set_default(folder, UNMEASURED, lens=known.lens, pool=known.pool)
+                set_default(part, UNMEASURED, lens=known.lens, pool=known.pool)
+            part.rename(folder)
     return folder

@@ -66,8 +66,8 @@ class Runner:
     def _grow(self, sequence: sequences.Sequence) -> None:
         try:
             self._context.grow(sequence.n_ctx)
-        except BackendError as error:
-            sequence.fail(error)
+        except (BackendError, OSError, MemoryError) as error:  # no memory for copies of KV states
+            sequence.fail(BackendError(f"The context cannot grow: {error}"))
 
     def _took(self, source: int, target: int) -> None:
         """Note that a slot now has the states of another one."""

@@ -83,6 +83,13 @@ def adapter_folder(folder: AnyPath) -> Path:
     return inside[0]
 
 
+def adapter_files(folder: Path) -> list[Path]:
+    """List the files of a PEFT or MLX folder that an adapter is read from."""
+    return sorted(
+        [folder / CONFIG_FILE, *folder.glob("adapter_model*"), *folder.glob("adapters.*")]
+    )
+
+
 def check_no_part(path: Path) -> None:
     """Refuse a file of a PEFT folder that is given in place of the folder."""
     if os.path.isfile(path) and path.suffix != ".gguf" and _is_adapter(path.parent):
