@@ -25,9 +25,9 @@ _OPTIONS = (
     Option("question", float, 0.5, low=0, high=16, metavar="W",
            help="the weight of the one that is found in the question"),
     Option("second", float, 1.0, low=-100, high=100, metavar="Z",
-           help="none is taken from the question up to Z standard deviations: the other is alone"),
+           help="no second adapter at or below Z standard deviations; the first has both weights"),
     Option("abstain", float, STANDS_OUT, low=-100, high=100, words=("never",), metavar="Z",
-           help="the base answers alone up to Z standard deviations; 0.5 above, the mix is whole"),
+           help="the base answers alone up to Z standard deviations, the adapters from Z + 0.5 on"),
 )
 # fmt: on
 
