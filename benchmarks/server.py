@@ -31,7 +31,7 @@ import httptools
 import numpy as np
 from server_process import started
 
-from qaflora_edge.bench.memory import status_bytes
+from qaflora_edge.bench.parts import status_bytes
 from qaflora_edge.bundles.create import create_bundle
 from qaflora_edge.hub.fetch import fetch_model
 

@@ -28,7 +28,7 @@ from typing import Any
 
 from server_process import started
 
-from qaflora_edge.bench.memory import status_bytes
+from qaflora_edge.bench.parts import status_bytes
 
 TIMEOUT_S = 120  # of a request, after which the server ends it
 PATIENCE_S = TIMEOUT_S + 180  # a machine may be busy with other things, or stand still

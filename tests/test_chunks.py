@@ -24,11 +24,7 @@ def cut(n: int, n_seq: int) -> list[int]:
 
 def cut_tokens(tokens: Sequence[int], chunks: Chunks) -> list[int]:
     """Lengths of the chunks."""
-    at, lengths = 0, []
-    while at < len(tokens):
-        lengths.append(chunks.end(tokens, at) - at)
-        at += lengths[-1]
-    return lengths
+    return [end - at for at, end in chunks.cut(tokens)]
 
 
 @pytest.mark.parametrize("n_seq", [1, 2, 3, 4, 5, 9, 21])

@@ -2,7 +2,7 @@
 
 import struct
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -111,6 +111,13 @@ class Chunks:
                 if self.n_message <= end - at <= self.n_most:
                     return end
         return most if most == len(tokens) else at + self.n_full
+
+    def cut(self, tokens: Sequence[int], at: int = 0) -> Iterator[tuple[int, int]]:
+        """Give the begin and the end of each chunk from `at` on."""
+        while at < len(tokens):
+            end = self.end(tokens, at)
+            yield at, end
+            at = end
 
     def _opening(self, tokens: Sequence[int]) -> tuple[int, ...]:
         """Give the few tokens after a prompt's last message, which open the answer."""

@@ -1,14 +1,15 @@
-"""The parts of `qaflora bench`: decode, busy, ttft, callers.
+"""The parts of `qaflora bench`: decode, ttft, callers, memory.
 
 Contestants run in turn within a round, on a prompt that no round had before; each contestant of
 ttft has its own. A first round is thrown away. Ratios are taken within a round, then the median.
 """
 
-import os
-import subprocess
-import sys
+import multiprocessing
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -113,40 +114,6 @@ def _decode(context: Context, drawn: Sequence[Sequence[int]], length: int, turn:
     }
 
 
-# next to another program
-
-_RIVAL = """
-import sys; from qaflora_edge import Engine
-engine = Engine(sys.argv[1], strategy="static", n_ctx=256)
-while True:
-    print(len(engine.generate("1, 2, 3", max_tokens=16).text()), flush=True)
-"""
-
-
-def measure_busy(rig: Rig, bundle: Path, plan: Plan, tell: Tell) -> Iterator[Row]:
-    """Decode alone, then next to a process that waits at barriers as GCC's OpenMP does by default.
-
-    Raises BackendError when that process ends.
-    """
-    k, length = max(plan.k), min(plan.prompt_tokens)
-    drawn = [rig.draw(length + plan.max_tokens) for _ in range(1 + plan.repeat)]
-    decode = {"": partial(_decode, rig.ours(k, len(drawn[0])), drawn, length)}
-    alone = take_turns(decode, plan.repeat, partial(tell, "alone"))[""]
-    command, spin = [sys.executable, "-c", _RIVAL, str(bundle)], {"GOMP_SPINCOUNT": "300000"}
-    with subprocess.Popen(command, env=os.environ | spin, stdout=subprocess.PIPE) as rival:
-        try:
-            if rival.stdout and not rival.stdout.readline():
-                raise BackendError(
-                    "The process next to which decoding is measured died; leave out busy."
-                )
-            beside = take_turns(decode, plan.repeat, partial(tell, "next to another"))[""]
-        finally:
-            rival.kill()
-    for name, own in ((f"ours k={k}", alone), (f"ours k={k}, busy", beside)):
-        row = compared("decode_tokens_per_second", own, decode_of_alone=alone)
-        yield {"prompt_tokens": length, "name": name, "runs": own} | row
-
-
 # time to the first token
 
 
@@ -218,3 +185,47 @@ def _speed(times: Sequence[Sequence[float]]) -> float:
             "or leave out callers with --only."
         )
     return n_step * len(times) / (first[-1] - start)
+
+
+# memory
+
+
+def measure_memory(
+    bundle: Path, tokens: Sequence[int], max_tokens: int, engine: Mapping[str, Any]
+) -> dict[str, int]:
+    """Answer a prompt once in a new process, and return what it took.
+
+    engine   keywords of Engine
+    returns  peak_bytes: the most resident memory; adapters_bytes: the packed adapters' part of it
+
+    Raises what the Engine raised there, or BackendError when that process died.
+    """
+    if status_bytes("VmHWM") is None:
+        raise OptionError("Peak memory is measured on Linux only; leave out memory with --only.")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(_answer, bundle, list(tokens), max_tokens, dict(engine)).result()
+        except BrokenProcessPool as error:
+            raise BackendError(
+                "The process whose memory is measured died, expected an answer. Perhaps memory is "
+                "short: try the same options with `qaflora run`."
+            ) from error
+
+
+def status_bytes(field: str, pid: int | str = "self") -> int | None:
+    """A size in Linux's account of a process; unlike ru_maxrss it knows no parent's peak."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return None
+    match = re.search(rf"^{field}:\s+(\d+) kB$", text, re.M)
+    return 1024 * int(match[1]) if match else None
+
+
+def _answer(
+    bundle: Path, tokens: Sequence[int], max_tokens: int, options: Mapping[str, Any]
+) -> dict[str, int]:
+    with Engine(bundle, **options) as engine:
+        engine.generate(tokens, max_tokens=max_tokens).text()
+        adapters_bytes = engine._core.backend.pack.size_bytes
+        return {"peak_bytes": status_bytes("VmHWM") or 0, "adapters_bytes": adapters_bytes}

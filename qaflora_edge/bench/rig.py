@@ -65,7 +65,7 @@ class Rig(contextlib.ExitStack):
         self._paths, self._adapter_type = adapters, options.get("adapter_type", "auto")
         self._options = {name: options[name] for name in ("threads", "kv_type", "flash_attn")}
         placing = {name: options.get(name) for name in PLACING}
-        self.model = self.enter_context(contextlib.closing(Model(read_base(base), **placing)))
+        self.model = self.enter_context(Model(read_base(base), **placing))
         self._loras: list[Any] = []  # the model frees them
         self._random, self._n_drawn = random.Random(seed), 0
         self._start = self.model.tokenize("", add_special=True, parse_special=False)[:1]
@@ -79,15 +79,13 @@ class Rig(contextlib.ExitStack):
                 raise BackendError(f"llama.cpp cannot load the adapter {path}; convert it again.")
             self._loras.append(lora)
         loras = self._loras[:k]
-        context = StockContext(self.model, loras, n_ctx=n_ctx, **self._options)
-        return self.enter_context(contextlib.closing(context))
+        return self.enter_context(StockContext(self.model, loras, n_ctx=n_ctx, **self._options))
 
     def ours(self, k: int, n_ctx: int) -> Context:
         """Set up k adapters of one pack, at weight 1/k in every layer."""
-        pack = Pack(self.model, self._copies(k), adapter_type=self._adapter_type)
-        self.callback(pack.close)
-        context = Context(self.model, pack, n_ctx=n_ctx, **self._options)
-        self.callback(context.close)
+        paths = self._copies(k)
+        pack = self.enter_context(Pack(self.model, paths, adapter_type=self._adapter_type))
+        context = self.enter_context(Context(self.model, pack, n_ctx=n_ctx, **self._options))
         context.set_weights(np.full((k, self.model.n_layer), 1.0 / k, np.float32))
         return context
 
@@ -113,11 +111,6 @@ class Rig(contextlib.ExitStack):
 def prefill(context: Context, tokens: Sequence[int]) -> None:
     """Prefill a prompt: ours in the chunks of an Engine, llama.cpp's in its own micro-batches."""
     context.clear()
-    if isinstance(context, StockContext):
-        context.decode(tokens)
-        return
-    at = 0
-    while at < len(tokens):
-        end = context.chunks().end(tokens, at)
+    is_stock = isinstance(context, StockContext)
+    for at, end in [(0, len(tokens))] if is_stock else context.chunks().cut(tokens):
         context.decode(tokens[at:end], start=at)
-        at = end

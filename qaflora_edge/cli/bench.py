@@ -18,7 +18,7 @@ from qaflora_edge.show.text import columns
 if TYPE_CHECKING:
     from qaflora_edge.bundles.open import Opened
 
-PARTS = ("memory", "callers", "decode", "busy", "ttft")  # memory is short, and may refuse an option
+PARTS = ("memory", "callers", "decode", "ttft")  # memory is short, and may refuse an option
 Row = Mapping[str, Any]
 
 
@@ -77,8 +77,7 @@ def bench(
     llama_set_adapters_lora (stock), and of as many fused by us; each at weight 1/k. ttft: the time
     to the first token under several strategies, each with a prompt of its own, as a multiple of
     the base's prefill (plain). callers: decoding for --callers at once, each with a mix of its own,
-    next to the base in one batch. busy: decoding next to a process that computes with OpenMP, of
-    decoding alone. memory: the peak of one answer in a process of its own.
+    next to the base in one batch. memory: the peak of one answer in a process of its own.
     """
     from qaflora_edge.bundles.open import load_bundle
 
@@ -105,7 +104,6 @@ def _measured(
 ) -> dict[str, Any]:
     """Measure the rows of each part; an object for memory."""
     from qaflora_edge.bench import parts
-    from qaflora_edge.bench.memory import measure_memory
     from qaflora_edge.bench.rig import Rig
     from qaflora_edge.engine import Engine
 
@@ -118,7 +116,7 @@ def _measured(
     with Rig(loaded.base_path, adapters, given, options.seed or 0) as rig, progress_bars() as tell:
         if "memory" in only:
             tokens = rig.draw(longest)
-            measured["memory"] = measure_memory(loaded.place, tokens, plan.max_tokens, given)
+            measured["memory"] = parts.measure_memory(loaded.place, tokens, plan.max_tokens, given)
         if "callers" in only:
             many = given | {"n_parallel": most}
             alone = Engine(base=loaded.base_path, **many | {"strategy": None})
@@ -127,8 +125,6 @@ def _measured(
                 measured["callers"] = [*parts.measure_callers(rig, both, plan, tell)]
         if "decode" in only:
             measured["decode"] = [*parts.measure_decode(rig, plan, tell)]
-        if "busy" in only:
-            measured["busy"] = [*parts.measure_busy(rig, loaded.place, plan, tell)]
         if "ttft" in only:
             with Engine(loaded.place, **given) as engine:
                 measured["ttft"] = [*parts.measure_ttft(rig, engine, plan, tell)]

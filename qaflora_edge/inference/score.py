@@ -94,12 +94,10 @@ def _score_group(
     """Prefill the prompt once, then all continuations after it."""
     weights = part[0][0].weights
     context.set_weights(weights)
-    rows, at = [-1], 0
-    while at < len(prompt):
-        end = context.chunks().end(prompt, at)
+    rows = [-1]
+    for at, end in context.chunks().cut(prompt):
         outputs: Outputs = "last" if end == len(prompt) else "none"
         rows = context.decode_spans([Span(0, prompt[at:end], at, outputs)])
-        at = end
         yield
     first = log_softmax(context.logits_view(rows[0]))
     for item, result in part:

@@ -61,19 +61,12 @@ def _prefill(
     context: ProbeContext, tokens: Sequence[int], start: int, outputs: Outputs, *, n_seq: int = 1
 ) -> Steps[None]:
     """Run tokens[start:] through the first n_seq sequences, a micro-batch at a time."""
-    chunks, at = context.chunks(n_seq), start
-    while at < len(tokens):
-        end = chunks.end(tokens, at)
+    for at, end in context.chunks(n_seq).cut(tokens, start):
         is_last = end == len(tokens)
-        context.decode(
-            tokens[at:end],
-            start=at,
-            outputs=outputs if is_last or outputs == "all" else "none",
-            n_seq=n_seq,
-        )
-        at = end
+        shown: Outputs = outputs if is_last or outputs == "all" else "none"
+        context.decode(tokens[at:end], start=at, outputs=shown, n_seq=n_seq)
         if not is_last:
-            yield at
+            yield end
 
 
 class Prefixes:
@@ -330,12 +323,10 @@ class BaseProber:
     @staticmethod
     def _inputs(context: ProbeContext, tokens: Sequence[int], at: int) -> Iterator[tuple[int, F32]]:
         """Prefill tokens[at:]; give ends and inputs [n_token, n_layer, n_embd] of micro-batches."""
-        while at < len(tokens):
-            end = context.chunks().end(tokens, at)
+        for start, end in context.chunks().cut(tokens, at):
             context.capture_begin("mean")
-            context.decode(tokens[at:end], start=at, outputs="all")
-            yield end, context.inputs(0, n_row=end - at)
-            at = end
+            context.decode(tokens[start:end], start=start, outputs="all")
+            yield end, context.inputs(0, n_row=end - start)
 
     def _reuse(self, context: ProbeContext, tokens: Sequence[int], n_most: int) -> int:
         """Reuse the KV state of a query's beginning, up to a cut and n_most tokens at most."""
