@@ -118,17 +118,16 @@ def test_plain_text_gets_the_most_unusual_one() -> None:
     assert weighed("two-place:answer=1", last, question, is_chat=False) == [0, 1, 0]
 
 
-SAYS = "the answer looks like its kind"
+SAYS = "standard deviations above its typical prompt where the answer begins."
 BASE = "The base answers alone: no adapter stands out where the answer begins"
 
 
 # fmt: off
 CASES = [
     ([3.1, 0.2, 0.1, 0], [0.4, 2.2, 0.1, 0],
-     f"math: {SAYS} (3.1 above typical). es: the question does (2.2). The others are typical."),
+     f"math: 3.1 {SAYS} es: 2.2 in the question. The others are typical."),
     ([1.75, 0, 1.6], [0, 0.9, 0],
-     f"math: {SAYS} (1.8 above typical). The others are less unusual. Below 2 the base keeps a "
-     "part."),
+     f"math: 1.8 {SAYS} The others are lower. Below 2 the base keeps a part."),
     ([0.25, 1.25], [0, 9], f"{BASE} (es most: 1.25, needed: above 1.5)."),
     ([3], [9], "math is the only adapter in use."),
 ]

@@ -114,13 +114,14 @@ def _told(query: Query, scores: Mapping[str, F64], taken: Taken) -> tuple[dict[s
             "The base answers alone: no adapter stands out where the answer begins "
             f"({names[first]} most: {z[first]:.2f}, needed: above {needed[place]:g})."
         )
-    said = [f"{names[first]}: the {place} looks like its kind ({z[first]:.1f} above typical)."]
-    said += [f"{names[i]}: the question does ({numbers[i][p]:.1f})." for i, p in taken.items()][1:]
+    where = "where the answer begins" if place == "answer" else "at the end of the text"
+    said = [f"{names[first]}: {z[first]:.1f} standard deviations above its typical prompt {where}."]
+    said += [f"{names[i]}: {numbers[i][p]:.1f} in the question." for i, p in taken.items()][1:]
     others = [i for i in range(len(names)) if i not in taken]
     is_typical = all(numbers[i][p] <= needed.get(p, STANDS_OUT) for i in others for p in scores)
     if others:
         who = "The others are" if len(others) > 1 else "The other is"
-        said.append(f"{who} {'typical' if is_typical else 'less unusual'}.")
+        said.append(f"{who} {'typical' if is_typical else 'lower'}.")
     if z[first] < needed.get("answer", z[first] - RAMP) + RAMP:
         said.append(f"Below {needed['answer'] + RAMP:g} the base keeps a part.")
     return reasons, " ".join(said)
