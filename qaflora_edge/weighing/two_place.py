@@ -1,9 +1,9 @@
 """`two-place`: one adapter for the kind of answer, one for the question's language or subject.
 
-Two places are measured in one pass of the base alone: the last token of a chat prompt, where the
-answer begins, and the question's own tokens. The measure is what each adapter would add to q, k
-and v there, compared with what is typical of it. The adapter that stands out most where the answer
-begins is the first; another that stands out in the question is the second: see pair().
+One pass of the base measures what each adapter would add to q, k and v at two places: at the last
+token of a chat prompt, where the answer begins, and in the question. Both are compared with what is
+typical of the adapter. The highest one where the answer begins is the first; another that is high
+enough in the question is the second: see pair().
 """
 
 from collections.abc import Mapping
@@ -114,8 +114,8 @@ def _told(query: Query, scores: Mapping[str, F64], taken: Taken) -> tuple[dict[s
             "The base answers alone: no adapter stands out where the answer begins "
             f"({names[first]} most: {z[first]:.2f}, needed: above {needed[place]:g})."
         )
-    where = "where the answer begins" if place == "answer" else "at the end of the text"
-    said = [f"{names[first]}: {z[first]:.1f} standard deviations above its typical prompt {where}."]
+    above = "standard deviations above its typical prompt where the answer begins"
+    said = [f"{names[first]}: {z[first]:.1f} {above}."]
     said += [f"{names[i]}: {numbers[i][p]:.1f} in the question." for i, p in taken.items()][1:]
     others = [i for i in range(len(names)) if i not in taken]
     is_typical = all(numbers[i][p] <= needed.get(p, STANDS_OUT) for i in others for p in scores)
