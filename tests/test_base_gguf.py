@@ -121,7 +121,6 @@ def refusal(path: Path) -> str:
 
 @pytest.mark.parametrize("n_more", [0, 5000])
 def test_token_that_is_there_twice_is_refused(tmp_path: Path, n_more: int) -> None:
-    """Short arrays are kept by the reader of headers, long ones are read again."""
     path = write_base(tmp_path / "base.gguf")
     tokens = [*tiny.byte_tokens(), *(f"more{index}" for index in range(n_more)), "", ""]
     change(path, **{TOKENS: tokens})

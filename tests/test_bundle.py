@@ -357,12 +357,16 @@ def test_broken_json_is_refused(made: TinyBundle) -> None:
         ("../es.gguf", "inside the bundle's folder, without '..'"),
         ("adapters", "is a folder"),
         ("adapters/none.gguf", "does not exist"),
+        ("pipe", "is a pipe, a socket or a device"),
+        ("loop", "cannot be examined"),
         ("out.gguf", "a link in it leads out of the bundle"),
     ],
 )
 def test_paths_stay_inside_the_bundle(made: TinyBundle, file: str, message: str) -> None:
     if file == "out.gguf":
         (made.folder / file).symlink_to(made.adapter.path)
+    (made.folder / "loop").symlink_to("loop")
+    os.mkfifo(made.folder / "pipe")
     rewrite(made.folder, sets("adapters", 0, file=file))
     with pytest.raises(BundleError, match=message):
         load_bundle(made.folder)

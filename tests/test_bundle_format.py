@@ -18,8 +18,7 @@ from bundles import TinyBundle, bundle_json
 from qaflora_edge.chat.conversation import Conversation, Turn, save_session
 from qaflora_edge.errors import BundleError
 from qaflora_edge.files import package_data
-from qaflora_edge.formats.bundle import parse_bundle
-from qaflora_edge.formats.inputs import is_inside
+from qaflora_edge.formats.bundle import is_inside, parse_bundle
 from qaflora_edge.weighing.weigher import known_of
 
 Raw = dict[str, Any]

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from qaflora_edge.formats.base import ARCH_FACTS, is_bypassed
+from qaflora_edge.formats.adapter import why_not_adapted
+from qaflora_edge.formats.base import ARCH_FACTS
 
 # llama.cpp's names of tensors in its code -> in a GGUF, where they differ.
 FIELDS = {
@@ -57,4 +58,4 @@ def test_list_is_what_the_source_does(llama_cpp_source: Path) -> None:
     ],
 )
 def test_tensor_is_looked_up_by_its_kind(architecture: str, name: str, expected: bool) -> None:
-    assert is_bypassed(architecture, name) is expected
+    assert bool(why_not_adapted(architecture, name)) is expected

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,10 +30,9 @@ from qaflora_edge.backend.library import (
 from qaflora_edge.backend.model import Model, Pack, shared_model
 from qaflora_edge.config import KV_TYPES, MAX_CTX
 from qaflora_edge.errors import BackendError, CancelledError
-from qaflora_edge.formats.gguf import GgufHeader, kv_bytes
+from qaflora_edge.formats.gguf import GgufHeader
 from qaflora_edge.formats.inputs import FileState, check_unchanged
 
-T = TypeVar("T", bound=Any)
 U8 = NDArray[np.uint8]
 _DECODE_ABORTED = 2  # llama.h llama_decode
 _FLASH_ATTN_AUTO, _FLASH_ATTN_OFF, _FLASH_ATTN_ON = -1, 0, 1  # llama.h llama_flash_attn_type
@@ -412,7 +411,8 @@ class Backend:
 
     Raises ChecksumError for a file that changed since, BackendError, GgufFileError, WorkerError.
 
-    close() frees all, contexts before their model. Without it the garbage collector does.
+    enter() takes a resource to close with the others. close() frees all, contexts before their
+    model; a second call does nothing. Without it the garbage collector does.
     """
 
     def __init__(
@@ -429,14 +429,15 @@ class Backend:
     ) -> None:
         self.stop = Stop()
         self.options: dict[str, Any] = {**options, "stop": self.stop}
-        self._resources = contextlib.ExitStack()
-        weakref.finalize(self, self._resources.close).atexit = False
+        resources = contextlib.ExitStack()  # which is closed from the last to the first
+        self.enter, self.close = resources.enter_context, resources.close
+        weakref.finalize(self, resources.close).atexit = False
         try:
-            self.model = self.keep(shared_model(base, placing))
-            self.pack = self.keep(Pack(self.model, adapters, adapter_type=adapter_type))
+            self.model = self.enter(shared_model(base, placing))
+            self.pack = self.enter(Pack(self.model, adapters, adapter_type=adapter_type))
             self.n_ctx = n_ctx or automatic_ctx(self.model, base, options["kv_type"], n_seq)
             self._n_first = n_ctx or min(self.n_ctx, _N_CTX_FIRST)
-            self.context = self.keep(
+            self.context = self.enter(
                 Context(self.model, self.pack, n_ctx=self._n_first, n_seq=n_seq, **self.options)
             )
             self.model.check_workers()
@@ -449,15 +450,6 @@ class Backend:
     def n_ctx_for(self, n_token: int) -> int:
         """Size the answering context for a request of so many tokens."""
         return min(self.n_ctx, max(self._n_first, n_ctx_for(n_token)))
-
-    def keep(self, resource: T) -> T:
-        """Close a resource with the others, the last one first."""
-        self._resources.callback(resource.close)
-        return resource
-
-    def close(self) -> None:
-        """Free everything. A second call does nothing."""
-        self._resources.close()
 
 
 def cancelled() -> CancelledError:
@@ -501,7 +493,13 @@ def automatic_ctx(model: Model, base: GgufHeader, kv_type: str, n_seq: int) -> i
         # llama.cpp 0c1e5709, get_rope_factors: a larger context computes other positions
         n_orig = base.metadata.get(f"{base.architecture}.rope.scaling.original_context_length")
         n_train = min(n_train, n_orig) if isinstance(n_orig, int) else n_train
-    token_bytes = (n_seq + 1) * kv_bytes(base, kv_type) + 4 * model.n_head * n_ubatch()
+    n_query = {"attn_k": 0, "attn_v": 0, "attn_qkv": base.n_embd}  # rows that are no key or value
+    n_value = 0  # of a token's keys and values
+    for name, tensor in base.tensors.items():
+        if (kind := name.removesuffix(".weight").rpartition(".")[2]) in n_query:
+            n_value += tensor.shape[0] - n_query[kind]
+    kv_bytes = n_value * {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}[kv_type]
+    token_bytes = (n_seq + 1) * kv_bytes + 4 * model.n_head * n_ubatch()
     n_fit = (_free_bytes() - base.path.stat().st_size) / 2 / max(1, token_bytes)
     return min(n_train, max(_N_CTX_SAFE, int(n_fit)), MAX_CTX)
 

@@ -22,8 +22,9 @@ from qaflora_edge.formats.bundle import (
     link_roots,
     parse_bundle,
     read_bundle_text,
+    safe_join,
 )
-from qaflora_edge.formats.inputs import check_file, safe_join
+from qaflora_edge.formats.inputs import check_file
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing.strategy import parse_strategy
 from qaflora_edge.weighing.weigher import centroid_text, known_of

@@ -13,7 +13,7 @@ from pathlib import Path
 from qaflora_edge.errors import BundleError, OptionError
 from qaflora_edge.files import AnyPath
 from qaflora_edge.formats.adapter import AdapterInfo, read_adapter
-from qaflora_edge.formats.base import check_record, read_base
+from qaflora_edge.formats.base import check_base, check_record
 from qaflora_edge.formats.bundle import (
     AdapterRecord,
     BaseRecord,
@@ -22,7 +22,7 @@ from qaflora_edge.formats.bundle import (
     is_base,
     read_bundle_text,
 )
-from qaflora_edge.formats.gguf import GgufHeader
+from qaflora_edge.formats.gguf import GgufHeader, read_gguf_header
 from qaflora_edge.formats.inputs import FileState, check_file, file_state
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing.weigher import Known, known_of
@@ -107,12 +107,12 @@ def load_bundle(
                 f"{text.base.size_bytes} bytes) is not here; {how_to_get_base(place, text.base)}."
             )
         base_path = found
-        files: list[tuple[Path, BaseRecord | AdapterRecord]] = [(base_path, text.base)]
-        files += [(paths[each.name], each) for each in text.adapters]
-        for path, record in files:
-            progress("Checking", len(states), len(files))
+        records: list[BaseRecord | AdapterRecord] = [text.base, *text.adapters]
+        for path, record in zip((base_path, *paths.values()), records, strict=True):
+            progress("Checking", len(states), len(records))
             states[path] = check_file(path, record, text.where, always_hash=always_hash)
-    header = read_base(base_path)
+    header = read_gguf_header(base_path)
+    check_base(header)
     if text is not None:
         check_record(text, header)
     infos = {name: read_adapter(path, header) for name, path in paths.items()}

@@ -15,12 +15,12 @@ from qaflora_edge.files import AnyPath
 from qaflora_edge.formats.adapter import read_adapter_gguf
 from qaflora_edge.formats.bundle import (
     BUNDLE_FILE,
-    link_roots,
+    is_inside,
     packed_files,
     parse_bundle,
     read_bundle_text,
+    safe_join,
 )
-from qaflora_edge.formats.inputs import is_inside, safe_join
 from qaflora_edge.formats.names import HubRef, from_address, is_repo, parse_hub_ref
 from qaflora_edge.hub.fetch import DOCUMENTS, hub_errors
 from qaflora_edge.peft.config import CONFIG_FILE
@@ -94,8 +94,7 @@ def _bundle(path: Path, repo: str, progress: Tell | None) -> tuple[dict[str, Con
         )
     content = (json.dumps(raw, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
     text = parse_bundle(content, str(path / BUNDLE_FILE))
-    roots = link_roots(path)
-    files: dict[str, Content] = {name: safe_join(path, name, roots) for name in packed_files(text)}
+    files: dict[str, Content] = {name: safe_join(path, name) for name in packed_files(text)}
     fields = {"license": text.license}
     if text.base.hub:
         fields["base_model"] = parse_hub_ref(text.base.hub).repo
@@ -115,8 +114,7 @@ def _peft(path: Path, repo: str) -> tuple[dict[str, Content], str]:
 
 
 def _documents(folder: Path) -> dict[str, Content]:
-    roots = link_roots(folder)
-    return {name: safe_join(folder, name, roots) for name in DOCUMENTS if (folder / name).is_file()}
+    return {name: safe_join(folder, name) for name in DOCUMENTS if (folder / name).is_file()}
 
 
 def _send(

@@ -17,9 +17,10 @@ from qaflora_edge.errors import (
 )
 from qaflora_edge.files import AnyPath, atomic_path, readable, what_is_at
 from qaflora_edge.formats.adapter import read_adapter
-from qaflora_edge.formats.bundle import BUNDLE_FILE, NAME_PATTERN, NAME_RULE, BaseRecord
+from qaflora_edge.formats.base import RECORDED
+from qaflora_edge.formats.bundle import NAME_PATTERN, NAME_RULE, BaseRecord, safe_join
 from qaflora_edge.formats.gguf import GgufHeader
-from qaflora_edge.formats.inputs import checksum, safe_join, sha256_file
+from qaflora_edge.formats.inputs import checksum, sha256_file
 from qaflora_edge.formats.names import load_registry, model_name, parse_hub_ref, pulled_model
 from qaflora_edge.hub.fetch import fetch_hub, fetch_model
 from qaflora_edge.hub.local import cached_ref
@@ -96,7 +97,7 @@ def fetch_base(folder: Path, base: BaseRecord, progress: TellCount | None = None
     if base.hub:
         return fetch_hub(base.hub)
     raise BundleError(
-        f"Cannot fetch the base of {folder / BUNDLE_FILE}: it says neither base.registry nor "
+        f"Cannot fetch the base of the bundle {folder}: it says neither base.registry nor "
         f"base.hub; expected one of them. Find the file with the SHA-256 {base.sha256} and name it "
         "with `qaflora bundle base`."
     )
@@ -197,15 +198,10 @@ def _put_adapter(
 def base_record(header: GgufHeader, recorded: Mapping[str, str]) -> dict[str, Any]:
     """Hash a base, and say of it what bundle.json says; recorded is find_base's."""
     sha256 = checksum(header.path)
-    registry = model_name(sha256)
+    named = {"name": header.name, "registry": model_name(sha256), **recorded}
     return {
-        "architecture": header.architecture,
-        "n_layer": header.n_layer,
-        "n_embd": header.n_embd,
-        "n_vocab": header.n_vocab,
+        **{key: getattr(header, key) for key in RECORDED},
         "sha256": sha256,
-        "size_bytes": header.path.stat().st_size,
-        **({"name": header.name} if header.name else {}),
-        **recorded,
-        **({"registry": registry} if registry else {}),
+        "size_bytes": header.size_bytes,
+        **{key: value for key, value in named.items() if value},
     }

@@ -28,7 +28,7 @@ from qaflora_edge.files import AnyPath, atomic_path, readable
 from qaflora_edge.formats.gguf import GgufHeader, read_gguf_header
 from qaflora_edge.formats.names import is_repo
 from qaflora_edge.peft.folder import read_peft
-from qaflora_edge.progress import TellBytes, TellCount
+from qaflora_edge.progress import TellBytes, TellCount, silent
 
 OUTTYPES = {name: GGMLQuantizationType[name.upper()] for name in config.OUTTYPES}
 LARGEST_VALUE = {
@@ -94,11 +94,10 @@ def convert_adapter(
     trained_on = adapter.config.base_name
     if trained_on is not None and not is_repo(trained_on):
         trained_on = None  # a folder of whoever trained it
-    n_step = len(modules) * (2 if verify else 1)
+    n_step, told = len(modules) * (2 if verify else 1), progress or silent
 
     def tell(n_done: int) -> None:
-        if progress is not None:
-            progress(n_done, n_step)
+        told(n_done, n_step)
 
     checks: tuple[ModuleCheck, ...] = ()
     with atomic_path(out_path) as temporary:

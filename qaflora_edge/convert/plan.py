@@ -26,7 +26,8 @@ from qaflora_edge.convert.layouts import (
 )
 from qaflora_edge.convert.targets import Planned, PlannedModule, SingleExperts, StackedExperts
 from qaflora_edge.errors import AdapterMismatchError, UnsupportedAdapterError
-from qaflora_edge.formats.base import ARCH_FACTS, why_not_adapted
+from qaflora_edge.formats.adapter import why_not_adapted
+from qaflora_edge.formats.base import ARCH_FACTS
 from qaflora_edge.formats.gguf import GgufHeader
 from qaflora_edge.peft.folder import PeftAdapter
 from qaflora_edge.peft.modules import PeftModule

@@ -9,8 +9,7 @@ import numpy as np
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.convert.layouts import Index
-from qaflora_edge.formats.base import module_kind
-from qaflora_edge.formats.gguf import parts
+from qaflora_edge.formats.adapter import module_kind
 from qaflora_edge.peft.modules import PeftModule
 
 SLICE_VALUES = 1 << 14  # that are turned and encoded at a time
@@ -73,8 +72,9 @@ class PlannedModule(Target):
         values = self.source.read_a() if side == "a" else self.source.read_b()
         if side == "a" and self.source.is_embedding:
             values = values.T
-        for part in parts(self.shape(side)[0], max(1, SLICE_VALUES // values.shape[1])):
-            own = slice(part.start, part.stop)
+        n_row = max(1, SLICE_VALUES // values.shape[1])
+        for begin in range(0, self.shape(side)[0], n_row):
+            own = slice(begin, begin + n_row)
             if side == "b":
                 rows = own if self.rows is None else self.rows[own]
                 yield own, _scaled(values[rows], self.factor)

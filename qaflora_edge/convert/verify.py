@@ -18,7 +18,7 @@ from qaflora_edge.arrays import F32, F64
 from qaflora_edge.convert.targets import Planned, PlannedModule, SingleExperts, StackedExperts
 from qaflora_edge.errors import ConversionError
 from qaflora_edge.formats.adapter import AdapterInfo, read_adapter_gguf, read_pair
-from qaflora_edge.formats.gguf import GgufHeader, parts
+from qaflora_edge.formats.gguf import GgufHeader
 from qaflora_edge.progress import TellBytes
 
 Index = NDArray[np.int64]
@@ -184,7 +184,7 @@ def _allowed(
 
 
 def _tiles(n: int, n_tile: int) -> Iterator[slice]:
-    return (slice(part.start, part.stop) for part in parts(n, n_tile))
+    return (slice(begin, begin + n_tile) for begin in range(0, n, n_tile))
 
 
 def _rounding(values: F64, kind: GGMLQuantizationType, axis: int) -> F64:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from qaflora_edge.arrays import F32
 from qaflora_edge.errors import (
     AdapterMismatchError,
@@ -17,18 +19,13 @@ from qaflora_edge.errors import (
     UnsupportedAdapterError,
 )
 from qaflora_edge.files import AnyPath
-from qaflora_edge.formats.base import module_kind, why_not_adapted
-from qaflora_edge.formats.gguf import (
-    GgufHeader,
-    TensorInfo,
-    count_not_finite,
-    read_gguf_header,
-    read_values,
-)
+from qaflora_edge.formats.base import ARCH_FACTS
+from qaflora_edge.formats.gguf import GgufHeader, TensorInfo, read_gguf_header, read_values
 
 EMBEDDING = "token_embd.weight"
 HEAD = "output.weight"
 _EXPERTS = re.compile(r"blk\.\d+\.ffn_((gate|up|down|gate_up)_exps|(gate|up|down)_chexps)\.weight")
+_NOT_MULTIPLIED = re.compile(r"(conv|conv1d|_norm|rel_b)$|_embd$|^rope_freqs$|^token_types$")
 _LORA_NAME = re.compile(r"(?P<base>.+)\.lora_(?P<side>[ab])")
 
 
@@ -48,6 +45,25 @@ class AdapterInfo:
     ranks: Mapping[str, int]
     targets: tuple[str, ...]
     tensors: Mapping[str, TensorInfo]
+
+
+def module_kind(base_name: str) -> str:
+    """Give attn_q of blk.3.attn_q.weight, and output of output.weight."""
+    return re.sub(r"^blk\.\d+\.", "", base_name).removesuffix(".weight")
+
+
+def why_not_adapted(architecture: str, base_name: str) -> str:
+    """Say why a LoRA on a tensor of a base would not count; "" where it does.
+
+    base_name  such as blk.0.attn_q_a.weight
+    """
+    kind, facts = module_kind(base_name), ARCH_FACTS.get(architecture)
+    is_multiplied = base_name == EMBEDDING or not _NOT_MULTIPLIED.search(kind)
+    if not is_multiplied or (facts and kind in facts.bypassed):
+        return f"llama.cpp computes without adapters for {architecture}"
+    if not base_name.startswith(("blk.", "token_embd.", "output.")):
+        return "belongs to no layer, so that no layer's weight applies"
+    return ""
 
 
 def is_experts(base_name: str) -> bool:
@@ -107,10 +123,10 @@ def check_values(info: AdapterInfo) -> None:
     Raises GgufFileError naming the tensor.
     """
     for tensor in info.tensors.values():
-        if n_bad := count_not_finite(info.path, tensor):
-            n_value = math.prod(tensor.shape)
+        values = read_values(info.path, tensor)
+        if n_bad := np.count_nonzero(~np.isfinite(values)):
             raise GgufFileError(
-                f"Cannot use adapter {info.path}: {n_bad} of the {n_value} values of tensor "
+                f"Cannot use adapter {info.path}: {n_bad} of the {values.size} values of tensor "
                 f"{tensor.name} are NaN or infinite; expected finite numbers. The training "
                 "diverged or the file is corrupted; use an earlier checkpoint or fetch it again."
             )

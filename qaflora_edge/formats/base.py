@@ -1,7 +1,7 @@
 """Facts about architectures, and checks of a base before llama.cpp loads it.
 
 `data/architectures.json` was read in llama.cpp 0c1e5709: conversion/*.py, src/models/*.cpp and
-src/llama-arch.cpp. llama.cpp's loader refuses most damaged bases. `read_base` refuses what would
+src/llama-arch.cpp. llama.cpp's loader refuses most damaged bases. `check_base` refuses what would
 end the process or never finish.
 """
 
@@ -14,17 +14,19 @@ from typing import Any, NoReturn
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
+from numpy.typing import NDArray
 
 from qaflora_edge.errors import BundleError, GgufFileError
 from qaflora_edge.files import AnyPath, package_data
 from qaflora_edge.formats.bundle import BundleText
 from qaflora_edge.formats.gguf import (
+    STRING,
+    U64,
     GgufHeader,
-    SkippedArray,
+    MetadataValue,
+    RawArray,
     brief,
     read_gguf_header,
-    read_numbers,
-    read_texts,
 )
 
 
@@ -66,34 +68,6 @@ ARCH_FACTS: Mapping[str, ArchFacts] = {
 }
 
 
-_NOT_MULTIPLIED = re.compile(r"(conv|conv1d|_norm|rel_b)$|_embd$|^rope_freqs$|^token_types$")
-
-
-def module_kind(base_name: str) -> str:
-    """Give attn_q of blk.3.attn_q.weight, and output of output.weight."""
-    return re.sub(r"^blk\.\d+\.", "", base_name).removesuffix(".weight")
-
-
-def is_bypassed(architecture: str, base_name: str) -> bool:
-    """Tell whether llama.cpp would load a LoRA on a tensor of a base without a word and ignore it.
-
-    base_name  such as blk.0.attn_q_a.weight
-    """
-    kind = module_kind(base_name)
-    if architecture in ARCH_FACTS and kind in ARCH_FACTS[architecture].bypassed:
-        return True
-    return base_name != "token_embd.weight" and _NOT_MULTIPLIED.search(kind) is not None
-
-
-def why_not_adapted(architecture: str, base_name: str) -> str:
-    """Say why a LoRA on a tensor of a base would not count; "" where it does."""
-    if is_bypassed(architecture, base_name):
-        return f"llama.cpp computes without adapters for {architecture}"
-    if not base_name.startswith(("blk.", "token_embd.", "output.")):
-        return "belongs to no layer, so that no layer's weight applies"
-    return ""
-
-
 # Limits of llama.cpp 0c1e5709, and ours where no place is named.
 MAX_LAYERS = 512  # llama-hparams.h LLAMA_MAX_LAYERS
 MAX_EXPERTS = 1024  # llama-hparams.h LLAMA_MAX_EXPERTS
@@ -103,6 +77,7 @@ LEAST_ALIGNMENT = 32  # ggml-impl.h TENSOR_ALIGNMENT, of what is mapped into mem
 MAX_TOKENS = 1 << 21  # several times the largest vocabularies, which are read whole
 TOKENS = "tokenizer.ggml.tokens"
 ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
+RECORDED = ("architecture", "n_layer", "n_embd", "n_vocab")  # in bundle.json
 BYTE_TOKEN = 6  # llama.h LLAMA_TOKEN_TYPE_BYTE
 # Types of numbers that are not turned into floats, ggml.c type_traits.
 NO_FLOATS = tuple(
@@ -112,11 +87,14 @@ _BYTE = re.compile(rb"<0x[0-9A-Fa-f]{2}>")
 
 
 def read_base(path: AnyPath) -> GgufHeader:
-    """Read the header of a base, and check what llama.cpp relies on without looking.
-
-    Raises InputFileError when the file cannot be read, GgufFileError naming the field.
-    """
+    """Read the header of a base. Raises as read_gguf_header and check_base do."""
     header = read_gguf_header(path)
+    check_base(header)
+    return header
+
+
+def check_base(header: GgufHeader) -> None:
+    """Check what llama.cpp relies on without looking. Raises GgufFileError naming the field."""
     base = _Base(header, ARCH_FACTS.get(header.architecture, ArchFacts()))
     base.check_ranges()
     base.check_experts()
@@ -124,12 +102,11 @@ def read_base(path: AnyPath) -> GgufHeader:
     base.check_layers()
     _check_tensors(header)
     _check_tokens(header)
-    return header
 
 
 def check_record(text: BundleText, header: GgufHeader) -> None:
     """Compare what bundle.json says of the base with the header of its file."""
-    for key in ("architecture", "n_layer", "n_embd", "n_vocab"):
+    for key in RECORDED:
         found, expected = getattr(text.base, key), getattr(header, key)
         if found != expected:
             raise BundleError(
@@ -283,13 +260,13 @@ def _check_tensors(header: GgufHeader) -> None:
 def _check_tokens(header: GgufHeader) -> None:
     """Check that every token has a text of its own: llama-vocab.cpp asserts it."""
     array = header.metadata.get(TOKENS)
-    if isinstance(array, SkippedArray) and array.length > MAX_TOKENS:
+    if not isinstance(array, RawArray) or array.kind != STRING:
+        return  # the loader refuses it
+    if array.length > MAX_TOKENS:
         _fail(header, f"the length of {TOKENS}", array.length, f"at most {MAX_TOKENS}")
-    read = read_texts(header.path, array, MAX_TOKENS)  # none: the loader refuses it
     # The loader gives those without a text a name, by their number.
-    texts = read if all(read) else [text or b"[EMPTY_%d]" % i for i, text in enumerate(read)]
-    if texts:
-        _check_bytes(header, texts)
+    texts = [text or b"[EMPTY_%d]" % index for index, text in enumerate(_texts(array))]
+    _check_bytes(header, texts)
     if len(set(texts)) == len(texts):
         return
     seen: set[bytes] = set()
@@ -300,11 +277,28 @@ def _check_tokens(header: GgufHeader) -> None:
         seen.add(text)
 
 
+def _texts(array: RawArray) -> list[bytes]:
+    texts, at = [], 0
+    for _ in range(array.length):
+        (n_bytes,) = U64.unpack_from(array.data, at)
+        at += U64.size + n_bytes
+        texts.append(array.data[at - n_bytes : at])
+    return texts
+
+
+def _numbers(value: MetadataValue | None) -> NDArray[np.int64]:
+    """Give an array of int32: [n], empty for another value."""
+    if isinstance(value, RawArray) and len(value.data) == 4 * value.length:
+        return np.frombuffer(value.data, "<i4").astype(np.int64)
+    is_numbers = isinstance(value, tuple) and all(isinstance(each, int) for each in value)
+    return np.array(value if is_numbers else (), np.int64)
+
+
 def _check_bytes(header: GgufHeader, texts: list[bytes]) -> None:
     """Check the tokens of single bytes: llama-vocab.cpp token_to_byte and byte_to_token."""
     model = header.metadata.get("tokenizer.ggml.model")
     # [n_token]  llama.h llama_token_type; empty where the loader refuses them, or there are none
-    types = read_numbers(header.path, header.metadata.get("tokenizer.ggml.token_type"))
+    types = _numbers(header.metadata.get("tokenizer.ggml.token_type"))
     for index in np.flatnonzero(types[: len(texts)] == BYTE_TOKEN):
         if model == "bert" or not _BYTE.fullmatch(texts[index]):
             shown = texts[index].decode("utf-8", "replace")

@@ -9,12 +9,12 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, TypeVar
 
 from qaflora_edge.errors import BundleError, os_errors
 from qaflora_edge.files import what_is_at
-from qaflora_edge.formats.inputs import is_inside, open_input, safe_join
+from qaflora_edge.formats.inputs import open_input
 from qaflora_edge.formats.json_text import (
     WrongField,
     check_schema,
@@ -107,8 +107,7 @@ def is_base(place: Path) -> bool:
 def read_bundle_text(folder: Path) -> BundleText:
     """Read bundle.json alone; no other file need be there. Raises BundleError."""
     failure = f"Cannot open the bundle {folder}"
-    roots = link_roots(folder)
-    path = safe_join(folder, BUNDLE_FILE, roots)
+    path = safe_join(folder, BUNDLE_FILE)
     if not path.is_file():
         is_folder = os.path.isdir(folder)
         found = "it has no such file" if is_folder else f"it {what_is_at(folder)}"
@@ -138,16 +137,51 @@ def link_roots(folder: Path) -> tuple[Path, ...]:
     return ()
 
 
+def safe_join(folder: Path, relative: str) -> Path:
+    """Join a path written in a bundle to the bundle's folder.
+
+    The file need not exist. Raises BundleError for a path or link that leads out.
+    """
+    if not is_inside(relative):
+        raise _unsafe(folder, relative, "it is absolute, climbs with '..', or is no file name")
+    # Unlike Path.resolve, realpath raises nothing for a loop of links.
+    real = Path(os.path.realpath(folder / relative))
+    roots = map(os.path.realpath, (folder, *link_roots(folder)))
+    if not any(real.is_relative_to(root) for root in roots):
+        raise _unsafe(folder, relative, "a link in it leads out of the bundle")
+    return folder / relative
+
+
+def is_inside(relative: str) -> bool:
+    """Tell whether a path written in a bundle leads into it on any system, links apart."""
+    windows = PureWindowsPath(relative)  # a bundle made here may be opened there
+    return not (
+        not relative.strip()
+        or any(sign == "\0" or "\ud800" <= sign <= "\udfff" for sign in relative)
+        or relative.startswith(("/", "\\", "~"))
+        or relative.lower().startswith("file:")
+        or windows.drive
+        or ".." in windows.parts
+    )
+
+
+def _unsafe(folder: Path, relative: str, reason: str) -> BundleError:
+    return BundleError(
+        f"Refused the path {relative!r} in bundle {folder}: {reason}; expected a "
+        "relative path to a file inside the bundle. Copy the file into the bundle's folder and "
+        "correct the path in bundle.json."
+    )
+
+
 def adapter_paths(folder: Path, text: BundleText) -> dict[str, Path]:
     """Give adapter -> its file, which lies in the bundle's folder. Raises BundleError."""
-    roots = link_roots(folder)
-    paths = {adapter.name: safe_join(folder, adapter.file, roots) for adapter in text.adapters}
+    paths = {adapter.name: safe_join(folder, adapter.file) for adapter in text.adapters}
     for name, path in paths.items():
         if not path.is_file():
-            found = "is a folder" if path.is_dir() else "does not exist"
             raise BundleError(
-                f"Cannot open the bundle {folder}: the file of adapter {name}, {path}, {found}; "
-                f"expected the file that {BUNDLE_FILE} names. Copy the bundle again."
+                f"Cannot open the bundle {folder}: the file of adapter {name}, {path}, "
+                f"{what_is_at(path)}; expected the file that {BUNDLE_FILE} names. Copy the bundle "
+                "again."
             )
     return paths
 

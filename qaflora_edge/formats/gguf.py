@@ -1,7 +1,7 @@
 """Read GGUF files: metadata, the place of each tensor, and values.
 
 gguf's GGUFReader needs 1.5 s for SmolLM2's vocabulary and trusts the file. Here every count, length
-and offset is checked first, and a vocabulary is stepped over. The limits bound memory and time.
+and offset is checked first, and a vocabulary stays bytes. The limits bound memory and time.
 The file is not mapped: a mapped file that someone shortens would end the process.
 """
 
@@ -9,15 +9,14 @@ import math
 import os
 import reprlib
 import struct
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 import gguf
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from numpy.typing import NDArray
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.errors import GgufFileError, QafloraError
@@ -35,20 +34,13 @@ MAX_KEY_BYTES = (1 << 16) - 1  # the format's own limit
 MAX_STRING_BYTES = 1 << 24  # of a metadata value
 MAX_NAME_LENGTH = 64  # of an architecture
 MAX_ARRAY_LENGTH = 1 << 24
-MAX_KEPT_ARRAY = 1 << 10  # numbers; longer arrays are stepped over
+MAX_PARSED_ARRAY = 1 << 10  # numbers
 MAX_TENSOR_NAME_BYTES = 63  # llama.cpp 0c1e5709, ggml.h GGML_MAX_NAME
 MAX_DIMS = 4
 MAX_LAYERS = 1024  # twice llama.cpp's own limit
 MAX_COUNT = 1 << 24  # of other dimensions
 
 READ_BYTES = 1 << 18  # read at once
-PART_VALUES = 1 << 16  # that are checked at a time
-# The bits of a float that are all set where it is NaN or infinite.
-EXPONENTS = {
-    GGMLQuantizationType.F32: ("<u4", np.uint32(0x7F800000)),
-    GGMLQuantizationType.F16: ("<u2", np.uint16(0x7C00)),
-    GGMLQuantizationType.BF16: ("<u2", np.uint16(0x7F80)),
-}
 
 # By the number of a type; 8 and 9 are no scalars.
 SCALARS = {n: struct.Struct(f"<{form}") for n, form in enumerate("BbHhIif?__Qqd") if form != "_"}
@@ -59,18 +51,19 @@ Scalar = int | float | bool
 
 
 @dataclass(frozen=True)
-class SkippedArray:
-    """A metadata array that was stepped over: strings, or too many numbers.
+class RawArray:
+    """A metadata array of strings, or of more than MAX_PARSED_ARRAY numbers.
 
-    offset, n_bytes  where its items lie in the file
+    kind  type of its items
+    data  the items as the file holds them; each string follows its length, a U64
     """
 
+    kind: int
     length: int
-    offset: int
-    n_bytes: int
+    data: bytes = field(repr=False)
 
 
-MetadataValue = Scalar | str | tuple[Scalar, ...] | SkippedArray
+MetadataValue = Scalar | str | tuple[Scalar, ...] | RawArray
 
 
 @dataclass(frozen=True)
@@ -201,18 +194,17 @@ class GgufCursor:
             self.fail(f"the type of {field}", kind, "a type of GGUF, 0 to 12")
         item_kind = int(self.scalar(U32, f"the element type of {field}"))
         length = self.count(U64, MAX_ARRAY_LENGTH, f"the length of {field}")
-        offset = self.position
+        begin = self.position
         if item_kind == STRING:
             self.skip_strings(length, field)
-            return SkippedArray(length, offset, self.position - offset)
-        if item_kind not in SCALARS:
+        elif item_kind in SCALARS:
+            self.take(length * SCALARS[item_kind].size, field)
+        else:
             self.fail(f"the element type of {field}", item_kind, "a number or a string")
-        form = SCALARS[item_kind]
-        begin = self.take(length * form.size, field)
-        if length > MAX_KEPT_ARRAY:
-            return SkippedArray(length, begin, length * form.size)
-        items = self.data[begin : self.position]
-        return tuple(value for (value,) in form.iter_unpack(items))
+        items = bytes(self.data[begin : self.position])
+        if item_kind == STRING or length > MAX_PARSED_ARRAY:
+            return RawArray(item_kind, length, items)
+        return tuple(value for (value,) in SCALARS[item_kind].iter_unpack(items))
 
     def skip_strings(self, length: int, field: str) -> None:
         """Step over strings; the loop is tight because vocabularies are long."""
@@ -329,36 +321,6 @@ def read_gguf_header(path: AnyPath) -> GgufHeader:
         return GgufCursor(path, file, os.fstat(file.fileno()).st_size).read_header()
 
 
-def read_numbers(path: Path, value: MetadataValue | None) -> NDArray[np.int64]:
-    """Read an array of int32: [n], empty for another value. Raises as read_bytes does."""
-    if isinstance(value, SkippedArray) and value.n_bytes == 4 * value.length:
-        data = read_bytes(path, value.offset, value.n_bytes)
-        return np.frombuffer(data, "<i4").astype(np.int64)
-    is_numbers = isinstance(value, tuple) and all(isinstance(each, int) for each in value)
-    return np.array(value if is_numbers else (), np.int64)
-
-
-def read_texts(path: Path, array: MetadataValue | None, most: int) -> list[bytes]:
-    """Read an array of texts; none of another value, or of an array with more than `most`.
-
-    Raises as read_bytes does.
-    """
-    if not isinstance(array, SkippedArray) or array.length > most:
-        return []
-    data = read_bytes(path, array.offset, array.n_bytes)
-    texts, at = [], 0
-    try:
-        for _ in range(array.length):
-            (n_bytes,) = U64.unpack_from(data, at)
-            at += U64.size + n_bytes
-            texts.append(data[at - n_bytes : at])
-    except (struct.error, OverflowError) as error:
-        raise changed(path, GgufFileError) from error
-    if at != array.n_bytes:
-        raise changed(path, GgufFileError)
-    return texts
-
-
 def read_values(path: Path, info: TensorInfo) -> F32:
     """Read the tensor of a header that was read before.
 
@@ -366,63 +328,17 @@ def read_values(path: Path, info: TensorInfo) -> F32:
 
     Raises as read_bytes does, and GgufFileError where the type has no floats.
     """
-    rows = range(math.prod(info.shape[:-1]))
-    return _floats(path, info, _read_rows(path, info, rows)).reshape(info.shape)
-
-
-def _floats(path: Path, info: TensorInfo, raw: NDArray[np.uint8]) -> F32:
-    """Turn bytes of some rows into floats: [*leading axes of the tensor or n_row, n_column]."""
+    data = np.frombuffer(read_bytes(path, info.offset, info.n_bytes), np.uint8)
     try:
         with np.errstate(invalid="ignore", over="ignore"):  # a block's scale may be NaN
-            values: F32 = gguf.quants.dequantize(raw, info.ggml_type)
+            rows = data.reshape(math.prod(info.shape[:-1]), -1)
+            values: F32 = gguf.quants.dequantize(rows, info.ggml_type)
     except NotImplementedError as error:
         raise GgufFileError(
             f"Cannot read tensor {info.name} of {path}: its type {info.ggml_type.name} cannot "
             "be turned into floats here. Use a file of another quantisation."
         ) from error
-    return values
-
-
-def _read_rows(path: Path, info: TensorInfo, rows: range) -> NDArray[np.uint8]:
-    """Read neighbouring rows as the file holds them: [len(rows), bytes of a row]."""
-    row_bytes = info.n_bytes // math.prod(info.shape[:-1])
-    data = read_bytes(path, info.offset + rows.start * row_bytes, len(rows) * row_bytes)
-    return np.frombuffer(data, np.uint8).reshape(len(rows), row_bytes)
-
-
-def count_not_finite(path: Path, info: TensorInfo) -> int:
-    """Count values of a tensor that are NaN or infinite, a part of it in memory at a time.
-
-    Those of plain floats are told by their bits, which is quick. Raises as read_values does.
-    """
-    n_row = max(1, PART_VALUES // info.shape[-1])  # so many stay in a core's cache
-    n_bad = 0
-    for rows in parts(math.prod(info.shape[:-1]), n_row):
-        if info.ggml_type in EXPONENTS:
-            form, exponent = EXPONENTS[info.ggml_type]
-            bits = _read_rows(path, info, rows).view(form)
-            n_bad += int(np.count_nonzero((bits & exponent) == exponent))
-        else:
-            values = _floats(path, info, _read_rows(path, info, rows))
-            n_bad += int(np.count_nonzero(~np.isfinite(values)))
-    return n_bad
-
-
-def kv_bytes(header: GgufHeader, kv_type: str) -> float:
-    """Give the bytes of a token in the KV cache, by the rows of the weights that make them."""
-    n_value = 0
-    for name, info in header.tensors.items():
-        if name.endswith((".attn_k.weight", ".attn_v.weight")):
-            n_value += info.shape[0]
-        elif name.endswith(".attn_qkv.weight"):
-            n_value += max(0, info.shape[0] - header.n_embd)
-    return n_value * {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}[kv_type]
-
-
-def parts(n: int, n_part: int) -> Iterator[range]:
-    """Cut 0 to n into neighbouring parts of n_part; the last may have fewer."""
-    for begin in range(0, n, n_part):
-        yield range(begin, min(begin + n_part, n))
+    return values.reshape(info.shape)
 
 
 def read_bytes(

@@ -1,4 +1,4 @@
-"""Input files: regular files, opened, hashed, compared with records, and kept inside their folder.
+"""Input files: regular files, opened, hashed and compared with records.
 
 A file is hashed once per size and time of change. Hashes are remembered in the cache folder;
 without that memory files are hashed again. A program that sets a file's time back hides its change
@@ -11,20 +11,19 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from io import BufferedReader
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qaflora_edge.errors import (
-    BundleError,
     ChecksumError,
     InputFileError,
     QafloraError,
     os_errors,
 )
-from qaflora_edge.files import AnyPath, cache_dir, kind_of, what_is_at, write_text_atomic
+from qaflora_edge.files import AnyPath, cache_dir, kind_of, write_text_atomic
 
 if TYPE_CHECKING:
     from qaflora_edge.formats.bundle import AdapterRecord, BaseRecord
@@ -87,50 +86,6 @@ def sha256_file(path: AnyPath) -> str:
     """Hash a file. Raises InputFileError when it cannot be read."""
     with reading(path), open_input(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def safe_join(folder: AnyPath, relative: str, link_roots: Sequence[Path] = ()) -> Path:
-    """Join a path written in a bundle to the bundle's folder.
-
-    link_roots  other folders that a link may lead to
-
-    The file need not exist. Raises BundleError for a path or link that leads out, or a device.
-    """
-    if not is_inside(relative):
-        raise _unsafe(folder, relative, "it is absolute, climbs with '..', or is no file name")
-    joined = Path(folder) / relative
-    # Unlike Path.resolve, realpath raises nothing for a loop of links; stat below reports it.
-    real = Path(os.path.realpath(joined))
-    if not any(real.is_relative_to(os.path.realpath(root)) for root in (folder, *link_roots)):
-        raise _unsafe(folder, relative, "a link in it leads out of the bundle")
-    found = what_is_at(joined)
-    if found not in ("does not exist", "is a file", "is a folder"):
-        raise _unsafe(folder, relative, f"it {found}")
-    return joined
-
-
-def is_inside(relative: str) -> bool:
-    """Tell whether a path written in a bundle leads into it on any system, links apart."""
-    windows = PureWindowsPath(relative)  # a bundle made here may be opened there
-    return not (
-        not relative.strip()
-        or any(sign == "\0" or "\ud800" <= sign <= "\udfff" for sign in relative)
-        or relative.startswith(("/", "\\", "~"))
-        or relative.lower().startswith("file:")
-        or windows.drive
-        or ".." in windows.parts
-    )
-
-
-def _unsafe(folder: AnyPath, relative: str, reason: str) -> BundleError:
-    return BundleError(
-        f"Refused the path {relative!r} in bundle {os.fspath(folder)}: {reason}; expected a "
-        "relative path to a file inside the bundle. Copy the file into the bundle's folder and "
-        "correct the path in bundle.json."
-    )
-
-
-# --- checksums ----------------------------------------------------------------------------------
 
 
 def check_file(

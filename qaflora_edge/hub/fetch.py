@@ -21,8 +21,8 @@ from pathlib import Path
 
 from qaflora_edge.errors import DownloadError, OutputFileError, QafloraError, RegistryError
 from qaflora_edge.files import CHUNK_BYTES, AnyPath, atomic_path, cache_dir, cache_lock, make_folder
-from qaflora_edge.formats.bundle import BUNDLE_FILE, packed_files, read_bundle_text
-from qaflora_edge.formats.inputs import checksum, safe_join
+from qaflora_edge.formats.bundle import BUNDLE_FILE, packed_files, read_bundle_text, safe_join
+from qaflora_edge.formats.inputs import checksum
 from qaflora_edge.formats.names import (
     HubRef,
     Model,

@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -61,10 +61,9 @@ class Core:
         from qaflora_edge.weighing.probe import Prefixes, Prober
 
         made, infos = (self.model, backend.pack, backend.options), list(adapters.values())
-        self.scorer = backend.keep(Scorer(*made))
-        self.prober = backend.keep(
-            Prober(*made, infos=infos, prefixes=Prefixes(prefix_cache << 20))
-        )
+        self.scorer = backend.enter(closing(Scorer(*made)))
+        prober = Prober(*made, infos=infos, prefixes=Prefixes(prefix_cache << 20))
+        self.prober = backend.enter(closing(prober))
 
     # life
 
