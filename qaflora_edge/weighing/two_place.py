@@ -1,9 +1,8 @@
 """`two-place`: one adapter for the kind of answer, one for the question's language or subject.
 
-One pass of the base measures what each adapter would add to q, k and v at two places: at the last
-token of a chat prompt, where the answer begins, and in the question. Both are compared with what is
-typical of the adapter. The highest one where the answer begins is the first; another that is high
-enough in the question is the second: see pair().
+One pass of the base measures what each adapter would add to q, k and v at the last token of a chat
+prompt, where the answer begins, and in the question. It is compared with what is typical of the
+adapter. pair() takes the highest where the answer begins, and perhaps another in the question.
 """
 
 from collections.abc import Mapping
