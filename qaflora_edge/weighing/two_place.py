@@ -20,13 +20,13 @@ STANDS_OUT, RAMP = 1.5, 0.5  # standard deviations; from the base alone to the w
 # fmt: off
 _OPTIONS = (
     Option("answer", float, 0.5, low=0, high=16, metavar="W",
-           help="the weight of the adapter that is found where the answer begins"),
+           help="the weight of the adapter that is chosen where the answer begins"),
     Option("question", float, 0.5, low=0, high=16, metavar="W",
-           help="the weight of the one that is found in the question"),
+           help="the weight of the adapter that is chosen in the question"),
     Option("second", float, 1.0, low=-100, high=100, metavar="Z",
-           help="no second adapter at or below Z standard deviations; the first has both weights"),
+           help="no second adapter at a score of Z or below: the first has both weights"),
     Option("abstain", float, STANDS_OUT, low=-100, high=100, words=("never",), metavar="Z",
-           help="the base answers alone up to Z standard deviations, the adapters from Z + 0.5 on"),
+           help="the base answers alone at a score of Z or below; never: it never does"),
 )
 # fmt: on
 
