@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qaflora_edge.backend import library as native
-from qaflora_edge.backend.context import floats
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.probe_context import ProbeContext
 
@@ -24,10 +23,23 @@ def project(context: ProbeContext, rows: F32, *, is_normed: bool = False) -> F32
     rows = np.array(rows, np.float32, order="C")
     if not is_normed:
         states = rows.copy()
-        assert functions.final_norm(pointer, len(rows), floats(states), floats(rows))
+        assert functions.final_norm(pointer, len(rows), states.ctypes.data, rows.ctypes.data)
     logits = np.empty((len(rows), context._model.n_vocab), np.float32)
-    assert functions.project(pointer, len(rows), floats(rows), floats(logits))
+    assert functions.project(pointer, len(rows), rows.ctypes.data, logits.ctypes.data)
     return logits
+
+
+class Stats(ctypes.Structure):
+    """struct qaflora_stats: counters of one context."""
+
+    _names = ("n_graph_built", "n_decoded", "lens_us", "divergence_us")
+    _fields_ = [(name, ctypes.c_int64) for name in _names]
+
+
+def stats(pointer: int) -> Stats:
+    function = native.load()[0]._lib.qaflora_get_stats
+    function.restype, function.argtypes = Stats, [ctypes.c_void_p]
+    return function(pointer)
 
 
 @dataclass(frozen=True)
@@ -92,7 +104,7 @@ class RawContext:
 
     def set_weights(self, seq: int, weights: F32) -> None:
         array = np.ascontiguousarray(weights, np.float32)
-        assert self._functions.set_weights(self.pointer, seq, _floats(array), array.size)
+        assert self._functions.set_weights(self.pointer, seq, array.ctypes.data, array.size)
 
     def capture_begin(self) -> None:
         assert self._functions.capture_begin(self.pointer, native.CAPTURE["last"])
@@ -100,7 +112,7 @@ class RawContext:
     def states(self, seq: int) -> F32:
         """[n_layer, n_embd]"""
         states = np.empty((self._model.n_layer, self._model.n_embd), np.float32)
-        assert self._functions.get_states(self.pointer, seq, _floats(states), states.size)
+        assert self._functions.get_states(self.pointer, seq, states.ctypes.data, states.size)
         return states
 
     def logits(self, row: int) -> F32 | None:
@@ -125,11 +137,7 @@ class RawContext:
     @property
     def n_decoded(self) -> int:
         """Micro-batches computed so far."""
-        return int(self._functions.get_stats(self.pointer).n_decoded)
+        return int(stats(self.pointer).n_decoded)
 
     def close(self) -> None:
         self.lib.llama_free(self.pointer)
-
-
-def _floats(array: F32) -> object:
-    return array.ctypes.data_as(ctypes.POINTER(ctypes.c_float))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from raw_context import RawContext, Row, project
+from raw_context import RawContext, Row, project, stats
 from stock import StockContext, write_merged
 from tiny import (
     MORE_KERNELS,
@@ -207,11 +207,11 @@ def test_changing_weights_builds_no_graph(base: TinyBase, adapters: list[TinyAda
     model, pack = load(base, adapters)
     with Context(model, pack, n_ctx=64, **EXACT) as context:
         context.decode(TOKENS[:1])
-        before = context._functions.get_stats(context._pointer)
+        before = stats(context._pointer)
         for i in range(20):
             context.set_weights(rng.random((3, base.n_layer)).astype(np.float32))
             context.decode([TOKENS[i % len(TOKENS)]], start=1 + i)
-        after = context._functions.get_stats(context._pointer)
+        after = stats(context._pointer)
         assert after.n_decoded - before.n_decoded == 20
         assert after.n_graph_built == before.n_graph_built
 

@@ -79,11 +79,11 @@ def test_cancel_ends_all_answers_that_were_asked_for(engine: Engine, is_done: bo
 
 def test_weights_are_told_before_the_prompt_is_read(engine: Engine) -> None:
     engine.generate("before", max_tokens=1).text()
-    held = list(engine._core.context.tokens)
+    held = list(engine._core.context.tokens[0])
     told: list[FusionWeights] = []
 
     def on_weights(fusion: FusionWeights) -> None:
-        assert engine._core.context.tokens == held
+        assert engine._core.context.tokens[0] == held
         assert engine.weights("another").adapters == ("a",)
         with pytest.raises(BusyError, match=r"in use by the call that close\(\) was called from"):
             engine.close()
@@ -91,7 +91,7 @@ def test_weights_are_told_before_the_prompt_is_read(engine: Engine) -> None:
 
     answer = engine.generate("one more", max_tokens=2, on_weights=on_weights)
     assert told == [answer.fusion]
-    assert engine._core.context.tokens != held
+    assert engine._core.context.tokens[0] != held
 
 
 def test_answer_keeps_its_engine_alive(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from decoded import run_alone
+from raw_context import stats
 from tiny import write_tiny_adapter, write_tiny_base
 
 from qaflora_edge.backend.batch import N_TILE, Chunks, Span, chunks_of, n_ubatch
@@ -106,12 +107,12 @@ def test_a_piece_of_the_probe_is_one_micro_batch(
     decode = Context.decode_spans
 
     def noting(self: Context, spans: Sequence[Span]) -> list[int]:
-        before = self.n_decoded
+        before = stats(self._pointer).n_decoded
         assert [span.seq for span in spans] == list(range(1 + k))
         (length,) = {len(span.tokens) for span in spans}
         rows = decode(self, spans)
         lengths.append(length)
-        n_decoded.append(self.n_decoded - before)
+        n_decoded.append(stats(self._pointer).n_decoded - before)
         return rows
 
     monkeypatch.setattr(Context, "decode_spans", noting)
@@ -131,6 +132,6 @@ def test_a_piece_of_a_prompt_is_one_micro_batch(
     with Engine(base=base.path, adapters={"a": path}, n_ctx=1024, strategy="static") as engine:
         context = engine._core.context
         for n, expected in ((300, 1), (600, 3), (550, 2)):
-            before = context.n_decoded
+            before = stats(context._pointer).n_decoded
             engine.generate([n % 256, *TOKENS[1:n]], max_tokens=1).text()
-            assert context.n_decoded - before == expected, n
+            assert stats(context._pointer).n_decoded - before == expected, n

@@ -71,7 +71,7 @@ def test_the_context_grows_when_nothing_runs_and_keeps_its_states(
         for text in (LONG, short, f"{short} again"):
             assert np.array_equal(engine.logits(text), fixed.logits(text))
             assert slots.n_ctx == 8192
-            assert slots.tokens[:99] == engine.tokenize(short)[:99]  # not prefilled again
+            assert slots.tokens[0][:99] == engine.tokenize(short)[:99]  # not prefilled again
         assert running.text() == fixed.generate(short, **endless).text()
         answer = engine.generate(short, wait=False)
         assert answer._sequence.n_max == 4096 - answer.n_prompt + 1

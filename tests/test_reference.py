@@ -145,7 +145,9 @@ def test_greedy_continuation_equals_the_reference(exact: Engine, reference: Refe
         fusion = exact.weights(tokens)
         answer = exact.generate(tokens, weights=fusion, max_tokens=32)
         text = answer.text()
-        found = exact._core.context.tokens[len(tokens) :]  # what was read back: not the last token
+        found = exact._core.context.tokens[0][
+            len(tokens) :
+        ]  # what was read back: not the last token
         (logits,) = reference.logits([(tokens, found)], fusion.weights)
         # Each is the likeliest; of two that are closer than logits are exact, either may be taken.
         taken = logits[range(len(found)), found]

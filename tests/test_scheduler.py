@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -41,8 +41,7 @@ class NotedContext:
         for i in range(len(self.cells)) if seq is None else [seq]:
             self.cells[i] = []
 
-    def clean(self, seq: int, doubtful: Collection[int] = ()) -> None:
-        self.clear(seq)
+    clean = clear
 
     def copy(self, source: int, target: int) -> None:
         self.cells[target] = list(self.cells[source])
@@ -50,8 +49,9 @@ class NotedContext:
     def set_weights(self, weights: Any, *, seq: int = 0) -> None:
         self.weights[seq] = weights.tobytes()
 
-    def tokens_of(self, seq: int) -> list[int]:
-        return [token for token, _ in self.cells[seq]]
+    @property
+    def tokens(self) -> list[list[int]]:
+        return [[token for token, _ in cells] for cells in self.cells]
 
     def decode_spans(self, spans: Sequence[Span]) -> list[int]:
         if self.broken & {token for span in spans for token in span.tokens}:

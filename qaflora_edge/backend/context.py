@@ -7,10 +7,11 @@ import contextlib
 import ctypes
 import hashlib
 import mmap
+import operator
 import os
 import sys
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,7 @@ class Context(Handle):
     flags       library.CONTEXT_*: which states are captured, see ProbeContext
     stop        ends decode() when it is set
     options     threads, kv_type and flash_attn of context_params
+    tokens      attribute: ids of the KV state of each sequence
 
     Positions count from 0. A decode that fails leaves the sequences as they were before it.
 
@@ -124,7 +126,7 @@ class Context(Handle):
             params.n_outputs_max = min(n_output, params.n_batch)
         self._params, self._flags = params, flags
         self._pointer = self._init(n_seq, n_ctx)
-        self._set_up(n_seq, n_ctx, params, stop)
+        self._set_up(n_ctx, params, stop)
 
     def _init(self, n_seq: int, n_ctx: int, advice: str = "") -> Any:
         pointer = self._functions.context_init(
@@ -140,30 +142,23 @@ class Context(Handle):
     def grow(self, n_ctx: int) -> None:
         """Give each sequence a buffer of n_ctx tokens, and keep its KV state.
 
-        Kernels stay the same, so answers do. Weights have to be set again, and pending copies are
-        lost. Raises BackendError, and changes nothing, when the context cannot be made.
+        Kernels stay the same, so answers do. Weights have to be set again.
+        Raises BackendError, and changes nothing, when the context cannot be made.
         """
         forget_logged()
-        held = [
-            (seq, self._sequence(seq), tokens)
-            for seq, tokens in enumerate(self._tokens)
-            if tokens and seq not in self._copying
-        ]
-        self._params.n_ctx = self._params.n_batch = n_ctx * self.n_seq
-        advice = " Ask for fewer tokens, or limit all requests (--ctx, n_ctx)."
-        old, self._pointer = self._pointer, self._init(self.n_seq, n_ctx, advice)
-        self._set_up(self.n_seq, n_ctx, self._params, self._stop)
-        self._free(old)  # last: Ctrl-C may raise after it
-        for seq, data, tokens in held:
-            self._load(seq, data, tokens)
+        with self._loaded_again():
+            self._params.n_ctx = self._params.n_batch = n_ctx * self.n_seq
+            advice = " Ask for fewer tokens, or limit all requests (--ctx, n_ctx)."
+            old, self._pointer = self._pointer, self._init(self.n_seq, n_ctx, advice)
+            self._set_up(n_ctx, self._params, self._stop)
+            self._free(old)  # last: Ctrl-C may raise after it
 
-    def _set_up(self, n_seq: int, n_ctx: int, params: Any, stop: Stop | None) -> None:
-        self.n_seq, self.n_ctx = n_seq, n_ctx
-        self._n_batch, self._n_output = int(params.n_batch), int(params.n_outputs_max)
+    def _set_up(self, n_ctx: int, params: Any, stop: Stop | None) -> None:
+        self.n_seq, self.n_ctx = int(params.n_seq_max), n_ctx
         self._is_unified = bool(params.kv_unified)
-        self._tokens: list[list[int]] = [[] for _ in range(n_seq)]
-        self._copying: set[int] = set()  # buffers of copies that the next decode makes
-        self._weights = [b""] * n_seq  # a hash of those that were set
+        self._most = int(params.n_batch), int(params.n_outputs_max), self.n_seq
+        self.tokens: list[list[int]] = [[] for _ in range(self.n_seq)]
+        self._weights = [b""] * self.n_seq  # a hash of those that were set
         self._memory = self._lib.llama_get_memory(self._pointer)
         self._stop = stop
         if stop is not None:
@@ -178,15 +173,6 @@ class Context(Handle):
         """Choose how a prompt is cut that n_seq sequences prefill together."""
         return chunks_of(n_seq, self._model.is_end)
 
-    @property
-    def tokens(self) -> list[int]:
-        """Give the tokens of the first sequence."""
-        return self._tokens[0]
-
-    def tokens_of(self, seq: int) -> list[int]:
-        """Give the tokens of a sequence."""
-        return self._tokens[seq]
-
     def clear(self, seq: int | None = None, *, is_zeroed: bool = False) -> None:
         """Forget all tokens of one sequence, or of all; after close() do nothing.
 
@@ -196,36 +182,28 @@ class Context(Handle):
             return
         if seq is None:
             self._lib.llama_memory_clear(self._memory, is_zeroed)
-            self._tokens = [[] for _ in range(self.n_seq)]
+            self.tokens = [[] for _ in range(self.n_seq)]
         else:
             self._rm(seq, -1)
-            self._tokens[seq] = []
+            self.tokens[seq] = []
 
-    def clean(self, seq: int, doubtful: Collection[int] = ()) -> None:
-        """Forget a sequence with states that may be NaN, and overwrite its memory.
+    def clean(self, seq: int) -> None:
+        """Forget a sequence with states that may be NaN, and zero the memory of all.
 
         Attention multiplies masked cells by 0, and NaN stays NaN: the next sequence in the same
-        buffer would meet it. A copy of another sequence overwrites the whole buffer. Recurrent
-        states share one buffer, so it is wiped.
-
-        doubtful  other sequences with buffers that may hold NaN
+        buffer would meet it. Other sequences are loaded again.
         """
         self.clear(seq)
-        bad = {seq, *doubtful}
-        good = next((each for each in range(self.n_seq) if each not in bad), None)
-        if good is None or self._model.is_recurrent:
-            self._wipe_around(seq)
-        else:
-            self._cp(good, seq)
-            self.clear(seq)
+        with self._loaded_again():
+            self.clear(is_zeroed=True)
 
-    def _wipe_around(self, seq: int) -> None:
-        """Zero all memory, and load the other sequences again."""
-        self._make_copies(seq)
-        held = [(i, self._sequence(i), each) for i, each in enumerate(self._tokens) if each]
-        self.clear(is_zeroed=True)
-        for other, data, tokens in held:
-            self._load(other, data, tokens)
+    @contextlib.contextmanager
+    def _loaded_again(self) -> Iterator[None]:
+        """Keep the KV state of all sequences over a block that replaces their memory."""
+        held = [(seq, self._sequence(seq), each) for seq, each in enumerate(self.tokens) if each]
+        yield
+        for seq, data, tokens in held:
+            self._load(seq, data, tokens)
 
     def keep(self, n_token: int, seq: int) -> int:
         """Keep the first n_token tokens of one sequence, and forget the rest.
@@ -233,7 +211,7 @@ class Context(Handle):
         returns  n_token, or 0 where the memory cannot forget its end (recurrent states, sliding
                  windows that have moved on)
         """
-        held = self._tokens[seq]
+        held = self.tokens[seq]
         if n_token >= len(held):
             return len(held)
         window_start = max(0, n_token - self._model.n_swa)
@@ -254,27 +232,23 @@ class Context(Handle):
 
         returns  n, or 0 where the memory cannot forget its end
         """
-        kept = [self.keep(n, seq) for seq in range(self.n_seq) if self._tokens[seq]]
+        kept = [self.keep(n, seq) for seq in range(self.n_seq) if self.tokens[seq]]
         if any(each != n for each in kept):
             self.clear()
             return 0
         return n if kept else 0
 
     def copy(self, source: int, target: int) -> None:
-        """Copy the KV state of one sequence to another."""
-        # All of it: a part between buffers ends the process (llama.cpp 0c1e5709, llama_kv_cache).
+        """Copy the KV state of one sequence to another; sequences of one pool share it."""
+        tokens = self.tokens[source]
         self.clear(target)
-        self._cp(source, target)
-        self._tokens[target] = list(self._tokens[source])
-
-    def _cp(self, source: int, target: int) -> None:
-        self._lib.llama_memory_seq_cp(self._memory, source, target, -1, -1)
-        if not self._is_unified:
-            self._copying |= {source, target}
+        if self._is_unified:
+            self._lib.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+            self.tokens[target] = list(tokens)
+        elif tokens:
+            self._load(target, self._sequence(source), tokens)
 
     def _load(self, seq: int, data: U8, tokens: Sequence[int]) -> None:
-        if seq in self._copying:
-            self._make_copies(seq)
         n = self._lib.llama_state_seq_set_data(self._pointer, as_bytes(data), data.size, seq)
         if n != data.size:
             self.clear(seq)
@@ -282,20 +256,7 @@ class Context(Handle):
                 f"A KV state cannot be reused: {n} of {data.size} bytes of sequence {seq} "
                 f"went in: {logged()}."
             )
-        self._tokens[seq] = list(tokens)
-
-    def _make_copies(self, seq: int) -> None:
-        """Make pending copies between buffers now; seq is empty afterwards.
-
-        llama.cpp 0c1e5709, llama_kv_cache::seq_cp: the next llama_decode would make them, over
-        what is loaded here. It makes them before it computes, so a stopped decode does too.
-        """
-        if self._copying:
-            self.clear(seq)
-            with contextlib.suppress(CancelledError):
-                self.decode_spans([Span(seq, [0], 0, "none")])
-            self.clear(seq)
-            self._copying.clear()
+        self.tokens[seq] = list(tokens)
 
     def _sequence(self, seq: int) -> U8:
         n_byte = int(self._lib.llama_state_seq_get_size(self._pointer, seq))
@@ -310,7 +271,7 @@ class Context(Handle):
     def set_weights(self, weights: F32, *, seq: int = 0) -> None:
         """Weigh adapters by [n_adapter, n_layer] for one sequence, from the next decode on."""
         array = np.ascontiguousarray(weights, dtype=np.float32)
-        if not self._functions.set_weights(self._pointer, seq, floats(array), array.size):
+        if not self._functions.set_weights(self._pointer, seq, array.ctypes.data, array.size):
             raise BackendError(f"Weights cannot be set: {last_error()}.")
         self._weights[seq] = hashlib.sha256(array.tobytes()).digest()
 
@@ -338,13 +299,17 @@ class Context(Handle):
         WorkerError when a worker was lost, CancelledError when it was told to stop.
         """
         batch = Batch(self._lib, spans)
-        self._check(batch, spans)
+        found = batch.n_token, batch.n_output, 1 + max(span.seq for span in spans)
+        if any(map(operator.gt, found, self._most)):  # it would end the process in llama.cpp
+            raise BackendError(
+                f"A batch has {found} tokens, outputs and sequences, expected at most {self._most} "
+                "as this context was made."
+            )
         code = self._lib.llama_decode(self._pointer, batch.struct)
         self._model.check_workers()  # all that they would have computed is 0
         if code == 0:
-            self._copying.clear()
             for span in spans:
-                self._tokens[span.seq][span.start :] = span.tokens
+                self.tokens[span.seq][span.start :] = span.tokens
             return batch.last
         # llama.cpp 0c1e5709, llama_context::decode: earlier micro-batches of the call stay
         for span in spans:
@@ -353,20 +318,6 @@ class Context(Handle):
         if code == _DECODE_ABORTED:
             self._check_cancelled()
         raise BackendError(f"llama_decode failed with code {code}: {last_error() or logged()}.")
-
-    def _check(self, batch: Batch, spans: Sequence[Span]) -> None:
-        """Raise BackendError for a batch that would end the process inside llama.cpp."""
-        seqs = [span.seq for span in spans]
-        facts = (
-            (batch.n_token, self._n_batch, "tokens"),
-            (batch.n_output, self._n_output, "outputs"),
-            (max(seqs, default=0) + 1, self.n_seq, "sequences"),
-        )
-        for found, most, what in facts:
-            if found > most:
-                raise BackendError(
-                    f"A batch has {found} {what}, expected at most {most} as this context was made."
-                )
 
     def _check_cancelled(self) -> None:
         """Raise CancelledError where work failed because it was told to stop."""
@@ -387,13 +338,6 @@ class Context(Handle):
     def sample(self, sampler: Any, row: int = -1) -> int:
         """Draw a token by a llama_sampler chain from the logits of a row."""
         return int(self._lib.llama_sampler_sample(sampler, self._pointer, row))
-
-    # counters
-
-    @property
-    def n_decoded(self) -> int:
-        """Count the micro-batches computed so far."""
-        return int(self._functions.get_stats(self._pointer).n_decoded)
 
 
 class Backend:
@@ -470,11 +414,6 @@ def mapped(n_byte: int) -> U8:
 def as_bytes(array: U8) -> Any:
     """Give a pointer to bytes, for a call during which the array lives."""
     return array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-
-
-def floats(array: F32) -> Any:
-    """Give a float pointer to an array, for a call during which the array lives."""
-    return array.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
 
 
 def n_ctx_for(n_token: int) -> int:

@@ -43,22 +43,9 @@ _log_callback: Any = None
 _INSTALL_ADVICE = "reinstall qaflora-edge (pip install --force-reinstall --no-deps qaflora-edge)"
 
 
-class Stats(ctypes.Structure):
-    """Mirror struct qaflora_stats: counters of one context."""
-
-    _fields_ = [
-        ("n_graph_built", ctypes.c_int64),
-        ("n_decoded", ctypes.c_int64),
-        ("lens_us", ctypes.c_int64),
-        ("divergence_us", ctypes.c_int64),
-    ]
-
-
 _INT, _LONG, _SIZE = ctypes.c_int32, ctypes.c_int64, ctypes.c_size_t
-_HANDLE, _TEXT = ctypes.c_void_p, ctypes.c_char_p
-_TEXTS, _SIZES, _FLOATS, _DOUBLES = map(
-    ctypes.POINTER, (_TEXT, _SIZE, ctypes.c_float, ctypes.c_double)
-)
+_HANDLE, _ARRAY, _TEXT = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p
+_TEXTS, _SIZES = ctypes.POINTER(_TEXT), ctypes.POINTER(_SIZE)
 # What each function of qaflora.h returns, and what it takes.
 Prototype = tuple[Any, list[Any]]
 _PROTOTYPES: dict[str, Prototype] = {
@@ -70,14 +57,13 @@ _PROTOTYPES: dict[str, Prototype] = {
     "pack_size_bytes": (_LONG, [_HANDLE]),
     "pack_first_layer": (_INT, [_HANDLE, _INT]),
     "context_init": (_HANDLE, [_HANDLE, _HANDLE, _HANDLE, ctypes.c_uint32]),
-    "set_weights": (_INT, [_HANDLE, _INT, _FLOATS, _LONG]),
+    "set_weights": (_INT, [_HANDLE, _INT, _ARRAY, _LONG]),
     "capture_begin": (_INT, [_HANDLE, _INT]),
-    "get_states": (_INT, [_HANDLE, _INT, _FLOATS, _LONG]),
-    "get_inputs": (_INT, [_HANDLE, _INT, _FLOATS, _LONG]),
-    "divergence": (_INT, [_HANDLE, _INT, _INT, _FLOATS, _FLOATS, _DOUBLES]),
-    "project": (_INT, [_HANDLE, _INT, _FLOATS, _FLOATS]),
-    "final_norm": (_INT, [_HANDLE, _INT, _FLOATS, _FLOATS]),
-    "get_stats": (Stats, [_HANDLE]),
+    "get_states": (_INT, [_HANDLE, _INT, _ARRAY, _LONG]),
+    "get_inputs": (_INT, [_HANDLE, _INT, _ARRAY, _LONG]),
+    "divergence": (_INT, [_HANDLE, _INT, _INT, _ARRAY, _ARRAY, _ARRAY]),
+    "project": (_INT, [_HANDLE, _INT, _ARRAY, _ARRAY]),
+    "final_norm": (_INT, [_HANDLE, _INT, _ARRAY, _ARRAY]),
 }
 _GGML: dict[str, Prototype] = {
     "load_all_from_path": (None, [_TEXT]),

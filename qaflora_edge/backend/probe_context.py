@@ -1,6 +1,5 @@
 """Probe contexts: states captured after every block, and read through the base's head."""
 
-import ctypes
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +8,9 @@ from numpy.typing import NDArray
 
 from qaflora_edge.arrays import F32, F64
 from qaflora_edge.backend import library
-from qaflora_edge.backend.context import Context, floats
+from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.config import MAX_CTX
 from qaflora_edge.errors import BackendError
 
 
@@ -55,17 +55,16 @@ class ProbeContext(Context):
         flags = library.CONTEXT_PROBE
         flags |= library.CONTEXT_DIFFERENTIAL if is_differential else 0
         flags |= library.CONTEXT_INPUTS if has_inputs else 0
-        # 0: llama.cpp's own limit, a whole batch
-        n_output = 0 if all_outputs else None
+        n_output = MAX_CTX if all_outputs else None  # of a whole batch
         super().__init__(model, pack, n_seq=n_seq, n_output=n_output, flags=flags, **options)
         self.has_inputs, self.all_outputs = has_inputs, all_outputs
-        if all_outputs:
-            self._n_output = self._n_batch
 
     def kv_state(self) -> KvState:
         """Copy the KV state, for a context made with the same options."""
         sequences = [self._sequence(seq) for seq in self._held()]
-        return KvState(list(self.tokens), sequences, [self._weights[seq] for seq in self._held()])
+        return KvState(
+            list(self.tokens[0]), sequences, [self._weights[seq] for seq in self._held()]
+        )
 
     @property
     def n_kv_byte(self) -> int:
@@ -75,7 +74,7 @@ class ProbeContext(Context):
 
     def _held(self) -> range:
         """Give the sequences that have tokens: the first ones."""
-        return range(sum(bool(self._tokens[seq]) for seq in range(self.n_seq)))
+        return range(sum(bool(self.tokens[seq]) for seq in range(self.n_seq)))
 
     def load_kv_state(self, state: KvState) -> None:
         """Replace the KV state by another context's.
@@ -104,7 +103,7 @@ class ProbeContext(Context):
     def states(self, seq: int) -> F32:
         """Give the states of one sequence after each block: float32 [n_layer, n_embd]."""
         states = np.empty((self._model.n_layer, self._model.n_embd), np.float32)
-        if not self._functions.get_states(self._pointer, seq, floats(states), states.size):
+        if not self._functions.get_states(self._pointer, seq, states.ctypes.data, states.size):
             raise BackendError(f"States cannot be read: {library.last_error()}.")
         return states
 
@@ -114,7 +113,7 @@ class ProbeContext(Context):
         n_row  1: for the last output row; of a "mean": how many there are since capture_begin
         """
         inputs = np.empty((n_row, self._model.n_layer, self._model.n_embd), np.float32)
-        if not self._functions.get_inputs(self._pointer, seq, floats(inputs), inputs.size):
+        if not self._functions.get_inputs(self._pointer, seq, inputs.ctypes.data, inputs.size):
             raise BackendError(f"Inputs cannot be read: {library.last_error()}.")
         return inputs
 
@@ -132,9 +131,9 @@ class ProbeContext(Context):
             self._pointer,
             library.LENS[lens],
             len(adapted),
-            floats(base),
-            floats(adapted),
-            result.ctypes.data_as(ctypes.POINTER(ctypes.c_double)),
+            base.ctypes.data,
+            adapted.ctypes.data,
+            result.ctypes.data,
         ):
             self._check_cancelled()
             raise BackendError(f"Divergences cannot be computed: {library.last_error()}.")

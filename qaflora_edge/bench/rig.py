@@ -38,7 +38,7 @@ class StockContext(Context):
                 f"A context of {n_ctx} tokens without our adapters cannot be made. "
                 f"llama.cpp says: {logged()}."
             )
-        self._set_up(1, n_ctx, params, None)
+        self._set_up(n_ctx, params, None)
         if not adapters:
             return
         n = len(adapters)

@@ -36,12 +36,10 @@ class Runner:
             if sequence.n_ctx > self._context.n_ctx:
                 self._grow(sequence)
         for source, target in step.copies:
-            self._context.copy(source, target)
-            self._took(source, target)
+            self._copy(source, target)
         for source, target in step.moves:
-            self._context.copy(source, target)
+            self._copy(source, target)
             self._context.clear(source)
-            self._took(source, target)
             moved = slots[target].sequence
             assert moved is not None
             self._context.set_weights(moved.request.weights, seq=target)
@@ -69,15 +67,16 @@ class Runner:
         except (BackendError, OSError, MemoryError) as error:  # no memory for copies of KV states
             sequence.fail(BackendError(f"The context cannot grow: {error}"))
 
-    def _took(self, source: int, target: int) -> None:
-        """Note that a slot now has the states of another one."""
-        self._unread.discard(target)
+    def _copy(self, source: int, target: int) -> None:
+        if target in self._unread:
+            self._clean(target)
+        self._context.copy(source, target)
         if source in self._unread:
             self._unread.add(target)
 
     def _clean(self, number: int) -> None:
         self._unread.discard(number)
-        self._context.clean(number, self._unread.union(self._spoilt))
+        self._context.clean(number)
 
     def _admit(self, sequence: sequences.Sequence, slot: Slot, n_reused: int) -> None:
         if n_reused == 0 and slot.number in self._unread:
@@ -148,7 +147,7 @@ class Runner:
     ) -> None:
         """Find the sequences that fail; the others go on."""
         for sequence in group:
-            is_lost = len(self._context.tokens_of(_slot(sequence))) != sequence.n_past
+            is_lost = len(self._context.tokens[_slot(sequence)]) != sequence.n_past
             if len(group) == 1 or is_lost:  # states that cannot be taken back are lost
                 sequence.fail(error)
             else:

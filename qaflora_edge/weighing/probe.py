@@ -104,7 +104,7 @@ class Prefixes:
         returns  how many tokens are held: up to where both prompts have the same chunks, so that
                  the rest comes out the same bits as in a prefill of all
         """
-        read = context.tokens[:n_exact]
+        read = context.tokens[0][:n_exact]
         n_held = chunks.n_alike(read, tokens, n_after)
         state, n_kept = self._longest(key, tokens, chunks, n_after)
         if state is None or n_kept < n_held + _N_WORTH:
@@ -120,9 +120,9 @@ class Prefixes:
 
         States that it contains are dropped, and the oldest ones beyond the limit.
         """
-        if n_exact is not None and len(context.tokens) > n_exact:
+        if n_exact is not None and len(context.tokens[0]) > n_exact:
             context.keep_first(n_exact)
-        if not context.tokens or context.n_kv_byte > self._n_most:
+        if not context.tokens[0] or context.n_kv_byte > self._n_most:
             return
         state = context.kv_state()
         chunks = context.chunks(len(state.sequences))
@@ -171,7 +171,7 @@ class _GrowingContext:
             if held.n_ctx >= n_token and have == (has_inputs, all_outputs):
                 return held
             n_token = max(n_token, held.n_ctx)
-            state = held.kv_state() if held.tokens else None
+            state = held.kv_state() if held.tokens[0] else None
             self.close()
         flags = {"has_inputs": has_inputs, "all_outputs": all_outputs}
         self.context = self._make(n_ctx=n_ctx_for(n_token), **flags)
