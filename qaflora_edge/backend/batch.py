@@ -72,10 +72,6 @@ _N_OPENING = 16  # tokens of a chat template behind the last message, at most
 _N_AT_ONCE = 256  # rows of all sequences; twice as many were no faster and take more memory
 
 
-def _never(token: int) -> bool:
-    return False
-
-
 @dataclass(frozen=True)
 class Chunks:
     """Cut prompts into chunks of n_full tokens; a rest below n_least joins the chunk before it.
@@ -92,7 +88,7 @@ class Chunks:
     n_full: int
     n_least: int
     n_message: int
-    is_break: Callable[[int], bool] = _never
+    is_break: Callable[[int], bool] = lambda token: False
 
     @property
     def n_most(self) -> int:
@@ -138,7 +134,7 @@ class Chunks:
         return at
 
 
-def chunks_of(n_seq: int = 1, is_break: Callable[[int], bool] = _never) -> Chunks:
+def chunks_of(n_seq: int = 1, is_break: Callable[[int], bool] = lambda token: False) -> Chunks:
     """Choose the chunks of a prompt that n_seq sequences prefill together.
 
     Chunks are whole tiles of each sequence, so the rows computed at once grow with n_seq. A message

@@ -12,7 +12,6 @@ import os
 import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +70,9 @@ class Stop:
 
         Backends without abort callbacks (CUDA, Vulkan) end with their micro-batch.
         """
-        callback = ctypes.cast(_strlen(), lib.ggml_abort_callback)
+        libc = ctypes.CDLL("ucrtbase" if sys.platform == "win32" else None)
+        callback = ctypes.cast(libc.strlen, lib.ggml_abort_callback)
         lib.llama_set_abort_callback(context, callback, ctypes.addressof(self._buffer))
-
-
-@cache
-def _strlen() -> Any:
-    return ctypes.CDLL("ucrtbase" if sys.platform == "win32" else None).strlen
 
 
 class Context(Handle):
@@ -232,11 +227,10 @@ class Context(Handle):
 
         returns  n, or 0 where the memory cannot forget its end
         """
-        kept = [self.keep(n, seq) for seq in range(self.n_seq) if self.tokens[seq]]
-        if any(each != n for each in kept):
-            self.clear()
-            return 0
-        return n if kept else 0
+        if {self.keep(n, seq) for seq in range(self.n_seq) if self.tokens[seq]} == {n}:
+            return n
+        self.clear()
+        return 0
 
     def copy(self, source: int, target: int) -> None:
         """Copy the KV state of one sequence to another; sequences of one pool share it."""
@@ -306,7 +300,7 @@ class Context(Handle):
                 "as this context was made."
             )
         code = self._lib.llama_decode(self._pointer, batch.struct)
-        self._model.check_workers()  # all that they would have computed is 0
+        self._model.workers.check()  # all that they would have computed is 0
         if code == 0:
             for span in spans:
                 self.tokens[span.seq][span.start :] = span.tokens
@@ -384,7 +378,7 @@ class Backend:
             self.context = self.enter(
                 Context(self.model, self.pack, n_ctx=self._n_first, n_seq=n_seq, **self.options)
             )
-            self.model.check_workers()
+            self.model.workers.check()
             check_unchanged(states)  # llama.cpp opened the files by name, after the checks
         except BaseException:
             self.close()

@@ -22,7 +22,7 @@ from qaflora_edge.backend.library import (
     library_dir,
     load,
 )
-from qaflora_edge.errors import LibraryError, OptionError, WorkerError
+from qaflora_edge.errors import LibraryError, WorkerError, wrong_option
 
 MAX_WORKERS = 16  # ggml-rpc.h GGML_RPC_MAX_SERVERS
 _ENDPOINT = re.compile(r"[^:]+:(?P<port>[0-9]{1,5})")
@@ -84,12 +84,8 @@ def endpoints(text: str) -> tuple[str, ...]:
     matches = [_ENDPOINT.fullmatch(each) for each in found]
     are_right = all(match and 0 < int(match["port"]) < 1 << 16 for match in matches)
     if not are_right or len(set(found)) < len(found) or len(found) > MAX_WORKERS:
-        raise OptionError(
-            f"Option rpc is {text!r}, expected up to {MAX_WORKERS} different workers apart by "
-            "commas, each as HOST:PORT with a name or an IPv4 address, as `qaflora worker` says "
-            "it.",
-            "rpc",
-        )
+        expected = f"up to {MAX_WORKERS} different workers as HOST:PORT with commas between them"
+        raise wrong_option("rpc", text, f"{expected}, each with a name or an IPv4 address")
     return found
 
 
@@ -104,12 +100,9 @@ def shares(text: str, n_device: int) -> list[float]:
         found = []
     are_shares = any(found) and all(0 <= each < math.inf for each in found)
     if len(found) != n_device or not are_shares:
-        raise OptionError(
-            f"Option tensor_split is {text!r}, expected {n_device} numbers from 0 up, apart by "
-            "commas and not all 0: one for each worker of --rpc, then one for each GPU of this "
-            "machine.",
-            "tensor_split",
-        )
+        expected = f"{n_device} numbers from 0 up with commas between them, not all 0"
+        each = "one for each worker of --rpc, then one for each GPU of this machine"
+        raise wrong_option("tensor_split", text, f"{expected}: {each}")
     return found
 
 
@@ -128,7 +121,7 @@ class Workers(Handle):
         try:
             for endpoint in self._endpoints:
                 self._open(endpoint)
-            self._connections = [self._connection(each) for each in self._endpoints]
+            self._connections = [rpc().connection(x.encode(), None) for x in self._endpoints]
             self.check()
         except BaseException:
             self.close()
@@ -147,14 +140,12 @@ class Workers(Handle):
                 "`qaflora worker` of this version there."
             )
 
-    @staticmethod
-    def _connection(endpoint: str) -> int:
-        return int(rpc().connection(endpoint.encode(), None))
-
     def lost(self) -> str | None:
         """Name the first worker with another connection than at the start."""
-        pairs = zip(self._endpoints, self._connections, strict=True)
-        return next((each for each, old in pairs if not old or self._connection(each) != old), None)
+        for endpoint, old in zip(self._endpoints, self._connections, strict=True):
+            if not old or rpc().connection(endpoint.encode(), None) != old:
+                return endpoint
+        return None
 
     def check(self) -> None:
         """Raise WorkerError where a worker is lost."""
@@ -170,34 +161,25 @@ class Workers(Handle):
             ggml().free(backend)
 
 
-def place(
-    params: Any, *, gpu_layers: int | None, rpc: str | None, tensor_split: str | None
-) -> tuple[Workers, bool]:
-    """Write where layers go into llama_model_params.
-
-    returns  connections to the workers, and whether any layer is on a device
+def place(params: Any, workers: Workers, gpu_layers: int | None, tensor_split: str | None) -> bool:
+    """Write where layers go into llama_model_params; tell whether any layer is on a device.
 
     The head and the embedding stay here where there are workers, and with them the lens.
     """
-    workers = Workers(rpc)
-    try:
-        devices = [*workers.devices, *gpus()]
-        if tensor_split is not None:
-            split = shares(tensor_split, len(devices))
-            params.tensor_split = (ctypes.c_float * _MAX_DEVICES)(*split)
-        if gpu_layers is not None:
-            # llama.cpp 0c1e5709, llama-model.cpp load_tensors: the head is the first of them
-            params.n_gpu_layers = gpu_layers + (rpc is not None and gpu_layers > 0)
-        if rpc is not None:
-            chosen = (_HANDLE * (len(devices) + 1))(*devices)
-            here = (_BufferOverride * 2)(_BufferOverride(_ENDS, ggml().cpu_buffer_type()))
-            params.devices = ctypes.cast(chosen, _HANDLE)
-            params.tensor_buft_overrides = ctypes.cast(here, _HANDLE)
-            params._kept = chosen, here
-    except BaseException:
-        workers.close()
-        raise
-    return workers, bool(devices) and gpu_layers != 0
+    devices = [*workers.devices, *gpus()]
+    if tensor_split is not None:
+        split = shares(tensor_split, len(devices))
+        params.tensor_split = (ctypes.c_float * _MAX_DEVICES)(*split)
+    if gpu_layers is not None:
+        # llama.cpp 0c1e5709, llama-model.cpp load_tensors: the head is the first of them
+        params.n_gpu_layers = gpu_layers + (bool(workers.devices) and gpu_layers > 0)
+    if workers.devices:
+        chosen = (_HANDLE * (len(devices) + 1))(*devices)
+        here = (_BufferOverride * 2)(_BufferOverride(_ENDS, ggml().cpu_buffer_type()))
+        params.devices = ctypes.cast(chosen, _HANDLE)
+        params.tensor_buft_overrides = ctypes.cast(here, _HANDLE)
+        params._kept = chosen, here
+    return bool(devices) and gpu_layers != 0
 
 
 def serve(host: str, port: int, *, cache: Path | None, threads: int) -> None:

@@ -6,10 +6,8 @@ this module sets the variable, imports llama_cpp, and refuses a library without 
 
 import contextlib
 import ctypes
-import logging
 import os
 import platform
-import re
 import sys
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -107,41 +105,17 @@ def _library_name() -> str:
 
 
 def _import_binding(folder: Path) -> ModuleType:
-    if not (folder / _library_name()).is_file():
-        raise LibraryError(
-            f"The native library is missing: {folder / _library_name()} does not exist; "
-            f"{_INSTALL_ADVICE}, or set QAFLORA_LIB_PATH to the folder that holds it."
-        )
     is_ours = not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & {*os.environ}
     spin = str(SPIN_COUNT) if is_ours else os.environ.get("GOMP_SPINCOUNT")
-    early = _openmp() if is_ours else set()
     try:
         with _variables(LLAMA_CPP_LIB_PATH=str(folder), GOMP_SPINCOUNT=spin):
-            binding = import_module("llama_cpp.llama_cpp")
-    except ImportError as err:
+            return import_module("llama_cpp.llama_cpp")
+    except (ImportError, RuntimeError, AttributeError, OSError) as err:
         raise LibraryError(
-            f"llama-cpp-python cannot be imported ({err}); {_INSTALL_ADVICE} with its dependencies."
+            f"The native library {folder / _library_name()} cannot be loaded by llama-cpp-python "
+            f"({err}); {_INSTALL_ADVICE} and its dependencies, or set QAFLORA_LIB_PATH to the "
+            "folder that holds it."
         ) from err
-    except (RuntimeError, AttributeError, OSError) as err:
-        raise LibraryError(
-            f"The native library {folder / _library_name()} cannot be loaded ({err}); "
-            f"{_INSTALL_ADVICE}."
-        ) from err
-    if early and early == _openmp():
-        logging.getLogger(__name__).warning(
-            "Another package loaded %s before the first Engine was made. Threads wait busily, and "
-            "answers are slow next to other programs. Set GOMP_SPINCOUNT=%d before Python starts, "
-            "or import that package later.",
-            *(", ".join(early), SPIN_COUNT),
-        )
-    return binding
-
-
-def _openmp() -> set[str]:
-    """Find the copies of GCC's OpenMP in this process, where Linux tells."""
-    with contextlib.suppress(OSError):
-        return {*re.findall(r"/.*libgomp.*", Path("/proc/self/maps").read_text(errors="replace"))}
-    return set()
 
 
 @contextlib.contextmanager
@@ -213,15 +187,12 @@ def load() -> tuple[ModuleType, SimpleNamespace]:
     folder = library_dir()
     binding = _import_binding(folder)
     loaded = binding._lib._name
-    if not hasattr(binding._lib, "qaflora_abi_version"):
+    found = getattr(binding._lib, "qaflora_abi_version", lambda: "none (a stock llama.cpp)")()
+    if found != ABI_VERSION:
         raise LibraryError(
-            f"{loaded} is a stock llama.cpp: it has no qaflora_abi_version, expected "
-            f"{ABI_VERSION}. If llama_cpp was imported before qaflora_edge, import qaflora_edge's "
-            f"Engine first; else {_INSTALL_ADVICE}."
-        )
-    if (found := binding._lib.qaflora_abi_version()) != ABI_VERSION:
-        raise LibraryError(
-            f"{loaded} has qaflora_abi_version {found}, expected {ABI_VERSION}; {_INSTALL_ADVICE}."
+            f"{loaded} has qaflora_abi_version {found}, expected {ABI_VERSION}. If llama_cpp was "
+            f"imported before qaflora_edge, import qaflora_edge's Engine first; else "
+            f"{_INSTALL_ADVICE}."
         )
     _keep_log(binding)
     _load_backends(binding._lib, folder.absolute())

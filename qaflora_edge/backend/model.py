@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qaflora_edge.backend.devices import place
+from qaflora_edge.backend.devices import Workers, place
 from qaflora_edge.backend.library import Handle, forget_logged, last_error, load, logged
 from qaflora_edge.config import ADAPTER_TYPES
 from qaflora_edge.errors import BackendError, GgufFileError, PromptError, os_errors
@@ -46,6 +46,7 @@ class Model(Handle):
     gpu_layers    layers on devices; None: all
     rpc           the workers that are devices, before this machine's GPUs
     tensor_split  how many layers each device gets, relative to the others
+    workers       attribute: connections to the workers
 
     Raises GgufFileError when the file cannot be loaded, WorkerError where a worker cannot be used.
     """
@@ -59,17 +60,15 @@ class Model(Handle):
         tensor_split: str | None = None,
     ) -> None:
         self.path = base.path
-        self._key: _Key | None = None  # where others find it
         self._n_user = 1
         self._lib, self._functions = load()
         params = self._lib.llama_model_default_params()
-        self._workers, has_devices = place(
-            params, gpu_layers=gpu_layers, rpc=rpc, tensor_split=tensor_split
-        )
-        self.is_on_cpu = not has_devices
-        forget_logged()
-        self._pointer = self._lib.llama_model_load_from_file(os.fsencode(self.path), params) or 0
+        self.workers, self._pointer = Workers(rpc), 0
         try:
+            self.is_on_cpu = not place(params, self.workers, gpu_layers, tensor_split)
+            forget_logged()
+            load_file = self._lib.llama_model_load_from_file
+            self._pointer = load_file(os.fsencode(self.path), params) or 0
             self._check_loaded()
         except BaseException:
             self.close()
@@ -84,13 +83,9 @@ class Model(Handle):
         self.n_head: int = self._lib.llama_model_n_head(self._pointer)
         self.n_ctx_train: int = self._lib.llama_model_n_ctx_train(self._pointer)
         self.n_swa: int = self._lib.llama_model_n_swa(self._pointer)  # 0: attention sees all
-        self.is_recurrent = bool(  # in some of its layers at least
-            self._lib.llama_model_is_recurrent(self._pointer)
-            or self._lib.llama_model_is_hybrid(self._pointer)
-        )
 
     def _check_loaded(self) -> None:
-        self.check_workers()
+        self.workers.check()
         if not self._pointer:
             raise GgufFileError(
                 f"The base {self.path} cannot be loaded: {logged()}. Fetch or convert it again."
@@ -102,30 +97,20 @@ class Model(Handle):
                 "use a GGUF with its tokeniser."
             )
 
-    @property
-    def is_lost(self) -> bool:
-        """Tell whether a worker with layers of it is lost: it has to be loaded again."""
-        return self._workers.lost() is not None
-
-    def check_workers(self) -> None:
-        """Raise WorkerError where a worker is lost."""
-        self._workers.check()
-
     def close(self) -> None:
         """Free it, once all who share it have closed it."""
         with _sharing:
             self._n_user -= 1
             if self._n_user > 0:
                 return
-            if self._key is not None:
-                del _shared[self._key]
-                self._key = None
+            for key in [key for key, model in _shared.items() if model is self]:
+                del _shared[key]
             super().close()
 
     def _free(self, pointer: Any) -> None:
         if pointer:
             self._lib.llama_model_free(pointer)
-        self._workers.close()
+        self.workers.close()
 
     @cached_property
     def special_tokens(self) -> tuple[SpecialToken, ...]:
@@ -188,17 +173,6 @@ class Model(Handle):
         """Give the bytes of tokens."""
         return b"".join(self.piece(token, special=special) for token in tokens)
 
-    @property
-    def end(self) -> int:
-        """Give the token that ends a message."""
-        for get in (self._lib.llama_vocab_eot, self._lib.llama_vocab_eos):
-            if (token := int(get(self.vocab))) >= 0:
-                return token
-        raise GgufFileError(
-            f"The base {self.path} has no token that ends an answer, expected tokenizer.ggml."
-            "eos_token_id; convert it again."
-        )
-
     def is_end(self, token: int) -> bool:
         """Tell whether a token ends a generation."""
         if token not in self._is_end:
@@ -206,9 +180,8 @@ class Model(Handle):
         return self._is_end[token]
 
 
-_Key = tuple[object, ...]
 _sharing = threading.RLock()  # a garbage collector may close one in the middle
-_shared: dict[_Key, Model] = {}
+_shared: dict[tuple[object, ...], Model] = {}
 
 
 def shared_model(base: GgufHeader, placing: Mapping[str, Any]) -> Model:
@@ -225,14 +198,11 @@ def shared_model(base: GgufHeader, placing: Mapping[str, Any]) -> Model:
         where = (placing.get(name) for name in PLACING)
         key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, *where)
         model = _shared.get(key)
-        if model is not None and not model.is_lost:
+        if model is not None and model.workers.lost() is None:
             model._n_user += 1
             return model
-        if model is not None:  # others will close it
-            model._key = None
-        model = _shared[key] = Model(base, **placing)
-        model._key = key
-        return model
+        _shared[key] = Model(base, **placing)
+        return _shared[key]
 
 
 class Pack(Handle):

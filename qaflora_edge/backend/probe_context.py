@@ -1,5 +1,6 @@
 """Probe contexts: states captured after every block, and read through the base's head."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,9 +104,7 @@ class ProbeContext(Context):
     def states(self, seq: int) -> F32:
         """Give the states of one sequence after each block: float32 [n_layer, n_embd]."""
         states = np.empty((self._model.n_layer, self._model.n_embd), np.float32)
-        if not self._functions.get_states(self._pointer, seq, states.ctypes.data, states.size):
-            raise BackendError(f"States cannot be read: {library.last_error()}.")
-        return states
+        return self._captured(self._functions.get_states, seq, states)
 
     def inputs(self, seq: int, n_row: int = 1) -> F32:
         """Give the inputs of the query projections: float32 [n_row, n_layer, n_embd].
@@ -113,9 +112,12 @@ class ProbeContext(Context):
         n_row  1: for the last output row; of a "mean": how many there are since capture_begin
         """
         inputs = np.empty((n_row, self._model.n_layer, self._model.n_embd), np.float32)
-        if not self._functions.get_inputs(self._pointer, seq, inputs.ctypes.data, inputs.size):
-            raise BackendError(f"Inputs cannot be read: {library.last_error()}.")
-        return inputs
+        return self._captured(self._functions.get_inputs, seq, inputs)
+
+    def _captured(self, get: Callable[..., int], seq: int, found: F32) -> F32:
+        if not get(self._pointer, seq, found.ctypes.data, found.size):
+            raise BackendError(f"Captured states cannot be read: {library.last_error()}.")
+        return found
 
     def divergence(self, base: F32, adapted: F32, lens: str) -> F64:
         """Compute the KL of the base's next-token distribution to each adapter's, in nats.

@@ -71,7 +71,7 @@ class Core:
     def call(self) -> Iterator[None]:
         """Keep the resources open. Raises as _hold does, and WorkerError once a worker was lost."""
         with self._hold():
-            self.model.check_workers()
+            self.model.workers.check()
             yield
 
     @contextmanager
