@@ -8,6 +8,7 @@ docs/results.md is benchmarks/results.md with a figure or table in place of each
 """
 
 import argparse
+import gzip
 import itertools
 import json
 import math
@@ -20,9 +21,20 @@ from typing import Any
 import charts
 import numpy as np
 
-from qaflora_edge.evaluation.results import Results, read_results
-from qaflora_edge.evaluation.statistics import Estimate, difference, mean
-from qaflora_edge.evaluation.table import NATS, NONE, POINTS, SINGLE, STATIC, Cell, estimate, number
+from qaflora_edge.evaluation.results import Results
+from qaflora_edge.evaluation.table import (
+    NATS,
+    NONE,
+    POINTS,
+    SINGLE,
+    STATIC,
+    Cell,
+    Estimate,
+    difference,
+    estimate,
+    mean,
+    number,
+)
 from qaflora_edge.evaluation.table import gain as gain_over
 
 HERE = Path(__file__).resolve().parent
@@ -101,7 +113,9 @@ def read_sets(folder: Path) -> dict[str, Set]:
     for path in sorted(folder.glob("*.jsonl.gz")):
         beginning = max((each for each in SETS if path.name.startswith(f"{each}-")), key=len)
         name = SETS[beginning]
-        found.setdefault(name, Set(name)).add(read_results(path), path.name)
+        with gzip.open(path) as file:
+            header, *records = map(json.loads, file)
+        found.setdefault(name, Set(name)).add(Results(header, records), path.name)
     for one, other in itertools.permutations(list(found.values()), 2):
         borrow(one, other)
     for name, (of, items) in PARTS.items():
@@ -145,7 +159,7 @@ def shared(cell: Cell, strategies: Iterable[str]) -> Cell:
 
 def subject_of(cell: Cell) -> str:
     """Name the subject of a cell: the first part of its name."""
-    return cell.name.partition("_")[0]
+    return str(cell.task["name"]).partition("_")[0]
 
 
 def named(cell: Cell, strategy: str) -> str:
@@ -373,7 +387,7 @@ def scores(cells: Sequence[Cell], strategies: Sequence[str]) -> str:
         if not all(map(math.isnan, values)):
             shown = (number(value, cells[0].unit) for value in (*values, float(np.mean(values))))
             rows.append((strategy, *shown))
-    return table(("", *(cell.name for cell in cells), "mean"), rows)
+    return table(("", *(cell.task["name"] for cell in cells), "mean"), rows)
 
 
 def details(cells: Sequence[Cell], strategies: Sequence[str]) -> str:
@@ -381,7 +395,7 @@ def details(cells: Sequence[Cell], strategies: Sequence[str]) -> str:
     head = ("task", "strategy", "items", "score", "over static", "over the best single adapter")
     rows = [
         (
-            cell.name,
+            cell.task["name"],
             strategy,
             str(len(cell.scored(strategy))),
             estimate(mean([cell.scores(strategy)]), cell.unit),

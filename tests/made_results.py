@@ -1,6 +1,8 @@
 """Results of evaluations that nobody ran."""
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -26,3 +28,8 @@ def header(tasks: Mapping[str, str], adapters: Sequence[str] = ("math", "es")) -
 def record(task: str, item: int, strategy: str, score: float | None, **more: Any) -> dict[str, Any]:
     """Make the line of one item under one strategy."""
     return {"task": task, "item": item, "strategy": strategy, "score": score} | more
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """Read the lines of a results file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

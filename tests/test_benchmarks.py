@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 from bundles import TinyBundle
+from made_results import lines
 
 from qaflora_edge import Engine
-from qaflora_edge.evaluation.results import read_results
 
 pytestmark = pytest.mark.slow  # a Python for each script, and torch
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -55,7 +55,7 @@ def test_code_is_scored_by_its_tests(made: TinyBundle, tmp_path: Path) -> None:
     item = {"prompt": "def f():\n", "entry_point": "f", "test": "assert f() is None"}
     path, out = write(tmp_path / "code.jsonl", item), tmp_path / "r.jsonl"
     script("code_metric", "eval", made.folder, path, "-o", out, "--strategies", "base")
-    (found,) = read_results(out).records.values()
+    _, found = lines(out)
     assert (found["score"] == 1) is (found["failure"] == "")
     assert isinstance(found["isolated"], list)
 
@@ -76,7 +76,7 @@ def test_lora_flow_starts_as_the_static_mix(made: TinyBundle, tmp_path: Path) ->
     item = {"question": "one and two", "continuation": "three"}
     path, out = write(tmp_path / "t.jsonl", item), tmp_path / "r.jsonl"
     script("lora_flow", made.folder, path, path, "-o", out, "--epochs", 0)
-    (found,) = read_results(out).records.values()
+    _, found = lines(out)
     with Engine(made.folder, strategy="static", kv_type="f32", flash_attn=False) as engine:
         tokens = engine.chat_tokens([{"role": "user", "content": item["question"]}])
         expected = -float(engine.score(tokens, item["continuation"]).mean())
@@ -88,7 +88,7 @@ def test_refresh_weighs_every_few_tokens(made: TinyBundle, tmp_path: Path) -> No
     path = write(tmp_path / "t.jsonl", {"task": {"max_tokens": 12}}, *items)
     out = tmp_path / "r.jsonl"
     script("refresh", made.folder, path, "-o", out, "--every", 5, "--half", "dev")
-    found = [*read_results(out).records.values()]
+    _, *found = lines(out)
     assert [record["item"] for record in found] == [0, 2]
     assert max(record["n_token"] for record in found) > 5
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from bundles import TinyBundle, bundle_json, make_bundle
 from click.testing import CliRunner, Result
+from made_results import lines
 
 from qaflora_edge import Engine
 from qaflora_edge.cli import main
-from qaflora_edge.evaluation.results import read_results
 
 # F32 everywhere: what is decoded together changes no token.
 F32 = ("--kv-type", "f32", "--no-flash-attn", "--ctx", 256, "--threads", 1)
@@ -40,7 +40,7 @@ def by_key(path: Path) -> dict[tuple[str, int, str], dict[str, Any]]:
         (each["task"], each["item"], each["strategy"]): {
             key: value for key, value in each.items() if key not in TIMES
         }
-        for each in read_results(path).records.values()
+        for each in lines(path)[1:]
     }
 
 
@@ -57,7 +57,7 @@ def test_every_item_is_answered_under_every_strategy(
     assert {"qa-flora", "cosine", "euclidean", "calibrated", "norm"} < set(ways)
     assert result.stderr.startswith(f"[{3 * len(ways)} results in ")
     assert set(found) == {("sums", item, way) for item in range(3) for way in ways}
-    header = read_results(out).header
+    header = lines(out)[0]
     assert header["strategies"] == ways
     assert [each["name"] for each in header["adapters"]] == ["math", "es"]
     options = {"kv_type": "f32", "flash_attn": False, "n_ctx": 256}

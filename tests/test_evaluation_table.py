@@ -9,8 +9,17 @@ from made_results import header, record
 
 from qaflora_edge.errors import ResultsFileError
 from qaflora_edge.evaluation.results import Results
-from qaflora_edge.evaluation.statistics import Estimate, mean_of_means
-from qaflora_edge.evaluation.table import Cell, best_strategy, cells, estimate, gain, heads, rows
+from qaflora_edge.evaluation.table import (
+    Cell,
+    Estimate,
+    best_strategy,
+    cells,
+    estimate,
+    gain,
+    heads,
+    mean_of_means,
+    rows,
+)
 
 RIGHT = {  # strategy -> which of six items it answers rightly
     "base": "000001",

@@ -8,7 +8,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from qaflora_edge.evaluation.statistics import difference, mean, mean_of_means
+from qaflora_edge.evaluation.table import difference, mean, mean_of_means
 
 Z = NormalDist().inv_cdf(0.975)
 

@@ -28,8 +28,7 @@ from qaflora_edge.files import one_line, write_text_atomic
 if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
     from qaflora_edge.evaluation.results import Record, Results
-    from qaflora_edge.evaluation.statistics import Estimate
-    from qaflora_edge.evaluation.table import Cell
+    from qaflora_edge.evaluation.table import Cell, Estimate
     from qaflora_edge.evaluation.tasks import Task
 
 NOTES = """\
@@ -199,7 +198,9 @@ def _print_tables(found: Sequence[Cell]) -> None:
     from qaflora_edge.evaluation.table import NATS, POINTS, estimate, heads, rows
     from qaflora_edge.show.text import columns, crop
 
-    tables = [(f"{cell.name}: {cell.task['metric']}, {cell.unit}", [cell]) for cell in found]
+    tables = [
+        (f"{cell.task['name']}: {cell.task['metric']}, {cell.unit}", [cell]) for cell in found
+    ]
     for unit in (POINTS, NATS):
         alike = [cell for cell in found if cell.unit == unit]
         if len(alike) > 1:
@@ -230,7 +231,7 @@ def _task_shown(cell: Cell) -> dict[str, Any]:
             items.setdefault(item, []).append(row)
     lines = {name: [bar(*each) for each in enumerate(row)] for name, row in rows([cell]).items()}
     return {
-        "name": cell.name,
+        "name": cell.task["name"],
         "metric": cell.task["metric"],
         "heads": heads([cell]),
         "lines": lines,

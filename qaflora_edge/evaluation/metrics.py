@@ -30,14 +30,17 @@ def is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def check_answer(fields: Fields, *, only_numbers: bool = False) -> Fault:
+def check_answer(fields: Fields) -> Fault:
     """Expect `answer`: a text or number, or a list of them."""
     found = listed(fields.get("answer"))
-    is_right = [
-        as_number(each) is not None or (is_text(each) and not only_numbers) for each in found
-    ]
-    kind = "a number" if only_numbers else "a text or number"
-    return None if found and all(is_right) else ("answer", f"{kind}, or a list of them")
+    is_right = found and all(is_text(each) or as_number(each) is not None for each in found)
+    return None if is_right else ("answer", "a text or number, or a list of them")
+
+
+def _check_number(fields: Fields) -> Fault:
+    found = listed(fields.get("answer"))
+    is_right = found and all(as_number(each) is not None for each in found)
+    return None if is_right else ("answer", "a number, or a list of them")
 
 
 @dataclass(frozen=True)
@@ -88,12 +91,12 @@ def metrics() -> dict[str, Metric]:
 
 def _any_of(is_right: Callable[[str, Any], bool]) -> Callable[[str, Fields], float]:
     """Score 1 where one of the item's answers is right."""
-    return lambda answer, fields: float(
-        any(is_right(answer, each) for each in listed(fields["answer"]))
+    return lambda text, fields: float(
+        any(is_right(text, each) for each in listed(fields["answer"]))
     )
 
 
-def _spaced(text: Any) -> str:
+def _plain(text: Any) -> str:
     """Write a text in Unicode's NFC, with single spaces for all white space, none at its ends."""
     return " ".join(unicodedata.normalize("NFC", str(text)).split())
 
@@ -136,16 +139,9 @@ def _check_loss(fields: Fields) -> Fault:
 BUILT_IN = {
     metric.name: metric
     for metric in (
-        Metric(
-            "number",
-            _any_of(lambda answer, each: as_number(each) in last_number(answer)),
-            check=lambda fields: check_answer(fields, only_numbers=True),
-        ),
-        Metric("exact", _any_of(lambda answer, each: _spaced(answer) == _spaced(each))),
-        Metric(
-            "contains",
-            _any_of(lambda answer, each: _spaced(each).casefold() in _spaced(answer).casefold()),
-        ),
+        Metric("number", _any_of(lambda a, b: as_number(b) in last_number(a)), check=_check_number),
+        Metric("exact", _any_of(lambda a, b: _plain(a) == _plain(b))),
+        Metric("contains", _any_of(lambda a, b: _plain(b).casefold() in _plain(a).casefold())),
         Metric("choice", choice_score, "choices", _check_choice, is_likelihood=True),
         Metric("loss", loss, "continuation", _check_loss, is_likelihood=True),
     )

@@ -9,12 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qaflora_edge import __version__
 from qaflora_edge.arrays import F32
+from qaflora_edge.chat.conversation import bundle_identity
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import CancelledError, ChatTemplateError, PromptError
 from qaflora_edge.evaluation.metrics import Fields, listed
 from qaflora_edge.evaluation.results import Results
 from qaflora_edge.evaluation.tasks import Task
+from qaflora_edge.formats.bundle import is_base, read_bundle_text
 from qaflora_edge.weighing.numbers import FusionWeights
 
 Asked = tuple[int, str]  # the index of an item, and a strategy
@@ -30,15 +33,7 @@ def header(
     options: Mapping[str, Any],
     machine: str = "",
 ) -> Record:
-    """Write the first line of a results file.
-
-    folder   of the bundle
-    machine  name of the processor
-    """
-    from qaflora_edge import __version__
-    from qaflora_edge.chat.conversation import bundle_identity
-    from qaflora_edge.formats.bundle import is_base, read_bundle_text
-
+    """Write the first line of a results file; `machine` names the processor."""
     identity = bundle_identity(folder)
     fusion = {} if is_base(folder) else read_bundle_text(folder).raw.get("fusion", {})
     # What some strategies use: a file from before a calibration is of another evaluation.

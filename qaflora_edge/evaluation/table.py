@@ -1,19 +1,83 @@
-"""What results say: scores with intervals, paired differences, and which strategy was the best."""
+"""What results say: scores with 95 % intervals, paired differences, and the best strategy."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
 
 from qaflora_edge.arrays import F64
 from qaflora_edge.errors import ResultsFileError
 from qaflora_edge.evaluation.results import Record, Results
-from qaflora_edge.evaluation.statistics import Estimate, difference, mean
 
 POINTS, NATS = "points", "nats a token"
 STATIC, SINGLE = "static", "single:"
 NONE = "-"
+Z = NormalDist().inv_cdf(0.975)
+
+
+class Estimate(NamedTuple):
+    """A mean and the ends of its 95 % interval, over n_item items.
+
+    low, high  NaN where a task has one item: too few to tell
+    """
+
+    value: float
+    low: float
+    high: float
+    n_item: int
+
+
+def mean(tasks: Sequence[F64]) -> Estimate:
+    """Average scores, over tasks if there are several; NaN of none.
+
+    tasks  [n_item of the task] each
+
+    Scores of one task that are all 0 or 1 have a Wilson interval (1927), others a normal one.
+    """
+    if (n_item := len(tasks[0])) == 0:
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    if len(tasks) > 1 or not np.isin(tasks[0], (0.0, 1.0)).all():
+        return mean_of_means(tasks)
+    share, square = float(tasks[0].mean()), Z * Z / n_item
+    middle = (share + square / 2) / (1 + square)
+    half = math.sqrt(share * (1 - share) * square + square * square / 4) / (1 + square)
+    return Estimate(share, max(0.0, middle - half), min(1.0, middle + half), n_item)
+
+
+def difference(tasks: Sequence[F64], *, is_right: bool) -> Estimate:
+    """Average paired differences, over tasks if there are several.
+
+    tasks     [n_item of the task] each, one or more: differences of two scores of one item
+    is_right  whether scores are 1 or 0, for answers that are right or wrong
+
+    One task of such answers has Bonett and Price's interval (2012): where few items differ, a
+    normal one claims a difference too often. Others have the interval of `mean_of_means`.
+    """
+    if len(tasks) > 1 or not is_right or not np.isin(tasks[0], (-1.0, 0.0, 1.0)).all():
+        return mean_of_means(tasks)
+    n_item, n_more, n_less = len(tasks[0]), int((tasks[0] > 0).sum()), int((tasks[0] < 0).sum())
+    more, less = ((n + 1) / (n_item + 2) for n in (n_more, n_less))
+    half = Z * math.sqrt((more + less - (more - less) ** 2) / (n_item + 2))
+    low, high = max(-1.0, more - less - half), min(1.0, more - less + half)
+    return Estimate((n_more - n_less) / n_item, low, high, n_item)
+
+
+def mean_of_means(tasks: Sequence[F64]) -> Estimate:
+    """Average the means of tasks: every task counts the same.
+
+    tasks  [n_item of the task] each, one or more
+
+    The interval is normal: 1.96 standard errors, from the variance within each task.
+    """
+    value, n_item = float(np.mean([each.mean() for each in tasks])), sum(map(len, tasks))
+    if min(map(len, tasks)) < 2:
+        return Estimate(value, math.nan, math.nan, n_item)
+    variance = sum(each.var(ddof=1) / len(each) for each in tasks) / len(tasks) ** 2
+    half = Z * math.sqrt(variance)
+    return Estimate(value, value - half, value + half, n_item)
 
 
 @dataclass(frozen=True)
@@ -30,10 +94,6 @@ class Cell:
     rows: dict[str, dict[int, Record]] = field(default_factory=dict)
 
     @property
-    def name(self) -> str:
-        return str(self.task["name"])
-
-    @property
     def unit(self) -> str:
         """Unit of scores: points of 100, where more is better, or nats a token, where less is."""
         return NATS if self.task["metric"] == "loss" else POINTS
@@ -43,10 +103,9 @@ class Cell:
         rows = self.rows.get(strategy or "", {})
         return {item: row["score"] for item, row in rows.items() if row["score"] is not None}
 
-    def scores(self, strategy: str, items: Iterable[int] | None = None) -> F64:
-        """Scores of all items that have one, or of some: float64 [n_item]."""
-        found = self.scored(strategy)
-        return np.array([found[item] for item in items or found], np.float64)
+    def scores(self, strategy: str) -> F64:
+        """Scores of the items that have one: float64 [n_item]."""
+        return np.array([*self.scored(strategy).values()], np.float64)
 
     def gains(self, strategy: str, over: str | None) -> F64:
         """How much better a strategy is than another, above 0 where it is: float64 [n_item].
@@ -92,7 +151,8 @@ def best(found: Sequence[Cell], names: Sequence[str]) -> str | None:
     shared = [set.intersection(*(set(cell.scored(n)) for n in names)) for cell in found if names]
 
     def value(name: str) -> float:
-        means = [cell.scores(name, s).mean() for cell, s in zip(found, shared, strict=True)]
+        pairs = zip((cell.scored(name) for cell in found), shared, strict=True)
+        means = [np.mean([mine[item] for item in items or mine]) for mine, items in pairs]
         return round(math.fsum(means), 12) * (-1 if found[0].unit == NATS else 1)
 
     return max(names, key=value, default=None)
@@ -105,9 +165,8 @@ def best_strategy(results: Results) -> str:
 
     Raises ResultsFileError where no strategy has a score for all items.
     """
-    found = cells(results)
+    found, whole = cells(results), results.strategies
     found = [cell for cell in found if cell.unit == POINTS] or found
-    whole = results.strategies
     for cell in found:
         items = set[int]().union(*map(cell.scored, cell.rows))
         whole = [name for name in whole if items and cell.scored(name).keys() == items]
@@ -117,9 +176,6 @@ def best_strategy(results: Results) -> str:
             "failed, or leave those items out."
         )
     return best(found, whole) or ""
-
-
-# tables
 
 
 def heads(found: Sequence[Cell]) -> tuple[str, str, str]:

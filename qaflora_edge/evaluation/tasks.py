@@ -11,13 +11,13 @@ import codecs
 import hashlib
 import re
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qaflora_edge.chat.messages import begin_with, checked_messages
-from qaflora_edge.errors import PromptError, TaskFileError, os_errors
+from qaflora_edge.errors import InputFileError, PromptError, TaskFileError, os_errors
 from qaflora_edge.evaluation.metrics import BUILT_IN, Fields, Metric, is_text, metrics
 from qaflora_edge.formats.inputs import open_input
 from qaflora_edge.formats.json_text import (
@@ -37,8 +37,6 @@ class Task:
     """Items, and how they are asked and scored.
 
     items            the fields of each, as its line has them
-    metric           name of a metric
-    sha256           of the file
     template         text with names of an item's fields in braces; None: the question as it is
     raw_prompt       no chat template, whatever the options say
     max_tokens, stop  None: the options say
@@ -97,29 +95,25 @@ def read_task(path: str | Path) -> Task:
         open_input(path) as file,
     ):
         data = file.read().removeprefix(codecs.BOM_UTF8)
-    lines = list(_objects(data, str(path)))
+    where, lines = str(path), list(json_lines(data, str(path), _wrong))
     header: dict[str, Any] = {}
-    if lines and "task" in lines[0][1]:
-        where, first = lines.pop(0)
-        try:
+    try:
+        if lines and "task" in lines[0][1]:
+            where, first = lines.pop(0)
             check_schema(first, "task")
-        except WrongField as error:
-            raise _wrong(where, str(error)) from error
-        header = first["task"]
-    items = [item for _, item in lines]
-    if not items:
-        expected = 'lines such as {"question": ..., "answer": ...}'
-        raise _wrong(str(path), f"it has no item, expected {expected}")
-    defaults = {"name": Path(path).name.removesuffix(".jsonl"), "metric": _metric_of(items)}
-    task = Task(sha256=hashlib.sha256(data).hexdigest(), items=items, **defaults | header)
-    if task.metric not in metrics():
-        fault = WrongField("metric", shown(task.metric), f"one of {', '.join(metrics())}")
-        raise _wrong(f"{path}, line 1", str(fault))
-    for where, item in lines:
-        try:
+            header = first["task"]
+        if not (items := [item for _, item in lines]):
+            expected = 'lines such as {"question": ..., "answer": ...}'
+            raise _wrong(str(path), f"it has no item, expected {expected}")
+        defaults = {"name": Path(path).name.removesuffix(".jsonl"), "metric": _metric_of(items)}
+        task = Task(sha256=hashlib.sha256(data).hexdigest(), items=items, **defaults | header)
+        if task.metric not in metrics():
+            raise WrongField("metric", shown(task.metric), f"one of {', '.join(metrics())}")
+        for line in lines:
+            where, item = line
             _check_item(task, item)
-        except (WrongField, PromptError) as error:
-            raise _wrong(where, str(error).removesuffix(".")) from error
+    except (WrongField, PromptError) as error:
+        raise _wrong(where, str(error).removesuffix(".")) from error
     return task
 
 
@@ -127,15 +121,20 @@ def _wrong(where: str, what: str) -> TaskFileError:
     return TaskFileError(f"Cannot use the task {where}: {what}. {ADVICE}")
 
 
-def _objects(data: bytes, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Read the lines that are not blank, each with its place."""
+def json_lines(
+    data: bytes, path: str, wrong: Callable[[str, str], InputFileError]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Read the lines that are not blank, each with its place.
+
+    wrong  place, what is wrong -> the error that is raised
+    """
     for number, line in enumerate(data.split(b"\n"), 1):
         where = f"{path}, line {number}"
         try:
             if line.strip():
                 yield where, read_json_object(line)
         except ValueError as error:  # errors of JSON and UTF-8 too
-            raise _wrong(where, f"it is no JSON object ({error}), expected one") from error
+            raise wrong(where, f"it is no JSON object ({error}), expected one") from error
 
 
 def _metric_of(items: Sequence[Fields]) -> str:
