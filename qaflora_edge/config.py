@@ -113,10 +113,6 @@ class Option:
         high = _LARGEST if self.high is None else self.high
         return low <= number <= high and not (self.is_open and number == low)
 
-    def default_of(self, command: str) -> Any:
-        """The default that a command has."""
-        return self.defaults.get(command, self.default)
-
 
 def _is_id(token: object) -> bool:
     """Whether it is a token id, as a number or as the text that JSON makes of it."""
@@ -313,14 +309,9 @@ def shared_by(command: str) -> dict[str, Option]:
 
 # What was there in 0.1 -> what to do instead. Verbs, flags, settings and keywords alike.
 REMOVED = {
-    "first": "The option first is gone; use --strategy two-place, which runs the base alone.",
     "fit": "`qaflora fit` is gone; give weights by --strategy manual:NAME=W, or use two-place.",
     "report": "`qaflora report` is gone; `qaflora eval --html FILE` writes a page of results.",
     "fitted": "The strategy fitted is gone; give its weights by --strategy manual:NAME=W.",
-    "layers": "The option layers is gone; `qaflora weights --json` prints the weights by layer.",
-    "items": "The option items is gone; use --limit N.",
-    "half": "The option half is gone; put the two halves of the items into two task files.",
-    "allow_code": "The metric code is gone; benchmarks/code_metric.py runs eval with it.",
     "fast": "The option fast is gone; use --strategy two-place, which is fast and exact.",
     "probe_tail": "The option probe_tail is gone; use --strategy two-place, fast and exact.",
     "min_weight": "The option min_weight is gone; use a strategy option such as top=2.",
@@ -328,12 +319,10 @@ REMOVED = {
     "csv": "`weights --csv` is gone; use --json, an object for each prompt.",
     "html": "`compare --html` is gone; `weights --plot FILE.html` draws, `compare --json` has all.",
     "dpi": "The option dpi is gone; write the picture as .svg or .html, sharp at any size.",
-    "print_systemd": "The option print_systemd is gone; docs/server.md has a unit to copy.",
     "adapter_source": "The option adapter-source is gone; use `bundle add --source`.",
     "adapter_license": "The option adapter-license is gone; use `bundle add --license`.",
     "adapter_description": "The option is gone; use `bundle add --description`.",
     "base_hub": "The option base-hub is gone; use `qaflora bundle base DIR REF` before the push.",
-    "log_prompts": "The option log_prompts is gone; log what is asked in the program that asks.",
     "n": "`run --n` is gone; repeat the line in --prompts FILE, each with a seed of its own.",
     "dark": "The option dark is gone; .svg and .html follow the reader's light or dark theme.",
 }

@@ -51,27 +51,20 @@ def read_settings() -> dict[str, Any]:
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
-    if not os.path.isfile(path):
-        found = "it is no plain file" if os.path.exists(path) else "it does not exist"
-        raise SettingsError(
-            f"Cannot read the settings in {path}: {found}, expected a TOML file. "
-            "Correct or unset the environment variable QAFLORA_CONFIG."
-        )
     try:
+        if not os.path.isfile(path):  # a pipe would be waited for
+            raise ValueError("it is no plain file" if os.path.exists(path) else "it does not exist")
         with path.open("rb") as file:
             data = file.read(MAX_SETTINGS_BYTES + 1)
         if len(data) > MAX_SETTINGS_BYTES:
             raise ValueError(f"it has more than {MAX_SETTINGS_BYTES} bytes")
         return tomllib.loads(data.decode("utf-8-sig"))
-    except OSError as error:
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise SettingsError(
-            f"Cannot read the settings in {path}: {error.strerror}, expected a file that you may "
-            "read. Correct its permissions, or remove it."
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise SettingsError(
-            f"Cannot read the settings in {path}: {error}; expected TOML in UTF-8, with lines such "
-            'as strategy = "calibrated". Correct or remove the file.'
+            f"Cannot read the settings in {path}: {reason}; expected TOML in UTF-8, with lines "
+            'such as strategy = "calibrated". Correct or remove the file, or set QAFLORA_CONFIG '
+            "to another one."
         ) from error
 
 

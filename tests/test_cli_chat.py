@@ -23,7 +23,7 @@ from qaflora_edge.cli.chat.commands import COMMANDS
 from qaflora_edge.cli.chat.view import parse_markdown, split_closed
 from qaflora_edge.config import in_group
 
-REPEAT_PENALTY = in_group("sampling")["repeat_penalty"].default_of("chat")
+REPEAT_PENALTY = in_group("sampling")["repeat_penalty"].defaults["chat"]
 TESTS = str(Path(__file__).parent)
 GREEDY = ("--temp", "0", "--max-tokens", "6")
 

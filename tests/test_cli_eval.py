@@ -156,7 +156,7 @@ def test_table_json_and_page_show_every_item(calibrated: TinyBundle, tmp_path: P
     ("args", "code", "message"),
     [
         (("--html", "/nowhere/r.html"), 1, "the folder /nowhere does not take a new file"),
-        (("--half", "dev"), 2, "The option half is gone; put the two halves of the items"),
+        (("--min-weight", "1"), 2, "The option min_weight is gone; use a strategy option such"),
         (("-o", "r.jsonl", "--json", "./r.jsonl"), 2, "r.jsonl is named twice; give each FILE a"),
         (("sums.jsonl",), 2, "Two tasks have one name: sums, sums, expected different ones"),
     ],

@@ -87,6 +87,7 @@ WRONG = [
         "there is no key 'chat.tmp' here, expected one of chat.adapter_type, ",
         "Did you mean chat.temp? Correct the key, or remove it.",
     ),
+    ("[weights]\ntemp = 1", "there is no key 'weights.temp' here, expected one of weights.", ""),
     ("[zzzz]\nx = 1", "there is no key 'zzzz' here", ". Correct the key, or remove it."),
     ("chat = 3", "the key chat is 3, expected a table, as in [chat]. ", "Correct it"),
     (

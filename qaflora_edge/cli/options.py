@@ -127,7 +127,7 @@ class _Option(click.Option):
 
 def click_option(option: Option, command: str) -> Callable[..., Any]:
     """An option as a decorator for a command."""
-    default = option.default_of(command)
+    default = option.defaults.get(command, option.default)
     metavar = option.metavar or {int: "N", float: "X"}.get(option.kind)
     keywords: dict[str, Any] = {"metavar": metavar}
     if option.kind is not tuple:

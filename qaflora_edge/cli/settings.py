@@ -16,7 +16,7 @@ from click.shell_completion import get_completion_class
 
 from qaflora_edge.cli.answers import print_json
 from qaflora_edge.cli.options import SharedOptions, command, meaning, shared_options
-from qaflora_edge.config import OWN, SHARED, Option
+from qaflora_edge.config import OWN, SHARED, Option, shared_by
 from qaflora_edge.settings import (
     LIBRARY_KEYS,
     read_settings,
@@ -32,7 +32,7 @@ SHARED_TABLES = ("run", "chat", "compare", "eval", "weights", "bench", "serve", 
 TABLES = tuple(dict.fromkeys((*SHARED_TABLES, *OWN)))
 # Options by their keys in the file: those of the documents, and shared ones for one command alone.
 _OPTIONS = SHARED | {f"{t}.{key}": each for t, own in OWN.items() for key, each in own.items()}
-_OF_COMMANDS = {f"{t}.{key}": each for t in SHARED_TABLES for key, each in SHARED.items()}
+_OF_COMMANDS = {f"{t}.{key}": each for t in SHARED_TABLES for key, each in shared_by(t).items()}
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def _setting(name: str, option: Option) -> Setting:
 
 def table_options(table: str) -> dict[str, Option]:
     """The options that a table of the settings file may set, by their keys."""
-    return {**(SHARED if table in SHARED_TABLES else {}), **OWN.get(table, {})}
+    return {**(shared_by(table) if table in SHARED_TABLES else {}), **OWN.get(table, {})}
 
 
 def file_settings() -> dict[str, Any]:
