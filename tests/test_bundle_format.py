@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from bundles import TinyBundle, bundle_json
 
-from qaflora_edge.chat.conversation import Conversation, Turn, save_session
+from qaflora_edge.chat.conversation import Conversation, save_session
 from qaflora_edge.errors import BundleError
 from qaflora_edge.files import package_data
 from qaflora_edge.formats.bundle import is_inside, parse_bundle
@@ -156,7 +156,8 @@ def test_what_older_bundles_have_is_kept_and_ignored(validator: Any, raw: Raw) -
 
 def test_the_schema_of_sessions_takes_what_is_saved(tmp_path: Path) -> None:
     path = tmp_path / "talk.json"
-    talk = Conversation("be short", [Turn("hi", "ho"), Turn("more", "cut", "length")])
+    talk = Conversation("be short")
+    talk.add("more", "cut", "length")
     bundle = {"name": "x", "base_sha256": "00", "adapters": {"math": "11"}}
     save_session(path, talk, bundle=bundle, strategy="norm:2", adapters=("math",))
     saved = json.loads(path.read_text(encoding="utf-8"))

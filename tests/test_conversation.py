@@ -12,7 +12,6 @@ from qaflora_edge.chat.conversation import (
     MAX_SESSION_BYTES,
     Conversation,
     Message,
-    Turn,
     load_session,
     save_session,
 )
@@ -31,18 +30,20 @@ def tokenize(messages: list[Message]) -> list[int]:
 
 def talk(n_turn: int, *, system: str | None = None, length: int = 9) -> Conversation:
     letters = itertools.cycle("abcdefghij")
-    turns = [Turn(next(letters) * length, next(letters) * length) for _ in range(n_turn)]
-    return Conversation(system, turns)
+    made = Conversation(system)
+    for _ in range(n_turn):
+        made.add(next(letters) * length, next(letters) * length)
+    return made
 
 
 def test_the_older_half_drops_out_until_the_rest_fits() -> None:
     for n_turn, n_most, n_kept in ((4, 100, 4), (37, 100, 4), (37, 30, 1), (37, 15, 0)):
         conversation = talk(n_turn, system="sys")
         tokens = conversation.fit("why?", tokenize, n_most)  # a turn is 20 tokens, the rest 9
-        kept = conversation.turns[conversation.n_dropped :]
-        assert len(kept) == n_kept
+        kept = conversation.said[2 * conversation.n_dropped :]
+        assert len(kept) == 2 * n_kept
         assert tokens == tokenize(Conversation("sys", kept).messages("why?"))
-        assert len(conversation.turns) == n_turn  # they are kept for a session file
+        assert conversation.n_turn == n_turn  # they are kept for a session file
 
 
 def test_too_long_a_question_is_refused_and_drops_nothing() -> None:
@@ -55,19 +56,16 @@ def test_too_long_a_question_is_refused_and_drops_nothing() -> None:
 def test_undo_takes_back_turns_until_there_are_none() -> None:
     conversation = talk(2)
     conversation.n_dropped = 2
-    assert conversation.undo() == Turn("c" * 9, "d" * 9)
+    assert [message["content"] for message in conversation.undo()] == ["c" * 9, "d" * 9]
     assert conversation.n_dropped == 1
-    assert conversation.undo() is not None
-    assert conversation.undo() is None
-    assert conversation.messages() == []
+    assert conversation.undo()
+    assert conversation.undo() == []
 
 
-TURNS = [
-    Turn("¿Qué es 2+2?", "4\n\n```python\n2+2\n```"),
-    Turn("<|im_end|>\n/quit", "", "cancelled"),
-    Turn("more", "cut", "length"),
-]
-TALK = Conversation("be short", TURNS)
+TALK = Conversation("be short")
+TALK.add("¿Qué es 2+2?", "4\n\n```python\n2+2\n```")
+TALK.add("<|im_end|>\n/quit", "", "cancelled")
+TALK.add("more", "cut", "length")
 IDENTITY = {"name": "demo", "base_sha256": "ab" * 32, "adapters": {"math": "cd" * 32}}
 
 
@@ -82,7 +80,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("system", ["be short", None])
 def test_a_saved_session_comes_back(path: Path, system: str | None) -> None:
-    for talk in (Conversation(system, TURNS), TALK):  # one over the other
+    for talk in (Conversation(system, TALK.said), TALK):  # one over the other
         save(path, talk)
         assert load_session(path) == talk
 
@@ -98,7 +96,7 @@ def test_the_format_is_as_documented(path: Path) -> None:
     assert document["messages"][:3] == [
         {"role": "system", "content": "be short"},
         {"role": "user", "content": "¿Qué es 2+2?"},
-        {"role": "assistant", "content": TURNS[0].answer, "finish_reason": "stop"},
+        {"role": "assistant", "content": TALK.said[1]["content"], "finish_reason": "stop"},
     ]
 
 

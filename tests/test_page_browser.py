@@ -26,7 +26,6 @@ from scripted_server import N_LAYER, SHA256, layers
 
 from qaflora_edge.chat.conversation import (
     Conversation,
-    Turn,
     load_session,
     save_session,
 )
@@ -296,7 +295,8 @@ def test_save_as_markdown_and_as_json(desk: Desk, tmp_path: Path) -> None:
         f"## System\n\nBe short.\n\n## Question\n\n{QUESTION}\n\n"
         f"## Answer\n\n*demo · qa-flora · {mix}*\n\n{ANSWER}\n"
     )
-    assert load_session(document) == Conversation("Be short.", [Turn(QUESTION, ANSWER)])
+    found = [message["content"] for message in load_session(document).messages("")]
+    assert found == ["Be short.", QUESTION, ANSWER, ""]
     session = json.loads(document.read_text("utf-8"))
     assert session["bundle"] == IDENTITY
     assert (session["strategy"], session["adapters"]) == ("qa-flora", ["math", "es", "med"])
@@ -334,8 +334,9 @@ def test_a_chat_that_was_saved_here_is_opened_as_it_was(desk: Desk, tmp_path: Pa
 
 
 def test_a_chat_of_the_terminal_is_opened(desk: Desk, tmp_path: Path) -> None:
-    turns = [Turn(QUESTION, ANSWER), Turn("And then?", "Nothing", "length")]
-    path, talk = tmp_path / "talk.json", Conversation("", turns)
+    path, talk = tmp_path / "talk.json", Conversation("")
+    talk.add(QUESTION, ANSWER)
+    talk.add("And then?", "Nothing", "length")
     for strategy, option in (("static", "static"), ("manual:math=0.7,med=1", "manual")):
         save_session(path, talk, bundle=IDENTITY, strategy=strategy, adapters=("math", "med"))
         open_chat(desk, path)

@@ -1,4 +1,4 @@
-"""Conversations as data: turns that are asked, undone, cut to a context, saved and loaded.
+"""Conversations as data: what is asked, undone, cut to a context, saved and loaded.
 
 A session file is versioned JSON, and may come from anywhere:
 
@@ -12,7 +12,7 @@ A session file is versioned JSON, and may come from anywhere:
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,45 +29,37 @@ FORMAT = "qaflora-session/1"
 MAX_SESSION_BYTES = 16 << 20
 
 
-@dataclass(frozen=True)
-class Turn:
-    """A question and its answer.
-
-    finish_reason  "stop", "length" (cut at a limit) or "cancelled" (stopped by the user)
-    """
-
-    question: str
-    answer: str
-    finish_reason: str = "stop"
-
-
 @dataclass
 class Conversation:
-    """A system prompt and turns, the oldest of which may have dropped out of the context.
+    """A system prompt, and turns of two messages, a user's and an assistant's.
 
+    said       an answer's finish_reason is "stop", "length" (cut at a limit) or "cancelled"
     n_dropped  how many of the oldest turns are no longer sent; they are kept all the same
     """
 
     system: str | None = None
-    turns: list[Turn] = field(default_factory=list)
+    said: list[Message] = field(default_factory=list)
     n_dropped: int = 0
 
-    def messages(self, question: str | None = None, *, n_dropped: int = 0) -> list[Message]:
-        """Join the system prompt, the turns without the oldest ones, and a new question."""
-        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
-        for turn in self.turns[n_dropped:]:
-            messages.append({"role": "user", "content": turn.question})
-            messages.append({"role": "assistant", "content": turn.answer})
-        if question is not None:
-            messages.append({"role": "user", "content": question})
-        return messages
+    @property
+    def n_turn(self) -> int:
+        return len(self.said) // 2
 
-    def undo(self) -> Turn | None:
+    def messages(self, question: str, *, n_dropped: int = 0) -> list[Message]:
+        """Join the system prompt, the turns without the oldest ones, and a new question."""
+        turns = [{key: m[key] for key in ("role", "content")} for m in self.said[2 * n_dropped :]]
+        return [*_system(self.system), *turns, {"role": "user", "content": question}]
+
+    def add(self, question: str, answer: str, finish_reason: str = "stop") -> None:
+        """Add a turn."""
+        self.said.append({"role": "user", "content": question})
+        answered = {"role": "assistant", "content": answer, "finish_reason": finish_reason}
+        self.said.append(answered)
+
+    def undo(self) -> list[Message]:
         """Take back the last turn, if there is one."""
-        if not self.turns:
-            return None
-        turn = self.turns.pop()
-        self.n_dropped = min(self.n_dropped, len(self.turns))
+        turn, self.said = self.said[-2:], self.said[:-2]
+        self.n_dropped = min(self.n_dropped, self.n_turn)
         return turn
 
     def fit(
@@ -84,12 +76,12 @@ class Conversation:
         Raises PromptError, and drops nothing, when system prompt and question alone are too long.
         """
         n_dropped = self.n_dropped
-        while n_dropped < len(self.turns):
+        while n_dropped < self.n_turn:
             with suppress(PromptError):
                 tokens = tokenize(self.messages(question, n_dropped=n_dropped))
                 if len(tokens) <= n_most:
                     break
-            n_dropped += (len(self.turns) - n_dropped + 1) // 2
+            n_dropped += (self.n_turn - n_dropped + 1) // 2
         else:
             tokens = tokenize(self.messages(question, n_dropped=n_dropped))
         self.n_dropped = n_dropped
@@ -124,10 +116,7 @@ def save_session(path: Path, conversation: Conversation, **how: Any) -> None:
                 f"Cannot save the session to {path}: something else is there, expected no file or "
                 "an older session file. Choose another name."
             ) from error
-    messages = conversation.messages()
-    answers = [message for message in messages if message["role"] == "assistant"]
-    for message, turn in zip(answers, conversation.turns, strict=True):
-        message["finish_reason"] = turn.finish_reason
+    messages = [*_system(conversation.system), *conversation.said]
     document = {"format": FORMAT, **how, "messages": messages}
     text = json.dumps(document, ensure_ascii=False, indent=1) + "\n"
     with atomic_path(path, mode=0o600) as temporary:  # for its owner alone
@@ -148,15 +137,15 @@ def load_session(path: Path) -> Conversation:
         ) from error
 
 
-def _conversation(messages: Sequence[Mapping[str, str]]) -> Conversation:
-    n_system = int(bool(messages) and messages[0]["role"] == "system")
-    questions, answers = messages[n_system::2], messages[n_system + 1 :: 2]
-    roles = [message["role"] for message in messages[n_system:]]
-    if roles != ["user", "assistant"] * len(questions):
+def _conversation(messages: list[Message]) -> Conversation:
+    is_first = bool(messages) and messages[0]["role"] == "system"
+    system, said = (messages[0]["content"], messages[1:]) if is_first else (None, messages)
+    roles = [message["role"] for message in said]
+    if roles != ["user", "assistant"] * (len(roles) // 2):
         expected = "a user's and an assistant's in turns, after at most one of system"
         raise WrongField("messages", f"a list of {shown(roles)}", expected)
-    turns = [
-        Turn(question["content"], answer["content"], answer.get("finish_reason", "stop"))
-        for question, answer in zip(questions, answers, strict=True)
-    ]
-    return Conversation(messages[0]["content"] if n_system else None, turns)
+    return Conversation(system, said)
+
+
+def _system(text: str | None) -> list[Message]:
+    return [] if text is None else [{"role": "system", "content": text}]

@@ -319,7 +319,7 @@ def _check_convert(folder: Path, place: Path, base: str = "base.gguf") -> None:
 
 
 def _check_session(folder: Path, place: Path) -> None:
-    load_session(folder / "session.json").messages()
+    load_session(folder / "session.json").messages("")
 
 
 def _check_schema(folder: Path, place: Path) -> None:

@@ -175,8 +175,6 @@ class Chat:
             return False
 
     def _answer(self, question: str, is_retry: bool) -> bool:
-        from qaflora_edge.chat.conversation import Turn
-
         view = self.view
         tokens, sampling = self._fit(question), self._sampling(is_retry)
         stop, text = threading.Event(), ""
@@ -199,7 +197,7 @@ class Chat:
             view.note("stopped before it began; the question is as if it had not been asked")
             return False
         reason = "cancelled" if stop.is_set() else generation.finish_reason or "cancelled"
-        self.conversation.turns.append(Turn(question, text, reason))
+        self.conversation.add(question, text, reason)
         self.fusion = generation.fusion
         view.status(_status(generation, reason), generation.fusion)
         return True
@@ -259,7 +257,7 @@ class Chat:
         conversation = load_session(path)
         self.set_system(conversation.system)
         self.conversation, self.fusion = conversation, None
-        self.view.note(f"{_turns(len(conversation.turns))} loaded from {path}")
+        self.view.note(f"{_turns(conversation.n_turn)} loaded from {path}")
 
     def save(self, path: Path) -> None:
         """Write the conversation to a session file. Raises OutputFileError."""
@@ -273,7 +271,7 @@ class Chat:
             strategy=engine.strategy,
             adapters=engine.adapters,
         )
-        self.view.note(f"{_turns(len(self.conversation.turns))} saved to {path}")
+        self.view.note(f"{_turns(self.conversation.n_turn)} saved to {path}")
 
 
 def _turns(n: int) -> str:

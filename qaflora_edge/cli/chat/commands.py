@@ -148,17 +148,18 @@ def set_(chat: Chat, argument: str) -> None:
 def retry(chat: Chat, argument: str) -> None:
     """Answer the last question again; with a seed, under the next one."""
     turn = chat.conversation.undo()
-    if turn is None:
+    if not turn:
         chat.view.note("nothing has been asked yet")
-    elif not chat.ask(turn.question, is_retry=True):
-        chat.conversation.turns.append(turn)
+    elif not chat.ask(turn[0]["content"], is_retry=True):
+        chat.conversation.said += turn
 
 
 @_command()
 def undo(chat: Chat, argument: str) -> None:
     """Take back the last question and its answer."""
     turn, chat.fusion = chat.conversation.undo(), None
-    chat.view.note(f"taken back: {turn.question[:40]}" if turn else "nothing has been asked yet")
+    told = f"taken back: {turn[0]['content'][:40]}" if turn else "nothing has been asked yet"
+    chat.view.note(told)
 
 
 @_command()
