@@ -129,23 +129,14 @@ def test_raw_prompts_and_system(made: TinyBundle) -> None:
 
 HOSTILE = [
     ("not json", "InputFileError", "line 2: it is no JSON object (Expecting value"),
-    ('["a"]', "InputFileError", "it is no JSON object (it holds a list, not an object)"),
-    ("[" * 1000, "InputFileError", "it is no JSON object (it is nested too deeply)"),
     ('{"prompt": "' + "a" * (3 << 20) + '"}', "InputFileError", "it is longer than 1 MiB"),
-    ('{"prompt": "\\ud800"}', "InputFileError", "half of a surrogate pair"),
-    ('{"prompt": "a", "prompt": "b"}', "InputFileError", "the key 'prompt' is given twice"),
     (b'{"prompt": "\xff"}', "InputFileError", "it is not UTF-8 (invalid start byte at byte 12)"),
     ("{}", "OptionError", "expected either prompt or messages"),
-    ('{"prompt": "a", "messages": []}', "OptionError", "expected either prompt or messages"),
     ('{"prompt": 5}', "PromptError", "Message 0 has content = 5"),
-    ('{"messages": 5}', "PromptError", "The conversation is 5, expected a list of messages"),
-    ('{"messages": [{"role": "user"}]}', "PromptError", "Message 0 has content = None"),
     ('{"prompt": "a", "temperature": "hot"}', "OptionError", "Option temperature is 'hot', exp"),
-    ('{"prompt": "a", "max_tokens": -1}', "OptionError", "expected a number of tokens from 0"),
     ('{"prompt": "a", "temp": 1, "temperature": 1}', "OptionError", "temperature is given twice"),
     ('{"prompt": "a", "strategy": "best"}', "StrategyError", "Strategy 'best' is not known"),
     ('{"prompt": "a", "json_schema": {"type": "x"}}', "GrammarError", "The JSON schema"),
-    ('{"prompt": "a", "grammar": "root ::= x"}', "GrammarError", "The grammar"),
     (
         '{"prompt": "a", "grammar": "", "json_schema": {}}',
         "OptionError",
@@ -232,7 +223,6 @@ def test_a_pipe_is_read_once(made: TinyBundle) -> None:
     ("words", "message"),
     [
         ((), "Give PROMPT, -f FILE or text on stdin, or else --prompts FILE."),
-        (("a", "--prompts", "f"), "Give PROMPT, -f FILE or text on stdin, or else --prompts FILE."),
         (("a", "-o", "f"), "-o is for the answers to --prompts FILE."),
         (("--prompts", "f", "-o", "./f"), "f is named twice; give each FILE a name of its own."),
         (("--prompts", "f", "-o", "-"), "a file is needed, stdout will not do."),

@@ -280,21 +280,10 @@ def test_a_retry_with_a_seed_is_another_answer_and_repeatable(made: TinyBundle) 
     args = ("--temp", "1.5", "--max-tokens", "12", "--seed", "7")
     results = [chat(made.folder, "the thing", "/retry", args=args).stdout for _ in range(2)]
     assert results[0] == results[1]
-    with Engine(made.folder, threads=1) as engine:
-        tokens = engine.chat_tokens([{"role": "user", "content": "the thing"}])
-        texts = [
-            engine.generate(
-                tokens,
-                max_tokens=12,
-                temperature=1.5,
-                top_p=0.95,
-                repeat_penalty=REPEAT_PENALTY,
-                seed=seed,
-            ).text()
-            for seed in (7, 8)
-        ]
-    assert texts[0] != texts[1]
-    assert results[0] == as_lines(texts)
+    how = {"temperature": 1.5, "max_tokens": 12}
+    first, second = (answers(made.folder, "the thing", seed=seed, **how) for seed in (7, 8))
+    assert first != second
+    assert results[0] == as_lines(first + second)
 
 
 def test_a_saved_chat_goes_on_where_it_was(made: TinyBundle, tmp_path: Path) -> None:

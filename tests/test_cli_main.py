@@ -102,24 +102,6 @@ def test_version() -> None:
     assert (result.exit_code, result.stdout) == (0, f"qaflora, version {__version__}\n")
 
 
-@pytest.mark.parametrize(
-    "args",
-    [
-        [],
-        ["no-such-verb"],
-        ["run"],
-        ["run", "DIR", "hi", "--temp", "-1"],
-        ["bundle", "create", "DIR", "--base", "x", "--adapter", "=path"],
-        ["convert", "DIR", "-o", "x.gguf"],
-    ],
-)
-def test_wrong_usage_is_2(args: list[str]) -> None:
-    result = CliRunner().invoke(main, args)
-    assert result.exit_code == 2
-    assert result.stdout == ""
-    assert "Usage:" in result.stderr
-
-
 def test_an_unknown_name_is_told_what_is_accepted_and_the_nearest() -> None:
     result = CliRunner().invoke(main, ["run", "smollm2-135m-instrukt", "hi"])
     assert (result.exit_code, result.stdout) == (1, "")

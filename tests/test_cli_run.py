@@ -43,12 +43,6 @@ def test_answer_on_stdout_the_rest_on_stderr(made: TinyBundle) -> None:
     assert result.stderr.endswith("cut at the limit of tokens]\n")
 
 
-def test_raw_prompt_takes_no_template(made: TinyBundle) -> None:
-    result = run(made.folder, PROMPT, "--raw-prompt", "--max-tokens", 8)
-    assert result.stdout == answer(made, PROMPT, max_tokens=8) + "\n"
-    assert result.stdout != run(made.folder, PROMPT, "--max-tokens", 8).stdout
-
-
 def test_json_is_the_contract(made: TinyBundle) -> None:
     result = run(made.folder, PROMPT, "--max-tokens", 8, "--json")
     assert (result.exit_code, result.stderr) == (0, "")

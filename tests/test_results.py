@@ -37,20 +37,6 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         assert found.failed == records[3:]
 
 
-def test_a_file_is_gone_on_with_after_a_cut_line(tmp_path: Path) -> None:
-    path = tmp_path / "r.jsonl"
-    write(path, record(0), record(1))
-    whole = path.read_bytes()
-    path.write_bytes(whole + b'{"task": "sums", "it')
-    more = {**HEADER, "strategies": ["static", "base"], "machine": "another", "version": "9"}
-    with kept_results(path, more) as results:
-        assert [*results.records] == [("sums", 0, "static"), ("sums", 1, "static")]
-        results.add(record(1, "base"))
-        assert len(results.records) == 3
-    assert path.read_bytes().startswith(whole)
-    assert lines(path) == [HEADER, record(0), record(1), record(1, "base")]
-
-
 @pytest.mark.parametrize("start", [b"", b'{"eval": 1, "vers'])
 def test_a_file_without_a_whole_header_is_begun(tmp_path: Path, start: bytes) -> None:
     path = tmp_path / "r.jsonl"

@@ -32,11 +32,6 @@ def test_file_lies_in_the_users_config_folder(
     assert settings_path() == tmp_path / ".config/qaflora-edge/config.toml"
 
 
-def test_null_device_means_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QAFLORA_CONFIG", os.devnull)
-    assert read_settings() == {}
-
-
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 def test_values_are_read(config: Path, encoding: str) -> None:
     config.write_text('strategy = "norm"\n[chat]\ntemp = 1\n', encoding=encoding)
