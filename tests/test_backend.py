@@ -381,7 +381,7 @@ def probe_states(
     gpu_layers: int = 0,
 ) -> F32:
     model, pack = load(base, adapters, gpu_layers)
-    options = {**EXACT, "is_differential": differential, "all_outputs": pool == "mean"}
+    options = {**EXACT, "is_differential": differential}
     with ProbeContext(model, pack, n_ctx=n_ctx, n_seq=1 + len(adapters), **options) as context:
         for ia in range(len(adapters)):
             context.set_weights(one_hot(len(adapters), base.n_layer, ia), seq=1 + ia)

@@ -166,13 +166,13 @@ class CountedJob:
 def test_jobs_and_prefill_take_turns_and_decoding_stops_for_neither() -> None:
     scheduler = Scheduler(2, CHUNKS)
     decoding = RunningSequence(request([1]), Noting(), 99)
-    scheduler.add(decoding)
+    scheduler.waiting.append(decoding)
     scheduler.step()
     decoding.n_past, decoding.next_token = 1, 7
     reading = RunningSequence(request(range(64)), Noting(), 5)
-    scheduler.add(reading)
+    scheduler.waiting.append(reading)
     job = CountedJob(4)
-    scheduler.add_job(job)
+    scheduler.jobs.append(job)
     seen = ""
     while not job.is_done:
         step = scheduler.step()
@@ -191,7 +191,7 @@ def test_a_long_job_lets_one_of_another_kind_pass() -> None:
     scheduler = Scheduler(1, CHUNKS)
     jobs = [CountedJob(9, "score"), CountedJob(2), CountedJob(2)]
     for job in jobs:
-        scheduler.add_job(job)
+        scheduler.jobs.append(job)
     seen = []
     while any(not job.is_done for job in jobs):
         chosen = scheduler.step().job

@@ -179,7 +179,7 @@ class Taken(Thirds):
             Taken(),
             f"The strategy 'base' of {__name__}.Taken is there already, by qaflora_edge.",
         ),
-        (3, "The strategy 3 has the name None, expected small letters"),
+        (3, "The strategy 'None' is 3, expected an object of a subclass"),
     ],
 )
 def test_what_is_no_strategy_is_refused(strategy: Any, message: str) -> None:

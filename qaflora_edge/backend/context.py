@@ -20,13 +20,7 @@ from numpy.typing import NDArray
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.backend.batch import Batch, Chunks, Outputs, Span, chunks_of, n_ubatch
-from qaflora_edge.backend.library import (
-    CONTEXT_PROBE,
-    Handle,
-    forget_logged,
-    last_error,
-    logged,
-)
+from qaflora_edge.backend.library import CONTEXT_PROBE, Handle, forget_logged, last_error, logged
 from qaflora_edge.backend.model import Model, Pack, shared_model
 from qaflora_edge.config import KV_TYPES, MAX_CTX
 from qaflora_edge.errors import BackendError, CancelledError

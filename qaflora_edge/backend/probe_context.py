@@ -39,7 +39,6 @@ class ProbeContext(Context):
 
     is_differential  see method: sequence 0 is the base, the others run the same tokens
     has_inputs       capture what query projections read as well
-    all_outputs      decode(outputs="all") will be asked for, which takes more memory
     """
 
     def __init__(
@@ -50,15 +49,13 @@ class ProbeContext(Context):
         n_seq: int = 1,
         is_differential: bool = False,
         has_inputs: bool = False,
-        all_outputs: bool = False,
         **options: Any,
     ) -> None:
         flags = library.CONTEXT_PROBE
         flags |= library.CONTEXT_DIFFERENTIAL if is_differential else 0
         flags |= library.CONTEXT_INPUTS if has_inputs else 0
-        n_output = MAX_CTX if all_outputs else None  # of a whole batch
-        super().__init__(model, pack, n_seq=n_seq, n_output=n_output, flags=flags, **options)
-        self.has_inputs, self.all_outputs = has_inputs, all_outputs
+        super().__init__(model, pack, n_seq=n_seq, n_output=MAX_CTX, flags=flags, **options)
+        self.has_inputs = has_inputs
 
     def kv_state(self) -> KvState:
         """Copy the KV state, for a context made with the same options."""

@@ -44,7 +44,7 @@ class Loop:
     def add(self, sequence: sequences.Sequence) -> None:
         """Put a sequence into the queue."""
         with self._turn:
-            self._scheduler.add(sequence)
+            self._scheduler.waiting.append(sequence)
             self._turn.notify_all()
 
     def run(
@@ -61,7 +61,7 @@ class Loop:
         """
         job = Job(kind, steps, cancellation)
         with self._turn:
-            self._scheduler.add_job(job)
+            self._scheduler.jobs.append(job)
             self._turn.notify_all()
         n_told = 0
 

@@ -131,6 +131,7 @@ class Scheduler:
     n_slot  requests that are decoded together
     chunks  how prompts are cut into chunks. A step prefills one chunk, or several short ones: no
             decoding request waits for more than a micro-batch.
+    waiting, jobs  attributes: queues
     n_ctx   gives the tokens that a slot can hold now. A request that needs more waits until
             nothing runs, for then the context can grow.
 
@@ -155,14 +156,6 @@ class Scheduler:
     def has_work(self) -> bool:
         """Tell whether anything waits or runs."""
         return bool(self.waiting or self.jobs or self.running)
-
-    def add(self, sequence: Sequence) -> None:
-        """Put a sequence into the queue."""
-        self.waiting.append(sequence)
-
-    def add_job(self, job: Job) -> None:
-        """Put a job into its queue."""
-        self.jobs.append(job)
 
     def remove_ended(self) -> int:
         """Remove what is done from queues and slots; KV state stays for reuse.

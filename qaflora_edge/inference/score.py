@@ -1,6 +1,6 @@
 """Scoring: log-probabilities of continuations, many in one batch."""
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +59,12 @@ class Scorer:
                 context = self._room_for(prompt, [item for item, _ in part])
                 with wiped_on_failure(context):
                     yield from _score_group(context, prompt, part)
-                    _check(result for _, result in part)
+                    if any(np.isnan(result).any() for _, result in part):
+                        raise BackendError(
+                            "The log-probabilities of a continuation are NaN, expected numbers: an "
+                            "adapter that weighs more than 0 here, or the base, is damaged. "
+                            "Convert or fetch it again, or leave it out."
+                        )
                 context.clear()
         return results
 
@@ -77,15 +82,6 @@ class Scorer:
                 **self._options,
             )
         return self._context
-
-
-def _check(results: Iterable[F32]) -> None:
-    if any(np.isnan(result).any() for result in results):
-        raise BackendError(
-            "The log-probabilities of a continuation are NaN, expected numbers: an adapter that "
-            "weighs more than 0 here, or the base, is damaged. Convert or fetch it again, or leave "
-            "it out."
-        )
 
 
 def _score_group(

@@ -100,7 +100,6 @@ class Sequence:
         self.finish_reason: str | None = None
         self.is_whole = True
         self.error: QafloraError | None = None
-        self.created_s = time.perf_counter()
 
     @property
     def n_prompt(self) -> int:

@@ -5,14 +5,7 @@ from typing import Any
 
 from qaflora_edge.config import PROBING, SHAPING
 from qaflora_edge.errors import StrategyError
-from qaflora_edge.weighing.strategy import (
-    Measure,
-    Measured,
-    Mix,
-    Probe,
-    Query,
-    Strategy,
-)
+from qaflora_edge.weighing.strategy import Measure, Measured, Mix, Probe, Query, Strategy
 
 
 class _Divergence(Strategy):

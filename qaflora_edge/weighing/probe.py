@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, lru_cache, partial
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -67,6 +68,21 @@ def _prefill(
         context.decode(tokens[at:end], start=at, outputs=shown, n_seq=n_seq)
         if not is_last:
             yield end
+
+
+def _check_finite(states: F32, paths: Sequence[Path]) -> None:
+    """Raise BackendError for a state that is no number, naming the file of its sequence.
+
+    states  [..., n_seq, n_layer, n_embd]
+    paths   of each sequence: the base's, or its adapter's
+    """
+    if np.isfinite(states).all():
+        return
+    *_, seq, layer, _ = (int(index[0]) for index in np.nonzero(~np.isfinite(states)))
+    raise BackendError(
+        f"The state after block {layer} is NaN or infinite with {paths[seq]}, expected finite "
+        "numbers; convert or fetch it again, or leave it out."
+    )
 
 
 class Prefixes:
@@ -139,42 +155,38 @@ class Prefixes:
         self, key: Hashable, tokens: Sequence[int], chunks: Chunks, n_after: int
     ) -> tuple[KvState | None, int]:
         """Find the state of which most can be reused, and how many tokens; it counts as used."""
-        best, n_best = -1, 0
-        for i, (other, state) in enumerate(self._entries):
-            n = chunks.n_alike(state.tokens, tokens, n_after) if other == key else 0
-            if n > n_best:
-                best, n_best = i, n
-        if best < 0:
+        n_reused = [
+            chunks.n_alike(state.tokens, tokens, n_after) if other == key else 0
+            for other, state in self._entries
+        ]
+        if not any(n_reused):
             return None, 0
-        self._entries.append(self._entries.pop(best))
+        n_best = max(n_reused)
+        self._entries.append(self._entries.pop(n_reused.index(n_best)))
         return self._entries[-1][1], n_best
 
 
 class _GrowingContext:
     """Keep a probe context; replace it by a larger one for a longer query, KV state included.
 
-    make  makes one from n_ctx, has_inputs and all_outputs
+    make  makes one from n_ctx and has_inputs
     """
 
     def __init__(self, make: Callable[..., ProbeContext]) -> None:
         self._make = make
         self.context: ProbeContext | None = None
 
-    def for_query(
-        self, n_token: int, *, has_inputs: bool = False, all_outputs: bool = False
-    ) -> ProbeContext:
+    def for_query(self, n_token: int, *, has_inputs: bool = False) -> ProbeContext:
         """Give a context with room for a query that captures what was asked for so far."""
         held, state = self.context, None
         if held is not None:
-            has_inputs, all_outputs = has_inputs or held.has_inputs, all_outputs or held.all_outputs
-            have = (held.has_inputs, held.all_outputs)
-            if held.n_ctx >= n_token and have == (has_inputs, all_outputs):
+            has_inputs = has_inputs or held.has_inputs
+            if held.n_ctx >= n_token and held.has_inputs == has_inputs:
                 return held
             n_token = max(n_token, held.n_ctx)
             state = held.kv_state() if held.tokens[0] else None
             self.close()
-        flags = {"has_inputs": has_inputs, "all_outputs": all_outputs}
-        self.context = self._make(n_ctx=n_ctx_for(n_token), **flags)
+        self.context = self._make(n_ctx=n_ctx_for(n_token), has_inputs=has_inputs)
         if state is not None:
             self.context.load_kv_state(state)
         return self.context
@@ -235,25 +247,21 @@ class BaseProber:
 
     def embedding(self, tokens: Sequence[int]) -> Steps[F32]:
         """Average the state after the last block over tokens: float32 [n_embd]."""
-        context = self._contexts.for_query(len(tokens), all_outputs=True)
+        context = self._contexts.for_query(len(tokens))
         context.clear()
         context.capture_begin("mean")
         with wiped_on_failure(context):
             yield from _prefill(context, tokens, 0, "all")
-            embedding: F32 = context.states(0)[-1]
-        if not np.isfinite(embedding).all():
-            raise BackendError(
-                f"The state after the last block is NaN or infinite with {self._model.path}, "
-                "expected finite numbers; fetch or convert it again."
-            )
-        return embedding
+            states = context.states(0)
+        _check_finite(states[None], [self._model.path])
+        return np.array(states[-1])
 
     def routing(
         self, tokens: Sequence[int], rows: Sequence[int], reading: Reading
     ) -> Steps[tuple[F64, F64]]:
         """Compute what strategy.Probe.routing gives, and raise as it does."""
         inputs = self._attention(tuple(rows), reading)
-        context = self._contexts.for_query(len(tokens), has_inputs=True, all_outputs=True)
+        context = self._contexts.for_query(len(tokens), has_inputs=True)
         context.clear()
         sums = np.zeros((2, len(rows), self._model.n_layer))
         with wiped_on_failure(context):
@@ -272,7 +280,7 @@ class BaseProber:
         """
         sizes = [self._sizes(row) for row in rows]
         start, stop = span
-        context = self._contexts.for_query(len(tokens), has_inputs=True, all_outputs=True)
+        context = self._contexts.for_query(len(tokens), has_inputs=True)
         question: list[F64] = [np.zeros(1) for _ in rows]
         with wiped_on_failure(context):
             at = self._reuse(context, tokens, start)
@@ -295,7 +303,7 @@ class BaseProber:
         n_token = n_same + max(sum(len(query.tokens) for query in group) for group in groups)
         shape: Any = {"n_ctx": n_ctx_for(n_token), "n_seq": 1 + _N_TOGETHER, "is_unified": True}
         found: list[F64] = []
-        with self._make(**shape, has_inputs=True, all_outputs=True) as context:
+        with self._make(**shape, has_inputs=True) as context:
             if n_same:
                 context.decode(first[:n_same], outputs="none", n_seq=1)
             for group in groups:
@@ -384,10 +392,9 @@ class Prober:
 
         pool  "last": the last token's; or one of PLACES, both in one pass, of the question at span
         """
-        if pool not in PLACES:
-            return (yield from self._measured((tuple(tokens), tuple(rows), None)))
-        places = yield from self._measured((tuple(tokens), tuple(rows), span))
-        return np.array(places[PLACES.index(pool)])
+        is_place = pool in PLACES
+        states = yield from self._measured((tuple(tokens), tuple(rows), span if is_place else None))
+        return np.array(states[PLACES.index(pool)]) if is_place else states
 
     def divergence(
         self,
@@ -416,7 +423,7 @@ class Prober:
         if self._last is not None and self._last[0] == key:
             return self._last[1]
         tokens, rows, span = key
-        context = self._contexts.for_query(len(tokens), all_outputs=span is not None)
+        context = self._contexts.for_query(len(tokens))
         with wiped_on_failure(context):
             if rows != self._rows:
                 self.prefixes.keep(self._rows, context, self._n_exact)
@@ -427,7 +434,7 @@ class Prober:
                 states = yield from self._last_states(context, tokens)
             else:
                 states = yield from self._place_states(context, tokens, span)
-            self._check_finite(states, rows)
+            _check_finite(states, [self._model.path, *(self._pack.paths[row] for row in rows)])
         self._last = (key, states)
         return states
 
@@ -489,16 +496,6 @@ class Prober:
         sequences there.
         """
         return sorted(rows, key=lambda row: (self._pack.first_layers[row], row))
-
-    def _check_finite(self, states: F32, rows: Sequence[int]) -> None:
-        if np.isfinite(states).all():
-            return
-        *_, seq, layer, _ = (int(index[0]) for index in np.nonzero(~np.isfinite(states)))
-        path = self._pack.paths[rows[seq - 1]] if seq else self._model.path
-        raise BackendError(
-            f"The state after block {layer} is NaN or infinite with {path}, expected finite "
-            "numbers; convert or fetch it again, or leave it out."
-        )
 
     def _set_weights(self, context: ProbeContext, rows: tuple[int, ...]) -> None:
         for i, row in enumerate(self._in_order(rows)):

@@ -144,7 +144,6 @@ class Strategy:
     is_probed whether weigh() asks the probe, so that weights differ from query to query
     options   what follows the colon else, as in qa-flora:power=2, if it is probed. Those of
               SHAPING change the result of weigh(); its own are in query.options.
-    reads_question  whether weigh() needs query.question, whatever the pool
     needs_typical   what it needs of each adapter in query.typical, of calibration.KEYS
     compares  kinds of modules, such as attn_q; the adapters need one in common
     measured  the divergence of its Mix
@@ -156,7 +155,6 @@ class Strategy:
     needs_argument: ClassVar[bool] = False
     is_probed: ClassVar[bool] = True
     options: ClassVar[tuple[Option, ...]] = SHAPING
-    reads_question: ClassVar[bool] = False
     needs_typical: ClassVar[tuple[str, ...]] = ()
     compares: ClassVar[tuple[str, ...]] = ()
     measured: ClassVar[Measured] = Measured("divergence", reads=("lens", "pool"))
@@ -219,16 +217,13 @@ def register_strategy(strategy: Strategy) -> None:
     Raises StrategyError for a wrong or taken name, or an object without weigh().
     """
     _load_built_in()
-    name = getattr(strategy, "name", None)
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise StrategyError(
-            f"The strategy {strategy!r} has the name {name!r}, expected small letters, digits and "
-            "hyphens, at most 40, beginning with a letter."
-        )
-    if not isinstance(strategy, Strategy) or type(strategy).weigh is Strategy.weigh:
+    name = str(getattr(strategy, "name", None))
+    is_one = isinstance(strategy, Strategy) and type(strategy).weigh is not Strategy.weigh
+    if not is_one or not _NAME.fullmatch(name):
         raise StrategyError(
             f"The strategy {name!r} is {strategy!r}, expected an object of a subclass of "
-            "qaflora_edge.Strategy that defines weigh()."
+            "qaflora_edge.Strategy that defines weigh(). Its name has small letters, digits and "
+            "hyphens, at most 40, and begins with a letter."
         )
     if name in _registry and _class_of(strategy) != _class_of(_registry[name]):
         raise StrategyError(
@@ -289,7 +284,12 @@ def read_options(behind: str, options: Sequence[Option], text: str) -> dict[str,
     for item in behind.split(","):
         name, equals, value = item.partition("=")
         if name not in known or not equals:
-            raise _unknown(item, name, options, text)
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}=? Expected" if near else "expected"
+            raise StrategyError(
+                f"Strategy {text!r}: {item!r} is no option of it; {hint} some of "
+                f"{', '.join(map(written, options))}, with commas between them."
+            )
         if name in found:
             raise StrategyError(f"Strategy {text!r} has the option {name} twice, expected it once.")
         found[name] = _value(known[name], value, text)
@@ -315,16 +315,6 @@ def _value(option: Option, value: str, text: str) -> Any:
             f"Strategy {text!r}: the option {option.name} is {value!r}, expected {option.expected}."
         )
     return given
-
-
-def _unknown(item: str, name: str, options: Sequence[Option], text: str) -> StrategyError:
-    near = difflib.get_close_matches(name, [option.name for option in options], n=1)
-    hint = f"did you mean {near[0]}=? Expected" if near else "expected"
-    forms = ", ".join(map(written, options))
-    return StrategyError(
-        f"Strategy {text!r}: {item!r} is no option of it; {hint} some of {forms}, with commas "
-        "between them."
-    )
 
 
 def measured_by(name: str) -> Measured:

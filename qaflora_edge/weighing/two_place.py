@@ -35,7 +35,6 @@ class TwoPlace(Strategy):
     name = "two-place"
     help = "one adapter by where the answer begins, one by the question's words; or the base"
     options = _OPTIONS
-    reads_question = True
     measured = ADDED
     needs_typical = ("added_last", "added_text", "added_question")
 

@@ -60,11 +60,10 @@ def known_of(text: BundleText | None) -> Known:
     if text is None:
         return Known()
     fusion, names = text.fusion, [adapter.name for adapter in text.adapters]
-    pool = fusion.get("pool")
     strategy = _manual(fusion) or fusion.get("strategy")
     if strategy and re.fullmatch(r"norm:[1-9]\d*", strategy):  # of 0.1
         strategy = strategy.replace(":", ":top=")
-    pool = None if pool == "mean" else pool
+    pool = None if fusion.get("pool") == "mean" else fusion.get("pool")  # of 0.1 too
     known = Known().under(strategy=strategy, lens=fusion.get("lens"), pool=pool)
     try:
         parse_strategy(known.strategy, names)
@@ -166,10 +165,8 @@ class Weigher:
         """Make a query from tokens, these defaults and the strategy's options."""
         options = {} if chosen is None else chosen.options
         pool = options.get("pool", self.known.pool)
-        needs_question = pool == "question" or (
-            chosen is not None and chosen.strategy.reads_question
-        )
-        question = self.find_question(tokens) if needs_question and tokens else None
+        is_probed = chosen is not None and chosen.strategy.is_probed
+        question = self.find_question(tokens) if is_probed and tokens else None
         return Query(
             tokens=tuple(tokens),
             adapters=self.adapters,
