@@ -102,18 +102,6 @@ def test_a_differential_probe_that_cannot_be_subtracted_is_refused(
     fresh.close()
 
 
-def test_positions_that_differ_from_the_base_are_refused(loaded: tuple[Model, Pack]) -> None:
-    context = probe(loaded)
-    assert context.decode(rows_of(TOKENS[:2])) == 0
-    rows = [*rows_of(TOKENS[2:], start=2), *rows_of(TOKENS[2:], seq=1)]
-    assert context.decode(rows) == -3
-    assert "another token, position or output than the base at its position 2" in (
-        native.last_error()
-    )
-    assert (context.pos_max(0), context.pos_max(1)) == (1, -1)
-    context.close()
-
-
 def test_a_unified_kv_is_refused_by_a_differential_probe(loaded: tuple[Model, Pack]) -> None:
     context = probe(loaded, kv_unified=True)
     assert context.decode(together(4)) == -3
@@ -203,22 +191,3 @@ def test_an_ended_decode_keeps_the_micro_batches_before(loaded_f32: tuple[Model,
         # other micro-batches: sums of another order in float32
         np.testing.assert_allclose(context.logits(row), expected[seq], atol=1e-4, rtol=0)
     context.close()
-
-
-def test_a_decode_ended_at_once_leaves_other_sequences_as_they_were(
-    loaded_f32: tuple[Model, Pack],
-) -> None:
-    context = mixed(loaded_f32)
-    assert context.decode([*rows_of(TOKENS[:4], seq=0), *rows_of(TOKENS[:4], seq=1)]) == 0
-    context.abort_when(lambda: True)
-    rows = [*rows_of([5], seq=0, start=4), *rows_of(OTHERS, seq=2)]
-    assert context.decode(rows) == 2
-    assert [context.pos_max(seq) for seq in range(3)] == [3, 3, -1]
-    context.abort_when(None)
-    assert context.decode(rows) == 0
-    found = context.logits(0)
-    context.close()
-    fresh = mixed(loaded_f32)
-    assert fresh.decode(rows_of([*TOKENS[:4], 5])) == 0
-    np.testing.assert_allclose(found, fresh.logits(4), atol=1e-4, rtol=0)
-    fresh.close()

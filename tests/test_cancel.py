@@ -51,19 +51,6 @@ def test_cancel_ends_the_reading_of_a_prompt(
     assert engine.generate(LONG, weights=strategy, max_tokens=3).n_prompt > 200
 
 
-def test_cancel_ends_an_answer_and_keeps_its_text(engine: Engine) -> None:
-    whole = engine.generate("the king", max_tokens=30).text()
-    answer = engine.generate("the king", max_tokens=30)
-    pieces = [next(answer), next(answer)]
-    thread = threading.Thread(target=engine.cancel)
-    thread.start()
-    thread.join()
-    assert list(answer) == []
-    assert answer.finish_reason == "cancelled"
-    assert whole.startswith("".join(pieces))
-    assert engine.generate("the king", max_tokens=30).text() == whole
-
-
 @pytest.mark.parametrize("is_done", [True, False])
 def test_cancel_ends_all_answers_that_were_asked_for(engine: Engine, is_done: bool) -> None:
     found = []

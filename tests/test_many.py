@@ -282,7 +282,7 @@ def test_states_that_are_no_numbers_are_nobody_elses(
     expected = alone.generate("the king", max_tokens=6).text()
     with opened(parts, n_parallel=n_parallel) as other:
         for _ in range(2 * n_parallel):
-            with pytest.raises(BackendError, match="NaN, expected numbers"):
+            with pytest.raises(BackendError, match=r"NaN, expected numbers: .*math, es"):
                 other.generate("the thing of the king", weights=huge, max_tokens=6)
             requests = ["the king"] * (n_parallel + 1)
             answers = other.generate_many(requests, max_tokens=6)

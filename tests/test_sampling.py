@@ -1,6 +1,5 @@
 """Choosing tokens under a grammar, through the Engine."""
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +12,6 @@ from qaflora_edge import Engine
 from qaflora_edge.errors import BackendError, GrammarError
 
 PROMPT = "the king is in the air"
-PERSON = {
-    "type": "object",
-    "properties": {"name": {"enum": ["Ana", "Bo"]}, "age": {"type": "integer", "minimum": 1}},
-    "required": ["name", "age"],
-}
 
 
 @pytest.fixture(scope="module")
@@ -54,22 +48,6 @@ def test_greedy_under_a_grammar_is_the_likeliest_allowed_token(engine: Engine) -
     answer = engine.generate(PROMPT, grammar="root ::= [aeiou]{6}", weights=fusion)
     assert answer.text() == expected
     assert (answer.finish_reason, answer.n_completion) == ("stop", 6)
-
-
-def test_answer_under_a_schema_is_valid_json(engine: Engine) -> None:
-    answer = engine.generate(PROMPT, json_schema=PERSON, max_tokens=200)
-    value = json.loads(answer.text())
-    assert value["name"] in ("Ana", "Bo")
-    assert value["age"] >= 1
-    assert answer.finish_reason == "stop"
-    for response_format in (
-        {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}},
-        {"type": "json_object", "schema": PERSON},
-    ):
-        reply = engine.chat(
-            [{"role": "user", "content": "who?"}], response_format=response_format, max_tokens=200
-        )
-        assert set(json.loads(reply["choices"][0]["message"]["content"])) == {"name", "age"}
 
 
 def test_control_tokens_never_pass_for_their_text(engine: Engine) -> None:

@@ -92,9 +92,6 @@ def measure_decode(rig: Rig, plan: Plan, tell: Tell) -> Iterator[Row]:
                 others = {} if name == "base" else {f"{what}_of_base": runs["base"]}
                 others |= {} if name == stock else {f"{what}_of_stock": runs[stock]}
                 row |= compared(f"{what}_tokens_per_second", own, **others)
-            if name != stock:  # do both compute the same after the last round's tokens?
-                difference = contexts[name].logits() - contexts[stock].logits()
-                row["logits_difference"] = float(np.abs(difference).max())
             yield row
 
 
