@@ -319,12 +319,21 @@ class Engine:
             return np.array(self._core.run(steps)[-1])
 
     def logits(
-        self, prompt: Prompt, *, weights: Weights = None, parse_special: bool = False
+        self,
+        prompt: Prompt,
+        *,
+        weights: Weights = None,
+        strategy: str | None = None,
+        parse_special: bool = False,
     ) -> F32:
-        """Give the logits of the token after the prompt: float32 [n_vocab]."""
+        """Give the logits of the token after the prompt: float32 [n_vocab].
+
+        weights, strategy  as generate takes them
+        """
         with self._core.call():
             tokens = self.tokenize(prompt, parse_special=parse_special)
             cancellation = self._core.cancellation()
+            weights = one_of(weights, strategy)
             fusion = self._weigher.weigh(weights, tokens, self._core.probe(cancellation))
             request = Request(
                 tuple(tokens),
@@ -343,6 +352,7 @@ class Engine:
         continuation: Any,
         *,
         weights: Weights = None,
+        strategy: str | None = None,
         parse_special: bool = False,
     ) -> Any:
         """Score each token of a continuation: log-probabilities in nats, float32 [n_token].
@@ -350,7 +360,7 @@ class Engine:
         prompt, continuation  text or ids, a continuation's text without BOS; or lists of both, of
                               the same length, scored together: the scores are a list then. A
                               prompt that occurs several times is weighed and prefilled once.
-        weights               for all of them
+        weights, strategy     for all of them, as generate takes them
 
         Raises PromptError when a continuation is empty, or too long for n_ctx with its prompt.
         """
@@ -367,6 +377,7 @@ class Engine:
         with self._core.call():
             cancellation = self._core.cancellation()
             probe = self._core.probe(cancellation)
+            weights = one_of(weights, strategy)
             known: dict[tuple[int, ...], F32] = {}
             items = []
             for each, text in pairs:

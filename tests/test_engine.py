@@ -3,6 +3,7 @@
 import gc
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -77,9 +78,15 @@ def test_logits_take_weights_in_every_form(engine: Engine) -> None:
     for weights in (fusion, fusion.weights, fusion.weights.tolist(), "qa-flora", None):
         assert np.array_equal(engine.logits(PROMPT, weights=weights), logits)
     assert not np.array_equal(engine.logits(PROMPT, weights="base"), logits)
+    assert np.array_equal(
+        engine.logits(PROMPT, strategy="base"), engine.logits(PROMPT, weights="base")
+    )
+    by_name = engine.score(PROMPT, "the", strategy="base")
+    assert np.array_equal(by_name, engine.score(PROMPT, "the", weights="base"))
     assert engine.generate(PROMPT, strategy="base", max_tokens=1).fusion.strategy == "base"
-    with pytest.raises(OptionError, match=r"Options strategy='base' and weights are given, exp"):
-        engine.generate(PROMPT, strategy="base", weights="static")
+    for call in (engine.generate, engine.logits, partial(engine.score, continuation="the")):
+        with pytest.raises(OptionError, match=r"Options strategy='base' and weights are given, "):
+            call(PROMPT, strategy="base", weights="static")
 
 
 def test_generation_is_greedy_over_the_logits(engine: Engine) -> None:

@@ -188,7 +188,7 @@ def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def adapter_pairs(values: Sequence[str]) -> list[tuple[str, str]]:
     """Read [NAME=]PATH; the folder, file or repository gives the name where there is none.
 
-    Raises BadParameter where one side is empty.
+    Raises BadParameter where a side is empty, as for a folder whose name has no Latin letter.
     """
     pairs = []
     for value in values:
@@ -197,7 +197,7 @@ def adapter_pairs(values: Sequence[str]) -> list[tuple[str, str]]:
             name, path = expanded(value).resolve().name.partition("@")[0], value
             name = re.sub(r"[^A-Za-z0-9._-]+", "-", name.removesuffix(".gguf")).lstrip("-._")[:64]
         if not (name and path):
-            raise click.BadParameter(f"{value!r} is not of the form {ADAPTER.metavar}.")
+            raise click.BadParameter(f"{value!r} gives no name; write it as NAME={path or 'PATH'}.")
         pairs.append((name, path))
     return pairs
 
