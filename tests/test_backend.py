@@ -1,6 +1,7 @@
 """The native backend against oracles that do not use it: merged bases and stock llama.cpp."""
 
 import re
+import struct
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -624,6 +625,21 @@ def test_divergence_that_is_not_finite_is_reported(tmp_path: Path, dtype: str) -
 
 
 # failures
+
+
+def test_special_tokens_are_those_that_the_library_tells_of_each(tmp_path: Path) -> None:
+    """Also one that ends answers only because a field of the file names it."""
+    path = write_tiny_base(tmp_path / "base.gguf").path
+    data, key = path.read_bytes(), b"tokenizer.ggml.eos_token_id"
+    at = data.index(key) + len(key) + 4  # behind the field's type
+    path.write_bytes(data[:at] + struct.pack("<I", 20) + data[at + 4 :])
+    with Model(read_base(path)) as model:
+        lib, tokens = model._lib, range(model.n_vocab)
+        kinds = [lib.llama_vocab_get_attr(model.vocab, i) & (1 | 1 << 3 | 1 << 4) for i in tokens]
+        ends = [lib.llama_vocab_is_eog(model.vocab, i) for i in tokens]
+        assert (bool(ends[20]), kinds[20]) == (True, 0)
+        expected = [i for i in tokens if kinds[i] or ends[i]]
+        assert sorted(token.id for token in model.special_tokens) == expected
 
 
 def test_pack_names_what_does_not_fit(tmp_path: Path, base: TinyBase) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qaflora_edge.backend.devices import Workers, place
 from qaflora_edge.backend.library import Handle, forget_logged, last_error, load, logged
@@ -77,6 +76,9 @@ class Model(Handle):
         template = self._lib.llama_model_chat_template(self._pointer, None)
         self.chat_template = template.decode("utf-8", "replace") if template else None
         self._is_end: dict[int, bool] = {}
+        fields = base.metadata.items()
+        named = (value for key, value in fields if key.endswith("_token_id"))
+        self._named = [value for value in named if isinstance(value, int)]
         self.n_layer: int = self._lib.llama_model_n_layer(self._pointer)
         self.n_embd: int = self._lib.llama_model_n_embd(self._pointer)
         self.n_vocab: int = self._lib.llama_vocab_n_tokens(self.vocab)
@@ -116,19 +118,17 @@ class Model(Handle):
     def special_tokens(self) -> tuple[SpecialToken, ...]:
         """List control, unknown, user-defined and end tokens, longest first."""
 
-        def of_all(function: Any) -> NDArray[np.int32]:
-            values = map(function, itertools.repeat(self.vocab), range(self.n_vocab))
-            return np.fromiter(values, np.int32, self.n_vocab)
-
-        attributes = of_all(self._lib.llama_vocab_get_attr)
-        is_end = of_all(self._lib.llama_vocab_is_eog) != 0
+        ask = map(self._lib.llama_vocab_get_attr, itertools.repeat(self.vocab), range(self.n_vocab))
+        attributes = np.fromiter(ask, np.int32, self.n_vocab)
+        special = set(np.flatnonzero(attributes & (_ATTRS[0] | _ATTR_USER_DEFINED)).tolist())
+        # llama-vocab.cpp: other tokens end an answer where a field of the file names them.
+        named = (*self._named, self._lib.llama_vocab_eos(self.vocab))
+        special |= set(filter(self.is_end, named))
         found = []
-        for token in np.flatnonzero(
-            (attributes & (_ATTRS[0] | _ATTR_USER_DEFINED)) | is_end
-        ).tolist():
+        for token in special:
             is_on_demand, *strips = (bool(attributes[token] & mask) for mask in _ATTRS)
             text = self._lib.llama_vocab_get_text(self.vocab, token).decode("utf-8", "replace")
-            is_control = is_on_demand or bool(is_end[token])
+            is_control = is_on_demand or self.is_end(token)
             found.append(SpecialToken(token, text, is_control, is_on_demand, *strips))
         return tuple(sorted(found, key=lambda token: -len(token.text.encode("utf-8"))))
 

@@ -37,7 +37,6 @@ def _on_one_thread() -> Iterator[None]:
         yield
 
 
-@_on_one_thread()
 def amplified(a: ArrayLike, b: ArrayLike) -> F64:
     """Compute a matrix P with |P x| = |B A x| for every x: float64 [rank, n_in], or fewer rows.
 
@@ -73,6 +72,7 @@ class AttentionInputs:
     Raises StrategyError when the adapters have no such module in common.
     """
 
+    @_on_one_thread()
     def __init__(self, infos: Sequence[AdapterInfo], n_layer: int, reading: Reading) -> None:
         def read(info: AdapterInfo, name: str) -> F64:
             matrix = _matrix(info, name)
@@ -117,6 +117,7 @@ class AttentionSizes:
     Its sizes do not depend on other adapters, so that typical ones can be stored.
     """
 
+    @_on_one_thread()
     def __init__(self, info: AdapterInfo, n_layer: int) -> None:
         self._n_layer = n_layer
         # layer -> its modules' matrices side by side [n_embd, n], where each begins
@@ -165,6 +166,7 @@ class QueryProjections:
     Raises StrategyError when there is no such block.
     """
 
+    @_on_one_thread()
     def __init__(self, infos: Sequence[AdapterInfo], n_layer: int) -> None:
         layers = range(n_layer)
         found = [(layer, name) for layer in layers for name in _common(infos, layer, QUERIES)]
