@@ -44,7 +44,7 @@ from qaflora_edge.errors import (
     OutputFileError,
     StrategyError,
 )
-from qaflora_edge.formats import inputs
+from qaflora_edge.formats import adapter, inputs
 from qaflora_edge.formats import names as registry
 from qaflora_edge.formats.adapter import read_adapter_gguf
 from qaflora_edge.formats.gguf import GgufCursor
@@ -453,6 +453,22 @@ def test_broken_memory_means_hashing_again(
     memory.write_bytes(content)
     load_bundle(made.folder)
     assert hashed == ALL * 2
+
+
+def test_values_are_checked_once_for_each_state_of_a_file(
+    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[str] = []
+    monkeypatch.setattr(adapter, "check_values", lambda info: checked.append(info.path.name))
+    load_bundle(made.folder)
+    assert sorted(checked) == sorted(ALL[1:])
+    load_bundle(made.folder)
+    assert len(checked) == len(ALL[1:])
+    os.utime(made.folder / "adapters/es.gguf", ns=(1, 1))
+    load_bundle(made.folder)
+    assert checked[len(ALL[1:]) :] == ["es.gguf"]
+    verify_bundle(made.folder)
+    assert len(checked) == 2 * len(ALL[1:]) + 1
 
 
 def test_each_file_is_parsed_once(made: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> None:

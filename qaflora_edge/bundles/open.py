@@ -23,7 +23,7 @@ from qaflora_edge.formats.bundle import (
     read_bundle_text,
 )
 from qaflora_edge.formats.gguf import GgufHeader, read_gguf_header
-from qaflora_edge.formats.inputs import FileState, check_file, file_state
+from qaflora_edge.formats.inputs import FileState, check_file, file_state, passed, remember_passed
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing.weigher import Known, known_of
 
@@ -85,7 +85,7 @@ def load_bundle(
 
     place        a bundle's folder, or the file of a base
     adapters     name -> adapter GGUF, with a base
-    always_hash  also files of which this state (see formats.inputs) was hashed before
+    always_hash  hash and check also files that are known in this state: see formats.inputs
 
     Raises BundleError for a wrong description or folder, ChecksumError for a file that is not the
     recorded one, InputFileError, GgufFileError, AdapterMismatchError or UnsupportedAdapterError
@@ -111,11 +111,17 @@ def load_bundle(
         for path, record in zip((base_path, *paths.values()), records, strict=True):
             progress("Checking", len(states), len(records))
             states[path] = check_file(path, record, text.where, always_hash=always_hash)
+    known_good = set() if always_hash else passed(states)
     header = read_gguf_header(base_path)
-    check_base(header)
+    check_base(header, checks_tokens=base_path not in known_good)
     if text is not None:
         check_record(text, header)
-    infos = {name: read_adapter(path, header) for name, path in paths.items()}
+    infos = {
+        name: read_adapter(path, header, checks_values=path not in known_good)
+        for name, path in paths.items()
+    }
+    if states.keys() != known_good:
+        remember_passed(states)
     known = known_of(text)
     return Opened(place=place, header=header, adapters=infos, states=states, known=known, text=text)
 

@@ -71,11 +71,12 @@ def is_experts(base_name: str) -> bool:
     return _EXPERTS.fullmatch(base_name) is not None
 
 
-def read_adapter(path: Path, header: GgufHeader) -> AdapterInfo:
-    """Read an adapter GGUF and check it against its base, values included."""
+def read_adapter(path: Path, header: GgufHeader, *, checks_values: bool = True) -> AdapterInfo:
+    """Read an adapter GGUF and check it against its base, its values too unless told not to."""
     info = read_adapter_gguf(path)
     check_adapter(info, header)
-    check_values(info)
+    if checks_values:
+        check_values(info)
     return info
 
 

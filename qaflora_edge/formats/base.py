@@ -93,7 +93,7 @@ def read_base(path: AnyPath) -> GgufHeader:
     return header
 
 
-def check_base(header: GgufHeader) -> None:
+def check_base(header: GgufHeader, *, checks_tokens: bool = True) -> None:
     """Check what llama.cpp relies on without looking. Raises GgufFileError naming the field."""
     base = _Base(header, ARCH_FACTS.get(header.architecture, ArchFacts()))
     base.check_ranges()
@@ -101,7 +101,8 @@ def check_base(header: GgufHeader) -> None:
     base.check_heads()
     base.check_layers()
     _check_tensors(header)
-    _check_tokens(header)
+    if checks_tokens:
+        _check_tokens(header)
 
 
 def check_record(text: BundleText, header: GgufHeader) -> None:

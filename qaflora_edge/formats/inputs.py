@@ -1,8 +1,8 @@
 """Input files: regular files, opened, hashed and compared with records.
 
-A file is hashed once per size and time of change. Hashes are remembered in the cache folder;
-without that memory files are hashed again. A program that sets a file's time back hides its change
-from the memory, not from `qaflora bundle verify`.
+A file is hashed, and its values are checked, once per size and time of change. The cache folder
+remembers that; without it both are done again. A program that sets a file's time back hides its
+change from the memory, not from `qaflora bundle verify`.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qaflora_edge import __version__
 from qaflora_edge.errors import (
     ChecksumError,
     InputFileError,
@@ -130,6 +131,25 @@ def checksum(path: Path) -> str:
     return _hash(path, False)[1]
 
 
+def passed(states: Mapping[Path, FileState]) -> set[Path]:
+    """Find the hashed files that passed every check of this version in these very states."""
+    memory = _read_memory()
+    entries = {path: memory.get(str(path.resolve()), []) for path in states}
+    good = {path: [*state, __version__] for path, state in states.items()}
+    return {path for path, entry in entries.items() if [*entry[:2], *entry[3:]] == good[path]}
+
+
+def remember_passed(states: Mapping[Path, FileState]) -> None:
+    """Remember of hashed files that they passed every check."""
+    memory = _read_memory()
+    entries = [(memory.get(str(path.resolve()), []), state) for path, state in states.items()]
+    hashed = [entry for entry, state in entries if entry[:2] == [*state]]
+    for entry in hashed:
+        entry[3:] = [__version__]
+    if hashed:
+        _write_memory(memory)
+
+
 def file_state(path: Path) -> FileState:
     """Give a file's size and time of change. Raises InputFileError."""
     with reading(path):
@@ -140,15 +160,13 @@ def file_state(path: Path) -> FileState:
 def _hash(path: Path, always: bool) -> tuple[FileState, str]:
     state, memory, key = file_state(path), _read_memory(), str(path.resolve())
     if not always and key in memory:
-        *known, digest = memory[key]
+        *known, digest = memory[key][:3]
         if known == list(state):
             return state, str(digest)
     found = sha256_file(path)
     check_unchanged({path: state})
     memory[key] = [*state, found]
-    with contextlib.suppress(OSError, QafloraError):
-        cache_dir().mkdir(parents=True, exist_ok=True)
-        write_text_atomic(cache_dir() / MEMORY_FILE, json.dumps(memory, indent=0) + "\n")
+    _write_memory(memory)
     return state, found
 
 
@@ -158,3 +176,9 @@ def _read_memory() -> dict[str, list[object]]:
         return {str(key): list(entry) for key, entry in memory.items() if entry}
     except (OSError, ValueError, RecursionError, AttributeError, TypeError):
         return {}
+
+
+def _write_memory(memory: Mapping[str, list[object]]) -> None:
+    with contextlib.suppress(OSError, QafloraError):
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        write_text_atomic(cache_dir() / MEMORY_FILE, json.dumps(memory, indent=0) + "\n")
