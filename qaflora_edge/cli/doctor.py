@@ -1,5 +1,6 @@
 """qaflora doctor"""
 
+import contextlib
 import ctypes
 import importlib.metadata
 import json
@@ -50,6 +51,7 @@ def library_facts() -> dict[str, Any]:
     """
     from qaflora_edge.backend import devices, library
 
+    openmp = _openmp()
     binding, functions = library.load()
     ggml = devices.ggml()
     return {
@@ -60,7 +62,15 @@ def library_facts() -> dict[str, Any]:
         "devices": [_device(ggml, ggml.dev_get(i)) for i in range(ggml.dev_count())],
         "gpu_offload": bool(devices.gpus()),
         "features": binding.llama_print_system_info().decode("utf-8", "replace").strip(),
+        "openmp_loaded_before": openmp,
     }
+
+
+def _openmp() -> list[str]:
+    """List the copies of GCC's OpenMP in this process, where Linux tells."""
+    with contextlib.suppress(OSError):
+        return sorted({*re.findall(r"/\S*libgomp\S*", Path("/proc/self/maps").read_text())})
+    return []
 
 
 def package_facts() -> dict[str, Any]:
@@ -117,6 +127,8 @@ def _lines(report: dict[str, Any]) -> str:
             ),
             ("features", library["features"]),
         ]
+        if found := ", ".join(library["openmp_loaded_before"]):
+            rows.append(("OpenMP", f"{found} came first: set GOMP_SPINCOUNT=1000 before Python"))
     rows += [(name, version or "not installed") for name, version in report["versions"].items()]
     rows += [(name, report[name]) for name in ("platform", "cache")]
     return "\n".join(f"{name:<16} {value}" for name, value in rows)
