@@ -44,7 +44,8 @@ from qaflora_edge.errors import (
     OutputFileError,
     StrategyError,
 )
-from qaflora_edge.formats import adapter, inputs
+from qaflora_edge.formats import adapter as adapter_gguf
+from qaflora_edge.formats import inputs
 from qaflora_edge.formats import names as registry
 from qaflora_edge.formats.adapter import read_adapter_gguf
 from qaflora_edge.formats.gguf import GgufCursor
@@ -459,7 +460,7 @@ def test_values_are_checked_once_for_each_state_of_a_file(
     made: TinyBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checked: list[str] = []
-    monkeypatch.setattr(adapter, "check_values", lambda info: checked.append(info.path.name))
+    monkeypatch.setattr(adapter_gguf, "check_values", lambda info: checked.append(info.path.name))
     load_bundle(made.folder)
     assert sorted(checked) == sorted(ALL[1:])
     load_bundle(made.folder)
