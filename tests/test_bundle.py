@@ -252,9 +252,9 @@ def test_changed_adapter_is_refused(made: TinyBundle) -> None:
     with pytest.raises(ChecksumError) as caught:
         load_bundle(made.folder)
     assert str(caught.value) == (
-        f"The adapter es is not the file that was recorded: {path} has the SHA-256 "
-        f"{sha256(path)}, expected {recorded} as {made.folder / 'bundle.json'} says. "
-        "Copy the bundle again."
+        f"The adapter es is not the file that was recorded: {path} has {len(data)} bytes and the "
+        f"SHA-256 {sha256(path)}, expected {len(data)} and {recorded} as "
+        f"{made.folder / 'bundle.json'} says. Copy the bundle again."
     )
     assert snapshot(made.folder.parent) == before
 

@@ -117,7 +117,7 @@ def test_long_arrays_stay_bytes(tmp_path: Path) -> None:
 
 
 ONE = entry("t", [1], 0, 0)
-NOT_BEGUN = f"the length of the name of metadata field 0 is {1 << 62}"
+NOT_BEGUN = f"the end of the name of metadata field 0 is byte {32 + (1 << 62)} or later"
 LATER = "byte 224 or later, after tensor 'big'"
 OVERLAPPING = (entry("big", [16], 0, 0), entry("small", [1], 0, 32))
 HOSTILE = [
@@ -129,14 +129,13 @@ HOSTILE = [
     (make(ARCH, ARCH), "metadata field 'general.architecture' is given twice"),
     (make(field("k", 13, b"")), "the type of metadata field 'k' is 13"),
     (make(array("k", 9, 1)), "the element type of metadata field 'k' is 9"),
-    (make(array("k", 8, 1 << 60)), f"the length of metadata field 'k' is {1 << 60}"),
+    (make(array("k", 8, 1 << 60)), "the end of metadata field 'k' is byte "),
     (make(array("k", 8, 1, bytes([255] * 8))), "the end of metadata field 'k' is byte "),
     (make(), "metadata field general.architecture is missing"),
     (make(ARCH, whole("general.alignment", 24)), "metadata field general.alignment is 24"),
     (make(ARCH, whole("split.count", 3)), "metadata field split.count is 3; expected a whole mod"),
     (holding(entry("t", [1] * 5, 0, 0)), "the number of dimensions of tensor 't' is 5"),
     (holding(entry("t", [0, 3], 0, 0)), "the shape of tensor 't' is [3, 0]"),
-    (holding(entry("t" * 64, [1], 0, 0)), "the length of the name of tensor 0 is 64"),
     (holding(entry("t", [32], 999, 0)), "the type of tensor 't' is 999"),
     (holding(entry("t", [33], 8, 0)), "the width of tensor 't' is 33; expected a multiple of 32"),
     (holding(entry("t", [1], 0, 4)), "the offset of tensor 't' is 4"),

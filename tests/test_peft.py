@@ -444,8 +444,8 @@ def test_config_that_is_no_json_object_is_refused(
     folder = write_pair(tmp_path / "a")
     (folder / "adapter_config.json").write_bytes(content)
     assert refusal(PeftConfigError, folder) == (
-        f"Cannot read {folder / 'adapter_config.json'}: {reason}; expected a JSON object of a few "
-        "kilobytes. Fetch or save the adapter again."
+        f"Cannot read {folder / 'adapter_config.json'}: {reason}; expected a JSON object. "
+        "Give the folder that PEFT's save_pretrained wrote, or fetch it again."
     )
 
 

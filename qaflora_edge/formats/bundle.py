@@ -4,7 +4,6 @@ Format "qaflora-bundle/1". The text may come from anywhere. `data/bundle.schema.
 fields; rules between fields stand here. Unknown keys are kept in `raw`.
 """
 
-import contextlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,6 @@ from qaflora_edge.formats.json_text import (
 FORMAT = "qaflora-bundle/1"
 BUNDLE_FILE = "bundle.json"
 MAX_BUNDLE_BYTES = 8 << 20
-MAX_ADAPTERS = 256
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 NAME_RULE = "1 to 64 letters, digits, '.', '_' or '-', beginning with a letter or digit"
 
@@ -124,16 +122,15 @@ def link_roots(folder: Path) -> tuple[Path, ...]:
 
     None, unless it is a snapshot in the Hub's cache: its files are links into that cache.
     """
-    snapshot = folder.absolute()
+    # Unlike Path.resolve, realpath raises nothing for a loop of links.
+    snapshot = Path(os.path.realpath(folder))
     if snapshot.parent.name != "snapshots":
         return ()
     from huggingface_hub import constants
 
-    repo_dir, cache = snapshot.parents[1], Path(constants.HF_HUB_CACHE)
-    with contextlib.suppress(OSError):
-        is_in_cache = repo_dir.parent.samefile(cache)
-        if is_in_cache and repo_dir.name.startswith("models--"):
-            return repo_dir / "blobs", cache / "blobs"  # the second is shared by repositories
+    repo_dir, cache = snapshot.parents[1], Path(os.path.realpath(constants.HF_HUB_CACHE))
+    if repo_dir.parent == cache and repo_dir.name.startswith("models--"):
+        return repo_dir / "blobs", cache / "blobs"  # the second is shared by repositories
     return ()
 
 
@@ -142,14 +139,18 @@ def safe_join(folder: Path, relative: str) -> Path:
 
     The file need not exist. Raises BundleError for a path or link that leads out.
     """
-    if not is_inside(relative):
-        raise _unsafe(folder, relative, "it is absolute, climbs with '..', or is no file name")
-    # Unlike Path.resolve, realpath raises nothing for a loop of links.
-    real = Path(os.path.realpath(folder / relative))
-    roots = map(os.path.realpath, (folder, *link_roots(folder)))
-    if not any(real.is_relative_to(root) for root in roots):
-        raise _unsafe(folder, relative, "a link in it leads out of the bundle")
-    return folder / relative
+    reason = "it is absolute, climbs with '..', or is no file name"
+    if is_inside(relative):
+        real = Path(os.path.realpath(folder / relative))
+        roots = map(os.path.realpath, (folder, *link_roots(folder)))
+        if any(real.is_relative_to(root) for root in roots):
+            return folder / relative
+        reason = "a link in it leads out of the bundle"
+    raise BundleError(
+        f"Refused the path {relative!r} in bundle {folder}: {reason}; expected a relative path to "
+        "a file inside the bundle. Copy the file into the bundle's folder and correct the path in "
+        "bundle.json."
+    )
 
 
 def is_inside(relative: str) -> bool:
@@ -162,14 +163,6 @@ def is_inside(relative: str) -> bool:
         or relative.lower().startswith("file:")
         or windows.drive
         or ".." in windows.parts
-    )
-
-
-def _unsafe(folder: Path, relative: str, reason: str) -> BundleError:
-    return BundleError(
-        f"Refused the path {relative!r} in bundle {folder}: {reason}; expected a "
-        "relative path to a file inside the bundle. Copy the file into the bundle's folder and "
-        "correct the path in bundle.json."
     )
 
 

@@ -7,7 +7,6 @@ The file is not mapped: a mapped file that someone shortens would end the proces
 
 import math
 import os
-import reprlib
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -27,15 +26,11 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 ALIGNMENTS = tuple(1 << n for n in range(17))
-MAX_HEADER_BYTES = 1 << 26  # the longest vocabularies have 20 MB
+MAX_HEADER_BYTES = 1 << 26  # and so of every text and array; the longest vocabularies have 20 MB
 MAX_METADATA = 1 << 10  # keys in a file; models have less than a hundred
 MAX_TENSORS = 1 << 16
-MAX_KEY_BYTES = (1 << 16) - 1  # the format's own limit
-MAX_STRING_BYTES = 1 << 24  # of a metadata value
 MAX_NAME_LENGTH = 64  # of an architecture
-MAX_ARRAY_LENGTH = 1 << 24
 MAX_PARSED_ARRAY = 1 << 10  # numbers
-MAX_TENSOR_NAME_BYTES = 63  # llama.cpp 0c1e5709, ggml.h GGML_MAX_NAME
 MAX_DIMS = 4
 MAX_LAYERS = 1024  # twice llama.cpp's own limit
 MAX_COUNT = 1 << 24  # of other dimensions
@@ -77,12 +72,10 @@ class TensorInfo:
     n_bytes: int
 
 
-def brief(value: object) -> str:
-    """Show a value of a file in a message: short, on one line, however long or deep it is."""
-    text = reprlib.repr(value)
-    return text if len(text) <= 100 else text[:97] + "..."
-
-
+# What to do about values that are NaN or infinite.
+DIVERGED = (
+    "The training diverged or the file is corrupted; use an earlier checkpoint or fetch it again."
+)
 ADVICE = "The file is truncated, corrupted or of another kind; fetch or convert it again."
 
 
@@ -130,8 +123,8 @@ class GgufCursor:
             self.fail(field, value, f"at most {limit}")
         return value
 
-    def text(self, limit: int, field: str, *, strict: bool) -> str:
-        n_bytes = self.count(U64, limit, f"the length of {field}")
+    def text(self, field: str, *, strict: bool = True) -> str:
+        n_bytes = int(self.scalar(U64, f"the length of {field}"))
         begin = self.take(n_bytes, field)
         raw = bytes(self.data[begin : begin + n_bytes])
         try:
@@ -140,17 +133,23 @@ class GgufCursor:
             self.fail(field, repr(raw[:64]), "UTF-8 text")
 
     def read_header(self) -> "GgufHeader":
-        n_tensor = self.read_preamble()
+        self.take(4, "the magic")
+        if self.data[:4] != MAGIC:
+            self.fail("its beginning", repr(bytes(self.data[:4])), f"{MAGIC!r} of a GGUF file")
+        version = self.scalar(U32, "the version")
+        if version not in VERSIONS:
+            self.fail("the version", version, "2 or 3, little-endian")
+        n_tensor = self.count(U64, MAX_TENSORS, "the number of tensors")
         metadata = self.read_metadata(self.count(U64, MAX_METADATA, "the number of fields"))
         architecture = metadata.get("general.architecture")
         if not isinstance(architecture, str) or not 0 < len(architecture) <= MAX_NAME_LENGTH:
-            found = brief(architecture) if architecture else "missing"
+            found = f"{architecture!r:.99}" if architecture else "missing"
             expected = f"a name of at most {MAX_NAME_LENGTH} characters"
             self.fail("metadata field general.architecture", found, expected)
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if alignment not in ALIGNMENTS or not isinstance(alignment, int):
             expected = f"a power of two up to {ALIGNMENTS[-1]}"
-            self.fail("metadata field general.alignment", brief(alignment), expected)
+            self.fail("metadata field general.alignment", f"{alignment!r:.99}", expected)
         n_split = metadata.get("split.count", 0)
         if isinstance(n_split, int) and n_split > 1:
             advice = "Join the parts with llama.cpp's `llama-gguf-split --merge`."
@@ -165,21 +164,11 @@ class GgufCursor:
         self.check_places(tensors)
         return GgufHeader(self.path, architecture, metadata, tensors, self.size_bytes)
 
-    def read_preamble(self) -> int:
-        """Check magic and version, and give the number of tensors."""
-        self.take(4, "the magic")
-        if self.data[:4] != MAGIC:
-            self.fail("its beginning", repr(bytes(self.data[:4])), f"{MAGIC!r} of a GGUF file")
-        version = self.scalar(U32, "the version")
-        if version not in VERSIONS:
-            self.fail("the version", version, "2 or 3, little-endian")
-        return self.count(U64, MAX_TENSORS, "the number of tensors")
-
     def read_metadata(self, n_metadata: int) -> dict[str, MetadataValue]:
         metadata: dict[str, MetadataValue] = {}
         for index in range(n_metadata):
-            key = self.text(MAX_KEY_BYTES, f"the name of metadata field {index}", strict=True)
-            field = f"metadata field {brief(key)}"
+            key = self.text(f"the name of metadata field {index}")
+            field = f"metadata field {key!r:.99}"
             if key in metadata:
                 self.fail(field, "given twice", "every field once")
             metadata[key] = self.read_value(int(self.scalar(U32, f"the type of {field}")), field)
@@ -189,11 +178,11 @@ class GgufCursor:
         if kind in SCALARS:
             return self.scalar(SCALARS[kind], field)
         if kind == STRING:
-            return self.text(MAX_STRING_BYTES, field, strict=False)
+            return self.text(field, strict=False)
         if kind != ARRAY:
             self.fail(f"the type of {field}", kind, "a type of GGUF, 0 to 12")
         item_kind = int(self.scalar(U32, f"the element type of {field}"))
-        length = self.count(U64, MAX_ARRAY_LENGTH, f"the length of {field}")
+        length = int(self.scalar(U64, f"the length of {field}"))
         begin = self.position
         if item_kind == STRING:
             self.skip_strings(length, field)
@@ -217,7 +206,7 @@ class GgufCursor:
         self.position = position
 
     def read_tensor_info(self, index: int, alignment: int) -> TensorInfo:
-        name = self.text(MAX_TENSOR_NAME_BYTES, f"the name of tensor {index}", strict=True)
+        name = self.text(f"the name of tensor {index}")
         field = f"tensor {name!r}"
         n_dims = self.count(U32, MAX_DIMS, f"the number of dimensions of {field}")
         dims = [int(self.scalar(U64, f"the shape of {field}")) for _ in range(n_dims)]
@@ -289,7 +278,7 @@ class GgufHeader:
         info = self.tensors.get("token_embd.weight")
         if info is None or len(info.shape) != 2:
             found = "missing" if info is None else f"of shape {list(info.shape)}"
-            raise self._no_model("tensor token_embd.weight", found, "[n_vocab, n_embd]")
+            raise self._no_model(f"tensor token_embd.weight is {found}", "[n_vocab, n_embd]")
         return info.shape[0]
 
     def count(self, field: str, largest: int = MAX_COUNT) -> int:
@@ -300,12 +289,16 @@ class GgufHeader:
             value = max(value)  # given per layer: the same in all, or 0 in those that have none
         if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= largest:
             return value
-        found = "missing" if value is None else brief(value)
-        raise self._no_model(f"metadata field {key}", found, f"a whole number up to {largest}")
+        raise self._no_model(self.found(key), f"a whole number up to {largest}")
 
-    def _no_model(self, field: str, found: str, expected: str) -> GgufFileError:
+    def found(self, key: str) -> str:
+        """Say what a metadata field is, for a message: short, however long the value."""
+        value = self.metadata.get(key)
+        return f"metadata field {key} is " + ("missing" if value is None else f"{value!r:.99}")
+
+    def _no_model(self, found: str, expected: str) -> GgufFileError:
         return GgufFileError(
-            f"Cannot use {self.path} as a base: {field} is {found}; expected {expected}. "
+            f"Cannot use {self.path} as a base: {found}; expected {expected}. "
             "Use the GGUF of a language model as base."
         )
 

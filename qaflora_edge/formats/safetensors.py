@@ -13,7 +13,7 @@ import numpy as np
 from qaflora_edge.arrays import F32
 from qaflora_edge.errors import SafetensorsFileError
 from qaflora_edge.files import AnyPath
-from qaflora_edge.formats.gguf import read_bytes
+from qaflora_edge.formats.gguf import DIVERGED, read_bytes
 from qaflora_edge.formats.inputs import open_input, reading
 from qaflora_edge.formats.json_text import read_json_object
 
@@ -43,27 +43,23 @@ class StoredTensor:
         the type is no float, or a value is NaN or infinite.
         """
         if self.dtype not in FORMS:
-            found = f"its dtype is {self.dtype}; expected {', '.join(FORMS)}"
-            raise self._wrong(f"{found}. Save the adapter in one of these.")
+            expected = f"{', '.join(FORMS)}. Save the adapter in one of these."
+            raise self._wrong(f"its dtype is {self.dtype}", expected)
         if self.n_bytes > MAX_READ_BYTES:
-            found = f"it has {self.n_bytes} bytes; expected at most {MAX_READ_BYTES}"
-            advice = "Check that it is a plain LoRA."
-            raise self._wrong(f"{found}, which no matrix of a LoRA exceeds. {advice}")
+            expected = f"at most {MAX_READ_BYTES} of a matrix. Check that it is a plain LoRA."
+            raise self._wrong(f"it has {self.n_bytes} bytes", expected)
         raw = read_bytes(self.path, self.offset, self.n_bytes, SafetensorsFileError)
         values = np.frombuffer(raw, FORMS[self.dtype])
         if self.dtype == "BF16":
             values = (values.astype("<u4") << 16).view("<f4")
         if n_bad := values.size - int(np.count_nonzero(np.isfinite(values))):
             found = f"{n_bad} of its {values.size} values are NaN or infinite"
-            advice = "use an earlier checkpoint or fetch it again."
-            raise self._wrong(
-                f"{found}; expected finite numbers. The training diverged or the file is "
-                f"corrupted; {advice}"
-            )
+            raise self._wrong(found, f"finite numbers. {DIVERGED}")
         return values.astype(np.float32, copy=False).reshape(self.shape)
 
-    def _wrong(self, text: str) -> SafetensorsFileError:
-        return SafetensorsFileError(f"Cannot use tensor {self.name} of {self.path}: {text}")
+    def _wrong(self, found: str, expected: str) -> SafetensorsFileError:
+        start = f"Cannot use tensor {self.name} of {self.path}"
+        return SafetensorsFileError(f"{start}: {found}; expected {expected}")
 
 
 def read_safetensors(path: AnyPath) -> dict[str, StoredTensor]:
@@ -75,26 +71,23 @@ def read_safetensors(path: AnyPath) -> dict[str, StoredTensor]:
 
     path = Path(path)
 
-    def damaged(found: str) -> SafetensorsFileError:
-        return SafetensorsFileError(
-            f"Cannot read {path}: {found}. The file is truncated, corrupted or not a safetensors "
-            "file; fetch or save it again."
-        )
-
-    with reading(path), open_input(path) as file:
-        n_header = int.from_bytes(file.read(8), "little")
-        if n_header > MAX_HEADER_BYTES:
-            raise damaged(f"its header has {n_header} bytes, expected at most {MAX_HEADER_BYTES}")
-        header = file.read(n_header)
     try:
+        with reading(path), open_input(path) as file:
+            n_header = int.from_bytes(file.read(8), "little")
+            if n_header > MAX_HEADER_BYTES:
+                raise ValueError(f"it has {n_header} bytes, expected at most {MAX_HEADER_BYTES}")
+            header = file.read(n_header)
         with reading(path), safetensors.safe_open(path, "numpy"):
             entries = read_json_object(header)
+        entries.pop("__metadata__", None)
+        if (longest := max(map(len, entries), default=0)) > MAX_NAME_LENGTH:
+            found = f"a tensor's name has {longest} characters, expected at most {MAX_NAME_LENGTH}"
+            raise ValueError(found)
     except (safetensors.SafetensorError, ValueError) as error:  # errors of JSON and UTF-8 too
-        raise damaged(f"its header cannot be used ({error})") from error
-    entries.pop("__metadata__", None)
-    if (longest := max(map(len, entries), default=0)) > MAX_NAME_LENGTH:
-        found = f"a tensor's name has {longest} characters, expected at most {MAX_NAME_LENGTH}"
-        raise damaged(found)
+        raise SafetensorsFileError(
+            f"Cannot read {path}: its header cannot be used ({error}). The file is truncated, "
+            "corrupted or not a safetensors file; fetch or save it again."
+        ) from error
     tensors = {}
     for name, entry in entries.items():
         begin, end = (8 + n_header + offset for offset in entry["data_offsets"])

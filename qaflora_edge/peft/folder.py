@@ -8,8 +8,7 @@ from pathlib import Path
 from qaflora_edge.errors import InputFileError, SafetensorsFileError
 from qaflora_edge.files import AnyPath, what_is_at
 from qaflora_edge.formats.bundle import BUNDLE_FILE
-from qaflora_edge.formats.inputs import read_input
-from qaflora_edge.formats.json_text import read_json_object
+from qaflora_edge.formats.inputs import read_json_file
 from qaflora_edge.formats.safetensors import StoredTensor, read_safetensors
 from qaflora_edge.peft.config import CONFIG_FILE, PeftConfig, parse_config, read_fields
 from qaflora_edge.peft.modules import PeftModule, make_modules
@@ -187,20 +186,13 @@ def _check_index(tensors: Mapping[str, StoredTensor]) -> None:
     """Check that the index next to several files names the tensors that they hold."""
     files = {name: tensor.path.name for name, tensor in tensors.items()}
     path = next(iter(tensors.values())).path.with_name(INDEX_FILE)
-    try:
-        weight_map = read_json_object(read_input(path, MAX_INDEX_BYTES)).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError("it has no weight_map")
-    except OSError as error:
-        raise InputFileError(
-            f"Cannot read {path}: opening or reading it failed ({error.strerror}); expected the "
-            "list of the adapter's files. Check that you may read it."
-        ) from error
-    except ValueError as error:
+    index = read_json_file(path, MAX_INDEX_BYTES, SafetensorsFileError, "Save the adapter again.")
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict):
         raise SafetensorsFileError(
-            f"Cannot read {path}: {error}; expected an object with the file of each tensor in "
-            "weight_map. Fetch or save the adapter again."
-        ) from error
+            f"Cannot read {path}: it has no weight_map; expected the file of each tensor in it. "
+            "Fetch or save the adapter again."
+        )
     for name in sorted({*weight_map, *files}):
         if weight_map.get(name) != files.get(name):
             raise SafetensorsFileError(

@@ -20,7 +20,6 @@ from qaflora_edge.chat.conversation import load_session
 from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.formats.adapter import (
     check_adapter,
-    is_experts,
     read_adapter_gguf,
     read_pair,
 )
@@ -286,7 +285,7 @@ def _check_adapter(folder: Path, place: Path, base: str = "base.gguf") -> None:
     check_adapter(info, read_gguf_header(place / base))
     for name in info.ranks:
         a, b, _ = read_pair(info, name)
-        assert a.ndim == b.ndim == (3 if is_experts(name) else 2)
+        assert a.ndim == b.ndim == (3 if "exps." in name else 2)
 
 
 def _check_base(folder: Path, place: Path) -> None:
