@@ -150,3 +150,19 @@ def test_library_without_a_backend_for_this_processor_is_refused(
         f"refused: No CPU backend of {library} can be loaded on this processor ("
     )
     assert "); there are: none. Expected one that it can run; reinstall qaflora-edge" in said
+
+
+def test_packages_run_once_somebody_needs_them() -> None:
+    """Importing Engine runs neither gguf nor llama_cpp; both are whole for who imports them."""
+    script = (
+        LOAD
+        + """
+import sys
+assert not {"yaml", "llama_cpp.llama"} & set(sys.modules)
+import gguf, llama_cpp
+from llama_cpp import Llama
+assert llama_cpp.llama_cpp is sys.modules["llama_cpp.llama_cpp"]
+assert gguf.quants and gguf.GGUFWriter and llama_cpp.__version__ and Llama
+"""
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -13,12 +13,12 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec, module_from_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, Self
 
 from qaflora_edge.errors import LibraryError
+from qaflora_edge.imports import defer
 
 ABI_VERSION = 3
 
@@ -109,25 +109,15 @@ def _import_binding(folder: Path) -> ModuleType:
     is_ours = not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & {*os.environ}
     spin = str(SPIN_COUNT) if is_ours else os.environ.get("GOMP_SPINCOUNT")
     try:
+        defer("llama_cpp")  # its own classes take 60 ms
         with _variables(LLAMA_CPP_LIB_PATH=str(folder), GOMP_SPINCOUNT=spin):
-            return _without_package()
+            return import_module("llama_cpp.llama_cpp")
     except (ImportError, RuntimeError, AttributeError, OSError) as err:
         raise LibraryError(
             f"The native library {folder / _library_name()} cannot be loaded by llama-cpp-python "
             f"({err}); {_INSTALL_ADVICE} and its dependencies, or set QAFLORA_LIB_PATH to the "
             "folder that holds it."
         ) from err
-
-
-def _without_package() -> ModuleType:
-    """Import llama-cpp-python's declarations alone: its unused classes take 60 ms."""
-    if "llama_cpp" in sys.modules or (spec := find_spec("llama_cpp")) is None:
-        return import_module("llama_cpp.llama_cpp")
-    sys.modules["llama_cpp"] = module_from_spec(spec)
-    try:
-        return import_module("llama_cpp.llama_cpp")
-    finally:
-        del sys.modules["llama_cpp"]  # the next import of it runs the package
 
 
 @contextlib.contextmanager

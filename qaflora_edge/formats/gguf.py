@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
-import gguf
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.errors import GgufFileError, QafloraError
@@ -325,7 +325,7 @@ def read_values(path: Path, info: TensorInfo) -> F32:
     try:
         with np.errstate(invalid="ignore", over="ignore"):  # a block's scale may be NaN
             rows = data.reshape(math.prod(info.shape[:-1]), -1)
-            values: F32 = gguf.quants.dequantize(rows, info.ggml_type)
+            values: F32 = dequantize(rows, info.ggml_type)
     except NotImplementedError as error:
         raise GgufFileError(
             f"Cannot read tensor {info.name} of {path}: its type {info.ggml_type.name} cannot "

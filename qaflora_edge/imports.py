@@ -1,0 +1,21 @@
+"""Packages that run when they are needed: their modules can be imported before."""
+
+import sys
+from importlib.util import find_spec, module_from_spec
+from typing import Any
+
+
+def defer(package: str) -> None:
+    """Run a package when a name of it is first asked for; nothing happens where it ran already."""
+    spec = None if package in sys.modules else find_spec(package)
+    if spec is None or spec.loader is None:
+        return
+    loader, module = spec.loader, module_from_spec(spec)
+
+    def run(name: str) -> Any:
+        del module.__getattr__
+        loader.exec_module(module)
+        return getattr(module, name)
+
+    module.__getattr__ = run  # type: ignore[method-assign]
+    sys.modules[package] = module
