@@ -22,6 +22,7 @@ from qaflora_edge.hub.fetch import fetch_model
 
 if TYPE_CHECKING:
     from bundles import TinyBundle
+    from desk import Desk
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -127,6 +128,15 @@ def window(chromium: Browser) -> Browser:
     """A window of Chromium as it is when nothing has been opened."""
     chromium.reset()
     return chromium
+
+
+@pytest.fixture
+def desk(window: Browser) -> Iterator[Desk]:
+    """The page of a scripted server, opened for the first time."""
+    from desk import desk_at
+
+    with desk_at(window) as made:
+        yield made
 
 
 @pytest.fixture

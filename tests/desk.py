@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from browser import Browser
+import pytest
+from browser import Browser, missing
 from scripted_server import Script, app, served
 
+NEEDS_CHROMIUM = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing())]
 ENTER, ESCAPE, SHIFT, TAB = "\ue007", "\ue00c", "\ue008", "\ue004"
 LEFT, UP, RIGHT, DOWN = "\ue012", "\ue013", "\ue014", "\ue015"
 QUESTION = "How many are left?"
@@ -85,6 +87,18 @@ class Desk:
 
     def click(self, selector: str) -> None:
         self.window.run("document.querySelector(arguments[0]).click()", selector)
+
+    def kept(self, n: int = 1) -> list[dict[str, Any]]:
+        """The chats in the browser's database, once there are n."""
+        self.window.until(
+            "const open = indexedDB.open('qaflora'); open.onsuccess = () => {"
+            " const all = open.result.transaction('chats').objectStore('chats').getAll();"
+            " all.onsuccess = () => { window.kept = all.result; open.result.close(); }; };"
+            "return window.kept?.length === arguments[0]",
+            n,
+        )
+        found: list[dict[str, Any]] = self.window.run("return window.kept")
+        return found
 
     def texts(self, selector: str) -> list[str]:
         found: list[str] = self.window.run(

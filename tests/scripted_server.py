@@ -34,6 +34,7 @@ class Script:
     """What the server says, and what it was asked.
 
     answers  question -> text; {strategy} in it is filled in
+    why      what decided: `because` and `why` of a mix
     pieces   how many letters come at once, and how long it waits before the next
     progress  the `prompt_progress` that it tells before probe_s
     key      what it asks for, if anything
@@ -43,6 +44,7 @@ class Script:
 
     answers: dict[str, str] = field(default_factory=dict)
     weights: dict[str, float] | None = None
+    why: dict[str, Any] = field(default_factory=dict)
     piece_chars: int = 7
     pause_s: float = 0.0
     probe_s: float = 0.0
@@ -84,7 +86,7 @@ def fusion_of(script: Script, body: dict[str, Any]) -> dict[str, Any]:
     else:
         rows = layers(names, strategy)
     means = {name: sum(row) / N_LAYER for name, row in zip(names, rows, strict=True)}
-    found = {"strategy": strategy, "probe_ms": 379.4, "weights": means}
+    found = {"strategy": strategy, "probe_ms": 379.4, "weights": means, **script.why}
     return found | (
         {"layers": dict(zip(names, rows, strict=True))} if wanted.get("return") == "layers" else {}
     )

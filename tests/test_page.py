@@ -54,7 +54,7 @@ def directives(policy: str) -> dict[str, list[str]]:
 def test_page_is_one_small_text_that_asks_for_nothing(client: TestClient) -> None:
     reply = client.get("/")
     assert (reply.status_code, reply.headers["content-type"]) == (200, "text/html; charset=utf-8")
-    assert len(reply.content) < 100_000
+    assert len(reply.content) < 120_000
     for tag, attributes in Elements(reply.text).found:
         assert tag not in ("img", "iframe", "object", "embed", "base")
         assert not {"src", "action", "srcset", "style"} & attributes.keys()
@@ -62,7 +62,8 @@ def test_page_is_one_small_text_that_asks_for_nothing(client: TestClient) -> Non
         href = attributes.get("href") or "#"
         assert href.startswith(("#", "data:image/svg+xml,"))
     addresses = set(re.findall(r"https?://[^\s\"'`)<]+", reply.text))
-    assert addresses == {"http://www.w3.org/2000/svg"}  # a name, which nobody looks up
+    names = ("2000/svg", "1998/Math/MathML")  # which nobody looks up
+    assert addresses == {f"http://www.w3.org/{name}" for name in names}
 
 
 def test_policy_allows_the_one_script_and_the_one_style_of_the_page(client: TestClient) -> None:
@@ -89,8 +90,8 @@ def test_policy_allows_the_one_script_and_the_one_style_of_the_page(client: Test
 
 
 def in_node(code: str, value: Any) -> Any:
-    """What a line of JavaScript makes of `value`, beside the page's own Markdown."""
-    source = (PARTS / "markdown.js").read_text(encoding="utf-8")
+    """What a line of JavaScript makes of `value`, with the page's own Markdown and LaTeX."""
+    source = "".join((PARTS / f"{each}.js").read_text("utf-8") for each in ("latex", "markdown"))
     read = "const value = JSON.parse(require('fs').readFileSync(0, 'utf8'));"
     program = f"{source}\n{read}\nconsole.log(JSON.stringify({code}))"
     done = subprocess.run(
@@ -170,7 +171,7 @@ def test_an_answer_has_the_elements_that_markdown_it_finds() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        *("2*3*4", "__init__", "a_b_c", "5 * 3 *x", r"\(x\) \\ \[y\]", "a*b*", "** a**"),
+        *("2*3*4", "__init__", "a_b_c", "5 * 3 *x", r"\(x \\ \[y", "a*b*", "** a**"),
         *("[a](javascript:alert(1))", "[a](/x)", "[a](//x.y)", "<https://x.y>", "![a](/x)"),
         *("<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "[a]: https://x.y"),
     ],
@@ -179,11 +180,38 @@ def test_what_is_no_markup_keeps_every_sign(text: str) -> None:
     assert in_node("markdownNodes(value)", text) == [["p", {}, [text]]]
 
 
+def markup(node: Any) -> str:
+    if isinstance(node, str):
+        return node
+    tag, attributes, nodes = node
+    given = "".join(f" {name}={value}" for name, value in attributes.items())
+    return f"<{tag}{given}>{''.join(map(markup, nodes))}</{tag}>"
+
+
+@needs_node
+def test_latex_becomes_mathml() -> None:
+    """Each line of formulas.txt has a text and its formula's MathML, if any; `¶` ends a line."""
+    lines = Path(__file__).with_name("formulas.txt").read_text("utf-8").replace(" €", "\xa0€")
+    pairs = [line.replace("¶", "\n").split("\t") for line in lines.splitlines()]
+    found = in_node("value.map(([text]) => markdownNodes(text))", pairs)
+    for (source, expected), [block] in zip(pairs, found, strict=True):
+        if not expected:
+            assert block == ["p", {}, [source]]
+            continue
+        [paragraph, _, [[tag, attributes, nodes]]] = block
+        assert (paragraph, tag) == ("p", "math")
+        assert attributes.pop("alttext") in source
+        assert attributes == ({"display": "block"} if source[:2] in (r"\[", "$$") else {})
+        assert "".join(map(markup, nodes)) == expected
+
+
 @needs_node
 def test_an_answer_that_arrives_in_parts_has_the_nodes_of_the_whole() -> None:
     chance = random.Random(0)
     words = ["a", "*b*", "**", "`", "`c`", "[d](http://e)", "<i>", "1.", "-", "#", "|", "2*3*4"]
+    words += ["$x$", "$", "\\(y\\)", "\\]"]
     begins = ["", "", "# ", "- ", "1. ", "  - ", "> ", "| a | b |\n|---|---|\n| ", "```\n", "    "]
+    begins += ["\\[\n", "$$\n"]
     texts = [ANSWER]
     for _ in range(100):
         rows = [
@@ -208,6 +236,7 @@ def test_an_answer_that_arrives_in_parts_has_the_nodes_of_the_whole() -> None:
 def test_no_text_takes_longer_than_its_length_explains() -> None:
     patterns = [
         *("[", "[a](", "**a", "_a_", ">", "- ", "|", "~~", "a\n", "\\(", "*a_ ", "`` ` ", "*a b_ "),
+        *("$", "$a ", "$a$", "\\[", "\\(\\frac{", "\\(^\\)", "$$a$$$", "\\[\\left(\\]\n"),
         *("|a|\n|-|\n", "  \n- a\n", "**k *l m* n** "),
     ]
     seconds = """value.map(pattern => [3000, 48000].map(n => {

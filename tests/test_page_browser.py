@@ -2,18 +2,18 @@
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import axe
 import pytest
-from browser import Browser, missing
+from browser import Browser
 from desk import (
     ANSWER,
     DOWN,
     ENTER,
     ESCAPE,
     LEFT,
+    NEEDS_CHROMIUM,
     QUESTION,
     RIGHT,
     TAB,
@@ -24,23 +24,10 @@ from desk import (
 from patience import PATIENCE_S
 from scripted_server import N_LAYER, SHA256, layers
 
-from qaflora_edge.chat.conversation import (
-    Conversation,
-    load_session,
-    save_session,
-)
+from qaflora_edge.chat.conversation import Conversation, load_session, save_session
 
 IDENTITY = {"name": "demo", "base_sha256": SHA256["base"], "adapters": SHA256["adapters"]}
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(bool(missing()), reason=missing()),
-]
-
-
-@pytest.fixture
-def desk(window: Browser) -> Iterator[Desk]:
-    with desk_at(window) as made:
-        yield made
+pytestmark = NEEDS_CHROMIUM
 
 
 def test_a_conversation(desk: Desk) -> None:
@@ -162,7 +149,38 @@ def test_weights_by_hand(desk: Desk) -> None:
         "return": "layers",
         "weights": {"math": 1.25, "es": 0, "med": 0.5},
     }
-    assert desk.texts("button.mix .entry") == ["math\n1.25", "es\n0.00", "med\n0.50"]
+    assert desk.texts("button.mix .entry") == ["math\n125 %", "med\n50 %"]
+
+
+def test_the_base_has_its_share_of_the_bar(desk: Desk) -> None:
+    desk.script.weights = {"math": 0.02, "es": 0.3, "med": 0.0}
+    reasons = {"scores": {"answer": 0.5}, "thresholds": {"answer": 1.5}, "taken_as": ""}
+    desk.script.why = {"because": "So <b>.", "why": dict.fromkeys(desk.script.weights, reasons)}
+    desk.ask()
+    assert desk.texts(".mix .entry") == ["es\n30 %", "math\n2 %", "base\n68 %"]
+    widths = desk.window.run(
+        "const [bar] = document.querySelectorAll('.bar'), { width } = bar.getBoundingClientRect();"
+        "return [...bar.children].map(e => e.getBoundingClientRect().width / width)"
+    )
+    assert widths == pytest.approx([0.3, 0.02, 0.68], abs=0.01)
+    desk.click("button.mix")
+    assert desk.texts(".why, .cell") == ["So <b>."]
+    assert desk.texts(".reasons tr")[1].split() == ["math", "0.02", "0.50"]
+    desk.script.weights = dict.fromkeys(desk.script.weights, 0.0)
+    desk.ask()
+    assert desk.texts(".mix .entry")[3:] == ["base"]
+
+
+def test_a_formula_is_drawn_and_read_aloud(desk: Desk) -> None:
+    desk.script.answers["?"] = "It is \\(\\frac{1}{2}\\).\n\n\\[x_1\\]\n\nOr $5 and $10.\n#### 72"
+    desk.ask("?")
+    assert desk.window.run(
+        "const [over] = document.querySelectorAll('.markdown mfrac');"
+        "const [top, bottom] = [...over.children].map(e => e.getBoundingClientRect());"
+        "return over.namespaceURI.endsWith('MathML') && top.bottom <= bottom.top + 3"
+    )
+    assert desk.texts(".markdown p")[-1] == "Or $5 and $10.\n#### 72"
+    assert desk.text("#spoken").startswith("It is \\frac{1}{2}.")
 
 
 def test_two_strategies_side_by_side(desk: Desk) -> None:
@@ -288,7 +306,7 @@ def test_save_as_markdown_and_as_json(desk: Desk, tmp_path: Path) -> None:
         desk.click(f"#save-{kind}")
     markdown, document = (saved(tmp_path, ending) for ending in ("md", "json"))
     means = [sum(row) / N_LAYER for row in layers(["math", "es", "med"], "qa-flora")]
-    mix = ", ".join(
+    mix = " · ".join(
         f"{n} {100 * m:.0f} %" for n, m in zip(("math", "es", "med"), means, strict=True)
     )
     assert markdown.read_text("utf-8") == (
@@ -446,6 +464,10 @@ def test_axe_finds_nothing_serious(window: Browser, is_dark: bool, width: int) -
         desk.set("#strategy", "manual")
         desk.click("#save")
         assert axe.findings(window) == []
+        desk.click("#open-chats")
+        window.until("return document.querySelectorAll('.past').length")
+        assert axe.findings(window) == []
+        desk.click("#close-chats")
         if width < 900:
             desk.click("#open-panel")
             assert axe.findings(window) == []
@@ -458,6 +480,7 @@ def test_axe_finds_nothing_serious(window: Browser, is_dark: bool, width: int) -
 def test_a_phone_shows_everything_without_scrolling_sideways(desk: Desk) -> None:
     wide = "return document.documentElement.scrollWidth"
     desk.script.answers["wide"] = (
+        f"$$x{' + x' * 99}$$\n\n$x{' + x' * 99}$\n\n"
         f"{'x' * 200}\n\n```\n{'y' * 200}\n```\n\n# {'w' * 90}\n\n"
         f"| {'a | ' * 20}\n|{'---|' * 20}\n| {'long-word | ' * 20}"
     )

@@ -1,15 +1,9 @@
 """The page of the server before hostile answers: whatever a model writes stays text."""
 
-from collections.abc import Iterator
-
 import pytest
-from browser import Browser, missing
-from desk import Desk, desk_at
+from desk import NEEDS_CHROMIUM, Desk
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(bool(missing()), reason=missing()),
-]
+pytestmark = NEEDS_CHROMIUM
 
 EVIL = [
     "<script>document.title='pwned'</script>",
@@ -29,33 +23,26 @@ EVIL = [
     "| <script>document.title='pwned'</script> | b |\n|---|---|\n"
     "| <img src=x onerror=document.title='pwned'> | [x](javascript:x) |",
     "- <img src=x onerror=document.title='pwned'>\n> <svg/onload=document.title='pwned'>",
+    "\\(\\text{<img src=x onerror=document.title='pwned'>}\\) $<style>$ \\[<script>\\]",
     "\u202e<script>\u202c \u0000 \ufeff<img src=x onerror=document.title='pwned'>",
 ]
 
 # What no answer may be made of.
 FOREIGN = (
     ".answer :is(script, style, img, svg:not(.icon), iframe, object, embed, form, input, link,"
-    "meta, base, a, video, audio, source, math, details, body, button:not([title]), [onerror],"
+    "meta, base, a, video, audio, source, semantics, details, body, button:not([title]), [onerror],"
     "[onload], [style]:not(.bar *, .grid, .cell))"
 )
-
-
-@pytest.fixture
-def desk(window: Browser) -> Iterator[Desk]:
-    with desk_at(window) as made:
-        yield made
 
 
 def test_no_part_of_a_hostile_answer_acts(desk: Desk) -> None:
     """All in one stream, which shows each half, too; then each alone, as a reload shows them."""
     desk.script.answers["all"] = "\n\n".join(EVIL)
     desk.ask("all")
+    [turn] = desk.kept()[0]["turns"]
+    turns = [{**turn, "answers": [{**turn["answers"][0], "text": text}]} for text in EVIL]
     desk.window.run(
-        "const chat = JSON.parse(sessionStorage.getItem('chat')), [turn] = chat.turns;"
-        "for (const text of arguments[0]) chat.turns.push({...turn, question: text,"
-        " answers: [{...turn.answers[0], text}]});"
-        "sessionStorage.setItem('chat', JSON.stringify(chat));",
-        EVIL,
+        "sessionStorage.setItem('chat', JSON.stringify({turns: arguments[0]}))", [turn, *turns]
     )
     desk.reload()
     desk.wait_for_texts()

@@ -3,19 +3,16 @@
 from collections.abc import Iterator
 
 import pytest
-from browser import Browser, missing
+from browser import Browser
 from bundles import TinyBundle
-from desk import Desk
+from desk import NEEDS_CHROMIUM, Desk
 from scripted_server import Script
 from serving import ENGINE, listening
 
 from qaflora_edge import Engine
-from qaflora_edge.show.text import reason_rows
+from qaflora_edge.show.text import reason_rows, who_spoke
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(bool(missing()), reason=missing()),
-]
+pytestmark = NEEDS_CHROMIUM
 
 QUESTION = "the thing?"
 MESSAGES = [{"role": "user", "content": QUESTION}]
@@ -35,13 +32,13 @@ def desk(window: Browser, calibrated: TinyBundle) -> Iterator[Desk]:
 
 def test_text_and_weights_are_those_of_the_engine_alone(desk: Desk, calibrated: TinyBundle) -> None:
     with Engine(calibrated.folder, **ENGINE) as engine:  # type: ignore[arg-type]
-        for strategy in ("", "calibrated", "static"):
+        for n, strategy in enumerate(("", "calibrated"), 1):
             fusion = engine.weights(engine.chat_tokens(MESSAGES), strategy=strategy or None)
             answer = engine.chat(MESSAGES, weights=strategy or None, max_tokens=12, temperature=0)
             desk.set("#strategy", strategy)
             desk.click("#new")
             desk.ask(QUESTION)
-            kept = desk.window.run("return JSON.parse(sessionStorage.getItem('chat')).turns[0]")
+            kept = max(desk.kept(n), key=lambda chat: chat["time"])["turns"][0]
             [choice] = answer["choices"]
             assert kept["answers"][0]["text"] == choice["message"]["content"]
             assert kept["answers"][0]["state"] == choice["finish_reason"]
@@ -57,13 +54,16 @@ def test_text_and_weights_are_those_of_the_engine_alone(desk: Desk, calibrated: 
                 for name, row in zip(fusion.adapters, fusion.weights, strict=True)
                 for layer, weight in enumerate(row.tolist())
             ]
-        fusion = engine.weights(MESSAGES, strategy="two-place")
-        desk.set("#strategy", "two-place")
-        desk.click("#new")
-        desk.ask(QUESTION)
-        desk.click("button.mix")
-        rows = "return [...document.querySelectorAll('.reasons tr')].map(r => "
-        rows += "[...r.children].map(cell => cell.textContent))"
-        assert desk.window.run(rows) == reason_rows(fusion)
-        assert desk.text(".why") == fusion.because
+        for strategy in ("two-place", "static"):
+            fusion = engine.weights(MESSAGES, strategy=strategy)
+            desk.set("#strategy", strategy)
+            desk.click("#new")
+            desk.ask(QUESTION)
+            spoke = " · ".join(text.replace("\n", " ") for text in desk.texts(".mix .entry"))
+            assert spoke == who_spoke(fusion)
+            desk.click("button.mix")
+            rows = "return [...document.querySelectorAll('.reasons tr')].map(r => "
+            rows += "[...r.children].map(cell => cell.textContent))"
+            assert desk.window.run(rows) == reason_rows(fusion)
+            assert desk.texts(".why, .cell") == [fusion.because] * bool(fusion.because)
     assert desk.window.log() == []

@@ -105,6 +105,9 @@ def test_what_decided_is_a_table_and_no_heatmap() -> None:
     for page in (html([("", fusion)]), notebook_html(fusion)):
         assert {"So.", *rows[1], *rows[3]} <= {*Page(page).texts}
         assert "<rect" not in page
+    drawn = ElementTree.fromstring(picture([("", fusion)], SUBJECT))
+    cells = [each[0].text for each in drawn.iter(f"{SVG}rect") if each.get("class") == "cell"]
+    assert cells == ["math\nweight 0.500", "es\nweight 0.500"]
 
 
 def test_what_turns_or_controls_is_spelt() -> None:

@@ -104,17 +104,19 @@ def _scale(fusions: Sequence[FusionWeights]) -> dict[str, Any]:
 
 
 def _panel(fusion: FusionWeights, ends: tuple[float, float]) -> dict[str, Any]:
-    """Lay out rows of cells between the adapters' names and their means, in pixels."""
-    n_adapter, n_layer = fusion.weights.shape
+    """Lay out rows of cells in pixels: a cell per layer, or one where no layer differs."""
+    is_layered = not reason_rows(fusion)
+    n_adapter, n_layer = fusion.weights.shape if is_layered else (len(fusion.adapters), 1)
     names = [crop(name, NAME_WIDTH_MAX, len_pixels) for name in fusion.adapters]
     left = math.ceil(max(map(len_pixels, names), default=30)) + 12
     right = left + n_layer * CELL_WIDTH
-    leads = leading_layers(fusion)
+    leads = leading_layers(fusion) if is_layered else [[]] * n_adapter
 
     def cell(row: int, layer: int) -> dict[str, Any]:
         weight = float(fusion.weights[row, layer])
-        title = f"{fusion.adapters[row]}, layer {layer}\nweight {weight:.3f}"
-        if fusion.divergence is not None:
+        place = f", layer {layer}" * is_layered
+        title = f"{fusion.adapters[row]}{place}\nweight {weight:.3f}"
+        if is_layered and fusion.divergence is not None:
             what = fusion.measured
             title += f"\n{what.name} {float(fusion.divergence[row, layer]):.3g}{what.unit}"
         share = max(0.0, min(1.0, (weight - ends[0]) / (ends[1] - ends[0])))
@@ -130,8 +132,8 @@ def _panel(fusion: FusionWeights, ends: tuple[float, float]) -> dict[str, Any]:
         }
         for row, name in enumerate(names)
     ]
-    size = {"width": right + MEAN_WIDTH, "bottom": n_adapter * CELL_HEIGHT}
-    return {"rows": rows, "ticks": range(0, n_layer, TICK), "left": left, "right": right, **size}
+    size = {"width": right + MEAN_WIDTH, "bottom": n_adapter * CELL_HEIGHT, "right": right}
+    return {"rows": rows, "ticks": range(0, n_layer * is_layered, TICK), "left": left, **size}
 
 
 def notebook_html(fusion: FusionWeights) -> str:

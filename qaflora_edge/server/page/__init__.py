@@ -14,8 +14,8 @@ from qaflora_edge.weighing.strategy import strategies
 
 # In this order: each uses what stands before it.
 SCRIPTS = (
-    *("elements", "icons", "store", "server", "markdown", "answered", "mix", "answer", "turn"),
-    *("panel", "download", "session", "chat"),
+    *("elements", "icons", "store", "database", "kept", "server", "latex", "markdown", "answered"),
+    *("mix", "answer", "turn", "panel", "download", "session", "chats", "chat"),
 )
 
 

@@ -7,9 +7,24 @@ const ELEMENTS = {
   h1: "h3", h2: "h4", h3: "h5", h4: "h6", h5: "h6", h6: "h6",
 };
 
+const MATHML = "http://www.w3.org/1998/Math/MathML";
+const MATH_TAGS = new Set([
+  ..."math mrow mi mo mn mtext mspace mfrac msqrt mroot msub msup msubsup munder mover munderover mtable mtr mtd".split(" "),
+]);
+
+// A formula's node, of which attributes and tags are those of latex.js.
+const mathElement = ([tag, attributes, nodes]) => {
+  if (!MATH_TAGS.has(tag)) throw new Error(`No element ${tag} is known.`);
+  const made = document.createElementNS(MATHML, tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  made.append(...nodes.map(node => typeof node === "string" ? node : mathElement(node)));
+  return made;
+};
+
 const build = node => {
   if (typeof node === "string") return document.createTextNode(node);
   const [tag, attributes, nodes] = node;
+  if (tag === "math") return mathElement(node);
   if (tag === "pre") return codeBlock(attributes.lang, nodes[0]);
   const children = nodes.map(build);
   if (tag === "link") return linkText(attributes.address, children);
@@ -57,6 +72,15 @@ const linkText = (address, children) => {
   return isShown ? label : el("span", {}, label, el("span", { className: "address" }, ` (${address})`));
 };
 
+// What is said aloud of an element: formulas as their source, for their letters alone lose fractions.
+const spokenText = element => {
+  if (!element.querySelector("math")) return element.innerText;
+  const copied = element.cloneNode(true);
+  for (const formula of copied.querySelectorAll("math")) formula.replaceWith(formula.getAttribute("alttext"));
+  for (const end of copied.querySelectorAll("p, li, td, br")) end.after("\n");
+  return copied.textContent;
+};
+
 const REDRAW_MS = 60, LOAD = 4; // a redraw is followed by a pause of so many times its own time
 
 // An answer that grows. Blocks that are settled stay the elements that they are.
@@ -74,7 +98,7 @@ const markdownView = onSettled => {
     settled.append(...nodes);
     live.replaceChildren(...blocksOf(rows.slice(n)).map(block => build(block.node)));
     rest = rows.slice(n).join("\n");
-    onSettled(nodes.map(node => node.innerText).join("\n"));
+    onSettled(nodes.map(spokenText).join("\n"));
     drawn_ms = performance.now() - start;
   };
 

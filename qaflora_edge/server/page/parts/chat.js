@@ -30,13 +30,8 @@ const drawState = () => {
   if (!isBusy) byId("newest").hidden = true;
 };
 
-const fail = text => {
-  byId("trouble").textContent = text;
-  byId("trouble").hidden = !text;
-};
-
 const append = turn => {
-  const view = turnView(turn, adaptersOf, { edit: editTurn, retry: retryTurn, choose: keep });
+  const view = turnView(turn, adaptersOf, { edit: editTurn, retry: retryTurn, choose: () => keepChat() });
   views.push(view);
   byId("turns").append(view.element);
   return view;
@@ -56,24 +51,38 @@ const newAnswer = strategy => ({
   model: settings.bundle, strategy, text: "", state: "waiting",
 });
 
+// Leave this chat for another one.
+const showChat = next => {
+  stop();
+  running = null;
+  for (const view of views.splice(0)) view.element.remove();
+  adopt(next);
+  fail("");
+  chat.turns.forEach(append);
+  drawState();
+  scrollDown();
+  question.focus();
+};
+
 const ask = async text => {
   const strategies = [settings.strategy, ...(settings.isComparing ? [settings.other] : [])];
   const messages = [...messagesBefore(chat.turns.length), { role: "user", content: text }];
   const turn = { question: text, answers: strategies.map(newAnswer), chosen: 0 };
   chat.turns.push(turn);
-  const view = append(turn), control = new AbortController();
+  const own = chat, view = append(turn), control = new AbortController();
   running = control;
   isFollowing = true;
   byId("spoken").replaceChildren();
   fail("");
-  keep();
+  keepChat();
   drawState();
   scrollDown();
   say("The question is read.");
   await Promise.all(view.views.map((each, i) =>
     fill(each, { ...requestOf(strategies[i]), messages }, control.signal)));
+  keepChat(own);
+  if (running !== control) return; // another chat is shown
   running = null;
-  keep();
   drawState();
   say(turn.answers.map(answer => answer.error || { cancelled: "Stopped.", length: "The answer was cut." }[answer.state] || "The answer is complete.").join(" "));
   if (isFollowing) scrollDown();
@@ -138,26 +147,21 @@ byId("save-markdown").onclick = () => saveAs("md", "text/markdown", asMarkdown);
 byId("save-json").onclick = () => saveAs("json", "application/json", asSession);
 
 const openFile = async file => {
+  let session;
   try {
     if (file.size > MAX_SESSION_BYTES) throw new Error(`It has more than ${MAX_SESSION_BYTES} bytes.`);
-    const session = readSession(await file.text());
-    stop();
-    truncate(0);
+    session = readSession(await file.text());
     follow(session);
-    chat.turns = session.turns;
   } catch (error) {
     fail(`Cannot open ${file.name}: ${error.message} Choose a file that this page or \`qaflora chat\` has saved.`);
     return;
   }
-  fail("");
   keep();
   byId("bundle").value = settings.bundle;
   drawPanel();
   drawEmpty();
-  for (const turn of chat.turns) append(turn);
-  drawState();
-  scrollDown();
-  question.focus();
+  showChat(newChat(session.turns));
+  keepChat();
 };
 const chatFile = byId("chat-file");
 byId("open-chat").onclick = () => { openMenu(false); chatFile.click(); };
@@ -170,17 +174,14 @@ addEventListener("click", event => {
   if (!menu.hidden && !event.target.closest("#save, #save-menu")) openMenu(false);
 });
 
-byId("new").onclick = () => {
-  stop();
-  truncate(0);
-  fail("");
-  keep();
-  drawState();
-  question.focus();
+const beginChat = () => {
+  showChat(newChat());
+  keepChat();
 };
+byId("new").onclick = beginChat;
 
 addEventListener("keydown", event => {
-  if (event.key !== "Escape") return;
+  if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;
   if (!menu.hidden) {
     openMenu(false);
     byId("save").focus();
@@ -197,19 +198,22 @@ const drawEmpty = () => {
     el("h2", {}, el("bdi", {}, settings.bundle)),
     el("p", { className: "legend" }, ...names.map(name => el("span", { className: `entry ${hue(name, names)}` }, el("i"), el("bdi", {}, name)))),
     el("p", {}, names.length
-      ? "These adapters are weighed anew for every question, at every layer. The bar above an answer shows its mix; open it to see the layers."
+      ? "These adapters are weighed for every question. The bar above an answer shows its mix; open it to see why."
       : "A base without adapters."));
 };
 
 const start = async () => {
-  for (const [id, icon] of [["new", "plus"], ["save", "download"], ["open-panel", "sliders"]]) {
+  for (const [id, icon] of [["new", "plus"], ["open-chats", "chats"], ["save", "download"], ["open-panel", "sliders"]]) {
     byId(id).append(drawn(icon));
     byId(id).setAttribute("aria-label", byId(id).title);
   }
   drawState();
   openPanel(!isNarrow.matches);
+  const reading = readChat();
   try {
-    readModels((await (await call("v1/models")).json()).data);
+    const models = (await (await call("v1/models")).json()).data;
+    await reading;
+    readModels(models);
   } catch (error) {
     fail(told(error));
     return;
@@ -224,7 +228,7 @@ const start = async () => {
   select.onchange = () => { settings.bundle = select.value; keep(); drawPanel(); drawEmpty(); };
   drawPanel();
   drawEmpty();
-  for (const turn of chat.turns) append(turn);
+  chat.turns.forEach(append);
   drawState();
   scrollDown();
   if (!isNarrow.matches) question.focus();

@@ -18,11 +18,8 @@ const messagesBefore = end => {
   return messages;
 };
 
-const mixLine = ({ model, strategy, fusion }) => {
-  const shares = fusion ? weightTexts(Object.values(fusion.weights)) : [];
-  const parts = Object.keys(fusion?.weights ?? {}).map((name, i) => `${name} ${shares[i]}`);
-  return `*${[model, strategy || fusion?.strategy, parts.join(", ")].filter(Boolean).join(" · ")}*`;
-};
+const mixLine = ({ model, strategy, fusion }) =>
+  `*${[model, strategy || fusion?.strategy, fusion && spokeText(fusion.weights)].filter(Boolean).join(" · ")}*`;
 
 const asMarkdown = () => [
   ...(settings.system.trim() ? ["## System", settings.system.trim()] : []),

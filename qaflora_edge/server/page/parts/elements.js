@@ -23,6 +23,11 @@ const unique = (() => {
 
 const say = text => { byId("status").textContent = text; };
 
+const fail = text => {
+  byId("trouble").textContent = text;
+  byId("trouble").hidden = !text;
+};
+
 // The clipboard's own call is there on https and on this machine only.
 const copy = async text => {
   if (navigator.clipboard) return navigator.clipboard.writeText(text);

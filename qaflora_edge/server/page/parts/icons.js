@@ -7,6 +7,7 @@ const ICONS = {
   retry: "M15.5 8A6 6 0 1 0 16 11M16 4v4h-4",
   edit: "M4 16l1-4 8.5-8.5 3 3L8 15z",
   plus: "M10 4v12M4 10h12",
+  chats: "M3 5h14M3 10h14M3 15h9",
   download: "M10 3v10M6 9l4 4 4-4M4 17h12",
   sliders: "M3 6h6M13 6h4M3 14h2M9 14h8M11 4v4M7 12v4",
   close: "M5 5l10 10M15 5L5 15",

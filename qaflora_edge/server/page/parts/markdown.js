@@ -3,12 +3,13 @@
 //
 // Less is markup than elsewhere, for no number and no formula may lose a sign: a star is emphasis
 // neither inside a word nor beside a digit, `__` never is, and a backslash that is LaTeX's stays.
+// `#### 72` is the answer of a data set and stays as it is. latex.js draws formulas.
 // HTML, images, underlined headings and definitions of links stay text.
 const MAX_NESTED = 32; // quotes and lists in each other; deeper ones are text
 const MAX_OPEN = 100; // runs of stars that wait for their end
 
 const FENCE = /^ {0,3}(`{3,}(?=[^`]*$)|~{3,})[ \t]*(\S*)/;
-const HEADING = /^ {0,3}(#{1,6})(?=[ \t]|$)(.*)$/;
+const HEADING = /^ {0,3}(?!####(?: [^\p{L}]*)?$)(#{1,6})(?=[ \t]|$)(.*)$/u;
 const RULE = /^ {0,3}([-*_])[ \t]*(?:\1[ \t]*){2,}$/;
 const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^( {0,3})([-+*]|\d{1,9}[.)])( *)(.*)$/;
@@ -113,9 +114,21 @@ const listAt = (lines, start, depth) => {
   return [Number.isNaN(first.number) ? ["ul", {}, nodes] : ["ol", { start: first.number }, nodes], at];
 };
 
+// What ends the formula that a line begins or goes on with, which `closer` ends; "" behind its end.
+const closerBehind = (line, closer) => {
+  const text = line.trim();
+  if (closer) return text.includes(closer) ? "" : closer;
+  const begun = { "\\[": "\\]", "$$": "$$" }[text.slice(0, 2)];
+  return begun && !text.includes(begun, 2) ? begun : "";
+};
+
+// Lines of a formula are no items and no quotes.
 const paragraphAt = (lines, start) => {
-  let at = start + 1;
-  while (at < lines.length && !isBlank(lines[at]) && !breaks(lines[at]) && !tableAt(lines, at)) at++;
+  let at = start, closer = "";
+  do {
+    closer = closerBehind(lines[at], closer);
+    at++;
+  } while (at < lines.length && !isBlank(lines[at]) && (closer || (!breaks(lines[at]) && !tableAt(lines, at))));
   const text = lines.slice(start, at).map(line => line.trim()).join("\n");
   return [["p", {}, inline(text)], at];
 };
@@ -164,15 +177,33 @@ const isEdge = (sign, marks) => !sign.trim() || marks.includes(sign) || WIDE.tes
 const isDigit = sign => /\d/.test(sign);
 const isPunctuation = sign => /[\p{P}\p{S}]/u.test(sign);
 
-const PLAIN = /[^`\\*_~[\n]+/y, RUN = /`+|\*+|_+|~+/y;
+const PLAIN = /[^`\\*_~[$\n]+/y, RUN = /`+|\*+|_+|~+/y;
 const LINK = /\[([^[\]\n]*)\]\(<?((?:https?|ftp|mailto):[^\s()<>]*(?:\([^\s()<>]*\)[^\s()<>]*)*)>?(?: +"[^"\n]*")?\)/iy;
 const LATEX = "()[]{}\\,:;|"; // behind a backslash, LaTeX's
+// A formula between single dollars touches both, on one line; $5 and $10 hold none.
+const DOLLARS = /(?<![\w$])\$(?![\s$])((?:[^$\\\n]|\\[^\n])+)(?<!\s)\$(?![\w$])/y;
+const PRICE = /^[\d.,]+\s+\p{L}{2}/u;
+const CLOSERS = { "\\(": "\\)", "\\[": "\\]", "$$": "$$" };
 
-const matchAt = (pattern, text, at) => { pattern.lastIndex = at; return pattern.exec(text); };
+// The formula at a place: what it took, and its node, or its source where that is unknown.
+// noEnd: delimiters that have no end behind this place
+const formulaAt = (text, at, noEnd) => {
+  const closer = CLOSERS[text.slice(at, at + 2)];
+  if (!closer) {
+    const found = matchAt(DOLLARS, text, at);
+    return found && !PRICE.test(found[1]) ? [found[0], latexNode(found[1], false) ?? found[0]] : null;
+  }
+  if (text[at] === "$" && (text[at - 1] === "$" || text[at + 2] === "$")) return null;
+  const end = noEnd.has(closer) ? -1 : text.indexOf(closer, at + 2);
+  if (end < 0) noEnd.add(closer);
+  if (end < 0 || text[end + 2] === "$") return null;
+  const took = text.slice(at, end + 2);
+  return [took, latexNode(took.slice(2, -2), closer !== "\\)") ?? took];
+};
 
 // The nodes of a paragraph, a heading or a cell; a line end is one.
 const inline = text => {
-  const parts = [], noEnd = new Set(); // lengths of runs of ` that have no end
+  const parts = [], noEnd = new Set(); // lengths of runs of `, and ends of formulas, that do not come any more
   const code = (run, at) => {
     for (let end = text.indexOf(run, at); end >= 0 && !noEnd.has(run.length); ) {
       const [found] = matchAt(/`+/y, text, end);
@@ -186,7 +217,15 @@ const inline = text => {
     const sign = text[at], plain = matchAt(PLAIN, text, at);
     let took = (plain || matchAt(RUN, text, at) || [sign])[0], node = took;
     const link = sign === "[" ? matchAt(LINK, text, at) : null;
-    if (sign === "\n") node = ["br", {}, []];
+    const formula = sign === "\\" || sign === "$" ? formulaAt(text, at, noEnd) : null;
+    if (formula) {
+      [took, node] = formula;
+      if (Array.isArray(node) && node[1].display) { // on lines of its own
+        if (parts.at(-1)?.[0] === "br") parts.pop();
+        if (text[at + took.length] === "\n") took += "\n";
+      }
+    }
+    else if (sign === "\n") node = ["br", {}, []];
     else if (sign === "\\" && at + 1 < text.length) {
       const next = text[at + 1];
       if (next === "\n") node = "";

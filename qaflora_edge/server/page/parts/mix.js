@@ -6,40 +6,39 @@ const sum = numbers => numbers.reduce((total, number) => total + number, 0);
 const mean = numbers => numbers.length ? sum(numbers) / numbers.length : 0;
 const leastAndMost = rows => rows.flat().reduce(([low, high], w) => [Math.min(low, w), Math.max(high, w)], [0, 0]);
 
-// Shares are written in percent where they are shares, as weights where they are not.
-const weightTexts = weights => {
-  const isShare = weights.every(w => w >= 0) && Math.abs(sum(weights) - 1) < 0.005;
-  return weights.map(w => isShare ? `${Math.round(100 * w)} %` : w.toFixed(2).replace("-", "−"));
+// [name, per cent] of who spoke: adapters above 0, heaviest first, then the base's share.
+const whoSpoke = weights => {
+  const shares = Object.entries(weights).map(([name, weight]) => [name, Math.round(100 * weight)]);
+  const rest = 100 - sum(shares.map(([, share]) => share));
+  const parts = shares.filter(([, share]) => share).sort((one, other) => other[1] - one[1]);
+  return parts.length && rest <= 1 ? parts : [...parts, ["base", rest]];
 };
+const shareText = share => `${String(share).replace("-", "−")} %`;
+const spokeText = weights => whoSpoke(weights).map(([name, share]) => share === 100 && name === "base" ? name : `${name} ${shareText(share)}`).join(" · ");
 
 // fusion: {strategy, weights: {name: mean}, layers: {name: [n_layer]}, and where no layer differs
 // because, why: {name: {scores: {place: number}, thresholds, taken_as}}}; adapters: all of the bundle
 const mixView = (fusion, adapters) => {
-  const names = Object.keys(fusion.weights), weights = Object.values(fusion.weights);
-  const texts = weightTexts(weights), whole = sum(weights.map(Math.abs));
-  const bar = el("span", { className: "bar" });
-  const legend = el("span", { className: "legend" });
-  names.forEach((name, i) => {
-    if (weights[i]) {
-      const part = el("span", { className: hue(name, adapters) });
-      part.style.flexGrow = Math.abs(weights[i]) / whole;
-      bar.append(part);
-    }
-    if (whole) legend.append(el("span", { className: `entry ${hue(name, adapters)}` },
-      el("i"), el("bdi", {}, name), " ", el("b", {}, texts[i])), " ");
-  });
-  if (!whole) legend.append(el("span", { className: "entry" }, "the base alone"));
-  const label = whole ? names.map((name, i) => `${name} ${texts[i]}`).join(", ") : "the base alone";
+  const names = Object.keys(fusion.weights), parts = whoSpoke(fusion.weights), isBase = parts.every(([name]) => name === "base");
+  const hueOf = name => adapters.includes(name) ? hue(name, adapters) : "hue-base";
+  const bar = el("span", { className: "bar" }, ...parts.map(([name, share]) => {
+    const part = el("span", { className: hueOf(name) });
+    part.style.flexGrow = Math.abs(share);
+    return part;
+  }));
+  const legend = el("span", { className: "legend" }, ...parts.flatMap(([name, share]) => [
+    el("span", { className: `entry ${hueOf(name)}` }, el("i"), el("bdi", {}, name), " ", isBase ? "" : el("b", {}, shareText(share))), " "]));
+  const rows = Object.values(fusion.layers ?? {}), isLayered = rows.some(row => row.some(weight => weight !== row[0]));
   const isTold = names.length > 0 && names.every(name => fusion.why?.[name]);
-  if (!isTold && (!whole || !fusion.layers)) return el("div", { className: "mix", role: "img", "aria-label": `Mix: ${label}` },
+  if (isBase && !isTold || !rows.length) return el("div", { className: "mix", role: "img", "aria-label": `Mix: ${spokeText(fusion.weights)}` },
     bar, el("span", { className: "line" }, legend));
 
   const map = el("div", { className: "map", id: unique("map"), hidden: true });
-  const title = isTold ? "Why this mix" : "Weights by layer";
+  const title = isLayered ? "Weights by layer" : "Why this mix";
   const toggle = el("button", {
     type: "button", className: "mix", title, "aria-expanded": "false", "aria-controls": map.id,
     onclick: () => {
-      if (!map.childElementCount) map.append(...(isTold ? reasonTable(names, fusion) : heatmap(names, fusion, adapters)));
+      if (!map.childElementCount) map.append(...(isLayered ? heatmap(names, fusion, adapters) : reasonTable(names, fusion)));
       map.hidden = !map.hidden;
       toggle.setAttribute("aria-expanded", String(!map.hidden));
     },
@@ -47,18 +46,19 @@ const mixView = (fusion, adapters) => {
   return el("div", {}, toggle, map);
 };
 
-// What decided, as `qaflora weights` prints it.
+// What decided, as `qaflora weights` prints it; the weights alone where nothing was measured.
+const UNMEASURED = { scores: {}, thresholds: {}, taken_as: "" };
 const reasonTable = (names, { because, weights, why }) => {
-  const { scores, thresholds } = why[names[0]], places = Object.keys(scores);
-  const needed = Object.keys(thresholds).length, isTaken = names.some(name => why[name].taken_as);
+  const reason = name => why?.[name] ?? UNMEASURED, { scores, thresholds } = reason(names[0]), places = Object.keys(scores);
+  const needed = Object.keys(thresholds).length, isTaken = names.some(name => reason(name).taken_as);
   const number = value => value === undefined ? "" : needed ? value.toFixed(2) : String(Number(value.toPrecision(3)));
   const row = (...cells) => el("tr", {}, ...cells.map((text, i) => el(i ? "td" : "th", {}, el("bdi", {}, text))));
   const line = (name, weight, numbers, ...taken) => row(name, weight, ...places.map(place => number(numbers[place])), ...taken);
   return [
-    el("p", { className: "why" }, because),
+    ...(because ? [el("p", { className: "why" }, because)] : []),
     el("div", { className: "wide" }, el("table", { className: "reasons" },
       row("adapter", "weight", ...places, ...(isTaken ? ["taken as"] : [])),
-      ...names.map(name => line(name, weights[name].toFixed(2), why[name].scores, ...(isTaken ? [why[name].taken_as || "-"] : []))),
+      ...names.map(name => line(name, weights[name].toFixed(2), reason(name).scores, ...(isTaken ? [reason(name).taken_as || "-"] : []))),
       ...(needed ? [line("threshold", "", thresholds)] : []))),
   ];
 };

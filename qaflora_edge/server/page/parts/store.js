@@ -1,5 +1,5 @@
-// The chat lives in its tab: a reload keeps it, closing the tab forgets it. Settings stay.
-// Where the browser keeps nothing for pages, the chat is forgotten with the page.
+// What a tab and a browser hold by name: settings, the API key, and the chat over a reload.
+// Where the browser keeps nothing for pages, all of it is forgotten with the page.
 const shelf = name => {
   try {
     return window[name];
@@ -20,25 +20,9 @@ const read = (storage, name, fallback) => {
 const settings = read(forBrowser, "settings", {
   bundle: "", strategy: "", isComparing: false, other: "", system: "",
   temperature: "", max_tokens: "", seed: "",
+  isKeeping: true, // whether chats go into the database
   off: {}, // bundle -> names of adapters that are not in use
   weights: {}, // bundle -> adapter -> weight, of the strategy "manual"
 });
 
-// turns: [{question, answers: [{model, strategy, text, state, error, fusion, usage, timings}], chosen}]
-const chat = read(forTab, "chat", { turns: [] });
-
-const keep = () => {
-  forBrowser.setItem("settings", JSON.stringify(settings));
-  try {
-    forTab.setItem("chat", JSON.stringify(chat));
-  } catch {
-    say("This chat is too long for the browser to keep over a reload.");
-  }
-};
-
-// An answer that was still being written when the page went away.
-for (const turn of chat.turns) {
-  for (const answer of turn.answers) {
-    if (["waiting", "writing"].includes(answer.state)) answer.state = "cancelled";
-  }
-}
+const keep = () => { forBrowser.setItem("settings", JSON.stringify(settings)); };
