@@ -276,16 +276,6 @@ def test_undo_and_retry(made: TinyBundle) -> None:
     assert result.stdout == as_lines([first, first, second])
 
 
-def test_a_retry_with_a_seed_is_another_answer_and_repeatable(made: TinyBundle) -> None:
-    args = ("--temp", "1.5", "--max-tokens", "12", "--seed", "7")
-    results = [chat(made.folder, "the thing", "/retry", args=args).stdout for _ in range(2)]
-    assert results[0] == results[1]
-    how = {"temperature": 1.5, "max_tokens": 12}
-    first, second = (answers(made.folder, "the thing", seed=seed, **how) for seed in (7, 8))
-    assert first != second
-    assert results[0] == as_lines(first + second)
-
-
 def test_a_saved_chat_goes_on_where_it_was(made: TinyBundle, tmp_path: Path) -> None:
     path = tmp_path / "my talk.json"
     whole = chat(made.folder, "/system on a ring", "the thing", "and then")

@@ -51,9 +51,7 @@ class Line:
         """Read the JSON object. Raises InputFileError for what is none."""
         try:
             return read_json_object(self._whole())
-        except UnicodeDecodeError as error:
-            raise self._wrong(f"it is not UTF-8 ({error.reason} at byte {error.start})") from error
-        except ValueError as error:
+        except ValueError as error:  # errors of JSON and UTF-8 too
             raise self._wrong(f"it is no JSON object ({error})") from error
 
     def text(self) -> str:

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -22,7 +22,6 @@ from qaflora_edge.cli.options import (
     own_options,
     shared_options,
 )
-from qaflora_edge.config import MAX_SEED
 from qaflora_edge.errors import CancelledError, PromptError, QafloraError
 
 if TYPE_CHECKING:
@@ -115,9 +114,8 @@ class PlainInput:
 class Chat:
     """Reads, answers and shows, until the user leaves.
 
-    sampling      keywords of Engine.generate
-    keep_history  reuse the KV state of earlier turns, computed under their own weights
-    fusion        the weights of the last answer, if there was one
+    sampling  keywords of Engine.generate
+    fusion    the weights of the last answer, if there was one
     """
 
     def __init__(
@@ -132,10 +130,9 @@ class Chat:
         from qaflora_edge.chat.conversation import Conversation
 
         self.engine, self.view, self._folder = engine, view, folder
-        self.conversation = Conversation()
-        self.sampling, self._keep_history = options.sampling, keep_history
+        self.conversation, self._is_raw = Conversation(), options.raw_prompt
+        self.sampling = {**options.sampling, "keep_history": keep_history}
         self.fusion: FusionWeights | None = None
-        self._is_raw, self._n_retry = options.raw_prompt, 0
 
     def run(self, typed: PlainInput | TerminalInput) -> None:
         """Chat until the end of the input or a command to leave."""
@@ -166,17 +163,16 @@ class Chat:
 
     # answers
 
-    def ask(self, question: str, *, is_retry: bool = False) -> bool:
+    def ask(self, question: str) -> bool:
         """Answer a question and tell how; False if no turn came of it."""
         try:
-            return self._answer(question, is_retry)
+            return self._answer(question)
         except QafloraError as error:  # this question cannot be answered; the next one may
             self.view.error(error)
             return False
 
-    def _answer(self, question: str, is_retry: bool) -> bool:
-        view = self.view
-        tokens, sampling = self._fit(question), self._sampling(is_retry)
+    def _answer(self, question: str) -> bool:
+        view, tokens = self.view, self._fit(question)
         stop, text = threading.Event(), ""
         generation: Generation | None = None
         view.begin()
@@ -184,7 +180,7 @@ class Chat:
         try:
             with contextlib.suppress(CancelledError):
                 generation = self.engine.generate(
-                    tokens, cancel=stop, on_progress=view.progress, **sampling
+                    tokens, cancel=stop, on_progress=view.progress, **self.sampling
                 )
                 for piece in generation:
                     if not stop.is_set():
@@ -221,13 +217,6 @@ class Chat:
             turns = "turn is" if n_dropped == 1 else f"{n_dropped} turns are"
             self.view.note(f"the context is full: the oldest {turns} no longer sent")
         return tokens
-
-    def _sampling(self, is_retry: bool) -> dict[str, Any]:
-        """Keywords of Engine.generate; a retry adds to the seed, or it would change nothing."""
-        self._n_retry = self._n_retry + 1 if is_retry else 0
-        seed = self.sampling["seed"]
-        seed = seed if seed is None else (seed + self._n_retry) % MAX_SEED
-        return {**self.sampling, "seed": seed, "keep_history": self._keep_history}
 
     def tokens(self, messages: list[Message]) -> list[int]:
         """Tokenize messages, under the base's template unless --raw-prompt leaves it out."""

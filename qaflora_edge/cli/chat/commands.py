@@ -146,11 +146,11 @@ def set_(chat: Chat, argument: str) -> None:
 
 @_command()
 def retry(chat: Chat, argument: str) -> None:
-    """Answer the last question again; with a seed, under the next one."""
+    """Answer the last question again; under a seed, change it first."""
     turn = chat.conversation.undo()
     if not turn:
         chat.view.note("nothing has been asked yet")
-    elif not chat.ask(turn[0]["content"], is_retry=True):
+    elif not chat.ask(turn[0]["content"]):
         chat.conversation.said += turn
 
 
