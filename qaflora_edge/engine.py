@@ -444,25 +444,10 @@ class Engine:
                 tell(done, n_all)
             return typical_of(measured, self.adapters)
 
-    def centroid(self, texts: Sequence[str], progress: TellCount | None = None) -> F32:
-        """Average the embeddings of sample texts, for the strategy `centroid`: float32 [n_embd].
-
-        texts     in chat form when the base has a template, else as text
-        progress  called with (texts done, texts in all)
-
-        Raises PromptError for a text that is empty or too long.
-        """
+    def embedding(self, prompt: Any) -> F32:
+        """Average the base's last states over a prompt, as `weights` takes it: float32 [n_embd]."""
         with self._core.call():
-            total = np.zeros(self._model.n_embd, np.float64)
-            for done, text in enumerate(texts, 1):
-                try:
-                    tokens = self._chat_query(text).tokens
-                except PromptError as error:
-                    raise PromptError(f"Sample text {done} cannot be used: {error}") from error
-                total += self._core.run(self._core.prober.base.embedding(tokens))
-                if progress is not None:
-                    progress(done, len(texts))
-            return (total / len(texts)).astype(np.float32)
+            return self._core.run(self._core.prober.base.embedding(self._asked(prompt)))
 
     def _asked(self, prompt: Any, *, raw: bool = False, parse_special: bool = False) -> list[int]:
         """Tokenize messages, ids, or a text: as a user turn, unless raw or without a template."""

@@ -11,10 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from qaflora_edge.arrays import F32
 from qaflora_edge.bundles.measure import OpenEngine, check_strategy, measure_typical, prompts_sha256
 from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.bundles.source import check_names, find_base, put_adapters
-from qaflora_edge.errors import BundleError, StrategyError
+from qaflora_edge.errors import BundleError, PromptError, StrategyError
 from qaflora_edge.files import AnyPath, cache_lock, check_takes_file, write_text_atomic
 from qaflora_edge.formats.bundle import (
     BUNDLE_FILE,
@@ -98,11 +101,7 @@ def remove_adapter(folder: AnyPath, name: str, *, strategy: str | None = None) -
 
 
 def calibrate(
-    folder: AnyPath,
-    engine: OpenEngine,
-    *,
-    strategy: str | None = None,
-    progress: Tell | None = None,
+    folder: AnyPath, engine: OpenEngine, *, strategy: str | None = None, progress: Tell = silent
 ) -> bool:
     """Measure what the adapters lack of typical values.
 
@@ -110,21 +109,16 @@ def calibrate(
     strategy  default of an Engine from now on: only what it needs is measured; None: all
     returns   whether there was anything to measure
     """
-    folder, tell = Path(folder), progress or silent
+    folder = Path(folder)
     with editing(folder) as (_, raw):
         base_path = load_bundle(folder).base_path
         if strategy is not None:
             raw.setdefault("fusion", {})["strategy"] = strategy
-        return measure_typical(folder, raw, strategy, base_path, engine, tell)
+        return measure_typical(folder, raw, strategy, base_path, engine, progress)
 
 
 def set_samples(
-    folder: AnyPath,
-    name: str,
-    texts: Sequence[str],
-    engine: OpenEngine,
-    *,
-    progress: Tell | None = None,
+    folder: AnyPath, name: str, texts: Sequence[str], engine: OpenEngine, progress: Tell = silent
 ) -> None:
     """Embed sample texts of an adapter, for the strategy `centroid`; they replace earlier ones.
 
@@ -133,13 +127,19 @@ def set_samples(
     Raises BundleError for no adapter of the bundle or no text, PromptError for a text of
     more than 2,048 tokens.
     """
-    folder, tell = Path(folder), progress or silent
+    folder, embeddings = Path(folder), list[F32]()
     if not texts:
         raise BundleError(f"No sample texts were given for {name} of {folder}; expected some.")
     with editing(folder) as (text, raw):
         _index(folder, text, name)
         with engine(base=load_bundle(folder).base_path, n_ctx=SAMPLE_CTX) as opened:
-            centroid = opened.centroid(texts, lambda *done: tell("Embedding the samples", *done))
+            for n, sample in enumerate(texts, 1):
+                try:
+                    embeddings.append(opened.embedding(sample))
+                except PromptError as error:
+                    raise PromptError(f"Sample text {n} cannot be used: {error}") from error
+                progress("Embedding the samples", n, len(texts))
+        centroid = np.asarray(np.mean(embeddings, axis=0, dtype=np.float64), np.float32)
         raw.setdefault("fusion", {}).setdefault("samples", {})[name] = {
             "embedding": centroid_text(centroid),
             "n_text": len(texts),
