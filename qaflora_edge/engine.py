@@ -114,11 +114,10 @@ class Engine:
             if (instead := removed(name)) is None:
                 raise TypeError(f"Engine() got an unexpected keyword argument {name!r}")
             raise OptionError(instead)
-        options = {"threads": threads, "kv_type": kv_type, "flash_attn": flash_attn}
+        options: dict[str, Any] = {"threads": threads, "kv_type": kv_type, "flash_attn": flash_attn}
         placing = {"gpu_layers": gpu_layers, "rpc": rpc, "tensor_split": tensor_split}
-        own = {"n_ctx": n_ctx, "n_parallel": n_parallel, "adapter_type": adapter_type}
-        own |= {"prefix_cache": prefix_cache, "seed": seed}
-        check("engine", {**options, **placing, **own})
+        options |= {"n_ctx": n_ctx, "n_parallel": n_parallel, "adapter_type": adapter_type}
+        check("engine", {**options, **placing, "prefix_cache": prefix_cache, "seed": seed})
         check_process()
         opened = open_any(bundle, base, adapters)
         self.seed, self.n_parallel = seed, n_parallel
@@ -130,16 +129,7 @@ class Engine:
             targets={name: info.targets for name, info in opened.adapters.items()},
         )
         paths = [info.path for info in opened.adapters.values()]
-        backend = Backend(
-            opened.header,
-            paths,
-            n_ctx=n_ctx,
-            n_seq=n_parallel,
-            adapter_type=adapter_type,
-            placing=placing,
-            options=options,
-            states=opened.states,
-        )
+        backend = Backend(opened.header, paths, opened.states, placing=placing, **options)
         self._core = Core(backend, opened.adapters, prefix_cache=prefix_cache)
         self._model = model = backend.model
         self.n_ctx = backend.n_ctx  # most tokens of a request

@@ -333,13 +333,13 @@ class Backend:
 
     base      header from formats.base.read_base
     adapters  files, in the order of every first axis
+    states    of the files when they were checked
     n_ctx     most tokens of each sequence of the answering context, all allocated now; None: as
               many as automatic_ctx allows, allocated when asked for
-    n_seq     sequences of the answering context
+    n_parallel    sequences of the answering context
     adapter_type  one of config.ADAPTER_TYPES
     placing   gpu_layers, rpc and tensor_split: where the base's layers go
     options   threads, kv_type and flash_attn of every context; `options` has `stop` as well
-    states    of the files when they were checked
 
     Raises ChecksumError for a file that changed since, BackendError, GgufFileError, WorkerError.
 
@@ -351,27 +351,26 @@ class Backend:
         self,
         base: GgufHeader,
         adapters: Sequence[Path],
+        states: Mapping[Path, FileState],
         *,
         n_ctx: int | None,
-        n_seq: int,
+        n_parallel: int,
         adapter_type: str,
         placing: Mapping[str, Any],
-        options: Mapping[str, Any],
-        states: Mapping[Path, FileState],
+        **options: Any,
     ) -> None:
-        self.stop = Stop()
-        self.options: dict[str, Any] = {**options, "stop": self.stop}
+        self.stop = options["stop"] = Stop()
+        self.options, kv_type = options, options["kv_type"]
         resources = contextlib.ExitStack()  # which is closed from the last to the first
         self.enter, self.close = resources.enter_context, resources.close
         weakref.finalize(self, resources.close).atexit = False
         try:
             self.model = self.enter(shared_model(base, placing))
             self.pack = self.enter(Pack(self.model, adapters, adapter_type=adapter_type))
-            self.n_ctx = n_ctx or automatic_ctx(self.model, base, options["kv_type"], n_seq)
+            self.n_ctx = n_ctx or automatic_ctx(self.model, base, kv_type, n_parallel)
             self._n_first = n_ctx or min(self.n_ctx, _N_CTX_FIRST)
-            self.context = self.enter(
-                Context(self.model, self.pack, n_ctx=self._n_first, n_seq=n_seq, **self.options)
-            )
+            shape: Any = {"n_ctx": self._n_first, "n_seq": n_parallel}
+            self.context = self.enter(Context(self.model, self.pack, **shape, **options))
             self.model.workers.check()
             check_unchanged(states)  # llama.cpp opened the files by name, after the checks
         except BaseException:
