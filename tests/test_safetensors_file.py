@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qaflora_edge.errors import InputFileError, SafetensorsFileError
-from qaflora_edge.formats.safetensors import read_safetensors
+from qaflora_edge.peft.safetensors import read_safetensors
 
 
 def raw(header: object, data: bytes = b"", n_header: int | None = None) -> bytes:

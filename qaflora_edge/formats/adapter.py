@@ -172,17 +172,22 @@ def _wrong(
 
 def _check_metadata(header: GgufHeader) -> float:
     """Check that a file says it is a plain LoRA; give its alpha."""
+
+    def found(key: str) -> str:
+        value = header.metadata.get(key)
+        return f"metadata field {key} is " + ("missing" if value is None else f"{value!r:.99}")
+
     for key, expected in (("general.type", "adapter"), ("adapter.type", "lora")):
         if header.metadata.get(key) != expected:
             advice = "Give an adapter GGUF, as `qaflora convert` writes it."
-            raise _wrong(header, header.found(key), repr(expected), advice)
+            raise _wrong(header, found(key), repr(expected), advice)
     if (key := "adapter.alora.invocation_tokens") in header.metadata:
-        found, advice = f"metadata field {key} makes it an activated LoRA", "Train a plain LoRA."
-        raise _wrong(header, found, "an adapter without it", advice, UnsupportedAdapterError)
+        what, advice = f"metadata field {key} makes it an activated LoRA", "Train a plain LoRA."
+        raise _wrong(header, what, "an adapter without it", advice, UnsupportedAdapterError)
     alpha = header.metadata.get(key := "adapter.lora.alpha")
     if not isinstance(alpha, float) or not math.isfinite(alpha) or alpha == 0.0:
         # llama.cpp 0c1e5709, llama-adapter.h get_scale: without alpha the scale is 1.
-        raise _wrong(header, header.found(key), "a float other than 0")
+        raise _wrong(header, found(key), "a float other than 0")
     return alpha
 
 

@@ -289,12 +289,9 @@ class GgufHeader:
             value = max(value)  # given per layer: the same in all, or 0 in those that have none
         if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= largest:
             return value
-        raise self._no_model(self.found(key), f"a whole number up to {largest}")
-
-    def found(self, key: str) -> str:
-        """Say what a metadata field is, for a message: short, however long the value."""
-        value = self.metadata.get(key)
-        return f"metadata field {key} is " + ("missing" if value is None else f"{value!r:.99}")
+        found = "missing" if value is None else f"{value!r:.99}"
+        expected = f"a whole number up to {largest}"
+        raise self._no_model(f"metadata field {key} is {found}", expected)
 
     def _no_model(self, found: str, expected: str) -> GgufFileError:
         return GgufFileError(

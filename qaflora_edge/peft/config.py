@@ -37,53 +37,13 @@ _OTHER_TYPE = ("only LoRA can be represented", MERGE)
 _UNBOUNDED = re.compile(r"[*+{]")
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
 _IN_BRACKETS = re.compile(r"\[\^?\]?[^\]]*\]")
-_REGEX_ERRORS = (re.error, RecursionError, OverflowError)
-
-
-@dataclass(frozen=True)
-class TargetRule:
-    """Which modules a config says are adapted.
-
-    targets   names or ends of names; one expression; or None where the config leaves it open
-    excluded  the same, for modules that are left out
-    layers    the only layers that are adapted, or None
-    fields    the config's fields that say so
-    """
-
-    targets: tuple[str, ...] | str | None = None
-    excluded: tuple[str, ...] | str | None = None
-    layers: tuple[int, ...] | None = None
-    layers_patterns: tuple[str, ...] = ()
-    fields: str = "target_modules, exclude_modules and layers_to_transform"
-
-    def allows(self, module: str) -> bool:
-        """Tell whether a module may be adapted; what cannot be decided may be.
-
-        As PEFT 0.21 does, peft/tuners/tuners_utils.py check_target_module_exists.
-        """
-        if self.excluded is not None and _names(self.excluded, module) is True:
-            return False
-        if self.targets is None:
-            return True
-        is_named = _names(self.targets, module)
-        if is_named is None or isinstance(self.targets, str) or module in self.targets:
-            return is_named is not False
-        return is_named and self._is_in_layers(module)
-
-    def _is_in_layers(self, module: str) -> bool:
-        if self.layers is None:
-            return True
-        patterns = [rf"(?:^|.*?\.){re.escape(name)}\.(\d+)\." for name in self.layers_patterns]
-        for pattern in patterns or [r".*?\.[^.]*\.(\d+)\."]:
-            if match := re.match(pattern, module):
-                return int(match[1]) in self.layers
-        return False
 
 
 @dataclass(frozen=True)
 class PeftConfig:
     """What decides the size and the scale of each module of a LoRA.
 
+    targets     modules that are adapted, by their names or ends of names; None: told otherwise
     parameters  bare parameters that are adapted, by their names or ends of names
     bias        "none", or which of the base's biases were trained, if it has any
     version     of the PEFT that wrote it, if it says so
@@ -96,7 +56,7 @@ class PeftConfig:
     use_rslora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    targets: TargetRule = field(default_factory=TargetRule)
+    targets: frozenset[str] | None = None
     parameters: tuple[str, ...] = ()
     bias: str = "none"
     ties_weights: bool = False
@@ -118,14 +78,8 @@ class PeftConfig:
     def check_modules(self, modules: Collection[str]) -> None:
         """Refuse patterns that would take very long to match with these modules."""
         n_char = max(map(len, modules), default=0)
-        work = 0
-        for rule in (self.targets.targets, self.targets.excluded):
-            if isinstance(rule, tuple):
-                work += len(rule)
-            elif rule is not None and _is_bounded(rule):
-                work += _match_work(rule, n_char)
-        for key in (*self.rank_pattern, *self.alpha_pattern):
-            work += _match_work(key, n_char, n_repeat=1)
+        keys = (*self.rank_pattern, *self.alpha_pattern)
+        work = sum(_match_work(key, n_char, n_repeat=1) for key in keys)
         if work * len(modules) > MAX_WORK:
             raise PeftConfigError(
                 f"Cannot use {self.path}: matching its patterns with {len(modules)} modules takes "
@@ -135,12 +89,12 @@ class PeftConfig:
 
     def check_target(self, module: str) -> None:
         """Refuse a module that has tensors but is not adapted by the config, as in PEFT."""
-        if not self.targets.allows(module):
+        if self.targets is not None and not is_named(self.targets, module):
+            name = "target_modules" if self.mlx_scale is None else "lora_parameters.keys"
             raise PeftConfigError(
-                f"Cannot use {self.path}: module {module} has tensors, but {self.targets.fields} "
-                "do not name it; expected every module that has tensors. The two files do not "
-                "belong together; save the adapter again, or correct this one if the tensors are "
-                "right."
+                f"Cannot use {self.path}: module {module} has tensors, but {name} does not name "
+                "it; expected every module that has tensors. The two files do not belong together; "
+                "save the adapter again, or correct this one if the tensors are right."
             )
 
 
@@ -212,11 +166,6 @@ def _peft_config(path: Path, fields: Mapping[str, Any]) -> PeftConfig:
     ranks, alphas = (fields.get(f"{what}_pattern") or {} for what in ("rank", "alpha"))
     for key in (*ranks, *alphas):
         _check_key(path, key)
-    targets, layers = fields.get("target_modules"), fields.get("layers_to_transform")
-    layers = layers if isinstance(layers, list | None) else [layers]
-    patterns = fields.get("layers_pattern") or ()
-    if isinstance(targets, str) and targets.lower() == "all-linear":
-        targets = None
     return PeftConfig(
         path=path,
         rank=int(fields.get("r", 8)),  # the defaults are PEFT's own
@@ -224,12 +173,7 @@ def _peft_config(path: Path, fields: Mapping[str, Any]) -> PeftConfig:
         use_rslora=bool(fields.get("use_rslora")),
         rank_pattern={key: int(rank) for key, rank in ranks.items()},
         alpha_pattern={key: float(alpha) for key, alpha in alphas.items()},
-        targets=TargetRule(
-            targets=_names_of(targets),
-            excluded=_names_of(fields.get("exclude_modules")),
-            layers=tuple(layers or ()) or None,
-            layers_patterns=(patterns,) if isinstance(patterns, str) else tuple(patterns),
-        ),
+        targets=_names_of(fields.get("target_modules")),
         parameters=tuple(fields.get("target_parameters") or ()),
         bias=fields.get("bias") or "none",
         ties_weights=bool(fields.get("ensure_weight_tying")),
@@ -238,9 +182,15 @@ def _peft_config(path: Path, fields: Mapping[str, Any]) -> PeftConfig:
     )
 
 
-def _names_of(value: Any) -> tuple[str, ...] | str | None:
-    """Give names of modules, or one expression; None for nothing or an empty list."""
-    return value if isinstance(value, str) and value else tuple(value or ()) or None
+def _names_of(value: Any) -> frozenset[str] | None:
+    """Give a list of modules; None where it is empty, or one expression for them."""
+    return frozenset(value) if value and isinstance(value, list) else None
+
+
+def is_named(targets: Collection[str], module: str) -> bool:
+    """Tell whether one of the targets is the module's name, or the end of it at a dot."""
+    parts = module.split(".")
+    return any(".".join(parts[begin:]) in targets for begin in range(len(parts)))
 
 
 def _refuse_mlx(path: Path, fields: Mapping[str, Any]) -> None:
@@ -273,7 +223,7 @@ def _mlx_config(path: Path, fields: Mapping[str, Any]) -> PeftConfig:
         path=path,
         rank=int(rank),
         alpha=float(scale * rank),
-        targets=TargetRule(_names_of(parameters.get("keys")), fields="lora_parameters.keys"),
+        targets=_names_of(parameters.get("keys")),
         base_name=fields.get("model"),
         mlx_scale=float(scale),
     )
@@ -283,8 +233,12 @@ def _mlx_config(path: Path, fields: Mapping[str, Any]) -> PeftConfig:
 
 
 def _check_key(path: Path, key: str) -> None:
-    """Refuse a key of rank_pattern or alpha_pattern that is no expression, or takes long."""
-    if not _is_bounded(key):
+    """Refuse a key of rank_pattern or alpha_pattern that is no expression, or takes long.
+
+    With a repeated group a match may take time that is exponential in the pattern's length.
+    """
+    is_short = len(key) <= MAX_PATTERN_LENGTH and not _REPEATED_GROUP.search(_plain(key))
+    if not is_short or _match_work(key, MAX_PATTERN_LENGTH) > MAX_STEPS:
         raise _wrong(
             path,
             f"a pattern is {shown(key)}, expected up to {MAX_PATTERN_LENGTH} characters, no "
@@ -293,7 +247,7 @@ def _check_key(path: Path, key: str) -> None:
     try:
         re.compile(key)  # alone first, for the position in the message
         _compile_key(key)
-    except _REGEX_ERRORS as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise _wrong(
             path, f"a pattern is {shown(key)}, expected a regular expression ({error})"
         ) from error
@@ -311,28 +265,6 @@ def _matching_key(patterns: Mapping[str, object], module: str) -> str:
     As PEFT 0.21 does, peft/utils/other.py get_pattern_key.
     """
     return next((key for key in patterns if _compile_key(key).match(module)), module)
-
-
-def _names(rule: tuple[str, ...] | str, module: str) -> bool | None:
-    """Tell whether a rule names a module; None for an expression that is not safe to match."""
-    if isinstance(rule, tuple):
-        return module in rule or any(module.endswith(f".{name}") for name in rule)
-    try:
-        return bool(re.fullmatch(rule, module)) if _is_bounded(rule) else None
-    except _REGEX_ERRORS:
-        return None
-
-
-def _is_bounded(pattern: str) -> bool:
-    """Tell whether matching a name surely ends: no repeated group, few repeats and choices.
-
-    An expression may otherwise take time that is exponential in its length.
-    """
-    return (
-        len(pattern) <= MAX_PATTERN_LENGTH
-        and _REPEATED_GROUP.search(_plain(pattern)) is None
-        and _match_work(pattern, MAX_PATTERN_LENGTH) <= MAX_STEPS
-    )
 
 
 def _match_work(pattern: str, n_char: int, *, n_repeat: int = 0) -> int:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.errors import PeftConfigError, SafetensorsFileError, UnsupportedAdapterError
-from qaflora_edge.formats.safetensors import StoredTensor
-from qaflora_edge.peft.config import REFUSED, PeftConfig
+from qaflora_edge.peft.config import REFUSED, PeftConfig, is_named
+from qaflora_edge.peft.safetensors import StoredTensor
 
 _PREFIX = "base_model.model."
 # What torch.compile, DDP and FSDP put into the names of a model that is saved inside them.
@@ -258,7 +258,7 @@ def _parameter_names(config: PeftConfig, modules: Iterable[str]) -> Mapping[str,
         wrapped.setdefault(owner, []).append(module)
     names = {}
     for owner, found in wrapped.items():
-        named = [name for name in last_parts if _is_named(targets, f"{owner}.{name}")]
+        named = [name for name in last_parts if is_named(targets, f"{owner}.{name}")]
         parameters = _in_order(config, owner, named)
         if not parameters:
             continue
@@ -286,12 +286,6 @@ def _in_order(config: PeftConfig, owner: str, named: Sequence[str]) -> list[str]
                 "Train without it, or merge the adapter into its base."
             )
     return sorted(named, key=_STACKED.index)
-
-
-def _is_named(targets: Collection[str], key: str) -> bool:
-    """Tell whether one of the targets is the key, or the end of it at a dot."""
-    parts = key.split(".")
-    return any(".".join(parts[begin:]) in targets for begin in range(len(parts)))
 
 
 # MLX

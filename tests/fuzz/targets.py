@@ -24,10 +24,10 @@ from qaflora_edge.formats.adapter import (
     read_pair,
 )
 from qaflora_edge.formats.gguf import read_gguf_header, read_values
-from qaflora_edge.formats.safetensors import read_safetensors
 from qaflora_edge.inference.constraint import schema_grammar
 from qaflora_edge.peft.config import parse_config, read_fields
 from qaflora_edge.peft.folder import read_peft
+from qaflora_edge.peft.safetensors import read_safetensors
 
 MODULES = ("model.layers.0.self_attn.q_proj", "a" * 60 + "b", "lm_head")
 SMALL = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_head_kv": 1, "n_ff": 32}
