@@ -234,9 +234,9 @@ def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty").mkdir()
     for name, found in (
-        ("none", "it does not exist; expected a folder with bundle.json. Give the folder of a"),
-        ("file", "it is a file"),
-        ("empty", "it has no such file"),
+        ("none", "none does not exist; expected a folder with bundle.json. Give the folder of a"),
+        ("file", "file is a file"),
+        ("empty", "bundle.json does not exist"),
     ):
         with pytest.raises(BundleError, match=f"Cannot open the bundle .*: {found}"):
             load_bundle(tmp_path / name)

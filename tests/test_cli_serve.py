@@ -164,7 +164,7 @@ def test_what_is_no_bundle_is_refused_before_it_listens(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["serve", str(tmp_path)])
     assert result.exit_code == 1
     assert result.stderr.startswith(
-        f"Error: Cannot open the bundle {tmp_path}: it has no such file"
+        f"Error: Cannot open the bundle {tmp_path}: bundle.json does not exist"
     )
     assert CliRunner().invoke(main, ["serve"]).exit_code == 2
 

@@ -177,7 +177,7 @@ def test_refusals_have_four_parts(tmp_path: Path) -> None:
         _ = header.n_layer
     assert str(absurd.value) == (
         f"Cannot use {path} as a base: metadata field llama.block_count is {1 << 31}; expected a "
-        "whole number up to 1024. Use the GGUF of a language model as base."
+        "whole number up to 16777216. Use the GGUF of a language model as base."
     )
     with pytest.raises(GgufFileError, match=r"token_embd\.weight is missing; expected \[n_vocab"):
         _ = header.n_vocab

@@ -192,7 +192,7 @@ REFUSALS = [
      {"lora_parameters": {"rank": 4, "scale": 1.0, "keys": ["self_attn.v_proj"]}}, PAIR,
      "adapter_config.json",
      f"module {Q0} has tensors, but lora_parameters.keys does not name it; expected every module "
-     f"that has tensors. {APART}, or correct this one if the tensors are right."),
+     f"that has tensors. {APART}."),
     (SafetensorsFileError, {}, {f"{Q0}.lora_b": PAIR[f"{Q0}.lora_b"]}, "adapters.safetensors",
      f"module {Q0} has lora_b but no lora_a; expected both. The file is incomplete; save the "
      "adapter again."),

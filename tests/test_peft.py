@@ -273,7 +273,7 @@ INIT = (
 )
 NOT_NAMED = (
     f"module {MODULE} has tensors, but target_modules does not name it; expected every module that "
-    f"has tensors. {APART}, or correct this one if the tensors are right."
+    f"has tensors. {APART}."
 )
 # The error, fields of the config, the tensors, the file that is named, and what is said of it.
 REFUSALS: list[tuple[type[Exception], dict[str, Any], dict[str, Any], str, str]] = [
@@ -332,8 +332,8 @@ def test_file_that_git_lfs_left_out_is_told(tmp_path: Path) -> None:
 LACKS = "adapter_config.json is missing; expected a PEFT folder. "
 HEAD = "expected a PEFT folder with adapter_config.json and adapter_model.safetensors. "
 PICKLE = (
-    "pickles are not opened because they can run code; expected adapter_model.safetensors. Load it "
-    "with PEFT and save it with save_pretrained(..., safe_serialization=True)."
+    "pickles can run code; expected adapter_model.safetensors. Load it with PEFT and save it with "
+    "save_pretrained(..., safe_serialization=True)."
 )
 SAVED = "Give the folder that PEFT's save_pretrained wrote."
 # Files that there are, the path that is given, and what is said of it; {} is their folder.
@@ -350,11 +350,10 @@ FILES: list[tuple[list[str], str, str]] = [
      f"it is a file; {HEAD}A GGUF is not converted: put an adapter GGUF in a bundle as it is, with "
      "`qaflora bundle create`."),
     (["bundle.json"], "",
-     f"{LACKS}It is a bundle; of a bundle give one file, such as {{}}/adapters/NAME.gguf."),
-    (["math.gguf"], "", f"{LACKS}Of an adapter GGUF give the file, such as {{}}/math.gguf."),
+     f"{LACKS}It is a bundle; of a bundle give one file, such as adapters/NAME.gguf."),
+    (["math.gguf"], "", f"{LACKS}Of an adapter GGUF give the file."),
     (["adapter_model.safetensors"], "",
-     f"{LACKS}Without it nobody knows the scale of adapter_model.safetensors: fetch or save it as "
-     "well, with PEFT's save_pretrained."),
+     f"{LACKS}Without it nobody knows the scale of adapter_model.safetensors. {SAVED}"),
     (["config.json"], "",
      f"{LACKS}It holds a whole model: a merged adapter is no adapter any more. Give the folder "
      "that was merged, or make the model itself a base with llama.cpp's convert_hf_to_gguf.py."),

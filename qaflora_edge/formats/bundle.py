@@ -104,17 +104,16 @@ def is_base(place: Path) -> bool:
 
 def read_bundle_text(folder: Path) -> BundleText:
     """Read bundle.json alone; no other file need be there. Raises BundleError."""
-    failure = f"Cannot open the bundle {folder}"
-    path = safe_join(folder, BUNDLE_FILE)
+    path, failure = safe_join(folder, BUNDLE_FILE), f"Cannot open the bundle {folder}"
     if not path.is_file():
-        is_folder = os.path.isdir(folder)
-        found = "it has no such file" if is_folder else f"it {what_is_at(folder)}"
-        advice = "Give the folder of a bundle, or make one with `qaflora bundle create`."
-        raise BundleError(f"{failure}: {found}; expected a folder with {BUNDLE_FILE}. {advice}")
+        there = folder if not os.path.isdir(folder) else path
+        raise BundleError(
+            f"{failure}: {there.name} {what_is_at(there)}; expected a folder with {BUNDLE_FILE}. "
+            "Give the folder of a bundle, or make one with `qaflora bundle create`."
+        )
     failure = f"{failure}: reading {BUNDLE_FILE} failed"
     with os_errors(BundleError, failure, "Check that you may read it."), open_input(path) as file:
-        data = file.read(MAX_BUNDLE_BYTES + 1)
-    return parse_bundle(data, str(path))
+        return parse_bundle(file.read(MAX_BUNDLE_BYTES + 1), str(path))
 
 
 def link_roots(folder: Path) -> tuple[Path, ...]:

@@ -32,8 +32,7 @@ MAX_TENSORS = 1 << 16
 MAX_NAME_LENGTH = 64  # of an architecture
 MAX_PARSED_ARRAY = 1 << 10  # numbers
 MAX_DIMS = 4
-MAX_LAYERS = 1024  # twice llama.cpp's own limit
-MAX_COUNT = 1 << 24  # of other dimensions
+MAX_COUNT = 1 << 24  # of layers, heads and other dimensions
 
 READ_BYTES = 1 << 18  # read at once
 
@@ -258,7 +257,7 @@ class GgufHeader:
 
     @property
     def n_layer(self) -> int:
-        return self.count("block_count", MAX_LAYERS)
+        return self.count("block_count")
 
     @property
     def n_embd(self) -> int:
@@ -281,16 +280,16 @@ class GgufHeader:
             raise self._no_model(f"tensor token_embd.weight is {found}", "[n_vocab, n_embd]")
         return info.shape[0]
 
-    def count(self, field: str, largest: int = MAX_COUNT) -> int:
+    def count(self, field: str) -> int:
         """Give a positive whole number of the architecture, such as `block_count`."""
         key = f"{self.architecture}.{field}"
         value = self.metadata.get(key)
         if isinstance(value, tuple) and len(set(value) - {0}) == 1:
             value = max(value)  # given per layer: the same in all, or 0 in those that have none
-        if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= largest:
+        if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_COUNT:
             return value
         found = "missing" if value is None else f"{value!r:.99}"
-        expected = f"a whole number up to {largest}"
+        expected = f"a whole number up to {MAX_COUNT}"
         raise self._no_model(f"metadata field {key} is {found}", expected)
 
     def _no_model(self, found: str, expected: str) -> GgufFileError:

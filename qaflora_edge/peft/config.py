@@ -87,14 +87,18 @@ class PeftConfig:
                 "patterns with fewer repeats and alternatives, or save the adapter again."
             )
 
+    def mismatch(self, found: str) -> PeftConfigError:
+        """Make the error of a config that says something else than the tensors."""
+        advice = "The two files do not belong together; save the adapter again."
+        return PeftConfigError(f"Cannot use {self.path}: {found}. {advice}")
+
     def check_target(self, module: str) -> None:
         """Refuse a module that has tensors but is not adapted by the config, as in PEFT."""
         if self.targets is not None and not is_named(self.targets, module):
             name = "target_modules" if self.mlx_scale is None else "lora_parameters.keys"
-            raise PeftConfigError(
-                f"Cannot use {self.path}: module {module} has tensors, but {name} does not name "
-                "it; expected every module that has tensors. The two files do not belong together; "
-                "save the adapter again, or correct this one if the tensors are right."
+            raise self.mismatch(
+                f"module {module} has tensors, but {name} does not name it; expected every module "
+                "that has tensors"
             )
 
 

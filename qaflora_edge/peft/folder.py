@@ -8,7 +8,7 @@ from pathlib import Path
 from qaflora_edge.errors import InputFileError, SafetensorsFileError
 from qaflora_edge.files import AnyPath, what_is_at
 from qaflora_edge.formats.bundle import BUNDLE_FILE
-from qaflora_edge.formats.inputs import read_json_file
+from qaflora_edge.formats.inputs import read_json_file, reading
 from qaflora_edge.peft.config import CONFIG_FILE, PeftConfig, parse_config, read_fields
 from qaflora_edge.peft.modules import PeftModule, make_modules
 from qaflora_edge.peft.safetensors import StoredTensor, read_safetensors
@@ -17,6 +17,15 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 INDEX_FILE = "adapter_model.safetensors.index.json"
 MLX_FILE, OLD_MLX_FILE = "adapters.safetensors", "adapters.npz"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")  # ends of names of adapters that are pickles
+_SAVED = "Give the folder that PEFT's save_pretrained wrote."
+_FOUND = {  # in a folder that is no adapter -> what to do
+    BUNDLE_FILE: "It is a bundle; of a bundle give one file, such as adapters/NAME.gguf.",
+    WEIGHTS_FILE: f"Without it nobody knows the scale of {WEIGHTS_FILE}. {_SAVED}",
+    "*.gguf": "Of an adapter GGUF give the file.",
+    "config.json": "It holds a whole model: a merged adapter is no adapter any more. Give the "
+    "folder that was merged, or make the model itself a base with llama.cpp's "
+    "convert_hf_to_gguf.py.",
+}
 MAX_INDEX_BYTES = 1 << 24
 MAX_SHARDS = 1000
 MAX_SUBFOLDERS = 1000
@@ -67,17 +76,21 @@ def adapter_folder(folder: AnyPath) -> Path:
         )
     if os.path.exists(folder / CONFIG_FILE):
         return folder
-    inside = _subfolders(folder)
+    with reading(folder):
+        names = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
+    ordered = sorted(names, key=lambda name: (len(name), name))  # checkpoint-9 before checkpoint-10
+    inside = [folder / name for name in ordered[:MAX_SUBFOLDERS] if _is_adapter(folder / name)]
     if len(inside) > 1:
-        names = ", ".join(sub.name for sub in inside[:10]) + (", ..." if len(inside) > 10 else "")
+        shown = ", ".join(sub.name for sub in inside[:10]) + (", ..." if len(inside) > 10 else "")
         raise InputFileError(
             f"Cannot read the adapter {folder}: it holds {len(inside)} adapters in sub-folders, "
-            f"{names}; expected one. Give one of them, such as {inside[-1]}."
+            f"{shown}; expected one. Give one of them, such as {inside[-1]}."
         )
     if not inside:
+        fitting = (advice for name, advice in _FOUND.items() if any(folder.glob(name)))
         raise InputFileError(
             f"Cannot read the adapter {folder}: {CONFIG_FILE} is missing; expected a PEFT folder. "
-            f"{_advice_for_folder(folder)}"
+            f"{next(fitting, _SAVED)}"
         )
     return inside[0]
 
@@ -110,39 +123,6 @@ def _advice_for_file(path: Path) -> str:
     return f"Give {path.parent}." if _is_adapter(path.parent) else "Give the folder that it is in."
 
 
-def _advice_for_folder(folder: Path) -> str:
-    """Say what to do with a folder that is no adapter, by what it holds."""
-    if os.path.isfile(folder / BUNDLE_FILE):
-        place = folder / "adapters" / "NAME.gguf"
-        return f"It is a bundle; of a bundle give one file, such as {place}."
-    if os.path.isfile(folder / WEIGHTS_FILE):
-        return (
-            f"Without it nobody knows the scale of {WEIGHTS_FILE}: fetch or save it as well, with "
-            "PEFT's save_pretrained."
-        )
-    if ggufs := sorted(folder.glob("*.gguf")):
-        return f"Of an adapter GGUF give the file, such as {ggufs[0]}."
-    if os.path.isfile(folder / "config.json"):
-        return (
-            "It holds a whole model: a merged adapter is no adapter any more. Give the folder that "
-            "was merged, or make the model itself a base with llama.cpp's convert_hf_to_gguf.py."
-        )
-    return "Give the folder that PEFT's save_pretrained wrote."
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    """Give the sub-folders that are adapters, checkpoint-9 before checkpoint-10."""
-    try:
-        entries = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
-    except OSError as error:
-        raise InputFileError(
-            f"Cannot read the adapter {folder}: listing it failed ({error.strerror}); expected a "
-            "PEFT folder. Check that you may read it."
-        ) from error
-    found = sorted(entries, key=lambda name: (len(name), name))[:MAX_SUBFOLDERS]
-    return [folder / name for name in found if _is_adapter(folder / name)]
-
-
 def _is_adapter(folder: Path) -> bool:
     return os.path.isfile(folder / CONFIG_FILE)
 
@@ -165,7 +145,7 @@ def _weight_files(folder: Path, is_mlx: bool) -> list[Path]:
     shards = sorted(folder.glob("adapter_model*.safetensors"))[:MAX_SHARDS]
     if shards and not is_mlx and (folder / INDEX_FILE).is_file():
         return shards
-    found, advice = f"{path.name} is missing", "Give the folder that PEFT's save_pretrained wrote."
+    found, advice = f"{path.name} is missing", _SAVED
     pickles = sorted(path.name for path in folder.glob("adapter*") if path.suffix in PICKLES)
     if is_mlx and (folder / OLD_MLX_FILE).is_file():
         found = f"it has {OLD_MLX_FILE}, the format of early MLX; expected {MLX_FILE}"
@@ -174,10 +154,7 @@ def _weight_files(folder: Path, is_mlx: bool) -> list[Path]:
         found = f"{MLX_FILE} is missing, which belongs to an {CONFIG_FILE} of MLX"
         advice = "Give the folder that mlx_lm.lora wrote."
     elif pickles:
-        found = (
-            f"it has {pickles[0]}, and pickles are not opened because they can run code; expected "
-            f"{WEIGHTS_FILE}"
-        )
+        found = f"it has {pickles[0]}, and pickles can run code; expected {WEIGHTS_FILE}"
         advice = "Load it with PEFT and save it with save_pretrained(..., safe_serialization=True)."
     raise InputFileError(f"Cannot read the adapter {folder}: {found}. {advice}")
 

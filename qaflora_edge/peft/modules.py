@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from qaflora_edge.arrays import F32
-from qaflora_edge.errors import PeftConfigError, SafetensorsFileError, UnsupportedAdapterError
+from qaflora_edge.errors import SafetensorsFileError, UnsupportedAdapterError
 from qaflora_edge.peft.config import REFUSED, PeftConfig, is_named
 from qaflora_edge.peft.safetensors import StoredTensor
 
@@ -214,10 +214,9 @@ def _peft_module(
     n_expert = max(1, a.shape[0] // rank) if is_stacked else 0
     if not a.shape[0] == b.shape[1] == rank * max(1, n_expert):
         wanted = f"{rank} times the number of experts" if is_stacked else f"{rank}"
-        raise PeftConfigError(
-            f"Cannot use {config.path}: module {name} has rank {rank} by r and rank_pattern, but "
-            f"lora_A is {list(a.shape)} and lora_B {list(b.shape)}; expected [{wanted}, n_in] and "
-            f"[n_out, {wanted}]. The two files do not belong together; save the adapter again."
+        raise config.mismatch(
+            f"module {name} has rank {rank} by r and rank_pattern, but lora_A is {list(a.shape)} "
+            f"and lora_B {list(b.shape)}; expected [{wanted}, n_in] and [n_out, {wanted}]"
         )
     if config.ties_weights and (is_embedding or name.rpartition(".")[2] == "lm_head"):
         raise UnsupportedAdapterError(
@@ -263,10 +262,9 @@ def _parameter_names(config: PeftConfig, modules: Iterable[str]) -> Mapping[str,
         if not parameters:
             continue
         if len(parameters) != len(found):
-            raise PeftConfigError(
-                f"Cannot use {config.path}: target_parameters names {len(parameters)} parameters "
-                f"of module {owner} ({', '.join(parameters)}), and {len(found)} have tensors; "
-                "expected as many. The two files do not belong together; save the adapter again."
+            raise config.mismatch(
+                f"target_parameters names {len(parameters)} parameters of module {owner} "
+                f"({', '.join(parameters)}), and {len(found)} have tensors; expected as many"
             )
         innermost_first = sorted(found, key=len, reverse=True)
         for module, parameter in zip(innermost_first, parameters, strict=True):
@@ -328,8 +326,7 @@ def _mlx_module(config: PeftConfig, name: str, a: StoredTensor, b: StoredTensor)
                 )
         what = f"experts {name} have"
         expected = f"[n_expert, {rank}, n_in] and [n_expert, n_out, {rank}]"
-    raise PeftConfigError(
-        f"Cannot use {config.path}: {what} rank {rank} by lora_parameters, but lora_a is "
-        f"{list(a.shape)} and lora_b {list(b.shape)}; expected {expected}. The two files do not "
-        "belong together; save the adapter again."
+    raise config.mismatch(
+        f"{what} rank {rank} by lora_parameters, but lora_a is {list(a.shape)} and lora_b "
+        f"{list(b.shape)}; expected {expected}"
     )
