@@ -1,14 +1,7 @@
 """Conversations as data: what is asked, undone, cut to a context, saved and loaded.
 
-A session file is versioned JSON, and may come from anywhere:
-
-    {"format": "qaflora-session/1",
-     "bundle": {"name": "...", "base_sha256": "...", "adapters": {"math": "sha256", ...}},
-     "strategy": "qa-flora", "adapters": ["math"],
-     "messages": [{"role": "user", "content": "..."},
-                  {"role": "assistant", "content": "...", "finish_reason": "stop"}]}
-
-`adapters` are those in use. Loading takes the messages alone.
+A session file is versioned JSON, and may come from anywhere; data/session.schema.json and
+docs/chat.md have its format. Loading takes the messages alone.
 """
 
 import json

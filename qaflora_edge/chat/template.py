@@ -124,35 +124,26 @@ class _Payments(NodeTransformer):
         made.set_environment(self._environment)
         return made
 
-    def visit_For(self, node: nodes.For) -> nodes.Node:
-        if node.recursive:
-            raise TemplateLimit("a recursive loop")
+    def visit(self, node: nodes.Node, *_: Any, **__: Any) -> Any:
         self.generic_visit(node)
-        node.iter = self._through(_STEPS, node.iter)
+        match node:
+            case nodes.For(recursive=True):
+                raise TemplateLimit("a recursive loop")
+            case nodes.For():
+                node.iter = self._through(_STEPS, node.iter)
+            case nodes.Compare():
+                parts: Any = (node, *node.ops)
+                for part in parts:
+                    part.expr = self._through(_PAID, part.expr)
+            case nodes.Concat():
+                return self._through("join", nodes.List(node.nodes, lineno=node.lineno))
+            case nodes.Tuple(ctx="store"):
+                pass  # names that a loop or {% set %} gives values to
+            case nodes.List() | nodes.Tuple() | nodes.Dict() | nodes.Getitem(arg=nodes.Slice()):
+                return self._through(_PAID, node)
+            case nodes.TemplateData():
+                return nodes.Const(node.data, lineno=node.lineno, environment=self._environment)
         return node
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-        self.generic_visit(node)
-        return self._through("join", nodes.List(node.nodes, lineno=node.lineno))
-
-    def visit_Compare(self, node: Any) -> Any:
-        self.generic_visit(node)
-        for part in (node, *node.ops):
-            part.expr = self._through(_PAID, part.expr)
-        return node
-
-    def visit_List(self, node: Any) -> nodes.Node:
-        self.generic_visit(node)
-        return node if getattr(node, "ctx", "") == "store" else self._through(_PAID, node)
-
-    visit_Tuple = visit_Dict = visit_List
-
-    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
-        self.generic_visit(node)
-        return self._through(_PAID, node) if isinstance(node.arg, nodes.Slice) else node
-
-    def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Node:
-        return nodes.Const(node.data, lineno=node.lineno, environment=self._environment)
 
 
 class _Environment(ImmutableSandboxedEnvironment):

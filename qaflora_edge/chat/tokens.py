@@ -74,9 +74,6 @@ def _reason(error: Exception) -> str:
     return f"line {line}: {text}" if line else text
 
 
-_SAMPLES = ("a", "Some other words.")  # two questions, which a template has to frame alike
-
-
 def find_question(model: Model, tokens: Sequence[int]) -> tuple[int, int] | None:
     """Find where the last user turn's text begins and ends; None without such a turn.
 
@@ -90,8 +87,7 @@ def find_question(model: Model, tokens: Sequence[int]) -> tuple[int, int] | None
     start = at + len(head)
     for token in rest:
         start += start < len(tokens) and tokens[start] == token
-    ends = (end for end in range(start, len(tokens)) if tokens[end] in control)
-    end = next(ends, len(tokens))
+    end = next((at for at in range(start, len(tokens)) if tokens[at] in control), len(tokens))
     return (start, end) if start < end else None
 
 
@@ -103,8 +99,9 @@ def _opening(model: Model) -> tuple[set[int], list[int], list[int]]:
     after them, which may have become one token with the question's first one.
     """
     control = {token.id for token in model.special_tokens if token.is_control}
+    samples = ("a", "Some other words.")  # a template has to frame both alike
     try:
-        one, other = (chat_tokens(model, [{"role": "user", "content": text}]) for text in _SAMPLES)
+        one, other = (chat_tokens(model, [{"role": "user", "content": text}]) for text in samples)
     except QafloraError:  # no template, or one that cannot be used
         return control, [], []
     n = end = n_common(one, other)
