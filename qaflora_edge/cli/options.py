@@ -313,13 +313,11 @@ def bundle_folder(text: str) -> Path:
 
     if named := named_bundles().get(text):
         return named
-
     text = from_address(text)
-    if (model := load_registry().get(text)) and (path := local_path(model)):
-        return path
+    model = load_registry().get(text)
     try:
-        if model is None and (pulled := pulled_path(text)):
-            return pulled
+        if path := local_path(model) if model else pulled_path(text):
+            return path
     except RegistryError:
         if folder.name != text:
             return folder  # a path: reported as the missing folder that it is
