@@ -182,7 +182,7 @@ const LINK = /\[([^[\]\n]*)\]\(<?((?:https?|ftp|mailto):[^\s()<>]*(?:\([^\s()<>]
 const LATEX = "()[]{}\\,:;|"; // behind a backslash, LaTeX's
 // A formula between single dollars touches both, on one line; $5 and $10 hold none.
 const DOLLARS = /(?<![\w$])\$(?![\s$])((?:[^$\\\n]|\\[^\n])+)(?<!\s)\$(?![\w$])/y;
-const PRICE = /^[\d.,]+\s+\p{L}{2}/u;
+const PRICE = /^\d[^\\=^_]*\s\p{L}{2}/u; // words after a number
 const CLOSERS = { "\\(": "\\)", "\\[": "\\]", "$$": "$$" };
 
 // The formula at a place: what it took, and its node, or its source where that is unknown.
