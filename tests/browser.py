@@ -35,10 +35,7 @@ class Browser:
         binary = shutil.which("chromium") or shutil.which("chromium-browser")
         options = {"binary": binary, "args": [*FLAGS.split(), f"--user-data-dir={profile}"]}
         wanted = {
-            "alwaysMatch": {
-                "goog:chromeOptions": options,
-                "goog:loggingPrefs": {"browser": "ALL"},
-            }
+            "alwaysMatch": {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
         }
         self._address = address
         value = self._send("POST", "/session", {"capabilities": wanted})

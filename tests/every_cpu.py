@@ -72,10 +72,7 @@ def compare(cases: Iterator[Case], words: list[str]) -> int:
     first, n_bad = None, 0
     for name, python, environment in cases:
         done = subprocess.run(
-            [*python, str(ANSWER), *words],
-            env=CLEAN | environment,
-            capture_output=True,
-            text=True,
+            [*python, str(ANSWER), *words], env=CLEAN | environment, capture_output=True, text=True
         )
         if "QAFLORA_LIB_PATH" in environment and "No CPU backend of" in done.stderr:
             print(f"| {name} | not on this processor | | | | | |", flush=True)

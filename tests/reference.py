@@ -181,9 +181,7 @@ class Reference:
 
     @torch.inference_mode()
     def logits(
-        self,
-        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
-        weights: NDArray[np.floating],
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], weights: NDArray[np.floating]
     ) -> list[F32]:
         """The logits after a prompt and after each token of its answer, in one pass for each pair.
 

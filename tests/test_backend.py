@@ -126,11 +126,7 @@ def fused_logits(
 
 
 def stock_logits(
-    base: TinyBase,
-    paths: Sequence[Path] = (),
-    scales: Sequence[float] = (),
-    *,
-    gpu_layers: int = 0,
+    base: TinyBase, paths: Sequence[Path] = (), scales: Sequence[float] = (), *, gpu_layers: int = 0
 ) -> F32:
     model = Model(read_base(base.path), gpu_layers=gpu_layers)
     stock = StockContext(model)

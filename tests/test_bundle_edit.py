@@ -15,12 +15,7 @@ from hubs import FakeHub
 
 from qaflora_edge import Engine, QafloraError
 from qaflora_edge.bundles.create import create_bundle
-from qaflora_edge.bundles.edit import (
-    add_adapters,
-    calibrate,
-    remove_adapter,
-    set_base,
-)
+from qaflora_edge.bundles.edit import add_adapters, calibrate, remove_adapter, set_base
 from qaflora_edge.bundles.open import load_bundle, verify_bundle
 from qaflora_edge.errors import (
     AdapterMismatchError,

@@ -58,9 +58,7 @@ def raw(made: TinyBundle) -> Raw:
     }
     found["fusion"]["typical_prompts"] = {"sha256": "0" * 64, "n_prompt": 3}
     embedding = base64.b64encode(np.ones(64, "<f4").tobytes()).decode("ascii")
-    found["fusion"]["samples"] = {
-        "math": {"embedding": embedding, "n_text": 3, "sha256": "0" * 64},
-    }
+    found["fusion"]["samples"] = {"math": {"embedding": embedding, "n_text": 3, "sha256": "0" * 64}}
     return found
 
 

@@ -8,11 +8,7 @@ from bundles import make_bundle
 from hubs import FakeHub
 
 from qaflora_edge.hub.fetch import fetch_hub
-from qaflora_edge.hub.local import (
-    adapter_names,
-    named_bundles,
-    pulled_bundles,
-)
+from qaflora_edge.hub.local import adapter_names, named_bundles, pulled_bundles
 
 
 def make(folder: Path) -> Path:

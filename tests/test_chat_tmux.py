@@ -137,11 +137,7 @@ def test_pasted_lines_are_one_message(opened: Open, made: TinyBundle, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("args", "env"),
-    [
-        (["--plain"], {"TERM": "xterm-256color"}),
-        ([], {"TERM": "dumb"}),
-    ],
+    ("args", "env"), [(["--plain"], {"TERM": "xterm-256color"}), ([], {"TERM": "dumb"})]
 )
 def test_plain_terminals_get_no_escape_codes(
     made: TinyBundle, args: list[str], env: dict[str, str]

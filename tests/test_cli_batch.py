@@ -306,11 +306,7 @@ OTHER = "was answered by another bundle or under other options than these. Give 
     ],
 )
 def test_another_file_is_refused_and_left_alone(
-    made: TinyBundle,
-    begun: tuple[Path, Path],
-    change: str,
-    more: tuple[object, ...],
-    message: str,
+    made: TinyBundle, begun: tuple[Path, Path], change: str, more: tuple[object, ...], message: str
 ) -> None:
     path, out = begun
     ends = {"foreign": b'{"prompt": "a"}\n', "torn": b"my notes"}

@@ -11,12 +11,7 @@ from click.testing import CliRunner
 
 from qaflora_edge import Engine
 from qaflora_edge.cli import main
-from qaflora_edge.cli.settings import (
-    SHARED_TABLES,
-    TABLES,
-    all_settings,
-    shared_settings,
-)
+from qaflora_edge.cli.settings import SHARED_TABLES, TABLES, all_settings, shared_settings
 from qaflora_edge.config import OWN
 
 

@@ -95,12 +95,7 @@ def test_a_prompt_that_does_not_fit_is_named_before_any_is_weighed(
 
 
 @pytest.mark.parametrize(
-    "args",
-    [
-        (),
-        (PROMPT, "--prompts", "prompts.txt"),
-        (PROMPT, "--plot", "weights.png"),
-    ],
+    "args", [(), (PROMPT, "--prompts", "prompts.txt"), (PROMPT, "--plot", "weights.png")]
 )
 def test_wrong_usage_is_2(calibrated: TinyBundle, args: tuple[str, ...]) -> None:
     result = weights(calibrated, *args)

@@ -169,8 +169,7 @@ def test_metadata_are_those_that_llama_cpp_reads(tmp_path: Path, make_base: Make
 
 
 @pytest.mark.parametrize(
-    ("trained_on", "is_named"),
-    [("owner/model-7B", True), ("/home/me/model", False)],
+    ("trained_on", "is_named"), [("owner/model-7B", True), ("/home/me/model", False)]
 )
 def test_the_base_it_was_trained_on_is_named(
     tmp_path: Path, make_base: MakeBase, trained_on: str, is_named: bool
@@ -191,10 +190,7 @@ def test_the_base_it_was_trained_on_is_named(
     assert found == (expected if is_named else {})
 
 
-@pytest.mark.parametrize(
-    "prefix",
-    ["model.language_model.layers", "language_model.model.layers"],
-)
+@pytest.mark.parametrize("prefix", ["model.language_model.layers", "language_model.model.layers"])
 def test_names_inside_a_multimodal_gemma_are_understood(
     tmp_path: Path, make_base: MakeBase, prefix: str
 ) -> None:

@@ -6,13 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from stock import write_merged
-from test_backend import (
-    TOKENS,
-    fused_logits,
-    probe_states,
-    single_states,
-    stock_logits,
-)
+from test_backend import TOKENS, fused_logits, probe_states, single_states, stock_logits
 from tiny import (
     EXPERT_STEMS,
     PLAIN_KERNELS,

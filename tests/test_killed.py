@@ -136,10 +136,7 @@ def check(copy):
 @pytest.mark.parametrize(
     ("action", "names"),
     [
-        (
-            'bundle_edit.add_adapters(copy / "bundle", {"c": copy / "peft"})',
-            ["math", "es", "c"],
-        ),
+        ('bundle_edit.add_adapters(copy / "bundle", {"c": copy / "peft"})', ["math", "es", "c"]),
         ('bundle_edit.remove_adapter(copy / "bundle", "es")', ["math"]),
     ],
 )

@@ -11,13 +11,7 @@ import pytest
 from qaflora_edge import Metric, register_metric
 from qaflora_edge.errors import TaskFileError
 from qaflora_edge.evaluation import metrics
-from qaflora_edge.evaluation.metrics import (
-    BUILT_IN,
-    as_number,
-    choice_score,
-    last_number,
-    loss,
-)
+from qaflora_edge.evaluation.metrics import BUILT_IN, as_number, choice_score, last_number, loss
 from qaflora_edge.evaluation.tasks import read_task
 
 
@@ -90,10 +84,7 @@ def test_a_registered_metric_stands_with_the_others(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metric", "message"),
     [
-        (
-            Metric("loss", polite),
-            "and is none of number, exact, contains, choice, loss.",
-        ),
+        (Metric("loss", polite), "and is none of number, exact, contains, choice, loss."),
         (Metric("Not a name", polite), "expected a qaflora_edge.Metric whose name has small let"),
         (polite, "expected a qaflora_edge.Metric whose name has small letters"),
     ],

@@ -9,10 +9,7 @@ from browser import Browser, missing
 from qaflora_edge.show.pages import results_page, weights_page
 from qaflora_edge.weighing.numbers import FusionWeights
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(bool(missing()), reason=missing()),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing())]
 
 EVIL = "<img src=x onerror=\"document.title='pwned'\"><script>document.title='pwned'</script>"
 N_LAYER = 30

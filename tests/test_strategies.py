@@ -170,15 +170,9 @@ class Taken(Thirds):
 @pytest.mark.parametrize(
     ("strategy", "message"),
     [
-        (
-            Thirds,
-            f"The strategy 'thirds' is <class '{__name__}.Thirds'>, expected an object of",
-        ),
+        (Thirds, f"The strategy 'thirds' is <class '{__name__}.Thirds'>, expected an object of"),
         (Nothing(), f"The strategy 'nothing' is <{__name__}.Nothing object at "),
-        (
-            Taken(),
-            f"The strategy 'base' of {__name__}.Taken is there already, by qaflora_edge.",
-        ),
+        (Taken(), f"The strategy 'base' of {__name__}.Taken is there already, by qaflora_edge."),
         (3, "The strategy 'None' is 3, expected an object of a subclass"),
     ],
 )

@@ -94,10 +94,7 @@ HOSTILE: list[tuple[list[Any], str]] = [
     ([{"task": {"metric": "bleu"}}, SUM], 'field metric is "bleu", expected one of number, exact'),
     ([{"task": {"name": "a b"}}, SUM], 'field task.name is "a b", expected 1 to 64 letters'),
     ([{"task": {"template": "{x}"}}, SUM], "2: field template is a text with {x}, expected only n"),
-    (
-        [{"messages": [{"role": "user"}], "answer": 1}],
-        "Message 0 has content = None, expected",
-    ),
+    ([{"messages": [{"role": "user"}], "answer": 1}], "Message 0 has content = None, expected"),
     ([{"question": "a"}], "answer is missing, expected a text or number, or a list of them"),
     ([{"task": {"metric": "number"}}, {"question": "a", "answer": "b"}], 'answer is "b", expected'),
     ([{**CHOICE, "answer": 2}], "answer is 2, expected the number of a choice, 0 to 1"),

@@ -12,11 +12,7 @@ from tiny import CHATML, write_tiny_base
 
 from qaflora_edge.backend.model import Model
 from qaflora_edge.chat import template as chat_template
-from qaflora_edge.chat.template import (
-    TemplateLimit,
-    literal_text,
-    render,
-)
+from qaflora_edge.chat.template import TemplateLimit, literal_text, render
 from qaflora_edge.chat.tokens import chat_tokens
 from qaflora_edge.errors import ChatTemplateError
 from qaflora_edge.formats.base import read_base

@@ -17,16 +17,7 @@ from bundles import TinyBundle
 from click.testing import CliRunner
 from numpy.typing import NDArray
 from patience import PATIENCE_S, wait_until
-from rpc_workers import (
-    GET_TENSOR,
-    GRAPH_COMPUTE,
-    VERSION,
-    Worker,
-    hello,
-    pretender,
-    relay,
-    worker,
-)
+from rpc_workers import GET_TENSOR, GRAPH_COMPUTE, VERSION, Worker, hello, pretender, relay, worker
 from serving import ENGINE, client_of, free_port
 from stock import write_merged
 from tiny import TinyAdapter, TinyBase, write_tiny_adapter, write_tiny_base

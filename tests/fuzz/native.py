@@ -33,10 +33,7 @@ def _model(path: Path) -> Model:
 def use_adapter(base_path: Path, adapter_path: Path) -> None:
     """Load an adapter and decode some tokens with it; the numbers may be of any size."""
     model = _model(base_path)
-    with (
-        Pack(model, [adapter_path]) as pack,
-        Context(model, pack, n_ctx=32, threads=1) as context,
-    ):
+    with Pack(model, [adapter_path]) as pack, Context(model, pack, n_ctx=32, threads=1) as context:
         if HAS_ASSERTS and not _is_tame(adapter_path):
             return  # loading is all that can be tried
         context.set_weights(np.ones((1, model.n_layer), np.float32))

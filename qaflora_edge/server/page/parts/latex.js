@@ -24,7 +24,7 @@ const ACCENTS = signs("hat ^ widehat ^ bar ¯ vec → overrightarrow → tilde ~
 const SPACES = signs(", .17em : .22em > .22em ; .28em ! -.17em quad 1em qquad 2em enspace .5em thinspace .17em displaystyle 0 textstyle 0 limits 0 nolimits 0");
 const FUNCTIONS = new Set("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp lim max min sup inf gcd lcm det dim ker deg arg mod Pr".split(" "));
 const UNDER = new Set([..."∑∏∐⋃⋂", "lim", "max", "min", "sup", "inf"]); // limits stand below and above in display style
-const ALIGNED = ["aligned", "align", "align*", "split", "eqnarray", "eqnarray*", "alignedat"];
+const ALIGNED = ["aligned", "align", "align*", "split", "eqnarray", "eqnarray*"];
 const CENTERED = ["gathered", "gather", "gather*", "equation", "equation*"];
 const MATRICES = new Map([
   ["matrix", ""], ["smallmatrix", ""], ["array", ""], ["cases", "{"], ["pmatrix", "()"], ["bmatrix", "[]"], ["Bmatrix", "{}"],
