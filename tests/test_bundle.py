@@ -35,6 +35,7 @@ from qaflora_edge.bundles.create import create_bundle
 from qaflora_edge.bundles.edit import calibrate
 from qaflora_edge.bundles.open import load_bundle, verify_bundle
 from qaflora_edge.cli.bundle import describe
+from qaflora_edge.config import LENSES
 from qaflora_edge.errors import (
     AdapterMismatchError,
     BundleError,
@@ -49,7 +50,6 @@ from qaflora_edge.formats import inputs
 from qaflora_edge.formats import names as registry
 from qaflora_edge.formats.adapter import read_adapter_gguf
 from qaflora_edge.formats.gguf import GgufCursor
-from qaflora_edge.weighing import numbers as fuse
 
 Raw = dict[str, Any]
 
@@ -95,7 +95,7 @@ def test_typical_divergences_are_the_engines(calibrated: TinyBundle) -> None:
     with Engine(base=bundle.base_path, adapters=bundle.adapter_paths, n_ctx=512) as engine:
         measured = engine.typical_divergence(PROMPTS)
     for name in ("math", "es"):
-        for lens in fuse.LENSES:
+        for lens in LENSES:
             np.testing.assert_allclose(
                 bundle.known.typical[name][lens], measured[name][lens], rtol=1e-6
             )

@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 from qaflora_edge.arrays import F32
@@ -28,7 +28,7 @@ class Generation(Iterator[str]):
         fusion: FusionWeights,
         *,
         drive: Callable[[Callable[[], bool]], None],
-        call: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        call: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self._sequence, self.fusion = sequence, fusion
         self._drive, self._call = drive, call

@@ -11,7 +11,7 @@ from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import BackendError, CancelledError, QafloraError
 from qaflora_edge.inference import sequence as sequences
 from qaflora_edge.inference.scheduler import Slot, Step
-from qaflora_edge.inference.sequence import token_logprob
+from qaflora_edge.inference.sequence import no_numbers, token_logprob
 
 
 class Runner:
@@ -109,13 +109,8 @@ class Runner:
         """Choose the first token, where one was asked for."""
         if np.isnan(self._context.logits_view(row)).any():
             self._spoilt.append(_slot(sequence))
-            sequence.fail(
-                BackendError(
-                    "The logits after the prompt are NaN, expected numbers: an adapter that weighs "
-                    f"more than 0 here ({', '.join(sequence.request.adapters) or 'none'}), or the "
-                    "base, is damaged. Convert or fetch it again, or leave it out."
-                )
-            )
+            adapters = f" ({', '.join(sequence.request.adapters) or 'none'})"
+            sequence.fail(no_numbers("The logits after the prompt", adapters))
         elif sequence.request.keeps_logits:
             sequence.logits = self._context.logits(row)
             sequence.finish("stop")

@@ -10,6 +10,7 @@ import numpy as np
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import BackendError, OptionError
 from qaflora_edge.inference.request import MAX_SEED, Sampling
+from qaflora_edge.inference.sequence import no_numbers
 
 if TYPE_CHECKING:
     from qaflora_edge.inference.constraint import Constraint
@@ -32,13 +33,11 @@ class Sampler:
 
     def __init__(self, model: Model, sampling: Sampling) -> None:
         self._model, self._lib = model, model._lib
-        self._pointers: list[Any] = []
-        self._finalizer = weakref.finalize(self, _free, self._lib, self._pointers)
-        self._finalizer.atexit = False
         self._chain = self._lib.llama_sampler_chain_init(
             self._lib.llama_sampler_chain_default_params()
         )
-        self._pointers.append(self._chain)
+        self._finalizer = weakref.finalize(self, self._lib.llama_sampler_free, self._chain)
+        self._finalizer.atexit = False
         self._fill_chain(sampling)
         self.constraint: Constraint | None = None
         if sampling.grammar is not None:
@@ -52,10 +51,7 @@ class Sampler:
         logits = context.logits_view(row)
         token = int(logits.argmax())
         if np.isnan(logits[token]):  # numpy takes NaN for the largest
-            raise BackendError(
-                "The logits after the answer so far are NaN, expected numbers: an adapter or the "
-                "base is damaged. Convert or fetch it again, or leave it out."
-            )
+            raise no_numbers("The logits after the answer so far")
         return token
 
     def _fill_chain(self, sampling: Sampling) -> None:
@@ -140,8 +136,3 @@ class Sampler:
     def close(self) -> None:
         """Free the chain."""
         self._finalizer()
-
-
-def _free(lib: Any, pointers: list[Any]) -> None:
-    while pointers:
-        lib.llama_sampler_free(pointers.pop())

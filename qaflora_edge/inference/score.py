@@ -10,8 +10,7 @@ from qaflora_edge.arrays import F32
 from qaflora_edge.backend.batch import Outputs, Span
 from qaflora_edge.backend.context import Context, n_ctx_for
 from qaflora_edge.backend.model import Model, Pack
-from qaflora_edge.errors import BackendError
-from qaflora_edge.inference.sequence import log_softmax
+from qaflora_edge.inference.sequence import log_softmax, no_numbers
 from qaflora_edge.weighing.probe import wiped_on_failure
 
 _N_SEQ = 32  # continuations of one prompt in a batch, the prompt itself included
@@ -60,11 +59,7 @@ class Scorer:
                 with wiped_on_failure(context):
                     yield from _score_group(context, prompt, part)
                     if any(np.isnan(result).any() for _, result in part):
-                        raise BackendError(
-                            "The log-probabilities of a continuation are NaN, expected numbers: an "
-                            "adapter that weighs more than 0 here, or the base, is damaged. "
-                            "Convert or fetch it again, or leave it out."
-                        )
+                        raise no_numbers("The log-probabilities of a continuation")
                 context.clear()
         return results
 

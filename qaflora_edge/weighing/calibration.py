@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from qaflora_edge.arrays import F64
-from qaflora_edge.weighing.numbers import LENSES, typical_divergence
+from qaflora_edge.config import LENSES
+from qaflora_edge.weighing.numbers import typical_divergence
 from qaflora_edge.weighing.strategy import Query
 
 # One number a layer: the geometric mean of the KL at the last token, or of the question's states.

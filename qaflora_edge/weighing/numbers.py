@@ -12,9 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from qaflora_edge.arrays import F32, F64
-from qaflora_edge.config import LENSES as LENSES
-from qaflora_edge.config import POOLS as POOLS
-from qaflora_edge.errors import StrategyError, WeightsError
+from qaflora_edge.errors import WeightsError
 
 if TYPE_CHECKING:
     from qaflora_edge.weighing.strategy import Measured, Reason
@@ -93,13 +91,6 @@ class FusionWeights:
 
 def _rows(array: F32) -> list[list[float]]:
     return [[float(value) for value in row] for row in array]
-
-
-def check_choice(what: str, value: str, choices: Sequence[str]) -> str:
-    """Give value, if it is one of choices. Raises StrategyError."""
-    if value not in choices:
-        raise StrategyError(f"The {what} {value!r} is not known; expected {' or '.join(choices)}.")
-    return value
 
 
 def check_weights(

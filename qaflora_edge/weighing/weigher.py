@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from qaflora_edge.arrays import F32
+from qaflora_edge.config import LENSES, POOLS
 from qaflora_edge.errors import QafloraError, StrategyError
 from qaflora_edge.formats.bundle import BundleText, wrong_bundle
 from qaflora_edge.formats.json_text import WrongField, shown
@@ -129,8 +130,10 @@ class Weigher:
     targets: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        numbers.check_choice("lens", self.known.lens, numbers.LENSES)
-        numbers.check_choice("pool", self.known.pool, numbers.POOLS)
+        for what, choices in (("lens", LENSES), ("pool", POOLS)):
+            if (value := getattr(self.known, what)) not in choices:
+                expected = " or ".join(choices)
+                raise StrategyError(f"The {what} {value!r} is not known; expected {expected}.")
         self.parse(self.known.strategy)
 
     def parse(self, text: str) -> Chosen:
