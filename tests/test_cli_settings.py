@@ -4,15 +4,13 @@ import json
 import re
 from pathlib import Path
 
-import click
 import pytest
 from bundles import TinyBundle
 from click.testing import CliRunner
 
 from qaflora_edge import Engine
 from qaflora_edge.cli import main
-from qaflora_edge.cli.settings import SHARED_TABLES, TABLES, all_settings, shared_settings
-from qaflora_edge.config import OWN
+from qaflora_edge.cli.settings import TABLES, all_settings, shared_settings
 
 
 @pytest.fixture
@@ -155,19 +153,6 @@ def test_secrets_are_not_shown(config: Path) -> None:
     shown = json.loads(result.stdout)
     assert shown["settings"]["serve.api_key"]["value"] == "(secret)"
     assert "abc" not in result.stdout + CliRunner().invoke(main, ["settings"]).stdout
-
-
-def test_tables_are_commands_with_these_options() -> None:
-    context = click.Context(main)
-    for table, keys in OWN.items():
-        command = main.get_command(context, table)
-        assert command is not None
-        assert keys.keys() <= {param.name for param in command.params}
-    for table in SHARED_TABLES:
-        command = main.get_command(context, table)
-        if table != "llm":
-            assert command is not None
-            assert {"strategy", "lens"} <= {param.name for param in command.params}
 
 
 def expected_table() -> str:

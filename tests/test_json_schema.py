@@ -314,6 +314,10 @@ def test_what_is_no_json_is_refused() -> None:
         schema_grammar({"const": float("nan")})
 
 
+def test_a_format_that_is_no_text_restricts_nothing(model: Model) -> None:
+    assert is_taken(model, schema_grammar({"type": "string", "format": []}), '"x"')
+
+
 def test_only_named_properties_come_unless_schemas_are_combined(model: Model) -> None:
     schema: dict[str, Any] = {"properties": {"a": {}}, "required": ["a"]}
     text = '{"a":1,"b":2}'

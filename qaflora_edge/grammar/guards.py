@@ -209,9 +209,8 @@ class _Checker:
             key: self._value(key, value, place)
             for key, value in schema.items()
             if key not in _NOTES and not key.startswith("x-")
+            if key != "format" or str(value) in _FORMATS  # the others restrict nothing
         }
-        if written.get("format") not in _FORMATS:  # the others restrict nothing
-            written.pop("format", None)
         kinds = [kind for kind, keys in _TYPED.items() if keys & written.keys()]
         n_part = len(_COMBINED & written.keys()) + bool(kinds)
         self.is_combined |= n_part > 1 or len(schema.get("allOf", [])) > 1
