@@ -10,8 +10,9 @@ from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import BackendError, CancelledError, QafloraError
 from qaflora_edge.inference import sequence as sequences
+from qaflora_edge.inference.sampler import no_numbers
 from qaflora_edge.inference.scheduler import Slot, Step
-from qaflora_edge.inference.sequence import no_numbers, token_logprob
+from qaflora_edge.inference.sequence import token_logprob
 
 
 class Runner:

@@ -10,7 +10,6 @@ import numpy as np
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import BackendError, OptionError
 from qaflora_edge.inference.request import MAX_SEED, Sampling
-from qaflora_edge.inference.sequence import no_numbers
 
 if TYPE_CHECKING:
     from qaflora_edge.inference.constraint import Constraint
@@ -136,3 +135,11 @@ class Sampler:
     def close(self) -> None:
         """Free the chain."""
         self._finalizer()
+
+
+def no_numbers(what: str, adapters: str = "") -> BackendError:
+    """Make the error of logits that are NaN; adapters: names in brackets, after a space."""
+    return BackendError(
+        f"{what} are NaN, expected numbers: an adapter that weighs more than 0 here{adapters}, or "
+        "the base, is damaged. Convert or fetch it again, or leave it out."
+    )

@@ -10,7 +10,8 @@ from qaflora_edge.arrays import F32
 from qaflora_edge.backend.batch import Outputs, Span
 from qaflora_edge.backend.context import Context, n_ctx_for
 from qaflora_edge.backend.model import Model, Pack
-from qaflora_edge.inference.sequence import log_softmax, no_numbers
+from qaflora_edge.inference.sampler import no_numbers
+from qaflora_edge.inference.sequence import log_softmax
 from qaflora_edge.weighing.probe import wiped_on_failure
 
 _N_SEQ = 32  # continuations of one prompt in a batch, the prompt itself included

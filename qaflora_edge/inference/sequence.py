@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qaflora_edge.arrays import F32
-from qaflora_edge.errors import BackendError, QafloraError
+from qaflora_edge.errors import QafloraError
 from qaflora_edge.inference.request import Request
 
 if TYPE_CHECKING:
@@ -191,14 +191,6 @@ class TextDecoder:
             if any(stop.startswith(held[-n:]) for stop in self._stops):
                 return n
         return 0
-
-
-def no_numbers(what: str, adapters: str = "") -> BackendError:
-    """Make the error of logits that are NaN; adapters: names in brackets, after a space."""
-    return BackendError(
-        f"{what} are NaN, expected numbers: an adapter that weighs more than 0 here{adapters}, or "
-        "the base, is damaged. Convert or fetch it again, or leave it out."
-    )
 
 
 def log_softmax(logits: F32) -> NDArray[np.float64]:
