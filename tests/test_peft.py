@@ -477,7 +477,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path, bad: float, dtyp
     assert str(caught.value) == (
         f"Cannot use tensor {B0} of {folder / 'adapter_model.safetensors'}: 1 of its 256 values "
         "are NaN or infinite; expected finite numbers. The training diverged or the file is "
-        "corrupted; use an earlier checkpoint or fetch it again."
+        "corrupted; use an earlier checkpoint."
     )
 
 

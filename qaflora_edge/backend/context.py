@@ -371,12 +371,12 @@ class Backend:
             self._n_first = n_ctx or min(self.n_ctx, _N_CTX_FIRST)
             shape: Any = {"n_ctx": self._n_first, "n_seq": n_parallel}
             self.context = self.enter(Context(self.model, self.pack, **shape, **options))
+            self.chunks = self.context.chunks()
             self.model.workers.check()
             check_unchanged(states)  # llama.cpp opened the files by name, after the checks
         except BaseException:
             self.close()
             raise
-        self.chunks = self.context.chunks()
 
     def n_ctx_for(self, n_token: int) -> int:
         """Size the answering context for a request of so many tokens."""

@@ -21,7 +21,6 @@ PROMPTS_FILE = "data/neutral_prompts.json"
 CALIBRATION_CTX = 512  # tokens; the neutral prompts are short
 OPENING, ONCE = "Opening the base", "Measuring what is typical of each adapter, once"
 
-
 OpenEngine = Callable[..., AbstractContextManager[Any]]  # the class Engine
 
 

@@ -112,12 +112,13 @@ def load_bundle(
             progress("Checking", len(states), len(records))
             states[path] = check_file(path, record, text.where, always_hash=always_hash)
     known_good = set() if always_hash else passed(states)
-    header = read_gguf_header(base_path)
+    headers = {path: read_gguf_header(path) for path in (base_path, *paths.values())}
+    header = headers[base_path]
     check_base(header, checks_tokens=base_path not in known_good)
     if text is not None:
         check_record(text, header)
     infos = {
-        name: read_adapter(path, header, checks_values=path not in known_good)
+        name: read_adapter(headers[path], header, checks_values=path not in known_good)
         for name, path in paths.items()
     }
     if states.keys() != known_good:

@@ -19,7 +19,7 @@ from qaflora_edge.files import AnyPath, atomic_path, readable, what_is_at
 from qaflora_edge.formats.adapter import read_adapter
 from qaflora_edge.formats.base import RECORDED
 from qaflora_edge.formats.bundle import NAME_PATTERN, NAME_RULE, BaseRecord, safe_join
-from qaflora_edge.formats.gguf import GgufHeader
+from qaflora_edge.formats.gguf import GgufHeader, read_gguf_header
 from qaflora_edge.formats.inputs import checksum, sha256_file
 from qaflora_edge.formats.names import load_registry, model_name, parse_hub_ref, pulled_model
 from qaflora_edge.hub.fetch import fetch_hub, fetch_model
@@ -177,9 +177,9 @@ def _put_adapter(
     """Put one adapter in its place; give what bundle.json says of it, name and file apart."""
     if source.path.is_dir():
         convert_adapter(source.path, header, target, outtype=outtype, name=source.name)
-        info = read_adapter(target, header)
+        info = read_adapter(read_gguf_header(target), header)
     else:  # messages name the file that the user knows
-        info = read_adapter(source.path, header)
+        info = read_adapter(read_gguf_header(source.path), header)
         with atomic_path(target) as temporary:
             shutil.copyfile(source.path, temporary)
     return {

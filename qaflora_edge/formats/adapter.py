@@ -72,22 +72,26 @@ def why_not_adapted(architecture: str, base_name: str) -> str:
     return ""
 
 
-def read_adapter(path: Path, header: GgufHeader, *, checks_values: bool = True) -> AdapterInfo:
-    """Read an adapter GGUF and check it against its base, its values too unless told not to."""
-    info = read_adapter_gguf(path)
-    check_adapter(info, header)
+def read_adapter(own: GgufHeader, base: GgufHeader, *, checks_values: bool = True) -> AdapterInfo:
+    """Check an adapter by its header and its base's, and by its values unless told not to."""
+    info = adapter_info(own)
+    check_adapter(info, base)
     if checks_values:
         check_values(info)
     return info
 
 
 def read_adapter_gguf(path: AnyPath) -> AdapterInfo:
-    """Read an adapter GGUF and check that it is whole in itself.
+    """Read an adapter GGUF. Raises as read_gguf_header and adapter_info do."""
+    return adapter_info(read_gguf_header(path))
 
-    Raises InputFileError or GgufFileError when the file is damaged or no adapter,
-    UnsupportedAdapterError when it is more than a plain LoRA.
+
+def adapter_info(header: GgufHeader) -> AdapterInfo:
+    """Check that an adapter GGUF is whole in itself.
+
+    Raises GgufFileError when it is no adapter, UnsupportedAdapterError when it is more than a
+    plain LoRA.
     """
-    header = read_gguf_header(path)
     alpha, ranks = _check_metadata(header), _ranks(header)
     return AdapterInfo(
         path=header.path,

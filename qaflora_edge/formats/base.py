@@ -64,7 +64,6 @@ ARCH_FACTS: Mapping[str, ArchFacts] = {
     name: ArchFacts(**facts) for name, facts in _DATA["architectures"].items()
 }
 
-
 # Limits of llama.cpp 0c1e5709, and ours where no place is named.
 MAX_LAYERS = 512  # llama-hparams.h LLAMA_MAX_LAYERS
 MAX_EXPERTS = 1024  # llama-hparams.h LLAMA_MAX_EXPERTS

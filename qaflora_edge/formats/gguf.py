@@ -33,7 +33,6 @@ MAX_NAME_LENGTH = 64  # of an architecture
 MAX_PARSED_ARRAY = 1 << 10  # numbers
 MAX_DIMS = 4
 MAX_COUNT = 1 << 24  # of layers, heads and other dimensions
-
 READ_BYTES = 1 << 18  # read at once
 
 # By the number of a type; 8 and 9 are no scalars.
@@ -71,10 +70,7 @@ class TensorInfo:
     n_bytes: int
 
 
-# What to do about values that are NaN or infinite.
-DIVERGED = (
-    "The training diverged or the file is corrupted; use an earlier checkpoint or fetch it again."
-)
+DIVERGED = "The training diverged or the file is corrupted; use an earlier checkpoint."
 ADVICE = "The file is truncated, corrupted or of another kind; fetch or convert it again."
 
 

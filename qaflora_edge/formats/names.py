@@ -15,13 +15,11 @@ from typing import Any
 from qaflora_edge.errors import RegistryError
 from qaflora_edge.files import cache_dir, package_data
 
-MAX_REPO_CHARS = 200  # the Hub allows 96 for a name
-
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _REF = re.compile(
     rf"(?P<repo>{_NAME}/{_NAME})(?:/(?P<file>[^@\\]+\.gguf))?(?:@(?P<revision>[A-Za-z0-9._/-]+))?"
 )
-_REPO = re.compile(rf"{_NAME}/{_NAME}")
+_REPO = re.compile(rf"(?=.{{,200}}$){_NAME}/{_NAME}")  # the Hub allows 96 for a name
 
 _FILE_TYPE = re.compile(r"[-._](I?Q\d\w*|B?F16|F32)(\.gguf)?$|\.gguf$", re.IGNORECASE)
 _FORMATS = ("gguf", "hf", "unsloth", "bnb", "4bit", "8bit", "bf16", "f16", "fp16")
@@ -59,7 +57,7 @@ def from_address(text: str) -> str:
 
 def is_repo(text: str) -> bool:
     """Tell whether a text can be the name of a repository."""
-    return len(text) <= MAX_REPO_CHARS and _REPO.fullmatch(text) is not None
+    return _REPO.fullmatch(text) is not None
 
 
 def plain_name(name: str) -> str:
