@@ -195,8 +195,7 @@ class TextDecoder:
 
 def log_softmax(logits: F32) -> NDArray[np.float64]:
     """Normalise logits float32 [n_vocab] to log-probabilities in nats, float64 [n_vocab]."""
-    z = logits.astype(np.float64)
-    z -= z.max()
+    z = logits.astype(np.float64) - logits.max()
     return np.asarray(z - np.log(np.exp(z).sum()))
 
 
