@@ -13,13 +13,7 @@ from qaflora_edge.arrays import F32, F64
 from qaflora_edge.backend.context import Backend
 from qaflora_edge.bundles.open import open_any
 from qaflora_edge.config import MAX_SEED, check, removed
-from qaflora_edge.errors import (
-    OptionError,
-    PromptError,
-    QafloraError,
-    StrategyError,
-    wrong_option,
-)
+from qaflora_edge.errors import OptionError, PromptError, QafloraError, StrategyError, wrong_option
 from qaflora_edge.files import AnyPath
 from qaflora_edge.inference.core import Core, check_process
 from qaflora_edge.inference.generation import Generation

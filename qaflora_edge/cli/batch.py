@@ -16,12 +16,7 @@ from click.core import ParameterSource
 
 from qaflora_edge.chat.messages import begin_with
 from qaflora_edge.cli.answers import answer_dict, incomplete, print_json
-from qaflora_edge.cli.options import (
-    SharedOptions,
-    bundle_folder,
-    check_outputs,
-    open_engine,
-)
+from qaflora_edge.cli.options import SharedOptions, bundle_folder, check_outputs, open_engine
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.cli.prompts import (
     Line,

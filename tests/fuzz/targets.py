@@ -18,11 +18,7 @@ from fuzz.mutate import Case
 from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.chat.conversation import load_session
 from qaflora_edge.convert.adapter import convert_adapter
-from qaflora_edge.formats.adapter import (
-    check_adapter,
-    read_adapter_gguf,
-    read_pair,
-)
+from qaflora_edge.formats.adapter import check_adapter, read_adapter_gguf, read_pair
 from qaflora_edge.formats.gguf import read_gguf_header, read_values
 from qaflora_edge.inference.constraint import schema_grammar
 from qaflora_edge.peft.config import parse_config, read_fields
