@@ -286,6 +286,7 @@ PROBING = (
 )
 # fmt: on
 SHARED = {option.key: option for option in OPTIONS if option.flag}
+DEFAULTS: dict[str, Any] = {option.name: option.default for option in OPTIONS}  # in Python
 OWN = {
     command: {option.key: option for option in options} for command, options in OWN_OPTIONS.items()
 }
@@ -336,11 +337,6 @@ def removed(name: str) -> str | None:
 def in_group(group: str) -> dict[str, Option]:
     """The options that something takes, by their names."""
     return {option.name: option for option in OPTIONS if group in option.groups.split()}
-
-
-def default(name: str) -> Any:
-    """The default of an option in Python."""
-    return next(option.default for option in OPTIONS if option.name == name)
 
 
 def check(group: str, values: Mapping[str, Any]) -> None:

@@ -41,10 +41,7 @@ def _listed(flag: str, allowed: Sequence[Any], default: str, help: str) -> Calla
     )
 
 
-@command(
-    "qaflora bench demo",
-    "qaflora bench demo --k 3 --prompt-tokens 128 --only decode,ttft",
-)
+@command("qaflora bench demo", "qaflora bench demo --k 3 --prompt-tokens 128 --only decode,ttft")
 @click.argument("bundle", **BUNDLE)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with every run.")
 @_listed("--only", PARTS, ",".join(PARTS), "Measure these parts only.")

@@ -48,11 +48,7 @@ _COMMA = re.compile(r",(?![^,:]*=)")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @shared_options
 def compare(
-    bundle: str,
-    question: str,
-    ways: str | None,
-    as_json: bool,
-    options: SharedOptions,
+    bundle: str, question: str, ways: str | None, as_json: bool, options: SharedOptions
 ) -> None:
     """Show what several strategies answer, side by side.
 

@@ -11,8 +11,8 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from qaflora_edge.arrays import F32
+from qaflora_edge.config import DEFAULTS, check
 from qaflora_edge.config import MAX_SEED as MAX_SEED
-from qaflora_edge.config import check, default
 from qaflora_edge.errors import ContextError, OptionError, PromptError
 
 if TYPE_CHECKING:
@@ -38,19 +38,19 @@ class Sampling:
     logprobs     None, or how many of the likeliest tokens are kept beside each one that is chosen
     """
 
-    max_tokens: int | None = default("max_tokens")
-    temperature: float = default("temperature")
-    top_p: float = default("top_p")
-    seed: int | None = default("seed")
-    stop: tuple[str, ...] = default("stop")
-    grammar: str | None = default("grammar")
-    top_k: int = default("top_k")
-    min_p: float = default("min_p")
-    repeat_penalty: float = default("repeat_penalty")
-    frequency_penalty: float = default("frequency_penalty")
-    presence_penalty: float = default("presence_penalty")
-    logit_bias: Mapping[int | str, float] | None = default("logit_bias")
-    logprobs: int | None = default("logprobs")
+    max_tokens: int | None = DEFAULTS["max_tokens"]
+    temperature: float = DEFAULTS["temperature"]
+    top_p: float = DEFAULTS["top_p"]
+    seed: int | None = DEFAULTS["seed"]
+    stop: tuple[str, ...] = DEFAULTS["stop"]
+    grammar: str | None = DEFAULTS["grammar"]
+    top_k: int = DEFAULTS["top_k"]
+    min_p: float = DEFAULTS["min_p"]
+    repeat_penalty: float = DEFAULTS["repeat_penalty"]
+    frequency_penalty: float = DEFAULTS["frequency_penalty"]
+    presence_penalty: float = DEFAULTS["presence_penalty"]
+    logit_bias: Mapping[int | str, float] | None = DEFAULTS["logit_bias"]
+    logprobs: int | None = DEFAULTS["logprobs"]
 
 
 def make_sampling(stop: Any, **options: Any) -> Sampling:
