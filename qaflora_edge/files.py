@@ -47,9 +47,6 @@ def kind_of(mode: int) -> str:
     return "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
 
 
-# --- writing ------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def atomic_path(path: AnyPath, mode: int = 0o666) -> Iterator[Path]:
     """Give a temporary file that replaces `path` when the block succeeds.
@@ -150,9 +147,6 @@ def write_text_atomic(path: AnyPath, text: str) -> None:
     """Write UTF-8 text with the given line ends, whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(text.encode("utf-8"))
-
-
-# --- names and places ---------------------------------------------------------------------------
 
 
 def readable(name: str) -> str:
