@@ -160,15 +160,6 @@ def test_a_port_that_is_taken_is_named(bundle: Path) -> None:
     )
 
 
-def test_what_is_no_bundle_is_refused_before_it_listens(tmp_path: Path) -> None:
-    result = CliRunner().invoke(main, ["serve", str(tmp_path)])
-    assert result.exit_code == 1
-    assert result.stderr.startswith(
-        f"Error: Cannot open the bundle {tmp_path}: bundle.json does not exist"
-    )
-    assert CliRunner().invoke(main, ["serve"]).exit_code == 2
-
-
 @pytest.mark.parametrize("spoil", ["sys.modules['starlette'] = None", "sys.path.insert(0, '.')"])
 def test_a_missing_or_broken_extra_is_told(bundle: Path, spoil: str, tmp_path: Path) -> None:
     (tmp_path / "uvicorn.py").write_text("raise ImportError('libssl is too old')\n")

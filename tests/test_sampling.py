@@ -50,13 +50,6 @@ def test_greedy_under_a_grammar_is_the_likeliest_allowed_token(engine: Engine) -
     assert (answer.finish_reason, answer.n_completion) == ("stop", 6)
 
 
-def test_control_tokens_never_pass_for_their_text(engine: Engine) -> None:
-    """`<|im_start|>` is a token whose text the grammar would take, and which writes nothing."""
-    answer = engine.generate(PROMPT, grammar='root ::= "<|im_start|>"', max_tokens=40)
-    assert answer.text() == "<|im_start|>"
-    assert answer.n_completion > 1
-
-
 @pytest.mark.parametrize(
     ("grammar", "max_tokens", "is_whole"),
     [
