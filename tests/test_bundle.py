@@ -236,6 +236,7 @@ def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
     for name, found in (
         ("none", "none does not exist; expected a folder with bundle.json. Give the folder of a"),
         ("file", "file is a file"),
+        ("x" * 300, "x* cannot be examined"),
         ("empty", "bundle.json does not exist"),
     ):
         with pytest.raises(BundleError, match=f"Cannot open the bundle .*: {found}"):
@@ -360,6 +361,7 @@ def test_broken_json_is_refused(made: TinyBundle) -> None:
         ("adapters/none.gguf", "does not exist"),
         ("pipe", "is a pipe, a socket or a device"),
         ("loop", "cannot be examined"),
+        ("x" * 300, "cannot be examined"),
         ("out.gguf", "a link in it leads out of the bundle"),
     ],
 )

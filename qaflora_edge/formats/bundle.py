@@ -105,7 +105,7 @@ def is_base(place: Path) -> bool:
 def read_bundle_text(folder: Path) -> BundleText:
     """Read bundle.json alone; no other file need be there. Raises BundleError."""
     path, failure = safe_join(folder, BUNDLE_FILE), f"Cannot open the bundle {folder}"
-    if not path.is_file():
+    if not os.path.isfile(path):
         there = folder if not os.path.isdir(folder) else path
         raise BundleError(
             f"{failure}: {there.name} {what_is_at(there)}; expected a folder with {BUNDLE_FILE}. "
@@ -169,7 +169,7 @@ def adapter_paths(folder: Path, text: BundleText) -> dict[str, Path]:
     """Give adapter -> its file, which lies in the bundle's folder. Raises BundleError."""
     paths = {adapter.name: safe_join(folder, adapter.file) for adapter in text.adapters}
     for name, path in paths.items():
-        if not path.is_file():
+        if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
             raise BundleError(
                 f"Cannot open the bundle {folder}: the file of adapter {name}, {path}, "
                 f"{what_is_at(path)}; expected the file that {BUNDLE_FILE} names. Copy the bundle "
