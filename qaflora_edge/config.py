@@ -98,7 +98,7 @@ class Option:
             return all(isinstance(text, str) and text for text in texts)
         if self.kind is dict:
             pairs = value.items() if isinstance(value, Mapping) else [("", None)]
-            return all(_is_id(token) and self._is_in_range(bias) for token, bias in pairs)
+            return all(_ID.fullmatch(str(key)) and self._is_in_range(n) for key, n in pairs)
         if isinstance(value, str) and value in self.words:
             return True
         if self.kind not in (int, float):
@@ -114,12 +114,7 @@ class Option:
         return low <= number <= high and not (self.is_open and number == low)
 
 
-def _is_id(token: object) -> bool:
-    """Whether it is a token id, as a number or as the text that JSON makes of it."""
-    is_number = isinstance(token, int) and not isinstance(token, bool) and token >= 0
-    return is_number or (isinstance(token, str) and bool(re.fullmatch(r"[0-9]{1,10}", token)))
-
-
+_ID = re.compile("[0-9]{1,10}")  # of a token: a number, or the text that JSON makes of it
 _LARGEST = sys.float_info.max  # infinity is above it, and NaN fits nowhere
 _EXPECTED = {
     int: "a whole number",
