@@ -341,8 +341,7 @@ def check(group: str, values: Mapping[str, Any]) -> None:
         if name not in known:
             if instead := removed(name):
                 raise OptionError(instead)
-            names = ", ".join(known)
-            raise wrong_option(name, value, f"no such option; those of {group} are {names}")
+            raise wrong_option(name, value, f"no such option; {group} takes {', '.join(known)}")
         option = known[name]
         if not (value is None and option.default is None) and not option.fits(value):
             raise wrong_option(name, value, option.expected)

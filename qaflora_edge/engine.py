@@ -4,8 +4,7 @@ import itertools
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -35,10 +34,6 @@ from qaflora_edge.weighing.calibration import EXTENTS, KEYS, LAYERS, typical_of
 from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.strategy import Query
 from qaflora_edge.weighing.weigher import Weigher, Weights
-
-if TYPE_CHECKING:
-    from qaflora_edge.backend.model import Model
-    from qaflora_edge.chat.messages import Message
 
 
 def _draw(fusion: FusionWeights) -> str:
@@ -132,9 +127,13 @@ class Engine:
         self.n_layer, self.n_vocab = model.n_layer, model.n_vocab
         self.n_ctx_train = model.n_ctx_train  # tokens of the longest text in training
         self.has_chat_template = bool(model.chat_template)
-        self._weigher = replace(self._weigher, find_question=partial(_find_question, model))
 
-    # life
+        def find_question(tokens: Sequence[int]) -> tuple[int, int] | None:
+            from qaflora_edge.chat.tokens import find_question
+
+            return find_question(model, tokens)
+
+        self._weigher = replace(self._weigher, find_question=find_question)
 
     def close(self) -> None:
         """Free the model, the adapters and all contexts. A second call does nothing.
@@ -169,8 +168,6 @@ class Engine:
         names = ", ".join(self.adapters) or "no adapters"
         return f"<Engine {self.name}: {names}; strategy {self.strategy}>"
 
-    # facts
-
     @property
     def adapters(self) -> tuple[str, ...]:
         """Name the adapters in use, in the order of every first axis."""
@@ -201,8 +198,6 @@ class Engine:
         """Give the size of the cached prefixes, at most `prefix_cache`: see Engine."""
         return self._core.prober.prefixes.n_byte
 
-    # choices
-
     def use_adapters(self, names: Sequence[str]) -> None:
         """Weigh only these adapters from now on; the others are neither probed nor applied.
 
@@ -231,8 +226,6 @@ class Engine:
                 raise _not_loaded(name, loaded)
         return replace(self._weigher, adapters=tuple(n for n in loaded if n in names))
 
-    # prompts
-
     def tokenize(self, prompt: Prompt, *, parse_special: bool = False) -> list[int]:
         """Turn a prompt into token ids: text as it is, with BOS where the base asks for it, or ids.
 
@@ -242,7 +235,7 @@ class Engine:
             return prompt_tokens(self._model, prompt, self.n_ctx, parse_special=parse_special)
 
     def chat_tokens(
-        self, messages: Sequence["Message"], *, tools: Sequence[Mapping[str, Any]] = ()
+        self, messages: Sequence[Any], *, tools: Sequence[Mapping[str, Any]] = ()
     ) -> list[int]:
         """Turn a conversation into token ids under the base's chat template.
 
@@ -255,8 +248,6 @@ class Engine:
             messages = begin_with(self.system or None, messages)
             tokens = chat_tokens(self._model, messages, tools=tools, n_ctx=self.n_ctx)
             return checked_tokens(self._model, tokens, self.n_ctx)
-
-    # weights and states
 
     def weights(
         self,
@@ -385,8 +376,6 @@ class Engine:
         checked_tokens(self._model, [*prompt, *tokens], self.n_ctx, what)
         return tuple(tokens)
 
-    # calibration
-
     def typical_divergence(
         self,
         prompts: Sequence[str],
@@ -447,8 +436,6 @@ class Engine:
         span = self._weigher.find_question(tokens)
         query = self._weigher.query(tokens)
         return replace(query, question=span or (0, len(tokens)), is_chat=span is not None)
-
-    # answers
 
     def generate(
         self,
@@ -514,8 +501,7 @@ class Engine:
             probe = self._core.probe(cancellation, on_progress)
             sampler = Sampler(self._model, sampling)  # a bad grammar is refused before the work
             fusion = self._using(adapters).weigh(one_of(weights, strategy), tokens, probe)
-            if on_weights is not None:
-                on_weights(fusion)
+            (on_weights or silent)(fusion)
             request = Request(
                 tuple(tokens),
                 self._core.all_weights(fusion),
@@ -610,9 +596,7 @@ class Engine:
         except QafloraError as error:
             return self._core.failed(error)
 
-    # chat
-
-    def chat(self, messages: Sequence["Message"], *, stream: bool = False, **options: Any) -> Any:
+    def chat(self, messages: Sequence[Any], *, stream: bool = False, **options: Any) -> Any:
         """Answer a conversation in OpenAI's shape: a dict, or chunks with stream=True.
 
         Fields are attributes too: answer.choices[0].message.content.
@@ -628,13 +612,6 @@ class Engine:
         from qaflora_edge.openai.chat import answer_chat
 
         return answer_chat(self, messages, stream=stream, **options)
-
-
-def _find_question(model: "Model", tokens: Sequence[int]) -> tuple[int, int] | None:
-    """Find the span of the last user turn; the chat template is read when the first is sought."""
-    from qaflora_edge.chat.tokens import find_question
-
-    return find_question(model, tokens)
 
 
 def _not_loaded(name: str, known: Sequence[str]) -> StrategyError:

@@ -23,7 +23,6 @@ from qaflora_edge.hub.local import named_bundles, pulled_bundles
 if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
 
-PREFIX = "qaflora/"
 _WEIGHING = in_group("weighing")
 _SAMPLING = {name: option for name, option in in_group("sampling").items() if option.flag}
 
@@ -69,7 +68,7 @@ class BundleModel(llm.Model):
     )
 
     def __init__(self, name: str, folder: Path) -> None:
-        self.model_id = f"{PREFIX}{name}"
+        self.model_id = f"qaflora/{name}"
         self.folder = folder
 
     def execute(

@@ -173,7 +173,7 @@ def test_option_of_another_group_is_refused() -> None:
     with pytest.raises(OptionError) as caught:
         config.check("answers", {"n_ctx": 1})
     assert str(caught.value) == (
-        "Option n_ctx is 1, expected no such option; those of answers are seed, n."
+        "Option n_ctx is 1, expected no such option; answers takes seed, n."
     )
 
 
