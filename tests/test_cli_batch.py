@@ -142,11 +142,6 @@ HOSTILE = [
         "OptionError",
         "Options grammar and a JSON schema are both given; give one or the other.",
     ),
-    (
-        lines({"messages": [{"role": "a", "content": "a", "tool_calls": ["a" * 9999]}]}).strip(),
-        "PromptError",
-        "Message 0 has the tool call 'aaa",
-    ),
     ('{"prompt": "' + "a" * 400 + '"}', "ContextError", "tokens, the context 256; shorten it"),
 ]
 
