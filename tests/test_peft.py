@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from qaflora_edge.errors import (
     SafetensorsFileError,
     UnsupportedAdapterError,
 )
-from qaflora_edge.peft.config import REFUSED, is_named, parse_config
+from qaflora_edge.peft.config import REFUSED, parse_config
 from qaflora_edge.peft.folder import read_peft
 
 A0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -124,6 +125,8 @@ NAMES = [
 RULES: list[dict[str, Any]] = [
     {"target_modules": ["q_proj"]},
     {"target_modules": ["self_attn.q_proj", "lm_head", "model.layers.11.mlp.up_proj"]},
+    {"target_modules": ["q_proj", "up_proj"], "exclude_modules": ["layers.1.self_attn.q_proj"]},
+    {"target_modules": ["q_proj", "up_proj", "lm_head"], "layers_to_transform": [0, 11]},
 ]
 
 
@@ -133,11 +136,10 @@ def test_targets_are_those_of_peft(tmp_path: Path, rule: dict[str, Any]) -> None
     peft = pytest.importorskip("peft")
     exists = pytest.importorskip("peft.tuners.tuners_utils").check_target_module_exists
     fields = {"peft_type": "LORA", **rule}
-    ours = parse_config(tmp_path, fields).targets or ()
-    theirs = peft.LoraConfig(**rule)
-    assert [is_named(ours, name) for name in NAMES] == [
-        bool(exists(theirs, name)) for name in NAMES
-    ]
+    ours, theirs = parse_config(tmp_path, fields), peft.LoraConfig(**rule)
+    for name in NAMES:
+        with nullcontext() if exists(theirs, name) else pytest.raises(PeftConfigError):
+            ours.check_target(name)
 
 
 def test_names_of_a_whole_state_are_understood(tmp_path: Path, base: tiny.TinyBase) -> None:
@@ -272,8 +274,8 @@ INIT = (
     "unchanged base. "
 )
 NOT_NAMED = (
-    f"module {MODULE} has tensors, but target_modules does not name it; expected every module that "
-    f"has tensors. {APART}."
+    f"module {MODULE} has tensors, but target_modules, exclude_modules and layers_to_transform do "
+    f"not name it; expected every module that has tensors. {APART}."
 )
 # The error, fields of the config, the tensors, the file that is named, and what is said of it.
 REFUSALS: list[tuple[type[Exception], dict[str, Any], dict[str, Any], str, str]] = [
@@ -283,6 +285,9 @@ REFUSALS: list[tuple[type[Exception], dict[str, Any], dict[str, Any], str, str]]
     (UnsupportedAdapterError, {"init_lora_weights": "loftq"}, PAIR, "config.json",
      f'init_lora_weights is "loftq"; {INIT}{OTHER[1]}'),
     (PeftConfigError, {"target_modules": ["k_proj"]}, PAIR, "config.json", NOT_NAMED),
+    (PeftConfigError, {"target_modules": ["q_proj"], "layers_to_transform": 1}, PAIR,
+     "config.json", NOT_NAMED),
+    (PeftConfigError, {"exclude_modules": ["q_proj"]}, PAIR, "config.json", NOT_NAMED),
     (PeftConfigError, {"rank_pattern": {"q_proj": 8}}, PAIR, "config.json",
      f"module {MODULE} has rank 8 by r and rank_pattern, but lora_A is [4, 64] and lora_B "
      f"[64, 4]; expected [8, n_in] and [n_out, 8]. {APART}."),

@@ -111,7 +111,7 @@ def load_bundle(
         for path, record in zip((base_path, *paths.values()), records, strict=True):
             progress("Checking", len(states), len(records))
             states[path] = check_file(path, record, text.where, always_hash=always_hash)
-    known_good = set() if always_hash else passed(states)
+    known_good = set() if always_hash else passed(states, base_path)
     headers = {path: read_gguf_header(path) for path in (base_path, *paths.values())}
     header = headers[base_path]
     check_base(header, checks_tokens=base_path not in known_good)
@@ -122,7 +122,7 @@ def load_bundle(
         for name, path in paths.items()
     }
     if states.keys() != known_good:
-        remember_passed(states)
+        remember_passed(states, base_path)
     known = known_of(text)
     return Opened(place=place, header=header, adapters=infos, states=states, known=known, text=text)
 

@@ -153,15 +153,19 @@ def checksum(path: Path, *, always_hash: bool = False) -> str:
     return found
 
 
-def passed(states: Mapping[Path, FileState]) -> set[Path]:
-    """Find the files that passed every check of this version in these very states."""
+def passed(states: Mapping[Path, FileState], base: Path) -> set[Path]:
+    """Find the files that passed every check of this version in these very states and roles."""
     memory = _read_memory()
-    return {path for path, state in states.items() if memory.get(_passed_key(path)) == [*state]}
+    return {
+        path
+        for path, state in states.items()
+        if memory.get(_passed_key(path)) == [*state, path == base]
+    }
 
 
-def remember_passed(states: Mapping[Path, FileState]) -> None:
-    """Remember that files passed every check."""
-    _remember({_passed_key(path): [*state] for path, state in states.items()})
+def remember_passed(states: Mapping[Path, FileState], base: Path) -> None:
+    """Remember that files passed every check, one as the base and the others as adapters."""
+    _remember({_passed_key(path): [*state, path == base] for path, state in states.items()})
 
 
 def _passed_key(path: Path) -> str:
@@ -170,7 +174,7 @@ def _passed_key(path: Path) -> str:
 
 def _read_memory() -> dict[str, list[Any]]:
     """Read what is remembered: path -> bytes, time of change, SHA-256; and of checks passed."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
+    with contextlib.suppress(OSError, TypeError, ValueError, RecursionError):
         return dict(json.loads((cache_dir() / MEMORY_FILE).read_bytes()))
     return {}
 

@@ -44,6 +44,8 @@ class PeftConfig:
     """What decides the size and the scale of each module of a LoRA.
 
     targets     modules that are adapted, by their names or ends of names; None: told otherwise
+    excluded    modules that are not, in the same way
+    layers      the only ones that are adapted; none: all are
     parameters  bare parameters that are adapted, by their names or ends of names
     bias        "none", or which of the base's biases were trained, if it has any
     version     of the PEFT that wrote it, if it says so
@@ -57,6 +59,8 @@ class PeftConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     targets: frozenset[str] | None = None
+    excluded: frozenset[str] | None = None
+    layers: frozenset[int] = frozenset()
     parameters: tuple[str, ...] = ()
     bias: str = "none"
     ties_weights: bool = False
@@ -93,12 +97,20 @@ class PeftConfig:
         return PeftConfigError(f"Cannot use {self.path}: {found}. {advice}")
 
     def check_target(self, module: str) -> None:
-        """Refuse a module that has tensors but is not adapted by the config, as in PEFT."""
-        if self.targets is not None and not is_named(self.targets, module):
-            name = "target_modules" if self.mlx_scale is None else "lora_parameters.keys"
+        """Refuse a module that has tensors but is not adapted by the config.
+
+        As PEFT 0.21 does, peft/tuners/tuners_utils.py check_target_module_exists, but expressions
+        are not evaluated: the tensors decide.
+        """
+        targets, found = self.targets or {module}, re.match(r".*?\.[^.]*\.(\d+)\.", module)
+        is_in_layers = not self.layers or (found is not None and int(found[1]) in self.layers)
+        is_in = module in targets or (is_named(targets, module) and is_in_layers)
+        if not is_in or is_named(self.excluded or (), module):
+            names = "target_modules, exclude_modules and layers_to_transform do"
+            name = names if self.mlx_scale is None else "lora_parameters.keys does"
             raise self.mismatch(
-                f"module {module} has tensors, but {name} does not name it; expected every module "
-                "that has tensors"
+                f"module {module} has tensors, but {name} not name it; expected every module that "
+                "has tensors"
             )
 
 
@@ -170,6 +182,8 @@ def _peft_config(path: Path, fields: Mapping[str, Any]) -> PeftConfig:
     ranks, alphas = (fields.get(f"{what}_pattern") or {} for what in ("rank", "alpha"))
     for key in (*ranks, *alphas):
         _check_key(path, key)
+    layers = () if fields.get("layers_pattern") else fields.get("layers_to_transform") or ()
+    layers = [layers] if isinstance(layers, int) else layers
     return PeftConfig(
         path=path,
         rank=int(fields.get("r", 8)),  # the defaults are PEFT's own
@@ -178,6 +192,8 @@ def _peft_config(path: Path, fields: Mapping[str, Any]) -> PeftConfig:
         rank_pattern={key: int(rank) for key, rank in ranks.items()},
         alpha_pattern={key: float(alpha) for key, alpha in alphas.items()},
         targets=_names_of(fields.get("target_modules")),
+        excluded=_names_of(fields.get("exclude_modules")),
+        layers=frozenset(layers),
         parameters=tuple(fields.get("target_parameters") or ()),
         bias=fields.get("bias") or "none",
         ties_weights=bool(fields.get("ensure_weight_tying")),
