@@ -1,12 +1,16 @@
 """Packages that run when they are needed: their modules can be imported before."""
 
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec, module_from_spec
 from typing import Any
 
 
-def defer(package: str) -> None:
-    """Run a package when a name of it is first asked for; nothing happens where it ran already."""
+def defer(package: str, after: Callable[[], object] = lambda: None) -> None:
+    """Run a package when a name of it is first asked for; nothing happens where it ran already.
+
+    after  called when it has run
+    """
     spec = None if package in sys.modules else find_spec(package)
     if spec is None or spec.loader is None:
         return
@@ -15,6 +19,7 @@ def defer(package: str) -> None:
     def run(name: str) -> Any:
         del module.__getattr__
         loader.exec_module(module)
+        after()
         return getattr(module, name)
 
     module.__getattr__ = run  # type: ignore[method-assign]

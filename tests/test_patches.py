@@ -55,6 +55,8 @@ class Project:
             "files.py",
             "formats/__init__.py",
             "formats/inputs.py",
+            "formats/json_text.py",
+            "imports.py",
             "progress.py",
             "settings.py",
             "config.py",

@@ -109,7 +109,7 @@ def _import_binding(folder: Path) -> ModuleType:
     is_ours = not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & {*os.environ}
     spin = str(SPIN_COUNT) if is_ours else os.environ.get("GOMP_SPINCOUNT")
     try:
-        defer("llama_cpp")  # its own classes take 60 ms
+        defer("llama_cpp", _keep_log)  # its classes take 60 ms, and set a log of their own
         with _variables(LLAMA_CPP_LIB_PATH=str(folder), GOMP_SPINCOUNT=spin):
             return import_module("llama_cpp.llama_cpp")
     except (ImportError, RuntimeError, AttributeError, OSError) as err:
@@ -196,7 +196,7 @@ def load() -> tuple[ModuleType, SimpleNamespace]:
             f"imported before qaflora_edge, import qaflora_edge's Engine first; else "
             f"{_INSTALL_ADVICE}."
         )
-    _keep_log(binding)
+    _keep_log()
     _load_backends(binding._lib, folder.absolute())
     binding.llama_backend_init()
     return binding, _declare(_PROTOTYPES, "qaflora_", binding._lib)
@@ -208,9 +208,10 @@ def last_error() -> str:
     return str(functions.last_error(), "utf-8", "replace")
 
 
-def _keep_log(binding: ModuleType) -> None:
-    """Keep the library's log off the terminal, and its errors for `said`."""
+def _keep_log() -> None:
+    """Keep the library's log off the terminal, and its errors for `logged`."""
     global _log_callback
+    binding = import_module("llama_cpp.llama_cpp")
 
     def keep_errors(level: int, text: bytes, _: object) -> None:
         if level == _LOG_LEVEL_ERROR:

@@ -9,7 +9,7 @@ import math
 import os
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -47,13 +47,18 @@ Scalar = int | float | bool
 class RawArray:
     """A metadata array of strings, or of more than MAX_PARSED_ARRAY numbers.
 
-    kind  type of its items
-    data  the items as the file holds them; each string follows its length, a U64
+    kind   type of its items
+    place  where the items begin and end in the file; each string follows its length, a U64
     """
 
     kind: int
     length: int
-    data: bytes = field(repr=False)
+    place: tuple[int, int]
+
+    def read(self, path: Path) -> bytes:
+        """Read the items as the file holds them. Raises as read_bytes does."""
+        begin, end = self.place
+        return read_bytes(path, begin, end - begin)
 
 
 MetadataValue = Scalar | str | tuple[Scalar, ...] | RawArray
@@ -185,9 +190,9 @@ class GgufCursor:
             self.take(length * SCALARS[item_kind].size, field)
         else:
             self.fail(f"the element type of {field}", item_kind, "a number or a string")
-        items = bytes(self.data[begin : self.position])
         if item_kind == STRING or length > MAX_PARSED_ARRAY:
-            return RawArray(item_kind, length, items)
+            return RawArray(item_kind, length, (begin, self.position))
+        items = bytes(self.data[begin : self.position])
         return tuple(value for (value,) in SCALARS[item_kind].iter_unpack(items))
 
     def skip_strings(self, length: int, field: str) -> None:
