@@ -7,10 +7,7 @@ from typing import Any
 
 
 def defer(package: str, after: Callable[[], object] = lambda: None) -> None:
-    """Run a package when a name of it is first asked for; nothing happens where it ran already.
-
-    after  called when it has run
-    """
+    """Run a package, then `after`, when a name of it is first asked for, unless it ran before."""
     spec = None if package in sys.modules else find_spec(package)
     if spec is None or spec.loader is None:
         return

@@ -23,6 +23,7 @@ from qaflora_edge.formats.gguf import (
     U64,
     GgufHeader,
     RawArray,
+    read_bytes,
     read_gguf_header,
 )
 from qaflora_edge.formats.inputs import changed
@@ -259,13 +260,13 @@ def _check_tokens(header: GgufHeader) -> None:
     if array.length > MAX_TOKENS:
         _fail(header, f"the length of {TOKENS}", array.length, f"at most {MAX_TOKENS}")
     tokens: dict[bytes, int] = {}
-    data, at = array.read(header.path), 0
+    data, at = read_bytes(header.path, array.offset, array.n_bytes), 0
     for token in range(array.length):
         if at + U64.size > len(data):
             raise changed(header.path, GgufFileError)
         (n_bytes,) = U64.unpack_from(data, at)
         at += U64.size + n_bytes
-        # The loader gives those without a text a name, by their number.
+        # The loader names those without a text.
         text = data[at - n_bytes : at] or b"[EMPTY_%d]" % token
         if tokens.setdefault(text, token) != token:
             shown = text.decode("utf-8", "replace")
@@ -277,8 +278,9 @@ def _check_bytes(header: GgufHeader, tokens: Mapping[bytes, int]) -> None:
     """Check the tokens of single bytes: llama-vocab.cpp token_to_byte and byte_to_token."""
     model = header.metadata.get("tokenizer.ggml.model")
     types = header.metadata.get("tokenizer.ggml.token_type")  # llama.h llama_token_type
-    if isinstance(types, RawArray) and types.place[1] - types.place[0] == 4 * types.length:
-        types = tuple(np.frombuffer(types.read(header.path), "<i4").tolist())
+    if isinstance(types, RawArray) and types.n_bytes == 4 * types.length:
+        data = read_bytes(header.path, types.offset, types.n_bytes)
+        types = tuple(np.frombuffer(data, "<i4").tolist())
     kinds = types if isinstance(types, tuple) else ()
     for token, (text, kind) in enumerate(zip(tokens, kinds, strict=False)):
         if kind == BYTE_TOKEN and (model == "bert" or not _BYTE.fullmatch(text)):

@@ -47,18 +47,14 @@ Scalar = int | float | bool
 class RawArray:
     """A metadata array of strings, or of more than MAX_PARSED_ARRAY numbers.
 
-    kind   type of its items
-    place  where the items begin and end in the file; each string follows its length, a U64
+    kind             type of its items
+    offset, n_bytes  where they lie in the file; each string follows its length, a U64
     """
 
     kind: int
     length: int
-    place: tuple[int, int]
-
-    def read(self, path: Path) -> bytes:
-        """Read the items as the file holds them. Raises as read_bytes does."""
-        begin, end = self.place
-        return read_bytes(path, begin, end - begin)
+    offset: int
+    n_bytes: int
 
 
 MetadataValue = Scalar | str | tuple[Scalar, ...] | RawArray
@@ -191,7 +187,7 @@ class GgufCursor:
         else:
             self.fail(f"the element type of {field}", item_kind, "a number or a string")
         if item_kind == STRING or length > MAX_PARSED_ARRAY:
-            return RawArray(item_kind, length, (begin, self.position))
+            return RawArray(item_kind, length, begin, self.position - begin)
         items = bytes(self.data[begin : self.position])
         return tuple(value for (value,) in SCALARS[item_kind].iter_unpack(items))
 
