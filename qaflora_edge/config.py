@@ -262,8 +262,7 @@ OWN_OPTIONS = {
                help="Store the adapter's tensors in this type."),
     ),
 }
-# What strategies that probe take after their name, as in calibrated:power=2,total=1.5; done in
-# this order.
+# Options of strategies that probe, as in calibrated:power=2,total=1.5; done in this order.
 SHAPING = (
     Option("power", float, 1.0, low=0, is_open=True, high=16, metavar="P",
            help="weigh by the power P of the shares: above 1 sharper, below 1 more even"),

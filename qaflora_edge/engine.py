@@ -49,7 +49,6 @@ def _tell(fusion: FusionWeights) -> str:
     return f"<FusionWeights {fusion.strategy}, {n_layer} layers: {who_spoke(fusion)}>"
 
 
-# Numbers know neither pictures nor screens.
 FusionWeights._repr_html_ = _draw
 FusionWeights.__repr__ = _tell  # type: ignore[assignment]
 

@@ -156,11 +156,7 @@ def checksum(path: Path, *, always_hash: bool = False) -> str:
 def passed(states: Mapping[Path, FileState], base: Path) -> set[Path]:
     """Find the files that passed every check of this version in these very states and roles."""
     memory = _read_memory()
-    return {
-        path
-        for path, state in states.items()
-        if memory.get(_passed_key(path)) == [*state, path == base]
-    }
+    return {p for p, state in states.items() if memory.get(_passed_key(p)) == [*state, p == base]}
 
 
 def remember_passed(states: Mapping[Path, FileState], base: Path) -> None:
