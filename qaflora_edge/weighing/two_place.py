@@ -120,8 +120,8 @@ def _told(query: Query, scores: Mapping[str, F64], taken: Taken) -> tuple[dict[s
     if others:
         who = "The others are" if len(others) > 1 else "The other is"
         said.append(f"{who} {'typical' if is_typical else 'lower'}.")
-    if z[first] < needed.get("answer", z[first] - RAMP) + RAMP:
-        said.append(f"Below {needed['answer'] + RAMP:g} the base keeps a part.")
+    if z[first] < (whole := needed.get("answer", float("-inf")) + RAMP):
+        said.append(f"Below {whole:g} the base keeps a part.")
     return reasons, " ".join(said)
 
 
