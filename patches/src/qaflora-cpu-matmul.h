@@ -83,6 +83,14 @@ static void matmul_round(const float * x, int64_t n_row, int64_t n_in, void * ro
     }
 }
 
+// Read ahead what W outputs have for a block, of the W outputs that follow: rows take turns, which no hardware foresees.
+template <typename T> static inline void mm_fetch(const uint8_t * w, int64_t n_block, int64_t ib) {
+    const int64_t n_byte = W*T::block(n_block), n_each = n_byte/n_block;
+    for (int64_t i = 0; i < n_each + 64; i += 64) { // lines of the cache
+        _mm_prefetch((const char *) w + n_byte + ib*n_each + i, _MM_HINT_T0);
+    }
+}
+
 // n of W outputs; what follows them is not read, and becomes zeros
 template <typename T> static void mm_gather(const uint8_t * w, int64_t n, int64_t n_in, mm_outputs * outputs) {
     const int64_t n_block = n_in/MM_BLOCK;
@@ -92,6 +100,7 @@ template <typename T> static void mm_gather(const uint8_t * w, int64_t n, int64_
         q[o] = numbers[o];
     }
     for (int64_t ib = 0; ib < n_block; ++ib) {
+        mm_fetch<T>(w, n_block, ib);
         mm_outputs * dst = outputs + ib;
         if (n < (int64_t) W) {
             memset(dst->scale, 0, sizeof(dst->scale));
@@ -165,21 +174,45 @@ struct mm_few_rows { // a block of them
     int8_t x[FEW][MM_BLOCK];
 };
 
-// the scales of W outputs, as scales() has them
-static inline __m512i mm_words(const uint8_t * w, __m512i place) { return _mm512_i32gather_epi32(place, w, 1); }
+// What scales() reads of W outputs, of neighbouring blocks. Copied one by one: a gather takes longer.
+enum { MM_AHEAD = 8 };
+struct mm_words {
+    uint32_t of[MM_AHEAD][2][W];
+};
+
 static inline vec mm_halves(__m512i words) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(words)); }
 static inline vec mm_bytes(__m512i words, int shift) { return i_to_float(_mm512_srai_epi32(_mm512_slli_epi32(words, 24 - shift), 24)); }
 
-template <typename T> static inline void mm_scales(T, const uint8_t * w, int64_t ib, __m512i place, vec * scale, vec * min) {
-    const __m512i words = mm_words(w + T::block(ib), place);
-    scale[0] = mm_halves(words);
-    *min = T::HAS_MIN ? mm_halves(_mm512_srli_epi32(words, 16)) : v_zero();
+template <typename T> static inline void mm_copy_words(T, const uint8_t * w, int64_t n_block, int64_t ib, int64_t n, mm_words * words) {
+    for (int o = 0; o < W; ++o) {
+        const uint8_t * p = w + o*T::block(n_block) + T::block(ib);
+        for (int64_t i = 0; i < n; ++i) {
+            memcpy(&words->of[i][0][o], p + T::block(i), sizeof(uint32_t));
+        }
+    }
 }
 
-static inline void mm_scales(q6_k_matrix, const uint8_t * w, int64_t ib, __m512i place, vec * scale, vec *) {
-    const uint8_t * p = w + q6_k_matrix::block(ib);
-    const vec d = mm_halves(_mm512_srli_epi32(mm_words(p + 206, place), 16));
-    const __m512i bytes = mm_words(p + 192 + ib % 8*2, place);
+static inline void mm_copy_words(q6_k_matrix, const uint8_t * w, int64_t n_block, int64_t ib, int64_t n, mm_words * words) {
+    for (int o = 0; o < W; ++o) {
+        const uint8_t * p = w + o*q6_k_matrix::block(n_block) + q6_k_matrix::block(ib);
+        memcpy(&words->of[0][0][o], p + 206, sizeof(uint32_t));
+        for (int64_t i = 0; i < n; ++i) {
+            uint16_t two;
+            memcpy(&two, p + 192 + 2*i, sizeof(two));
+            words->of[i][1][o] = two;
+        }
+    }
+}
+
+template <typename T> static inline void mm_scales(T, const mm_words & words, int64_t i, vec * scale, vec * min) {
+    const __m512i all = i_load(words.of[i][0]);
+    scale[0] = mm_halves(all);
+    *min = T::HAS_MIN ? mm_halves(_mm512_srli_epi32(all, 16)) : v_zero();
+}
+
+static inline void mm_scales(q6_k_matrix, const mm_words & words, int64_t i, vec * scale, vec *) {
+    const vec d = mm_halves(_mm512_srli_epi32(i_load(words.of[0][0]), 16));
+    const __m512i bytes = i_load(words.of[i][1]);
     scale[0] = v_mul(d, mm_bytes(bytes, 0));
     scale[1] = v_mul(d, mm_bytes(bytes, 8));
 }
@@ -198,15 +231,18 @@ template <typename T, int N> static inline void mm_few_product(const uint8_t * w
     const __m512i offset = _mm512_set1_epi8((char) MM_OFFSET);
     const __m512i even = _mm512_set_epi32(27, 26, 25, 24, 11, 10,  9,  8, 19, 18, 17, 16, 3, 2, 1, 0);
     const __m512i odd  = _mm512_set_epi32(31, 30, 29, 28, 15, 14, 13, 12, 23, 22, 21, 20, 7, 6, 5, 4);
-    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512i place = _mm512_mullo_epi32(lane, _mm512_set1_epi32((int32_t) T::block(n_block))); // of each output
+    mm_words words;
     for (int i = 0; i < N; ++i) {
         y[i] = v_zero();
     }
     for (int64_t ib = 0; ib < n_block; ++ib) {
         __m512i numbers[W/2]; // of two outputs
         vec scale[2], min;
-        mm_scales(T(), w, ib, place, scale, &min);
+        mm_fetch<T>(w, n_block, ib);
+        if (ib % MM_AHEAD == 0) {
+            mm_copy_words(T(), w, n_block, ib, n_block - ib < (int64_t) MM_AHEAD ? n_block - ib : (int64_t) MM_AHEAD, &words);
+        }
+        mm_scales(T(), words, ib % MM_AHEAD, scale, &min);
         for (int o = 0; o < W/2; ++o) {
             const uint8_t * row = w + o*T::block(n_block);
             numbers[o] = _mm512_inserti64x4(_mm512_castsi256_si512(T::numbers(row, ib)), T::numbers(row + W/2*T::block(n_block), ib), 1);
