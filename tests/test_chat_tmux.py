@@ -90,6 +90,7 @@ def test_a_chat_from_its_first_question_to_its_end(
     window.key("Enter")
     screen = window.wait_for("strategy static, ")
     assert re.search(r"^math +0\.\d\d", screen, re.MULTILINE)
+    window.wait_until(re.compile(r"\n> *\nAlt-").search, "the prompt, which alone takes Ctrl-D")
     window.key("C-d")
     window.wait_for("LEFT 0")
     history = tmp_path / "data" / "qaflora-edge" / "chat-history"
