@@ -41,7 +41,7 @@ HERE = Path(__file__).resolve().parent
 BASE, SUBJECT, BEST = "base", "subject", "best single adapter, in hindsight"
 # The beginning of a file's name -> the set that it belongs to; of several the longest counts.
 SETS = {
-    **{name: name for name in ("taught", "six", "pair", "told", "twenty", "wide", "xl")},
+    **{name: name for name in ("taught", "shipped", "six", "pair", "told", "twenty", "wide", "xl")},
     **{"own": "taught", "own-anew": "anew", "taught-anew": "anew", "taught-pair": "taught pair"},
     **{"pair-medical-text": "pair text", "refresh": "six", "refresh-two": "taught"},
 }
@@ -262,6 +262,7 @@ RIVALS = (BASE, SUBJECT, STATIC, "qa-flora", "two-place")
 SHOWN = {SUBJECT: "subject's adapter alone"}
 ROWS = {
     "taught": "six adapters, nine cells",
+    "shipped": "the six of `demo/`, nine cells",
     "taught fresh": "its last questions",
     "anew": "`coder` and `medicine` trained again",
     "twenty": "twenty adapters, nine cells",
