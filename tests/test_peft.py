@@ -126,6 +126,8 @@ RULES: list[dict[str, Any]] = [
     {"target_modules": ["q_proj"]},
     {"target_modules": ["self_attn.q_proj", "lm_head", "model.layers.11.mlp.up_proj"]},
     {"target_modules": ["q_proj", "up_proj"], "exclude_modules": ["layers.1.self_attn.q_proj"]},
+    {"target_modules": r"model\.layers\.\d+\.(self_attn|mlp)\.(q|up)_proj"},
+    {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r".*experts.*"},
     {"target_modules": ["q_proj", "up_proj", "lm_head"], "layers_to_transform": [0, 11]},
 ]
 

@@ -4,6 +4,7 @@ A feature that a plain LoRA cannot represent is refused by its own name. Pattern
 bounded time.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -38,6 +39,8 @@ _UNBOUNDED = re.compile(r"[*+{]")
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
 _IN_BRACKETS = re.compile(r"\[\^?\]?[^\]]*\]")
 
+Rule = Collection[str] | str  # modules, by names or ends of names, or one expression
+
 
 @dataclass(frozen=True)
 class PeftConfig:
@@ -58,8 +61,8 @@ class PeftConfig:
     use_rslora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    targets: frozenset[str] | None = None
-    excluded: frozenset[str] | None = None
+    targets: Rule | None = None
+    excluded: Rule | None = None
     layers: frozenset[int] = frozenset()
     parameters: tuple[str, ...] = ()
     bias: str = "none"
@@ -84,6 +87,8 @@ class PeftConfig:
         n_char = max(map(len, modules), default=0)
         keys = (*self.rank_pattern, *self.alpha_pattern)
         work = sum(_match_work(key, n_char, n_repeat=1) for key in keys)
+        rules = (self.targets, self.excluded)
+        work += sum(_match_work(rule, n_char) for rule in rules if isinstance(rule, str))
         if work * len(modules) > MAX_WORK:
             raise PeftConfigError(
                 f"Cannot use {self.path}: matching its patterns with {len(modules)} modules takes "
@@ -99,12 +104,13 @@ class PeftConfig:
     def check_target(self, module: str) -> None:
         """Refuse a module that has tensors but is not adapted by the config.
 
-        As PEFT 0.21 does, peft/tuners/tuners_utils.py check_target_module_exists, but expressions
-        are not evaluated: the tensors decide.
+        As PEFT 0.21 does, peft/tuners/tuners_utils.py check_target_module_exists, but where an
+        expression takes long the tensors decide.
         """
         targets, found = self.targets or {module}, re.match(r".*?\.[^.]*\.(\d+)\.", module)
         is_in_layers = not self.layers or (found is not None and int(found[1]) in self.layers)
-        is_in = module in targets or (is_named(targets, module) and is_in_layers)
+        is_free = isinstance(targets, str) or module in targets or is_in_layers
+        is_in = is_free and is_named(targets, module)
         if not is_in or is_named(self.excluded or (), module):
             names = "target_modules, exclude_modules and layers_to_transform do"
             name = names if self.mlx_scale is None else "lora_parameters.keys does"
@@ -202,13 +208,20 @@ def _peft_config(path: Path, fields: Mapping[str, Any]) -> PeftConfig:
     )
 
 
-def _names_of(value: Any) -> frozenset[str] | None:
-    """Give a list of modules; None where it is empty, or one expression for them."""
-    return frozenset(value) if value and isinstance(value, list) else None
+def _names_of(value: Any) -> Rule | None:
+    """Give names of modules or an expression for them; None for nothing, or what takes long."""
+    if isinstance(value, str):
+        with contextlib.suppress(re.error, RecursionError, OverflowError):
+            re.compile(value)
+            return value if value.lower() != "all-linear" and _is_bounded(value) else None
+        return None
+    return frozenset(value) if value else None
 
 
-def is_named(targets: Collection[str], module: str) -> bool:
-    """Tell whether one of the targets is the module's name, or the end of it at a dot."""
+def is_named(targets: Rule, module: str) -> bool:
+    """Tell whether a target is the module's name, or the end of it at a dot, or matches it."""
+    if isinstance(targets, str):
+        return bool(re.fullmatch(targets, module))
     parts = module.split(".")
     return any(".".join(parts[begin:]) in targets for begin in range(len(parts)))
 
@@ -253,12 +266,8 @@ def _mlx_config(path: Path, fields: Mapping[str, Any]) -> PeftConfig:
 
 
 def _check_key(path: Path, key: str) -> None:
-    """Refuse a key of rank_pattern or alpha_pattern that is no expression, or takes long.
-
-    With a repeated group a match may take time that is exponential in the pattern's length.
-    """
-    is_short = len(key) <= MAX_PATTERN_LENGTH and not _REPEATED_GROUP.search(_plain(key))
-    if not is_short or _match_work(key, MAX_PATTERN_LENGTH) > MAX_STEPS:
+    """Refuse a key of rank_pattern or alpha_pattern that is no expression, or takes long."""
+    if not _is_bounded(key):
         raise _wrong(
             path,
             f"a pattern is {shown(key)}, expected up to {MAX_PATTERN_LENGTH} characters, no "
@@ -277,6 +286,12 @@ def _check_key(path: Path, key: str) -> None:
 def _compile_key(key: str) -> re.Pattern[str]:
     """Compile a key of rank_pattern or alpha_pattern. Raises re.error and its like."""
     return re.compile(rf"(.*\.)?({key})$")
+
+
+def _is_bounded(pattern: str) -> bool:
+    """Tell whether matching takes few steps; with a repeated group they may be exponential."""
+    is_short = len(pattern) <= MAX_PATTERN_LENGTH and not _REPEATED_GROUP.search(_plain(pattern))
+    return is_short and _match_work(pattern, MAX_PATTERN_LENGTH) <= MAX_STEPS
 
 
 def _matching_key(patterns: Mapping[str, object], module: str) -> str:
