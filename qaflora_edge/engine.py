@@ -265,7 +265,7 @@ class Engine:
         raw       take a text as it is, as parse_special does
         cancel    once it is set, CancelledError is raised
 
-        Returns FusionWeights, or a list of them.
+        Returns FusionWeights, weights float32 [n_adapter, n_layer], or a list of them.
         """
 
         def weigh(each: Any) -> FusionWeights:

@@ -122,10 +122,10 @@ class Model(Handle):
         attributes = np.fromiter(ask, np.int32, self.n_vocab)
         special = set(np.flatnonzero(attributes & (_ATTRS[0] | _ATTR_USER_DEFINED)).tolist())
         # llama-vocab.cpp: other tokens end an answer where a field of the file names them.
-        named = (*self._named, self._lib.llama_vocab_eos(self.vocab))
-        special |= set(filter(self.is_end, named))
+        named = {*self._named, self._lib.llama_vocab_eos(self.vocab)}
+        special |= {each for each in named if 0 <= each < self.n_vocab and self.is_end(each)}
         found = []
-        for token in special:
+        for token in sorted(special):
             is_on_demand, *strips = (bool(attributes[token] & mask) for mask in _ATTRS)
             text = self._lib.llama_vocab_get_text(self.vocab, token).decode("utf-8", "replace")
             is_control = is_on_demand or self.is_end(token)
