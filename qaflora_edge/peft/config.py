@@ -211,9 +211,9 @@ def _peft_config(path: Path, fields: Mapping[str, Any]) -> PeftConfig:
 def _names_of(value: Any) -> Rule | None:
     """Give names of modules or an expression for them; None for nothing, or what takes long."""
     if isinstance(value, str):
-        with contextlib.suppress(re.error, RecursionError, OverflowError):
-            re.compile(value)
-            return value if value.lower() != "all-linear" and _is_bounded(value) else None
+        if value.lower() != "all-linear" and _is_bounded(value):
+            with contextlib.suppress(re.error, RecursionError, OverflowError):
+                return re.compile(value).pattern
         return None
     return frozenset(value) if value else None
 
