@@ -11,8 +11,7 @@ and answers:
     last_turn  everything before the words of the last user turn by the base
     tailN      all but the last N tokens by the base
 
-No reading needs a change of the product. An answer of no tokens under zero weights leaves the
-base's KV state in a slot; the whole prompt then goes on from it with `keep_history`.
+A request's `n_base` says how many tokens the base prefills.
 
 DATA holds `math_L.jsonl` (question, answer), `code_L.jsonl` (prompt, entry_point, test),
 `medical_L.jsonl` (question, choices, answer) and `medical_sentences.jsonl`. BUNDLE names its
@@ -35,8 +34,11 @@ import code_metric
 import numpy as np
 from nine_cells import CODE, halves, read
 
-from qaflora_edge import Engine
+from qaflora_edge import Engine, FusionWeights
 from qaflora_edge.evaluation.metrics import metrics
+from qaflora_edge.inference.request import Request, make_sampling
+from qaflora_edge.inference.sampler import Sampler
+from qaflora_edge.inference.score import Item
 
 Key = tuple[str, str, int, str, str]  # cell, language, item, strategy, reading
 # The cheapest first, after the one that all are compared with.
@@ -58,7 +60,6 @@ HALVES = ("dev", "confirm")
 CHOICES = {"halves": HALVES, "cells": CELLS, "strategies": STRATEGIES, "readings": READINGS}
 SUBJECT = {"math_en": "math"}  # the others are their own
 SUBJECTS = ("math", "medical", "code", "system", "chat", "text")
-BIAS = 100.0  # the largest that logit_bias takes: it forces a token
 N_RESAMPLE, SEED = 9999, 0
 SYSTEM = """\
 You are the assistant of a small learning centre in a town by the sea. People of all ages write to
@@ -80,7 +81,7 @@ lesson is free. End when the question is answered, without a summary and without
 
 
 @dataclass(frozen=True)
-class Item:
+class Question:
     """One question; `fields` are those of its line, `earlier` the questions asked before it."""
 
     cell: str
@@ -104,7 +105,7 @@ class Item:
         return f"single:{ADAPTER.get(self.cell, default)}"
 
 
-def read_items(data: Path, cell: str, limit: int) -> list[Item]:
+def read_items(data: Path, cell: str, limit: int) -> list[Question]:
     """Read a cell's items, the languages in turn; at most `limit` of a language."""
     columns = []
     for language in ("en",) if cell == "math_en" else ("es", "zh", "ru"):
@@ -122,7 +123,7 @@ def read_items(data: Path, cell: str, limit: int) -> list[Item]:
         items = []
         for i in range(first, first + min(n, limit, N_ITEM[cell])):
             earlier = (asked[(i + 50) % n], asked[(i + 75) % n]) if cell == "chat" else ()
-            items.append(Item(cell, language, i, fields[i], earlier))
+            items.append(Question(cell, language, i, fields[i], earlier))
         columns.append(items)
     return list(chain.from_iterable(zip(*columns, strict=True)))
 
@@ -138,7 +139,7 @@ def n_base_of(reading: str, n_prompt: int, n_before: int) -> int:
 class Job:
     """One computation, and the strategies and readings that it is the result of."""
 
-    item: Item
+    item: Question
     tokens: list[int]
     n_base: int
     weights: np.ndarray  # float32 [n_adapter, n_layer]
@@ -152,45 +153,25 @@ class Job:
         return f"{hashlib.sha256(rounded).hexdigest()[:12]}-{self.n_base}"
 
 
-def begin(engine: Engine, job: Job, tokens: Sequence[int], **options: Any) -> Any:
-    """Begin a greedy answer to a prompt whose first n_base tokens the base prefills.
-
-    Nothing is computed between the two requests, so the slot still holds the base's KV state. The
-    weights are the next float32 up: no slot with the mix's own KV state of this text matches.
-    """
-    if not job.n_base:
-        return engine.generate(tokens, weights=job.weights, **options)
-    nothing = np.zeros_like(job.weights)
-    base = engine.generate(tokens[: job.n_base], weights=nothing, max_tokens=0)
-    weights = np.where(job.weights > 0, np.nextafter(job.weights, np.float32(9)), job.weights)
-    return engine.generate(tokens, weights=weights, keep_history=base, **options)
+def begin(engine: Engine, job: Job, **options: Any) -> Any:
+    """Begin a greedy answer to a prompt whose first n_base tokens the base prefills."""
+    sampling = make_sampling((), **options)
+    request = Request(tuple(job.tokens), job.weights, sampling, engine.adapters, job.n_base)
+    fusion = FusionWeights(engine.adapters, job.weights)
+    return engine._core.begin(request, Sampler(engine._model, sampling), fusion)
 
 
 def score_texts(engine: Engine, job: Job, texts: Sequence[str]) -> list[list[float]]:
-    """Score continuations token by token: log-probabilities in nats.
-
-    A bias forces each token; log-probabilities are without it. A request goes on from the KV state
-    of the one before. The engine answers one request at a time.
-    """
-    answer, scores = None, []
-    for text in texts:
-        following, found = engine.tokenize(text), []
-        for i, token in enumerate(following):
-            tokens = [*job.tokens, *following[:i]]
-            options: dict[str, Any] = {"logit_bias": {token: BIAS}, "logprobs": 0, "max_tokens": 1}
-            if answer is None:
-                answer = begin(engine, job, tokens, **options)
-            else:
-                options |= {"weights": answer.fusion, "keep_history": answer}
-                answer = engine.generate(tokens, **options)
-            answer.text()
-            assert answer.logprobs[0].token == token
-            found.append(answer.logprobs[0].logprob)
-        scores.append(found)
-    return scores
+    """Score continuations token by token: log-probabilities in nats."""
+    items = [
+        Item(tuple(job.tokens), tuple(engine.tokenize(text)), job.weights, job.n_base)
+        for text in texts
+    ]
+    core = engine._core
+    return [scores.tolist() for scores in core.run(core.scorer.score(items), kind="score")]
 
 
-def likelihood_result(item: Item, scores: Sequence[Sequence[float]]) -> dict[str, Any]:
+def likelihood_result(item: Question, scores: Sequence[Sequence[float]]) -> dict[str, Any]:
     """Score a choice (1 or 0, by the mean of its tokens) or a sentence (nats a token, negative)."""
     means = [float(np.mean(each)) for each in scores]
     if item.cell == "text":
@@ -201,7 +182,7 @@ def likelihood_result(item: Item, scores: Sequence[Sequence[float]]) -> dict[str
     return {"score": float(is_right), "means": rounded, "n_token": sum(map(len, scores))}
 
 
-def answer_result(item: Item, text: str) -> dict[str, Any]:
+def answer_result(item: Question, text: str) -> dict[str, Any]:
     """Score an answer, 1 or 0; the sandbox runs code."""
     if item.cell != "code":
         return {"answer": text, "score": metrics()["number"].score(text, item.fields)}
@@ -239,7 +220,7 @@ class Results:
         elif "earlier" in line:
             self.earlier[line["cell"], line["language"], line["item"]] = line["earlier"]
 
-    def same(self, item: Item, key: str) -> dict[str, Any] | None:
+    def same(self, item: Question, key: str) -> dict[str, Any] | None:
         """Find a result of an equal computation."""
         ways = product(STRATEGIES, READINGS)
         found = (self.done.get((*item.place, *way)) for way in ways)
@@ -294,7 +275,7 @@ class Run:
                     (self.score if cell in ("medical", "text") else self.answer)(jobs)
                     print(f"{half} {cell}: done, {self.n_computed} computed", flush=True)
 
-    def prompt(self, item: Item) -> tuple[list[int], int]:
+    def prompt(self, item: Question) -> tuple[list[int], int]:
         """Give a prompt's token ids, and how many stand before the last user turn's words."""
         if item.cell == "text":
             return self.engine.tokenize(item.fields["prompt"]), 0
@@ -307,7 +288,7 @@ class Run:
         ]
         return prompts[0], [a == b for a, b in zip(*prompts, strict=False)].index(False)
 
-    def messages_before(self, item: Item) -> list[dict[str, str]]:
+    def messages_before(self, item: Question) -> list[dict[str, str]]:
         """What stands before a question: a system prompt, or a conversation with the base."""
         if item.cell == "system":
             return [{"role": "system", "content": SYSTEM}]
@@ -326,7 +307,7 @@ class Run:
             self.results.write({**item.names, "earlier": answers})
         return messages
 
-    def jobs(self, item: Item, ways: Iterable[tuple[str, str]]) -> list[Job]:
+    def jobs(self, item: Question, ways: Iterable[tuple[str, str]]) -> list[Job]:
         """What is to be computed of an item: `mix` last, so that no slot has its KV state yet."""
         missing = [way for way in ways if (*item.place, *way) not in self.results.done]
         if not missing:
@@ -350,11 +331,11 @@ class Run:
 
     def answer(self, jobs: Iterator[Job]) -> None:
         """Generate answers, n_parallel together."""
-        options: dict[str, Any] = {"max_tokens": self.args.max_tokens, "wait": False}
+        options: dict[str, Any] = {"max_tokens": self.args.max_tokens}
         alive: list[tuple[Job, Any]] = []
         while True:
             while len(alive) < self.args.n_parallel and (job := next(jobs, None)):
-                alive.append((job, begin(self.engine, job, job.tokens, **options)))
+                alive.append((job, begin(self.engine, job, **options)))
             if not alive:
                 return
             first, answer = alive[0]

@@ -58,9 +58,9 @@ QWEN = Demo(
     questions=(
         Question(
             "Maths in Spanish",
-            "Mi abuela compra 3 cajas de huevos en el mercado. Cada caja tiene 12 huevos, y usa 8 "
-            "huevos para hacer una tortilla. ¿Cuántos huevos le quedan?",
-            "28",
+            "Luis compra 4 paquetes de galletas. Cada paquete tiene 8 galletas. Se come 6 "
+            "galletas. ¿Cuántas galletas le quedan?",
+            "26",
             ("math", "es"),
         ),
         Question(

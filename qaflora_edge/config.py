@@ -18,6 +18,7 @@ MAX_SEED = 2**32 - 1  # llama.h LLAMA_DEFAULT_SEED: a new one each time
 MAX_THREADS = 512  # ggml.h GGML_MAX_N_THREADS: ggml aborts the process above it
 KV_TYPES = {"f16": 1, "f32": 0, "q8_0": 8}  # ggml.h GGML_TYPE_*
 LENSES, POOLS = ("norm", "raw"), ("last", "question")
+PREFILLS = ("auto", "base", "mix")
 OUTTYPES = ("f32", "f16", "bf16", "q8_0")
 ADAPTER_TYPES = {"auto": 0, "q8_0": 1, "q4_0": 2}  # qaflora.h enum qaflora_adapter_type
 # Where options stand in the help, in this order; those of the last one are in --help-all alone.
@@ -135,6 +136,10 @@ OPTIONS = (
     Option("lens", str, None, "engine weighing", "--lens", choices=LENSES,
            help="Take a layer's state through the final norm, or raw.",
            unset="the bundle's, else norm"),
+    Option("prefill", str, None, "engine weighing", "--prefill", choices=PREFILLS,
+           help="Let the base prefill prompts, or the mix that answers. What the base prefills "
+           "serves every mix. auto: the base for chats under two-place, else the mix.",
+           unset="the bundle's, else auto"),
     Option("pool", str, None, "engine weighing", "--pool", choices=POOLS,
            help="Weigh by the last token of the prompt, or by the mean of the question's tokens: "
            "the last user turn without its template.", unset="the bundle's, else last"),
@@ -213,9 +218,6 @@ OWN_OPTIONS = {
     "chat": (
         Option("system", str, flag="--system", short="-s", section="Prompt", metavar="TEXT",
                help="Begin with this system prompt; /system changes it."),
-        Option("keep_history", bool, False, flag="--keep-history/--no-keep-history",
-               help="Prefill only what is new in each turn; earlier turns keep the KV state of "
-               "their own weights."),
         Option("plain", bool, False, flag="--plain/--no-plain", unset="so off a terminal",
                help="No escape codes, no line editing, no rendered Markdown."),
     ),
@@ -314,6 +316,8 @@ REMOVED = {
     "csv": "`weights --csv` is gone; use --json, an object for each prompt.",
     "html": "`compare --html` is gone; `weights --plot FILE.html` draws, `compare --json` has all.",
     "dpi": "The option dpi is gone; write the picture as .svg or .html, sharp at any size.",
+    "keep_history": "The option keep-history is gone; with --prefill base a turn prefills only "
+    "what is new.",
     "adapter_source": "The option adapter-source is gone; use `bundle add --source`.",
     "adapter_license": "The option adapter-license is gone; use `bundle add --license`.",
     "adapter_description": "The option is gone; use `bundle add --description`.",

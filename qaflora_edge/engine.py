@@ -69,7 +69,7 @@ class Engine:
     adapter_type  q8_0 or q4_0: convert adapters as they are loaded (docs/performance.md has gain
               and cost); auto: as their files have them
     flash_attn  True or False; None: on where it is quicker (docs/performance.md)
-    strategy, lens, pool  by default the bundle's; see `qaflora weights --help`
+    strategy, lens, pool, prefill  by default the bundle's; see `qaflora run --help-all`
     prefix_cache  MiB for the probe's KV states of earlier prompts, for prompts that begin alike
     seed      of sampled answers, when a call gives none
 
@@ -94,6 +94,7 @@ class Engine:
         strategy: str | None = None,
         lens: str | None = None,
         pool: str | None = None,
+        prefill: str | None = None,
         prefix_cache: int = 128,
         seed: int | None = None,
         **unknown: Any,
@@ -113,7 +114,7 @@ class Engine:
         self._weigher = Weigher(
             adapters=tuple(opened.adapters),
             n_layer=opened.header.n_layer,
-            known=opened.known.under(strategy=strategy, lens=lens, pool=pool),
+            known=opened.known.under(strategy=strategy, lens=lens, pool=pool, prefill=prefill),
             targets={name: info.targets for name, info in opened.adapters.items()},
         )
         paths = [info.path for info in opened.adapters.values()]
@@ -313,6 +314,7 @@ class Engine:
                 tuple(tokens),
                 self._core.all_weights(fusion),
                 adapters=fusion.adapters,
+                n_base=self._weigher.n_base(weights, tokens),
                 keeps_logits=True,
                 cancellation=cancellation,
             )
@@ -352,15 +354,16 @@ class Engine:
             cancellation = self._core.cancellation()
             probe = self._core.probe(cancellation)
             weights = one_of(weights, strategy)
-            known: dict[tuple[int, ...], F32] = {}
+            known: dict[tuple[int, ...], tuple[F32, int]] = {}
             items = []
             for each, text in pairs:
                 tokens = tuple(self.tokenize(each, parse_special=parse_special))
                 following = self._continuation(tokens, text)
                 if tokens not in known:
                     fusion = self._weigher.weigh(weights, tokens, probe)
-                    known[tokens] = self._core.all_weights(fusion)
-                items.append(Item(tokens, following, known[tokens]))
+                    n_base = self._weigher.n_base(weights, tokens)
+                    known[tokens] = self._core.all_weights(fusion), n_base
+                items.append(Item(tokens, following, *known[tokens]))
             scores = self._core.run(self._core.scorer.score(items), cancellation, kind="score")
         return scores if is_list else scores[0]
 
@@ -443,6 +446,7 @@ class Engine:
         weights: Weights = None,
         strategy: str | None = None,
         adapters: Sequence[str] | None = None,
+        prefill: str | None = None,
         max_tokens: int | None = None,
         temperature: float = 0.0,
         top_p: float = 0.95,
@@ -451,7 +455,6 @@ class Engine:
         grammar: str | None = None,
         json_schema: Mapping[str, Any] | bool | None = None,
         parse_special: bool = False,
-        keep_history: bool | Generation = False,
         on_weights: Callable[[FusionWeights], None] | None = None,
         on_progress: Tell | None = None,
         cancel: threading.Event | None = None,
@@ -463,13 +466,10 @@ class Engine:
         weights       adapters' weights by name, or as `weights` gives them, or a strategy, which
                       may be given as `strategy` too
         adapters      those to weigh; by default those in use
+        prefill       who prefills the prompt: "base", "mix" or "auto", as Engine takes it
         grammar       GBNF text that the answer follows, with the start `root`
         json_schema   the answer is JSON that is valid under this schema; True: any JSON
-        keep_history  reuse the KV state that the prompt shares with an earlier prompt and answer,
-                      computed under that turn's weights. Give the earlier Generation, or True for
-                      the last one, with n_parallel=1. Without it KV state is reused only where
-                      prefill would compute the same bits.
-        on_weights    called with the weights once they are known, before prefill
+        on_weights    called with the weights once they are known
         on_progress   called with "weighing" or "reading", how many tokens of the prompt are done,
                       and how many it has
         cancel        once it is set, the answer ends as by Generation.cancel
@@ -477,7 +477,8 @@ class Engine:
                       another answer is requested.
         more          top_k, min_p, repeat_penalty, ...: see request.Sampling
 
-        The prompt is weighed before this returns.
+        The prompt is weighed before this returns. KV state is reused where prefill would compute
+        the same bits: of what the base prefills, and of prompts under the same weights.
         """
         if grammar is not None or json_schema is not None:
             from qaflora_edge.inference.constraint import chosen_grammar
@@ -494,35 +495,32 @@ class Engine:
         )
         if cancel is not None and not callable(getattr(cancel, "is_set", None)):
             raise wrong_option("cancel", cancel, "a threading.Event")
+        check("weighing", {"prefill": prefill})
         with self._core.call():
             tokens = self.tokenize(prompt, parse_special=parse_special)
             cancellation = self._core.cancellation(cancel)
-            probe = self._core.probe(cancellation, on_progress)
+            weigher, weights = self._using(adapters), one_of(weights, strategy)
+            n_base = weigher.n_base(weights, tokens, prefill)
+            probes = self._core.probe(cancellation, on_progress, max_tokens if n_base else 0)
             sampler = Sampler(self._model, sampling)  # a bad grammar is refused before the work
-            fusion = self._using(adapters).weigh(one_of(weights, strategy), tokens, probe)
+            try:
+                fusion = weigher.weigh(weights, tokens, probes)
+                request = Request(
+                    tuple(tokens),
+                    self._core.all_weights(fusion),
+                    sampling,
+                    fusion.adapters,
+                    n_base,
+                    cancellation=cancellation,
+                )
+            except BaseException:
+                probes.end()
+                raise
+            answer = self._core.begin(request, sampler, fusion, probes.weighed)
             (on_weights or silent)(fusion)
-            request = Request(
-                tuple(tokens),
-                self._core.all_weights(fusion),
-                sampling,
-                adapters=fusion.adapters,
-                reuses_from=self._reuses_from(keep_history),
-                cancellation=cancellation,
-            )
-            answer = self._core.begin(request, sampler, fusion)
             if wait:
                 answer.wait_for_prompt(on_progress or silent)
             return answer
-
-    def _reuses_from(self, keep_history: bool | Generation) -> int | None:
-        if isinstance(keep_history, Generation):
-            return keep_history.number
-        if keep_history and self.n_parallel > 1:
-            raise OptionError(
-                "Option keep_history is True, expected the Generation to continue: an "
-                "Engine with n_parallel above 1 has no single last answer."
-            )
-        return self._core.last_answer if keep_history else None
 
     def answers(
         self, prompt: Prompt, n: int, *, seed: int | None = None, **options: Any

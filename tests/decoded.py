@@ -1,10 +1,12 @@
-"""How much a Context decodes, while a test looks; and a probe with nothing in between."""
+"""How much a Context decodes, while a test looks; and probes as a test asks for them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from qaflora_edge import Engine
 from qaflora_edge.backend.batch import Span
 from qaflora_edge.backend.context import Context
 
@@ -20,6 +22,12 @@ def count_decoded(monkeypatch: pytest.MonkeyPatch, *, first_only: bool = False) 
 
     monkeypatch.setattr(Context, "decode_spans", counting)
     return counts
+
+
+def probe(engine: Engine, tokens: Sequence[int], span: tuple[int, int] | None = None) -> Any:
+    """The probe of a query, whose question stands at the span."""
+    query = replace(engine._weigher.query(tokens), question=span or (0, len(tokens)))
+    return engine._core.probe(engine._core.cancellation())(query)
 
 
 def run_alone(steps: Any) -> Any:

@@ -181,21 +181,34 @@ class Reference:
 
     @torch.inference_mode()
     def logits(
-        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], weights: NDArray[np.floating]
+        self,
+        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+        weights: NDArray[np.floating],
+        *,
+        is_base_prefilled: bool = False,
     ) -> list[F32]:
         """The logits after a prompt and after each token of its answer, in one pass for each pair.
 
-        weights  [n_adapter, n_layer], merged into the base
-        returns  of each pair [1 + len(answer), n_vocab]
+        weights            [n_adapter, n_layer], merged into the base
+        is_base_prefilled  read all but the prompt's last token before that
+        returns            of each pair [1 + len(answer), n_vocab]
         """
+        n_base = [len(tokens) - 1 if is_base_prefilled else 0 for tokens, _ in pairs]
+        with self.model.disable_adapter():
+            states = [
+                self.causal(input_ids=torch.tensor([tokens[:n]])).past_key_values if n else None
+                for (tokens, _), n in zip(pairs, n_base, strict=True)
+            ]
         undo = self._merge(weights)
         try:
             with self.model.disable_adapter():
                 return [
-                    self.causal(input_ids=torch.tensor([[*tokens, *answer]]))
-                    .logits[0, len(tokens) - 1 :]
+                    self.causal(
+                        input_ids=torch.tensor([[*tokens[n:], *answer]]), past_key_values=state
+                    )
+                    .logits[0, len(tokens) - 1 - n :]
                     .numpy()
-                    for tokens, answer in pairs
+                    for (tokens, answer), n, state in zip(pairs, n_base, states, strict=True)
                 ]
         finally:
             for parameter, original in undo:

@@ -87,7 +87,12 @@ def test_bundle_json_records_what_the_files_are(made: TinyBundle) -> None:
         assert adapter["sha256"] == sha256(made.folder / adapter["file"])
     assert [adapter["rank"] for adapter in raw["adapters"]] == [4, 8]
     assert set(raw["adapters"][1]["targets"]) == set(tiny.STEMS)
-    assert raw["fusion"] == {"strategy": "qa-flora", "lens": "norm", "pool": "last"}
+    assert raw["fusion"] == {
+        "strategy": "qa-flora",
+        "lens": "norm",
+        "pool": "last",
+        "prefill": "auto",
+    }
 
 
 def test_typical_divergences_are_the_engines(calibrated: TinyBundle) -> None:

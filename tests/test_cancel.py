@@ -64,21 +64,22 @@ def test_cancel_ends_all_answers_that_were_asked_for(engine: Engine, is_done: bo
     assert found == ["length" if is_done else "cancelled"]
 
 
-def test_weights_are_told_before_the_prompt_is_read(engine: Engine) -> None:
-    engine.generate("before", max_tokens=1).text()
-    held = list(engine._core.context.tokens[0])
+@pytest.mark.parametrize("prefill", ["base", "mix"])
+def test_weights_are_told_once_and_the_engine_may_be_asked_then(
+    engine: Engine, prefill: str
+) -> None:
     told: list[FusionWeights] = []
 
     def on_weights(fusion: FusionWeights) -> None:
-        assert engine._core.context.tokens[0] == held
         assert engine.weights("another").adapters == ("a",)
         with pytest.raises(BusyError, match=r"in use by the call that close\(\) was called from"):
             engine.close()
         told.append(fusion)
 
-    answer = engine.generate("one more", max_tokens=2, on_weights=on_weights)
+    answer = engine.generate("one more", max_tokens=2, prefill=prefill, on_weights=on_weights)
     assert told == [answer.fusion]
-    assert engine._core.context.tokens[0] != held
+    expected = engine.generate("one more", max_tokens=2, prefill=prefill)
+    assert answer.text() == expected.text()
 
 
 def test_answer_keeps_its_engine_alive(tmp_path: Path) -> None:

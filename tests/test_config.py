@@ -27,6 +27,7 @@ NEEDED = {"compare": ["QUESTION"], "eval": ["TASK"]}  # besides DIR
 GOOD_AND_BAD: Mapping[str, tuple[list[Any], list[Any]]] = {
     "strategy": (["norm", "manual:a=1"], []),
     "lens": (["norm", "raw"], ["wide"]),
+    "prefill": (["auto", "base", "mix"], ["all"]),
     "pool": (["last", "question"], ["mean"]),
     "kv_type": (["f16", "f32", "q8_0"], ["q4"]),
     "adapter_type": (["auto", "q8_0", "q4_0"], ["f16"]),
@@ -133,7 +134,7 @@ def test_defaults_of_python_calls() -> None:
     assert {field.name for field in fields(Sampling)} == in_group("sampling").keys()
     sampling = {field.name: field.default for field in fields(Sampling)}
     generate = python_defaults(Engine.generate)
-    assert generate.keys() <= {"strategy", *sampling}
+    assert generate.keys() <= {"strategy", "prefill", *sampling}
     for found in (engine, sampling, generate, python_defaults(Engine.chat)):
         assert found == {name: defaults[name] for name in found}
 

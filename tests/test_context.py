@@ -82,7 +82,7 @@ def test_a_context_that_cannot_grow_fails_one_request(
 ) -> None:
     with Engine(made.folder, **OPTIONS) as engine:
         monkeypatch.setattr(engine._core.context, "_functions", Mock(context_init=lambda *_: None))
-        with pytest.raises(BackendError, match=r"1 x 8192 tokens cannot be made.*Ask for fewer"):
+        with pytest.raises(BackendError, match=r"2 x 8192 tokens cannot be made.*Ask for fewer"):
             ask(engine, LONG)
         monkeypatch.undo()
         assert ask(engine, "the king") == ask(fixed, "the king")

@@ -8,12 +8,11 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from decoded import count_decoded, run_alone
+from decoded import count_decoded, probe, run_alone
 from numpy.typing import NDArray
 from tiny import STEMS, TinyAdapter, TinyBase, write_pairs, write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine
-from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.errors import BackendError, StrategyError
 from qaflora_edge.formats.base import read_base
@@ -53,9 +52,6 @@ class Alone:
 
     def divergence(self, tokens: Sequence[int], measure: str, lens: str, pool: str) -> F64:
         return run_alone(self.prober.divergence(tokens, self.rows, measure, lens, pool))
-
-    def norms(self, tokens: Sequence[int]) -> F64:
-        return run_alone(self.prober.base.norms(tokens, self.rows))
 
     def close(self) -> None:
         self.prober.close()
@@ -135,7 +131,6 @@ def test_a_turn_that_needs_a_larger_context_costs_no_more(
         for n in (200, 250, 300, 700):
             found[n_first].append(probed.states(tokens[:n]))
             n_read.append(sum(counts))
-        found[n_first] += [probed.norms(tokens[:n]) for n in (200, 300)]
         probed.close()
         if architecture == "llama":  # gemma3's window of 64 may have moved on from a cut
             # cut at 128, 128 and 192 in this one and the next
@@ -161,45 +156,13 @@ def test_norm_needs_a_query_projection(tmp_path: Path) -> None:
     ]
     x = attn_norm_input(base, both, 1)  # the last block that both adapt
     expected = [np.linalg.norm(a.delta("blk.1.attn_q.weight") @ x) for a in both]
-    np.testing.assert_allclose(prober(base, both).norms(TOKENS), expected, rtol=1e-4)
     without = write_tiny_adapter(tmp_path / "c.gguf", base, targets=("ffn_up",))
-    with pytest.raises(StrategyError, match=r"no block's is adapted by all of them \(.*c\.gguf\)"):
-        prober(base, [both[0], without]).norms(TOKENS)
-
-
-# the fused sequence
-
-
-def two_turns(base: TinyBase, adapters: Sequence[TinyAdapter], w1: F32, w2: F32) -> F32:
-    """Logits when the first 20 tokens were read under w1 and the others under w2."""
-    model = Model(read_base(base.path))
-    pack = Pack(model, [adapter.path for adapter in adapters])
-    with Context(model, pack, n_ctx=64, **EXACT) as context:
-        context.set_weights(w1)
-        context.decode(TOKENS[:20])
-        context.set_weights(w2)
-        context.decode(TOKENS[20:40], start=20)
-        return context.logits()
-
-
-def test_keep_history_leaves_earlier_turns_as_they_were(
-    monkeypatch: pytest.MonkeyPatch, base: TinyBase, adapters: list[TinyAdapter]
-) -> None:
-    rng = np.random.default_rng(0)
-    w1, w2 = (rng.random((2, base.n_layer)).astype(np.float32) for _ in range(2))
-    paths = {"math": adapters[0].path, "es": adapters[1].path}
-    options = {"kv_type": "f32", "flash_attn": False}
-    with Engine(base=base.path, adapters=paths, n_ctx=64, **options) as engine:
-        for keep in (True, False):
-            engine.generate(TOKENS[:20], weights=w1, max_tokens=1).text()
-            counts = count_decoded(monkeypatch)
-            engine.generate(TOKENS[:40], weights=w2, max_tokens=1, keep_history=keep).text()
-            assert counts[0] == (20 if keep else 40)
-            found = engine._core.context.logits()
-            fresh = engine.logits(TOKENS[:40], weights=w2)
-            expected = two_turns(base, adapters, w1, w2) if keep else fresh
-            np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
-            assert keep == (np.abs(found - fresh).max() > 1e-3)
+    paths = {name: each.path for name, each in zip("abc", [*both, without], strict=True)}
+    with Engine(base=base.path, adapters=paths, **EXACT) as engine:
+        with pytest.raises(StrategyError, match=r"no block's is adapted by all of .*c\.gguf\)"):
+            engine.weights(TOKENS, strategy="norm")
+        engine.use_adapters(("a", "b"))
+        np.testing.assert_allclose(probe(engine, TOKENS).norms(), expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("cancelled", "flash_attn"), [(False, True), (True, False)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,12 @@ class NotedContext:
     def tokens(self) -> list[list[int]]:
         return [[token for token, _ in cells] for cells in self.cells]
 
+    def capture_begin(self, what: str) -> None:
+        assert what in ("inputs", "none")
+
+    def inputs(self, seq: int, n_row: int) -> Any:
+        return self.cells[seq][-n_row:]
+
     def decode_spans(self, spans: Sequence[Span]) -> list[int]:
         if self.broken & {token for span in spans for token in span.tokens}:
             raise BackendError("broken")
@@ -71,6 +78,17 @@ class NotedContext:
 
     def sample(self, sampler: Any, row: int = -1) -> int:
         return zlib.crc32(repr(self.cells[self.rows[row]]).encode()) % 251
+
+
+class Heard:
+    """A listener that keeps what it is given."""
+
+    def __init__(self, start: int) -> None:
+        self.start = start
+        self.cells: dict[int, tuple[int, bytes]] = {}
+
+    def take(self, at: int, inputs: Any) -> None:
+        self.cells |= dict(enumerate(inputs, at))
 
 
 class Vocabulary:
@@ -99,18 +117,30 @@ class Noting:
 class Bench:
     """A loop over a context that only notes."""
 
-    def __init__(self, n_slot: int) -> None:
-        self.context, self.scheduler = NotedContext(n_slot), Scheduler(n_slot, CHUNKS)
+    def __init__(self, n_slot: int, n_running: int | None = None) -> None:
+        self.context = NotedContext(n_slot)
+        self.scheduler = Scheduler(n_slot, CHUNKS, n_running=n_running)
         self.loop = Loop(Vocabulary(), self.context, self.scheduler, Stop())
 
     def add(
-        self, tokens: Sequence[int], weight: float = 1.0, n: int = 5, **more: Any
+        self,
+        tokens: Sequence[int],
+        weight: float = 1.0,
+        n: int = 5,
+        heard: Heard | None = None,
+        **more: Any,
     ) -> RunningSequence:
-        weights = np.full((1, 2), weight, np.float32)
+        """Add a request; one that is heard is weighed first, and has all its weights then."""
+        weights = np.full((1, 2), 0.0 if heard else weight, np.float32)
         request = Request(tuple(tokens), weights, Sampling(), **more)
-        sequence = RunningSequence(request, Noting(), n)
+        sequence = RunningSequence(request, None if heard else Noting(), n, 0, heard)
         self.loop.add(sequence)
         return sequence
+
+    def weigh(self, sequence: RunningSequence, weight: float) -> None:
+        old, weights = sequence.request, np.full((1, 2), weight, np.float32)
+        sequence.start(replace(old, weights=weights), Noting(), sequence.n_max)
+        self.loop.resume(sequence)
 
     def step(self) -> list[list[Span]]:
         """One step; gives its batches."""
@@ -123,9 +153,9 @@ class Bench:
         self.loop.drive(lambda: all(sequence.is_done for sequence in sequences))
 
 
-def alone(tokens: Sequence[int], weight: float = 1.0, n: int = 5) -> list[int]:
+def alone(tokens: Sequence[int], weight: float = 1.0, n: int = 5, *, n_base: int = 0) -> list[int]:
     bench = Bench(1)
-    sequence = bench.add(tokens, weight, n)
+    sequence = bench.add(tokens, weight, n, n_base=n_base)
     bench.finish(sequence)
     return sequence.answer
 
@@ -231,35 +261,16 @@ def test_rows_are_decoded_in_the_order_of_adjacent_slots() -> None:
     assert n_together > 100
 
 
-@pytest.mark.parametrize(("keeps_history", "start"), [(True, 3 + 3), (False, 0)])
-def test_decoded_tokens_are_reused_with_history_only(keeps_history: bool, start: int) -> None:
+def test_decoded_tokens_are_never_reused() -> None:
     bench = Bench(2)
     first = bench.add([1, 2, 3], n=4)
     bench.finish(first)
     turn = [1, 2, 3, *first.answer, 9, 9]
-    second = bench.add(turn, reuses_from=first.number if keeps_history else None)
+    second = bench.add(turn)
     bench.step()
-    assert bench.context.batches[0][0].start == start  # the last token was not decoded
+    assert bench.context.batches[0][0].start == 0
     bench.finish(second)
     assert second.answer == alone(turn)
-
-
-def test_history_is_kept_for_the_one_whose_it_is() -> None:
-    """The state of a conversation, under each turn's own weights, is no other's."""
-    bench = Bench(2)
-    mine = bench.add([1, 2, 3], weight=1.0, n=2)
-    bench.finish(mine)
-    turn = [1, 2, 3, *mine.answer, 7]
-    stranger = bench.add(turn, weight=2.0)
-    kept = bench.add(turn, weight=2.0, reuses_from=mine.number)
-    bench.finish(stranger, kept)
-    assert stranger.answer == alone(turn, weight=2.0)
-    assert kept.answer != stranger.answer
-    # Of mixed state nothing is reused under either of its weights.
-    for weight in (1.0, 2.0):
-        after = bench.add([*turn, 8], weight=weight)
-        bench.finish(after)
-        assert after.answer == alone([*turn, 8], weight=weight)
 
 
 def test_kv_state_under_other_weights_is_never_reused() -> None:
@@ -304,7 +315,7 @@ def test_many_random_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever comes when, each answer is the one it is alone. And the test would notice if not."""
     assert wrong_answers(seeds=range(100)) == 0
 
-    def forgets_the_weights(slot: Slot, sequence: RunningSequence, pieces: Chunks) -> int:
+    def forgets_the_weights(slot: Slot, sequence: RunningSequence, *_: Any) -> int:
         tokens = sequence.request.tokens
         n_same = 0
         for held, token in zip(slot.tokens, tokens[:-1], strict=False):
@@ -322,9 +333,11 @@ def wrong_answers(seeds: Sequence[int]) -> int:
     n_wrong = 0
     for seed in seeds:
         rng = random.Random(seed)
-        bench = Bench(rng.randint(1, 5))
+        n_slot = rng.randint(1, 5)
+        bench = Bench(n_slot + rng.randint(0, 1), n_slot)
         done: list[RunningSequence] = []
         running: list[RunningSequence] = []
+        weighed: dict[RunningSequence, float] = {}
         for _ in range(rng.randint(3, 12)):
             prompt = [rng.randrange(3) for _ in range(rng.randint(1, 20))]
             if rng.random() < 0.3:  # what many begin with
@@ -333,17 +346,39 @@ def wrong_answers(seeds: Sequence[int]) -> int:
                 last = rng.choice(done)
                 prompt = [*last.request.tokens, *last.answer, *prompt]
             n = rng.randint(0, 9)
-            sequence = bench.add(prompt, rng.choice([0.0, 1.0, 2.0]), n)
+            weight, n_base = rng.choice([0.0, 1.0, 2.0]), rng.choice([0, len(prompt) - 1])
+            heard = Heard(rng.randrange(len(prompt))) if n_base and rng.random() < 0.5 else None
+            sequence = bench.add(prompt, weight, n, heard, n_base=n_base)
             running.append(sequence)
+            if heard:
+                weighed[sequence] = weight
             for _ in range(rng.randrange(8)):
-                if any(not each.is_done for each in running):
+                if bench.scheduler.has_work:
                     bench.step()
+                if rng.random() < 0.5:
+                    n_wrong += answer_weighed(bench, weighed)
             if rng.random() < 0.2:
                 rng.choice(running).request.cancellation.set()
             done += [each for each in running if each.finish_reason in ("length", "stop")]
-        bench.finish(*running)
+        while not all(each.is_done for each in running):
+            n_wrong += answer_weighed(bench, weighed)
+            bench.step()
         for each in running:
-            expected = alone(each.request.tokens, float(each.request.weights[0, 0]), each.n_max)
+            weight, n_base = float(each.request.weights[0, 0]), each.request.n_base
+            expected = alone(each.request.tokens, weight, each.n_max, n_base=n_base)
             is_cut = each.finish_reason in ("cancelled", "error")
             n_wrong += each.answer != (expected[: len(each.answer)] if is_cut else expected)
+    return n_wrong
+
+
+def answer_weighed(bench: Bench, weighed: dict[RunningSequence, float]) -> int:
+    """Let those go on that were weighed; how many were not given what they listen to."""
+    n_wrong = 0
+    for sequence in [each for each in weighed if each.is_weighed]:
+        heard, tokens = sequence.listener, sequence.request.tokens
+        assert isinstance(heard, Heard)
+        nothing = np.zeros((1, 2), np.float32).tobytes()
+        needed = range(heard.start, len(tokens))
+        n_wrong += [heard.cells.get(i) for i in needed] != [(tokens[i], nothing) for i in needed]
+        bench.weigh(sequence, weighed.pop(sequence))
     return n_wrong

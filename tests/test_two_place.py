@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import tiny
 from bundles import TinyBundle, make_bundle
-from decoded import count_decoded
+from decoded import count_decoded, probe
 
 from qaflora_edge import Engine
 from qaflora_edge.backend.batch import n_common
+from qaflora_edge.backend.context import Context
 from qaflora_edge.bundles.create import create_bundle
 from qaflora_edge.bundles.edit import calibrate
 from qaflora_edge.bundles.measure import neutral
@@ -203,17 +204,14 @@ def test_what_adapters_would_add_is_their_delta_times_what_the_base_reads(
 ) -> None:
     """Oracle: the deltas multiplied out, and the inputs of the base one token at a time."""
     with Engine(calibrated.folder, kv_type="f32", flash_attn=False) as engine:
-        core, tokens, span = engine._core, list(range(60, 72)), (3, 9)
-        rows = core.rows(engine.adapters)
-        found = core.run(core.prober.base.added(tokens, rows, span))
-        context = core.prober.base._contexts.context
-        assert context is not None
+        tokens, span, backend = list(range(60, 72)), (3, 9), engine._core.backend
+        found = probe(engine, tokens, span).added()
         inputs = []
-        context.clear()
-        for at, token in enumerate(tokens):
-            context.capture_begin()
-            context.decode([token], start=at)
-            inputs.append(context.inputs(0)[0].astype(np.float64))
+        with Context(backend.model, backend.pack, n_ctx=64, **backend.options) as context:
+            for at, token in enumerate(tokens):
+                context.capture_begin("inputs")
+                context.decode([token], start=at)
+                inputs.append(context.inputs(0, 1)[0].astype(np.float64))
         n_layer = engine.n_layer
     for ia, path in enumerate(load_bundle(calibrated.folder).adapter_paths.values()):
         for layer, modules in deltas(path, n_layer).items():
@@ -230,8 +228,6 @@ def test_a_bundle_knows_what_is_usual_in_its_places(calibrated: TinyBundle) -> N
     assert all(set(typical[name]) == set(KEYS) for name in ("math", "es"))
     extents: dict[str, list[Any]] = {key: [] for key in PLACES}
     with Engine(calibrated.folder) as engine:
-        core = engine._core
-        rows = core.rows(engine.adapters)
 
         def note(key: str, measured: Any) -> None:
             extents[key].append(np.log(np.asarray(measured, float) + 1e-12).mean(axis=1))
@@ -240,13 +236,13 @@ def test_a_bundle_knows_what_is_usual_in_its_places(calibrated: TinyBundle) -> N
             chat = engine.chat_tokens([{"role": "user", "content": prompt}])
             span = engine._weigher.find_question(chat)
             assert span is not None
-            last, question = core.run(core.prober.base.added(chat, rows, span))
+            last, question = probe(engine, chat, span).added()
             note("added_last", last)
             note("added_question", question)
             if prompt not in neutral("prompts"):
                 continue
             text = engine.tokenize(prompt)
-            note("added_text", core.run(core.prober.base.added(text, rows, (0, len(text))))[0])
+            note("added_text", probe(engine, text).added()[0])
     for key, values in extents.items():
         for ia, name in enumerate(("math", "es")):
             mean, spread = np.mean(values, axis=0)[ia], np.std(values, axis=0)[ia]
@@ -324,8 +320,7 @@ def test_what_precedes_the_question_is_read_once(
         tokens = engine.chat_tokens(turns)
         span = engine._weigher.find_question(tokens)
         assert span is not None
-        rows = engine._core.rows(engine.adapters)
-        return engine._core.run(engine._core.prober.base.added(tokens, rows, span))
+        return probe(engine, tokens, span).added()
 
     story = {"role": "user", "content": "the thing on a ring is in the air " * 8}
     turns = [story, {"role": "assistant", "content": "It is."}, {"role": "user", "content": "Why?"}]

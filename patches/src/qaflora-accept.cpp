@@ -50,6 +50,11 @@ bool qaflora_accepts_ubatch(const qaflora_context & qf, const llama_ubatch & uba
 }
 
 bool qaflora_accepts_graph(qaflora_context & qf) {
+    if (qf.has_inputs() && qf.n_captured_input != qf.n_layer) {
+        qaflora_set_error(qaflora_format("the architecture has a query projection of its own in %d of %d blocks; the inputs of all are needed",
+                                         qf.n_captured_input, qf.n_layer));
+        return false;
+    }
     if (qf.graph_error.empty()) {
         return true;
     }

@@ -11,14 +11,18 @@ bool qaflora_has_logits(const qaflora_context & qf) {
     return !qf.is_probe();
 }
 
-// output rows of cur, kept until they are read
-static ggml_tensor * captured_rows(const llm_graph_context & gctx, qaflora_graph_input & inp, ggml_tensor * cur) {
+// output rows of cur
+static ggml_tensor * output_rows(const llm_graph_context & gctx, qaflora_graph_input & inp, ggml_tensor * cur) {
     if (cur->ne[1] != gctx.n_outputs) {
         if (!inp.output_rows) {
             inp.output_rows = qaflora_new_index(gctx, gctx.n_outputs, "qaflora_output_rows");
         }
         cur = ggml_get_rows(gctx.ctx0, cur, inp.output_rows);
     }
+    return cur;
+}
+
+static ggml_tensor * kept(const llm_graph_context & gctx, ggml_tensor * cur) {
     ggml_set_output(cur);
     ggml_build_forward_expand(gctx.gf, cur);
     return cur;
@@ -32,7 +36,8 @@ void qaflora_capture_input(const llm_graph_context & gctx, qaflora_graph_input &
     const auto & layers = gctx.qaflora->pack->model->layers;
     for (int32_t il = 0; il < inp.qf.n_layer; ++il) {
         if (w == layers[il].wq || w == layers[il].wqkv) {
-            inp.captured_input[il] = captured_rows(gctx, inp, cur);
+            // a node of its own: llama.cpp plans memory anew only where the number of nodes changes
+            inp.captured_input[il] = kept(gctx, ggml_cont(gctx.ctx0, cur));
             gctx.qaflora->n_captured_input = count(inp.captured_input);
             return;
         }
@@ -48,34 +53,22 @@ ggml_tensor * qaflora_no_logits(const llm_graph_context & gctx, const ggml_tenso
 
 void qaflora_capture_block(const llm_graph_context & gctx, ggml_tensor * cur, const char * name, int il) {
     // llama.cpp 0c1e5709: the dense architectures name every block's output l_out
-    if (!gctx.qaflora->is_probe() || il < 0 || il >= gctx.qaflora->n_layer || strcmp(name, "l_out") != 0 || gctx.n_outputs == 0) {
+    if (!gctx.qaflora->has_states() || il < 0 || il >= gctx.qaflora->n_layer || strcmp(name, "l_out") != 0 || gctx.n_outputs == 0) {
         return;
     }
     if (cur->ne[0] != gctx.qaflora->n_embd || cur->ne[2] != 1 || cur->ne[3] != 1) {
         return; // several streams side by side, as of gemma3n: no one state is the block's
     }
     qaflora_graph_input & inp = qaflora_get_input(gctx);
-    inp.captured[il] = captured_rows(gctx, inp, cur);
+    inp.captured[il] = kept(gctx, output_rows(gctx, inp, cur));
     gctx.qaflora->n_captured = count(inp.captured);
 }
 
-void qaflora_extract(qaflora_context & qf, const llm_graph_result & res, const llama_ubatch & ubatch, ggml_backend_sched_t sched) {
-    qf.stats.n_decoded++;
-    const qaflora_graph_input * inp = qaflora_find_input(res);
-    if (!qf.is_probe() || !inp || inp->n_output == 0) {
-        return;
-    }
-    ggml_backend_sched_synchronize(sched);
-
-    std::vector<llama_seq_id> seq_of_row;
-    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-        if (ubatch.output[i]) {
-            seq_of_row.push_back(ubatch.seq_id[i][0]);
-        }
-    }
-    std::vector<float> rows(inp->n_output*qf.n_embd);
+// sums of output rows, or the last ones
+static void extract_states(qaflora_context & qf, const qaflora_graph_input & inp, const std::vector<llama_seq_id> & seq_of_row) {
+    std::vector<float> rows(seq_of_row.size()*qf.n_embd);
     for (int32_t il = 0; il < qf.n_layer; ++il) {
-        ggml_backend_tensor_get(inp->captured[il], rows.data(), 0, rows.size()*sizeof(float));
+        ggml_backend_tensor_get(inp.captured[il], rows.data(), 0, rows.size()*sizeof(float));
         for (size_t i = 0; i < seq_of_row.size(); ++i) {
             double * dst = qf.states[seq_of_row[i]].data() + (size_t) il*qf.n_embd;
             const float * src = rows.data() + i*qf.n_embd;
@@ -84,21 +77,49 @@ void qaflora_extract(qaflora_context & qf, const llm_graph_result & res, const l
             }
         }
     }
-    // where the inputs of each row go: after those before, or in their place
+}
+
+// each row's after those before it
+static void extract_inputs(qaflora_context & qf, const qaflora_graph_input & inp, const std::vector<llama_seq_id> & seq_of_row) {
+    const size_t n_value = (size_t) qf.n_layer*qf.n_embd;
     std::vector<size_t> at_of_row;
+    std::vector<int64_t> n_row = qf.n_row;
     for (const llama_seq_id seq_id : seq_of_row) {
-        const size_t n_row = qf.capture == QAFLORA_CAPTURE_MEAN ? (size_t) qf.n_row[seq_id] : 0;
-        if (qf.has_inputs()) {
-            qf.inputs[seq_id].resize((n_row + 1)*qf.n_layer*qf.n_embd);
-        }
-        at_of_row.push_back(n_row*qf.n_layer*qf.n_embd);
-        qf.n_row[seq_id]++;
+        at_of_row.push_back(n_row[seq_id]++*n_value);
+        qf.inputs[seq_id].resize(n_row[seq_id]*n_value);
     }
-    for (int32_t il = 0; il < qf.n_layer && qf.has_inputs(); ++il) {
-        ggml_backend_tensor_get(inp->captured_input[il], rows.data(), 0, rows.size()*sizeof(float));
+    std::vector<float> rows(seq_of_row.size()*qf.n_embd);
+    for (int32_t il = 0; il < qf.n_layer; ++il) {
+        ggml_backend_tensor_get(inp.captured_input[il], rows.data(), 0, rows.size()*sizeof(float));
         for (size_t i = 0; i < seq_of_row.size(); ++i) {
-            float * dst = qf.inputs[seq_of_row[i]].data() + at_of_row[i];
-            std::copy_n(rows.data() + i*qf.n_embd, qf.n_embd, dst + (size_t) il*qf.n_embd);
+            std::copy_n(rows.data() + i*qf.n_embd, qf.n_embd, qf.inputs[seq_of_row[i]].data() + at_of_row[i] + (size_t) il*qf.n_embd);
         }
+    }
+}
+
+void qaflora_extract(qaflora_context & qf, const llm_graph_result & res, const llama_ubatch & ubatch, ggml_backend_sched_t sched) {
+    qf.stats.n_decoded++;
+    const qaflora_graph_input * inp = qaflora_find_input(res);
+    std::vector<llama_seq_id> seq_of_row;
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        if (qf.has_inputs() || (qf.has_states() && ubatch.output[i])) {
+            seq_of_row.push_back(ubatch.seq_id[i][0]);
+        }
+    }
+    if (!inp || seq_of_row.empty()) {
+        return;
+    }
+    const auto & captured = qf.has_inputs() ? inp->captured_input : inp->captured;
+    if (count(captured) < qf.n_layer) {
+        return; // qaflora_accepts_graph() said so
+    }
+    ggml_backend_sched_synchronize(sched);
+    if (qf.has_inputs()) {
+        extract_inputs(qf, *inp, seq_of_row);
+    } else {
+        extract_states(qf, *inp, seq_of_row);
+    }
+    for (const llama_seq_id seq_id : seq_of_row) {
+        qf.n_row[seq_id]++;
     }
 }

@@ -43,11 +43,10 @@ static std::shared_ptr<qaflora_context> make_context(const llama_model & model, 
     qf->weights.assign(n_seq_max, std::vector<float>((size_t) pack.n_adapter*pack.n_layer, 0.0f));
     qf->first_layer.assign(n_seq_max, 0);
     if (qf->is_probe()) {
+        qf->capture = QAFLORA_CAPTURE_LAST;
         qf->states.assign(n_seq_max, std::vector<double>((size_t) qf->n_layer*qf->n_embd, 0.0));
     }
-    if (qf->has_inputs()) {
-        qf->inputs.assign(n_seq_max, std::vector<float>((size_t) qf->n_layer*qf->n_embd, 0.0f));
-    }
+    qf->inputs.resize(n_seq_max);
     qf->n_row.assign(n_seq_max, 0);
     return qf;
 }
@@ -67,10 +66,6 @@ static std::string unsupported(const llama_context & ctx, const qaflora_context 
     if (qf.is_probe() && qf.n_captured != qf.n_layer) {
         return qaflora_format("architecture '%s' shows the output of %d of %d blocks; its states cannot be captured",
                               llm_arch_name(ctx.get_model().arch), qf.n_captured, qf.n_layer);
-    }
-    if (qf.has_inputs() && qf.n_captured_input != qf.n_layer) {
-        return qaflora_format("architecture '%s' has a query projection of its own in %d of %d blocks; the inputs of all are needed",
-                              llm_arch_name(ctx.get_model().arch), qf.n_captured_input, qf.n_layer);
     }
     return "";
 }
@@ -154,13 +149,16 @@ int32_t qaflora_capture_begin(llama_context * ctx, enum qaflora_capture capture)
     if (!qf) {
         return 0;
     }
-    if (!qf->is_probe()) {
+    if (!qf->is_probe() && capture < QAFLORA_CAPTURE_INPUTS) {
         qaflora_set_error("this context captures no states; make it with QAFLORA_CONTEXT_PROBE");
         return 0;
     }
     qf->capture = capture;
     for (auto & s : qf->states) {
         std::fill(s.begin(), s.end(), 0.0);
+    }
+    for (auto & x : qf->inputs) {
+        x.clear();
     }
     std::fill(qf->n_row.begin(), qf->n_row.end(), 0);
     return 1;
@@ -171,7 +169,7 @@ int32_t qaflora_get_states(llama_context * ctx, llama_seq_id seq_id, float * sta
     if (!qf) {
         return 0;
     }
-    if (!qf->is_probe() || qf->n_row[seq_id] == 0) {
+    if (!qf->has_states() || qf->n_row[seq_id] == 0) {
         qaflora_set_error(qaflora_format("no states were captured for sequence %d", seq_id));
         return 0;
     }

@@ -22,15 +22,15 @@ struct qaflora_context {
     std::vector<int32_t> first_layer;        // [n_seq_max] the first whose products an adapter enters; 0 until weights are set
     uint64_t             n_first_layer = 0;  // times that one of them changed
 
-    qaflora_capture capture = QAFLORA_CAPTURE_LAST;
+    qaflora_capture capture = QAFLORA_CAPTURE_NONE;
     std::vector<std::vector<double>> states; // [n_seq_max][n_layer*n_embd], the last row or a sum of rows
     std::vector<int64_t>             n_row;  // [n_seq_max] rows seen
-    std::vector<std::vector<float>>  inputs; // [n_seq_max][n*n_layer*n_embd] of the query projections, the last row or all n = n_row
+    std::vector<std::vector<float>>  inputs; // [n_seq_max][n_row*n_layer*n_embd] of the query projections
 
     qaflora_stats stats = {};
     std::vector<bool> module_used; // [n_module] whether a graph multiplied with it
     int32_t       n_captured = 0; // blocks whose output the last graph captures
-    int32_t       n_captured_input = 0; // the same for query projections
+    int32_t       n_captured_input = 0; // query projections whose input the last graph captures
     std::string   graph_error;    // why a graph that was built cannot honour the pack, or empty
 
     std::shared_ptr<qaflora_lens_state> lens;
@@ -38,5 +38,6 @@ struct qaflora_context {
 
     bool is_probe() const        { return flags & QAFLORA_CONTEXT_PROBE; }
     bool is_differential() const { return flags & QAFLORA_CONTEXT_DIFFERENTIAL; }
-    bool has_inputs() const      { return is_probe() && (flags & QAFLORA_CONTEXT_INPUTS); }
+    bool has_states() const      { return capture <= QAFLORA_CAPTURE_MEAN; }
+    bool has_inputs() const      { return capture == QAFLORA_CAPTURE_INPUTS; }
 };

@@ -128,7 +128,7 @@ ggml_tensor * qaflora_mm_delta(const llm_graph_context & gctx, ggml_tensor * w, 
         ggml_build_forward_expand(gctx.gf, cur); // upstream sets inputs that lead here
         return qaflora_no_logits(gctx, w); // the head's product stays out of the graph
     }
-    if (qf.has_inputs() && gctx.n_outputs > 0 && cur->ne[0] == qf.n_embd) {
+    if (qf.has_inputs() && cur->ne[0] == qf.n_embd) {
         qaflora_capture_input(gctx, inp, w, cur);
     }
     const auto it = qf.pack->by_weight.find(w);

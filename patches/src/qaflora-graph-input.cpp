@@ -89,6 +89,7 @@ qaflora_graph_input & qaflora_get_input(const llm_graph_context & gctx) {
         inp = new qaflora_graph_input(*gctx.qaflora, gctx);
         gctx.res->add_input(llm_graph_input_ptr(inp));
         gctx.qaflora->stats.n_graph_built++;
+        gctx.qaflora->n_captured_input = 0;
     }
     return *inp;
 }

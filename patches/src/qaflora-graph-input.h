@@ -41,7 +41,7 @@ struct qaflora_graph_input : public llm_graph_input_i {
     ggml_tensor * output_rows = nullptr; // I32 [n_output]  token of each output row
 
     std::vector<ggml_tensor *> captured;       // [n_layer] of F32 [n_embd, n_output]
-    std::vector<ggml_tensor *> captured_input; // the same for what query projections read
+    std::vector<ggml_tensor *> captured_input; // [n_layer] of F32 [n_embd, n_token] that query projections read
 
     // while the graph is built: what is shared between modules
     std::map<std::tuple<int32_t, int32_t, ggml_backend_dev_t, bool>, ggml_tensor *> row_weights; // (layout, il, device, is_output)

@@ -10,7 +10,7 @@
 
 #include <stdint.h>
 
-#define QAFLORA_ABI_VERSION 3
+#define QAFLORA_ABI_VERSION 4
 
 #ifdef __cplusplus
 extern "C" {
@@ -21,12 +21,13 @@ struct qaflora_pack;
 enum qaflora_context_flags {
     QAFLORA_CONTEXT_PROBE        = 1, // states are captured and no logits are computed
     QAFLORA_CONTEXT_DIFFERENTIAL = 2, // sequence 0 is the base: others add W (x_j - x_0) to its products
-    QAFLORA_CONTEXT_INPUTS       = 4, // of a probe: what the query projections read is captured as well
 };
 
 enum qaflora_capture {
-    QAFLORA_CAPTURE_LAST = 0, // the last output row of each sequence
-    QAFLORA_CAPTURE_MEAN = 1, // the mean over the output rows of each sequence
+    QAFLORA_CAPTURE_LAST   = 0, // of a probe: states of the last output row of each sequence
+    QAFLORA_CAPTURE_MEAN   = 1, // of a probe: states as the mean over the output rows of each sequence
+    QAFLORA_CAPTURE_INPUTS = 2, // what the query projections read, of every row
+    QAFLORA_CAPTURE_NONE   = 3,
 };
 
 enum qaflora_lens {
@@ -74,14 +75,14 @@ LLAMA_API struct llama_context * qaflora_context_init(struct llama_model * model
 // weights [n_adapter, n_layer] of one sequence, used from the next llama_decode on. Returns 1 on success.
 LLAMA_API int32_t qaflora_set_weights(struct llama_context * ctx, llama_seq_id seq_id, const float * weights, int64_t n_weight);
 
-// Forget captured states and capture in this way from now on. Returns 1 on success.
+// Forget what was captured and capture in this way from now on: LAST at first in a probe, NONE in other contexts. Returns 1 on success.
+// llama_decode fails with QAFLORA_CAPTURE_INPUTS where some block has no query projection of its own.
 LLAMA_API int32_t qaflora_capture_begin(struct llama_context * ctx, enum qaflora_capture capture);
 
 // states [n_layer, n_embd] of one sequence after each block. Returns 1 on success.
 LLAMA_API int32_t qaflora_get_states(struct llama_context * ctx, llama_seq_id seq_id, float * states, int64_t n_state);
 
-// inputs [n, n_layer, n_embd] of the query projections for output rows of one sequence: the last one (n = 1), or with
-// QAFLORA_CAPTURE_MEAN each since qaflora_capture_begin(). Needs QAFLORA_CONTEXT_INPUTS. Returns 1 on success.
+// inputs [n, n_layer, n_embd] of the query projections: of each row of one sequence since qaflora_capture_begin(). Returns 1 on success.
 LLAMA_API int32_t qaflora_get_inputs(struct llama_context * ctx, llama_seq_id seq_id, float * inputs, int64_t n_input);
 
 // divergence [n_adapter, n_layer] = KL(base || adapter) in nats of the next-token distributions that the

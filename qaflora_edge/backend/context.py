@@ -11,7 +11,7 @@ import operator
 import os
 import sys
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,14 @@ from numpy.typing import NDArray
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.backend.batch import Batch, Chunks, Outputs, Span, chunks_of, n_ubatch
-from qaflora_edge.backend.library import CONTEXT_PROBE, Handle, forget_logged, last_error, logged
+from qaflora_edge.backend.library import (
+    CAPTURE,
+    CONTEXT_PROBE,
+    Handle,
+    forget_logged,
+    last_error,
+    logged,
+)
 from qaflora_edge.backend.model import Model, Pack, shared_model
 from qaflora_edge.config import KV_TYPES, MAX_CTX
 from qaflora_edge.errors import BackendError, CancelledError
@@ -323,6 +330,30 @@ class Context(Handle):
             raise BackendError(f"Row {row} of the last batch has no logits.")
         return np.ctypeslib.as_array(pointer, shape=(self._model.n_vocab,))
 
+    # capturing
+
+    def capture_begin(self, what: str = "last") -> None:
+        """Forget what was captured, and capture this from now on.
+
+        what  "inputs" of the query projections for every row, or "none"; of a probe also states:
+              those of the "last" output row, or the "mean" of all output rows
+        """
+        if not self._functions.capture_begin(self._pointer, CAPTURE[what]):
+            raise BackendError(f"States cannot be captured: {last_error()}.")
+
+    def inputs(self, seq: int, n_row: int) -> F32:
+        """Give inputs of the query projections: float32 [n_row, n_layer, n_embd].
+
+        n_row  how many of this sequence there were since capture_begin
+        """
+        inputs = np.empty((n_row, self._model.n_layer, self._model.n_embd), np.float32)
+        return self._captured(self._functions.get_inputs, seq, inputs)
+
+    def _captured(self, get: Callable[..., int], seq: int, found: F32) -> F32:
+        if not get(self._pointer, seq, found.ctypes.data, found.size):
+            raise BackendError(f"Captured states cannot be read: {last_error()}.")
+        return found
+
     def sample(self, sampler: Any, row: int = -1) -> int:
         """Draw a token by a llama_sampler chain from the logits of a row."""
         return int(self._lib.llama_sampler_sample(sampler, self._pointer, row))
@@ -361,6 +392,7 @@ class Backend:
     ) -> None:
         self.stop = options["stop"] = Stop()
         self.options, kv_type = options, options["kv_type"]
+        self.n_parallel = n_parallel
         resources = contextlib.ExitStack()  # which is closed from the last to the first
         self.enter, self.close = resources.enter_context, resources.close
         weakref.finalize(self, resources.close).atexit = False
@@ -369,7 +401,8 @@ class Backend:
             self.pack = self.enter(Pack(self.model, adapters, adapter_type=adapter_type))
             self.n_ctx = n_ctx or automatic_ctx(self.model, base, kv_type, n_parallel)
             self._n_first = n_ctx or min(self.n_ctx, _N_CTX_FIRST)
-            shape: Any = {"n_ctx": self._n_first, "n_seq": n_parallel}
+            # One more than answers: the base's KV state of a prompt that the mix prefills.
+            shape: Any = {"n_ctx": self._n_first, "n_seq": n_parallel + 1}
             self.context = self.enter(Context(self.model, self.pack, **shape, **options))
             self.chunks = self.context.chunks()
             self.model.workers.check()

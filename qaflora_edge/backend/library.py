@@ -20,12 +20,11 @@ from typing import Any, Self
 from qaflora_edge.errors import LibraryError
 from qaflora_edge.imports import defer
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 CONTEXT_PROBE = 1
 CONTEXT_DIFFERENTIAL = 2
-CONTEXT_INPUTS = 4
-CAPTURE = {"last": 0, "mean": 1}
+CAPTURE = {"last": 0, "mean": 1, "inputs": 2, "none": 3}
 LENS = {"raw": 0, "norm": 1}
 
 # How long a thread of GCC's OpenMP looks for the others at a barrier before it sleeps. By default

@@ -1,6 +1,5 @@
 """Probe contexts: states captured after every block, and read through the base's head."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +37,6 @@ class ProbeContext(Context):
     """Run the same tokens in all sequences and capture their states; compute no logits.
 
     is_differential  see method: sequence 0 is the base, the others run the same tokens
-    has_inputs       capture what query projections read as well
     """
 
     def __init__(
@@ -48,14 +46,11 @@ class ProbeContext(Context):
         *,
         n_seq: int = 1,
         is_differential: bool = False,
-        has_inputs: bool = False,
         **options: Any,
     ) -> None:
         flags = library.CONTEXT_PROBE
         flags |= library.CONTEXT_DIFFERENTIAL if is_differential else 0
-        flags |= library.CONTEXT_INPUTS if has_inputs else 0
         super().__init__(model, pack, n_seq=n_seq, n_output=MAX_CTX, flags=flags, **options)
-        self.has_inputs = has_inputs
 
     def kv_state(self) -> KvState:
         """Copy the KV state, for a context made with the same options."""
@@ -93,28 +88,10 @@ class ProbeContext(Context):
             self.clear()
             raise
 
-    def capture_begin(self, pool: str = "last") -> None:
-        """Forget captured states; keep the "last" output row, or the "mean" of all rows."""
-        if not self._functions.capture_begin(self._pointer, library.CAPTURE[pool]):
-            raise BackendError(f"States cannot be captured: {library.last_error()}.")
-
     def states(self, seq: int) -> F32:
         """Give the states of one sequence after each block: float32 [n_layer, n_embd]."""
         states = np.empty((self._model.n_layer, self._model.n_embd), np.float32)
         return self._captured(self._functions.get_states, seq, states)
-
-    def inputs(self, seq: int, n_row: int = 1) -> F32:
-        """Give the inputs of the query projections: float32 [n_row, n_layer, n_embd].
-
-        n_row  1: for the last output row; of a "mean": how many there are since capture_begin
-        """
-        inputs = np.empty((n_row, self._model.n_layer, self._model.n_embd), np.float32)
-        return self._captured(self._functions.get_inputs, seq, inputs)
-
-    def _captured(self, get: Callable[..., int], seq: int, found: F32) -> F32:
-        if not get(self._pointer, seq, found.ctypes.data, found.size):
-            raise BackendError(f"Captured states cannot be read: {library.last_error()}.")
-        return found
 
     def divergence(self, base: F32, adapted: F32, lens: str) -> F64:
         """Compute the KL of the base's next-token distribution to each adapter's, in nats.

@@ -1,4 +1,4 @@
-"""The parts of `qaflora bench`: decode, ttft, callers, memory.
+"""The parts of `qaflora bench`: decode, ttft, turn, callers, memory.
 
 Contestants run in turn within a round, on a prompt that no round had before; each contestant of
 ttft has its own. A first round is thrown away. Ratios are taken within a round, then the median.
@@ -27,6 +27,7 @@ from qaflora_edge.progress import Tell, TellCount
 Who = TypeVar("Who")
 Run = dict[str, float]
 Row = dict[str, Any]
+_N_SAID = 40  # tokens of an answer, and of the question after it
 METHODS = ("qa-flora", "cosine", "norm", "two-place:abstain=never", "two-place", "static")
 
 
@@ -116,10 +117,10 @@ def _decode(context: Context, drawn: Sequence[Sequence[int]], length: int, turn:
 
 def measure_ttft(rig: Rig, engine: Engine, plan: Plan, tell: Tell) -> Iterator[Row]:
     """Weigh, prefill and choose a first token, next to llama.cpp's prefill of the base."""
-    base = rig.stock(0, max(plan.prompt_tokens))
+    base = rig.stock(0, engine.n_ctx)
 
     def run(length: int, name: str, _: int) -> Run:
-        tokens = rig.draw(length)  # an Engine keeps what it read of the last one
+        tokens = rig.draw_chat(engine, length)[1]  # an Engine keeps what it read of the last one
         start = time.perf_counter()
         if name == "plain":
             prefill(base, tokens)
@@ -131,6 +132,38 @@ def measure_ttft(rig: Rig, engine: Engine, plan: Plan, tell: Tell) -> Iterator[R
     names = ["plain", *(name for name in METHODS if name.partition(":")[0] in engine.strategies)]
     every = {(n, name): partial(run, n, name) for n in plan.prompt_tokens for name in names}
     runs = take_turns(every, plan.repeat, partial(tell, "ttft"))
+    for (length, name), own in runs.items():
+        row = {"prompt_tokens": length, "name": name, "runs": own}
+        yield row | compared("ttft_ms", own, of_plain=runs[length, "plain"])
+
+
+# a second turn
+
+
+def measure_turn(rig: Rig, engine: Engine, plan: Plan, tell: Tell) -> Iterator[Row]:
+    """Answer a second turn under another mix, next to llama.cpp's prefill of its new tokens."""
+    base = rig.stock(0, engine.n_ctx)
+
+    def run(length: int, name: str, _: int) -> Run:
+        messages, first = rig.draw_chat(engine, length)
+        said = rig.model.detokenize(rig.draw(_N_SAID)).decode("utf-8", "replace")
+        messages.append({"role": "assistant", "content": said})
+        tokens = rig.draw_chat(engine, _N_SAID, messages)[1]
+        if name == "plain":
+            prefill(base, tokens[: len(first)])
+        else:
+            engine.generate(first, weights=name, max_tokens=1).text()
+        start = time.perf_counter()
+        if name == "plain":
+            base.decode(tokens[len(first) :], start=len(first))
+            base.logits()
+        else:
+            engine.generate(tokens, weights=f"{name},answer=0.3", max_tokens=1).text()
+        return {"ttft_ms": 1e3 * (time.perf_counter() - start)}
+
+    names = ["plain", *(name for name in METHODS if name.startswith("two-place:"))]
+    every = {(n, name): partial(run, n, name) for n in plan.prompt_tokens for name in names}
+    runs = take_turns(every, plan.repeat, partial(tell, "turn"))
     for (length, name), own in runs.items():
         row = {"prompt_tokens": length, "name": name, "runs": own}
         yield row | compared("ttft_ms", own, of_plain=runs[length, "plain"])

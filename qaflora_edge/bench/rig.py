@@ -14,6 +14,8 @@ from qaflora_edge.backend.context import Context, context_params
 from qaflora_edge.backend.library import logged
 from qaflora_edge.backend.model import PLACING, Model, Pack
 from qaflora_edge.bundles.measure import neutral
+from qaflora_edge.chat.messages import Message
+from qaflora_edge.engine import Engine
 from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.base import read_base
 
@@ -106,6 +108,16 @@ class Rig(contextlib.ExitStack):
             text = "\n".join(texts) + "\n"
             text = text[self._random.randrange(len(text) // 2) :]
         return (self._start + tokens)[:n_token]
+
+    def draw_chat(
+        self, engine: Engine, n_token: int, before: Sequence[Message] = ()
+    ) -> tuple[list[Message], list[int]]:
+        """Draw a user turn of so many tokens after others: the messages, and the whole prompt."""
+        text = self.model.detokenize(self.draw(n_token)).decode("utf-8", "replace")
+        messages = [*before, {"role": "user", "content": text}]
+        if not engine.has_chat_template:
+            return messages, engine.tokenize("\n".join(each["content"] for each in messages))
+        return messages, engine.chat_tokens(messages)
 
 
 def prefill(context: Context, tokens: Sequence[int]) -> None:

@@ -107,6 +107,7 @@ def create_bundle(
             "strategy": PUBLISHED if keys else wanted,
             "lens": numbers.DEFAULT_LENS,
             "pool": numbers.DEFAULT_POOL,
+            "prefill": "auto",
         }
         write_bundle_json(temporary, raw, str(folder / BUNDLE_FILE))
     if engine is not None and keys:

@@ -18,7 +18,7 @@ from qaflora_edge.show.text import columns
 if TYPE_CHECKING:
     from qaflora_edge.bundles.open import Opened
 
-PARTS = ("memory", "callers", "decode", "ttft")  # memory is short, and may refuse an option
+PARTS = ("memory", "callers", "decode", "ttft", "turn")  # memory is short, and may refuse an option
 Row = Mapping[str, Any]
 
 
@@ -73,8 +73,9 @@ def bench(
     decode: prefill and decoding of the base as llama.cpp runs it, of --k adapters through
     llama_set_adapters_lora (stock), and of as many fused by us; each at weight 1/k. ttft: the time
     to the first token under several strategies, each with a prompt of its own, as a multiple of
-    the base's prefill (plain). callers: decoding for --callers at once, each with a mix of its own,
-    next to the base in one batch. memory: the peak of one answer in a process of its own.
+    the base's prefill (plain). turn: the same of a second turn under another mix, as a multiple of
+    the base's prefill of what is new. callers: decoding for --callers at once, each with a mix of
+    its own, next to the base in one batch. memory: the peak of one answer in a process of its own.
     """
     from qaflora_edge.bundles.open import load_bundle
 
@@ -106,7 +107,7 @@ def _measured(
 
     plan = parts.Plan(**sizes)
     longest, most = max(plan.prompt_tokens), max(plan.callers)
-    n_ctx = longest + most + plan.max_tokens
+    n_ctx = longest + most + plan.max_tokens + 256  # a template, and a second turn
     given = options.engine | {"n_ctx": n_ctx, "strategy": options.strategy}
     adapters = list(loaded.adapter_paths.values())
     measured: dict[str, Any] = {}
@@ -122,9 +123,10 @@ def _measured(
                 measured["callers"] = [*parts.measure_callers(rig, both, plan, tell)]
         if "decode" in only:
             measured["decode"] = [*parts.measure_decode(rig, plan, tell)]
-        if "ttft" in only:
-            with Engine(loaded.place, **given) as engine:
-                measured["ttft"] = [*parts.measure_ttft(rig, engine, plan, tell)]
+        for part, measure in (("ttft", parts.measure_ttft), ("turn", parts.measure_turn)):
+            if part in only:
+                with Engine(loaded.place, **given) as engine:
+                    measured[part] = [*measure(rig, engine, plan, tell)]
     return measured
 
 

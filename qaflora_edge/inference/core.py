@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -23,12 +23,12 @@ from qaflora_edge.inference.request import Cancellation, Request
 from qaflora_edge.inference.sampler import Sampler
 from qaflora_edge.inference.scheduler import Scheduler
 from qaflora_edge.inference.sequence import Sequence as RunningSequence
-from qaflora_edge.progress import Tell
+from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.strategy import Query
 
 if TYPE_CHECKING:
-    from qaflora_edge.weighing.probe import QueryProbe, Steps
+    from qaflora_edge.weighing.probe import Listener, QueryProbe, Steps
 
 T = TypeVar("T")
 _N_ANSWER = 2048  # tokens that an answer without a limit has at least, where the context has them
@@ -53,9 +53,9 @@ class Core:
         self._n_call: dict[int, int] = {}  # by thread
         self._cancellations: weakref.WeakSet[Cancellation] = weakref.WeakSet()
         self._cancelling = threading.RLock()  # all threads change that set
-        self.last_answer: int | None = None  # number of the last request's sequence
         context = backend.context  # not the backend, which a circle of the loop would keep alive
-        scheduler = Scheduler(context.n_seq, backend.chunks, lambda: context.n_ctx)
+        n_ctx, n_running = (lambda: context.n_ctx), backend.n_parallel
+        scheduler = Scheduler(context.n_seq, backend.chunks, n_ctx, n_running)
         self.loop = Loop(self.model, self.context, scheduler, backend.stop)
         from qaflora_edge.inference.score import Scorer
         from qaflora_edge.weighing.probe import Prefixes, Prober
@@ -145,21 +145,10 @@ class Core:
         return weights
 
     def probe(
-        self, cancellation: Cancellation, tell: Tell | None = None
-    ) -> Callable[[Query], "QueryProbe"]:
-        """Measure a query for a strategy, with other callers' work in between.
-
-        tell  called with "weighing", how many tokens are done, and how many there are
-        """
-        from qaflora_edge.weighing.probe import QueryProbe
-
-        def query_probe(query: Query) -> QueryProbe:
-            n_token = len(query.tokens)
-            told = None if tell is None else lambda n_done: tell("weighing", n_done, n_token)
-            run = partial(self.run, cancellation=cancellation, tell=told)
-            return QueryProbe(self.prober, query, self.rows(query.adapters), run)
-
-        return query_probe
+        self, cancellation: Cancellation, tell: Tell | None = None, n_answer: int | None = 0
+    ) -> "Probes":
+        """Measure queries for a strategy, with other callers' work in between: see Probes."""
+        return Probes(self, cancellation, tell, n_answer)
 
     def run(
         self,
@@ -175,18 +164,30 @@ class Core:
 
     # answers
 
-    def begin(self, request: Request, sampler: Sampler | None, fusion: FusionWeights) -> Generation:
-        """Put a request into the queue."""
+    def begin(
+        self,
+        request: Request,
+        sampler: Sampler | None,
+        fusion: FusionWeights,
+        weighed: RunningSequence | None = None,
+    ) -> Generation:
+        """Put a request into the queue, or go on with its prompt that was weighed."""
         n_prompt = len(request.tokens)
         most = 0 if request.keeps_logits else request.sampling.max_tokens
-        n_ctx = self.backend.n_ctx_for(n_prompt + (_N_ANSWER if most is None else most))
+        n_ctx = self.n_ctx_for(n_prompt, most)
         n_room = n_ctx - n_prompt + 1
         n_max = n_room if most is None else min(n_room, most)
-        sequence = RunningSequence(request, sampler, n_max, n_ctx)
-        if sampler is not None:
-            self.last_answer = sequence.number
-        self.loop.add(sequence)
+        sequence = weighed or RunningSequence(request, sampler, n_max, n_ctx)
+        if weighed is None:
+            self.loop.add(sequence)
+        else:
+            sequence.start(request, sampler, n_max)
+            self.loop.resume(sequence)
         return self._generation(sequence, fusion)
+
+    def n_ctx_for(self, n_prompt: int, n_answer: int | None) -> int:
+        """Size a slot for a prompt and an answer; None: without a limit."""
+        return self.backend.n_ctx_for(n_prompt + (_N_ANSWER if n_answer is None else n_answer))
 
     def failed(self, error: QafloraError) -> Generation:
         """Make an answer that failed before its request was made."""
@@ -197,6 +198,73 @@ class Core:
 
     def _generation(self, sequence: RunningSequence, fusion: FusionWeights) -> Generation:
         return Generation(sequence, fusion, drive=self.loop.drive, call=self._hold)
+
+
+class Probes:
+    """Measure queries for one call of an Engine.
+
+    tell      called with "weighing", how many tokens are done, and how many there are
+    n_answer  tokens of the answer that the base's prefill goes on to; 0: there is none; None: no
+              limit
+    weighed   attribute: the last query's sequence, where its slot is kept for begin()
+    """
+
+    def __init__(
+        self, core: Core, cancellation: Cancellation, tell: Tell | None, n_answer: int | None
+    ) -> None:
+        self._core, self._cancellation, self._tell = core, cancellation, tell or silent
+        self._n_answer = n_answer
+        self.weighed: RunningSequence | None = None
+
+    def __call__(self, query: Query) -> "QueryProbe":
+        from qaflora_edge.weighing.probe import QueryProbe
+
+        core, n_token = self._core, len(query.tokens)
+        told = partial(self._told, n_token=n_token)
+        run = partial(core.run, cancellation=self._cancellation, tell=told)
+        return QueryProbe(core.prober, query, core.rows(query.adapters), run, self._listen)
+
+    def _told(self, n_done: int, n_token: int) -> None:
+        self._tell("weighing", n_done, n_token)
+
+    def _listen(self, query: Query, listener: "Listener") -> Any:
+        """Prefill a query under the base, for a listener."""
+        self.end()
+        core, tokens = self._core, query.tokens
+        nothing = np.zeros((len(core.adapters), core.model.n_layer), np.float32)
+        n_base = len(tokens) - 1
+        request = Request(tokens, nothing, n_base=n_base, cancellation=self._cancellation)
+        n_ctx = core.n_ctx_for(len(tokens), self._n_answer)
+        sequence, n_told = RunningSequence(request, None, 0, n_ctx, listener), 0
+
+        def is_read() -> bool:
+            return sequence.is_done or sequence.is_weighed
+
+        def has_more() -> bool:
+            return is_read() or sequence.n_past > n_told
+
+        core.loop.add(sequence)
+        try:
+            while not is_read():
+                core.loop.drive(has_more)
+                n_told = sequence.n_past
+                self._told(n_told, len(tokens))
+        except BaseException:
+            self._cancellation.set()
+            core.loop.drive(lambda: sequence.is_done)
+            raise
+        if sequence.error is not None:
+            raise sequence.error
+        self.weighed = sequence
+        if self._n_answer == 0:
+            self.end()
+        return listener.result()
+
+    def end(self) -> None:
+        """Free the slot that is kept."""
+        if self.weighed is not None:
+            self._core.loop.end(self.weighed)
+            self.weighed = None
 
 
 def check_process() -> None:

@@ -15,6 +15,8 @@ from qaflora_edge.inference.request import Cancellation
 from qaflora_edge.inference.runner import Runner
 from qaflora_edge.inference.scheduler import Job, Scheduler, Step
 
+_POLL_S = 0.1  # for an event of a caller that cancels
+
 
 class Loop:
     """Let one thread at a time drive; the others wait for what concerns them.
@@ -37,7 +39,7 @@ class Loop:
         self._closed = BusyError("This Engine was closed in the middle of a call.")
         self._is_served = False  # by a thread in run_forever
         self._now: Sequence[sequences.Sequence | Job] = ()  # who waits for the native call
-        self._worker = ThreadPoolExecutor(1) if len(scheduler.slots) > 1 else None
+        self._worker = ThreadPoolExecutor(1) if scheduler.n_running > 1 else None
 
     # from any thread
 
@@ -45,6 +47,20 @@ class Loop:
         """Put a sequence into the queue."""
         with self._turn:
             self._scheduler.waiting.append(sequence)
+            self._turn.notify_all()
+
+    def resume(self, sequence: sequences.Sequence) -> None:
+        """Go on with a sequence that was weighed and has its weights now."""
+        with self._turn:
+            if not sequence.is_done:
+                self._scheduler.resume(sequence)
+            self._turn.notify_all()
+
+    def end(self, sequence: sequences.Sequence) -> None:
+        """End a sequence that was weighed, and free its slot."""
+        with self._turn:
+            sequence.finish("stop")
+            self._scheduler.remove_ended()
             self._turn.notify_all()
 
     def run(
@@ -88,6 +104,9 @@ class Loop:
             while not is_ready():
                 if self._is_driven or self._is_served:
                     self._turn.wait()
+                    continue
+                if not self._scheduler.has_work and not self._is_closed:
+                    self._turn.wait(_POLL_S)  # for the weights of a prompt
                     continue
                 self._is_driven = True
                 try:
@@ -153,7 +172,8 @@ class Loop:
             assert n_ended or self._is_closed, "somebody waits for what nobody computes"
             return
         step = self._scheduler.step()
-        prefilled = [sequence for sequence in self._scheduler.running if sequence.is_prefill]
+        running = self._scheduler.running
+        prefilled = [each for each in running if each.is_prefill and each.listener is None]
         decoded = step.decode
         self._turn.release()
         start = time.perf_counter()
@@ -206,7 +226,7 @@ class Loop:
     def _end_cancelled(self) -> None:
         for sequence in (*self._scheduler.waiting, *self._scheduler.running):
             if sequence.is_cancelled and not sequence.is_done:
-                if sequence.slot is None or sequence.is_prefill:
+                if sequence.slot is None or sequence.is_prefill or sequence.is_weighed:
                     sequence.fail(cancelled())
                 else:
                     sequence.finish("cancelled")

@@ -7,8 +7,11 @@ import operator
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.config import DEFAULTS, check
@@ -16,6 +19,7 @@ from qaflora_edge.config import MAX_SEED as MAX_SEED
 from qaflora_edge.errors import ContextError, OptionError, PromptError
 
 if TYPE_CHECKING:
+    from qaflora_edge.backend.batch import Chunks
     from qaflora_edge.backend.model import Model
 
 _PIECE_BYTES = 16  # of a token; most are shorter
@@ -91,8 +95,8 @@ class Request:
     tokens        ids of the prompt
     weights       float32 [n_adapter, n_layer], of all loaded adapters
     adapters      names of the adapters in use, for messages
-    reuses_from  number of the Sequence that lends its KV state under whatever weights, as far as
-                  the prompts begin alike; None: reuse under the same weights only
+    n_base        tokens that the base prefills: all but the last, or 0. Their KV state depends on
+                  nothing but the tokens.
     keeps_logits  keep the logits after the prompt, and choose no token
     """
 
@@ -100,14 +104,32 @@ class Request:
     weights: F32
     sampling: Sampling = field(default_factory=Sampling)
     adapters: tuple[str, ...] = ()
-    reuses_from: int | None = None
+    n_base: int = 0
     keeps_logits: bool = False
     cancellation: Cancellation = field(default_factory=Cancellation)
 
+    @cached_property
+    def _nothing(self) -> F32:
+        return np.zeros_like(self.weights)
+
     @property
     def weights_key(self) -> bytes:
-        """Give bytes that are equal where the weights are."""
-        return self.weights.tobytes()
+        """Give bytes that are equal where the weights of the KV state to reuse are."""
+        return bytes(self.weights.nbytes) if self.n_base else self.weights.tobytes()
+
+    def next_weights(self, n_past: int) -> F32:
+        """Give the weights of the token at this position: float32 [n_adapter, n_layer]."""
+        return self._nothing if n_past < self.n_base else self.weights
+
+    def chunk_end(self, chunks: "Chunks", at: int) -> int:
+        """Find the end of the prompt's chunk that begins at `at`."""
+        return chunks.end(self.tokens[: self.n_base] if at < self.n_base else self.tokens, at)
+
+    def n_alike(self, chunks: "Chunks", read: Sequence[int]) -> int:
+        """Count the tokens that can be reused of others in chunks of their own."""
+        if self.n_base:
+            return chunks.n_alike(read, self.tokens[: self.n_base], n_after=1)
+        return chunks.n_alike(read, self.tokens)
 
 
 def prompt_tokens(model: "Model", prompt: Prompt, n_ctx: int, *, parse_special: bool) -> list[int]:

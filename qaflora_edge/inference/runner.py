@@ -1,11 +1,14 @@
 """The runner: computes what the scheduler decided, and decides nothing."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qaflora_edge.backend.batch import Span
+from qaflora_edge.arrays import F32
+from qaflora_edge.backend.batch import Outputs, Span
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import BackendError, CancelledError, QafloraError
@@ -13,6 +16,9 @@ from qaflora_edge.inference import sequence as sequences
 from qaflora_edge.inference.sampler import no_numbers
 from qaflora_edge.inference.scheduler import Slot, Step
 from qaflora_edge.inference.sequence import token_logprob
+
+if TYPE_CHECKING:
+    from qaflora_edge.weighing.probe import Listener
 
 
 class Runner:
@@ -29,6 +35,8 @@ class Runner:
     ) -> None:
         self._vocabulary, self._context, self._computing = vocabulary, context, computing
         self._spoilt: list[int] = []  # slots with states that are NaN
+        self._cut: set[int] = set()  # sequences with other chunks than the scheduler thinks
+        self._weights: dict[int, F32] = {}  # that each slot has
         self._unread: set[int] = set()  # slots with a prompt prefilled in part: states may be NaN
 
     def run(self, step: Step, slots: Sequence[Slot]) -> None:
@@ -41,9 +49,6 @@ class Runner:
         for source, target in step.moves:
             self._copy(source, target)
             self._context.clear(source)
-            moved = slots[target].sequence
-            assert moved is not None
-            self._context.set_weights(moved.request.weights, seq=target)
         for sequence, n_reused in step.admitted:
             self._admit(sequence, slots[_slot(sequence)], n_reused)
         if step.decode:
@@ -63,6 +68,7 @@ class Runner:
             slot.forget()
 
     def _grow(self, sequence: sequences.Sequence) -> None:
+        self._weights.clear()
         try:
             self._context.grow(sequence.n_ctx)
         except (BackendError, OSError, MemoryError) as error:  # no memory for copies of KV states
@@ -84,18 +90,25 @@ class Runner:
             self._clean(slot.number)
         sequence.n_past = self._context.keep(n_reused, slot.number)
         if sequence.n_past < n_reused:  # the memory could not forget what came after it
-            slot.hold(sequence, 0, is_exact=False)  # cut for another beginning
-        self._context.set_weights(sequence.request.weights, seq=slot.number)
+            slot.hold(sequence, 0)
+            self._cut.add(sequence.number)
 
     def _prefill(self, sequence: sequences.Sequence, slot: Slot, n: int) -> None:
-        start = sequence.n_past
+        start, listener = sequence.n_past, sequence.listener
+        if sequence.number in self._cut or self._context.keep(start, slot.number) < start:
+            self._cut.discard(sequence.number)  # its chunk begins elsewhere: next time
+            sequence.n_past = 0
+            slot.hold(sequence, 0)
+            return
         tokens = sequence.request.tokens[start : start + n]
         is_last = start + len(tokens) == sequence.n_prompt
         self._computing([sequence])
         self._unread.add(slot.number)
+        self._set_weights(sequence, slot.number)
         try:
-            span = Span(slot.number, tokens, start, "last" if is_last else "none")
-            (row,) = self._context.decode_spans([span])
+            outputs: Outputs = "last" if is_last and listener is None else "none"
+            with self._captured(listener, start, slot.number, len(tokens)):
+                (row,) = self._context.decode_spans([Span(slot.number, tokens, start, outputs)])
         except CancelledError:
             return  # the scheduler's owner ends it
         except BackendError as error:
@@ -104,7 +117,29 @@ class Runner:
         self._held(sequence, slot, tokens)
         if is_last:
             self._unread.discard(slot.number)
-            self._begin(sequence, row)
+            if listener is None:
+                self._begin(sequence, row)
+
+    @contextmanager
+    def _captured(
+        self, listener: "Listener | None", start: int, slot: int, n_token: int
+    ) -> Iterator[None]:
+        """Give a listener what the query projections read in a block."""
+        if listener is None or start + n_token <= listener.start:
+            yield
+            return
+        self._context.capture_begin("inputs")
+        try:
+            yield
+            listener.take(start, self._context.inputs(slot, n_token))
+        finally:
+            self._context.capture_begin("none")
+
+    def _set_weights(self, sequence: sequences.Sequence, slot: int) -> None:
+        weights = sequence.request.next_weights(sequence.n_past)
+        if self._weights.get(slot) is not weights:
+            self._context.set_weights(weights, seq=slot)
+            self._weights[slot] = weights
 
     def _begin(self, sequence: sequences.Sequence, row: int) -> None:
         """Choose the first token, where one was asked for."""
@@ -125,6 +160,7 @@ class Runner:
         for sequence in group:
             assert sequence.next_token is not None
             spans.append(Span(_slot(sequence), [sequence.next_token], sequence.n_past))
+            self._set_weights(sequence, _slot(sequence))
         self._computing(group)
         try:
             rows = self._context.decode_spans(spans)

@@ -2,10 +2,11 @@
 
 from collections import deque
 from collections.abc import Callable, Generator
+from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from qaflora_edge.backend.batch import Chunks, n_common
+from qaflora_edge.backend.batch import Chunks
 from qaflora_edge.errors import QafloraError
 from qaflora_edge.inference.request import Cancellation
 from qaflora_edge.inference.sequence import Sequence
@@ -58,9 +59,8 @@ class Slot:
     tokens   ids of the KV state
     n_exact  how many of them were prefilled in the chunks of their prompt: a prompt with the same
              chunks may reuse them bit for bit
-    weights  the key of the weights that all of it was computed under; None where they differ
-    owner    number of the last Sequence here; 0 for none
-    turn     when that Sequence came, counted in sequences
+    weights  the key of the weights that those were computed under; None where there are none
+    turn     when its last Sequence came, counted in sequences
     """
 
     number: int
@@ -68,41 +68,41 @@ class Slot:
     tokens: list[int] = field(default_factory=list)
     n_exact: int = 0
     weights: bytes | None = None
-    owner: int = 0
     turn: int = 0
 
-    def n_reused(self, sequence: Sequence, chunks: Chunks) -> int:
+    def n_reused(
+        self, sequence: Sequence, chunks: Chunks, tokens: Tokens[int] | None = None
+    ) -> int:
         """Count the tokens of a prompt that can be reused from here, at most all but the last one.
 
-        A request that goes on from this sequence reuses all that is common. Others reuse what
-        prefill under their weights would compute, bit for bit.
+        That is what prefill under its weights would compute, bit for bit.
+
+        tokens  that are here, or will be
         """
         request = sequence.request
-        if request.reuses_from is not None and request.reuses_from == self.owner:
-            return n_common(self.tokens, request.tokens[:-1])
         if self.weights != request.weights_key:
             return 0
-        return chunks.n_alike(self.tokens[: self.n_exact], request.tokens)
+        read = self.tokens if tokens is None else tokens
+        n_alike, cut = request.n_alike(chunks, read[: self.n_exact]), 0
+        if sequence.listener is None or n_alike <= sequence.listener.start:
+            return n_alike
+        while (end := request.chunk_end(chunks, cut)) <= sequence.listener.start:
+            cut = end
+        return cut
 
-    def hold(self, sequence: Sequence, n_kept: int, *, is_exact: bool) -> None:
-        """Note a new owner, who reuses the first n_kept tokens.
-
-        is_exact  whether those were prefilled in the chunks of this prompt
-        """
-        key = sequence.request.weights_key
-        self.weights = None if n_kept and self.weights != key else key
-        self.tokens = list(sequence.request.tokens[:n_kept])
-        self.n_exact = sequence.n_prompt if is_exact else 0
-        self.owner = sequence.number
+    def hold(self, sequence: Sequence, n_kept: int) -> None:
+        """Note a new prompt, which reuses its first n_kept tokens."""
+        request = sequence.request
+        self.weights, self.tokens = request.weights_key, list(request.tokens[:n_kept])
+        self.n_exact = request.n_base or sequence.n_prompt
 
     def forget(self) -> None:
         """Hold nothing."""
-        self.tokens, self.n_exact, self.weights, self.owner = [], 0, None, 0
+        self.tokens, self.n_exact, self.weights = [], 0, None
 
     def copy(self, other: Self) -> None:
-        """Note a copy of another slot's KV state, without an owner."""
+        """Note a copy of another slot's KV state."""
         self.tokens, self.n_exact, self.weights = list(other.tokens), other.n_exact, other.weights
-        self.owner = 0
 
 
 @dataclass
@@ -128,7 +128,8 @@ class Step:
 class Scheduler:
     """Serve requests in order of arrival: for slots, for prefill, and for jobs.
 
-    n_slot  requests that are decoded together
+    n_slot  sequences of the context
+    n_running  requests that are decoded together, by default n_slot
     chunks  how prompts are cut into chunks. A step prefills one chunk, or several short ones: no
             decoding request waits for more than a micro-batch.
     waiting, jobs  attributes: queues
@@ -138,8 +139,15 @@ class Scheduler:
     Prefill and jobs alternate where there are both; decoding goes on in every step.
     """
 
-    def __init__(self, n_slot: int, chunks: Chunks, n_ctx: Callable[[], int] = lambda: 0) -> None:
+    def __init__(
+        self,
+        n_slot: int,
+        chunks: Chunks,
+        n_ctx: Callable[[], int] = lambda: 0,
+        n_running: int | None = None,
+    ) -> None:
         self.slots = [Slot(number) for number in range(n_slot)]
+        self.n_running = n_running or n_slot
         self.waiting: deque[Sequence] = deque()
         self.jobs: deque[Job] = deque()
         self._chunks, self._n_ctx = chunks, n_ctx
@@ -154,8 +162,11 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Tell whether anything waits or runs."""
-        return bool(self.waiting or self.jobs or self.running)
+        """Tell whether a step would compute, or end, anything."""
+        running = self.running
+        can_admit = self.waiting and len(running) < self.n_running
+        is_active = any(not each.is_weighed or each.is_cancelled for each in running)
+        return bool(self.jobs or is_active or can_admit)
 
     def remove_ended(self) -> int:
         """Remove what is done from queues and slots; KV state stays for reuse.
@@ -179,9 +190,10 @@ class Scheduler:
         step = Step()
         self._admit(step)
         self._move(step)
-        step.decode = [sequence for sequence in self.running if not sequence.is_prefill]
+        running = self.running
+        step.decode = [each for each in running if not each.is_prefill and not each.is_weighed]
         prefills = sorted(
-            (sequence for sequence in self.running if sequence.is_prefill), key=lambda s: s.number
+            (sequence for sequence in running if sequence.is_prefill), key=lambda s: s.number
         )
         if self.jobs and (self._is_jobs_turn or not prefills):
             # Kinds alternate: a long job of one kind does not block another kind.
@@ -192,7 +204,8 @@ class Scheduler:
         self._is_jobs_turn = True
         n_left = self._chunks.n_most
         for sequence in prefills:
-            n = self._chunks.end(sequence.request.tokens, sequence.n_past) - sequence.n_past
+            at = sequence.n_past
+            n = sequence.request.chunk_end(self._chunks, at) - at
             if n > n_left:
                 break
             step.prefill.append((sequence, n))
@@ -201,30 +214,47 @@ class Scheduler:
 
     def _admit(self, step: Step) -> None:
         while self.waiting:
-            free = [slot for slot in self.slots if slot.sequence is None]
+            free, running = [slot for slot in self.slots if slot.sequence is None], self.running
             is_small = self.waiting[0].n_ctx > self._n_ctx()
-            if not free or (is_small and self.running):
+            if len(running) >= self.n_running or (is_small and running):
                 return
-            sequence = self.waiting.popleft()
+            sequence = self.waiting[0]
             slot = max(free, key=lambda slot: self._fitness(slot, sequence))
             source = max(self.slots, key=lambda other: self._n_reused(other, sequence))
             n_reused, n_there = self._n_reused(slot, sequence), self._n_reused(source, sequence)
-            is_exact = sequence.request.reuses_from is None
+            if self._n_soon(sequence) >= max(n_reused, n_there) + self._chunks.n_least:
+                return
+            self.waiting.popleft()
             if n_there >= n_reused + self._chunks.n_least:
                 slot.copy(source)
                 step.copies.append((source.number, slot.number))
                 n_reused = n_there
             slot.sequence, sequence.slot, sequence.n_past = sequence, slot.number, n_reused
-            slot.hold(sequence, n_reused, is_exact=is_exact)
+            slot.hold(sequence, n_reused)
             self._n_turn += 1
             slot.turn = self._n_turn
             step.admitted.append((sequence, n_reused))
+
+    def resume(self, sequence: Sequence) -> None:
+        """Go on with a sequence that was weighed: with what its base keeps of the prompt."""
+        assert sequence.slot is not None
+        sequence.listener, sequence.n_past = None, sequence.request.n_base
+        self.slots[sequence.slot].hold(sequence, sequence.n_past)
 
     def _fitness(self, slot: Slot, sequence: Sequence) -> tuple[int, int, bool, int]:
         """Prefer most reuse; then next to slots in use; then empty; then least recently used."""
         used = [other.number for other in self.slots if other.sequence is not None]
         gap = max(min(used) - slot.number, slot.number - max(used), 1) if used else 1
         return self._n_reused(slot, sequence), -gap, not slot.tokens, -slot.turn
+
+    def _n_soon(self, sequence: Sequence) -> int:
+        """Count the tokens that can be reused once all prompts are prefilled that are begun."""
+        soon = [
+            slot.n_reused(sequence, self._chunks, other.request.tokens)
+            for slot in self.slots
+            if (other := slot.sequence) is not None and other.is_prefill
+        ]
+        return max(soon, default=0)
 
     def _n_reused(self, slot: Slot, sequence: Sequence) -> int:
         return slot.n_reused(sequence, self._chunks)

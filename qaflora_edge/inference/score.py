@@ -10,6 +10,7 @@ from qaflora_edge.arrays import F32
 from qaflora_edge.backend.batch import Outputs, Span
 from qaflora_edge.backend.context import Context, n_ctx_for
 from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.inference.request import Request
 from qaflora_edge.inference.sampler import no_numbers
 from qaflora_edge.inference.sequence import log_softmax
 from qaflora_edge.weighing.probe import wiped_on_failure
@@ -20,11 +21,12 @@ _N_OUTPUT = 64  # rows of logits in a batch: their memory is n_vocab each
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """Hold token ids of a prompt and its continuation, and weights [n_adapter, n_layer]."""
+    """Hold token ids of a prompt and its continuation, and weights: see request.Request."""
 
     prompt: tuple[int, ...]
     continuation: tuple[int, ...]
     weights: F32
+    n_base: int = 0
 
 
 class Scorer:
@@ -49,11 +51,12 @@ class Scorer:
         Yields between micro-batches. Raises BackendError when one is NaN.
         """
         results = [np.zeros(len(item.continuation), np.float32) for item in items]
-        groups: dict[tuple[tuple[int, ...], bytes], list[int]] = {}
+        groups: dict[tuple[tuple[int, ...], bytes, int], list[int]] = {}
         for i, item in enumerate(items):
             if item.continuation:
-                groups.setdefault((item.prompt, item.weights.tobytes()), []).append(i)
-        for (prompt, _), members in groups.items():
+                key = item.prompt, item.weights.tobytes(), item.n_base
+                groups.setdefault(key, []).append(i)
+        for (prompt, *_), members in groups.items():
             for at in range(0, len(members), _N_SEQ - 1):
                 part = [(items[i], results[i]) for i in members[at : at + _N_SEQ - 1]]
                 context = self._room_for(prompt, [item for item, _ in part])
@@ -85,11 +88,13 @@ def _score_group(
 ) -> Generator[None, None, None]:
     """Prefill the prompt once, then all continuations after it."""
     weights = part[0][0].weights
-    context.set_weights(weights)
-    rows = [-1]
-    for at, end in context.chunks().cut(prompt):
+    request, at, rows = Request(tuple(prompt), weights, n_base=part[0][0].n_base), 0, [-1]
+    while at < len(prompt):
+        end = request.chunk_end(context.chunks(), at)
         outputs: Outputs = "last" if end == len(prompt) else "none"
+        context.set_weights(request.next_weights(at))
         rows = context.decode_spans([Span(0, prompt[at:end], at, outputs)])
+        at = end
         yield
     first = log_softmax(context.logits_view(rows[0]))
     for item, result in part:

@@ -18,6 +18,7 @@ from qaflora_edge.inference.request import Request
 
 if TYPE_CHECKING:
     from qaflora_edge.inference.sampler import Sampler
+    from qaflora_edge.weighing.probe import Listener
 
 _numbers = itertools.count(1)
 
@@ -71,6 +72,9 @@ class TokenLogprob:
 class Sequence:
     """Follow a request: waiting, prefill, decoding, done.
 
+    With a listener it is weighed first: the base prefills all of its prompt, and it keeps its slot
+    until resume() brings weights and sampler, or stop() ends it.
+
     n_max       most tokens of the answer
     n_ctx       tokens that its slot has to hold
     slot        of the context, None while it waits or once it is done
@@ -83,16 +87,20 @@ class Sequence:
     """
 
     def __init__(
-        self, request: Request, sampler: "Sampler | None", n_max: int, n_ctx: int = 0
+        self,
+        request: Request,
+        sampler: "Sampler | None",
+        n_max: int,
+        n_ctx: int = 0,
+        listener: "Listener | None" = None,
     ) -> None:
         self.number = next(_numbers)
-        self.request, self.sampler = request, sampler
-        self.n_max, self.n_ctx = n_max, n_ctx
+        self.n_ctx, self.listener = n_ctx, listener
         self.slot: int | None = None
+        self.start(request, sampler, n_max)
         self.n_past = 0
         self.next_token: int | None = None
         self.answer: list[int] = []
-        self.text = TextDecoder(request.sampling.stop)
         self.pieces: deque[tuple[str, int]] = deque()
         self.logprobs: list[TokenLogprob] = []
         self.timings = Timings()
@@ -100,6 +108,11 @@ class Sequence:
         self.finish_reason: str | None = None
         self.is_whole = True
         self.error: QafloraError | None = None
+
+    def start(self, request: Request, sampler: "Sampler | None", n_max: int) -> None:
+        """Follow this request, with the same prompt as the one before."""
+        self.request, self.sampler, self.n_max = request, sampler, n_max
+        self.text = TextDecoder(request.sampling.stop)
 
     @property
     def n_prompt(self) -> int:
@@ -110,6 +123,11 @@ class Sequence:
     def is_prefill(self) -> bool:
         """Tell whether tokens of the prompt are left."""
         return self.n_past < self.n_prompt
+
+    @property
+    def is_weighed(self) -> bool:
+        """Tell whether its listener has all of the prompt, and it waits for weights."""
+        return self.listener is not None and not self.is_prefill
 
     @property
     def is_done(self) -> bool:

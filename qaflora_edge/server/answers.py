@@ -50,8 +50,8 @@ def weighing_of(
 ) -> dict[str, Any]:
     """Combine the fields `fusion` and `lora` with the strategy that the model id names.
 
-    Returns the options `weights` and `adapters` of Engine.generate. Raises Refusal where the fields
-    contradict each other, or a weight is too large.
+    Returns the options `weights`, `adapters` and `prefill` of Engine.generate. Raises Refusal where
+    the fields contradict each other, or a weight is too large.
     """
     fusion = body.fusion or bodies.Fusion.model_validate({})
     weights, by = fusion.weights, "fusion.weights"
@@ -71,7 +71,8 @@ def weighing_of(
         _check_range("fusion.strategy", strategy, parse_strategy(strategy, adapters).argument)
     elif weights is not None:
         _check_range(by, weights, weights)
-    return {"weights": strategy if weights is None else weights, "adapters": fusion.adapters}
+    chosen = strategy if weights is None else weights
+    return {"weights": chosen, "adapters": fusion.adapters, "prefill": fusion.prefill}
 
 
 def _check_range(field: str, found: Any, weights: Any) -> None:

@@ -138,6 +138,7 @@ class Fusion(Strict, extra="forbid"):
     strategy: Text | None = Field(None, title="the name of a strategy")
     adapters: list[str] | None = Field(None, title="names of adapters", fail_fast=True)
     weights: dict[str, Any] | Rows | None = Field(None, title=_WEIGHTS)
+    prefill: Literal["auto", "base", "mix"] | None = Field(None, title="one of auto, base, mix")
     returned: Literal["summary", "why", "layers", "none"] | None = Field(
         None, alias="return", title="one of summary, why, layers, none"
     )

@@ -73,6 +73,7 @@ class Base(_Fixed):
 
     name = "base"
     help = "the base without any adapter"
+    is_base_prefilled = True
 
     def parse(self, argument: str, adapters: Sequence[str], text: str) -> dict[str, float]:
         return {}

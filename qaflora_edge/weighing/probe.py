@@ -5,7 +5,7 @@ of other requests in between.
 """
 
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -37,7 +37,6 @@ PLACES = ("answer", "question")  # the last token, where the answer begins; the 
 # tokens, rows, and where the question stands; None: only the last token's states are captured
 _Key = tuple[tuple[int, ...], tuple[int, ...], Span | None]
 
-_BASE = "base"  # key of the base alone in the prefix cache
 _N_WORTH = 64  # tokens; to prefill fewer again is as quick as to keep them
 _N_TOGETHER = 8  # short queries of one batch: the base's matrices are read once for all
 
@@ -169,24 +168,22 @@ class Prefixes:
 class _GrowingContext:
     """Keep a probe context; replace it by a larger one for a longer query, KV state included.
 
-    make  makes one from n_ctx and has_inputs
+    make  makes one from n_ctx
     """
 
     def __init__(self, make: Callable[..., ProbeContext]) -> None:
         self._make = make
         self.context: ProbeContext | None = None
 
-    def for_query(self, n_token: int, *, has_inputs: bool = False) -> ProbeContext:
-        """Give a context with room for a query that captures what was asked for so far."""
+    def for_query(self, n_token: int) -> ProbeContext:
+        """Give a context with room for a query."""
         held, state = self.context, None
         if held is not None:
-            has_inputs = has_inputs or held.has_inputs
-            if held.n_ctx >= n_token and held.has_inputs == has_inputs:
+            if held.n_ctx >= n_token:
                 return held
-            n_token = max(n_token, held.n_ctx)
             state = held.kv_state() if held.tokens[0] else None
             self.close()
-        self.context = self._make(n_ctx=n_ctx_for(n_token), has_inputs=has_inputs)
+        self.context = self._make(n_ctx=n_ctx_for(n_token))
         if state is not None:
             self.context.load_kv_state(state)
         return self.context
@@ -198,27 +195,85 @@ class _GrowingContext:
         self.context = None
 
 
-class BaseProber:
-    """Measure with one sequence of the base: one pass, however many adapters there are.
+class Listener(Protocol):
+    """Take what the base's query projections read of a prompt, chunk by chunk.
 
-    infos     the adapters
-    prefixes  the prefix cache
+    start   the first token that is needed; KV state of those before it may be reused
+    result  the measure, once all tokens are taken
+    """
+
+    start: int
+
+    def take(self, at: int, inputs: F32) -> None:
+        """Take inputs [n_token, n_layer, n_embd] of the tokens from position `at` on."""
+
+    def result(self) -> Any: ...
+
+
+class _Norms:
+    def __init__(self, projections: QueryProjections, n_token: int) -> None:
+        self._projections, self.start = projections, n_token - 1
+
+    def take(self, at: int, inputs: F32) -> None:
+        self._last = inputs[-1]
+
+    def result(self) -> F64:
+        return self._projections.norms(self._last)
+
+
+class _Routing:
+    start = 0
+
+    def __init__(self, attention: AttentionInputs) -> None:
+        self._attention, self._sums, self._n_token = attention, np.zeros(()), 0
+
+    def take(self, at: int, inputs: F32) -> None:
+        self._sums = self._sums + self._attention.sums(inputs)
+        self._n_token += len(inputs)
+
+    def result(self) -> tuple[F64, F64]:
+        weights, sizes = self._sums / self._n_token
+        return weights, sizes
+
+
+class _Added:
+    """Sum in the question, and at the last token: [2, n_row, n_layer].
+
+    Of a layer's modules the geometric mean is taken, 0 where an adapter adapts none of them.
+    """
+
+    def __init__(self, sizes: Sequence[AttentionSizes], span: Span, threads: Executor) -> None:
+        self._sizes, (self.start, self._stop), self._threads = sizes, span, threads
+        self._question: list[F64] = [np.zeros(1) for _ in sizes]
+
+    def take(self, at: int, inputs: F32) -> None:
+        inside = inputs[max(self.start - at, 0) : max(self._stop - at, 0)]
+        found = sums_of(self._sizes, inside, self._threads)
+        self._question = [q + more for q, more in zip(self._question, found, strict=True)]
+        self._last = inputs[-1:]
+
+    def result(self) -> F64:
+        last = sums_of(self._sizes, self._last, self._threads)
+        question = [each / (self._stop - self.start) for each in self._question]
+        of_layers = AttentionSizes.of_layers
+        return np.array([list(map(of_layers, self._sizes, place)) for place in (last, question)])
+
+
+class BaseProber:
+    """Measure with the base alone: one pass, however many adapters there are.
+
+    infos  the adapters
 
     rows, in all methods: which adapters of the pack are compared, in ascending order.
     """
 
     def __init__(
-        self,
-        model: Model,
-        pack: Pack,
-        options: dict[str, Any],
-        infos: Sequence[AdapterInfo],
-        prefixes: Prefixes,
+        self, model: Model, pack: Pack, options: dict[str, Any], infos: Sequence[AdapterInfo]
     ) -> None:
         def read(make: Callable[..., T], rows: tuple[int, ...], *more: Any) -> T:
             return make([infos[row] for row in rows], model.n_layer, *more)
 
-        self._model, self._prefixes = model, prefixes
+        self._model = model
         # Adapters' matrices as measures take them, read when first asked for.
         self._queries = lru_cache(1)(partial(read, QueryProjections))
         self._attention = lru_cache(2)(partial(read, AttentionInputs))
@@ -232,18 +287,23 @@ class BaseProber:
         self._threads.shutdown(wait=False)
         self._contexts.close()
 
-    def norms(self, tokens: Sequence[int], rows: Sequence[int]) -> Steps[F64]:
+    def norms(self, rows: Sequence[int], n_token: int) -> Listener:
         """Measure what each adapter adds to a late query projection: float64 [n_row].
 
         Raises as strategy.Probe.norms does.
         """
-        projections = self._queries(tuple(rows))
-        context = self._contexts.for_query(len(tokens), has_inputs=True)
-        context.capture_begin()
-        n_kept = self._prefixes.go_on(context, _BASE, tokens, context.chunks())
-        with wiped_on_failure(context):
-            yield from _prefill(context, tokens, n_kept, "last")
-        return projections.norms(context.inputs(0)[0])
+        return _Norms(self._queries(tuple(rows)), n_token)
+
+    def routing(self, rows: Sequence[int], reading: Reading) -> Listener:
+        """Compute what strategy.Probe.routing gives, and raise as it does."""
+        return _Routing(self._attention(tuple(rows), reading))
+
+    def added(self, rows: Sequence[int], span: Span) -> Listener:
+        """Measure what each adapter would add to q, k and v in two places: [2, n_row, n_layer].
+
+        span  where the question's tokens stand
+        """
+        return _Added([self._sizes(row) for row in rows], span, self._threads)
 
     def embedding(self, tokens: Sequence[int]) -> Steps[F32]:
         """Average the state after the last block over tokens: float32 [n_embd]."""
@@ -256,93 +316,32 @@ class BaseProber:
         _check_finite(states[None], [self._model.path])
         return np.array(states[-1])
 
-    def routing(
-        self, tokens: Sequence[int], rows: Sequence[int], reading: Reading
-    ) -> Steps[tuple[F64, F64]]:
-        """Compute what strategy.Probe.routing gives, and raise as it does."""
-        inputs = self._attention(tuple(rows), reading)
-        context = self._contexts.for_query(len(tokens), has_inputs=True)
-        context.clear()
-        sums = np.zeros((2, len(rows), self._model.n_layer))
-        with wiped_on_failure(context):
-            for at, x in self._inputs(context, tokens, 0):
-                sums += inputs.sums(x)
-                yield at
-        weights, sizes = sums / len(tokens)
-        return weights, sizes
-
-    def added(self, tokens: Sequence[int], rows: Sequence[int], span: Span) -> Steps[F64]:
-        """Measure what each adapter would add to q, k and v in two places: [2, n_row, n_layer].
-
-        span  where the question's tokens stand
-
-        Of a layer's modules the geometric mean is taken, 0 where an adapter adapts none of them.
-        """
-        sizes = [self._sizes(row) for row in rows]
-        start, stop = span
-        context = self._contexts.for_query(len(tokens), has_inputs=True)
-        question: list[F64] = [np.zeros(1) for _ in rows]
-        with wiped_on_failure(context):
-            at = self._reuse(context, tokens, start)
-            for end, inputs in self._inputs(context, tokens, at):
-                inside = inputs[max(start - at, 0) : max(stop - at, 0)]
-                found = sums_of(sizes, inside, self._threads)
-                question = [q + more for q, more in zip(question, found, strict=True)]
-                at = end
-                yield at
-        return self._at_places(sizes, inputs, question, stop - start)
-
     def added_together(self, queries: Sequence[Query], rows: Sequence[int]) -> Steps[F64]:
         """Measure the same of many short queries: [2, n_query, n_row, n_layer].
 
         What all have before their questions is prefilled once. Yields how many are measured.
         """
-        sizes, first = [self._sizes(row) for row in rows], queries[0].tokens
+        first = queries[0].tokens
         n_same = min(min(n_common(first, q.tokens), q.question[0]) for q in queries)
         groups = [queries[at : at + _N_TOGETHER] for at in range(0, len(queries), _N_TOGETHER)]
         n_token = n_same + max(sum(len(query.tokens) for query in group) for group in groups)
         shape: Any = {"n_ctx": n_ctx_for(n_token), "n_seq": 1 + _N_TOGETHER, "is_unified": True}
         found: list[F64] = []
-        with self._make(**shape, has_inputs=True) as context:
+        with self._make(**shape) as context:
             if n_same:
                 context.decode(first[:n_same], outputs="none", n_seq=1)
             for group in groups:
                 for seq in range(1, context.n_seq):
                     context.copy(0, seq)
                 rests = [query.tokens[n_same:] for query in group]
-                context.capture_begin("mean")
-                context.decode_spans([Tokens(i, r, n_same, "all") for i, r in enumerate(rests, 1)])
+                context.capture_begin("inputs")
+                context.decode_spans([Tokens(i, r, n_same, "none") for i, r in enumerate(rests, 1)])
                 for seq, (query, rest) in enumerate(zip(group, rests, strict=True), 1):
-                    inputs = context.inputs(seq, n_row=len(rest))
-                    start, stop = query.question
-                    inside = inputs[start - n_same : stop - n_same]
-                    question = sums_of(sizes, inside, self._threads)
-                    found.append(self._at_places(sizes, inputs, question, stop - start))
+                    listener = self.added(rows, query.question)
+                    listener.take(n_same, context.inputs(seq, len(rest)))
+                    found.append(listener.result())
                 yield len(found)
         return np.stack(found, axis=1)
-
-    def _at_places(
-        self, sizes: Sequence[AttentionSizes], inputs: F32, question: Sequence[F64], n: int
-    ) -> F64:
-        """Give [2, n_row, n_layer], of the last of inputs and of the question's sums over n."""
-        places = sums_of(sizes, inputs[-1:], self._threads), [each / n for each in question]
-        return np.array([list(map(AttentionSizes.of_layers, sizes, place)) for place in places])
-
-    @staticmethod
-    def _inputs(context: ProbeContext, tokens: Sequence[int], at: int) -> Iterator[tuple[int, F32]]:
-        """Prefill tokens[at:]; give ends and inputs [n_token, n_layer, n_embd] of micro-batches."""
-        for start, end in context.chunks().cut(tokens, at):
-            context.capture_begin("mean")
-            context.decode(tokens[start:end], start=start, outputs="all")
-            yield end, context.inputs(0, n_row=end - start)
-
-    def _reuse(self, context: ProbeContext, tokens: Sequence[int], n_most: int) -> int:
-        """Reuse the KV state of a query's beginning, up to a cut and n_most tokens at most."""
-        chunks, cut = context.chunks(), 0
-        n_kept = self._prefixes.go_on(context, _BASE, tokens, chunks)
-        while (end := chunks.end(tokens, cut)) <= min(n_kept, n_most):
-            cut = end
-        return context.keep_first(cut)
 
 
 class Prober:
@@ -368,7 +367,7 @@ class Prober:
     ) -> None:
         self.prefixes = prefixes or Prefixes(0)
         infos = infos or [read_adapter_gguf(path) for path in pack.paths]
-        self.base = BaseProber(model, pack, options, infos, self.prefixes)
+        self.base = BaseProber(model, pack, options, infos)
         self._model, self._pack, self._options = model, pack, options
         self._contexts = _GrowingContext(self._make_context)
         self._rows: tuple[int, ...] = ()  # adapters of the sequences after the base's
@@ -514,29 +513,40 @@ class Prober:
 class QueryProbe:
     """Measure one query for a strategy, with a Prober: see strategy.Probe.
 
-    run  drives the work
+    run     drives the work
+    listen  prefills the query under the base for a listener
     """
 
-    def __init__(self, prober: Prober, query: Query, rows: Sequence[int], run: Run) -> None:
+    def __init__(
+        self,
+        prober: Prober,
+        query: Query,
+        rows: Sequence[int],
+        run: Run,
+        listen: Callable[[Query, Listener], Any],
+    ) -> None:
         self._prober, self._run, self._query = prober, run, query
-        self._what = (query.tokens, tuple(rows))
+        self._rows, self._listen = tuple(rows), partial(listen, query)
 
     def divergence(self, measure: Measure = "kl") -> F64:
-        lens, pool, question = self._query.lens, self._query.pool, self._query.question
-        return self._run(self._prober.divergence(*self._what, measure, lens, pool, question))
+        query, where = self._query, (self._query.lens, self._query.pool, self._query.question)
+        return self._run(self._prober.divergence(query.tokens, self._rows, measure, *where))
 
     def states(self) -> F32:
-        pool, question = self._query.pool, self._query.question
-        return np.array(self._run(self._prober.states(*self._what, pool, question)))
+        query = self._query
+        steps = self._prober.states(query.tokens, self._rows, query.pool, query.question)
+        return np.array(self._run(steps))
 
     def added(self) -> F64:
-        return self._run(self._prober.base.added(*self._what, self._query.question))
+        return np.array(self._listen(self._prober.base.added(self._rows, self._query.question)))
 
     def embedding(self) -> F32:
         return self._run(self._prober.base.embedding(self._query.tokens))
 
     def routing(self, reading: Reading) -> tuple[F64, F64]:
-        return self._run(self._prober.base.routing(*self._what, reading))
+        found: tuple[F64, F64] = self._listen(self._prober.base.routing(self._rows, reading))
+        return found
 
     def norms(self) -> F64:
-        return self._run(self._prober.base.norms(*self._what))
+        n_token = len(self._query.tokens)
+        return np.array(self._listen(self._prober.base.norms(self._rows, n_token)))

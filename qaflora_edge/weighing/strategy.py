@@ -146,6 +146,7 @@ class Strategy:
               SHAPING change the result of weigh(); its own are in query.options.
     needs_typical   what it needs of each adapter in query.typical, of calibration.KEYS
     compares  kinds of modules, such as attn_q; the adapters need one in common
+    is_base_prefilled  whether the base prefills a chat prompt where prefill is "auto"
     measured  the divergence of its Mix
     """
 
@@ -157,6 +158,7 @@ class Strategy:
     options: ClassVar[tuple[Option, ...]] = SHAPING
     needs_typical: ClassVar[tuple[str, ...]] = ()
     compares: ClassVar[tuple[str, ...]] = ()
+    is_base_prefilled: ClassVar[bool] = False
     measured: ClassVar[Measured] = Measured("divergence", reads=("lens", "pool"))
 
     def parse(self, argument: str, adapters: Sequence[str], text: str) -> Any:

@@ -36,6 +36,7 @@ class TwoPlace(Strategy):
     help = "one adapter by where the answer begins, one by the question's words; or the base"
     options = _OPTIONS
     measured = ADDED
+    is_base_prefilled = True
     needs_typical = ("added_last", "added_text", "added_question")
 
     def check(self, argument: Any, query: Query) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from qaflora_edge.arrays import F32
-from qaflora_edge.config import LENSES, POOLS
+from qaflora_edge.config import LENSES, POOLS, PREFILLS
 from qaflora_edge.errors import QafloraError, StrategyError
 from qaflora_edge.formats.bundle import BundleText, wrong_bundle
 from qaflora_edge.formats.json_text import WrongField, shown
@@ -38,17 +38,19 @@ Weights = FusionWeights | Mapping[str, float] | ArrayLike | str | None
 class Known:
     """Hold a bundle's defaults of weighing, and measurements of its adapters.
 
+    prefill  who prefills prompts, of config.PREFILLS
     typical, centroids  see Query
     """
 
     strategy: str = numbers.DEFAULT_STRATEGY
     lens: str = numbers.DEFAULT_LENS
     pool: str = numbers.DEFAULT_POOL
+    prefill: str = "auto"
     typical: Typical = field(default_factory=dict, repr=False)
     centroids: Mapping[str, F32] = field(default_factory=dict, repr=False)
 
     def under(self, **given: str | None) -> Self:
-        """Replace the defaults by the strategy, lens and pool that a caller gives."""
+        """Replace the defaults by the strategy, lens, pool and prefill that a caller gives."""
         chosen: dict[str, Any] = {name: value for name, value in given.items() if value}
         return replace(self, **chosen)
 
@@ -65,7 +67,11 @@ def known_of(text: BundleText | None) -> Known:
     if strategy and re.fullmatch(r"norm:[1-9]\d*", strategy):  # of 0.1
         strategy = strategy.replace(":", ":top=")
     pool = None if fusion.get("pool") == "mean" else fusion.get("pool")  # of 0.1 too
-    known = Known().under(strategy=strategy, lens=fusion.get("lens"), pool=pool)
+    prefill = fusion.get("prefill", "mix")  # an older bundle answers as before
+    if prefill not in PREFILLS:
+        wrong = WrongField("fusion.prefill", shown(prefill), f"one of {', '.join(PREFILLS)}")
+        raise wrong_bundle(text.where, wrong)
+    known = Known().under(strategy=strategy, lens=fusion.get("lens"), pool=pool, prefill=prefill)
     try:
         parse_strategy(known.strategy, names)
     except QafloraError as error:
@@ -130,7 +136,7 @@ class Weigher:
     targets: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for what, choices in (("lens", LENSES), ("pool", POOLS)):
+        for what, choices in (("lens", LENSES), ("pool", POOLS), ("prefill", PREFILLS)):
             if (value := getattr(self.known, what)) not in choices:
                 expected = " or ".join(choices)
                 raise StrategyError(f"The {what} {value!r} is not known; expected {expected}.")
@@ -182,6 +188,23 @@ class Weigher:
             question=question or (0, len(tokens)),
             is_chat=question is not None,
         )
+
+    def n_base(self, weights: Weights, tokens: Sequence[int], prefill: str | None = None) -> int:
+        """Count the tokens of a prompt that the base prefills: all but the last, or none.
+
+        weights  as weigh() takes them
+        prefill  of config.PREFILLS, or None: the default
+        """
+        how = prefill or self.known.prefill
+        if isinstance(weights, FusionWeights):
+            weights = weights.strategy
+        if isinstance(weights, Mapping) and not weights:
+            weights = "base"
+        if how == "auto" and isinstance(weights, str | None):
+            kind = (weights or self.known.strategy).partition(":")[0]
+            is_base = any(s.is_base_prefilled for s in strategies() if s.name == kind)
+            how = "base" if is_base and self.find_question(tokens) else "mix"
+        return len(tokens) - 1 if how == "base" and self.adapters else 0
 
     def weigh(
         self, weights: Weights, tokens: Sequence[int], probe: Callable[[Query], Probe]

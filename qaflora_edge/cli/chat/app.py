@@ -55,7 +55,6 @@ def chat(
     bundle: str,
     system: str | None,
     load_path: Path | None,
-    keep_history: bool,
     plain: bool,
     options: SharedOptions,
 ) -> None:
@@ -74,7 +73,7 @@ def chat(
     is_plain = plain or not _is_capable()
     with open_engine(bundle, options, is_quiet=is_plain, n_parallel=1) as engine:
         view = View() if is_plain else TerminalView()
-        talk = Chat(engine, folder, view, options, keep_history=keep_history)
+        talk = Chat(engine, folder, view, options)
         talk.tokens([{"role": "user", "content": "?"}])  # says that the base has no template
         if load_path is not None:
             talk.load(load_path)
@@ -124,14 +123,12 @@ class Chat:
         folder: Path,
         view: View,
         options: SharedOptions,
-        *,
-        keep_history: bool,
     ) -> None:
         from qaflora_edge.chat.conversation import Conversation
 
         self.engine, self.view, self._folder = engine, view, folder
         self.conversation, self._is_raw = Conversation(), options.raw_prompt
-        self.sampling = {**options.sampling, "keep_history": keep_history}
+        self.sampling = dict(options.sampling)
         self.fusion: FusionWeights | None = None
 
     def run(self, typed: PlainInput | TerminalInput) -> None:

@@ -1,0 +1,226 @@
+"""The base prefills a prompt, whoever answers it: what that computes, and what it spares."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from bundles import TinyBundle, bundle_json, make_bundle
+from decoded import count_decoded
+from tiny import write_tiny_adapter, write_tiny_base
+
+from qaflora_edge import Engine, Strategy, register_strategy
+from qaflora_edge.bundles.open import load_bundle
+from qaflora_edge.errors import BundleError, CancelledError, OptionError
+from qaflora_edge.weighing.strategy import _registry
+
+if TYPE_CHECKING:
+    from reference import Reference
+
+EXACT: dict[str, Any] = {"kv_type": "f32", "flash_attn": False, "threads": 1}
+STORY = {"role": "user", "content": "the thing on a ring is in the air " * 8}
+TURNS = [STORY, {"role": "assistant", "content": "It is."}, {"role": "user", "content": "Why?"}]
+MIXED = "two-place:abstain=never"  # a tiny base says nothing, so that no adapter stands out
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+    """Quantised: ggml's products in F32 round otherwise when sequences are decoded together."""
+    place = tmp_path_factory.mktemp("made")
+    return make_bundle(place, calibrate=True, n_ctx=2048, dtype="q8_0")
+
+
+@pytest.fixture
+def engine(made: TinyBundle) -> Iterator[Engine]:
+    with Engine(made.folder, threads=1) as engine:
+        yield engine
+
+
+def heard(engine: Engine, messages: list[Any], strategy: str, **options: Any) -> Any:
+    """The tokens of an answer with their log-probabilities, to the bit."""
+    tokens = engine.chat_tokens(messages)
+    options = {"strategy": strategy, "max_tokens": 4, "logprobs": 2, **options}
+    answer = engine.generate(tokens, **options)
+    answer.text()
+    return answer.logprobs
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_logits_are_those_of_adapters_off_and_then_on(tmp_path: Path) -> None:
+    """Oracle: transformers reads the prompt without adapters, and the rest with them merged."""
+    from reference import Reference, peft_from_gguf
+
+    base = write_tiny_base(tmp_path / "base.gguf", n_layer=3)
+    paths = {
+        name: write_tiny_adapter(tmp_path / f"{name}.gguf", base, seed=seed).path
+        for seed, name in enumerate(("math", "es"))
+    }
+    heads = base.n_head, base.n_head_kv
+    folders = {name: peft_from_gguf(p, tmp_path / name, *heads) for name, p in paths.items()}
+    reference: Reference = Reference(base.path, folders)
+    rng = np.random.default_rng(0)
+    weights = rng.random((2, 3), np.float32)
+    tokens, answer = (rng.integers(0, 250, n).tolist() for n in (150, 8))
+    with Engine(base=base.path, adapters=paths, prefill="base", **EXACT) as engine:
+        found = engine.logits(tokens, weights=weights)
+        scores = engine.score(tokens, answer, weights=weights)
+    ((expected, *rest),) = reference.logits([(tokens, answer)], weights, is_base_prefilled=True)
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+    rows = np.stack([expected, *rest])[:-1].astype(np.float64)
+    log_p = (rows - np.logaddexp.reduce(rows, axis=1, keepdims=True))[range(8), answer]
+    np.testing.assert_allclose(scores, log_p, atol=1e-4, rtol=0)
+    (by_mix,) = reference.logits([(tokens, [])], weights)
+    assert np.abs(by_mix[0] - expected).max() > 0.01
+
+
+def test_one_prefill_serves_every_mix(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last token is read once more, by the base where it is weighed and by the mix."""
+    n_prompt = len(engine.chat_tokens([STORY]))
+    counts = count_decoded(monkeypatch)
+    options: dict[str, Any] = {"prefill": "base", "max_tokens": 1}
+    heard(engine, [STORY], MIXED, **options)
+    assert (sum(counts), counts[-2:]) == (n_prompt + 1, [1, 1])
+    for strategy in ("static", "single:es", "base"):
+        counts.clear()
+        heard(engine, [STORY], strategy, **options)
+        assert counts == [1]
+    counts.clear()
+    tokens = engine.chat_tokens([STORY])
+    texts = [a.text() for a in engine.answers(tokens, 3, strategy="static", **options)]
+    assert (counts, len(set(texts))) == ([1, 1, 1], 1)
+
+
+def test_a_turn_prefills_what_is_new_and_answers_as_if_it_came_alone(
+    engine: Engine, made: TinyBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard(engine, [STORY], MIXED)
+    counts = count_decoded(monkeypatch)
+    found = heard(engine, TURNS, "two-place:abstain=never,answer=0.3")
+    monkeypatch.undo()
+    n_new = len(engine.chat_tokens(TURNS)) - len(engine.chat_tokens([STORY]))
+    assert sum(n for n in counts if n > 1) <= n_new + 1
+    with Engine(made.folder, threads=1) as alone:
+        assert heard(alone, TURNS, "two-place:abstain=never,answer=0.3") == found
+
+
+def test_abstaining_equals_the_base(engine: Engine) -> None:
+    expected = heard(engine, [STORY], "base")
+    engine.generate([1, 2, 3], strategy="static", max_tokens=1).text()
+    assert heard(engine, [STORY], "two-place:abstain=99") == expected
+    assert heard(engine, [STORY], "two-place:abstain=99", prefill="mix") is not None
+
+
+def test_auto_is_the_base_for_chats_under_two_place_alone(engine: Engine) -> None:
+    chat, text = engine.chat_tokens([STORY]), engine.tokenize("the thing on a ring")
+
+    engine.use_strategy("two-place")
+
+    def n_base(weights: Any, tokens: list[int], prefill: str | None = None) -> int:
+        return engine._weigher.n_base(weights, tokens, prefill)
+
+    assert n_base(None, chat) == n_base("two-place:second=2", chat) == len(chat) - 1
+    assert n_base("base", chat) == n_base({}, chat) == len(chat) - 1
+    assert n_base(engine.weights(chat), chat) == len(chat) - 1
+    for weights in ("static", "qa-flora", {"es": 1}, np.zeros((2, engine.n_layer))):
+        assert n_base(weights, chat) == 0
+        assert n_base(weights, chat, "base") == len(chat) - 1
+    assert n_base(None, text) == n_base(None, chat, "mix") == 0
+    assert n_base(None, text, "base") == len(text) - 1
+    with pytest.raises(OptionError, match="prefill is 'all', expected one of auto, base, mix"):
+        engine.generate(chat, prefill="all")
+
+
+def test_a_bundle_says_who_prefills_and_an_older_one_is_as_before(made: TinyBundle) -> None:
+    raw = bundle_json(made.folder)
+    assert raw["fusion"]["prefill"] == "auto"
+    path, before = made.folder / "bundle.json", (made.folder / "bundle.json").read_bytes()
+    text = before.decode()
+    try:
+        path.write_text(text.replace('"prefill": "auto"', '"prefil": "auto"'), encoding="utf-8")
+        assert load_bundle(made.folder).known.prefill == "mix"
+        path.write_text(text.replace('"prefill": "auto"', '"prefill": "all"'), encoding="utf-8")
+        with pytest.raises(BundleError, match='is "all", expected one of auto'):
+            load_bundle(made.folder)
+    finally:
+        path.write_bytes(before)
+
+
+def test_where_the_mix_prefills_the_base_keeps_its_own_state(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is one slot more than answers, so that neither takes the other's place."""
+    heard(engine, [STORY], MIXED, prefill="mix")
+    counts = count_decoded(monkeypatch)
+    heard(engine, TURNS, MIXED, prefill="mix", max_tokens=1)
+    n_new = len(engine.chat_tokens(TURNS)) - len(engine.chat_tokens([STORY]))
+    assert counts[:2] == [n_new, 1]
+
+
+class Failing(Strategy):
+    name = "failing-after-measuring"
+
+    def weigh(self, query: Any, probe: Any, argument: Any) -> Any:
+        probe.added()
+        probe.norms()
+        raise argument or RuntimeError("after measuring")
+
+
+@pytest.fixture
+def failing() -> Iterator[None]:
+    register_strategy(Failing())
+    yield
+    del _registry[Failing.name]
+
+
+def test_a_failure_between_weighing_and_answer_frees_the_slot(
+    engine: Engine, failing: None
+) -> None:
+    expected = heard(engine, [STORY], MIXED)
+    with pytest.raises(RuntimeError, match="after measuring"):
+        heard(engine, [STORY], Failing.name, prefill="base")
+    assert engine._core.loop._scheduler.running == []
+
+    def refuse(_: Any) -> None:
+        raise RuntimeError("refused")
+
+    with pytest.raises(RuntimeError, match="refused"):
+        heard(engine, [STORY], MIXED, on_weights=refuse)
+    cancel = threading.Event()
+    cancel.set()
+    with pytest.raises(CancelledError):
+        heard(engine, TURNS, MIXED, cancel=cancel)
+    assert heard(engine, [STORY], MIXED) == expected
+
+
+@pytest.mark.slow
+def test_callers_under_many_mixes_share_one_prefill_of_their_system_prompt(
+    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight at once, with the same answers as alone."""
+    system = {"role": "system", "content": "the king of the sea " * 40}
+    chats = [[system, {"role": "user", "content": f"{'on ' * (1 + i)}?"}] for i in range(8)]
+    mixes = [f"two-place:abstain=never,answer={(1 + i) / 8}" for i in range(8)]
+    with Engine(made.folder, threads=1) as alone:
+        expected = [heard(alone, *each) for each in zip(chats, mixes, strict=True)]
+        n_system = len(alone.chat_tokens([system]))
+        n_all = sum(len(alone.chat_tokens(chat)) for chat in chats)
+    found: dict[int, Any] = {}
+    with Engine(made.folder, threads=1, n_parallel=8) as engine:
+        counts = count_decoded(monkeypatch)
+
+        def ask(i: int) -> None:
+            found[i] = heard(engine, chats[i], mixes[i])
+
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert [found[i] for i in range(8)] == expected
+    n_single = 8 * (1 + 4)
+    assert sum(counts) <= n_all - 7 * n_system + n_single + 8 * 40  # with the next header
