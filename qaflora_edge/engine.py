@@ -235,9 +235,11 @@ class Engine:
             return prompt_tokens(self._model, prompt, self.n_ctx, parse_special=parse_special)
 
     def chat_tokens(
-        self, messages: Sequence[Any], *, tools: Sequence[Mapping[str, Any]] = ()
+        self, messages: Sequence[Any], *, tools: Sequence[Mapping[str, Any]] = (), **how: Any
     ) -> list[int]:
         """Turn a conversation into token ids under the base's chat template.
+
+        how  continue_final_message, add_generation_prompt, chat_template_kwargs: see `chat`
 
         The bundle's system prompt comes first where the messages have none.
         """
@@ -246,7 +248,7 @@ class Engine:
 
         with self._core.call():
             messages = begin_with(self.system or None, messages)
-            tokens = chat_tokens(self._model, messages, tools=tools, n_ctx=self.n_ctx)
+            tokens = chat_tokens(self._model, messages, tools=tools, n_ctx=self.n_ctx, **how)
             return checked_tokens(self._model, tokens, self.n_ctx)
 
     def weights(
@@ -599,7 +601,9 @@ class Engine:
         Fields are attributes too: answer.choices[0].message.content.
 
         n                answers (choices); the conversation is weighed once
-        tools, tool_choice  for bases with a template that reads tools and that write <tool_call>
+        tools, tool_choice  for bases with tools as Hermes, Qwen, Llama 3 or Mistral have them
+        continue_final_message  go on from the last message; by default where it is an assistant's
+        add_generation_prompt, chat_template_kwargs  for the template, as transformers takes them
         response_format  {"type": "json_object"}, or {"type": "json_schema", "json_schema": ...}
         stream_options   {"include_usage": True} ends the chunks with one of the usage
         options          as generate takes them, and OpenAI's others where they change nothing

@@ -12,10 +12,11 @@ import pytest
 from tiny import CHATML, QWEN, constant_logits, write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine
+from qaflora_edge.chat.calls import FORMATS
 from qaflora_edge.errors import OptionError, PromptError, ToolsError
 from qaflora_edge.inference.sequence import TokenLogprob
 from qaflora_edge.openai.completions import ShownTokens, text_logprobs
-from qaflora_edge.openai.tools import parse_calls, shown_text
+from qaflora_edge.openai.tools import Tools
 
 WEATHER = {
     "type": "function",
@@ -196,47 +197,71 @@ def test_calls_and_results_go_back_into_the_conversation(engine: Engine) -> None
             engine.chat_tokens([{"role": "assistant", "tool_calls": [wrong]}])
 
 
-def test_calls_are_read_out_of_text() -> None:
-    text = 'Let me see.\n<tool_call>\n{"name": "a", "arguments": {"é": 1}}\n</tool_call>\n'
-    rest, calls = parse_calls(text + '<tool_call>{"name": "b"}')
-    assert rest == "Let me see."
-    assert [call["function"] for call in calls] == [
-        {"name": "a", "arguments": '{"é": 1}'},
-        {"name": "b", "arguments": "{}"},
-    ]
-    for broken in (
-        "<tool_call>{</tool_call>",
-        "<tool_call>[1]",
-        " plain ",
-        '<tool_call>{"name": 1}',
-    ):
-        assert parse_calls(broken) == (broken, [])
+HERMES, ARGS, LIST, LLAMA = (Tools([WEATHER, TIME], style) for style in FORMATS)
+CALL = '{"name": "time", "arguments": {"é": 1}}'
+PLAIN = '{"name": "time", "parameters": {"é": 1}}'
+
+
+@pytest.mark.parametrize(
+    ("tools", "text", "rest", "names"),
+    [
+        (HERMES, f"I see.\n<tool_call>\n{CALL}\n</tool_call>\n", "I see.", ["time"]),
+        (HERMES, f'<tool_call>{CALL}</tool_call><tool_call>{{"name": "b"}}', "", ["time", "b"]),
+        (HERMES, f"I look.\n```json\n{CALL}\n```\n", "I look.", ["time"]),
+        (HERMES, f"```{CALL}", "", ["time"]),
+        (LIST, f"[TOOL_CALLS] [{CALL}, {CALL}]", "", ["time", "time"]),
+        (LIST, f"Yes. [TOOL_CALLS][{CALL}]", "Yes.", ["time"]),
+        (ARGS, '[TOOL_CALLS]time[ARGS]{"é": 1}', "", ["time"]),
+        (ARGS, "A [TOOL_CALLS]a[CALL_ID]123456789[ARGS]{}[TOOL_CALLS]b[ARGS]{}", "A", ["a", "b"]),
+        (LLAMA, f" {PLAIN}", "", ["time"]),
+        (LLAMA, f"{PLAIN}; {PLAIN}", "", ["time", "time"]),
+        (LLAMA, f"<|python_tag|>{PLAIN.replace('time', 'x')}", "", ["x"]),
+        (LLAMA, f"```json\n{PLAIN}\n```", "", ["time"]),
+    ],
+)
+def test_calls_are_read_out_of_text(tools: Tools, text: str, rest: str, names: list[str]) -> None:
+    """Small bases write their calls fenced, whatever the template shows them."""
+    found, calls = tools.parse(text)
+    assert (found, [call["function"]["name"] for call in calls]) == (rest, names)
+    assert json.loads(calls[0]["function"]["arguments"]) in ({"é": 1}, {})
+    assert {len(call["id"]) for call in calls} == {tools.format.n_id or 37}
+    (first,) = tools._replace(is_single=True).parse(text)[1]
+    assert first["function"] == calls[0]["function"]
+    for pieces in (text, [text], [text[:3], text[3:]]):
+        streamed: list[Any] = []
+        assert "".join(tools.shown(pieces, streamed)).strip() == rest
+        assert [each["function"] for each in streamed] == [each["function"] for each in calls]
+
+
+@pytest.mark.parametrize(
+    ("tools", "text"),
+    [
+        *((HERMES, text) for text in ("<tool_call>{</tool_call>", "<tool_call>[1]", " plain ")),
+        (HERMES, '<tool_call>{"name": 1}'),
+        (HERMES, f"<tool_call>{CALL} or not</tool_call>"),
+        *((HERMES, f"```{text}```") for text in ('json\n{"name": "Ana"}\n', "python\n{}\n", "[1]")),
+        (HERMES, CALL),
+        *((LIST, text) for text in ("[TOOL_CALLS][", '[TOOL_CALLS][{"name": "a"}, 1]', CALL)),
+        (ARGS, "[TOOL_CALLS]time[ARGS]"),
+        (LLAMA, PLAIN.replace("time", "other")),
+        *((LLAMA, text) for text in (f"{PLAIN} is a call", f"As {PLAIN}", "{", '{"name": "time"}')),
+    ],
+)
+def test_other_text_is_no_call(tools: Tools, text: str) -> None:
+    assert tools.parse(text) == (text, [])
+    assert "".join(tools.shown(text, [])) == text
 
 
 def test_text_is_shown_until_a_call_begins() -> None:
-    for pieces, shown, names in (
-        (("a <", "b> <tool", "_", 'call>{"name"', ': "x"}</tool_call>'), ["a ", "<b> "], ["x"]),
-        (("a <", "tool", "_cal"), ["a ", "<tool_cal"], []),
-        (("`", "``", "py\n<", "``"), ["```py\n", "<", "``"], []),
+    for tools, pieces, shown in (
+        (HERMES, ("a <", "b> <tool", "_", 'call>{"name"', ': "x"}</tool_call>'), ["a ", "<b> "]),
+        (HERMES, ("a <", "tool", "_cal"), ["a ", "<tool_cal"]),
+        (HERMES, ("`", "``", "py\n<", "``"), ["```py\n", "<", "``"]),
+        (LIST, ("a [TOOL", "_"), ["a ", "[TOOL_"]),
+        (LLAMA, (" ", "a", "{"), [" a", "{"]),
+        (LLAMA, (" ", "{", "a"), [" {a"]),
     ):
-        calls: list[Any] = []
-        assert list(shown_text(pieces, calls)) == shown
-        assert [call["function"]["name"] for call in calls] == names
-
-
-def test_fenced_json_with_name_and_arguments_is_a_call() -> None:
-    """Small bases write their calls so, whatever the template shows them."""
-    for fence, end in (("```json\n", "\n```\n"), ("```\n", "```"), ("```json", "")):
-        text = f'I look.\n{fence}{{"name": "weather", "arguments": {{"city": "Lima"}}}}{end}'
-        rest, (call,) = parse_calls(text)
-        assert (rest, call["function"]["name"]) == ("I look.", "weather")
-        assert json.loads(call["function"]["arguments"]) == {"city": "Lima"}
-        calls: list[Any] = []
-        assert "".join(shown_text(text, calls)) in ("I look.\n", "I look.")
-        assert [each["function"] for each in calls] == [call["function"]]
-    for other in ('```json\n{"name": "Ana"}\n```', "```python\n{}\n```", "```json\n[1]\n```"):
-        assert parse_calls(other) == (other, [])
-        assert "".join(shown_text(other, [])) == other
+        assert list(tools.shown(pieces, [])) == shown
 
 
 def test_fields_of_an_answer_are_attributes(engine: Engine) -> None:
@@ -278,13 +303,13 @@ def test_wrong_tools_and_choices_are_refused(engine: Engine) -> None:
     assert none["choices"][0]["message"] == engine.chat(USER, max_tokens=4)["choices"][0]["message"]
 
 
-def test_template_without_tool_call_is_refused(engine: Engine, monkeypatch: Any) -> None:
+def test_template_without_tools_is_refused(engine: Engine, monkeypatch: Any) -> None:
     monkeypatch.setattr(engine._model, "chat_template", CHATML + "{% if tools %}T{% endif %}")
     with pytest.raises(ToolsError) as caught:
         engine.chat(USER, tools=[TIME])
     assert str(caught.value) == (
-        "The chat template of base.gguf has no tools in the form that we read (it never writes "
-        "<tool_call>), expected Qwen2.5's; ask without tools, or use such a base."
+        "The chat template of base.gguf has no tools in a form that we read, expected that of "
+        "Hermes and Qwen, Llama 3 or Mistral; ask without tools, or use such a base."
     )
 
 

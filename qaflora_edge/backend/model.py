@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ _VOCAB_TYPE_NONE = 0
 # llama.h enum llama_token_attr: unknown or control; LSTRIP; RSTRIP
 _ATTRS = (1 << 0 | 1 << 3, 1 << 7, 1 << 8)
 _ATTR_USER_DEFINED = 1 << 4
+# Calls of tools are read by these, which some bases have as control tokens.
+_WRITTEN = ("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]")
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,12 @@ class Model(Handle):
         return tuple(sorted(found, key=lambda token: -len(token.text.encode("utf-8"))))
 
     @cached_property
+    def _written(self) -> frozenset[int]:
+        """Find the tokens that are written though they control."""
+        ask = partial(self.tokenize, add_special=False, parse_special=True)
+        return frozenset(token for token, *more in map(ask, _WRITTEN) if not more)
+
+    @cached_property
     def longest_piece(self) -> int:
         """Count the bytes of the longest token."""
         return max(len(self.piece(token, special=True)) for token in range(self.n_vocab))
@@ -160,8 +168,8 @@ class Model(Handle):
             size = -n
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
-        """Give the bytes of a token; control tokens are empty unless special."""
-        size = 64
+        """Give the bytes of a token; control tokens are empty unless special, or of tool calls."""
+        size, special = 64, special or token in self._written
         while True:
             buffer = ctypes.create_string_buffer(size)
             n = self._lib.llama_token_to_piece(self.vocab, token, buffer, size, 0, special)

@@ -7,7 +7,6 @@ from typing import Any
 from qaflora_edge.errors import PromptError
 
 Message = Mapping[str, Any]
-BEGIN, END = "<tool_call>", "</tool_call>"  # of a tool call, as Qwen and Hermes write it
 
 
 def begin_with(system: str | None, messages: Sequence[Message]) -> Sequence[Message]:

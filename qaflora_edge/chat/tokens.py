@@ -1,23 +1,42 @@
 """Conversations: the base's own chat template."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 from qaflora_edge.backend.batch import n_common
 from qaflora_edge.backend.model import Model
 from qaflora_edge.chat import template as templates
-from qaflora_edge.chat.messages import BEGIN, Message, checked_messages
+from qaflora_edge.chat.calls import call_format
+from qaflora_edge.chat.messages import Message, checked_messages
 from qaflora_edge.chat.typed import TypedText
 from qaflora_edge.config import MAX_CTX
-from qaflora_edge.errors import ChatTemplateError, QafloraError, ToolsError
+from qaflora_edge.errors import (
+    ChatTemplateError,
+    OptionError,
+    PromptError,
+    QafloraError,
+    ToolsError,
+)
 from qaflora_edge.inference.request import check_size
 
 
 def chat_tokens(
-    model: Model, messages: Sequence[Message], *, tools: Sequence[Any] = (), n_ctx: int = MAX_CTX
+    model: Model,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Any] = (),
+    n_ctx: int = MAX_CTX,
+    continue_final_message: bool | None = None,
+    add_generation_prompt: bool | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Tokenize a conversation under the base's template, ready for an answer.
+
+    continue_final_message  whether the answer goes on from the last message; None: where it is an
+                            assistant's, without tool calls
+    add_generation_prompt   False: end without the beginning of an answer
+    chat_template_kwargs    further variables of the template, such as enable_thinking
 
     What a person typed is data: a control token spelt out in a message stays text.
 
@@ -25,6 +44,7 @@ def chat_tokens(
     PromptError for malformed messages, ContextError for those that n_ctx tokens cannot hold.
     """
     checked = checked_messages(messages)
+    begun = _begun(checked, continue_final_message, add_generation_prompt)
     check_size(model, [message["content"] or "" for message in checked], n_ctx)
     template, name = str(model.chat_template or ""), model.path.name
     if not template:
@@ -35,19 +55,24 @@ def chat_tokens(
     bos, eos = model._lib.llama_vocab_bos(model.vocab), model._lib.llama_vocab_eos(model.vocab)
     try:
         literal = templates.literal_text(template)
-        typed = TypedText(model, literal, [checked, tools])
+        more = {**(chat_template_kwargs or {})}
+        typed = TypedText(model, literal, [checked, tools, more])
         marked = [typed.marked(each, is_assistant=each["role"] == "assistant") for each in checked]
-        variables: dict[str, Any] = {"messages": marked}
+        variables: dict[str, Any] = {**typed.marked(more), "messages": marked}
+        variables["add_generation_prompt"] = begun is not None or add_generation_prompt is not False
         if tools:
-            if BEGIN not in literal:
+            if call_format(template) is None:
                 raise ToolsError(
-                    f"The chat template of {name} has no tools in the form that we read (it never "
-                    f"writes {BEGIN}), expected Qwen2.5's; ask without tools, or use such a base."
+                    f"The chat template of {name} has no tools in a form that we read, expected "
+                    "that of Hermes and Qwen, Llama 3 or Mistral; ask without tools, or use such "
+                    "a base."
                 )
             variables["tools"] = typed.marked(tools)
         text = templates.render(
             template, bos_token=_special(model, bos), eos_token=_special(model, eos), **variables
         )
+        if begun is not None:
+            text += typed.marked(begun, is_assistant=True)
     except QafloraError:
         raise
     except Exception as err:  # a template is a program of the file's author: anything may come
@@ -59,6 +84,31 @@ def chat_tokens(
     if model._lib.llama_vocab_get_add_bos(model.vocab) and tokens[:1] != [bos]:
         tokens.insert(0, bos)
     return tokens
+
+
+def _begun(
+    messages: list[dict[str, Any]], is_continued: bool | None, is_prompted: bool | None
+) -> str | None:
+    """Take what an answer begins with off a conversation; None where it begins with nothing."""
+    last, before = messages[-1], messages[-2] if len(messages) > 1 else {}
+    is_said = last["role"] == "assistant" and not last.get("tool_calls")
+    if is_continued is None:
+        is_continued = is_said and not is_prompted
+    elif is_continued and (is_prompted or not is_said):
+        raise OptionError(
+            f"Option continue_final_message is True, found add_generation_prompt {is_prompted} and "
+            f"a last message of {last['role']}, expected a text of the assistant to go on from, "
+            "and no other beginning; leave one of them out.",
+            "continue_final_message",
+        )
+    if not is_continued:
+        return None
+    if before.get("role") == "assistant":
+        raise PromptError(
+            f"Messages {len(messages) - 2} and {len(messages) - 1} are both the assistant's, "
+            "expected one to go on from; join them."
+        )
+    return str(messages.pop()["content"])
 
 
 def _special(model: Model, token: int) -> str:

@@ -47,28 +47,36 @@ def gbnf_grammar(text: str, *, source: str = "The grammar") -> Grammar:
     return Grammar(lark, source)
 
 
-def schema_grammar(
-    schema: Any, *, source: str = "The JSON schema", before: str = "", after: str = ""
-) -> Grammar:
+def schema_grammar(schema: Any, *, source: str = "The JSON schema") -> Grammar:
     """Compile a JSON schema.
 
     schema  as json.loads gives it; True or {} takes any value
-    before, after  texts around the JSON
 
     Raises GrammarError for a schema that is malformed or cannot be followed.
     """
-    checked = checked_schema(schema, source=source)
-    _check(_json_grammar(checked), source)
-    if not before and not after:
-        return Grammar(_json_grammar(checked), source)
-    lark = f"start: {json.dumps(before)} body {json.dumps(after)}\n"
-    return Grammar(f"{lark}body: %json {json.dumps(checked)}\n", source)
+    text = _json_grammar(checked_schema(schema, source=source))
+    _check(text, source)
+    return Grammar(text, source)
+
+
+def framed_grammar(forms: Sequence[tuple[str, Any, str]], *, source: str) -> Grammar:
+    """Compile what begins and ends with given texts: any of (before, JSON schema, after).
+
+    Raises GrammarError as schema_grammar does.
+    """
+    lark = f"start: {' | '.join(f'form{i}' for i in range(len(forms)))}\n"
+    for i, (before, schema, after) in enumerate(forms):
+        checked = checked_schema(schema, source=source)
+        _check(_json_grammar(checked), source)
+        lark += f"form{i}: {json.dumps(before)} body{i} {json.dumps(after)}\n"
+        lark += f"body{i}: %json {json.dumps(checked)}\n"
+    return Grammar(lark, source)
 
 
 def either_grammar(form: Grammar, other: Grammar) -> Grammar:
     """Join two grammars: a text follows `form`, or each of its lines follows `other`.
 
-    form  of a schema with nothing around the JSON; other  of one with `before` and `after`
+    form  of schema_grammar; other  of framed_grammar
     """
     (schema,) = json.loads(form)["grammars"]
     parts = [

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from qaflora_edge.chat.messages import END
+from qaflora_edge.chat.calls import call_format
 from qaflora_edge.errors import wrong_option
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.openai.completions import (
@@ -17,7 +17,7 @@ from qaflora_edge.openai.completions import (
     chat_logprobs,
 )
 from qaflora_edge.openai.options import openai_options
-from qaflora_edge.openai.tools import answer_form, chosen_tools, parse_calls, shown_text
+from qaflora_edge.openai.tools import Tools, answer_form, chosen_tools
 
 _EMPTY: dict[str, Any] = {"refusal": None, "annotations": []}  # that strict clients look for
 
@@ -53,8 +53,8 @@ def answer_chat(
         raise wrong_option(
             "stream_options", stream_options, "an object such as {'include_usage': True}"
         )
-    answers, has_tools = begin_chat(engine, messages, **openai_options(options))
-    shape, n = chat_shape(has_tools=has_tools), options.get("n", 1)
+    answers, told = begin_chat(engine, messages, **openai_options(options))
+    shape, n = chat_shape(told), options.get("n", 1)
     if not stream:
         head = answer_head("chat.completion", engine.name)
         return Answer(with_attributes(answer_dict(head, answers, shape, n)))
@@ -74,23 +74,34 @@ def begin_chat(
     response_format: Mapping[str, Any] | None = None,
     grammar: str | None = None,
     stop: str | Sequence[str] | None = None,
+    continue_final_message: bool | None = None,
+    add_generation_prompt: bool | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     **options: Any,
-) -> tuple[Iterator[Generation], bool]:
+) -> tuple[Iterator[Generation], Tools | None]:
     """Begin to answer a conversation; it is weighed and prefilled when this returns.
 
     engine   an Engine
     options  as Engine.generate takes them
 
-    Returns the answers, and whether the base was told of tools, so that it may call them.
+    Returns the answers, and the tools that the base was told of, which it may call.
     """
-    told, call = chosen_tools(tools, tool_choice)
-    form = answer_form(grammar, response_schema(response_format), told, call)
-    if told and parallel_tool_calls is False:
-        stop = [*((stop,) if isinstance(stop, str) else stop or ()), END]
-    tokens = engine.chat_tokens(messages, tools=told)
+    checked, called = chosen_tools(tools, tool_choice)
+    style = call_format(engine._model.chat_template) if checked else None
+    told = Tools(checked, style, parallel_tool_calls is False) if style else None
+    form = answer_form(grammar, response_schema(response_format), told, called)
+    if told and told.is_single and len(told.format.end) > 1:  # the second call is not waited for
+        stop = [*((stop,) if isinstance(stop, str) else stop or ()), told.format.end.strip()]
+    tokens = engine.chat_tokens(
+        messages,
+        tools=checked,
+        continue_final_message=continue_final_message,
+        add_generation_prompt=add_generation_prompt,
+        chat_template_kwargs=chat_template_kwargs,
+    )
     answers = engine.answers(tokens, n, grammar=form, stop=stop, **options)
     first = next(answers)
-    return itertools.chain([first], answers), bool(told)
+    return itertools.chain([first], answers), told
 
 
 def response_schema(response_format: Mapping[str, Any] | None) -> Any:
@@ -115,27 +126,27 @@ def response_schema(response_format: Mapping[str, Any] | None) -> Any:
     return wrapped["schema"]
 
 
-def chat_shape(*, has_tools: bool) -> Shape:
+def chat_shape(tools: Tools | None) -> Shape:
     """Return the shape of answers to a conversation; a tool call comes whole, as a last chunk."""
-    return Shape(partial(_choice, has_tools=has_tools), partial(_choices, has_tools=has_tools))
+    return Shape(partial(_choice, tools=tools), partial(_choices, tools=tools))
 
 
-def _choice(generation: Generation, has_tools: bool) -> dict[str, Any]:
+def _choice(generation: Generation, tools: Tools | None) -> dict[str, Any]:
     shown, text = ShownTokens(generation), generation.text()
     logprobs = chat_logprobs(shown.take(text))
-    text, calls = parse_calls(text) if has_tools else (text, [])
+    text, calls = tools.parse(text) if tools else (text, [])
     message: dict[str, Any] = {"role": "assistant", "content": text, **_EMPTY}
     if calls:
         message |= {"content": text or None, "tool_calls": calls}
     return {"message": message, "logprobs": logprobs, "finish_reason": _reason(generation, calls)}
 
 
-def _choices(generation: Generation, has_tools: bool) -> Iterator[dict[str, Any]]:
+def _choices(generation: Generation, tools: Tools | None) -> Iterator[dict[str, Any]]:
     nothing = {"logprobs": None, "finish_reason": None}
     yield {"delta": {"role": "assistant"}, **nothing}
     shown = ShownTokens(generation)
     calls: list[dict[str, Any]] = []
-    for text in shown_text(generation, calls) if has_tools else generation:
+    for text in tools.shown(generation, calls) if tools else generation:
         yield {"delta": {"content": text}, **nothing, "logprobs": chat_logprobs(shown.take(text))}
     if calls:
         numbered = [{"index": i, **call} for i, call in enumerate(calls)]

@@ -9,7 +9,7 @@ from typing import Any
 from qaflora_edge.errors import wrong_option
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.openai.options import check_off
-from qaflora_edge.openai.tools import shown_text
+from qaflora_edge.openai.tools import Tools
 
 # Each has to be off, or at this value.
 _OFF: dict[str, Any] = {
@@ -101,22 +101,22 @@ def response_head(model_name: str, options: Mapping[str, Any]) -> dict[str, Any]
 
 
 def response_events(
-    head: Mapping[str, Any], generation: Generation, *, has_tools: bool
+    head: Mapping[str, Any], generation: Generation, tools: Tools | None
 ) -> Iterator[dict[str, Any]]:
     """Yield an answer as events, each with its type and number; the last has the whole response.
 
     head  see response_head
     """
-    for number, (kind, fields) in enumerate(_events(head, generation, has_tools)):
+    for number, (kind, fields) in enumerate(_events(head, generation, tools)):
         yield {"type": f"response.{kind}", "sequence_number": number, **fields}
 
 
 def _events(
-    head: Mapping[str, Any], generation: Generation, has_tools: bool
+    head: Mapping[str, Any], generation: Generation, tools: Tools | None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "created", {"response": {**head}}
     calls: list[dict[str, Any]] = []
-    pieces = iter(shown_text(generation, calls) if has_tools else generation)
+    pieces = iter(tools.shown(generation, calls) if tools else generation)
     output: list[dict[str, Any]] = []
     first = next(pieces, "")  # without one, the calls are known
     if first or not calls:

@@ -1,26 +1,28 @@
-"""Tools in OpenAI's shape, for bases that write <tool_call>{...}</tool_call> (Qwen, Hermes)."""
+"""Tools in OpenAI's shape: checked, made into grammars, and their calls read out of answers."""
 
 import json
 import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from qaflora_edge.chat.messages import BEGIN, END
+from qaflora_edge.chat.calls import CallFormat
 from qaflora_edge.errors import OptionError, wrong_option
 from qaflora_edge.inference.constraint import (
     Grammar,
     chosen_grammar,
     either_grammar,
+    framed_grammar,
     schema_grammar,
 )
 
-_MARKS = (BEGIN, "```json", "```\n{")
-_CALL = re.compile(rf"{BEGIN}(.*?)(?:{END}|\Z)|```(?:json)?\s*(\{{.*?\}})\s*(?:```|\Z)", re.DOTALL)
+_FENCES = ("```json", "```\n{", "```{")
+_AFTER = re.compile(r"\s*(?:</tool_call>|;|```|\Z|(?=\[TOOL_CALLS\]))")
+_DECODER = json.JSONDecoder()
 
 
-def chosen_tools(tools: Any, tool_choice: Any) -> tuple[list[dict[str, Any]], Grammar | None]:
-    """Check the tools that the base is told of; make the grammar of a call that it has to make.
+def chosen_tools(tools: Any, tool_choice: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Check the tools that the base is told of; find those of which it has to call one.
 
     tool_choice  None or "auto", "none", "required", or {"type": "function", "function":
                  {"name": ...}}
@@ -29,11 +31,11 @@ def chosen_tools(tools: Any, tool_choice: Any) -> tuple[list[dict[str, Any]], Gr
     """
     checked = [_checked(tool) for tool in tools or ()]
     if tool_choice == "none":
-        return [], None
+        return [], []
     if tool_choice in (None, "auto"):
-        return checked, None
+        return checked, []
     if tool_choice == "required" and checked:
-        return checked, _call_grammar(checked)
+        return checked, checked
     function = _function(tool_choice)
     name = function.get("name") if isinstance(function, Mapping) else None
     named = [tool for tool in checked if tool["function"]["name"] == name]
@@ -42,26 +44,26 @@ def chosen_tools(tools: Any, tool_choice: Any) -> tuple[list[dict[str, Any]], Gr
         form = "{'type': 'function', 'function': {'name': ...}}"
         expected = f"auto, none, required, or {form} with a name out of: {names}"
         raise wrong_option("tool_choice", tool_choice, expected)
-    return checked, _call_grammar(named[:1])
+    return checked, named[:1]
 
 
 def answer_form(
-    grammar: str | None, schema: Any, tools: Sequence[dict[str, Any]], call: Grammar | None
+    grammar: str | None, schema: Any, tools: "Tools | None", called: Sequence[dict[str, Any]]
 ) -> Grammar | None:
     """Choose what an answer follows: its own form, a call, or with a schema and free tools either.
 
-    tools, call  from chosen_tools; OptionError for a form together with a call
+    called  those of which one has to be called; OptionError for a form together with them
     """
     if grammar is None and schema is None:
-        return call
-    if call is not None:
+        return tools.grammar(called) if tools and called else None
+    if called:
         raise OptionError(
             "Options tool_choice and grammar or response_format are given, expected one of them; "
             "leave the others out.",
             "tool_choice",
         )
     if tools and grammar is None:
-        return either_grammar(schema_grammar(schema), _call_grammar(tools))
+        return either_grammar(schema_grammar(schema), tools.grammar(tools.told))
     return chosen_grammar(grammar, schema)
 
 
@@ -88,31 +90,6 @@ def _function(given: Any) -> Any:
     return given.get("function", {name: each for name, each in flat.items() if each is not None})
 
 
-def _call_grammar(tools: Sequence[Mapping[str, Any]]) -> Grammar:
-    """Make the grammar of one call of one of these tools, with arguments by its schema."""
-    calls = []
-    for i, tool in enumerate(tools):
-        parameters = tool["function"].get("parameters") or {"type": "object"}
-        try:
-            parameters = _moved(parameters, f"#/anyOf/{i}/properties/arguments")
-        except RecursionError as error:
-            raise OptionError(
-                "Option tools has parameters of too many levels, expected fewer; use $defs.",
-                "tools",
-            ) from error
-        name = {"const": tool["function"]["name"]}
-        calls.append(
-            {
-                "type": "object",
-                "properties": {"name": name, "arguments": parameters},
-                "required": ["name", "arguments"],
-            }
-        )
-    return schema_grammar(
-        {"anyOf": calls}, source="The parameters of tools", before=f"{BEGIN}\n", after=f"\n{END}"
-    )
-
-
 def _moved(schema: Any, place: str) -> Any:
     """Point the references of a schema, from `#` on, to its place in a larger schema."""
     if isinstance(schema, list):
@@ -126,57 +103,105 @@ def _moved(schema: Any, place: str) -> Any:
     return moved
 
 
-def shown_text(pieces: Iterable[str], calls: list[dict[str, Any]]) -> Iterator[str]:
-    """Yield an answer's text until a tool call begins; at the end add the calls to a list."""
-    held = ""
-    for piece in pieces:
-        held += piece
-        begins = (at for at in range(len(held)) if _may_begin(held[at : at + len(BEGIN)]))
-        at = next(begins, len(held))
-        if at:
-            yield held[:at]
-        held = held[at:]
-    rest, found = parse_calls(held)
-    calls += found
-    if rest:
-        yield rest
+class Tools(NamedTuple):
+    """Know the tools that a base was told of, and how it calls them.
 
-
-def _may_begin(text: str) -> bool:
-    """Tell whether a text begins with what a tool call begins with, or could with more of it."""
-    return any(text.startswith(mark) or mark.startswith(text) for mark in _MARKS)
-
-
-def parse_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
-    """Give an answer without its tool calls, and the calls; a call that is no JSON stays text.
-
-    Small bases write a call as fenced JSON; it is one if it has a name and arguments.
+    told       as chosen_tools gives them
+    is_single  whether only the first call of an answer counts
     """
-    calls = []
 
-    def take(match: re.Match[str]) -> str:
-        call = _parsed(match[1] or match[2], needs_arguments=match[1] is None)
-        if call is None:
-            return match[0]
-        calls.append(call)
-        return ""
+    told: Sequence[dict[str, Any]]
+    format: CallFormat
+    is_single: bool = False
 
-    rest = _CALL.sub(take, text)
-    return (rest.strip() if calls else rest), calls
+    def grammar(self, tools: Sequence[Mapping[str, Any]]) -> Grammar:
+        """Make the grammar of one call of one of these tools, with arguments by its schema."""
+        begin, end, field = self.format.begin, self.format.end, self.format.arguments
+        forms, calls = [], []
+        for i, tool in enumerate(tools):
+            name = tool["function"]["name"]
+            parameters = tool["function"].get("parameters") or {"type": "object"}
+            place = f"#/anyOf/{i}/properties/{field}" if field else "#"
+            try:
+                parameters = _moved(parameters, place)
+            except RecursionError as error:
+                raise OptionError(
+                    "Option tools has parameters of too many levels, expected fewer; use $defs.",
+                    "tools",
+                ) from error
+            forms.append((begin.replace("{name}", name), parameters, end))
+            fields = {"name": {"const": name}, field: parameters}
+            calls.append({"type": "object", "properties": fields, "required": [*fields]})
+        if field:
+            forms = [(begin, {"anyOf": calls}, end)]
+        return framed_grammar(forms, source="The parameters of tools")
 
+    def shown(self, pieces: Iterable[str], calls: list[dict[str, Any]]) -> Iterator[str]:
+        """Yield an answer's text until a call begins; at the end add the calls to a list."""
+        held, is_start = "", True
+        for piece in pieces:
+            held += piece
+            if is_start and self.format.is_bare and held.lstrip()[:1] in ("", "{"):
+                continue
+            is_start = False
+            at = next((at for at in range(len(held)) if self._may_begin(held, at)), len(held))
+            if at:
+                yield held[:at]
+            held = held[at:]
+        rest, found = self.parse(held)
+        calls += found
+        if rest:
+            yield rest
 
-def _parsed(text: str, *, needs_arguments: bool) -> dict[str, Any] | None:
-    try:
-        call = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        return None
-    if needs_arguments and not isinstance(call.get("arguments"), dict):
-        return None
-    arguments = json.dumps(call.get("arguments", {}), ensure_ascii=False)
-    return {
-        "id": f"call_{uuid.uuid4().hex}",
-        "type": "function",
-        "function": {"name": call["name"], "arguments": arguments},
-    }
+    def _may_begin(self, text: str, at: int) -> bool:
+        """Tell whether a place begins with what a call begins with, or could with more text."""
+        marks = (self.format.mark, *_FENCES)
+        return any(text.startswith(mark, at) or mark.startswith(text[at:]) for mark in marks)
+
+    def parse(self, text: str) -> tuple[str, list[dict[str, Any]]]:
+        """Give an answer without its tool calls, and the calls; a call that is no JSON stays text.
+
+        Without a mark before it, JSON is a call if it has the name of a tool and arguments.
+        """
+        calls: list[dict[str, Any]] = []
+        rest, at = "", 0
+        while match := self.format.before.search(text, at):
+            made, end = self._decoded(text, match)
+            after = _AFTER.match(text, end)
+            if made and after:
+                rest += text[at : match.start()]
+                calls, at = calls + made, after.end()
+            else:
+                rest, at = rest + text[at : match.end() + 1], match.end() + 1
+        rest += text[at:]
+        return (rest.strip(), calls[:1] if self.is_single else calls) if calls else (rest, [])
+
+    def _decoded(self, text: str, match: re.Match[str]) -> tuple[list[dict[str, Any]], int]:
+        """Read the JSON behind a match: calls, or none, and where it ends."""
+        try:
+            found, end = _DECODER.raw_decode(text, match.end())
+        except (ValueError, RecursionError):
+            return [], match.end()
+        groups = match.groupdict()
+        if groups.get("name"):
+            found = {"name": groups["name"].strip(), "arguments": found, "id": groups["id"]}
+        is_marked = self.format.mark in match[0]
+        each_call = found if isinstance(found, list) else [found]
+        made = [self._call(call, is_marked=is_marked) for call in each_call]
+        return [call for call in made if call] if all(made) else [], end
+
+    def _call(self, call: Any, *, is_marked: bool) -> dict[str, Any] | None:
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+            return None
+        arguments = call.get("arguments", call.get("parameters", {}))
+        if not is_marked:
+            names = [tool["function"]["name"] for tool in self.told]
+            if call["name"] not in names or not {"arguments", "parameters"} & call.keys():
+                return None
+        if not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        n_id, own_id = self.format.n_id, call.get("id")
+        if not (isinstance(own_id, str) and len(own_id) == n_id):
+            own_id = uuid.uuid4().hex[:n_id] if n_id else f"call_{uuid.uuid4().hex}"
+        function = {"name": call["name"], "arguments": arguments}
+        return {"id": own_id, "type": "function", "function": function}

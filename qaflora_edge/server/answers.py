@@ -227,9 +227,8 @@ async def chat_completions(request: Request) -> Computed:
     def compute(engine: Engine, out: Computed) -> None:
         head = answer_head("chat.completion" + ".chunk" * bool(body.stream), model)
         more = {**options, "cancel": out.cancel, **progress(head, out)}
-        answers, has_tools = begin_chat(engine, body.messages, **more)
-        shape = chat_shape(has_tools=has_tools)
-        Sender(answers, out, options.get("n", 1)).send(head, shape)
+        answers, tools = begin_chat(engine, body.messages, **more)
+        Sender(answers, out, options.get("n", 1)).send(head, chat_shape(tools))
 
     return Computed(request, served, body, compute)
 
@@ -265,10 +264,10 @@ async def responses(request: Request) -> Computed:
     model = body.model or served.name
 
     def compute(engine: Engine, out: Computed) -> None:
-        answers, has_tools = begin_chat(engine, messages, cancel=out.cancel, **options)
+        answers, tools = begin_chat(engine, messages, cancel=out.cancel, **options)
         sender = Sender(answers, out)
         for answer in sender.answers:
-            events = response_events(response_head(model, shown), answer, has_tools=has_tools)
+            events = response_events(response_head(model, shown), answer, tools)
             if body.stream:
                 sender.send_events(events)
             else:
