@@ -228,7 +228,7 @@ OWN_OPTIONS = {
                noun="a number of a port", help="Listen here; 0 chooses a free one."),
         Option("api_key", str, flag="--api-key", section="Server", metavar="KEY",
                variable="QAFLORA_API_KEY", is_secret=True, unset="none",
-               help="Require Authorization: Bearer KEY; better set the variable."),
+               help="Require this key of each request; better set the variable."),
         Option("max_queue", int, 64, flag="--max-queue", low=0, high=100_000,
                noun="a number of requests", help="Let so many requests wait, and refuse others."),
         Option("max_models", int, flag="--max-models", low=1, noun="a number", unset="all",

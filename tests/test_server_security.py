@@ -47,7 +47,8 @@ def test_without_the_key_nothing_is_told(locked: TestClient, path: str, given: s
     assert response.status_code == 401
     assert response.headers["www-authenticate"] == "Bearer"
     assert response.json()["error"] == {
-        "message": "The API key is missing or wrong, expected Authorization: Bearer KEY.",
+        "message": "The API key is missing or wrong, expected Authorization: Bearer KEY, or "
+        "X-Api-Key: KEY.",
         "type": "invalid_request_error",
         "param": None,
         "code": "invalid_api_key",

@@ -76,9 +76,19 @@ class Generation(Iterator[str]):
         return self._sequence.timings
 
     @property
+    def prompt(self) -> tuple[int, ...]:
+        """Give the token ids of the prompt."""
+        return self._sequence.request.tokens
+
+    @property
     def n_prompt(self) -> int:
         """Count the tokens of the prompt."""
         return self._sequence.n_prompt
+
+    @property
+    def n_cached(self) -> int:
+        """Count the tokens of the prompt that were not prefilled: their KV state was there."""
+        return self._sequence.n_cached
 
     @property
     def n_completion(self) -> int:

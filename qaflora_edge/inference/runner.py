@@ -88,7 +88,7 @@ class Runner:
     def _admit(self, sequence: sequences.Sequence, slot: Slot, n_reused: int) -> None:
         if n_reused == 0 and slot.number in self._unread:
             self._clean(slot.number)
-        sequence.n_past = self._context.keep(n_reused, slot.number)
+        sequence.n_past = sequence.n_cached = self._context.keep(n_reused, slot.number)
         if sequence.n_past < n_reused:  # the memory could not forget what came after it
             slot.hold(sequence, 0)
             self._cut.add(sequence.number)

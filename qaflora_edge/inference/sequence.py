@@ -79,6 +79,7 @@ class Sequence:
     n_ctx       tokens that its slot has to hold
     slot        of the context, None while it waits or once it is done
     n_past      tokens of prompt and answer with KV state in the slot
+    n_cached    tokens of the prompt that had KV state when it got the slot
     next_token  chosen, not yet decoded
     pieces      text not yet taken, each with the number of answer tokens until there
     logprobs    of each token of the answer, where the request asks for them
@@ -98,7 +99,7 @@ class Sequence:
         self.n_ctx, self.listener = n_ctx, listener
         self.slot: int | None = None
         self.start(request, sampler, n_max)
-        self.n_past = 0
+        self.n_past = self.n_cached = 0
         self.next_token: int | None = None
         self.answer: list[int] = []
         self.pieces: deque[tuple[str, int]] = deque()

@@ -70,14 +70,16 @@ def _text_choices(generation: Generation) -> Iterator[dict[str, Any]]:
 TEXT = Shape(_text_choice, _text_choices)
 
 
-def usage(ended: Sequence[Generation], n: int) -> dict[str, int]:
+def usage(ended: Sequence[Generation], n: int) -> dict[str, Any]:
     """Count tokens of answers; a prompt counts once for its n answers."""
     n_prompt = sum(generation.n_prompt for generation in ended[::n])
+    n_cached = sum(generation.n_cached for generation in ended[::n])
     n_completion = sum(generation.n_completion for generation in ended)
     return {
         "prompt_tokens": n_prompt,
         "completion_tokens": n_completion,
         "total_tokens": n_prompt + n_completion,
+        "prompt_tokens_details": {"cached_tokens": n_cached},
     }
 
 

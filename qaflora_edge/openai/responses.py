@@ -156,7 +156,7 @@ def _ended(
     is_cut = status == "incomplete"
     usage = {
         "input_tokens": generation.n_prompt,
-        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+        "input_tokens_details": {"cached_tokens": generation.n_cached, "cache_write_tokens": 0},
         "output_tokens": generation.n_completion,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": generation.n_prompt + generation.n_completion,

@@ -16,6 +16,7 @@ from qaflora_edge.openai.chat import begin_chat, chat_shape
 from qaflora_edge.openai.completions import TEXT, Shape, answer_chunks, answer_dict, answer_head
 from qaflora_edge.openai.options import FIXED, openai_options
 from qaflora_edge.openai.responses import chat_request, response_events, response_head
+from qaflora_edge.openai.tools import chosen_tools
 from qaflora_edge.server import requests as bodies
 from qaflora_edge.server.requests import wrong_field
 from qaflora_edge.server.served_models import ServedModel
@@ -24,9 +25,10 @@ from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.strategy import parse_strategy
 
 SHOWN = ("temperature", "top_p", "frequency_penalty", "presence_penalty")  # in a response
+OF_TEMPLATE = ("continue_final_message", "add_generation_prompt", "chat_template_kwargs")
 OF_CHAT = (
     *("n", "logprobs", "top_logprobs", "response_format"),
-    *("tools", "tool_choice", "parallel_tool_calls"),
+    *("tools", "tool_choice", "parallel_tool_calls", *OF_TEMPLATE),
 )
 _PROSE = {"type": "text"}  # a response_format that asks for nothing
 B = TypeVar("B", bound=bodies.Body)
@@ -125,20 +127,28 @@ def mix_of(fusion: FusionWeights, out: Computed) -> dict[str, Any]:
 class Sender:
     """Send answers with two fields more than OpenAI's: the mix, and the times.
 
-    answers  the n answers to each prompt; the first has begun
+    answers  of the Engine: the n answers to each prompt; the first has begun
     """
 
     def __init__(
-        self, answers: Iterable[Generation], out: Computed, n: int = 1, n_prompt: int = 1
+        self,
+        engine: Engine,
+        answers: Iterable[Generation],
+        out: Computed,
+        n: int = 1,
+        n_prompt: int = 1,
     ) -> None:
         noted = _noted(answers, n, n_prompt, out.facts)
-        self._first, self._out, self._n = next(noted), out, n
+        self._engine, self._first, self._out, self._n = engine, next(noted), out, n
         self._mix = mix_of(self._first.fusion, out)
         self.answers = itertools.chain([self._first], noted)
 
     @property
     def _end(self) -> dict[str, Any]:
-        return {**self._mix, "timings": self._first.timings.to_dict()}
+        end = {**self._mix, "timings": self._first.timings.to_dict()}
+        if self._out.body.verbose:
+            end["__verbose"] = {"prompt": _spelt(self._engine, self._first.prompt)}
+        return end
 
     def send(self, head: dict[str, Any], shape: Shape) -> None:
         """Send all answers: as one text, or as chunks where the body has `stream`."""
@@ -173,6 +183,12 @@ def _ended(answer: Mapping[str, Any]) -> Mapping[str, Any]:
         if choice["finish_reason"] == "cancelled":
             choice["finish_reason"] = "length"
     return answer
+
+
+def _spelt(engine: Engine, tokens: Iterable[int]) -> str:
+    """Give the text of tokens, with control tokens."""
+    with engine._core.call():
+        return engine._model.detokenize(tokens, special=True).decode("utf-8", "replace")
 
 
 def progress(head: Mapping[str, Any], out: Computed) -> dict[str, Any]:
@@ -228,7 +244,7 @@ async def chat_completions(request: Request) -> Computed:
         head = answer_head("chat.completion" + ".chunk" * bool(body.stream), model)
         more = {**options, "cancel": out.cancel, **progress(head, out)}
         answers, tools = begin_chat(engine, body.messages, **more)
-        Sender(answers, out, options.get("n", 1)).send(head, chat_shape(tools))
+        Sender(engine, answers, out, options.get("n", 1)).send(head, chat_shape(tools))
 
     return Computed(request, served, body, compute)
 
@@ -250,7 +266,7 @@ async def completions(request: Request) -> Computed:
             more |= progress(head, out)
         each = (engine.answers(prompt, n, **more) for prompt in prompts)
         answers = itertools.chain.from_iterable(each)
-        Sender(answers, out, n, len(prompts)).send(head, TEXT)
+        Sender(engine, answers, out, n, len(prompts)).send(head, TEXT)
 
     return Computed(request, served, body, compute)
 
@@ -265,7 +281,7 @@ async def responses(request: Request) -> Computed:
 
     def compute(engine: Engine, out: Computed) -> None:
         answers, tools = begin_chat(engine, messages, cancel=out.cancel, **options)
-        sender = Sender(answers, out)
+        sender = Sender(engine, answers, out)
         for answer in sender.answers:
             events = response_events(response_head(model, shown), answer, tools)
             if body.stream:
@@ -275,6 +291,19 @@ async def responses(request: Request) -> Computed:
                 sender.send_whole(last["response"])
 
     return Computed(request, served, body, compute)
+
+
+async def apply_template(request: Request) -> Computed:
+    """Show the prompt that a conversation becomes."""
+    body, served, _ = await asked(request, bodies.TemplateBody)
+    how = {name: getattr(body, name) for name in OF_TEMPLATE}
+
+    def compute(engine: Engine, out: Computed) -> None:
+        tools, _ = chosen_tools(body.tools, None)
+        prompt = _spelt(engine, engine.chat_tokens(body.messages, tools=tools, **how))
+        out.send(encoded({"prompt": prompt}))
+
+    return Computed(request, served, body, compute, is_light=True)
 
 
 async def weights(request: Request) -> Computed:
@@ -318,11 +347,11 @@ async def detokenize(request: Request) -> Computed:
     body, served, _ = await asked(request, bodies.DetokenizeBody)
 
     def compute(engine: Engine, out: Computed) -> None:
-        text = b""
+        text = ""
         if body.tokens:
             with engine._core.call():
                 tokens = checked_tokens(engine._model, body.tokens, bodies.MAX_TOKENS)
-                text = engine._model.detokenize(tokens, special=True)
-        out.send(encoded({"content": text.decode("utf-8", "replace")}))
+                text = _spelt(engine, tokens)
+        out.send(encoded({"content": text}))
 
     return Computed(request, served, body, compute, is_light=True)

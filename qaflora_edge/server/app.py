@@ -135,6 +135,13 @@ async def model(request: Request) -> Response:
     return JSONResponse(request.app.state.models.card(request.path_params["model"]))
 
 
+async def lora_adapters(request: Request) -> Response:
+    """List adapters as llama-server does: the field `lora` names them by `id`."""
+    found, _ = request.app.state.models.find(request.query_params.get("model"))
+    names = enumerate(found.weigher.adapters)
+    return JSONResponse([{"id": i, "path": name, "scale": 0.0} for i, name in names])
+
+
 async def not_here(request: Request) -> Response:
     """Refuse what OpenAI offers and a bundle cannot do."""
     message = f"{request.url.path:.100} is not offered here: a bundle reads and writes text."
@@ -161,10 +168,12 @@ API: tuple[tuple[str, Any, type[bodies.Body] | None], ...] = (
     ("/v1/completions", answers.completions, bodies.TextBody),
     ("/v1/responses", answers.responses, bodies.ResponsesBody),
     ("/v1/weights", answers.weights, bodies.WeightsBody),
+    ("/apply-template", answers.apply_template, bodies.TemplateBody),
     ("/tokenize", answers.tokenize, bodies.TokenizeBody),
     ("/detokenize", answers.detokenize, bodies.DetokenizeBody),
     ("/v1/models", models, None),
     ("/v1/models/{model:path}", model, None),
+    ("/lora-adapters", lora_adapters, None),
     ("/health", health, None),
     ("/metrics", metrics, None),
     ("/openapi.json", openapi, None),

@@ -126,6 +126,9 @@ Messages = Annotated[
 ]
 Rows = Annotated[list[list[Any]], Field(fail_fast=True)]
 Flag = Annotated[bool | None, Field(title="true or false")]
+ToolList = Annotated[
+    list[Any] | None, Field(max_length=MAX_TOOLS, title=f"a list of {MAX_TOOLS} tools at most")
+]
 
 
 class Strict(BaseModel, strict=True):
@@ -202,6 +205,7 @@ class Answered(Sampled, extra="allow"):  # type: ignore[misc, call-arg]
     )
     return_progress: Flag = None
     json_schema: dict[str, Any] | bool | None = Field(None, title="a JSON schema")
+    verbose: Flag = None
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -212,17 +216,26 @@ class Answered(Sampled, extra="allow"):  # type: ignore[misc, call-arg]
 class Tooled(Answered):
     """Ask for answers that may call tools."""
 
-    tools: list[Any] | None = Field(
-        None, max_length=MAX_TOOLS, title=f"a list of {MAX_TOOLS} tools at most"
-    )
+    tools: ToolList = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: Flag = None
 
 
-class ChatBody(Tooled):
-    """Ask /v1/chat/completions."""
+class TemplateBody(Body):
+    """Ask /apply-template."""
 
     messages: Messages
+    tools: ToolList = None
+    continue_final_message: Flag = None
+    add_generation_prompt: Flag = None
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, title='an object, as in {"enable_thinking": false}'
+    )
+
+
+class ChatBody(TemplateBody, Tooled):
+    """Ask /v1/chat/completions."""
+
     logprobs: Flag = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(
         None, title="a number of tokens from 0 to 20"
@@ -382,12 +395,15 @@ def describe(paths: Iterable[tuple[str, str, type[Body] | None]]) -> dict[str, A
     kinds: Any = [(kind, "validation") for _, _, kind in paths if kind is not None]
     place = "#/components/schemas/{model}"
     _, found = models_json_schema([*kinds, (Error, "validation")], ref_template=place)
-    key = {"type": "http", "scheme": "bearer"}
+    keys = {
+        "key": {"type": "http", "scheme": "bearer"},
+        "x_api_key": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
+    }
     return {
         "openapi": "3.1.0",
         "info": {"title": "qaflora serve", "version": __version__},
-        "security": [{"key": []}],
-        "components": {"schemas": found["$defs"], "securitySchemes": {"key": key}},
+        "security": [{name: []} for name in keys],
+        "components": {"schemas": found["$defs"], "securitySchemes": keys},
         "paths": {path: _operation(path, text, kind) for path, text, kind in paths},
     }
 
@@ -398,6 +414,8 @@ def _operation(path: str, summary: str, kind: type[Body] | None) -> dict[str, An
         content = {"text/plain": {"schema": {"type": "string"}}}
     if kind is not None and issubclass(kind, Answered):
         content["text/event-stream"] = {"schema": {}}
+    if path == "/lora-adapters":
+        content = {"application/json": {"schema": {"type": "array"}}}
     answer = {"description": "The answer", "content": content}
     responses = {"200": answer, "4XX": _FAILED, "5XX": _FAILED}
     operation: dict[str, Any] = {"summary": summary, "responses": responses}
@@ -407,7 +425,7 @@ def _operation(path: str, summary: str, kind: type[Body] | None) -> dict[str, An
         return {"post": {**operation, "requestBody": body}}
     if path == "/health":
         operation["security"], responses["503"] = [], answer
-    if "{model}" in path:
-        named = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
-        operation["parameters"] = [named]
+    if "{model}" in path or path == "/lora-adapters":
+        place = {"in": "path", "required": True} if "{model}" in path else {"in": "query"}
+        operation["parameters"] = [{"name": "model", **place, "schema": {"type": "string"}}]
     return {"get": operation}

@@ -93,10 +93,16 @@ class Lock:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in WITHOUT_KEY:
-            given = Headers(scope=scope).get("authorization", "").encode("latin-1")
-            scheme, _, key = given.partition(b" ")
-            if not hmac.compare_digest(key, self._key) or scheme.lower() != b"bearer":
-                message = "The API key is missing or wrong, expected Authorization: Bearer KEY."
+            headers = Headers(scope=scope)
+            scheme, _, key = headers.get("authorization", "").partition(" ")
+            if "authorization" not in headers:  # as Anthropic's clients and llama-server have it
+                scheme, key = "bearer", headers.get("x-api-key", "")
+            is_key = hmac.compare_digest(key.encode("latin-1"), self._key)
+            if not is_key or scheme.lower() != "bearer":
+                message = (
+                    "The API key is missing or wrong, expected Authorization: Bearer KEY, or "
+                    "X-Api-Key: KEY."
+                )
                 refused = Refusal(401, message, code="invalid_api_key").response()
                 refused.headers["WWW-Authenticate"] = "Bearer"
                 await refused(scope, receive, send)
