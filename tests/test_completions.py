@@ -9,10 +9,11 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
+import tiny
 from tiny import CHATML, QWEN, constant_logits, write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine
-from qaflora_edge.chat.calls import FORMATS
+from qaflora_edge.chat.calls import FORMATS, CallFormat
 from qaflora_edge.errors import OptionError, PromptError, ToolsError
 from qaflora_edge.inference.sequence import TokenLogprob
 from qaflora_edge.openai.completions import ShownTokens, text_logprobs
@@ -99,6 +100,7 @@ def test_content_may_come_in_parts(engine: Engine) -> None:
         engine.chat_tokens([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}])
 
 
+@pytest.mark.parametrize("style", FORMATS)
 @pytest.mark.parametrize(
     ("choice", "names"),
     [
@@ -106,13 +108,17 @@ def test_content_may_come_in_parts(engine: Engine) -> None:
         ("required", {"weather", "time"}),
     ],
 )
-def test_tool_that_has_to_be_called_is_called(terse: Engine, choice: Any, names: set[str]) -> None:
+def test_tool_that_has_to_be_called_is_called(
+    terse: Engine, monkeypatch: Any, choice: Any, names: set[str], style: CallFormat
+) -> None:
+    template = CHATML + "{% if tools %}" + style.sign + "{% endif %}"
+    monkeypatch.setattr(terse._model, "chat_template", template)
     options = {"tools": [WEATHER, TIME], "tool_choice": choice, "temperature": 1.0, "seed": 1}
     choice_made = terse.chat(USER, **options)["choices"][0]
     assert choice_made["finish_reason"] == "tool_calls"
     assert choice_made["message"]["content"] is None
     (call,) = choice_made["message"]["tool_calls"]
-    assert call["id"].startswith("call_")
+    assert len(call["id"]) == (style.n_id or 37)
     assert call["function"]["name"] in names
     if call["function"]["name"] == "weather":
         arguments = json.loads(call["function"]["arguments"])
@@ -301,6 +307,64 @@ def test_wrong_tools_and_choices_are_refused(engine: Engine) -> None:
         engine.chat(USER, tools=[tool], tool_choice="required")
     none = engine.chat(USER, tools=[TIME], tool_choice="none", max_tokens=4)
     assert none["choices"][0]["message"] == engine.chat(USER, max_tokens=4)["choices"][0]["message"]
+
+
+def test_control_tokens_of_calls_are_written(tmp_path: Path, monkeypatch: Any) -> None:
+    """Mistral's [TOOL_CALLS] is one, without which an answer would be bare JSON."""
+    monkeypatch.setattr(tiny, "CONTROLS", (*tiny.CONTROLS, "[TOOL_CALLS]", "[OTHER]"))
+    template = CHATML + "{% if tools %}[TOOL_CALLS]{% endif %}"
+    base = write_tiny_base(tmp_path / "base.gguf", chat_template=template, n_ctx=1024)
+    mark, other = (base.tokens.index(text) for text in ("[TOOL_CALLS]", "[OTHER]"))
+    with Engine(base=base.path, n_ctx=1024) as engine:
+        assert engine._model.detokenize([mark, other]) == b"[TOOL_CALLS]"
+        asked: dict[str, Any] = {"tools": [TIME], "tool_choice": "required", "max_tokens": 200}
+        choice = engine.chat(USER, **asked, logprobs=True, logit_bias={mark: 100})["choices"][0]
+        assert choice["logprobs"]["content"][0]["token"] == "[TOOL_CALLS]"
+        assert choice["message"]["tool_calls"][0]["function"]["name"] == "time"
+
+
+def test_answer_goes_on_from_a_last_message_of_the_assistant(engine: Engine) -> None:
+    def spelt_chat(messages: list[Any], **how: Any) -> str:
+        tokens = engine.chat_tokens(messages, **how)
+        return engine._model.detokenize(tokens, special=True).decode()
+
+    begun = [*USER, {"role": "assistant", "content": "As <|im_end|>"}]
+    prompt = spelt_chat(USER)
+    tokens = engine.chat_tokens(begun)
+    end = engine._model.tokenize("<|im_end|>", add_special=False, parse_special=True)
+    assert tokens.count(*end) == 1  # the user's; the assistant's is text
+    assert (
+        spelt_chat(begun)
+        == spelt_chat(begun, continue_final_message=True)
+        == prompt + "As <|im_end|>"
+    )
+    turn = spelt_chat(begun, continue_final_message=False)
+    assert turn == spelt_chat(begun, add_generation_prompt=True)
+    assert turn.endswith("As <|im_end|><|im_end|>\n<|im_start|>assistant")
+    whole = engine.chat(begun, max_tokens=3)["choices"][0]["message"]["content"]
+    assert whole == engine.generate(tokens, max_tokens=3).text()
+    for messages, how in (
+        (USER, {"continue_final_message": True}),
+        (begun, {"continue_final_message": True, "add_generation_prompt": True}),
+    ):
+        with pytest.raises(OptionError, match="Option continue_final_message is True, found"):
+            engine.chat(messages, **how)
+    with pytest.raises(PromptError, match="Messages 1 and 2 are both the assistant's, expected"):
+        engine.chat([*begun, begun[-1]])
+
+
+def test_templates_take_variables(engine: Engine, monkeypatch: Any) -> None:
+    template = CHATML.replace("assistant\n", "assistant\n{{ '<think>' if thinks }}{{ word }}")
+    monkeypatch.setattr(engine._model, "chat_template", template)
+    for thinks, word, end in ((True, "a", "<think>a"), (False, "<|im_end|>", "<|im_end|>")):
+        given = {"thinks": thinks, "word": word, "messages": []}
+        tokens = engine.chat_tokens(USER, chat_template_kwargs=given)
+        text = engine._model.detokenize(tokens, special=True).decode()
+        assert text.endswith(f"<|im_start|>assistant\n{end}")
+    assert tokens[-1] != engine._model.special_tokens[-1].id
+    assert tokens[: len(tokens) - 10] == engine.chat_tokens(USER)  # what a request says is text
+    tokens = engine.chat_tokens(USER, add_generation_prompt=False)
+    assert engine._model.detokenize(tokens).endswith(b"thing?\n")
 
 
 def test_template_without_tools_is_refused(engine: Engine, monkeypatch: Any) -> None:

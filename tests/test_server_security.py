@@ -65,6 +65,10 @@ def test_the_key_opens(locked: TestClient) -> None:
     assert locked.post("/v1/chat/completions", json=body, headers=headers).status_code == 200
     assert locked.post("/v1/chat/completions", json=body).status_code == 401
     assert locked.get("/health").status_code == 200
+    for key, status in ((KEY, 200), (f"{KEY}x", 401), ("", 401)):  # as Anthropic's clients do
+        assert locked.get("/v1/models", headers={"X-Api-Key": key}).status_code == status
+    headers = {"X-Api-Key": KEY, "Authorization": "Bearer x"}
+    assert locked.get("/v1/models", headers=headers).status_code == 401
 
 
 def test_keys_are_compared_in_constant_time(

@@ -135,10 +135,11 @@ class Model(Handle):
         return tuple(sorted(found, key=lambda token: -len(token.text.encode("utf-8"))))
 
     @cached_property
-    def _written(self) -> frozenset[int]:
-        """Find the tokens that are written though they control."""
+    def written(self) -> dict[int, str]:
+        """Find the tokens that are written even where they control: id -> text."""
         ask = partial(self.tokenize, add_special=False, parse_special=True)
-        return frozenset(token for token, *more in map(ask, _WRITTEN) if not more)
+        found = ((ask(text), text) for text in _WRITTEN)
+        return {tokens[0]: text for tokens, text in found if len(tokens) == 1}
 
     @cached_property
     def longest_piece(self) -> int:
@@ -169,7 +170,7 @@ class Model(Handle):
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """Give the bytes of a token; control tokens are empty unless special, or of tool calls."""
-        size, special = 64, special or token in self._written
+        size, special = 64, special or token in self.written
         while True:
             buffer = ctypes.create_string_buffer(size)
             n = self._lib.llama_token_to_piece(self.vocab, token, buffer, size, 0, special)

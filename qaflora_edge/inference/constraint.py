@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -161,11 +163,16 @@ class _Vocabulary:
             token for token, piece in pieces if not piece or b"\0" in piece or token in ends
         ]
         self._model = weakref.ref(model)
+        self._written = {text: token for token, text in model.written.items()}
+        self._parts = re.compile(f"({'|'.join(map(re.escape, self._written)) or '(?!)'})")
 
     def __call__(self, text: str) -> list[int]:
         model = self._model()
         assert model is not None
-        return model.tokenize(text, add_special=False, parse_special=False)
+        tokenize = partial(model.tokenize, add_special=False, parse_special=False)
+        parts = filter(None, self._parts.split(text))
+        each = ([self._written[p]] if p in self._written else tokenize(p) for p in parts)
+        return list(itertools.chain.from_iterable(each))
 
 
 _tokenizers: weakref.WeakKeyDictionary[Model, LLTokenizer] = weakref.WeakKeyDictionary()

@@ -145,7 +145,7 @@ class Sender:
 
     @property
     def _end(self) -> dict[str, Any]:
-        end = {**self._mix, "timings": self._first.timings.to_dict()}
+        end = {**self._mix, "timings": _timings(self._first)}
         if self._out.body.verbose:
             end["__verbose"] = {"prompt": _spelt(self._engine, self._first.prompt)}
         return end
@@ -165,8 +165,9 @@ class Sender:
         self._out.send(DONE)
 
     def send_whole(self, answer: Mapping[str, Any]) -> None:
-        """Send an answer as one text."""
-        self._out.send(encoded({**answer, **self._end}))
+        """Send an answer as one text, or as the event that ends a stream."""
+        form = event if self._out.body.stream else encoded
+        self._out.send(form({**answer, **self._end}))
 
     def send_events(self, events: Iterator[dict[str, Any]]) -> None:
         """Send events of a response; the mix is in the response of each that has one."""
@@ -183,6 +184,19 @@ def _ended(answer: Mapping[str, Any]) -> Mapping[str, Any]:
         if choice["finish_reason"] == "cancelled":
             choice["finish_reason"] = "length"
     return answer
+
+
+def _timings(answer: Generation) -> dict[str, float]:
+    """Return the times of an answer in our names and in those of llama-server."""
+    ours, n_read = answer.timings.to_dict(), answer.n_prompt - answer.n_cached
+    prompt_ms, predicted_ms = ours["prefill_ms"], ours["decode_ms"]
+    return {
+        **ours,
+        **{"cache_n": answer.n_cached, "prompt_n": n_read, "prompt_ms": prompt_ms},
+        "prompt_per_second": round(1e3 * n_read / prompt_ms, 3) if prompt_ms else 0.0,
+        **{"predicted_n": answer.n_completion, "predicted_ms": predicted_ms},
+        "predicted_per_second": ours["tokens_per_second"],
+    }
 
 
 def _spelt(engine: Engine, tokens: Iterable[int]) -> str:
@@ -267,6 +281,40 @@ async def completions(request: Request) -> Computed:
         each = (engine.answers(prompt, n, **more) for prompt in prompts)
         answers = itertools.chain.from_iterable(each)
         Sender(engine, answers, out, n, len(prompts)).send(head, TEXT)
+
+    return Computed(request, served, body, compute)
+
+
+async def completion(request: Request) -> Computed:
+    """Go on with a text, in the shape of llama-server."""
+    body, served, weighing = await asked(request, bodies.CompletionBody)
+    options = {**weighing, **options_of(request, body), "parse_special": True}
+    if body.n_predict is not None:
+        options["max_tokens"] = None if body.n_predict < 0 else body.n_predict
+    options["json_schema"] = body.json_schema
+    model = body.model or served.name
+
+    def compute(engine: Engine, out: Computed) -> None:
+        sender = Sender(engine, engine.answers(body.prompt, 1, cancel=out.cancel, **options), out)
+        for answer in sender.answers:
+            text = ""
+            for piece in answer:
+                text += piece
+                if body.stream:
+                    out.send(event({"index": 0, "content": piece, "stop": False}))
+            whole = {
+                "index": 0,
+                "content": "" if body.stream else text,
+                "stop": True,
+                "model": model,
+                "stop_type": "eos" if answer.finish_reason == "stop" else "limit",
+                "truncated": False,
+                "has_new_line": "\n" in text,
+                "tokens_predicted": answer.n_completion,
+                "tokens_evaluated": answer.n_prompt,
+                "tokens_cached": answer.n_cached,
+            }
+            sender.send_whole(whole)
 
     return Computed(request, served, body, compute)
 

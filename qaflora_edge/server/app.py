@@ -168,6 +168,7 @@ API: tuple[tuple[str, Any, type[bodies.Body] | None], ...] = (
     ("/v1/completions", answers.completions, bodies.TextBody),
     ("/v1/responses", answers.responses, bodies.ResponsesBody),
     ("/v1/weights", answers.weights, bodies.WeightsBody),
+    ("/completion", answers.completion, bodies.CompletionBody),
     ("/apply-template", answers.apply_template, bodies.TemplateBody),
     ("/tokenize", answers.tokenize, bodies.TokenizeBody),
     ("/detokenize", answers.detokenize, bodies.DetokenizeBody),

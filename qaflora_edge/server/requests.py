@@ -253,6 +253,16 @@ class TextBody(Answered):
     )
 
 
+class CompletionBody(Answered):
+    """Ask /completion."""
+
+    prompt: Text | Tokens = Field(title="a text or a list of token ids")
+    n_predict: Annotated[int, Field(ge=-1)] | None = Field(
+        None, title="a number of tokens, or -1 for as many as there is room for"
+    )
+    n: Literal[1] | None = Field(None, title="1: this path gives one answer")
+
+
 class ResponsesBody(Tooled):
     """Ask /v1/responses."""
 
