@@ -309,11 +309,12 @@ def test_wrong_tools_and_choices_are_refused(engine: Engine) -> None:
     assert none["choices"][0]["message"] == engine.chat(USER, max_tokens=4)["choices"][0]["message"]
 
 
-def test_control_tokens_of_calls_are_written(tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("spm", [False, True])
+def test_control_tokens_of_calls_are_written(tmp_path: Path, monkeypatch: Any, spm: bool) -> None:
     """Mistral's [TOOL_CALLS] is one, without which an answer would be bare JSON."""
     monkeypatch.setattr(tiny, "CONTROLS", (*tiny.CONTROLS, "[TOOL_CALLS]", "[OTHER]"))
     template = CHATML + "{% if tools %}[TOOL_CALLS]{% endif %}"
-    base = write_tiny_base(tmp_path / "base.gguf", chat_template=template, n_ctx=1024)
+    base = write_tiny_base(tmp_path / "base.gguf", chat_template=template, n_ctx=1024, spm=spm)
     mark, other = (base.tokens.index(text) for text in ("[TOOL_CALLS]", "[OTHER]"))
     with Engine(base=base.path, n_ctx=1024) as engine:
         assert engine._model.detokenize([mark, other]) == b"[TOOL_CALLS]"

@@ -2,9 +2,11 @@
 
 import contextlib
 import ctypes
+import json
 import random
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import llguidance
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 from test_json_schema import allowed, on_a_small_stack
 from tiny import write_tiny_base
 
+from qaflora_edge import Engine
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import GrammarError
 from qaflora_edge.formats.base import read_base
@@ -50,6 +53,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     base = write_tiny_base(tmp_path_factory.mktemp("gbnf") / "base.gguf")
     with Model(read_base(base.path)) as model:
         yield model
+
+
+def test_sentencepiece_puts_no_space_before_a_text(tmp_path: Path) -> None:
+    base = write_tiny_base(tmp_path / "base.gguf", spm=True)
+    with Engine(base=base.path) as engine:
+        for text in ("foo bar", " a", "\nb"):
+            grammar = f"root ::= {json.dumps(text)}"
+            assert engine.generate("the", grammar=grammar).text() == text
 
 
 class Native:
