@@ -110,7 +110,7 @@ pin-clients:
 	mv $(BUILD)/clients.txt .ci/clients.txt
 
 clients-tests: $(DONE)/clients
-	QAFLORA_TEST_CASES=$(CASES) $(BIN)/pytest tests/test_client_openai.py tests/test_clients.py
+	QAFLORA_TEST_CASES=$(CASES) $(BIN)/pytest tests/test_clients.py
 	$(BIN)/python tests/llama_server_tests.py $(BUILD)/llama-server
 
 # Wheels of this package and of its binding, in dist/. What they need of the system is found and

@@ -1,6 +1,6 @@
 """Other programs and libraries that speak OpenAI's API, against a server that listens.
 
-`make test-clients` installs them; without them the tests are skipped.
+`make test-clients` installs them; without them, but for the package openai, tests are skipped.
 """
 
 import asyncio
@@ -9,35 +9,43 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx2 as httpx
+import openai
 import pytest
 from bundles import TinyBundle, make_bundle
+from openai import OpenAI
 from patience import PATIENCE_S
+from pydantic import BaseModel
 from serving import ENGINE, listening
 from tiny import EOS, QWEN, constant_logits
 
 from qaflora_edge import Engine
 
 KEY = "a-key-of-the-tests"
-USER = [{"role": "user", "content": "the thing?"}]
+USER: Any = [{"role": "user", "content": "the thing?"}]
 OPTIONS: dict[str, Any] = {"max_tokens": 12, "temperature": 1.5, "seed": 4}
 N_CASES = int(os.environ.get("QAFLORA_TEST_CASES", "40"))  # of schemathesis, for each operation
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("default"),  # other people's code
-]
+PLACE = {"place": {"enum": ["Rome", "Oslo"]}, "days": {"enum": [1, 2]}}
+FORM = {"type": "object", "properties": PLACE, "required": ["place"], "additionalProperties": False}
+WEATHER: Any = {"type": "function", "function": {"name": "weather", "parameters": FORM}}
 
 
-def needs(package: str) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(
-        find_spec(package) is None, reason=f"{package} is not installed (make test-clients)"
-    )
+class Animal(BaseModel):
+    kind: Literal["cat", "dog"]
+    legs: Literal[2, 4]
+
+
+def needs(package: str) -> Callable[[Any], Any]:
+    """Mark a slow test of other people's code, which may warn; skipped without a package."""
+    missing = f"{package} is not installed (make test-clients)"
+    skip = pytest.mark.skipif(find_spec(package) is None, reason=missing)
+    return lambda test: pytest.mark.slow(pytest.mark.filterwarnings("default")(skip(test)))
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +70,87 @@ def url(made: TinyBundle) -> Iterator[str]:
 def expected(alone: Engine, strategy: str | None = None) -> str:
     text: str = alone.chat(USER, weights=strategy, **OPTIONS)["choices"][0]["message"]["content"]
     return text
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[OpenAI]:
+    with OpenAI(base_url=url, api_key=KEY, max_retries=0) as client:
+        yield client
+
+
+def test_stream_with_the_mix_asked_for(client: OpenAI, alone: Engine) -> None:
+    options: Any = {"max_tokens": 20, "temperature": 1.5, "seed": 4}
+    wanted = alone.chat(USER, weights={"math": 0.75}, **options)
+    raw = client.chat.completions.with_raw_response.create(
+        model="tiny",
+        messages=USER,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"fusion": {"weights": {"math": 0.75}}},
+        **options,
+    )
+    assert raw.headers["x-fusion"] == "math=0.75,es=0.00"
+    *chunks, last = list(raw.parse())
+    text = wanted["choices"][0]["message"]["content"]
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
+    assert chunks[-1].choices[0].finish_reason == wanted["choices"][0]["finish_reason"]
+    assert last.usage is not None
+    assert last.usage.completion_tokens == wanted["usage"]["completion_tokens"]
+
+
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "weather"}}]
+)
+def test_tools(client: OpenAI, choice: Any) -> None:
+    asked: Any = {"model": "tiny", "messages": USER, "tools": [WEATHER], "tool_choice": choice}
+    found = client.chat.completions.create(max_tokens=200, **asked).choices[0]
+    assert found.finish_reason == "tool_calls"
+    (call,) = found.message.tool_calls or ()
+    assert call.type == "function"
+    assert call.function.name == "weather"
+    assert json.loads(call.function.arguments)["place"] in ("Rome", "Oslo")
+
+    with client.chat.completions.stream(max_tokens=200, **asked) as stream:
+        whole = stream.get_final_completion().choices[0]
+    (streamed,) = whole.message.tool_calls or ()
+    assert json.loads(streamed.function.arguments)["place"] in ("Rome", "Oslo")
+    # As Extended OpenAI Conversation 2.0.0, of Home Assistant, sends it back.
+    result = {"tool_call_id": call.id, "role": "tool", "name": "weather", "content": "warm"}
+    told: Any = [*USER, found.message.model_dump(exclude_none=True), result]
+    again = client.chat.completions.create(
+        model="tiny", messages=told, tools=[WEATHER], tool_choice="none", max_tokens=3
+    )
+    assert again.choices[0].message.tool_calls is None
+
+
+def test_parsed_by_a_schema(client: OpenAI) -> None:
+    asked: Any = {"model": "tiny", "messages": USER, "response_format": Animal}
+    found = client.chat.completions.parse(**asked, temperature=2.0, seed=1)
+    assert isinstance(found.choices[0].message.parsed, Animal)
+    with client.chat.completions.stream(**asked, temperature=2.0, seed=1) as stream:
+        kinds = {event.type for event in stream}
+        whole = stream.get_final_completion()
+    assert whole.choices[0].message.parsed == found.choices[0].message.parsed
+    assert {"content.delta", "content.done"} <= kinds
+
+
+def test_failures_are_its_own_exceptions(client: OpenAI, url: str) -> None:
+    def chat(by: OpenAI = client, **asked: Any) -> None:
+        by.chat.completions.create(**{"model": "tiny", "messages": USER, **asked})
+
+    with pytest.raises(openai.NotFoundError) as missing:
+        chat(model="other")
+    assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
+    with pytest.raises(openai.BadRequestError, match="temperature") as refused:
+        chat(temperature=-1)
+    assert refused.value.param == "temperature"
+    with pytest.raises(openai.BadRequestError, match=r"fusion\.weigths does not exist"):
+        chat(extra_body={"fusion": {"weigths": {}}})
+    with (
+        OpenAI(base_url=url, api_key="another-key", max_retries=0) as stranger,
+        pytest.raises(openai.AuthenticationError),
+    ):
+        chat(stranger)
 
 
 @needs("langchain_openai")
