@@ -201,6 +201,7 @@ PLAIN = '{"name": "time", "parameters": {"é": 1}}'
         (HERMES, f'<tool_call>{CALL}</tool_call><tool_call>{{"name": "b"}}', "", ["time", "b"]),
         (HERMES, f"I look.\n```json\n{CALL}\n```\n", "I look.", ["time"]),
         (HERMES, f"```{CALL}", "", ["time"]),
+        (HERMES, f" {CALL}", "", ["time"]),
         (LIST, f"[TOOL_CALLS] [{CALL}, {CALL}]", "", ["time", "time"]),
         (LIST, f"Yes. [TOOL_CALLS][{CALL}]", "Yes.", ["time"]),
         (ARGS, '[TOOL_CALLS]time[ARGS]{"é": 1}', "", ["time"]),
@@ -232,8 +233,11 @@ def test_calls_are_read_out_of_text(tools: Tools, text: str, rest: str, names: l
         (HERMES, '<tool_call>{"name": 1}'),
         (HERMES, f"<tool_call>{CALL} or not</tool_call>"),
         *((HERMES, f"```{text}```") for text in ('json\n{"name": "Ana"}\n', "python\n{}\n", "[1]")),
-        (HERMES, CALL),
-        *((LIST, text) for text in ("[TOOL_CALLS][", '[TOOL_CALLS][{"name": "a"}, 1]', CALL)),
+        (HERMES, CALL.replace("time", "other")),
+        *(
+            (LIST, text)
+            for text in ("[TOOL_CALLS][", '[TOOL_CALLS][{"name": "a"}, 1]', f"As {CALL}")
+        ),
         (ARGS, "[TOOL_CALLS]time[ARGS]"),
         (LLAMA, PLAIN.replace("time", "other")),
         *((LLAMA, text) for text in (f"{PLAIN} is a call", f"As {PLAIN}", "{", '{"name": "time"}')),
@@ -251,6 +255,7 @@ def test_text_is_shown_until_a_call_begins() -> None:
         (HERMES, ("`", "``", "py\n<", "``"), ["```py\n", "<", "``"]),
         (LIST, ("a [TOOL", "_"), ["a ", "[TOOL_"]),
         (LLAMA, (" ", "a", "{"), [" a", "{"]),
+        (HERMES, ("{", "a", "}"), ["{a", "}"]),
         (LLAMA, (" ", "{", "a"), [" {a"]),
     ):
         assert list(tools.shown(pieces, [])) == shown
@@ -337,9 +342,13 @@ def test_answer_goes_on_from_a_last_message_of_the_assistant(engine: Engine) -> 
 
 
 def test_templates_take_variables(engine: Engine, monkeypatch: Any) -> None:
-    template = CHATML.replace("assistant\n", "assistant\n{{ '<think>' if thinks }}{{ word }}")
+    said = "{{ tools_in_user_message }}{{ '<think>' if thinks }}{{ word }}"
+    template = CHATML.replace("assistant\n", f"assistant\n{said}")
     monkeypatch.setattr(engine._model, "chat_template", template)
-    for thinks, word, end in ((True, "a", "<think>a"), (False, "<|im_end|>", "<|im_end|>")):
+    for thinks, word, end in (
+        (True, "a", "False<think>a"),
+        (False, "<|im_end|>", "False<|im_end|>"),
+    ):
         given = {"thinks": thinks, "word": word, "messages": []}
         tokens = engine.chat_tokens(USER, chat_template_kwargs=given)
         text = engine._model.detokenize(tokens, special=True).decode()
@@ -349,8 +358,10 @@ def test_templates_take_variables(engine: Engine, monkeypatch: Any) -> None:
     assert engine._model.detokenize(tokens).endswith(b"thing?\n")
 
 
-def test_template_without_tools_is_refused(engine: Engine, monkeypatch: Any) -> None:
-    monkeypatch.setattr(engine._model, "chat_template", CHATML + "{% if tools %}T{% endif %}")
+@pytest.mark.parametrize("written", ["T", "<tool_call><function="])
+def test_template_without_tools_is_refused(engine: Engine, monkeypatch: Any, written: str) -> None:
+    template = CHATML + "{% if tools %}" + written + "{% endif %}"
+    monkeypatch.setattr(engine._model, "chat_template", template)
     with pytest.raises(ToolsError) as caught:
         engine.chat(USER, tools=[TIME])
     assert str(caught.value) == (
@@ -438,12 +449,9 @@ def test_log_probabilities_end_before_a_stop_text(tmp_path: Path) -> None:
     replace = constant_logits(lambda token: 9 * (token == "a"))
     base = write_tiny_base(tmp_path / "base.gguf", "qwen2", chat_template=QWEN, replace=replace)
     with Engine(base=base.path) as engine:
-        options = {
-            "max_tokens": 6,
-            "logprobs": True,
-            "logit_bias": {str(base.tokens.index("b")): 9},
-        }
-        choice = engine.chat(USER, **options, temperature=1.0, seed=1, stop=["b"])["choices"][0]
+        bias = {str(base.tokens.index("b")): 9}
+        options = {"max_tokens": 6, "logprobs": True, "logit_bias": bias, "stop": ["b"]}
+        choice = engine.chat(USER, **options, temperature=1.0, seed=1)["choices"][0]
         shown = "".join(entry["token"] for entry in choice["logprobs"]["content"])
         assert (shown, choice["finish_reason"]) == (choice["message"]["content"], "stop")
 

@@ -13,13 +13,8 @@ from bundles import make_bundle
 from openai.types.responses import Response
 from serving import client_of, listening
 from starlette.testclient import TestClient
+from tiny import QWEN
 
-TEMPLATE = (
-    "{% if tools %}Tools:{% for tool in tools %}{{ tool | tojson }}{% endfor %} as <tool_call>"
-    "{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-    "{% for call in m.tool_calls %}<tool_call>{{ call.function.arguments | tojson }}{% endfor %}"
-    "<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
-)
 TURN = {"type": "object", "properties": {"to": {"enum": ["left", "right"]}}, "required": ["to"]}
 TOOL: Any = {"type": "function", "name": "turn", "parameters": TURN, "strict": True}
 PART = {"type": "input_text", "text": "the thing?"}
@@ -28,8 +23,7 @@ PART = {"type": "input_text", "text": "the thing?"}
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("responses")
-    more = {"chat_template": TEMPLATE, "user_defined": ("<tool_call>",)}
-    return make_bundle(place, **more).folder
+    return make_bundle(place, chat_template=QWEN, user_defined=("<tool_call>",)).folder
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +56,8 @@ def test_the_same_answer_in_another_shape(client: openai.OpenAI) -> None:
     ):
         found = client.responses.create(**asked, input=given, temperature=0)
         assert found.output_text == expected.message.content
-        assert (found.status, found.incomplete_details.reason) == (
-            "incomplete",
-            "max_output_tokens",
-        )
+        reason = found.incomplete_details.reason
+        assert (found.status, reason) == ("incomplete", "max_output_tokens")
         assert found.usage.output_tokens == 9
         assert found.fusion["strategy"] == "qa-flora"
 

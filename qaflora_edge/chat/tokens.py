@@ -58,7 +58,9 @@ def chat_tokens(
         more = {**(chat_template_kwargs or {})}
         typed = TypedText(model, literal, [checked, tools, more])
         marked = [typed.marked(each, is_assistant=each["role"] == "assistant") for each in checked]
-        variables: dict[str, Any] = {**typed.marked(more), "messages": marked}
+        # Llama 3's has tools in the question's turn otherwise, where they would be weighed.
+        own: dict[str, Any] = {"tools_in_user_message": False}
+        variables = {**own, **typed.marked(more), "messages": marked}
         variables["add_generation_prompt"] = begun is not None or add_generation_prompt is not False
         if tools:
             if call_format(template) is None:

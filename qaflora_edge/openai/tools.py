@@ -17,6 +17,7 @@ from qaflora_edge.inference.constraint import (
 )
 
 _FENCES = ("```json", "```\n{", "```{")
+_BARE = '{"name"'
 _AFTER = re.compile(r"\s*(?:</tool_call>|;|```|\Z|(?=\[TOOL_CALLS\]))")
 _DECODER = json.JSONDecoder()
 
@@ -141,7 +142,7 @@ class Tools(NamedTuple):
         held, is_start = "", True
         for piece in pieces:
             held += piece
-            if is_start and self.format.is_bare and held.lstrip()[:1] in ("", "{"):
+            if is_start and _BARE.startswith("".join(held.split())[: len(_BARE)]):
                 continue
             is_start = False
             at = next((at for at in range(len(held)) if self._may_begin(held, at)), len(held))
