@@ -232,6 +232,7 @@ def test_calls_are_read_out_of_text(tools: Tools, text: str, rest: str, names: l
         *((HERMES, text) for text in ("<tool_call>{</tool_call>", "<tool_call>[1]", " plain ")),
         (HERMES, '<tool_call>{"name": 1}'),
         (HERMES, f"<tool_call>{CALL} or not</tool_call>"),
+        (HERMES, '```{"name": "time", "arguments": null}```'),
         *((HERMES, f"```{text}```") for text in ('json\n{"name": "Ana"}\n', "python\n{}\n", "[1]")),
         (HERMES, CALL.replace("time", "other")),
         *(
@@ -320,22 +321,25 @@ def test_answer_goes_on_from_a_last_message_of_the_assistant(engine: Engine) -> 
         tokens = engine.chat_tokens(messages, **how)
         return engine._model.detokenize(tokens, special=True).decode()
 
-    begun = [*USER, {"role": "assistant", "content": "As <|im_end|>"}]
+    begun = [*USER, {"role": "assistant", "content": "As \ue000<|im_end|>"}]
     tokens = engine.chat_tokens(begun)
     end = engine._model.tokenize("<|im_end|>", add_special=False, parse_special=True)
     assert tokens.count(*end) == 1  # the user's; the assistant's is text
     for how in ({}, {"continue_final_message": True}):
-        assert spelt_chat(begun, **how) == spelt_chat(USER) + "As <|im_end|>"
+        assert spelt_chat(begun, **how) == spelt_chat(USER) + "As \ue000<|im_end|>"
     turn = spelt_chat(begun, continue_final_message=False)
     assert turn == spelt_chat(begun, add_generation_prompt=True)
-    assert turn.endswith("As <|im_end|><|im_end|>\n<|im_start|>assistant")
+    assert turn.endswith("As \ue000<|im_end|><|im_end|>\n<|im_start|>assistant")
     whole = engine.chat(begun, max_tokens=3)["choices"][0]["message"]["content"]
     assert whole == engine.generate(tokens, max_tokens=3).text()
     for messages, how in (
         (USER, {"continue_final_message": True}),
         (begun, {"continue_final_message": True, "add_generation_prompt": True}),
+        (USER, {"chat_template_kwargs": 3}),
     ):
-        with pytest.raises(OptionError, match="Option continue_final_message is True, found"):
+        with pytest.raises(
+            OptionError, match=f"Option {next(iter(how))} is (True, found|3, expec)"
+        ):
             engine.chat(messages, **how)
     with pytest.raises(PromptError, match="Messages 1 and 2 are both the assistant's, expected"):
         engine.chat([*begun, begun[-1]])

@@ -38,7 +38,7 @@ def run(model: Model, template: str, *contents: str, **more: Any) -> list[int]:
     messages = [{"role": roles[i], "content": text} for i, text in enumerate(contents)]
     for key, value in more.items():
         messages[0][key] = value
-    return chat_tokens(model, messages)
+    return chat_tokens(model, messages, continue_final_message=False)
 
 
 def controls(model: Model, tokens: list[int]) -> list[str]:

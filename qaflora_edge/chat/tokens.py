@@ -17,6 +17,7 @@ from qaflora_edge.errors import (
     PromptError,
     QafloraError,
     ToolsError,
+    wrong_option,
 )
 from qaflora_edge.inference.request import check_size
 
@@ -45,7 +46,12 @@ def chat_tokens(
     """
     checked = checked_messages(messages)
     begun = _begun(checked, continue_final_message, add_generation_prompt)
-    check_size(model, [message["content"] or "" for message in checked], n_ctx)
+    more = {} if chat_template_kwargs is None else chat_template_kwargs
+    if not isinstance(more, Mapping):
+        raise wrong_option(
+            "chat_template_kwargs", more, 'an object, as in {"enable_thinking": False}'
+        )
+    check_size(model, [*(message["content"] or "" for message in checked), begun or ""], n_ctx)
     template, name = str(model.chat_template or ""), model.path.name
     if not template:
         raise ChatTemplateError(
@@ -55,8 +61,7 @@ def chat_tokens(
     bos, eos = model._lib.llama_vocab_bos(model.vocab), model._lib.llama_vocab_eos(model.vocab)
     try:
         literal = templates.literal_text(template)
-        more = {**(chat_template_kwargs or {})}
-        typed = TypedText(model, literal, [checked, tools, more])
+        typed = TypedText(model, literal, [checked, begun, tools, more])
         marked = [typed.marked(each, is_assistant=each["role"] == "assistant") for each in checked]
         # Llama 3's has tools in the question's turn otherwise, where they would be weighed.
         own: dict[str, Any] = {"tools_in_user_message": False}

@@ -142,7 +142,7 @@ class Tools(NamedTuple):
         held, is_start = "", True
         for piece in pieces:
             held += piece
-            if is_start and _BARE.startswith("".join(held.split())[: len(_BARE)]):
+            if is_start and _BARE.startswith("".join(held[:64].split())[: len(_BARE)]):
                 continue
             is_start = False
             at = next((at for at in range(len(held)) if self._may_begin(held, at)), len(held))
@@ -194,13 +194,12 @@ class Tools(NamedTuple):
     def _call(self, call: Any, *, is_marked: bool) -> dict[str, Any] | None:
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):
             return None
-        arguments = call.get("arguments", call.get("parameters", {}))
-        if not is_marked:
-            names = [tool["function"]["name"] for tool in self.told]
-            if call["name"] not in names or not {"arguments", "parameters"} & call.keys():
-                return None
+        arguments = call.get("arguments", call.get("parameters"))
+        names = [tool["function"]["name"] for tool in self.told]
+        if not is_marked and not (call["name"] in names and isinstance(arguments, dict)):
+            return None
         if not isinstance(arguments, str):
-            arguments = json.dumps(arguments, ensure_ascii=False)
+            arguments = json.dumps(arguments or {}, ensure_ascii=False)
         n_id, own_id = self.format.n_id, call.get("id")
         if not (isinstance(own_id, str) and len(own_id) == n_id):
             own_id = uuid.uuid4().hex[:n_id] if n_id else f"call_{uuid.uuid4().hex}"
