@@ -184,11 +184,8 @@ def _listening(server: Any, place: Path) -> contextlib.AbstractContextManager[st
     sampling = {"temperature": server.temperature, "seed": server.seed}
     if server.n_predict and server.n_predict > 0:
         sampling["max_tokens"] = server.n_predict
-    origins = (server.cors_origins,) if server.cors_origins else ()
-    options = make_options(
-        engine=engine, sampling=sampling, api_key=server.api_key, cors_origins=origins
-    )
-    app = make_app([place], options)
+    who = {"api_key": server.api_key, "cors_origins": tuple(filter(None, [server.cors_origins]))}
+    app = make_app([place], make_options(engine=engine, sampling=sampling, **who))
     bundle = next(iter(app.state.models.by_name.values()))
     app.state.models.find = lambda model: (bundle, None)
     return listening_app(_without_v1(app))
@@ -197,13 +194,12 @@ def _listening(server: Any, place: Path) -> contextlib.AbstractContextManager[st
 def _without_v1(app: Any) -> Any:
     """Their paths are ours, with or without /v1; /completions is their /completion."""
 
+    ours = {path: f"/v1{path}" for path in ("/chat/completions", "/models", "/responses")}
+    ours["/completions"] = "/completion"
+
     async def asked(scope: Any, receive: Any, send: Any) -> None:
         path = scope.get("path")
-        if path in ("/chat/completions", "/models", "/responses", "/embeddings"):
-            scope = {**scope, "path": f"/v1{path}"}
-        if path == "/completions":
-            scope = {**scope, "path": "/completion"}
-        await app(scope, receive, send)
+        await app({**scope, "path": ours.get(path, path)}, receive, send)
 
     return asked
 
@@ -218,13 +214,11 @@ def table(counts: dict[str, dict[str, int]]) -> str:
     for name, found in [*sorted(counts.items()), ("all", total)]:
         whys = ", ".join(f"{why} {found[why]}" for why in NOT_OURS if found.get(why))
         n_test = sum(found.get(each, 0) for each in ("", *NOT_OURS))
-        lines.append(
-            f"| {name} | {n_test} | {found.get('passed', 0)} | {found.get('skipped', 0)} | {whys} |"
-        )
+        n_passed, n_skipped = found.get("passed", 0), found.get("skipped", 0)
+        lines.append(f"| {name} | {n_test} | {n_passed} | {n_skipped} | {whys} |")
         total.update(found)
-    return "\n".join(
-        [*lines, "", *(f"* **{why}**: {each['means']}." for why, each in NOT_OURS.items()), "", ""]
-    )
+    means = [f"* **{why}**: {each['means']}." for why, each in NOT_OURS.items()]
+    return "\n".join([*lines, "", *means, "", ""])
 
 
 def main() -> int:
