@@ -129,12 +129,7 @@ def measure_ttft(rig: Rig, engine: Engine, plan: Plan, tell: Tell) -> Iterator[R
             engine.generate(tokens, weights=name, max_tokens=1).text()
         return {"ttft_ms": 1e3 * (time.perf_counter() - start)}
 
-    names = ["plain", *(name for name in METHODS if name.partition(":")[0] in engine.strategies)]
-    every = {(n, name): partial(run, n, name) for n in plan.prompt_tokens for name in names}
-    runs = take_turns(every, plan.repeat, partial(tell, "ttft"))
-    for (length, name), own in runs.items():
-        row = {"prompt_tokens": length, "name": name, "runs": own}
-        yield row | compared("ttft_ms", own, of_plain=runs[length, "plain"])
+    yield from _next_to_plain("ttft", run, METHODS, engine, plan, tell)
 
 
 # a second turn
@@ -161,9 +156,21 @@ def measure_turn(rig: Rig, engine: Engine, plan: Plan, tell: Tell) -> Iterator[R
             engine.generate(tokens, weights=f"{name},answer=0.3", max_tokens=1).text()
         return {"ttft_ms": 1e3 * (time.perf_counter() - start)}
 
-    names = ["plain", *(name for name in METHODS if name.startswith("two-place:"))]
+    yield from _next_to_plain("turn", run, ["two-place:abstain=never"], engine, plan, tell)
+
+
+def _next_to_plain(
+    part: str,
+    run: Callable[[int, str, int], Run],
+    methods: Sequence[str],
+    engine: Engine,
+    plan: Plan,
+    tell: Tell,
+) -> Iterator[Row]:
+    """Give rows of llama.cpp's prefill and of the methods that the Engine can follow."""
+    names = ["plain", *(name for name in methods if name.partition(":")[0] in engine.strategies)]
     every = {(n, name): partial(run, n, name) for n in plan.prompt_tokens for name in names}
-    runs = take_turns(every, plan.repeat, partial(tell, "turn"))
+    runs = take_turns(every, plan.repeat, partial(tell, part))
     for (length, name), own in runs.items():
         row = {"prompt_tokens": length, "name": name, "runs": own}
         yield row | compared("ttft_ms", own, of_plain=runs[length, "plain"])
