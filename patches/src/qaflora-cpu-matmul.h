@@ -117,16 +117,12 @@ template <typename T> static void mm_gather(const uint8_t * w, int64_t n, int64_
             }
             dst->min[o] = min;
         }
-        for (int half = 0; half < 2; ++half) { // 4 x 4 groups are transposed
-            const ivec x0 = i_load_rows(q,     16*half);
-            const ivec x1 = i_load_rows(q + 1, 16*half);
-            const ivec x2 = i_load_rows(q + 2, 16*half);
-            const ivec x3 = i_load_rows(q + 3, 16*half);
-            mm_number * p = &dst->w[0][0][0] + half*16*W;
-            mm_store(p,        i_low_64 (i_low_32 (x0, x1), i_low_32 (x2, x3)));
-            mm_store(p + 4*W,  i_high_64(i_low_32 (x0, x1), i_low_32 (x2, x3)));
-            mm_store(p + 8*W,  i_low_64 (i_high_32(x0, x1), i_high_32(x2, x3)));
-            mm_store(p + 12*W, i_high_64(i_high_32(x0, x1), i_high_32(x2, x3)));
+        for (int i = 0; i < MM_BLOCK/16; ++i) {
+            ivec turned[4];
+            i_turn(q, 16*i, turned);
+            for (int j = 0; j < 4; ++j) {
+                mm_store(&dst->w[0][0][0] + (4*i + j)*4*W, turned[j]);
+            }
         }
     }
 }
@@ -204,6 +200,19 @@ static inline void mm_copy_words(q6_k_matrix, const uint8_t * w, int64_t n_block
     }
 }
 
+// d and what minima are scaled by; then the 12 bytes
+template <bool FIVE> static inline void mm_copy_words(k_matrix<FIVE>, const uint8_t * w, int64_t n_block, int64_t ib, int64_t, mm_words * words) {
+    const int8_t * row[W];
+    for (int o = 0; o < W; ++o) {
+        row[o] = (const int8_t *) w + o*k_matrix<FIVE>::block(n_block) + k_matrix<FIVE>::block(ib);
+    }
+    ivec turned[4];
+    i_turn(row, 0, turned);
+    for (int i = 0; i < 4; ++i) {
+        i_store(words->of[i][0], turned[i]);
+    }
+}
+
 template <typename T> static inline void mm_scales(T, const mm_words & words, int64_t i, vec * scale, vec * min) {
     const __m512i all = i_load(words.of[i][0]);
     scale[0] = mm_halves(all);
@@ -215,6 +224,21 @@ static inline void mm_scales(q6_k_matrix, const mm_words & words, int64_t i, vec
     const __m512i bytes = i_load(words.of[i][1]);
     scale[0] = v_mul(d, mm_bytes(bytes, 0));
     scale[1] = v_mul(d, mm_bytes(bytes, 8));
+}
+
+template <bool FIVE> static inline void mm_scales(k_matrix<FIVE>, const mm_words & words, int64_t i, vec * scale, vec * min) {
+    const __m512i all  = i_load(words.of[0][0]);
+    const __m128i n    = _mm_cvtsi32_si128((int) (i % 4*8));
+    const __m512i s    = _mm512_srl_epi32(i_load(words.of[1][0]), n);
+    const __m512i m    = _mm512_srl_epi32(i_load(words.of[2][0]), n);
+    const __m512i late = _mm512_srl_epi32(i_load(words.of[3][0]), n);
+    const __m512i bits_4 = i_set1(15), bits_6 = i_set1(63), above = i_set1(48);
+    const __m512i s_all = i < 4 ? _mm512_and_si512(s, bits_6)
+        : _mm512_or_si512(_mm512_and_si512(late, bits_4), _mm512_and_si512(_mm512_srli_epi32(s, 2), above));
+    const __m512i m_all = i < 4 ? _mm512_and_si512(m, bits_6)
+        : _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi32(late, 4), bits_4), _mm512_and_si512(_mm512_srli_epi32(m, 2), above));
+    scale[0] = v_mul(mm_halves(all), i_to_float(s_all));
+    *min = v_mul(mm_halves(_mm512_srli_epi32(all, 16)), i_to_float(_mm512_sub_epi32(_mm512_setzero_si512(), m_all)));
 }
 
 static inline void mm_few_gather(const mm_rows * rows, int64_t n_block, int n, mm_few_rows * few) {
@@ -326,8 +350,11 @@ template <typename T> static void mm_tiles(const qaflora_matrix & m, int64_t beg
 static void matmul(const qaflora_matrix & m, int64_t begin, int64_t end, const void * rounded, int64_t n_row, float * y, int64_t stride, void * room) {
     mm_outputs * outputs = (mm_outputs *) room;
     switch (m.type) {
+        case QAFLORA_MATRIX_Q4_0:  mm_tiles<q4_0_matrix>(m, begin, end, rounded, n_row, y, stride, outputs); break;
         case QAFLORA_MATRIX_Q4_1:  mm_tiles<q4_1_matrix>(m, begin, end, rounded, n_row, y, stride, outputs); break;
         case QAFLORA_MATRIX_Q5_0:  mm_tiles<q5_0_matrix>(m, begin, end, rounded, n_row, y, stride, outputs); break;
+        case QAFLORA_MATRIX_Q4_K:  mm_tiles<q4_k_matrix>(m, begin, end, rounded, n_row, y, stride, outputs); break;
+        case QAFLORA_MATRIX_Q5_K:  mm_tiles<q5_k_matrix>(m, begin, end, rounded, n_row, y, stride, outputs); break;
         case QAFLORA_MATRIX_Q6_K:  mm_tiles<q6_k_matrix>(m, begin, end, rounded, n_row, y, stride, outputs); break;
         case QAFLORA_MATRIX_Q8_0:  mm_tiles<q8_0_matrix>(m, begin, end, rounded, n_row, y, stride, outputs); break;
         case QAFLORA_MATRIX_OTHER: break;

@@ -78,6 +78,18 @@ static inline ivec i_load_rows(const int8_t * const * row, int64_t i) {
 
 #endif
 
+// 16 bytes of W rows from i on: turned[j] has the bytes 4*j to 4*j + 3 of each
+static inline void i_turn(const int8_t * const * row, int64_t i, ivec * turned) {
+    const ivec x0 = i_load_rows(row,     i);
+    const ivec x1 = i_load_rows(row + 1, i);
+    const ivec x2 = i_load_rows(row + 2, i);
+    const ivec x3 = i_load_rows(row + 3, i);
+    turned[0] = i_low_64 (i_low_32 (x0, x1), i_low_32 (x2, x3));
+    turned[1] = i_high_64(i_low_32 (x0, x1), i_low_32 (x2, x3));
+    turned[2] = i_low_64 (i_high_32(x0, x1), i_high_32(x2, x3));
+    turned[3] = i_high_64(i_high_32(x0, x1), i_high_32(x2, x3));
+}
+
 #if defined(__AVX512VNNI__)
 
 // bytes of W are 128 too large, which sums make up for at their beginning
@@ -137,6 +149,16 @@ struct q8_0_matrix {
     static void    scales(const uint8_t * row, int64_t ib, float * scale, float *) { scale[0] = mm_f16(row + block(ib)); }
 };
 
+struct q4_0_matrix {
+    enum { N_SCALE = 1, HAS_MIN = 0 };
+    static size_t  block(int64_t ib) { return ib*18; }
+    static __m256i numbers(const uint8_t * row, int64_t ib) {
+        const __m128i x = _mm_loadu_si128((const __m128i *) (row + block(ib) + 2));
+        return _mm256_sub_epi8(mm_join(mm_low_4(x), mm_high_4(x)), _mm256_set1_epi8(8));
+    }
+    static void    scales(const uint8_t * row, int64_t ib, float * scale, float *) { scale[0] = mm_f16(row + block(ib)); }
+};
+
 struct q4_1_matrix {
     enum { N_SCALE = 1, HAS_MIN = 1 };
     static size_t  block(int64_t ib) { return ib*20; }
@@ -169,6 +191,34 @@ struct q5_0_matrix {
     }
     static void    scales(const uint8_t * row, int64_t ib, float * scale, float *) { scale[0] = mm_f16(row + block(ib)); }
 };
+
+// 256 numbers: a scale and one of minima for all; for each of 8 blocks 6 bits of both, in 12 bytes; for FIVE bits the fifth
+// ones; then 128 bytes of 4 bits
+template <bool FIVE> struct k_matrix {
+    enum { N_SCALE = 1, HAS_MIN = 1 };
+    static size_t  block(int64_t ib) { return ib/8*(FIVE ? 176 : 144); }
+    static __m256i numbers(const uint8_t * row, int64_t ib) {
+        const uint8_t * p = row + block(ib) + 16;
+        const int part = (int) (ib % 8);
+        const __m256i x = _mm256_loadu_si256((const __m256i *) (p + (FIVE ? 32 : 0) + part/2*32));
+        const __m256i low = _mm256_and_si256(_mm256_srl_epi16(x, _mm_cvtsi32_si128(part % 2*4)), _mm256_set1_epi8(15));
+        if (!FIVE) {
+            return low;
+        }
+        const __m256i y = _mm256_srl_epi16(_mm256_loadu_si256((const __m256i *) p), _mm_cvtsi32_si128(part));
+        return _mm256_or_si256(low, _mm256_slli_epi16(_mm256_and_si256(y, _mm256_set1_epi8(1)), 4));
+    }
+    static void    scales(const uint8_t * row, int64_t ib, float * scale, float * min) {
+        const uint8_t * p = row + block(ib);
+        const uint8_t * q = p + 4 + ib % 4;
+        const bool is_late = ib % 8 > 3; // 4 bits of it are in the last bytes, and 2 above those of an early one
+        scale[0] = mm_f16(p)*(float) (is_late ? (q[8] & 15) | q[0] >> 6 << 4 : q[0] & 63);
+        min[0]   = mm_f16(p + 2)*(float) -(is_late ? q[8] >> 4 | q[4] >> 6 << 4 : q[4] & 63);
+    }
+};
+
+typedef k_matrix<false> q4_k_matrix;
+typedef k_matrix<true>  q5_k_matrix;
 
 // 256 numbers: 128 bytes of 4 bits, 64 of 2 bits, 16 scales and one for all
 struct q6_k_matrix {

@@ -133,8 +133,11 @@ void qaflora_op_base_differential(ggml_tensor * dst, int ith, int nth, void * us
 }
 
 qaflora_matrix qaflora_matrix_of(const ggml_tensor * w) {
-    const auto type = w->type == GGML_TYPE_Q4_1 ? QAFLORA_MATRIX_Q4_1
+    const auto type = w->type == GGML_TYPE_Q4_0 ? QAFLORA_MATRIX_Q4_0
+                    : w->type == GGML_TYPE_Q4_1 ? QAFLORA_MATRIX_Q4_1
                     : w->type == GGML_TYPE_Q5_0 ? QAFLORA_MATRIX_Q5_0
+                    : w->type == GGML_TYPE_Q4_K ? QAFLORA_MATRIX_Q4_K
+                    : w->type == GGML_TYPE_Q5_K ? QAFLORA_MATRIX_Q5_K
                     : w->type == GGML_TYPE_Q6_K ? QAFLORA_MATRIX_Q6_K
                     : w->type == GGML_TYPE_Q8_0 ? QAFLORA_MATRIX_Q8_0 : QAFLORA_MATRIX_OTHER;
     return { ggml_is_contiguous(w) ? type : QAFLORA_MATRIX_OTHER, (const uint8_t *) w->data, w->ne[0] };

@@ -45,8 +45,11 @@ struct qaflora_cpu_rows {
 // A matrix of the base as its file has it [n_out, n_in], of a type that matmul() takes
 enum qaflora_matrix_type {
     QAFLORA_MATRIX_OTHER,
+    QAFLORA_MATRIX_Q4_0,
     QAFLORA_MATRIX_Q4_1,
     QAFLORA_MATRIX_Q5_0,
+    QAFLORA_MATRIX_Q4_K,
+    QAFLORA_MATRIX_Q5_K,
     QAFLORA_MATRIX_Q6_K,
     QAFLORA_MATRIX_Q8_0,
 };

@@ -46,6 +46,10 @@ LLAMA_API int32_t      qaflora_abi_version(void);
 LLAMA_API const char * qaflora_build_info (void); // "llama.cpp COMMIT, patches HASH"
 LLAMA_API const char * qaflora_last_error (void); // of the calling thread, never null
 
+// Whether to load models with use_extra_bufts false: 1 where the CPU's kernels multiply matrices as files store them. Rearranged
+// by llama.cpp, some are multiplied otherwise alone than in company. 0 also where llama.cpp uses Intel's AMX, with an order of its own.
+LLAMA_API int32_t      qaflora_has_products(void);
+
 // how A and B of adapters are stored
 enum qaflora_adapter_type {
     QAFLORA_ADAPTER_AUTO = 0, // as the files have them; what the CPU's kernels do not know, such as Q4_0, as F32

@@ -50,6 +50,7 @@ _PROTOTYPES: dict[str, Prototype] = {
     "abi_version": (_INT, []),
     "build_info": (_TEXT, []),
     "last_error": (_TEXT, []),
+    "has_products": (_INT, []),
     "pack_init": (_HANDLE, [_HANDLE, _TEXTS, _INT, _INT]),
     "pack_free": (None, [_HANDLE]),
     "pack_size_bytes": (_LONG, [_HANDLE]),

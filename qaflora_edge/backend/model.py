@@ -64,6 +64,7 @@ class Model(Handle):
         self._n_user = 1
         self._lib, self._functions = load()
         params = self._lib.llama_model_default_params()
+        params.use_extra_bufts = not self._functions.has_products()
         self.workers, self._pointer = Workers(rpc), 0
         try:
             self.is_on_cpu = not place(params, self.workers, gpu_layers, tensor_split)
