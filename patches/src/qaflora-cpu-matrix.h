@@ -29,13 +29,29 @@ static inline ivec i_low_32 (ivec x, ivec y) { return _mm512_unpacklo_epi32(x, y
 static inline ivec i_high_32(ivec x, ivec y) { return _mm512_unpackhi_epi32(x, y); }
 static inline ivec i_low_64 (ivec x, ivec y) { return _mm512_unpacklo_epi64(x, y); }
 static inline ivec i_high_64(ivec x, ivec y) { return _mm512_unpackhi_epi64(x, y); }
+static inline ivec i_and(ivec x, ivec y)     { return _mm512_and_si512(x, y); }
+static inline ivec i_or (ivec x, ivec y)     { return _mm512_or_si512(x, y); }
+static inline ivec i_xor(ivec x, ivec y)     { return _mm512_xor_si512(x, y); }
+static inline ivec i_left (ivec x, int n)    { return _mm512_sllv_epi32(x, _mm512_set1_epi32(n)); }
+static inline ivec i_right(ivec x, int n)    { return _mm512_srlv_epi32(x, _mm512_set1_epi32(n)); }
+static inline ivec i_shift(ivec x, int n)    { return _mm512_rorv_epi32(x, _mm512_set1_epi32(n)); } // left if n < 0; other bits are of no use
+static inline ivec i_signed(ivec x, int n)   { return _mm512_srav_epi32(x, _mm512_set1_epi32(n)); } // to the right
+static inline vec  i_halves(ivec x)          { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x)); } // the lower ones, as F16
+
+// bytes of every lane: its byte i four times
+static inline ivec i_byte(ivec x, int i)     { return _mm512_shuffle_epi8(x, _mm512_add_epi32(_mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0), _mm512_set1_epi32(i*0x01010101))); }
+
+// x + 16 in bytes whose bit of each is set
+static inline ivec i_fifth(ivec x, ivec bits, ivec each) {
+    return _mm512_mask_add_epi8(x, _mm512_test_epi8_mask(bits, each), x, _mm512_set1_epi8(16));
+}
 
 // 16 bytes from each fourth of 16 rows
-static inline ivec i_load_rows(const int8_t * const * row, int64_t i) {
-    ivec x = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *) (row[0] + i)));
-    x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *) (row[4] + i)), 1);
-    x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *) (row[8] + i)), 2);
-    return _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *) (row[12] + i)), 3);
+static inline ivec i_load_rows(const uint8_t * p, size_t stride) {
+    ivec x = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *) p));
+    x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *) (p + 4*stride)), 1);
+    x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *) (p + 8*stride)), 2);
+    return _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *) (p + 12*stride)), 3);
 }
 
 #else
@@ -69,21 +85,38 @@ static inline ivec i_low_32 (ivec x, ivec y) { return _mm256_unpacklo_epi32(x, y
 static inline ivec i_high_32(ivec x, ivec y) { return _mm256_unpackhi_epi32(x, y); }
 static inline ivec i_low_64 (ivec x, ivec y) { return _mm256_unpacklo_epi64(x, y); }
 static inline ivec i_high_64(ivec x, ivec y) { return _mm256_unpackhi_epi64(x, y); }
+static inline ivec i_and(ivec x, ivec y)     { return _mm256_and_si256(x, y); }
+static inline ivec i_or (ivec x, ivec y)     { return _mm256_or_si256(x, y); }
+static inline ivec i_left (ivec x, int n)    { return _mm256_sllv_epi32(x, _mm256_set1_epi32(n)); }
+static inline ivec i_right(ivec x, int n)    { return _mm256_srlv_epi32(x, _mm256_set1_epi32(n)); }
+static inline ivec i_shift(ivec x, int n)    { return n < 0 ? i_left(x, -n) : i_right(x, n); }
+static inline ivec i_signed(ivec x, int n)   { return _mm256_srav_epi32(x, _mm256_set1_epi32(n)); }
+static inline vec  i_halves(ivec x) {
+    x = _mm256_and_si256(x, _mm256_set1_epi32(0xffff));
+    return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
+}
+static inline ivec i_byte(ivec x, int i) {
+    const ivec first = _mm256_set_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0, 0x0c0c0c0c, 0x08080808, 0x04040404, 0);
+    return _mm256_shuffle_epi8(x, _mm256_add_epi32(first, _mm256_set1_epi32(i*0x01010101)));
+}
+static inline ivec i_fifth(ivec x, ivec bits, ivec each) {
+    return _mm256_or_si256(x, _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(bits, each), each), _mm256_set1_epi8(16)));
+}
 
 // 16 bytes from each fourth of 8 rows
-static inline ivec i_load_rows(const int8_t * const * row, int64_t i) {
-    const __m128i x = _mm_loadu_si128((const __m128i *) (row[0] + i));
-    return _mm256_inserti128_si256(_mm256_castsi128_si256(x), _mm_loadu_si128((const __m128i *) (row[4] + i)), 1);
+static inline ivec i_load_rows(const uint8_t * p, size_t stride) {
+    const __m128i x = _mm_loadu_si128((const __m128i *) p);
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(x), _mm_loadu_si128((const __m128i *) (p + 4*stride)), 1);
 }
 
 #endif
 
-// 16 bytes of W rows from i on: turned[j] has the bytes 4*j to 4*j + 3 of each
-static inline void i_turn(const int8_t * const * row, int64_t i, ivec * turned) {
-    const ivec x0 = i_load_rows(row,     i);
-    const ivec x1 = i_load_rows(row + 1, i);
-    const ivec x2 = i_load_rows(row + 2, i);
-    const ivec x3 = i_load_rows(row + 3, i);
+// 16 bytes of W rows: turned[j] has the bytes 4*j to 4*j + 3 of each
+static inline void i_turn(const uint8_t * p, size_t stride, ivec * turned) {
+    const ivec x0 = i_load_rows(p,            stride);
+    const ivec x1 = i_load_rows(p + stride,   stride);
+    const ivec x2 = i_load_rows(p + 2*stride, stride);
+    const ivec x3 = i_load_rows(p + 3*stride, stride);
     turned[0] = i_low_64 (i_low_32 (x0, x1), i_low_32 (x2, x3));
     turned[1] = i_high_64(i_low_32 (x0, x1), i_low_32 (x2, x3));
     turned[2] = i_low_64 (i_high_32(x0, x1), i_high_32(x2, x3));
@@ -92,20 +125,22 @@ static inline void i_turn(const int8_t * const * row, int64_t i, ivec * turned) 
 
 #if defined(__AVX512VNNI__)
 
-// bytes of W are 128 too large, which sums make up for at their beginning
+// bytes of W have no sign
 typedef int8_t mm_number;
-enum { MM_OFFSET = 128 };
+enum { MM_HALF = 128 };
 
 static inline int  mm_place(int step, int k)        { return 4*step + k; } // of a number in its block
-static inline void mm_store(mm_number * p, ivec w) { i_store(p, _mm512_xor_si512(w, _mm512_set1_epi8((char) MM_OFFSET))); }
+static inline ivec mm_unsigned(ivec w)               { return i_xor(w, _mm512_set1_epi8((char) MM_HALF)); }
+static inline void mm_store(mm_number * p, ivec w)  { i_store(p, w); }
 static inline ivec mm_dot(ivec sum, ivec w, ivec x)  { return _mm512_dpbusd_epi32(sum, w, x); }
 
 #else
 
 // bytes are multiplied as numbers of 16 bits, the 1st and 3rd of a group, and then the 2nd and 4th
 typedef int16_t mm_number;
-enum { MM_OFFSET = 0 };
+enum { MM_HALF = 0 };
 
+static inline ivec mm_unsigned(ivec w) { return w; }
 static inline int mm_place(int step, int k) { return step/2*4 + step % 2 + 2*k; } // of a number in its block
 #if defined(__AVX512F__)
 static inline void mm_store(mm_number * p, ivec w) {
@@ -125,95 +160,152 @@ static inline ivec mm_dot(ivec sum, ivec w, ivec x) { return _mm256_add_epi32(su
 
 enum { MM_STEP = 4/sizeof(mm_number), MM_STEPS = MM_BLOCK/MM_STEP };
 
-//
-// how types store a block of 32 numbers: scale*number + min
-//
+// What blocks begin with, of W outputs and neighbouring blocks. Copied one by one: a gather takes longer.
+enum { MM_AHEAD = 8 };
+struct mm_words {
+    uint32_t of[MM_AHEAD][2][W];
+};
 
-static inline float mm_f16(const uint8_t * p) {
-    uint16_t h;
-    memcpy(&h, p, sizeof(h));
-    return f16_to_f32(h);
+static inline void mm_copy(const uint8_t * w, size_t stride, uint32_t * words) {
+    for (int o = 0; o < W; ++o) {
+        memcpy(words + o, w + o*stride, sizeof(uint32_t));
+    }
 }
 
-static inline __m256i mm_join(__m128i low, __m128i high) { return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1); }
+static inline ivec mm_low_4(ivec x) { return i_and(x, i_set1(0x0f0f0f0f)); }
 
-// 16 bytes of two numbers each: the first 16 below, the others above
-static inline __m128i mm_low_4 (__m128i x) { return _mm_and_si128(x, _mm_set1_epi8(15)); }
-static inline __m128i mm_high_4(__m128i x) { return mm_low_4(_mm_srli_epi16(x, 4)); }
+// numbers 4*j to 4*j + 3 of W outputs in n[j]; 16 bytes of an output have two each, the first 16 below and the others above
+static inline void mm_numbers_4(const uint8_t * w, size_t stride, ivec * n) {
+    i_turn(w, stride, n);
+    for (int j = 0; j < 4; ++j) {
+        n[4 + j] = mm_low_4(i_right(n[j], 4));
+        n[j]     = mm_low_4(n[j]);
+    }
+}
 
-// numbers of a block, signed; its scale, or that of each half; and what the numbers begin at
+//
+// how types store a block of 32 numbers: scale*(number - OFFSET) + min, with a scale for all or for each half
+//
+
+// w: W outputs, stride bytes apart. copy() takes what the following n blocks begin with, then numbers() is called for each of
+// them in turn: kept is what it finds for several.
 struct q8_0_matrix {
-    enum { N_SCALE = 1, HAS_MIN = 0 };
-    static size_t  block(int64_t ib) { return ib*34; }
-    static __m256i numbers(const uint8_t * row, int64_t ib) { return _mm256_loadu_si256((const __m256i *) (row + block(ib) + 2)); }
-    static void    scales(const uint8_t * row, int64_t ib, float * scale, float *) { scale[0] = mm_f16(row + block(ib)); }
+    enum { N_SCALE = 1, HAS_MIN = 0, OFFSET = MM_HALF, N_KEPT = 1 };
+    static size_t block(int64_t ib) { return ib*34; }
+    static void copy(const uint8_t * w, size_t stride, int64_t n, mm_words & words) {
+        for (int64_t i = 0; i < n; ++i) {
+            mm_copy(w + block(i), stride, words.of[i][0]);
+        }
+    }
+    static void scales(const mm_words & words, int64_t i, vec * scale, vec *) { scale[0] = i_halves(i_load(words.of[i][0])); }
+    static void numbers(const uint8_t * w, size_t stride, int64_t ib, const mm_words &, ivec *, ivec * n) {
+        i_turn(w + block(ib) + 2,  stride, n);
+        i_turn(w + block(ib) + 18, stride, n + 4);
+        for (int j = 0; j < MM_GROUPS; ++j) {
+            n[j] = mm_unsigned(n[j]);
+        }
+    }
 };
 
 struct q4_0_matrix {
-    enum { N_SCALE = 1, HAS_MIN = 0 };
-    static size_t  block(int64_t ib) { return ib*18; }
-    static __m256i numbers(const uint8_t * row, int64_t ib) {
-        const __m128i x = _mm_loadu_si128((const __m128i *) (row + block(ib) + 2));
-        return _mm256_sub_epi8(mm_join(mm_low_4(x), mm_high_4(x)), _mm256_set1_epi8(8));
+    enum { N_SCALE = 1, HAS_MIN = 0, OFFSET = 8, N_KEPT = 1 };
+    static size_t block(int64_t ib) { return ib*18; }
+    static void copy(const uint8_t * w, size_t stride, int64_t n, mm_words & words) {
+        for (int64_t i = 0; i < n; ++i) {
+            mm_copy(w + block(i), stride, words.of[i][0]);
+        }
     }
-    static void    scales(const uint8_t * row, int64_t ib, float * scale, float *) { scale[0] = mm_f16(row + block(ib)); }
+    static void scales(const mm_words & words, int64_t i, vec * scale, vec *) { scale[0] = i_halves(i_load(words.of[i][0])); }
+    static void numbers(const uint8_t * w, size_t stride, int64_t ib, const mm_words &, ivec *, ivec * n) {
+        mm_numbers_4(w + block(ib) + 2, stride, n);
+    }
 };
 
 struct q4_1_matrix {
-    enum { N_SCALE = 1, HAS_MIN = 1 };
-    static size_t  block(int64_t ib) { return ib*20; }
-    static __m256i numbers(const uint8_t * row, int64_t ib) {
-        const __m128i x = _mm_loadu_si128((const __m128i *) (row + block(ib) + 4));
-        return mm_join(mm_low_4(x), mm_high_4(x));
+    enum { N_SCALE = 1, HAS_MIN = 1, OFFSET = 0, N_KEPT = 1 };
+    static size_t block(int64_t ib) { return ib*20; }
+    static void copy(const uint8_t * w, size_t stride, int64_t n, mm_words & words) {
+        for (int64_t i = 0; i < n; ++i) {
+            mm_copy(w + block(i), stride, words.of[i][0]);
+        }
     }
-    static void    scales(const uint8_t * row, int64_t ib, float * scale, float * min) {
-        scale[0] = mm_f16(row + block(ib));
-        min[0]   = mm_f16(row + block(ib) + 2);
+    static void scales(const mm_words & words, int64_t i, vec * scale, vec * min) {
+        const ivec both = i_load(words.of[i][0]);
+        scale[0] = i_halves(both);
+        *min     = i_halves(i_right(both, 16));
+    }
+    static void numbers(const uint8_t * w, size_t stride, int64_t ib, const mm_words &, ivec *, ivec * n) {
+        mm_numbers_4(w + block(ib) + 4, stride, n);
     }
 };
 
+// 4 bytes of fifth bits stand before the others
 struct q5_0_matrix {
-    enum { N_SCALE = 1, HAS_MIN = 0 };
-    static size_t  block(int64_t ib) { return ib*22; }
-    // 16 less where the fifth bit of a number is not set
-    static __m256i fifth(const uint8_t * p) {
-        int32_t bits;
-        memcpy(&bits, p, sizeof(bits));
-        const __m256i each = _mm256_set1_epi64x((int64_t) 0x8040201008040201);
-        const __m256i byte = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
-        const __m256i x = _mm256_andnot_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(bits), byte), each);
-        return _mm256_and_si256(_mm256_cmpeq_epi8(x, each), _mm256_set1_epi8(-16));
+    enum { N_SCALE = 1, HAS_MIN = 0, OFFSET = 16, N_KEPT = 1 };
+    static size_t block(int64_t ib) { return ib*22; }
+    static void copy(const uint8_t * w, size_t stride, int64_t n, mm_words & words) {
+        for (int64_t i = 0; i < n; ++i) {
+            mm_copy(w + block(i),     stride, words.of[i][0]);
+            mm_copy(w + block(i) + 2, stride, words.of[i][1]);
+        }
     }
-    static __m256i numbers(const uint8_t * row, int64_t ib) {
-        const uint8_t * p = row + block(ib);
-        const __m128i x = _mm_loadu_si128((const __m128i *) (p + 6));
-        return _mm256_or_si256(mm_join(mm_low_4(x), mm_high_4(x)), fifth(p + 2));
+    static void scales(const mm_words & words, int64_t i, vec * scale, vec *) { scale[0] = i_halves(i_load(words.of[i][0])); }
+    static void numbers(const uint8_t * w, size_t stride, int64_t ib, const mm_words & words, ivec *, ivec * n) {
+        const ivec bits = i_load(words.of[ib % MM_AHEAD][1]);
+        mm_numbers_4(w + block(ib) + 6, stride, n);
+        for (int j = 0; j < MM_GROUPS; j += 2) {
+            const ivec byte = i_byte(bits, j/2);
+            n[j]     = i_fifth(n[j],     byte, i_set1(0x08040201));
+            n[j + 1] = i_fifth(n[j + 1], byte, i_set1((int32_t) 0x80402010));
+        }
     }
-    static void    scales(const uint8_t * row, int64_t ib, float * scale, float *) { scale[0] = mm_f16(row + block(ib)); }
 };
 
-// 256 numbers: a scale and one of minima for all; for each of 8 blocks 6 bits of both, in 12 bytes; for FIVE bits the fifth
+// 256 numbers: a scale and one of minima for all, then for each of 8 blocks 6 bits of both, in 12 bytes; for FIVE bits the fifth
 // ones; then 128 bytes of 4 bits
 template <bool FIVE> struct k_matrix {
-    enum { N_SCALE = 1, HAS_MIN = 1 };
-    static size_t  block(int64_t ib) { return ib/8*(FIVE ? 176 : 144); }
-    static __m256i numbers(const uint8_t * row, int64_t ib) {
-        const uint8_t * p = row + block(ib) + 16;
-        const int part = (int) (ib % 8);
-        const __m256i x = _mm256_loadu_si256((const __m256i *) (p + (FIVE ? 32 : 0) + part/2*32));
-        const __m256i low = _mm256_and_si256(_mm256_srl_epi16(x, _mm_cvtsi32_si128(part % 2*4)), _mm256_set1_epi8(15));
-        if (!FIVE) {
-            return low;
+    enum { N_SCALE = 1, HAS_MIN = 1, OFFSET = 0, N_KEPT = FIVE ? 16 : 8 };
+    static size_t block(int64_t ib) { return ib/8*(FIVE ? 176 : 144); }
+    static void copy(const uint8_t * w, size_t stride, int64_t, mm_words & words) {
+        ivec turned[4];
+        i_turn(w, stride, turned);
+        for (int i = 0; i < 4; ++i) {
+            i_store(words.of[i][0], turned[i]);
         }
-        const __m256i y = _mm256_srl_epi16(_mm256_loadu_si256((const __m256i *) p), _mm_cvtsi32_si128(part));
-        return _mm256_or_si256(low, _mm256_slli_epi16(_mm256_and_si256(y, _mm256_set1_epi8(1)), 4));
     }
-    static void    scales(const uint8_t * row, int64_t ib, float * scale, float * min) {
-        const uint8_t * p = row + block(ib);
-        const uint8_t * q = p + 4 + ib % 4;
-        const bool is_late = ib % 8 > 3; // 4 bits of it are in the last bytes, and 2 above those of an early one
-        scale[0] = mm_f16(p)*(float) (is_late ? (q[8] & 15) | q[0] >> 6 << 4 : q[0] & 63);
-        min[0]   = mm_f16(p + 2)*(float) -(is_late ? q[8] >> 4 | q[4] >> 6 << 4 : q[4] & 63);
+    static void scales(const mm_words & words, int64_t i, vec * scale, vec * min) {
+        const ivec both = i_load(words.of[0][0]);
+        const int shift = (int) (i % 4*8);
+        ivec s = i_right(i_load(words.of[1][0]), shift);
+        ivec m = i_right(i_load(words.of[2][0]), shift);
+        if (i < 4) {
+            s = i_and(s, i_set1(63));
+            m = i_and(m, i_set1(63));
+        } else { // 4 bits are in the last bytes, and 2 above those of an early block
+            const ivec last = i_right(i_load(words.of[3][0]), shift);
+            s = i_or(i_and(last, i_set1(15)), i_and(i_right(s, 2), i_set1(48)));
+            m = i_or(i_and(i_right(last, 4), i_set1(15)), i_and(i_right(m, 2), i_set1(48)));
+        }
+        scale[0] = v_mul(i_halves(both), i_to_float(s));
+        *min     = v_mul(i_halves(i_right(both, 16)), v_mul(v_set1(-1.0f), i_to_float(m)));
+    }
+    static void numbers(const uint8_t * w, size_t stride, int64_t ib, const mm_words &, ivec * kept, ivec * n) {
+        const uint8_t * p = w + block(ib) + 16;
+        const int part = (int) (ib % 8);
+        if (part % 2 == 0) {
+            i_turn(p + (FIVE ? 32 : 0) + part*16,      stride, kept);
+            i_turn(p + (FIVE ? 32 : 0) + part*16 + 16, stride, kept + 4);
+        }
+        if (FIVE && part == 0) {
+            i_turn(p,      stride, kept + 8);
+            i_turn(p + 16, stride, kept + 12);
+        }
+        for (int j = 0; j < MM_GROUPS; ++j) {
+            n[j] = mm_low_4(i_right(kept[j], part % 2*4));
+            if (FIVE) {
+                n[j] = i_or(n[j], i_and(i_shift(kept[MM_GROUPS + j], part - 4), i_set1(0x10101010)));
+            }
+        }
     }
 };
 
@@ -222,22 +314,36 @@ typedef k_matrix<true>  q5_k_matrix;
 
 // 256 numbers: 128 bytes of 4 bits, 64 of 2 bits, 16 scales and one for all
 struct q6_k_matrix {
-    enum { N_SCALE = 2, HAS_MIN = 0 };
-    static size_t  block(int64_t ib) { return ib/8*210; }
-    static __m256i numbers(const uint8_t * row, int64_t ib) {
-        const uint8_t * p = row + block(ib);
-        const int part = (int) (ib % 8); // of the 8
-        const __m256i x = _mm256_loadu_si256((const __m256i *) (p + part/4*64 + part % 2*32));
-        const __m256i y = _mm256_srl_epi16(_mm256_loadu_si256((const __m256i *) (p + 128 + part/4*32)), _mm_cvtsi32_si128(part % 4*2));
-        const __m256i low = _mm256_and_si256(part % 4 < 2 ? x : _mm256_srli_epi16(x, 4), _mm256_set1_epi8(15));
-        const __m256i z = _mm256_or_si256(low, _mm256_slli_epi16(_mm256_and_si256(y, _mm256_set1_epi8(3)), 4));
-        return _mm256_sub_epi8(z, _mm256_set1_epi8(32));
+    enum { N_SCALE = 2, HAS_MIN = 0, OFFSET = 32, N_KEPT = 24 };
+    static size_t block(int64_t ib) { return ib/8*210; }
+    static void copy(const uint8_t * w, size_t stride, int64_t, mm_words & words) {
+        ivec turned[4]; // scales of two blocks each
+        i_turn(w + 192, stride, turned);
+        for (int i = 0; i < 4; ++i) {
+            i_store(words.of[i][0], turned[i]);
+        }
+        mm_copy(w + 206, stride, words.of[0][1]);
     }
-    static void    scales(const uint8_t * row, int64_t ib, float * scale, float *) {
-        const uint8_t * p = row + block(ib);
-        const float d = mm_f16(p + 208);
+    static void scales(const mm_words & words, int64_t i, vec * scale, vec *) {
+        const vec d = i_halves(i_right(i_load(words.of[0][1]), 16));
+        const ivec four = i_load(words.of[i/2][0]);
         for (int half = 0; half < 2; ++half) {
-            scale[half] = d*(float) ((const int8_t *) p)[192 + ib % 8*2 + half];
+            scale[half] = v_mul(d, i_to_float(i_signed(i_left(four, (int) (24 - i % 2*16 - half*8)), 24)));
+        }
+    }
+    static void numbers(const uint8_t * w, size_t stride, int64_t ib, const mm_words &, ivec * kept, ivec * n) {
+        const uint8_t * p = w + block(ib);
+        const int part = (int) (ib % 8);
+        if (part % 4 == 0) {
+            for (int i = 0; i < 4; ++i) {
+                i_turn(p + part*16 + i*16, stride, kept + 4*i);
+            }
+            i_turn(p + 128 + part*8,      stride, kept + 16);
+            i_turn(p + 128 + part*8 + 16, stride, kept + 20);
+        }
+        for (int j = 0; j < MM_GROUPS; ++j) {
+            const ivec low  = mm_low_4(i_right(kept[part % 2*MM_GROUPS + j], part % 4/2*4));
+            n[j] = i_or(low, i_and(i_shift(kept[2*MM_GROUPS + j], part % 4*2 - 4), i_set1(0x30303030)));
         }
     }
 };
