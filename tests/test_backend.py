@@ -15,6 +15,7 @@ from stock import StockContext, write_merged
 from tiny import (
     MORE_KERNELS,
     PLAIN_KERNELS,
+    QUANTISED,
     STEMS,
     TinyAdapter,
     TinyBase,
@@ -470,7 +471,7 @@ def test_massive_activations_leave_the_base_as_it_is(
     assert errors[1] < errors[0] / 5
 
 
-@pytest.fixture(params=["q4_1", "q5_0", "q6_k", "q8_0"])
+@pytest.fixture(params=QUANTISED)
 def quantised(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[TinyBase, TinyBase]:
     """A quantised base, and one of the same values in float32."""
     size = {"n_embd": 256, "n_ff": 512}
@@ -564,7 +565,8 @@ def test_quantised_head_keeps_weak_adapters(tmp_path: Path, lens: str) -> None:
 
 @with_kernels(MORE_KERNELS)
 @pytest.mark.parametrize(
-    ("dtype", "n_embd"), [("q8_0", 32), ("q8_0", 160), ("q4_1", 96), ("q5_0", 96), ("q6_k", 256)]
+    ("dtype", "n_embd"),
+    [("q8_0", 32), ("q8_0", 160), *((x, 256 if x.endswith("k") else 96) for x in QUANTISED[1:])],
 )
 @pytest.mark.parametrize("threads", [1, 2])
 def test_quantised_head_takes_rows_of_twice_8_bits(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import MORE_KERNELS
 
 from qaflora_edge import Engine
+from qaflora_edge.errors import BackendError
+from qaflora_edge.hub.fetch import fetch_model
 
 ABSTAINING = "two-place:abstain=50"
 QUESTIONS = (
@@ -72,3 +76,24 @@ def test_mixed_answer_is_the_same_next_to_others(engine: Engine, strategy: str) 
     expected = answers(engine, QUESTIONS[0], strategy)
     with other_clients(engine, 3):
         assert answers(engine, QUESTIONS[0], strategy) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", MORE_KERNELS)
+@pytest.mark.parametrize("folder", ["models/demo", "demo"])  # Q4_1; Q5_0, Q4_K and Q6_K
+def test_answer_of_any_kernels_is_the_same_next_to_five_others(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, kernels: str, folder: str
+) -> None:
+    fetch_model(json.loads((checkout / folder / "bundle.json").read_bytes())["base"]["registry"])
+    monkeypatch.setenv("QAFLORA_CPU_KERNELS", kernels)
+    try:
+        engine = Engine(checkout / folder, n_parallel=6, n_ctx=256, threads=1)
+    except BackendError as error:
+        if "QAFLORA_CPU_KERNELS is" not in str(error):
+            raise
+        pytest.skip(str(error))
+    with engine:
+        expected = [answers(engine, QUESTIONS[0], mix) for mix in ("base", "static")]
+        with other_clients(engine, 5):
+            found = [answers(engine, QUESTIONS[0], mix) for mix in ("base", "static")]
+    assert found == expected

@@ -151,7 +151,7 @@ def write_tiny_base(
     n_expert: int = 0,
     n_expert_used: int = 2,
 ) -> TinyBase:
-    """Write a random llama, qwen2 or gemma3 base. `dtype` f32, f16, bf16, q8_0, q4_1, q5_0 or q6_k
+    """Write a random llama, qwen2 or gemma3 base. `dtype` f32, f16, bf16 or one of QUANTISED
     is for matrices.
 
     n_expert  of a llama that is a mixture, as Mixtral
@@ -305,6 +305,32 @@ def q6_k(array: F32) -> NDArray[np.uint8]:
     return blocks.reshape(len(array), -1)
 
 
+def q4_k(array: F32, n_bit: int = 4) -> NDArray[np.uint8]:
+    """Blocks of 256: d, dmin float16, scales [12], of q5_k qh [32], qs [128]; see gguf.quants."""
+    rows = array.reshape(-1, 8, 32)
+    low = np.minimum(rows.min(axis=-1), 0)
+    both = np.stack([(rows.max(axis=-1) - low) / (2**n_bit - 1), -low])
+    d = (both.max(axis=-1) / 63).astype(np.float16)
+    s, m = steps = np.rint(both / d.astype(np.float32)[..., None]).clip(1, 63).astype(np.uint8)
+    scale, least = (d.astype(np.float32)[..., None] * steps)[..., None]
+    q = np.rint((rows + least) / scale).clip(0, 2**n_bit - 1).astype(np.uint8)
+    late = (s[:, 4:] & 15) | (m[:, 4:] << 4)
+    early = [x[:, :4] | (x[:, 4:] >> 4 << 6) for x in (s, m)]
+    qh = np.bitwise_or.reduce((q >> 4) << np.arange(8, dtype=np.uint8)[:, None], axis=1)
+    qs = ((q & 15)[:, ::2] | ((q & 15)[:, 1::2] << 4)).reshape(-1, 128)
+    parts = [d.T.copy().view(np.uint8), *early, late, *[qh][: n_bit - 4], qs]
+    return np.concatenate(parts, axis=1).reshape(len(array), -1)
+
+
+def q5_k(array: F32) -> NDArray[np.uint8]:
+    """As q4_k, with fifth bits."""
+    return q4_k(array, 5)
+
+
+_OURS = {"q4_k": q4_k, "q5_k": q5_k, "q6_k": q6_k}  # gguf.quants reads these and writes others
+QUANTISED = ("q8_0", "q4_0", "q4_1", "q5_0", *_OURS)
+
+
 def _add_tensor(writer: gguf.GGUFWriter, name: str, array: F32, dtype: str) -> F32:
     """Add one tensor and return the values that a reader will get."""
     if array.ndim == 1 or dtype == "f32":
@@ -314,7 +340,7 @@ def _add_tensor(writer: gguf.GGUFWriter, name: str, array: F32, dtype: str) -> F
         writer.add_tensor(name, array.astype(np.float16))
         return array.astype(np.float16).astype(np.float32)
     kind = gguf.GGMLQuantizationType[dtype.upper()]
-    data = q6_k(array) if dtype == "q6_k" else gguf.quants.quantize(array, kind)
+    data = _OURS[dtype](array) if dtype in _OURS else gguf.quants.quantize(array, kind)
     writer.add_tensor(name, data, raw_dtype=kind)
     values: F32 = gguf.quants.dequantize(data, kind)
     return values

@@ -39,7 +39,10 @@ static inline ivec i_signed(ivec x, int n)   { return _mm512_srav_epi32(x, _mm51
 static inline vec  i_halves(ivec x)          { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x)); } // the lower ones, as F16
 
 // bytes of every lane: its byte i four times
-static inline ivec i_byte(ivec x, int i)     { return _mm512_shuffle_epi8(x, _mm512_add_epi32(_mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0), _mm512_set1_epi32(i*0x01010101))); }
+static inline ivec i_byte(ivec x, int i) {
+    const ivec first = _mm512_broadcast_i32x4(_mm_set_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0));
+    return _mm512_shuffle_epi8(x, _mm512_add_epi32(first, _mm512_set1_epi32(i*0x01010101)));
+}
 
 // x + 16 in bytes whose bit of each is set
 static inline ivec i_fifth(ivec x, ivec bits, ivec each) {
@@ -96,7 +99,7 @@ static inline vec  i_halves(ivec x) {
     return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
 }
 static inline ivec i_byte(ivec x, int i) {
-    const ivec first = _mm256_set_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0, 0x0c0c0c0c, 0x08080808, 0x04040404, 0);
+    const ivec first = _mm256_broadcastsi128_si256(_mm_set_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0));
     return _mm256_shuffle_epi8(x, _mm256_add_epi32(first, _mm256_set1_epi32(i*0x01010101)));
 }
 static inline ivec i_fifth(ivec x, ivec bits, ivec each) {

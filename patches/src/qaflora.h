@@ -10,7 +10,7 @@
 
 #include <stdint.h>
 
-#define QAFLORA_ABI_VERSION 4
+#define QAFLORA_ABI_VERSION 5
 
 #ifdef __cplusplus
 extern "C" {

@@ -20,10 +20,9 @@ from typing import Any, Self
 from qaflora_edge.errors import LibraryError
 from qaflora_edge.imports import defer
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 
-CONTEXT_PROBE = 1
-CONTEXT_DIFFERENTIAL = 2
+CONTEXT_PROBE, CONTEXT_DIFFERENTIAL = 1, 2
 CAPTURE = {"last": 0, "mean": 1, "inputs": 2, "none": 3}
 LENS = {"raw": 0, "norm": 1}
 
@@ -33,13 +32,11 @@ LENS = {"raw": 0, "norm": 1}
 SPIN_COUNT = 1_000
 
 DEVICE_CPU, DEVICE_GPU, DEVICE_INTEGRATED_GPU = 0, 1, 2  # enum ggml_backend_dev_type
-
 _LOG_LEVEL_ERROR = 4  # ggml.h GGML_LOG_LEVEL_ERROR
 _errors: deque[str] = deque(maxlen=4)
 _log_callback: Any = None
 
 _INSTALL_ADVICE = "reinstall qaflora-edge (pip install --force-reinstall --no-deps qaflora-edge)"
-
 
 _INT, _LONG, _SIZE = ctypes.c_int32, ctypes.c_int64, ctypes.c_size_t
 _HANDLE, _ARRAY, _TEXT = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p

@@ -47,6 +47,7 @@ class Model(Handle):
     gpu_layers    layers on devices; None: all
     rpc           the workers that are devices, before this machine's GPUs
     tensor_split  how many layers each device gets, relative to the others
+    rearrange     let llama.cpp store matrices in its own order, which our kernels do not take
     workers       attribute: connections to the workers
 
     Raises GgufFileError when the file cannot be loaded, WorkerError where a worker cannot be used.
@@ -59,12 +60,13 @@ class Model(Handle):
         gpu_layers: int | None = None,
         rpc: str | None = None,
         tensor_split: str | None = None,
+        rearrange: bool = False,
     ) -> None:
         self.path = base.path
         self._n_user = 1
         self._lib, self._functions = load()
         params = self._lib.llama_model_default_params()
-        params.use_extra_bufts = not self._functions.has_products()
+        params.use_extra_bufts = rearrange or not self._functions.has_products()
         self.workers, self._pointer = Workers(rpc), 0
         try:
             self.is_on_cpu = not place(params, self.workers, gpu_layers, tensor_split)
@@ -120,7 +122,6 @@ class Model(Handle):
     @cached_property
     def special_tokens(self) -> tuple[SpecialToken, ...]:
         """List control, unknown, user-defined and end tokens, longest first."""
-
         ask = map(self._lib.llama_vocab_get_attr, itertools.repeat(self.vocab), range(self.n_vocab))
         attributes = np.fromiter(ask, np.int32, self.n_vocab)
         special = set(np.flatnonzero(attributes & (_ATTRS[0] | _ATTR_USER_DEFINED)).tolist())

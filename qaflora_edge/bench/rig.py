@@ -68,20 +68,20 @@ class Rig(contextlib.ExitStack):
         self._options = {name: options[name] for name in ("threads", "kv_type", "flash_attn")}
         placing = {name: options.get(name) for name in PLACING}
         self.model = self.enter_context(Model(read_base(base), **placing))
-        self._loras: list[Any] = []  # the model frees them
-        self._random, self._n_drawn = random.Random(seed), 0
+        self._stock = self.enter_context(Model(read_base(base), rearrange=True, **placing))
+        self._random, self._n_drawn, self._loras = random.Random(seed), 0, list[Any]()
         self._start = self.model.tokenize("", add_special=True, parse_special=False)[:1]
         self.ends = [token for token in range(self.model.n_vocab) if self.model.is_end(token)]
 
     def stock(self, k: int, n_ctx: int) -> StockContext:
         """Set up k adapters at scale 1/k through llama_set_adapters_lora; 0 for the base alone."""
         for path in self._copies(k)[len(self._loras) :]:
-            lora = self.model._lib.llama_adapter_lora_init(self.model._pointer, os.fsencode(path))
+            lora = self._stock._lib.llama_adapter_lora_init(self._stock._pointer, os.fsencode(path))
             if not lora:
                 raise BackendError(f"llama.cpp cannot load the adapter {path}; convert it again.")
             self._loras.append(lora)
-        loras = self._loras[:k]
-        return self.enter_context(StockContext(self.model, loras, n_ctx=n_ctx, **self._options))
+        model, loras = self._stock, self._loras[:k]
+        return self.enter_context(StockContext(model, loras, n_ctx=n_ctx, **self._options))
 
     def ours(self, k: int, n_ctx: int) -> Context:
         """Set up k adapters of one pack, at weight 1/k in every layer."""
