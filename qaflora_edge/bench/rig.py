@@ -66,7 +66,7 @@ class Rig(contextlib.ExitStack):
         super().__init__()
         self._paths, self._adapter_type = adapters, options.get("adapter_type", "auto")
         self._options = {name: options[name] for name in ("threads", "kv_type", "flash_attn")}
-        placing = {name: options.get(name) for name in PLACING}
+        placing: dict[str, Any] = {name: options.get(name) for name in PLACING}
         self.model = self.enter_context(Model(read_base(base), **placing))
         self._stock = self.enter_context(Model(read_base(base), rearrange=True, **placing))
         self._random, self._n_drawn, self._loras = random.Random(seed), 0, list[Any]()
