@@ -3,7 +3,9 @@
 import itertools
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib import import_module
 from typing import Any, Self
 
 import numpy as np
@@ -14,6 +16,7 @@ from qaflora_edge.bundles.open import open_any
 from qaflora_edge.config import MAX_SEED, check, removed
 from qaflora_edge.errors import OptionError, PromptError, QafloraError, StrategyError, wrong_option
 from qaflora_edge.files import AnyPath
+from qaflora_edge.formats.adapter import AdapterInfo
 from qaflora_edge.inference.core import Core, check_process
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.inference.request import (
@@ -30,6 +33,7 @@ from qaflora_edge.inference.request import (
 )
 from qaflora_edge.inference.sampler import Sampler
 from qaflora_edge.progress import Tell, TellCount, silent
+from qaflora_edge.weighing.adapter_inputs import AttentionSizes
 from qaflora_edge.weighing.calibration import EXTENTS, KEYS, LAYERS, typical_of
 from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.strategy import Query
@@ -118,8 +122,11 @@ class Engine:
             targets={name: info.targets for name, info in opened.adapters.items()},
         )
         paths = [info.path for info in opened.adapters.values()]
-        backend = Backend(opened.header, paths, opened.states, placing=placing, **options)
-        self._core = Core(backend, opened.adapters, prefix_cache=prefix_cache)
+        with ThreadPoolExecutor(1) as thread:  # while the library loads the base
+            sizes = thread.submit(_read_ahead, self._weigher, opened.adapters.values())
+            backend = Backend(opened.header, paths, opened.states, placing=placing, **options)
+        read = sizes.result()
+        self._core = Core(backend, opened.adapters, prefix_cache=prefix_cache, sizes=read)
         self._model = model = backend.model
         self.n_ctx = backend.n_ctx  # most tokens of a request
         self.loaded_adapters = self._core.adapters  # also those not in use
@@ -613,6 +620,13 @@ class Engine:
         from qaflora_edge.openai.chat import answer_chat
 
         return answer_chat(self, messages, stream=stream, **options)
+
+
+def _read_ahead(weigher: Weigher, infos: Iterable[AdapterInfo]) -> list[AttentionSizes]:
+    """Read what a first chat needs: templates' code, and for two-place the adapters' matrices."""
+    import_module("qaflora_edge.chat.tokens")
+    is_needed = weigher.known.strategy.startswith("two-place")
+    return [AttentionSizes(info, weigher.n_layer) for info in infos] if is_needed else []
 
 
 def _not_loaded(name: str, known: Sequence[str]) -> StrategyError:

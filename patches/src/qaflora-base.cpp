@@ -91,6 +91,12 @@ int32_t qaflora_has_products(void) {
     }
 }
 
+void qaflora_vocab_attributes(const llama_vocab * vocab, int32_t n_token, int32_t * attributes) {
+    for (int32_t i = 0; i < n_token; ++i) {
+        attributes[i] = llama_vocab_get_attr(vocab, i);
+    }
+}
+
 bool qaflora_is_on_cpu(const ggml_tensor * w) {
     return qaflora_adapter_buft(w) == ggml_backend_cpu_buffer_type();
 }

@@ -10,7 +10,7 @@
 
 #include <stdint.h>
 
-#define QAFLORA_ABI_VERSION 5
+#define QAFLORA_ABI_VERSION 6
 
 #ifdef __cplusplus
 extern "C" {
@@ -49,6 +49,9 @@ LLAMA_API const char * qaflora_last_error (void); // of the calling thread, neve
 // Whether to load models with use_extra_bufts false: 1 where the CPU's kernels multiply matrices as files store them. Rearranged
 // by llama.cpp, some are multiplied otherwise alone than in company. 0 also where llama.cpp uses Intel's AMX, with an order of its own.
 LLAMA_API int32_t      qaflora_has_products(void);
+
+// attributes [n_token], of enum llama_token_attr, of a vocabulary's first tokens
+LLAMA_API void         qaflora_vocab_attributes(const struct llama_vocab * vocab, int32_t n_token, int32_t * attributes);
 
 // how A and B of adapters are stored
 enum qaflora_adapter_type {

@@ -20,7 +20,7 @@ from typing import Any, Self
 from qaflora_edge.errors import LibraryError
 from qaflora_edge.imports import defer
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 
 CONTEXT_PROBE, CONTEXT_DIFFERENTIAL = 1, 2
 CAPTURE = {"last": 0, "mean": 1, "inputs": 2, "none": 3}
@@ -48,6 +48,7 @@ _PROTOTYPES: dict[str, Prototype] = {
     "build_info": (_TEXT, []),
     "last_error": (_TEXT, []),
     "has_products": (_INT, []),
+    "vocab_attributes": (None, [_HANDLE, _INT, _ARRAY]),
     "pack_init": (_HANDLE, [_HANDLE, _TEXTS, _INT, _INT]),
     "pack_free": (None, [_HANDLE]),
     "pack_size_bytes": (_LONG, [_HANDLE]),

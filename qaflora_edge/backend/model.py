@@ -1,7 +1,6 @@
 """Models: a base and its adapters, loaded once and shared by all contexts."""
 
 import ctypes
-import itertools
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -122,8 +121,8 @@ class Model(Handle):
     @cached_property
     def special_tokens(self) -> tuple[SpecialToken, ...]:
         """List control, unknown, user-defined and end tokens, longest first."""
-        ask = map(self._lib.llama_vocab_get_attr, itertools.repeat(self.vocab), range(self.n_vocab))
-        attributes = np.fromiter(ask, np.int32, self.n_vocab)
+        attributes = np.empty(self.n_vocab, np.int32)
+        self._functions.vocab_attributes(self.vocab, self.n_vocab, attributes.ctypes.data)
         special = set(np.flatnonzero(attributes & (_ATTRS[0] | _ATTR_USER_DEFINED)).tolist())
         # llama-vocab.cpp: other tokens end an answer where a field of the file names them.
         named = {*self._named, self._lib.llama_vocab_eos(self.vocab)}

@@ -6,7 +6,7 @@ Token ids, weights and samplers go in. Texts and strategies are the Engine's mat
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -28,6 +28,7 @@ from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.strategy import Query
 
 if TYPE_CHECKING:
+    from qaflora_edge.weighing.adapter_inputs import AttentionSizes
     from qaflora_edge.weighing.probe import Listener, QueryProbe, Steps
 
 T = TypeVar("T")
@@ -41,10 +42,16 @@ class Core:
     backend   freed by close()
     adapters  name -> facts of its file, in the order of every first axis
     prefix_cache  MiB for the probe's KV states of earlier prompts
+    sizes     of each adapter, where they were read before
     """
 
     def __init__(
-        self, backend: Backend, adapters: Mapping[str, AdapterInfo], *, prefix_cache: int
+        self,
+        backend: Backend,
+        adapters: Mapping[str, AdapterInfo],
+        *,
+        prefix_cache: int,
+        sizes: Sequence["AttentionSizes"] = (),
     ) -> None:
         self.backend, self.model, self.context = backend, backend.model, backend.context
         self.adapters = tuple(adapters)
@@ -60,9 +67,9 @@ class Core:
         from qaflora_edge.inference.score import Scorer
         from qaflora_edge.weighing.probe import Prefixes, Prober
 
-        made, infos = (self.model, backend.pack, backend.options), list(adapters.values())
+        made, prefixes = (self.model, backend.pack, backend.options), Prefixes(prefix_cache << 20)
         self.scorer = backend.enter(closing(Scorer(*made)))
-        prober = Prober(*made, infos=infos, prefixes=Prefixes(prefix_cache << 20))
+        prober = Prober(*made, infos=[*adapters.values()], sizes=sizes, prefixes=prefixes)
         self.prober = backend.enter(closing(prober))
 
     # life

@@ -263,12 +263,18 @@ class BaseProber:
     """Measure with the base alone: one pass, however many adapters there are.
 
     infos  the adapters
+    sizes  of each adapter, where they were read before
 
     rows, in all methods: which adapters of the pack are compared, in ascending order.
     """
 
     def __init__(
-        self, model: Model, pack: Pack, options: dict[str, Any], infos: Sequence[AdapterInfo]
+        self,
+        model: Model,
+        pack: Pack,
+        options: dict[str, Any],
+        infos: Sequence[AdapterInfo],
+        sizes: Sequence[AttentionSizes] = (),
     ) -> None:
         def read(make: Callable[..., T], rows: tuple[int, ...], *more: Any) -> T:
             return make([infos[row] for row in rows], model.n_layer, *more)
@@ -277,7 +283,9 @@ class BaseProber:
         # Adapters' matrices as measures take them, read when first asked for.
         self._queries = lru_cache(1)(partial(read, QueryProjections))
         self._attention = lru_cache(2)(partial(read, AttentionInputs))
-        self._sizes = cache(lambda row: AttentionSizes(infos[row], model.n_layer))
+        self._sizes: Callable[[int], AttentionSizes] = sizes.__getitem__
+        if not sizes:
+            self._sizes = cache(lambda row: AttentionSizes(infos[row], model.n_layer))
         self._make = partial(ProbeContext, model, pack, **options)
         self._contexts = _GrowingContext(partial(self._make, n_seq=1))
         self._threads = ThreadPoolExecutor(options.get("threads") or default_threads())
@@ -347,7 +355,7 @@ class BaseProber:
 class Prober:
     """Measure with sequences of one context: the base, then each adapter alone at weight 1.
 
-    infos     the adapters' facts, where they were read before
+    infos, sizes  the adapters' facts, where they were read before
     prefixes  the prefix cache; by default only the last query's KV state is reused
 
     The states of the last query are kept, so that two measures of one query cost one pass. `base`
@@ -363,11 +371,12 @@ class Prober:
         options: dict[str, Any],
         *,
         infos: Sequence[AdapterInfo] | None = None,
+        sizes: Sequence[AttentionSizes] = (),
         prefixes: Prefixes | None = None,
     ) -> None:
         self.prefixes = prefixes or Prefixes(0)
         infos = infos or [read_adapter_gguf(path) for path in pack.paths]
-        self.base = BaseProber(model, pack, options, infos)
+        self.base = BaseProber(model, pack, options, infos, sizes)
         self._model, self._pack, self._options = model, pack, options
         self._contexts = _GrowingContext(self._make_context)
         self._rows: tuple[int, ...] = ()  # adapters of the sequences after the base's
