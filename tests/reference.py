@@ -185,15 +185,15 @@ class Reference:
         pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
         weights: NDArray[np.floating],
         *,
-        is_base_prefilled: bool = False,
+        n_tail: int = 0,
     ) -> list[F32]:
         """The logits after a prompt and after each token of its answer, in one pass for each pair.
 
-        weights            [n_adapter, n_layer], merged into the base
-        is_base_prefilled  read all but the prompt's last token before that
-        returns            of each pair [1 + len(answer), n_vocab]
+        weights  [n_adapter, n_layer], merged into the base
+        n_tail   tokens of a prompt that are read then, and all before them earlier; 0: all of it
+        returns  of each pair [1 + len(answer), n_vocab]
         """
-        n_base = [len(tokens) - 1 if is_base_prefilled else 0 for tokens, _ in pairs]
+        n_base = [len(tokens) - n_tail if n_tail else 0 for tokens, _ in pairs]
         with self.model.disable_adapter():
             states = [
                 self.causal(input_ids=torch.tensor([tokens[:n]])).past_key_values if n else None

@@ -16,6 +16,7 @@ from tiny import write_tiny_adapter, write_tiny_base
 from qaflora_edge import Engine, Strategy, register_strategy
 from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.errors import BundleError, CancelledError, OptionError
+from qaflora_edge.weighing.numbers import N_TAIL
 from qaflora_edge.weighing.strategy import _registry
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def test_logits_are_those_of_adapters_off_and_then_on(tmp_path: Path) -> None:
     with Engine(base=base.path, adapters=paths, prefill="base", **EXACT) as engine:
         found = engine.logits(tokens, weights=weights)
         scores = engine.score(tokens, answer, weights=weights)
-    ((expected, *rest),) = reference.logits([(tokens, answer)], weights, is_base_prefilled=True)
+    ((expected, *rest),) = reference.logits([(tokens, answer)], weights, n_tail=N_TAIL)
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
     rows = np.stack([expected, *rest])[:-1].astype(np.float64)
     log_p = (rows - np.logaddexp.reduce(rows, axis=1, keepdims=True))[range(8), answer]
@@ -79,20 +80,20 @@ def test_logits_are_those_of_adapters_off_and_then_on(tmp_path: Path) -> None:
 
 
 def test_one_prefill_serves_every_mix(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last token is read once more, by the base where it is weighed and by the mix."""
+    """The last tokens are read once more, by the base where they are weighed and by the mix."""
     n_prompt = len(engine.chat_tokens([STORY]))
     counts = count_decoded(monkeypatch)
     options: dict[str, Any] = {"prefill": "base", "max_tokens": 1}
     heard(engine, [STORY], MIXED, **options)
-    assert (sum(counts), counts[-2:]) == (n_prompt + 1, [1, 1])
+    assert (sum(counts), counts[-2:]) == (n_prompt + N_TAIL, [N_TAIL, N_TAIL])
     for strategy in ("static", "single:es", "base"):
         counts.clear()
         heard(engine, [STORY], strategy, **options)
-        assert counts == [1]
+        assert counts == [N_TAIL]
     counts.clear()
     tokens = engine.chat_tokens([STORY])
     texts = [a.text() for a in engine.answers(tokens, 3, strategy="static", **options)]
-    assert (counts, len(set(texts))) == ([1, 1, 1], 1)
+    assert (counts, len(set(texts))) == ([N_TAIL] * 3, 1)
 
 
 def test_a_turn_prefills_what_is_new_and_answers_as_if_it_came_alone(
@@ -103,7 +104,7 @@ def test_a_turn_prefills_what_is_new_and_answers_as_if_it_came_alone(
     found = heard(engine, TURNS, "two-place:abstain=never,answer=0.3")
     monkeypatch.undo()
     n_new = len(engine.chat_tokens(TURNS)) - len(engine.chat_tokens([STORY]))
-    assert sum(n for n in counts if n > 1) <= n_new + 1
+    assert sum(n for n in counts if n > 1) <= n_new + 2 * N_TAIL
     with Engine(made.folder, threads=1) as alone:
         assert heard(alone, TURNS, "two-place:abstain=never,answer=0.3") == found
 
@@ -123,14 +124,14 @@ def test_auto_is_the_base_for_chats_under_two_place_alone(engine: Engine) -> Non
     def n_base(weights: Any, tokens: list[int], prefill: str | None = None) -> int:
         return engine._weigher.n_base(weights, tokens, prefill)
 
-    assert n_base(None, chat) == n_base("two-place:second=2", chat) == len(chat) - 1
-    assert n_base("base", chat) == n_base({}, chat) == len(chat) - 1
-    assert n_base(engine.weights(chat), chat) == len(chat) - 1
+    assert n_base(None, chat) == n_base("two-place:second=2", chat) == len(chat) - N_TAIL
+    assert n_base("base", chat) == n_base({}, chat) == len(chat) - N_TAIL
+    assert n_base(engine.weights(chat), chat) == len(chat) - N_TAIL
     for weights in ("static", "qa-flora", {"es": 1}, np.zeros((2, engine.n_layer))):
         assert n_base(weights, chat) == 0
-        assert n_base(weights, chat, "base") == len(chat) - 1
+        assert n_base(weights, chat, "base") == len(chat) - N_TAIL
     assert n_base(None, text) == n_base(None, chat, "mix") == 0
-    assert n_base(None, text, "base") == len(text) - 1
+    assert n_base(None, text, "base") == max(0, len(text) - N_TAIL)
     with pytest.raises(OptionError, match="prefill is 'all', expected one of auto, base, mix"):
         engine.generate(chat, prefill="all")
 
@@ -158,7 +159,7 @@ def test_where_the_mix_prefills_the_base_keeps_its_own_state(
     counts = count_decoded(monkeypatch)
     heard(engine, TURNS, MIXED, prefill="mix", max_tokens=1)
     n_new = len(engine.chat_tokens(TURNS)) - len(engine.chat_tokens([STORY]))
-    assert counts[:2] == [n_new, 1]
+    assert counts[:2] == [n_new, N_TAIL]
 
 
 class Failing(Strategy):
@@ -222,5 +223,5 @@ def test_callers_under_many_mixes_share_one_prefill_of_their_system_prompt(
         for thread in threads:
             thread.join()
     assert [found[i] for i in range(8)] == expected
-    n_single = 8 * (1 + 4)
-    assert sum(counts) <= n_all - 7 * n_system + n_single + 8 * 40  # with the next header
+    n_tails = 8 * (N_TAIL + 4)
+    assert sum(counts) <= n_all - 7 * n_system + n_tails + 8 * 40  # with the next header

@@ -19,7 +19,7 @@ from qaflora_edge.inference.request import Request, Sampling
 from qaflora_edge.inference.scheduler import Scheduler, Slot
 from qaflora_edge.inference.sequence import Sequence as RunningSequence
 
-CHUNKS = Chunks(6, 3, 3)  # 8 tokens at most
+CHUNKS = Chunks(6, 3, 3, lambda token: token == 0)  # 8 tokens at most
 END = 255
 
 
@@ -315,7 +315,7 @@ def test_many_random_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever comes when, each answer is the one it is alone. And the test would notice if not."""
     assert wrong_answers(seeds=range(100)) == 0
 
-    def forgets_the_weights(slot: Slot, sequence: RunningSequence, *_: Any) -> int:
+    def forgets_the_weights(slot: Slot, sequence: RunningSequence, *_: Any, **__: Any) -> int:
         tokens = sequence.request.tokens
         n_same = 0
         for held, token in zip(slot.tokens, tokens[:-1], strict=False):
@@ -346,7 +346,8 @@ def wrong_answers(seeds: Sequence[int]) -> int:
                 last = rng.choice(done)
                 prompt = [*last.request.tokens, *last.answer, *prompt]
             n = rng.randint(0, 9)
-            weight, n_base = rng.choice([0.0, 1.0, 2.0]), rng.choice([0, len(prompt) - 1])
+            weight, n_tail = rng.choice([0.0, 1.0, 2.0]), rng.choice([1, 4, 4, len(prompt)])
+            n_base = max(0, len(prompt) - n_tail)
             heard = Heard(rng.randrange(len(prompt))) if n_base and rng.random() < 0.5 else None
             sequence = bench.add(prompt, weight, n, heard, n_base=n_base)
             running.append(sequence)

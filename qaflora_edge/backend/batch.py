@@ -95,18 +95,24 @@ class Chunks:
         """Count the tokens of the longest chunk."""
         return self.n_full + self.n_least - 1
 
-    def end(self, tokens: Sequence[int], at: int) -> int:
-        """Find the end of the chunk that begins at `at`."""
-        most = min(len(tokens), at + self.n_most)
+    def end(self, tokens: Sequence[int], at: int, n_tail: int = 0) -> int:
+        """Find the end of the chunk that begins at `at`.
+
+        n_tail  where an answer begins, the chunk ends so many tokens before; the rest of a prompt
+                that ends there is one more chunk
+        """
+        limit = len(tokens) if at >= len(tokens) - n_tail else len(tokens) - n_tail
+        most = min(limit, at + self.n_most)
         opening = self._opening(tokens)
-        for i in range(max(at, at + self.n_message - 1 - len(opening)), most):
+        first = max(at, at + self.n_message - 1 - len(opening))
+        for i in range(first, min(most + n_tail, len(tokens))):
             if self.is_break(tokens[i]):
                 end = i + 1
                 if tuple(tokens[end : end + len(opening)]) == opening:
-                    end += len(opening)
-                if self.n_message <= end - at <= self.n_most:
+                    end += len(opening) - n_tail
+                if self.n_message <= end - at <= self.n_most and end <= limit:
                     return end
-        return most if most == len(tokens) else at + self.n_full
+        return most if most == limit else at + self.n_full
 
     def cut(self, tokens: Sequence[int], at: int = 0) -> Iterator[tuple[int, int]]:
         """Give the begin and the end of each chunk from `at` on."""
@@ -122,14 +128,27 @@ class Chunks:
                 return tuple(tokens[len(tokens) - n :])
         return ()
 
-    def n_alike(self, read: Sequence[int], tokens: Sequence[int], n_after: int = 0) -> int:
+    def n_alike(
+        self,
+        read: Sequence[int],
+        tokens: Sequence[int],
+        n_after: int = 0,
+        *,
+        n_tail: int = 0,
+        n_there: int | None = None,
+    ) -> int:
         """Count the tokens in chunks that a prompt shares with one prefilled earlier.
 
         n_after  tokens that are prefilled after the prompt in any case
-        returns  at most all tokens but the last one that is prefilled
+        n_tail   as end() takes it, for both prompts
+        n_there  tokens of the earlier prompt that can be reused; None: all
+        returns  at most all tokens but the last n_tail, and the last one that is prefilled
         """
-        n, at = n_common(read, tokens if n_after else tokens[:-1]), 0
-        while at < n and (end := self.end(tokens, at)) <= n and self.end(read, at) == end:
+        n, at = min(n_common(read, tokens), len(tokens) - max(n_tail, not n_after)), 0
+        n = n if n_there is None else min(n, n_there)
+        while at < n and (end := self.end(tokens, at, n_tail)) <= n:
+            if self.end(read, at, n_tail) != end:
+                break
             at = end
         return at
 

@@ -24,7 +24,7 @@ from qaflora_edge.inference.sampler import Sampler
 from qaflora_edge.inference.scheduler import Scheduler
 from qaflora_edge.inference.sequence import Sequence as RunningSequence
 from qaflora_edge.progress import Tell, silent
-from qaflora_edge.weighing.numbers import FusionWeights
+from qaflora_edge.weighing.numbers import FusionWeights, n_base_of
 from qaflora_edge.weighing.strategy import Query
 
 if TYPE_CHECKING:
@@ -237,9 +237,8 @@ class Probes:
     def _listen(self, query: Query, listener: "Listener") -> Any:
         """Prefill a query under the base, for a listener."""
         self.end()
-        core, tokens = self._core, query.tokens
+        core, tokens, n_base = self._core, query.tokens, n_base_of(len(query.tokens))
         nothing = np.zeros((len(core.adapters), core.model.n_layer), np.float32)
-        n_base = len(tokens) - 1
         request = Request(tokens, nothing, n_base=n_base, cancellation=self._cancellation)
         n_ctx = core.n_ctx_for(len(tokens), self._n_answer)
         sequence, n_told = RunningSequence(request, None, 0, n_ctx, listener), 0

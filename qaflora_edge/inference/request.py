@@ -95,8 +95,8 @@ class Request:
     tokens        ids of the prompt
     weights       float32 [n_adapter, n_layer], of all loaded adapters
     adapters      names of the adapters in use, for messages
-    n_base        tokens that the base prefills: all but the last, or 0. Their KV state depends on
-                  nothing but the tokens.
+    n_base        tokens that the base prefills: all but the last few, or 0. Their KV state depends
+                  on nothing but the tokens.
     keeps_logits  keep the logits after the prompt, and choose no token
     """
 
@@ -114,8 +114,8 @@ class Request:
 
     @property
     def weights_key(self) -> bytes:
-        """Give bytes that are equal where the weights of the KV state to reuse are."""
-        return bytes(self.weights.nbytes) if self.n_base else self.weights.tobytes()
+        """Give bytes that are equal where weights and chunks of the KV state to reuse are."""
+        return b"base, %d" % self.n_tail if self.n_base else self.weights.tobytes()
 
     def next_weights(self, n_past: int) -> F32:
         """Give the weights of the token at this position: float32 [n_adapter, n_layer]."""
@@ -123,13 +123,17 @@ class Request:
 
     def chunk_end(self, chunks: "Chunks", at: int) -> int:
         """Find the end of the prompt's chunk that begins at `at`."""
-        return chunks.end(self.tokens[: self.n_base] if at < self.n_base else self.tokens, at)
+        return chunks.end(self.tokens, at, self.n_tail)
 
-    def n_alike(self, chunks: "Chunks", read: Sequence[int]) -> int:
-        """Count the tokens that can be reused of others in chunks of their own."""
-        if self.n_base:
-            return chunks.n_alike(read, self.tokens[: self.n_base], n_after=1)
-        return chunks.n_alike(read, self.tokens)
+    @property
+    def n_tail(self) -> int:
+        """Count the tokens after those that the base prefills."""
+        return len(self.tokens) - self.n_base if self.n_base else 0
+
+    @property
+    def n_reusable(self) -> int:
+        """Count the tokens whose KV state another request may reuse."""
+        return self.n_base or len(self.tokens)
 
 
 def prompt_tokens(model: "Model", prompt: Prompt, n_ctx: int, *, parse_special: bool) -> list[int]:

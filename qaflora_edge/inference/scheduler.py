@@ -57,8 +57,9 @@ class Slot:
     """Note one sequence of the answering context, and its KV state.
 
     tokens   ids of the KV state
-    n_exact  how many of them were prefilled in the chunks of their prompt: a prompt with the same
-             chunks may reuse them bit for bit
+    prompt   of the last Sequence
+    n_exact  how many tokens of it may be reused, once they are here: a prompt with the same chunks
+             reuses them bit for bit
     weights  the key of the weights that those were computed under; None where there are none
     turn     when its last Sequence came, counted in sequences
     """
@@ -66,24 +67,24 @@ class Slot:
     number: int
     sequence: Sequence | None = None
     tokens: list[int] = field(default_factory=list)
+    prompt: Tokens[int] = ()
     n_exact: int = 0
     weights: bytes | None = None
     turn: int = 0
 
-    def n_reused(
-        self, sequence: Sequence, chunks: Chunks, tokens: Tokens[int] | None = None
-    ) -> int:
+    def n_reused(self, sequence: Sequence, chunks: Chunks, *, is_soon: bool = False) -> int:
         """Count the tokens of a prompt that can be reused from here, at most all but the last one.
 
         That is what prefill under its weights would compute, bit for bit.
 
-        tokens  that are here, or will be
+        is_soon  count what is here once the prompt is prefilled
         """
         request = sequence.request
         if self.weights != request.weights_key:
             return 0
-        read = self.tokens if tokens is None else tokens
-        n_alike, cut = request.n_alike(chunks, read[: self.n_exact]), 0
+        n_there = self.n_exact if is_soon else min(self.n_exact, len(self.tokens))
+        tail: Any = {"n_tail": request.n_tail, "n_there": n_there}
+        n_alike, cut = chunks.n_alike(self.prompt, request.tokens, **tail), 0
         if sequence.listener is None or n_alike <= sequence.listener.start:
             return n_alike
         while (end := request.chunk_end(chunks, cut)) <= sequence.listener.start:
@@ -94,7 +95,7 @@ class Slot:
         """Note a new prompt, which reuses its first n_kept tokens."""
         request = sequence.request
         self.weights, self.tokens = request.weights_key, list(request.tokens[:n_kept])
-        self.n_exact = request.n_base or sequence.n_prompt
+        self.prompt, self.n_exact = request.tokens, request.n_reusable
 
     def forget(self) -> None:
         """Hold nothing."""
@@ -102,7 +103,8 @@ class Slot:
 
     def copy(self, other: Self) -> None:
         """Note a copy of another slot's KV state."""
-        self.tokens, self.n_exact, self.weights = list(other.tokens), other.n_exact, other.weights
+        self.tokens, self.weights = list(other.tokens), other.weights
+        self.prompt, self.n_exact = other.prompt, other.n_exact
 
 
 @dataclass
@@ -250,9 +252,9 @@ class Scheduler:
     def _n_soon(self, sequence: Sequence) -> int:
         """Count the tokens that can be reused once all prompts are prefilled that are begun."""
         soon = [
-            slot.n_reused(sequence, self._chunks, other.request.tokens)
+            slot.n_reused(sequence, self._chunks, is_soon=True)
             for slot in self.slots
-            if (other := slot.sequence) is not None and other.is_prefill
+            if slot.sequence is not None and slot.sequence.is_prefill
         ]
         return max(soon, default=0)
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 DEFAULT_STRATEGY, DEFAULT_LENS, DEFAULT_POOL = "qa-flora", "norm", "last"
 
 # Below this nothing in float32 states is an adapter's effect; the formula itself keeps its digits.
+N_TAIL = 16  # tokens of a prompt that the mix reads, where the base prefills the others
 DIVERGENCE_FLOOR = 1e-30
 _TYPICAL_EPS = 1e-12  # nats, see typical_divergence
 
@@ -119,6 +120,14 @@ def check_weights(
             "expected a finite number."
         )
     return array
+
+
+def n_base_of(n_prompt: int) -> int:
+    """Count the tokens of a prompt that the base prefills, where it prefills.
+
+    The mix reads the last ones: benchmarks/one_reading.py compares other numbers of them.
+    """
+    return max(0, n_prompt - N_TAIL)
 
 
 def normalise(divergence: ArrayLike) -> F32:

@@ -190,7 +190,7 @@ class Weigher:
         )
 
     def n_base(self, weights: Weights, tokens: Sequence[int], prefill: str | None = None) -> int:
-        """Count the tokens of a prompt that the base prefills: all but the last, or none.
+        """Count the tokens of a prompt that the base prefills: all but the last few, or none.
 
         weights  as weigh() takes them
         prefill  of config.PREFILLS, or None: the default
@@ -204,7 +204,7 @@ class Weigher:
             kind = (weights or self.known.strategy).partition(":")[0]
             is_base = any(s.is_base_prefilled for s in strategies() if s.name == kind)
             how = "base" if is_base and self.find_question(tokens) else "mix"
-        return len(tokens) - 1 if how == "base" and self.adapters else 0
+        return numbers.n_base_of(len(tokens)) if how == "base" and self.adapters else 0
 
     def weigh(
         self, weights: Weights, tokens: Sequence[int], probe: Callable[[Query], Probe]
