@@ -201,6 +201,11 @@ class Engine:
         return self._weigher.known.pool
 
     @property
+    def prefill(self) -> str:
+        """Name who prefills prompts: auto, base or mix."""
+        return self._weigher.known.prefill
+
+    @property
     def prefix_cache_bytes(self) -> int:
         """Give the size of the cached prefixes, at most `prefix_cache`: see Engine."""
         return self._core.prober.prefixes.n_byte
