@@ -61,8 +61,6 @@ def together(n_seq: int, tokens: list[int] = TOKENS) -> list[Row]:
     return [row for seq in range(n_seq) for row in rows_of(tokens, seq=seq)]
 
 
-# differential probes
-
 UNEVEN = [*(Row(t, i, 0) for i, t in enumerate(TOKENS[:2])), *rows_of(TOKENS[:3], seq=1)]
 REFUSED = {
     "no base": ([*rows_of(TOKENS, seq=1), *rows_of(TOKENS, seq=2)], "given sequence 1 where 0 was"),
@@ -132,9 +130,6 @@ def test_fewer_adapters_than_all_are_subtracted_alike(loaded: tuple[Model, Pack]
     # other rows are rounded together there, which moves base and adapted state alike
     error = np.abs(short[1] - short[0] - move).max()
     assert error < 0.3 * np.abs(plain[1] - plain[0] - move).max()
-
-
-# a decode that was ended
 
 
 def mixed(loaded: tuple[Model, Pack]) -> RawContext:

@@ -84,9 +84,6 @@ def test_head_of_a_tied_base_is_accepted(tmp_path: Path, base: tiny.TinyBase) ->
     check_adapter(read_adapter_gguf(adapter.path), read_gguf_header(base.path))
 
 
-# --- files that are no sound adapters -------------------------------------------------------------
-
-
 EMBEDDING = "token_embd.weight"
 PLAIN = UnsupportedAdapterError
 ALPHA = "metadata field adapter.lora.alpha is"
@@ -138,8 +135,6 @@ def test_tensors_are_pairs(tmp_path: Path) -> None:
     )
 
 
-# --- adapters for another base --------------------------------------------------------------
-
 TRAINED = "Use an adapter that was trained on this base."
 
 
@@ -177,9 +172,6 @@ def test_experts_of_the_base_are_compared(tmp_path: Path) -> None:
         AdapterMismatchError, match=r"\[3, 96, 64\], and the base has \[2, 96, 64\]"
     ):
         check_adapter(info, base)
-
-
-# --- what llama.cpp would ignore, or stop at ------------------------------------------------------
 
 
 IGNORED = (

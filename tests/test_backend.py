@@ -365,9 +365,6 @@ def test_unknown_kernels_are_refused(monkeypatch: pytest.MonkeyPatch, base: Tiny
         Pack(Model(read_base(base.path)), [])
 
 
-# the probe
-
-
 def probe_states(
     base: TinyBase,
     adapters: Sequence[TinyAdapter],
@@ -521,9 +518,6 @@ def test_answers_of_a_quantised_base_are_as_near_to_it_as_with_ggml(
     assert np.abs(alone - truth).mean() <= 1.2 * theirs
 
 
-# the lens
-
-
 def reference_divergence(base: TinyBase, states: F32, lens: str) -> NDArray[np.float64]:
     """Divergences [n_adapter, n_layer] of states [1 + n_adapter, n_layer, n_embd] in float64."""
     head = base.tensors["token_embd.weight"].astype(np.float64)
@@ -620,9 +614,6 @@ def test_divergence_that_is_not_finite_is_reported(tmp_path: Path, dtype: str) -
         "Divergences cannot be computed: adapter 1 moves the state after block 1 by more than can "
         "be measured, or one of the two is not finite; leave it out, or convert it again."
     )
-
-
-# failures
 
 
 def test_special_tokens_are_those_that_the_library_tells_of_each(tmp_path: Path) -> None:

@@ -66,9 +66,6 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-# making
-
-
 def test_bundle_json_records_what_the_files_are(made: TinyBundle) -> None:
     raw = bundle_json(made.folder)
     assert raw["format"] == "qaflora-bundle/1"
@@ -211,9 +208,6 @@ def test_a_bundle_whose_measuring_fails_works(tmp_path: Path) -> None:
         assert load_bundle(folder).known.strategy == "two-place"
 
 
-# loading
-
-
 def test_texts_of_a_bundle_command_no_terminal(made: TinyBundle) -> None:
     def record(raw: Raw) -> None:
         raw["description"] = "ends\x1b[2J\nhere"
@@ -305,9 +299,6 @@ def test_bundle_can_move_to_a_machine_with_the_pulled_base(
     )
 
 
-# a hostile bundle.json
-
-
 def sets(*place: str | int, **fields: Any) -> Callable[[Raw], object]:
     """Change fields of the object at a place of bundle.json."""
     return lambda raw: functools.reduce(operator.getitem, place, raw).update(fields)
@@ -378,9 +369,6 @@ def test_paths_stay_inside_the_bundle(made: TinyBundle, file: str, message: str)
     rewrite(made.folder, sets("adapters", 0, file=file))
     with pytest.raises(BundleError, match=message):
         load_bundle(made.folder)
-
-
-# checked hashes
 
 
 @pytest.fixture

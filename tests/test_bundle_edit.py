@@ -52,9 +52,6 @@ def names_in(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-# adding
-
-
 def test_added_adapters_are_as_if_created_with_them(made: TinyBundle, tmp_path: Path) -> None:
     add_adapter(made.folder, "law", made.peft, outtype="f32")
     add_adapter(
@@ -195,9 +192,6 @@ def test_a_file_of_another_adapter_is_not_overwritten(made: TinyBundle) -> None:
     verify_bundle(made.folder)
 
 
-# removing
-
-
 def test_a_removed_adapter_is_gone(made: TinyBundle) -> None:
     set_fusion(made.folder, typical={"es": TYPICAL, "math": TYPICAL})
     remove_adapter(made.folder, "es")
@@ -240,9 +234,6 @@ def test_the_hubs_cache_is_not_changed(hub: FakeHub, hub_cache: Path, made: Tiny
     )
 
 
-# measuring
-
-
 def test_calibrating_measures_what_is_missing(made: TinyBundle, tmp_path: Path) -> None:
     set_fusion(made.folder, typical={"math": {"raw": [1.0, 2.0, 3.0]}})
     assert calibrate(made.folder, Engine)
@@ -260,9 +251,6 @@ def test_calibrating_measures_what_is_missing(made: TinyBundle, tmp_path: Path) 
     before = snapshot(made.folder)
     assert not calibrate(made.folder, Engine)
     assert snapshot(made.folder) == before
-
-
-# the base
 
 
 def test_the_base_may_lie_elsewhere(made: TinyBundle, tmp_path: Path) -> None:

@@ -240,9 +240,6 @@ def test_no_file_of_prompts(made: TinyBundle, tmp_path: Path) -> None:
     )  # before anything is read
 
 
-# going on
-
-
 @pytest.fixture(scope="module")
 def answered(made: TinyBundle, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Answers to the first two of four prompts."""

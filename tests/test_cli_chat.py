@@ -178,9 +178,6 @@ def test_markdown_is_still_markdown() -> None:
     assert "a b ──── 1 2" in markdown("| a | b |\n|---|---|\n| 1 | 2 |")
 
 
-# commands
-
-
 def test_weights_shows_the_heatmap_of_the_last_answer(made: TinyBundle) -> None:
     result = chat(made.folder, "/weights", "the thing", "/weights")
     assert result.stderr.startswith("[nothing has been answered yet]\n")

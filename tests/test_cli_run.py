@@ -83,9 +83,6 @@ def test_dir_may_be_a_pulled_hub_bundle(made: TinyBundle, monkeypatch: pytest.Mo
     assert run("owner/name", PROMPT, "--max-tokens", 2).exit_code == 0
 
 
-# a base alone
-
-
 def test_dir_may_be_a_base(made: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = answer(made, max_tokens=8, weights="base")
     result = run(made.base.path, PROMPT, "--max-tokens", 8)
@@ -131,9 +128,6 @@ def test_base_may_be_named_as_in_the_registry(
     assert run(model.name, PROMPT, "--max-tokens", 2).exit_code == 0
 
 
-# prompts from stdin
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "asked"),
@@ -159,8 +153,6 @@ def test_what_is_piped_stands_behind_the_prompt(
         expected = len(engine.chat_tokens([{"role": "user", "content": asked}]))
     assert json.loads(done.stdout)["usage"]["prompt_tokens"] == expected, done.stderr
 
-
-# grammars
 
 DATE = 'root ::= [0-9]{4} "-" [0-9]{2}\n'
 SCHEMA = {
@@ -227,9 +219,6 @@ def test_bad_grammar_is_named_before_the_model_is_loaded(
     assert wrong.format(path=path) in result.stderr
     assert result.stderr.startswith("Error: ")
     assert result.stderr.count("\n") == 1
-
-
-# usage, streams
 
 
 @pytest.mark.parametrize(

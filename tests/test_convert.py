@@ -202,9 +202,6 @@ def test_names_inside_a_multimodal_gemma_are_understood(
     assert (tmp_path / "plain.gguf").read_bytes() == (tmp_path / "nested.gguf").read_bytes()
 
 
-# --- refusals, each leaving the disk as it was ---------------------------------------------------
-
-
 def refusal(kind: type[Exception], folder: Path, base: Path, **options: Any) -> str:
     """Convert over an older file, expect an error, and check that nothing changed."""
     out = folder.parent / "out.gguf"
@@ -310,9 +307,6 @@ def test_biases_that_were_trained_but_not_saved_are_refused(
         'Train with bias="none".'
     )
     convert_adapter(folder, make_base("llama").path, tmp_path / "out.gguf")  # it has no biases
-
-
-# --- names of tensors: gguf's map of all blocks is the oracle for ours of one block ---------------
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

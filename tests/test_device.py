@@ -78,9 +78,6 @@ def test_layers_lie_on_the_device(
     assert f"offloaded {min(gpu_layers, base.n_layer + 1)}/{base.n_layer + 1} layers to GPU" in said
 
 
-# logits
-
-
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3"])
 def test_fused_logits_equal_a_merged_base(tmp_path, arch, weights, gpu_layers) -> None:
     base = write_tiny_base(tmp_path / "base.gguf", arch)
@@ -108,12 +105,6 @@ def test_zero_weights_equal_the_base(base, adapters, gpu_layers) -> None:
         assert np.array_equal(found, expected)
     nothing = cpu.fused_logits(base, [], weights[:0], gpu_layers=gpu_layers)
     assert np.array_equal(nothing, expected)
-
-
-# weights as inputs of a graph that a device may still be running
-
-
-# the probe and the lens
 
 
 def stepwise_states(base: TinyBase, adapters: Sequence[TinyAdapter], gpu_layers: int) -> F32:

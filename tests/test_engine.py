@@ -122,9 +122,6 @@ def test_typical_divergence_is_measured_per_adapter_lens_and_layer(
         np.testing.assert_allclose(typical[name]["norm"], expected[ia], rtol=1e-5)
 
 
-# failures
-
-
 def test_empty_and_long_prompts_are_refused(engine: Engine) -> None:
     with pytest.raises(PromptError) as caught:
         engine.weights("")
@@ -203,9 +200,6 @@ def test_close_ends_the_calls_of_other_threads(base: TinyBase) -> None:
     assert str(caught[0]) in ("This Engine was closed in the middle of a call.", closed)
     with pytest.raises(BusyError, match=closed):
         engine.generate("the king")
-
-
-# adapters in use
 
 
 @pytest.mark.parametrize("strategy", ["qa-flora", "static"])

@@ -47,9 +47,6 @@ def downloads(hub: FakeHub) -> list[str]:
     ]
 
 
-# references
-
-
 def test_reference_forms() -> None:
     for text, expected in (
         ("owner/name", HubRef("owner/name", None, None)),
@@ -78,9 +75,6 @@ def test_other_forms_are_refused(text: str) -> None:
         "owner/name/file.gguf, or one of them with @revision. "
         "See 'qaflora models' for names that need no owner."
     )
-
-
-# the cache that is shared with other tools
 
 
 def test_a_pulled_bundle_is_used_in_the_cache_that_other_tools_share(
@@ -143,9 +137,6 @@ def test_links_of_a_snapshot_stay_in_the_hubs_cache(
             load_bundle(place)
 
 
-# a folder of the user's
-
-
 def test_a_bundle_is_fetched_into_a_folder(
     hub: FakeHub, files: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -178,9 +169,6 @@ def test_a_single_gguf_joins_a_folder(hub: FakeHub, tmp_path: Path) -> None:
     assert (to / "a.gguf").read_bytes() == b"mine"
 
 
-# adapters
-
-
 def test_a_peft_adapter_is_a_folder(hub: FakeHub, made: TinyBundle) -> None:
     files = folder_files(made.peft) | {"README.md": b"# An adapter\n"}
     hub.put("owner/math", files | {"optimizer.pt": b"x", "checkpoint-1/adapter_config.json": b""})
@@ -203,9 +191,6 @@ def test_a_pickled_adapter_is_refused(hub: FakeHub) -> None:
     assert downloads(hub) == []
 
 
-# interrupted and wrong
-
-
 def test_a_file_name_that_leads_out_is_refused(
     hub: FakeHub, files: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -218,9 +203,6 @@ def test_a_file_name_that_leads_out_is_refused(
     hub.put("owner/base", {"../base.gguf": b"GGUF"})
     with pytest.raises(BundleError, match=r"Refused the path '\.\./base\.gguf'"):
         fetch_hub("owner/base", tmp_path / "to")
-
-
-# refusals
 
 
 def refusal(ref: str) -> str:

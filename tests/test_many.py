@@ -63,9 +63,6 @@ def drawn(n: int, seed: int = 0) -> list[int]:
     return [int(token) for token in np.random.default_rng(seed).integers(1, 250, n)]
 
 
-# scores
-
-
 def stock_score(
     place: Path,
     parts: tuple[TinyBase, dict[str, TinyAdapter]],
@@ -165,9 +162,6 @@ def test_what_cannot_be_scored(
     assert str(caught.value).startswith(message)
 
 
-# weights
-
-
 @pytest.mark.parametrize("strategy", ["qa-flora", "norm"])
 def test_weights_of_a_list_are_those_one_by_one(alone: Engine, strategy: str) -> None:
     prompts = ["a thing", drawn(30), "a thing on a ring", np.array(drawn(3, seed=4))]
@@ -182,9 +176,6 @@ def test_weights_of_a_list_are_those_one_by_one(alone: Engine, strategy: str) ->
     (fusion,) = alone.weights(["a thing"], strategy="static", adapters=["es"])
     assert fusion.adapters == ("es",)
     assert fusion.weights.shape == (1, 3)
-
-
-# prompts and options of wrong types
 
 
 @pytest.mark.parametrize("prompt", [None, b"abc", [[1], 2]])
@@ -208,9 +199,6 @@ def test_options_of_wrong_types_are_refused_and_harm_nobody(
         engine.generate("a", **{option: value})
     assert str(caught.value) == message
     assert engine.generate("a", max_tokens=2).n_prompt > 0
-
-
-# many answers
 
 
 def test_each_request_has_its_own_options(engine: Engine, alone: Engine) -> None:

@@ -58,9 +58,6 @@ def test_a_tie_of_choices_is_not_right_and_loss_is_nats_a_token() -> None:
     assert loss(logs([-1, -2, -6]), {}) == 3
 
 
-# metrics of a program's own
-
-
 @pytest.fixture(autouse=True)
 def _registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "_registry", {})
@@ -95,8 +92,6 @@ def test_what_is_no_metric_is_refused(metric: Any, message: str) -> None:
     assert message in str(failure.value)
     assert metrics.metrics() == BUILT_IN
 
-
-# the last number of an answer
 
 # Answer -> what it may stand for, in any order.
 ANSWERS = [

@@ -128,9 +128,6 @@ def project(tmp_path: Path) -> Project:
     return Project(tmp_path / "project")
 
 
-# --- the pin ----------------------------------------------------------------------------------
-
-
 def test_pin_is_the_binding_that_pyproject_asks_for_and_that_is_installed() -> None:
     pin = tomllib.loads((ROOT / "patches" / "UPSTREAM").read_text())
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -168,8 +165,6 @@ def test_the_call_sites_of_our_hooks_only_add_lines() -> None:
     assert re.findall(r"^-(?!-- a/).*", body, re.MULTILINE) == []
 
 
-# --- our own sources --------------------------------------------------------------------------
-
 SOURCES = sorted((ROOT / "patches" / "src").iterdir())
 
 
@@ -193,9 +188,6 @@ def test_a_source_includes_only_what_stands_above_it(path: Path) -> None:
     included = set(re.findall(r'#include "(qaflora[a-z0-9-]*)\.h"', text))
     assert included <= {*order[: order.index(path.stem) + 1]}
     assert len(text.splitlines()) <= 400
-
-
-# --- preparing --------------------------------------------------------------------------------
 
 
 def test_prepare_gives_a_patched_tree_and_keeps_it(project: Project) -> None:
@@ -235,9 +227,6 @@ def test_a_tree_that_was_changed_by_hand_is_refused(project: Project, change: st
         f"differ from the stamp, the first is src/{path.name}. Expected it untouched. Put your "
         "change into a patch, then delete that folder and try again."
     )
-
-
-# --- refusals ---------------------------------------------------------------------------------
 
 
 def test_a_hunk_that_fits_elsewhere_is_refused(project: Project) -> None:

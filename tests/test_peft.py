@@ -48,8 +48,6 @@ def refusal(kind: type[Exception], folder: Path) -> str:
     return str(caught.value)
 
 
-# --- what PEFT itself says -------------------------------------------------------------------
-
 PATTERNS: list[dict[str, Any]] = [
     {
         "rank_pattern": {"q_proj": 8, "layers.1.mlp.up_proj": 2, r"model\.layers\.2\.mlp.*": 6},
@@ -184,8 +182,6 @@ def write_shards(folder: Path, **changes: str) -> Path:
     (folder / "adapter_model.safetensors.index.json").write_text(json.dumps(index))
     return folder
 
-
-# --- features refused by name ----------------------------------------------------------------
 
 FEATURES = REFUSED["fields"]
 OTHER = ["only LoRA can be represented", "Merge the adapter into its base, or train a plain LoRA."]
@@ -331,9 +327,6 @@ def test_file_that_git_lfs_left_out_is_told(tmp_path: Path) -> None:
     assert refusal(InputFileError, path.parent).startswith(
         f"Cannot read {path}: opening or reading it failed: it is a Git LFS pointer; run `git lfs "
     )
-
-
-# --- files that are missing, damaged, or do not belong together --------------------------------
 
 
 LACKS = "adapter_config.json is missing; expected a PEFT folder. "

@@ -170,9 +170,6 @@ def test_a_state_of_other_weights_or_cut_short_is_refused(loaded: tuple[Model, P
         assert context.tokens[0] == [1, 2, 3]
 
 
-# fixed weights
-
-
 @pytest.mark.slow
 def test_the_fused_prefix_is_read_once_under_fixed_weights(
     monkeypatch: pytest.MonkeyPatch, base: TinyBase

@@ -121,9 +121,6 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
     assert list(shop.cache.glob("models/.tmp-*")) == [], "a temporary file was left behind"
 
 
-# --- the shipped registry -----------------------------------------------------------------------
-
-
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(RegistryError) as caught:
         registry.find_model("gpt-5")
@@ -137,9 +134,6 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
 def test_the_hub_is_asked_first() -> None:
     for model in registry.load_registry().values():
         assert [type(source) for source in model.sources] == [HubRef, tuple]
-
-
-# --- fetching -------------------------------------------------------------------------------------
 
 
 def hub_source(**changes: Any) -> dict[str, Any]:

@@ -29,9 +29,6 @@ from qaflora_edge.weighing.strategy import Probe, Query, Strategy, _registry, re
 N_TURN = int(ENGINE["n_parallel"]) + 1  # type: ignore[call-overload]
 
 
-# the queue alone
-
-
 def test_the_queue_is_in_order_and_no_address_has_more_than_a_quarter() -> None:
     ended: dict[str, str] = {}
 
@@ -64,9 +61,6 @@ def test_the_queue_is_in_order_and_no_address_has_more_than_a_quarter() -> None:
     assert refused == {"often2", "here6"}
     answered = [name for name, end in ended.items() if end == "answered"]
     assert answered == ["often1", *(f"here{i}" for i in range(6)), "other"]
-
-
-# a server whose requests wait for as long as a test likes
 
 
 class Held(Strategy):

@@ -97,9 +97,6 @@ def test_page_is_no_wider_than_the_window(width: int, window: Browser, page: Pat
     assert window.run("return document.documentElement.scrollWidth <= innerWidth")
 
 
-# weights
-
-
 def cell(row: int, layer: int, panel: int = 1) -> str:
     return (
         f"section:nth-of-type({panel}) .row:nth-of-type({row + 1}) .cell:nth-of-type({layer + 1})"
@@ -138,9 +135,6 @@ def test_keyboard_walks_over_the_cells(window: Browser, weights: Path) -> None:
     assert tip(window) == expected(0, N_LAYER - 1)
     window.press(ESCAPE)
     assert tip(window) is None
-
-
-# results
 
 
 def test_an_item_opens_to_its_question_and_answers(window: Browser, results: Path) -> None:

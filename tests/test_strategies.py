@@ -182,9 +182,6 @@ def test_what_is_no_strategy_is_refused(strategy: Any, message: str) -> None:
     assert message in str(caught.value)
 
 
-# entry points of packages
-
-
 @pytest.fixture
 def offered(monkeypatch: pytest.MonkeyPatch) -> list[EntryPoint]:
     """What the packages of this machine offer."""

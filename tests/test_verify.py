@@ -112,8 +112,6 @@ def test_tiles_that_are_read_one_by_one_give_what_the_whole_gives(
             assert getattr(other, field) == pytest.approx(getattr(one, field), rel=1e-6)
 
 
-# --- mistakes of the writing code ---------------------------------------------------------------
-
 Change = Callable[[Any], Any]
 MISTAKES: dict[str, tuple[str, Change]] = {
     "rows in HF's order": ("b", lambda b: b[np.argsort(b[:, 0], kind="stable")]),
@@ -175,8 +173,6 @@ def test_missing_module_is_found(tmp_path: Path) -> None:
         "the 20 modules of the adapter. Nothing was kept; please report this."
     )
 
-
-# --- the order of rows, told twice --------------------------------------------------------------
 
 METADATA = {
     "block_count": 1,
