@@ -83,11 +83,6 @@ WRONG = [
     ("[weights]\ntemp = 1", "there is no key 'weights.temp' here, expected one of weights.", ""),
     ("[zzzz]\nx = 1", "there is no key 'zzzz' here", ". Correct the key, or remove it."),
     ("chat = 3", "the key chat is 3, expected a table, as in [chat]. ", "Correct it"),
-    (
-        'threads = "4"',
-        "the key threads is '4', expected a number of threads from 1 to 512. ",
-        "Correct it",
-    ),
     ("temp = nan", "the key temp is nan, expected a number from 0 up", ""),
     ('raw_prompt = "yes"', "the key raw_prompt is 'yes', expected true or false", ""),
     ('stop = [""]', "the key stop is [''], expected a list of texts that are not empty", ""),

@@ -78,26 +78,6 @@ def client(url: str) -> Iterator[OpenAI]:
         yield client
 
 
-def test_stream_with_the_mix_asked_for(client: OpenAI, alone: Engine) -> None:
-    options: Any = {"max_tokens": 20, "temperature": 1.5, "seed": 4}
-    wanted = alone.chat(USER, weights={"math": 0.75}, **options)
-    raw = client.chat.completions.with_raw_response.create(
-        model="tiny",
-        messages=USER,
-        stream=True,
-        stream_options={"include_usage": True},
-        extra_body={"fusion": {"weights": {"math": 0.75}}},
-        **options,
-    )
-    assert raw.headers["x-fusion"] == "math=0.75,es=0.00"
-    *chunks, last = list(raw.parse())
-    text = wanted["choices"][0]["message"]["content"]
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
-    assert chunks[-1].choices[0].finish_reason == wanted["choices"][0]["finish_reason"]
-    assert last.usage is not None
-    assert last.usage.completion_tokens == wanted["usage"]["completion_tokens"]
-
-
 @pytest.mark.parametrize(
     "choice", ["required", {"type": "function", "function": {"name": "weather"}}]
 )

@@ -31,7 +31,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
 
 
 def allowed(model: Model, constraint: Constraint) -> np.ndarray:
-    """The tokens of the mask."""
     bits = np.unpackbits(constraint.mask().view(np.uint8), bitorder="little")
     return np.flatnonzero(bits[: model.n_vocab])
 
@@ -240,7 +239,6 @@ def test_shapes_are_followed(model: Model, schema: Any) -> None:
 
 
 def is_taken(model: Model, grammar: Grammar, text: str) -> bool:
-    """Whether a whole text is taken, token by token."""
     constraint = Constraint(model, grammar)
     for token in model.tokenize(text, add_special=False, parse_special=False):
         if token not in allowed(model, constraint):
@@ -413,14 +411,3 @@ def test_hostile_schemas_end_in_bounded_time(model: Model, name: str) -> None:
     with contextlib.suppress(GrammarError):
         on_a_small_stack(follow)
     assert time.process_time() - start < 60
-
-
-def test_end_is_allowed_only_where_the_grammar_can_end(model: Model) -> None:
-    ends = [token for token in range(model.n_vocab) if model.is_end(token)]
-    assert len(ends) == 2
-    constraint = Constraint(model, schema_grammar({"enum": [1, 12]}))
-    for digit, can_end in (("1", False), ("2", True)):
-        assert constraint.can_end() == can_end
-        assert bool(set(ends) & set(allowed(model, constraint))) == constraint.can_end()
-        constraint.accept(model.tokenize(digit, add_special=False, parse_special=False)[0])
-    assert allowed(model, constraint).tolist() == ends

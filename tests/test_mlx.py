@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 from numpy.typing import NDArray
+from test_peft import refusal
 
 from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.errors import (
@@ -54,15 +55,20 @@ def random_pairs(base: tiny.TinyBase, layers: list[int]) -> dict[str, NDArray[np
     return tensors
 
 
+def stored(path: Path) -> tuple[dict[str, NDArray[np.float64]], float]:
+    """The tensors of an adapter GGUF, and its alpha."""
+    reader = gguf.GGUFReader(path)
+    alpha = float(reader.fields["adapter.lora.alpha"].contents())
+    return {tensor.name: tensor.data.astype(np.float64) for tensor in reader.tensors}, alpha
+
+
 def test_delta_equals_what_mlx_fuses(tmp_path: Path) -> None:
     base = tiny.write_tiny_base(tmp_path / "base.gguf", "qwen2")
     tensors = random_pairs(base, [1, 2])
     folder = write_mlx(tmp_path / "a", tensors)
     convert_adapter(folder, base.path, tmp_path / "out.gguf", outtype="f32")
-    reader = gguf.GGUFReader(tmp_path / "out.gguf")
-    stored = {tensor.name: tensor.data.astype(np.float64) for tensor in reader.tensors}
-    alpha = float(reader.fields["adapter.lora.alpha"].contents())
-    assert len(stored) == len(tensors)
+    found, alpha = stored(tmp_path / "out.gguf")
+    assert len(found) == len(tensors)
     for name in tensors:
         if not name.endswith(".lora_a"):
             continue
@@ -71,16 +77,8 @@ def test_delta_equals_what_mlx_fuses(tmp_path: Path) -> None:
         expected = (20.0 * b.T) @ a.T  # mlx-lm d78bf58e, tuner/lora.py LoRALinear.fuse
         _, _, layer, projection = module.split(".", 3)
         stem = f"blk.{layer}.{tiny.PROJECTIONS[projection]}.weight"
-        delta = alpha / 4 * stored[f"{stem}.lora_b"] @ stored[f"{stem}.lora_a"]
+        delta = alpha / 4 * found[f"{stem}.lora_b"] @ found[f"{stem}.lora_a"]
         np.testing.assert_allclose(delta, expected, rtol=1e-12, atol=1e-9)
-
-
-def test_fields_of_the_config_are_read(tmp_path: Path) -> None:
-    adapter = read_peft(write_mlx(tmp_path / "a"))
-    (module,) = adapter.modules.values()
-    assert (module.name, module.rank, module.scale) == (Q0, 4, 20.0)
-    assert (module.n_in, module.n_out) == (64, 64)
-    assert adapter.config.base_name == "mlx-community/Tiny-4bit"
 
 
 FIELDS: list[tuple[dict[str, Any], str, str, str]] = [
@@ -134,15 +132,13 @@ def test_experts_are_those_that_mlx_fuses(tmp_path: Path) -> None:
     folder = write_mlx(tmp_path / "a", tensors)
     out = tmp_path / "out.gguf"
     convert_adapter(folder, base.path, out, outtype="f32", verify=True)
-    reader = gguf.GGUFReader(out)
-    stored = {tensor.name: tensor.data.astype(np.float64) for tensor in reader.tensors}
-    alpha = float(reader.fields["adapter.lora.alpha"].contents())
-    assert len(stored) == len(tensors)
+    found, alpha = stored(out)
+    assert len(found) == len(tensors)
     for part in ("gate", "up", "down"):
         a, b = (tensors[f"{EXPERTS}.{part}_proj.lora_{side}"].astype(np.float64) for side in "ab")
         expected = 20.0 * b @ a  # mlx-lm ef3c28db, tuner/lora.py LoRASwitchLinear.fuse
         stem = f"blk.0.ffn_{part}_exps.weight"
-        delta = alpha / 4 * stored[f"{stem}.lora_b"] @ stored[f"{stem}.lora_a"]
+        delta = alpha / 4 * found[f"{stem}.lora_b"] @ found[f"{stem}.lora_a"]
         np.testing.assert_allclose(delta, expected, rtol=1e-12, atol=1e-9)
     convert_adapter(folder, base.path, out, outtype="q8_0", verify=True)  # of other blocks
 
@@ -205,15 +201,9 @@ REFUSALS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "config", "tensors", "file", "message"), REFUSALS)
-def test_what_does_not_fit_is_refused(
-    tmp_path: Path,
-    kind: type[Exception],
-    config: dict[str, Any],
-    tensors: dict[str, Any],
-    file: str,
-    message: str,
-) -> None:
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_does_not_fit_is_refused(tmp_path: Path, case: tuple[Any, ...]) -> None:
+    kind, config, tensors, file, message = case
     folder = write_mlx(tmp_path / "a", tensors, **config)
     assert refusal(kind, folder) == f"Cannot use {folder / file}: {message}"
 
@@ -235,11 +225,3 @@ def test_missing_weights_are_named(tmp_path: Path) -> None:
         "adapters.safetensors. Load it with mlx.core.load and save it with "
         "mlx.core.save_safetensors."
     )
-
-
-def refusal(kind: type[Exception], folder: Path) -> str:
-    """Give the message of the expected error, raised exactly as this class."""
-    with pytest.raises(kind) as caught:
-        read_peft(folder)
-    assert type(caught.value) is kind
-    return str(caught.value)

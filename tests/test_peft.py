@@ -308,15 +308,9 @@ REFUSALS: list[tuple[type[Exception], dict[str, Any], dict[str, Any], str, str]]
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "config", "tensors", "file", "message"), REFUSALS)
-def test_what_does_not_fit_is_refused(
-    tmp_path: Path,
-    kind: type[Exception],
-    config: dict[str, Any],
-    tensors: dict[str, Any],
-    file: str,
-    message: str,
-) -> None:
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_does_not_fit_is_refused(tmp_path: Path, case: tuple[Any, ...]) -> None:
+    kind, config, tensors, file, message = case
     folder = write_pair(tmp_path / "a", tensors, **config)
     assert refusal(kind, folder) == f"Cannot use {folder / f'adapter_{file}'}: {message}"
 

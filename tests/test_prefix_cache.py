@@ -9,7 +9,6 @@ from decoded import count_decoded, run_alone
 from numpy.typing import NDArray
 from tiny import EOS, TinyBase, write_tiny_adapter, write_tiny_base
 
-from qaflora_edge import Engine
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.probe_context import ProbeContext
 from qaflora_edge.errors import BackendError
@@ -168,28 +167,6 @@ def test_a_state_of_other_weights_or_cut_short_is_refused(loaded: tuple[Model, P
         assert context.tokens[0] == []
         context.load_kv_state(held)
         assert context.tokens[0] == [1, 2, 3]
-
-
-@pytest.mark.slow
-def test_the_fused_prefix_is_read_once_under_fixed_weights(
-    monkeypatch: pytest.MonkeyPatch, base: TinyBase
-) -> None:
-    path = write_tiny_adapter(base.path.with_name("a.gguf"), base, seed=5).path
-    chats, system = Chats(base), drawn(400, 1)
-    prompts = [chats.prompt(system, drawn(30 + i, 2 + i)) for i in range(4)]
-    made = {"base": base.path, "adapters": {"a": path}, "n_ctx": 1024, "threads": 1}
-    with Engine(**made, strategy="single:a", n_parallel=3) as engine:
-        for i, prompt in enumerate(prompts):
-            counts = count_decoded(monkeypatch, first_only=True)
-            answer = engine.generate(prompt, max_tokens=3)
-            found = engine.logits(prompt)
-            monkeypatch.undo()
-            answer.text()
-            if base.arch != "gemma3":
-                n_read = sum(n for n in counts if n > 1)  # the others are of the answer
-                assert n_read == (405 if i == 0 else 0) + 2 * (35 + i)
-            with Engine(**made, strategy="single:a") as alone:
-                assert np.array_equal(found, alone.logits(prompt))
 
 
 @pytest.mark.slow

@@ -115,6 +115,9 @@ def test_usage_ends_a_stream_that_asks_for_it(client: TestClient) -> None:
     assert last["usage"]["completion_tokens"] == 4
     assert {"probe_ms", "prefill_ms", "decode_ms", "tokens_per_second"} < set(last["timings"])
     assert first["fusion"] == last["fusion"]
+    mix = first["fusion"]["weights"].items()
+    assert response.headers["x-fusion"] == ",".join(f"{name}={mean:.2f}" for name, mean in mix)
+    ChatCompletionChunk.model_validate(last, strict=True)
     assert not any("fusion" in chunk for chunk in others)
     plain = events(client.post(CHAT, json=body).text)
     assert not any("usage" in chunk for chunk in plain)
