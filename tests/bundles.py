@@ -87,7 +87,6 @@ def _made(place: Path, is_calibrated: bool, base_options: dict[str, Any]) -> Tin
 
 
 def qaflora(*args: object) -> Result:
-    """Run the command in this process."""
     return CliRunner().invoke(main, [str(arg) for arg in args])
 
 
@@ -96,13 +95,11 @@ def add_adapter(folder: Path, name: str, source: Path | str, **options: Any) -> 
 
 
 def bundle_json(folder: Path) -> dict[str, Any]:
-    """What a bundle.json says."""
     found: dict[str, Any] = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
     return found
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change what a bundle.json says, in place."""
     raw = bundle_json(folder)
     change(raw)
     (folder / "bundle.json").write_text(json.dumps(raw), encoding="utf-8")

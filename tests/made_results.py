@@ -31,5 +31,4 @@ def record(task: str, item: int, strategy: str, score: float | None, **more: Any
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """Read the lines of a results file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -66,7 +66,6 @@ class Specimen:
 
 
 def base_job(hf: Path, out: Path) -> dict[str, object]:
-    """Ask upstream_convert for a base."""
     tokens = [*tiny.byte_tokens(), *(merge.replace(" ", "") for merge in tiny.MERGES)]
     return {
         "hf": str(hf),

@@ -259,28 +259,16 @@ def test_changed_adapter_is_refused(made: TinyBundle) -> None:
     assert snapshot(made.folder.parent) == before
 
 
-def register(monkeypatch: pytest.MonkeyPatch, base: Path) -> registry.Model:
-    model = registry.Model(
-        name="tiny-model",
-        description="",
-        file="tiny-model.gguf",
-        sha256=sha256(base),
-        size_bytes=base.stat().st_size,
-        architecture="llama",
-        kind="chat",
-        license="MIT",
-        sources=(),
-    )
-    for module in (registry, source):
-        monkeypatch.setattr(module, "load_registry", lambda: {model.name: model})
-    return model
-
-
 def test_bundle_can_move_to_a_machine_with_the_pulled_base(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sources = make_sources(tmp_path)
-    model = register(monkeypatch, sources.base.path)
+    base = sources.base.path
+    facts = {"description": "", "architecture": "llama", "kind": "chat", "license": "MIT"}
+    facts |= {"sha256": sha256(base), "size_bytes": base.stat().st_size, "sources": ()}
+    model = registry.Model(name="tiny-model", file="tiny-model.gguf", **facts)
+    for module in (registry, source):
+        monkeypatch.setattr(module, "load_registry", lambda: {model.name: model})
     create_bundle(sources.folder, sources.base.path, {"es": sources.adapter.path})
     assert bundle_json(sources.folder)["base"]["registry"] == "tiny-model"
     models = registry.models_dir()

@@ -7,14 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles import TinyBundle, bundle_json, make_bundle, snapshot
-from click.testing import CliRunner
+from bundles import TinyBundle, bundle_json, make_bundle, qaflora, snapshot
 from numpy.typing import NDArray
 
 from qaflora_edge import Engine
 from qaflora_edge.bundles.edit import set_samples
 from qaflora_edge.bundles.open import load_bundle
-from qaflora_edge.cli import main
 from qaflora_edge.cli.bundle import describe
 from qaflora_edge.errors import BundleError, PromptError, StrategyError
 from qaflora_edge.weighing.weigher import centroid_text, parse_centroid
@@ -40,10 +38,6 @@ def folder(made_once: TinyBundle, tmp_path: Path) -> Path:
 
 def fusion(folder: Path) -> Any:
     return bundle_json(folder)["fusion"]
-
-
-def qaflora(*words: object) -> Any:
-    return CliRunner().invoke(main, [str(word) for word in words])
 
 
 @pytest.mark.slow

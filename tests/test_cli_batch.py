@@ -41,17 +41,6 @@ def lines(*requests: dict[str, Any] | str) -> str:
     return "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in requests)
 
 
-def one_by_one(made: TinyBundle, requests: list[dict[str, Any]]) -> list[str]:
-    """The answers that an Engine for one caller gives."""
-    options = {"kv_type": "f32", "flash_attn": False, "n_ctx": 256}
-    with Engine(made.folder, **options) as engine:  # type: ignore[arg-type]
-        texts = []
-        for request in requests:
-            tokens = engine.chat_tokens(request.pop("messages"))
-            texts.append(engine.generate(tokens, **request).text())
-        return texts
-
-
 def asked(prompt: str, system: str | None = None) -> list[dict[str, str]]:
     first = [] if system is None else [{"role": "system", "content": system}]
     return [*first, {"role": "user", "content": prompt}]
@@ -72,24 +61,20 @@ def test_answers_are_those_one_after_the_other(made: TinyBundle, tmp_path: Path)
     result = run(made, "--prompts", path, "--max-tokens", 12, "--parallel", 4)
     assert (result.exit_code, result.stderr[:14]) == (0, "[9 lines done,")
     found = records(result.stdout)
-    expected = one_by_one(
-        made,
-        [
-            {"messages": asked(QUESTIONS[0]), "max_tokens": 5},
-            {"messages": own[1]["messages"], "weights": "single:es", "max_tokens": 12},
-            {
-                "messages": asked(QUESTIONS[2]),
-                "temperature": 1.5,
-                "seed": 3,
-                "top_k": 40,
-                "max_tokens": 12,
-            },
-            {"messages": asked(QUESTIONS[3], "Be long."), "stop": "e", "max_tokens": 12},
-            {"messages": asked(QUESTIONS[4]), "temperature": 0.9, "seed": 1, "max_tokens": 9},
-            {"messages": asked(QUESTIONS[5]), "json_schema": {"enum": ["dog", "cat"]}},
-            *({"messages": asked(question), "max_tokens": 12} for question in QUESTIONS[6:]),
-        ],
-    )
+    alone: list[tuple[Any, dict[str, Any]]] = [
+        (asked(QUESTIONS[0]), {"max_tokens": 5}),
+        (own[1]["messages"], {"weights": "single:es"}),
+        (asked(QUESTIONS[2]), {"temperature": 1.5, "seed": 3, "top_k": 40}),
+        (asked(QUESTIONS[3], "Be long."), {"stop": "e"}),
+        (asked(QUESTIONS[4]), {"temperature": 0.9, "seed": 1, "max_tokens": 9}),
+        (asked(QUESTIONS[5]), {"json_schema": {"enum": ["dog", "cat"]}}),
+        *((asked(question), {}) for question in QUESTIONS[6:]),
+    ]
+    with Engine(made.folder, kv_type="f32", flash_attn=False, n_ctx=256) as engine:
+        expected = [
+            engine.generate(engine.chat_tokens(messages), **{"max_tokens": 12, **options}).text()
+            for messages, options in alone
+        ]
     assert [each["text"] for each in found] == expected
     assert [each["index"] for each in found] == list(range(1, 10))  # of lines, blank ones too
     assert [each.get("id") for each in found[:3]] == ["first", 7, None]

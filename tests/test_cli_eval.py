@@ -153,7 +153,7 @@ def test_table_json_and_page_show_every_item(calibrated: TinyBundle, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("args", "code", "message"),
+    "case",
     [
         (("--html", "/nowhere/r.html"), 1, "the folder /nowhere does not take a new file"),
         (("--min-weight", "1"), 2, "The option min_weight is gone; use a strategy option such"),
@@ -162,13 +162,9 @@ def test_table_json_and_page_show_every_item(calibrated: TinyBundle, tmp_path: P
     ],
 )
 def test_wrong_usage(
-    calibrated: TinyBundle,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    args: tuple[str, ...],
-    code: int,
-    message: str,
+    calibrated: TinyBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: tuple[Any, ...]
 ) -> None:
+    args, code, message = case
     monkeypatch.chdir(tmp_path)
     sums(tmp_path / "sums.jsonl")
     result = run(calibrated, "sums.jsonl", *args)

@@ -146,23 +146,15 @@ def test_pull_from_the_hub(hub: FakeHub, hub_cache: Path, tmp_path: Path) -> Non
     assert Path(result.stdout.strip()).read_bytes() == b"GGUF newer"
 
 
-def hub_bundle(server: FakeHub, place: Path, **base_fields: str) -> bytes:
-    """Put a bundle and its base on the Hub, as owner/bundle and owner/base; give the base."""
-    place.mkdir()
-    made = make_bundle(place)
-    base = made.base.path.read_bytes()
-    server.put("owner/base", {"base.gguf": base})
+def test_pull_with_the_base(hub: FakeHub, hub_cache: Path, tmp_path: Path) -> None:
+    made = make_bundle(tmp_path / "made")
+    hub.put("owner/base", {"base.gguf": made.base.path.read_bytes()})
     raw = bundle_json(made.folder)
     del raw["base"]["file"]
-    raw["base"].update(base_fields)
+    raw["base"]["hub"] = "owner/base/base.gguf"
     adapters = {path: (made.folder / path).read_bytes() for path in FILES[1:]}
-    server.put("owner/bundle", {"bundle.json": json.dumps(raw).encode(), **adapters})
+    hub.put("owner/bundle", {"bundle.json": json.dumps(raw).encode(), **adapters})
     made.base.path.unlink()
-    return base
-
-
-def test_pull_with_the_base(hub: FakeHub, hub_cache: Path, tmp_path: Path) -> None:
-    hub_bundle(hub, tmp_path / "made", hub="owner/base/base.gguf")
     folder = Path(qaflora("pull", "owner/bundle").stdout.strip())
     with pytest.raises(BundleError) as caught:
         load_bundle(folder)

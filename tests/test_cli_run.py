@@ -70,17 +70,23 @@ def test_base_without_template_needs_raw_prompt(tmp_path: Path) -> None:
     assert run(made.folder, PROMPT, "--max-tokens", 4, "--raw-prompt").exit_code == 0
 
 
-def test_dir_may_be_a_pulled_hub_bundle(made: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "name"), [("bundle", "owner/name"), ("base", "smollm2-135m-instruct")]
+)
+def test_dir_may_be_the_name_of_what_was_pulled(
+    made: TinyBundle, monkeypatch: pytest.MonkeyPatch, kind: str, name: str
+) -> None:
     pulled: dict[str, Path] = {}
     monkeypatch.setattr(hub_cache, "pulled_path", pulled.get)
-    missing = run("owner/name", PROMPT)
-    assert missing.exit_code == 1
+    monkeypatch.setattr(registry, "local_path", lambda model: pulled.get(model.name))
+    missing = run(name, PROMPT)
+    assert (missing.exit_code, missing.stdout) == (1, "")
     assert missing.stderr == (
-        "Error: Cannot open the bundle owner/name: there is no such folder, and it was not pulled. "
-        "Fetch it with `qaflora pull owner/name`, or give the folder of a bundle.\n"
+        f"Error: Cannot open the {kind} {name}: there is no such folder, and it was not pulled. "
+        f"Fetch it with `qaflora pull {name}`, or give the folder of a bundle.\n"
     )
-    pulled["owner/name"] = made.folder
-    assert run("owner/name", PROMPT, "--max-tokens", 2).exit_code == 0
+    pulled[name] = made.folder if kind == "bundle" else made.base.path
+    assert run(name, PROMPT, "--max-tokens", 2).exit_code == 0
 
 
 def test_dir_may_be_a_base(made: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,22 +118,6 @@ def test_other_commands_take_a_base(
     assert shown in result.stdout
 
 
-def test_base_may_be_named_as_in_the_registry(
-    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = registry.find_model("smollm2-135m-instruct")
-    found: dict[str, Path | None] = {model.name: None}
-    monkeypatch.setattr(registry, "local_path", lambda model: found.get(model.name))
-    missing = run(model.name, PROMPT)
-    assert (missing.exit_code, missing.stdout) == (1, "")
-    assert missing.stderr == (
-        f"Error: Cannot open the base {model.name}: there is no such folder, and it was not "
-        f"pulled. Fetch it with `qaflora pull {model.name}`, or give the folder of a bundle.\n"
-    )
-    found[model.name] = made.base.path
-    assert run(model.name, PROMPT, "--max-tokens", 2).exit_code == 0
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "asked"),
@@ -154,20 +144,12 @@ def test_what_is_piped_stands_behind_the_prompt(
     assert json.loads(done.stdout)["usage"]["prompt_tokens"] == expected, done.stderr
 
 
-DATE = 'root ::= [0-9]{4} "-" [0-9]{2}\n'
 SCHEMA = {
     "type": "object",
     "properties": {"on": {"type": "boolean"}, "kind": {"enum": ["ring", "thing"]}},
     "required": ["on", "kind"],
     "additionalProperties": False,
 }
-
-
-@pytest.fixture(scope="module")
-def grammar(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("grammar") / "date.gbnf"
-    path.write_text(DATE)
-    return path
 
 
 def test_a_stop_out_of_the_settings_cuts_no_json(
@@ -183,7 +165,9 @@ def test_a_stop_out_of_the_settings_cuts_no_json(
     assert run(made.folder, PROMPT, "--json-schema", path, "--stop", "x").exit_code == 2
 
 
-def test_answer_cut_before_its_grammar_ends_is_a_failure(made: TinyBundle, grammar: Path) -> None:
+def test_answer_cut_before_its_grammar_ends_is_a_failure(made: TinyBundle, tmp_path: Path) -> None:
+    grammar = tmp_path / "date.gbnf"
+    grammar.write_text('root ::= [0-9]{4} "-" [0-9]{2}\n')
     cut = run(made.folder, PROMPT, "--grammar", grammar, "--max-tokens", 5)
     assert cut.exit_code == 1
     assert re.fullmatch(r"\d{4}-\n", cut.stdout)

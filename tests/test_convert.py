@@ -246,14 +246,9 @@ REFUSED: list[tuple[str, dict[str, tuple[int, ...]], dict[str, tuple[int, int]],
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("arch", "tensors", "modules", "message"), REFUSED)
-def test_what_does_not_fit_the_base_is_named(
-    tmp_path: Path,
-    arch: str,
-    tensors: dict[str, tuple[int, ...]],
-    modules: dict[str, tuple[int, int]],
-    message: str,
-) -> None:
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_the_base_is_named(tmp_path: Path, case: tuple[Any, ...]) -> None:
+    arch, tensors, modules, message = case
     base = tiny.write_shapes(tmp_path / "base.gguf", arch, tensors)
     pairs = {name: (np.ones((4, n_in)), np.ones((n, 4))) for name, (n, n_in) in modules.items()}
     folder = tiny.write_pairs_of_peft(tmp_path / "a", pairs, base_model_name_or_path="tiny")

@@ -1,6 +1,5 @@
 """Adapters of experts, converted: the delta of each expert is what numpy says of the source."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 from numpy.typing import NDArray
+from test_mlx import write_mlx
 from tiny import write_pairs_of_peft
 
 from qaflora_edge.convert import plan
@@ -26,6 +26,7 @@ from qaflora_edge.errors import (
 F64 = NDArray[np.float64]
 N_EXPERT, N_FF, N_EMBD, RANK = 3, 48, 32, 4
 EXPERTS = "model.layers.0.mlp.experts"
+GATE_UP = {"target_parameters": ["experts.gate_up_proj"]}
 OLD_EXPERTS = "model.layers.0.block_sparse_moe.experts"
 
 
@@ -64,7 +65,6 @@ def convert(folder: Path, base: Path) -> ConvertedAdapter:
 
 
 def refusal(kind: type[QafloraError], folder: Path, base: Path) -> str:
-    """Give the message of the expected error."""
     with pytest.raises(kind) as caught:
         convert(folder, base)
     return str(caught.value)
@@ -131,9 +131,7 @@ def test_older_peft_had_a_and_b_the_other_way_round(tmp_path: Path) -> None:
     """As PEFT 0.18 saw a parameter of [n_expert, n_out, n_in]: its A has n_out columns."""
     base = write_base(tmp_path / "base.gguf")
     a, b = stacked_pair(2 * N_FF, N_EMBD)
-    folder = write_pairs_of_peft(
-        tmp_path / "a", {EXPERTS: (a, b)}, target_parameters=["experts.gate_up_proj"]
-    )
+    folder = write_pairs_of_peft(tmp_path / "a", {EXPERTS: (a, b)}, **GATE_UP)
     found = deltas(convert(folder, base))
     expected = stacked_delta(a, b).swapaxes(1, 2)
     both = np.concatenate([found["gate"], found["up"]], axis=1)
@@ -144,12 +142,9 @@ def test_square_experts_need_a_version(tmp_path: Path) -> None:
     """Of n_embd = 2 n_ff, as OLMoE's, A and B of gate_up_proj fit either way round."""
     base = write_base(tmp_path / "base.gguf", n_ff=N_EMBD // 2)
     a, b = stacked_pair(N_EMBD, N_EMBD)
-    alone = {EXPERTS: (a, b)}
-    target = ["experts.gate_up_proj"]
+    folder, pairs = tmp_path / "a", {EXPERTS: (a, b)}
     for version in (None, "0.19.0", "0.19.1.dev0", "0.19.1rc1"):
-        folder = write_pairs_of_peft(
-            tmp_path / "a", alone, target_parameters=target, peft_version=version
-        )
+        write_pairs_of_peft(folder, pairs, **GATE_UP, peft_version=version)
         with pytest.raises(UnsupportedAdapterError) as caught:
             convert(folder, base)
         assert str(caught.value) == (
@@ -159,9 +154,7 @@ def test_square_experts_need_a_version(tmp_path: Path) -> None:
             "merge it and train again, or set peft_version if it is later."
         )
     for version in ("0.19.1", "0.21.2.dev0"):
-        folder = write_pairs_of_peft(
-            tmp_path / "a", alone, target_parameters=target, peft_version=version
-        )
+        write_pairs_of_peft(folder, pairs, **GATE_UP, peft_version=version)
         found = deltas(convert(folder, base))
         both = np.concatenate([found["gate"], found["up"]], axis=1)
         np.testing.assert_allclose(both, stacked_delta(a, b), rtol=2e-6, atol=1e-5)
@@ -169,11 +162,8 @@ def test_square_experts_need_a_version(tmp_path: Path) -> None:
 
 def test_mistake_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = write_base(tmp_path / "base.gguf")
-    folder = write_pairs_of_peft(
-        tmp_path / "a",
-        {EXPERTS: stacked_pair(N_EMBD, 2 * N_FF)},
-        target_parameters=["experts.gate_up_proj"],
-    )
+    pairs = {EXPERTS: stacked_pair(N_EMBD, 2 * N_FF)}
+    folder = write_pairs_of_peft(tmp_path / "a", pairs, **GATE_UP)
     right = StackedExperts.slices
 
     def wrong(self: StackedExperts, side: str) -> Any:
@@ -194,7 +184,6 @@ WAY = (
 )
 OTHER = " The adapter is for another base."
 STACKED = (np.ones((RANK * N_EXPERT, N_EMBD)), np.ones((90, RANK * N_EXPERT)))
-GATE_UP = {"target_parameters": ["experts.gate_up_proj"]}
 # Options of the base, the adapter's pairs, fields of its config, and the message behind its start.
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = [
     ({}, {EXPERTS: PAIR}, {}, f"module {EXPERTS} {WAY}"),
@@ -225,14 +214,9 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("base_options", "pairs", "fields", "message"), REFUSED)
-def test_experts_that_do_not_fit_are_named(
-    tmp_path: Path,
-    base_options: dict[str, Any],
-    pairs: dict[str, Any],
-    fields: dict[str, Any],
-    message: str,
-) -> None:
+@pytest.mark.parametrize("case", REFUSED)
+def test_experts_that_do_not_fit_are_named(tmp_path: Path, case: tuple[Any, ...]) -> None:
+    base_options, pairs, fields, message = case
     base = write_base(tmp_path / "base.gguf", **base_options)
     folder = write_pairs_of_peft(tmp_path / "a", pairs, **fields)
     kind = AdapterMismatchError if message.endswith(OTHER) else UnsupportedAdapterError
@@ -257,12 +241,8 @@ def test_square_experts_of_mlx_have_one_order(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base.gguf", n_ff=N_EMBD)
     a, b = drawn(N_EXPERT, RANK, N_EMBD), drawn(N_EXPERT, N_EMBD, RANK)
     name = "model.layers.0.mlp.switch_mlp.down_proj"
-    folder = tmp_path / "a"
-    folder.mkdir()
     tensors = {f"{name}.lora_a": a, f"{name}.lora_b": b}
-    tiny.write_safetensors(folder / "adapters.safetensors", tensors)
-    config = {"fine_tune_type": "lora", "lora_parameters": {"rank": RANK, "scale": 2.0}}
-    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    folder = write_mlx(tmp_path / "a", tensors, lora_parameters={"rank": RANK, "scale": 2.0})
     found = deltas(convert(folder, base))["down"]
     np.testing.assert_allclose(found, 2.0 * b.astype(np.float64) @ a, rtol=2e-6, atol=1e-5)
     other = write_base(tmp_path / "other.gguf", n_ff=N_FF)

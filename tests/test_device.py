@@ -16,7 +16,7 @@ import pytest
 import test_backend as cpu
 from numpy.typing import NDArray
 from stock import write_merged
-from tiny import TinyAdapter, TinyBase, write_tiny_adapter, write_tiny_base
+from tiny import TinyAdapter, TinyBase, write_tiny_base
 
 from qaflora_edge import Engine
 from qaflora_edge.backend import library
@@ -34,7 +34,7 @@ ALL, SOME = 99, 2  # of three layers: all of them; the last one and the head
 DEVICE = os.environ.get("QAFLORA_TEST_DEVICE", "")
 
 pytestmark = pytest.mark.skipif(not DEVICE, reason="needs a build for a device: make test-vulkan")
-base, adapters, weights = cpu.base, cpu.adapters, cpu.weights
+base, adapters, weights, assert_near = cpu.base, cpu.adapters, cpu.weights, cpu.assert_near
 
 
 @pytest.fixture(params=[ALL, SOME], ids=["all-layers", "some-layers"])
@@ -52,10 +52,6 @@ def stepwise_logits(
         for i, token in enumerate(TOKENS):
             context.decode([token], start=i)
         return context.logits()
-
-
-def assert_near(found: NDArray[np.floating], expected: NDArray[np.floating], atol: float) -> None:
-    np.testing.assert_allclose(found, expected, atol=atol, rtol=0)
 
 
 @pytest.fixture
@@ -81,10 +77,7 @@ def test_layers_lie_on_the_device(
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3"])
 def test_fused_logits_equal_a_merged_base(tmp_path, arch, weights, gpu_layers) -> None:
     base = write_tiny_base(tmp_path / "base.gguf", arch)
-    adapters = [
-        write_tiny_adapter(tmp_path / f"{rank}.gguf", base, rank=rank, seed=rank)
-        for rank in (4, 16, 5)
-    ]
+    adapters = [cpu.some(base, rank, rank=rank)[0] for rank in (4, 16, 5)]
     merged = write_merged(tmp_path / "merged.gguf", base, adapters, weights)
     expected = cpu.stock_logits(merged)
     assert np.abs(expected - cpu.stock_logits(base)).max() > 0.1  # the adapters do something
@@ -133,11 +126,8 @@ def test_probe_states_equal_separate_passes(base, adapters, gpu_layers) -> None:
 
 @pytest.mark.parametrize("lens", ["raw", "norm"])
 @pytest.mark.parametrize("strength", [0.3, 1e-3])
-def test_divergence_equals_the_numpy_reference(tmp_path, base, lens, strength, gpu_layers) -> None:
-    adapters = [
-        write_tiny_adapter(tmp_path / f"{seed}.gguf", base, seed=seed, strength=strength)
-        for seed in (1, 2)
-    ]
+def test_divergence_equals_the_numpy_reference(base, lens, strength, gpu_layers) -> None:
+    adapters = cpu.some(base, 1, 2, strength=strength)
     states = cpu.probe_states(base, adapters, TOKENS, differential=True, gpu_layers=gpu_layers)
     model, pack = cpu.load(base, adapters, gpu_layers)
     with ProbeContext(model, pack, n_ctx=64, **cpu.EXACT) as context:

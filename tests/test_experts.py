@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_backend
 from numpy.typing import NDArray
 from stock import write_merged
 from test_backend import TOKENS, fused_logits, probe_states, single_states, stock_logits
@@ -27,6 +28,7 @@ from qaflora_edge.formats.base import read_base
 F32 = NDArray[np.float32]
 N_EXPERT = 5
 ALL = (*STEMS[:4], *EXPERT_STEMS)
+with_kernels, weights = test_backend.with_kernels, test_backend.weights
 
 
 def write_base(path: Path, **options: object) -> TinyBase:
@@ -51,36 +53,24 @@ def adapters(tmp_path: Path, base: TinyBase) -> list[TinyAdapter]:
 
 
 @pytest.fixture
-def weights(base: TinyBase) -> F32:
-    """Some weights [3, n_layer], one of them 0, one above 1, one negative."""
-    array = np.random.default_rng(7).random((3, base.n_layer)).astype(np.float32)
-    array[0, 0], array[1, 1], array[2, 2] = 0.0, 1.7, -0.4
-    return array
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QAFLORA_CPU_KERNELS", request.param)
 
 
-@pytest.mark.parametrize("kernels", ["", PLAIN_KERNELS, "ggml"])
+@with_kernels(["", PLAIN_KERNELS, "ggml"])
 def test_logits_equal_a_merged_base(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    base: TinyBase,
-    adapters: list[TinyAdapter],
-    weights: F32,
-    kernels: str,
+    tmp_path: Path, base: TinyBase, adapters: list[TinyAdapter], weights: F32, kernels: None
 ) -> None:
-    if kernels:
-        monkeypatch.setenv("QAFLORA_CPU_KERNELS", kernels)
     merged = write_merged(tmp_path / "merged.gguf", base, adapters, weights, n_expert=N_EXPERT)
     fused = fused_logits(base, adapters, weights)
     assert np.abs(fused - stock_logits(base)).max() > 0.1  # the adapters do something
     np.testing.assert_allclose(fused, stock_logits(merged), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("kernels", ["", "ggml"])
+@with_kernels(["", "ggml"])
 def test_zero_weights_equal_the_base_bit_for_bit(
-    monkeypatch: pytest.MonkeyPatch, base: TinyBase, adapters: list[TinyAdapter], kernels: str
+    base: TinyBase, adapters: list[TinyAdapter], kernels: None
 ) -> None:
-    if kernels:
-        monkeypatch.setenv("QAFLORA_CPU_KERNELS", kernels)
     weights = np.zeros((3, base.n_layer), np.float32)
     assert np.array_equal(fused_logits(base, adapters, weights), stock_logits(base))
 
@@ -104,18 +94,12 @@ def test_an_overflow_of_what_weighs_nothing_is_not_seen(
     assert np.array_equal(logits, stock_logits(loud))
 
 
-@pytest.mark.parametrize("kernels", ["", "ggml"])
+@with_kernels(["", "ggml"])
 @pytest.mark.parametrize("differential", [False, True])
 def test_each_sequence_has_its_own_weights(
-    monkeypatch: pytest.MonkeyPatch,
-    base: TinyBase,
-    adapters: list[TinyAdapter],
-    differential: bool,
-    kernels: str,
+    base: TinyBase, adapters: list[TinyAdapter], differential: bool, kernels: None
 ) -> None:
     """The base and each adapter in one batch, as the probe has them, against passes alone."""
-    if kernels:
-        monkeypatch.setenv("QAFLORA_CPU_KERNELS", kernels)
     probed = probe_states(base, adapters, TOKENS, differential=differential)
     single = single_states(base, adapters, TOKENS)
     np.testing.assert_allclose(probed, single[-1], atol=2e-5, rtol=1e-5)

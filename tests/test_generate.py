@@ -23,15 +23,9 @@ def feed(stops: tuple[str, ...], pieces: list[str]) -> tuple[list[str], bool]:
     return [*shown, text.flush()], False
 
 
-def test_stop_text_across_pieces_is_cut_off() -> None:
+def test_the_first_stop_text_is_cut_off_and_what_only_begins_like_one_is_shown() -> None:
     assert feed(("END",), ["one E", "N", "D two"]) == (["one ", "", ""], True)
-
-
-def test_text_that_only_begins_like_a_stop_is_shown() -> None:
     assert feed(("END",), ["one E", "NTER", " E"]) == (["one ", "ENTER", " ", "E"], False)
-
-
-def test_earliest_of_several_stops_wins() -> None:
     assert feed(("two", "on"), ["zero one two"]) == (["zero "], True)
 
 

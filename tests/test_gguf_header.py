@@ -106,10 +106,8 @@ def test_count_given_per_layer_must_be_the_same_in_all(tmp_path: Path) -> None:
 def test_long_arrays_stay_in_the_file(tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
     tokens = b"".join(text(f"token {index}") for index in range(20000))
-    strings, scores = (
-        array("tokens", 8, 20000, tokens),
-        array("scores", 6, 20000, bytes(80000)),
-    )
+    strings = array("tokens", 8, 20000, tokens)
+    scores = array("scores", 6, 20000, bytes(80000))
     path.write_bytes(make(ARCH, strings, scores, field("last", 8, text("reached"))))
     metadata = read_gguf_header(path).metadata
     for name, kind, items in (("tokens", 8, tokens), ("scores", 6, bytes(80000))):

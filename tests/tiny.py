@@ -347,7 +347,6 @@ def _add_tensor(writer: gguf.GGUFWriter, name: str, array: F32, dtype: str) -> F
 
 
 def finish(writer: gguf.GGUFWriter) -> None:
-    """Write what was added."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -39,7 +39,6 @@ def on_a_terminal(command: Sequence[str], typed: bytes = b"", **env: str) -> byt
 
 
 def need_tmux() -> None:
-    """Skip a test where there is no tmux."""
     if shutil.which("tmux") is None:
         pytest.skip("tmux is not installed")
 
@@ -99,7 +98,6 @@ class Window:
         return self._tmux("capture-pane", "-p", "-S", "-")
 
     def visible(self) -> str:
-        """What is on the screen."""
         return self._tmux("capture-pane", "-p")
 
     def wait_until(self, is_there: Callable[[str], object], what: str) -> str:

@@ -184,7 +184,6 @@ def randomise(wrapped: Any) -> None:
 
 
 def blocks_of(wrapped: Any) -> Sequence[Any]:
-    """Give the language model's blocks."""
     found = [
         module
         for name, module in wrapped.named_modules()
