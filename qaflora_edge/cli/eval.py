@@ -144,7 +144,7 @@ def _strategies(engine: Engine, ways: Sequence[str], strategy: str | None) -> li
 
 def _asked_under(engine: Engine, options: SharedOptions) -> dict[str, Any]:
     """Collect the options that a results file tells."""
-    found = {"lens": engine.lens, "pool": engine.pool, "prefill": engine.prefill, "system": engine.system or ""}
+    found = {name: getattr(engine, name) for name in ("lens", "pool", "prefill", "system")}
     keys = ("n_ctx", "kv_type", "flash_attn", "adapter_type")
     found |= {key: options.engine[key] for key in keys}
     found |= {**options.sampling, "raw_prompt": options.raw_prompt}
