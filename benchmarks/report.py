@@ -20,6 +20,7 @@ from typing import Any
 
 import charts
 import numpy as np
+from one_reading import HALVES, Report, interval
 
 from qaflora_edge.evaluation.results import Results
 from qaflora_edge.evaluation.table import (
@@ -54,6 +55,13 @@ NINE = [f"{subject}_{language}" for subject in ADAPTERS for language in LANGUAGE
 PARTS = {
     "taught fresh": ("taught", {"math": (48, None), "code": (16, None), "medical": (48, None)}),
     "anew first": ("anew", {"math": (0, 16), "code": (0, 10), "medical": (0, 48)}),
+}
+# Cells of one_reading.py -> their rows.
+READ = {
+    **TITLES,
+    "chat": "maths, third turn of a chat",
+    "system": "maths, system prompt of 300 tokens",
+    "text": "sentences to continue, nats a token",
 }
 ROUNDING = 1e-3  # nats a token
 
@@ -258,11 +266,12 @@ def figure(value: float, digits: int) -> str:
     return NONE if math.isnan(value) else f"{value:.{digits}f}"
 
 
+MAIN = "shipped"  # the set of the first table and of the charts
 RIVALS = (BASE, SUBJECT, STATIC, "qa-flora", "two-place")
 SHOWN = {SUBJECT: "subject's adapter alone"}
 ROWS = {
-    "taught": "six adapters, nine cells",
     "shipped": "the six of `demo/`, nine cells",
+    "taught": "six of rank 16, nine cells",
     "taught fresh": "its last questions",
     "anew": "`coder` and `medicine` trained again",
     "twenty": "twenty adapters, nine cells",
@@ -275,13 +284,13 @@ def nine_table(figures: Figures) -> str:
     """Compare strategies with six adapters loaded, by subject."""
     rows = []
     for strategy in RIVALS:
-        cells = figures.cells("taught", RIVALS)
+        cells = figures.cells(MAIN, RIVALS)
         by_subject = [
-            "{} of {}".format(*figures.right(figures.cells("taught", RIVALS, subject), strategy))
+            "{} of {}".format(*figures.right(figures.cells(MAIN, RIVALS, subject), strategy))
             for subject in ADAPTERS
         ]
         score = number(figures.points(cells, strategy).value, POINTS)
-        ahead = NONE if strategy == STATIC else gain(figures.over("taught", strategy, STATIC))
+        ahead = NONE if strategy == STATIC else gain(figures.over(MAIN, strategy, STATIC))
         rows.append((SHOWN.get(strategy, f"`{strategy}`"), *by_subject, score, ahead))
     head = ("", *TITLES.values(), "of 100, mean of nine", "ahead of `static`")
     return table(head, rows)
@@ -299,6 +308,27 @@ def sets_table(figures: Figures) -> str:
         rows.append((title, str(n_item), *scores, ahead))
     shown = [SHOWN.get(each, f"`{each}`") for each in RIVALS]
     return table(("", "questions", *shown, "`two-place` ahead of `static`"), rows)
+
+
+def reading_table(figures: Figures) -> str:
+    """Compare who prefills under two-place: differences to the mix, in points or nats a token."""
+    with gzip.open(HERE / "results" / "one-reading" / "results.jsonl.gz") as file:
+        report = Report(line for line in map(json.loads, file) if "score" in line)
+    rows = []
+    for subject, title in READ.items():
+        row, digits = [title], 3 if subject == "text" else 1
+        for reading, half in itertools.product(("base", "tail16"), HALVES):
+            score = report.table(subject, half, ["two-place"], reading)["score"]
+            if score.shape[1] < 2:
+                row.append(NONE)
+                continue
+            ends = interval([score[1] - score[0]])
+            value, low, high = (f"{each:+.{digits}f}" for each in ends)
+            row.append(f"{value} ({low} to {high}), {score.shape[1]}")
+        rows.append(row)
+    names = ("all but the last token", "all but the last 16")
+    head = ("", *(f"{name}, {half}" for name in names for half in ("chosen on", "confirmed on")))
+    return table(head, rows)
 
 
 def rights(figures: Figures, name: str, one: str, other: str, subject: str = "") -> str:
@@ -329,6 +359,7 @@ FIGURES: dict[str, Callable[..., str]] = {
     "right": rights,
     "nine": nine_table,
     "sets": sets_table,
+    "reading": reading_table,
 }
 
 
@@ -441,13 +472,13 @@ def result_charts(figures: Figures) -> dict[str, str]:
     rivals = {f"ahead of {SHOWN.get(s, s)}": s for s in (BASE, STATIC, "qa-flora")}
     rivals["ahead of subject's adapter"] = SUBJECT
     differences = {
-        title: [ends(figures.over("taught", "two-place", rival, cell)) for cell in (*NINE, "")]
+        title: [ends(figures.over(MAIN, "two-place", rival, cell)) for cell in (*NINE, "")]
         for title, rival in rivals.items()
     }
     rows = [f"{TITLES[s]}, {language}" for s in TITLES for language in LANGUAGES.values()]
     by_subject = {}
     for subject, title in TITLES.items():
-        cells = figures.cells("taught", RIVALS, subject)
+        cells = figures.cells(MAIN, RIVALS, subject)
         by_subject[f"{title}, of 100"] = [
             (ends(figures.points(cells, each)), "{} of {}".format(*figures.right(cells, each)))
             for each in RIVALS
