@@ -1,11 +1,13 @@
 """Write the nine composite tasks of docs/results.md, and three of text, for `qaflora eval`.
 
-    python benchmarks/nine_cells.py DATA OUT [--answers]
+    python benchmarks/nine_cells.py DATA OUT [--answers] [--unused]
 
 DATA holds `math_L.jsonl` (MGSM: question, answer), `code_L.jsonl` (HumanEval-XL: prompt,
 entry_point, test), `medical_L.jsonl` (question, choices, answer) for L in es, ru, zh, and
 `medical_sentences.jsonl` (a sentence in each language). OUT gets a file for each task. A question
 is asked in its own language. The same data give the same bytes.
+
+With --unused each task has every second question: those that no rule was chosen on.
 
 With --answers items also have what should be answered (`continuation`), for lorahub.py and
 lora_flow.py: of maths the last line, for MGSM has no steps, of code the canonical solution.
@@ -33,10 +35,11 @@ def main() -> None:
     parser.add_argument("data", type=Path, metavar="DATA")
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--answers", action="store_true", help="with what should be answered")
+    parser.add_argument("--unused", action="store_true", help="every second question alone")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     for name, header, items in tasks(args.data, has_answers=args.answers):
-        lines = [{"task": {"name": name, **header}}, *items]
+        lines = [{"task": {"name": name, **header}}, *(items[1::2] if args.unused else items)]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         (args.out / f"{name}.jsonl").write_text(text, encoding="utf-8")
         print(f"{name}: {len(items)} items")

@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -310,25 +311,43 @@ def sets_table(figures: Figures) -> str:
     return table(("", "questions", *shown, "`two-place` ahead of `static`"), rows)
 
 
-def reading_table(figures: Figures) -> str:
-    """Compare who prefills under two-place: differences to the mix, in points or nats a token."""
+@cache
+def read_report() -> Report:
+    """Read the results of one_reading.py."""
     with gzip.open(HERE / "results" / "one-reading" / "results.jsonl.gz") as file:
-        report = Report(line for line in map(json.loads, file) if "score" in line)
+        return Report(line for line in map(json.loads, file) if "score" in line)
+
+
+def read_gains(subject: str, half: str, reading: str) -> np.ndarray:
+    """Give what a reading under two-place gains over the mix's, in points: [n_item]."""
+    score = read_report().table(subject, half, ["two-place"], reading)["score"]
+    return np.asarray(score[1] - score[0])
+
+
+def reading_table(_: Figures) -> str:
+    """Compare who prefills under two-place: differences to the mix, in points or nats a token."""
     rows = []
     for subject, title in READ.items():
-        row, digits = [title], 3 if subject == "text" else 1
+        row = [title]
         for reading, half in itertools.product(("base", "tail16"), HALVES):
-            score = report.table(subject, half, ["two-place"], reading)["score"]
-            if score.shape[1] < 2:
-                row.append(NONE)
-                continue
-            ends = interval([score[1] - score[0]])
-            value, low, high = (f"{each:+.{digits}f}" for each in ends)
-            row.append(f"{value} ({low} to {high}), {score.shape[1]}")
+            gains = read_gains(subject, half, reading)
+            shown = f"{read([gains], 3 if subject == 'text' else 1)}, {len(gains)}"
+            row.append(shown if len(gains) > 1 else NONE)
         rows.append(row)
-    names = ("all but the last token", "all but the last 16")
-    head = ("", *(f"{name}, {half}" for name in names for half in ("chosen on", "confirmed on")))
-    return table(head, rows)
+    names = ("all but 1", "all but 16")
+    halves = ("chosen on", "confirmed on")
+    return table(("", *(f"{name}, {half}" for name in names for half in halves)), rows)
+
+
+def read(gains: Sequence[np.ndarray], digits: int = 1) -> str:
+    """Write the mean over groups with its interval."""
+    value, low, high = (f"{each:+.{digits}f}" for each in interval(gains))
+    return f"{value} ({low} to {high})"
+
+
+def read_mean(_: Figures, reading: str, half: str) -> str:
+    """Write the mean over all chats' rows."""
+    return read([read_gains(each, half, reading) for each in READ if each != "text"])
 
 
 def rights(figures: Figures, name: str, one: str, other: str, subject: str = "") -> str:
@@ -360,6 +379,7 @@ FIGURES: dict[str, Callable[..., str]] = {
     "nine": nine_table,
     "sets": sets_table,
     "reading": reading_table,
+    "readings": read_mean,
 }
 
 
