@@ -44,7 +44,8 @@ BASE, SUBJECT, BEST = "base", "subject", "best single adapter, in hindsight"
 # The beginning of a file's name -> the set that it belongs to; of several the longest counts.
 SETS = {
     **{name: name for name in ("taught", "shipped", "six", "pair", "told", "twenty", "wide", "xl")},
-    **{"own": "taught", "own-anew": "anew", "taught-anew": "anew", "taught-pair": "taught pair"},
+    **{"shipped-mix": "shipped mix", "own": "taught", "own-anew": "anew"},
+    **{"taught-anew": "anew", "taught-pair": "taught pair"},
     **{"pair-medical-text": "pair text", "refresh": "six", "refresh-two": "taught"},
 }
 # The adapter of a subject, whichever of them is loaded.
@@ -339,6 +340,16 @@ def reading_table(_: Figures) -> str:
     return table(("", *(f"{name}, {half}" for name in names for half in halves)), rows)
 
 
+def by_set(figures: Figures, one: str, other: str, strategy: str) -> str:
+    """Compare a strategy in two sets, on the questions that both were asked."""
+    gains = []
+    for name in NINE:
+        mine, theirs = (figures.sets[each].cells[name].rows[strategy] for each in (one, other))
+        items = mine.keys() & theirs.keys()
+        gains.append(np.array([mine[i]["score"] - theirs[i]["score"] for i in items]))
+    return gain(difference(gains, is_right=True))
+
+
 def read(gains: Sequence[np.ndarray], digits: int = 1) -> str:
     """Write the mean over groups with its interval."""
     value, low, high = (f"{each:+.{digits}f}" for each in interval(gains))
@@ -380,6 +391,7 @@ FIGURES: dict[str, Callable[..., str]] = {
     "sets": sets_table,
     "reading": reading_table,
     "readings": read_mean,
+    "by_set": by_set,
 }
 
 
