@@ -35,9 +35,9 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
 
 
 @pytest.fixture(scope="module")
-def shown(made: TinyBundle) -> dict[str, Any]:
+def shown(calibrated: TinyBundle) -> dict[str, Any]:
     """All parts as --json prints them; 3 adapters are one more than the bundle has."""
-    result = bench(made, *SMALL, *SIZES, "--json")
+    result = bench(calibrated, *SMALL, *SIZES, "--json")
     assert (result.exit_code, result.stderr) == (0, "")
     shown: dict[str, Any] = json.loads(result.stdout)
     return shown
@@ -73,6 +73,10 @@ def test_every_part_has_its_contestants(shown: dict[str, Any]) -> None:
     decode = {row["name"]: row for row in shown["decode"]}
     assert decode.keys() == {"base", "stock k=1", "ours k=1", "stock k=3", "ours k=3"}
     assert {"decode_of_base", "prefill_of_stock"} < decode["ours k=3"].keys()
+    assert [row["name"] for row in shown["turn"]] == ["plain", "two-place:abstain=never"]
+    alone, busy = shown["busy"]
+    assert (alone["name"], busy["name"]) == ("ours k=3", "ours k=3, busy")
+    assert (alone["decode_of_alone"]["median"], busy["decode_of_alone"]["median"] > 0) == (1, True)
     callers = {row["name"]: row for row in shown["callers"]}
     assert callers.keys() == {"3 base", "3 ours", "1 base", "1 ours"}
     assert {"of_fewest", "of_base"} < callers["3 ours"].keys()
@@ -122,7 +126,7 @@ def test_no_prompt_begins_with_another(rig: Rig) -> None:
     ("args", "code", "expected"),
     [
         (("--k", "0"), 2, "'0' is not a number from 1 to 255."),
-        (("--only", "speed"), 2, "'speed' is not one of memory, callers, decode, ttft, turn."),
+        (("--only", "speed"), 2, "'speed' is not one of memory, callers, decode, busy, ttft, turn."),
         (("--max-tokens", "1"), 1, "Option --max-tokens is 1, expected at least 2: decoding is "
          "measured after the first token. Raise it."),
     ],

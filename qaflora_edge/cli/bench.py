@@ -18,7 +18,14 @@ from qaflora_edge.show.text import columns
 if TYPE_CHECKING:
     from qaflora_edge.bundles.open import Opened
 
-PARTS = ("memory", "callers", "decode", "ttft", "turn")  # memory is short, and may refuse an option
+PARTS = (
+    "memory",
+    "callers",
+    "decode",
+    "busy",
+    "ttft",
+    "turn",
+)  # memory is short, and may refuse an option
 Row = Mapping[str, Any]
 
 
@@ -75,7 +82,8 @@ def bench(
     to the first token under several strategies, each with a prompt of its own, as a multiple of
     the base's prefill (plain). turn: the same of a second turn under another mix, as a multiple of
     the base's prefill of what is new. callers: decoding for --callers at once, each with a mix of
-    its own, next to the base in one batch. memory: the peak of one answer in a process of its own.
+    its own, next to the base in one batch. busy: decoding next to a process that computes with
+    OpenMP, of decoding alone. memory: the peak of one answer in a process of its own.
     """
     from qaflora_edge.bundles.open import load_bundle
 
@@ -123,6 +131,8 @@ def _measured(
                 measured["callers"] = [*parts.measure_callers(rig, both, plan, tell)]
         if "decode" in only:
             measured["decode"] = [*parts.measure_decode(rig, plan, tell)]
+        if "busy" in only:
+            measured["busy"] = [*parts.measure_busy(rig, loaded.place, plan, tell)]
         for part, measure in (("ttft", parts.measure_ttft), ("turn", parts.measure_turn)):
             if part in only:
                 with Engine(loaded.place, **given) as engine:

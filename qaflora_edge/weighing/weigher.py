@@ -68,9 +68,6 @@ def known_of(text: BundleText | None) -> Known:
         strategy = strategy.replace(":", ":top=")
     pool = None if fusion.get("pool") == "mean" else fusion.get("pool")  # of 0.1 too
     prefill = fusion.get("prefill", "mix")  # an older bundle answers as before
-    if prefill not in PREFILLS:
-        wrong = WrongField("fusion.prefill", shown(prefill), f"one of {', '.join(PREFILLS)}")
-        raise wrong_bundle(text.where, wrong)
     known = Known().under(strategy=strategy, lens=fusion.get("lens"), pool=pool, prefill=prefill)
     try:
         parse_strategy(known.strategy, names)
