@@ -6,9 +6,16 @@ weights: sums of float32 in another order, with the limits of test_device.py.
 
 import contextlib
 import ctypes
+import os
+import signal
+import socket
 import struct
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +24,17 @@ from bundles import TinyBundle
 from click.testing import CliRunner
 from numpy.typing import NDArray
 from patience import PATIENCE_S, wait_until
-from rpc_workers import GET_TENSOR, GRAPH_COMPUTE, VERSION, Worker, hello, pretender, relay, worker
+from rpc_workers import (
+    GET_TENSOR,
+    GRAPH_COMPUTE,
+    SET_TENSOR,
+    VERSION,
+    Worker,
+    hello,
+    pretender,
+    relay,
+    worker,
+)
 from serving import ENGINE, client_of, free_port
 from stock import write_merged
 from tiny import TinyAdapter, TinyBase, write_tiny_adapter, write_tiny_base
@@ -35,6 +52,16 @@ NEAR = 1e-4  # logits and states are of size 1 to 5
 ALL, SOME = 99, 2  # of three layers: all, and the last two
 LETTERS = "root ::= [a-z]{60}"  # an answer of many tokens
 base, adapters, weights = cpu.base, cpu.adapters, cpu.weights
+POSIX = pytest.mark.skipif(os.name != "posix", reason="Windows has no SIGSTOP")
+CLIENT = """
+import sys
+from qaflora_edge import Engine
+
+with Engine(base=sys.argv[1], adapters={}, rpc=sys.argv[2]) as engine:
+    print("open", flush=True)
+    input()
+    print(engine.logits([1, 2, 3]).any())
+"""
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +175,7 @@ def test_large_tensors_are_kept_and_not_sent_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_worker_refuses_a_custom_operation(tmp_path: Path) -> None:
+def test_worker_survives_what_it_refuses(tmp_path: Path) -> None:
     """A client that is not ours, with an address of its own."""
     lib = library.load()[0]._lib
     lib.ggml_op_name.restype = ctypes.c_char_p
@@ -165,6 +192,13 @@ def test_worker_refuses_a_custom_operation(tmp_path: Path) -> None:
             client.sendall(struct.pack("<BQ", GRAPH_COMPUTE, len(graph)) + graph)
             assert client.recv(1) == b""
         wait_until(lambda: "refused the custom operation of a client" in lonely.log.read_text())
+        for size in ((1 << 64) - 1, (1 << 40) + 1, 1 << 40):  # the last may be, and does not come
+            client, _, _ = hello(lonely.port, build)
+            with client:
+                client.sendall(struct.pack("<BQ", SET_TENSOR, size))
+                client.shutdown(socket.SHUT_WR)
+                assert client.recv(1) == b""
+        assert "Refused a message of 18446744073709551615 bytes" in lonely.log.read_text()
         assert lonely.process.poll() is None
 
 
@@ -182,7 +216,7 @@ def test_killed_worker_ends_all_answers_of_its_engine(tmp_path, base, adapters) 
         next(answer)
         first.process.kill()
         first.process.wait(PATIENCE_S)
-        with pytest.raises(WorkerError, match=f"The worker {rpc} ended the connection, or its"):
+        with pytest.raises(WorkerError, match=f"The worker {rpc} ended the connection, has s"):
             answer.text()
         assert answer.finish_reason == "error"
         with pytest.raises(WorkerError):
@@ -192,6 +226,50 @@ def test_killed_worker_ends_all_answers_of_its_engine(tmp_path, base, adapters) 
             engine.logits(TOKENS)
         with Engine(base=base.path, adapters=files_of(adapters), rpc=rpc) as new:
             np.testing.assert_array_equal(new.logits(TOKENS), expected)
+
+
+@pytest.mark.slow
+@POSIX
+def test_silent_worker_is_lost_after_the_timeout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base, adapters
+) -> None:
+    """Stopped, it keeps its connection; once it goes on, it is free for others."""
+    monkeypatch.setenv("QAFLORA_RPC_TIMEOUT", "2")
+    options: dict[str, Any] = {"base": base.path, "adapters": files_of(adapters)}
+    with worker(tmp_path) as made, Engine(**options, rpc=made.endpoint) as engine:
+        answer = engine.generate(TOKENS, grammar=LETTERS)
+        next(answer)
+        made.process.send_signal(signal.SIGSTOP)
+        start = time.monotonic()
+        with pytest.raises(WorkerError, match=r"has sent nothing for 2 s, or .* is slow, set QAFL"):
+            answer.text()
+        assert 1.5 < time.monotonic() - start < 20
+        with pytest.raises(WorkerError):
+            engine.generate(TOKENS)
+        made.process.send_signal(signal.SIGCONT)
+        with Engine(**options, rpc=made.endpoint) as new:  # while the other is still open
+            assert len(new.generate(TOKENS, grammar=LETTERS).text()) == 60
+
+
+@pytest.mark.slow
+@POSIX
+def test_stopped_client_keeps_its_worker(tmp_path: Path, base: TinyBase) -> None:
+    """What it waits for with a time limit is interrupted when it goes on."""
+    with worker(tmp_path) as made:
+        command = [sys.executable, "-c", CLIENT, str(base.path), made.endpoint]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as client:
+            assert client.stdin is not None
+            assert client.stdout is not None
+            assert client.stdout.readline() == b"open\n"
+            made.process.send_signal(signal.SIGSTOP)
+            client.stdin.write(b"\n")
+            client.stdin.flush()
+            time.sleep(0.5)  # it waits for the worker then; later it would not be interrupted
+            for number in (signal.SIGSTOP, signal.SIGCONT):
+                client.send_signal(number)
+                time.sleep(0.2)
+            made.process.send_signal(signal.SIGCONT)
+            assert client.stdout.readline() == b"True\n"
 
 
 def test_lost_connection_ends_all_that_is_decoded(base, adapters, free) -> None:
@@ -272,6 +350,13 @@ def test_wrong_name_of_a_worker(base: TinyBase, text: str) -> None:
         OptionError, match=r"expected HOST:PORT|expected up to 16 different workers"
     ):
         Model(read_base(base.path), rpc=text)
+
+
+@pytest.mark.parametrize("text", ["x", "-1", "1.5"])
+def test_wrong_timeout(base: TinyBase, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("QAFLORA_RPC_TIMEOUT", text)
+    with pytest.raises(OptionError, match=f"RPC_TIMEOUT is '{text}', expected a whole number of s"):
+        Model(read_base(base.path), rpc="127.0.0.1:1")
 
 
 @pytest.mark.parametrize("split", ["x", "0", "1,nan", "1,1"])

@@ -25,12 +25,14 @@ from qaflora_edge.backend.library import (
 from qaflora_edge.errors import LibraryError, WorkerError, wrong_option
 
 MAX_WORKERS = 16  # ggml-rpc.h GGML_RPC_MAX_SERVERS
+TIMEOUT_S = 60
 _ENDPOINT = re.compile(r"[^:]+:(?P<port>[0-9]{1,5})")
 _MAX_DEVICES = 16  # llama_max_devices()
 _ENDS = b"^(token_embd|output)"  # names of tensors; a head that is tied has the embedding's
 _SIZE, _HANDLE, _TEXT = ctypes.c_size_t, ctypes.c_void_p, ctypes.c_char_p
 _RPC: dict[str, tuple[Any, list[Any]]] = {
     "add_server": (_HANDLE, [_TEXT]),
+    "set_timeout": (None, [ctypes.c_int]),
     "connection": (ctypes.c_uint64, [_TEXT, ctypes.POINTER(_TEXT)]),
     "start_server": (None, [_TEXT, _TEXT, _SIZE, _SIZE, ctypes.POINTER(_HANDLE)]),
 }
@@ -106,6 +108,18 @@ def shares(text: str, n_device: int) -> list[float]:
     return found
 
 
+def timeout_s() -> int:
+    """Read QAFLORA_RPC_TIMEOUT: seconds without a byte of a worker that is waited for; 0: no end.
+
+    Raises OptionError.
+    """
+    text = os.environ.get("QAFLORA_RPC_TIMEOUT") or str(TIMEOUT_S)
+    if not re.fullmatch("[0-9]{1,6}", text):
+        expected = "a whole number of seconds from 0 to 999999"
+        raise wrong_option("QAFLORA_RPC_TIMEOUT", text, expected)
+    return int(text)
+
+
 class Workers(Handle):
     """Connect to the workers that --rpc names, or to none.
 
@@ -118,6 +132,8 @@ class Workers(Handle):
         self._endpoints = () if text is None else endpoints(text)
         self.devices: list[int] = []
         self._pointer: list[int] = []  # a backend for each device keeps its connection
+        if self._endpoints:
+            rpc().set_timeout(timeout_s())
         try:
             for endpoint in self._endpoints:
                 self._open(endpoint)
@@ -150,10 +166,11 @@ class Workers(Handle):
     def check(self) -> None:
         """Raise WorkerError where a worker is lost."""
         if endpoint := self.lost():
+            is_silent = f"has sent nothing for {seconds} s, " if (seconds := timeout_s()) else ""
             raise WorkerError(
-                f"The worker {endpoint} ended the connection, or its machine cannot be reached. "
-                "Start it again if it does not run; then start this program again, or make a new "
-                "Engine."
+                f"The worker {endpoint} ended the connection, {is_silent}or its machine cannot be "
+                "reached. Start it again if it does not run; then start this program again, or "
+                "make a new Engine. If it is slow, set QAFLORA_RPC_TIMEOUT to more seconds."
             )
 
     def _free(self, pointer: Any) -> None:

@@ -75,6 +75,11 @@ _OF_ENVIRONMENT = {
         "avx512vnni, avx512, avx2, neon, portable or ggml",
         "Kernels for adapters on the CPU, for comparisons; ggml is its own operations.",
     ),
+    "QAFLORA_RPC_TIMEOUT": (
+        "a number of seconds from 0 to 999999",
+        "A worker of --rpc that sends nothing for so long while it is waited for is lost; 60 if "
+        "not set, 0 waits without end.",
+    ),
     "QAFLORA_SOURCE_ARCHIVE": (
         "a file",
         "llama.cpp's source for the build, instead of fetching it.",
