@@ -7,6 +7,7 @@ library's protocols for large files (LFS, Xet) are its own matter.
 import base64
 import json
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha1
@@ -40,6 +41,7 @@ class FakeHub(ThreadingHTTPServer):
 
     refused   a content that is not taken
     requests  what was asked for, as "METHOD path"
+    halfway   called with the path of each answer of which half was sent
     """
 
     daemon_threads = True
@@ -50,6 +52,7 @@ class FakeHub(ThreadingHTTPServer):
         self.repos: dict[str, Repo] = {}
         self.requests: list[str] = []
         self.refused = b""
+        self.halfway: Callable[[str], object] = lambda path: None
 
     @property
     def url(self) -> str:
@@ -205,7 +208,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content)
+            half = len(content) // 2
+            self.wfile.write(content[:half])
+            self.server.halfway(urlsplit(self.path).path)
+            self.wfile.write(content[half:])
 
 
 def _git_sha1(content: bytes) -> str:

@@ -2,16 +2,18 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import tiny
 from bundles import bundle_json, make_bundle
 from hubs import FakeHub
-from patience import PATIENCE_S
+from patience import PATIENCE_S, wait_until
 
 SMALL = {"targets": ("q_proj",), "layers": (0,), "rank": 2}
 EVERY = 1 << 20  # moments
@@ -149,43 +151,88 @@ def test_an_edit(start: Path, tmp_path: Path, action: str, names: list[str]) -> 
 
 PULL = """
 from qaflora_edge.bundles.open import verify_bundle
-from qaflora_edge.hub.fetch import fetch_hub
+from qaflora_edge.formats import names
+from qaflora_edge.hub.fetch import fetch_hub, fetch_model
 from qaflora_edge.hub.local import whole_path
 from huggingface_hub import HfApi, constants, hf_hub_download  # once, not in every fork
 
-def home(copy):
-    constants.HF_HUB_CACHE = str(copy / "hub")
+names.package_data = lambda name: place.parent / "registry.json"
 
 def action(copy):
-    home(copy)
-    fetch_hub("owner/bundle", copy / "mine")
+    constants.HF_HUB_CACHE = str(copy / "hub")
+    {action}
 
 def check(copy):
-    folder = whole_path(copy / "mine", None)
+    {check}
+"""
+PULLED = """folder = whole_path(copy / "mine", None)
     if folder is None:
         return False
     assert list(verify_bundle(folder).adapter_paths) == ["math", "es"]
-    return True
-"""
+    return True"""
+MODEL = """path = copy / "base.gguf"
+    assert not path.exists() or path.stat().st_size == 3 << 20
+    return path.exists()"""
 
 
-def test_pull(hub: FakeHub, start: Path, tmp_path: Path) -> None:
-    bundle = start / "bundle"
-    raw = bundle_json(bundle)
+@pytest.fixture
+def pulled(hub: FakeHub, start: Path, tmp_path: Path, checkout: Path) -> dict[str, str]:
+    """The environment of a process that may pull owner/bundle, and the model `fake`."""
+    raw = bundle_json(start / "bundle")
     raw["base"]["file"] = str(start / "base.gguf")
-    files = {
-        f"adapters/{name}": (bundle / "adapters" / name).read_bytes()
-        for name in ("math.gguf", "es.gguf")
-    }
+    adapters = [f"adapters/{name}.gguf" for name in ("math", "es")]
+    files = {name: (start / "bundle" / name).read_bytes() for name in adapters}
     hub.put("owner/bundle", {"bundle.json": json.dumps(raw).encode(), **files})
+    base = os.urandom(3 << 20)
+    hub.put("owner/base", {"base.gguf": base})
+    registry = json.loads((checkout / "models" / "registry.json").read_text())
+    entry = registry["models"]["gemma-3-270m"]
+    entry |= {"file": "base.gguf", "sha256": sha256(base).hexdigest(), "size_bytes": len(base)}
+    source = {"type": "hub", "repo": "owner/base", "revision": None, "file": "base.gguf"}
+    registry["models"] = {"fake": entry | {"sources": [source]}}
+    (tmp_path / "registry.json").write_text(json.dumps(registry))
     (tmp_path / "empty").mkdir()
-    counted = killed(
-        PULL,
-        tmp_path / "empty",
-        tmp_path / "place",
-        most=8,
-        HF_ENDPOINT=hub.url,
-        HF_HOME=str(tmp_path / "hf"),
-        HF_HUB_DISABLE_XET="1",
-    )
+    hf = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
+    return hf | {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+
+
+@pytest.mark.parametrize(
+    ("action", "check"),
+    [
+        ('fetch_hub("owner/bundle", copy / "mine")', PULLED),
+        ('fetch_model("fake", to=copy)', MODEL),
+    ],
+)
+def test_pull(pulled: dict[str, str], tmp_path: Path, action: str, check: str) -> None:
+    script = PULL.format(action=action, check=check)
+    counted = killed(script, tmp_path / "empty", tmp_path / "place", most=8, **pulled)
     assert counted["killed"] >= 7
+
+
+@pytest.mark.parametrize("words", [(), ("--to", "mine")])
+def test_pull_in_the_middle_of_a_file(
+    hub: FakeHub, pulled: dict[str, str], tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    """The command itself, by SIGKILL; again, it fetches what is missing."""
+    started: list[subprocess.Popen[bytes]] = []
+    big = os.urandom(24 << 20)  # the Hub's library writes 10 MB at a time
+    files = hub.files("owner/bundle")
+    raw = json.loads(files["bundle.json"])
+    raw["adapters"][1]["sha256"] = sha256(big).hexdigest()
+    new = {"bundle.json": json.dumps(raw).encode(), "adapters/es.gguf": big}
+    hub.put("owner/bundle", {**files, **new})
+
+    def halfway(path: str) -> None:
+        if path.endswith("es.gguf") and len(started) == 1:
+            wait_until(lambda: any(p.stat().st_size for p in tmp_path.rglob("*.incomplete")))
+            started[0].kill()
+
+    hub.halfway = halfway
+    command = [sys.executable, "-m", "qaflora_edge", "pull", "owner/bundle", *words]
+    for code in (-signal.SIGKILL, 0):
+        process = subprocess.Popen(command, cwd=tmp_path, env=os.environ | pulled)
+        started.append(process)
+        assert process.wait(PATIENCE_S) == code
+        whole = [path for path in tmp_path.rglob("es.gguf") if "start" not in path.parts]
+        assert len(whole) == (code == 0)
+    assert whole[0].read_bytes() == big

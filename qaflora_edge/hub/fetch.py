@@ -113,6 +113,8 @@ def _fetch_model(model: Model, target: Path, progress: TellCount | None) -> Path
 
 def _fetch_from_hub(model: Model, source: HubRef, parts: Path) -> Path:
     """Fetch a file of the Hub, where the Hub answers soon and has the very file."""
+    if source.file and (whole := parts / source.file).is_file():
+        return whole  # of a pull that was killed before the file had its name
     from huggingface_hub import HfApi
 
     pool = ThreadPoolExecutor(1)  # for the library waits for each address of the Hub in turn
