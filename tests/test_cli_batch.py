@@ -344,3 +344,39 @@ def test_an_interrupted_run_goes_on(made: TinyBundle, tmp_path: Path) -> None:
     found = records(out)
     assert [each["id"] for each in found] == list(range(40))
     assert [each["text"] for each in found] == [each["text"] for each in records(whole)]
+
+
+FULL = """
+mount -t tmpfs -o size=12k none "$1" || exit 77
+cd "$1" && shift
+"$@" -o out.jsonl; echo $?
+mount -o remount,size=1m . && "$@" -o out.jsonl; echo $?
+cat out.jsonl
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="it needs unshare, of Linux")
+def test_a_full_disk_ends_a_run_that_goes_on_later(made: TinyBundle, tmp_path: Path) -> None:
+    """A real one, of three pages. What was written stays, and a torn line is written again."""
+    path, whole, full = (tmp_path / name for name in ("q.jsonl", "whole.jsonl", "full"))
+    full.mkdir()
+    path.write_text(lines(*({"prompt": f"thing {i}", "id": i} for i in range(40))))
+    options = [*map(str, F32), "--max-tokens", "20", "--prompts", str(path), "--parallel", "4"]
+    assert run(made, *options, "-o", whole).exit_code == 0
+    assert whole.stat().st_size > 12 << 10
+    place = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", FULL, "sh", full]
+    command = [sys.executable, "-m", "qaflora_edge", "run", str(made.folder), *options]
+    found = subprocess.run([*place, *command], capture_output=True, text=True, timeout=PATIENCE_S)
+    if found.returncode == 77 or "unshare" in found.stderr:
+        pytest.skip(f"this user may not mount: {found.stderr.strip()}")
+    failure = "Error: Cannot write answers into out.jsonl: the disk is full. Free some space and t"
+    assert failure in found.stderr
+    before, after, answers = found.stdout.split("\n", 2)
+    assert (before, after) == ("1", "0")
+    n_before = int(found.stderr.partition("[")[2].partition(" ")[0])
+    assert n_before > 3
+    assert f"; {n_before} were done before]" in found.stderr
+    path.write_text(answers)
+    texts = [[(each["id"], each["text"]) for each in records(file)] for file in (path, whole)]
+    assert texts[0] == texts[1]
