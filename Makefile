@@ -1,6 +1,6 @@
 # Two commands: `make demo` and `make test`. Each makes what is missing and repeats nothing.
 # `make test-fast` leaves out the slow tests, for daily work.
-# `make test-vulkan` builds for Vulkan beside them and tests that; `make test-asan` with sanitizers.
+# `make test-vulkan` builds for Vulkan beside them and tests that; `make test-asan` and `make test-tsan` with sanitizers.
 # `make test-rpc` tests layers on workers, which `make test` does too.
 # `make test-clients` tests the server with other people's clients.
 # `make release` makes wheels for every processor of an architecture: `make release ARCH=aarch64`.
@@ -18,7 +18,7 @@ PACKAGE_FILES := pyproject.toml CMakeLists.txt models/registry.json \
     $(shell find qaflora_edge patches -type f ! -path '*/__pycache__/*')
 
 .PHONY: demo test test-fast test-rpc test-vulkan vulkan-tests cuda-build cuda-tests test-asan asan-tests \
-    test-clients clients-tests pin-clients release release-backend test-release release-tests test-aarch64 \
+    test-tsan tsan-tests test-clients clients-tests pin-clients release release-backend test-release release-tests test-aarch64 \
     fuzz bench-server load-server bench-convert lint convert-table eval-report eval-smoke clean FORCE
 
 # A wheel in dist/ that fits this machine and is newer than the sources spares the compiler.
@@ -90,9 +90,24 @@ ASAN_ARGS := $(foreach part,GGML LLAMA,$(foreach kind,ADDRESS UNDEFINED,-D$(part
 asan-tests: $(DONE)/package $(DONE)/pytest
 	$(BIN)/python tests/sanitized.py --no-leaks $(BIN)/pytest tests/test_accept.py tests/test_backend.py tests/test_experts.py tests/test_probe.py \
 	    --deselect tests/test_probe.py::test_a_state_that_is_no_number_is_reported
+	QAFLORA_TEST_SCHEDULES=20 $(BIN)/python tests/sanitized.py --no-leaks $(BIN)/pytest \
+	    tests/test_schedules.py tests/test_loop.py tests/test_server_faults.py
 	PYTHONPATH=tests $(BIN)/python -P tests/sanitized.py --no-leaks \
 	    $(BIN)/python -P -m fuzz.run --minutes 1 --seed 0 native experts
 	PYTHONPATH=tests $(BIN)/python -P tests/sanitized.py $(BIN)/python -P tests/open_and_close.py
+
+# The library with the thread sanitizer, likewise, and without OpenMP, whose runtime it does not know.
+test-tsan:
+	$(MAKE) VENV=.venv-tsan BUILD=build/tsan INSTALL_OPTIONS='--config-settings install.strip=false' \
+	    CMAKE_ARGS="$(CMAKE_ARGS) $(TSAN_ARGS)" tsan-tests
+
+TSAN_ARGS := -DGGML_OPENMP=off $(foreach part,GGML LLAMA,-D$(part)_SANITIZE_THREAD=on) \
+    $(foreach language,C CXX,'-DCMAKE_$(language)_FLAGS_RELEASE=-O1 -g1 -fno-omit-frame-pointer')
+
+tsan-tests: $(DONE)/package $(DONE)/pytest
+	$(BIN)/python tests/sanitized.py --threads $(BIN)/pytest tests/test_schedules.py tests/test_loop.py
+	$(BIN)/python tests/sanitized.py --threads $(BIN)/pytest tests/test_worker.py -k "lost or silent or killed"
+	$(BIN)/python tests/sanitized.py --threads $(BIN)/pytest tests/test_backend.py -k "decodes_mixes_together and f32-auto-2-"
 
 # Other people's clients of the server need much that they share with nobody: an environment of its
 # own, over the same build; then llama.cpp's own tests of its server, but for those that
@@ -235,7 +250,7 @@ eval-smoke: $(DONE)/package
 
 # The compiled llama.cpp stays in build/, the models in the user's cache.
 clean:
-	rm -rf $(VENV) .venv-vulkan .venv-asan .venv-clients .venv-release .venv-aarch64 .venv-cuda
+	rm -rf $(VENV) .venv-vulkan .venv-asan .venv-tsan .venv-clients .venv-release .venv-aarch64 .venv-cuda
 
 $(DONE)/venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

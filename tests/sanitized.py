@@ -1,12 +1,15 @@
 """Run a command with the sanitizers' runtimes loaded, and judge what they report.
 
-    python tests/sanitized.py [--no-leaks] COMMAND ...
+    python tests/sanitized.py [--no-leaks | --threads] COMMAND ...
 
 Python itself is not instrumented, so the runtime is preloaded, and Python takes its memory from
 malloc so that the buffers it lends to the library are guarded. A report about memory or undefined
 behaviour fails. Leaks count where our libraries allocated: the
 interpreter keeps much until its end. They are not looked for in tests that close nothing, for a
 model that Python still holds at its end is no leak of the library.
+
+--threads is for a library with the thread sanitizer: of its reports those count that have a frame
+of ours. It sees Python's locks, and no memory of Python's own. Nothing is suppressed so far.
 
 The library is built with its asserts. ggml has some against values that are no numbers, so tests
 that compute with such values on purpose cannot run here; the Makefile leaves them out.
@@ -24,7 +27,7 @@ from pathlib import Path
 OURS = re.compile(r"^\s+#\d+ .*(/llama\.cpp-\w|/patches/src/|/libllama|/libggml)", re.MULTILINE)
 
 
-def preloaded(names: Sequence[str] = ("libasan.so", "libstdc++.so")) -> str:
+def preloaded(names: Sequence[str]) -> str:
     """Find the runtimes of the compiler. libstdc++ too: ASan must see its throw at the start."""
     compiler = os.environ.get("CXX", "c++")
     paths = []
@@ -37,9 +40,16 @@ def preloaded(names: Sequence[str] = ("libasan.so", "libstdc++.so")) -> str:
     return " ".join(paths)
 
 
-def environment(logs: Path, *, leaks: bool) -> dict[str, str]:
+def environment(logs: Path, option: str) -> dict[str, str]:
+    if option == "--threads":
+        return {
+            "LD_PRELOAD": preloaded(["libtsan.so", "libstdc++.so"]),
+            "PYTHONMALLOC": "malloc",
+            "TSAN_OPTIONS": f"exitcode=0:history_size=4:log_path={logs}/tsan",
+        }
+    leaks = not option
     return {
-        "LD_PRELOAD": preloaded(),
+        "LD_PRELOAD": preloaded(["libasan.so", "libstdc++.so"]),
         "PYTHONMALLOC": "malloc",
         # Huge allocations must fail as they would elsewhere: hostile files ask for them.
         "ASAN_OPTIONS": f"detect_leaks={leaks:d}:allocator_may_return_null=1:log_path={logs}/asan",
@@ -51,24 +61,23 @@ def environment(logs: Path, *, leaks: bool) -> dict[str, str]:
 
 def split_reports(text: str) -> list[str]:
     """Take a log apart: one report for each error, and for each leak."""
-    starts = r"(?m)^(?===\d+==ERROR|\S+: runtime error:|Direct leak|Indirect leak)"
+    starts = r"(?m)^(?===\d+==ERROR|\S+: runtime error:|Direct leak|Indirect leak|WARNING: Thread)"
     return [part for part in re.split(starts, text) if part.strip().strip("=")]
 
 
 def is_problem(report: str) -> bool:
     if "runtime error:" in report:
         return True
-    if report.startswith(("Direct leak", "Indirect leak")):
+    if report.startswith(("Direct leak", "Indirect leak", "WARNING: Thread")):
         return OURS.search(report) is not None
     return "ERROR: LeakSanitizer: detected" not in report
 
 
 def main(command: list[str]) -> int:
-    leaks = command[:1] != ["--no-leaks"]
-    command = command[not leaks :]
+    option = command.pop(0) if command[0].startswith("--") else ""
     with tempfile.TemporaryDirectory(prefix="qaflora-sanitizers-") as folder:
         code = subprocess.run(
-            command, env=os.environ | environment(Path(folder), leaks=leaks)
+            command, env=os.environ | environment(Path(folder), option)
         ).returncode
         reports = [
             report

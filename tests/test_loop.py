@@ -44,33 +44,6 @@ def served(parts: dict[str, Any], **more: Any) -> Iterator[tuple[Engine, threadi
         assert not thread.is_alive()
 
 
-@pytest.mark.parametrize("n_parallel", [1, 3])
-def test_one_thread_computes_what_many_ask_for(
-    parts: dict[str, Any], n_parallel: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Answers and weights are those of an Engine whose callers compute."""
-    prompts = [f"the king {'and the queen ' * i}of {i}" for i in range(8)]
-    with Engine(**parts) as alone:
-        expected = [alone.generate(prompt, max_tokens=20).text() for prompt in prompts]
-        weights = alone.weights(prompts[3]).weights.tolist()
-    computing = set()
-    decode = Context.decode_spans
-
-    def noted(self: Context, spans: Any) -> list[int]:
-        computing.add(threading.current_thread())
-        return decode(self, spans)
-
-    monkeypatch.setattr(Context, "decode_spans", noted)
-    with (
-        served(parts, n_parallel=n_parallel) as (engine, thread),
-        ThreadPoolExecutor(len(prompts)) as threads,
-    ):
-        answers = threads.map(lambda text: engine.generate(text, max_tokens=20).text(), prompts)
-        assert list(answers) == expected
-        assert engine.weights(prompts[3]).weights.tolist() == weights
-        assert computing == {thread}
-
-
 def test_it_computes_whether_pieces_are_taken_or_not(parts: dict[str, Any]) -> None:
     with served(parts) as (engine, _):
         answer = engine.generate("the king", max_tokens=50)

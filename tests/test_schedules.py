@@ -6,8 +6,11 @@ within a tolerance, for products of other batch sizes sum in another order.
 
 from __future__ import annotations
 
+import os
 import random
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +25,8 @@ from qaflora_edge.errors import BackendError, PromptError
 from qaflora_edge.inference.runner import Runner
 
 F32 = NDArray[np.float32]
-N_SCHEDULE = 200
+N_SCHEDULE = int(os.environ.get("QAFLORA_TEST_SCHEDULES", "200"))
+N_THREAD, N_CALL = 6, 60
 NAMES = ("math", "es", "med")
 STRATEGIES = ("qa-flora", "cosine", "norm", "static", "base", "single:es", "manual:math=1.5,med=-1")
 # Of logits. The stock library itself changes this tiny gemma3's by up to 1.1e-3 with the batch size
@@ -43,22 +47,29 @@ class Call:
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3"])
-def engines(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Engine, Engine, str]]:
-    """One for a single caller, one for four; gemma3 attends over a sliding window."""
+def arch(request: pytest.FixtureRequest) -> str:
+    """gemma3 attends over a sliding window."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def parts(arch: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Options of Engine."""
     place = tmp_path_factory.mktemp("schedules")
-    base = write_tiny_base(place / "base.gguf", request.param, n_layer=2, window=16)
+    base = write_tiny_base(place / "base.gguf", arch, n_layer=2, window=16)
     adapters = {
         name: write_tiny_adapter(place / f"{name}.gguf", base, rank=2 + i, seed=i).path
         for i, name in enumerate(NAMES)
     }
     options = {"kv_type": "f32", "flash_attn": False, "n_ctx": 240, "threads": 1}
-    with (
-        Engine(base=base.path, adapters=adapters, **options) as alone,
-        Engine(base=base.path, adapters=adapters, n_parallel=4, **options) as together,
-    ):
-        yield alone, together, request.param
+    return {"base": base.path, "adapters": adapters, **options}
+
+
+@pytest.fixture(scope="module")
+def alone(parts: dict[str, Any]) -> Iterator[Engine]:
+    """For a single caller."""
+    with Engine(**parts) as engine:
+        yield engine
 
 
 @pytest.fixture
@@ -128,9 +139,18 @@ def cancel(call: Call) -> None:
 
 @pytest.mark.slow
 def test_answers_in_company_are_those_alone(
-    engines: tuple[Engine, Engine, str], noted: dict[int, list[F32]]
+    parts: dict[str, Any], alone: Engine, arch: str, noted: dict[int, list[F32]]
 ) -> None:
-    alone, together, architecture = engines
+    with Engine(**parts | {"n_parallel": 4}) as together:
+        n_compared, n_logits = run_schedules(alone, together, noted, TOLERANCE[arch])
+    assert n_compared > 3 * N_SCHEDULE // 2
+    assert n_logits > 5 * N_SCHEDULE // 2
+
+
+def run_schedules(
+    alone: Engine, together: Engine, noted: dict[int, list[F32]], atol: float
+) -> tuple[int, int]:
+    """Draw schedules and compare; how many calls and rows of logits were compared."""
     n_compared = n_logits = 0
     for seed in range(N_SCHEDULE // 2):  # of each architecture
         rng = random.Random(seed)
@@ -150,10 +170,62 @@ def test_answers_in_company_are_those_alone(
         for call in rng.sample(open_calls, len(open_calls)):
             read(call, 1000)
         for call in done:
-            n_logits += compare(alone, call, noted, TOLERANCE[architecture])
+            n_logits += compare(alone, call, noted, atol)
             n_compared += 1
-    assert n_compared > 3 * N_SCHEDULE // 2
-    assert n_logits > 5 * N_SCHEDULE // 2
+    return n_compared, n_logits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_served", [False, True])
+def test_answers_of_many_threads_are_those_alone(
+    parts: dict[str, Any],
+    alone: Engine,
+    arch: str,
+    noted: dict[int, list[F32]],
+    monkeypatch: pytest.MonkeyPatch,
+    is_served: bool,
+) -> None:
+    """Callers compute in turn, or wait for one thread; each weighs and cancels too."""
+    expected = {each: alone.weights("the thing", strategy=each).weights for each in STRATEGIES}
+    computing: set[threading.Thread] = set()
+    decode = Context.decode_spans
+
+    def told(self: Context, spans: Any) -> list[int]:
+        computing.add(threading.current_thread())
+        return decode(self, spans)
+
+    monkeypatch.setattr(Context, "decode_spans", told)
+    engine = Engine(**parts | {"n_parallel": 4})
+    n_asked = iter(range(N_CALL))
+
+    def ask(seed: int) -> list[Call]:
+        rng = random.Random(seed)
+        done: list[Call] = []
+        while next(n_asked, None) is not None:
+            call = drawn_call(rng, done)
+            begin(engine, call)
+            done.append(call)
+            if rng.random() < 0.3:
+                strategy = rng.choice(STRATEGIES)
+                found = engine.weights("the thing", strategy=strategy).weights
+                np.testing.assert_allclose(found, expected[strategy], atol=1e-5)
+            if call.answer is not None:
+                read(call, rng.choice([0, 2, 1000]))
+                if rng.random() < 0.2:
+                    cancel(call)
+                read(call, 1000)
+        return done
+
+    serving = threading.Thread(target=engine.run_forever)
+    with ThreadPoolExecutor(N_THREAD) as threads, engine:
+        if is_served:
+            serving.start()
+        done = [call for calls in threads.map(ask, range(N_THREAD)) for call in calls]
+    if is_served:
+        serving.join()
+        assert computing == {serving}
+    assert len(done) == N_CALL
+    assert sum(compare(alone, call, noted, TOLERANCE[arch]) for call in done) > N_CALL
 
 
 def compare(alone: Engine, call: Call, noted: dict[int, list[F32]], atol: float) -> int:
