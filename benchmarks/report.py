@@ -332,8 +332,8 @@ def reading_table(_: Figures) -> str:
         row = [title]
         for reading, half in itertools.product(("base", "tail16"), HALVES):
             gains = read_gains(subject, half, reading)
-            shown = f"{read([gains], 3 if subject == 'text' else 1)}, {len(gains)}"
-            row.append(shown if len(gains) > 1 else NONE)
+            digits = 3 if subject == "text" else 1
+            row.append(f"{read([gains], digits)}, {len(gains)}" if len(gains) > 1 else NONE)
         rows.append(row)
     names = ("all but 1", "all but 16")
     halves = ("chosen on", "confirmed on")

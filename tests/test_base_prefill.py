@@ -113,7 +113,6 @@ def test_abstaining_equals_the_base(engine: Engine) -> None:
     expected = heard(engine, [STORY], "base")
     engine.generate([1, 2, 3], strategy="static", max_tokens=1).text()
     assert heard(engine, [STORY], "two-place:abstain=99") == expected
-    assert heard(engine, [STORY], "two-place:abstain=99", prefill="mix") is not None
 
 
 def test_auto_is_the_base_for_chats_under_two_place_alone(engine: Engine) -> None:

@@ -126,7 +126,7 @@ def test_no_prompt_begins_with_another(rig: Rig) -> None:
     ("args", "code", "expected"),
     [
         (("--k", "0"), 2, "'0' is not a number from 1 to 255."),
-        (("--only", "speed"), 2, "'speed' is not one of memory, callers, decode, busy, ttft, turn."),
+        (("--only", "speed"), 2, "is not one of memory, callers, decode, busy, ttft, turn."),
         (("--max-tokens", "1"), 1, "Option --max-tokens is 1, expected at least 2: decoding is "
          "measured after the first token. Raise it."),
     ],

@@ -104,6 +104,7 @@ def drawn_call(rng: random.Random, done: list[Call]) -> Call:
         prompt.insert(rng.randrange(len(prompt)), POISON)
     options: dict[str, Any] = {
         "weights": rng.choice(STRATEGIES),
+        "prefill": rng.choice(["auto", "base", "mix"]),
         "max_tokens": rng.randrange(12),
         "temperature": rng.choice([0.0, 0.0, 0.0, 0.8]),
         "seed": rng.randrange(1000),

@@ -309,26 +309,3 @@ def test_an_older_bundle_is_asked_to_be_measured_again(
             )
     calibrate(old.folder, Engine)
     assert load_bundle(old.folder).known.typical == load_bundle(calibrated.folder).known.typical
-
-
-def test_what_precedes_the_question_is_read_once(
-    calibrated: TinyBundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The numbers are the same bits as of a prompt that is read as a whole."""
-
-    def added(engine: Engine, turns: list[dict[str, str]]) -> Any:
-        tokens = engine.chat_tokens(turns)
-        span = engine._weigher.find_question(tokens)
-        assert span is not None
-        return probe(engine, tokens, span).added()
-
-    story = {"role": "user", "content": "the thing on a ring is in the air " * 8}
-    turns = [story, {"role": "assistant", "content": "It is."}, {"role": "user", "content": "Why?"}]
-    with Engine(calibrated.folder) as engine:
-        fresh = added(engine, turns)
-    with Engine(calibrated.folder) as engine:
-        first = added(engine, [story])
-        counts = count_decoded(monkeypatch)
-        np.testing.assert_array_equal(added(engine, turns), fresh)
-        assert sum(counts) < len(engine.chat_tokens(turns)) / 2
-        np.testing.assert_array_equal(added(engine, [story]), first)
