@@ -29,7 +29,7 @@ LENS = {"raw": 0, "norm": 1}
 # How long a thread of GCC's OpenMP looks for the others at a barrier before it sleeps. By default
 # it keeps a core busy 300 times as long, while another program has the others'. Below, thousands of
 # barriers of a token cost a wake-up each. docs/performance.md has the figures.
-SPIN_COUNT = 1_000
+SPIN_COUNT = 600
 
 DEVICE_CPU, DEVICE_GPU, DEVICE_INTEGRATED_GPU = 0, 1, 2  # enum ggml_backend_dev_type
 _LOG_LEVEL_ERROR = 4  # ggml.h GGML_LOG_LEVEL_ERROR
