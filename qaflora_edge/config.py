@@ -316,8 +316,7 @@ REMOVED = {
     "csv": "`weights --csv` is gone; use --json, an object for each prompt.",
     "html": "`compare --html` is gone; `weights --plot FILE.html` draws, `compare --json` has all.",
     "dpi": "The option dpi is gone; write the picture as .svg or .html, sharp at any size.",
-    "keep_history": "The option keep-history is gone; with --prefill base a turn prefills only "
-    "what is new.",
+    "keep_history": "The option keep-history is gone; --prefill base prefills what is new alone.",
     "adapter_source": "The option adapter-source is gone; use `bundle add --source`.",
     "adapter_license": "The option adapter-license is gone; use `bundle add --license`.",
     "adapter_description": "The option is gone; use `bundle add --description`.",

@@ -17,7 +17,7 @@ from qaflora_edge.config import MAX_SEED, check, removed
 from qaflora_edge.errors import OptionError, PromptError, QafloraError, StrategyError, wrong_option
 from qaflora_edge.files import AnyPath
 from qaflora_edge.formats.adapter import AdapterInfo
-from qaflora_edge.inference.core import Core, check_process
+from qaflora_edge.inference.core import Core, Probes, check_process
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.inference.request import (
     Prompt,
@@ -286,7 +286,7 @@ class Engine:
         def weigh(each: Any) -> FusionWeights:
             with self._core.call():
                 tokens = self._asked(each, raw=raw, parse_special=parse_special)
-                probe = self._core.probe(self._core.cancellation(cancel))
+                probe = Probes(self._core, self._core.cancellation(cancel))
                 return self._using(adapters).weigh(strategy, tokens, probe)
 
         prompt = whole(prompt)
@@ -323,7 +323,7 @@ class Engine:
             tokens = self.tokenize(prompt, parse_special=parse_special)
             cancellation = self._core.cancellation()
             weights = one_of(weights, strategy)
-            fusion = self._weigher.weigh(weights, tokens, self._core.probe(cancellation))
+            fusion = self._weigher.weigh(weights, tokens, Probes(self._core, cancellation))
             request = Request(
                 tuple(tokens),
                 self._core.all_weights(fusion),
@@ -366,7 +366,7 @@ class Engine:
 
         with self._core.call():
             cancellation = self._core.cancellation()
-            probe = self._core.probe(cancellation)
+            probe = Probes(self._core, cancellation)
             weights = one_of(weights, strategy)
             known: dict[tuple[int, ...], tuple[F32, int]] = {}
             items = []
@@ -424,7 +424,7 @@ class Engine:
 
                 measured["added_last"], measured["added_question"] = added(chats, 0)
                 measured["added_text"] = added(plain, len(chats))[0]
-            probe = self._core.probe(cancellation)
+            probe = Probes(self._core, cancellation)
             for done, chat in enumerate(chats[: len(plain)] if layers else (), n_extent + 1):
                 for key in layers:
                     pool = "question" if key.startswith("question_") else "answer"
@@ -515,7 +515,8 @@ class Engine:
             cancellation = self._core.cancellation(cancel)
             weigher, weights = self._using(adapters), one_of(weights, strategy)
             n_base = weigher.n_base(weights, tokens, prefill)
-            probes = self._core.probe(cancellation, on_progress, max_tokens if n_base else 0)
+            n_answer = max_tokens if n_base else 0
+            probes = Probes(self._core, cancellation, on_progress or silent, n_answer)
             sampler = Sampler(self._model, sampling)  # a bad grammar is refused before the work
             try:
                 fusion = weigher.weigh(weights, tokens, probes)
@@ -630,8 +631,8 @@ class Engine:
 def _read_ahead(weigher: Weigher, infos: Iterable[AdapterInfo]) -> list[AttentionSizes]:
     """Read what a first chat needs: templates' code, and for two-place the adapters' matrices."""
     import_module("qaflora_edge.chat.tokens")
-    is_needed = weigher.known.strategy.startswith("two-place")
-    return [AttentionSizes(info, weigher.n_layer) for info in infos] if is_needed else []
+    needed = infos if weigher.known.strategy.startswith("two-place") else ()
+    return [AttentionSizes(info, weigher.n_layer) for info in needed]
 
 
 def _not_loaded(name: str, known: Sequence[str]) -> StrategyError:

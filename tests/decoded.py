@@ -9,6 +9,7 @@ import pytest
 from qaflora_edge import Engine
 from qaflora_edge.backend.batch import Span
 from qaflora_edge.backend.context import Context
+from qaflora_edge.inference.core import Probes
 
 
 def count_decoded(monkeypatch: pytest.MonkeyPatch, *, first_only: bool = False) -> list[int]:
@@ -27,7 +28,7 @@ def count_decoded(monkeypatch: pytest.MonkeyPatch, *, first_only: bool = False) 
 def probe(engine: Engine, tokens: Sequence[int], span: tuple[int, int] | None = None) -> Any:
     """The probe of a query, whose question stands at the span."""
     query = replace(engine._weigher.query(tokens), question=span or (0, len(tokens)))
-    return engine._core.probe(engine._core.cancellation())(query)
+    return Probes(engine._core, engine._core.cancellation())(query)
 
 
 def run_alone(steps: Any) -> Any:

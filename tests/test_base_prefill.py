@@ -13,11 +13,11 @@ from bundles import TinyBundle, bundle_json, make_bundle
 from decoded import count_decoded
 from tiny import write_tiny_adapter, write_tiny_base
 
-from qaflora_edge import Engine, Strategy, register_strategy
+from qaflora_edge import Engine
 from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.errors import BundleError, CancelledError, OptionError
 from qaflora_edge.weighing.numbers import N_TAIL
-from qaflora_edge.weighing.strategy import _registry
+from qaflora_edge.weighing.two_place import TwoPlace
 
 if TYPE_CHECKING:
     from reference import Reference
@@ -81,17 +81,15 @@ def test_logits_are_those_of_adapters_off_and_then_on(tmp_path: Path) -> None:
 
 def test_one_prefill_serves_every_mix(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last tokens are read once more, by the base where they are weighed and by the mix."""
-    n_prompt = len(engine.chat_tokens([STORY]))
-    counts = count_decoded(monkeypatch)
+    tokens, counts = engine.chat_tokens([STORY]), count_decoded(monkeypatch)
     options: dict[str, Any] = {"prefill": "base", "max_tokens": 1}
     heard(engine, [STORY], MIXED, **options)
-    assert (sum(counts), counts[-2:]) == (n_prompt + N_TAIL, [N_TAIL, N_TAIL])
+    assert (sum(counts), counts[-2:]) == (len(tokens) + N_TAIL, [N_TAIL, N_TAIL])
     for strategy in ("static", "single:es", "base"):
         counts.clear()
         heard(engine, [STORY], strategy, **options)
         assert counts == [N_TAIL]
     counts.clear()
-    tokens = engine.chat_tokens([STORY])
     texts = [a.text() for a in engine.answers(tokens, 3, strategy="static", **options)]
     assert (counts, len(set(texts))) == ([N_TAIL] * 3, 1)
 
@@ -109,12 +107,6 @@ def test_a_turn_prefills_what_is_new_and_answers_as_if_it_came_alone(
         assert heard(alone, TURNS, "two-place:abstain=never,answer=0.3") == found
 
 
-def test_abstaining_equals_the_base(engine: Engine) -> None:
-    expected = heard(engine, [STORY], "base")
-    engine.generate([1, 2, 3], strategy="static", max_tokens=1).text()
-    assert heard(engine, [STORY], "two-place:abstain=99") == expected
-
-
 def test_auto_is_the_base_for_chats_under_two_place_alone(engine: Engine) -> None:
     chat, text = engine.chat_tokens([STORY]), engine.tokenize("the thing on a ring")
 
@@ -130,7 +122,6 @@ def test_auto_is_the_base_for_chats_under_two_place_alone(engine: Engine) -> Non
         assert n_base(weights, chat) == 0
         assert n_base(weights, chat, "base") == len(chat) - N_TAIL
     assert n_base(None, text) == n_base(None, chat, "mix") == 0
-    assert n_base(None, text, "base") == max(0, len(text) - N_TAIL)
     with pytest.raises(OptionError, match="prefill is 'all', expected one of auto, base, mix"):
         engine.generate(chat, prefill="all")
 
@@ -161,28 +152,20 @@ def test_where_the_mix_prefills_the_base_keeps_its_own_state(
     assert counts[:2] == [n_new, N_TAIL]
 
 
-class Failing(Strategy):
-    name = "failing-after-measuring"
-
-    def weigh(self, query: Any, probe: Any, argument: Any) -> Any:
-        probe.added()
-        probe.norms()
-        raise argument or RuntimeError("after measuring")
-
-
-@pytest.fixture
-def failing() -> Iterator[None]:
-    register_strategy(Failing())
-    yield
-    del _registry[Failing.name]
-
-
 def test_a_failure_between_weighing_and_answer_frees_the_slot(
-    engine: Engine, failing: None
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = heard(engine, [STORY], MIXED)
-    with pytest.raises(RuntimeError, match="after measuring"):
-        heard(engine, [STORY], Failing.name, prefill="base")
+
+    def fails(_: Any, query: Any, probe: Any, argument: Any) -> None:
+        probe.added()
+        probe.norms()
+        raise RuntimeError("after measuring")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TwoPlace, "weigh", fails)
+        with pytest.raises(RuntimeError, match="after measuring"):
+            heard(engine, [STORY], MIXED)
     assert engine._core.loop._scheduler.running == []
 
     def refuse(_: Any) -> None:

@@ -39,12 +39,6 @@ def test_every_piece_has_whole_tiles(n_seq: int) -> None:
         assert n_seq * max(lengths) <= n_ubatch(n_seq) <= n_ubatch(n_seq + 1)
 
 
-def test_what_a_prompt_begins_with_is_cut_alike_however_long_it_is() -> None:
-    for n in range(200, 900):
-        shorter = cut(n - 64, 4)[:-1]
-        assert cut(n, 4)[: len(shorter)] == shorter
-
-
 def test_chunks_end_where_messages_do() -> None:
     chunks = chunks_of(4, lambda token: token == 9)
     tokens = [0] * 400

@@ -16,18 +16,10 @@ from qaflora_edge import Engine
 from qaflora_edge.errors import BackendError
 from qaflora_edge.hub.fetch import fetch_model
 
-ABSTAINING = "two-place:abstain=50"
 QUESTIONS = (
     "How many legs do three dogs have?",
     "Explain in two sentences why the sky is blue, to a child of six who has never seen the sea.",
 )
-
-
-@pytest.fixture(scope="module")
-def engine(smollm2: Path, checkout: Path) -> Iterator[Engine]:
-    assert smollm2.is_file()
-    with Engine(checkout / "models" / "demo", n_parallel=3, n_ctx=256, threads=1) as engine:
-        yield engine
 
 
 @contextmanager
@@ -63,19 +55,15 @@ def answers(engine: Engine, question: str, weights: str, n: int = 1) -> list[Any
 
 
 @pytest.mark.slow
-def test_abstaining_equals_base_and_two_answers_are_one_next_to_others(engine: Engine) -> None:
-    expected = {question: answers(engine, question, "base") for question in QUESTIONS}
-    with other_clients(engine, 3):
-        for question in QUESTIONS:
-            assert answers(engine, question, ABSTAINING, n=2) == 2 * expected[question]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["qa-flora", "two-place"])
-def test_mixed_answer_is_the_same_next_to_others(engine: Engine, strategy: str) -> None:
-    expected = answers(engine, QUESTIONS[0], strategy)
-    with other_clients(engine, 3):
-        assert answers(engine, QUESTIONS[0], strategy) == expected
+def test_abstaining_equals_base_and_two_answers_are_one_next_to_others(
+    smollm2: Path, checkout: Path
+) -> None:
+    abstaining = "two-place:abstain=50"
+    with Engine(checkout / "models" / "demo", n_parallel=3, n_ctx=256, threads=1) as engine:
+        expected = {question: answers(engine, question, "base") for question in QUESTIONS}
+        with other_clients(engine, 3):
+            for question in QUESTIONS:
+                assert answers(engine, question, abstaining, n=2) == 2 * expected[question]
 
 
 @pytest.mark.slow
@@ -93,7 +81,8 @@ def test_answer_of_any_kernels_is_the_same_next_to_five_others(
             raise
         pytest.skip(str(error))
     with engine:
-        expected = [answers(engine, QUESTIONS[0], mix) for mix in ("base", "static")]
+        mixes = ("base", "static", "two-place", "qa-flora")
+        expected = [answers(engine, QUESTIONS[0], mix) for mix in mixes]
         with other_clients(engine, 5):
-            found = [answers(engine, QUESTIONS[0], mix) for mix in ("base", "static")]
+            found = [answers(engine, QUESTIONS[0], mix) for mix in mixes]
     assert found == expected

@@ -192,15 +192,18 @@ static inline void mm_numbers_4(const uint8_t * w, size_t stride, ivec * n) {
 
 // w: W outputs, stride bytes apart. copy() takes what the following n blocks begin with, then numbers() is called for each of
 // them in turn: kept is what it finds for several.
-struct q8_0_matrix {
-    enum { N_SCALE = 1, HAS_MIN = 0, OFFSET = MM_HALF, N_KEPT = 1 };
-    static size_t block(int64_t ib) { return ib*34; }
+template <int N_BYTE> struct mm_plain { // blocks of N_BYTE bytes, which begin with the scale in F16
+    static size_t block(int64_t ib) { return ib*N_BYTE; }
     static void copy(const uint8_t * w, size_t stride, int64_t n, mm_words & words) {
         for (int64_t i = 0; i < n; ++i) {
             mm_copy(w + block(i), stride, words.of[i][0]);
         }
     }
     static void scales(const mm_words & words, int64_t i, vec * scale, vec *) { scale[0] = i_halves(i_load(words.of[i][0])); }
+};
+
+struct q8_0_matrix : mm_plain<34> {
+    enum { N_SCALE = 1, HAS_MIN = 0, OFFSET = MM_HALF, N_KEPT = 1 };
     static void numbers(const uint8_t * w, size_t stride, int64_t ib, const mm_words &, ivec *, ivec * n) {
         i_turn(w + block(ib) + 2,  stride, n);
         i_turn(w + block(ib) + 18, stride, n + 4);
@@ -210,28 +213,15 @@ struct q8_0_matrix {
     }
 };
 
-struct q4_0_matrix {
+struct q4_0_matrix : mm_plain<18> {
     enum { N_SCALE = 1, HAS_MIN = 0, OFFSET = 8, N_KEPT = 1 };
-    static size_t block(int64_t ib) { return ib*18; }
-    static void copy(const uint8_t * w, size_t stride, int64_t n, mm_words & words) {
-        for (int64_t i = 0; i < n; ++i) {
-            mm_copy(w + block(i), stride, words.of[i][0]);
-        }
-    }
-    static void scales(const mm_words & words, int64_t i, vec * scale, vec *) { scale[0] = i_halves(i_load(words.of[i][0])); }
     static void numbers(const uint8_t * w, size_t stride, int64_t ib, const mm_words &, ivec *, ivec * n) {
         mm_numbers_4(w + block(ib) + 2, stride, n);
     }
 };
 
-struct q4_1_matrix {
+struct q4_1_matrix : mm_plain<20> {
     enum { N_SCALE = 1, HAS_MIN = 1, OFFSET = 0, N_KEPT = 1 };
-    static size_t block(int64_t ib) { return ib*20; }
-    static void copy(const uint8_t * w, size_t stride, int64_t n, mm_words & words) {
-        for (int64_t i = 0; i < n; ++i) {
-            mm_copy(w + block(i), stride, words.of[i][0]);
-        }
-    }
     static void scales(const mm_words & words, int64_t i, vec * scale, vec * min) {
         const ivec both = i_load(words.of[i][0]);
         scale[0] = i_halves(both);
@@ -243,16 +233,14 @@ struct q4_1_matrix {
 };
 
 // 4 bytes of fifth bits stand before the others
-struct q5_0_matrix {
+struct q5_0_matrix : mm_plain<22> {
     enum { N_SCALE = 1, HAS_MIN = 0, OFFSET = 16, N_KEPT = 1 };
-    static size_t block(int64_t ib) { return ib*22; }
     static void copy(const uint8_t * w, size_t stride, int64_t n, mm_words & words) {
         for (int64_t i = 0; i < n; ++i) {
             mm_copy(w + block(i),     stride, words.of[i][0]);
             mm_copy(w + block(i) + 2, stride, words.of[i][1]);
         }
     }
-    static void scales(const mm_words & words, int64_t i, vec * scale, vec *) { scale[0] = i_halves(i_load(words.of[i][0])); }
     static void numbers(const uint8_t * w, size_t stride, int64_t ib, const mm_words & words, ivec *, ivec * n) {
         const ivec bits = i_load(words.of[ib % MM_AHEAD][1]);
         mm_numbers_4(w + block(ib) + 6, stride, n);

@@ -152,59 +152,44 @@ def measure_busy(rig: Rig, bundle: Path, plan: Plan, tell: Tell) -> Iterator[Row
 # time to the first token
 
 
-def measure_ttft(rig: Rig, engine: Engine, plan: Plan, tell: Tell) -> Iterator[Row]:
-    """Weigh, prefill and choose a first token, next to llama.cpp's prefill of the base."""
+def measure_first_token(
+    part: str, rig: Rig, engine: Engine, plan: Plan, tell: Tell
+) -> Iterator[Row]:
+    """Weigh, prefill and choose a first token, next to llama.cpp's prefill of the base.
+
+    part  "ttft": of a chat's first turn; "turn": of a second one, under another mix than the first,
+          next to the prefill of its new tokens
+    """
     base = rig.stock(0, engine.n_ctx)
 
+    def draw(length: int) -> tuple[list[int], list[int]]:
+        """What was answered before, if anything, and the prompt; no two begin alike."""
+        messages, tokens = rig.draw_chat(engine, length)
+        if part == "ttft":
+            return [], tokens
+        said = rig.model.detokenize(rig.draw(_N_SAID)).decode("utf-8", "replace")
+        messages.append({"role": "assistant", "content": said})
+        return tokens, rig.draw_chat(engine, _N_SAID, messages)[1]
+
     def run(length: int, name: str, _: int) -> Run:
-        tokens = rig.draw_chat(engine, length)[1]  # an Engine keeps what it read of the last one
+        before, tokens = draw(length)
+        is_plain = name == "plain"
+        if is_plain:
+            base.clear()
+        if is_plain and before:
+            prefill(base, before)
+        elif before:
+            engine.generate(before, weights=name, max_tokens=1).text()
+            name += ",answer=0.3"
         start = time.perf_counter()
-        if name == "plain":
-            prefill(base, tokens)
+        if is_plain:
+            base.decode(tokens[len(before) :], start=len(before))
             base.logits()
         else:
             engine.generate(tokens, weights=name, max_tokens=1).text()
         return {"ttft_ms": 1e3 * (time.perf_counter() - start)}
 
-    yield from _next_to_plain("ttft", run, METHODS, engine, plan, tell)
-
-
-# a second turn
-
-
-def measure_turn(rig: Rig, engine: Engine, plan: Plan, tell: Tell) -> Iterator[Row]:
-    """Answer a second turn under another mix, next to llama.cpp's prefill of its new tokens."""
-    base = rig.stock(0, engine.n_ctx)
-
-    def run(length: int, name: str, _: int) -> Run:
-        messages, first = rig.draw_chat(engine, length)
-        said = rig.model.detokenize(rig.draw(_N_SAID)).decode("utf-8", "replace")
-        messages.append({"role": "assistant", "content": said})
-        tokens = rig.draw_chat(engine, _N_SAID, messages)[1]
-        if name == "plain":
-            prefill(base, tokens[: len(first)])
-        else:
-            engine.generate(first, weights=name, max_tokens=1).text()
-        start = time.perf_counter()
-        if name == "plain":
-            base.decode(tokens[len(first) :], start=len(first))
-            base.logits()
-        else:
-            engine.generate(tokens, weights=f"{name},answer=0.3", max_tokens=1).text()
-        return {"ttft_ms": 1e3 * (time.perf_counter() - start)}
-
-    yield from _next_to_plain("turn", run, ["two-place:abstain=never"], engine, plan, tell)
-
-
-def _next_to_plain(
-    part: str,
-    run: Callable[[int, str, int], Run],
-    methods: Sequence[str],
-    engine: Engine,
-    plan: Plan,
-    tell: Tell,
-) -> Iterator[Row]:
-    """Give rows of llama.cpp's prefill and of the methods that the Engine can follow."""
+    methods = METHODS if part == "ttft" else ("two-place:abstain=never",)
     names = ["plain", *(name for name in methods if name.partition(":")[0] in engine.strategies)]
     every = {(n, name): partial(run, n, name) for n in plan.prompt_tokens for name in names}
     runs = take_turns(every, plan.repeat, partial(tell, part))

@@ -69,7 +69,8 @@ class Rig(contextlib.ExitStack):
         placing: dict[str, Any] = {name: options.get(name) for name in PLACING}
         self.model = self.enter_context(Model(read_base(base), **placing))
         self._stock = self.enter_context(Model(read_base(base), rearrange=True, **placing))
-        self._random, self._n_drawn, self._loras = random.Random(seed), 0, list[Any]()
+        self._loras: list[Any] = []  # the model frees them
+        self._random, self._n_drawn = random.Random(seed), 0
         self._start = self.model.tokenize("", add_special=True, parse_special=False)[:1]
         self.ends = [token for token in range(self.model.n_vocab) if self.model.is_end(token)]
 

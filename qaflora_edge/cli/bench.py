@@ -18,14 +18,8 @@ from qaflora_edge.show.text import columns
 if TYPE_CHECKING:
     from qaflora_edge.bundles.open import Opened
 
-PARTS = (
-    "memory",
-    "callers",
-    "decode",
-    "busy",
-    "ttft",
-    "turn",
-)  # memory is short, and may refuse an option
+# Memory is short, and may refuse an option.
+PARTS = ("memory", "callers", "decode", "busy", "ttft", "turn")
 Row = Mapping[str, Any]
 
 
@@ -133,10 +127,9 @@ def _measured(
             measured["decode"] = [*parts.measure_decode(rig, plan, tell)]
         if "busy" in only:
             measured["busy"] = [*parts.measure_busy(rig, loaded.place, plan, tell)]
-        for part, measure in (("ttft", parts.measure_ttft), ("turn", parts.measure_turn)):
-            if part in only:
-                with Engine(loaded.place, **given) as engine:
-                    measured[part] = [*measure(rig, engine, plan, tell)]
+        for part in [each for each in ("ttft", "turn") if each in only]:
+            with Engine(loaded.place, **given) as engine:
+                measured[part] = [*parts.measure_first_token(part, rig, engine, plan, tell)]
     return measured
 
 

@@ -151,12 +151,6 @@ class Core:
         weights[self.rows(fusion.adapters)] = fusion.weights
         return weights
 
-    def probe(
-        self, cancellation: Cancellation, tell: Tell | None = None, n_answer: int | None = 0
-    ) -> "Probes":
-        """Measure queries for a strategy, with other callers' work in between: see Probes."""
-        return Probes(self, cancellation, tell, n_answer)
-
     def run(
         self,
         steps: "Steps[T]",
@@ -208,7 +202,7 @@ class Core:
 
 
 class Probes:
-    """Measure queries for one call of an Engine.
+    """Measure queries for one call of an Engine, with other callers' work in between.
 
     tell      called with "weighing", how many tokens are done, and how many there are
     n_answer  tokens of the answer that the base's prefill goes on to; 0: there is none; None: no
@@ -217,9 +211,13 @@ class Probes:
     """
 
     def __init__(
-        self, core: Core, cancellation: Cancellation, tell: Tell | None, n_answer: int | None
+        self,
+        core: Core,
+        cancellation: Cancellation,
+        tell: Tell = silent,
+        n_answer: int | None = 0,
     ) -> None:
-        self._core, self._cancellation, self._tell = core, cancellation, tell or silent
+        self._core, self._cancellation, self._tell = core, cancellation, tell
         self._n_answer = n_answer
         self.weighed: RunningSequence | None = None
 

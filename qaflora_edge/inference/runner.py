@@ -1,9 +1,7 @@
 """The runner: computes what the scheduler decided, and decides nothing."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,9 +14,6 @@ from qaflora_edge.inference import sequence as sequences
 from qaflora_edge.inference.sampler import no_numbers
 from qaflora_edge.inference.scheduler import Slot, Step
 from qaflora_edge.inference.sequence import token_logprob
-
-if TYPE_CHECKING:
-    from qaflora_edge.weighing.probe import Listener
 
 
 class Runner:
@@ -105,35 +100,27 @@ class Runner:
         self._computing([sequence])
         self._unread.add(slot.number)
         self._set_weights(sequence, slot.number)
+        outputs: Outputs = "last" if is_last and listener is None else "none"
+        hears = listener if listener and start + len(tokens) > listener.start else None
         try:
-            outputs: Outputs = "last" if is_last and listener is None else "none"
-            with self._captured(listener, start, slot.number, len(tokens)):
-                (row,) = self._context.decode_spans([Span(slot.number, tokens, start, outputs)])
+            if hears:
+                self._context.capture_begin("inputs")
+            (row,) = self._context.decode_spans([Span(slot.number, tokens, start, outputs)])
+            if hears:
+                hears.take(start, self._context.inputs(slot.number, len(tokens)))
         except CancelledError:
             return  # the scheduler's owner ends it
         except BackendError as error:
             sequence.fail(error)
             return
+        finally:
+            if hears:
+                self._context.capture_begin("none")
         self._held(sequence, slot, tokens)
         if is_last:
             self._unread.discard(slot.number)
             if listener is None:
                 self._begin(sequence, row)
-
-    @contextmanager
-    def _captured(
-        self, listener: "Listener | None", start: int, slot: int, n_token: int
-    ) -> Iterator[None]:
-        """Give a listener what the query projections read in a block."""
-        if listener is None or start + n_token <= listener.start:
-            yield
-            return
-        self._context.capture_begin("inputs")
-        try:
-            yield
-            listener.take(start, self._context.inputs(slot, n_token))
-        finally:
-            self._context.capture_begin("none")
 
     def _set_weights(self, sequence: sequences.Sequence, slot: int) -> None:
         weights = sequence.request.next_weights(sequence.n_past)

@@ -73,7 +73,7 @@ class Sequence:
     """Follow a request: waiting, prefill, decoding, done.
 
     With a listener it is weighed first: the base prefills all of its prompt, and it keeps its slot
-    until resume() brings weights and sampler, or stop() ends it.
+    until Loop.resume() or Loop.end().
 
     n_max       most tokens of the answer
     n_ctx       tokens that its slot has to hold

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 DEFAULT_STRATEGY, DEFAULT_LENS, DEFAULT_POOL = "qa-flora", "norm", "last"
 
-# Below this nothing in float32 states is an adapter's effect; the formula itself keeps its digits.
 N_TAIL = 16  # tokens of a prompt that the mix reads, where the base prefills the others
+# Below this nothing in float32 states is an adapter's effect; the formula itself keeps its digits.
 DIVERGENCE_FLOOR = 1e-30
 _TYPICAL_EPS = 1e-12  # nats, see typical_divergence
 
