@@ -17,7 +17,7 @@ from qaflora_edge.arrays import F32
 from qaflora_edge.backend.context import Backend
 from qaflora_edge.errors import BusyError, QafloraError
 from qaflora_edge.formats.adapter import AdapterInfo
-from qaflora_edge.inference.generation import Generation
+from qaflora_edge.inference.generation import Generation, follow
 from qaflora_edge.inference.loop import Loop
 from qaflora_edge.inference.request import Cancellation, Request
 from qaflora_edge.inference.sampler import Sampler
@@ -224,13 +224,12 @@ class Probes:
     def __call__(self, query: Query) -> "QueryProbe":
         from qaflora_edge.weighing.probe import QueryProbe
 
-        core, n_token = self._core, len(query.tokens)
-        told = partial(self._told, n_token=n_token)
-        run = partial(core.run, cancellation=self._cancellation, tell=told)
-        return QueryProbe(core.prober, query, core.rows(query.adapters), run, self._listen)
+        def told(n_done: int) -> None:
+            self._tell("weighing", n_done, len(query.tokens))
 
-    def _told(self, n_done: int, n_token: int) -> None:
-        self._tell("weighing", n_done, n_token)
+        run = partial(self._core.run, cancellation=self._cancellation, tell=told)
+        rows = self._core.rows(query.adapters)
+        return QueryProbe(self._core.prober, query, rows, run, self._listen)
 
     def _listen(self, query: Query, listener: "Listener") -> Any:
         """Prefill a query under the base, for a listener."""
@@ -239,20 +238,10 @@ class Probes:
         nothing = np.zeros((len(core.adapters), core.model.n_layer), np.float32)
         request = Request(tokens, nothing, n_base=n_base, cancellation=self._cancellation)
         n_ctx = core.n_ctx_for(len(tokens), self._n_answer)
-        sequence, n_told = RunningSequence(request, None, 0, n_ctx, listener), 0
-
-        def is_read() -> bool:
-            return sequence.is_done or sequence.is_weighed
-
-        def has_more() -> bool:
-            return is_read() or sequence.n_past > n_told
-
+        sequence = RunningSequence(request, None, 0, n_ctx, listener)
         core.loop.add(sequence)
         try:
-            while not is_read():
-                core.loop.drive(has_more)
-                n_told = sequence.n_past
-                self._told(n_told, len(tokens))
+            follow(core.loop.drive, sequence, partial(self._tell, "weighing"))
         except BaseException:
             self._cancellation.set()
             core.loop.drive(lambda: sequence.is_done)

@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 from qaflora_edge.arrays import F32
@@ -11,6 +12,28 @@ from qaflora_edge.inference.request import Cancellation
 from qaflora_edge.inference.sequence import Sequence, Timings, TokenLogprob
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing.numbers import FusionWeights
+
+
+def follow(
+    drive: Callable[[Callable[[], bool]], None], sequence: Sequence, tell: Callable[[int, int], Any]
+) -> None:
+    """Compute until a prompt is prefilled; tell how many tokens are done, and how many it has."""
+    n_told = 0
+
+    def n_read() -> int:
+        return min(sequence.n_past, sequence.n_prompt)  # it may be answered already
+
+    def is_read() -> bool:
+        return sequence.is_done or not sequence.is_prefill
+
+    def has_more() -> bool:
+        return is_read() or n_read() > n_told
+
+    while not is_read():
+        tell(n_told, sequence.n_prompt)
+        drive(has_more)
+        n_told = n_read()
+    tell(n_read(), sequence.n_prompt)
 
 
 class Generation(Iterator[str]):
@@ -130,22 +153,8 @@ class Generation(Iterator[str]):
 
         tell  called with "reading", how many tokens are done, and how many there are
         """
-        sequence, n_told = self._sequence, 0
-
-        def n_read() -> int:
-            return min(sequence.n_past, sequence.n_prompt)  # it may be answered already
-
-        def is_read() -> bool:
-            return sequence.is_done or not sequence.is_prefill
-
-        def has_more() -> bool:
-            return is_read() or n_read() > n_told
-
-        while not is_read():
-            tell("reading", n_told, sequence.n_prompt)
-            self._drive(has_more)
-            n_told = n_read()
-        tell("reading", n_read(), sequence.n_prompt)
+        sequence = self._sequence
+        follow(self._drive, sequence, partial(tell, "reading"))
         if sequence.error is not None and not sequence.answer:
             raise sequence.error
 
