@@ -99,7 +99,7 @@ def test_a_chat_from_its_first_question_to_its_end(
 
 
 def test_a_chat_in_forty_columns(opened: Open, made: TinyBundle) -> None:
-    window = opened(made.folder, columns=40, rows=20)
+    window = opened(made.folder, answer=" ring" * 50, columns=40, rows=20)
     window.type("/wei")
     window.wait_for("> /wei /weights")  # the menu; a Tab while it is being made is passed over
     window.key("Tab")
@@ -110,14 +110,14 @@ def test_a_chat_in_forty_columns(opened: Open, made: TinyBundle) -> None:
     window.key("M-Enter")
     window.type("on a ring")
     window.key("Enter")
-    screen = window.wait_for("tok/s")
+    window.wait_for("ring ring")
+    window.type("/weights")  # during the answer
+    window.key("Enter")
+    screen = window.wait_for("prompt tokens")
     assert "> the thing\n  on a ring\n" in screen
-    window.key("Up")  # the message as a whole, from the history
+    window.key("Up", "Up")  # the message as a whole, from the history
     window.wait_for("> the thing on a ring", count=2)
     window.key("C-c")
-    window.type("/weights")
-    window.key("Enter")
-    window.wait_for("prompt tokens")
     window.type("/quit")
     window.key("Enter")
     window.wait_for("LEFT 0")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
 
 Command = Callable[["Chat", str], None]
-KEYS = "Enter: send; Alt-Enter or Ctrl-J: new line; Ctrl-C: stop an answer; Ctrl-D: leave"
+KEYS = "Enter: send; Alt-Enter: new line; Ctrl-C: stop an answer; Ctrl-D: leave"
 
 # Command -> its function, whose docstring is the help, and what follows its name.
 COMMANDS: dict[str, tuple[Command, str]] = {}

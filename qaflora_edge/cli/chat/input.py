@@ -47,7 +47,7 @@ class TerminalInput:
 
 
 def _keys() -> KeyBindings:
-    """Enter sends; Alt-Enter (or Escape, then Enter) and Ctrl-J begin a new line."""
+    """Enter sends, as does Ctrl-J: an Enter typed too early. Alt-Enter begins a new line."""
     keys = KeyBindings()
 
     @keys.add("enter", filter=~is_searching)
@@ -56,7 +56,6 @@ def _keys() -> KeyBindings:
             event.current_buffer.validate_and_handle()
 
     @keys.add("escape", "enter", filter=~is_searching)
-    @keys.add("c-j", filter=~is_searching)
     def _(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 
