@@ -147,6 +147,10 @@ OPTIONS = (
            noun="a number of MiB", metavar="MIB",
            help="Keep so much KV state of the probe, so that prompts which begin alike are weighed "
            "sooner; 0 keeps the last prompt only."),
+    Option("draft", int, "auto", "engine", "--draft", low=0, high=15, words=("auto",),
+           metavar="auto|N", noun="a number of tokens",
+           help="Guess at most N tokens of an answer from the prompt and the answer so far, and "
+           "verify them in one pass. auto: as many as pay; 0: none."),
     Option("raw_prompt", bool, False, "", "--raw-prompt/--no-raw-prompt",
            help="Take the prompt as it is: no chat template."),
     Option("n_ctx", int, None, "engine", "--ctx", "-c", "Model", low=1, high=MAX_CTX,

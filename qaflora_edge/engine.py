@@ -75,6 +75,8 @@ class Engine:
     flash_attn  True or False; None: on where it is quicker (docs/performance.md)
     strategy, lens, pool, prefill  by default the bundle's; see `qaflora run --help-all`
     prefix_cache  MiB for the probe's KV states of earlier prompts, for prompts that begin alike
+    draft     guess at most so many tokens from what stands before, and verify them in one pass;
+              "auto": as many as pay, where answers stay the same bits; 0: none
     seed      of sampled answers, when a call gives none
 
     Any thread may call it. Every failure is a QafloraError.
@@ -100,6 +102,7 @@ class Engine:
         pool: str | None = None,
         prefill: str | None = None,
         prefix_cache: int = 128,
+        draft: int | str = "auto",
         seed: int | None = None,
         **unknown: Any,
     ) -> None:
@@ -110,6 +113,7 @@ class Engine:
         options: dict[str, Any] = {"threads": threads, "kv_type": kv_type, "flash_attn": flash_attn}
         placing = {"gpu_layers": gpu_layers, "rpc": rpc, "tensor_split": tensor_split}
         options |= {"n_ctx": n_ctx, "n_parallel": n_parallel, "adapter_type": adapter_type}
+        options["draft"] = draft
         check("engine", {**options, **placing, "prefix_cache": prefix_cache, "seed": seed})
         check_process()
         opened = open_any(bundle, base, adapters)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from bundles import TinyBundle
+from bundles import TinyBundle, make_bundle
 from click.testing import CliRunner, Result
 
 from qaflora_edge.bench.parts import compared, measure_memory, take_turns
@@ -18,7 +18,7 @@ from qaflora_edge.cli import main
 from qaflora_edge.errors import BundleError
 
 SMALL = ("--repeat", "3", "--prompt-tokens", "40,20", "--max-tokens", "6", "--threads", "1")
-SIZES = ("--k", "1,3", "--callers", "3,1")
+SIZES = ("--k", "1,3", "--callers", "3,1", "--only", "memory,callers,decode,busy,ttft,turn")
 FACTS = ("llama_n_ctx", "llama_n_batch", "llama_n_seq_max", "llama_n_threads")
 
 
@@ -86,6 +86,17 @@ def test_every_part_has_its_contestants(shown: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+def test_prompts_of_each_kind_are_answered_with_guesses_and_without(tmp_path: Path) -> None:
+    made = make_bundle(tmp_path, n_ctx=4096)
+    only = ("--only", "draft", "--callers", "2", "--repeat", "1", "--max-tokens", "4", "--json")
+    result = bench(made, *only, "--strategy", "static", "--draft", "3")
+    rows = json.loads(result.stdout)["draft"]
+    kinds = ["edit", "extract", "correct", "prose", "prose, 2 callers"]
+    assert [row["name"] for row in rows] == kinds
+    assert {*rows[0]} == {"name", "runs", "tokens_per_second", "of_plain", "accepted"}
+
+
+@pytest.mark.slow
 def test_memory_has_the_files_in_it(shown: dict[str, Any], made: TinyBundle) -> None:
     memory = shown["memory"]
     assert made.base.path.stat().st_size + memory["adapters_bytes"] < memory["peak_bytes"]
@@ -126,7 +137,7 @@ def test_no_prompt_begins_with_another(rig: Rig) -> None:
     ("args", "code", "expected"),
     [
         (("--k", "0"), 2, "'0' is not a number from 1 to 255."),
-        (("--only", "speed"), 2, "is not one of memory, callers, decode, busy, ttft, turn."),
+        (("--only", "speed"), 2, "is not one of memory, callers, decode, draft, busy, ttft, turn."),
         (("--max-tokens", "1"), 1, "Option --max-tokens is 1, expected at least 2: decoding is "
          "measured after the first token. Raise it."),
     ],

@@ -54,8 +54,9 @@ def test_json_is_the_contract(made: TinyBundle) -> None:
     assert shown["usage"] == {"prompt_tokens": n_prompt, "completion_tokens": 8}
     assert shown["fusion"]["adapters"] == ["math", "es"]
     assert shown["fusion"]["prompt_tokens"] == n_prompt
-    assert set(shown["timings"]) == {"probe_ms", "prefill_ms", "decode_ms", "tokens_per_second"}
-    assert min(shown["timings"].values()) > 0
+    times = ["probe_ms", "prefill_ms", "decode_ms", "tokens_per_second"]
+    assert list(shown["timings"]) == [*times, "draft_n", "draft_n_accepted"]
+    assert min(shown["timings"][name] for name in times) > 0
     assert set(shown) == {"text", "finish_reason", "usage", "fusion", "timings"}
 
 

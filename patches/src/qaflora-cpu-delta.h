@@ -218,7 +218,7 @@ template <typename T> struct delta_mixed<T, 0> {
     static void tiles(const qaflora_delta &, const qaflora_cpu_segment &, const uint8_t *, const int64_t *, int64_t, const float *, mixed_sums &) {}
 };
 
-// n rows of different slots, from row0 on: of each segment those that have a weight for it, so that its B is read once for all of them
+// n rows of any slots, from row0 on: of each segment those that have a weight for it, so that its B is read once for all of them
 static void delta_mixed_rows(const qaflora_delta & d, const qaflora_cpu_rows & rows, int64_t row0, int64_t n, int64_t p0, int64_t p1,
                              const float * t, const float * src, float * y) {
     mixed_sums sums;

@@ -19,19 +19,16 @@ static int64_t run_length(const qaflora_cpu_rows & rows, int64_t row, int64_t n)
     return res;
 }
 
-// Whether most rows follow one of another slot, as when many sequences are decoded: tiles then take rows of different slots.
+// Whether rows are few for their slots, as when sequences are decoded: tiles then take rows of any slot.
 static bool is_mixed(const qaflora_cpu_rows & rows) {
-    if (!rows.slot) {
-        return false;
-    }
     int64_t n_run = 1;
-    for (int64_t row = 1; row < rows.n_row; ++row) {
+    for (int64_t row = 1; rows.slot && row < rows.n_row; ++row) {
         n_run += rows.slot[row] != rows.slot[row - 1];
     }
-    return n_run > 1 && 2*n_run > rows.n_row;
+    return rows.n_row > 1 && rows.n_row <= QAFLORA_FEW*n_run;
 }
 
-enum { ROWS_AT_ONCE = 64 }; // of different slots
+enum { ROWS_AT_ONCE = 64 }; // of any slots
 
 // those of n rows from row on for which the segment has a weight; returns how many
 static int64_t weighed_rows(const qaflora_cpu_rows & rows, const qaflora_cpu_segment & s, int64_t row, int64_t n, int64_t * weighed) {

@@ -155,7 +155,7 @@ enum { DOT_ROWS = 2, SUM_ROWS = 2, MIX_ROWS = 2, MIX_DOT_F32 = 1 };
 
 #endif
 
-// Rows of a tile: DOT_ROWS of products, SUM_ROWS of sums; MIX_ROWS of sums over rows of different slots, and MIX_DOT_F32 of
+// Rows of a tile: DOT_ROWS of products, SUM_ROWS of sums; MIX_ROWS of sums over rows of any slots, and MIX_DOT_F32 of
 // products over them where nothing is converted: without vectors, more rows at once only cost registers.
 enum { NV = QAFLORA_PANEL/W };
 

@@ -11,6 +11,9 @@ struct qaflora_divergence_sums;
 // B is stored in panels of so many outputs
 #define QAFLORA_PANEL 32
 
+// up to so many rows of a slot get the same bits as each gets alone
+#define QAFLORA_FEW 16
+
 // how the numbers of A or B are stored
 enum qaflora_cpu_type {
     QAFLORA_CPU_F32,

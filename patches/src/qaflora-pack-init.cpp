@@ -91,6 +91,20 @@ int32_t qaflora_pack_first_layer(const qaflora_pack * pack, int32_t ia) {
     return pack->first_layer(alone);
 }
 
+int32_t qaflora_pack_n_alike(const qaflora_pack * pack) {
+    const llama_model & model = *pack->model;
+    if (!pack->kernels || !pack->kernels->matmul_takes_few || pack->embd >= 0) {
+        return 1;
+    }
+    for (const auto & [name, w] : model.tensors_by_name) {
+        const bool is_looked_up = w == model.tok_embd && w != model.output;
+        if (ggml_n_dims(w) > 2 || (ggml_n_dims(w) == 2 && !is_looked_up && !qaflora_has_matmul(pack->kernels, w))) {
+            return 1;
+        }
+    }
+    return QAFLORA_FEW;
+}
+
 int64_t qaflora_pack_size_bytes(const qaflora_pack * pack) {
     int64_t size = 0;
     for (const auto & buf : pack->bufs) {

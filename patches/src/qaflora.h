@@ -10,7 +10,7 @@
 
 #include <stdint.h>
 
-#define QAFLORA_ABI_VERSION 6
+#define QAFLORA_ABI_VERSION 7
 
 #ifdef __cplusplus
 extern "C" {
@@ -69,6 +69,10 @@ LLAMA_API int64_t               qaflora_pack_size_bytes(const struct qaflora_pac
 
 // the first layer with a module of an adapter: where n_layer, it has none
 LLAMA_API int32_t               qaflora_pack_first_layer(const struct qaflora_pack * pack, int32_t ia);
+
+// How many rows of a sequence one llama_decode may have so that each gets the same bits as in one of its own, without flash
+// attention; 1 where that is not known: kernels without products of few rows, matrices that are not quantised, experts.
+LLAMA_API int32_t               qaflora_pack_n_alike(const struct qaflora_pack * pack);
 
 // A context whose sequences use the pack; all weights start at 0. Free it with llama_free.
 // llama_decode with it leaves qaflora_last_error() empty, or says there why it returned

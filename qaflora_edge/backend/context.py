@@ -30,13 +30,14 @@ from qaflora_edge.backend.library import (
 )
 from qaflora_edge.backend.model import Model, Pack, shared_model
 from qaflora_edge.config import KV_TYPES, MAX_CTX
-from qaflora_edge.errors import BackendError, CancelledError
+from qaflora_edge.errors import BackendError, CancelledError, OptionError
 from qaflora_edge.formats.gguf import GgufHeader
 from qaflora_edge.formats.inputs import FileState, check_unchanged
 
 U8 = NDArray[np.uint8]
 _DECODE_ABORTED = 2  # llama.h llama_decode
 _FLASH_ATTN_AUTO, _FLASH_ATTN_OFF, _FLASH_ATTN_ON = -1, 0, 1  # llama.h llama_flash_attn_type
+N_VERIFIED = 16  # rows of all sequences in a pass that verifies guesses
 _MAX_SCORES_BYTES = 256 << 20  # 8,192 tokens of a base with 25 heads
 _N_CTX_MIN = 256  # tokens
 _N_CTX_FIRST, _N_CTX_SAFE = 1024, 4096  # of a context without a limit: at first, and in any case
@@ -121,6 +122,7 @@ class Context(Handle):
         if n_output is not None:
             params.n_outputs_max = min(n_output, params.n_batch)
         self._params, self._flags = params, flags
+        self.is_flash_off = params.flash_attn_type == _FLASH_ATTN_OFF
         self._pointer = self._init(n_seq, n_ctx)
         self._set_up(n_ctx, params, stop)
 
@@ -369,6 +371,7 @@ class Backend:
               many as automatic_ctx allows, allocated when asked for
     n_parallel    sequences of the answering context
     adapter_type  one of config.ADAPTER_TYPES
+    draft     most tokens of a guess, or "auto"
     placing   gpu_layers, rpc and tensor_split: where the base's layers go
     options   threads, kv_type and flash_attn of every context; `options` has `stop` as well
 
@@ -387,6 +390,7 @@ class Backend:
         n_ctx: int | None,
         n_parallel: int,
         adapter_type: str,
+        draft: int | str,
         placing: Mapping[str, Any],
         **options: Any,
     ) -> None:
@@ -403,13 +407,31 @@ class Backend:
             self._n_first = n_ctx or min(self.n_ctx, _N_CTX_FIRST)
             # One more than answers: the base's KV state of a prompt that the mix prefills.
             shape: Any = {"n_ctx": self._n_first, "n_seq": n_parallel + 1}
+            shape["n_output"] = max(n_parallel + 1, N_VERIFIED * (draft != 0))
             self.context = self.enter(Context(self.model, self.pack, **shape, **options))
+            self.draft = self._drafts(draft)
             self.chunks = self.context.chunks()
             self.model.workers.check()
             check_unchanged(states)  # llama.cpp opened the files by name, after the checks
         except BaseException:
             self.close()
             raise
+
+    def _drafts(self, asked: int | str) -> int | None:
+        """Give the most tokens of a guess, 0 for none, None for as many as pay.
+
+        Where nothing is asked for, none are guessed that would change an answer's rounding.
+        """
+        can_forget = not self.model.n_swa and not self.model.is_recurrent
+        if asked == "auto":
+            is_exact = self.context.is_flash_off and self.pack.n_alike >= N_VERIFIED
+            return None if can_forget and is_exact else 0
+        if asked and not can_forget:
+            raise OptionError(
+                f"Option draft is {asked}, expected 0: the base {self.model.name} has states that "
+                "cannot forget a wrong guess."
+            )
+        return int(asked)
 
     def n_ctx_for(self, n_token: int) -> int:
         """Size the answering context for a request of so many tokens."""

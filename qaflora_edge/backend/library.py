@@ -20,7 +20,7 @@ from typing import Any, Self
 from qaflora_edge.errors import LibraryError
 from qaflora_edge.imports import defer
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 
 CONTEXT_PROBE, CONTEXT_DIFFERENTIAL = 1, 2
 CAPTURE = {"last": 0, "mean": 1, "inputs": 2, "none": 3}
@@ -53,6 +53,7 @@ _PROTOTYPES: dict[str, Prototype] = {
     "pack_free": (None, [_HANDLE]),
     "pack_size_bytes": (_LONG, [_HANDLE]),
     "pack_first_layer": (_INT, [_HANDLE, _INT]),
+    "pack_n_alike": (_INT, [_HANDLE]),
     "context_init": (_HANDLE, [_HANDLE, _HANDLE, _HANDLE, ctypes.c_uint32]),
     "set_weights": (_INT, [_HANDLE, _INT, _ARRAY, _LONG]),
     "capture_begin": (_INT, [_HANDLE, _INT]),

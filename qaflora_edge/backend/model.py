@@ -88,6 +88,10 @@ class Model(Handle):
         self.n_vocab: int = self._lib.llama_vocab_n_tokens(self.vocab)
         self.n_head: int = self._lib.llama_model_n_head(self._pointer)
         self.n_ctx_train: int = self._lib.llama_model_n_ctx_train(self._pointer)
+        self.is_recurrent = any(
+            is_kind(self._pointer)
+            for is_kind in (self._lib.llama_model_is_recurrent, self._lib.llama_model_is_hybrid)
+        )
         self.n_swa: int = self._lib.llama_model_n_swa(self._pointer)  # 0: attention sees all
 
     def _check_loaded(self) -> None:
@@ -220,6 +224,8 @@ class Pack(Handle):
 
     adapter_type  one of config.ADAPTER_TYPES: what they are converted to
     first_layers  of each adapter the first one that it changes
+    n_alike       rows of a sequence in one pass that get the bits of rows alone, at most, without
+                  flash attention
 
     Raises BackendError naming the file and tensor that does not fit.
     """
@@ -237,6 +243,7 @@ class Pack(Handle):
         )
         if not self._pointer:
             raise BackendError(f"Adapters cannot be loaded: {last_error()}.")
+        self.n_alike = int(self._functions.pack_n_alike(self._pointer))
         first_layer = self._functions.pack_first_layer
         self.first_layers = [int(first_layer(self._pointer, ia)) for ia in range(len(paths))]
 

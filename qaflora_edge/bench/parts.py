@@ -1,9 +1,10 @@
-"""The parts of `qaflora bench`: decode, busy, ttft, turn, callers, memory.
+"""The parts of `qaflora bench`: decode, draft, busy, ttft, turn, callers, memory.
 
 Contestants run in turn within a round, on a prompt that no round had before; each contestant of
 ttft has its own. A first round is thrown away. Ratios are taken within a round, then the median.
 """
 
+import json
 import multiprocessing
 import os
 import re
@@ -15,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
+from importlib.resources import files
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -196,6 +198,39 @@ def measure_first_token(
     for (length, name), own in runs.items():
         row = {"prompt_tokens": length, "name": name, "runs": own}
         yield row | compared("ttft_ms", own, of_plain=runs[length, "plain"])
+
+
+# drafting
+
+
+def measure_draft(engines: Mapping[str, Engine], plan: Plan, tell: Tell) -> Iterator[Row]:
+    """Answer prompts of several kinds, each run another one, with guessed tokens and without.
+
+    engines  "plain" and "draft"; both decode for as many callers as the plan has at most
+    """
+    text = files("qaflora_edge.bench").joinpath("draft_prompts.json").read_text("utf-8")
+    prompts: dict[str, list[str]] = json.loads(text)
+    most = max(plan.callers)
+
+    def run(kind: str, n: int, way: str, turn: int) -> Run:
+        engine, of_kind = engines[way], prompts[kind]
+        asked = [of_kind[(n * (turn - 1) + i) % len(of_kind)] for i in range(n)]
+        chats = [engine.chat_tokens([{"role": "user", "content": text}]) for text in asked]
+        answers = [answer for _, answer in engine.generate_many(chats, max_tokens=plan.max_tokens)]
+        times = [answer.timings for answer in answers]
+        start = max(each.token_s[0] for each in times)
+        after = [at for each in times for at in each.token_s if at > start]
+        n_right = sum(each.draft_n_accepted for each in times)
+        accepted = n_right / max(1, sum(each.draft_n for each in times))
+        return {"tokens_per_second": len(after) / (max(after) - start), "accepted": accepted}
+
+    kinds = dict.fromkeys([*((kind, 1) for kind in prompts), ("prose", most)])
+    every = {(*kind, way): partial(run, *kind, way) for kind in kinds for way in engines}
+    runs = take_turns(every, plan.repeat, partial(tell, "draft"))
+    for kind, n in kinds:
+        own, plain = runs[kind, n, "draft"], runs[kind, n, "plain"]
+        row = compared("tokens_per_second", own, of_plain=plain) | compared("accepted", own)
+        yield {"name": f"{kind}, {n} callers" if n > 1 else kind, "runs": own} | row
 
 
 # callers

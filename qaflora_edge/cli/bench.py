@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qaflora_edge.bundles.open import Opened
 
 # Memory is short, and may refuse an option.
-PARTS = ("memory", "callers", "decode", "busy", "ttft", "turn")
+PARTS = ("memory", "callers", "decode", "draft", "busy", "ttft", "turn")
 Row = Mapping[str, Any]
 
 
@@ -76,8 +76,9 @@ def bench(
     to the first token under several strategies, each with a prompt of its own, as a multiple of
     the base's prefill (plain). turn: the same of a second turn under another mix, as a multiple of
     the base's prefill of what is new. callers: decoding for --callers at once, each with a mix of
-    its own, next to the base in one batch. busy: decoding next to a process that computes with
-    OpenMP, of decoding alone. memory: the peak of one answer in a process of its own.
+    its own, next to the base in one batch. draft: decoding with guessed tokens, of decoding without
+    them, for tasks that copy from the prompt and for prose. busy: decoding next to a process that
+    computes with OpenMP, of decoding alone. memory: the peak of one answer in a process of its own.
     """
     from qaflora_edge.bundles.open import load_bundle
 
@@ -125,6 +126,12 @@ def _measured(
                 measured["callers"] = [*parts.measure_callers(rig, both, plan, tell)]
         if "decode" in only:
             measured["decode"] = [*parts.measure_decode(rig, plan, tell)]
+        if "draft" in only:
+            many = given | {"n_parallel": most, "n_ctx": None}
+            drafting = Engine(loaded.place, **many)
+            with drafting as draft, Engine(loaded.place, **many | {"draft": 0}) as plain:
+                both = {"draft": draft, "plain": plain}
+                measured["draft"] = [*parts.measure_draft(both, plan, tell)]
         if "busy" in only:
             measured["busy"] = [*parts.measure_busy(rig, loaded.place, plan, tell)]
         for part in [each for each in ("ttft", "turn") if each in only]:

@@ -7,7 +7,7 @@ import functools
 import os
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from operator import itemgetter
 from pathlib import Path
@@ -52,6 +52,17 @@ class SharedOptions(SimpleNamespace):
     def sampling(self) -> dict[str, Any]:
         """Keywords of Engine.generate."""
         return self.keywords("sampling")
+
+
+class _NumberOrWord(click.IntRange):
+    """Takes a whole number, or one of some words."""
+
+    def __init__(self, words: Collection[str], low: int, high: int) -> None:
+        super().__init__(low, high)
+        self._words = words
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        return value if value in self._words else super().convert(value, param, ctx)
 
 
 class WholeText(click.types.StringParamType):
@@ -153,6 +164,8 @@ def _click_type(option: Option) -> Any:
     limits: dict[str, Any] = {"min": option.low, "max": option.high, "min_open": option.is_open}
     if option.choices:
         return click.Choice(option.choices)
+    if option.words:
+        return _NumberOrWord(option.words, limits["min"], limits["max"])
     if option.kind in (int, float) and limits["min"] is not None:
         return click.IntRange(**limits) if option.kind is int else click.FloatRange(**limits)
     return WholeText() if option.kind is tuple else option.kind

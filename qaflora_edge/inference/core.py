@@ -17,6 +17,7 @@ from qaflora_edge.arrays import F32
 from qaflora_edge.backend.context import Backend
 from qaflora_edge.errors import BusyError, QafloraError
 from qaflora_edge.formats.adapter import AdapterInfo
+from qaflora_edge.inference.draft import Drafter
 from qaflora_edge.inference.generation import Generation, follow
 from qaflora_edge.inference.loop import Loop
 from qaflora_edge.inference.request import Cancellation, Request
@@ -179,11 +180,11 @@ class Core:
         n_room = n_ctx - n_prompt + 1
         n_max = n_room if most is None else min(n_room, most)
         sequence = weighed or RunningSequence(request, sampler, n_max, n_ctx)
-        if weighed is None:
-            self.loop.add(sequence)
-        else:
+        if weighed is not None:
             sequence.start(request, sampler, n_max)
-            self.loop.resume(sequence)
+        if self.backend.draft != 0:
+            sequence.drafter = Drafter(request.tokens, self.backend.draft)
+        (self.loop.resume if weighed else self.loop.add)(sequence)
         return self._generation(sequence, fusion)
 
     def n_ctx_for(self, n_prompt: int, n_answer: int | None) -> int:

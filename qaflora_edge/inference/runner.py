@@ -11,6 +11,7 @@ from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import BackendError, CancelledError, QafloraError
 from qaflora_edge.inference import sequence as sequences
+from qaflora_edge.inference.draft import guess_together, learn
 from qaflora_edge.inference.sampler import no_numbers
 from qaflora_edge.inference.scheduler import Slot, Step
 from qaflora_edge.inference.sequence import token_logprob
@@ -144,9 +145,10 @@ class Runner:
 
     def _decode(self, group: Sequence[sequences.Sequence], slots: Sequence[Slot]) -> None:
         spans = []
-        for sequence in group:
+        for sequence, guess in zip(group, guess_together(group, self._context.n_ctx), strict=True):
             assert sequence.next_token is not None
-            spans.append(Span(_slot(sequence), [sequence.next_token], sequence.n_past))
+            tokens = [sequence.next_token, *guess]
+            spans.append(Span(_slot(sequence), tokens, sequence.n_past, "all"))
             self._set_weights(sequence, _slot(sequence))
         self._computing(group)
         try:
@@ -157,9 +159,23 @@ class Runner:
             self._decode_apart(group, slots, error)
             return
         for sequence, span, row in zip(group, spans, rows, strict=True):
-            self._held(sequence, slots[span.seq], span.tokens)
+            self._choose(sequence, slots[span.seq], span, row + 1 - len(span.tokens), len(group))
+
+    def _choose(
+        self, sequence: sequences.Sequence, slot: Slot, span: Span, row: int, n_sequence: int
+    ) -> None:
+        """Choose the token after each row from this one on, as long as the next was guessed."""
+        n_before = sequence.n_past
+        for token in span.tokens:
+            if token != sequence.next_token:
+                break
+            self._held(sequence, slot, [token])
             sequence.timings.n_decoded += 1
             self._sample(sequence, row)
+            row += 1
+        if len(span.tokens) > 1:
+            self._context.keep(sequence.n_past, slot.number)
+            learn(sequence, sequence.n_past - n_before - 1, n_sequence)
 
     def _decode_apart(
         self, group: Sequence[sequences.Sequence], slots: Sequence[Slot], error: BackendError

@@ -17,6 +17,7 @@ from qaflora_edge.errors import QafloraError
 from qaflora_edge.inference.request import Request
 
 if TYPE_CHECKING:
+    from qaflora_edge.inference.draft import Drafter
     from qaflora_edge.inference.sampler import Sampler
     from qaflora_edge.weighing.probe import Listener
 
@@ -28,6 +29,7 @@ class Timings:
     """Count milliseconds; prefill_ms and decode_ms include concurrent work for other requests.
 
     n_decoded  tokens decoded after the first
+    draft_n, draft_n_accepted  tokens that were guessed, and those of them that were right
     token_s    when each token of the answer was chosen, by time.perf_counter()
     """
 
@@ -35,6 +37,8 @@ class Timings:
     prefill_ms: float = 0.0
     decode_ms: float = 0.0
     n_decoded: int = 0
+    draft_n: int = 0
+    draft_n_accepted: int = 0
     token_s: list[float] = field(default_factory=list, repr=False)
 
     @property
@@ -49,6 +53,8 @@ class Timings:
             "prefill_ms": round(self.prefill_ms, 3),
             "decode_ms": round(self.decode_ms, 3),
             "tokens_per_second": round(self.tokens_per_second, 3),
+            "draft_n": self.draft_n,
+            "draft_n_accepted": self.draft_n_accepted,
         }
 
 
@@ -81,6 +87,7 @@ class Sequence:
     n_past      tokens of prompt and answer with KV state in the slot
     n_cached    tokens of the prompt that had KV state when it got the slot
     next_token  chosen, not yet decoded
+    drafter     guesses tokens after it, if anything does
     pieces      text not yet taken, each with the number of answer tokens until there
     logprobs    of each token of the answer, where the request asks for them
     logits      float32 [n_vocab] after the prompt, where the request keeps them
@@ -114,6 +121,7 @@ class Sequence:
         """Follow this request, with the same prompt as the one before."""
         self.request, self.sampler, self.n_max = request, sampler, n_max
         self.text = TextDecoder(request.sampling.stop)
+        self.drafter: Drafter | None = None
 
     @property
     def n_prompt(self) -> int:

@@ -1,0 +1,117 @@
+"""Drafting: guesses, how many, and answers that are the same bits as without them."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tiny import write_tiny_base
+
+from qaflora_edge import Engine
+from qaflora_edge.errors import OptionError
+from qaflora_edge.hub.fetch import fetch_model
+from qaflora_edge.inference.draft import Drafter, guess_together
+
+COPY = "Write this list again, with a number before each line:\n" + "red apple, green pear\n" * 6
+SCHEMA = {"type": "array", "items": {"enum": ["red apple", "green pear"]}, "maxItems": 6}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_guess_is_what_followed_the_last_tokens_where_they_stood_last(seed: int) -> None:
+    rng = random.Random(seed)
+    prompt, answer = ([rng.randrange(8) for _ in range(n)] for n in (rng.randrange(9), 60))
+    drafter = Drafter(prompt, 4)
+    for n in range(1, len(answer)):
+        text = "".join(map(str, prompt + answer[:n]))
+        found = [text[:-1].rfind(text[-k:]) + k for k in (4, 3, 2, 1) if text[-k:] in text[:-1]]
+        expected = [int(digit) for digit in text[found[0] :][:4]] if found else []
+        assert drafter.guess(answer[:n]) == expected
+
+
+@pytest.mark.parametrize(
+    ("lengths", "n_ctx", "expected"),
+    [
+        ([7], 100, 7),
+        ([0], 100, 0),
+        ([7], 55, 4),  # as many as fit behind 50 tokens and the next
+        ([15, 2], 100, 7),  # 16 rows
+        ([4, 0], 100, 4),  # half of them
+        ([4, 0, 0], 100, 0),
+        ([7] * 8, 100, 1),
+        ([7] * 17, 100, 0),
+    ],
+)
+def test_sequences_guess_the_same_number_of_tokens(
+    lengths: list[int], n_ctx: int, expected: int
+) -> None:
+    def sequence(n: int) -> Any:
+        drafter = SimpleNamespace(guess=lambda answer: [9] * n, n_guessed=0)
+        return SimpleNamespace(drafter=drafter, answer=[1], n_max=90, n_past=50)
+
+    guesses = guess_together([sequence(n) for n in lengths], n_ctx)
+    assert [len(guess) for guess in guesses] == [expected] * len(lengths)
+    assert [guess.count(9) for guess in guesses] == [min(n, expected) for n in lengths]
+
+
+def test_a_guess_ends_where_the_answer_must() -> None:
+    prompt = [1, 2, 3, 4, 5, 6, 7, 1, 2]
+    sequence: Any = SimpleNamespace(drafter=Drafter(prompt, 7), answer=[3], n_max=4, n_past=9)
+    assert guess_together([sequence], 100) == [[4, 5]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["models/demo", "demo"])
+def test_answers_are_the_same_bits_with_guesses_and_without(checkout: Path, folder: str) -> None:
+    """Greedy, sampled, penalised, under a schema, and four at once under four mixes."""
+    fetch_model(json.loads((checkout / folder / "bundle.json").read_bytes())["base"]["registry"])
+    ways: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.6, "seed": 3},
+        {"repeat_penalty": 1.1, "stop": "pear, red"},
+        {"json_schema": SCHEMA, "temperature": 0.3, "seed": 1},
+    ]
+    options: dict[str, Any] = {"n_parallel": 4, "n_ctx": 256, "threads": 1}
+    with (
+        Engine(checkout / folder, draft=0, **options) as plain,
+        Engine(checkout / folder, draft=15, **options) as drafting,
+        Engine(checkout / folder, **options) as automatic,
+    ):
+        if drafting._core.backend.pack.n_alike < 16:
+            assert automatic._core.backend.draft == 0
+            pytest.skip("this processor computes few rows otherwise than one")
+        tokens = plain.chat_tokens([{"role": "user", "content": COPY}])
+        names = plain.adapters
+        asked = [
+            {"prompt": tokens, "weights": {names[i % 2]: 0.2 * i}, "logprobs": 2, **way}
+            for i, way in enumerate(ways)
+        ]
+
+        def answered(engine: Engine, *, is_together: bool) -> tuple[list[Any], int]:
+            groups = [asked] if is_together else [[each] for each in asked]
+            answers = [
+                answer
+                for group in groups
+                for _, answer in sorted(engine.generate_many(group, max_tokens=40))
+            ]
+            found = [(answer.text(), answer.logprobs, answer.finish_reason) for answer in answers]
+            return found, sum(answer.timings.draft_n_accepted for answer in answers)
+
+        expected, none = answered(plain, is_together=False)
+        assert none == 0
+        for engine in (drafting, automatic):
+            for is_together in (False, True):
+                found, n_accepted = answered(engine, is_together=is_together)
+                assert found == expected
+                assert n_accepted > 10 or is_together
+
+
+def test_a_base_that_cannot_forget_a_guess_drafts_none(tmp_path: Path) -> None:
+    base = write_tiny_base(tmp_path / "base.gguf", "gemma3", window=16).path
+    with Engine(base=base, adapters={}) as engine:
+        assert engine._core.backend.draft == 0
+    with pytest.raises(OptionError, match="Option draft is 4, expected 0: the base"):
+        Engine(base=base, adapters={}, draft=4)
