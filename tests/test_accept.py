@@ -1,6 +1,7 @@
 """What llama_decode refuses with adapters, and what a decode that failed or was ended leaves."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -170,7 +171,8 @@ def test_an_ended_decode_keeps_the_micro_batches_before(loaded_f32: tuple[Model,
     # The first micro-batch had two tokens of each; of the second, sequences 1 and 2, nothing stays.
     assert [context.pos_max(seq) for seq in range(3)] == [1, 1, 1]
     # Sequence 0 was complete, yet no logits of a decode that failed can be read.
-    assert [context.logits(row) for row in (1, 7, 19)] == [None, None, None]
+    if "QAFLORA_TEST_ASSERTS" not in os.environ:  # a library with asserts ends the process
+        assert [context.logits(row) for row in (1, 7, 19)] == [None, None, None]
 
     context.abort_when(None)
     context.forget(0, 1)  # so its last token is read again

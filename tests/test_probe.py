@@ -1,5 +1,6 @@
 """The probe over several queries: turns of a chat, one pass for all adapters."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -165,6 +166,7 @@ def test_norm_needs_a_query_projection(tmp_path: Path) -> None:
         np.testing.assert_allclose(probe(engine, TOKENS).norms(), expected, rtol=1e-4)
 
 
+@pytest.mark.skipif("QAFLORA_TEST_ASSERTS" in os.environ, reason="ggml asserts numbers")
 @pytest.mark.parametrize(("cancelled", "flash_attn"), [(False, True), (True, False)])
 def test_states_that_are_no_numbers_are_nobody_elses(
     base: TinyBase, adapters: list[TinyAdapter], flash_attn: bool, cancelled: bool
