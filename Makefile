@@ -215,11 +215,12 @@ bench-server: $(DONE)/package
 	server="$$($(BIN)/python benchmarks/llama_server.py $(BUILD)/llama-server)" && \
 	    $(BIN)/python benchmarks/server.py --llama-server "$$server"
 
-# The memory of a server under mixed load, after a minute and after ten.
+# Two bundles under mixed load: answers against those given alone, memory after a minute and after ten.
 LOAD_MINUTES ?= 10
 load-server: $(DONE)/package
+	$(BIN)/qaflora pull qwen2.5-coder-0.5b-instruct
 	$(BIN)/qaflora pull smollm2-135m-instruct
-	$(BIN)/python benchmarks/server_load.py models/demo --minutes $(LOAD_MINUTES)
+	$(BIN)/python benchmarks/server_load.py demo models/demo --minutes $(LOAD_MINUTES)
 
 # A rank-64 adapter of an 8B Llama: seconds and peak memory (needs 0.7 GB of temporary space).
 bench-convert: $(DONE)/package

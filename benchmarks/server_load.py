@@ -1,13 +1,19 @@
-"""Mixed load on `qaflora serve` for minutes: its memory after the first, and at the end.
+"""Mixed load on `qaflora serve` for minutes: are answers those given alone, does memory grow?
 
-    python benchmarks/server_load.py BUNDLE [--minutes 10] [--clients 6]
+    python benchmarks/server_load.py BUNDLE... [--minutes 10] [--clients 14] [--probers 6]
+
+Options that it does not have go to `qaflora serve`.
 
 Clients ask for chats of many lengths under many mixes, streams and whole, JSON, probabilities,
-weights and tokens; some go away in the middle, some send what is refused. Before, every model has
-had a prompt as long as any, and a grammar. After each minute all wait until nothing runs, and the
-memory is read, less what the server then keeps of prompts (--prefix-cache): that is bounded, and
-changes with each prompt. Ends with status 1 where an answer is none that is expected, or memory has
-grown by more than --limit-mb from the first of these rests to the last.
+weights and tokens; some go away in the middle, some send what is refused. Probers ask probes:
+greedy chats of 8 tokens with log-probabilities, of each bundle under each of STRATEGIES. Before,
+each probe was asked alone, and every model has had a prompt as long as any, and a grammar.
+
+After each minute all wait until nothing runs, and the memory is read, less what the server then
+keeps of prompts (--prefix-cache): that is bounded, and changes with each prompt. Prints one JSON
+object. Ends with status 1 where a probe's answer or log-probabilities differ from those given
+alone, an answer is none that is expected, or memory has grown by more than --limit-mb from the
+first of these rests to the last.
 """
 
 import argparse
@@ -15,6 +21,7 @@ import contextlib
 import http.client
 import json
 import random
+import shutil
 import socket
 import sys
 import tempfile
@@ -30,12 +37,13 @@ from server_process import started
 
 from qaflora_edge.bench.parts import status_bytes
 
-TIMEOUT_S = 120  # of a request, after which the server ends it
+TIMEOUT_S = 600  # of a request, after which the server ends it
 PATIENCE_S = TIMEOUT_S + 180  # a machine may be busy with other things, or stand still
 CHAT = "/v1/chat/completions"
 JSON_FORM = {"response_format": {"type": "json_object"}}
 WORDS = ("the", "cat", "río", "42", "why")
 MAX_WORDS = 40  # of a prompt
+STRATEGIES = ("two-place", "static", "qa-flora", "cosine", "base")
 
 
 class Client:
@@ -44,6 +52,7 @@ class Client:
     def __init__(self, port: int, models: list[str], seed: int) -> None:
         self.seen: Counter[str] = Counter()
         self.wrong: list[str] = []
+        self.longest_s = 0.0
         self._port, self._models = port, models
         self._random = random.Random(seed)
 
@@ -67,6 +76,22 @@ class Client:
             except (OSError, http.client.HTTPException) as error:
                 self.wrong.append(f"{act.__name__}: {error!r}")
             self.seen[act.__name__.strip("_")] += 1
+
+    def probe(self, model: str, number: int) -> Any:
+        """Ask a probe; give its answer with log-probabilities, and its mix; None: refused."""
+        text = f"{number}. {' '.join(WORDS[number % 5 :] + WORDS * (number % 7))}?"
+        body = {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 8}
+        more = {"temperature": 0, "logprobs": True, "top_logprobs": 5}
+        answer = json.loads(self._expect(200, CHAT, {**body, **more}))
+        return None if "error" in answer else (answer["choices"], answer["fusion"]["weights"])
+
+    def run_probes(self, alone: dict[tuple[str, int], Any], until_s: float) -> None:
+        """Ask probes in any order until then, and compare with the answers given alone."""
+        while time.monotonic() < until_s and not self.wrong:
+            probe = self._random.choice(list(alone))
+            if found := self.probe(*probe):
+                self.seen["probe"] += 1
+                self.seen["differing"] += found != alone[probe]
 
     def rest(self) -> None:
         """Wait until the server has done what nobody waits for any more."""
@@ -104,10 +129,13 @@ class Client:
 
     def _ask(self, method: str, path: str, body: Any = None) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=PATIENCE_S)
+        start = time.monotonic()
         with contextlib.closing(connection):
             connection.request(method, path, None if body is None else json.dumps(body))
             response = connection.getresponse()
-            return response.status, response.read()
+            found = response.status, response.read()
+        self.longest_s = max(self.longest_s, time.monotonic() - start)
+        return found
 
     def _expect(self, status: int, path: str, body: Any) -> bytes:
         found, data = self._ask("POST", path, body)
@@ -146,10 +174,10 @@ class Client:
         self._expect(200, path, body)
 
 
-def memory_mb(pid: int) -> float:
-    """What a process has in memory now, files that are mapped apart."""
-    if (n_byte := status_bytes("RssAnon", pid)) is None:
-        raise SystemExit(f"/proc/{pid}/status has no RssAnon: this needs Linux.")
+def memory_mb(field: str, pid: int) -> float:
+    """What a process has in memory now: VmRSS; RssAnon leaves out files that are mapped."""
+    if (n_byte := status_bytes(field, pid)) is None:
+        raise SystemExit(f"/proc/{pid}/status has no {field}: this needs Linux.")
     return n_byte / 1e6
 
 
@@ -158,6 +186,14 @@ def models_of(port: int) -> list[str]:
     with contextlib.closing(connection):
         connection.request("GET", "/v1/models")
         return [each["id"] for each in json.load(connection.getresponse())["data"]]
+
+
+def renamed(bundles: list[str], folder: Path) -> list[str]:
+    """Copy bundles, and name them b0, b1, ...: two may have one name."""
+    for i, bundle in enumerate(bundles):
+        path = shutil.copytree(bundle, folder / f"b{i}") / "bundle.json"
+        path.write_text(json.dumps(json.loads(path.read_bytes()) | {"name": f"b{i}"}))
+    return [str(folder / f"b{i}") for i in range(len(bundles))]
 
 
 def all_at_once(calls: Iterable[Callable[[], None]]) -> None:
@@ -170,37 +206,54 @@ def all_at_once(calls: Iterable[Callable[[], None]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("bundle")
+    parser.add_argument("bundles", nargs="+", metavar="BUNDLE")
     parser.add_argument("--minutes", type=int, default=10)
-    parser.add_argument("--clients", type=int, default=6)
-    parser.add_argument("--limit-mb", type=float, default=5)
-    parser.add_argument("--ctx", type=int, default=1024)
-    parser.add_argument("--prefix-cache", type=int, default=32, help="MiB")
-    options = parser.parse_args()
-    command = [sys.executable, "-P", "-m", "qaflora_edge", "serve", options.bundle]
-    command += ["--parallel", "4", "--ctx", str(options.ctx), "--timeout", str(TIMEOUT_S)]
-    command += ["--prefix-cache", str(options.prefix_cache)]
+    parser.add_argument("--clients", type=int, default=14)
+    parser.add_argument("--probers", type=int, default=6)
+    parser.add_argument("--probes", type=int, default=40)
+    parser.add_argument("--limit-mb", type=float, default=30)
+    options, of_serve = parser.parse_known_args()
     rests: list[dict[str, float]] = []
-    with (
-        tempfile.TemporaryDirectory(prefix="qaflora-load-") as folder,
-        started(command, Path(folder) / "log") as (process, port),
-    ):
-        models = models_of(port)
+    with tempfile.TemporaryDirectory(prefix="qaflora-load-") as name, contextlib.ExitStack() as end:
+        folder = Path(name)
+        bundles = renamed(options.bundles, folder)
+        command = [sys.executable, "-P", "-m", "qaflora_edge", "serve", *bundles]
+        command += ["--timeout", str(TIMEOUT_S), *of_serve]
+        process, port = end.enter_context(started(command, folder / "log"))
+        mixes = [f"b{i}:{strategy}" for strategy in STRATEGIES for i in range(len(bundles))]
+        models = models_of(port) + mixes
         n = options.clients
-        clients = [Client(port, models, i) for i in range(n)]
-        all_at_once(partial(client.warm, models[i::n]) for i, client in enumerate(clients))
+        clients = [Client(port, models, i) for i in range(n + options.probers)]
+        asked = [(mixes[i % len(mixes)], i) for i in range(options.probes)]
+        alone = {probe: clients[0].probe(*probe) for probe in asked}
+        all_at_once(partial(client.warm, models[i::n]) for i, client in enumerate(clients[:n]))
         for _ in range(options.minutes):
             until = time.monotonic() + 60
-            all_at_once(partial(client.run, until) for client in clients)
+            calls = [partial(client.run, until) for client in clients[:n]]
+            calls += [partial(client.run_probes, alone, until) for client in clients[n:]]
+            all_at_once(calls)
             clients[0].rest()
             kept_mb = clients[0].metric("prefix_cache_bytes") / 1e6
-            rests.append({"own_mb": round(memory_mb(process.pid) - kept_mb, 1), "kept_mb": kept_mb})
+            own_mb = memory_mb("RssAnon", process.pid) - kept_mb
+            rss_mb = memory_mb("VmRSS", process.pid)
+            found = {"own_mb": own_mb, "kept_mb": kept_mb, "rss_mb": rss_mb}
+            rests.append({name: round(value, 1) for name, value in found.items()})
             print(rests[-1], file=sys.stderr, flush=True)
     seen: Counter[str] = sum((client.seen for client in clients), Counter())
     wrong = [each for client in clients for each in client.wrong]
     grown_mb = round(rests[-1]["own_mb"] - rests[0]["own_mb"], 1)
-    print(json.dumps({"rests": rests, "grown_mb": grown_mb, "requests": seen, "wrong": wrong}))
-    sys.exit(bool(wrong) or grown_mb > options.limit_mb)
+    result = {
+        "probes": seen.pop("probe", 0),
+        "differing": seen.pop("differing", 0),
+        "requests": seen,
+        "errors": wrong,
+        "longest_wait_s": round(max(client.longest_s for client in clients), 1),
+        "after_a_minute": rests[0],
+        "at_the_end": rests[-1],
+        "grown_mb": grown_mb,
+    }
+    print(json.dumps(result, indent=1))
+    sys.exit(bool(wrong or result["differing"]) or grown_mb > options.limit_mb)
 
 
 if __name__ == "__main__":

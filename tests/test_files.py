@@ -74,17 +74,8 @@ def test_atomic_path_replaces_no_pipe_and_no_device(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "relative",
     [
-        *(
-            "",
-            "/etc/passwd",
-            "\\\\server\\share\\a",
-            "C:\\a",
-            "C:a",
-            "../a",
-            "a/../../b",
-            "a\\..\\b",
-        ),
-        *("~/a", "file:a", "FILE:///a", "a\0b", "a\ud800b"),
+        *("", "/etc/passwd", "\\\\server\\share\\a", "C:\\a", "C:a", "../a", "a/../../b"),
+        *("a\\..\\b", "~/a", "file:a", "FILE:///a", "a\0b", "a\ud800b"),
     ],
 )
 def test_safe_join_refuses_paths_that_lead_out(tmp_path: Path, relative: str) -> None:
