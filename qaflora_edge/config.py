@@ -18,6 +18,7 @@ MAX_SEED = 2**32 - 1  # llama.h LLAMA_DEFAULT_SEED: a new one each time
 MAX_THREADS = 512  # ggml.h GGML_MAX_N_THREADS: ggml aborts the process above it
 KV_TYPES = {"f16": 1, "f32": 0, "q8_0": 8}  # ggml.h GGML_TYPE_*
 LENSES, POOLS = ("norm", "raw"), ("last", "question")
+REASONING = ("auto", "on", "off")
 PREFILLS = ("auto", "base", "mix")
 OUTTYPES = ("f32", "f16", "bf16", "q8_0")
 ADAPTER_TYPES = {"auto": 0, "q8_0": 1, "q4_0": 2}  # qaflora.h enum qaflora_adapter_type
@@ -151,6 +152,9 @@ OPTIONS = (
            metavar="auto|N", noun="a number of tokens",
            help="Guess at most N tokens of an answer from the prompt and the answer so far, and "
            "verify them in one pass. auto: as many as pay; 0: none."),
+    Option("reasoning", str, "auto", "engine", "--reasoning", choices=REASONING,
+           help="Ask the chat template for a thought before each answer, or for none; auto: "
+           "neither."),
     Option("raw_prompt", bool, False, "", "--raw-prompt/--no-raw-prompt",
            help="Take the prompt as it is: no chat template."),
     Option("n_ctx", int, None, "engine", "--ctx", "-c", "Model", low=1, high=MAX_CTX,
@@ -201,6 +205,9 @@ OPTIONS = (
            defaults={"eval": 0}),
     Option("stop", tuple, (), "sampling", "--stop", section="Answer", metavar="TEXT",
            help="End the answer before TEXT; repeatable."),
+    Option("reasoning_budget", int, -1, "sampling", "--reasoning-budget", low=-1, noun=_TOKENS,
+           aliases=("reasoning_budget_tokens", "thinking_budget_tokens"),
+           help="Close a thought after so many tokens, and go on with the answer; -1: no limit."),
     Option("grammar", str, None, "sampling", help="Answer under this GBNF grammar."),
     Option("logit_bias", dict, None, "sampling", low=-100, high=100,
            help="Add this to the logits of tokens."),
@@ -296,9 +303,9 @@ OWN = {
 WITHOUT = {
     "serve": "raw_prompt",
     "chat": "n_parallel",
-    "weights": "sampling n_parallel",
+    "weights": "sampling n_parallel reasoning",
     "bench": "n_ctx n_parallel raw_prompt temperature top_p top_k min_p repeat_penalty stop "
-    "presence_penalty frequency_penalty",
+    "presence_penalty frequency_penalty reasoning reasoning_budget",
 }
 
 

@@ -78,6 +78,7 @@ class Engine:
     draft     guess at most so many tokens from what stands before, and verify them in one pass;
               "auto": as many as pay, where answers stay the same bits; 0: none
     seed      of sampled answers, when a call gives none
+    reasoning  "on" or "off": ask the chat template for a thought before each answer, or for none
 
     Any thread may call it. Every failure is a QafloraError.
     """
@@ -104,6 +105,7 @@ class Engine:
         prefix_cache: int = 128,
         draft: int | str = "auto",
         seed: int | None = None,
+        reasoning: str = "auto",
         **unknown: Any,
     ) -> None:
         for name in unknown:
@@ -114,10 +116,11 @@ class Engine:
         placing = {"gpu_layers": gpu_layers, "rpc": rpc, "tensor_split": tensor_split}
         options |= {"n_ctx": n_ctx, "n_parallel": n_parallel, "adapter_type": adapter_type}
         options["draft"] = draft
-        check("engine", {**options, **placing, "prefix_cache": prefix_cache, "seed": seed})
+        more = {"prefix_cache": prefix_cache, "seed": seed, "reasoning": reasoning}
+        check("engine", {**options, **placing, **more})
         check_process()
         opened = open_any(bundle, base, adapters)
-        self.seed, self.n_parallel = seed, n_parallel
+        self.seed, self.n_parallel, self.reasoning = seed, n_parallel, reasoning
         self.system = opened.text.system if opened.text else ""
         self._weigher = Weigher(
             adapters=tuple(opened.adapters),
@@ -139,12 +142,15 @@ class Engine:
         self.n_ctx_train = model.n_ctx_train  # tokens of the longest text in training
         self.has_chat_template = bool(model.chat_template)
 
-        def find_question(tokens: Sequence[int]) -> tuple[int, int] | None:
-            from qaflora_edge.chat.tokens import find_question
+        def finding(name: str) -> Callable[[Sequence[int]], Any]:
+            module = "qaflora_edge.chat.tokens"  # imported when it is needed
+            return lambda tokens: getattr(import_module(module), name)(model, tokens)
 
-            return find_question(model, tokens)
-
-        self._weigher = replace(self._weigher, find_question=find_question)
+        self._weigher = replace(
+            self._weigher,
+            find_question=finding("find_question"),
+            find_thinking=finding("find_thinking"),
+        )
 
     def close(self) -> None:
         """Free the model, the adapters and all contexts. A second call does nothing.
@@ -264,7 +270,8 @@ class Engine:
 
         with self._core.call():
             messages = begin_with(self.system or None, messages)
-            tokens = chat_tokens(self._model, messages, tools=tools, n_ctx=self.n_ctx, **how)
+            how |= {"n_ctx": self.n_ctx, "reasoning": self.reasoning}
+            tokens = chat_tokens(self._model, messages, tools=tools, **how)
             return checked_tokens(self._model, tokens, self.n_ctx)
 
     def weights(
@@ -452,10 +459,7 @@ class Engine:
         return self.tokenize(prompt, parse_special=parse_special)
 
     def _chat_query(self, text: str) -> Query:
-        tokens = self._asked(text)
-        span = self._weigher.find_question(tokens)
-        query = self._weigher.query(tokens)
-        return replace(query, question=span or (0, len(tokens)), is_chat=span is not None)
+        return self._weigher.query(self._asked(text), is_probed=True)
 
     def generate(
         self,
@@ -495,6 +499,7 @@ class Engine:
                       another answer is requested.
         more          top_k, min_p, repeat_penalty, ...: see request.Sampling
 
+        Of a chat the thought before the answer is kept apart: Generation.thoughts and `reasoning`.
         The prompt is weighed before this returns. KV state is reused where prefill would compute
         the same bits: of what the base prefills, and of prompts under the same weights.
         """
@@ -519,6 +524,7 @@ class Engine:
             cancellation = self._core.cancellation(cancel)
             weigher, weights = self._using(adapters), one_of(weights, strategy)
             n_base = weigher.n_base(weights, tokens, prefill)
+            thinking = None if parse_special else weigher.find_thinking(tokens)
             n_answer = max_tokens if n_base else 0
             probes = Probes(self._core, cancellation, on_progress or silent, n_answer)
             sampler = Sampler(self._model, sampling)  # a bad grammar is refused before the work
@@ -530,6 +536,7 @@ class Engine:
                     sampling,
                     fusion.adapters,
                     n_base,
+                    thinking=thinking,
                     cancellation=cancellation,
                 )
             except BaseException:

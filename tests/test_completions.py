@@ -400,7 +400,7 @@ def test_openais_options_that_change_nothing_are_taken(engine: Engine) -> None:
             {"max_token": 3},
             "Option max_token is 3, expected no such option; sampling takes max_tokens, "
             "temperature, top_p, top_k, min_p, repeat_penalty, presence_penalty, "
-            "frequency_penalty, seed, stop, grammar, logit_bias, logprobs.",
+            "frequency_penalty, seed, stop, reasoning_budget, grammar, logit_bias, logprobs.",
         ),
     ],
 )

@@ -48,6 +48,8 @@ GOOD_AND_BAD: Mapping[str, tuple[list[Any], list[Any]]] = {
     "presence_penalty": ([-100.0, 100.0], [-100.001, 100.001]),
     "frequency_penalty": ([-100.0, 100.0], [-100.001, 100.001]),
     "seed": ([0, 4294967294], [-1, 4294967295]),
+    "reasoning": (["auto", "on", "off"], ["maybe"]),
+    "reasoning_budget": ([-1, 0, 10**9], [-2]),
 }
 
 
@@ -203,6 +205,7 @@ def test_options_of_the_command_line_reach_the_sampler(made: TinyBundle) -> None
         "frequency_penalty": 0.2,
         "seed": 5,
         "stop": ("xyzzy", "plugh"),
+        "reasoning_budget": 7,
     }
     in_calls = {"grammar", "logit_bias", "logprobs"}
     assert options.keys() == in_group("sampling").keys() - in_calls

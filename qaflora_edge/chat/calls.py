@@ -57,10 +57,7 @@ FORMATS = (
 
 def call_format(template: str | None) -> CallFormat | None:
     """Return the format of a chat template's calls; None where it has none, or is malformed."""
-    try:
-        literal = literal_text(template or "")
-    except Exception:  # using it says why
-        return None
+    literal = literal_text(template or "")
     if any(mark in literal for mark in _XML):
         return None
     return next((each for each in FORMATS if each.sign in literal), None)

@@ -50,6 +50,8 @@ def _checked(i: int, message: Message) -> dict[str, Any]:
     if not isinstance(content, str):
         raise _wrong(i, "has content =", content)
     checked["content"] = content
+    if not isinstance(thought := checked.get("reasoning_content", ""), str):
+        raise _wrong(i, "has reasoning_content =", thought)
     if calls := checked.get("tool_calls"):
         each_call = calls if isinstance(calls, list) else [calls]
         checked["tool_calls"] = [_tool_call(i, call) for call in each_call]

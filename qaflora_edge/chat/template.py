@@ -73,8 +73,11 @@ def _compiled(template: str) -> CodeType:
 
 @lru_cache(maxsize=8)
 def literal_text(template: str) -> str:
-    """Join all texts that a template itself may write, with U+0000 between them."""
-    constants = _Environment(0).parse(template).find_all(nodes.Const)
+    """Join all texts that a template may write, with U+0000 between them; "" if it is malformed."""
+    try:
+        constants = _Environment(0).parse(template).find_all(nodes.Const)
+    except Exception:  # rendering says why
+        return ""
     return "\0".join(each.value for each in constants if isinstance(each.value, str))
 
 

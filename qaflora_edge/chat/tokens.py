@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 from qaflora_edge.backend.batch import n_common
@@ -19,7 +20,10 @@ from qaflora_edge.errors import (
     ToolsError,
     wrong_option,
 )
-from qaflora_edge.inference.request import check_size
+from qaflora_edge.inference.request import Thinking, check_size
+
+Tags = tuple[str, str]  # around a thought
+_TAGS: tuple[Tags, ...] = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 
 
 def chat_tokens(
@@ -31,6 +35,7 @@ def chat_tokens(
     continue_final_message: bool | None = None,
     add_generation_prompt: bool | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    reasoning: str = "auto",
 ) -> list[int]:
     """Tokenize a conversation under the base's template, ready for an answer.
 
@@ -38,6 +43,7 @@ def chat_tokens(
                             assistant's, without tool calls
     add_generation_prompt   False: end without the beginning of an answer
     chat_template_kwargs    further variables of the template, such as enable_thinking
+    reasoning               one of config.REASONING, where these do not say
 
     What a person typed is data: a control token spelt out in a message stays text.
 
@@ -51,7 +57,10 @@ def chat_tokens(
         raise wrong_option(
             "chat_template_kwargs", more, 'an object, as in {"enable_thinking": False}'
         )
-    check_size(model, [*(message["content"] or "" for message in checked), begun or ""], n_ctx)
+    if reasoning != "auto":
+        more = {**dict.fromkeys(("enable_thinking", "thinking"), reasoning == "on"), **more}
+    said = [m.get(key, "") for m in checked for key in ("content", "reasoning_content")]
+    check_size(model, [*said, begun or ""], n_ctx)
     template, name = str(model.chat_template or ""), model.path.name
     if not template:
         raise ChatTemplateError(
@@ -78,6 +87,10 @@ def chat_tokens(
         text = templates.render(
             template, bos_token=_special(model, bos), eos_token=_special(model, eos), **variables
         )
+        begin, end = thought_tags(template) or ("", "")
+        is_answered = bool(begun) or more.get("enable_thinking") is False
+        if begin and is_answered and text.rstrip().endswith(begin):  # the template cannot
+            text += f"\n{end}\n\n"
         if begun is not None:
             text += typed.marked(begun, is_assistant=True)
     except QafloraError:
@@ -170,6 +183,42 @@ def _opening(model: Model) -> tuple[set[int], list[int], list[int]]:
         if one[start] in control and _last_place(one[start:end], behind) is None:
             return control, one[start:end], one[end:n]
     return control, [], []
+
+
+def thought_tags(template: str | None) -> Tags | None:
+    """Find the tags of thoughts that a chat template may write; None: it knows no thoughts."""
+    literal = templates.literal_text(template or "")
+    return next((tags for tags in _TAGS if any(tag in literal for tag in tags)), None)
+
+
+def find_thinking(model: Model, tokens: Sequence[int]) -> Thinking | None:
+    """Find how a base thinks before it answers a prompt; None: it does not, or this is no chat.
+
+    Only what follows the last control token counts, where an answer begins.
+    """
+    tags = thought_tags(model.chat_template)
+    _, end = find_question(model, tokens) or (0, len(tokens))
+    if tags is None or end == len(tokens):  # what a person typed may begin with a tag
+        return None
+    control, closing, own = _thought_tokens(model, tags)
+    n_before = next(at for at in range(len(tokens), 0, -1) if tokens[at - 1] in control)
+    pieces = [model.piece(token, special=True) for token in tokens[n_before:]]
+    begun = b"".join(pieces).decode("utf-8", "replace")
+    head, tag, thought = begun.partition(tags[0])
+    n_weighed = len(tokens)
+    if tag and not thought.replace(tags[1], "").strip():  # the template's, with nothing in it
+        ends = accumulate(map(len, pieces))
+        n_weighed = n_before + sum(end <= len(head.encode()) for end in ends)
+    is_open = begun.rfind(tags[0]) > begun.rfind(tags[1])
+    return Thinking(*tags, is_open, n_weighed, closing, own)
+
+
+@lru_cache(4)
+def _thought_tokens(model: Model, tags: Tags) -> tuple[Any, ...]:
+    """Give control tokens but tags, tokens that close a thought, and those that are tags."""
+    own = {each.id: each.text.encode() for each in model.special_tokens if each.text in tags}
+    control = {each.id for each in model.special_tokens if each.is_control} - own.keys()
+    return control, model.tokenize(f"\n{tags[1]}", add_special=False, parse_special=True), own
 
 
 def _last_place(part: Sequence[int], tokens: Sequence[int]) -> int | None:

@@ -18,10 +18,16 @@ if TYPE_CHECKING:
 def stream_answer(answer: Generation) -> None:
     """Write an answer to stdout piece by piece, and end its line however it ends.
 
-    A terminal gets none of its control characters; a pipe or a file gets it as it is.
+    A terminal gets none of its control characters; a pipe or a file gets it as it is. The thought
+    goes to stderr, dimmed, where that is a terminal.
     """
-    is_terminal = sys.stdout.isatty()
+    is_terminal, is_shown = sys.stdout.isatty(), sys.stderr.isatty()
     try:
+        for thought in answer.thoughts():
+            if is_shown:
+                click.secho(visible(thought), nl=False, err=True, dim=True)
+        if answer.reasoning and is_shown:
+            click.echo("\n", err=True)
         for piece in answer:
             click.echo(visible(piece) if is_terminal else piece, nl=False)
     finally:
@@ -37,10 +43,15 @@ def print_json(value: dict[str, Any]) -> None:
 def answer_dict(answer: Generation, *, with_fusion: bool = True) -> dict[str, Any]:
     """The object that `qaflora run --json` prints; takes the whole answer first."""
     text = answer.text()
+    usage = {"prompt_tokens": answer.n_prompt, "completion_tokens": answer.n_completion}
+    thought = {"reasoning_content": answer.reasoning} if answer.reasoning else {}
+    if thought:
+        usage["reasoning_tokens"] = answer.n_thought
     return {
         "text": text,
+        **thought,
         "finish_reason": answer.finish_reason,
-        "usage": {"prompt_tokens": answer.n_prompt, "completion_tokens": answer.n_completion},
+        "usage": usage,
         **({"fusion": answer.fusion.to_dict()} if with_fusion else {}),
         "timings": answer.timings.to_dict(),
     }
@@ -55,6 +66,13 @@ def incomplete(answer: Generation) -> IncompleteAnswerError:
     )
 
 
+def thought_parts(answer: Generation) -> list[str]:
+    """Say how long the thought was, and what to do where it left no room for an answer."""
+    is_all = answer.finish_reason == "length" and answer.n_thought == answer.n_completion
+    more = ", no answer: raise --max-tokens, or give --reasoning-budget" if is_all else ""
+    return [f"{answer.n_thought} tokens of thought{more}"] if answer.n_thought else []
+
+
 def summary_line(answer: Generation) -> str:
     """Mix, times and the reason of the end, in one line."""
     timings = answer.timings
@@ -64,6 +82,7 @@ def summary_line(answer: Generation) -> str:
         f"prefill {timings.prefill_ms:.0f} ms",
         f"{answer.n_completion} tokens at {timings.tokens_per_second:.1f} tok/s",
     ]
+    parts += thought_parts(answer)
     if answer.finish_reason == "length":
         parts.append("cut at the limit of tokens")
     return f"[{'; '.join(parts)}]"

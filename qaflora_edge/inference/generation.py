@@ -42,7 +42,8 @@ class Generation(Iterator[str]):
     An answer that is dropped before its end is cancelled. One that is kept goes on while other
     calls of its Engine compute, and its pieces wait.
 
-    fusion  the weights of prefill and answer
+    fusion     the weights of prefill and answer
+    reasoning  attribute: what was taken of the thought before the answer
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Generation(Iterator[str]):
     ) -> None:
         self._sequence, self.fusion = sequence, fusion
         self._drive, self._call = drive, call
+        self.reasoning = ""  # what was taken of the thought
         self._n_taken = 0  # tokens of the answer until the last piece that was taken
         sequence.timings.probe_ms = fusion.probe_ms
         weakref.finalize(self, Cancellation.set, sequence.request.cancellation).atexit = False
@@ -119,6 +121,11 @@ class Generation(Iterator[str]):
         return len(self._sequence.answer)
 
     @property
+    def n_thought(self) -> int:
+        """Count those of them that are a thought, with its tags."""
+        return self._sequence.n_thought
+
+    @property
     def wants_logprobs(self) -> bool:
         """Tell whether `logprobs` was asked for."""
         return self._sequence.request.sampling.logprobs is not None
@@ -137,16 +144,31 @@ class Generation(Iterator[str]):
         return self._sequence.logits
 
     def __next__(self) -> str:
+        for _ in self.thoughts():
+            pass
         sequence = self._sequence
-        if not sequence.pieces and not sequence.is_done:
-            with self._call():
-                self._drive(lambda: bool(sequence.pieces) or sequence.is_done)
         if sequence.pieces:
-            piece, self._n_taken = sequence.pieces.popleft()
+            piece, self._n_taken, _ = sequence.pieces.popleft()
             return piece
         if sequence.error is not None:
             raise sequence.error
         raise StopIteration
+
+    def thoughts(self) -> Iterator[str]:
+        """Iterate over what is left of the thought before the answer, in pieces of text.
+
+        Iterating over the answer skips it. Either way `reasoning` has it.
+        """
+        sequence = self._sequence
+        while True:
+            if not sequence.pieces and not sequence.is_done:
+                with self._call():
+                    self._drive(lambda: bool(sequence.pieces) or sequence.is_done)
+            if not sequence.pieces or not sequence.pieces[0][2]:
+                return
+            piece, self._n_taken, _ = sequence.pieces.popleft()
+            self.reasoning += piece
+            yield piece
 
     def wait_for_prompt(self, tell: Tell = silent) -> None:
         """Compute until the prompt is prefilled; raise what went wrong before the first token.

@@ -40,6 +40,7 @@ class Sampling:
     grammar      what the answer follows: GBNF text, or a constraint.Grammar
     logit_bias   token id, as a number or in digits -> what is added to its logit
     logprobs     None, or how many of the likeliest tokens are kept beside each one that is chosen
+    reasoning_budget  tokens of a thought after which it is closed; -1: no limit
     """
 
     max_tokens: int | None = DEFAULTS["max_tokens"]
@@ -55,6 +56,7 @@ class Sampling:
     presence_penalty: float = DEFAULTS["presence_penalty"]
     logit_bias: Mapping[int | str, float] | None = DEFAULTS["logit_bias"]
     logprobs: int | None = DEFAULTS["logprobs"]
+    reasoning_budget: int = DEFAULTS["reasoning_budget"]
 
 
 def make_sampling(stop: Any, **options: Any) -> Sampling:
@@ -88,6 +90,25 @@ class Cancellation:
         self._is_set = True
 
 
+@dataclass(frozen=True)
+class Thinking:
+    """Say how a base writes a thought before its answer to one prompt.
+
+    begin, end  the tags around it
+    is_open     whether the prompt has begun it
+    n_weighed   tokens of the prompt before a thought that the chat template began: all, if none
+    closing     tokens that end a thought
+    tags        token -> bytes, of tags that are tokens of their own
+    """
+
+    begin: str = "<think>"
+    end: str = "</think>"
+    is_open: bool = False
+    n_weighed: int = 0
+    closing: Sequence[int] = ()
+    tags: Mapping[int, bytes] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, eq=False)
 class Request:
     """Ask for an answer: a prompt, its weights, and how tokens are chosen.
@@ -98,6 +119,7 @@ class Request:
     n_base        tokens that the base prefills: all but the last few, or 0. Their KV state depends
                   on nothing but the tokens.
     keeps_logits  keep the logits after the prompt, and choose no token
+    thinking      how the base thinks, where thoughts are kept apart from the answer
     """
 
     tokens: tuple[int, ...]
@@ -106,6 +128,7 @@ class Request:
     adapters: tuple[str, ...] = ()
     n_base: int = 0
     keeps_logits: bool = False
+    thinking: Thinking | None = None
     cancellation: Cancellation = field(default_factory=Cancellation)
 
     @cached_property

@@ -192,13 +192,15 @@ class Runner:
         assert sequence.sampler is not None
         try:
             token = sequence.sampler.sample(self._context, row)
+            if self._vocabulary.is_end(token) and sequence.close_thought():
+                token = sequence.sampler.sample(self._context, row)
         except QafloraError as error:
             if isinstance(error, BackendError):  # no numbers
                 self._spoilt.append(_slot(sequence))
             sequence.fail(error)
             return
         piece = self._vocabulary.piece
-        data = None if self._vocabulary.is_end(token) else piece(token)
+        data = None if self._vocabulary.is_end(token) else sequence.tags.get(token) or piece(token)
         n_top = sequence.request.sampling.logprobs
         if n_top is not None and data is not None:
             logits, spelt = self._context.logits_view(row), partial(piece, special=True)

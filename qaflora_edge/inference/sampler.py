@@ -26,6 +26,9 @@ class Sampler:
 
     Without close() it is freed when it is collected.
 
+    is_free  attribute: whether the constraint waits, as it does within a thought
+    forced   attribute: tokens that come next, whatever the constraint says
+
     Raises GrammarError for a grammar that cannot be followed, OptionError for a bias on an unknown
     token.
     """
@@ -38,6 +41,8 @@ class Sampler:
         self._finalizer = weakref.finalize(self, self._lib.llama_sampler_free, self._chain)
         self._finalizer.atexit = False
         self._fill_chain(sampling)
+        self.is_free = False
+        self.forced: list[int] = []
         self.constraint: Constraint | None = None
         if sampling.grammar is not None:
             from qaflora_edge.inference import constraint
@@ -100,7 +105,11 @@ class Sampler:
         logits are NaN.
         """
         likeliest = self._argmax(context, row)
-        if self.constraint is None:
+        if self.forced:
+            token = self.forced.pop(0)
+            self._lib.llama_sampler_accept(self._chain, token)
+            return token
+        if self.constraint is None or self.is_free:
             return likeliest if self._is_plain else context.sample(self._chain, row)
         bits = np.unpackbits(self.constraint.mask().view(np.uint8), bitorder="little")
         allowed = np.flatnonzero(bits[: self._model.n_vocab])

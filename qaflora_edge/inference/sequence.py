@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.errors import QafloraError
-from qaflora_edge.inference.request import Request
+from qaflora_edge.inference.request import Request, Thinking
 
 if TYPE_CHECKING:
     from qaflora_edge.inference.draft import Drafter
@@ -88,7 +88,10 @@ class Sequence:
     n_cached    tokens of the prompt that had KV state when it got the slot
     next_token  chosen, not yet decoded
     drafter     guesses tokens after it, if anything does
-    pieces      text not yet taken, each with the number of answer tokens until there
+    pieces      text not yet taken, each with the number of answer tokens until there, and whether
+                it is of the thought
+    n_thought   tokens of a thought: those before the answer's first
+    tags        what is written around a thought, where it is a token
     logprobs    of each token of the answer, where the request asks for them
     logits      float32 [n_vocab] after the prompt, where the request keeps them
     error       why there is no answer; finish_reason is "error" then
@@ -109,7 +112,8 @@ class Sequence:
         self.n_past = self.n_cached = 0
         self.next_token: int | None = None
         self.answer: list[int] = []
-        self.pieces: deque[tuple[str, int]] = deque()
+        self.pieces: deque[tuple[str, int, bool]] = deque()
+        self.n_thought = 0
         self.logprobs: list[TokenLogprob] = []
         self.timings = Timings()
         self.logits: F32 | None = None
@@ -120,8 +124,13 @@ class Sequence:
     def start(self, request: Request, sampler: "Sampler | None", n_max: int) -> None:
         """Follow this request, with the same prompt as the one before."""
         self.request, self.sampler, self.n_max = request, sampler, n_max
-        self.text = TextDecoder(request.sampling.stop)
         self.drafter: Drafter | None = None
+        sampling, thinking = request.sampling, request.thinking
+        self._split = ThoughtSplitter(thinking, is_exact=sampling.grammar is not None)
+        self.text = TextDecoder(sampling.stop, self._split)
+        self.tags = thinking.tags if thinking else {}
+        self._n_open, self._is_closing = 0, False  # tokens since the thought began; its end
+        self._lead_thought()
 
     @property
     def n_prompt(self) -> int:
@@ -155,8 +164,14 @@ class Sequence:
             return
         self.answer.append(token)
         self.timings.token_s.append(time.perf_counter())
-        if piece := self.text.feed(data):
-            self.pieces.append((piece, len(self.answer)))
+        was_open, was_thought = self._split.is_open, self._split.is_thought
+        self._show(self.text.feed(data))
+        self._n_open += was_open
+        if self._split.is_thought:
+            self.n_thought = len(self.answer)
+        elif was_thought and self.logprobs:  # it may begin with the end of the tag
+            self.logprobs[-1] = replace(self.logprobs[-1], n_shown=self.text.n_byte)
+        self._lead_thought()
         if self.text.is_stopped:
             self.finish("stop")
         elif len(self.answer) >= self.n_max:
@@ -168,11 +183,33 @@ class Sequence:
         """End the answer with "stop", "length" or "cancelled"; text held back is shown now."""
         if self.is_done:
             return
-        if rest := self.text.flush():
-            self.pieces.append((rest, len(self.answer)))
+        self._show(self.text.flush())
         if reason == "length" and self.sampler is not None:
             self.is_whole = self.sampler.can_end()
         self._end(reason)
+
+    def _show(self, text: str) -> None:
+        """Offer text of the answer, after what there is of the thought."""
+        for piece, is_thought in ((self.text.thought, True), (text, False)):
+            if piece:
+                self.pieces.append((piece, len(self.answer), is_thought))
+
+    def _lead_thought(self) -> None:
+        """Lift the grammar within a thought, and close a thought that has used up its budget."""
+        if self.sampler is not None:
+            self.sampler.is_free = self._split.is_open
+            if 0 <= self.request.sampling.reasoning_budget <= self._n_open:
+                self.close_thought()
+
+    def close_thought(self) -> bool:
+        """Let the tag that ends a thought come next; False where none is open."""
+        if not self._split.is_open or self._is_closing:
+            return False
+        assert self.sampler is not None
+        assert self.request.thinking is not None
+        self._is_closing = True
+        self.sampler.forced = [*self.request.thinking.closing]
+        return True
 
     def fail(self, error: QafloraError) -> None:
         """End without a whole answer."""
@@ -188,36 +225,91 @@ class Sequence:
 
 
 class TextDecoder:
-    """Turn the bytes of tokens into text: whole UTF-8 characters, up to the first stop text."""
+    """Turn the bytes of tokens into text: whole UTF-8 characters, up to the first stop text.
 
-    def __init__(self, stops: Many[str]) -> None:
+    split    takes a thought out; stop texts are looked for in the answer alone
+    thought  attribute: what may be shown now of the thought
+    n_byte   attribute: bytes of the answer in what was fed last
+    """
+
+    def __init__(self, stops: Many[str], split: "ThoughtSplitter | None" = None) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stops = tuple(stops)
-        self._held = ""
-        self.is_stopped = False
+        self._split = split or ThoughtSplitter(None)
+        self._held = self.thought = ""
+        self.n_byte, self.is_stopped = 0, False
 
     def feed(self, data: bytes) -> str:
         """Give the text that may be shown now: what can no longer begin a stop text."""
-        held = self._held + self._decoder.decode(data)
+        self.thought, text = self._split.feed(self._decoder.decode(data))
+        held, self.n_byte = self._held + text, len(text.encode())
         found = [at for at in (held.find(stop) for stop in self._stops) if at >= 0]
         if found:
             self._held, self.is_stopped = "", True
             return held[: min(found)]
-        n = self._n_undecided(held)
+        n = _n_begun(held, self._stops)
         self._held = held[len(held) - n :]
         return held[: len(held) - n]
 
     def flush(self) -> str:
         """Give the text held back; bytes of an unfinished character are dropped."""
-        held, self._held = self._held, ""
+        self.thought, text = self._split.feed("", is_last=True)
+        held, self._held = self._held + text, ""
         return held
 
-    def _n_undecided(self, held: str) -> int:
-        longest = min(len(held), max((len(stop) for stop in self._stops), default=1) - 1)
-        for n in range(longest, 0, -1):
-            if any(stop.startswith(held[-n:]) for stop in self._stops):
-                return n
-        return 0
+
+class ThoughtSplitter:
+    """Split text into a thought and the answer after it, at tags that may come in pieces.
+
+    White space around tags is left out.
+
+    thinking  how the base thinks; None: all is the answer
+    is_exact  whether a grammar begins right after the thought: what comes with the tag is left out
+    is_open   attribute: whether the end of a thought has to come
+    is_thought  attribute: whether there is a thought, and nothing of the answer yet
+    """
+
+    def __init__(self, thinking: Thinking | None, *, is_exact: bool = False) -> None:
+        self._thinking, self._is_exact = thinking, is_exact
+        self.is_open = self.is_thought = thinking is not None and thinking.is_open
+        self._held, self._is_shown = "", False
+
+    def feed(self, text: str, *, is_last: bool = False) -> tuple[str, str]:
+        """Give what may be shown now of the thought, and of the answer."""
+        thinking, thought = self._thinking, ""
+        if thinking is None:
+            return "", text
+        text, self._held = self._held + text, ""
+        if not self.is_thought:
+            start = text.lstrip()
+            if thinking.begin.startswith(start) and start != thinking.begin and not is_last:
+                self._held = text
+                return "", ""
+            self.is_open = self.is_thought = start.startswith(thinking.begin)
+            text = start.removeprefix(thinking.begin) if self.is_open else text
+        if self.is_open:
+            thought, tag, text = text.partition(thinking.end)
+            self.is_open = not tag
+            n = _n_begun(thought, [thinking.end]) if self.is_open and not is_last else 0
+            shown = thought[: len(thought) - n].rstrip()
+            self._held = thought[len(shown) :] if self.is_open else ""
+            thought = shown if self._is_shown else shown.lstrip()
+            self._is_shown = self._is_shown or bool(thought)
+            text = "" if self._is_exact else text
+        if self.is_thought and not self._is_exact:
+            text = text.lstrip()
+        if text:
+            self._thinking, self.is_thought = None, False
+        return thought, text
+
+
+def _n_begun(text: str, ends: Many[str]) -> int:
+    """Count the characters at a text's end with which one of other texts may begin."""
+    longest = min(len(text), max((len(end) for end in ends), default=1) - 1)
+    for n in range(longest, 0, -1):
+        if any(end.startswith(text[-n:]) for end in ends):
+            return n
+    return 0
 
 
 def log_softmax(logits: F32) -> NDArray[np.float64]:

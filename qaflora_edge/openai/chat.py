@@ -25,7 +25,9 @@ _EMPTY: dict[str, Any] = {"refusal": None, "annotations": []}  # that strict cli
 class Answer(dict[str, Any]):
     """Give the fields of an answer as attributes too: answer.choices[0].message.content."""
 
-    _MAY_LACK = frozenset({"content", "role", "tool_calls", "usage", "logprobs"})
+    _MAY_LACK = frozenset(
+        {"content", "reasoning_content", "role", "tool_calls", "usage", "logprobs"}
+    )
 
     def __getattr__(self, name: str) -> Any:
         if name in self or name in self._MAY_LACK:
@@ -132,10 +134,12 @@ def chat_shape(tools: Tools | None) -> Shape:
 
 
 def _choice(generation: Generation, tools: Tools | None) -> dict[str, Any]:
-    shown, text = ShownTokens(generation), generation.text()
-    logprobs = chat_logprobs(shown.take(text))
+    text = generation.text()
+    logprobs = chat_logprobs(ShownTokens(generation).take(text))
     text, calls = tools.parse(text) if tools else (text, [])
     message: dict[str, Any] = {"role": "assistant", "content": text, **_EMPTY}
+    if generation.reasoning:
+        message["reasoning_content"] = generation.reasoning
     if calls:
         message |= {"content": text or None, "tool_calls": calls}
     return {"message": message, "logprobs": logprobs, "finish_reason": _reason(generation, calls)}
@@ -144,6 +148,8 @@ def _choice(generation: Generation, tools: Tools | None) -> dict[str, Any]:
 def _choices(generation: Generation, tools: Tools | None) -> Iterator[dict[str, Any]]:
     nothing = {"logprobs": None, "finish_reason": None}
     yield {"delta": {"role": "assistant"}, **nothing}
+    for thought in generation.thoughts():
+        yield {"delta": {"reasoning_content": thought}, **nothing}
     shown = ShownTokens(generation)
     calls: list[dict[str, Any]] = []
     for text in tools.shown(generation, calls) if tools else generation:

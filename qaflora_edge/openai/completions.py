@@ -53,8 +53,8 @@ def answer_chunks(
 
 
 def _text_choice(generation: Generation) -> dict[str, Any]:
-    shown, text = ShownTokens(generation), generation.text()
-    logprobs = text_logprobs(shown.take(text), 0)
+    text = generation.text()
+    logprobs = text_logprobs(ShownTokens(generation).take(text), 0)
     return {"text": text, "logprobs": logprobs, "finish_reason": generation.finish_reason}
 
 
@@ -80,6 +80,7 @@ def usage(ended: Sequence[Generation], n: int) -> dict[str, Any]:
         "completion_tokens": n_completion,
         "total_tokens": n_prompt + n_completion,
         "prompt_tokens_details": {"cached_tokens": n_cached},
+        "completion_tokens_details": {"reasoning_tokens": sum(each.n_thought for each in ended)},
     }
 
 
@@ -97,11 +98,12 @@ def answer_head(kind: str, model_name: str) -> dict[str, Any]:
 
 
 class ShownTokens:
-    """Hand out tokens as their text is shown; those of a stop text never are."""
+    """Hand out tokens as their text is shown; those of thoughts and of a stop text never are."""
 
     def __init__(self, generation: Generation) -> None:
         self._generation = generation
-        self._n_token = self._n_byte = self._n_text = 0
+        self._n_token = generation.n_thought  # they came before the first text
+        self._n_byte = self._n_text = 0
 
     def take(self, text: str) -> list[TokenLogprob] | None:
         """Take the tokens of a next piece of text; None where nobody asks for them."""

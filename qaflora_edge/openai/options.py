@@ -18,6 +18,7 @@ FIXED: dict[str, Any] = {
     **dict.fromkeys(("suffix", "echo"), None),  # of texts
     "best_of": 1,
     "modalities": ["text"],
+    "reasoning_format": "auto",  # llama-server's: thoughts are kept apart
 }
 
 

@@ -4,6 +4,7 @@ Work is cut at micro-batches. A generator yields between them, so that its drive
 of other requests in between.
 """
 
+import sys
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -215,7 +216,8 @@ class _Norms:
         self._projections, self.start = projections, n_token - 1
 
     def take(self, at: int, inputs: F32) -> None:
-        self._last = inputs[-1]
+        if at <= self.start:  # a thought may follow it
+            self._last = inputs[self.start - at :][0]
 
     def result(self) -> F64:
         return self._projections.norms(self._last)
@@ -242,15 +244,19 @@ class _Added:
     Of a layer's modules the geometric mean is taken, 0 where an adapter adapts none of them.
     """
 
-    def __init__(self, sizes: Sequence[AttentionSizes], span: Span, threads: Executor) -> None:
+    def __init__(
+        self, sizes: Sequence[AttentionSizes], span: Span, end: int | None, threads: Executor
+    ) -> None:
         self._sizes, (self.start, self._stop), self._threads = sizes, span, threads
+        self._end = sys.maxsize if end is None else end
         self._question: list[F64] = [np.zeros(1) for _ in sizes]
 
     def take(self, at: int, inputs: F32) -> None:
         inside = inputs[max(self.start - at, 0) : max(self._stop - at, 0)]
         found = sums_of(self._sizes, inside, self._threads)
         self._question = [q + more for q, more in zip(self._question, found, strict=True)]
-        self._last = inputs[-1:]
+        if at < self._end:
+            self._last = inputs[: self._end - at][-1:]
 
     def result(self) -> F64:
         last = sums_of(self._sizes, self._last, self._threads)
@@ -306,12 +312,13 @@ class BaseProber:
         """Compute what strategy.Probe.routing gives, and raise as it does."""
         return _Routing(self._attention(tuple(rows), reading))
 
-    def added(self, rows: Sequence[int], span: Span) -> Listener:
+    def added(self, rows: Sequence[int], span: Span, end: int | None = None) -> Listener:
         """Measure what each adapter would add to q, k and v in two places: [2, n_row, n_layer].
 
         span  where the question's tokens stand
+        end   tokens of the prompt that are weighed; None: all
         """
-        return _Added([self._sizes(row) for row in rows], span, self._threads)
+        return _Added([self._sizes(row) for row in rows], span, end, self._threads)
 
     def embedding(self, tokens: Sequence[int]) -> Steps[F32]:
         """Average the state after the last block over tokens: float32 [n_embd]."""
@@ -345,7 +352,7 @@ class BaseProber:
                 context.capture_begin("inputs")
                 context.decode_spans([Tokens(i, r, n_same, "none") for i, r in enumerate(rests, 1)])
                 for seq, (query, rest) in enumerate(zip(group, rests, strict=True), 1):
-                    listener = self.added(rows, query.question)
+                    listener = self.added(rows, query.question, query.n_weighed)
                     listener.take(n_same, context.inputs(seq, len(rest)))
                     found.append(listener.result())
                 yield len(found)
@@ -535,27 +542,29 @@ class QueryProbe:
         listen: Callable[[Query, Listener], Any],
     ) -> None:
         self._prober, self._run, self._query = prober, run, query
+        self._tokens = query.tokens[: query.n_weighed]
         self._rows, self._listen = tuple(rows), partial(listen, query)
 
     def divergence(self, measure: Measure = "kl") -> F64:
-        query, where = self._query, (self._query.lens, self._query.pool, self._query.question)
-        return self._run(self._prober.divergence(query.tokens, self._rows, measure, *where))
+        where = self._query.lens, self._query.pool, self._query.question
+        return self._run(self._prober.divergence(self._tokens, self._rows, measure, *where))
 
     def states(self) -> F32:
         query = self._query
-        steps = self._prober.states(query.tokens, self._rows, query.pool, query.question)
+        steps = self._prober.states(self._tokens, self._rows, query.pool, query.question)
         return np.array(self._run(steps))
 
     def added(self) -> F64:
-        return np.array(self._listen(self._prober.base.added(self._rows, self._query.question)))
+        where = self._query.question, self._query.n_weighed
+        return np.array(self._listen(self._prober.base.added(self._rows, *where)))
 
     def embedding(self) -> F32:
-        return self._run(self._prober.base.embedding(self._query.tokens))
+        return self._run(self._prober.base.embedding(self._tokens))
 
     def routing(self, reading: Reading) -> tuple[F64, F64]:
         found: tuple[F64, F64] = self._listen(self._prober.base.routing(self._rows, reading))
         return found
 
     def norms(self) -> F64:
-        n_token = len(self._query.tokens)
+        n_token = len(self._tokens)
         return np.array(self._listen(self._prober.base.norms(self._rows, n_token)))

@@ -47,6 +47,8 @@ class Query:
     options   the strategy's own options, as given
     question  span of the question's tokens: the last user turn of a chat prompt, else all tokens
     is_chat   whether the prompt is in chat form
+    n_weighed  tokens before a thought that the chat template began: with it and without it the
+              weights are the same; None: all
     """
 
     tokens: tuple[int, ...]
@@ -59,6 +61,7 @@ class Query:
     options: Mapping[str, Any] = field(default_factory=dict)
     question: Span = (0, 0)
     is_chat: bool = False
+    n_weighed: int | None = None
 
 
 class Probe(Protocol):

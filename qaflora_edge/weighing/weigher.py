@@ -123,6 +123,7 @@ class Weigher:
     """Weigh for an Engine, by the adapters in use, defaults, and facts of each adapter.
 
     find_question  finds the question's span in a prompt's tokens; None for plain text
+    find_thinking  finds how the base thinks after it; None where it does not
     targets        adapter -> kinds of modules that it adapts, where known
     """
 
@@ -130,6 +131,7 @@ class Weigher:
     n_layer: int
     known: Known = Known()
     find_question: Callable[[Sequence[int]], Span | None] = lambda tokens: None
+    find_thinking: Callable[[Sequence[int]], Any] = lambda tokens: None
     targets: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -167,12 +169,15 @@ class Weigher:
                 found.append(self.parse(text).text)
         return tuple(found)
 
-    def query(self, tokens: Sequence[int], chosen: Chosen | None = None) -> Query:
+    def query(
+        self, tokens: Sequence[int], chosen: Chosen | None = None, *, is_probed: bool = False
+    ) -> Query:
         """Make a query from tokens, these defaults and the strategy's options."""
         options = {} if chosen is None else chosen.options
         pool = options.get("pool", self.known.pool)
-        is_probed = chosen is not None and chosen.strategy.is_probed
+        is_probed = is_probed or (chosen is not None and chosen.strategy.is_probed)
         question = self.find_question(tokens) if is_probed and tokens else None
+        thinking = self.find_thinking(tokens) if question else None
         return Query(
             tokens=tuple(tokens),
             adapters=self.adapters,
@@ -184,6 +189,7 @@ class Weigher:
             options=options,
             question=question or (0, len(tokens)),
             is_chat=question is not None,
+            n_weighed=thinking.n_weighed if thinking else len(tokens),
         )
 
     def n_base(self, weights: Weights, tokens: Sequence[int], prefill: str | None = None) -> int:

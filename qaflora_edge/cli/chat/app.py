@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qaflora_edge.cli.answers import thought_parts
 from qaflora_edge.cli.options import (
     BUNDLE,
     SharedOptions,
@@ -179,6 +180,8 @@ class Chat:
                 generation = self.engine.generate(
                     tokens, cancel=stop, on_progress=view.progress, **self.sampling
                 )
+                for thought in generation.thoughts():
+                    view.thought(thought)
                 for piece in generation:
                     if not stop.is_set():
                         text += piece
@@ -279,7 +282,7 @@ def _status(generation: Generation, reason: str) -> list[str]:
     """Say how an answer ended and how fast it was."""
     timings = generation.timings
     ends = {"cancelled": ["stopped"], "length": ["cut at the limit of tokens"]}
-    parts = ends.get(reason, [])
+    parts = [*thought_parts(generation), *ends.get(reason, [])]
     if timings.n_decoded:
         parts.append(f"{timings.tokens_per_second:.1f} tok/s")
     return [*parts, f"first token {(timings.probe_ms + timings.prefill_ms) / 1e3:.2f} s"]

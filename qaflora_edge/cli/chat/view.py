@@ -43,6 +43,9 @@ class View:
         """Show more of an answer; a terminal gets none of its control characters."""
         click.echo(visible(text) if self._is_tty else text, nl=False)
 
+    def thought(self, text: str) -> None:
+        """Show more of the thought before an answer."""
+
     def progress(self, what: str, done: int, total: int) -> None:
         """Show how far weighing and prefill are."""
 
@@ -89,7 +92,7 @@ class TerminalView(View):
         from rich.live import Live
 
         click.echo()
-        self._open, self._n_block = "", 0
+        self._open, self._thought, self._n_block = "", "", 0
         self._start = self._drawn = time.perf_counter()
         self._live = Live(console=self._out, transient=True, auto_refresh=False)
         self._live.start()
@@ -102,6 +105,11 @@ class TerminalView(View):
         if closed or time.perf_counter() - self._drawn > _REDRAW_S:
             self._draw(self._open)
 
+    def thought(self, text: str) -> None:
+        self._thought += visible(text)
+        if time.perf_counter() - self._drawn > _REDRAW_S:
+            self._draw(self._thought, "dim")
+
     def progress(self, what: str, done: int, total: int) -> None:
         seconds = time.perf_counter() - self._start
         if seconds > _WAIT_S:
@@ -112,13 +120,14 @@ class TerminalView(View):
         self._live.stop()
         self._print(self._open)
 
-    def _draw(self, text: str) -> None:
+    def _draw(self, text: str, style: str = "") -> None:
         """Draw the end of a text, as much as fits below what is printed for good."""
         from rich.text import Text
 
         width, height = self._out.size
         lines = Text(text[-width * height :]).wrap(self._out, width)
-        self._live.update(Text("\n").join(lines[-max(1, height - 2) :]), refresh=True)
+        shown = Text("\n", style).join(lines[-max(1, height - 2) :])
+        self._live.update(shown, refresh=True)
         self._drawn = time.perf_counter()
 
     def _print(self, block: str) -> None:
