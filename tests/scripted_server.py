@@ -34,6 +34,7 @@ class Script:
     """What the server says, and what it was asked.
 
     answers  question -> text; {strategy} in it is filled in
+    thought  what comes before each
     why      what decided: `because` and `why` of a mix
     pieces   how many letters come at once, and how long it waits before the next
     progress  the `prompt_progress` that it tells before probe_s
@@ -43,6 +44,7 @@ class Script:
     """
 
     answers: dict[str, str] = field(default_factory=dict)
+    thought: str = ""
     weights: dict[str, float] | None = None
     why: dict[str, Any] = field(default_factory=dict)
     piece_chars: int = 7
@@ -132,6 +134,8 @@ def app(script: Script) -> Starlette:
             yield event(delta({"role": "assistant"}), fusion=fusion)
             text = script.answers.get(body["messages"][-1]["content"], "An answer.")
             text = text.replace("{strategy}", fusion["strategy"])
+            for letter in script.thought:
+                yield event(delta({"reasoning_content": letter}))
             for start in range(0, len(text), script.piece_chars):
                 yield event(delta({"content": text[start : start + script.piece_chars]}))
                 await asyncio.sleep(script.pause_s)

@@ -325,7 +325,9 @@ def test_a_chat_that_was_saved_here_is_opened_as_it_was(desk: Desk, tmp_path: Pa
     desk.window.command("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
     desk.set("#system", "Be short.")
     desk.set("#compare", True)
+    desk.script.thought = "I <b> see"
     desk.ask()
+    assert desk.texts(".thought summary") == ["Thought"] * 2
     desk.set("#compare", True)
     desk.click("li:nth-child(2) .adapter input")
     desk.ask("And then?")
@@ -340,8 +342,11 @@ def test_a_chat_that_was_saved_here_is_opened_as_it_was(desk: Desk, tmp_path: Pa
     open_chat(desk, path)
     assert sorted(desk.texts(".said, .markdown, .mix, .facts")) == sorted(before)
     assert desk.window.run("return document.getElementById('system').value") == "Be short."
+    thoughts = "[...document.querySelectorAll('.thought div')].map(each => each.textContent)"
+    assert desk.window.run(f"return {thoughts}") == ["I <b> see"] * 3
     desk.ask("And now?")
     asked = desk.script.asked[-1]
+    assert "I <b> see" not in str(asked)
     assert asked["fusion"]["adapters"] == ["math", "med"]
     assert [m["role"] for m in asked["messages"]] == [
         "system",

@@ -23,11 +23,23 @@ const facts = (answer, isNamed) => [
 
 const isRunning = answer => ["waiting", "writing"].includes(answer.state);
 
-// answer   {model, strategy, text, state, error, fusion, usage, timings}
+// A thought before an answer, folded. What a model thinks is plain text.
+const thoughtView = answer => {
+  const title = el("summary"), text = el("div", { dir: "auto" }, answer.thought ?? "");
+  const element = el("details", { className: "thought" }, title, text);
+  const update = () => {
+    const n = answer.usage?.completion_tokens_details?.reasoning_tokens;
+    element.hidden = !answer.thought;
+    title.textContent = isRunning(answer) && !answer.text ? "Thinking …" : n ? `Thought · ${n} tokens` : "Thought";
+  };
+  return { element, update, feed: more => { answer.thought = (answer.thought ?? "") + more; text.append(more); } };
+};
+
+// answer   {model, strategy, thought, text, state, error, fusion, usage, timings}
 // adapters all names of its bundle
 const answerView = (answer, adapters, { isNamed }) => {
   const head = isNamed ? el("h2", { className: "answer-head" }) : null;
-  const mix = el("div", { className: "mix-place" });
+  const mix = el("div", { className: "mix-place" }), thought = thoughtView(answer);
   const body = markdownView(text => {
     if (text && isRunning(answer)) byId("spoken").append(el("p", {}, text));
   });
@@ -35,13 +47,14 @@ const answerView = (answer, adapters, { isNamed }) => {
   const actions = el("div", { className: "actions" });
   const about = el("span", { className: "facts" });
   const element = el("article", { className: "answer", "aria-label": "Answer" },
-    ...[head, mix, body.element, note, el("div", { className: "foot" }, actions, about)].filter(Boolean));
+    ...[head, mix, thought.element, body.element, note, el("div", { className: "foot" }, actions, about)].filter(Boolean));
   const copying = copyButton("Copy the answer", () => answer.text);
   actions.append(copying);
 
   // progress  what the server told last of weighing and reading, at first nothing
   const update = progress => {
     if (answer.fusion && !mix.childElementCount) mix.append(mixView(answer.fusion, adapters));
+    thought.update();
     if (head) head.textContent = strategyName(titleOf(answer));
     copying.hidden = !answer.text;
     const isWeighing = progress ? progress.stage === "weighing" : !answer.fusion && isProbed(answer.strategy);
@@ -59,12 +72,12 @@ const answerView = (answer, adapters, { isNamed }) => {
     body.feed(answer.text);
     body.finish();
   }
-  return { answer, element, body, actions, update };
+  return { answer, element, body, thought, actions, update };
 };
 
 // Ask, and fill an answer as it comes. Never throws: what went wrong is the answer's.
 const fill = async (view, request, signal) => {
-  const { answer, body } = view;
+  const { answer, body, thought } = view;
   let state;
   try {
     const response = await call("v1/chat/completions", {
@@ -75,6 +88,10 @@ const fill = async (view, request, signal) => {
       if (chunk.usage) answer.usage = chunk.usage;
       if (chunk.timings) answer.timings = chunk.timings;
       const choice = chunk.choices?.[0];
+      if (choice?.delta?.reasoning_content) {
+        answer.state = "writing";
+        thought.feed(choice.delta.reasoning_content);
+      }
       if (choice?.delta?.content) {
         answer.text += choice.delta.content;
         answer.state = "writing";

@@ -9,8 +9,8 @@ const strategyText = () => {
   return `manual:${adaptersOf(bundle).map(name => `${name}=${weightOf(name)}`).join(",")}`;
 };
 
-const answerMessage = ({ model, strategy, text, state, fusion, usage, timings }) => ({
-  role: "assistant", content: text, finish_reason: REASONS.includes(state) ? state : "cancelled",
+const answerMessage = ({ model, strategy, thought, text, state, fusion, usage, timings }) => ({
+  role: "assistant", content: text, reasoning_content: thought, finish_reason: REASONS.includes(state) ? state : "cancelled",
   model, strategy, fusion, usage, timings,
 });
 
@@ -71,6 +71,7 @@ const answerOf = (message, bundle) => ({
   model: isText(message.model) ? message.model : bundle,
   strategy: isText(message.strategy) ? message.strategy : "",
   text: message.content,
+  ...(isText(message.reasoning_content) ? { thought: message.reasoning_content } : {}),
   state: message.finish_reason ?? "stop",
   fusion: fusionOf(message.fusion),
   ...(Number.isFinite(message.usage?.completion_tokens) ? { usage: { completion_tokens: message.usage.completion_tokens } } : {}),
