@@ -274,6 +274,10 @@ OWN_OPTIONS = {
         Option("outtype", str, "f16", flag="--outtype", section="Options", choices=OUTTYPES,
                help="Store the adapter's tensors in this type."),
     ),
+    "export": (
+        Option("outtype", str, "f16", flag="--outtype", section="Options", choices=OUTTYPES,
+               help="Store the GGUF's tensors in this type; a PEFT folder has f32."),
+    ),
 }
 # Options of strategies that probe, as in calibrated:power=2,total=1.5; done in this order.
 SHAPING = (
@@ -303,7 +307,8 @@ OWN = {
 WITHOUT = {
     "serve": "raw_prompt",
     "chat": "n_parallel",
-    "weights": "sampling n_parallel reasoning",
+    "weights": "sampling n_parallel draft reasoning",
+    "export": "sampling n_parallel draft prefill reasoning",
     "bench": "n_ctx n_parallel raw_prompt temperature top_p top_k min_p repeat_penalty stop "
     "presence_penalty frequency_penalty reasoning reasoning_budget",
 }

@@ -56,19 +56,3 @@ def lora_layers(model: Any) -> dict[str, Any]:
         for name, layer in model.named_modules()
         if hasattr(layer, "lora_A")
     }
-
-
-def conv1d_lora(folder: Path, *, n_in: int, n_out: int, **lora: Any) -> Any:
-    """Save a LoRA with random A and B on one Conv1D, whose weight is [n_in, n_out], and give it."""
-    torch = pytest.importorskip("torch")
-    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(0)
-    with warnings.catch_warnings():  # of PEFT, which corrects fan_in_fan_out
-        warnings.simplefilter("ignore")
-        model = peft.get_peft_model(
-            torch.nn.ModuleDict({"c_attn": conv1d(n_out, n_in)}),
-            peft.LoraConfig(r=4, target_modules=["c_attn"], init_lora_weights=False, **lora),
-        )
-        model.save_pretrained(folder)
-    return lora_layers(model)["c_attn"]

@@ -78,12 +78,6 @@ def test_what_was_written_is_read(tmp_path: Path, arch: str, outtype: str) -> No
     }
 
 
-def test_head_of_a_tied_base_is_accepted(tmp_path: Path, base: tiny.TinyBase) -> None:
-    assert base.tied
-    adapter = tiny.write_tiny_adapter(tmp_path / "a.gguf", base, targets=["output"])
-    check_adapter(read_adapter_gguf(adapter.path), read_gguf_header(base.path))
-
-
 EMBEDDING = "token_embd.weight"
 PLAIN = UnsupportedAdapterError
 ALPHA = "metadata field adapter.lora.alpha is"

@@ -78,15 +78,6 @@ def test_rank_and_scale_equal_those_of_peft(
         np.testing.assert_array_equal(ours.read_b(), module.lora_B["default"].weight.detach())
 
 
-@pytest.mark.slow
-def test_layers_with_transposed_weights_have_the_same_a_and_b(tmp_path: Path) -> None:
-    layer = hf.conv1d_lora(tmp_path, n_in=12, n_out=20, fan_in_fan_out=True)
-    (module,) = read_peft(tmp_path).modules.values()
-    delta = layer.get_delta_weight("default").detach().numpy()  # to a weight of [n_in, n_out]
-    assert delta.shape == (module.n_in, module.n_out) == (12, 20)
-    np.testing.assert_allclose(module.scale * module.read_b() @ module.read_a(), delta.T, rtol=1e-5)
-
-
 def test_defaults_are_those_of_peft(tmp_path: Path) -> None:
     pair = {A0: np.ones((8, 64), np.float32), B0: np.ones((64, 8), np.float32)}
     folder = write_pair(tmp_path / "a", pair)

@@ -33,6 +33,7 @@ GROUPS = {
     "Make": {
         "bundle": "Make, change, show and verify bundles.",
         "convert": "Convert a PEFT adapter to an adapter GGUF.",
+        "export": "Write a mix as one adapter.",
     },
     "Fetch": {
         "pull": "Fetch a model, an adapter or a bundle.",

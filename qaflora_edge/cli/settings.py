@@ -28,7 +28,7 @@ from qaflora_edge.settings import (
 PREFIX = "QAFLORA_"
 SECRET = "(secret)"  # shown instead of a value that is one
 # Tables that take the shared options; `llm` is the plugin for the program of that name.
-SHARED_TABLES = ("run", "chat", "compare", "eval", "weights", "bench", "serve", "llm")
+SHARED_TABLES = ("run", "chat", "compare", "eval", "weights", "export", "bench", "serve", "llm")
 TABLES = tuple(dict.fromkeys((*SHARED_TABLES, *OWN)))
 # Options by their keys in the file: those of the documents, and shared ones for one command alone.
 _OPTIONS = SHARED | {f"{t}.{key}": each for t, own in OWN.items() for key, each in own.items()}

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from qaflora_edge import config
 from qaflora_edge.arrays import F32
 from qaflora_edge.convert.plan import plan_modules
-from qaflora_edge.convert.targets import Planned
+from qaflora_edge.convert.targets import Written
 from qaflora_edge.convert.verify import ModuleCheck, verify_conversion
 from qaflora_edge.errors import OptionError, OutputFileError, UnsupportedAdapterError
 from qaflora_edge.files import AnyPath, atomic_path, readable
@@ -102,9 +102,9 @@ def convert_adapter(
     checks: tuple[ModuleCheck, ...] = ()
     with atomic_path(out_path) as temporary:
         with closing(gguf.GGUFWriter(temporary, header.architecture)) as writer:
-            _add_metadata(writer, readable(name or adapter.folder.resolve().name), trained_on)
+            add_metadata(writer, readable(name or adapter.folder.resolve().name), trained_on)
             writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-            _write_tensors(writer, modules, OUTTYPES[outtype], tell)
+            write_tensors(writer, modules, OUTTYPES[outtype], tell)
         if verify:
             checks = verify_conversion(
                 temporary, header, modules, lambda n_done: tell(len(modules) + n_done)
@@ -123,7 +123,7 @@ def convert_adapter(
     )
 
 
-def _add_metadata(writer: gguf.GGUFWriter, name: str, trained_on: str | None) -> None:
+def add_metadata(writer: gguf.GGUFWriter, name: str, trained_on: str | None = None) -> None:
     """Add the keys of llama.cpp 0c1e5709, convert_lora_to_gguf.py."""
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -137,9 +137,9 @@ def _add_metadata(writer: gguf.GGUFWriter, name: str, trained_on: str | None) ->
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
-def _write_tensors(
+def write_tensors(
     writer: gguf.GGUFWriter,
-    modules: Sequence[Planned],
+    modules: Sequence[Written],
     wanted: GGMLQuantizationType,
     tell: TellBytes,
 ) -> None:
@@ -175,14 +175,14 @@ def stored_type(n_row: int, wanted: GGMLQuantizationType) -> GGMLQuantizationTyp
     return wanted
 
 
-def stored_bytes(module: Planned, side: str, wanted: GGMLQuantizationType) -> int:
+def stored_bytes(module: Written, side: str, wanted: GGMLQuantizationType) -> int:
     """Give the size of lora_a or lora_b in the file."""
     shape = module.shape(side)
     return math.prod(gguf.quant_shape_to_byte_shape(shape, stored_type(shape[-1], wanted)))
 
 
 def encoded_tensor(
-    module: Planned, side: str, wanted: GGMLQuantizationType, buffer: NDArray[np.uint8]
+    module: Written, side: str, wanted: GGMLQuantizationType, buffer: NDArray[np.uint8]
 ) -> NDArray[Any]:
     """Read, turn and encode lora_a or lora_b of a module.
 

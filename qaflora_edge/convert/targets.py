@@ -149,7 +149,27 @@ class StackedExperts(_Experts):
             yield slice(expert * n_row, (expert + 1) * n_row), own
 
 
+@dataclass(frozen=True)
+class MixedModule:
+    """A tensor of the base, and A and B as the file holds them, of several adapters."""
+
+    base_name: str
+    name: str  # in messages
+    path: Path
+    a: F32
+    b: F32
+
+    def shape(self, side: str) -> tuple[int, ...]:
+        """Give the shape of lora_a or lora_b in the file, in numpy order."""
+        return self.a.shape if side == "a" else self.b.shape
+
+    def slices(self, side: str) -> Iterator[tuple[Any, F32]]:
+        """Give lora_a or lora_b as one slice, as `PlannedModule.slices` does."""
+        yield slice(None), (self.a if side == "a" else self.b).reshape(-1, self.shape(side)[-1])
+
+
 Planned = PlannedModule | SingleExperts | StackedExperts
+Written = Planned | MixedModule
 
 
 def _scaled(values: F32, factor: float) -> F32:
