@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import TinyBundle
+from bundles import TinyBundle, make_bundle
 from made_results import lines
+from serving import ENGINE, listening
 
 from qaflora_edge import Engine
 
@@ -49,6 +50,13 @@ def test_pages_and_charts_of_results_are_those_of_the_report(tmp_path: Path) -> 
     for path in made:
         assert path.read_bytes() == (CHECKOUT / path.relative_to(tmp_path)).read_bytes(), path.name
     assert max(p.stat().st_size for p in (BENCHMARKS / "results").iterdir()) < MAX_BYTES
+
+
+def test_our_server_keeps_requests_with_other_weights_apart(tmp_path: Path) -> None:
+    made = make_bundle(tmp_path, n_ctx=4096)
+    with listening(made.folder, engine={**ENGINE, "n_ctx": 1024}) as address:
+        said = script("isolation", "--base-url", address, "--tokens", 3, "--tolerance", 0.001)
+    assert said.count("PASS") == 8
 
 
 def test_code_is_scored_by_its_tests(made: TinyBundle, tmp_path: Path) -> None:

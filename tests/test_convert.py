@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import tiny
-from numpy.typing import NDArray
+from convert_table import stored
 
 from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.convert.layouts import ARCHITECTURES
@@ -32,14 +32,6 @@ def make_base(tmp_path: Path) -> MakeBase:
         return tiny.write_tiny_base(tmp_path / f"{arch}.gguf", arch, **options)
 
     return make
-
-
-def stored(path: Path) -> dict[str, NDArray[np.float32]]:
-    """Read an adapter with gguf's own reader: tensor name -> float32 values."""
-    return {
-        tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        for tensor in gguf.GGUFReader(path).tensors
-    }
 
 
 def alpha_of(path: Path) -> float:

@@ -53,11 +53,7 @@ def test_stock_llama_cpp_gives_the_logits_of_the_mix(tmp_path: Path, n_expert: i
     assert np.abs(fused - stock_logits(base)).max() > 0.1  # the adapters do something
     ranks = read_adapter(read_gguf_header(path), header).ranks  # and we take it as any other
     found = {name: rank for name, rank in ranks.items() if "attn_q" in name or "blk" not in name}
-    assert found == {
-        "blk.1.attn_q.weight": 11,
-        "blk.2.attn_q.weight": 13,
-        "output.weight": 11,
-    }
+    assert found == {"blk.1.attn_q.weight": 11, "blk.2.attn_q.weight": 13, "output.weight": 11}
 
 
 @pytest.mark.slow

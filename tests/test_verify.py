@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import tiny
+from convert_table import stored
 from test_mlx import random_pairs, write_mlx
 
 from qaflora_edge.convert import adapter as convert
@@ -68,10 +69,7 @@ def test_differences_are_those_of_the_deltas(tmp_path: Path) -> None:
     converted = convert_adapter(
         folder, base.path, tmp_path / "out.gguf", outtype="bf16", verify=True
     )
-    stored = {
-        tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
-        for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors
-    }
+    values = stored(tmp_path / "out.gguf")
     load_file = pytest.importorskip("safetensors.numpy").load_file
     source = load_file(folder / "adapter_model.safetensors")
     for layer, check in enumerate(converted.checks):
@@ -82,9 +80,8 @@ def test_differences_are_those_of_the_deltas(tmp_path: Path) -> None:
             for side in "AB"
         )
         delta = 6 / 4 * b @ a
-        difference = np.abs(
-            6 / 4 * stored[f"{stem}.lora_b"] @ stored[f"{stem}.lora_a"] - delta
-        ).max()
+        own_a, own_b = (values[f"{stem}.lora_{side}"].astype(np.float64) for side in "ab")
+        difference = np.abs(6 / 4 * own_b @ own_a - delta).max()
         assert check.largest_difference == pytest.approx(difference, rel=1e-9)
 
 
