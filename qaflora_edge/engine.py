@@ -1,18 +1,21 @@
 """Engine: weigh adapters for a query, and answer it with the weighed mix."""
 
+import copy
 import itertools
 import threading
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial, wraps
 from importlib import import_module
-from typing import Any, Self
+from typing import Any, Self, TypeVar, cast
 
 import numpy as np
 
 from qaflora_edge.arrays import F32, F64
 from qaflora_edge.backend.context import Backend
-from qaflora_edge.bundles.open import open_any
+from qaflora_edge.bundles.open import Opened, open_any
 from qaflora_edge.config import MAX_SEED, check, removed
 from qaflora_edge.errors import OptionError, PromptError, QafloraError, StrategyError, wrong_option
 from qaflora_edge.files import AnyPath
@@ -39,6 +42,8 @@ from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.strategy import Query
 from qaflora_edge.weighing.weigher import Weigher, Weights
 
+C = TypeVar("C", bound=Callable[..., Any])
+
 
 def _draw(fusion: FusionWeights) -> str:
     from qaflora_edge.show.pages import notebook_html
@@ -55,6 +60,16 @@ def _tell(fusion: FusionWeights) -> str:
 
 FusionWeights._repr_html_ = _draw
 FusionWeights.__repr__ = _tell  # type: ignore[assignment]
+
+
+def _steady(call: C) -> C:
+    """Let a call keep the adapters with which it began, whatever is added or removed."""
+
+    @wraps(call)
+    def kept(engine: "Engine", /, *args: Any, **kwargs: Any) -> Any:
+        return call(copy.copy(engine), *args, **kwargs)
+
+    return cast(C, kept)
 
 
 class Engine:
@@ -122,20 +137,21 @@ class Engine:
         opened = open_any(bundle, base, adapters)
         self.seed, self.n_parallel, self.reasoning = seed, n_parallel, reasoning
         self.system = opened.text.system if opened.text else ""
+        self._opened, self._prefix_cache = opened, prefix_cache
+        self._options = {"placing": placing, **options}
+        # A base alone chooses its strategy when it gets its first adapter.
+        self._chooses = strategy is None and opened.text is None and not opened.adapters
+        self._changing = threading.Lock()
         self._weigher = Weigher(
             adapters=tuple(opened.adapters),
             n_layer=opened.header.n_layer,
             known=opened.known.under(strategy=strategy, lens=lens, pool=pool, prefill=prefill),
             targets={name: info.targets for name, info in opened.adapters.items()},
         )
-        paths = [info.path for info in opened.adapters.values()]
-        with ThreadPoolExecutor(1) as thread:  # while the library loads the base
-            sizes = thread.submit(_read_ahead, self._weigher, opened.adapters.values())
-            backend = Backend(opened.header, paths, opened.states, placing=placing, **options)
-        read = sizes.result()
-        self._core = Core(backend, opened.adapters, prefix_cache=prefix_cache, sizes=read)
-        self._model = model = backend.model
-        self.n_ctx = backend.n_ctx  # most tokens of a request
+        self._core = self._open(opened)
+        self._cores = [weakref.ref(self._core)]  # also those that answer their last requests
+        self._model = model = self._core.model
+        self.n_ctx = self._core.backend.n_ctx  # most tokens of a request
         self.loaded_adapters = self._core.adapters  # also those not in use
         self.name = model.name  # the base's own, or its file's
         self.n_layer, self.n_vocab = model.n_layer, model.n_vocab
@@ -152,12 +168,28 @@ class Engine:
             find_thinking=finding("find_thinking"),
         )
 
+    def _open(self, opened: Opened) -> Core:
+        """Open contexts for these adapters, over the base that all share."""
+        infos = opened.adapters.values()
+        paths = [info.path for info in infos]
+        states = {path: opened.states[path] for path in (opened.base_path, *paths)}
+        with ThreadPoolExecutor(1) as thread:  # while the library loads the base
+            sizes = thread.submit(_read_ahead, self._weigher, infos)
+            backend = Backend(opened.header, paths, states, **self._options)
+        read = sizes.result()
+        return Core(backend, opened.adapters, prefix_cache=self._prefix_cache, sizes=read)
+
     def close(self) -> None:
         """Free the model, the adapters and all contexts. A second call does nothing.
 
         Calls of other threads end with BusyError, and so does close() within a call.
         """
-        self._core.close()
+        while cores := [core for core in self._all_cores() if not core.is_closed]:
+            for core in cores:
+                core.close()
+
+    def _all_cores(self) -> list[Core]:
+        return [core for each in self._cores if (core := each())]
 
     def cancel(self) -> None:
         """End what the Engine does now; any thread may call it, and it returns at once.
@@ -165,15 +197,19 @@ class Engine:
         Answers end with finish_reason "cancelled" and keep their text. Calls that weigh or prefill
         raise CancelledError. To end one call alone, give it an event (`cancel=`).
         """
-        self._core.cancel()
+        for core in self._all_cores():
+            core.cancel()
 
     def run_forever(self) -> None:
         """Compute what other threads ask for, until close(); for servers, in a thread of its own.
 
         Without it callers compute for each other. With it they only wait.
         """
-        with self._core.call():
-            self._core.loop.run_forever()
+        core = None
+        while core is not self._core:  # until close(), once for each set of adapters
+            core = self._core
+            with core.call():
+                core.loop.run_forever()
 
     def __enter__(self) -> Self:
         return self
@@ -220,6 +256,62 @@ class Engine:
         """Give the size of the cached prefixes, at most `prefix_cache`: see Engine."""
         return self._core.prober.prefixes.n_byte
 
+    def add_adapter(self, path: AnyPath, name: str | None = None) -> str:
+        """Load an adapter, which takes part from the next call on, and give its name.
+
+        path  an adapter GGUF, which has to stay there; a PEFT folder, which is converted into the
+              cache; or the Hub's owner/name
+        name  by default the folder's or file's
+
+        It is measured for the strategy, and for two-place where that can be followed. What has
+        begun keeps its adapters; until it ends, old and new contexts are in memory. A failure
+        changes nothing.
+        """
+        from qaflora_edge.bundles.create import BEST, with_adapter
+
+        check_process()
+        measuring = partial(Engine, threads=self._options["threads"], **self._options["placing"])
+        with self._changing:
+            strategies = {self.strategy, *{BEST}.intersection(self.strategies)}
+            opened = with_adapter(self._opened, path, name, measuring, strategies)
+            *_, name = opened.adapters
+            self._change(opened, {*self.adapters, name})
+        return name
+
+    def remove_adapter(self, name: str) -> None:
+        """Unload an adapter. What has begun keeps it, as with add_adapter.
+
+        Raises StrategyError for an unknown name, or when the strategy names this adapter.
+        """
+        check_process()
+        with self._changing:
+            if name not in self.loaded_adapters:
+                raise _not_loaded(name, self.loaded_adapters)
+            left = {each: info for each, info in self._opened.adapters.items() if each != name}
+            self._change(replace(self._opened, adapters=left), self.adapters)
+
+    def _change(self, opened: Opened, used: Collection[str]) -> None:
+        """Begin calls with these adapters from now on, in contexts of their own."""
+        from qaflora_edge.bundles.create import UNMEASURED
+
+        known = self._weigher.known
+        left = {name: each for name, each in known.centroids.items() if name in opened.adapters}
+        weigher = replace(
+            self._weigher,
+            adapters=tuple(name for name in opened.adapters if name in used),
+            known=replace(known, typical=opened.known.typical, centroids=left),
+            targets={name: info.targets for name, info in opened.adapters.items()},
+        )
+        if self._chooses and UNMEASURED in weigher.followed:
+            weigher = replace(weigher, known=replace(weigher.known, strategy=UNMEASURED))
+        core, old = self._open(opened), self._core
+        core.backend.n_ctx = self.n_ctx  # as much memory was free at first
+        with old.call():  # raises BusyError after close()
+            self._cores = [each for each in (*self._cores, weakref.ref(core)) if each()]
+            self._opened, self._chooses, self.loaded_adapters = opened, False, core.adapters
+            self.__dict__.update(_core=core, _weigher=weigher)  # in one step: see _steady
+        old.loop.leave()
+
     def use_adapters(self, names: Sequence[str]) -> None:
         """Weigh only these adapters from now on; the others are neither probed nor applied.
 
@@ -227,14 +319,14 @@ class Engine:
 
         Raises StrategyError for an unknown name, or when the strategy names another adapter.
         """
-        with self._core.call():
+        with self._changing, self._core.call():
             self._weigher = self._using(names)
 
     def use_strategy(self, strategy: str) -> None:
         """Weigh by this strategy where a call names none. Raises StrategyError."""
-        with self._core.call():
+        with self._changing, self._core.call():
             known = replace(self._weigher.known, strategy=strategy)
-            self._weigher = replace(self._weigher, known=known)
+            self._weigher, self._chooses = replace(self._weigher, known=known), False
 
     def _using(self, names: Sequence[str] | None) -> Weigher:
         """Give the weigher with these adapters in use; None: as they are."""
@@ -274,6 +366,7 @@ class Engine:
             tokens = chat_tokens(self._model, messages, tools=tools, **how)
             return checked_tokens(self._model, tokens, self.n_ctx)
 
+    @_steady
     def weights(
         self,
         prompt: Any,
@@ -303,6 +396,7 @@ class Engine:
         prompt = whole(prompt)
         return [weigh(each) for each in prompt] if are_many(prompt) else weigh(prompt)
 
+    @_steady
     def hidden_states(
         self, prompt: Prompt, *, adapter: str | None = None, parse_special: bool = False
     ) -> F32:
@@ -318,6 +412,7 @@ class Engine:
             steps = self._core.prober.states(tokens, rows)
             return np.array(self._core.run(steps)[-1])
 
+    @_steady
     def logits(
         self,
         prompt: Prompt,
@@ -347,6 +442,7 @@ class Engine:
             answer.wait_for_prompt()
             return answer.prompt_logits
 
+    @_steady
     def score(
         self,
         prompt: Any,
@@ -403,6 +499,7 @@ class Engine:
         checked_tokens(self._model, [*prompt, *tokens], self.n_ctx, what)
         return tuple(tokens)
 
+    @_steady
     def typical_divergence(
         self,
         prompts: Sequence[str],
@@ -444,6 +541,7 @@ class Engine:
                 tell(done, n_all)
             return typical_of(measured, self.adapters)
 
+    @_steady
     def embedding(self, prompt: Any) -> F32:
         """Average the base's last states over a prompt, as `weights` takes it: float32 [n_embd]."""
         with self._core.call():
@@ -461,6 +559,7 @@ class Engine:
     def _chat_query(self, text: str) -> Query:
         return self._weigher.query(self._asked(text), is_probed=True)
 
+    @_steady
     def generate(
         self,
         prompt: Prompt,
@@ -548,6 +647,7 @@ class Engine:
                 answer.wait_for_prompt(on_progress or silent)
             return answer
 
+    @_steady
     def answers(
         self, prompt: Prompt, n: int, *, seed: int | None = None, **options: Any
     ) -> Iterator[Generation]:
@@ -570,6 +670,7 @@ class Engine:
             weights = replace(answer.fusion, probe_ms=0.0)
             options |= {"on_weights": None, "on_progress": None}
 
+    @_steady
     def generate_many(
         self, requests: Iterable[Prompt | Mapping[str, Any]], **options: Any
     ) -> Iterator[tuple[int, Generation]]:

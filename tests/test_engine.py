@@ -1,19 +1,32 @@
 """The Python interface: weights, logits, adapters in use, failures."""
 
 import gc
+import shutil
 import threading
+import weakref
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import TinyBase, write_tiny_adapter, write_tiny_base
+from bundles import TinyBundle
+from patience import PATIENCE_S, wait_until
+from tiny import TinyBase, write_tiny_adapter, write_tiny_base, write_tiny_peft
 
 from qaflora_edge import Engine, FusionWeights, QafloraError
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
-from qaflora_edge.errors import BusyError, OptionError, PromptError, StrategyError, WeightsError
+from qaflora_edge.bundles.edit import add_adapters, remove_adapter, set_base
+from qaflora_edge.errors import (
+    AdapterMismatchError,
+    BundleError,
+    BusyError,
+    OptionError,
+    PromptError,
+    StrategyError,
+    WeightsError,
+)
 from qaflora_edge.weighing.calibration import KEYS
 
 PROMPT = "the king is in the air"
@@ -217,3 +230,79 @@ def test_use_refuses_what_is_unknown_and_changes_nothing(engine: Engine) -> None
         engine.use_adapters(["es"])
     assert engine.adapters == NAMES
     assert engine.weights(PROMPT).weights[:, 0].tolist() == [1.0, 0.0, 0.0]
+
+
+def test_what_has_begun_keeps_its_adapters(engine: Engine, adapters: dict[str, Path]) -> None:
+    mix, begun = {"es": 1.0}, weakref.ref(engine._core)
+    expected = [each.text() for each in engine.answers(PROMPT, 2, weights=mix, max_tokens=9)]
+    answers = engine.answers(PROMPT, 2, weights=mix, max_tokens=9)
+    first = next(answers)
+    engine.generate("unread", max_tokens=5, on_weights=lambda _: engine.remove_adapter("es"))
+    assert engine.adapters == engine.loaded_adapters == ("math", "med")
+    assert [first.text(), *(each.text() for each in answers)] == expected
+    assert begun() is None  # and its contexts are freed
+    two = engine.weights(PROMPT).weights.tolist()
+    with pytest.raises(StrategyError, match="not loaded"):
+        engine.generate(PROMPT, weights=mix)
+    assert engine.add_adapter(adapters["es"]) == "es"
+    assert engine.adapters == ("math", "med", "es")
+    assert engine.generate(PROMPT, weights=mix, max_tokens=9).text() == expected[0]
+    assert engine.weights(PROMPT, adapters=["math", "med"]).weights.tolist() == two
+
+
+def test_what_cannot_be_added_or_removed_changes_nothing(
+    engine: Engine, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    other = write_tiny_base(tmp_path / "other.gguf", n_embd=32)
+    wrong = write_tiny_adapter(tmp_path / "wrong.gguf", other).path
+    engine.use_strategy("single:es")
+    for change, error, message in (
+        (partial(engine.add_adapter, wrong), AdapterMismatchError, "wrong.gguf"),
+        (partial(engine.add_adapter, adapters["es"], "MATH"), BundleError, "'MATH' is taken"),
+        (partial(engine.add_adapter, adapters["es"], "../x"), BundleError, "'../x' cannot be"),
+        (partial(engine.remove_adapter, "fr"), StrategyError, "The adapter 'fr' is not loaded"),
+        (partial(engine.remove_adapter, "es"), StrategyError, "'single:es' names the adapter"),
+    ):
+        core = engine._core
+        with pytest.raises(error, match=message):
+            change()
+        assert engine._core is core
+    engine.close()
+    with pytest.raises(BusyError, match="closed"):
+        engine.add_adapter(adapters["es"], "more")
+
+
+def test_added_adapters_are_measured_as_a_bundle_s(
+    calibrated: TinyBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(calibrated.folder.parent)
+    peft = write_tiny_peft(tmp_path / "new one", calibrated.base, seed=9)
+    folder = shutil.copytree(calibrated.folder, tmp_path / "bundle")
+    set_base(folder, calibrated.base.path)
+    remove_adapter(folder, "es")
+    add_adapters(folder, {"es": peft}, engine=Engine, strategy="two-place")
+    with Engine(folder) as expected, Engine("bundle", strategy="two-place") as engine:
+        engine.remove_adapter("es")
+        engine.add_adapter(peft, "es")  # another one of that name
+        assert engine.strategies == expected.strategies
+        found, wanted = (each.weights(PROMPT).to_dict() for each in (engine, expected))
+        assert found | {"probe_ms": 0} == wanted | {"probe_ms": 0}
+    with Engine(base=calibrated.base.path) as engine:  # as `--adapter` does
+        assert engine.add_adapter(peft) == "new-one"
+        assert engine.weights(PROMPT).strategy == engine.strategy == "spectr"
+        engine.remove_adapter("new-one")
+        assert engine.generate(PROMPT, max_tokens=1).fusion.adapters == ()
+
+
+def test_run_forever_goes_on_after_a_change(engine: Engine, adapters: dict[str, Path]) -> None:
+    thread = threading.Thread(target=engine.run_forever)
+    thread.start()
+    expected = engine.generate(PROMPT, weights={"es": 1.0}, max_tokens=5).text()
+    begun = engine.generate(PROMPT, weights={"es": 1.0}, max_tokens=5, wait=False)
+    engine.remove_adapter("math")
+    assert begun.text() == expected
+    assert engine.generate(PROMPT, weights={"es": 1.0}, max_tokens=5).text() == expected
+    wait_until(lambda: engine._core.loop._is_served)
+    engine.close()
+    thread.join(PATIENCE_S)
+    assert not thread.is_alive()

@@ -4,10 +4,11 @@ import gc
 import os
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from tiny import write_tiny_adapter, write_tiny_base
+from tiny import write_tiny_adapter, write_tiny_base, write_tiny_peft
 
 from qaflora_edge import Engine, QafloraError
 
@@ -70,3 +71,43 @@ def test_hundred_engines_leave_nothing(tmp_path: Path) -> None:
     assert grown < 4e6, f"{grown / 1e6:.1f} MB more after 100 engines"
     assert after[1:] == before[1:]
     assert n_mapped(base.path) == n_mapped(adapters["a"]) == 0
+
+
+@pytest.mark.slow
+def test_hundred_changes_under_load_change_no_answer_and_leave_nothing(tmp_path: Path) -> None:
+    base = write_tiny_base(tmp_path / "base.gguf")
+    adapters = {n: write_tiny_adapter(tmp_path / n, base, seed=ord(n)).path for n in "abc"}
+    sources = write_tiny_peft(tmp_path / "new", base), adapters["b"]
+    mixes = ({"a": 1.0}, {"b": 0.5, "c": 0.5}, "static", "base")
+
+    def ask(i: int) -> str:
+        mix = mixes[i % 4]
+        return engine.generate(f"king {i}", weights=mix, adapters=[*"abc"], max_tokens=9).text()
+
+    def bytes_after_changes(n_change: int) -> int:
+        is_over = threading.Event()
+
+        def keep_asking(i: int) -> int:
+            n_answer = 0
+            while not is_over.is_set():
+                assert ask(i) == alone[i]
+                n_answer += 1
+            return n_answer
+
+        with ThreadPoolExecutor(8) as callers:
+            asking = [callers.submit(keep_asking, i) for i in range(8)]
+            for n in range(n_change // 2):
+                assert engine.add_adapter(sources[n % 2], "new") == "new"
+                engine.remove_adapter("new")
+            is_over.set()
+        assert min(each.result() for each in asking) > 0
+        assert engine._all_cores() == [engine._core]
+        return resident_bytes()
+
+    with Engine(base=base.path, adapters=adapters, n_ctx=128, threads=1, n_parallel=4) as engine:
+        alone = [ask(i) for i in range(8)]
+        before = bytes_after_changes(10)
+        grown = bytes_after_changes(90) - before
+    # Each change makes contexts of 8 MB and more.
+    assert grown < 5e6, f"{grown / 1e6:.1f} MB more after 90 more changes"
+    assert n_mapped(base.path) == 0

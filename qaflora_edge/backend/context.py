@@ -399,6 +399,7 @@ class Backend:
         self.n_parallel = n_parallel
         resources = contextlib.ExitStack()  # which is closed from the last to the first
         self.enter, self.close = resources.enter_context, resources.close
+        resources.callback(_trim)
         weakref.finalize(self, resources.close).atexit = False
         try:
             self.model = self.enter(shared_model(base, placing))
@@ -436,6 +437,12 @@ class Backend:
     def n_ctx_for(self, n_token: int) -> int:
         """Size the answering context for a request of so many tokens."""
         return min(self.n_ctx, max(self._n_first, n_ctx_for(n_token)))
+
+
+def _trim() -> None:
+    """Let glibc give back what was freed: heaps of several threads would keep most of it."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
 
 
 def cancelled() -> CancelledError:

@@ -2,14 +2,18 @@
 
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qaflora_edge import __version__
 from qaflora_edge.bundles.edit import calibrate, set_default, write_bundle_json
-from qaflora_edge.bundles.measure import OpenEngine, check_strategy
+from qaflora_edge.bundles.measure import OpenEngine, check_strategy, measure_typical
+from qaflora_edge.bundles.open import Opened, load_bundle
 from qaflora_edge.bundles.source import (
     base_record,
     check_names,
@@ -150,3 +154,33 @@ def cached_bundle(base: Path, adapters: Sequence[tuple[str, str]], progress: Tel
                 set_default(part, UNMEASURED, lens=known.lens, pool=known.pool)
             part.rename(folder)
     return folder
+
+
+def with_adapter(
+    opened: Opened, path: AnyPath, name: str | None, engine: OpenEngine, strategies: Iterable[str]
+) -> Opened:
+    """Add an adapter, as the last one, to what is open; no bundle changes.
+
+    path, name  as Engine.add_adapter takes them
+    strategies  what they need of it is measured
+    """
+    source = find_adapter(path)
+    file, title = source.path.absolute(), source.name.removesuffix(".gguf")
+    name = name or "-".join(re.findall(r"[A-Za-z0-9][\w.-]*", title, re.ASCII))[:64]
+    check_names([*opened.adapters, name])
+    if file.is_dir():
+        made = cached_bundle(opened.base_path, [(name, os.fspath(path))], silent)
+        file = load_bundle(made).adapter_paths[name]
+    fusion: dict[str, Any] = dict(opened.text.fusion) if opened.text else {}
+    typical = opened.known.typical.items()  # one that was removed may have had this name
+    fusion["typical"] = {each: found for each, found in typical if each in opened.adapters}
+    new = load_bundle(opened.base_path, {name: file})
+    states = {**opened.states, file: new.states[file]}  # the base must not have changed
+    opened = replace(opened, adapters={**opened.adapters, **new.adapters}, states=states)
+    paths = opened.adapter_paths.items()
+    files = [{"name": each, "file": str(path.absolute())} for each, path in paths]
+    raw = {"base": {"n_layer": opened.header.n_layer}, "adapters": files, "fusion": fusion}
+    for strategy in strategies:
+        with suppress(BundleError):  # this adapter cannot be weighed by it
+            measure_typical(opened.place, raw, strategy, opened.base_path, engine, silent)
+    return replace(opened, known=replace(opened.known, typical=fusion["typical"]))

@@ -72,6 +72,7 @@ class Core:
         self.scorer = backend.enter(closing(Scorer(*made)))
         prober = Prober(*made, infos=[*adapters.values()], sizes=sizes, prefixes=prefixes)
         self.prober = backend.enter(closing(prober))
+        backend.enter(closing(self.loop))
 
     # life
 

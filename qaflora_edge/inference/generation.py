@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -150,6 +150,7 @@ class Generation(Iterator[str]):
         if sequence.pieces:
             piece, self._n_taken, _ = sequence.pieces.popleft()
             return piece
+        self._drive, self._call = silent, nullcontext  # contexts of replaced adapters are freed
         if sequence.error is not None:
             raise sequence.error
         raise StopIteration

@@ -38,6 +38,7 @@ class Loop:
         self._is_driven = self._is_closed = False
         self._closed = BusyError("This Engine was closed in the middle of a call.")
         self._is_served = False  # by a thread in run_forever
+        self._is_left = False  # by that thread, for good
         self._now: Sequence[sequences.Sequence | Job] = ()  # who waits for the native call
         self._worker = ThreadPoolExecutor(1) if scheduler.n_running > 1 else None
 
@@ -116,7 +117,7 @@ class Loop:
                     self._turn.notify_all()
 
     def run_forever(self) -> None:
-        """Compute whatever is asked for, until close(); other threads only wait.
+        """Compute whatever is asked for, until close() or leave(); other threads only wait.
 
         Waiting callers wake when the next step computes, so that handling their pieces does not
         delay it.
@@ -128,7 +129,7 @@ class Loop:
                 self._turn.wait()
             self._is_served = True
             try:
-                while not self._is_closed:
+                while not (self._is_closed or self._is_left):
                     if self._scheduler.has_work:
                         self._step()
                     else:
@@ -148,6 +149,12 @@ class Loop:
         with self._turn:
             if self._now and all(each.is_cancelled for each in self._now):
                 self._stop.set()
+
+    def leave(self) -> None:
+        """End run_forever: those who wait compute from now on."""
+        with self._turn:
+            self._is_left = True
+            self._turn.notify_all()
 
     def close(self) -> None:
         """End all that waits or runs with BusyError."""
