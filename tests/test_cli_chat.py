@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -328,3 +329,22 @@ def test_a_message_that_is_no_utf8_is_told_and_the_chat_goes_on(made: TinyBundle
         "Error: The message is not UTF-8 (at character 6); expected text in UTF-8. Convert it, for "
         "example with iconv.\n"
     )
+
+
+def test_adapters_are_added_and_dropped(made: TinyBundle, tmp_path: Path) -> None:
+    place = shutil.copytree(made.peft, tmp_path / "a folder")
+    lines = (
+        f"/add {place}",
+        f"/add {made.adapter.path} two",
+        "/drop es",
+        "/add",
+        "/drop",
+        "/drop x",
+    )
+    result = chat(made.folder, *lines, "the thing")
+    assert result.exit_code == 0
+    assert "[a-folder takes part from now on; strategy qa-flora]\n[two takes" in result.stderr
+    assert "[es is unloaded]" in result.stderr
+    for expected in ("expected /add PATH [NAME]", "expected /drop NAME", "'x' is not loaded"):
+        assert expected in result.stderr
+    assert {*re.findall(r"[\w-]+(?= \d+ %)", result.stderr)} == {"math", "a-folder", "two"}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qaflora_edge.chat.conversation import Conversation
+from qaflora_edge.cli.progress import waiting
 from qaflora_edge.config import check, in_group
 from qaflora_edge.errors import QafloraError
 from qaflora_edge.settings import expanded
@@ -53,7 +54,7 @@ def run_command(chat: Chat, line: str) -> None:
                 f"type //{name}."
             )
         function, follows = COMMANDS[name]
-        if bool(argument) > bool(follows) or (not argument and follows == "FILE"):
+        if bool(argument) > bool(follows) or (not argument and follows[:1].isalpha()):
             raise click.UsageError(f"Cannot run {line[:80]!r}; expected /{name} {follows}".rstrip())
         function(chat, argument.strip())
     except (QafloraError, click.UsageError) as error:
@@ -70,6 +71,7 @@ def completions(text: str, engine: Engine) -> Iterator[str]:
         candidates = [n for n in engine.loaded_adapters if n not in words[2:-1]]
     elif len(words) == 2:
         found = {"/strategy": engine.strategies, "/set": SAMPLING, "/adapters": ("on", "off")}
+        found["/drop"] = engine.loaded_adapters
         candidates = list(found.get(words[0], ()))
     yield from (candidate for candidate in candidates if candidate.startswith(words[-1]))
 
@@ -104,6 +106,24 @@ def adapters(chat: Chat, argument: str) -> None:
         last = f"  {100 * means[name]:3.0f} % of the last answer" if name in means else ""
         rows.append(f"{name:<{width}}  {'on ' if name in engine.adapters else 'off'}{last}")
     chat.view.show("\n".join(rows) or "The bundle has no adapters: the base answers alone.")
+
+
+@_command("PATH [NAME]")
+def add(chat: Chat, argument: str) -> None:
+    """Load an adapter: a PEFT folder, an adapter .gguf or the Hub's owner/name."""
+    path, name = argument, None
+    if " " in path and not expanded(path).exists():
+        path, name = path.rsplit(maxsplit=1)
+    with waiting(f"Loading {path}"):
+        name = chat.engine.add_adapter(path, name)
+    chat.view.note(f"{name} takes part from now on", f"strategy {chat.engine.strategy}")
+
+
+@_command("NAME")
+def drop(chat: Chat, argument: str) -> None:
+    """Unload an adapter."""
+    chat.engine.remove_adapter(argument)
+    chat.view.note(f"{argument} is unloaded")
 
 
 @_command("[NAME]")

@@ -73,7 +73,7 @@ class _SlashCompleter(Completer):
         text = document.text_before_cursor
         if not text.startswith("/") or text.startswith("//") or "\n" in text:
             return
-        for command in ("/save ", "/load "):
+        for command in ("/save ", "/load ", "/add "):
             if text.startswith(command):
                 path = Document(text.removeprefix(command))
                 yield from self._paths.get_completions(path, event)
