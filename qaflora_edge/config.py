@@ -249,6 +249,9 @@ OWN_OPTIONS = {
                help="End a request after so many seconds; its answer is cut then."),
         Option("cors_origin", tuple, flag="--cors-origin", metavar="ORIGIN",
                help="Let pages of this origin ask, such as https://example.org; repeatable."),
+        Option("allow_adapters", str, flag="--allow-adapters", metavar="FOLDER", unset="none",
+               help="Let clients and the page add adapters out of this folder, and remove them. "
+               "What the page uploads is kept in it until the server ends."),
         Option("allow_host", tuple, flag="--allow-host", metavar="NAME",
                help="Take requests to this host name, such as a proxy's; repeatable."),
         Option("insecure", bool, False, flag="--insecure/--no-insecure",

@@ -1,6 +1,7 @@
 """The page on a real server with a tiny model: what it shows is what the Engine alone says."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from browser import Browser
@@ -19,8 +20,8 @@ MESSAGES = [{"role": "user", "content": QUESTION}]
 
 
 @pytest.fixture
-def desk(window: Browser, calibrated: TinyBundle) -> Iterator[Desk]:
-    with listening(calibrated.folder) as address:
+def desk(window: Browser, calibrated: TinyBundle, tmp_path: Path) -> Iterator[Desk]:
+    with listening(calibrated.folder, adapters=tmp_path) as address:
         made = Desk(window, Script(), f"{address}/")
         window.log()
         made.open()
@@ -67,3 +68,22 @@ def test_text_and_weights_are_those_of_the_engine_alone(desk: Desk, calibrated: 
             assert desk.window.run(rows) == reason_rows(fusion)
             assert desk.texts(".why, .cell") == [fusion.because] * bool(fusion.because)
     assert desk.window.log() == []
+
+
+def test_adapters_that_are_dropped_take_part(desk: Desk, calibrated: TinyBundle) -> None:
+    def drop(path: Path, selector: str) -> str:
+        data = {"items": [], "files": [str(path)], "dragOperationsMask": 1}
+        for kind in ("dragEnter", "dragOver", "drop"):
+            desk.window.command("Input.dispatchDragEvent", type=kind, data=data, x=300, y=300)
+        shown = f"const found = document.querySelector('{selector}'); return !found.hidden"
+        desk.window.until(f"{shown} && !/^Adding/.test(found.textContent)")
+        return desk.text(selector)
+
+    assert drop(calibrated.peft, "#adding") == "peft takes part from the next question on."
+    assert desk.texts("#empty .entry") == ["math", "es", "peft"]
+    desk.ask(QUESTION)
+    fusion = desk.kept()[0]["turns"][0]["answers"][0]["fusion"]
+    assert {*fusion["layers"]} == {"math", "es", "peft"}
+    assert "'es' is taken already" in drop(calibrated.adapter.path, "#trouble")
+    assert "bundle is no adapter. Drop a PEFT folder" in drop(calibrated.folder, "#trouble")
+    assert desk.texts(".adapters bdi") == ["math", "es", "peft"]

@@ -269,6 +269,7 @@ def test_models(client: TestClient) -> None:
         "strategy": "qa-flora",
         "loaded": True,
         "failed": False,
+        "takes_adapters": False,
         "base": "tiny llama 0",
         "n_ctx_train": 512,
     }

@@ -16,6 +16,8 @@ from qaflora_edge.cli.options import (
     shared_options,
 )
 from qaflora_edge.errors import OptionError
+from qaflora_edge.files import what_is_at
+from qaflora_edge.settings import expanded
 
 
 @command(
@@ -35,6 +37,7 @@ def serve(
     max_models: int | None,
     timeout: float,
     cors_origin: tuple[str, ...],
+    allow_adapters: str | None,
     allow_host: tuple[str, ...],
     insecure: bool,
     options: SharedOptions,
@@ -64,6 +67,10 @@ def serve(
             f"The API key has {len(api_key)} characters, expected 8 or more printable ASCII "
             "characters without spaces; choose another one (--api-key, QAFLORA_API_KEY)."
         )
+    folder = expanded(allow_adapters).resolve() if allow_adapters else None
+    if folder and not folder.is_dir():
+        found = f"--allow-adapters: {folder} {what_is_at(folder)}"
+        raise OptionError(f"{found}, expected a folder. Make it, or name another.")
     names = LOCAL_NAMES | {socket.gethostname().lower(), host.lower(), *map(str.lower, allow_host)}
     is_open = api_key is not None and not is_loopback(host)
     run(
@@ -77,6 +84,7 @@ def serve(
             max_queue=max_queue,
             max_models=max_models,
             timeout_s=timeout,
+            adapters=folder,
             engine={"strategy": options.strategy, **options.engine},
             sampling=options.sampling,
         ),

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import shutil
 from collections.abc import AsyncIterator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from qaflora_edge.server import answers
+from qaflora_edge.server import adapters, answers
 from qaflora_edge.server import requests as bodies
 from qaflora_edge.server.metrics import Metrics, Recorder
 from qaflora_edge.server.page import page
@@ -33,9 +34,9 @@ def make_app(places: Iterable[Path], options: ServerOptions) -> Starlette:
     Raises BundleError for a bundle that cannot be read.
     """
     models = ServedModels(places, options)
-    # All that have a slot, one Engine that opens and one that closes, and bodies.
+    # All that have a slot, an Engine that opens, one that closes, one that changes, and bodies.
     n_slot = len(models.by_name) * options.n_slot + N_LIGHT
-    n_thread = n_slot + 2 + bodies.MAX_LARGE_BODIES
+    n_thread = n_slot + 3 + bodies.MAX_LARGE_BODIES
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -50,6 +51,8 @@ def make_app(places: Iterable[Path], options: ServerOptions) -> Starlette:
                 work.stop()
             await asyncio.gather(app.state.opening, return_exceptions=True)
             await models.close()
+            for place in app.state.uploads:
+                shutil.rmtree(place)
 
     app = Starlette(
         routes=_routes(),
@@ -58,7 +61,8 @@ def make_app(places: Iterable[Path], options: ServerOptions) -> Starlette:
         lifespan=lifespan,
     )
     app.state.options, app.state.models, app.state.metrics = options, models, metrics
-    app.state.running = set()
+    app.state.running, app.state.uploads = set(), []
+    app.state.changing = asyncio.Lock()
     app.state.large_bodies = asyncio.Semaphore(bodies.MAX_LARGE_BODIES)
     app.state.on_ready, app.state.on_lost = lambda: None, lambda error: None
     return app
@@ -172,6 +176,8 @@ API: tuple[tuple[str, Any, type[bodies.Body] | None], ...] = (
     ("/apply-template", answers.apply_template, bodies.TemplateBody),
     ("/tokenize", answers.tokenize, bodies.TokenizeBody),
     ("/detokenize", answers.detokenize, bodies.DetokenizeBody),
+    ("/v1/load_lora_adapter", adapters.load, bodies.AdapterBody),
+    ("/v1/unload_lora_adapter", adapters.unload, bodies.AdapterBody),
     ("/v1/models", models, None),
     ("/v1/models/{model:path}", model, None),
     ("/lora-adapters", lora_adapters, None),
@@ -184,6 +190,7 @@ API: tuple[tuple[str, Any, type[bodies.Body] | None], ...] = (
 def _routes() -> list[Route]:
     return [
         Route("/", show_page, methods=["GET"], include_in_schema=False),
+        Route("/upload", adapters.upload, methods=["POST"], include_in_schema=False),
         *(Route(path, route, methods=["POST" if kind else "GET"]) for path, route, kind in API),
         *(Route(path, not_here, methods=["GET", "POST"]) for path in NOT_HERE),
     ]

@@ -5,7 +5,7 @@ to be, in messages too. Sampling options come from `config`, with their ranges.
 """
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, Field, ValidationError, create_model
@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 from qaflora_edge import __version__, errors
 from qaflora_edge.config import Option, in_group
+from qaflora_edge.formats.bundle import NAME_PATTERN, NAME_RULE
 from qaflora_edge.formats.json_text import read_json_object
 
 MAX_BODY_BYTES = 4 << 20
@@ -284,6 +285,14 @@ class WeightsBody(Weighed):
     raw: Flag = None
 
 
+class AdapterBody(Body):
+    """Ask to add or remove an adapter; config_bytes of an upload are adapter_config.json."""
+
+    lora_name: Annotated[str, Field(pattern=f"^{NAME_PATTERN.pattern}$")] = Field(title=NAME_RULE)
+    lora_path: Text | None = Field(None, title="a path in the folder of --allow-adapters")
+    config_bytes: Annotated[str, Field(pattern="^[0-9]{1,6}$")] = Field("0", title="a number")
+
+
 class TokenizeBody(Body):
     """Ask /tokenize."""
 
@@ -311,29 +320,38 @@ async def read(request: Request, kind: type[B]) -> B:
     if n_byte.isdecimal() and int(n_byte) <= MAX_SMALL_BYTES:
         return parsed(kind, await _bytes(request))
     if n_byte.isdecimal() and int(n_byte) > MAX_BODY_BYTES:
-        raise _too_large()
+        raise _too_large(MAX_BODY_BYTES)
     async with request.app.state.large_bodies:
         return await asyncio.to_thread(parsed, kind, await _bytes(request))
 
 
 async def _bytes(request: Request) -> bytes:
     data = bytearray()
-    try:
-        async with asyncio.timeout(BODY_S):
-            async for part in request.stream():
-                data += part
-                if len(data) > MAX_BODY_BYTES:
-                    raise _too_large()
-    except TimeoutError as error:
-        message = f"The body has not come within {BODY_S:g} s."
-        raise Refusal(408, message, code="request_timeout") from error
-    except ClientDisconnect as error:
-        raise Refusal(400, "The body was not sent to its end.") from error
+    await receive(request, data.extend, MAX_BODY_BYTES, BODY_S)
     return bytes(data)
 
 
-def _too_large() -> Refusal:
-    return Refusal(413, f"The body has more than {MAX_BODY_BYTES} bytes.", code="request_too_large")
+async def receive(
+    request: Request, take: Callable[[bytes], object], most: int, timeout_s: float
+) -> None:
+    """Hand on a body of at most so many bytes as it comes."""
+    n_byte = 0
+    try:
+        async with asyncio.timeout(timeout_s):
+            async for part in request.stream():
+                n_byte += len(part)
+                if n_byte > most:
+                    raise _too_large(most)
+                take(part)
+    except TimeoutError as error:
+        message = f"The body has not come within {timeout_s:g} s."
+        raise Refusal(408, message, code="request_timeout") from error
+    except ClientDisconnect as error:
+        raise Refusal(400, "The body was not sent to its end.") from error
+
+
+def _too_large(most: int) -> Refusal:
+    return Refusal(413, f"The body has more than {most} bytes.", code="request_too_large")
 
 
 def parsed(kind: type[B], data: bytes) -> B:
@@ -420,7 +438,7 @@ def describe(paths: Iterable[tuple[str, str, type[Body] | None]]) -> dict[str, A
 
 def _operation(path: str, summary: str, kind: type[Body] | None) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
-    if path == "/metrics":
+    if path == "/metrics" or path.endswith("load_lora_adapter"):
         content = {"text/plain": {"schema": {"type": "string"}}}
     if kind is not None and issubclass(kind, Answered):
         content["text/event-stream"] = {"schema": {}}

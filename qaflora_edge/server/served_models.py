@@ -33,6 +33,7 @@ class ServerOptions:
     max_queue     requests that may wait
     max_models    bundles that are open at the same time, None: all
     timeout_s     the longest that a request may take
+    adapters      folder of adapters that may be added, resolved; None: adapters cannot change
     engine        keywords of every Engine
     sampling      keywords of Engine.generate where a request says nothing
     """
@@ -43,6 +44,7 @@ class ServerOptions:
     max_queue: int = 64
     max_models: int | None = None
     timeout_s: float = 600.0
+    adapters: Path | None = None
     engine: Mapping[str, Any] = field(default_factory=dict)
     sampling: Mapping[str, Any] = field(default_factory=dict)
 
@@ -218,6 +220,7 @@ class ServedModels:
             "loaded": model.engine is not None,
             "failed": model.has_failed,
             "sha256": model.sha256,
+            "takes_adapters": self._options.adapters is not None,
         }
         if model.engine is not None:
             meta |= {"base": model.engine.name, "n_ctx_train": model.engine.n_ctx_train}

@@ -15,7 +15,7 @@ from qaflora_edge.weighing.strategy import strategies
 # In this order: each uses what stands before it.
 SCRIPTS = (
     *("elements", "icons", "store", "database", "kept", "server", "latex", "markdown", "answered"),
-    *("mix", "answer", "turn", "panel", "download", "session", "chats", "chat"),
+    *("mix", "answer", "turn", "panel", "adapters", "download", "session", "chats", "chat"),
 )
 
 

@@ -132,6 +132,7 @@ const drawPanel = () => {
     el("div", { className: "field" },
       el("label", { className: "check" }, compare, "Compare with another strategy"),
       ...(settings.isComparing ? [field("Beside it", other, strategyHelp(settings.other))] : [])),
+    ...(takesAdapters() ? [adapterField()] : []),
     field("System prompt", system),
     el("div", { className: "numbers" },
       numberField("Temperature", "temperature", { min: 0, max: 2, step: 0.05, placeholder: "default", id: "temperature" }),

@@ -40,12 +40,13 @@ const call = async (path, body, signal) => {
   for (;;) {
     const key = keyring.value;
     const headers = key ? { Authorization: `Bearer ${key}` } : {};
-    if (body) headers["Content-Type"] = "application/json";
+    const isFile = body instanceof Blob;
+    if (body) headers["Content-Type"] = isFile ? "application/octet-stream" : "application/json";
     let response;
     try {
       response = await fetch(path, {
         method: body ? "POST" : "GET", headers, signal, cache: "no-store",
-        body: body && JSON.stringify(body),
+        body: isFile ? body : body && JSON.stringify(body),
       });
     } catch (error) {
       if (error.name === "AbortError") throw error;

@@ -1,0 +1,124 @@
+"""Routes that add adapters to a served bundle and remove them, where --allow-adapters is given."""
+
+import asyncio
+import contextlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import mkdtemp
+
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+
+from qaflora_edge.convert.adapter import convert_adapter
+from qaflora_edge.engine import Engine
+from qaflora_edge.errors import BusyError, QafloraError, WorkerError
+from qaflora_edge.formats.inputs import checksum
+from qaflora_edge.peft.config import CONFIG_FILE
+from qaflora_edge.peft.folder import WEIGHTS_FILE, adapter_files, adapter_folder
+from qaflora_edge.server import requests as bodies
+from qaflora_edge.server.requests import Refusal
+
+MAX_UPLOAD_BYTES = 1 << 30
+
+
+async def load(request: Request) -> Response:
+    """Add an adapter of the allowed folder, as vLLM does."""
+    folder, body = _allowed(request), await bodies.read(request, bodies.AdapterBody)
+
+    def add(engine: Engine) -> None:
+        engine.add_adapter(_inside(folder, body.lora_path or ""), body.lora_name)
+
+    return await _changed(request, body, "added", add)
+
+
+async def unload(request: Request) -> Response:
+    """Remove an adapter, as vLLM does."""
+    _, body = _allowed(request), await bodies.read(request, bodies.AdapterBody)
+
+    def remove(engine: Engine) -> None:
+        if body.lora_name not in engine.loaded_adapters:
+            raise _not_found("lora_name", body.lora_name)
+        engine.remove_adapter(body.lora_name)
+
+    return await _changed(request, body, "removed", remove)
+
+
+async def upload(request: Request) -> Response:
+    """Add an adapter that the page sends: a GGUF, or adapter_config.json and then the weights."""
+    folder, query = _allowed(request), json.dumps({**request.query_params})
+    body, state = bodies.parsed(bodies.AdapterBody, query.encode()), request.app.state
+    place = Path(mkdtemp(prefix="upload-", dir=folder))
+    gguf = place / f"{body.lora_name}.gguf"
+    n_config, config = int(body.config_bytes), bytearray()
+
+    def add(engine: Engine) -> None:
+        if n_config:
+            (place / CONFIG_FILE).write_bytes(config)
+            convert_adapter(place, engine._opened.header, gguf, name=body.lora_name)
+        engine.add_adapter(gguf, body.lora_name)
+
+    try:
+        with open(place / WEIGHTS_FILE if n_config else gguf, "wb") as file:
+
+            def take(part: bytes) -> None:
+                n = n_config - len(config)
+                config.extend(part[:n])
+                file.write(part[n:])
+
+            await bodies.receive(request, take, MAX_UPLOAD_BYTES, state.options.timeout_s)
+        answer = await _changed(request, body, "added", add)
+    except BaseException:
+        shutil.rmtree(place)
+        raise
+    state.uploads.append(place)
+    return answer
+
+
+def _allowed(request: Request) -> Path:
+    folder: Path | None = request.app.state.options.adapters
+    if folder is None:
+        message = "Adapters cannot change here; `qaflora serve --allow-adapters FOLDER` allows it."
+        raise Refusal(403, message, code="adapters_not_allowed")
+    return folder
+
+
+def _inside(folder: Path, given: str) -> Path:
+    """Resolve a path; all files of the adapter have to be in the folder. Raises Refusal."""
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # a loop of links is the last
+        path = (folder / given).resolve(strict=True)
+        if folder in path.parents:
+            files = adapter_files(adapter_folder(path)) if path.is_dir() else []
+            if all(folder in each.resolve().parents for each in files):
+                return path
+    raise _not_found("lora_path", given)
+
+
+def _not_found(param: str, given: str) -> Refusal:
+    message = f"The adapter {given!r:.100} is not there."
+    return Refusal(404, message, param=param, code="adapter_not_found")
+
+
+async def _changed(
+    request: Request, body: bodies.AdapterBody, what: str, work: Callable[[Engine], None]
+) -> Response:
+    """Do this work for a bundle, and answer in vLLM's words."""
+    state = request.app.state
+    served, _ = state.models.find(body.model)
+
+    def changed(engine: Engine) -> dict[str, str]:
+        work(engine)
+        return {name: checksum(path) for name, path in engine._opened.adapter_paths.items()}
+
+    try:
+        async with state.changing, state.models.engine(served) as engine:
+            hashes = await asyncio.to_thread(changed, engine)
+    except (BusyError, WorkerError):
+        raise
+    except QafloraError as error:
+        raise Refusal(400, str(error), code="invalid_value") from error
+    served.weigher, served.strategies = engine._weigher, engine.strategies
+    served.sha256 = {**served.sha256, "adapters": hashes}
+    served.n_user += 1  # it stays open
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' {what} successfully.")

@@ -1,0 +1,119 @@
+"""Adapters in and out of a running server, where --allow-adapters is given."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bundles import TinyBundle, qaflora
+from serving import client_of
+from starlette.testclient import TestClient
+from tiny import write_tiny_adapter, write_tiny_base, write_tiny_peft
+
+from qaflora_edge.server import adapters
+
+USER = [{"role": "user", "content": "the thing?"}]
+
+
+@pytest.fixture
+def folder(made: TinyBundle, tmp_path: Path) -> Path:
+    place = tmp_path / "allowed"
+    write_tiny_peft(place / "peft", made.base, seed=5)
+    write_tiny_adapter(place / "fr.gguf", made.base, seed=6)
+    write_tiny_adapter(place / "wrong.gguf", write_tiny_base(tmp_path / "b.gguf", n_embd=32))
+    return place
+
+
+@pytest.fixture
+def client(made: TinyBundle, folder: Path) -> Iterator[TestClient]:
+    with client_of(made.folder, adapters=folder) as client:
+        yield client
+
+
+def change(client: TestClient, what: str, name: str, **more: Any) -> tuple[int, str]:
+    body = {"lora_name": name, **more}
+    response = client.post(f"/v1/{what}_lora_adapter", json=body)
+    is_done = response.status_code == 200
+    return response.status_code, response.text if is_done else response.json()["error"]["code"]
+
+
+def weighed(client: TestClient) -> list[str]:
+    """Who is weighed for a question; what is listed, and hashed, are the same."""
+    body = {"messages": USER, "max_tokens": 1}
+    fusion = client.post("/v1/chat/completions", json=body).json()["fusion"]
+    meta = client.get("/v1/models/tiny").json()["meta"]
+    assert meta["adapters"] == [*meta["sha256"]["adapters"]] == [*fusion["weights"]]
+    return [*fusion["weights"]]
+
+
+def test_adapters_come_and_go_in_vllm_s_words(client: TestClient) -> None:
+    assert weighed(client) == ["math", "es"]
+    done = "Success: LoRA adapter '{}' {} successfully."
+    for name, path in (("fr", "fr.gguf"), ("new", "peft")):
+        assert change(client, "load", name, lora_path=path) == (200, done.format(name, "added"))
+    assert weighed(client) == ["math", "es", "fr", "new"]
+    assert change(client, "unload", "es") == (200, done.format("es", "removed"))
+    assert weighed(client) == ["math", "fr", "new"]
+    assert change(client, "load", "FR", lora_path="peft") == (400, "invalid_value")  # taken
+    assert change(client, "load", "x", lora_path="wrong.gguf") == (400, "invalid_value")
+    assert change(client, "load", "../x", lora_path="peft") == (400, "invalid_value")
+    assert change(client, "unload", "es") == (404, "adapter_not_found")
+    assert weighed(client) == ["math", "fr", "new"]
+
+
+def test_paths_stay_in_the_folder(client: TestClient, folder: Path, made: TinyBundle) -> None:
+    (folder / "link").symlink_to(made.peft)
+    (folder / "half").mkdir()
+    for file in made.peft.iterdir():
+        (folder / "half" / file.name).symlink_to(file)
+    (folder / "loop").symlink_to(folder / "loop")
+    outside = [os.path.relpath(made.peft, folder), str(made.adapter.path), "/etc/passwd"]
+    for path in (*outside, "link", "half", "loop", "none", "a\0b", "owner/name"):
+        assert change(client, "load", "x", lora_path=path) == (404, "adapter_not_found"), path
+    assert change(client, "load", "x") == (404, "adapter_not_found")
+
+
+def test_uploads_are_checked_and_last_as_long_as_the_server(
+    made: TinyBundle, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, weights = (
+        (folder / "peft" / f"adapter_{name}").read_bytes()
+        for name in ("config.json", "model.safetensors")
+    )
+    gguf, before = (folder / "fr.gguf").read_bytes(), sorted(folder.iterdir())
+
+    def upload(name: str, body: bytes, n_config: object = 0) -> int:
+        query = {"lora_name": name, "config_bytes": n_config}
+        return client.post("/upload", content=body, params=query).status_code
+
+    with client_of(made.folder, adapters=folder) as client:
+        assert upload("new", config + weights, len(config)) == 200
+        assert upload("fr", gguf) == 200
+        assert weighed(client) == ["math", "es", "new", "fr"]
+        kept = sorted(folder.iterdir())
+        for name, body, n_config in (
+            ("fr", gguf, 0),
+            ("x", gguf[:-9], 0),
+            ("x", config + weights, len(config) - 1),
+            ("../x", gguf, 0),
+            ("x/y", gguf, 0),
+            ("x", gguf, -1),
+        ):
+            assert upload(name, body, n_config) == 400, (name, n_config)
+        monkeypatch.setattr(adapters, "MAX_UPLOAD_BYTES", len(gguf) - 1)
+        assert upload("x", gguf) == 413
+        assert sorted(folder.iterdir()) == kept
+        assert change(client, "unload", "fr")[0] == 200
+        assert weighed(client) == ["math", "es", "new"]
+    assert sorted(folder.iterdir()) == before
+
+
+def test_nothing_changes_where_it_is_not_allowed(made: TinyBundle, tmp_path: Path) -> None:
+    with client_of(made.folder) as client:
+        assert change(client, "load", "x", lora_path="x") == (403, "adapters_not_allowed")
+        assert change(client, "unload", "es") == (403, "adapters_not_allowed")
+        assert client.post("/upload?lora_name=x").status_code == 403
+        assert client.get("/v1/models/tiny").json()["meta"]["takes_adapters"] is False
+    result = qaflora("serve", made.folder, "--allow-adapters", tmp_path / "none")
+    assert (result.exit_code, "expected a folder" in result.stderr) == (1, True)
