@@ -22,14 +22,7 @@ from qaflora_edge.bundles.source import (
     put_adapters,
 )
 from qaflora_edge.errors import BundleError, OutputFileError
-from qaflora_edge.files import (
-    AnyPath,
-    atomic_folder,
-    cache_dir,
-    cache_lock,
-    make_folder,
-    readable,
-)
+from qaflora_edge.files import AnyPath, atomic_folder, cache_dir, cache_lock, make_folder, readable
 from qaflora_edge.formats.bundle import BUNDLE_FILE, FORMAT, read_bundle_text
 from qaflora_edge.formats.gguf import read_gguf_header
 from qaflora_edge.formats.inputs import file_state

@@ -18,12 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qaflora_edge import __version__
-from qaflora_edge.errors import (
-    ChecksumError,
-    InputFileError,
-    QafloraError,
-    os_errors,
-)
+from qaflora_edge.errors import ChecksumError, InputFileError, QafloraError, os_errors
 from qaflora_edge.files import AnyPath, cache_dir, kind_of, write_text_atomic
 from qaflora_edge.formats.json_text import read_json_object
 

@@ -20,12 +20,7 @@ from qaflora_edge.errors import (
     RegistryError,
     os_errors,
 )
-from qaflora_edge.formats.bundle import (
-    BUNDLE_FILE,
-    BaseRecord,
-    packed_files,
-    read_bundle_text,
-)
+from qaflora_edge.formats.bundle import BUNDLE_FILE, BaseRecord, packed_files, read_bundle_text
 from qaflora_edge.formats.names import (
     HubRef,
     load_registry,

@@ -213,11 +213,7 @@ class Probes:
     """
 
     def __init__(
-        self,
-        core: Core,
-        cancellation: Cancellation,
-        tell: Tell = silent,
-        n_answer: int | None = 0,
+        self, core: Core, cancellation: Cancellation, tell: Tell = silent, n_answer: int | None = 0
     ) -> None:
         self._core, self._cancellation, self._tell = core, cancellation, tell
         self._n_answer = n_answer

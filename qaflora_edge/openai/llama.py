@@ -116,11 +116,7 @@ class Llama:
     __call__ = create_completion
 
     def create_chat_completion(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        stream: bool = False,
-        **options: Any,
+        self, messages: Sequence[Mapping[str, Any]], *, stream: bool = False, **options: Any
     ) -> Any:
         """Answer a conversation under the base's chat template; see Engine.chat."""
         asked = {name: options.pop(name, None) for name in _OF_CHAT}

@@ -53,11 +53,7 @@ _MESSAGE = ("message", "for example with iconv")
 @own_options
 @shared_options
 def chat(
-    bundle: str,
-    system: str | None,
-    load_path: Path | None,
-    plain: bool,
-    options: SharedOptions,
+    bundle: str, system: str | None, load_path: Path | None, plain: bool, options: SharedOptions
 ) -> None:
     """Talk with the weighed adapters.
 
@@ -118,13 +114,7 @@ class Chat:
     fusion    the weights of the last answer, if there was one
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        folder: Path,
-        view: View,
-        options: SharedOptions,
-    ) -> None:
+    def __init__(self, engine: Engine, folder: Path, view: View, options: SharedOptions) -> None:
         from qaflora_edge.chat.conversation import Conversation
 
         self.engine, self.view, self._folder = engine, view, folder
