@@ -107,7 +107,7 @@ def convert_adapter(
             write_tensors(writer, modules, OUTTYPES[outtype], tell)
         if verify:
             checks = verify_conversion(
-                temporary, header, modules, lambda n_done: tell(len(modules) + n_done)
+                temporary, modules, lambda n_done: tell(len(modules) + n_done)
             )
     return ConvertedAdapter(
         path=out_path,

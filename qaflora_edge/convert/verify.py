@@ -1,9 +1,8 @@
 """Verify a conversion: does the file that was written say what the PEFT adapter says?
 
 The delta `scale * B A` of each module is computed twice in float64, from the source and from the
-file as a runtime reads it, and compared entry by entry, a tile at a time. The order of
-rows is worked out once more, by plain arithmetic and in other terms than `layouts` does, from
-llama.cpp 0c1e5709, conversion/*.py: nothing is taken from the code that converts.
+file as a runtime reads it, and compared entry by entry, a tile at a time. Of the code that converts
+only the order of rows and columns is taken, which the tests compare with transformers and peft.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,16 +11,13 @@ from pathlib import Path
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
-from numpy.typing import NDArray
 
 from qaflora_edge.arrays import F32, F64
+from qaflora_edge.convert.layouts import Index
 from qaflora_edge.convert.targets import Planned, PlannedModule, SingleExperts, StackedExperts
 from qaflora_edge.errors import ConversionError
 from qaflora_edge.formats.adapter import AdapterInfo, read_adapter_gguf, read_pair
-from qaflora_edge.formats.gguf import GgufHeader
 from qaflora_edge.progress import TellBytes
-
-Index = NDArray[np.int64]
 
 TILE_ROWS, TILE_COLUMNS = 128, 128  # of a delta that are in memory; whole blocks of 8 bits
 FLOAT32_ROUNDING = 2.0**-22  # of alpha, of the factor in B and of their product, with room
@@ -33,20 +29,6 @@ _ROUNDING = {
 }
 # Half a step of 1/127 of the block's largest, and a step that is itself rounded to float16.
 _Q8_0_ROUNDING = (0.5 / 127 + 2.0**-11, 127 * 2.0**-25)
-
-# What llama.cpp's converter does to rows: of which architectures, and in which modules.
-_PAIRED_ROPE = (
-    *("llama", "arcee", "bailingmoe", "deepseek", "granite", "granitehybrid", "granitemoe"),
-    *("internlm2", "minicpm", "mistral3", "olmo", "smollm3", "xverse"),
-)
-_GROUPED_QKV = ("bloom", "falcon", "gptneox")
-_PACKED = (("bailingmoe", "query_key_value"), ("internlm2", "wqkv"))  # q, k and v in one module
-# The stem that has the second of a module's two halves.
-_SECOND = {
-    **{"proj_1": ("ffn_up",), "kv": ("attn_v",), "gate_up_proj": ("ffn_up",)},
-    "input_linear": ("ffn_up", "ffn_up_shexp"),
-}
-_TILED = ("qwen35", "qwen35moe")
 
 
 @dataclass(frozen=True)
@@ -89,12 +71,11 @@ class Delta:
 
 
 def verify_conversion(
-    path: Path, header: GgufHeader, modules: Sequence[Planned], progress: TellBytes | None = None
+    path: Path, modules: Sequence[Planned], progress: TellBytes | None = None
 ) -> tuple[ModuleCheck, ...]:
     """Compare the file of a conversion with its source, module by module.
 
     path      the adapter GGUF that was written
-    header    of the base
     progress  is told the modules done
 
     Raises ConversionError when a module is missing, added, or further from its source than the
@@ -112,7 +93,7 @@ def verify_conversion(
         )
     checks = []
     for index, module in enumerate(modules):
-        checks.append(_check_module(info, header, module))
+        checks.append(_check_module(info, module))
         if progress is not None:
             progress(index + 1)
     wrong = [check for check in checks if not check.is_right]
@@ -128,12 +109,12 @@ def verify_conversion(
     return tuple(checks)
 
 
-def _check_module(info: AdapterInfo, header: GgufHeader, module: Planned) -> ModuleCheck:
+def _check_module(info: AdapterInfo, module: Planned) -> ModuleCheck:
     kinds = [info.tensors[f"{module.base_name}.lora_{side}"].ggml_type for side in "ab"]
     scale = info.alpha / info.ranks[module.base_name]
     is_embedding = isinstance(module, PlannedModule) and module.source.is_embedding
     found = np.zeros(2)  # the largest difference, and share of what is allowed
-    pairs = zip(source_deltas(header, module), stored_deltas(info, module), strict=True)
+    pairs = zip(source_deltas(module), stored_deltas(info, module), strict=True)
     for source, stored in pairs:
         allowed = _allowed(source, kinds, scale, is_embedding)
         found = np.maximum(found, _compare(source, stored, allowed))  # it keeps NaN
@@ -202,11 +183,11 @@ def _rounding(values: F64, kind: GGMLQuantizationType, axis: int) -> F64:
 # Both sides: a delta as its source and as the file say it
 
 
-def source_deltas(header: GgufHeader, module: Planned) -> Iterator[Delta]:
+def source_deltas(module: Planned) -> Iterator[Delta]:
     """The deltas that the source says: one, or that of each expert; in the tensor's order."""
     source = module.source
     if isinstance(module, PlannedModule):
-        rows, columns = source_rows(header, module), source_columns(header, module)
+        rows, columns = _all_or(module.rows), _all_or(module.columns)
         yield Delta(source.read_b()[rows], source.read_a()[:, columns], source.scale)
     elif isinstance(module, SingleExperts):
         nothing = np.zeros((module.n_out, 1), np.float32), np.zeros((1, module.n_in), np.float32)
@@ -219,10 +200,10 @@ def source_deltas(header: GgufHeader, module: Planned) -> Iterator[Delta]:
     else:
         a, b = source.read_a(), source.read_b()
         for expert in range(module.n_expert):
-            yield _of_expert(header, module, expert, a, b)
+            yield _of_expert(module, expert, a, b)
 
 
-def _of_expert(header: GgufHeader, module: StackedExperts, expert: int, a: F32, b: F32) -> Delta:
+def _of_expert(module: StackedExperts, expert: int, a: F32, b: F32) -> Delta:
     """One expert of the parameter of all: by PEFT's rule, "o r e, e r i"; by MLX's, b[e] @ a[e]."""
     source = module.source
     a = a[expert * source.rank : (expert + 1) * source.rank]
@@ -231,7 +212,11 @@ def _of_expert(header: GgufHeader, module: StackedExperts, expert: int, a: F32, 
     else:
         b = b[:, expert :: source.n_expert]
     left, right = (a.T, b.T) if module.is_swapped else (b, a)
-    return Delta(left[expert_rows(header, module, len(left))], right, source.scale)
+    return Delta(left[_all_or(module.rows)], right, source.scale)
+
+
+def _all_or(part: Index | None) -> Index | slice:
+    return slice(None) if part is None else part
 
 
 def stored_deltas(info: AdapterInfo, module: Planned) -> Iterator[Delta]:
@@ -242,110 +227,3 @@ def stored_deltas(info: AdapterInfo, module: Planned) -> Iterator[Delta]:
     else:
         for own_a, own_b in zip(a, b, strict=True):
             yield Delta(own_b, own_a, scale)
-
-
-# The order of rows, told a second time
-
-
-def source_rows(header: GgufHeader, module: PlannedModule) -> Index:
-    """returns  [n_out]  the module's row for each row of the tensor"""
-    architecture, stem, n_out = header.architecture, module.kind, module.n_out
-    name = module.source.name.rpartition(".")[2]
-    row = np.arange(n_out)
-    if stem == "attn_qkv" and architecture in _GROUPED_QKV:
-        return _grouped_row(row, n_out, header.n_head, header.n_head_kv)
-    if name == "in_proj_qkvz":
-        return _gated_row(row, header, is_gate=stem == "attn_gate")
-    if architecture in _TILED and stem in ("attn_qkv", "attn_gate", "ssm_alpha", "ssm_beta"):
-        n_before = 2 * header.count("ssm.group_count") * header.count("ssm.state_size")
-        n_before = n_before if stem == "attn_qkv" else 0
-        tiled = n_before + _tiled_place(row - n_before, n_out - n_before, header)
-        return np.where(row < n_before, row, tiled)
-    if stem in ("attn_q", "attn_k"):
-        row = _turned(row, header, header.n_head if stem == "attn_q" else header.n_head_kv)
-    if module.source.n_out == 2 * n_out and stem in _SECOND.get(name, ()):
-        row = n_out + row
-    if (architecture, name) in _PACKED:
-        n_dim = module.source.n_out // (header.n_head + 2 * header.n_head_kv)
-        n_before = {"attn_q": 0, "attn_k": header.n_head}.get(
-            stem, header.n_head + header.n_head_kv
-        )
-        row = n_before * n_dim + row
-        if name == "wqkv":
-            return _grouped_row(row, module.source.n_out, header.n_head, header.n_head_kv)
-    return row
-
-
-def source_columns(header: GgufHeader, module: PlannedModule) -> Index:
-    """returns  [n_in]  the module's column for each column of the tensor"""
-    column = np.arange(module.source.n_in)
-    if header.architecture in _TILED and module.kind == "ssm_out":
-        return _tiled_place(column, len(column), header)
-    return column
-
-
-def expert_rows(header: GgufHeader, module: StackedExperts, n_row: int) -> Index:
-    """Give the parameter's row, of n_row, for each row of an expert's tensor.
-
-    returns  [n_out]
-    """
-    row, half = np.arange(module.n_out), n_row // 2
-    is_by_turns = header.architecture == "gpt-oss"
-    if not module.name.endswith(".gate_up_proj"):
-        return row
-    if module.kind == "ffn_gate_up_exps" and is_by_turns:
-        return row % half * 2 + row // half
-    if module.kind == "ffn_gate_exps":
-        return 2 * row if is_by_turns else row
-    if module.kind == "ffn_up_exps":
-        return 2 * row + 1 if is_by_turns else row + half
-    return row
-
-
-def _turned(row: Index, header: GgufHeader, n_head: int) -> Index:
-    """Rows of q or k, of all heads, in the order that HF's rope has them in."""
-    n_dim = len(row) // n_head
-    head, dim = row - row % n_dim, row % n_dim
-    if header.architecture in _PAIRED_ROPE:  # 0, half, 1, half + 1, ...
-        return head + dim // 2 + dim % 2 * (n_dim // 2)
-    if (
-        "glm4.rope.dimension_sections" in header.metadata
-    ):  # 0, 2, 4, ..., 1, 3, 5, ... of the dimensions that are rotated
-        half = header.count("rope.dimension_count") // 2
-        turned = np.where(dim < half, 2 * dim, 2 * (dim - half) + 1)
-        return head + np.where(dim < header.count("rope.dimension_count"), turned, dim)
-    return row
-
-
-def _grouped_row(row: Index, n_row: int, n_head: int, n_head_kv: int) -> Index:
-    """Of all q, then all k, then all v, where the source has them by groups: q ... q k v."""
-    n_shared = n_head // n_head_kv
-    n_dim = n_row // (n_head + 2 * n_head_kv)
-    head, dim = row // n_dim, row % n_dim
-    in_key, in_value = head - n_head, head - n_head - n_head_kv
-    group = np.select([head < n_head, in_value < 0], [head // n_shared, in_key], in_value)
-    place = np.select([head < n_head, in_value < 0], [head % n_shared, n_shared], n_shared + 1)
-    rows: Index = (group * (n_shared + 2) + place) * n_dim + dim
-    return rows
-
-
-def _gated_row(row: Index, header: GgufHeader, *, is_gate: bool) -> Index:
-    """Of all q, k and v, or of all gates, where the source has those of a key together."""
-    n_key, n_dim = header.count("ssm.group_count"), header.count("ssm.state_size")
-    n_value = header.count("ssm.inner_size") // n_key  # rows of the values of one key
-    n_group = 2 * (n_dim + n_value)
-    if is_gate:
-        return row // n_value * n_group + 2 * n_dim + n_value + row % n_value
-    part, row_v = row // (n_key * n_dim), row - 2 * n_key * n_dim  # 0: q, 1: k
-    in_key = row % (n_key * n_dim)
-    key = in_key // n_dim * n_group + part * n_dim + in_key % n_dim
-    value = row_v // n_value * n_group + 2 * n_dim + row_v % n_value
-    return np.where(part < 2, key, value)
-
-
-def _tiled_place(place: Index, n_place: int, header: GgufHeader) -> Index:
-    """Of the first value of every key, then the second, where the source has a key's together."""
-    n_key, n_value = header.count("ssm.group_count"), header.count("ssm.time_step_rank")
-    n_dim = n_place // n_value
-    head, dim = place // n_dim, place % n_dim
-    return (head % n_key * (n_value // n_key) + head // n_key) * n_dim + dim
