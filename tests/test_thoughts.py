@@ -195,15 +195,9 @@ def test_the_server_tells_thoughts(hybrid: Engine) -> None:
         assert (found["reasoning_content"], found["content"]) == ("I END é", "Yes<b>ENDno")
         body = {"input": "the?", "temperature": 0}
         found = client.post("/v1/responses", json=body).json()
-        thought, message = found["output"]
-        assert thought["content"] == [{"type": "reasoning_text", "text": "I END é"}]
+        (message,) = found["output"]
         assert message["content"][0]["text"] == "Yes<b>ENDno"
         assert found["usage"]["output_tokens_details"] == {"reasoning_tokens": 4}
-        events = client.post("/v1/responses", json={**body, "stream": True}).text
-        kinds = [line[7:] for line in events.splitlines() if line.startswith("event: ")]
-        assert kinds.index("response.reasoning_text.done") < kinds.index(
-            "response.output_text.delta"
-        )
         raw = {"prompt": "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n", "temperature": 0}
         text = client.post("/v1/completions", json={**raw, "max_tokens": 2}).json()
         assert text["choices"][0]["text"] == "<think> I"

@@ -116,32 +116,21 @@ def _events(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "created", {"response": {**head}}
     calls: list[dict[str, Any]] = []
-    output: list[dict[str, Any]] = []
-    for thought in generation.thoughts():
-        if not output:
-            output.append(_reasoning("", "in_progress"))
-            yield "output_item.added", {"output_index": 0, "item": output[0]}
-        place = {"item_id": output[0]["id"], "output_index": 0, "content_index": 0}
-        yield "reasoning_text.delta", {**place, "delta": thought}
-    if output:
-        output[0] = {**_reasoning(generation.reasoning, "completed"), "id": output[0]["id"]}
-        yield "reasoning_text.done", {**place, "text": generation.reasoning}
-        yield "output_item.done", {"output_index": 0, "item": output[0]}
     pieces = iter(tools.shown(generation, calls) if tools else generation)
+    output: list[dict[str, Any]] = []
     first = next(pieces, "")  # without one, the calls are known
     if first or not calls:
         text, item = "", _message("", "in_progress")
-        index = len(output)
-        place = {"item_id": item["id"], "output_index": index, "content_index": 0}
-        yield "output_item.added", {"output_index": index, "item": {**item, "content": []}}
+        place = {"item_id": item["id"], "output_index": 0, "content_index": 0}
+        yield "output_item.added", {"output_index": 0, "item": {**item, "content": []}}
         yield "content_part.added", {**place, "part": item["content"][0]}
         for piece in itertools.chain([first], pieces):
             text += piece
             yield "output_text.delta", {**place, "delta": piece, "logprobs": []}
         output.append({**_message(text, _status(generation)), "id": item["id"]})
         yield "output_text.done", {**place, "text": text, "logprobs": []}
-        yield "content_part.done", {**place, "part": output[-1]["content"][0]}
-        yield "output_item.done", {"output_index": index, "item": output[-1]}
+        yield "content_part.done", {**place, "part": output[0]["content"][0]}
+        yield "output_item.done", {"output_index": 0, "item": output[0]}
     for index, item in enumerate(map(_call, calls), len(output)):
         place = {"output_index": index, "item_id": item["id"]}
         begun = {**item, "arguments": "", "status": "in_progress"}
@@ -180,12 +169,6 @@ def _ended(
         "output": output,
         "usage": usage,
     }
-
-
-def _reasoning(text: str, status: str) -> dict[str, Any]:
-    content = [{"type": "reasoning_text", "text": text}] if text else []
-    kind = {"id": f"rs_{uuid.uuid4().hex}", "type": "reasoning", "status": status}
-    return {**kind, "summary": [], "content": content}
 
 
 def _message(text: str, status: str) -> dict[str, Any]:
