@@ -233,7 +233,7 @@ def test_a_request_that_fails_stops_no_other(engine: Engine) -> None:
     for index in range(1, 9):
         answer = found[index]
         assert (answer.finish_reason, answer.is_done) == ("error", True)
-        assert answer.usage == {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+        assert (answer.n_prompt, answer.n_completion) == (0, 0)
         with pytest.raises(QafloraError) as caught:
             answer.text()
         assert caught.value is answer.error

@@ -188,9 +188,14 @@ def test_completions_of_text(client: TestClient, alone: Engine) -> None:
     found = answer(client, TEXT, model="tiny", prompt="the king", **options)
     Completion.model_validate(found, strict=True)
     assert found["choices"][0]["text"] == text
-    details = {"prompt_tokens_details": {"cached_tokens": 0}}
-    details["completion_tokens_details"] = {"reasoning_tokens": 0}
-    assert found["usage"] == {**expected.usage, **details}
+    n_prompt, n_completion = expected.n_prompt, expected.n_completion
+    assert found["usage"] == {
+        "prompt_tokens": n_prompt,
+        "completion_tokens": n_completion,
+        "total_tokens": n_prompt + n_completion,
+        "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": 0},
+    }
     tokens = alone.tokenize("the king")
     found = answer(client, TEXT, model="tiny", prompt=[tokens, "a"], n=2, **options)
     assert [choice["index"] for choice in found["choices"]] == [0, 1, 2, 3]

@@ -62,11 +62,6 @@ class Generation(Iterator[str]):
         weakref.finalize(self, Cancellation.set, sequence.request.cancellation).atexit = False
 
     @property
-    def number(self) -> int:
-        """Give its number, unique in this process."""
-        return self._sequence.number
-
-    @property
     def is_done(self) -> bool:
         """Tell whether all of it is computed; pieces may still wait to be taken."""
         return self._sequence.is_done
@@ -188,12 +183,3 @@ class Generation(Iterator[str]):
     def cancel(self) -> None:
         """End this answer; any thread may call it. It keeps its text so far."""
         self._sequence.request.cancellation.set()
-
-    @property
-    def usage(self) -> dict[str, int]:
-        """Count tokens as OpenAI does."""
-        return {
-            "prompt_tokens": self.n_prompt,
-            "completion_tokens": self.n_completion,
-            "total_tokens": self.n_prompt + self.n_completion,
-        }

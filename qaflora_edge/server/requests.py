@@ -393,24 +393,18 @@ def _refusal(kind: type[BaseModel] | None, error: Mapping[str, Any], value: Any)
 # OpenAPI
 
 
-class ErrorText(BaseModel):
-    """Say what failed, and which field is wrong."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class Error(BaseModel):
-    """Wrap a failure as OpenAI does."""
-
-    error: ErrorText
-
-
+# A failure as OpenAI words it.
+_ERROR = {
+    "type": "object",
+    "required": ["message", "type", "param", "code"],
+    "properties": {
+        **{name: {"type": "string"} for name in ("message", "type")},
+        **{name: {"type": ["string", "null"]} for name in ("param", "code")},
+    },
+}
 _FAILED = {
     "description": "`param` names the field that is wrong; Retry-After when to come again",
-    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+    "content": {"application/json": {"schema": {"properties": {"error": _ERROR}}}},
 }
 
 
@@ -422,7 +416,7 @@ def describe(paths: Iterable[tuple[str, str, type[Body] | None]]) -> dict[str, A
     paths = list(paths)
     kinds: Any = [(kind, "validation") for _, _, kind in paths if kind is not None]
     place = "#/components/schemas/{model}"
-    _, found = models_json_schema([*kinds, (Error, "validation")], ref_template=place)
+    _, found = models_json_schema(kinds, ref_template=place)
     keys = {
         "key": {"type": "http", "scheme": "bearer"},
         "x_api_key": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
