@@ -68,6 +68,10 @@ def test_code_is_scored_by_its_tests(made: TinyBundle, tmp_path: Path) -> None:
     assert isinstance(found["isolated"], list)
 
 
+def test_busy_decodes_alone_and_next_to_another(made: TinyBundle) -> None:
+    assert "next to another" in script("busy", made.folder, "--repeat", 1)
+
+
 def test_lorahub_gives_a_manual_mix(made: TinyBundle, tmp_path: Path) -> None:
     items = [{"question": f"thing {i}", "answer": i, "continuation": " on a ring"} for i in "12"]
     path = write(tmp_path / "t.jsonl", *items)

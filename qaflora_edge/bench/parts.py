@@ -1,4 +1,4 @@
-"""The parts of `qaflora bench`: decode, draft, busy, ttft, turn, callers, memory.
+"""The parts of `qaflora bench`: decode, draft, ttft, turn, callers, memory.
 
 Contestants run in turn within a round, on a prompt that no round had before; each contestant of
 ttft has its own. A first round is thrown away. Ratios are taken within a round, then the median.
@@ -6,10 +6,7 @@ ttft has its own. A first round is thrown away. Ratios are taken within a round,
 
 import json
 import multiprocessing
-import os
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -115,40 +112,6 @@ def _decode(context: Context, drawn: Sequence[Sequence[int]], length: int, turn:
         "prefill_tokens_per_second": length / (middle - start),
         "decode_tokens_per_second": (len(tokens) - length) / (end - middle),
     }
-
-
-# next to another program
-
-_RIVAL = """
-import sys; from qaflora_edge import Engine
-engine = Engine(sys.argv[1], strategy="static", n_ctx=256)
-while True:
-    print(len(engine.generate("1, 2, 3", max_tokens=16).text()), flush=True)
-"""
-
-
-def measure_busy(rig: Rig, bundle: Path, plan: Plan, tell: Tell) -> Iterator[Row]:
-    """Decode alone, then next to a process that waits at barriers as GCC's OpenMP does by default.
-
-    Raises BackendError when that process ends.
-    """
-    k, length = max(plan.k), min(plan.prompt_tokens)
-    drawn = [rig.draw(length + plan.max_tokens) for _ in range(1 + plan.repeat)]
-    decode = {"": partial(_decode, rig.ours(k, len(drawn[0])), drawn, length)}
-    alone = take_turns(decode, plan.repeat, partial(tell, "alone"))[""]
-    command, spin = [sys.executable, "-c", _RIVAL, str(bundle)], {"GOMP_SPINCOUNT": "300000"}
-    with subprocess.Popen(command, env=os.environ | spin, stdout=subprocess.PIPE) as rival:
-        try:
-            if rival.stdout and not rival.stdout.readline():
-                raise BackendError(
-                    "The process next to which decoding is measured died; leave out busy."
-                )
-            beside = take_turns(decode, plan.repeat, partial(tell, "next to another"))[""]
-        finally:
-            rival.kill()
-    for name, own in ((f"ours k={k}", alone), (f"ours k={k}, busy", beside)):
-        row = compared("decode_tokens_per_second", own, decode_of_alone=alone)
-        yield {"prompt_tokens": length, "name": name, "runs": own} | row
 
 
 # time to the first token

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qaflora_edge.bundles.open import Opened
 
 # Memory is short, and may refuse an option.
-PARTS = ("memory", "callers", "decode", "draft", "busy", "ttft", "turn")
+PARTS = ("memory", "callers", "decode", "draft", "ttft", "turn")
 Row = Mapping[str, Any]
 
 
@@ -77,8 +77,7 @@ def bench(
     the base's prefill (plain). turn: the same of a second turn under another mix, as a multiple of
     the base's prefill of what is new. callers: decoding for --callers at once, each with a mix of
     its own, next to the base in one batch. draft: decoding with guessed tokens, of decoding without
-    them, for tasks that copy from the prompt and for prose. busy: decoding next to a process that
-    computes with OpenMP, of decoding alone. memory: the peak of one answer in a process of its own.
+    them, for tasks that copy from the prompt and for prose. memory: the peak of one answer.
     """
     from qaflora_edge.bundles.open import load_bundle
 
@@ -132,8 +131,6 @@ def _measured(
             with drafting as draft, Engine(loaded.place, **many | {"draft": 0}) as plain:
                 both = {"draft": draft, "plain": plain}
                 measured["draft"] = [*parts.measure_draft(both, plan, tell)]
-        if "busy" in only:
-            measured["busy"] = [*parts.measure_busy(rig, loaded.place, plan, tell)]
         for part in [each for each in ("ttft", "turn") if each in only]:
             with Engine(loaded.place, **given) as engine:
                 measured[part] = [*parts.measure_first_token(part, rig, engine, plan, tell)]
