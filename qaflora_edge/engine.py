@@ -263,9 +263,8 @@ class Engine:
               cache; or the Hub's owner/name
         name  by default the folder's or file's
 
-        It is measured for the strategy, and for two-place where that can be followed. What has
-        begun keeps its adapters; until it ends, old and new contexts are in memory. A failure
-        changes nothing.
+        It is measured for the strategy and, where that can be followed, two-place. What has begun
+        keeps its adapters, and its contexts in memory, to its end. A failure changes nothing.
         """
         from qaflora_edge.bundles.create import BEST, with_adapter
 
@@ -680,8 +679,7 @@ class Engine:
                   by one, as slots become free
         options   of requests that do not have them
 
-        A request that fails ends with finish_reason "error", and `error` says why. After cancel()
-        no more requests are taken.
+        One that fails has finish_reason "error" and `error`. After cancel() no more are taken.
         """
         if isinstance(requests, str | Mapping):
             raise OptionError(

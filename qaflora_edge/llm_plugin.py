@@ -1,7 +1,6 @@
 """The plugin for the program `llm`: `llm -m qaflora/BUNDLE`.
 
-`llm` imports this module at every start, so an Engine is imported when a prompt comes, and stays
-open for the next one.
+`llm` imports this at every start. An Engine is imported with the first prompt, and stays open.
 """
 
 from __future__ import annotations

@@ -124,8 +124,7 @@ def set_samples(
 
     bundle.json gets their mean embedding, their number and their hash, and no text.
 
-    Raises BundleError for no adapter of the bundle or no text, PromptError for a text of
-    more than 2,048 tokens.
+    Raises BundleError for an unknown adapter or no text, PromptError above 2,048 tokens.
     """
     folder, embeddings = Path(folder), list[F32]()
     if not texts:

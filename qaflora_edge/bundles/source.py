@@ -152,8 +152,7 @@ def put_adapters(
     pairs   name and source of each; all are found before the first is converted
     header  of the base
 
-    Raises BundleError when a file's place is another adapter's. What a killed command left there is
-    overwritten.
+    Raises BundleError when a file's place is another adapter's. What a killed command left goes.
     """
     sources = [find_adapter(path) for _, path in pairs]
     safe_join(folder, "adapters").mkdir(exist_ok=True)

@@ -147,8 +147,7 @@ def _reason(error: Exception) -> str:
 def find_question(model: Model, tokens: Sequence[int]) -> tuple[int, int] | None:
     """Find where the last user turn's text begins and ends; None without such a turn.
 
-    Only tokens count, so prompts are understood however they were made. Typed text never becomes a
-    control token.
+    Only tokens count, however a prompt was made. Typed text never becomes a control token.
     """
     control, head, rest = _opening(model)
     at = _last_place(head, tokens)

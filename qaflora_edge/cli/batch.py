@@ -54,8 +54,7 @@ def to_request(found: Mapping[str, Any], *, system: str | None, raw_prompt: bool
 
     system, raw_prompt  of requests that do not say
 
-    A request with messages or a system prompt of its own is in chat form in any case. Raises
-    OptionError for a wrong value.
+    A request with messages or a system prompt is a chat. Raises OptionError for a wrong value.
     """
     own = _own_options(found)
     own_system, is_raw = own.pop("system", None), own.pop("raw_prompt", raw_prompt)

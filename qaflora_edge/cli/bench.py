@@ -68,8 +68,7 @@ def bench(
 ) -> None:
     """Measure speed on this machine.
 
-    Contestants take turns in one process, and every round has a new prompt. Ratios are taken within
-    a round, then the median.
+    Contestants take turns, with a new prompt each round. Ratios are taken within a round.
 
     decode: prefill and decoding of the base as llama.cpp runs it, of --k adapters through
     llama_set_adapters_lora (stock), and of as many fused by us; each at weight 1/k. ttft: the time

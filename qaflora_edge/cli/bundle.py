@@ -144,8 +144,7 @@ def add(
 ) -> None:
     """Add adapters to a bundle.
 
-    [NAME=]PATH is what `qaflora bundle create --adapter` takes. When something fails, the bundle is
-    as it was.
+    [NAME=]PATH is as in `qaflora bundle create --adapter`. A failure leaves the bundle as it was.
     """
     from qaflora_edge.bundles.edit import add_adapters
     from qaflora_edge.engine import Engine

@@ -24,8 +24,7 @@ DEVICE_TYPES = ("CPU", "GPU", "integrated GPU", "accelerator", "meta")  # ggml_b
 def doctor(as_json: bool) -> None:
     """Report the library, the devices and the versions.
 
-    Exit code 1 when the native library is missing or is not the right one; the rest of the report
-    is printed even then.
+    Exit code 1, after the report, when the native library is missing or not the right one.
     """
     error: LibraryError | None = None
     try:

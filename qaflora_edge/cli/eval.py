@@ -89,8 +89,7 @@ def eval(
     """Score tasks under several strategies.
 
     TASK... are files of JSON lines: questions with their answers, and how they are asked and
-    scored; docs/evaluate.md says how to write one. Every item is asked under every strategy, many
-    at once (--parallel).
+    scored; docs/evaluate.md says how to write one. Every item is asked under every strategy.
     """
     from qaflora_edge.bundles.edit import editing, set_default
     from qaflora_edge.cli.doctor import cpu_name

@@ -89,8 +89,7 @@ class _Pair:
 def plan_modules(adapter: PeftAdapter, header: GgufHeader) -> tuple[float, list[Planned]]:
     """Name every module for the base, check that it fits, and choose the file's one alpha.
 
-    Raises UnsupportedAdapterError for what cannot be represented, AdapterMismatchError for what
-    does not fit the base.
+    Raises UnsupportedAdapterError for what a LoRA cannot hold, AdapterMismatchError if it misfits.
     """
     pair = _Pair(adapter, header)
     layout = _reviewed_layout(pair)

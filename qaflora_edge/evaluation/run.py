@@ -182,8 +182,7 @@ def score_fields(task: Task, item: Fields, given: str | Sequence[F32]) -> Record
 def task_prompt(engine: Engine, task: Task, item: Fields, *, is_chat: bool = True) -> list[int]:
     """Tokenize what an item asks; is_chat as Task.asked takes it.
 
-    Raises PromptError for one that is too long, ChatTemplateError for a conversation without a
-    template.
+    Raises PromptError for one that is too long, ChatTemplateError for a chat without a template.
     """
     asked = task.asked(item, is_chat=is_chat and engine.has_chat_template)
     return engine.chat_tokens(**asked) if "messages" in asked else engine.tokenize(**asked)

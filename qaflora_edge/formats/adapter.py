@@ -89,8 +89,7 @@ def read_adapter_gguf(path: AnyPath) -> AdapterInfo:
 def adapter_info(header: GgufHeader) -> AdapterInfo:
     """Check that an adapter GGUF is whole in itself.
 
-    Raises GgufFileError when it is no adapter, UnsupportedAdapterError when it is more than a
-    plain LoRA.
+    Raises GgufFileError for no adapter, UnsupportedAdapterError for more than a plain LoRA.
     """
     alpha, ranks = _check_metadata(header), _ranks(header)
     return AdapterInfo(

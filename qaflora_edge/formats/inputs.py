@@ -105,8 +105,7 @@ def check_file(
     where        names the bundle.json of the record
     always_hash  hash it even when its hash is remembered
 
-    Raises ChecksumError when the hash differs, or the file changes in the process; InputFileError
-    when it cannot be read.
+    Raises ChecksumError for another hash or a changed file, InputFileError for an unreadable one.
     """
     state = file_state(path)
     digest = checksum(path, always_hash=always_hash)

@@ -119,8 +119,7 @@ class Loop:
     def run_forever(self) -> None:
         """Compute whatever is asked for, until close() or leave(); other threads only wait.
 
-        Waiting callers wake when the next step computes, so that handling their pieces does not
-        delay it.
+        Waiting callers wake when the next step computes, so their work on pieces delays none.
 
         Raises what a step failed with, as do all callers that waited; it may be called again then.
         """

@@ -29,8 +29,7 @@ class Sampler:
     is_free  attribute: whether the constraint waits, as it does within a thought
     forced   attribute: tokens that come next, whatever the constraint says
 
-    Raises GrammarError for a grammar that cannot be followed, OptionError for a bias on an unknown
-    token.
+    Raises GrammarError as Constraint does, OptionError for a bias on an unknown token.
     """
 
     def __init__(self, model: Model, sampling: Sampling) -> None:
@@ -101,8 +100,7 @@ class Sampler:
 
         context  backend.context.Context
 
-        Raises BackendError when no token of the vocabulary can follow under the grammar, or the
-        logits are NaN.
+        Raises BackendError when no token can follow under the grammar, or the logits are NaN.
         """
         likeliest = self._argmax(context, row)
         if self.forced:

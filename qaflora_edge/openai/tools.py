@@ -25,8 +25,7 @@ _DECODER = json.JSONDecoder()
 def chosen_tools(tools: Any, tool_choice: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Check the tools that the base is told of; find those of which it has to call one.
 
-    tool_choice  None or "auto", "none", "required", or {"type": "function", "function":
-                 {"name": ...}}
+    tool_choice  None, "auto", "none", "required", or {"type": "function", "function": {"name": N}}
 
     Raises OptionError for what is no tool, or a choice that is not among them.
     """

@@ -1,7 +1,6 @@
 """adapter_config.json of PEFT or MLX: rank and scale of each module, and what is refused.
 
-A feature that a plain LoRA cannot represent is refused by its own name. Patterns are matched in
-bounded time.
+What a plain LoRA cannot represent is refused by its own name. Patterns take bounded time.
 """
 
 import contextlib
@@ -137,8 +136,7 @@ def is_mlx(fields: Mapping[str, Any]) -> bool:
 def parse_config(path: Path, fields: Mapping[str, Any]) -> PeftConfig:
     """Check the fields of an adapter_config.json.
 
-    Raises PeftConfigError when one is wrong, UnsupportedAdapterError when it asks for more than a
-    plain LoRA.
+    Raises PeftConfigError for a wrong one, UnsupportedAdapterError for more than a plain LoRA.
     """
     refuse, kind = (_refuse_mlx, "mlx") if is_mlx(fields) else (_refuse_peft, "peft")
     refuse(path, fields)

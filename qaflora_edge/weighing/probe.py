@@ -1,7 +1,6 @@
 """The probe: measure one query with the base and with each adapter alone.
 
-Work is cut at micro-batches. A generator yields between them, so that its driver can decode tokens
-of other requests in between.
+Work is cut at micro-batches: a generator yields between them, for its driver's other requests.
 """
 
 import sys
@@ -90,8 +89,7 @@ class Prefixes:
 
     n_byte  limit of all states together; 0 keeps none
 
-    key, in all methods: the sequences of a state. The same key stands for the same sequences of
-    contexts made alike.
+    key, in all methods: stands for a state's sequences, of contexts that were made alike.
     """
 
     def __init__(self, n_byte: int) -> None:
@@ -365,8 +363,7 @@ class Prober:
     infos, sizes  the adapters' facts, where they were read before
     prefixes  the prefix cache; by default only the last query's KV state is reused
 
-    The states of the last query are kept, so that two measures of one query cost one pass. `base`
-    measures with the base alone.
+    Two measures of one query in turn cost one pass. `base` measures with the base alone.
 
     rows, in all methods: which adapters of the pack are probed, in ascending order.
     """
@@ -507,8 +504,7 @@ class Prober:
     def _in_order(self, rows: tuple[int, ...]) -> list[int]:
         """Order the adapters after the base: those that begin in a higher layer come later.
 
-        Below its first layer an adapter equals the base, and the library computes only the first
-        sequences there.
+        Below its first layer an adapter equals the base, and the library leaves it out there.
         """
         return sorted(rows, key=lambda row: (self._pack.first_layers[row], row))
 

@@ -79,8 +79,7 @@ class Probe(Protocol):
     def added(self) -> F64:
         """Measure what adapters would add in two places: float64 [2, n_adapter, n_layer].
 
-        |scale B A x| at q, k and v, in one pass of the base alone: at the last token, and in the
-        question's tokens.
+        |scale B A x| at q, k and v, in one pass of the base: at the last token, in the question.
         """
 
     def embedding(self) -> F32:
@@ -216,8 +215,7 @@ def register_strategy(strategy: Strategy) -> None:
     """Add a strategy to this process, for use wherever a strategy is named.
 
     Packages offer theirs by an entry point in the group `qaflora_edge.strategies` that names a
-    Strategy object. An object of the same class replaces the one before, so that a notebook cell
-    can run again.
+    Strategy object. One of the same class replaces the one before: a notebook cell can run again.
 
     Raises StrategyError for a wrong or taken name, or an object without weigh().
     """
@@ -252,8 +250,7 @@ def strategies() -> list[Strategy]:
 def parse_strategy(text: str, adapters: Sequence[str]) -> Chosen:
     """Parse a strategy, as in single:NAME or qa-flora:power=2.
 
-    Raises StrategyError for an unknown strategy, option or adapter, WeightsError for a weight that
-    is not finite.
+    Raises StrategyError for what is not known, WeightsError for a weight that is not finite.
     """
     name, colon, argument = text.partition(":")
     _load_built_in()

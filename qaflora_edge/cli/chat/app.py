@@ -220,8 +220,7 @@ class Chat:
     def set_system(self, text: str | None) -> None:
         """Change the system prompt of the whole conversation, from the next turn on.
 
-        Raises a QafloraError, and changes nothing, when the base's template takes none or the
-        context is too small for it.
+        Raises a QafloraError, and changes nothing, where the template or the context takes none.
         """
         from qaflora_edge.chat.conversation import Conversation
 
