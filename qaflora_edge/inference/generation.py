@@ -183,3 +183,12 @@ class Generation(Iterator[str]):
     def cancel(self) -> None:
         """End this answer; any thread may call it. It keeps its text so far."""
         self._sequence.request.cancellation.set()
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """Count tokens as OpenAI does."""
+        return {
+            "prompt_tokens": self.n_prompt,
+            "completion_tokens": self.n_completion,
+            "total_tokens": self.n_prompt + self.n_completion,
+        }
