@@ -1,10 +1,9 @@
 """Moving the pin: patches are merged into another release, and what is left to do is said."""
 
+import hashlib
 import io
-import os
 import shutil
 import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -22,7 +21,7 @@ class Move(Project):
     """A checkout that has what `move.py` reads, and the archive of the next release."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder, {"include/up.h": HEADER})
+        super().__init__(folder)
         shutil.copy(ROOT / "patches" / "move.py", self.patches)
         (self.patches / "src").mkdir()
         (self.patches / "src" / "own.cpp").write_text(
@@ -33,40 +32,16 @@ class Move(Project):
         (folder / "qaflora_edge" / "own.py").write_text("llama_thing()\n")
         (folder / "pyproject.toml").write_text('dependencies = ["up-stream==1.0"]\n')
         self.write_patch(PATCH.replace("Why: a test", "Last-checked: 0123456789ab"))
-        self.add_binding(self.archive, "1.0", "def llama_thing(): ...")
+        write_release(self.archive, "1.0", TEXT)
+        self.write_pin(sha256(self.archive))
         self.next = folder / "next.tar.gz"
         self.release()
 
-    def add_binding(self, path: Path, version: str, text: str) -> None:
-        """The pinned archive again, with a binding in it."""
-        with tarfile.open(path, "r:gz") as tar:
-            members = {
-                name.split("llama.cpp/")[1]: tar.extractfile(name).read().decode()
-                for name in tar.getnames()
-            }
-        write_release(path, version, members, text, NEW_COMMIT)
-        self.write_pin(sha256(path))
-
-    def release(
-        self,
-        text: str = FOUND_LATER,
-        header: str = HEADER,
-        binding: str = "def llama_thing(): ...",
-        commit: str = NEW_COMMIT,
-    ) -> None:
-        members = {"CMakeLists.txt": "project(x)\n", "src/a.cpp": text, "include/up.h": header}
-        write_release(self.next, "1.1", members, binding, commit)
+    def release(self, text: str = FOUND_LATER, **more: str) -> None:
+        write_release(self.next, "1.1", text, **more)
 
     def move(self, *options: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-S", str(self.patches / "move.py"), "1.1"]
-        env = {
-            "PYTHONPATH": str(self.needed),
-            "PATH": os.environ["PATH"],
-            "QAFLORA_CACHE": str(self.cache),
-            "QAFLORA_SOURCE_ARCHIVE": str(self.archive),
-        }
-        words = [*command, "--archive", str(self.next), *options]
-        return subprocess.run(words, cwd=self.folder, env=env, capture_output=True, text=True)
+        return self.run("1.1", "--archive", str(self.next), *options, script="move.py")
 
     @property
     def tree(self) -> Path:
@@ -80,17 +55,21 @@ class Move(Project):
 
 
 def sha256(path: Path) -> str:
-    done = subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True)
-    return done.stdout.split()[0]
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def write_release(
-    path: Path, version: str, members: dict[str, str], binding: str, commit: str
+    path: Path,
+    version: str,
+    text: str,
+    header: str = HEADER,
+    binding: str = "def llama_thing(): ...",
 ) -> None:
+    members = {"CMakeLists.txt": "project(x)\n", "src/a.cpp": text, "include/up.h": header}
     root = f"up_stream-{version}"
     files = {f"{root}/vendor/llama.cpp/{name}": text for name, text in members.items()}
     files[f"{root}/llama_cpp/llama_cpp.py"] = binding
-    files[f"{root}/.git/modules/vendor/llama.cpp/HEAD"] = f"{commit}\n"
+    files[f"{root}/.git/modules/vendor/llama.cpp/HEAD"] = f"{NEW_COMMIT}\n"
     with tarfile.open(path, "w:gz") as tar:
         for name, text in files.items():
             member = tarfile.TarInfo(name)

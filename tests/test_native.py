@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -22,14 +23,13 @@ else:
 """
 
 
+def ran(*words: str, env: Mapping[str, str] = os.environ) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *words]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+
+
 def run(code: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = ran("-W", "error", "-c", code, env={**os.environ, **environment})
     return done.stdout.strip()
 
 
@@ -50,13 +50,8 @@ def test_patched_library_is_loaded() -> None:
 def test_threads_do_not_spin_for_long() -> None:
     """GCC's OpenMP says what it took, when it is loaded and asked to; the environment stays."""
     settings = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD + "\nimport os; print(os.environ.get('GOMP_SPINCOUNT'))"],
-        env=settings | {"OMP_DISPLAY_ENV": "verbose"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    code = LOAD + "\nimport os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    done = ran("-c", code, env=settings | {"OMP_DISPLAY_ENV": "verbose"})
     assert done.stdout.split() == ["loaded", "None"]
     if "GOMP_SPINCOUNT" not in done.stderr:
         pytest.skip("the library was not built with GCC's OpenMP")
@@ -124,17 +119,9 @@ def test_backends_are_loaded_from_the_package_only(
     for path in backends:
         shutil.copy(path, here)
     monkeypatch.chdir(here)
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", LOAD + MAPPED],
-        env={
-            **os.environ,
-            "QAFLORA_LIB_PATH": str(library),
-            "GGML_BACKEND_PATH": str(here / backends[0].name),
-        },
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    monkeypatch.setenv("QAFLORA_LIB_PATH", str(library))
+    monkeypatch.setenv("GGML_BACKEND_PATH", str(here / backends[0].name))
+    done = ran("-P", "-c", LOAD + MAPPED)
     word, loaded = done.stdout.splitlines()
     assert (word, done.stderr) == ("loaded", "")
     assert Path(loaded) in backends
@@ -154,9 +141,7 @@ def test_library_without_a_backend_for_this_processor_is_refused(
 
 def test_packages_run_once_somebody_needs_them() -> None:
     """Importing Engine runs neither gguf nor llama_cpp; both are whole for who imports them."""
-    script = (
-        LOAD
-        + """
+    more = """
 import sys
 assert not {"yaml", "llama_cpp.llama"} & set(sys.modules)
 import gguf, llama_cpp
@@ -164,5 +149,4 @@ from llama_cpp import Llama
 assert llama_cpp.llama_cpp is sys.modules["llama_cpp.llama_cpp"]
 assert gguf.quants and gguf.GGUFWriter and llama_cpp.__version__ and Llama
 """
-    )
-    subprocess.run([sys.executable, "-c", script], check=True)
+    ran("-c", LOAD + more)

@@ -39,8 +39,7 @@ diff --git a/src/a.cpp b/src/a.cpp
 class Project:
     """A small checkout: its own patches, archive and cache, and the real tool."""
 
-    def __init__(self, folder: Path, more: dict[str, str] | None = None) -> None:
-        """more  files of the source besides"""
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.patches = folder / "patches"
         self.cache = folder / "cache"
@@ -49,21 +48,10 @@ class Project:
         for name in ("prepare.py", "strict.py"):
             (self.patches / name).write_bytes((ROOT / "patches" / name).read_bytes())
         (folder / "qaflora_edge" / "formats").mkdir(parents=True)
-        for name in (
-            "__init__.py",
-            "errors.py",
-            "files.py",
-            "formats/__init__.py",
-            "formats/inputs.py",
-            "formats/json_text.py",
-            "imports.py",
-            "progress.py",
-            "settings.py",
-            "config.py",
-        ):
-            source = ROOT / "qaflora_edge" / name
-            (folder / "qaflora_edge" / name).write_bytes(source.read_bytes())
-        self.write_archive({"CMakeLists.txt": "project(x)\n", "src/a.cpp": TEXT, **(more or {})})
+        for part in ("qaflora_edge", "qaflora_edge/formats"):
+            for source in (ROOT / part).glob("*.py"):
+                (folder / part / source.name).write_bytes(source.read_bytes())
+        self.write_archive({"CMakeLists.txt": "project(x)\n", "src/a.cpp": TEXT})
         self.write_patch(PATCH)
 
     def write_archive(self, members: dict[str, str]) -> None:
@@ -96,8 +84,10 @@ class Project:
         (self.patches / "0001-hook.patch").write_text(text)
         (self.patches / "series").write_text("# applied in this order\n0001-hook.patch\n")
 
-    def run(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-S", str(self.patches / "prepare.py"), *arguments]
+    def run(
+        self, *words: str, script: str = "prepare.py", **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-S", str(self.patches / script), *words]
         env = {
             "PYTHONPATH": str(self.needed),
             "PATH": os.environ["PATH"],
