@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from fuzz.mutate import Gguf, mutate
 from fuzz.run import fuzz_target
-from fuzz.targets import TARGETS
-from fuzz.worker import FINDINGS, outcome_of, read_case, save_finding, write_case
+from fuzz.targets import TARGETS, read_case
+from fuzz.worker import FINDINGS, outcome_of, save_finding, write_case
 
 N_CASE = 120
 

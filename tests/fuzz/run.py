@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fuzz.targets import TARGETS
-from fuzz.worker import FINDINGS, SECONDS_UNTIL_KILLED, read_case, save_finding
+from fuzz.targets import TARGETS, read_case
+from fuzz.worker import FINDINGS, SECONDS_UNTIL_KILLED, save_finding
 
 N_CASE_UNBOUNDED = 1 << 62
 SECONDS_TO_START = 60
@@ -34,7 +34,7 @@ def fuzz_target(
         with tempfile.TemporaryDirectory(prefix="qaflora-fuzz-") as work_name:
             work = Path(work_name)
             problem = _run_worker(name, work, seed, left, n_case - total["n_case"])
-            report = _read_report(work)
+            report = json.loads((work / "report.json").read_text(encoding="utf-8"))
             total["n_case"] += report["n_case"]
             total["outcomes"] |= set(report["outcomes"])
             total["n_accepted"] += report["outcomes"].get("accepted", 0)
@@ -74,11 +74,6 @@ def _run_worker(name: str, work: Path, seed: int, seconds: float, n_case: int) -
     if not (work / "report.json").exists():  # it fed nothing: the fuzzer is at fault
         raise RuntimeError(f"The worker of {name} did not start:\n{text}")
     return f"the worker ended with {result.returncode}\n{text}"
-
-
-def _read_report(work: Path) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads((work / "report.json").read_text(encoding="utf-8"))
-    return report
 
 
 def _reason(folder: Path) -> str:

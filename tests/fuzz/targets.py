@@ -40,11 +40,11 @@ class Target:
     check: Callable[[Path, Path], None]
 
 
-def _read_case(folder: Path) -> Case:
+def read_case(folder: Path) -> Case:
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != "reason.txt"
     }
 
 
@@ -53,18 +53,22 @@ def _base(place: Path) -> tiny.TinyBase:
     return tiny.write_tiny_base(place / "base.gguf", **SMALL)
 
 
+def _written(place: Path, base: tiny.TinyBase, *options: Mapping[str, Any]) -> list[Case]:
+    path = place / "adapter.gguf"
+    return [
+        {"a.gguf": tiny.write_tiny_adapter(path, base, **each).path.read_bytes()}
+        for each in options
+    ]
+
+
 def _adapters(place: Path) -> list[Case]:
-    base = _base(place)
-    options: tuple[Mapping[str, Any], ...] = (
+    return _written(
+        place,
+        _base(place),
         {"targets": ("attn_q",), "layers": (0,), "rank": 2},
         {"targets": ("token_embd", "output", "ffn_down"), "rank": 3, "outtype": "f16"},
         {"targets": ("attn_k", "attn_v"), "rank": 32, "outtype": "q8_0"},
     )
-    cases = []
-    for option in options:
-        adapter = tiny.write_tiny_adapter(place / "adapter.gguf", base, **option)
-        cases.append({"a.gguf": adapter.path.read_bytes()})
-    return cases
 
 
 def _pefts(place: Path) -> list[Case]:
@@ -80,7 +84,7 @@ def _pefts(place: Path) -> list[Case]:
         },
     )
     return [
-        _read_case(tiny.write_tiny_peft(place / f"peft{index}", base, **option))
+        read_case(tiny.write_tiny_peft(place / f"peft{index}", base, **option))
         for index, option in enumerate(options)
     ]
 
@@ -91,17 +95,13 @@ def _mixture(place: Path) -> tiny.TinyBase:
 
 
 def _expert_adapters(place: Path) -> list[Case]:
-    base = _mixture(place)
-    options: tuple[Mapping[str, Any], ...] = (
+    return _written(
+        place,
+        _mixture(place),
         {"targets": ("ffn_up_exps",), "layers": (0,), "rank": 2},
         {"targets": ("ffn_gate_exps", "ffn_down_exps", "attn_q"), "rank": 3, "outtype": "f16"},
         {"targets": ("ffn_down_exps",), "layers": (1,), "rank": 32, "outtype": "q8_0"},
     )
-    cases = []
-    for option in options:
-        adapter = tiny.write_tiny_adapter(place / "adapter.gguf", base, **option)
-        cases.append({"a.gguf": adapter.path.read_bytes()})
-    return cases
 
 
 def _expert_pefts(place: Path) -> list[Case]:
@@ -212,17 +212,6 @@ def _schemas(place: Path) -> list[Case]:
     return [{"schema.json": json.dumps(schema).encode()}]
 
 
-def _bases(place: Path) -> list[Case]:
-    options: tuple[Mapping[str, Any], ...] = (
-        {},
-        {"arch": "qwen2", "tied": False, "dtype": "q8_0"},
-    )
-    paths = [place / f"base{index}.gguf" for index in range(len(options))]
-    for path, option in zip(paths, options, strict=True):
-        tiny.write_tiny_base(path, **{**SMALL, "n_layer": 1, **option})
-    return [{"a.gguf": path.read_bytes()} for path in paths]
-
-
 def _models(place: Path) -> list[Case]:
     """Bases that run, with one and two kinds of layers and both kinds of vocabulary."""
     path = place / "model.gguf"
@@ -246,7 +235,7 @@ def _bundles(place: Path) -> list[Case]:
     create_bundle(place / "bundle", base.path, {"es": adapter.path}, name="tiny")
     text = json.loads((place / "bundle/bundle.json").read_bytes())
     text["fusion"]["typical"] = {"es": {"norm": [0.5, 1.0], "raw": [0.25, 2.0]}}
-    return [{**_read_case(place / "bundle"), "bundle.json": json.dumps(text).encode()}]
+    return [{**read_case(place / "bundle"), "bundle.json": json.dumps(text).encode()}]
 
 
 # --- checks ---------------------------------------------------------------------------------
@@ -326,12 +315,12 @@ def _check_schema(folder: Path, place: Path) -> None:
     schema_grammar(schema)
 
 
-def _check_native_adapter(folder: Path, place: Path) -> None:
+def _check_native_adapter(folder: Path, place: Path, base: str = "base.gguf") -> None:
     """An adapter that we accept is loaded and used by the library without harm."""
     from fuzz.native import use_adapter
 
-    _check_adapter(folder, place)
-    use_adapter(place / "base.gguf", folder / "a.gguf")
+    _check_adapter(folder, place, base)
+    use_adapter(place / base, folder / "a.gguf")
 
 
 def _check_native_base(folder: Path, place: Path) -> None:
@@ -342,10 +331,7 @@ def _check_native_base(folder: Path, place: Path) -> None:
 
 
 def _check_native_experts(folder: Path, place: Path) -> None:
-    from fuzz.native import use_adapter
-
-    _check_adapter(folder, place, "mixture.gguf")
-    use_adapter(place / "mixture.gguf", folder / "a.gguf")
+    _check_native_adapter(folder, place, "mixture.gguf")
 
 
 def _check_expert_pefts(folder: Path, place: Path) -> None:
@@ -361,7 +347,7 @@ TARGETS: Mapping[str, Target] = {
     "shards": Target(_shards, _check_peft),
     "convert": Target(_pefts, _check_convert),
     "adapter": Target(_adapters, _check_adapter),
-    "base": Target(_bases, _check_base),
+    "base": Target(_models, _check_base),
     "bundle": Target(_bundles, _check_bundle),
     "session": Target(_sessions, _check_session),
     "schema": Target(_schemas, _check_schema),

@@ -44,14 +44,6 @@ def write_case(folder: Path, case: Case) -> None:
         (folder / name).write_bytes(data)
 
 
-def read_case(folder: Path) -> Case:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "reason.txt"
-    }
-
-
 def save_finding(target: str, case: Case, reason: str, findings: Path = FINDINGS) -> Path:
     """Keep a case for good; test_fuzz.py replays it from then on."""
     digest = hashlib.sha256(b"".join(name.encode() + data for name, data in sorted(case.items())))
