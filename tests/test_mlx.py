@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import tiny
@@ -55,29 +54,19 @@ def random_pairs(base: tiny.TinyBase, layers: list[int]) -> dict[str, NDArray[np
     return tensors
 
 
-def stored(path: Path) -> tuple[dict[str, NDArray[np.float64]], float]:
-    """The tensors of an adapter GGUF, and its alpha."""
-    reader = gguf.GGUFReader(path)
-    alpha = float(reader.fields["adapter.lora.alpha"].contents())
-    return {tensor.name: tensor.data.astype(np.float64) for tensor in reader.tensors}, alpha
-
-
 def test_delta_equals_what_mlx_fuses(tmp_path: Path) -> None:
     base = tiny.write_tiny_base(tmp_path / "base.gguf", "qwen2")
     tensors = random_pairs(base, [1, 2])
     folder = write_mlx(tmp_path / "a", tensors)
     convert_adapter(folder, base.path, tmp_path / "out.gguf", outtype="f32")
-    found, alpha = stored(tmp_path / "out.gguf")
-    assert len(found) == len(tensors)
-    for name in tensors:
-        if not name.endswith(".lora_a"):
-            continue
-        module = name.removesuffix(".lora_a")
+    found = tiny.stored_deltas(tmp_path / "out.gguf")
+    modules = {name.removesuffix(".lora_a") for name in tensors if name.endswith(".lora_a")}
+    assert len(found) == len(modules)
+    for module in modules:
         a, b = (tensors[f"{module}.lora_{side}"].astype(np.float64) for side in "ab")
         expected = (20.0 * b.T) @ a.T  # mlx-lm d78bf58e, tuner/lora.py LoRALinear.fuse
         _, _, layer, projection = module.split(".", 3)
-        stem = f"blk.{layer}.{tiny.PROJECTIONS[projection]}.weight"
-        delta = alpha / 4 * found[f"{stem}.lora_b"] @ found[f"{stem}.lora_a"]
+        delta = found[f"blk.{layer}.{tiny.PROJECTIONS[projection]}.weight"]
         np.testing.assert_allclose(delta, expected, rtol=1e-12, atol=1e-9)
 
 
@@ -132,13 +121,12 @@ def test_experts_are_those_that_mlx_fuses(tmp_path: Path) -> None:
     folder = write_mlx(tmp_path / "a", tensors)
     out = tmp_path / "out.gguf"
     convert_adapter(folder, base.path, out, outtype="f32", verify=True)
-    found, alpha = stored(out)
-    assert len(found) == len(tensors)
+    found = tiny.stored_deltas(out)
+    assert len(found) == 3
     for part in ("gate", "up", "down"):
         a, b = (tensors[f"{EXPERTS}.{part}_proj.lora_{side}"].astype(np.float64) for side in "ab")
         expected = 20.0 * b @ a  # mlx-lm ef3c28db, tuner/lora.py LoRASwitchLinear.fuse
-        stem = f"blk.0.ffn_{part}_exps.weight"
-        delta = alpha / 4 * found[f"{stem}.lora_b"] @ found[f"{stem}.lora_a"]
+        delta = found[f"blk.0.ffn_{part}_exps.weight"]
         np.testing.assert_allclose(delta, expected, rtol=1e-12, atol=1e-9)
     convert_adapter(folder, base.path, out, outtype="q8_0", verify=True)  # of other blocks
 

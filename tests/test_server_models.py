@@ -57,7 +57,9 @@ def ask(client: TestClient, model: str) -> str:
     return text
 
 
-def test_bundles_are_loaded_when_they_are_asked_for(places: list[Path]) -> None:
+def test_bundles_are_loaded_when_they_are_asked_for_and_share_their_base(
+    places: list[Path],
+) -> None:
     with client_of(*places) as client:
         assert loaded(client) == ["one"]
         answers = {name: ask(client, name) for name in ("other", "three")}
@@ -66,6 +68,11 @@ def test_bundles_are_loaded_when_they_are_asked_for(places: list[Path]) -> None:
         assert client.post(CHAT, json=body).status_code == 400  # which one?
         assert client.post("/tokenize", json={"content": "a", "model": "two"}).status_code == 200
         assert loaded(client) == ["one", "two", "three", "other"]
+        bundles = client.app.state.models.by_name  # type: ignore[attr-defined]
+        bases = [each.engine._model for each in bundles.values()]
+        assert bases[0] is bases[1] is bases[2]
+        assert len(models._shared) == len({*bases}) == 2
+    assert models._shared == {}
     for name, place in (("other", places[3]), ("three", places[2])):
         with Engine(place, **ENGINE) as engine:  # type: ignore[arg-type]
             choices = engine.chat(USER, max_tokens=5)["choices"]
@@ -99,18 +106,6 @@ def test_a_bundle_is_opened_once_though_who_asked_is_gone(
         is_let.set()  # the server ends when they are open, and closes them
     assert len(opened) == 3
     assert all(engine._core.is_closed for engine in opened)
-    assert models._shared == {}
-
-
-def test_bundles_of_one_base_share_it(places: list[Path]) -> None:
-    with client_of(*places) as client:
-        for name in ("two", "three", "other"):
-            ask(client, name)
-        bundles = client.app.state.models.by_name  # type: ignore[attr-defined]
-        bases = [each.engine._model for each in bundles.values()]
-        assert bases[0] is bases[1] is bases[2]
-        assert bases[3] is not bases[0]
-        assert len(models._shared) == 2
     assert models._shared == {}
 
 

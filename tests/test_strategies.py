@@ -13,11 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles import TinyBundle
-from click.testing import CliRunner
+from bundles import TinyBundle, qaflora
 
 from qaflora_edge import Engine, Measured, Mix, QafloraError, Strategy, register_strategy
-from qaflora_edge.cli import main
 from qaflora_edge.errors import StrategyError, WeightsError
 from qaflora_edge.weighing import strategy as registry
 
@@ -42,15 +40,9 @@ def script(*words: object) -> str:
     return done.stdout
 
 
-def qaflora(*words: object) -> str:
-    result = CliRunner().invoke(main, [str(word) for word in words])
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
 def sharpened(folder: Path) -> Any:
     """float64 [n_adapter, n_layer], of the divergences that the plain command shows."""
-    shown = json.loads(qaflora("weights", folder, PROMPT, "--json"))
+    shown = json.loads(qaflora("weights", folder, PROMPT, "--json").stdout)
     squares = np.array(shown["divergence"]) ** 2
     return squares / squares.sum(axis=0)
 
@@ -105,7 +97,7 @@ class Sizes(Strategy):
 
 def test_a_strategy_names_what_it_measures(made: TinyBundle) -> None:
     register_strategy(Sizes())
-    shown = qaflora("weights", made.folder, PROMPT, "--strategy", "sizes")
+    shown = qaflora("weights", made.folder, PROMPT, "--strategy", "sizes").stdout
     assert "size of states" in shown
     assert "lens" not in shown
     with Engine(made.folder) as engine:
@@ -206,9 +198,9 @@ SOME_STRATEGY = Thirds()
 
 def test_a_package_offers_a_strategy(made: TinyBundle, offered: list[EntryPoint]) -> None:
     offered.append(point("their_package:SOME_STRATEGY"))
-    shown = json.loads(qaflora("weights", made.folder, "a", "--json", "--strategy", "thirds"))
-    np.testing.assert_allclose(shown["weights"], np.full((2, 3), 1 / 3), rtol=1e-6)
-    assert " or thirds[:N]." in " ".join(qaflora("run", "--help").split())
+    shown = qaflora("weights", made.folder, "a", "--json", "--strategy", "thirds").stdout
+    np.testing.assert_allclose(json.loads(shown)["weights"], np.full((2, 3), 1 / 3), rtol=1e-6)
+    assert " or thirds[:N]." in " ".join(qaflora("run", "--help").stdout.split())
 
 
 @pytest.mark.parametrize(
@@ -229,5 +221,5 @@ def test_a_broken_package_is_named(
         assert reason in str(caught.value)
         assert str(caught.value).endswith("Correct or remove its package.")
     assert registry.parse_strategy("static", ("math",)).text == "static"  # ours need no package
-    result = CliRunner().invoke(main, ["weights", str(made.folder), "a", "--strategy", "best"])
+    result = qaflora("weights", made.folder, "a", "--strategy", "best")
     assert (result.exit_code, result.stderr) == (1, f"Error: {caught.value}\n")

@@ -7,7 +7,6 @@ from math import exp, log
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import tiny
@@ -181,24 +180,6 @@ def test_new_bundles_are_weighed_by_it_where_it_has_something_to_go_by(
         strategy_of(es, strategy="")
 
 
-def deltas(adapter: Path, n_layer: int) -> dict[int, list[Any]]:
-    """layer -> scale B A of q, k and v, float64 [n_out, n_in], as the gguf package reads it."""
-    reader = gguf.GGUFReader(adapter)
-    tensors = {each.name: np.asarray(each.data, np.float64) for each in reader.tensors}
-    alpha = float(reader.fields["adapter.lora.alpha"].contents())
-    return {
-        layer: [
-            alpha
-            / len(tensors[f"{name}.lora_a"])
-            * tensors[f"{name}.lora_b"]
-            @ tensors[f"{name}.lora_a"]
-            for name in (f"blk.{layer}.attn_{kind}.weight" for kind in "qkv")
-            if f"{name}.lora_a" in tensors
-        ]
-        for layer in range(n_layer)
-    }
-
-
 def test_what_adapters_would_add_is_their_delta_times_what_the_base_reads(
     calibrated: TinyBundle,
 ) -> None:
@@ -214,7 +195,10 @@ def test_what_adapters_would_add_is_their_delta_times_what_the_base_reads(
                 inputs.append(context.inputs(0, 1)[0].astype(np.float64))
         n_layer = engine.n_layer
     for ia, path in enumerate(load_bundle(calibrated.folder).adapter_paths.values()):
-        for layer, modules in deltas(path, n_layer).items():
+        deltas = tiny.stored_deltas(path)
+        for layer in range(n_layer):
+            names = [f"blk.{layer}.attn_{kind}.weight" for kind in "qkv"]
+            modules = [deltas[name] for name in names if name in deltas]
             sizes = [[np.linalg.norm(m @ x[layer]) for x in inputs] for m in modules]
             last = exp(np.mean([log(each[-1]) for each in sizes])) if sizes else 0
             question = exp(np.mean([log(np.mean(each[3:9])) for each in sizes])) if sizes else 0

@@ -384,6 +384,19 @@ def write_pairs(path: Path, tensors: Mapping[str, NDArray[np.generic]]) -> Path:
     return path
 
 
+def stored_deltas(path: Path) -> dict[str, NDArray[np.float64]]:
+    """Base tensor -> alpha / rank B A of an adapter GGUF, as gguf reads it."""
+    reader = gguf.GGUFReader(path)
+    alpha = float(reader.fields["adapter.lora.alpha"].contents())
+    values = {
+        tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
+        for tensor in reader.tensors
+    }
+    names = [name.removesuffix(".lora_a") for name in values if name.endswith(".lora_a")]
+    pairs = {name: (values[f"{name}.lora_a"], values[f"{name}.lora_b"]) for name in names}
+    return {name: alpha / b.shape[-1] * b @ a for name, (a, b) in pairs.items()}
+
+
 def random_pair(
     rng: np.random.Generator, shape: tuple[int, int], rank: int, strength: float
 ) -> tuple[F32, F32]:
