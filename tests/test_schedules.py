@@ -148,38 +148,29 @@ def test_answers_in_company_are_those_alone(
 ) -> None:
     monkeypatch.setattr("qaflora_edge.inference.draft._ORDERS", (1,))  # many wrong guesses
     draft = 0 if arch == "gemma3" else 3
+    n_compared = n_logits = 0
     with Engine(**parts | {"n_parallel": 4, "draft": draft}) as together:
-        n_compared, n_logits = run_schedules(alone, together, noted, TOLERANCE[arch])
+        for seed in range(N_SCHEDULE // 2):  # of each architecture
+            rng = random.Random(seed)
+            done: list[Call] = []
+            open_calls: list[Call] = []
+            for _ in range(rng.randint(2, 7)):
+                call = drawn_call(rng, done)
+                begin(together, call)
+                if call.answer is not None and call.error is None:
+                    open_calls.append(call)
+                done.append(call)
+                for _ in range(rng.randrange(4)):
+                    if open_calls:
+                        read(rng.choice(open_calls), rng.randrange(4))
+                if open_calls and rng.random() < 0.15:
+                    cancel(rng.choice(open_calls))
+            for call in rng.sample(open_calls, len(open_calls)):
+                read(call, 1000)
+            n_compared += len(done)
+            n_logits += sum(compare(alone, call, noted, TOLERANCE[arch]) for call in done)
     assert n_compared > 3 * N_SCHEDULE // 2
     assert n_logits > 5 * N_SCHEDULE // 2
-
-
-def run_schedules(
-    alone: Engine, together: Engine, noted: dict[int, list[F32]], atol: float
-) -> tuple[int, int]:
-    """Draw schedules and compare; how many calls and rows of logits were compared."""
-    n_compared = n_logits = 0
-    for seed in range(N_SCHEDULE // 2):  # of each architecture
-        rng = random.Random(seed)
-        done: list[Call] = []
-        open_calls: list[Call] = []
-        for _ in range(rng.randint(2, 7)):
-            call = drawn_call(rng, done)
-            begin(together, call)
-            if call.answer is not None and call.error is None:
-                open_calls.append(call)
-            done.append(call)
-            for _ in range(rng.randrange(4)):
-                if open_calls:
-                    read(rng.choice(open_calls), rng.randrange(4))
-            if open_calls and rng.random() < 0.15:
-                cancel(rng.choice(open_calls))
-        for call in rng.sample(open_calls, len(open_calls)):
-            read(call, 1000)
-        for call in done:
-            n_logits += compare(alone, call, noted, atol)
-            n_compared += 1
-    return n_compared, n_logits
 
 
 @pytest.mark.slow

@@ -329,8 +329,6 @@ REFUSED = [
     ({"messages": []}, "messages", "The field messages is [], expected a list of messages"),
     ({"messages": [{}]}, "messages", "Message 0 has role = None, expected a text, as in {"),
     ({"messages": USER * 2049}, "messages", "The field messages is [{'role': 'user', 'con"),
-    ({"temperature": -1}, "temperature", "The field temperature is -1, expected a number fr"),
-    ({"n": 17}, "n", "The field n is 17, expected a number of answers from 1 to 16."),
     ({"stop": [""]}, "stop", "The field stop is [''], expected a text or 1 to 16 texts,"),
     ({"stream": "yes"}, "stream", "The field stream is 'yes', expected true or false."),
     (
@@ -340,11 +338,7 @@ REFUSED = [
     ),
     ({"logprobs": 3}, "logprobs", "The field logprobs is 3, expected true or false."),
     ({"logit_bias": {"999": 1}}, "logit_bias", "Option logit_bias has the token 999, expec"),
-    (
-        {"tools": [{"type": "function", "function": {"name": "f"}}]},
-        "tools",
-        "The chat template of ",
-    ),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "The chat template of"),
     ({"functions": [{}]}, "functions", "Option functions of chat is [{}], expected None: it"),
     ({"response_format": {"type": "x"}}, "response_format", "Option response_format is {'ty"),
     ({"grammar": "root ::= ("}, "grammar", "The grammar"),
@@ -357,11 +351,7 @@ REFUSED = [
         "The field fusion.strategy is 'static', expected base, as the model says, or nothing.",
     ),
     ({"fusion": {"adapters": ["x"]}}, "fusion", ""),
-    (
-        {"fusion": {"strategy": "manual:math=1e30"}},
-        "fusion.strategy",
-        "The field fusion.strategy is 'manual:math=1e30', expected weights from -100 to 100.",
-    ),
+    ({"fusion": {"strategy": "manual:math=1e30"}}, "fusion.strategy", "weights from -100 to 100."),
     ({"fusion": {"weights": [[True]]}}, "fusion.weights", "The field fusion.weights is [[True]], "),
     ({"fusion": {"weights": {"es": 1e3}}}, "fusion.weights", "The field fusion.weights is {"),
     ({"fusion": {"weights": [[1]]}}, "fusion", "Weights have the shape [1, 1], expected [2,"),
@@ -386,7 +376,7 @@ def test_what_cannot_be_followed_is_refused_by_its_field(
     whole = {"model": "tiny", "messages": USER, "max_tokens": 1, **body}
     found, error = failure(client, **whole)
     assert (found, error["param"]) == (400, param), error
-    assert error["message"].startswith(message)
+    assert message in error["message"]
     if "stream" not in body:
         assert failure(client, **whole, stream=True) == (found, error)
 

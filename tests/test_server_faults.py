@@ -147,16 +147,6 @@ def test_bodies_that_come_slowly_or_never(
             assert b"The body has not come within 3 s." in late
 
 
-def is_closed(client: socket.socket) -> bool:
-    """Whether the other side has ended a connection, after whatever it has answered."""
-    try:
-        while client.recv(65536):
-            pass
-    except ConnectionError:
-        pass
-    return True
-
-
 def test_heads_without_end(calibrated: TinyBundle) -> None:
     """What belongs to no body is bounded, long before anybody's key was seen."""
     n = 2 * MAX_HEAD_BYTES
@@ -172,7 +162,8 @@ def test_heads_without_end(calibrated: TinyBundle) -> None:
     with listening(calibrated.folder, api_key=KEY) as url, contextlib.ExitStack() as stack:
         for data in unending:
             client = stack.enter_context(socket.create_connection(address_of(url), PATIENCE_S))
-            with contextlib.suppress(ConnectionError):
+            with contextlib.suppress(ConnectionError):  # not the end of time: it is closed
                 client.sendall(data)
-            assert is_closed(client)
+                while client.recv(65536):
+                    pass
         assert ask(url, unknown="a" * 1_000_000) == ask(url)

@@ -70,10 +70,13 @@ class Held(Strategy):
 
     def __init__(self) -> None:
         self.go, self.busy = threading.Event(), threading.Semaphore(0)
+        self.is_failing = False
 
     def weigh(self, query: Query, probe: Probe, argument: Any) -> Any:
         self.busy.release()
         assert self.go.wait(PATIENCE_S)
+        if self.is_failing:
+            raise RuntimeError("a secret of the server")
         return np.zeros((len(query.adapters), query.n_layer))
 
 
@@ -140,9 +143,11 @@ def test_a_full_queue_is_told_at_once(bundle: Path, held: Held) -> None:
         assert [answer.status_code for answer in answers] == [200] * (N_TURN + 2)
 
 
+@pytest.mark.parametrize("is_failing", [False, True])
 def test_a_stream_that_is_weighed_for_long_says_that_it_lives(
-    bundle: Path, held: Held, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, held: Held, monkeypatch: pytest.MonkeyPatch, is_failing: bool
 ) -> None:
+    held.is_failing = is_failing
     monkeypatch.setattr(stream, "PING_S", 0.05)
     with listening(bundle) as address:
         url, body = f"{address}/v1/chat/completions", body_of(stream=True)
@@ -154,31 +159,14 @@ def test_a_stream_that_is_weighed_for_long_says_that_it_lives(
             assert "x-fusion" not in response.headers
             held.go.set()
             rest = [line for line in lines if line.startswith("data: ")]
-        assert rest[-1] == "data: [DONE]"
         first = json.loads(rest[0].removeprefix("data: "))
-        assert first["fusion"]["strategy"] == "held"
-
-
-def test_what_fails_behind_a_ping_is_an_event(
-    bundle: Path, held: Held, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(self: Held, *_: Any) -> Any:
-        self.busy.release()
-        assert self.go.wait(PATIENCE_S)
-        raise RuntimeError("a secret of the server")
-
-    monkeypatch.setattr(stream, "PING_S", 0.05)
-    monkeypatch.setattr(Held, "weigh", fail)
-    with listening(bundle) as address:
-        url, body = f"{address}/v1/chat/completions", body_of(stream=True)
-        with httpx.stream("POST", url, json=body, timeout=PATIENCE_S) as response:
-            lines = response.iter_lines()
-            assert next(lines) == ": ping"
-            held.go.set()
-            rest = [line for line in lines if line.startswith("data: ")]
-        assert len(rest) == 1
-        error = json.loads(rest[0].removeprefix("data: "))["error"]
-        assert error["message"] == "The server failed to answer; its log says why."
+        if is_failing:
+            assert len(rest) == 1
+            message = "The server failed to answer; its log says why."
+            assert first["error"]["message"] == message
+        else:
+            assert rest[-1] == "data: [DONE]"
+            assert first["fusion"]["strategy"] == "held"
 
 
 def test_the_time_of_a_request_has_an_end(bundle: Path, held: Held) -> None:

@@ -85,13 +85,7 @@ def test_keys_are_compared_in_constant_time(
     assert compared == [(KEY.encode(), KEY.encode())]
 
 
-OUR_HOSTS = (
-    "localhost",
-    "LOCALHOST:1",
-    "127.0.0.1:8080",
-    "[::1]:8080",
-    "192.168.0.7",
-)  # by address
+OUR_HOSTS = ("localhost", "LOCALHOST:1", "127.0.0.1:8080", "[::1]:8080", "192.168.0.7")
 FOREIGN_HOSTS = (
     *("evil.example", "localhost.evil.example", "127.0.0.1.evil.example:8080", "[::1", ""),
     *("evil.example:localhost", "evil@localhost.example"),

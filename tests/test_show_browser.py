@@ -4,18 +4,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browser import Browser, missing
+from browser import Browser
+from desk import DOWN, ESCAPE, LEFT, NEEDS_CHROMIUM, RIGHT, TAB, UP
 
 from qaflora_edge.show.pages import results_page, weights_page
 from qaflora_edge.weighing.numbers import FusionWeights
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing())]
+pytestmark = NEEDS_CHROMIUM
 
 EVIL = "<img src=x onerror=\"document.title='pwned'\"><script>document.title='pwned'</script>"
 N_LAYER = 30
-LEFT, UP, RIGHT, DOWN, TAB, END, ESCAPE = (
-    *("\ue012", "\ue013", "\ue014", "\ue015", "\ue004", "\ue010", "\ue00c"),
-)
+END = "\ue010"
 NAN = float("nan")
 LINES = {
     "base": (("20.0", 20, 5, 40), None, ("-60.0", -60, -80, -20)),

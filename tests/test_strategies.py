@@ -122,14 +122,8 @@ class Thirds(Strategy):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (
-            [[0, 0, float("nan")]] * 2,
-            "Strategy 'wrong': The weight of 'math' at layer 2 is nan, expected a finite number.",
-        ),
-        (
-            Mix([[0.5] * 3] * 2, [[1.0] * 2] * 2),
-            "Strategy 'wrong': Weights have the shape [2, 2], expected [2, 3]: one row for each of",
-        ),
+        ([[0, 0, np.nan]] * 2, "The weight of 'math' at layer 2 is nan, expected a finite number."),
+        (Mix([[0.5] * 3] * 2, [[1.0] * 2] * 2), "Weights have the shape [2, 2], expected [2, 3]"),
     ],
 )
 def test_wrong_weights_name_their_strategy(made: TinyBundle, given: Any, message: str) -> None:
@@ -143,7 +137,7 @@ def test_wrong_weights_name_their_strategy(made: TinyBundle, given: Any, message
     with Engine(made.folder) as engine:
         with pytest.raises(WeightsError) as caught:
             engine.weights("a", strategy="wrong")
-        assert str(caught.value).startswith(message)
+        assert str(caught.value).startswith(f"Strategy 'wrong': {message}")
         failed, fine = dict(
             engine.generate_many([{"prompt": "a", "weights": "wrong"}, "a"], max_tokens=1)
         ).values()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from math import exp, log
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from bundles import TinyBundle, make_bundle
+from bundles import TinyBundle, make_bundle, rewrite
 from decoded import count_decoded, probe
 
 from qaflora_edge import Engine
@@ -274,11 +273,13 @@ def test_an_older_bundle_is_asked_to_be_measured_again(
     calibrated: TinyBundle, tmp_path: Path
 ) -> None:
     old = make_bundle(tmp_path, calibrate=True)
-    path = old.folder / "bundle.json"
-    text = json.loads(path.read_text(encoding="utf-8"))
-    for name, values in text["fusion"]["typical"].items():
-        text["fusion"]["typical"][name] = {lens: values[lens] for lens in ("norm", "raw")}
-    path.write_text(json.dumps(text), encoding="utf-8")
+
+    def forget(raw: dict[str, Any]) -> None:
+        for values in raw["fusion"]["typical"].values():
+            for key in {*values} - {"norm", "raw"}:
+                del values[key]
+
+    rewrite(old.folder, forget)
     with Engine(old.folder, strategy="calibrated") as engine:
         assert engine.weights("a").strategy == "calibrated"
         for strategy, how in (

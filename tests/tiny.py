@@ -10,6 +10,7 @@ import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -322,12 +323,8 @@ def q4_k(array: F32, n_bit: int = 4) -> NDArray[np.uint8]:
     return np.concatenate(parts, axis=1).reshape(len(array), -1)
 
 
-def q5_k(array: F32) -> NDArray[np.uint8]:
-    """As q4_k, with fifth bits."""
-    return q4_k(array, 5)
-
-
-_OURS = {"q4_k": q4_k, "q5_k": q5_k, "q6_k": q6_k}  # gguf.quants reads these and writes others
+# gguf.quants reads these and writes others.
+_OURS = {"q4_k": q4_k, "q5_k": partial(q4_k, n_bit=5), "q6_k": q6_k}
 QUANTISED = ("q8_0", "q4_0", "q4_1", "q5_0", *_OURS)
 
 
