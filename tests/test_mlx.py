@@ -140,7 +140,6 @@ def pair(name: str, a: tuple[int, ...], b: tuple[int, ...]) -> dict[str, NDArray
 
 
 def unfit(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[Any, ...]:
-    """Make the case of experts that do not fit each other."""
     return (PeftConfigError, {}, pair(UP, a, b), "adapter_config.json",
             f"experts {EXPERTS}.up_proj have rank 4 by lora_parameters, but lora_a is {list(a)} "
             f"and lora_b {list(b)}; expected [n_expert, 4, n_in] and [n_expert, n_out, 4]. "

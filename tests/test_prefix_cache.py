@@ -23,16 +23,8 @@ MIB = 1 << 20
 def base(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> TinyBase:
     """Quantised, so that a differential product is told from a plain one."""
     place = tmp_path_factory.mktemp("prefixes")
-    return write_tiny_base(
-        place / "base.gguf",
-        request.param,
-        dtype="q8_0",
-        n_ctx=2048,
-        n_layer=2,
-        n_embd=96,
-        n_head=3,
-        n_head_kv=1,
-    )
+    sizes = {"n_ctx": 2048, "n_layer": 2, "n_embd": 96, "n_head": 3, "n_head_kv": 1}
+    return write_tiny_base(place / "base.gguf", request.param, dtype="q8_0", **sizes)
 
 
 @pytest.fixture(scope="module")

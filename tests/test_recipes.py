@@ -23,7 +23,6 @@ ROWS = {
 
 @pytest.fixture
 def recipes(checkout: Path) -> Any:
-    """The script as a module."""
     for name in ("torch", "transformers", "peft"):
         pytest.importorskip(name)
     spec = importlib.util.spec_from_file_location("recipes", checkout / "models/recipes/train.py")

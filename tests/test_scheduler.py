@@ -78,8 +78,6 @@ class NotedContext:
 
 
 class Heard:
-    """A listener that keeps what it is given."""
-
     def __init__(self, start: int) -> None:
         self.start = start
         self.cells: dict[int, tuple[int, bytes]] = {}
@@ -97,8 +95,6 @@ class Vocabulary:
 
 
 class Noting:
-    """A sampler that draws what the context says."""
-
     constraint = None
 
     def sample(self, context: NotedContext, row: int) -> int:
@@ -112,8 +108,6 @@ class Noting:
 
 
 class Bench:
-    """A loop over a context that only notes."""
-
     def __init__(self, n_slot: int, n_running: int | None = None) -> None:
         self.context = NotedContext(n_slot)
         self.scheduler = Scheduler(n_slot, CHUNKS, n_running=n_running)
@@ -140,7 +134,6 @@ class Bench:
         self.loop.resume(sequence)
 
     def step(self) -> list[list[Span]]:
-        """One step; gives its batches."""
         self.context.batches = []
         steps = iter([False, True])
         self.loop.drive(lambda: next(steps))

@@ -54,7 +54,6 @@ def arch(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def parts(arch: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Options of Engine."""
     place = tmp_path_factory.mktemp("schedules")
     base = write_tiny_base(place / "base.gguf", arch, n_layer=2, window=16)
     adapters = {
@@ -67,7 +66,6 @@ def parts(arch: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]
 
 @pytest.fixture(scope="module")
 def alone(parts: dict[str, Any]) -> Iterator[Engine]:
-    """For a single caller."""
     with Engine(**parts) as engine:
         yield engine
 

@@ -29,7 +29,6 @@ def client(calibrated: TinyBundle) -> Iterator[TestClient]:
 
 @pytest.fixture(scope="module")
 def alone(calibrated: TinyBundle) -> Iterator[Engine]:
-    """The oracle."""
     with Engine(calibrated.folder, **ENGINE) as engine:  # type: ignore[arg-type]
         yield engine
 

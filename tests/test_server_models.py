@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import TinyBundle, make_bundle
+from bundles import TinyBundle, bundle_json, make_bundle, rewrite
 from patience import PATIENCE_S, wait_until
 from serving import ENGINE, client_of, listening, make_options, metric
 from starlette.testclient import TestClient
@@ -37,10 +37,8 @@ def places(made: TinyBundle, tmp_path_factory: pytest.TempPathFactory) -> list[P
 
 def named(folder: Path, target: Path, name: str) -> Path:
     shutil.copytree(folder, target)
-    path = target / "bundle.json"
-    text = json.loads(path.read_text())
-    text["base"]["file"] = str((folder / text["base"]["file"]).resolve())
-    path.write_text(json.dumps({**text, "name": name}))
+    file = str((folder / bundle_json(folder)["base"]["file"]).resolve())
+    rewrite(target, lambda raw: raw.update(name=name, base={**raw["base"], "file": file}))
     return target
 
 

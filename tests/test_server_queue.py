@@ -107,7 +107,6 @@ def body_of(**more: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def asking(url: str, n: int, /, **more: Any) -> Iterator[list[httpx.Response]]:
-    """Ask so many times at once; the answers are there at the end."""
     found: list[httpx.Response] = []
 
     def ask() -> None:

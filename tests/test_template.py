@@ -8,11 +8,11 @@ from pathlib import Path
 import jinja2
 import pytest
 from jinja2.sandbox import SecurityError
-from tiny import CHATML, write_tiny_base
+from tiny import write_tiny_base
 
 from qaflora_edge.backend.model import Model
 from qaflora_edge.chat import template as chat_template
-from qaflora_edge.chat.template import TemplateLimit, literal_text, render
+from qaflora_edge.chat.template import TemplateLimit, render
 from qaflora_edge.chat.tokens import chat_tokens
 from qaflora_edge.errors import ChatTemplateError
 from qaflora_edge.formats.base import read_base
@@ -178,12 +178,6 @@ def test_refusal_is_told_with_its_reason(tmp_path: Path, template: str, reason: 
         f"The chat template of base.gguf refused the conversation: {reason}. "
         "Give the prompt as plain text (--raw-prompt), or change the messages."
     )
-
-
-def test_literal_text_is_what_a_template_may_write() -> None:
-    assert "<|im_end|>" in literal_text(CHATML)
-    assert "x" in literal_text("{{ 'x' }}")
-    assert "'x'" not in literal_text("{{ 'x' }}")
 
 
 @pytest.mark.slow

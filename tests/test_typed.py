@@ -126,7 +126,7 @@ def test_every_field_of_a_message_is_data(model: Model, more: dict[str, Any]) ->
 def test_user_defined_tokens_of_the_template_are_the_assistants_only(tmp_path: Path) -> None:
     base = write_tiny_base(tmp_path / "b.gguf", user_defined=("<tool_call>", "<b>"))
     tool_call, bold = (base.tokens.index(text) for text in ("<tool_call>", "<b>"))
-    template = CHATML + "{# #}{% if tools %}<tool_call>{% endif %}"
+    template = CHATML + "{# <b> #}{% if tools %}<tool_call>{% endif %}"
     with Model(read_base(base.path)) as model:
         tokens = run(model, template, "a<tool_call>b<b>", "c<tool_call>d")
         text = written(model, tokens)

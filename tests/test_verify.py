@@ -21,6 +21,7 @@ from qaflora_edge.formats.gguf import read_gguf_header
 from qaflora_edge.peft.folder import read_peft
 
 MODULES = 3 * 7
+ALL = [*tiny.HF_TARGETS, "embed_tokens", "lm_head"]
 
 
 @pytest.mark.parametrize(
@@ -31,23 +32,11 @@ def test_what_was_converted_is_within_rounding(
     tmp_path: Path, arch: str, rank: int, outtype: str
 ) -> None:
     base = tiny.write_tiny_base(tmp_path / "base.gguf", arch, tied=False)
-    folder = tiny.write_tiny_peft(
-        tmp_path / "a",
-        base,
-        rank=rank,
-        targets=[*tiny.HF_TARGETS, "embed_tokens", "lm_head"],
-        use_rslora=True,
-        alpha_pattern={"q_proj": 5, "down_proj": 0.25},
-    )
+    options = {"use_rslora": True, "alpha_pattern": {"q_proj": 5, "down_proj": 0.25}}
+    folder = tiny.write_tiny_peft(tmp_path / "a", base, rank=rank, targets=ALL, **options)
     steps: list[tuple[int, int]] = []
-    converted = convert_adapter(
-        folder,
-        base.path,
-        tmp_path / "out.gguf",
-        outtype=outtype,
-        verify=True,
-        progress=lambda *step: steps.append(step),
-    )
+    options = {"outtype": outtype, "progress": lambda *step: steps.append(step)}
+    converted = convert_adapter(folder, base.path, tmp_path / "out.gguf", verify=True, **options)
     n_module = MODULES + 2
     assert steps == [(done, 2 * n_module) for done in range(1, 2 * n_module + 1)]
     assert len(converted.checks) == n_module
@@ -89,8 +78,7 @@ def test_tiles_that_are_read_one_by_one_give_what_the_whole_gives(
     if kind == "mlx":
         folder = write_mlx(tmp_path / "mlx", random_pairs(base, [0]))
     else:
-        targets = [*tiny.HF_TARGETS, "embed_tokens", "lm_head"]
-        folder = tiny.write_tiny_peft(tmp_path / "a", base, rank=32, targets=targets)
+        folder = tiny.write_tiny_peft(tmp_path / "a", base, rank=32, targets=ALL)
     header = read_gguf_header(base.path)
     _, modules = plan_modules(read_peft(folder), header)
     convert_adapter(folder, base.path, tmp_path / "out.gguf", outtype=outtype)

@@ -107,22 +107,15 @@ def _expert_adapters(place: Path) -> list[Case]:
 def _expert_pefts(place: Path) -> list[Case]:
     """Experts one by one, and stacked in a parameter."""
     _mixture(place)
-    experts = "base_model.model.model.layers.0.mlp.experts"
+    experts = "model.layers.0.mlp.experts"
     one = {f"{experts}.1.up_proj": ((2, 32), (32, 2)), f"{experts}.2.w2": ((2, 32), (32, 2))}
     stacked = {f"{experts}.base_layer": ((6, 32), (64, 6)), experts: ((6, 32), (32, 6))}
     targets = ["experts.gate_up_proj", "experts.down_proj"]
     cases = []
     for modules, parameters in ((one, None), (stacked, targets)):
-        tensors = {
-            f"{name}.lora_{side}.weight": np.ones(shape, np.float32)
-            for name, shapes in modules.items()
-            for side, shape in zip("AB", shapes, strict=True)
-        }
-        tiny.write_safetensors(place / "weights", tensors)
-        config = {"peft_type": "LORA", "r": 2, "target_parameters": parameters}
-        weights = (place / "weights").read_bytes()
-        content = json.dumps({**config, "peft_version": "0.21.2"}).encode()
-        cases.append({"adapter_config.json": content, "adapter_model.safetensors": weights})
+        pairs = {name: (np.ones(a), np.ones(b)) for name, (a, b) in modules.items()}
+        config = {"r": 2, "target_parameters": parameters, "peft_version": "0.21.2"}
+        cases.append(read_case(tiny.write_pairs_of_peft(place / "pairs", pairs, **config)))
     up = "model.layers.0.mlp.switch_mlp.up_proj"
     of_mlx = {"a": (3, 2, 32), "b": (3, 32, 2)}
     tensors = {f"{up}.lora_{side}": np.ones(of_mlx[side], np.float32) for side in "ab"}
