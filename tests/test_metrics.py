@@ -44,13 +44,10 @@ def logs(*rows: list[float]) -> list[np.ndarray]:
 def test_choices_by_the_mean() -> None:
     """The first has the larger sum, -3 against -4; the second the larger mean, -1 against -1.5."""
     given = logs([-1, -2], [-1, -1, -1, -1])
+    kept = {"answer": "b", "log_probs": [-3, -4], "n_tokens": [2, 4]}
     for answer, score in ((0, 0), (1, 1)):
-        assert choice_score(given, {"choices": ["a", "b"], "answer": answer}) == {
-            "score": score,
-            "answer": "b",
-            "log_probs": [-3, -4],
-            "n_tokens": [2, 4],
-        }
+        found = choice_score(given, {"choices": ["a", "b"], "answer": answer})
+        assert found == {"score": score, **kept}
 
 
 def test_a_tie_of_choices_is_not_right_and_loss_is_nats_a_token() -> None:
@@ -112,7 +109,6 @@ ANSWERS = [
     ("४२", "42"),
     ("\\boxed{1{,}234} dollars, by 3 steps", "1234 1.234"),
     ("#### 12 eggs\nin 3 days", "12"),
-    ("#### $1,234.50\n", "1234.5"),
     ("#### 1. Count the eggs\nThere are 16 of them.\n#### 2. Step\nIt is 18", "18"),
     ("#### -7%", "-7"),
     ("#### 5\nno:\n#### 7", "7"),

@@ -73,11 +73,9 @@ def test_stock_library_is_refused_by_name(library: Path) -> None:
 def test_another_abi_version_is_refused_by_name() -> None:
     code = LOAD.replace("try:", "native.ABI_VERSION += 1\ntry:")
     path = native.library_dir() / native._library_name()
-    said = run(code)
     found = native.ABI_VERSION
-    assert said.startswith(
-        f"refused: {path} has qaflora_abi_version {found}, expected {found + 1}."
-    )
+    expected = f"refused: {path} has qaflora_abi_version {found}, expected {found + 1}."
+    assert run(code).startswith(expected)
 
 
 @pytest.mark.parametrize("is_there", [True, False])

@@ -1,7 +1,6 @@
 """The page of the server in a real browser: conversations, the mix, settings, the keyboard."""
 
 import json
-import time
 from pathlib import Path
 
 import axe
@@ -21,7 +20,7 @@ from desk import (
     Desk,
     desk_at,
 )
-from patience import PATIENCE_S
+from patience import wait_until
 from scripted_server import N_LAYER, SHA256, layers
 
 from qaflora_edge.chat.conversation import Conversation, load_session, save_session
@@ -254,11 +253,8 @@ def test_edit_asks_again_and_forgets_what_came_after(desk: Desk) -> None:
     desk.window.press(ENTER)
     desk.wait()
     assert desk.texts(".said") == ["one", "zwei"]
-    assert [m["content"] for m in desk.script.asked[-1]["messages"]] == [
-        "one",
-        "An answer.",
-        "zwei",
-    ]
+    messages = desk.script.asked[-1]["messages"]
+    assert [each["content"] for each in messages] == ["one", "An answer.", "zwei"]
     desk.window.press(UP)  # in the empty box: the last question
     assert desk.window.run("return document.activeElement.value") == "zwei"
 
@@ -348,11 +344,8 @@ def test_a_chat_that_was_saved_here_is_opened_as_it_was(desk: Desk, tmp_path: Pa
     asked = desk.script.asked[-1]
     assert "I <b> see" not in str(asked)
     assert asked["fusion"]["adapters"] == ["math", "med"]
-    assert [m["role"] for m in asked["messages"]] == [
-        "system",
-        *(["user", "assistant"] * 2),
-        "user",
-    ]
+    roles = ["system", *(["user", "assistant"] * 2), "user"]
+    assert [each["role"] for each in asked["messages"]] == roles
     assert desk.window.log() == []
 
 
@@ -390,13 +383,13 @@ def test_another_file_is_refused(desk: Desk, tmp_path: Path) -> None:
 
 def saved(place: Path, ending: str) -> Path:
     """The one file that the page has saved there, once it is whole."""
-    until = time.monotonic() + PATIENCE_S
-    while time.monotonic() < until:
-        for path in place.glob(f"chat-*.{ending}"):
-            if path.read_bytes().endswith(b"\n"):
-                return path
-        time.sleep(0.05)
-    raise AssertionError(f"no whole .{ending} in {place}")
+
+    def whole() -> list[Path]:
+        found = place.glob(f"chat-*.{ending}")
+        return [path for path in found if path.read_bytes().endswith(b"\n")]
+
+    wait_until(whole)
+    return whole()[0]
 
 
 def open_chat(desk: Desk, path: Path, says: str = "") -> None:

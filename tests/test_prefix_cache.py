@@ -176,8 +176,7 @@ def test_a_question_that_is_read_in_two_places_goes_on_too(
     n_read = []
     for prompt in (asked[0], asked[1], other, asked[2], turn, asked[0]):
         starts = [i for i in range(3, len(prompt)) if prompt[i - 3 : i] == question_opens]
-        start = starts[-1]
-        span = (start, len(prompt) - 5)
+        span = (starts[-1], len(prompt) - 5)
         counts = count_decoded(monkeypatch, first_only=True)
         found = [run_alone(sharing.states(prompt, (0, 1, 2), place, span)) for place in PLACES]
         n_read.append(sum(counts))

@@ -70,10 +70,8 @@ def with_zeros(path: Path, base: TinyBase, adapter: TinyAdapter) -> TinyAdapter:
     for name in (f"blk.{il}.{stem}.weight" for il in range(base.n_layer) for stem in STEMS):
         n_out, n_in = base.shape(name.split(".")[2])
         a = adapter.a.get(name, np.ones((adapter.rank, n_in), np.float32))
-        tensors |= {f"{name}.lora_a": a}
-        tensors |= {
-            f"{name}.lora_b": adapter.b.get(name, np.zeros((n_out, adapter.rank), np.float32))
-        }
+        b = adapter.b.get(name, np.zeros((n_out, adapter.rank), np.float32))
+        tensors |= {f"{name}.lora_a": a, f"{name}.lora_b": b}
     return replace(adapter, path=write_pairs(path, tensors))
 
 

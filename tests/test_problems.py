@@ -58,13 +58,9 @@ def test_problems_of_a_package_and_what_solves_them(tmp_path: Path, checkout: Pa
     (package / "broken.py").write_text("import nothing_of_this_name")
     (package / "__main__.py").write_text("raise SystemExit(3)")
     script, out = checkout / "models/recipes/problems.py", tmp_path / "problems.jsonl"
-    said = subprocess.run(
-        [sys.executable, str(script), package.name, "-o", str(out)],
-        check=True,
-        capture_output=True,
-        text=True,
-        env={"PYTHONPATH": str(tmp_path)},
-    )
+    command = [sys.executable, script, package.name, "-o", out]
+    env = {"PYTHONPATH": str(tmp_path)}
+    said = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
     assert "1 problems" in said.stdout
     task = read_task(out)
     (item,) = task.items
@@ -91,7 +87,7 @@ def test_problems_of_a_package_and_what_solves_them(tmp_path: Path, checkout: Pa
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     solved, script = tmp_path / "solved.jsonl", checkout / "models/recipes/solved.py"
     command = [sys.executable, script, out, *paths, "-o", solved]
-    subprocess.run([*map(str, command)], check=True)
+    subprocess.run(command, check=True)
     found = [json.loads(line) for line in solved.read_text().splitlines()]
     code = "def twice(n):\n    return n + n\n```"
     assert [each["answer"] for each in found] == [

@@ -17,7 +17,6 @@ from qaflora_edge.errors import (
     ChecksumError,
     GgufFileError,
     InputFileError,
-    QafloraError,
     RegistryError,
     UploadError,
 )
@@ -57,8 +56,7 @@ def rewrite(folder: Path, *, license: str = "", **base: Any) -> None:
 
 
 def head_of(card: bytes) -> dict[str, Any]:
-    head: dict[str, Any] = yaml.safe_load(card.decode().split("---\n")[1])
-    return head
+    return yaml.safe_load(card.decode().split("---\n")[1])
 
 
 def test_a_bundle_comes_back_as_it_went(
@@ -106,13 +104,8 @@ def test_the_card_says_what_it_is(hub: FakeHub, signed_in: Path, made: TinyBundl
 def test_an_adapter_of_each_kind(hub: FakeHub, signed_in: Path, made: TinyBundle) -> None:
     (made.peft / "optimizer.pt").write_text("x")
     push(made.peft, "me/maths")
-    files = set(hub.files("me/maths"))
-    assert files == {
-        ".gitattributes",
-        "README.md",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    }
+    parts = {"adapter_config.json", "adapter_model.safetensors"}
+    assert set(hub.files("me/maths")) == {".gitattributes", "README.md", *parts}
     push(made.adapter.path, "me/spanish")
     assert hub.files("me/spanish")["es.gguf"] == made.adapter.path.read_bytes()
     for repo in ("me/maths", "me/spanish"):
@@ -147,13 +140,12 @@ def test_what_is_not_right_is_not_sent(
     hub.requests.clear()
     path = made.folder / "adapters/es.gguf"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
-    attempts: list[tuple[type[QafloraError], Path, str]] = [
+    for kind, what, repo in (
         (ChecksumError, made.folder, "me/mine"),
         (GgufFileError, made.base.path, "me/mine"),
         (InputFileError, tmp_path / "none", "me/mine"),
         (RegistryError, made.adapter.path, "mine"),
-    ]
-    for kind, what, repo in attempts:
+    ):
         with pytest.raises(kind):
             push(what, repo)
     assert hub.requests == []

@@ -26,8 +26,6 @@ def recipes(checkout: Path) -> Any:
     for name in ("torch", "transformers", "peft"):
         pytest.importorskip(name)
     spec = importlib.util.spec_from_file_location("recipes", checkout / "models/recipes/train.py")
-    assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

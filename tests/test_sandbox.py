@@ -14,7 +14,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(os.name != "posix", reason="there are no limits for a process"),
 ]
-IS_LINUX = sys.platform == "linux"
 ITEM = {
     "prompt": 'from math import pi\n\n\ndef area(r):\n    """Of a circle, rounded."""\n',
     "entry_point": "area",
@@ -83,7 +82,7 @@ def test_loops_and_sleep_end() -> None:
     assert sleeping.failure == "it took longer than 1 s"
 
 
-@pytest.mark.skipif(not IS_LINUX, reason="only Linux isolates")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux isolates")
 def test_the_rest_of_the_machine_is_out_of_reach(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     victim = tmp_path / "victim"

@@ -122,18 +122,12 @@ def begin(engine: Engine, call: Call) -> None:
 
 def read(call: Call, n_piece: int) -> None:
     """Ask for some more pieces of an answer, which computes others' too."""
-    assert call.answer is not None
     try:
         for _ in range(n_piece):
             if next(call.answer, None) is None:
                 return
     except QafloraError as error:
         call.error = error
-
-
-def cancel(call: Call) -> None:
-    assert call.answer is not None
-    call.answer.cancel()
 
 
 @pytest.mark.slow
@@ -162,7 +156,7 @@ def test_answers_in_company_are_those_alone(
                     if open_calls:
                         read(rng.choice(open_calls), rng.randrange(4))
                 if open_calls and rng.random() < 0.15:
-                    cancel(rng.choice(open_calls))
+                    rng.choice(open_calls).answer.cancel()
             for call in rng.sample(open_calls, len(open_calls)):
                 read(call, 1000)
             n_compared += len(done)
@@ -208,7 +202,7 @@ def test_answers_of_many_threads_are_those_alone(
             if call.answer is not None:
                 read(call, rng.choice([0, 2, 1000]))
                 if rng.random() < 0.2:
-                    cancel(call)
+                    call.answer.cancel()
                 read(call, 1000)
         return done
 
@@ -232,7 +226,6 @@ def compare(alone: Engine, call: Call, noted: dict[int, list[F32]], atol: float)
         assert isinstance(again.error, PromptError | BackendError)
         assert str(call.error) == str(again.error)
         return 0
-    assert call.answer is not None
     read(again, 1000)
     ours, theirs = call.answer._sequence, again.answer._sequence
     rows = noted.get(ours.number, [])

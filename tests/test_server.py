@@ -43,8 +43,7 @@ def events(text: str) -> list[Any]:
 def answer(client: TestClient, path: str = CHAT, **body: Any) -> dict[str, Any]:
     response = client.post(path, json=body)
     assert response.status_code == 200, response.text
-    found: dict[str, Any] = response.json()
-    return found
+    return response.json()
 
 
 def failure(client: TestClient, path: str = CHAT, **body: Any) -> tuple[int, dict[str, Any]]:
@@ -238,10 +237,8 @@ def test_paths_of_llama_server(client: TestClient, alone: Engine) -> None:
     whole = answer(client, "/completion", **asked)
     assert whole["content"] == expected["choices"][0]["text"]
     assert (whole["tokens_predicted"], whole["stop_type"], whole["stop"]) == (5, "limit", True)
-    assert (whole["fusion"]["weights"].keys(), whole["timings"]["predicted_n"]) == (
-        {"math", "es"},
-        5,
-    )
+    assert whole["fusion"]["weights"].keys() == {"math", "es"}
+    assert whole["timings"]["predicted_n"] == 5
     lines = client.post("/completion", json={**asked, "stream": True}).text.split("\n\n")
     chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line]
     assert "".join(chunk["content"] for chunk in chunks) == whole["content"]
@@ -290,10 +287,8 @@ def test_tokens_there_and_back(client: TestClient, alone: Engine) -> None:
     assert plain == alone.tokenize(text)
     assert answer(client, "/detokenize", tokens=tokens) == {"content": text}
     status, error = failure(client, "/detokenize", tokens=[99999])
-    assert (status, error["message"]) == (
-        400,
-        "Token 0 of the prompt is 99999, expected an id from 0 to 270.",
-    )
+    message = "Token 0 of the prompt is 99999, expected an id from 0 to 270."
+    assert (status, error["param"], error["message"]) == (400, "tokens", message)
 
 
 @pytest.mark.parametrize("n", [505, 4_000_000])
@@ -388,7 +383,6 @@ def test_what_cannot_be_followed_is_refused_by_its_field(
         ("/v1/weights", {"prompt": [99999]}, "prompt"),
         ("/v1/weights", {"prompt": "a", "lora": [{"id": 0, "scale": 1}]}, "lora"),
         ("/v1/responses", {"input": [{"role": "user", "content": 3}]}, "input"),
-        ("/detokenize", {"tokens": [99999]}, "tokens"),
         ("/tokenize", {"content": 3}, "content"),
     ],
 )

@@ -38,13 +38,11 @@ def ask(url: str, **more: Any) -> str:
     body = {"messages": USER, "max_tokens": 9, "temperature": 0, **more}
     headers = {"Authorization": f"Bearer {KEY}"}
     found = httpx.post(url + CHAT, json=body, headers=headers, timeout=PATIENCE_S)
-    text: str = found.json()["choices"][0]["message"]["content"]
-    return text
+    return found.json()["choices"][0]["message"]["content"]
 
 
 def address_of(url: str) -> tuple[str, int]:
     found = httpx.URL(url)
-    assert found.port is not None
     return found.host, found.port
 
 

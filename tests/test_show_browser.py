@@ -43,7 +43,6 @@ def fusion(seed: int = 0) -> FusionWeights:
 
 def expected(row: int, layer: int, seed: int = 0) -> str:
     item = fusion(seed)
-    assert item.divergence is not None
     return (
         f"{item.adapters[row]}, layer {layer}\nweight {item.weights[row, layer]:.3f}\n"
         f"divergence {item.divergence[row, layer]:.3g} nats"
@@ -69,8 +68,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["weights", "results"])
 def page(request: pytest.FixtureRequest) -> Path:
-    found: Path = request.getfixturevalue(request.param)
-    return found
+    return request.getfixturevalue(request.param)
 
 
 def test_nothing_is_loaded_and_nothing_runs(window: Browser, page: Path, tmp_path: Path) -> None:
@@ -104,12 +102,11 @@ def cell(row: int, layer: int, panel: int = 1) -> str:
 
 def tip(window: Browser) -> str | None:
     """The text of the tip as it is rendered inside the window, or None while it is hidden."""
-    shown: str | None = window.run(
+    return window.run(
         "const tip = document.getElementById('tip'), b = tip.getBoundingClientRect();"
         "if (b.left < 0 || b.top < 0 || b.right > innerWidth || b.bottom > innerHeight) return '';"
         "return tip.checkVisibility() ? tip.innerText : null"
     )
-    return shown
 
 
 def test_mouse_shows_weight_and_divergence(window: Browser, weights: Path) -> None:

@@ -31,7 +31,6 @@ def test_weights_are_those_of_a_direct_reimplementation(tmp_path: Path) -> None:
         "law": tiny.write_tiny_peft(tmp_path / "law", base, seed=4, use_rslora=True, strength=3),
     }
     create_bundle(tmp_path / "b", base.path, folders, outtype="f32")
-    tokens = TOKENS
     model = reference.Reference(base.path, folders)
     inputs: list[Any] = []
     hooks = [
@@ -41,7 +40,7 @@ def test_weights_are_those_of_a_direct_reimplementation(tmp_path: Path) -> None:
         for layer in model.layers
     ]
     with torch.inference_mode(), model.model.disable_adapter():
-        model.model(input_ids=torch.tensor([tokens]))
+        model.model(input_ids=torch.tensor([TOKENS]))
     for hook in hooks:
         hook.remove()
 
@@ -59,29 +58,29 @@ def test_weights_are_those_of_a_direct_reimplementation(tmp_path: Path) -> None:
                 for kind in ("q_proj", "k_proj", "v_proj")
             ]
             layers.append(torch.stack(modules).mean(dim=(0, 2)))
-        found: F64 = torch.stack(layers, dim=1).numpy()
-        return found
+        return torch.stack(layers, dim=1).numpy()
 
     with Engine(tmp_path / "b", **EXACT) as engine:
         for strategy, size in {
             "arrow": lambda x, delta: (x @ torch.linalg.svd(delta)[2][0]).abs(),
             "spectr": lambda x, delta: (x @ delta.T).norm(dim=1),
         }.items():
-            found = engine.weights(tokens, strategy=strategy)
+            found = engine.weights(TOKENS, strategy=strategy)
             np.testing.assert_allclose(found.weights, expected(size), atol=2e-5)
             np.testing.assert_allclose(found.weights.sum(axis=0), 1, rtol=1e-6)
 
 
-def write(place: Path, base: tiny.TinyBase, **targets: Sequence[str]) -> dict[str, Path]:
+def write(place: Path, base: tiny.TinyBase, what: str, **given: Sequence[Any]) -> dict[str, Path]:
     return {
-        name: tiny.write_tiny_adapter(place / f"{name}.gguf", base, targets=kinds, seed=seed).path
-        for seed, (name, kinds) in enumerate(targets.items())
+        name: tiny.write_tiny_adapter(place / f"{name}.gguf", base, seed=i, **{what: each}).path
+        for i, (name, each) in enumerate(given.items())
     }
 
 
 def test_only_modules_that_all_adapt_are_compared(tmp_path: Path) -> None:
     base = tiny.write_tiny_base(tmp_path / "base.gguf")
-    qv = write(tmp_path, base, a=("attn_q", "attn_v"), b=("attn_v", "ffn_up"), c=("ffn_up",))
+    stems = {"a": ("attn_q", "attn_v"), "b": ("attn_v", "ffn_up"), "c": ("ffn_up",)}
+    qv = write(tmp_path, base, "targets", **stems)
     with Engine(base=base.path, adapters={"a": qv["a"], "b": qv["b"]}, **EXACT) as engine:
         both = engine.weights(TOKENS[:9], strategy="spectr").weights
         assert {"arrow", "spectr"} <= {*engine.strategies}
@@ -102,12 +101,7 @@ def test_only_modules_that_all_adapt_are_compared(tmp_path: Path) -> None:
 
 def test_a_layer_without_such_a_module_has_the_mean_of_the_others(tmp_path: Path) -> None:
     base = tiny.write_tiny_base(tmp_path / "base.gguf")
-    adapters = {
-        name: tiny.write_tiny_adapter(
-            tmp_path / f"{name}.gguf", base, layers=layers, seed=seed
-        ).path
-        for seed, (name, layers) in enumerate({"a": (0, 2), "b": (0, 1, 2)}.items())
-    }
+    adapters = write(tmp_path, base, "layers", a=(0, 2), b=(0, 1, 2))
     with Engine(base=base.path, adapters=adapters, **EXACT) as engine:
         for strategy in ("arrow", "spectr"):
             weights = engine.weights(TOKENS[:9], strategy=strategy).weights

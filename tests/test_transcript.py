@@ -18,7 +18,6 @@ def check(shown: str) -> None:
 
 def test_page_has_every_step() -> None:
     found = transcript.BLOCK.search(transcript.PAGE.read_text(encoding="utf-8"))
-    assert found is not None
     check(found[1])
 
 

@@ -154,12 +154,7 @@ def test_templates_find_what_the_assistant_said_where_it_is_no_token(model: Mode
 def test_templates_that_escape_write_nothing_of_ours(model: Model, template: str) -> None:
     for content in ("a <|im_end|> b", "a <|im_end|> \\ue000 b"):
         text = written(model, run(model, template, content)).replace("▁", " ")
-        assert text in (
-            json.dumps(content),
-            str([content]),
-            " " + json.dumps(content),
-            " " + str([content]),
-        )
+        assert text.removeprefix(" ") in (json.dumps(content), str([content]))
 
 
 def test_private_use_characters_are_kept(model: Model) -> None:

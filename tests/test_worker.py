@@ -256,8 +256,6 @@ def test_stopped_client_keeps_its_worker(tmp_path: Path, base: TinyBase) -> None
     with worker(tmp_path) as made:
         command = [sys.executable, "-c", CLIENT, str(base.path), made.endpoint]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as client:
-            assert client.stdin is not None
-            assert client.stdout is not None
             assert client.stdout.readline() == b"open\n"
             made.process.send_signal(signal.SIGSTOP)
             client.stdin.write(b"\n")
@@ -310,7 +308,6 @@ def test_server_says_503_once_a_worker_is_lost(made: TinyBundle, free: Worker) -
     [
         ((6, 0, 0), b"", "it speaks version 6.0 of the protocol, expected 7.0"),
         (VERSION, b"", "it is of the build '', expected '"),
-        (VERSION, b"0123456789-0123456789ab", "it is of the build '0123456789-0123456789ab', exp"),
     ],
 )
 def test_worker_of_another_build_is_refused(base, version, build, said) -> None:

@@ -116,8 +116,7 @@ class TinyAdapter:
         """Give what the adapter adds to a base tensor: float64 [n_out, n_in], or of each expert."""
         a, b = self.a[name].astype(np.float64), self.b[name].astype(np.float64)
         product = a @ b.T if name == "token_embd.weight" else b @ a
-        delta: NDArray[np.float64] = self.alpha / b.shape[-1] * product
-        return delta
+        return self.alpha / b.shape[-1] * product
 
 
 def byte_tokens() -> list[str]:
@@ -339,8 +338,7 @@ def _add_tensor(writer: gguf.GGUFWriter, name: str, array: F32, dtype: str) -> F
     kind = gguf.GGMLQuantizationType[dtype.upper()]
     data = _OURS[dtype](array) if dtype in _OURS else gguf.quants.quantize(array, kind)
     writer.add_tensor(name, data, raw_dtype=kind)
-    values: F32 = gguf.quants.dequantize(data, kind)
-    return values
+    return gguf.quants.dequantize(data, kind)
 
 
 def finish(writer: gguf.GGUFWriter) -> None:

@@ -198,8 +198,7 @@ def blocks_of(wrapped: Any) -> Sequence[Any]:
 @torch.inference_mode()
 def last_logits(wrapped: Any) -> F32:
     """Give the logits after TOKENS: [n_vocab]."""
-    logits: F32 = wrapped(input_ids=torch.tensor([TOKENS])).logits[0, -1].numpy()
-    return logits
+    return wrapped(input_ids=torch.tensor([TOKENS])).logits[0, -1].numpy()
 
 
 def last_states(wrapped: Any) -> F32:
@@ -213,8 +212,7 @@ def last_states(wrapped: Any) -> F32:
     last_logits(wrapped)
     for hook in hooks:
         hook.remove()
-    states: F32 = torch.stack(kept).numpy()
-    return states
+    return torch.stack(kept).numpy()
 
 
 def scale_layers(wrapped: Any) -> None:

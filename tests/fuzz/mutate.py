@@ -6,7 +6,7 @@ Nothing of the package is used here: what a file may hold is not taken from its 
 import json
 import random
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 Case = dict[str, bytes]  # name in the folder -> content
@@ -36,13 +36,8 @@ def mutate(case: Mapping[str, bytes], rng: random.Random) -> Case:
 
 
 def _damage_file(name: str, data: bytes, rng: random.Random) -> bytes:
-    by_structure: Callable[[bytes, random.Random], bytes] | None = None
-    if name.endswith(".json"):
-        by_structure = damage_json
-    elif name.endswith(".safetensors"):
-        by_structure = damage_safetensors
-    elif name.endswith(".gguf"):
-        by_structure = damage_gguf
+    ways = {"json": damage_json, "safetensors": damage_safetensors, "gguf": damage_gguf}
+    by_structure = ways.get(name.rpartition(".")[2])
     if by_structure is not None and rng.random() < 0.8:
         try:
             return by_structure(data, rng)

@@ -60,12 +60,8 @@ def _run_worker(name: str, work: Path, seed: int, seconds: float, n_case: int) -
         "OMP_WAIT_POLICY": "PASSIVE",
     }
     try:
-        result = subprocess.run(
-            command,
-            env=env,
-            capture_output=True,
-            timeout=seconds + SECONDS_TO_START + SECONDS_UNTIL_KILLED,
-        )
+        timeout = seconds + SECONDS_TO_START + SECONDS_UNTIL_KILLED
+        result = subprocess.run(command, env=env, capture_output=True, timeout=timeout)
     except subprocess.TimeoutExpired as error:
         return f"the worker did not end\n{(error.stderr or b'').decode('utf-8', 'replace')[-4000:]}"
     if result.returncode == 0:

@@ -7,7 +7,7 @@ Whatever else it raises is a finding, as are a crash, a hang and too much memory
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -126,14 +126,11 @@ def _expert_pefts(place: Path) -> list[Case]:
     return cases
 
 
-def _parts_of_pefts(suffix: str) -> Callable[[Path], list[Case]]:
-    def seeds(place: Path) -> list[Case]:
-        return [
-            {name: data for name, data in case.items() if name.endswith(suffix)}
-            for case in _pefts(place)
-        ]
-
-    return seeds
+def _parts_of_pefts(suffix: str, place: Path) -> list[Case]:
+    return [
+        {name: data for name, data in case.items() if name.endswith(suffix)}
+        for case in _pefts(place)
+    ]
 
 
 def _shards(place: Path) -> list[Case]:
@@ -333,8 +330,8 @@ def _check_expert_pefts(folder: Path, place: Path) -> None:
 
 
 TARGETS: Mapping[str, Target] = {
-    "safetensors": Target(_parts_of_pefts(".safetensors"), _check_safetensors),
-    "config": Target(_parts_of_pefts(".json"), _check_config),
+    "safetensors": Target(partial(_parts_of_pefts, ".safetensors"), _check_safetensors),
+    "config": Target(partial(_parts_of_pefts, ".json"), _check_config),
     "peft": Target(_pefts, _check_peft),
     "mlx": Target(_mlx, _check_peft),
     "shards": Target(_shards, _check_peft),

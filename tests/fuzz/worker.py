@@ -144,11 +144,5 @@ def _report(
 
 
 if __name__ == "__main__":
-    target_name, work_folder, seed_text, seconds_text, n_case_text = sys.argv[1:]
-    feed(
-        target_name,
-        Path(work_folder),
-        seed=int(seed_text),
-        seconds=float(seconds_text),
-        n_case=int(n_case_text),
-    )
+    name, work, seed, seconds, n_case = sys.argv[1:]
+    feed(name, Path(work), seed=int(seed), seconds=float(seconds), n_case=int(n_case))
