@@ -172,6 +172,10 @@ def test_failed_creation_leaves_the_disk_untouched(tmp_path: Path) -> None:
                 sources.folder, base, {"a": sources.adapter.path, "b": adapter}, **options
             )
         assert snapshot(tmp_path) == before
+    sources.folder.mkdir()
+    with pytest.raises(OutputFileError, match="there is something of that name already"):
+        create_bundle(sources.folder, sources.base.path, {"a": sources.adapter.path})
+    assert snapshot(tmp_path) == before | {sources.folder.name: ""}
 
 
 def test_a_bundle_of_others_may_hold_no_numbers(tmp_path: Path) -> None:
@@ -219,14 +223,6 @@ def test_texts_of_a_bundle_command_no_terminal(made: TinyBundle) -> None:
     assert all(line.isprintable() for line in lines)
     assert lines[0] == r"tiny: ends\x1b[2J here"
     assert lines[2].startswith(r"base       base \u202e, 3 layers")
-
-
-def test_what_is_there_is_not_replaced(made: TinyBundle) -> None:
-    before = snapshot(made.folder.parent)
-    with pytest.raises(OutputFileError, match="there is something of that name already"):
-        create_bundle(made.folder, made.base.path, {"es": made.adapter.path})
-    load_bundle(made.folder)
-    assert snapshot(made.folder.parent) == before
 
 
 def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
@@ -297,10 +293,6 @@ def sets(*place: str | int, **fields: Any) -> Callable[[Raw], object]:
     [
         (sets(format="other/1"), 'format is "other/1", expected "qaflora-bundle'),
         (sets("adapters", 1, name="MATH"), "adapters[1].name is"),
-        (
-            sets("base", n_layer=True),
-            "base.n_layer is true, expected a whole number from 1 to 1024",
-        ),
         (sets("base", n_layer=4), "field base.n_layer is 4, expected 3 as in"),
         (sets("base", file="a\0b"), "its base (llama"),
         (sets("fusion", samples={"no": {"embedding": "AAAA"}}), "fusion.samples.no is "),
@@ -345,13 +337,9 @@ def test_broken_json_is_refused(made: TinyBundle) -> None:
         ("adapters/none.gguf", "does not exist"),
         ("pipe", "is a pipe, a socket or a device"),
         ("loop", "cannot be examined"),
-        ("x" * 300, "cannot be examined"),
-        ("out.gguf", "a link in it leads out of the bundle"),
     ],
 )
 def test_paths_stay_inside_the_bundle(made: TinyBundle, file: str, message: str) -> None:
-    if file == "out.gguf":
-        (made.folder / file).symlink_to(made.adapter.path)
     (made.folder / "loop").symlink_to("loop")
     os.mkfifo(made.folder / "pipe")
     rewrite(made.folder, sets("adapters", 0, file=file))
@@ -374,18 +362,6 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 ALL = ["base.gguf", "math.gguf", "es.gguf"]
-
-
-def test_a_file_is_hashed_once(made: TinyBundle, hashed: list[str]) -> None:
-    load_bundle(made.folder)
-    assert hashed == ALL
-    load_bundle(made.folder)
-    assert hashed == ALL
-    verify_bundle(made.folder)
-    assert hashed == ALL * 2
-    os.utime(made.base.path)
-    load_bundle(made.folder)
-    assert hashed == [*ALL * 2, "base.gguf"]
 
 
 def test_a_file_that_changes_while_it_is_hashed_is_refused(
@@ -439,20 +415,20 @@ def test_broken_memory_means_hashing_again(
     assert hashed == ALL * 2
 
 
-def test_values_are_checked_once_for_each_state_of_a_file(
-    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
+def test_a_file_is_hashed_and_its_values_are_checked_once_for_each_state(
+    made: TinyBundle, hashed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checked: list[str] = []
     monkeypatch.setattr(adapter_gguf, "check_values", lambda info: checked.append(info.path.name))
-    load_bundle(made.folder)
-    assert sorted(checked) == sorted(ALL[1:])
-    load_bundle(made.folder)
-    assert len(checked) == len(ALL[1:])
-    os.utime(made.folder / "adapters/es.gguf", ns=(1, 1))
-    load_bundle(made.folder)
-    assert checked[len(ALL[1:]) :] == ["es.gguf"]
+    for _ in range(2):
+        load_bundle(made.folder)
+        assert (hashed, sorted(checked)) == (ALL, sorted(ALL[1:]))
     verify_bundle(made.folder)
-    assert len(checked) == 2 * len(ALL[1:]) + 1
+    assert (hashed, sorted(checked)) == (ALL * 2, sorted(ALL[1:] * 2))
+    for path in (made.base.path, made.folder / "adapters/es.gguf"):
+        os.utime(path, ns=(1, 1))
+    load_bundle(made.folder)
+    assert (hashed[6:], checked[4:]) == (["base.gguf", "es.gguf"], ["es.gguf"])
 
 
 def test_each_file_is_parsed_once(made: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,12 +54,8 @@ def names_in(folder: Path) -> set[str]:
 
 def test_added_adapters_are_as_if_created_with_them(made: TinyBundle, tmp_path: Path) -> None:
     add_adapter(made.folder, "law", made.peft, outtype="f32")
-    add_adapter(
-        made.folder,
-        "med",
-        made.adapter.path,
-        note={"license": "MIT", "source": "S", "description": "D"},
-    )
+    note = {"license": "MIT", "source": "S", "description": "D"}
+    add_adapter(made.folder, "med", made.adapter.path, note=note)
     bundle = verify_bundle(made.folder)
     assert list(bundle.adapter_paths) == ["math", "es", "law", "med"]
     assert bundle.adapter_paths["med"].read_bytes() == made.adapter.path.read_bytes()
@@ -85,9 +81,8 @@ def test_adding_keeps_true_measurements_and_drops_others(made: TinyBundle) -> No
     add_adapter(made.folder, "a", made.adapter.path, engine=engine, strategy="two-place")
     add_adapter(made.folder, "b", made.adapter.path, engine=engine)
     set_fusion(made.folder, typical_prompts={"sha256": "0" * 64, "n_prompt": 3})
-    add_adapter(
-        made.folder, "c", made.adapter.path, engine=engine
-    )  # the others were measured on other prompts
+    # the others were measured on other prompts
+    add_adapter(made.folder, "c", made.adapter.path, engine=engine)
     add_adapter(made.folder, "d", made.adapter.path, strategy="qa-flora")
     assert measured == [{"math", "es", "a"}, {"b"}, {"math", "es", "a", "b", "c"}]
     assert set(load_bundle(made.folder).known.typical) == {"math", "es", "a", "b", "c"}
@@ -166,14 +161,6 @@ def test_a_strategy_has_to_fit_the_adapters(made: TinyBundle, tmp_path: Path) ->
             add_adapter(made.folder, "mlp", mlp, strategy=strategy, engine=engine)
         assert snapshot(made.folder) == before
     add_adapter(made.folder, "mlp", mlp, strategy="qa-flora:top=3")
-
-
-def test_what_a_killed_command_left_is_overwritten(made: TinyBundle) -> None:
-    left = made.folder / "adapters/med.gguf"
-    left.write_bytes(b"half")
-    add_adapter(made.folder, "med", made.adapter.path)
-    assert left.read_bytes() == made.adapter.path.read_bytes()
-    verify_bundle(made.folder)
 
 
 def test_a_file_of_another_adapter_is_not_overwritten(made: TinyBundle) -> None:

@@ -1,6 +1,7 @@
 """Bundles, adapters and files from a Hub: a small server on this machine speaks its protocol."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from qaflora_edge.bundles.open import load_bundle, verify_bundle
 from qaflora_edge.errors import BundleError, DownloadError, OutputFileError, RegistryError
 from qaflora_edge.formats.names import HubRef, from_address, parse_hub_ref
 from qaflora_edge.hub.fetch import ADVICE, fetch_hub
-from qaflora_edge.hub.local import pulled_path
+from qaflora_edge.hub.local import named_bundles, pulled_bundles, pulled_path
 
 PICTURE = "training/curve.png"
 REPO_DIR = "models--owner--bundle"
@@ -93,6 +94,7 @@ def test_a_pulled_bundle_is_used_in_the_cache_that_other_tools_share(
     for name in ("bundle.json", "adapters/math.gguf"):
         hf_hub_download("owner/theirs", name)
     assert pulled_path("owner/theirs") is None  # one adapter is not here yet
+    assert pulled_bundles() == {"owner/bundle": folder}
     hf_hub_download("owner/theirs", "adapters/es.gguf")
     hub.requests.clear()
     assert load_bundle(fetch_hub("owner/theirs")).adapter_paths
@@ -174,7 +176,7 @@ def test_a_peft_adapter_is_a_folder(hub: FakeHub, made: TinyBundle) -> None:
     hub.put("owner/math", files | {"optimizer.pt": b"x", "checkpoint-1/adapter_config.json": b""})
     folder = fetch_hub("owner/math")
     assert folder_files(folder) == files
-    assert pulled_path("owner/math") == folder
+    assert (pulled_path("owner/math"), pulled_bundles()) == (folder, {})
     (folder / "adapter_model.safetensors").unlink()
     assert pulled_path("owner/math") is None
 
@@ -246,3 +248,17 @@ def test_what_the_hub_refuses_is_told_with_its_reason(
     assert f"{start} owner/a: RepositoryNotFoundError: " in refusal("owner/a")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert fetch_hub("owner/a").read_bytes() == b"GGUF"
+
+
+def test_places_are_bundles_or_hold_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bundles by name, found in the places of the setting `bundles`."""
+    folders = one, two, alone, other_one = [
+        tmp_path / name for name in ("shelf/one", "shelf/two", "alone", "later/one")
+    ]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "bundle.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "shelf/empty").mkdir()
+    places = [one.parent, alone, other_one.parent, tmp_path / "missing"]
+    monkeypatch.setenv("QAFLORA_BUNDLES", os.pathsep.join(map(str, places)))
+    assert named_bundles() == {"one": one, "two": two, "alone": alone}
