@@ -34,8 +34,9 @@ from qaflora_edge.convert.layouts import (
     qwen3next_rows,
     qwen35_rows,
 )
-from qaflora_edge.errors import AdapterMismatchError, BackendError, UnsupportedAdapterError
+from qaflora_edge.errors import BackendError, UnsupportedAdapterError
 from qaflora_edge.files import cache_dir
+from qaflora_edge.formats.adapter import why_not_adapted
 from qaflora_edge.formats.base import ARCH_FACTS
 from qaflora_edge.formats.gguf import GgufHeader
 
@@ -183,52 +184,6 @@ def test_rows_that_tensors_cannot_share_are_refused(
         layout(f"blk.0.{stem}", header, shape)
 
 
-ONLY = (
-    "expected projections of the language model's layers, embed_tokens or lm_head. Train without "
-    "this module, or merge the adapter into its base."
-)
-CASES = {
-    "rows that 8 heads cannot share": (
-        *("llama", "blk.0.attn_q.weight", (60, 64), "model.layers.0.self_attn.q_proj"),
-        "has 60 rows, which 8 heads cannot share in pairs. The adapter is for another base "
-        "(adapter_config.json says 'tiny').",
-    ),
-    "projections that are one in the base": (
-        *("qwen2", "blk.0.attn_qkv.weight", (96, 64), "model.layers.0.self_attn.k_proj"),
-        "needs tensor blk.0.attn_k.weight, and the base holds q, k and v as one, "
-        "blk.0.attn_qkv.weight. Use a base that was converted without --fuse-qkv.",
-    ),
-    "of no layer": (
-        *("gemma4", "per_layer_model_proj.weight", (32, 64)),
-        "model.language_model.per_layer_model_projection",
-        "goes to per_layer_model_proj.weight, which belongs to no layer, so that no layer's weight "
-        f"applies; {ONLY}",
-    ),
-    "computed without adapters": (
-        *("lfm2", "blk.0.shortconv.conv.weight", (64, 64), "model.layers.0.conv.conv"),
-        "goes to blk.0.shortconv.conv.weight, which llama.cpp computes without adapters for lfm2; "
-        f"{ONLY}",
-    ),
-    "may have been scaled": (
-        *("bailingmoe", "output.weight", (96, 64), "lm_head"),
-        "goes to output.weight, which its converter may have scaled, which the GGUF does not say; "
-        f"{ONLY}",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_module_that_cannot_be_placed_is_named(tmp_path: Path, case: str) -> None:
-    arch, tensor, shape, module, reason = CASES[case]
-    base = tiny.write_shapes(tmp_path / "base.gguf", arch, {tensor: shape}, n_head=8)
-    pairs = {module: (np.ones((4, shape[1])), np.ones((shape[0], 4)))}
-    folder = tiny.write_pairs_of_peft(tmp_path / "a", pairs, base_model_name_or_path="tiny")
-    with pytest.raises((AdapterMismatchError, UnsupportedAdapterError)) as caught:
-        convert_adapter(folder, base, tmp_path / "out.gguf")
-    assert (caught.type is AdapterMismatchError) == ("another base" in reason)
-    assert str(caught.value) == f"Cannot convert {folder} for {base}: module {module} {reason}"
-
-
 def test_architecture_that_gguf_does_not_know_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,3 +197,56 @@ def test_architecture_that_gguf_does_not_know_is_named(
         f"Cannot convert {folder} for {base}: the installed gguf package does not know its "
         "architecture 'qwen2'. Install a newer gguf."
     )
+
+
+# llama.cpp's names of tensors in its code -> in a GGUF, where they differ.
+FIELDS = {
+    **{"wq": "attn_q", "wk": "attn_k", "wv": "attn_v", "wo": "attn_output", "wqkv": "attn_qkv"},
+    **{"wq_a": "attn_q_a", "wq_b": "attn_q_b", "wkv_a_mqa": "attn_kv_a_mqa", "wkv_b": "attn_kv_b"},
+    **{"wk_b": "attn_k_b", "wv_b": "attn_v_b", "wo_a": "attn_output_a", "wqkv_gate": "attn_gate"},
+    **{"indexer_attn_k": "indexer.attn_k", "indexer_attn_q_b": "indexer.attn_q_b"},
+    **{"indexer_proj": "indexer.proj", "indexer_kpool_gate": "indexer.kpool_gate"},
+    "nextn.eh_proj": "nextn.eh_proj",
+}
+# src/models/NAME.cpp -> the architectures that use it, where they are not called the same.
+FILES = {
+    "deepseek2": ("deepseek2", "deepseek2-ocr", "mistral4"),
+    "granite-switch": ("graniteswitch",),
+    "hy-v4": ("hy_v4",),
+    "nemotron-h": ("nemotron_h", "nemotron_h_moe"),
+    "nemotron-h-moe": ("nemotron_h_moe",),
+    "rwkv6-base": ("rwkv6", "rwkv6qwen2"),
+    "rwkv7-base": ("rwkv7", "arwkv7"),
+    # Parts beside a language model, which are no base.
+    "dflash": (),
+    "gemma4-assistant": (),
+}
+PRODUCT = re.compile(
+    r"ggml_mul_mat\(\s*\w+,\s*(?:model\.layers\[[^\]]*\]|layer|model)(?:\.|->)"
+    r"((?:nextn\.)?[a-z_0-9]+)"
+)
+
+
+def test_matrices_that_are_bypassed_are_those_of_the_source(llama_cpp_source: Path) -> None:
+    found: dict[str, set[str]] = {}
+    for path in (llama_cpp_source / "src" / "models").glob("*.cpp"):
+        kinds = {FIELDS.get(name, name) for name in PRODUCT.findall(path.read_text("utf-8"))}
+        for architecture in FILES.get(path.stem, (path.stem,)) if kinds else ():
+            found.setdefault(architecture, set()).update(kinds)
+    assert {
+        name: set(facts.bypassed) for name, facts in ARCH_FACTS.items() if facts.bypassed
+    } == found
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name", "expected"),
+    [
+        ("llama", "blk.0.attn_q.weight", False),
+        ("plm", "blk.0.attn_q.weight", True),
+        ("deepseek2", "output.weight", True),
+        ("lfm2", "blk.3.shortconv.conv.weight", True),
+        ("lfm2", "blk.3.shortconv.in_proj.weight", False),
+    ],
+)
+def test_tensor_is_looked_up_by_its_kind(architecture: str, name: str, expected: bool) -> None:
+    assert bool(why_not_adapted(architecture, name)) is expected

@@ -129,3 +129,21 @@ def test_tasks_of_the_nine_cells_can_be_read(tmp_path: Path) -> None:
     assert items["math_ru"]["continuation"] == "Ответ: 5"
     assert items["code_es"]["continuation"].endswith("    return a + b\n```")
     assert items["medical_text_zh"] == {"prompt": "一二", "continuation": "三四五"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from Linux's /proc")
+@pytest.mark.parametrize(
+    "options",
+    [["--outtype", "f16"], ["--outtype", "q8_0", "--verify", "--modules", "mlp.down_proj"]],
+)
+def test_peak_memory_of_converting_is_little_more_than_header_and_buffer(
+    options: list[str],
+) -> None:
+    """One layer of the shapes of an 8B model, rank 64, in a process without torch."""
+    result = json.loads(script("convert", "--layers", 1, "--runs", 1, *options, "--json"))
+    assert result["largest_pair_bytes"] == 2 * 64 * (4096 + 14336)
+    n_value = 64 * (18432 if "mlp.down_proj" in options else 81920)
+    assert result["adapter_bytes"] > 2 * n_value
+    assert result["output_bytes"] > (1 if "q8_0" in options else 2) * n_value
+    assert result["peak_bytes"] > result["floor_bytes"] > 1e7
+    assert result["pairs_beyond"] <= (4 if "--verify" in options else 2)

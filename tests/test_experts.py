@@ -22,7 +22,7 @@ from tiny import (
 from qaflora_edge import Engine
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.bundles.create import create_bundle
-from qaflora_edge.errors import AdapterMismatchError, BackendError
+from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.base import read_base
 
 F32 = NDArray[np.float32]
@@ -65,14 +65,7 @@ def test_logits_equal_a_merged_base(
     fused = fused_logits(base, adapters, weights)
     assert np.abs(fused - stock_logits(base)).max() > 0.1  # the adapters do something
     np.testing.assert_allclose(fused, stock_logits(merged), atol=1e-4, rtol=0)
-
-
-@with_kernels(["", "ggml"])
-def test_zero_weights_equal_the_base_bit_for_bit(
-    base: TinyBase, adapters: list[TinyAdapter], kernels: None
-) -> None:
-    weights = np.zeros((3, base.n_layer), np.float32)
-    assert np.array_equal(fused_logits(base, adapters, weights), stock_logits(base))
+    assert np.array_equal(fused_logits(base, adapters, 0 * weights), stock_logits(base))
 
 
 def test_an_overflow_of_what_weighs_nothing_is_not_seen(
@@ -137,7 +130,3 @@ def test_bundle_takes_adapters_of_experts(
         for strategy in ("qa-flora", "calibrated"):
             weights = engine.weights(TOKENS, strategy=strategy).weights
             np.testing.assert_allclose(weights.sum(axis=0), 1.0, rtol=1e-5)
-    fewer = write_tiny_base(tmp_path / "fewer.gguf", n_expert=N_EXPERT - 1)
-    with pytest.raises(AdapterMismatchError, match=r"as shape \[5, .* and the base has \[4, "):
-        create_bundle(tmp_path / "none", fewer.path, files)
-    assert not (tmp_path / "none").exists()

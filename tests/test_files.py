@@ -1,10 +1,13 @@
-"""Whole files, hashes, and paths that stay inside."""
+"""Whole files, whatever interrupts their writers, and paths that stay inside."""
 
+import errno
 import os
+import time
 from pathlib import Path
 
 import pytest
 
+from qaflora_edge import files
 from qaflora_edge.errors import BundleError, OutputFileError
 from qaflora_edge.files import atomic_path, check_takes_file, write_text_atomic
 from qaflora_edge.formats.bundle import safe_join
@@ -38,6 +41,50 @@ def test_atomic_path_leaves_nothing_after_a_failure(tmp_path: Path, error: BaseE
         write()
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
+
+
+@POSIX
+def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    """It may belong to a writer at work as long as it is young, or of another name."""
+    (tmp_path / "mine").write_text("mine")
+    old, young, other, link = (
+        tmp_path / f".tmp-{name}"
+        for name in ("1" * 8 + "-a", "2" * 8 + "-a", "3" * 8 + "-b", "4" * 8 + "-a")
+    )
+    for path in (old, young, other):
+        path.write_text("half")
+    link.symlink_to(tmp_path / "mine")
+    for path in (old, other):
+        os.utime(path, (0, time.time() - 2 * files.LEFT_OVER_SECONDS))
+    os.utime(link, (0, 0), follow_symlinks=False)
+    write_text_atomic(tmp_path / "a", "whole")
+    assert sorted(tmp_path.iterdir()) == sorted(
+        [young, other, link, *(tmp_path / n for n in ("a", "mine"))]
+    )
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+def test_failure_at_the_end_keeps_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, code: int
+) -> None:
+    out = tmp_path / "math.gguf"
+    out.write_text("old")
+
+    def fail(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(files.os, function, fail)
+    with pytest.raises(OutputFileError) as caught:
+        write_text_atomic(out, "new")
+    assert str(caught.value) == (
+        f"Cannot write {out}: the disk is full. Free some space and try again."
+        if code == errno.ENOSPC
+        else f"Cannot write {out}: {os.strerror(code)}. Check the disk and that you may write to "
+        f"{out.parent}; what was there is unchanged."
+    )
+    assert out.read_text() == "old"
+    assert os.listdir(out.parent) == ["math.gguf"]
 
 
 def test_atomic_path_names_a_missing_folder(tmp_path: Path) -> None:

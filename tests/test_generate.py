@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import write_tiny_adapter, write_tiny_base
+from tiny import constant_logits, write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine
 from qaflora_edge.errors import BusyError
@@ -77,14 +77,9 @@ def test_stop_string_ends_the_answer(engine: Engine) -> None:
 
 
 def test_end_token_ends_the_answer(tmp_path: Path) -> None:
-    """A base whose head always prefers the end token answers with nothing."""
-    plain = write_tiny_base(tmp_path / "plain.gguf", tied=False)
-    head = plain.tensors["output.weight"].copy()
-    with Engine(base=plain.path, n_ctx=64) as engine:
-        state = engine.hidden_states("the king")[-1]
-    gain = plain.tensors["output_norm.weight"]
-    head[plain.tokens.index("<|im_end|>")] = 10.0 * gain * state
-    base = write_tiny_base(tmp_path / "ends.gguf", tied=False, replace={"output.weight": head})
+    """A base that always prefers the end token answers with nothing."""
+    replace = constant_logits(lambda token: 9.0 * (token == "<|im_end|>"))
+    base = write_tiny_base(tmp_path / "ends.gguf", "qwen2", replace=replace)
     with Engine(base=base.path, n_ctx=64) as engine:
         generation = engine.generate("the king", max_tokens=8)
         assert generation.text() == ""
@@ -106,11 +101,8 @@ def test_progress_is_told_piece_by_piece(tmp_path: Path) -> None:
             max_tokens=1,
             on_progress=lambda what, done, total: told_by_chat.append(what),
         )
-    assert [fact[1:] for fact in told if fact[0] == "weighing"] == [
-        (64, 300),
-        (128, 300),
-        (192, 300),
-    ]
+    weighing = [fact[1:] for fact in told if fact[0] == "weighing"]
+    assert weighing == [(64, 300), (128, 300), (192, 300)]
     reading = [done for what, done, total in told if what == "reading"]
     assert reading == sorted(reading)
     assert (reading[0], reading[-1]) == (0, 300)
