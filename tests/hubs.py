@@ -123,13 +123,20 @@ class _Handler(BaseHTTPRequestHandler):
 
     def send_info(self, name: str, revision: str = "main") -> None:
         repo, commit = self.open_commit(name, revision)
-        siblings = [_sibling(*item) for item in repo.commits[commit].items()]
+        siblings = [
+            {"rfilename": path, "size": len(content), "blobId": _git_sha1(content)}
+            for path, content in repo.commits[commit].items()
+        ]
         info = {"id": name, "modelId": name, "sha": commit, "siblings": siblings}
         self.answer(200, info | {"private": repo.access == "private"})
 
     def send_tree(self, name: str, revision: str) -> None:
         repo, commit = self.open_commit(name, revision)
-        self.answer(200, [_entry(*item) for item in repo.commits[commit].items()])
+        entries = [
+            {"type": "file", "path": path, "size": len(content), "oid": _git_sha1(content)}
+            for path, content in repo.commits[commit].items()
+        ]
+        self.answer(200, entries)
 
     def send_file(self, name: str, revision: str, file: str) -> None:
         repo, commit = self.open_commit(name, revision)
@@ -216,15 +223,6 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _git_sha1(content: bytes) -> str:
     return sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-def _sibling(name: str, content: bytes) -> dict[str, Any]:
-    return {"rfilename": name, "size": len(content), "blobId": _git_sha1(content)}
-
-
-def _entry(name: str, content: bytes) -> dict[str, Any]:
-    """A file as the tree of a repository lists it."""
-    return {"type": "file", "path": name, "size": len(content), "oid": _git_sha1(content)}
 
 
 _REPO = "([^/]+/[^/]+)"

@@ -66,7 +66,9 @@ def test_contestants_take_turns_and_ratios_are_taken_within_a_round() -> None:
 
 
 @pytest.mark.slow
-def test_every_part_has_its_contestants(shown: dict[str, Any]) -> None:
+def test_every_part_has_its_contestants(shown: dict[str, Any], made: TinyBundle) -> None:
+    memory = shown["memory"]  # with the files in it
+    assert made.base.path.stat().st_size + memory["adapters_bytes"] < memory["peak_bytes"]
     first = shown["ttft"][0]
     assert (first["name"], first["of_plain"]["median"]) == ("plain", 1)
     assert {"qa-flora", "static"} < {row["name"] for row in shown["ttft"]}
@@ -77,9 +79,8 @@ def test_every_part_has_its_contestants(shown: dict[str, Any]) -> None:
     callers = {row["name"]: row for row in shown["callers"]}
     assert callers.keys() == {"3 base", "3 ours", "1 base", "1 ours"}
     assert {"of_fewest", "of_base"} < callers["3 ours"].keys()
-    assert {len(row["runs"]) for part in ("ttft", "decode", "callers") for row in shown[part]} == {
-        3
-    }
+    parts = ("ttft", "decode", "callers")
+    assert {len(row["runs"]) for part in parts for row in shown[part]} == {3}
 
 
 @pytest.mark.slow
@@ -91,12 +92,6 @@ def test_prompts_of_each_kind_are_answered_with_guesses_and_without(tmp_path: Pa
     kinds = ["edit", "extract", "correct", "prose", "prose, 2 callers"]
     assert [row["name"] for row in rows] == kinds
     assert {*rows[0]} == {"name", "runs", "tokens_per_second", "of_plain", "accepted"}
-
-
-@pytest.mark.slow
-def test_memory_has_the_files_in_it(shown: dict[str, Any], made: TinyBundle) -> None:
-    memory = shown["memory"]
-    assert made.base.path.stat().st_size + memory["adapters_bytes"] < memory["peak_bytes"]
 
 
 @pytest.mark.slow

@@ -225,10 +225,8 @@ def test_calibrating_measures_what_is_missing(made: TinyBundle, tmp_path: Path) 
     adapters = {"math": made.peft, "es": made.adapter.path}
     new = create_bundle(tmp_path / "new", made.base.path, adapters, engine=Engine)
     some = bundle_json(new)["fusion"]["typical"]
-    assert {name: set(values) for name, values in some.items()} == {
-        name: set(EXTENTS)
-        for name in adapters  # all that two-place needs
-    }
+    needed = {name: set(EXTENTS) for name in adapters}  # all that two-place needs
+    assert {name: set(values) for name, values in some.items()} == needed
     assert calibrate(new, Engine)  # all that others need
     assert bundle_json(new)["fusion"] == {**after, "strategy": "two-place"}
     before = snapshot(made.folder)

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from bundles import TinyBundle, bundle_json
 
-from qaflora_edge.chat.conversation import Conversation, save_session
 from qaflora_edge.errors import BundleError
 from qaflora_edge.files import package_data
 from qaflora_edge.formats.bundle import is_inside, parse_bundle
@@ -35,15 +34,11 @@ VALUES = (
 )
 
 
-def shipped(name: str) -> Any:
-    schema = json.loads(package_data(f"data/{name}.schema.json").read_text(encoding="utf-8"))
-    jsonschema.Draft202012Validator.check_schema(schema)
-    return jsonschema.Draft202012Validator(schema)
-
-
 @pytest.fixture(scope="module")
 def validator() -> Any:
-    return shipped("bundle")
+    schema = json.loads(package_data("data/bundle.schema.json").read_text(encoding="utf-8"))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
 
 
 @pytest.fixture(scope="module")
@@ -150,14 +145,3 @@ def test_what_older_bundles_have_is_kept_and_ignored(validator: Any, raw: Raw) -
     document["fusion"] = fusion | {"strategy": "norm:2"}
     text = parse_bundle(json.dumps(document).encode(), "bundle.json")
     assert known_of(text).strategy == "norm:top=2"
-
-
-def test_the_schema_of_sessions_takes_what_is_saved(tmp_path: Path) -> None:
-    path = tmp_path / "talk.json"
-    talk = Conversation("be short")
-    talk.add("more", "cut", "length")
-    bundle = {"name": "x", "base_sha256": "00", "adapters": {"math": "11"}}
-    save_session(path, talk, bundle=bundle, strategy="norm:2", adapters=("math",))
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    assert shipped("session").is_valid(saved)
-    assert not shipped("session").is_valid({**saved, "messages": [{"role": "user"}]})

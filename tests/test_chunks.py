@@ -19,10 +19,6 @@ from qaflora_edge.weighing.probe import Prober
 TOKENS = np.random.default_rng(5).integers(0, 256, 700).tolist()
 
 
-def cut(n: int, n_seq: int) -> list[int]:
-    return cut_tokens([0] * n, chunks_of(n_seq))
-
-
 def cut_tokens(tokens: Sequence[int], chunks: Chunks) -> list[int]:
     """Lengths of the chunks."""
     return [end - at for at, end in chunks.cut(tokens)]
@@ -32,7 +28,7 @@ def cut_tokens(tokens: Sequence[int], chunks: Chunks) -> list[int]:
 def test_every_piece_has_whole_tiles(n_seq: int) -> None:
     """Flash attention has 64 rows in a tile: others leave a part of one unused."""
     for n in range(1, 1100):
-        lengths = cut(n, n_seq)
+        lengths = cut_tokens([0] * n, chunks_of(n_seq))
         assert sum(lengths) == n
         assert all(length % N_TILE == 0 for length in lengths[:-1])
         assert lengths[-1] >= min(n, N_TILE)

@@ -13,11 +13,7 @@ from qaflora_edge.formats import names as registry
 from qaflora_edge.formats.bundle import read_bundle_text
 
 MODEL = "smollm2-135m-instruct"
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QAFLORA_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def make(place: Path, trained_on: str | None) -> TinyBundle:
@@ -90,7 +86,7 @@ def test_base_that_nobody_knows_is_asked_for(
         assert said in result.stderr
 
 
-def test_a_base_with_adapters_is_weighed_without_a_bundle(tmp_path: Path) -> None:
+def test_a_base_with_adapters_is_weighed_without_a_bundle(tmp_path: Path, own_cache: Path) -> None:
     made = make_sources(tmp_path)
     own = ["--adapter", made.peft, "--adapter", f"e={made.adapter.path}"]
     first = qaflora("weights", made.base.path, "the thing", "--json", *own)
@@ -99,7 +95,7 @@ def test_a_base_with_adapters_is_weighed_without_a_bundle(tmp_path: Path) -> Non
         "To keep these adapters, measured for two-place: qaflora bundle create my-bundle --base "
         f"{made.base.path} --adapter peft={made.peft} --adapter e={made.adapter.path}\n"
     )
-    cached = list((tmp_path / "cache" / "mixes").rglob("bundle.json"))
+    cached = list((own_cache / "mixes").rglob("bundle.json"))
     states = [path.stat() for path in cached]
     qaflora("bundle", "create", tmp_path / "b", "--base", made.base.path, *own, "--no-calibrate")
     kept = qaflora("weights", tmp_path / "b", "the thing", "--json", "--strategy", "spectr")
@@ -111,11 +107,11 @@ def test_a_base_with_adapters_is_weighed_without_a_bundle(tmp_path: Path) -> Non
     assert [path.stat() for path in cached] == states  # converted once
     tiny.write_tiny_peft(made.peft, made.base, rank=2)
     qaflora("weights", made.base.path, "the thing", *own)
-    assert len(list((tmp_path / "cache" / "mixes").rglob("bundle.json"))) == 2
+    assert len(list((own_cache / "mixes").rglob("bundle.json"))) == 2
 
 
 def test_a_first_run_that_was_ended_is_begun_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = make_sources(tmp_path)
     words = ["weights", made.base.path, "the thing", "--json", "--adapter", made.peft]
@@ -128,7 +124,7 @@ def test_a_first_run_that_was_ended_is_begun_again(
     assert json.loads(qaflora(*words).stdout)["strategy"] == "spectr"
     (made.peft / "train.log").write_text("and it grows")
     qaflora(*words)
-    assert len(list((tmp_path / "cache" / "mixes").rglob("bundle.json"))) == 1
+    assert len(list((own_cache / "mixes").rglob("bundle.json"))) == 1
 
 
 def test_adapters_without_a_shared_kind_are_weighed_by_qa_flora(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import TinyBundle, bundle_json
+from bundles import TinyBundle, rewrite
 from click.testing import CliRunner, Result
 from patience import PATIENCE_S, wait_until
 
@@ -220,9 +220,8 @@ def test_no_file_of_prompts(made: TinyBundle, tmp_path: Path) -> None:
     assert result.stderr.startswith(f"Error: Cannot read {tmp_path / 'gone.jsonl'}: No such file")
     assert os.listdir(tmp_path) == []
     result = run(made, "--prompts", tmp_path / "gone.jsonl", "-o", tmp_path / "no" / "out.jsonl")
-    assert (
-        f"the folder {tmp_path / 'no'} does not take a new file" in result.stderr
-    )  # before anything is read
+    # before anything is read
+    assert f"the folder {tmp_path / 'no'} does not take a new file" in result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -292,8 +291,7 @@ def test_another_file_is_refused_and_left_alone(
     before: bytes | None = out.read_bytes()
     if change == "bundle":
         other = shutil.copytree(made.folder, made.folder.with_name("other"))
-        text = bundle_json(other)
-        (other / "bundle.json").write_text(json.dumps({**text, "description": "another"}))
+        rewrite(other, lambda raw: raw.update(description="another"))
         made = replace(made, folder=other)
     elif change == "edit":
         path.write_text(path.read_text().replace("thing 1", "thing one"))

@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 from rich.console import Console
 from rich.markdown import Markdown
 from scripted_chat import scripted
+from test_cli_main import STOPPED_WHILE_ANSWERING
 
 from qaflora_edge import Engine
 from qaflora_edge.bundles.create import create_bundle
@@ -25,7 +26,6 @@ from qaflora_edge.cli.chat.view import parse_markdown, split_closed
 from qaflora_edge.config import in_group
 
 REPEAT_PENALTY = in_group("sampling")["repeat_penalty"].defaults["chat"]
-TESTS = str(Path(__file__).parent)
 GREEDY = ("--temp", "0", "--max-tokens", "6")
 
 
@@ -95,31 +95,9 @@ def test_raw_prompt_chats_without_a_template(tmp_path: Path) -> None:
     assert chat(made.folder, "hi", args=(*GREEDY, "--raw-prompt")).exit_code == 0
 
 
-INTERRUPTED = """
-import signal, sys
-sys.path.insert(0, sys.argv.pop(1))
-import scripted_chat
-
-words = scripted_chat.ScriptedGeneration.__iter__
-n_answer = 0
-
-def interrupted(self):
-    global n_answer
-    n_answer += 1
-    for count, word in enumerate(words(self)):
-        if n_answer == 1 and count == 3:
-            signal.raise_signal(signal.SIGINT)
-        yield word
-
-scripted_chat.ScriptedGeneration.__iter__ = interrupted
-scripted_chat.Engine.generate = scripted_chat.scripted(pause_s=0.05)
-scripted_chat.main(sys.argv[1:])
-"""
-
-
 def test_interrupt_ends_the_answer_only(made: TinyBundle) -> None:
     result = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, TESTS, "chat", str(made.folder), "--threads", "1"],
+        [sys.executable, "-c", STOPPED_WHILE_ANSWERING, "chat", str(made.folder), "--threads", "1"],
         input="the thing\nand then\n",
         capture_output=True,
         text=True,
@@ -333,15 +311,8 @@ def test_a_message_that_is_no_utf8_is_told_and_the_chat_goes_on(made: TinyBundle
 
 def test_adapters_are_added_and_dropped(made: TinyBundle, tmp_path: Path) -> None:
     place = shutil.copytree(made.peft, tmp_path / "a folder")
-    lines = (
-        f"/add {place}",
-        f"/add {made.adapter.path} two",
-        "/drop es",
-        "/add",
-        "/drop",
-        "/drop x",
-    )
-    result = chat(made.folder, *lines, "the thing")
+    added = (f"/add {place}", f"/add {made.adapter.path} two")
+    result = chat(made.folder, *added, "/drop es", "/add", "/drop", "/drop x", "the thing")
     assert result.exit_code == 0
     assert "[a-folder takes part from now on; strategy qa-flora]\n[two takes" in result.stderr
     assert "[es is unloaded]" in result.stderr

@@ -65,10 +65,6 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def without_time(shown: dict[str, object]) -> dict[str, object]:
-    return {key: value for key, value in shown.items() if key != "probe_ms"}
-
-
 def test_prompts_print_the_contracts_object_a_line_each(
     calibrated: TinyBundle, prompts: Path
 ) -> None:
@@ -77,7 +73,9 @@ def test_prompts_print_the_contracts_object_a_line_each(
     shown = [json.loads(line) for line in result.stdout.splitlines()]
     assert [item.pop("prompt") for item in shown] == TEXTS
     alone = [json.loads(weights(calibrated, text, "--json").stdout) for text in TEXTS]
-    assert [without_time(item) for item in shown] == [without_time(item) for item in alone]
+    for item in (*shown, *alone):
+        del item["probe_ms"]
+    assert shown == alone
     piped = weights(calibrated, "--prompts", "-", "--json", stdin=LINES)
     assert [json.loads(line)["weights"] for line in piped.stdout.splitlines()] == [
         item["weights"] for item in alone
@@ -120,7 +118,6 @@ def test_plot_is_written_next_to_the_other_outputs(
     [
         (["", "--json"], None, "The prompt is empty; give at least one character."),
         (["-"], b"\xff", "Cannot read stdin: it is not UTF-8 (invalid start byte at byte 0)"),
-        (["hi", "--strategy", "best"], None, "Strategy 'best' is not known; expected one of"),
         (["hi", "--plot", "/no/such/folder/w.svg"], None, "Cannot write /no/such/folder/w.svg"),
     ],
 )

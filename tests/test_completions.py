@@ -124,12 +124,7 @@ def test_tool_that_has_to_be_called_is_called(
 
 def test_each_tool_has_its_own_definitions(terse: Engine) -> None:
     fields = {"x": {"$ref": "#/$defs/n"}, "more": {"$ref": "#"}}
-    form = {
-        "type": "object",
-        "properties": fields,
-        "required": ["x"],
-        "additionalProperties": False,
-    }
+    form = {**NOTHING, "properties": fields, "required": ["x"]}
     forms = {
         name: {**form, "$defs": {"n": {"enum": n}}} for name, n in (("a", [1, 2]), ("b", ["c"]))
     }
@@ -337,9 +332,8 @@ def test_answer_goes_on_from_a_last_message_of_the_assistant(engine: Engine) -> 
         (begun, {"continue_final_message": True, "add_generation_prompt": True}),
         (USER, {"chat_template_kwargs": 3}),
     ):
-        with pytest.raises(
-            OptionError, match=f"Option {next(iter(how))} is (True, found|3, expec)"
-        ):
+        message = f"Option {next(iter(how))} is (True, found|3, expec)"
+        with pytest.raises(OptionError, match=message):
             engine.chat(messages, **how)
     with pytest.raises(PromptError, match="Messages 1 and 2 are both the assistant's, expected"):
         engine.chat([*begun, begun[-1]])

@@ -152,11 +152,6 @@ def test_llama_has_the_defaults_of_llama_cpp_python() -> None:
 def test_engine_refuses_before_it_loads(tmp_path: Path) -> None:
     for options, message in (
         ({"n_ctx": 0}, "Option n_ctx is 0, expected a number of tokens from 1 to 16777216."),
-        ({"n_parallel": 0}, "Option n_parallel is 0, expected a number of requests from 1 to 256."),
-        (
-            {"min_weight": 0.1},
-            "The option min_weight is gone; use a strategy option such as top=2.",
-        ),
         ({"flash_attn": "no"}, "Option flash_attn is 'no', expected true or false."),
         ({"gpu_layers": 1.5}, "Option gpu_layers is 1.5, expected a whole number."),
         ({"seed": -1}, "Option seed is -1, expected a whole number from 0 to 4294967294."),
@@ -171,14 +166,6 @@ def test_what_is_no_number_is_refused(value: object) -> None:
     with pytest.raises(OptionError) as caught:
         config.check("sampling", {"temperature": value})
     assert str(caught.value) == f"Option temperature is {value!r}, expected a number from 0 up."
-
-
-def test_option_of_another_group_is_refused() -> None:
-    with pytest.raises(OptionError) as caught:
-        config.check("answers", {"n_ctx": 1})
-    assert str(caught.value) == (
-        "Option n_ctx is 1, expected no such option; answers takes seed, n."
-    )
 
 
 def test_negated_flag_is_the_keyword_in_python(

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
 from qaflora_edge.chat.conversation import (
@@ -16,6 +17,7 @@ from qaflora_edge.chat.conversation import (
     save_session,
 )
 from qaflora_edge.errors import OutputFileError, PromptError, SessionFileError
+from qaflora_edge.files import package_data
 
 N_CTX = 100
 
@@ -88,6 +90,10 @@ def test_a_saved_session_comes_back(path: Path, system: str | None) -> None:
 def test_the_format_is_as_documented(path: Path) -> None:
     save(path, TALK)
     document = json.loads(path.read_text(encoding="utf-8"))
+    schema = json.loads(package_data("data/session.schema.json").read_text(encoding="utf-8"))
+    jsonschema.validate(document, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**document, "messages": [{"role": "user"}]}, schema)
     assert document["format"] == "qaflora-session/1"
     assert document["bundle"] == IDENTITY
     if os.name == "posix":
@@ -129,7 +135,6 @@ USER = {"role": "user", "content": "hi"}
 ANSWER = {"role": "assistant", "content": "ho", "finish_reason": "stop"}
 
 HOSTILE = {
-    "no JSON": (b"hello", "Expecting value"),
     "too large": (b" " * (MAX_SESSION_BYTES + 1), f"it has more than {MAX_SESSION_BYTES} bytes"),
     "another version": (changed(format="qaflora-session/2"), 'is "qaflora-session/2", expected'),
     "adapters in use": (changed(adapters=[1]), "field adapters[0] is 1, expected a text"),
@@ -137,7 +142,6 @@ HOSTILE = {
         changed(messages=[USER, ANSWER, {"role": "system", "content": "obey"}]),
         'field messages is a list of ["user", "assistant", "system"], expected a user\'s and an',
     ),
-    "no answer": (changed(messages=[USER]), 'messages is a list of ["user"], expected a user\'s'),
     "half a character": (
         changed(messages=[{"role": "user", "content": "\ud800"}, ANSWER]),
         "half of a surrogate pair",

@@ -224,7 +224,6 @@ def test_source_is_never_overwritten(tmp_path: Path, make_base: MakeBase) -> Non
     base = make_base()
     folder = tiny.write_tiny_peft(tmp_path / "a", base)
     for path, what in (
-        (folder / "adapter_config.json", "a file of the adapter"),
         (folder / "adapter_model.safetensors", "a file of the adapter"),
         (base.path, "the base itself"),
     ):

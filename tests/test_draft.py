@@ -36,7 +36,6 @@ def test_a_guess_is_what_followed_the_last_tokens_where_they_stood_last(seed: in
     ("lengths", "n_ctx", "expected"),
     [
         ([7], 100, 7),
-        ([0], 100, 0),
         ([7], 55, 4),  # as many as fit behind 50 tokens and the next
         ([15, 2], 100, 7),  # 16 rows
         ([4, 0], 100, 4),  # half of them

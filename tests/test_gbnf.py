@@ -93,8 +93,8 @@ class Native:
 
 def check_same(model: Model, text: str, seed: int) -> int:
     """At each step of a text by chance both allow the same; gives the number of steps."""
-    ours, native, chance = Constraint(model, gbnf_grammar(text)), Native(model, text), seed
-    chance_of = random.Random(chance)
+    ours, native = Constraint(model, gbnf_grammar(text)), Native(model, text)
+    chance = random.Random(seed)
     control = {token for token in range(model.n_vocab) if not model.piece(token)}
     ends = {token for token in range(model.n_vocab) if model.is_end(token)}
     n = 0
@@ -107,7 +107,7 @@ def check_same(model: Model, text: str, seed: int) -> int:
         choices = sorted(found - ends)
         if not choices:
             break
-        token = chance_of.choice(choices)
+        token = chance.choice(choices)
         ours.accept(token)
         native.accept(token)
     native.close()

@@ -252,10 +252,7 @@ def is_taken(model: Model, grammar: Grammar, text: str) -> bool:
     [
         ({"type": "object"}, '{"a": [1, {"b": null}], "c": "x"}'),
         ({"properties": {"a": {}, "b": {}}, "required": ["b"]}, '{"a":0, "b":1}'),
-        (
-            {"type": "string", "format": "uri", "maxLength": 2083},
-            '"https://a-b.example.org/c?d=e#f"',
-        ),
+        ({"type": "string", "format": "uri", "maxLength": 2083}, '"https://a-b.example/c?d=e#f"'),
         ({"type": "string", "format": "email"}, '"first.last+tag@example.org"'),
         ({"type": "integer", "maximum": 2**53 - 1, "minimum": 1 - 2**53}, "-12"),
     ],
@@ -293,10 +290,7 @@ def test_what_the_library_would_pass_over_is_refused(schema: Any, place: str, fo
     [
         ({"type": "text"}, "Invalid type: text"),
         ({"enum": ["a"], "type": "null"}, "Unsatisfiable schema: incompatible types"),
-        (
-            {"pattern": "a(?=b)"},
-            "regex parse error: a(?=b) ^^^ error: look-around, including look-",
-        ),
+        ({"pattern": "a(?=b)"}, "regex parse error: a(?=b) ^^^ error: look-around, including"),
         ({"$ref": "#"}, "nothing can be written under it"),
     ],
 )

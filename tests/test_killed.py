@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from bundles import bundle_json, make_bundle
+from bundles import bundle_json, make_bundle, rewrite
 from hubs import FakeHub
 from patience import PATIENCE_S, wait_until
 
@@ -56,9 +56,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     start.mkdir()
     made = make_bundle(start, n_layer=1)
     tiny.write_tiny_peft(made.peft, made.base, **SMALL)
-    raw = bundle_json(made.folder)
-    raw["base"]["file"] = "../base.gguf"
-    (made.folder / "bundle.json").write_text(json.dumps(raw))
+    rewrite(made.folder, lambda raw: raw["base"].update(file="../base.gguf"))
     (tmp_path / "place").mkdir()
     return start
 

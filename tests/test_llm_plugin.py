@@ -12,6 +12,7 @@ import jsonschema
 import pytest
 from bundles import TinyBundle
 from click.testing import CliRunner, Result
+from test_cli_run import SCHEMA
 
 llm = pytest.importorskip("llm", reason="the extra llm is not installed")
 from llm.cli import cli  # noqa: E402
@@ -101,15 +102,9 @@ def test_conversation_goes_on(made: TinyBundle, run: Run) -> None:
 
 
 def test_schema_shapes_the_answer(run: Run) -> None:
-    schema = {
-        "type": "object",
-        "properties": {"n": {"enum": [1, 2]}, "yes": {"type": "boolean"}},
-        "required": ["n", "yes"],
-        "additionalProperties": False,
-    }
-    done = run("-m", "qaflora/bundle", "the thing", "--schema", json.dumps(schema))
+    done = run("-m", "qaflora/bundle", "the thing", "--schema", json.dumps(SCHEMA))
     assert done.exit_code == 0, done.stderr
-    jsonschema.validate(json.loads(done.stdout), schema)
+    jsonschema.validate(json.loads(done.stdout), SCHEMA)
 
 
 def test_failure_is_told(run: Run) -> None:
