@@ -256,12 +256,12 @@ class Engine:
         """Give the size of the cached prefixes, at most `prefix_cache`: see Engine."""
         return self._core.prober.prefixes.n_byte
 
-    def add_adapter(self, path: AnyPath, name: str | None = None) -> str:
+    def add_adapter(self, name: str | None, path: AnyPath) -> str:
         """Load an adapter, which takes part from the next call on, and give its name.
 
+        name  None: the folder's or file's
         path  an adapter GGUF, which has to stay there; a PEFT folder, which is converted into the
               cache; or the Hub's owner/name
-        name  by default the folder's or file's
 
         It is measured for the strategy and, where that can be followed, two-place. What has begun
         keeps its adapters, and its contexts in memory, to its end. A failure changes nothing.

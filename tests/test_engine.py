@@ -240,7 +240,7 @@ def test_what_has_begun_keeps_its_adapters(engine: Engine, adapters: dict[str, P
     two = engine.weights(PROMPT).weights.tolist()
     with pytest.raises(StrategyError, match="not loaded"):
         engine.generate(PROMPT, weights=mix)
-    assert engine.add_adapter(adapters["es"]) == "es"
+    assert engine.add_adapter("es", adapters["es"]) == "es"
     assert engine.adapters == ("math", "med", "es")
     assert engine.generate(PROMPT, weights=mix, max_tokens=9).text() == expected[0]
     assert engine.weights(PROMPT, adapters=["math", "med"]).weights.tolist() == two
@@ -265,7 +265,7 @@ def test_what_cannot_be_added_or_removed_changes_nothing(
         assert engine._core is core
     engine.close()
     with pytest.raises(BusyError, match="closed"):
-        engine.add_adapter(adapters["es"], "more")
+        engine.add_adapter("more", adapters["es"])
 
 
 def test_added_adapters_are_measured_as_a_bundle_s(
@@ -279,12 +279,12 @@ def test_added_adapters_are_measured_as_a_bundle_s(
     add_adapters(folder, {"es": peft}, engine=Engine, strategy="two-place")
     with Engine(folder) as expected, Engine("bundle", strategy="two-place") as engine:
         engine.remove_adapter("es")
-        engine.add_adapter(peft, "es")  # another one of that name
+        engine.add_adapter("es", peft)  # another one of that name
         assert engine.strategies == expected.strategies
         found, wanted = (each.weights(PROMPT).to_dict() for each in (engine, expected))
         assert found | {"probe_ms": 0} == wanted | {"probe_ms": 0}
     with Engine(base=calibrated.base.path) as engine:  # as `--adapter` does
-        assert engine.add_adapter(peft) == "new-one"
+        assert engine.add_adapter(None, peft) == "new-one"
         assert engine.weights(PROMPT).strategy == engine.strategy == "spectr"
         engine.remove_adapter("new-one")
         assert engine.generate(PROMPT, max_tokens=1).fusion.adapters == ()

@@ -97,7 +97,7 @@ def test_hundred_changes_under_load_change_no_answer_and_leave_nothing(tmp_path:
         with ThreadPoolExecutor(8) as callers:
             asking = [callers.submit(keep_asking, i) for i in range(8)]
             for n in range(n_change // 2):
-                assert engine.add_adapter(sources[n % 2], "new") == "new"
+                assert engine.add_adapter("new", sources[n % 2]) == "new"
                 engine.remove_adapter("new")
             is_over.set()
         assert min(each.result() for each in asking) > 0

@@ -28,7 +28,7 @@ async def load(request: Request) -> Response:
     folder, body = _allowed(request), await bodies.read(request, bodies.AdapterBody)
 
     def add(engine: Engine) -> None:
-        engine.add_adapter(_inside(folder, body.lora_path or ""), body.lora_name)
+        engine.add_adapter(body.lora_name, _inside(folder, body.lora_path or ""))
 
     return await _changed(request, body, "added", add)
 
@@ -57,7 +57,7 @@ async def upload(request: Request) -> Response:
         if n_config:
             (place / CONFIG_FILE).write_bytes(config)
             convert_adapter(place, engine._opened.header, gguf, name=body.lora_name)
-        engine.add_adapter(gguf, body.lora_name)
+        engine.add_adapter(body.lora_name, gguf)
 
     try:
         with open(place / WEIGHTS_FILE if n_config else gguf, "wb") as file:

@@ -115,7 +115,7 @@ def add(chat: Chat, argument: str) -> None:
     if " " in path and not expanded(path).exists():
         path, name = path.rsplit(maxsplit=1)
     with waiting(f"Loading {path}"):
-        name = chat.engine.add_adapter(path, name)
+        name = chat.engine.add_adapter(name, path)
     chat.view.note(f"{name} takes part from now on", f"strategy {chat.engine.strategy}")
 
 
