@@ -37,7 +37,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
 
 @pytest.fixture
 def engine(made: TinyBundle) -> Iterator[Engine]:
-    with Engine(made.folder, threads=1) as engine:
+    with Engine(made.folder, threads=1, draft=0) as engine:
         yield engine
 
 
