@@ -253,9 +253,9 @@ def test_what_cannot_be_added_or_removed_changes_nothing(
     wrong = write_tiny_adapter(tmp_path / "wrong.gguf", other).path
     engine.use_strategy("single:es")
     for change, error, message in (
-        (partial(engine.add_adapter, wrong), AdapterMismatchError, "wrong.gguf"),
-        (partial(engine.add_adapter, adapters["es"], "MATH"), BundleError, "'MATH' is taken"),
-        (partial(engine.add_adapter, adapters["es"], "../x"), BundleError, "'../x' cannot be"),
+        (partial(engine.add_adapter, None, wrong), AdapterMismatchError, "wrong.gguf"),
+        (partial(engine.add_adapter, "MATH", adapters["es"]), BundleError, "'MATH' is taken"),
+        (partial(engine.add_adapter, "../x", adapters["es"]), BundleError, "'../x' cannot be"),
         (partial(engine.remove_adapter, "fr"), StrategyError, "The adapter 'fr' is not loaded"),
         (partial(engine.remove_adapter, "es"), StrategyError, "'single:es' names the adapter"),
     ):
