@@ -324,6 +324,7 @@ REFUSED = [
     ({"messages": [{}]}, "messages", "Message 0 has role = None, expected a text, as in {"),
     ({"messages": USER * 2049}, "messages", "The field messages is [{'role': 'user', 'con"),
     ({"stop": [""]}, "stop", "The field stop is [''], expected a text or 1 to 16 texts,"),
+    ({"n": 17}, "n", "The field n is 17, expected a number of answers from 1 to 16."),
     ({"stream": "yes"}, "stream", "The field stream is 'yes', expected true or false."),
     (
         {"stream": True, "stream_options": {"include_usage": 1}},
