@@ -193,8 +193,8 @@ def measure_draft(engines: Mapping[str, Engine], plan: Plan, tell: Tell) -> Iter
     for kind, n in kinds:
         own, plain = runs[kind, n, "draft"], runs[kind, n, "plain"]
         row = compared("tokens_per_second", own, of_plain=plain) | compared("accepted", own)
-        for run, other in zip(own, plain, strict=True):
-            run["plain_tokens_per_second"] = other["tokens_per_second"]
+        for each, other in zip(own, plain, strict=True):
+            each["plain_tokens_per_second"] = other["tokens_per_second"]
         yield {"name": f"{kind}, {n} callers" if n > 1 else kind, "runs": own} | row
 
 
