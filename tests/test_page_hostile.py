@@ -30,8 +30,8 @@ EVIL = [
 # What no answer may be made of.
 FOREIGN = (
     ".answer :is(script, style, img, svg:not(.icon), iframe, object, embed, form, input, link,"
-    "meta, base, a, video, audio, source, semantics, details, body, button:not([title]), [onerror],"
-    "[onload], [style]:not(.bar *, .grid, .cell))"
+    "meta, base, a, video, audio, source, semantics, details:not(.answer > .thought), body,"
+    "button:not([title]), [onerror], [onload], [style]:not(.bar *, .grid, .cell))"
 )
 
 

@@ -111,6 +111,7 @@ class Core:
         Raises BusyError within a call of the same thread, such as on_weights.
         """
         if _process not in (None, os.getpid()):
+            self.is_closed = True
             return
         me = threading.get_ident()
         with self._idle:
