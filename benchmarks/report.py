@@ -319,9 +319,9 @@ def read_report() -> Report:
         return Report(line for line in map(json.loads, file) if "score" in line)
 
 
-def read_gains(subject: str, half: str, reading: str) -> np.ndarray:
-    """Give what a reading under two-place gains over the mix's, in points: [n_item]."""
-    score = read_report().table(subject, half, ["two-place"], reading)["score"]
+def read_gains(subject: str, half: str, reading: str, strategy: str = "two-place") -> np.ndarray:
+    """Give what a reading gains over the mix's, in points: [n_item]."""
+    score = read_report().table(subject, half, [strategy], reading)["score"]
     return np.asarray(score[1] - score[0])
 
 
@@ -356,9 +356,9 @@ def read(gains: Sequence[np.ndarray], digits: int = 1) -> str:
     return f"{value} ({low} to {high})"
 
 
-def read_mean(_: Figures, reading: str, half: str) -> str:
+def read_mean(_: Figures, reading: str, half: str, strategy: str = "two-place") -> str:
     """Write the mean over all chats' rows."""
-    return read([read_gains(each, half, reading) for each in READ if each != "text"])
+    return read([read_gains(each, half, reading, strategy) for each in READ if each != "text"])
 
 
 def rights(figures: Figures, name: str, one: str, other: str, subject: str = "") -> str:
