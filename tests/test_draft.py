@@ -37,11 +37,10 @@ def test_a_guess_is_what_followed_the_last_tokens_where_they_stood_last(seed: in
     [
         ([7], 100, 7),
         ([7], 55, 4),  # as many as fit behind 50 tokens and the next
-        ([15, 2], 100, 7),  # 16 rows
-        ([4, 0], 100, 4),  # half of them
-        ([4, 0, 0], 100, 0),
-        ([7] * 8, 100, 1),
-        ([7] * 17, 100, 0),
+        ([15, 15], 100, 7),  # 16 rows
+        ([15, 2], 100, 2),
+        ([4, 0], 100, 0),
+        ([7] * 3, 100, 0),
     ],
 )
 def test_sequences_guess_the_same_number_of_tokens(
@@ -53,7 +52,6 @@ def test_sequences_guess_the_same_number_of_tokens(
 
     guesses = guess_together([sequence(n) for n in lengths], n_ctx)
     assert [len(guess) for guess in guesses] == [expected] * len(lengths)
-    assert [guess.count(9) for guess in guesses] == [min(n, expected) for n in lengths]
 
 
 def test_a_guess_ends_where_the_answer_must() -> None:
