@@ -523,10 +523,10 @@ class Engine:
             n_all = n_extent + (len(plain) if layers else 0)
             measured: dict[str, Any] = {}
             if n_extent:
-                base, rows = self._core.prober.base, self._core.rows(self.adapters)
+                prober, rows = self._core.prober, self._core.rows(self.adapters)
 
                 def added(queries: Sequence[Query], n_before: int) -> F64:
-                    steps = base.added_together(queries, rows)
+                    steps = prober.added_together(queries, rows)
                     return self._core.run(steps, cancellation, lambda n: tell(n_before + n, n_all))
 
                 measured["added_last"], measured["added_question"] = added(chats, 0)
@@ -544,7 +544,7 @@ class Engine:
     def embedding(self, prompt: Any) -> F32:
         """Average the base's last states over a prompt, as `weights` takes it: float32 [n_embd]."""
         with self._core.call():
-            return self._core.run(self._core.prober.base.embedding(self._asked(prompt)))
+            return self._core.run(self._core.prober.embedding(self._asked(prompt)))
 
     def _asked(self, prompt: Any, *, raw: bool = False, parse_special: bool = False) -> list[int]:
         """Tokenize messages, ids, or a text: as a user turn, unless raw or without a template."""

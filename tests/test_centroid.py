@@ -91,7 +91,7 @@ def test_the_embedding_is_the_mean_state_of_the_base_alone(made_once: TinyBundle
     with Engine(made_once.folder, threads=1, **EXACT) as engine:
         tokens = np.random.default_rng(0).integers(0, 256, 300).tolist()
         states = [engine.hidden_states(tokens[: n + 1])[-1] for n in range(0, 300, 50)]
-        run, base = engine._core.run, engine._core.prober.base
+        run, base = engine._core.run, engine._core.prober
         alone = [run(base.embedding([tokens[0]])), run(base.embedding(tokens[:1]))]
         np.testing.assert_allclose(alone[0], states[0], rtol=1e-4, atol=1e-5)
         np.testing.assert_array_equal(alone[0], alone[1])

@@ -9,11 +9,11 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 
-from qaflora_edge.arrays import F32
+from qaflora_edge.arrays import F32, F64
 from qaflora_edge.backend.context import Backend
 from qaflora_edge.errors import BusyError, QafloraError
 from qaflora_edge.formats.adapter import AdapterInfo
@@ -26,11 +26,11 @@ from qaflora_edge.inference.scheduler import Scheduler
 from qaflora_edge.inference.sequence import Sequence as RunningSequence
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing.numbers import FusionWeights, n_base_of
-from qaflora_edge.weighing.strategy import Query
+from qaflora_edge.weighing.strategy import Measure, Query, Reading
 
 if TYPE_CHECKING:
     from qaflora_edge.weighing.adapter_inputs import AttentionSizes
-    from qaflora_edge.weighing.probe import Listener, QueryProbe, Steps
+    from qaflora_edge.weighing.probe import Listener, Steps
 
 T = TypeVar("T")
 _N_ANSWER = 2048  # tokens that an answer without a limit has at least, where the context has them
@@ -205,7 +205,7 @@ class Core:
 
 
 class Probes:
-    """Measure queries for one call of an Engine, with other callers' work in between.
+    """Measure queries for one call of an Engine, one after the other: see strategy.Probe.
 
     tell      called with "weighing", how many tokens are done, and how many there are
     n_answer  tokens of the answer that the base's prefill goes on to; 0: there is none; None: no
@@ -220,21 +220,48 @@ class Probes:
         self._n_answer = n_answer
         self.weighed: RunningSequence | None = None
 
-    def __call__(self, query: Query) -> "QueryProbe":
-        from qaflora_edge.weighing.probe import QueryProbe
+    def __call__(self, query: Query) -> Self:
+        """Measure this query from now on."""
+        self._query, self._rows = query, self._core.rows(query.adapters)
+        self._tokens = query.tokens[: query.n_weighed]
+        return self
 
-        def told(n_done: int) -> None:
-            self._tell("weighing", n_done, len(query.tokens))
+    def divergence(self, measure: Measure = "kl") -> F64:
+        where = self._query.lens, self._query.pool, self._query.question
+        return self._run(self._core.prober.divergence(self._tokens, self._rows, measure, *where))
 
-        run = partial(self._core.run, cancellation=self._cancellation, tell=told)
-        rows = self._core.rows(query.adapters)
-        return QueryProbe(self._core.prober, query, rows, run, self._listen)
+    def states(self) -> F32:
+        query = self._query
+        steps = self._core.prober.states(self._tokens, self._rows, query.pool, query.question)
+        return np.array(self._run(steps))
 
-    def _listen(self, query: Query, listener: "Listener") -> Any:
-        """Prefill a query under the base, for a listener."""
+    def embedding(self) -> F32:
+        return self._run(self._core.prober.embedding(self._tokens))
+
+    def added(self) -> F64:
+        where = self._query.question, self._query.n_weighed
+        return np.array(self._listen(self._core.prober.added(self._rows, *where)))
+
+    def routing(self, reading: Reading) -> tuple[F64, F64]:
+        found: tuple[F64, F64] = self._listen(self._core.prober.routing(self._rows, reading))
+        return found
+
+    def norms(self) -> F64:
+        n_token = len(self._tokens)
+        return np.array(self._listen(self._core.prober.norms(self._rows, n_token)))
+
+    def _run(self, steps: "Steps[T]") -> T:
+        n_token = len(self._query.tokens)
+        return self._core.run(
+            steps, self._cancellation, lambda n_done: self._tell("weighing", n_done, n_token)
+        )
+
+    def _listen(self, listener: "Listener") -> Any:
+        """Prefill the query under the base, for a listener."""
         self.end()
-        core, tokens, n_base = self._core, query.tokens, n_base_of(len(query.tokens))
+        core, tokens = self._core, self._query.tokens
         nothing = np.zeros((len(core.adapters), core.model.n_layer), np.float32)
+        n_base = n_base_of(len(tokens))
         request = Request(tokens, nothing, n_base=n_base, cancellation=self._cancellation)
         n_ctx = core.n_ctx_for(len(tokens), self._n_answer)
         sequence = RunningSequence(request, None, 0, n_ctx, listener)

@@ -41,12 +41,6 @@ _N_WORTH = 64  # tokens; to prefill fewer again is as quick as to keep them
 _N_TOGETHER = 8  # short queries of one batch: the base's matrices are read once for all
 
 
-class Run(Protocol):
-    """Drive a generator to its end, and give its result."""
-
-    def __call__(self, steps: Steps[T], /) -> T: ...
-
-
 @contextmanager
 def wiped_on_failure(context: Context) -> Iterator[None]:
     """Empty a context when a block fails; a cancelled query's GeneratorExit counts."""
@@ -263,13 +257,16 @@ class _Added:
         return np.array([list(map(of_layers, self._sizes, place)) for place in (last, question)])
 
 
-class BaseProber:
-    """Measure with the base alone: one pass, however many adapters there are.
+class Prober:
+    """Measure with sequences of one context: the base, then each adapter alone at weight 1.
 
-    infos  the adapters
-    sizes  of each adapter, where they were read before
+    infos, sizes  the adapters' facts, where they were read before
+    prefixes  the prefix cache; by default only the last query's KV state is reused
 
-    rows, in all methods: which adapters of the pack are compared, in ascending order.
+    Two measures of one query in turn cost one pass. Listeners and embedding() measure with the base
+    alone: one pass, however many adapters there are.
+
+    rows, in all methods: which adapters of the pack are measured, in ascending order.
     """
 
     def __init__(
@@ -277,27 +274,40 @@ class BaseProber:
         model: Model,
         pack: Pack,
         options: dict[str, Any],
-        infos: Sequence[AdapterInfo],
+        *,
+        infos: Sequence[AdapterInfo] | None = None,
         sizes: Sequence[AttentionSizes] = (),
+        prefixes: Prefixes | None = None,
     ) -> None:
-        def read(make: Callable[..., T], rows: tuple[int, ...], *more: Any) -> T:
-            return make([infos[row] for row in rows], model.n_layer, *more)
+        known = infos or [read_adapter_gguf(path) for path in pack.paths]
 
-        self._model = model
+        def read(make: Callable[..., T], rows: tuple[int, ...], *more: Any) -> T:
+            return make([known[row] for row in rows], model.n_layer, *more)
+
+        self.prefixes = prefixes or Prefixes(0)
+        self._model, self._pack, self._options = model, pack, options
         # Adapters' matrices as measures take them, read when first asked for.
         self._queries = lru_cache(1)(partial(read, QueryProjections))
         self._attention = lru_cache(2)(partial(read, AttentionInputs))
         self._sizes: Callable[[int], AttentionSizes] = sizes.__getitem__
         if not sizes:
-            self._sizes = cache(lambda row: AttentionSizes(infos[row], model.n_layer))
-        self._make = partial(ProbeContext, model, pack, **options)
-        self._contexts = _GrowingContext(partial(self._make, n_seq=1))
+            self._sizes = cache(lambda row: AttentionSizes(known[row], model.n_layer))
+        self._make_base = partial(ProbeContext, model, pack, **options)
+        self._base = _GrowingContext(partial(self._make_base, n_seq=1))
+        self._contexts = _GrowingContext(self._make_context)
         self._threads = ThreadPoolExecutor(options.get("threads") or default_threads())
+        self._rows: tuple[int, ...] = ()  # adapters of the sequences after the base's
+        self._n_exact: int | None = None  # tokens held in the cuts of a whole prompt; None: all
+        self._last: tuple[_Key, F32] | None = None
 
     def close(self) -> None:
-        """Free the context and its threads."""
+        """Free all contexts, and threads."""
         self._threads.shutdown(wait=False)
+        self._base.close()
         self._contexts.close()
+        self._last = None
+
+    # the base alone
 
     def norms(self, rows: Sequence[int], n_token: int) -> Listener:
         """Measure what each adapter adds to a late query projection: float64 [n_row].
@@ -320,7 +330,7 @@ class BaseProber:
 
     def embedding(self, tokens: Sequence[int]) -> Steps[F32]:
         """Average the state after the last block over tokens: float32 [n_embd]."""
-        context = self._contexts.for_query(len(tokens))
+        context = self._base.for_query(len(tokens))
         context.clear()
         context.capture_begin("mean")
         with wiped_on_failure(context):
@@ -340,7 +350,7 @@ class BaseProber:
         n_token = n_same + max(sum(len(query.tokens) for query in group) for group in groups)
         shape: Any = {"n_ctx": n_ctx_for(n_token), "n_seq": 1 + _N_TOGETHER, "is_unified": True}
         found: list[F64] = []
-        with self._make(**shape) as context:
+        with self._make_base(**shape) as context:
             if n_same:
                 context.decode(first[:n_same], outputs="none", n_seq=1)
             for group in groups:
@@ -356,42 +366,7 @@ class BaseProber:
                 yield len(found)
         return np.stack(found, axis=1)
 
-
-class Prober:
-    """Measure with sequences of one context: the base, then each adapter alone at weight 1.
-
-    infos, sizes  the adapters' facts, where they were read before
-    prefixes  the prefix cache; by default only the last query's KV state is reused
-
-    Two measures of one query in turn cost one pass. `base` measures with the base alone.
-
-    rows, in all methods: which adapters of the pack are probed, in ascending order.
-    """
-
-    def __init__(
-        self,
-        model: Model,
-        pack: Pack,
-        options: dict[str, Any],
-        *,
-        infos: Sequence[AdapterInfo] | None = None,
-        sizes: Sequence[AttentionSizes] = (),
-        prefixes: Prefixes | None = None,
-    ) -> None:
-        self.prefixes = prefixes or Prefixes(0)
-        infos = infos or [read_adapter_gguf(path) for path in pack.paths]
-        self.base = BaseProber(model, pack, options, infos, sizes)
-        self._model, self._pack, self._options = model, pack, options
-        self._contexts = _GrowingContext(self._make_context)
-        self._rows: tuple[int, ...] = ()  # adapters of the sequences after the base's
-        self._n_exact: int | None = None  # tokens held in the cuts of a whole prompt; None: all
-        self._last: tuple[_Key, F32] | None = None
-
-    def close(self) -> None:
-        """Free all contexts."""
-        self.base.close()
-        self._contexts.close()
-        self._last = None
+    # the base and each adapter
 
     def states(
         self,
@@ -520,47 +495,3 @@ class Prober:
         context = ProbeContext(self._model, self._pack, n_seq=1 + n_adapter, **options)
         self._set_weights(context, self._rows)
         return context
-
-
-class QueryProbe:
-    """Measure one query for a strategy, with a Prober: see strategy.Probe.
-
-    run     drives the work
-    listen  prefills the query under the base for a listener
-    """
-
-    def __init__(
-        self,
-        prober: Prober,
-        query: Query,
-        rows: Sequence[int],
-        run: Run,
-        listen: Callable[[Query, Listener], Any],
-    ) -> None:
-        self._prober, self._run, self._query = prober, run, query
-        self._tokens = query.tokens[: query.n_weighed]
-        self._rows, self._listen = tuple(rows), partial(listen, query)
-
-    def divergence(self, measure: Measure = "kl") -> F64:
-        where = self._query.lens, self._query.pool, self._query.question
-        return self._run(self._prober.divergence(self._tokens, self._rows, measure, *where))
-
-    def states(self) -> F32:
-        query = self._query
-        steps = self._prober.states(self._tokens, self._rows, query.pool, query.question)
-        return np.array(self._run(steps))
-
-    def added(self) -> F64:
-        where = self._query.question, self._query.n_weighed
-        return np.array(self._listen(self._prober.base.added(self._rows, *where)))
-
-    def embedding(self) -> F32:
-        return self._run(self._prober.base.embedding(self._tokens))
-
-    def routing(self, reading: Reading) -> tuple[F64, F64]:
-        found: tuple[F64, F64] = self._listen(self._prober.base.routing(self._rows, reading))
-        return found
-
-    def norms(self) -> F64:
-        n_token = len(self._tokens)
-        return np.array(self._listen(self._prober.base.norms(self._rows, n_token)))
