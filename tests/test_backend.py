@@ -4,6 +4,7 @@ import re
 import struct
 from collections.abc import Sequence
 from dataclasses import replace
+from decimal import Decimal, getcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,6 @@ from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.probe_context import ProbeContext
 from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.base import read_base
-from qaflora_edge.weighing import numbers as fusion
 
 F32 = NDArray[np.float32]
 EXACT = {"kv_type": "f32", "flash_attn": False, "threads": 2}
@@ -498,6 +498,16 @@ def test_answers_of_a_quantised_base_are_as_near_to_it_as_with_ggml(
     assert np.abs(alone - truth).mean() <= 1.2 * theirs
 
 
+def textbook_kl(z: NDArray[np.float64], d: NDArray[np.float64]) -> float:
+    """KL(softmax(z) || softmax(z + d)) as sum p (log p - log q), with 60 digits."""
+    getcontext().prec = 60
+    p = [Decimal(x).exp() for x in z]
+    q = [(Decimal(x) + Decimal(y)).exp() for x, y in zip(z, d, strict=True)]
+    p_sum, q_sum = sum(p), sum(q)
+    terms = (a / p_sum * ((a / p_sum).ln() - (b / q_sum).ln()) for a, b in zip(p, q, strict=True))
+    return float(sum(terms))
+
+
 def reference_divergence(base: TinyBase, states: F32, lens: str) -> NDArray[np.float64]:
     """Divergences [n_adapter, n_layer] of states [1 + n_adapter, n_layer, n_embd] in float64."""
     head = base.tensors["token_embd.weight"].astype(np.float64)
@@ -509,7 +519,8 @@ def reference_divergence(base: TinyBase, states: F32, lens: str) -> NDArray[np.f
     else:
         seen[:, -1] = normed[:, -1]
     logits = seen @ head.T
-    return fusion.kl_divergence(logits[0], logits[1:] - logits[0])
+    pairs = [zip(logits[0], each - logits[0], strict=True) for each in logits[1:]]
+    return np.array([[textbook_kl(z, d) for z, d in layers] for layers in pairs])
 
 
 def divergence(base: TinyBase, states: F32, lens: str) -> NDArray[np.float64]:

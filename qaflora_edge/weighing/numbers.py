@@ -1,7 +1,7 @@
 """From divergences to fusion weights: arithmetic only, no files and no library.
 
-The method is qa-FLoRA (AAAI 2026, arXiv 2512.11366). `kl_divergence` is the numpy reference of
-what the library computes through the quantised head.
+The method is qa-FLoRA (AAAI 2026, arXiv 2512.11366). The library computes divergences, through the
+quantised head.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -191,31 +191,3 @@ def euclidean_distance(base: ArrayLike, adapted: ArrayLike) -> F64:
     """Measure |h_j - h|: base [n_layer, n_embd], adapted [n_adapter, n_layer, n_embd]."""
     difference = np.asarray(adapted, np.float64) - np.asarray(base, np.float64)
     return np.asarray(np.linalg.norm(difference, axis=-1))
-
-
-def kl_divergence(base_logits: ArrayLike, difference: ArrayLike) -> F64:
-    """Compute KL(p || q) in nats, p = softmax(base_logits), q = softmax(base_logits + difference).
-
-    base_logits  [..., n_vocab]
-    difference   [..., n_vocab]  logits under the adapter minus base logits
-
-    With m = sum_v p_v d_v and u = d - m: KL = log1p(sum_v p_v (expm1(u_v) - u_v)). Every term
-    is >= 0, so nothing cancels. A constant in d changes nothing; d is taken as 0 at the likeliest
-    token, so that u keeps its digits where p is almost all on it.
-    """
-    z = np.asarray(base_logits, np.float64)
-    d = np.asarray(difference, np.float64)
-    log_p = z - z.max(axis=-1, keepdims=True)
-    log_p -= np.log(np.exp(log_p).sum(axis=-1, keepdims=True))
-    p = np.exp(log_p)
-    likeliest = np.asarray(z.argmax(axis=-1, keepdims=True))
-    d = d - np.take_along_axis(d, np.broadcast_to(likeliest, (*d.shape[:-1], 1)), axis=-1)
-    u = d - (p * d).sum(axis=-1, keepdims=True)
-    # Both sides times e^-c where a term of p e^u is large: e^u alone may be beyond float64.
-    log_most = (log_p + u).max(axis=-1, keepdims=True)
-    c = np.where(log_most > 1, log_most, 0.0)
-    series = u * u * (1 / 2 + u * (1 / 6 + u * (1 / 24 + u * (1 / 120 + u / 720))))
-    term = np.exp(log_p + u - c) - np.exp(log_p - c) * (1 + u)
-    total = np.where(np.abs(u) < 1e-2, np.exp(log_p - c) * series, term).sum(axis=-1)
-    c = c[..., 0]
-    return np.asarray(c + np.log1p(np.expm1(-c) + total))
