@@ -38,7 +38,6 @@ from qaflora_edge import Engine, FusionWeights
 from qaflora_edge.evaluation.metrics import metrics
 from qaflora_edge.inference.request import Request, make_sampling
 from qaflora_edge.inference.sampler import Sampler
-from qaflora_edge.inference.score import Item
 
 Key = tuple[str, str, int, str, str]  # cell, language, item, strategy, reading
 # The cheapest first, after the one that all are compared with.
@@ -163,10 +162,8 @@ def begin(engine: Engine, job: Job, **options: Any) -> Any:
 
 def score_texts(engine: Engine, job: Job, texts: Sequence[str]) -> list[list[float]]:
     """Score continuations token by token: log-probabilities in nats."""
-    items = [
-        Item(tuple(job.tokens), tuple(engine.tokenize(text)), job.weights, job.n_base)
-        for text in texts
-    ]
+    request = Request(tuple(job.tokens), job.weights, n_base=job.n_base)
+    items = [(request, tuple(engine.tokenize(text))) for text in texts]
     core = engine._core
     return [scores.tolist() for scores in core.run(core.scorer.score(items), kind="score")]
 

@@ -468,22 +468,20 @@ class Engine:
                 "lists of the same length: repeat a prompt, as in [prompt] * 3."
             )
         pairs = zip(prompt, continuation, strict=True) if is_list else [(prompt, continuation)]
-        from qaflora_edge.inference.score import Item
-
         with self._core.call():
             cancellation = self._core.cancellation()
             probe = Probes(self._core, cancellation)
             weights = one_of(weights, strategy)
-            known: dict[tuple[int, ...], tuple[F32, int]] = {}
+            known: dict[tuple[int, ...], Request] = {}
             items = []
             for each, text in pairs:
                 tokens = tuple(self.tokenize(each, parse_special=parse_special))
                 following = self._continuation(tokens, text)
                 if tokens not in known:
-                    fusion = self._weigher.weigh(weights, tokens, probe)
+                    fusion = self._core.all_weights(self._weigher.weigh(weights, tokens, probe))
                     n_base = self._weigher.n_base(weights, tokens)
-                    known[tokens] = self._core.all_weights(fusion), n_base
-                items.append(Item(tokens, following, *known[tokens]))
+                    known[tokens] = Request(tokens, fusion, n_base=n_base)
+                items.append((known[tokens], following))
             scores = self._core.run(self._core.scorer.score(items), cancellation, kind="score")
         return scores if is_list else scores[0]
 

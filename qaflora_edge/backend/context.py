@@ -5,13 +5,13 @@ Nothing here knows of strategies or bundles.
 
 import contextlib
 import ctypes
-import hashlib
 import mmap
 import operator
 import os
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,26 @@ class Stop:
         libc = ctypes.CDLL("ucrtbase" if sys.platform == "win32" else None)
         callback = ctypes.cast(libc.strlen, lib.ggml_abort_callback)
         lib.llama_set_abort_callback(context, callback, ctypes.addressof(self._buffer))
+
+
+@dataclass(frozen=True)
+class KvState:
+    """Copy the KV state of a context's sequences.
+
+    sequences  number, ids of tokens, and uint8 [n_byte] of each
+    """
+
+    sequences: list[tuple[int, list[int], U8]]
+
+    @property
+    def tokens(self) -> list[int]:
+        """Give the ids of the first sequence."""
+        return self.sequences[0][1]
+
+    @property
+    def n_byte(self) -> int:
+        """Count the bytes of all sequences."""
+        return sum(data.size for *_, data in self.sequences)
 
 
 class Context(Handle):
@@ -156,7 +176,6 @@ class Context(Handle):
         self._is_unified = bool(params.kv_unified)
         self._most = int(params.n_batch), int(params.n_outputs_max), self.n_seq
         self.tokens: list[list[int]] = [[] for _ in range(self.n_seq)]
-        self._weights = [b""] * self.n_seq  # a hash of those that were set
         self._memory = self._lib.llama_get_memory(self._pointer)
         self._stop = stop
         if stop is not None:
@@ -198,10 +217,34 @@ class Context(Handle):
     @contextlib.contextmanager
     def _loaded_again(self) -> Iterator[None]:
         """Keep the KV state of all sequences over a block that replaces their memory."""
-        held = [(seq, self._sequence(seq), each) for seq, each in enumerate(self.tokens) if each]
+        state = self.kv_state()
         yield
-        for seq, data, tokens in held:
-            self._load(seq, data, tokens)
+        self.load_kv_state(state)
+
+    def kv_state(self) -> KvState:
+        """Copy the KV state, for a context made with the same options."""
+        held = [(seq, list(each)) for seq, each in enumerate(self.tokens) if each]
+        return KvState([(seq, tokens, self._sequence(seq)) for seq, tokens in held])
+
+    @property
+    def n_kv_byte(self) -> int:
+        """Give the size of kv_state()."""
+        get_size = self._lib.llama_state_seq_get_size
+        held = [seq for seq, each in enumerate(self.tokens) if each]
+        return sum(int(get_size(self._pointer, seq)) for seq in held)
+
+    def load_kv_state(self, state: KvState) -> None:
+        """Replace the KV state by another context's, prefilled under the weights that are set here.
+
+        Raises BackendError, and is empty then, for another shape.
+        """
+        self.clear()
+        try:
+            for seq, tokens, data in state.sequences:
+                self._load(seq, data, tokens)
+        except BackendError:
+            self.clear()
+            raise
 
     def keep(self, n_token: int, seq: int) -> int:
         """Keep the first n_token tokens of one sequence, and forget the rest.
@@ -270,7 +313,6 @@ class Context(Handle):
         array = np.ascontiguousarray(weights, dtype=np.float32)
         if not self._functions.set_weights(self._pointer, seq, array.ctypes.data, array.size):
             raise BackendError(f"Weights cannot be set: {last_error()}.")
-        self._weights[seq] = hashlib.sha256(array.tobytes()).digest()
 
     def decode(
         self,

@@ -9,16 +9,16 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
 from qaflora_edge.arrays import F32, F64
 from qaflora_edge.backend.batch import Chunks, Outputs, n_common
 from qaflora_edge.backend.batch import Span as Tokens
-from qaflora_edge.backend.context import Context, default_threads, n_ctx_for
+from qaflora_edge.backend.context import Context, KvState, default_threads, n_ctx_for
 from qaflora_edge.backend.model import Model, Pack
-from qaflora_edge.backend.probe_context import KvState, ProbeContext
+from qaflora_edge.backend.probe_context import ProbeContext
 from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.adapter import AdapterInfo, read_adapter_gguf
 from qaflora_edge.weighing import numbers
@@ -31,6 +31,7 @@ from qaflora_edge.weighing.adapter_inputs import (
 from qaflora_edge.weighing.strategy import Measure, Query, Reading, Span
 
 T = TypeVar("T")
+C = TypeVar("C", bound=Context)
 # Yields the number of prefilled tokens, or None, between micro-batches; returns its result.
 Steps = Generator[int | None, None, T]
 PLACES = ("answer", "question")  # the last token, where the answer begins; the question's mean
@@ -158,17 +159,17 @@ class Prefixes:
         return self._entries[-1][1], n_best
 
 
-class _GrowingContext:
-    """Keep a probe context; replace it by a larger one for a longer query, KV state included.
+class GrowingContext(Generic[C]):
+    """Keep a context; replace it by a larger one for a longer query, KV state included.
 
     make  makes one from n_ctx
     """
 
-    def __init__(self, make: Callable[..., ProbeContext]) -> None:
+    def __init__(self, make: Callable[..., C]) -> None:
         self._make = make
-        self.context: ProbeContext | None = None
+        self.context: C | None = None
 
-    def for_query(self, n_token: int) -> ProbeContext:
+    def for_query(self, n_token: int) -> C:
         """Give a context with room for a query."""
         held, state = self.context, None
         if held is not None:
@@ -293,8 +294,8 @@ class Prober:
         if not sizes:
             self._sizes = cache(lambda row: AttentionSizes(known[row], model.n_layer))
         self._make_base = partial(ProbeContext, model, pack, **options)
-        self._base = _GrowingContext(partial(self._make_base, n_seq=1))
-        self._contexts = _GrowingContext(self._make_context)
+        self._base = GrowingContext(partial(self._make_base, n_seq=1))
+        self._contexts = GrowingContext(self._make_context)
         self._threads = ThreadPoolExecutor(options.get("threads") or default_threads())
         self._rows: tuple[int, ...] = ()  # adapters of the sequences after the base's
         self._n_exact: int | None = None  # tokens held in the cuts of a whole prompt; None: all
