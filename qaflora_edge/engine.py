@@ -142,10 +142,17 @@ class Engine:
         # A base alone chooses its strategy when it gets its first adapter.
         self._chooses = strategy is None and opened.text is None and not opened.adapters
         self._changing = threading.Lock()
+
+        def finding(name: str) -> Callable[[Sequence[int]], Any]:
+            module = "qaflora_edge.chat.tokens"  # imported when it is needed
+            return lambda tokens: getattr(import_module(module), name)(model, tokens)
+
         self._weigher = Weigher(
             adapters=tuple(opened.adapters),
             n_layer=opened.header.n_layer,
             known=opened.known.under(strategy=strategy, lens=lens, pool=pool, prefill=prefill),
+            find_question=finding("find_question"),
+            find_thinking=finding("find_thinking"),
             targets={name: info.targets for name, info in opened.adapters.items()},
         )
         self._core = self._open(opened)
@@ -157,16 +164,6 @@ class Engine:
         self.n_layer, self.n_vocab = model.n_layer, model.n_vocab
         self.n_ctx_train = model.n_ctx_train  # tokens of the longest text in training
         self.has_chat_template = bool(model.chat_template)
-
-        def finding(name: str) -> Callable[[Sequence[int]], Any]:
-            module = "qaflora_edge.chat.tokens"  # imported when it is needed
-            return lambda tokens: getattr(import_module(module), name)(model, tokens)
-
-        self._weigher = replace(
-            self._weigher,
-            find_question=finding("find_question"),
-            find_thinking=finding("find_thinking"),
-        )
 
     def _open(self, opened: Opened) -> Core:
         """Open contexts for these adapters, over the base that all share."""

@@ -57,8 +57,8 @@ class FusionWeights:
             "pool": self.pool,
             "n_layer": int(self.weights.shape[1]),
             "prompt_tokens": self.prompt_tokens,
-            "divergence": None if self.divergence is None else _rows(self.divergence),
-            "weights": _rows(self.weights),
+            "divergence": None if self.divergence is None else self.divergence.tolist(),
+            "weights": self.weights.tolist(),
             "probe_ms": round(self.probe_ms, 3),
             **self.why_dict(),
         }
@@ -88,10 +88,6 @@ class FusionWeights:
 
     # Draws weights in a notebook. The Engine sets it, and __repr__.
     _repr_html_: ClassVar[Callable[["FusionWeights"], str] | None] = None
-
-
-def _rows(array: F32) -> list[list[float]]:
-    return [[float(value) for value in row] for row in array]
 
 
 def check_weights(

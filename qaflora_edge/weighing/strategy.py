@@ -8,7 +8,7 @@ Help texts and completion name strategies, so modules of strategies import numpy
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -171,13 +171,6 @@ class Strategy:
         Raises StrategyError or WeightsError.
         """
         return argument
-
-    def can_compare(self, targets: Iterable[Sequence[str]]) -> bool:
-        """Tell whether adapters share one of the kinds of modules that it compares.
-
-        targets  kinds of modules of each adapter
-        """
-        return not self.compares or bool({*self.compares}.intersection(*targets))
 
     def check(self, argument: Any, query: Query) -> None:
         """Raise StrategyError where a query of this kind, tokens apart, cannot be weighed."""
