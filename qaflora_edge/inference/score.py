@@ -2,6 +2,8 @@
 
 from collections.abc import Generator, Sequence
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -70,36 +72,19 @@ def _score_group(
     first = log_softmax(context.logits_view(rows[0]))
     for tokens, result in part:
         result[0] = first[tokens[0]]
-    longer = [(seq, len(tokens) - 1) for seq, (tokens, _) in enumerate(part, 1) if len(tokens) > 1]
-    for seq, _ in longer:
+    rest = [(seq, at) for seq, (tokens, _) in enumerate(part, 1) for at in range(len(tokens) - 1)]
+    for seq in dict.fromkeys(seq for seq, _ in rest):
         context.copy(0, seq)
         context.set_weights(request.weights, seq=seq)
-    for batch in _batches(longer):
-        spans = [
-            Span(seq, part[seq - 1][0][at : at + n], len(prompt) + at, "all")
-            for seq, at, n in batch
-        ]
-        rows = context.decode_spans(spans)
-        for (seq, at, n), last in zip(batch, rows, strict=True):
+    for n_done in range(0, len(rest), _N_OUTPUT):
+        batch = rest[n_done : n_done + _N_OUTPUT]
+        spans = []
+        for seq, group in groupby(batch, itemgetter(0)):
+            places = [at for _, at in group]
+            tokens = part[seq - 1][0][places[0] : places[-1] + 1]
+            spans.append(Span(seq, tokens, len(prompt) + places[0], "all"))
+        context.decode_spans(spans)
+        for row, (seq, at) in enumerate(batch):
             tokens, result = part[seq - 1]
-            for i in range(n):
-                log_p = log_softmax(context.logits_view(last + 1 - n + i))
-                result[at + i + 1] = log_p[tokens[at + i + 1]]
+            result[at + 1] = log_softmax(context.logits_view(row))[tokens[at + 1]]
         yield
-
-
-def _batches(lengths: Sequence[tuple[int, int]]) -> Generator[list[tuple[int, int, int]]]:
-    """Cut (sequence, tokens) into batches of (sequence, from, tokens), _N_OUTPUT tokens at most."""
-    batch: list[tuple[int, int, int]] = []
-    n_free = _N_OUTPUT
-    for seq, length in lengths:
-        at = 0
-        while at < length:
-            n = min(n_free, length - at)
-            batch.append((seq, at, n))
-            at, n_free = at + n, n_free - n
-            if n_free == 0:
-                yield batch
-                batch, n_free = [], _N_OUTPUT
-    if batch:
-        yield batch
