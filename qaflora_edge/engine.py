@@ -421,22 +421,8 @@ class Engine:
 
         weights, strategy  as generate takes them
         """
-        with self._core.call():
-            tokens = self.tokenize(prompt, parse_special=parse_special)
-            cancellation = self._core.cancellation()
-            weights = one_of(weights, strategy)
-            fusion = self._weigher.weigh(weights, tokens, Probes(self._core, cancellation))
-            request = Request(
-                tuple(tokens),
-                self._core.all_weights(fusion),
-                adapters=fusion.adapters,
-                n_base=self._weigher.n_base(weights, tokens),
-                keeps_logits=True,
-                cancellation=cancellation,
-            )
-            answer = self._core.begin(request, None, fusion)
-            answer.wait_for_prompt()
-            return answer.prompt_logits
+        given: Any = {"weights": weights, "strategy": strategy, "parse_special": parse_special}
+        return self.generate(prompt, **given, max_tokens=0).prompt_logits
 
     @_steady
     def score(

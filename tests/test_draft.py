@@ -47,7 +47,7 @@ def test_sequences_guess_the_same_number_of_tokens(
     lengths: list[int], n_ctx: int, expected: int
 ) -> None:
     def sequence(n: int) -> Any:
-        drafter = SimpleNamespace(guess=lambda answer: [9] * n, n_guessed=0)
+        drafter = SimpleNamespace(guess=lambda answer: [9] * n)
         return SimpleNamespace(drafter=drafter, answer=[1], n_max=90, n_past=50)
 
     guesses = guess_together([sequence(n) for n in lengths], n_ctx)

@@ -177,7 +177,7 @@ class Core:
     ) -> Generation:
         """Put a request into the queue, or go on with its prompt that was weighed."""
         n_prompt = len(request.tokens)
-        most = 0 if request.keeps_logits else request.sampling.max_tokens
+        most = request.sampling.max_tokens
         n_ctx = self.n_ctx_for(n_prompt, most)
         n_room = n_ctx - n_prompt + 1
         n_max = n_room if most is None else min(n_room, most)

@@ -48,7 +48,6 @@ class Drafter:
 
     prompt  its tokens
     n_most  most tokens of a guess; None: as many as pay
-    n_guessed  attribute: tokens of the last guess
     """
 
     def __init__(self, prompt: Many[int], n_most: int | None) -> None:
@@ -57,7 +56,6 @@ class Drafter:
         self._n_noted = 0
         self._records = {order: _Record(order, n_most) for order in _ORDERS}
         self._last = self._records[_ORDERS[0]]
-        self.n_guessed = 0
 
     def guess(self, answer: Many[int]) -> list[int]:
         """Guess the next tokens; none where nothing like it stood before, or guesses do not pay."""
@@ -73,10 +71,10 @@ class Drafter:
                 return tokens[at : at + record.n]
         return []
 
-    def learn(self, n_right: int, n_sequence: int) -> None:
+    def learn(self, n_guessed: int, n_right: int, n_sequence: int) -> None:
         """Note how many tokens of the last guess came, next to how many sequences."""
         share = (1 + _ROW_COST * (n_sequence - 1)) / n_sequence  # of a pass, for a token
-        self._last.learn(self.n_guessed, n_right, _ROW_COST / share)
+        self._last.learn(n_guessed, n_right, _ROW_COST / share)
 
 
 def guess_together(group: Many[Sequence], n_ctx: int) -> list[list[int]]:
@@ -88,26 +86,13 @@ def guess_together(group: Many[Sequence], n_ctx: int) -> list[list[int]]:
 
     n_ctx  tokens that each sequence can hold
     """
-    guesses = [_guess(sequence) if len(group) <= _N_TOGETHER else [] for sequence in group]
+    guesses = [
+        each.drafter.guess(each.answer)[: each.n_max - len(each.answer) - 1]
+        if each.drafter and len(group) <= _N_TOGETHER
+        else []
+        for each in group
+    ]
     n_room = min(n_ctx - sequence.n_past for sequence in group) - 1
     n_room = min(n_room, N_VERIFIED // len(group) - 1)
     n = max(0, min(n_room, *map(len, guesses)))
-    for sequence in group:
-        if sequence.drafter is not None:
-            sequence.drafter.n_guessed = n
     return [guess[:n] for guess in guesses]
-
-
-def learn(sequence: Sequence, n_right: int, n_sequence: int) -> None:
-    """Note how many of the last guessed tokens came, next to how many sequences."""
-    drafter, timings = sequence.drafter, sequence.timings
-    if drafter is not None and drafter.n_guessed:
-        drafter.learn(n_right, n_sequence)
-        timings.draft_n += drafter.n_guessed
-        timings.draft_n_accepted += n_right
-
-
-def _guess(sequence: Sequence) -> list[int]:
-    if sequence.drafter is None:
-        return []
-    return sequence.drafter.guess(sequence.answer)[: sequence.n_max - len(sequence.answer) - 1]

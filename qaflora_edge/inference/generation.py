@@ -134,7 +134,7 @@ class Generation(Iterator[str]):
 
     @property
     def prompt_logits(self) -> F32:
-        """Give float32 [n_vocab] after the prompt, where the request keeps them."""
+        """Give float32 [n_vocab] after the prompt, where max_tokens is 0."""
         assert self._sequence.logits is not None
         return self._sequence.logits
 

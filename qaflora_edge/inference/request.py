@@ -118,7 +118,6 @@ class Request:
     adapters      names of the adapters in use, for messages
     n_base        tokens that the base prefills: all but the last few, or 0. Their KV state depends
                   on nothing but the tokens.
-    keeps_logits  keep the logits after the prompt, and choose no token
     thinking      how the base thinks, where thoughts are kept apart from the answer
     """
 
@@ -127,7 +126,6 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     adapters: tuple[str, ...] = ()
     n_base: int = 0
-    keeps_logits: bool = False
     thinking: Thinking | None = None
     cancellation: Cancellation = field(default_factory=Cancellation)
 

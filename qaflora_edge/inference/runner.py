@@ -11,7 +11,7 @@ from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import BackendError, CancelledError, QafloraError
 from qaflora_edge.inference import sequence as sequences
-from qaflora_edge.inference.draft import guess_together, learn
+from qaflora_edge.inference.draft import guess_together
 from qaflora_edge.inference.sampler import no_numbers
 from qaflora_edge.inference.scheduler import Slot, Step
 from qaflora_edge.inference.sequence import token_logprob
@@ -135,10 +135,8 @@ class Runner:
             self._spoilt.append(_slot(sequence))
             adapters = f" ({', '.join(sequence.request.adapters) or 'none'})"
             sequence.fail(no_numbers("The logits after the prompt", adapters))
-        elif sequence.request.keeps_logits:
-            sequence.logits = self._context.logits(row)
-            sequence.finish("stop")
         elif sequence.n_max == 0:
+            sequence.logits = self._context.logits_view(row).copy()
             sequence.finish("length")
         else:
             self._sample(sequence, row)
@@ -173,9 +171,12 @@ class Runner:
             sequence.timings.n_decoded += 1
             self._sample(sequence, row)
             row += 1
-        if len(span.tokens) > 1:
+        if sequence.drafter is not None and len(span.tokens) > 1:
             self._context.keep(sequence.n_past, slot.number)
-            learn(sequence, sequence.n_past - n_before - 1, n_sequence)
+            n_guessed, n_right = len(span.tokens) - 1, sequence.n_past - n_before - 1
+            sequence.drafter.learn(n_guessed, n_right, n_sequence)
+            sequence.timings.draft_n += n_guessed
+            sequence.timings.draft_n_accepted += n_right
 
     def _decode_apart(
         self, group: Sequence[sequences.Sequence], slots: Sequence[Slot], error: BackendError

@@ -93,7 +93,7 @@ class Sequence:
     n_thought   tokens of a thought: those before the answer's first
     tags        what is written around a thought, where it is a token
     logprobs    of each token of the answer, where the request asks for them
-    logits      float32 [n_vocab] after the prompt, where the request keeps them
+    logits      float32 [n_vocab] after the prompt, where the answer has no tokens
     error       why there is no answer; finish_reason is "error" then
     """
 
