@@ -1,8 +1,14 @@
-"""Strategies of other work, with one pass of the base: `norm`, `centroid`, `arrow` and `spectr`."""
+"""Strategies to compare with.
 
+Those of other work take one pass of the base: `norm`, `centroid`, `arrow` and `spectr`. `static`,
+`single`, `manual` and `base` do not look at the query.
+"""
+
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qaflora_edge.errors import StrategyError
+from qaflora_edge.arrays import F32
+from qaflora_edge.errors import StrategyError, WeightsError
 from qaflora_edge.weighing.strategy import (
     ADDED,
     KINDS,
@@ -15,6 +21,7 @@ from qaflora_edge.weighing.strategy import (
     Strategy,
 )
 
+_LARGEST = 3.4028234663852886e38  # of float32
 TEMPERATURE = 0.01  # of DAM's own experiments (its README, --router_temp)
 
 
@@ -100,4 +107,83 @@ class SpectR(_Spectral):
     measured = ADDED
 
 
-STRATEGIES = (Norm(), Centroid(), Arrow(), SpectR())
+class _Fixed(Strategy):
+    """Weigh by adapter -> weight, which parse() gives, whatever the query is; others weigh 0."""
+
+    is_probed = False
+
+    def parse(self, argument: str, adapters: Sequence[str], text: str) -> dict[str, float]:
+        return {}
+
+    def weigh(self, query: Query, probe: Probe, argument: Mapping[str, float]) -> F32:
+        import numpy as np
+
+        column = np.array([argument.get(name, 0.0) for name in query.adapters], np.float32)
+        return np.repeat(column[:, None], query.n_layer, axis=1)
+
+
+class Static(_Fixed):
+    """Weigh every adapter 1 / n_adapter: the paper's uniform mix."""
+
+    name = "static"
+    help = "all alike"
+
+    def parse(self, argument: str, adapters: Sequence[str], text: str) -> dict[str, float]:
+        return {name: 1.0 / len(adapters) for name in adapters}
+
+
+class Single(_Fixed):
+    """Weigh one adapter 1."""
+
+    name = "single"
+    help = "one adapter alone"
+    argument, needs_argument = "NAME", True
+
+    def parse(self, argument: str, adapters: Sequence[str], text: str) -> dict[str, float]:
+        return {_known(argument, adapters, text): 1.0}
+
+
+class Manual(_Fixed):
+    """Weigh by numbers after the colon, applied as they are."""
+
+    name = "manual"
+    help = "by given weights, the same at every layer"
+    argument, needs_argument = "NAME=W,NAME=W", True
+
+    def parse(self, argument: str, adapters: Sequence[str], text: str) -> dict[str, float]:
+        weights: dict[str, float] = {}
+        for item in argument.split(","):
+            name, _, number = item.partition("=")
+            _known(name, adapters, text)
+            if name in weights:
+                raise StrategyError(f"Strategy {text!r} names the adapter {name!r} twice.")
+            try:
+                weights[name] = float(number)
+            except ValueError:
+                weights[name] = float("nan")
+            if not abs(weights[name]) <= _LARGEST:
+                raise WeightsError(
+                    f"Strategy {text!r}: the weight of {name!r} is {number!r}, expected a finite "
+                    "number as in manual:math=0.7,es=0.3."
+                )
+        return weights
+
+
+class Base(_Fixed):
+    """Weigh every adapter 0."""
+
+    name = "base"
+    help = "the base without any adapter"
+    is_base_prefilled = True
+
+
+STRATEGIES = (Norm(), Centroid(), Arrow(), SpectR(), Static(), Single(), Manual(), Base())
+
+
+def _known(name: str, adapters: Sequence[str], where: str) -> str:
+    if name not in adapters:
+        raise StrategyError(
+            f"Strategy {where!r} names the adapter {name!r}, which is not loaded; "
+            f"expected one of: {', '.join(adapters) or 'none is loaded'}."
+        )
+    return name

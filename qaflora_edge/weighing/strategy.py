@@ -31,7 +31,7 @@ Typical = Mapping[str, Mapping[str, Any]]
 
 ENTRY_POINTS = "qaflora_edge.strategies"  # the group in which packages offer theirs
 # Modules beside this one.
-_BUILT_IN = ("divergence", "two_place", "baselines", "fixed")
+_BUILT_IN = ("divergence", "two_place", "baselines")
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
 
 
