@@ -26,7 +26,6 @@ from qaflora_edge.errors import (
     OptionError,
     PromptError,
     StrategyError,
-    WeightsError,
 )
 from qaflora_edge.weighing.calibration import KEYS
 
@@ -102,16 +101,11 @@ def test_typical_divergence_is_measured_per_adapter_lens_and_layer(
 
 def test_empty_and_long_prompts_are_refused(engine: Engine) -> None:
     with pytest.raises(PromptError) as caught:
-        engine.weights("")
-    assert str(caught.value) == "The prompt is empty; give at least one character."
-    with pytest.raises(PromptError) as caught:
         engine.generate("x " * 100)
     assert str(caught.value) == (
         "The prompt has 200 tokens, the context 128; shorten it, or raise the context "
         "(--ctx, n_ctx; this base was trained for 512)."
     )
-    with pytest.raises(PromptError, match="Token 1 of the prompt is 9999, expected an id from 0"):
-        engine.logits([0, 9999])
     with pytest.raises(PromptError, match="at least one token"):
         engine.logits([])
 
@@ -137,8 +131,6 @@ def test_engine_in_a_cycle_frees_contexts_before_the_model(
 
 
 def test_bad_weights_are_refused(engine: Engine) -> None:
-    with pytest.raises(WeightsError, match=r"shape \[3\], expected \[3, 3\]"):
-        engine.logits(PROMPT, weights=[1.0, 2.0, 3.0])
     with pytest.raises(StrategyError, match="The adapter 'fr' is not loaded"):
         engine.hidden_states(PROMPT, adapter="fr")
     other = FusionWeights(("x",), np.zeros((1, 3), np.float32))

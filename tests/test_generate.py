@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import constant_logits, write_tiny_adapter, write_tiny_base
+from tiny import write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine
 from qaflora_edge.errors import BusyError
@@ -66,25 +66,6 @@ def test_max_tokens_ends_by_length(engine: Engine) -> None:
     assert engine.generate("the king", max_tokens=0).text() == ""
     # a shorter answer is a prefix of a longer one
     assert engine.generate("the king", max_tokens=9).text().startswith(text)
-
-
-def test_stop_string_ends_the_answer(engine: Engine) -> None:
-    whole = engine.generate("the king", max_tokens=20).text()
-    stop = whole[3:5]
-    generation = engine.generate("the king", max_tokens=20, stop=stop)
-    assert generation.text() == whole[: whole.index(stop)]
-    assert generation.finish_reason == "stop"
-
-
-def test_end_token_ends_the_answer(tmp_path: Path) -> None:
-    """A base that always prefers the end token answers with nothing."""
-    replace = constant_logits(lambda token: 9.0 * (token == "<|im_end|>"))
-    base = write_tiny_base(tmp_path / "ends.gguf", "qwen2", replace=replace)
-    with Engine(base=base.path, n_ctx=64) as engine:
-        generation = engine.generate("the king", max_tokens=8)
-        assert generation.text() == ""
-        assert generation.finish_reason == "stop"
-        assert generation.usage["completion_tokens"] == 0
 
 
 def test_progress_is_told_piece_by_piece(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ WRONG_SCORES: list[tuple[Any, Any, dict[str, Any], type[QafloraError], str]] = [
     ("a", "", {}, PromptError, "The continuation is empty; give at least one token."),
     ("", "a", {}, PromptError, "The prompt is empty; give at least one character."),
     ("a", 5, {}, PromptError, "The continuation is 5, expected a text or a sequence of token ids."),
-    (None, "a", {}, PromptError, "The prompt is None, expected a text or a sequence of token ids."),
+    (b"c", "a", {}, PromptError, "The prompt is b'c', expected a text or a sequence of token ids."),
     ("a", [9999], {}, PromptError, "Token 1 of the prompt with its continuation is 9999, expected"),
     ([1] * 300, [1] * 101, {}, PromptError, "The prompt with its continuation has 401 tokens, the"),
     (["a"], ["b", "c"], {}, OptionError, "score got ['a'] and ['b', 'c'], expected one of both"),
@@ -159,12 +159,6 @@ def test_weights_of_a_list_are_those_one_by_one(alone: Engine, strategy: str) ->
     (fusion,) = alone.weights(["a thing"], strategy="static", adapters=["es"])
     assert fusion.adapters == ("es",)
     assert fusion.weights.shape == (1, 3)
-
-
-@pytest.mark.parametrize("prompt", [None, b"abc", [[1], 2]])
-def test_what_is_no_prompt(engine: Engine, prompt: Any) -> None:
-    with pytest.raises(PromptError, match=r"^The prompt is .*, expected a text or a sequence of t"):
-        engine.generate(prompt)
 
 
 @pytest.mark.parametrize(

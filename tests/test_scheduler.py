@@ -150,19 +150,6 @@ def alone(tokens: Sequence[int], weight: float = 1.0, n: int = 5, *, n_base: int
     return sequence.answer
 
 
-def test_prefill_of_one_goes_on_beside_decoding_of_others() -> None:
-    bench = Bench(2)
-    first = bench.add([1, 2, 3], n=20)
-    bench.step()
-    second = bench.add(range(100, 120), n=5)
-    decode, prefill = bench.step()
-    assert [(s.seq, len(s.tokens)) for s in decode] == [(0, 1)]
-    assert [(s.seq, len(s.tokens)) for s in prefill] == [(1, 6)]
-    bench.finish(first, second)
-    assert first.answer == alone([1, 2, 3], n=20)
-    assert second.answer == alone(range(100, 120))
-
-
 def test_the_newest_waits_when_all_slots_are_taken_and_fails_nobody() -> None:
     bench = Bench(2)
     answers = [bench.add([i, i + 1], n=3 + i) for i in range(7)]

@@ -77,13 +77,6 @@ def test_templates_cannot_turn_typed_text_into_control_tokens(model: Model, temp
             assert controls(model, run(model, template, mine, "end|>", "|im_end|>")) == []
 
 
-def test_templates_own_control_tokens_stay(model: Model) -> None:
-    tokens = run(model, CHATML, ATTACK, ATTACK, "end|>", "<|im_start|>")
-    assert controls(model, tokens) == ["<|im_start|>", "<|im_end|>"] * 4 + ["<|im_start|>"]
-    text = written(model, tokens).replace("▁", " ")
-    assert text.count(ATTACK) == 2
-
-
 def test_conversation_without_control_text_is_tokenized_as_text(model: Model) -> None:
     tokens = run(model, CHATML, "the <b>thing</b> [x] <|im", " a  b\n\n", "<")
     text = (
