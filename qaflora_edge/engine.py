@@ -498,8 +498,9 @@ class Engine:
         with self._core.call():
             cancellation, tell = self._core.cancellation(), progress or silent
             layers = [key for key in LAYERS if key in keys]
-            chats = [self._chat_query(text) for text in (*prompts, *turns)]
-            plain = [self._weigher.query(self.tokenize(text)) for text in prompts]
+            query, texts = self._weigher.query, (*prompts, *turns)
+            chats = [query(self._asked(text), is_probed=True) for text in texts]
+            plain = [query(self.tokenize(text)) for text in prompts]
             n_extent = 0 if {*EXTENTS}.isdisjoint(keys) else len(chats) + len(plain)
             n_all = n_extent + (len(plain) if layers else 0)
             measured: dict[str, Any] = {}
@@ -516,8 +517,8 @@ class Engine:
             for done, chat in enumerate(chats[: len(plain)] if layers else (), n_extent + 1):
                 for key in layers:
                     pool = "question" if key.startswith("question_") else "answer"
-                    query = replace(chat, lens=key.removeprefix("question_"), pool=pool)
-                    measured.setdefault(key, []).append(probe(query).divergence())
+                    asked = replace(chat, lens=key.removeprefix("question_"), pool=pool)
+                    measured.setdefault(key, []).append(probe(asked).divergence())
                 tell(done, n_all)
             return typical_of(measured, self.adapters)
 
@@ -535,9 +536,6 @@ class Engine:
         if is_conversation(prompt):
             return self.chat_tokens(prompt)
         return self.tokenize(prompt, parse_special=parse_special)
-
-    def _chat_query(self, text: str) -> Query:
-        return self._weigher.query(self._asked(text), is_probed=True)
 
     @_steady
     def generate(

@@ -44,9 +44,7 @@ class Grammar(str):
 
 def gbnf_grammar(text: str, *, source: str = "The grammar") -> Grammar:
     """Compile a GBNF text with the start `root`. Raises GrammarError."""
-    lark = gbnf_to_lark(text, source=source)
-    _check(lark, source)
-    return Grammar(lark, source)
+    return _checked(gbnf_to_lark(text, source=source), source)
 
 
 def schema_grammar(schema: Any, *, source: str = "The JSON schema") -> Grammar:
@@ -56,9 +54,7 @@ def schema_grammar(schema: Any, *, source: str = "The JSON schema") -> Grammar:
 
     Raises GrammarError for a schema that is malformed or cannot be followed.
     """
-    text = _json_grammar(checked_schema(schema, source=source))
-    _check(text, source)
-    return Grammar(text, source)
+    return _checked(_json_grammar(checked_schema(schema, source=source)), source)
 
 
 def framed_grammar(forms: Sequence[tuple[str, Any, str]], *, source: str) -> Grammar:
@@ -69,7 +65,7 @@ def framed_grammar(forms: Sequence[tuple[str, Any, str]], *, source: str) -> Gra
     lark = f"start: {' | '.join(f'form{i}' for i in range(len(forms)))}\n"
     for i, (before, schema, after) in enumerate(forms):
         checked = checked_schema(schema, source=source)
-        _check(_json_grammar(checked), source)
+        _checked(_json_grammar(checked), source)
         lark += f"form{i}: {json.dumps(before)} body{i} {json.dumps(after)}\n"
         lark += f"body{i}: %json {json.dumps(checked)}\n"
     return Grammar(lark, source)
@@ -245,12 +241,12 @@ def _json_grammar(schema: Mapping[str, Any]) -> str:
     return json.dumps({"grammars": [{"json_schema": schema}]})
 
 
-def _check(text: str, source: str) -> None:
+def _checked(text: str, source: str) -> Grammar:
     """Compile a grammar without a base. Raises GrammarError."""
     matcher = _matcher(_bytes_tokenizer(), text, source)
     mask = b"" if matcher.is_error() else matcher.compute_bitmask()
     if any(mask[:32]) or matcher.is_accepting():
-        return
+        return Grammar(text, source)
     is_empty = mask and (_is_dead(matcher) or not matcher.is_error())
     reason = "nothing can be written under it" if is_empty else _said(matcher.get_error())
     raise GrammarError(f"{source} cannot be followed: {reason}. Write it more simply.")

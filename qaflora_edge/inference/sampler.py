@@ -49,14 +49,6 @@ class Sampler:
             grammar = constraint.chosen_grammar(sampling.grammar)
             self.constraint = constraint.Constraint(model, grammar)
 
-    @staticmethod
-    def _argmax(context: Any, row: int) -> int:
-        logits = context.logits_view(row)
-        token = int(logits.argmax())
-        if np.isnan(logits[token]):  # numpy takes NaN for the largest
-            raise no_numbers("The logits after the answer so far")
-        return token
-
     def _fill_chain(self, sampling: Sampling) -> None:
         lib = self._lib
         if sampling.logit_bias:
@@ -102,7 +94,10 @@ class Sampler:
 
         Raises BackendError when no token can follow under the grammar, or the logits are NaN.
         """
-        likeliest = self._argmax(context, row)
+        logits = context.logits_view(row)
+        likeliest = int(logits.argmax())
+        if np.isnan(logits[likeliest]):  # numpy takes NaN for the largest
+            raise no_numbers("The logits after the answer so far")
         if self.forced:
             token = self.forced.pop(0)
             self._lib.llama_sampler_accept(self._chain, token)
@@ -118,7 +113,7 @@ class Sampler:
             )
         candidates = np.zeros(len(allowed), _CANDIDATE)
         candidates["id"] = allowed
-        candidates["logit"] = context.logits_view(row)[allowed]
+        candidates["logit"] = logits[allowed]
         token = int(candidates["id"][self._apply(candidates)])
         self._lib.llama_sampler_accept(self._chain, token)
         self.constraint.accept(token)

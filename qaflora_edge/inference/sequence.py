@@ -48,14 +48,8 @@ class Timings:
 
     def to_dict(self) -> dict[str, float]:
         """Give `timings` of `qaflora run --json`."""
-        return {
-            "probe_ms": round(self.probe_ms, 3),
-            "prefill_ms": round(self.prefill_ms, 3),
-            "decode_ms": round(self.decode_ms, 3),
-            "tokens_per_second": round(self.tokens_per_second, 3),
-            "draft_n": self.draft_n,
-            "draft_n_accepted": self.draft_n_accepted,
-        }
+        names = "probe_ms prefill_ms decode_ms tokens_per_second draft_n draft_n_accepted"
+        return {name: round(getattr(self, name), 3) for name in names.split()}
 
 
 @dataclass(frozen=True)

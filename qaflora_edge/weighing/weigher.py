@@ -218,7 +218,13 @@ class Weigher:
         probe    makes the probe of a query
         """
         if isinstance(weights, FusionWeights):
-            return self._given(weights)
+            if weights.adapters != self.adapters:
+                raise StrategyError(
+                    f"The weights are for the adapters {', '.join(weights.adapters)}, loaded are "
+                    f"{', '.join(self.adapters)}; weigh the prompt with this Engine."
+                )
+            numbers.check_weights(weights.weights, self.adapters, self.n_layer)
+            return weights
         if isinstance(weights, Mapping):
             pairs = ",".join(f"{name}={weight}" for name, weight in weights.items())
             weights = f"manual:{pairs}" if pairs else "base"
@@ -237,15 +243,6 @@ class Weigher:
         fusion = self._fusion(mix, chosen.text, query, probe_ms, source=source)
         found = shaped(fusion.weights, chosen.options, source)
         return replace(fusion, weights=found, **_one_number(fusion))
-
-    def _given(self, weights: FusionWeights) -> FusionWeights:
-        if weights.adapters != self.adapters:
-            raise StrategyError(
-                f"The weights are for the adapters {', '.join(weights.adapters)}, loaded are "
-                f"{', '.join(self.adapters)}; weigh the prompt with this Engine."
-            )
-        numbers.check_weights(weights.weights, self.adapters, self.n_layer)
-        return weights
 
     def _fusion(
         self, mix: Mix, strategy: str, query: Query, probe_ms: float = 0.0, *, source: str = ""
