@@ -8,13 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qaflora_edge.backend import library as native
+from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
-from qaflora_edge.backend.probe_context import ProbeContext
 
 F32 = NDArray[np.float32]
 
 
-def project(context: ProbeContext, rows: F32, *, is_normed: bool = False) -> F32:
+def project(context: Context, rows: F32, *, is_normed: bool = False) -> F32:
     """Logits [n_row, n_vocab] of rows [n_row, n_embd] by the base's head.
 
     is_normed  False: the base's final norm comes first

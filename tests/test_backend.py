@@ -29,7 +29,6 @@ from tiny import (
 
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
-from qaflora_edge.backend.probe_context import ProbeContext
 from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.base import read_base
 
@@ -307,7 +306,7 @@ def test_every_kernel_agrees_on_the_probe(
     found = []
     for name in (PLAIN_KERNELS, kernels):
         monkeypatch.setenv("QAFLORA_CPU_KERNELS", name)
-        with ProbeContext(model, pack, n_ctx=64, **EXACT) as context:
+        with Context(model, pack, is_probe=True, n_ctx=64, **EXACT) as context:
             found.append(context.divergence(probed[0], probed[1:], "norm"))
     np.testing.assert_allclose(found[1], found[0], rtol=1e-9)
 
@@ -365,8 +364,8 @@ def probe_states(
     gpu_layers: int = 0,
 ) -> F32:
     model, pack = load(base, adapters, gpu_layers)
-    options = {**EXACT, "is_differential": differential}
-    with ProbeContext(model, pack, n_ctx=n_ctx, n_seq=1 + len(adapters), **options) as context:
+    options = {**EXACT, "is_probe": True, "is_differential": differential}
+    with Context(model, pack, n_ctx=n_ctx, n_seq=1 + len(adapters), **options) as context:
         for ia in range(len(adapters)):
             context.set_weights(one_hot(len(adapters), base.n_layer, ia), seq=1 + ia)
         context.capture_begin(pool)
@@ -378,7 +377,7 @@ def single_states(base: TinyBase, adapters: Sequence[TinyAdapter], tokens: Seque
     """The same states, one sequence at a time, one token at a time: [n_token, 1 + k, ...]."""
     model, pack = load(base, adapters)
     rows = []
-    with ProbeContext(model, pack, n_ctx=len(tokens), **EXACT) as context:
+    with Context(model, pack, is_probe=True, n_ctx=len(tokens), **EXACT) as context:
         for ia in range(-1, len(adapters)):
             context.clear()
             context.set_weights(one_hot(len(adapters), base.n_layer, ia))
@@ -400,7 +399,7 @@ def test_bias_of_the_head_is_part_of_the_lens(tmp_path: Path) -> None:
     adapted = stock_logits(base, [adapters[0].path], [1.0])
     states = probe_states(base, adapters, TOKENS, differential=False)
     model, pack = load(base, adapters)
-    with ProbeContext(model, pack, n_ctx=64, **EXACT) as context:
+    with Context(model, pack, is_probe=True, n_ctx=64, **EXACT) as context:
         logits = project(context, states[:, -1])
         found = context.divergence(states[0], states[1:], "norm")[0, -1]
     assert_near(logits, np.stack([expected, adapted]), 5e-5)
@@ -526,7 +525,7 @@ def reference_divergence(base: TinyBase, states: F32, lens: str) -> NDArray[np.f
 def divergence(base: TinyBase, states: F32, lens: str) -> NDArray[np.float64]:
     """What the library makes of states [1 + n_adapter, n_layer, n_embd], the base first."""
     model, pack = load(base, [])
-    with ProbeContext(model, pack, n_ctx=64, **EXACT) as context:
+    with Context(model, pack, is_probe=True, n_ctx=64, **EXACT) as context:
         return context.divergence(states[0], states[1:], lens)
 
 
@@ -564,7 +563,7 @@ def test_quantised_head_takes_rows_of_twice_8_bits(
     rows[5, :32] = 0.0
     rows[6] = 0.0
     model, pack = load(base, [])
-    with ProbeContext(model, pack, n_ctx=64, **EXACT | {"threads": threads}) as context:
+    with Context(model, pack, is_probe=True, n_ctx=64, **EXACT | {"threads": threads}) as context:
         found = [project(context, rows[:n], is_normed=True) for n in (29, 12, 9, *range(8, 0, -1))]
     head = base.tensors["token_embd.weight"].astype(np.float64)
     # of a block's largest number, 127 steps: half a step is left, and of it half of a 127th

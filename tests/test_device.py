@@ -21,7 +21,6 @@ from tiny import TinyAdapter, TinyBase, write_tiny_base
 from qaflora_edge import Engine
 from qaflora_edge.backend import library
 from qaflora_edge.backend.context import Context
-from qaflora_edge.backend.probe_context import ProbeContext
 
 F32 = NDArray[np.float32]
 TOKENS = cpu.TOKENS
@@ -103,8 +102,8 @@ def test_zero_weights_equal_the_base(base, adapters, gpu_layers) -> None:
 def stepwise_states(base: TinyBase, adapters: Sequence[TinyAdapter], gpu_layers: int) -> F32:
     """States after TOKENS, one token of every sequence at a time: [1 + k, n_layer, n_embd]."""
     model, pack = cpu.load(base, adapters, gpu_layers)
-    options = {**cpu.EXACT, "is_differential": True}
-    with ProbeContext(model, pack, n_ctx=64, n_seq=1 + len(adapters), **options) as context:
+    options = {**cpu.EXACT, "is_probe": True, "is_differential": True}
+    with Context(model, pack, n_ctx=64, n_seq=1 + len(adapters), **options) as context:
         for ia in range(len(adapters)):
             context.set_weights(cpu.one_hot(len(adapters), base.n_layer, ia), seq=1 + ia)
         for i, token in enumerate(TOKENS):
@@ -130,7 +129,7 @@ def test_divergence_equals_the_numpy_reference(base, lens, strength, gpu_layers)
     adapters = cpu.some(base, 1, 2, strength=strength)
     states = cpu.probe_states(base, adapters, TOKENS, differential=True, gpu_layers=gpu_layers)
     model, pack = cpu.load(base, adapters, gpu_layers)
-    with ProbeContext(model, pack, n_ctx=64, **cpu.EXACT) as context:
+    with Context(model, pack, is_probe=True, n_ctx=64, **cpu.EXACT) as context:
         found = context.divergence(states[0], states[1:], lens)
     # the head's products round both factors to F16 by default
     rtol = 2e-4 if "GGML_VK_DISABLE_F16" in os.environ else 1e-2

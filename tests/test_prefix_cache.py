@@ -9,8 +9,8 @@ from decoded import count_decoded, run_alone
 from numpy.typing import NDArray
 from tiny import EOS, TinyBase, write_tiny_adapter, write_tiny_base
 
+from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
-from qaflora_edge.backend.probe_context import ProbeContext
 from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.base import read_base
 from qaflora_edge.weighing.probe import PLACES, Prefixes, Prober
@@ -115,7 +115,7 @@ def test_adapters_in_use_are_kept_apart(
 def test_what_is_kept_is_bounded_and_what_was_used_last_stays(
     base: TinyBase, loaded: tuple[Model, Pack]
 ) -> None:
-    with ProbeContext(*loaded, n_seq=1, n_ctx=256, threads=1) as context:
+    with Context(*loaded, is_probe=True, n_seq=1, n_ctx=256, threads=1) as context:
 
         def ask(prefixes: Prefixes, seed: int) -> int:
             """A question under the system prompt of this seed; gives how much of it was there."""
@@ -139,7 +139,7 @@ def test_what_is_kept_is_bounded_and_what_was_used_last_stays(
 
 
 def test_a_state_that_is_cut_short_is_refused(loaded: tuple[Model, Pack]) -> None:
-    with ProbeContext(*loaded, n_seq=2, n_ctx=64, threads=1) as context:
+    with Context(*loaded, is_probe=True, n_seq=2, n_ctx=64, threads=1) as context:
         context.decode([1, 2, 3])
         held = context.kv_state()
         (*first, data), _ = held.sequences

@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qaflora_edge.arrays import F32
+from qaflora_edge.arrays import F32, F64
 from qaflora_edge.backend.batch import Batch, Chunks, Outputs, Span, chunks_of, n_ubatch
 from qaflora_edge.backend.library import (
     CAPTURE,
+    CONTEXT_DIFFERENTIAL,
     CONTEXT_PROBE,
+    LENS,
     Handle,
     forget_logged,
     last_error,
@@ -104,7 +106,8 @@ class Context(Handle):
     n_output    most outputs of one decode; by default one of each sequence
     is_unified  one pool of n_ctx tokens for all sequences, instead of a buffer for each: sequences
                 may share KV state, and all rows fit one micro-batch
-    flags       library.CONTEXT_*: which states are captured, see ProbeContext
+    is_probe    run the same tokens in all sequences and capture their states; compute no logits
+    is_differential  of a probe: sequence 0 is the base, the others run the same tokens
     stop        ends decode() when it is set
     options     threads, kv_type and flash_attn of context_params
     tokens      attribute: ids of the KV state of each sequence
@@ -123,13 +126,13 @@ class Context(Handle):
         n_seq: int = 1,
         n_output: int | None = None,
         is_unified: bool = False,
-        flags: int = 0,
+        is_probe: bool = False,
+        is_differential: bool = False,
         stop: Stop | None = None,
         **options: Any,
     ) -> None:
         self._model, self._pack = model, pack
         self._lib, self._functions = model._lib, model._functions
-        is_probe = bool(flags & CONTEXT_PROBE)
         params = context_params(
             model,
             n_token=n_ctx if is_unified else n_ctx * n_seq,
@@ -139,9 +142,10 @@ class Context(Handle):
             **options,
         )
         params.n_ubatch = min(n_ubatch(n_seq if is_probe else 1), params.n_batch)
-        if n_output is not None:
-            params.n_outputs_max = min(n_output, params.n_batch)
-        self._params, self._flags = params, flags
+        if is_probe or n_output is not None:
+            params.n_outputs_max = min(n_output or MAX_CTX, params.n_batch)
+        self._params = params
+        self._flags = CONTEXT_PROBE * is_probe | CONTEXT_DIFFERENTIAL * is_differential
         self.is_flash_off = params.flash_attn_type == _FLASH_ATTN_OFF
         self._pointer = self._init(n_seq, n_ctx)
         self._set_up(n_ctx, params, stop)
@@ -392,6 +396,33 @@ class Context(Handle):
         """
         inputs = np.empty((n_row, self._model.n_layer, self._model.n_embd), np.float32)
         return self._captured(self._functions.get_inputs, seq, inputs)
+
+    def states(self, seq: int) -> F32:
+        """Give the states of one sequence after each block: float32 [n_layer, n_embd]."""
+        states = np.empty((self._model.n_layer, self._model.n_embd), np.float32)
+        return self._captured(self._functions.get_states, seq, states)
+
+    def divergence(self, base: F32, adapted: F32, lens: str) -> F64:
+        """Compute the KL of the base's next-token distribution to each adapter's, in nats.
+
+        base     [n_layer, n_embd]             states without adapter
+        adapted  [n_adapter, n_layer, n_embd]  states with one adapter each
+        returns  float64 [n_adapter, n_layer], >= 0
+        """
+        base = np.ascontiguousarray(base, np.float32)
+        adapted = np.ascontiguousarray(adapted, np.float32)
+        result = np.zeros(adapted.shape[:2], np.float64)
+        if not self._functions.divergence(
+            self._pointer,
+            LENS[lens],
+            len(adapted),
+            base.ctypes.data,
+            adapted.ctypes.data,
+            result.ctypes.data,
+        ):
+            self._check_cancelled()
+            raise BackendError(f"Divergences cannot be computed: {last_error()}.")
+        return result
 
     def _captured(self, get: Callable[..., int], seq: int, found: F32) -> F32:
         if not get(self._pointer, seq, found.ctypes.data, found.size):

@@ -18,7 +18,6 @@ from qaflora_edge.backend.batch import Chunks, Outputs, n_common
 from qaflora_edge.backend.batch import Span as Tokens
 from qaflora_edge.backend.context import Context, KvState, default_threads, n_ctx_for
 from qaflora_edge.backend.model import Model, Pack
-from qaflora_edge.backend.probe_context import ProbeContext
 from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.adapter import AdapterInfo, read_adapter_gguf
 from qaflora_edge.weighing import numbers
@@ -53,7 +52,7 @@ def wiped_on_failure(context: Context) -> Iterator[None]:
 
 
 def _prefill(
-    context: ProbeContext, tokens: Sequence[int], start: int, outputs: Outputs, *, n_seq: int = 1
+    context: Context, tokens: Sequence[int], start: int, outputs: Outputs, *, n_seq: int = 1
 ) -> Steps[None]:
     """Run tokens[start:] through the first n_seq sequences, a micro-batch at a time."""
     for at, end in context.chunks(n_seq).cut(tokens, start):
@@ -98,7 +97,7 @@ class Prefixes:
 
     def go_on(
         self,
-        context: ProbeContext,
+        context: Context,
         key: Hashable,
         tokens: Sequence[int],
         chunks: Chunks,
@@ -124,7 +123,7 @@ class Prefixes:
         context.load_kv_state(state)
         return context.keep_first(n_kept)
 
-    def keep(self, key: Hashable, context: ProbeContext, n_exact: int | None = None) -> None:
+    def keep(self, key: Hashable, context: Context, n_exact: int | None = None) -> None:
         """Keep a copy of a context's KV state, cut to n_exact tokens.
 
         States that it contains are dropped, and the oldest ones beyond the limit.
@@ -293,7 +292,7 @@ class Prober:
         self._sizes: Callable[[int], AttentionSizes] = sizes.__getitem__
         if not sizes:
             self._sizes = cache(lambda row: AttentionSizes(known[row], model.n_layer))
-        self._make_base = partial(ProbeContext, model, pack, **options)
+        self._make_base = partial(Context, model, pack, is_probe=True, **options)
         self._base = GrowingContext(partial(self._make_base, n_seq=1))
         self._contexts = GrowingContext(self._make_context)
         self._threads = ThreadPoolExecutor(options.get("threads") or default_threads())
@@ -426,14 +425,14 @@ class Prober:
         self._last = (key, states)
         return states
 
-    def _last_states(self, context: ProbeContext, tokens: Sequence[int]) -> Steps[F32]:
+    def _last_states(self, context: Context, tokens: Sequence[int]) -> Steps[F32]:
         context.capture_begin()
         n_kept = self._reuse(context, tokens)
         self._n_exact = None
         yield from self._prefill(context, tokens, n_kept, "last")
         return self._states(context)
 
-    def _place_states(self, context: ProbeContext, tokens: Sequence[int], span: Span) -> Steps[F32]:
+    def _place_states(self, context: Context, tokens: Sequence[int], span: Span) -> Steps[F32]:
         """Prefill the tokens before the question, the question, and the rest, each for itself.
 
         Where nothing follows the question, its last token is the rest, and counts for the mean too.
@@ -460,18 +459,18 @@ class Prober:
         return np.stack([last, question])
 
     def _prefill(
-        self, context: ProbeContext, tokens: Sequence[int], start: int, outputs: Outputs
+        self, context: Context, tokens: Sequence[int], start: int, outputs: Outputs
     ) -> Steps[None]:
         return _prefill(context, tokens, start, outputs, n_seq=1 + len(self._rows))
 
-    def _reuse(self, context: ProbeContext, tokens: Sequence[int], n_after: int = 0) -> int:
+    def _reuse(self, context: Context, tokens: Sequence[int], n_after: int = 0) -> int:
         """Reuse the KV state of a query's beginning; gives how many tokens."""
         chunks = context.chunks(1 + len(self._rows))
         return self.prefixes.go_on(
             context, self._rows, tokens, chunks, n_exact=self._n_exact, n_after=n_after
         )
 
-    def _states(self, context: ProbeContext) -> F32:
+    def _states(self, context: Context) -> F32:
         order = self._in_order(self._rows)
         return np.stack(
             [context.states(0), *(context.states(1 + order.index(r)) for r in self._rows)]
@@ -484,15 +483,15 @@ class Prober:
         """
         return sorted(rows, key=lambda row: (self._pack.first_layers[row], row))
 
-    def _set_weights(self, context: ProbeContext, rows: tuple[int, ...]) -> None:
+    def _set_weights(self, context: Context, rows: tuple[int, ...]) -> None:
         for i, row in enumerate(self._in_order(rows)):
             alone = np.zeros((self._pack.n_adapter, self._model.n_layer), np.float32)
             alone[row] = 1.0
             context.set_weights(alone, seq=1 + i)
 
-    def _make_context(self, **flags: Any) -> ProbeContext:
+    def _make_context(self, **flags: Any) -> Context:
         n_adapter = self._pack.n_adapter
-        options = {**self._options, **flags, "is_differential": n_adapter > 0}
-        context = ProbeContext(self._model, self._pack, n_seq=1 + n_adapter, **options)
+        options = {**self._options, **flags, "is_probe": True, "is_differential": n_adapter > 0}
+        context = Context(self._model, self._pack, n_seq=1 + n_adapter, **options)
         self._set_weights(context, self._rows)
         return context
