@@ -9,7 +9,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -30,7 +30,6 @@ from qaflora_edge.weighing.adapter_inputs import (
 from qaflora_edge.weighing.strategy import Measure, Query, Reading, Span
 
 T = TypeVar("T")
-C = TypeVar("C", bound=Context)
 # Yields the number of prefilled tokens, or None, between micro-batches; returns its result.
 Steps = Generator[int | None, None, T]
 PLACES = ("answer", "question")  # the last token, where the answer begins; the question's mean
@@ -114,11 +113,18 @@ class Prefixes:
         """
         read = context.tokens[0][:n_exact]
         n_held = chunks.n_alike(read, tokens, n_after)
-        state, n_kept = self._longest(key, tokens, chunks, n_after)
-        if state is None or n_kept < n_held + _N_WORTH:
+        n_alike = [
+            chunks.n_alike(state.tokens, tokens, n_after) if other == key else 0
+            for other, state in self._entries
+        ]
+        n_kept = max(n_alike, default=0)
+        if n_kept:
+            self._entries.append(self._entries.pop(n_alike.index(n_kept)))
+        if n_kept < n_held + _N_WORTH:
             if len(read) >= n_held + _N_WORTH:
                 self.keep(key, context, n_exact)
             return context.keep_first(n_held)
+        _, state = self._entries[-1]
         self.keep(key, context, n_exact)
         context.load_kv_state(state)
         return context.keep_first(n_kept)
@@ -143,39 +149,24 @@ class Prefixes:
         while self.n_byte > self._n_most:
             del self._entries[0]
 
-    def _longest(
-        self, key: Hashable, tokens: Sequence[int], chunks: Chunks, n_after: int
-    ) -> tuple[KvState | None, int]:
-        """Find the state of which most can be reused, and how many tokens; it counts as used."""
-        n_reused = [
-            chunks.n_alike(state.tokens, tokens, n_after) if other == key else 0
-            for other, state in self._entries
-        ]
-        if not any(n_reused):
-            return None, 0
-        n_best = max(n_reused)
-        self._entries.append(self._entries.pop(n_reused.index(n_best)))
-        return self._entries[-1][1], n_best
 
-
-class GrowingContext(Generic[C]):
+class GrowingContext:
     """Keep a context; replace it by a larger one for a longer query, KV state included.
 
     make  makes one from n_ctx
     """
 
-    def __init__(self, make: Callable[..., C]) -> None:
+    def __init__(self, make: Callable[..., Context]) -> None:
         self._make = make
-        self.context: C | None = None
+        self.context: Context | None = None
 
-    def for_query(self, n_token: int) -> C:
+    def for_query(self, n_token: int) -> Context:
         """Give a context with room for a query."""
-        held, state = self.context, None
-        if held is not None:
-            if held.n_ctx >= n_token:
-                return held
-            state = held.kv_state() if held.tokens[0] else None
-            self.close()
+        held = self.context
+        if held is not None and held.n_ctx >= n_token:
+            return held
+        state = None if held is None else held.kv_state()
+        self.close()
         self.context = self._make(n_ctx=n_ctx_for(n_token))
         if state is not None:
             self.context.load_kv_state(state)
@@ -429,7 +420,7 @@ class Prober:
         context.capture_begin()
         n_kept = self._reuse(context, tokens)
         self._n_exact = None
-        yield from self._prefill(context, tokens, n_kept, "last")
+        yield from _prefill(context, tokens, n_kept, "last", n_seq=1 + len(self._rows))
         return self._states(context)
 
     def _place_states(self, context: Context, tokens: Sequence[int], span: Span) -> Steps[F32]:
@@ -438,30 +429,25 @@ class Prober:
         Where nothing follows the question, its last token is the rest, and counts for the mean too.
         """
         start, end = span
-        n_mean = end - start
+        n_mean, n_seq = end - start, 1 + len(self._rows)
         n_kept = self._reuse(context, tokens[:start], n_after=len(tokens) - start)
         self._n_exact = start  # the rest is cut otherwise than a whole prompt
         if start > n_kept:
-            yield from self._prefill(context, tokens[:start], n_kept, "none")
+            yield from _prefill(context, tokens[:start], n_kept, "none", n_seq=n_seq)
         if end == len(tokens):
             end -= 1
         context.capture_begin("mean")
         if start < end:
-            yield from self._prefill(context, tokens[:end], start, "all")
+            yield from _prefill(context, tokens[:end], start, "all", n_seq=n_seq)
             question = self._states(context)
         context.capture_begin("last")
-        yield from self._prefill(context, tokens, end, "last")
+        yield from _prefill(context, tokens, end, "last", n_seq=n_seq)
         last = self._states(context)
         if start == end:
             question = last
         elif n_mean > end - start:
             question = question + (last - question) / np.float32(n_mean)
         return np.stack([last, question])
-
-    def _prefill(
-        self, context: Context, tokens: Sequence[int], start: int, outputs: Outputs
-    ) -> Steps[None]:
-        return _prefill(context, tokens, start, outputs, n_seq=1 + len(self._rows))
 
     def _reuse(self, context: Context, tokens: Sequence[int], n_after: int = 0) -> int:
         """Reuse the KV state of a query's beginning; gives how many tokens."""
