@@ -14,7 +14,6 @@ from typing import Any, Self, TypeVar, cast
 import numpy as np
 
 from qaflora_edge.arrays import F32, F64
-from qaflora_edge.backend.context import Backend
 from qaflora_edge.bundles.open import Opened, open_any
 from qaflora_edge.config import MAX_SEED, check, removed
 from qaflora_edge.errors import OptionError, PromptError, QafloraError, StrategyError, wrong_option
@@ -137,8 +136,8 @@ class Engine:
         opened = open_any(bundle, base, adapters)
         self.seed, self.n_parallel, self.reasoning = seed, n_parallel, reasoning
         self.system = opened.text.system if opened.text else ""
-        self._opened, self._prefix_cache = opened, prefix_cache
-        self._options = {"placing": placing, **options}
+        self._opened = opened
+        self._options = {"placing": placing, "prefix_cache": prefix_cache, **options}
         # A base alone chooses its strategy when it gets its first adapter.
         self._chooses = strategy is None and opened.text is None and not opened.adapters
         self._changing = threading.Lock()
@@ -158,7 +157,7 @@ class Engine:
         self._core = self._open(opened)
         self._cores = [weakref.ref(self._core)]  # also those that answer their last requests
         self._model = model = self._core.model
-        self.n_ctx = self._core.backend.n_ctx  # most tokens of a request
+        self.n_ctx = self._core.n_ctx  # most tokens of a request
         self.loaded_adapters = self._core.adapters  # also those not in use
         self.name = model.name  # the base's own, or its file's
         self.n_layer, self.n_vocab = model.n_layer, model.n_vocab
@@ -168,13 +167,11 @@ class Engine:
     def _open(self, opened: Opened) -> Core:
         """Open contexts for these adapters, over the base that all share."""
         infos = opened.adapters.values()
-        paths = [info.path for info in infos]
-        states = {path: opened.states[path] for path in (opened.base_path, *paths)}
+        paths = (opened.base_path, *(info.path for info in infos))
+        states = {path: opened.states[path] for path in paths}
         with ThreadPoolExecutor(1) as thread:  # while the library loads the base
-            sizes = thread.submit(_read_ahead, self._weigher, infos)
-            backend = Backend(opened.header, paths, states, **self._options)
-        read = sizes.result()
-        return Core(backend, opened.adapters, prefix_cache=self._prefix_cache, sizes=read)
+            sizes = thread.submit(_read_ahead, self._weigher, infos).result
+            return Core(opened.header, opened.adapters, states, sizes=sizes, **self._options)
 
     def close(self) -> None:
         """Free the model, the adapters and all contexts. A second call does nothing.
@@ -301,7 +298,7 @@ class Engine:
         if self._chooses and UNMEASURED in weigher.followed:
             weigher = replace(weigher, known=replace(weigher.known, strategy=UNMEASURED))
         core, old = self._open(opened), self._core
-        core.backend.n_ctx = self.n_ctx  # as much memory was free at first
+        core.n_ctx = self.n_ctx  # as much memory was free at first
         with old.call():  # raises BusyError after close()
             self._cores = [each for each in (*self._cores, weakref.ref(core)) if each()]
             self._opened, self._chooses, self.loaded_adapters = opened, False, core.adapters

@@ -77,8 +77,8 @@ def test_answers_are_the_same_bits_with_guesses_and_without(checkout: Path, fold
         Engine(checkout / folder, draft=15, **options) as drafting,
         Engine(checkout / folder, **options) as automatic,
     ):
-        if drafting._core.backend.pack.n_alike < 16:
-            assert automatic._core.backend.draft == 0
+        if drafting._core.pack.n_alike < 16:
+            assert automatic._core.draft == 0
             pytest.skip("this processor computes few rows otherwise than one")
         tokens = plain.chat_tokens([{"role": "user", "content": COPY}])
         names = plain.adapters
@@ -109,6 +109,6 @@ def test_answers_are_the_same_bits_with_guesses_and_without(checkout: Path, fold
 def test_a_base_that_cannot_forget_a_guess_drafts_none(tmp_path: Path) -> None:
     base = write_tiny_base(tmp_path / "base.gguf", "gemma3", window=16).path
     with Engine(base=base, adapters={}) as engine:
-        assert engine._core.backend.draft == 0
+        assert engine._core.draft == 0
     with pytest.raises(OptionError, match="Option draft is 4, expected 0: the base"):
         Engine(base=base, adapters={}, draft=4)

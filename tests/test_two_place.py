@@ -184,7 +184,7 @@ def test_what_adapters_would_add_is_their_delta_times_what_the_base_reads(
 ) -> None:
     """Oracle: the deltas multiplied out, and the inputs of the base one token at a time."""
     with Engine(calibrated.folder, kv_type="f32", flash_attn=False) as engine:
-        tokens, span, backend = list(range(60, 72)), (3, 9), engine._core.backend
+        tokens, span, backend = list(range(60, 72)), (3, 9), engine._core
         found = probe(engine, tokens, span).added()
         inputs = []
         with Context(backend.model, backend.pack, n_ctx=64, **backend.options) as context:

@@ -9,8 +9,7 @@ import mmap
 import operator
 import os
 import sys
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,11 +29,10 @@ from qaflora_edge.backend.library import (
     last_error,
     logged,
 )
-from qaflora_edge.backend.model import Model, Pack, shared_model
+from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.config import KV_TYPES, MAX_CTX
-from qaflora_edge.errors import BackendError, CancelledError, OptionError
+from qaflora_edge.errors import BackendError, CancelledError
 from qaflora_edge.formats.gguf import GgufHeader
-from qaflora_edge.formats.inputs import FileState, check_unchanged
 
 U8 = NDArray[np.uint8]
 _DECODE_ABORTED = 2  # llama.h llama_decode
@@ -42,7 +40,7 @@ _FLASH_ATTN_AUTO, _FLASH_ATTN_OFF, _FLASH_ATTN_ON = -1, 0, 1  # llama.h llama_fl
 N_VERIFIED = 16  # rows of all sequences in a pass that verifies guesses
 _MAX_SCORES_BYTES = 256 << 20  # 8,192 tokens of a base with 25 heads
 _N_CTX_MIN = 256  # tokens
-_N_CTX_FIRST, _N_CTX_SAFE = 1024, 4096  # of a context without a limit: at first, and in any case
+N_CTX_FIRST, _N_CTX_SAFE = 1024, 4096  # of a context without a limit: at first, and in any case
 
 
 class Stop:
@@ -434,85 +432,7 @@ class Context(Handle):
         return int(self._lib.llama_sampler_sample(sampler, self._pointer, row))
 
 
-class Backend:
-    """Open the library's part of an Engine: a base, its adapters, and contexts made of them.
-
-    base      header from formats.base.read_base
-    adapters  files, in the order of every first axis
-    states    of the files when they were checked
-    n_ctx     most tokens of each sequence of the answering context, all allocated now; None: as
-              many as automatic_ctx allows, allocated when asked for
-    n_parallel    sequences of the answering context
-    adapter_type  one of config.ADAPTER_TYPES
-    draft     most tokens of a guess, or "auto"
-    placing   gpu_layers, rpc and tensor_split: where the base's layers go
-    options   threads, kv_type and flash_attn of every context; `options` has `stop` as well
-
-    Raises ChecksumError for a file that changed since, BackendError, GgufFileError, WorkerError.
-
-    enter() takes a resource to close with the others. close() frees all, contexts before their
-    model; a second call does nothing. Without it the garbage collector does.
-    """
-
-    def __init__(
-        self,
-        base: GgufHeader,
-        adapters: Sequence[Path],
-        states: Mapping[Path, FileState],
-        *,
-        n_ctx: int | None,
-        n_parallel: int,
-        adapter_type: str,
-        draft: int | str,
-        placing: Mapping[str, Any],
-        **options: Any,
-    ) -> None:
-        self.stop = options["stop"] = Stop()
-        self.options, kv_type = options, options["kv_type"]
-        self.n_parallel = n_parallel
-        resources = contextlib.ExitStack()  # which is closed from the last to the first
-        self.enter, self.close = resources.enter_context, resources.close
-        resources.callback(_trim)
-        weakref.finalize(self, resources.close).atexit = False
-        try:
-            self.model = self.enter(shared_model(base, placing))
-            self.pack = self.enter(Pack(self.model, adapters, adapter_type=adapter_type))
-            self.n_ctx = n_ctx or automatic_ctx(self.model, base, kv_type, n_parallel)
-            self._n_first = n_ctx or min(self.n_ctx, _N_CTX_FIRST)
-            # One more than answers: the base's KV state of a prompt that the mix prefills.
-            shape: Any = {"n_ctx": self._n_first, "n_seq": n_parallel + 1}
-            shape["n_output"] = max(n_parallel + 1, N_VERIFIED * (draft != 0))
-            self.context = self.enter(Context(self.model, self.pack, **shape, **options))
-            self.draft = self._drafts(draft)
-            self.chunks = self.context.chunks()
-            self.model.workers.check()
-            check_unchanged(states)  # llama.cpp opened the files by name, after the checks
-        except BaseException:
-            self.close()
-            raise
-
-    def _drafts(self, asked: int | str) -> int | None:
-        """Give the most tokens of a guess, 0 for none, None for as many as pay.
-
-        Where nothing is asked for, none are guessed that would change an answer's rounding.
-        """
-        can_forget = not self.model.n_swa and not self.model.is_recurrent
-        if asked == "auto":
-            is_exact = self.context.is_flash_off and self.pack.n_alike >= N_VERIFIED
-            return None if can_forget and is_exact else 0
-        if asked and not can_forget:
-            raise OptionError(
-                f"Option draft is {asked}, expected 0: the base {self.model.name} has states that "
-                "cannot forget a wrong guess."
-            )
-        return int(asked)
-
-    def n_ctx_for(self, n_token: int) -> int:
-        """Size the answering context for a request of so many tokens."""
-        return min(self.n_ctx, max(self._n_first, n_ctx_for(n_token)))
-
-
-def _trim() -> None:
+def trim() -> None:
     """Let glibc give back what was freed: heaps of several threads would keep most of it."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)

@@ -286,5 +286,5 @@ def _answer(
 ) -> dict[str, int]:
     with Engine(bundle, **options) as engine:
         engine.generate(tokens, max_tokens=max_tokens).text()
-        adapters_bytes = engine._core.backend.pack.size_bytes
+        adapters_bytes = engine._core.pack.size_bytes
         return {"peak_bytes": status_bytes("VmHWM") or 0, "adapters_bytes": adapters_bytes}

@@ -7,16 +7,28 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 
 from qaflora_edge.arrays import F32, F64
-from qaflora_edge.backend.context import Backend
-from qaflora_edge.errors import BusyError, QafloraError
+from qaflora_edge.backend.context import (
+    N_CTX_FIRST,
+    N_VERIFIED,
+    Context,
+    Stop,
+    automatic_ctx,
+    n_ctx_for,
+    trim,
+)
+from qaflora_edge.backend.model import Pack, shared_model
+from qaflora_edge.errors import BusyError, OptionError, QafloraError
 from qaflora_edge.formats.adapter import AdapterInfo
+from qaflora_edge.formats.gguf import GgufHeader
+from qaflora_edge.formats.inputs import FileState, check_unchanged
 from qaflora_edge.inference.draft import Drafter
 from qaflora_edge.inference.generation import Generation, follow
 from qaflora_edge.inference.loop import Loop
@@ -38,41 +50,96 @@ _process: int | None = None  # in which the library computed first
 
 
 class Core:
-    """Run the calls of an Engine, and close its backend when none is left.
+    """Open a base, its adapters, and contexts made of them; run the calls of an Engine.
 
-    backend   freed by close()
+    base      header from formats.base.read_base
     adapters  name -> facts of its file, in the order of every first axis
+    states    of the files when they were checked
+    n_ctx     most tokens of each sequence of the answering context, all allocated now; None: as
+              many as automatic_ctx allows, allocated when asked for
+    n_parallel    requests that are decoded together
+    adapter_type  one of config.ADAPTER_TYPES
+    draft     most tokens of a guess, or "auto"
+    placing   gpu_layers, rpc and tensor_split: where the base's layers go
     prefix_cache  MiB for the probe's KV states of earlier prompts
-    sizes     of each adapter, where they were read before
+    sizes     gives those of each adapter that are read meanwhile, or none
+    options   threads, kv_type and flash_attn of every context; `options` has `stop` as well
+
+    Raises ChecksumError for a file that changed since, BackendError, GgufFileError, WorkerError.
+
+    close() frees all, contexts before their model. Without it the garbage collector does.
     """
 
     def __init__(
         self,
-        backend: Backend,
+        base: GgufHeader,
         adapters: Mapping[str, AdapterInfo],
+        states: Mapping[Path, FileState],
         *,
+        n_ctx: int | None,
+        n_parallel: int,
+        adapter_type: str,
+        draft: int | str,
+        placing: Mapping[str, Any],
         prefix_cache: int,
-        sizes: Sequence["AttentionSizes"] = (),
+        sizes: Callable[[], Sequence["AttentionSizes"]],
+        **options: Any,
     ) -> None:
-        self.backend, self.model, self.context = backend, backend.model, backend.context
-        self.adapters = tuple(adapters)
+        self.adapters, self.options = tuple(adapters), options
         self.is_closed = False
         self._idle = threading.Condition()
         self._n_call: dict[int, int] = {}  # by thread
         self._cancellations: weakref.WeakSet[Cancellation] = weakref.WeakSet()
         self._cancelling = threading.RLock()  # all threads change that set
-        context = backend.context  # not the backend, which a circle of the loop would keep alive
-        n_ctx, n_running = (lambda: context.n_ctx), backend.n_parallel
-        scheduler = Scheduler(context.n_seq, backend.chunks, n_ctx, n_running)
-        self.loop = Loop(self.model, self.context, scheduler, backend.stop)
-        from qaflora_edge.inference.score import Scorer
-        from qaflora_edge.weighing.probe import Prefixes, Prober
+        stop = options["stop"] = Stop()
+        resources = ExitStack()  # which is closed from the last to the first
+        enter, self._free = resources.enter_context, resources.close
+        resources.callback(trim)
+        weakref.finalize(self, resources.close).atexit = False
+        infos = [*adapters.values()]
+        try:
+            self.model = model = enter(shared_model(base, placing))
+            paths = [info.path for info in infos]
+            self.pack = enter(Pack(model, paths, adapter_type=adapter_type))
+            self.n_ctx = n_ctx or automatic_ctx(model, base, options["kv_type"], n_parallel)
+            self._n_first = n_ctx or min(self.n_ctx, N_CTX_FIRST)
+            # One more than answers: the base's KV state of a prompt that the mix prefills.
+            shape: Any = {"n_ctx": self._n_first, "n_seq": n_parallel + 1}
+            shape["n_output"] = max(n_parallel + 1, N_VERIFIED * (draft != 0))
+            self.context = context = enter(Context(model, self.pack, **shape, **options))
+            self.draft = self._drafts(draft)
+            model.workers.check()
+            check_unchanged(states)  # llama.cpp opened the files by name, after the checks
+            from qaflora_edge.inference.score import Scorer
+            from qaflora_edge.weighing.probe import Prefixes, Prober
 
-        made, prefixes = (self.model, backend.pack, backend.options), Prefixes(prefix_cache << 20)
-        self.scorer = backend.enter(closing(Scorer(*made)))
-        prober = Prober(*made, infos=[*adapters.values()], sizes=sizes, prefixes=prefixes)
-        self.prober = backend.enter(closing(prober))
-        backend.enter(closing(self.loop))
+            made, prefixes = (model, self.pack, options), Prefixes(prefix_cache << 20)
+            self.scorer = enter(closing(Scorer(*made)))
+            prober = Prober(*made, infos=infos, sizes=sizes(), prefixes=prefixes)
+            self.prober = enter(closing(prober))
+            # Nothing here refers to this Core: a circle would keep it alive.
+            chunks, n_held = context.chunks(), lambda: context.n_ctx
+            scheduler = Scheduler(n_parallel + 1, chunks, n_held, n_parallel)
+            self.loop = enter(closing(Loop(model, context, scheduler, stop)))
+        except BaseException:
+            self._free()
+            raise
+
+    def _drafts(self, asked: int | str) -> int | None:
+        """Give the most tokens of a guess, 0 for none, None for as many as pay.
+
+        Where nothing is asked for, none are guessed that would change an answer's rounding.
+        """
+        can_forget = not self.model.n_swa and not self.model.is_recurrent
+        if asked == "auto":
+            is_exact = self.context.is_flash_off and self.pack.n_alike >= N_VERIFIED
+            return None if can_forget and is_exact else 0
+        if asked and not can_forget:
+            raise OptionError(
+                f"Option draft is {asked}, expected 0: the base {self.model.name} has states that "
+                "cannot forget a wrong guess."
+            )
+        return int(asked)
 
     # life
 
@@ -124,7 +191,7 @@ class Core:
         self.loop.close()
         with self._idle:
             self._idle.wait_for(lambda: not self._n_call)
-        self.backend.close()
+        self._free()
 
     # cancelling
 
@@ -184,14 +251,15 @@ class Core:
         sequence = weighed or RunningSequence(request, sampler, n_max, n_ctx)
         if weighed is not None:
             sequence.start(request, sampler, n_max)
-        if self.backend.draft != 0:
-            sequence.drafter = Drafter(request.tokens, self.backend.draft)
+        if self.draft != 0:
+            sequence.drafter = Drafter(request.tokens, self.draft)
         (self.loop.resume if weighed else self.loop.add)(sequence)
         return self._generation(sequence, fusion)
 
     def n_ctx_for(self, n_prompt: int, n_answer: int | None) -> int:
         """Size a slot for a prompt and an answer; None: without a limit."""
-        return self.backend.n_ctx_for(n_prompt + (_N_ANSWER if n_answer is None else n_answer))
+        n_token = n_prompt + (_N_ANSWER if n_answer is None else n_answer)
+        return min(self.n_ctx, max(self._n_first, n_ctx_for(n_token)))
 
     def failed(self, error: QafloraError) -> Generation:
         """Make an answer that failed before its request was made."""
