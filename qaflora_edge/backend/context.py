@@ -36,7 +36,7 @@ from qaflora_edge.formats.gguf import GgufHeader
 
 U8 = NDArray[np.uint8]
 _DECODE_ABORTED = 2  # llama.h llama_decode
-_FLASH_ATTN_AUTO, _FLASH_ATTN_OFF, _FLASH_ATTN_ON = -1, 0, 1  # llama.h llama_flash_attn_type
+_FLASH_ATTN_AUTO, _FLASH_ATTN_OFF = -1, 0  # llama.h llama_flash_attn_type; on: 1
 N_VERIFIED = 16  # rows of all sequences in a pass that verifies guesses
 _MAX_SCORES_BYTES = 256 << 20  # 8,192 tokens of a base with 25 heads
 _N_CTX_MIN = 256  # tokens
@@ -336,16 +336,13 @@ class Context(Handle):
 
         returns  the row of each span's last token, for logits() and sample()
 
-        Raises BackendError when llama_decode fails or the batch is not one that it takes,
-        WorkerError when a worker was lost, CancelledError when it was told to stop.
+        Raises BackendError when llama_decode fails, WorkerError when a worker was lost,
+        CancelledError when it was told to stop.
         """
         batch = Batch(self._lib, spans)
         found = batch.n_token, batch.n_output, 1 + max(span.seq for span in spans)
-        if any(map(operator.gt, found, self._most)):  # it would end the process in llama.cpp
-            raise BackendError(
-                f"A batch has {found} tokens, outputs and sequences, expected at most {self._most} "
-                "as this context was made."
-            )
+        # Else it would end the process in llama.cpp.
+        assert all(map(operator.le, found, self._most)), (found, self._most)
         code = self._lib.llama_decode(self._pointer, batch.struct)
         self._model.workers.check()  # all that they would have computed is 0
         if code == 0:
@@ -516,7 +513,11 @@ def context_params(
     """Make llama_context_params, and forget the reasons of earlier failures.
 
     n_token     tokens of all sequences together, and of one batch
-    flash_attn  None: by the rule of _flash_attn_type()
+    flash_attn  None: where it is quicker on the CPU; else llama.cpp looks at what the device can
+
+    On the CPU flash attention computes tiles of many rows: quick for prefill, and slow for the
+    single rows of decoding, the slower the longer the context. Without it all scores of a chunk
+    are in memory at once, and values cannot be quantised. Scoring computes as answers do.
     """
     forget_logged()
     params = model._lib.llama_context_default_params()
@@ -525,31 +526,14 @@ def context_params(
     params.n_seq_max = params.n_outputs_max = n_seq
     params.n_threads = params.n_threads_batch = threads or default_threads()
     params.type_k = params.type_v = KV_TYPES[kv_type]
-    params.flash_attn_type = _flash_attn_type(
-        model, flash_attn, kv_type, n_token if is_unified else n_token // n_seq, is_probe
-    )
+    if flash_attn is None and model.is_on_cpu:
+        scores_bytes = 4 * model.n_head * (n_token if is_unified else n_token // n_seq) * n_ubatch()
+        is_slow = not is_probe and kv_type in ("f16", "f32")
+        flash_attn = not is_slow or scores_bytes > _MAX_SCORES_BYTES
+    params.flash_attn_type = _FLASH_ATTN_AUTO if flash_attn is None else int(flash_attn)
     params.kv_unified = is_unified
     params.no_perf = False
     return params
-
-
-def _flash_attn_type(
-    model: Model, flash_attn: bool | None, kv_type: str, n_ctx: int, is_probe: bool
-) -> int:
-    """Choose llama.h's llama_flash_attn_type.
-
-    On the CPU flash attention computes tiles of many rows: quick for prefill, and slow for the
-    single rows of decoding, the slower the longer the context. Without it all scores of a chunk
-    are in memory at once, and values cannot be quantised. Scoring computes as answers do.
-    """
-    if flash_attn is not None:
-        return _FLASH_ATTN_ON if flash_attn else _FLASH_ATTN_OFF
-    if not model.is_on_cpu:
-        return _FLASH_ATTN_AUTO  # llama.cpp looks at what the device can
-    scores_bytes = 4 * model.n_head * n_ctx * n_ubatch()
-    is_slow = not is_probe and kv_type in ("f16", "f32")
-    is_off = is_slow and scores_bytes <= _MAX_SCORES_BYTES
-    return _FLASH_ATTN_OFF if is_off else _FLASH_ATTN_ON
 
 
 def default_threads() -> int:
