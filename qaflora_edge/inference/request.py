@@ -15,7 +15,6 @@ import numpy as np
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.config import DEFAULTS, check
-from qaflora_edge.config import MAX_SEED as MAX_SEED
 from qaflora_edge.errors import ContextError, OptionError, PromptError
 
 if TYPE_CHECKING:

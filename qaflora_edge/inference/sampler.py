@@ -2,14 +2,15 @@
 
 import ctypes
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qaflora_edge.backend.model import Model
+from qaflora_edge.config import MAX_SEED
 from qaflora_edge.errors import BackendError, OptionError
-from qaflora_edge.inference.request import MAX_SEED, Sampling
+from qaflora_edge.inference.request import Sampling
 
 if TYPE_CHECKING:
     from qaflora_edge.inference.constraint import Constraint
@@ -34,12 +35,12 @@ class Sampler:
 
     def __init__(self, model: Model, sampling: Sampling) -> None:
         self._model, self._lib = model, model._lib
-        self._chain = self._lib.llama_sampler_chain_init(
-            self._lib.llama_sampler_chain_default_params()
-        )
+        params = self._lib.llama_sampler_chain_default_params()
+        self._chain = self._lib.llama_sampler_chain_init(params)
         self._finalizer = weakref.finalize(self, self._lib.llama_sampler_free, self._chain)
         self._finalizer.atexit = False
-        self._fill_chain(sampling)
+        for sampler in self._links(sampling):
+            self._lib.llama_sampler_chain_add(self._chain, sampler)
         self.is_free = False
         self.forced: list[int] = []
         self.constraint: Constraint | None = None
@@ -49,43 +50,32 @@ class Sampler:
             grammar = constraint.chosen_grammar(sampling.grammar)
             self.constraint = constraint.Constraint(model, grammar)
 
-    def _fill_chain(self, sampling: Sampling) -> None:
-        lib = self._lib
+    def _links(self, sampling: Sampling) -> Iterator[Any]:
+        """Make the samplers of the chain; llama.cpp makes empty ones of what changes nothing."""
+        lib, n_vocab = self._lib, self._model.n_vocab
         if sampling.logit_bias:
-            self._add_bias({int(token): bias for token, bias in sampling.logit_bias.items()})
+            biases = {int(token): bias for token, bias in sampling.logit_bias.items()}
+            if max(biases) >= n_vocab:
+                raise OptionError(
+                    f"Option logit_bias has the token {max(biases)}, expected ids below {n_vocab}, "
+                    "the base's vocabulary.",
+                    "logit_bias",
+                )
+            pairs = (lib.llama_logit_bias * len(biases))(*biases.items())
+            yield lib.llama_sampler_init_logit_bias(n_vocab, len(biases), pairs)
         penalties = (sampling.repeat_penalty, sampling.frequency_penalty, sampling.presence_penalty)
-        if penalties != _NO_PENALTIES:
-            self._add(
-                lib.llama_sampler_init_penalties(self._model.n_vocab, _N_PENALISED, *penalties)
-            )
+        yield lib.llama_sampler_init_penalties(n_vocab, _N_PENALISED, *penalties)
         is_greedy = sampling.temperature < _COLDEST
         # The likeliest token is chosen, whatever came before.
         self._is_plain = is_greedy and not sampling.logit_bias and penalties == _NO_PENALTIES
         if is_greedy:
-            self._add(lib.llama_sampler_init_greedy())
+            yield lib.llama_sampler_init_greedy()
             return
-        if sampling.top_k > 0:
-            self._add(lib.llama_sampler_init_top_k(sampling.top_k))
-        if sampling.top_p < 1.0:
-            self._add(lib.llama_sampler_init_top_p(sampling.top_p, 1))
-        if sampling.min_p > 0.0:
-            self._add(lib.llama_sampler_init_min_p(sampling.min_p, 1))
-        self._add(lib.llama_sampler_init_temp(sampling.temperature))
-        self._add(lib.llama_sampler_init_dist(MAX_SEED if sampling.seed is None else sampling.seed))
-
-    def _add_bias(self, biases: Mapping[int, float]) -> None:
-        n_vocab = self._model.n_vocab
-        if max(biases) >= n_vocab:
-            raise OptionError(
-                f"Option logit_bias has the token {max(biases)}, expected ids below {n_vocab}, "
-                "the base's vocabulary.",
-                "logit_bias",
-            )
-        pairs = (self._lib.llama_logit_bias * len(biases))(*biases.items())
-        self._add(self._lib.llama_sampler_init_logit_bias(n_vocab, len(biases), pairs))
-
-    def _add(self, sampler: Any) -> None:
-        self._lib.llama_sampler_chain_add(self._chain, sampler)
+        yield lib.llama_sampler_init_top_k(sampling.top_k)
+        yield lib.llama_sampler_init_top_p(sampling.top_p, 1)
+        yield lib.llama_sampler_init_min_p(sampling.min_p, 1)
+        yield lib.llama_sampler_init_temp(sampling.temperature)
+        yield lib.llama_sampler_init_dist(MAX_SEED if sampling.seed is None else sampling.seed)
 
     def sample(self, context: Any, row: int = -1) -> int:
         """Draw the token that follows a row of the context, and advance the constraint.
