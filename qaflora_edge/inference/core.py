@@ -55,17 +55,12 @@ class Core:
     base      header from formats.base.read_base
     adapters  name -> facts of its file, in the order of every first axis
     states    of the files when they were checked
-    n_ctx     most tokens of each sequence of the answering context, all allocated now; None: as
-              many as automatic_ctx allows, allocated when asked for
-    n_parallel    requests that are decoded together
-    adapter_type  one of config.ADAPTER_TYPES
-    draft     most tokens of a guess, or "auto"
     placing   gpu_layers, rpc and tensor_split: where the base's layers go
-    prefix_cache  MiB for the probe's KV states of earlier prompts
     sizes     gives those of each adapter that are read meanwhile, or none
     options   threads, kv_type and flash_attn of every context; `options` has `stop` as well
 
-    Raises ChecksumError for a file that changed since, BackendError, GgufFileError, WorkerError.
+    The other keywords are Engine's. Raises ChecksumError for a file that changed since,
+    BackendError, GgufFileError, WorkerError.
 
     close() frees all, contexts before their model. Without it the garbage collector does.
     """
