@@ -249,7 +249,7 @@ class Core:
         if self.draft != 0:
             sequence.drafter = Drafter(request.tokens, self.draft)
         (self.loop.resume if weighed else self.loop.add)(sequence)
-        return self._generation(sequence, fusion)
+        return Generation(sequence, fusion, drive=self.loop.drive, call=self._hold)
 
     def n_ctx_for(self, n_prompt: int, n_answer: int | None) -> int:
         """Size a slot for a prompt and an answer; None: without a limit."""
@@ -261,9 +261,7 @@ class Core:
         nothing = np.zeros((0, self.model.n_layer), np.float32)
         sequence = RunningSequence(Request((), nothing), None, 0)
         sequence.fail(error)
-        return self._generation(sequence, FusionWeights((), nothing))
-
-    def _generation(self, sequence: RunningSequence, fusion: FusionWeights) -> Generation:
+        fusion = FusionWeights((), nothing)
         return Generation(sequence, fusion, drive=self.loop.drive, call=self._hold)
 
 

@@ -150,11 +150,6 @@ class Request:
         """Count the tokens after those that the base prefills."""
         return len(self.tokens) - self.n_base if self.n_base else 0
 
-    @property
-    def n_reusable(self) -> int:
-        """Count the tokens whose KV state another request may reuse."""
-        return self.n_base or len(self.tokens)
-
 
 def prompt_tokens(model: "Model", prompt: Prompt, n_ctx: int, *, parse_special: bool) -> list[int]:
     """Give token ids of text as it is, with BOS where the base asks for it, or of ids.

@@ -95,7 +95,7 @@ class Slot:
         """Note a new prompt, which reuses its first n_kept tokens."""
         request = sequence.request
         self.weights, self.tokens = request.weights_key, list(request.tokens[:n_kept])
-        self.prompt, self.n_exact = request.tokens, request.n_reusable
+        self.prompt, self.n_exact = request.tokens, request.n_base or len(request.tokens)
 
     def forget(self) -> None:
         """Hold nothing."""
