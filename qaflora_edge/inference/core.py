@@ -300,7 +300,7 @@ class Probes:
         return self._run(self._core.prober.embedding(self._tokens))
 
     def added(self) -> F64:
-        where = self._query.question, self._query.n_weighed
+        where = self._query.question, len(self._tokens)
         return np.array(self._listen(self._core.prober.added(self._rows, *where)))
 
     def routing(self, reading: Reading) -> tuple[F64, F64]:

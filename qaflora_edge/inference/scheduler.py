@@ -222,8 +222,8 @@ class Scheduler:
                 return
             sequence = self.waiting[0]
             slot = max(free, key=lambda slot: self._fitness(slot, sequence))
-            source = max(self.slots, key=lambda other: self._n_reused(other, sequence))
-            n_reused, n_there = self._n_reused(slot, sequence), self._n_reused(source, sequence)
+            source = max(self.slots, key=lambda other: other.n_reused(sequence, self._chunks))
+            n_reused, n_there = (s.n_reused(sequence, self._chunks) for s in (slot, source))
             if self._n_soon(sequence) >= max(n_reused, n_there) + self._chunks.n_least:
                 return
             self.waiting.popleft()
@@ -247,7 +247,7 @@ class Scheduler:
         """Prefer most reuse; then next to slots in use; then empty; then least recently used."""
         used = [other.number for other in self.slots if other.sequence is not None]
         gap = max(min(used) - slot.number, slot.number - max(used), 1) if used else 1
-        return self._n_reused(slot, sequence), -gap, not slot.tokens, -slot.turn
+        return slot.n_reused(sequence, self._chunks), -gap, not slot.tokens, -slot.turn
 
     def _n_soon(self, sequence: Sequence) -> int:
         """Count the tokens that can be reused once all prompts are prefilled that are begun."""
@@ -257,9 +257,6 @@ class Scheduler:
             if slot.sequence is not None and slot.sequence.is_prefill
         ]
         return max(soon, default=0)
-
-    def _n_reused(self, slot: Slot, sequence: Sequence) -> int:
-        return slot.n_reused(sequence, self._chunks)
 
     def _move(self, step: Step) -> None:
         """Close gaps between slots in use: llama.cpp 0c1e5709 batches adjacent ones only.

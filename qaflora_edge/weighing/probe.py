@@ -3,7 +3,6 @@
 Work is cut at micro-batches: a generator yields between them, for its driver's other requests.
 """
 
-import sys
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -228,10 +227,10 @@ class _Added:
     """
 
     def __init__(
-        self, sizes: Sequence[AttentionSizes], span: Span, end: int | None, threads: Executor
+        self, sizes: Sequence[AttentionSizes], span: Span, end: int, threads: Executor
     ) -> None:
         self._sizes, (self.start, self._stop), self._threads = sizes, span, threads
-        self._end = sys.maxsize if end is None else end
+        self._end = end
         self._question: list[F64] = [np.zeros(1) for _ in sizes]
 
     def take(self, at: int, inputs: F32) -> None:
@@ -311,11 +310,11 @@ class Prober:
         """Compute what strategy.Probe.routing gives, and raise as it does."""
         return _Routing(self._attention(tuple(rows), reading))
 
-    def added(self, rows: Sequence[int], span: Span, end: int | None = None) -> Listener:
+    def added(self, rows: Sequence[int], span: Span, end: int) -> Listener:
         """Measure what each adapter would add to q, k and v in two places: [2, n_row, n_layer].
 
         span  where the question's tokens stand
-        end   tokens of the prompt that are weighed; None: all
+        end   tokens of the prompt that are weighed
         """
         return _Added([self._sizes(row) for row in rows], span, end, self._threads)
 
@@ -351,7 +350,8 @@ class Prober:
                 context.capture_begin("inputs")
                 context.decode_spans([Tokens(i, r, n_same, "none") for i, r in enumerate(rests, 1)])
                 for seq, (query, rest) in enumerate(zip(group, rests, strict=True), 1):
-                    listener = self.added(rows, query.question, query.n_weighed)
+                    end = len(query.tokens[: query.n_weighed])
+                    listener = self.added(rows, query.question, end)
                     listener.take(n_same, context.inputs(seq, len(rest)))
                     found.append(listener.result())
                 yield len(found)
