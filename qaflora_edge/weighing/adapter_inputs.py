@@ -8,7 +8,6 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from qaflora_edge.arrays import F32, F64
 from qaflora_edge.errors import StrategyError
@@ -37,21 +36,6 @@ def _on_one_thread() -> Iterator[None]:
         yield
 
 
-def amplified(a: ArrayLike, b: ArrayLike) -> F64:
-    """Compute a matrix P with |P x| = |B A x| for every x: float64 [rank, n_in], or fewer rows.
-
-    a  [rank, n_in]
-    b  [n_out, rank]
-    """
-    r = np.linalg.qr(np.asarray(b, np.float64), mode="r")
-    return np.asarray(r @ np.asarray(a, np.float64))
-
-
-def top_direction(amplified: F64) -> F64:
-    """Find the unit vector v with the largest |P v|, up to its sign: float64 [n_in]."""
-    return np.asarray(np.linalg.svd(amplified, full_matrices=False)[2][0])
-
-
 def _common(infos: Sequence[AdapterInfo], layer: int, kinds: Sequence[str]) -> list[str]:
     """List the tensors of a layer that all of these adapters adapt."""
     names = (f"blk.{layer}.{kind}.weight" for kind in kinds)
@@ -59,9 +43,10 @@ def _common(infos: Sequence[AdapterInfo], layer: int, kinds: Sequence[str]) -> l
 
 
 def _matrix(info: AdapterInfo, name: str) -> F64:
-    """Read a module as a matrix [n, n_embd] whose product with x is as long as scale B A x."""
+    """Read a module as P [n, n_embd] with |P x| = |scale B A x| for every x; n is at most rank."""
     a, b, scale = read_pair(info, name)
-    return scale * amplified(a, b)
+    r = np.linalg.qr(np.asarray(b, np.float64), mode="r")
+    return np.asarray(scale * (r @ np.asarray(a, np.float64)))
 
 
 class AttentionInputs:
@@ -76,7 +61,9 @@ class AttentionInputs:
     def __init__(self, infos: Sequence[AdapterInfo], n_layer: int, reading: Reading) -> None:
         def read(info: AdapterInfo, name: str) -> F64:
             matrix = _matrix(info, name)
-            return top_direction(matrix)[None] if reading == "arrow" else matrix
+            if reading == "arrow":  # the unit vector v with the largest |P v|, up to its sign
+                return np.asarray(np.linalg.svd(matrix, full_matrices=False)[2][:1])
+            return matrix
 
         self._modules: dict[int, list[list[F64]]] = {}  # layer -> module -> adapter -> [n, n_embd]
         for layer in range(n_layer):
