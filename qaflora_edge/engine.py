@@ -25,11 +25,11 @@ from qaflora_edge.inference.request import (
     Prompt,
     Request,
     are_many,
+    check_size,
     checked_tokens,
     is_conversation,
     make_sampling,
     one_of,
-    prompt_tokens,
     token_ids,
     whole,
 )
@@ -339,7 +339,14 @@ class Engine:
         Raises PromptError when it is empty, longer than n_ctx, or has an id out of range.
         """
         with self._core.call():
-            return prompt_tokens(self._model, prompt, self.n_ctx, parse_special=parse_special)
+            if not isinstance(prompt, str):
+                tokens = token_ids(prompt)
+            elif prompt:
+                check_size(self._model, [prompt], self.n_ctx)
+                tokens = self._model.tokenize(prompt, add_special=True, parse_special=parse_special)
+            else:
+                raise PromptError("The prompt is empty; give at least one character.")
+            return checked_tokens(self._model, tokens, self.n_ctx)
 
     def chat_tokens(
         self, messages: Sequence[Any], *, tools: Sequence[Mapping[str, Any]] = (), **how: Any

@@ -151,21 +151,6 @@ class Request:
         return len(self.tokens) - self.n_base if self.n_base else 0
 
 
-def prompt_tokens(model: "Model", prompt: Prompt, n_ctx: int, *, parse_special: bool) -> list[int]:
-    """Give token ids of text as it is, with BOS where the base asks for it, or of ids.
-
-    Raises PromptError when it is empty, longer than n_ctx, or has an id out of range.
-    """
-    if isinstance(prompt, str):
-        if not prompt:
-            raise PromptError("The prompt is empty; give at least one character.")
-        check_size(model, [prompt], n_ctx)
-        tokens = model.tokenize(prompt, add_special=True, parse_special=parse_special)
-    else:
-        tokens = token_ids(prompt)
-    return checked_tokens(model, tokens, n_ctx)
-
-
 def check_size(model: "Model", texts: Iterable[str], n_ctx: int) -> None:
     """Raise ContextError for texts that cannot fit; cutting megabytes into tokens takes seconds."""
     size = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)

@@ -224,7 +224,10 @@ class Scheduler:
             slot = max(free, key=lambda slot: self._fitness(slot, sequence))
             source = max(self.slots, key=lambda other: other.n_reused(sequence, self._chunks))
             n_reused, n_there = (s.n_reused(sequence, self._chunks) for s in (slot, source))
-            if self._n_soon(sequence) >= max(n_reused, n_there) + self._chunks.n_least:
+            # What can be reused once all prompts are prefilled that are begun is worth a wait.
+            begun = [each for each in self.slots if each.sequence and each.sequence.is_prefill]
+            soon = (each.n_reused(sequence, self._chunks, is_soon=True) for each in begun)
+            if max(soon, default=0) >= max(n_reused, n_there) + self._chunks.n_least:
                 return
             self.waiting.popleft()
             if n_there >= n_reused + self._chunks.n_least:
@@ -248,15 +251,6 @@ class Scheduler:
         used = [other.number for other in self.slots if other.sequence is not None]
         gap = max(min(used) - slot.number, slot.number - max(used), 1) if used else 1
         return slot.n_reused(sequence, self._chunks), -gap, not slot.tokens, -slot.turn
-
-    def _n_soon(self, sequence: Sequence) -> int:
-        """Count the tokens that can be reused once all prompts are prefilled that are begun."""
-        soon = [
-            slot.n_reused(sequence, self._chunks, is_soon=True)
-            for slot in self.slots
-            if slot.sequence is not None and slot.sequence.is_prefill
-        ]
-        return max(soon, default=0)
 
     def _move(self, step: Step) -> None:
         """Close gaps between slots in use: llama.cpp 0c1e5709 batches adjacent ones only.
