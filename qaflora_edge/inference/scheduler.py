@@ -61,7 +61,7 @@ class Slot:
     n_exact  how many tokens of it may be reused, once they are here: a prompt with the same chunks
              reuses them bit for bit
     weights  the key of the weights that those were computed under; None where there are none
-    turn     when its last Sequence came, counted in sequences
+    turn     number of its last Sequence
     """
 
     number: int
@@ -155,7 +155,6 @@ class Scheduler:
         self._chunks, self._n_ctx = chunks, n_ctx
         self._is_jobs_turn = True
         self._last_kind = ""
-        self._n_turn = 0
 
     @property
     def running(self) -> list[Sequence]:
@@ -194,9 +193,7 @@ class Scheduler:
         self._move(step)
         running = self.running
         step.decode = [each for each in running if not each.is_prefill and not each.is_weighed]
-        prefills = sorted(
-            (sequence for sequence in running if sequence.is_prefill), key=lambda s: s.number
-        )
+        prefills = sorted((s for s in running if s.is_prefill), key=lambda s: s.number)
         if self.jobs and (self._is_jobs_turn or not prefills):
             # Kinds alternate: a long job of one kind does not block another kind.
             others = (job for job in self.jobs if job.kind != self._last_kind)
@@ -236,8 +233,7 @@ class Scheduler:
                 n_reused = n_there
             slot.sequence, sequence.slot, sequence.n_past = sequence, slot.number, n_reused
             slot.hold(sequence, n_reused)
-            self._n_turn += 1
-            slot.turn = self._n_turn
+            slot.turn = sequence.number
             step.admitted.append((sequence, n_reused))
 
     def resume(self, sequence: Sequence) -> None:
