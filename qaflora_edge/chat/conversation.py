@@ -121,23 +121,20 @@ def load_session(path: Path) -> Conversation:
     try:
         document = read_json_object(read_input(path, MAX_SESSION_BYTES))
         check_schema(document, "session")
-        return _conversation(document["messages"])
+        messages = document["messages"]
+        is_first = bool(messages) and messages[0]["role"] == "system"
+        system, said = (messages[0]["content"], messages[1:]) if is_first else (None, messages)
+        roles = [message["role"] for message in said]
+        if roles != ["user", "assistant"] * (len(roles) // 2):
+            expected = "a user's and an assistant's in turns, after at most one of system"
+            raise WrongField("messages", f"a list of {shown(roles)}", expected)
+        return Conversation(system, said)
     except (OSError, ValueError) as error:  # errors of JSON and UTF-8 too
         reason = error.strerror if isinstance(error, OSError) else error
         raise SessionFileError(
             f"Cannot load the session {path}: {reason}; expected a file written by /save. Check "
             "the name, or take a copy of the file."
         ) from error
-
-
-def _conversation(messages: list[Message]) -> Conversation:
-    is_first = bool(messages) and messages[0]["role"] == "system"
-    system, said = (messages[0]["content"], messages[1:]) if is_first else (None, messages)
-    roles = [message["role"] for message in said]
-    if roles != ["user", "assistant"] * (len(roles) // 2):
-        expected = "a user's and an assistant's in turns, after at most one of system"
-        raise WrongField("messages", f"a list of {shown(roles)}", expected)
-    return Conversation(system, said)
 
 
 def _system(text: str | None) -> list[Message]:

@@ -173,9 +173,8 @@ class Loop:
     def _step(self) -> None:
         """Decide and compute one step; called with the lock, which is free during computation."""
         self._end_cancelled()
-        n_ended = self._scheduler.remove_ended()
+        self._scheduler.remove_ended()
         if not self._scheduler.has_work:
-            assert n_ended or self._is_closed, "somebody waits for what nobody computes"
             return
         step = self._scheduler.step()
         running = self._scheduler.running

@@ -169,13 +169,8 @@ class Scheduler:
         is_active = any(not each.is_weighed or each.is_cancelled for each in running)
         return bool(self.jobs or is_active or can_admit)
 
-    def remove_ended(self) -> int:
-        """Remove what is done from queues and slots; KV state stays for reuse.
-
-        returns  how many sequences and jobs that were
-        """
-        n_ended = sum(each.is_done for each in (*self.waiting, *self.running))
-        n_ended += sum(job.is_done for job in self.jobs)
+    def remove_ended(self) -> None:
+        """Remove what is done from queues and slots; KV state stays for reuse."""
         self.waiting = deque(s for s in self.waiting if not s.is_done)
         self.jobs = deque(job for job in self.jobs if not job.is_done)
         for slot in self.slots:
@@ -184,7 +179,6 @@ class Scheduler:
                     slot.n_exact = 0
                 slot.sequence.slot = None
                 slot.sequence = None
-        return n_ended
 
     def step(self) -> Step:
         """Decide what comes next: an empty step without work."""

@@ -277,6 +277,7 @@ def read_options(behind: str, options: Sequence[Option], text: str) -> dict[str,
     known = {option.name: option for option in options}
     found: dict[str, Any] = {}
     for item in behind.split(","):
+        given: Any
         name, equals, value = item.partition("=")
         if name not in known or not equals:
             near = difflib.get_close_matches(name, known, n=1)
@@ -287,7 +288,17 @@ def read_options(behind: str, options: Sequence[Option], text: str) -> dict[str,
             )
         if name in found:
             raise StrategyError(f"Strategy {text!r} has the option {name} twice, expected it once.")
-        found[name] = _value(known[name], value, text)
+        option, given = known[name], value
+        if option.kind in (int, float) and value not in option.words:
+            try:
+                given = option.kind(value)
+            except ValueError:
+                given = None  # fits nowhere
+        if not option.fits(given):
+            raise StrategyError(
+                f"Strategy {text!r}: the option {name} is {value!r}, expected {option.expected}."
+            )
+        found[name] = given
     return found
 
 
@@ -296,20 +307,6 @@ def written(option: Option) -> str:
     return f"{option.name}=" + " or ".join(
         (*option.choices, *((option.metavar,) if option.metavar else ()), *option.words)
     )
-
-
-def _value(option: Option, value: str, text: str) -> Any:
-    given: Any = value
-    if option.kind in (int, float) and value not in option.words:
-        try:
-            given = option.kind(value)
-        except ValueError:
-            given = None  # fits nowhere
-    if not option.fits(given):
-        raise StrategyError(
-            f"Strategy {text!r}: the option {option.name} is {value!r}, expected {option.expected}."
-        )
-    return given
 
 
 def measured_by(name: str) -> Measured:
