@@ -68,6 +68,8 @@ def chat_tokens(
             "prompt as plain text (--raw-prompt), or use an instruct model."
         )
     bos, eos = model._lib.llama_vocab_bos(model.vocab), model._lib.llama_vocab_eos(model.vocab)
+    spelt = (model.piece(each, special=True) if each >= 0 else b"" for each in (bos, eos))
+    bos_token, eos_token = (each.decode("utf-8", "replace") for each in spelt)
     try:
         literal = templates.literal_text(template)
         typed = TypedText(model, literal, [checked, begun, tools, more])
@@ -84,9 +86,7 @@ def chat_tokens(
                     "a base."
                 )
             variables["tools"] = typed.marked(tools)
-        text = templates.render(
-            template, bos_token=_special(model, bos), eos_token=_special(model, eos), **variables
-        )
+        text = templates.render(template, bos_token=bos_token, eos_token=eos_token, **variables)
         begin, end = thought_tags(template) or ("", "")
         is_answered = bool(begun) or more.get("enable_thinking") is False
         if begin and is_answered and text.rstrip().endswith(begin):  # the template cannot
@@ -129,10 +129,6 @@ def _begun(
             "expected one to go on from; join them."
         )
     return str(messages.pop()["content"])
-
-
-def _special(model: Model, token: int) -> str:
-    return "" if token < 0 else model.piece(token, special=True).decode("utf-8", "replace")
 
 
 def _reason(error: Exception) -> str:

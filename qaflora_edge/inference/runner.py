@@ -117,7 +117,8 @@ class Runner:
         finally:
             if hears:
                 self._context.capture_begin("none")
-        self._held(sequence, slot, tokens)
+        sequence.n_past += len(tokens)
+        slot.tokens.extend(tokens)
         if is_last:
             self._unread.discard(slot.number)
             if listener is None:
@@ -167,7 +168,8 @@ class Runner:
         for token in span.tokens:
             if token != sequence.next_token:
                 break
-            self._held(sequence, slot, [token])
+            sequence.n_past += 1
+            slot.tokens.append(token)
             sequence.timings.n_decoded += 1
             self._sample(sequence, row)
             row += 1
@@ -208,11 +210,6 @@ class Runner:
             entry = token_logprob(logits, token, n_top, spelt, len(data))
             sequence.logprobs.append(entry)
         sequence.take(token, data)
-
-    @staticmethod
-    def _held(sequence: sequences.Sequence, slot: Slot, tokens: Sequence[int]) -> None:
-        sequence.n_past += len(tokens)
-        slot.tokens.extend(tokens)
 
 
 def _slot(sequence: sequences.Sequence) -> int:
