@@ -406,6 +406,7 @@ class Prober:
             if rows != self._rows:
                 self.prefixes.keep(self._rows, context, self._n_exact)
                 context.clear()
+                self._rows = ()  # right at any interruption: the base has no weights
                 self._set_weights(context, rows)
                 self._rows = rows
             if span is None:
