@@ -28,7 +28,6 @@ from bundles import (
 )
 
 from qaflora_edge import Engine, QafloraError
-from qaflora_edge.backend import context
 from qaflora_edge.bundles import source
 from qaflora_edge.bundles.create import create_bundle
 from qaflora_edge.bundles.edit import calibrate
@@ -49,6 +48,7 @@ from qaflora_edge.formats import inputs
 from qaflora_edge.formats import names as registry
 from qaflora_edge.formats.adapter import read_adapter_gguf
 from qaflora_edge.formats.gguf import GgufCursor
+from qaflora_edge.inference import core
 
 Raw = dict[str, Any]
 
@@ -389,13 +389,13 @@ def test_a_file_swapped_between_check_and_use_is_refused(
     path = made.folder / "adapters/es.gguf"
     other = path.with_suffix(".other")
     other.write_bytes(path.read_bytes())
-    original = context.Pack
+    original = core.Pack
 
     def swap(*args: Any, **options: Any) -> Any:
         other.rename(path)
         return original(*args, **options)
 
-    monkeypatch.setattr(context, "Pack", swap)
+    monkeypatch.setattr(core, "Pack", swap)
     with pytest.raises(ChecksumError, match=f"{path}: it changed while it was read"):
         Engine(made.folder, n_ctx=64)
 
