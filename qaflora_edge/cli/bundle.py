@@ -9,17 +9,10 @@ from typing import Any
 
 import click
 
+from qaflora_edge.cli import options as cli
 from qaflora_edge.cli.answers import print_json
 from qaflora_edge.cli.base_choice import choose_base
 from qaflora_edge.cli.complete import complete_adapter
-from qaflora_edge.cli.options import (
-    BUNDLE,
-    adapter_pairs,
-    bundle_folder,
-    check_prompt,
-    click_option,
-    command,
-)
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.cli.prompts import read_text
 from qaflora_edge.config import ADAPTER, OWN
@@ -36,11 +29,11 @@ def bundle() -> None:
 
 
 def _pairs(ctx: click.Context, param: click.Parameter, values: Any) -> list[tuple[str, str]]:
-    return adapter_pairs(values)
+    return cli.adapter_pairs(values)
 
 
 _adapters: dict[str, Any] = {"multiple": True, "metavar": ADAPTER.metavar, "callback": _pairs}
-_outtype = click_option(replace(OWN["convert"]["outtype"], help="Convert to this type."), "")
+_outtype = cli.click_option(replace(OWN["convert"]["outtype"], help="Convert to this type."), "")
 _from_now_on = click.option("--strategy", help="Used by default from now on.  [default: as it is]")
 _calibrate = click.option(
     "--calibrate/--no-calibrate",
@@ -50,7 +43,7 @@ _calibrate = click.option(
 )
 
 
-@command(
+@cli.command(
     "qaflora bundle create my-bundle --base base.gguf \\",
     "    --adapter math=peft/math --adapter es=es.gguf",
     group=bundle,
@@ -105,7 +98,7 @@ def create(
     from qaflora_edge.engine import Engine
 
     if system_path is not None:
-        options["system"] = check_prompt(read_text(system_path).strip())
+        options["system"] = cli.check_prompt(read_text(system_path).strip())
     base = choose_base(base, [path for _, path in adapters])
     is_there = os.path.lexists(folder)
     options["engine"] = Engine if calibrate else None
@@ -121,12 +114,12 @@ def create(
     click.echo(f"Created the bundle {folder}, {weighed}. Try: qaflora chat {folder}", err=True)
 
 
-@command(
+@cli.command(
     "qaflora bundle add my-bundle med=peft/med",
     "qaflora bundle add my-bundle law=owner/law-lora@v1",
     group=bundle,
 )
-@click.argument("folder", **BUNDLE)
+@click.argument("folder", **cli.BUNDLE)
 @click.argument("pairs", metavar="[[NAME=]PATH]...", nargs=-1, callback=_pairs)
 @click.option("--adapter", "adapters", **_adapters, help="Add this one too; repeatable.")
 @_outtype
@@ -151,7 +144,7 @@ def add(
 
     if not (pairs := [*pairs, *adapters]):
         raise click.UsageError("Give an adapter, as [NAME=]PATH.")
-    path = bundle_folder(folder)
+    path = cli.bundle_folder(folder)
     notes = {key: options.pop(key) for key in ("source", "license", "description")}
     options["note"] = {key: text for key, text in notes.items() if text is not None}
     options["engine"] = Engine if calibrate else None
@@ -161,25 +154,25 @@ def add(
         click.echo(f"Added the adapter {name} to {path}.", err=True)
 
 
-@command("qaflora bundle remove my-bundle med", group=bundle)
-@click.argument("folder", **BUNDLE)
+@cli.command("qaflora bundle remove my-bundle med", group=bundle)
+@click.argument("folder", **cli.BUNDLE)
 @click.argument("name", shell_complete=complete_adapter)
 @_from_now_on
 def remove(folder: str, name: str, strategy: str | None) -> None:
     """Remove the adapter NAME from a bundle, with its file."""
     from qaflora_edge.bundles.edit import remove_adapter
 
-    path = bundle_folder(folder)
+    path = cli.bundle_folder(folder)
     remove_adapter(path, name, strategy=strategy)
     click.echo(f"Removed the adapter {name} from {path}.", err=True)
 
 
-@command(
+@cli.command(
     "qaflora bundle base my-bundle ~/models/base.gguf",
     "qaflora bundle base my-bundle owner/base-GGUF/base-q4_k_m.gguf",
     group=bundle,
 )
-@click.argument("folder", **BUNDLE)
+@click.argument("folder", **cli.BUNDLE)
 @click.argument("base", metavar="BASE")
 def base(folder: str, base: str) -> None:
     """Say where a bundle's base lies.
@@ -189,17 +182,17 @@ def base(folder: str, base: str) -> None:
     """
     from qaflora_edge.bundles.edit import set_base
 
-    path = bundle_folder(folder)
+    path = cli.bundle_folder(folder)
     set_base(path, base)
     click.echo(f"The base of {path} is {base}.", err=True)
 
 
-@command(
+@cli.command(
     "qaflora bundle calibrate my-bundle",
     "qaflora bundle calibrate my-bundle --strategy two-place",
     group=bundle,
 )
-@click.argument("folder", **BUNDLE)
+@click.argument("folder", **cli.BUNDLE)
 @_from_now_on
 def calibrate(folder: str, strategy: str | None) -> None:
     """Measure what is typical of each adapter, for two-place and calibrated.
@@ -210,19 +203,19 @@ def calibrate(folder: str, strategy: str | None) -> None:
     from qaflora_edge.bundles.edit import calibrate as calibrate_bundle
     from qaflora_edge.engine import Engine
 
-    path = bundle_folder(folder)
+    path = cli.bundle_folder(folder)
     with progress_bars() as progress:
         is_new = calibrate_bundle(path, Engine, strategy=strategy, progress=progress)
     done = "Measured the adapters of" if is_new else "Every adapter was measured already in"
     click.echo(f"{done} {path}, weighed by {_strategy(path)}.", err=True)
 
 
-@command(
+@cli.command(
     "qaflora bundle samples my-bundle math questions.txt",
     "qaflora bundle samples my-bundle es preguntas.jsonl",
     group=bundle,
 )
-@click.argument("folder", **BUNDLE)
+@click.argument("folder", **cli.BUNDLE)
 @click.argument("name", metavar="ADAPTER", shell_complete=complete_adapter)
 @click.argument("file", metavar="FILE")
 def samples(folder: str, name: str, file: str) -> None:
@@ -236,22 +229,22 @@ def samples(folder: str, name: str, file: str) -> None:
     from qaflora_edge.cli.prompts import read_prompts
     from qaflora_edge.engine import Engine
 
-    path = bundle_folder(folder)
+    path = cli.bundle_folder(folder)
     texts = [prompt.text for prompt in read_prompts(file)]
     with progress_bars() as progress:
         set_samples(path, name, texts, Engine, progress=progress)
     click.echo(f"Embedded {len(texts)} sample texts of {name} in {path}.", err=True)
 
 
-@command("qaflora bundle show demo", group=bundle)
-@click.argument("folder", **BUNDLE)
+@cli.command("qaflora bundle show demo", group=bundle)
+@click.argument("folder", **cli.BUNDLE)
 @click.option("--json", "as_json", is_flag=True, help="Print bundle.json, and where the base is.")
 def show(folder: str, as_json: bool) -> None:
     """Show what a bundle says of itself; its files need not be there."""
     from qaflora_edge.formats.bundle import read_bundle_text
     from qaflora_edge.hub.local import recorded_base
 
-    path = bundle_folder(folder)
+    path = cli.bundle_folder(folder)
     if not as_json:
         click.echo(describe(path))
         return
@@ -294,14 +287,14 @@ def describe(folder: Path) -> str:
     return "\n".join(map(one_line, lines))
 
 
-@command("qaflora bundle verify demo", group=bundle)
-@click.argument("folder", **BUNDLE)
+@cli.command("qaflora bundle verify demo", group=bundle)
+@click.argument("folder", **cli.BUNDLE)
 def verify(folder: str) -> None:
     """Hash every file of a bundle and its base again, and check all shapes."""
     from qaflora_edge.bundles.open import verify_bundle
 
     with progress_bars() as progress:
-        path = bundle_folder(folder)
+        path = cli.bundle_folder(folder)
         n_adapter = len(verify_bundle(path, progress).adapters)
     click.echo(f"{path}: the base and {n_adapter} adapters are the recorded ones.")
 

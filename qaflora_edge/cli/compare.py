@@ -9,16 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qaflora_edge.cli import options as cli
 from qaflora_edge.cli.answers import answer_dict
-from qaflora_edge.cli.options import (
-    BUNDLE,
-    SharedOptions,
-    command,
-    open_engine,
-    prompt_tokens,
-    read_prompt,
-    shared_options,
-)
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.show.text import visible, who_spoke
 
@@ -32,11 +24,11 @@ Answer = tuple[str, "FusionWeights", dict[str, Any]]
 _COMMA = re.compile(r",(?![^,:]*=)")
 
 
-@command(
+@cli.command(
     'qaflora compare demo "What is the capital of France, and which river flows through it?"',
     "qaflora compare demo QUESTION --strategies base,static,two-place",
 )
-@click.argument("bundle", **BUNDLE)
+@click.argument("bundle", **cli.BUNDLE)
 @click.argument("question")
 @click.option(
     "--strategies",
@@ -46,9 +38,9 @@ _COMMA = re.compile(r",(?![^,:]*=)")
     "strategy, base, single]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@shared_options
+@cli.shared_options
 def compare(
-    bundle: str, question: str, ways: str | None, as_json: bool, options: SharedOptions
+    bundle: str, question: str, ways: str | None, as_json: bool, options: cli.SharedOptions
 ) -> None:
     """Show what several strategies answer, side by side.
 
@@ -56,10 +48,10 @@ def compare(
     QUESTION `-` reads stdin. Several answers are computed together (--parallel), which rounds
     otherwise than one alone: --parallel 1 answers as `qaflora run` does.
     """
-    text = read_prompt(question)
-    with open_engine(bundle, options) as engine:
+    text = cli.read_prompt(question)
+    with cli.open_engine(bundle, options) as engine:
         strategies = expand(ways or f"{engine.strategy},base,single", engine.adapters)
-        tokens = prompt_tokens(engine, text, options)
+        tokens = cli.prompt_tokens(engine, text, options)
         answers = ask(engine, tokens, strategies, options.sampling)
     if as_json:
         facts = [{"strategy": strategy, **facts} for strategy, _, facts in answers]

@@ -11,17 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qaflora_edge.cli import options as cli
 from qaflora_edge.cli.compare import expand
-from qaflora_edge.cli.options import (
-    BUNDLE,
-    SharedOptions,
-    bundle_folder,
-    check_outputs,
-    command,
-    open_engine,
-    out_file,
-    shared_options,
-)
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.files import one_line, write_text_atomic
 
@@ -36,12 +27,12 @@ In brackets: 95 % intervals. Differences are paired, above 0 where the strategy 
 *: the best single adapter, found on these items, in hindsight."""
 
 
-@command(
+@cli.command(
     "qaflora eval demo sums.jsonl",
     "qaflora eval demo sums.jsonl chat.jsonl --strategies base,static,qa-flora -o r.jsonl",
     "qaflora eval demo sums.jsonl --limit 20 --html results.html",
 )
-@click.argument("bundle", **BUNDLE)
+@click.argument("bundle", **cli.BUNDLE)
 @click.argument(
     "tasks", nargs=-1, required=True, metavar="TASK...", type=click.Path(path_type=Path)
 )
@@ -58,7 +49,7 @@ In brackets: 95 % intervals. Differences are paired, above 0 where the strategy 
     "--output",
     "out",
     help="Write each result to FILE as it comes. A file that was begun is resumed.",
-    **out_file(metavar="FILE.jsonl"),
+    **cli.out_file(metavar="FILE.jsonl"),
 )
 @click.option(
     "--json",
@@ -67,14 +58,14 @@ In brackets: 95 % intervals. Differences are paired, above 0 where the strategy 
     type=click.Path(dir_okay=False, allow_dash=True),
     help="Write one JSON object with every result to FILE; `-` is stdout.",
 )
-@click.option("--html", help="Write one page with bars and every item to FILE.", **out_file())
+@click.option("--html", help="Write one page with bars and every item to FILE.", **cli.out_file())
 @click.option("--limit", metavar="N", type=click.IntRange(1), help="Ask N items of each task.")
 @click.option(
     "--save",
     is_flag=True,
     help="Make the strategy with the best mean over the tasks the bundle's default.",
 )
-@shared_options
+@cli.shared_options
 def eval(
     bundle: str,
     tasks: tuple[Path, ...],
@@ -84,7 +75,7 @@ def eval(
     html: Path | None,
     limit: int | None,
     save: bool,
-    options: SharedOptions,
+    options: cli.SharedOptions,
 ) -> None:
     """Score tasks under several strategies.
 
@@ -98,15 +89,15 @@ def eval(
     from qaflora_edge.evaluation.table import best_strategy
     from qaflora_edge.evaluation.tasks import read_task
 
-    check_outputs((out, html, None if json_path == "-" else json_path), tasks, added_to=out)
-    folder = bundle_folder(bundle)
+    cli.check_outputs((out, html, None if json_path == "-" else json_path), tasks, added_to=out)
+    folder = cli.bundle_folder(bundle)
     if save:
         with editing(folder):  # says now what it would say at the end
             pass
     read = [read_task(path) for path in tasks]
     _check_names(read)
     sampling = options.sampling | {"raw_prompt": options.raw_prompt}
-    with open_engine(bundle, options) as engine:
+    with cli.open_engine(bundle, options) as engine:
         strategies = _strategies(engine, ways, options.strategy)
         told = _asked_under(engine, options)
         head = header(folder, engine, read, strategies, told, cpu_name())
@@ -141,7 +132,7 @@ def _strategies(engine: Engine, ways: Sequence[str], strategy: str | None) -> li
     return found
 
 
-def _asked_under(engine: Engine, options: SharedOptions) -> dict[str, Any]:
+def _asked_under(engine: Engine, options: cli.SharedOptions) -> dict[str, Any]:
     """Collect the options that a results file tells."""
     found = {name: getattr(engine, name) for name in ("lens", "pool", "prefill", "system")}
     keys = ("n_ctx", "kv_type", "flash_attn", "adapter_type")

@@ -7,24 +7,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qaflora_edge.cli import options as cli
 from qaflora_edge.cli.answers import (
     answer_dict,
     incomplete,
     print_json,
     stream_answer,
     summary_line,
-)
-from qaflora_edge.cli.options import (
-    BUNDLE,
-    SharedOptions,
-    check_prompt,
-    command,
-    open_engine,
-    out_file,
-    own_options,
-    prompt_tokens,
-    read_prompt,
-    shared_options,
 )
 from qaflora_edge.cli.progress import waiting
 from qaflora_edge.cli.prompts import read_message, read_piped, read_text
@@ -41,17 +30,17 @@ def _one_prompt(ctx: click.Context, param: click.Parameter, words: tuple[str, ..
     return words[0] if words else None
 
 
-@command(
+@cli.command(
     'qaflora run demo "What is the capital of France, and which river flows through it?"',
     'git diff | qaflora run demo "What does this change?"',
     "qaflora run demo --prompts questions.jsonl -o answers.jsonl",
     sections={"file": "Prompt", "prompts_path": "Prompt"}
     | dict.fromkeys(("as_json", "schema_path", "grammar_path", "out"), "Answer"),
 )
-@click.argument("bundle", **BUNDLE)
+@click.argument("bundle", **cli.BUNDLE)
 @click.argument("prompt", nargs=-1, metavar="[PROMPT]", callback=_one_prompt)
-@own_options
-@shared_options
+@cli.own_options
+@cli.shared_options
 @click.option(
     "-f", "--file", metavar="FILE", help="Put the text of FILE after PROMPT; `-` is stdin."
 )
@@ -68,7 +57,7 @@ def _one_prompt(ctx: click.Context, param: click.Parameter, words: tuple[str, ..
     "-o",
     "--out",
     help="Write the answers to --prompts into FILE. Run again, it resumes.",
-    **out_file(),
+    **cli.out_file(),
 )
 @click.option(
     "--json",
@@ -99,7 +88,7 @@ def run(
     as_json: bool,
     schema_path: str | None,
     grammar_path: str | None,
-    options: SharedOptions,
+    options: cli.SharedOptions,
 ) -> None:
     """Answer a prompt with the weighed adapters.
 
@@ -121,8 +110,8 @@ def run(
         raise click.UsageError("-o is for the answers to --prompts FILE.")
     if [prompt, file, prompts_path, schema_path, grammar_path].count("-") > 1:
         raise click.UsageError("stdin (`-`) can be read only once.")
-    parts = [] if prompt is None else [read_prompt(prompt)]
-    parts += [] if file is None else [check_prompt(read_message(file))]
+    parts = [] if prompt is None else [cli.read_prompt(prompt)]
+    parts += [] if file is None else [cli.check_prompt(read_message(file))]
     text = "\n\n".join([*parts, piped] if piped else parts)
     sampling = options.sampling
     sampling["grammar"] = _read_grammar(schema_path, grammar_path)
@@ -132,8 +121,8 @@ def run(
         from qaflora_edge.cli.batch import answer_file
 
         answer_file(bundle, prompts_path, out, options, sampling, system, as_json)
-    with open_engine(bundle, options) as engine:
-        tokens = prompt_tokens(engine, text, options, system)
+    with cli.open_engine(bundle, options) as engine:
+        tokens = cli.prompt_tokens(engine, text, options, system)
         with waiting(PROMPT_WORK) as tell:
             answer = engine.generate(tokens, on_progress=tell, **sampling)
         if as_json:

@@ -7,27 +7,20 @@ import socket
 
 import click
 
-from qaflora_edge.cli.options import (
-    BUNDLE,
-    SharedOptions,
-    bundle_folder,
-    command,
-    own_options,
-    shared_options,
-)
+from qaflora_edge.cli import options as cli
 from qaflora_edge.errors import OptionError
 from qaflora_edge.files import what_is_at
 from qaflora_edge.settings import expanded
 
 
-@command(
+@cli.command(
     "qaflora serve demo",
     "qaflora serve demo models/other --parallel 8 --port 8000",
     "QAFLORA_API_KEY=... qaflora serve demo --host 0.0.0.0",
 )
-@click.argument("bundles", nargs=-1, required=True, **{**BUNDLE, "metavar": "DIR..."})
-@own_options
-@shared_options
+@click.argument("bundles", nargs=-1, required=True, **{**cli.BUNDLE, "metavar": "DIR..."})
+@cli.own_options
+@cli.shared_options
 def serve(
     bundles: tuple[str, ...],
     host: str,
@@ -40,7 +33,7 @@ def serve(
     allow_adapters: str | None,
     allow_host: tuple[str, ...],
     insecure: bool,
-    options: SharedOptions,
+    options: cli.SharedOptions,
 ) -> None:
     """Serve bundles to programs and browsers that speak OpenAI's API.
 
@@ -74,7 +67,7 @@ def serve(
     names = LOCAL_NAMES | {socket.gethostname().lower(), host.lower(), *map(str.lower, allow_host)}
     is_open = api_key is not None and not is_loopback(host)
     run(
-        [bundle_folder(bundle) for bundle in bundles],
+        [cli.bundle_folder(bundle) for bundle in bundles],
         host,
         port,
         ServerOptions(

@@ -9,18 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qaflora_edge.cli.options import (
-    BUNDLE,
-    SharedOptions,
-    bundle_folder,
-    check_outputs,
-    command,
-    open_engine,
-    out_file,
-    prompt_tokens,
-    read_prompt,
-    shared_options,
-)
+from qaflora_edge.cli import options as cli
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.cli.prompts import Prompt, read_prompts
 from qaflora_edge.errors import OutputFileError, PromptError
@@ -31,11 +20,11 @@ if TYPE_CHECKING:
     from qaflora_edge.weighing.numbers import FusionWeights
 
 
-@command(
+@cli.command(
     'qaflora weights demo "Una camisa cuesta 12 euros. ¿Cuánto cuestan 3 camisas?"',
     "qaflora weights demo --prompts prompts.txt --plot weights.html",
 )
-@click.argument("bundle", **BUNDLE)
+@click.argument("bundle", **cli.BUNDLE)
 @click.argument("prompt", required=False)
 @click.option(
     "--prompts",
@@ -51,16 +40,16 @@ if TYPE_CHECKING:
     "--plot",
     help="Draw the weights, a panel per prompt, to FILE.svg or to FILE.html, a page that stands "
     "alone.",
-    **out_file(".html", ".svg"),
+    **cli.out_file(".html", ".svg"),
 )
-@shared_options
+@cli.shared_options
 def weights(
     bundle: str,
     prompt: str | None,
     prompts_path: str | None,
     as_json: bool,
     plot: Path | None,
-    options: SharedOptions,
+    options: cli.SharedOptions,
 ) -> None:
     """Show what each adapter weighs for a prompt.
 
@@ -69,13 +58,13 @@ def weights(
     """
     if (prompt is None) == (prompts_path is None):
         raise click.UsageError("Give either PROMPT or --prompts FILE.")
-    check_outputs([plot], [] if prompts_path is None else [Path(prompts_path)])
+    cli.check_outputs([plot], [] if prompts_path is None else [Path(prompts_path)])
     if prompts_path is not None:
         prompts = read_prompts(prompts_path)
     else:
-        prompts = [Prompt(read_prompt(str(prompt)))]
+        prompts = [Prompt(cli.read_prompt(str(prompt)))]
     weighed = []
-    with open_engine(bundle, options) as engine, progress_bars() as tell:
+    with cli.open_engine(bundle, options) as engine, progress_bars() as tell:
         if plot is not None and not engine.adapters:
             raise OutputFileError(
                 f"Cannot draw {plot}: the bundle has no adapters, expected one or more. Add one "
@@ -104,7 +93,7 @@ def subject(bundle: str) -> str:
     """The names of a bundle and its base, which stand above a picture."""
     from qaflora_edge.formats.bundle import is_base, read_bundle_text
 
-    folder = bundle_folder(bundle)
+    folder = cli.bundle_folder(bundle)
     if is_base(folder):
         return folder.name
     text = read_bundle_text(folder)
@@ -112,10 +101,10 @@ def subject(bundle: str) -> str:
     return f"{text.name or folder.name} on {base.name or base.registry or base.hub or base.file}"
 
 
-def _query(engine: Engine, prompt: Prompt, options: SharedOptions) -> list[int]:
+def _query(engine: Engine, prompt: Prompt, options: cli.SharedOptions) -> list[int]:
     """A prompt's token ids; a failure says which line of the file it was."""
     try:
-        return prompt_tokens(engine, prompt.text, options)
+        return cli.prompt_tokens(engine, prompt.text, options)
     except PromptError as error:
         if prompt.where is None:
             raise

@@ -12,17 +12,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qaflora_edge.cli import options as cli
 from qaflora_edge.cli.answers import thought_parts
-from qaflora_edge.cli.options import (
-    BUNDLE,
-    SharedOptions,
-    bundle_folder,
-    check_prompt,
-    command,
-    open_engine,
-    own_options,
-    shared_options,
-)
 from qaflora_edge.errors import CancelledError, PromptError, QafloraError
 
 if TYPE_CHECKING:
@@ -37,12 +28,12 @@ LEAVING = ("exit", "quit", "/exit", "/quit", "/bye")
 _MESSAGE = ("message", "for example with iconv")
 
 
-@command(
+@cli.command(
     "qaflora chat demo",
     "qaflora chat demo --strategy calibrated --temp 0",
     'qaflora chat demo --system "Answer in one sentence." --load talk.json',
 )
-@click.argument("bundle", **BUNDLE)
+@click.argument("bundle", **cli.BUNDLE)
 @click.option(
     "--load",
     "load_path",
@@ -50,10 +41,10 @@ _MESSAGE = ("message", "for example with iconv")
     type=click.Path(path_type=Path),
     help="Go on with a conversation that /save wrote to FILE.",
 )
-@own_options
-@shared_options
+@cli.own_options
+@cli.shared_options
 def chat(
-    bundle: str, system: str | None, load_path: Path | None, plain: bool, options: SharedOptions
+    bundle: str, system: str | None, load_path: Path | None, plain: bool, options: cli.SharedOptions
 ) -> None:
     """Talk with the weighed adapters.
 
@@ -66,9 +57,9 @@ def chat(
     """
     from qaflora_edge.cli.chat.view import TerminalView, View
 
-    folder = bundle_folder(bundle)
+    folder = cli.bundle_folder(bundle)
     is_plain = plain or not _is_capable()
-    with open_engine(bundle, options, is_quiet=is_plain, n_parallel=1) as engine:
+    with cli.open_engine(bundle, options, is_quiet=is_plain, n_parallel=1) as engine:
         view = View() if is_plain else TerminalView()
         talk = Chat(engine, folder, view, options)
         talk.tokens([{"role": "user", "content": "?"}])  # says that the base has no template
@@ -114,7 +105,9 @@ class Chat:
     fusion    the weights of the last answer, if there was one
     """
 
-    def __init__(self, engine: Engine, folder: Path, view: View, options: SharedOptions) -> None:
+    def __init__(
+        self, engine: Engine, folder: Path, view: View, options: cli.SharedOptions
+    ) -> None:
         from qaflora_edge.chat.conversation import Conversation
 
         self.engine, self.view, self._folder = engine, view, folder
@@ -193,7 +186,7 @@ class Chat:
 
         Raises PromptError when the question cannot be asked.
         """
-        check_prompt(question, *_MESSAGE)
+        cli.check_prompt(question, *_MESSAGE)
         n_ctx, n_before = self.engine.n_ctx, self.conversation.n_dropped
         room = min(self.sampling["max_tokens"], n_ctx // 4)
         try:
@@ -225,7 +218,7 @@ class Chat:
         from qaflora_edge.chat.conversation import Conversation
 
         if text is not None:
-            self.tokens(Conversation(check_prompt(text, *_MESSAGE)).messages("?"))
+            self.tokens(Conversation(cli.check_prompt(text, *_MESSAGE)).messages("?"))
         self.conversation.system = text
 
     def load(self, path: Path) -> None:
