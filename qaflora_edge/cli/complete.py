@@ -11,6 +11,8 @@ from typing import Any, TypeAlias
 import click
 from click.shell_completion import CompletionItem
 
+from qaflora_edge.errors import QafloraError
+
 Items: TypeAlias = "list[CompletionItem[str]]"
 
 
@@ -54,21 +56,20 @@ def complete_model(ctx: click.Context, param: click.Parameter, word: str) -> Ite
 
 def _adapters(ctx: click.Context) -> list[str]:
     """The adapters of the bundle that stands on the line already; none without one."""
-    from qaflora_edge.errors import QafloraError
-    from qaflora_edge.hub.local import adapter_names, named_bundles
+    from qaflora_edge.formats.bundle import read_bundle_text
+    from qaflora_edge.hub.local import named_bundles
 
     given = [ctx.params[key] for key in ("bundle", "folder") if ctx.params.get(key)]
     # Click leaves arguments unnamed when the option before the cursor has no value yet.
     words = [*given, *ctx.args]
     with contextlib.suppress(QafloraError, IndexError):
-        return adapter_names(named_bundles().get(words[0], Path(words[0])))
+        folder = named_bundles().get(words[0], Path(words[0]))
+        return [adapter.name for adapter in read_bundle_text(folder).adapters]
     return []
 
 
 def _items(values: Any, word: str) -> Items:
     """Those that begin with what is typed; none where they cannot be found."""
-    from qaflora_edge.errors import QafloraError
-
     found: Iterable[str] = ()
     with contextlib.suppress(QafloraError, OSError):
         found = list(values())

@@ -12,7 +12,6 @@ from qaflora_edge.cli.complete import complete_model, complete_pulled
 from qaflora_edge.cli.options import command
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.files import one_line
-from qaflora_edge.progress import TellCount
 
 
 @command(
@@ -41,8 +40,11 @@ def pull(ref: str, to: Path | None, with_base: bool, update: bool) -> None:
     --to it goes to the Hub's own cache, shared with other tools. Files that are here are not
     fetched again. Prints where it is.
     """
+    from qaflora_edge.bundles.source import fetch_base
+    from qaflora_edge.formats.bundle import read_bundle_text
     from qaflora_edge.formats.names import from_address, load_registry
     from qaflora_edge.hub.fetch import fetch_hub, fetch_model
+    from qaflora_edge.hub.local import recorded_base
 
     ref = from_address(ref)
     with progress_bars() as tell:
@@ -50,19 +52,10 @@ def pull(ref: str, to: Path | None, with_base: bool, update: bool) -> None:
             path = fetch_model(ref, to=to, progress=partial(tell, ref))
         else:
             path = fetch_hub(ref, to=to, update=update)
-            if with_base:
-                _fetch_base(path, partial(tell, "base"))
+            base = read_bundle_text(path).base if with_base else None
+            if base is not None and recorded_base(path, base) is None:
+                fetch_base(path, base, partial(tell, "base"))
     click.echo(str(path))
-
-
-def _fetch_base(folder: Path, progress: TellCount) -> None:
-    from qaflora_edge.bundles.source import fetch_base
-    from qaflora_edge.formats.bundle import read_bundle_text
-    from qaflora_edge.hub.local import recorded_base
-
-    base = read_bundle_text(folder).base
-    if recorded_base(folder, base) is None:
-        fetch_base(folder, base, progress)
 
 
 @command(
@@ -127,9 +120,10 @@ def list_here(as_json: bool) -> None:
     """
     from qaflora_edge.hub.local import all_here
 
-    found = [here.to_dict() for here in all_here()]
+    keys = ("kind", "name", "path", "size_bytes", "is_pulled")
+    found = [{key: getattr(here, key) for key in keys} for here in all_here()]
     if as_json:
-        click.echo(json.dumps(found))
+        click.echo(json.dumps(found, default=str))
         return
     if not found:
         click.echo(

@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qaflora_edge.errors import (
     BundleError,
@@ -62,14 +61,6 @@ def named_bundles() -> dict[str, Path]:
 def pulled_bundles() -> dict[str, Path]:
     """Map owner/name to every complete bundle that `qaflora pull` has fetched."""
     return {name: path for name, path, _ in pulled() if is_bundle(path)}
-
-
-def adapter_names(folder: Path) -> list[str]:
-    """List the adapters that a bundle names, for suggestions; none when it cannot be read."""
-    try:
-        return [adapter.name for adapter in read_bundle_text(folder).adapters]
-    except BundleError:
-        return []
 
 
 # --- the Hub's cache ----------------------------------------------------------------------------
@@ -192,16 +183,6 @@ class Here:
         """Bytes of its files; a bundle's base is another entry."""
         files = self.path.rglob("*") if self.path.is_dir() else [self.path]
         return sum(path.stat().st_size for path in files if path.is_file())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Give what `qaflora list --json` prints."""
-        return {
-            "kind": self.kind,
-            "name": self.name,
-            "path": str(self.path),
-            "size_bytes": self.size_bytes,
-            "is_pulled": self.is_pulled,
-        }
 
 
 def all_here() -> list[Here]:
