@@ -1,20 +1,15 @@
 """The base of an adapter, where the user gives none: the adapter says what it was trained on."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from qaflora_edge.errors import BundleError
-from qaflora_edge.formats.names import plain_name
+from qaflora_edge.errors import BundleError, QafloraError
+from qaflora_edge.files import one_line
+from qaflora_edge.formats.names import Model, load_registry, local_path, plain_name
 from qaflora_edge.settings import expanded
-
-if TYPE_CHECKING:
-    from qaflora_edge.formats.names import Model
 
 
 def choose_base(base: str | None, adapters: Iterable[str]) -> str:
@@ -26,8 +21,6 @@ def choose_base(base: str | None, adapters: Iterable[str]) -> str:
     """
     if base is not None:
         return base
-    from qaflora_edge.formats.names import local_path
-
     trained_on = next(filter(None, map(_trained_on, adapters)), None)
     if trained_on is None:
         raise click.UsageError(
@@ -69,16 +62,12 @@ def refuse_adapter(folder: Path) -> None:
 
 def _known(trained_on: str) -> Model | None:
     """Find the model of the registry that an adapter's config names."""
-    from qaflora_edge.formats.names import load_registry
-
     same = (m for m in load_registry().values() if plain_name(m.name) == plain_name(trained_on))
     return next(same, None)
 
 
 def _trained_on(adapter: str) -> str | None:
     """What the config of a PEFT or MLX folder says; None for anything else."""
-    from qaflora_edge.errors import QafloraError
-    from qaflora_edge.files import one_line
     from qaflora_edge.peft.config import is_mlx, read_fields
     from qaflora_edge.peft.folder import adapter_folder
 

@@ -1,7 +1,5 @@
 """qaflora bundle create, add, remove, base, calibrate, samples, show and verify"""
 
-from __future__ import annotations
-
 import os
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """qaflora convert"""
 
-from __future__ import annotations
-
 import functools
 import math
 import os

@@ -21,8 +21,6 @@ from qaflora_edge.cli.prompts import read_message, read_piped, read_text
 if TYPE_CHECKING:
     from qaflora_edge.inference.constraint import Grammar
 
-PROMPT_WORK = "Weighing the adapters, then prefill"
-
 
 def _one_prompt(ctx: click.Context, param: click.Parameter, words: tuple[str, ...]) -> str | None:
     if len(words) > 1:
@@ -123,7 +121,7 @@ def run(
         answer_file(bundle, prompts_path, out, options, sampling, system, as_json)
     with cli.open_engine(bundle, options) as engine:
         tokens = cli.prompt_tokens(engine, text, options, system)
-        with waiting(PROMPT_WORK) as tell:
+        with waiting("Weighing the adapters, then prefill") as tell:
             answer = engine.generate(tokens, on_progress=tell, **sampling)
         if as_json:
             with waiting("Answering"):

@@ -1,7 +1,5 @@
 """qaflora serve: bundles over HTTP, in OpenAI's shape"""
 
-from __future__ import annotations
-
 import re
 import socket
 

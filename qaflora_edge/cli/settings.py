@@ -96,12 +96,6 @@ def all_settings() -> list[Setting]:
     ]
 
 
-def command_settings() -> list[Setting]:
-    """List what all commands share, as set for one command alone, such as run.temp."""
-    rows = [_setting(key, option) for key, option in _OF_COMMANDS.items()]
-    return [replace(row, variables=row.variables[:1]) for row in rows]
-
-
 def _setting(name: str, option: Option) -> Setting:
     table, _, key = name.rpartition(".")
     kind = option.expected + ("; in the environment one text" if option.kind is tuple else "")
@@ -196,22 +190,23 @@ def settings(is_all: bool, as_json: bool) -> None:
     exist.
     """
     path, found = settings_path(), file_settings()
-    every = [*all_settings(), *command_settings()]
+    rows = [_setting(key, option) for key, option in _OF_COMMANDS.items()]
+    every = [*all_settings(), *(replace(row, variables=row.variables[:1]) for row in rows)]
     known = {variable for row in every for variable in row.variables}
     for name in sorted(os.environ.keys() - known):
         if name.startswith(PREFIX):
             click.echo(f"Note: the variable {name} is no setting, and is not read.", err=True)
-    rows = [(row, *origin(row, found)) for row in (all_settings() if is_all else every)]
-    rows = [row for row in rows if is_all or row[2] != "default"]
+    told = [(row, *origin(row, found)) for row in (all_settings() if is_all else every)]
+    told = [row for row in told if is_all or row[2] != "default"]
     if as_json:
         entries = {
             row.key or row.variables[0]: {"value": value, "from": source}
-            for row, value, source in rows
+            for row, value, source in told
         }
         print_json({"file": str(path), "exists": path.is_file(), "settings": entries})
         return
     click.echo(f"{path}{'' if path.is_file() else ' (does not exist)'}")
-    for row, value, source in rows:
+    for row, value, source in told:
         shown = "-" if value is None else json.dumps(value, ensure_ascii=False)
         where = "the file" if source == str(path) else source
         click.echo(f"{row.key or row.variables[0]:<22} {shown:<24} {where}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,6 @@ from qaflora_edge.files import write_text_atomic
 
 if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
-    from qaflora_edge.weighing.numbers import FusionWeights
 
 
 @cli.command(
@@ -86,7 +84,14 @@ def weights(
         is_one = len(weighed) == 1
         print_heatmap([("" if is_one else asked.label, fusion) for asked, fusion in weighed])
     if plot is not None:
-        _write_plot(plot, weighed, subject(bundle))
+        from qaflora_edge.show.pages import picture, weights_page
+
+        pages = [(asked.label, asked.text, fusion) for asked, fusion in weighed]
+        if plot.suffix.lower() == ".html":
+            drawn = weights_page(pages, subject(bundle))
+        else:
+            drawn = picture([(label, fusion) for label, _, fusion in pages], subject(bundle))
+        write_text_atomic(plot, drawn)
 
 
 def subject(bundle: str) -> str:
@@ -109,14 +114,3 @@ def _query(engine: Engine, prompt: Prompt, options: cli.SharedOptions) -> list[i
         if prompt.where is None:
             raise
         raise PromptError(f"{prompt.where}: {error}") from error
-
-
-def _write_plot(path: Path, weighed: Sequence[tuple[Prompt, FusionWeights]], subject: str) -> None:
-    """Draw a panel per prompt; the suffix chooses .svg or .html. Raises OutputFileError."""
-    from qaflora_edge.show.pages import picture, weights_page
-
-    if path.suffix.lower() == ".html":
-        page = weights_page([(each.label, each.text, fusion) for each, fusion in weighed], subject)
-    else:
-        page = picture([(each.label, fusion) for each, fusion in weighed], subject)
-    write_text_atomic(path, page)

@@ -1,7 +1,5 @@
 """qaflora worker"""
 
-from __future__ import annotations
-
 import ipaddress
 import signal
 
@@ -27,7 +25,16 @@ def worker(host: str, port: int, cache: str | None, threads: int | None, insecur
     other machines reach it through a tunnel, or say --insecure in a network of your own. Ctrl-C
     ends it.
     """
-    _check_host(host, insecure)
+    try:
+        address = ipaddress.IPv4Address(host)
+    except ValueError:
+        raise click.UsageError(f"--host is {host!r}, expected an IPv4 address.") from None
+    if not address.is_loopback and not insecure:
+        raise click.UsageError(
+            f"--host {host} can be reached from other machines, and the protocol has no password "
+            "and no encryption. Listen on 127.0.0.1 and reach it through a tunnel (ssh -L), or say "
+            "--insecure if everyone there may use it."
+        )
     folder = None if cache is None else expanded(cache)
     if folder is not None:
         make_folder(folder, "--cache")
@@ -41,16 +48,3 @@ def worker(host: str, port: int, cache: str | None, threads: int | None, insecur
         f"The worker cannot listen on {host}:{port}: the port is in use, or the address is none of "
         "this machine's. Choose another one with --port or --host."
     )
-
-
-def _check_host(host: str, insecure: bool) -> None:
-    try:
-        address = ipaddress.IPv4Address(host)
-    except ValueError:
-        raise click.UsageError(f"--host is {host!r}, expected an IPv4 address.") from None
-    if not address.is_loopback and not insecure:
-        raise click.UsageError(
-            f"--host {host} can be reached from other machines, and the protocol has no password "
-            "and no encryption. Listen on 127.0.0.1 and reach it through a tunnel (ssh -L), or say "
-            "--insecure if everyone there may use it."
-        )

@@ -58,7 +58,8 @@ def chat(
     from qaflora_edge.cli.chat.view import TerminalView, View
 
     folder = cli.bundle_folder(bundle)
-    is_plain = plain or not _is_capable()
+    is_dumb = os.environ.get("TERM", "").lower() in ("", "dumb", "unknown") and os.name != "nt"
+    is_plain = plain or is_dumb or not (sys.stdin.isatty() and sys.stdout.isatty())
     with cli.open_engine(bundle, options, is_quiet=is_plain, n_parallel=1) as engine:
         view = View() if is_plain else TerminalView()
         talk = Chat(engine, folder, view, options)
@@ -73,13 +74,6 @@ def chat(
             from qaflora_edge.cli.chat.input import TerminalInput
 
             talk.run(TerminalInput(engine))
-
-
-def _is_capable() -> bool:
-    """Tell whether stdin and stdout are a terminal that can move its cursor."""
-    if os.environ.get("TERM", "").lower() in ("", "dumb", "unknown") and os.name != "nt":
-        return False
-    return sys.stdin.isatty() and sys.stdout.isatty()
 
 
 class PlainInput:
