@@ -8,7 +8,7 @@ import click
 
 from qaflora_edge.errors import BundleError, QafloraError
 from qaflora_edge.files import one_line
-from qaflora_edge.formats.names import Model, load_registry, local_path, plain_name
+from qaflora_edge.formats.names import Model, load_registry, plain_name, pulled_model
 from qaflora_edge.settings import expanded
 
 
@@ -33,7 +33,7 @@ def choose_base(base: str | None, adapters: Iterable[str]) -> str:
             "it is mostly in a repository whose name ends in GGUF; with --base "
             "owner/name/file.gguf it is fetched."
         )
-    if local_path(model) is None:
+    if pulled_model(model.name) is None:
         raise click.UsageError(
             f"Missing option '--base'. {said}, which is not here; `qaflora pull {model.name}` "
             f"fetches it ({model.size_bytes / 1e6:.0f} MB), and --base {model.name} names it."
