@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -27,7 +27,7 @@ from qaflora_edge.cli.prompts import (
     stream_name,
 )
 from qaflora_edge.config import OWN, SHARED, in_group
-from qaflora_edge.errors import OptionError, OutputFileError, QafloraError, wrong_option
+from qaflora_edge.errors import OptionError, QafloraError, wrong_option
 from qaflora_edge.files import one_line
 from qaflora_edge.formats.bundle import BUNDLE_FILE, is_base, read_bundle_text
 from qaflora_edge.formats.inputs import checksum, open_input
@@ -93,122 +93,87 @@ _NO_MATTER = ("n_parallel", "threads", "gpu_layers", "rpc", "tensor_split", "pre
 _BEGIN = b'{"index": '  # of every line that is written
 
 
-class Answers:
-    """One JSON object a line, written whole when an answer ends.
+@dataclass
+class _Job:
+    """The requests of one file, and their answers: one JSON object a line, written whole.
 
-    Each says in `request` what it answers: options, and a line. So a file that was interrupted is
-    gone on with, and no other file is taken for one.
+    Each answer says in `request` what it answers: options, and a line. So a file that was
+    interrupted is gone on with, and no other file is taken for one.
 
-    path  None: stdout
-    key   equal where the options are
+    path     of the requests
+    file     gets the answers; None: stdout
+    key      equal where the options are
+    common   keywords of Engine.generate_many
+    digests  of the lines that the file answered before, by their index
+    unknown  keys, in the order they came
     """
 
-    def __init__(self, path: Path | None, key: str) -> None:
-        self._lines = None if path is None else LineFile(path, "answers")
-        self._key = key
-        self.digests: dict[int, str] = {}  # of the lines that the file answers, by their index
-        self.n_failed = 0
-        self.first_failure = ""
+    path: str
+    file: LineFile | None
+    key: str
+    options: SharedOptions
+    common: dict[str, Any]
+    system: str | None
+    as_json: bool
+    digests: dict[int, str] = field(default_factory=dict)
+    unknown: dict[str, None] = field(default_factory=dict)
+    n_line: int = 0
+    n_done: int = 0
+    n_token: int = 0
+    n_failed: int = 0
+    first_failure: str = ""
 
-    @contextmanager
-    def opened(self) -> Iterator[None]:
-        """Read what the file has, and keep others from writing into it.
-
-        Raises OutputFileError when it cannot be written to, or has anything else in it.
-        """
-        if self._lines is None:
-            yield
-            return
-        with self._lines.opened():
-            self._read(self._lines)
-            yield
-
-    def has(self, line: Line) -> bool:
-        """Tell whether the file answers a line. Raises OutputFileError if it answers another."""
-        digest = self.digests.get(line.index)
-        if digest not in (None, line.digest):
-            assert self._lines is not None
-            raise self._lines.refused(
-                f"it answers another text than {line.where}", "Give the same lines"
-            )
-        return digest is not None
-
-    def write(self, line: Line, answer: dict[str, Any]) -> None:
-        """Add the answer to a line."""
-        request = f"{self._key}-{line.digest}"
-        record = {"index": line.index, **answer, "request": request}
-        self._note(line.index, answer.get("error", {}).get("message", ""))
-        if self._lines is None:
-            print_json(record)
-        else:
-            self._lines.add(json.dumps(record, ensure_ascii=False))
-
-    def _read(self, lines: LineFile) -> None:
+    def read(self, file: LineFile) -> None:
+        """Note what the file of answers has. Raises OutputFileError when it has anything else."""
         try:
-            file = open_input(lines.path)
+            stream = open_input(file.path)
         except FileNotFoundError:
             return
         except OSError as error:
-            raise lines.refused(error.strerror or str(error), "Leave -o out for stdout") from error
-        with file:
-            for number, data in enumerate(read_lines(file, str(lines.path)), 1):
-                if data is not None and not data.endswith(b"\n"):
-                    if not data.startswith(_BEGIN[: len(data)]):
-                        raise _not_ours(lines, number)
+            raise file.refused(error.strerror or str(error), "Leave -o out for stdout") from error
+        with stream:
+            for number, data in enumerate(read_lines(stream, str(file.path)), 1):
+                is_cut = data is not None and not data.endswith(b"\n")
+                if is_cut and data and data.startswith(_BEGIN[: len(data)]):
                     return
-                self._take(lines, number, data)
-                lines.n_byte += len(data or b"")
-
-    def _take(self, lines: LineFile, number: int, data: bytes | None) -> None:
-        """Note a line of the file."""
-        try:
-            record = json.loads(data or b"")
-            index, (key, digest) = int(record["index"]), record["request"].split("-")
-            error = record.get("error", {}).get("message", "")
-        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-            raise _not_ours(lines, number) from None
-        if key != self._key:
-            raise lines.refused(
-                f"line {number} was answered by another bundle or under other options than these",
-                "Give those that it was begun with",
-            )
-        self.digests[index] = digest
-        self._note(index, error)
+                try:
+                    record = json.loads(b"" if is_cut else data or b"")
+                    index, (key, digest) = int(record["index"]), record["request"].split("-")
+                    failure = record.get("error", {}).get("message", "")
+                except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+                    raise file.refused(
+                        f"line {number} is no answer of this command, and a file was expected that "
+                        "it began",
+                        "Leave the file",
+                    ) from None
+                if key != self.key:
+                    raise file.refused(
+                        f"line {number} was answered by another bundle or under other options than "
+                        "these",
+                        "Give those that it was begun with",
+                    )
+                self.digests[index] = digest
+                self._note(index, failure)
+                file.n_byte += len(data or b"")
 
     def _note(self, index: int, error: str) -> None:
         self.n_failed += bool(error)
         if error and not self.first_failure:
             self.first_failure = f"line {index + 1}: {error}"
 
-
-def _not_ours(lines: LineFile, number: int) -> OutputFileError:
-    return lines.refused(
-        f"line {number} is no answer of this command, and a file was expected that it began",
-        "Leave the file",
-    )
-
-
-@dataclass
-class _Job:
-    """The requests of one file, and what became of them."""
-
-    path: str
-    answers: Answers
-    options: SharedOptions
-    common: dict[str, Any]  # keywords of Engine.generate_many
-    system: str | None
-    as_json: bool
-    unknown: dict[str, None] = field(default_factory=dict)  # keys, in the order they came
-    n_line: int = 0
-    n_done: int = 0
-    n_token: int = 0
-
     def lines(self, stream: BinaryIO) -> Iterator[Line]:
-        """Read the lines that are to be answered. Raises as Answers.has does."""
+        """Read the lines that are to be answered.
+
+        Raises OutputFileError where the file answers another text than a line.
+        """
         self.n_line = 0
         for line in filled_lines(stream, stream_name(self.path)):
             self.n_line += 1
-            if not self.answers.has(line):
+            digest = self.digests.get(line.index)
+            if self.file is not None and digest not in (None, line.digest):
+                found = f"it answers another text than {line.where}"
+                raise self.file.refused(found, "Give the same lines")
+            if digest is None:
                 yield line
 
     def answer(self, engine: Any, stream: BinaryIO, total: int | None, tell: Tell) -> None:
@@ -216,7 +181,12 @@ class _Job:
         running: dict[int, tuple[Line, dict[str, Any]]] = {}
 
         def write(line: Line, answer: dict[str, Any]) -> None:
-            self.answers.write(line, answer)
+            record = {"index": line.index, **answer, "request": f"{self.key}-{line.digest}"}
+            self._note(line.index, answer.get("error", {}).get("message", ""))
+            if self.file is None:
+                print_json(record)
+            else:
+                self.file.add(json.dumps(record, ensure_ascii=False))
             self.n_done += 1
             tell("Answering", self.n_done, total or self.n_done)
 
@@ -257,12 +227,12 @@ class _Job:
         if self.unknown:
             names = crop(", ".join(map(repr, self.unknown)), 400)
             click.echo(f"Not options of a request, and ignored: {names}", err=True)
-        answers, rate = self.answers, self.n_token / seconds if seconds > 0 else 0.0
+        rate = self.n_token / seconds if seconds > 0 else 0.0
         parts = [f"{self.n_done} lines done, {self.n_token} tokens at {rate:.1f} tok/s"]
-        if n_before := len(answers.digests):
+        if n_before := len(self.digests):
             parts.append(f"{n_before} were done before")
-        if answers.n_failed:
-            parts.append(f"{answers.n_failed} failed, the first: {answers.first_failure}")
+        if self.n_failed:
+            parts.append(f"{self.n_failed} failed, the first: {self.first_failure}")
         click.echo(f"[{one_line('; '.join(parts))}]", err=True)
 
 
@@ -283,11 +253,14 @@ def answer_file(
     ctx = click.get_current_context()
     if ctx.get_parameter_source("parallel") is ParameterSource.DEFAULT:
         options.parallel = PARALLEL
-    answers = Answers(out, _key(bundle, options, sampling, system, as_json))
+    file = None if out is None else LineFile(out, "answers")
+    key = _key(bundle, options, sampling, system, as_json)
     common = {**sampling, "weights": options.strategy}
-    job = _Job(path, answers, options, common, system, as_json)
+    job = _Job(path, file, key, options, common, system, as_json)
     start_s = time.perf_counter()
-    with open_prompts(path) as stream, answers.opened():
+    with open_prompts(path) as stream, nullcontext() if file is None else file.opened():
+        if file is not None:
+            job.read(file)
         total = None
         if stream.seekable():
             start = stream.tell()
@@ -306,7 +279,7 @@ def answer_file(
         finally:  # also of Ctrl-C and SIGTERM
             if job.n_line:
                 job.tell_sum(time.perf_counter() - start_s)
-    ctx.exit(1 if answers.n_failed else 0)
+    ctx.exit(1 if job.n_failed else 0)
 
 
 def _key(
