@@ -21,9 +21,9 @@ from qaflora_edge.formats.base import RECORDED
 from qaflora_edge.formats.bundle import NAME_PATTERN, NAME_RULE, BaseRecord, safe_join
 from qaflora_edge.formats.gguf import GgufHeader, read_gguf_header
 from qaflora_edge.formats.inputs import checksum, sha256_file
-from qaflora_edge.formats.names import load_registry, model_name, parse_hub_ref, pulled_model
+from qaflora_edge.formats.names import HubRef, load_registry, parse_hub_ref, pulled_model
 from qaflora_edge.hub.fetch import fetch_hub, fetch_model
-from qaflora_edge.hub.local import cached_ref
+from qaflora_edge.hub.local import hub_cache_dir
 from qaflora_edge.peft.folder import check_no_part
 from qaflora_edge.progress import Tell, TellCount
 from qaflora_edge.settings import expanded
@@ -118,7 +118,9 @@ def _fetch(name: str) -> tuple[Path, str]:
         path = fetch_hub(name)
     except DownloadError as error:
         raise DownloadError(f"There is no file or folder {name} here. {error}") from error
-    return path, str(cached_ref(path))
+    # The Hub's library keeps models--OWNER--NAME/snapshots/COMMIT/FILE.
+    commit, *file = path.relative_to(hub_cache_dir()).parts[2:]
+    return path, str(HubRef(parse_hub_ref(name).repo, "/".join(file) or None, commit))
 
 
 # Putting into a bundle
@@ -197,7 +199,8 @@ def _put_adapter(
 def base_record(header: GgufHeader, recorded: Mapping[str, str]) -> dict[str, Any]:
     """Hash a base, and say of it what bundle.json says; recorded is find_base's."""
     sha256 = checksum(header.path)
-    named = {"name": header.name, "registry": model_name(sha256), **recorded}
+    model = next((m.name for m in load_registry().values() if m.sha256 == sha256), None)
+    named = {"name": header.name, "registry": model, **recorded}
     return {
         **{key: getattr(header, key) for key in RECORDED},
         "sha256": sha256,

@@ -150,8 +150,3 @@ def pulled_model(name: str) -> Path | None:
     """The file of a registry model when it is here, else None; None too for an unknown name."""
     model = load_registry().get(name)
     return None if model is None else local_path(model)
-
-
-def model_name(sha256: str) -> str | None:
-    """The registry's name for a file, or None."""
-    return next((m.name for m in load_registry().values() if m.sha256 == sha256), None)

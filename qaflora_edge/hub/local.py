@@ -146,21 +146,6 @@ def pulled() -> Iterator[tuple[str, Path, str]]:
                     yield str(ref), whole or found.snapshot_path / str(file), found.commit_hash
 
 
-def cached_ref(path: Path) -> HubRef | None:
-    """Give the pinned reference of a path in the cache, as `hf download` prints it; else None."""
-    # A file of a snapshot is a link into blobs/: only its folder is resolved.
-    place = Path(os.path.realpath(path.parent)) / path.name
-    try:
-        repo_dir, snapshots, commit, *file = place.relative_to(
-            os.path.realpath(hub_cache_dir())
-        ).parts
-        owner, name = repo_dir.removeprefix("models--").split("--")
-        ref = parse_hub_ref(str(HubRef(f"{owner}/{name}", "/".join(file) or None, commit)))
-    except (ValueError, RegistryError):
-        return None
-    return ref if snapshots == "snapshots" else None
-
-
 # --- all that is here ---------------------------------------------------------------------------
 
 
