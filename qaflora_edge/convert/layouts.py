@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qaflora_edge.formats.base import ARCH_FACTS, ArchFacts
+from qaflora_edge.formats.base import ARCH_FACTS
 from qaflora_edge.formats.base import REASONS as WHY
 from qaflora_edge.formats.gguf import GgufHeader
 
@@ -216,16 +216,11 @@ def _in_halves(n_row: int) -> Index:
     return np.arange(n_row).reshape(2, -1)
 
 
-def _layout(facts: ArchFacts) -> Layout:
-    if isinstance(facts.layout, str):
-        found: Layout = globals()[facts.layout]
-        return found
-    return halves(**facts.layout)
-
-
 # general.architecture -> how its modules lie
 ARCHITECTURES: Mapping[str, Layout] = {
-    name: _layout(facts) for name, facts in ARCH_FACTS.items() if facts.layout
+    name: globals()[facts.layout] if isinstance(facts.layout, str) else halves(**facts.layout)
+    for name, facts in ARCH_FACTS.items()
+    if facts.layout
 }
 # Those whose experts may be adapted: in HF and in a GGUF alike, each has gate, up and down.
 MIXTURES = tuple(name for name, facts in ARCH_FACTS.items() if facts.experts)

@@ -17,7 +17,7 @@ from qaflora_edge.convert.layouts import Index
 from qaflora_edge.convert.targets import Planned, PlannedModule, SingleExperts, StackedExperts
 from qaflora_edge.errors import ConversionError
 from qaflora_edge.formats.adapter import AdapterInfo, read_adapter_gguf, read_pair
-from qaflora_edge.progress import TellBytes
+from qaflora_edge.progress import TellBytes, silent
 
 TILE_ROWS, TILE_COLUMNS = 128, 128  # of a delta that are in memory; whole blocks of 8 bits
 FLOAT32_ROUNDING = 2.0**-22  # of alpha, of the factor in B and of their product, with room
@@ -71,7 +71,7 @@ class Delta:
 
 
 def verify_conversion(
-    path: Path, modules: Sequence[Planned], progress: TellBytes | None = None
+    path: Path, modules: Sequence[Planned], progress: TellBytes = silent
 ) -> tuple[ModuleCheck, ...]:
     """Compare the file of a conversion with its source, module by module.
 
@@ -94,8 +94,7 @@ def verify_conversion(
     checks = []
     for index, module in enumerate(modules):
         checks.append(_check_module(info, module))
-        if progress is not None:
-            progress(index + 1)
+        progress(index + 1)
     wrong = [check for check in checks if not check.is_right]
     if wrong:
         worst = max(wrong, key=lambda check: np.nan_to_num(check.of_allowed, nan=np.inf))

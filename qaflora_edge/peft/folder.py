@@ -57,7 +57,12 @@ def read_peft(folder: AnyPath) -> PeftAdapter:
     """
     folder = adapter_folder(folder)
     config = parse_config(folder / CONFIG_FILE, read_fields(folder))
-    tensors = _read_weights(folder, config.mlx_scale is not None)
+    tensors: dict[str, StoredTensor] = {}
+    paths = _weight_files(folder, config.mlx_scale is not None)
+    for path in paths:
+        tensors |= read_safetensors(path)
+    if tensors and paths[0].name not in (WEIGHTS_FILE, MLX_FILE):
+        _check_index(tensors)
     return PeftAdapter(config, make_modules(config, tensors))
 
 
@@ -127,18 +132,8 @@ def _is_adapter(folder: Path) -> bool:
     return os.path.isfile(folder / CONFIG_FILE)
 
 
-def _read_weights(folder: Path, is_mlx: bool) -> dict[str, StoredTensor]:
-    """Read the headers of the adapter's weights, in one file or, of PEFT, in several."""
-    tensors: dict[str, StoredTensor] = {}
-    paths = _weight_files(folder, is_mlx)
-    for path in paths:
-        tensors |= read_safetensors(path)
-    if tensors and paths[0].name not in (WEIGHTS_FILE, MLX_FILE):
-        _check_index(tensors)
-    return tensors
-
-
 def _weight_files(folder: Path, is_mlx: bool) -> list[Path]:
+    """Find the adapter's weights, in one file or, of PEFT, in several."""
     path = folder / (MLX_FILE if is_mlx else WEIGHTS_FILE)
     if path.is_file():
         return [path]
