@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from qaflora_edge.show.text import (
-    ASCII_BLOCKS,
-    BLOCKS,
     can_show,
     columns,
     crop,
@@ -27,6 +25,7 @@ if TYPE_CHECKING:
 
     from qaflora_edge.weighing.numbers import FusionWeights
 
+BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", ".:=+x*#@"
 EQUAL = 1e-6  # weights are shares in float32: closer ones are one weight
 TICK = 5  # a label at every fifth layer
 NAME_MAX, CELL_MAX = 20, 3  # columns of a terminal

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from qaflora_edge.weighing.numbers import FusionWeights
 
-BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", ".:=+x*#@"
 CHARS_MAX = 2000  # of a label that are looked at: no picture has room for more
 # They turn the direction of what follows: "\u202etxt.exe" would read as "exe.txt".
 _TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
