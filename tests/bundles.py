@@ -86,8 +86,8 @@ def _made(place: Path, is_calibrated: bool, base_options: dict[str, Any]) -> Tin
     return made
 
 
-def qaflora(*args: object) -> Result:
-    return CliRunner().invoke(main, [str(arg) for arg in args])
+def qaflora(*args: object, stdin: str | bytes | None = None) -> Result:
+    return CliRunner().invoke(main, [str(arg) for arg in args], input=stdin)
 
 
 def add_adapter(folder: Path, name: str, source: Path | str, **options: Any) -> None:

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from bundles import TinyBundle, make_bundle
-from click.testing import CliRunner, Result
+from bundles import TinyBundle, make_bundle, qaflora
+from click.testing import Result
 
 from qaflora_edge.bench.parts import compared, measure_memory, take_turns
 from qaflora_edge.bench.rig import Rig, prefill
-from qaflora_edge.cli import main
 from qaflora_edge.errors import BundleError
 
 SMALL = ("--repeat", "3", "--prompt-tokens", "40,20", "--max-tokens", "6", "--threads", "1")
@@ -44,7 +43,7 @@ def shown(calibrated: TinyBundle) -> dict[str, Any]:
 
 
 def bench(made: TinyBundle, *args: str) -> Result:
-    return CliRunner().invoke(main, ["bench", str(made.folder), *args])
+    return qaflora("bench", made.folder, *args)
 
 
 def test_contestants_take_turns_and_ratios_are_taken_within_a_round() -> None:

@@ -26,6 +26,7 @@ from bundles import (
     rewrite,
     snapshot,
 )
+from refusals import refused
 
 from qaflora_edge import Engine, QafloraError
 from qaflora_edge.bundles import source
@@ -109,9 +110,7 @@ def test_typical_divergences_are_the_engines(calibrated: TinyBundle) -> None:
 
 
 def test_missing_base_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(GgufFileError) as caught:
-        create_bundle(tmp_path / "b", tmp_path / "no.gguf", {})
-    assert str(caught.value) == (
+    assert refused(GgufFileError, create_bundle, tmp_path / "b", tmp_path / "no.gguf", {}) == (
         f"The base {tmp_path / 'no.gguf'} does not exist; give a GGUF file, the name of a "
         "model from `qaflora models` that was pulled, or a Hub reference as owner/name/file.gguf."
     )
@@ -242,9 +241,7 @@ def test_changed_adapter_is_refused(made: TinyBundle) -> None:
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     before = snapshot(made.folder.parent)
-    with pytest.raises(ChecksumError) as caught:
-        load_bundle(made.folder)
-    assert str(caught.value) == (
+    assert refused(ChecksumError, load_bundle, made.folder) == (
         f"The adapter es is not the file that was recorded: {path} has {len(data)} bytes and the "
         f"SHA-256 {sha256(path)}, expected {len(data)} and {recorded} as "
         f"{made.folder / 'bundle.json'} says. Copy the bundle again."
@@ -270,9 +267,7 @@ def test_bundle_can_move_to_a_machine_with_the_pulled_base(
     assert load_bundle(sources.folder).base_path == models / model.file
 
     (models / model.file).unlink()
-    with pytest.raises(BundleError) as caught:
-        load_bundle(sources.folder)
-    assert str(caught.value) == (
+    assert refused(BundleError, load_bundle, sources.folder) == (
         f"Cannot open the bundle {sources.folder}: its base (llama, {model.size_bytes} bytes) is "
         f"not here; {sources.base.path} does not exist; fetch it with `qaflora pull tiny-model`, "
         f"or name it with `qaflora bundle base {sources.folder} FILE` (its SHA-256 is "
@@ -309,11 +304,10 @@ def test_wrong_field_is_named(
     made: TinyBundle, change: Callable[[Raw], object], message: str
 ) -> None:
     rewrite(made.folder, change)
-    with pytest.raises(BundleError) as caught:
-        load_bundle(made.folder)
-    assert message in str(caught.value)
-    assert str(made.folder) in str(caught.value)
-    assert len(str(caught.value)) < 6000
+    told = refused(BundleError, load_bundle, made.folder)
+    assert message in told
+    assert str(made.folder) in told
+    assert len(told) < 6000
 
 
 def test_broken_json_is_refused(made: TinyBundle) -> None:
@@ -374,9 +368,7 @@ def test_a_file_that_changes_while_it_is_hashed_is_refused(
         return found
 
     monkeypatch.setattr(inputs, "sha256_file", replace_after)
-    with pytest.raises(ChecksumError) as caught:
-        load_bundle(made.folder)
-    assert str(caught.value) == (
+    assert refused(ChecksumError, load_bundle, made.folder) == (
         f"Cannot read {made.base.path}: it changed while it was read; expected a file that stays "
         "as it is. Try again."
     )

@@ -12,6 +12,7 @@ import pytest
 import tiny
 from bundles import TinyBundle, add_adapter, bundle_json, make_bundle, rewrite, snapshot
 from hubs import FakeHub
+from refusals import refused
 
 from qaflora_edge import Engine, QafloraError
 from qaflora_edge.bundles.create import create_bundle
@@ -166,9 +167,7 @@ def test_a_strategy_has_to_fit_the_adapters(made: TinyBundle, tmp_path: Path) ->
 def test_a_file_of_another_adapter_is_not_overwritten(made: TinyBundle) -> None:
     (made.folder / "adapters/es.gguf").rename(made.folder / "adapters/med.gguf")
     rewrite(made.folder, lambda raw: raw["adapters"][1].update(file="adapters/med.gguf"))
-    with pytest.raises(BundleError) as caught:
-        add_adapter(made.folder, "MED", made.peft)
-    assert str(caught.value) == (
+    assert refused(BundleError, add_adapter, made.folder, "MED", made.peft) == (
         f"Cannot put an adapter MED into {made.folder}: the file adapters/MED.gguf is that of the "
         "adapter es. Choose another name."
     )
@@ -189,9 +188,7 @@ def test_a_removed_adapter_is_gone(made: TinyBundle) -> None:
 def test_a_strategy_that_names_the_adapter_must_be_replaced(made: TinyBundle) -> None:
     set_fusion(made.folder, strategy="manual:es=1,math=0.5")
     before = snapshot(made.folder)
-    with pytest.raises(BundleError) as caught:
-        remove_adapter(made.folder, "es")
-    assert str(caught.value) == (
+    assert refused(BundleError, remove_adapter, made.folder, "es") == (
         f"Cannot remove the adapter es from {made.folder}: the strategy "
         "'manual:es=1,math=0.5' needs it. Choose another with --strategy."
     )
@@ -209,9 +206,7 @@ def test_the_hubs_cache_is_not_changed(hub: FakeHub, hub_cache: Path, made: Tiny
     }
     hub.put("owner/bundle", files)
     folder = fetch_hub("owner/bundle")
-    with pytest.raises(BundleError) as caught:
-        remove_adapter(folder, "es")
-    assert str(caught.value) == (
+    assert refused(BundleError, remove_adapter, folder, "es") == (
         f"Cannot change the bundle {folder}: it lies in the Hub's cache, which other tools share. "
         "Fetch a copy of your own with `qaflora pull REF --to DIR`."
     )

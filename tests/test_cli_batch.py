@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import TinyBundle, rewrite
-from click.testing import CliRunner, Result
+from bundles import TinyBundle, qaflora, rewrite
+from click.testing import Result
 from patience import PATIENCE_S, wait_until
 
 from qaflora_edge import Engine
-from qaflora_edge.cli import main, prompts
+from qaflora_edge.cli import prompts
 from qaflora_edge.cli.batch import to_request
 from qaflora_edge.config import in_group
 from qaflora_edge.errors import OptionError
@@ -27,8 +27,7 @@ QUESTIONS = [f"thing {i} on a ring" for i in range(9)]
 
 
 def run(made: TinyBundle, *args: object, stdin: str | bytes | None = None) -> Result:
-    words = ["run", str(made.folder), *(str(arg) for arg in (*F32, *args))]
-    return CliRunner().invoke(main, words, input=stdin)
+    return qaflora("run", made.folder, *F32, *args, stdin=stdin)
 
 
 def records(text: str | Path) -> list[dict[str, Any]]:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import TinyBundle, make_bundle
-from click.testing import CliRunner, Result
+from bundles import TinyBundle, make_bundle, qaflora
+from click.testing import Result
 from rich.console import Console
 from rich.markdown import Markdown
 from scripted_chat import scripted
@@ -20,7 +20,6 @@ from test_cli_main import STOPPED_WHILE_ANSWERING
 
 from qaflora_edge import Engine
 from qaflora_edge.bundles.create import create_bundle
-from qaflora_edge.cli import main
 from qaflora_edge.cli.chat.commands import COMMANDS
 from qaflora_edge.cli.chat.view import parse_markdown, split_closed
 from qaflora_edge.config import in_group
@@ -32,7 +31,7 @@ GREEDY = ("--temp", "0", "--max-tokens", "6")
 def chat(folder: Path, *lines: str | bytes, args: Sequence[str] = GREEDY) -> Result:
     text = b"".join((line.encode() if isinstance(line, str) else line) + b"\n" for line in lines)
     # One thread: others would wait for each other on a busy machine, and a tiny base needs none.
-    result = CliRunner().invoke(main, ["chat", str(folder), "--threads", "1", *args], input=text)
+    result = qaflora("chat", folder, "--threads", 1, *args, stdin=text)
     assert "\x1b" not in result.output
     return result
 

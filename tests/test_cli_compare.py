@@ -6,12 +6,11 @@ import sys
 
 import numpy as np
 import pytest
-from bundles import TinyBundle
-from click.testing import CliRunner, Result
+from bundles import TinyBundle, qaflora
+from click.testing import Result
 from rich.cells import cell_len
 
 from qaflora_edge import Engine
-from qaflora_edge.cli import main
 from qaflora_edge.cli.compare import Answer, expand, table
 from qaflora_edge.weighing.numbers import FusionWeights
 
@@ -20,8 +19,7 @@ EVIL = "<script>alert(1)</script>\x1b[2J\x1b]0;title\x07<img src=x onerror=alert
 
 
 def compare(made: TinyBundle, *args: object, stdin: str | None = None) -> Result:
-    words = ["compare", str(made.folder), *map(str, args), "--max-tokens", "6"]
-    return CliRunner().invoke(main, words, input=stdin)
+    return qaflora("compare", made.folder, *args, "--max-tokens", 6, stdin=stdin)
 
 
 def test_answers_are_those_of_the_strategies(made: TinyBundle) -> None:

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from click.testing import CliRunner, Result
+from bundles import qaflora
+from click.testing import Result
 from hubs import FakeHub
 
-from qaflora_edge.cli import main
 from qaflora_edge.convert import adapter as convert
 
 
 def run(*args: object) -> Result:
-    return CliRunner().invoke(main, ["convert", *map(str, args)])
+    return qaflora("convert", *args)
 
 
 @pytest.fixture

@@ -8,15 +8,14 @@ from ctypes.util import find_library
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from bundles import qaflora
 
 from qaflora_edge import __version__
 from qaflora_edge.backend import library as native
-from qaflora_edge.cli import main
 
 
 def test_report_of_a_sound_installation() -> None:
-    result = CliRunner().invoke(main, ["doctor", "--json"])
+    result = qaflora("doctor", "--json")
     assert (result.exit_code, result.stderr) == (0, "")
     report = json.loads(result.stdout)
     library = report["library"]
@@ -32,7 +31,7 @@ def test_report_of_a_sound_installation() -> None:
 
 
 def test_report_to_read() -> None:
-    result = CliRunner().invoke(main, ["doctor"])
+    result = qaflora("doctor")
     assert result.exit_code == 0
     assert f"ABI              {native.ABI_VERSION}\n" in result.stdout
     assert "device     " in result.stdout

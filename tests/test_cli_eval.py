@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles import TinyBundle, bundle_json, make_bundle
-from click.testing import CliRunner, Result
+from bundles import TinyBundle, bundle_json, make_bundle, qaflora
+from click.testing import Result
 from made_results import lines
 
 from qaflora_edge import Engine
-from qaflora_edge.cli import main
 
 # F32 everywhere: what is decoded together changes no token.
 F32 = ("--kv-type", "f32", "--no-flash-attn", "--ctx", 256, "--threads", 1)
@@ -30,8 +29,7 @@ def sums(path: Path, n: int = 6) -> Path:
 
 
 def run(calibrated: TinyBundle, *args: object) -> Result:
-    words = ["eval", str(calibrated.folder), *(str(arg) for arg in (*F32, *args))]
-    return CliRunner().invoke(main, words)
+    return qaflora("eval", calibrated.folder, *F32, *args)
 
 
 def by_key(path: Path) -> dict[tuple[str, int, str], dict[str, Any]]:
@@ -197,7 +195,6 @@ def test_what_cannot_be_saved_is_said_before_the_work(
     calibrated: TinyBundle, tmp_path: Path
 ) -> None:
     path = sums(tmp_path / "sums.jsonl", 1)
-    words = ["eval", str(calibrated.base.path), str(path), "--save", *map(str, F32)]
-    result = CliRunner().invoke(main, words)
+    result = qaflora("eval", calibrated.base.path, path, "--save", *F32)
     assert result.exit_code == 1
     assert "Error: Cannot " in result.stderr

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from bundles import bundle_json, make_bundle, qaflora, snapshot
 from hubs import FakeHub
+from refusals import refused
 
 from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.errors import BundleError
@@ -156,9 +157,8 @@ def test_pull_with_the_base(hub: FakeHub, hub_cache: Path, tmp_path: Path) -> No
     hub.put("owner/bundle", {"bundle.json": json.dumps(raw).encode(), **adapters})
     made.base.path.unlink()
     folder = Path(qaflora("pull", "owner/bundle").stdout.strip())
-    with pytest.raises(BundleError) as caught:
-        load_bundle(folder)
-    assert "is not here; fetch it with `qaflora pull owner/base/base.gguf`" in str(caught.value)
+    told = refused(BundleError, load_bundle, folder)
+    assert "is not here; fetch it with `qaflora pull owner/base/base.gguf`" in told
     result = qaflora("pull", "owner/bundle", "--with-base")
     assert (result.exit_code, result.stdout, result.stderr) == (0, f"{folder}\n", "")
     loaded = load_bundle(folder)

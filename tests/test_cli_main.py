@@ -11,8 +11,7 @@ import click
 import numpy as np
 import pytest
 import tiny
-from bundles import TinyBundle
-from click.testing import CliRunner
+from bundles import TinyBundle, qaflora
 from patience import PATIENCE_S
 
 from qaflora_edge import __version__
@@ -39,7 +38,7 @@ COMMANDS = commands()
 
 @pytest.mark.parametrize("words", ["", *COMMANDS])
 def test_help_has_sentences_an_example_and_exit_codes_and_fits_a_terminal(words: str) -> None:
-    result = CliRunner().invoke(main, [*words.split(), "--help"])
+    result = qaflora(*words.split(), "--help")
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
     # Examples are to be copied, and so are not wrapped.
@@ -68,10 +67,10 @@ def test_every_option_and_argument_is_explained(words: str) -> None:
 
 def test_similar_commands_are_offered() -> None:
     for words, near in ((["rnu"], "'run'"), (["bundle", "shwo"], "'show'")):
-        result = CliRunner().invoke(main, words)
+        result = qaflora(*words)
         assert (result.exit_code, result.stdout) == (2, "")
         assert re.search(f"(?i)did you mean {near}", result.stderr)
-    assert "mean" not in CliRunner().invoke(main, ["zzzz"]).stderr
+    assert "mean" not in qaflora("zzzz").stderr
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -79,7 +78,7 @@ def test_listed_line_is_the_first_of_the_help(verb: str) -> None:
     assert (COMMANDS[verb].help or "").splitlines()[0] == VERBS[verb]
     width = max(map(len, VERBS))
     name = {"list": "list, ls", "remove": "remove, rm"}.get(verb, verb)
-    assert f"  {name:<{width}}  {VERBS[verb]}\n" in CliRunner().invoke(main, ["--help"]).stdout
+    assert f"  {name:<{width}}  {VERBS[verb]}\n" in qaflora("--help").stdout
 
 
 def test_help_shows_what_is_usual_and_help_all_the_rest() -> None:
@@ -94,23 +93,23 @@ def test_help_shows_what_is_usual_and_help_all_the_rest() -> None:
     assert all(each in whole and each not in short for each in ("--top-k", "power=P"))
     for flags in ("-s, --system", "-f, --file", "-n, --max-tokens", "-c, --ctx", "-t, --threads"):
         assert f"  {flags} " in short
-    assert "--help-all" not in CliRunner().invoke(main, ["convert", "-h"]).stdout
+    assert "--help-all" not in qaflora("convert", "-h").stdout
 
 
 def test_version() -> None:
-    result = CliRunner().invoke(main, ["--version"])
+    result = qaflora("--version")
     assert (result.exit_code, result.stdout) == (0, f"qaflora, version {__version__}\n")
 
 
 def test_an_unknown_name_is_told_what_is_accepted_and_the_nearest() -> None:
-    result = CliRunner().invoke(main, ["run", "smollm2-135m-instrukt", "hi"])
+    result = qaflora("run", "smollm2-135m-instrukt", "hi")
     assert (result.exit_code, result.stdout) == (1, "")
     assert "expected the folder of a bundle, the .gguf of a base, or a name" in result.stderr
     assert result.stderr.endswith("Did you mean smollm2-135m-instruct?\n")
 
 
 def test_a_prompt_without_quotes_is_told() -> None:
-    result = CliRunner().invoke(main, ["run", "DIR", "how", "are", "you"])
+    result = qaflora("run", "DIR", "how", "are", "you")
     assert (result.exit_code, result.stdout) == (2, "")
     assert 'quote a prompt of several words: "how are you".' in result.stderr
 
@@ -167,7 +166,7 @@ def test_what_no_file_reports_itself_is_no_traceback(
         raise error
 
     monkeypatch.setattr(registry, "load_registry", fail)
-    done = CliRunner().invoke(main, ["models"])
+    done = qaflora("models")
     assert (done.exit_code, done.stderr) == (1, f"Error: {message}\n")
 
 
@@ -208,7 +207,7 @@ def test_names_in_a_file_cannot_command_the_terminal(made: TinyBundle, tmp_path:
         peft / "adapter_model.safetensors", {name: np.ones((2, 2), dtype=np.float32)}
     )
     args = ["convert", str(peft), "--base", str(made.base.path), "-o", str(tmp_path / "a.gguf")]
-    result = CliRunner().invoke(main, args)
+    result = qaflora(*args)
     assert result.exit_code == 1
     assert "x\\x1b]0;title\\x07\\u202e .weight" in result.stderr
     assert all(char.isprintable() for char in result.stderr.rstrip("\n"))

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from refusals import refused
 
 from qaflora_edge.cli import prompts
 from qaflora_edge.cli.prompts import Prompt, read_prompts, read_text
@@ -10,9 +11,7 @@ from qaflora_edge.errors import InputFileError
 
 
 def message(path: Path | str) -> str:
-    with pytest.raises(InputFileError) as caught:
-        read_prompts(str(path))
-    return str(caught.value)
+    return refused(InputFileError, read_prompts, str(path))
 
 
 def test_lines(tmp_path: Path) -> None:
@@ -68,9 +67,7 @@ def test_bad_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     )
     monkeypatch.setattr(prompts, "FILE_BYTES_MAX", 1 << 20)
     path.write_bytes(b"a" * ((1 << 20) + 1))
-    with pytest.raises(InputFileError) as caught:
-        read_text(str(path))
-    assert str(caught.value) == (
+    assert refused(InputFileError, read_text, str(path)) == (
         f"Cannot read {path}: it is larger than 1 MiB, the most that is read as text. Split it, "
         "or check that it is the right file."
     )

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from bundles import TinyBundle, make_bundle
-from click.testing import CliRunner, Result
+from bundles import TinyBundle, make_bundle, qaflora
+from click.testing import Result
 from tmux import on_a_terminal
 
 from qaflora_edge import Engine
-from qaflora_edge.cli import main
 from qaflora_edge.formats import names as registry
 from qaflora_edge.hub import local as hub_cache
 
@@ -24,8 +23,7 @@ QAFLORA = [sys.executable, "-m", "qaflora_edge"]
 
 
 def run(folder: object, *args: object, stdin: str | None = None) -> Result:
-    words = ["run", str(folder), *(str(arg) for arg in args)]
-    return CliRunner().invoke(main, words, input=stdin)
+    return qaflora("run", folder, *args, stdin=stdin)
 
 
 def answer(made: TinyBundle, prompt: str | None = None, **options: object) -> str:
@@ -113,8 +111,8 @@ def test_dir_may_be_a_base(made: TinyBundle, monkeypatch: pytest.MonkeyPatch) ->
 def test_other_commands_take_a_base(
     verb: str, args: list[str], stdin: str, shown: str, made: TinyBundle, tmp_path: Path
 ) -> None:
-    words = [verb, str(made.base.path), *(arg.replace("{place}", str(tmp_path)) for arg in args)]
-    result = CliRunner().invoke(main, words, input=stdin.replace("{place}", str(tmp_path)))
+    stdin = stdin.replace("{place}", str(tmp_path))
+    result = qaflora(verb, made.base.path, *args, stdin=stdin)
     assert result.exit_code == 0, result.output
     assert shown in result.stdout
 

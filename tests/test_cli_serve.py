@@ -16,11 +16,8 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
-from bundles import make_bundle
-from click.testing import CliRunner
+from bundles import make_bundle, qaflora
 from patience import PATIENCE_S, wait_until
-
-from qaflora_edge.cli import main
 
 READY = r"Page: (http://\S+:\d+)/  API: \1/v1  Models: tiny, tiny:base$"
 SLOW: dict[str, Any] = {"n_layer": 16, "n_embd": 256, "n_ff": 1024, "n_head": 8, "n_head_kv": 8}
@@ -152,7 +149,7 @@ def test_a_second_signal_ends_at_once(bundle: Path) -> None:
 def test_a_port_that_is_taken_is_named(bundle: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        result = CliRunner().invoke(main, ["serve", str(bundle), "--port", str(port)])
+        result = qaflora("serve", bundle, "--port", port)
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1] == (
         f"Error: Cannot listen at 127.0.0.1 port {port}: Address already in use. Choose an address "

@@ -5,11 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
-from bundles import TinyBundle
-from click.testing import CliRunner
+from bundles import TinyBundle, qaflora
 
 from qaflora_edge import Engine
-from qaflora_edge.cli import main
 from qaflora_edge.cli.settings import TABLES, all_settings, shared_settings
 
 
@@ -23,7 +21,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def weighed(folder: Path, *args: str) -> str:
     """The strategy that `qaflora weights` uses."""
-    result = CliRunner().invoke(main, ["weights", str(folder), "the thing", "--json", *args])
+    result = qaflora("weights", folder, "the thing", "--json", *args)
     assert result.exit_code == 0, result.stderr
     strategy: str = json.loads(result.stdout)["strategy"]
     return strategy
@@ -58,10 +56,10 @@ def test_lists_and_flags_can_be_set_in_each_way(
 
 
 def test_variables_that_are_no_settings_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert CliRunner().invoke(main, ["settings"]).stderr == ""
+    assert qaflora("settings").stderr == ""
     monkeypatch.setenv("QAFLORA_TEMPERATURE", "1")
     monkeypatch.setenv("QAFLORA_RUN_STOP", "x")
-    result = CliRunner().invoke(main, ["settings", "--json"])
+    result = qaflora("settings", "--json")
     assert result.stderr == (
         "Note: the variable QAFLORA_TEMPERATURE is no setting, and is not read.\n"
     )
@@ -92,7 +90,7 @@ WRONG = [
 def test_wrong_setting_is_refused(config: Path, text: str, told: str, advice: str) -> None:
     config.write_text(text, encoding="utf-8")
     args = ["convert", "x", "--base", "y", "-o", "z"] if "convert" in text else ["models"]
-    result = CliRunner().invoke(main, args)
+    result = qaflora(*args)
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith(f"Error: Cannot use the settings in {config}: ")
     assert told in result.stderr
@@ -101,7 +99,7 @@ def test_wrong_setting_is_refused(config: Path, text: str, told: str, advice: st
 
 def test_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QAFLORA_TEMP", "hot")
-    result = CliRunner().invoke(main, ["run", "DIR", "hi"])
+    result = qaflora("run", "DIR", "hi")
     assert result.exit_code == 2
     assert result.stderr.endswith(
         "Error: Invalid value for '--temp': 'hot' is not a valid float range. It is the "
@@ -114,7 +112,7 @@ def test_settings_are_shown_with_their_origin(
 ) -> None:
     config.write_text('lens = "raw"\n[convert]\nouttype = "f32"\n', encoding="utf-8")
     monkeypatch.setenv("QAFLORA_THREADS", "3")
-    shown = json.loads(CliRunner().invoke(main, ["settings", "--json"]).stdout)
+    shown = json.loads(qaflora("settings", "--json").stdout)
     assert (shown["file"], shown["exists"]) == (str(config), True)
     for key, value, origin in (
         ("lens", "raw", str(config)),
@@ -124,22 +122,22 @@ def test_settings_are_shown_with_their_origin(
         assert shown["settings"][key] == {"value": value, "from": origin}
     assert shown["settings"]["QAFLORA_CONFIG"]["value"] == str(config)
     assert "ctx" not in shown["settings"]
-    lines = CliRunner().invoke(main, ["settings"]).stdout.splitlines()
+    lines = qaflora("settings").stdout.splitlines()
     assert lines[0] == str(config)
     assert [line.split() for line in lines if line.startswith(("lens", "threads", "ctx"))] == [
         ["lens", '"raw"', "the", "file"],
         ["threads", '"3"', "QAFLORA_THREADS"],
     ]
-    every = CliRunner().invoke(main, ["settings", "--all"]).stdout.splitlines()
+    every = qaflora("settings", "--all").stdout.splitlines()
     assert ["ctx", "-", "default"] in [line.split() for line in every]
 
 
 def test_secrets_are_not_shown(config: Path) -> None:
     config.write_text('threads = 2\n[serve]\napi_key = "abc"\nport = 1\n', encoding="utf-8")
-    result = CliRunner().invoke(main, ["settings", "--json"])
+    result = qaflora("settings", "--json")
     shown = json.loads(result.stdout)
     assert shown["settings"]["serve.api_key"]["value"] == "(secret)"
-    assert "abc" not in result.stdout + CliRunner().invoke(main, ["settings"]).stdout
+    assert "abc" not in result.stdout + qaflora("settings").stdout
 
 
 def expected_table() -> str:

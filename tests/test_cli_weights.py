@@ -6,18 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bundles import TinyBundle, snapshot
-from click.testing import CliRunner, Result
+from bundles import TinyBundle, qaflora, snapshot
+from click.testing import Result
 
 from qaflora_edge import Engine
-from qaflora_edge.cli import main
 
 PROMPT = "the thing on a ring"
 
 
 def weights(calibrated: TinyBundle, *args: object, stdin: str | bytes | None = None) -> Result:
-    words = ["weights", str(calibrated.folder), *(str(arg) for arg in args)]
-    return CliRunner().invoke(main, words, input=stdin)
+    return qaflora("weights", calibrated.folder, *args, stdin=stdin)
 
 
 def test_json_is_the_contract_and_the_engines(calibrated: TinyBundle) -> None:
@@ -137,13 +135,13 @@ def test_failure_says_what_is_wrong(
 def test_demo_bundle_tells_spanish_from_medicine(smollm2: Path, checkout: Path) -> None:
     """The shipped adapters are the recorded ones, and the calibrated mix follows the question."""
     folder = checkout / "models/demo"
-    assert CliRunner().invoke(main, ["bundle", "verify", str(folder)]).exit_code == 0
+    assert qaflora("bundle", "verify", folder).exit_code == 0
     questions = {
         "es": "Escribe dos frases en español sobre un hotel tranquilo junto al mar.",
         "med": "Which organ makes insulin?\nA. Liver\nB. Kidney\nC. Pancreas\nD. Spleen",
     }
     for expected, question in questions.items():
-        args = ["weights", str(folder), question, "--strategy", "calibrated", "--json"]
-        shown = json.loads(CliRunner().invoke(main, args).stdout)
+        result = qaflora("weights", folder, question, "--strategy", "calibrated", "--json")
+        shown = json.loads(result.stdout)
         means = dict(zip(shown["adapters"], np.mean(shown["weights"], axis=1), strict=True))
         assert max(means, key=lambda name: means[name]) == expected

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 from convert_table import stored
+from refusals import refused
 
 from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.convert.layouts import ARCHITECTURES
@@ -131,12 +132,10 @@ def refusal(kind: type[Exception], folder: Path, base: Path, **options: Any) -> 
     out = folder.parent / "out.gguf"
     out.write_bytes(b"older")
     before = sorted(folder.parent.iterdir())
-    with pytest.raises(kind) as caught:
-        convert_adapter(folder, base, out, **options)
-    assert type(caught.value) is kind
+    told = refused(kind, convert_adapter, folder, base, out, **options)
     assert out.read_bytes() == b"older"
     assert sorted(folder.parent.iterdir()) == before
-    return str(caught.value)
+    return told
 
 
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -228,9 +227,8 @@ def test_source_is_never_overwritten(tmp_path: Path, make_base: MakeBase) -> Non
         (base.path, "the base itself"),
     ):
         before = path.read_bytes()
-        with pytest.raises(OutputFileError) as caught:
-            convert_adapter(folder, base.path, path)
-        assert str(caught.value) == f"Cannot write {path}: it is {what}. Choose another name."
+        told = refused(OutputFileError, convert_adapter, folder, base.path, path)
+        assert told == f"Cannot write {path}: it is {what}. Choose another name."
         assert path.read_bytes() == before
 
 

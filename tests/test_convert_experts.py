@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 from numpy.typing import NDArray
+from refusals import refused
 from test_mlx import write_mlx
 from tiny import write_pairs_of_peft
 
@@ -65,9 +66,7 @@ def convert(folder: Path, base: Path) -> ConvertedAdapter:
 
 
 def refusal(kind: type[QafloraError], folder: Path, base: Path) -> str:
-    with pytest.raises(kind) as caught:
-        convert(folder, base)
-    return str(caught.value)
+    return refused(kind, convert, folder, base)
 
 
 def stacked_pair(n_in: int, n_out: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

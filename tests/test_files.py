@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from refusals import refused
 
 from qaflora_edge import files
 from qaflora_edge.errors import BundleError, OutputFileError
@@ -75,9 +76,7 @@ def test_failure_at_the_end_keeps_the_old_file(
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(files.os, function, fail)
-    with pytest.raises(OutputFileError) as caught:
-        write_text_atomic(out, "new")
-    assert str(caught.value) == (
+    assert refused(OutputFileError, write_text_atomic, out, "new") == (
         f"Cannot write {out}: the disk is full. Free some space and try again."
         if code == errno.ENOSPC
         else f"Cannot write {out}: {os.strerror(code)}. Check the disk and that you may write to "
@@ -89,9 +88,7 @@ def test_failure_at_the_end_keeps_the_old_file(
 
 def test_atomic_path_names_a_missing_folder(tmp_path: Path) -> None:
     path = tmp_path / "none" / "a"
-    with pytest.raises(OutputFileError) as caught:
-        write_text_atomic(path, "x")
-    assert str(caught.value) == (
+    assert refused(OutputFileError, write_text_atomic, path, "x") == (
         f"Cannot write {path}: the folder {path.parent} does not take a new file: No such file "
         "or directory. Create the folder, or choose one that you can write to."
     )
@@ -106,9 +103,7 @@ def test_atomic_path_replaces_no_pipe_and_no_device(tmp_path: Path) -> None:
     kinds = {"pipe": kind, "link": kind, "folder": "is a folder"}
     for name, kind in kinds.items():
         path = tmp_path / name
-        with pytest.raises(OutputFileError) as caught:
-            write_text_atomic(path, "x")
-        assert str(caught.value) == (
+        assert refused(OutputFileError, write_text_atomic, path, "x") == (
             f"Cannot write {path}: it {kind} in {tmp_path}; expected a file's name in a folder of "
             "files. Choose another name."
         )
@@ -126,9 +121,7 @@ def test_atomic_path_replaces_no_pipe_and_no_device(tmp_path: Path) -> None:
     ],
 )
 def test_safe_join_refuses_paths_that_lead_out(tmp_path: Path, relative: str) -> None:
-    with pytest.raises(BundleError) as caught:
-        safe_join(tmp_path, relative)
-    assert str(caught.value) == (
+    assert refused(BundleError, safe_join, tmp_path, relative) == (
         f"Refused the path {relative!r} in bundle {tmp_path}: it is absolute, climbs with '..', or "
         "is no file name; expected a relative path to a file inside the bundle. Copy the file into "
         "the bundle's folder and correct the path in bundle.json."

@@ -7,6 +7,7 @@ import gguf
 import numpy as np
 import pytest
 import tiny
+from refusals import refused
 
 from qaflora_edge.errors import GgufFileError, InputFileError
 from qaflora_edge.formats.gguf import (
@@ -153,9 +154,7 @@ HOSTILE = [
 def test_hostile_header_is_refused_by_field(tmp_path: Path, content: bytes, found: str) -> None:
     path = tmp_path / "a.gguf"
     path.write_bytes(content)
-    with pytest.raises(GgufFileError) as caught:
-        read_gguf_header(path)
-    assert str(caught.value).startswith(f"Cannot read {path}: {found}")
+    assert refused(GgufFileError, read_gguf_header, path).startswith(f"Cannot read {path}: {found}")
 
 
 def test_refusals_have_four_parts(tmp_path: Path) -> None:
@@ -167,9 +166,7 @@ def test_refusals_have_four_parts(tmp_path: Path) -> None:
         "Check that it exists and that you may read it."
     )
     path.write_bytes(make(ARCH, n_tensor=1 << 63))
-    with pytest.raises(GgufFileError) as damaged:
-        read_gguf_header(path)
-    assert str(damaged.value) == (
+    assert refused(GgufFileError, read_gguf_header, path) == (
         f"Cannot read {path}: the number of tensors is {1 << 63}; expected at most {MAX_TENSORS}. "
         "The file is truncated, corrupted or of another kind; fetch or convert it again."
     )
@@ -230,9 +227,7 @@ def test_type_that_cannot_become_floats_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
     path.write_bytes(make(ARCH, entries=(entry("t", [32], 9, 0),), data=bytes(64)))  # Q8_1
     info = read_gguf_header(path).tensors["t"]
-    with pytest.raises(GgufFileError) as caught:
-        read_values(path, info)
-    assert str(caught.value) == (
+    assert refused(GgufFileError, read_values, path, info) == (
         f"Cannot read tensor t of {path}: its type Q8_1 cannot be turned into floats here. "
         "Use a file of another quantisation."
     )

