@@ -19,7 +19,6 @@ from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from qaflora_edge import config
-from qaflora_edge.arrays import F32
 from qaflora_edge.convert.plan import plan_modules
 from qaflora_edge.convert.targets import Written
 from qaflora_edge.convert.verify import ModuleCheck, verify_conversion
@@ -200,21 +199,15 @@ def encoded_tensor(
     with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite is found below
         for place, values in module.slices(side):
             largest = max(largest, float(values.max(initial=0)), -float(values.min(initial=0)))
-            encoded[place] = _encode(values, kind)
+            if kind not in _FLOATS:
+                # As one row: gguf steps over rows in Python, and blocks are the same either way.
+                flat = np.ascontiguousarray(values).reshape(1, -1)
+                values = gguf.quants.quantize(flat, kind).reshape(len(values), -1)
+            encoded[place] = values
     if largest > LARGEST_VALUE[kind]:
         raise UnsupportedAdapterError(
             f"Cannot convert module {module.name} of {module.path}: the largest value of "
             f"lora_{side.upper()} is {largest:g}, more than {kind.name} holds. "
             "Choose output type f32, or check the adapter's alpha."
         )
-    return encoded
-
-
-def _encode(values: F32, kind: GGMLQuantizationType) -> NDArray[Any]:
-    """values  [n_row, n]  float32, of whole blocks"""
-    if kind in _FLOATS:
-        return values.astype(_FLOATS[kind], copy=False)
-    # As one row: gguf steps over rows in Python, and blocks are the same either way.
-    flat = np.ascontiguousarray(values).reshape(1, -1)
-    encoded: NDArray[Any] = gguf.quants.quantize(flat, kind).reshape(len(values), -1)
     return encoded

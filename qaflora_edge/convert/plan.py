@@ -15,15 +15,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from qaflora_edge.convert.layouts import (
-    ARCHITECTURES,
-    MIXTURES,
-    REFUSED,
-    Index,
-    Layout,
-    LayoutError,
-    Part,
-)
+from qaflora_edge.convert import layouts
 from qaflora_edge.convert.targets import Planned, PlannedModule, SingleExperts, StackedExperts
 from qaflora_edge.errors import AdapterMismatchError, UnsupportedAdapterError
 from qaflora_edge.formats.adapter import why_not_adapted
@@ -142,15 +134,15 @@ def _scale_factor(scale: float, rank: int, alpha: float) -> float:
     return scale * rank / alpha
 
 
-def _reviewed_layout(pair: _Pair) -> Layout:
+def _reviewed_layout(pair: _Pair) -> layouts.Layout:
     architecture = pair.header.architecture
-    if architecture in ARCHITECTURES:
-        return ARCHITECTURES[architecture]
-    why = REFUSED.get(architecture, "it is not known here")
+    if architecture in layouts.ARCHITECTURES:
+        return layouts.ARCHITECTURES[architecture]
+    why = layouts.REFUSED.get(architecture, "it is not known here")
     raise pair.unsupported(
         f"its architecture {architecture!r} is refused, for {why}; expected one of "
-        f"{', '.join(ARCHITECTURES)}. Use another base, or try an adapter GGUF made by llama.cpp's "
-        "convert_lora_to_gguf.py."
+        f"{', '.join(layouts.ARCHITECTURES)}. Use another base, or try an adapter GGUF made by "
+        "llama.cpp's convert_lora_to_gguf.py."
     )
 
 
@@ -210,8 +202,8 @@ def _mapped(pair: _Pair, module: PeftModule, name_map: gguf.TensorNameMap) -> st
 
 
 def _place(
-    pair: _Pair, module: PeftModule, layout: Layout, name_map: gguf.TensorNameMap
-) -> tuple[Part, ...]:
+    pair: _Pair, module: PeftModule, layout: layouts.Layout, name_map: gguf.TensorNameMap
+) -> tuple[layouts.Part, ...]:
     """Give the tensors of the base that a module goes to, and the order of its rows there."""
     name = _mapped(pair, module, name_map)
     stem = name.rpartition(".")[2]
@@ -223,7 +215,7 @@ def _place(
         )
     try:
         return layout(name, pair.header, (module.n_out, module.n_in))
-    except LayoutError as error:
+    except layouts.LayoutError as error:
         raise pair.mismatch(f"module {module.name} has {error}.") from error
 
 
@@ -264,10 +256,10 @@ def _check_tensor(pair: _Pair, target: PlannedModule) -> None:
 def _plan_experts(pair: _Pair, modules: Sequence[PeftModule], alpha: float) -> list[Planned]:
     """Say what each stacked tensor of the base takes from the modules of experts."""
     architecture = pair.header.architecture
-    if modules and architecture not in MIXTURES:
+    if modules and architecture not in layouts.MIXTURES:
         raise pair.unsupported(
             f"module {modules[0].name} has LoRA of experts, and how {architecture!r} stacks "
-            f"them was not reviewed; expected one of {', '.join(MIXTURES)}. {_NO_EXPERTS}"
+            f"them was not reviewed; expected one of {', '.join(layouts.MIXTURES)}. {_NO_EXPERTS}"
         )
     members: dict[str, dict[int, PeftModule]] = defaultdict(dict)
     planned: dict[str, Planned] = {}
@@ -314,7 +306,7 @@ def _expert_place(pair: _Pair, module: PeftModule) -> tuple[int, int | None, str
     return layer, None if is_stack else int(match["expert"]), stem
 
 
-def _expert_parts(pair: _Pair, module: PeftModule) -> list[tuple[str, Index | None]]:
+def _expert_parts(pair: _Pair, module: PeftModule) -> list[tuple[str, layouts.Index | None]]:
     """Name the tensors of a stacked parameter, and say which of its rows each takes."""
     layer, _, stem = _expert_place(pair, module)
     block = f"blk.{layer}.ffn"

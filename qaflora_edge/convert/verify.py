@@ -14,7 +14,7 @@ from gguf.constants import GGMLQuantizationType
 
 from qaflora_edge.arrays import F32, F64
 from qaflora_edge.convert.layouts import Index
-from qaflora_edge.convert.targets import Planned, PlannedModule, SingleExperts, StackedExperts
+from qaflora_edge.convert.targets import Planned, PlannedModule, SingleExperts
 from qaflora_edge.errors import ConversionError
 from qaflora_edge.formats.adapter import AdapterInfo, read_adapter_gguf, read_pair
 from qaflora_edge.progress import TellBytes, silent
@@ -196,22 +196,14 @@ def source_deltas(module: Planned) -> Iterator[Delta]:
                 yield Delta(own.read_b(), own.read_a(), own.scale)
             else:
                 yield Delta(*nothing, 1.0)
-    else:
-        a, b = source.read_a(), source.read_b()
-        for expert in range(module.n_expert):
-            yield _of_expert(module, expert, a, b)
-
-
-def _of_expert(module: StackedExperts, expert: int, a: F32, b: F32) -> Delta:
-    """One expert of the parameter of all: by PEFT's rule, "o r e, e r i"; by MLX's, b[e] @ a[e]."""
-    source = module.source
-    a = a[expert * source.rank : (expert + 1) * source.rank]
-    if source.is_b_by_expert:
-        b = b[expert * source.n_out : (expert + 1) * source.n_out]
-    else:
-        b = b[:, expert :: source.n_expert]
-    left, right = (a.T, b.T) if module.is_swapped else (b, a)
-    return Delta(left[_all_or(module.rows)], right, source.scale)
+    else:  # by PEFT's rule, "o r e, e r i"; by MLX's, b[e] @ a[e]
+        b, n_expert = source.read_b(), source.n_expert
+        b_of = [b[:, expert::n_expert] for expert in range(n_expert)]
+        if source.is_b_by_expert:
+            b_of = np.split(b, n_expert)
+        for own_a, own_b in zip(np.split(source.read_a(), n_expert), b_of, strict=True):
+            left, right = (own_a.T, own_b.T) if module.is_swapped else (own_b, own_a)
+            yield Delta(left[_all_or(module.rows)], right, source.scale)
 
 
 def _all_or(part: Index | None) -> Index | slice:
