@@ -15,17 +15,10 @@ import click
 from click.core import ParameterSource
 
 from qaflora_edge.chat.messages import begin_with
+from qaflora_edge.cli import prompts
 from qaflora_edge.cli.answers import answer_dict, incomplete, print_json
 from qaflora_edge.cli.options import SharedOptions, bundle_folder, check_outputs, open_engine
 from qaflora_edge.cli.progress import progress_bars
-from qaflora_edge.cli.prompts import (
-    Line,
-    filled_lines,
-    no_lines,
-    open_prompts,
-    read_lines,
-    stream_name,
-)
 from qaflora_edge.config import OWN, SHARED, in_group
 from qaflora_edge.errors import OptionError, QafloraError, wrong_option
 from qaflora_edge.files import one_line
@@ -132,7 +125,7 @@ class _Job:
         except OSError as error:
             raise file.refused(error.strerror or str(error), "Leave -o out for stdout") from error
         with stream:
-            for number, data in enumerate(read_lines(stream, str(file.path)), 1):
+            for number, data in enumerate(prompts.read_lines(stream, str(file.path)), 1):
                 is_cut = data is not None and not data.endswith(b"\n")
                 if is_cut and data and data.startswith(_BEGIN[: len(data)]):
                     return
@@ -161,13 +154,13 @@ class _Job:
         if error and not self.first_failure:
             self.first_failure = f"line {index + 1}: {error}"
 
-    def lines(self, stream: BinaryIO) -> Iterator[Line]:
+    def lines(self, stream: BinaryIO) -> Iterator[prompts.Line]:
         """Read the lines that are to be answered.
 
         Raises OutputFileError where the file answers another text than a line.
         """
         self.n_line = 0
-        for line in filled_lines(stream, stream_name(self.path)):
+        for line in prompts.filled_lines(stream, prompts.stream_name(self.path)):
             self.n_line += 1
             digest = self.digests.get(line.index)
             if self.file is not None and digest not in (None, line.digest):
@@ -178,9 +171,9 @@ class _Job:
 
     def answer(self, engine: Any, stream: BinaryIO, total: int | None, tell: Tell) -> None:
         """Answer what is not answered; each answer is written when it ends."""
-        running: dict[int, tuple[Line, dict[str, Any]]] = {}
+        running: dict[int, tuple[prompts.Line, dict[str, Any]]] = {}
 
-        def write(line: Line, answer: dict[str, Any]) -> None:
+        def write(line: prompts.Line, answer: dict[str, Any]) -> None:
             record = {"index": line.index, **answer, "request": f"{self.key}-{line.digest}"}
             self._note(line.index, answer.get("error", {}).get("message", ""))
             if self.file is None:
@@ -258,7 +251,7 @@ def answer_file(
     common = {**sampling, "weights": options.strategy}
     job = _Job(path, file, key, options, common, system, as_json)
     start_s = time.perf_counter()
-    with open_prompts(path) as stream, nullcontext() if file is None else file.opened():
+    with prompts.open_prompts(path) as stream, nullcontext() if file is None else file.opened():
         if file is not None:
             job.read(file)
         total = None
@@ -275,7 +268,7 @@ def answer_file(
                     with nullcontext(silent) if is_mixed else progress_bars() as tell:
                         job.answer(engine, stream, total, tell)
             if not job.n_line:
-                raise no_lines(path, 'JSON object such as {"prompt": "..."}')
+                raise prompts.no_lines(path, 'JSON object such as {"prompt": "..."}')
         finally:  # also of Ctrl-C and SIGTERM
             if job.n_line:
                 job.tell_sum(time.perf_counter() - start_s)

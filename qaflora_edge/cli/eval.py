@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
     from qaflora_edge.evaluation.results import Record, Results
     from qaflora_edge.evaluation.table import Cell, Estimate
-    from qaflora_edge.evaluation.tasks import Task
 
 NOTES = """\
 In brackets: 95 % intervals. Differences are paired, above 0 where the strategy is better.
@@ -95,41 +94,30 @@ def eval(
         with editing(folder):  # says now what it would say at the end
             pass
     read = [read_task(path) for path in tasks]
-    _check_names(read)
+    names = [task.name for task in read]
+    if len(set(names)) < len(names):
+        raise click.UsageError(
+            f"Two tasks have one name: {', '.join(names)}, expected different ones: give one of "
+            'them another, as in {"task": {"name": "..."}} in its first line.'
+        )
     sampling = options.sampling | {"raw_prompt": options.raw_prompt}
     with cli.open_engine(bundle, options) as engine:
-        strategies = _strategies(engine, ways, options.strategy)
+        every = engine.strategies if options.strategy is None else (options.strategy,)
+        strategies = expand(",".join(ways), engine.adapters) if ways else list(every)
+        for each in strategies:
+            engine.use_strategy(each)  # says what is wrong with one that cannot be followed
         told = _asked_under(engine, options)
         head = header(folder, engine, read, strategies, told, cpu_name())
         with kept_results(out, head) as results:
             asked = [(task, left(task, strategies, results, limit)) for task in read]
-            every = chain.from_iterable(evaluate(engine, *each, **sampling) for each in asked)
-            _keep(results, every, sum(len(items) for _, items in asked))
+            records = chain.from_iterable(evaluate(engine, *each, **sampling) for each in asked)
+            _keep(results, records, sum(len(items) for _, items in asked))
     _show(results, json_path, html)
     if save:
         best, how = best_strategy(results), results.header["options"]
         set_default(folder, best, lens=how["lens"], pool=how["pool"])
         click.echo(f"The strategy of {folder} is {best} from now on.", err=True)
     click.get_current_context().exit(1 if results.failed else 0)
-
-
-def _check_names(tasks: Sequence[Task]) -> None:
-    names = [task.name for task in tasks]
-    if len(set(names)) < len(names):
-        raise click.UsageError(
-            f"Two tasks have one name: {', '.join(names)}, expected different ones: give one of "
-            'them another, as in {"task": {"name": "..."}} in its first line.'
-        )
-
-
-def _strategies(engine: Engine, ways: Sequence[str], strategy: str | None) -> list[str]:
-    if ways:
-        found = expand(",".join(ways), engine.adapters)
-    else:
-        found = list(engine.strategies) if strategy is None else [strategy]
-    for each in found:
-        engine.use_strategy(each)  # says what is wrong with one that cannot be followed
-    return found
 
 
 def _asked_under(engine: Engine, options: cli.SharedOptions) -> dict[str, Any]:

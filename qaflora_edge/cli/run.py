@@ -7,14 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qaflora_edge.cli import answers
 from qaflora_edge.cli import options as cli
-from qaflora_edge.cli.answers import (
-    answer_dict,
-    incomplete,
-    print_json,
-    stream_answer,
-    summary_line,
-)
 from qaflora_edge.cli.progress import waiting
 from qaflora_edge.cli.prompts import read_message, read_piped, read_text
 
@@ -125,13 +119,13 @@ def run(
             answer = engine.generate(tokens, on_progress=tell, **sampling)
         if as_json:
             with waiting("Answering"):
-                facts = answer_dict(answer)
-            print_json(facts)
+                facts = answers.answer_dict(answer)
+            answers.print_json(facts)
         else:
-            stream_answer(answer)
-            click.echo(summary_line(answer), err=True)
+            answers.stream_answer(answer)
+            click.echo(answers.summary_line(answer), err=True)
     if not answer.is_whole:
-        raise incomplete(answer)
+        raise answers.incomplete(answer)
 
 
 def _read_grammar(schema_path: str | None, grammar_path: str | None) -> Grammar | None:

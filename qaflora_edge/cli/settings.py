@@ -6,9 +6,8 @@ defaults, and those over what is built in.
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import click
@@ -111,7 +110,15 @@ def file_settings() -> dict[str, Any]:
     """Read the settings file, and check all keys and values. Raises SettingsError."""
     path, settings = settings_path(), read_settings()
     known = _OPTIONS | _OF_COMMANDS
-    for name, value in _flat(path, settings):
+    flat: dict[str, Any] = {}  # the keys of tables with the table's name before them, as run.temp
+    for key, value in settings.items():
+        if key not in TABLES:
+            flat[key] = value
+        elif isinstance(value, dict):
+            flat |= {f"{key}.{name}": each for name, each in value.items()}
+        else:
+            raise wrong_value(path, key, value, f"a table, as in [{key}]")
+    for name, value in flat.items():
         if name in known:
             option = known[name]
             if not option.fits(value):
@@ -123,17 +130,6 @@ def file_settings() -> dict[str, Any]:
             alike = [each for each in known if each.rpartition(".")[0] == table]
             raise unknown_key(path, name, (*alike, *others))
     return settings
-
-
-def _flat(path: Path, settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Give the keys of tables with the table's name before them, as in run.temp."""
-    for key, value in settings.items():
-        if key not in TABLES:
-            yield key, value
-        elif isinstance(value, dict):
-            yield from ((f"{key}.{name}", each) for name, each in value.items())
-        else:
-            raise wrong_value(path, key, value, f"a table, as in [{key}]")
 
 
 def file_defaults(verb: str) -> dict[str, Any]:

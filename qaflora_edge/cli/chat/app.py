@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qaflora_edge.chat import conversation
 from qaflora_edge.cli import options as cli
 from qaflora_edge.cli.answers import thought_parts
 from qaflora_edge.errors import CancelledError, PromptError, QafloraError
 
 if TYPE_CHECKING:
-    from qaflora_edge.chat.conversation import Message
     from qaflora_edge.cli.chat.input import TerminalInput
     from qaflora_edge.cli.chat.view import View
     from qaflora_edge.engine import Engine
@@ -102,10 +102,8 @@ class Chat:
     def __init__(
         self, engine: Engine, folder: Path, view: View, options: cli.SharedOptions
     ) -> None:
-        from qaflora_edge.chat.conversation import Conversation
-
         self.engine, self.view, self._folder = engine, view, folder
-        self.conversation, self._is_raw = Conversation(), options.raw_prompt
+        self.conversation, self._is_raw = conversation.Conversation(), options.raw_prompt
         self.sampling = dict(options.sampling)
         self.fusion: FusionWeights | None = None
 
@@ -195,7 +193,7 @@ class Chat:
             self.view.note(f"the context is full: the oldest {turns} no longer sent")
         return tokens
 
-    def tokens(self, messages: list[Message]) -> list[int]:
+    def tokens(self, messages: list[conversation.Message]) -> list[int]:
         """Tokenize messages, under the base's template unless --raw-prompt leaves it out."""
         if self._is_raw:
             text = "\n".join(message["content"] for message in messages) + "\n"
@@ -209,30 +207,25 @@ class Chat:
 
         Raises a QafloraError, and changes nothing, where the template or the context takes none.
         """
-        from qaflora_edge.chat.conversation import Conversation
-
         if text is not None:
-            self.tokens(Conversation(cli.check_prompt(text, *_MESSAGE)).messages("?"))
+            begun = conversation.Conversation(cli.check_prompt(text, *_MESSAGE))
+            self.tokens(begun.messages("?"))
         self.conversation.system = text
 
     def load(self, path: Path) -> None:
         """Go on with a saved conversation. Raises SessionFileError."""
-        from qaflora_edge.chat.conversation import load_session
-
-        conversation = load_session(path)
-        self.set_system(conversation.system)
-        self.conversation, self.fusion = conversation, None
-        self.view.note(f"{_turns(conversation.n_turn)} loaded from {path}")
+        loaded = conversation.load_session(path)
+        self.set_system(loaded.system)
+        self.conversation, self.fusion = loaded, None
+        self.view.note(f"{_turns(loaded.n_turn)} loaded from {path}")
 
     def save(self, path: Path) -> None:
         """Write the conversation to a session file. Raises OutputFileError."""
-        from qaflora_edge.chat.conversation import bundle_identity, save_session
-
         engine = self.engine
-        save_session(
+        conversation.save_session(
             path,
             self.conversation,
-            bundle=bundle_identity(self._folder),
+            bundle=conversation.bundle_identity(self._folder),
             strategy=engine.strategy,
             adapters=engine.adapters,
         )
