@@ -14,13 +14,7 @@ from qaflora_edge import __version__
 from qaflora_edge.bundles.edit import calibrate, set_default, write_bundle_json
 from qaflora_edge.bundles.measure import OpenEngine, check_strategy, measure_typical
 from qaflora_edge.bundles.open import Opened, load_bundle
-from qaflora_edge.bundles.source import (
-    base_record,
-    check_names,
-    find_adapter,
-    find_base,
-    put_adapters,
-)
+from qaflora_edge.bundles import source
 from qaflora_edge.errors import BundleError, OutputFileError
 from qaflora_edge.files import AnyPath, atomic_folder, cache_dir, cache_lock, make_folder, readable
 from qaflora_edge.formats.bundle import BUNDLE_FILE, FORMAT, read_bundle_text
@@ -73,7 +67,7 @@ def create_bundle(
     what = f"Cannot create the bundle {folder}"
     pairs = list(adapters.items() if isinstance(adapters, Mapping) else adapters)
     names = [adapter_name for adapter_name, _ in pairs]
-    check_names(names)
+    source.check_names(names)
     best = BEST if engine is not None and names else PUBLISHED
     wanted = best if strategy is None else strategy
     keys = parse_strategy(wanted, names).strategy.needs_typical
@@ -83,10 +77,10 @@ def create_bundle(
             "Choose another name, or remove it first."
         )
     with cache_lock(f"bundle {folder.resolve()}"), atomic_folder(folder, what) as temporary:
-        base_path, recorded = find_base(base)
+        base_path, recorded = source.find_base(base)
         header = read_gguf_header(base_path)
         tell("Hashing the base", 0, 1)
-        record = base_record(header, recorded)
+        record = source.base_record(header, recorded)
         tell("Hashing the base", 1, 1)
         raw: dict[str, Any] = {
             "format": FORMAT,
@@ -97,7 +91,7 @@ def create_bundle(
             "base": record,
             "adapters": [],
         }
-        put_adapters(temporary, raw, pairs, header, outtype, tell)
+        source.put_adapters(temporary, raw, pairs, header, outtype, tell)
         if engine is None:
             check_strategy(what, raw, wanted)
         raw["fusion"] = {
@@ -125,10 +119,10 @@ def cached_bundle(base: Path, adapters: Sequence[tuple[str, str]], progress: Tel
 
     It is weighed by UNMEASURED, or by PUBLISHED where that cannot weigh these adapters.
     """
-    check_names([name for name, _ in adapters])
+    source.check_names([name for name, _ in adapters])
     files, parts = [base], [__version__]
     for name, path in adapters:
-        found = find_adapter(path).path
+        found = source.find_adapter(path).path
         files += adapter_files(adapter_folder(found)) if found.is_dir() else [found]
         parts += [name, str(len(files))]
     parts += [f"{file.absolute()} {file_state(file)}" for file in files]
@@ -157,10 +151,10 @@ def with_adapter(
     path, name  as Engine.add_adapter takes them
     strategies  what they need of it is measured
     """
-    source = find_adapter(path)
-    file, title = source.path.absolute(), source.name.removesuffix(".gguf")
+    found = source.find_adapter(path)
+    file, title = found.path.absolute(), found.name.removesuffix(".gguf")
     name = name or "-".join(re.findall(r"[A-Za-z0-9][\w.-]*", title, re.ASCII))[:64]
-    check_names([*opened.adapters, name])
+    source.check_names([*opened.adapters, name])
     if file.is_dir():
         made = cached_bundle(opened.base_path, [(name, os.fspath(path))], silent)
         file = load_bundle(made).adapter_paths[name]
