@@ -10,7 +10,6 @@ import click
 from qaflora_edge.cli import options as cli
 from qaflora_edge.cli.answers import print_json
 from qaflora_edge.cli.base_choice import choose_base
-from qaflora_edge.cli.complete import complete_adapter
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.cli.prompts import read_text
 from qaflora_edge.config import ADAPTER, OWN
@@ -154,7 +153,7 @@ def add(
 
 @cli.command("qaflora bundle remove my-bundle med", group=bundle)
 @click.argument("folder", **cli.BUNDLE)
-@click.argument("name", shell_complete=complete_adapter)
+@click.argument("name", shell_complete=cli.complete_adapter)
 @_from_now_on
 def remove(folder: str, name: str, strategy: str | None) -> None:
     """Remove the adapter NAME from a bundle, with its file."""
@@ -214,7 +213,7 @@ def calibrate(folder: str, strategy: str | None) -> None:
     group=bundle,
 )
 @click.argument("folder", **cli.BUNDLE)
-@click.argument("name", metavar="ADAPTER", shell_complete=complete_adapter)
+@click.argument("name", metavar="ADAPTER", shell_complete=cli.complete_adapter)
 @click.argument("file", metavar="FILE")
 def samples(folder: str, name: str, file: str) -> None:
     """Give sample texts of an adapter, for the strategy centroid.

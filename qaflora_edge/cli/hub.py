@@ -8,8 +8,7 @@ from typing import Any
 
 import click
 
-from qaflora_edge.cli.complete import complete_model, complete_pulled
-from qaflora_edge.cli.options import command
+from qaflora_edge.cli.options import command, complete_model, complete_pulled
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.files import one_line
 

@@ -1,28 +1,29 @@
-"""What weights, run, chat and bench have in common: options, prompts, the Engine they make."""
+"""What verbs have in common: options, what a shell completes, prompts, the Engine they make."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import os
 import re
 import shlex
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from qaflora_edge.cli.base_choice import refuse_adapter
-from qaflora_edge.cli.complete import complete_bundle, complete_strategy
 from qaflora_edge.cli.progress import progress_bars, waiting
 from qaflora_edge.cli.prompts import read_message
 from qaflora_edge.config import ADAPTER, ADVANCED, OWN, SECTIONS, Option, in_group, shared_by
-from qaflora_edge.errors import BundleError, PromptError, RegistryError
+from qaflora_edge.errors import BundleError, PromptError, QafloraError, RegistryError
 from qaflora_edge.files import check_takes_file
+from qaflora_edge.formats.names import from_address, load_registry, pulled_model
 from qaflora_edge.settings import expanded
 
 if TYPE_CHECKING:
@@ -69,6 +70,69 @@ class WholeText(click.types.StringParamType):
     """A text of an option that is repeatable, taken whole out of the environment."""
 
     envvar_list_splitter = "\0"  # which is in no variable
+
+
+# What may stand in place of a word, where a shell asks: nothing here loads a model, and a broken
+# bundle or settings file suggests nothing.
+Items = list[CompletionItem[str]]
+
+
+def complete_bundle(ctx: click.Context, param: click.Parameter, word: str) -> Items:
+    """Names from the setting `bundles`, else folders and files."""
+    from qaflora_edge.hub.local import named_bundles
+
+    return _items(named_bundles, word) or [CompletionItem(word, type="file")]
+
+
+def complete_strategy(ctx: click.Context, param: click.Parameter, word: str) -> Items:
+    """Strategies, and single: and manual: with the adapters of the bundle on the line."""
+    from qaflora_edge.weighing.strategy import strategies
+
+    names = _adapters(ctx)
+    found = [each.name for each in strategies() if not each.needs_argument]
+    found += [f"single:{name}" for name in names]
+    done, comma, _ = word.rpartition(",")
+    found += [f"{done},{name}=" if comma else f"manual:{name}=" for name in names]
+    return _items(lambda: found, word)
+
+
+def complete_adapter(ctx: click.Context, param: click.Parameter, word: str) -> Items:
+    """Names of the adapters of the bundle on the line."""
+    return _items(lambda: _adapters(ctx), word)
+
+
+def complete_pulled(ctx: click.Context, param: click.Parameter, word: str) -> Items:
+    """Names of what was pulled."""
+    from qaflora_edge.hub.local import all_here
+
+    return _items(lambda: (here.name for here in all_here() if here.is_pulled), word)
+
+
+def complete_model(ctx: click.Context, param: click.Parameter, word: str) -> Items:
+    """Names of the registry's models."""
+    return _items(load_registry, word)
+
+
+def _adapters(ctx: click.Context) -> list[str]:
+    """The adapters of the bundle that stands on the line already; none without one."""
+    from qaflora_edge.formats.bundle import read_bundle_text
+    from qaflora_edge.hub.local import named_bundles
+
+    given = [ctx.params[key] for key in ("bundle", "folder") if ctx.params.get(key)]
+    # Click leaves arguments unnamed when the option before the cursor has no value yet.
+    words = [*given, *ctx.args]
+    with contextlib.suppress(QafloraError, IndexError):
+        folder = named_bundles().get(words[0], Path(words[0]))
+        return [adapter.name for adapter in read_bundle_text(folder).adapters]
+    return []
+
+
+def _items(values: Any, word: str) -> Items:
+    """Those that begin with what is typed; none where they cannot be found."""
+    found: Iterable[str] = ()
+    with contextlib.suppress(QafloraError, OSError):
+        found = list(values())
+    return [CompletionItem(value) for value in found if value.startswith(word)]
 
 
 # Keywords of click.argument for DIR.
@@ -321,7 +385,6 @@ def bundle_folder(text: str) -> Path:
     if os.path.exists(folder):
         refuse_adapter(folder)
         return folder
-    from qaflora_edge.formats.names import from_address, load_registry, local_path
     from qaflora_edge.hub.local import named_bundles, pulled_path
 
     if named := named_bundles().get(text):
@@ -329,7 +392,7 @@ def bundle_folder(text: str) -> Path:
     text = from_address(text)
     model = load_registry().get(text)
     try:
-        if path := local_path(model) if model else pulled_path(text):
+        if path := pulled_model(text) if model else pulled_path(text):
             return path
     except RegistryError:
         if folder.name != text:
@@ -357,7 +420,7 @@ def open_engine(
     from qaflora_edge.engine import Engine
 
     folder = bundle_folder(bundle)
-    with nullcontext() if is_quiet else waiting(f"Loading {folder}"):
+    with contextlib.nullcontext() if is_quiet else waiting(f"Loading {folder}"):
         return Engine(folder, strategy=options.strategy, **{**options.engine, **changes})
 
 
