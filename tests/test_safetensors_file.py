@@ -1,14 +1,13 @@
 """The safetensors reader against files that lie. That it reads true ones right: test_peft.py."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from refusals import refused
 
-from qaflora_edge.errors import InputFileError, SafetensorsFileError
+from qaflora_edge.errors import SafetensorsFileError
 from qaflora_edge.peft.safetensors import read_safetensors
 
 
@@ -73,13 +72,4 @@ def test_matrix_larger_than_any_lora_is_not_read(tmp_path: Path) -> None:
     assert refused(SafetensorsFileError, read_safetensors(path)["t"].read) == (
         f"Cannot use tensor t of {path}: it has {n_bytes} bytes; expected at most {1 << 32} of a "
         "matrix. Check that it is a plain LoRA."
-    )
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are POSIX")
-def test_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    assert refused(InputFileError, read_safetensors, tmp_path / "pipe") == (
-        f"Cannot read {tmp_path / 'pipe'}: opening or reading it failed: it is a pipe, a socket or "
-        "a device, not a file. Check that it exists and that you may read it."
     )
