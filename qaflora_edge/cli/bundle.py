@@ -29,6 +29,7 @@ def _pairs(ctx: click.Context, param: click.Parameter, values: Any) -> list[tupl
     return cli.adapter_pairs(values)
 
 
+_FOLDER = {**cli.BUNDLE, "callback": lambda ctx, param, value: cli.bundle_folder(value)}
 _adapters: dict[str, Any] = {"multiple": True, "metavar": ADAPTER.metavar, "callback": _pairs}
 _outtype = cli.click_option(replace(OWN["convert"]["outtype"], help="Convert to this type."), "")
 _from_now_on = click.option("--strategy", help="Used by default from now on.  [default: as it is]")
@@ -116,7 +117,7 @@ def create(
     "qaflora bundle add my-bundle law=owner/law-lora@v1",
     group=bundle,
 )
-@click.argument("folder", **cli.BUNDLE)
+@click.argument("folder", **_FOLDER)
 @click.argument("pairs", metavar="[[NAME=]PATH]...", nargs=-1, callback=_pairs)
 @click.option("--adapter", "adapters", **_adapters, help="Add this one too; repeatable.")
 @_outtype
@@ -126,7 +127,7 @@ def create(
 @_from_now_on
 @_calibrate
 def add(
-    folder: str,
+    folder: Path,
     pairs: list[tuple[str, str]],
     adapters: list[tuple[str, str]],
     calibrate: bool,
@@ -141,27 +142,25 @@ def add(
 
     if not (pairs := [*pairs, *adapters]):
         raise click.UsageError("Give an adapter, as [NAME=]PATH.")
-    path = cli.bundle_folder(folder)
     notes = {key: options.pop(key) for key in ("source", "license", "description")}
     options["note"] = {key: text for key, text in notes.items() if text is not None}
     options["engine"] = Engine if calibrate else None
     with progress_bars() as progress:
-        add_adapters(path, pairs, progress=progress, **options)
+        add_adapters(folder, pairs, progress=progress, **options)
     for name, _ in pairs:
-        click.echo(f"Added the adapter {name} to {path}.", err=True)
+        click.echo(f"Added the adapter {name} to {folder}.", err=True)
 
 
 @cli.command("qaflora bundle remove my-bundle med", group=bundle)
-@click.argument("folder", **cli.BUNDLE)
+@click.argument("folder", **_FOLDER)
 @click.argument("name", shell_complete=cli.complete_adapter)
 @_from_now_on
-def remove(folder: str, name: str, strategy: str | None) -> None:
+def remove(folder: Path, name: str, strategy: str | None) -> None:
     """Remove the adapter NAME from a bundle, with its file."""
     from qaflora_edge.bundles.edit import remove_adapter
 
-    path = cli.bundle_folder(folder)
-    remove_adapter(path, name, strategy=strategy)
-    click.echo(f"Removed the adapter {name} from {path}.", err=True)
+    remove_adapter(folder, name, strategy=strategy)
+    click.echo(f"Removed the adapter {name} from {folder}.", err=True)
 
 
 @cli.command(
@@ -169,9 +168,9 @@ def remove(folder: str, name: str, strategy: str | None) -> None:
     "qaflora bundle base my-bundle owner/base-GGUF/base-q4_k_m.gguf",
     group=bundle,
 )
-@click.argument("folder", **cli.BUNDLE)
+@click.argument("folder", **_FOLDER)
 @click.argument("base", metavar="BASE")
-def base(folder: str, base: str) -> None:
+def base(folder: Path, base: str) -> None:
     """Say where a bundle's base lies.
 
     BASE is what `qaflora bundle create --base` takes. It must be the file that the bundle was made
@@ -179,9 +178,8 @@ def base(folder: str, base: str) -> None:
     """
     from qaflora_edge.bundles.edit import set_base
 
-    path = cli.bundle_folder(folder)
-    set_base(path, base)
-    click.echo(f"The base of {path} is {base}.", err=True)
+    set_base(folder, base)
+    click.echo(f"The base of {folder} is {base}.", err=True)
 
 
 @cli.command(
@@ -189,9 +187,9 @@ def base(folder: str, base: str) -> None:
     "qaflora bundle calibrate my-bundle --strategy two-place",
     group=bundle,
 )
-@click.argument("folder", **cli.BUNDLE)
+@click.argument("folder", **_FOLDER)
 @_from_now_on
-def calibrate(folder: str, strategy: str | None) -> None:
+def calibrate(folder: Path, strategy: str | None) -> None:
     """Measure what is typical of each adapter, for two-place and calibrated.
 
     --strategy makes one the default and measures what it needs: for two-place passes of the base
@@ -200,11 +198,10 @@ def calibrate(folder: str, strategy: str | None) -> None:
     from qaflora_edge.bundles.edit import calibrate as calibrate_bundle
     from qaflora_edge.engine import Engine
 
-    path = cli.bundle_folder(folder)
     with progress_bars() as progress:
-        is_new = calibrate_bundle(path, Engine, strategy=strategy, progress=progress)
+        is_new = calibrate_bundle(folder, Engine, strategy=strategy, progress=progress)
     done = "Measured the adapters of" if is_new else "Every adapter was measured already in"
-    click.echo(f"{done} {path}, weighed by {_strategy(path)}.", err=True)
+    click.echo(f"{done} {folder}, weighed by {_strategy(folder)}.", err=True)
 
 
 @cli.command(
@@ -212,10 +209,10 @@ def calibrate(folder: str, strategy: str | None) -> None:
     "qaflora bundle samples my-bundle es preguntas.jsonl",
     group=bundle,
 )
-@click.argument("folder", **cli.BUNDLE)
+@click.argument("folder", **_FOLDER)
 @click.argument("name", metavar="ADAPTER", shell_complete=cli.complete_adapter)
 @click.argument("file", metavar="FILE")
-def samples(folder: str, name: str, file: str) -> None:
+def samples(folder: Path, name: str, file: str) -> None:
     """Give sample texts of an adapter, for the strategy centroid.
 
     ADAPTER needs a few dozen questions of its own subject, 1,000 at most. FILE holds one a line,
@@ -226,27 +223,25 @@ def samples(folder: str, name: str, file: str) -> None:
     from qaflora_edge.cli.prompts import read_prompts
     from qaflora_edge.engine import Engine
 
-    path = cli.bundle_folder(folder)
     texts = [prompt.text for prompt in read_prompts(file)]
     with progress_bars() as progress:
-        set_samples(path, name, texts, Engine, progress=progress)
-    click.echo(f"Embedded {len(texts)} sample texts of {name} in {path}.", err=True)
+        set_samples(folder, name, texts, Engine, progress=progress)
+    click.echo(f"Embedded {len(texts)} sample texts of {name} in {folder}.", err=True)
 
 
 @cli.command("qaflora bundle show demo", group=bundle)
-@click.argument("folder", **cli.BUNDLE)
+@click.argument("folder", **_FOLDER)
 @click.option("--json", "as_json", is_flag=True, help="Print bundle.json, and where the base is.")
-def show(folder: str, as_json: bool) -> None:
+def show(folder: Path, as_json: bool) -> None:
     """Show what a bundle says of itself; its files need not be there."""
     from qaflora_edge.formats.bundle import read_bundle_text
     from qaflora_edge.hub.local import recorded_base
 
-    path = cli.bundle_folder(folder)
     if not as_json:
-        click.echo(describe(path))
+        click.echo(describe(folder))
         return
-    text = read_bundle_text(path)
-    base_path = recorded_base(path, text.base)
+    text = read_bundle_text(folder)
+    base_path = recorded_base(folder, text.base)
     print_json({**text.raw, "base_path": None if base_path is None else str(base_path)})
 
 
@@ -285,15 +280,14 @@ def describe(folder: Path) -> str:
 
 
 @cli.command("qaflora bundle verify demo", group=bundle)
-@click.argument("folder", **cli.BUNDLE)
-def verify(folder: str) -> None:
+@click.argument("folder", **_FOLDER)
+def verify(folder: Path) -> None:
     """Hash every file of a bundle and its base again, and check all shapes."""
     from qaflora_edge.bundles.open import verify_bundle
 
     with progress_bars() as progress:
-        path = cli.bundle_folder(folder)
-        n_adapter = len(verify_bundle(path, progress).adapters)
-    click.echo(f"{path}: the base and {n_adapter} adapters are the recorded ones.")
+        n_adapter = len(verify_bundle(folder, progress).adapters)
+    click.echo(f"{folder}: the base and {n_adapter} adapters are the recorded ones.")
 
 
 def _strategy(folder: Path) -> str:
