@@ -12,8 +12,7 @@ import tiny
 from bundles import TinyBundle, make_bundle, qaflora
 from click.testing import Result
 
-from qaflora_edge.bench.parts import compared, measure_memory, take_turns
-from qaflora_edge.bench.rig import Rig, prefill
+from qaflora_edge.bench.parts import Rig, compared, measure_memory, prefill, take_turns
 from qaflora_edge.errors import BundleError
 
 SMALL = ("--repeat", "3", "--prompt-tokens", "40,20", "--max-tokens", "6", "--threads", "1")

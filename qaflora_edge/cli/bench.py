@@ -103,7 +103,6 @@ def _measured(
 ) -> dict[str, Any]:
     """Measure the rows of each part; an object for memory."""
     from qaflora_edge.bench import parts
-    from qaflora_edge.bench.rig import Rig
     from qaflora_edge.engine import Engine
 
     plan = parts.Plan(**sizes)
@@ -112,7 +111,8 @@ def _measured(
     given = options.engine | {"n_ctx": n_ctx, "strategy": options.strategy}
     adapters = list(loaded.adapter_paths.values())
     measured: dict[str, Any] = {}
-    with Rig(loaded.base_path, adapters, given, options.seed or 0) as rig, progress_bars() as tell:
+    rig = parts.Rig(loaded.base_path, adapters, given, options.seed or 0)
+    with rig, progress_bars() as tell:
         if "memory" in only:
             tokens = rig.draw(longest)
             measured["memory"] = parts.measure_memory(loaded.place, tokens, plan.max_tokens, given)
