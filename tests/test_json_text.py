@@ -56,11 +56,11 @@ def test_file_of_lines_that_vanishes_is_named(tmp_path: Path) -> None:
     lines = LineFile(tmp_path / "a.jsonl", "answers")
     (tmp_path / "a.jsonl").write_text("{}\ncut")
     lines.n_byte = 3
-    lines.add("[]")
-    assert (tmp_path / "a.jsonl").read_text() == "{}\n[]\n"
+    lines.add({"a": 1})
+    assert (tmp_path / "a.jsonl").read_text() == '{}\n{"a": 1}\n'
     (tmp_path / "a.jsonl").unlink()
     with pytest.raises(
         OutputFileError, match=r"answers into .*a\.jsonl: No such file or directory"
     ):
-        lines.add("{}")
+        lines.add({})
     assert not (tmp_path / "a.jsonl").exists()

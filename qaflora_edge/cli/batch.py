@@ -179,7 +179,7 @@ class _Job:
             if self.file is None:
                 print_json(record)
             else:
-                self.file.add(json.dumps(record, ensure_ascii=False))
+                self.file.add(record)
             self.n_done += 1
             tell("Answering", self.n_done, total or self.n_done)
 

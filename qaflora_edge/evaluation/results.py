@@ -6,7 +6,6 @@
 Lines are added as items end, so that a run that was killed can resume.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,7 +50,7 @@ class Results:
     def add(self, record: Record) -> None:
         """Add the result of an item under a strategy."""
         if self._file is not None:
-            self._file.add(_line(record))
+            self._file.add(record)
         self.records[_key(record)] = record
 
 
@@ -72,7 +71,7 @@ def kept_results(path: Path | None, header: Record) -> Iterator[Results]:
         lines, file.n_byte = _read(path) if path.exists() else ([], 0)
         if not lines:  # it is new, or was killed while its first line was written
             lines = [header]
-            file.add(_line(header))
+            file.add(header)
         for key in IDENTITY:
             if lines[0].get(key) != header[key]:
                 found = f"it was begun with another value of `{key}`, expected the same"
@@ -82,10 +81,6 @@ def kept_results(path: Path | None, header: Record) -> Iterator[Results]:
 
 def _key(record: Record) -> tuple[str, int, str]:
     return record["task"], record["item"], record["strategy"]
-
-
-def _line(record: Record) -> str:
-    return json.dumps(record, ensure_ascii=False, allow_nan=False)
 
 
 def _read(path: Path) -> tuple[list[Record], int]:

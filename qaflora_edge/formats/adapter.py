@@ -74,23 +74,20 @@ def why_not_adapted(architecture: str, base_name: str) -> str:
 
 def read_adapter(own: GgufHeader, base: GgufHeader, *, checks_values: bool = True) -> AdapterInfo:
     """Check an adapter by its header and its base's, and by its values unless told not to."""
-    info = adapter_info(own)
+    info = read_adapter_gguf(own)
     check_adapter(info, base)
     if checks_values:
         check_values(info)
     return info
 
 
-def read_adapter_gguf(path: AnyPath) -> AdapterInfo:
-    """Read an adapter GGUF. Raises as read_gguf_header and adapter_info do."""
-    return adapter_info(read_gguf_header(path))
+def read_adapter_gguf(file: AnyPath | GgufHeader) -> AdapterInfo:
+    """Check that an adapter GGUF, or one whose header was read, is whole in itself.
 
-
-def adapter_info(header: GgufHeader) -> AdapterInfo:
-    """Check that an adapter GGUF is whole in itself.
-
-    Raises GgufFileError for no adapter, UnsupportedAdapterError for more than a plain LoRA.
+    Raises as read_gguf_header does, GgufFileError for no adapter, UnsupportedAdapterError for more
+    than a plain LoRA.
     """
+    header = file if isinstance(file, GgufHeader) else read_gguf_header(file)
     alpha, ranks = _check_metadata(header), _ranks(header)
     return AdapterInfo(
         path=header.path,

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -143,9 +143,10 @@ class LineFile:
             found = f"another process writes {self._holds} into it, and no other was expected"
             raise self.refused(found, "Wait for it to end") from None
 
-    def add(self, text: str) -> None:
-        """Add a line. Raises OutputFileError when it cannot be written."""
-        line, failure = text.encode() + b"\n", f"Cannot write {self._holds} into {self.path}"
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Add an object as a line. Raises OutputFileError when it cannot be written."""
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        failure = f"Cannot write {self._holds} into {self.path}"
         advice = "See to it and run the same again, which resumes, or choose another -o FILE."
         mode: Any = "r+b" if self.n_byte else "wb"
         with os_errors(OutputFileError, failure, advice), open(self.path, mode) as file:
