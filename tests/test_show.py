@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from rich.cells import cell_len
 
-from qaflora_edge.show.heatmap import leading_layers, print_heatmap, scale
+from qaflora_edge.show import text as show
 from qaflora_edge.show.pages import notebook_html, picture, weights_page
-from qaflora_edge.show.text import crop, layer_ranges, spelt, visible, who_spoke
 from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.strategy import Reason
 
@@ -42,7 +41,7 @@ def exact(*rows: list[float]) -> FusionWeights:
 
 def printed(items: list[Weighed], encoding: str = "utf-8") -> list[str]:
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="replace")
-    print_heatmap(items, stream)
+    show.print_heatmap(items, stream)
     stream.flush()
     return stream.buffer.getvalue().decode(encoding).splitlines()  # type: ignore[attr-defined]
 
@@ -58,7 +57,7 @@ def printed(items: list[Weighed], encoding: str = "utf-8") -> list[str]:
     ],
 )
 def test_who_spoke(rows: list[list[float]], expected: str) -> None:
-    assert who_spoke(exact(*rows)) == expected
+    assert show.who_spoke(exact(*rows)) == expected
 
 
 @pytest.mark.parametrize(("width", "encoding"), [(40, "ascii"), (79, "utf-8"), (200, "utf-8")])
@@ -111,17 +110,17 @@ def test_what_decided_is_a_table_and_no_heatmap() -> None:
 
 
 def test_what_turns_or_controls_is_spelt() -> None:
-    assert spelt("a\u202etxt.exe\x1b[2J") == "a\\u202etxt.exe\\x1b[2J"
-    assert visible("a\x1b[31m\r\nb") == "a?[31m\nb"
-    assert crop("ab cd ef", 5) == "ab c…"
-    assert [layer_ranges(layers) for layers in ([], [0, 1, 2, 7])] == ["none", "0–2, 7"]
+    assert show.spelt("a\u202etxt.exe\x1b[2J") == "a\\u202etxt.exe\\x1b[2J"
+    assert show.visible("a\x1b[31m\r\nb") == "a?[31m\nb"
+    assert show.crop("ab cd ef", 5) == "ab c…"
+    assert [show.layer_ranges(layers) for layers in ([], [0, 1, 2, 7])] == ["none", "0–2, 7"]
 
 
 def test_leading_layers_and_scale() -> None:
     fusion = exact([0.5, 0.2, 0.9], [0.5, 0.7, 0.1])
-    assert leading_layers(fusion) == [[2], [1]]
-    assert scale([fusion]) == (0.1, 0.9)
-    assert scale([exact([0.0], [0.0])]) == (0.0, 1.0)
+    assert show.leading_layers(fusion) == [[2], [1]]
+    assert show.scale([fusion]) == (0.1, 0.9)
+    assert show.scale([exact([0.0], [0.0])]) == (0.0, 1.0)
 
 
 def test_svg_has_a_cell_per_weight_with_its_numbers() -> None:
@@ -130,7 +129,7 @@ def test_svg_has_a_cell_per_weight_with_its_numbers() -> None:
     cells = [each for each in root.iter(f"{SVG}rect") if each.get("class") == "cell"]
     fusion = item[1]
     assert len(cells) == 2 * 3 * 12
-    low, high = scale([fusion, weighed(seed=1)[1]])
+    low, high = show.scale([fusion, weighed(seed=1)[1]])
     for index, cell in enumerate(cells[: 3 * 12]):
         row, layer = divmod(index, 12)
         weight, divergence = fusion.weights[row, layer], fusion.divergence[row, layer]

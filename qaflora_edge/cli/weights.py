@@ -79,7 +79,7 @@ def weights(
                 own = {} if prompt is not None else {"prompt": asked.text, **name}
                 click.echo(json.dumps({**own, **fusion.to_dict()}))
     if not as_json:
-        from qaflora_edge.show.heatmap import print_heatmap
+        from qaflora_edge.show.text import print_heatmap
 
         is_one = len(weighed) == 1
         print_heatmap([("" if is_one else asked.label, fusion) for asked, fusion in weighed])

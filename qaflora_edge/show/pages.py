@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 from markupsafe import Markup
 
-from qaflora_edge.show.heatmap import TICK, leading_layers, min_weight, scale
-from qaflora_edge.show.text import crop, facts, layer_ranges, len_pixels, reason_rows, spelt, why
+from qaflora_edge.show import text
 
 if TYPE_CHECKING:
     from qaflora_edge.weighing.numbers import FusionWeights
@@ -30,23 +29,23 @@ NAME_WIDTH_MAX, MEAN_WIDTH = 180, 52
 NOTEBOOK_INK = "#2f81d0"  # reads on light and on dark paper
 
 
-def allowing(text: str) -> str:
+def allowing(content: str) -> str:
     """Give the source of a content security policy that allows one inline text."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+    return f"sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}"
 
 
 def _asset(name: str) -> str:
-    text = (files("qaflora_edge.show") / "assets" / name).read_text(encoding="utf-8")
-    return text.replace("\r\n", "\n")
+    content = (files("qaflora_edge.show") / "assets" / name).read_text(encoding="utf-8")
+    return content.replace("\r\n", "\n")
 
 
 def _render(template: str, **values: Any) -> Markup:
     """Fill a template of assets: texts are escaped, signs that command spelt; others are JSON."""
 
-    def shown(value: object) -> object:
-        if hasattr(value, "__html__"):
-            return value
-        return spelt(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    def shown(item: object) -> object:
+        if hasattr(item, "__html__"):
+            return item
+        return text.spelt(item if isinstance(item, str) else json.dumps(item, ensure_ascii=False))
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("qaflora_edge.show", "assets"),
@@ -82,35 +81,35 @@ def weights_page(labelled: Sequence[tuple[str, str, FusionWeights]], subject: st
     fusions = [fusion for _, _, fusion in labelled]
     sections = []
     for number, (label, prompt, fusion) in enumerate(labelled, 1):
-        title = crop(label, TITLE_CHARS)
+        title = text.crop(label, TITLE_CHARS)
         section = {
             "title": f"{number}. {title}",
-            "prompt": "" if title == spelt(" ".join(prompt.split())) else prompt,
+            "prompt": "" if title == text.spelt(" ".join(prompt.split())) else prompt,
             "fusion": fusion,
             "what": None if fusion.divergence is None else fusion.measured,
-            "why": why(fusion),
-            "rows": reason_rows(fusion),
-            "panel": _panel(fusion, scale(fusions)),
-            "layers": [layer_ranges(layers) for layers in leading_layers(fusion)],
+            "why": text.why(fusion),
+            "rows": text.reason_rows(fusion),
+            "panel": _panel(fusion, text.scale(fusions)),
+            "layers": [text.layer_ranges(layers) for layers in text.leading_layers(fusion)],
         }
         sections.append(section)
-    told = {"subject": subject, "how": facts(fusions), "sections": sections, **_scale(fusions)}
+    told = {"subject": subject, "how": text.facts(fusions), "sections": sections, **_scale(fusions)}
     style, script = _asset("weights.css"), _asset("weights.js")
     return _page("weights.html.j2", style, script, title="qaflora weights", **told)
 
 
 def _scale(fusions: Sequence[FusionWeights]) -> dict[str, Any]:
-    return {"ends": scale(fusions), "lowest": min_weight(fusions), "ink": NOTEBOOK_INK}
+    return {"ends": text.scale(fusions), "lowest": text.min_weight(fusions), "ink": NOTEBOOK_INK}
 
 
 def _panel(fusion: FusionWeights, ends: tuple[float, float]) -> dict[str, Any]:
     """Lay out rows of cells in pixels: a cell per layer, or one where no layer differs."""
-    is_layered = not reason_rows(fusion)
+    is_layered = not text.reason_rows(fusion)
     n_adapter, n_layer = fusion.weights.shape if is_layered else (len(fusion.adapters), 1)
-    names = [crop(name, NAME_WIDTH_MAX, len_pixels) for name in fusion.adapters]
-    left = math.ceil(max(map(len_pixels, names), default=30)) + 12
+    names = [text.crop(name, NAME_WIDTH_MAX, text.len_pixels) for name in fusion.adapters]
+    left = math.ceil(max(map(text.len_pixels, names), default=30)) + 12
     right = left + n_layer * CELL_WIDTH
-    leads = leading_layers(fusion) if is_layered else [[]] * n_adapter
+    leads = text.leading_layers(fusion) if is_layered else [[]] * n_adapter
 
     def cell(row: int, layer: int) -> dict[str, Any]:
         weight = float(fusion.weights[row, layer])
@@ -133,13 +132,13 @@ def _panel(fusion: FusionWeights, ends: tuple[float, float]) -> dict[str, Any]:
         for row, name in enumerate(names)
     ]
     size = {"width": right + MEAN_WIDTH, "bottom": n_adapter * CELL_HEIGHT, "right": right}
-    return {"rows": rows, "ticks": range(0, n_layer * is_layered, TICK), "left": left, **size}
+    return {"rows": rows, "ticks": range(0, n_layer * is_layered, text.TICK), "left": left, **size}
 
 
 def notebook_html(fusion: FusionWeights) -> str:
     """Show weights in a notebook: how they came about, and layers or what decided."""
-    words = [facts([fusion])] + [why(fusion)] * bool(why(fusion))
-    drawn = {"rows": reason_rows(fusion), "panel": _panel(fusion, scale([fusion]))}
+    words = [text.facts([fusion])] + [text.why(fusion)] * bool(text.why(fusion))
+    drawn = {"rows": text.reason_rows(fusion), "panel": _panel(fusion, text.scale([fusion]))}
     return _render("notebook.html.j2", words=words, **drawn, **_scale([fusion]))
 
 
@@ -150,15 +149,15 @@ def picture(labelled: Sequence[tuple[str, FusionWeights]], subject: str) -> str:
     subject   names of bundle and base, which stand above the panels
     """
     fusions = [fusion for _, fusion in labelled]
-    shown = [_panel(fusion, scale(fusions)) for fusion in fusions]
+    shown = [_panel(fusion, text.scale(fusions)) for fusion in fusions]
     width, y = max(460, *(each["width"] for each in shown)), 64
     panels = []
     for (label, _), each in zip(labelled, shown, strict=True):
-        panels.append({"label": crop(label, width, len_pixels), "y": y, "panel": each})
+        panels.append({"label": text.crop(label, width, text.len_pixels), "y": y, "panel": each})
         y += each["bottom"] + 56
-    size = {"width": width + 32, "height": y + 36, "subject": crop(subject, width, len_pixels)}
-    how = facts(fusions)
-    return _render("picture.svg.j2", panels=panels, how=how, **size, **_scale(fusions))
+    about = text.crop(subject, width, text.len_pixels)
+    size = {"width": width + 32, "height": y + 36, "subject": about, "how": text.facts(fusions)}
+    return _render("picture.svg.j2", panels=panels, **size, **_scale(fusions))
 
 
 # results
@@ -191,11 +190,11 @@ def _places(bars: Iterable[Bar | None], *, is_difference: bool) -> list[dict[str
     start = -most if is_difference else 0.0
 
     def place(bar: Bar) -> dict[str, Any]:
-        text, value, *ends = bar
+        written, value, *ends = bar
         low, high = (value if math.isnan(end) else end for end in ends)
         kind = "better" if ends[0] > 0 else "worse" if ends[1] < 0 else ""
         places = {"zero": 0.0, "value": value, "low": low, "high": high}
         at = {key: round(4 + 92 * (x - start) / (most - start), 1) for key, x in places.items()}
-        return {"text": text, "kind": kind if is_difference else "", **at}
+        return {"text": written, "kind": kind if is_difference else "", **at}
 
     return [place(bar) if bar else {"text": ""} for bar in known]

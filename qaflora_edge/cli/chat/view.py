@@ -67,7 +67,7 @@ class View:
         self.note(*parts, who_spoke(fusion))
 
     def weights(self, fusion: FusionWeights) -> None:
-        from qaflora_edge.show.heatmap import print_heatmap
+        from qaflora_edge.show.text import print_heatmap
 
         print_heatmap([("", fusion)], sys.stderr, is_plain=self._is_plain)
 
