@@ -9,7 +9,6 @@ import click
 
 from qaflora_edge.cli import options as cli
 from qaflora_edge.cli.answers import print_json
-from qaflora_edge.cli.base_choice import choose_base
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.cli.prompts import read_text
 from qaflora_edge.config import ADAPTER, OWN
@@ -97,7 +96,7 @@ def create(
 
     if system_path is not None:
         options["system"] = cli.check_prompt(read_text(system_path).strip())
-    base = choose_base(base, [path for _, path in adapters])
+    base = cli.choose_base(base, [path for _, path in adapters])
     is_there = os.path.lexists(folder)
     options["engine"] = Engine if calibrate else None
     try:

@@ -11,8 +11,7 @@ from typing import Any
 import click
 
 from qaflora_edge.cli.answers import print_json
-from qaflora_edge.cli.base_choice import choose_base
-from qaflora_edge.cli.options import command, own_options
+from qaflora_edge.cli.options import choose_base, command, own_options
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.errors import ConversionError, OutputFileError
 from qaflora_edge.files import what_is_at

@@ -1,4 +1,4 @@
-"""What verbs have in common: options, what a shell completes, prompts, the Engine they make."""
+"""What verbs have in common: options and their completion, prompts, bases, the Engine they make."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
-from qaflora_edge.cli.base_choice import refuse_adapter
 from qaflora_edge.cli.progress import progress_bars, waiting
 from qaflora_edge.cli.prompts import read_message
 from qaflora_edge.config import ADAPTER, ADVANCED, OWN, SECTIONS, Option, in_group, shared_by
 from qaflora_edge.errors import BundleError, PromptError, QafloraError, RegistryError
-from qaflora_edge.files import check_takes_file
-from qaflora_edge.formats.names import from_address, load_registry, pulled_model
+from qaflora_edge.files import check_takes_file, one_line
+from qaflora_edge.formats import names as registry
 from qaflora_edge.settings import expanded
 
 if TYPE_CHECKING:
@@ -110,7 +109,7 @@ def complete_pulled(ctx: click.Context, param: click.Parameter, word: str) -> It
 
 def complete_model(ctx: click.Context, param: click.Parameter, word: str) -> Items:
     """Names of the registry's models."""
-    return _items(load_registry, word)
+    return _items(registry.load_registry, word)
 
 
 def _adapters(ctx: click.Context) -> list[str]:
@@ -389,15 +388,15 @@ def bundle_folder(text: str) -> Path:
 
     if named := named_bundles().get(text):
         return named
-    text = from_address(text)
-    model = load_registry().get(text)
+    text = registry.from_address(text)
+    model = registry.load_registry().get(text)
     try:
-        if path := pulled_model(text) if model else pulled_path(text):
+        if path := registry.pulled_model(text) if model else pulled_path(text):
             return path
     except RegistryError:
         if folder.name != text:
             return folder  # a path: reported as the missing folder that it is
-        near = difflib.get_close_matches(text, {*named_bundles(), *load_registry()}, n=1)
+        near = difflib.get_close_matches(text, {*named_bundles(), *registry.load_registry()}, n=1)
         raise BundleError(
             f"Cannot open {text}: there is no such folder, file or name; expected the folder "
             "of a bundle, the .gguf of a base, or a name of `qaflora list` or `qaflora "
@@ -408,6 +407,73 @@ def bundle_folder(text: str) -> Path:
         f"folder, and it was not pulled. Fetch it with `qaflora pull {text}`, or give the "
         "folder of a bundle."
     )
+
+
+def choose_base(base: str | None, adapters: Iterable[str]) -> str:
+    """Take the base that was given, else the model that the first adapter was trained on.
+
+    adapters  as they were given: those that are PEFT or MLX folders here are asked
+
+    Raises UsageError when the base is not known or not here.
+    """
+    if base is not None:
+        return base
+    trained_on = next(filter(None, map(_trained_on, adapters)), None)
+    if trained_on is None:
+        raise click.UsageError(
+            "Missing option '--base': give the GGUF of the base that the adapter was trained on."
+        )
+    said = f"The adapter says that it was trained on {trained_on}"
+    if (model := _known(trained_on)) is None:
+        raise click.UsageError(
+            f"Missing option '--base'. {said}: give a GGUF of it, in any quantisation. On the Hub "
+            "it is mostly in a repository whose name ends in GGUF; with --base "
+            "owner/name/file.gguf it is fetched."
+        )
+    if registry.pulled_model(model.name) is None:
+        raise click.UsageError(
+            f"Missing option '--base'. {said}, which is not here; `qaflora pull {model.name}` "
+            f"fetches it ({model.size_bytes / 1e6:.0f} MB), and --base {model.name} names it."
+        )
+    click.echo(f"{said}: the base is {model.name}.", err=True)
+    return model.name
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raise BundleError for a PEFT or MLX folder in place of a bundle: say its base, what to type.
+
+    A bundle, or what is no such folder, passes.
+    """
+    from qaflora_edge.formats.bundle import BUNDLE_FILE
+
+    is_other = not folder.is_dir() or os.path.exists(folder / BUNDLE_FILE)
+    if is_other or (trained_on := _trained_on(str(folder))) is None:
+        return
+    model = _known(trained_on)
+    base = "BASE.gguf" if model is None else model.name
+    raise BundleError(
+        f"Cannot open {folder}: it is an adapter for {trained_on}, expected a bundle or a base. "
+        f"Give its base, in any quantisation: qaflora run {base} --adapter {folder} PROMPT"
+    )
+
+
+def _known(trained_on: str) -> registry.Model | None:
+    """Find the model of the registry that an adapter's config names."""
+    name, models = registry.plain_name(trained_on), registry.load_registry().values()
+    return next((model for model in models if registry.plain_name(model.name) == name), None)
+
+
+def _trained_on(adapter: str) -> str | None:
+    """What the config of a PEFT or MLX folder says; None for anything else."""
+    from qaflora_edge.peft.config import is_mlx, read_fields
+    from qaflora_edge.peft.folder import adapter_folder
+
+    try:
+        fields = read_fields(adapter_folder(expanded(adapter)))
+    except QafloraError:  # what reads the adapter will say what is wrong
+        return None
+    name = fields.get("model" if is_mlx(fields) else "base_model_name_or_path")
+    return one_line(name[:200]) if isinstance(name, str) and name.strip() else None
 
 
 def open_engine(
