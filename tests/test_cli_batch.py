@@ -216,7 +216,7 @@ def test_wrong_usage(made: TinyBundle, words: tuple[object, ...], message: str) 
 def test_no_file_of_prompts(made: TinyBundle, tmp_path: Path) -> None:
     result = run(made, "--prompts", tmp_path / "gone.jsonl", "-o", tmp_path / "out.jsonl")
     assert result.exit_code == 1
-    assert result.stderr.startswith(f"Error: Cannot read {tmp_path / 'gone.jsonl'}: No such file")
+    assert result.stderr.startswith(f"Error: Cannot read {tmp_path / 'gone.jsonl'}: opening or re")
     assert os.listdir(tmp_path) == []
     result = run(made, "--prompts", tmp_path / "gone.jsonl", "-o", tmp_path / "no" / "out.jsonl")
     # before anything is read

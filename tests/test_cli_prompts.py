@@ -52,8 +52,8 @@ def test_bad_lines_are_named(line: str, wrong: str, tmp_path: Path) -> None:
 def test_bad_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "p.txt"
     assert message(path) == (
-        f"Cannot read {path}: No such file or directory. Check that the file exists and that you "
-        "may read it."
+        f"Cannot read {path}: opening or reading it failed: No such file or directory. Check that "
+        "it exists and that you may read it."
     )
     path.write_bytes(b"\n \r\n")
     assert message(path) == (

@@ -6,13 +6,14 @@ import os
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from qaflora_edge.cli.progress import waiting
-from qaflora_edge.errors import InputFileError, os_errors
+from qaflora_edge.errors import InputFileError
+from qaflora_edge.formats.inputs import reading
 from qaflora_edge.formats.json_text import read_json_object, shown
 
 FILE_BYTES_MAX = 16 << 20
@@ -128,7 +129,7 @@ def open_prompts(path: str) -> Iterator[BinaryIO]:
     if path == "-":
         yield sys.stdin.buffer
         return
-    with _readable(path):
+    with reading(path):
         file = open(path, "rb")  # noqa: SIM115
     with file:
         yield file
@@ -143,7 +144,7 @@ def read_lines(stream: BinaryIO, shown: str) -> Iterator[bytes | None]:
     """
     is_inside = False  # a line that is too long
     while True:
-        with _readable(shown):
+        with reading(shown):
             piece = stream.readline(LINE_BYTES_MAX + 1)
         if not piece:
             return
@@ -151,11 +152,6 @@ def read_lines(stream: BinaryIO, shown: str) -> Iterator[bytes | None]:
         if not is_inside:
             yield None if is_long else piece
         is_inside = (is_inside or is_long) and not piece.endswith(b"\n")
-
-
-def _readable(shown: str) -> AbstractContextManager[None]:
-    advice = "Check that the file exists and that you may read it."
-    return os_errors(InputFileError, f"Cannot read {shown}", advice)
 
 
 def _decode(data: bytes, shown: str) -> str:
@@ -174,7 +170,7 @@ def read_text(path: str) -> str:
     Raises InputFileError.
     """
     name = stream_name(path)
-    with open_prompts(path) as file, _readable(name):
+    with open_prompts(path) as file, reading(name):
         data = file.read(FILE_BYTES_MAX + 1)
     if len(data) > FILE_BYTES_MAX:
         raise InputFileError(
