@@ -264,18 +264,15 @@ def _rows(fusion: FusionWeights, ends: tuple[float, float], blocks: str, width: 
     for index, name in enumerate(names):
         row = fusion.weights[index]
         cells = [float(row[at : at + n_together].mean()) for at in range(0, n_layer, n_together)]
-        drawn = "".join(_sign(cell, ends, blocks) * n_column for cell in cells)
+        shares = [(cell - ends[0]) / (ends[1] - ends[0]) * len(blocks) for cell in cells]
+        signs = [blocks[max(0, min(len(blocks) - 1, int(share + 1e-9)))] for share in shares]
+        pairs = zip(cells, signs, strict=True)
+        drawn = "".join(("-" if cell < 0 else sign) * n_column for cell, sign in pairs)
         numbers = [f"{row.mean():.2f}"]
         if fusion.divergence is not None:
             numbers.append(f"{fusion.divergence[index].mean():.3g}")
         table.add_row(Text(name), *numbers, Text(drawn, style="cyan"))
     return table
-
-
-def _sign(weight: float, ends: tuple[float, float], blocks: str) -> str:
-    share = (weight - ends[0]) / (ends[1] - ends[0])
-    at = max(0, min(len(blocks) - 1, int(share * len(blocks) + 1e-9)))
-    return "-" if weight < 0 else blocks[at]
 
 
 def _ticks(n_layer: int, n_together: int, n_column: int) -> str:
