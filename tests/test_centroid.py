@@ -133,8 +133,8 @@ def test_what_cannot_be_used_changes_nothing(folder: Path, tmp_path: Path) -> No
     result = qaflora("bundle", "samples", folder, "es", file)
     assert (result.exit_code, result.stderr) == (
         1,
-        f"Error: Cannot read {file}: No such file or directory. Check that the file exists and "
-        "that you may read it.\n",
+        f"Error: Cannot read {file}: opening or reading it failed: No such file or directory. "
+        "Check that it exists and that you may read it.\n",
     )
     assert snapshot(folder) == before
 

@@ -50,7 +50,9 @@ def library_facts() -> dict[str, Any]:
     """
     from qaflora_edge.backend import devices, library
 
-    openmp = _openmp()
+    openmp: list[str] = []  # copies of GCC's OpenMP in this process, where Linux tells
+    with contextlib.suppress(OSError):
+        openmp = sorted({*re.findall(r"/\S*libgomp\S*", Path("/proc/self/maps").read_text())})
     binding, functions = library.load()
     ggml = devices.ggml()
     return {
@@ -63,13 +65,6 @@ def library_facts() -> dict[str, Any]:
         "features": binding.llama_print_system_info().decode("utf-8", "replace").strip(),
         "openmp_loaded_before": openmp,
     }
-
-
-def _openmp() -> list[str]:
-    """List the copies of GCC's OpenMP in this process, where Linux tells."""
-    with contextlib.suppress(OSError):
-        return sorted({*re.findall(r"/\S*libgomp\S*", Path("/proc/self/maps").read_text())})
-    return []
 
 
 def package_facts() -> dict[str, Any]:

@@ -335,7 +335,9 @@ class _Command(click.Command):
                     ]
                 )
         if is_short:
-            formatter.write(f"\n  {_MORE}\n")
+            formatter.write(
+                "\n  -h, --help shows this; --help-all shows the advanced options too.\n"
+            )
 
 
 def _show_all(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -354,9 +356,7 @@ _HELP_ALL = click.Option(
     callback=_show_all,
     help="Show all options, and all about them.",
 )
-_MORE = "-h, --help shows this; --help-all shows the advanced options too."
 _FURTHER = re.compile(r"(?<=\.) (?! ).*?(?=  \[|$)", re.DOTALL)  # sentences after the first
-EXIT_CODES = "Exit codes: 0 done, 1 failed (stderr says why), 2 wrong usage, 130 Ctrl-C"
 
 
 def command(
@@ -367,7 +367,8 @@ def command(
     sections  see _Command
     """
     example = "\n".join(f"  {line}" for line in lines)
-    keywords["epilog"] = f"\b\nExample:\n{example}\n\n\b\n{EXIT_CODES}"
+    ends = "Exit codes: 0 done, 1 failed (stderr says why), 2 wrong usage, 130 Ctrl-C"
+    keywords["epilog"] = f"\b\nExample:\n{example}\n\n\b\n{ends}"
     decorator: Callable[..., click.Command] = group.command(
         cls=_Command, sections=sections or {}, **keywords
     )

@@ -1,10 +1,7 @@
 """qaflora weights"""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -13,9 +10,6 @@ from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.cli.prompts import Prompt, read_prompts
 from qaflora_edge.errors import OutputFileError, PromptError
 from qaflora_edge.files import write_text_atomic
-
-if TYPE_CHECKING:
-    from qaflora_edge.engine import Engine
 
 
 @cli.command(
@@ -68,7 +62,14 @@ def weights(
                 f"Cannot draw {plot}: the bundle has no adapters, expected one or more. Add one "
                 "with `qaflora bundle add`."
             )
-        queries = [_query(engine, asked, options) for asked in prompts]  # all fit, or none is shown
+        queries = []  # all fit, or none is shown
+        for asked in prompts:
+            try:
+                queries.append(cli.prompt_tokens(engine, asked.text, options))
+            except PromptError as error:
+                if asked.where is None:
+                    raise
+                raise PromptError(f"{asked.where}: {error}") from error
         for asked, tokens in zip(prompts, queries, strict=True):
             fusion = engine.weights(tokens)
             weighed.append((asked, fusion))
@@ -104,13 +105,3 @@ def subject(bundle: str) -> str:
     text = read_bundle_text(folder)
     base = text.base
     return f"{text.name or folder.name} on {base.name or base.registry or base.hub or base.file}"
-
-
-def _query(engine: Engine, prompt: Prompt, options: cli.SharedOptions) -> list[int]:
-    """A prompt's token ids; a failure says which line of the file it was."""
-    try:
-        return cli.prompt_tokens(engine, prompt.text, options)
-    except PromptError as error:
-        if prompt.where is None:
-            raise
-        raise PromptError(f"{prompt.where}: {error}") from error

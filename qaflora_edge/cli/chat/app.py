@@ -102,7 +102,7 @@ class Chat:
     def __init__(
         self, engine: Engine, folder: Path, view: View, options: cli.SharedOptions
     ) -> None:
-        self.engine, self.view, self._folder = engine, view, folder
+        self.engine, self.view, self.folder = engine, view, folder
         self.conversation, self._is_raw = conversation.Conversation(), options.raw_prompt
         self.sampling = dict(options.sampling)
         self.fusion: FusionWeights | None = None
@@ -217,22 +217,10 @@ class Chat:
         loaded = conversation.load_session(path)
         self.set_system(loaded.system)
         self.conversation, self.fusion = loaded, None
-        self.view.note(f"{_turns(loaded.n_turn)} loaded from {path}")
-
-    def save(self, path: Path) -> None:
-        """Write the conversation to a session file. Raises OutputFileError."""
-        engine = self.engine
-        conversation.save_session(
-            path,
-            self.conversation,
-            bundle=conversation.bundle_identity(self._folder),
-            strategy=engine.strategy,
-            adapters=engine.adapters,
-        )
-        self.view.note(f"{_turns(self.conversation.n_turn)} saved to {path}")
+        self.view.note(f"{turns(loaded.n_turn)} loaded from {path}")
 
 
-def _turns(n: int) -> str:
+def turns(n: int) -> str:
     return f"{n} {'turn' if n == 1 else 'turns'}"
 
 
