@@ -335,9 +335,8 @@ class _Command(click.Command):
                     ]
                 )
         if is_short:
-            formatter.write(
-                "\n  -h, --help shows this; --help-all shows the advanced options too.\n"
-            )
+            more = "-h, --help shows this; --help-all shows the advanced options too."
+            formatter.write(f"\n  {more}\n")
 
 
 def _show_all(ctx: click.Context, param: click.Parameter, value: bool) -> None:

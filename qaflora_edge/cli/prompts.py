@@ -18,7 +18,6 @@ from qaflora_edge.formats.json_text import read_json_object, shown
 
 FILE_BYTES_MAX = 16 << 20
 LINE_BYTES_MAX = 4 << 20  # of a file that is read line by line
-JSON_SUFFIXES = (".jsonl", ".ndjson")
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def read_prompts(path: str) -> list[Prompt]:
     A file that ends in .jsonl or .ndjson holds one JSON object a line, with `prompt` and perhaps
     `name`; any other holds one prompt a line. Raises InputFileError.
     """
-    is_json = Path(path).suffix.lower() in JSON_SUFFIXES
+    is_json = Path(path).suffix.lower() in (".jsonl", ".ndjson")
     with open_prompts(path) as stream:
         lines = list(filled_lines(stream, stream_name(path)))
     if not lines:
