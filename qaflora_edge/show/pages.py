@@ -23,7 +23,6 @@ from qaflora_edge.show import text
 if TYPE_CHECKING:
     from qaflora_edge.weighing.numbers import FusionWeights
 
-TITLE_CHARS = 90
 CELL_WIDTH, CELL_HEIGHT = 18, 26  # panel.svg.j2 has them too
 NAME_WIDTH_MAX, MEAN_WIDTH = 180, 52
 NOTEBOOK_INK = "#2f81d0"  # reads on light and on dark paper
@@ -81,7 +80,7 @@ def weights_page(labelled: Sequence[tuple[str, str, FusionWeights]], subject: st
     fusions = [fusion for _, _, fusion in labelled]
     sections = []
     for number, (label, prompt, fusion) in enumerate(labelled, 1):
-        title = text.crop(label, TITLE_CHARS)
+        title = text.crop(label, 90)
         section = {
             "title": f"{number}. {title}",
             "prompt": "" if title == text.spelt(" ".join(prompt.split())) else prompt,

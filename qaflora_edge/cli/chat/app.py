@@ -217,11 +217,12 @@ class Chat:
         loaded = conversation.load_session(path)
         self.set_system(loaded.system)
         self.conversation, self.fusion = loaded, None
-        self.view.note(f"{turns(loaded.n_turn)} loaded from {path}")
+        self.view.note(f"{self.turns} loaded from {path}")
 
-
-def turns(n: int) -> str:
-    return f"{n} {'turn' if n == 1 else 'turns'}"
+    @property
+    def turns(self) -> str:
+        n = self.conversation.n_turn
+        return f"{n} {'turn' if n == 1 else 'turns'}"
 
 
 def _read(typed: PlainInput | TerminalInput) -> str | None:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import click
 
 from qaflora_edge.chat.conversation import Conversation, bundle_identity, save_session
-from qaflora_edge.cli.chat.app import Chat, turns
 from qaflora_edge.cli.progress import waiting
 from qaflora_edge.config import check, in_group
 from qaflora_edge.errors import QafloraError
@@ -18,9 +17,10 @@ from qaflora_edge.settings import expanded
 from qaflora_edge.weighing.strategy import strategies
 
 if TYPE_CHECKING:
+    from qaflora_edge.cli.chat.app import Chat
     from qaflora_edge.engine import Engine
 
-Command = Callable[[Chat, str], None]
+Command = Callable[["Chat", str], None]
 KEYS = "Enter: send; Alt-Enter: new line; Ctrl-C: stop an answer; Ctrl-D: leave"
 
 # Command -> its function, whose docstring is the help, and what follows its name.
@@ -195,7 +195,7 @@ def save(chat: Chat, argument: str) -> None:
     path, engine, talk = expanded(argument), chat.engine, chat.conversation
     bundle = bundle_identity(chat.folder)
     save_session(path, talk, bundle=bundle, strategy=engine.strategy, adapters=engine.adapters)
-    chat.view.note(f"{turns(talk.n_turn)} saved to {path}")
+    chat.view.note(f"{chat.turns} saved to {path}")
 
 
 @_command("FILE")
