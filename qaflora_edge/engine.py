@@ -530,7 +530,25 @@ class Engine:
     def embedding(self, prompt: Any) -> F32:
         """Average the base's last states over a prompt, as `weights` takes it: float32 [n_embd]."""
         with self._core.call():
-            return self._core.run(self._core.prober.embedding(self._asked(prompt)))
+            steps = self._core.prober.mean_states(self._asked(prompt))
+            return np.array(self._core.run(steps)[-1])
+
+    @_steady
+    def embed(self, text: Prompt, cancel: threading.Event | None = None) -> F32:
+        """Embed a text by the base alone: float32 [n_embd], of length 1, to compare by products.
+
+        Texts of one meaning are closest in the middle of a base: its states after three of five
+        blocks are averaged, but for the first token's, which bases use for something else.
+
+        cancel  once it is set, CancelledError is raised
+        """
+        with self._core.call():
+            tokens = self.tokenize(text)
+            steps = self._core.prober.mean_states(tokens, min(1, len(tokens) - 1))
+            states = self._core.run(steps, self._core.cancellation(cancel))
+            state = np.array(states[3 * self.n_layer // 5], np.float32)
+            state /= np.linalg.norm(state)
+            return state
 
     def _asked(self, prompt: Any, *, raw: bool = False, parse_special: bool = False) -> list[int]:
         """Tokenize messages, ids, or a text: as a user turn, unless raw or without a template."""

@@ -86,21 +86,29 @@ def test_weights_are_those_of_a_direct_reimplementation(made_once: TinyBundle) -
             np.testing.assert_allclose(found.weights[:, 2], expected, atol=2e-2)
 
 
-def test_the_embedding_is_the_mean_state_of_the_base_alone(made_once: TinyBundle) -> None:
+def test_embeddings_are_mean_states_of_the_base_alone(made_once: TinyBundle) -> None:
     """Of a prompt in several micro-batches too, and whatever was asked before."""
     with Engine(made_once.folder, threads=1, **EXACT) as engine:
         tokens = np.random.default_rng(0).integers(0, 256, 300).tolist()
-        states = [engine.hidden_states(tokens[: n + 1])[-1] for n in range(0, 300, 50)]
+        states = [engine.hidden_states(tokens[: n + 1]) for n in range(0, 300, 50)]
         run, base = engine._core.run, engine._core.prober
-        alone = [run(base.embedding([tokens[0]])), run(base.embedding(tokens[:1]))]
+        alone = [run(base.mean_states([tokens[0]])), run(base.mean_states(tokens[:1]))]
         np.testing.assert_allclose(alone[0], states[0], rtol=1e-4, atol=1e-5)
         np.testing.assert_array_equal(alone[0], alone[1])
-        two = run(base.embedding(tokens[:2]))
-        second = engine.hidden_states(tokens[:2])[-1]
+        two = run(base.mean_states(tokens[:2]))
+        second = engine.hidden_states(tokens[:2])
         np.testing.assert_allclose(two, (states[0] + second) / 2, rtol=1e-4, atol=1e-5)
-        long = run(base.embedding(tokens))
-        run(base.embedding(tokens[:40]))
-        np.testing.assert_array_equal(run(base.embedding(tokens)), long)
+        long = run(base.mean_states(tokens))
+        run(base.mean_states(tokens[:40]))
+        np.testing.assert_array_equal(run(base.mean_states(tokens)), long)
+
+        middle = 3 * engine.n_layer // 5
+        rest = (300 * long[middle].astype(np.float64) - states[0][middle]) / 299
+        found = engine.embed(tokens)  # the first token does not count
+        np.testing.assert_allclose(found, rest / np.linalg.norm(rest), rtol=1e-4, atol=1e-5)
+        only = engine.embed(tokens[:1])
+        expected = alone[0][middle] / np.linalg.norm(alone[0][middle])
+        np.testing.assert_array_equal(only, expected.astype(np.float32))
 
 
 def test_the_bundle_keeps_no_text(folder: Path) -> None:

@@ -114,6 +114,12 @@ def test_parsed_by_a_schema(client: OpenAI) -> None:
     assert {"content.delta", "content.done"} <= kinds
 
 
+def test_embeddings(client: OpenAI, alone: Engine) -> None:
+    found = client.embeddings.create(model="tiny", input=["the thing?", "a"])  # as base64
+    for text, each in zip(("the thing?", "a"), found.data, strict=True):
+        assert each.embedding == alone.embed(text).tolist()
+
+
 def test_failures_are_its_own_exceptions(client: OpenAI, url: str) -> None:
     def chat(by: OpenAI = client, **asked: Any) -> None:
         by.chat.completions.create(**{"model": "tiny", "messages": USER, **asked})

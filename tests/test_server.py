@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bundles import TinyBundle
-from openai.types import Completion, Model
+from openai.types import Completion, CreateEmbeddingResponse, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from serving import ENGINE, client_of
 from starlette.testclient import TestClient
@@ -448,7 +449,7 @@ def test_bodies_that_are_none(client: TestClient, data: bytes, status: int, mess
 
 
 def test_what_is_not_here(client: TestClient) -> None:
-    for path in ("/v1/embeddings", "/v1/images/generations", "/v1/audio/speech"):
+    for path in ("/v1/images/generations", "/v1/audio/speech"):
         status, error = failure(client, path, model="tiny")
         assert (status, error["code"]) == (501, "not_implemented")
     assert client.get("/v1/nothing").json()["error"] == {
@@ -462,3 +463,18 @@ def test_what_is_not_here(client: TestClient) -> None:
     assert response.json()["error"]["code"] == "method_not_allowed"
     assert client.get("/v1/models/other").status_code == 404
     assert client.get("/health").json() == {"status": "ok"}
+
+
+def test_embeddings_are_the_engines(client: TestClient, alone: Engine) -> None:
+    tokens = alone.tokenize("how far is it " * 20)
+    for given, texts in (("a", ["a"]), (["a", "b"], ["a", "b"]), (tokens, [tokens])):
+        expected = np.array([alone.embed(text) for text in texts])
+        np.testing.assert_allclose(np.linalg.norm(expected, axis=1), 1.0, rtol=1e-6)
+        packed = answer(client, "/v1/embeddings", input=given, encoding_format="base64")
+        data = [base64.b64decode(each["embedding"]) for each in packed["data"]]
+        np.testing.assert_array_equal([np.frombuffer(each, "<f4") for each in data], expected)
+        n_token = sum(len(alone.tokenize(text)) for text in texts)
+        assert packed["usage"] == {"prompt_tokens": n_token, "total_tokens": n_token}
+        plain = answer(client, "/v1/embeddings", input=given, encoding_format="float")
+        np.testing.assert_array_equal([each["embedding"] for each in plain["data"]], expected)
+        CreateEmbeddingResponse.model_validate(plain, strict=True)

@@ -123,6 +123,19 @@ def test_beyond_max_models_the_one_not_used_for_the_longest_is_closed(
     assert "closed two: --max-models are open" in caplog.text
 
 
+def test_a_bundle_is_closed_once_it_was_not_used_for_a_time(places: list[Path]) -> None:
+    with client_of(*places, ttl_s=0.5) as client:
+        wait_until(lambda: loaded(client) == [])
+        bundles = client.app.state.models.by_name  # type: ignore[attr-defined]
+        bundles["one"].n_user += 1  # as long as it is in use
+        ask(client, "one")
+        ask(client, "two")
+        wait_until(lambda: loaded(client) == ["one"])
+        bundles["one"].n_user -= 1
+        ask(client, "one")
+        wait_until(lambda: loaded(client) == [])
+
+
 def test_a_bundle_that_cannot_be_opened_is_told_to_the_log(
     places: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -297,7 +297,7 @@ class Probes:
         return np.array(self._run(steps))
 
     def embedding(self) -> F32:
-        return self._run(self._core.prober.embedding(self._tokens))
+        return np.array(self._run(self._core.prober.mean_states(self._tokens))[-1])
 
     def added(self) -> F64:
         where = self._query.question, len(self._tokens)

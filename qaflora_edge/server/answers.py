@@ -1,8 +1,9 @@
 """Routes that take a body: chats, texts, weights and tokens."""
 
+import base64
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -14,6 +15,7 @@ from qaflora_edge.inference.generation import Generation
 from qaflora_edge.inference.request import checked_tokens
 from qaflora_edge.openai.chat import begin_chat, chat_shape
 from qaflora_edge.openai.completions import TEXT, Shape, answer_chunks, answer_dict, answer_head
+from qaflora_edge.openai.infill import infill_tokens
 from qaflora_edge.openai.options import FIXED, openai_options
 from qaflora_edge.openai.responses import chat_request, response_events, response_head
 from qaflora_edge.openai.tools import chosen_tools
@@ -32,6 +34,7 @@ OF_CHAT = (
 )
 _PROSE = {"type": "text"}  # a response_format that asks for nothing
 B = TypeVar("B", bound=bodies.Body)
+C = TypeVar("C", bound=bodies.CompletionBody)
 
 
 # reading what is asked
@@ -85,7 +88,9 @@ def _check_range(field: str, found: Any, weights: Any) -> None:
             raise wrong_field(field, found, f"weights {bodies.RANGE}")
 
 
-def options_of(request: Request, body: bodies.Answered, **given: Any) -> dict[str, Any]:
+def options_of(
+    request: Request, body: bodies.Answered | bodies.OllamaBody, **given: Any
+) -> dict[str, Any]:
     """Return the options of an answer; those of the command hold where a request says nothing.
 
     given  fields that one path has in place of sampling options
@@ -144,7 +149,8 @@ class Sender:
         self.answers = itertools.chain([self._first], noted)
 
     @property
-    def _end(self) -> dict[str, Any]:
+    def end(self) -> dict[str, Any]:
+        """Give what is told at an answer's end."""
         end = {**self._mix, "timings": _timings(self._first)}
         if self._out.body.verbose:
             end["__verbose"] = {"prompt": _spelt(self._engine, self._first.prompt)}
@@ -159,22 +165,21 @@ class Sender:
         usage = bool(body.stream_options and body.stream_options.include_usage)
         more = self._mix  # on the first chunk, and with the times on the usage's
         for chunk in answer_chunks(head, self.answers, shape, self._n, include_usage=usage):
-            more = more if chunk["choices"] else self._end
+            more = more if chunk["choices"] else self.end
             self._out.send(event({**_ended(chunk), **more}))
             more = {}
         self._out.send(DONE)
 
     def send_whole(self, answer: Mapping[str, Any]) -> None:
         """Send an answer as one text, or as the event that ends a stream."""
-        form = event if self._out.body.stream else encoded
-        self._out.send(form({**answer, **self._end}))
+        self._out.send(self._out.framed({**answer, **self.end}))
 
     def send_events(self, events: Iterator[dict[str, Any]]) -> None:
         """Send events of a response; the mix is in the response of each that has one."""
         for each in events:
             if "response" in each:
                 is_end = each["response"]["usage"] is not None
-                each["response"] |= self._end if is_end else self._mix
+                each["response"] |= self.end if is_end else self._mix
             self._out.send(event(each, each["type"]))
 
 
@@ -266,9 +271,7 @@ async def chat_completions(request: Request) -> Computed:
 async def completions(request: Request) -> Computed:
     """Go on with a text."""
     body, served, weighing = await asked(request, bodies.TextBody)
-    prompt, n = body.prompt, body.n or 1
-    is_one = isinstance(prompt, str) or isinstance(prompt[0], int)
-    prompts: Any = [prompt] if is_one else prompt
+    prompts, n = _each(body.prompt), body.n or 1
     options = {"max_tokens": 16, **weighing, **options_of(request, body, logprobs=None)}
     options |= {"json_schema": body.json_schema, "logprobs": body.logprobs, "parse_special": True}
     model = body.model or served.name
@@ -276,7 +279,7 @@ async def completions(request: Request) -> Computed:
     def compute(engine: Engine, out: Computed) -> None:
         head = answer_head("text_completion", model)
         more = {**options, "cancel": out.cancel}
-        if is_one:
+        if len(prompts) == 1:
             more |= progress(head, out)
         each = (engine.answers(prompt, n, **more) for prompt in prompts)
         answers = itertools.chain.from_iterable(each)
@@ -285,9 +288,32 @@ async def completions(request: Request) -> Computed:
     return Computed(request, served, body, compute)
 
 
+def _each(given: Any) -> list[Any]:
+    """List the texts, or token ids, of a field that holds one of them or several."""
+    is_one = isinstance(given, str) or isinstance(given[0], int)
+    return [given] if is_one else given
+
+
 async def completion(request: Request) -> Computed:
     """Go on with a text, in the shape of llama-server."""
-    body, served, weighing = await asked(request, bodies.CompletionBody)
+    return await _completed(request, bodies.CompletionBody, lambda engine, body: body.prompt)
+
+
+async def infill(request: Request) -> Computed:
+    """Fill a gap in code, in the shape of llama-server."""
+
+    def prompt(engine: Engine, body: bodies.InfillBody) -> list[int]:
+        before = body.input_prefix + body.prompt
+        n_answer = body.n_predict or 0
+        return infill_tokens(engine, before, body.input_suffix, body.input_extra, n_answer)
+
+    return await _completed(request, bodies.InfillBody, prompt)
+
+
+async def _completed(
+    request: Request, kind: type[C], prompt: Callable[[Engine, C], str | list[int]]
+) -> Computed:
+    body, served, weighing = await asked(request, kind)
     options = {**weighing, **options_of(request, body), "parse_special": True}
     if body.n_predict is not None:
         options["max_tokens"] = None if body.n_predict < 0 else body.n_predict
@@ -295,7 +321,8 @@ async def completion(request: Request) -> Computed:
     model = body.model or served.name
 
     def compute(engine: Engine, out: Computed) -> None:
-        sender = Sender(engine, engine.answers(body.prompt, 1, cancel=out.cancel, **options), out)
+        answers = engine.answers(prompt(engine, body), 1, cancel=out.cancel, **options)
+        sender = Sender(engine, answers, out)
         for answer in sender.answers:
             text = ""
             for piece in answer:
@@ -315,6 +342,28 @@ async def completion(request: Request) -> Computed:
                 "tokens_cached": answer.n_cached,
             }
             sender.send_whole(whole)
+
+    return Computed(request, served, body, compute)
+
+
+async def embeddings(request: Request) -> Computed:
+    """Embed texts by the base alone."""
+    body, served, _ = await asked(request, bodies.EmbeddingsBody)
+    model = body.model or served.name
+
+    def compute(engine: Engine, out: Computed) -> None:
+        data, n_token = [], 0
+        for index, text in enumerate(_each(body.input)):
+            tokens = engine.tokenize(text)
+            n_token += len(tokens)
+            state = engine.embed(tokens, out.cancel)
+            found: Any = state.tolist()
+            if body.encoding_format == "base64":
+                found = base64.b64encode(state.astype("<f4").tobytes()).decode()
+            data.append({"object": "embedding", "index": index, "embedding": found})
+        out.facts["prompt_tokens"] = n_token
+        usage = {"prompt_tokens": n_token, "total_tokens": n_token}
+        out.send(encoded({"object": "list", "data": data, "model": model, "usage": usage}))
 
     return Computed(request, served, body, compute)
 

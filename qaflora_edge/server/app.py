@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from qaflora_edge.server import adapters, answers
+from qaflora_edge.server import adapters, answers, ollama
 from qaflora_edge.server import requests as bodies
 from qaflora_edge.server.metrics import Metrics, Recorder
 from qaflora_edge.server.page import page
@@ -25,7 +25,7 @@ from qaflora_edge.server.requests import Refusal, refusal
 from qaflora_edge.server.security import Gate, Lock
 from qaflora_edge.server.served_models import N_LIGHT, ServedModels, ServerOptions
 
-NOT_HERE = ("/v1/embeddings", "/v1/images/{rest:path}", "/v1/audio/{rest:path}")
+NOT_HERE = ("/v1/images/{rest:path}", "/v1/audio/{rest:path}")
 
 
 def make_app(places: Iterable[Path], options: ServerOptions) -> Starlette:
@@ -153,7 +153,9 @@ async def not_here(request: Request) -> Response:
 
 
 async def _refused(request: Request, error: Exception) -> Response:
-    return refusal(error).response()
+    refused = refusal(error)
+    is_ollama = request.url.path.startswith("/api/")
+    return (ollama.in_words(refused) if is_ollama else refused).response()
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -172,7 +174,14 @@ API: tuple[tuple[str, Any, type[bodies.Body] | None], ...] = (
     ("/v1/completions", answers.completions, bodies.TextBody),
     ("/v1/responses", answers.responses, bodies.ResponsesBody),
     ("/v1/weights", answers.weights, bodies.WeightsBody),
+    ("/v1/embeddings", answers.embeddings, bodies.EmbeddingsBody),
     ("/completion", answers.completion, bodies.CompletionBody),
+    ("/infill", answers.infill, bodies.InfillBody),
+    ("/api/chat", ollama.chat, bodies.OllamaChatBody),
+    ("/api/generate", ollama.generate, bodies.OllamaTextBody),
+    ("/api/show", ollama.show, bodies.ShowBody),
+    ("/api/tags", ollama.tags, None),
+    ("/api/version", ollama.version, None),
     ("/apply-template", answers.apply_template, bodies.TemplateBody),
     ("/tokenize", answers.tokenize, bodies.TokenizeBody),
     ("/detokenize", answers.detokenize, bodies.DetokenizeBody),

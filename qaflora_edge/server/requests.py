@@ -60,7 +60,9 @@ class Refusal(Exception):
         super().__init__(message)
         self.status = status
         kind = "server_error" if status in (500, 503) else "invalid_request_error"
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        self.body: dict[str, Any] = {
+            "error": {"message": message, "type": kind, "param": param, "code": code}
+        }
 
     def response(self) -> Response:
         """Return it as a whole response."""
@@ -264,6 +266,26 @@ class CompletionBody(Answered):
     n: Literal[1] | None = Field(None, title="1: this path gives one answer")
 
 
+class InfillBody(CompletionBody):
+    """Ask /infill."""
+
+    input_prefix: str = Field("", title="the text before the gap")
+    input_suffix: str = Field("", title="the text after the gap")
+    input_extra: list[dict[str, str]] = Field(
+        [], max_length=MAX_PROMPTS, title='a list such as [{"filename": "a.py", "text": "..."}]'
+    )
+    prompt: str = Field("", title="what the gap begins with")
+
+
+class EmbeddingsBody(Body):
+    """Ask /v1/embeddings."""
+
+    input: Text | Tokens | Prompts = Field(
+        title=f"a text, a list of token ids, or a list of these, {MAX_PROMPTS} at most"
+    )
+    encoding_format: Literal["float", "base64"] | None = Field(None, title="float or base64")
+
+
 class ResponsesBody(Tooled):
     """Ask /v1/responses."""
 
@@ -291,6 +313,60 @@ class AdapterBody(Body):
     lora_name: Annotated[str, Field(pattern=f"^{NAME_PATTERN.pattern}$")] = Field(title=NAME_RULE)
     lora_path: Text | None = Field(None, title="a path in the folder of --allow-adapters")
     config_bytes: Annotated[str, Field(pattern="^[0-9]{1,6}$")] = Field("0", title="a number")
+
+
+OllamaOptions: Any = create_model(
+    "OllamaOptions",
+    __base__=Strict,
+    num_predict=(
+        Annotated[int, Field(ge=-2)] | None,
+        Field(None, title="a number of tokens, or -1 for as many as there is room for"),
+    ),
+    **_FIELDS,
+)
+
+
+class OllamaBody(Weighed):
+    """Ask in Ollama's shape: sampling options apart, and a stream unless `stream` is false."""
+
+    model: Text = Field(title="a model that GET /api/tags lists")
+    options: OllamaOptions | None = Field(None, title='an object, as in {"temperature": 0}')
+    stream: bool = Field(True, title="true or false")
+    think: bool | Text | None = Field(None, title="true or false")
+    format: dict[str, Any] | Literal["", "json"] | None = Field(
+        None, title="json, or a JSON schema"
+    )
+    images: Annotated[list[str], Field(max_length=0)] | None = Field(
+        None, title="none: a bundle reads text"
+    )
+    verbose: Flag = None
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Give the sampling options in our names."""
+        found: dict[str, Any] = self.options.model_dump(exclude_none=True) if self.options else {}
+        n_predict = found.pop("num_predict", -1)
+        return found if n_predict < 0 else {**found, "max_tokens": n_predict}
+
+
+class ShowBody(Body):
+    """Ask /api/show."""
+
+
+class OllamaChatBody(OllamaBody):
+    """Ask /api/chat."""
+
+    messages: Annotated[list[dict[str, Any]], Field(max_length=MAX_MESSAGES, fail_fast=True)] = []
+    tools: ToolList = None
+
+
+class OllamaTextBody(OllamaBody):
+    """Ask /api/generate."""
+
+    prompt: str = ""
+    suffix: str = ""
+    system: str = ""
+    raw: Flag = None
 
 
 class TokenizeBody(Body):
@@ -402,9 +478,10 @@ _ERROR = {
         **{name: {"type": ["string", "null"]} for name in ("param", "code")},
     },
 }
+_FAILURE = {"properties": {"error": {"anyOf": [_ERROR, {"type": "string"}]}}}  # Ollama's is a text
 _FAILED = {
     "description": "`param` names the field that is wrong; Retry-After when to come again",
-    "content": {"application/json": {"schema": {"properties": {"error": _ERROR}}}},
+    "content": {"application/json": {"schema": _FAILURE}},
 }
 
 
@@ -436,6 +513,8 @@ def _operation(path: str, summary: str, kind: type[Body] | None) -> dict[str, An
         content = {"text/plain": {"schema": {"type": "string"}}}
     if kind is not None and issubclass(kind, Answered):
         content["text/event-stream"] = {"schema": {}}
+    if kind is not None and issubclass(kind, OllamaBody):
+        content["application/x-ndjson"] = {"schema": {}}
     if path == "/lora-adapters":
         content = {"application/json": {"schema": {"type": "array"}}}
     answer = {"description": "The answer", "content": content}

@@ -33,6 +33,7 @@ class ServerOptions:
     max_queue     requests that may wait
     max_models    bundles that are open at the same time, None: all
     timeout_s     the longest that a request may take
+    ttl_s         a bundle that was not used for as long is closed, None: none is
     adapters      folder of adapters that may be added, resolved; None: adapters cannot change
     engine        keywords of every Engine
     sampling      keywords of Engine.generate where a request says nothing
@@ -44,6 +45,7 @@ class ServerOptions:
     max_queue: int = 64
     max_models: int | None = None
     timeout_s: float = 600.0
+    ttl_s: float | None = None
     adapters: Path | None = None
     engine: Mapping[str, Any] = field(default_factory=dict)
     sampling: Mapping[str, Any] = field(default_factory=dict)
@@ -99,9 +101,12 @@ class ServedModel:
     weigher     knows its adapters and defaults
     strategies  that it can follow, as in NAME:STRATEGY
     sha256      of the base's file, and of each adapter's by its name; empty for a base alone
+    family      the base's architecture
+    n_byte      of the base's file and the adapters'
     slots       requests that are answered at once
     engine      None while it is not loaded; `worker` computes for it
     opening     the task that loads it now; it goes on when the caller gives up
+    closing     the one that closed it last
     has_failed  it could not be opened when it was last asked for
     n_user      requests that use the Engine now
     """
@@ -112,9 +117,12 @@ class ServedModel:
     strategies: tuple[str, ...]
     slots: asyncio.Semaphore
     sha256: Mapping[str, Any] = field(default_factory=dict)
+    family: str = ""
+    n_byte: int = 0
     engine: Engine | None = None
     worker: threading.Thread | None = None
     opening: asyncio.Task[None] | None = None
+    closing: asyncio.Task[None] | None = None
     has_failed: bool = False
     n_user: int = 0
     used_s: float = 0.0
@@ -158,12 +166,16 @@ class ServedModels:
         sha256: dict[str, Any] = {}
         targets: dict[str, Sequence[str]] = {}
         if is_base(place):
-            name, n_layer, known = place.stem, read_gguf_header(place).n_layer, Known()
+            header = read_gguf_header(place)
+            name, n_layer, known = place.stem, header.n_layer, Known()
+            family, n_byte = header.architecture, place.stat().st_size
         else:
             text = read_bundle_text(place)
             name = text.name if NAME_PATTERN.fullmatch(text.name or "") else place.resolve().name
             targets = {adapter.name: adapter.targets for adapter in text.adapters}
             n_layer, known = text.base.n_layer, known_of(text)
+            sizes = (adapter.size_bytes or 0 for adapter in text.adapters)
+            family, n_byte = text.base.architecture, text.base.size_bytes + sum(sizes)
             hashes = {adapter.name: adapter.sha256 for adapter in text.adapters}
             sha256 = {"base": text.base.sha256, "adapters": hashes}
         if not NAME_PATTERN.fullmatch(name):
@@ -175,7 +187,7 @@ class ServedModels:
         chosen = {key: engine.get(key) for key in ("strategy", "lens", "pool")}
         weigher = Weigher(tuple(targets), n_layer, known.under(**chosen), targets=targets)
         slots = asyncio.Semaphore(self._options.n_slot)
-        return ServedModel(name, place, weigher, weigher.followed, slots, sha256)
+        return ServedModel(name, place, weigher, weigher.followed, slots, sha256, family, n_byte)
 
     # names
 
@@ -186,7 +198,7 @@ class ServedModels:
         """
         if model is None and len(self.by_name) == 1:
             return next(iter(self.by_name.values())), None
-        name, colon, strategy = (model or "").partition(":")
+        name, colon, strategy = (model or "").removesuffix(":latest").partition(":")
         found = self.by_name.get(name)
         if found is not None and (not colon or strategy in found.strategies):
             return found, strategy if colon else None
@@ -245,6 +257,9 @@ class ServedModels:
         finally:
             model.n_user -= 1
             model.used_s = time.monotonic()
+            if self._options.ttl_s is not None and not model.n_user:
+                loop = asyncio.get_running_loop()
+                loop.call_later(self._options.ttl_s, self._close_idle, model, model.used_s)
 
     async def _load(self, model: ServedModel) -> None:
         start = time.perf_counter()
@@ -275,6 +290,12 @@ class ServedModels:
             oldest = min(idle, key=lambda each: each.used_s)
             await self._close(oldest)
             log.info("closed %s: --max-models are open", oldest.name)
+
+    def _close_idle(self, model: ServedModel, used_s: float) -> None:
+        """Close a bundle, unless it was used after this time."""
+        if model.engine and not model.n_user and model.used_s == used_s:
+            model.closing = asyncio.create_task(self._close(model))
+            log.info("closed %s: not used for %g s", model.name, self._options.ttl_s)
 
     async def close(self) -> None:
         """Close every Engine, also those that are being opened; calls that go on end."""

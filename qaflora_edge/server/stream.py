@@ -20,10 +20,8 @@ from qaflora_edge.server.served_models import ServedModel
 log = logging.getLogger(__name__)
 PING_S = 5.0  # a stream without news sends a comment after as long
 SEND_S = 60.0  # the longest that a client may take to read what was sent
-PING = b": ping\n\n"
 DONE = b"data: [DONE]\n\n"
 STREAM_HEADERS = {
-    "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-store",
     "x-accel-buffering": "no",  # nginx passes events on as they come
 }
@@ -48,12 +46,15 @@ def event(value: Any, name: str = "") -> bytes:
 class Computed:
     """Answer a request: events where the body has `stream`, else one JSON text.
 
+    media, ping, framed  how a stream is written
     compute   called in a thread; it sets `headers`, then hands on the answer by `send`
     is_light  it takes no step of the Engine, and does not wait for a slot of answers
     body      the request's
     facts     for the log and the metrics
     cancel    set when the answer is no longer wanted
     """
+
+    media, ping = "text/event-stream; charset=utf-8", b": ping\n\n"
 
     def __init__(
         self,
@@ -79,6 +80,10 @@ class Computed:
     def send(self, part: bytes) -> None:
         """Hand on a part of the answer, from the thread that computes."""
         self._loop.call_soon_threadsafe(self._parts.put_nowait, part)
+
+    def framed(self, value: Any) -> bytes:
+        """Encode a part of the answer: an event of a stream, or all of it."""
+        return event(value) if self._is_stream else encoded(value)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, as an ASGI application."""
@@ -141,7 +146,7 @@ class Computed:
                     return
                 if not self._is_started:
                     raise refused
-                await self._send_part(event(refused.body), send)
+                await self._send_part(self.framed(refused.body), send)
                 break
             await self._send_part(part, send)
         await self._send_part(b"", send, is_last=True)
@@ -154,14 +159,14 @@ class Computed:
             async with asyncio.timeout(PING_S):
                 return await self._parts.get()
         except TimeoutError:
-            return PING
+            return self.ping
 
     async def _send_part(self, part: bytes, send: Send, *, is_last: bool = False) -> None:
         async with asyncio.timeout(SEND_S):
             if not self._is_started:
                 self._is_started = True
                 whole = {"content-type": "application/json", "content-length": str(len(part))}
-                own = STREAM_HEADERS if self._is_stream else whole
+                own = {**STREAM_HEADERS, "content-type": self.media} if self._is_stream else whole
                 raw = Headers({**own, **self.headers}).raw
                 await send({"type": "http.response.start", "status": 200, "headers": raw})
             await send({"type": "http.response.body", "body": part, "more_body": not is_last})

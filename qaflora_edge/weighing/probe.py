@@ -318,16 +318,21 @@ class Prober:
         """
         return _Added([self._sizes(row) for row in rows], span, end, self._threads)
 
-    def embedding(self, tokens: Sequence[int]) -> Steps[F32]:
-        """Average the state after the last block over tokens: float32 [n_embd]."""
+    def mean_states(self, tokens: Sequence[int], n_skipped: int = 0) -> Steps[F32]:
+        """Average the states after each block over tokens: float32 [n_layer, n_embd].
+
+        n_skipped  first tokens that do not count
+        """
         context = self._base.for_query(len(tokens))
         context.clear()
-        context.capture_begin("mean")
         with wiped_on_failure(context):
-            yield from _prefill(context, tokens, 0, "all")
+            if n_skipped:
+                context.decode(tokens[:n_skipped], start=0, outputs="none", n_seq=1)
+            context.capture_begin("mean")
+            yield from _prefill(context, tokens, n_skipped, "all")
             states = context.states(0)
         _check_finite(states[None], [self._model.path])
-        return np.array(states[-1])
+        return np.array(states)
 
     def added_together(self, queries: Sequence[Query], rows: Sequence[int]) -> Steps[F64]:
         """Measure the same of many short queries: [2, n_query, n_row, n_layer].

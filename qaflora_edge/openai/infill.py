@@ -1,0 +1,62 @@
+"""Infill: the prompt for a gap in code, of bases that were trained for it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qaflora_edge.errors import PromptError
+
+PARTS = ("pre", "suf", "mid", "rep", "sep")  # tokens before the prefix, suffix, gap, project, file
+
+
+def infill_marks(engine: Any) -> list[int] | None:
+    """Give the ids of a base's tokens for PARTS, -1 for a missing one; None: it cannot infill."""
+    lib, vocab = engine._model._lib, engine._model.vocab
+    found = [getattr(lib, f"llama_vocab_fim_{part}")(vocab) for part in PARTS]
+    return None if min(found[:3]) < 0 else found
+
+
+def infill_tokens(
+    engine: Any,
+    prefix: str,
+    suffix: str,
+    extra: Sequence[Mapping[str, str]] = (),
+    n_answer: int = 0,
+) -> list[int]:
+    """Make the prompt for what stands between a prefix and a suffix, as llama-server does.
+
+    engine    an Engine
+    extra     other files, as {"filename", "text"}
+    n_answer  tokens to leave for the answer; at least 128, and half of the context at most
+
+    What the context cannot hold is left out: the other files first, then the prefix's beginning
+    and the suffix's end. Raises PromptError for a base that was not trained for it.
+    """
+    marks = infill_marks(engine)
+    if marks is None:
+        raise PromptError(
+            f"The base {engine.name} has no tokens for infill, expected those that Qwen2.5-Coder "
+            "and other bases for code have (fim_pre, fim_suf, fim_mid); use such a base."
+        )
+    begin, gap, end, project, file = marks
+    model = engine._model
+
+    def tokens(text: str) -> list[int]:
+        with engine._core.call():
+            found: list[int] = model.tokenize(text, add_special=False, parse_special=False)
+        return found
+
+    before, after, files = tokens(prefix), tokens(suffix), list[int]()
+    if extra and project >= 0:
+        files += [project, *tokens("project\n")]
+    for each in extra:
+        files += [file] if file >= 0 else []
+        files += tokens(f"{each.get('filename', 'file')}\n{each.get('text', '')}\n")
+    bos = model._lib.llama_vocab_bos(model.vocab)
+    begins = [bos] if model._lib.llama_vocab_get_add_bos(model.vocab) else []
+    n_answer = min(max(n_answer, 128), engine.n_ctx // 2)
+    n_room = engine.n_ctx - n_answer - len(begins) - 3
+    after = after[: max(n_room // 4, n_room - len(before))]
+    n_room -= len(after)
+    before = before[max(0, len(before) - n_room) :]
+    files = files[max(0, len(files) - n_room + len(before)) :]
+    return [*begins, *files, begin, *before, gap, *after, end]

@@ -1,0 +1,161 @@
+"""Ollama's API, by its own client: the answers are those of OpenAI's API and of an Engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ollama
+import pytest
+from bundles import TinyBundle, make_bundle
+from serving import ENGINE, client_of, listening
+from test_thoughts import CALL, OPENS, TOOL, speaking
+from tiny import QWEN
+
+from qaflora_edge import Engine
+
+USER = [{"role": "user", "content": "the thing?"}]
+OPTIONS = {"num_predict": 12, "temperature": 1.0, "seed": 4, "num_ctx": 2048}
+OURS: dict[str, Any] = {"max_tokens": 12, "temperature": 1.0, "seed": 4}
+FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|repo_name|>", "<|file_sep|>")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+    """A bundle over a base with tokens for infill."""
+    place = tmp_path_factory.mktemp("ollama")
+    return make_bundle(place, chat_template=QWEN, n_ctx=1024, user_defined=FIM)
+
+
+@pytest.fixture(scope="module")
+def alone(made: TinyBundle) -> Iterator[Engine]:
+    with Engine(made.folder, **ENGINE) as engine:  # type: ignore[arg-type]
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def url(made: TinyBundle) -> Iterator[str]:
+    with listening(made.folder) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[ollama.Client]:
+    with ollama.Client(url) as client:
+        yield client
+
+
+def test_models(client: ollama.Client, made: TinyBundle) -> None:
+    whole, base = client.list().models
+    assert (whole.model, base.model) == ("tiny:latest", "tiny:base")
+    files = [made.base.path, *(made.folder / "adapters").iterdir()]
+    assert whole.size == sum(path.stat().st_size for path in files)
+    shown = client.show("tiny:latest")
+    assert shown.capabilities == ["completion", "tools", "insert"]
+    assert shown.modelinfo["llama.context_length"] == ENGINE["n_ctx"]
+    assert shown.modelinfo["general.parameter_count"] > 0
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny:latest", "tiny:single:es"])
+def test_a_chat(client: ollama.Client, alone: Engine, model: str) -> None:
+    strategy = "single:es" if "single" in model else None
+    expected = alone.chat(USER, weights=strategy, **OURS)
+    asked: Any = {"model": model, "messages": USER, "options": OPTIONS}
+    found = client.chat(**asked)
+    assert found.message.content == expected.choices[0].message.content
+    assert found.done_reason == "length"
+    assert (found.prompt_eval_count, found.eval_count) == (expected.usage.prompt_tokens, 12)
+    assert found.total_duration > found.eval_duration > 0
+    *parts, last = client.chat(**asked, stream=True)
+    assert "".join(part.message.content for part in parts) == found.message.content
+    assert not any(part.done for part in parts)
+    assert (last.done, last.done_reason, last.eval_count) == (True, "length", 12)
+
+
+def test_texts(client: ollama.Client, alone: Engine) -> None:
+    asked: Any = {"model": "tiny", "options": OPTIONS}
+    turn = client.generate(prompt="the thing?", system="Be short.", **asked)
+    told = [{"role": "system", "content": "Be short."}, *USER]
+    assert turn.response == alone.chat(told, **OURS).choices[0].message.content
+    raw = client.generate(prompt="the <|im_end|> thing", raw=True, **asked)
+    assert raw.response == alone.generate("the <|im_end|> thing", parse_special=True, **OURS).text()
+    streamed = client.generate(prompt="the thing?", system="Be short.", stream=True, **asked)
+    assert "".join(part.response for part in streamed) == turn.response
+    for form in ("json", {"type": "array", "items": {"type": "boolean"}}):
+        for more in ({}, {"raw": True}):
+            wide = {**asked, "options": {**OPTIONS, "num_predict": 200}}
+            found = client.generate(prompt="the thing?", format=form, **wide, **more)
+            kind = dict if form == "json" else list
+            assert found.done_reason == "length" or isinstance(json.loads(found.response), kind)
+    loaded = client.generate(model="tiny")
+    assert (loaded.done_reason, loaded.response) == ("load", "")
+
+
+def test_thoughts_and_calls(tmp_path: Path) -> None:
+    words = ("Hm", " <", "/thi", "nk> \n", CALL)
+    with listening(speaking(tmp_path, words, OPENS)) as url, ollama.Client(url) as client:
+        assert client.show("speaking").capabilities == ["completion", "tools", "thinking"]
+        asked: Any = {"model": "speaking", "messages": USER, "tools": [TOOL]}
+        whole = client.chat(**asked).message
+        assert (whole.thinking, whole.content) == ("Hm", "")
+        parts = [part.message for part in client.chat(**asked, stream=True)]
+        assert "".join(part.thinking or "" for part in parts) == "Hm"
+        for calls in (whole.tool_calls, [c for part in parts for c in part.tool_calls or ()]):
+            ((name, arguments),) = [(c.function.name, c.function.arguments) for c in calls or ()]
+            assert (name, arguments) == ("time", {})
+        answered = {"role": "tool", "tool_name": "time", "content": "noon"}
+        again = client.chat(model="speaking", messages=[*USER, whole, answered], think=False)
+        assert again.message.thinking is None
+
+
+def test_failures_are_texts(client: ollama.Client, url: str) -> None:
+    for fields, status, words in (
+        ({"model": "other", "messages": USER}, 404, "The model is 'other', expected one of tiny."),
+        ({"options": {"temperature": -1}}, 400, "The field options.temperature is -1"),
+        ({"messages": [{**USER[0], "images": ["eA=="]}]}, 400, "expected none: a bundle reads"),
+        (
+            {"messages": [{"role": "user", "content": "the " * 3000}]},
+            400,
+            "more than the context of 512",
+        ),
+    ):
+        for stream in (False, True):
+            with pytest.raises(ollama.ResponseError) as refused:
+                list(client.chat(**{"model": "tiny", "messages": USER, "stream": stream, **fields}))
+            assert words in refused.value.error
+            assert refused.value.status_code == status
+
+
+def test_infill(client: ollama.Client, made: TinyBundle, alone: Engine) -> None:
+    def expected(prompt: str) -> str:
+        return alone.generate(prompt, parse_special=True, max_tokens=12).text()
+
+    begin, end, gap, project, file = FIM
+    plain = expected(f"{begin}def f({end}):{gap}")
+    options = {"num_predict": 12, "temperature": 0}
+    found = client.generate("tiny", "def f(", suffix="):", options=options)
+    assert found.response == plain
+    with client_of(made.folder) as http:
+        body = {"input_prefix": "def ", "prompt": "f(", "input_suffix": "):", "n_predict": 12}
+        body["temperature"] = 0
+        assert http.post("/infill", json=body).json()["content"] == plain
+        extra = [{"filename": "a.py", "text": "x = 1"}]
+        files = f"{project}project\n{file}a.py\nx = 1\n"
+        prompt = f"{files}{begin}def f({end}):{gap}"
+        answer = http.post("/infill", json={**body, "input_extra": extra}).json()
+        assert answer["tokens_evaluated"] == len(alone.tokenize(prompt, parse_special=True))
+        assert answer["content"] == expected(prompt)
+        # What the context cannot hold: files, then the prefix's beginning and the suffix's end.
+        body |= {"input_prefix": "the " * 2000, "input_suffix": ") " * 2000, "input_extra": extra}
+        cut = http.post("/infill", json=body).json()
+        assert cut["tokens_evaluated"] == ENGINE["n_ctx"] - 128
+
+
+def test_infill_needs_a_base_for_it(calibrated: TinyBundle) -> None:
+    with client_of(calibrated.folder) as http:
+        error = http.post("/infill", json={"input_prefix": "a"}).json()["error"]
+    assert error["message"].startswith(
+        "The base tiny llama 0 has no tokens for infill, expected those"
+    )
