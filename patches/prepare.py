@@ -2,11 +2,12 @@
 
     python patches/prepare.py             the patched source
     python patches/prepare.py --archive   only the archive of the binding, checked
+    python patches/prepare.py --vendor    a copy in llama.cpp/ beside patches/, for a source archive
 
 The pinned source archive is fetched (or taken from QAFLORA_SOURCE_ARCHIVE), checked, unpacked
 into a pristine folder, and patched there. The folder's name is a hash of the pin and of every
 patch, so a changed patch never meets an old tree; a folder that was edited by hand is refused.
-Needs git, pip and platformdirs.
+Needs git, pip and platformdirs; only platformdirs where llama.cpp/ holds the patched source.
 """
 
 import hashlib
@@ -226,6 +227,8 @@ def prepare(cache: Path | None = None, patches: Path = PATCHES) -> Path:
     cache = cache_dir() if cache is None else cache
     pin, series = read_pin(patches), read_series(patches)
     key = tree_key(pin, series)
+    if is_prepared(vendored := patches.parent / "llama.cpp", key):
+        return vendored
     tree = cache / "sources" / f"llama.cpp-{pin.llama_cpp_commit[:8]}-{key[:16]}"
     if not is_prepared(tree, key):
         archive = find_archive(pin, cache)
@@ -235,6 +238,17 @@ def prepare(cache: Path | None = None, patches: Path = PATCHES) -> Path:
             make_tree(pin, series, key, archive, fresh)
             publish(fresh, tree, key)
     return tree
+
+
+def vendor() -> Path:
+    """Copy the patched source to llama.cpp/ beside patches/, for a source archive."""
+    tree, target = prepare(), PATCHES.parent / "llama.cpp"
+    if tree != target:
+        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=target.parent) as folder:
+            fresh = Path(folder) / "llama.cpp"
+            shutil.copytree(tree, fresh)
+            publish(fresh, target, tree_key(read_pin(), read_series()))
+    return target
 
 
 def make_tree(pin: Pin, series: list[Path], key: str, archive: Path, fresh: Path) -> None:
@@ -260,11 +274,16 @@ def publish(fresh: Path, tree: Path, key: str) -> None:
 
 def main(arguments: list[str]) -> int:
     """Print what was asked for; on failure say why on stderr and return 1."""
-    if arguments not in ([], ["--archive"]):
-        print("usage: python patches/prepare.py [--archive]", file=sys.stderr)
+    wanted = {
+        (): prepare,
+        ("--archive",): lambda: find_archive(read_pin(), cache_dir()),
+        ("--vendor",): vendor,
+    }
+    if tuple(arguments) not in wanted:
+        print("usage: python patches/prepare.py [--archive | --vendor]", file=sys.stderr)
         return 2
     try:
-        print(find_archive(read_pin(), cache_dir()) if arguments else prepare())
+        print(wanted[tuple(arguments)]())
     except (PrepareError, QafloraError) as error:
         print(f"patches/prepare.py: {error}", file=sys.stderr)
         return 1

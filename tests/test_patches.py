@@ -199,6 +199,20 @@ def test_a_changed_patch_gets_a_tree_of_its_own(project: Project) -> None:
     assert "other_hook();" not in (first / "src" / "a.cpp").read_text()
 
 
+def test_a_source_archive_holds_the_patched_source(project: Project) -> None:
+    """Neither git nor the release is needed there; a changed patch needs both."""
+    made = project.run("--vendor")
+    assert (made.stdout.strip(), made.stderr) == (str(project.folder / "llama.cpp"), "")
+    nothing = {"QAFLORA_SOURCE_ARCHIVE": "/nowhere", "QAFLORA_CACHE": "/nowhere", "PATH": ""}
+    tree = project.prepare(**nothing)
+    assert tree == project.folder / "llama.cpp"
+    assert "hook();" in (tree / "src" / "a.cpp").read_text()
+    project.write_patch(PATCH.replace("hook();", "other_hook();"))
+    assert project.prepare() != tree
+    assert project.run("--vendor").returncode == 0
+    assert "other_hook();" in (project.prepare(**nothing) / "src" / "a.cpp").read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("change", ["edit", "remove", "add"])
 def test_a_tree_that_was_changed_by_hand_is_refused(project: Project, change: str) -> None:
