@@ -213,6 +213,12 @@ test-aarch64: $(DONE)/venv
 	PYTHONPATH=tests $(AARCH64)/python -P tests/every_cpu.py $(AARCH64)/python
 	$(AARCH64)/pytest -m "not slow" tests/test_native.py tests/test_backend.py tests/test_experts.py tests/test_probe.py
 
+# The steps of packages/Containerfile with the wheels of dist/, and one answer of its server. Needs root and mmdebstrap.
+CONTAINER := $(CURDIR)/$(BUILD)/container
+test-container:
+	rm -rf --one-file-system $(CONTAINER)
+	$(PYTHON) packages/container.py $(CONTAINER) $(CONTAINER_ARGS)
+
 # Cases are spread over the readers. `make fuzz MINUTES=1 TARGETS="peft convert"` names some.
 MINUTES ?= 5
 fuzz: $(DONE)/package

@@ -1,0 +1,51 @@
+"""Recipes of package managers ask for what pyproject.toml asks for."""
+
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+import qaflora_edge
+
+OTHER_NAMES = {"python-fastjsonschema": "fastjsonschema"}  # of conda-forge's packages
+
+
+def bounds(requirements: list[str]) -> dict[str, str]:
+    """Name -> versions, without a marker and with names as the package index has them."""
+    pairs = [re.split(r"(?=[ <>=;])", text, maxsplit=1) for text in requirements]
+    names = [OTHER_NAMES.get(name, name.replace("_", "-")) for name, *_ in pairs]
+    texts = ["".join(rest).partition(";")[0].strip() for _, *rest in pairs]
+    return dict(zip(names, texts, strict=True))
+
+
+@pytest.fixture
+def wanted(checkout: Path) -> dict[str, dict[str, str]]:
+    """Versions that a build and a run with the server need."""
+    pyproject = tomllib.loads((checkout / "pyproject.toml").read_text("utf-8"))
+    project = pyproject["project"]
+    run = project["dependencies"] + project["optional-dependencies"]["server"]
+    run.append(f"python {project['requires-python']}")
+    return {"host": bounds(pyproject["build-system"]["requires"]), "run": bounds(run)}
+
+
+def test_recipe_of_conda(checkout: Path, wanted: dict[str, dict[str, str]]) -> None:
+    recipe = yaml.safe_load((checkout / "packages" / "recipe.yaml").read_text("utf-8"))
+    assert recipe["context"]["version"] == qaflora_edge.__version__
+    assert bounds(recipe["requirements"]["run"]) == wanted["run"]
+    host = bounds(recipe["requirements"]["host"])
+    assert host == wanted["host"] | {"python": "", "pip": ""}  # pip is always there, and new
+
+
+def test_derivation_of_nix(checkout: Path, wanted: dict[str, dict[str, str]]) -> None:
+    path = checkout / "packages" / "package.nix"
+    package = path.read_text("utf-8").partition("buildPythonApplication")[2]
+    build, run = package.split("dependencies = [")
+    assert {*re.findall(r"^    ([\w-]+)$", build, re.MULTILINE)} >= wanted["host"].keys()
+    names = {*re.findall(r"^    ([\w-]+)$", run, re.MULTILINE)}
+    assert names | {"python"} == wanted["run"].keys()
+    if shutil.which("nix-instantiate"):
+        subprocess.run(["nix-instantiate", "--parse", path], check=True, capture_output=True)
