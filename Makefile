@@ -213,6 +213,18 @@ test-aarch64: $(DONE)/venv
 	PYTHONPATH=tests $(AARCH64)/python -P tests/every_cpu.py $(AARCH64)/python
 	$(AARCH64)/pytest -m "not slow" tests/test_native.py tests/test_backend.py tests/test_experts.py tests/test_probe.py
 
+# A wheel for Windows, with Debian's g++-mingw-w64-x86-64-posix, and its libraries under wine: logits beside
+# those of the installed package. WINDOWS_ARGS=-DQAFLORA_EVERY_CPU=on has kernels for every processor.
+WINDOWS := $(BUILD)/release/windows
+MINGW := x86_64-w64-mingw32
+test-windows: $(DONE)/package
+	@command -v $(MINGW)-g++-posix && command -v wine || { echo "Missing: apt-get install g++-mingw-w64-x86-64-posix wine" >&2; exit 1; }
+	rm -rf $(WINDOWS)/wheels
+	_PYTHON_HOST_PLATFORM=win-amd64 CMAKE_ARGS="-DCMAKE_SYSTEM_NAME=Windows -DCMAKE_SYSTEM_PROCESSOR=x86_64 \
+	    -DCMAKE_C_COMPILER=$(MINGW)-gcc-posix -DCMAKE_CXX_COMPILER=$(MINGW)-g++-posix $(WINDOWS_ARGS)" $(PIP) wheel --no-deps \
+	    --config-settings build-dir='$(WINDOWS)/{wheel_tag}' --wheel-dir $(WINDOWS)/wheels .
+	PYTHONPATH=tests $(BIN)/python -P packages/windows.py $(WINDOWS)/wheels/qaflora_edge-*.whl
+
 # The steps of packages/Containerfile with the wheels of dist/, and one answer of its server. Needs root and mmdebstrap.
 CONTAINER := $(CURDIR)/$(BUILD)/container
 test-container:
