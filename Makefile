@@ -205,10 +205,11 @@ AARCH64 := .venv-aarch64/bin
 test-aarch64: export OPENBLAS_CORETYPE := ARMV8
 test-aarch64: export OMP_WAIT_POLICY := PASSIVE
 AARCH64_MODELS ?= max cortex-a53 cortex-a72 neoverse-n1
-test-aarch64: $(DONE)/venv
+test-aarch64: $(DONE)/package
 	@ls dist/qaflora_edge-*_aarch64.whl || { echo "There is no such wheel; make it with 'make release ARCH=aarch64'." >&2; exit 1; }
 	.ci/emulated-python aarch64 .venv-aarch64
 	$(PIP) --python $(AARCH64)/python install --only-binary :all: --find-links dist 'pytest>=8.2' dist/qaflora_edge-*_aarch64.whl
+	PYTHONPATH=tests $(BIN)/python -P packages/cross.py aarch64 dist/qaflora_edge-*_aarch64.whl .venv-aarch64/root $(AARCH64_MODELS)
 	PYTHONPATH=tests $(AARCH64)/python -P tests/every_cpu.py $(AARCH64)/python --cpu $(AARCH64_MODELS)
 	PYTHONPATH=tests $(AARCH64)/python -P tests/every_cpu.py $(AARCH64)/python
 	$(AARCH64)/pytest -m "not slow" tests/test_native.py tests/test_backend.py tests/test_experts.py tests/test_probe.py
@@ -223,7 +224,7 @@ test-windows: $(DONE)/package
 	_PYTHON_HOST_PLATFORM=win-amd64 CMAKE_ARGS="-DCMAKE_SYSTEM_NAME=Windows -DCMAKE_SYSTEM_PROCESSOR=x86_64 \
 	    -DCMAKE_C_COMPILER=$(MINGW)-gcc-posix -DCMAKE_CXX_COMPILER=$(MINGW)-g++-posix $(WINDOWS_ARGS)" $(PIP) wheel --no-deps \
 	    --config-settings build-dir='$(WINDOWS)/{wheel_tag}' --wheel-dir $(WINDOWS)/wheels .
-	PYTHONPATH=tests $(BIN)/python -P packages/windows.py $(WINDOWS)/wheels/qaflora_edge-*.whl
+	PYTHONPATH=tests $(BIN)/python -P packages/cross.py windows $(WINDOWS)/wheels/qaflora_edge-*.whl
 
 # The steps of packages/Containerfile with the wheels of dist/, and one answer of its server. Needs root and mmdebstrap.
 CONTAINER := $(CURDIR)/$(BUILD)/container
