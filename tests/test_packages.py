@@ -1,8 +1,6 @@
 """Recipes of package managers ask for what pyproject.toml asks for."""
 
 import re
-import shutil
-import subprocess
 import tomllib
 from pathlib import Path
 
@@ -16,10 +14,11 @@ OTHER_NAMES = {"python-fastjsonschema": "fastjsonschema"}  # of conda-forge's pa
 
 def bounds(requirements: list[str]) -> dict[str, str]:
     """Name -> versions, without a marker and with names as the package index has them."""
-    pairs = [re.split(r"(?=[ <>=;])", text, maxsplit=1) for text in requirements]
-    names = [OTHER_NAMES.get(name, name.replace("_", "-")) for name, *_ in pairs]
-    texts = ["".join(rest).partition(";")[0].strip() for _, *rest in pairs]
-    return dict(zip(names, texts, strict=True))
+    found = {}
+    for text in requirements:
+        name, versions = re.findall(r"([\w-]+)([^;]*)", text)[0]
+        found[OTHER_NAMES.get(name, name.replace("_", "-"))] = versions.strip()
+    return found
 
 
 @pytest.fixture
@@ -41,11 +40,8 @@ def test_recipe_of_conda(checkout: Path, wanted: dict[str, dict[str, str]]) -> N
 
 
 def test_derivation_of_nix(checkout: Path, wanted: dict[str, dict[str, str]]) -> None:
-    path = checkout / "packages" / "package.nix"
-    package = path.read_text("utf-8").partition("buildPythonApplication")[2]
-    build, run = package.split("dependencies = [")
+    text = (checkout / "packages" / "package.nix").read_text("utf-8")
+    build, run = text.partition("buildPythonApplication")[2].split("dependencies = [")
     assert {*re.findall(r"^    ([\w-]+)$", build, re.MULTILINE)} >= wanted["host"].keys()
     names = {*re.findall(r"^    ([\w-]+)$", run, re.MULTILINE)}
     assert names | {"python"} == wanted["run"].keys()
-    if shutil.which("nix-instantiate"):
-        subprocess.run(["nix-instantiate", "--parse", path], check=True, capture_output=True)
