@@ -88,7 +88,7 @@ def build(room: Room, mounts: list[str], steps: list[tuple[str, str]]) -> dict[s
             while text.startswith("--mount="):
                 option, text = text.removeprefix("--mount=").split(maxsplit=1)
                 bind = dict(part.split("=") for part in option.split(","))
-                room.mount(CHECKOUT / bind["source"], bind["target"])
+                room.mount(CHECKOUT / "dist" / bind["source"], bind["target"])
             subprocess.run(room.words(["/bin/sh", "-c", text]), check=True)
         elif word == "ENV":
             room.env |= dict(pair.split("=", 1) for pair in shlex.split(text))
