@@ -249,7 +249,7 @@ OWN_OPTIONS = {
                help="End a request after so many seconds; its answer is cut then."),
         Option("ttl", float, flag="--ttl", low=0, is_open=True, high=1e8, unset="never",
                noun="a number of seconds",
-               help="Close a bundle not used for so many seconds; the next request opens it."),
+               help="Close a bundle unused for so long; the next request opens it."),
         Option("cors_origin", tuple, flag="--cors-origin", metavar="ORIGIN",
                help="Let pages of this origin ask, such as https://example.org; repeatable."),
         Option("allow_adapters", str, flag="--allow-adapters", metavar="FOLDER", unset="none",

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2 as httpx
+import numpy as np
 import ollama
 import pytest
 from bundles import TinyBundle, make_bundle
@@ -15,6 +17,7 @@ from test_thoughts import CALL, OPENS, TOOL, speaking
 from tiny import QWEN
 
 from qaflora_edge import Engine
+from qaflora_edge.server.ollama import _messages
 
 USER = [{"role": "user", "content": "the thing?"}]
 OPTIONS = {"num_predict": 12, "temperature": 1.0, "seed": 4, "num_ctx": 2048}
@@ -52,6 +55,7 @@ def test_models(client: ollama.Client, made: TinyBundle) -> None:
     assert (whole.model, base.model) == ("tiny:latest", "tiny:base")
     files = [made.base.path, *(made.folder / "adapters").iterdir()]
     assert whole.size == sum(path.stat().st_size for path in files)
+    assert [model.model for model in client.ps().models] == ["tiny:latest"]
     shown = client.show("tiny:latest")
     assert shown.capabilities == ["completion", "tools", "insert"]
     assert shown.modelinfo["llama.context_length"] == ENGINE["n_ctx"]
@@ -89,8 +93,40 @@ def test_texts(client: ollama.Client, alone: Engine) -> None:
             found = client.generate(prompt="the thing?", format=form, **wide, **more)
             kind = dict if form == "json" else list
             assert found.done_reason == "length" or isinstance(json.loads(found.response), kind)
-    loaded = client.generate(model="tiny")
-    assert (loaded.done_reason, loaded.response) == ("load", "")
+    for keep_alive, reason in (("5m", "load"), (0, "unload")):
+        loaded = client.generate(model="tiny", keep_alive=keep_alive)
+        assert (loaded.done_reason, loaded.response) == (reason, "")
+    with pytest.raises(ollama.ResponseError, match=r"images is .* expected none"):
+        client.generate(prompt="a", images=[b"x"], **asked)
+
+
+def test_embeddings(client: ollama.Client, alone: Engine) -> None:
+    texts = ["the thing?", "how far is it"]
+    found = client.embed("tiny", texts)
+    np.testing.assert_array_equal(found.embeddings, [alone.embed(text) for text in texts])
+    assert found.prompt_eval_count == sum(len(alone.tokenize(text)) for text in texts)
+
+
+def test_bodies_as_other_programs_send_them(made: TinyBundle) -> None:
+    """Null is unset, whole numbers may be floats, and -1 is nobody's wish."""
+    options = {"num_predict": 3.0, "seed": 42.0, "top_k": -1, "stop": [""], "repeat_penalty": 0}
+    nulls = dict.fromkeys(("stream", "options", "format", "think", "keep_alive", "tools"))
+    messages = [{**USER[0], "images": None}]
+    weather = {"name": "weather", "description": None, "parameters": None}
+    with client_of(made.folder) as http:
+        for more in (
+            {"options": {**options, "repeat_last_n": 64.0}},
+            {**nulls, "options": {"num_predict": 3, "seed": -1}},
+            {"tools": [{"type": "function", "function": weather}], "options": {"num_predict": 3}},
+        ):
+            found = http.post("/api/chat", json={"model": "tiny", "messages": messages, **more})
+            assert found.status_code == 200, found.text
+            assert json.loads(found.text.splitlines()[-1])["eval_count"] == 3
+        assert http.post("/api/show", json={"name": "tiny:latest"}).status_code == 200
+        for path, status in (("/api/pull", 404), ("/api/tags", 405), ("/api/embed", 400)):
+            refused = http.post(path, json={"model": "tiny"})
+            assert refused.status_code == status
+            assert isinstance(refused.json()["error"], str)
 
 
 def test_thoughts_and_calls(tmp_path: Path) -> None:
@@ -105,9 +141,25 @@ def test_thoughts_and_calls(tmp_path: Path) -> None:
         for calls in (whole.tool_calls, [c for part in parts for c in part.tool_calls or ()]):
             ((name, arguments),) = [(c.function.name, c.function.arguments) for c in calls or ()]
             assert (name, arguments) == ("time", {})
+        with httpx.Client(base_url=url) as http:
+            raw = http.post("/api/chat", json={**asked, "stream": False}).json()
+        (call,) = raw["message"]["tool_calls"]
+        assert call["function"]["index"] == 0
         answered = {"role": "tool", "tool_name": "time", "content": "noon"}
         again = client.chat(model="speaking", messages=[*USER, whole, answered], think=False)
         assert again.message.thinking is None
+
+
+def test_calls_get_ids() -> None:
+    """Some templates, such as Mistral's, ask for nine letters and digits."""
+    call = {"function": {"name": "time", "arguments": {}}}
+    result = {"role": "tool", "tool_name": "time", "content": "noon"}
+    given = [*USER, {"role": "assistant", "tool_calls": [call, call]}, result, result]
+    _, said, *results = _messages(given)
+    ids = [each["id"] for each in said["tool_calls"]]
+    assert [each["tool_call_id"] for each in results] == ids
+    assert len({*ids}) == 2
+    assert all(len(each) == 9 and each.isalnum() for each in ids)
 
 
 def test_failures_are_texts(client: ollama.Client, url: str) -> None:
@@ -141,8 +193,8 @@ def test_infill(client: ollama.Client, made: TinyBundle, alone: Engine) -> None:
         body = {"input_prefix": "def ", "prompt": "f(", "input_suffix": "):", "n_predict": 12}
         body["temperature"] = 0
         assert http.post("/infill", json=body).json()["content"] == plain
-        extra = [{"filename": "a.py", "text": "x = 1"}]
-        files = f"{project}project\n{file}a.py\nx = 1\n"
+        extra = [{"filename": "a.py", "text": "x = 1", "time": 1764380000000}]
+        files = f"{project}project\n{file}a.py\nx = 1\n{file}file\n"
         prompt = f"{files}{begin}def f({end}):{gap}"
         answer = http.post("/infill", json={**body, "input_extra": extra}).json()
         assert answer["tokens_evaluated"] == len(alone.tokenize(prompt, parse_special=True))

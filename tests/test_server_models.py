@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import shutil
@@ -134,6 +135,29 @@ def test_a_bundle_is_closed_once_it_was_not_used_for_a_time(places: list[Path]) 
         bundles["one"].n_user -= 1
         ask(client, "one")
         wait_until(lambda: loaded(client) == [])
+
+
+def test_who_asks_as_a_bundle_is_closed_gets_another_engine(places: list[Path]) -> None:
+    async def main() -> None:
+        models = served_models.ServedModels(places, make_options(ttl_s=3600.0))
+        model = models.by_name["one"]
+        with pytest.raises(TimeoutError):  # who asked first is gone while it is opened
+            async with asyncio.timeout(0.001), models.engine(model):
+                pass
+        assert model.opening is not None
+        await model.opening
+        assert model.expiry is not None
+        assert not model.expiry.cancelled()
+        first = model.engine
+        models._close_idle(model)
+        async with models.engine(model) as engine:
+            assert first is not None
+            assert first._core.is_closed
+            assert engine is not first
+            assert engine.tokenize("a")
+        await models.close()
+
+    asyncio.run(main())
 
 
 def test_a_bundle_that_cannot_be_opened_is_told_to_the_log(

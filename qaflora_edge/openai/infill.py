@@ -1,6 +1,6 @@
 """Infill: the prompt for a gap in code, of bases that were trained for it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from qaflora_edge.errors import PromptError
@@ -19,13 +19,13 @@ def infill_tokens(
     engine: Any,
     prefix: str,
     suffix: str,
-    extra: Sequence[Mapping[str, str]] = (),
+    files: Sequence[tuple[str, str]] = (),
     n_answer: int = 0,
 ) -> list[int]:
-    """Make the prompt for what stands between a prefix and a suffix, as llama-server does.
+    """Make the prompt for what stands between a prefix and a suffix, as Qwen2.5-Coder knows it.
 
     engine    an Engine
-    extra     other files, as {"filename", "text"}
+    files     other ones of the project: names and texts
     n_answer  tokens to leave for the answer; at least 128, and half of the context at most
 
     What the context cannot hold is left out: the other files first, then the prefix's beginning
@@ -37,7 +37,7 @@ def infill_tokens(
             f"The base {engine.name} has no tokens for infill, expected those that Qwen2.5-Coder "
             "and other bases for code have (fim_pre, fim_suf, fim_mid); use such a base."
         )
-    begin, gap, end, project, file = marks
+    pre, suf, mid, rep, sep = ([mark] if mark >= 0 else [] for mark in marks)
     model = engine._model
 
     def tokens(text: str) -> list[int]:
@@ -45,18 +45,18 @@ def infill_tokens(
             found: list[int] = model.tokenize(text, add_special=False, parse_special=False)
         return found
 
-    before, after, files = tokens(prefix), tokens(suffix), list[int]()
-    if extra and project >= 0:
-        files += [project, *tokens("project\n")]
-    for each in extra:
-        files += [file] if file >= 0 else []
-        files += tokens(f"{each.get('filename', 'file')}\n{each.get('text', '')}\n")
-    bos = model._lib.llama_vocab_bos(model.vocab)
-    begins = [bos] if model._lib.llama_vocab_get_add_bos(model.vocab) else []
+    before, after = tokens(prefix), tokens(suffix)
+    others = [*rep, *tokens("project\n")] if files and rep else []
+    for name, text in files:
+        others += [*sep, *tokens(f"{name}\n{text}\n")]
+    if files and sep:  # the name of this one is not known
+        others += [*sep, *tokens("file\n")]
+    bos = [model._lib.llama_vocab_bos(model.vocab)]
+    begin = bos if model._lib.llama_vocab_get_add_bos(model.vocab) else []
     n_answer = min(max(n_answer, 128), engine.n_ctx // 2)
-    n_room = engine.n_ctx - n_answer - len(begins) - 3
+    n_room = max(0, engine.n_ctx - n_answer - len(begin) - 3)
     after = after[: max(n_room // 4, n_room - len(before))]
     n_room -= len(after)
     before = before[max(0, len(before) - n_room) :]
-    files = files[max(0, len(files) - n_room + len(before)) :]
-    return [*begins, *files, begin, *before, gap, *after, end]
+    others = others[max(0, len(others) - n_room + len(before)) :]
+    return [*begin, *others, *pre, *before, *suf, *after, *mid]

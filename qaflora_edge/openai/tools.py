@@ -69,6 +69,8 @@ def answer_form(
 
 def _checked(tool: Any) -> dict[str, Any]:
     function = _function(tool)
+    if isinstance(function, Mapping):
+        function = {name: each for name, each in function.items() if each is not None}
     if (
         not isinstance(function, Mapping)
         or not isinstance(function.get("name"), str)
@@ -79,7 +81,7 @@ def _checked(tool: Any) -> dict[str, Any]:
             "{'name': ..., 'description': ..., 'parameters': a JSON schema}}.",
             "tools",
         )
-    return {"type": "function", "function": dict(function)}
+    return {"type": "function", "function": function}
 
 
 def _function(given: Any) -> Any:
@@ -87,7 +89,7 @@ def _function(given: Any) -> Any:
     if not isinstance(given, Mapping) or given.get("type", "function") != "function":
         return None
     flat = {name: each for name, each in given.items() if name not in ("type", "strict")}
-    return given.get("function", {name: each for name, each in flat.items() if each is not None})
+    return given.get("function", flat)
 
 
 def _moved(schema: Any, place: str) -> Any:

@@ -2,12 +2,14 @@
 
 import base64
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 
+from qaflora_edge.arrays import F32
 from qaflora_edge.config import in_group
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import CancelledError
@@ -304,8 +306,8 @@ async def infill(request: Request) -> Computed:
 
     def prompt(engine: Engine, body: bodies.InfillBody) -> list[int]:
         before = body.input_prefix + body.prompt
-        n_answer = body.n_predict or 0
-        return infill_tokens(engine, before, body.input_suffix, body.input_extra, n_answer)
+        files = [(each.filename, each.text) for each in body.input_extra]
+        return infill_tokens(engine, before, body.input_suffix, files, body.n_predict or 0)
 
     return await _completed(request, bodies.InfillBody, prompt)
 
@@ -323,12 +325,15 @@ async def _completed(
     def compute(engine: Engine, out: Computed) -> None:
         answers = engine.answers(prompt(engine, body), 1, cancel=out.cancel, **options)
         sender = Sender(engine, answers, out)
+        limit_ms = getattr(body, "t_max_predict_ms", None) or math.inf
         for answer in sender.answers:
-            text = ""
+            text, start = "", time.perf_counter()
             for piece in answer:
                 text += piece
                 if body.stream:
                     out.send(event({"index": 0, "content": piece, "stop": False}))
+                if "\n" in text and 1e3 * (time.perf_counter() - start) > limit_ms:
+                    answer.cancel()
             whole = {
                 "index": 0,
                 "content": "" if body.stream else text,
@@ -352,20 +357,26 @@ async def embeddings(request: Request) -> Computed:
     model = body.model or served.name
 
     def compute(engine: Engine, out: Computed) -> None:
-        data, n_token = [], 0
-        for index, text in enumerate(_each(body.input)):
-            tokens = engine.tokenize(text)
-            n_token += len(tokens)
-            state = engine.embed(tokens, out.cancel)
-            found: Any = state.tolist()
-            if body.encoding_format == "base64":
-                found = base64.b64encode(state.astype("<f4").tobytes()).decode()
-            data.append({"object": "embedding", "index": index, "embedding": found})
-        out.facts["prompt_tokens"] = n_token
+        states = embedded(engine, _each(body.input), out)
+        data: list[Any] = [state.tolist() for state in states]
+        if body.encoding_format == "base64":
+            data = [base64.b64encode(state.astype("<f4").tobytes()).decode() for state in states]
+        listed = [
+            {"object": "embedding", "index": index, "embedding": each}
+            for index, each in enumerate(data)
+        ]
+        n_token = out.facts["prompt_tokens"]
         usage = {"prompt_tokens": n_token, "total_tokens": n_token}
-        out.send(encoded({"object": "list", "data": data, "model": model, "usage": usage}))
+        out.send(encoded({"object": "list", "data": listed, "model": model, "usage": usage}))
 
     return Computed(request, served, body, compute)
+
+
+def embedded(engine: Engine, texts: Iterable[str | list[int]], out: Computed) -> list[F32]:
+    """Embed texts, float32 [n_embd] each, and note how many tokens they have."""
+    prompts = [engine.tokenize(text) for text in texts]
+    out.facts["prompt_tokens"] = sum(map(len, prompts))
+    return [engine.embed(tokens, out.cancel) for tokens in prompts]
 
 
 async def responses(request: Request) -> Computed:

@@ -149,13 +149,11 @@ async def lora_adapters(request: Request) -> Response:
 async def not_here(request: Request) -> Response:
     """Refuse what OpenAI offers and a bundle cannot do."""
     message = f"{request.url.path:.100} is not offered here: a bundle reads and writes text."
-    return Refusal(501, message, code="not_implemented").response()
+    return Refusal(501, message, code="not_implemented").response(request.url.path)
 
 
 async def _refused(request: Request, error: Exception) -> Response:
-    refused = refusal(error)
-    is_ollama = request.url.path.startswith("/api/")
-    return (ollama.in_words(refused) if is_ollama else refused).response()
+    return refusal(error).response(request.url.path)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -163,7 +161,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     path = f"{request.method:.20} {request.url.path:.100}"
     message = f"{path}: {error.detail}; GET /openapi.json lists what there is."
     code = "method_not_allowed" if error.status_code == 405 else "not_found"
-    found = Refusal(error.status_code, message, code=code).response()
+    found = Refusal(error.status_code, message, code=code).response(request.url.path)
     found.headers.update(error.headers or {})
     return found
 
@@ -180,7 +178,9 @@ API: tuple[tuple[str, Any, type[bodies.Body] | None], ...] = (
     ("/api/chat", ollama.chat, bodies.OllamaChatBody),
     ("/api/generate", ollama.generate, bodies.OllamaTextBody),
     ("/api/show", ollama.show, bodies.ShowBody),
+    ("/api/embed", ollama.embed, bodies.EmbedBody),
     ("/api/tags", ollama.tags, None),
+    ("/api/ps", ollama.ps, None),
     ("/api/version", ollama.version, None),
     ("/apply-template", answers.apply_template, bodies.TemplateBody),
     ("/tokenize", answers.tokenize, bodies.TokenizeBody),

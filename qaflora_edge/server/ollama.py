@@ -1,8 +1,9 @@
 """Ollama's API, as far as it asks models: for programs that look for it on port 11434."""
 
+import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,13 +18,13 @@ from qaflora_edge.openai.chat import begin_chat, chat_shape, response_schema
 from qaflora_edge.openai.infill import infill_marks, infill_tokens
 from qaflora_edge.openai.tools import Tools
 from qaflora_edge.server import requests as bodies
-from qaflora_edge.server.answers import Sender, asked, options_of
+from qaflora_edge.server.answers import Sender, asked, embedded, options_of
 from qaflora_edge.server.requests import Refusal
 from qaflora_edge.server.served_models import ServedModel, ServedModels
 from qaflora_edge.server.stream import Computed, encoded
 
 VERSION = "0.12.6"  # of the Ollama whose API this follows: some clients refuse older ones
-Begin = Callable[[Engine, dict[str, Any]], tuple[Iterator[Generation], Tools | None]]
+Begun = tuple[Iterator[Generation], Tools | None]
 
 
 class Lines(Computed):
@@ -36,13 +37,9 @@ class Lines(Computed):
         return encoded(value) + b"\n"
 
     def _refusal(self, error: BaseException) -> Refusal:
-        return in_words(super()._refusal(error))
-
-
-def in_words(refused: Refusal) -> Refusal:
-    """Let a failure be its message alone, as Ollama says it."""
-    refused.body = {"error": str(refused)}
-    return refused
+        refused = super()._refusal(error)
+        refused.body = {"error": str(refused)}
+        return refused
 
 
 async def version(request: Request) -> Response:
@@ -57,15 +54,29 @@ async def tags(request: Request) -> Response:
     return JSONResponse({"models": cards})
 
 
+async def ps(request: Request) -> Response:
+    """List the models that are loaded, as Ollama does."""
+    served: ServedModels = request.app.state.models
+    loaded = [_card(each, name) for name, each in served.by_name.items() if each.engine]
+    return JSONResponse({"models": loaded})
+
+
 def _card(model: ServedModel, name: str) -> dict[str, Any]:
     name = name if ":" in name else f"{name}:latest"  # some clients add it where they miss it
+    facts = json.dumps([name, model.sha256, model.n_byte], sort_keys=True)
+    details = dict.fromkeys(("parent_model", "parameter_size", "quantization_level"), "")
     return {
         "name": name,
         "model": name,
         "modified_at": _told(model.created_s),
         "size": model.n_byte,
-        "digest": model.sha256.get("base", ""),
-        "details": {"format": "gguf", "family": model.family, "families": [model.family]},
+        "digest": hashlib.sha256(facts.encode()).hexdigest(),
+        "details": {
+            **details,
+            "format": "gguf",
+            "family": model.family,
+            "families": [model.family],
+        },
     }
 
 
@@ -75,7 +86,8 @@ def _told(time_s: float) -> str:
 
 async def show(request: Request) -> Computed:
     """Say what a model can do, as Ollama does."""
-    body, served, _ = await asked(request, bodies.ShowBody)
+    body = await bodies.read(request, bodies.ShowBody)
+    served, _ = request.app.state.models.find(body.model or body.name)
 
     def compute(engine: Engine, out: Computed) -> None:
         model, family = engine._model, served.family
@@ -99,13 +111,13 @@ async def show(request: Request) -> Computed:
     return Lines(request, served, body, compute, is_light=True)
 
 
-async def chat(request: Request) -> Computed:
+async def chat(request: Request) -> Computed | Response:
     """Answer a conversation, in the shape of Ollama."""
     body, served, weighing = await asked(request, bodies.OllamaChatBody)
     options = {**weighing, **_options(request, body), "tools": body.tools}
-    messages = [_message(each) for each in body.messages]
+    messages = _messages(body.messages)
 
-    def begin(engine: Engine, more: dict[str, Any]) -> Any:
+    def begin(engine: Engine, more: dict[str, Any]) -> Begun:
         return begin_chat(engine, messages, **options, **more)
 
     def fields(part: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,20 +127,20 @@ async def chat(request: Request) -> Computed:
             **_thought(part),
         }
         if calls := part.get("tool_calls"):
-            found["tool_calls"] = [{"function": _call(each["function"])} for each in calls]
+            found["tool_calls"] = [_call(i, call) for i, call in enumerate(calls)]
         return {"message": found}
 
     return _answered(request, served, body, begin if messages else None, fields)
 
 
-async def generate(request: Request) -> Computed:
+async def generate(request: Request) -> Computed | Response:
     """Answer a text, or go on with it, in the shape of Ollama."""
     body, served, weighing = await asked(request, bodies.OllamaTextBody)
     options = {**weighing, **_options(request, body)}
     system = [{"role": "system", "content": body.system}] if body.system else []
     messages = [*system, {"role": "user", "content": body.prompt}]
 
-    def begin(engine: Engine, more: dict[str, Any]) -> Any:
+    def begin(engine: Engine, more: dict[str, Any]) -> Begun:
         if not (body.raw or body.suffix) and engine.has_chat_template:
             return begin_chat(engine, messages, **options, **more)
         options["json_schema"] = response_schema(options.pop("response_format"))
@@ -157,15 +169,26 @@ def _options(request: Request, body: bodies.OllamaBody) -> dict[str, Any]:
     return {**options, "response_format": form, "chat_template_kwargs": kwargs}
 
 
-def _message(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message of Ollama's as OpenAI has it."""
-    message = {"content": "", **given}
-    if message.pop("images", None):
-        raise bodies.wrong_field("messages.images", given["images"], "none: a bundle reads text")
-    for theirs, ours in (("thinking", "reasoning_content"), ("tool_name", "name")):
-        if theirs in message:
-            message[ours] = message.pop(theirs)
-    return message
+def _messages(given: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages as OpenAI has them; calls get ids, which some templates ask for."""
+    messages: list[dict[str, Any]] = []
+    ids: list[str] = []  # of calls that no message has answered
+    for n, each in enumerate(given):
+        message = {"content": "", **each}
+        if message.pop("images", None):
+            expected = "none: a bundle reads text"
+            raise bodies.wrong_field("messages.images", each["images"], expected)
+        for theirs, ours in (("thinking", "reasoning_content"), ("tool_name", "name")):
+            if theirs in message:
+                message[ours] = message.pop(theirs)
+        calls = message.get("tool_calls")
+        if isinstance(calls, list) and all(isinstance(call, dict) for call in calls):
+            calls = [{"id": f"{n:06d}{i:03d}", **call} for i, call in enumerate(calls)]
+            message["tool_calls"], ids = calls, [call["id"] for call in calls]
+        if message.get("role") == "tool" and ids:
+            message.setdefault("tool_call_id", ids.pop(0))
+        messages.append(message)
+    return messages
 
 
 def _thought(part: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,29 +196,49 @@ def _thought(part: Mapping[str, Any]) -> dict[str, Any]:
     return {"thinking": thought} if thought else {}
 
 
-def _call(function: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a call with its arguments as an object, as Ollama has them."""
+def _call(index: int, call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a call as Ollama has it, with its arguments as an object."""
+    function = call["function"]
     try:
         arguments = json.loads(function["arguments"])
     except ValueError:
         arguments = None
-    return {**function, "arguments": arguments if isinstance(arguments, dict) else {}}
+    named = {"index": index, "name": function["name"]}
+    arguments = arguments if isinstance(arguments, dict) else {}
+    return {"id": call["id"], "function": {**named, "arguments": arguments}}
+
+
+async def embed(request: Request) -> Computed:
+    """Embed texts, in the shape of Ollama."""
+    body, served, _ = await asked(request, bodies.EmbedBody)
+    texts = [body.input] if isinstance(body.input, str) else body.input
+
+    def compute(engine: Engine, out: Computed) -> None:
+        states = [state.tolist() for state in embedded(engine, texts, out)]
+        n_token = out.facts["prompt_tokens"]
+        out.send(
+            out.framed({"model": body.model, "embeddings": states, "prompt_eval_count": n_token})
+        )
+
+    return Lines(request, served, body, compute)
 
 
 def _answered(
     request: Request,
     served: ServedModel,
     body: bodies.OllamaBody,
-    begin: Begin | None,
+    begin: Callable[[Engine, dict[str, Any]], Begun] | None,
     fields: Callable[[Mapping[str, Any]], dict[str, Any]],
-) -> Computed:
+) -> Computed | Response:
     """Answer once; without a prompt the model is only loaded.
 
     fields  return a part of a message in Ollama's shape
     """
+    head = {"model": body.model, "created_at": _told(time.time())}
+    if begin is None and body.keep_alive in (0, "0", "0s"):
+        return JSONResponse({**head, **fields({}), "done": True, "done_reason": "unload"})
 
     def compute(engine: Engine, out: Computed) -> None:
-        head = {"model": body.model, "created_at": _told(time.time())}
         if begin is None:
             out.send(out.framed({**head, **fields({}), "done": True, "done_reason": "load"}))
             return
@@ -213,7 +256,7 @@ def _answered(
             end = {"done": True, "done_reason": reason, **_counts(answer, out.facts)}
             sender.send_whole({**head, **fields(message), **end})
 
-    return Lines(request, served, body, compute)
+    return Lines(request, served, body, compute, is_light=begin is None)
 
 
 def _counts(answer: Generation, facts: Mapping[str, Any]) -> dict[str, int]:

@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, Field, ValidationError, create_model
+from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
 from pydantic.json_schema import models_json_schema
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
@@ -25,6 +25,7 @@ BODY_S = 60.0  # the longest that a body may take to come
 RETRY_AFTER_S = 2
 MAX_MESSAGES = 2048
 MAX_PROMPTS = 64
+MAX_EMBEDDED = 2048  # texts of one request
 MAX_TOOLS = 128
 MAX_CHOICES = 16  # answers of one request
 MAX_STOPS = 16
@@ -64,10 +65,11 @@ class Refusal(Exception):
             "error": {"message": message, "type": kind, "param": param, "code": code}
         }
 
-    def response(self) -> Response:
-        """Return it as a whole response."""
+    def response(self, path: str) -> Response:
+        """Return it as a whole response to a path: in Ollama's its message alone."""
         headers = {"Retry-After": str(RETRY_AFTER_S)} if self.status == 503 else {}
-        return JSONResponse(self.body, self.status, headers)
+        body = {"error": str(self)} if path.startswith("/api/") else self.body
+        return JSONResponse(body, self.status, headers)
 
 
 def wrong_field(param: str, found: object, expected: str) -> Refusal:
@@ -116,7 +118,7 @@ _MESSAGE: dict[str, Any] = {
 
 Text = Annotated[str, Field(min_length=1)]
 Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
-Prompts = Annotated[list[Text | Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
+Several = Annotated[list[Text | Tokens], Field(min_length=1)]
 Messages = Annotated[
     list[dict[str, Any]],
     Field(
@@ -251,7 +253,7 @@ class ChatBody(TemplateBody, Tooled):
 class TextBody(Answered):
     """Ask /v1/completions."""
 
-    prompt: Text | Tokens | Prompts = Field(
+    prompt: Text | Tokens | Annotated[Several, Field(max_length=MAX_PROMPTS)] = Field(
         title=f"a text, a list of token ids, or a list of these, {MAX_PROMPTS} at most"
     )
 
@@ -266,23 +268,34 @@ class CompletionBody(Answered):
     n: Literal[1] | None = Field(None, title="1: this path gives one answer")
 
 
+class Extra(Strict):
+    """Name another file, and give its text."""
+
+    filename: str = "file"
+    text: str = ""
+
+
 class InfillBody(CompletionBody):
     """Ask /infill."""
 
     input_prefix: str = Field("", title="the text before the gap")
     input_suffix: str = Field("", title="the text after the gap")
-    input_extra: list[dict[str, str]] = Field(
+    input_extra: list[Extra] = Field(
         [], max_length=MAX_PROMPTS, title='a list such as [{"filename": "a.py", "text": "..."}]'
     )
     prompt: str = Field("", title="what the gap begins with")
+    t_max_predict_ms: Annotated[int, Field(ge=0)] | None = Field(
+        None, title="milliseconds after which the answer ends with its line"
+    )
 
 
 class EmbeddingsBody(Body):
     """Ask /v1/embeddings."""
 
-    input: Text | Tokens | Prompts = Field(
-        title=f"a text, a list of token ids, or a list of these, {MAX_PROMPTS} at most"
+    input: Text | Tokens | Annotated[Several, Field(max_length=MAX_EMBEDDED)] = Field(
+        title=f"a text, a list of token ids, or a list of these, {MAX_EMBEDDED} at most"
     )
+    dimensions: None = Field(None, title="nothing: a vector has as many as the base's states")
     encoding_format: Literal["float", "base64"] | None = Field(None, title="float or base64")
 
 
@@ -315,15 +328,35 @@ class AdapterBody(Body):
     config_bytes: Annotated[str, Field(pattern="^[0-9]{1,6}$")] = Field("0", title="a number")
 
 
-OllamaOptions: Any = create_model(
-    "OllamaOptions",
-    __base__=Strict,
-    num_predict=(
-        Annotated[int, Field(ge=-2)] | None,
-        Field(None, title="a number of tokens, or -1 for as many as there is room for"),
-    ),
-    **_FIELDS,
+_OF_OLLAMA = (
+    *("temperature", "top_k", "top_p", "min_p", "seed", "stop", "repeat_penalty"),
+    *("presence_penalty", "frequency_penalty"),
 )
+_Options: Any = create_model(
+    "_Options", __base__=Strict, **{name: _FIELDS[name] for name in _OF_OLLAMA}
+)
+
+
+class OllamaOptions(_Options):  # type: ignore[misc]
+    """Say how Ollama's clients sample: -1 is what nobody asked for, a whole number may be 3.0."""
+
+    num_predict: int | None = Field(
+        None, title="a number of tokens, 0 or less for as many as there is room for"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_ollama(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        found: dict[str, Any] = {
+            name: int(value) if type(value) is float and value.is_integer() else value
+            for name, value in given.items()
+        }
+        if isinstance(found.get("stop"), list):
+            found["stop"] = [text for text in found["stop"] if text != ""] or None
+        unset = (("seed", -1), ("top_k", -1), ("repeat_penalty", 0))
+        return {name: value for name, value in found.items() if (name, value) not in unset}
 
 
 class OllamaBody(Weighed):
@@ -332,25 +365,25 @@ class OllamaBody(Weighed):
     model: Text = Field(title="a model that GET /api/tags lists")
     options: OllamaOptions | None = Field(None, title='an object, as in {"temperature": 0}')
     stream: bool = Field(True, title="true or false")
-    think: bool | Text | None = Field(None, title="true or false")
-    format: dict[str, Any] | Literal["", "json"] | None = Field(
-        None, title="json, or a JSON schema"
+    think: bool | Literal["low", "medium", "high", "max"] | None = Field(
+        None, title="true, false, low, medium, high or max"
     )
-    images: Annotated[list[str], Field(max_length=0)] | None = Field(
-        None, title="none: a bundle reads text"
-    )
+    format: dict[str, Any] | Literal["", "json"] = Field("", title="json, or a JSON schema")
+    keep_alive: Any = None
     verbose: Flag = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_unset(cls, given: Any) -> Any:
+        is_object = isinstance(given, dict)
+        return {k: v for k, v in given.items() if v is not None} if is_object else given
 
     @property
     def sampling(self) -> dict[str, Any]:
         """Give the sampling options in our names."""
         found: dict[str, Any] = self.options.model_dump(exclude_none=True) if self.options else {}
         n_predict = found.pop("num_predict", -1)
-        return found if n_predict < 0 else {**found, "max_tokens": n_predict}
-
-
-class ShowBody(Body):
-    """Ask /api/show."""
+        return found if n_predict <= 0 else {**found, "max_tokens": n_predict}
 
 
 class OllamaChatBody(OllamaBody):
@@ -367,6 +400,21 @@ class OllamaTextBody(OllamaBody):
     suffix: str = ""
     system: str = ""
     raw: Flag = None
+    images: Annotated[list[str], Field(max_length=0)] = Field([], title="none: a bundle reads text")
+
+
+class EmbedBody(Body):
+    """Ask /api/embed."""
+
+    input: Text | Annotated[list[Text], Field(max_length=MAX_EMBEDDED)] = Field(
+        title=f"a text, or a list of {MAX_EMBEDDED} texts at most"
+    )
+
+
+class ShowBody(Body):
+    """Ask /api/show; `name` is the old name of `model`."""
+
+    name: str | None = None
 
 
 class TokenizeBody(Body):

@@ -40,7 +40,9 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         send = partial(_send_guarded, send)
         refused = self._refusal(Headers(scope=scope)) if scope["type"] == "http" else None
-        await (self._app if refused is None else refused.response())(scope, receive, send)
+        await (self._app if refused is None else refused.response(scope["path"]))(
+            scope, receive, send
+        )
 
     def _refusal(self, headers: Headers) -> Refusal | None:
         # Two headers of one name are joined, and then known as nothing.
@@ -103,7 +105,7 @@ class Lock:
                     "The API key is missing or wrong, expected Authorization: Bearer KEY, or "
                     "X-Api-Key: KEY."
                 )
-                refused = Refusal(401, message, code="invalid_api_key").response()
+                refused = Refusal(401, message, code="invalid_api_key").response(scope["path"])
                 refused.headers["WWW-Authenticate"] = "Bearer"
                 await refused(scope, receive, send)
                 return

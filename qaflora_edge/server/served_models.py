@@ -107,6 +107,7 @@ class ServedModel:
     engine      None while it is not loaded; `worker` computes for it
     opening     the task that loads it now; it goes on when the caller gives up
     closing     the one that closed it last
+    expiry      closes it where nobody uses it until then
     has_failed  it could not be opened when it was last asked for
     n_user      requests that use the Engine now
     """
@@ -123,6 +124,7 @@ class ServedModel:
     worker: threading.Thread | None = None
     opening: asyncio.Task[None] | None = None
     closing: asyncio.Task[None] | None = None
+    expiry: asyncio.TimerHandle | None = None
     has_failed: bool = False
     n_user: int = 0
     used_s: float = 0.0
@@ -257,9 +259,21 @@ class ServedModels:
         finally:
             model.n_user -= 1
             model.used_s = time.monotonic()
-            if self._options.ttl_s is not None and not model.n_user:
-                loop = asyncio.get_running_loop()
-                loop.call_later(self._options.ttl_s, self._close_idle, model, model.used_s)
+            self._expire_later(model)
+
+    def _expire_later(self, model: ServedModel) -> None:
+        """Close a bundle that nobody uses from now on for ttl_s."""
+        if model.expiry is not None:
+            model.expiry.cancel()
+        if self._options.ttl_s is not None and not model.n_user:
+            loop = asyncio.get_running_loop()
+            model.expiry = loop.call_later(self._options.ttl_s, self._close_idle, model)
+
+    def _close_idle(self, model: ServedModel) -> None:
+        if model.engine is not None and not model.n_user:
+            model.closing = asyncio.create_task(self._close(model.engine))
+            model.engine = None  # at once: a request that comes now opens another
+            log.info("closed %s: not used for %g s", model.name, self._options.ttl_s)
 
     async def _load(self, model: ServedModel) -> None:
         start = time.perf_counter()
@@ -267,6 +281,8 @@ class ServedModels:
         try:
             async with self._loading:
                 await self._close_unused()
+                if model.closing is not None:
+                    await model.closing
                 engine = await asyncio.to_thread(Engine, model.place, **self._options.engine)
             thread = threading.Thread(target=_compute, args=(engine,), name=model.name, daemon=True)
             thread.start()
@@ -280,6 +296,7 @@ class ServedModels:
             raise Refusal(503, message, code="model_unavailable") from error
         finally:
             model.opening = None
+            self._expire_later(model)  # who asked may be gone
         log.info("opened %s in %.1f s", model.name, time.perf_counter() - start)
 
     async def _close_unused(self) -> None:
@@ -288,24 +305,19 @@ class ServedModels:
         idle = [each for each in opened if not each.n_user]
         if self._options.max_models and len(opened) >= self._options.max_models and idle:
             oldest = min(idle, key=lambda each: each.used_s)
-            await self._close(oldest)
+            engine, oldest.engine = oldest.engine, None
+            await self._close(engine)
             log.info("closed %s: --max-models are open", oldest.name)
-
-    def _close_idle(self, model: ServedModel, used_s: float) -> None:
-        """Close a bundle, unless it was used after this time."""
-        if model.engine and not model.n_user and model.used_s == used_s:
-            model.closing = asyncio.create_task(self._close(model))
-            log.info("closed %s: not used for %g s", model.name, self._options.ttl_s)
 
     async def close(self) -> None:
         """Close every Engine, also those that are being opened; calls that go on end."""
-        opening = [each.opening for each in self.by_name.values() if each.opening]
-        await asyncio.gather(*opening, return_exceptions=True)
+        tasks = [task for each in self.by_name.values() for task in (each.opening, each.closing)]
+        await asyncio.gather(*filter(None, tasks), return_exceptions=True)
         for model in self.by_name.values():
-            await self._close(model)
+            engine, model.engine = model.engine, None
+            await self._close(engine)
 
-    async def _close(self, model: ServedModel) -> None:
-        engine, model.engine = model.engine, None
+    async def _close(self, engine: Engine | None) -> None:
         if engine is not None:
             await asyncio.to_thread(engine.close)
 
