@@ -306,7 +306,7 @@ async def infill(request: Request) -> Computed:
 
     def prompt(engine: Engine, body: bodies.InfillBody) -> list[int]:
         before = body.input_prefix + body.prompt
-        files = [(each.filename, each.text) for each in body.input_extra]
+        files = [(each.filename, each.text) for each in body.input_extra or ()]
         return infill_tokens(engine, before, body.input_suffix, files, body.n_predict or 0)
 
     return await _completed(request, bodies.InfillBody, prompt)

@@ -280,8 +280,8 @@ class InfillBody(CompletionBody):
 
     input_prefix: str = Field("", title="the text before the gap")
     input_suffix: str = Field("", title="the text after the gap")
-    input_extra: list[Extra] = Field(
-        [], max_length=MAX_PROMPTS, title='a list such as [{"filename": "a.py", "text": "..."}]'
+    input_extra: list[Extra] | None = Field(
+        None, max_length=MAX_PROMPTS, title='a list such as [{"filename": "a.py", "text": "..."}]'
     )
     prompt: str = Field("", title="what the gap begins with")
     t_max_predict_ms: Annotated[int, Field(ge=0)] | None = Field(
