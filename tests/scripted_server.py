@@ -97,7 +97,7 @@ def fusion_of(script: Script, body: dict[str, Any]) -> dict[str, Any]:
 def app(script: Script) -> Starlette:
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, Refusal)
-        return error.response()
+        return error.response(request.url.path)
 
     async def models(request: Request) -> Response:
         found = []
@@ -162,7 +162,7 @@ def app(script: Script) -> Starlette:
             script.paths.append(scope["path"])
             given = dict(scope["headers"]).get(b"authorization", b"").decode()
             if script.key and scope["path"] != "/" and given != f"Bearer {script.key}":
-                await Refusal(401, "A key is needed.").response()(scope, receive, send)
+                await Refusal(401, "A key is needed.").response("")(scope, receive, send)
                 return
         await made(scope, receive, send)
 
