@@ -55,8 +55,8 @@ def test_models(client: ollama.Client, made: TinyBundle) -> None:
     assert (whole.model, base.model) == ("tiny:latest", "tiny:base")
     files = [made.base.path, *(made.folder / "adapters").iterdir()]
     assert whole.size == sum(path.stat().st_size for path in files)
-    assert [model.model for model in client.ps().models] == ["tiny:latest"]
     shown = client.show("tiny:latest")
+    assert [model.model for model in client.ps().models] == ["tiny:latest"]
     assert shown.capabilities == ["completion", "tools", "insert"]
     assert shown.modelinfo["llama.context_length"] == ENGINE["n_ctx"]
 
@@ -94,6 +94,7 @@ def test_texts(client: ollama.Client, alone: Engine) -> None:
     for keep_alive, reason in (("5m", "load"), (0, "unload")):
         loaded = client.generate(model="tiny", keep_alive=keep_alive)
         assert (loaded.done_reason, loaded.response) == (reason, "")
+        assert bool(client.ps().models) == (reason == "load")
     with pytest.raises(ollama.ResponseError, match=r"images is .* expected none"):
         client.generate(prompt="a", images=[b"x"], **asked)
 
@@ -197,6 +198,9 @@ def test_infill(client: ollama.Client, made: TinyBundle, alone: Engine) -> None:
         answer = http.post("/infill", json={**body, "input_extra": extra}).json()
         assert answer["tokens_evaluated"] == len(alone.tokenize(prompt, parse_special=True))
         assert answer["content"] == expected(prompt)
+        lines = {str(alone.tokenize("\n")[-1]): 100}
+        late = {**body, "n_predict": 200, "t_max_predict_ms": 1, "logit_bias": lines}
+        assert 0 < http.post("/infill", json=late).json()["tokens_predicted"] < 200
         wrong = http.post("/infill", json={**body, "input_extra": [[None]]}).json()["error"]
         assert (wrong["param"], wrong["code"]) == ("input_extra", "invalid_value")
         # What the context cannot hold: files, then the prefix's beginning and the suffix's end.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -470,11 +469,8 @@ def test_embeddings_are_the_engines(client: TestClient, alone: Engine) -> None:
     for given, texts in (("a", ["a"]), (["a", "b"], ["a", "b"]), (tokens, [tokens])):
         expected = np.array([alone.embed(text) for text in texts])
         np.testing.assert_allclose(np.linalg.norm(expected, axis=1), 1.0, rtol=1e-6)
-        packed = answer(client, "/v1/embeddings", input=given, encoding_format="base64")
-        data = [base64.b64decode(each["embedding"]) for each in packed["data"]]
-        np.testing.assert_array_equal([np.frombuffer(each, "<f4") for each in data], expected)
         n_token = sum(len(alone.tokenize(text)) for text in texts)
-        assert packed["usage"] == {"prompt_tokens": n_token, "total_tokens": n_token}
         plain = answer(client, "/v1/embeddings", input=given, encoding_format="float")
+        assert plain["usage"] == {"prompt_tokens": n_token, "total_tokens": n_token}
         np.testing.assert_array_equal([each["embedding"] for each in plain["data"]], expected)
         CreateEmbeddingResponse.model_validate(plain, strict=True)

@@ -149,7 +149,7 @@ def test_who_asks_as_a_bundle_is_closed_gets_another_engine(places: list[Path]) 
         assert model.expiry is not None
         assert not model.expiry.cancelled()
         first = model.engine
-        models._close_idle(model)
+        models.close_idle(model)
         async with models.engine(model) as engine:
             assert first is not None
             assert first._core.is_closed

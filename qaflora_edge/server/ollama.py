@@ -64,19 +64,15 @@ async def ps(request: Request) -> Response:
 def _card(model: ServedModel, name: str) -> dict[str, Any]:
     name = name if ":" in name else f"{name}:latest"  # some clients add it where they miss it
     facts = json.dumps([name, model.sha256, model.n_byte], sort_keys=True)
-    details = dict.fromkeys(("parent_model", "parameter_size", "quantization_level"), "")
+    nothing = dict.fromkeys(("parent_model", "parameter_size", "quantization_level"), "")
+    kind = {"format": "gguf", "family": model.family, "families": [model.family]}
     return {
         "name": name,
         "model": name,
         "modified_at": _told(model.created_s),
         "size": model.n_byte,
         "digest": hashlib.sha256(facts.encode()).hexdigest(),
-        "details": {
-            **details,
-            "format": "gguf",
-            "family": model.family,
-            "families": [model.family],
-        },
+        "details": nothing | kind,
     }
 
 
@@ -121,11 +117,8 @@ async def chat(request: Request) -> Computed | Response:
         return begin_chat(engine, messages, **options, **more)
 
     def fields(part: Mapping[str, Any]) -> dict[str, Any]:
-        found: dict[str, Any] = {
-            "role": "assistant",
-            "content": part.get("content") or "",
-            **_thought(part),
-        }
+        found: dict[str, Any] = {"role": "assistant", "content": part.get("content") or ""}
+        found |= _thought(part)
         if calls := part.get("tool_calls"):
             found["tool_calls"] = [_call(i, call) for i, call in enumerate(calls)]
         return {"message": found}
@@ -236,6 +229,7 @@ def _answered(
     """
     head = {"model": body.model, "created_at": _told(time.time())}
     if begin is None and body.keep_alive in (0, "0", "0s"):
+        request.app.state.models.close_idle(served)
         return JSONResponse({**head, **fields({}), "done": True, "done_reason": "unload"})
 
     def compute(engine: Engine, out: Computed) -> None:

@@ -267,13 +267,14 @@ class ServedModels:
             model.expiry.cancel()
         if self._options.ttl_s is not None and not model.n_user:
             loop = asyncio.get_running_loop()
-            model.expiry = loop.call_later(self._options.ttl_s, self._close_idle, model)
+            model.expiry = loop.call_later(self._options.ttl_s, self.close_idle, model)
 
-    def _close_idle(self, model: ServedModel) -> None:
+    def close_idle(self, model: ServedModel) -> None:
+        """Close a bundle that nobody uses."""
         if model.engine is not None and not model.n_user:
             model.closing = asyncio.create_task(self._close(model.engine))
             model.engine = None  # at once: a request that comes now opens another
-            log.info("closed %s: not used for %g s", model.name, self._options.ttl_s)
+            log.info("closed %s: not in use", model.name)
 
     async def _load(self, model: ServedModel) -> None:
         start = time.perf_counter()
