@@ -1,5 +1,6 @@
 """Metrics: how an answer is scored, and the registry of all that there are."""
 
+import json
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
@@ -101,6 +102,15 @@ def _plain(text: Any) -> str:
     return " ".join(unicodedata.normalize("NFC", str(text)).split())
 
 
+def is_same_json(text: str, value: Any) -> bool:
+    """Tell whether a whole answer is JSON of this value, in any order of keys: 2 is not 2.0."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return json.dumps(found, sort_keys=True) == json.dumps(value, sort_keys=True)
+
+
 def choice_score(log_probs: Sequence[F32], fields: Fields) -> dict[str, Any]:
     """Tell whether the right choice is the likeliest, by the mean of its tokens; a tie is wrong.
 
@@ -131,6 +141,11 @@ def _check_choice(fields: Fields) -> Fault:
     return None
 
 
+def _check_json(fields: Fields) -> Fault:
+    is_right = fields.get("answer") not in (None, [])
+    return None if is_right else ("answer", "the JSON that is right, or a list of such")
+
+
 def _check_loss(fields: Fields) -> Fault:
     found = fields.get("continuation")
     return None if is_text(found) else ("continuation", "a text that is not blank")
@@ -142,6 +157,7 @@ BUILT_IN = {
         Metric("number", _any_of(lambda a, b: as_number(b) in last_number(a)), check=_check_number),
         Metric("exact", _any_of(lambda a, b: _plain(a) == _plain(b))),
         Metric("contains", _any_of(lambda a, b: _plain(b).casefold() in _plain(a).casefold())),
+        Metric("json", _any_of(is_same_json), check=_check_json),
         Metric("choice", choice_score, "choices", _check_choice, is_likelihood=True),
         Metric("loss", loss, "continuation", _check_loss, is_likelihood=True),
     )
