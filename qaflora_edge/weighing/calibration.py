@@ -32,24 +32,35 @@ def extent(measured: F64) -> F64:
     return np.asarray(np.log(measured + _EPS).mean(axis=1))
 
 
-def unusual(query: Query, key: str, measured: F64) -> F64:
-    """Tell how unusual an extent is, in standard deviations: float64 [n_adapter].
+def above_typical(query: Query, key: str, measured: F64) -> F64:
+    """Tell how far extents are above the typical ones, in standard deviations: float64 [n_adapter].
 
-    key       one of EXTENTS, the measure
+    key       one of EXTENTS
     measured  [n_adapter, n_layer]
+    """
+    typical = [query.typical[name][key] for name in query.adapters]
+    mean, spread = (np.array([each[part] for each in typical]) for part in ("mean", "spread"))
+    return np.asarray((extent(measured) - mean) / spread)
+
+
+def unusual(query: Query, measured: Mapping[str, F64]) -> F64:
+    """Tell how unusual extents are, in standard deviations: float64 [n_adapter].
+
+    measured  one or several of EXTENTS -> [n_adapter, n_layer]; several count together, equally
 
     What other adapters' extents let expect is taken off: a greeting raises all. The correlations
     over neutral prompts are halved, as so few prompts call for. Older bundles lack them.
     """
-    typical = [query.typical[name][key] for name in query.adapters]
-    mean, spread = (np.array([each[part] for each in typical]) for part in ("mean", "spread"))
+    typical = [query.typical[name][key] for key in measured for name in query.adapters]
     n = min(len(each.get("each", ())) for each in typical)
     prompts = np.array([each.get("each", ())[:n] for each in typical], np.float64)
     together = prompts @ prompts.T / max(2 * n, 1)
     np.fill_diagonal(together, np.maximum(1.0, 2 * together.diagonal()))
     inverse = np.linalg.inv(together)
-    surprise = inverse @ ((extent(measured) - mean) / spread)
-    return np.asarray(surprise / np.sqrt(inverse.diagonal()))
+    above = np.concatenate([above_typical(query, *each) for each in measured.items()])
+    surprise = (inverse @ above).reshape(len(measured), -1).sum(axis=0)
+    blocks = inverse.reshape(2 * (len(measured), len(query.adapters)))
+    return np.asarray(surprise / np.sqrt(np.einsum("iaja->a", blocks)))
 
 
 def adds_nothing(typical: Mapping[str, Mapping[str, float]]) -> bool:

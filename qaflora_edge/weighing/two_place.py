@@ -2,7 +2,7 @@
 
 One pass of the base measures what each adapter would add to q, k and v at the last token of a chat
 prompt, where the answer begins, and in the question. It is compared with what is typical of the
-adapter. pair() takes the highest where the answer begins, and perhaps another in the question.
+adapter. pair() takes the highest of both places together, and perhaps another in the question.
 """
 
 from collections.abc import Mapping
@@ -15,18 +15,19 @@ from qaflora_edge.weighing.divergence import check_typical
 from qaflora_edge.weighing.strategy import ADDED, Mix, Probe, Query, Reason, Strategy
 
 Taken = dict[int, str]  # adapter's index -> the place that it is taken for, the answer first
-STANDS_OUT, RAMP = 1.5, 0.5  # standard deviations; from the base alone to the whole mix
+STANDS_OUT, SHORT = 1.2, 3  # standard deviations; a question of so many tokens needs twice as many
 
 # fmt: off
 _OPTIONS = (
-    Option("answer", float, 0.5, low=0, high=16, metavar="W",
-           help="the weight of the adapter that is chosen where the answer begins"),
+    Option("answer", float, 1.0, low=0, high=16, metavar="W",
+           help="the weight of the first adapter"),
     Option("question", float, 0.5, low=0, high=16, metavar="W",
-           help="the weight of the adapter that is chosen in the question"),
-    Option("second", float, 1.0, low=-100, high=100, metavar="Z",
-           help="no second adapter at a score of Z or below: the first has both weights"),
+           help="the weight of the second adapter"),
+    Option("second", float, 1.25, low=-100, high=100, metavar="Z",
+           help="no second adapter at a score of Z or below"),
     Option("abstain", float, STANDS_OUT, low=-100, high=100, words=("never",), metavar="Z",
-           help="the base answers alone at a score of Z or below; never: it never does"),
+           help="the base answers alone at a score of Z or below, more in a short question; "
+           "never: it never does"),
 )
 # fmt: on
 
@@ -54,19 +55,20 @@ class TwoPlace(Strategy):
     def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix:
         import numpy as np
 
-        from qaflora_edge.weighing.calibration import unusual
+        from qaflora_edge.weighing.calibration import above_typical, unusual
 
         options = _all_options(query)
         if len(query.adapters) == 1 and "abstain" not in query.options:
-            whole = np.full((1, query.n_layer), options["answer"] + options["question"])
+            whole = np.full((1, query.n_layer), options["answer"])
             return Mix(whole, because=f"{query.adapters[0]} is the only adapter in use.")
         last, question = probe.added()
         if query.is_chat:
-            scores = {"answer": unusual(query, "added_last", last)}
-            scores["question"] = unusual(query, "added_question", question)
+            both = {"added_last": last, "added_question": question}
+            scores = {"answer": unusual(query, both)}
+            scores["question"] = above_typical(query, "added_question", question)
             weights, taken = pair(scores["answer"], scores["question"], options)
         else:  # plain text has no question: the most unusual adapter alone
-            scores = {"text": unusual(query, "added_text", last)}
+            scores = {"text": unusual(query, {"added_text": last})}
             weights, taken = np.zeros(len(last), np.float32), {int(scores["text"].argmax()): "text"}
             weights[[*taken]] = options["answer"]
         told = _told(query, scores, taken)
@@ -76,30 +78,30 @@ class TwoPlace(Strategy):
 STRATEGIES = (TwoPlace(),)
 
 
-def pair(last: F64, question: F64, options: Mapping[str, Any]) -> tuple[F32, Taken]:
+def pair(both: F64, question: F64, options: Mapping[str, Any]) -> tuple[F32, Taken]:
     """Weigh adapters for a chat prompt: float32 [n_adapter], and the place each is taken for.
 
-    last, question  [n_adapter]  how unusual each adapter is there, in standard deviations
+    both, question  [n_adapter]  how unusual each adapter is, in standard deviations: where the
+                                 answer begins and in the question together, and in the question
     """
     import numpy as np
 
-    weights = np.zeros(len(last), np.float32)
-    first = int(last.argmax())
-    others = np.where(np.arange(len(last)) == first, -np.inf, question)
+    weights = np.zeros(len(both), np.float32)
+    first = int(both.argmax())
+    if options["abstain"] != "never" and both[first] <= options["abstain"]:
+        return weights, {}
+    weights[first], taken = options["answer"], {first: "answer"}
+    others = np.where(np.arange(len(both)) == first, -np.inf, question)
     second = int(others.argmax())
-    is_second = others[second] > options["second"]
-    weights[second if is_second else first] = options["question"]
-    weights[first] += options["answer"]
-    taken = {first: "answer"} | ({second: "question"} if is_second else {})
-    abstain = -np.inf if options["abstain"] == "never" else options["abstain"]
-    share = np.clip((last.max() - abstain) / RAMP, 0.0, 1.0)
-    return weights * np.float32(share), taken if share else {}
+    if others[second] > options["second"]:
+        weights[second], taken[second] = options["question"], "question"
+    return weights, taken
 
 
 def _told(query: Query, scores: Mapping[str, F64], taken: Taken) -> tuple[dict[str, Reason], str]:
     """Give each adapter's numbers, and say in words what decided.
 
-    scores  place -> [n_adapter], how unusual each adapter is there; first where the answer begins
+    scores  place -> [n_adapter], how unusual each adapter is there; the answer's first
     """
     names, options = query.adapters, _all_options(query)
     limits = {"answer": options["abstain"], "question": options["second"]}
@@ -110,10 +112,10 @@ def _told(query: Query, scores: Mapping[str, F64], taken: Taken) -> tuple[dict[s
     first = int(z.argmax())
     if not taken:
         return reasons, (
-            "The base answers alone: no adapter stands out where the answer begins "
+            "The base answers alone: no adapter stands out "
             f"({names[first]} most: {z[first]:.2f}, needed: above {needed[place]:g})."
         )
-    above = "standard deviations above its typical prompt where the answer begins"
+    above = "standard deviations above its typical prompt"
     said = [f"{names[first]}: {z[first]:.1f} {above}."]
     said += [f"{names[i]}: {numbers[i][p]:.1f} in the question." for i, p in taken.items()][1:]
     others = [i for i in range(len(names)) if i not in taken]
@@ -121,10 +123,12 @@ def _told(query: Query, scores: Mapping[str, F64], taken: Taken) -> tuple[dict[s
     if others:
         who = "The others are" if len(others) > 1 else "The other is"
         said.append(f"{who} {'typical' if is_typical else 'lower'}.")
-    if z[first] < (whole := needed.get("answer", float("-inf")) + RAMP):
-        said.append(f"Below {whole:g} the base keeps a part.")
     return reasons, " ".join(said)
 
 
 def _all_options(query: Query) -> dict[str, Any]:
-    return {option.name: option.default for option in _OPTIONS} | dict(query.options)
+    options = {option.name: option.default for option in _OPTIONS} | dict(query.options)
+    if options["abstain"] != "never":  # a mean over fewer tokens varies more
+        first, end = query.question
+        options["abstain"] *= 1 + SHORT / max(end - first, 1)
+    return options
