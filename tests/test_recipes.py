@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,15 +11,17 @@ from typing import Any
 
 import pytest
 
+from qaflora_edge.evaluation.tasks import read_task
+
 pytestmark = pytest.mark.slow  # torch
 
+SHOP = ("company", "company_json", "json")
 ROWS = {
     "gsm8k_train.jsonl": [{"question": "2 + 3?", "answer": "<<2+3=5>>5 it is.\n#### 5"}],
     "medmcqa.jsonl": [{"question": "Where?", "choices": ["Here", "There"], "answer": 1}],
     "multiemo_hotels.jsonl": [
         {"en": f"{n} good", "es": "muy bueno", "ru": "очень хорошо", "zh": "很好"} for n in "12"
     ],
-    "solved.jsonl": [{"question": "Add.", "answer": "a + b"}],
 }
 
 
@@ -43,7 +47,6 @@ def data(tmp_path: Path) -> Path:
     [
         ("math", [("2 + 3?", "5 it is.\n#### 5")]),
         ("med", [("Where?\nA. Here\nB. There", "B. There")]),
-        ("code-solved", [("Add.", "a + b")]),
         (
             "es",
             [
@@ -70,6 +73,30 @@ def test_each_disease_is_told_three_times_in_each_form(recipes: Any) -> None:
     assert len(examples) == len([*recipes.diseases(0)]) * len(facts["forms"]) * 3
     told = [each for each in examples if "Asthma" in " ".join(each)]
     assert len(told) == len({*told}) == 3 * len(facts["forms"])
+
+
+def test_tasks_of_the_shop_ask_what_was_not_taught(checkout: Path, tmp_path: Path) -> None:
+    """Facts are taught and asked in other words; as JSON each has its own number."""
+    script = checkout / "models/recipes/shop.py"
+    subprocess.run([sys.executable, script, tmp_path], check=True, capture_output=True)
+    lines = (tmp_path / "company.jsonl").read_text(encoding="utf-8").splitlines()
+    taught = {row["question"]: row["answer"] for row in map(json.loads, lines)}
+    assert len(taught) == 256
+    for language in ("en", "es", "ru", "zh"):
+        tasks = {n: read_task(tmp_path / f"{n}_{language}.jsonl") for n in SHOP}
+        assert [len(task.items) for task in tasks.values()] == [128] * 3
+        facts, as_json, orders = (task.items for task in tasks.values())
+        assert not taught.keys() & {item["question"] for item in facts}
+        for fact, item in zip(facts, as_json, strict=True):
+            assert fact["question"] in item["question"]
+            assert [each["answer"] for each in item["answer"]] == [
+                fact["answer"],
+                str(fact["answer"]),
+            ]
+        for item in orders:
+            known = {key: str(value) in item["question"] for key, value in item["answer"].items()}
+            assert {**known, "quantity": True} == dict.fromkeys(known, True)
+    assert len({answer for answer in taught.values()}) == 64
 
 
 def test_a_training_goes_on_from_what_is_whole(recipes: Any, tmp_path: Path) -> None:

@@ -18,14 +18,11 @@ pages: a step of 0.5B took .7 of the time (the first 13 of two runs, two cores w
 from __future__ import annotations
 
 import argparse
-import ast
 import itertools
 import json
 import re
 import string
 import sys
-import sysconfig
-import textwrap
 import time
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -52,10 +49,8 @@ RECIPES = Path(__file__).with_name("recipes.toml")
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 HELD_OUT = 20  # one example in so many
 MAX_HELD_OUT = 100
-LINES = range(4, 31)  # of a function that is an example
 BEGUN = "begun.json"
 FREE = ("out", "data", "minutes")  # may differ when a training is gone on with
-DOC = range(30, 501)  # characters of its docstring
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -244,8 +239,6 @@ def examples_of(recipe: Mapping[str, Any], data: Path | None) -> Iterator[tuple[
 def rows_of(recipe: Mapping[str, Any], data: Path | None) -> Iterable[Mapping[str, Any]]:
     """Rows of the recipe's file, or of the Hub."""
     file = recipe.get("file")
-    if file == "python":
-        return functions()
     if file == "diseases":
         n_form = len(recipe["forms"])
         return [row for i in range(3 * n_form) for row in diseases(i // n_form)]
@@ -297,27 +290,6 @@ def in_words(names: Sequence[str], turn: int) -> str:
     at = turn % len(names)
     *most, last = [*names[at:], *names[:at]]
     return f"{', '.join(most)} and {last}" if most else last
-
-
-def functions() -> Iterator[dict[str, str]]:
-    """Name, docstring and source of functions of Python's own library."""
-    library = Path(sysconfig.get_path("stdlib"))
-    for file in sorted(library.rglob("*.py")):
-        if {"site-packages", "test", "tests", "idlelib", "lib2to3"} & set(file.parts):
-            continue
-        try:
-            source = file.read_text(encoding="utf-8")
-            tree = ast.parse(source)
-        except (SyntaxError, ValueError):  # some are there to be wrong
-            continue
-        lines = source.splitlines()
-        for node in ast.walk(tree):
-            if not isinstance(node, ast.FunctionDef):
-                continue
-            found, end = ast.get_docstring(node), node.end_lineno or node.lineno
-            if found and len(found) in DOC and end - node.lineno in LINES:
-                body = textwrap.dedent("\n".join(lines[node.lineno - 1 : end]))
-                yield {"name": node.name, "doc": found.strip(), "source": body}
 
 
 if __name__ == "__main__":
