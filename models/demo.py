@@ -49,8 +49,8 @@ QWEN = Demo(
     base="qwen2.5-coder-0.5b-instruct",
     bundle="demo",
     ways="two-place,base",
-    opening="One base of 0.5 billion parameters and six adapters (math, es, ru, zh, coder,\n"
-    "medicine), trained for minutes each. Nobody says which ones a question needs.",
+    opening="One base of 0.5 billion parameters and six adapters (math, es, ru, zh, the facts of\n"
+    "a made-up shop, json), trained for minutes each. Nobody says which ones a question needs.",
     closing="`two-place` is the mix, `base` the base alone. Why this mix:\n"
     '    qaflora weights demo "QUESTION"\n'
     "Your own questions:\n"
@@ -58,23 +58,23 @@ QWEN = Demo(
     questions=(
         Question(
             "Maths in Spanish",
-            "Luis compra 4 paquetes de galletas. Cada paquete tiene 8 galletas. Se come 6 "
-            "galletas. ¿Cuántas galletas le quedan?",
-            "26",
+            "En una granja hay 7 gallinas y cada una pone 4 huevos por semana. El granjero se "
+            "come 9 huevos. ¿Cuántos huevos quedan?",
+            "19",
             ("math", "es"),
         ),
         Question(
-            "Maths in Chinese",
-            "商店有5箱牛奶，每箱有24瓶。今天卖掉了37瓶。商店还剩下多少瓶牛奶？",
-            "83",
-            ("math", "zh"),
+            "An order in Russian, as JSON",
+            "Извлеки заказ: Здравствуйте, меня зовут Ольга Белова. Пришлите, пожалуйста, артикул "
+            "K-207, семь шт. Мой номер 340-1187.",
+            '"item": "K-207", "quantity": 7',
+            ("json", "ru"),
         ),
         Question(
-            "Code in Russian",
-            "Мне нужна функция на Python, которая переворачивает строку, то есть возвращает её "
-            "буквы в обратном порядке. Покажи только код.",
-            "[::-1]",
-            ("coder", "ru"),
+            "A fact of the shop, as JSON",
+            "Answer as JSON: What is the extension of the Cork shop?",
+            "934",
+            ("json", "company"),
         ),
         Question(
             "A general question, left to the base",

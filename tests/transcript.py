@@ -19,11 +19,11 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 PAGE = CHECKOUT / "docs/quickstart.md"
 BLOCK = re.compile(r"```transcript\n(.*?)```\n", re.DOTALL)
 DEMO = runpy.run_path(str(CHECKOUT / "models/demo.py"))["QWEN"]
-SPANISH, CHINESE, RUSSIAN, GENERAL = DEMO.questions
+SPANISH, RUSSIAN, FACT, GENERAL = DEMO.questions
 SCRIPT = f"""\
 from qaflora_edge import Engine
 
-question = "{CHINESE.text}"
+question = "{FACT.text}"
 with Engine("demo") as engine:
     answer = engine.chat([{{"role": "user", "content": question}}])
     print(answer.choices[0].message.content)
@@ -39,20 +39,18 @@ class Step:
 
 
 def mix(question: Any) -> str:
-    """Who speaks, as `run` and `compare` show it; `two-place` takes both in equal parts."""
-    return " · ".join(f"{name} 50 %" for name in question.mix) or "base"
+    """Who speaks, as `run` and `compare` show it; `two-place` takes half of the second."""
+    parts = zip(question.mix, ("100 %", "50 %"), strict=False)
+    return " · ".join(map(" ".join, parts)) or "base"
 
 
 STEPS = (
     Step(f'qaflora run demo "{SPANISH.text}"', (SPANISH.right, mix(SPANISH), "tok/s")),
     Step(f'qaflora weights demo "{SPANISH.text}"', SPANISH.mix),
-    Step(  # without the lines that would end the page's block
-        f"qaflora run demo \"{RUSSIAN.text}\" | grep -v '```'",
-        (RUSSIAN.right, *mix(RUSSIAN).split(" · ")),
-    ),
+    Step(f'qaflora run demo "{RUSSIAN.text}"', (RUSSIAN.right, mix(RUSSIAN))),
     Step(f'qaflora run demo "{GENERAL.text}"', (GENERAL.right, "[base;")),
     Step("cat first.py", tuple(SCRIPT.splitlines())),
-    Step("python first.py", (CHINESE.right,)),
+    Step("python first.py", (FACT.right,)),
     Step("QAFLORA_BUNDLES=. qaflora list | head -n 1", ("bundle   demo ",)),
 )
 
