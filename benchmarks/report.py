@@ -43,19 +43,25 @@ HERE = Path(__file__).resolve().parent
 BASE, SUBJECT, BEST = "base", "subject", "best single adapter, in hindsight"
 # The beginning of a file's name -> the set that it belongs to; of several the longest counts.
 SETS = {
-    **{name: name for name in ("taught", "shipped", "six", "pair", "told", "twenty", "wide", "xl")},
+    **{name: name for name in ("demo", "grid", "taught", "shipped", "six", "pair", "told")},
+    **{name: name for name in ("twenty", "wide", "xl")},
     **{"shipped-mix": "shipped mix", "own": "taught", "own-anew": "anew"},
     **{"taught-anew": "anew", "taught-pair": "taught pair"},
     **{"pair-medical-text": "pair text", "refresh": "six", "refresh-two": "taught"},
 }
 # The adapter of a subject, whichever of them is loaded.
-ADAPTERS = {"math": ("math",), "code": ("coder", "code"), "medical": ("medicine", "med")}
+ADAPTERS = {
+    **{"math": ("math",), "code": ("coder", "code"), "medical": ("medicine", "med")},
+    **{"company": ("company",), "json": ("json",), "company_json": ("company",)},
+}
 LANGUAGES = {"es": "Spanish", "ru": "Russian", "zh": "Chinese"}
 TITLES = {"math": "maths", "code": "code", "medical": "medicine"}
-NINE = [f"{subject}_{language}" for subject in ADAPTERS for language in LANGUAGES]
+# Of the set MAIN: what is in the table and the charts.
+SHOP = {"math": "maths", "company": "facts", "json": "orders", "company_json": "facts as JSON"}
+CELLS = [f"{subject}_{language}" for subject in ADAPTERS for language in LANGUAGES]
+NINE = [cell for cell in CELLS if cell.partition("_")[0] in TITLES]
 # Part of a set -> the set, and which items of a cell, by subject.
 PARTS = {
-    "taught fresh": ("taught", {"math": (48, None), "code": (16, None), "medical": (48, None)}),
     "anew first": ("anew", {"math": (0, 16), "code": (0, 10), "medical": (0, 48)}),
 }
 # Cells of one_reading.py -> their rows.
@@ -168,8 +174,8 @@ def shared(cell: Cell, strategies: Iterable[str]) -> Cell:
 
 
 def subject_of(cell: Cell) -> str:
-    """Name the subject of a cell: the first part of its name."""
-    return str(cell.task["name"]).partition("_")[0]
+    """Name the subject of a cell: its name without the language."""
+    return str(cell.task["name"]).rpartition("_")[0]
 
 
 def named(cell: Cell, strategy: str) -> str:
@@ -198,7 +204,7 @@ class Figures:
             cell
             for each in name.split("+")
             for key, cell in self.sets[each].cells.items()
-            if key == subject or (key in NINE and key.startswith(subject))
+            if key == subject or (key in CELLS and subject in ("", key.rpartition("_")[0]))
             if all(cell.scored(named(cell, strategy)) for strategy in strategies)
         ]
         if not found:
@@ -268,16 +274,14 @@ def figure(value: float, digits: int) -> str:
     return NONE if math.isnan(value) else f"{value:.{digits}f}"
 
 
-MAIN = "shipped"  # the set of the first table and of the charts
+MAIN = "demo"  # the set of the first table and of the charts
 RIVALS = (BASE, SUBJECT, STATIC, "qa-flora", "two-place")
 SHOWN = {SUBJECT: "subject's adapter alone"}
 ROWS = {
-    "shipped": "the six of `demo/`, nine cells",
+    "demo": "the six of `demo/`, twelve cells",
+    "shipped": "earlier ones of rank 5, nine cells",
     "taught": "six of rank 16, nine cells",
-    "taught fresh": "its last questions",
-    "anew": "`coder` and `medicine` trained again",
     "twenty": "twenty adapters, nine cells",
-    "six": "earlier adapters, maths only",
     "xl": "1.5B base, four adapters, maths",
 }
 
@@ -289,12 +293,12 @@ def nine_table(figures: Figures) -> str:
         cells = figures.cells(MAIN, RIVALS)
         by_subject = [
             "{} of {}".format(*figures.right(figures.cells(MAIN, RIVALS, subject), strategy))
-            for subject in ADAPTERS
+            for subject in SHOP
         ]
         score = number(figures.points(cells, strategy).value, POINTS)
         ahead = NONE if strategy == STATIC else gain(figures.over(MAIN, strategy, STATIC))
         rows.append((SHOWN.get(strategy, f"`{strategy}`"), *by_subject, score, ahead))
-    head = ("", *TITLES.values(), "of 100, mean of nine", "ahead of `static`")
+    head = ("", *SHOP.values(), "of 100, mean of twelve", "ahead of `static`")
     return table(head, rows)
 
 
@@ -302,7 +306,7 @@ def sets_table(figures: Figures) -> str:
     """Compare strategies in each set, on the questions that all of them were asked."""
     rows = []
     for name, title in ROWS.items():
-        cells = figures.cells(name, RIVALS, "math" if name == "six" else "")
+        cells = figures.cells(name, RIVALS)
         scores = [number(figures.points(cells, each).value, POINTS) for each in RIVALS]
         n_item = figures.right(cells, "two-place")[1]
         gains = [cell.gains("two-place", STATIC) for cell in cells]
@@ -340,16 +344,6 @@ def reading_table(_: Figures) -> str:
     return table(("", *(f"{name}, {half}" for name in names for half in halves)), rows)
 
 
-def by_set(figures: Figures, one: str, other: str, strategy: str) -> str:
-    """Compare a strategy in two sets, on the questions that both were asked."""
-    gains = []
-    for name in NINE:
-        mine, theirs = (figures.sets[each].cells[name].rows[strategy] for each in (one, other))
-        items = mine.keys() & theirs.keys()
-        gains.append(np.array([mine[i]["score"] - theirs[i]["score"] for i in items]))
-    return gain(difference(gains, is_right=True))
-
-
 def read(gains: Sequence[np.ndarray], digits: int = 1) -> str:
     """Write the mean over groups with its interval."""
     value, low, high = (f"{each:+.{digits}f}" for each in interval(gains))
@@ -368,30 +362,19 @@ def rights(figures: Figures, name: str, one: str, other: str, subject: str = "")
     return f"{n_right} and {figures.right(cells, other)[0]} of {n_item}"
 
 
-def by_sums(figures: Figures, name: str, one: str, other: str) -> str:
-    """Compare as `over` does, with choices scored by the sum of their tokens' log-probabilities."""
-    gains = [
-        np.array([after_sum(mine) - after_sum(cell.rows[other][at]) for at, mine in rows.items()])
-        for cell in figures.cells(name, (one, other))
-        for rows in (cell.rows[one],)
-    ]
-    return gain(difference(gains, is_right=True))
-
-
-def after_sum(row: Row) -> float:
-    """Give a record's score by the sum, where it has one."""
-    return float(row.get("score_sum", row["score"]))
+def points_of(figures: Figures, name: str, strategy: str) -> str:
+    """Write how many of 100 a strategy has right, on what all rivals were asked."""
+    return number(figures.points(figures.cells(name, RIVALS), strategy).value, POINTS)
 
 
 FIGURES: dict[str, Callable[..., str]] = {
     "over": lambda figures, *words: gain(figures.over(*words)),
-    "sums": by_sums,
+    "points": points_of,
     "right": rights,
     "nine": nine_table,
     "sets": sets_table,
     "reading": reading_table,
     "readings": read_mean,
-    "by_set": by_set,
 }
 
 
@@ -501,15 +484,16 @@ def ends(found: Estimate) -> charts.Range:
 
 def result_charts(figures: Figures) -> dict[str, str]:
     """Draw the charts of docs/results.md: name of the file -> SVG."""
+    shown = [f"{subject}_{language}" for subject in SHOP for language in LANGUAGES]
     rivals = {f"ahead of {SHOWN.get(s, s)}": s for s in (BASE, STATIC, "qa-flora")}
     rivals["ahead of subject's adapter"] = SUBJECT
     differences = {
-        title: [ends(figures.over(MAIN, "two-place", rival, cell)) for cell in (*NINE, "")]
+        title: [ends(figures.over(MAIN, "two-place", rival, cell)) for cell in (*shown, "")]
         for title, rival in rivals.items()
     }
-    rows = [f"{TITLES[s]}, {language}" for s in TITLES for language in LANGUAGES.values()]
+    rows = [f"{SHOP[s]}, {language}" for s in SHOP for language in LANGUAGES.values()]
     by_subject = {}
-    for subject, title in TITLES.items():
+    for subject, title in SHOP.items():
         cells = figures.cells(MAIN, RIVALS, subject)
         by_subject[f"{title}, of 100"] = [
             (ends(figures.points(cells, each)), "{} of {}".format(*figures.right(cells, each)))
@@ -524,7 +508,7 @@ def result_charts(figures: Figures) -> dict[str, str]:
     return {
         "nine-cells.svg": charts.forest(
             "Points that two-place is ahead, six adapters loaded, 95 % intervals",
-            [*rows, "mean of nine"],
+            [*rows, "mean of twelve"],
             differences,
         ),
         "by-subject.svg": charts.bars(

@@ -1,4 +1,4 @@
-"""Print which adapters short prompts get, as short_turns.json expects or not.
+"""Print which adapters everyday prompts get, as short_turns.json expects or not.
 
     python benchmarks/short_turns.py BUNDLE [--half dev|confirm] [--strategy STRATEGY]
 
