@@ -113,7 +113,7 @@ def _told(query: Query, scores: Mapping[str, F64], taken: Taken) -> tuple[dict[s
     if not taken:
         return reasons, (
             "The base answers alone: no adapter stands out "
-            f"({names[first]} most: {z[first]:.2f}, needed: above {needed[place]:g})."
+            f"({names[first]} most: {z[first]:.2f}, needed: above {needed[place]:.3g})."
         )
     above = "standard deviations above its typical prompt"
     said = [f"{names[first]}: {z[first]:.1f} {above}."]
