@@ -1,4 +1,4 @@
-"""`two-place`: one adapter for the kind of answer, one for the question's language or subject.
+"""`two-place`: one adapter for the whole prompt, one for the question's language or subject.
 
 One pass of the base measures what each adapter would add to q, k and v at the last token of a chat
 prompt, where the answer begins, and in the question. It is compared with what is typical of the
@@ -34,7 +34,7 @@ _OPTIONS = (
 
 class TwoPlace(Strategy):
     name = "two-place"
-    help = "one adapter by where the answer begins, one by the question's words; or the base"
+    help = "one adapter by the whole prompt, one by the question's words; or the base"
     options = _OPTIONS
     measured = ADDED
     is_base_prefilled = True
