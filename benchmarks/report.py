@@ -43,7 +43,7 @@ HERE = Path(__file__).resolve().parent
 BASE, SUBJECT, BEST = "base", "subject", "best single adapter, in hindsight"
 # The beginning of a file's name -> the set that it belongs to; of several the longest counts.
 SETS = {
-    **{name: name for name in ("demo", "grid", "taught", "shipped", "six", "pair", "told")},
+    **{name: name for name in ("demo", "grid", "pair", "shipped", "six", "taught", "told")},
     **{name: name for name in ("twenty", "wide", "xl")},
     **{"shipped-mix": "shipped mix", "own": "taught", "own-anew": "anew"},
     **{"taught-anew": "anew", "taught-pair": "taught pair"},
@@ -286,7 +286,7 @@ ROWS = {
 }
 
 
-def nine_table(figures: Figures) -> str:
+def cells_table(figures: Figures) -> str:
     """Compare strategies with six adapters loaded, by subject."""
     rows = []
     for strategy in RIVALS:
@@ -371,7 +371,7 @@ FIGURES: dict[str, Callable[..., str]] = {
     "over": lambda figures, *words: gain(figures.over(*words)),
     "points": points_of,
     "right": rights,
-    "nine": nine_table,
+    "cells": cells_table,
     "sets": sets_table,
     "reading": reading_table,
     "readings": read_mean,
@@ -506,7 +506,7 @@ def result_charts(figures: Figures) -> dict[str, str]:
         for each in (BASE, *asked, "qa-flora")
     ]
     return {
-        "nine-cells.svg": charts.forest(
+        "cells.svg": charts.forest(
             "Points that two-place is ahead, six adapters loaded, 95 % intervals",
             [*rows, "mean of twelve"],
             differences,

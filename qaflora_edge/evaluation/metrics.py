@@ -105,10 +105,10 @@ def _plain(text: Any) -> str:
 def is_same_json(text: str, value: Any) -> bool:
     """Tell whether a whole answer is JSON of this value, in any order of keys: 2 is not 2.0."""
     try:
-        found = json.loads(text)
+        found = json.dumps(json.loads(text), sort_keys=True)
     except (ValueError, RecursionError):
         return False
-    return json.dumps(found, sort_keys=True) == json.dumps(value, sort_keys=True)
+    return found == json.dumps(value, sort_keys=True)
 
 
 def choice_score(log_probs: Sequence[F32], fields: Fields) -> dict[str, Any]:

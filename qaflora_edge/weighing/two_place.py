@@ -5,7 +5,7 @@ prompt, where the answer begins, and in the question. It is compared with what i
 adapter. pair() takes the highest of both places together, and perhaps another in the question.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qaflora_edge.arrays import F32, F64
@@ -71,7 +71,7 @@ class TwoPlace(Strategy):
             scores = {"text": unusual(query, {"added_text": last})}
             weights, taken = np.zeros(len(last), np.float32), {int(scores["text"].argmax()): "text"}
             weights[[*taken]] = options["answer"]
-        told = _told(query, scores, taken)
+        told = _told(query.adapters, scores, taken, options)
         return Mix(np.repeat(weights[:, None], query.n_layer, axis=1), last, *told)
 
 
@@ -98,12 +98,13 @@ def pair(both: F64, question: F64, options: Mapping[str, Any]) -> tuple[F32, Tak
     return weights, taken
 
 
-def _told(query: Query, scores: Mapping[str, F64], taken: Taken) -> tuple[dict[str, Reason], str]:
+def _told(
+    names: Sequence[str], scores: Mapping[str, F64], taken: Taken, options: Mapping[str, Any]
+) -> tuple[dict[str, Reason], str]:
     """Give each adapter's numbers, and say in words what decided.
 
     scores  place -> [n_adapter], how unusual each adapter is there; the answer's first
     """
-    names, options = query.adapters, _all_options(query)
     limits = {"answer": options["abstain"], "question": options["second"]}
     needed = {p: limits[p] for p in scores if limits.get(p, "never") != "never"}
     numbers = [{p: float(z[i]) for p, z in scores.items()} for i in range(len(names))]
@@ -115,8 +116,7 @@ def _told(query: Query, scores: Mapping[str, F64], taken: Taken) -> tuple[dict[s
             "The base answers alone: no adapter stands out "
             f"({names[first]} most: {z[first]:.2f}, needed: above {needed[place]:.3g})."
         )
-    above = "standard deviations above its typical prompt"
-    said = [f"{names[first]}: {z[first]:.1f} {above}."]
+    said = [f"{names[first]}: {z[first]:.1f} standard deviations above its typical prompt."]
     said += [f"{names[i]}: {numbers[i][p]:.1f} in the question." for i, p in taken.items()][1:]
     others = [i for i in range(len(names)) if i not in taken]
     is_typical = all(numbers[i][p] <= needed.get(p, STANDS_OUT) for i in others for p in scores)
