@@ -38,7 +38,6 @@ from qaflora_edge.progress import Tell, TellCount, silent
 from qaflora_edge.weighing.adapter_inputs import AttentionSizes
 from qaflora_edge.weighing.calibration import EXTENTS, KEYS, LAYERS, typical_of
 from qaflora_edge.weighing.numbers import FusionWeights
-from qaflora_edge.weighing.strategy import Query
 from qaflora_edge.weighing.weigher import Weigher, Weights
 
 C = TypeVar("C", bound=Callable[..., Any])
@@ -490,11 +489,13 @@ class Engine:
         progress: TellCount | None = None,
         keys: Collection[str] = KEYS,
         turns: Sequence[str] = (),
+        exchanges: Sequence[Sequence[Any]] = (),
     ) -> dict[str, dict[str, Any]]:
         """Measure each adapter against itself, for the strategies `calibrated` and `two-place`.
 
         prompts   neutral texts; in chat form when the base has a template, and as text
         turns     short turns, such as greetings: chats for EXTENTS alone
+        exchanges  messages, an answer's the last; each text is a later turn too, behind some
         progress  called with (prompts read, those in all); each is read several times
         keys      what to measure, of weighing.calibration.KEYS; EXTENTS take the base alone
         returns   adapter -> key -> numbers
@@ -505,24 +506,34 @@ class Engine:
             query, texts = self._weigher.query, (*prompts, *turns)
             chats = [query(self._asked(text), is_probed=True) for text in texts]
             plain = [query(self.tokenize(text)) for text in prompts]
-            n_extent = 0 if {*EXTENTS}.isdisjoint(keys) else len(chats) + len(plain)
+            groups = [chats, plain]
+            exchanges = exchanges[: len(texts)] if self.has_chat_template else ()
+            for at, said in enumerate(exchanges):
+                own = texts[at :: len(exchanges)]
+                asked = ([*said, {"role": "user", "content": text}] for text in own)
+                groups.append([query(self.chat_tokens(each), is_probed=True) for each in asked])
+            n_extent = 0 if {*EXTENTS}.isdisjoint(keys) else sum(map(len, groups))
             n_all = n_extent + (len(plain) if layers else 0)
             measured: dict[str, Any] = {}
             if n_extent:
                 prober, rows = self._core.prober, self._core.rows(self.adapters)
 
-                def added(queries: Sequence[Query], n_before: int) -> F64:
-                    steps = prober.added_together(queries, rows)
+                def added(at: int) -> F64:
+                    n_before = sum(map(len, groups[:at]))
+                    steps = prober.added_together(groups[at], rows)
                     return self._core.run(steps, cancellation, lambda n: tell(n_before + n, n_all))
 
-                measured["added_last"], measured["added_question"] = added(chats, 0)
-                measured["added_text"] = added(plain, len(chats))[0]
+                first, text, *later = map(added, range(len(groups)))
+                measured["added_last"], measured["added_question"] = first
+                measured["added_text"] = text[0]
+                last, question = np.concatenate(later or [first], axis=1)
+                measured |= {"later_last": last, "later_question": question}
             probe = Probes(self._core, cancellation)
             for done, chat in enumerate(chats[: len(plain)] if layers else (), n_extent + 1):
                 for key in layers:
                     pool = "question" if key.startswith("question_") else "answer"
-                    asked = replace(chat, lens=key.removeprefix("question_"), pool=pool)
-                    measured.setdefault(key, []).append(probe(asked).divergence())
+                    chat = replace(chat, lens=key.removeprefix("question_"), pool=pool)
+                    measured.setdefault(key, []).append(probe(chat).divergence())
                 tell(done, n_all)
             return typical_of(measured, self.adapters)
 

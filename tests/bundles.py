@@ -19,8 +19,12 @@ from qaflora_edge.bundles.edit import add_adapters, calibrate
 from qaflora_edge.cli import main
 
 # Measuring with all of them takes seconds.
-PROMPTS, TURNS = measure.neutral("prompts")[::5], measure.neutral("turns")[::16]
-measure.neutral = lambda kind: list({"prompts": PROMPTS, "turns": TURNS}[kind])
+NEUTRAL = {
+    "prompts": measure.neutral("prompts")[::5],
+    "turns": measure.neutral("turns")[::16],
+    "exchanges": measure.neutral("exchanges")[::3],
+}
+measure.neutral = lambda kind: list(NEUTRAL[kind])
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 import tiny
 from bundles import (
-    PROMPTS,
-    TURNS,
+    NEUTRAL,
     TinyBundle,
     add_adapter,
     bundle_json,
@@ -93,17 +92,19 @@ def test_bundle_json_records_what_the_files_are(made: TinyBundle) -> None:
 def test_typical_divergences_are_the_engines(calibrated: TinyBundle) -> None:
     bundle = load_bundle(calibrated.folder)
     with Engine(base=bundle.base_path, adapters=bundle.adapter_paths, n_ctx=512) as engine:
-        measured = engine.typical_divergence(PROMPTS)
+        measured = engine.typical_divergence(NEUTRAL["prompts"])
     for name in ("math", "es"):
         for lens in LENSES:
             np.testing.assert_allclose(
                 bundle.known.typical[name][lens], measured[name][lens], rtol=1e-6
             )
     recorded = bundle_json(calibrated.folder)["fusion"]["typical_prompts"]
-    text = "".join(prompt + "\n" for prompt in [*PROMPTS, *TURNS])
+    exchanged = [message["content"] for said in NEUTRAL["exchanges"] for message in said]
+    texts = [*NEUTRAL["prompts"], *NEUTRAL["turns"], *exchanged]
+    text = "".join(each + "\n" for each in texts)
     assert recorded == {
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "n_prompt": len(PROMPTS) + len(TURNS),
+        "n_prompt": len(texts),
     }
 
 

@@ -43,10 +43,12 @@ def asked(*contents: str, system: str = "") -> list[dict[str, str]]:
 
 def found(model: Model, messages: Sequence[Any]) -> str | None:
     tokens = chat_tokens(model, messages)
-    span = find_question(model, tokens)
-    if span is None:
+    question = find_question(model, tokens)
+    if question is None:
         return None
-    return b"".join(model.piece(t, special=True) for t in tokens[slice(*span)]).decode()
+    first, end, is_later = question
+    assert is_later == (sum(m["role"] == "user" for m in messages) > 1)
+    return b"".join(model.piece(t, special=True) for t in tokens[first:end]).decode()
 
 
 @pytest.mark.parametrize("template", [CHATML, HEADERS, BRACKETS])
@@ -130,7 +132,7 @@ def test_pool_question_weighs_by_the_questions_mean(
 ) -> None:
     with opened(base, adapters) as engine:
         tokens = engine.chat_tokens(asked("a", "b", QUESTION))
-        span = engine._weigher.find_question(tokens)
+        span = engine._weigher.find_question(tokens)[:2]
         expected = one_by_one(engine, tokens, span)[1]
         plain, *adapted = expected
         norms = np.linalg.norm(expected, axis=-1)

@@ -27,6 +27,7 @@ from qaflora_edge.weighing.strategy import Query, parse_strategy
 NAMES = ("math", "es", "med", "ru")
 USUAL = {"mean": log(0.01), "spread": 0.5}
 PLACES = ("added_last", "added_question", "added_text")
+LATER = ("later_last", "later_question")
 
 
 class Places:
@@ -39,7 +40,9 @@ class Places:
         return np.repeat(np.array(self.found)[:, :, None], 2, axis=2)
 
 
-def mixed(text: str, last: list[float], question: list[float], *, is_chat: bool = True) -> Any:
+def mixed(
+    text: str, last: list[float], question: list[float], *, known: Any = None, **how: bool
+) -> Any:
     """The mix for what adapters do, the same at both layers."""
     names = NAMES[: len(last)]
     chosen = parse_strategy(text, names)
@@ -49,17 +52,17 @@ def mixed(text: str, last: list[float], question: list[float], *, is_chat: bool 
         n_layer=2,
         lens="norm",
         pool="last",
-        typical={name: dict.fromkeys(PLACES, USUAL) for name in names},
+        typical=dict.fromkeys(names, known or dict.fromkeys(PLACES, USUAL)),
         options=chosen.options,
         question=(2, 5),  # a long one needs half of what these three tokens do
-        is_chat=is_chat,
+        **{"is_chat": True, **how},
     )
     chosen.strategy.check(None, query)
     probe: Any = Places(last, question)
     return chosen.strategy.weigh(query, probe, None)
 
 
-def weighed(text: str, last: list[float], question: list[float], **options: bool) -> list[float]:
+def weighed(text: str, last: list[float], question: list[float], **options: Any) -> list[float]:
     """Weights [n_adapter] for what adapters do."""
     mix = mixed(text, last, question, **options)
     if mix.divergence is not None:
@@ -82,6 +85,15 @@ def test_one_adapter_comes_from_each_place() -> None:
     last, question = [at(1), at(0), at(3)], [at(0.2), at(1.3), at(2)]
     assert weighed("two-place", last, question) == [0, 0.5, 1]
     assert weighed("two-place:answer=0.7,question=0.8", last, question) == [0, 0.8, 0.7]
+
+
+def test_a_later_turn_is_compared_with_later_turns() -> None:
+    found = [at(3), at(0)], [at(2), at(0)]
+    assert weighed("two-place", *found, is_later=True) == [1, 0]  # an older bundle's
+    later = {"mean": USUAL["mean"] + 2, "spread": 0.5}
+    known = dict.fromkeys(PLACES, USUAL) | dict.fromkeys(LATER, later)
+    assert weighed("two-place", *found, known=known) == [1, 0]
+    assert weighed("two-place", *found, known=known, is_later=True) == [0, 0]
 
 
 def test_what_raises_all_adapters_is_no_surprise() -> None:
@@ -210,22 +222,27 @@ def test_a_bundle_knows_what_is_usual_in_its_places(calibrated: TinyBundle) -> N
     """Oracle: what is measured of the neutral prompts one by one."""
     typical = load_bundle(calibrated.folder).known.typical
     assert all(set(typical[name]) == set(KEYS) for name in ("math", "es"))
-    extents: dict[str, list[Any]] = {key: [] for key in PLACES}
+    extents: dict[str, list[Any]] = {key: [] for key in (*PLACES, *LATER)}
     with Engine(calibrated.folder) as engine:
 
         def note(key: str, measured: Any) -> None:
             extents[key].append(np.log(np.asarray(measured, float) + 1e-12).mean(axis=1))
 
-        for prompt in [*neutral("prompts"), *neutral("turns")]:
-            chat = engine.chat_tokens([{"role": "user", "content": prompt}])
-            span = engine._weigher.find_question(chat)
-            last, question = probe(engine, chat, span).added()
-            note("added_last", last)
-            note("added_question", question)
-            if prompt not in neutral("prompts"):
-                continue
-            text = engine.tokenize(prompt)
-            note("added_text", probe(engine, text).added()[0])
+        def note_chat(keys: Sequence[str], text: str, *said: Any) -> None:
+            chat = engine.chat_tokens([*said, {"role": "user", "content": text}])
+            first, end, is_later = engine._weigher.find_question(chat)
+            assert is_later == bool(said)
+            for key, found in zip(keys, probe(engine, chat, (first, end)).added(), strict=True):
+                note(key, found)
+
+        texts, exchanges = [*neutral("prompts"), *neutral("turns")], neutral("exchanges")
+        for text in texts:
+            note_chat(PLACES[:2], text)
+        for at, said in enumerate(exchanges):
+            for text in texts[at :: len(exchanges)]:
+                note_chat(LATER, text, *said)
+        for prompt in neutral("prompts"):
+            note("added_text", probe(engine, engine.tokenize(prompt)).added()[0])
     for key, values in extents.items():
         for ia, name in enumerate(("math", "es")):
             mean, spread = np.mean(values, axis=0)[ia], np.std(values, axis=0)[ia]
@@ -241,14 +258,19 @@ def test_prompts_are_measured_in_one_batch(
     """What all chats have before their questions is prefilled once."""
     prompts, turns = ["the thing", "a ring in the air"], ["on"]
     with Engine(calibrated.folder) as engine:
-        chats = [engine.chat_tokens([{"role": "user", "content": t}]) for t in [*prompts, *turns]]
-        texts = [engine.tokenize(text) for text in prompts]
+        texts = [*prompts, *turns]
+        before = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        chats, later = (
+            [engine.chat_tokens([*said, {"role": "user", "content": t}]) for t in texts]
+            for said in ([], before)
+        )
+        plain = [engine.tokenize(text) for text in prompts]
         counts = count_decoded(monkeypatch)
-        engine.typical_divergence(prompts, keys=PLACES, turns=turns)
-    n_same = min(n_common(chats[0], chat) for chat in chats)
-    assert n_same == 5
-    n_chat = sum(len(chat) - n_same for chat in chats)
-    assert counts == [n_same, n_chat, sum(len(text) for text in texts)]
+        engine.typical_divergence(prompts, keys=PLACES, turns=turns, exchanges=[before])
+    n_same, n_later = (min(n_common(c[0], chat) for chat in c) for c in (chats, later))
+    assert n_same == 5 < n_later
+    read = [sum(len(chat) - n for chat in c) for c, n in ((chats, n_same), (later, n_later))]
+    assert counts == [n_same, read[0], sum(map(len, plain)), n_later, read[1]]
 
 
 def test_an_engine_follows_it_in_one_pass_of_the_base(
@@ -283,7 +305,7 @@ def test_an_older_bundle_is_asked_to_be_measured_again(
     with Engine(old.folder, strategy="calibrated") as engine:
         assert engine.weights("a").strategy == "calibrated"
         for strategy, how in (
-            ("two-place", "(added_last, added_text, added_question)"),
+            ("two-place", f"({', '.join(PLACES)})"),
             ("calibrated:pool=question", "with lens norm at pool question"),
         ):
             with pytest.raises(StrategyError) as caught:

@@ -24,8 +24,8 @@ OPENING, ONCE = "Opening the base", "Measuring what is typical of each adapter, 
 OpenEngine = Callable[..., AbstractContextManager[Any]]  # the class Engine
 
 
-def neutral(kind: str) -> list[str]:
-    """Read the texts that ship with the package, in order: "prompts", or "turns" of a few words."""
+def neutral(kind: str) -> list[Any]:
+    """Read what ships with the package: "prompts", "turns" of a few words, or "exchanges"."""
     return list(json.loads(package_data(PROMPTS_FILE).read_text(encoding="utf-8"))[kind])
 
 
@@ -52,8 +52,9 @@ def measure_typical(
     keys = (
         KEYS if strategy is None else parse_strategy(strategy, [*adapters]).strategy.needs_typical
     )
-    prompts, turns = neutral("prompts"), neutral("turns")
-    fusion, read = raw.setdefault("fusion", {}), [*prompts, *turns]
+    prompts, turns, exchanges = map(neutral, ("prompts", "turns", "exchanges"))
+    said = [message["content"] for exchange in exchanges for message in exchange]
+    fusion, read = raw.setdefault("fusion", {}), [*prompts, *turns, *said]
     recorded = {"sha256": prompts_sha256(read), "n_prompt": len(read)}
     typical: dict[str, dict[str, Any]] = fusion.get("typical", {})
     if fusion.get("typical_prompts", {}).get("sha256") != recorded["sha256"]:
@@ -71,6 +72,7 @@ def measure_typical(
                 lambda done, total: tell(ONCE, done, total),
                 keys=[key for key, each in lacking.items() if each],
                 turns=turns,
+                exchanges=exchanges,
             )
         for name, values in found.items():
             typical[name] = typical.get(name, {}) | values

@@ -140,10 +140,10 @@ def _reason(error: Exception) -> str:
     return f"line {line}: {text}" if line else text
 
 
-def find_question(model: Model, tokens: Sequence[int]) -> tuple[int, int] | None:
-    """Find where the last user turn's text begins and ends; None without such a turn.
+def find_question(model: Model, tokens: Sequence[int]) -> tuple[int, int, bool] | None:
+    """Find where the last user turn's text begins and ends, and whether it is a later one.
 
-    Only tokens count, however a prompt was made. Typed text never becomes a control token.
+    None without such a turn. Only tokens count: typed text never becomes a control token.
     """
     control, head, rest = _opening(model)
     at = _last_place(head, tokens)
@@ -153,7 +153,7 @@ def find_question(model: Model, tokens: Sequence[int]) -> tuple[int, int] | None
     for token in rest:
         start += start < len(tokens) and tokens[start] == token
     end = next((at for at in range(start, len(tokens)) if tokens[at] in control), len(tokens))
-    return (start, end) if start < end else None
+    return (start, end, _last_place(head, tokens[:at]) is not None) if start < end else None
 
 
 @lru_cache(4)
@@ -192,7 +192,7 @@ def find_thinking(model: Model, tokens: Sequence[int]) -> Thinking | None:
     Only what follows the last control token counts, where an answer begins.
     """
     tags = thought_tags(model.chat_template)
-    _, end = find_question(model, tokens) or (0, len(tokens))
+    _, end, _ = find_question(model, tokens) or (0, len(tokens), False)
     if tags is None or end == len(tokens):  # what a person typed may begin with a tag
         return None
     control, closing, own = _thought_tokens(model, tags)

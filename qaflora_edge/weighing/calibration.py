@@ -14,9 +14,9 @@ from qaflora_edge.weighing.strategy import Query
 # One number a layer: the geometric mean of the KL at the last token, or of the question's states.
 LAYERS = tuple(f"{place}{lens}" for place in ("", "question_") for lens in LENSES)
 # Mean and spread of `extent` of Probe.added, and each prompt's distance from the mean in spreads,
-# by passes of the base alone: at the last token, in the question, and at the last token of prompts
-# as plain text.
-EXTENTS = ("added_last", "added_question", "added_text")
+# by passes of the base alone: at the last token and in the question of a first turn, at the last
+# token of plain text, and at both places of a later turn.
+EXTENTS = ("added_last", "added_question", "added_text", "later_last", "later_question")
 KEYS = (*LAYERS, *EXTENTS)
 
 _EPS = 1e-12  # added before a logarithm; layers of 0 change no surprise

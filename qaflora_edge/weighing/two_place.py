@@ -2,7 +2,8 @@
 
 One pass of the base measures what each adapter would add to q, k and v at the last token of a chat
 prompt, where the answer begins, and in the question. It is compared with what is typical of the
-adapter. pair() takes the highest of both places together, and perhaps another in the question.
+adapter in such a turn, the first or a later one. pair() takes the highest of both places together,
+and perhaps another in the question.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from qaflora_edge.weighing.divergence import check_typical
 from qaflora_edge.weighing.strategy import ADDED, Mix, Probe, Query, Reason, Strategy
 
 Taken = dict[int, str]  # adapter's index -> the place that it is taken for, the answer first
+LATER = ("later_last", "later_question")
 STANDS_OUT, SHORT = 1.2, 3  # standard deviations; a question of so many tokens needs twice as many
 
 # fmt: off
@@ -38,12 +40,13 @@ class TwoPlace(Strategy):
     options = _OPTIONS
     measured = ADDED
     is_base_prefilled = True
-    needs_typical = ("added_last", "added_text", "added_question")
+    needs_typical = ("added_last", "added_question", "added_text", *LATER)
 
     def check(self, argument: Any, query: Query) -> None:
         from qaflora_edge.weighing.calibration import adds_nothing
 
-        check_typical(self.name, query, self.needs_typical, f"({', '.join(self.needs_typical)})")
+        needed = self.needs_typical[: -len(LATER)]  # older bundles weigh all turns as first ones
+        check_typical(self.name, query, needed, f"({', '.join(needed)})")
         silent = [name for name in query.adapters if adds_nothing(query.typical[name])]
         if silent:
             raise StrategyError(
@@ -63,9 +66,10 @@ class TwoPlace(Strategy):
             return Mix(whole, because=f"{query.adapters[0]} is the only adapter in use.")
         last, question = probe.added()
         if query.is_chat:
-            both = {"added_last": last, "added_question": question}
-            scores = {"answer": unusual(query, both)}
-            scores["question"] = above_typical(query, "added_question", question)
+            has_later = all({*LATER} <= {*query.typical[name]} for name in query.adapters)
+            places = LATER if query.is_later and has_later else self.needs_typical[:2]
+            scores = {"answer": unusual(query, dict(zip(places, (last, question), strict=True)))}
+            scores["question"] = above_typical(query, places[1], question)
             weights, taken = pair(scores["answer"], scores["question"], options)
         else:  # plain text has no question: the most unusual adapter alone
             scores = {"text": unusual(query, {"added_text": last})}

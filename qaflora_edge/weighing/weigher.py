@@ -25,7 +25,6 @@ from qaflora_edge.weighing.strategy import (
     Probe,
     Query,
     Reason,
-    Span,
     Typical,
     parse_strategy,
     strategies,
@@ -63,7 +62,7 @@ def known_of(text: BundleText | None) -> Known:
     if text is None:
         return Known()
     fusion, names = text.fusion, [adapter.name for adapter in text.adapters]
-    strategy = _manual(fusion) or fusion.get("strategy")
+    strategy = fusion.get("strategy")
     if strategy and re.fullmatch(r"norm:[1-9]\d*", strategy):  # of 0.1
         strategy = strategy.replace(":", ":top=")
     pool = None if fusion.get("pool") == "mean" else fusion.get("pool")  # of 0.1 too
@@ -84,19 +83,6 @@ def known_of(text: BundleText | None) -> Known:
             wrong = WrongField(f"fusion.samples.{name}.embedding", str(error), expected)
             raise wrong_bundle(text.where, wrong) from error
     return replace(known, typical=fusion.get("typical", {}), centroids=centroids)
-
-
-def _manual(fusion: Mapping[str, Any]) -> str | None:
-    """Give `fitted:NAME` of older bundles as the manual weights that it stood for."""
-    kind, _, name = fusion.get("strategy", "").partition(":")
-    fits = fusion.get("fitted", {})
-    if kind != "fitted" or not isinstance(fits, dict):
-        return None
-    record = fits.get(name) if name else next(iter(fits.values()), None)
-    weights = record.get("weights") if isinstance(record, dict) else None
-    if not isinstance(weights, dict) or not weights:
-        return None
-    return "manual:" + ",".join(f"{adapter}={weight}" for adapter, weight in weights.items())
 
 
 def centroid_text(centroid: F32) -> str:
@@ -122,7 +108,8 @@ def parse_centroid(text: str, n_embd: int) -> F32:
 class Weigher:
     """Weigh for an Engine, by the adapters in use, defaults, and facts of each adapter.
 
-    find_question  finds the question's span in a prompt's tokens; None for plain text
+    find_question  finds the question's span in a prompt's tokens, and whether another user turn
+                   is before it; None for plain text
     find_thinking  finds how the base thinks after it; None where it does not
     targets        adapter -> kinds of modules that it adapts, where known
     """
@@ -130,7 +117,7 @@ class Weigher:
     adapters: tuple[str, ...]
     n_layer: int
     known: Known = Known()
-    find_question: Callable[[Sequence[int]], Span | None] = lambda tokens: None
+    find_question: Callable[[Sequence[int]], tuple[int, int, bool] | None] = lambda tokens: None
     find_thinking: Callable[[Sequence[int]], Any] = lambda tokens: None
     targets: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
@@ -186,8 +173,9 @@ class Weigher:
             typical=self.known.typical,
             centroids=self.known.centroids,
             options=options,
-            question=question or (0, len(tokens)),
+            question=question[:2] if question else (0, len(tokens)),
             is_chat=question is not None,
+            is_later=question is not None and question[2],
             n_weighed=thinking.n_weighed if thinking else len(tokens),
         )
 
