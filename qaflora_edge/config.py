@@ -328,13 +328,8 @@ def shared_by(command: str) -> dict[str, Option]:
 
 # What was there in 0.1 -> what to do instead. Verbs, flags, settings and keywords alike.
 REMOVED = {
-    "fit": "`qaflora fit` is gone; give weights by --strategy manual:NAME=W, or use two-place.",
-    "report": "`qaflora report` is gone; `qaflora eval --html FILE` writes a page of results.",
-    "fitted": "The strategy fitted is gone; give its weights by --strategy manual:NAME=W.",
-    "fast": "The option fast is gone; use --strategy two-place, which is fast and exact.",
     "probe_tail": "The option probe_tail is gone; use --strategy two-place, fast and exact.",
     "min_weight": "The option min_weight is gone; use a strategy option such as top=2.",
-    "server": "`chat --server` is gone; open the server's page, or use a client for OpenAI's API.",
     "csv": "`weights --csv` is gone; use --json, an object for each prompt.",
     "html": "`compare --html` is gone; `weights --plot FILE.html` draws, `compare --json` has all.",
     "dpi": "The option dpi is gone; write the picture as .svg or .html, sharp at any size.",
@@ -349,7 +344,7 @@ REMOVED = {
 
 
 def removed(name: str) -> str | None:
-    """What to do instead of an option or verb that was removed, if it was."""
+    """What to do instead of an option that was removed, if it was."""
     return REMOVED.get(name.removeprefix("--").removeprefix("no-").replace("-", "_"))
 
 

@@ -134,14 +134,10 @@ def test_schema_and_reader_refuse_the_same(validator: Any, raw: Raw) -> None:
 
 
 def test_what_older_bundles_have_is_kept_and_ignored(validator: Any, raw: Raw) -> None:
-    fusion = raw["fusion"] | {"pool": "mean", "strategy": "fitted:sums"}
-    fusion["fitted"] = {"sums": {"weights": {"es": 0.5}, "method": "lorahub"}}
+    fusion = raw["fusion"] | {"pool": "mean", "strategy": "norm:2"}
     fusion["typical"] = {"math": {"fast_norm": [1.0], **fusion["typical"]["math"]}}
     document = {**raw, "fusion": fusion}
     assert validator.is_valid(document)
     text = parse_bundle(json.dumps(document).encode(), "bundle.json")
     assert text.raw == document
-    assert (known_of(text).pool, known_of(text).strategy) == ("last", "manual:es=0.5")
-    document["fusion"] = fusion | {"strategy": "norm:2"}
-    text = parse_bundle(json.dumps(document).encode(), "bundle.json")
-    assert known_of(text).strategy == "norm:top=2"
+    assert (known_of(text).pool, known_of(text).strategy) == ("last", "norm:top=2")

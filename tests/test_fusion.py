@@ -75,13 +75,6 @@ def test_similar_strategy_is_offered(text: str, near: str) -> None:
     assert f"{text!r} is not known; did you mean {near}? Expected one of qa-" in str(caught.value)
 
 
-def test_a_removed_strategy_is_refused_with_what_to_use() -> None:
-    with pytest.raises(
-        StrategyError, match=r"strategy fitted is gone; .* --strategy manual:NAME=W"
-    ):
-        parse_strategy("fitted:sums", NAMES)
-
-
 def test_unknown_adapter_is_refused() -> None:
     with pytest.raises(StrategyError) as caught:
         parse_strategy("single:med", NAMES)

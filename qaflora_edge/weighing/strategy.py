@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import Any, ClassVar, Literal, Protocol
 
 from qaflora_edge.arrays import F32, F64, ArrayLike
-from qaflora_edge.config import SHAPING, Option, removed
+from qaflora_edge.config import SHAPING, Option
 from qaflora_edge.errors import StrategyError
 
 Measure = Literal["kl", "cosine", "euclidean"]
@@ -46,7 +46,7 @@ class Query:
     centroids adapter -> float32 [n_embd], mean embedding of its sample texts
     options   the strategy's own options, as given
     question  span of the question's tokens: the last user turn of a chat prompt, else all tokens
-    is_chat   whether the prompt is in chat form
+    is_chat   whether the prompt is in chat form, is_later: with another user turn before it
     n_weighed  tokens before a thought that the chat template began: with it and without it the
               weights are the same; None: all
     """
@@ -61,6 +61,7 @@ class Query:
     options: Mapping[str, Any] = field(default_factory=dict)
     question: Span = (0, 0)
     is_chat: bool = False
+    is_later: bool = False
     n_weighed: int | None = None
 
 
@@ -253,8 +254,6 @@ def parse_strategy(text: str, adapters: Sequence[str]) -> Chosen:
     options: dict[str, Any] = {}
     if strategy is not None and strategy.is_probed and argument and not strategy.argument:
         options, colon, argument = read_options(argument, strategy.options, text), "", ""
-    if strategy is None and (instead := removed(name)):
-        raise StrategyError(instead)
     needs = bool(strategy and (colon or strategy.needs_argument))
     if strategy is None or needs != bool(argument and strategy.argument):
         near = [] if strategy else difflib.get_close_matches(name.lower(), _registry, n=1)
