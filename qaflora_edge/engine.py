@@ -523,11 +523,9 @@ class Engine:
                     steps = prober.added_together(groups[at], rows)
                     return self._core.run(steps, cancellation, lambda n: tell(n_before + n, n_all))
 
-                first, text, *later = map(added, range(len(groups)))
-                measured["added_last"], measured["added_question"] = first
-                measured["added_text"] = text[0]
-                last, question = np.concatenate(later or [first], axis=1)
-                measured |= {"later_last": last, "later_question": question}
+                first, (text, _), *later = map(added, range(len(groups)))
+                found = (*first, text, *np.concatenate(later or [first], axis=1))
+                measured |= dict(zip(EXTENTS, found, strict=True))
             probe = Probes(self._core, cancellation)
             for done, chat in enumerate(chats[: len(plain)] if layers else (), n_extent + 1):
                 for key in layers:

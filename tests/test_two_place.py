@@ -28,6 +28,7 @@ NAMES = ("math", "es", "med", "ru")
 USUAL = {"mean": log(0.01), "spread": 0.5}
 PLACES = ("added_last", "added_question", "added_text")
 LATER = ("later_last", "later_question")
+ALL = (*PLACES, *LATER)
 
 
 class Places:
@@ -52,7 +53,7 @@ def mixed(
         n_layer=2,
         lens="norm",
         pool="last",
-        typical=dict.fromkeys(names, known or dict.fromkeys(PLACES, USUAL)),
+        typical=dict.fromkeys(names, known or dict.fromkeys(ALL, USUAL)),
         options=chosen.options,
         question=(2, 5),  # a long one needs half of what these three tokens do
         **{"is_chat": True, **how},
@@ -89,7 +90,6 @@ def test_one_adapter_comes_from_each_place() -> None:
 
 def test_a_later_turn_is_compared_with_later_turns() -> None:
     found = [at(3), at(0)], [at(2), at(0)]
-    assert weighed("two-place", *found, is_later=True) == [1, 0]  # an older bundle's
     later = {"mean": USUAL["mean"] + 2, "spread": 0.5}
     known = dict.fromkeys(PLACES, USUAL) | dict.fromkeys(LATER, later)
     assert weighed("two-place", *found, known=known) == [1, 0]
@@ -104,17 +104,21 @@ def test_what_raises_all_adapters_is_no_surprise() -> None:
         known = [dict.fromkeys(keys, USUAL | {"each": e}) for e in each]
         typical = dict(zip(NAMES, known, strict=False))
         query = Query((1,), tuple(typical), 2, "norm", "last", typical)
-        found = np.repeat([[at(3)], [at(2)]], 2, axis=1)[: len(each)]
+        found = np.repeat([[at(3)], [at(2)], [at(1)]], 2, axis=1)[: len(each)]
         return [round(float(x), 4) for x in unusual(query, dict.fromkeys(keys, found))]
 
     up, apart = [1.0, -1.0, 1.0, -1.0], [1.0, -1.0, -1.0, 1.0]
-    error = (1 - 0.5**2) ** 0.5  # half of their correlation, 1
-    assert z(up, up) == [round((3 - 1) / error, 4), round((2 - 1.5) / error, 4)]
+    half = [1.0, -1.0, 0.0, 0.0]  # goes with both by 0.5
+    assert z(up, up) == [3, 2]  # versions of one adapter
     assert z(up, apart) == [3, 2]
+    slope = 0.75 * 0.5 / 0.5
+    assert z(up, half)[0] == round((3 - slope * 2) / (1 - slope**2 * 0.5) ** 0.5, 4)
+    # The third goes with the mean of the first two, by 0.5 of a mean that varies by 0.5.
+    assert z(up, apart, half)[2] == round((1 - slope * 2.5) / (1 - slope**2 * 0.5) ** 0.5, 4)
     assert z(up) == [3]
     assert z(up, []) == [3, 2]  # as older bundles have it
-    both = ("added_last", "added_question")  # two measures that correlate by half: of variance 3
-    assert z(up, keys=both) == [round((3 + 3) / 3**0.5, 4)]
+    both = ("added_last", "added_question")  # two measures that correlate: of variance 4
+    assert z(up, keys=both) == [3]
     assert z(up, [], keys=both) == [round(6 / 2**0.5, 4), round(4 / 2**0.5, 4)]
 
 
@@ -125,7 +129,7 @@ def test_a_second_one_has_to_do_more_in_the_question_than_is_usual() -> None:
     assert weighed("two-place:answer=0.7", [at(3)], [at(3)]) == [0.7]
 
 
-@pytest.mark.parametrize(("z", "is_mixed"), [(2.39, False), (2.41, True), (9, True)])
+@pytest.mark.parametrize(("z", "is_mixed"), [(2.49, False), (2.51, True), (9, True)])
 def test_the_base_answers_where_none_does_more_than_is_usual(z: float, is_mixed: bool) -> None:
     question = [0, 1.3, 0]
     last = [last_of(z, question[0]), at(0), at(0)]
@@ -148,7 +152,7 @@ CASES = [
     ([3.1, 0.2, 0.1, 0], [0.4, 2.2, 0.1, 0],
      f"math: 3.1 {SAYS} es: 2.2 in the question. The others are typical."),
     ([2.75, 0, 2.6], [0, 0.9, 0], f"math: 2.8 {SAYS} The others are lower."),
-    ([0.25, 1.25], [0, 9], f"{BASE} (es most: 1.25, needed: above 2.4)."),
+    ([0.25, 1.25], [0, 9], f"{BASE} (es most: 1.25, needed: above 2.5)."),
     ([3], [9], "math is the only adapter in use."),
 ]
 # fmt: on
@@ -162,7 +166,7 @@ def test_it_says_why_with_the_numbers_that_decide(
     assert mix.because == because
     for i, found in enumerate(mix.why.values()):
         assert found.scores == pytest.approx({"answer": both[i], "question": question[i]}, abs=1e-6)
-        assert found.thresholds == {"answer": 2.4, "question": 1.25}
+        assert found.thresholds == {"answer": 2.5, "question": 1.25}
         assert bool(found.taken_as) == bool(mix.weights[i, 0])
 
 
@@ -222,7 +226,7 @@ def test_a_bundle_knows_what_is_usual_in_its_places(calibrated: TinyBundle) -> N
     """Oracle: what is measured of the neutral prompts one by one."""
     typical = load_bundle(calibrated.folder).known.typical
     assert all(set(typical[name]) == set(KEYS) for name in ("math", "es"))
-    extents: dict[str, list[Any]] = {key: [] for key in (*PLACES, *LATER)}
+    extents: dict[str, list[Any]] = {key: [] for key in ALL}
     with Engine(calibrated.folder) as engine:
 
         def note(key: str, measured: Any) -> None:
@@ -305,7 +309,7 @@ def test_an_older_bundle_is_asked_to_be_measured_again(
     with Engine(old.folder, strategy="calibrated") as engine:
         assert engine.weights("a").strategy == "calibrated"
         for strategy, how in (
-            ("two-place", f"({', '.join(PLACES)})"),
+            ("two-place", f"({', '.join(ALL)})"),
             ("calibrated:pool=question", "with lens norm at pool question"),
         ):
             with pytest.raises(StrategyError) as caught:

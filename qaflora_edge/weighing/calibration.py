@@ -20,6 +20,7 @@ EXTENTS = ("added_last", "added_question", "added_text", "later_last", "later_qu
 KEYS = (*LAYERS, *EXTENTS)
 
 _EPS = 1e-12  # added before a logarithm; layers of 0 change no surprise
+_COPY = 0.85  # correlation of versions of one adapter: .9 and above; of others .73 and below
 _SPREAD_MIN = 0.01  # an adapter that always does the same would surprise whatever it does
 
 
@@ -48,19 +49,26 @@ def unusual(query: Query, measured: Mapping[str, F64]) -> F64:
 
     measured  one or several of EXTENTS -> [n_adapter, n_layer]; several count together, equally
 
-    What other adapters' extents let expect is taken off: a greeting raises all. The correlations
-    over neutral prompts are halved, as so few prompts call for. Older bundles lack them.
+    What adapters alike let expect is taken off, as a greeting raises many: their mean, weighted by
+    their correlations over the neutral prompts, by three quarters, as so few prompts call for.
+    Near copies let expect nothing, or versions of one adapter would hide each other.
     """
-    typical = [query.typical[name][key] for key in measured for name in query.adapters]
-    n = min(len(each.get("each", ())) for each in typical)
-    prompts = np.array([each.get("each", ())[:n] for each in typical], np.float64)
-    together = prompts @ prompts.T / max(2 * n, 1)
-    np.fill_diagonal(together, np.maximum(1.0, 2 * together.diagonal()))
-    inverse = np.linalg.inv(together)
-    above = np.concatenate([above_typical(query, *each) for each in measured.items()])
-    surprise = (inverse @ above).reshape(len(measured), -1).sum(axis=0)
-    blocks = inverse.reshape(2 * (len(measured), len(query.adapters)))
-    return np.asarray(surprise / np.sqrt(np.einsum("iaja->a", blocks)))
+    typical = [
+        [query.typical[name][key].get("each", ()) for key in measured] for name in query.adapters
+    ]
+    n = min(len(each) for keys in typical for each in keys)
+    prompts = np.array([[each[:n] for each in keys] for keys in typical], np.float64)
+    alike = np.einsum("akn,bkn->ab", prompts, prompts) / max(len(measured) * n, 1)
+    shares = np.where(alike < _COPY, np.maximum(alike, 0), 0)
+    np.fill_diagonal(shares, 0)
+    shares /= np.maximum(shares.sum(axis=1, keepdims=True), _EPS)
+    own, above = prompts.sum(axis=1), sum(above_typical(query, *each) for each in measured.items())
+    expected = shares @ own
+    products = (own**2, own * expected, expected**2)
+    variance, shared, of_expected = (each.sum(axis=1) / max(n, 1) for each in products)
+    slope = 0.75 * shared / np.maximum(of_expected, _EPS)
+    spread = np.sqrt(np.maximum(variance, len(measured)) - slope**2 * of_expected)
+    return np.asarray((above - slope * (shares @ above)) / spread)
 
 
 def adds_nothing(typical: Mapping[str, Mapping[str, float]]) -> bool:

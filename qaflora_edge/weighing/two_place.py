@@ -17,7 +17,7 @@ from qaflora_edge.weighing.strategy import ADDED, Mix, Probe, Query, Reason, Str
 
 Taken = dict[int, str]  # adapter's index -> the place that it is taken for, the answer first
 LATER = ("later_last", "later_question")
-STANDS_OUT, SHORT = 1.2, 3  # standard deviations; a question of so many tokens needs twice as many
+STANDS_OUT, SHORT = 1.25, 3  # standard deviations; a question of so many tokens needs twice as many
 
 # fmt: off
 _OPTIONS = (
@@ -45,8 +45,7 @@ class TwoPlace(Strategy):
     def check(self, argument: Any, query: Query) -> None:
         from qaflora_edge.weighing.calibration import adds_nothing
 
-        needed = self.needs_typical[: -len(LATER)]  # older bundles weigh all turns as first ones
-        check_typical(self.name, query, needed, f"({', '.join(needed)})")
+        check_typical(self.name, query, self.needs_typical, f"({', '.join(self.needs_typical)})")
         silent = [name for name in query.adapters if adds_nothing(query.typical[name])]
         if silent:
             raise StrategyError(
@@ -66,8 +65,7 @@ class TwoPlace(Strategy):
             return Mix(whole, because=f"{query.adapters[0]} is the only adapter in use.")
         last, question = probe.added()
         if query.is_chat:
-            has_later = all({*LATER} <= {*query.typical[name]} for name in query.adapters)
-            places = LATER if query.is_later and has_later else self.needs_typical[:2]
+            places = LATER if query.is_later else self.needs_typical[:2]
             scores = {"answer": unusual(query, dict(zip(places, (last, question), strict=True)))}
             scores["question"] = above_typical(query, places[1], question)
             weights, taken = pair(scores["answer"], scores["question"], options)
