@@ -495,7 +495,7 @@ class Engine:
 
         prompts   neutral texts; in chat form when the base has a template, and as text
         turns     short turns, such as greetings: chats for EXTENTS alone
-        exchanges  messages, an answer's the last; each text is a later turn too, behind some
+        exchanges  conversations that end with an answer; behind one each text is a later turn too
         progress  called with (prompts read, those in all); each is read several times
         keys      what to measure, of weighing.calibration.KEYS; EXTENTS take the base alone
         returns   adapter -> key -> numbers

@@ -49,9 +49,9 @@ def unusual(query: Query, measured: Mapping[str, F64]) -> F64:
 
     measured  one or several of EXTENTS -> [n_adapter, n_layer]; several count together, equally
 
-    What adapters alike let expect is taken off, as a greeting raises many: their mean, weighted by
-    their correlations over the neutral prompts, by three quarters, as so few prompts call for.
-    Near copies let expect nothing, or versions of one adapter would hide each other.
+    What adapters alike predict is subtracted, because a greeting raises many: their mean, weighted
+    by correlation over the neutral prompts, times three quarters of its slope, as these are few.
+    Near copies predict nothing, or versions of one adapter would hide each other.
     """
     typical = [
         [query.typical[name][key].get("each", ()) for key in measured] for name in query.adapters

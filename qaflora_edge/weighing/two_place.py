@@ -16,7 +16,7 @@ from qaflora_edge.weighing.divergence import check_typical
 from qaflora_edge.weighing.strategy import ADDED, Mix, Probe, Query, Reason, Strategy
 
 Taken = dict[int, str]  # adapter's index -> the place that it is taken for, the answer first
-LATER = ("later_last", "later_question")
+FIRST, LATER = ("added_last", "added_question"), ("later_last", "later_question")
 STANDS_OUT, SHORT = 1.25, 3  # standard deviations; a question of so many tokens needs twice as many
 
 # fmt: off
@@ -40,7 +40,7 @@ class TwoPlace(Strategy):
     options = _OPTIONS
     measured = ADDED
     is_base_prefilled = True
-    needs_typical = ("added_last", "added_question", "added_text", *LATER)
+    needs_typical = (*FIRST, "added_text", *LATER)
 
     def check(self, argument: Any, query: Query) -> None:
         from qaflora_edge.weighing.calibration import adds_nothing
@@ -65,7 +65,7 @@ class TwoPlace(Strategy):
             return Mix(whole, because=f"{query.adapters[0]} is the only adapter in use.")
         last, question = probe.added()
         if query.is_chat:
-            places = LATER if query.is_later else self.needs_typical[:2]
+            places = LATER if query.is_later else FIRST
             scores = {"answer": unusual(query, dict(zip(places, (last, question), strict=True)))}
             scores["question"] = above_typical(query, places[1], question)
             weights, taken = pair(scores["answer"], scores["question"], options)
