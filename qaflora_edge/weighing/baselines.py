@@ -71,8 +71,7 @@ class Centroid(Strategy):
         similarity = c @ x / (np.linalg.norm(c, axis=-1) * np.linalg.norm(x))
         weights = softmax(similarity / TEMPERATURE)
         shape = (len(weights), query.n_layer)
-        layers, measure = (np.broadcast_to(x[:, None], shape) for x in (weights, similarity))
-        return Mix(layers, measure)
+        return Mix(*(np.broadcast_to(x[:, None], shape) for x in (weights, similarity)))
 
 
 class _Spectral(Strategy):
@@ -138,6 +137,7 @@ class Single(_Fixed):
     name = "single"
     help = "one adapter alone"
     argument, needs_argument = "NAME", True
+    is_base_prefilled = True
 
     def parse(self, argument: str, adapters: Sequence[str], text: str) -> dict[str, float]:
         return {_known(argument, adapters, text): 1.0}
