@@ -82,11 +82,12 @@ def _everyday(half: str | None) -> Iterator[Asked]:
     """Give the prompts of routing.json: of two alike one is in each half."""
     draw = random.Random(SEED)
     for kind, languages in DATA["prompts"].items():
-        for language, pair in languages.items():
-            first = draw.randrange(2)
-            halves = {"dev": pair[first], "confirm": pair[1 - first]}
-            for prompt in halves.values() if half is None else [halves[half]]:
-                yield Asked(kind, language, prompt, frozenset(NAMES.get(kind, ())))
+        for language, prompts in languages.items():
+            for pair in zip(prompts[::2], prompts[1::2], strict=True):
+                first = draw.randrange(2)
+                halves = {"dev": pair[first], "confirm": pair[1 - first]}
+                for prompt in halves.values() if half is None else [halves[half]]:
+                    yield Asked(kind, language, prompt, frozenset(NAMES.get(kind, ())))
 
 
 if __name__ == "__main__":

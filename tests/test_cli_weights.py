@@ -48,7 +48,7 @@ def test_two_place_says_what_it_measured_and_why_the_base_is_alone(calibrated: T
         assert not {"lens", "pool", "divergence"} & {*re.findall(r"\w+", shown)}
     plain = json.loads(weights(calibrated, PROMPT, "--strategy", "two-place", "--json").stdout)
     assert (plain["lens"], plain["pool"]) == ("norm", "last")  # the contract
-    needed = {"answer": pytest.approx(1.25 * (1 + 3 / 10)), "question": 1.25}  # ten tokens
+    needed = {"answer": 1.25, "question": 1.25}  # all surprises a base of random numbers
     assert plain["why"]["es"]["thresholds"] == needed
     assert plain["because"]
 

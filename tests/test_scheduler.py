@@ -18,6 +18,7 @@ from qaflora_edge.inference.loop import Loop
 from qaflora_edge.inference.request import Request, Sampling
 from qaflora_edge.inference.scheduler import Scheduler, Slot
 from qaflora_edge.inference.sequence import Sequence as RunningSequence
+from qaflora_edge.weighing.probe import Listener
 
 CHUNKS = Chunks(6, 3, 3, lambda token: token == 0)  # 8 tokens at most
 END = 255
@@ -77,7 +78,7 @@ class NotedContext:
         return zlib.crc32(repr(self.cells[self.rows[row]]).encode()) % 251
 
 
-class Heard:
+class Heard(Listener):
     def __init__(self, start: int) -> None:
         self.start = start
         self.cells: dict[int, tuple[int, bytes]] = {}

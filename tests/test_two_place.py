@@ -32,17 +32,26 @@ ALL = (*PLACES, *LATER)
 
 
 class Places:
-    """A probe that found these numbers [n_adapter] at each layer."""
+    """A probe that found these numbers [n_adapter] at each layer, and so many nats."""
 
-    def __init__(self, last: list[float], question: list[float]) -> None:
-        self.found = (last, question)
+    def __init__(self, last: list[float], question: list[float], nats: float) -> None:
+        self.found, self.nats = (last, question), nats
 
     def added(self) -> Any:
         return np.repeat(np.array(self.found)[:, :, None], 2, axis=2)
 
+    def surprise(self) -> float:
+        return self.nats
+
 
 def mixed(
-    text: str, last: list[float], question: list[float], *, known: Any = None, **how: bool
+    text: str,
+    last: list[float],
+    question: list[float],
+    *,
+    known: Any = None,
+    nats: float = 25,  # half of what is needed for the plain threshold
+    **how: bool,
 ) -> Any:
     """The mix for what adapters do, the same at both layers."""
     names = NAMES[: len(last)]
@@ -55,11 +64,10 @@ def mixed(
         pool="last",
         typical=dict.fromkeys(names, known or dict.fromkeys(ALL, USUAL)),
         options=chosen.options,
-        question=(2, 5),  # a long one needs half of what these three tokens do
         **{"is_chat": True, **how},
     )
     chosen.strategy.check(None, query)
-    probe: Any = Places(last, question)
+    probe: Any = Places(last, question, nats)
     return chosen.strategy.weigh(query, probe, None)
 
 
@@ -129,12 +137,18 @@ def test_a_second_one_has_to_do_more_in_the_question_than_is_usual() -> None:
     assert weighed("two-place:answer=0.7", [at(3)], [at(3)]) == [0.7]
 
 
-@pytest.mark.parametrize(("z", "is_mixed"), [(2.49, False), (2.51, True), (9, True)])
-def test_the_base_answers_where_none_does_more_than_is_usual(z: float, is_mixed: bool) -> None:
+@pytest.mark.parametrize(
+    ("z", "nats", "is_mixed"),
+    [(2.49, 25, False), (2.51, 25, True), (62.4, 0, False), (1.24, 99, False), (1.26, 50, True)],
+)
+def test_the_base_answers_where_none_does_more_than_is_usual(
+    z: float, nats: float, is_mixed: bool
+) -> None:
     question = [0, 1.3, 0]
     last = [last_of(z, question[0]), at(0), at(0)]
     question = [*map(at, question)]
-    assert weighed("two-place", last, question) == ([1, 0.5, 0] if is_mixed else [0, 0, 0])
+    found = weighed("two-place", last, question, nats=nats)
+    assert found == ([1, 0.5, 0] if is_mixed else [0, 0, 0])
 
 
 def test_plain_text_gets_the_most_unusual_one() -> None:
@@ -199,16 +213,24 @@ def test_new_bundles_are_weighed_by_it_where_it_has_something_to_go_by(
 def test_what_adapters_would_add_is_their_delta_times_what_the_base_reads(
     calibrated: TinyBundle,
 ) -> None:
-    """Oracle: the deltas multiplied out, and the inputs of the base one token at a time."""
+    """Oracle: the deltas multiplied out, and the inputs of the base one token at a time.
+
+    The surprise of the 16 tokens after the question's first comes with it.
+    """
     with Engine(calibrated.folder, kv_type="f32", flash_attn=False) as engine:
-        tokens, span, backend = list(range(60, 72)), (3, 9), engine._core
-        found = probe(engine, tokens, span).added()
+        tokens, span, backend = [60 + i % 48 for i in range(300)], (248, 290), engine._core
+        measured = probe(engine, tokens, span)
+        found, nats = measured.added(), 0.0
         inputs = []
-        with Context(backend.model, backend.pack, n_ctx=64, **backend.options) as context:
+        with Context(backend.model, backend.pack, n_ctx=512, **backend.options) as context:
             for at, token in enumerate(tokens):
                 context.capture_begin("inputs")
                 context.decode([token], start=at)
                 inputs.append(context.inputs(0, 1)[0].astype(np.float64))
+                if 248 <= at < 264:
+                    likely = np.exp(context.logits().astype(np.float64))
+                    nats -= log(likely[tokens[at + 1]] / likely.sum())
+        assert measured.surprise() == pytest.approx(nats, rel=1e-3)
         n_layer = engine.n_layer
     for ia, path in enumerate(load_bundle(calibrated.folder).adapter_paths.values()):
         deltas = tiny.stored_deltas(path)
@@ -217,7 +239,7 @@ def test_what_adapters_would_add_is_their_delta_times_what_the_base_reads(
             modules = [deltas[name] for name in names if name in deltas]
             sizes = [[np.linalg.norm(m @ x[layer]) for x in inputs] for m in modules]
             last = exp(np.mean([log(each[-1]) for each in sizes])) if sizes else 0
-            question = exp(np.mean([log(np.mean(each[3:9])) for each in sizes])) if sizes else 0
+            question = exp(np.mean([log(np.mean(each[248:290])) for each in sizes])) if sizes else 0
             assert found[0, ia, layer] == pytest.approx(last, rel=1e-3)
             assert found[1, ia, layer] == pytest.approx(question, rel=1e-3)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Outputs = Literal["last", "all", "none"]
+Outputs = Literal["last", "all", "none"] | Sequence[int]  # of which tokens; or their places
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,9 @@ class Batch:
             logits.extend([span.outputs == "all"] * n)
             if span.outputs == "last":
                 logits[-1] = 1
+            elif not isinstance(span.outputs, str):
+                for place in span.outputs:
+                    logits[place - n] = 1
             self.last.append(len(token) - 1)
         self.n_token, self.n_output = len(token), sum(logits)
         n_seq_id = array("i", [1]) * self.n_token

@@ -37,7 +37,7 @@ from qaflora_edge.formats.gguf import GgufHeader
 U8 = NDArray[np.uint8]
 _DECODE_ABORTED = 2  # llama.h llama_decode
 _FLASH_ATTN_AUTO, _FLASH_ATTN_OFF = -1, 0  # llama.h llama_flash_attn_type; on: 1
-N_VERIFIED = 16  # rows of all sequences in a pass that verifies guesses
+N_OUTPUT = 16  # most rows with logits in a pass that verifies guesses, or scores a question
 _MAX_SCORES_BYTES = 256 << 20  # 8,192 tokens of a base with 25 heads
 _N_CTX_MIN = 256  # tokens
 N_CTX_FIRST, _N_CTX_SAFE = 1024, 4096  # of a context without a limit: at first, and in any case

@@ -17,7 +17,7 @@ import numpy as np
 from qaflora_edge.arrays import F32, F64
 from qaflora_edge.backend.context import (
     N_CTX_FIRST,
-    N_VERIFIED,
+    N_OUTPUT,
     Context,
     Stop,
     automatic_ctx,
@@ -100,7 +100,7 @@ class Core:
             self._n_first = n_ctx or min(self.n_ctx, N_CTX_FIRST)
             # One more than answers: the base's KV state of a prompt that the mix prefills.
             shape: Any = {"n_ctx": self._n_first, "n_seq": n_parallel + 1}
-            shape["n_output"] = max(n_parallel + 1, N_VERIFIED * (draft != 0))
+            shape["n_output"] = max(n_parallel + 1, N_OUTPUT)
             self.context = context = enter(Context(model, self.pack, **shape, **options))
             self.draft = self._drafts(draft)
             model.workers.check()
@@ -127,7 +127,7 @@ class Core:
         """
         can_forget = not self.model.n_swa and not self.model.is_recurrent
         if asked == "auto":
-            is_exact = self.context.is_flash_off and self.pack.n_alike >= N_VERIFIED
+            is_exact = self.context.is_flash_off and self.pack.n_alike >= N_OUTPUT
             return None if can_forget and is_exact else 0
         if asked and not can_forget:
             raise OptionError(
@@ -301,7 +301,13 @@ class Probes:
 
     def added(self) -> F64:
         where = self._query.question, len(self._tokens)
-        return np.array(self._listen(self._core.prober.added(self._rows, *where)))
+        listener = self._core.prober.added(self._rows, *where)
+        measured = np.array(self._listen(listener))
+        self._nats = listener.nats
+        return measured
+
+    def surprise(self) -> float:
+        return self._nats
 
     def routing(self, reading: Reading) -> tuple[F64, F64]:
         found: tuple[F64, F64] = self._listen(self._core.prober.routing(self._rows, reading))

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence as Many
 
-from qaflora_edge.backend.context import N_VERIFIED
+from qaflora_edge.backend.context import N_OUTPUT
 from qaflora_edge.inference.sequence import Sequence
 
 _ORDERS = (4, 3, 2, 1)  # tokens at the end that must have stood before; the most that did count
@@ -37,7 +37,7 @@ class _Record:
         self._gain = _MEMORY * self._gain + (1 - _MEMORY) * (n_right - row_cost * n_guessed)
         self.n = max(self._n_first, n_right + 1)
         if n_right == n_guessed:
-            self.n, self._n_rest = min(2 * n_guessed + 1, N_VERIFIED - 1), _N_REST
+            self.n, self._n_rest = min(2 * n_guessed + 1, N_OUTPUT - 1), _N_REST
         if self._gain < 0:
             self._gain, self._n_left = 0.0, self._n_rest + 1
             self._n_rest = min(2 * self._n_rest, _N_LONGEST_REST)
@@ -93,6 +93,6 @@ def guess_together(group: Many[Sequence], n_ctx: int) -> list[list[int]]:
         for each in group
     ]
     n_room = min(n_ctx - sequence.n_past for sequence in group) - 1
-    n_room = min(n_room, N_VERIFIED // len(group) - 1)
+    n_room = min(n_room, N_OUTPUT // len(group) - 1)
     n = max(0, min(n_room, *map(len, guesses)))
     return [guess[:n] for guess in guesses]

@@ -14,7 +14,7 @@ from qaflora_edge.inference import sequence as sequences
 from qaflora_edge.inference.draft import guess_together
 from qaflora_edge.inference.sampler import no_numbers
 from qaflora_edge.inference.scheduler import Slot, Step
-from qaflora_edge.inference.sequence import token_logprob
+from qaflora_edge.inference.sequence import surprise, token_logprob
 
 
 class Runner:
@@ -101,14 +101,18 @@ class Runner:
         self._computing([sequence])
         self._unread.add(slot.number)
         self._set_weights(sequence, slot.number)
-        outputs: Outputs = "last" if is_last and listener is None else "none"
         hears = listener if listener and start + len(tokens) > listener.start else None
+        scored = [at - start for at in hears.scored if 0 <= at - start < n] if hears else []
+        outputs: Outputs = "last" if is_last and listener is None else scored
         try:
             if hears:
                 self._context.capture_begin("inputs")
             (row,) = self._context.decode_spans([Span(slot.number, tokens, start, outputs)])
             if hears:
                 hears.take(start, self._context.inputs(slot.number, len(tokens)))
+                for row in scored:
+                    next_token = sequence.request.tokens[start + row + 1]
+                    hears.nats += surprise(self._context.logits_view(row), next_token)
         except CancelledError:
             return  # the scheduler's owner ends it
         except BackendError as error:

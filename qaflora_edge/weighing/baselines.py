@@ -71,7 +71,8 @@ class Centroid(Strategy):
         similarity = c @ x / (np.linalg.norm(c, axis=-1) * np.linalg.norm(x))
         weights = softmax(similarity / TEMPERATURE)
         shape = (len(weights), query.n_layer)
-        return Mix(*(np.broadcast_to(x[:, None], shape) for x in (weights, similarity)))
+        layers, measure = (np.broadcast_to(x[:, None], shape) for x in (weights, similarity))
+        return Mix(layers, measure)
 
 
 class _Spectral(Strategy):

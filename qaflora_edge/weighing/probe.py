@@ -15,7 +15,7 @@ import numpy as np
 from qaflora_edge.arrays import F32, F64
 from qaflora_edge.backend.batch import Chunks, Outputs, n_common
 from qaflora_edge.backend.batch import Span as Tokens
-from qaflora_edge.backend.context import Context, KvState, default_threads, n_ctx_for
+from qaflora_edge.backend.context import N_OUTPUT, Context, KvState, default_threads, n_ctx_for
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.adapter import AdapterInfo, read_adapter_gguf
@@ -182,10 +182,14 @@ class Listener(Protocol):
     """Take what the base's query projections read of a prompt, chunk by chunk.
 
     start   the first token that is needed; KV state of those before it may be reused
+    scored  positions whose next token the base is asked about, from start on
+    nats    how much these tokens surprised it, together: -log of their probabilities
     result  the measure, once all tokens are taken
     """
 
     start: int
+    scored: range = range(0)
+    nats: float = 0.0
 
     def take(self, at: int, inputs: F32) -> None:
         """Take inputs [n_token, n_layer, n_embd] of the tokens from position `at` on."""
@@ -193,7 +197,7 @@ class Listener(Protocol):
     def result(self) -> Any: ...
 
 
-class _Norms:
+class _Norms(Listener):
     def __init__(self, projections: QueryProjections, n_token: int) -> None:
         self._projections, self.start = projections, n_token - 1
 
@@ -205,7 +209,7 @@ class _Norms:
         return self._projections.norms(self._last)
 
 
-class _Routing:
+class _Routing(Listener):
     start = 0
 
     def __init__(self, attention: AttentionInputs) -> None:
@@ -220,7 +224,7 @@ class _Routing:
         return weights, sizes
 
 
-class _Added:
+class _Added(Listener):
     """Sum in the question, and at the last token: [2, n_row, n_layer].
 
     Of a layer's modules the geometric mean is taken, 0 where an adapter adapts none of them.
@@ -230,6 +234,7 @@ class _Added:
         self, sizes: Sequence[AttentionSizes], span: Span, end: int, threads: Executor
     ) -> None:
         self._sizes, (self.start, self._stop), self._threads = sizes, span, threads
+        self.scored = range(self.start, min(self.start + N_OUTPUT, self._stop - 1))
         self._end = end
         self._question: list[F64] = [np.zeros(1) for _ in sizes]
 

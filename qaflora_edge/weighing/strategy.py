@@ -83,6 +83,12 @@ class Probe(Protocol):
         |scale B A x| at q, k and v, in one pass of the base: at the last token, in the question.
         """
 
+    def surprise(self) -> float:
+        """Tell how unlikely the base found the question's second to 17th token, in nats together.
+
+        It comes with added(), in the same pass.
+        """
+
     def embedding(self) -> F32:
         """Average the base's state after its last block over tokens: float32 [n_embd]."""
 

@@ -17,7 +17,8 @@ from qaflora_edge.weighing.strategy import ADDED, Mix, Probe, Query, Reason, Str
 
 Taken = dict[int, str]  # adapter's index -> the place that it is taken for, the answer first
 FIRST, LATER = ("added_last", "added_question"), ("later_last", "later_question")
-STANDS_OUT, SHORT = 1.25, 3  # standard deviations; a question of so many tokens needs twice as many
+STANDS_OUT = 1.25  # standard deviations
+FAMILIAR = 50  # nats; a question that surprises the base by half of it needs twice as many of them
 
 # fmt: off
 _OPTIONS = (
@@ -28,8 +29,8 @@ _OPTIONS = (
     Option("second", float, 1.25, low=-100, high=100, metavar="Z",
            help="no second adapter at a score of Z or below"),
     Option("abstain", float, STANDS_OUT, low=-100, high=100, words=("never",), metavar="Z",
-           help="the base answers alone at a score of Z or below, more in a short question; "
-           "never: it never does"),
+           help="the base answers alone at a score of Z or below, more for a question that the "
+           "base expects; never: it never does"),
 )
 # fmt: on
 
@@ -59,12 +60,14 @@ class TwoPlace(Strategy):
 
         from qaflora_edge.weighing.calibration import above_typical, unusual
 
-        options = _all_options(query)
+        options = {option.name: option.default for option in _OPTIONS} | dict(query.options)
         if len(query.adapters) == 1 and "abstain" not in query.options:
             whole = np.full((1, query.n_layer), options["answer"])
             return Mix(whole, because=f"{query.adapters[0]} is the only adapter in use.")
         last, question = probe.added()
         if query.is_chat:
+            if options["abstain"] != "never":
+                options["abstain"] *= max(1, FAMILIAR / max(probe.surprise(), 1))
             places = LATER if query.is_later else FIRST
             scores = {"answer": unusual(query, dict(zip(places, (last, question), strict=True)))}
             scores["question"] = above_typical(query, places[1], question)
@@ -126,11 +129,3 @@ def _told(
         who = "The others are" if len(others) > 1 else "The other is"
         said.append(f"{who} {'typical' if is_typical else 'lower'}.")
     return reasons, " ".join(said)
-
-
-def _all_options(query: Query) -> dict[str, Any]:
-    options = {option.name: option.default for option in _OPTIONS} | dict(query.options)
-    if options["abstain"] != "never":  # a mean over fewer tokens varies more
-        first, end = query.question
-        options["abstain"] *= 1 + SHORT / max(end - first, 1)
-    return options
