@@ -44,7 +44,7 @@ BASE, SUBJECT, BEST = "base", "subject", "best single adapter, in hindsight"
 # The beginning of a file's name -> the set that it belongs to; of several the longest counts.
 SETS = {
     **{name: name for name in ("demo", "grid", "pair", "shipped", "six", "taught", "told")},
-    **{name: name for name in ("twenty", "wide", "xl")},
+    **{name: name for name in ("twenty", "wide", "xl", "xl-six")},
     **{"shipped-mix": "shipped mix", "own": "taught", "own-anew": "anew"},
     **{"taught-anew": "anew", "taught-pair": "taught pair"},
     **{"pair-medical-text": "pair text", "refresh": "six", "refresh-two": "taught"},
@@ -283,6 +283,7 @@ ROWS = {
     "taught": "six of rank 16, nine cells",
     "twenty": "twenty adapters, nine cells",
     "xl": "1.5B base, four adapters, maths",
+    "xl-six": "1.5B base, also with `company` and `json`, maths",
 }
 
 
