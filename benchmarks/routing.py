@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--later", action="store_true", help="ask behind another exchange")
     parser.add_argument("--strategy", default="two-place")
     parser.add_argument("--threads", type=int)
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     asked = [each for path in args.tasks for each in _items(path, args.limit)]
     asked = asked or [*_everyday(args.half)]
     counts: dict[str, Counter[str]] = defaultdict(Counter)
