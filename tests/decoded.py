@@ -25,9 +25,11 @@ def count_decoded(monkeypatch: pytest.MonkeyPatch, *, first_only: bool = False) 
     return counts
 
 
-def probe(engine: Engine, tokens: Sequence[int], span: tuple[int, int] | None = None) -> Any:
+def probe(
+    engine: Engine, tokens: Sequence[int], span: tuple[int, int] | None = None, **facts: bool
+) -> Any:
     """The probe of a query, whose question stands at the span."""
-    query = replace(engine._weigher.query(tokens), question=span or (0, len(tokens)))
+    query = replace(engine._weigher.query(tokens), question=span or (0, len(tokens)), **facts)
     return Probes(engine._core, engine._core.cancellation())(query)
 
 

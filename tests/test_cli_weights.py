@@ -48,7 +48,10 @@ def test_two_place_says_what_it_measured_and_why_the_base_is_alone(calibrated: T
         assert not {"lens", "pool", "divergence"} & {*re.findall(r"\w+", shown)}
     plain = json.loads(weights(calibrated, PROMPT, "--strategy", "two-place", "--json").stdout)
     assert (plain["lens"], plain["pool"]) == ("norm", "last")  # the contract
-    needed = {"answer": 1.25, "question": 1.25}  # all surprises a base of random numbers
+    needed = {
+        "answer": 1.25,
+        "question": 1.25,
+    }  # to a base of random numbers every question is a surprise
     assert plain["why"]["es"]["thresholds"] == needed
     assert plain["because"]
 

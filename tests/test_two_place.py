@@ -219,7 +219,7 @@ def test_what_adapters_would_add_is_their_delta_times_what_the_base_reads(
     """
     with Engine(calibrated.folder, kv_type="f32", flash_attn=False) as engine:
         tokens, span, backend = [60 + i % 48 for i in range(300)], (248, 290), engine._core
-        measured = probe(engine, tokens, span)
+        measured = probe(engine, tokens, span, is_chat=True)
         found, nats = measured.added(), 0.0
         inputs = []
         with Context(backend.model, backend.pack, n_ctx=512, **backend.options) as context:

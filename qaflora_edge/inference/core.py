@@ -300,14 +300,12 @@ class Probes:
         return np.array(self._run(self._core.prober.mean_states(self._tokens))[-1])
 
     def added(self) -> F64:
-        where = self._query.question, len(self._tokens)
-        listener = self._core.prober.added(self._rows, *where)
-        measured = np.array(self._listen(listener))
-        self._nats = listener.nats
-        return measured
+        query = self._query
+        where = query.question, len(self._tokens), N_OUTPUT * query.is_chat
+        return np.array(self._listen(self._core.prober.added(self._rows, *where)))
 
     def surprise(self) -> float:
-        return self._nats
+        return self._heard.nats
 
     def routing(self, reading: Reading) -> tuple[F64, F64]:
         found: tuple[F64, F64] = self._listen(self._core.prober.routing(self._rows, reading))
@@ -326,6 +324,7 @@ class Probes:
     def _listen(self, listener: "Listener") -> Any:
         """Prefill the query under the base, for a listener."""
         self.end()
+        self._heard = listener
         core, tokens = self._core, self._query.tokens
         nothing = np.zeros((len(core.adapters), core.model.n_layer), np.float32)
         n_base = n_base_of(len(tokens))

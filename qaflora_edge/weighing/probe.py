@@ -15,7 +15,7 @@ import numpy as np
 from qaflora_edge.arrays import F32, F64
 from qaflora_edge.backend.batch import Chunks, Outputs, n_common
 from qaflora_edge.backend.batch import Span as Tokens
-from qaflora_edge.backend.context import N_OUTPUT, Context, KvState, default_threads, n_ctx_for
+from qaflora_edge.backend.context import Context, KvState, default_threads, n_ctx_for
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.adapter import AdapterInfo, read_adapter_gguf
@@ -234,7 +234,6 @@ class _Added(Listener):
         self, sizes: Sequence[AttentionSizes], span: Span, end: int, threads: Executor
     ) -> None:
         self._sizes, (self.start, self._stop), self._threads = sizes, span, threads
-        self.scored = range(self.start, min(self.start + N_OUTPUT, self._stop - 1))
         self._end = end
         self._question: list[F64] = [np.zeros(1) for _ in sizes]
 
@@ -315,13 +314,16 @@ class Prober:
         """Compute what strategy.Probe.routing gives, and raise as it does."""
         return _Routing(self._attention(tuple(rows), reading))
 
-    def added(self, rows: Sequence[int], span: Span, end: int) -> Listener:
+    def added(self, rows: Sequence[int], span: Span, end: int, n_scored: int = 0) -> Listener:
         """Measure what each adapter would add to q, k and v in two places: [2, n_row, n_layer].
 
         span  where the question's tokens stand
         end   tokens of the prompt that are weighed
+        n_scored  most tokens of the question, after its first, that the base is asked about
         """
-        return _Added([self._sizes(row) for row in rows], span, end, self._threads)
+        listener = _Added([self._sizes(row) for row in rows], span, end, self._threads)
+        listener.scored = range(span[0], min(span[0] + n_scored, span[1] - 1))
+        return listener
 
     def mean_states(self, tokens: Sequence[int], n_skipped: int = 0) -> Steps[F32]:
         """Average the states after each block over tokens: float32 [n_layer, n_embd].

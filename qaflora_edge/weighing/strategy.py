@@ -84,10 +84,7 @@ class Probe(Protocol):
         """
 
     def surprise(self) -> float:
-        """Tell how unlikely the base found the question's second to 17th token, in nats together.
-
-        It comes with added(), in the same pass.
-        """
+        """Sum -log p of a chat question's second to 17th token, in nats, once added() is known."""
 
     def embedding(self) -> F32:
         """Average the base's state after its last block over tokens: float32 [n_embd]."""

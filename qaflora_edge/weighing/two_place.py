@@ -18,7 +18,7 @@ from qaflora_edge.weighing.strategy import ADDED, Mix, Probe, Query, Reason, Str
 Taken = dict[int, str]  # adapter's index -> the place that it is taken for, the answer first
 FIRST, LATER = ("added_last", "added_question"), ("later_last", "later_question")
 STANDS_OUT = 1.25  # standard deviations
-FAMILIAR = 50  # nats; a question that surprises the base by half of it needs twice as many of them
+FAMILIAR = 50  # nats; where a question surprises the base by half of it, a score has to be double
 
 # fmt: off
 _OPTIONS = (
