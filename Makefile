@@ -1,11 +1,35 @@
-# Two commands: `make demo` and `make test`. Each makes what is missing and repeats nothing.
-# `make test-fast` leaves out the slow tests, for daily work.
-# `make test-vulkan` builds for Vulkan beside them and tests that; `make test-asan` and `make test-tsan` with sanitizers.
-# `make test-rpc` tests layers on workers, which `make test` does too.
-# `make test-clients` tests the server with other people's clients.
-# `make release` makes wheels for every processor of an architecture: `make release ARCH=aarch64`.
-# `make fuzz MINUTES=5` gives every reader damaged files.
-# Options for llama.cpp go in CMAKE_ARGS, such as `make demo CMAKE_ARGS=-DGGML_CUDA=on`.
+# make demo           set up, fetch the base of demo/ (491 MB), ask four questions; SMALL=1: the small base, 98 MB
+# make test           set up, and all tests: under five minutes on two cores
+# make test-fast      those that are not marked slow: a minute, for daily work
+# make lint           ruff check, ruff format --check, mypy
+# make help           this list
+#
+# make test-vulkan    the backend on a Vulkan device, in an environment of its own
+# make test-rpc       layers on workers of this machine: part of `make test`
+# make test-asan      the native tests with address and undefined-behaviour sanitizers
+# make test-tsan      random schedules and threads with the thread sanitizer
+# make test-clients   the server with other people's clients, in an environment of its own
+# make pin-clients    the newest versions of those clients, for .ci/clients.txt
+# make fuzz MINUTES=5 damaged files for every reader
+# make cuda-build     CUDA, where nvcc is: compiled, installed beside the wheel of dist/ and loaded, not run
+#
+# make sdist          the source archive that builds without a network, and the binding's wheel, in dist/
+# make release        those, and wheels for every processor of an architecture; ARCH=aarch64 cross-compiles
+# make release-backend BACKEND=vulkan    a GPU's backend as a wheel of one file, out of packages/backend.toml
+# make test-release   those wheels in an environment of their own, each backend in them, and under qemu-user
+# make test-aarch64   the wheel for aarch64 under qemu-user, with Debian's Python for it
+# make test-windows   a wheel for Windows, cross-built with mingw-w64: its library under wine
+# make test-container the steps of packages/Containerfile in a folder, without a container engine
+#
+# make convert-table  the tables of docs/architectures.md, measured again
+# make eval-report    docs/results.md and all charts, out of benchmarks/results/ and benchmarks/results.md
+# make eval-smoke     every path of `qaflora eval` on ten items of benchmarks/smoke/
+# make bench-server   `qaflora serve` beside llama.cpp's server: tokens/s and waiting times of 1 to 16 users
+# make load-server    ten minutes of mixed load on `qaflora serve`
+# make bench-convert  seconds and peak memory of converting an adapter of an 8B model
+#
+# Each makes what is missing and repeats nothing. Options for llama.cpp go in CMAKE_ARGS, such as
+# `make demo CMAKE_ARGS=-DGGML_CUDA=on`.
 
 PYTHON ?= python3
 VENV := .venv
@@ -17,7 +41,7 @@ DONE := $(VENV)/.done
 PACKAGE_FILES := pyproject.toml CMakeLists.txt models/registry.json \
     $(shell find qaflora_edge patches -type f ! -path '*/__pycache__/*')
 
-.PHONY: demo test test-fast test-rpc test-vulkan vulkan-tests cuda-build cuda-tests test-asan asan-tests \
+.PHONY: help demo test test-fast test-rpc test-vulkan vulkan-tests cuda-build cuda-tests test-asan asan-tests \
     test-tsan tsan-tests test-clients clients-tests pin-clients sdist release release-backend test-release release-tests test-aarch64 \
     test-windows test-container \
     fuzz bench-server load-server bench-convert lint convert-table eval-report eval-smoke clean FORCE
@@ -38,6 +62,10 @@ test: $(DONE)/package $(DONE)/test-tools
 
 test-fast: $(DONE)/package $(DONE)/test-tools
 	$(PYTEST) -m "not slow"
+
+# The comment at the top of this file.
+help:
+	@sed -n -e '/^#/!q' -e 's/^# \{0,1\}//p' Makefile
 
 test-rpc: $(DONE)/package $(DONE)/test-tools
 	$(BIN)/pytest tests/test_worker.py
