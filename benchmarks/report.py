@@ -21,7 +21,7 @@ from typing import Any
 
 import charts
 import numpy as np
-from one_reading import HALVES, Report, interval
+from one_reading import Report, interval
 
 from qaflora_edge.evaluation.results import Results
 from qaflora_edge.evaluation.table import (
@@ -64,13 +64,7 @@ NINE = [cell for cell in CELLS if cell.partition("_")[0] in TITLES]
 PARTS = {
     "anew first": ("anew", {"math": (0, 16), "code": (0, 10), "medical": (0, 48)}),
 }
-# Cells of one_reading.py -> their rows.
-READ = {
-    **TITLES,
-    "chat": "maths, third turn of a chat",
-    "system": "maths, system prompt of 300 tokens",
-    "text": "sentences to continue, nats a token",
-}
+CHATS = (*TITLES, "chat", "system")  # cells of one_reading.py
 ROUNDING = 1e-3  # nats a token
 
 Row = Mapping[str, Any]
@@ -330,21 +324,6 @@ def read_gains(subject: str, half: str, reading: str, strategy: str = "two-place
     return np.asarray(score[1] - score[0])
 
 
-def reading_table(_: Figures) -> str:
-    """Compare who prefills under two-place: differences to the mix, in points or nats a token."""
-    rows = []
-    for subject, title in READ.items():
-        row = [title]
-        for reading, half in itertools.product(("base", "tail16"), HALVES):
-            gains = read_gains(subject, half, reading)
-            digits = 3 if subject == "text" else 1
-            row.append(f"{read([gains], digits)}, {len(gains)}" if len(gains) > 1 else NONE)
-        rows.append(row)
-    names = ("all but 1", "all but 16")
-    halves = ("chosen on", "confirmed on")
-    return table(("", *(f"{name}, {half}" for name in names for half in halves)), rows)
-
-
 def read(gains: Sequence[np.ndarray], digits: int = 1) -> str:
     """Write the mean over groups with its interval."""
     value, low, high = (f"{each:+.{digits}f}" for each in interval(gains))
@@ -353,7 +332,7 @@ def read(gains: Sequence[np.ndarray], digits: int = 1) -> str:
 
 def read_mean(_: Figures, reading: str, half: str, strategy: str = "two-place") -> str:
     """Write the mean over all chats' rows."""
-    return read([read_gains(each, half, reading, strategy) for each in READ if each != "text"])
+    return read([read_gains(each, half, reading, strategy) for each in CHATS])
 
 
 def rights(figures: Figures, name: str, one: str, other: str, subject: str = "") -> str:
@@ -374,7 +353,6 @@ FIGURES: dict[str, Callable[..., str]] = {
     "right": rights,
     "cells": cells_table,
     "sets": sets_table,
-    "reading": reading_table,
     "readings": read_mean,
 }
 
