@@ -135,6 +135,7 @@ class Engine:
         opened = open_any(bundle, base, adapters)
         self.seed, self.n_parallel, self.reasoning = seed, n_parallel, reasoning
         self.system = opened.text.system if opened.text else ""
+        self.examples = opened.text.examples if opened.text else ()
         self._opened = opened
         self._options = {"placing": placing, "prefix_cache": prefix_cache, **options}
         # A base alone chooses its strategy when it gets its first adapter.
@@ -354,13 +355,13 @@ class Engine:
 
         how  continue_final_message, add_generation_prompt, chat_template_kwargs: see `chat`
 
-        The bundle's system prompt comes first where the messages have none.
+        The bundle's system prompt comes first where the messages have none, then its examples.
         """
         from qaflora_edge.chat.messages import begin_with
         from qaflora_edge.chat.tokens import chat_tokens
 
         with self._core.call():
-            messages = begin_with(self.system or None, messages)
+            messages = begin_with(self.system or None, messages, self.examples)
             how |= {"n_ctx": self.n_ctx, "reasoning": self.reasoning}
             tokens = chat_tokens(self._model, messages, tools=tools, **how)
             return checked_tokens(self._model, tokens, self.n_ctx)

@@ -30,6 +30,7 @@ from qaflora_edge.weighing.weigher import Weigher, known_of
 # static 31.9, the base 30.3, qa-flora 28.1; with two of the six trained a second time 36.3, 32.3,
 # 28.0, 26.8; and two-place weighs six in a seventh of the time.
 BEST, PUBLISHED = "two-place", numbers.DEFAULT_STRATEGY
+LICENSE_FILE = "LICENSE"
 UNMEASURED = "spectr"  # level with static and two-place there, and needs nothing measured
 
 
@@ -43,6 +44,8 @@ def create_bundle(
     description: str = "",
     license: str = "",
     system: str = "",
+    examples: Sequence[Mapping[str, str]] = (),
+    sampling: Mapping[str, Any] | None = None,
     outtype: str = "f16",
     strategy: str | None = None,
     progress: Tell | None = None,
@@ -55,7 +58,10 @@ def create_bundle(
                Hub reference to one of them, which is recorded with its commit
     engine     the class Engine, to measure what the strategy needs; None: nothing is measured
     outtype    of converted adapters: f32, f16, bf16 or q8_0
+    license    its name, or a text of several lines, which becomes the file LICENSE
     system     system message of conversations that have none
+    examples   messages with which every conversation begins, behind the system's
+    sampling   defaults of commands and the server: see config's group `sampling`
     strategy   default of an Engine; None: BEST, or PUBLISHED where the adapters are not measured
                or BEST cannot weigh them
     returns    the folder
@@ -88,9 +94,14 @@ def create_bundle(
             "description": description,
             "license": license,
             **({"system": system} if system else {}),
+            **({"examples": list(examples)} if examples else {}),
+            **({"sampling": dict(sampling)} if sampling else {}),
             "base": record,
             "adapters": [],
         }
+        if "\n" in license:
+            raw["license"] = f"see {LICENSE_FILE}"
+            (temporary / LICENSE_FILE).write_text(f"{license}\n", encoding="utf-8")
         source.put_adapters(temporary, raw, pairs, header, outtype, tell)
         if engine is None:
             check_strategy(what, raw, wanted)

@@ -9,14 +9,17 @@ from qaflora_edge.errors import PromptError
 Message = Mapping[str, Any]
 
 
-def begin_with(system: str | None, messages: Sequence[Message]) -> Sequence[Message]:
-    """Put a system prompt before messages that begin with none."""
-    if system is None or not isinstance(messages, list | tuple) or not messages:
+def begin_with(
+    system: str | None, messages: Sequence[Message], examples: Sequence[Message] = ()
+) -> Sequence[Message]:
+    """Put a system prompt before messages that begin with none, and examples behind it."""
+    if not isinstance(messages, list | tuple) or not messages:
         return messages  # what is no conversation is refused elsewhere
     first = messages[0]
     if isinstance(first, Mapping) and first.get("role") in ("system", "developer"):
-        return messages
-    return [{"role": "system", "content": system}, *messages]
+        return [first, *examples, *messages[1:]]
+    begun = [] if system is None else [{"role": "system", "content": system}]
+    return [*begun, *examples, *messages]
 
 
 def checked_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:

@@ -1,9 +1,12 @@
 """qaflora bundle create, add, remove, base, calibrate, samples, show and verify"""
 
+from __future__ import annotations
+
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,7 +15,10 @@ from qaflora_edge.cli.answers import print_json
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.cli.prompts import read_text
 from qaflora_edge.config import ADAPTER, OWN
-from qaflora_edge.files import one_line
+from qaflora_edge.files import AnyPath, one_line
+
+if TYPE_CHECKING:
+    from qaflora_edge.bundles.modelfile import Modelfile
 
 
 @click.group()
@@ -43,6 +49,7 @@ _calibrate = click.option(
 @cli.command(
     "qaflora bundle create my-bundle --base base.gguf \\",
     "    --adapter math=peft/math --adapter es=es.gguf",
+    "qaflora bundle create mine --modelfile Modelfile",
     group=bundle,
 )
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
@@ -56,11 +63,18 @@ _calibrate = click.option(
 @click.option(
     "--adapter",
     "adapters",
-    required=True,
     **_adapters,
     help="An adapter: a PEFT folder, which is converted, an adapter .gguf, or a Hub reference to "
     "one of them (owner/name, with @revision to pin it); repeatable. NAME is the folder's or "
     "file's unless given.",
+)
+@click.option(
+    "--modelfile",
+    "modelfile_path",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Take base, adapters, system message, parameters and licence from a Modelfile of Ollama, "
+    "in place of --base, --adapter and --system.",
 )
 @click.option("--name", help="The bundle's name.  [default: the folder's]")
 @click.option("--description", default="", help="What the bundle is for.")
@@ -82,11 +96,12 @@ def create(
     folder: Path,
     base: str | None,
     adapters: list[tuple[str, str]],
+    modelfile_path: Path | None,
     system_path: str | None,
     calibrate: bool,
     **options: Any,
 ) -> None:
-    """Make a bundle from a base and adapters.
+    """Make a bundle from a base and adapters, or from a Modelfile.
 
     DIR must not exist. When something fails, nothing is left. Measuring comes last and happens
     once; a bundle that is not measured works, and `qaflora bundle calibrate` finishes it.
@@ -94,14 +109,28 @@ def create(
     from qaflora_edge.bundles.create import create_bundle
     from qaflora_edge.engine import Engine
 
+    pairs: Sequence[tuple[str, AnyPath]] = adapters
+    source: AnyPath
+    if modelfile_path is not None:
+        if base or adapters or system_path:
+            raise click.UsageError("--modelfile stands in place of --base, --adapter and --system.")
+        modelfile = _read_modelfile(modelfile_path)
+        source, pairs = modelfile.base, modelfile.adapters
+        options["license"] = options["license"] or modelfile.license
+        options["system"] = modelfile.system
+        options["examples"] = modelfile.examples
+        options["sampling"] = modelfile.sampling
+    elif not adapters:
+        raise click.UsageError("Missing option '--adapter' or '--modelfile'.")
+    else:
+        source = cli.choose_base(base, [path for _, path in adapters])
     if system_path is not None:
         options["system"] = cli.check_prompt(read_text(system_path).strip())
-    base = cli.choose_base(base, [path for _, path in adapters])
     is_there = os.path.lexists(folder)
     options["engine"] = Engine if calibrate else None
     try:
         with progress_bars() as progress:
-            create_bundle(folder, base, adapters, progress=progress, **options)
+            create_bundle(folder, source, pairs, progress=progress, **options)
     except BaseException:
         if folder.is_dir() and not is_there:
             finish = f"qaflora bundle calibrate {folder} --strategy two-place"
@@ -109,6 +138,16 @@ def create(
         raise
     weighed = f"weighed by {_strategy(folder)}"
     click.echo(f"Created the bundle {folder}, {weighed}. Try: qaflora chat {folder}", err=True)
+
+
+def _read_modelfile(path: Path) -> Modelfile:
+    """Read a Modelfile, and tell which lines are left out."""
+    from qaflora_edge.bundles.modelfile import read_modelfile
+
+    modelfile = read_modelfile(path)
+    for note in modelfile.notes:
+        click.echo(note, err=True)
+    return modelfile
 
 
 @cli.command(
@@ -253,6 +292,7 @@ def describe(folder: Path) -> str:
 
     text = read_bundle_text(folder)
     base, known = text.base, known_of(text)
+    sampling = ", ".join(f"{name} {value}" for name, value in text.sampling.items())
     where = recorded_base(folder, base) or f"not here: {how_to_get_base(folder, base)}"
     lines = [
         f"{text.name or folder.name}" + (f": {text.description}" if text.description else ""),
@@ -263,6 +303,8 @@ def describe(folder: Path) -> str:
         f"fusion     {known.strategy}, lens {known.lens}, pool {known.pool}",
         *([f"samples    of {', '.join(known.centroids)}"] if known.centroids else []),
         *([f"system     {text.system}"] if text.system else []),
+        *([f"examples   {len(text.examples)} messages"] if text.examples else []),
+        *([f"sampling   {sampling}"] if sampling else []),
         f"adapters   {len(text.adapters)}",
     ]
     width = max((len(adapter.name) for adapter in text.adapters), default=0)

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from qaflora_edge.cli.progress import progress_bars, waiting
@@ -253,12 +254,35 @@ def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 kwargs["bundles"] = (_with_adapters(adapters, *kwargs["bundles"]),)
             else:
                 kwargs["bundle"] = _with_adapters(adapters, kwargs["bundle"])
+        if command.__name__ in SAMPLED_BY_BUNDLE:
+            shared |= _sampling_of_bundle(kwargs["bundle"])
         return command(options=SharedOptions(**shared), **kwargs)
 
     decorated: Callable[..., Any] = collected
     for option in (*reversed(options), ADAPTER):
         decorated = click_option(option, command.__name__)(decorated)
     return decorated
+
+
+# Commands that sample as a bundle says; `serve` does so for each of its bundles.
+SAMPLED_BY_BUNDLE = ("run", "chat", "compare")
+
+
+def _sampling_of_bundle(bundle: str) -> dict[str, Any]:
+    """Give the options that a bundle sets, by key, where nobody who calls chose a value."""
+    from qaflora_edge.formats.bundle import read_bundle_text
+
+    found: dict[str, Any] = {}
+    with contextlib.suppress(QafloraError):  # what opens the bundle will say what is wrong
+        sampling = read_bundle_text(bundle_folder(bundle)).sampling
+        found = {in_group("sampling")[name].key: value for name, value in sampling.items()}
+    return {key: value for key, value in found.items() if not is_chosen(key)}
+
+
+def is_chosen(key: str) -> bool:
+    """Tell whether an option comes from the command line, the environment or the settings."""
+    source = click.get_current_context().get_parameter_source(key)
+    return source not in (None, ParameterSource.DEFAULT)
 
 
 def adapter_pairs(values: Sequence[str]) -> list[tuple[str, str]]:

@@ -80,5 +80,6 @@ def serve(
             adapters=folder,
             engine={"strategy": options.strategy, **options.engine},
             sampling=options.sampling,
+            chosen=frozenset(filter(cli.is_chosen, vars(options))),
         ),
     )

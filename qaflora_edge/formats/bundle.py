@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path, PureWindowsPath
 from typing import Any, TypeVar
 
+from qaflora_edge.config import in_group
 from qaflora_edge.errors import BundleError, os_errors
 from qaflora_edge.files import what_is_at
 from qaflora_edge.formats.inputs import open_input
@@ -82,6 +83,8 @@ class BundleText:
 
     fusion   defaults of an Engine and measurements, as they stand in the file
     system   system message of conversations that have none, or empty
+    examples  messages with which every conversation begins, behind the system's
+    sampling  option -> value, where a command or request says nothing
     where    names the file in messages
     raw      the whole object, unknown keys included
     """
@@ -93,6 +96,8 @@ class BundleText:
     adapters: tuple[AdapterRecord, ...]
     fusion: Mapping[str, Any] = field(default_factory=dict)
     system: str = ""
+    examples: Sequence[Mapping[str, str]] = ()
+    sampling: Mapping[str, Any] = field(default_factory=dict)
     where: str
     raw: Mapping[str, Any]
 
@@ -235,6 +240,12 @@ def _check_between_fields(text: BundleText) -> None:
             if name not in names:
                 expected = f"only adapters of this bundle ({', '.join(names)})"
                 raise WrongField(shortened(f"fusion.{key}.{name}"), shown(value), expected)
+    options = in_group("sampling")
+    for name, value in text.sampling.items():
+        if name not in options:
+            raise WrongField(shortened(f"sampling.{name}"), shown(value), "no such option")
+        if not options[name].fits(value):
+            raise WrongField(f"sampling.{name}", shown(value), options[name].expected)
     n_layer = text.base.n_layer
     for name, typical in text.fusion.get("typical", {}).items():
         for key in _PER_LAYER:

@@ -91,9 +91,9 @@ def _check_range(field: str, found: Any, weights: Any) -> None:
 
 
 def options_of(
-    request: Request, body: bodies.Answered | bodies.OllamaBody, **given: Any
+    served: ServedModel, body: bodies.Answered | bodies.OllamaBody, **given: Any
 ) -> dict[str, Any]:
-    """Return the options of an answer; those of the command hold where a request says nothing.
+    """Return the options of an answer; the model's hold where a request says nothing.
 
     given  fields that one path has in place of sampling options
 
@@ -101,8 +101,7 @@ def options_of(
     """
     fixed = {name: value for name, value in (body.model_extra or {}).items() if name in FIXED}
     asked = {**fixed, **body.sampling, **given}
-    defaults = request.app.state.options.sampling
-    known = {**defaults, **openai_options({k: v for k, v in asked.items() if v is not None})}
+    known = {**served.sampling, **openai_options({k: v for k, v in asked.items() if v is not None})}
     return {name: value for name, value in known.items() if value is not None}
 
 
@@ -258,7 +257,7 @@ async def chat_completions(request: Request) -> Computed:
         if body.response_format not in (None, _PROSE):
             raise wrong_field("json_schema", body.json_schema, "nothing next to response_format")
         given["response_format"] = {"type": "json_object", "schema": body.json_schema}
-    options = {**weighing, **options_of(request, body, **given)}
+    options = {**weighing, **options_of(served, body, **given)}
     model = body.model or served.name
 
     def compute(engine: Engine, out: Computed) -> None:
@@ -274,7 +273,7 @@ async def completions(request: Request) -> Computed:
     """Go on with a text."""
     body, served, weighing = await asked(request, bodies.TextBody)
     prompts, n = _each(body.prompt), body.n or 1
-    options = {"max_tokens": 16, **weighing, **options_of(request, body, logprobs=None)}
+    options = {"max_tokens": 16, **weighing, **options_of(served, body, logprobs=None)}
     options |= {"json_schema": body.json_schema, "logprobs": body.logprobs, "parse_special": True}
     model = body.model or served.name
 
@@ -316,7 +315,7 @@ async def _completed(
     request: Request, kind: type[C], prompt: Callable[[Engine, C], str | list[int]]
 ) -> Computed:
     body, served, weighing = await asked(request, kind)
-    options = {**weighing, **options_of(request, body), "parse_special": True}
+    options = {**weighing, **options_of(served, body), "parse_special": True}
     if body.n_predict is not None:
         options["max_tokens"] = None if body.n_predict < 0 else body.n_predict
     options["json_schema"] = body.json_schema
@@ -383,7 +382,7 @@ async def responses(request: Request) -> Computed:
     """Answer as a response."""
     body, served, weighing = await asked(request, bodies.ResponsesBody)
     messages, given = chat_request(body.model_dump(by_alias=True, exclude_unset=True))
-    options = {**weighing, **options_of(request, body, **given)}
+    options = {**weighing, **options_of(served, body, **given)}
     shown = {name: options.get(name, in_group("sampling")[name].default) for name in SHOWN}
     model = body.model or served.name
 

@@ -110,7 +110,7 @@ async def show(request: Request) -> Computed:
 async def chat(request: Request) -> Computed | Response:
     """Answer a conversation, in the shape of Ollama."""
     body, served, weighing = await asked(request, bodies.OllamaChatBody)
-    options = {**weighing, **_options(request, body), "tools": body.tools}
+    options = {**weighing, **_options(served, body), "tools": body.tools}
     messages = _messages(body.messages)
 
     def begin(engine: Engine, more: dict[str, Any]) -> Begun:
@@ -129,7 +129,7 @@ async def chat(request: Request) -> Computed | Response:
 async def generate(request: Request) -> Computed | Response:
     """Answer a text, or go on with it, in the shape of Ollama."""
     body, served, weighing = await asked(request, bodies.OllamaTextBody)
-    options = {**weighing, **_options(request, body)}
+    options = {**weighing, **_options(served, body)}
     system = [{"role": "system", "content": body.system}] if body.system else []
     messages = [*system, {"role": "user", "content": body.prompt}]
 
@@ -151,14 +151,14 @@ async def generate(request: Request) -> Computed | Response:
     return _answered(request, served, body, begin if has_prompt else None, fields)
 
 
-def _options(request: Request, body: bodies.OllamaBody) -> dict[str, Any]:
+def _options(served: ServedModel, body: bodies.OllamaBody) -> dict[str, Any]:
     form: dict[str, Any] | None = None
     if body.format:
         schema = {} if body.format == "json" else {"schema": body.format}
         form = {"type": "json_object", **schema}
     thinks = None if body.think is None else bool(body.think)
     kwargs = None if thinks is None else {"enable_thinking": thinks, "thinking": thinks}
-    options = options_of(request, body)
+    options = options_of(served, body)
     return {**options, "response_format": form, "chat_template_kwargs": kwargs}
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qaflora_edge.config import in_group
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import BundleError, BusyError, QafloraError, WorkerError
 from qaflora_edge.formats.bundle import NAME_PATTERN, NAME_RULE, is_base, read_bundle_text
@@ -37,6 +38,7 @@ class ServerOptions:
     adapters      folder of adapters that may be added, resolved; None: adapters cannot change
     engine        keywords of every Engine
     sampling      keywords of Engine.generate where a request says nothing
+    chosen        keys of options that the command chose, before what a bundle says
     """
 
     api_key: str | None = None
@@ -49,6 +51,7 @@ class ServerOptions:
     adapters: Path | None = None
     engine: Mapping[str, Any] = field(default_factory=dict)
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    chosen: frozenset[str] = frozenset()
 
     @property
     def n_slot(self) -> int:
@@ -103,6 +106,7 @@ class ServedModel:
     sha256      of the base's file, and of each adapter's by its name; empty for a base alone
     family      the base's architecture
     n_byte      of the base's file and the adapters'
+    sampling    keywords of Engine.generate where a request says nothing
     slots       requests that are answered at once
     engine      None while it is not loaded; `worker` computes for it
     opening     the task that loads it now; it goes on when the caller gives up
@@ -120,6 +124,7 @@ class ServedModel:
     sha256: Mapping[str, Any] = field(default_factory=dict)
     family: str = ""
     n_byte: int = 0
+    sampling: Mapping[str, Any] = field(default_factory=dict)
     engine: Engine | None = None
     worker: threading.Thread | None = None
     opening: asyncio.Task[None] | None = None
@@ -167,6 +172,7 @@ class ServedModels:
         """Read what a bundle says of itself; nothing is loaded."""
         sha256: dict[str, Any] = {}
         targets: dict[str, Sequence[str]] = {}
+        sampling = dict(self._options.sampling)
         if is_base(place):
             header = read_gguf_header(place)
             name, n_layer, known = place.stem, header.n_layer, Known()
@@ -180,6 +186,10 @@ class ServedModels:
             family, n_byte = text.base.architecture, text.base.size_bytes + sum(sizes)
             hashes = {adapter.name: adapter.sha256 for adapter in text.adapters}
             sha256 = {"base": text.base.sha256, "adapters": hashes}
+            options = in_group("sampling")
+            for option, value in text.sampling.items():
+                if options[option].key not in self._options.chosen:
+                    sampling[option] = value
         if not NAME_PATTERN.fullmatch(name):
             raise BundleError(
                 f"Cannot serve {place}: its name is {name!r}, expected {NAME_RULE}. Correct `name` "
@@ -189,7 +199,8 @@ class ServedModels:
         chosen = {key: engine.get(key) for key in ("strategy", "lens", "pool")}
         weigher = Weigher(tuple(targets), n_layer, known.under(**chosen), targets=targets)
         slots = asyncio.Semaphore(self._options.n_slot)
-        return ServedModel(name, place, weigher, weigher.followed, slots, sha256, family, n_byte)
+        facts = (sha256, family, n_byte, sampling)
+        return ServedModel(name, place, weigher, weigher.followed, slots, *facts)
 
     # names
 
