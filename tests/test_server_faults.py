@@ -14,9 +14,10 @@ from patience import PATIENCE_S, wait_until
 from serving import ENGINE, listening, listening_app, make_options, metric
 from tiny import constant_logits
 
-from qaflora_edge.server import requests, stream
+from qaflora_edge.server import connections, requests, stream
 from qaflora_edge.server.app import make_app
-from qaflora_edge.server.run import MAX_HEAD_BYTES
+from qaflora_edge.server.connections import MAX_HEAD_BYTES
+from qaflora_edge.server.run import allow_files
 
 CHAT = "/v1/chat/completions"
 KEY = "a-key-of-the-tests"
@@ -165,3 +166,77 @@ def test_heads_without_end(calibrated: TinyBundle) -> None:
                 while client.recv(65536):
                     pass
         assert ask(url, unknown="a" * 1_000_000) == ask(url)
+
+
+START = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+NEXT = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        START + b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + NEXT,
+        START.replace(b"\r", b"") + b"\n" + NEXT,
+        START + b"X: a\nY: b\r\n\r\n" + NEXT,
+        START + b"X: a\r\n" * 12_000 + b"\r\n" + NEXT,
+        NEXT[:-2] + b"X: a\n\n" + NEXT,
+        START + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n" + NEXT,
+    ],
+    ids=["two lengths", "LF", "a bare LF", "long at once", "an LF at the end", "no chunk"],
+)
+def test_what_a_proxy_may_read_otherwise_is_refused(made: TinyBundle, data: bytes) -> None:
+    with listening(made.folder) as url, socket.create_connection(address_of(url)) as client:
+        client.settimeout(PATIENCE_S)
+        client.sendall(data)
+        answer = b""
+        with contextlib.suppress(ConnectionResetError):  # not all of it was read
+            while part := client.recv(65536):
+                answer += part
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b"HTTP/1.1 200 " not in answer
+    assert b"expected HTTP/1.1 with lines that end in CR LF" in answer
+
+
+def test_a_thousand_silent_connections_keep_nobody_out(
+    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "HEAD_S", 5.0)
+    allow_files(4096)
+    with listening(made.folder) as url, contextlib.ExitStack() as stack:
+        clients = []
+        for number in range(connections.MAX_CONNECTIONS):
+            client = stack.enter_context(socket.create_connection(address_of(url), PATIENCE_S))
+            client.sendall(NEXT[:30] if number % 2 else b"")
+            clients.append(client)
+        for _ in range(20):
+            assert ask(url, max_tokens=1)
+        for client in clients:
+            with contextlib.suppress(ConnectionResetError):
+                assert client.recv(99) == b""
+
+
+def test_who_asks_for_nothing_gives_way(made: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 3)
+    with listening(made.folder) as url, contextlib.ExitStack() as stack:
+
+        def connect(data: bytes = b"") -> socket.socket:
+            client = stack.enter_context(socket.create_connection(address_of(url), PATIENCE_S))
+            client.sendall(data)
+            return client
+
+        kept = connect(NEXT)
+        assert kept.recv(65536).startswith(b"HTTP/1.1 200 ")
+        half = raw_post(b"{}", 9)
+        connect(half + b"  ")
+        silent = connect()
+        asks = connect(NEXT)
+        assert kept.recv(1) == b""  # it has asked for nothing for the longest
+        assert asks.recv(65536).startswith(b"HTTP/1.1 200 ")
+        connect(half)
+        assert silent.recv(1) == b""
+        connect(half)
+        assert asks.recv(1) == b""
+        refused = connect().recv(65536)
+    assert refused.startswith(b"HTTP/1.1 503 ")
+    assert b"Retry-After: 2\r\n" in refused
+    assert b"The server has too many connections; try again later." in refused

@@ -8,6 +8,7 @@ import json
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from qaflora_edge.backend.context import Context
 from qaflora_edge.server import requests, stream
 from qaflora_edge.server.app import expire_all, make_app
 from qaflora_edge.server.requests import Refusal
-from qaflora_edge.server.served_models import Queue
+from qaflora_edge.server.served_models import Places, Queue
 from qaflora_edge.weighing.strategy import Probe, Query, Strategy, _registry, register_strategy
 
 N_TURN = int(ENGINE["n_parallel"]) + 1  # type: ignore[call-overload]
@@ -250,17 +251,43 @@ def test_token_ids_wait_for_no_answer(bundle: Path, held: Held) -> None:
     assert (tokens.json(), text.json()) == ({"tokens": [65]}, {"content": "A"})
 
 
-def test_few_large_bodies_are_read_at_a_time(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_large_bodies_are_read_at_a_time_and_none_slowly(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(requests, "MAX_LARGE_BODIES", 1)
+    monkeypatch.setattr(requests, "SLOW_S", 1.0)
     head = "POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n"
-    app = make_app([bundle], make_options())
-    with listening_app(app) as address:
+    with listening(bundle) as address:
         host, port = address.removeprefix("http://").split(":")
         url, large, small = f"{address}/tokenize", "a" * 100_000, "a" * 10
-        with socket.create_connection((host, int(port))) as connection:
+        with socket.create_connection((host, int(port)), PATIENCE_S) as connection:
             connection.sendall(head.encode())
-            wait_until(app.state.large_bodies.locked)
             with pytest.raises(httpx.ReadTimeout):
                 httpx.post(url, json={"content": large}, timeout=0.3)
             assert httpx.post(url, json={"content": small}, timeout=PATIENCE_S).status_code == 200
-        assert httpx.post(url, json={"content": large}, timeout=PATIENCE_S).status_code == 200
+            assert httpx.post(url, json={"content": large}, timeout=PATIENCE_S).status_code == 200
+            late = connection.recv(65536)
+    assert late.startswith(b"HTTP/1.1 408 ")
+    assert b"within 60 s, at 65536 bytes a second after the first 1 s." in late
+
+
+def test_an_address_has_a_quarter_of_the_places() -> None:
+    held = Counter[str]()
+
+    async def play() -> None:
+        places, is_over = Places(8), asyncio.Event()
+
+        async def hold(address: str) -> None:
+            async with places.place(address):
+                held[address] += 1
+                await is_over.wait()
+
+        addresses = ["10.0.0.1"] * 9 + ["10.0.0.2"] * 3 + ["127.0.0.1"] * 9
+        tasks = [asyncio.create_task(hold(address)) for address in addresses]
+        await asyncio.sleep(0.01)
+        assert held == {"10.0.0.1": 2, "10.0.0.2": 2, "127.0.0.1": 4}
+        is_over.set()
+        await asyncio.gather(*tasks)
+        assert held == Counter(addresses)
+
+    asyncio.run(play())

@@ -23,7 +23,7 @@ from qaflora_edge.server.metrics import Metrics, Recorder
 from qaflora_edge.server.page import page
 from qaflora_edge.server.requests import Refusal, refusal
 from qaflora_edge.server.security import Gate, Lock
-from qaflora_edge.server.served_models import N_LIGHT, ServedModels, ServerOptions
+from qaflora_edge.server.served_models import N_LIGHT, Places, ServedModels, ServerOptions
 
 NOT_HERE = ("/v1/images/{rest:path}", "/v1/audio/{rest:path}")
 
@@ -63,7 +63,7 @@ def make_app(places: Iterable[Path], options: ServerOptions) -> Starlette:
     app.state.options, app.state.models, app.state.metrics = options, models, metrics
     app.state.running, app.state.uploads = set(), []
     app.state.changing = asyncio.Lock()
-    app.state.large_bodies = asyncio.Semaphore(bodies.MAX_LARGE_BODIES)
+    app.state.large_bodies = Places(bodies.MAX_LARGE_BODIES)
     app.state.on_ready, app.state.on_lost = lambda: None, lambda error: None
     return app
 

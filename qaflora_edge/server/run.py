@@ -1,6 +1,7 @@
 """Listen, until a signal ends it."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -15,13 +16,12 @@ from starlette.applications import Starlette
 
 from qaflora_edge.errors import OptionError, QafloraError, os_errors
 from qaflora_edge.server.app import expire_all, make_app
+from qaflora_edge.server.connections import HEAD_S, MAX_CONNECTIONS, Connection
 from qaflora_edge.server.served_models import ServerOptions
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 DRAIN_S = 30.0  # running requests may take as long to end when the server is told to
 CUT_S = 5.0  # and then as long to say that they were cut
-MAX_CONNECTIONS = 1000  # more get status 503
-MAX_HEAD_BYTES = 64 << 10  # of a request: its first line and its headers
 
 
 class _Server(uvicorn.Server):
@@ -56,15 +56,13 @@ def config_of(app: Starlette) -> uvicorn.Config:
     """Return how an app is served."""
     return uvicorn.Config(
         app,
-        http="h11",
-        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
-        limit_concurrency=MAX_CONNECTIONS,
+        http=Connection,
         log_config=None,
         log_level="warning",
         access_log=False,
         server_header=False,
         ws="none",
-        timeout_keep_alive=60,
+        timeout_keep_alive=int(HEAD_S),
         timeout_graceful_shutdown=int(DRAIN_S + CUT_S),
     )
 
@@ -76,6 +74,7 @@ def run(places: Sequence[Path], host: str, port: int, options: ServerOptions) ->
     WorkerError when a worker was lost, and KeyboardInterrupt at its end where that was SIGINT.
     """
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+    allow_files(2 * MAX_CONNECTIONS)
     app = make_app(places, options)
     listener = _listener(host, port)
     shown = f"[{host}]" if ":" in host else host
@@ -91,6 +90,20 @@ def run(places: Sequence[Path], host: str, port: int, options: ServerOptions) ->
         raise server.lost
     if server.is_interrupted:
         raise KeyboardInterrupt
+
+
+def allow_files(n_file: int) -> None:
+    """Let this process open so many files, where the system lets it: connections are files.
+
+    macOS allows 256 at first, systemd 1,024.
+    """
+    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has no such limit
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != resource.RLIM_INFINITY and soft < n_file:
+            n_most = n_file if hard == resource.RLIM_INFINITY else min(n_file, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (n_most, hard))
 
 
 def _listener(host: str, port: int) -> socket.socket:

@@ -22,6 +22,14 @@ def is_loopback(host: str) -> bool:
         return host in LOCAL_NAMES
 
 
+def share_of(n_place: int, address: str) -> int:
+    """Give how many of some places one address may have: a quarter, programs of this machine all.
+
+    Behind a proxy all come from this machine.
+    """
+    return n_place if is_loopback(address) else (n_place + 3) // 4
+
+
 class Gate:
     """Reject requests with a wrong Host or Origin (403).
 

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from qaflora_edge.config import in_group
 from qaflora_edge.engine import Engine
@@ -17,7 +18,7 @@ from qaflora_edge.errors import BundleError, BusyError, QafloraError, WorkerErro
 from qaflora_edge.formats.bundle import NAME_PATTERN, NAME_RULE, is_base, read_bundle_text
 from qaflora_edge.formats.gguf import read_gguf_header
 from qaflora_edge.server.requests import Refusal
-from qaflora_edge.server.security import is_loopback
+from qaflora_edge.server.security import share_of
 from qaflora_edge.weighing.weigher import Known, Weigher, known_of
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ class Queue:
         programs of this machine may take all of it.
         """
         if slots.locked():
-            share = self.n_most if is_loopback(address) else (self.n_most + 3) // 4
+            share = share_of(self.n_most, address)
             if self.waiting.total() >= self.n_most or self.waiting[address] >= share:
                 message = f"The server is busy: {self.waiting.total()} requests wait already; "
                 raise Refusal(503, f"{message}try again later.", code="queue_full")
@@ -94,6 +95,26 @@ class Queue:
             yield
         finally:
             slots.release()
+
+
+class Places:
+    """Let so many hold a place at a time.
+
+    Those of one address wait for its share of the places before they wait with others.
+    """
+
+    def __init__(self, n_place: int) -> None:
+        self._n_place = n_place
+        self._all = asyncio.Semaphore(n_place)
+        self._shares = WeakValueDictionary[str, asyncio.Semaphore]()  # of those who are here
+
+    @asynccontextmanager
+    async def place(self, address: str) -> AsyncIterator[None]:
+        """Wait for a place, and hold it."""
+        share = self._shares.get(address) or asyncio.Semaphore(share_of(self._n_place, address))
+        self._shares[address] = share
+        async with share, self._all:
+            yield
 
 
 @dataclass

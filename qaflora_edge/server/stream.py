@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import CancelledError, WorkerError
-from qaflora_edge.server.requests import Refusal, refusal
+from qaflora_edge.server.requests import Refusal, address_of, refusal
 from qaflora_edge.server.served_models import ServedModel
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class Computed:
         is_light: bool = False,
     ) -> None:
         self._state = request.app.state
-        self._address = request.client.host if request.client else ""
+        self._address = address_of(request)
         self._model, self._compute, self.body = model, compute, body
         self._is_stream = bool(getattr(body, "stream", False))
         self._slots = self._state.models.light_slots if is_light else model.slots
