@@ -1,6 +1,8 @@
 """What may go wrong while a server listens: clients, files and requests that fail."""
 
 import contextlib
+import http.client
+import itertools
 import json
 import select
 import socket
@@ -14,6 +16,7 @@ from patience import PATIENCE_S, wait_until
 from serving import ENGINE, listening, listening_app, make_options, metric
 from tiny import constant_logits
 
+from qaflora_edge.openai.options import FIXED
 from qaflora_edge.server import connections, requests, stream
 from qaflora_edge.server.app import make_app
 from qaflora_edge.server.connections import MAX_HEAD_BYTES
@@ -240,3 +243,24 @@ def test_who_asks_for_nothing_gives_way(made: TinyBundle, monkeypatch: pytest.Mo
     assert refused.startswith(b"HTTP/1.1 503 ")
     assert b"Retry-After: 2\r\n" in refused
     assert b"The server has too many connections; try again later." in refused
+
+
+VALUES = (True, False, 0, 7, "", "low", [], ["x"], {}, {"a": 1}, None)
+
+
+def test_a_refused_option_is_a_400_and_the_connection_stays(made: TinyBundle) -> None:
+    with listening(made.folder) as url:
+        client = http.client.HTTPConnection(*address_of(url), timeout=PATIENCE_S)
+        client.connect()
+        socket_before = client.sock
+        for path, asked in ((CHAT, {"messages": USER}), ("/v1/completions", {"prompt": "a"})):
+            for name, value in itertools.product(FIXED, VALUES):
+                client.request("POST", path, json.dumps({**asked, "max_tokens": 1, name: value}))
+                response = client.getresponse()
+                answer = json.loads(response.read())
+                assert response.status in (200, 400), (path, name, value)
+                assert response.status == 200 or answer["error"]["param"] == name
+                assert client.sock is socket_before, (path, name, value)
+        client.close()
+        assert metric(url, "qaflora_requests_total", 'status="400"') > 0
+        assert metric(url, "qaflora_requests_total", 'status="500"') == 0

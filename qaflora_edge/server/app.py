@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import shutil
 from collections.abc import AsyncIterator, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from qaflora_edge.errors import QafloraError
 from qaflora_edge.server import adapters, answers, ollama
 from qaflora_edge.server import requests as bodies
 from qaflora_edge.server.metrics import Metrics, Recorder
@@ -25,6 +27,9 @@ from qaflora_edge.server.requests import Refusal, refusal
 from qaflora_edge.server.security import Gate, Lock
 from qaflora_edge.server.served_models import N_LIGHT, Places, ServedModels, ServerOptions
 
+log = logging.getLogger(__name__)
+# Starlette sends what is raised as Exception to its outermost layer, which raises it again.
+REFUSED = (Refusal, QafloraError, Exception)
 NOT_HERE = ("/v1/images/{rest:path}", "/v1/audio/{rest:path}")
 
 
@@ -57,7 +62,7 @@ def make_app(places: Iterable[Path], options: ServerOptions) -> Starlette:
     app = Starlette(
         routes=_routes(),
         middleware=_middleware(options, metrics := Metrics()),
-        exception_handlers={HTTPException: _http_error, Exception: _refused, Refusal: _refused},
+        exception_handlers={HTTPException: _http_error, **dict.fromkeys(REFUSED, _refused)},
         lifespan=lifespan,
     )
     app.state.options, app.state.models, app.state.metrics = options, models, metrics
@@ -153,7 +158,10 @@ async def not_here(request: Request) -> Response:
 
 
 async def _refused(request: Request, error: Exception) -> Response:
-    return refusal(error).response(request.url.path)
+    refused = refusal(error)
+    if refused.status == 500 and isinstance(error, QafloraError):
+        log.error("a request failed", exc_info=error)
+    return refused.response(request.url.path)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
