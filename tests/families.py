@@ -1,7 +1,8 @@
 """Families of models that transformers can make tiny, one or more for each architecture.
 
 Rows of the tables in docs/architectures.md, from families.json: `like` names groups of options,
-which the others add to. Widths are the least that every family's own rules allow.
+which the others add to. Widths are the least that every family's own rules allow. Families whose
+code is published with their files, and is not in transformers, come from published.json.
 """
 
 import json
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints import EXACT, Checkpoint
-from published import PUBLISHED
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,19 @@ class Family:
         return any("expert" in name and value not in (0, 1) for name, value in self.options.items())
 
 
-_DATA = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
+def _read(name: str) -> dict[str, Any]:
+    return json.loads(Path(__file__).with_name(name).read_text("utf-8"))
 
 
-def _options(value: Any) -> Any:
+_DATA, _PUBLISHED = _read("families.json"), _read("published.json")
+
+
+def _options(value: Any, known: Mapping[str, Any] = _DATA["groups"]) -> Any:
     """Put the options of the groups in that `like` names."""
     if not isinstance(value, dict):
         return value
-    own = {name: _options(each) for name, each in value.items() if name != "like"}
-    groups = [_options(_DATA["groups"][name]) for name in value.get("like", [])]
+    own = {name: _options(each, known) for name, each in value.items() if name != "like"}
+    groups = [_options(known[name], known) for name in value.get("like", [])]
     return {name: each for group in (*groups, own) for name, each in group.items()}
 
 
@@ -66,6 +70,16 @@ def _family(fields: dict[str, Any]) -> Family:
     return Family(**fields)
 
 
+def _checkpoint(fields: dict[str, Any]) -> Checkpoint:
+    fields = {"embedding": "model.embed_tokens", "head": "lm_head", "tolerance": EXACT, **fields}
+    model = fields.pop("model")
+    for part in ("config", "linear", "others"):
+        fields[part] = _options(fields[part], _PUBLISHED["groups"])
+    fields["config"]["architectures"] = [model]
+    return Checkpoint(**fields)
+
+
+PUBLISHED = [_checkpoint(fields) for fields in _PUBLISHED["families"]]
 _ALL = [_family(fields) for fields in _DATA["families"]]
 GEMMA_3N = _ALL.pop()
 AnyFamily = Family | Checkpoint

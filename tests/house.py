@@ -3,6 +3,7 @@
 import ast
 import io
 import re
+import subprocess
 import sys
 import tokenize
 from pathlib import Path
@@ -41,7 +42,7 @@ LAYOUT = {
 def figures(checkout: Path) -> dict[str, float]:
     """Name of a figure -> its value in this checkout."""
     files = sorted((checkout / PACKAGE).rglob("*.py"))
-    engine = closure(checkout, f"{PACKAGE}.engine")
+    engine = imported(f"{PACKAGE}.engine")
     page = [
         path
         for path in (checkout / PACKAGE / "server/page").rglob("*")
@@ -122,34 +123,15 @@ def n_line(path: Path) -> int:
     return path.read_bytes().count(b"\n")
 
 
-def closure(checkout: Path, start: str) -> set[Path]:
-    """Files that importing a module loads; imports in functions and for types are not followed."""
-    found: set[Path] = set()
-    todo = [start]
-    while todo:
-        name = todo.pop()
-        stem = checkout / name.replace(".", "/")
-        path = next(filter(Path.is_file, (stem.with_suffix(".py"), stem / "__init__.py")), None)
-        if path is None or path in found:
-            continue
-        found.add(path)
-        todo += [each for each in _imported(ast.parse(path.read_text("utf-8")).body)]
-        todo += [name.rpartition(".")[0]] if "." in name else []
-    return found
-
-
-def _imported(body: list[ast.stmt]) -> set[str]:
-    names: set[str] = set()
-    for node in body:
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-        elif isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.unparse(node.test):
-            names |= _imported(node.body + node.orelse)
-        elif isinstance(node, ast.Try):
-            names |= _imported(node.body)
-    return {name for name in names if name.split(".")[0] == PACKAGE}
+def imported(module: str) -> set[Path]:
+    """Files of the package that a process has loaded once it has imported a module."""
+    code = (
+        f"import sys, {module}\n"
+        f"modules = [name for name in sys.modules if name.split('.')[0] == '{PACKAGE}']\n"
+        "print(*(sys.modules[name].__file__ for name in modules), sep='\\n')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return {Path(line) for line in done.stdout.splitlines()}
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from qaflora_edge.evaluation.table import (
     Estimate,
     best_strategy,
     cells,
-    difference,
     estimate,
     gain,
     heads,
@@ -172,14 +171,3 @@ def test_equal_values_have_no_width_and_one_item_no_interval() -> None:
     assert (alone.value, alone.n_item) == (1.0, 3)
     assert math.isnan(alone.low)
     assert math.isnan(alone.high)
-
-
-@pytest.mark.parametrize(("less", "more"), [(0.0, 0.03), (0.02, 0.02), (0.05, 0.05), (0.05, 0.15)])
-def test_difference_of_few_answers_holds_the_truth(less: float, more: float) -> None:
-    """2000 draws: the share stays above 95 % less three standard deviations of 0.5 %."""
-    rng = np.random.default_rng(6)
-    n_held = 0
-    for drawn in rng.choice([-1.0, 0.0, 1.0], (2000, 40), p=[less, 1 - less - more, more]):
-        found = difference([drawn], is_right=True)
-        n_held += found.low <= more - less <= found.high
-    assert n_held / 2000 > 0.935

@@ -75,146 +75,12 @@ def check(model: Model, schema: Any, n: int = 4, closing: bytes = b'"}],:') -> l
     return values
 
 
-class Draw:
-    """Schemas by chance, out of every keyword that is followed."""
-
-    def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)
-
-    def schema(self, depth: int = 0) -> Any:
-        kinds = ["string", "number", "integer", "fixed", "simple", "many"]
-        if depth < 3:
-            kinds += ["object", "object", "array", "union", "ref", "tuple"]
-            kinds += ["merged", "counted"]
-        return getattr(self, f"_{self.random.choice(kinds)}")(depth + 1)
-
-    def _string(self, depth: int) -> Any:
-        low = self.random.randrange(4)
-        return {"type": "string"} | self.random.choice(
-            [
-                {},
-                {"minLength": low, "maxLength": low + self.random.randrange(5)},
-                {"format": self.random.choice(sorted(FORMATS))},
-                {"format": "unknown", "x-order": 1, "nullable": True},
-            ]
-        )
-
-    def _number(self, depth: int) -> Any:
-        bounds = self._integer(depth)
-        keys = self.random.sample(sorted(set(bounds) - {"type"}), self.random.randrange(3))
-        is_small = all(abs(bounds[key]) < 10**9 for key in keys)
-        unit = self.random.choice([1, 1, 8, 100] if is_small else [1])
-        bounds = {key: bounds[key] / unit if unit > 1 else bounds[key] for key in keys}
-        schema = {"type": "number", "format": "double"} | {key: bounds[key] for key in keys}
-        if not keys and self.random.random() < 0.5:
-            schema["multipleOf"] = self.random.choice([1, 3, 0.5, 0.01, 2.5, 100])
-        return schema
-
-    def _integer(self, depth: int) -> Any:
-        low = self.random.choice([0, 1, 7, 99, -5, -120, 12345, -(10**15)])
-        return {
-            "type": "integer",
-            self.random.choice(["minimum", "exclusiveMinimum"]): low,
-            self.random.choice(["maximum", "exclusiveMaximum"]): low
-            + 2
-            + self.random.choice([0, 3, 90, 4567]),
-        }
-
-    def _fixed(self, depth: int) -> Any:
-        values = [1, "a", 'q"\\\n', None, True, 2.5, {"k": [1]}, [], "ñ 你"]
-        if self.random.random() < 0.5:
-            return {"enum": self.random.sample(values, 3)}
-        return {"const": self.random.choice(values)}
-
-    def _simple(self, depth: int) -> Any:
-        return self.random.choice(
-            [True, {}, {"type": "null"}, {"type": "boolean"}, {"type": "array"}, {"type": "object"}]
-        )
-
-    def _many(self, depth: int) -> Any:
-        return {"type": ["string", "null", "integer"], "maxLength": 5, "minimum": 3}
-
-    def _object(self, depth: int) -> Any:
-        names = self.random.sample(
-            ["a", "ab", "abc", "b", 'x"y', "z\\", "n m", "é", "", "^", "]"], 4
-        )
-        schema: dict[str, Any] = {
-            "type": "object",
-            "properties": {name: self.schema(depth) for name in names},
-            "required": self.random.sample(names, self.random.randrange(4)),
-        }
-        if self.random.random() < 0.5:
-            schema["additionalProperties"] = self.random.choice([True, False, {"type": "integer"}])
-            if schema["additionalProperties"] is not False and self.random.random() < 0.5:
-                schema["required"].append("other")
-        return schema
-
-    def _array(self, depth: int) -> Any:
-        low = self.random.randrange(3)
-        schema = {"type": "array", "items": self.schema(depth), "minItems": low}
-        if self.random.random() < 0.7:
-            schema["maxItems"] = low + self.random.randrange(3)
-        return schema
-
-    def _tuple(self, depth: int) -> Any:
-        schema = {"type": "array", "prefixItems": [self.schema(depth) for _ in range(2)]}
-        return schema | self.random.choice(
-            [{}, {"items": False}, {"items": {"type": "null"}, "minItems": 3}, {"maxItems": 1}]
-        )
-
-    def _merged(self, depth: int) -> Any:
-        """Several schemas that hold together."""
-        text = {"type": ["string", "integer"]}
-        parts = [{"maxLength": 6}, {"pattern": "^[a-z]*$"}, {"minimum": 2}, {"maximum": 900}]
-        objects = [
-            {"properties": {"a": self.schema(depth)}, "required": ["a"]},
-            {"properties": {"b": self.schema(depth)}},
-            {"$ref": "#/$defs/tree"},
-        ]
-        return self.random.choice(
-            [
-                {"allOf": [text, *self.random.sample(parts, 2)]},
-                {**text, "anyOf": self.random.sample(parts, 2)},
-                {"type": "object", "allOf": self.random.sample(objects, 2)},
-                {"type": "object", "properties": {"k": {"type": "null"}}, "anyOf": objects[:2]},
-                {"$ref": "#/$defs/tree", "required": ["left"]},
-            ]
-        )
-
-    def _counted(self, depth: int) -> Any:
-        schema = {"type": "object", "additionalProperties": self.schema(depth)}
-        return schema | self.random.choice([{"minProperties": 1}, {"maxProperties": 2}])
-
-    def _union(self, depth: int) -> Any:
-        return {"anyOf": [self.schema(depth) for _ in range(2)]}
-
-    def _ref(self, depth: int) -> Any:
-        return {"$ref": self.random.choice(["#/$defs/tree", "#/$defs/a~1b", "#/$defs/p%20q"])}
-
-    def whole(self) -> Any:
-        return {
-            "allOf": [self.schema()],
-            "$defs": {
-                "tree": {
-                    "type": "object",
-                    "properties": {"left": {"$ref": "#/$defs/tree"}, "value": {"type": "integer"}},
-                    "required": ["value"],
-                },
-                "a/b": {"type": "string", "description": "of a name with a slash"},
-                "p q": {"enum": ["x", "y"]},
-            },
-        }
-
-
-@pytest.mark.parametrize(
-    "seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 8))]
-)
-def test_schemas_by_chance_are_followed(model: Model, seed: int) -> None:
-    for i in range(10):
-        check(model, Draw(1000 * seed + i).whole(), n=2)
-
-
 _KIND = {"type": "object", "required": ["kind"], "properties": {"kind": {"type": "string"}}}
+TREE = {
+    "type": "object",
+    "properties": {"left": {"$ref": "#/$defs/tree"}, "value": {"type": "integer"}},
+    "required": ["value"],
+}
 SHAPES: list[Any] = [
     *({"const": value} for value in (1.5, 1e10, 2**53, -0.0001, "", 'é😀"\\/\n\t', [False], {})),
     {"enum": [6, "foo", [], True, {"foo": 12}]},
@@ -229,6 +95,13 @@ SHAPES: list[Any] = [
     {"patternProperties": {"^f": {"const": 1}, "^b": False}, "type": "object"},
     {"$defs": {"a~b/c%d": {"type": "null"}}, "$ref": "#/$defs/a~0b~1c%25d"},
     {"$defs": {"r": {"type": "array"}}, "properties": {"f": {"$ref": "#/$defs/r", "maxItems": 2}}},
+    {"type": ["string", "null", "integer"], "minLength": 1, "maxLength": 5, "minimum": 3},
+    {"type": "integer", "exclusiveMinimum": -5, "exclusiveMaximum": 98},
+    {"type": "string", "pattern": "^[a-z]{2,4}$"},
+    {"type": "object", "additionalProperties": {"type": "boolean"}, "minProperties": 1},
+    {"type": "object", "additionalProperties": {"type": "null"}, "maxProperties": 2},
+    {"$defs": {"tree": TREE}, "$ref": "#/$defs/tree"},
+    {"$defs": {"tree": TREE}, "$ref": "#/$defs/tree", "required": ["left"]},
     *({"type": "string", "format": each} for each in FORMATS),
 ]
 

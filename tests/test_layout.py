@@ -37,25 +37,6 @@ def test_no_module_of_the_command_line_leads_back_to_itself() -> None:
     """Imports point down there too: one command may use what another one shares, not both ways."""
     graph = {name: imports(path) - {name} for name, path in CLI.items()}
     assert cycle(graph) == []
-    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}) == ["b", "c", "b"]
-
-
-def test_imports_are_found_at_the_top_and_later(tmp_path: Path) -> None:
-    path = tmp_path / "module.py"
-    path.write_text(
-        "from typing import TYPE_CHECKING\n"
-        "from qaflora_edge import engine, files as f\n"
-        "from qaflora_edge.hub import cache\n"
-        "from qaflora_edge.cli.show import strips\n"
-        "import qaflora_edge.errors\n"
-        "if TYPE_CHECKING:\n"
-        "    from qaflora_edge.engine import Engine\n"
-        "def late():\n"
-        "    from qaflora_edge.probe import Prober\n",
-        encoding="utf-8",
-    )
-    expected = "engine files hub hub.cache cli.show cli.show.strips errors probe probe.Prober"
-    assert imports(path) == set(expected.split())
 
 
 def test_what_is_imported_is_a_dependency() -> None:

@@ -16,10 +16,7 @@ from qaflora_edge import Engine
 from qaflora_edge.errors import BackendError
 from qaflora_edge.hub.fetch import fetch_model
 
-QUESTIONS = (
-    "How many legs do three dogs have?",
-    "Explain in two sentences why the sky is blue, to a child of six who has never seen the sea.",
-)
+QUESTION = "How many legs do three dogs have?"
 
 
 @contextmanager
@@ -44,26 +41,12 @@ def other_clients(engine: Engine, n: int) -> Iterator[None]:
         thread.join()
 
 
-def answers(engine: Engine, question: str, weights: str, n: int = 1) -> list[Any]:
-    """The tokens of n answers with their log-probabilities, to the bit."""
-    tokens = engine.chat_tokens([{"role": "user", "content": question}])
-    found = []
-    for answer in engine.answers(tokens, n, weights=weights, max_tokens=6, logprobs=2):
-        answer.text()
-        found.append(answer.logprobs)
-    return found
-
-
-@pytest.mark.slow
-def test_abstaining_equals_base_and_two_answers_are_one_next_to_others(
-    smollm2: Path, checkout: Path
-) -> None:
-    abstaining = "two-place:abstain=50"
-    with Engine(checkout / "models" / "demo", n_parallel=3, n_ctx=256, threads=1) as engine:
-        expected = {question: answers(engine, question, "base") for question in QUESTIONS}
-        with other_clients(engine, 3):
-            for question in QUESTIONS:
-                assert answers(engine, question, abstaining, n=2) == 2 * expected[question]
+def answer(engine: Engine, mix: str) -> Any:
+    """The tokens of an answer with their log-probabilities, to the bit."""
+    tokens = engine.chat_tokens([{"role": "user", "content": QUESTION}])
+    generation = engine.generate(tokens, weights=mix, max_tokens=6, logprobs=2)
+    generation.text()
+    return generation.logprobs
 
 
 @pytest.mark.slow
@@ -82,7 +65,7 @@ def test_answer_of_any_kernels_is_the_same_next_to_five_others(
         pytest.skip(str(error))
     with engine:
         mixes = ("base", "static", "two-place", "qa-flora")
-        expected = [answers(engine, QUESTIONS[0], mix) for mix in mixes]
+        expected = [answer(engine, mix) for mix in mixes]
         with other_clients(engine, 5):
-            found = [answers(engine, QUESTIONS[0], mix) for mix in mixes]
+            found = [answer(engine, mix) for mix in mixes]
     assert found == expected
