@@ -376,6 +376,9 @@ def test_openais_options_that_change_nothing_are_taken(engine: Engine) -> None:
     nulls = dict.fromkeys(("temperature", "top_p", "stop", "logprobs", "logit_bias"))
     assert text(max_completion_tokens=4, model="gpt", user="me", **nulls) == expected
     assert text(max_tokens=9, max_completion_tokens=4, frequency_penalty=None) == expected
+    hints: dict[str, Any] = {"verbosity": "low", "reasoning_effort": "high", "best_of": 3}
+    hints |= {"web_search_options": {}, "prediction": {"type": "content", "content": "a"}}
+    assert text(max_tokens=4, **hints) == expected  # this base does not think
 
 
 @pytest.mark.parametrize(
@@ -383,7 +386,7 @@ def test_openais_options_that_change_nothing_are_taken(engine: Engine) -> None:
     [
         (
             {"modalities": ["audio"]},
-            "Option modalities of chat is ['audio'], expected None: it cannot be followed here. "
+            "Option modalities of chat is ['audio'], expected nothing: it cannot be followed here. "
             "Leave it out.",
         ),
         (

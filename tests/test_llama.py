@@ -141,7 +141,7 @@ def test_what_cannot_be_followed_is_refused(made: TinyBundle, name: str, value: 
     with pytest.raises(OptionError) as caught:
         Llama(made.folder, **{name: value})
     assert str(caught.value) == (
-        f"Option {name} of Llama is {value!r}, expected None: it cannot be followed here. "
+        f"Option {name} of Llama is {value!r}, expected nothing: it cannot be followed here. "
         "Leave it out."
     )
 

@@ -334,7 +334,7 @@ REFUSED = [
     ({"logprobs": 3}, "logprobs", "The field logprobs is 3, expected true or false."),
     ({"logit_bias": {"999": 1}}, "logit_bias", "Option logit_bias has the token 999, expec"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "The chat template of"),
-    ({"functions": [{}]}, "functions", "Option functions of chat is [{}], expected None: it"),
+    ({"functions": [{}]}, "functions", "Option functions of chat is [{}], expected nothing: "),
     ({"response_format": {"type": "x"}}, "response_format", "Option response_format is {'ty"),
     ({"grammar": "root ::= ("}, "grammar", "The grammar"),
     ({"grammar": "a" * 300_000}, "grammar", "The grammar has 300000 characters, expected "),

@@ -203,6 +203,31 @@ def test_the_server_tells_thoughts(hybrid: Engine) -> None:
         assert text["choices"][0]["text"] == "<think> I"
 
 
+@pytest.mark.parametrize(
+    ("effort", "is_wanted"),
+    [("none", False), ("minimal", False), ("low", True), ("xhigh", True), (None, True)],
+)
+def test_an_effort_is_one_rule_in_every_dialect(
+    hybrid: Engine, effort: str | None, is_wanted: bool
+) -> None:
+    asked: dict[str, dict[str, Any]] = {
+        "/v1/chat/completions": {"messages": USER, "reasoning_effort": effort},
+        "/v1/responses": {"input": "the?", "reasoning": {"effort": effort}},
+        "/api/chat": {"model": "speaking", "messages": USER, "think": effort, "stream": False},
+    }
+    with client_of(hybrid._model.path) as client:
+        for path, body in asked.items():
+            found = client.post(path, json={**body, "verbose": True}).json()
+            prompt = found["__verbose"]["prompt"]
+            assert prompt.endswith("<think>\n\n</think>\n\n") is not is_wanted
+        body = {"messages": USER, "reasoning_effort": "none", "verbose": True}
+        body["chat_template_kwargs"] = {"enable_thinking": True}  # says it for this very base
+        found = client.post("/v1/chat/completions", json=body).json()
+        assert found["__verbose"]["prompt"].endswith("assistant\n")
+        refused = client.post("/v1/chat/completions", json={**body, "reasoning_effort": 3})
+        assert refused.json()["error"]["param"] == "reasoning_effort"
+
+
 def test_commands_keep_thoughts_out_of_stdout(hybrid: Engine) -> None:
     path = str(hybrid._model.path)
 

@@ -26,10 +26,15 @@ _UNUSED = frozenset(
     | {"model", "mirostat_tau", "mirostat_eta"}
 )
 # Every other option has to be off, or at this default.
-_HARMLESS: dict[str, Any] = {
-    **{"rope_freq_base": 10000.0, "rope_freq_scale": 1.0},  # LangChain always gives them
-    **{"yarn_attn_factor": 1.0, "yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0},
-    **{"typical_p": 1.0, "tfs_z": 1.0, "chat_format": "chat_template.default"},
+_HARMLESS: dict[str, tuple[Any, ...]] = {
+    "rope_freq_base": (10000.0,),  # LangChain always gives it and the next one
+    "rope_freq_scale": (1.0,),
+    "yarn_attn_factor": (1.0,),
+    "yarn_beta_fast": (32.0,),
+    "yarn_beta_slow": (1.0,),
+    "typical_p": (1.0,),
+    "tfs_z": (1.0,),
+    "chat_format": ("chat_template.default",),
 }
 _DEFAULTS: dict[str, Any] = {
     **{"top_p": 0.95, "min_p": 0.05, "top_k": 40, "stop": (), "repeat_penalty": 1.0},

@@ -6,20 +6,20 @@ from typing import Any
 from qaflora_edge.config import in_group
 from qaflora_edge.errors import OptionError, wrong_option
 
-# Of OpenAI's chat completions: what changes no answer here.
+# Of OpenAI's chat completions: the answer is right without.
 _UNUSED = frozenset(
     {"model", "user", "store", "metadata", "service_tier", "safety_identifier"}
-    | {"prompt_cache_key", "prompt_cache_retention"}
+    | {"prompt_cache_key", "prompt_cache_retention", "prediction"}
+    | {"verbosity", "web_search_options", "best_of", "function_call"}
 )
-# Each has to be off, or at this value.
-FIXED: dict[str, Any] = {
-    **dict.fromkeys(("functions", "function_call", "audio", "prediction"), None),
-    **dict.fromkeys(("reasoning_effort", "verbosity", "web_search_options"), None),
-    **dict.fromkeys(("suffix", "echo"), None),  # of texts
-    "best_of": 1,
-    "modalities": ["text"],
-    "reasoning_format": "auto",  # llama-server's: thoughts are kept apart
+# The answer would be wrong without: each has to be off, or at one of these values.
+FIXED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("functions", "audio"), ()),
+    **dict.fromkeys(("suffix", "echo"), ()),  # of texts
+    "modalities": (["text"],),
+    "reasoning_format": ("auto", "deepseek"),  # llama-server's: thoughts are kept apart
 }
+_NO_THOUGHT = ("none", "minimal")
 
 
 def openai_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,6 +33,10 @@ def openai_options(options: Mapping[str, Any]) -> dict[str, Any]:
     check_off("chat", {name: known.pop(name) for name in FIXED if name in known}, FIXED)
     for name in _UNUSED & known.keys():
         del known[name]
+    if (effort := known.pop("reasoning_effort", None)) is not None:
+        more = known.get("chat_template_kwargs")
+        if isinstance(more, Mapping | None):
+            known["chat_template_kwargs"] = {**thinking(effort), **(more or {})}
     known |= _logprobs(known.pop("logprobs", None), known.pop("top_logprobs", None))
     sampling = in_group("sampling")
     for name, option in sampling.items():
@@ -42,6 +46,23 @@ def openai_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value for name, value in known.items() if name not in sampling or value is not None
     }
+
+
+def thinking(effort: str | bool) -> dict[str, Any]:
+    """Return an effort as variables of chat templates; bases that do not think read none.
+
+    effort  OpenAI's `reasoning_effort` or Ollama's `think`: "none", "minimal" and False ask for no
+            thought, all else for one
+
+    Raises OptionError for what is neither.
+    """
+    if not isinstance(effort, str | bool):
+        raise wrong_option("reasoning_effort", effort, "a text such as none, low or high")
+    is_wanted = effort not in (*_NO_THOUGHT, False)
+    variables: dict[str, Any] = {"enable_thinking": is_wanted, "thinking": is_wanted}
+    if is_wanted and isinstance(effort, str):
+        variables["reasoning_effort"] = effort  # gpt-oss reads it
+    return variables
 
 
 def _logprobs(is_asked: Any, n_top: Any) -> dict[str, Any]:
@@ -54,15 +75,17 @@ def _logprobs(is_asked: Any, n_top: Any) -> dict[str, Any]:
     return {"logprobs": n_top or 0} if is_asked or n_top else {}
 
 
-def check_off(method: str, options: Mapping[str, Any], harmless: Mapping[str, Any]) -> None:
+def check_off(
+    method: str, options: Mapping[str, Any], harmless: Mapping[str, tuple[Any, ...]]
+) -> None:
     """Raise OptionError for an option that asks for something which cannot be done.
 
-    An option is off when it is None, False, 0, -1 or empty, or has its value in `harmless`.
+    An option is off when it is None, False, 0, -1 or empty, or has a value of `harmless`.
     """
     for name, value in options.items():
-        if value and value not in (-1, harmless.get(name)):
+        if value and value not in (-1, *harmless.get(name, ())):
             raise OptionError(
-                f"Option {name} of {method} is {value!r:.200}, expected None: it cannot be "
+                f"Option {name} of {method} is {value!r:.200}, expected nothing: it cannot be "
                 "followed here. Leave it out.",
                 name,
             )

@@ -11,14 +11,12 @@ from qaflora_edge.inference.generation import Generation
 from qaflora_edge.openai.options import check_off
 from qaflora_edge.openai.tools import Tools
 
-# Each has to be off, or at this value.
-_OFF: dict[str, Any] = {
-    **dict.fromkeys(("previous_response_id", "conversation", "prompt", "max_tool_calls"), None),
-    **dict.fromkeys(("background", "top_logprobs", "logprobs"), None),
-    **dict.fromkeys(("response_format", "json_schema"), None),
-    "truncation": "disabled",
-    "n": 1,
-    "include": ["reasoning.encrypted_content"],  # there is none
+# The answer would be wrong without: each has to be off, or at one of these values.
+_OFF: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("previous_response_id", "conversation", "prompt"), ()),
+    **dict.fromkeys(("background", "top_logprobs", "logprobs"), ()),
+    **dict.fromkeys(("response_format", "json_schema"), ()),
+    "n": (1,),
 }
 _AS_IN_CHATS = ("temperature", "top_p", "tools", "tool_choice", "parallel_tool_calls")
 # Fields that a response must have. They repeat nothing of the request.
@@ -52,6 +50,7 @@ def chat_request(body: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[st
     options: dict[str, Any] = {
         "max_tokens": body.get("max_output_tokens"),
         "response_format": (body.get("text") or {}).get("format"),
+        "reasoning_effort": (body.get("reasoning") or {}).get("effort"),
         **{name: body.get(name) for name in _AS_IN_CHATS},
     }
     return messages, {name: value for name, value in options.items() if value is not None}

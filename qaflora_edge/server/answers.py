@@ -31,7 +31,7 @@ from qaflora_edge.weighing.strategy import parse_strategy
 SHOWN = ("temperature", "top_p", "frequency_penalty", "presence_penalty")  # in a response
 OF_TEMPLATE = ("continue_final_message", "add_generation_prompt", "chat_template_kwargs")
 OF_CHAT = (
-    *("n", "logprobs", "top_logprobs", "response_format"),
+    *("n", "logprobs", "top_logprobs", "response_format", "reasoning_effort"),
     *("tools", "tool_choice", "parallel_tool_calls", *OF_TEMPLATE),
 )
 _PROSE = {"type": "text"}  # a response_format that asks for nothing

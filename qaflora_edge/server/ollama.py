@@ -16,6 +16,7 @@ from qaflora_edge.engine import Engine
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.openai.chat import begin_chat, chat_shape, response_schema
 from qaflora_edge.openai.infill import infill_marks, infill_tokens
+from qaflora_edge.openai.options import thinking
 from qaflora_edge.openai.tools import Tools
 from qaflora_edge.server import requests as bodies
 from qaflora_edge.server.answers import Sender, asked, embedded, options_of
@@ -156,8 +157,7 @@ def _options(served: ServedModel, body: bodies.OllamaBody) -> dict[str, Any]:
     if body.format:
         schema = {} if body.format == "json" else {"schema": body.format}
         form = {"type": "json_object", **schema}
-    thinks = None if body.think is None else bool(body.think)
-    kwargs = None if thinks is None else {"enable_thinking": thinks, "thinking": thinks}
+    kwargs = None if body.think is None else thinking(body.think)
     options = options_of(served, body)
     return {**options, "response_format": form, "chat_template_kwargs": kwargs}
 

@@ -250,6 +250,7 @@ class ChatBody(TemplateBody, Tooled):
     response_format: dict[str, Any] | None = Field(
         None, title='an object, as in {"type": "json_object"}'
     )
+    reasoning_effort: str | None = Field(None, title="a text such as none, low or high")
 
 
 class TextBody(Answered):
@@ -312,6 +313,7 @@ class ResponsesBody(Tooled):
     text: dict[str, Any] | None = Field(
         None, title='an object such as {"format": {"type": "text"}}'
     )
+    reasoning: dict[str, Any] | None = Field(None, title='an object such as {"effort": "low"}')
 
 
 class WeightsBody(Weighed):
@@ -367,9 +369,7 @@ class OllamaBody(Weighed):
     model: Text = Field(title="a model that GET /api/tags lists")
     options: OllamaOptions | None = Field(None, title='an object, as in {"temperature": 0}')
     stream: bool = Field(True, title="true or false")
-    think: bool | Literal["low", "medium", "high", "max"] | None = Field(
-        None, title="true, false, low, medium, high or max"
-    )
+    think: bool | str | None = Field(None, title="true, false, or a text such as none or high")
     format: dict[str, Any] | Literal["", "json"] = Field("", title="json, or a JSON schema")
     keep_alive: Any = None
     verbose: Flag = None
