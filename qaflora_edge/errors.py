@@ -21,7 +21,8 @@
     ├── BackendError              the native library reported a failure
     │   └── WorkerError           a worker (--rpc) cannot be used, or was lost
     ├── PromptError               a prompt is empty, or no text
-    │   └── ContextError          a prompt is longer than the context
+    │   ├── ContextError          a prompt is longer than the context
+    │   └── ModalityError         a message holds an image, audio or a file
     ├── ChatTemplateError         the base has no usable chat template
     │   └── ToolsError            it has one, which knows no tools
     ├── WeightsError              weights of the wrong shape, NaN or infinite
@@ -143,6 +144,9 @@ class PromptError(QafloraError): ...
 
 
 class ContextError(PromptError): ...
+
+
+class ModalityError(PromptError): ...
 
 
 class ChatTemplateError(QafloraError): ...

@@ -41,6 +41,16 @@ def test_file_that_exists_is_kept_without_force(tmp_path: Path, base: tiny.TinyB
     assert result.stderr == f"Wrote {out} ({out.stat().st_size / 1e6:.1f} MB).\n"
 
 
+def test_the_adapter_names_the_file(
+    tmp_path: Path, base: tiny.TinyBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny.write_tiny_peft(tmp_path / "a", base)
+    monkeypatch.chdir(tmp_path)
+    result = run(folder, "--base", base.path)
+    assert result.stderr.startswith("Wrote a.gguf ("), result.stderr
+    assert (tmp_path / "a.gguf").is_file()
+
+
 def test_both_bases_are_named(tmp_path: Path, base: tiny.TinyBase) -> None:
     config = {"base_model_name_or_path": "owner/other"}
     folder = tiny.write_tiny_peft(tmp_path / "a", base, config=config)

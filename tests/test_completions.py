@@ -10,11 +10,12 @@ import jsonschema
 import numpy as np
 import pytest
 import tiny
+from refusals import refused
 from tiny import CHATML, QWEN, constant_logits, write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine
 from qaflora_edge.chat.calls import FORMATS, CallFormat
-from qaflora_edge.errors import OptionError, PromptError, ToolsError
+from qaflora_edge.errors import ModalityError, OptionError, PromptError, ToolsError
 from qaflora_edge.inference.sequence import TokenLogprob
 from qaflora_edge.openai.completions import ShownTokens, text_logprobs
 from qaflora_edge.openai.tools import Tools
@@ -87,8 +88,11 @@ def test_several_choices_are_those_of_single_calls(engine: Engine) -> None:
 def test_content_may_come_in_parts(engine: Engine) -> None:
     parts = [{"type": "text", "text": "the "}, {"type": "text", "text": "thing?"}]
     assert engine.chat_tokens([{"role": "user", "content": parts}]) == engine.chat_tokens(USER)
-    with pytest.raises(PromptError, match=r"Message 0 has content = .*image_url"):
-        engine.chat_tokens([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}])
+    image = [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]
+    assert refused(ModalityError, engine.chat_tokens, image) == (
+        "Message 0 has a part of type 'image_url', expected texts alone: a bundle reads no images, "
+        "audio or files. Leave it out, or send what it says as text."
+    )
 
 
 @pytest.mark.parametrize("style", FORMATS)

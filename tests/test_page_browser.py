@@ -127,6 +127,12 @@ def test_strategy_adapters_and_other_settings_go_into_the_request(desk: Desk) ->
     assert body["messages"][0] == {"role": "system", "content": "Be short."}
     assert (body["temperature"], body["max_tokens"], body["seed"]) == (0.5, 64, 7)
     assert desk.texts("button.mix bdi") == ["math", "med"]
+    for number in (1, 3):
+        desk.set(f"li:nth-child({number}) input[type=checkbox]", False)
+    assert desk.window.run("return document.activeElement.id") == "use-med"
+    assert desk.texts(".adapters + .hint") == ["None is ticked: the base answers alone."]
+    desk.ask()
+    assert desk.script.asked[-1]["fusion"] == {"return": "layers", "strategy": "base"}
     desk.set("#temperature", "9")  # outside what the field takes
     desk.set("#strategy", "single:es")
     desk.ask()

@@ -447,6 +447,31 @@ def test_bodies_that_are_none(client: TestClient, data: bytes, status: int, mess
     assert chunked.status_code == status
 
 
+def test_other_paths_that_clients_try(client: TestClient, alone: Engine) -> None:
+    assert client.get("/models").json() == client.get("/v1/models").json()
+    assert client.get("/v1/health").json() == {"status": "ok"}
+    body = {"messages": USER, "max_tokens": 1}
+    assert answer(client, "/chat/completions", **body)["object"] == "chat.completion"
+    state = alone.embed("the thing?")
+    [found] = client.post("/embedding", json={"content": "the thing?"}).json()
+    np.testing.assert_allclose(found["embedding"][0], state, atol=1e-6)
+    found = answer(client, "/api/embeddings", model="tiny", prompt="the thing?")
+    np.testing.assert_allclose(found["embedding"], state, atol=1e-6)
+    props = client.get("/props").json()
+    assert props["chat_template"] == alone._model.chat_template
+    assert (props["total_slots"], props["default_generation_settings"]["n_ctx"]) == (3, 512)
+    slots = client.get("/slots?model=tiny").json()
+    assert [(slot["id"], slot["is_processing"]) for slot in slots] == [(i, False) for i in range(3)]
+    message = client.post(CHAT, json={"model": "x"} | body).json()["error"]["message"]
+    assert message == "The model is 'x', expected one of tiny, tiny:base."
+
+
+def test_an_image_is_501(client: TestClient) -> None:
+    image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]
+    status, error = failure(client, messages=image)
+    assert (status, error["param"], error["code"]) == (501, "messages", "not_implemented")
+
+
 def test_what_is_not_here(client: TestClient) -> None:
     for path in ("/v1/images/generations", "/v1/audio/speech"):
         status, error = failure(client, path, model="tiny")

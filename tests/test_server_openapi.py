@@ -87,6 +87,8 @@ def test_answers_are_as_described(client: TestClient, document: Any) -> None:
         ("/v1/models", None),
         ("/v1/models/tiny", None),
         ("/health", None),
+        ("/props", None),
+        ("/slots", None),
     ):
         whole = {"model": "tiny", **body} if body else None
         response = client.post(path, json=whole) if whole else client.get(path)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from qaflora_edge.errors import PromptError
+from qaflora_edge.errors import ModalityError, PromptError
 
 Message = Mapping[str, Any]
 
@@ -48,8 +48,8 @@ def _checked(i: int, message: Message) -> dict[str, Any]:
         checked["role"] = "system"
     if content is None and role == "assistant" and "tool_calls" in message:
         content = ""
-    elif isinstance(content, list) and content and all(map(_is_text, content)):
-        content = "".join(part["text"] for part in content)
+    elif isinstance(content, list) and content:
+        content = _joined(i, content)
     if not isinstance(content, str):
         raise _wrong(i, "has content =", content)
     checked["content"] = content
@@ -61,10 +61,21 @@ def _checked(i: int, message: Message) -> dict[str, Any]:
     return checked
 
 
-def _is_text(part: Any) -> bool:
-    kinds = ("text", "input_text", "output_text")  # the last two are of responses
-    is_part = isinstance(part, Mapping) and part.get("type") in kinds
-    return is_part and isinstance(part.get("text"), str)
+_TEXTS = ("text", "input_text", "output_text")  # the last two are of responses
+
+
+def _joined(i: int, parts: Sequence[Any]) -> Any:
+    """Join parts that are texts; give others as they are. Raises ModalityError for an image."""
+    for part in parts:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if isinstance(kind, str) and kind not in _TEXTS:
+            raise ModalityError(
+                f"Message {i} has a part of type {kind!r:.40}, expected texts alone: a bundle "
+                "reads no images, audio or files. Leave it out, or send what it says as text."
+            )
+        if kind is None or not isinstance(part.get("text"), str):
+            return parts
+    return "".join(part["text"] for part in parts)
 
 
 def _tool_call(i: int, call: Any) -> dict[str, Any]:

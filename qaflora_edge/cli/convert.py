@@ -11,14 +11,17 @@ from typing import Any
 import click
 
 from qaflora_edge.cli.answers import print_json
-from qaflora_edge.cli.options import choose_base, command, own_options
+from qaflora_edge.cli.options import adapter_pairs, choose_base, command, own_options
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.errors import ConversionError, OutputFileError
 from qaflora_edge.files import what_is_at
 from qaflora_edge.formats.names import plain_name
 
 
-@command("qaflora convert my-peft-adapter --base base.gguf -o adapter.gguf --verify")
+@command(
+    "qaflora convert my-peft-adapter --base base.gguf",
+    "qaflora convert my-peft-adapter --base base.gguf -o adapter.gguf --verify",
+)
 @click.argument("peft_dir")
 @click.option(
     "--base",
@@ -29,10 +32,9 @@ from qaflora_edge.formats.names import plain_name
 @click.option(
     "-o",
     "--output",
-    required=True,
     metavar="OUT.gguf",
     type=click.Path(path_type=Path),
-    help="The file to write.",
+    help="The file to write.  [default: the adapter's name, in this folder]",
 )
 @own_options
 @click.option("--force", is_flag=True, help="Replace OUT.gguf where it exists.")
@@ -49,7 +51,7 @@ from qaflora_edge.formats.names import plain_name
 def convert(
     peft_dir: str,
     base: str | None,
-    output: Path,
+    output: Path | None,
     outtype: str,
     force: bool,
     verify: bool,
@@ -68,6 +70,9 @@ def convert(
 
     if str(output) == "-":
         raise click.BadParameter("a file is needed, stdout will not do", param_hint="-o")
+    if output is None:
+        [(name, _)] = adapter_pairs([peft_dir])
+        output = Path(f"{name}.gguf")
     if not force and os.path.lexists(output):
         raise OutputFileError(
             f"Cannot write {output}: it {what_is_at(output)} already. Choose another name, or "

@@ -371,6 +371,18 @@ async def embeddings(request: Request) -> Computed:
     return Computed(request, served, body, compute)
 
 
+async def embedding(request: Request) -> Computed:
+    """Embed texts, in the shape of llama-server."""
+    body, served, _ = await asked(request, bodies.EmbeddingBody)
+
+    def compute(engine: Engine, out: Computed) -> None:
+        states = embedded(engine, _each(body.content), out)
+        listed = [{"index": i, "embedding": [each.tolist()]} for i, each in enumerate(states)]
+        out.send(encoded(listed))
+
+    return Computed(request, served, body, compute)
+
+
 def embedded(engine: Engine, texts: Iterable[str | list[int]], out: Computed) -> list[F32]:
     """Embed texts, float32 [n_embd] each, and note how many tokens they have."""
     prompts = [engine.tokenize(text) for text in texts]

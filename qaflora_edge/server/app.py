@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from qaflora_edge import __version__
 from qaflora_edge.errors import QafloraError
 from qaflora_edge.server import adapters, answers, ollama
 from qaflora_edge.server import requests as bodies
@@ -25,7 +26,13 @@ from qaflora_edge.server.metrics import Metrics, Recorder
 from qaflora_edge.server.page import page
 from qaflora_edge.server.requests import Refusal, refusal
 from qaflora_edge.server.security import Gate, Lock
-from qaflora_edge.server.served_models import N_LIGHT, Places, ServedModels, ServerOptions
+from qaflora_edge.server.served_models import (
+    N_LIGHT,
+    Places,
+    ServedModel,
+    ServedModels,
+    ServerOptions,
+)
 
 log = logging.getLogger(__name__)
 # Starlette sends what is raised as Exception to its outermost layer, which raises it again.
@@ -151,6 +158,40 @@ async def lora_adapters(request: Request) -> Response:
     return JSONResponse([{"id": i, "path": name, "scale": 0.0} for i, name in names])
 
 
+async def props(request: Request) -> Response:
+    """Tell the properties of a model as llama-server does."""
+    served: ServedModels = request.app.state.models
+    found, _ = served.find(request.query_params.get("model"))
+    engine, name = found.engine, found.name
+    sampling = {key: value for key, value in found.sampling.items() if value is not None}
+    n_ctx = served.card(name)["meta"]["n_ctx"]
+    told = {
+        "default_generation_settings": {"n_ctx": n_ctx, "params": sampling},
+        "total_slots": len(_slots(request, found)),
+        "model_alias": name,
+        "chat_template": (engine._model.chat_template or "") if engine else "",
+        "modalities": {"vision": False, "audio": False},
+        "build_info": f"qaflora-edge {__version__}",
+    }
+    return JSONResponse(told)
+
+
+async def slots(request: Request) -> Response:
+    """Tell which slots of a model compute, as llama-server does; no prompt is shown."""
+    found, _ = request.app.state.models.find(request.query_params.get("model"))
+    return JSONResponse(_slots(request, found))
+
+
+def _slots(request: Request, model: ServedModel) -> list[dict[str, Any]]:
+    models: ServedModels = request.app.state.models
+    n_ctx = models.card(model.name)["meta"]["n_ctx"]
+    n_slot = int(request.app.state.options.engine.get("n_parallel", 1))
+    return [
+        {"id": i, "n_ctx": n_ctx, "is_processing": i < model.n_user, "speculative": False}
+        for i in range(n_slot)
+    ]
+
+
 async def not_here(request: Request) -> Response:
     """Refuse what OpenAI offers and a bundle cannot do."""
     message = f"{request.url.path:.100} is not offered here: a bundle reads and writes text."
@@ -182,11 +223,13 @@ API: tuple[tuple[str, Any, type[bodies.Body] | None], ...] = (
     ("/v1/weights", answers.weights, bodies.WeightsBody),
     ("/v1/embeddings", answers.embeddings, bodies.EmbeddingsBody),
     ("/completion", answers.completion, bodies.CompletionBody),
+    ("/embedding", answers.embedding, bodies.EmbeddingBody),
     ("/infill", answers.infill, bodies.InfillBody),
     ("/api/chat", ollama.chat, bodies.OllamaChatBody),
     ("/api/generate", ollama.generate, bodies.OllamaTextBody),
     ("/api/show", ollama.show, bodies.ShowBody),
     ("/api/embed", ollama.embed, bodies.EmbedBody),
+    ("/api/embeddings", ollama.embeddings, bodies.OldEmbedBody),
     ("/api/tags", ollama.tags, None),
     ("/api/ps", ollama.ps, None),
     ("/api/version", ollama.version, None),
@@ -198,16 +241,35 @@ API: tuple[tuple[str, Any, type[bodies.Body] | None], ...] = (
     ("/v1/models", models, None),
     ("/v1/models/{model:path}", model, None),
     ("/lora-adapters", lora_adapters, None),
+    ("/props", props, None),
+    ("/slots", slots, None),
     ("/health", health, None),
     ("/metrics", metrics, None),
     ("/openapi.json", openapi, None),
 )
 
 
+# Other paths that clients try -> those that answer.
+ALIASES = {
+    "/models": "/v1/models",
+    "/v1/health": "/health",
+    "/chat/completions": "/v1/chat/completions",
+    "/completions": "/v1/completions",
+    "/embeddings": "/v1/embeddings",
+}
+
+
 def _routes() -> list[Route]:
+    routes = {path: (route, kind) for path, route, kind in API}
+    aliases = [
+        Route(alias, route, methods=["POST" if kind else "GET"], include_in_schema=False)
+        for alias, path in ALIASES.items()
+        for route, kind in [routes[path]]
+    ]
     return [
         Route("/", show_page, methods=["GET"], include_in_schema=False),
         Route("/upload", adapters.upload, methods=["POST"], include_in_schema=False),
         *(Route(path, route, methods=["POST" if kind else "GET"]) for path, route, kind in API),
+        *aliases,
         *(Route(path, not_here, methods=["GET", "POST"]) for path in NOT_HERE),
     ]

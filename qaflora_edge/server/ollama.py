@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from qaflora_edge.chat.calls import call_format
 from qaflora_edge.chat.tokens import thought_tags
 from qaflora_edge.engine import Engine
+from qaflora_edge.errors import ModalityError
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.openai.chat import begin_chat, chat_shape, response_schema
 from qaflora_edge.openai.infill import infill_marks, infill_tokens
@@ -25,6 +26,7 @@ from qaflora_edge.server.served_models import ServedModel, ServedModels
 from qaflora_edge.server.stream import Computed, encoded
 
 VERSION = "0.12.6"  # of the Ollama whose API this follows: some clients refuse older ones
+_NO_IMAGES = "{} has images, expected text alone: a bundle reads no images. Leave them out."
 Begun = tuple[Iterator[Generation], Tools | None]
 
 
@@ -130,6 +132,8 @@ async def chat(request: Request) -> Computed | Response:
 async def generate(request: Request) -> Computed | Response:
     """Answer a text, or go on with it, in the shape of Ollama."""
     body, served, weighing = await asked(request, bodies.OllamaTextBody)
+    if body.images:
+        raise ModalityError(_NO_IMAGES.format("The request"))
     options = {**weighing, **_options(served, body)}
     system = [{"role": "system", "content": body.system}] if body.system else []
     messages = [*system, {"role": "user", "content": body.prompt}]
@@ -169,8 +173,7 @@ def _messages(given: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for n, each in enumerate(given):
         message = {"content": "", **each}
         if message.pop("images", None):
-            expected = "none: a bundle reads text"
-            raise bodies.wrong_field("messages.images", each["images"], expected)
+            raise ModalityError(_NO_IMAGES.format(f"Message {n}"))
         for theirs, ours in (("thinking", "reasoning_content"), ("tool_name", "name")):
             if theirs in message:
                 message[ours] = message.pop(theirs)
@@ -212,6 +215,17 @@ async def embed(request: Request) -> Computed:
         out.send(
             out.framed({"model": body.model, "embeddings": states, "prompt_eval_count": n_token})
         )
+
+    return Lines(request, served, body, compute)
+
+
+async def embeddings(request: Request) -> Computed:
+    """Embed a text, in the older shape of Ollama."""
+    body, served, _ = await asked(request, bodies.OldEmbedBody)
+
+    def compute(engine: Engine, out: Computed) -> None:
+        states = embedded(engine, [body.prompt], out) if body.prompt else []
+        out.send(out.framed({"embedding": states[0].tolist() if states else []}))
 
     return Lines(request, served, body, compute)
 

@@ -97,6 +97,8 @@ def refusal(
     if isinstance(error, errors.WorkerError):
         message = "A machine that holds layers of the model is lost; the server ends."
         return Refusal(503, message, code="model_unavailable")
+    if isinstance(error, errors.ModalityError):
+        return Refusal(501, str(error), param="messages", code="not_implemented")
     for kind, fields in _CAUSES.items():
         if isinstance(error, kind):
             given = (name for name in fields if getattr(body, name, None) is not None)
@@ -302,6 +304,14 @@ class EmbeddingsBody(Body):
     encoding_format: Literal["float", "base64"] | None = Field(None, title="float or base64")
 
 
+class EmbeddingBody(Body):
+    """Ask /embedding."""
+
+    content: Text | Tokens | Annotated[Several, Field(max_length=MAX_EMBEDDED)] = Field(
+        title=f"a text, a list of token ids, or a list of these, {MAX_EMBEDDED} at most"
+    )
+
+
 class ResponsesBody(Tooled):
     """Ask /v1/responses."""
 
@@ -402,7 +412,7 @@ class OllamaTextBody(OllamaBody):
     suffix: str = ""
     system: str = ""
     raw: Flag = None
-    images: Annotated[list[str], Field(max_length=0)] = Field([], title="none: a bundle reads text")
+    images: list[str] = Field([], title="a list of texts")
 
 
 class EmbedBody(Body):
@@ -411,6 +421,12 @@ class EmbedBody(Body):
     input: Text | Annotated[list[Text], Field(max_length=MAX_EMBEDDED)] = Field(
         title=f"a text, or a list of {MAX_EMBEDDED} texts at most"
     )
+
+
+class OldEmbedBody(Body):
+    """Ask /api/embeddings."""
+
+    prompt: str = Field(title="a text")
 
 
 class ShowBody(Body):
@@ -587,7 +603,7 @@ def _operation(path: str, summary: str, kind: type[Body] | None) -> dict[str, An
         content["text/event-stream"] = {"schema": {}}
     if kind is not None and issubclass(kind, OllamaBody):
         content["application/x-ndjson"] = {"schema": {}}
-    if path == "/lora-adapters":
+    if path in ("/lora-adapters", "/slots", "/embedding"):
         content = {"application/json": {"schema": {"type": "array"}}}
     answer = {"description": "The answer", "content": content}
     responses = {"200": answer, "4XX": _FAILED, "5XX": _FAILED}
@@ -598,7 +614,7 @@ def _operation(path: str, summary: str, kind: type[Body] | None) -> dict[str, An
         return {"post": {**operation, "requestBody": body}}
     if path == "/health":
         operation["security"], responses["503"] = [], answer
-    if "{model}" in path or path == "/lora-adapters":
+    if "{model}" in path or path in ("/lora-adapters", "/props", "/slots"):
         place = {"in": "path", "required": True} if "{model}" in path else {"in": "query"}
         operation["parameters"] = [{"name": "model", **place, "schema": {"type": "string"}}]
     return {"get": operation}

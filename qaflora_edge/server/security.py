@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qaflora_edge.server.requests import Refusal
 
-WITHOUT_KEY = frozenset({"/", "/health"})  # the page asks for the key itself
+WITHOUT_KEY = frozenset({"/", "/health", "/v1/health"})  # the page asks for the key itself
 LOCAL_NAMES = frozenset({"localhost"})
 
 

@@ -236,7 +236,7 @@ class ServedModels:
         found = self.by_name.get(name)
         if found is not None and (not colon or strategy in found.strategies):
             return found, strategy if colon else None
-        names = list(found.ids if found else self.by_name)
+        names = list(found.ids if found else self.listed)
         more = ["..."] if len(names) > 5 else []
         raise Refusal(
             400 if model is None else 404,

@@ -78,8 +78,10 @@ const ask = async text => {
   drawState();
   scrollDown();
   say("The question is read.");
+  // Both sides of a comparison draw alike, unless the settings have a seed.
+  const seeded = strategies.length > 1 ? { seed: Math.floor(Math.random() * 2 ** 31) } : {};
   await Promise.all(view.views.map((each, i) =>
-    fill(each, { ...requestOf(strategies[i]), messages }, control.signal)));
+    fill(each, { ...seeded, ...requestOf(strategies[i]), messages }, control.signal)));
   keepChat(own);
   if (running !== control) return; // another chat is shown
   running = null;

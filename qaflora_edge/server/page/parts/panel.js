@@ -30,6 +30,8 @@ const requestOf = strategy => {
   const names = adaptersOf(bundle);
   if (strategy === "manual") {
     fusion.weights = Object.fromEntries(names.map(name => [name, weightOf(name)]));
+  } else if (isChosen(strategy) && names.length && off.length === names.length) {
+    fusion.strategy = "base"; // none is ticked
   } else {
     if (strategy) fusion.strategy = strategy;
     if (isChosen(strategy) && off.length) fusion.adapters = names.filter(name => !off.includes(name));
@@ -82,15 +84,13 @@ const adapterRow = (name, isManual) => {
   const sign = el("i", { className: hue(name, names) }), title = el("bdi", {}, name);
   if (!isManual) {
     const box = el("input", {
-      type: "checkbox", checked: !off.includes(name),
+      type: "checkbox", checked: !off.includes(name), id: `use-${name}`,
       onchange: () => {
         settings.off[bundle] = names.filter(each => each === name ? !box.checked : off.includes(each));
         keep();
         drawPanel();
       },
     });
-    // One stays: an answer without any adapter is the strategy "base".
-    box.disabled = box.checked && off.length === names.length - 1;
     return el("li", {}, el("label", { className: "adapter" }, box, sign, title));
   }
   const shown = el("output", {}, weightOf(name).toFixed(2));
@@ -141,9 +141,13 @@ const drawPanel = () => {
   if (focused && focused !== document.activeElement?.id) byId(focused)?.focus();
 };
 
-const adapterList = (label, names, isManual) => el("fieldset", { className: "field" },
-  el("legend", {}, label),
-  el("ul", { className: "adapters" }, ...names.map(name => adapterRow(name, isManual))));
+const adapterList = (label, names, isManual) => {
+  const isNone = !isManual && (settings.off[settings.bundle] ?? []).length === names.length;
+  return el("fieldset", { className: "field" },
+    el("legend", {}, label),
+    el("ul", { className: "adapters" }, ...names.map(name => adapterRow(name, isManual))),
+    ...(isNone ? [el("p", { className: "hint" }, "None is ticked: the base answers alone.")] : []));
+};
 
 // On a narrow window the panel lies over the page, which waits meanwhile.
 const isNarrow = matchMedia("(max-width: 899px)");

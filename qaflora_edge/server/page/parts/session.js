@@ -125,7 +125,7 @@ const follow = ({ system, bundle, strategy, adapters }) => {
   if (bundles.has(bundle.name)) settings.bundle = bundle.name;
   const names = adaptersOf(settings.bundle), [kind, given = ""] = strategy.split(/:(.*)/s);
   const isOff = name => Object.hasOwn(bundle.adapters, name) && !adapters.includes(name);
-  settings.off[settings.bundle] = names.every(isOff) ? [] : names.filter(isOff);
+  settings.off[settings.bundle] = names.filter(isOff);
   if (kind === "manual") {
     settings.strategy = "manual";
     settings.weights[settings.bundle] = Object.fromEntries(names.map(name => {
