@@ -126,12 +126,12 @@ asan-tests: $(DONE)/package $(DONE)/pytest
 	    $(BIN)/python -P -m fuzz.run --minutes 1 --seed 0 native experts
 	PYTHONPATH=tests $(BIN)/python -P tests/sanitized.py $(BIN)/python -P tests/open_and_close.py
 
-# The library with the thread sanitizer, likewise, and without OpenMP, whose runtime it does not know.
+# The library with the thread sanitizer, likewise.
 test-tsan:
 	$(MAKE) VENV=.venv-tsan BUILD=build/tsan INSTALL_OPTIONS='--config-settings install.strip=false' \
 	    CMAKE_ARGS="$(CMAKE_ARGS) $(TSAN_ARGS)" tsan-tests
 
-TSAN_ARGS := -DGGML_OPENMP=off $(foreach part,GGML LLAMA,-D$(part)_SANITIZE_THREAD=on) \
+TSAN_ARGS := $(foreach part,GGML LLAMA,-D$(part)_SANITIZE_THREAD=on) \
     $(foreach language,C CXX,'-DCMAKE_$(language)_FLAGS_RELEASE=-O1 -g1 -fno-omit-frame-pointer')
 
 tsan-tests: $(DONE)/package $(DONE)/pytest
@@ -172,8 +172,8 @@ sdist: $(DONE)/release-tools
 	$(SUMS)
 
 # Wheels of this package and of its binding, in dist/. What they need of the system is found and
-# written into their names by auditwheel, which also puts GCC's OpenMP beside the libraries. For another ARCH than
-# this machine's, Debian's compiler for it is used.
+# written into their names by auditwheel. For another ARCH than this machine's, Debian's compiler for it
+# is used.
 ARCH ?= $(shell uname -m)
 RELEASE := $(BUILD)/release/$(ARCH)
 CROSS := $(ARCH)-linux-gnu
@@ -228,11 +228,9 @@ release-tests: $(DONE)/pytest
 # The wheel of dist/ for aarch64 on another machine: under qemu-user, with Debian's Python for it. An
 # emulated processor is 20 to 50 times slower than this one.
 AARCH64 := .venv-aarch64/bin
-# numpy multiplies by OpenBLAS, whose kernels with SME are wrong there (10.0): its plain ones. Threads
-# that wait by computing would take ten times as long.
+# numpy multiplies by OpenBLAS, whose kernels with SME are wrong there (10.0): its plain ones.
 test-aarch64: export OPENBLAS_CORETYPE := ARMV8
-test-aarch64: export OMP_WAIT_POLICY := PASSIVE
-AARCH64_MODELS ?= max cortex-a53 cortex-a72 neoverse-n1
+test-aarch64: AARCH64_MODELS ?= max cortex-a53 cortex-a72 neoverse-n1
 test-aarch64: $(DONE)/package
 	@ls dist/qaflora_edge-*_aarch64.whl || { echo "There is no such wheel; make it with 'make release ARCH=aarch64'." >&2; exit 1; }
 	.ci/emulated-python aarch64 .venv-aarch64

@@ -1,12 +1,11 @@
-"""How fast a bundle decodes next to a process that waits at barriers as GCC's OpenMP does.
+"""How fast a bundle decodes next to another process that decodes.
 
-    GOMP_SPINCOUNT=600 python benchmarks/busy.py models/demo [--repeat 5]
+    python benchmarks/busy.py models/demo [--repeat 5]
 
 Medians of tokens a second: alone, then next to the other process, and the share that is left.
 """
 
 import argparse
-import os
 import statistics
 import subprocess
 import sys
@@ -38,11 +37,11 @@ def main() -> None:
     parser.add_argument("bundle")
     parser.add_argument("--repeat", type=int, default=5)
     args = parser.parse_args()
-    command, spin = [sys.executable, "-c", RIVAL, args.bundle], {"GOMP_SPINCOUNT": "300000"}
+    command = [sys.executable, "-c", RIVAL, args.bundle]
     with Engine(args.bundle, strategy="static", n_ctx=256, draft=0) as engine:
         median_speed(engine, 1)
         alone = median_speed(engine, args.repeat)
-        with subprocess.Popen(command, env=os.environ | spin, stdout=subprocess.PIPE) as rival:
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as rival:
             try:
                 if not rival.stdout or not rival.stdout.readline():
                     raise SystemExit("The process next to which decoding is measured died.")

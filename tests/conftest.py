@@ -57,10 +57,10 @@ def pytest_xdist_auto_num_workers() -> int:
 def take_one_thread_each() -> None:
     """Let every worker of `pytest -n 2`, and all that it starts, compute with one thread.
 
-    There are more workers than processors: their threads would wait for each other, spinning.
-    OpenMP, of the library and of torch, and OpenBLAS read this once, as they are loaded.
+    There are more workers than processors: their threads would wait for each other. The Engine,
+    torch and OpenBLAS read this.
     """
-    for name in ("OMP_THREAD_LIMIT", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = "1"
 
 

@@ -56,7 +56,6 @@ def environment(logs: Path, option: str) -> dict[str, str]:
         "LSAN_OPTIONS": "exitcode=0:max_leaks=0:report_objects=0",
         "UBSAN_OPTIONS": f"print_stacktrace=1:log_path={logs}/ubsan",
         "QAFLORA_TEST_ASSERTS": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",
     }
 
 

@@ -4,10 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from ctypes.util import find_library
 from pathlib import Path
 
-import pytest
 from bundles import qaflora
 
 from qaflora_edge import __version__
@@ -36,19 +34,6 @@ def test_report_to_read() -> None:
     assert f"ABI              {native.ABI_VERSION}\n" in result.stdout
     assert "device     " in result.stdout
     assert result.stdout.splitlines()[-1].startswith("All is well: ")
-
-
-def test_openmp_that_another_package_loaded_is_named() -> None:
-    if not (name := find_library("gomp")):
-        pytest.skip("GCC's OpenMP is not here")
-    command = [sys.executable, "-m", "qaflora_edge", "doctor"]
-    for preload, n_line in ((name, 1), ("", 0)):
-        done = subprocess.run(
-            command, capture_output=True, text=True, env={**os.environ, "LD_PRELOAD": preload}
-        )
-        lines = [line for line in done.stdout.splitlines() if line.startswith("OpenMP ")]
-        assert len(lines) == n_line
-        assert all(name in line and "GOMP_SPINCOUNT=1000" in line for line in lines)
 
 
 def test_missing_library_is_told_beside_the_rest(tmp_path: Path) -> None:

@@ -78,7 +78,6 @@ def run_block(block: Block, folder: Path, home: Path) -> subprocess.CompletedPro
         "QAFLORA_CACHE": str(cache_dir()),
         "HF_HUB_OFFLINE": "1",
         "TERM": "dumb",
-        "GOMP_SPINCOUNT": "0",
     }
     script = home / f"block-{block.line}"
     script.write_text(block.text, encoding="utf-8")

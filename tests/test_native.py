@@ -47,18 +47,6 @@ def test_patched_library_is_loaded() -> None:
     assert functions.abi_version() == native.ABI_VERSION
 
 
-def test_threads_do_not_spin_for_long() -> None:
-    """GCC's OpenMP says what it took, when it is loaded and asked to; the environment stays."""
-    given = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-    settings = {name: value for name, value in os.environ.items() if name not in given}
-    code = LOAD + "\nimport os; print(os.environ.get('GOMP_SPINCOUNT'))"
-    done = ran("-c", code, env=settings | {"OMP_DISPLAY_ENV": "verbose"})
-    assert done.stdout.split() == ["loaded", "None"]
-    if "GOMP_SPINCOUNT" not in done.stderr:
-        pytest.skip("the library was not built with GCC's OpenMP")
-    assert done.stderr.split("GOMP_SPINCOUNT = '")[1].split("'")[0] == str(native.SPIN_COUNT)
-
-
 def test_stock_library_is_refused_by_name(library: Path) -> None:
     """A stock library exports every function but ours."""
     path = library / native._library_name()

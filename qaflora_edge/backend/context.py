@@ -537,7 +537,11 @@ def context_params(
 
 
 def default_threads() -> int:
-    """Count the cores that this process may use."""
+    """Count the cores that this process may use, and no more than OMP_NUM_THREADS says."""
     if hasattr(os, "sched_getaffinity"):
-        return max(1, len(os.sched_getaffinity(0)))
-    return os.cpu_count() or 1
+        n_core = len(os.sched_getaffinity(0))
+    else:
+        n_core = os.cpu_count() or 1
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    limit = int(asked) if asked.isdecimal() else n_core
+    return max(1, min(n_core, limit))

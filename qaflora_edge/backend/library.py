@@ -26,11 +26,6 @@ CONTEXT_PROBE, CONTEXT_DIFFERENTIAL = 1, 2
 CAPTURE = {"last": 0, "mean": 1, "inputs": 2, "none": 3}
 LENS = {"raw": 0, "norm": 1}
 
-# How long a thread of GCC's OpenMP looks for the others at a barrier before it sleeps. By default
-# it keeps a core busy 300 times as long, while another program has the others'. Below, thousands of
-# barriers of a token cost a wake-up each. docs/performance.md has the figures.
-SPIN_COUNT = 600
-
 DEVICE_CPU, DEVICE_GPU, DEVICE_INTEGRATED_GPU = 0, 1, 2  # enum ggml_backend_dev_type
 _LOG_LEVEL_ERROR = 4  # ggml.h GGML_LOG_LEVEL_ERROR
 _errors: deque[str] = deque(maxlen=4)
@@ -105,11 +100,9 @@ def _library_name() -> str:
 
 
 def _import_binding(folder: Path) -> ModuleType:
-    is_ours = not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & {*os.environ}
-    spin = str(SPIN_COUNT) if is_ours else os.environ.get("GOMP_SPINCOUNT")
     try:
         defer("llama_cpp", _keep_log)  # its classes take 60 ms, and set a log of their own
-        with _variables(LLAMA_CPP_LIB_PATH=str(folder), GOMP_SPINCOUNT=spin):
+        with _variables(LLAMA_CPP_LIB_PATH=str(folder)):
             return import_module("llama_cpp.llama_cpp")
     except (ImportError, RuntimeError, AttributeError, OSError) as err:
         raise LibraryError(

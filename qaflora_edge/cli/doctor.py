@@ -1,6 +1,5 @@
 """qaflora doctor"""
 
-import contextlib
 import ctypes
 import importlib.metadata
 import json
@@ -50,9 +49,6 @@ def library_facts() -> dict[str, Any]:
     """
     from qaflora_edge.backend import devices, library
 
-    openmp: list[str] = []  # copies of GCC's OpenMP in this process, where Linux tells
-    with contextlib.suppress(OSError):
-        openmp = sorted({*re.findall(r"/\S*libgomp\S*", Path("/proc/self/maps").read_text())})
     binding, functions = library.load()
     ggml = devices.ggml()
     return {
@@ -63,7 +59,6 @@ def library_facts() -> dict[str, Any]:
         "devices": [_device(ggml, ggml.dev_get(i)) for i in range(ggml.dev_count())],
         "gpu_offload": bool(devices.gpus()),
         "features": binding.llama_print_system_info().decode("utf-8", "replace").strip(),
-        "openmp_loaded_before": openmp,
     }
 
 
@@ -121,8 +116,6 @@ def _lines(report: dict[str, Any]) -> str:
             ),
             ("features", library["features"]),
         ]
-        if found := ", ".join(library["openmp_loaded_before"]):
-            rows.append(("OpenMP", f"{found} came first: set GOMP_SPINCOUNT=1000 before Python"))
     rows += [(name, version or "not installed") for name, version in report["versions"].items()]
     rows += [(name, report[name]) for name in ("platform", "cache")]
     return "\n".join(f"{name:<16} {value}" for name, value in rows)

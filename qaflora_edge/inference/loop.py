@@ -1,10 +1,8 @@
 """The loop: scheduler and runner, driven by waiting callers in turn, or by one thread for all."""
 
-import contextlib
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 from qaflora_edge.backend.context import Context, Stop, cancelled
@@ -23,10 +21,7 @@ class Loop:
 
     stop  ends native work of the contexts that watch it
 
-    Without run_forever the waiting callers drive, one at a time. With several slots one thread of
-    the loop's own computes for all drivers. GCC's OpenMP keeps a team for each thread that has
-    computed, and more teams than cores sleep sooner at barriers: one caller on two cores decoded
-    0.6 to 0.8 times as fast.
+    Without run_forever the waiting callers drive, one at a time.
     """
 
     def __init__(
@@ -40,7 +35,6 @@ class Loop:
         self._is_served = False  # by a thread in run_forever
         self._is_left = False  # by that thread, for good
         self._now: Sequence[sequences.Sequence | Job] = ()  # who waits for the native call
-        self._worker = ThreadPoolExecutor(1) if scheduler.n_running > 1 else None
 
     # from any thread
 
@@ -165,8 +159,6 @@ class Loop:
                 self._turn.wait()
             self._end_all(self._closed)
             self._turn.notify_all()
-        if self._worker is not None:
-            self._worker.shutdown()
 
     # by the thread that drives
 
@@ -183,7 +175,7 @@ class Loop:
         self._turn.release()
         start = time.perf_counter()
         try:
-            self._compute(step)
+            self._run(step)
         except BaseException:
             self._runner.forget(self._scheduler.slots)
             if not self._is_served:
@@ -200,19 +192,6 @@ class Loop:
             sequence.timings.decode_ms += ms
         self._end_cancelled()
         self._scheduler.remove_ended()
-
-    def _compute(self, step: Step) -> None:
-        if self._worker is None or self._is_served:
-            self._run(step)
-            return
-        future = self._worker.submit(self._run, step)
-        try:
-            future.result()
-        finally:
-            while not future.done():  # KeyboardInterrupt: it cannot be left alone with the slots
-                self._stop.set()
-                with contextlib.suppress(KeyboardInterrupt):
-                    wait([future], timeout=0.05)
 
     def _run(self, step: Step) -> None:
         self._runner.run(step, self._scheduler.slots)
