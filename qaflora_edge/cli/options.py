@@ -254,7 +254,7 @@ def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 kwargs["bundles"] = (_with_adapters(adapters, *kwargs["bundles"]),)
             else:
                 kwargs["bundle"] = _with_adapters(adapters, kwargs["bundle"])
-        if command.__name__ in SAMPLED_BY_BUNDLE:
+        if command.__name__ in SAMPLED_BY_BUNDLE and "bundle" in kwargs:
             shared |= _sampling_of_bundle(kwargs["bundle"])
         return command(options=SharedOptions(**shared), **kwargs)
 
