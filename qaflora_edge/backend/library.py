@@ -18,7 +18,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any, Self
 
 from qaflora_edge.errors import LibraryError
-from qaflora_edge.imports import defer
+from qaflora_edge.formats import defer
 
 ABI_VERSION = 7
 
