@@ -32,13 +32,14 @@ from qaflora_edge.chat.messages import Message
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import BackendError, OptionError
 from qaflora_edge.formats.base import read_base
+from qaflora_edge.inference.sequence import Timings
 from qaflora_edge.progress import Tell, TellCount
 
 Who = TypeVar("Who")
 Run = dict[str, float]
 Row = dict[str, Any]
 _N_SAID = 40  # tokens of an answer, and of the question after it
-METHODS = ("qa-flora", "cosine", "norm", "two-place:abstain=never", "two-place", "static")
+METHODS = ("qa-flora", "spectr", "two-place:abstain=never", "two-place", "static")
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ class StockContext(Context):
         if not adapters:
             return
         n = len(adapters)
-        pointers = (ctypes.c_void_p * n)(*(ctypes.cast(each, ctypes.c_void_p) for each in adapters))
+        handles = [ctypes.cast(adapter, ctypes.c_void_p) for adapter in adapters]
+        pointers = (ctypes.c_void_p * n)(*handles)
         array = ctypes.cast(pointers, ctypes.POINTER(ctypes.POINTER(ctypes.c_void_p)))
         scales = (ctypes.c_float * n)(*[1.0 / n] * n)
         if code := self._lib.llama_set_adapters_lora(self._pointer, array, n, scales):
@@ -99,32 +101,37 @@ class Rig(contextlib.ExitStack):
         self, base: Path, adapters: Sequence[Path], options: Mapping[str, Any], seed: int = 0
     ) -> None:
         super().__init__()
-        self._paths, self._adapter_type = adapters, options.get("adapter_type", "auto")
+        self._paths = adapters
+        self._adapter_type = options.get("adapter_type", "auto")
         self._options = {name: options[name] for name in ("threads", "kv_type", "flash_attn")}
         placing: dict[str, Any] = {name: options.get(name) for name in PLACING}
         self.model = self.enter_context(Model(read_base(base), **placing))
         self._stock = self.enter_context(Model(read_base(base), rearrange=True, **placing))
         self._loras: list[Any] = []  # the model frees them
-        self._random, self._n_drawn = random.Random(seed), 0
+        self._random = random.Random(seed)
+        self._n_drawn = 0
         self._start = self.model.tokenize("", add_special=True, parse_special=False)[:1]
         self.ends = [token for token in range(self.model.n_vocab) if self.model.is_end(token)]
 
     def stock(self, k: int, n_ctx: int) -> StockContext:
         """Set up k adapters at scale 1/k through llama_set_adapters_lora; 0 for the base alone."""
+        model = self._stock
         for path in self._copies(k)[len(self._loras) :]:
-            lora = self._stock._lib.llama_adapter_lora_init(self._stock._pointer, os.fsencode(path))
+            lora = model._lib.llama_adapter_lora_init(model._pointer, os.fsencode(path))
             if not lora:
                 raise BackendError(f"llama.cpp cannot load the adapter {path}; convert it again.")
             self._loras.append(lora)
-        model, loras = self._stock, self._loras[:k]
-        return self.enter_context(StockContext(model, loras, n_ctx=n_ctx, **self._options))
+        context = StockContext(model, self._loras[:k], n_ctx=n_ctx, **self._options)
+        return self.enter_context(context)
 
     def ours(self, k: int, n_ctx: int) -> Context:
         """Set up k adapters of one pack, at weight 1/k in every layer."""
-        paths = self._copies(k)
-        pack = self.enter_context(Pack(self.model, paths, adapter_type=self._adapter_type))
-        context = self.enter_context(Context(self.model, pack, n_ctx=n_ctx, **self._options))
-        context.set_weights(np.full((k, self.model.n_layer), 1.0 / k, np.float32))
+        pack = Pack(self.model, self._copies(k), adapter_type=self._adapter_type)
+        self.enter_context(pack)
+        context = Context(self.model, pack, n_ctx=n_ctx, **self._options)
+        self.enter_context(context)
+        weights = np.full((k, self.model.n_layer), 1.0 / k, np.float32)
+        context.set_weights(weights)
         return context
 
     def _copies(self, k: int) -> list[Path]:
@@ -136,7 +143,8 @@ class Rig(contextlib.ExitStack):
         Each has another number, so no KV state of one prompt serves the next.
         """
         self._n_drawn += 1
-        text, texts = f"{self._n_drawn}. ", neutral("prompts")
+        text = f"{self._n_drawn}. "
+        texts = neutral("prompts")
         tokens: list[int] = []
         while len(tokens) < n_token:
             tokens += self.model.tokenize(text, add_special=False, parse_special=False)
@@ -151,16 +159,19 @@ class Rig(contextlib.ExitStack):
         """Draw a user turn of so many tokens after others: the messages, and the whole prompt."""
         text = self.model.detokenize(self.draw(n_token)).decode("utf-8", "replace")
         messages = [*before, {"role": "user", "content": text}]
-        if not engine.has_chat_template:
-            return messages, engine.tokenize("\n".join(each["content"] for each in messages))
-        return messages, engine.chat_tokens(messages)
+        if engine.has_chat_template:
+            return messages, engine.chat_tokens(messages)
+        contents = [message["content"] for message in messages]
+        return messages, engine.tokenize("\n".join(contents))
 
 
 def prefill(context: Context, tokens: Sequence[int]) -> None:
     """Prefill a prompt: ours in the chunks of an Engine, llama.cpp's in its own micro-batches."""
     context.clear()
-    is_stock = isinstance(context, StockContext)
-    for at, end in [(0, len(tokens))] if is_stock else context.chunks().cut(tokens):
+    if isinstance(context, StockContext):
+        context.decode(tokens)
+        return
+    for at, end in context.chunks().cut(tokens):
         context.decode(tokens[at:end], start=at)
 
 
@@ -172,25 +183,31 @@ def take_turns(
     contestants  who -> measures it in a round of this number
     returns      who -> its runs, without that of the first round
     """
-    names = list(contestants)
-    runs: dict[Who, list[Run]] = {name: [] for name in names}
-    for turn in range(1 + repeat):
-        at = turn % len(names)
-        for name in [*names[at:], *names[:at]]:
-            runs[name].append(contestants[name](turn))
-        tell(turn + 1, 1 + repeat)
-    return {name: own[1:] for name, own in runs.items()}
+    order = list(contestants)
+    runs: dict[Who, list[Run]] = {name: [] for name in order}
+    n_round = 1 + repeat
+    for turn in range(n_round):
+        first = turn % len(order)
+        for name in order[first:] + order[:first]:
+            run = contestants[name](turn)
+            if turn > 0:
+                runs[name].append(run)
+        tell(turn + 1, n_round)
+    return runs
 
 
 def compared(key: str, own: Sequence[Run], **others: Sequence[Run]) -> Row:
     """Give median and ends of a figure, and of its ratios to others' within each round."""
-    values = {key: [run[key] for run in own]}
+    figures = [run[key] for run in own]
+    row = {key: _spread(figures)}
     for name, runs in others.items():
-        values[name] = [run[key] / other[key] for run, other in zip(own, runs, strict=True)]
-    return {
-        name: {"median": median(each), "min": min(each), "max": max(each)}
-        for name, each in values.items()
-    }
+        pairs = zip(figures, runs, strict=True)
+        row[name] = _spread([figure / other[key] for figure, other in pairs])
+    return row
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": median(values), "min": min(values), "max": max(values)}
 
 
 # decode
@@ -237,49 +254,85 @@ def _decode(context: Context, drawn: Sequence[Sequence[int]], length: int, turn:
 # time to the first token
 
 
-def measure_first_token(
-    part: str, rig: Rig, engine: Engine, plan: Plan, tell: Tell
-) -> Iterator[Row]:
-    """Weigh, prefill and choose a first token, next to llama.cpp's prefill of the base.
-
-    part  "ttft": of a chat's first turn; "turn": of a second one, under another mix than the first,
-          next to the prefill of its new tokens
-    """
+def measure_first_token(rig: Rig, engine: Engine, plan: Plan, tell: Tell) -> Iterator[Row]:
+    """Weigh, prefill and choose a chat's first token, next to llama.cpp's prefill of the base."""
     base = rig.stock(0, engine.n_ctx)
 
+    def plain(length: int, turn: int) -> Run:
+        _, tokens = rig.draw_chat(engine, length)
+        base.clear()
+        return _timed(partial(_read, base, tokens))
+
+    def weighed(strategy: str, length: int, turn: int) -> Run:
+        _, tokens = rig.draw_chat(engine, length)
+        return _timed(partial(_choose, engine, tokens, strategy))
+
+    contestants = {"plain": plain}
+    for strategy in METHODS:
+        if strategy.partition(":")[0] in engine.strategies:
+            contestants[strategy] = partial(weighed, strategy)
+    yield from _rows_of("ttft", contestants, plan, tell)
+
+
+def measure_turn(rig: Rig, engine: Engine, plan: Plan, tell: Tell) -> Iterator[Row]:
+    """Measure the first token of a second turn, next to the base's prefill of its new tokens.
+
+    It is answered under another mix than the first turn. Nothing where the bundle has no two-place.
+    """
+    base = rig.stock(0, engine.n_ctx)
+    strategy = "two-place:abstain=never"
+
     def draw(length: int) -> tuple[list[int], list[int]]:
-        """What was answered before, if anything, and the prompt; no two begin alike."""
-        messages, tokens = rig.draw_chat(engine, length)
-        if part == "ttft":
-            return [], tokens
-        said = rig.model.detokenize(rig.draw(_N_SAID)).decode("utf-8", "replace")
-        messages.append({"role": "assistant", "content": said})
-        return tokens, rig.draw_chat(engine, _N_SAID, messages)[1]
+        """The first turn, and the whole prompt of the second."""
+        messages, first = rig.draw_chat(engine, length)
+        answer = rig.model.detokenize(rig.draw(_N_SAID)).decode("utf-8", "replace")
+        messages.append({"role": "assistant", "content": answer})
+        _, whole = rig.draw_chat(engine, _N_SAID, messages)
+        return first, whole
 
-    def run(length: int, name: str, _: int) -> Run:
-        before, tokens = draw(length)
-        is_plain = name == "plain"
-        if is_plain:
-            base.clear()
-        if is_plain and before:
-            prefill(base, before)
-        elif before:
-            engine.generate(before, weights=name, max_tokens=1).text()
-            name += ",answer=0.3"
-        start = time.perf_counter()
-        if is_plain:
-            base.decode(tokens[len(before) :], start=len(before))
-            base.logits()
-        else:
-            engine.generate(tokens, weights=name, max_tokens=1).text()
-        return {"ttft_ms": 1e3 * (time.perf_counter() - start)}
+    def plain(length: int, turn: int) -> Run:
+        first, whole = draw(length)
+        prefill(base, first)
+        return _timed(partial(_read, base, whole[len(first) :], len(first)))
 
-    methods = METHODS if part == "ttft" else ("two-place:abstain=never",)
-    names = ["plain", *(name for name in methods if name.partition(":")[0] in engine.strategies)]
-    every = {(n, name): partial(run, n, name) for n in plan.prompt_tokens for name in names}
+    def weighed(length: int, turn: int) -> Run:
+        first, whole = draw(length)
+        _choose(engine, first, strategy)
+        return _timed(partial(_choose, engine, whole, f"{strategy},answer=0.3"))
+
+    contestants = {"plain": plain}
+    if "two-place" in engine.strategies:
+        contestants[strategy] = weighed
+    yield from _rows_of("turn", contestants, plan, tell)
+
+
+def _read(context: Context, tokens: Sequence[int], start: int = 0) -> None:
+    context.decode(tokens, start=start)
+    context.logits()
+
+
+def _choose(engine: Engine, tokens: Sequence[int], strategy: str) -> None:
+    engine.generate(tokens, weights=strategy, max_tokens=1).text()
+
+
+def _timed(work: Callable[[], None]) -> Run:
+    start = time.perf_counter()
+    work()
+    return {"ttft_ms": 1e3 * (time.perf_counter() - start)}
+
+
+def _rows_of(
+    part: str, contestants: Mapping[str, Callable[[int, int], Run]], plan: Plan, tell: Tell
+) -> Iterator[Row]:
+    """Run contestants at each length, given it and the round; "plain" is what others are of."""
+    every = {
+        (length, name): partial(contestant, length)
+        for length in plan.prompt_tokens
+        for name, contestant in contestants.items()
+    }
     runs = take_turns(every, plan.repeat, partial(tell, part))
     for (length, name), own in runs.items():
-        row = {"prompt_tokens": length, "name": name, "runs": own}
+        row: Row = {"prompt_tokens": length, "name": name, "runs": own}
         yield row | compared("ttft_ms", own, of_plain=runs[length, "plain"])
 
 
@@ -296,26 +349,39 @@ def measure_draft(engines: Mapping[str, Engine], plan: Plan, tell: Tell) -> Iter
     most = max(plan.callers)
 
     def run(kind: str, n: int, way: str, turn: int) -> Run:
-        engine, of_kind = engines[way], prompts[kind]
-        asked = [of_kind[(n * (turn - 1) + i) % len(of_kind)] for i in range(n)]
-        chats = [engine.chat_tokens([{"role": "user", "content": text}]) for text in asked]
-        answers = [answer for _, answer in engine.generate_many(chats, max_tokens=plan.max_tokens)]
-        times = [answer.timings for answer in answers]
-        start = max(each.token_s[0] for each in times)
-        after = [at for each in times for at in each.token_s if at > start]
-        n_right = sum(each.draft_n_accepted for each in times)
-        accepted = n_right / max(1, sum(each.draft_n for each in times))
-        return {"tokens_per_second": len(after) / (max(after) - start), "accepted": accepted}
+        engine = engines[way]
+        texts = prompts[kind]
+        first = n * (turn - 1)
+        chats = []
+        for i in range(first, first + n):
+            message = {"role": "user", "content": texts[i % len(texts)]}
+            chats.append(engine.chat_tokens([message]))
+        answers = engine.generate_many(chats, max_tokens=plan.max_tokens)
+        return _draft_figures([answer.timings for _, answer in answers])
 
     kinds = dict.fromkeys([*((kind, 1) for kind in prompts), ("prose", most)])
     every = {(*kind, way): partial(run, *kind, way) for kind in kinds for way in engines}
     runs = take_turns(every, plan.repeat, partial(tell, "draft"))
     for kind, n in kinds:
-        own, plain = runs[kind, n, "draft"], runs[kind, n, "plain"]
+        own = runs[kind, n, "draft"]
+        plain = runs[kind, n, "plain"]
         row = compared("tokens_per_second", own, of_plain=plain) | compared("accepted", own)
-        for each, other in zip(own, plain, strict=True):
-            each["plain_tokens_per_second"] = other["tokens_per_second"]
-        yield {"name": f"{kind}, {n} callers" if n > 1 else kind, "runs": own} | row
+        for run_of_own, run_of_plain in zip(own, plain, strict=True):
+            run_of_own["plain_tokens_per_second"] = run_of_plain["tokens_per_second"]
+        name = f"{kind}, {n} callers" if n > 1 else kind
+        yield {"name": name, "runs": own} | row
+
+
+def _draft_figures(timings: Sequence[Timings]) -> Run:
+    """Tokens a second from when all have begun, and the share of guesses that were right."""
+    start = max(each.token_s[0] for each in timings)
+    later = [at for each in timings for at in each.token_s if at > start]
+    n_right = sum(each.draft_n_accepted for each in timings)
+    n_guessed = sum(each.draft_n for each in timings)
+    return {
+        "tokens_per_second": len(later) / (max(later) - start),
+        "accepted": n_right / max(1, n_guessed),
+    }
 
 
 # callers
@@ -328,34 +394,38 @@ def measure_callers(
 
     engines  "base" and "ours", for as many callers as the plan has at most
     """
-    length, most, ours = min(plan.prompt_tokens), max(plan.callers), engines["ours"]
-    drawn = np.random.default_rng(0).dirichlet(np.ones(len(ours.adapters)), (most, ours.n_layer))
-    mixes: dict[str, Any] = {
-        "base": [None] * most,
-        "ours": drawn.transpose(0, 2, 1).astype(np.float32),
-    }
+    length = min(plan.prompt_tokens)
+    most = max(plan.callers)
+    ours = engines["ours"]
+    n_adapter = len(ours.adapters)
+    shares = np.random.default_rng(0).dirichlet(np.ones(n_adapter), (most, ours.n_layer))
+    weights = shares.transpose(0, 2, 1).astype(np.float32)  # [caller, n_adapter, n_layer]
+    mixes: dict[str, Any] = {"base": [None] * most, "ours": weights}
     options = {"max_tokens": plan.max_tokens, "logit_bias": dict.fromkeys(rig.ends, -100.0)}
-    prompts = [  # of different lengths
-        [rig.draw(length + i) for i in range(most)] for _ in range(1 + plan.repeat)
-    ]
+    prompts = []
+    for _ in range(1 + plan.repeat):
+        prompts.append([rig.draw(length + i) for i in range(most)])  # of different lengths
 
     def run(n: int, way: str, turn: int) -> Run:
-        pairs = zip(prompts[turn][:n], mixes[way][:n], strict=True)
-        requests = [{"prompt": tokens, "weights": mix} for tokens, mix in pairs]
+        requests = []
+        for tokens, mix in zip(prompts[turn][:n], mixes[way][:n], strict=True):
+            requests.append({"prompt": tokens, "weights": mix})
         answers = engines[way].generate_many(requests, **options)
         return {"tokens_per_second": _speed([answer.timings.token_s for _, answer in answers])}
 
     every = {(n, way): partial(run, n, way) for n in plan.callers for way in mixes}
     runs = take_turns(every, plan.repeat, partial(tell, "callers"))
     for (n, way), own in runs.items():
-        others = {} if way == "base" else {"of_base": runs[n, "base"]}
-        others |= {"of_fewest": runs[min(plan.callers), way]}
+        others = {"of_fewest": runs[min(plan.callers), way]}
+        if way != "base":
+            others = {"of_base": runs[n, "base"], **others}
         yield {"name": f"{n} {way}", "runs": own} | compared("tokens_per_second", own, **others)
 
 
 def _speed(times: Sequence[Sequence[float]]) -> float:
     """Tokens a second from when all are decoded together until the first one has ended."""
-    start, first = max(own[0] for own in times), min(times, key=lambda own: own[-1])
+    start = max(own[0] for own in times)
+    first = min(times, key=lambda own: own[-1])
     n_step = sum(at > start for at in first)
     if not n_step:
         raise OptionError(

@@ -130,9 +130,10 @@ def _measured(
             with drafting as draft, Engine(loaded.place, **many | {"draft": 0}) as plain:
                 both = {"draft": draft, "plain": plain}
                 measured["draft"] = [*parts.measure_draft(both, plan, tell)]
-        for part in [each for each in ("ttft", "turn") if each in only]:
-            with Engine(loaded.place, **given) as engine:
-                measured[part] = [*parts.measure_first_token(part, rig, engine, plan, tell)]
+        for part, measure in (("ttft", parts.measure_first_token), ("turn", parts.measure_turn)):
+            if part in only:
+                with Engine(loaded.place, **given) as engine:
+                    measured[part] = [*measure(rig, engine, plan, tell)]
     return measured
 
 
