@@ -16,7 +16,7 @@ from qaflora_edge.bench.parts import Rig, compared, measure_memory, prefill, tak
 from qaflora_edge.errors import BundleError
 
 SMALL = ("--repeat", "3", "--prompt-tokens", "40,20", "--max-tokens", "6", "--threads", "1")
-SIZES = ("--k", "1,3", "--callers", "3,1", "--only", "memory,callers,decode,ttft,turn")
+SIZES = ("--k", "1,3", "--callers", "3,1", "--only", "memory,callers,decode,ttft")
 FACTS = ("llama_n_ctx", "llama_n_batch", "llama_n_seq_max", "llama_n_threads")
 
 
@@ -73,7 +73,6 @@ def test_every_part_has_its_contestants(shown: dict[str, Any], made: TinyBundle)
     decode = {row["name"]: row for row in shown["decode"]}
     assert decode.keys() == {"base", "stock k=1", "ours k=1", "stock k=3", "ours k=3"}
     assert {"decode_of_base", "prefill_of_stock"} < decode["ours k=3"].keys()
-    assert {row["name"] for row in shown["turn"]} == {"plain", "two-place:abstain=never"}
     callers = {row["name"]: row for row in shown["callers"]}
     assert callers.keys() == {"3 base", "3 ours", "1 base", "1 ours"}
     assert {"of_fewest", "of_base"} < callers["3 ours"].keys()
@@ -127,7 +126,7 @@ def test_no_prompt_begins_with_another(rig: Rig) -> None:
     ("args", "code", "expected"),
     [
         (("--k", "0"), 2, "'0' is not a number from 1 to 255."),
-        (("--only", "speed"), 2, "is not one of memory, callers, decode, draft, ttft, turn."),
+        (("--only", "speed"), 2, "is not one of memory, callers, decode, draft, ttft."),
         (("--max-tokens", "1"), 1, "Option --max-tokens is 1, expected at least 2: decoding is "
          "measured after the first token. Raise it."),
     ],

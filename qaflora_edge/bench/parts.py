@@ -1,4 +1,4 @@
-"""The parts of `qaflora bench`: decode, draft, ttft, turn, callers, memory.
+"""The parts of `qaflora bench`: decode, draft, ttft, callers, memory.
 
 Contestants run in turn within a round, on a prompt that no round had before; each contestant of
 ttft has its own. A first round is thrown away. Ratios are taken within a round, then the median.
@@ -28,7 +28,6 @@ from qaflora_edge.backend.context import Context, context_params
 from qaflora_edge.backend.library import logged
 from qaflora_edge.backend.model import PLACING, Model, Pack
 from qaflora_edge.bundles.measure import neutral
-from qaflora_edge.chat.messages import Message
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import BackendError, OptionError
 from qaflora_edge.formats.base import read_base
@@ -38,7 +37,6 @@ from qaflora_edge.progress import Tell, TellCount
 Who = TypeVar("Who")
 Run = dict[str, float]
 Row = dict[str, Any]
-_N_SAID = 40  # tokens of an answer, and of the question after it
 METHODS = ("qa-flora", "spectr", "two-place:abstain=never", "two-place", "static")
 
 
@@ -153,16 +151,12 @@ class Rig(contextlib.ExitStack):
             text = text[self._random.randrange(len(text) // 2) :]
         return (self._start + tokens)[:n_token]
 
-    def draw_chat(
-        self, engine: Engine, n_token: int, before: Sequence[Message] = ()
-    ) -> tuple[list[Message], list[int]]:
-        """Draw a user turn of so many tokens after others: the messages, and the whole prompt."""
+    def draw_chat(self, engine: Engine, n_token: int) -> list[int]:
+        """Draw a user turn of so many tokens, in the form of a chat where the base has one."""
         text = self.model.detokenize(self.draw(n_token)).decode("utf-8", "replace")
-        messages = [*before, {"role": "user", "content": text}]
-        if engine.has_chat_template:
-            return messages, engine.chat_tokens(messages)
-        contents = [message["content"] for message in messages]
-        return messages, engine.tokenize("\n".join(contents))
+        if not engine.has_chat_template:
+            return engine.tokenize(text)
+        return engine.chat_tokens([{"role": "user", "content": text}])
 
 
 def prefill(context: Context, tokens: Sequence[int]) -> None:
@@ -258,79 +252,24 @@ def measure_first_token(rig: Rig, engine: Engine, plan: Plan, tell: Tell) -> Ite
     """Weigh, prefill and choose a chat's first token, next to llama.cpp's prefill of the base."""
     base = rig.stock(0, engine.n_ctx)
 
-    def plain(length: int, turn: int) -> Run:
-        _, tokens = rig.draw_chat(engine, length)
+    def run(length: int, name: str, turn: int) -> Run:
+        tokens = rig.draw_chat(engine, length)
         base.clear()
-        return _timed(partial(_read, base, tokens))
+        start = time.perf_counter()
+        if name == "plain":
+            base.decode(tokens)
+            base.logits()
+        else:
+            engine.generate(tokens, weights=name, max_tokens=1).text()
+        return {"ttft_ms": 1e3 * (time.perf_counter() - start)}
 
-    def weighed(strategy: str, length: int, turn: int) -> Run:
-        _, tokens = rig.draw_chat(engine, length)
-        return _timed(partial(_choose, engine, tokens, strategy))
-
-    contestants = {"plain": plain}
-    for strategy in METHODS:
-        if strategy.partition(":")[0] in engine.strategies:
-            contestants[strategy] = partial(weighed, strategy)
-    yield from _rows_of("ttft", contestants, plan, tell)
-
-
-def measure_turn(rig: Rig, engine: Engine, plan: Plan, tell: Tell) -> Iterator[Row]:
-    """Measure the first token of a second turn, next to the base's prefill of its new tokens.
-
-    It is answered under another mix than the first turn. Nothing where the bundle has no two-place.
-    """
-    base = rig.stock(0, engine.n_ctx)
-    strategy = "two-place:abstain=never"
-
-    def draw(length: int) -> tuple[list[int], list[int]]:
-        """The first turn, and the whole prompt of the second."""
-        messages, first = rig.draw_chat(engine, length)
-        answer = rig.model.detokenize(rig.draw(_N_SAID)).decode("utf-8", "replace")
-        messages.append({"role": "assistant", "content": answer})
-        _, whole = rig.draw_chat(engine, _N_SAID, messages)
-        return first, whole
-
-    def plain(length: int, turn: int) -> Run:
-        first, whole = draw(length)
-        prefill(base, first)
-        return _timed(partial(_read, base, whole[len(first) :], len(first)))
-
-    def weighed(length: int, turn: int) -> Run:
-        first, whole = draw(length)
-        _choose(engine, first, strategy)
-        return _timed(partial(_choose, engine, whole, f"{strategy},answer=0.3"))
-
-    contestants = {"plain": plain}
-    if "two-place" in engine.strategies:
-        contestants[strategy] = weighed
-    yield from _rows_of("turn", contestants, plan, tell)
-
-
-def _read(context: Context, tokens: Sequence[int], start: int = 0) -> None:
-    context.decode(tokens, start=start)
-    context.logits()
-
-
-def _choose(engine: Engine, tokens: Sequence[int], strategy: str) -> None:
-    engine.generate(tokens, weights=strategy, max_tokens=1).text()
-
-
-def _timed(work: Callable[[], None]) -> Run:
-    start = time.perf_counter()
-    work()
-    return {"ttft_ms": 1e3 * (time.perf_counter() - start)}
-
-
-def _rows_of(
-    part: str, contestants: Mapping[str, Callable[[int, int], Run]], plan: Plan, tell: Tell
-) -> Iterator[Row]:
-    """Run contestants at each length, given it and the round; "plain" is what others are of."""
-    every = {
-        (length, name): partial(contestant, length)
+    followed = [name for name in METHODS if name.partition(":")[0] in engine.strategies]
+    contestants = {
+        (length, name): partial(run, length, name)
         for length in plan.prompt_tokens
-        for name, contestant in contestants.items()
+        for name in ("plain", *followed)
     }
-    runs = take_turns(every, plan.repeat, partial(tell, part))
+    runs = take_turns(contestants, plan.repeat, partial(tell, "ttft"))
     for (length, name), own in runs.items():
         row: Row = {"prompt_tokens": length, "name": name, "runs": own}
         yield row | compared("ttft_ms", own, of_plain=runs[length, "plain"])

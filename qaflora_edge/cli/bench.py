@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qaflora_edge.bundles.open import Opened
 
 # Memory is short, and may refuse an option.
-PARTS = ("memory", "callers", "decode", "draft", "ttft", "turn")
+PARTS = ("memory", "callers", "decode", "draft", "ttft")
 Row = Mapping[str, Any]
 
 
@@ -73,8 +73,7 @@ def bench(
     decode: prefill and decoding of the base as llama.cpp runs it, of --k adapters through
     llama_set_adapters_lora (stock), and of as many fused by us; each at weight 1/k. ttft: the time
     to the first token under several strategies, each with a prompt of its own, as a multiple of
-    the base's prefill (plain). turn: the same of a second turn under another mix, as a multiple of
-    the base's prefill of what is new. callers: decoding for --callers at once, each with a mix of
+    the base's prefill (plain). callers: decoding for --callers at once, each with a mix of
     its own, next to the base in one batch. draft: decoding with guessed tokens, of decoding without
     them, for tasks that copy from the prompt and for prose. memory: the peak of one answer.
     """
@@ -107,7 +106,7 @@ def _measured(
 
     plan = parts.Plan(**sizes)
     longest, most = max(plan.prompt_tokens), max(plan.callers)
-    n_ctx = longest + most + plan.max_tokens + 256  # a template, and a second turn
+    n_ctx = longest + most + plan.max_tokens + 256  # a template
     given = options.engine | {"n_ctx": n_ctx, "strategy": options.strategy}
     adapters = list(loaded.adapter_paths.values())
     measured: dict[str, Any] = {}
@@ -130,10 +129,9 @@ def _measured(
             with drafting as draft, Engine(loaded.place, **many | {"draft": 0}) as plain:
                 both = {"draft": draft, "plain": plain}
                 measured["draft"] = [*parts.measure_draft(both, plan, tell)]
-        for part, measure in (("ttft", parts.measure_first_token), ("turn", parts.measure_turn)):
-            if part in only:
-                with Engine(loaded.place, **given) as engine:
-                    measured[part] = [*measure(rig, engine, plan, tell)]
+        if "ttft" in only:
+            with Engine(loaded.place, **given) as engine:
+                measured["ttft"] = [*parts.measure_first_token(rig, engine, plan, tell)]
     return measured
 
 
