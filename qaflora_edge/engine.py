@@ -36,11 +36,19 @@ from qaflora_edge.inference.request import (
 from qaflora_edge.inference.sampler import Sampler
 from qaflora_edge.progress import Tell, TellCount, silent
 from qaflora_edge.weighing.adapter_inputs import AttentionSizes
-from qaflora_edge.weighing.calibration import EXTENTS, KEYS, LAYERS, typical_of
+from qaflora_edge.weighing.calibration import (
+    EXTENTS,
+    KEYS,
+    LAYERS,
+    typical_of,
+)
 from qaflora_edge.weighing.numbers import FusionWeights
+from qaflora_edge.weighing.strategy import N_BEGUN, SURENESS, Draft
 from qaflora_edge.weighing.weigher import Weigher, Weights
 
 C = TypeVar("C", bound=Callable[..., Any])
+_N_DRAFTED = 16  # neutral prompts that each adapter drafts an answer to
+_N_FOR_ANSWER = 64  # tokens of the context that a draft leaves to the answer
 
 
 def _draw(fusion: FusionWeights) -> str:
@@ -391,7 +399,7 @@ class Engine:
             with self._core.call():
                 tokens = self._asked(each, raw=raw, parse_special=parse_special)
                 probe = Probes(self._core, self._core.cancellation(cancel))
-                return self._using(adapters).weigh(strategy, tokens, probe)
+                return _weigh(self._using(adapters), strategy, tokens, probe)
 
         prompt = whole(prompt)
         return [weigh(each) for each in prompt] if are_many(prompt) else weigh(prompt)
@@ -465,9 +473,13 @@ class Engine:
                 tokens = tuple(self.tokenize(each, parse_special=parse_special))
                 following = self._continuation(tokens, text)
                 if tokens not in known:
-                    fusion = self._core.all_weights(self._weigher.weigh(weights, tokens, probe))
-                    n_base = self._weigher.n_base(weights, tokens)
-                    known[tokens] = Request(tokens, fusion, n_base=n_base)
+                    fusion = _weigh(self._weigher, weights, tokens, probe)
+                    read = list(tokens)
+                    if fusion.relay is not None:
+                        read = self._with_draft(tokens, fusion.relay.draft)
+                    n_base = self._weigher.n_base(weights, read)
+                    all_weights = self._core.all_weights(fusion)
+                    known[tokens] = Request(tuple(read), all_weights, n_base=n_base)
                 items.append((known[tokens], following))
             scores = self._core.run(self._core.scorer.score(items), cancellation, kind="score")
         return scores if is_list else scores[0]
@@ -528,6 +540,9 @@ class Engine:
                 found = (*first, text, *np.concatenate(later or [first], axis=1))
                 measured |= dict(zip(EXTENTS, found, strict=True))
             probe = Probes(self._core, cancellation)
+            if SURENESS in keys and self.has_chat_template:
+                sampled = chats[:: max(1, len(chats) // _N_DRAFTED)]
+                measured[SURENESS] = [self._sureness(probe(chat)) for chat in sampled]
             for done, chat in enumerate(chats[: len(plain)] if layers else (), n_extent + 1):
                 for key in layers:
                     pool = "question" if key.startswith("question_") else "answer"
@@ -535,6 +550,12 @@ class Engine:
                     measured.setdefault(key, []).append(probe(chat).divergence())
                 tell(done, n_all)
             return typical_of(measured, self.adapters)
+
+    def _sureness(self, probe: Probes) -> F64:
+        """Tell how sure each adapter is of its own draft: float64 [n_adapter], in nats a token."""
+        drafts = probe.drafts(self.adapters, N_BEGUN)
+        probe.end_drafts()
+        return np.array([draft.sureness(N_BEGUN) for draft in drafts])
 
     @_steady
     def embedding(self, prompt: Any) -> F32:
@@ -638,7 +659,10 @@ class Engine:
             probes = Probes(self._core, cancellation, on_progress or silent, n_answer)
             sampler = Sampler(self._model, sampling)  # a bad grammar is refused before the work
             try:
-                fusion = weigher.weigh(weights, tokens, probes)
+                fusion = _weigh(weigher, weights, tokens, probes)
+                if fusion.relay is not None:
+                    tokens = self._with_draft(tokens, fusion.relay.draft)
+                    n_base = weigher.n_base(fusion, tokens, prefill)
                 request = Request(
                     tuple(tokens),
                     self._core.all_weights(fusion),
@@ -656,6 +680,24 @@ class Engine:
             if wait:
                 answer.wait_for_prompt(on_progress or silent)
             return answer
+
+    def _with_draft(self, tokens: Sequence[int], draft: Draft) -> list[int]:
+        """Put a draft in parentheses before the question, as if it had been asked so.
+
+        The question comes last, so that the writer answers in its language.
+        A control token that is spelt out in the draft stays text. What the context cannot hold
+        beside the prompt is left out at the draft's end.
+        """
+        question = self._weigher.find_question(tokens)
+        assert question is not None
+        start, end, _ = question
+        n_room = self.n_ctx - len(tokens) - _N_FOR_ANSWER
+        said = self._model.detokenize(draft.tokens[: max(0, n_room)])
+        asked = self._model.detokenize(tokens[start:end])
+        text = b"(%s)\n\n%s" % (said.strip(), asked)
+        written = text.decode("utf-8", "replace")
+        told = self._model.tokenize(written, add_special=False, parse_special=False)
+        return [*tokens[:start], *told, *tokens[end:]]
 
     @_steady
     def answers(
@@ -749,10 +791,21 @@ class Engine:
         return answer_chat(self, messages, stream=stream, **options)
 
 
+def _weigh(
+    weigher: Weigher, weights: Weights, tokens: Sequence[int], probes: Probes
+) -> FusionWeights:
+    """Weigh a prompt, and free the slots of drafts."""
+    try:
+        return weigher.weigh(weights, tokens, probes)
+    finally:
+        probes.end_drafts()
+
+
 def _read_ahead(weigher: Weigher, infos: Iterable[AdapterInfo]) -> list[AttentionSizes]:
     """Read what a first chat needs: templates' code, and for two-place the adapters' matrices."""
     import_module("qaflora_edge.chat.tokens")
-    needed = infos if weigher.known.strategy.startswith("two-place") else ()
+    is_measured = weigher.known.strategy.startswith(("two-place", "relay"))
+    needed = infos if is_measured else ()
     return [AttentionSizes(info, weigher.n_layer) for info in needed]
 
 

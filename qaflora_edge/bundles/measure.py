@@ -64,7 +64,7 @@ def measure_typical(
     if names:
         paths = {name: path for name, path in adapters.items() if name in names}
         tell(OPENING, 0, 1)
-        with engine(base=base_path, adapters=paths, n_ctx=CALIBRATION_CTX) as opened:
+        with engine(base=base_path, adapters=paths, n_ctx=CALIBRATION_CTX, n_parallel=8) as opened:
             tell(OPENING, 1, 1)
             tell(ONCE, 0, 1)
             found = opened.typical_divergence(

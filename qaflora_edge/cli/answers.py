@@ -22,6 +22,8 @@ def stream_answer(answer: Generation) -> None:
     goes to stderr, dimmed, where that is a terminal.
     """
     is_terminal, is_shown = sys.stdout.isatty(), sys.stderr.isatty()
+    if answer.draft is not None and is_shown:
+        click.secho(visible(answer.draft.text.strip()), err=True, dim=True)
     try:
         for thought in answer.thoughts():
             if is_shown:
@@ -73,12 +75,18 @@ def thought_parts(answer: Generation) -> list[str]:
     return [f"{answer.n_thought} tokens of thought{more}"] if answer.n_thought else []
 
 
+def draft_parts(answer: Generation) -> list[str]:
+    """Say how long the draft was, where there was one."""
+    return [] if answer.draft is None else [f"draft {len(answer.draft.tokens)} tokens"]
+
+
 def summary_line(answer: Generation) -> str:
     """Mix, times and the reason of the end, in one line."""
     timings = answer.timings
     parts = [
         who_spoke(answer.fusion),
         f"probe {timings.probe_ms:.0f} ms",
+        *draft_parts(answer),
         f"prefill {timings.prefill_ms:.0f} ms",
         f"{answer.n_completion} tokens at {timings.tokens_per_second:.1f} tok/s",
     ]

@@ -150,6 +150,7 @@ def _weighed(record: Record, spent_ms: Counter[int], fusion: FusionWeights) -> N
     item, probe_ms = record["item"], round(fusion.probe_ms, 3)
     record["weights"] = {name: round(mean, 4) for name, mean in fusion.means.items()}
     record |= {"probe_ms": probe_ms, "probe_before_ms": spent_ms[item]}
+    record |= fusion.relay_dict()
     spent_ms[item] += probe_ms  # type: ignore[assignment]
 
 

@@ -32,13 +32,14 @@ from qaflora_edge.formats.inputs import FileState, check_unchanged
 from qaflora_edge.inference.draft import Drafter
 from qaflora_edge.inference.generation import Generation, follow
 from qaflora_edge.inference.loop import Loop
-from qaflora_edge.inference.request import Cancellation, Request
+from qaflora_edge.inference.request import Cancellation, Request, Sampling
 from qaflora_edge.inference.sampler import Sampler
 from qaflora_edge.inference.scheduler import Scheduler
 from qaflora_edge.inference.sequence import Sequence as RunningSequence
+from qaflora_edge.inference.sequence import surprise
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing.numbers import FusionWeights, n_base_of
-from qaflora_edge.weighing.strategy import Measure, Query, Reading
+from qaflora_edge.weighing.strategy import BASE, DRAFT_TOKENS, Draft, Measure, Query, Reading
 
 if TYPE_CHECKING:
     from qaflora_edge.weighing.adapter_inputs import AttentionSizes
@@ -280,6 +281,7 @@ class Probes:
         self._core, self._cancellation, self._tell = core, cancellation, tell
         self._n_answer = n_answer
         self.weighed: RunningSequence | None = None
+        self._drafting: dict[str, RunningSequence] = {}
 
     def __call__(self, query: Query) -> Self:
         """Measure this query from now on."""
@@ -306,6 +308,15 @@ class Probes:
 
     def surprise(self) -> float:
         return self._heard.nats
+
+    def question(self) -> str:
+        start, end = self._query.question
+        data = self._core.model.detokenize(self._query.tokens[start:end])
+        return data.decode("utf-8", "replace")
+
+    def unexpected(self, token: int) -> float:
+        assert self._heard.next_logits is not None
+        return surprise(self._heard.next_logits, token)
 
     def routing(self, reading: Reading) -> tuple[F64, F64]:
         found: tuple[F64, F64] = self._listen(self._core.prober.routing(self._rows, reading))
@@ -344,6 +355,70 @@ class Probes:
         if self._n_answer == 0:
             self.end()
         return listener.result()
+
+    def drafts(self, names: Iterable[str], n_token: int) -> list[Draft]:
+        """Begin an answer by each adapter alone, all in one batch: see strategy.Probe."""
+        self.end()  # they need its slot, and reuse what the base has prefilled there
+        begun = {name: self._drafting.get(name) or self._begin_draft(name) for name in names}
+        self._drafting |= begun
+
+        def has_begun(draft: RunningSequence) -> bool:
+            return draft.is_done or len(draft.answer) >= n_token
+
+        self._core.loop.drive(lambda: all(has_begun(each) for each in begun.values()))
+        return [self._draft_of(name) for name in begun]
+
+    def whole_draft(self, name: str) -> Draft:
+        """End the other drafts, and finish this one: see strategy.Probe."""
+        for other, sequence in self._drafting.items():
+            if other != name:
+                sequence.request.cancellation.set()
+        chosen = self._drafting[name]
+        self._core.loop.drive(lambda: chosen.is_done)
+        return self._draft_of(name)
+
+    def end_drafts(self) -> None:
+        """End all drafts, and wait until their slots are free."""
+        for sequence in self._drafting.values():
+            sequence.request.cancellation.set()
+        self._core.loop.drive(lambda: all(each.is_done for each in self._drafting.values()))
+        self._drafting.clear()
+
+    def _begin_draft(self, name: str) -> RunningSequence:
+        """Put an answer by one adapter, or the base, into the queue: greedy, with its logprobs."""
+        core = self._core
+        tokens = self._query.tokens
+        weights = np.zeros((len(core.adapters), core.model.n_layer), np.float32)
+        if name != BASE:
+            weights[core.rows([name])] = 1
+        sampling = Sampling(max_tokens=DRAFT_TOKENS, logprobs=0)
+        request = Request(
+            tokens,
+            weights,
+            sampling,
+            n_base=n_base_of(len(tokens)),
+            cancellation=Cancellation(around=self._cancellation),
+        )
+        n_ctx = core.n_ctx_for(len(tokens), DRAFT_TOKENS)
+        n_max = min(DRAFT_TOKENS, n_ctx - len(tokens) + 1)
+        sequence = RunningSequence(request, Sampler(core.model, sampling), n_max, n_ctx)
+        if core.draft != 0:
+            sequence.drafter = Drafter(tokens, core.draft)
+        core.loop.add(sequence)
+        return sequence
+
+    def _draft_of(self, name: str) -> Draft:
+        """Give a draft as far as it has come. Raises what it failed with."""
+        sequence = self._drafting[name]
+        if sequence.error is not None:
+            raise sequence.error
+        return Draft(
+            adapter=name,
+            tokens=tuple(sequence.answer),
+            text="".join(piece for piece, _, is_thought in sequence.pieces if not is_thought),
+            logprobs=tuple(each.logprob for each in sequence.logprobs),
+            is_whole=sequence.finish_reason == "stop",
+        )
 
     def end(self) -> None:
         """Free the slot that is kept."""

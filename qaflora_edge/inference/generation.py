@@ -12,6 +12,7 @@ from qaflora_edge.inference.request import Cancellation
 from qaflora_edge.inference.sequence import Sequence, Timings, TokenLogprob
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing.numbers import FusionWeights
+from qaflora_edge.weighing.strategy import Draft
 
 
 def follow(
@@ -111,6 +112,11 @@ class Generation(Iterator[str]):
         return self._sequence.n_cached
 
     @property
+    def draft(self) -> Draft | None:
+        """Give the draft that the answer was written from, where there was one."""
+        return None if self.fusion.relay is None else self.fusion.relay.draft
+
+    @property
     def n_completion(self) -> int:
         """Count the tokens of the answer so far, without an end token."""
         return len(self._sequence.answer)
@@ -186,9 +192,11 @@ class Generation(Iterator[str]):
 
     @property
     def usage(self) -> dict[str, int]:
-        """Count tokens as OpenAI does."""
+        """Count tokens as OpenAI does; those of a draft were generated too."""
+        n_draft = 0 if self.draft is None else len(self.draft.tokens)
+        n_generated = n_draft + self.n_completion
         return {
             "prompt_tokens": self.n_prompt,
-            "completion_tokens": self.n_completion,
-            "total_tokens": self.n_prompt + self.n_completion,
+            "completion_tokens": n_generated,
+            "total_tokens": self.n_prompt + n_generated,
         }

@@ -76,14 +76,25 @@ def one_of(weights: Any, strategy: str | None) -> Any:
 
 
 class Cancellation:
-    """Tell whether a call was told to end, by set() or by an event of the caller."""
+    """Tell whether a call was told to end: by set(), an event of the caller, or a call around it.
 
-    def __init__(self, event: threading.Event | None = None) -> None:
-        self._is_set, self._event = False, event
+    around  ends this one too
+    """
+
+    def __init__(
+        self, event: threading.Event | None = None, around: "Cancellation | None" = None
+    ) -> None:
+        self._is_set = False
+        self._event = event
+        self._around = around
 
     @property
     def is_set(self) -> bool:
-        return self._is_set or (self._event is not None and self._event.is_set())
+        if self._is_set:
+            return True
+        if self._around is not None and self._around.is_set:
+            return True
+        return self._event is not None and self._event.is_set()
 
     def set(self) -> None:
         self._is_set = True

@@ -103,7 +103,11 @@ class Runner:
         self._set_weights(sequence, slot.number)
         hears = listener if listener and start + len(tokens) > listener.start else None
         scored = [at - start for at in hears.scored if 0 <= at - start < n] if hears else []
-        outputs: Outputs = "last" if is_last and listener is None else scored
+        hears_next = bool(is_last and hears and hears.hears_next)
+        last = len(tokens) - 1
+        outputs: Outputs = [*scored, last] if hears_next else scored
+        if is_last and listener is None:
+            outputs = "last"
         try:
             if hears:
                 self._context.capture_begin("inputs")
@@ -113,6 +117,8 @@ class Runner:
                 for row in scored:
                     next_token = sequence.request.tokens[start + row + 1]
                     hears.nats += surprise(self._context.logits_view(row), next_token)
+                if hears_next:
+                    hears.next_logits = self._context.logits_view(last).copy()
         except CancelledError:
             return  # the scheduler's owner ends it
         except BackendError as error:

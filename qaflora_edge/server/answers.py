@@ -49,6 +49,9 @@ async def asked(request: Request, kind: type[B]) -> tuple[B, ServedModel, dict[s
     weighing = {}
     if isinstance(body, bodies.Weighed):
         weighing = weighing_of(body, strategy, served.weigher.adapters)
+        if body.fusion is not None and body.fusion.relay is False:
+            asked = weighing["weights"] or served.weigher.known.strategy
+            weighing["weights"] = "two-place" if asked == "relay" else weighing["weights"]
     return body, served, weighing
 
 
@@ -123,6 +126,7 @@ def mix_of(fusion: FusionWeights, out: Computed) -> dict[str, Any]:
         "probe_ms": round(fusion.probe_ms, 3),
         "weights": {name: round(mean, 6) for name, mean in means.items()},
     }
+    found |= fusion.relay_dict()
     if returned in ("why", "layers"):
         found |= fusion.why_dict()
     if returned == "layers":

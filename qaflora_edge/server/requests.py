@@ -151,6 +151,7 @@ class Fusion(Strict, extra="forbid"):
     adapters: list[str] | None = Field(None, title="names of adapters", fail_fast=True)
     weights: dict[str, Any] | Rows | None = Field(None, title=_WEIGHTS)
     prefill: Literal["auto", "base", "mix"] | None = Field(None, title="one of auto, base, mix")
+    relay: Flag = None
     returned: Literal["summary", "why", "layers", "none"] | None = Field(
         None, alias="return", title="one of summary, why, layers, none"
     )

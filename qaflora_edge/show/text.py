@@ -110,8 +110,10 @@ def who_spoke(weights: FusionWeights | Mapping[str, float]) -> str:
 
     weights  of a query, or the mean over layers by adapter
 
-    As in `math 50 % · es 50 %`, `es 81 % · base 19 %`, or `base`.
+    As in `math 50 % · es 50 %`, `es 81 % · base 19 %`, or `base`; of a relay `company → json`.
     """
+    if not isinstance(weights, Mapping) and weights.relay is not None:
+        return f"{spelt(weights.relay.knower)} → {spelt(weights.relay.writer)}"
     by_name = weights if isinstance(weights, Mapping) else weights.means
     means = sorted(by_name.items(), key=lambda item: -item[1])
     shares = {spelt(name): round(100 * mean) for name, mean in means}

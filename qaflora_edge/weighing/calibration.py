@@ -9,7 +9,7 @@ import numpy as np
 from qaflora_edge.arrays import F64
 from qaflora_edge.config import LENSES
 from qaflora_edge.weighing.numbers import typical_divergence
-from qaflora_edge.weighing.strategy import Query
+from qaflora_edge.weighing.strategy import SURENESS, Query
 
 # One number a layer: the geometric mean of the KL at the last token, or of the question's states.
 LAYERS = tuple(f"{place}{lens}" for place in ("", "question_") for lens in LENSES)
@@ -17,7 +17,7 @@ LAYERS = tuple(f"{place}{lens}" for place in ("", "question_") for lens in LENSE
 # by passes of the base alone: at the last token and in the question of a first turn, at the last
 # token of plain text, and at both places of a later turn.
 EXTENTS = ("added_last", "added_question", "added_text", "later_last", "later_question")
-KEYS = (*LAYERS, *EXTENTS)
+KEYS = (*LAYERS, *EXTENTS, SURENESS)
 
 _EPS = 1e-12  # added before a logarithm; layers of 0 change no surprise
 _COPY = 0.85  # correlation of versions of one adapter: .9 and above; of others .73 and below
@@ -84,17 +84,29 @@ def typical_of(
 ) -> dict[str, dict[str, Any]]:
     """Sum up what was measured of each adapter over neutral prompts.
 
-    measured  one of KEYS -> of each prompt float64 [n_adapter, n_layer]
-    returns   adapter -> one of KEYS -> a list of n_layer numbers, or mean, spread and each
+    measured  one of KEYS -> of each prompt float64 [n_adapter, n_layer]; of SURENESS [n_adapter]
+    returns   adapter -> one of KEYS -> a list of n_layer numbers, or mean and spread, and each
     """
-    typical = {
-        key: _mean_and_spread(values) if key in EXTENTS else typical_divergence(values).tolist()
-        for key, values in measured.items()
-    }
+    typical: dict[str, Any] = {}
+    for key, values in measured.items():
+        if key in EXTENTS:
+            typical[key] = _mean_and_spread(values)
+        elif key == SURENESS:
+            typical[key] = _typical_sureness(np.stack(values))
+        else:
+            typical[key] = typical_divergence(values).tolist()
     return {
         name: {key: values[ia] for key, values in typical.items()}
         for ia, name in enumerate(adapters)
     }
+
+
+def _typical_sureness(sureness: F64) -> list[dict[str, float]]:
+    """Give mean and spread of each adapter's sureness [n_prompt, n_adapter], in nats a token."""
+    means = sureness.mean(axis=0)
+    spreads = np.maximum(sureness.std(axis=0), _SPREAD_MIN)
+    pairs = zip(means.tolist(), spreads.tolist(), strict=True)
+    return [{"mean": mean, "spread": spread} for mean, spread in pairs]
 
 
 def _mean_and_spread(measured: Sequence[F64]) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from qaflora_edge.arrays import F32, F64
 from qaflora_edge.errors import WeightsError
 
 if TYPE_CHECKING:
-    from qaflora_edge.weighing.strategy import Measured, Reason
+    from qaflora_edge.weighing.strategy import Measured, Reason, Relay
 
 DEFAULT_STRATEGY, DEFAULT_LENS, DEFAULT_POOL = "qa-flora", "norm", "last"
 
@@ -35,6 +35,7 @@ class FusionWeights:
     prompt_tokens  tokens of the query
     probe_ms       time of the probe in milliseconds, 0 without one
     because, why   what decided where no layer differs: in words, and by adapter
+    relay          who drafts, where these are the weights of who writes; else None
     """
 
     adapters: tuple[str, ...]
@@ -47,6 +48,7 @@ class FusionWeights:
     probe_ms: float = 0.0
     because: str = ""
     why: "Mapping[str, Reason]" = field(default_factory=dict)
+    relay: "Relay | None" = None
 
     def to_dict(self) -> dict[str, Any]:
         """Give the object that `qaflora weights --json` prints."""
@@ -61,6 +63,22 @@ class FusionWeights:
             "weights": self.weights.tolist(),
             "probe_ms": round(self.probe_ms, 3),
             **self.why_dict(),
+            **self.relay_dict(),
+        }
+
+    def relay_dict(self) -> dict[str, Any]:
+        """Give `relay` for JSON: knower, writer, draft and how sure each was; else nothing."""
+        if self.relay is None:
+            return {}
+        sureness = {name: round(mean, 4) for name, mean in self.relay.sureness.items()}
+        return {
+            "relay": {
+                "knower": self.relay.knower,
+                "writer": self.relay.writer,
+                "draft": self.relay.draft.text,
+                "draft_tokens": len(self.relay.draft.tokens),
+                "sureness": sureness,
+            }
         }
 
     def why_dict(self) -> dict[str, Any]:

@@ -184,12 +184,16 @@ class Listener(Protocol):
     start   the first token that is needed; KV state of those before it may be reused
     scored  positions whose next token the base is asked about, from start on
     nats    how much these tokens surprised it, together: -log of their probabilities
+    hears_next   whether it takes what the base expects after the prompt
+    next_logits  that: float32 [n_vocab]
     result  the measure, once all tokens are taken
     """
 
     start: int
     scored: range = range(0)
     nats: float = 0.0
+    hears_next: bool = False
+    next_logits: F32 | None = None
 
     def take(self, at: int, inputs: F32) -> None:
         """Take inputs [n_token, n_layer, n_embd] of the tokens from position `at` on."""
@@ -323,6 +327,7 @@ class Prober:
         """
         listener = _Added([self._sizes(row) for row in rows], span, end, self._threads)
         listener.scored = range(span[0], min(span[0] + n_scored, span[1] - 1))
+        listener.hears_next = n_scored > 0
         return listener
 
     def mean_states(self, tokens: Sequence[int], n_skipped: int = 0) -> Steps[F32]:

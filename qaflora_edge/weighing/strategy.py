@@ -8,7 +8,7 @@ Help texts and completion name strategies, so modules of strategies import numpy
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -31,7 +31,7 @@ Typical = Mapping[str, Mapping[str, Any]]
 
 ENTRY_POINTS = "qaflora_edge.strategies"  # the group in which packages offer theirs
 # Modules beside this one.
-_BUILT_IN = ("divergence", "two_place", "baselines")
+_BUILT_IN = ("relay", "divergence", "two_place", "baselines")
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
 
 
@@ -47,6 +47,7 @@ class Query:
     options   the strategy's own options, as given
     question  span of the question's tokens: the last user turn of a chat prompt, else all tokens
     is_chat   whether the prompt is in chat form, is_later: with another user turn before it
+    can_relay whether another may write with a draft in view: not after a thought
     n_weighed  tokens before a thought that the chat template began: with it and without it the
               weights are the same; None: all
     """
@@ -62,7 +63,55 @@ class Query:
     question: Span = (0, 0)
     is_chat: bool = False
     is_later: bool = False
+    can_relay: bool = False
     n_weighed: int | None = None
+
+
+BASE = "base"  # in place of an adapter's name, where the base alone is meant
+DRAFT_TOKENS = 128  # of the longest draft
+N_BEGUN = 12  # tokens of a draft that tell how sure its adapter is
+# In Typical: mean and spread over neutral chats of how sure an adapter is of its own draft.
+SURENESS = "sureness"
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Hold what one adapter alone, or the base, answers to a query: greedy, the base prefills.
+
+    adapter   its name, or BASE
+    tokens    ids, at most DRAFT_TOKENS
+    text      of them
+    logprobs  of each token, in nats
+    is_whole  whether it ended by itself
+    """
+
+    adapter: str
+    tokens: tuple[int, ...]
+    text: str
+    logprobs: tuple[float, ...]
+    is_whole: bool
+
+    def sureness(self, n_token: int) -> float:
+        """Average the log-probability of its first n_token tokens, in nats; <= 0."""
+        first = self.logprobs[:n_token]
+        return sum(first) / len(first) if first else 0.0
+
+
+@dataclass(frozen=True)
+class Relay:
+    """Say who drafts and who writes, and what was drafted.
+
+    knower, writer  adapters, or BASE
+    draft     the knower's
+    sureness  adapter -> mean log-probability of its draft's first tokens, in nats
+    draft_ms  time of all drafts
+    """
+
+    knower: str
+    writer: str
+    draft: Draft
+    sureness: Mapping[str, float] = field(default_factory=dict)
+    draft_ms: float = 0.0
 
 
 class Probe(Protocol):
@@ -85,6 +134,21 @@ class Probe(Protocol):
 
     def surprise(self) -> float:
         """Sum -log p of a chat question's second to 17th token, in nats, once added() is known."""
+
+    def question(self) -> str:
+        """Give the question's text."""
+
+    def unexpected(self, token: int) -> float:
+        """Give -log p, in nats, of a token as the base's answer's first, once added() is known."""
+
+    def drafts(self, names: Iterable[str], n_token: int) -> list[Draft]:
+        """Let adapters, or BASE, answer the query, each alone and all in one batch.
+
+        n_token  each draft has so many tokens, or is whole
+        """
+
+    def whole_draft(self, name: str) -> Draft:
+        """Finish a draft that drafts() began, and end the others."""
 
     def embedding(self) -> F32:
         """Average the base's state after its last block over tokens: float32 [n_embd]."""
@@ -132,12 +196,16 @@ class Reason:
 
 @dataclass(frozen=True)
 class Mix:
-    """Hold weights, their measure, both [n_adapter, n_layer], and what decided for all layers."""
+    """Hold weights, their measure, both [n_adapter, n_layer], and what decided for all layers.
+
+    relay  who drafts, where the weights are the writer's
+    """
 
     weights: ArrayLike
     divergence: ArrayLike | None = None
     why: Mapping[str, Reason] = field(default_factory=dict)
     because: str = ""
+    relay: Relay | None = None
 
 
 class Strategy:

@@ -7,7 +7,7 @@ and perhaps another in the question.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from qaflora_edge.arrays import F32, F64
 from qaflora_edge.config import Option
@@ -21,7 +21,7 @@ STANDS_OUT = 1.25  # standard deviations
 FAMILIAR = 50  # nats; where a question surprises the base by half of it, a score has to be double
 
 # fmt: off
-_OPTIONS = (
+TWO_PLACE_OPTIONS = (
     Option("answer", float, 1.0, low=0, high=16, metavar="W",
            help="the weight of the first adapter"),
     Option("question", float, 0.5, low=0, high=16, metavar="W",
@@ -38,10 +38,10 @@ _OPTIONS = (
 class TwoPlace(Strategy):
     name = "two-place"
     help = "one adapter by the whole prompt, one by the question's words; or the base"
-    options = _OPTIONS
+    options: ClassVar[tuple[Option, ...]] = TWO_PLACE_OPTIONS
     measured = ADDED
     is_base_prefilled = True
-    needs_typical = (*FIRST, "added_text", *LATER)
+    needs_typical: ClassVar[tuple[str, ...]] = (*FIRST, "added_text", *LATER)
 
     def check(self, argument: Any, query: Query) -> None:
         from qaflora_edge.weighing.calibration import adds_nothing
@@ -60,7 +60,7 @@ class TwoPlace(Strategy):
 
         from qaflora_edge.weighing.calibration import above_typical, unusual
 
-        options = {option.name: option.default for option in _OPTIONS} | dict(query.options)
+        options = {option.name: option.default for option in self.options} | dict(query.options)
         if len(query.adapters) == 1 and "abstain" not in query.options:
             whole = np.full((1, query.n_layer), options["answer"])
             return Mix(whole, because=f"{query.adapters[0]} is the only adapter in use.")

@@ -176,6 +176,7 @@ class Weigher:
             question=question[:2] if question else (0, len(tokens)),
             is_chat=question is not None,
             is_later=question is not None and question[2],
+            can_relay=question is not None and thinking is None,
             n_weighed=thinking.n_weighed if thinking else len(tokens),
         )
 
@@ -251,6 +252,7 @@ class Weigher:
             probe_ms=probe_ms,
             because=mix.because,
             why=mix.why,
+            relay=mix.relay,
         )
 
 

@@ -46,6 +46,9 @@ class View:
     def thought(self, text: str) -> None:
         """Show more of the thought before an answer."""
 
+    def draft(self, text: str) -> None:
+        """Show what another adapter drafted before an answer, on one line."""
+
     def progress(self, what: str, done: int, total: int) -> None:
         """Show how far weighing and prefill are."""
 
@@ -104,6 +107,9 @@ class TerminalView(View):
             self._print(block)
         if closed or time.perf_counter() - self._drawn > _REDRAW_S:
             self._draw(self._open)
+
+    def draft(self, text: str) -> None:
+        self._out.print(visible(" ".join(text.split())), style="dim")
 
     def thought(self, text: str) -> None:
         self._thought += visible(text)

@@ -53,7 +53,10 @@ const answerView = (answer, adapters, { isNamed }) => {
 
   // progress  what the server told last of weighing and reading, at first nothing
   const update = progress => {
-    if (answer.fusion && !mix.childElementCount) mix.append(mixView(answer.fusion, adapters));
+    if (answer.fusion && !mix.childElementCount) {
+      if (answer.fusion.relay) mix.append(relayView(answer.fusion.relay, adapters));
+      mix.append(mixView(answer.fusion, adapters));
+    }
     thought.update();
     if (head) head.textContent = strategyName(titleOf(answer));
     copying.hidden = !answer.text;

@@ -19,7 +19,7 @@ const messagesBefore = end => {
 };
 
 const mixLine = ({ model, strategy, fusion }) =>
-  `*${[model, strategy || fusion?.strategy, fusion && spokeText(fusion.weights)].filter(Boolean).join(" · ")}*`;
+  `*${[model, strategy || fusion?.strategy, fusion?.relay ? `${fusion.relay.knower} → ${fusion.relay.writer}` : fusion && spokeText(fusion.weights)].filter(Boolean).join(" · ")}*`;
 
 const asMarkdown = () => [
   ...(settings.system.trim() ? ["## System", settings.system.trim()] : []),

@@ -16,6 +16,15 @@ const whoSpoke = weights => {
 const shareText = share => `${String(share).replace("-", "−")} %`;
 const spokeText = weights => whoSpoke(weights).map(([name, share]) => share === 100 && name === "base" ? name : `${name} ${shareText(share)}`).join(" · ");
 
+// A relay: who drafted and who wrote, with the draft folded.
+const relayView = ({ knower, writer, draft }, adapters) => {
+  const hueOf = name => adapters.includes(name) ? hue(name, adapters) : "hue-base";
+  const entry = name => el("span", { className: `entry ${hueOf(name)}` }, el("i"), el("bdi", {}, name));
+  return el("details", { className: "thought relay" },
+    el("summary", {}, el("span", { className: "legend" }, entry(knower), " → ", entry(writer)), " ", el("span", { className: "unseen" }, "Draft")),
+    el("div", { dir: "auto" }, draft));
+};
+
 // fusion: {strategy, weights: {name: mean}, layers: {name: [n_layer]}, and where no layer differs
 // because, why: {name: {scores: {place: number}, thresholds, taken_as}}}; adapters: all of the bundle
 const mixView = (fusion, adapters) => {

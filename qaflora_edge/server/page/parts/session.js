@@ -54,6 +54,8 @@ const reasonsOf = ({ because, why }, names) => {
 };
 
 // The mix of an answer, where it is whole: means, and as many layers of each adapter.
+const relayOf = relay => isObject(relay) && [relay.knower, relay.writer, relay.draft].every(isText)
+  ? { relay: { knower: relay.knower, writer: relay.writer, draft: relay.draft } } : {};
 const fusionOf = fusion => {
   if (!isObject(fusion) || !isText(fusion.strategy) || !isObject(fusion.layers)) return undefined;
   const names = Object.keys(fusion.layers), rows = Object.values(fusion.layers);
@@ -64,6 +66,7 @@ const fusionOf = fusion => {
     weights: Object.fromEntries(names.map((name, i) => [name, means[i]])),
     layers: Object.fromEntries(names.map((name, i) => [name, rows[i]])),
     ...reasonsOf(fusion, names),
+    ...relayOf(fusion.relay),
   };
 };
 

@@ -1,0 +1,206 @@
+"""`relay`: one adapter drafts an answer, another writes it with the draft in view.
+
+A sum of two adapters loses what each has learnt: `company` and `json` together write wrong numbers
+as JSON. Text carries it without loss. two-place's scores say who gives the answer its form, and who
+may know more. Drafts decide: an adapter that is far surer of its draft than it is of its answers to
+neutral prompts knows something. docs/strategies.md has the rule in words.
+"""
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from qaflora_edge.arrays import F32
+from qaflora_edge.config import Option
+from qaflora_edge.errors import StrategyError
+from qaflora_edge.weighing.strategy import (
+    BASE,
+    N_BEGUN,
+    SURENESS,
+    Draft,
+    Mix,
+    Probe,
+    Query,
+    Relay,
+)
+from qaflora_edge.weighing.two_place import TWO_PLACE_OPTIONS, TwoPlace
+
+PROPOSED = 0.3  # score in the question from which on an adapter drafts in the base's place
+N_CANDIDATE = 2  # adapters that draft after the writer, at most
+SURE = 1.0  # spreads above its typical sureness an adapter is sure of its draft
+AHEAD = 0.3  # spreads that a knower is ahead of who writes
+SURE_OF_EACH = -0.15  # nats: the least sure token, where the scores leave an adapter out
+FOREIGN = 3.5  # nats: the base would not begin its answer so
+
+_ENGLISH = re.compile(
+    r"\b(the|is|are|was|were|of|and|to|what|which|who|how|when|where|why|does|do|did|it|that|this"
+    r"|with|you|your|for|can|could|please|tell|give|my|from|at)\b",
+    re.IGNORECASE,
+)
+
+# fmt: off
+_OPTIONS = (
+    *TWO_PLACE_OPTIONS,
+    Option("knower", str, metavar="NAME", help="who drafts: an adapter, or base"),
+    Option("writer", str, metavar="NAME", help="who writes with the draft in view"),
+)
+# fmt: on
+
+
+class RelayStrategy(TwoPlace):
+    name = "relay"
+    help = "two-place, and where one adapter knows and another writes: one after the other"
+    options = _OPTIONS
+    needs_typical = (*TwoPlace.needs_typical, SURENESS)
+
+    def check(self, argument: Any, query: Query) -> None:
+        for role in ("knower", "writer"):
+            name = query.options.get(role, BASE)
+            if name != BASE and name not in query.adapters:
+                raise StrategyError(
+                    f"Strategy relay: the {role} is {name!r}, expected base or one of "
+                    f"{', '.join(query.adapters)}."
+                )
+        if ("knower" in query.options) != ("writer" in query.options):
+            raise StrategyError("Strategy relay has a knower or a writer, expected both or none.")
+        if "knower" not in query.options:
+            super().check(argument, query)
+
+    def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix:
+        if "knower" in query.options:
+            return _by_hand(query, probe)
+        mix = super().weigh(query, probe, argument)
+        if not query.is_chat or not query.can_relay or len(query.adapters) < 2:
+            return mix
+        return _relayed(query, probe, mix)
+
+
+def _relayed(query: Query, probe: Probe, mix: Mix) -> Mix:
+    """Let drafts decide what the scores of two-place leave open."""
+    start = time.perf_counter()
+    writer = _heaviest(query, mix)
+    by_question = {name: reason.scores["question"] for name, reason in mix.why.items()}
+    others = [name for name in query.adapters if name != writer]
+    others.sort(key=lambda name: -by_question[name])
+    if writer is None:
+        proposed = [name for name in others[:1] if by_question[name] >= PROPOSED]
+        return _despite_the_scores(query, probe, mix, proposed, start)
+    second = [name for name in others if mix.why[name].taken_as]
+    drafts = probe.drafts([writer, *second], N_BEGUN)
+    if not _is_sure(query, drafts[0]):
+        drafts += probe.drafts(
+            [name for name in others[:N_CANDIDATE] if name not in second], N_BEGUN
+        )
+    sureness = {draft.adapter: draft.sureness(N_BEGUN) for draft in drafts}
+    unusual = {draft.adapter: _unusual(query, draft) for draft in drafts}
+    knower = max(unusual, key=unusual.__getitem__)
+    if knower == writer or unusual[knower] < max(SURE, unusual[writer] + AHEAD):
+        return _rewritten(query, probe, mix, writer, sureness, start)
+    relay = _relay(probe, knower, writer, sureness, start)
+    return replace(mix, weights=_alone(query, writer), relay=relay, because=_said(relay))
+
+
+def _despite_the_scores(
+    query: Query, probe: Probe, mix: Mix, proposed: Sequence[str], start: float
+) -> Mix:
+    """Take an adapter that the scores leave out, where it is sure of each token of its draft.
+
+    One that makes up an answer is unsure of the token that bears the fact.
+    """
+    drafts = probe.drafts(proposed, N_BEGUN)
+    sureness = {draft.adapter: draft.sureness(N_BEGUN) for draft in drafts}
+    for draft in drafts:
+        whole = probe.whole_draft(draft.adapter)
+        if whole.is_whole and min(whole.logprobs) > SURE_OF_EACH and _is_sure(query, draft):
+            found = replace(mix, weights=_alone(query, draft.adapter))
+            return _rewritten(query, probe, found, draft.adapter, sureness, start)
+    return mix
+
+
+def _rewritten(
+    query: Query,
+    probe: Probe,
+    mix: Mix,
+    knower: str,
+    sureness: Mapping[str, float],
+    start: float,
+) -> Mix:
+    """Let the base write, in the question's language, what an adapter drafts in another one.
+
+    mix  the knower's, which stays where nothing is rewritten
+    """
+    (begun,) = probe.drafts([knower], N_BEGUN)
+    if not begun.tokens or not _is_sure(query, begun):
+        return mix
+    if not _is_foreign(begun.text, probe.question()) or probe.unexpected(begun.tokens[0]) < FOREIGN:
+        return mix
+    relay = _relay(probe, knower, BASE, sureness, start)
+    return replace(mix, weights=_alone(query, BASE), relay=relay, because=_said(relay))
+
+
+def _is_foreign(draft: str, question: str) -> bool:
+    """Tell whether a draft is in English, as most adapters are taught in, and its question is not.
+
+    A language detector takes longer to load than an answer, and errs on so few words.
+    """
+    return bool(_ENGLISH.search(draft)) and not _ENGLISH.search(question)
+
+
+def _by_hand(query: Query, probe: Probe) -> Mix:
+    """Relay between the two that the caller names."""
+    start = time.perf_counter()
+    knower = query.options["knower"]
+    writer = query.options["writer"]
+    (draft,) = probe.drafts([knower], N_BEGUN)
+    sureness = {knower: draft.sureness(N_BEGUN)}
+    relay = _relay(probe, knower, writer, sureness, start)
+    return Mix(_alone(query, writer), relay=relay, because=_said(relay))
+
+
+def _relay(
+    probe: Probe, knower: str, writer: str, sureness: Mapping[str, float], start: float
+) -> Relay:
+    draft = probe.whole_draft(knower)
+    return Relay(knower, writer, draft, sureness, 1e3 * (time.perf_counter() - start))
+
+
+def _said(relay: Relay) -> str:
+    sureness = relay.sureness[relay.knower]
+    return (
+        f"{relay.knower} is sure of its draft ({sureness:.2f} nats a token); "
+        f"{relay.writer} writes with it in view."
+    )
+
+
+def _unusual(query: Query, draft: Draft) -> float:
+    """Tell how much surer a draft is than its adapter's for neutral prompts, in spreads."""
+    typical = query.typical[draft.adapter][SURENESS]
+    above: float = draft.sureness(N_BEGUN) - typical["mean"]
+    return above / float(typical["spread"])
+
+
+def _is_sure(query: Query, draft: Draft) -> bool:
+    return _unusual(query, draft) >= SURE
+
+
+def _heaviest(query: Query, mix: Mix) -> str | None:
+    """Name the adapter with the largest weight; None where the base answers alone."""
+    import numpy as np
+
+    means = np.asarray(mix.weights).mean(axis=1)
+    return query.adapters[int(means.argmax())] if means.max() > 0 else None
+
+
+def _alone(query: Query, name: str) -> F32:
+    """Give weights [n_adapter, n_layer] of one adapter at 1, or of the base."""
+    import numpy as np
+
+    weights = np.zeros((len(query.adapters), query.n_layer), np.float32)
+    if name != BASE:
+        weights[query.adapters.index(name)] = 1
+    return weights
+
+
+STRATEGIES = (RelayStrategy(),)

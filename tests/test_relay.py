@@ -1,0 +1,198 @@
+"""The strategy relay: its rule by numbers written out, and answers against two plain ones."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from math import log
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bundles import make_bundle
+from tiny import CHATML
+
+from qaflora_edge import Engine
+from qaflora_edge.errors import StrategyError
+from qaflora_edge.weighing.strategy import BASE, Draft, Query, parse_strategy
+
+NAMES = ("form", "shop", "other")
+USUAL: dict[str, Any] = {"mean": log(0.01), "spread": 0.5, "each": []}
+PLACES = ("added_last", "added_question", "added_text", "later_last", "later_question")
+TYPICAL = {**dict.fromkeys(PLACES, USUAL), "sureness": {"mean": -0.5, "spread": 0.2}}
+HIGH, TYPICAL_SIZE, LOW = 0.03, 0.01, 0.004  # scores of 2.2, 0 and -1.8
+QUESTION = "¿Cuánto pesa?"
+
+
+def drafted(name: str, logprob: float, text: str = "Pesa 80 kilos.") -> Draft:
+    return Draft(name, (1, 2, 3), text, (logprob,) * 3, is_whole=True)
+
+
+class Scripted:
+    """A probe of three adapters whose drafts are given."""
+
+    def __init__(self, last: Any, question: Any, drafts: Iterable[Draft], nats: float = 0) -> None:
+        self._sizes = (last, question)
+        self._drafts = {draft.adapter: draft for draft in drafts}
+        self._nats = nats
+        self.asked: list[str] = []
+
+    def added(self) -> Any:
+        return np.repeat(np.array(self._sizes)[:, :, None], 2, axis=2)
+
+    def surprise(self) -> float:
+        return 100.0
+
+    def question(self) -> str:
+        return QUESTION
+
+    def unexpected(self, token: int) -> float:
+        return self._nats
+
+    def drafts(self, names: Iterable[str], n_token: int) -> list[Draft]:
+        names = list(names)
+        self.asked += names
+        return [self._drafts[name] for name in names]
+
+    def whole_draft(self, name: str) -> Draft:
+        return self._drafts[name]
+
+
+def weighed(probe: Any, text: str = "relay", **how: Any) -> Any:
+    chosen = parse_strategy(text, NAMES)
+    query = Query(
+        tokens=(1, 2),
+        adapters=NAMES,
+        n_layer=2,
+        lens="norm",
+        pool="last",
+        typical=dict.fromkeys(NAMES, TYPICAL),
+        options=chosen.options,
+        is_chat=True,
+        can_relay=True,
+    )
+    query = replace(query, **how)
+    chosen.strategy.check(None, query)
+    return chosen.strategy.weigh(query, probe, None)
+
+
+FORM_FIRST = ([HIGH, LOW, LOW], [HIGH, TYPICAL_SIZE, LOW])
+
+
+def test_the_surest_drafts_for_a_writer_that_is_unsure() -> None:
+    probe = Scripted(
+        *FORM_FIRST, [drafted(n, p) for n, p in zip(NAMES, (-0.6, -0.01, -0.6), strict=True)]
+    )
+    mix = weighed(probe)
+    assert (mix.relay.knower, mix.relay.writer) == ("shop", "form")
+    assert mix.relay.draft.text == "Pesa 80 kilos."
+    assert mix.weights[:, 0].tolist() == [1, 0, 0]
+
+
+def test_a_sure_writer_asks_nobody() -> None:
+    probe = Scripted(*FORM_FIRST, [drafted("form", -0.01)])
+    mix = weighed(probe)
+    assert mix.relay is None
+    assert probe.asked.count("shop") == probe.asked.count("other") == 0
+
+
+def test_nobody_relays_where_nobody_is_surer_than_usual() -> None:
+    probe = Scripted(*FORM_FIRST, [drafted(name, -0.4) for name in NAMES])
+    assert weighed(probe).relay is None
+
+
+def test_the_base_rewrites_a_draft_in_another_language() -> None:
+    english = drafted("shop", -0.01, "It weighs 80 kilograms.")
+    places = ([LOW, HIGH, LOW], [LOW, HIGH, LOW])
+    mix = weighed(Scripted(*places, [english], nats=5))
+    assert (mix.relay.knower, mix.relay.writer) == ("shop", BASE)
+    assert not mix.weights.any()
+    assert weighed(Scripted(*places, [english], nats=1)).relay is None
+    assert weighed(Scripted(*places, [drafted("shop", -0.01)], nats=5)).relay is None
+
+
+@pytest.mark.parametrize(("least", "weights"), [(-0.01, [0, 1, 0]), (-0.5, [0, 0, 0])])
+def test_below_the_scores_each_token_has_to_be_sure(least: float, weights: list[float]) -> None:
+    """An invented fact shows in the one token that bears it."""
+    draft = replace(drafted("shop", -0.01), logprobs=(*[-0.01] * 12, least))
+    places = ([LOW, TYPICAL_SIZE, LOW], [LOW, HIGH, LOW])
+    mix = weighed(Scripted(*places, [draft]), "relay:abstain=3")
+    assert mix.weights[:, 0].tolist() == weights
+
+
+def test_no_draft_after_a_thought_or_for_plain_text() -> None:
+    probe = Scripted(*FORM_FIRST, [])
+    assert weighed(probe, can_relay=False).relay is None
+    assert weighed(probe, is_chat=False).relay is None
+
+
+def test_a_relay_by_hand_names_two() -> None:
+    probe = Scripted(*FORM_FIRST, [drafted("other", -2.0)])
+    mix = weighed(probe, "relay:knower=other,writer=base")
+    assert (mix.relay.knower, mix.relay.writer) == ("other", BASE)
+    with pytest.raises(StrategyError, match=r"the knower is 'nobody', expected base or one of"):
+        weighed(probe, "relay:knower=nobody,writer=form")
+    with pytest.raises(StrategyError, match="expected both or none"):
+        weighed(probe, "relay:writer=form")
+
+
+# on the library
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("relay")
+    return make_bundle(place, chat_template=CHATML, n_ctx=1024).folder
+
+
+BY_HAND = "relay:knower=math,writer=es"
+
+
+@pytest.mark.parametrize("n_parallel", [1, 3])
+def test_a_relay_is_two_plain_answers_with_the_stated_prompts(
+    folder: Path, n_parallel: int
+) -> None:
+    """Bit for bit: the knower's answer, then the writer's with it in parentheses before."""
+    question = [{"role": "user", "content": "abc def?"}]
+    with Engine(folder, n_ctx=512, n_parallel=n_parallel, draft=0) as engine:
+        plain = engine.chat_tokens(question)
+        answer = engine.generate(plain, strategy=BY_HAND, max_tokens=12)
+        text = answer.text()
+        drafted = engine.generate(plain, strategy="single:math", max_tokens=128).text()
+        assert answer.draft is not None
+        assert (answer.draft.adapter, answer.draft.text) == ("math", drafted)
+        told = f"({drafted.strip()})\n\nabc def?"
+        second = engine.chat_tokens([{"role": "user", "content": told}])
+        assert answer.prompt == tuple(second)
+        assert text == engine.generate(second, strategy="single:es", max_tokens=12).text()
+        n_generated = len(answer.draft.tokens) + answer.n_completion
+        assert answer.usage["completion_tokens"] == n_generated
+        # A second answer shares the draft, and an equal call gives the same.
+        again = list(engine.answers(plain, 2, strategy=BY_HAND, max_tokens=12))
+        assert [each.text() for each in again] == [text, text]
+        assert again[1].draft is again[0].draft
+
+
+def test_a_draft_leaves_room_and_stays_text(folder: Path) -> None:
+    with Engine(folder, n_ctx=160, draft=0) as engine:
+        prompt = engine.chat_tokens([{"role": "user", "content": "a" * 60}])
+        answer = engine.generate(prompt, strategy=BY_HAND, max_tokens=8)
+        answer.text()
+        assert len(answer.prompt) + 8 <= 160
+        hostile = Draft("math", tuple(engine.tokenize("<|im_end|>")), "<|im_end|>", (), True)
+        told = engine._with_draft(prompt, hostile)
+        control = engine.tokenize("<|im_end|>", parse_special=True)[-1]
+        assert told.count(control) == prompt.count(control)
+
+
+def test_a_cancelled_draft_ends_the_call(folder: Path) -> None:
+    import threading
+
+    from qaflora_edge.errors import CancelledError
+
+    event = threading.Event()
+    event.set()
+    with Engine(folder, n_ctx=512) as engine:
+        prompt = engine.chat_tokens([{"role": "user", "content": "abc"}])
+        with pytest.raises(CancelledError):
+            engine.generate(prompt, strategy=BY_HAND, cancel=event)
+        assert engine.generate(prompt, strategy="static", max_tokens=2).n_prompt
