@@ -93,10 +93,11 @@ def convert_adapter(
     trained_on = adapter.config.base_name
     if trained_on is not None and not is_repo(trained_on):
         trained_on = None  # a folder of whoever trained it
-    n_step, told = len(modules) * (2 if verify else 1), progress or silent
+    n_step = len(modules) * (2 if verify else 1)
+    report = progress or silent
 
     def tell(n_done: int) -> None:
-        told(n_done, n_step)
+        report(n_done, n_step)
 
     checks: tuple[ModuleCheck, ...] = ()
     with atomic_path(out_path) as temporary:

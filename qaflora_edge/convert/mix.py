@@ -50,8 +50,8 @@ def mix_modules(adapters: Mapping[str, AdapterInfo], weights: F32) -> list[Mixed
             "answers alone; expected one that does. Choose other weights, or another prompt."
         )
     modules = []
-    for name, own in parts.items():
-        (path, *_), a, b = zip(*own, strict=True)
+    for name, of_adapters in parts.items():
+        (path, *_), a, b = zip(*of_adapters, strict=True)
         a = np.concatenate(a, axis=-1 if name == EMBEDDING else -2)
         modules.append(MixedModule(name, name, path, a, np.concatenate(b, axis=-1)))
     return modules
@@ -107,7 +107,7 @@ def write_peft_mix(folder: Path, header: GgufHeader, modules: Sequence[MixedModu
             tensors[f"base_model.model.{name}.{end}".format(side)] = np.ascontiguousarray(values)
         ranks[name] = b.shape[1]
     rank = max(ranks.values())
-    others = {name: own for name, own in ranks.items() if own != rank}
+    others = {name: smaller for name, smaller in ranks.items() if smaller != rank}
     config: dict[str, object] = {"peft_type": "LORA", "task_type": "CAUSAL_LM"}
     config |= {"base_model_name_or_path": None, "target_modules": [*ranks]}
     config |= {"r": rank, "lora_alpha": rank, "rank_pattern": others, "alpha_pattern": others}

@@ -283,8 +283,8 @@ def _plan_experts(pair: _Pair, modules: Sequence[PeftModule], alpha: float) -> l
         for name, rows in parts:
             _, n_out, n_in = _expert_shape(pair, module, name)
             shape = module.n_expert, module.rank, n_in, n_out
-            own = StackedExperts(module, name, *shape, factor, rows, is_swapped)
-            put(planned, name, own, module)
+            experts_of = StackedExperts(module, name, *shape, factor, rows, is_swapped)
+            put(planned, name, experts_of, module)
     for name, experts in members.items():
         put(planned, name, _single(pair, name, experts, alpha), experts[min(experts)])
     return list(planned.values())
@@ -374,11 +374,12 @@ def _is_swapped(pair: _Pair, module: PeftModule, names: Sequence[str]) -> bool:
     shapes = [_expert_shape(pair, module, name) for name in names]
     n_expert, _, n_in = shapes[-1]
     n_out = sum(shape[1] for shape in shapes)
-    found = (module.n_expert, module.n_out, module.n_in)
-    plain, swapped = (n_expert, n_out, n_in), (n_expert, n_in, n_out)
-    if found != plain and (found != swapped or module.is_b_by_expert):
+    of_file = (module.n_expert, module.n_out, module.n_in)
+    plain = (n_expert, n_out, n_in)
+    swapped = (n_expert, n_in, n_out)
+    if of_file != plain and (of_file != swapped or module.is_b_by_expert):
         raise pair.mismatch(
-            f"{module.name} is for experts of shape {list(found)}, and the base's are "
+            f"{module.name} is for experts of shape {list(of_file)}, and the base's are "
             f"{list(plain)}."
         )
     version = pair.adapter.config.version
@@ -390,7 +391,7 @@ def _is_swapped(pair: _Pair, module: PeftModule, names: Sequence[str]) -> bool:
             "round. Load it with what trained it, merge it and train again, or set peft_version if "
             "it is later."
         )
-    return found != plain
+    return of_file != plain
 
 
 def _version(text: str | None) -> tuple[int, ...]:

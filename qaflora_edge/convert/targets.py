@@ -74,12 +74,14 @@ class PlannedModule(Target):
             values = values.T
         n_row = max(1, SLICE_VALUES // values.shape[1])
         for begin in range(0, self.shape(side)[0], n_row):
-            own = slice(begin, begin + n_row)
+            place = slice(begin, begin + n_row)
             if side == "b":
-                rows = own if self.rows is None else self.rows[own]
-                yield own, _scaled(values[rows], self.factor)
+                rows = place if self.rows is None else self.rows[place]
+                yield place, _scaled(values[rows], self.factor)
+            elif self.columns is None:
+                yield place, values[place]
             else:
-                yield own, values[own] if self.columns is None else values[own][:, self.columns]
+                yield place, values[place][:, self.columns]
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,9 @@ class _Experts(Target):
 
     def shape(self, side: str) -> tuple[int, ...]:
         """Give the shape of lora_a or lora_b in the file, in numpy order."""
-        own = (self.rank, self.n_in) if side == "a" else (self.n_out, self.rank)
-        return self.n_expert, *own
+        if side == "a":
+            return self.n_expert, self.rank, self.n_in
+        return self.n_expert, self.n_out, self.rank
 
 
 @dataclass(frozen=True)
@@ -143,10 +146,12 @@ class StackedExperts(_Experts):
             stacked = np.moveaxis(self.source.read_b().reshape(-1, self.rank, self.n_expert), 2, 0)
         n_row = self.shape(side)[1]
         for expert, values in enumerate(stacked):
-            own = values.T if self.is_swapped else values
+            matrix = values.T if self.is_swapped else values
+            if side == "b" and self.rows is not None:
+                matrix = matrix[self.rows]
             if side == "b":
-                own = _scaled(own if self.rows is None else own[self.rows], self.factor)
-            yield slice(expert * n_row, (expert + 1) * n_row), own
+                matrix = _scaled(matrix, self.factor)
+            yield slice(expert * n_row, (expert + 1) * n_row), matrix
 
 
 @dataclass(frozen=True)

@@ -112,12 +112,12 @@ def _check_module(info: AdapterInfo, module: Planned) -> ModuleCheck:
     kinds = [info.tensors[f"{module.base_name}.lora_{side}"].ggml_type for side in "ab"]
     scale = info.alpha / info.ranks[module.base_name]
     is_embedding = isinstance(module, PlannedModule) and module.source.is_embedding
-    found = np.zeros(2)  # the largest difference, and share of what is allowed
+    largest = np.zeros(2)  # the largest difference, and share of what is allowed
     pairs = zip(source_deltas(module), stored_deltas(info, module), strict=True)
     for source, stored in pairs:
         allowed = _allowed(source, kinds, scale, is_embedding)
-        found = np.maximum(found, _compare(source, stored, allowed))  # it keeps NaN
-    return ModuleCheck(module.name, module.base_name, *map(float, found))
+        largest = np.maximum(largest, _compare(source, stored, allowed))  # it keeps NaN
+    return ModuleCheck(module.name, module.base_name, *map(float, largest))
 
 
 def _compare(source: Delta, stored: Delta, allowed: F64) -> F64:
@@ -126,7 +126,7 @@ def _compare(source: Delta, stored: Delta, allowed: F64) -> F64:
     allowed  [n_out]  what an entry of a row may differ by
     returns  [2]
     """
-    found = np.zeros(2)
+    largest = np.zeros(2)
     for columns in _tiles(source.right.shape[1], TILE_COLUMNS):
         right, stored_right = source.columns(columns), stored.columns(columns)
         for rows in _tiles(len(source.left), TILE_ROWS):
@@ -135,8 +135,8 @@ def _compare(source: Delta, stored: Delta, allowed: F64) -> F64:
                 difference -= source.rows(rows) @ right
                 by_row = np.abs(difference, out=difference).max(axis=1)
                 share = np.where(by_row == 0, 0.0, by_row / allowed[rows])
-            found = np.maximum(found, (by_row.max(), share.max()))
-    return found
+            largest = np.maximum(largest, (by_row.max(), share.max()))
+    return largest
 
 
 def _allowed(
@@ -192,8 +192,8 @@ def source_deltas(module: Planned) -> Iterator[Delta]:
         nothing = np.zeros((module.n_out, 1), np.float32), np.zeros((1, module.n_in), np.float32)
         for expert in range(module.n_expert):
             if expert in module.experts:
-                own, _ = module.experts[expert]
-                yield Delta(own.read_b(), own.read_a(), own.scale)
+                single, _ = module.experts[expert]
+                yield Delta(single.read_b(), single.read_a(), single.scale)
             else:
                 yield Delta(*nothing, 1.0)
     else:  # by PEFT's rule, "o r e, e r i"; by MLX's, b[e] @ a[e]

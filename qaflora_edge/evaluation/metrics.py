@@ -33,14 +33,14 @@ def is_text(value: object) -> bool:
 
 def check_answer(fields: Fields) -> Fault:
     """Expect `answer`: a text or number, or a list of them."""
-    found = listed(fields.get("answer"))
-    is_right = found and all(is_text(each) or as_number(each) is not None for each in found)
+    answers = listed(fields.get("answer"))
+    is_right = answers and all(is_text(one) or as_number(one) is not None for one in answers)
     return None if is_right else ("answer", "a text or number, or a list of them")
 
 
 def _check_number(fields: Fields) -> Fault:
-    found = listed(fields.get("answer"))
-    is_right = found and all(as_number(each) is not None for each in found)
+    answers = listed(fields.get("answer"))
+    is_right = answers and all(as_number(answer) is not None for answer in answers)
     return None if is_right else ("answer", "a number, or a list of them")
 
 
@@ -93,7 +93,7 @@ def metrics() -> dict[str, Metric]:
 def _any_of(is_right: Callable[[str, Any], bool]) -> Callable[[str, Fields], float]:
     """Score 1 where one of the item's answers is right."""
     return lambda text, fields: float(
-        any(is_right(text, each) for each in listed(fields["answer"]))
+        any(is_right(text, answer) for answer in listed(fields["answer"]))
     )
 
 
@@ -105,10 +105,10 @@ def _plain(text: Any) -> str:
 def is_same_json(text: str, value: Any) -> bool:
     """Tell whether a whole answer is JSON of this value, in any order of keys: 2 is not 2.0."""
     try:
-        found = json.dumps(json.loads(text), sort_keys=True)
+        written = json.dumps(json.loads(text), sort_keys=True)
     except (ValueError, RecursionError):
         return False
-    return found == json.dumps(value, sort_keys=True)
+    return written == json.dumps(value, sort_keys=True)
 
 
 def choice_score(log_probs: Sequence[F32], fields: Fields) -> dict[str, Any]:
@@ -116,12 +116,14 @@ def choice_score(log_probs: Sequence[F32], fields: Fields) -> dict[str, Any]:
 
     log_probs  of each choice's tokens, in nats: float32 [n_token] each
     """
-    means = [float(each.mean(dtype=np.float64)) for each in log_probs]
+    means = [float(of_choice.mean(dtype=np.float64)) for of_choice in log_probs]
+    sums = [float(of_choice.sum(dtype=np.float64)) for of_choice in log_probs]
     best = int(np.argmax(means))
+    is_alone = means.count(means[best]) == 1
     return {
-        "score": float(best == fields["answer"] and means.count(means[best]) == 1),
+        "score": float(best == fields["answer"] and is_alone),
         "answer": fields["choices"][best],
-        "log_probs": [round(float(each.sum(dtype=np.float64)), 4) for each in log_probs],
+        "log_probs": [round(total, 4) for total in sums],
         "n_tokens": list(map(len, log_probs)),
     }
 
@@ -147,8 +149,8 @@ def _check_json(fields: Fields) -> Fault:
 
 
 def _check_loss(fields: Fields) -> Fault:
-    found = fields.get("continuation")
-    return None if is_text(found) else ("continuation", "a text that is not blank")
+    continuation = fields.get("continuation")
+    return None if is_text(continuation) else ("continuation", "a text that is not blank")
 
 
 BUILT_IN = {
@@ -199,7 +201,8 @@ def last_number(answer: str) -> frozenset[Decimal]:
     if not numbers:
         return frozenset()
     sign = -1 if numbers[-1]["minus"] else 1
-    return frozenset(sign * Decimal(each) for each in _readings(numbers[-1]["digits"]))
+    readings = _readings(numbers[-1]["digits"])
+    return frozenset(sign * Decimal(reading) for reading in readings)
 
 
 def _readings(token: str) -> set[str]:
@@ -211,11 +214,13 @@ def _readings(token: str) -> set[str]:
     tail = re.split("[.,]", token)[-1]
     before = token.removesuffix(tail)
     head, point = before[:-1], before[-1:]
-    found = {re.sub("[.,]", "", token)} if not point or _GROUPED.fullmatch(token) else set()
+    readings: set[str] = set()
+    if not point or _GROUPED.fullmatch(token):
+        readings.add(re.sub("[.,]", "", token))
     is_whole = head.isdecimal() or not head or (point not in head and _GROUPED.fullmatch(head))
     if point and is_whole and (point, tail) != (",", "000"):
-        found.add(f"{re.sub('[.,]', '', head)}.{tail}")
-    return found or {tail}  # a list
+        readings.add(f"{re.sub('[.,]', '', head)}.{tail}")
+    return readings or {tail}  # a list
 
 
 def as_number(value: object) -> Decimal | None:

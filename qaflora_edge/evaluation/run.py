@@ -87,8 +87,8 @@ def evaluate(
     is_chat = engine.has_chat_template and not raw_prompt
     if task.by.is_likelihood:
         return _likelihoods(engine, task, asked, is_chat)
-    own = {"max_tokens": task.max_tokens, "stop": task.stop}
-    sampling |= {key: value for key, value in own.items() if value is not None}
+    of_task = {"max_tokens": task.max_tokens, "stop": task.stop}
+    sampling |= {key: value for key, value in of_task.items() if value is not None}
     return _answers(engine, task, asked, is_chat, sampling)
 
 
@@ -170,14 +170,16 @@ def asked_fields(task: Task, index: int, strategy: str) -> Record:
     }
 
 
-def score_fields(task: Task, item: Fields, given: str | Sequence[F32]) -> Record:
+def score_fields(task: Task, item: Fields, result: str | Sequence[F32]) -> Record:
     """Score an answer, or texts by their likelihood; `score` and what else the metric says.
 
-    given  the answer, or log-probabilities of each text's tokens in nats: float32 [n_token] each
+    result  the answer, or log-probabilities of each text's tokens in nats: float32 [n_token] each
     """
-    found = task.by.score(given, item)
-    answer = {"answer": given if isinstance(given, str) else None}
-    return answer | (dict(found) if isinstance(found, Mapping) else {"score": float(found)})
+    record: Record = {"answer": result if isinstance(result, str) else None}
+    score = task.by.score(result, item)
+    if isinstance(score, Mapping):
+        return record | dict(score)
+    return record | {"score": float(score)}
 
 
 def task_prompt(engine: Engine, task: Task, item: Fields, *, is_chat: bool = True) -> list[int]:

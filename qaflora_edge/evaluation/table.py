@@ -72,10 +72,11 @@ def mean_of_means(tasks: Sequence[F64]) -> Estimate:
 
     The interval is normal: 1.96 standard errors, from the variance within each task.
     """
-    value, n_item = float(np.mean([each.mean() for each in tasks])), sum(map(len, tasks))
+    value = float(np.mean([task.mean() for task in tasks]))
+    n_item = sum(map(len, tasks))
     if min(map(len, tasks)) < 2:
         return Estimate(value, math.nan, math.nan, n_item)
-    variance = sum(each.var(ddof=1) / len(each) for each in tasks) / len(tasks) ** 2
+    variance = sum(task.var(ddof=1) / len(task) for task in tasks) / len(tasks) ** 2
     half = Z * math.sqrt(variance)
     return Estimate(value, value - half, value + half, n_item)
 
@@ -113,8 +114,9 @@ class Cell:
         Differences of scores as they were written, over the items that both have.
         """
         mine, theirs = self.scored(strategy), self.scored(over)
-        found = np.array([mine[item] - theirs[item] for item in mine if item in theirs], np.float64)
-        return -found if self.unit == NATS else found
+        shared = [item for item in mine if item in theirs]
+        gains = np.array([mine[item] - theirs[item] for item in shared], np.float64)
+        return -gains if self.unit == NATS else gains
 
     def best_single(self) -> str | None:
         """Find the single adapter with the best mean, in hindsight: on these items."""
@@ -125,37 +127,43 @@ class Cell:
 def cells(results: Results) -> list[Cell]:
     """Sort records by task and strategy, in the order asked for: answers end in another one."""
     adapters = [adapter["name"] for adapter in results.header["adapters"]]
-    found = {task["name"]: Cell(task, adapters) for task in results.header["tasks"]}
+    by_name = {task["name"]: Cell(task, adapters) for task in results.header["tasks"]}
     order = results.strategies.index
     for row in sorted(results.records.values(), key=lambda row: order(row["strategy"])):
-        found[row["task"]].rows.setdefault(row["strategy"], {})[row["item"]] = row
-    return list(found.values())
+        of_strategy = by_name[row["task"]].rows.setdefault(row["strategy"], {})
+        of_strategy[row["item"]] = row
+    return list(by_name.values())
 
 
-def gain(found: Sequence[Cell], strategy: str, others: Sequence[str | None]) -> Estimate | None:
+def gain(tasks: Sequence[Cell], strategy: str, others: Sequence[str | None]) -> Estimate | None:
     """Average how much better a strategy is than another one of each task.
 
     None where a task lacks one of them, or they are the same. Every task counts the same.
     """
-    gains = [cell.gains(strategy, over) for cell, over in zip(found, others, strict=True)]
+    gains = [cell.gains(strategy, over) for cell, over in zip(tasks, others, strict=True)]
     if {strategy} == {*others} or not all(map(len, gains)):
         return None
-    return difference(gains, is_right=found[0].unit == POINTS)
+    return difference(gains, is_right=tasks[0].unit == POINTS)
 
 
-def best(found: Sequence[Cell], names: Sequence[str]) -> str | None:
+def best(tasks: Sequence[Cell], names: Sequence[str]) -> str | None:
     """Find the strategy with the best mean over tasks; of equal ones the first.
 
     Strategies are compared by the items that all of them have, if there are such items.
     """
-    shared = [set.intersection(*(set(cell.scored(n)) for n in names)) for cell in found if names]
+    if not names:
+        return None
+    shared = [set.intersection(*(set(cell.scored(name)) for name in names)) for cell in tasks]
+    sign = -1 if tasks[0].unit == NATS else 1
 
     def value(name: str) -> float:
-        pairs = zip((cell.scored(name) for cell in found), shared, strict=True)
-        means = [np.mean([mine[item] for item in items or mine]) for mine, items in pairs]
-        return round(math.fsum(means), 12) * (-1 if found[0].unit == NATS else 1)
+        means = []
+        for cell, items in zip(tasks, shared, strict=True):
+            scores = cell.scored(name)
+            means.append(np.mean([scores[item] for item in items or scores]))
+        return sign * round(math.fsum(means), 12)
 
-    return max(names, key=value, default=None)
+    return max(names, key=value)
 
 
 def best_strategy(results: Results) -> str:
@@ -165,9 +173,10 @@ def best_strategy(results: Results) -> str:
 
     Raises ResultsFileError where no strategy has a score for all items.
     """
-    found, whole = cells(results), results.strategies
-    found = [cell for cell in found if cell.unit == POINTS] or found
-    for cell in found:
+    tasks = cells(results)
+    tasks = [cell for cell in tasks if cell.unit == POINTS] or tasks
+    whole = results.strategies
+    for cell in tasks:
         items = set[int]().union(*map(cell.scored, cell.rows))
         whole = [name for name in whole if items and cell.scored(name).keys() == items]
     if not whole:
@@ -175,27 +184,31 @@ def best_strategy(results: Results) -> str:
             "No strategy can be saved: none has a score for every item of every task. See what "
             "failed, or leave those items out."
         )
-    return best(found, whole) or ""
+    return best(tasks, whole) or ""
 
 
-def heads(found: Sequence[Cell]) -> tuple[str, str, str]:
+def heads(tasks: Sequence[Cell]) -> tuple[str, str, str]:
     """Name the columns of `rows`."""
-    name = "each best single" if len(found) > 1 else found[0].best_single() or "the best single"
-    return f"score, {found[0].unit}", "over static", f"over {name} *"
+    name = tasks[0].best_single() or "the best single"
+    if len(tasks) > 1:
+        name = "each best single"
+    return f"score, {tasks[0].unit}", "over static", f"over {name} *"
 
 
-def rows(found: Sequence[Cell]) -> dict[str, tuple[Estimate, Estimate | None, Estimate | None]]:
+def rows(tasks: Sequence[Cell]) -> dict[str, tuple[Estimate, Estimate | None, Estimate | None]]:
     """Give the score of each strategy, and how much better than static and the best single it is.
 
-    found  a task, or several of one unit, each of which counts the same: then strategies that one
+    tasks  one, or several of one unit, each of which counts the same: then strategies that one
            of them lacks are left out
     """
-    others = [STATIC] * len(found), [cell.best_single() for cell in found]
+    statics = [STATIC] * len(tasks)
+    singles = [cell.best_single() for cell in tasks]
     table = {}
-    for strategy in found[0].rows:
-        scores = [cell.scores(strategy) for cell in found]
-        if len(found) == 1 or all(map(len, scores)):
-            over_static, over_best = (gain(found, strategy, each) for each in others)
+    for strategy in tasks[0].rows:
+        scores = [cell.scores(strategy) for cell in tasks]
+        if len(tasks) == 1 or all(map(len, scores)):
+            over_static = gain(tasks, strategy, statics)
+            over_best = gain(tasks, strategy, singles)
             table[strategy] = mean(scores), over_static, over_best
     return table
 
@@ -207,9 +220,9 @@ def number(value: float, unit: str, *, is_difference: bool = False) -> str:
     return NONE if math.isnan(value) else f"{factor * value:{sign}.{digits}f}"
 
 
-def estimate(found: Estimate | None, unit: str, *, is_difference: bool = False) -> str:
+def estimate(mean: Estimate | None, unit: str, *, is_difference: bool = False) -> str:
     """Write a mean and its interval, as in `12.0 (8.5 to 16.7)`."""
-    if found is None:
+    if mean is None:
         return NONE
-    value, low, high = (number(end, unit, is_difference=is_difference) for end in found[:3])
+    value, low, high = (number(end, unit, is_difference=is_difference) for end in mean[:3])
     return value if low == NONE else f"{value} ({low} to {high})"

@@ -175,6 +175,6 @@ def _filled(template: str, fields: Fields) -> str:
 
     return re.sub(
         r"(\{)\{|(\})\}|\{([^{}]*)\}",
-        lambda found: found[1] or found[2] or text(fields[found[3]]),
+        lambda match: match[1] or match[2] or text(fields[match[3]]),
         template,
     )

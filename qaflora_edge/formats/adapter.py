@@ -72,9 +72,11 @@ def why_not_adapted(architecture: str, base_name: str) -> str:
     return ""
 
 
-def read_adapter(own: GgufHeader, base: GgufHeader, *, checks_values: bool = True) -> AdapterInfo:
+def read_adapter(
+    header: GgufHeader, base: GgufHeader, *, checks_values: bool = True
+) -> AdapterInfo:
     """Check an adapter by its header and its base's, and by its values unless told not to."""
-    info = read_adapter_gguf(own)
+    info = read_adapter_gguf(header)
     check_adapter(info, base)
     if checks_values:
         check_values(info)

@@ -137,7 +137,7 @@ class _Base:
         """Give the numbers of a field, one or one a layer; none where it is missing."""
         value = self.header.metadata.get(f"{self.header.architecture}.{field}")
         values = value if isinstance(value, tuple) else (value,)
-        return [each for each in values if isinstance(each, int)]
+        return [value for value in values if isinstance(value, int)]
 
     def number(self, field: str, default: int) -> int:
         """Give the first number of a field."""
@@ -226,8 +226,8 @@ class _Base:
             keys = f"{keys}_kv"
         n_first = self.number(queries, 0)
         n_key = self.number("attention.key_length", self.header.n_embd // max(n_first, 1))
-        given = [self.numbers(field) for field in (queries, keys)]  # one, or one a layer
-        n_head_of = [each * self.header.n_layer if len(each) == 1 else each for each in given]
+        counts = [self.numbers(field) for field in (queries, keys)]  # one, or one a layer
+        n_head_of = [n * self.header.n_layer if len(n) == 1 else n for n in counts]
         for layer, (n_head, n_head_kv) in enumerate(zip(*n_head_of, strict=False)):
             if n_head and n_head_kv and n_head % n_head_kv:
                 self.fail(keys, n_head_kv, f"a divisor of {n_head}, the number of heads")

@@ -138,13 +138,13 @@ def file_state(path: Path) -> FileState:
 def checksum(path: Path, *, always_hash: bool = False) -> str:
     """Give the SHA-256 of a file, remembered or computed. Raises as check_file does."""
     state, key = file_state(path), str(path.resolve())
-    known = _read_memory().get(key, [])
-    if not always_hash and known[:2] == [*state]:
-        return str(known[2])
-    found = sha256_file(path)
+    remembered = _read_memory().get(key, [])
+    if not always_hash and remembered[:2] == [*state]:
+        return str(remembered[2])
+    sha256 = sha256_file(path)
     check_unchanged({path: state})
-    _remember({key: [*state, found]})
-    return found
+    _remember({key: [*state, sha256]})
+    return sha256
 
 
 def passed(states: Mapping[Path, FileState], base: Path) -> set[Path]:

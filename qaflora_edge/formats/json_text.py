@@ -48,12 +48,12 @@ def read_json_object(data: bytes) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in fields:
             raise ValueError(f"the key {key[:80]!r} is given twice")
-        found[key] = value
-    return found
+        fields[key] = value
+    return fields
 
 
 def _finite(text: str) -> float:

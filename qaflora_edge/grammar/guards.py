@@ -116,8 +116,8 @@ def _printed(node: Any, names: Mapping[str, str], uses: dict[str, int], depth: i
         return names[node.name]
     if kind == "LiteralNode":
         chars = _CHAR.findall(node.value)  # an escape means the same in a regular expression
-        each = [f"/{c}/" if len(c) > 1 else rf"/\x{{{ord(c):x}}}/" for c in chars]
-        return " ".join(each) or '""'
+        terminals = [f"/{c}/" if len(c) > 1 else rf"/\x{{{ord(c):x}}}/" for c in chars]
+        return " ".join(terminals) or '""'
     if kind == "RegexNode":  # && and ~~ mean something in a class of Rust
         regex = "(?s:.)" if node.rx == "." else re.sub("([&~]){2,}", r"\1", node.rx)
         return f"/{regex}/"
@@ -240,7 +240,7 @@ class _Checker:
         if key in ("items", "additionalProperties"):
             return self.visit(value, at)
         if key in _LISTS:
-            return [self.visit(each, f"{at}/{i}") for i, each in enumerate(value)]
+            return [self.visit(part, f"{at}/{i}") for i, part in enumerate(value)]
         if key in _BY_NAME:
             places = {name: name.replace("~", "~0").replace("/", "~1") for name in value}
             return {name: self.visit(value[name], f"{at}/{places[name]}") for name in value}
@@ -256,9 +256,9 @@ class _Checker:
 
     def check_multiples(self) -> None:
         """Refuse multiples that llguidance would take seconds for."""
-        exponents = [int(each.normalize().as_tuple().exponent) for each in self._multiples]
+        exponents = [int(n.normalize().as_tuple().exponent) for n in self._multiples]
         n_digit = -min(0, 0, *exponents)
-        whole = [int(each.scaleb(n_digit)) for each in self._multiples]
+        whole = [int(n.scaleb(n_digit)) for n in self._multiples]
         if lcm(*whole, 10**n_digit) > MAX_MULTIPLE:
             raise self._error("#", "'multipleOf' is too large or too fine", "use smaller numbers")
 
@@ -269,7 +269,7 @@ def _expected(key: str, value: Any) -> str:
         return "an object"
     if key in _LISTS | {"required"} and not isinstance(value, list):
         return "a list"
-    if key == "required" and not all(isinstance(each, str) for each in value):
+    if key == "required" and not all(isinstance(name, str) for name in value):
         return "names"
     if key == "minProperties" and value not in (0, 1):  # llguidance counts a name twice
         return "0 or 1"

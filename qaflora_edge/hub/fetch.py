@@ -124,9 +124,9 @@ def _fetch_from_hub(model: Model, source: HubRef, parts: Path) -> Path:
     pool.shutdown(wait=False)
     with hub_errors(f"the Hub did not list {source.repo} within {REACH_SECONDS} s"):
         siblings = asked.result(REACH_SECONDS).siblings or []
-    for found in (s.lfs.sha256 for s in siblings if s.rfilename == source.file and s.lfs):
-        if found != model.sha256:
-            raise DownloadError(f"its file is another one: sha256 {found}, not {model.sha256}")
+    for sha256 in (s.lfs.sha256 for s in siblings if s.rfilename == source.file and s.lfs):
+        if sha256 != model.sha256:
+            raise DownloadError(f"its file is another one: sha256 {sha256}, not {model.sha256}")
     return fetch_hub(str(source), parts)
 
 
@@ -233,13 +233,13 @@ def fetch_hub(ref: str, to: AnyPath | None = None, *, update: bool = False) -> P
             folder = _download(parsed, [BUNDLE_FILE, *packed, *documents], place)
     except DownloadError as error:
         raise DownloadError(f"Could not pull {ref}: {error}") from error
-    found = whole_path(folder, names[0] if names[0].endswith(".gguf") else None)
-    if found is None:
+    place = whole_path(folder, names[0] if names[0].endswith(".gguf") else None)
+    if place is None:
         raise DownloadError(
             f"Could not pull {ref}: {parsed.repo} lacks files that its {names[0]} names; expected "
             "all of them. Ask its owner to push it again."
         )
-    return found
+    return place
 
 
 def _choose(ref: HubRef, names: Sequence[str]) -> list[str]:

@@ -51,11 +51,11 @@ def named_bundles() -> dict[str, Path]:
 
     Raises SettingsError when the settings file cannot be read.
     """
-    found: dict[str, Path] = {}
+    by_name: dict[str, Path] = {}
     for place in bundle_places():
         for folder in [place] if is_bundle(place) else bundles_in(place):
-            found.setdefault(folder.name, folder)
-    return found
+            by_name.setdefault(folder.name, folder)
+    return by_name
 
 
 def pulled_bundles() -> dict[str, Path]:
@@ -135,15 +135,15 @@ def pulled() -> Iterator[tuple[str, Path, str]]:
     except CacheNotFound:
         return
     for repo in repos:
-        for found in sorted(repo.revisions, key=lambda revision: revision.commit_hash):
-            names = sorted(found.refs, key=lambda name: (name != "main", name))
-            revision = names[0] if names else found.commit_hash
-            whole = whole_path(found.snapshot_path, None)
-            for file in [None] if whole else _ggufs(found.snapshot_path):
+        for kept in sorted(repo.revisions, key=lambda revision: revision.commit_hash):
+            names = sorted(kept.refs, key=lambda name: (name != "main", name))
+            revision = names[0] if names else kept.commit_hash
+            whole = whole_path(kept.snapshot_path, None)
+            for file in [None] if whole else _ggufs(kept.snapshot_path):
                 ref = HubRef(repo.repo_id, file, None if revision == "main" else revision)
                 with contextlib.suppress(RegistryError):  # a repository without an owner
                     parse_hub_ref(str(ref))
-                    yield str(ref), whole or found.snapshot_path / str(file), found.commit_hash
+                    yield str(ref), whole or kept.snapshot_path / str(file), kept.commit_hash
 
 
 # --- all that is here ---------------------------------------------------------------------------

@@ -106,8 +106,9 @@ class PeftConfig:
         As PEFT 0.21 does, peft/tuners/tuners_utils.py check_target_module_exists, but where an
         expression takes long the tensors decide.
         """
-        targets, found = self.targets or {module}, re.match(r".*?\.[^.]*\.(\d+)\.", module)
-        is_in_layers = not self.layers or (found is not None and int(found[1]) in self.layers)
+        targets = self.targets or {module}
+        layer = re.match(r".*?\.[^.]*\.(\d+)\.", module)
+        is_in_layers = not self.layers or (layer is not None and int(layer[1]) in self.layers)
         is_free = isinstance(targets, str) or module in targets or is_in_layers
         is_in = is_free and is_named(targets, module)
         if not is_in or is_named(self.excluded or (), module):

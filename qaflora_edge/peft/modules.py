@@ -256,17 +256,17 @@ def _parameter_names(config: PeftConfig, modules: Iterable[str]) -> Mapping[str,
             owner = owner.removesuffix(_BASE_LAYER)
         wrapped.setdefault(owner, []).append(module)
     names = {}
-    for owner, found in wrapped.items():
+    for owner, wrappers in wrapped.items():
         named = [name for name in last_parts if is_named(targets, f"{owner}.{name}")]
         parameters = _in_order(config, owner, named)
         if not parameters:
             continue
-        if len(parameters) != len(found):
+        if len(parameters) != len(wrappers):
             raise config.mismatch(
                 f"target_parameters names {len(parameters)} parameters of module {owner} "
-                f"({', '.join(parameters)}), and {len(found)} have tensors; expected as many"
+                f"({', '.join(parameters)}), and {len(wrappers)} have tensors; expected as many"
             )
-        innermost_first = sorted(found, key=len, reverse=True)
+        innermost_first = sorted(wrappers, key=len, reverse=True)
         for module, parameter in zip(innermost_first, parameters, strict=True):
             names[module] = f"{owner}.{parameter}"
     return names

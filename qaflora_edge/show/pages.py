@@ -64,8 +64,8 @@ def _page(template: str, style: str, script: str = "", **values: Any) -> str:
         f"default-src 'none'; style-src '{allowing(style)}'; script-src '{allowing(script)}'; "
         "base-uri 'none'; form-action 'none'"
     )
-    own = {"style": Markup(style), "script": Markup(script), "policy": Markup(policy)}
-    return _render(template, **own, **values)
+    parts = {"style": Markup(style), "script": Markup(script), "policy": Markup(policy)}
+    return _render(template, **parts, **values)
 
 
 # weights
@@ -92,9 +92,11 @@ def weights_page(labelled: Sequence[tuple[str, str, FusionWeights]], subject: st
             "layers": [text.layer_ranges(layers) for layers in text.leading_layers(fusion)],
         }
         sections.append(section)
-    told = {"subject": subject, "how": text.facts(fusions), "sections": sections, **_scale(fusions)}
+    facts = {"subject": subject, "how": text.facts(fusions), "sections": sections}
     style, script = _asset("weights.css"), _asset("weights.js")
-    return _page("weights.html.j2", style, script, title="qaflora weights", **told)
+    return _page(
+        "weights.html.j2", style, script, title="qaflora weights", **facts, **_scale(fusions)
+    )
 
 
 def _scale(fusions: Sequence[FusionWeights]) -> dict[str, Any]:
@@ -118,8 +120,13 @@ def _panel(fusion: FusionWeights, ends: tuple[float, float]) -> dict[str, Any]:
             what = fusion.measured
             title += f"\n{what.name} {float(fusion.divergence[row, layer]):.3g}{what.unit}"
         share = max(0.0, min(1.0, (weight - ends[0]) / (ends[1] - ends[0])))
-        x, is_lead = left + layer * CELL_WIDTH, layer in leads[row]
-        return {"x": x, "share": share, "title": title, "weight": weight, "is_lead": is_lead}
+        return {
+            "x": left + layer * CELL_WIDTH,
+            "share": share,
+            "title": title,
+            "weight": weight,
+            "is_lead": layer in leads[row],
+        }
 
     rows = [
         {
@@ -136,7 +143,9 @@ def _panel(fusion: FusionWeights, ends: tuple[float, float]) -> dict[str, Any]:
 
 def notebook_html(fusion: FusionWeights) -> str:
     """Show weights in a notebook: how they came about, and layers or what decided."""
-    words = [text.facts([fusion])] + [text.why(fusion)] * bool(text.why(fusion))
+    words = [text.facts([fusion])]
+    if reason := text.why(fusion):
+        words.append(reason)
     drawn = {"rows": text.reason_rows(fusion), "panel": _panel(fusion, text.scale([fusion]))}
     return _render("notebook.html.j2", words=words, **drawn, **_scale([fusion]))
 
@@ -148,12 +157,14 @@ def picture(labelled: Sequence[tuple[str, FusionWeights]], subject: str) -> str:
     subject   names of bundle and base, which stand above the panels
     """
     fusions = [fusion for _, fusion in labelled]
-    shown = [_panel(fusion, text.scale(fusions)) for fusion in fusions]
-    width, y = max(460, *(each["width"] for each in shown)), 64
+    drawn = [_panel(fusion, text.scale(fusions)) for fusion in fusions]
+    width = max(460, *(panel["width"] for panel in drawn))
+    y = 64
     panels = []
-    for (label, _), each in zip(labelled, shown, strict=True):
-        panels.append({"label": text.crop(label, width, text.len_pixels), "y": y, "panel": each})
-        y += each["bottom"] + 56
+    for (label, _), panel in zip(labelled, drawn, strict=True):
+        line = text.crop(label, width, text.len_pixels)
+        panels.append({"label": line, "y": y, "panel": panel})
+        y += panel["bottom"] + 56
     about = text.crop(subject, width, text.len_pixels)
     size = {"width": width + 32, "height": y + 36, "subject": about, "how": text.facts(fusions)}
     return _render("picture.svg.j2", panels=panels, **size, **_scale(fusions))
@@ -165,10 +176,12 @@ def picture(labelled: Sequence[tuple[str, FusionWeights]], subject: str) -> str:
 Bar = tuple[str, float, float, float]
 
 
-def results_page(title: str, told: Mapping[str, object], tasks: Sequence[Mapping[str, Any]]) -> str:
+def results_page(
+    title: str, facts: Mapping[str, object], tasks: Sequence[Mapping[str, Any]]
+) -> str:
     """Draw the page of `qaflora eval`: bars, and every item to open.
 
-    told   how the evaluation was run
+    facts  how the evaluation was run
     tasks  of each `name` and `metric`; `heads` of the columns, the score's first, then those of
            differences; `lines`: strategy -> a Bar or None for each column; `entries`: `index`,
            `title`, `question`, `expected`, and `answers`: `strategy`, `score`, `mix`, `text`
@@ -178,22 +191,26 @@ def results_page(title: str, told: Mapping[str, object], tasks: Sequence[Mapping
         columns = enumerate(zip(*task["lines"].values(), strict=True))
         bars = zip(*(_places(bars, is_difference=at > 0) for at, bars in columns), strict=True)
         sections.append({**task, "lines": dict(zip(task["lines"], bars, strict=True))})
-    return _page("results.html.j2", _asset("results.css"), title=title, facts=told, tasks=sections)
+    return _page("results.html.j2", _asset("results.css"), title=title, facts=facts, tasks=sections)
 
 
 def _places(bars: Iterable[Bar | None], *, is_difference: bool) -> list[dict[str, Any]]:
     """Place a column's bars in per cent of its width: from 0 for scores, around 0 for others."""
-    known = [bar if bar and not math.isnan(bar[1]) else None for bar in bars]
-    ends = [abs(end) for bar in known if bar for end in bar[1:] if not math.isnan(end)]
-    most = max(ends, default=0.0) or 1.0
+    drawn = [bar if bar and not math.isnan(bar[1]) else None for bar in bars]
+    ends = [end for bar in drawn if bar for end in bar[1:]]
+    most = max((abs(end) for end in ends if not math.isnan(end)), default=0.0) or 1.0
     start = -most if is_difference else 0.0
 
     def place(bar: Bar) -> dict[str, Any]:
         written, value, *ends = bar
         low, high = (value if math.isnan(end) else end for end in ends)
-        kind = "better" if ends[0] > 0 else "worse" if ends[1] < 0 else ""
+        kind = ""
+        if is_difference and ends[0] > 0:
+            kind = "better"
+        elif is_difference and ends[1] < 0:
+            kind = "worse"
         places = {"zero": 0.0, "value": value, "low": low, "high": high}
         at = {key: round(4 + 92 * (x - start) / (most - start), 1) for key, x in places.items()}
-        return {"text": written, "kind": kind if is_difference else "", **at}
+        return {"text": written, "kind": kind, **at}
 
-    return [place(bar) if bar else {"text": ""} for bar in known]
+    return [place(bar) if bar else {"text": ""} for bar in drawn]

@@ -128,8 +128,8 @@ def why(fusion: FusionWeights) -> str:
     """Say what decided, or that the base answers alone; "" where layers show it."""
     if fusion.because or fusion.weights.any():
         return fusion.because
-    found = "No adapter weighs anything" if fusion.adapters else "There are no adapters"
-    return f"{found}: the base answers alone."
+    cause = "No adapter weighs anything" if fusion.adapters else "There are no adapters"
+    return f"{cause}: the base answers alone."
 
 
 def reason_rows(fusion: FusionWeights) -> list[list[str]]:
@@ -157,7 +157,7 @@ def facts(fusions: Sequence[FusionWeights]) -> str:
     first = fusions[0]
     parts = [f"strategy {first.strategy}"]
     if first.divergence is not None:
-        parts += [f"{each} {getattr(first, each)}" for each in first.measured.reads]
+        parts += [f"{option} {getattr(first, option)}" for option in first.measured.reads]
     if len(fusions) == 1:
         parts.append(f"{first.prompt_tokens} prompt tokens")
         parts += [f"probe {first.probe_ms:.0f} ms"] * (first.probe_ms > 0)
@@ -232,8 +232,8 @@ def print_heatmap(
         if label:
             console.print(crop(label, console.width), style="bold")
         console.print(visible(who_spoke(fusion)))
-        if told := why(fusion):
-            console.print(visible(told))
+        if reason := why(fusion):
+            console.print(visible(reason))
         if fusion.weights.any() or fusion.why:
             console.print()
             table = [[crop(visible(name), NAME_MAX), *row] for name, *row in reason_rows(fusion)]
