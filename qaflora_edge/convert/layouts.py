@@ -216,11 +216,30 @@ def _in_halves(n_row: int) -> Index:
     return np.arange(n_row).reshape(2, -1)
 
 
+# The layouts that ARCH_FACTS names.
+_BY_NAME: Mapping[str, Layout] = {
+    layout.__name__: layout
+    for layout in (
+        as_is,
+        rope_pairs,
+        grouped_qkv,
+        glm4_rows,
+        packed_rope_pairs,
+        grouped_rope_pairs,
+        granite_rows,
+        qwen3next_rows,
+        qwen35_rows,
+    )
+}
+
+
+def _layout(named: str | Mapping[str, tuple[str, str]]) -> Layout:
+    return _BY_NAME[named] if isinstance(named, str) else halves(**named)
+
+
 # general.architecture -> how its modules lie
 ARCHITECTURES: Mapping[str, Layout] = {
-    name: globals()[facts.layout] if isinstance(facts.layout, str) else halves(**facts.layout)
-    for name, facts in ARCH_FACTS.items()
-    if facts.layout
+    name: _layout(facts.layout) for name, facts in ARCH_FACTS.items() if facts.layout
 }
 # Those whose experts may be adapted: in HF and in a GGUF alike, each has gate, up and down.
 MIXTURES = tuple(name for name, facts in ARCH_FACTS.items() if facts.experts)
