@@ -28,9 +28,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from server_process import started
-
-from qaflora_edge.bench.parts import status_bytes
+from server_process import started, status_bytes
 
 N_SILENT = 1000
 SILENT_S = 70.0  # the server closes what is silent for a minute

@@ -29,9 +29,8 @@ from typing import Any
 import gguf
 import httptools
 import numpy as np
-from server_process import started
+from server_process import started, status_bytes
 
-from qaflora_edge.bench.parts import status_bytes
 from qaflora_edge.bundles.create import create_bundle
 from qaflora_edge.hub.fetch import fetch_model
 

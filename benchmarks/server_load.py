@@ -33,9 +33,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from server_process import started
-
-from qaflora_edge.bench.parts import status_bytes
+from server_process import started, status_bytes
 
 TIMEOUT_S = 600  # of a request, after which the server ends it
 PATIENCE_S = TIMEOUT_S + 180  # a machine may be busy with other things, or stand still

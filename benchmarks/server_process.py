@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import re
 import shlex
 import socket
 import subprocess
@@ -65,3 +66,13 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def status_bytes(field: str, pid: int | str = "self") -> int | None:
+    """A size in Linux's account of a process; unlike ru_maxrss it knows no parent's peak."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return None
+    match = re.search(rf"^{field}:\s+(\d+) kB$", text, re.M)
+    return 1024 * int(match[1]) if match else None

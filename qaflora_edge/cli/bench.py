@@ -18,8 +18,7 @@ from qaflora_edge.show.text import columns
 if TYPE_CHECKING:
     from qaflora_edge.bundles.open import Opened
 
-# Memory is short, and may refuse an option.
-PARTS = ("memory", "callers", "decode", "draft", "ttft")
+PARTS = ("callers", "decode", "draft", "ttft")
 Row = Mapping[str, Any]
 
 
@@ -75,7 +74,7 @@ def bench(
     to the first token under several strategies, each with a prompt of its own, as a multiple of
     the base's prefill (plain). callers: decoding for --callers at once, each with a mix of
     its own, next to the base in one batch. draft: decoding with guessed tokens, of decoding without
-    them, for tasks that copy from the prompt and for prose. memory: the peak of one answer.
+    them, for tasks that copy from the prompt and for prose.
     """
     from qaflora_edge.bundles.open import load_bundle
 
@@ -100,7 +99,7 @@ def bench(
 def _measured(
     loaded: Opened, options: SharedOptions, only: Sequence[str], sizes: dict[str, Any]
 ) -> dict[str, Any]:
-    """Measure the rows of each part; an object for memory."""
+    """Measure the rows of each part."""
     from qaflora_edge.bench import parts
     from qaflora_edge.engine import Engine
 
@@ -112,9 +111,6 @@ def _measured(
     measured: dict[str, Any] = {}
     rig = parts.Rig(loaded.base_path, adapters, given, options.seed or 0)
     with rig, progress_bars() as tell:
-        if "memory" in only:
-            tokens = rig.draw(longest)
-            measured["memory"] = parts.measure_memory(loaded.place, tokens, plan.max_tokens, given)
         if "callers" in only:
             many = given | {"n_parallel": most}
             alone = Engine(base=loaded.base_path, **many | {"strategy": None})
@@ -169,7 +165,7 @@ def _table(result: Row) -> Iterator[str]:
     yield f"{result['base']}, {_mb(result['base_bytes'])}; adapters: {adapters}"
     yield f"{result['cpu']}, {result['threads']} threads; {result['library']['build_info']}"
     yield f"medians of {result['repeat']} interleaved runs (lowest-highest); ratios within a run"
-    for part in PARTS[1:]:
+    for part in PARTS:
         for length, group in groupby(result.get(part, ()), lambda row: row.get("prompt_tokens")):
             rows = list(group)
             keys = [key for key, value in rows[-1].items() if isinstance(value, dict)]
@@ -178,8 +174,6 @@ def _table(result: Row) -> Iterator[str]:
             title = f"{part}, prompt {length} tokens" if length else part
             table = [(row["name"], *(_cell(row, key) for key in keys)) for row in rows]
             yield from ("", *columns([(title, *titles), *table]))
-    for name, n_bytes in result.get("memory", {}).items():
-        yield f"memory, {name.removesuffix('_bytes')}: {_mb(n_bytes)}"
 
 
 def _cell(row: Row, key: str) -> str:
