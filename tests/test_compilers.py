@@ -11,6 +11,7 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"]
 X86_SETS = {
     "qaflora-cpu-avx2": AVX2,
     "qaflora-cpu-avx512": AVX512,
+    "qaflora-cpu-avxvnni": [*AVX2, "-mavxvnni"],
     "qaflora-cpu-avx512vnni": [*AVX512, "-mavx512vnni"],
 }
 WARNINGS = ["-Wall", "-Wextra", "-Wpedantic", "-Wcast-qual", "-Wvla", "-Werror"]

@@ -37,7 +37,7 @@ QWEN = (
 MERGES = ("t h", "i n", "e r", "Ġ t", "Ġt h", "th e", "o n", "Ġ a", "r e", "Ġth e", "in g", "a n")
 # The kernels of adapters of an architecture: those that all of its processors run, and others.
 PLAIN_KERNELS, *MORE_KERNELS = {"aarch64": ["neon"], "arm64": ["neon"]}.get(
-    platform.machine(), ["portable", "avx2", "avx512", "avx512vnni"]
+    platform.machine(), ["portable", "avx2", "avx512", "avxvnni", "avx512vnni"]
 )
 CONTROLS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 BOS, EOS = "<|endoftext|>", "<|im_end|>"

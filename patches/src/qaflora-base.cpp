@@ -6,7 +6,6 @@
 #include "llama-model.h"
 
 #include <cstdio>
-#include <cstring>
 
 ggml_tensor * qaflora_base_tensor(const llama_model & model, const std::string & name) {
     if (name == "output.weight") {
@@ -69,25 +68,21 @@ bool qaflora_has_matmul(const qaflora_kernels * kernels, const ggml_tensor * w) 
     return kernels && kernels->matmul && qaflora_is_on_cpu(w) && ggml_backend_buffer_is_host(w->buffer) && qaflora_matrix_of(w).type != QAFLORA_MATRIX_OTHER;
 }
 
-// llama.cpp leaves AMX out where the processor or the system lacks it
-static bool has_amx() {
-    ggml_backend_dev_t dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-    auto * get = dev ? (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(
-        ggml_backend_dev_backend_reg(dev), "ggml_backend_dev_get_extra_bufts") : nullptr;
-    for (auto * buft = get ? get(dev) : nullptr; buft && *buft; ++buft) {
-        if (strcmp(ggml_backend_buft_name(*buft), "AMX") == 0) {
-            return true;
-        }
-    }
-    return false;
-}
-
 int32_t qaflora_has_products(void) {
     try {
-        return qaflora_has_kernels() && qaflora_best_kernels().matmul && !has_amx();
+        return qaflora_has_kernels() && qaflora_best_kernels().matmul;
     } catch (const std::exception & err) {
         qaflora_set_error(err.what()); // qaflora_pack_init() fails of it too
         return 0;
+    }
+}
+
+const char * qaflora_kernels_name(void) {
+    try {
+        return qaflora_has_kernels() ? qaflora_best_kernels().name : "ggml";
+    } catch (const std::exception & err) {
+        qaflora_set_error(err.what());
+        return nullptr;
     }
 }
 

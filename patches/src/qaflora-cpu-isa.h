@@ -14,7 +14,7 @@ namespace QAFLORA_ISA {
 
 static const qaflora_kernels kernels = {
     QAFLORA_ISA_NAME, rank_product, add_delta, subtract_base, rounding_power, split, add_rows,
-    matmul_rounded_size, matmul_room_size, matmul_round, matmul, MATMUL_TAKES_FEW, accumulate
+    matmul_rounded_size, matmul_room_size, matmul_round, matmul, accumulate
 };
 
 } // namespace QAFLORA_ISA

@@ -15,7 +15,7 @@ namespace QAFLORA_ISA {
 
 // a block of MM_ROWS rows
 struct mm_rows {
-    mm_number x[MM_STEPS][MM_ROWS][MM_STEP];
+    int8_t    x[MM_GROUPS][MM_ROWS][4];
     int32_t   begin[3][MM_ROWS]; // sums over the block, and over its halves, times -1
     float     scale[MM_ROWS];
     float     sum[MM_ROWS];      // of the rounded numbers
@@ -23,7 +23,7 @@ struct mm_rows {
 
 // a block of W outputs
 struct mm_outputs {
-    mm_number w[MM_STEPS][W][MM_STEP];
+    uint8_t   w[MM_GROUPS][W][4];
     float     scale[2][W]; // of each half, if they have their own
     float     min[W];      // what the numbers begin at, if not 0
 };
@@ -54,10 +54,8 @@ static inline void mm_round_block(const float * x, int64_t i, mm_rows * dst) {
         }
         half[h] = i_sum(sum);
     }
-    for (int j = 0; j < MM_STEPS; ++j) {
-        for (int k = 0; k < MM_STEP; ++k) {
-            dst->x[j][i][k] = q[mm_place(j, k)];
-        }
+    for (int j = 0; j < MM_GROUPS; ++j) {
+        memcpy(dst->x[j][i], q + 4*j, 4);
     }
     dst->begin[0][i] = -(half[0] + half[1]);
     dst->begin[1][i] = -half[0];
@@ -108,7 +106,7 @@ template <typename T> static void mm_gather(const uint8_t * w, int64_t n_block, 
         }
         T::numbers(w, stride, ib, words, kept, numbers);
         for (int j = 0; j < MM_GROUPS; ++j) {
-            mm_store(&dst->w[0][0][0] + j*4*W, numbers[j]);
+            i_store(dst->w[j], numbers[j]);
         }
         T::scales(words, ib % MM_AHEAD, scale, &min);
         for (int i = 0; i < T::N_SCALE; ++i) {
@@ -120,8 +118,16 @@ template <typename T> static void mm_gather(const uint8_t * w, int64_t n_block, 
     }
 }
 
+// group j of row i, for each of W outputs
+static inline ivec mm_group(const mm_rows & rows, int j, int i) {
+    int32_t x;
+    memcpy(&x, rows.x[j][i], sizeof(x));
+    return i_set1(x);
+}
+
 // y [MM_ROWS] of W outputs
 template <typename T> static inline void mm_product(const mm_outputs * outputs, const mm_rows * rows, int64_t n_block, vec * y) {
+    enum { N_ADDED = mm_n_added<T>::N };
     for (int i = 0; i < MM_ROWS; ++i) {
         y[i] = v_zero();
     }
@@ -132,12 +138,19 @@ template <typename T> static inline void mm_product(const mm_outputs * outputs, 
             for (int i = 0; i < MM_ROWS; ++i) {
                 sum[i] = i_set1(T::OFFSET*begin[i]);
             }
-            for (int j = MM_STEPS*part/T::N_SCALE; j < MM_STEPS*(part + 1)/T::N_SCALE; ++j) {
-                const ivec w = i_load(outputs[ib].w[j]);
+            for (int j = MM_GROUPS*part/T::N_SCALE; j < MM_GROUPS*(part + 1)/T::N_SCALE; j += N_ADDED) {
+                ivec added[MM_ROWS];
                 for (int i = 0; i < MM_ROWS; ++i) {
-                    int32_t x;
-                    memcpy(&x, rows[ib].x[j][i], sizeof(x));
-                    sum[i] = mm_dot(sum[i], w, i_set1(x));
+                    added[i] = mm_part(sum[i]);
+                }
+                for (int k = 0; k < N_ADDED; ++k) {
+                    const ivec w = i_load(outputs[ib].w[j + k]);
+                    for (int i = 0; i < MM_ROWS; ++i) {
+                        added[i] = mm_dot<T>(added[i], w, mm_group(rows[ib], j + k, i));
+                    }
+                }
+                for (int i = 0; i < MM_ROWS; ++i) {
+                    sum[i] = mm_add(sum[i], added[i]);
                 }
             }
             const vec scale = v_load(outputs[ib].scale[part]);
@@ -154,12 +167,11 @@ template <typename T> static inline void mm_product(const mm_outputs * outputs, 
     }
 }
 
-#if defined(__AVX512VNNI__)
-
 // What mm_gather() and mm_product() find, the same bits, without storing what rows are multiplied with: the quicker way up to FEW of them.
-enum { MATMUL_TAKES_FEW = 1, FEW = MM_ROWS };
+enum { FEW = MM_ROWS };
 
 template <typename T, int N> static inline void mm_few_product(const uint8_t * w, const mm_rows * rows, int64_t n_block, vec * y) {
+    enum { N_ADDED = mm_n_added<T>::N };
     const size_t stride = T::block(n_block);
     mm_words words = {};
     ivec kept[T::N_KEPT] = {};
@@ -178,10 +190,12 @@ template <typename T, int N> static inline void mm_few_product(const uint8_t * w
         for (int i = 0; i < N; ++i) {
             for (int part = 0; part < T::N_SCALE; ++part) {
                 ivec sum = i_set1(T::OFFSET*rows[ib].begin[T::N_SCALE == 1 ? 0 : 1 + part][i]);
-                for (int j = MM_GROUPS*part/T::N_SCALE; j < MM_GROUPS*(part + 1)/T::N_SCALE; ++j) {
-                    int32_t x;
-                    memcpy(&x, rows[ib].x[j][i], sizeof(x));
-                    sum = mm_dot(sum, numbers[j], i_set1(x));
+                for (int j = MM_GROUPS*part/T::N_SCALE; j < MM_GROUPS*(part + 1)/T::N_SCALE; j += N_ADDED) {
+                    ivec added = mm_part(sum);
+                    for (int k = 0; k < N_ADDED; ++k) {
+                        added = mm_dot<T>(added, numbers[j + k], mm_group(rows[ib], j + k, i));
+                    }
+                    sum = mm_add(sum, added);
                 }
                 y[i] = v_fma(i_to_float(sum), v_mul(scale[part], v_set1(rows[ib].scale[i])), y[i]);
             }
@@ -191,13 +205,6 @@ template <typename T, int N> static inline void mm_few_product(const uint8_t * w
         }
     }
 }
-
-#else
-
-enum { MATMUL_TAKES_FEW = 0, FEW = 0 };
-template <typename T, int N> static inline void mm_few_product(const uint8_t *, const mm_rows *, int64_t, vec *) {}
-
-#endif
 
 // W outputs of each row
 template <typename T> static void mm_few_tile(const uint8_t * w, const mm_rows * rows, int64_t n_block, int64_t n_row, vec * y) {
@@ -209,7 +216,7 @@ template <typename T> static void mm_few_tile(const uint8_t * w, const mm_rows *
         case 5:
         case 6:  mm_few_product<T, 6>(w, rows, n_block, y); break;
         case 7:
-        case 8:  mm_few_product<T, 8>(w, rows, n_block, y); break;
+        case 8:  mm_few_product<T, MM_ROWS < 8 ? MM_ROWS : 8>(w, rows, n_block, y); break;
         default: mm_few_product<T, MM_ROWS>(w, rows, n_block, y);
     }
 }
@@ -259,7 +266,6 @@ static void matmul(const qaflora_matrix & m, int64_t begin, int64_t end, const v
 
 #else
 
-enum { MATMUL_TAKES_FEW = 0 };
 static size_t (* const matmul_rounded_size)(int64_t, int64_t) = nullptr;
 static size_t (* const matmul_room_size)(int64_t) = nullptr;
 static void (* const matmul_round)(const float *, int64_t, int64_t, void *, int, int) = nullptr;

@@ -90,6 +90,7 @@ static inline ivec i_low_64 (ivec x, ivec y) { return _mm256_unpacklo_epi64(x, y
 static inline ivec i_high_64(ivec x, ivec y) { return _mm256_unpackhi_epi64(x, y); }
 static inline ivec i_and(ivec x, ivec y)     { return _mm256_and_si256(x, y); }
 static inline ivec i_or (ivec x, ivec y)     { return _mm256_or_si256(x, y); }
+static inline ivec i_xor(ivec x, ivec y)     { return _mm256_xor_si256(x, y); }
 static inline ivec i_left (ivec x, int n)    { return _mm256_sllv_epi32(x, _mm256_set1_epi32(n)); }
 static inline ivec i_right(ivec x, int n)    { return _mm256_srlv_epi32(x, _mm256_set1_epi32(n)); }
 static inline ivec i_shift(ivec x, int n)    { return n < 0 ? i_left(x, -n) : i_right(x, n); }
@@ -126,42 +127,53 @@ static inline void i_turn(const uint8_t * p, size_t stride, ivec * turned) {
     turned[3] = i_high_64(i_high_32(x0, x1), i_high_32(x2, x3));
 }
 
-#if defined(__AVX512VNNI__)
+// Bytes of W times bytes of x, in groups of 4: mm_dot() adds a group to part of a sum, mm_add() such a part of up to N_ADDED groups to all.
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 
-// bytes of W have no sign
-typedef int8_t mm_number;
+// bytes of W have no sign; a part goes on with the sum so far
 enum { MM_HALF = 128 };
+template <typename T> struct mm_n_added { enum { N = MM_GROUPS/T::N_SCALE }; };
 
-static inline int  mm_place(int step, int k)        { return 4*step + k; } // of a number in its block
-static inline ivec mm_unsigned(ivec w)               { return i_xor(w, _mm512_set1_epi8((char) MM_HALF)); }
-static inline void mm_store(mm_number * p, ivec w)  { i_store(p, w); }
-static inline ivec mm_dot(ivec sum, ivec w, ivec x)  { return _mm512_dpbusd_epi32(sum, w, x); }
+static inline ivec mm_unsigned(ivec w)              { return i_xor(w, i_set1((int32_t) 0x80808080)); }
+static inline ivec mm_part(ivec sum)                { return sum; }
+static inline ivec mm_add(ivec, ivec part)          { return part; }
+template <typename T> static inline ivec mm_dot(ivec part, ivec w, ivec x) {
+#if defined(__AVX512VNNI__)
+    return _mm512_dpbusd_epi32(part, w, x);
+#else
+    return _mm256_dpbusd_avx_epi32(part, w, x);
+#endif
+}
 
 #else
 
-// bytes are multiplied as numbers of 16 bits, the 1st and 3rd of a group, and then the 2nd and 4th
-typedef int16_t mm_number;
+// a part is of 16 bits, which N_ADDED groups do not exceed; bytes of W that have a sign give it to x
 enum { MM_HALF = 0 };
+template <typename T> struct mm_n_added { enum { N = T::N_ADDED }; };
 
 static inline ivec mm_unsigned(ivec w) { return w; }
-static inline int mm_place(int step, int k) { return step/2*4 + step % 2 + 2*k; } // of a number in its block
+static inline ivec mm_part(ivec)       { return i_set1(0); }
 #if defined(__AVX512F__)
-static inline void mm_store(mm_number * p, ivec w) {
-    i_store(p, _mm512_srai_epi16(_mm512_slli_epi16(w, 8), 8));
-    i_store(p + 2*W, _mm512_srai_epi16(w, 8));
+static inline ivec mm_add(ivec sum, ivec part) { return _mm512_add_epi32(sum, _mm512_madd_epi16(part, _mm512_set1_epi16(1))); }
+template <typename T> static inline ivec mm_dot(ivec part, ivec w, ivec x) {
+    if (T::IS_SIGNED) {
+        x = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w), i_set1(0), x);
+        w = _mm512_abs_epi8(w);
+    }
+    return _mm512_add_epi16(part, _mm512_maddubs_epi16(w, x));
 }
-static inline ivec mm_dot(ivec sum, ivec w, ivec x) { return _mm512_add_epi32(sum, _mm512_madd_epi16(w, x)); }
 #else
-static inline void mm_store(mm_number * p, ivec w) {
-    i_store(p, _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8));
-    i_store(p + 2*W, _mm256_srai_epi16(w, 8));
+static inline ivec mm_add(ivec sum, ivec part) { return _mm256_add_epi32(sum, _mm256_madd_epi16(part, _mm256_set1_epi16(1))); }
+template <typename T> static inline ivec mm_dot(ivec part, ivec w, ivec x) {
+    if (T::IS_SIGNED) {
+        x = _mm256_sign_epi8(x, w);
+        w = _mm256_abs_epi8(w);
+    }
+    return _mm256_add_epi16(part, _mm256_maddubs_epi16(w, x));
 }
-static inline ivec mm_dot(ivec sum, ivec w, ivec x) { return _mm256_add_epi32(sum, _mm256_madd_epi16(w, x)); }
 #endif
 
 #endif
-
-enum { MM_STEP = 4/sizeof(mm_number), MM_STEPS = MM_BLOCK/MM_STEP };
 
 // What blocks begin with, of W outputs and neighbouring blocks. Copied one by one: a gather takes longer.
 enum { MM_AHEAD = 8 };
@@ -187,7 +199,8 @@ static inline void mm_numbers_4(const uint8_t * w, size_t stride, ivec * n) {
 }
 
 //
-// how types store a block of 32 numbers: scale*(number - OFFSET) + min, with a scale for all or for each half
+// how types store a block of 32 numbers: scale*(number - OFFSET) + min, with a scale for all or for each half. N_ADDED groups of 4
+// numbers times 127 are below 2^15, two and two
 //
 
 // w: W outputs, stride bytes apart. copy() takes what the following n blocks begin with, then numbers() is called for each of
@@ -203,7 +216,7 @@ template <int N_BYTE> struct mm_plain { // blocks of N_BYTE bytes, which begin w
 };
 
 struct q8_0_matrix : mm_plain<34> {
-    enum { N_SCALE = 1, HAS_MIN = 0, OFFSET = MM_HALF, N_KEPT = 1 };
+    enum { N_SCALE = 1, HAS_MIN = 0, OFFSET = MM_HALF, N_KEPT = 1, IS_SIGNED = 1, N_ADDED = 1 };
     static void numbers(const uint8_t * w, size_t stride, int64_t ib, const mm_words &, ivec *, ivec * n) {
         i_turn(w + block(ib) + 2,  stride, n);
         i_turn(w + block(ib) + 18, stride, n + 4);
@@ -214,14 +227,14 @@ struct q8_0_matrix : mm_plain<34> {
 };
 
 struct q4_0_matrix : mm_plain<18> {
-    enum { N_SCALE = 1, HAS_MIN = 0, OFFSET = 8, N_KEPT = 1 };
+    enum { N_SCALE = 1, HAS_MIN = 0, OFFSET = 8, N_KEPT = 1, IS_SIGNED = 0, N_ADDED = 8 };
     static void numbers(const uint8_t * w, size_t stride, int64_t ib, const mm_words &, ivec *, ivec * n) {
         mm_numbers_4(w + block(ib) + 2, stride, n);
     }
 };
 
 struct q4_1_matrix : mm_plain<20> {
-    enum { N_SCALE = 1, HAS_MIN = 1, OFFSET = 0, N_KEPT = 1 };
+    enum { N_SCALE = 1, HAS_MIN = 1, OFFSET = 0, N_KEPT = 1, IS_SIGNED = 0, N_ADDED = 8 };
     static void scales(const mm_words & words, int64_t i, vec * scale, vec * min) {
         const ivec both = i_load(words.of[i][0]);
         scale[0] = i_halves(both);
@@ -234,7 +247,7 @@ struct q4_1_matrix : mm_plain<20> {
 
 // 4 bytes of fifth bits stand before the others
 struct q5_0_matrix : mm_plain<22> {
-    enum { N_SCALE = 1, HAS_MIN = 0, OFFSET = 16, N_KEPT = 1 };
+    enum { N_SCALE = 1, HAS_MIN = 0, OFFSET = 16, N_KEPT = 1, IS_SIGNED = 0, N_ADDED = 4 };
     static void copy(const uint8_t * w, size_t stride, int64_t n, mm_words & words) {
         for (int64_t i = 0; i < n; ++i) {
             mm_copy(w + block(i),     stride, words.of[i][0]);
@@ -255,7 +268,7 @@ struct q5_0_matrix : mm_plain<22> {
 // 256 numbers: a scale and one of minima for all, then for each of 8 blocks 6 bits of both, in 12 bytes; for FIVE bits the fifth
 // ones; then 128 bytes of 4 bits
 template <bool FIVE> struct k_matrix {
-    enum { N_SCALE = 1, HAS_MIN = 1, OFFSET = 0, N_KEPT = FIVE ? 16 : 8 };
+    enum { N_SCALE = 1, HAS_MIN = 1, OFFSET = 0, N_KEPT = FIVE ? 16 : 8, IS_SIGNED = 0, N_ADDED = FIVE ? 4 : 8 };
     static size_t block(int64_t ib) { return ib/8*(FIVE ? 176 : 144); }
     static void copy(const uint8_t * w, size_t stride, int64_t, mm_words & words) {
         ivec turned[4];
@@ -305,7 +318,7 @@ typedef k_matrix<true>  q5_k_matrix;
 
 // 256 numbers: 128 bytes of 4 bits, 64 of 2 bits, 16 scales and one for all
 struct q6_k_matrix {
-    enum { N_SCALE = 2, HAS_MIN = 0, OFFSET = 32, N_KEPT = 24 };
+    enum { N_SCALE = 2, HAS_MIN = 0, OFFSET = 32, N_KEPT = 24, IS_SIGNED = 0, N_ADDED = 2 };
     static size_t block(int64_t ib) { return ib/8*210; }
     static void copy(const uint8_t * w, size_t stride, int64_t, mm_words & words) {
         ivec turned[4]; // scales of two blocks each

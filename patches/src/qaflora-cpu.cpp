@@ -11,6 +11,8 @@
 #define WIN32_LEAN_AND_MEAN
 #include <windows.h>
 #include <intrin.h>
+#elif defined(__x86_64__) || defined(__i386__)
+#include <cpuid.h>
 #endif
 
 static bool cpu_has_avx2() {
@@ -46,6 +48,23 @@ static bool cpu_has_avx512vnni() {
 #endif
 }
 
+// 256 bits, as processors without AVX-512 have them
+static bool cpu_has_avxvnni() {
+#if defined(_MSC_VER) && (defined(_M_X64) || defined(_M_IX86))
+    int leaf_7[4]; // eax, ebx, ecx, edx
+    __cpuidex(leaf_7, 7, 1);
+    return cpu_has_avx2() && (leaf_7[0] >> 4 & 1);
+#elif defined(__x86_64__) || defined(__i386__)
+    unsigned eax = 0; // not all compilers' __builtin_cpu_supports() know it
+    unsigned ebx = 0;
+    unsigned ecx = 0;
+    unsigned edx = 0;
+    return cpu_has_avx2() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1);
+#else
+    return false;
+#endif
+}
+
 static std::string asked_for() {
     const char * name = getenv("QAFLORA_CPU_KERNELS");
     return name ? name : "";
@@ -54,6 +73,7 @@ static std::string asked_for() {
 static const qaflora_kernels & choose(const std::string & name) {
     const qaflora_kernels * found[] = {
         cpu_has_avx512vnni() ? qaflora_kernels_avx512vnni() : nullptr,
+        cpu_has_avxvnni()    ? qaflora_kernels_avxvnni()    : nullptr,
         cpu_has_avx512()     ? qaflora_kernels_avx512()     : nullptr,
         cpu_has_avx2()       ? qaflora_kernels_avx2()       : nullptr,
         qaflora_kernels_portable(),

@@ -115,7 +115,6 @@ struct qaflora_kernels {
     size_t (*matmul_room_size)(int64_t n_in);
     void   (*matmul_round)(const float * x, int64_t n_row, int64_t n_in, void * rounded, int ith, int nth);
     void   (*matmul)(const qaflora_matrix & m, int64_t begin, int64_t end, const void * rounded, int64_t n_row, float * y, int64_t stride, void * room);
-    bool   matmul_takes_few; // whether it is the quicker one for few rows too, and not for many only
 
     // one more slice of a vocabulary: logits of the base z [n], their differences d [n_adapter, stride]; p [n] is room to work in
     void (*accumulate)(qaflora_divergence_sums & sums, int64_t n_adapter, const float * z, const float * d, int64_t stride, int64_t n, double * p);
@@ -125,11 +124,12 @@ const qaflora_kernels * qaflora_kernels_portable(); // NEON where there is
 
 // null where they were not compiled
 const qaflora_kernels * qaflora_kernels_avx2();
+const qaflora_kernels * qaflora_kernels_avxvnni();
 const qaflora_kernels * qaflora_kernels_avx512();
 const qaflora_kernels * qaflora_kernels_avx512vnni();
 
 // The fastest of this processor, or the one that the environment variable QAFLORA_CPU_KERNELS names
-// (avx512vnni, avx512, avx2, neon, portable); throws std::runtime_error if this processor or build lacks it.
+// (avx512vnni, avxvnni, avx512, avx2, neon, portable); throws std::runtime_error if this processor or build lacks it.
 const qaflora_kernels & qaflora_best_kernels();
 
 // false under QAFLORA_CPU_KERNELS=ggml: ggml's own operations are used, as on a GPU

@@ -9,9 +9,6 @@
 // tokens of a query of which all products split rows, see rounding_of()
 static const int64_t N_SHORT = 16;
 
-// rows of a prompt from which our own product is the quicker one with any kernels that have it
-static const int64_t N_OWN = 4;
-
 bool qaflora_is_differential(const qaflora_graph_input & inp, const ggml_tensor * cur) {
     const int64_t n_row = ggml_nrows(cur);
     const bool is_token  = n_row == inp.n_token  && (inp.key & GRAPH_DIFFERENTIAL);
@@ -121,18 +118,12 @@ static ggml_tensor * own_matmul(ggml_context * ctx, const qaflora_kernels & kern
     return ggml_custom_4d(ctx, GGML_TYPE_F32, w->ne[1], n_row, 1, 1, src, 2, qaflora_op_matmul, GGML_N_TASKS_MAX, userdata);
 }
 
-// Single tokens of sequences are multiplied alike, however many are decoded together: company changes nothing.
-static bool is_own_product(const qaflora_graph_input & inp, const qaflora_kernels & kernels, const ggml_tensor * cur) {
-    const bool is_prompt = inp.n_token >= 2*inp.n_slot && ggml_nrows(cur) >= N_OWN;
-    return (inp.qf.is_probe() || kernels.matmul_takes_few || is_prompt) && ggml_is_contiguous(cur);
-}
-
 ggml_tensor * qaflora_mm_base(const llm_graph_context & gctx, ggml_tensor * w, ggml_tensor * cur, ggml_tensor * res) {
     qaflora_graph_input & inp = qaflora_get_input(gctx);
     ggml_context * ctx = gctx.ctx0;
     const auto * kernels = inp.qf.pack->kernels;
     if (!qaflora_is_differential(inp, cur)) {
-        if (!qaflora_has_matmul(kernels, w) || !is_own_product(inp, *kernels, cur)) {
+        if (!qaflora_has_matmul(kernels, w) || !ggml_is_contiguous(cur)) {
             return res;
         }
         auto & diff = inp.last_difference;

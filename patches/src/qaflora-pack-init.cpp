@@ -93,7 +93,7 @@ int32_t qaflora_pack_first_layer(const qaflora_pack * pack, int32_t ia) {
 
 int32_t qaflora_pack_n_alike(const qaflora_pack * pack) {
     const llama_model & model = *pack->model;
-    if (!pack->kernels || !pack->kernels->matmul_takes_few || pack->embd >= 0) {
+    if (!pack->kernels || pack->embd >= 0) {
         return 1;
     }
     for (const auto & [name, w] : model.tensors_by_name) {

@@ -47,8 +47,11 @@ LLAMA_API const char * qaflora_build_info (void); // "llama.cpp COMMIT, patches 
 LLAMA_API const char * qaflora_last_error (void); // of the calling thread, never null
 
 // Whether to load models with use_extra_bufts false: 1 where the CPU's kernels multiply matrices as files store them. Rearranged
-// by llama.cpp, some are multiplied otherwise alone than in company. 0 also where llama.cpp uses Intel's AMX, with an order of its own.
+// by llama.cpp, for AMX too, some are multiplied otherwise alone than in company, and lie in memory twice.
 LLAMA_API int32_t      qaflora_has_products(void);
+
+// the CPU's kernels that adapters are computed with, "ggml" for llama.cpp's own; null, with qaflora_last_error(), for unknown ones
+LLAMA_API const char * qaflora_kernels_name(void);
 
 // attributes [n_token], of enum llama_token_attr, of a vocabulary's first tokens
 LLAMA_API void         qaflora_vocab_attributes(const struct llama_vocab * vocab, int32_t n_token, int32_t * attributes);
@@ -71,7 +74,7 @@ LLAMA_API int64_t               qaflora_pack_size_bytes(const struct qaflora_pac
 LLAMA_API int32_t               qaflora_pack_first_layer(const struct qaflora_pack * pack, int32_t ia);
 
 // How many rows of a sequence one llama_decode may have so that each gets the same bits as in one of its own, without flash
-// attention; 1 where that is not known: kernels without products of few rows, matrices that are not quantised, experts.
+// attention; 1 where that is not known: kernels without products of the base, matrices that are not quantised, experts.
 LLAMA_API int32_t               qaflora_pack_n_alike(const struct qaflora_pack * pack);
 
 // A context whose sequences use the pack; all weights start at 0. Free it with llama_free.
