@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from bundles import qaflora
 
 from qaflora_edge import __version__
@@ -34,6 +35,24 @@ def test_report_to_read() -> None:
     assert f"ABI              {native.ABI_VERSION}\n" in result.stdout
     assert "device     " in result.stdout
     assert result.stdout.splitlines()[-1].startswith("All is well: ")
+
+
+@pytest.mark.parametrize(
+    ("kernels", "verdict"),
+    [
+        ("avx2", "tokens are guessed for bases in Q4_0, Q4_1, Q5_0, Q8_0, Q4_K, Q5_K and Q6_K"),
+        ("ggml", "no tokens are guessed, as these do not multiply one row and several alike"),
+    ],
+)
+def test_kernels_and_whether_they_allow_guesses_are_told(
+    monkeypatch: pytest.MonkeyPatch, kernels: str, verdict: str
+) -> None:
+    monkeypatch.setenv("QAFLORA_CPU_KERNELS", kernels)
+    library = json.loads(qaflora("doctor", "--json").stdout)["library"]
+    if library["kernels"] is None:
+        pytest.skip("this processor lacks them")
+    assert (library["kernels"], library["guesses"]) == (kernels, kernels != "ggml")
+    assert f"\nkernels          {kernels}; {verdict}\n" in qaflora("doctor").stdout
 
 
 def test_missing_library_is_told_beside_the_rest(tmp_path: Path) -> None:

@@ -15,6 +15,11 @@ from qaflora_edge.cli.options import command
 from qaflora_edge.errors import LibraryError
 
 PACKAGES = ("llama-cpp-python", "numpy", "gguf", "huggingface-hub", "click")
+# What --draft auto does: whether kernels multiply a row alone as they do in company.
+_GUESSES = {
+    True: "tokens are guessed for bases in Q4_0, Q4_1, Q5_0, Q8_0, Q4_K, Q5_K and Q6_K",
+    False: "no tokens are guessed, as these do not multiply one row and several alike",
+}
 DEVICE_TYPES = ("CPU", "GPU", "integrated GPU", "accelerator", "meta")  # ggml_backend_dev_type
 
 
@@ -50,6 +55,9 @@ def library_facts() -> dict[str, Any]:
     from qaflora_edge.backend import devices, library
 
     binding, functions = library.load()
+    kernels_name = binding._lib.qaflora_kernels_name
+    kernels_name.restype = ctypes.c_char_p
+    kernels = kernels_name()
     ggml = devices.ggml()
     return {
         "ok": True,
@@ -59,6 +67,8 @@ def library_facts() -> dict[str, Any]:
         "devices": [_device(ggml, ggml.dev_get(i)) for i in range(ggml.dev_count())],
         "gpu_offload": bool(devices.gpus()),
         "features": binding.llama_print_system_info().decode("utf-8", "replace").strip(),
+        "kernels": kernels.decode() if kernels else None,
+        "guesses": bool(functions.has_products()),
     }
 
 
@@ -98,6 +108,8 @@ def _device(ggml: Any, device: int) -> dict[str, Any]:
 
 
 def _lines(report: dict[str, Any]) -> str:
+    from qaflora_edge.backend.library import last_error
+
     library = report["library"]
     rows = [("library", f"not usable, looked for in {library.get('folder')}")]
     if library["ok"]:
@@ -115,6 +127,7 @@ def _lines(report: dict[str, Any]) -> str:
                 for device in library["devices"]
             ),
             ("features", library["features"]),
+            ("kernels", f"{library['kernels'] or last_error()}; {_GUESSES[library['guesses']]}"),
         ]
     rows += [(name, version or "not installed") for name, version in report["versions"].items()]
     rows += [(name, report[name]) for name in ("platform", "cache")]
