@@ -2,6 +2,7 @@
 
 import re
 import struct
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from decimal import Decimal, getcontext
@@ -445,6 +446,23 @@ def test_massive_activations_leave_the_base_as_it_is(
         states = probe_states(base, adapters, TOKENS[:12], differential=True)
         errors.append(np.abs(states[0] - truth[0]).mean())
     assert errors[1] < errors[0] / 5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what lies in memory")
+@with_kernels(MORE_KERNELS[:1])  # llama.cpp has an order of its own there
+def test_matrices_that_are_copied_lie_in_memory_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kernels: str
+) -> None:
+    base = write_tiny_base(tmp_path / "base.gguf", n_embd=512, n_ff=4096, dtype="q4_0")
+
+    def resident_bytes() -> int:
+        smaps = Path("/proc/self/smaps").read_text()
+        sizes = re.findall(rf"{base.path}\n(?:.*\n){{3}}Rss: +(\d+) kB", smaps)
+        return 1024 * sum(map(int, sizes))
+
+    monkeypatch.setenv("QAFLORA_CPU_KERNELS", "ggml")
+    with Model(read_base(base.path)):
+        assert resident_bytes() < 0.2 * base.path.stat().st_size
 
 
 @pytest.fixture(params=QUANTISED)

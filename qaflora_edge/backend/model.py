@@ -1,6 +1,8 @@
 """Models: a base and its adapters, loaded once and shared by all contexts."""
 
+import contextlib
 import ctypes
+import mmap
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf.constants import GGMLQuantizationType as Type
 
 from qaflora_edge.backend.devices import Workers, place
 from qaflora_edge.backend.library import Handle, forget_logged, last_error, load, logged
@@ -19,6 +22,7 @@ from qaflora_edge.files import AnyPath
 from qaflora_edge.formats.gguf import GgufHeader
 
 PLACING = ("gpu_layers", "rpc", "tensor_split")  # options that say where layers go
+_MULTIPLIED = {Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q8_0, Type.Q4_K, Type.Q5_K, Type.Q6_K}
 _VOCAB_TYPE_NONE = 0
 # llama.h enum llama_token_attr: unknown or control; LSTRIP; RSTRIP
 _ATTRS = (1 << 0 | 1 << 3, 1 << 7, 1 << 8)
@@ -65,14 +69,21 @@ class Model(Handle):
         self._n_user = 1
         self._lib, self._functions = load()
         params = self._lib.llama_model_default_params()
-        params.use_extra_bufts = rearrange or not self._functions.has_products()
+        is_as_stored = self._functions.has_products() and _is_quantised(base)
+        params.use_extra_bufts = rearrange or not is_as_stored
         self.workers, self._pointer = Workers(rpc), 0
         try:
             self.is_on_cpu = not place(params, self.workers, gpu_layers, tensor_split)
+            is_copied = params.use_extra_bufts or not self.is_on_cpu
+            tell = self._lib.llama_progress_callback(lambda *_: _give_back(self.path))
+            if is_copied:
+                params.progress_callback = tell
             forget_logged()
             load_file = self._lib.llama_model_load_from_file
             self._pointer = load_file(os.fsencode(self.path), params) or 0
             self._check_loaded()
+            if is_copied:
+                _give_back(self.path)
         except BaseException:
             self.close()
             raise
@@ -217,6 +228,31 @@ def shared_model(base: GgufHeader, placing: Mapping[str, Any]) -> Model:
             return model
         _shared[key] = Model(base, **placing)
         return _shared[key]
+
+
+def _is_quantised(base: GgufHeader) -> bool:
+    """Tell whether most of a base is in types that our products take."""
+    sizes = {True: 0, False: 0}
+    for tensor in base.tensors.values():
+        sizes[tensor.ggml_type in _MULTIPLIED] += tensor.n_bytes
+    return sizes[True] >= sizes[False]
+
+
+def _give_back(path: Path) -> bool:
+    """Free the memory of a mapped file, where Linux tells its place; what is read comes again.
+
+    Matrices that llama.cpp copies into an order of its own, or to a device, lie in memory once.
+    """
+    with contextlib.suppress(OSError):
+        real_path = os.path.realpath(path)
+        for line in Path("/proc/self/maps").read_text("utf-8", "replace").splitlines():
+            place, access, _, _, _, *name = line.split(maxsplit=5)
+            if name == [real_path] and access.endswith("s"):
+                begin, end = (int(number, 16) for number in place.split("-"))
+                ctypes.CDLL(None).madvise(
+                    ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED
+                )
+    return True
 
 
 class Pack(Handle):
