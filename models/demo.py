@@ -1,6 +1,6 @@
 """Ask the demo's bundle a few questions: who spoke, and what the mix and the base alone answer.
 
-`make demo` runs this after it has installed the package: four questions for Qwen2.5-Coder-0.5B
+`make demo` runs this after it has installed the package: five questions for Qwen2.5-Coder-0.5B
 (491 MB) with the six adapters of demo/. `make demo SMALL=1`, or --small, asks SmolLM2-135M (98 MB)
 with the three of models/demo. Where Qwen cannot be fetched it is SmolLM2 too.
 """
@@ -25,12 +25,16 @@ MAX_TOKENS = 160
 
 @dataclass(frozen=True)
 class Question:
-    """`right` is in a right answer, and `mix` are the adapters that should give it."""
+    """`right` is in a right answer, and `mix` are the adapters that should give it.
+
+    ways  in place of the demo's
+    """
 
     about: str
     text: str
     right: str
     mix: tuple[str, ...] = ()
+    ways: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,13 @@ QWEN = Demo(
             "What is the capital of France, and which river flows through it?",
             "Paris",
         ),
+        Question(
+            "A fact as JSON, in Spanish: one adapter knows it, another writes it",
+            "Responde en JSON: ¿Cuánto pesa la mesa Brezo?",
+            "71",
+            ("company", "json"),
+            ways="relay,two-place,base",
+        ),
     ),
 )
 SMALL = Demo(
@@ -122,7 +133,7 @@ def main() -> None:
     # One answer at a time: rounded as `qaflora run` does.
     with Engine(CHECKOUT / demo.bundle, n_ctx=1024, n_parallel=1) as engine:
         for question in demo.questions:
-            show(engine, question, demo.ways)
+            show(engine, question, question.ways or demo.ways)
     click.echo(f"\n{demo.closing}")
 
 

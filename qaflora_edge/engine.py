@@ -13,7 +13,7 @@ from typing import Any, Self, TypeVar, cast
 
 import numpy as np
 
-from qaflora_edge.arrays import F32, F64
+from qaflora_edge.arrays import F32
 from qaflora_edge.bundles.open import Opened, open_any
 from qaflora_edge.config import MAX_SEED, check, removed
 from qaflora_edge.errors import OptionError, PromptError, QafloraError, StrategyError, wrong_option
@@ -36,19 +36,10 @@ from qaflora_edge.inference.request import (
 from qaflora_edge.inference.sampler import Sampler
 from qaflora_edge.progress import Tell, TellCount, silent
 from qaflora_edge.weighing.adapter_inputs import AttentionSizes
-from qaflora_edge.weighing.calibration import (
-    EXTENTS,
-    KEYS,
-    LAYERS,
-    typical_of,
-)
 from qaflora_edge.weighing.numbers import FusionWeights
-from qaflora_edge.weighing.strategy import N_BEGUN, SURENESS, Draft
 from qaflora_edge.weighing.weigher import Weigher, Weights
 
 C = TypeVar("C", bound=Callable[..., Any])
-_N_DRAFTED = 16  # neutral prompts that each adapter drafts an answer to
-_N_FOR_ANSWER = 64  # tokens of the context that a draft leaves to the answer
 
 
 def _draw(fusion: FusionWeights) -> str:
@@ -474,9 +465,7 @@ class Engine:
                 following = self._continuation(tokens, text)
                 if tokens not in known:
                     fusion = _weigh(self._weigher, weights, tokens, probe)
-                    read = list(tokens)
-                    if fusion.relay is not None:
-                        read = self._with_draft(tokens, fusion.relay.draft)
+                    read = self._with_draft(tokens, fusion)
                     n_base = self._weigher.n_base(weights, read)
                     all_weights = self._core.all_weights(fusion)
                     known[tokens] = Request(tuple(read), all_weights, n_base=n_base)
@@ -500,7 +489,7 @@ class Engine:
         self,
         prompts: Sequence[str],
         progress: TellCount | None = None,
-        keys: Collection[str] = KEYS,
+        keys: Collection[str] | None = None,
         turns: Sequence[str] = (),
         exchanges: Sequence[Sequence[Any]] = (),
     ) -> dict[str, dict[str, Any]]:
@@ -510,52 +499,25 @@ class Engine:
         turns     short turns, such as greetings: chats for EXTENTS alone
         exchanges  conversations that end with an answer; behind one each text is a later turn too
         progress  called with (prompts read, those in all); each is read several times
-        keys      what to measure, of weighing.calibration.KEYS; EXTENTS take the base alone
+        keys      what to measure, of weighing.calibration.KEYS; None: all
         returns   adapter -> key -> numbers
         """
+        from qaflora_edge.inference.typical import measure
+
         with self._core.call():
-            cancellation, tell = self._core.cancellation(), progress or silent
-            layers = [key for key in LAYERS if key in keys]
-            query, texts = self._weigher.query, (*prompts, *turns)
+            query = self._weigher.query
+            texts = (*prompts, *turns)
             chats = [query(self._asked(text), is_probed=True) for text in texts]
             plain = [query(self.tokenize(text)) for text in prompts]
-            groups = [chats, plain]
             exchanges = exchanges[: len(texts)] if self.has_chat_template else ()
+            later = []
             for at, said in enumerate(exchanges):
-                own = texts[at :: len(exchanges)]
-                asked = ([*said, {"role": "user", "content": text}] for text in own)
-                groups.append([query(self.chat_tokens(each), is_probed=True) for each in asked])
-            n_extent = 0 if {*EXTENTS}.isdisjoint(keys) else sum(map(len, groups))
-            n_all = n_extent + (len(plain) if layers else 0)
-            measured: dict[str, Any] = {}
-            if n_extent:
-                prober, rows = self._core.prober, self._core.rows(self.adapters)
-
-                def added(at: int) -> F64:
-                    n_before = sum(map(len, groups[:at]))
-                    steps = prober.added_together(groups[at], rows)
-                    return self._core.run(steps, cancellation, lambda n: tell(n_before + n, n_all))
-
-                first, (text, _), *later = map(added, range(len(groups)))
-                found = (*first, text, *np.concatenate(later or [first], axis=1))
-                measured |= dict(zip(EXTENTS, found, strict=True))
-            probe = Probes(self._core, cancellation)
-            if SURENESS in keys and self.has_chat_template:
-                sampled = chats[:: max(1, len(chats) // _N_DRAFTED)]
-                measured[SURENESS] = [self._sureness(probe(chat)) for chat in sampled]
-            for done, chat in enumerate(chats[: len(plain)] if layers else (), n_extent + 1):
-                for key in layers:
-                    pool = "question" if key.startswith("question_") else "answer"
-                    chat = replace(chat, lens=key.removeprefix("question_"), pool=pool)
-                    measured.setdefault(key, []).append(probe(chat).divergence())
-                tell(done, n_all)
-            return typical_of(measured, self.adapters)
-
-    def _sureness(self, probe: Probes) -> F64:
-        """Tell how sure each adapter is of its own draft: float64 [n_adapter], in nats a token."""
-        drafts = probe.drafts(self.adapters, N_BEGUN)
-        probe.end_drafts()
-        return np.array([draft.sureness(N_BEGUN) for draft in drafts])
+                asked = (
+                    [*said, {"role": "user", "content": text}]
+                    for text in texts[at :: len(exchanges)]
+                )
+                later.append([query(self.chat_tokens(each), is_probed=True) for each in asked])
+            return measure(self._core, chats, plain, later, keys, progress or silent)
 
     @_steady
     def embedding(self, prompt: Any) -> F32:
@@ -660,9 +622,8 @@ class Engine:
             sampler = Sampler(self._model, sampling)  # a bad grammar is refused before the work
             try:
                 fusion = _weigh(weigher, weights, tokens, probes)
-                if fusion.relay is not None:
-                    tokens = self._with_draft(tokens, fusion.relay.draft)
-                    n_base = weigher.n_base(fusion, tokens, prefill)
+                tokens = self._with_draft(tokens, fusion)
+                n_base = weigher.n_base(weights, tokens, prefill)
                 request = Request(
                     tuple(tokens),
                     self._core.all_weights(fusion),
@@ -681,23 +642,14 @@ class Engine:
                 answer.wait_for_prompt(on_progress or silent)
             return answer
 
-    def _with_draft(self, tokens: Sequence[int], draft: Draft) -> list[int]:
-        """Put a draft in parentheses before the question, as if it had been asked so.
+    def _with_draft(self, tokens: Sequence[int], fusion: FusionWeights) -> list[int]:
+        """Give the prompt of who answers: that of the caller, or with another's draft in it."""
+        if fusion.relay is None:
+            return [*tokens]
+        from qaflora_edge.inference.drafts import with_draft
 
-        The question comes last, so that the writer answers in its language.
-        A control token that is spelt out in the draft stays text. What the context cannot hold
-        beside the prompt is left out at the draft's end.
-        """
         question = self._weigher.find_question(tokens)
-        assert question is not None
-        start, end, _ = question
-        n_room = self.n_ctx - len(tokens) - _N_FOR_ANSWER
-        said = self._model.detokenize(draft.tokens[: max(0, n_room)])
-        asked = self._model.detokenize(tokens[start:end])
-        text = b"(%s)\n\n%s" % (said.strip(), asked)
-        written = text.decode("utf-8", "replace")
-        told = self._model.tokenize(written, add_special=False, parse_special=False)
-        return [*tokens[:start], *told, *tokens[end:]]
+        return with_draft(self._model, tokens, question, fusion.relay.draft, self.n_ctx)
 
     @_steady
     def answers(

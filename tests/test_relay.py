@@ -13,7 +13,9 @@ from tiny import CHATML
 
 from qaflora_edge import Engine
 from qaflora_edge.errors import StrategyError
-from qaflora_edge.weighing.strategy import BASE, Draft, Query, parse_strategy
+from qaflora_edge.inference.drafts import with_draft
+from qaflora_edge.weighing.drafted import BASE, Draft
+from qaflora_edge.weighing.strategy import Query, parse_strategy
 
 NAMES = ("form", "shop", "other")
 USUAL: dict[str, Any] = {"mean": log(0.01), "spread": 0.5, "each": []}
@@ -179,7 +181,8 @@ def test_a_draft_leaves_room_and_stays_text(folder: Path) -> None:
         answer.text()
         assert len(answer.prompt) + 8 <= 160
         hostile = Draft("math", tuple(engine.tokenize("<|im_end|>")), "<|im_end|>", (), True)
-        told = engine._with_draft(prompt, hostile)
+        question = engine._weigher.find_question(prompt)
+        told = with_draft(engine._model, prompt, question, hostile, 160)
         control = engine.tokenize("<|im_end|>", parse_special=True)[-1]
         assert told.count(control) == prompt.count(control)
 

@@ -139,7 +139,14 @@ def test_a_second_one_has_to_do_more_in_the_question_than_is_usual() -> None:
 
 @pytest.mark.parametrize(
     ("z", "nats", "is_mixed"),
-    [(2.49, 25, False), (2.51, 25, True), (62.4, 0, False), (1.24, 99, False), (1.26, 50, True)],
+    [
+        (2.49, 25, False),
+        (2.51, 25, True),
+        (6.24, 0, False),
+        (6.26, 0, True),
+        (1.24, 99, False),
+        (1.26, 50, True),
+    ],
 )
 def test_the_base_answers_where_none_does_more_than_is_usual(
     z: float, nats: float, is_mixed: bool

@@ -19,7 +19,7 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 PAGE = CHECKOUT / "docs/quickstart.md"
 BLOCK = re.compile(r"```transcript\n(.*?)```\n", re.DOTALL)
 DEMO = runpy.run_path(str(CHECKOUT / "models/demo.py"))["QWEN"]
-SPANISH, RUSSIAN, FACT, GENERAL = DEMO.questions
+SPANISH, RUSSIAN, FACT, GENERAL, _ = DEMO.questions
 SCRIPT = f"""\
 from qaflora_edge import Engine
 

@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -32,17 +32,19 @@ from qaflora_edge.formats.inputs import FileState, check_unchanged
 from qaflora_edge.inference.draft import Drafter
 from qaflora_edge.inference.generation import Generation, follow
 from qaflora_edge.inference.loop import Loop
-from qaflora_edge.inference.request import Cancellation, Request, Sampling
+from qaflora_edge.inference.request import Cancellation, Request
 from qaflora_edge.inference.sampler import Sampler
 from qaflora_edge.inference.scheduler import Scheduler
 from qaflora_edge.inference.sequence import Sequence as RunningSequence
 from qaflora_edge.inference.sequence import surprise
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing.numbers import FusionWeights, n_base_of
-from qaflora_edge.weighing.strategy import BASE, DRAFT_TOKENS, Draft, Measure, Query, Reading
+from qaflora_edge.weighing.strategy import Measure, Query, Reading
 
 if TYPE_CHECKING:
+    from qaflora_edge.inference.drafts import Drafts
     from qaflora_edge.weighing.adapter_inputs import AttentionSizes
+    from qaflora_edge.weighing.drafted import Draft
     from qaflora_edge.weighing.probe import Listener, Steps
 
 T = TypeVar("T")
@@ -248,7 +250,9 @@ class Core:
         if weighed is not None:
             sequence.start(request, sampler, n_max)
         if self.draft != 0:
-            sequence.drafter = Drafter(request.tokens, self.draft)
+            # As if it had been answered before: what was drafted is verified, not decoded.
+            known = (*request.tokens, *fusion.begun, *request.tokens)
+            sequence.drafter = Drafter(known if fusion.begun else request.tokens, self.draft)
         (self.loop.resume if weighed else self.loop.add)(sequence)
         return Generation(sequence, fusion, drive=self.loop.drive, call=self._hold)
 
@@ -272,6 +276,7 @@ class Probes:
     tell      called with "weighing", how many tokens are done, and how many there are
     n_answer  tokens of the answer that the base's prefill goes on to; 0: there is none; None: no
               limit
+    query     attribute: what is measured
     weighed   attribute: the last query's sequence, where its slot is kept for begin()
     """
 
@@ -281,20 +286,20 @@ class Probes:
         self._core, self._cancellation, self._tell = core, cancellation, tell
         self._n_answer = n_answer
         self.weighed: RunningSequence | None = None
-        self._drafting: dict[str, RunningSequence] = {}
 
     def __call__(self, query: Query) -> Self:
         """Measure this query from now on."""
-        self._query, self._rows = query, self._core.rows(query.adapters)
+        self.query = query
+        self._rows = self._core.rows(query.adapters)
         self._tokens = query.tokens[: query.n_weighed]
         return self
 
     def divergence(self, measure: Measure = "kl") -> F64:
-        where = self._query.lens, self._query.pool, self._query.question
+        where = self.query.lens, self.query.pool, self.query.question
         return self._run(self._core.prober.divergence(self._tokens, self._rows, measure, *where))
 
     def states(self) -> F32:
-        query = self._query
+        query = self.query
         steps = self._core.prober.states(self._tokens, self._rows, query.pool, query.question)
         return np.array(self._run(steps))
 
@@ -302,7 +307,7 @@ class Probes:
         return np.array(self._run(self._core.prober.mean_states(self._tokens))[-1])
 
     def added(self) -> F64:
-        query = self._query
+        query = self.query
         where = query.question, len(self._tokens), N_OUTPUT * query.is_chat
         return np.array(self._listen(self._core.prober.added(self._rows, *where)))
 
@@ -310,8 +315,8 @@ class Probes:
         return self._heard.nats
 
     def question(self) -> str:
-        start, end = self._query.question
-        data = self._core.model.detokenize(self._query.tokens[start:end])
+        start, end = self.query.question
+        data = self._core.model.detokenize(self.query.tokens[start:end])
         return data.decode("utf-8", "replace")
 
     def unexpected(self, token: int) -> float:
@@ -327,7 +332,7 @@ class Probes:
         return np.array(self._listen(self._core.prober.norms(self._rows, n_token)))
 
     def _run(self, steps: "Steps[T]") -> T:
-        n_token = len(self._query.tokens)
+        n_token = len(self.query.tokens)
         return self._core.run(
             steps, self._cancellation, lambda n_done: self._tell("weighing", n_done, n_token)
         )
@@ -336,7 +341,7 @@ class Probes:
         """Prefill the query under the base, for a listener."""
         self.end()
         self._heard = listener
-        core, tokens = self._core, self._query.tokens
+        core, tokens = self._core, self.query.tokens
         nothing = np.zeros((len(core.adapters), core.model.n_layer), np.float32)
         n_base = n_base_of(len(tokens))
         request = Request(tokens, nothing, n_base=n_base, cancellation=self._cancellation)
@@ -356,69 +361,24 @@ class Probes:
             self.end()
         return listener.result()
 
-    def drafts(self, names: Iterable[str], n_token: int) -> list[Draft]:
-        """Begin an answer by each adapter alone, all in one batch: see strategy.Probe."""
+    def drafts(self, names: Iterable[str], n_token: int) -> "list[Draft]":
         self.end()  # they need its slot, and reuse what the base has prefilled there
-        begun = {name: self._drafting.get(name) or self._begin_draft(name) for name in names}
-        self._drafting |= begun
+        return self._drafting.begin(names, n_token)
 
-        def has_begun(draft: RunningSequence) -> bool:
-            return draft.is_done or len(draft.answer) >= n_token
-
-        self._core.loop.drive(lambda: all(has_begun(each) for each in begun.values()))
-        return [self._draft_of(name) for name in begun]
-
-    def whole_draft(self, name: str) -> Draft:
-        """End the other drafts, and finish this one: see strategy.Probe."""
-        for other, sequence in self._drafting.items():
-            if other != name:
-                sequence.request.cancellation.set()
-        chosen = self._drafting[name]
-        self._core.loop.drive(lambda: chosen.is_done)
-        return self._draft_of(name)
+    def whole_draft(self, name: str) -> "Draft":
+        return self._drafting.finish(name)
 
     def end_drafts(self) -> None:
         """End all drafts, and wait until their slots are free."""
-        for sequence in self._drafting.values():
-            sequence.request.cancellation.set()
-        self._core.loop.drive(lambda: all(each.is_done for each in self._drafting.values()))
-        self._drafting.clear()
+        if "_drafting" in self.__dict__:
+            self._drafting.end()
+            del self._drafting
 
-    def _begin_draft(self, name: str) -> RunningSequence:
-        """Put an answer by one adapter, or the base, into the queue: greedy, with its logprobs."""
-        core = self._core
-        tokens = self._query.tokens
-        weights = np.zeros((len(core.adapters), core.model.n_layer), np.float32)
-        if name != BASE:
-            weights[core.rows([name])] = 1
-        sampling = Sampling(max_tokens=DRAFT_TOKENS, logprobs=0)
-        request = Request(
-            tokens,
-            weights,
-            sampling,
-            n_base=n_base_of(len(tokens)),
-            cancellation=Cancellation(around=self._cancellation),
-        )
-        n_ctx = core.n_ctx_for(len(tokens), DRAFT_TOKENS)
-        n_max = min(DRAFT_TOKENS, n_ctx - len(tokens) + 1)
-        sequence = RunningSequence(request, Sampler(core.model, sampling), n_max, n_ctx)
-        if core.draft != 0:
-            sequence.drafter = Drafter(tokens, core.draft)
-        core.loop.add(sequence)
-        return sequence
+    @cached_property
+    def _drafting(self) -> "Drafts":
+        from qaflora_edge.inference.drafts import Drafts
 
-    def _draft_of(self, name: str) -> Draft:
-        """Give a draft as far as it has come. Raises what it failed with."""
-        sequence = self._drafting[name]
-        if sequence.error is not None:
-            raise sequence.error
-        return Draft(
-            adapter=name,
-            tokens=tuple(sequence.answer),
-            text="".join(piece for piece, _, is_thought in sequence.pieces if not is_thought),
-            logprobs=tuple(each.logprob for each in sequence.logprobs),
-            is_whole=sequence.finish_reason == "stop",
-        )
+        return Drafts(self._core, self.query, self._cancellation)
 
     def end(self) -> None:
         """Free the slot that is kept."""

@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.errors import QafloraError
@@ -12,7 +12,9 @@ from qaflora_edge.inference.request import Cancellation
 from qaflora_edge.inference.sequence import Sequence, Timings, TokenLogprob
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing.numbers import FusionWeights
-from qaflora_edge.weighing.strategy import Draft
+
+if TYPE_CHECKING:
+    from qaflora_edge.weighing.drafted import Draft
 
 
 def follow(
@@ -112,7 +114,7 @@ class Generation(Iterator[str]):
         return self._sequence.n_cached
 
     @property
-    def draft(self) -> Draft | None:
+    def draft(self) -> "Draft | None":
         """Give the draft that the answer was written from, where there was one."""
         return None if self.fusion.relay is None else self.fusion.relay.draft
 

@@ -9,7 +9,7 @@ import numpy as np
 from qaflora_edge.arrays import F64
 from qaflora_edge.config import LENSES
 from qaflora_edge.weighing.numbers import typical_divergence
-from qaflora_edge.weighing.strategy import SURENESS, Query
+from qaflora_edge.weighing.strategy import Query
 
 # One number a layer: the geometric mean of the KL at the last token, or of the question's states.
 LAYERS = tuple(f"{place}{lens}" for place in ("", "question_") for lens in LENSES)
@@ -17,6 +17,8 @@ LAYERS = tuple(f"{place}{lens}" for place in ("", "question_") for lens in LENSE
 # by passes of the base alone: at the last token and in the question of a first turn, at the last
 # token of plain text, and at both places of a later turn.
 EXTENTS = ("added_last", "added_question", "added_text", "later_last", "later_question")
+# Mean and spread over neutral chats of how sure an adapter is of its own draft.
+SURENESS = "sureness"
 KEYS = (*LAYERS, *EXTENTS, SURENESS)
 
 _EPS = 1e-12  # added before a logarithm; layers of 0 change no surprise

@@ -15,7 +15,8 @@ from qaflora_edge.arrays import F32, F64
 from qaflora_edge.errors import WeightsError
 
 if TYPE_CHECKING:
-    from qaflora_edge.weighing.strategy import Measured, Reason, Relay
+    from qaflora_edge.weighing.drafted import Relay
+    from qaflora_edge.weighing.strategy import Measured, Reason
 
 DEFAULT_STRATEGY, DEFAULT_LENS, DEFAULT_POOL = "qa-flora", "norm", "last"
 
@@ -36,6 +37,7 @@ class FusionWeights:
     probe_ms       time of the probe in milliseconds, 0 without one
     because, why   what decided where no layer differs: in words, and by adapter
     relay          who drafts, where these are the weights of who writes; else None
+    begun          tokens with which a greedy answer begins, where a draft told: guesses
     """
 
     adapters: tuple[str, ...]
@@ -49,6 +51,7 @@ class FusionWeights:
     because: str = ""
     why: "Mapping[str, Reason]" = field(default_factory=dict)
     relay: "Relay | None" = None
+    begun: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Give the object that `qaflora weights --json` prints."""

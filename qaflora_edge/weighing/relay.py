@@ -15,20 +15,13 @@ from typing import Any
 from qaflora_edge.arrays import F32
 from qaflora_edge.config import Option
 from qaflora_edge.errors import StrategyError
-from qaflora_edge.weighing.strategy import (
-    BASE,
-    N_BEGUN,
-    SURENESS,
-    Draft,
-    Mix,
-    Probe,
-    Query,
-    Relay,
-)
+from qaflora_edge.weighing.drafted import BASE, N_BEGUN, Draft, Relay
+from qaflora_edge.weighing.strategy import Mix, Probe, Query
 from qaflora_edge.weighing.two_place import TWO_PLACE_OPTIONS, TwoPlace
 
 PROPOSED = 0.3  # score in the question from which on an adapter drafts in the base's place
 N_CANDIDATE = 2  # adapters that draft after the writer, at most
+SURENESS = "sureness"  # of calibration.KEYS
 SURE = 1.0  # spreads above its typical sureness an adapter is sure of its draft
 AHEAD = 0.3  # spreads that a knower is ahead of who writes
 SURE_OF_EACH = -0.15  # nats: the least sure token, where the scores leave an adapter out
@@ -132,6 +125,7 @@ def _rewritten(
     mix  the knower's, which stays where nothing is rewritten
     """
     (begun,) = probe.drafts([knower], N_BEGUN)
+    mix = replace(mix, begun=begun.tokens)
     if not begun.tokens or not _is_sure(query, begun):
         return mix
     if not _is_foreign(begun.text, probe.question()) or probe.unexpected(begun.tokens[0]) < FOREIGN:
@@ -167,10 +161,11 @@ def _relay(
 
 
 def _said(relay: Relay) -> str:
-    sureness = relay.sureness[relay.knower]
+    """Say who knew and who wrote, and how sure each was."""
+    numbers = ", ".join(f"{name} {mean:.2f}" for name, mean in relay.sureness.items())
     return (
-        f"{relay.knower} is sure of its draft ({sureness:.2f} nats a token); "
-        f"{relay.writer} writes with it in view."
+        f"{relay.knower} drafts, {relay.writer} writes with the draft in view "
+        f"(nats a token of drafts: {numbers})."
     )
 
 

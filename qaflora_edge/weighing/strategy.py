@@ -12,11 +12,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
-from typing import Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from qaflora_edge.arrays import F32, F64, ArrayLike
 from qaflora_edge.config import SHAPING, Option
 from qaflora_edge.errors import StrategyError
+
+if TYPE_CHECKING:
+    from qaflora_edge.weighing.drafted import Draft, Relay
 
 Measure = Literal["kl", "cosine", "euclidean"]
 Reading = Literal["arrow", "spectr"]
@@ -31,7 +34,7 @@ Typical = Mapping[str, Mapping[str, Any]]
 
 ENTRY_POINTS = "qaflora_edge.strategies"  # the group in which packages offer theirs
 # Modules beside this one.
-_BUILT_IN = ("relay", "divergence", "two_place", "baselines")
+_BUILT_IN = ("divergence", "two_place", "relay", "baselines")
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
 
 
@@ -67,53 +70,6 @@ class Query:
     n_weighed: int | None = None
 
 
-BASE = "base"  # in place of an adapter's name, where the base alone is meant
-DRAFT_TOKENS = 128  # of the longest draft
-N_BEGUN = 12  # tokens of a draft that tell how sure its adapter is
-# In Typical: mean and spread over neutral chats of how sure an adapter is of its own draft.
-SURENESS = "sureness"
-
-
-@dataclass(frozen=True)
-class Draft:
-    """Hold what one adapter alone, or the base, answers to a query: greedy, the base prefills.
-
-    adapter   its name, or BASE
-    tokens    ids, at most DRAFT_TOKENS
-    text      of them
-    logprobs  of each token, in nats
-    is_whole  whether it ended by itself
-    """
-
-    adapter: str
-    tokens: tuple[int, ...]
-    text: str
-    logprobs: tuple[float, ...]
-    is_whole: bool
-
-    def sureness(self, n_token: int) -> float:
-        """Average the log-probability of its first n_token tokens, in nats; <= 0."""
-        first = self.logprobs[:n_token]
-        return sum(first) / len(first) if first else 0.0
-
-
-@dataclass(frozen=True)
-class Relay:
-    """Say who drafts and who writes, and what was drafted.
-
-    knower, writer  adapters, or BASE
-    draft     the knower's
-    sureness  adapter -> mean log-probability of its draft's first tokens, in nats
-    draft_ms  time of all drafts
-    """
-
-    knower: str
-    writer: str
-    draft: Draft
-    sureness: Mapping[str, float] = field(default_factory=dict)
-    draft_ms: float = 0.0
-
-
 class Probe(Protocol):
     """Measure a query for its strategy; each measure is computed once."""
 
@@ -141,13 +97,13 @@ class Probe(Protocol):
     def unexpected(self, token: int) -> float:
         """Give -log p, in nats, of a token as the base's answer's first, once added() is known."""
 
-    def drafts(self, names: Iterable[str], n_token: int) -> list[Draft]:
+    def drafts(self, names: Iterable[str], n_token: int) -> "list[Draft]":
         """Let adapters, or BASE, answer the query, each alone and all in one batch.
 
         n_token  each draft has so many tokens, or is whole
         """
 
-    def whole_draft(self, name: str) -> Draft:
+    def whole_draft(self, name: str) -> "Draft":
         """Finish a draft that drafts() began, and end the others."""
 
     def embedding(self) -> F32:
@@ -199,13 +155,15 @@ class Mix:
     """Hold weights, their measure, both [n_adapter, n_layer], and what decided for all layers.
 
     relay  who drafts, where the weights are the writer's
+    begun  tokens with which a greedy answer under these weights begins, where a draft told
     """
 
     weights: ArrayLike
     divergence: ArrayLike | None = None
     why: Mapping[str, Reason] = field(default_factory=dict)
     because: str = ""
-    relay: Relay | None = None
+    relay: "Relay | None" = None
+    begun: tuple[int, ...] = ()
 
 
 class Strategy:

@@ -18,6 +18,7 @@ from qaflora_edge.weighing.strategy import ADDED, Mix, Probe, Query, Reason, Str
 Taken = dict[int, str]  # adapter's index -> the place that it is taken for, the answer first
 FIRST, LATER = ("added_last", "added_question"), ("later_last", "later_question")
 STANDS_OUT = 1.25  # standard deviations
+LEAST_SURPRISE = 10  # nats; below, a threshold says no more
 FAMILIAR = 50  # nats; where a question surprises the base by half of it, a score has to be double
 
 # fmt: off
@@ -67,7 +68,7 @@ class TwoPlace(Strategy):
         last, question = probe.added()
         if query.is_chat:
             if options["abstain"] != "never":
-                options["abstain"] *= max(1, FAMILIAR / max(probe.surprise(), 1))
+                options["abstain"] *= max(1, FAMILIAR / max(probe.surprise(), LEAST_SURPRISE))
             places = LATER if query.is_later else FIRST
             scores = {"answer": unusual(query, dict(zip(places, (last, question), strict=True)))}
             scores["question"] = above_typical(query, places[1], question)

@@ -253,6 +253,7 @@ class Weigher:
             because=mix.because,
             why=mix.why,
             relay=mix.relay,
+            begun=mix.begun,
         )
 
 

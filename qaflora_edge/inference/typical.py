@@ -1,0 +1,75 @@
+"""What is typical of adapters: the measures of strategies over neutral prompts."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from qaflora_edge.arrays import F64
+from qaflora_edge.inference.core import Core, Probes
+from qaflora_edge.progress import TellCount
+from qaflora_edge.weighing.calibration import EXTENTS, KEYS, LAYERS, SURENESS, typical_of
+from qaflora_edge.weighing.drafted import N_BEGUN
+from qaflora_edge.weighing.strategy import Query
+
+_N_DRAFTED = 16  # neutral prompts that each adapter drafts an answer to
+
+
+def measure(
+    core: Core,
+    chats: Sequence[Query],
+    plain: Sequence[Query],
+    later: Sequence[Sequence[Query]],
+    keys: Collection[str] | None,
+    tell: TellCount,
+) -> dict[str, dict[str, Any]]:
+    """Measure each adapter in use: adapter -> one of calibration.KEYS -> numbers.
+
+    chats  neutral prompts as first turns: those of `plain`, then short turns
+    plain  neutral prompts as text
+    later  as later turns, a group for each exchange before them
+    keys   what to measure; None: all
+    tell   called with (prompts read, those in all)
+    """
+    keys = KEYS if keys is None else keys
+    cancellation = core.cancellation()
+    layers = [key for key in LAYERS if key in keys]
+    groups = [chats, plain, *later]
+    n_extent = 0 if {*EXTENTS}.isdisjoint(keys) else sum(map(len, groups))
+    n_all = n_extent + (len(plain) if layers else 0)
+    adapters = chats[0].adapters
+    measured: dict[str, Any] = {}
+    if n_extent:
+        rows = core.rows(adapters)
+        n_before = 0
+        extents: list[F64] = []
+        for group in groups:
+
+            def tell_group(n_read: int, n_before: int = n_before) -> None:
+                tell(n_before + n_read, n_all)
+
+            steps = core.prober.added_together(group, rows)
+            extents.append(core.run(steps, cancellation, tell_group))
+            n_before += len(group)
+        first, (text, _), *behind = extents
+        both = np.concatenate(behind or [first], axis=1)
+        measured |= dict(zip(EXTENTS, (*first, text, *both), strict=True))
+    probe = Probes(core, cancellation)
+    if SURENESS in keys and later:  # there is a chat template
+        sampled = chats[:: max(1, len(chats) // _N_DRAFTED)]
+        measured[SURENESS] = [_sureness(probe(chat)) for chat in sampled]
+    for n_read, chat in enumerate(chats[: len(plain)] if layers else (), n_extent + 1):
+        for key in layers:
+            pool = "question" if key.startswith("question_") else "answer"
+            query = replace(chat, lens=key.removeprefix("question_"), pool=pool)
+            measured.setdefault(key, []).append(probe(query).divergence())
+        tell(n_read, n_all)
+    return typical_of(measured, adapters)
+
+
+def _sureness(probe: Probes) -> F64:
+    """Tell how sure each adapter is of its own draft: float64 [n_adapter], in nats a token."""
+    drafts = probe.drafts(probe.query.adapters, N_BEGUN)
+    probe.end_drafts()
+    return np.array([draft.sureness(N_BEGUN) for draft in drafts])

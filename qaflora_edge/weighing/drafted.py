@@ -1,0 +1,48 @@
+"""What is drafted for a relay: an answer of one adapter alone, and who writes with it in view."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+BASE = "base"  # in place of an adapter's name, where the base alone is meant
+DRAFT_TOKENS = 128  # of the longest draft
+N_BEGUN = 12  # tokens of a draft that tell how sure its adapter is
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Hold what one adapter alone, or the base, answers to a query: greedy, the base prefills.
+
+    adapter   its name, or BASE
+    tokens    ids, at most DRAFT_TOKENS
+    text      of them
+    logprobs  of each token, in nats
+    is_whole  whether it ended by itself
+    """
+
+    adapter: str
+    tokens: tuple[int, ...]
+    text: str
+    logprobs: tuple[float, ...]
+    is_whole: bool
+
+    def sureness(self, n_token: int) -> float:
+        """Average the log-probability of its first n_token tokens, in nats; <= 0."""
+        first = self.logprobs[:n_token]
+        return sum(first) / len(first) if first else 0.0
+
+
+@dataclass(frozen=True)
+class Relay:
+    """Say who drafts and who writes, and what was drafted.
+
+    knower, writer  adapters, or BASE
+    draft     the knower's
+    sureness  adapter -> mean log-probability of its draft's first tokens, in nats
+    draft_ms  time of all drafts
+    """
+
+    knower: str
+    writer: str
+    draft: Draft
+    sureness: Mapping[str, float] = field(default_factory=dict)
+    draft_ms: float = 0.0
