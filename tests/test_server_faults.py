@@ -229,15 +229,19 @@ def test_who_asks_for_nothing_gives_way(made: TinyBundle, monkeypatch: pytest.Mo
 
         kept = connect(NEXT)
         assert kept.recv(65536).startswith(b"HTTP/1.1 200 ")
-        half = raw_post(b"{}", 9)
-        connect(half + b"  ")
+
+        def begin() -> None:
+            half = raw_post(b"", 9).replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n")
+            assert connect(half).recv(65536).startswith(b"HTTP/1.1 100 ")
+
+        begin()
         silent = connect()
         asks = connect(NEXT)
         assert kept.recv(1) == b""  # it has asked for nothing for the longest
         assert asks.recv(65536).startswith(b"HTTP/1.1 200 ")
-        connect(half)
+        begin()
         assert silent.recv(1) == b""
-        connect(half)
+        begin()
         assert asks.recv(1) == b""
         refused = connect().recv(65536)
     assert refused.startswith(b"HTTP/1.1 503 ")

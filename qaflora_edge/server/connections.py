@@ -1,6 +1,7 @@
 """Connections: how long one may be silent, how many an address has, which requests are read."""
 
 import asyncio
+import itertools
 import json
 import re
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ MAX_HEAD_BYTES = 64 << 10  # of a request: its first line and its headers
 _END = re.compile(rb"\n\r?\n")
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _LENGTHS = {b"content-length", b"transfer-encoding"}
+_numbers = itertools.count()  # a clock may give two connections one time
 
 
 class Reader(h11.Connection):
@@ -83,7 +85,7 @@ class Connection(H11Protocol):
         return self.cycle is None or self.cycle.response_complete
 
     def _expect_head(self) -> None:
-        self.idle_since_s = self.loop.time()
+        self.idle_number = next(_numbers)
         self._stop_waiting()
         self._patience = self.loop.call_later(HEAD_S, self._end_idle)
 
@@ -99,7 +101,7 @@ class Connection(H11Protocol):
         """End the one of these that has asked for nothing for the longest, or this one."""
         idle = [each for each in crowd if each.is_idle and each is not self]
         if idle:
-            min(idle, key=lambda each: each.idle_since_s).transport.abort()
+            min(idle, key=lambda each: each.idle_number).transport.abort()
             return
         message = "The server has too many connections; try again later."
         self._refuse(Refusal(503, message, code="too_many_connections"))
