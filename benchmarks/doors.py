@@ -112,47 +112,47 @@ def slow(port: int, pid: int, options: argparse.Namespace) -> Iterator[Row]:
             thread.join()
 
 
-def beside(port: int, work: Callable[[], tuple[int, str]]) -> Iterator[Row]:
-    """Ask short chats until one long request is answered."""
+def beside(port: int, most_s: float, work: Callable[[], tuple[int, str]]) -> Iterator[Row]:
+    """Ask short chats until one long request is answered, or for so many seconds."""
     waits: list[float] = []
     answer: list[tuple[int, str]] = []
-    thread = threading.Thread(target=lambda: answer.append(work()))
+    thread = threading.Thread(target=lambda: answer.append(work()), daemon=True)
     begin = time.monotonic()
     thread.start()
     time.sleep(1)
-    while thread.is_alive():
+    while thread.is_alive() and time.monotonic() < begin + most_s:
         start = time.monotonic()
         status, text = asked(port, CHAT, SHORT)
         if status != 200:
             raise SystemExit(f"a short chat: {status} {text}")
         waits.append(time.monotonic() - start)
         time.sleep(0.5)
-    thread.join()
-    ((status, text),) = answer
-    if status != 200:
-        raise SystemExit(f"the long request: {status} {text}")
-    found = json.loads(text)
-    n_token = found.get("tokens_evaluated") or found["usage"]["prompt_tokens"]
-    yield "prompt, tokens", n_token
-    yield "answered after, s", round(time.monotonic() - begin, 1)
+    for status, text in answer:
+        if status != 200:
+            raise SystemExit(f"the long request: {status} {text}")
+        found = json.loads(text)
+        yield "prompt, tokens", found.get("tokens_evaluated") or found["usage"]["prompt_tokens"]
+    end = "answered after" if answer else "not answered after"
+    yield f"{end}, s", round(time.monotonic() - begin, 1)
     yield "short chats beside it", len(waits)
     yield "longest of them, s", round(max(waits, default=math.nan), 2)
 
 
 def long(port: int, pid: int, options: argparse.Namespace) -> Iterator[Row]:
-    start = time.monotonic()
+    start, most_s = time.monotonic(), options.seconds
     asked(port, CHAT, SHORT)
     yield "a short chat alone, s", round(time.monotonic() - start, 2)
     yield "memory before, MB", mb_of(pid)
     code = CODE * (LONG_BYTES // len(CODE) // 2)
     infill = {"input_prefix": code, "input_suffix": code, "n_predict": 8}
-    for name, value in beside(port, lambda: asked(port, "/infill", infill)):
+    for name, value in beside(port, most_s, lambda: asked(port, "/infill", infill)):
         yield f"infill: {name}", value
     yield "memory after infill, MB", mb_of(pid)
     if options.prompt:
         tokens = json.loads(asked(port, "/tokenize", {"content": CODE})[1])["tokens"]
         body = {"prompt": (tokens * options.prompt)[: options.prompt], "max_tokens": 1}
-        for name, value in beside(port, lambda: asked(port, "/v1/completions", body)):
+        path = "/v1/completions"
+        for name, value in beside(port, most_s, lambda: asked(port, path, body)):
             yield f"long prompt: {name}", value
         yield "memory after it, MB", mb_of(pid)
 
@@ -188,6 +188,7 @@ def main() -> None:
     parser.add_argument("--cycles", type=int, default=50)
     parser.add_argument("--adapter", type=Path, help="an adapter GGUF; without it, no adds")
     parser.add_argument("--prompt", type=int, default=30_000, help="tokens; 0: no long prompt")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="of a long request at most")
     options, more = parser.parse_known_args()
     print("| attack | measured | |\n|---|---|--:|")
     with tempfile.TemporaryDirectory() as place:
