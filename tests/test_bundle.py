@@ -27,9 +27,10 @@ from bundles import (
 from refusals import refused
 
 from qaflora_edge import Engine, QafloraError
+from qaflora_edge.bundles import open as bundle_open
 from qaflora_edge.bundles import source
 from qaflora_edge.bundles.create import create_bundle
-from qaflora_edge.bundles.edit import calibrate
+from qaflora_edge.bundles.edit import calibrate, remove_adapter
 from qaflora_edge.bundles.open import load_bundle, verify_bundle
 from qaflora_edge.cli.bundle import describe
 from qaflora_edge.config import LENSES
@@ -375,6 +376,23 @@ def test_a_file_swapped_between_check_and_use_is_refused(
     monkeypatch.setattr(core, "Pack", swap)
     with pytest.raises(ChecksumError, match=f"{path}: it changed while it was read"):
         Engine(made.folder, n_ctx=64)
+
+
+def test_a_bundle_that_is_edited_while_it_is_opened_is_read_again(
+    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = tiny.write_tiny_adapter(made.folder.parent / "fr.gguf", made.base, seed=9)
+    check = bundle_open.check_file
+
+    def edited(*args: Any, **options: Any) -> Any:
+        monkeypatch.setattr(bundle_open, "check_file", check)
+        remove_adapter(made.folder, "es")
+        add_adapter(made.folder, "fr", adapter.path)
+        return check(*args, **options)
+
+    monkeypatch.setattr(bundle_open, "check_file", edited)
+    opened = load_bundle(made.folder)
+    assert [*opened.adapters] == ["math", "fr"]
 
 
 @pytest.mark.parametrize("content", [b"", b"1", b"[" * 100_000])

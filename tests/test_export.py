@@ -1,5 +1,6 @@
 """qaflora export: one adapter for a mix, against stock llama.cpp, transformers and PEFT."""
 
+import errno
 import warnings
 from pathlib import Path
 
@@ -90,6 +91,20 @@ def test_command_writes_the_mix_of_a_prompt(made: TinyBundle, tmp_path: Path) ->
     assert (
         result.stderr == f"Error: Cannot write {out}: it is a file already. Choose another name.\n"
     )
+
+
+def test_a_full_disk_is_told(
+    made: TinyBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    out = tmp_path / "mix"
+    result = qaflora("export", made.folder, "-o", out, "--peft", "--strategy", "manual:math=1")
+    message = f"Error: Cannot write {out}: the disk is full. Free some space and try again.\n"
+    assert (result.exit_code, result.stderr) == (1, message)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 """Adapters in and out of a running server, where --allow-adapters is given."""
 
+import errno
+import io
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,9 @@ from serving import client_of
 from starlette.testclient import TestClient
 from tiny import write_tiny_adapter, write_tiny_base, write_tiny_peft
 
+from qaflora_edge.formats import inputs
 from qaflora_edge.server import adapters
+from qaflora_edge.server import requests as bodies
 
 USER = [{"role": "user", "content": "the thing?"}]
 
@@ -74,7 +79,28 @@ def test_paths_stay_in_the_folder(client: TestClient, folder: Path, made: TinyBu
     assert change(client, "load", "x") == (404, "adapter_not_found")
 
 
-def test_uploads_are_checked_and_last_as_long_as_the_server(
+def test_a_file_with_holes_is_refused_before_it_is_hashed(
+    client: TestClient, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_byte = (folder / "fr.gguf").stat().st_size
+    os.truncate(folder / "fr.gguf", 64 << 30)
+    monkeypatch.setattr(inputs, "sha256_file", lambda path: pytest.fail("it is hashed"))
+    body = {"lora_name": "x", "lora_path": "fr.gguf"}
+    response = client.post("/v1/load_lora_adapter", json=body)
+    assert response.status_code == 400
+    n_unused = int(re.search(r"fr.gguf: (\d+) of its", response.text)[1])  # type: ignore[index]
+    assert (64 << 30) - n_byte < n_unused < 64 << 30
+    assert f"{n_unused} of its {64 << 30} bytes belong to no tensor; expected at most 16777216"
+
+
+@pytest.mark.parametrize("name", ["base", "two-place", "manual"])
+def test_an_adapter_is_not_called_like_a_strategy(client: TestClient, name: str) -> None:
+    body = {"lora_name": name, "lora_path": "fr.gguf"}
+    error = client.post("/v1/load_lora_adapter", json=body).json()["error"]
+    assert f"The adapter name '{name}' is that of a strategy; expected another" in error["message"]
+
+
+def test_uploads_are_checked_and_last_as_long_as_the_adapter(
     made: TinyBundle, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, weights = (
@@ -83,10 +109,11 @@ def test_uploads_are_checked_and_last_as_long_as_the_server(
     )
     gguf, before = (folder / "fr.gguf").read_bytes(), sorted(folder.iterdir())
 
-    def upload(name: str, body: bytes, n_config: object = 0) -> int:
+    def upload(name: str, body: bytes, n_config: object = 0, **headers: str) -> int:
         query = {"lora_name": name, "config_bytes": n_config}
-        return client.post("/upload", content=body, params=query).status_code
+        return client.post("/upload", content=body, params=query, headers=headers).status_code
 
+    (folder / "upload-abcdefgh").mkdir()  # of a server that was killed
     with client_of(made.folder, adapters=folder) as client:
         assert upload("new", config + weights, len(config)) == 200
         assert upload("fr", gguf) == 200
@@ -103,10 +130,35 @@ def test_uploads_are_checked_and_last_as_long_as_the_server(
             assert upload(name, body, n_config) == 400, (name, n_config)
         monkeypatch.setattr(adapters, "MAX_UPLOAD_BYTES", len(gguf) - 1)
         assert upload("x", gguf) == 413
+        with monkeypatch.context() as patch:
+            patch.setattr(bodies, "receive", lambda *_: pytest.fail("it is read"))
+            assert upload("x", b"", **{"content-length": str(2 << 30)}) == 413
         assert sorted(folder.iterdir()) == kept
         assert change(client, "unload", "fr")[0] == 200
         assert weighed(client) == ["math", "es", "new"]
+        assert len([*folder.iterdir()]) == len(kept) - 1
     assert sorted(folder.iterdir()) == before
+
+
+def test_a_full_disk_is_told(
+    client: TestClient, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    class Full(io.BytesIO):
+        def write(self, data: Any) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = sorted(folder.iterdir())
+    monkeypatch.setattr(adapters, "open", lambda *_: Full(), raising=False)
+    response = client.post("/upload?lora_name=x", content=b"GGUF")
+    assert response.status_code == 507
+    assert response.json()["error"] == {
+        "message": "The upload cannot be written: the disk is full.",
+        "type": "server_error",
+        "param": None,
+        "code": "insufficient_storage",
+    }
+    assert sorted(folder.iterdir()) == before
+    assert not [each for each in caplog.records if each.exc_info]
 
 
 def test_nothing_changes_where_it_is_not_allowed(made: TinyBundle, tmp_path: Path) -> None:

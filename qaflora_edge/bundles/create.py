@@ -166,6 +166,7 @@ def with_adapter(
     file, title = found.path.absolute(), found.name.removesuffix(".gguf")
     name = name or "-".join(re.findall(r"[A-Za-z0-9][\w.-]*", title, re.ASCII))[:64]
     source.check_names([*opened.adapters, name])
+    source.check_new_name(name)
     if file.is_dir():
         made = cached_bundle(opened.base_path, [(name, os.fspath(path))], silent)
         file = load_bundle(made).adapter_paths[name]

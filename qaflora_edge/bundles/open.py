@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qaflora_edge.errors import BundleError, OptionError
+from qaflora_edge.errors import BundleError, OptionError, QafloraError
 from qaflora_edge.files import AnyPath
 from qaflora_edge.formats.adapter import AdapterInfo, read_adapter
 from qaflora_edge.formats.base import check_base, check_record
@@ -23,9 +23,18 @@ from qaflora_edge.formats.bundle import (
     read_bundle_text,
 )
 from qaflora_edge.formats.gguf import GgufHeader, read_gguf_header
-from qaflora_edge.formats.inputs import FileState, check_file, file_state, passed, remember_passed
+from qaflora_edge.formats.inputs import (
+    FileState,
+    changed,
+    check_file,
+    file_state,
+    passed,
+    remember_passed,
+)
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing.weigher import Known, known_of
+
+_MAX_EDITS = 5  # of a bundle while it is opened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +92,8 @@ def load_bundle(
 ) -> Opened:
     """Read a base and adapters; compare the files of a bundle with their records.
 
+    A bundle that is edited meanwhile is read again: files of one state belong together.
+
     place        a bundle's folder, or the file of a base
     adapters     name -> adapter GGUF, with a base
     always_hash  hash and check also files that are known in this state: see formats.inputs
@@ -91,14 +102,33 @@ def load_bundle(
     recorded one, InputFileError, GgufFileError, AdapterMismatchError or UnsupportedAdapterError
     for a file that cannot be used.
     """
-    text, base_path, paths = None, place, dict(adapters or {})
-    states: dict[Path, FileState] = {}
     if adapters is not None or is_base(place):
+        return _load(place, None, dict(adapters or {}), always_hash, progress)
+    text = read_bundle_text(place)
+    for _ in range(_MAX_EDITS):
+        try:
+            opened = _load(place, text, {}, always_hash, progress)
+        except QafloraError:
+            if (now := read_bundle_text(place)) == text:
+                raise
+        else:
+            if (now := read_bundle_text(place)) == text:
+                return opened
+        text = now
+    raise changed(Path(text.where), BundleError)
+
+
+def _load(
+    place: Path, text: BundleText | None, paths: dict[str, Path], always_hash: bool, progress: Tell
+) -> Opened:
+    """Load what bundle.json says, or a base and adapters."""
+    base_path = place
+    states: dict[Path, FileState] = {}
+    if text is None:
         states = {path: file_state(path) for path in (place, *paths.values())}
     else:
         from qaflora_edge.hub.local import recorded_base
 
-        text = read_bundle_text(place)
         paths = adapter_paths(place, text)
         found = recorded_base(place, text.base)
         if found is None:

@@ -27,6 +27,7 @@ from qaflora_edge.hub.local import hub_cache_dir
 from qaflora_edge.peft.folder import check_no_part
 from qaflora_edge.progress import Tell, TellCount
 from qaflora_edge.settings import expanded
+from qaflora_edge.weighing.strategy import strategies
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,15 @@ def _fetch(name: str) -> tuple[Path, str]:
 # Putting into a bundle
 
 
+def check_new_name(name: str) -> None:
+    """Check that a name is no strategy's: MODEL:base asks for the base. Raises BundleError."""
+    if name in {strategy.name for strategy in strategies()}:
+        raise BundleError(
+            f"The adapter name {name!r} is that of a strategy; expected another name. Give it as "
+            "NAME=PATH, or rename the file."
+        )
+
+
 def check_names(names: Sequence[str]) -> None:
     """Check that names can be adapters, and so files, of one bundle. Raises BundleError."""
     seen: set[str] = set()
@@ -158,6 +168,8 @@ def put_adapters(
     """
     sources = [find_adapter(path) for _, path in pairs]
     safe_join(folder, "adapters").mkdir(exist_ok=True)
+    for name, _ in pairs:
+        check_new_name(name)
     for done, ((name, _), source) in enumerate(zip(pairs, sources, strict=True)):
         tell("Converting the adapters", done, len(pairs))
         file = f"adapters/{name}.gguf"

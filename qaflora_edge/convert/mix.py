@@ -85,7 +85,7 @@ def write_peft_mix(folder: Path, header: GgufHeader, modules: Sequence[MixedModu
 
     Raises UnsupportedAdapterError for a tensor whose name in PEFT is not known.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     tensors, ranks = {}, {}
     for module in modules:
@@ -111,7 +111,8 @@ def write_peft_mix(folder: Path, header: GgufHeader, modules: Sequence[MixedModu
     config: dict[str, object] = {"peft_type": "LORA", "task_type": "CAUSAL_LM"}
     config |= {"base_model_name_or_path": None, "target_modules": [*ranks]}
     config |= {"r": rank, "lora_alpha": rank, "rank_pattern": others, "alpha_pattern": others}
-    save_file(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
+    # save_file has an error of its own for a full disk.
+    (folder / WEIGHTS_FILE).write_bytes(save(tensors, {"format": "pt"}))
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -32,6 +32,7 @@ EMBEDDING = "token_embd.weight"
 HEAD = "output.weight"
 _EXPERTS = re.compile(r"blk\.\d+\.ffn_((gate|up|down|gate_up)_exps|(gate|up|down)_chexps)\.weight")
 _NOT_MULTIPLIED = re.compile(r"(conv|conv1d|_norm|rel_b)$|_embd$|^rope_freqs$|^token_types$")
+MAX_UNUSED_BYTES = 16 << 20  # of a file: its header, and what fills up between tensors
 _LORA_NAME = re.compile(r"(?P<base>.+)\.lora_(?P<side>[ab])")
 
 
@@ -91,6 +92,10 @@ def read_adapter_gguf(file: AnyPath | GgufHeader) -> AdapterInfo:
     """
     header = file if isinstance(file, GgufHeader) else read_gguf_header(file)
     alpha, ranks = _check_metadata(header), _ranks(header)
+    n_unused = header.size_bytes - sum(tensor.n_bytes for tensor in header.tensors.values())
+    if n_unused > MAX_UNUSED_BYTES:  # a file with holes takes no disk, and minutes to hash
+        found = f"{n_unused} of its {header.size_bytes} bytes belong to no tensor"
+        raise _wrong(header, found, f"at most {MAX_UNUSED_BYTES}")
     return AdapterInfo(
         path=header.path,
         architecture=header.architecture,

@@ -13,7 +13,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.engine import Engine
-from qaflora_edge.errors import BusyError, QafloraError, WorkerError
+from qaflora_edge.errors import BusyError, QafloraError, WorkerError, is_disk_full
 from qaflora_edge.formats.inputs import checksum
 from qaflora_edge.peft.config import CONFIG_FILE
 from qaflora_edge.peft.folder import WEIGHTS_FILE, adapter_files, adapter_folder
@@ -21,6 +21,7 @@ from qaflora_edge.server import requests as bodies
 from qaflora_edge.server.requests import Refusal
 
 MAX_UPLOAD_BYTES = 1 << 30
+_UPLOAD = "upload-"
 
 
 async def load(request: Request) -> Response:
@@ -36,11 +37,15 @@ async def load(request: Request) -> Response:
 async def unload(request: Request) -> Response:
     """Remove an adapter, as vLLM does."""
     _, body = _allowed(request), await bodies.read(request, bodies.AdapterBody)
+    served, _ = request.app.state.models.find(body.model)
 
     def remove(engine: Engine) -> None:
         if body.lora_name not in engine.loaded_adapters:
             raise _not_found("lora_name", body.lora_name)
         engine.remove_adapter(body.lora_name)
+        place = request.app.state.uploads.pop((served.name, body.lora_name), None)
+        if place is not None:  # what still runs has it open
+            shutil.rmtree(place, ignore_errors=True)
 
     return await _changed(request, body, "removed", remove)
 
@@ -49,7 +54,24 @@ async def upload(request: Request) -> Response:
     """Add an adapter that the page sends: a GGUF, or adapter_config.json and then the weights."""
     folder, query = _allowed(request), json.dumps({**request.query_params})
     body, state = bodies.parsed(bodies.AdapterBody, query.encode()), request.app.state
-    place = Path(mkdtemp(prefix="upload-", dir=folder))
+    served, _ = state.models.find(body.model)
+    bodies.check_announced(request, MAX_UPLOAD_BYTES)
+    async with state.upload_place.place(bodies.address_of(request)):
+        try:
+            place, answer = await _uploaded(request, body, folder)
+        except OSError as error:
+            reason = "the disk is full" if is_disk_full(error) else error.strerror
+            message = f"The upload cannot be written: {reason}."
+            raise Refusal(507, message, code="insufficient_storage") from error
+    state.uploads[served.name, body.lora_name] = place
+    return answer
+
+
+async def _uploaded(
+    request: Request, body: bodies.AdapterBody, folder: Path
+) -> tuple[Path, Response]:
+    """Write an upload into a new folder, which is given, and add its adapter."""
+    place = Path(mkdtemp(prefix=_UPLOAD, dir=folder))
     gguf = place / f"{body.lora_name}.gguf"
     n_config, config = int(body.config_bytes), bytearray()
 
@@ -67,13 +89,19 @@ async def upload(request: Request) -> Response:
                 config.extend(part[:n])
                 file.write(part[n:])
 
-            await bodies.receive(request, take, MAX_UPLOAD_BYTES, state.options.timeout_s)
-        answer = await _changed(request, body, "added", add)
+            timeout_s = request.app.state.options.timeout_s
+            await bodies.receive(request, take, MAX_UPLOAD_BYTES, timeout_s)
+        return place, await _changed(request, body, "added", add)
     except BaseException:
-        shutil.rmtree(place)
+        shutil.rmtree(place, ignore_errors=True)
         raise
-    state.uploads.append(place)
-    return answer
+
+
+def remove_old_uploads(folder: Path) -> None:
+    """Remove what a server left that was killed."""
+    for place in folder.glob(f"{_UPLOAD}{'?' * 8}"):
+        if place.is_dir() and not place.is_symlink():
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def _allowed(request: Request) -> Path:

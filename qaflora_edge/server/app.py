@@ -63,8 +63,8 @@ def make_app(places: Iterable[Path], options: ServerOptions) -> Starlette:
                 work.stop()
             await asyncio.gather(app.state.opening, return_exceptions=True)
             await models.close()
-            for place in app.state.uploads:
-                shutil.rmtree(place)
+            for place in app.state.uploads.values():
+                shutil.rmtree(place, ignore_errors=True)
 
     app = Starlette(
         routes=_routes(),
@@ -73,7 +73,10 @@ def make_app(places: Iterable[Path], options: ServerOptions) -> Starlette:
         lifespan=lifespan,
     )
     app.state.options, app.state.models, app.state.metrics = options, models, metrics
-    app.state.running, app.state.uploads = set(), []
+    app.state.running, app.state.uploads = set(), {}
+    app.state.upload_place = Places(1)
+    if options.adapters is not None:
+        adapters.remove_old_uploads(options.adapters)
     app.state.changing = asyncio.Lock()
     app.state.large_bodies = Places(bodies.MAX_LARGE_BODIES)
     app.state.on_ready, app.state.on_lost = lambda: None, lambda error: None

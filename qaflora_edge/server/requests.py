@@ -62,7 +62,7 @@ class Refusal(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        kind = "server_error" if status in (500, 503) else "invalid_request_error"
+        kind = "server_error" if status in (500, 503, 507) else "invalid_request_error"
         self.body: dict[str, Any] = {
             "error": {"message": message, "type": kind, "param": param, "code": code}
         }
@@ -462,10 +462,16 @@ async def read(request: Request, kind: type[B]) -> B:
     n_byte = request.headers.get("content-length", "")
     if n_byte.isdecimal() and int(n_byte) <= MAX_SMALL_BYTES:
         return parsed(kind, await _bytes(request, is_waited_for=False))
-    if n_byte.isdecimal() and int(n_byte) > MAX_BODY_BYTES:
-        raise _too_large(MAX_BODY_BYTES)
+    check_announced(request, MAX_BODY_BYTES)
     async with request.app.state.large_bodies.place(address_of(request)):
         return await asyncio.to_thread(parsed, kind, await _bytes(request))
+
+
+def check_announced(request: Request, most: int) -> None:
+    """Raise Refusal for a body that says of itself that it is larger."""
+    n_byte = request.headers.get("content-length", "")
+    if n_byte.isdecimal() and int(n_byte) > most:
+        raise _too_large(most)
 
 
 def address_of(request: Request) -> str:
