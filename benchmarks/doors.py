@@ -6,7 +6,7 @@ Starts a server of the bundle for each attack, and prints a table:
 
     silent  1,000 connections that send nothing, or half a head; others ask once a second
     slow    8 bodies of 4 MB that come byte by byte; then one of 100 kB is sent whole
-    long    /infill with 600 kB, then a prompt of --prompt tokens; short chats are asked beside both
+    long    /infill with 600 kB, then for --prompt tokens of it; short chats are asked beside both
     adds    --adapter is added and removed, with a chat after each; memory after each cycle
 
 All connections go to 127.0.0.1. Other options go to `qaflora serve`.
@@ -148,11 +148,9 @@ def long(port: int, pid: int, options: argparse.Namespace) -> Iterator[Row]:
     for name, value in beside(port, most_s, lambda: asked(port, "/infill", infill)):
         yield f"infill: {name}", value
     yield "memory after infill, MB", mb_of(pid)
+    infill["n_prompt"] = options.prompt
     if options.prompt:
-        tokens = json.loads(asked(port, "/tokenize", {"content": CODE})[1])["tokens"]
-        body = {"prompt": (tokens * options.prompt)[: options.prompt], "max_tokens": 1}
-        path = "/v1/completions"
-        for name, value in beside(port, most_s, lambda: asked(port, path, body)):
+        for name, value in beside(port, most_s, lambda: asked(port, "/infill", infill)):
             yield f"long prompt: {name}", value
         yield "memory after it, MB", mb_of(pid)
 
@@ -187,7 +185,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=[*ATTACKS], default=[*ATTACKS])
     parser.add_argument("--cycles", type=int, default=50)
     parser.add_argument("--adapter", type=Path, help="an adapter GGUF; without it, no adds")
-    parser.add_argument("--prompt", type=int, default=30_000, help="tokens; 0: no long prompt")
+    parser.add_argument("--prompt", type=int, default=32_000, help="tokens; 0: no long prompt")
     parser.add_argument("--seconds", type=float, default=math.inf, help="of a long request at most")
     options, more = parser.parse_known_args()
     print("| attack | measured | |\n|---|---|--:|")

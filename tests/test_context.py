@@ -1,5 +1,6 @@
 """The automatic context: it grows for requests that need it, and no answer changes."""
 
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from bundles import TinyBundle, make_bundle
 from click.testing import CliRunner
+from patience import wait_until
 from serving import client_of
 
 from qaflora_edge import Engine
@@ -17,6 +19,7 @@ from qaflora_edge.backend import context
 from qaflora_edge.cli import main
 from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.base import read_base
+from qaflora_edge.inference import loop
 
 LONG = "the thing on a ring " * 390  # 4,305 tokens
 OPTIONS = {"strategy": "static", "threads": 1}
@@ -75,6 +78,25 @@ def test_the_context_grows_when_nothing_runs_and_keeps_its_states(
         assert running.text() == fixed.generate(short, **endless).text()
         answer = engine.generate(short, wait=False)
         assert answer._sequence.n_max == 4096 - answer.n_prompt + 1
+
+
+def test_slots_that_nobody_needs_so_large_shrink(
+    made: TinyBundle, fixed: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Engine(made.folder, **OPTIONS) as engine:
+        slots = engine._core.context
+        thread = threading.Thread(target=engine.run_forever)
+        thread.start()
+        short = ask(engine, "the king")
+        assert ask(engine, LONG) == ask(fixed, LONG)
+        assert (slots.n_ctx, max(map(len, slots.tokens)) > 4000) == (8192, True)
+        monkeypatch.setattr(loop, "_UNUSED_S", 0.2)
+        assert ask(engine, "the king") == short
+        wait_until(lambda: slots.n_ctx == 1024)
+        assert max(map(len, slots.tokens)) < 1024
+        assert ask(engine, "the king") == short == ask(fixed, "the king")
+        assert ask(engine, LONG) == ask(fixed, LONG)
+    thread.join()
 
 
 def test_a_context_that_cannot_grow_fails_one_request(

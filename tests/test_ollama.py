@@ -211,6 +211,12 @@ def test_infill(client: ollama.Client, made: TinyBundle, alone: Engine) -> None:
         body |= {"input_prefix": "the " * 2000, "input_suffix": ") " * 2000, "input_extra": extra}
         cut = http.post("/infill", json=body).json()
         assert cut["tokens_evaluated"] == ENGINE["n_ctx"] - 128
+        cut = http.post("/infill", json={**body, "n_prompt": 100}).json()
+        assert cut["tokens_evaluated"] == 100
+    with client_of(made.folder, engine={**ENGINE, "n_ctx": 8192}) as http:
+        assert http.post("/infill", json=body).json()["tokens_evaluated"] == 4096
+        whole = http.post("/infill", json={**body, "n_prompt": 8192}).json()
+        assert whole["tokens_evaluated"] > 6000
 
 
 def test_infill_needs_a_base_for_it(calibrated: TinyBundle) -> None:

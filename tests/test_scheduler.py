@@ -195,6 +195,36 @@ def test_jobs_and_prefill_take_turns_and_decoding_stops_for_neither() -> None:
     assert "pp" not in seen
 
 
+def test_a_long_prompt_leaves_others_as_much_time_as_it_takes() -> None:
+    scheduler = Scheduler(4, CHUNKS)
+    first, *others = (RunningSequence(request([n] * n), Noting(), 5) for n in (90, 30, 20, 2))
+    scheduler.waiting.append(first)
+    assert scheduler.step().prefill == [(first, 6)]
+    scheduler.waiting.extend(others)
+    for chunks in [(first, 6)], [(others[2], 2), (others[1], 6)], [(others[0], 6)]:
+        step = scheduler.step()
+        assert step.prefill == chunks
+        for sequence, n in step.prefill:
+            sequence.n_past += n
+        scheduler.note(step, 10.0)
+    for sequence in others:
+        sequence.n_past, sequence.next_token = sequence.n_prompt, 7
+    scheduler.note(step, -1.0)
+    seen = []
+    for _ in range(9):
+        step = scheduler.step()
+        assert step.decode == others
+        for sequence, n in step.prefill:
+            sequence.n_past += n
+        scheduler.note(step, 4.0 if step.prefill else 1.0)
+        seen.append(len(step.prefill))
+    assert sum(seen) == 2
+    for sequence in others:
+        sequence.finish("stop")
+    scheduler.remove_ended()
+    assert scheduler.step().prefill  # nobody else is here
+
+
 def test_a_long_job_lets_one_of_another_kind_pass() -> None:
     scheduler = Scheduler(1, CHUNKS)
     jobs = [CountedJob(9, "score"), CountedJob(2), CountedJob(2)]

@@ -159,8 +159,8 @@ class Context(Handle):
             )
         return pointer
 
-    def grow(self, n_ctx: int) -> None:
-        """Give each sequence a buffer of n_ctx tokens, and keep its KV state.
+    def resize(self, n_ctx: int) -> None:
+        """Give each sequence a buffer of n_ctx tokens, and keep its KV state, which has to fit.
 
         Kernels stay the same, so answers do. Weights have to be set again.
         Raises BackendError, and changes nothing, when the context cannot be made.

@@ -14,6 +14,7 @@ from qaflora_edge.inference.runner import Runner
 from qaflora_edge.inference.scheduler import Job, Scheduler, Step
 
 _POLL_S = 0.1  # for an event of a caller that cancels
+_UNUSED_S = 300.0  # after which memory that no request has needed is given back
 
 
 class Loop:
@@ -29,6 +30,9 @@ class Loop:
     ) -> None:
         self._scheduler, self._stop = scheduler, stop
         self._runner = Runner(vocabulary, context, self._computing)
+        self._context = context
+        self._n_ctx_first = context.n_ctx
+        self._large_s = 0.0  # when a request last needed more
         self._turn = threading.Condition()
         self._is_driven = self._is_closed = False
         self._closed = BusyError("This Engine was closed in the middle of a call.")
@@ -127,7 +131,8 @@ class Loop:
                         self._step()
                     else:
                         self._turn.notify_all()
-                        self._turn.wait()
+                        self._turn.wait(_UNUSED_S)
+                        self._shrink_unused()
             except BaseException as error:  # Ctrl-C in the middle of a step too
                 failed = BackendError("A step of the Engine failed; its cause says how.")
                 failed.__cause__ = error
@@ -168,6 +173,7 @@ class Loop:
         self._scheduler.remove_ended()
         if not self._scheduler.has_work:
             return
+        self._shrink_unused()
         step = self._scheduler.step()
         running = self._scheduler.running
         prefilled = [each for each in running if each.is_prefill and each.listener is None]
@@ -186,12 +192,23 @@ class Loop:
             ms = 1e3 * (time.perf_counter() - start)
             self._turn.acquire()
             self._now = ()
+            self._scheduler.note(step, ms)
         for sequence in prefilled:
             sequence.timings.prefill_ms += ms
         for sequence in decoded:
             sequence.timings.decode_ms += ms
         self._end_cancelled()
         self._scheduler.remove_ended()
+
+    def _shrink_unused(self) -> None:
+        """Make slots as small as at first, where nobody has needed more for a while."""
+        n_first, running = self._n_ctx_first, self._scheduler.running
+        now = time.monotonic()
+        if any(each.n_ctx > n_first for each in (*self._scheduler.waiting, *running)):
+            self._large_s = now
+        is_unused = self._context.n_ctx > n_first and now - self._large_s >= _UNUSED_S
+        if is_unused and not running:
+            self._runner.shrink(n_first, self._scheduler.slots)
 
     def _run(self, step: Step) -> None:
         self._runner.run(step, self._scheduler.slots)

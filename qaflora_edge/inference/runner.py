@@ -1,5 +1,6 @@
 """The runner: computes what the scheduler decided, and decides nothing."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -7,7 +8,7 @@ import numpy as np
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.backend.batch import Outputs, Span
-from qaflora_edge.backend.context import Context
+from qaflora_edge.backend.context import Context, trim
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import BackendError, CancelledError, QafloraError
 from qaflora_edge.inference import sequence as sequences
@@ -66,9 +67,20 @@ class Runner:
     def _grow(self, sequence: sequences.Sequence) -> None:
         self._weights.clear()
         try:
-            self._context.grow(sequence.n_ctx)
+            self._context.resize(sequence.n_ctx)
         except (BackendError, OSError, MemoryError) as error:  # no memory for copies of KV states
             sequence.fail(BackendError(f"The context cannot grow: {error}"))
+
+    def shrink(self, n_ctx: int, slots: Sequence[Slot]) -> None:
+        """Give memory back, and with it the KV states of more than n_ctx tokens."""
+        for slot in slots:
+            if len(self._context.tokens[slot.number]) > n_ctx:
+                self._context.clear(slot.number)
+                slot.forget()
+        self._weights.clear()
+        with contextlib.suppress(BackendError, MemoryError):  # nothing changes then
+            self._context.resize(n_ctx)
+        trim()
 
     def _copy(self, source: int, target: int) -> None:
         if target in self._unread:

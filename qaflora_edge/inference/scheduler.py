@@ -138,7 +138,9 @@ class Scheduler:
     n_ctx   gives the tokens that a slot can hold now. A request that needs more waits until
             nothing runs, for then the context can grow.
 
-    Prefill and jobs alternate where there are both; decoding goes on in every step.
+    Prefill and jobs alternate where there are both; decoding goes on in every step. After a chunk
+    of a prompt that has more of them, all others together have as much time as it took. The
+    shortest prompt is first then.
     """
 
     def __init__(
@@ -155,6 +157,8 @@ class Scheduler:
         self._chunks, self._n_ctx = chunks, n_ctx
         self._is_jobs_turn = True
         self._last_kind = ""
+        self._debtor: Sequence | None = None
+        self._owed_ms = 0.0
 
     @property
     def running(self) -> list[Sequence]:
@@ -187,7 +191,7 @@ class Scheduler:
         self._move(step)
         running = self.running
         step.decode = [each for each in running if not each.is_prefill and not each.is_weighed]
-        prefills = sorted((s for s in running if s.is_prefill), key=lambda s: s.number)
+        prefills = self._prefills(running, has_others=bool(step.decode or self.jobs))
         if self.jobs and (self._is_jobs_turn or not prefills):
             # Kinds alternate: a long job of one kind does not block another kind.
             others = (job for job in self.jobs if job.kind != self._last_kind)
@@ -204,6 +208,22 @@ class Scheduler:
             step.prefill.append((sequence, n))
             n_left -= n
         return step
+
+    def note(self, step: Step, ms: float) -> None:
+        """Note how long a step has taken."""
+        self._owed_ms -= ms
+        for sequence, _ in step.prefill:
+            if sequence.is_prefill:
+                self._debtor = sequence
+                self._owed_ms = ms
+
+    def _prefills(self, running: list[Sequence], *, has_others: bool) -> list[Sequence]:
+        """List prompts to prefill, the next one first."""
+        prefills = sorted((s for s in running if s.is_prefill), key=lambda s: s.number)
+        others = [each for each in prefills if each is not self._debtor]
+        if self._owed_ms <= 0 or not (others or has_others):
+            return prefills
+        return sorted(others, key=lambda s: s.n_prompt - s.n_past)
 
     def _admit(self, step: Step) -> None:
         while self.waiting:

@@ -5,6 +5,8 @@ from typing import Any
 
 from qaflora_edge.errors import PromptError
 
+N_PROMPT = 4096  # tokens of a prompt, where nobody asks for more
+_TOKEN_CHARS = 16  # most tokens are shorter
 PARTS = ("pre", "suf", "mid", "rep", "sep")  # tokens before the prefix, suffix, gap, project, file
 
 
@@ -21,15 +23,17 @@ def infill_tokens(
     suffix: str,
     files: Sequence[tuple[str, str]] = (),
     n_answer: int = 0,
+    n_prompt: int = N_PROMPT,
 ) -> list[int]:
     """Make the prompt for what stands between a prefix and a suffix, as Qwen2.5-Coder knows it.
 
     engine    an Engine
     files     other ones of the project: names and texts
     n_answer  tokens to leave for the answer; at least 128, and half of the context at most
+    n_prompt  most tokens of the prompt
 
-    What the context cannot hold is left out: the other files first, then the prefix's beginning
-    and the suffix's end. Raises PromptError for a base that was not trained for it.
+    What it cannot hold is left out: the other files first, then the prefix's beginning and the
+    suffix's end. Raises PromptError for a base that was not trained for it.
     """
     marks = infill_marks(engine)
     if marks is None:
@@ -45,16 +49,18 @@ def infill_tokens(
             found: list[int] = model.tokenize(text, add_special=False, parse_special=False)
         return found
 
-    before, after = tokens(prefix), tokens(suffix)
+    n_char = n_prompt * _TOKEN_CHARS
+    before = tokens(prefix[-n_char:])
+    after = tokens(suffix[:n_char])
     others = [*rep, *tokens("project\n")] if files and rep else []
     for name, text in files:
-        others += [*sep, *tokens(f"{name}\n{text}\n")]
+        others += [*sep, *tokens(f"{name}\n{text[-n_char:]}\n")]
     if files and sep:  # the name of this one is not known
         others += [*sep, *tokens("file\n")]
     bos = [model._lib.llama_vocab_bos(model.vocab)]
     begin = bos if model._lib.llama_vocab_get_add_bos(model.vocab) else []
     n_answer = min(max(n_answer, 128), engine.n_ctx // 2)
-    n_room = max(0, engine.n_ctx - n_answer - len(begin) - 3)
+    n_room = max(0, min(n_prompt, engine.n_ctx - n_answer) - len(begin) - 3)
     after = after[: max(n_room // 4, n_room - len(before))]
     n_room -= len(after)
     before = before[max(0, len(before) - n_room) :]

@@ -17,7 +17,7 @@ from qaflora_edge.inference.generation import Generation
 from qaflora_edge.inference.request import checked_tokens
 from qaflora_edge.openai.chat import begin_chat, chat_shape
 from qaflora_edge.openai.completions import TEXT, Shape, answer_chunks, answer_dict, answer_head
-from qaflora_edge.openai.infill import infill_tokens
+from qaflora_edge.openai.infill import N_PROMPT, infill_tokens
 from qaflora_edge.openai.options import FIXED, openai_options
 from qaflora_edge.openai.responses import chat_request, response_events, response_head
 from qaflora_edge.openai.tools import chosen_tools
@@ -310,7 +310,8 @@ async def infill(request: Request) -> Computed:
     def prompt(engine: Engine, body: bodies.InfillBody) -> list[int]:
         before = body.input_prefix + body.prompt
         files = [(each.filename, each.text) for each in body.input_extra or ()]
-        return infill_tokens(engine, before, body.input_suffix, files, body.n_predict or 0)
+        limits = {"n_answer": body.n_predict or 0, "n_prompt": body.n_prompt or N_PROMPT}
+        return infill_tokens(engine, before, body.input_suffix, files, **limits)
 
     return await _completed(request, bodies.InfillBody, prompt)
 

@@ -290,6 +290,9 @@ class InfillBody(CompletionBody):
         None, max_length=MAX_PROMPTS, title='a list such as [{"filename": "a.py", "text": "..."}]'
     )
     prompt: str = Field("", title="what the gap begins with")
+    n_prompt: Annotated[int, Field(ge=1)] | None = Field(
+        None, title="the most tokens of the prompt, 1 or more"
+    )
     t_max_predict_ms: Annotated[int, Field(ge=0)] | None = Field(
         None, title="milliseconds after which the answer ends with its line"
     )
