@@ -136,7 +136,7 @@ TSAN_ARGS := $(foreach part,GGML LLAMA,-D$(part)_SANITIZE_THREAD=on) \
 
 tsan-tests: $(DONE)/package $(DONE)/pytest
 	$(BIN)/python tests/sanitized.py --threads $(BIN)/pytest tests/test_schedules.py tests/test_loop.py
-	$(BIN)/python tests/sanitized.py --threads $(BIN)/pytest tests/test_worker.py -k "lost or silent or killed"
+	$(BIN)/python tests/sanitized.py --threads $(BIN)/pytest tests/test_worker.py -k "engine_agrees"
 	$(BIN)/python tests/sanitized.py --threads $(BIN)/pytest tests/test_backend.py -k "decodes_mixes_together and f32-auto-2-"
 
 # Other people's clients of the server need much that they share with nobody: an environment of its

@@ -19,7 +19,7 @@
     │   └── UploadError           the Hub did not take what was pushed
     ├── LibraryError              the native library is missing, stock, or of another version
     ├── BackendError              the native library reported a failure
-    │   └── WorkerError           a worker (--rpc) cannot be used, or was lost
+    │   └── WorkerError           a worker (--rpc) cannot be used
     ├── PromptError               a prompt is empty, or no text
     │   ├── ContextError          a prompt is longer than the context
     │   └── ModalityError         a message holds an image, audio or a file

@@ -15,7 +15,7 @@ X86_SETS = {
     "qaflora-cpu-avx512vnni": [*AVX512, "-mavx512vnni"],
 }
 WARNINGS = ["-Wall", "-Wextra", "-Wpedantic", "-Wcast-qual", "-Wvla", "-Werror"]
-DEFINES = ["LLAMA_SHARED", "GGML_SHARED", 'QAFLORA_BUILD_INFO="x"']
+DEFINES = ["LLAMA_SHARED", "GGML_SHARED", 'QAFLORA_BUILD_INFO="x"', 'QAFLORA_RPC_BUILD="x"']
 INCLUDES = ("src", "include", "ggml/include", "ggml/src")
 
 

@@ -1,4 +1,4 @@
-"""Layers on workers: exact, refused where they have to be, and there again after a failure.
+"""Layers on workers: exact, refused where they have to be; a lost one ends the process.
 
 The workers compute on the CPU, in ggml's own kernels where this process has ours or repacks
 weights: sums of float32 in another order, with the limits of test_device.py.
@@ -8,38 +8,27 @@ import contextlib
 import ctypes
 import os
 import signal
-import socket
 import struct
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import test_backend as cpu
-from bundles import TinyBundle, qaflora
+from bundles import qaflora
 from numpy.typing import NDArray
 from patience import PATIENCE_S, wait_until
-from rpc_workers import (
-    GET_TENSOR,
-    GRAPH_COMPUTE,
-    SET_TENSOR,
-    VERSION,
-    Worker,
-    hello,
-    pretender,
-    relay,
-    worker,
-)
-from serving import ENGINE, client_of, free_port
+from refusals import refused
+from rpc_workers import GRAPH_COMPUTE, Worker, hello, pretender, relay, worker
+from serving import free_port
 from stock import write_merged
 from tiny import TinyAdapter, TinyBase, write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine
-from qaflora_edge.backend import library
+from qaflora_edge.backend import devices, library
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import OptionError, WorkerError
 from qaflora_edge.formats.base import read_base
@@ -58,7 +47,7 @@ from qaflora_edge import Engine
 with Engine(base=sys.argv[1], adapters={}, rpc=sys.argv[2]) as engine:
     print("open", flush=True)
     input()
-    print(engine.logits([1, 2, 3]).any())
+    print(engine.logits([1, 2, 3]).any(), flush=True)
 """
 
 
@@ -67,13 +56,6 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Worker]]:
     folder = tmp_path_factory.mktemp("workers")
     with worker(folder) as first, worker(folder) as second:
         yield [first, second]
-
-
-@pytest.fixture(scope="module")
-def free(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
-    """One that no client has: what test_backend opens stays open."""
-    with worker(tmp_path_factory.mktemp("free")) as made:
-        yield made
 
 
 @pytest.fixture(params=[1, 2], ids=["one-worker", "two-workers"])
@@ -162,10 +144,10 @@ def test_large_tensors_are_kept_and_not_sent_again(tmp_path: Path) -> None:
     with worker(tmp_path, "--cache", str(folder)) as made, relay(made) as between:
         sent, logits = [], []
         for _ in range(2):
-            between.forget()
+            before = between.n_sent
             with Engine(base=base.path, adapters={}, rpc=between.endpoint, threads=1) as engine:
                 logits.append(engine.logits(TOKENS))
-            sent.append(between.n_sent)
+            sent.append(between.n_sent - before)
         assert len(list(folder.iterdir())) == 3
     assert sent[0] > 36e6
     assert sent[1] < 1e6
@@ -173,8 +155,8 @@ def test_large_tensors_are_kept_and_not_sent_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_worker_survives_what_it_refuses(tmp_path: Path) -> None:
-    """A client that is not ours, with an address of its own."""
+def test_worker_refuses_custom_operations(tmp_path: Path) -> None:
+    """Of a client that is not ours, with an address of its own."""
     lib = library.load()[0]._lib
     lib.ggml_op_name.restype = ctypes.c_char_p
     custom = next(op for op in range(200) if lib.ggml_op_name(op) == b"CUSTOM")
@@ -183,157 +165,85 @@ def test_worker_survives_what_it_refuses(tmp_path: Path) -> None:
     node += bytes(4 + 10 * 8 + 3 * 8 + 64 + 4)
     graph = struct.pack("<II", 0, 1) + struct.pack("<Q", 1) + struct.pack("<I", 1) + node
     with worker(tmp_path) as lonely:
-        client, _, build = hello(lonely.port, b"")
-        client.close()
-        client, _, _ = hello(lonely.port, build)
+        client, build = hello(lonely.port)
         with client:
+            assert build.decode() == devices.build()
             client.sendall(struct.pack("<BQ", GRAPH_COMPUTE, len(graph)) + graph)
             assert client.recv(1) == b""
         wait_until(lambda: "refused the custom operation of a client" in lonely.log.read_text())
-        for size in ((1 << 64) - 1, (1 << 40) + 1, 1 << 40):  # the last may be, and does not come
-            client, _, _ = hello(lonely.port, build)
-            with client:
-                client.sendall(struct.pack("<BQ", SET_TENSOR, size))
-                client.shutdown(socket.SHUT_WR)
-                assert client.recv(1) == b""
-        assert "Refused a message of 18446744073709551615 bytes" in lonely.log.read_text()
         assert lonely.process.poll() is None
 
 
 # failures
 
 
-@pytest.mark.slow
-def test_killed_worker_ends_all_answers_of_its_engine(tmp_path, base, adapters) -> None:
-    with contextlib.ExitStack() as stack:
-        first = stack.enter_context(worker(tmp_path))
-        rpc = first.endpoint
-        engine = stack.enter_context(Engine(base=base.path, adapters=files_of(adapters), rpc=rpc))
-        expected = engine.logits(TOKENS)
-        answer = engine.generate(TOKENS, grammar=LETTERS)
-        next(answer)
-        first.process.kill()
-        first.process.wait(PATIENCE_S)
-        with pytest.raises(WorkerError, match=f"The worker {rpc} ended the connection, has s"):
-            answer.text()
-        assert answer.finish_reason == "error"
-        with pytest.raises(WorkerError):
-            engine.generate(TOKENS)
-        stack.enter_context(worker(tmp_path, port=first.port))
-        with pytest.raises(WorkerError, match="start this program again, or make a new Engine"):
-            engine.logits(TOKENS)
-        with Engine(base=base.path, adapters=files_of(adapters), rpc=rpc) as new:
-            np.testing.assert_array_equal(new.logits(TOKENS), expected)
+@contextlib.contextmanager
+def client_of(base: TinyBase, worker: Worker, **environment: str) -> Iterator[subprocess.Popen]:
+    """A process that has a base on a worker, and computes once it is given a line."""
+    command = [sys.executable, "-c", CLIENT, str(base.path), worker.endpoint]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, **pipes, env={**os.environ, **environment}) as client:
+        assert client.stdout.readline() == b"open\n"
+        yield client
+        client.kill()
 
 
 @pytest.mark.slow
-@POSIX
-def test_silent_worker_is_lost_after_the_timeout(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base, adapters
-) -> None:
+@pytest.mark.parametrize("is_silent", [False, pytest.param(True, marks=POSIX)])
+def test_lost_worker_ends_the_process(tmp_path: Path, base: TinyBase, is_silent: bool) -> None:
     """Stopped, it keeps its connection; once it goes on, it is free for others."""
-    monkeypatch.setenv("QAFLORA_RPC_TIMEOUT", "2")
-    options: dict[str, Any] = {"base": base.path, "adapters": files_of(adapters)}
-    with worker(tmp_path) as made, Engine(**options, rpc=made.endpoint) as engine:
-        answer = engine.generate(TOKENS, grammar=LETTERS)
-        next(answer)
-        made.process.send_signal(signal.SIGSTOP)
-        start = time.monotonic()
-        with pytest.raises(WorkerError, match=r"has sent nothing for 2 s, or .* is slow, set QAFL"):
-            answer.text()
-        assert 1.5 < time.monotonic() - start < 20
-        with pytest.raises(WorkerError):
-            engine.generate(TOKENS)
-        made.process.send_signal(signal.SIGCONT)
-        with Engine(**options, rpc=made.endpoint) as new:  # while the other is still open
-            assert len(new.generate(TOKENS, grammar=LETTERS).text()) == 60
+    with worker(tmp_path) as made, client_of(base, made, QAFLORA_RPC_TIMEOUT="2") as client:
+        made.process.send_signal(signal.SIGSTOP if is_silent else signal.SIGKILL)
+        output, said = client.communicate(b"\n", PATIENCE_S)
+        assert (client.returncode, output) == (1, b"")
+        why = "has sent nothing for 2 s" if is_silent else "ended the connection, or its machine"
+        assert said.decode().startswith(f"Error: The worker {made.endpoint} {why}")
+        if is_silent:
+            made.process.send_signal(signal.SIGCONT)
+            with client_of(base, made) as other:
+                assert other.communicate(b"\n", PATIENCE_S)[0] == b"True\n"
 
 
 @pytest.mark.slow
 @POSIX
 def test_stopped_client_keeps_its_worker(tmp_path: Path, base: TinyBase) -> None:
     """What it waits for with a time limit is interrupted when it goes on."""
-    with worker(tmp_path) as made:
-        command = [sys.executable, "-c", CLIENT, str(base.path), made.endpoint]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as client:
-            assert client.stdout.readline() == b"open\n"
-            made.process.send_signal(signal.SIGSTOP)
-            client.stdin.write(b"\n")
-            client.stdin.flush()
-            time.sleep(0.5)  # it waits for the worker then; later it would not be interrupted
-            for number in (signal.SIGSTOP, signal.SIGCONT):
-                client.send_signal(number)
-                time.sleep(0.2)
-            made.process.send_signal(signal.SIGCONT)
-            assert client.stdout.readline() == b"True\n"
-
-
-def test_lost_connection_ends_all_that_is_decoded(base, adapters, free) -> None:
-    """In the middle of a token: nothing of it is taken for a number."""
-    with relay(free) as between:
-        options = {"rpc": between.endpoint, "n_parallel": 2}
-        with Engine(base=base.path, adapters=files_of(adapters), **options) as engine:
-            answers = [engine.generate(TOKENS, grammar=LETTERS) for _ in range(2)]
-            for answer in answers:
-                next(answer)
-            between.before = lambda sent: sent != GET_TENSOR
-            for answer in answers:
-                with pytest.raises(WorkerError):
-                    answer.text()
-
-
-def test_server_says_503_once_a_worker_is_lost(made: TinyBundle, free: Worker) -> None:
-    with relay(free) as between:
-        engine = {**ENGINE, "rpc": between.endpoint}
-        with client_of(made.folder, engine=engine) as client:
-
-            def status() -> int:
-                answer = client.post("/v1/completions", json={"prompt": "How", "max_tokens": 1})
-                if answer.status_code != 200:
-                    assert answer.json()["error"]["code"] == "model_unavailable"
-                    assert "Retry-After" in answer.headers
-                    assert between.endpoint not in answer.text
-                return answer.status_code
-
-            assert status() == 200
-            between.before = lambda sent: False
-            assert [status(), status()] == [503, 503]
+    with worker(tmp_path) as made, client_of(base, made, QAFLORA_RPC_TIMEOUT="20") as client:
+        made.process.send_signal(signal.SIGSTOP)
+        client.stdin.write(b"\n")
+        client.stdin.flush()
+        time.sleep(0.5)  # it waits for the worker then; later it would not be interrupted
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            client.send_signal(number)
+            time.sleep(0.2)
+        made.process.send_signal(signal.SIGCONT)
+        assert client.stdout.readline() == b"True\n"
 
 
 # refusals
 
 
-@pytest.mark.parametrize(
-    ("version", "build", "said"),
-    [
-        ((6, 0, 0), b"", "it speaks version 6.0 of the protocol, expected 7.0"),
-        (VERSION, b"", "it is of the build '', expected '"),
-    ],
-)
-def test_worker_of_another_build_is_refused(base, version, build, said) -> None:
-    with pretender(version, build) as endpoint, pytest.raises(WorkerError) as caught:
-        Model(read_base(base.path), rpc=endpoint)
-    assert f"The worker {endpoint} cannot be used: {said}" in str(caught.value)
-    assert "Start `qaflora worker` of this version there." in str(caught.value)
+def test_worker_of_another_build_is_refused(base: TinyBase) -> None:
+    with pretender(b"another") as endpoint:
+        assert refused(WorkerError, Model, read_base(base.path), rpc=endpoint) == (
+            f"The worker {endpoint} cannot be used: it is of the build 'another', expected "
+            f"'{devices.build()}'. Start `qaflora worker` of this version there."
+        )
 
 
-@pytest.mark.slow
-def test_worker_refuses_clients_of_another_build(tmp_path: Path) -> None:
+def test_busy_worker_is_refused(
+    tmp_path: Path, base: TinyBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "GREETING_S", 0.2)
     with worker(tmp_path) as lonely:
-        client, version, build = hello(lonely.port, b"another")
-        with client:
-            assert version == VERSION
-            assert len(build) == 23  # of a commit and of our sources: 10 and 12 digits
-            assert client.recv(1) == b""
-        expected = f"Refused a client of the build 'another', expected '{build.decode()}'"
-        wait_until(lambda: expected in lonely.log.read_text())
+        client, _ = hello(lonely.port)
+        with client, pytest.raises(WorkerError, match="as a worker: it serves another client"):
+            Model(read_base(base.path), rpc=lonely.endpoint)
 
 
 def test_nothing_is_there(base: TinyBase) -> None:
     endpoint = f"127.0.0.1:{free_port()}"
-    with pytest.raises(WorkerError) as caught:
-        Model(read_base(base.path), rpc=endpoint)
-    assert str(caught.value) == (
+    assert refused(WorkerError, Model, read_base(base.path), rpc=endpoint) == (
         f"The worker {endpoint} cannot be used: nothing answers there. Start `qaflora worker` of "
         "this version there."
     )

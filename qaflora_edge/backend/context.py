@@ -336,15 +336,13 @@ class Context(Handle):
 
         returns  the row of each span's last token, for logits() and sample()
 
-        Raises BackendError when llama_decode fails, WorkerError when a worker was lost,
-        CancelledError when it was told to stop.
+        Raises BackendError when llama_decode fails, CancelledError when it was told to stop.
         """
         batch = Batch(self._lib, spans)
         found = batch.n_token, batch.n_output, 1 + max(span.seq for span in spans)
         # Else it would end the process in llama.cpp.
         assert all(map(operator.le, found, self._most)), (found, self._most)
         code = self._lib.llama_decode(self._pointer, batch.struct)
-        self._model.workers.check()  # all that they would have computed is 0
         if code == 0:
             for span in spans:
                 self.tokens[span.seq][span.start :] = span.tokens

@@ -8,6 +8,10 @@ import ctypes
 import math
 import os
 import re
+import socket
+import struct
+import threading
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,16 +30,19 @@ from qaflora_edge.errors import LibraryError, WorkerError, wrong_option
 
 MAX_WORKERS = 16  # ggml-rpc.h GGML_RPC_MAX_SERVERS
 TIMEOUT_S = 60
+GREETING_S = 5  # a worker answers at once, unless it serves another client
 _ENDPOINT = re.compile(r"[^:]+:(?P<port>[0-9]{1,5})")
 _MAX_DEVICES = 16  # llama_max_devices()
 _ENDS = b"^(token_embd|output)"  # names of tensors; a head that is tied has the embedding's
 _SIZE, _HANDLE, _TEXT = ctypes.c_size_t, ctypes.c_void_p, ctypes.c_char_p
 _RPC: dict[str, tuple[Any, list[Any]]] = {
     "add_server": (_HANDLE, [_TEXT]),
-    "set_timeout": (None, [ctypes.c_int]),
-    "connection": (ctypes.c_uint64, [_TEXT, ctypes.POINTER(_TEXT)]),
     "start_server": (None, [_TEXT, _TEXT, _SIZE, _SIZE, ctypes.POINTER(_HANDLE)]),
 }
+# llama.cpp 0c1e5709, ggml-rpc.cpp rpc_msg_hello_req and rpc_msg_hello_rsp; the last 24 bytes of
+# both are the build (patches/0004)
+_HELLO = struct.pack("<BQ24x", 14, 24)
+_HELLO_ANSWER = struct.Struct("<Q3Bx24s")  # size; version; build
 
 
 class _BufferOverride(ctypes.Structure):
@@ -120,62 +127,87 @@ def timeout_s() -> int:
     return int(text)
 
 
+def build() -> str:
+    """Name this build as workers do: a part of the pin's commit, and of the hash of our sources."""
+    _, functions = load()
+    info = functions.build_info().decode("utf-8", "replace")
+    commit, _, patches = info.removeprefix("llama.cpp ").partition(", patches ")
+    return f"{commit[:10]}-{patches}"
+
+
+def check_worker(endpoint: str) -> None:
+    """Say HELLO to a worker, and compare its build with ours.
+
+    Raises WorkerError.
+    """
+    host, _, port = endpoint.partition(":")
+    answer = b""
+    why = "nothing answers there"
+    try:
+        with socket.create_connection((host, int(port)), GREETING_S) as connection:
+            why = "it does not answer as a worker: it serves another client, or is something else"
+            connection.sendall(_HELLO)
+            while part := connection.recv(_HELLO_ANSWER.size - len(answer)):
+                answer += part
+    except OSError:
+        pass
+    if len(answer) == _HELLO_ANSWER.size:
+        found = _HELLO_ANSWER.unpack(answer)[-1].rstrip(b"\0").decode("utf-8", "replace")
+        if found == build():
+            return
+        why = f"it is of the build {found!r}, expected {build()!r}"
+    raise WorkerError(
+        f"The worker {endpoint} cannot be used: {why}. Start `qaflora worker` of this version "
+        "there."
+    )
+
+
+# A worker serves one client at a time: who is connected already does not ask it who it is.
+_connecting = threading.RLock()  # a garbage collector may close one in the middle
+_n_user: Counter[str] = Counter()
+
+
 class Workers(Handle):
     """Connect to the workers that --rpc names, or to none.
 
     devices  ggml_backend_dev_t of all their devices, in their order
 
-    Raises WorkerError for one that cannot be used, OptionError as `endpoints` does.
+    A worker that is lost later ends the process (patches/src/qaflora-rpc.cpp).
+    Raises WorkerError for one that cannot be used, OptionError as `endpoints` and `timeout_s` do.
     """
 
     def __init__(self, text: str | None) -> None:
-        self._endpoints = () if text is None else endpoints(text)
         self.devices: list[int] = []
         self._pointer: list[int] = []  # a backend for each device keeps its connection
-        if self._endpoints:
-            rpc().set_timeout(timeout_s())
+        self._endpoints: list[str] = []
+        if text is None:
+            return
+        timeout_s()
         try:
-            for endpoint in self._endpoints:
+            for endpoint in endpoints(text):
                 self._open(endpoint)
-            self._connections = [rpc().connection(x.encode(), None) for x in self._endpoints]
-            self.check()
         except BaseException:
             self.close()
             raise
 
     def _open(self, endpoint: str) -> None:
+        with _connecting:
+            if not _n_user[endpoint]:
+                check_worker(endpoint)
+            _n_user[endpoint] += 1
+            self._endpoints.append(endpoint)
         reg = rpc().add_server(endpoint.encode())
         for i in range(ggml().reg_dev_count(reg) if reg else 0):
             device = ggml().reg_dev_get(reg, i)
             self.devices.append(device)
             self._pointer.append(ggml().dev_init(device, None))
-        why = ctypes.c_char_p()
-        if not rpc().connection(endpoint.encode(), ctypes.byref(why)):
-            raise WorkerError(
-                f"The worker {endpoint} cannot be used: {(why.value or b'').decode()}. Start "
-                "`qaflora worker` of this version there."
-            )
-
-    def lost(self) -> str | None:
-        """Name the first worker with another connection than at the start."""
-        for endpoint, old in zip(self._endpoints, self._connections, strict=True):
-            if not old or rpc().connection(endpoint.encode(), None) != old:
-                return endpoint
-        return None
-
-    def check(self) -> None:
-        """Raise WorkerError where a worker is lost."""
-        if endpoint := self.lost():
-            is_silent = f"has sent nothing for {seconds} s, " if (seconds := timeout_s()) else ""
-            raise WorkerError(
-                f"The worker {endpoint} ended the connection, {is_silent}or its machine cannot be "
-                "reached. Start it again if it does not run; then start this program again, or "
-                "make a new Engine. If it is slow, set QAFLORA_RPC_TIMEOUT to more seconds."
-            )
 
     def _free(self, pointer: Any) -> None:
         for backend in pointer:
             ggml().free(backend)
+        with _connecting:
+            for endpoint in self._endpoints:
+                _n_user[endpoint] -= 1
 
 
 def place(params: Any, workers: Workers, gpu_layers: int | None, tensor_split: str | None) -> bool:

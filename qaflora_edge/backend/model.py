@@ -106,7 +106,6 @@ class Model(Handle):
         self.n_swa: int = self._lib.llama_model_n_swa(self._pointer)  # 0: attention sees all
 
     def _check_loaded(self) -> None:
-        self.workers.check()
         if not self._pointer:
             raise GgufFileError(
                 f"The base {self.path} cannot be loaded: {logged()}. Fetch or convert it again."
@@ -223,7 +222,7 @@ def shared_model(base: GgufHeader, placing: Mapping[str, Any]) -> Model:
         where = (placing.get(name) for name in PLACING)
         key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, *where)
         model = _shared.get(key)
-        if model is not None and model.workers.lost() is None:
+        if model is not None:
             model._n_user += 1
             return model
         _shared[key] = Model(base, **placing)

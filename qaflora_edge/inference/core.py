@@ -106,7 +106,6 @@ class Core:
             shape["n_output"] = max(n_parallel + 1, N_OUTPUT)
             self.context = context = enter(Context(model, self.pack, **shape, **options))
             self.draft = self._drafts(draft)
-            model.workers.check()
             check_unchanged(states)  # llama.cpp opened the files by name, after the checks
             from qaflora_edge.inference.score import Scorer
             from qaflora_edge.weighing.probe import Prefixes, Prober
@@ -143,13 +142,6 @@ class Core:
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """Keep the resources open. Raises as _hold does, and WorkerError once a worker was lost."""
-        with self._hold():
-            self.model.workers.check()
-            yield
-
-    @contextmanager
-    def _hold(self) -> Iterator[None]:
         """Keep the resources open. Raises BusyError after close() or a fork."""
         global _process
         check_process()
@@ -254,7 +246,7 @@ class Core:
             known = (*request.tokens, *fusion.begun, *request.tokens)
             sequence.drafter = Drafter(known if fusion.begun else request.tokens, self.draft)
         (self.loop.resume if weighed else self.loop.add)(sequence)
-        return Generation(sequence, fusion, drive=self.loop.drive, call=self._hold)
+        return Generation(sequence, fusion, drive=self.loop.drive, call=self.call)
 
     def n_ctx_for(self, n_prompt: int, n_answer: int | None) -> int:
         """Size a slot for a prompt and an answer; None: without a limit."""
@@ -267,7 +259,7 @@ class Core:
         sequence = RunningSequence(Request((), nothing), None, 0)
         sequence.fail(error)
         fusion = FusionWeights((), nothing)
-        return Generation(sequence, fusion, drive=self.loop.drive, call=self._hold)
+        return Generation(sequence, fusion, drive=self.loop.drive, call=self.call)
 
 
 class Probes:
