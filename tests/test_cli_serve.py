@@ -74,35 +74,26 @@ def test_a_signal_lets_end_what_runs(bundle: Path, number: int, code: int) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_lost", [True, False])
-def test_a_lost_worker_and_a_stuck_step_end_the_process(bundle: Path, is_lost: bool) -> None:
-    """With status 503 and 1; after the announced time, whatever still computes."""
-    does = "raise WorkerError('It is lost.')" if is_lost else "time.sleep(999)"
+def test_a_stuck_step_ends_with_the_process(bundle: Path) -> None:
+    """After the announced time, whatever still computes."""
     code = (
-        "import time; from qaflora_edge.errors import WorkerError\n"
+        "import time\n"
         "from qaflora_edge.server import answers, run; run.DRAIN_S = run.CUT_S = 0.3\n"
-        f"def fail(*a, **k): {does}\n"
+        "def fail(*a, **k): time.sleep(999)\n"
         "answers.begin_chat = fail\n"
         "from qaflora_edge.cli import main; main()"
     )
     with serving(str(bundle), "--ctx", "600", program=["-c", code]) as (process, address):
         url = f"{address}/v1/chat/completions"
-        if is_lost:
-            found = httpx.post(url, json=long_body(), timeout=PATIENCE_S)
-            assert found.status_code == 503
-            assert found.json()["error"]["code"] == "model_unavailable"
-        else:
-            with (
-                contextlib.suppress(httpx.TransportError),
-                httpx.stream("POST", url, json=long_body(), timeout=PATIENCE_S) as response,
-            ):
-                lines = response.iter_lines()
-                assert next(lines) == ": ping"
-                process.send_signal(signal.SIGTERM)
-                list(lines)
+        with (
+            contextlib.suppress(httpx.TransportError),
+            httpx.stream("POST", url, json=long_body(), timeout=PATIENCE_S) as response,
+        ):
+            lines = response.iter_lines()
+            assert next(lines) == ": ping"
+            process.send_signal(signal.SIGTERM)
+            list(lines)
         assert process.wait(PATIENCE_S) == 1
-        assert process.stderr is not None
-        assert not is_lost or process.stderr.read().endswith("Error: It is lost.\n")
 
 
 def is_deaf(address: str) -> bool:

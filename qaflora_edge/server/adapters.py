@@ -13,7 +13,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.engine import Engine
-from qaflora_edge.errors import BusyError, QafloraError, WorkerError, is_disk_full
+from qaflora_edge.errors import BusyError, QafloraError, is_disk_full
 from qaflora_edge.formats.inputs import checksum
 from qaflora_edge.peft.config import CONFIG_FILE
 from qaflora_edge.peft.folder import WEIGHTS_FILE, adapter_files, adapter_folder
@@ -142,7 +142,7 @@ async def _changed(
     try:
         async with state.changing, state.models.engine(served) as engine:
             hashes = await asyncio.to_thread(changed, engine)
-    except (BusyError, WorkerError):
+    except BusyError:
         raise
     except QafloraError as error:
         raise Refusal(400, str(error), code="invalid_value") from error

@@ -79,7 +79,7 @@ def make_app(places: Iterable[Path], options: ServerOptions) -> Starlette:
         adapters.remove_old_uploads(options.adapters)
     app.state.changing = asyncio.Lock()
     app.state.large_bodies = Places(bodies.MAX_LARGE_BODIES)
-    app.state.on_ready, app.state.on_lost = lambda: None, lambda error: None
+    app.state.on_ready = lambda: None
     return app
 
 

@@ -94,9 +94,6 @@ def refusal(
         return Refusal(503, message, code="timeout")
     if isinstance(error, errors.BusyError | errors.CancelledError):
         return Refusal(503, "The server is shutting down.", code="shutting_down")
-    if isinstance(error, errors.WorkerError):
-        message = "A machine that holds layers of the model is lost; the server ends."
-        return Refusal(503, message, code="model_unavailable")
     if isinstance(error, errors.ModalityError):
         return Refusal(501, str(error), param="messages", code="not_implemented")
     for kind, fields in _CAUSES.items():

@@ -14,7 +14,7 @@ from types import FrameType
 import uvicorn
 from starlette.applications import Starlette
 
-from qaflora_edge.errors import OptionError, QafloraError, os_errors
+from qaflora_edge.errors import OptionError, os_errors
 from qaflora_edge.server.app import expire_all, make_app
 from qaflora_edge.server.connections import HEAD_S, MAX_CONNECTIONS, Connection
 from qaflora_edge.server.served_models import ServerOptions
@@ -28,16 +28,10 @@ class _Server(uvicorn.Server):
     """Serve until a signal; a second one ends at once."""
 
     is_interrupted = False
-    lost: QafloraError | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.is_interrupted = sig == signal.SIGINT
         self.force_exit = self.should_exit
-        self.should_exit = True
-
-    def on_lost(self, error: QafloraError) -> None:
-        """End the server: a worker was lost, and only a new process can use it again."""
-        self.lost = error
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -71,7 +65,7 @@ def run(places: Sequence[Path], host: str, port: int, options: ServerOptions) ->
     """Serve bundles until SIGINT or SIGTERM; running requests then have some seconds to end.
 
     Raises BundleError for a bundle that cannot be read, OptionError where it cannot listen,
-    WorkerError when a worker was lost, and KeyboardInterrupt at its end where that was SIGINT.
+    and KeyboardInterrupt at its end where that was SIGINT.
     """
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     allow_files(2 * MAX_CONNECTIONS)
@@ -83,11 +77,8 @@ def run(places: Sequence[Path], host: str, port: int, options: ServerOptions) ->
     ready = f"Page: {url}/  API: {url}/v1  Models: {names}"
     server = _Server(config_of(app))
     app.state.on_ready = lambda: logging.getLogger(__name__).info("%s", ready)
-    app.state.on_lost = server.on_lost
     with listener:
         server.run(sockets=[listener])
-    if server.lost is not None:
-        raise server.lost
     if server.is_interrupted:
         raise KeyboardInterrupt
 

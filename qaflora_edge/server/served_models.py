@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 
 from qaflora_edge.config import in_group
 from qaflora_edge.engine import Engine
-from qaflora_edge.errors import BundleError, BusyError, QafloraError, WorkerError
+from qaflora_edge.errors import BundleError, BusyError, QafloraError
 from qaflora_edge.formats.bundle import NAME_PATTERN, NAME_RULE, is_base, read_bundle_text
 from qaflora_edge.formats.gguf import read_gguf_header
 from qaflora_edge.server.requests import Refusal
@@ -356,11 +356,11 @@ class ServedModels:
 
 
 def _compute(engine: Engine) -> None:
-    """Compute what requests ask of an Engine until it is closed, or has lost a worker."""
+    """Compute what requests ask of an Engine until it is closed."""
     while True:
         try:
             engine.run_forever()
-        except (BusyError, WorkerError):
+        except BusyError:
             return
         except Exception:
             log.exception("a step failed")

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from qaflora_edge.engine import Engine
-from qaflora_edge.errors import CancelledError, WorkerError
+from qaflora_edge.errors import CancelledError
 from qaflora_edge.server.requests import Refusal, address_of, refusal
 from qaflora_edge.server.served_models import ServedModel
 
@@ -175,6 +175,4 @@ class Computed:
         refused = refusal(error, self.body, is_expired=self._is_expired)
         if refused.status == 500:
             log.error("a request failed", exc_info=error)
-        if isinstance(error, WorkerError):
-            self._state.on_lost(error)
         return refused
