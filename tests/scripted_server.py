@@ -21,7 +21,7 @@ from qaflora_edge.server.app import show_page
 from qaflora_edge.server.requests import Refusal
 
 ADAPTERS = {"demo": ("math", "es", "med"), "code": ("sql",)}
-STRATEGIES = ("qa-flora", "calibrated", "static", "base")
+STRATEGIES = ("qa-flora", "spectr", "static", "base")
 N_LAYER = 24
 SHA256: dict[str, Any] = {
     "base": "ab" * 32,

@@ -180,7 +180,7 @@ def test_switched_off_adapters_are_as_if_they_were_not_there(
 FAILING = [
     ("/adapters of math", "/adapters of is no choice; expected /adapters [on|off [NAME ...]]."),
     ("/adapters off law", "The adapter 'law' is not loaded; expected names out of: math, es."),
-    ("/strategy best", "Strategy 'best' is not known; expected one of qa-flora, "),
+    ("/strategy best", "Strategy 'best' is not known; expected one of two-place, "),
     ("/strategy calibrated", "Strategy calibrated needs typical divergences"),
     ("/set warmth", "/set has no 'warmth'; expected one of max_tokens, temp, "),
     ("/set temp warm", "Option temperature is 'warm', expected a number from 0 up."),

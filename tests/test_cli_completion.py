@@ -27,7 +27,7 @@ def suggested(made: TinyBundle, line: str, **more: str) -> list[str]:
         ("qaflora com", ["compare", "completion"]),
         ("qaflora run --st", ["--strategy", "--stop"]),
         ("qaflora run bundle hi --lens ", ["norm", "raw"]),
-        ("qaflora run bundle --strategy c", ["cosine", "calibrated", "centroid"]),
+        ("qaflora run bundle --strategy s", ["spectr", "single:math", "single:es"]),
         ("qaflora run bundle --strategy single:", ["single:math", "single:es"]),
         ("qaflora run bundle --strategy manual:es=1,m", ["manual:es=1,math="]),
         ("qaflora run --strategy single:", []),

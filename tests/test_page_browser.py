@@ -107,11 +107,11 @@ def test_the_mix_is_a_bar_that_opens_into_layers(desk: Desk) -> None:
 def test_strategy_adapters_and_other_settings_go_into_the_request(desk: Desk) -> None:
     options = desk.texts("#strategy option")
     assert options == [
-        *("the bundle's own (qa-flora)", "qa-flora", "calibrated", "static", "base"),
+        *("the bundle's own (qa-flora)", "qa-flora", "spectr", "static", "base"),
         *("only math", "only es", "only med", "manual"),
     ]
-    desk.set("#strategy", "calibrated")
-    assert "typical divergence" in desk.text("#strategy + .hint")
+    desk.set("#strategy", "spectr")
+    assert "what each adapter adds" in desk.text("#strategy + .hint")
     desk.click("li:nth-child(2) input[type=checkbox]")
     desk.set("#system", "Be short.")
     desk.set("#temperature", "0.5")
@@ -121,7 +121,7 @@ def test_strategy_adapters_and_other_settings_go_into_the_request(desk: Desk) ->
     body = desk.script.asked[-1]
     assert body["fusion"] == {
         "return": "layers",
-        "strategy": "calibrated",
+        "strategy": "spectr",
         "adapters": ["math", "med"],
     }
     assert body["messages"][0] == {"role": "system", "content": "Be short."}

@@ -33,7 +33,7 @@ def desk(window: Browser, calibrated: TinyBundle, tmp_path: Path) -> Iterator[De
 
 def test_text_and_weights_are_those_of_the_engine_alone(desk: Desk, calibrated: TinyBundle) -> None:
     with Engine(calibrated.folder, **ENGINE) as engine:  # type: ignore[arg-type]
-        for n, strategy in enumerate(("", "calibrated"), 1):
+        for n, strategy in enumerate(("", "spectr"), 1):
             fusion = engine.weights(engine.chat_tokens(MESSAGES), strategy=strategy or None)
             answer = engine.chat(MESSAGES, weights=strategy or None, max_tokens=12, temperature=0)
             desk.set("#strategy", strategy)

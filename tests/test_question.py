@@ -148,5 +148,7 @@ def test_pool_question_weighs_by_the_questions_mean(
             reference = (np.exp(log_p) * (log_p - log_q)).sum(-1)
             np.testing.assert_allclose(kl[ia], reference, rtol=2e-2, atol=1e-7)
     with Engine(base=base.path, adapters=adapters, n_ctx=128, pool="question", **EXACT) as engine:
-        same = engine.weights(tokens, strategy="cosine")
-        np.testing.assert_array_equal(same.weights, fusion.weights)
+        for text in ("cosine", "qa-flora:distance=cosine"):
+            same = engine.weights(tokens, strategy=text)
+            np.testing.assert_array_equal(same.weights, fusion.weights)
+            assert same.measured.name == "cosine distance"

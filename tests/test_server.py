@@ -261,7 +261,7 @@ def test_models(client: TestClient) -> None:
         assert one["fusion"]["strategy"] == strategy
         named = client.get(f"/v1/models/tiny:{strategy}").json()
         assert (named["id"], named["meta"]["strategy"]) == (f"tiny:{strategy}", strategy)
-    assert {"static", "base", "qa-flora", "calibrated", "single:es"} < set(meta.pop("strategies"))
+    assert {"static", "base", "qa-flora", "single:es"} < set(meta.pop("strategies"))
     assert {len(value) for value in meta.pop("sha256")["adapters"].values()} == {64}
     assert meta == {
         "adapters": ["math", "es"],

@@ -15,6 +15,7 @@ from qaflora_edge.config import PROBING, SHAPING
 from qaflora_edge.errors import StrategyError
 from qaflora_edge.weighing.strategy import parse_strategy, written
 from qaflora_edge.weighing.two_place import TwoPlace
+from qaflora_edge.weighing.unmeasured import DISTANCE
 from qaflora_edge.weighing.weigher import shaped
 
 PROMPT = "the thing on a ring"
@@ -77,7 +78,7 @@ def test_every_probed_strategy_takes_them(calibrated: TinyBundle) -> None:
             "qa-flora:pwer=2",
             "Strategy 'qa-flora:pwer=2': 'pwer=2' is no option of it; did you mean power=? "
             "Expected some of power=P, layers=each or mean, top=N, total=T or l2, pool=last or "
-            "question, with commas between them.",
+            "question, distance=kl or cosine or euclidean, with commas between them.",
         ),
         ("qa-flora:2", "'2' is no option of it; expected some of power=P"),
         ("qa-flora:power=0", "the option power is '0', expected a number above 0 to 16."),
@@ -86,7 +87,7 @@ def test_every_probed_strategy_takes_them(calibrated: TinyBundle) -> None:
         ("qa-flora:pool=mean", "the option pool is 'mean', expected one of last, question."),
         ("qa-flora:top=1,top=2", "has the option top twice, expected it once."),
         ("norm:2", "Strategy 'norm:2': '2' is no option of it; expected some of power=P"),
-        ("static:power=2", "Strategy 'static:power=2' is not known; expected one of qa-flora"),
+        ("static:power=2", "Strategy 'static:power=2' is not known; expected one of two"),
     ],
 )
 def test_what_is_no_option_is_refused(text: str, message: str) -> None:
@@ -98,7 +99,7 @@ def test_what_is_no_option_is_refused(text: str, message: str) -> None:
 def test_the_page_has_every_option() -> None:
     text = PAGE.read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+=[^`]*)` \| ([^|]*) \|$", text, re.M)
-    assert rows == [(written(option), option.help) for option in (*SHAPING, *PROBING)]
+    assert rows == [(written(option), option.help) for option in (*SHAPING, *PROBING, DISTANCE)]
     rows = re.findall(r"^\| `(\w+=[^`]*)` \| ([^|]*) \| ([^|]*) \|$", text, re.M)
     own = TwoPlace.options
     assert rows == [(written(option), str(option.default), option.help) for option in own]

@@ -83,10 +83,9 @@ def test_only_modules_that_all_adapt_are_compared(tmp_path: Path) -> None:
     qv = write(tmp_path, base, "targets", **stems)
     with Engine(base=base.path, adapters={"a": qv["a"], "b": qv["b"]}, **EXACT) as engine:
         both = engine.weights(TOKENS[:9], strategy="spectr").weights
-        assert {"arrow", "spectr"} <= {*engine.strategies}
-        assert "norm" not in engine.strategies
+        assert "spectr" in engine.strategies
     with Engine(base=base.path, adapters=qv, **EXACT) as engine:
-        assert {"arrow", "spectr", "norm"}.isdisjoint(engine.strategies)
+        assert "spectr" not in engine.strategies
         for strategy in ("arrow", "spectr"):
             with pytest.raises(StrategyError) as caught:
                 engine.weights(TOKENS[:9], strategy=strategy)

@@ -213,7 +213,7 @@ def test_new_bundles_are_weighed_by_it_where_it_has_something_to_go_by(
     assert strategy_of(es, mlp.path) == "qa-flora"
     assert strategy_of(es, strategy="static") == "static"
     assert strategy_of() == "qa-flora"
-    with pytest.raises(QafloraError, match="Strategy '' is not known; expected one of qa-flora"):
+    with pytest.raises(QafloraError, match="Strategy '' is not known; expected one of two-place"):
         strategy_of(es, strategy="")
 
 

@@ -86,10 +86,10 @@ def complete_bundle(ctx: click.Context, param: click.Parameter, word: str) -> It
 
 def complete_strategy(ctx: click.Context, param: click.Parameter, word: str) -> Items:
     """Strategies, and single: and manual: with the adapters of the bundle on the line."""
-    from qaflora_edge.weighing.strategy import strategies
+    from qaflora_edge.weighing.strategy import offered
 
     names = _adapters(ctx)
-    found = [each.name for each in strategies() if not each.needs_argument]
+    found = [each.name for each in offered() if not each.needs_argument]
     found += [f"single:{name}" for name in names]
     done, comma, _ = word.rpartition(",")
     found += [f"{done},{name}=" if comma else f"manual:{name}=" for name in names]
@@ -175,9 +175,9 @@ def meaning(option: Option) -> str:
     """The help text of an option, with the strategies that there are by now."""
     if "{strategies}" not in option.help:
         return option.help
-    from qaflora_edge.weighing.strategy import strategies, written
+    from qaflora_edge.weighing.strategy import offered, written
 
-    known = strategies()
+    known = offered()
     *others, last = (strategy.usage for strategy in known)
     forms = dict.fromkeys(written(own) for each in known if each.is_probed for own in each.options)
     text = option.help.replace("{strategies}", f"{', '.join(others)} or {last}")

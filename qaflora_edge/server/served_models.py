@@ -6,7 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from qaflora_edge.formats.bundle import NAME_PATTERN, NAME_RULE, is_base, read_b
 from qaflora_edge.formats.gguf import read_gguf_header
 from qaflora_edge.server.requests import Refusal
 from qaflora_edge.server.security import share_of
+from qaflora_edge.weighing.strategy import HIDDEN
 from qaflora_edge.weighing.weigher import Known, Weigher, known_of
 
 log = logging.getLogger(__name__)
@@ -161,6 +162,15 @@ class ServedModel:
         """List the model ids that name it."""
         return [self.name, *(f"{self.name}:{strategy}" for strategy in self.strategies)]
 
+    def can_follow(self, strategy: str) -> bool:
+        """Tell whether NAME:STRATEGY is a model: of those that are listed, or a baseline."""
+        if strategy in self.strategies or strategy not in HIDDEN:
+            return strategy in self.strategies
+        with suppress(QafloraError):
+            self.weigher.parse(strategy)
+            return True
+        return False
+
     @property
     def is_lost(self) -> bool:
         """Tell whether no request can be answered: it cannot be opened, or nothing computes."""
@@ -234,7 +244,7 @@ class ServedModels:
             return next(iter(self.by_name.values())), None
         name, colon, strategy = (model or "").removesuffix(":latest").partition(":")
         found = self.by_name.get(name)
-        if found is not None and (not colon or strategy in found.strategies):
+        if found is not None and (not colon or found.can_follow(strategy)):
             return found, strategy if colon else None
         names = list(found.ids if found else self.listed)
         more = ["..."] if len(names) > 5 else []

@@ -94,7 +94,7 @@ class FusionWeights:
         """Give name and unit of `divergence`: what the strategy measures."""
         from qaflora_edge.weighing.strategy import measured_by
 
-        return measured_by(self.strategy.partition(":")[0])
+        return measured_by(self.strategy)
 
     @property
     def means(self) -> dict[str, float]:

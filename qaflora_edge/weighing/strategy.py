@@ -33,8 +33,11 @@ Span = tuple[int, int]  # begin and end of a part of a prompt
 Typical = Mapping[str, Mapping[str, Any]]
 
 ENTRY_POINTS = "qaflora_edge.strategies"  # the group in which packages offer theirs
-# Modules beside this one.
-_BUILT_IN = ("divergence", "two_place", "relay", "baselines")
+# Modules beside this one; those of baselines/; names of strategies that are options now.
+_BUILT_IN = ("two_place", "relay", "unmeasured", "fixed")
+BASELINES = ("calibrated", "norm", "centroid", "arrow")
+_OLD_NAMES = {name: f"qa-flora:distance={name}" for name in ("cosine", "euclidean")}
+HIDDEN = (*BASELINES, *_OLD_NAMES)  # that work where they are named, and are listed nowhere
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
 
 
@@ -180,6 +183,7 @@ class Strategy:
     compares  kinds of modules, such as attn_q; the adapters need one in common
     is_base_prefilled  whether the base prefills a chat prompt where prefill is "auto"
     measured  the divergence of its Mix
+    is_baseline  whether it is there to compare with: help and completion do not name it
     """
 
     name: ClassVar[str]
@@ -192,6 +196,7 @@ class Strategy:
     compares: ClassVar[tuple[str, ...]] = ()
     is_base_prefilled: ClassVar[bool] = False
     measured: ClassVar[Measured] = Measured("divergence", reads=("lens", "pool"))
+    is_baseline: ClassVar[bool] = False
 
     def parse(self, argument: str, adapters: Sequence[str], text: str) -> Any:
         """Read the text after the colon ("" without one), options apart, for weigh().
@@ -211,6 +216,10 @@ class Strategy:
         The same query must get the same weights. Any thread may call.
         """
         raise NotImplementedError
+
+    def measured_under(self, options: str) -> Measured:
+        """Say how its measure is shown under options, as they stand behind the colon."""
+        return self.measured
 
     @property
     def usage(self) -> str:
@@ -251,6 +260,8 @@ def register_strategy(strategy: Strategy) -> None:
             "qaflora_edge.Strategy that defines weigh(). Its name has small letters, digits and "
             "hyphens, at most 40, and begins with a letter."
         )
+    if name in HIDDEN:
+        raise StrategyError(f"The strategy {name!r} is one of this package; choose another name.")
     if name in _registry and _class_of(strategy) != _class_of(_registry[name]):
         raise StrategyError(
             f"The strategy {name!r} of {_class_of(strategy)} is there already, by "
@@ -264,10 +275,36 @@ def _class_of(strategy: Strategy) -> str:
 
 
 def strategies() -> list[Strategy]:
-    """List every strategy: those of the package, then others in order of registration."""
+    """List the strategies of the package, then others in order of registration.
+
+    Those of BASELINES are there once they were named.
+    """
     _load_built_in()
     _load_entry_points()
     return list(_registry.values())
+
+
+def offered() -> list[Strategy]:
+    """List the strategies that help and completion name."""
+    return [strategy for strategy in strategies() if not strategy.is_baseline]
+
+
+def find_strategy(name: str) -> Strategy | None:
+    """Find a strategy by name, and import what it needs."""
+    _load_built_in()
+    if name in BASELINES and name not in _registry:
+        _registry[name] = import_module(f"qaflora_edge.weighing.baselines.{name}").STRATEGY
+    if name not in _registry:
+        _load_entry_points()
+    return _registry.get(name)
+
+
+def _whole(text: str) -> str:
+    """Write an old name as the option that it is now."""
+    name, colon, options = text.partition(":")
+    if name not in _OLD_NAMES:
+        return text
+    return _OLD_NAMES[name] + ("," if colon else "") + options
 
 
 def parse_strategy(text: str, adapters: Sequence[str]) -> Chosen:
@@ -275,21 +312,20 @@ def parse_strategy(text: str, adapters: Sequence[str]) -> Chosen:
 
     Raises StrategyError for what is not known, WeightsError for a weight that is not finite.
     """
-    name, colon, argument = text.partition(":")
-    _load_built_in()
-    if name not in _registry:
-        _load_entry_points()
-    strategy = _registry.get(name)
+    name, colon, argument = _whole(text).partition(":")
+    strategy = find_strategy(name)
     options: dict[str, Any] = {}
     if strategy is not None and strategy.is_probed and argument and not strategy.argument:
         options, colon, argument = read_options(argument, strategy.options, text), "", ""
     needs = bool(strategy and (colon or strategy.needs_argument))
     if strategy is None or needs != bool(argument and strategy.argument):
-        near = [] if strategy else difflib.get_close_matches(name.lower(), _registry, n=1)
-        hint = f"did you mean {_registry[near[0]].usage}? Expected" if near else "expected"
+        usages = {each.name: each.usage for each in strategies()}
+        usages |= {baseline: baseline for baseline in BASELINES}
+        near = [] if strategy else difflib.get_close_matches(name.lower(), usages, n=1)
+        hint = f"did you mean {usages[near[0]]}? Expected" if near else "expected"
         raise StrategyError(
             f"Strategy {text!r} is not known; {hint} one of "
-            f"{', '.join(each.usage for each in strategies())}."
+            f"{', '.join(each.usage for each in offered())}."
         )
     return Chosen(text, strategy, strategy.parse(argument, adapters, text), options)
 
@@ -337,10 +373,11 @@ def written(option: Option) -> str:
     )
 
 
-def measured_by(name: str) -> Measured:
-    """Give how the measure of a strategy of this name is shown; the default for an unknown one."""
-    _load_built_in()
-    return _registry.get(name, Strategy).measured
+def measured_by(text: str) -> Measured:
+    """Give how the measure of a strategy is shown; the default for an unknown one."""
+    name, _, options = _whole(text).partition(":")
+    strategy = find_strategy(name)
+    return Strategy.measured if strategy is None else strategy.measured_under(options)
 
 
 @cache

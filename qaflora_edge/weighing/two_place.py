@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 from qaflora_edge.arrays import F32, F64
 from qaflora_edge.config import Option
 from qaflora_edge.errors import StrategyError
-from qaflora_edge.weighing.divergence import check_typical
 from qaflora_edge.weighing.strategy import ADDED, Mix, Probe, Query, Reason, Strategy
+from qaflora_edge.weighing.unmeasured import check_typical
 
 Taken = dict[int, str]  # adapter's index -> the place that it is taken for, the answer first
 FIRST, LATER = ("added_last", "added_question"), ("later_last", "later_question")

@@ -145,6 +145,7 @@ class Weigher:
             return ("base",)
         targets = [self.targets[name] for name in self.adapters if name in self.targets]
         whole = [each for each in strategies() if not each.needs_argument]
+        whole = [each for each in whole if not (each.is_baseline and each.is_probed)]
         whole = [s for s in whole if not s.compares or {*s.compares}.intersection(*targets)]
         probed = [each.name for each in whole if each.is_probed]
         fixed = [each.name for each in whole if not each.is_probed and each.name != "base"]

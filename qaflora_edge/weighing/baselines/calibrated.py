@@ -1,0 +1,39 @@
+"""The strategy `calibrated`: divergences relative to what is typical of each adapter."""
+
+from typing import Any
+
+from qaflora_edge.config import PROBING, SHAPING
+from qaflora_edge.weighing.strategy import Mix, Probe, Query, Strategy
+from qaflora_edge.weighing.unmeasured import DISTANCES, check_typical
+
+
+class Calibrated(Strategy):
+    """Weigh by KL divided by the adapter's typical KL over neutral prompts, layer by layer.
+
+    Our own: an adapter that moves every prompt far is not heavier for it.
+    """
+
+    name = "calibrated"
+    is_baseline = True
+    help = "as qa-flora, relative to each adapter's typical divergence"
+    measured = DISTANCES["kl"]
+    options = (*SHAPING, *PROBING)
+    needs_typical = ("norm", "raw", "question_norm", "question_raw")  # any lens, any pool
+
+    def check(self, argument: Any, query: Query) -> None:
+        place = "" if query.pool == "last" else f" at pool {query.pool}"
+        check_typical(self.name, query, [_key(query)], f"with lens {query.lens}{place}")
+
+    def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix:
+        from qaflora_edge.weighing import numbers
+
+        divergence = probe.divergence()
+        typical = [query.typical[name][_key(query)] for name in query.adapters]
+        return Mix(numbers.normalise(numbers.calibrate(divergence, typical)), divergence)
+
+
+def _key(query: Query) -> str:
+    return query.lens if query.pool == "last" else f"question_{query.lens}"
+
+
+STRATEGY = Calibrated()

@@ -1,0 +1,45 @@
+"""The strategy `centroid`: how near a query is to sample texts of each adapter."""
+
+from typing import Any
+
+from qaflora_edge.errors import StrategyError
+from qaflora_edge.weighing.strategy import Measured, Mix, Probe, Query, Strategy
+
+TEMPERATURE = 0.01  # of DAM's own experiments (its README, --router_temp)
+
+
+class Centroid(Strategy):
+    """Weigh by the softmax of cosine similarities to each adapter's centroid, divided by 0.01.
+
+    The router of DAM (arXiv 2403.08755). An embedding is the mean over a text's tokens of the
+    base's state after its last block; a centroid is the mean of sample texts' embeddings.
+    """
+
+    name = "centroid"
+    is_baseline = True
+    help = "by how near the query is to sample texts of each adapter (`qaflora bundle samples`)"
+    measured = Measured("similarity")
+
+    def check(self, argument: Any, query: Query) -> None:
+        missing = [name for name in query.adapters if name not in query.centroids]
+        if missing:
+            raise StrategyError(
+                f"Strategy centroid needs sample texts of each adapter, missing for "
+                f"{', '.join(missing)}; give them with `qaflora bundle samples DIR ADAPTER FILE`."
+            )
+
+    def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix:
+        import numpy as np
+
+        from qaflora_edge.weighing.numbers import softmax
+
+        x = probe.embedding().astype(np.float64)
+        c = np.array([query.centroids[name] for name in query.adapters], np.float64)
+        similarity = c @ x / (np.linalg.norm(c, axis=-1) * np.linalg.norm(x))
+        weights = softmax(similarity / TEMPERATURE)
+        shape = (len(weights), query.n_layer)
+        layers, measure = (np.broadcast_to(x[:, None], shape) for x in (weights, similarity))
+        return Mix(layers, measure)
+
+
+STRATEGY = Centroid()
