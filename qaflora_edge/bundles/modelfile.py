@@ -4,10 +4,11 @@ A Modelfile is read as ollama 0.34 does (parser/parser.go): one command a line, 
 order; a text between quotation marks, one or three, may have several lines.
 """
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,15 @@ from qaflora_edge.peft.config import CONFIG_FILE
 from qaflora_edge.settings import expanded
 
 MAX_BYTES = 1 << 20  # of a Modelfile, a manifest, or a text in a model
-MAX_MESSAGES = 256
 COMMANDS = ("FROM", "ADAPTER", "SYSTEM", "PARAMETER", "LICENSE", "MESSAGE")
 ROLES = ("system", "user", "assistant")
-_OF_BASE = "{} is not taken: the base brings its own. Leave the line out."
-_REFUSED = {name: _OF_BASE.format(name) for name in ("TEMPLATE", "RENDERER", "PARSER")}
-_IDLE = {
-    "REQUIRES": "it is about Ollama's version",
-    "DRAFT": "a draft changes no answer, and drafts here come from the prompt",
-}
+_OF_BASE = ("TEMPLATE", "RENDERER", "PARSER")
+# Commands and parameters that change memory or speed, or nothing in Ollama 0.34 either.
+_IDLE = frozenset(
+    """REQUIRES DRAFT num_ctx num_batch num_gpu main_gpu num_thread num_keep numa use_mmap
+    draft_num_predict use_mlock low_vram f16_kv logits_all vocab_only penalize_newline mirostat
+    mirostat_tau mirostat_eta""".split()  # noqa: SIM905
+)
 # Parameter -> the option of sampling that it is.
 _SAMPLING = {
     **{name: name for name in ("temperature", "top_k", "top_p", "min_p", "seed", "stop")},
@@ -38,21 +39,8 @@ _SAMPLING = {
     "num_predict": "max_tokens",
 }
 _SIGNED = ("seed", "top_k", "num_predict")  # a number below 0 leaves them open
-_OF_MEMORY = (
-    "num_ctx num_batch num_gpu main_gpu num_thread num_keep numa use_mmap draft_num_predict"
-)
-_OF_THE_PAST = (
-    "use_mlock low_vram f16_kv logits_all vocab_only penalize_newline mirostat mirostat_tau "
-    "mirostat_eta"
-)
-_IDLE_PARAMETERS = {
-    **dict.fromkeys(_OF_MEMORY.split(), "it changes speed or memory, and no answer"),
-    **dict.fromkeys(_OF_THE_PAST.split(), "Ollama ignores it too"),
-}
-_NAME = re.compile(
-    r"(?:(?:(?P<host>[\w.-]+(?::\d+)?)/)?(?P<owner>[\w.-]+)/)?(?P<model>[\w.-]+)(?::(?P<tag>[\w.-]+))?",
-    re.ASCII,
-)
+_PART = re.compile(r"\w[\w.-]*", re.ASCII)  # of a model's name
+_LAYERS = ("model", "adapter", "system", "license", "params", "messages")
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 
 
@@ -102,23 +90,20 @@ def read_modelfile(path: Path) -> Modelfile:
     commands = list(_commands(path, _text(path)))
     modelfile = Modelfile()
     problems = []
+    inherited: list[Command] = []
     froms = [command for command in commands if command.name == "FROM"]
     if not froms:
         problems.append(f"{path}: FROM is missing, expected one; name the base, as in FROM a.gguf.")
-    for command in froms[1:]:
-        first = f"FROM stands in line {froms[0].line} already, expected one"
-        problems.append(f"{path}:{command.line}: {first}. Leave one out.")
-    inherited: list[Command] = []
     for command in froms[:1]:
         try:
             modelfile.base, inherited = _base(command, path.parent)
         except (_Wrong, QafloraError) as problem:
             problems.append(f"{path}:{command.line}: {problem}")
-    for group in (inherited, [command for command in commands if command.name != "FROM"]):
+    for group in (inherited, [command for command in commands if command not in froms[:1]]):
         part = Modelfile()
         for command in group:
             try:
-                _take(part, command, path)
+                _take(part, command, path, froms)
             except _Wrong as problem:
                 problems.append(f"{path}:{command.line}: {problem}")
         _add(modelfile, part)
@@ -155,7 +140,7 @@ def _commands(path: Path, text: str) -> Iterator[Command]:
         name, argument = name.upper(), ""
         if name in ("PARAMETER", "MESSAGE"):
             argument, value = _word(value)
-        if name not in (*COMMANDS, *_REFUSED, *_IDLE) or not value:
+        if name not in (*COMMANDS, *_OF_BASE, *_IDLE) or not value:
             raise InputFileError(
                 f"{path}:{number}: {line.strip()[:60]!r} is no command with a value; expected one "
                 f"of {', '.join(COMMANDS)}. A text of several lines stands between "
@@ -190,64 +175,49 @@ def _unquoted(value: str) -> str | None:
 # --- commands -----------------------------------------------------------------------------------
 
 
-def _take(part: Modelfile, command: Command, path: Path) -> None:
+def _take(part: Modelfile, command: Command, path: Path, froms: Sequence[Command]) -> None:
     """Add a command to what is asked for. Raises _Wrong."""
-    match command.name:
-        case "ADAPTER":
-            place = _adapter(command.value, path.parent)
-            part.adapters.append((place.name, place))
-        case "SYSTEM":
-            part.system = command.value
-        case "LICENSE":
-            part.license = "\n\n".join(filter(None, (part.license, command.value)))
-        case "MESSAGE":
-            _take_message(part, command)
-        case "PARAMETER" if command.argument in _IDLE_PARAMETERS:
-            why = _IDLE_PARAMETERS[command.argument]
-            part.notes.append(_note(path, command, command.argument, why))
-        case "PARAMETER":
-            _take_parameter(part, command)
-        case name if name in _REFUSED:
-            raise _Wrong(_REFUSED[name])
-        case name:
-            part.notes.append(_note(path, command, name, _IDLE[name]))
-
-
-def _note(path: Path, command: Command, name: str, why: str) -> str:
-    return f"{path}:{command.line}: {name} is left out: {why}."
-
-
-def _take_message(part: Modelfile, command: Command) -> None:
-    if command.argument not in ROLES:
+    name, value = command.name, command.value
+    if name == "FROM":
+        raise _Wrong(f"FROM stands in line {froms[0].line} already, expected one. Leave one out.")
+    if name in _OF_BASE:
+        raise _Wrong(f"{name} is not taken: the base brings its own. Leave the line out.")
+    idle = command.argument if name == "PARAMETER" else name
+    if idle in _IDLE:
+        part.notes.append(f"{path}:{command.line}: {idle} is left out: it changes no answer.")
+    elif name == "ADAPTER":
+        place = _adapter(value, path.parent)
+        part.adapters.append((place.name, place))
+    elif name == "LICENSE":
+        part.license = "\n\n".join(filter(None, (part.license, value)))
+    elif name == "PARAMETER":
+        _take_parameter(part, command)
+    elif name == "SYSTEM" or command.argument == "system":
+        part.system = value
+    elif command.argument in ROLES:
+        part.examples.append({"role": command.argument, "content": value})
+    else:
         raise _Wrong(f"the role is {command.argument!r:.40}, expected one of {', '.join(ROLES)}.")
-    if command.argument == "system":
-        part.system = command.value
-        return
-    if len(part.examples) == MAX_MESSAGES:
-        raise _Wrong(f"there are more than {MAX_MESSAGES} messages, expected no more.")
-    part.examples.append({"role": command.argument, "content": command.value})
 
 
 def _take_parameter(part: Modelfile, command: Command) -> None:
     name, value = command.argument, command.value
     if name == "repeat_last_n" and value == "64":
         return
+    if name == "stop":
+        part.sampling["stop"] = [*part.sampling.get("stop", []), value]
+        return
     if name not in _SAMPLING:
         expected = ", ".join(_SAMPLING)
         raise _Wrong(f"PARAMETER {name:.40} cannot be followed; expected one of {expected}.")
     option = in_group("sampling")[_SAMPLING[name]]
-    if name == "stop":
-        part.sampling["stop"] = [*part.sampling.get("stop", []), value]
-        return
-    try:
+    with contextlib.suppress(ValueError):
         number = option.kind(value)
-    except ValueError:
-        number = None
-    if number is not None and name in _SIGNED and number < 0:
-        return
-    if number is None or not option.fits(number):
-        raise _Wrong(f"PARAMETER {name} is {value!r:.40}, expected {option.expected}.")
-    part.sampling[option.name] = number
+        if option.fits(number):
+            part.sampling[option.name] = number
+        if option.fits(number) or (name in _SIGNED and number < 0):
+            return
+    raise _Wrong(f"PARAMETER {name} is {value!r:.40}, expected {option.expected}.")
 
 
 def _adapter(value: str, folder: Path) -> Path:
@@ -327,12 +297,12 @@ def ollama_folders() -> list[Path]:
 
 def _manifest(name: str) -> tuple[Path, Path] | None:
     """Find the folder and manifest of a model, as `llama3.2`, `me/mine:v2` or `hf.co/a/b:Q8_0`."""
-    match = _NAME.fullmatch(name)
-    if match is None or any(part and part.startswith(".") for part in match.groups()):
+    *owners, last = name.split("/")
+    model, _, tag = last.partition(":")
+    parts = [*("registry.ollama.ai", "library")[: max(0, 2 - len(owners))], *owners, model]
+    tail = Path(*parts, tag or "latest")
+    if len(parts) != 3 or not all(map(_PART.fullmatch, tail.parts)):
         return None
-    parts = match.groupdict()
-    host = parts["host"] or "registry.ollama.ai"
-    tail = Path(host, parts["owner"] or "library", parts["model"], parts["tag"] or "latest")
     for folder in ollama_folders():
         path = folder / "manifests" / tail
         if os.path.isfile(path):
@@ -344,16 +314,23 @@ def _of_model(command: Command, folder: Path, path: Path) -> tuple[Path, list[Co
     """Read a manifest: the base's file, and as commands what else the model has."""
     advice = f"Fetch it again with `ollama pull {command.value}`."
     manifest = read_json_file(path, MAX_BYTES, InputFileError, advice)
+    layers = manifest.get("layers")
     bases = []
     commands = []
-    for kind, blob in _layers(manifest, folder):
+    for layer in layers if isinstance(layers, list) else []:
+        found = layer if isinstance(layer, dict) else {}
+        kind = str(found.get("mediaType")).rpartition(".")[2]
+        digest = _DIGEST.fullmatch(str(found.get("digest")))
+        if digest is None or kind not in _LAYERS:
+            continue
+        blob = (folder / "blobs" / f"sha256-{digest[1]}").absolute()
         if not os.path.isfile(blob):
             raise _Wrong(f"the file {blob} of {command.value} is missing. {advice}")
         if kind == "model":
             bases.append(blob)
         elif kind == "adapter":
-            commands.append(Command(command.line, "ADAPTER", str(blob.absolute())))
-        elif kind in ("system", "license", "params", "messages"):
+            commands.append(Command(command.line, "ADAPTER", str(blob)))
+        else:
             commands += _told(command, kind, _text(blob))
     if len(bases) != 1:
         raise _Wrong(
@@ -361,17 +338,6 @@ def _of_model(command: Command, folder: Path, path: Path) -> tuple[Path, list[Co
             "safetensors, or one in parts, cannot be taken. Give a GGUF file."
         )
     return bases[0], commands
-
-
-def _layers(manifest: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, Path]]:
-    """Give the kind and the file of each layer; what is malformed is none."""
-    layers = manifest.get("layers")
-    for layer in layers if isinstance(layers, list) else []:
-        if isinstance(layer, dict):
-            kind = str(layer.get("mediaType")).rpartition(".")[2]
-            digest = _DIGEST.fullmatch(str(layer.get("digest")))
-            if digest:
-                yield kind, folder / "blobs" / f"sha256-{digest[1]}"
 
 
 def _told(command: Command, kind: str, text: str) -> Iterator[Command]:
@@ -386,10 +352,8 @@ def _told(command: Command, kind: str, text: str) -> Iterator[Command]:
         raise _Wrong(f"the {kind} of {command.value} are no JSON ({error}).") from error
     if kind == "params" and isinstance(content, dict):
         for name, value in content.items():
-            values: Iterable[Any] = value if isinstance(value, list) else [value]
+            values = value if isinstance(value, list) else [value]
             yield from (Command(line, "PARAMETER", str(each), name) for each in values)
     if kind == "messages" and isinstance(content, list):
-        for message in content:
-            if isinstance(message, dict):
-                role, said = str(message.get("role")), str(message.get("content"))
-                yield Command(line, "MESSAGE", said, role)
+        for message in filter(lambda each: isinstance(each, dict), content):
+            yield Command(line, "MESSAGE", str(message.get("content")), str(message.get("role")))

@@ -163,16 +163,14 @@ async def lora_adapters(request: Request) -> Response:
 
 async def props(request: Request) -> Response:
     """Tell the properties of a model as llama-server does."""
-    served: ServedModels = request.app.state.models
-    found, _ = served.find(request.query_params.get("model"))
-    engine, name = found.engine, found.name
-    sampling = {key: value for key, value in found.sampling.items() if value is not None}
-    n_ctx = served.card(name)["meta"]["n_ctx"]
+    model, states = _slots(request)
+    sampling = {key: value for key, value in model.sampling.items() if value is not None}
+    template = model.engine._model.chat_template if model.engine else None
     told = {
-        "default_generation_settings": {"n_ctx": n_ctx, "params": sampling},
-        "total_slots": len(_slots(request, found)),
-        "model_alias": name,
-        "chat_template": (engine._model.chat_template or "") if engine else "",
+        "default_generation_settings": {"n_ctx": states[0]["n_ctx"], "params": sampling},
+        "total_slots": len(states),
+        "model_alias": model.name,
+        "chat_template": template or "",
         "modalities": {"vision": False, "audio": False},
         "build_info": f"qaflora-edge {__version__}",
     }
@@ -181,18 +179,17 @@ async def props(request: Request) -> Response:
 
 async def slots(request: Request) -> Response:
     """Tell which slots of a model compute, as llama-server does; no prompt is shown."""
-    found, _ = request.app.state.models.find(request.query_params.get("model"))
-    return JSONResponse(_slots(request, found))
+    _, states = _slots(request)
+    return JSONResponse(states)
 
 
-def _slots(request: Request, model: ServedModel) -> list[dict[str, Any]]:
+def _slots(request: Request) -> tuple[ServedModel, list[dict[str, Any]]]:
     models: ServedModels = request.app.state.models
+    model, _ = models.find(request.query_params.get("model"))
     n_ctx = models.card(model.name)["meta"]["n_ctx"]
     n_slot = int(request.app.state.options.engine.get("n_parallel", 1))
-    return [
-        {"id": i, "n_ctx": n_ctx, "is_processing": i < model.n_user, "speculative": False}
-        for i in range(n_slot)
-    ]
+    states = [{"id": i, "n_ctx": n_ctx, "is_processing": i < model.n_user} for i in range(n_slot)]
+    return model, states
 
 
 async def not_here(request: Request) -> Response:

@@ -51,11 +51,16 @@ const adapterField = () => field("Add an adapter", el("input", {
   onchange: event => addAdapters([...event.target.files].map(file => [file.name, [file]])),
 }), "A .gguf. Or drop one, or a PEFT folder, anywhere on the page.");
 
-const isDropped = event => takesAdapters() && event.dataTransfer.types.includes("Files");
+// A browser would leave the page for a file that nobody takes.
+const isDropped = event => event.dataTransfer.types.includes("Files");
 addEventListener("dragover", event => { if (isDropped(event)) event.preventDefault(); });
 addEventListener("drop", event => {
   if (!isDropped(event)) return;
   event.preventDefault();
+  if (!takesAdapters()) {
+    fail("Files are not read here, and adapters only by a server with --allow-adapters. Paste text into the question.");
+    return;
+  }
   const entries = [...event.dataTransfer.items].map(item => item.webkitGetAsEntry()).filter(Boolean);
   addAdapters(entries.map(entry => [entry.name, filesOf(entry)]));
 });
