@@ -21,7 +21,7 @@ NAMES = ("form", "shop", "other")
 USUAL: dict[str, Any] = {"mean": log(0.01), "spread": 0.5, "each": []}
 PLACES = ("added_last", "added_question", "added_text", "later_last", "later_question")
 TYPICAL = {**dict.fromkeys(PLACES, USUAL), "sureness": {"mean": -0.5, "spread": 0.2}}
-HIGH, TYPICAL_SIZE, LOW = 0.03, 0.01, 0.004  # scores of 2.2, 0 and -1.8
+HIGH, TYPICAL_SIZE, LOW = 0.05, 0.01, 0.004  # scores of 3.2, 0 and -1.8
 QUESTION = "¿Cuánto pesa?"
 
 
@@ -95,6 +95,16 @@ def test_a_sure_writer_asks_nobody() -> None:
     mix = weighed(probe)
     assert mix.relay is None
     assert probe.asked.count("shop") == probe.asked.count("other") == 0
+
+
+@pytest.mark.parametrize(("of_base", "weights"), [(-0.3, [0, 0, 0]), (-0.8, [0, 1, 0])])
+def test_the_base_answers_where_it_is_surer_than_an_unsure_adapter(
+    of_base: float, weights: list[float]
+) -> None:
+    some = 0.018  # a score of 1.2 in each place: 1.7 together
+    drafts = [drafted("shop", -0.5), drafted(BASE, of_base)]
+    mix = weighed(Scripted([LOW, some, LOW], [LOW, some, LOW], drafts), "relay:abstain=0")
+    assert mix.weights[:, 0].tolist() == weights
 
 
 def test_nobody_relays_where_nobody_is_surer_than_usual() -> None:

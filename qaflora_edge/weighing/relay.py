@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import inf
 from typing import Any
 
 from qaflora_edge.arrays import F32
@@ -19,6 +20,7 @@ from qaflora_edge.weighing.drafted import BASE, N_BEGUN, Draft, Relay
 from qaflora_edge.weighing.strategy import Mix, Probe, Query
 from qaflora_edge.weighing.two_place import TWO_PLACE_OPTIONS, TwoPlace
 
+FORM = 2.5  # score `answer` from which an adapter gives answers their form
 PROPOSED = 0.3  # score in the question from which on an adapter drafts in the base's place
 N_CANDIDATE = 2  # adapters that draft after the writer, at most
 SURENESS = "sureness"  # of calibration.KEYS
@@ -80,14 +82,18 @@ def _relayed(query: Query, probe: Probe, mix: Mix) -> Mix:
     if writer is None:
         proposed = [name for name in others[:1] if by_question[name] >= PROPOSED]
         return _despite_the_scores(query, probe, mix, proposed, start)
-    second = [name for name in others if mix.why[name].taken_as]
+    gives_form = mix.why[writer].scores["answer"] >= FORM
+    second = [name for name in others if mix.why[name].taken_as and gives_form]
     drafts = probe.drafts([writer, *second], N_BEGUN)
     if not _is_sure(query, drafts[0]):
-        drafts += probe.drafts(
-            [name for name in others[:N_CANDIDATE] if name not in second], N_BEGUN
-        )
+        more = [name for name in others[:N_CANDIDATE] if name not in second]
+        drafts += probe.drafts(more if gives_form else [BASE], N_BEGUN)
     sureness = {draft.adapter: draft.sureness(N_BEGUN) for draft in drafts}
-    unusual = {draft.adapter: _unusual(query, draft) for draft in drafts}
+    if sureness.get(BASE, -inf) > sureness[writer]:
+        numbers = f"{sureness[BASE]:.2f} nats a token, {writer} {sureness[writer]:.2f}"
+        because = f"The base answers alone: it is surer of its draft ({numbers})."
+        return replace(mix, weights=_alone(query, BASE), because=because)
+    unusual = {each.adapter: _unusual(query, each) for each in drafts if each.adapter != BASE}
     knower = max(unusual, key=unusual.__getitem__)
     if knower == writer or unusual[knower] < max(SURE, unusual[writer] + AHEAD):
         return _rewritten(query, probe, mix, writer, sureness, start)
