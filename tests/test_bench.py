@@ -12,7 +12,7 @@ import tiny
 from bundles import TinyBundle, make_bundle, qaflora
 from click.testing import Result
 
-from qaflora_edge.bench.parts import Rig, compared, prefill, take_turns
+from qaflora_edge.bench import Rig, compared, prefill, take_turns
 
 SMALL = ("--repeat", "3", "--prompt-tokens", "40,20", "--max-tokens", "6", "--threads", "1")
 SIZES = ("--k", "1,3", "--callers", "3,1", "--only", "callers,decode,ttft")

@@ -517,7 +517,8 @@ def test_a_phone_shows_everything_without_scrolling_sideways(desk: Desk) -> None
 def test_a_file_that_nobody_takes_leaves_the_page_as_it_is(desk: Desk) -> None:
     is_taken = desk.window.run(
         "const data = new DataTransfer(); data.items.add(new File(['x'], 'a.txt'));"
-        "const event = new DragEvent('drop', {dataTransfer: data, bubbles: true, cancelable: true});"
+        "const how = {dataTransfer: data, bubbles: true, cancelable: true};"
+        "const event = new DragEvent('drop', how);"
         "document.body.dispatchEvent(event); return event.defaultPrevented"
     )
     assert is_taken

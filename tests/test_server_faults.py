@@ -17,10 +17,9 @@ from serving import ENGINE, listening, listening_app, make_options, metric
 from tiny import constant_logits
 
 from qaflora_edge.openai.options import FIXED
-from qaflora_edge.server import connections, requests, stream
+from qaflora_edge.server import requests, run, stream
 from qaflora_edge.server.app import make_app
-from qaflora_edge.server.connections import MAX_HEAD_BYTES
-from qaflora_edge.server.run import allow_files
+from qaflora_edge.server.run import MAX_HEAD_BYTES, allow_files
 
 CHAT = "/v1/chat/completions"
 KEY = "a-key-of-the-tests"
@@ -203,11 +202,11 @@ def test_what_a_proxy_may_read_otherwise_is_refused(made: TinyBundle, data: byte
 def test_a_thousand_silent_connections_keep_nobody_out(
     made: TinyBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connections, "HEAD_S", 5.0)
+    monkeypatch.setattr(run, "HEAD_S", 5.0)
     allow_files(4096)
     with listening(made.folder) as url, contextlib.ExitStack() as stack:
         clients = []
-        for number in range(connections.MAX_CONNECTIONS):
+        for number in range(run.MAX_CONNECTIONS):
             client = stack.enter_context(socket.create_connection(address_of(url), PATIENCE_S))
             client.sendall(NEXT[:30] if number % 2 else b"")
             clients.append(client)
@@ -219,7 +218,7 @@ def test_a_thousand_silent_connections_keep_nobody_out(
 
 
 def test_who_asks_for_nothing_gives_way(made: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 3)
+    monkeypatch.setattr(run, "MAX_CONNECTIONS", 3)
     with listening(made.folder) as url, contextlib.ExitStack() as stack:
 
         def connect(data: bytes = b"") -> socket.socket:

@@ -1,1 +1,371 @@
-"""What `qaflora bench` measures."""
+"""The parts of `qaflora bench`: decode, draft, ttft, callers.
+
+Contestants run in turn within a round, on a prompt that no round had before; each contestant of
+ttft has its own. A first round is thrown away. Ratios are taken within a round, then the median.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from statistics import median
+from typing import Any, TypeVar
+
+import numpy as np
+
+from qaflora_edge.backend.context import Context, context_params
+from qaflora_edge.backend.library import logged
+from qaflora_edge.backend.model import PLACING, Model, Pack
+from qaflora_edge.bundles.measure import neutral
+from qaflora_edge.engine import Engine
+from qaflora_edge.errors import BackendError, OptionError
+from qaflora_edge.formats.base import read_base
+from qaflora_edge.inference.sequence import Timings
+from qaflora_edge.progress import Tell, TellCount
+
+Who = TypeVar("Who")
+Run = dict[str, float]
+Row = dict[str, Any]
+METHODS = ("qa-flora", "spectr", "two-place:abstain=never", "two-place", "static")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How often and how much, as in `qaflora bench --help`."""
+
+    repeat: int
+    k: tuple[int, ...]
+    prompt_tokens: tuple[int, ...]
+    max_tokens: int
+    callers: tuple[int, ...]
+
+
+# one base, with no adapter, llama.cpp's own adapters, and ours
+
+
+class StockContext(Context):
+    """A context as llama.cpp makes it: no pack, each adapter at scale 1/k.
+
+    adapters  of llama_adapter_lora_init; none for the base alone
+    options   of context_params
+
+    It has llama.cpp's own micro-batch size. Raises BackendError when it cannot be made.
+    """
+
+    def __init__(
+        self, model: Model, adapters: Sequence[Any], *, n_ctx: int, **options: Any
+    ) -> None:
+        self._model, self._lib = model, model._lib
+        params = context_params(model, n_token=n_ctx, **options)
+        self._pointer = self._lib.llama_init_from_model(model._pointer, params) or None
+        if self._pointer is None:
+            raise BackendError(
+                f"A context of {n_ctx} tokens without our adapters cannot be made. "
+                f"llama.cpp says: {logged()}."
+            )
+        self._set_up(n_ctx, params, None)
+        if not adapters:
+            return
+        n = len(adapters)
+        handles = [ctypes.cast(adapter, ctypes.c_void_p) for adapter in adapters]
+        pointers = (ctypes.c_void_p * n)(*handles)
+        array = ctypes.cast(pointers, ctypes.POINTER(ctypes.POINTER(ctypes.c_void_p)))
+        scales = (ctypes.c_float * n)(*[1.0 / n] * n)
+        if code := self._lib.llama_set_adapters_lora(self._pointer, array, n, scales):
+            raise BackendError(f"llama_set_adapters_lora failed with code {code}.")
+
+
+class Rig(contextlib.ExitStack):
+    """One base, the contexts that are timed on it, and prompts; close() frees all of them.
+
+    adapters  for more than these each is loaded again, and costs what another adapter would
+    options   keywords of Engine; llama.cpp's own adapters keep the types of their files
+    seed      of the prompts
+    ends      attribute: the tokens that end an answer
+    """
+
+    def __init__(
+        self, base: Path, adapters: Sequence[Path], options: Mapping[str, Any], seed: int = 0
+    ) -> None:
+        super().__init__()
+        self._paths = adapters
+        self._adapter_type = options.get("adapter_type", "auto")
+        self._options = {name: options[name] for name in ("threads", "kv_type", "flash_attn")}
+        placing: dict[str, Any] = {name: options.get(name) for name in PLACING}
+        self.model = self.enter_context(Model(read_base(base), **placing))
+        self._stock = self.enter_context(Model(read_base(base), rearrange=True, **placing))
+        self._loras: list[Any] = []  # the model frees them
+        self._random = random.Random(seed)
+        self._n_drawn = 0
+        self._start = self.model.tokenize("", add_special=True, parse_special=False)[:1]
+        self.ends = [token for token in range(self.model.n_vocab) if self.model.is_end(token)]
+
+    def stock(self, k: int, n_ctx: int) -> StockContext:
+        """Set up k adapters at scale 1/k through llama_set_adapters_lora; 0 for the base alone."""
+        model = self._stock
+        for path in self._copies(k)[len(self._loras) :]:
+            lora = model._lib.llama_adapter_lora_init(model._pointer, os.fsencode(path))
+            if not lora:
+                raise BackendError(f"llama.cpp cannot load the adapter {path}; convert it again.")
+            self._loras.append(lora)
+        context = StockContext(model, self._loras[:k], n_ctx=n_ctx, **self._options)
+        return self.enter_context(context)
+
+    def ours(self, k: int, n_ctx: int) -> Context:
+        """Set up k adapters of one pack, at weight 1/k in every layer."""
+        pack = Pack(self.model, self._copies(k), adapter_type=self._adapter_type)
+        self.enter_context(pack)
+        context = Context(self.model, pack, n_ctx=n_ctx, **self._options)
+        self.enter_context(context)
+        weights = np.full((k, self.model.n_layer), 1.0 / k, np.float32)
+        context.set_weights(weights)
+        return context
+
+    def _copies(self, k: int) -> list[Path]:
+        return [self._paths[i % len(self._paths)] for i in range(k)]
+
+    def draw(self, n_token: int) -> list[int]:
+        """Draw a prompt out of everyday text in many languages: BOS, a number, text from anywhere.
+
+        Each has another number, so no KV state of one prompt serves the next.
+        """
+        self._n_drawn += 1
+        text = f"{self._n_drawn}. "
+        texts = neutral("prompts")
+        tokens: list[int] = []
+        while len(tokens) < n_token:
+            tokens += self.model.tokenize(text, add_special=False, parse_special=False)
+            self._random.shuffle(texts)
+            text = "\n".join(texts) + "\n"
+            text = text[self._random.randrange(len(text) // 2) :]
+        return (self._start + tokens)[:n_token]
+
+    def draw_chat(self, engine: Engine, n_token: int) -> list[int]:
+        """Draw a user turn of so many tokens, in the form of a chat where the base has one."""
+        text = self.model.detokenize(self.draw(n_token)).decode("utf-8", "replace")
+        if not engine.has_chat_template:
+            return engine.tokenize(text)
+        return engine.chat_tokens([{"role": "user", "content": text}])
+
+
+def prefill(context: Context, tokens: Sequence[int]) -> None:
+    """Prefill a prompt: ours in the chunks of an Engine, llama.cpp's in its own micro-batches."""
+    context.clear()
+    if isinstance(context, StockContext):
+        context.decode(tokens)
+        return
+    for at, end in context.chunks().cut(tokens):
+        context.decode(tokens[at:end], start=at)
+
+
+def take_turns(
+    contestants: Mapping[Who, Callable[[int], Run]], repeat: int, tell: TellCount
+) -> dict[Who, list[Run]]:
+    """Run all contestants in each of 1 + repeat rounds, another one first each time.
+
+    contestants  who -> measures it in a round of this number
+    returns      who -> its runs, without that of the first round
+    """
+    order = list(contestants)
+    runs: dict[Who, list[Run]] = {name: [] for name in order}
+    n_round = 1 + repeat
+    for turn in range(n_round):
+        first = turn % len(order)
+        for name in order[first:] + order[:first]:
+            run = contestants[name](turn)
+            if turn > 0:
+                runs[name].append(run)
+        tell(turn + 1, n_round)
+    return runs
+
+
+def compared(key: str, own: Sequence[Run], **others: Sequence[Run]) -> Row:
+    """Give median and ends of a figure, and of its ratios to others' within each round."""
+    figures = [run[key] for run in own]
+    row = {key: _spread(figures)}
+    for name, runs in others.items():
+        pairs = zip(figures, runs, strict=True)
+        row[name] = _spread([figure / other[key] for figure, other in pairs])
+    return row
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": median(values), "min": min(values), "max": max(values)}
+
+
+# decode
+
+
+def measure_decode(rig: Rig, plan: Plan, tell: Tell) -> Iterator[Row]:
+    """Prefill a prompt and decode given tokens after it, at each length."""
+    n_ctx = max(plan.prompt_tokens) + plan.max_tokens
+    contexts: dict[str, Context] = {"base": rig.stock(0, n_ctx)}
+    for k in plan.k:
+        contexts |= {f"stock k={k}": rig.stock(k, n_ctx), f"ours k={k}": rig.ours(k, n_ctx)}
+    for length in plan.prompt_tokens:
+        drawn = [rig.draw(length + plan.max_tokens) for _ in range(1 + plan.repeat)]
+        contestants = {
+            name: partial(_decode, context, drawn, length) for name, context in contexts.items()
+        }
+        runs = take_turns(contestants, plan.repeat, partial(tell, "decode"))
+        for name, own in runs.items():
+            row: Row = {"prompt_tokens": length, "name": name, "runs": own}
+            stock = name.replace("ours", "stock")
+            for what in ("decode", "prefill"):
+                others = {} if name == "base" else {f"{what}_of_base": runs["base"]}
+                others |= {} if name == stock else {f"{what}_of_stock": runs[stock]}
+                row |= compared(f"{what}_tokens_per_second", own, **others)
+            yield row
+
+
+def _decode(context: Context, drawn: Sequence[Sequence[int]], length: int, turn: int) -> Run:
+    tokens = drawn[turn]
+    start = time.perf_counter()
+    prefill(context, tokens[:length])
+    context.logits()
+    middle = time.perf_counter()
+    for position in range(length, len(tokens)):
+        context.decode([tokens[position]], start=position)
+        context._lib.llama_synchronize(context._pointer)  # a device may still compute
+    end = time.perf_counter()
+    return {
+        "prefill_tokens_per_second": length / (middle - start),
+        "decode_tokens_per_second": (len(tokens) - length) / (end - middle),
+    }
+
+
+# time to the first token
+
+
+def measure_first_token(rig: Rig, engine: Engine, plan: Plan, tell: Tell) -> Iterator[Row]:
+    """Weigh, prefill and choose a chat's first token, next to llama.cpp's prefill of the base."""
+    base = rig.stock(0, engine.n_ctx)
+
+    def run(length: int, name: str, turn: int) -> Run:
+        tokens = rig.draw_chat(engine, length)
+        base.clear()
+        start = time.perf_counter()
+        if name == "plain":
+            base.decode(tokens)
+            base.logits()
+        else:
+            engine.generate(tokens, weights=name, max_tokens=1).text()
+        return {"ttft_ms": 1e3 * (time.perf_counter() - start)}
+
+    followed = [name for name in METHODS if name.partition(":")[0] in engine.strategies]
+    contestants = {
+        (length, name): partial(run, length, name)
+        for length in plan.prompt_tokens
+        for name in ("plain", *followed)
+    }
+    runs = take_turns(contestants, plan.repeat, partial(tell, "ttft"))
+    for (length, name), own in runs.items():
+        row: Row = {"prompt_tokens": length, "name": name, "runs": own}
+        yield row | compared("ttft_ms", own, of_plain=runs[length, "plain"])
+
+
+# drafting
+
+
+def measure_draft(engines: Mapping[str, Engine], plan: Plan, tell: Tell) -> Iterator[Row]:
+    """Answer prompts of several kinds, each run another one, with guessed tokens and without.
+
+    engines  "plain" and "draft"; both decode for as many callers as the plan has at most
+    """
+    text = files("qaflora_edge.bench").joinpath("draft_prompts.json").read_text("utf-8")
+    prompts: dict[str, list[str]] = json.loads(text)
+    most = max(plan.callers)
+
+    def run(kind: str, n: int, way: str, turn: int) -> Run:
+        engine = engines[way]
+        texts = prompts[kind]
+        first = n * (turn - 1)
+        chats = []
+        for i in range(first, first + n):
+            message = {"role": "user", "content": texts[i % len(texts)]}
+            chats.append(engine.chat_tokens([message]))
+        answers = engine.generate_many(chats, max_tokens=plan.max_tokens)
+        return _draft_figures([answer.timings for _, answer in answers])
+
+    kinds = dict.fromkeys([*((kind, 1) for kind in prompts), ("prose", most)])
+    every = {(*kind, way): partial(run, *kind, way) for kind in kinds for way in engines}
+    runs = take_turns(every, plan.repeat, partial(tell, "draft"))
+    for kind, n in kinds:
+        own = runs[kind, n, "draft"]
+        plain = runs[kind, n, "plain"]
+        row = compared("tokens_per_second", own, of_plain=plain) | compared("accepted", own)
+        for run_of_own, run_of_plain in zip(own, plain, strict=True):
+            run_of_own["plain_tokens_per_second"] = run_of_plain["tokens_per_second"]
+        name = f"{kind}, {n} callers" if n > 1 else kind
+        yield {"name": name, "runs": own} | row
+
+
+def _draft_figures(timings: Sequence[Timings]) -> Run:
+    """Tokens a second from when all have begun, and the share of guesses that were right."""
+    start = max(each.token_s[0] for each in timings)
+    later = [at for each in timings for at in each.token_s if at > start]
+    n_right = sum(each.draft_n_accepted for each in timings)
+    n_guessed = sum(each.draft_n for each in timings)
+    return {
+        "tokens_per_second": len(later) / (max(later) - start),
+        "accepted": n_right / max(1, n_guessed),
+    }
+
+
+# callers
+
+
+def measure_callers(
+    rig: Rig, engines: Mapping[str, Engine], plan: Plan, tell: Tell
+) -> Iterator[Row]:
+    """Decode for some callers at once, each with a mix of its own, next to the base alone.
+
+    engines  "base" and "ours", for as many callers as the plan has at most
+    """
+    length = min(plan.prompt_tokens)
+    most = max(plan.callers)
+    ours = engines["ours"]
+    n_adapter = len(ours.adapters)
+    shares = np.random.default_rng(0).dirichlet(np.ones(n_adapter), (most, ours.n_layer))
+    weights = shares.transpose(0, 2, 1).astype(np.float32)  # [caller, n_adapter, n_layer]
+    mixes: dict[str, Any] = {"base": [None] * most, "ours": weights}
+    options = {"max_tokens": plan.max_tokens, "logit_bias": dict.fromkeys(rig.ends, -100.0)}
+    prompts = []
+    for _ in range(1 + plan.repeat):
+        prompts.append([rig.draw(length + i) for i in range(most)])  # of different lengths
+
+    def run(n: int, way: str, turn: int) -> Run:
+        requests = []
+        for tokens, mix in zip(prompts[turn][:n], mixes[way][:n], strict=True):
+            requests.append({"prompt": tokens, "weights": mix})
+        answers = engines[way].generate_many(requests, **options)
+        return {"tokens_per_second": _speed([answer.timings.token_s for _, answer in answers])}
+
+    every = {(n, way): partial(run, n, way) for n in plan.callers for way in mixes}
+    runs = take_turns(every, plan.repeat, partial(tell, "callers"))
+    for (n, way), own in runs.items():
+        others = {"of_fewest": runs[min(plan.callers), way]}
+        if way != "base":
+            others = {"of_base": runs[n, "base"], **others}
+        yield {"name": f"{n} {way}", "runs": own} | compared("tokens_per_second", own, **others)
+
+
+def _speed(times: Sequence[Sequence[float]]) -> float:
+    """Tokens a second from when all are decoded together until the first one has ended."""
+    start = max(own[0] for own in times)
+    first = min(times, key=lambda own: own[-1])
+    n_step = sum(at > start for at in first)
+    if not n_step:
+        raise OptionError(
+            f"The part callers found an answer that ended before all of {len(times)} callers had "
+            "begun, expected that all are decoded together. Raise --max-tokens, lower --callers, "
+            "or leave out callers with --only."
+        )
+    return n_step * len(times) / (first[-1] - start)

@@ -100,7 +100,7 @@ def _measured(
     loaded: Opened, options: SharedOptions, only: Sequence[str], sizes: dict[str, Any]
 ) -> dict[str, Any]:
     """Measure the rows of each part."""
-    from qaflora_edge.bench import parts
+    import qaflora_edge.bench as parts
     from qaflora_edge.engine import Engine
 
     plan = parts.Plan(**sizes)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import BackendError, GrammarError, OptionError
-from qaflora_edge.grammar.guards import checked_schema, gbnf_to_lark
+from qaflora_edge.grammar import checked_schema, gbnf_to_lark
 
 if TYPE_CHECKING:  # llguidance takes 80 ms to import
     from llguidance import LLMatcher, LLTokenizer

@@ -1,1 +1,0 @@
-"""Grammars and JSON schemas, checked and put into the words of llguidance."""
