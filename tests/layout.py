@@ -8,15 +8,13 @@ PACKAGE = "qaflora_edge"
 
 
 def module_paths(package: Path) -> dict[str, Path]:
-    """Name -> file of every module, as `formats.json_text`; of the folders in cli/ as well."""
+    """Name -> file of every module, as `formats.json_text`; a folder's own as `bench`."""
     found = {}
     for path in sorted(package.rglob("*.py")):
         parts = path.relative_to(package).with_suffix("").parts
-        if parts[-1] == "__init__" and parts[0] == "cli":
+        if parts[-1] == "__init__":
             parts = parts[:-1]
-        if parts[-1] == "__init__" and parts[0] == "show":
-            parts = parts[:-1]
-        if not parts[-1].startswith("__"):
+        if parts and not parts[-1].startswith("__"):
             found[".".join(parts)] = path
     return found
 
