@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial, wraps
 from importlib import import_module
-from typing import Any, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import numpy as np
 
@@ -35,9 +35,11 @@ from qaflora_edge.inference.request import (
 )
 from qaflora_edge.inference.sampler import Sampler
 from qaflora_edge.progress import Tell, TellCount, silent
-from qaflora_edge.weighing.adapter_inputs import AttentionSizes
 from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.weigher import Weigher, Weights
+
+if TYPE_CHECKING:
+    from qaflora_edge.weighing.adapter_inputs import AttentionSizes
 
 C = TypeVar("C", bound=Callable[..., Any])
 
@@ -753,8 +755,10 @@ def _weigh(
         probes.end_drafts()
 
 
-def _read_ahead(weigher: Weigher, infos: Iterable[AdapterInfo]) -> list[AttentionSizes]:
+def _read_ahead(weigher: Weigher, infos: Iterable[AdapterInfo]) -> "list[AttentionSizes]":
     """Read what a first chat needs: templates' code, and for two-place the adapters' matrices."""
+    from qaflora_edge.weighing.adapter_inputs import AttentionSizes
+
     import_module("qaflora_edge.chat.tokens")
     is_measured = weigher.known.strategy.startswith(("two-place", "relay"))
     needed = infos if is_measured else ()
