@@ -102,7 +102,8 @@ def test_the_base_answers_where_it_is_surer_than_an_unsure_adapter(
     of_base: float, weights: list[float]
 ) -> None:
     some = 0.018  # a score of 1.2 in each place: 1.7 together
-    drafts = [drafted("shop", -0.5), drafted(BASE, of_base)]
+    others = [drafted("form", -0.01, '{"a": 1}'), drafted("other", -0.5)]
+    drafts = [*others, drafted("shop", -0.5), drafted(BASE, of_base)]
     mix = weighed(Scripted([LOW, some, LOW], [LOW, some, LOW], drafts), "relay:abstain=0")
     assert mix.weights[:, 0].tolist() == weights
 

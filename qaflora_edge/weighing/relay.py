@@ -20,7 +20,7 @@ from qaflora_edge.weighing.drafted import BASE, N_BEGUN, Draft, Relay
 from qaflora_edge.weighing.strategy import Mix, Probe, Query
 from qaflora_edge.weighing.two_place import TWO_PLACE_OPTIONS, TwoPlace
 
-FORM = 2.5  # score `answer` from which an adapter gives answers their form
+STRONG = 2.5  # score `answer` below which an adapter that is unsure is compared with the base
 PROPOSED = 0.3  # score in the question from which on an adapter drafts in the base's place
 N_CANDIDATE = 2  # adapters that draft after the writer, at most
 SURENESS = "sureness"  # of calibration.KEYS
@@ -29,6 +29,7 @@ AHEAD = 0.3  # spreads that a knower is ahead of who writes
 SURE_OF_EACH = -0.15  # nats: the least sure token, where the scores leave an adapter out
 FOREIGN = 3.5  # nats: the base would not begin its answer so
 
+_FORMS = ("{", "[", "<", "`", "#", "*", "-", "|")
 _ENGLISH = re.compile(
     r"\b(the|is|are|was|were|of|and|to|what|which|who|how|when|where|why|does|do|did|it|that|this"
     r"|with|you|your|for|can|could|please|tell|give|my|from|at)\b",
@@ -82,23 +83,27 @@ def _relayed(query: Query, probe: Probe, mix: Mix) -> Mix:
     if writer is None:
         proposed = [name for name in others[:1] if by_question[name] >= PROPOSED]
         return _despite_the_scores(query, probe, mix, proposed, start)
-    gives_form = mix.why[writer].scores["answer"] >= FORM
-    second = [name for name in others if mix.why[name].taken_as and gives_form]
+    second = [name for name in others if mix.why[name].taken_as]
     drafts = probe.drafts([writer, *second], N_BEGUN)
     if not _is_sure(query, drafts[0]):
         more = [name for name in others[:N_CANDIDATE] if name not in second]
-        drafts += probe.drafts(more if gives_form else [BASE], N_BEGUN)
+        is_weak = mix.why[writer].scores["answer"] < STRONG
+        drafts += probe.drafts([*more, BASE] if is_weak else more, N_BEGUN)
     sureness = {draft.adapter: draft.sureness(N_BEGUN) for draft in drafts}
+    unusual = {
+        draft.adapter: _unusual(query, draft)
+        for draft in drafts
+        if draft.adapter != BASE and (draft.adapter == writer or _is_prose(draft))
+    }
+    knower = max(unusual, key=unusual.__getitem__)
+    if knower != writer and unusual[knower] >= max(SURE, unusual[writer] + AHEAD):
+        relay = _relay(probe, knower, writer, sureness, start)
+        return replace(mix, weights=_alone(query, writer), relay=relay, because=_said(relay))
     if sureness.get(BASE, -inf) > sureness[writer]:
         numbers = f"{sureness[BASE]:.2f} nats a token, {writer} {sureness[writer]:.2f}"
         because = f"The base answers alone: it is surer of its draft ({numbers})."
         return replace(mix, weights=_alone(query, BASE), because=because)
-    unusual = {each.adapter: _unusual(query, each) for each in drafts if each.adapter != BASE}
-    knower = max(unusual, key=unusual.__getitem__)
-    if knower == writer or unusual[knower] < max(SURE, unusual[writer] + AHEAD):
-        return _rewritten(query, probe, mix, writer, sureness, start)
-    relay = _relay(probe, knower, writer, sureness, start)
-    return replace(mix, weights=_alone(query, writer), relay=relay, because=_said(relay))
+    return _rewritten(query, probe, mix, writer, sureness, start)
 
 
 def _despite_the_scores(
@@ -112,7 +117,8 @@ def _despite_the_scores(
     sureness = {draft.adapter: draft.sureness(N_BEGUN) for draft in drafts}
     for draft in drafts:
         whole = probe.whole_draft(draft.adapter)
-        if whole.is_whole and min(whole.logprobs) > SURE_OF_EACH and _is_sure(query, draft):
+        is_sure = whole.is_whole and min(whole.logprobs) > SURE_OF_EACH
+        if is_sure and _is_prose(draft) and _is_sure(query, draft):
             found = replace(mix, weights=_alone(query, draft.adapter))
             return _rewritten(query, probe, found, draft.adapter, sureness, start)
     return mix
@@ -138,6 +144,11 @@ def _rewritten(
         return mix
     relay = _relay(probe, knower, BASE, sureness, start)
     return replace(mix, weights=_alone(query, BASE), relay=relay, because=_said(relay))
+
+
+def _is_prose(draft: Draft) -> bool:
+    """Tell words from a form, such as JSON or a list, which says nothing to who writes."""
+    return not draft.text.lstrip().startswith(_FORMS)
 
 
 def _is_foreign(draft: str, question: str) -> bool:
