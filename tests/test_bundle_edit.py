@@ -74,7 +74,7 @@ def test_adding_keeps_true_measurements_and_drops_others(made: TinyBundle) -> No
     measured: list[set[str]] = []
 
     @contextmanager
-    def engine(base: Path, adapters: dict[str, Path], n_ctx: int) -> Iterator[Any]:
+    def engine(base: Path, adapters: dict[str, Path], **shape: int) -> Iterator[Any]:
         measured.append(set(adapters))
         assert all(path.is_file() for path in adapters.values())
         yield SimpleNamespace(typical_divergence=lambda *_, **__: dict.fromkeys(adapters, TYPICAL))
