@@ -52,7 +52,7 @@ def test_every_item_is_answered_under_every_strategy(
     with Engine(calibrated.folder) as engine:
         ways = list(engine.strategies)
     assert ways[:4] == ["base", "static", "single:math", "single:es"]
-    assert ways[4:] == ["two-place", "qa-flora", "spectr"]
+    assert ways[4:] == ["two-place", "relay", "qa-flora", "spectr"]
     assert result.stderr.startswith(f"[{3 * len(ways)} results in ")
     assert set(found) == {("sums", item, way) for item in range(3) for way in ways}
     header = lines(out)[0]
