@@ -71,8 +71,8 @@ def test_every_part_has_its_contestants(shown: dict[str, Any]) -> None:
     assert decode.keys() == {"base", "stock k=1", "ours k=1", "stock k=3", "ours k=3"}
     assert {"decode_of_base", "prefill_of_stock"} < decode["ours k=3"].keys()
     callers = {row["name"]: row for row in shown["callers"]}
-    assert callers.keys() == {"3 base", "3 ours", "1 base", "1 ours"}
-    assert {"of_fewest", "of_base"} < callers["3 ours"].keys()
+    assert callers.keys() == {"decode", "3 base", "3 ours", "1 base", "1 ours"}
+    assert {"of_decode", "of_fewest", "of_base"} < callers["3 ours"].keys()
     parts = ("ttft", "decode", "callers")
     assert {len(row["runs"]) for part in parts for row in shown[part]} == {3}
 

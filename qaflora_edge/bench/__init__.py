@@ -11,6 +11,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
@@ -328,6 +329,8 @@ def measure_callers(
     """Decode for some callers at once, each with a mix of its own, next to the base alone.
 
     engines  "base" and "ours", for as many callers as the plan has at most
+
+    Callers compute in a second thread, as in a server; `decode` is llama.cpp's in the first.
     """
     length = min(plan.prompt_tokens)
     most = max(plan.callers)
@@ -348,10 +351,26 @@ def measure_callers(
         answers = engines[way].generate_many(requests, **options)
         return {"tokens_per_second": _speed([answer.timings.token_s for _, answer in answers])}
 
-    every = {(n, way): partial(run, n, way) for n in plan.callers for way in mixes}
-    runs = take_turns(every, plan.repeat, partial(tell, "callers"))
+    plain = rig.stock(0, length + plan.max_tokens)
+    drawn = [rig.draw(length + plan.max_tokens) for _ in prompts]
+
+    def decode(turn: int) -> Run:
+        speed = _decode(plain, drawn, length, turn)["decode_tokens_per_second"]
+        return {"tokens_per_second": speed}
+
+    every: dict[tuple[int, str], Callable[[int], Run]] = {(1, "decode"): decode}
+    with ThreadPoolExecutor(1) as thread:
+
+        def run_in_thread(n: int, way: str, turn: int) -> Run:
+            return thread.submit(run, n, way, turn).result()
+
+        for n in plan.callers:
+            every |= {(n, way): partial(run_in_thread, n, way) for way in mixes}
+        runs = take_turns(every, plan.repeat, partial(tell, "callers"))
+    alone = runs.pop((1, "decode"))
+    yield {"name": "decode", "runs": alone} | compared("tokens_per_second", alone)
     for (n, way), own in runs.items():
-        others = {"of_fewest": runs[min(plan.callers), way]}
+        others = {"of_decode": alone, "of_fewest": runs[min(plan.callers), way]}
         if way != "base":
             others = {"of_base": runs[n, "base"], **others}
         yield {"name": f"{n} {way}", "runs": own} | compared("tokens_per_second", own, **others)
