@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 import numpy as np
 
 from qaflora_edge.arrays import F32
+from qaflora_edge.backend.context import trim
 from qaflora_edge.bundles.open import Opened, open_any
 from qaflora_edge.config import MAX_SEED, check, removed
 from qaflora_edge.errors import OptionError, PromptError, QafloraError, StrategyError, wrong_option
@@ -305,6 +306,7 @@ class Engine:
             self._opened, self._chooses, self.loaded_adapters = opened, False, core.adapters
             self.__dict__.update(_core=core, _weigher=weigher)  # in one step: see _steady
         old.loop.leave()
+        trim()  # measuring frees much in this thread
 
     def use_adapters(self, names: Sequence[str]) -> None:
         """Weigh only these adapters from now on; the others are neither probed nor applied.
