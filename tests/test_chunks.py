@@ -45,6 +45,11 @@ def test_chunks_end_where_messages_do() -> None:
     assert cut_tokens(tokens, alone) == [101, 128, 112, 59]
 
 
+def test_chunks_are_a_tile_where_a_row_has_much_to_look_at() -> None:
+    lengths = cut_tokens([0] * 1500, chunks_of(1, n_shallow=600))
+    assert lengths == [256] * 3 + [64] * 10 + [92]
+
+
 def test_a_prompt_ends_in_a_piece_that_the_next_turn_has_too() -> None:
     """A template opens the answer behind the last message: nobody waits for four tokens alone."""
     chunks = chunks_of(4, lambda token: token == 9)

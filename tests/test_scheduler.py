@@ -219,8 +219,14 @@ def test_a_long_prompt_leaves_others_as_much_time_as_it_takes() -> None:
         scheduler.note(step, 4.0 if step.prefill else 1.0)
         seen.append(len(step.prefill))
     assert sum(seen) == 2
-    for sequence in others:
+    for sequence in others[1:]:
         sequence.finish("stop")
+    others[0].listener = Heard(0)  # it waits for its weights
+    scheduler.remove_ended()
+    scheduler.note(scheduler.step(), 9.0)  # whatever is owed yet
+    scheduler.note(scheduler.step(), 4.0)
+    assert scheduler.step().is_empty
+    others[0].finish("stop")
     scheduler.remove_ended()
     assert scheduler.step().prefill  # nobody else is here
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from qaflora_edge.config import MAX_CTX
+
 Outputs = Literal["last", "all", "none"] | Sequence[int]  # of which tokens; or their places
 
 
@@ -71,6 +73,7 @@ def n_common(a: Sequence[int], b: Sequence[int]) -> int:
 # Rows of a tile in ggml's flash attention on the CPU: llama.cpp 0c1e5709, GGML_FA_TILE_Q. Whole
 # tiles cost the least for each row, and so many rows are worth reading the base's matrices for.
 N_TILE = 64
+N_SHALLOW = 8192  # tokens, from where on attention takes a CPU longer than the base's matrices
 _N_OPENING = 16  # tokens of a chat template behind the last message, at most
 _N_AT_ONCE = 256  # rows of all sequences; twice as many were no faster and take more memory
 
@@ -84,6 +87,8 @@ class Chunks:
     chunks, and reuse each other's KV state bit for bit.
 
     n_message  the fewest tokens of a chunk that ends with a message
+    n_shallow  after so many tokens chunks are a tile: each row looks at all tokens before it, and
+               others wait for the chunk
     is_break   whether a token ends a message. The chunk ends after the opening of an answer where
                that follows, as it does in the next turn's prompt.
     """
@@ -92,6 +97,7 @@ class Chunks:
     n_least: int
     n_message: int
     is_break: Callable[[int], bool] = lambda token: False
+    n_shallow: int = MAX_CTX
 
     @property
     def n_most(self) -> int:
@@ -105,7 +111,8 @@ class Chunks:
                 that ends there is one more chunk
         """
         limit = len(tokens) if at >= len(tokens) - n_tail else len(tokens) - n_tail
-        most = min(limit, at + self.n_most)
+        n_full = self.n_full if at < self.n_shallow else min(self.n_full, N_TILE)
+        most = min(limit, at + n_full + self.n_least - 1)
         opening = self._opening(tokens)
         first = max(at, at + self.n_message - 1 - len(opening))
         for i in range(first, min(most + n_tail, len(tokens))):
@@ -115,7 +122,7 @@ class Chunks:
                     end += len(opening) - n_tail
                 if self.n_message <= end - at <= self.n_most and end <= limit:
                     return end
-        return most if most == limit else at + self.n_full
+        return most if most == limit else at + n_full
 
     def cut(self, tokens: Sequence[int], at: int = 0) -> Iterator[tuple[int, int]]:
         """Give the begin and the end of each chunk from `at` on."""
@@ -156,14 +163,19 @@ class Chunks:
         return at
 
 
-def chunks_of(n_seq: int = 1, is_break: Callable[[int], bool] = lambda token: False) -> Chunks:
+def chunks_of(
+    n_seq: int = 1,
+    is_break: Callable[[int], bool] = lambda token: False,
+    *,
+    n_shallow: int = MAX_CTX,
+) -> Chunks:
     """Choose the chunks of a prompt that n_seq sequences prefill together.
 
     Chunks are whole tiles of each sequence, so the rows computed at once grow with n_seq. A message
     that is a chunk of its own has at least a tile's rows of all sequences together.
     """
     n_full = N_TILE * max(1, _N_AT_ONCE // (N_TILE * n_seq))
-    return Chunks(n_full, N_TILE, -(-N_TILE // n_seq), is_break)
+    return Chunks(n_full, N_TILE, -(-N_TILE // n_seq), is_break, n_shallow)
 
 
 def n_ubatch(n_seq: int = 1) -> int:

@@ -18,7 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qaflora_edge.arrays import F32, F64
-from qaflora_edge.backend.batch import Batch, Chunks, Outputs, Span, chunks_of, n_ubatch
+from qaflora_edge.backend.batch import (
+    N_SHALLOW,
+    Batch,
+    Chunks,
+    Outputs,
+    Span,
+    chunks_of,
+    n_ubatch,
+)
 from qaflora_edge.backend.library import (
     CAPTURE,
     CONTEXT_DIFFERENTIAL,
@@ -190,7 +198,8 @@ class Context(Handle):
 
     def chunks(self, n_seq: int = 1) -> Chunks:
         """Choose how a prompt is cut that n_seq sequences prefill together."""
-        return chunks_of(n_seq, self._model.is_end)
+        n_shallow = N_SHALLOW if self._model.is_on_cpu else MAX_CTX
+        return chunks_of(n_seq, self._model.is_end, n_shallow=n_shallow)
 
     def clear(self, seq: int | None = None, *, is_zeroed: bool = False) -> None:
         """Forget all tokens of one sequence, or of all; after close() do nothing.

@@ -14,6 +14,7 @@ from qaflora_edge.inference.runner import Runner
 from qaflora_edge.inference.scheduler import Job, Scheduler, Step
 
 _POLL_S = 0.1  # for an event of a caller that cancels
+_PAUSE_S = 0.005
 _UNUSED_S = 300.0  # after which memory that no request has needed is given back
 
 
@@ -192,7 +193,9 @@ class Loop:
             ms = 1e3 * (time.perf_counter() - start)
             self._turn.acquire()
             self._now = ()
-            self._scheduler.note(step, ms)
+        if step.is_empty:
+            self._turn.wait(_PAUSE_S)
+        self._scheduler.note(step, 1e3 * (time.perf_counter() - start))
         for sequence in prefilled:
             sequence.timings.prefill_ms += ms
         for sequence in decoded:

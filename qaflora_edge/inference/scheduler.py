@@ -126,6 +126,11 @@ class Step:
     prefill: list[tuple[Sequence, int]] = field(default_factory=list)
     job: Job | None = None
 
+    @property
+    def is_empty(self) -> bool:
+        """Tell whether nothing is computed: one who is owed time waits for weights."""
+        return not (self.decode or self.prefill or self.job)
+
 
 class Scheduler:
     """Serve requests in order of arrival: for slots, for prefill, and for jobs.
@@ -191,7 +196,7 @@ class Scheduler:
         self._move(step)
         running = self.running
         step.decode = [each for each in running if not each.is_prefill and not each.is_weighed]
-        prefills = self._prefills(running, has_others=bool(step.decode or self.jobs))
+        prefills = self._prefills(running)
         if self.jobs and (self._is_jobs_turn or not prefills):
             # Kinds alternate: a long job of one kind does not block another kind.
             others = (job for job in self.jobs if job.kind != self._last_kind)
@@ -217,12 +222,13 @@ class Scheduler:
                 self._debtor = sequence
                 self._owed_ms = ms
 
-    def _prefills(self, running: list[Sequence], *, has_others: bool) -> list[Sequence]:
+    def _prefills(self, running: list[Sequence]) -> list[Sequence]:
         """List prompts to prefill, the next one first."""
         prefills = sorted((s for s in running if s.is_prefill), key=lambda s: s.number)
-        others = [each for each in prefills if each is not self._debtor]
-        if self._owed_ms <= 0 or not (others or has_others):
+        is_alone = running == [self._debtor] and not self.jobs
+        if self._owed_ms <= 0 or is_alone:
             return prefills
+        others = [each for each in prefills if each is not self._debtor]
         return sorted(others, key=lambda s: s.n_prompt - s.n_past)
 
     def _admit(self, step: Step) -> None:
