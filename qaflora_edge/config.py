@@ -314,6 +314,7 @@ WITHOUT = {
     "serve": "raw_prompt",
     "chat": "n_parallel",
     "weights": "sampling n_parallel draft reasoning",
+    "decide": "sampling n_parallel draft reasoning raw_prompt",
     "export": "sampling n_parallel draft prefill reasoning",
     "bench": "n_ctx n_parallel raw_prompt temperature top_p top_k min_p repeat_penalty stop "
     "presence_penalty frequency_penalty reasoning reasoning_budget",

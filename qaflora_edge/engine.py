@@ -477,6 +477,18 @@ class Engine:
             scores = self._core.run(self._core.scorer.score(items), cancellation, kind="score")
         return scores if is_list else scores[0]
 
+    @_steady
+    def decide(self, prompt: Any, choices: Any, **options: Any) -> Any:
+        """Choose one of several texts: a Decision, with probabilities. Nothing is decoded.
+
+        prompt   the question: a text, or messages that end with a user's
+        choices  texts, or text -> what it means; 255 at most
+        options  strategy, adapters, compare (also what the base and each adapter choose), cancel
+        """
+        from qaflora_edge.inference.decision import decide
+
+        return decide(self, prompt, choices, **options)
+
     def _continuation(self, prompt: Sequence[int], text: Prompt) -> tuple[int, ...]:
         if isinstance(text, str):
             tokens = self._model.tokenize(text, add_special=False, parse_special=False)

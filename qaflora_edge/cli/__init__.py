@@ -24,6 +24,7 @@ GROUPS = {
         "run": "Answer a prompt with the weighed adapters.",
         "chat": "Talk with the weighed adapters.",
         "compare": "Show what several strategies answer, side by side.",
+        "decide": "Choose one of several answers, with probabilities.",
         "weights": "Show what each adapter weighs for a prompt.",
     },
     "Serve": {

@@ -4,6 +4,7 @@ import base64
 import itertools
 import math
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from qaflora_edge.engine import Engine
 from qaflora_edge.errors import CancelledError
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.inference.request import checked_tokens
+from qaflora_edge.openai import decisions
 from qaflora_edge.openai.chat import begin_chat, chat_shape
 from qaflora_edge.openai.completions import TEXT, Shape, answer_chunks, answer_dict, answer_head
 from qaflora_edge.openai.infill import N_PROMPT, infill_tokens
@@ -433,10 +435,7 @@ async def apply_template(request: Request) -> Computed:
 async def weights(request: Request) -> Computed:
     """Weigh the adapters for a prompt."""
     body, served, weighing = await asked(request, bodies.WeightsBody)
-    strategy, adapters = weighing["weights"], weighing["adapters"]
-    if not isinstance(strategy, str | None):
-        name = "fusion.weights" if body.lora is None else "lora"
-        raise wrong_field(name, strategy, "a strategy: these are known already")
+    strategy, adapters = strategy_of(body, weighing), weighing["adapters"]
     prompt, messages = body.prompt, body.messages
     if (messages is None) == (prompt is None):
         raise wrong_field("prompt", prompt, "either prompt or messages")
@@ -447,6 +446,43 @@ async def weights(request: Request) -> Computed:
         mix_of(found, out)
         out.facts["prompt_tokens"] = found.prompt_tokens
         out.send(encoded(found.to_dict()))
+
+    return Computed(request, served, body, compute)
+
+
+def strategy_of(body: bodies.Weighed, weighing: Mapping[str, Any]) -> str | None:
+    """Return the strategy of a request that takes no weights. Raises Refusal."""
+    strategy = weighing["weights"]
+    if strategy is None or isinstance(strategy, str):
+        return strategy
+    name = "fusion.weights" if body.lora is None else "lora"
+    raise wrong_field(name, strategy, "a strategy")
+
+
+async def systemone(request: Request) -> Computed:
+    """Decide typed questions about a state."""
+    body, served, weighing = await asked(request, bodies.SystemOneBody)
+    strategy, adapters = strategy_of(body, weighing), weighing["adapters"]
+    questions = {
+        name: decisions.read_question(name, body.state, question)
+        for name, question in body.questions.items()
+    }
+    model = body.model or served.name
+
+    def compute(engine: Engine, out: Computed) -> None:
+        answers: dict[str, Any] = {}
+        n_token = 0
+        for name, (text, choices) in questions.items():
+            decision = engine.decide(
+                text, choices, strategy=strategy, adapters=adapters, cancel=out.cancel
+            )
+            n_token += decision.n_prompt
+            answers[name] = decisions.answer(body.questions[name], decision)
+            answers[name] |= mix_of(decision.fusion, out)
+        out.facts["prompt_tokens"] = n_token
+        usage = {"input_tokens": n_token, "output_tokens": 0}
+        head = {"id": f"req_{uuid.uuid4().hex}", "model": model}
+        out.send(encoded({**head, "answers": answers, "usage": usage}))
 
     return Computed(request, served, body, compute)
 

@@ -221,6 +221,7 @@ API: tuple[tuple[str, Any, type[bodies.Body] | None], ...] = (
     ("/v1/completions", answers.completions, bodies.TextBody),
     ("/v1/responses", answers.responses, bodies.ResponsesBody),
     ("/v1/weights", answers.weights, bodies.WeightsBody),
+    ("/v1/systemone", answers.systemone, bodies.SystemOneBody),
     ("/v1/embeddings", answers.embeddings, bodies.EmbeddingsBody),
     ("/completion", answers.completion, bodies.CompletionBody),
     ("/embedding", answers.embedding, bodies.EmbeddingBody),

@@ -8,7 +8,14 @@ import asyncio
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
 from pydantic.json_schema import models_json_schema
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
@@ -333,6 +340,20 @@ class WeightsBody(Weighed):
     prompt: Text | Tokens | None = Field(None, title="a text or token ids")
     messages: Messages | None = None
     raw: Flag = None
+
+
+class SystemOneBody(Weighed):
+    """Ask /v1/systemone; its clients' own models, jev-..., stand for the only one here."""
+
+    state: Any = Field(title="a text, an object or a list")
+    questions: Annotated[dict[Text, Any], Field(min_length=1, max_length=MAX_PROMPTS)] = Field(
+        title=f"an object of 1 to {MAX_PROMPTS} questions"
+    )
+
+    @field_validator("model")
+    @classmethod
+    def _of_their_clients(cls, model: str | None) -> str | None:
+        return None if model and model.startswith("jev-") else model
 
 
 class AdapterBody(Body):

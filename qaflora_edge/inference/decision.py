@@ -1,0 +1,150 @@
+"""Decisions: how a question lists its choices, and what their log-probabilities say."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from qaflora_edge.arrays import F64
+from qaflora_edge.errors import PromptError, wrong_option
+from qaflora_edge.inference.core import Probes
+from qaflora_edge.inference.request import Request
+from qaflora_edge.weighing.numbers import FusionWeights
+
+MAX_CHOICES = 255
+_NOTHING = "N/A"  # a question that says nothing
+_LIST = "Answer with one of these, and with nothing else:"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was chosen.
+
+    choices        as they were given
+    probabilities  float64 [n_choice], sums to 1
+    fusion         the mix that chose
+    by_adapter     "base" and each adapter -> what it would say alone, float64 [n_choice]; empty
+                   unless `compare`
+    n_prompt       tokens of the question with its choices
+    """
+
+    choices: tuple[str, ...]
+    probabilities: F64
+    fusion: FusionWeights
+    by_adapter: Mapping[str, F64] = field(default_factory=dict)
+    n_prompt: int = 0
+
+    @property
+    def choice(self) -> str:
+        """Name the likeliest; of equal ones the first."""
+        return self.choices[int(np.argmax(self.probabilities))]
+
+    def named(self, probabilities: F64) -> dict[str, float]:
+        """Map each choice to its probability, the likeliest first."""
+        order = np.argsort(-probabilities, kind="stable")
+        return {self.choices[at]: round(float(probabilities[at]), 6) for at in order}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the object that `qaflora decide --json` prints."""
+        by_adapter = {name: self.named(each) for name, each in self.by_adapter.items()}
+        return {
+            "choice": self.choice,
+            "probabilities": self.named(self.probabilities),
+            **({"by_adapter": by_adapter} if by_adapter else {}),
+            "fusion": {"strategy": self.fusion.strategy, "weights": self.fusion.means},
+            "usage": {"prompt_tokens": self.n_prompt, "completion_tokens": 0},
+        }
+
+
+def decide(
+    engine: Any,
+    prompt: Any,
+    choices: Iterable[str] | Mapping[str, str],
+    *,
+    strategy: str | None = None,
+    adapters: Sequence[str] | None = None,
+    compare: bool = False,
+    cancel: Any = None,
+) -> Decision:
+    """Decide as Engine.decide does: all mixes score all choices in one call.
+
+    Raises ChatTemplateError for a base without a chat template, OptionError for wrong choices.
+    """
+    named = checked_choices(choices)
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    listed = list_choices(asked, named)
+    nothing = list_choices([{"role": "user", "content": _NOTHING}], named)
+    quick = {"enable_thinking": False, "thinking": False}
+    core, model = engine._core, engine._model
+    with core.call():
+        question, tokens, blank = (
+            tuple(engine.chat_tokens(each, chat_template_kwargs=quick))
+            for each in (asked, listed, nothing)
+        )
+        texts = [engine._continuation(tokens, name) for name in named]
+        end = model._lib.llama_vocab_eot(model.vocab)
+        ended = [(*text, end) if end >= 0 else text for text in texts]
+        cancellation = core.cancellation(cancel)
+        weigher = engine._using(adapters)
+        probe = Probes(core, cancellation)
+        chosen = strategy or weigher.known.strategy
+        if chosen.partition(":")[0] == "relay":
+            chosen = "two-place"  # as relay weighs, but it decodes nothing
+        fusion = weigher.weigh(chosen, question, probe)  # a list would look like a form
+        mixes = {"": (chosen, fusion)}
+        singles = [f"single:{name}" for name in weigher.adapters]
+        for alone in ("base", *singles) if compare else ():
+            name = alone.removeprefix("single:")
+            mixes[name] = (alone, weigher.weigh(alone, question, probe))
+        requests = [
+            Request(prompt, core.all_weights(mix), n_base=weigher.n_base(by, prompt))
+            for by, mix in mixes.values()
+            for prompt in (tokens, blank)
+        ]
+        items = [(request, text) for request in requests for text in ended]
+        scores = core.run(core.scorer.score(items), cancellation, kind="score")
+    sums = np.array([score.sum(dtype=np.float64) for score in scores])
+    after, before = sums.reshape(len(mixes), 2, len(named)).swapaxes(0, 1)
+    shares = dict(zip(mixes, map(probabilities, after, before), strict=True))
+    return Decision(tuple(named), shares.pop(""), fusion, shares, len(tokens))
+
+
+def checked_choices(choices: Iterable[str] | Mapping[str, str]) -> dict[str, str]:
+    """Give choice -> what it means, "" where nobody says. Raises OptionError."""
+    expected = f"1 to {MAX_CHOICES} texts, all different and none empty"
+    names = [] if isinstance(choices, str) or not isinstance(choices, Iterable) else list(choices)
+    is_right = all(isinstance(name, str) and name.strip() for name in names)
+    if not is_right or not 1 <= len(names) <= MAX_CHOICES or len({*names}) < len(names):
+        raise wrong_option("choices", choices, expected)
+    means = choices if isinstance(choices, Mapping) else {}
+    return {name: means.get(name) or "" for name in names}
+
+
+def list_choices(messages: Any, choices: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Put the choices behind the question that ends a conversation. Raises PromptError."""
+    last: Any = messages[-1] if isinstance(messages, Sequence) and messages else None
+    is_users = isinstance(last, Mapping) and last.get("role") == "user"
+    question = last.get("content") if is_users else None
+    if not isinstance(question, str) or not question.strip():
+        raise PromptError(
+            f"The question is {last or messages!r:.100}, expected a text that is not empty, or "
+            "messages that end with a user's."
+        )
+    rows = [f"- {name}: {means}" if means else f"- {name}" for name, means in choices.items()]
+    listed = "\n".join([_LIST, *rows])
+    return [*messages[:-1], {**last, "content": f"{question}\n\n{listed}"}]
+
+
+def probabilities(asked: F64, unasked: F64) -> F64:
+    """Compare choices by how much likelier the question makes each: float64 [n_choice].
+
+    asked, unasked  log-probabilities of whole choices after the question and after none, in nats:
+                    float64 [n_choice]
+
+    Longer choices, and rarer words, are less likely in both. This is the domain-conditional PMI of
+    Holtzman et al. 2021, "Surface form competition", with "N/A" as Zhao et al. 2021 ask nothing.
+    """
+    gains = asked - unasked
+    shares = np.exp(gains - gains.max())
+    return np.asarray(shares / shares.sum())

@@ -1,0 +1,165 @@
+"""Decisions: Engine.decide, qaflora decide and POST /v1/systemone."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from bundles import TinyBundle, qaflora
+from refusals import refused
+from serving import ENGINE, client_of
+from starlette.testclient import TestClient
+
+from qaflora_edge import Engine
+from qaflora_edge.errors import OptionError, PromptError
+from qaflora_edge.inference.decision import Decision
+
+QUESTION = "the thing on a ring?"
+CHOICES = ("yes", "a whole ring", "no")
+LISTED = "{}\n\nAnswer with one of these, and with nothing else:\n- yes\n- a whole ring\n- no"
+
+
+@pytest.fixture(scope="module")
+def engine(calibrated: TinyBundle) -> Iterator[Engine]:
+    with Engine(calibrated.folder, **ENGINE) as engine:  # type: ignore[arg-type]
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def client(calibrated: TinyBundle) -> Iterator[TestClient]:
+    with client_of(calibrated.folder) as client:
+        yield client
+
+
+def expected(engine: Engine, weights: Any) -> Any:
+    """By `score`: how much likelier each choice is after the question than after none."""
+    end = engine._model._lib.llama_vocab_eot(engine._model.vocab)
+    texts = [
+        engine._model.tokenize(each, add_special=False, parse_special=False) for each in CHOICES
+    ]
+    mix = engine.weights(QUESTION, strategy=weights)  # by the question alone
+    sums = []
+    for question in (QUESTION, "N/A"):
+        prompt = engine.chat_tokens([{"role": "user", "content": LISTED.format(question)}])
+        sums.append([engine.score(prompt, [*text, end], weights=mix).sum() for text in texts])
+    shares = np.exp(np.array(sums[0], float) - np.array(sums[1], float))
+    return shares / shares.sum()
+
+
+def test_probabilities_are_those_of_the_scores(engine: Engine) -> None:
+    decision = engine.decide(QUESTION, CHOICES, compare=True)
+    np.testing.assert_allclose(decision.probabilities, expected(engine, None), rtol=1e-5)
+    assert decision.probabilities.sum() == pytest.approx(1)
+    assert decision.choice == CHOICES[int(np.argmax(decision.probabilities))]
+    assert list(decision.by_adapter) == ["base", "math", "es"]
+    for name, found in decision.by_adapter.items():
+        alone = name if name == "base" else f"single:{name}"
+        np.testing.assert_allclose(found, expected(engine, alone), rtol=1e-5)
+
+
+def test_one_strategy_and_messages(engine: Engine) -> None:
+    messages = [{"role": "user", "content": QUESTION}]
+    found = engine.decide(messages, CHOICES, strategy="base")
+    np.testing.assert_allclose(found.probabilities, expected(engine, "base"), rtol=1e-5)
+    assert (found.fusion.strategy, found.by_adapter) == ("base", {})
+    found = engine.decide(messages, CHOICES, strategy="relay")  # nothing is decoded
+    assert (found.fusion.strategy, found.fusion.relay) == ("two-place", None)
+
+
+def test_what_a_choice_means_is_listed_with_it(engine: Engine) -> None:
+    plain = engine.decide(QUESTION, ["yes", "no"])
+    told = engine.decide(QUESTION, {"yes": "the thing", "no": ""})
+    assert told.choices == plain.choices
+    assert told.n_prompt > plain.n_prompt
+    assert engine.decide(QUESTION, ["only"]).probabilities.tolist() == [1]
+
+
+TEXTS = "expected 1 to 255 texts, all different and none empty."
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ([], f"Option choices is [], {TEXTS}"),
+        (["a", "b", "a"], f"Option choices is ['a', 'b', 'a'], {TEXTS}"),
+        (["a", " "], f"Option choices is ['a', ' '], {TEXTS}"),
+        ("ab", f"Option choices is 'ab', {TEXTS}"),
+        (range(1000), f"Option choices is range(0, 1000), {TEXTS}"),
+        (["a"] * 1000, TEXTS),
+    ],
+)
+def test_wrong_choices_are_refused(engine: Engine, choices: Any, message: str) -> None:
+    assert refused(OptionError, engine.decide, QUESTION, choices).endswith(message)
+
+
+@pytest.mark.parametrize("prompt", ["", [], [{"role": "assistant", "content": "a"}], 3])
+def test_what_is_no_question_is_refused(engine: Engine, prompt: Any) -> None:
+    assert "expected a" in refused(PromptError, engine.decide, prompt, CHOICES)
+
+
+def test_many_choices_are_scored_in_parts(engine: Engine) -> None:
+    choices = [chr(ord("a") + n % 26) + chr(ord("a") + n // 26) for n in range(60)]
+    assert len(engine.decide("q", choices).probabilities) == 60
+
+
+def test_the_command_prints_what_the_engine_decides(calibrated: TinyBundle, engine: Engine) -> None:
+    args = [word for choice in CHOICES for word in ("--choice", choice)]
+    decision = engine.decide(QUESTION, CHOICES)
+    result = qaflora("decide", calibrated.folder, QUESTION, *args, "--json")
+    shown = json.loads(result.stdout)
+    assert shown["choice"] == decision.choice
+    assert list(shown["probabilities"].values()) == sorted(
+        shown["probabilities"].values(), reverse=True
+    )
+    result = qaflora("decide", calibrated.folder, "--prompts", "-", *args, "--compare", stdin="a\n")
+    lines = result.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines[1:]] == ["  base", "  math", "  es"]
+    assert lines[0].endswith(" %]")
+
+
+STATE = {"ring": "the thing"}
+QUESTIONS: dict[str, dict[str, Any]] = {
+    "urgent": {"type": "noul", "instructions": "a?", "criteria": {"true": "on a ring"}},
+    "team": {"type": "choice", "instructions": "who?", "criteria": {"a": "b", "c": None}},
+    "level": {"type": "score", "instructions": "far?", "criteria": ["on", "in", "a"]},
+}
+
+
+def test_systemone_answers_each_question(client: TestClient, engine: Engine) -> None:
+    body = {"model": "jev-latest", "state": STATE, "questions": QUESTIONS}
+    found = client.post("/v1/systemone", json=body).json()
+    answers = found["answers"]
+    alone = engine.decide('{"ring": "the thing"}\n\nwho?', {"a": "b", "c": ""})
+    team = answers["team"]
+    assert (team["type"], team["choice"]) == ("choice", alone.choice)
+    np.testing.assert_allclose([*team["probabilities"].values()], alone.probabilities, atol=1e-5)
+    peak = max(team["probabilities"].values())
+    assert team["confidence"] == pytest.approx(2 * peak - 1, abs=1e-5)
+    urgent = engine.decide('{"ring": "the thing"}\n\na?', {"yes": "on a ring", "no": ""})
+    assert answers["urgent"]["noul"] == pytest.approx(urgent.probabilities[0], abs=1e-5)
+    level = answers["level"]
+    assert level["legend"] == {"0": "on", "1": "in", "2": "a"}
+    of_level = np.array([*level["probabilities"].values()])
+    assert level["score"] == pytest.approx(float(np.arange(3) @ of_level), abs=1e-5)
+    assert found["usage"]["output_tokens"] == 0
+
+
+@pytest.mark.parametrize(
+    ("questions", "param"),
+    [
+        ({}, "questions"),
+        ({"a": {"type": "box"}}, "questions.a"),
+        ({"a": {"type": "choice", "criteria": []}}, "questions.a.criteria"),
+        ({"a": {"type": "score", "criteria": {"x": "y"}}}, "questions.a.criteria"),
+        ({"a": {"type": "choice", "criteria": {"": "x"}}}, "choices"),
+    ],
+)
+def test_wrong_questions_are_400(client: TestClient, questions: Any, param: str) -> None:
+    response = client.post("/v1/systemone", json={"state": "a", "questions": questions})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+def test_of_equal_choices_the_first_counts(engine: Engine) -> None:
+    fusion = engine.weights(QUESTION, strategy="base")
+    assert Decision(("a", "b"), np.array([0.5, 0.5]), fusion).choice == "a"
