@@ -1,5 +1,6 @@
 """The strategy relay: its rule by numbers written out, and answers against two plain ones."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import replace
 from math import log
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bundles import make_bundle
+from serving import client_of
 from tiny import CHATML
 
 from qaflora_edge import Engine
@@ -210,3 +212,21 @@ def test_a_cancelled_draft_ends_the_call(folder: Path) -> None:
         with pytest.raises(CancelledError):
             engine.generate(prompt, strategy=BY_HAND, cancel=event)
         assert engine.generate(prompt, strategy="static", max_tokens=2).n_prompt
+
+
+def test_an_answer_over_http_tells_who_drafted(folder: Path) -> None:
+    body = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "abc def?"}],
+        "max_tokens": 4,
+        "fusion": {"strategy": BY_HAND},
+    }
+    with client_of(folder) as client:
+        answer = client.post("/v1/chat/completions", json=body).json()
+        relay = answer["fusion"]["relay"]
+        assert (relay["knower"], relay["writer"]) == ("math", "es")
+        n_generated = answer["usage"]["completion_tokens"]
+        assert n_generated == relay["draft_tokens"] + 4
+        events = client.post("/v1/chat/completions", json=body | {"stream": True}).text
+        first = json.loads(events.split("\n")[0].removeprefix("data: "))
+        assert first["fusion"]["relay"]["draft"] == relay["draft"]

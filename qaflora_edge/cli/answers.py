@@ -45,7 +45,10 @@ def print_json(value: dict[str, Any]) -> None:
 def answer_dict(answer: Generation, *, with_fusion: bool = True) -> dict[str, Any]:
     """The object that `qaflora run --json` prints; takes the whole answer first."""
     text = answer.text()
-    usage = {"prompt_tokens": answer.n_prompt, "completion_tokens": answer.n_completion}
+    usage = {
+        "prompt_tokens": answer.n_prompt,
+        "completion_tokens": answer.n_draft + answer.n_completion,
+    }
     thought = {"reasoning_content": answer.reasoning} if answer.reasoning else {}
     if thought:
         usage["reasoning_tokens"] = answer.n_thought
@@ -77,7 +80,7 @@ def thought_parts(answer: Generation) -> list[str]:
 
 def draft_parts(answer: Generation) -> list[str]:
     """Say how long the draft was, where there was one."""
-    return [] if answer.draft is None else [f"draft {len(answer.draft.tokens)} tokens"]
+    return [f"draft {answer.n_draft} tokens"] if answer.n_draft else []
 
 
 def summary_line(answer: Generation) -> str:

@@ -119,6 +119,11 @@ class Generation(Iterator[str]):
         return None if self.fusion.relay is None else self.fusion.relay.draft
 
     @property
+    def n_draft(self) -> int:
+        """Count the tokens of the draft, which were generated too."""
+        return 0 if self.draft is None else len(self.draft.tokens)
+
+    @property
     def n_completion(self) -> int:
         """Count the tokens of the answer so far, without an end token."""
         return len(self._sequence.answer)
@@ -195,8 +200,7 @@ class Generation(Iterator[str]):
     @property
     def usage(self) -> dict[str, int]:
         """Count tokens as OpenAI does; those of a draft were generated too."""
-        n_draft = 0 if self.draft is None else len(self.draft.tokens)
-        n_generated = n_draft + self.n_completion
+        n_generated = self.n_draft + self.n_completion
         return {
             "prompt_tokens": self.n_prompt,
             "completion_tokens": n_generated,

@@ -75,6 +75,7 @@ def usage(ended: Sequence[Generation], n: int) -> dict[str, Any]:
     n_prompt = sum(generation.n_prompt for generation in ended[::n])
     n_cached = sum(generation.n_cached for generation in ended[::n])
     n_completion = sum(generation.n_completion for generation in ended)
+    n_completion += max((generation.n_draft for generation in ended), default=0)  # they share it
     return {
         "prompt_tokens": n_prompt,
         "completion_tokens": n_completion,

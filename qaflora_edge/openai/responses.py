@@ -156,9 +156,9 @@ def _ended(
     usage = {
         "input_tokens": generation.n_prompt,
         "input_tokens_details": {"cached_tokens": generation.n_cached, "cache_write_tokens": 0},
-        "output_tokens": generation.n_completion,
+        "output_tokens": generation.n_draft + generation.n_completion,
         "output_tokens_details": {"reasoning_tokens": generation.n_thought},
-        "total_tokens": generation.n_prompt + generation.n_completion,
+        "total_tokens": generation.usage["total_tokens"],
     }
     return {
         **head,
