@@ -16,7 +16,7 @@ from qaflora_edge.backend.context import Stop
 from qaflora_edge.errors import BackendError, CancelledError
 from qaflora_edge.inference.loop import Loop
 from qaflora_edge.inference.request import Request, Sampling
-from qaflora_edge.inference.scheduler import Scheduler, Slot
+from qaflora_edge.inference.scheduler import Scheduler, Slot, Step
 from qaflora_edge.inference.sequence import Sequence as RunningSequence
 from qaflora_edge.weighing.probe import Listener
 
@@ -201,15 +201,16 @@ def test_a_long_prompt_leaves_others_as_much_time_as_it_takes() -> None:
     scheduler.waiting.append(first)
     assert scheduler.step().prefill == [(first, 6)]
     scheduler.waiting.extend(others)
-    for chunks in [(first, 6)], [(others[2], 2), (others[1], 6)], [(others[0], 6)]:
+    turns = [(first, 6)], [(others[2], 2), (others[1], 6)], [(others[1], 6)], [(first, 6)]
+    for chunks, ms in zip(turns, (10.0, 4.0, 6.0, 10.0), strict=True):
         step = scheduler.step()
         assert step.prefill == chunks
         for sequence, n in step.prefill:
             sequence.n_past += n
-        scheduler.note(step, 10.0)
+        scheduler.note(step, ms)
     for sequence in others:
         sequence.n_past, sequence.next_token = sequence.n_prompt, 7
-    scheduler.note(step, -1.0)
+    scheduler.note(Step(), 10.0)
     seen = []
     for _ in range(9):
         step = scheduler.step()

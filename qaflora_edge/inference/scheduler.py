@@ -144,8 +144,8 @@ class Scheduler:
             nothing runs, for then the context can grow.
 
     Prefill and jobs alternate where there are both; decoding goes on in every step. After a chunk
-    of a prompt that has more of them, all others together have as much time as it took. The
-    shortest prompt is first then.
+    of the longest prompt all others together have as much time as it took. The shortest prompt is
+    first then.
     """
 
     def __init__(
@@ -217,10 +217,11 @@ class Scheduler:
     def note(self, step: Step, ms: float) -> None:
         """Note how long a step has taken."""
         self._owed_ms -= ms
-        for sequence, _ in step.prefill:
-            if sequence.is_prefill:
-                self._debtor = sequence
-                self._owed_ms = ms
+        prefills = [each for each in self.running if each.is_prefill]
+        longest = max(prefills, key=lambda s: s.n_prompt - s.n_past, default=None)
+        if self._owed_ms <= 0 and any(sequence is longest for sequence, _ in step.prefill):
+            self._debtor = longest
+            self._owed_ms = ms
 
     def _prefills(self, running: list[Sequence]) -> list[Sequence]:
         """List prompts to prefill, the next one first."""
