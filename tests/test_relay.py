@@ -134,6 +134,15 @@ def test_below_the_scores_each_token_has_to_be_sure(least: float, weights: list[
     assert mix.weights[:, 0].tolist() == weights
 
 
+def test_an_empty_draft_knows_nothing() -> None:
+    """An adapter that ends at once is sure of nothing."""
+    empty = Draft("shop", (), "", (), is_whole=True)
+    unsure = [drafted("form", -0.6), empty, drafted("other", -0.6)]
+    assert weighed(Scripted(*FORM_FIRST, unsure)).relay is None
+    places = ([LOW, TYPICAL_SIZE, LOW], [LOW, HIGH, LOW])
+    assert not weighed(Scripted(*places, [empty]), "relay:abstain=3").weights.any()
+
+
 def test_no_draft_after_a_thought_or_for_plain_text() -> None:
     probe = Scripted(*FORM_FIRST, [])
     assert weighed(probe, can_relay=False).relay is None
@@ -185,6 +194,14 @@ def test_a_relay_is_two_plain_answers_with_the_stated_prompts(
         again = list(engine.answers(plain, 2, strategy=BY_HAND, max_tokens=12))
         assert [each.text() for each in again] == [text, text]
         assert again[1].draft is again[0].draft
+
+
+def test_weights_of_another_prompt_bring_no_draft(folder: Path) -> None:
+    with Engine(folder, n_ctx=512) as engine:
+        one, other = (engine.chat_tokens([{"role": "user", "content": c}]) for c in ("abc", "def"))
+        answer = engine.generate(other, weights=engine.weights(one, strategy=BY_HAND), max_tokens=2)
+        assert answer.draft is None
+        assert answer.prompt == tuple(other)
 
 
 def test_a_draft_leaves_room_and_stays_text(folder: Path) -> None:

@@ -11,15 +11,22 @@
 // While such waits take more than a twenty-fifth of the time waiters sleep at once: a program that spins
 // uses up its share of the cores, and then waits for whole slices of the scheduler's.
 #define QAFLORA_LONG_WAIT_US 500
-#define QAFLORA_LOSS_FACTOR  25     // a us that was lost counts for so many us to come
-#define QAFLORA_LOSS_BUSY_US 30000  // from here on waiters do not spin
-#define QAFLORA_LOSS_MAX_US  200000 // what is remembered of a busy time
+#define QAFLORA_LOSS_FACTOR  25  // a us that was lost counts for so many us to come
+#define QAFLORA_LOSS_BUSY_MS 30  // from here on waiters do not spin
+#define QAFLORA_LOSS_MAX_MS  200 // what is remembered of a busy time
 
 struct qaflora_spin {
     int     n_looks;
     int64_t begin_us; // 0: the clock was not read yet
     int64_t end_us;
 };
+
+// Milliseconds until the loss is forgotten: 0 to QAFLORA_LOSS_MAX_MS. Times wrap around.
+static int qaflora_loss_ms(struct ggml_threadpool * pool, int64_t now_us) {
+    const uint32_t until_ms = (uint32_t) atomic_load_explicit(&pool->qaflora_loss_until_ms, memory_order_relaxed);
+    const int32_t  left_ms  = (int32_t) (until_ms - (uint32_t) (now_us / 1000));
+    return left_ms > 0 && left_ms <= QAFLORA_LOSS_MAX_MS ? left_ms : 0;
+}
 
 // Pause before the next look. Return false once it is time to sleep.
 static bool qaflora_spin_again(struct ggml_threadpool * pool, struct qaflora_spin * spin) {
@@ -29,9 +36,9 @@ static bool qaflora_spin_again(struct ggml_threadpool * pool, struct qaflora_spi
     }
     const int64_t now_us = ggml_time_us();
     if (spin->begin_us == 0) {
-        const int64_t loss_us = atomic_load_explicit(&pool->qaflora_loss_until_us, memory_order_relaxed) - now_us;
+        const bool is_busy = qaflora_loss_ms(pool, now_us) > QAFLORA_LOSS_BUSY_MS;
         spin->begin_us = now_us;
-        spin->end_us   = loss_us > QAFLORA_LOSS_BUSY_US ? now_us : now_us + QAFLORA_SPIN_US;
+        spin->end_us   = is_busy ? now_us : now_us + QAFLORA_SPIN_US;
     }
     return now_us < spin->end_us;
 }
@@ -45,23 +52,22 @@ static void qaflora_wait(struct ggml_threadpool * pool, atomic_int * word, int v
         }
     } while (qaflora_spin_again(pool, &spin));
 
-    ggml_mutex_lock(&pool->mutex);
+    ggml_mutex_lock_shared(&pool->mutex); // as upstream's ggml_cond_wait has it on Windows
     // Sequentially consistent, as the change of *word is: the waker sees a sleeper, or this thread
     // sees the change.
     atomic_fetch_add(&pool->qaflora_n_asleep, 1);
     while (atomic_load(word) == value) {
         ggml_cond_wait(&pool->cond, &pool->mutex);
     }
-    atomic_fetch_sub(&pool->qaflora_n_asleep, 1);
-    ggml_mutex_unlock(&pool->mutex);
+    atomic_fetch_add(&pool->qaflora_n_asleep, -1);
+    ggml_mutex_unlock_shared(&pool->mutex);
 
     const int64_t now_us    = ggml_time_us();
     const int64_t waited_us = now_us - spin.begin_us;
     if (waited_us > QAFLORA_LONG_WAIT_US) {
-        int64_t until_us = atomic_load_explicit(&pool->qaflora_loss_until_us, memory_order_relaxed);
-        until_us = MAX(until_us, now_us) + QAFLORA_LOSS_FACTOR * waited_us;
-        until_us = MIN(until_us, now_us + QAFLORA_LOSS_MAX_US);
-        atomic_store_explicit(&pool->qaflora_loss_until_us, until_us, memory_order_relaxed);
+        const int64_t loss_ms  = qaflora_loss_ms(pool, now_us) + QAFLORA_LOSS_FACTOR * waited_us / 1000;
+        const int64_t until_ms = now_us / 1000 + MIN(loss_ms, QAFLORA_LOSS_MAX_MS);
+        atomic_store_explicit(&pool->qaflora_loss_until_ms, (int) (uint32_t) until_ms, memory_order_relaxed);
     }
 }
 

@@ -354,6 +354,9 @@ class Probes:
         return listener.result()
 
     def drafts(self, names: Iterable[str], n_token: int) -> "list[Draft]":
+        names = list(names)
+        if not names:
+            return []
         self.end()  # they need its slot, and reuse what the base has prefilled there
         return self._drafting.begin(names, n_token)
 

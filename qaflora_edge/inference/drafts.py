@@ -5,6 +5,7 @@ from collections.abc import Sequence as Many
 
 import numpy as np
 
+from qaflora_edge.backend.context import cancelled
 from qaflora_edge.backend.model import Model
 from qaflora_edge.inference.core import Core
 from qaflora_edge.inference.draft import Drafter
@@ -31,30 +32,32 @@ class Drafts:
         self._running: dict[str, Sequence] = {}
 
     def begin(self, names: Iterable[str], n_token: int) -> list[Draft]:
-        """Give drafts of so many tokens, or whole ones, all computed in one batch.
+        """Give drafts of n_token tokens, or whole shorter ones, decoded together as slots allow.
 
-        names  of adapters, or BASE; those that have begun go on
+        names  of adapters, or BASE; those that have begun are not begun again
         """
         asked = list(names)
         for name in asked:
             if name not in self._running:
-                self._running[name] = self._start(name)
+                self._running[name] = self._start(name, n_token)
         sequences = [self._running[name] for name in asked]
-
-        def is_there(sequence: Sequence) -> bool:
-            return sequence.is_done or len(sequence.answer) >= n_token
-
-        self._core.loop.drive(lambda: all(map(is_there, sequences)))
+        self._drive(sequences)
         return [self._draft(name) for name in asked]
 
     def finish(self, name: str) -> Draft:
-        """End the other drafts, and finish this one."""
-        chosen = self._running[name]
-        for sequence in self._running.values():
-            if sequence is not chosen:
-                sequence.request.cancellation.set()
-        self._core.loop.drive(lambda: chosen.is_done)
+        """Finish a draft: it begins again, with what there is of it as guesses."""
+        begun = self._running[name]
+        self._drive([begun])
+        if begun.finish_reason == "length":
+            self._running[name] = self._start(name, DRAFT_TOKENS, begun.answer)
+            self._drive([self._running[name]])
         return self._draft(name)
+
+    def _drive(self, sequences: list[Sequence]) -> None:
+        """Compute until all have ended. Raises CancelledError where the call was cancelled."""
+        self._core.loop.drive(lambda: all(each.is_done for each in sequences))
+        if self._cancellation.is_set:
+            raise cancelled()
 
     def end(self) -> None:
         """End all, and wait until their slots are free."""
@@ -63,14 +66,17 @@ class Drafts:
             sequence.request.cancellation.set()
         self._core.loop.drive(lambda: all(each.is_done for each in sequences))
 
-    def _start(self, name: str) -> Sequence:
-        """Put an answer by one adapter, or the base, into the queue, with its logprobs."""
+    def _start(self, name: str, n_max: int, begun: Many[int] = ()) -> Sequence:
+        """Put an answer by one adapter, or the base, into the queue, with its logprobs.
+
+        begun  tokens with which it begins: guesses
+        """
         core = self._core
         tokens = self._query.tokens
         weights = np.zeros((len(core.adapters), core.model.n_layer), np.float32)
         if name != BASE:
             weights[core.rows([name])] = 1
-        sampling = Sampling(max_tokens=DRAFT_TOKENS, logprobs=0)
+        sampling = Sampling(max_tokens=n_max, logprobs=0)
         request = Request(
             tokens,
             weights,
@@ -78,11 +84,12 @@ class Drafts:
             n_base=n_base_of(len(tokens)),
             cancellation=Cancellation(around=self._cancellation),
         )
-        n_ctx = core.n_ctx_for(len(tokens), DRAFT_TOKENS)
-        n_max = min(DRAFT_TOKENS, n_ctx - len(tokens) + 1)
+        n_ctx = core.n_ctx_for(len(tokens), n_max)
+        n_max = min(n_max, n_ctx - len(tokens) + 1)
         sequence = Sequence(request, Sampler(core.model, sampling), n_max, n_ctx)
         if core.draft != 0:
-            sequence.drafter = Drafter(tokens, core.draft)
+            known = (*tokens, *begun, *tokens) if begun else tokens
+            sequence.drafter = Drafter(known, core.draft)
         core.loop.add(sequence)
         return sequence
 

@@ -53,7 +53,8 @@ async def asked(request: Request, kind: type[B]) -> tuple[B, ServedModel, dict[s
         weighing = weighing_of(body, strategy, served.weigher.adapters)
         if body.fusion is not None and body.fusion.relay is False:
             asked = weighing["weights"] or served.weigher.known.strategy
-            weighing["weights"] = "two-place" if asked == "relay" else weighing["weights"]
+            is_relay = isinstance(asked, str) and asked.partition(":")[0] == "relay"
+            weighing["weights"] = "two-place" if is_relay else weighing["weights"]
     return body, served, weighing
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 BASE = "base"  # in place of an adapter's name, where the base alone is meant
+UNSURE = -100.0  # nats a token, of an empty draft
 DRAFT_TOKENS = 128  # of the longest draft
 N_BEGUN = 12  # tokens of a draft that tell how sure its adapter is
 
@@ -26,9 +27,12 @@ class Draft:
     is_whole: bool
 
     def sureness(self, n_token: int) -> float:
-        """Average the log-probability of its first n_token tokens, in nats; <= 0."""
+        """Average the log-probability of its first n_token tokens, in nats; an empty one has none.
+
+        returns  at most 0, and UNSURE where there are no tokens
+        """
         first = self.logprobs[:n_token]
-        return sum(first) / len(first) if first else 0.0
+        return sum(first) / len(first) if first else UNSURE
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Relay:
     draft     the knower's
     sureness  adapter -> mean log-probability of its draft's first tokens, in nats
     draft_ms  time of all drafts
+    prompt    ids of the query; the draft is for no other
     """
 
     knower: str
@@ -46,3 +51,4 @@ class Relay:
     draft: Draft
     sureness: Mapping[str, float] = field(default_factory=dict)
     draft_ms: float = 0.0
+    prompt: tuple[int, ...] = field(default=(), repr=False)

@@ -16,7 +16,7 @@ from typing import Any
 from qaflora_edge.arrays import F32
 from qaflora_edge.config import Option
 from qaflora_edge.errors import StrategyError
-from qaflora_edge.weighing.drafted import BASE, N_BEGUN, Draft, Relay
+from qaflora_edge.weighing.drafted import BASE, N_BEGUN, UNSURE, Draft, Relay
 from qaflora_edge.weighing.strategy import Mix, Probe, Query
 from qaflora_edge.weighing.two_place import TWO_PLACE_OPTIONS, TwoPlace
 
@@ -66,6 +66,11 @@ class RelayStrategy(TwoPlace):
 
     def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix:
         if "knower" in query.options:
+            if not query.is_chat or not query.can_relay:
+                raise StrategyError(
+                    "Strategy relay with a knower and a writer got plain text, or a base that "
+                    "thinks, expected a chat whose answer begins at once; use another strategy."
+                )
             return _by_hand(query, probe)
         mix = super().weigh(query, probe, argument)
         if not query.is_chat or not query.can_relay or len(query.adapters) < 2:
@@ -97,7 +102,7 @@ def _relayed(query: Query, probe: Probe, mix: Mix) -> Mix:
     }
     knower = max(unusual, key=unusual.__getitem__)
     if knower != writer and unusual[knower] >= max(SURE, unusual[writer] + AHEAD):
-        relay = _relay(probe, knower, writer, sureness, start)
+        relay = _relay(query, probe, knower, writer, sureness, start)
         return replace(mix, weights=_alone(query, writer), relay=relay, because=_said(relay))
     if sureness.get(BASE, -inf) > sureness[writer]:
         numbers = f"{sureness[BASE]:.2f} nats a token, {writer} {sureness[writer]:.2f}"
@@ -117,7 +122,8 @@ def _despite_the_scores(
     sureness = {draft.adapter: draft.sureness(N_BEGUN) for draft in drafts}
     for draft in drafts:
         whole = probe.whole_draft(draft.adapter)
-        is_sure = whole.is_whole and min(whole.logprobs) > SURE_OF_EACH
+        least = min(whole.logprobs, default=UNSURE)
+        is_sure = whole.is_whole and least > SURE_OF_EACH
         if is_sure and _is_prose(draft) and _is_sure(query, draft):
             found = replace(mix, weights=_alone(query, draft.adapter))
             return _rewritten(query, probe, found, draft.adapter, sureness, start)
@@ -142,13 +148,14 @@ def _rewritten(
         return mix
     if not _is_foreign(begun.text, probe.question()) or probe.unexpected(begun.tokens[0]) < FOREIGN:
         return mix
-    relay = _relay(probe, knower, BASE, sureness, start)
+    relay = _relay(query, probe, knower, BASE, sureness, start)
     return replace(mix, weights=_alone(query, BASE), relay=relay, because=_said(relay))
 
 
 def _is_prose(draft: Draft) -> bool:
     """Tell words from a form, such as JSON or a list, which says nothing to who writes."""
-    return not draft.text.lstrip().startswith(_FORMS)
+    text = draft.text.strip()
+    return bool(text) and not text.startswith(_FORMS)
 
 
 def _is_foreign(draft: str, question: str) -> bool:
@@ -166,15 +173,21 @@ def _by_hand(query: Query, probe: Probe) -> Mix:
     writer = query.options["writer"]
     (draft,) = probe.drafts([knower], N_BEGUN)
     sureness = {knower: draft.sureness(N_BEGUN)}
-    relay = _relay(probe, knower, writer, sureness, start)
+    relay = _relay(query, probe, knower, writer, sureness, start)
     return Mix(_alone(query, writer), relay=relay, because=_said(relay))
 
 
 def _relay(
-    probe: Probe, knower: str, writer: str, sureness: Mapping[str, float], start: float
+    query: Query,
+    probe: Probe,
+    knower: str,
+    writer: str,
+    sureness: Mapping[str, float],
+    start: float,
 ) -> Relay:
     draft = probe.whole_draft(knower)
-    return Relay(knower, writer, draft, sureness, 1e3 * (time.perf_counter() - start))
+    draft_ms = 1e3 * (time.perf_counter() - start)
+    return Relay(knower, writer, draft, sureness, draft_ms, query.tokens)
 
 
 def _said(relay: Relay) -> str:

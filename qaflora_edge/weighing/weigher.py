@@ -214,6 +214,8 @@ class Weigher:
                     f"{', '.join(self.adapters)}; weigh the prompt with this Engine."
                 )
             numbers.check_weights(weights.weights, self.adapters, self.n_layer)
+            if weights.relay is not None and weights.relay.prompt != tuple(tokens):
+                return replace(weights, relay=None)  # another prompt's draft
             return weights
         if isinstance(weights, Mapping):
             pairs = ",".join(f"{name}={weight}" for name, weight in weights.items())
