@@ -108,6 +108,6 @@ def test_hundred_changes_under_load_change_no_answer_and_leave_nothing(tmp_path:
         alone = [ask(i) for i in range(8)]
         before = bytes_after_changes(10)
         grown = bytes_after_changes(90) - before
-    # Each change makes contexts of 8 MB and more.
-    assert grown < 5e6, f"{grown / 1e6:.1f} MB more after 90 more changes"
+    # Each change makes contexts of 8 MB and more: not one of them may stay.
+    assert grown < 8e6, f"{grown / 1e6:.1f} MB more after 90 more changes"
     assert n_mapped(base.path) == 0
