@@ -223,7 +223,11 @@ def test_calibrating_measures_what_is_missing(made: TinyBundle, tmp_path: Path) 
     needed = {name: set(EXTENTS) for name in adapters}  # all that two-place needs
     assert {name: set(values) for name, values in some.items()} == needed
     assert calibrate(new, Engine)  # all that others need
-    assert bundle_json(new)["fusion"] == {**after, "strategy": "two-place"}
+    anew = bundle_json(new)["fusion"]
+    for name in adapters:  # decoded next to others, a draft is rounded in other ways
+        sureness = after["typical"][name].pop("sureness")
+        assert anew["typical"][name].pop("sureness") == pytest.approx(sureness, abs=1e-3)
+    assert anew == {**after, "strategy": "two-place"}
     before = snapshot(made.folder)
     assert not calibrate(made.folder, Engine)
     assert snapshot(made.folder) == before
