@@ -13,7 +13,7 @@ from typing import Any
 from qaflora_edge.errors import BundleError, StrategyError
 from qaflora_edge.files import package_data
 from qaflora_edge.progress import Tell
-from qaflora_edge.weighing.calibration import KEYS, SURENESS
+from qaflora_edge.weighing.calibration import KEYS
 from qaflora_edge.weighing.strategy import parse_strategy
 from qaflora_edge.weighing.weigher import Known, Weigher
 
@@ -64,10 +64,7 @@ def measure_typical(
     if names:
         paths = {name: path for name, path in adapters.items() if name in names}
         tell(OPENING, 0, 1)
-        n_parallel = 8 if lacking.get(SURENESS) else 1  # drafts are decoded together
-        with engine(
-            base=base_path, adapters=paths, n_ctx=CALIBRATION_CTX, n_parallel=n_parallel
-        ) as opened:
+        with engine(base=base_path, adapters=paths, n_ctx=CALIBRATION_CTX) as opened:
             tell(OPENING, 1, 1)
             tell(ONCE, 0, 1)
             found = opened.typical_divergence(
