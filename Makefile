@@ -295,14 +295,14 @@ convert-table: $(DONE)/package $(DONE)/test-tools
 eval-report: $(DONE)/package
 	$(BIN)/python benchmarks/report.py
 
-# Every path of `qaflora eval` on ten items: each metric, resuming, the page, the best strategy.
+# Every path of `qaflora eval` on ten items: each metric, resuming, the best strategy.
 SMOKE := $(BUILD)/smoke
 SMOKE_EVAL := $(BIN)/python benchmarks/code_metric.py eval $(SMOKE)/bundle benchmarks/smoke/*.jsonl -o $(SMOKE)/results.jsonl
 eval-smoke: $(DONE)/package
 	$(BIN)/qaflora pull smollm2-135m-instruct
 	rm -rf $(SMOKE) && mkdir -p $(SMOKE) && cp -r models/demo $(SMOKE)/bundle
 	$(SMOKE_EVAL) --limit 1
-	$(SMOKE_EVAL) --json $(SMOKE)/results.json --html $(SMOKE)/results.html --save
+	$(SMOKE_EVAL) --json $(SMOKE)/results.json --save
 	$(BIN)/qaflora bundle show $(SMOKE)/bundle
 
 # The compiled llama.cpp stays in build/, the models in the user's cache.

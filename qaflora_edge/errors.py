@@ -15,8 +15,7 @@
     ├── BundleError               bundle.json or its folder is wrong
     │   └── ChecksumError         a file is not the one that was recorded
     ├── RegistryError             an unknown model name
-    │   ├── DownloadError         a file could not be fetched whole
-    │   └── UploadError           the Hub did not take what was pushed
+    │   └── DownloadError         a file could not be fetched whole
     ├── LibraryError              the native library is missing, stock, or of another version
     ├── BackendError              the native library reported a failure
     │   └── WorkerError           a worker (--rpc) cannot be used
@@ -126,9 +125,6 @@ class RegistryError(QafloraError): ...
 
 
 class DownloadError(RegistryError): ...
-
-
-class UploadError(RegistryError): ...
 
 
 class LibraryError(QafloraError): ...

@@ -4,7 +4,6 @@ Written from the library's requests, not from our code. All contents move by pla
 library's protocols for large files (LFS, Xet) are its own matter.
 """
 
-import base64
 import json
 import re
 from collections.abc import Callable
@@ -24,7 +23,6 @@ class Repo:
 
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
-    messages: list[str] = field(default_factory=list)
     access: str = "public"
 
     def commit(self, files: dict[str, bytes], message: str = "", branch: str = "main") -> str:
@@ -32,14 +30,12 @@ class Repo:
         name = sha1(f"{len(self.commits)}{sorted(files)}{message}".encode()).hexdigest()
         self.commits[name] = dict(files)
         self.branches[branch] = name
-        self.messages.append(message)
         return name
 
 
 class FakeHub(ThreadingHTTPServer):
     """Repositories by name.
 
-    refused   a content that is not taken
     requests  what was asked for, as "METHOD path"
     halfway   called with the path of each answer of which half was sent
     """
@@ -51,7 +47,6 @@ class FakeHub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repos: dict[str, Repo] = {}
         self.requests: list[str] = []
-        self.refused = b""
         self.halfway: Callable[[str], object] = lambda path: None
 
     @property
@@ -85,7 +80,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def do_GET(self) -> None:
-        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = urlsplit(self.path).path
         self.server.requests.append(f"{self.command} {path}")
         for method, pattern, answer in _ROUTES:
@@ -97,23 +91,23 @@ class _Handler(BaseHTTPRequestHandler):
                     return self.answer(*refusal.args)
         return self.answer(404, {"error": "no such address"})
 
-    do_HEAD = do_POST = do_PUT = do_GET
+    do_HEAD = do_GET
 
     def has_token(self) -> bool:
         return bool(self.headers.get("Authorization") == f"Bearer {TOKEN}")
 
-    def open_repo(self, name: str, *, write: bool = False) -> Repo:
+    def open_repo(self, name: str) -> Repo:
         repo = self.server.repos.get(name)
         is_open = repo is not None and (repo.access == "public" or self.has_token())
-        if repo is not None and repo.access == "gated" and not is_open and not write:
+        if repo is not None and repo.access == "gated" and not is_open:
             raise _Refused(401, {"error": "Restricted"}, {"X-Error-Code": "GatedRepo"})
-        if repo is None or not is_open or (write and not self.has_token()):
+        if repo is None or not is_open:
             status = 404 if self.has_token() else 401
             raise _Refused(status, {"error": "Not found"}, {"X-Error-Code": "RepoNotFound"})
         return repo
 
-    def open_commit(self, name: str, revision: str, **options: bool) -> tuple[Repo, str]:
-        repo = self.open_repo(name, **options)
+    def open_commit(self, name: str, revision: str) -> tuple[Repo, str]:
+        repo = self.open_repo(name)
         commit = repo.branches.get(revision, revision)
         if commit not in repo.commits:
             raise _Refused(404, {"error": "Invalid rev"}, {"X-Error-Code": "RevisionNotFound"})
@@ -128,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
             for path, content in repo.commits[commit].items()
         ]
         info = {"id": name, "modelId": name, "sha": commit, "siblings": siblings}
-        self.answer(200, info | {"private": repo.access == "private"})
+        self.answer(200, info)
 
     def send_tree(self, name: str, revision: str) -> None:
         repo, commit = self.open_commit(name, revision)
@@ -146,58 +140,6 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refused(404, b"", headers | {"X-Error-Code": "EntryNotFound"})
         headers["ETag"] = f'"{_git_sha1(content)}"'
         self.answer(200, content, headers)
-
-    # writing
-
-    def create_repo(self) -> None:
-        wanted = json.loads(self.body)
-        name = f"{wanted['organization']}/{wanted['name']}"
-        if not self.has_token():
-            raise _Refused(401, {"error": "Invalid username or password."})
-        url = {"url": f"{self.server.url}/{name}", "name": name, "id": name}
-        if name in self.server.repos:
-            raise _Refused(409, {"error": "You already created this model repo", **url})
-        is_private = wanted.get("visibility") == "private" or wanted.get("private") is True
-        self.server.repos[name] = Repo(access="private" if is_private else "public")
-        self.server.repos[name].commit({".gitattributes": b"*.gguf filter=lfs\n"}, "initial commit")
-        self.answer(200, url)
-
-    def create_branch(self, name: str, branch: str) -> None:
-        repo = self.open_repo(name, write=True)
-        if branch in repo.branches:
-            raise _Refused(409, {"error": "Reference already exists"})
-        repo.branches[branch] = repo.branches["main"]
-        self.answer(200, {})
-
-    def check_card(self) -> None:
-        assert json.loads(self.body)["content"].startswith("---\n")
-        self.answer(200, {"errors": [], "warnings": []})
-
-    def send_modes(self, name: str, revision: str) -> None:
-        repo, commit = self.open_commit(name, revision, write=True)
-        there = repo.commits[commit]
-        files = []
-        for file in json.loads(self.body)["files"]:
-            path = file["path"]
-            oid = _git_sha1(there[path]) if path in there else None
-            file = {"path": path, "uploadMode": "regular", "shouldIgnore": False, "oid": oid}
-            files.append(file)
-        self.answer(200, {"files": files})
-
-    def make_commit(self, name: str, revision: str) -> None:
-        repo, parent = self.open_commit(name, revision, write=True)
-        items = [json.loads(line) for line in self.body.splitlines()]
-        header = items[0]["value"]
-        if header.get("parentCommit") not in (None, parent):
-            raise _Refused(412, {"error": "A commit has happened since. Please refresh."})
-        files = dict(repo.commits[parent])
-        for item in items[1:]:
-            value = item["value"]
-            files[value["path"]] = base64.b64decode(value["content"])
-        if self.server.refused and self.server.refused in files.values():
-            raise _Refused(403, {"error": "Forbidden"})
-        oid = repo.commit(files, header["summary"], revision)
-        self.answer(200, {"commitUrl": f"{self.server.url}/{name}/commit/{oid}", "commitOid": oid})
 
     # answering
 
@@ -231,9 +173,4 @@ _ROUTES: tuple[tuple[str, str, Any], ...] = (
     ("GET", f"/api/models/{_REPO}/revision/([^/]+)", _Handler.send_info),
     ("GET", f"/api/models/{_REPO}/tree/([^/]+)/?", _Handler.send_tree),
     ("GET HEAD", f"/{_REPO}/resolve/([^/]+)/(.+)", _Handler.send_file),
-    ("POST", "/api/repos/create", _Handler.create_repo),
-    ("POST", "/api/validate-yaml", _Handler.check_card),
-    ("POST", f"/api/models/{_REPO}/branch/([^/]+)", _Handler.create_branch),
-    ("POST", f"/api/models/{_REPO}/preupload/([^/]+)", _Handler.send_modes),
-    ("POST", f"/api/models/{_REPO}/commit/([^/]+)", _Handler.make_commit),
 )

@@ -1,4 +1,4 @@
-"""Pages of weights and of results in a real browser: what they show, and that nothing runs."""
+"""Pages of weights in a real browser: what they show, and that nothing runs."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 from browser import Browser
 from desk import DOWN, ESCAPE, LEFT, NEEDS_CHROMIUM, RIGHT, TAB, UP
 
-from qaflora_edge.show.pages import results_page, weights_page
+from qaflora_edge.show.pages import weights_page
 from qaflora_edge.weighing.numbers import FusionWeights
 
 pytestmark = NEEDS_CHROMIUM
@@ -15,24 +15,6 @@ pytestmark = NEEDS_CHROMIUM
 EVIL = "<img src=x onerror=\"document.title='pwned'\"><script>document.title='pwned'</script>"
 N_LAYER = 30
 END = "\ue010"
-NAN = float("nan")
-LINES = {
-    "base": (("20.0", 20, 5, 40), None, ("-60.0", -60, -80, -20)),
-    EVIL: (("100.0", 100, 80, 100), ("+5.0", 5, NAN, NAN), ("+20.0", 20, 10, 30)),
-}
-ITEMS = [
-    {
-        "index": i,
-        "title": EVIL,
-        "question": f"How many is {i}?\n{EVIL}",
-        "expected": i,
-        "answers": [
-            {"strategy": "base", "score": "0.0", "mix": "base", "text": f"base says {i} {EVIL}"},
-            {"strategy": EVIL, "score": "0.0" if i else "100.0", "mix": "math 50 %", "text": ""},
-        ],
-    }
-    for i in range(3)
-]
 
 
 def fusion(seed: int = 0) -> FusionWeights:
@@ -57,30 +39,18 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("results") / "results.html"
-    heads = ("score, points", "over static", "over math")
-    task = {"name": EVIL, "metric": "number", "heads": heads, "lines": LINES, "entries": ITEMS}
-    path.write_text(results_page(f"Evaluation of {EVIL}\x1b[2J", {"base": EVIL}, [task]), "utf-8")
-    return path
-
-
-@pytest.fixture(params=["weights", "results"])
-def page(request: pytest.FixtureRequest) -> Path:
-    return request.getfixturevalue(request.param)
-
-
-def test_nothing_is_loaded_and_nothing_runs(window: Browser, page: Path, tmp_path: Path) -> None:
+def test_nothing_is_loaded_and_nothing_runs(window: Browser, weights: Path, tmp_path: Path) -> None:
     window.log()
-    window.open(page)
+    window.open(weights)
     title = window.run("return document.title")
-    assert title == "qaflora weights" or title.endswith("</script>\\x1b[2J")
+    assert title == "qaflora weights"
     assert window.run("return performance.getEntriesByType('resource').length") == 0
     assert window.run("return document.querySelectorAll('img, section script').length") == 0
     assert window.log() == []  # the policy allows the page's own style and script
     broken = tmp_path / "broken.html"  # as if escaping had failed
-    broken.write_text(page.read_text("utf-8").replace("<section>", f"<section>{EVIL}", 1), "utf-8")
+    broken.write_text(
+        weights.read_text("utf-8").replace("<section>", f"<section>{EVIL}", 1), "utf-8"
+    )
     window.open(broken)
     assert window.run("return document.querySelectorAll('section > img').length") == 1
     assert window.run("return document.title") == title
@@ -88,8 +58,8 @@ def test_nothing_is_loaded_and_nothing_runs(window: Browser, page: Path, tmp_pat
 
 
 @pytest.mark.parametrize("width", [420, 1700])
-def test_page_is_no_wider_than_the_window(width: int, window: Browser, page: Path) -> None:
-    window.open(page, width)
+def test_page_is_no_wider_than_the_window(width: int, window: Browser, weights: Path) -> None:
+    window.open(weights, width)
     window.run("for (const each of document.querySelectorAll('details')) each.open = true")
     assert window.run("return document.documentElement.scrollWidth <= innerWidth")
 
@@ -131,29 +101,3 @@ def test_keyboard_walks_over_the_cells(window: Browser, weights: Path) -> None:
     assert tip(window) == expected(0, N_LAYER - 1)
     window.press(ESCAPE)
     assert tip(window) is None
-
-
-def test_an_item_opens_to_its_question_and_answers(window: Browser, results: Path) -> None:
-    window.open(results)
-    assert "How many is 2?" not in window.run("return document.body.innerText")
-    window.run("for (const e of document.querySelectorAll('.items, .item')) e.open = true")
-    text = window.run("return document.querySelector('.item:last-of-type').innerText")
-    for part in (f"How many is 2?\n{EVIL}", "Expected: 2", f"base says 2 {EVIL}"):
-        assert part in text
-    count = "return [...document.querySelectorAll('.item')].filter(e => e.checkVisibility()).length"
-    assert window.run(count) == 3
-    window.run("document.querySelector('input').click()")  # only where they differ
-    assert window.run(count) == 1
-
-
-def test_every_bar_is_drawn_inside_its_picture(window: Browser, results: Path) -> None:
-    window.open(results)
-    outside = (
-        "return [...document.querySelectorAll('svg')].filter(svg => "
-        "[...svg.querySelectorAll('line, circle, rect')].some(part => {"
-        " const a = part.getBoundingClientRect(), b = svg.getBoundingClientRect();"
-        " return a.left < b.left - 1 || a.right > b.right + 1 })).length"
-    )
-    count = "return document.querySelectorAll(arguments[0]).length"
-    assert [window.run(count, f"svg{kind}") for kind in ("", ".better", ".worse")] == [5, 1, 1]
-    assert window.run(outside) == 0

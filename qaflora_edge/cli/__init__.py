@@ -38,7 +38,6 @@ GROUPS = {
     },
     "Fetch": {
         "pull": "Fetch a model, an adapter or a bundle.",
-        "push": "Push a bundle or an adapter to the Hub.",
         "models": "List the models that can be pulled.",
         "list": "List the bundles and bases that are here.",
         "remove": "Remove a model, an adapter or a bundle that was pulled.",
@@ -56,7 +55,7 @@ GROUPS = {
 VERBS = {verb: line for verbs in GROUPS.values() for verb, line in verbs.items()}
 ALIASES = {"ls": "list", "rm": "remove"}
 # Verb -> its module and function, where they do not have its name.
-_PLACES = {verb: ("hub", verb) for verb in ("pull", "push", "models", "remove")}
+_PLACES = {verb: ("hub", verb) for verb in ("pull", "models", "remove")}
 _PLACES |= {
     "list": ("hub", "list_here"),
     "chat": ("chat.app", "chat"),
@@ -91,6 +90,8 @@ class VerbGroup(click.Group):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
+            if instead := removed(args[0]):
+                raise click.UsageError(instead, ctx) from error
             near = difflib.get_close_matches(args[0], VERBS, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise click.UsageError(f"{error.message}{hint}", ctx) from error

@@ -19,7 +19,7 @@ from qaflora_edge.files import one_line, write_text_atomic
 if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
     from qaflora_edge.evaluation.results import Record, Results
-    from qaflora_edge.evaluation.table import Cell, Estimate
+    from qaflora_edge.evaluation.table import Cell
 
 NOTES = """\
 In brackets: 95 % intervals. Differences are paired, above 0 where the strategy is better.
@@ -29,7 +29,7 @@ In brackets: 95 % intervals. Differences are paired, above 0 where the strategy 
 @cli.command(
     "qaflora eval demo sums.jsonl",
     "qaflora eval demo sums.jsonl chat.jsonl --strategies base,static,qa-flora -o r.jsonl",
-    "qaflora eval demo sums.jsonl --limit 20 --html results.html",
+    "qaflora eval demo sums.jsonl --limit 20 --json results.json",
 )
 @click.argument("bundle", **cli.BUNDLE)
 @click.argument(
@@ -57,7 +57,6 @@ In brackets: 95 % intervals. Differences are paired, above 0 where the strategy 
     type=click.Path(dir_okay=False, allow_dash=True),
     help="Write one JSON object with every result to FILE; `-` is stdout.",
 )
-@click.option("--html", help="Write one page with bars and every item to FILE.", **cli.out_file())
 @click.option("--limit", metavar="N", type=click.IntRange(1), help="Ask N items of each task.")
 @click.option(
     "--save",
@@ -71,7 +70,6 @@ def eval(
     ways: tuple[str, ...],
     out: Path | None,
     json_path: str | None,
-    html: Path | None,
     limit: int | None,
     save: bool,
     options: cli.SharedOptions,
@@ -88,7 +86,7 @@ def eval(
     from qaflora_edge.evaluation.table import best_strategy
     from qaflora_edge.evaluation.tasks import read_task
 
-    cli.check_outputs((out, html, None if json_path == "-" else json_path), tasks, added_to=out)
+    cli.check_outputs((out, None if json_path == "-" else json_path), tasks, added_to=out)
     folder = cli.bundle_folder(bundle)
     if save:
         with editing(folder):  # says now what it would say at the end
@@ -112,7 +110,7 @@ def eval(
             asked = [(task, left(task, strategies, results, limit)) for task in read]
             records = chain.from_iterable(evaluate(engine, *each, **sampling) for each in asked)
             _keep(results, records, sum(len(items) for _, items in asked))
-    _show(results, json_path, html)
+    _show(results, json_path)
     if save:
         best, how = best_strategy(results), results.header["options"]
         set_default(folder, best, lens=how["lens"], pool=how["pool"])
@@ -148,7 +146,7 @@ def _keep(results: Results, records: Iterable[Record], n_asked: int) -> None:
         click.echo(f"[{one_line('; '.join(parts))}]", err=True)
 
 
-def _show(results: Results, json_path: str | None, html: Path | None) -> None:
+def _show(results: Results, json_path: str | None) -> None:
     from qaflora_edge.evaluation.table import cells
 
     found = cells(results)
@@ -161,14 +159,6 @@ def _show(results: Results, json_path: str | None, html: Path | None) -> None:
         _print_tables(found)
     if json_path not in (None, "-"):
         write_text_atomic(str(json_path), document + "\n")
-    if html is not None:
-        from qaflora_edge.show.pages import results_page
-
-        head = results.header
-        title = f"Evaluation of {head['bundle']} on {head['base']['name']}"
-        facts = {"strategies": ", ".join(results.strategies), **head["options"]}
-        facts |= {"version": head["version"], "machine": head["machine"]}
-        write_text_atomic(html, results_page(title, facts, [_task_shown(cell) for cell in found]))
 
 
 def _print_tables(found: Sequence[Cell]) -> None:
@@ -191,45 +181,3 @@ def _print_tables(found: Sequence[Cell]) -> None:
         shown = [[crop(text, 200) for text in line] for line in lines]
         click.echo("\n".join([crop(title, 200), *columns(shown), ""]))
     click.echo(NOTES)
-
-
-def _task_shown(cell: Cell) -> dict[str, Any]:
-    """Write a task as `results_page` takes it."""
-    from qaflora_edge.evaluation.table import estimate, heads, rows
-
-    def bar(at: int, found: Estimate | None) -> tuple[str, float, float, float] | None:
-        if found is None:
-            return None
-        text = estimate(found, cell.unit, is_difference=at > 0)
-        return text, found.value, found.low, found.high
-
-    items: dict[int, list[Record]] = {}
-    for each in cell.rows.values():
-        for item, row in each.items():
-            items.setdefault(item, []).append(row)
-    lines = {name: [bar(*each) for each in enumerate(row)] for name, row in rows([cell]).items()}
-    return {
-        "name": cell.task["name"],
-        "metric": cell.task["metric"],
-        "heads": heads([cell]),
-        "lines": lines,
-        "entries": [_item_shown(items[item], cell.unit) for item in sorted(items)],
-    }
-
-
-def _item_shown(given: Sequence[Record], unit: str) -> dict[str, Any]:
-    from qaflora_edge.evaluation.table import number
-    from qaflora_edge.show.text import crop, who_spoke
-
-    answers = [
-        {
-            "strategy": row["strategy"],
-            "score": "failed" if row["score"] is None else number(row["score"], unit),
-            "mix": who_spoke(row["weights"]),
-            "text": row["error"] or row["answer"] or "",
-        }
-        for row in given
-    ]
-    told = {key: given[0][key] for key in ("question", "expected")}
-    title = crop(told["question"], 90)
-    return {"index": given[0]["item"], "title": title, **told, "answers": answers}

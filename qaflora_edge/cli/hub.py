@@ -1,10 +1,9 @@
-"""qaflora pull, push, models, list and remove: what is here, and what the Hub has"""
+"""qaflora pull, models, list and remove: what is here, and what the Hub has"""
 
 import json
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -55,31 +54,6 @@ def pull(ref: str, to: Path | None, with_base: bool, update: bool) -> None:
             if base is not None and recorded_base(path, base) is None:
                 fetch_base(path, base, partial(tell, "base"))
     click.echo(str(path))
-
-
-@command(
-    "qaflora push my-bundle owner/my-bundle --private",
-    'qaflora push math.gguf owner/math-lora --message "Two more epochs"',
-)
-@click.argument("path", metavar="PATH", type=click.Path(path_type=Path))
-@click.argument("repo", metavar="OWNER/NAME")
-@click.option("--private", is_flag=True, help="Make the repository private.")
-@click.option("--revision", metavar="BRANCH", help="The branch that gets it.  [default: main]")
-@click.option("--message", metavar="TEXT", help="What the commit says.")
-def push(path: Path, repo: str, **options: Any) -> None:
-    """Push a bundle or an adapter to the Hub.
-
-    PATH is a bundle's folder, a PEFT folder or an adapter .gguf. OWNER/NAME is the repository,
-    made when there is none. PATH is checked first, and goes as one commit with a card when there is
-    none. The token is the one of `hf auth login` or HF_TOKEN. Prints the reference that pins the
-    commit.
-    """
-    from qaflora_edge.bundles.push import push as push_path
-
-    with progress_bars() as progress:
-        pushed = push_path(path, repo, progress=progress, **options)
-    click.echo(f"Pushed {', '.join(pushed.files)}: {pushed.url}", err=True)
-    click.echo(pushed.pinned)
 
 
 @command("qaflora models")

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from qaflora_edge.errors import DownloadError, OutputFileError, QafloraError, RegistryError
+from qaflora_edge.errors import DownloadError, OutputFileError, QafloraError
 from qaflora_edge.files import CHUNK_BYTES, AnyPath, atomic_path, cache_dir, cache_lock, make_folder
 from qaflora_edge.formats.bundle import BUNDLE_FILE, packed_files, read_bundle_text, safe_join
 from qaflora_edge.formats.inputs import checksum
@@ -310,7 +310,7 @@ def _download(ref: HubRef, names: Sequence[str], to: Path | None) -> Path:
 
 
 @contextlib.contextmanager
-def hub_errors(failure: str, kind: type[RegistryError] = DownloadError) -> Iterator[None]:
+def hub_errors(failure: str) -> Iterator[None]:
     """Turn whatever the Hub's library raises into an error of ours that says what to do.
 
     failure  what the Hub did not do, such as "the Hub did not give a.gguf"
@@ -326,4 +326,4 @@ def hub_errors(failure: str, kind: type[RegistryError] = DownloadError) -> Itera
     # The library passes on errors of its network library, whose classes changed with its versions.
     except Exception as error:
         reason = " ".join(str(error).split()).rstrip(". ")
-        raise kind(f"{failure}: {type(error).__name__}: {reason}. {ADVICE}") from error
+        raise DownloadError(f"{failure}: {type(error).__name__}: {reason}. {ADVICE}") from error

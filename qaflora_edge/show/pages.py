@@ -11,7 +11,7 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -168,49 +168,3 @@ def picture(labelled: Sequence[tuple[str, FusionWeights]], subject: str) -> str:
     about = text.crop(subject, width, text.len_pixels)
     size = {"width": width + 32, "height": y + 36, "subject": about, "how": text.facts(fusions)}
     return _render("picture.svg.j2", panels=panels, **size, **_scale(fusions))
-
-
-# results
-
-# A mean with its interval: how it is written, value, low, high. The ends may be NaN.
-Bar = tuple[str, float, float, float]
-
-
-def results_page(
-    title: str, facts: Mapping[str, object], tasks: Sequence[Mapping[str, Any]]
-) -> str:
-    """Draw the page of `qaflora eval`: bars, and every item to open.
-
-    facts  how the evaluation was run
-    tasks  of each `name` and `metric`; `heads` of the columns, the score's first, then those of
-           differences; `lines`: strategy -> a Bar or None for each column; `entries`: `index`,
-           `title`, `question`, `expected`, and `answers`: `strategy`, `score`, `mix`, `text`
-    """
-    sections = []
-    for task in tasks:
-        columns = enumerate(zip(*task["lines"].values(), strict=True))
-        bars = zip(*(_places(bars, is_difference=at > 0) for at, bars in columns), strict=True)
-        sections.append({**task, "lines": dict(zip(task["lines"], bars, strict=True))})
-    return _page("results.html.j2", _asset("results.css"), title=title, facts=facts, tasks=sections)
-
-
-def _places(bars: Iterable[Bar | None], *, is_difference: bool) -> list[dict[str, Any]]:
-    """Place a column's bars in per cent of its width: from 0 for scores, around 0 for others."""
-    drawn = [bar if bar and not math.isnan(bar[1]) else None for bar in bars]
-    ends = [end for bar in drawn if bar for end in bar[1:]]
-    most = max((abs(end) for end in ends if not math.isnan(end)), default=0.0) or 1.0
-    start = -most if is_difference else 0.0
-
-    def place(bar: Bar) -> dict[str, Any]:
-        written, value, *ends = bar
-        low, high = (value if math.isnan(end) else end for end in ends)
-        kind = ""
-        if is_difference and ends[0] > 0:
-            kind = "better"
-        elif is_difference and ends[1] < 0:
-            kind = "worse"
-        places = {"zero": 0.0, "value": value, "low": low, "high": high}
-        at = {key: round(4 + 92 * (x - start) / (most - start), 1) for key, x in places.items()}
-        return {"text": written, "kind": kind, **at}
-
-    return [place(bar) if bar else {"text": ""} for bar in drawn]
