@@ -31,17 +31,24 @@ def is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
+def is_number(value: object) -> bool:
+    """Tell whether a value is a number, or a text that is one."""
+    return as_number(value) is not None
+
+
 def check_answer(fields: Fields) -> Fault:
     """Expect `answer`: a text or number, or a list of them."""
     answers = listed(fields.get("answer"))
-    is_right = answers and all(is_text(one) or as_number(one) is not None for one in answers)
-    return None if is_right else ("answer", "a text or number, or a list of them")
+    if answers and all(is_text(answer) or is_number(answer) for answer in answers):
+        return None
+    return "answer", "a text or number, or a list of them"
 
 
 def _check_number(fields: Fields) -> Fault:
     answers = listed(fields.get("answer"))
-    is_right = answers and all(as_number(answer) is not None for answer in answers)
-    return None if is_right else ("answer", "a number, or a list of them")
+    if answers and all(map(is_number, answers)):
+        return None
+    return "answer", "a number, or a list of them"
 
 
 @dataclass(frozen=True)
@@ -72,8 +79,9 @@ def register_metric(metric: Metric) -> None:
 
     Raises TaskFileError for a name that is taken or malformed, or an object that is no Metric.
     """
-    is_metric = isinstance(metric, Metric) and _NAME.fullmatch(str(metric.name))
-    if not is_metric or metric.name in BUILT_IN:
+    is_metric = isinstance(metric, Metric)
+    is_named = is_metric and _NAME.fullmatch(str(metric.name)) is not None
+    if not is_named or metric.name in BUILT_IN:
         raise TaskFileError(
             f"Cannot register the metric {metric!r}, expected a qaflora_edge.Metric whose name has "
             "small letters, digits and hyphens, at most 40, begins with a letter, and is none of "
@@ -92,14 +100,31 @@ def metrics() -> dict[str, Metric]:
 
 def _any_of(is_right: Callable[[str, Any], bool]) -> Callable[[str, Fields], float]:
     """Score 1 where one of the item's answers is right."""
-    return lambda text, fields: float(
-        any(is_right(text, answer) for answer in listed(fields["answer"]))
-    )
+
+    def score(text: str, fields: Fields) -> float:
+        answers = listed(fields["answer"])
+        return float(any(is_right(text, answer) for answer in answers))
+
+    return score
 
 
 def _plain(text: Any) -> str:
     """Write a text in Unicode's NFC, with single spaces for all white space, none at its ends."""
-    return " ".join(unicodedata.normalize("NFC", str(text)).split())
+    composed = unicodedata.normalize("NFC", str(text))
+    return " ".join(composed.split())
+
+
+def _is_number(text: str, answer: Any) -> bool:
+    return as_number(answer) in last_number(text)
+
+
+def _is_same(text: str, answer: Any) -> bool:
+    return _plain(text) == _plain(answer)
+
+
+def _has(text: str, answer: Any) -> bool:
+    sought = _plain(answer).casefold()
+    return sought in _plain(text).casefold()
 
 
 def is_same_json(text: str, value: Any) -> bool:
@@ -116,15 +141,20 @@ def choice_score(log_probs: Sequence[F32], fields: Fields) -> dict[str, Any]:
 
     log_probs  of each choice's tokens, in nats: float32 [n_token] each
     """
-    means = [float(of_choice.mean(dtype=np.float64)) for of_choice in log_probs]
-    sums = [float(of_choice.sum(dtype=np.float64)) for of_choice in log_probs]
+    means = []
+    sums = []
+    for of_choice in log_probs:
+        means.append(float(of_choice.mean(dtype=np.float64)))
+        total = float(of_choice.sum(dtype=np.float64))
+        sums.append(round(total, 4))
     best = int(np.argmax(means))
     is_alone = means.count(means[best]) == 1
+    is_right = best == fields["answer"] and is_alone
     return {
-        "score": float(best == fields["answer"] and is_alone),
+        "score": float(is_right),
         "answer": fields["choices"][best],
-        "log_probs": [round(total, 4) for total in sums],
-        "n_tokens": list(map(len, log_probs)),
+        "log_probs": sums,
+        "n_tokens": [len(of_choice) for of_choice in log_probs],
     }
 
 
@@ -134,8 +164,11 @@ def loss(log_probs: Sequence[F32], fields: Fields) -> float:
 
 
 def _check_choice(fields: Fields) -> Fault:
-    choices, answer = fields.get("choices"), fields.get("answer")
-    n_choice = len(choices) if isinstance(choices, list) and all(map(is_text, choices)) else 0
+    choices = fields.get("choices")
+    answer = fields.get("answer")
+    n_choice = 0
+    if isinstance(choices, list) and all(map(is_text, choices)):
+        n_choice = len(choices)
     if not 2 <= n_choice <= CHOICES_MAX:
         return "choices", f"a list of 2 to {CHOICES_MAX} texts"
     if type(answer) is not int or not 0 <= answer < n_choice:
@@ -153,17 +186,15 @@ def _check_loss(fields: Fields) -> Fault:
     return None if is_text(continuation) else ("continuation", "a text that is not blank")
 
 
-BUILT_IN = {
-    metric.name: metric
-    for metric in (
-        Metric("number", _any_of(lambda a, b: as_number(b) in last_number(a)), check=_check_number),
-        Metric("exact", _any_of(lambda a, b: _plain(a) == _plain(b))),
-        Metric("contains", _any_of(lambda a, b: _plain(b).casefold() in _plain(a).casefold())),
-        Metric("json", _any_of(is_same_json), check=_check_json),
-        Metric("choice", choice_score, "choices", _check_choice, is_likelihood=True),
-        Metric("loss", loss, "continuation", _check_loss, is_likelihood=True),
-    )
-}
+_METRICS = (
+    Metric("number", _any_of(_is_number), check=_check_number),
+    Metric("exact", _any_of(_is_same)),
+    Metric("contains", _any_of(_has)),
+    Metric("json", _any_of(is_same_json), check=_check_json),
+    Metric("choice", choice_score, "choices", _check_choice, is_likelihood=True),
+    Metric("loss", loss, "continuation", _check_loss, is_likelihood=True),
+)
+BUILT_IN = {metric.name: metric for metric in _METRICS}
 
 
 # the number that an answer ends with, as people of many languages write numbers
@@ -193,33 +224,42 @@ def last_number(answer: str) -> frozenset[Decimal]:
     It is the first one in the last `\\boxed{}`, or after `####` where the line has little else.
     Digits are those of any script. 1.234 may have thousands or decimals, and stands for both.
     """
-    text = _APOSTROPHE.sub("", answer.replace("{,}", ",").translate(_ASCII))
-    text = "".join(str(unicodedata.decimal(sign, sign)) for sign in text)
+    with_points = answer.replace("{,}", ",").translate(_ASCII)
+    joined = _APOSTROPHE.sub("", with_points)
+    text = "".join(str(unicodedata.decimal(sign, sign)) for sign in joined)
     numbers = list(_TOKEN.finditer(text))
-    if marks := list(_MARK.finditer(text)):
-        numbers = list(_TOKEN.finditer(text, marks[-1].end()))[:1] or numbers
+    marks = list(_MARK.finditer(text))
+    if marks:
+        marked = _TOKEN.search(text, marks[-1].end())
+        numbers = [marked] if marked else numbers
     if not numbers:
         return frozenset()
-    sign = -1 if numbers[-1]["minus"] else 1
-    readings = _readings(numbers[-1]["digits"])
-    return frozenset(sign * Decimal(reading) for reading in readings)
+    last = numbers[-1]
+    sign = -1 if last["minus"] else 1
+    return frozenset(sign * Decimal(reading) for reading in _readings(last["digits"]))
 
 
 def _readings(token: str) -> set[str]:
     """Write digits with separators as every decimal number that they may stand for."""
-    if parts := re.split(_GAP, token)[1:]:
+    readings: set[str] = set()
+    parts = re.split(_GAP, token)[1:]
+    if parts:
         is_grouped = all(re.match(r"\d{3}(?!\d)", part) for part in parts)
-        whole = _readings(re.sub(_GAP, "", token)) if is_grouped else set()
-        return whole | _readings(parts[-1])
+        if is_grouped:
+            readings |= _readings(re.sub(_GAP, "", token))
+        return readings | _readings(parts[-1])
     tail = re.split("[.,]", token)[-1]
     before = token.removesuffix(tail)
-    head, point = before[:-1], before[-1:]
-    readings: set[str] = set()
+    head = before[:-1]
+    point = before[-1:]
     if not point or _GROUPED.fullmatch(token):
         readings.add(re.sub("[.,]", "", token))
-    is_whole = head.isdecimal() or not head or (point not in head and _GROUPED.fullmatch(head))
-    if point and is_whole and (point, tail) != (",", "000"):
-        readings.add(f"{re.sub('[.,]', '', head)}.{tail}")
+    is_grouped_head = point not in head and _GROUPED.fullmatch(head)
+    is_whole = head.isdecimal() or not head or is_grouped_head
+    is_thousand = point == "," and tail == "000"
+    if point and is_whole and not is_thousand:
+        digits = re.sub("[.,]", "", head)
+        readings.add(f"{digits}.{tail}")
     return readings or {tail}  # a list
 
 
@@ -231,4 +271,6 @@ def as_number(value: object) -> Decimal | None:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     text = str(value).strip()
-    return Decimal(text.replace(",", "")) if _NUMBER.fullmatch(text) else None
+    if not _NUMBER.fullmatch(text):
+        return None
+    return Decimal(text.replace(",", ""))

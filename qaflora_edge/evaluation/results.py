@@ -34,13 +34,18 @@ class Results:
     def __init__(
         self, header: Record, records: Iterable[Record] = (), file: LineFile | None = None
     ) -> None:
-        self.header, self._file = header, file
+        self.header = header
         self.records = {_key(record): record for record in records}
+        self._file = file
 
     @property
     def strategies(self) -> list[str]:
         """Every strategy: those of the first run, then those that were added."""
-        return [*dict.fromkeys([*self.header["strategies"], *(key[2] for key in self.records)])]
+        names = list(self.header["strategies"])
+        for record in self.records.values():
+            if record["strategy"] not in names:
+                names.append(record["strategy"])
+        return names
 
     @property
     def failed(self) -> list[Record]:
@@ -68,15 +73,18 @@ def kept_results(path: Path | None, header: Record) -> Iterator[Results]:
         return
     file = LineFile(path, "results")
     with file.opened():
-        lines, file.n_byte = _read(path) if path.exists() else ([], 0)
+        lines: list[Record] = []
+        if path.exists():
+            lines, file.n_byte = _read(path)
         if not lines:  # it is new, or was killed while its first line was written
             lines = [header]
             file.add(header)
+        begun = lines[0]
         for key in IDENTITY:
-            if lines[0].get(key) != header[key]:
-                found = f"it was begun with another value of `{key}`, expected the same"
-                raise file.refused(found, "Give what it was begun with")
-        yield Results(lines[0], lines[1:], file)
+            if begun.get(key) != header[key]:
+                fault = f"it was begun with another value of `{key}`, expected the same"
+                raise file.refused(fault, "Give what it was begun with")
+        yield Results(begun, lines[1:], file)
 
 
 def _key(record: Record) -> tuple[str, int, str]:
@@ -89,8 +97,9 @@ def _read(path: Path) -> tuple[list[Record], int]:
         data = file.read()
     if not data.startswith(BEGIN[: len(data)]):
         raise _wrong(f"{path}, line 1", "it is no results file, expected one")
-    whole = data[: data.rfind(b"\n") + 1]
-    return [line for _, line in json_lines(whole, str(path), _wrong)], len(whole)
+    n_byte = data.rfind(b"\n") + 1
+    lines = json_lines(data[:n_byte], str(path), _wrong)
+    return [record for _, record in lines], n_byte
 
 
 def _wrong(where: str, what: str) -> ResultsFileError:

@@ -22,6 +22,7 @@ from qaflora_edge.weighing.numbers import FusionWeights
 
 Asked = tuple[int, str]  # the index of an item, and a strategy
 Record = dict[str, Any]
+TASK_FACTS = ("name", "metric", "sha256", "language", "domain", "system", "template")
 _UNUSABLE = (PromptError, ChatTemplateError)  # the fault of one item; other errors end the run
 
 
@@ -35,19 +36,27 @@ def header(
 ) -> Record:
     """Write the first line of a results file; `machine` names the processor."""
     identity = bundle_identity(folder)
-    fusion = {} if is_base(folder) else read_bundle_text(folder).raw.get("fusion", {})
+    fusion: Mapping[str, Any] = {}
+    if not is_base(folder):
+        fusion = read_bundle_text(folder).raw.get("fusion", {})
     # What some strategies use: a file from before a calibration is of another evaluation.
-    measured = json.dumps([fusion.get(key) for key in ("typical", "samples")], sort_keys=True)
-    keys = ("name", "metric", "sha256", "language", "domain", "system", "template")
+    measured = [fusion.get("typical"), fusion.get("samples")]
+    measured_json = json.dumps(measured, sort_keys=True)
+    adapters = []
+    for name in engine.adapters:
+        adapters.append({"name": name, "sha256": identity["adapters"][name]})
+    asked = []
+    for task in tasks:
+        asked.append({key: getattr(task, key) for key in TASK_FACTS})
     return {
         "eval": 1,
         "version": __version__,
         "bundle": identity["name"],
         "base": {"name": engine.name, "sha256": identity["base_sha256"]},
-        "adapters": [{"name": n, "sha256": identity["adapters"][n]} for n in engine.adapters],
+        "adapters": adapters,
         "n_layer": engine.n_layer,
-        "measured": hashlib.sha256(measured.encode()).hexdigest(),
-        "tasks": [{key: getattr(task, key) for key in keys} for task in tasks],
+        "measured": hashlib.sha256(measured_json.encode()).hexdigest(),
+        "tasks": asked,
         "strategies": list(strategies),
         "options": dict(options),
         "machine": machine,
@@ -64,13 +73,14 @@ def left(
     Strategies of an item come one after the other, for they share what is measured of it.
     Each is in turn the first, which pays for that.
     """
-    n = len(strategies)
-    return [
-        (item, strategy)
-        for item in range(len(task.items))[:limit]
-        for strategy in (strategies[(item + i) % n] for i in range(n))
-        if (task.name, item, strategy) not in results.records
-    ]
+    n_strategy = len(strategies)
+    lacking = []
+    for item in range(len(task.items))[:limit]:
+        for turn in range(n_strategy):
+            strategy = strategies[(item + turn) % n_strategy]
+            if (task.name, item, strategy) not in results.records:
+                lacking.append((item, strategy))
+    return lacking
 
 
 def evaluate(
@@ -87,8 +97,10 @@ def evaluate(
     is_chat = engine.has_chat_template and not raw_prompt
     if task.by.is_likelihood:
         return _likelihoods(engine, task, asked, is_chat)
-    of_task = {"max_tokens": task.max_tokens, "stop": task.stop}
-    sampling |= {key: value for key, value in of_task.items() if value is not None}
+    if task.max_tokens is not None:
+        sampling["max_tokens"] = task.max_tokens
+    if task.stop is not None:
+        sampling["stop"] = task.stop
     return _answers(engine, task, asked, is_chat, sampling)
 
 
@@ -103,17 +115,22 @@ def _answers(
         for index, strategy in asked:
             record = asked_fields(task, index, strategy)
             records.append(record)
-            how = {"weights": strategy, "on_weights": partial(_weighed, record, spent_ms)}
-            yield task.asked(task.items[index], is_chat=is_chat) | how
+            request = task.asked(task.items[index], is_chat=is_chat)
+            request["weights"] = strategy
+            request["on_weights"] = partial(_weighed, record, spent_ms)
+            yield request
 
     for number, answer in engine.generate_many(requests(), **sampling):
-        record, error = records[number], answer.error
+        record = records[number]
+        error = answer.error
         if answer.is_cancelled:
             raise CancelledError("The evaluation was ended; the same command resumes it.")
         if error is None:
-            record |= score_fields(task, task.items[record["item"]], answer.text())
+            item = task.items[record["item"]]
+            record |= score_fields(task, item, answer.text())
             record |= answer.timings.to_dict()
-            record |= {"n_prompt": answer.n_prompt, "n_token": answer.n_completion}
+            record["n_prompt"] = answer.n_prompt
+            record["n_token"] = answer.n_completion
             record["finish_reason"] = answer.finish_reason
         elif isinstance(error, _UNUSABLE):
             record["error"] = str(error)
@@ -128,7 +145,8 @@ def _likelihoods(
     """Measure the likelihood of texts; nothing is generated."""
     spent_ms: Counter[int] = Counter()
     for index, strategy in asked:
-        record, item = asked_fields(task, index, strategy), task.items[index]
+        record = asked_fields(task, index, strategy)
+        item = task.items[index]
         texts = listed(item[task.by.needs])
         try:
             tokens = task_prompt(engine, task, item, is_chat=is_chat)
@@ -139,17 +157,21 @@ def _likelihoods(
         except _UNUSABLE as error:
             record["error"] = str(error)
         else:
-            record["prefill_ms"] = round(1e3 * (time.perf_counter() - start), 3)
-            record |= {"n_prompt": len(tokens), "n_token": sum(map(len, scores))}
+            seconds = time.perf_counter() - start
+            record["prefill_ms"] = round(1e3 * seconds, 3)
+            record["n_prompt"] = len(tokens)
+            record["n_token"] = sum(map(len, scores))
             record |= score_fields(task, item, scores)
         yield record
 
 
 def _weighed(record: Record, spent_ms: Counter[int], fusion: FusionWeights) -> None:
     """Add weights to a record, what they took, and what earlier strategies of the item took."""
-    item, probe_ms = record["item"], round(fusion.probe_ms, 3)
+    item = record["item"]
+    probe_ms = round(fusion.probe_ms, 3)
     record["weights"] = {name: round(mean, 4) for name, mean in fusion.means.items()}
-    record |= {"probe_ms": probe_ms, "probe_before_ms": spent_ms[item]}
+    record["probe_ms"] = probe_ms
+    record["probe_before_ms"] = spent_ms[item]
     record |= fusion.relay_dict()
     spent_ms[item] += probe_ms  # type: ignore[assignment]
 
@@ -175,11 +197,13 @@ def score_fields(task: Task, item: Fields, result: str | Sequence[F32]) -> Recor
 
     result  the answer, or log-probabilities of each text's tokens in nats: float32 [n_token] each
     """
-    record: Record = {"answer": result if isinstance(result, str) else None}
+    fields: Record = {"answer": result if isinstance(result, str) else None}
     score = task.by.score(result, item)
     if isinstance(score, Mapping):
-        return record | dict(score)
-    return record | {"score": float(score)}
+        fields.update(score)
+    else:
+        fields["score"] = float(score)
+    return fields
 
 
 def task_prompt(engine: Engine, task: Task, item: Fields, *, is_chat: bool = True) -> list[int]:
@@ -188,4 +212,6 @@ def task_prompt(engine: Engine, task: Task, item: Fields, *, is_chat: bool = Tru
     Raises PromptError for one that is too long, ChatTemplateError for a chat without a template.
     """
     asked = task.asked(item, is_chat=is_chat and engine.has_chat_template)
-    return engine.chat_tokens(**asked) if "messages" in asked else engine.tokenize(**asked)
+    if "messages" in asked:
+        return engine.chat_tokens(**asked)
+    return engine.tokenize(**asked)

@@ -12,8 +12,10 @@ from qaflora_edge.arrays import F64
 from qaflora_edge.errors import ResultsFileError
 from qaflora_edge.evaluation.results import Record, Results
 
-POINTS, NATS = "points", "nats a token"
-STATIC, SINGLE = "static", "single:"
+POINTS = "points"
+NATS = "nats a token"
+STATIC = "static"
+SINGLE = "single:"
 NONE = "-"
 Z = NormalDist().inv_cdf(0.975)
 
@@ -30,6 +32,17 @@ class Estimate(NamedTuple):
     n_item: int
 
 
+class Row(NamedTuple):
+    """A line of a table: a strategy's score, and how much better it is than others.
+
+    over_static, over_best  None where there is nothing to compare with
+    """
+
+    score: Estimate
+    over_static: Estimate | None
+    over_best: Estimate | None
+
+
 def mean(tasks: Sequence[F64]) -> Estimate:
     """Average scores, over tasks if there are several; NaN of none.
 
@@ -37,14 +50,21 @@ def mean(tasks: Sequence[F64]) -> Estimate:
 
     Scores of one task that are all 0 or 1 have a Wilson interval (1927), others a normal one.
     """
-    if (n_item := len(tasks[0])) == 0:
+    scores = tasks[0]
+    n_item = len(scores)
+    if n_item == 0:
         return Estimate(math.nan, math.nan, math.nan, 0)
-    if len(tasks) > 1 or not np.isin(tasks[0], (0.0, 1.0)).all():
+    is_right = np.isin(scores, (0.0, 1.0)).all()
+    if len(tasks) > 1 or not is_right:
         return mean_of_means(tasks)
-    share, square = float(tasks[0].mean()), Z * Z / n_item
+    share = float(scores.mean())
+    square = Z * Z / n_item
     middle = (share + square / 2) / (1 + square)
-    half = math.sqrt(share * (1 - share) * square + square * square / 4) / (1 + square)
-    return Estimate(share, max(0.0, middle - half), min(1.0, middle + half), n_item)
+    variance = share * (1 - share) * square + square * square / 4
+    half = math.sqrt(variance) / (1 + square)
+    low = max(0.0, middle - half)
+    high = min(1.0, middle + half)
+    return Estimate(share, low, high, n_item)
 
 
 def difference(tasks: Sequence[F64], *, is_right: bool) -> Estimate:
@@ -56,12 +76,20 @@ def difference(tasks: Sequence[F64], *, is_right: bool) -> Estimate:
     One task of such answers has Bonett and Price's interval (2012): where few items differ, a
     normal one claims a difference too often. Others have the interval of `mean_of_means`.
     """
-    if len(tasks) > 1 or not is_right or not np.isin(tasks[0], (-1.0, 0.0, 1.0)).all():
+    gains = tasks[0]
+    is_paired = is_right and np.isin(gains, (-1.0, 0.0, 1.0)).all()
+    if len(tasks) > 1 or not is_paired:
         return mean_of_means(tasks)
-    n_item, n_more, n_less = len(tasks[0]), int((tasks[0] > 0).sum()), int((tasks[0] < 0).sum())
-    more, less = ((n + 1) / (n_item + 2) for n in (n_more, n_less))
-    half = Z * math.sqrt((more + less - (more - less) ** 2) / (n_item + 2))
-    low, high = max(-1.0, more - less - half), min(1.0, more - less + half)
+    n_item = len(gains)
+    n_more = int((gains > 0).sum())
+    n_less = int((gains < 0).sum())
+    more = (n_more + 1) / (n_item + 2)
+    less = (n_less + 1) / (n_item + 2)
+    middle = more - less
+    variance = (more + less - middle**2) / (n_item + 2)
+    half = Z * math.sqrt(variance)
+    low = max(-1.0, middle - half)
+    high = min(1.0, middle + half)
     return Estimate((n_more - n_less) / n_item, low, high, n_item)
 
 
@@ -72,11 +100,14 @@ def mean_of_means(tasks: Sequence[F64]) -> Estimate:
 
     The interval is normal: 1.96 standard errors, from the variance within each task.
     """
-    value = float(np.mean([task.mean() for task in tasks]))
-    n_item = sum(map(len, tasks))
-    if min(map(len, tasks)) < 2:
+    means = [task.mean() for task in tasks]
+    value = float(np.mean(means))
+    sizes = [len(task) for task in tasks]
+    n_item = sum(sizes)
+    if min(sizes) < 2:
         return Estimate(value, math.nan, math.nan, n_item)
-    variance = sum(task.var(ddof=1) / len(task) for task in tasks) / len(tasks) ** 2
+    squared_errors = [task.var(ddof=1) / len(task) for task in tasks]
+    variance = sum(squared_errors) / len(tasks) ** 2
     half = Z * math.sqrt(variance)
     return Estimate(value, value - half, value + half, n_item)
 
@@ -101,37 +132,55 @@ class Cell:
 
     def scored(self, strategy: str | None) -> dict[int, float]:
         """Scores as they were written, 0 to 1 or nats, by item; without those that failed."""
-        rows = self.rows.get(strategy or "", {})
-        return {item: row["score"] for item, row in rows.items() if row["score"] is not None}
+        scores = {}
+        for item, record in self.rows.get(strategy or "", {}).items():
+            if record["score"] is not None:
+                scores[item] = record["score"]
+        return scores
 
     def scores(self, strategy: str) -> F64:
         """Scores of the items that have one: float64 [n_item]."""
-        return np.array([*self.scored(strategy).values()], np.float64)
+        scores = self.scored(strategy)
+        return np.array(list(scores.values()), np.float64)
 
     def gains(self, strategy: str, over: str | None) -> F64:
         """How much better a strategy is than another, above 0 where it is: float64 [n_item].
 
         Differences of scores as they were written, over the items that both have.
         """
-        mine, theirs = self.scored(strategy), self.scored(over)
-        shared = [item for item in mine if item in theirs]
-        gains = np.array([mine[item] - theirs[item] for item in shared], np.float64)
+        theirs = self.scored(over)
+        differences = []
+        for item, score in self.scored(strategy).items():
+            if item in theirs:
+                differences.append(score - theirs[item])
+        gains = np.array(differences, np.float64)
         return -gains if self.unit == NATS else gains
 
     def best_single(self) -> str | None:
         """Find the single adapter with the best mean, in hindsight: on these items."""
-        names = [f"{SINGLE}{name}" for name in self.adapters]
-        return best([self], [name for name in names if self.scored(name)])
+        names = []
+        for adapter in self.adapters:
+            name = f"{SINGLE}{adapter}"
+            if self.scored(name):
+                names.append(name)
+        return best([self], names)
 
 
 def cells(results: Results) -> list[Cell]:
     """Sort records by task and strategy, in the order asked for: answers end in another one."""
     adapters = [adapter["name"] for adapter in results.header["adapters"]]
-    by_name = {task["name"]: Cell(task, adapters) for task in results.header["tasks"]}
-    order = results.strategies.index
-    for row in sorted(results.records.values(), key=lambda row: order(row["strategy"])):
-        of_strategy = by_name[row["task"]].rows.setdefault(row["strategy"], {})
-        of_strategy[row["item"]] = row
+    by_name = {}
+    for task in results.header["tasks"]:
+        by_name[task["name"]] = Cell(task, adapters)
+    order = results.strategies
+
+    def place(record: Record) -> int:
+        return order.index(record["strategy"])
+
+    for record in sorted(results.records.values(), key=place):
+        cell = by_name[record["task"]]
+        of_strategy = cell.rows.setdefault(record["strategy"], {})
+        of_strategy[record["item"]] = record
     return list(by_name.values())
 
 
@@ -140,8 +189,12 @@ def gain(tasks: Sequence[Cell], strategy: str, others: Sequence[str | None]) -> 
 
     None where a task lacks one of them, or they are the same. Every task counts the same.
     """
-    gains = [cell.gains(strategy, over) for cell, over in zip(tasks, others, strict=True)]
-    if {strategy} == {*others} or not all(map(len, gains)):
+    if all(other == strategy for other in others):
+        return None
+    gains = []
+    for cell, other in zip(tasks, others, strict=True):
+        gains.append(cell.gains(strategy, other))
+    if not all(map(len, gains)):
         return None
     return difference(gains, is_right=tasks[0].unit == POINTS)
 
@@ -153,15 +206,17 @@ def best(tasks: Sequence[Cell], names: Sequence[str]) -> str | None:
     """
     if not names:
         return None
-    shared = [set.intersection(*(set(cell.scored(name)) for name in names)) for cell in tasks]
     sign = -1 if tasks[0].unit == NATS else 1
+    means: dict[str, list[float]] = {name: [] for name in names}
+    for cell in tasks:
+        scored = {name: cell.scored(name) for name in names}
+        shared = set.intersection(*map(set, scored.values()))
+        for name, scores in scored.items():
+            values = [scores[item] for item in shared or scores]
+            means[name].append(float(np.mean(values)))
 
     def value(name: str) -> float:
-        means = []
-        for cell, items in zip(tasks, shared, strict=True):
-            scores = cell.scored(name)
-            means.append(np.mean([scores[item] for item in items or scores]))
-        return sign * round(math.fsum(means), 12)
+        return sign * round(math.fsum(means[name]), 12)
 
     return max(names, key=value)
 
@@ -173,11 +228,14 @@ def best_strategy(results: Results) -> str:
 
     Raises ResultsFileError where no strategy has a score for all items.
     """
-    tasks = cells(results)
-    tasks = [cell for cell in tasks if cell.unit == POINTS] or tasks
+    every_task = cells(results)
+    with_points = [cell for cell in every_task if cell.unit == POINTS]
+    tasks = with_points or every_task
     whole = results.strategies
     for cell in tasks:
-        items = set[int]().union(*map(cell.scored, cell.rows))
+        items: set[int] = set()
+        for name in cell.rows:
+            items.update(cell.scored(name))
         whole = [name for name in whole if items and cell.scored(name).keys() == items]
     if not whole:
         raise ResultsFileError(
@@ -195,7 +253,7 @@ def heads(tasks: Sequence[Cell]) -> tuple[str, str, str]:
     return f"score, {tasks[0].unit}", "over static", f"over {name} *"
 
 
-def rows(tasks: Sequence[Cell]) -> dict[str, tuple[Estimate, Estimate | None, Estimate | None]]:
+def rows(tasks: Sequence[Cell]) -> dict[str, Row]:
     """Give the score of each strategy, and how much better than static and the best single it is.
 
     tasks  one, or several of one unit, each of which counts the same: then strategies that one
@@ -206,23 +264,34 @@ def rows(tasks: Sequence[Cell]) -> dict[str, tuple[Estimate, Estimate | None, Es
     table = {}
     for strategy in tasks[0].rows:
         scores = [cell.scores(strategy) for cell in tasks]
-        if len(tasks) == 1 or all(map(len, scores)):
-            over_static = gain(tasks, strategy, statics)
-            over_best = gain(tasks, strategy, singles)
-            table[strategy] = mean(scores), over_static, over_best
+        is_whole = all(map(len, scores))
+        if len(tasks) > 1 and not is_whole:
+            continue
+        table[strategy] = Row(
+            score=mean(scores),
+            over_static=gain(tasks, strategy, statics),
+            over_best=gain(tasks, strategy, singles),
+        )
     return table
 
 
 def number(value: float, unit: str, *, is_difference: bool = False) -> str:
     """Write a score or difference in its unit; `-` where there is none."""
-    digits, factor = (3, 1.0) if unit == NATS else (1, 100.0)
+    if math.isnan(value):
+        return NONE
     sign = "+" if is_difference else ""
-    return NONE if math.isnan(value) else f"{factor * value:{sign}.{digits}f}"
+    if unit == NATS:
+        return f"{value:{sign}.3f}"
+    return f"{100 * value:{sign}.1f}"
 
 
 def estimate(mean: Estimate | None, unit: str, *, is_difference: bool = False) -> str:
     """Write a mean and its interval, as in `12.0 (8.5 to 16.7)`."""
     if mean is None:
         return NONE
-    value, low, high = (number(end, unit, is_difference=is_difference) for end in mean[:3])
-    return value if low == NONE else f"{value} ({low} to {high})"
+    value = number(mean.value, unit, is_difference=is_difference)
+    if math.isnan(mean.low):
+        return value
+    low = number(mean.low, unit, is_difference=is_difference)
+    high = number(mean.high, unit, is_difference=is_difference)
+    return f"{value} ({low} to {high})"

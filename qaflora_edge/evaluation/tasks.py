@@ -95,18 +95,21 @@ def read_task(path: str | Path) -> Task:
         open_input(path) as file,
     ):
         data = file.read().removeprefix(codecs.BOM_UTF8)
-    where, lines = str(path), list(json_lines(data, str(path), _wrong))
+    where = str(path)
+    lines = list(json_lines(data, where, _wrong))
     header: dict[str, Any] = {}
     try:
         if lines and "task" in lines[0][1]:
             where, first = lines.pop(0)
             check_schema(first, "task")
-            header = first["task"]
-        if not (items := [item for _, item in lines]):
+            header = dict(first["task"])
+        items = [item for _, item in lines]
+        if not items:
             expected = 'lines such as {"question": ..., "answer": ...}'
             raise _wrong(str(path), f"it has no item, expected {expected}")
-        defaults = {"name": Path(path).name.removesuffix(".jsonl"), "metric": _metric_of(items)}
-        task = Task(sha256=hashlib.sha256(data).hexdigest(), items=items, **defaults | header)
+        header.setdefault("name", Path(path).name.removesuffix(".jsonl"))
+        header.setdefault("metric", _metric_of(items))
+        task = Task(sha256=hashlib.sha256(data).hexdigest(), items=items, **header)
         if task.metric not in metrics():
             raise WrongField("metric", shown(task.metric), f"one of {', '.join(metrics())}")
         for line in lines:
@@ -153,8 +156,9 @@ def _check_item(task: Task, item: Fields) -> None:
     if asked != "messages" and not is_text(item.get(asked)):
         fault = asked, "a text that is not blank, or the field prompt or messages"
     if fault:
-        found = shown(item[fault[0]]) if fault[0] in item else "missing"
-        raise WrongField(fault[0], found, fault[1])
+        field, expected = fault
+        value = shown(item[field]) if field in item else "missing"
+        raise WrongField(field, value, expected)
     try:
         task.question(item)
     except KeyError as error:
@@ -168,13 +172,13 @@ def _filled(template: str, fields: Fields) -> str:
     Raises KeyError with a name that is none.
     """
 
-    def text(value: object) -> str:
+    def text(match: re.Match[str]) -> str:
+        brace = match[1] or match[2]
+        if brace:
+            return brace
+        value = fields[match[3]]
         if not isinstance(value, list):
             return str(value)
         return "\n".join(map("{}. {}".format, string.ascii_uppercase, value))
 
-    return re.sub(
-        r"(\{)\{|(\})\}|\{([^{}]*)\}",
-        lambda match: match[1] or match[2] or text(fields[match[3]]),
-        template,
-    )
+    return re.sub(r"(\{)\{|(\})\}|\{([^{}]*)\}", text, template)
