@@ -1,4 +1,4 @@
-"""Weights, answers and results as HTML files that stand alone: they ask no host.
+"""Weights as HTML and SVG files that stand alone: they ask no host.
 
 The texts of a page are in the folder assets. What a model wrote is escaped text; a page's policy
 lets nothing run but its own script. Pointing at a cell of weights, tapping it or walking to it with
@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -23,19 +24,56 @@ from qaflora_edge.show import text
 if TYPE_CHECKING:
     from qaflora_edge.weighing.numbers import FusionWeights
 
-CELL_WIDTH, CELL_HEIGHT = 18, 26  # panel.svg.j2 has them too
-NAME_WIDTH_MAX, MEAN_WIDTH = 180, 52
+# Pixels; panel.svg.j2 has the cell's too.
+CELL_WIDTH = 18
+CELL_HEIGHT = 26
+NAME_WIDTH_MAX = 180
+MEAN_WIDTH = 52
 NOTEBOOK_INK = "#2f81d0"  # reads on light and on dark paper
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One weight: its left edge, how dark it is from 0 to 1, what pointing at it tells."""
+
+    x: int
+    share: float
+    title: str
+    weight: float
+    is_lead: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """The weights of an adapter, the upper edge of its cells, and its mean weight as text."""
+
+    name: str
+    y: int
+    mean: str
+    cells: Sequence[Cell]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Rows of cells and where they stand, in pixels; ticks are the layers with a number."""
+
+    rows: Sequence[Row]
+    ticks: Sequence[int]
+    left: int
+    right: int
+    bottom: int
+    width: int
 
 
 def allowing(content: str) -> str:
     """Give the source of a content security policy that allows one inline text."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}"
+    digest = hashlib.sha256(content.encode()).digest()
+    return f"sha256-{base64.b64encode(digest).decode()}"
 
 
 def _asset(name: str) -> str:
-    content = (files("qaflora_edge.show") / "assets" / name).read_text(encoding="utf-8")
-    return content.replace("\r\n", "\n")
+    path = files("qaflora_edge.show") / "assets" / name
+    return path.read_text(encoding="utf-8").replace("\r\n", "\n")
 
 
 def _render(template: str, **values: Any) -> Markup:
@@ -44,7 +82,8 @@ def _render(template: str, **values: Any) -> Markup:
     def shown(item: object) -> object:
         if hasattr(item, "__html__"):
             return item
-        return text.spelt(item if isinstance(item, str) else json.dumps(item, ensure_ascii=False))
+        written = item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)
+        return text.spelt(written)
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("qaflora_edge.show", "assets"),
@@ -56,16 +95,6 @@ def _render(template: str, **values: Any) -> Markup:
         undefined=jinja2.StrictUndefined,
     )
     return Markup(environment.get_template(template).render(**values))
-
-
-def _page(template: str, style: str, script: str = "", **values: Any) -> str:
-    """Fill a template that extends page.html.j2."""
-    policy = (
-        f"default-src 'none'; style-src '{allowing(style)}'; script-src '{allowing(script)}'; "
-        "base-uri 'none'; form-action 'none'"
-    )
-    parts = {"style": Markup(style), "script": Markup(script), "policy": Markup(policy)}
-    return _render(template, **parts, **values)
 
 
 # weights
@@ -81,9 +110,10 @@ def weights_page(labelled: Sequence[tuple[str, str, FusionWeights]], subject: st
     sections = []
     for number, (label, prompt, fusion) in enumerate(labelled, 1):
         title = text.crop(label, 90)
+        prompt_line = text.spelt(" ".join(prompt.split()))
         section = {
             "title": f"{number}. {title}",
-            "prompt": "" if title == text.spelt(" ".join(prompt.split())) else prompt,
+            "prompt": "" if title == prompt_line else prompt,
             "fusion": fusion,
             "what": None if fusion.divergence is None else fusion.measured,
             "why": text.why(fusion),
@@ -92,53 +122,84 @@ def weights_page(labelled: Sequence[tuple[str, str, FusionWeights]], subject: st
             "layers": [text.layer_ranges(layers) for layers in text.leading_layers(fusion)],
         }
         sections.append(section)
-    facts = {"subject": subject, "how": text.facts(fusions), "sections": sections}
-    style, script = _asset("weights.css"), _asset("weights.js")
-    return _page(
-        "weights.html.j2", style, script, title="qaflora weights", **facts, **_scale(fusions)
+    style = _asset("weights.css")
+    script = _asset("weights.js")
+    policy = (
+        f"default-src 'none'; style-src '{allowing(style)}'; script-src '{allowing(script)}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    return _render(
+        "weights.html.j2",
+        style=Markup(style),
+        script=Markup(script),
+        policy=Markup(policy),
+        title="qaflora weights",
+        subject=subject,
+        how=text.facts(fusions),
+        sections=sections,
+        **_scale(fusions),
     )
 
 
 def _scale(fusions: Sequence[FusionWeights]) -> dict[str, Any]:
-    return {"ends": text.scale(fusions), "lowest": text.min_weight(fusions), "ink": NOTEBOOK_INK}
+    """Give what the legend shows."""
+    return {
+        "ends": text.scale(fusions),
+        "lowest": text.min_weight(fusions),
+        "ink": NOTEBOOK_INK,
+    }
 
 
-def _panel(fusion: FusionWeights, ends: tuple[float, float]) -> dict[str, Any]:
-    """Lay out rows of cells in pixels: a cell per layer, or one where no layer differs."""
+def _panel(fusion: FusionWeights, ends: tuple[float, float]) -> Panel:
+    """Lay out rows of cells: a cell per layer, or one where no layer differs."""
     is_layered = not text.reason_rows(fusion)
-    n_adapter, n_layer = fusion.weights.shape if is_layered else (len(fusion.adapters), 1)
+    n_layer = fusion.weights.shape[1] if is_layered else 1
     names = [text.crop(name, NAME_WIDTH_MAX, text.len_pixels) for name in fusion.adapters]
-    left = math.ceil(max(map(text.len_pixels, names), default=30)) + 12
+    name_width = max(map(text.len_pixels, names), default=30)
+    left = math.ceil(name_width) + 12
     right = left + n_layer * CELL_WIDTH
-    leads = text.leading_layers(fusion) if is_layered else [[]] * n_adapter
+    leads: list[list[int]] = [[] for _ in names]
+    ticks = range(0)
+    if is_layered:
+        leads = text.leading_layers(fusion)
+        ticks = range(0, n_layer, text.TICK)
+    rows = []
+    for index, name in enumerate(names):
+        cells = []
+        for layer in range(n_layer):
+            weight = float(fusion.weights[index, layer])
+            share = (weight - ends[0]) / (ends[1] - ends[0])
+            cell = Cell(
+                x=left + layer * CELL_WIDTH,
+                share=max(0.0, min(1.0, share)),
+                title=_cell_title(fusion, index, layer, is_layered),
+                weight=weight,
+                is_lead=layer in leads[index],
+            )
+            cells.append(cell)
+        mean = float(fusion.weights[index].mean())
+        rows.append(Row(name=name, y=index * CELL_HEIGHT, mean=f"{mean:.2f}", cells=cells))
+    return Panel(
+        rows=rows,
+        ticks=ticks,
+        left=left,
+        right=right,
+        bottom=len(rows) * CELL_HEIGHT,
+        width=right + MEAN_WIDTH,
+    )
 
-    def cell(row: int, layer: int) -> dict[str, Any]:
-        weight = float(fusion.weights[row, layer])
-        place = f", layer {layer}" * is_layered
-        title = f"{fusion.adapters[row]}{place}\nweight {weight:.3f}"
-        if is_layered and fusion.divergence is not None:
-            what = fusion.measured
-            title += f"\n{what.name} {float(fusion.divergence[row, layer]):.3g}{what.unit}"
-        share = max(0.0, min(1.0, (weight - ends[0]) / (ends[1] - ends[0])))
-        return {
-            "x": left + layer * CELL_WIDTH,
-            "share": share,
-            "title": title,
-            "weight": weight,
-            "is_lead": layer in leads[row],
-        }
 
-    rows = [
-        {
-            "name": name,
-            "y": row * CELL_HEIGHT,
-            "mean": f"{float(fusion.weights[row].mean()):.2f}",
-            "cells": [cell(row, layer) for layer in range(n_layer)],
-        }
-        for row, name in enumerate(names)
-    ]
-    size = {"width": right + MEAN_WIDTH, "bottom": n_adapter * CELL_HEIGHT, "right": right}
-    return {"rows": rows, "ticks": range(0, n_layer * is_layered, text.TICK), "left": left, **size}
+def _cell_title(fusion: FusionWeights, index: int, layer: int, is_layered: bool) -> str:
+    name = fusion.adapters[index]
+    weight = f"weight {float(fusion.weights[index, layer]):.3f}"
+    if not is_layered:
+        return f"{name}\n{weight}"
+    title = f"{name}, layer {layer}\n{weight}"
+    if fusion.divergence is None:
+        return title
+    measured = fusion.measured
+    divergence = float(fusion.divergence[index, layer])
+    return f"{title}\n{measured.name} {divergence:.3g}{measured.unit}"
 
 
 def notebook_html(fusion: FusionWeights) -> str:
@@ -146,8 +207,13 @@ def notebook_html(fusion: FusionWeights) -> str:
     words = [text.facts([fusion])]
     if reason := text.why(fusion):
         words.append(reason)
-    drawn = {"rows": text.reason_rows(fusion), "panel": _panel(fusion, text.scale([fusion]))}
-    return _render("notebook.html.j2", words=words, **drawn, **_scale([fusion]))
+    return _render(
+        "notebook.html.j2",
+        words=words,
+        rows=text.reason_rows(fusion),
+        panel=_panel(fusion, text.scale([fusion])),
+        **_scale([fusion]),
+    )
 
 
 def picture(labelled: Sequence[tuple[str, FusionWeights]], subject: str) -> str:
@@ -158,13 +224,21 @@ def picture(labelled: Sequence[tuple[str, FusionWeights]], subject: str) -> str:
     """
     fusions = [fusion for _, fusion in labelled]
     drawn = [_panel(fusion, text.scale(fusions)) for fusion in fusions]
-    width = max(460, *(panel["width"] for panel in drawn))
+    width = 460
+    for panel in drawn:
+        width = max(width, panel.width)
     y = 64
     panels = []
     for (label, _), panel in zip(labelled, drawn, strict=True):
         line = text.crop(label, width, text.len_pixels)
         panels.append({"label": line, "y": y, "panel": panel})
-        y += panel["bottom"] + 56
-    about = text.crop(subject, width, text.len_pixels)
-    size = {"width": width + 32, "height": y + 36, "subject": about, "how": text.facts(fusions)}
-    return _render("picture.svg.j2", panels=panels, **size, **_scale(fusions))
+        y += panel.bottom + 56
+    return _render(
+        "picture.svg.j2",
+        panels=panels,
+        width=width + 32,
+        height=y + 36,
+        subject=text.crop(subject, width, text.len_pixels),
+        how=text.facts(fusions),
+        **_scale(fusions),
+    )

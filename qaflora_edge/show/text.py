@@ -7,7 +7,7 @@ import sys
 import unicodedata
 from bisect import bisect
 from collections.abc import Callable, Mapping, Sequence
-from itertools import groupby, zip_longest
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 
     from qaflora_edge.weighing.numbers import FusionWeights
 
-BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", ".:=+x*#@"
+BLOCKS = "▁▂▃▄▅▆▇█"
+ASCII_BLOCKS = ".:=+x*#@"
 EQUAL = 1e-6  # weights are shares in float32: closer ones are one weight
 TICK = 5  # a label at every fifth layer
-NAME_MAX, CELL_MAX = 20, 3  # columns of a terminal
+NAME_MAX = 20  # columns of a terminal
+CELL_MAX = 3  # columns of a terminal
 CHARS_MAX = 2000  # of a label that are looked at: no picture has room for more
 # They turn the direction of what follows: "\u202etxt.exe" would read as "exe.txt".
 _TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -39,7 +41,10 @@ def can_show(text: str, encoding: str | None) -> bool:
 
 
 _CONTROLS = (*range(0x20), *range(0x7F, 0xA0))
-_VISIBLE = {code: "?" for code in _CONTROLS if chr(code) not in "\n\t\r"} | {ord("\r"): ""}
+_VISIBLE = dict.fromkeys(_CONTROLS, "?")
+_VISIBLE[ord("\n")] = "\n"
+_VISIBLE[ord("\t")] = "\t"
+_VISIBLE[ord("\r")] = ""
 
 
 def visible(text: str) -> str:
@@ -52,14 +57,15 @@ def visible(text: str) -> str:
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lay out rows as lines: the first column to the left, others to the right."""
-    widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
-    return [
-        "   ".join(
-            f"{cell:{'>' if index else '<'}{width}}"
-            for index, (cell, width) in enumerate(zip(row, widths, strict=False))
-        ).rstrip()
-        for row in rows
-    ]
+    by_column = zip_longest(*rows, fillvalue="")
+    first_width, *widths = [max(map(len, column)) for column in by_column]
+    lines = []
+    for first, *others in rows:
+        cells = [first.ljust(first_width)]
+        for cell, width in zip(others, widths, strict=False):
+            cells.append(cell.rjust(width))
+        lines.append("   ".join(cells).rstrip())
+    return lines
 
 
 # pages and pictures
@@ -72,13 +78,16 @@ def spelt(text: str) -> str:
     U+FFFE are no text, and XML has no way to write them.
     """
 
-    def is_spelt(char: str) -> bool:
-        is_control = char not in "\t\n" and unicodedata.category(char) in ("Cc", "Cs")
-        return is_control or char in _TURNING or ord(char) & 0xFFFE == 0xFFFE
-
     if text.isprintable():  # quick: nothing of it is in most texts
         return text
-    return "".join(ascii(char)[1:-1] if is_spelt(char) else char for char in text)
+    chars = []
+    for char in text:
+        is_control = char not in "\t\n" and unicodedata.category(char) in ("Cc", "Cs")
+        is_no_text = ord(char) & 0xFFFE == 0xFFFE
+        if is_control or is_no_text or char in _TURNING:
+            char = ascii(char)[1:-1]
+        chars.append(char)
+    return "".join(chars)
 
 
 def crop(text: str, width: float, measure: Callable[[str], float] = len) -> str:
@@ -86,12 +95,17 @@ def crop(text: str, width: float, measure: Callable[[str], float] = len) -> str:
 
     measure  the width of a text; it may not shrink when the text grows
     """
-    text = spelt(" ".join(text[: 2 * CHARS_MAX].split()))[:CHARS_MAX]
-    if measure(text) <= width:
-        return text
-    ends = range(1, len(text) + 1)
-    n_char = bisect(ends, False, key=lambda n: measure(f"{text[:n]}…") > width)
-    return f"{text[:n_char].rstrip()}…"
+    words = text[: 2 * CHARS_MAX].split()
+    line = spelt(" ".join(words))[:CHARS_MAX]
+    if measure(line) <= width:
+        return line
+
+    def is_too_wide(n_char: int) -> bool:
+        return measure(f"{line[:n_char]}…") > width
+
+    ends = range(1, len(line) + 1)
+    n_char = bisect(ends, False, key=is_too_wide)
+    return f"{line[:n_char].rstrip()}…"
 
 
 def len_pixels(text: str) -> float:
@@ -112,16 +126,25 @@ def who_spoke(weights: FusionWeights | Mapping[str, float]) -> str:
 
     As in `math 50 % · es 50 %`, `es 81 % · base 19 %`, or `base`; of a relay `company → json`.
     """
-    if not isinstance(weights, Mapping) and weights.relay is not None:
+    if isinstance(weights, Mapping):
+        by_name = weights
+    elif weights.relay is None:
+        by_name = weights.means
+    else:
         return f"{spelt(weights.relay.knower)} → {spelt(weights.relay.writer)}"
-    by_name = weights if isinstance(weights, Mapping) else weights.means
-    means = sorted(by_name.items(), key=lambda item: -item[1])
-    shares = {spelt(name): round(100 * mean) for name, mean in means}
-    rest = 100 - sum(shares.values())
-    parts = [f"{name} {share} %" for name, share in shares.items() if share]
+    heaviest_first = sorted(by_name.items(), key=lambda item: -item[1])
+    rest = 100  # per cent
+    parts = []
+    for name, mean in heaviest_first:
+        share = round(100 * mean)
+        rest -= share
+        if share:
+            parts.append(f"{spelt(name)} {share} %")
     if not parts:
         return "base"
-    return " · ".join(parts + [f"base {rest} %"] * (rest > 1))
+    if rest > 1:
+        parts.append(f"base {rest} %")
+    return " · ".join(parts)
 
 
 def why(fusion: FusionWeights) -> str:
@@ -136,20 +159,28 @@ def reason_rows(fusion: FusionWeights) -> list[list[str]]:
     """Lay out what decided where no layer differs: heads, adapters, thresholds; else nothing."""
     reasons = list(fusion.why.values())
     is_measured = fusion.divergence is not None and not reasons
-    if is_measured or (fusion.weights != fusion.weights[:, :1]).any():
+    is_layered = (fusion.weights != fusion.weights[:, :1]).any()
+    if is_measured or is_layered:
         return []
-    columns = {"adapter": fusion.adapters, "weight": [f"{w:.2f}" for w in fusion.means.values()]}
-    places, needed = (reasons[0].scores, reasons[0].thresholds) if reasons else ({}, {})
-    digits = ".2f" if needed else ".3g"
-    for place in places:
-        columns[place] = [f"{reason.scores[place]:{digits}}" for reason in reasons]
+    heads = ["adapter", "weight"]
+    rows = [[name, f"{mean:.2f}"] for name, mean in fusion.means.items()]
+    if not reasons:
+        return [heads, *rows]
+    thresholds = reasons[0].thresholds
+    digits = ".2f" if thresholds else ".3g"
+    last_row = ["threshold", ""]
+    for place in reasons[0].scores:
+        heads.append(place)
+        last_row.append(f"{thresholds[place]:.2f}" if place in thresholds else "")
+        for row, reason in zip(rows, reasons, strict=True):
+            row.append(f"{reason.scores[place]:{digits}}")
     if any(reason.taken_as for reason in reasons):
-        columns["taken as"] = [reason.taken_as or "-" for reason in reasons]
-    rows = [[*columns], *map(list, zip(*columns.values(), strict=True))]
-    if needed:
-        shown = [f"{needed[place]:.2f}" if place in needed else "" for place in places]
-        rows.append(["threshold", "", *shown])
-    return rows
+        heads.append("taken as")
+        for row, reason in zip(rows, reasons, strict=True):
+            row.append(reason.taken_as or "-")
+    if thresholds:
+        rows.append(last_row)
+    return [heads, *rows]
 
 
 def facts(fusions: Sequence[FusionWeights]) -> str:
@@ -157,19 +188,26 @@ def facts(fusions: Sequence[FusionWeights]) -> str:
     first = fusions[0]
     parts = [f"strategy {first.strategy}"]
     if first.divergence is not None:
-        parts += [f"{option} {getattr(first, option)}" for option in first.measured.reads]
-    if len(fusions) == 1:
+        for option in first.measured.reads:
+            parts.append(f"{option} {getattr(first, option)}")
+    is_alone = len(fusions) == 1
+    if is_alone:
         parts.append(f"{first.prompt_tokens} prompt tokens")
-        parts += [f"probe {first.probe_ms:.0f} ms"] * (first.probe_ms > 0)
+    if is_alone and first.probe_ms > 0:
+        parts.append(f"probe {first.probe_ms:.0f} ms")
     return ", ".join(parts)
 
 
 def layer_ranges(layers: Sequence[int]) -> str:
     """Write layers in ascending order, such as `0–3, 7`; `none` without any."""
-    by_run = groupby(enumerate(layers), lambda item: item[1] - item[0])
-    runs = [[layer for _, layer in run] for _, run in by_run]
-    shown = ("–".join(dict.fromkeys((str(run[0]), str(run[-1])))) for run in runs)
-    return ", ".join(shown) or "none"
+    runs: list[list[int]] = []  # first and last layer of each
+    for layer in layers:
+        if runs and runs[-1][-1] == layer - 1:
+            runs[-1] = [runs[-1][0], layer]
+        else:
+            runs.append([layer])
+    ranges = ["–".join(map(str, run)) for run in runs]
+    return ", ".join(ranges) or "none"
 
 
 # weights as a heatmap: its scale, and a row per adapter for a terminal
@@ -181,18 +219,22 @@ def scale(fusions: Sequence[FusionWeights]) -> tuple[float, float]:
     Both are tenths up to 1, then whole numbers; the first is not below 0. Eight adapters share a
     sum of 1, and on a scale from 0 to 1 all of them would look alike.
     """
-    largest = max((float(f.weights.max()) for f in fusions if f.weights.size), default=1.0)
+    highest = [float(fusion.weights.max()) for fusion in fusions if fusion.weights.size]
+    largest = max(highest, default=1.0)
     if largest <= 0.0:
         return 0.0, 1.0
     step = 10 if largest < 1.0 else 1
-    high = math.ceil((largest - EQUAL) * step) / step or 1 / step
-    low = max(0.0, math.floor((min_weight(fusions) + EQUAL) * step) / step)
-    return (low if low < high else 0.0), high
+    n_step_high = math.ceil((largest - EQUAL) * step) or 1
+    n_step_low = math.floor((min_weight(fusions) + EQUAL) * step)
+    if not 0 < n_step_low < n_step_high:
+        n_step_low = 0
+    return n_step_low / step, n_step_high / step
 
 
 def min_weight(fusions: Sequence[FusionWeights]) -> float:
     """Find the lowest weight of all queries."""
-    return min((float(f.weights.min()) for f in fusions if f.weights.size), default=0.0)
+    lowest = [float(fusion.weights.min()) for fusion in fusions if fusion.weights.size]
+    return min(lowest, default=0.0)
 
 
 def leading_layers(fusion: FusionWeights) -> list[list[int]]:
@@ -203,9 +245,9 @@ def leading_layers(fusion: FusionWeights) -> list[list[int]]:
     leads: list[list[int]] = [[] for _ in fusion.adapters]
     for layer, column in enumerate(fusion.weights.T.tolist()):
         largest = max(column, default=0.0)
-        near = [index for index, weight in enumerate(column) if largest - weight < EQUAL]
-        if len(near) == 1 and largest > 0:
-            leads[near[0]].append(layer)
+        leaders = [index for index, weight in enumerate(column) if largest - weight < EQUAL]
+        if len(leaders) == 1 and largest > 0:
+            leads[leaders[0]].append(layer)
     return leads
 
 
@@ -228,34 +270,45 @@ def print_heatmap(
     blocks = BLOCKS if can_show(BLOCKS + "·", stream.encoding) else ASCII_BLOCKS
     fusions = [fusion for _, fusion in labelled]
     low, high = scale(fusions)
+    is_layered = False
     for label, fusion in labelled:
         if label:
             console.print(crop(label, console.width), style="bold")
         console.print(visible(who_spoke(fusion)))
         if reason := why(fusion):
             console.print(visible(reason))
+        reasons = reason_rows(fusion)
+        is_layered = is_layered or not reasons
         if fusion.weights.any() or fusion.why:
             console.print()
-            table = [[crop(visible(name), NAME_MAX), *row] for name, *row in reason_rows(fusion)]
-            layers = None if table else _rows(fusion, (low, high), blocks, console.width)
-            console.print(layers or "\n".join(columns(table)))
+            if reasons:
+                table = [[crop(visible(name), NAME_MAX), *cells] for name, *cells in reasons]
+                console.print("\n".join(columns(table)))
+            else:
+                console.print(_layers(fusion, (low, high), blocks, console.width))
         console.print()
-    if any(not reason_rows(fusion) for fusion in fusions):
-        lowest, n_layer = min_weight(fusions), fusions[0].weights.shape[1]
+    if is_layered:
+        lowest = min_weight(fusions)
+        n_layer = fusions[0].weights.shape[1]
         below = f"; - below 0, down to {lowest:.3g}" if lowest < 0 else ""
         console.print(f"weight {low:g} {blocks} {high:g}{below}; layers 0 to {n_layer - 1}")
     console.print(visible(facts(fusions)), style="dim")
 
 
-def _rows(fusion: FusionWeights, ends: tuple[float, float], blocks: str, width: int) -> Table:
+def _layers(fusion: FusionWeights, ends: tuple[float, float], blocks: str, width: int) -> Table:
     """Lay out ticks, then a row of each adapter: name, mean weight, mean measure, cells."""
     from rich.table import Table
     from rich.text import Text
 
     n_layer = fusion.weights.shape[1]
     names = [crop(visible(name), NAME_MAX) for name in fusion.adapters]
-    heads = ["mean"] + ([] if fusion.divergence is None else [fusion.measured.name])
-    room = max(8, width - max(map(len, names)) - sum(2 + max(5, len(head)) for head in heads) - 2)
+    heads = ["mean"]
+    if fusion.divergence is not None:
+        heads.append(fusion.measured.name)
+    n_before = max(map(len, names)) + 2  # columns before the cells
+    for head in heads:
+        n_before += 2 + max(5, len(head))
+    room = max(8, width - n_before)
     n_together = math.ceil(n_layer / room)  # layers of one cell
     n_column = min(CELL_MAX, room // math.ceil(n_layer / n_together))
     table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, header_style="")
@@ -265,16 +318,25 @@ def _rows(fusion: FusionWeights, ends: tuple[float, float], blocks: str, width: 
     table.add_column(_ticks(n_layer, n_together, n_column), no_wrap=True)
     for index, name in enumerate(names):
         row = fusion.weights[index]
-        cells = [float(row[at : at + n_together].mean()) for at in range(0, n_layer, n_together)]
-        shares = [(cell - ends[0]) / (ends[1] - ends[0]) * len(blocks) for cell in cells]
-        signs = [blocks[max(0, min(len(blocks) - 1, int(share + 1e-9)))] for share in shares]
-        pairs = zip(cells, signs, strict=True)
-        drawn = "".join(("-" if cell < 0 else sign) * n_column for cell, sign in pairs)
+        cells = []
+        for at in range(0, n_layer, n_together):
+            mean = float(row[at : at + n_together].mean())
+            cells.append(_block(mean, ends, blocks) * n_column)
         numbers = [f"{row.mean():.2f}"]
         if fusion.divergence is not None:
             numbers.append(f"{fusion.divergence[index].mean():.3g}")
-        table.add_row(Text(name), *numbers, Text(drawn, style="cyan"))
+        table.add_row(Text(name), *numbers, Text("".join(cells), style="cyan"))
     return table
+
+
+def _block(weight: float, ends: tuple[float, float], blocks: str) -> str:
+    """Give the sign for a weight: the higher it is between the ends, the later one of blocks."""
+    if weight < 0:
+        return "-"
+    low, high = ends
+    share = (weight - low) / (high - low) * len(blocks)
+    index = int(share + 1e-9)
+    return blocks[max(0, min(len(blocks) - 1, index))]
 
 
 def _ticks(n_layer: int, n_together: int, n_column: int) -> str:
@@ -282,4 +344,7 @@ def _ticks(n_layer: int, n_together: int, n_column: int) -> str:
     text = ""
     for layer in range(0, n_layer, TICK * n_together):
         text = text.ljust(layer // n_together * n_column) + str(layer)
-    return text if len(text) <= math.ceil(n_layer / n_together) * n_column else text.split(" ")[0]
+    n_cell = math.ceil(n_layer / n_together)
+    if len(text) > n_cell * n_column:
+        return text.split(" ")[0]
+    return text
