@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
+from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -33,7 +34,9 @@ from qaflora_edge.progress import Tell, TellCount
 
 Who = TypeVar("Who")
 Run = dict[str, float]
+Measure = Callable[[int], Run]  # from the number of a round
 Row = dict[str, Any]
+CONTEXT_OPTIONS = ("threads", "kv_type", "flash_attn")
 METHODS = ("qa-flora", "spectr", "two-place:abstain=never", "two-place", "static")
 
 
@@ -61,9 +64,15 @@ class StockContext(Context):
     """
 
     def __init__(
-        self, model: Model, adapters: Sequence[Any], *, n_ctx: int, **options: Any
+        self,
+        model: Model,
+        adapters: Sequence[Any],
+        *,
+        n_ctx: int,
+        **options: Any,
     ) -> None:
-        self._model, self._lib = model, model._lib
+        self._model = model
+        self._lib = model._lib
         params = context_params(model, n_token=n_ctx, **options)
         self._pointer = self._lib.llama_init_from_model(model._pointer, params) or None
         if self._pointer is None:
@@ -72,14 +81,20 @@ class StockContext(Context):
                 f"llama.cpp says: {logged()}."
             )
         self._set_up(n_ctx, params, None)
-        if not adapters:
-            return
-        n = len(adapters)
-        handles = [ctypes.cast(adapter, ctypes.c_void_p) for adapter in adapters]
-        pointers = (ctypes.c_void_p * n)(*handles)
-        array = ctypes.cast(pointers, ctypes.POINTER(ctypes.POINTER(ctypes.c_void_p)))
-        scales = (ctypes.c_float * n)(*[1.0 / n] * n)
-        if code := self._lib.llama_set_adapters_lora(self._pointer, array, n, scales):
+        if adapters:
+            self._set_adapters(adapters)
+
+    def _set_adapters(self, adapters: Sequence[Any]) -> None:
+        n_adapter = len(adapters)
+        pointers = (ctypes.c_void_p * n_adapter)()
+        scales = (ctypes.c_float * n_adapter)()
+        for index, adapter in enumerate(adapters):
+            pointers[index] = ctypes.cast(adapter, ctypes.c_void_p)
+            scales[index] = 1.0 / n_adapter
+        kind = ctypes.POINTER(ctypes.POINTER(ctypes.c_void_p))
+        array = ctypes.cast(pointers, kind)
+        code = self._lib.llama_set_adapters_lora(self._pointer, array, n_adapter, scales)
+        if code:
             raise BackendError(f"llama_set_adapters_lora failed with code {code}.")
 
 
@@ -93,25 +108,34 @@ class Rig(contextlib.ExitStack):
     """
 
     def __init__(
-        self, base: Path, adapters: Sequence[Path], options: Mapping[str, Any], seed: int = 0
+        self,
+        base: Path,
+        adapters: Sequence[Path],
+        options: Mapping[str, Any],
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self._paths = adapters
         self._adapter_type = options.get("adapter_type", "auto")
-        self._options = {name: options[name] for name in ("threads", "kv_type", "flash_attn")}
+        self._options = {name: options[name] for name in CONTEXT_OPTIONS}
         placing: dict[str, Any] = {name: options.get(name) for name in PLACING}
-        self.model = self.enter_context(Model(read_base(base), **placing))
-        self._stock = self.enter_context(Model(read_base(base), rearrange=True, **placing))
+        self.model = Model(read_base(base), **placing)
+        self.enter_context(self.model)
+        self._stock = Model(read_base(base), rearrange=True, **placing)
+        self.enter_context(self._stock)
         self._loras: list[Any] = []  # the model frees them
         self._random = random.Random(seed)
         self._n_drawn = 0
-        self._start = self.model.tokenize("", add_special=True, parse_special=False)[:1]
-        self.ends = [token for token in range(self.model.n_vocab) if self.model.is_end(token)]
+        no_text = self.model.tokenize("", add_special=True, parse_special=False)
+        self._start = no_text[:1]
+        tokens = range(self.model.n_vocab)
+        self.ends = list(filter(self.model.is_end, tokens))
 
     def stock(self, k: int, n_ctx: int) -> StockContext:
         """Set up k adapters at scale 1/k through llama_set_adapters_lora; 0 for the base alone."""
         model = self._stock
-        for path in self._copies(k)[len(self._loras) :]:
+        n_loaded = len(self._loras)
+        for path in self._copies(k)[n_loaded:]:
             lora = model._lib.llama_adapter_lora_init(model._pointer, os.fsencode(path))
             if not lora:
                 raise BackendError(f"llama.cpp cannot load the adapter {path}; convert it again.")
@@ -130,7 +154,8 @@ class Rig(contextlib.ExitStack):
         return context
 
     def _copies(self, k: int) -> list[Path]:
-        return [self._paths[i % len(self._paths)] for i in range(k)]
+        paths = cycle(self._paths)
+        return list(islice(paths, k))
 
     def draw(self, n_token: int) -> list[int]:
         """Draw a prompt out of everyday text in many languages: BOS, a number, text from anywhere.
@@ -144,13 +169,16 @@ class Rig(contextlib.ExitStack):
         while len(tokens) < n_token:
             tokens += self.model.tokenize(text, add_special=False, parse_special=False)
             self._random.shuffle(texts)
-            text = "\n".join(texts) + "\n"
-            text = text[self._random.randrange(len(text) // 2) :]
-        return (self._start + tokens)[:n_token]
+            every_text = "\n".join(texts) + "\n"
+            start = self._random.randrange(len(every_text) // 2)
+            text = every_text[start:]
+        prompt = self._start + tokens
+        return prompt[:n_token]
 
     def draw_chat(self, engine: Engine, n_token: int) -> list[int]:
         """Draw a user turn of so many tokens, in the form of a chat where the base has one."""
-        text = self.model.detokenize(self.draw(n_token)).decode("utf-8", "replace")
+        tokens = self.draw(n_token)
+        text = self.model.detokenize(tokens).decode("utf-8", "replace")
         if not engine.has_chat_template:
             return engine.tokenize(text)
         return engine.chat_tokens([{"role": "user", "content": text}])
@@ -167,7 +195,9 @@ def prefill(context: Context, tokens: Sequence[int]) -> None:
 
 
 def take_turns(
-    contestants: Mapping[Who, Callable[[int], Run]], repeat: int, tell: TellCount
+    contestants: Mapping[Who, Measure],
+    repeat: int,
+    tell: TellCount,
 ) -> dict[Who, list[Run]]:
     """Run all contestants in each of 1 + repeat rounds, another one first each time.
 
@@ -187,18 +217,23 @@ def take_turns(
     return runs
 
 
-def compared(key: str, own: Sequence[Run], **others: Sequence[Run]) -> Row:
+def compared(key: str, runs: Sequence[Run], **others: Sequence[Run]) -> Row:
     """Give median and ends of a figure, and of its ratios to others' within each round."""
-    figures = [run[key] for run in own]
-    row = {key: _spread(figures)}
-    for name, runs in others.items():
-        pairs = zip(figures, runs, strict=True)
-        row[name] = _spread([figure / other[key] for figure, other in pairs])
+    row = {key: _spread([run[key] for run in runs])}
+    for name, their_runs in others.items():
+        ratios = []
+        for run, their_run in zip(runs, their_runs, strict=True):
+            ratios.append(run[key] / their_run[key])
+        row[name] = _spread(ratios)
     return row
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": median(values), "min": min(values), "max": max(values)}
+    return {
+        "median": median(values),
+        "min": min(values),
+        "max": max(values),
+    }
 
 
 # decode
@@ -209,20 +244,24 @@ def measure_decode(rig: Rig, plan: Plan, tell: Tell) -> Iterator[Row]:
     n_ctx = max(plan.prompt_tokens) + plan.max_tokens
     contexts: dict[str, Context] = {"base": rig.stock(0, n_ctx)}
     for k in plan.k:
-        contexts |= {f"stock k={k}": rig.stock(k, n_ctx), f"ours k={k}": rig.ours(k, n_ctx)}
+        contexts[f"stock k={k}"] = rig.stock(k, n_ctx)
+        contexts[f"ours k={k}"] = rig.ours(k, n_ctx)
     for length in plan.prompt_tokens:
         drawn = [rig.draw(length + plan.max_tokens) for _ in range(1 + plan.repeat)]
-        contestants = {
-            name: partial(_decode, context, drawn, length) for name, context in contexts.items()
-        }
+        contestants = {}
+        for name, context in contexts.items():
+            contestants[name] = partial(_decode, context, drawn, length)
         runs = take_turns(contestants, plan.repeat, partial(tell, "decode"))
-        for name, own in runs.items():
-            row: Row = {"prompt_tokens": length, "name": name, "runs": own}
+        for name in contexts:
+            row: Row = {"prompt_tokens": length, "name": name, "runs": runs[name]}
             stock = name.replace("ours", "stock")
             for what in ("decode", "prefill"):
-                others = {} if name == "base" else {f"{what}_of_base": runs["base"]}
-                others |= {} if name == stock else {f"{what}_of_stock": runs[stock]}
-                row |= compared(f"{what}_tokens_per_second", own, **others)
+                others = {}
+                if name != "base":
+                    others[f"{what}_of_base"] = runs["base"]
+                if name != stock:
+                    others[f"{what}_of_stock"] = runs[stock]
+                row |= compared(f"{what}_tokens_per_second", runs[name], **others)
             yield row
 
 
@@ -236,9 +275,10 @@ def _decode(context: Context, drawn: Sequence[Sequence[int]], length: int, turn:
         context.decode([tokens[position]], start=position)
         context._lib.llama_synchronize(context._pointer)  # a device may still compute
     end = time.perf_counter()
+    n_decoded = len(tokens) - length
     return {
         "prefill_tokens_per_second": length / (middle - start),
-        "decode_tokens_per_second": (len(tokens) - length) / (end - middle),
+        "decode_tokens_per_second": n_decoded / (end - middle),
     }
 
 
@@ -258,18 +298,23 @@ def measure_first_token(rig: Rig, engine: Engine, plan: Plan, tell: Tell) -> Ite
             base.logits()
         else:
             engine.generate(tokens, weights=name, max_tokens=1).text()
-        return {"ttft_ms": 1e3 * (time.perf_counter() - start)}
+        seconds = time.perf_counter() - start
+        return {"ttft_ms": 1e3 * seconds}
 
-    followed = [name for name in METHODS if name.partition(":")[0] in engine.strategies]
-    contestants = {
-        (length, name): partial(run, length, name)
-        for length in plan.prompt_tokens
-        for name in ("plain", *followed)
-    }
+    names = ["plain"]
+    for method in METHODS:
+        strategy = method.partition(":")[0]
+        if strategy in engine.strategies:
+            names.append(method)
+    contestants = {}
+    for length in plan.prompt_tokens:
+        for name in names:
+            contestants[length, name] = partial(run, length, name)
     runs = take_turns(contestants, plan.repeat, partial(tell, "ttft"))
-    for (length, name), own in runs.items():
-        row: Row = {"prompt_tokens": length, "name": name, "runs": own}
-        yield row | compared("ttft_ms", own, of_plain=runs[length, "plain"])
+    for length, name in contestants:
+        its_runs = runs[length, name]
+        row: Row = {"prompt_tokens": length, "name": name, "runs": its_runs}
+        yield row | compared("ttft_ms", its_runs, of_plain=runs[length, "plain"])
 
 
 # drafting
@@ -289,31 +334,43 @@ def measure_draft(engines: Mapping[str, Engine], plan: Plan, tell: Tell) -> Iter
         texts = prompts[kind]
         first = n * (turn - 1)
         chats = []
-        for i in range(first, first + n):
-            message = {"role": "user", "content": texts[i % len(texts)]}
+        for number in range(first, first + n):
+            text = texts[number % len(texts)]
+            message = {"role": "user", "content": text}
             chats.append(engine.chat_tokens([message]))
         answers = engine.generate_many(chats, max_tokens=plan.max_tokens)
         return _draft_figures([answer.timings for _, answer in answers])
 
-    kinds = dict.fromkeys([*((kind, 1) for kind in prompts), ("prose", most)])
-    every = {(*kind, way): partial(run, *kind, way) for kind in kinds for way in engines}
-    runs = take_turns(every, plan.repeat, partial(tell, "draft"))
+    kinds = [(kind, 1) for kind in prompts]
+    if ("prose", most) not in kinds:
+        kinds.append(("prose", most))
+    contestants = {}
     for kind, n in kinds:
-        own = runs[kind, n, "draft"]
+        for way in engines:
+            contestants[kind, n, way] = partial(run, kind, n, way)
+    runs = take_turns(contestants, plan.repeat, partial(tell, "draft"))
+    for kind, n in kinds:
+        guessed = runs[kind, n, "draft"]
         plain = runs[kind, n, "plain"]
-        row = compared("tokens_per_second", own, of_plain=plain) | compared("accepted", own)
-        for run_of_own, run_of_plain in zip(own, plain, strict=True):
-            run_of_own["plain_tokens_per_second"] = run_of_plain["tokens_per_second"]
+        for guessed_run, plain_run in zip(guessed, plain, strict=True):
+            guessed_run["plain_tokens_per_second"] = plain_run["tokens_per_second"]
         name = f"{kind}, {n} callers" if n > 1 else kind
-        yield {"name": name, "runs": own} | row
+        row: Row = {"name": name, "runs": guessed}
+        row |= compared("tokens_per_second", guessed, of_plain=plain)
+        row |= compared("accepted", guessed)
+        yield row
 
 
 def _draft_figures(timings: Sequence[Timings]) -> Run:
     """Tokens a second from when all have begun, and the share of guesses that were right."""
-    start = max(each.token_s[0] for each in timings)
-    later = [at for each in timings for at in each.token_s if at > start]
-    n_right = sum(each.draft_n_accepted for each in timings)
-    n_guessed = sum(each.draft_n for each in timings)
+    start = max(answer.token_s[0] for answer in timings)
+    later: list[float] = []  # when tokens came after that
+    n_right = 0
+    n_guessed = 0
+    for answer in timings:
+        later += [at for at in answer.token_s if at > start]
+        n_right += answer.draft_n_accepted
+        n_guessed += answer.draft_n
     return {
         "tokens_per_second": len(later) / (max(later) - start),
         "accepted": n_right / max(1, n_guessed),
@@ -335,51 +392,61 @@ def measure_callers(
     length = min(plan.prompt_tokens)
     most = max(plan.callers)
     ours = engines["ours"]
-    n_adapter = len(ours.adapters)
-    shares = np.random.default_rng(0).dirichlet(np.ones(n_adapter), (most, ours.n_layer))
+    alphas = np.ones(len(ours.adapters))
+    shares = np.random.default_rng(0).dirichlet(alphas, (most, ours.n_layer))
     weights = shares.transpose(0, 2, 1).astype(np.float32)  # [caller, n_adapter, n_layer]
     mixes: dict[str, Any] = {"base": [None] * most, "ours": weights}
-    options = {"max_tokens": plan.max_tokens, "logit_bias": dict.fromkeys(rig.ends, -100.0)}
-    prompts = []
+    never_end = dict.fromkeys(rig.ends, -100.0)
+    prompts = []  # [round][caller], of different lengths
     for _ in range(1 + plan.repeat):
-        prompts.append([rig.draw(length + i) for i in range(most)])  # of different lengths
+        prompts.append([rig.draw(length + caller) for caller in range(most)])
 
     def run(n: int, way: str, turn: int) -> Run:
         requests = []
         for tokens, mix in zip(prompts[turn][:n], mixes[way][:n], strict=True):
             requests.append({"prompt": tokens, "weights": mix})
-        answers = engines[way].generate_many(requests, **options)
-        return {"tokens_per_second": _speed([answer.timings.token_s for _, answer in answers])}
+        answers = engines[way].generate_many(
+            requests,
+            max_tokens=plan.max_tokens,
+            logit_bias=never_end,
+        )
+        times = [answer.timings.token_s for _, answer in answers]
+        return {"tokens_per_second": _speed(times)}
 
     plain = rig.stock(0, length + plan.max_tokens)
     drawn = [rig.draw(length + plan.max_tokens) for _ in prompts]
 
     def decode(turn: int) -> Run:
-        speed = _decode(plain, drawn, length, turn)["decode_tokens_per_second"]
-        return {"tokens_per_second": speed}
+        figures = _decode(plain, drawn, length, turn)
+        return {"tokens_per_second": figures["decode_tokens_per_second"]}
 
-    every: dict[tuple[int, str], Callable[[int], Run]] = {(1, "decode"): decode}
+    contestants: dict[tuple[int, str], Measure] = {(1, "decode"): decode}
     with ThreadPoolExecutor(1) as thread:
 
         def run_in_thread(n: int, way: str, turn: int) -> Run:
             return thread.submit(run, n, way, turn).result()
 
         for n in plan.callers:
-            every |= {(n, way): partial(run_in_thread, n, way) for way in mixes}
-        runs = take_turns(every, plan.repeat, partial(tell, "callers"))
+            for way in mixes:
+                contestants[n, way] = partial(run_in_thread, n, way)
+        runs = take_turns(contestants, plan.repeat, partial(tell, "callers"))
     alone = runs.pop((1, "decode"))
     yield {"name": "decode", "runs": alone} | compared("tokens_per_second", alone)
-    for (n, way), own in runs.items():
-        others = {"of_decode": alone, "of_fewest": runs[min(plan.callers), way]}
+    fewest = min(plan.callers)
+    for n, way in runs:
+        others = {}
         if way != "base":
-            others = {"of_base": runs[n, "base"], **others}
-        yield {"name": f"{n} {way}", "runs": own} | compared("tokens_per_second", own, **others)
+            others["of_base"] = runs[n, "base"]
+        others["of_decode"] = alone
+        others["of_fewest"] = runs[fewest, way]
+        row: Row = {"name": f"{n} {way}", "runs": runs[n, way]}
+        yield row | compared("tokens_per_second", runs[n, way], **others)
 
 
 def _speed(times: Sequence[Sequence[float]]) -> float:
     """Tokens a second from when all are decoded together until the first one has ended."""
-    start = max(own[0] for own in times)
-    first = min(times, key=lambda own: own[-1])
+    start = max(caller[0] for caller in times)
+    first = min(times, key=lambda caller: caller[-1])
     n_step = sum(at > start for at in first)
     if not n_step:
         raise OptionError(
@@ -387,4 +454,5 @@ def _speed(times: Sequence[Sequence[float]]) -> float:
             "begun, expected that all are decoded together. Raise --max-tokens, lower --callers, "
             "or leave out callers with --only."
         )
-    return n_step * len(times) / (first[-1] - start)
+    seconds = first[-1] - start
+    return n_step * len(times) / seconds
