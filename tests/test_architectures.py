@@ -28,6 +28,7 @@ from qaflora_edge.convert.layouts import (
     REFUSED,
     Layout,
     LayoutError,
+    Module,
     grouped_rope_pairs,
     halves,
     packed_rope_pairs,
@@ -181,7 +182,7 @@ def test_rows_that_tensors_cannot_share_are_refused(
     metadata = {f"it.{name}": value for name, value in counts.items()}
     header = GgufHeader(tmp_path, "it", metadata, {}, 0)
     with pytest.raises(LayoutError, match="cannot share"):
-        layout(f"blk.0.{stem}", header, shape)
+        layout(Module(f"blk.0.{stem}", header, *shape))
 
 
 def test_architecture_that_gguf_does_not_know_is_named(

@@ -35,9 +35,31 @@ class Part:
     columns: Index | None = None
 
 
-# From gguf's name of a module (blk.0.attn_q), the base and the module's n_out and n_in to the
-# tensors that it goes to.
-Layout = Callable[[str, GgufHeader, tuple[int, int]], tuple[Part, ...]]
+@dataclass(frozen=True)
+class Module:
+    """A linear layer of a family: gguf's name of it (blk.0.attn_q), the base, and its size."""
+
+    name: str
+    header: GgufHeader
+    n_out: int
+    n_in: int
+
+    @property
+    def stem(self) -> str:
+        """The name in its block: attn_q of blk.0.attn_q."""
+        return self.name.rpartition(".")[2]
+
+    def beside(self, stem: str) -> str:
+        """Name another tensor of the same block."""
+        return self.name.removesuffix(self.stem) + stem
+
+    def unshared(self, among: str) -> "LayoutError":
+        """Say that the rows do not divide."""
+        return LayoutError(f"{self.n_out} rows, which {among} cannot share")
+
+
+Parts = tuple[Part, ...]
+Layout = Callable[[Module], Parts]  # the tensors that a module goes to
 
 
 class LayoutError(ValueError):
@@ -51,19 +73,25 @@ def rope_rows(n_out: int, n_head: int) -> Index:
     """
     if n_out % (2 * n_head):
         raise LayoutError(f"{n_out} rows, which {n_head} heads cannot share in pairs")
-    return np.arange(n_out).reshape(n_head, 2, -1).swapaxes(1, 2).reshape(n_out)
+    rows = np.arange(n_out).reshape(n_head, 2, -1)  # [n_head, 2, half]
+    return rows.swapaxes(1, 2).reshape(n_out)
 
 
-def grouped_rows(n_out: int, n_head: int, n_head_kv: int) -> tuple[Index, Index, Index]:
+def grouped_rows(module: Module) -> list[Index]:
     """Give the rows of q, k and v of a projection that holds them group by group.
 
     A group has the queries that share a key, then this key, then its value.
     """
-    n_group, n_part = n_head_kv, n_head // n_head_kv + 2
-    if n_head % n_head_kv or n_out % (n_group * n_part):
-        raise LayoutError(f"{n_out} rows, which {n_head} heads and {n_head_kv} keys cannot share")
-    rows = np.arange(n_out).reshape(n_group, n_part, -1)
-    return rows[:, :-2].reshape(-1), rows[:, -2].reshape(-1), rows[:, -1].reshape(-1)
+    n_head = module.header.n_head
+    n_group = module.header.n_head_kv
+    n_part = n_head // n_group + 2
+    if n_head % n_group or module.n_out % (n_group * n_part):
+        raise module.unshared(f"{n_head} heads and {n_group} keys")
+    rows = np.arange(module.n_out).reshape(n_group, n_part, -1)  # [n_group, n_part, n_dim]
+    q = rows[:, :-2]
+    k = rows[:, -2]
+    v = rows[:, -1]
+    return [part.reshape(-1) for part in (q, k, v)]
 
 
 def neox_rows(n_out: int, n_head: int, n_rotary: int) -> Index:
@@ -72,13 +100,17 @@ def neox_rows(n_out: int, n_head: int, n_rotary: int) -> Index:
     n_rotary  rows of a head that are rotated, its first
     returns   [n_out]
     """
-    if n_out % n_head or not 0 < n_rotary <= n_out // n_head or n_rotary % 2:
+    n_dim = n_out // n_head
+    if n_out % n_head or not 0 < n_rotary <= n_dim or n_rotary % 2:
         raise LayoutError(
             f"{n_out} rows, which {n_head} heads with {n_rotary} rotated cannot share"
         )
-    rows = np.arange(n_out).reshape(n_head, -1)
-    turned = rows[:, :n_rotary]
-    return np.concatenate([turned[:, ::2], turned[:, 1::2], rows[:, n_rotary:]], axis=1).reshape(-1)
+    rows = np.arange(n_out).reshape(n_head, n_dim)
+    first_of_pairs = rows[:, :n_rotary:2]
+    second_of_pairs = rows[:, 1:n_rotary:2]
+    others = rows[:, n_rotary:]
+    turned = np.concatenate([first_of_pairs, second_of_pairs, others], axis=1)  # [n_head, n_dim]
+    return turned.reshape(n_out)
 
 
 def tiled_rows(n_row: int, n_key: int, n_value: int) -> Index:
@@ -88,164 +120,182 @@ def tiled_rows(n_row: int, n_key: int, n_value: int) -> Index:
     """
     if n_value % n_key or n_row % n_value:
         raise LayoutError(f"{n_row} rows, which {n_value} values and {n_key} keys cannot share")
-    return np.arange(n_row).reshape(n_key, n_value // n_key, -1).swapaxes(0, 1).reshape(-1)
+    rows = np.arange(n_row).reshape(n_key, n_value // n_key, -1)  # [n_key, in group, n_dim]
+    return rows.swapaxes(0, 1).reshape(n_row)
 
 
-def as_is(name: str, header: GgufHeader, shape: tuple[int, int]) -> tuple[Part, ...]:
+def as_is(module: Module) -> Parts:
     """Rows of every module keep their order."""
-    return (Part(name),)
+    return (Part(module.name),)
 
 
-def rope_pairs(name: str, header: GgufHeader, shape: tuple[int, int]) -> tuple[Part, ...]:
+def rope_pairs(module: Module) -> Parts:
     """Rows of q and k are in the order of ggml's rope."""
-    stem = name.rpartition(".")[2]
-    if stem in ("attn_q", "attn_k"):
-        n_head = header.n_head if stem == "attn_q" else header.n_head_kv
-        return (Part(name, rope_rows(shape[0], n_head)),)
-    return (Part(name),)
+    if module.stem == "attn_q":
+        rows = rope_rows(module.n_out, module.header.n_head)
+    elif module.stem == "attn_k":
+        rows = rope_rows(module.n_out, module.header.n_head_kv)
+    else:
+        return as_is(module)
+    return (Part(module.name, rows),)
 
 
-def grouped_qkv(name: str, header: GgufHeader, shape: tuple[int, int]) -> tuple[Part, ...]:
+def grouped_qkv(module: Module) -> Parts:
     """The fused projection has all of q, then k, then v, where HF has them group by group."""
-    if name.endswith(".attn_qkv"):
-        parts = grouped_rows(shape[0], header.n_head, header.n_head_kv)
-        return (Part(name, np.concatenate(parts)),)
-    return (Part(name),)
+    if module.stem != "attn_qkv":
+        return as_is(module)
+    rows = np.concatenate(grouped_rows(module))
+    return (Part(module.name, rows),)
 
 
-def glm4_rows(name: str, header: GgufHeader, shape: tuple[int, int]) -> tuple[Part, ...]:
+def glm4_rows(module: Module) -> Parts:
     """Rows of q and k are turned where the rope has sections, as of multimodal models."""
-    if f"{header.architecture}.rope.dimension_sections" in header.metadata:
-        stem = name.rpartition(".")[2]
-        if stem in ("attn_q", "attn_k"):
-            n_head = header.n_head if stem == "attn_q" else header.n_head_kv
-            return (Part(name, neox_rows(shape[0], n_head, header.count("rope.dimension_count"))),)
-    return (Part(name),)
+    header = module.header
+    has_sections = f"{header.architecture}.rope.dimension_sections" in header.metadata
+    if not has_sections or module.stem not in ("attn_q", "attn_k"):
+        return as_is(module)
+    n_head = header.n_head if module.stem == "attn_q" else header.n_head_kv
+    n_rotary = header.count("rope.dimension_count")
+    rows = neox_rows(module.n_out, n_head, n_rotary)
+    return (Part(module.name, rows),)
 
 
-def packed_rope_pairs(name: str, header: GgufHeader, shape: tuple[int, int]) -> tuple[Part, ...]:
+def packed_rope_pairs(module: Module) -> Parts:
     """HF's one projection has q, then k, then v; q and k are in the order of ggml's rope."""
-    if not name.endswith(".attn_qkv"):
-        return rope_pairs(name, header, shape)
-    n_head, n_head_kv = header.n_head, header.n_head_kv
-    if shape[0] % (n_head + 2 * n_head_kv):
-        raise LayoutError(
-            f"{shape[0]} rows, which {n_head} heads and {n_head_kv} keys cannot share"
-        )
-    n_dim = shape[0] // (n_head + 2 * n_head_kv)
-    rows = np.split(np.arange(shape[0]), [n_head * n_dim, (n_head + n_head_kv) * n_dim])
-    return _q_k_v(name, header, rows)
+    if module.stem != "attn_qkv":
+        return rope_pairs(module)
+    n_head = module.header.n_head
+    n_head_kv = module.header.n_head_kv
+    if module.n_out % (n_head + 2 * n_head_kv):
+        raise module.unshared(f"{n_head} heads and {n_head_kv} keys")
+    n_dim = module.n_out // (n_head + 2 * n_head_kv)
+    k_begin = n_head * n_dim
+    v_begin = k_begin + n_head_kv * n_dim
+    rows = np.split(np.arange(module.n_out), [k_begin, v_begin])
+    return _q_k_v(module, rows)
 
 
-def grouped_rope_pairs(name: str, header: GgufHeader, shape: tuple[int, int]) -> tuple[Part, ...]:
+def grouped_rope_pairs(module: Module) -> Parts:
     """HF's one projection has q, k and v group by group; rows as of `packed_rope_pairs`."""
-    if not name.endswith(".attn_qkv"):
-        return rope_pairs(name, header, shape)
-    return _q_k_v(name, header, grouped_rows(shape[0], header.n_head, header.n_head_kv))
+    if module.stem != "attn_qkv":
+        return rope_pairs(module)
+    return _q_k_v(module, grouped_rows(module))
 
 
-def _q_k_v(name: str, header: GgufHeader, rows: Sequence[Index]) -> tuple[Part, ...]:
+def _q_k_v(module: Module, rows: Sequence[Index]) -> Parts:
     """rows  [n_out] of each  where HF has q, k and v"""
-    block = name.removesuffix("attn_qkv")
     q, k, v = rows
+    q_turned = q[rope_rows(len(q), module.header.n_head)]
+    k_turned = k[rope_rows(len(k), module.header.n_head_kv)]
     return (
-        Part(f"{block}attn_q", q[rope_rows(len(q), header.n_head)]),
-        Part(f"{block}attn_k", k[rope_rows(len(k), header.n_head_kv)]),
-        Part(f"{block}attn_v", v),
+        Part(module.beside("attn_q"), q_turned),
+        Part(module.beside("attn_k"), k_turned),
+        Part(module.beside("attn_v"), v),
     )
 
 
-def granite_rows(name: str, header: GgufHeader, shape: tuple[int, int]) -> tuple[Part, ...]:
+def granite_rows(module: Module) -> Parts:
     """A shared MLP's first projection is cut into gate and up, named as a block without experts
     has them where it has none; rows of q and k are in the order of ggml's rope."""
-    block, _, stem = name.rpartition(".")
-    end = "_shexp" if f"{block}.ffn_gate_shexp.weight" in header.tensors else ""
-    if stem == "ffn_gate_up":
-        rows = _in_halves(shape[0])
-        return (Part(f"{block}.ffn_gate{end}", rows[0]), Part(f"{block}.ffn_up{end}", rows[1]))
-    if stem == "ffn_down_shexp":
-        return (Part(f"{block}.ffn_down{end}"),)
-    return rope_pairs(name, header, shape)
+    gate = module.beside("ffn_gate_shexp.weight")
+    end = "_shexp" if gate in module.header.tensors else ""
+    if module.stem == "ffn_gate_up":
+        return _in_halves(module, (f"ffn_gate{end}", f"ffn_up{end}"))
+    if module.stem == "ffn_down_shexp":
+        return (Part(module.beside(f"ffn_down{end}")),)
+    return rope_pairs(module)
 
 
-def qwen3next_rows(name: str, header: GgufHeader, shape: tuple[int, int]) -> tuple[Part, ...]:
+def qwen3next_rows(module: Module) -> Parts:
     """Linear attention's first projection has a key's q, k, values and their gates together."""
-    if not name.endswith(".ssm_in"):
-        return (Part(name),)
-    n_key, n_value = header.count("ssm.group_count"), header.count("ssm.time_step_rank")
-    n_dim, n_inner = header.count("ssm.state_size"), header.count("ssm.inner_size")
-    if shape[0] != 2 * (n_key * n_dim + n_inner) or n_inner % n_key:
-        raise LayoutError(f"{shape[0]} rows, which {n_value} values and {n_key} keys cannot share")
-    rows = np.arange(shape[0]).reshape(n_key, -1)
-    q, k, v, z = np.split(rows, [n_dim, 2 * n_dim, 2 * n_dim + n_inner // n_key], axis=1)
-    block = name.removesuffix("ssm_in")
-    qkv = np.concatenate([q.reshape(-1), k.reshape(-1), v.reshape(-1)])
-    return (Part(f"{block}attn_qkv", qkv), Part(f"{block}attn_gate", z.reshape(-1)))
+    if module.stem != "ssm_in":
+        return as_is(module)
+    n_key = module.header.count("ssm.group_count")
+    n_value = module.header.count("ssm.time_step_rank")
+    n_dim = module.header.count("ssm.state_size")
+    n_inner = module.header.count("ssm.inner_size")
+    n_expected = 2 * (n_key * n_dim + n_inner)
+    if module.n_out != n_expected or n_inner % n_key:
+        raise module.unshared(f"{n_value} values and {n_key} keys")
+    rows = np.arange(module.n_out).reshape(n_key, -1)
+    values_end = 2 * n_dim + n_inner // n_key
+    q, k, v, z = np.split(rows, [n_dim, 2 * n_dim, values_end], axis=1)
+    qkv = [part.reshape(-1) for part in (q, k, v)]
+    return (
+        Part(module.beside("attn_qkv"), np.concatenate(qkv)),
+        Part(module.beside("attn_gate"), z.reshape(-1)),
+    )
 
 
-def qwen35_rows(name: str, header: GgufHeader, shape: tuple[int, int]) -> tuple[Part, ...]:
+def qwen35_rows(module: Module) -> Parts:
     """Linear attention's values are tiled over the keys, where HF has them key by key."""
-    stem = name.rpartition(".")[2]
-    if stem not in ("attn_qkv", "attn_gate", "ssm_alpha", "ssm_beta", "ssm_out"):
-        return (Part(name),)
-    n_key, n_value = header.count("ssm.group_count"), header.count("ssm.time_step_rank")
-    if stem == "ssm_out":
-        return (Part(name, columns=tiled_rows(shape[1], n_key, n_value)),)
-    n_before = 2 * n_key * header.count("ssm.state_size") if stem == "attn_qkv" else 0  # q and k
-    values = n_before + tiled_rows(max(shape[0] - n_before, 0), n_key, n_value)
-    return (Part(name, np.concatenate([np.arange(n_before), values])),)
+    if module.stem not in ("attn_qkv", "attn_gate", "ssm_alpha", "ssm_beta", "ssm_out"):
+        return as_is(module)
+    n_key = module.header.count("ssm.group_count")
+    n_value = module.header.count("ssm.time_step_rank")
+    if module.stem == "ssm_out":
+        columns = tiled_rows(module.n_in, n_key, n_value)
+        return (Part(module.name, columns=columns),)
+    n_before = 0
+    if module.stem == "attn_qkv":  # q and k come first
+        n_before = 2 * n_key * module.header.count("ssm.state_size")
+    n_tiled = max(module.n_out - n_before, 0)
+    values = n_before + tiled_rows(n_tiled, n_key, n_value)
+    rows = np.concatenate([np.arange(n_before), values])
+    return (Part(module.name, rows),)
 
 
 def halves(**fused: tuple[str, str]) -> Layout:
     """Make a layout that cuts each of some fused stems into two tensors of one size."""
 
-    def cut(name: str, header: GgufHeader, shape: tuple[int, int]) -> tuple[Part, ...]:
-        block, _, stem = name.rpartition(".")
-        if stem not in fused:
-            return (Part(name),)
-        rows = _in_halves(shape[0])
-        return tuple(Part(f"{block}.{part}", rows[i]) for i, part in enumerate(fused[stem]))
+    def cut(module: Module) -> Parts:
+        if module.stem not in fused:
+            return as_is(module)
+        return _in_halves(module, fused[module.stem])
 
     return cut
 
 
-def _in_halves(n_row: int) -> Index:
-    """returns  [2, n_row / 2]"""
-    if n_row % 2:
-        raise LayoutError(f"{n_row} rows, which two tensors cannot share")
-    return np.arange(n_row).reshape(2, -1)
+def _in_halves(module: Module, stems: tuple[str, str]) -> Parts:
+    """Cut the rows into those of two tensors of the same block."""
+    if module.n_out % 2:
+        raise module.unshared("two tensors")
+    first, second = np.arange(module.n_out).reshape(2, -1)
+    return (
+        Part(module.beside(stems[0]), first),
+        Part(module.beside(stems[1]), second),
+    )
 
 
 # The layouts that ARCH_FACTS names.
-_BY_NAME: Mapping[str, Layout] = {
-    layout.__name__: layout
-    for layout in (
-        as_is,
-        rope_pairs,
-        grouped_qkv,
-        glm4_rows,
-        packed_rope_pairs,
-        grouped_rope_pairs,
-        granite_rows,
-        qwen3next_rows,
-        qwen35_rows,
-    )
-}
-
-
-def _layout(named: str | Mapping[str, tuple[str, str]]) -> Layout:
-    return _BY_NAME[named] if isinstance(named, str) else halves(**named)
-
+_LAYOUTS = (
+    as_is,
+    rope_pairs,
+    grouped_qkv,
+    glm4_rows,
+    packed_rope_pairs,
+    grouped_rope_pairs,
+    granite_rows,
+    qwen3next_rows,
+    qwen35_rows,
+)
+_BY_NAME: Mapping[str, Layout] = {layout.__name__: layout for layout in _LAYOUTS}
 
 # general.architecture -> how its modules lie
-ARCHITECTURES: Mapping[str, Layout] = {
-    name: _layout(facts.layout) for name, facts in ARCH_FACTS.items() if facts.layout
-}
+ARCHITECTURES: dict[str, Layout] = {}
+# Why adapters are refused -> for which architectures
+REASONS: dict[str, list[str]] = {why: [] for why in WHY.values()}
+# Architecture -> why its adapters are refused
+REFUSED: dict[str, str] = {}
+
+for _name, _facts in ARCH_FACTS.items():
+    if _facts.refused:
+        REASONS[WHY[_facts.refused]].append(_name)
+        REFUSED[_name] = WHY[_facts.refused]
+    elif isinstance(_facts.layout, str):
+        ARCHITECTURES[_name] = _BY_NAME[_facts.layout]
+    else:
+        ARCHITECTURES[_name] = halves(**_facts.layout)
+
 # Those whose experts may be adapted: in HF and in a GGUF alike, each has gate, up and down.
 MIXTURES = tuple(name for name, facts in ARCH_FACTS.items() if facts.experts)
-# Why adapters are refused -> for which architectures
-REASONS: Mapping[str, tuple[str, ...]] = {
-    why: tuple(name for name, facts in ARCH_FACTS.items() if facts.refused == key)
-    for key, why in WHY.items()
-}
-REFUSED: Mapping[str, str] = {name: why for why, names in REASONS.items() for name in names}

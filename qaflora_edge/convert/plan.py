@@ -203,7 +203,7 @@ def _mapped(pair: _Pair, module: PeftModule, name_map: gguf.TensorNameMap) -> st
 
 def _place(
     pair: _Pair, module: PeftModule, layout: layouts.Layout, name_map: gguf.TensorNameMap
-) -> tuple[layouts.Part, ...]:
+) -> layouts.Parts:
     """Give the tensors of the base that a module goes to, and the order of its rows there."""
     name = _mapped(pair, module, name_map)
     stem = name.rpartition(".")[2]
@@ -214,7 +214,7 @@ def _place(
             "Train a plain LoRA."
         )
     try:
-        return layout(name, pair.header, (module.n_out, module.n_in))
+        return layout(layouts.Module(name, pair.header, module.n_out, module.n_in))
     except layouts.LayoutError as error:
         raise pair.mismatch(f"module {module.name} has {error}.") from error
 

@@ -61,27 +61,30 @@ class PlannedModule(Target):
 
     def shape(self, side: str) -> tuple[int, ...]:
         """Give the shape of lora_a or lora_b in the file, in numpy order."""
-        n_in, rank = self.source.n_in, self.rank
         if side == "b":
-            return self.n_out, rank
-        # llama.cpp 0c1e5709, llama-graph.cpp build_inp_embd takes rows of A by token.
-        return (n_in, rank) if self.source.is_embedding else (rank, n_in)
+            return self.n_out, self.rank
+        if self.source.is_embedding:
+            # llama.cpp 0c1e5709, llama-graph.cpp build_inp_embd takes rows of A by token.
+            return self.source.n_in, self.rank
+        return self.rank, self.source.n_in
 
     def slices(self, side: str) -> Iterator[tuple[Any, F32]]:
         """Read lora_a or lora_b by slices of rows: their places in the file, and [some rows, n]."""
         values = self.source.read_a() if side == "a" else self.source.read_b()
         if side == "a" and self.source.is_embedding:
             values = values.T
-        n_row = max(1, SLICE_VALUES // values.shape[1])
-        for begin in range(0, self.shape(side)[0], n_row):
-            place = slice(begin, begin + n_row)
+        n_row = self.shape(side)[0]
+        n_row_of_slice = max(1, SLICE_VALUES // values.shape[1])
+        for begin in range(0, n_row, n_row_of_slice):
+            place = slice(begin, begin + n_row_of_slice)
             if side == "b":
                 rows = place if self.rows is None else self.rows[place]
-                yield place, _scaled(values[rows], self.factor)
-            elif self.columns is None:
-                yield place, values[place]
+                part = _scaled(values[rows], self.factor)
             else:
-                yield place, values[place][:, self.columns]
+                part = values[place]
+                if self.columns is not None:
+                    part = part[:, self.columns]
+            yield place, part
 
 
 @dataclass(frozen=True)
@@ -112,9 +115,9 @@ class SingleExperts(_Experts):
 
     def slices(self, side: str) -> Iterator[tuple[Any, F32]]:
         """Read lora_a or lora_b expert by expert, as `PlannedModule.slices` does."""
-        n_row = self.shape(side)[1]
+        _, n_row, n_column = self.shape(side)
         for expert in range(self.n_expert):
-            values = np.zeros(self.shape(side)[1:], np.float32)
+            values = np.zeros((n_row, n_column), np.float32)
             if expert in self.experts:
                 module, factor = self.experts[expert]
                 if side == "a":
@@ -138,12 +141,14 @@ class StackedExperts(_Experts):
 
     def slices(self, side: str) -> Iterator[tuple[Any, F32]]:
         """Read lora_a or lora_b expert by expert, as `PlannedModule.slices` does."""
-        if (side == "a") != self.is_swapped:
+        is_from_a = (side == "a") != self.is_swapped
+        if is_from_a:
             stacked = self.source.read_a().reshape(self.n_expert, self.rank, -1)
         elif self.source.is_b_by_expert:
             stacked = self.source.read_b().reshape(self.n_expert, -1, self.rank)
         else:  # the experts lie side by side in each rank
-            stacked = np.moveaxis(self.source.read_b().reshape(-1, self.rank, self.n_expert), 2, 0)
+            side_by_side = self.source.read_b().reshape(-1, self.rank, self.n_expert)
+            stacked = np.moveaxis(side_by_side, 2, 0)
         n_row = self.shape(side)[1]
         for expert, values in enumerate(stacked):
             matrix = values.T if self.is_swapped else values
@@ -166,11 +171,15 @@ class MixedModule:
 
     def shape(self, side: str) -> tuple[int, ...]:
         """Give the shape of lora_a or lora_b in the file, in numpy order."""
-        return self.a.shape if side == "a" else self.b.shape
+        return self._values(side).shape
 
     def slices(self, side: str) -> Iterator[tuple[Any, F32]]:
         """Give lora_a or lora_b as one slice, as `PlannedModule.slices` does."""
-        yield slice(None), (self.a if side == "a" else self.b).reshape(-1, self.shape(side)[-1])
+        values = self._values(side)
+        yield slice(None), values.reshape(-1, values.shape[-1])
+
+    def _values(self, side: str) -> F32:
+        return self.a if side == "a" else self.b
 
 
 Planned = PlannedModule | SingleExperts | StackedExperts
@@ -178,4 +187,6 @@ Written = Planned | MixedModule
 
 
 def _scaled(values: F32, factor: float) -> F32:
-    return values if factor == 1.0 else values * np.float32(factor)
+    if factor == 1.0:
+        return values
+    return values * np.float32(factor)

@@ -19,7 +19,9 @@ from qaflora_edge.errors import ConversionError
 from qaflora_edge.formats.adapter import AdapterInfo, read_adapter_gguf, read_pair
 from qaflora_edge.progress import TellBytes, silent
 
-TILE_ROWS, TILE_COLUMNS = 128, 128  # of a delta that are in memory; whole blocks of 8 bits
+# Of a delta that are in memory.
+TILE_ROWS = 128
+TILE_COLUMNS = 128  # whole blocks of 8 bits
 FLOAT32_ROUNDING = 2.0**-22  # of alpha, of the factor in B and of their product, with room
 # The largest error of rounding a value, relative to it, and the smallest for tiny ones.
 _ROUNDING = {
@@ -83,11 +85,12 @@ def verify_conversion(
     """
     info = read_adapter_gguf(path)
     names = {module.base_name for module in modules}
-    if info.ranks.keys() != names:
-        odd = sorted(info.ranks.keys() ^ names)[0]
-        found = "missing" if odd in names else "there"
+    odd_names = sorted(info.ranks.keys() ^ names)
+    if odd_names:
+        odd = odd_names[0]
+        state = "missing" if odd in names else "there"
         raise ConversionError(
-            f"The conversion is wrong: tensor {odd} is {found} in the file; expected the "
+            f"The conversion is wrong: tensor {odd} is {state} in the file; expected the "
             f"{len(names)} modules of the adapter. Nothing was kept; please report this.",
             (),
         )
@@ -109,15 +112,13 @@ def verify_conversion(
 
 
 def _check_module(info: AdapterInfo, module: Planned) -> ModuleCheck:
-    kinds = [info.tensors[f"{module.base_name}.lora_{side}"].ggml_type for side in "ab"]
     scale = info.alpha / info.ranks[module.base_name]
-    is_embedding = isinstance(module, PlannedModule) and module.source.is_embedding
     largest = np.zeros(2)  # the largest difference, and share of what is allowed
-    pairs = zip(source_deltas(module), stored_deltas(info, module), strict=True)
-    for source, stored in pairs:
-        allowed = _allowed(source, kinds, scale, is_embedding)
+    for source, stored in zip(source_deltas(module), stored_deltas(info, module), strict=True):
+        allowed = _allowed(source, info, module, scale)
         largest = np.maximum(largest, _compare(source, stored, allowed))  # it keeps NaN
-    return ModuleCheck(module.name, module.base_name, *map(float, largest))
+    difference, of_allowed = largest.tolist()
+    return ModuleCheck(module.name, module.base_name, difference, of_allowed)
 
 
 def _compare(source: Delta, stored: Delta, allowed: F64) -> F64:
@@ -127,9 +128,12 @@ def _compare(source: Delta, stored: Delta, allowed: F64) -> F64:
     returns  [2]
     """
     largest = np.zeros(2)
-    for columns in _tiles(source.right.shape[1], TILE_COLUMNS):
-        right, stored_right = source.columns(columns), stored.columns(columns)
-        for rows in _tiles(len(source.left), TILE_ROWS):
+    n_row = len(source.left)
+    n_column = source.right.shape[1]
+    for columns in _tiles(n_column, TILE_COLUMNS):
+        right = source.columns(columns)
+        stored_right = stored.columns(columns)
+        for rows in _tiles(n_row, TILE_ROWS):
             with np.errstate(all="ignore"):  # a file that is wrong may hold anything
                 difference = stored.rows(rows) @ stored_right
                 difference -= source.rows(rows) @ right
@@ -139,32 +143,39 @@ def _compare(source: Delta, stored: Delta, allowed: F64) -> F64:
     return largest
 
 
-def _allowed(
-    source: Delta, kinds: Sequence[GGMLQuantizationType], scale: float, is_embedding: bool
-) -> F64:
+def _allowed(source: Delta, info: AdapterInfo, module: Planned, scale: float) -> F64:
     """Bound the change of each row of a delta by rounding its two sides to the file's types.
 
     scale    of the file, which its left is stored without
     returns  [n_out]  the largest change of an entry of the row
     """
+    kind_a = info.tensors[f"{module.base_name}.lora_a"].ggml_type
+    kind_b = info.tensors[f"{module.base_name}.lora_b"].ggml_type
     # Blocks of 8 bits lie along the rows of the file: the ranks of an embedding's A and of B.
+    is_embedding = isinstance(module, PlannedModule) and module.source.is_embedding
     axis = 0 if is_embedding else 1
-    size_right = error_right = np.zeros(1)  # [rank]  the largest of each rank
-    for columns in _tiles(source.right.shape[1], TILE_COLUMNS):
+    n_row = len(source.left)
+    rank, n_column = source.right.shape
+    size_right = np.zeros(rank)  # the largest of each rank
+    error_right = np.zeros(rank)
+    for columns in _tiles(n_column, TILE_COLUMNS):
         right = source.columns(columns)
+        errors = _rounding(right, kind_a, axis)
         size_right = np.maximum(size_right, np.abs(right).max(axis=1))
-        error_right = np.maximum(error_right, _rounding(right, kinds[0], axis).max(axis=1))
-    allowed = np.empty(len(source.left))
-    for rows in _tiles(len(source.left), TILE_ROWS):
+        error_right = np.maximum(error_right, errors.max(axis=1))
+    allowed = np.empty(n_row)
+    for rows in _tiles(n_row, TILE_ROWS):
         left = source.rows(rows) / scale
-        error_left = _rounding(left, kinds[1], axis=1)
-        by_row = (np.abs(left) + error_left) @ error_right + error_left @ size_right
-        allowed[rows] = abs(scale) * by_row
+        error_left = _rounding(left, kind_b, axis=1)
+        by_right = (np.abs(left) + error_left) @ error_right
+        by_left = error_left @ size_right
+        allowed[rows] = abs(scale) * (by_right + by_left)
     return allowed
 
 
 def _tiles(n: int, n_tile: int) -> Iterator[slice]:
-    return (slice(begin, begin + n_tile) for begin in range(0, n, n_tile))
+    for begin in range(0, n, n_tile):
+        yield slice(begin, begin + n_tile)
 
 
 def _rounding(values: F64, kind: GGMLQuantizationType, axis: int) -> F64:
@@ -172,7 +183,8 @@ def _rounding(values: F64, kind: GGMLQuantizationType, axis: int) -> F64:
     size = np.abs(values)
     if kind == GGMLQuantizationType.Q8_0:
         relative, smallest = _Q8_0_ROUNDING
-        rounded = np.broadcast_to(size.max(axis=axis, keepdims=True), size.shape) * relative
+        largest = size.max(axis=axis, keepdims=True)
+        rounded = np.broadcast_to(largest, size.shape) * relative
     else:
         relative, smallest = _ROUNDING[kind]
         rounded = size * relative
@@ -186,23 +198,28 @@ def source_deltas(module: Planned) -> Iterator[Delta]:
     """The deltas that the source says: one, or that of each expert; in the tensor's order."""
     source = module.source
     if isinstance(module, PlannedModule):
-        rows, columns = _all_or(module.rows), _all_or(module.columns)
-        yield Delta(source.read_b()[rows], source.read_a()[:, columns], source.scale)
+        left = source.read_b()[_all_or(module.rows)]
+        right = source.read_a()[:, _all_or(module.columns)]
+        yield Delta(left, right, source.scale)
     elif isinstance(module, SingleExperts):
-        nothing = np.zeros((module.n_out, 1), np.float32), np.zeros((1, module.n_in), np.float32)
+        no_left = np.zeros((module.n_out, 1), np.float32)
+        no_right = np.zeros((1, module.n_in), np.float32)
         for expert in range(module.n_expert):
             if expert in module.experts:
                 single, _ = module.experts[expert]
                 yield Delta(single.read_b(), single.read_a(), single.scale)
             else:
-                yield Delta(*nothing, 1.0)
+                yield Delta(no_left, no_right, 1.0)
     else:  # by PEFT's rule, "o r e, e r i"; by MLX's, b[e] @ a[e]
-        b, n_expert = source.read_b(), source.n_expert
-        b_of = [b[:, expert::n_expert] for expert in range(n_expert)]
+        n_expert = source.n_expert
+        by_expert_a = np.split(source.read_a(), n_expert)
+        stacked_b = source.read_b()
         if source.is_b_by_expert:
-            b_of = np.split(b, n_expert)
-        for own_a, own_b in zip(np.split(source.read_a(), n_expert), b_of, strict=True):
-            left, right = (own_a.T, own_b.T) if module.is_swapped else (own_b, own_a)
+            by_expert_b = np.split(stacked_b, n_expert)
+        else:
+            by_expert_b = [stacked_b[:, expert::n_expert] for expert in range(n_expert)]
+        for a, b in zip(by_expert_a, by_expert_b, strict=True):
+            left, right = (a.T, b.T) if module.is_swapped else (b, a)
             yield Delta(left[_all_or(module.rows)], right, source.scale)
 
 
@@ -214,7 +231,8 @@ def stored_deltas(info: AdapterInfo, module: Planned) -> Iterator[Delta]:
     """The deltas that the file says, as a runtime reads it: one, or that of each expert."""
     a, b, scale = read_pair(info, module.base_name)
     if isinstance(module, PlannedModule):
-        yield Delta(b, a.T if module.source.is_embedding else a, scale)
+        right = a.T if module.source.is_embedding else a
+        yield Delta(b, right, scale)
     else:
-        for own_a, own_b in zip(a, b, strict=True):
-            yield Delta(own_b, own_a, scale)
+        for expert_a, expert_b in zip(a, b, strict=True):
+            yield Delta(expert_b, expert_a, scale)
