@@ -58,8 +58,8 @@ def test_a_prompt_ends_in_a_piece_that_the_next_turn_has_too() -> None:
     assert cut_tokens(first, chunks) == [91, 85]
     second = [*first, *answer, *[4] * 66, 9, *opening]
     assert cut_tokens(second, chunks) == [91, 85, 71, 71]
-    assert chunks.n_alike(first, second) == 176
-    assert chunks.n_alike(first, [*system, *second[100:]]) == 91
+    assert chunks.n_shared(first, second) == 176
+    assert chunks.n_shared(first, [*system, *second[100:]]) == 91
 
 
 def test_prompts_are_alike_as_far_as_all_their_cuts_are() -> None:
@@ -77,7 +77,7 @@ def test_prompts_are_alike_as_far_as_all_their_cuts_are() -> None:
             for i, at in enumerate(cuts[0])
             if cuts[1][: i + 1] == cuts[0][: i + 1] and at <= min(n_same, len(b) - 1)
         ]
-        assert chunks.n_alike(a, b) == max(alike, default=0)
+        assert chunks.n_shared(a, b) == max(alike, default=0)
         n_found += len(alike) > 0
     assert n_found > 500
 

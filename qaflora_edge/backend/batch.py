@@ -138,7 +138,7 @@ class Chunks:
                 return tuple(tokens[len(tokens) - n :])
         return ()
 
-    def n_alike(
+    def n_shared(
         self,
         read: Sequence[int],
         tokens: Sequence[int],

@@ -84,9 +84,10 @@ class Slot:
             return 0
         n_there = self.n_exact if is_soon else min(self.n_exact, len(self.tokens))
         tail: Any = {"n_tail": request.n_tail, "n_there": n_there}
-        n_alike, cut = chunks.n_alike(self.prompt, request.tokens, **tail), 0
-        if sequence.listener is None or n_alike <= sequence.listener.start:
-            return n_alike
+        n_shared = chunks.n_shared(self.prompt, request.tokens, **tail)
+        if sequence.listener is None or n_shared <= sequence.listener.start:
+            return n_shared
+        cut = 0
         while (end := request.chunk_end(chunks, cut)) <= sequence.listener.start:
             cut = end
         return cut

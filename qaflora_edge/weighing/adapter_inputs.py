@@ -38,15 +38,27 @@ def _on_one_thread() -> Iterator[None]:
 
 def _common(infos: Sequence[AdapterInfo], layer: int, kinds: Sequence[str]) -> list[str]:
     """List the tensors of a layer that all of these adapters adapt."""
-    names = (f"blk.{layer}.{kind}.weight" for kind in kinds)
-    return [name for name in names if all(name in info.ranks for info in infos)]
+    common = []
+    for kind in kinds:
+        name = f"blk.{layer}.{kind}.weight"
+        if all(name in info.ranks for info in infos):
+            common.append(name)
+    return common
 
 
 def _matrix(info: AdapterInfo, name: str) -> F64:
     """Read a module as P [n, n_embd] with |P x| = |scale B A x| for every x; n is at most rank."""
     a, b, scale = read_pair(info, name)
-    r = np.linalg.qr(np.asarray(b, np.float64), mode="r")
-    return np.asarray(scale * (r @ np.asarray(a, np.float64)))
+    wide_a = np.asarray(a, np.float64)
+    wide_b = np.asarray(b, np.float64)
+    r = np.linalg.qr(wide_b, mode="r")  # B = QR, and |QRx| = |Rx|
+    return np.asarray(scale * (r @ wide_a))
+
+
+def _direction(matrix: F64) -> F64:
+    """Give the unit vector v with the largest |P v|, up to its sign: [1, n_embd]."""
+    _, _, right = np.linalg.svd(matrix, full_matrices=False)
+    return np.asarray(right[:1])
 
 
 class AttentionInputs:
@@ -59,23 +71,21 @@ class AttentionInputs:
 
     @_on_one_thread()
     def __init__(self, infos: Sequence[AdapterInfo], n_layer: int, reading: Reading) -> None:
-        def read(info: AdapterInfo, name: str) -> F64:
-            matrix = _matrix(info, name)
-            if reading == "arrow":  # the unit vector v with the largest |P v|, up to its sign
-                return np.asarray(np.linalg.svd(matrix, full_matrices=False)[2][:1])
-            return matrix
-
         self._modules: dict[int, list[list[F64]]] = {}  # layer -> module -> adapter -> [n, n_embd]
         for layer in range(n_layer):
-            if common := _common(infos, layer, KINDS):
-                self._modules[layer] = [[read(info, name) for info in infos] for name in common]
+            for name in _common(infos, layer, KINDS):
+                matrices = [_matrix(info, name) for info in infos]
+                if reading == "arrow":
+                    matrices = list(map(_direction, matrices))
+                self._modules.setdefault(layer, []).append(matrices)
         if not self._modules:
             raise StrategyError(
                 f"Strategy {reading} compares what adapters read at the attention's projections, "
                 f"but no block has one ({', '.join(KINDS)}) that all of them adapt; use another "
                 "strategy."
             )
-        self._n_layer, self._n_adapter = n_layer, len(infos)
+        self._n_layer = n_layer
+        self._n_adapter = len(infos)
 
     @_on_one_thread()
     def sums(self, inputs: F32) -> F64:
@@ -85,13 +95,15 @@ class AttentionInputs:
         returns  float64 [2, n_adapter, n_layer], means over a layer's modules; a layer without any
                  gets the mean over the others
         """
-        sums = np.zeros((2, self._n_adapter, self._n_layer))
+        weights = np.zeros((self._n_adapter, self._n_layer))
+        measure = np.zeros((self._n_adapter, self._n_layer))
         for layer, modules in self._modules.items():
             x = inputs[:, layer].astype(np.float64)
             for matrices in modules:
-                sizes = np.stack([np.linalg.norm(x @ m.T, axis=1) for m in matrices])
-                sums[0, :, layer] += softmax(sizes).sum(axis=1) / len(modules)
-                sums[1, :, layer] += sizes.sum(axis=1) / len(modules)
+                sizes = np.stack([np.linalg.norm(x @ matrix.T, axis=1) for matrix in matrices])
+                weights[:, layer] += softmax(sizes).sum(axis=1) / len(modules)
+                measure[:, layer] += sizes.sum(axis=1) / len(modules)
+        sums = np.stack([weights, measure])
         read = list(self._modules)
         others = [layer for layer in range(self._n_layer) if layer not in self._modules]
         sums[:, :, others] = sums[:, :, read].mean(axis=2, keepdims=True)
@@ -111,12 +123,18 @@ class AttentionSizes:
         self._matrices: dict[int, tuple[F32, list[int]]] = {}
         self._layers: list[int] = []  # of each module
         for layer in range(n_layer):
-            found = [_matrix(info, name) for name in _common([info], layer, KINDS)]
-            matrices = [matrix for matrix in found if matrix.any()]
+            matrices = []
+            starts = []
+            n_row = 0
+            for name in _common([info], layer, KINDS):
+                matrix = _matrix(info, name)
+                if matrix.any():
+                    matrices.append(matrix)
+                    starts.append(n_row)
+                    n_row += len(matrix)
             if matrices:
-                starts = np.cumsum([0, *(len(matrix) for matrix in matrices[:-1])]).tolist()
                 stacked = np.concatenate(matrices).T.astype(np.float32, order="C")
-                self._matrices[layer] = stacked, starts
+                self._matrices[layer] = (stacked, starts)
                 self._layers += [layer] * len(matrices)
 
     def sums(self, inputs: F32) -> F64:
@@ -126,8 +144,10 @@ class AttentionSizes:
         """
         sums: list[float] = []
         for layer, (matrix, starts) in self._matrices.items():
-            squares = np.square(inputs[:, layer] @ matrix)
-            sums += np.sqrt(np.add.reduceat(squares, starts, axis=1)).sum(0, np.float64).tolist()
+            squares = np.square(inputs[:, layer] @ matrix)  # [n_token, n]
+            of_modules = np.add.reduceat(squares, starts, axis=1)  # [n_token, modules of the layer]
+            sizes = np.sqrt(of_modules).sum(axis=0, dtype=np.float64)
+            sums += sizes.tolist()
         return np.array(sums)
 
     def of_layers(self, sizes: F64) -> F64:
@@ -155,16 +175,19 @@ class QueryProjections:
 
     @_on_one_thread()
     def __init__(self, infos: Sequence[AdapterInfo], n_layer: int) -> None:
-        layers = range(n_layer)
-        found = [(layer, name) for layer in layers for name in _common(infos, layer, QUERIES)]
-        if not found:
-            lacking = [str(info.path) for info in infos if not {*QUERIES} & {*info.targets}]
+        common = []
+        for layer in range(n_layer):
+            for name in _common(infos, layer, QUERIES):
+                common.append((layer, name))
+        if not common:
+            queries = set(QUERIES)
+            lacking = [str(info.path) for info in infos if queries.isdisjoint(info.targets)]
             raise StrategyError(
                 "Strategy norm compares what adapters add to one query projection, but no block's "
                 f"is adapted by all of them ({', '.join(lacking) or 'they adapt different blocks'})"
                 "; use another strategy."
             )
-        self._layer, name = found[-1]
+        self._layer, name = common[-1]
         self._matrices = [_matrix(info, name) for info in infos]
 
     @_on_one_thread()
@@ -174,4 +197,5 @@ class QueryProjections:
         inputs  [n_layer, n_embd]  x at every layer
         """
         x = inputs[self._layer].astype(np.float64)
-        return np.array([np.linalg.norm(matrix @ x) for matrix in self._matrices])
+        sizes = [np.linalg.norm(matrix @ x) for matrix in self._matrices]
+        return np.array(sizes)

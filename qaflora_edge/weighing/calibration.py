@@ -12,7 +12,7 @@ from qaflora_edge.weighing.numbers import typical_divergence
 from qaflora_edge.weighing.strategy import Query
 
 # One number a layer: the geometric mean of the KL at the last token, or of the question's states.
-LAYERS = tuple(f"{place}{lens}" for place in ("", "question_") for lens in LENSES)
+LAYERS = (*LENSES, *(f"question_{lens}" for lens in LENSES))
 # Mean and spread of `extent` of Probe.added, and each prompt's distance from the mean in spreads,
 # by passes of the base alone: at the last token and in the question of a first turn, at the last
 # token of plain text, and at both places of a later turn.
@@ -32,7 +32,8 @@ def extent(measured: F64) -> F64:
     measured  [n_adapter, n_layer]  >= 0, in any unit
     returns   [n_adapter]
     """
-    return np.asarray(np.log(measured + _EPS).mean(axis=1))
+    logs = np.log(measured + _EPS)  # [n_adapter, n_layer]
+    return np.asarray(logs.mean(axis=1))
 
 
 def above_typical(query: Query, key: str, measured: F64) -> F64:
@@ -41,9 +42,14 @@ def above_typical(query: Query, key: str, measured: F64) -> F64:
     key       one of EXTENTS
     measured  [n_adapter, n_layer]
     """
-    typical = [query.typical[name][key] for name in query.adapters]
-    mean, spread = (np.array([each[part] for each in typical]) for part in ("mean", "spread"))
-    return np.asarray((extent(measured) - mean) / spread)
+    means = []
+    spreads = []
+    for name in query.adapters:
+        typical = query.typical[name][key]
+        means.append(typical["mean"])
+        spreads.append(typical["spread"])
+    above_mean = extent(measured) - np.array(means)
+    return np.asarray(above_mean / np.array(spreads))
 
 
 def unusual(query: Query, measured: Mapping[str, F64]) -> F64:
@@ -55,22 +61,41 @@ def unusual(query: Query, measured: Mapping[str, F64]) -> F64:
     by correlation over the neutral prompts, times three quarters of its slope, as these are few.
     Near copies predict nothing, or versions of one adapter would hide each other.
     """
-    typical = [
-        [query.typical[name][key].get("each", ()) for key in measured] for name in query.adapters
-    ]
-    n = min(len(each) for keys in typical for each in keys)
-    prompts = np.array([[each[:n] for each in keys] for keys in typical], np.float64)
-    alike = np.einsum("akn,bkn->ab", prompts, prompts) / max(len(measured) * n, 1)
-    shares = np.where(alike < _COPY, np.maximum(alike, 0), 0)
+    n_place = len(measured)
+    prompts = _neutral_distances(query, list(measured))  # [n_adapter, n_place, n_prompt]
+    n_prompt = max(prompts.shape[-1], 1)
+    correlation = np.einsum("akn,bkn->ab", prompts, prompts) / (n_place * n_prompt)
+    shares = np.where(correlation < _COPY, np.maximum(correlation, 0), 0)  # of b in what a expects
     np.fill_diagonal(shares, 0)
     shares /= np.maximum(shares.sum(axis=1, keepdims=True), _EPS)
-    own, above = prompts.sum(axis=1), sum(above_typical(query, *each) for each in measured.items())
-    expected = shares @ own
-    products = (own**2, own * expected, expected**2)
-    variance, shared, of_expected = (each.sum(axis=1) / max(n, 1) for each in products)
-    slope = 0.75 * shared / np.maximum(of_expected, _EPS)
-    spread = np.sqrt(np.maximum(variance, len(measured)) - slope**2 * of_expected)
-    return np.asarray((above - slope * (shares @ above)) / spread)
+
+    # A regression through 0 over the neutral prompts: distance = slope * expected + rest.
+    distance = prompts.sum(axis=1)  # [n_adapter, n_prompt]
+    expected = shares @ distance
+    variance = (distance**2).sum(axis=1) / n_prompt  # [n_adapter]
+    covariance = (distance * expected).sum(axis=1) / n_prompt
+    variance_expected = (expected**2).sum(axis=1) / n_prompt
+    slope = 0.75 * covariance / np.maximum(variance_expected, _EPS)
+    variance_rest = np.maximum(variance, n_place) - slope**2 * variance_expected
+
+    above = np.zeros(len(query.adapters))  # of this query
+    for key, values in measured.items():
+        above += above_typical(query, key, values)
+    rest = above - slope * (shares @ above)
+    return np.asarray(rest / np.sqrt(variance_rest))
+
+
+def _neutral_distances(query: Query, keys: Sequence[str]) -> F64:
+    """Give how far neutral prompts were from the mean, as far as all adapters have them.
+
+    returns  [n_adapter, n_key, n_prompt]  in standard deviations
+    """
+    by_adapter = []
+    for name in query.adapters:
+        by_adapter.append([query.typical[name][key].get("each", ()) for key in keys])
+    n_prompt = min(len(distances) for by_key in by_adapter for distances in by_key)
+    shared = [[distances[:n_prompt] for distances in by_key] for by_key in by_adapter]
+    return np.array(shared, np.float64)
 
 
 def adds_nothing(typical: Mapping[str, Mapping[str, float]]) -> bool:
@@ -97,26 +122,36 @@ def typical_of(
             typical[key] = _typical_sureness(np.stack(values))
         else:
             typical[key] = typical_divergence(values).tolist()
-    return {
-        name: {key: values[ia] for key, values in typical.items()}
-        for ia, name in enumerate(adapters)
-    }
+    by_adapter: dict[str, dict[str, Any]] = {}
+    for ia, name in enumerate(adapters):
+        by_adapter[name] = {key: values[ia] for key, values in typical.items()}
+    return by_adapter
 
 
 def _typical_sureness(sureness: F64) -> list[dict[str, float]]:
     """Give mean and spread of each adapter's sureness [n_prompt, n_adapter], in nats a token."""
     # Who shares a batch with a draft moves the last digits of its logits.
-    means = np.round(sureness.mean(axis=0), 4)
-    spreads = np.round(np.maximum(sureness.std(axis=0), _SPREAD_MIN), 4)
-    pairs = zip(means.tolist(), spreads.tolist(), strict=True)
-    return [{"mean": mean, "spread": spread} for mean, spread in pairs]
+    means = np.round(sureness.mean(axis=0), 4).tolist()
+    spreads = np.maximum(sureness.std(axis=0), _SPREAD_MIN)
+    spreads = np.round(spreads, 4).tolist()
+    typical = []
+    for mean, spread in zip(means, spreads, strict=True):
+        typical.append({"mean": mean, "spread": spread})
+    return typical
 
 
 def _mean_and_spread(measured: Sequence[F64]) -> list[dict[str, Any]]:
-    extents = np.stack([extent(each) for each in measured])
-    means, spreads = extents.mean(axis=0), np.maximum(extents.std(axis=0), _SPREAD_MIN)
-    distances = np.round((extents - means) / spreads, 3).T
-    return [
-        {"mean": float(m), "spread": float(s), "each": each.tolist()}
-        for m, s, each in zip(means, spreads, distances, strict=True)
-    ]
+    """Give mean and spread of each adapter's extent, and each prompt's distance from the mean."""
+    extents = np.stack([extent(of_prompt) for of_prompt in measured])  # [n_prompt, n_adapter]
+    means = extents.mean(axis=0)
+    spreads = np.maximum(extents.std(axis=0), _SPREAD_MIN)
+    distances = np.round((extents - means) / spreads, 3)
+    typical = []
+    for ia in range(len(means)):
+        row = {
+            "mean": float(means[ia]),
+            "spread": float(spreads[ia]),
+            "each": distances[:, ia].tolist(),
+        }
+        typical.append(row)
+    return typical

@@ -20,8 +20,9 @@ class _Fixed(Strategy):
     def weigh(self, query: Query, probe: Probe, argument: Mapping[str, float]) -> F32:
         import numpy as np
 
-        column = np.array([argument.get(name, 0.0) for name in query.adapters], np.float32)
-        return np.repeat(column[:, None], query.n_layer, axis=1)
+        weights = [argument.get(name, 0.0) for name in query.adapters]
+        column = np.array(weights, np.float32)[:, None]
+        return np.repeat(column, query.n_layer, axis=1)
 
 
 class Static(_Fixed):
@@ -40,7 +41,8 @@ class Single(_Fixed):
 
     name = "single"
     help = "one adapter alone"
-    argument, needs_argument = "NAME", True
+    argument = "NAME"
+    needs_argument = True
     is_base_prefilled = True
 
     def parse(self, argument: str, adapters: Sequence[str], text: str) -> dict[str, float]:
@@ -52,7 +54,8 @@ class Manual(_Fixed):
 
     name = "manual"
     help = "by given weights, the same at every layer"
-    argument, needs_argument = "NAME=W,NAME=W", True
+    argument = "NAME=W,NAME=W"
+    needs_argument = True
 
     def parse(self, argument: str, adapters: Sequence[str], text: str) -> dict[str, float]:
         weights: dict[str, float] = {}
@@ -62,14 +65,15 @@ class Manual(_Fixed):
             if name in weights:
                 raise StrategyError(f"Strategy {text!r} names the adapter {name!r} twice.")
             try:
-                weights[name] = float(number)
+                weight = float(number)
             except ValueError:
-                weights[name] = float("nan")
-            if not abs(weights[name]) <= _LARGEST:
+                weight = float("nan")
+            if not abs(weight) <= _LARGEST:
                 raise WeightsError(
                     f"Strategy {text!r}: the weight of {name!r} is {number!r}, expected a finite "
                     "number as in manual:math=0.7,es=0.3."
                 )
+            weights[name] = weight
         return weights
 
 

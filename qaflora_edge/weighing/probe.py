@@ -6,6 +6,7 @@ Work is cut at micro-batches: a generator yields between them, for its driver's 
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -32,11 +33,20 @@ T = TypeVar("T")
 # Yields the number of prefilled tokens, or None, between micro-batches; returns its result.
 Steps = Generator[int | None, None, T]
 PLACES = ("answer", "question")  # the last token, where the answer begins; the question's mean
-# tokens, rows, and where the question stands; None: only the last token's states are captured
-_Key = tuple[tuple[int, ...], tuple[int, ...], Span | None]
-
 _N_WORTH = 64  # tokens; to prefill fewer again is as quick as to keep them
 _N_TOGETHER = 8  # short queries of one batch: the base's matrices are read once for all
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What was measured: a prompt with these adapters.
+
+    question  where it stands; None: only the last token's states are captured
+    """
+
+    tokens: tuple[int, ...]
+    rows: tuple[int, ...]
+    question: Span | None
 
 
 @contextmanager
@@ -50,10 +60,16 @@ def wiped_on_failure(context: Context) -> Iterator[None]:
 
 
 def _prefill(
-    context: Context, tokens: Sequence[int], start: int, outputs: Outputs, *, n_seq: int = 1
+    context: Context,
+    tokens: Sequence[int],
+    start: int,
+    outputs: Outputs,
+    *,
+    n_seq: int = 1,
 ) -> Steps[None]:
     """Run tokens[start:] through the first n_seq sequences, a micro-batch at a time."""
-    for at, end in context.chunks(n_seq).cut(tokens, start):
+    chunks = context.chunks(n_seq)
+    for at, end in chunks.cut(tokens, start):
         is_last = end == len(tokens)
         shown: Outputs = outputs if is_last or outputs == "all" else "none"
         context.decode(tokens[at:end], start=at, outputs=shown, n_seq=n_seq)
@@ -67,9 +83,11 @@ def _check_finite(states: F32, paths: Sequence[Path]) -> None:
     states  [..., n_seq, n_layer, n_embd]
     paths   of each sequence: the base's, or its adapter's
     """
-    if np.isfinite(states).all():
+    is_wrong = ~np.isfinite(states)
+    if not is_wrong.any():
         return
-    *_, seq, layer, _ = (int(index[0]) for index in np.nonzero(~np.isfinite(states)))
+    first = np.argwhere(is_wrong)[0]
+    seq, layer = first[-3:-1].tolist()
     raise BackendError(
         f"The state after block {layer} is NaN or infinite with {paths[seq]}, expected finite "
         "numbers; convert or fetch it again, or leave it out."
@@ -111,14 +129,18 @@ class Prefixes:
                  the rest comes out the same bits as in a prefill of all
         """
         read = context.tokens[0][:n_exact]
-        n_held = chunks.n_alike(read, tokens, n_after)
-        n_alike = [
-            chunks.n_alike(state.tokens, tokens, n_after) if other == key else 0
-            for other, state in self._entries
-        ]
-        n_kept = max(n_alike, default=0)
+        n_held = chunks.n_shared(read, tokens, n_after)
+        n_kept = 0  # tokens of the best state that is kept
+        best = -1
+        for index, (other_key, state) in enumerate(self._entries):
+            if other_key != key:
+                continue
+            n_shared = chunks.n_shared(state.tokens, tokens, n_after)
+            if n_shared > n_kept:
+                n_kept = n_shared
+                best = index
         if n_kept:
-            self._entries.append(self._entries.pop(n_alike.index(n_kept)))
+            self._entries.append(self._entries.pop(best))
         if n_kept < n_held + _N_WORTH:
             if len(read) >= n_held + _N_WORTH:
                 self.keep(key, context, n_exact)
@@ -139,12 +161,14 @@ class Prefixes:
             return
         state = context.kv_state()
         chunks = context.chunks(len(state.sequences))
-
-        def is_in(tokens: list[int]) -> bool:
-            return chunks.n_alike(state.tokens, tokens, n_after=1) == len(tokens)
-
-        kept = [each for each in self._entries if each[0] != key or not is_in(each[1].tokens)]
-        self._entries = [*kept, (key, state)]
+        kept = []
+        for other_key, other in self._entries:
+            n_shared = chunks.n_shared(state.tokens, other.tokens, n_after=1)
+            is_contained = n_shared == len(other.tokens)
+            if other_key != key or not is_contained:
+                kept.append((other_key, other))
+        kept.append((key, state))
+        self._entries = kept
         while self.n_byte > self._n_most:
             del self._entries[0]
 
@@ -203,11 +227,12 @@ class Listener(Protocol):
 
 class _Norms(Listener):
     def __init__(self, projections: QueryProjections, n_token: int) -> None:
-        self._projections, self.start = projections, n_token - 1
+        self._projections = projections
+        self.start = n_token - 1
 
     def take(self, at: int, inputs: F32) -> None:
         if at <= self.start:  # a thought may follow it
-            self._last = inputs[self.start - at :][0]
+            self._last = inputs[self.start - at]
 
     def result(self) -> F64:
         return self._projections.norms(self._last)
@@ -217,7 +242,9 @@ class _Routing(Listener):
     start = 0
 
     def __init__(self, attention: AttentionInputs) -> None:
-        self._attention, self._sums, self._n_token = attention, np.zeros(()), 0
+        self._attention = attention
+        self._sums = np.zeros(())
+        self._n_token = 0
 
     def take(self, at: int, inputs: F32) -> None:
         self._sums = self._sums + self._attention.sums(inputs)
@@ -235,24 +262,36 @@ class _Added(Listener):
     """
 
     def __init__(
-        self, sizes: Sequence[AttentionSizes], span: Span, end: int, threads: Executor
+        self,
+        sizes: Sequence[AttentionSizes],
+        question: Span,
+        end: int,
+        threads: Executor,
     ) -> None:
-        self._sizes, (self.start, self._stop), self._threads = sizes, span, threads
+        self._sizes = sizes
+        self.start, self._stop = question
         self._end = end
-        self._question: list[F64] = [np.zeros(1) for _ in sizes]
+        self._threads = threads
+        self._question: list[F64] = [np.zeros(1)] * len(sizes)  # sums over its tokens
 
     def take(self, at: int, inputs: F32) -> None:
-        inside = inputs[max(self.start - at, 0) : max(self._stop - at, 0)]
-        found = sums_of(self._sizes, inside, self._threads)
-        self._question = [q + more for q, more in zip(self._question, found, strict=True)]
+        begin = max(self.start - at, 0)
+        stop = max(self._stop - at, 0)
+        sums = sums_of(self._sizes, inputs[begin:stop], self._threads)
+        for row, more in enumerate(sums):
+            self._question[row] = self._question[row] + more
         if at < self._end:
             self._last = inputs[: self._end - at][-1:]
 
     def result(self) -> F64:
+        n_token = self._stop - self.start
         last = sums_of(self._sizes, self._last, self._threads)
-        question = [each / (self._stop - self.start) for each in self._question]
-        of_layers = AttentionSizes.of_layers
-        return np.array([list(map(of_layers, self._sizes, place)) for place in (last, question)])
+        question = [sums / n_token for sums in self._question]
+        by_place = []
+        for place in (last, question):
+            rows = zip(self._sizes, place, strict=True)
+            by_place.append([sizes.of_layers(of_modules) for sizes, of_modules in rows])
+        return np.array(by_place)
 
 
 class Prober:
@@ -277,26 +316,35 @@ class Prober:
         sizes: Sequence[AttentionSizes] = (),
         prefixes: Prefixes | None = None,
     ) -> None:
-        known = infos or [read_adapter_gguf(path) for path in pack.paths]
-
-        def read(make: Callable[..., T], rows: tuple[int, ...], *more: Any) -> T:
-            return make([known[row] for row in rows], model.n_layer, *more)
-
         self.prefixes = prefixes or Prefixes(0)
-        self._model, self._pack, self._options = model, pack, options
+        self._model = model
+        self._pack = pack
+        self._options = options
+        self._infos = infos or [read_adapter_gguf(path) for path in pack.paths]
         # Adapters' matrices as measures take them, read when first asked for.
-        self._queries = lru_cache(1)(partial(read, QueryProjections))
-        self._attention = lru_cache(2)(partial(read, AttentionInputs))
+        self._queries = lru_cache(1)(self._read_queries)
+        self._attention = lru_cache(2)(self._read_attention)
         self._sizes: Callable[[int], AttentionSizes] = sizes.__getitem__
         if not sizes:
-            self._sizes = cache(lambda row: AttentionSizes(known[row], model.n_layer))
+            self._sizes = cache(self._read_sizes)
         self._make_base = partial(Context, model, pack, is_probe=True, **options)
         self._base = GrowingContext(partial(self._make_base, n_seq=1))
         self._contexts = GrowingContext(self._make_context)
         self._threads = ThreadPoolExecutor(options.get("threads") or default_threads())
         self._rows: tuple[int, ...] = ()  # adapters of the sequences after the base's
         self._n_exact: int | None = None  # tokens held in the cuts of a whole prompt; None: all
-        self._last: tuple[_Key, F32] | None = None
+        self._last: tuple[_Measured, F32] | None = None
+
+    def _read_queries(self, rows: tuple[int, ...]) -> QueryProjections:
+        infos = [self._infos[row] for row in rows]
+        return QueryProjections(infos, self._model.n_layer)
+
+    def _read_attention(self, rows: tuple[int, ...], reading: Reading) -> AttentionInputs:
+        infos = [self._infos[row] for row in rows]
+        return AttentionInputs(infos, self._model.n_layer, reading)
+
+    def _read_sizes(self, row: int) -> AttentionSizes:
+        return AttentionSizes(self._infos[row], self._model.n_layer)
 
     def close(self) -> None:
         """Free all contexts, and threads."""
@@ -325,8 +373,10 @@ class Prober:
         end   tokens of the prompt that are weighed
         n_scored  most tokens of the question, after its first, that the base is asked about
         """
-        listener = _Added([self._sizes(row) for row in rows], span, end, self._threads)
-        listener.scored = range(span[0], min(span[0] + n_scored, span[1] - 1))
+        sizes = [self._sizes(row) for row in rows]
+        listener = _Added(sizes, span, end, self._threads)
+        start, stop = span
+        listener.scored = range(start, min(start + n_scored, stop - 1))
         listener.hears_next = n_scored > 0
         return listener
 
@@ -352,27 +402,36 @@ class Prober:
         What all have before their questions is prefilled once. Yields how many are measured.
         """
         first = queries[0].tokens
-        n_same = min(min(n_common(first, q.tokens), q.question[0]) for q in queries)
-        groups = [queries[at : at + _N_TOGETHER] for at in range(0, len(queries), _N_TOGETHER)]
-        n_token = n_same + max(sum(len(query.tokens) for query in group) for group in groups)
-        shape: Any = {"n_ctx": n_ctx_for(n_token), "n_seq": 1 + _N_TOGETHER, "is_unified": True}
-        found: list[F64] = []
-        with self._make_base(**shape) as context:
+        n_same = len(first)  # tokens that all have before their questions
+        for query in queries:
+            n_same = min(n_same, n_common(first, query.tokens), query.question[0])
+        groups = []
+        n_most = 0  # tokens of a group
+        for at in range(0, len(queries), _N_TOGETHER):
+            group = queries[at : at + _N_TOGETHER]
+            groups.append(group)
+            n_most = max(n_most, sum(len(query.tokens) for query in group))
+        n_ctx = n_ctx_for(n_same + n_most)
+        results: list[F64] = []
+        with self._make_base(n_ctx=n_ctx, n_seq=1 + _N_TOGETHER, is_unified=True) as context:
             if n_same:
                 context.decode(first[:n_same], outputs="none", n_seq=1)
             for group in groups:
+                spans = []
+                for seq, query in enumerate(group, 1):
+                    spans.append(Tokens(seq, query.tokens[n_same:], n_same, "none"))
                 for seq in range(1, context.n_seq):
                     context.copy(0, seq)
-                rests = [query.tokens[n_same:] for query in group]
                 context.capture_begin("inputs")
-                context.decode_spans([Tokens(i, r, n_same, "none") for i, r in enumerate(rests, 1)])
-                for seq, (query, rest) in enumerate(zip(group, rests, strict=True), 1):
+                context.decode_spans(spans)
+                for query, tokens in zip(group, spans, strict=True):
                     end = len(query.tokens[: query.n_weighed])
                     listener = self.added(rows, query.question, end)
-                    listener.take(n_same, context.inputs(seq, len(rest)))
-                    found.append(listener.result())
-                yield len(found)
-        return np.stack(found, axis=1)
+                    inputs = context.inputs(tokens.seq, len(tokens.tokens))
+                    listener.take(n_same, inputs)
+                    results.append(listener.result())
+                yield len(results)
+        return np.stack(results, axis=1)
 
     # the base and each adapter
 
@@ -387,9 +446,10 @@ class Prober:
 
         pool  "last": the last token's; or one of PLACES, both in one pass, of the question at span
         """
-        is_place = pool in PLACES
-        states = yield from self._measured((tuple(tokens), tuple(rows), span if is_place else None))
-        return np.array(states[PLACES.index(pool)]) if is_place else states
+        if pool not in PLACES:
+            return (yield from self._measured(_Measured(tuple(tokens), tuple(rows), None)))
+        states = yield from self._measured(_Measured(tuple(tokens), tuple(rows), span))
+        return np.array(states[PLACES.index(pool)])
 
     def divergence(
         self,
@@ -413,32 +473,33 @@ class Prober:
         yield None
         return self._contexts.for_query(1).divergence(states[0], states[1:], lens)
 
-    def _measured(self, key: _Key) -> Steps[F32]:
+    def _measured(self, asked: _Measured) -> Steps[F32]:
         """Give the states of a query: the last one's again, or measured now and kept."""
-        if self._last is not None and self._last[0] == key:
+        if self._last is not None and self._last[0] == asked:
             return self._last[1]
-        tokens, rows, span = key
-        context = self._contexts.for_query(len(tokens))
+        context = self._contexts.for_query(len(asked.tokens))
         with wiped_on_failure(context):
-            if rows != self._rows:
+            if asked.rows != self._rows:
                 self.prefixes.keep(self._rows, context, self._n_exact)
                 context.clear()
                 self._rows = ()  # right at any interruption: the base has no weights
-                self._set_weights(context, rows)
-                self._rows = rows
-            if span is None:
-                states = yield from self._last_states(context, tokens)
+                self._set_weights(context, asked.rows)
+                self._rows = asked.rows
+            if asked.question is None:
+                states = yield from self._last_states(context, asked.tokens)
             else:
-                states = yield from self._place_states(context, tokens, span)
-            _check_finite(states, [self._model.path, *(self._pack.paths[row] for row in rows)])
-        self._last = (key, states)
+                states = yield from self._place_states(context, asked.tokens, asked.question)
+            adapter_paths = [self._pack.paths[row] for row in asked.rows]
+            _check_finite(states, [self._model.path, *adapter_paths])
+        self._last = (asked, states)
         return states
 
     def _last_states(self, context: Context, tokens: Sequence[int]) -> Steps[F32]:
         context.capture_begin()
         n_kept = self._reuse(context, tokens)
         self._n_exact = None
-        yield from _prefill(context, tokens, n_kept, "last", n_seq=1 + len(self._rows))
+        n_seq = 1 + len(self._rows)
+        yield from _prefill(context, tokens, n_kept, "last", n_seq=n_seq)
         return self._states(context)
 
     def _place_states(self, context: Context, tokens: Sequence[int], span: Span) -> Steps[F32]:
@@ -447,11 +508,13 @@ class Prober:
         Where nothing follows the question, its last token is the rest, and counts for the mean too.
         """
         start, end = span
-        n_mean, n_seq = end - start, 1 + len(self._rows)
-        n_kept = self._reuse(context, tokens[:start], n_after=len(tokens) - start)
+        n_mean = end - start
+        n_seq = 1 + len(self._rows)
+        before = tokens[:start]
+        n_kept = self._reuse(context, before, n_after=len(tokens) - start)
         self._n_exact = start  # the rest is cut otherwise than a whole prompt
         if start > n_kept:
-            yield from _prefill(context, tokens[:start], n_kept, "none", n_seq=n_seq)
+            yield from _prefill(context, before, n_kept, "none", n_seq=n_seq)
         if end == len(tokens):
             end -= 1
         context.capture_begin("mean")
@@ -463,7 +526,7 @@ class Prober:
         last = self._states(context)
         if start == end:
             question = last
-        elif n_mean > end - start:
+        elif n_mean > end - start:  # the mean so far, and one state more
             question = question + (last - question) / np.float32(n_mean)
         return np.stack([last, question])
 
@@ -471,14 +534,21 @@ class Prober:
         """Reuse the KV state of a query's beginning; gives how many tokens."""
         chunks = context.chunks(1 + len(self._rows))
         return self.prefixes.go_on(
-            context, self._rows, tokens, chunks, n_exact=self._n_exact, n_after=n_after
+            context,
+            self._rows,
+            tokens,
+            chunks,
+            n_exact=self._n_exact,
+            n_after=n_after,
         )
 
     def _states(self, context: Context) -> F32:
         order = self._in_order(self._rows)
-        return np.stack(
-            [context.states(0), *(context.states(1 + order.index(r)) for r in self._rows)]
-        )
+        states = [context.states(0)]
+        for row in self._rows:
+            seq = 1 + order.index(row)
+            states.append(context.states(seq))
+        return np.stack(states)
 
     def _in_order(self, rows: tuple[int, ...]) -> list[int]:
         """Order the adapters after the base: those that begin in a higher layer come later.
@@ -488,14 +558,22 @@ class Prober:
         return sorted(rows, key=lambda row: (self._pack.first_layers[row], row))
 
     def _set_weights(self, context: Context, rows: tuple[int, ...]) -> None:
-        for i, row in enumerate(self._in_order(rows)):
-            alone = np.zeros((self._pack.n_adapter, self._model.n_layer), np.float32)
+        shape = (self._pack.n_adapter, self._model.n_layer)
+        for seq, row in enumerate(self._in_order(rows), 1):
+            alone = np.zeros(shape, np.float32)
             alone[row] = 1.0
-            context.set_weights(alone, seq=1 + i)
+            context.set_weights(alone, seq=seq)
 
-    def _make_context(self, **flags: Any) -> Context:
+    def _make_context(self, n_ctx: int) -> Context:
         n_adapter = self._pack.n_adapter
-        options = {**self._options, **flags, "is_probe": True, "is_differential": n_adapter > 0}
-        context = Context(self._model, self._pack, n_seq=1 + n_adapter, **options)
+        context = Context(
+            self._model,
+            self._pack,
+            n_seq=1 + n_adapter,
+            n_ctx=n_ctx,
+            is_probe=True,
+            is_differential=n_adapter > 0,
+            **self._options,
+        )
         self._set_weights(context, self._rows)
         return context

@@ -85,11 +85,11 @@ STRATEGIES = (QaFlora(), SpectR())
 
 def check_typical(strategy: str, query: Query, keys: Sequence[str], how: str) -> None:
     """Raise StrategyError where an adapter lacks one of some keys of `typical`."""
-    missing = [
-        name
-        for name in query.adapters
-        if not all(key in query.typical.get(name, {}) for key in keys)
-    ]
+    missing = []
+    for name in query.adapters:
+        typical = query.typical.get(name, {})
+        if not all(key in typical for key in keys):
+            missing.append(name)
     if missing:
         raise StrategyError(
             f"Strategy {strategy} needs typical divergences, missing for {', '.join(missing)} "

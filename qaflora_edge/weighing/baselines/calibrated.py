@@ -28,12 +28,17 @@ class Calibrated(Strategy):
         from qaflora_edge.weighing import numbers
 
         divergence = probe.divergence()
-        typical = [query.typical[name][_key(query)] for name in query.adapters]
-        return Mix(numbers.normalise(numbers.calibrate(divergence, typical)), divergence)
+        key = _key(query)
+        typical = [query.typical[name][key] for name in query.adapters]
+        relative = numbers.calibrate(divergence, typical)
+        return Mix(numbers.normalise(relative), divergence)
 
 
 def _key(query: Query) -> str:
-    return query.lens if query.pool == "last" else f"question_{query.lens}"
+    """Name what is typical under the query's lens and pool, as in calibration.LAYERS."""
+    if query.pool == "last":
+        return query.lens
+    return f"question_{query.lens}"
 
 
 STRATEGY = Calibrated()

@@ -33,13 +33,17 @@ class Centroid(Strategy):
 
         from qaflora_edge.weighing.numbers import softmax
 
-        x = probe.embedding().astype(np.float64)
-        c = np.array([query.centroids[name] for name in query.adapters], np.float64)
-        similarity = c @ x / (np.linalg.norm(c, axis=-1) * np.linalg.norm(x))
+        embedding = probe.embedding().astype(np.float64)  # [n_embd]
+        rows = [query.centroids[name] for name in query.adapters]
+        centroids = np.array(rows, np.float64)  # [n_adapter, n_embd]
+        lengths = np.linalg.norm(centroids, axis=-1) * np.linalg.norm(embedding)
+        similarity = centroids @ embedding / lengths  # [n_adapter]
         weights = softmax(similarity / TEMPERATURE)
         shape = (len(weights), query.n_layer)
-        layers, measure = (np.broadcast_to(x[:, None], shape) for x in (weights, similarity))
-        return Mix(layers, measure)
+        return Mix(
+            np.broadcast_to(weights[:, None], shape),
+            np.broadcast_to(similarity[:, None], shape),
+        )
 
 
 STRATEGY = Centroid()

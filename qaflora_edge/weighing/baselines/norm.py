@@ -19,7 +19,8 @@ class Norm(Strategy):
 
         from qaflora_edge.weighing.numbers import normalise
 
-        norms = np.repeat(probe.norms()[:, None], query.n_layer, axis=1)
+        norms = probe.norms()  # [n_adapter]
+        norms = np.repeat(norms[:, None], query.n_layer, axis=1)
         return Mix(normalise(norms), norms)
 
 
