@@ -29,7 +29,8 @@ from qaflora_edge.weighing.weigher import Weigher, known_of
 # Right answers of 100 over nine cells, six adapters loaded (docs/results.md): two-place 38.0,
 # static 31.9, the base 30.3, qa-flora 28.1; with two of the six trained a second time 36.3, 32.3,
 # 28.0, 26.8; and two-place weighs six in a seventh of the time.
-BEST, PUBLISHED = "two-place", numbers.DEFAULT_STRATEGY
+BEST = "two-place"
+PUBLISHED = numbers.DEFAULT_STRATEGY
 LICENSE_FILE = "LICENSE"
 UNMEASURED = "spectr"  # level with static and two-place there, and needs nothing measured
 
@@ -69,7 +70,8 @@ def create_bundle(
     Raises a QafloraError and leaves nothing when anything fails. Measuring comes last: when it
     fails, the bundle is there and works by PUBLISHED, and `calibrate` finishes it.
     """
-    folder, tell = Path(folder), progress or silent
+    folder = Path(folder)
+    tell = progress or silent
     what = f"Cannot create the bundle {folder}"
     pairs = list(adapters.items() if isinstance(adapters, Mapping) else adapters)
     names = [adapter_name for adapter_name, _ in pairs]
@@ -93,12 +95,15 @@ def create_bundle(
             "name": name or readable(folder.resolve().name),
             "description": description,
             "license": license,
-            **({"system": system} if system else {}),
-            **({"examples": list(examples)} if examples else {}),
-            **({"sampling": dict(sampling)} if sampling else {}),
-            "base": record,
-            "adapters": [],
         }
+        if system:
+            raw["system"] = system
+        if examples:
+            raw["examples"] = list(examples)
+        if sampling:
+            raw["sampling"] = dict(sampling)
+        raw["base"] = record
+        raw["adapters"] = []
         if "\n" in license:
             raw["license"] = f"see {LICENSE_FILE}"
             (temporary / LICENSE_FILE).write_text(f"{license}\n", encoding="utf-8")
@@ -131,13 +136,19 @@ def cached_bundle(base: Path, adapters: Sequence[tuple[str, str]], progress: Tel
     It is weighed by UNMEASURED, or by PUBLISHED where that cannot weigh these adapters.
     """
     source.check_names([name for name, _ in adapters])
-    files, parts = [base], [__version__]
-    for name, path in adapters:
-        found = source.find_adapter(path).path
-        files += adapter_files(adapter_folder(found)) if found.is_dir() else [found]
+    files = [base]
+    parts = [__version__]
+    for name, reference in adapters:
+        path = source.find_adapter(reference).path
+        if path.is_dir():
+            files += adapter_files(adapter_folder(path))
+        else:
+            files.append(path)
         parts += [name, str(len(files))]
-    parts += [f"{file.absolute()} {file_state(file)}" for file in files]
-    key = hashlib.sha256(os.fsencode("\n".join(parts))).hexdigest()[:16]
+    for file in files:
+        parts.append(f"{file.absolute()} {file_state(file)}")
+    identity = os.fsencode("\n".join(parts))
+    key = hashlib.sha256(identity).hexdigest()[:16]
     folder = cache_dir() / "mixes" / key / base.stem
     make_folder(folder.parent, "the environment variable QAFLORA_CACHE")
     with cache_lock(f"mix {key}"):
@@ -148,38 +159,51 @@ def cached_bundle(base: Path, adapters: Sequence[tuple[str, str]], progress: Tel
             text = read_bundle_text(part)
             targets = {adapter.name: adapter.targets for adapter in text.adapters}
             known = known_of(text)
-            if UNMEASURED in Weigher(tuple(targets), text.base.n_layer, targets=targets).followed:
+            weigher = Weigher(tuple(targets), text.base.n_layer, targets=targets)
+            if UNMEASURED in weigher.followed:
                 set_default(part, UNMEASURED, lens=known.lens, pool=known.pool)
             part.rename(folder)
     return folder
 
 
 def with_adapter(
-    opened: Opened, path: AnyPath, name: str | None, engine: OpenEngine, strategies: Iterable[str]
+    opened: Opened,
+    path: AnyPath,
+    name: str | None,
+    engine: OpenEngine,
+    strategies: Iterable[str],
 ) -> Opened:
     """Add an adapter, as the last one, to what is open; no bundle changes.
 
     path, name  as Engine.add_adapter takes them
     strategies  what they need of it is measured
     """
-    found = source.find_adapter(path)
-    file, title = found.path.absolute(), found.name.removesuffix(".gguf")
-    name = name or "-".join(re.findall(r"[A-Za-z0-9][\w.-]*", title, re.ASCII))[:64]
+    adapter = source.find_adapter(path)
+    if not name:
+        words = re.findall(r"[A-Za-z0-9][\w.-]*", adapter.name.removesuffix(".gguf"), re.ASCII)
+        name = "-".join(words)[:64]
     source.check_names([*opened.adapters, name])
     source.check_new_name(name)
+    file = adapter.path.absolute()
     if file.is_dir():
-        made = cached_bundle(opened.base_path, [(name, os.fspath(path))], silent)
-        file = load_bundle(made).adapter_paths[name]
+        bundle = cached_bundle(opened.base_path, [(name, os.fspath(path))], silent)
+        file = load_bundle(bundle).adapter_paths[name]
+    alone = load_bundle(opened.base_path, {name: file})
+    states = dict(opened.states)  # the base must not have changed
+    states[file] = alone.states[file]
+    both = replace(opened, adapters=dict(opened.adapters) | dict(alone.adapters), states=states)
     fusion: dict[str, Any] = dict(opened.text.fusion) if opened.text else {}
-    typical = opened.known.typical.items()  # one that was removed may have had this name
-    fusion["typical"] = {each: found for each, found in typical if each in opened.adapters}
-    new = load_bundle(opened.base_path, {name: file})
-    states = {**opened.states, file: new.states[file]}  # the base must not have changed
-    opened = replace(opened, adapters={**opened.adapters, **new.adapters}, states=states)
-    paths = opened.adapter_paths.items()
-    files = [{"name": each, "file": str(path.absolute())} for each, path in paths]
-    raw = {"base": {"n_layer": opened.header.n_layer}, "adapters": files, "fusion": fusion}
+    typical = {}
+    for known_name, values in opened.known.typical.items():
+        if known_name in opened.adapters:  # one that was removed may have had the new one's name
+            typical[known_name] = values
+    fusion["typical"] = typical
+    records = []
+    for adapter_name, adapter_path in both.adapter_paths.items():
+        records.append({"name": adapter_name, "file": str(adapter_path.absolute())})
+    raw = {"base": {"n_layer": both.header.n_layer}, "adapters": records, "fusion": fusion}
     for strategy in strategies:
         with suppress(BundleError):  # this adapter cannot be weighed by it
-            measure_typical(opened.place, raw, strategy, opened.base_path, engine, silent)
-    return replace(opened, known=replace(opened.known, typical=fusion["typical"]))
+            measure_typical(both.place, raw, strategy, both.base_path, engine, silent)
+    known = replace(both.known, typical=fusion["typical"])
+    return replace(both, known=known)

@@ -54,7 +54,8 @@ def add_adapters(
 
     Raises a QafloraError and leaves the bundle as it was when anything fails.
     """
-    folder, tell = Path(folder), progress or silent
+    folder = Path(folder)
+    tell = progress or silent
     pairs = list(adapters.items() if isinstance(adapters, Mapping) else adapters)
     with editing(folder) as (_, raw):
         loaded = load_bundle(folder)
@@ -126,7 +127,8 @@ def set_samples(
 
     Raises BundleError for an unknown adapter or no text, PromptError above 2,048 tokens.
     """
-    folder, embeddings = Path(folder), list[F32]()
+    folder = Path(folder)
+    embeddings: list[F32] = []
     if not texts:
         raise BundleError(f"No sample texts were given for {name} of {folder}; expected some.")
     with editing(folder) as (text, raw):
@@ -138,8 +140,10 @@ def set_samples(
                 except PromptError as error:
                     raise PromptError(f"Sample text {n} cannot be used: {error}") from error
                 progress("Embedding the samples", n, len(texts))
-        centroid = np.asarray(np.mean(embeddings, axis=0, dtype=np.float64), np.float32)
-        raw.setdefault("fusion", {}).setdefault("samples", {})[name] = {
+        mean = np.mean(embeddings, axis=0, dtype=np.float64)
+        centroid = np.asarray(mean, np.float32)
+        samples = raw.setdefault("fusion", {}).setdefault("samples", {})
+        samples[name] = {
             "embedding": centroid_text(centroid),
             "n_text": len(texts),
             "sha256": prompts_sha256(texts),
@@ -170,7 +174,8 @@ def set_base(folder: AnyPath, base: AnyPath) -> None:
         check_file(path, text.base, text.where)
         raw["base"].pop("file", None)
         raw["base"] |= recorded
-        path, inside = path.resolve(), folder.resolve()
+        path = path.resolve()
+        inside = folder.resolve()
         if "file" in recorded and path.is_relative_to(inside):
             raw["base"]["file"] = path.relative_to(inside).as_posix()
 

@@ -19,19 +19,22 @@ from qaflora_edge.weighing.weigher import Known, Weigher
 
 PROMPTS_FILE = "data/neutral_prompts.json"
 CALIBRATION_CTX = 512  # tokens; the neutral prompts are short
-OPENING, ONCE = "Opening the base", "Measuring what is typical of each adapter, once"
+OPENING = "Opening the base"
+ONCE = "Measuring what is typical of each adapter, once"
 
 OpenEngine = Callable[..., AbstractContextManager[Any]]  # the class Engine
 
 
 def neutral(kind: str) -> list[Any]:
     """Read what ships with the package: "prompts", "turns" of a few words, or "exchanges"."""
-    return list(json.loads(package_data(PROMPTS_FILE).read_text(encoding="utf-8"))[kind])
+    text = package_data(PROMPTS_FILE).read_text(encoding="utf-8")
+    return list(json.loads(text)[kind])
 
 
 def prompts_sha256(prompts: Sequence[str]) -> str:
     """Hash prompts in UTF-8, each followed by a line feed."""
-    return hashlib.sha256("".join(f"{prompt}\n" for prompt in prompts).encode("utf-8")).hexdigest()
+    lines = [f"{prompt}\n" for prompt in prompts]
+    return hashlib.sha256("".join(lines).encode("utf-8")).hexdigest()
 
 
 def measure_typical(
@@ -48,38 +51,49 @@ def measure_typical(
     strategy  measure what it needs; None: all
     returns   whether there was anything to measure
     """
-    adapters = {record["name"]: folder / record["file"] for record in raw["adapters"]}
-    keys = (
-        KEYS if strategy is None else parse_strategy(strategy, [*adapters]).strategy.needs_typical
-    )
-    prompts, turns, exchanges = map(neutral, ("prompts", "turns", "exchanges"))
-    said = [message["content"] for exchange in exchanges for message in exchange]
-    fusion, read = raw.setdefault("fusion", {}), [*prompts, *turns, *said]
+    paths = {record["name"]: folder / record["file"] for record in raw["adapters"]}
+    keys: Sequence[str] = KEYS
+    if strategy is not None:
+        keys = parse_strategy(strategy, list(paths)).strategy.needs_typical
+    prompts = neutral("prompts")
+    turns = neutral("turns")
+    exchanges = neutral("exchanges")
+    read = [*prompts, *turns]
+    for exchange in exchanges:
+        read += [message["content"] for message in exchange]
     recorded = {"sha256": prompts_sha256(read), "n_prompt": len(read)}
+    fusion = raw.setdefault("fusion", {})
     typical: dict[str, dict[str, Any]] = fusion.get("typical", {})
-    if fusion.get("typical_prompts", {}).get("sha256") != recorded["sha256"]:
+    measured_on = fusion.get("typical_prompts", {}).get("sha256")
+    if measured_on != recorded["sha256"]:
         typical = {}  # measured on other prompts
-    lacking = {key: [name for name in adapters if key not in typical.get(name, {})] for key in keys}
-    names = {name for each in lacking.values() for name in each}
-    if names:
-        paths = {name: path for name, path in adapters.items() if name in names}
+    lacking_keys = []
+    lacking_names = set()
+    for key in keys:
+        lacking = [name for name in paths if key not in typical.get(name, {})]
+        if lacking:
+            lacking_keys.append(key)
+        lacking_names.update(lacking)
+    if lacking_keys:
+        adapters = {name: path for name, path in paths.items() if name in lacking_names}
         tell(OPENING, 0, 1)
-        with engine(base=base_path, adapters=paths, n_ctx=CALIBRATION_CTX) as opened:
+        with engine(base=base_path, adapters=adapters, n_ctx=CALIBRATION_CTX) as opened:
             tell(OPENING, 1, 1)
             tell(ONCE, 0, 1)
-            found = opened.typical_divergence(
+            measured = opened.typical_divergence(
                 prompts,
                 lambda done, total: tell(ONCE, done, total),
-                keys=[key for key, each in lacking.items() if each],
+                keys=lacking_keys,
                 turns=turns,
                 exchanges=exchanges,
             )
-        for name, values in found.items():
+        for name, values in measured.items():
             typical[name] = typical.get(name, {}) | values
-        fusion |= {"typical": typical, "typical_prompts": recorded}
+        fusion["typical"] = typical
+        fusion["typical_prompts"] = recorded
     if strategy is not None:
         check_strategy(f"Cannot weigh the bundle {folder}", raw, strategy)
-    return bool(names)
+    return bool(lacking_keys)
 
 
 def check_strategy(what: str, raw: Mapping[str, Any], strategy: str) -> None:
@@ -91,9 +105,11 @@ def check_strategy(what: str, raw: Mapping[str, Any], strategy: str) -> None:
     Raises StrategyError for an unknown strategy, else BundleError.
     """
     names = tuple(record["name"] for record in raw["adapters"])
-    if parse_strategy(strategy, names).strategy.needs_typical:
-        known = Known(strategy=strategy, typical=raw.get("fusion", {}).get("typical", {}))
-        try:
-            Weigher(names, raw["base"]["n_layer"], known)
-        except StrategyError as error:
-            raise BundleError(f"{what}: {error}") from error
+    if not parse_strategy(strategy, names).strategy.needs_typical:
+        return
+    typical = raw.get("fusion", {}).get("typical", {})
+    known = Known(strategy=strategy, typical=typical)
+    try:
+        Weigher(names, raw["base"]["n_layer"], known)
+    except StrategyError as error:
+        raise BundleError(f"{what}: {error}") from error

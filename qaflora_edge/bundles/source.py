@@ -195,7 +195,7 @@ def _put_adapter(
         info = read_adapter(read_gguf_header(source.path), header)
         with atomic_path(target) as temporary:
             shutil.copyfile(source.path, temporary)
-    return {
+    record = {
         "sha256": sha256_file(target),
         "size_bytes": target.stat().st_size,
         "rank": info.rank,
@@ -204,18 +204,22 @@ def _put_adapter(
         "source": source.hub or source.name,
         "license": "",
         "description": "",
-        **({"hub": source.hub} if source.hub else {}),
     }
+    if source.hub:
+        record["hub"] = source.hub
+    return record
 
 
 def base_record(header: GgufHeader, recorded: Mapping[str, str]) -> dict[str, Any]:
     """Hash a base, and say of it what bundle.json says; recorded is find_base's."""
     sha256 = checksum(header.path)
-    model = next((m.name for m in load_registry().values() if m.sha256 == sha256), None)
-    named = {"name": header.name, "registry": model, **recorded}
-    return {
-        **{key: getattr(header, key) for key in RECORDED},
-        "sha256": sha256,
-        "size_bytes": header.size_bytes,
-        **{key: value for key, value in named.items() if value},
-    }
+    record = {key: getattr(header, key) for key in RECORDED}
+    record["sha256"] = sha256
+    record["size_bytes"] = header.size_bytes
+    if header.name:
+        record["name"] = header.name
+    for model in load_registry().values():
+        if model.sha256 == sha256:
+            record.setdefault("registry", model.name)
+    record |= recorded
+    return record
