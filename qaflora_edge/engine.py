@@ -35,8 +35,11 @@ from qaflora_edge.inference.request import (
     whole,
 )
 from qaflora_edge.inference.sampler import Sampler
+from qaflora_edge.inference.sequence import Sequence as RunningSequence
+from qaflora_edge.inference.sequence import Written
 from qaflora_edge.progress import Tell, TellCount, silent
-from qaflora_edge.weighing.numbers import FusionWeights
+from qaflora_edge.weighing.drafted import DRAFT_TOKENS
+from qaflora_edge.weighing.numbers import FusionWeights, alone_weights
 from qaflora_edge.weighing.weigher import Weigher, Weights
 
 if TYPE_CHECKING:
@@ -469,6 +472,10 @@ class Engine:
                 following = self._continuation(tokens, text)
                 if tokens not in known:
                     fusion = _weigh(self._weigher, weights, tokens, probe)
+                    if fusion.relay is not None and not fusion.relay.is_drafted:
+                        (draft,) = probe.drafts([fusion.relay.knower], DRAFT_TOKENS)
+                        relay = replace(fusion.relay, draft=draft, is_drafted=True)
+                        fusion = replace(fusion, relay=relay)
                     read = self._with_draft(tokens, fusion)
                     n_base = self._weigher.n_base(weights, read)
                     all_weights = self._core.all_weights(fusion)
@@ -636,23 +643,44 @@ class Engine:
             n_answer = max_tokens if n_base else 0
             probes = Probes(self._core, cancellation, on_progress or silent, n_answer)
             sampler = Sampler(self._model, sampling)  # a bad grammar is refused before the work
-            try:
-                fusion = _weigh(weigher, weights, tokens, probes)
-                tokens = self._with_draft(tokens, fusion)
-                n_base = weigher.n_base(weights, tokens, prefill)
+
+            def begin(
+                fusion: FusionWeights,
+                weighed: RunningSequence | None = None,
+                written: Written | None = None,
+            ) -> RunningSequence:
+                prompt = self._with_draft(tokens, fusion)
                 request = Request(
-                    tuple(tokens),
+                    tuple(prompt),
                     self._core.all_weights(fusion),
                     sampling,
                     fusion.adapters,
-                    n_base,
+                    weigher.n_base(weights, prompt, prefill),
                     thinking=thinking,
                     cancellation=cancellation,
                 )
+                return self._core.begin(
+                    request, sampler, begun=fusion.begun, weighed=weighed, written=written
+                )
+
+            try:
+                fusion = weigher.weigh(weights, tokens, probes)
+                weighed = probes.weighed if n_base else None
+                if weighed is None or (fusion.relay is not None and fusion.relay.is_drafted):
+                    probes.end()  # the prompt that is answered is another one
+                    weighed = None
+                if fusion.relay is None or fusion.relay.is_drafted:
+                    written = None if weighed is None else probes.written(fusion.weights)
+                    answer = self._core.generation(begin(fusion, weighed, written), fusion)
+                else:
+                    alone = alone_weights(fusion.relay.knower, fusion.adapters, self.n_layer)
+                    written = None if weighed is None else probes.written(alone)
+                    answer = self._core.relayed(
+                        tokens, fusion, cancellation, weighed, written, begin
+                    )
             except BaseException:
                 probes.end()
                 raise
-            answer = self._core.begin(request, sampler, fusion, probes.weighed)
             (on_weights or silent)(fusion)
             if wait:
                 answer.wait_for_prompt(on_progress or silent)
@@ -687,6 +715,7 @@ class Engine:
             yield answer
             if answer.is_cancelled:
                 return
+            answer.wait_for_draft()  # which all share
             weights = replace(answer.fusion, probe_ms=0.0)
             options |= {"on_weights": None, "on_progress": None}
 
@@ -762,11 +791,11 @@ class Engine:
 def _weigh(
     weigher: Weigher, weights: Weights, tokens: Sequence[int], probes: Probes
 ) -> FusionWeights:
-    """Weigh a prompt, and free the slots of drafts."""
+    """Weigh a prompt that is not answered, and free the slot that it was weighed in."""
     try:
         return weigher.weigh(weights, tokens, probes)
     finally:
-        probes.end_drafts()
+        probes.end()
 
 
 def _read_ahead(weigher: Weigher, infos: Iterable[AdapterInfo]) -> "list[AttentionSizes]":

@@ -14,7 +14,7 @@ from tiny import write_tiny_base
 from qaflora_edge import Engine
 from qaflora_edge.errors import OptionError
 from qaflora_edge.hub.fetch import fetch_model
-from qaflora_edge.inference.draft import Drafter, guess_together
+from qaflora_edge.inference.guesses import Guesser, guess_together
 
 COPY = "Write this list again, with a number before each line:\n" + "red apple, green pear\n" * 6
 SCHEMA = {"type": "array", "items": {"enum": ["red apple", "green pear"]}, "maxItems": 6}
@@ -24,12 +24,12 @@ SCHEMA = {"type": "array", "items": {"enum": ["red apple", "green pear"]}, "maxI
 def test_a_guess_is_what_followed_the_last_tokens_where_they_stood_last(seed: int) -> None:
     rng = random.Random(seed)
     prompt, answer = ([rng.randrange(8) for _ in range(n)] for n in (rng.randrange(9), 60))
-    drafter = Drafter(prompt, 4)
+    guesser = Guesser(prompt, 4)
     for n in range(1, len(answer)):
         text = "".join(map(str, prompt + answer[:n]))
         found = [text[:-1].rfind(text[-k:]) + k for k in (4, 3, 2, 1) if text[-k:] in text[:-1]]
         expected = [int(digit) for digit in text[found[0] :][:4]] if found else []
-        assert drafter.guess(answer[:n]) == expected
+        assert guesser.guess(answer[:n]) == expected
 
 
 @pytest.mark.parametrize(
@@ -47,8 +47,8 @@ def test_sequences_guess_the_same_number_of_tokens(
     lengths: list[int], n_ctx: int, expected: int
 ) -> None:
     def sequence(n: int) -> Any:
-        drafter = SimpleNamespace(guess=lambda answer: [9] * n)
-        return SimpleNamespace(drafter=drafter, answer=[1], n_max=90, n_past=50)
+        guesser = SimpleNamespace(guess=lambda answer: [9] * n)
+        return SimpleNamespace(guesser=guesser, answer=[1], n_max=90, n_past=50)
 
     guesses = guess_together([sequence(n) for n in lengths], n_ctx)
     assert [len(guess) for guess in guesses] == [expected] * len(lengths)
@@ -56,7 +56,7 @@ def test_sequences_guess_the_same_number_of_tokens(
 
 def test_a_guess_ends_where_the_answer_must() -> None:
     prompt = [1, 2, 3, 4, 5, 6, 7, 1, 2]
-    sequence: Any = SimpleNamespace(drafter=Drafter(prompt, 7), answer=[3], n_max=4, n_past=9)
+    sequence: Any = SimpleNamespace(guesser=Guesser(prompt, 7), answer=[3], n_max=4, n_past=9)
     assert guess_together([sequence], 100) == [[4, 5]]
 
 

@@ -52,13 +52,10 @@ class Scripted:
     def unexpected(self, token: int) -> float:
         return self._nats
 
-    def drafts(self, names: Iterable[str], n_token: int) -> list[Draft]:
+    def drafts(self, names: Iterable[str], n_token: int, answer: Any = None) -> list[Draft]:
         names = list(names)
         self.asked += names
         return [self._drafts[name] for name in names]
-
-    def whole_draft(self, name: str) -> Draft:
-        return self._drafts[name]
 
 
 def weighed(probe: Any, text: str = "relay", **how: Any) -> Any:
@@ -92,11 +89,16 @@ def test_the_surest_drafts_for_a_writer_that_is_unsure() -> None:
     assert mix.weights[:, 0].tolist() == [1, 0, 0]
 
 
-def test_a_sure_writer_asks_nobody() -> None:
-    probe = Scripted(*FORM_FIRST, [drafted("form", -0.01)])
-    mix = weighed(probe)
-    assert mix.relay is None
-    assert probe.asked.count("shop") == probe.asked.count("other") == 0
+def test_a_sure_writer_needs_nobody() -> None:
+    sure = [drafted(name, -0.01) for name in NAMES]
+    assert weighed(Scripted(*FORM_FIRST, sure)).relay is None
+
+
+def test_nobody_drafts_beside_a_writer_that_is_far_above_its_typical_prompt() -> None:
+    far = 0.5  # a score of 7.8
+    probe = Scripted([far, LOW, LOW], [far, HIGH, LOW], [drafted("form", -0.9)])
+    assert weighed(probe).relay is None
+    assert {*probe.asked} == {"form"}
 
 
 @pytest.mark.parametrize(("of_base", "weights"), [(-0.3, [0, 0, 0]), (-0.8, [0, 1, 0])])

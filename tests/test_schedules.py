@@ -138,7 +138,7 @@ def test_answers_in_company_are_those_alone(
     noted: dict[int, list[F32]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("qaflora_edge.inference.draft._ORDERS", (1,))  # many wrong guesses
+    monkeypatch.setattr("qaflora_edge.inference.guesses._ORDERS", (1,))  # many wrong guesses
     draft = 0 if arch == "gemma3" else 3
     n_compared = n_logits = 0
     with Engine(**parts | {"n_parallel": 4, "draft": draft}) as together:

@@ -237,12 +237,14 @@ class Context(Handle):
         held = [(seq, list(each)) for seq, each in enumerate(self.tokens) if each]
         return KvState([(seq, tokens, self._sequence(seq)) for seq, tokens in held])
 
+    def kv_state_of(self, seq: int) -> KvState:
+        """Copy the KV state of one sequence, as the first of another context."""
+        return KvState([(0, list(self.tokens[seq]), self._sequence(seq))])
+
     @property
     def n_kv_byte(self) -> int:
         """Give the size of kv_state()."""
-        get_size = self._lib.llama_state_seq_get_size
-        held = [seq for seq, each in enumerate(self.tokens) if each]
-        return sum(int(get_size(self._pointer, seq)) for seq in held)
+        return sum(self.n_byte_of(seq) for seq, tokens in enumerate(self.tokens) if tokens)
 
     def load_kv_state(self, state: KvState) -> None:
         """Replace the KV state by another context's, prefilled under the weights that are set here.
@@ -288,6 +290,19 @@ class Context(Handle):
             return n
         self.clear()
         return 0
+
+    def load_sequence(self, seq: int, state: KvState) -> None:
+        """Replace the KV state of one sequence by the first of another context.
+
+        Raises BackendError, and leaves it empty then, for another shape.
+        """
+        self.clear(seq)
+        _, tokens, data = state.sequences[0]
+        self._load(seq, data, tokens)
+
+    def n_byte_of(self, seq: int) -> int:
+        """Give the size of kv_state_of()."""
+        return int(self._lib.llama_state_seq_get_size(self._pointer, seq))
 
     def copy(self, source: int, target: int) -> None:
         """Copy the KV state of one sequence to another; sequences of one pool share it."""

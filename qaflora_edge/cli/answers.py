@@ -18,13 +18,16 @@ if TYPE_CHECKING:
 def stream_answer(answer: Generation) -> None:
     """Write an answer to stdout piece by piece, and end its line however it ends.
 
-    A terminal gets none of its control characters; a pipe or a file gets it as it is. The thought
-    goes to stderr, dimmed, where that is a terminal.
+    A terminal gets none of its control characters; a pipe or a file gets it as it is. A relay's
+    draft and the thought go to stderr, dimmed, where that is a terminal.
     """
     is_terminal, is_shown = sys.stdout.isatty(), sys.stderr.isatty()
-    if answer.draft is not None and is_shown:
-        click.secho(visible(answer.draft.text.strip()), err=True, dim=True)
     try:
+        for piece in answer.drafting():
+            if is_shown:
+                click.secho(visible(piece), nl=False, err=True, dim=True)
+        if answer.draft is not None and is_shown:
+            click.echo(err=True)
         for thought in answer.thoughts():
             if is_shown:
                 click.secho(visible(thought), nl=False, err=True, dim=True)

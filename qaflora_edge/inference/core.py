@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -19,6 +20,7 @@ from qaflora_edge.backend.context import (
     N_CTX_FIRST,
     N_OUTPUT,
     Context,
+    KvState,
     Stop,
     automatic_ctx,
     n_ctx_for,
@@ -29,22 +31,22 @@ from qaflora_edge.errors import BusyError, OptionError, QafloraError
 from qaflora_edge.formats.adapter import AdapterInfo
 from qaflora_edge.formats.gguf import GgufHeader
 from qaflora_edge.formats.inputs import FileState, check_unchanged
-from qaflora_edge.inference.draft import Drafter
 from qaflora_edge.inference.generation import Generation, follow
+from qaflora_edge.inference.guesses import Guesser
 from qaflora_edge.inference.loop import Loop
-from qaflora_edge.inference.request import Cancellation, Request
+from qaflora_edge.inference.request import Cancellation, Request, Sampling
 from qaflora_edge.inference.sampler import Sampler
 from qaflora_edge.inference.scheduler import Scheduler
 from qaflora_edge.inference.sequence import Sequence as RunningSequence
-from qaflora_edge.inference.sequence import surprise
+from qaflora_edge.inference.sequence import Written, surprise
 from qaflora_edge.progress import Tell, silent
-from qaflora_edge.weighing.numbers import FusionWeights, n_base_of
+from qaflora_edge.weighing.drafted import ANSWER, BASE, DRAFT_TOKENS, Draft
+from qaflora_edge.weighing.numbers import FusionWeights, alone_weights, n_base_of
 from qaflora_edge.weighing.strategy import Measure, Query, Reading
 
 if TYPE_CHECKING:
-    from qaflora_edge.inference.drafts import Drafts
+    from qaflora_edge.inference.drafts import Drafter
     from qaflora_edge.weighing.adapter_inputs import AttentionSizes
-    from qaflora_edge.weighing.drafted import Draft
     from qaflora_edge.weighing.probe import Listener, Steps
 
 T = TypeVar("T")
@@ -121,6 +123,16 @@ class Core:
         except BaseException:
             self._free()
             raise
+        self._free_later = resources.callback
+
+    @cached_property
+    def drafter(self) -> "Drafter":
+        """Decode drafts; only a strategy that reads some makes it."""
+        from qaflora_edge.inference.drafts import Drafter
+
+        drafter = Drafter(self.model, self.pack, self.options)
+        self._free_later(drafter.close)
+        return drafter
 
     def _drafts(self, asked: int | str) -> int | None:
         """Give the most tokens of a guess, 0 for none, None for as many as pay.
@@ -207,9 +219,17 @@ class Core:
 
     def all_weights(self, fusion: FusionWeights) -> F32:
         """Give float32 [n_adapter, n_layer] of all loaded adapters, 0 for those not in use."""
-        weights = np.zeros((len(self.adapters), self.model.n_layer), np.float32)
-        weights[self.rows(fusion.adapters)] = fusion.weights
-        return weights
+        return self.all_weights_of(fusion.adapters, fusion.weights)
+
+    def all_weights_of(self, names: Iterable[str], weights: F32) -> F32:
+        """Give the same of weights [n_adapter, n_layer] of these adapters."""
+        every = np.zeros((len(self.adapters), self.model.n_layer), np.float32)
+        every[self.rows(names)] = weights
+        return every
+
+    def weights_of(self, name: str) -> F32:
+        """Give float32 [n_adapter, n_layer] of one adapter at 1, or of BASE."""
+        return alone_weights(name, self.adapters, self.model.n_layer)
 
     def run(
         self,
@@ -229,24 +249,91 @@ class Core:
         self,
         request: Request,
         sampler: Sampler | None,
-        fusion: FusionWeights,
+        *,
+        begun: Sequence[int] = (),
         weighed: RunningSequence | None = None,
-    ) -> Generation:
-        """Put a request into the queue, or go on with its prompt that was weighed."""
+        written: Written | None = None,
+    ) -> RunningSequence:
+        """Put a request into the queue, or go on with its prompt that was weighed.
+
+        begun    tokens with which its answer probably begins
+        written  what it begins with, where the likeliest tokens are chosen, behind that prompt
+        """
         n_prompt = len(request.tokens)
         most = request.sampling.max_tokens
-        n_ctx = self.n_ctx_for(n_prompt, most)
+        n_ctx = self.n_ctx_for(n_prompt, most) if weighed is None else weighed.n_ctx
         n_room = n_ctx - n_prompt + 1
         n_max = n_room if most is None else min(n_room, most)
-        sequence = weighed or RunningSequence(request, sampler, n_max, n_ctx)
-        if weighed is not None:
+        if weighed is None:
+            sequence = RunningSequence(request, sampler, n_max, n_ctx)
+        else:
+            sequence = weighed
             sequence.start(request, sampler, n_max)
+            is_plain = sampler is not None and sampler.is_plain and sampler.constraint is None
+            if is_plain and n_max > 0 and not request.sampling.logprobs:
+                sequence.written = written
+                begun = () if written else begun
         if self.draft != 0:
             # As if it had been answered before: what was drafted is verified, not decoded.
-            known = (*request.tokens, *fusion.begun, *request.tokens)
-            sequence.drafter = Drafter(known if fusion.begun else request.tokens, self.draft)
-        (self.loop.resume if weighed else self.loop.add)(sequence)
+            before = (*request.tokens, *begun, *request.tokens) if begun else request.tokens
+            sequence.guesser = Guesser(before, self.draft)
+        if weighed is None:
+            self.loop.add(sequence)
+        else:
+            self.loop.resume(sequence)
+        return sequence
+
+    def generation(self, sequence: RunningSequence, fusion: FusionWeights) -> Generation:
+        """Give an answer to its caller."""
         return Generation(sequence, fusion, drive=self.loop.drive, call=self.call)
+
+    def relayed(
+        self,
+        tokens: Sequence[int],
+        fusion: FusionWeights,
+        cancellation: Cancellation,
+        weighed: RunningSequence | None,
+        written: Written | None,
+        answer: Callable[[FusionWeights], RunningSequence],
+    ) -> Generation:
+        """Let the knower of a relay draft, and then the writer answer.
+
+        tokens  of the prompt without the draft
+        weighed, written  as begin() takes them
+        answer  begins the writer's answer, once `fusion` has the draft
+        """
+        from qaflora_edge.inference.drafts import finished_draft
+
+        relay = fusion.relay
+        assert relay is not None
+        sampling = Sampling(max_tokens=DRAFT_TOKENS, logprobs=0)
+        request = Request(
+            tuple(tokens),
+            self.weights_of(relay.knower),
+            sampling,
+            (relay.knower,),
+            n_base_of(len(tokens)),
+            cancellation=cancellation,
+        )
+        sampler = Sampler(self.model, sampling)
+        begun = relay.draft.tokens
+        drafting = self.begin(request, sampler, begun=begun, weighed=weighed, written=written)
+
+        def go_on() -> tuple[RunningSequence, FusionWeights]:
+            draft = finished_draft(self.model, drafting, relay.knower)
+            draft_ms = drafting.timings.prefill_ms + drafting.timings.decode_ms
+            is_drafted = drafting.error is None and not cancellation.is_set
+            told = replace(relay, draft=draft, is_drafted=is_drafted, draft_ms=draft_ms)
+            drafted = replace(fusion, relay=told)
+            if is_drafted:
+                return answer(drafted), drafted
+            ended = RunningSequence(request, None, 0)
+            if drafting.error is not None:
+                ended.fail(drafting.error)
+            ended.finish("cancelled")
+            return ended, drafted
+
+        return Generation(drafting, fusion, drive=self.loop.drive, call=self.call, go_on=go_on)
 
     def n_ctx_for(self, n_prompt: int, n_answer: int | None) -> int:
         """Size a slot for a prompt and an answer; None: without a limit."""
@@ -258,18 +345,16 @@ class Core:
         nothing = np.zeros((0, self.model.n_layer), np.float32)
         sequence = RunningSequence(Request((), nothing), None, 0)
         sequence.fail(error)
-        fusion = FusionWeights((), nothing)
-        return Generation(sequence, fusion, drive=self.loop.drive, call=self.call)
+        return self.generation(sequence, FusionWeights((), nothing))
 
 
 class Probes:
     """Measure queries for one call of an Engine, one after the other: see strategy.Probe.
 
     tell      called with "weighing", how many tokens are done, and how many there are
-    n_answer  tokens of the answer that the base's prefill goes on to; 0: there is none; None: no
-              limit
+    n_answer  tokens of the answer that the base's prefill goes on to; None: no limit
     query     attribute: what is measured
-    weighed   attribute: the last query's sequence, where its slot is kept for begin()
+    weighed   attribute: the last query's sequence, whose slot is kept for begin(), or until end()
     """
 
     def __init__(
@@ -278,10 +363,12 @@ class Probes:
         self._core, self._cancellation, self._tell = core, cancellation, tell
         self._n_answer = n_answer
         self.weighed: RunningSequence | None = None
+        self._written: dict[str, Written] = {}
 
     def __call__(self, query: Query) -> Self:
         """Measure this query from now on."""
         self.query = query
+        self._written = {}
         self._rows = self._core.rows(query.adapters)
         self._tokens = query.tokens[: query.n_weighed]
         return self
@@ -349,31 +436,48 @@ class Probes:
         if sequence.error is not None:
             raise sequence.error
         self.weighed = sequence
-        if self._n_answer == 0:
-            self.end()
         return listener.result()
 
-    def drafts(self, names: Iterable[str], n_token: int) -> "list[Draft]":
+    def drafts(
+        self, names: Iterable[str], n_token: int, answer: F32 | None = None
+    ) -> "list[Draft]":
         names = list(names)
-        if not names:
-            return []
-        self.end()  # they need its slot, and reuse what the base has prefilled there
-        return self._drafting.begin(names, n_token)
+        core = self._core
+        asked = {name: core.weights_of(name) for name in names}
+        if answer is not None and self.written(answer) is None:
+            weights = core.all_weights_of(self.query.adapters, answer)
+            if not any((weights == other).all() for other in asked.values()):
+                asked[ANSWER] = weights
+        missing = {
+            name: weights
+            for name, weights in asked.items()
+            if name not in self._written or not self._written[name].draft.has(n_token)
+        }
+        if missing:
+            tokens = self.query.tokens
+            request = Request(tokens, core.weights_of(BASE), n_base=n_base_of(len(tokens)))
+            begun = {name: written.draft for name, written in self._written.items()}
+            steps = core.drafter.draft(request, missing, begun, n_token, self._read_again)
+            for written in core.run(steps, self._cancellation, kind="draft"):
+                self._written[written.draft.adapter] = written
+        return [self._written[name].draft for name in names]
 
-    def whole_draft(self, name: str) -> "Draft":
-        return self._drafting.finish(name)
+    def written(self, weights: F32) -> Written | None:
+        """Give the draft under these weights, with which an answer begins, if there is one.
 
-    def end_drafts(self) -> None:
-        """End all drafts, and wait until their slots are free."""
-        if "_drafting" in self.__dict__:
-            self._drafting.end()
-            del self._drafting
+        weights  [n_adapter, n_layer] of the query's adapters
+        """
+        wanted = self._core.all_weights_of(self.query.adapters, weights)
+        for written in self._written.values():
+            if written.state is not None and (written.weights == wanted).all():
+                return written
+        return None
 
-    @cached_property
-    def _drafting(self) -> "Drafts":
-        from qaflora_edge.inference.drafts import Drafts
-
-        return Drafts(self._core, self.query, self._cancellation)
+    def _read_again(self) -> KvState | None:
+        """Give the base's KV state of the prompt, where its slot is kept."""
+        if self.weighed is None or self.weighed.slot is None:
+            return None
+        return self._core.context.kv_state_of(self.weighed.slot)
 
     def end(self) -> None:
         """Free the slot that is kept."""

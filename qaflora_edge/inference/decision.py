@@ -91,7 +91,10 @@ def decide(
         chosen = strategy or weigher.known.strategy
         if chosen.partition(":")[0] == "relay":
             chosen = "two-place"  # as relay weighs, but it decodes nothing
-        fusion = weigher.weigh(chosen, question, probe)  # a list would look like a form
+        try:
+            fusion = weigher.weigh(chosen, question, probe)  # a list would look like a form
+        finally:
+            probe.end()
         mixes = {"": (chosen, fusion)}
         singles = [f"single:{name}" for name in weigher.adapters]
         for alone in ("base", *singles) if compare else ():

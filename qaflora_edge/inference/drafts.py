@@ -1,110 +1,159 @@
 """Drafts: answers of single adapters, or the base, that a strategy reads before it decides."""
 
-from collections.abc import Iterable
+import codecs
+from collections.abc import Callable, Generator
 from collections.abc import Sequence as Many
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
-import numpy as np
+from qaflora_edge.arrays import F32
+from qaflora_edge.backend.batch import Span
+from qaflora_edge.backend.context import Context, KvState
+from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.inference.request import Request
+from qaflora_edge.inference.sampler import no_numbers
+from qaflora_edge.inference.sequence import Sequence, Written, surprise
+from qaflora_edge.weighing.drafted import BASE, Draft
+from qaflora_edge.weighing.probe import GrowingContext, wiped_on_failure
 
-from qaflora_edge.backend.context import cancelled
-from qaflora_edge.backend.model import Model
-from qaflora_edge.inference.core import Core
-from qaflora_edge.inference.draft import Drafter
-from qaflora_edge.inference.request import Cancellation, Request, Sampling
-from qaflora_edge.inference.sampler import Sampler
-from qaflora_edge.inference.sequence import Sequence
-from qaflora_edge.weighing.drafted import BASE, DRAFT_TOKENS, Draft
-from qaflora_edge.weighing.numbers import n_base_of
-from qaflora_edge.weighing.strategy import Query
-
-_N_FOR_ANSWER = 64  # tokens of the context that a draft leaves to the answer
+_N_SEQ = 8  # the base's prompt, and seven drafts of it in one batch
+_N_BYTE_KEPT = 64 << 20  # of the largest KV state that goes on as an answer
+_N_CTX_KEPT = 4096  # tokens of the largest context that is kept between queries
 
 
-class Drafts:
-    """Let adapters answer one query, each alone: greedy, the base prefills.
+@dataclass
+class _Row:
+    """Follow one draft in its sequence of the context.
 
-    cancellation  of the call; it ends all drafts
+    unread  tokens with no KV state yet
     """
 
-    def __init__(self, core: Core, query: Query, cancellation: Cancellation) -> None:
-        self._core = core
-        self._query = query
-        self._cancellation = cancellation
-        self._running: dict[str, Sequence] = {}
+    seq: int
+    name: str
+    weights: F32
+    unread: list[int]
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    is_whole: bool = False
 
-    def begin(self, names: Iterable[str], n_token: int) -> list[Draft]:
-        """Give drafts of n_token tokens, or whole shorter ones, decoded together as slots allow.
 
-        names  of adapters, or BASE; those that have begun are not begun again
+class Drafter:
+    """Decode drafts of one prompt together: greedy, each under one adapter at weight 1.
+
+    The base prefills the prompt but for its end. All drafts share that KV state, in a context that
+    the first query opens.
+    """
+
+    def __init__(self, model: Model, pack: Pack, options: dict[str, Any]) -> None:
+        self._model = model
+        shape: Any = {"n_seq": _N_SEQ, "n_output": _N_SEQ, "is_unified": True}
+        self._contexts = GrowingContext(partial(Context, model, pack, **shape, **options))
+        self.close = self._contexts.close
+
+    def draft(
+        self,
+        request: Request,
+        weights: dict[str, F32],
+        begun: dict[str, Draft],
+        n_token: int,
+        read: Callable[[], KvState | None],
+    ) -> Generator[None, None, list[Written]]:
+        """Give a draft under each of these weights, of n_token tokens or whole.
+
+        request  the prompt under the base, with n_base
+        weights  name -> float32 [n_adapter, n_layer] of all adapters
+        begun    name -> what there is of its draft, which goes on
+        read     gives the base's KV state of the prompt, where it is known
+
+        Yields between batches. Raises BackendError for logits that are NaN.
         """
-        asked = list(names)
-        for name in asked:
-            if name not in self._running:
-                self._running[name] = self._start(name, n_token)
-        sequences = [self._running[name] for name in asked]
-        self._drive(sequences)
-        return [self._draft(name) for name in asked]
+        names = list(weights)
+        drafts: list[Written] = []
+        for at in range(0, len(names), _N_SEQ - 1):
+            together = names[at : at + _N_SEQ - 1]
+            n_tail = len(request.tokens) - request.n_base
+            n_most = len(request.tokens) + len(together) * (n_tail + n_token)
+            context = self._contexts.for_query(n_most)
+            with wiped_on_failure(context):
+                yield from _read_prompt(context, request, read())
+                rows = []
+                for seq, name in enumerate(together, start=1):
+                    row = _Row(seq, name, weights[name], list(request.tokens[request.n_base :]))
+                    if name in begun:
+                        row.tokens += begun[name].tokens
+                        row.logprobs += begun[name].logprobs
+                        row.unread += begun[name].tokens
+                    context.copy(0, seq)
+                    context.set_weights(row.weights, seq=seq)
+                    rows.append(row)
+                yield from self._decode(context, rows, n_token)
+                drafts += [self._written(context, row) for row in rows]
+            context.clear()
+            if context.n_ctx > _N_CTX_KEPT:
+                self._contexts.close()
+        return drafts
 
-    def finish(self, name: str) -> Draft:
-        """Finish a draft: it begins again, with what there is of it as guesses."""
-        begun = self._running[name]
-        self._drive([begun])
-        if begun.finish_reason == "length":
-            self._running[name] = self._start(name, DRAFT_TOKENS, begun.answer)
-            self._drive([self._running[name]])
-        return self._draft(name)
+    def _decode(
+        self, context: Context, rows: Many[_Row], n_token: int
+    ) -> Generator[None, None, None]:
+        """Decode all rows together until each is whole, or has its tokens."""
+        while running := [row for row in rows if not row.is_whole and len(row.tokens) < n_token]:
+            spans = [Span(row.seq, row.unread, len(context.tokens[row.seq])) for row in running]
+            outputs = context.decode_spans(spans)
+            for row, output in zip(running, outputs, strict=True):
+                logits = context.logits_view(output)
+                token = int(logits.argmax())
+                logprob = -surprise(logits, token)
+                if logprob != logprob:
+                    raise no_numbers("The logits of a draft", f" ({row.name or BASE})")
+                row.unread = [token]
+                if self._model.is_end(token):
+                    row.is_whole = True
+                else:
+                    row.tokens.append(token)
+                    row.logprobs.append(logprob)
+            yield
 
-    def _drive(self, sequences: list[Sequence]) -> None:
-        """Compute until all have ended. Raises CancelledError where the call was cancelled."""
-        self._core.loop.drive(lambda: all(each.is_done for each in sequences))
-        if self._cancellation.is_set:
-            raise cancelled()
+    def _written(self, context: Context, row: _Row) -> Written:
+        """Give a draft, and its KV state where that is small: an answer may begin with both."""
+        text = _text(self._model, row.tokens)
+        draft = Draft(row.name, tuple(row.tokens), text, tuple(row.logprobs), row.is_whole)
+        is_small = context.n_byte_of(row.seq) <= _N_BYTE_KEPT
+        return Written(draft, row.weights, context.kv_state_of(row.seq) if is_small else None)
 
-    def end(self) -> None:
-        """End all, and wait until their slots are free."""
-        sequences = list(self._running.values())
-        for sequence in sequences:
-            sequence.request.cancellation.set()
-        self._core.loop.drive(lambda: all(each.is_done for each in sequences))
 
-    def _start(self, name: str, n_max: int, begun: Many[int] = ()) -> Sequence:
-        """Put an answer by one adapter, or the base, into the queue, with its logprobs.
+def _read_prompt(
+    context: Context, request: Request, state: KvState | None
+) -> Generator[None, None, None]:
+    """Give sequence 0 the base's KV state of a prompt, but for its end."""
+    if state is not None:
+        context.load_kv_state(state)
+        context.keep(request.n_base, 0)
+    at = len(context.tokens[0])
+    while at < request.n_base:
+        end = request.chunk_end(context.chunks(), at)
+        context.set_weights(request.next_weights(at))
+        context.decode_spans([Span(0, request.tokens[at:end], at, "none")])
+        at = end
+        yield
 
-        begun  tokens with which it begins: guesses
-        """
-        core = self._core
-        tokens = self._query.tokens
-        weights = np.zeros((len(core.adapters), core.model.n_layer), np.float32)
-        if name != BASE:
-            weights[core.rows([name])] = 1
-        sampling = Sampling(max_tokens=n_max, logprobs=0)
-        request = Request(
-            tokens,
-            weights,
-            sampling,
-            n_base=n_base_of(len(tokens)),
-            cancellation=Cancellation(around=self._cancellation),
-        )
-        n_ctx = core.n_ctx_for(len(tokens), n_max)
-        n_max = min(n_max, n_ctx - len(tokens) + 1)
-        sequence = Sequence(request, Sampler(core.model, sampling), n_max, n_ctx)
-        if core.draft != 0:
-            known = (*tokens, *begun, *tokens) if begun else tokens
-            sequence.drafter = Drafter(known, core.draft)
-        core.loop.add(sequence)
-        return sequence
 
-    def _draft(self, name: str) -> Draft:
-        """Give a draft as far as it has come. Raises what it failed with."""
-        sequence = self._running[name]
-        if sequence.error is not None:
-            raise sequence.error
-        return Draft(
-            adapter=name,
-            tokens=tuple(sequence.answer),
-            text="".join(piece for piece, _, _ in sequence.pieces),
-            logprobs=tuple(each.logprob for each in sequence.logprobs),
-            is_whole=sequence.finish_reason == "stop",
-        )
+def finished_draft(model: Model, sequence: Sequence, name: str) -> Draft:
+    """Give the draft that one request has written; name: of its adapter, or BASE."""
+    return Draft(
+        adapter=name,
+        tokens=tuple(sequence.answer),
+        text=_text(model, sequence.answer),
+        logprobs=tuple(each.logprob for each in sequence.logprobs),
+        is_whole=sequence.finish_reason == "stop",
+    )
+
+
+def _text(model: Model, tokens: Many[int]) -> str:
+    """Give the text of tokens, but for a character that is not whole at its end."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    return decoder.decode(model.detokenize(tokens))
 
 
 def with_draft(
@@ -118,18 +167,20 @@ def with_draft(
 
     tokens    of the prompt
     question  begin and end of the question in it, as chat.tokens.find_question gives them
-    n_ctx     tokens of the context; what it cannot hold is left out at the draft's end
+    n_ctx     tokens of the context; a draft takes half of what is free there, at most
 
     The question comes last, so that the writer answers in its language. A control token that is
-    spelt out in the draft stays text.
+    spelt out in the draft stays text. Without room for a draft the prompt stays as it is.
     """
     if question is None:
         return [*tokens]
     start, end, _ = question
-    n_room = max(0, n_ctx - len(tokens) - _N_FOR_ANSWER)
-    said = model.detokenize(draft.tokens[:n_room])
+    n_room = (n_ctx - len(tokens)) // 2
+    said = model.detokenize(draft.tokens[: max(0, n_room)])
     asked = model.detokenize(tokens[start:end])
     text = b"(%s)\n\n%s" % (said.strip(), asked)
     written = text.decode("utf-8", "replace")
     told = model.tokenize(written, add_special=False, parse_special=False)
-    return [*tokens[:start], *told, *tokens[end:]]
+    prompt = [*tokens[:start], *told, *tokens[end:]]
+    has_room = n_room > 0 and len(prompt) < n_ctx
+    return prompt if has_room else [*tokens]

@@ -46,6 +46,8 @@ class Generation(Iterator[str]):
     calls of its Engine compute, and its pieces wait.
 
     fusion     the weights of prefill and answer
+    go_on      of a relay, whose draft is `sequence` at first: gives the writer's answer, and its
+               weights with the draft, once that has ended
     reasoning  attribute: what was taken of the thought before the answer
     """
 
@@ -56,18 +58,34 @@ class Generation(Iterator[str]):
         *,
         drive: Callable[[Callable[[], bool]], None],
         call: Callable[[], AbstractContextManager[Any]],
+        go_on: Callable[[], tuple[Sequence, FusionWeights]] | None = None,
     ) -> None:
         self._sequence, self.fusion = sequence, fusion
         self._drive, self._call = drive, call
         self.reasoning = ""  # what was taken of the thought
         self._n_taken = 0  # tokens of the answer until the last piece that was taken
+        self._go_on = go_on
+        self._is_draft_told = False
         sequence.timings.probe_ms = fusion.probe_ms
         weakref.finalize(self, Cancellation.set, sequence.request.cancellation).atexit = False
 
     @property
     def is_done(self) -> bool:
         """Tell whether all of it is computed; pieces may still wait to be taken."""
-        return self._sequence.is_done
+        self._end_draft()
+        return not self.is_drafting and self._sequence.is_done
+
+    @property
+    def is_drafting(self) -> bool:
+        """Tell whether the knower of a relay drafts, or waits for its turn."""
+        return self._go_on is not None
+
+    def _end_draft(self) -> None:
+        """Begin the writer's answer, where the draft has ended."""
+        if self._go_on is not None and self._sequence.is_done:
+            self._sequence, self.fusion = self._go_on()
+            self._sequence.timings.probe_ms = self.fusion.probe_ms
+            self._go_on = None
 
     @property
     def is_cancelled(self) -> bool:
@@ -81,7 +99,9 @@ class Generation(Iterator[str]):
         "stop" (end of generation, or a stop text), "length" (max_tokens, or the context is full),
         "cancelled", or "error", which iterating raises.
         """
-        return None if self._sequence.pieces else self._sequence.finish_reason
+        if self.is_drafting or self._sequence.pieces:
+            return None
+        return self._sequence.finish_reason
 
     @property
     def is_whole(self) -> bool:
@@ -115,7 +135,7 @@ class Generation(Iterator[str]):
 
     @property
     def draft(self) -> "Draft | None":
-        """Give the draft that the answer was written from, where there was one."""
+        """Give the draft that the answer is written from, where there is one, as far as it is."""
         return None if self.fusion.relay is None else self.fusion.relay.draft
 
     @property
@@ -126,7 +146,7 @@ class Generation(Iterator[str]):
     @property
     def n_completion(self) -> int:
         """Count the tokens of the answer so far, without an end token."""
-        return len(self._sequence.answer)
+        return 0 if self.is_drafting else len(self._sequence.answer)
 
     @property
     def n_thought(self) -> int:
@@ -148,6 +168,10 @@ class Generation(Iterator[str]):
     @property
     def prompt_logits(self) -> F32:
         """Give float32 [n_vocab] after the prompt, where max_tokens is 0."""
+        with self._call():
+            self._drive(lambda: self.is_done)
+        if self._sequence.error is not None:
+            raise self._sequence.error
         assert self._sequence.logits is not None
         return self._sequence.logits
 
@@ -163,16 +187,45 @@ class Generation(Iterator[str]):
             raise sequence.error
         raise StopIteration
 
+    def drafting(self) -> Iterator[str]:
+        """Iterate over what is left of a relay's draft, in pieces of text.
+
+        Iterating over the answer skips it. Either way `draft` has it.
+        """
+        if self.draft is not None and not self.is_drafting and not self._is_draft_told:
+            self._is_draft_told = True
+            yield self.draft.text
+        while self.is_drafting:
+            self._is_draft_told = True
+            self._wait_for_piece(self._sequence)
+            if not self._sequence.pieces:
+                with self._call():
+                    self._end_draft()
+                return
+            piece, _, _ = self._sequence.pieces.popleft()
+            yield piece
+
+    def _wait_for_piece(self, sequence: Sequence) -> None:
+        """Compute until a sequence has a piece of text, or has ended."""
+        if not sequence.pieces and not sequence.is_done:
+            with self._call():
+                self._drive(lambda: bool(sequence.pieces) or sequence.is_done)
+
+    def wait_for_draft(self) -> None:
+        """Compute until a relay's draft is whole; without one do nothing."""
+        with self._call():
+            self._drive(lambda: self.is_done or not self.is_drafting)
+
     def thoughts(self) -> Iterator[str]:
         """Iterate over what is left of the thought before the answer, in pieces of text.
 
         Iterating over the answer skips it. Either way `reasoning` has it.
         """
+        for _ in self.drafting():
+            pass
         sequence = self._sequence
         while True:
-            if not sequence.pieces and not sequence.is_done:
-                with self._call():
-                    self._drive(lambda: bool(sequence.pieces) or sequence.is_done)
+            self._wait_for_piece(sequence)
             if not sequence.pieces or not sequence.pieces[0][2]:
                 return
             piece, self._n_taken, _ = sequence.pieces.popleft()

@@ -12,10 +12,10 @@ from qaflora_edge.backend.context import Context, trim
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import BackendError, CancelledError, QafloraError
 from qaflora_edge.inference import sequence as sequences
-from qaflora_edge.inference.draft import guess_together
+from qaflora_edge.inference.guesses import guess_together
 from qaflora_edge.inference.sampler import no_numbers
 from qaflora_edge.inference.scheduler import Slot, Step
-from qaflora_edge.inference.sequence import surprise, token_logprob
+from qaflora_edge.inference.sequence import TokenLogprob, Written, surprise, token_logprob
 
 
 class Runner:
@@ -102,6 +102,9 @@ class Runner:
             self._cut.add(sequence.number)
 
     def _prefill(self, sequence: sequences.Sequence, slot: Slot, n: int) -> None:
+        if sequence.written is not None:
+            self._take_over(sequence, slot, sequence.written)
+            return
         start, listener = sequence.n_past, sequence.listener
         if sequence.number in self._cut or self._context.keep(start, slot.number) < start:
             self._cut.discard(sequence.number)  # its chunk begins elsewhere: next time
@@ -145,6 +148,29 @@ class Runner:
             self._unread.discard(slot.number)
             if listener is None:
                 self._begin(sequence, row)
+
+    def _take_over(self, sequence: sequences.Sequence, slot: Slot, written: Written) -> None:
+        """Begin an answer with what was drafted of it: as if it had been computed here."""
+        draft = written.draft
+        assert written.state is not None
+        sequence.written = None
+        self._context.load_sequence(slot.number, written.state)
+        sequence.n_past = len(written.state.tokens)
+        for token, logprob in zip(draft.tokens, draft.logprobs, strict=True):
+            data = self._vocabulary.piece(token)
+            if sequence.request.sampling.logprobs is not None:
+                spelling = self._vocabulary.piece(token, special=True)
+                entry = TokenLogprob(token, spelling, logprob, n_shown=len(data))
+                sequence.logprobs.append(entry)
+            sequence.take(token, data)
+            if sequence.is_done:
+                break
+        if draft.is_whole and not sequence.is_done:
+            sequence.finish("stop")
+        # What is held has to be what was shown, where the answer has ended before the draft.
+        n_held = sequence.n_prompt + len(sequence.answer)
+        sequence.n_past = self._context.keep(min(sequence.n_past, n_held), slot.number)
+        slot.tokens = list(self._context.tokens[slot.number])
 
     def _set_weights(self, sequence: sequences.Sequence, slot: int) -> None:
         weights = sequence.request.next_weights(sequence.n_past)
@@ -195,10 +221,10 @@ class Runner:
             sequence.timings.n_decoded += 1
             self._sample(sequence, row)
             row += 1
-        if sequence.drafter is not None and len(span.tokens) > 1:
+        if sequence.guesser is not None and len(span.tokens) > 1:
             self._context.keep(sequence.n_past, slot.number)
             n_guessed, n_right = len(span.tokens) - 1, sequence.n_past - n_before - 1
-            sequence.drafter.learn(n_guessed, n_right, n_sequence)
+            sequence.guesser.learn(n_guessed, n_right, n_sequence)
             sequence.timings.draft_n += n_guessed
             sequence.timings.draft_n_accepted += n_right
 

@@ -27,6 +27,7 @@ class Sampler:
 
     Without close() it is freed when it is collected.
 
+    is_plain attribute: whether the likeliest token is always chosen, where no constraint is
     is_free  attribute: whether the constraint waits, as it does within a thought
     forced   attribute: tokens that come next, whatever the constraint says
 
@@ -67,7 +68,7 @@ class Sampler:
         yield lib.llama_sampler_init_penalties(n_vocab, _N_PENALISED, *penalties)
         is_greedy = sampling.temperature < _COLDEST
         # The likeliest token is chosen, whatever came before.
-        self._is_plain = is_greedy and not sampling.logit_bias and penalties == _NO_PENALTIES
+        self.is_plain = is_greedy and not sampling.logit_bias and penalties == _NO_PENALTIES
         if is_greedy:
             yield lib.llama_sampler_init_greedy()
             return
@@ -93,7 +94,7 @@ class Sampler:
             self._lib.llama_sampler_accept(self._chain, token)
             return token
         if self.constraint is None or self.is_free:
-            return likeliest if self._is_plain else context.sample(self._chain, row)
+            return likeliest if self.is_plain else context.sample(self._chain, row)
         bits = np.unpackbits(self.constraint.mask().view(np.uint8), bitorder="little")
         allowed = np.flatnonzero(bits[: self._model.n_vocab])
         if not len(allowed):

@@ -17,8 +17,10 @@ from qaflora_edge.errors import QafloraError
 from qaflora_edge.inference.request import Request, Thinking
 
 if TYPE_CHECKING:
-    from qaflora_edge.inference.draft import Drafter
+    from qaflora_edge.backend.context import KvState
+    from qaflora_edge.inference.guesses import Guesser
     from qaflora_edge.inference.sampler import Sampler
+    from qaflora_edge.weighing.drafted import Draft
     from qaflora_edge.weighing.probe import Listener
 
 _numbers = itertools.count(1)
@@ -69,6 +71,20 @@ class TokenLogprob:
     n_shown: int = 0
 
 
+@dataclass(frozen=True)
+class Written:
+    """Hold an answer's beginning that was drafted elsewhere, under the same weights.
+
+    weights  float32 [n_adapter, n_layer], of all loaded adapters
+    state  KV state of the prompt and of the draft, but for its last token unless that is whole;
+           None where it would take much memory
+    """
+
+    draft: "Draft"
+    weights: F32
+    state: "KvState | None"
+
+
 class Sequence:
     """Follow a request: waiting, prefill, decoding, done.
 
@@ -81,7 +97,8 @@ class Sequence:
     n_past      tokens of prompt and answer with KV state in the slot
     n_cached    tokens of the prompt that had KV state when it got the slot
     next_token  chosen, not yet decoded
-    drafter     guesses tokens after it, if anything does
+    guesser     guesses tokens after it, if anything does
+    written     the beginning of its answer, where that need not be computed
     pieces      text not yet taken, each with the number of answer tokens until there, and whether
                 it is of the thought
     n_thought   tokens of a thought: those before the answer's first
@@ -118,7 +135,8 @@ class Sequence:
     def start(self, request: Request, sampler: "Sampler | None", n_max: int) -> None:
         """Follow this request, with the same prompt as the one before."""
         self.request, self.sampler, self.n_max = request, sampler, n_max
-        self.drafter: Drafter | None = None
+        self.guesser: Guesser | None = None
+        self.written: Written | None = None
         sampling, thinking = request.sampling, request.thinking
         self._split = ThoughtSplitter(thinking, is_exact=sampling.grammar is not None)
         self.text = TextDecoder(sampling.stop, self._split)

@@ -70,11 +70,5 @@ def measure(
 
 def _sureness(probe: Probes) -> F64:
     """Tell how sure each adapter is of its own draft: float64 [n_adapter], in nats a token."""
-    sureness = []
-    try:
-        for name in probe.query.adapters:  # alone, or others in the batch would move last digits
-            (draft,) = probe.drafts([name], N_BEGUN)
-            sureness.append(draft.sureness(N_BEGUN))
-    finally:
-        probe.end_drafts()
-    return np.array(sureness)
+    drafts = probe.drafts(probe.query.adapters, N_BEGUN)
+    return np.array([draft.sureness(N_BEGUN) for draft in drafts])

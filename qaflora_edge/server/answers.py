@@ -153,6 +153,7 @@ class Sender:
     ) -> None:
         noted = _noted(answers, n, n_prompt, out.facts)
         self._engine, self._first, self._out, self._n = engine, next(noted), out, n
+        self._first.wait_for_draft()
         self._mix = mix_of(self._first.fusion, out)
         self.answers = itertools.chain([self._first], noted)
 

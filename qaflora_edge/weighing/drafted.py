@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 BASE = "base"  # in place of an adapter's name, where the base alone is meant
+ANSWER = ""  # in place of a name, for the answer that is given if nobody relays
 UNSURE = -100.0  # nats a token, of an empty draft
 DRAFT_TOKENS = 128  # of the longest draft
-N_BEGUN = 12  # tokens of a draft that tell how sure its adapter is
+N_BEGUN = 8  # tokens of a draft that tell how sure its adapter is
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,10 @@ class Draft:
     logprobs: tuple[float, ...]
     is_whole: bool
 
+    def has(self, n_token: int) -> bool:
+        """Tell whether it is whole, or has so many tokens."""
+        return self.is_whole or len(self.tokens) >= n_token
+
     def sureness(self, n_token: int) -> float:
         """Average the log-probability of its first n_token tokens, in nats; an empty one has none.
 
@@ -40,15 +45,17 @@ class Relay:
     """Say who drafts and who writes, and what was drafted.
 
     knower, writer  adapters, or BASE
-    draft     the knower's
+    draft     the knower's, as far as it is written
+    is_drafted  whether that is all of it
     sureness  adapter -> mean log-probability of its draft's first tokens, in nats
-    draft_ms  time of all drafts
+    draft_ms  time of what was drafted after the knower was chosen
     prompt    ids of the query; the draft is for no other
     """
 
     knower: str
     writer: str
     draft: Draft
+    is_drafted: bool = False
     sureness: Mapping[str, float] = field(default_factory=dict)
     draft_ms: float = 0.0
     prompt: tuple[int, ...] = field(default=(), repr=False)

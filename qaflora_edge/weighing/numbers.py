@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 
 from qaflora_edge.arrays import F32, F64
 from qaflora_edge.errors import WeightsError
+from qaflora_edge.weighing.drafted import BASE
 
 if TYPE_CHECKING:
     from qaflora_edge.weighing.drafted import Relay
@@ -80,6 +81,7 @@ class FusionWeights:
                 "writer": self.relay.writer,
                 "draft": self.relay.draft.text,
                 "draft_tokens": len(self.relay.draft.tokens),
+                "draft_ms": round(self.relay.draft_ms, 3),
                 "sureness": sureness,
             }
         }
@@ -145,6 +147,14 @@ def n_base_of(n_prompt: int) -> int:
     The mix reads the last ones: benchmarks/one_reading.py compares other numbers of them.
     """
     return max(0, n_prompt - N_TAIL)
+
+
+def alone_weights(name: str, adapters: Sequence[str], n_layer: int) -> F32:
+    """Give float32 [n_adapter, n_layer] of one adapter at 1, or of BASE."""
+    weights = np.zeros((len(adapters), n_layer), np.float32)
+    if name != BASE:
+        weights[adapters.index(name)] = 1
+    return weights
 
 
 def normalise(divergence: ArrayLike) -> F32:

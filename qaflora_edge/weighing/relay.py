@@ -7,7 +7,6 @@ neutral prompts knows something. docs/strategies.md has the rule in words.
 """
 
 import re
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import inf
@@ -16,16 +15,18 @@ from typing import Any
 from qaflora_edge.arrays import F32
 from qaflora_edge.config import Option
 from qaflora_edge.errors import StrategyError
-from qaflora_edge.weighing.drafted import BASE, N_BEGUN, UNSURE, Draft, Relay
+from qaflora_edge.weighing.drafted import BASE, DRAFT_TOKENS, N_BEGUN, UNSURE, Draft, Relay
 from qaflora_edge.weighing.strategy import Mix, Probe, Query
 from qaflora_edge.weighing.two_place import TWO_PLACE_OPTIONS, TwoPlace
 
+ALONE = 5.0  # score `answer` above which an adapter answers, and nobody else is asked
 STRONG = 2.5  # score `answer` below which an adapter that is unsure is compared with the base
-PROPOSED = 0.3  # score in the question from which on an adapter drafts in the base's place
-N_CANDIDATE = 2  # adapters that draft after the writer, at most
+MAY_KNOW = 0.0  # score in the question above which an adapter may know more
+PROPOSED = 0.3  # the same, where no adapter answers
+N_CANDIDATE = 2  # adapters that draft beside who answers, at most
 SURENESS = "sureness"  # of calibration.KEYS
 SURE = 1.0  # spreads above its typical sureness an adapter is sure of its draft
-AHEAD = 0.3  # spreads that a knower is ahead of who writes
+UNSURE_FROM = 0.2  # spreads above it, below which who answers lets another draft
 SURE_OF_EACH = -0.15  # nats: the least sure token, where the scores leave an adapter out
 FOREIGN = 3.5  # nats: the base would not begin its answer so
 
@@ -80,53 +81,58 @@ class RelayStrategy(TwoPlace):
 
 def _relayed(query: Query, probe: Probe, mix: Mix) -> Mix:
     """Let drafts decide what the scores of two-place leave open."""
-    start = time.perf_counter()
+    import numpy as np
+
     writer = _heaviest(query, mix)
     by_question = {name: reason.scores["question"] for name, reason in mix.why.items()}
-    others = [name for name in query.adapters if name != writer]
-    others.sort(key=lambda name: -by_question[name])
+    ordered = sorted(query.adapters, key=lambda name: -by_question[name])
     if writer is None:
-        proposed = [name for name in others[:1] if by_question[name] >= PROPOSED]
-        return _despite_the_scores(query, probe, mix, proposed, start)
-    second = [name for name in others if mix.why[name].taken_as]
-    drafts = probe.drafts([writer, *second], N_BEGUN)
-    if not _is_sure(query, drafts[0]):
-        more = [name for name in others[:N_CANDIDATE] if name not in second]
-        is_weak = mix.why[writer].scores["answer"] < STRONG
-        drafts += probe.drafts([*more, BASE] if is_weak else more, N_BEGUN)
+        proposed = [name for name in ordered[:1] if by_question[name] > PROPOSED]
+        return _despite_the_scores(query, probe, mix, proposed)
+    strength = mix.why[writer].scores["answer"]
+    others = [name for name in ordered if name != writer and by_question[name] > MAY_KNOW]
+    asked = [writer]
+    if strength <= ALONE:
+        asked += others[:N_CANDIDATE]
+    if strength < STRONG:
+        asked.append(BASE)
+    drafts = probe.drafts(asked, N_BEGUN, np.asarray(mix.weights))
     sureness = {draft.adapter: draft.sureness(N_BEGUN) for draft in drafts}
     unusual = {
         draft.adapter: _unusual(query, draft)
         for draft in drafts
-        if draft.adapter != BASE and (draft.adapter == writer or _is_prose(draft))
+        if draft.adapter == writer or (draft.adapter != BASE and _is_prose(draft))
     }
     knower = max(unusual, key=unusual.__getitem__)
-    if knower != writer and unusual[knower] >= max(SURE, unusual[writer] + AHEAD):
-        relay = _relay(query, probe, knower, writer, sureness, start)
+    if unusual[writer] < UNSURE_FROM and unusual[knower] >= SURE:
+        relay = _relay(query, probe, knower, writer, sureness)
         return replace(mix, weights=_alone(query, writer), relay=relay, because=_said(relay))
-    if sureness.get(BASE, -inf) > sureness[writer]:
+    if unusual[writer] < SURE and sureness.get(BASE, -inf) > sureness[writer]:
         numbers = f"{sureness[BASE]:.2f} nats a token, {writer} {sureness[writer]:.2f}"
         because = f"The base answers alone: it is surer of its draft ({numbers})."
         return replace(mix, weights=_alone(query, BASE), because=because)
-    return _rewritten(query, probe, mix, writer, sureness, start)
+    return _rewritten(query, probe, mix, writer, sureness)
 
 
-def _despite_the_scores(
-    query: Query, probe: Probe, mix: Mix, proposed: Sequence[str], start: float
-) -> Mix:
+def _despite_the_scores(query: Query, probe: Probe, mix: Mix, proposed: Sequence[str]) -> Mix:
     """Take an adapter that the scores leave out, where it is sure of each token of its draft.
 
     One that makes up an answer is unsure of the token that bears the fact.
     """
-    drafts = probe.drafts(proposed, N_BEGUN)
+    import numpy as np
+
+    if not proposed:
+        return mix
+    drafts = probe.drafts(proposed, N_BEGUN, np.asarray(mix.weights))
     sureness = {draft.adapter: draft.sureness(N_BEGUN) for draft in drafts}
     for draft in drafts:
-        whole = probe.whole_draft(draft.adapter)
+        if not _is_prose(draft) or not _is_sure(query, draft):
+            continue
+        (whole,) = probe.drafts([draft.adapter], DRAFT_TOKENS)
         least = min(whole.logprobs, default=UNSURE)
-        is_sure = whole.is_whole and least > SURE_OF_EACH
-        if is_sure and _is_prose(draft) and _is_sure(query, draft):
+        if whole.is_whole and least > SURE_OF_EACH:
             found = replace(mix, weights=_alone(query, draft.adapter))
-            return _rewritten(query, probe, found, draft.adapter, sureness, start)
+            return _rewritten(query, probe, found, draft.adapter, sureness)
     return mix
 
 
@@ -136,7 +142,6 @@ def _rewritten(
     mix: Mix,
     knower: str,
     sureness: Mapping[str, float],
-    start: float,
 ) -> Mix:
     """Let the base write, in the question's language, what an adapter drafts in another one.
 
@@ -148,7 +153,7 @@ def _rewritten(
         return mix
     if not _is_foreign(begun.text, probe.question()) or probe.unexpected(begun.tokens[0]) < FOREIGN:
         return mix
-    relay = _relay(query, probe, knower, BASE, sureness, start)
+    relay = _relay(query, probe, knower, BASE, sureness)
     return replace(mix, weights=_alone(query, BASE), relay=relay, because=_said(relay))
 
 
@@ -168,12 +173,11 @@ def _is_foreign(draft: str, question: str) -> bool:
 
 def _by_hand(query: Query, probe: Probe) -> Mix:
     """Relay between the two that the caller names."""
-    start = time.perf_counter()
     knower = query.options["knower"]
     writer = query.options["writer"]
     (draft,) = probe.drafts([knower], N_BEGUN)
     sureness = {knower: draft.sureness(N_BEGUN)}
-    relay = _relay(query, probe, knower, writer, sureness, start)
+    relay = _relay(query, probe, knower, writer, sureness)
     return Mix(_alone(query, writer), relay=relay, because=_said(relay))
 
 
@@ -183,11 +187,10 @@ def _relay(
     knower: str,
     writer: str,
     sureness: Mapping[str, float],
-    start: float,
 ) -> Relay:
-    draft = probe.whole_draft(knower)
-    draft_ms = 1e3 * (time.perf_counter() - start)
-    return Relay(knower, writer, draft, sureness, draft_ms, query.tokens)
+    (draft,) = probe.drafts([knower], N_BEGUN)
+    is_drafted = draft.is_whole
+    return Relay(knower, writer, draft, is_drafted, sureness, prompt=query.tokens)
 
 
 def _said(relay: Relay) -> str:
@@ -220,12 +223,9 @@ def _heaviest(query: Query, mix: Mix) -> str | None:
 
 def _alone(query: Query, name: str) -> F32:
     """Give weights [n_adapter, n_layer] of one adapter at 1, or of the base."""
-    import numpy as np
+    from qaflora_edge.weighing.numbers import alone_weights
 
-    weights = np.zeros((len(query.adapters), query.n_layer), np.float32)
-    if name != BASE:
-        weights[query.adapters.index(name)] = 1
-    return weights
+    return alone_weights(name, query.adapters, query.n_layer)
 
 
 STRATEGIES = (RelayStrategy(),)

@@ -100,14 +100,15 @@ class Probe(Protocol):
     def unexpected(self, token: int) -> float:
         """Give -log p, in nats, of a token as the base's answer's first, once added() is known."""
 
-    def drafts(self, names: Iterable[str], n_token: int) -> "list[Draft]":
+    def drafts(
+        self, names: Iterable[str], n_token: int, answer: F32 | None = None
+    ) -> "list[Draft]":
         """Let adapters, or BASE, answer the query, each alone and all in one batch.
 
-        n_token  each draft has so many tokens, or is whole
+        n_token  each draft has so many tokens, or is whole; one that was begun before goes on
+        answer   weights [n_adapter, n_layer]: begin the answer under them too, in the same batch,
+                 so that it need not begin again if these stay the weights
         """
-
-    def whole_draft(self, name: str) -> "Draft":
-        """Finish a draft that drafts() began, and end the others."""
 
     def embedding(self) -> F32:
         """Average the base's state after its last block over tokens: float32 [n_embd]."""

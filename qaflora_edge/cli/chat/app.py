@@ -155,6 +155,8 @@ class Chat:
                 generation = self.engine.generate(
                     tokens, cancel=stop, on_progress=view.progress, **self.sampling
                 )
+                for piece in generation.drafting():
+                    view.drafting(piece)
                 if generation.draft is not None:
                     view.draft(generation.draft.text)
                 for thought in generation.thoughts():

@@ -46,8 +46,11 @@ class View:
     def thought(self, text: str) -> None:
         """Show more of the thought before an answer."""
 
+    def drafting(self, text: str) -> None:
+        """Show more of what another adapter drafts before an answer."""
+
     def draft(self, text: str) -> None:
-        """Show what another adapter drafted before an answer, on one line."""
+        """Show the whole draft, on one line."""
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Show how far weighing and prefill are."""
@@ -95,7 +98,7 @@ class TerminalView(View):
         from rich.live import Live
 
         click.echo()
-        self._open, self._thought, self._n_block = "", "", 0
+        self._open, self._thought, self._draft, self._n_block = "", "", "", 0
         self._start = self._drawn = time.perf_counter()
         self._live = Live(console=self._out, transient=True, auto_refresh=False)
         self._live.start()
@@ -107,6 +110,11 @@ class TerminalView(View):
             self._print(block)
         if closed or time.perf_counter() - self._drawn > _REDRAW_S:
             self._draw(self._open)
+
+    def drafting(self, text: str) -> None:
+        self._draft += visible(text)
+        if time.perf_counter() - self._drawn > _REDRAW_S:
+            self._draw(self._draft, "dim")
 
     def draft(self, text: str) -> None:
         self._out.print(visible(" ".join(text.split())), style="dim")

@@ -1,4 +1,4 @@
-"""Drafting: guess the next tokens of answers, so that one pass of the base verifies several."""
+"""Guesses: of the next tokens of answers, so that one pass of the base verifies several."""
 
 from collections.abc import Sequence as Many
 
@@ -43,7 +43,7 @@ class _Record:
             self._n_rest = min(2 * self._n_rest, _N_LONGEST_REST)
 
 
-class Drafter:
+class Guesser:
     """Guess what follows an answer so far: what followed its last tokens where they stood last.
 
     prompt  its tokens
@@ -87,8 +87,8 @@ def guess_together(group: Many[Sequence], n_ctx: int) -> list[list[int]]:
     n_ctx  tokens that each sequence can hold
     """
     guesses = [
-        each.drafter.guess(each.answer)[: each.n_max - len(each.answer) - 1]
-        if each.drafter and len(group) <= _N_TOGETHER
+        each.guesser.guess(each.answer)[: each.n_max - len(each.answer) - 1]
+        if each.guesser and len(group) <= _N_TOGETHER
         else []
         for each in group
     ]
