@@ -456,8 +456,7 @@ class Probes:
         if missing:
             tokens = self.query.tokens
             request = Request(tokens, core.weights_of(BASE), n_base=n_base_of(len(tokens)))
-            begun = {name: written.draft for name, written in self._written.items()}
-            steps = core.drafter.draft(request, missing, begun, n_token, self._read_again)
+            steps = core.drafter.draft(request, missing, self._written, n_token, self._read_again)
             for written in core.run(steps, self._cancellation, kind="draft"):
                 self._written[written.draft.adapter] = written
         return [self._written[name].draft for name in names]

@@ -55,7 +55,7 @@ class Drafter:
         self,
         request: Request,
         weights: dict[str, F32],
-        begun: dict[str, Draft],
+        begun: dict[str, Written],
         n_token: int,
         read: Callable[[], KvState | None],
     ) -> Generator[None, None, list[Written]]:
@@ -72,21 +72,14 @@ class Drafter:
         drafts: list[Written] = []
         for at in range(0, len(names), _N_SEQ - 1):
             together = names[at : at + _N_SEQ - 1]
-            n_tail = len(request.tokens) - request.n_base
-            n_most = len(request.tokens) + len(together) * (n_tail + n_token)
+            n_most = (1 + len(together)) * len(request.tokens) + len(together) * n_token
             context = self._contexts.for_query(n_most)
             with wiped_on_failure(context):
                 yield from _read_prompt(context, request, read())
-                rows = []
-                for seq, name in enumerate(together, start=1):
-                    row = _Row(seq, name, weights[name], list(request.tokens[request.n_base :]))
-                    if name in begun:
-                        row.tokens += begun[name].tokens
-                        row.logprobs += begun[name].logprobs
-                        row.unread += begun[name].tokens
-                    context.copy(0, seq)
-                    context.set_weights(row.weights, seq=seq)
-                    rows.append(row)
+                rows = [
+                    _begin(context, request, seq, name, weights[name], begun.get(name))
+                    for seq, name in enumerate(together, start=1)
+                ]
                 yield from self._decode(context, rows, n_token)
                 drafts += [self._written(context, row) for row in rows]
             context.clear()
@@ -121,6 +114,24 @@ class Drafter:
         draft = Draft(row.name, tuple(row.tokens), text, tuple(row.logprobs), row.is_whole)
         is_small = context.n_byte_of(row.seq) <= _N_BYTE_KEPT
         return Written(draft, row.weights, context.kv_state_of(row.seq) if is_small else None)
+
+
+def _begin(
+    context: Context, request: Request, seq: int, name: str, weights: F32, begun: Written | None
+) -> _Row:
+    """Begin a draft in a sequence, or go on with what there is of it."""
+    context.set_weights(weights, seq=seq)
+    row = _Row(seq, name, weights, list(request.tokens[request.n_base :]))
+    if begun is not None:
+        row.tokens += begun.draft.tokens
+        row.logprobs += begun.draft.logprobs
+    if begun is None or begun.state is None:
+        context.copy(0, seq)
+        row.unread += row.tokens
+    else:
+        context.load_sequence(seq, begun.state)
+        row.unread = row.tokens[-1:]
+    return row
 
 
 def _read_prompt(

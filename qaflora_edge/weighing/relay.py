@@ -15,7 +15,7 @@ from typing import Any
 from qaflora_edge.arrays import F32
 from qaflora_edge.config import Option
 from qaflora_edge.errors import StrategyError
-from qaflora_edge.weighing.drafted import BASE, DRAFT_TOKENS, N_BEGUN, UNSURE, Draft, Relay
+from qaflora_edge.weighing.drafted import BASE, N_BEGUN, UNSURE, Draft, Relay
 from qaflora_edge.weighing.strategy import Mix, Probe, Query
 from qaflora_edge.weighing.two_place import TWO_PLACE_OPTIONS, TwoPlace
 
@@ -28,6 +28,7 @@ SURENESS = "sureness"  # of calibration.KEYS
 SURE = 1.0  # spreads above its typical sureness an adapter is sure of its draft
 UNSURE_FROM = 0.2  # spreads above it, below which who answers lets another draft
 SURE_OF_EACH = -0.15  # nats: the least sure token, where the scores leave an adapter out
+N_FACT = 32  # tokens of an answer that states a fact, at most
 FOREIGN = 3.5  # nats: the base would not begin its answer so
 
 _FORMS = ("{", "[", "<", "`", "#", "*", "-", "|")
@@ -126,14 +127,23 @@ def _despite_the_scores(query: Query, probe: Probe, mix: Mix, proposed: Sequence
     drafts = probe.drafts(proposed, N_BEGUN, np.asarray(mix.weights))
     sureness = {draft.adapter: draft.sureness(N_BEGUN) for draft in drafts}
     for draft in drafts:
-        if not _is_prose(draft) or not _is_sure(query, draft):
-            continue
-        (whole,) = probe.drafts([draft.adapter], DRAFT_TOKENS)
-        least = min(whole.logprobs, default=UNSURE)
-        if whole.is_whole and least > SURE_OF_EACH:
-            found = replace(mix, weights=_alone(query, draft.adapter))
-            return _rewritten(query, probe, found, draft.adapter, sureness)
+        if _is_prose(draft) and _is_sure(query, draft) and _is_sure_of_each(probe, draft):
+            taken = replace(mix, weights=_alone(query, draft.adapter))
+            return _rewritten(query, probe, taken, draft.adapter, sureness)
     return mix
+
+
+def _is_sure_of_each(probe: Probe, draft: Draft) -> bool:
+    """Tell whether a draft is a short answer, and its adapter sure of each token of it."""
+    n_token = N_BEGUN
+    while min(draft.logprobs, default=UNSURE) > SURE_OF_EACH:
+        if draft.is_whole:
+            return True
+        n_token *= 2
+        if n_token > N_FACT:
+            return False
+        (draft,) = probe.drafts([draft.adapter], n_token)
+    return False
 
 
 def _rewritten(
