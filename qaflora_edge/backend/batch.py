@@ -1,5 +1,6 @@
 """Batches: rows of one llama_decode call, and how prompts are cut into chunks."""
 
+import math
 import struct
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,10 @@ class Batch:
     def __init__(self, lib: Any, spans: Sequence[Span]) -> None:
         # Arrays without numpy: after each decode the caches hold the model, and code that was
         # just run is slow again. numpy's took 142 us of a token here, where warm it takes 23.
-        token, pos, seq, logits = array("i"), array("i"), array("i"), array("b")
+        token = array("i")
+        pos = array("i")
+        seq = array("i")
+        logits = array("b")
         self.last: list[int] = []
         for span in spans:
             n = len(span.tokens)
@@ -45,22 +49,33 @@ class Batch:
                 for place in span.outputs:
                     logits[place - n] = 1
             self.last.append(len(token) - 1)
-        self.n_token, self.n_output = len(token), sum(logits)
+        self.n_token = len(token)
+        self.n_output = sum(logits)
         n_seq_id = array("i", [1]) * self.n_token
         # llama_batch.seq_id: one pointer per row, here to the row's own number
-        first = seq.buffer_info()[0]
-        seq_id = array("Q", range(first, first + seq.itemsize * self.n_token, seq.itemsize))
-        self._arrays = (token, pos, n_seq_id, seq_id, logits, seq)
-        places = [values.buffer_info()[0] for values in self._arrays[:5]]
-        # llama.h struct llama_batch: n_tokens, token, embd, pos, n_seq_id, seq_id, logits
-        packed = struct.pack("@iPPPPPP", self.n_token, places[0], 0, *places[1:])
+        first, _ = seq.buffer_info()
+        end = first + seq.itemsize * self.n_token
+        seq_id = array("Q", range(first, end, seq.itemsize))
+        self._arrays = (token, pos, n_seq_id, seq_id, logits, seq)  # the struct points at them
+        packed = struct.pack(  # llama.h struct llama_batch
+            "@iPPPPPP",
+            self.n_token,
+            token.buffer_info()[0],
+            0,  # embd
+            pos.buffer_info()[0],
+            n_seq_id.buffer_info()[0],
+            seq_id.buffer_info()[0],
+            logits.buffer_info()[0],
+        )
         self.struct = lib.llama_batch.from_buffer_copy(packed)
 
 
 def n_common(a: Sequence[int], b: Sequence[int]) -> int:
     """Count the tokens that two sequences have in common from the start."""
-    low, high = 0, min(len(a), len(b))
-    a, b = list(a[:high]), list(b[:high])
+    low = 0
+    high = min(len(a), len(b))
+    a = list(a[:high])
+    b = list(b[:high])
     while low < high:  # a slice is compared far faster than item by item
         middle = (low + high + 1) // 2
         if a[low:middle] == b[low:middle]:
@@ -110,18 +125,24 @@ class Chunks:
         n_tail  where an answer begins, the chunk ends so many tokens before; the rest of a prompt
                 that ends there is one more chunk
         """
-        limit = len(tokens) if at >= len(tokens) - n_tail else len(tokens) - n_tail
-        n_full = self.n_full if at < self.n_shallow else min(self.n_full, N_TILE)
+        limit = len(tokens) - n_tail
+        if at >= limit:
+            limit = len(tokens)
+        n_full = self.n_full
+        if at >= self.n_shallow:
+            n_full = min(n_full, N_TILE)
         most = min(limit, at + n_full + self.n_least - 1)
         opening = self._opening(tokens)
-        first = max(at, at + self.n_message - 1 - len(opening))
+        n_opening = len(opening)
+        first = at + max(0, self.n_message - 1 - n_opening)
         for i in range(first, min(most + n_tail, len(tokens))):
-            if self.is_break(tokens[i]):
-                end = i + 1
-                if tuple(tokens[end : end + len(opening)]) == opening:
-                    end += len(opening) - n_tail
-                if self.n_message <= end - at <= self.n_most and end <= limit:
-                    return end
+            if not self.is_break(tokens[i]):
+                continue
+            end = i + 1
+            if tuple(tokens[end : end + n_opening]) == opening:
+                end += n_opening - n_tail
+            if self.n_message <= end - at <= self.n_most and end <= limit:
+                return end
         return most if most == limit else at + n_full
 
     def cut(self, tokens: Sequence[int], at: int = 0) -> Iterator[tuple[int, int]]:
@@ -133,9 +154,10 @@ class Chunks:
 
     def _opening(self, tokens: Sequence[int]) -> tuple[int, ...]:
         """Give the few tokens after a prompt's last message, which open the answer."""
-        for n in range(min(len(tokens), _N_OPENING + 1)):
-            if self.is_break(tokens[len(tokens) - 1 - n]):
-                return tuple(tokens[len(tokens) - n :])
+        n_token = len(tokens)
+        for begin in range(n_token, max(0, n_token - _N_OPENING - 1), -1):
+            if self.is_break(tokens[begin - 1]):
+                return tuple(tokens[begin:])
         return ()
 
     def n_shared(
@@ -154,10 +176,14 @@ class Chunks:
         n_there  tokens of the earlier prompt that can be reused; None: all
         returns  at most all tokens but the last n_tail, and the last one that is prefilled
         """
-        n, at = min(n_common(read, tokens), len(tokens) - max(n_tail, not n_after)), 0
-        n = n if n_there is None else min(n, n_there)
-        while at < n and (end := self.end(tokens, at, n_tail)) <= n:
-            if self.end(read, at, n_tail) != end:
+        n_last = max(n_tail, 0 if n_after else 1)  # tokens that are prefilled in any case
+        n_most = min(n_common(read, tokens), len(tokens) - n_last)
+        if n_there is not None:
+            n_most = min(n_most, n_there)
+        at = 0
+        while at < n_most:
+            end = self.end(tokens, at, n_tail)
+            if end > n_most or self.end(read, at, n_tail) != end:
                 break
             at = end
         return at
@@ -174,10 +200,12 @@ def chunks_of(
     Chunks are whole tiles of each sequence, so the rows computed at once grow with n_seq. A message
     that is a chunk of its own has at least a tile's rows of all sequences together.
     """
-    n_full = N_TILE * max(1, _N_AT_ONCE // (N_TILE * n_seq))
-    return Chunks(n_full, N_TILE, -(-N_TILE // n_seq), is_break, n_shallow)
+    n_tile = max(1, _N_AT_ONCE // (N_TILE * n_seq))
+    n_message = math.ceil(N_TILE / n_seq)
+    return Chunks(n_tile * N_TILE, N_TILE, n_message, is_break, n_shallow)
 
 
 def n_ubatch(n_seq: int = 1) -> int:
     """Count the rows of the largest micro-batch, where up to n_seq sequences prefill together."""
-    return max(n * chunks_of(n).n_most for n in range(1, n_seq + 1))
+    sizes = [n * chunks_of(n).n_most for n in range(1, n_seq + 1)]
+    return max(sizes)

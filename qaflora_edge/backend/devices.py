@@ -77,11 +77,14 @@ def rpc() -> SimpleNamespace:
 
 def gpus() -> list[int]:
     """List the GPUs of this machine; integrated ones where there is no other."""
-    count, get, kind = ggml().dev_count, ggml().dev_get, ggml().dev_type
-    found = [get(i) for i in range(count())]
-    return [each for each in found if kind(each) == DEVICE_GPU] or [
-        each for each in found if kind(each) == DEVICE_INTEGRATED_GPU
-    ]
+    registry = ggml()
+    by_kind: dict[int, list[int]] = {DEVICE_GPU: [], DEVICE_INTEGRATED_GPU: []}
+    for index in range(registry.dev_count()):
+        device = registry.dev_get(index)
+        kind = registry.dev_type(device)
+        if kind in by_kind:
+            by_kind[kind].append(device)
+    return by_kind[DEVICE_GPU] or by_kind[DEVICE_INTEGRATED_GPU]
 
 
 def endpoints(text: str) -> tuple[str, ...]:
@@ -89,30 +92,33 @@ def endpoints(text: str) -> tuple[str, ...]:
 
     Raises OptionError.
     """
-    found = tuple(each.strip() for each in text.split(","))
-    matches = [_ENDPOINT.fullmatch(each) for each in found]
-    are_right = all(match and 0 < int(match["port"]) < 1 << 16 for match in matches)
-    if not are_right or len(set(found)) < len(found) or len(found) > MAX_WORKERS:
+    workers = tuple(worker.strip() for worker in text.split(","))
+    is_right = len(set(workers)) == len(workers) <= MAX_WORKERS
+    for worker in workers:
+        match = _ENDPOINT.fullmatch(worker)
+        if match is None or not 0 < int(match["port"]) < 1 << 16:
+            is_right = False
+    if not is_right:
         expected = f"up to {MAX_WORKERS} different workers as HOST:PORT with commas between them"
         raise wrong_option("rpc", text, f"{expected}, each with a name or an IPv4 address")
-    return found
+    return workers
 
 
-def shares(text: str, n_device: int) -> list[float]:
+def read_shares(text: str, n_device: int) -> list[float]:
     """Read --tensor-split: how many layers each device gets, relative to the others.
 
     Raises OptionError.
     """
     try:
-        found = [float(each) for each in text.split(",")]
+        shares = [float(share) for share in text.split(",")]
     except ValueError:
-        found = []
-    are_shares = any(found) and all(0 <= each < math.inf for each in found)
-    if len(found) != n_device or not are_shares:
+        shares = []
+    are_right = any(shares) and all(0 <= share < math.inf for share in shares)
+    if len(shares) != n_device or not are_right:
         expected = f"{n_device} numbers from 0 up with commas between them, not all 0"
-        each = "one for each worker of --rpc, then one for each GPU of this machine"
-        raise wrong_option("tensor_split", text, f"{expected}: {each}")
-    return found
+        devices = "one for each worker of --rpc, then one for each GPU of this machine"
+        raise wrong_option("tensor_split", text, f"{expected}: {devices}")
+    return shares
 
 
 def timeout_s() -> int:
@@ -152,10 +158,11 @@ def check_worker(endpoint: str) -> None:
     except OSError:
         pass
     if len(answer) == _HELLO_ANSWER.size:
-        found = _HELLO_ANSWER.unpack(answer)[-1].rstrip(b"\0").decode("utf-8", "replace")
-        if found == build():
+        *_, raw_build = _HELLO_ANSWER.unpack(answer)
+        its_build = raw_build.rstrip(b"\0").decode("utf-8", "replace")
+        if its_build == build():
             return
-        why = f"it is of the build {found!r}, expected {build()!r}"
+        why = f"it is of the build {its_build!r}, expected {build()!r}"
     raise WorkerError(
         f"The worker {endpoint} cannot be used: {why}. Start `qaflora worker` of this version "
         "there."
@@ -217,7 +224,7 @@ def place(params: Any, workers: Workers, gpu_layers: int | None, tensor_split: s
     """
     devices = [*workers.devices, *gpus()]
     if tensor_split is not None:
-        split = shares(tensor_split, len(devices))
+        split = read_shares(tensor_split, len(devices))
         params.tensor_split = (ctypes.c_float * _MAX_DEVICES)(*split)
     if gpu_layers is not None:
         # llama.cpp 0c1e5709, llama-model.cpp load_tensors: the head is the first of them

@@ -85,14 +85,15 @@ def library_dir() -> Path:
     """
     if override := os.environ.get("QAFLORA_LIB_PATH"):
         return Path(override)
-    own = Path(__file__).parents[1] / "lib"
-    if not own.is_dir():
+    beside = Path(__file__).parents[1] / "lib"
+    if not beside.is_dir():
         from importlib.metadata import PackageNotFoundError, distribution  # slow to import
 
         with contextlib.suppress(PackageNotFoundError):
-            installed = Path(str(distribution("qaflora-edge").locate_file("qaflora_edge/lib")))
-            return installed if installed.is_dir() else own
-    return own
+            place = distribution("qaflora-edge").locate_file("qaflora_edge/lib")
+            installed = Path(str(place))
+            return installed if installed.is_dir() else beside
+    return beside
 
 
 def _library_name() -> str:
@@ -115,15 +116,19 @@ def _import_binding(folder: Path) -> ModuleType:
 @contextlib.contextmanager
 def _variables(**values: str | None) -> Iterator[None]:
     """Set or remove variables that a library reads once, as it is loaded; put them back after."""
-    before = {name: os.environ.pop(name, None) for name in values}
-    os.environ.update({name: value for name, value in values.items() if value is not None})
+    before = {name: os.environ.get(name) for name in values}
+    _set_variables(values)
     try:
         yield
     finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+        _set_variables(before)
+
+
+def _set_variables(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
 
 
 @cache
@@ -148,10 +153,10 @@ def _load_backends(lib: ctypes.CDLL, folder: Path) -> None:
     with _variables(GGML_BACKEND_PATH=None):
         ggml.load_all_from_path(os.fsencode(folder))
     if not ggml.dev_by_type(DEVICE_CPU):
-        found = ", ".join(sorted(path.name for path in folder.glob("*ggml-cpu*"))) or "none"
+        names = sorted(path.name for path in folder.glob("*ggml-cpu*")) or ["none"]
         raise LibraryError(
             f"No CPU backend of {folder} can be loaded on this processor "
-            f"({platform.machine()}); there are: {found}. Expected one that it can run; "
+            f"({platform.machine()}); there are: {', '.join(names)}. Expected one that it can run; "
             f"{_INSTALL_ADVICE}."
         )
 
@@ -162,9 +167,11 @@ def _declare(
     """Declare functions of the first library that has each, under their names without prefix."""
     functions = SimpleNamespace()
     for name, (restype, argtypes) in prototypes.items():
-        lib = next((each for each in libs if hasattr(each, prefix + name)), libs[0])
+        having = [lib for lib in libs if hasattr(lib, prefix + name)]
+        lib = having[0] if having else libs[0]
         function = getattr(lib, prefix + name)
-        function.restype, function.argtypes = restype, argtypes
+        function.restype = restype
+        function.argtypes = argtypes
         setattr(functions, name, function)
     return functions
 
@@ -234,7 +241,8 @@ class Handle:
     def close(self) -> None:
         """Free it. A second call does nothing."""
         if self._pointer is not None:
-            pointer, self._pointer = self._pointer, None
+            pointer = self._pointer
+            self._pointer = None
             self._free(pointer)
 
     def _free(self, pointer: Any) -> None:

@@ -7,14 +7,13 @@ import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
 
-from qaflora_edge.backend.devices import Workers, place
 from qaflora_edge.backend.library import Handle, forget_logged, last_error, load, logged
 from qaflora_edge.config import ADAPTER_TYPES
 from qaflora_edge.errors import BackendError, GgufFileError, PromptError, os_errors
@@ -24,9 +23,11 @@ from qaflora_edge.formats.gguf import GgufHeader
 PLACING = ("gpu_layers", "rpc", "tensor_split")  # options that say where layers go
 _MULTIPLIED = {Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q8_0, Type.Q4_K, Type.Q5_K, Type.Q6_K}
 _VOCAB_TYPE_NONE = 0
-# llama.h enum llama_token_attr: unknown or control; LSTRIP; RSTRIP
-_ATTRS = (1 << 0 | 1 << 3, 1 << 7, 1 << 8)
-_ATTR_USER_DEFINED = 1 << 4
+# llama.h enum llama_token_attr
+_UNKNOWN_OR_CONTROL = 1 << 0 | 1 << 3
+_USER_DEFINED = 1 << 4
+_STRIPS_LEFT = 1 << 7
+_STRIPS_RIGHT = 1 << 8
 # Calls of tools are read by these, which some bases have as control tokens.
 _WRITTEN = ("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]")
 
@@ -41,6 +42,10 @@ class SpecialToken:
     is_parsed_on_demand: bool  # found with parse_special only
     strips_left: bool  # white space before it belongs to it
     strips_right: bool
+
+    def n_byte(self) -> int:
+        """Count the bytes of its text."""
+        return len(self.text.encode("utf-8"))
 
 
 class Model(Handle):
@@ -65,13 +70,16 @@ class Model(Handle):
         tensor_split: str | None = None,
         rearrange: bool = False,
     ) -> None:
+        from qaflora_edge.backend.devices import Workers, place
+
         self.path = base.path
         self._n_user = 1
         self._lib, self._functions = load()
         params = self._lib.llama_model_default_params()
         is_as_stored = self._functions.has_products() and _is_quantised(base)
         params.use_extra_bufts = rearrange or not is_as_stored
-        self.workers, self._pointer = Workers(rpc), 0
+        self.workers = Workers(rpc)
+        self._pointer = 0
         try:
             self.is_on_cpu = not place(params, self.workers, gpu_layers, tensor_split)
             is_copied = params.use_extra_bufts or not self.is_on_cpu
@@ -91,18 +99,17 @@ class Model(Handle):
         template = self._lib.llama_model_chat_template(self._pointer, None)
         self.chat_template = template.decode("utf-8", "replace") if template else None
         self._is_end: dict[int, bool] = {}
-        fields = base.metadata.items()
-        named = (value for key, value in fields if key.endswith("_token_id"))
-        self._named = [value for value in named if isinstance(value, int)]
+        self._named: set[int] = set()  # tokens that fields of the file name
+        for key, value in base.metadata.items():
+            if key.endswith("_token_id") and isinstance(value, int):
+                self._named.add(value)
         self.n_layer: int = self._lib.llama_model_n_layer(self._pointer)
         self.n_embd: int = self._lib.llama_model_n_embd(self._pointer)
         self.n_vocab: int = self._lib.llama_vocab_n_tokens(self.vocab)
         self.n_head: int = self._lib.llama_model_n_head(self._pointer)
         self.n_ctx_train: int = self._lib.llama_model_n_ctx_train(self._pointer)
-        self.is_recurrent = any(
-            is_kind(self._pointer)
-            for is_kind in (self._lib.llama_model_is_recurrent, self._lib.llama_model_is_hybrid)
-        )
+        is_recurrent = self._lib.llama_model_is_recurrent(self._pointer)
+        self.is_recurrent = bool(is_recurrent or self._lib.llama_model_is_hybrid(self._pointer))
         self.n_swa: int = self._lib.llama_model_n_swa(self._pointer)  # 0: attention sees all
 
     def _check_loaded(self) -> None:
@@ -123,8 +130,9 @@ class Model(Handle):
             self._n_user -= 1
             if self._n_user > 0:
                 return
-            for key in [key for key, model in _shared.items() if model is self]:
-                del _shared[key]
+            for key, model in list(_shared.items()):
+                if model is self:
+                    del _shared[key]
             super().close()
 
     def _free(self, pointer: Any) -> None:
@@ -137,29 +145,43 @@ class Model(Handle):
         """List control, unknown, user-defined and end tokens, longest first."""
         attributes = np.empty(self.n_vocab, np.int32)
         self._functions.vocab_attributes(self.vocab, self.n_vocab, attributes.ctypes.data)
-        special = set(np.flatnonzero(attributes & (_ATTRS[0] | _ATTR_USER_DEFINED)).tolist())
+        is_special = attributes & (_UNKNOWN_OR_CONTROL | _USER_DEFINED)
+        special = set(np.flatnonzero(is_special).tolist())
         # llama-vocab.cpp: other tokens end an answer where a field of the file names them.
-        named = {*self._named, self._lib.llama_vocab_eos(self.vocab)}
-        special |= {each for each in named if 0 <= each < self.n_vocab and self.is_end(each)}
-        found = []
+        for token in (*self._named, self._lib.llama_vocab_eos(self.vocab)):
+            if 0 <= token < self.n_vocab and self.is_end(token):
+                special.add(token)
+        tokens = []
         for token in sorted(special):
-            is_on_demand, *strips = (bool(attributes[token] & mask) for mask in _ATTRS)
-            text = self._lib.llama_vocab_get_text(self.vocab, token).decode("utf-8", "replace")
-            is_control = is_on_demand or self.is_end(token)
-            found.append(SpecialToken(token, text, is_control, is_on_demand, *strips))
-        return tuple(sorted(found, key=lambda token: -len(token.text.encode("utf-8"))))
+            attribute = int(attributes[token])
+            is_on_demand = bool(attribute & _UNKNOWN_OR_CONTROL)
+            text = self._lib.llama_vocab_get_text(self.vocab, token)
+            special_token = SpecialToken(
+                id=token,
+                text=text.decode("utf-8", "replace"),
+                is_control=is_on_demand or self.is_end(token),
+                is_parsed_on_demand=is_on_demand,
+                strips_left=bool(attribute & _STRIPS_LEFT),
+                strips_right=bool(attribute & _STRIPS_RIGHT),
+            )
+            tokens.append(special_token)
+        return tuple(sorted(tokens, key=SpecialToken.n_byte, reverse=True))
 
     @cached_property
     def written(self) -> dict[int, str]:
         """Find the tokens that are written even where they control: id -> text."""
-        ask = partial(self.tokenize, add_special=False, parse_special=True)
-        found = ((ask(text), text) for text in _WRITTEN)
-        return {tokens[0]: text for tokens, text in found if len(tokens) == 1}
+        written = {}
+        for text in _WRITTEN:
+            tokens = self.tokenize(text, add_special=False, parse_special=True)
+            if len(tokens) == 1:
+                written[tokens[0]] = text
+        return written
 
     @cached_property
     def longest_piece(self) -> int:
         """Count the bytes of the longest token."""
-        return max(len(self.piece(token, special=True)) for token in range(self.n_vocab))
+        sizes = [len(self.piece(token, special=True)) for token in range(self.n_vocab)]
+        return max(sizes)
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """Turn text into token ids; add_special adds BOS where the vocabulary asks for it.
@@ -185,10 +207,11 @@ class Model(Handle):
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """Give the bytes of a token; control tokens are empty unless special, or of tool calls."""
-        size, special = 64, special or token in self.written
+        is_written = special or token in self.written
+        size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
-            n = self._lib.llama_token_to_piece(self.vocab, token, buffer, size, 0, special)
+            n = self._lib.llama_token_to_piece(self.vocab, token, buffer, size, 0, is_written)
             if n >= 0:
                 return buffer.raw[:n]
             size = -n
@@ -218,9 +241,9 @@ def shared_model(base: GgufHeader, placing: Mapping[str, Any]) -> Model:
     with _sharing:
         failure = f"The base {base.path} cannot be loaded"
         with os_errors(GgufFileError, failure, "Check that the file is still there."):
-            found = base.path.stat()
-        where = (placing.get(name) for name in PLACING)
-        key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, *where)
+            state = base.path.stat()
+        where = [placing.get(name) for name in PLACING]
+        key = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, *where)
         model = _shared.get(key)
         if model is not None:
             model._n_user += 1
@@ -231,10 +254,14 @@ def shared_model(base: GgufHeader, placing: Mapping[str, Any]) -> Model:
 
 def _is_quantised(base: GgufHeader) -> bool:
     """Tell whether most of a base is in types that our products take."""
-    sizes = {True: 0, False: 0}
+    n_taken = 0  # bytes
+    n_left = 0
     for tensor in base.tensors.values():
-        sizes[tensor.ggml_type in _MULTIPLIED] += tensor.n_bytes
-    return sizes[True] >= sizes[False]
+        if tensor.ggml_type in _MULTIPLIED:
+            n_taken += tensor.n_bytes
+        else:
+            n_left += tensor.n_bytes
+    return n_taken >= n_left
 
 
 def _give_back(path: Path) -> bool:
@@ -244,13 +271,14 @@ def _give_back(path: Path) -> bool:
     """
     with contextlib.suppress(OSError):
         real_path = os.path.realpath(path)
-        for line in Path("/proc/self/maps").read_text("utf-8", "replace").splitlines():
-            place, access, _, _, _, *name = line.split(maxsplit=5)
+        maps = Path("/proc/self/maps").read_text("utf-8", "replace")
+        for line in maps.splitlines():
+            addresses, access, _, _, _, *name = line.split(maxsplit=5)
             if name == [real_path] and access.endswith("s"):
-                begin, end = (int(number, 16) for number in place.split("-"))
-                ctypes.CDLL(None).madvise(
-                    ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED
-                )
+                begin, _, end = addresses.partition("-")
+                start = ctypes.c_void_p(int(begin, 16))
+                n_byte = ctypes.c_size_t(int(end, 16) - int(begin, 16))
+                ctypes.CDLL(None).madvise(start, n_byte, mmap.MADV_DONTNEED)
     return True
 
 
@@ -272,15 +300,17 @@ class Pack(Handle):
         self._functions = model._functions
         self.n_adapter = len(paths)
         self.paths = tuple(Path(path) for path in paths)
-        array = (ctypes.c_char_p * len(paths))(*(os.fsencode(path) for path in paths))
-        self._pointer = self._functions.pack_init(
-            model._pointer, array, len(paths), ADAPTER_TYPES[adapter_type]
-        )
+        names = [os.fsencode(path) for path in paths]
+        array = (ctypes.c_char_p * self.n_adapter)(*names)
+        kind = ADAPTER_TYPES[adapter_type]
+        self._pointer = self._functions.pack_init(model._pointer, array, self.n_adapter, kind)
         if not self._pointer:
             raise BackendError(f"Adapters cannot be loaded: {last_error()}.")
         self.n_alike = int(self._functions.pack_n_alike(self._pointer))
-        first_layer = self._functions.pack_first_layer
-        self.first_layers = [int(first_layer(self._pointer, ia)) for ia in range(len(paths))]
+        self.first_layers = []
+        for ia in range(self.n_adapter):
+            layer = self._functions.pack_first_layer(self._pointer, ia)
+            self.first_layers.append(int(layer))
 
     def _free(self, pointer: Any) -> None:
         self._functions.pack_free(pointer)

@@ -34,8 +34,15 @@ _IDLE = frozenset(
 )
 # Parameter -> the option of sampling that it is.
 _SAMPLING = {
-    **{name: name for name in ("temperature", "top_k", "top_p", "min_p", "seed", "stop")},
-    **{name: name for name in ("repeat_penalty", "presence_penalty", "frequency_penalty")},
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "seed": "seed",
+    "stop": "stop",
+    "repeat_penalty": "repeat_penalty",
+    "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty",
     "num_predict": "max_tokens",
 }
 _SIGNED = ("seed", "top_k", "num_predict")  # a number below 0 leaves them open
@@ -252,12 +259,17 @@ def _add(modelfile: Modelfile, part: Modelfile) -> None:
 
 def _adapter_name(title: str, taken: Sequence[str]) -> str:
     """Make a name that a bundle takes, of a folder's or file's; a blob of Ollama has none."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", title.removesuffix(".gguf")).lstrip("-._")[:60]
-    if title.startswith("sha256-") or not NAME_PATTERN.fullmatch(name):
-        name = "adapter"
-    names = [name, *(f"{name}-{number}" for number in range(2, len(taken) + 2))]
-    lower = [other.lower() for other in taken]
-    return next(each for each in names if each.lower() not in lower)
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", title.removesuffix(".gguf"))
+    first = plain.lstrip("-._")[:60]
+    if title.startswith("sha256-") or not NAME_PATTERN.fullmatch(first):
+        first = "adapter"
+    taken_lower = {name.lower() for name in taken}
+    name = first
+    number = 1
+    while name.lower() in taken_lower:
+        number += 1
+        name = f"{first}-{number}"
+    return name
 
 
 # --- models of Ollama ---------------------------------------------------------------------------
@@ -318,9 +330,9 @@ def _of_model(command: Command, folder: Path, path: Path) -> tuple[Path, list[Co
     bases = []
     commands = []
     for layer in layers if isinstance(layers, list) else []:
-        found = layer if isinstance(layer, dict) else {}
-        kind = str(found.get("mediaType")).rpartition(".")[2]
-        digest = _DIGEST.fullmatch(str(found.get("digest")))
+        fields = layer if isinstance(layer, dict) else {}
+        kind = str(fields.get("mediaType")).rpartition(".")[2]
+        digest = _DIGEST.fullmatch(str(fields.get("digest")))
         if digest is None or kind not in _LAYERS:
             continue
         blob = (folder / "blobs" / f"sha256-{digest[1]}").absolute()
@@ -331,7 +343,7 @@ def _of_model(command: Command, folder: Path, path: Path) -> tuple[Path, list[Co
         elif kind == "adapter":
             commands.append(Command(command.line, "ADAPTER", str(blob)))
         else:
-            commands += _told(command, kind, _text(blob))
+            commands += _commands_of(command, kind, _text(blob))
     if len(bases) != 1:
         raise _Wrong(
             f"{command.value} has {len(bases)} GGUF files of a base, expected 1: a model in "
@@ -340,7 +352,7 @@ def _of_model(command: Command, folder: Path, path: Path) -> tuple[Path, list[Co
     return bases[0], commands
 
 
-def _told(command: Command, kind: str, text: str) -> Iterator[Command]:
+def _commands_of(command: Command, kind: str, text: str) -> Iterator[Command]:
     """Give the commands that a layer of texts stands for."""
     line = command.line
     if kind in ("system", "license"):
@@ -352,8 +364,10 @@ def _told(command: Command, kind: str, text: str) -> Iterator[Command]:
         raise _Wrong(f"the {kind} of {command.value} are no JSON ({error}).") from error
     if kind == "params" and isinstance(content, dict):
         for name, value in content.items():
-            values = value if isinstance(value, list) else [value]
-            yield from (Command(line, "PARAMETER", str(each), name) for each in values)
+            for item in value if isinstance(value, list) else [value]:
+                yield Command(line, "PARAMETER", str(item), name)
     if kind == "messages" and isinstance(content, list):
-        for message in filter(lambda each: isinstance(each, dict), content):
-            yield Command(line, "MESSAGE", str(message.get("content")), str(message.get("role")))
+        for message in content:
+            if isinstance(message, dict):
+                said = str(message.get("content"))
+                yield Command(line, "MESSAGE", said, str(message.get("role")))

@@ -130,13 +130,13 @@ def _load(
         from qaflora_edge.hub.local import recorded_base
 
         paths = adapter_paths(place, text)
-        found = recorded_base(place, text.base)
-        if found is None:
+        recorded = recorded_base(place, text.base)
+        if recorded is None:
             raise BundleError(
                 f"Cannot open the bundle {place}: its base ({text.base.architecture}, "
                 f"{text.base.size_bytes} bytes) is not here; {how_to_get_base(place, text.base)}."
             )
-        base_path = found
+        base_path = recorded
         records: list[BaseRecord | AdapterRecord] = [text.base, *text.adapters]
         for path, record in zip((base_path, *paths.values()), records, strict=True):
             progress("Checking", len(states), len(records))

@@ -128,7 +128,8 @@ def check_adapter(info: AdapterInfo, header: GgufHeader) -> None:
             )
         is_tied = name == HEAD and HEAD not in header.tensors
         tensor = header.tensors.get(EMBEDDING if is_tied else name)
-        a, b = (info.tensors[f"{name}.lora_{side}"].shape for side in "ab")
+        a = info.tensors[f"{name}.lora_a"].shape
+        b = info.tensors[f"{name}.lora_b"].shape
         shape = (a[0], b[0]) if name == EMBEDDING else (*b[:-1], a[-1])
         if tensor is None or shape != tensor.shape:
             there = "lacks it" if tensor is None else f"has {list(tensor.shape)}"
@@ -163,7 +164,8 @@ def read_pair(info: AdapterInfo, base_name: str) -> tuple[F32, F32, float]:
 
     Raises InputFileError when the file cannot be read any more.
     """
-    a, b = (read_values(info.path, info.tensors[f"{base_name}.lora_{side}"]) for side in "ab")
+    a = read_values(info.path, info.tensors[f"{base_name}.lora_a"])
+    b = read_values(info.path, info.tensors[f"{base_name}.lora_b"])
     return a, b, info.alpha / info.ranks[base_name]
 
 
@@ -214,9 +216,11 @@ def _ranks(header: GgufHeader) -> dict[str, int]:
         if len(pair) == 1:
             raise _wrong(header, f"{base} has one half of a pair", "pairs of lora_a and lora_b")
         n_axis = 3 if _EXPERTS.fullmatch(base) else 2  # of experts, one axis counts them
-        a, b = pair["a"], pair["b"]
+        a = pair["a"]
+        b = pair["b"]
         rank_axis = -1 if base == EMBEDDING else -2
-        if not len(a) == len(b) == n_axis or a[rank_axis] != b[-1] or a[:-2] != b[:-2]:
+        has_axes = len(a) == len(b) == n_axis
+        if not has_axes or a[rank_axis] != b[-1] or a[:-2] != b[:-2]:
             found = f"{base}.lora_a is {list(a)} and lora_b {list(b)}"
             raise _wrong(header, found, f"{n_axis} dimensions of each, and one rank in both")
     return {base: pair["b"][-1] for base, pair in pairs.items()}

@@ -61,7 +61,8 @@ class ArchFacts:
     has_rope: bool = True
 
 
-_DATA: dict[str, Any] = json.loads(package_data("data/architectures.json").read_text("utf-8"))
+_TEXT = package_data("data/architectures.json").read_text("utf-8")
+_DATA: dict[str, Any] = json.loads(_TEXT)
 REASONS: Mapping[str, str] = _DATA["reasons"]  # key -> why, in words
 # general.architecture -> its facts
 ARCH_FACTS: Mapping[str, ArchFacts] = {
@@ -95,7 +96,8 @@ def read_base(path: AnyPath) -> GgufHeader:
 
 def check_base(header: GgufHeader, *, checks_tokens: bool = True) -> None:
     """Check what llama.cpp relies on without looking. Raises GgufFileError naming the field."""
-    base = _Base(header, ARCH_FACTS.get(header.architecture, ArchFacts()))
+    facts = ARCH_FACTS.get(header.architecture, ArchFacts())
+    base = _Base(header, facts)
     base.check_ranges()
     base.check_experts()
     base.check_heads()
@@ -108,7 +110,8 @@ def check_base(header: GgufHeader, *, checks_tokens: bool = True) -> None:
 def check_record(text: BundleText, header: GgufHeader) -> None:
     """Compare what bundle.json says of the base with the header of its file."""
     for key in RECORDED:
-        found, expected = getattr(text.base, key), getattr(header, key)
+        found = getattr(text.base, key)
+        expected = getattr(header, key)
         if found != expected:
             raise BundleError(
                 f"Cannot use {text.where}: field base.{key} is {found}, expected {expected} as in "
@@ -129,6 +132,11 @@ class _Base:
 
     header: GgufHeader
     facts: ArchFacts
+
+    @property
+    def has_plain_rows(self) -> bool:
+        """Whether its projections have rows for heads alone."""
+        return self.facts.heads in ("whole", "plain")
 
     def fail(self, field: str, found: object, expected: str) -> NoReturn:
         _fail(self.header, f"{self.header.architecture}.{field}", found, expected)
@@ -179,16 +187,20 @@ class _Base:
 
     def check_heads(self) -> None:
         """Check the widths of a head's query, value and rotated part, and rope's scaling."""
-        n_embd, heads = self.header.n_embd, "attention.head_count"
-        scaling = f"{self.header.architecture}.rope.scaling.type"
-        if (found := self.header.metadata.get(scaling, "none")) not in ROPE_SCALINGS:
-            _fail(self.header, scaling, found, f"one of {', '.join(ROPE_SCALINGS)}")
-        if self.facts.heads in ("whole", "plain") and self.numbers(heads) in ([], [0]):
-            self.fail(heads, (*self.numbers(heads), "missing")[0], "the number of heads")
+        n_embd = self.header.n_embd
+        heads = "attention.head_count"
+        scaling_key = f"{self.header.architecture}.rope.scaling.type"
+        scaling = self.header.metadata.get(scaling_key, "none")
+        if scaling not in ROPE_SCALINGS:
+            _fail(self.header, scaling_key, scaling, f"one of {', '.join(ROPE_SCALINGS)}")
+        counts = self.numbers(heads)
+        if self.has_plain_rows and counts in ([], [0]):
+            self.fail(heads, counts[0] if counts else "missing", "the number of heads")
         n_head = self.number(heads, 0)
         if n_head <= 0:
             return  # no attention in the first layer: the loader takes no widths
-        n_key = n_value = n_embd // n_head
+        n_key = n_embd // n_head
+        n_value = n_key
         if not self.numbers("attention.key_length") and n_embd % n_head:
             self.fail(heads, n_head, f"a divisor of {n_embd}, the width of the model")
         for suffix in ("", "_swa"):
@@ -221,23 +233,32 @@ class _Base:
 
         The loader checks only some.
         """
-        queries = keys = "attention.head_count"
-        if self.numbers(f"{keys}_kv"):
-            keys = f"{keys}_kv"
+        queries = "attention.head_count"
+        keys = f"{queries}_kv" if self.numbers(f"{queries}_kv") else queries
         n_first = self.number(queries, 0)
         n_key = self.number("attention.key_length", self.header.n_embd // max(n_first, 1))
-        counts = [self.numbers(field) for field in (queries, keys)]  # one, or one a layer
-        n_head_of = [n * self.header.n_layer if len(n) == 1 else n for n in counts]
-        for layer, (n_head, n_head_kv) in enumerate(zip(*n_head_of, strict=False)):
+        by_layer = zip(self.by_layer(queries), self.by_layer(keys), strict=False)
+        for layer, (n_head, n_head_kv) in enumerate(by_layer):
             if n_head and n_head_kv and n_head % n_head_kv:
                 self.fail(keys, n_head_kv, f"a divisor of {n_head}, the number of heads")
-            n = {"q": n_head, "k": n_head_kv, "v": n_head_kv, "qkv": n_head + 2 * n_head_kv}
-            for part in n if n_first > 0 and self.facts.heads in ("whole", "plain") else ():
-                tensor = self.header.tensors.get(f"blk.{layer}.attn_{part}.weight")
-                if tensor is not None and tensor.shape[0] != n[part] * n_key:
-                    field = f"the number of rows of {tensor.name}"
-                    expected = f"{n[part] * n_key}, for heads of {n_key} each"
-                    _fail(self.header, field, tensor.shape[0], expected)
+            if n_first > 0 and self.has_plain_rows:
+                block = f"blk.{layer}.attn"
+                self.check_rows(f"{block}_q.weight", n_head, n_key)
+                self.check_rows(f"{block}_k.weight", n_head_kv, n_key)
+                self.check_rows(f"{block}_v.weight", n_head_kv, n_key)
+                self.check_rows(f"{block}_qkv.weight", n_head + 2 * n_head_kv, n_key)
+
+    def by_layer(self, field: str) -> list[int]:
+        """Give the number of a field for each layer, as far as the file says it."""
+        numbers = self.numbers(field)
+        return numbers * self.header.n_layer if len(numbers) == 1 else numbers
+
+    def check_rows(self, name: str, n_head: int, n_key: int) -> None:
+        tensor = self.header.tensors.get(name)
+        n_row = n_head * n_key
+        if tensor is not None and tensor.shape[0] != n_row:
+            field = f"the number of rows of {name}"
+            _fail(self.header, field, tensor.shape[0], f"{n_row}, for heads of {n_key} each")
 
 
 def _check_tensors(header: GgufHeader) -> None:
@@ -262,7 +283,8 @@ def _check_tokens(header: GgufHeader) -> None:
     if array.length > MAX_TOKENS:
         _fail(header, f"the length of {TOKENS}", array.length, f"at most {MAX_TOKENS}")
     tokens: dict[bytes, int] = {}
-    data, at = read_bytes(header.path, array.offset, array.n_bytes), 0
+    data = read_bytes(header.path, array.offset, array.n_bytes)
+    at = 0
     for token in range(array.length):
         if at + U64.size > len(data):
             raise changed(header.path, GgufFileError)

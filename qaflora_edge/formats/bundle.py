@@ -224,7 +224,7 @@ def packed_files(text: BundleText) -> tuple[str, ...]:
 
 def _record(kind: type[Record], raw: Mapping[str, Any]) -> Record:
     """Take the fields of an object that a record has."""
-    names = [each.name for each in fields(kind)]  # type: ignore[arg-type]
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     return kind(**{name: raw[name] for name in names if name in raw})
 
 

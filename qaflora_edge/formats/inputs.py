@@ -51,8 +51,8 @@ def open_input(path: AnyPath) -> BufferedReader:
     file = os.fdopen(handle, "rb")
     if file.peek(len(_LFS_START)).startswith(_LFS_START):
         file.close()
-        found = "it is a Git LFS pointer; run `git lfs install` and `git lfs pull` in its folder"
-        raise OSError(errno.EINVAL, found)
+        fault = "it is a Git LFS pointer; run `git lfs install` and `git lfs pull` in its folder"
+        raise OSError(errno.EINVAL, fault)
     return file
 
 
@@ -137,7 +137,8 @@ def file_state(path: Path) -> FileState:
 
 def checksum(path: Path, *, always_hash: bool = False) -> str:
     """Give the SHA-256 of a file, remembered or computed. Raises as check_file does."""
-    state, key = file_state(path), str(path.resolve())
+    state = file_state(path)
+    key = str(path.resolve())
     remembered = _read_memory().get(key, [])
     if not always_hash and remembered[:2] == [*state]:
         return str(remembered[2])
@@ -150,7 +151,11 @@ def checksum(path: Path, *, always_hash: bool = False) -> str:
 def passed(states: Mapping[Path, FileState], base: Path) -> set[Path]:
     """Find the files that passed every check of this version in these very states and roles."""
     memory = _read_memory()
-    return {p for p, state in states.items() if memory.get(_passed_key(p)) == [*state, p == base]}
+    good = set()
+    for path, state in states.items():
+        if memory.get(_passed_key(path)) == [*state, path == base]:
+            good.add(path)
+    return good
 
 
 def remember_passed(states: Mapping[Path, FileState], base: Path) -> None:
@@ -170,7 +175,8 @@ def _read_memory() -> dict[str, list[Any]]:
 
 
 def _remember(entries: dict[str, list[Any]]) -> None:
-    memory = [*(_read_memory() | entries).items()][-MAX_REMEMBERED:]
+    memory = _read_memory() | entries
+    newest = dict(list(memory.items())[-MAX_REMEMBERED:])
     with contextlib.suppress(OSError, QafloraError):
         cache_dir().mkdir(parents=True, exist_ok=True)
-        write_text_atomic(cache_dir() / MEMORY_FILE, json.dumps(dict(memory), indent=0) + "\n")
+        write_text_atomic(cache_dir() / MEMORY_FILE, json.dumps(newest, indent=0) + "\n")

@@ -172,15 +172,21 @@ class Here:
 
 def all_here() -> list[Here]:
     """List bundles of the working folder, the setting `bundles` and the Hub; then the rest."""
-    own = {str(path): Path(path) for path in bundles_in(Path())}
-    bundles = own | named_bundles() | own  # in the order of the first, and they win
-    found = [Here("bundle", name, path.absolute()) for name, path in bundles.items()]
-    others = [Here(_kind(path), name, path, True, commit) for name, path, commit in pulled()]
-    found += [here for here in others if here.kind == "bundle"]
+    bundles = {str(path): Path(path) for path in bundles_in(Path())}
+    for name, path in named_bundles().items():
+        bundles.setdefault(name, path)  # those of the working folder win
+    first = [Here("bundle", name, path.absolute()) for name, path in bundles.items()]
+    rest = []
     for model in load_registry().values():
         if place := local_path(model):
-            found.append(Here("base", model.name, place, is_pulled=True))
-    return found + [here for here in others if here.kind != "bundle"]
+            rest.append(Here("base", model.name, place, is_pulled=True))
+    for name, path, commit in pulled():
+        here = Here(_kind(path), name, path, True, commit)
+        if here.kind == "bundle":
+            first.append(here)
+        else:
+            rest.append(here)
+    return first + rest
 
 
 def _kind(path: Path) -> str:
@@ -203,8 +209,8 @@ def find_pulled(name: str) -> list[Here]:
     everything = all_here()
     for here in everything:
         if here.name == name and here.is_pulled:
-            others = [each for each in everything if each.commit == here.commit != ""]
-            return [here, *(each for each in others if each is not here)]
+            others = [other for other in everything if other.commit == here.commit != ""]
+            return [here, *(other for other in others if other is not here)]
     raise InputFileError(
         f"Cannot remove {name}: nothing was pulled under this name; expected one that `qaflora "
         "list` shows as pulled. Delete files and folders of your own yourself."

@@ -140,18 +140,19 @@ def _weight_files(folder: Path, is_mlx: bool) -> list[Path]:
     shards = sorted(folder.glob("adapter_model*.safetensors"))[:MAX_SHARDS]
     if shards and not is_mlx and (folder / INDEX_FILE).is_file():
         return shards
-    found, advice = f"{path.name} is missing", _SAVED
+    fault = f"{path.name} is missing"
+    advice = _SAVED
     pickles = sorted(path.name for path in folder.glob("adapter*") if path.suffix in PICKLES)
     if is_mlx and (folder / OLD_MLX_FILE).is_file():
-        found = f"it has {OLD_MLX_FILE}, the format of early MLX; expected {MLX_FILE}"
+        fault = f"it has {OLD_MLX_FILE}, the format of early MLX; expected {MLX_FILE}"
         advice = "Load it with mlx.core.load and save it with mlx.core.save_safetensors."
     elif is_mlx:
-        found = f"{MLX_FILE} is missing, which belongs to an {CONFIG_FILE} of MLX"
+        fault = f"{MLX_FILE} is missing, which belongs to an {CONFIG_FILE} of MLX"
         advice = "Give the folder that mlx_lm.lora wrote."
     elif pickles:
-        found = f"it has {pickles[0]}, and pickles can run code; expected {WEIGHTS_FILE}"
+        fault = f"it has {pickles[0]}, and pickles can run code; expected {WEIGHTS_FILE}"
         advice = "Load it with PEFT and save it with save_pretrained(..., safe_serialization=True)."
-    raise InputFileError(f"Cannot read the adapter {folder}: {found}. {advice}")
+    raise InputFileError(f"Cannot read the adapter {folder}: {fault}. {advice}")
 
 
 def _check_index(tensors: Mapping[str, StoredTensor]) -> None:
