@@ -332,8 +332,8 @@ REMOVED = {
     "probe_tail": "The option probe_tail is gone; use --strategy two-place, fast and exact.",
     "min_weight": "The option min_weight is gone; use a strategy option such as top=2.",
     "csv": "`weights --csv` is gone; use --json, an object for each prompt.",
-    "html": "The option html is gone; --json has all, and `weights --plot FILE.html` draws.",
-    "dpi": "The option dpi is gone; write the picture as .svg or .html, sharp at any size.",
+    "html": "The option html is gone; --json has all, and `weights --plot FILE.svg` draws.",
+    "dpi": "The option dpi is gone; the picture is .svg, sharp at any size.",
     "keep_history": "The option keep-history is gone; --prefill base prefills what is new alone.",
     "adapter_source": "The option adapter-source is gone; use `bundle add --source`.",
     "adapter_license": "The option adapter-license is gone; use `bundle add --license`.",
@@ -341,7 +341,7 @@ REMOVED = {
     "push": "`qaflora push` is gone; `hf upload OWNER/NAME PATH` does the same (docs/bundles.md).",
     "base_hub": "The option base-hub is gone; use `qaflora bundle base DIR REF`.",
     "n": "`run --n` is gone; repeat the line in --prompts FILE, each with a seed of its own.",
-    "dark": "The option dark is gone; .svg and .html follow the reader's light or dark theme.",
+    "dark": "The option dark is gone; .svg follows the reader's light or dark theme.",
 }
 
 

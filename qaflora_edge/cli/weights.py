@@ -14,7 +14,7 @@ from qaflora_edge.files import write_text_atomic
 
 @cli.command(
     'qaflora weights demo "Una camisa cuesta 12 euros. ¿Cuánto cuestan 3 camisas?"',
-    "qaflora weights demo --prompts prompts.txt --plot weights.html",
+    "qaflora weights demo --prompts prompts.txt --plot weights.svg",
 )
 @click.argument("bundle", **cli.BUNDLE)
 @click.argument("prompt", required=False)
@@ -30,9 +30,9 @@ from qaflora_edge.files import write_text_atomic
 )
 @click.option(
     "--plot",
-    help="Draw the weights, a panel per prompt, to FILE.svg or to FILE.html, a page that stands "
-    "alone.",
-    **cli.out_file(".html", ".svg"),
+    help="Draw the weights, a panel per prompt, to FILE.svg. A browser shows it, and a cell's "
+    "numbers where one points at it.",
+    **cli.out_file(".svg"),
 )
 @cli.shared_options
 def weights(
@@ -85,14 +85,10 @@ def weights(
         is_one = len(weighed) == 1
         print_heatmap([("" if is_one else asked.label, fusion) for asked, fusion in weighed])
     if plot is not None:
-        from qaflora_edge.show.pages import picture, weights_page
+        from qaflora_edge.show.pages import picture
 
-        pages = [(asked.label, asked.text, fusion) for asked, fusion in weighed]
-        if plot.suffix.lower() == ".html":
-            drawn = weights_page(pages, subject(bundle))
-        else:
-            drawn = picture([(label, fusion) for label, _, fusion in pages], subject(bundle))
-        write_text_atomic(plot, drawn)
+        labelled = [(asked.label, fusion) for asked, fusion in weighed]
+        write_text_atomic(plot, picture(labelled, subject(bundle)))
 
 
 def subject(bundle: str) -> str:

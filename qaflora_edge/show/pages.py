@@ -1,19 +1,15 @@
-"""Weights as HTML and SVG files that stand alone: they ask no host.
+"""Weights as an SVG file that stands alone, and in a notebook: nothing asks a host or runs.
 
-The texts of a page are in the folder assets. What a model wrote is escaped text; a page's policy
-lets nothing run but its own script. Pointing at a cell of weights, tapping it or walking to it with
-the arrow keys shows its numbers; without scripts the cells' titles and the tables say everything.
+The texts are in the folder assets. What a model wrote is escaped text. A cell's title has its
+numbers: programs show it where one points at the cell.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -65,17 +61,6 @@ class Panel:
     width: int
 
 
-def allowing(content: str) -> str:
-    """Give the source of a content security policy that allows one inline text."""
-    digest = hashlib.sha256(content.encode()).digest()
-    return f"sha256-{base64.b64encode(digest).decode()}"
-
-
-def _asset(name: str) -> str:
-    path = files("qaflora_edge.show") / "assets" / name
-    return path.read_text(encoding="utf-8").replace("\r\n", "\n")
-
-
 def _render(template: str, **values: Any) -> Markup:
     """Fill a template of assets: texts are escaped, signs that command spelt; others are JSON."""
 
@@ -95,50 +80,6 @@ def _render(template: str, **values: Any) -> Markup:
         undefined=jinja2.StrictUndefined,
     )
     return Markup(environment.get_template(template).render(**values))
-
-
-# weights
-
-
-def weights_page(labelled: Sequence[tuple[str, str, FusionWeights]], subject: str) -> str:
-    """Draw the page of `qaflora weights`: for each query a heatmap, a table and all numbers.
-
-    labelled  a label, the prompt and the weights of each query
-    subject   names of bundle and base
-    """
-    fusions = [fusion for _, _, fusion in labelled]
-    sections = []
-    for number, (label, prompt, fusion) in enumerate(labelled, 1):
-        title = text.crop(label, 90)
-        prompt_line = text.spelt(" ".join(prompt.split()))
-        section = {
-            "title": f"{number}. {title}",
-            "prompt": "" if title == prompt_line else prompt,
-            "fusion": fusion,
-            "what": None if fusion.divergence is None else fusion.measured,
-            "why": text.why(fusion),
-            "rows": text.reason_rows(fusion),
-            "panel": _panel(fusion, text.scale(fusions)),
-            "layers": [text.layer_ranges(layers) for layers in text.leading_layers(fusion)],
-        }
-        sections.append(section)
-    style = _asset("weights.css")
-    script = _asset("weights.js")
-    policy = (
-        f"default-src 'none'; style-src '{allowing(style)}'; script-src '{allowing(script)}'; "
-        "base-uri 'none'; form-action 'none'"
-    )
-    return _render(
-        "weights.html.j2",
-        style=Markup(style),
-        script=Markup(script),
-        policy=Markup(policy),
-        title="qaflora weights",
-        subject=subject,
-        how=text.facts(fusions),
-        sections=sections,
-        **_scale(fusions),
-    )
 
 
 def _scale(fusions: Sequence[FusionWeights]) -> dict[str, Any]:

@@ -198,18 +198,6 @@ def facts(fusions: Sequence[FusionWeights]) -> str:
     return ", ".join(parts)
 
 
-def layer_ranges(layers: Sequence[int]) -> str:
-    """Write layers in ascending order, such as `0–3, 7`; `none` without any."""
-    runs: list[list[int]] = []  # first and last layer of each
-    for layer in layers:
-        if runs and runs[-1][-1] == layer - 1:
-            runs[-1] = [runs[-1][0], layer]
-        else:
-            runs.append([layer])
-    ranges = ["–".join(map(str, run)) for run in runs]
-    return ", ".join(ranges) or "none"
-
-
 # weights as a heatmap: its scale, and a row per adapter for a terminal
 
 
