@@ -13,7 +13,6 @@ from pathlib import Path
 from qaflora_edge.errors import BundleError, OptionError, QafloraError
 from qaflora_edge.files import AnyPath
 from qaflora_edge.formats.adapter import AdapterInfo, read_adapter
-from qaflora_edge.formats.base import check_base, check_record
 from qaflora_edge.formats.bundle import (
     AdapterRecord,
     BaseRecord,
@@ -122,6 +121,8 @@ def _load(
     place: Path, text: BundleText | None, paths: dict[str, Path], always_hash: bool, progress: Tell
 ) -> Opened:
     """Load what bundle.json says, or a base and adapters."""
+    from qaflora_edge.formats.base import check_base, check_record
+
     base_path = place
     states: dict[Path, FileState] = {}
     if text is None:

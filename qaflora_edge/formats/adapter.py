@@ -19,7 +19,6 @@ from qaflora_edge.errors import (
     UnsupportedAdapterError,
 )
 from qaflora_edge.files import AnyPath
-from qaflora_edge.formats.base import ARCH_FACTS
 from qaflora_edge.formats.gguf import (
     DIVERGED,
     GgufHeader,
@@ -64,7 +63,10 @@ def why_not_adapted(architecture: str, base_name: str) -> str:
 
     base_name  such as blk.0.attn_q_a.weight
     """
-    kind, facts = module_kind(base_name), ARCH_FACTS.get(architecture)
+    from qaflora_edge.formats.base import ARCH_FACTS  # reads a file when it is imported
+
+    kind = module_kind(base_name)
+    facts = ARCH_FACTS.get(architecture)
     is_multiplied = base_name == EMBEDDING or not _NOT_MULTIPLIED.search(kind)
     if not is_multiplied or (facts and kind in facts.bypassed):
         return f"llama.cpp computes without adapters for {architecture}"
