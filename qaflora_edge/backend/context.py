@@ -6,7 +6,6 @@ Nothing here knows of strategies or bundles.
 import contextlib
 import ctypes
 import mmap
-import operator
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -137,8 +136,10 @@ class Context(Handle):
         stop: Stop | None = None,
         **options: Any,
     ) -> None:
-        self._model, self._pack = model, pack
-        self._lib, self._functions = model._lib, model._functions
+        self._model = model
+        self._pack = pack
+        self._lib = model._lib
+        self._functions = model._functions
         params = context_params(
             model,
             n_token=n_ctx if is_unified else n_ctx * n_seq,
@@ -147,7 +148,8 @@ class Context(Handle):
             is_probe=is_probe,
             **options,
         )
-        params.n_ubatch = min(n_ubatch(n_seq if is_probe else 1), params.n_batch)
+        n_together = n_seq if is_probe else 1
+        params.n_ubatch = min(n_ubatch(n_together), params.n_batch)
         if is_probe or n_output is not None:
             params.n_outputs_max = min(n_output or MAX_CTX, params.n_batch)
         self._params = params
@@ -158,7 +160,10 @@ class Context(Handle):
 
     def _init(self, n_seq: int, n_ctx: int, advice: str = "") -> Any:
         pointer = self._functions.context_init(
-            self._model._pointer, ctypes.byref(self._params), self._pack._pointer, self._flags
+            self._model._pointer,
+            ctypes.byref(self._params),
+            self._pack._pointer,
+            self._flags,
         )
         if not pointer:
             raise BackendError(
@@ -175,16 +180,20 @@ class Context(Handle):
         """
         forget_logged()
         with self._loaded_again():
-            self._params.n_ctx = self._params.n_batch = n_ctx * self.n_seq
+            self._params.n_ctx = n_ctx * self.n_seq
+            self._params.n_batch = n_ctx * self.n_seq
             advice = " Ask for fewer tokens, or limit all requests (--ctx, n_ctx)."
-            old, self._pointer = self._pointer, self._init(self.n_seq, n_ctx, advice)
+            old = self._pointer
+            self._pointer = self._init(self.n_seq, n_ctx, advice)
             self._set_up(n_ctx, self._params, self._stop)
             self._free(old)  # last: Ctrl-C may raise after it
 
     def _set_up(self, n_ctx: int, params: Any, stop: Stop | None) -> None:
-        self.n_seq, self.n_ctx = int(params.n_seq_max), n_ctx
+        self.n_seq = int(params.n_seq_max)
+        self.n_ctx = n_ctx
         self._is_unified = bool(params.kv_unified)
-        self._most = int(params.n_batch), int(params.n_outputs_max), self.n_seq
+        self._n_batch = int(params.n_batch)
+        self._n_output = int(params.n_outputs_max)
         self.tokens: list[list[int]] = [[] for _ in range(self.n_seq)]
         self._memory = self._lib.llama_get_memory(self._pointer)
         self._stop = stop
@@ -234,8 +243,11 @@ class Context(Handle):
 
     def kv_state(self) -> KvState:
         """Copy the KV state, for a context made with the same options."""
-        held = [(seq, list(each)) for seq, each in enumerate(self.tokens) if each]
-        return KvState([(seq, tokens, self._sequence(seq)) for seq, tokens in held])
+        sequences = []
+        for seq, tokens in enumerate(self.tokens):
+            if tokens:
+                sequences.append((seq, list(tokens), self._sequence(seq)))
+        return KvState(sequences)
 
     def kv_state_of(self, seq: int) -> KvState:
         """Copy the KV state of one sequence, as the first of another context."""
@@ -244,7 +256,8 @@ class Context(Handle):
     @property
     def n_kv_byte(self) -> int:
         """Give the size of kv_state()."""
-        return sum(self.n_byte_of(seq) for seq, tokens in enumerate(self.tokens) if tokens)
+        sizes = [self.n_byte_of(seq) for seq, tokens in enumerate(self.tokens) if tokens]
+        return sum(sizes)
 
     def load_kv_state(self, state: KvState) -> None:
         """Replace the KV state by another context's, prefilled under the weights that are set here.
@@ -268,10 +281,11 @@ class Context(Handle):
         held = self.tokens[seq]
         if n_token >= len(held):
             return len(held)
-        window_start = max(0, n_token - self._model.n_swa)
-        is_lost = bool(self._model.n_swa) and (
-            self._lib.llama_memory_seq_pos_min(self._memory, seq) > window_start
-        )
+        is_lost = False
+        if self._model.n_swa:
+            window_start = max(0, n_token - self._model.n_swa)
+            first = self._lib.llama_memory_seq_pos_min(self._memory, seq)
+            is_lost = first > window_start
         if n_token == 0 or is_lost or not self._rm(seq, n_token):
             self.clear(seq)
             return 0
@@ -286,7 +300,9 @@ class Context(Handle):
 
         returns  n, or 0 where the memory cannot forget its end
         """
-        if {self.keep(n, seq) for seq in range(self.n_seq) if self.tokens[seq]} == {n}:
+        held = [seq for seq in range(self.n_seq) if self.tokens[seq]]
+        n_kept = {self.keep(n, seq) for seq in held}
+        if n_kept == {n}:
             return n
         self.clear()
         return 0
@@ -363,9 +379,10 @@ class Context(Handle):
         Raises BackendError when llama_decode fails, CancelledError when it was told to stop.
         """
         batch = Batch(self._lib, spans)
-        found = batch.n_token, batch.n_output, 1 + max(span.seq for span in spans)
         # Else it would end the process in llama.cpp.
-        assert all(map(operator.le, found, self._most)), (found, self._most)
+        assert batch.n_token <= self._n_batch, (batch.n_token, self._n_batch)
+        assert batch.n_output <= self._n_output, (batch.n_output, self._n_output)
+        assert max(span.seq for span in spans) < self.n_seq, spans
         code = self._lib.llama_decode(self._pointer, batch.struct)
         if code == 0:
             for span in spans:
@@ -411,12 +428,14 @@ class Context(Handle):
 
         n_row  how many of this sequence there were since capture_begin
         """
-        inputs = np.empty((n_row, self._model.n_layer, self._model.n_embd), np.float32)
+        shape = (n_row, self._model.n_layer, self._model.n_embd)
+        inputs = np.empty(shape, np.float32)
         return self._captured(self._functions.get_inputs, seq, inputs)
 
     def states(self, seq: int) -> F32:
         """Give the states of one sequence after each block: float32 [n_layer, n_embd]."""
-        states = np.empty((self._model.n_layer, self._model.n_embd), np.float32)
+        shape = (self._model.n_layer, self._model.n_embd)
+        states = np.empty(shape, np.float32)
         return self._captured(self._functions.get_states, seq, states)
 
     def divergence(self, base: F32, adapted: F32, lens: str) -> F64:
@@ -441,10 +460,10 @@ class Context(Handle):
             raise BackendError(f"Divergences cannot be computed: {last_error()}.")
         return result
 
-    def _captured(self, get: Callable[..., int], seq: int, found: F32) -> F32:
-        if not get(self._pointer, seq, found.ctypes.data, found.size):
+    def _captured(self, get: Callable[..., int], seq: int, values: F32) -> F32:
+        if not get(self._pointer, seq, values.ctypes.data, values.size):
             raise BackendError(f"Captured states cannot be read: {last_error()}.")
-        return found
+        return values
 
     def sample(self, sampler: Any, row: int = -1) -> int:
         """Draw a token by a llama_sampler chain from the logits of a row."""
@@ -453,8 +472,11 @@ class Context(Handle):
 
 def trim() -> None:
     """Let glibc give back what was freed: heaps of several threads would keep most of it."""
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-        trim(0)
+    if sys.platform != "linux":
+        return
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
 
 
 def cancelled() -> CancelledError:
@@ -467,14 +489,18 @@ def cancelled() -> CancelledError:
 def mapped(n_byte: int) -> U8:
     """Allocate memory that goes back to the system when it is dropped; malloc would keep it."""
     if sys.platform == "win32":
-        return np.frombuffer(mmap.mmap(-1, n_byte), np.uint8)
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    return np.frombuffer(mmap.mmap(-1, n_byte, flags), np.uint8)
+        memory = mmap.mmap(-1, n_byte)
+    else:
+        memory = mmap.mmap(-1, n_byte, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(memory, np.uint8)
 
 
 def as_bytes(array: U8) -> Any:
     """Give a pointer to bytes, for a call during which the array lives."""
     return array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+
+
+_VALUE_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}
 
 
 def n_ctx_for(n_token: int) -> int:
@@ -492,15 +518,20 @@ def automatic_ctx(model: Model, base: GgufHeader, kv_type: str, n_seq: int) -> i
     if any("rope_factors_long" in name for name in base.tensors):
         # llama.cpp 0c1e5709, get_rope_factors: a larger context computes other positions
         n_orig = base.metadata.get(f"{base.architecture}.rope.scaling.original_context_length")
-        n_train = min(n_train, n_orig) if isinstance(n_orig, int) else n_train
-    n_query = {"attn_k": 0, "attn_v": 0, "attn_qkv": base.n_embd}  # rows that are no key or value
+        if isinstance(n_orig, int):
+            n_train = min(n_train, n_orig)
     n_value = 0  # of a token's keys and values
     for name, tensor in base.tensors.items():
-        if (kind := name.removesuffix(".weight").rpartition(".")[2]) in n_query:
-            n_value += tensor.shape[0] - n_query[kind]
-    kv_bytes = n_value * {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}[kv_type]
-    token_bytes = (n_seq + 1) * kv_bytes + 4 * model.n_head * n_ubatch()
-    n_fit = (_free_bytes() - base.path.stat().st_size) / 2 / max(1, token_bytes)
+        kind = name.removesuffix(".weight").rpartition(".")[2]
+        if kind in ("attn_k", "attn_v"):
+            n_value += tensor.shape[0]
+        elif kind == "attn_qkv":
+            n_value += tensor.shape[0] - base.n_embd
+    kv_bytes = n_value * _VALUE_BYTES[kv_type]
+    score_bytes = 4 * model.n_head * n_ubatch()
+    token_bytes = (n_seq + 1) * kv_bytes + score_bytes
+    free_bytes = _free_bytes() - base.path.stat().st_size
+    n_fit = free_bytes / 2 / max(1, token_bytes)
     return min(n_train, max(_N_CTX_SAFE, int(n_fit)), MAX_CTX)
 
 
@@ -509,12 +540,14 @@ def _free_bytes() -> int:
     group = Path("/sys/fs/cgroup")
     n_left = MAX_CTX << 30  # no limit
     with contextlib.suppress(OSError, ValueError):  # "max" is no limit either
-        limit, used = ((group / f"memory.{what}").read_text() for what in ("max", "current"))
-        n_left = int(limit) - int(used)
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        n_left = limit - used
     with contextlib.suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return min(n_left, int(line.split()[1]) << 10)
+                kib = int(line.split()[1])
+                return min(n_left, kib << 10)
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     except (AttributeError, ValueError, OSError):  # Windows
@@ -543,13 +576,18 @@ def context_params(
     """
     forget_logged()
     params = model._lib.llama_context_default_params()
-    params.n_ctx = params.n_batch = n_token
+    params.n_ctx = n_token
+    params.n_batch = n_token
     params.n_ubatch = min(params.n_ubatch, n_token)
-    params.n_seq_max = params.n_outputs_max = n_seq
-    params.n_threads = params.n_threads_batch = threads or default_threads()
-    params.type_k = params.type_v = KV_TYPES[kv_type]
+    params.n_seq_max = n_seq
+    params.n_outputs_max = n_seq
+    params.n_threads = threads or default_threads()
+    params.n_threads_batch = params.n_threads
+    params.type_k = KV_TYPES[kv_type]
+    params.type_v = KV_TYPES[kv_type]
     if flash_attn is None and model.is_on_cpu:
-        scores_bytes = 4 * model.n_head * (n_token if is_unified else n_token // n_seq) * n_ubatch()
+        n_ctx = n_token if is_unified else n_token // n_seq
+        scores_bytes = 4 * model.n_head * n_ctx * n_ubatch()
         is_slow = not is_probe and kv_type in ("f16", "f32")
         flash_attn = not is_slow or scores_bytes > _MAX_SCORES_BYTES
     params.flash_attn_type = _FLASH_ATTN_AUTO if flash_attn is None else int(flash_attn)

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from qaflora_edge.weighing.drafted import Relay
     from qaflora_edge.weighing.strategy import Measured, Reason
 
-DEFAULT_STRATEGY, DEFAULT_LENS, DEFAULT_POOL = "qa-flora", "norm", "last"
+DEFAULT_STRATEGY = "qa-flora"
+DEFAULT_LENS = "norm"
+DEFAULT_POOL = "last"
 
 N_TAIL = 16  # tokens of a prompt that the mix reads, where the base prefills the others
 # Below this nothing in float32 states is an adapter's effect; the formula itself keeps its digits.
@@ -88,8 +90,10 @@ class FusionWeights:
 
     def why_dict(self) -> dict[str, Any]:
         """Give `because` and `why` for JSON; nothing where there are none."""
+        if not self.because:
+            return {}
         reasons = {name: asdict(reason) for name, reason in self.why.items()}
-        return {"because": self.because, "why": reasons} if self.because else {}
+        return {"because": self.because, "why": reasons}
 
     @property
     def measured(self) -> "Measured":
@@ -101,7 +105,8 @@ class FusionWeights:
     @property
     def means(self) -> dict[str, float]:
         """Map each adapter to its mean weight over layers."""
-        return dict(zip(self.adapters, map(float, self.weights.mean(axis=1)), strict=True))
+        means = self.weights.mean(axis=1)
+        return {name: float(mean) for name, mean in zip(self.adapters, means, strict=True)}
 
     @property
     def chosen(self) -> tuple[str, ...]:
@@ -133,7 +138,8 @@ def check_weights(
             f"{', '.join(adapters) or 'no adapters'}, one column per layer."
         )
     if not np.isfinite(array).all():
-        ia, il = (int(index[0]) for index in np.nonzero(~np.isfinite(array)))
+        first = np.argwhere(~np.isfinite(array))[0]
+        ia, il = first.tolist()
         raise WeightsError(
             f"{source}The weight of {adapters[ia]!r} at layer {il} is {array[ia, il]}, "
             "expected a finite number."
@@ -168,16 +174,20 @@ def normalise(divergence: ArrayLike) -> F32:
     div = np.where(div < DIVERGENCE_FLOOR, 0.0, div)
     total = div.sum(axis=0, keepdims=True)
     n_adapter = max(1, div.shape[0])
+    is_measured = total > 0.0
     with np.errstate(invalid="ignore"):
-        share = div / np.where(total > 0.0, total, 1.0)
-    return np.where(total > 0.0, share, 1.0 / n_adapter).astype(np.float32)
+        shares = div / np.where(is_measured, total, 1.0)
+    weights = np.where(is_measured, shares, 1.0 / n_adapter)
+    return weights.astype(np.float32)
 
 
 def softmax(values: ArrayLike) -> F64:
     """Compute exp(values) / sum exp(values) over the first axis: float64 of the same shape."""
     z = np.asarray(values, np.float64)
-    p = np.exp(z - z.max(axis=0, keepdims=True))
-    return np.asarray(p / p.sum(axis=0, keepdims=True))
+    largest = z.max(axis=0, keepdims=True)
+    p = np.exp(z - largest)
+    total = p.sum(axis=0, keepdims=True)
+    return np.asarray(p / total)
 
 
 def calibrate(divergence: ArrayLike, typical: ArrayLike) -> F64:
@@ -199,7 +209,8 @@ def typical_divergence(divergences: ArrayLike) -> F64:
     returns      [n_adapter, n_layer]  > 0
     """
     div = np.asarray(divergences, dtype=np.float64)
-    return np.asarray(np.exp(np.log(div + _TYPICAL_EPS).mean(axis=0)))
+    logs = np.log(div + _TYPICAL_EPS)
+    return np.asarray(np.exp(logs.mean(axis=0)))
 
 
 def cosine_distance(base: ArrayLike, adapted: ArrayLike) -> F64:
@@ -207,11 +218,16 @@ def cosine_distance(base: ArrayLike, adapted: ArrayLike) -> F64:
 
     returns  float64 [n_adapter, n_layer], as |a/|a| - b/|b||^2 / 2: close states do not cancel
     """
-    a = np.asarray(base, np.float64)
-    b = np.asarray(adapted, np.float64)
-    a = a / np.linalg.norm(a, axis=-1, keepdims=True)
-    b = b / np.linalg.norm(b, axis=-1, keepdims=True)
-    return np.asarray(((a - b) ** 2).sum(axis=-1) / 2.0)
+    difference = _unit(base) - _unit(adapted)
+    squares = (difference**2).sum(axis=-1)
+    return np.asarray(squares / 2.0)
+
+
+def _unit(states: ArrayLike) -> F64:
+    """Divide states [..., n_embd] by their lengths."""
+    wide = np.asarray(states, np.float64)
+    lengths = np.linalg.norm(wide, axis=-1, keepdims=True)
+    return np.asarray(wide / lengths)
 
 
 def euclidean_distance(base: ArrayLike, adapted: ArrayLike) -> F64:
