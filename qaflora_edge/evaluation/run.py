@@ -132,6 +132,7 @@ def _answers(
             record["n_prompt"] = answer.n_prompt
             record["n_token"] = answer.n_completion
             record["finish_reason"] = answer.finish_reason
+            record |= answer.fusion.relay_dict()  # with the whole draft
         elif isinstance(error, _UNUSABLE):
             record["error"] = str(error)
         else:

@@ -27,6 +27,7 @@ N_CANDIDATE = 2  # adapters that draft beside who answers, at most
 SURENESS = "sureness"  # of calibration.KEYS
 SURE = 1.0  # spreads above its typical sureness an adapter is sure of its draft
 UNSURE_FROM = 0.2  # spreads above it, below which who answers lets another draft
+FAR_AHEAD = 1.8  # spreads between both, from which a knower need not be SURE
 SURE_OF_EACH = -0.15  # nats: the least sure token, where the scores leave an adapter out
 N_FACT = 32  # tokens of an answer that states a fact, at most
 FOREIGN = 3.5  # nats: the base would not begin its answer so
@@ -105,7 +106,7 @@ def _relayed(query: Query, probe: Probe, mix: Mix) -> Mix:
         if draft.adapter == writer or (draft.adapter != BASE and _is_prose(draft))
     }
     knower = max(unusual, key=unusual.__getitem__)
-    if unusual[writer] < UNSURE_FROM and unusual[knower] >= SURE:
+    if unusual[writer] < UNSURE_FROM and _knows(unusual[knower], unusual[writer]):
         relay = _relay(query, probe, knower, writer, sureness)
         return replace(mix, weights=_alone(query, writer), relay=relay, because=_said(relay))
     if unusual[writer] < SURE and sureness.get(BASE, -inf) > sureness[writer]:
@@ -131,6 +132,15 @@ def _despite_the_scores(query: Query, probe: Probe, mix: Mix, proposed: Sequence
             taken = replace(mix, weights=_alone(query, draft.adapter))
             return _rewritten(query, probe, taken, draft.adapter, sureness)
     return mix
+
+
+def _knows(knower: float, writer: float) -> bool:
+    """Tell whether a knower is sure, or at least far surer than who writes.
+
+    knower, writer  spreads above the typical sureness of each
+    """
+    is_ahead = knower >= UNSURE_FROM and knower - writer >= FAR_AHEAD
+    return knower >= SURE or is_ahead
 
 
 def _is_sure_of_each(probe: Probe, draft: Draft) -> bool:
