@@ -148,7 +148,7 @@ class Engine:
         self._changing = threading.Lock()
 
         def finding(name: str) -> Callable[[Sequence[int]], Any]:
-            module = "qaflora_edge.chat.tokens"  # imported when it is needed
+            module = "qaflora_edge.prompt.tokens"  # imported when it is needed
             return lambda tokens: getattr(import_module(module), name)(model, tokens)
 
         self._weigher = Weigher(
@@ -363,8 +363,8 @@ class Engine:
 
         The bundle's system prompt comes first where the messages have none, then its examples.
         """
-        from qaflora_edge.chat.messages import begin_with
-        from qaflora_edge.chat.tokens import chat_tokens
+        from qaflora_edge.prompt.messages import begin_with
+        from qaflora_edge.prompt.tokens import chat_tokens
 
         with self._core.call():
             messages = begin_with(self.system or None, messages, self.examples)
@@ -802,7 +802,7 @@ def _read_ahead(weigher: Weigher, infos: Iterable[AdapterInfo]) -> "list[Attenti
     """Read what a first chat needs: templates' code, and for two-place the adapters' matrices."""
     from qaflora_edge.weighing.adapter_inputs import AttentionSizes
 
-    import_module("qaflora_edge.chat.tokens")
+    import_module("qaflora_edge.prompt.tokens")
     is_measured = weigher.known.strategy.startswith(("two-place", "relay"))
     needed = infos if is_measured else ()
     return [AttentionSizes(info, weigher.n_layer) for info in needed]

@@ -14,11 +14,11 @@ from refusals import refused
 from tiny import CHATML, QWEN, constant_logits, write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine
-from qaflora_edge.chat.calls import FORMATS, CallFormat
 from qaflora_edge.errors import ModalityError, OptionError, PromptError, ToolsError
 from qaflora_edge.inference.sequence import TokenLogprob
 from qaflora_edge.openai.completions import ShownTokens, text_logprobs
 from qaflora_edge.openai.tools import Tools
+from qaflora_edge.prompt.calls import FORMATS, CallFormat
 
 CITY = {"city": {"enum": ["Lima", "Oslo"]}, "days": {"$ref": "#/$defs/n"}}
 FORM = {"type": "object", "properties": CITY, "required": [*CITY], "additionalProperties": False}

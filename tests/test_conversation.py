@@ -9,15 +9,15 @@ from typing import Any
 import jsonschema
 import pytest
 
-from qaflora_edge.chat.conversation import (
+from qaflora_edge.errors import OutputFileError, PromptError, SessionFileError
+from qaflora_edge.files import package_data
+from qaflora_edge.prompt.conversation import (
     MAX_SESSION_BYTES,
     Conversation,
     Message,
     load_session,
     save_session,
 )
-from qaflora_edge.errors import OutputFileError, PromptError, SessionFileError
-from qaflora_edge.files import package_data
 
 N_CTX = 100
 

@@ -23,7 +23,7 @@ from desk import (
 from patience import wait_until
 from scripted_server import N_LAYER, SHA256, layers
 
-from qaflora_edge.chat.conversation import Conversation, load_session, save_session
+from qaflora_edge.prompt.conversation import Conversation, load_session, save_session
 
 IDENTITY = {"name": "demo", "base_sha256": SHA256["base"], "adapters": SHA256["adapters"]}
 pytestmark = NEEDS_CHROMIUM

@@ -13,8 +13,8 @@ from tiny import CHATML, TinyBase, write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine, FusionWeights
 from qaflora_edge.backend.model import Model
-from qaflora_edge.chat.tokens import chat_tokens, find_question
 from qaflora_edge.formats.base import read_base
+from qaflora_edge.prompt.tokens import chat_tokens, find_question
 from qaflora_edge.weighing.probe import PLACES
 
 EXACT: dict[str, Any] = {"kv_type": "f32", "flash_attn": False}

@@ -11,11 +11,11 @@ from jinja2.sandbox import SecurityError
 from tiny import write_tiny_base
 
 from qaflora_edge.backend.model import Model
-from qaflora_edge.chat import template as chat_template
-from qaflora_edge.chat.template import TemplateLimit, render
-from qaflora_edge.chat.tokens import chat_tokens
 from qaflora_edge.errors import ChatTemplateError
 from qaflora_edge.formats.base import read_base
+from qaflora_edge.prompt import template as chat_template
+from qaflora_edge.prompt.template import TemplateLimit, render
+from qaflora_edge.prompt.tokens import chat_tokens
 
 MESSAGES = [
     {"role": "system", "content": " be kind "},

@@ -14,7 +14,6 @@ from typing import Any, BinaryIO, NoReturn
 import click
 from click.core import ParameterSource
 
-from qaflora_edge.chat.messages import begin_with
 from qaflora_edge.cli import prompts
 from qaflora_edge.cli.answers import answer_dict, incomplete, print_json
 from qaflora_edge.cli.options import SharedOptions, bundle_folder, check_outputs, open_engine
@@ -27,6 +26,7 @@ from qaflora_edge.formats.inputs import checksum, open_input
 from qaflora_edge.formats.json_text import LineFile
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.progress import Tell, silent
+from qaflora_edge.prompt.messages import begin_with
 from qaflora_edge.show.text import crop
 
 _KEYS = ("prompt", "messages", "id", "json_schema")

@@ -11,13 +11,13 @@ from typing import Any
 
 from qaflora_edge import __version__
 from qaflora_edge.arrays import F32
-from qaflora_edge.chat.conversation import bundle_identity
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import CancelledError, ChatTemplateError, PromptError
 from qaflora_edge.evaluation.metrics import Fields, listed
 from qaflora_edge.evaluation.results import Results
 from qaflora_edge.evaluation.tasks import Task
 from qaflora_edge.formats.bundle import is_base, read_bundle_text
+from qaflora_edge.prompt.conversation import bundle_identity
 from qaflora_edge.weighing.numbers import FusionWeights
 
 Asked = tuple[int, str]  # the index of an item, and a strategy

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qaflora_edge.chat.messages import begin_with, checked_messages
 from qaflora_edge.errors import InputFileError, PromptError, TaskFileError, os_errors
 from qaflora_edge.evaluation.metrics import BUILT_IN, Fields, Metric, is_text, metrics
 from qaflora_edge.formats.inputs import open_input
@@ -27,6 +26,7 @@ from qaflora_edge.formats.json_text import (
     shortened,
     shown,
 )
+from qaflora_edge.prompt.messages import begin_with, checked_messages
 
 ASKED = ("messages", "question", "prompt")
 ADVICE = "Correct the file; docs/evaluate.md says what it may have."

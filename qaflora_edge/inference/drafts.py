@@ -177,7 +177,7 @@ def with_draft(
     """Put a draft in parentheses before the question, as if it had been asked so.
 
     tokens    of the prompt
-    question  begin and end of the question in it, as chat.tokens.find_question gives them
+    question  begin and end of the question in it, as prompt.tokens.find_question gives them
     n_ctx     tokens of the context; a draft takes half of what is free there, at most
 
     The question comes last, so that the writer answers in its language. A control token that is

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from qaflora_edge.chat.calls import call_format
 from qaflora_edge.errors import wrong_option
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.openai.completions import (
@@ -18,6 +17,7 @@ from qaflora_edge.openai.completions import (
 )
 from qaflora_edge.openai.options import openai_options
 from qaflora_edge.openai.tools import Tools, answer_form, chosen_tools
+from qaflora_edge.prompt.calls import call_format
 
 _EMPTY: dict[str, Any] = {"refusal": None, "annotations": []}  # that strict clients look for
 

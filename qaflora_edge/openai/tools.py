@@ -6,7 +6,6 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from qaflora_edge.chat.calls import CallFormat
 from qaflora_edge.errors import OptionError, wrong_option
 from qaflora_edge.inference.constraint import (
     Grammar,
@@ -15,6 +14,7 @@ from qaflora_edge.inference.constraint import (
     framed_grammar,
     schema_grammar,
 )
+from qaflora_edge.prompt.calls import CallFormat
 
 _FENCES = ("```json", "```\n{", "```{")
 _BARE = '{"name"'

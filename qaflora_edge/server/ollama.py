@@ -10,8 +10,6 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from qaflora_edge.chat.calls import call_format
-from qaflora_edge.chat.tokens import thought_tags
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import ModalityError
 from qaflora_edge.inference.generation import Generation
@@ -19,6 +17,8 @@ from qaflora_edge.openai.chat import begin_chat, chat_shape, response_schema
 from qaflora_edge.openai.infill import infill_marks, infill_tokens
 from qaflora_edge.openai.options import thinking
 from qaflora_edge.openai.tools import Tools
+from qaflora_edge.prompt.calls import call_format
+from qaflora_edge.prompt.tokens import thought_tags
 from qaflora_edge.server import requests as bodies
 from qaflora_edge.server.answers import Sender, asked, embedded, options_of
 from qaflora_edge.server.requests import Refusal

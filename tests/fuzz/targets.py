@@ -16,7 +16,6 @@ import tiny
 
 from fuzz.mutate import Case
 from qaflora_edge.bundles.open import load_bundle
-from qaflora_edge.chat.conversation import load_session
 from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.formats.adapter import check_adapter, read_adapter_gguf, read_pair
 from qaflora_edge.formats.gguf import read_gguf_header, read_values
@@ -24,6 +23,7 @@ from qaflora_edge.inference.constraint import schema_grammar
 from qaflora_edge.peft.config import parse_config, read_fields
 from qaflora_edge.peft.folder import read_peft
 from qaflora_edge.peft.safetensors import read_safetensors
+from qaflora_edge.prompt.conversation import load_session
 
 MODULES = ("model.layers.0.self_attn.q_proj", "a" * 60 + "b", "lm_head")
 SMALL = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_head_kv": 1, "n_ff": 32}

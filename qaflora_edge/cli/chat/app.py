@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qaflora_edge.chat import conversation
 from qaflora_edge.cli import options as cli
 from qaflora_edge.cli.answers import thought_parts
 from qaflora_edge.errors import CancelledError, PromptError, QafloraError
+from qaflora_edge.prompt import conversation
 
 if TYPE_CHECKING:
     from qaflora_edge.cli.chat.input import TerminalInput

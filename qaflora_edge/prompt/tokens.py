@@ -7,10 +7,6 @@ from typing import Any
 
 from qaflora_edge.backend.batch import n_common
 from qaflora_edge.backend.model import Model
-from qaflora_edge.chat import template as templates
-from qaflora_edge.chat.calls import call_format
-from qaflora_edge.chat.messages import Message, checked_messages
-from qaflora_edge.chat.typed import TypedText
 from qaflora_edge.config import MAX_CTX
 from qaflora_edge.errors import (
     ChatTemplateError,
@@ -21,6 +17,10 @@ from qaflora_edge.errors import (
     wrong_option,
 )
 from qaflora_edge.inference.request import Thinking, check_size
+from qaflora_edge.prompt import template as templates
+from qaflora_edge.prompt.calls import call_format
+from qaflora_edge.prompt.messages import Message, checked_messages
+from qaflora_edge.prompt.typed import TypedText
 
 Tags = tuple[str, str]  # around a thought
 _TAGS: tuple[Tags, ...] = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))

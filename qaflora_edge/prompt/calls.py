@@ -3,7 +3,7 @@
 import re
 from typing import NamedTuple
 
-from qaflora_edge.chat.template import literal_text
+from qaflora_edge.prompt.template import literal_text
 
 # Small bases write calls so, whatever they are shown.
 _PLAIN = r'```(?:json)?\s*(?=\{)|\A\s*(?=\{\s*"name")'
