@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial, wraps
 from importlib import import_module
@@ -14,35 +15,41 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 import numpy as np
 
 from qaflora_edge.arrays import F32
+from qaflora_edge.ask import (
+    Ask,
+    Chat,
+    Plain,
+    Prompt,
+    Question,
+    Tools,
+    Weighing,
+    asked,
+    one_of,
+)
 from qaflora_edge.backend.context import trim
+from qaflora_edge.backend.model import Model
 from qaflora_edge.bundles.open import Opened, open_any
 from qaflora_edge.config import MAX_SEED, check, removed
-from qaflora_edge.errors import OptionError, PromptError, QafloraError, StrategyError, wrong_option
+from qaflora_edge.errors import OptionError, QafloraError, StrategyError, wrong_option
 from qaflora_edge.files import AnyPath
 from qaflora_edge.formats.adapter import AdapterInfo
 from qaflora_edge.inference.core import Core, Probes, check_process
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.inference.request import (
-    Prompt,
     Request,
-    are_many,
-    check_size,
-    checked_tokens,
-    is_conversation,
-    make_sampling,
-    one_of,
-    token_ids,
-    whole,
 )
 from qaflora_edge.inference.sampler import Sampler
 from qaflora_edge.inference.sequence import Sequence as RunningSequence
 from qaflora_edge.inference.sequence import Written
-from qaflora_edge.progress import Tell, TellCount, silent
+from qaflora_edge.progress import TellCount, silent
 from qaflora_edge.weighing.drafted import DRAFT_TOKENS
 from qaflora_edge.weighing.numbers import FusionWeights, alone_weights
 from qaflora_edge.weighing.weigher import Weigher, Weights
 
 if TYPE_CHECKING:
+    from qaflora_edge.inference.decision import Decision
+    from qaflora_edge.prompt.calls import Calls
+    from qaflora_edge.prompt.tokens import Reader
     from qaflora_edge.weighing.adapter_inputs import AttentionSizes
 
 C = TypeVar("C", bound=Callable[..., Any])
@@ -146,17 +153,10 @@ class Engine:
         # A base alone chooses its strategy when it gets its first adapter.
         self._chooses = strategy is None and opened.text is None and not opened.adapters
         self._changing = threading.Lock()
-
-        def finding(name: str) -> Callable[[Sequence[int]], Any]:
-            module = "qaflora_edge.prompt.tokens"  # imported when it is needed
-            return lambda tokens: getattr(import_module(module), name)(model, tokens)
-
         self._weigher = Weigher(
             adapters=tuple(opened.adapters),
             n_layer=opened.header.n_layer,
             known=opened.known.under(strategy=strategy, lens=lens, pool=pool, prefill=prefill),
-            find_question=finding("find_question"),
-            find_thinking=finding("find_thinking"),
             targets={name: info.targets for name, info in opened.adapters.items()},
         )
         self._core = self._open(opened)
@@ -186,6 +186,27 @@ class Engine:
         while cores := [core for core in self._all_cores() if not core.is_closed]:
             for core in cores:
                 core.close()
+
+    @property
+    def chat_template(self) -> str | None:
+        """Give the base's chat template; None: it has none."""
+        return self._model.chat_template
+
+    @contextmanager
+    def model(self) -> Iterator[Model]:
+        """Give the base, which stays open within the block."""
+        with self._core.call():
+            yield self._model
+
+    @property
+    def weigher(self) -> Weigher:
+        """Give what weighs for calls that begin now."""
+        return self._weigher
+
+    @property
+    def opened(self) -> Opened:
+        """Give the facts of the bundle's files."""
+        return self._opened
 
     def _all_cores(self) -> list[Core]:
         return [core for each in self._cores if (core := each())]
@@ -339,20 +360,24 @@ class Engine:
                 raise _not_loaded(name, loaded)
         return replace(self._weigher, adapters=tuple(n for n in loaded if n in names))
 
-    def tokenize(self, prompt: Prompt, *, parse_special: bool = False) -> list[int]:
+    def _reader(self) -> "Reader":
+        from qaflora_edge.prompt.tokens import Reader
+
+        system = self.system or None
+        return Reader(self._model, self.n_ctx, system, self.examples, self.reasoning)
+
+    def read(self, question: Question, *, parse_special: bool = False) -> Prompt:
+        """Turn what is asked into tokens, and find the question in them; see tokenize."""
+        with self._core.call():
+            return self._reader().read(question, parse_special)
+
+    def tokenize(self, prompt: Plain, *, parse_special: bool = False) -> list[int]:
         """Turn a prompt into token ids: text as it is, with BOS where the base asks for it, or ids.
 
         Raises PromptError when it is empty, longer than n_ctx, or has an id out of range.
         """
         with self._core.call():
-            if not isinstance(prompt, str):
-                tokens = token_ids(prompt)
-            elif prompt:
-                check_size(self._model, [prompt], self.n_ctx)
-                tokens = self._model.tokenize(prompt, add_special=True, parse_special=parse_special)
-            else:
-                raise PromptError("The prompt is empty; give at least one character.")
-            return checked_tokens(self._model, tokens, self.n_ctx)
+            return self._reader().tokens(prompt, parse_special)
 
     def chat_tokens(
         self, messages: Sequence[Any], *, tools: Sequence[Mapping[str, Any]] = (), **how: Any
@@ -363,14 +388,9 @@ class Engine:
 
         The bundle's system prompt comes first where the messages have none, then its examples.
         """
-        from qaflora_edge.prompt.messages import begin_with
-        from qaflora_edge.prompt.tokens import chat_tokens
-
+        chat = Chat(messages, Tools(tools) if tools else None, **how)
         with self._core.call():
-            messages = begin_with(self.system or None, messages, self.examples)
-            how |= {"n_ctx": self.n_ctx, "reasoning": self.reasoning}
-            tokens = chat_tokens(self._model, messages, tools=tools, **how)
-            return checked_tokens(self._model, tokens, self.n_ctx)
+            return self._reader().tokens(chat)
 
     @_steady
     def weights(
@@ -393,18 +413,22 @@ class Engine:
         Returns FusionWeights, weights float32 [n_adapter, n_layer], or a list of them.
         """
 
-        def weigh(each: Any) -> FusionWeights:
+        from qaflora_edge.prompt.tokens import are_many, as_turn, whole
+
+        is_plain = raw or parse_special
+
+        def weigh(one: Any) -> FusionWeights:
             with self._core.call():
-                tokens = self._asked(each, raw=raw, parse_special=parse_special)
+                read = self.read(as_turn(one, is_plain=is_plain), parse_special=parse_special)
                 probe = Probes(self._core, self._core.cancellation(cancel))
-                return _weigh(self._using(adapters), strategy, tokens, probe)
+                return _weigh(self._using(adapters), strategy, read, probe)
 
         prompt = whole(prompt)
         return [weigh(each) for each in prompt] if are_many(prompt) else weigh(prompt)
 
     @_steady
     def hidden_states(
-        self, prompt: Prompt, *, adapter: str | None = None, parse_special: bool = False
+        self, prompt: Plain, *, adapter: str | None = None, parse_special: bool = False
     ) -> F32:
         """Give the states of the last token after each block: float32 [n_layer, n_embd].
 
@@ -421,7 +445,7 @@ class Engine:
     @_steady
     def logits(
         self,
-        prompt: Prompt,
+        prompt: Plain,
         *,
         weights: Weights = None,
         strategy: str | None = None,
@@ -431,8 +455,10 @@ class Engine:
 
         weights, strategy  as generate takes them
         """
-        given: Any = {"weights": weights, "strategy": strategy, "parse_special": parse_special}
-        return self.generate(prompt, **given, max_tokens=0).prompt_logits
+        ask = asked(
+            prompt, weights=weights, strategy=strategy, parse_special=parse_special, max_tokens=0
+        )
+        return self.submit(ask).prompt_logits
 
     @_steady
     def score(
@@ -453,7 +479,10 @@ class Engine:
 
         Raises PromptError when a continuation is empty, or too long for n_ctx with its prompt.
         """
-        prompt, continuation = whole(prompt), whole(continuation)
+        from qaflora_edge.prompt.tokens import are_many, whole
+
+        prompt = whole(prompt)
+        continuation = whole(continuation)
         is_list = are_many(prompt)
         if is_list != are_many(continuation) or (is_list and len(prompt) != len(continuation)):
             raise OptionError(
@@ -465,47 +494,61 @@ class Engine:
             cancellation = self._core.cancellation()
             probe = Probes(self._core, cancellation)
             weights = one_of(weights, strategy)
-            known: dict[tuple[int, ...], Request] = {}
+            requests: dict[tuple[int, ...], Request] = {}
             items = []
             for each, text in pairs:
-                tokens = tuple(self.tokenize(each, parse_special=parse_special))
-                following = self._continuation(tokens, text)
-                if tokens not in known:
-                    fusion = _weigh(self._weigher, weights, tokens, probe)
+                asked = self.read(each, parse_special=parse_special)
+                following = self._reader().continuation(asked, text)
+                if asked.tokens not in requests:
+                    fusion = _weigh(self._weigher, weights, asked, probe)
                     if fusion.relay is not None and not fusion.relay.is_drafted:
                         (draft,) = probe.drafts([fusion.relay.knower], DRAFT_TOKENS)
                         relay = replace(fusion.relay, draft=draft, is_drafted=True)
                         fusion = replace(fusion, relay=relay)
-                    read = self._with_draft(tokens, fusion)
+                    read = self._with_draft(asked, fusion)
                     n_base = self._weigher.n_base(weights, read)
                     all_weights = self._core.all_weights(fusion)
-                    known[tokens] = Request(tuple(read), all_weights, n_base=n_base)
-                items.append((known[tokens], following))
+                    requests[asked.tokens] = Request(read.tokens, all_weights, n_base=n_base)
+                items.append((requests[asked.tokens], following))
             scores = self._core.run(self._core.scorer.score(items), cancellation, kind="score")
         return scores if is_list else scores[0]
 
     @_steady
-    def decide(self, prompt: Any, choices: Any, **options: Any) -> Any:
+    def decide(
+        self,
+        prompt: Any,
+        choices: Any,
+        *,
+        strategy: str | None = None,
+        adapters: Sequence[str] | None = None,
+        compare: bool = False,
+        cancel: threading.Event | None = None,
+    ) -> "Decision":
         """Choose one of several texts: a Decision, with probabilities. Nothing is decoded.
 
         prompt   the question: a text, or messages that end with a user's
         choices  texts, or text -> what it means; 255 at most
-        options  strategy, adapters, compare (also what the base and each adapter choose), cancel
+        compare  also what the base and each adapter choose
+
+        Raises ChatTemplateError for a base without a chat template, OptionError for wrong choices.
         """
-        from qaflora_edge.inference.decision import decide
+        from qaflora_edge.inference import decision
 
-        return decide(self, prompt, choices, **options)
-
-    def _continuation(self, prompt: Sequence[int], text: Prompt) -> tuple[int, ...]:
-        if isinstance(text, str):
-            tokens = self._model.tokenize(text, add_special=False, parse_special=False)
-        else:
-            tokens = token_ids(text, "continuation")
-        if not tokens:
-            raise PromptError("The continuation is empty; give at least one token.")
-        what = "prompt with its continuation"
-        checked_tokens(self._model, [*prompt, *tokens], self.n_ctx, what)
-        return tuple(tokens)
+        means = decision.checked_choices(choices)
+        ways = decision.ways_to_ask(prompt, means)
+        with self._core.call():
+            question = decision.Question(*map(self.read, ways))
+            go_on = self._reader().continuation
+            tokens = {name: go_on(question.listed, name) for name in means}
+            return decision.decide(
+                self._core,
+                self._using(adapters),
+                question,
+                tokens,
+                Weighing(strategy),
+                compare=compare,
+                cancellation=self._core.cancellation(cancel),
+            )
 
     @_steady
     def typical_divergence(
@@ -526,12 +569,13 @@ class Engine:
         returns   adapter -> key -> numbers
         """
         from qaflora_edge.inference.typical import measure
+        from qaflora_edge.prompt.tokens import as_turn
 
         with self._core.call():
             query = self._weigher.query
             texts = (*prompts, *turns)
-            chats = [query(self._asked(text), is_probed=True) for text in texts]
-            plain = [query(self.tokenize(text)) for text in prompts]
+            chats = [query(self.read(as_turn(text))) for text in texts]
+            plain = [query(self.read(text)) for text in prompts]
             exchanges = exchanges[: len(texts)] if self.has_chat_template else ()
             later = []
             for at, said in enumerate(exchanges):
@@ -539,18 +583,20 @@ class Engine:
                     [*said, {"role": "user", "content": text}]
                     for text in texts[at :: len(exchanges)]
                 )
-                later.append([query(self.chat_tokens(each), is_probed=True) for each in asked])
+                later.append([query(self.read(Chat(messages))) for messages in asked])
             return measure(self._core, chats, plain, later, keys, progress or silent)
 
     @_steady
     def embedding(self, prompt: Any) -> F32:
         """Average the base's last states over a prompt, as `weights` takes it: float32 [n_embd]."""
+        from qaflora_edge.prompt.tokens import as_turn
+
         with self._core.call():
-            steps = self._core.prober.mean_states(self._asked(prompt))
+            steps = self._core.prober.mean_states(self._reader().tokens(as_turn(prompt)))
             return np.array(self._core.run(steps)[-1])
 
     @_steady
-    def embed(self, text: Prompt, cancel: threading.Event | None = None) -> F32:
+    def embed(self, text: Plain, cancel: threading.Event | None = None) -> F32:
         """Embed a text by the base alone: float32 [n_embd], of length 1, to compare by products.
 
         Texts of one meaning are closest in the middle of a base: its states after three of five
@@ -566,82 +612,98 @@ class Engine:
             state /= np.linalg.norm(state)
             return state
 
-    def _asked(self, prompt: Any, *, raw: bool = False, parse_special: bool = False) -> list[int]:
-        """Tokenize messages, ids, or a text: as a user turn, unless raw or without a template."""
-        is_turn = self.has_chat_template and not (raw or parse_special)
-        if isinstance(prompt, str) and prompt and is_turn:
-            prompt = [{"role": "user", "content": prompt}]
-        if is_conversation(prompt):
-            return self.chat_tokens(prompt)
-        return self.tokenize(prompt, parse_special=parse_special)
-
     @_steady
-    def generate(
-        self,
-        prompt: Prompt,
-        *,
-        weights: Weights = None,
-        strategy: str | None = None,
-        adapters: Sequence[str] | None = None,
-        prefill: str | None = None,
-        max_tokens: int | None = None,
-        temperature: float = 0.0,
-        top_p: float = 0.95,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        grammar: str | None = None,
-        json_schema: Mapping[str, Any] | bool | None = None,
-        parse_special: bool = False,
-        on_weights: Callable[[FusionWeights], None] | None = None,
-        on_progress: Tell | None = None,
-        cancel: threading.Event | None = None,
-        wait: bool = True,
-        **more: Any,
-    ) -> Generation:
-        """Answer a prompt: an iterator over pieces of text, greedy unless temperature > 0.
+    def submit(self, ask: Ask) -> Generation:
+        """Answer what is asked, once: an iterator over pieces of text.
 
-        weights       adapters' weights by name, or as `weights` gives them, or a strategy, which
-                      may be given as `strategy` too
-        adapters      those to weigh; by default those in use
-        prefill       who prefills the prompt: "base", "mix" or "auto", as Engine takes it
-        grammar       GBNF text that the answer follows, with the start `root`
-        json_schema   the answer is JSON that is valid under this schema; True: any JSON
-        on_weights    called with the weights once they are known
-        on_progress   called with "weighing" or "reading", how many tokens of the prompt are done,
-                      and how many it has
-        cancel        once it is set, the answer ends as by Generation.cancel
-        wait          prefill before returning. False: prefill when the first piece of this or
-                      another answer is requested.
-        more          top_k, min_p, repeat_penalty, ...: see request.Sampling
-
-        Of a chat the thought before the answer is kept apart: Generation.thoughts and `reasoning`.
         The prompt is weighed before this returns. KV state is reused where prefill would compute
         the same bits: of what the base prefills, and of prompts under the same weights.
         """
-        if grammar is not None or json_schema is not None:
-            from qaflora_edge.inference.constraint import chosen_grammar
+        return self._begin(self._read(ask))
 
-            grammar = chosen_grammar(grammar, json_schema)
-        sampling = make_sampling(
-            stop,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=self.seed if seed is None else seed,
-            grammar=grammar,
-            **more,
+    @_steady
+    def submit_all(self, ask: Ask) -> Iterator[Generation]:
+        """Answer what is asked `ask.n` times, weighed once; after cancel() no further answer comes.
+
+        Each answer begins from the same prefill as one alone, bit for bit.
+        """
+        ask = self._read(ask)
+        first = ask.sampling.seed
+        for i in range(ask.n):
+            if first is not None:
+                sampling = replace(ask.sampling, seed=(first + i) % MAX_SEED)
+                ask = replace(ask, sampling=sampling)
+            answer = self._begin(ask)
+            yield answer
+            if answer.is_cancelled:
+                return
+            answer.wait_for_draft()  # which all share
+            weighing = replace(ask.weighing, by=replace(answer.fusion, probe_ms=0.0))
+            ask = replace(ask, weighing=weighing, on_weights=silent, on_progress=silent)
+
+    @_steady
+    def submit_many(self, asks: Iterable[Ask | QafloraError]) -> Iterator[tuple[int, Generation]]:
+        """Answer what is asked, n_parallel of it together; (index, Generation) as they end.
+
+        asks  taken one by one, as slots become free; an error in place of one ends that one alone
+
+        One that fails has finish_reason "error" and `error`. After cancel() no more are taken.
+        """
+        source = enumerate(asks)
+        running: dict[int, Generation] = {}
+        cancellation = self._core.cancellation()
+        while True:
+            # One more than fit: it is weighed while the others are decoded.
+            n_more = 0 if cancellation.is_set else self.n_parallel + 1 - len(running)
+            for index, ask in itertools.islice(source, n_more):
+                running[index] = self._started(ask)
+            if not running:
+                return
+            with self._core.call():
+                self._core.loop.drive(lambda: any(each.is_done for each in running.values()))
+            for index in [i for i, answer in running.items() if answer.is_done]:
+                yield index, running.pop(index)
+
+    def _started(self, ask: Ask | QafloraError) -> Generation:
+        """Begin one of many; its errors end itself alone."""
+        if isinstance(ask, QafloraError):
+            return self._core.failed(ask)
+        try:
+            return self._begin(self._read(replace(ask, waits=False)))
+        except QafloraError as error:
+            return self._core.failed(error)
+
+    def _read(self, ask: Ask) -> Ask:
+        """Read the prompt and the form of the answer, and put the Engine's seed in."""
+        sampling = ask.sampling
+        if sampling.seed is None and self.seed is not None:
+            sampling = replace(sampling, seed=self.seed)
+        tools = ask.prompt.tools if isinstance(ask.prompt, Chat) else None
+        calls: Calls | None = None
+        if tools or ask.json_schema is not None or sampling.grammar is not None:
+            from qaflora_edge.prompt.calls import bound, calls_of
+
+            calls = calls_of(self.chat_template, tools)
+            sampling = bound(sampling, ask.json_schema, calls)
+        prompt = self.read(ask.prompt, parse_special=ask.parse_special)
+        if calls is not None:
+            prompt = replace(prompt, calls=calls)
+        is_special = ask.parse_special and not isinstance(ask.prompt, Chat)
+        return replace(
+            ask, prompt=prompt, sampling=sampling, json_schema=None, parse_special=is_special
         )
-        if cancel is not None and not callable(getattr(cancel, "is_set", None)):
-            raise wrong_option("cancel", cancel, "a threading.Event")
-        check("weighing", {"prefill": prefill})
+
+    def _begin(self, ask: Ask) -> Generation:
+        """Weigh a prompt that was read, and begin to answer it."""
+        assert isinstance(ask.prompt, Prompt)
+        prompt, sampling, prefill = ask.prompt, ask.sampling, ask.weighing.prefill
         with self._core.call():
-            tokens = self.tokenize(prompt, parse_special=parse_special)
-            cancellation = self._core.cancellation(cancel)
-            weigher, weights = self._using(adapters), one_of(weights, strategy)
-            n_base = weigher.n_base(weights, tokens, prefill)
-            thinking = None if parse_special else weigher.find_thinking(tokens)
-            n_answer = max_tokens if n_base else 0
-            probes = Probes(self._core, cancellation, on_progress or silent, n_answer)
+            cancellation = self._core.cancellation(ask.cancel)
+            weigher = self._using(ask.weighing.adapters)
+            weights = ask.weighing.by_for(weigher.known.strategy)
+            n_base = weigher.n_base(weights, prompt, prefill)
+            n_answer = sampling.max_tokens if n_base else 0
+            probes = Probes(self._core, cancellation, ask.on_progress, n_answer)
             sampler = Sampler(self._model, sampling)  # a bad grammar is refused before the work
 
             def begin(
@@ -649,14 +711,14 @@ class Engine:
                 weighed: RunningSequence | None = None,
                 written: Written | None = None,
             ) -> RunningSequence:
-                prompt = self._with_draft(tokens, fusion)
+                read = self._with_draft(prompt, fusion)
                 request = Request(
-                    tuple(prompt),
+                    read.tokens,
                     self._core.all_weights(fusion),
                     sampling,
                     fusion.adapters,
-                    weigher.n_base(weights, prompt, prefill),
-                    thinking=thinking,
+                    weigher.n_base(weights, read, prefill),
+                    thinking=None if ask.parse_special else prompt.thinking,
                     cancellation=cancellation,
                 )
                 return self._core.begin(
@@ -664,7 +726,7 @@ class Engine:
                 )
 
             try:
-                fusion = weigher.weigh(weights, tokens, probes)
+                fusion = weigher.weigh(weights, prompt, probes)
                 weighed = probes.weighed if n_base else None
                 if weighed is None or (fusion.relay is not None and fusion.relay.is_drafted):
                     probes.end()  # the prompt that is answered is another one
@@ -676,52 +738,58 @@ class Engine:
                     alone = alone_weights(fusion.relay.knower, fusion.adapters, self.n_layer)
                     written = None if weighed is None else probes.written(alone)
                     answer = self._core.relayed(
-                        tokens, fusion, cancellation, weighed, written, begin
+                        prompt.tokens, fusion, cancellation, weighed, written, begin
                     )
             except BaseException:
                 probes.end()
                 raise
-            (on_weights or silent)(fusion)
-            if wait:
-                answer.wait_for_prompt(on_progress or silent)
+            answer.calls = prompt.calls
+            ask.on_weights(fusion)
+            if ask.waits:
+                answer.wait_for_prompt(ask.on_progress)
             return answer
 
-    def _with_draft(self, tokens: Sequence[int], fusion: FusionWeights) -> list[int]:
+    def _with_draft(self, prompt: Prompt, fusion: FusionWeights) -> Prompt:
         """Give the prompt of who answers: that of the caller, or with another's draft in it."""
-        if fusion.relay is None:
-            return [*tokens]
+        if fusion.relay is None or prompt.question is None:
+            return prompt
         from qaflora_edge.inference.drafts import with_draft
 
-        question = self._weigher.find_question(tokens)
-        return with_draft(self._model, tokens, question, fusion.relay.draft, self.n_ctx)
+        span = (*prompt.question, prompt.is_later)
+        tokens = with_draft(self._model, prompt.tokens, span, fusion.relay.draft, self.n_ctx)
+        return replace(prompt, tokens=tuple(tokens))
 
-    @_steady
-    def answers(
-        self, prompt: Prompt, n: int, *, seed: int | None = None, **options: Any
-    ) -> Iterator[Generation]:
-        """Answer a prompt n times, weighed once; after cancel() no further answer comes.
+    def generate(self, prompt: Plain, **options: Any) -> Generation:
+        """Answer a prompt: an iterator over pieces of text, greedy unless temperature > 0.
 
-        seed     of the first answer; the others have the next numbers
-        options  as generate takes them
+        weights       adapters' weights by name, or as `weights` gives them, or a strategy, which
+                      may be given as `strategy` too
+        adapters      those to weigh; by default those in use
+        prefill       who prefills the prompt: "base", "mix" or "auto", as Engine takes it
+        max_tokens, temperature, top_p, seed, stop, top_k, ...: see ask.Sampling
+        grammar       GBNF text that the answer follows, with the start `root`
+        json_schema   the answer is JSON that is valid under this schema; True: any JSON
+        parse_special  control tokens that are spelt out in the prompt are control tokens
+        on_weights    called with the weights once they are known
+        on_progress   called with "weighing" or "reading", how many tokens of the prompt are done,
+                      and how many it has
+        cancel        once it is set, the answer ends as by Generation.cancel
+        wait          prefill before returning. False: prefill when the first piece of this or
+                      another answer is requested.
 
-        Each answer begins from the same prefill as one alone, bit for bit.
+        Of a chat the thought before the answer is kept apart: Generation.thoughts and `reasoning`.
         """
-        first = self.seed if seed is None else seed
-        check("answers", {"n": n, "seed": first})
-        weights = one_of(options.pop("weights", None), options.pop("strategy", None))
-        for i in range(n):
-            own_seed = None if first is None else (first + i) % MAX_SEED
-            answer = self.generate(prompt, weights=weights, seed=own_seed, **options)
-            yield answer
-            if answer.is_cancelled:
-                return
-            answer.wait_for_draft()  # which all share
-            weights = replace(answer.fusion, probe_ms=0.0)
-            options |= {"on_weights": None, "on_progress": None}
+        return self.submit(asked(prompt, **options))
 
-    @_steady
+    def answers(self, prompt: Plain, n: int, **options: Any) -> Iterator[Generation]:
+        """Answer a prompt n times, weighed once: see submit_all.
+
+        options  as generate takes them; `seed` is that of the first answer
+        """
+        return self.submit_all(asked(prompt, n=n, **options))
+
     def generate_many(
-        self, requests: Iterable[Prompt | Mapping[str, Any]], **options: Any
+        self, requests: Iterable[Plain | Mapping[str, Any]], **options: Any
     ) -> Iterator[tuple[int, Generation]]:
         """Answer many prompts, n_parallel of them together; (index, Generation) as they end.
 
@@ -736,37 +804,7 @@ class Engine:
                 f"generate_many got the one request {requests!r:.100}, expected several; give a "
                 "list of them."
             )
-        source = enumerate(requests)
-        running: dict[int, Generation] = {}
-        cancellation = self._core.cancellation()
-        while True:
-            # One more than fit: it is weighed while the others are decoded.
-            n_more = 0 if cancellation.is_set else self.n_parallel + 1 - len(running)
-            for index, request in itertools.islice(source, n_more):
-                running[index] = self._start(request, options)
-            if not running:
-                return
-            with self._core.call():
-                self._core.loop.drive(lambda: any(each.is_done for each in running.values()))
-            for index in [i for i, answer in running.items() if answer.is_done]:
-                yield index, running.pop(index)
-
-    def _start(self, request: Prompt | Mapping[str, Any], options: Mapping[str, Any]) -> Generation:
-        """Begin one of many; its errors end itself alone."""
-        try:
-            if not isinstance(request, Mapping):
-                request = {"prompt": request}
-            own = {**options, **request, "wait": False}
-            prompt, messages = own.pop("prompt", None), own.pop("messages", None)
-            if (prompt is None) == (messages is None):
-                raise OptionError(
-                    f"A request has {', '.join(map(str, request)) or 'nothing'}, expected either "
-                    "prompt or messages, and options of generate."
-                )
-            tokens = self.chat_tokens(messages) if prompt is None else prompt
-            return self.generate(tokens, **own)
-        except QafloraError as error:
-            return self._core.failed(error)
+        return self.submit_many(_one_of_many(request, options) for request in requests)
 
     def chat(self, messages: Sequence[Any], *, stream: bool = False, **options: Any) -> Any:
         """Answer a conversation in OpenAI's shape: a dict, or chunks with stream=True.
@@ -783,17 +821,35 @@ class Engine:
 
         The conversation is weighed and prefilled before this returns.
         """
-        from qaflora_edge.openai.chat import answer_chat
+        from qaflora_edge.dialects.openai_chat import answer_chat
 
         return answer_chat(self, messages, stream=stream, **options)
 
 
-def _weigh(
-    weigher: Weigher, weights: Weights, tokens: Sequence[int], probes: Probes
-) -> FusionWeights:
+def _one_of_many(
+    request: Plain | Mapping[str, Any], options: Mapping[str, Any]
+) -> Ask | QafloraError:
+    """Make an Ask of a request of generate_many; its errors end itself alone."""
+    try:
+        if not isinstance(request, Mapping):
+            return asked(request, **options)
+        own = {**options, **request}
+        prompt = own.pop("prompt", None)
+        messages = own.pop("messages", None)
+        if (prompt is None) == (messages is None):
+            raise OptionError(
+                f"A request has {', '.join(map(str, request)) or 'nothing'}, expected either "
+                "prompt or messages, and options of generate."
+            )
+        return asked(Chat(messages) if prompt is None else prompt, **own)
+    except QafloraError as error:
+        return error
+
+
+def _weigh(weigher: Weigher, weights: Weights, prompt: Prompt, probes: Probes) -> FusionWeights:
     """Weigh a prompt that is not answered, and free the slot that it was weighed in."""
     try:
-        return weigher.weigh(weights, tokens, probes)
+        return weigher.weigh(weights, prompt, probes)
     finally:
         probes.end()
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from qaflora_edge import Engine
+from qaflora_edge.ask import Prompt
 from qaflora_edge.backend.batch import Span
 from qaflora_edge.backend.context import Context
 from qaflora_edge.inference.core import Probes
@@ -29,7 +30,8 @@ def probe(
     engine: Engine, tokens: Sequence[int], span: tuple[int, int] | None = None, **facts: bool
 ) -> Any:
     """The probe of a query, whose question stands at the span."""
-    query = replace(engine._weigher.query(tokens), question=span or (0, len(tokens)), **facts)
+    query = engine._weigher.query(Prompt(tuple(tokens)))
+    query = replace(query, question=span or (0, len(tokens)), **facts)
     return Probes(engine._core, engine._core.cancellation())(query)
 
 

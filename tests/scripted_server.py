@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from qaflora_edge.server.app import show_page
-from qaflora_edge.server.requests import Refusal
+from qaflora_edge.server.refusals import Refusal
 
 ADAPTERS = {"demo": ("math", "es", "med"), "code": ("sql",)}
 STRATEGIES = ("qa-flora", "spectr", "static", "base")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from patience import PATIENCE_S, wait_until
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
+from qaflora_edge.ask import Sampling
 from qaflora_edge.server.app import make_app
 from qaflora_edge.server.run import config_of
 from qaflora_edge.server.served_models import ServerOptions
@@ -27,8 +28,9 @@ def wait_until_open(status: Callable[[], str]) -> None:
     wait_until(lambda: status() != "loading")
 
 
-def make_options(**more: Any) -> ServerOptions:
-    return ServerOptions(**{"engine": ENGINE, "hosts": frozenset({"localhost"}), **more})
+def make_options(sampling: Mapping[str, Any] | None = None, **more: Any) -> ServerOptions:
+    how = {"engine": ENGINE, "hosts": frozenset({"localhost"}), **more}
+    return ServerOptions(sampling=Sampling().updated(sampling or {}), **how)
 
 
 @contextlib.contextmanager

@@ -80,7 +80,7 @@ def test_a_stuck_step_ends_with_the_process(bundle: Path) -> None:
         "import time\n"
         "from qaflora_edge.server import answers, run; run.DRAIN_S = run.CUT_S = 0.3\n"
         "def fail(*a, **k): time.sleep(999)\n"
-        "answers.begin_chat = fail\n"
+        "answers.Engine.submit_all = fail\n"
         "from qaflora_edge.cli import main; main()"
     )
     with serving(str(bundle), "--ctx", "600", program=["-c", code]) as (process, address):

@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from refusals import refused
 from tiny import CHATML, QWEN, constant_logits, write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine
+from qaflora_edge.ask import Tools
+from qaflora_edge.dialects.openai_shapes import ShownTokens
+from qaflora_edge.dialects.openai_text import text_logprobs
 from qaflora_edge.errors import ModalityError, OptionError, PromptError, ToolsError
 from qaflora_edge.inference.sequence import TokenLogprob
-from qaflora_edge.openai.completions import ShownTokens, text_logprobs
-from qaflora_edge.openai.tools import Tools
-from qaflora_edge.prompt.calls import FORMATS, CallFormat
+from qaflora_edge.prompt.calls import FORMATS, CallFormat, Calls
 
 CITY = {"city": {"enum": ["Lima", "Oslo"]}, "days": {"$ref": "#/$defs/n"}}
 FORM = {"type": "object", "properties": CITY, "required": [*CITY], "additionalProperties": False}
@@ -188,7 +190,7 @@ def test_calls_and_results_go_back_into_the_conversation(engine: Engine) -> None
             engine.chat_tokens([{"role": "assistant", "tool_calls": [wrong]}])
 
 
-HERMES, ARGS, LIST, LLAMA = (Tools([WEATHER, TIME], style) for style in FORMATS)
+HERMES, ARGS, LIST, LLAMA = (Calls(Tools([WEATHER, TIME]), style) for style in FORMATS)
 CALL = '{"name": "time", "arguments": {"é": 1}}'
 PLAIN = '{"name": "time", "parameters": {"é": 1}}'
 
@@ -211,13 +213,13 @@ PLAIN = '{"name": "time", "parameters": {"é": 1}}'
         (LLAMA, f"```json\n{PLAIN}\n```", "", ["time"]),
     ],
 )
-def test_calls_are_read_out_of_text(tools: Tools, text: str, rest: str, names: list[str]) -> None:
+def test_calls_are_read_out_of_text(tools: Calls, text: str, rest: str, names: list[str]) -> None:
     """Small bases write their calls fenced, whatever the template shows them."""
     found, calls = tools.parse(text)
     assert (found, [call["function"]["name"] for call in calls]) == (rest, names)
     assert json.loads(calls[0]["function"]["arguments"]) in ({"é": 1}, {})
     assert {len(call["id"]) for call in calls} == {tools.format.n_id or 37}
-    (first,) = tools._replace(is_single=True).parse(text)[1]
+    (first,) = Calls(replace(tools.tools, is_single=True), tools.format).parse(text)[1]
     assert first["function"] == calls[0]["function"]
     for pieces in (text, [text], [text[:3], text[3:]]):
         streamed: list[Any] = []
@@ -243,7 +245,7 @@ def test_calls_are_read_out_of_text(tools: Tools, text: str, rest: str, names: l
         *((LLAMA, text) for text in (f"{PLAIN} is a call", f"As {PLAIN}", "{", '{"name": "time"}')),
     ],
 )
-def test_other_text_is_no_call(tools: Tools, text: str) -> None:
+def test_other_text_is_no_call(tools: Calls, text: str) -> None:
     assert tools.parse(text) == (text, [])
     assert "".join(tools.shown(text, [])) == text
 

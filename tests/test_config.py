@@ -13,12 +13,12 @@ from bundles import TinyBundle
 from click.testing import CliRunner
 
 from qaflora_edge import Engine, Llama, config
+from qaflora_edge.ask import Sampling
 from qaflora_edge.cli import main
 from qaflora_edge.cli.options import SharedOptions
 from qaflora_edge.cli.settings import SHARED_TABLES, file_settings, shared_settings
 from qaflora_edge.config import OPTIONS, SHARED, Option, in_group, shared_by
 from qaflora_edge.errors import OptionError, SettingsError
-from qaflora_edge.inference.request import Sampling, make_sampling
 
 BY_NAME = {option.name: option for option in OPTIONS}
 COMMANDS = [table for table in SHARED_TABLES if table != "llm"]
@@ -88,7 +88,7 @@ def refusals(
     for group in option.groups.split():
         refused[group] = fails(OptionError, config.check, group, {option.name: value})
     if "sampling" in option.groups:
-        refused["sampling"] = fails(OptionError, make_sampling, **{"stop": (), option.name: value})
+        refused["sampling"] = fails(OptionError, Sampling().updated, {option.name: value})
     return refused
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import qaflora_edge.engine  # noqa: F401  it draws weights
+from qaflora_edge.ask import Prompt
 from qaflora_edge.errors import StrategyError, WeightsError
 from qaflora_edge.weighing import numbers as fusion
 from qaflora_edge.weighing.strategy import parse_strategy
@@ -53,7 +54,7 @@ def test_typical_is_a_geometric_mean_and_calibrating_by_it_levels_strength() -> 
 def test_fixed_strategies(text: str, expected: list[list[float]]) -> None:
     assert not parse_strategy(text, NAMES).strategy.is_probed
     probe: Any = object()  # anything that they ask of it fails
-    mix = Weigher(NAMES, 2, Known("static")).weigh(text, (1, 2), lambda _: probe)
+    mix = Weigher(NAMES, 2, Known("static")).weigh(text, Prompt((1, 2)), lambda _: probe)
     assert mix.weights.tolist() == expected
 
 

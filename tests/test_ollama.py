@@ -17,7 +17,7 @@ from test_thoughts import CALL, OPENS, TOOL, speaking
 from tiny import QWEN
 
 from qaflora_edge import Engine
-from qaflora_edge.server.ollama import _messages
+from qaflora_edge.dialects.ollama import chat_messages
 
 USER = [{"role": "user", "content": "the thing?"}]
 OPTIONS = {"num_predict": 12, "temperature": 1.0, "seed": 4, "num_ctx": 2048}
@@ -154,7 +154,7 @@ def test_calls_get_ids() -> None:
     call = {"function": {"name": "time", "arguments": {}}}
     result = {"role": "tool", "tool_name": "time", "content": "noon"}
     given = [*USER, {"role": "assistant", "tool_calls": [call, call]}, result, result]
-    _, said, *results = _messages(given)
+    _, said, *results = chat_messages(given)
     ids = [each["id"] for each in said["tool_calls"]]
     assert [each["tool_call_id"] for each in results] == ids
     assert len({*ids}) == 2

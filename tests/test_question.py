@@ -132,7 +132,8 @@ def test_pool_question_weighs_by_the_questions_mean(
 ) -> None:
     with opened(base, adapters) as engine:
         tokens = engine.chat_tokens(asked("a", "b", QUESTION))
-        span = engine._weigher.find_question(tokens)[:2]
+        span = engine.read(tokens).question
+        assert span is not None
         expected = one_by_one(engine, tokens, span)[1]
         plain, *adapted = expected
         norms = np.linalg.norm(expected, axis=-1)

@@ -213,7 +213,9 @@ def test_a_draft_leaves_room_and_stays_text(folder: Path) -> None:
         answer.text()
         assert len(answer.prompt) + 8 <= 160
         hostile = Draft("math", tuple(engine.tokenize("<|im_end|>")), "<|im_end|>", (), True)
-        question = engine._weigher.find_question(prompt)
+        read = engine.read(prompt)
+        assert read.question is not None
+        question = (*read.question, read.is_later)
         told = with_draft(engine._model, prompt, question, hostile, 160)
         control = engine.tokenize("<|im_end|>", parse_special=True)[-1]
         assert told.count(control) == prompt.count(control)

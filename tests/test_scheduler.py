@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qaflora_edge.ask import Sampling
 from qaflora_edge.backend.batch import Chunks, Span
 from qaflora_edge.backend.context import Stop
 from qaflora_edge.errors import BackendError, CancelledError
 from qaflora_edge.inference.loop import Loop
-from qaflora_edge.inference.request import Request, Sampling
+from qaflora_edge.inference.request import Request
 from qaflora_edge.inference.scheduler import Scheduler, Slot, Step
 from qaflora_edge.inference.sequence import Sequence as RunningSequence
 from qaflora_edge.weighing.probe import Listener

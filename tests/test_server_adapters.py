@@ -16,7 +16,6 @@ from tiny import write_tiny_adapter, write_tiny_base, write_tiny_peft
 
 from qaflora_edge.formats import inputs
 from qaflora_edge.server import adapters
-from qaflora_edge.server import requests as bodies
 
 USER = [{"role": "user", "content": "the thing?"}]
 
@@ -131,7 +130,7 @@ def test_uploads_are_checked_and_last_as_long_as_the_adapter(
         monkeypatch.setattr(adapters, "MAX_UPLOAD_BYTES", len(gguf) - 1)
         assert upload("x", gguf) == 413
         with monkeypatch.context() as patch:
-            patch.setattr(bodies, "receive", lambda *_: pytest.fail("it is read"))
+            patch.setattr(adapters, "receive", lambda *_: pytest.fail("it is read"))
             assert upload("x", b"", **{"content-length": str(2 << 30)}) == 413
         assert sorted(folder.iterdir()) == kept
         assert change(client, "unload", "fr")[0] == 200

@@ -16,8 +16,8 @@ from patience import PATIENCE_S, wait_until
 from serving import ENGINE, listening, listening_app, make_options, metric
 from tiny import constant_logits
 
-from qaflora_edge.openai.options import FIXED
-from qaflora_edge.server import requests, run, stream
+from qaflora_edge.dialects.options import FIXED
+from qaflora_edge.server import receive, respond, run
 from qaflora_edge.server.app import make_app
 from qaflora_edge.server.run import MAX_HEAD_BYTES, allow_files
 
@@ -95,7 +95,7 @@ def test_a_client_that_reads_nothing_is_given_up(
     endless: TinyBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its answer is no longer computed, and others have its turn."""
-    monkeypatch.setattr(stream, "SEND_S", 0.5)
+    monkeypatch.setattr(respond, "SEND_S", 0.5)
     app = make_app([endless.folder], make_options(engine={**ENGINE, "n_ctx": LONG_CTX}))
     asked = {"model": "tiny", "messages": USER, "stream": True}
     wordy = {"logprobs": True, "top_logprobs": 20, "n": 16}
@@ -113,7 +113,7 @@ def test_a_client_that_reads_nothing_is_given_up(
                 data += part
         assert data.startswith(b"HTTP/1.1 200 ")
         assert b"[DONE]" not in data
-        monkeypatch.setattr(stream, "SEND_S", PATIENCE_S)
+        monkeypatch.setattr(respond, "SEND_S", PATIENCE_S)
         assert ask(url, max_tokens=3) == "aaa"
 
 
@@ -122,7 +122,7 @@ def test_bodies_that_come_slowly_or_never(
     calibrated: TinyBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They hold no turn, and are not waited for without end; others are answered meanwhile."""
-    monkeypatch.setattr(requests, "BODY_S", 3.0)
+    monkeypatch.setattr(receive, "BODY_S", 3.0)
     data = json.dumps({"messages": USER, "max_tokens": 9}).encode()
     with listening(calibrated.folder, max_queue=0) as url, contextlib.ExitStack() as stack:
         expected = ask(url)

@@ -81,7 +81,7 @@ def test_what_fails_is_told_to_the_log_and_not_to_who_asked(
     def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError("/home/me/secret")
 
-    monkeypatch.setattr("qaflora_edge.server.answers.begin_chat", fail)
+    monkeypatch.setattr("qaflora_edge.engine.Engine.submit_all", fail)
     response = client.post(CHAT, json=BODY)
     assert response.status_code == 500
     assert response.json()["error"] == {

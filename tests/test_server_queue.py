@@ -21,9 +21,9 @@ from patience import PATIENCE_S, wait_until
 from serving import ENGINE, listening, listening_app, make_options, metric
 
 from qaflora_edge.backend.context import Context
-from qaflora_edge.server import requests, stream
+from qaflora_edge.server import app, receive, respond
 from qaflora_edge.server.app import expire_all, make_app
-from qaflora_edge.server.requests import Refusal
+from qaflora_edge.server.refusals import Refusal
 from qaflora_edge.server.served_models import Places, Queue
 from qaflora_edge.weighing.strategy import Probe, Query, Strategy, _registry, register_strategy
 
@@ -148,7 +148,7 @@ def test_a_stream_that_is_weighed_for_long_says_that_it_lives(
     bundle: Path, held: Held, monkeypatch: pytest.MonkeyPatch, is_failing: bool
 ) -> None:
     held.is_failing = is_failing
-    monkeypatch.setattr(stream, "PING_S", 0.05)
+    monkeypatch.setattr(respond, "PING_S", 0.05)
     with listening(bundle) as address:
         url, body = f"{address}/v1/chat/completions", body_of(stream=True)
         with httpx.stream("POST", url, json=body, timeout=PATIENCE_S) as response:
@@ -254,8 +254,8 @@ def test_token_ids_wait_for_no_answer(bundle: Path, held: Held) -> None:
 def test_few_large_bodies_are_read_at_a_time_and_none_slowly(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(requests, "MAX_LARGE_BODIES", 1)
-    monkeypatch.setattr(requests, "SLOW_S", 1.0)
+    monkeypatch.setattr(app, "MAX_LARGE_BODIES", 1)
+    monkeypatch.setattr(receive, "SLOW_S", 1.0)
     head = "POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n"
     with listening(bundle) as address:
         host, port = address.removeprefix("http://").split(":")

@@ -16,8 +16,8 @@ from serving import client_of
 from tiny import EOS, QWEN, write_tiny_base
 
 from qaflora_edge import Engine
+from qaflora_edge.ask import Thinking
 from qaflora_edge.cli import main
-from qaflora_edge.inference.request import Thinking
 from qaflora_edge.inference.sequence import ThoughtSplitter
 
 # As Qwen3 has it; `opens`: as Qwen3-Thinking.

@@ -14,6 +14,7 @@ from bundles import TinyBundle, make_bundle, rewrite
 from decoded import count_decoded, probe
 
 from qaflora_edge import Engine
+from qaflora_edge.ask import Chat
 from qaflora_edge.backend.batch import n_common
 from qaflora_edge.backend.context import Context
 from qaflora_edge.bundles.create import create_bundle
@@ -262,10 +263,10 @@ def test_a_bundle_knows_what_is_usual_in_its_places(calibrated: TinyBundle) -> N
             extents[key].append(np.log(np.asarray(measured, float) + 1e-12).mean(axis=1))
 
         def note_chat(keys: Sequence[str], text: str, *said: Any) -> None:
-            chat = engine.chat_tokens([*said, {"role": "user", "content": text}])
-            first, end, is_later = engine._weigher.find_question(chat)
-            assert is_later == bool(said)
-            for key, found in zip(keys, probe(engine, chat, (first, end)).added(), strict=True):
+            prompt = engine.read(Chat([*said, {"role": "user", "content": text}]))
+            assert prompt.is_later == bool(said)
+            measured = probe(engine, prompt.tokens, prompt.question).added()
+            for key, found in zip(keys, measured, strict=True):
                 note(key, found)
 
         texts, exchanges = [*neutral("prompts"), *neutral("turns")], neutral("exchanges")

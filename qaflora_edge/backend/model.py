@@ -105,6 +105,7 @@ class Model(Handle):
                 self._named.add(value)
         self.n_layer: int = self._lib.llama_model_n_layer(self._pointer)
         self.n_embd: int = self._lib.llama_model_n_embd(self._pointer)
+        self.n_param: int = self._lib.llama_model_n_params(self._pointer)
         self.n_vocab: int = self._lib.llama_vocab_n_tokens(self.vocab)
         self.n_head: int = self._lib.llama_model_n_head(self._pointer)
         self.n_ctx_train: int = self._lib.llama_model_n_ctx_train(self._pointer)

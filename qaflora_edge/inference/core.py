@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import numpy as np
 
 from qaflora_edge.arrays import F32, F64
+from qaflora_edge.ask import Sampling
 from qaflora_edge.backend.context import (
     N_CTX_FIRST,
     N_OUTPUT,
@@ -34,7 +35,7 @@ from qaflora_edge.formats.inputs import FileState, check_unchanged
 from qaflora_edge.inference.generation import Generation, follow
 from qaflora_edge.inference.guesses import Guesser
 from qaflora_edge.inference.loop import Loop
-from qaflora_edge.inference.request import Cancellation, Request, Sampling
+from qaflora_edge.inference.request import Cancellation, Request
 from qaflora_edge.inference.sampler import Sampler
 from qaflora_edge.inference.scheduler import Scheduler
 from qaflora_edge.inference.sequence import Sequence as RunningSequence

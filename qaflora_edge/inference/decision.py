@@ -1,16 +1,18 @@
 """Decisions: how a question lists its choices, and what their log-probabilities say."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from qaflora_edge.arrays import F64
+from qaflora_edge.ask import Chat, Prompt, Weighing
 from qaflora_edge.errors import PromptError, wrong_option
-from qaflora_edge.inference.core import Probes
-from qaflora_edge.inference.request import Request
+from qaflora_edge.inference.core import Core, Probes
+from qaflora_edge.inference.request import Cancellation, Request
 from qaflora_edge.weighing.numbers import FusionWeights
+from qaflora_edge.weighing.weigher import Weigher
 
 MAX_CHOICES = 255
 _NOTHING = "N/A"  # a question that says nothing
@@ -57,60 +59,64 @@ class Decision:
         }
 
 
+@dataclass(frozen=True)
+class Question:
+    """Hold a question three times: alone, with its choices listed, and with nothing asked."""
+
+    alone: Prompt
+    listed: Prompt
+    blank: Prompt
+
+
+def ways_to_ask(prompt: Any, choices: Mapping[str, str]) -> list[Chat]:
+    """Ask a question alone, with its choices listed, and ask nothing; no thought comes first."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    nothing = [{"role": "user", "content": _NOTHING}]
+    quick = {"enable_thinking": False, "thinking": False}
+    ways = (messages, list_choices(messages, choices), list_choices(nothing, choices))
+    return [Chat(way, chat_template_kwargs=quick) for way in ways]
+
+
 def decide(
-    engine: Any,
-    prompt: Any,
-    choices: Iterable[str] | Mapping[str, str],
+    core: Core,
+    weigher: Weigher,
+    question: Question,
+    choices: Mapping[str, tuple[int, ...]],
+    weighing: Weighing,
     *,
-    strategy: str | None = None,
-    adapters: Sequence[str] | None = None,
-    compare: bool = False,
-    cancel: Any = None,
+    compare: bool,
+    cancellation: Cancellation,
 ) -> Decision:
     """Decide as Engine.decide does: all mixes score all choices in one call.
 
-    Raises ChatTemplateError for a base without a chat template, OptionError for wrong choices.
+    choices  name -> its tokens
     """
-    named = checked_choices(choices)
-    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    listed = list_choices(asked, named)
-    nothing = list_choices([{"role": "user", "content": _NOTHING}], named)
-    quick = {"enable_thinking": False, "thinking": False}
-    core, model = engine._core, engine._model
-    with core.call():
-        question, tokens, blank = (
-            tuple(engine.chat_tokens(each, chat_template_kwargs=quick))
-            for each in (asked, listed, nothing)
-        )
-        texts = [engine._continuation(tokens, name) for name in named]
-        end = model._lib.llama_vocab_eot(model.vocab)
-        ended = [(*text, end) if end >= 0 else text for text in texts]
-        cancellation = core.cancellation(cancel)
-        weigher = engine._using(adapters)
-        probe = Probes(core, cancellation)
-        chosen = strategy or weigher.known.strategy
-        if chosen.partition(":")[0] == "relay":
-            chosen = "two-place"  # as relay weighs, but it decodes nothing
-        try:
-            fusion = weigher.weigh(chosen, question, probe)  # a list would look like a form
-        finally:
-            probe.end()
-        mixes = {"": (chosen, fusion)}
-        singles = [f"single:{name}" for name in weigher.adapters]
-        for alone in ("base", *singles) if compare else ():
-            name = alone.removeprefix("single:")
-            mixes[name] = (alone, weigher.weigh(alone, question, probe))
-        requests = [
-            Request(prompt, core.all_weights(mix), n_base=weigher.n_base(by, prompt))
-            for by, mix in mixes.values()
-            for prompt in (tokens, blank)
-        ]
-        items = [(request, text) for request in requests for text in ended]
-        scores = core.run(core.scorer.score(items), cancellation, kind="score")
+    end = core.model._lib.llama_vocab_eot(core.model.vocab)
+    ended = [(*text, end) if end >= 0 else text for text in choices.values()]
+    probe = Probes(core, cancellation)
+    # As relay weighs, but it decodes nothing.
+    chosen = replace(weighing, relays=False).by_for(weigher.known.strategy)
+    try:
+        fusion = weigher.weigh(chosen, question.alone, probe)  # a list would look like a form
+    finally:
+        probe.end()
+    mixes = {"": (chosen, fusion)}
+    singles = [f"single:{name}" for name in weigher.adapters]
+    for alone in ("base", *singles) if compare else ():
+        name = alone.removeprefix("single:")
+        mixes[name] = (alone, weigher.weigh(alone, question.alone, probe))
+    requests = [
+        Request(prompt.tokens, core.all_weights(mix), n_base=weigher.n_base(by, prompt))
+        for by, mix in mixes.values()
+        for prompt in (question.listed, question.blank)
+    ]
+    items = [(request, text) for request in requests for text in ended]
+    scores = core.run(core.scorer.score(items), cancellation, kind="score")
     sums = np.array([score.sum(dtype=np.float64) for score in scores])
-    after, before = sums.reshape(len(mixes), 2, len(named)).swapaxes(0, 1)
+    after, before = sums.reshape(len(mixes), 2, len(choices)).swapaxes(0, 1)
     shares = dict(zip(mixes, map(probabilities, after, before), strict=True))
-    return Decision(tuple(named), shares.pop(""), fusion, shares, len(tokens))
+    n_prompt = len(question.listed.tokens)
+    return Decision(tuple(choices), shares.pop(""), fusion, shares, n_prompt)
 
 
 def checked_choices(choices: Iterable[str] | Mapping[str, str]) -> dict[str, str]:

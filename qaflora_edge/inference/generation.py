@@ -14,6 +14,7 @@ from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing.numbers import FusionWeights
 
 if TYPE_CHECKING:
+    from qaflora_edge.prompt.calls import Calls
     from qaflora_edge.weighing.drafted import Draft
 
 
@@ -49,6 +50,7 @@ class Generation(Iterator[str]):
     go_on      of a relay, whose draft is `sequence` at first: gives the writer's answer, and its
                weights with the draft, once that has ended
     reasoning  attribute: what was taken of the thought before the answer
+    calls      attribute: how it may call tools; None: the base was told of none
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Generation(Iterator[str]):
         self._sequence, self.fusion = sequence, fusion
         self._drive, self._call = drive, call
         self.reasoning = ""  # what was taken of the thought
+        self.calls: Calls | None = None
         self._n_taken = 0  # tokens of the answer until the last piece that was taken
         self._go_on = go_on
         self._is_draft_told = False

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qaflora_edge.ask import Sampling
 from qaflora_edge.backend.model import Model
 from qaflora_edge.config import MAX_SEED
 from qaflora_edge.errors import BackendError, OptionError
-from qaflora_edge.inference.request import Sampling
 
 if TYPE_CHECKING:
     from qaflora_edge.inference.constraint import Constraint

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qaflora_edge.arrays import F32
+from qaflora_edge.ask import Thinking
 from qaflora_edge.errors import QafloraError
-from qaflora_edge.inference.request import Request, Thinking
+from qaflora_edge.inference.request import Request
 
 if TYPE_CHECKING:
     from qaflora_edge.backend.context import KvState

@@ -1,29 +1,127 @@
-"""Conversations: the base's own chat template."""
+"""Prompts to tokens: texts, ids, and conversations under the base's own chat template.
 
-from collections.abc import Mapping, Sequence
+They are checked here against the vocabulary and the context.
+"""
+
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
+from numbers import Integral
 from typing import Any
 
+from qaflora_edge.ask import Chat, Gap, Plain, Prompt, Question, Thinking
 from qaflora_edge.backend.batch import n_common
 from qaflora_edge.backend.model import Model
 from qaflora_edge.config import MAX_CTX
 from qaflora_edge.errors import (
     ChatTemplateError,
+    ContextError,
     OptionError,
     PromptError,
     QafloraError,
     ToolsError,
     wrong_option,
 )
-from qaflora_edge.inference.request import Thinking, check_size
 from qaflora_edge.prompt import template as templates
 from qaflora_edge.prompt.calls import call_format
-from qaflora_edge.prompt.messages import Message, checked_messages
+from qaflora_edge.prompt.infill import infill_tokens
+from qaflora_edge.prompt.messages import Message, begin_with, checked_messages
 from qaflora_edge.prompt.typed import TypedText
+
+_PIECE_BYTES = 16  # of a token; most are shorter
 
 Tags = tuple[str, str]  # around a thought
 _TAGS: tuple[Tags, ...] = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Turn what is asked into tokens, for one Engine.
+
+    n_ctx      the most tokens of a prompt
+    system, examples  begin conversations that have no system prompt
+    reasoning  of config.REASONING
+
+    Raises PromptError for a prompt that is empty, longer than n_ctx, or has an id out of range.
+    """
+
+    model: Model
+    n_ctx: int
+    system: str | None
+    examples: Sequence[Message]
+    reasoning: str
+
+    def read(self, question: Question, parse_special: bool = False) -> Prompt:
+        """Read a prompt, and find the question in it."""
+        if isinstance(question, Prompt):
+            return question
+        tokens = self.tokens(question, parse_special)
+        found = find_question(self.model, tokens)
+        if found is None:
+            return Prompt(tuple(tokens))
+        start, end, is_later = found
+        thinking = _thinking_after(self.model, tokens, end)
+        return Prompt(tuple(tokens), (start, end), is_later, thinking)
+
+    def tokens(self, question: Question, parse_special: bool = False) -> list[int]:
+        """Give the tokens alone.
+
+        parse_special  control tokens that are spelt out in a text are control tokens
+        """
+        if isinstance(question, Chat) and question.untemplated and not self.model.chat_template:
+            question = question.untemplated
+        if isinstance(question, str):
+            tokens = self._of_text(question, parse_special)
+        elif isinstance(question, Chat):
+            tokens = self._of_chat(question)
+        elif isinstance(question, Gap):
+            tokens = infill_tokens(self.model, question, self.n_ctx)
+        else:
+            tokens = token_ids(question)
+        return checked_tokens(self.model, tokens, self.n_ctx)
+
+    def _of_text(self, text: str, parse_special: bool) -> list[int]:
+        if not text:
+            raise PromptError("The prompt is empty; give at least one character.")
+        check_size(self.model, [text], self.n_ctx)
+        return self.model.tokenize(text, add_special=True, parse_special=parse_special)
+
+    def _of_chat(self, chat: Chat) -> list[int]:
+        return chat_tokens(
+            self.model,
+            begin_with(self.system, chat.messages, self.examples),
+            tools=chat.tools.offered if chat.tools else (),
+            n_ctx=self.n_ctx,
+            continue_final_message=chat.continue_final_message,
+            add_generation_prompt=chat.add_generation_prompt,
+            chat_template_kwargs=chat.chat_template_kwargs,
+            reasoning=self.reasoning,
+        )
+
+    def continuation(self, prompt: Prompt, text: Plain) -> tuple[int, ...]:
+        """Give the tokens of a text that goes on from a prompt; n_ctx holds for both."""
+        if isinstance(text, str):
+            tokens = self.model.tokenize(text, add_special=False, parse_special=False)
+        else:
+            tokens = token_ids(text, "continuation")
+        if not tokens:
+            raise PromptError("The continuation is empty; give at least one token.")
+        what = "prompt with its continuation"
+        checked_tokens(self.model, [*prompt.tokens, *tokens], self.n_ctx, what)
+        return tuple(tokens)
+
+
+def as_turn(prompt: Any, *, is_plain: bool = False) -> Question:
+    """Take messages as a conversation, and so a text where there is a chat template.
+
+    is_plain  a text stays as it is
+    """
+    if isinstance(prompt, str) and prompt and not is_plain:
+        return Chat([{"role": "user", "content": prompt}], untemplated=prompt)
+    question: Question = Chat(prompt) if is_conversation(prompt) else prompt
+    return question
 
 
 def chat_tokens(
@@ -186,13 +284,12 @@ def thought_tags(template: str | None) -> Tags | None:
     return next((tags for tags in _TAGS if any(tag in literal for tag in tags)), None)
 
 
-def find_thinking(model: Model, tokens: Sequence[int]) -> Thinking | None:
-    """Find how a base thinks before it answers a prompt; None: it does not, or this is no chat.
+def _thinking_after(model: Model, tokens: Sequence[int], end: int) -> Thinking | None:
+    """Find how a base thinks after a question that ends here; None: it does not.
 
     Only what follows the last control token counts, where an answer begins.
     """
     tags = thought_tags(model.chat_template)
-    _, end, _ = find_question(model, tokens) or (0, len(tokens), False)
     if tags is None or end == len(tokens):  # what a person typed may begin with a tag
         return None
     control, closing, own = _thought_tokens(model, tags)
@@ -220,3 +317,58 @@ def _last_place(part: Sequence[int], tokens: Sequence[int]) -> int | None:
     """Find where a part begins for the last time; None for an empty one."""
     places = range(len(tokens) - len(part), -1, -1) if part else ()
     return next((at for at in places if list(tokens[at : at + len(part)]) == list(part)), None)
+
+
+def check_size(model: Model, texts: Iterable[str], n_ctx: int) -> None:
+    """Raise ContextError for texts that cannot fit; cutting megabytes into tokens takes seconds."""
+    size = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+    if size > n_ctx * _PIECE_BYTES and size > n_ctx * model.longest_piece:
+        raise ContextError(
+            f"The prompt has {size} bytes, more than the context of {n_ctx} tokens can hold; "
+            "shorten it, or raise the context (--ctx, n_ctx)."
+        )
+
+
+def whole(prompt: Any) -> Any:
+    """Give a list in place of an iterator."""
+    return list(prompt) if isinstance(prompt, Iterator) else prompt
+
+
+def is_conversation(prompt: Any) -> bool:
+    """Tell messages from texts and ids."""
+    return isinstance(prompt, Sequence) and any(isinstance(each, Mapping) for each in prompt)
+
+
+def are_many(prompt: Any) -> bool:
+    """Tell a list of prompts from one: a text, messages, or a sequence of ids."""
+    if isinstance(prompt, str | Mapping) or not isinstance(prompt, Iterable):
+        return False  # one, if a wrong one
+    return not is_conversation(prompt) and any(not isinstance(each, Integral) for each in prompt)
+
+
+def token_ids(prompt: Any, what: str = "prompt") -> list[int]:
+    """Check ids. Raises PromptError for what is no sequence of whole numbers."""
+    try:
+        if not isinstance(prompt, bytes | bytearray | Mapping):  # they would give numbers or keys
+            return [operator.index(token) for token in prompt]
+    except TypeError:
+        pass
+    raise PromptError(f"The {what} is {prompt!r:.100}, expected a text or a sequence of token ids.")
+
+
+def checked_tokens(model: Model, tokens: list[int], n_ctx: int, what: str = "prompt") -> list[int]:
+    """Check tokens. Raises PromptError for none, too many, or one out of range."""
+    if not tokens:
+        raise PromptError("The prompt is empty; give at least one token.")
+    if len(tokens) > n_ctx:
+        raise ContextError(
+            f"The {what} has {len(tokens)} tokens, the context {n_ctx}; shorten it, "
+            f"or raise the context (--ctx, n_ctx; this base was trained for "
+            f"{model.n_ctx_train})."
+        )
+    for i, token in enumerate(tokens):
+        if not 0 <= token < model.n_vocab:
+            raise PromptError(
+                f"Token {i} of the {what} is {token}, expected an id from 0 to {model.n_vocab - 1}."
+            )
+    return tokens

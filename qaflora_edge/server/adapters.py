@@ -17,8 +17,9 @@ from qaflora_edge.errors import BusyError, QafloraError, is_disk_full
 from qaflora_edge.formats.inputs import checksum
 from qaflora_edge.peft.config import CONFIG_FILE
 from qaflora_edge.peft.folder import WEIGHTS_FILE, adapter_files, adapter_folder
-from qaflora_edge.server import requests as bodies
-from qaflora_edge.server.requests import Refusal
+from qaflora_edge.server.bodies import AdapterBody, parsed
+from qaflora_edge.server.receive import address_of, check_announced, read, receive
+from qaflora_edge.server.refusals import Refusal
 
 MAX_UPLOAD_BYTES = 1 << 30
 _UPLOAD = "upload-"
@@ -26,7 +27,7 @@ _UPLOAD = "upload-"
 
 async def load(request: Request) -> Response:
     """Add an adapter of the allowed folder, as vLLM does."""
-    folder, body = _allowed(request), await bodies.read(request, bodies.AdapterBody)
+    folder, body = _allowed(request), await read(request, AdapterBody)
 
     def add(engine: Engine) -> None:
         engine.add_adapter(body.lora_name, _inside(folder, body.lora_path or ""))
@@ -36,7 +37,7 @@ async def load(request: Request) -> Response:
 
 async def unload(request: Request) -> Response:
     """Remove an adapter, as vLLM does."""
-    _, body = _allowed(request), await bodies.read(request, bodies.AdapterBody)
+    _, body = _allowed(request), await read(request, AdapterBody)
     served, _ = request.app.state.models.find(body.model)
 
     def remove(engine: Engine) -> None:
@@ -53,10 +54,10 @@ async def unload(request: Request) -> Response:
 async def upload(request: Request) -> Response:
     """Add an adapter that the page sends: a GGUF, or adapter_config.json and then the weights."""
     folder, query = _allowed(request), json.dumps({**request.query_params})
-    body, state = bodies.parsed(bodies.AdapterBody, query.encode()), request.app.state
+    body, state = parsed(AdapterBody, query.encode()), request.app.state
     served, _ = state.models.find(body.model)
-    bodies.check_announced(request, MAX_UPLOAD_BYTES)
-    async with state.upload_place.place(bodies.address_of(request)):
+    check_announced(request, MAX_UPLOAD_BYTES)
+    async with state.upload_place.place(address_of(request)):
         try:
             place, answer = await _uploaded(request, body, folder)
         except OSError as error:
@@ -67,9 +68,7 @@ async def upload(request: Request) -> Response:
     return answer
 
 
-async def _uploaded(
-    request: Request, body: bodies.AdapterBody, folder: Path
-) -> tuple[Path, Response]:
+async def _uploaded(request: Request, body: AdapterBody, folder: Path) -> tuple[Path, Response]:
     """Write an upload into a new folder, which is given, and add its adapter."""
     place = Path(mkdtemp(prefix=_UPLOAD, dir=folder))
     gguf = place / f"{body.lora_name}.gguf"
@@ -78,7 +77,7 @@ async def _uploaded(
     def add(engine: Engine) -> None:
         if n_config:
             (place / CONFIG_FILE).write_bytes(config)
-            convert_adapter(place, engine._opened.header, gguf, name=body.lora_name)
+            convert_adapter(place, engine.opened.header, gguf, name=body.lora_name)
         engine.add_adapter(body.lora_name, gguf)
 
     try:
@@ -90,7 +89,7 @@ async def _uploaded(
                 file.write(part[n:])
 
             timeout_s = request.app.state.options.timeout_s
-            await bodies.receive(request, take, MAX_UPLOAD_BYTES, timeout_s)
+            await receive(request, take, MAX_UPLOAD_BYTES, timeout_s)
         return place, await _changed(request, body, "added", add)
     except BaseException:
         shutil.rmtree(place, ignore_errors=True)
@@ -129,7 +128,7 @@ def _not_found(param: str, given: str) -> Refusal:
 
 
 async def _changed(
-    request: Request, body: bodies.AdapterBody, what: str, work: Callable[[Engine], None]
+    request: Request, body: AdapterBody, what: str, work: Callable[[Engine], None]
 ) -> Response:
     """Do this work for a bundle, and answer in vLLM's words."""
     state = request.app.state
@@ -137,7 +136,7 @@ async def _changed(
 
     def changed(engine: Engine) -> dict[str, str]:
         work(engine)
-        return {name: checksum(path) for name, path in engine._opened.adapter_paths.items()}
+        return {name: checksum(path) for name, path in engine.opened.adapter_paths.items()}
 
     try:
         async with state.changing, state.models.engine(served) as engine:
@@ -146,7 +145,8 @@ async def _changed(
         raise
     except QafloraError as error:
         raise Refusal(400, str(error), code="invalid_value") from error
-    served.weigher, served.strategies = engine._weigher, engine.strategies
+    served.weigher = engine.weigher
+    served.strategies = engine.strategies
     served.sha256 = {**served.sha256, "adapters": hashes}
-    served.n_user += 1  # it stays open
+    served.is_changed = True  # it stays open
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' {what} successfully.")

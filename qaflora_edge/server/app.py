@@ -20,11 +20,11 @@ from starlette.routing import Route
 
 from qaflora_edge import __version__
 from qaflora_edge.errors import QafloraError
-from qaflora_edge.server import adapters, answers, ollama
-from qaflora_edge.server import requests as bodies
+from qaflora_edge.server import adapters, answers, bodies, ollama
 from qaflora_edge.server.metrics import Metrics, Recorder
 from qaflora_edge.server.page import page
-from qaflora_edge.server.requests import Refusal, refusal
+from qaflora_edge.server.receive import MAX_LARGE_BODIES
+from qaflora_edge.server.refusals import Refusal, refusal
 from qaflora_edge.server.security import Gate, Lock
 from qaflora_edge.server.served_models import (
     N_LIGHT,
@@ -48,7 +48,7 @@ def make_app(places: Iterable[Path], options: ServerOptions) -> Starlette:
     models = ServedModels(places, options)
     # All that have a slot, an Engine that opens, one that closes, one that changes, and bodies.
     n_slot = len(models.by_name) * options.n_slot + N_LIGHT
-    n_thread = n_slot + 3 + bodies.MAX_LARGE_BODIES
+    n_thread = n_slot + 3 + MAX_LARGE_BODIES
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -78,7 +78,7 @@ def make_app(places: Iterable[Path], options: ServerOptions) -> Starlette:
     if options.adapters is not None:
         adapters.remove_old_uploads(options.adapters)
     app.state.changing = asyncio.Lock()
-    app.state.large_bodies = Places(bodies.MAX_LARGE_BODIES)
+    app.state.large_bodies = Places(MAX_LARGE_BODIES)
     app.state.on_ready = lambda: None
     return app
 
@@ -164,8 +164,8 @@ async def lora_adapters(request: Request) -> Response:
 async def props(request: Request) -> Response:
     """Tell the properties of a model as llama-server does."""
     model, states = _slots(request)
-    sampling = {key: value for key, value in model.sampling.items() if value is not None}
-    template = model.engine._model.chat_template if model.engine else None
+    sampling = {key: value for key, value in vars(model.sampling).items() if value is not None}
+    template = model.engine.chat_template if model.engine else None
     told = {
         "default_generation_settings": {"n_ctx": states[0]["n_ctx"], "params": sampling},
         "total_slots": len(states),

@@ -22,7 +22,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from qaflora_edge.errors import OptionError, os_errors
 from qaflora_edge.server.app import expire_all, make_app
-from qaflora_edge.server.requests import RETRY_AFTER_S, Refusal
+from qaflora_edge.server.refusals import RETRY_AFTER_S, Refusal
 from qaflora_edge.server.security import share_of
 from qaflora_edge.server.served_models import ServerOptions
 

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from qaflora_edge.server.requests import Refusal
+from qaflora_edge.server.refusals import Refusal
 
 WITHOUT_KEY = frozenset({"/", "/health", "/v1/health"})  # the page asks for the key itself
 LOCAL_NAMES = frozenset({"localhost"})

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
+from qaflora_edge.ask import Sampling
 from qaflora_edge.config import in_group
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import BundleError, BusyError, QafloraError
 from qaflora_edge.formats.bundle import NAME_PATTERN, NAME_RULE, is_base, read_bundle_text
 from qaflora_edge.formats.gguf import read_gguf_header
-from qaflora_edge.server.requests import Refusal
+from qaflora_edge.server.refusals import Refusal
 from qaflora_edge.server.security import share_of
 from qaflora_edge.weighing.strategy import HIDDEN
 from qaflora_edge.weighing.weigher import Known, Weigher, known_of
@@ -39,7 +40,7 @@ class ServerOptions:
     ttl_s         a bundle that was not used for as long is closed, None: none is
     adapters      folder of adapters that may be added, resolved; None: adapters cannot change
     engine        keywords of every Engine
-    sampling      keywords of Engine.generate where a request says nothing
+    sampling      how tokens are chosen where a request says nothing
     chosen        keys of options that the command chose, before what a bundle says
     """
 
@@ -52,7 +53,7 @@ class ServerOptions:
     ttl_s: float | None = None
     adapters: Path | None = None
     engine: Mapping[str, Any] = field(default_factory=dict)
-    sampling: Mapping[str, Any] = field(default_factory=dict)
+    sampling: Sampling = field(default_factory=Sampling)
     chosen: frozenset[str] = frozenset()
 
     @property
@@ -128,7 +129,7 @@ class ServedModel:
     sha256      of the base's file, and of each adapter's by its name; empty for a base alone
     family      the base's architecture
     n_byte      of the base's file and the adapters'
-    sampling    keywords of Engine.generate where a request says nothing
+    sampling    how tokens are chosen where a request says nothing
     slots       requests that are answered at once
     engine      None while it is not loaded; `worker` computes for it
     opening     the task that loads it now; it goes on when the caller gives up
@@ -136,6 +137,7 @@ class ServedModel:
     expiry      closes it where nobody uses it until then
     has_failed  it could not be opened when it was last asked for
     n_user      requests that use the Engine now
+    is_changed  its adapters were: it stays open, for its folder has others
     """
 
     name: str
@@ -146,7 +148,7 @@ class ServedModel:
     sha256: Mapping[str, Any] = field(default_factory=dict)
     family: str = ""
     n_byte: int = 0
-    sampling: Mapping[str, Any] = field(default_factory=dict)
+    sampling: Sampling = field(default_factory=Sampling)
     engine: Engine | None = None
     worker: threading.Thread | None = None
     opening: asyncio.Task[None] | None = None
@@ -154,6 +156,7 @@ class ServedModel:
     expiry: asyncio.TimerHandle | None = None
     has_failed: bool = False
     n_user: int = 0
+    is_changed: bool = False
     used_s: float = 0.0
     created_s: int = field(default_factory=lambda: int(time.time()))
 
@@ -170,6 +173,11 @@ class ServedModel:
             self.weigher.parse(strategy)
             return True
         return False
+
+    @property
+    def is_idle(self) -> bool:
+        """Tell whether its Engine may be closed."""
+        return not self.n_user and not self.is_changed
 
     @property
     def is_lost(self) -> bool:
@@ -203,7 +211,7 @@ class ServedModels:
         """Read what a bundle says of itself; nothing is loaded."""
         sha256: dict[str, Any] = {}
         targets: dict[str, Sequence[str]] = {}
-        sampling = dict(self._options.sampling)
+        sampling = self._options.sampling
         if is_base(place):
             header = read_gguf_header(place)
             name, n_layer, known = place.stem, header.n_layer, Known()
@@ -218,9 +226,12 @@ class ServedModels:
             hashes = {adapter.name: adapter.sha256 for adapter in text.adapters}
             sha256 = {"base": text.base.sha256, "adapters": hashes}
             options = in_group("sampling")
-            for option, value in text.sampling.items():
-                if options[option].key not in self._options.chosen:
-                    sampling[option] = value
+            of_bundle = {
+                option: value
+                for option, value in text.sampling.items()
+                if options[option].key not in self._options.chosen
+            }
+            sampling = sampling.updated(of_bundle)
         if not NAME_PATTERN.fullmatch(name):
             raise BundleError(
                 f"Cannot serve {place}: its name is {name!r}, expected {NAME_RULE}. Correct `name` "
@@ -307,13 +318,13 @@ class ServedModels:
         """Close a bundle that nobody uses from now on for ttl_s."""
         if model.expiry is not None:
             model.expiry.cancel()
-        if self._options.ttl_s is not None and not model.n_user:
+        if self._options.ttl_s is not None and model.is_idle:
             loop = asyncio.get_running_loop()
             model.expiry = loop.call_later(self._options.ttl_s, self.close_idle, model)
 
     def close_idle(self, model: ServedModel) -> None:
         """Close a bundle that nobody uses."""
-        if model.engine is not None and not model.n_user:
+        if model.engine is not None and model.is_idle:
             model.closing = asyncio.create_task(self._close(model.engine))
             model.engine = None  # at once: a request that comes now opens another
             log.info("closed %s: not in use", model.name)
@@ -345,7 +356,7 @@ class ServedModels:
     async def _close_unused(self) -> None:
         """Close the bundle not used for the longest where max_models are open."""
         opened = [each for each in self.by_name.values() if each.engine]
-        idle = [each for each in opened if not each.n_user]
+        idle = [each for each in opened if each.is_idle]
         if self._options.max_models and len(opened) >= self._options.max_models and idle:
             oldest = min(idle, key=lambda each: each.used_s)
             engine, oldest.engine = oldest.engine, None

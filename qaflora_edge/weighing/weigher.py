@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from qaflora_edge.arrays import F32
+from qaflora_edge.ask import Prompt
 from qaflora_edge.config import LENSES, POOLS, PREFILLS
 from qaflora_edge.errors import QafloraError, StrategyError
 from qaflora_edge.formats.bundle import BundleText, wrong_bundle
@@ -108,17 +109,12 @@ def parse_centroid(text: str, n_embd: int) -> F32:
 class Weigher:
     """Weigh for an Engine, by the adapters in use, defaults, and facts of each adapter.
 
-    find_question  finds the question's span in a prompt's tokens, and whether another user turn
-                   is before it; None for plain text
-    find_thinking  finds how the base thinks after it; None where it does not
-    targets        adapter -> kinds of modules that it adapts, where known
+    targets  adapter -> kinds of modules that it adapts, where known
     """
 
     adapters: tuple[str, ...]
     n_layer: int
     known: Known = Known()
-    find_question: Callable[[Sequence[int]], tuple[int, int, bool] | None] = lambda tokens: None
-    find_thinking: Callable[[Sequence[int]], Any] = lambda tokens: None
     targets: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -131,7 +127,7 @@ class Weigher:
     def parse(self, text: str) -> Chosen:
         """Parse a strategy. Raises StrategyError if it is unknown or cannot be followed here."""
         chosen = parse_strategy(text, self.adapters)
-        query = self.query((), chosen)
+        query = self.query(Prompt(()), chosen)
         chosen.strategy.check(chosen.argument, query)
         return chosen
 
@@ -156,32 +152,29 @@ class Weigher:
                 found.append(self.parse(text).text)
         return tuple(found)
 
-    def query(
-        self, tokens: Sequence[int], chosen: Chosen | None = None, *, is_probed: bool = False
-    ) -> Query:
-        """Make a query from tokens, these defaults and the strategy's options."""
+    def query(self, prompt: Prompt, chosen: Chosen | None = None) -> Query:
+        """Make a query from a prompt, these defaults and the strategy's options."""
         options = {} if chosen is None else chosen.options
-        pool = options.get("pool", self.known.pool)
-        is_probed = is_probed or (chosen is not None and chosen.strategy.is_probed)
-        question = self.find_question(tokens) if is_probed and tokens else None
-        thinking = self.find_thinking(tokens) if question else None
+        n_token = len(prompt.tokens)
+        thinking = prompt.thinking
+        is_chat = prompt.question is not None
         return Query(
-            tokens=tuple(tokens),
+            tokens=prompt.tokens,
             adapters=self.adapters,
             n_layer=self.n_layer,
             lens=self.known.lens,
-            pool=pool,
+            pool=options.get("pool", self.known.pool),
             typical=self.known.typical,
             centroids=self.known.centroids,
             options=options,
-            question=question[:2] if question else (0, len(tokens)),
-            is_chat=question is not None,
-            is_later=question is not None and question[2],
-            can_relay=question is not None and thinking is None,
-            n_weighed=thinking.n_weighed if thinking else len(tokens),
+            question=prompt.question or (0, n_token),
+            is_chat=is_chat,
+            is_later=prompt.is_later,
+            can_relay=is_chat and thinking is None,
+            n_weighed=n_token if thinking is None else thinking.n_weighed,
         )
 
-    def n_base(self, weights: Weights, tokens: Sequence[int], prefill: str | None = None) -> int:
+    def n_base(self, weights: Weights, prompt: Prompt, prefill: str | None = None) -> int:
         """Count the tokens of a prompt that the base prefills: all but the last few, or none.
 
         weights  as weigh() takes them
@@ -195,11 +188,11 @@ class Weigher:
         if how == "auto" and isinstance(weights, str | None):
             kind = (weights or self.known.strategy).partition(":")[0]
             is_base = any(s.is_base_prefilled for s in strategies() if s.name == kind)
-            how = "base" if is_base and self.find_question(tokens) else "mix"
-        return numbers.n_base_of(len(tokens)) if how == "base" and self.adapters else 0
+            how = "base" if is_base and prompt.question else "mix"
+        return numbers.n_base_of(len(prompt.tokens)) if how == "base" and self.adapters else 0
 
     def weigh(
-        self, weights: Weights, tokens: Sequence[int], probe: Callable[[Query], Probe]
+        self, weights: Weights, prompt: Prompt, probe: Callable[[Query], Probe]
     ) -> FusionWeights:
         """Weigh a query by a strategy, or take given weights.
 
@@ -214,17 +207,17 @@ class Weigher:
                     f"{', '.join(self.adapters)}; weigh the prompt with this Engine."
                 )
             numbers.check_weights(weights.weights, self.adapters, self.n_layer)
-            if weights.relay is not None and weights.relay.prompt != tuple(tokens):
+            if weights.relay is not None and weights.relay.prompt != prompt.tokens:
                 return replace(weights, relay=None)  # another prompt's draft
             return weights
         if isinstance(weights, Mapping):
             pairs = ",".join(f"{name}={weight}" for name, weight in weights.items())
             weights = f"manual:{pairs}" if pairs else "base"
         if weights is not None and not isinstance(weights, str):
-            return self._fusion(Mix(weights), "manual", self.query(tokens))
+            return self._fusion(Mix(weights), "manual", self.query(prompt))
         chosen = self.parse(weights or self.known.strategy)
         strategy = chosen.strategy
-        query = self.query(tokens, chosen)
+        query = self.query(prompt, chosen)
         if not self.adapters:
             return self._fusion(Mix(np.zeros((0, self.n_layer))), chosen.text, query)
         start = time.perf_counter()

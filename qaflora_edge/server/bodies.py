@@ -1,11 +1,10 @@
-"""Requests: read and check bodies, say what is wrong, and describe bodies in OpenAPI.
+"""Bodies: what requests have to be; how they are checked, and described in OpenAPI.
 
-The models below are the one source of checks and descriptions. A field's `title` says what it has
-to be, in messages too. Sampling options come from `config`, with their ranges.
+The models are the one source of both. A field's `title` says what it has to be, in messages too.
+Sampling options come from `config`, with their ranges.
 """
 
-import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
@@ -17,21 +16,15 @@ from pydantic import (
     model_validator,
 )
 from pydantic.json_schema import models_json_schema
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
 
-from qaflora_edge import __version__, errors
+from qaflora_edge import __version__
 from qaflora_edge.config import Option, in_group
+from qaflora_edge.dialects.extras import MAX_WEIGHT, RANGE, wrong_field
+from qaflora_edge.errors import OptionError
 from qaflora_edge.formats.bundle import NAME_PATTERN, NAME_RULE
 from qaflora_edge.formats.json_text import read_json_object
+from qaflora_edge.server.refusals import Refusal
 
-MAX_BODY_BYTES = 4 << 20
-MAX_SMALL_BYTES = 64 << 10  # of a body that does not wait to be received
-MAX_LARGE_BODIES = 8  # received and parsed at the same time
-BODY_S = 60.0  # the longest that a body may take to come
-SLOW_S = 10.0  # and where others wait for it, the longest before it keeps this pace:
-BYTES_PER_S = 64 << 10
-RETRY_AFTER_S = 2
 MAX_MESSAGES = 2048
 MAX_PROMPTS = 64
 MAX_EMBEDDED = 2048  # texts of one request
@@ -39,83 +32,7 @@ MAX_TOOLS = 128
 MAX_CHOICES = 16  # answers of one request
 MAX_STOPS = 16
 MAX_TOKENS = 1 << 20  # to detokenize
-MAX_WEIGHT = 100.0  # of a request, up or down: states overflow at some number beyond
 
-
-# refusals
-
-_TEXTS = ("messages", "input", "prompt", "tokens", "content")
-# What the sender of a request can cure -> the fields that may cause it.
-_CAUSES: dict[type[errors.QafloraError], tuple[str, ...]] = {
-    errors.OptionError: (),  # names its field
-    errors.PromptError: _TEXTS,
-    errors.ToolsError: ("tools",),
-    errors.ChatTemplateError: _TEXTS,
-    errors.GrammarError: ("grammar", "json_schema", "response_format", "tools", "text"),
-    errors.StrategyError: ("fusion", "lora"),
-    errors.WeightsError: ("fusion", "lora"),
-}
-
-
-class Refusal(Exception):
-    """Say why a request is not answered, in OpenAI's shape; 503 may be answered later.
-
-    param  the field that is wrong
-    code   what programs tell it by
-    """
-
-    def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        kind = "server_error" if status in (500, 503, 507) else "invalid_request_error"
-        self.body: dict[str, Any] = {
-            "error": {"message": message, "type": kind, "param": param, "code": code}
-        }
-
-    def response(self, path: str) -> Response:
-        """Return it as a whole response to a path: in Ollama's its message alone."""
-        headers = {"Retry-After": str(RETRY_AFTER_S)} if self.status == 503 else {}
-        body = {"error": str(self)} if path.startswith("/api/") else self.body
-        return JSONResponse(body, self.status, headers)
-
-
-def wrong_field(param: str, found: object, expected: str) -> Refusal:
-    """Return status 400 for a field with a wrong value."""
-    message = f"The field {param} is {found!r:.100}, expected {expected}."
-    return Refusal(400, message, param=param, code="invalid_value")
-
-
-def refusal(
-    error: BaseException, body: "Body | None" = None, *, is_expired: bool = False
-) -> Refusal:
-    """Return the answer to a failure. What is inside the server stays there.
-
-    is_expired  whether the request has used up its time
-    """
-    if isinstance(error, Refusal):
-        return error
-    if isinstance(error, errors.CancelledError) and is_expired:
-        message = "The request took too long; try again, or ask for less."
-        return Refusal(503, message, code="timeout")
-    if isinstance(error, errors.BusyError | errors.CancelledError):
-        return Refusal(503, "The server is shutting down.", code="shutting_down")
-    if isinstance(error, errors.ModalityError):
-        return Refusal(501, str(error), param="messages", code="not_implemented")
-    for kind, fields in _CAUSES.items():
-        if isinstance(error, kind):
-            given = (name for name in fields if getattr(body, name, None) is not None)
-            param = error.option if isinstance(error, errors.OptionError) else next(given, None)
-            is_long = isinstance(error, errors.ContextError)
-            code = "context_length_exceeded" if is_long else "invalid_value"
-            return Refusal(400, str(error), param=param, code=code)
-    return Refusal(500, "The server failed to answer; its log says why.", code="internal_error")
-
-
-# fields
-
-RANGE = f"from {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}"
 _WEIGHTS = f'weights {RANGE} by name, as in {{"math": 0.7}}, or [n_adapter][n_layer] numbers'
 _SCALES = f'a list such as [{{"id": 0, "scale": 0.5}}] with scales {RANGE}'
 _MESSAGE: dict[str, Any] = {
@@ -220,11 +137,6 @@ class Answered(Sampled, extra="allow"):  # type: ignore[misc, call-arg]
     return_progress: Flag = None
     json_schema: dict[str, Any] | bool | None = Field(None, title="a JSON schema")
     verbose: Flag = None
-
-    @property
-    def sampling(self) -> dict[str, Any]:
-        """Give the sampling options that the request has."""
-        return {name: getattr(self, name) for name in _NAMED if getattr(self, name) is not None}
 
 
 class Tooled(Answered):
@@ -412,13 +324,6 @@ class OllamaBody(Weighed):
         is_object = isinstance(given, dict)
         return {k: v for k, v in given.items() if v is not None} if is_object else given
 
-    @property
-    def sampling(self) -> dict[str, Any]:
-        """Give the sampling options in our names."""
-        found: dict[str, Any] = self.options.model_dump(exclude_none=True) if self.options else {}
-        n_predict = found.pop("num_predict", -1)
-        return found if n_predict <= 0 else {**found, "max_tokens": n_predict}
-
 
 class OllamaChatBody(OllamaBody):
     """Ask /api/chat."""
@@ -473,77 +378,20 @@ class DetokenizeBody(Body):
     )
 
 
-# reading and checking
+def as_mapping(body: BaseModel) -> dict[str, Any]:
+    """Give the fields that a body has, as dialects read them; null stands for nothing."""
+    return {name: _plain(value) for name, value in body if value is not None}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return as_mapping(value)
+    if isinstance(value, list) and value and isinstance(value[0], BaseModel):
+        return [as_mapping(each) for each in value]
+    return value
+
 
 B = TypeVar("B", bound=Body)
-
-
-async def read(request: Request, kind: type[B]) -> B:
-    """Read and check a body. Raises Refusal for one that is too large, or wrong, by its field."""
-    n_byte = request.headers.get("content-length", "")
-    if n_byte.isdecimal() and int(n_byte) <= MAX_SMALL_BYTES:
-        return parsed(kind, await _bytes(request, is_waited_for=False))
-    check_announced(request, MAX_BODY_BYTES)
-    async with request.app.state.large_bodies.place(address_of(request)):
-        return await asyncio.to_thread(parsed, kind, await _bytes(request))
-
-
-def check_announced(request: Request, most: int) -> None:
-    """Raise Refusal for a body that says of itself that it is larger."""
-    n_byte = request.headers.get("content-length", "")
-    if n_byte.isdecimal() and int(n_byte) > most:
-        raise _too_large(most)
-
-
-def address_of(request: Request) -> str:
-    """Give the address that a request comes from."""
-    return request.client.host if request.client else ""
-
-
-async def _bytes(request: Request, *, is_waited_for: bool = True) -> bytes:
-    data = bytearray()
-    more: Any = {"is_waited_for": is_waited_for}
-    await receive(request, data.extend, MAX_BODY_BYTES, BODY_S, **more)
-    return bytes(data)
-
-
-async def receive(
-    request: Request,
-    take: Callable[[bytes], object],
-    most: int,
-    timeout_s: float,
-    *,
-    is_waited_for: bool = True,
-) -> None:
-    """Hand on a body of at most so many bytes as it comes.
-
-    is_waited_for  it has one of few places, so it has to keep a pace
-    """
-    n_byte = 0
-    start_s = asyncio.get_running_loop().time()
-    first_s = min(SLOW_S, timeout_s) if is_waited_for else timeout_s
-    try:
-        async with asyncio.timeout(first_s) as limit:
-            async for part in request.stream():
-                n_byte += len(part)
-                if n_byte > most:
-                    raise _too_large(most)
-                take(part)
-                if is_waited_for:
-                    paced_s = SLOW_S + n_byte / BYTES_PER_S
-                    limit.reschedule(start_s + min(paced_s, timeout_s))
-    except TimeoutError as error:
-        message = f"The body has not come within {timeout_s:g} s"
-        if is_waited_for:
-            message += f", at {BYTES_PER_S} bytes a second after the first {SLOW_S:g} s"
-        message += "."
-        raise Refusal(408, message, code="request_timeout") from error
-    except ClientDisconnect as error:
-        raise Refusal(400, "The body was not sent to its end.") from error
-
-
-def _too_large(most: int) -> Refusal:
-    return Refusal(413, f"The body has more than {most} bytes.", code="request_too_large")
 
 
 def parsed(kind: type[B], data: bytes) -> B:
@@ -559,7 +407,9 @@ def parsed(kind: type[B], data: bytes) -> B:
         raise _refusal(kind, first, found) from None
 
 
-def _refusal(kind: type[BaseModel] | None, error: Mapping[str, Any], value: Any) -> Refusal:
+def _refusal(
+    kind: type[BaseModel] | None, error: Mapping[str, Any], value: Any
+) -> Refusal | OptionError:
     """Say which field is wrong, by the innermost model that declares one."""
     names: list[str] = []
     expected = ""
@@ -580,9 +430,6 @@ def _refusal(kind: type[BaseModel] | None, error: Mapping[str, Any], value: Any)
     if error["type"] == "value_error":
         expected = error["msg"].removeprefix("Value error, ")
     return wrong_field(".".join(names), value, expected)
-
-
-# OpenAPI
 
 
 # A failure as OpenAI words it.

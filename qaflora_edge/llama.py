@@ -11,12 +11,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
 
-from qaflora_edge import Engine
 from qaflora_edge.backend import library
 from qaflora_edge.config import MAX_SEED
+from qaflora_edge.dialects.openai_shapes import answer_chunks, answer_dict, answer_head
+from qaflora_edge.dialects.openai_text import SHAPE
+from qaflora_edge.dialects.options import check_off
+from qaflora_edge.engine import Engine
 from qaflora_edge.files import AnyPath
-from qaflora_edge.openai.completions import TEXT, answer_chunks, answer_dict, answer_head
-from qaflora_edge.openai.options import check_off
 
 # Options that change no answer, of Llama() and of its methods.
 _UNUSED = frozenset(
@@ -111,8 +112,8 @@ class Llama:
         generation = self.engine.generate(prompt, parse_special=True, **sampling)
         head = answer_head("text_completion", self.model_path)
         if stream:
-            return answer_chunks(head, [generation], TEXT)
-        answer = answer_dict(head, [generation], TEXT)
+            return answer_chunks(head, [generation], SHAPE)
+        answer = answer_dict(head, [generation], SHAPE)
         if echo:
             start = prompt if isinstance(prompt, str) else self.detokenize(prompt).decode("utf-8")
             answer["choices"][0]["text"] = start + answer["choices"][0]["text"]
@@ -137,15 +138,12 @@ class Llama:
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
         """Tokenize UTF-8 text."""
-        with self.engine._core.call():
-            return self.engine._model.tokenize(
-                text.decode("utf-8"), add_special=add_bos, parse_special=special
-            )
+        with self.engine.model() as model:
+            return model.tokenize(text.decode("utf-8"), add_special=add_bos, parse_special=special)
 
     def detokenize(self, tokens: Sequence[int], special: bool = False) -> bytes:
         """Spell tokens, without the space that a vocabulary puts before the first word."""
-        with self.engine._core.call():
-            model = self.engine._model
+        with self.engine.model() as model:
             text = model.detokenize(tokens, special=special)
             is_begin = [*tokens[:1]] == [model._lib.llama_vocab_bos(model.vocab)]
         return text.removeprefix(b" ") if is_begin else text

@@ -6,10 +6,12 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from qaflora_edge.ask import Ask, Sampling
+from qaflora_edge.dialects import openai_chat
+from qaflora_edge.dialects.extras import NOTHING, Extras
+from qaflora_edge.dialects.options import FIXED, SAMPLING, check_off
 from qaflora_edge.errors import wrong_option
 from qaflora_edge.inference.generation import Generation
-from qaflora_edge.openai.options import check_off
-from qaflora_edge.openai.tools import Tools
 
 # The answer would be wrong without: each has to be off, or at one of these values.
 _OFF: dict[str, tuple[Any, ...]] = {
@@ -18,7 +20,8 @@ _OFF: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("response_format", "json_schema"), ()),
     "n": (1,),
 }
-_AS_IN_CHATS = ("temperature", "top_p", "tools", "tool_choice", "parallel_tool_calls")
+_AS_IN_CHATS = (*SAMPLING, *FIXED, "tools", "tool_choice", "parallel_tool_calls")
+_SHOWN = ("temperature", "top_p", "frequency_penalty", "presence_penalty")  # in a response
 # Fields that a response must have. They repeat nothing of the request.
 _CONSTANT: dict[str, Any] = {
     "object": "response",
@@ -38,8 +41,8 @@ _CONSTANT: dict[str, Any] = {
 }
 
 
-def chat_request(body: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return a request as messages and options of a chat; its types are checked already.
+def ask(body: Mapping[str, Any], defaults: Ask) -> Ask:
+    """Read a body as a chat's: see openai_chat.ask.
 
     Raises OptionError for a field that cannot be followed.
     """
@@ -47,13 +50,14 @@ def chat_request(body: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[st
     messages = _messages(body["input"])
     if (instructions := body.get("instructions")) is not None:
         messages.insert(0, {"role": "system", "content": instructions})
-    options: dict[str, Any] = {
-        "max_tokens": body.get("max_output_tokens"),
-        "response_format": (body.get("text") or {}).get("format"),
-        "reasoning_effort": (body.get("reasoning") or {}).get("effort"),
-        **{name: body.get(name) for name in _AS_IN_CHATS},
-    }
-    return messages, {name: value for name, value in options.items() if value is not None}
+    chat: dict[str, Any] = {name: body[name] for name in _AS_IN_CHATS if name in body}
+    chat["messages"] = messages
+    chat["response_format"] = (body.get("text") or {}).get("format")
+    chat["reasoning_effort"] = (body.get("reasoning") or {}).get("effort")
+    if (n_token := body.get("max_output_tokens")) is not None:
+        chat["max_tokens"] = n_token
+        chat["max_completion_tokens"] = None
+    return openai_chat.ask(chat, defaults)
 
 
 def _messages(given: Any) -> list[dict[str, Any]]:
@@ -80,14 +84,11 @@ def _messages(given: Any) -> list[dict[str, Any]]:
     return messages
 
 
-def response_head(model_name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Make a response that is in progress.
-
-    options  the sampling options that a response must have, such as temperature
-    """
+def head_of(model_name: str, sampling: Sampling) -> dict[str, Any]:
+    """Make a response that is in progress; it must have some sampling options."""
     return {
         **_CONSTANT,
-        **options,
+        **{name: getattr(sampling, name) for name in _SHOWN},
         "id": f"resp_{uuid.uuid4().hex}",
         "created_at": int(time.time()),
         "completed_at": None,
@@ -99,27 +100,28 @@ def response_head(model_name: str, options: Mapping[str, Any]) -> dict[str, Any]
     }
 
 
-def response_events(
-    head: Mapping[str, Any], generation: Generation, tools: Tools | None
+def events(
+    head: Mapping[str, Any], generation: Generation, extras: Extras = NOTHING
 ) -> Iterator[dict[str, Any]]:
     """Yield an answer as events, each with its type and number; the last has the whole response.
 
-    head  see response_head
+    head  see head_of
     """
-    for number, (kind, fields) in enumerate(_events(head, generation, tools)):
+    for number, (kind, fields) in enumerate(_events(head, generation, extras)):
         yield {"type": f"response.{kind}", "sequence_number": number, **fields}
 
 
 def _events(
-    head: Mapping[str, Any], generation: Generation, tools: Tools | None
+    head: Mapping[str, Any], generation: Generation, extras: Extras
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    yield "created", {"response": {**head}}
+    yield "created", {"response": {**head, **extras.mix(generation.fusion)}}
     calls: list[dict[str, Any]] = []
-    pieces = iter(tools.shown(generation, calls) if tools else generation)
+    pieces = iter(openai_chat.shown_pieces(generation, calls))
     output: list[dict[str, Any]] = []
     first = next(pieces, "")  # without one, the calls are known
     if first or not calls:
-        text, item = "", _message("", "in_progress")
+        text = ""
+        item = _message("", "in_progress")
         place = {"item_id": item["id"], "output_index": 0, "content_index": 0}
         yield "output_item.added", {"output_index": 0, "item": {**item, "content": []}}
         yield "content_part.added", {**place, "part": item["content"][0]}
@@ -133,14 +135,14 @@ def _events(
     for index, item in enumerate(map(_call, calls), len(output)):
         place = {"output_index": index, "item_id": item["id"]}
         begun = {**item, "arguments": "", "status": "in_progress"}
-        told = {"name": item["name"], "arguments": item["arguments"]}
+        done = {"name": item["name"], "arguments": item["arguments"]}
         yield "output_item.added", {"output_index": index, "item": begun}
         yield "function_call_arguments.delta", {**place, "delta": item["arguments"]}
-        yield "function_call_arguments.done", {**place, **told}
+        yield "function_call_arguments.done", {**place, **done}
         yield "output_item.done", {"output_index": index, "item": item}
         output.append(item)
     response = _ended(head, output, generation)
-    yield response["status"], {"response": response}
+    yield response["status"], {"response": {**response, **extras.end(generation)}}
 
 
 def _status(generation: Generation) -> str:

@@ -1,11 +1,11 @@
-"""Answers in the shape of OpenAI's completions of text; usage and log-probabilities of any."""
+"""What OpenAI's answers have in common: choices, chunks, usage, log-probabilities."""
 
-import codecs
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from qaflora_edge.dialects.extras import NOTHING, Extras
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.inference.sequence import TokenLogprob
 
@@ -22,14 +22,20 @@ class Shape(NamedTuple):
 
 
 def answer_dict(
-    head: dict[str, Any], answers: Iterable[Generation], shape: Shape, n: int = 1
+    head: dict[str, Any],
+    answers: Iterable[Generation],
+    shape: Shape,
+    n: int = 1,
+    extras: Extras = NOTHING,
 ) -> dict[str, Any]:
     """Put whole answers, n to each prompt, into OpenAI's shape; see answer_head."""
-    choices, ended = [], []
+    choices = []
+    ended = []
     for index, generation in enumerate(answers):
-        choices.append({"index": index, **shape.choice(generation)})
+        choice = shape.choice(generation)
+        choices.append({"index": index, **extras.reworded(choice)})
         ended.append(generation)
-    return {**head, "choices": choices, "usage": usage(ended, n)}
+    return {**head, "choices": choices, "usage": usage(ended, n), **extras.end(ended[0])}
 
 
 def answer_chunks(
@@ -39,35 +45,23 @@ def answer_chunks(
     n: int = 1,
     *,
     include_usage: bool = False,
+    extras: Extras = NOTHING,
 ) -> Iterator[dict[str, Any]]:
-    """Yield the same as chunks, one answer after another."""
-    ended = []
+    """Yield the same as chunks, one answer after another.
+
+    The first has the mix. That of the usage has it again, with the times.
+    """
+    ended: list[Generation] = []
     if include_usage:
         head = {**head, "usage": None}
     for index, generation in enumerate(answers):
+        mix = {} if ended else extras.mix(generation.fusion)
         for choice in shape.choices(generation):
-            yield {**head, "choices": [{"index": index, **choice}]}
+            yield {**head, "choices": [{"index": index, **extras.reworded(choice)}], **mix}
+            mix = {}
         ended.append(generation)
     if include_usage:
-        yield {**head, "choices": [], "usage": usage(ended, n)}
-
-
-def _text_choice(generation: Generation) -> dict[str, Any]:
-    text = generation.text()
-    logprobs = text_logprobs(ShownTokens(generation).take(text), 0)
-    return {"text": text, "logprobs": logprobs, "finish_reason": generation.finish_reason}
-
-
-def _text_choices(generation: Generation) -> Iterator[dict[str, Any]]:
-    shown, offset = ShownTokens(generation), 0
-    for piece in generation:
-        logprobs = text_logprobs(shown.take(piece), offset)
-        offset += len(piece)
-        yield {"text": piece, "logprobs": logprobs, "finish_reason": None}
-    yield {"text": "", "logprobs": None, "finish_reason": generation.finish_reason}
-
-
-TEXT = Shape(_text_choice, _text_choices)
+        yield {**head, "choices": [], "usage": usage(ended, n), **extras.end(ended[0])}
 
 
 def usage(ended: Sequence[Generation], n: int) -> dict[str, Any]:
@@ -133,27 +127,8 @@ def chat_logprobs(entries: Sequence[TokenLogprob] | None) -> Any:
 
 
 def _of_chat(entry: TokenLogprob) -> dict[str, Any]:
-    return {"token": _text(entry), "logprob": entry.logprob, "bytes": list(entry.data)}
+    return {"token": token_text(entry), "logprob": entry.logprob, "bytes": list(entry.data)}
 
 
-def text_logprobs(entries: Sequence[TokenLogprob] | None, offset: int) -> Any:
-    """Make the field `logprobs` of a choice of text completions.
-
-    offset  characters of the text before the first token
-    """
-    if entries is None:
-        return None
-    offsets, decoder = [], codecs.getincrementaldecoder("utf-8")("replace")
-    for entry in entries:
-        offsets.append(offset)
-        offset += len(decoder.decode(entry.data)) if entry.n_shown else 0
-    return {
-        "tokens": [_text(entry) for entry in entries],
-        "token_logprobs": [entry.logprob for entry in entries],
-        "top_logprobs": [{_text(each): each.logprob for each in entry.top} for entry in entries],
-        "text_offset": offsets,
-    }
-
-
-def _text(entry: TokenLogprob) -> str:
+def token_text(entry: TokenLogprob) -> str:
     return entry.data.decode("utf-8", "replace")

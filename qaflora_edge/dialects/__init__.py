@@ -1,0 +1,1 @@
+"""Dialects: each reads a body into an Ask, and tells a Generation in its own shape."""

@@ -1,1 +1,0 @@
-"""OpenAI's shapes: options and messages in, answers and chunks out."""

@@ -1,0 +1,50 @@
+"""Infill: the prompt for a gap in code, of bases that were trained for it."""
+
+from qaflora_edge.ask import Gap
+from qaflora_edge.backend.model import Model
+from qaflora_edge.errors import PromptError
+
+_TOKEN_CHARS = 16  # most tokens are shorter
+PARTS = ("pre", "suf", "mid", "rep", "sep")  # tokens before the prefix, suffix, gap, project, file
+
+
+def infill_marks(model: Model) -> list[int] | None:
+    """Give the ids of a base's tokens for PARTS, -1 for a missing one; None: it cannot infill."""
+    marks = [getattr(model._lib, f"llama_vocab_fim_{part}")(model.vocab) for part in PARTS]
+    return None if min(marks[:3]) < 0 else marks
+
+
+def infill_tokens(model: Model, gap: Gap, n_ctx: int) -> list[int]:
+    """Make the prompt for what stands between a prefix and a suffix, as Qwen2.5-Coder knows it.
+
+    What n_ctx tokens cannot hold is left out: the other files first, then the prefix's beginning
+    and the suffix's end. Raises PromptError for a base that was not trained for it.
+    """
+    marks = infill_marks(model)
+    if marks is None:
+        raise PromptError(
+            f"The base {model.name} has no tokens for infill, expected those that Qwen2.5-Coder "
+            "and other bases for code have (fim_pre, fim_suf, fim_mid); use such a base."
+        )
+    pre, suf, mid, rep, sep = ([mark] if mark >= 0 else [] for mark in marks)
+
+    def tokens(text: str) -> list[int]:
+        return model.tokenize(text, add_special=False, parse_special=False)
+
+    n_char = gap.n_prompt * _TOKEN_CHARS
+    before = tokens(gap.prefix[-n_char:])
+    after = tokens(gap.suffix[:n_char])
+    others = [*rep, *tokens("project\n")] if gap.files and rep else []
+    for name, text in gap.files:
+        others += [*sep, *tokens(f"{name}\n{text[-n_char:]}\n")]
+    if gap.files and sep:  # the name of this one is not known
+        others += [*sep, *tokens("file\n")]
+    bos = [model._lib.llama_vocab_bos(model.vocab)]
+    begin = bos if model._lib.llama_vocab_get_add_bos(model.vocab) else []
+    n_answer = min(max(gap.n_answer, 128), n_ctx // 2)
+    n_room = max(0, min(gap.n_prompt, n_ctx - n_answer) - len(begin) - 3)
+    after = after[: max(n_room // 4, n_room - len(before))]
+    n_room -= len(after)
+    before = before[max(0, len(before) - n_room) :]
+    others = others[max(0, len(others) - n_room + len(before)) :]
+    return [*begin, *others, *pre, *before, *suf, *after, *mid]

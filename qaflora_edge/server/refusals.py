@@ -1,0 +1,71 @@
+"""Why a request is not answered, in the shape of who asks."""
+
+from typing import Any
+
+from starlette.responses import JSONResponse, Response
+
+from qaflora_edge import errors
+
+RETRY_AFTER_S = 2
+_TEXTS = ("messages", "input", "prompt", "tokens", "content")
+# What the sender of a request can cure -> the fields that may cause it.
+_CAUSES: dict[type[errors.QafloraError], tuple[str, ...]] = {
+    errors.OptionError: (),  # names its field
+    errors.PromptError: _TEXTS,
+    errors.ToolsError: ("tools",),
+    errors.ChatTemplateError: _TEXTS,
+    errors.GrammarError: ("grammar", "json_schema", "response_format", "tools", "text"),
+    errors.StrategyError: ("fusion", "lora"),
+    errors.WeightsError: ("fusion", "lora"),
+}
+
+
+class Refusal(Exception):
+    """Say why a request is not answered, in OpenAI's shape; 503 may be answered later.
+
+    param  the field that is wrong
+    code   what programs tell it by
+    """
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        kind = "server_error" if status in (500, 503, 507) else "invalid_request_error"
+        self.body: dict[str, Any] = {
+            "error": {"message": message, "type": kind, "param": param, "code": code}
+        }
+
+    def response(self, path: str) -> Response:
+        """Return it as a whole response to a path."""
+        headers = {"Retry-After": str(RETRY_AFTER_S)} if self.status == 503 else {}
+        return JSONResponse(self.body_for(path), self.status, headers)
+
+    def body_for(self, path: str) -> dict[str, Any]:
+        """Return what is told at a path: in Ollama's its message alone."""
+        return {"error": str(self)} if path.startswith("/api/") else self.body
+
+
+def refusal(error: BaseException, body: object = None, *, is_expired: bool = False) -> Refusal:
+    """Return the answer to a failure. What is inside the server stays there.
+
+    is_expired  whether the request has used up its time
+    """
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, errors.CancelledError) and is_expired:
+        message = "The request took too long; try again, or ask for less."
+        return Refusal(503, message, code="timeout")
+    if isinstance(error, errors.BusyError | errors.CancelledError):
+        return Refusal(503, "The server is shutting down.", code="shutting_down")
+    if isinstance(error, errors.ModalityError):
+        return Refusal(501, str(error), param="messages", code="not_implemented")
+    for kind, fields in _CAUSES.items():
+        if isinstance(error, kind):
+            given = (name for name in fields if getattr(body, name, None) is not None)
+            param = error.option if isinstance(error, errors.OptionError) else next(given, None)
+            is_long = isinstance(error, errors.ContextError)
+            code = "context_length_exceeded" if is_long else "invalid_value"
+            return Refusal(400, str(error), param=param, code=code)
+    return Refusal(500, "The server failed to answer; its log says why.", code="internal_error")
