@@ -62,7 +62,7 @@ def main() -> None:
                     weights[engine.adapters.index(str(task.language))] = language
                     weights[engine.adapters.index(SUBJECT)] = subject
                     asked.append((task, index, name))
-                    question = task.asked(item) | {"weights": weights, "prefill": "base"}
+                    question = {"prompt": task.asked(item), "weights": weights, "prefill": "base"}
                     requests.append(question | {"max_tokens": task.max_tokens or 256})
         with args.output.open("a", encoding="utf-8") as file:
             for at, answer in engine.generate_many(requests):

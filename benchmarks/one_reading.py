@@ -35,8 +35,9 @@ import numpy as np
 from nine_cells import CODE, halves, read
 
 from qaflora_edge import Engine, FusionWeights
+from qaflora_edge.ask import Sampling
 from qaflora_edge.evaluation.metrics import metrics
-from qaflora_edge.inference.request import Request, make_sampling
+from qaflora_edge.inference.request import Request
 from qaflora_edge.inference.sampler import Sampler
 
 Key = tuple[str, str, int, str, str]  # cell, language, item, strategy, reading
@@ -154,7 +155,7 @@ class Job:
 
 def begin(engine: Engine, job: Job, **options: Any) -> Any:
     """Begin a greedy answer to a prompt whose first n_base tokens the base prefills."""
-    sampling = make_sampling((), **options)
+    sampling = Sampling().updated(options)
     request = Request(tuple(job.tokens), job.weights, sampling, engine.adapters, job.n_base)
     fusion = FusionWeights(engine.adapters, job.weights)
     return engine._core.begin(request, Sampler(engine._model, sampling), fusion)

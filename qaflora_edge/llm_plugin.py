@@ -78,6 +78,7 @@ class BundleModel(llm.Model):
         conversation: llm.Conversation | None,
     ) -> Iterator[str]:
         """Answer; the weights and the times are in response_json, and so in the logs."""
+        from qaflora_edge.ask import Ask, Chat, Weighing
         from qaflora_edge.cli.settings import shared_settings
 
         given = prompt.options.model_dump(exclude_none=True)
@@ -86,12 +87,13 @@ class BundleModel(llm.Model):
         strategy = given.pop("strategy", settings.strategy)
         weighing = {name: given.pop(name) for name in _WEIGHING if name in given}
         engine = opened(self.folder, {**settings.engine, **weighing})
-        answer = engine.generate(
-            engine.chat_tokens([chat_message(message) for message in prompt.messages]),
-            weights=strategy,
+        ask = Ask(
+            Chat([chat_message(message) for message in prompt.messages]),
+            Weighing(strategy),
+            settings.sampling.updated(given),
             json_schema=schema,
-            **{**settings.sampling, **given},
         )
+        answer = engine.submit(ask)
         yield from answer
         response.set_usage(input=answer.n_prompt, output=answer.n_completion)
         response.response_json = {

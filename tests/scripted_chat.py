@@ -9,10 +9,12 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 from qaflora_edge import Engine
+from qaflora_edge.ask import Ask
 from qaflora_edge.cli import main
 
 ANSWER = "The thing on a ring is there, and so is another."
@@ -38,11 +40,11 @@ class ScriptedGeneration:
 
 
 def scripted(text: str = ANSWER, *, pause_s: float = 0.0) -> Callable[..., Any]:
-    """What may stand in place of Engine.generate."""
-    generate = Engine.generate
+    """What may stand in place of Engine.submit."""
+    submit = Engine.submit
 
-    def answer(engine: Engine, *args: Any, **kwargs: Any) -> Any:
-        generation = generate(engine, *args, **{**kwargs, "max_tokens": 1})
+    def answer(engine: Engine, ask: Ask) -> Any:
+        generation = submit(engine, replace(ask, sampling=replace(ask.sampling, max_tokens=1)))
         generation.text()
         return ScriptedGeneration(generation, text, pause_s)
 
@@ -50,5 +52,5 @@ def scripted(text: str = ANSWER, *, pause_s: float = 0.0) -> Callable[..., Any]:
 
 
 if __name__ == "__main__":
-    Engine.generate = scripted(sys.argv[1], pause_s=0.01)  # type: ignore[method-assign]
+    Engine.submit = scripted(sys.argv[1], pause_s=0.01)  # type: ignore[method-assign]
     main(sys.argv[2:], prog_name="qaflora")

@@ -16,8 +16,9 @@ from click.testing import Result
 from patience import PATIENCE_S, wait_until
 
 from qaflora_edge import Engine
+from qaflora_edge.ask import Ask
 from qaflora_edge.cli import prompts
-from qaflora_edge.cli.batch import to_request
+from qaflora_edge.cli.batch import Defaults, to_ask
 from qaflora_edge.config import in_group
 from qaflora_edge.errors import OptionError
 
@@ -174,10 +175,10 @@ def test_every_sampling_option_has_its_name_on_a_line() -> None:
     for option in in_group("sampling").values():
         values = {int: 3, float: 0.5, str: "root ::= x", tuple: ["a"], dict: {"7": 1.0}}
         value: Any = values[option.kind]
-        found = to_request({"prompt": "a", option.name: value}, system=None, raw_prompt=False)
-        assert found[option.name] == value
+        ask = to_ask({"prompt": "a", option.name: value}, Defaults(Ask(())))
+        assert getattr(ask.sampling, option.name) == option.kind(value)
         with pytest.raises(OptionError, match=f"^Option {option.name} is {{'x': 1}}, expected "):
-            to_request({"prompt": "a", option.name: {"x": 1}}, system=None, raw_prompt=False)
+            to_ask({"prompt": "a", option.name: {"x": 1}}, Defaults(Ask(())))
 
 
 @pytest.mark.slow

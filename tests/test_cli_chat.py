@@ -59,7 +59,7 @@ def test_turns_build_on_each_other(made: TinyBundle) -> None:
 
 
 def test_the_status_tells_speed_and_mix(made: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Engine, "generate", scripted())
+    monkeypatch.setattr(Engine, "submit", scripted())
     result = chat(made.folder, "the thing", args=())
     status = r"\[9\.0 tok/s; first token \d\.\d\d s; \w+ \d+ % · \w+ \d+ %\]\n"
     assert re.fullmatch(status, result.stderr), result.stderr
@@ -69,7 +69,7 @@ def test_the_status_tells_speed_and_mix(made: TinyBundle, monkeypatch: pytest.Mo
 def test_oldest_turns_are_dropped_when_the_context_is_full(
     made: TinyBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Engine, "generate", scripted("the thing"))
+    monkeypatch.setattr(Engine, "submit", scripted("the thing"))
     lines = ["the thing on a ring"] * 4
     result = chat(made.folder, *lines, args=(*GREEDY, "--ctx", "128"))
     assert result.exit_code == 0
@@ -80,7 +80,7 @@ def test_oldest_turns_are_dropped_when_the_context_is_full(
 def test_too_long_a_line_is_told_and_the_chat_goes_on(
     made: TinyBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Engine, "generate", scripted())
+    monkeypatch.setattr(Engine, "submit", scripted())
     result = chat(made.folder, "hi", "xyz" * 100, "hi", args=(*GREEDY, "--ctx", "96"))
     assert result.exit_code == 0
     assert "Error: The prompt has" in result.stderr

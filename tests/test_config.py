@@ -201,7 +201,7 @@ def test_options_of_the_command_line_reach_the_sampler(made: TinyBundle) -> None
         values = value if isinstance(value, tuple) else (value,)
         line += [f"{BY_NAME[name].flag}={each}" for each in values]
     params = find_command("run").make_context("", list(line)).params
-    assert SharedOptions(**{key: params[key] for key in SHARED}).sampling == options
+    assert SharedOptions(**{key: params[key] for key in SHARED}).sampling == Sampling(**options)
     result = CliRunner().invoke(main, ["run", *line])
     with Engine(made.folder) as engine:
         expected = engine.generate("the thing", **options).text()

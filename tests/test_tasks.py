@@ -50,7 +50,7 @@ def test_a_task_says_how_it_is_asked(tmp_path: Path) -> None:
     item = {"question": "2 + 3?", "answer": "5", "language": "español"}
     task = read(tmp_path, "\ufeff" + json.dumps({"task": header}), "", item, "  ")
     assert task.question(task.items[0]) == "2 + 3? {in español}"
-    system, user = task.asked(task.items[0], is_chat=False)["messages"]
+    system, user = task.asked(task.items[0], is_chat=False).messages
     assert system == {"role": "system", "content": "Be brief."}
     assert user == {"role": "user", "content": "2 + 3? {in español}"}
     assert (task.name, task.metric, task.max_tokens, task.stop) == ("sums-es", "exact", 9, ["\n"])
@@ -69,7 +69,7 @@ def test_messages_are_asked_as_they_are(tmp_path: Path) -> None:
     messages = [{"role": "system", "content": "Own."}, {"role": "user", "content": "2 + 3?"}]
     header = {"task": {"system": "Other.", "template": "{x}"}}
     task = read(tmp_path, header, {"messages": messages, "answer": 5})
-    assert task.asked(task.items[0])["messages"] == messages
+    assert task.asked(task.items[0]).messages == messages
     assert task.question(task.items[0]) == "2 + 3?"
 
 

@@ -7,13 +7,14 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 import click
 from click.core import ParameterSource
 
+from qaflora_edge.ask import Ask, Chat, Question, Sampling, Weighing
 from qaflora_edge.cli import prompts
 from qaflora_edge.cli.answers import answer_dict, incomplete, print_json
 from qaflora_edge.cli.options import SharedOptions, bundle_folder, check_outputs, open_engine
@@ -42,25 +43,47 @@ _OPTIONS = {
 }
 
 
-def to_request(found: Mapping[str, Any], *, system: str | None, raw_prompt: bool) -> dict[str, Any]:
-    """Make a request of Engine.generate_many; keys that are no options are left out.
+@dataclass(frozen=True)
+class Defaults:
+    """Say what holds for a line that does not say."""
 
-    system, raw_prompt  of requests that do not say
+    ask: Ask
+    system: str | None = None
+    raw_prompt: bool = False
 
-    A request with messages or a system prompt is a chat. Raises OptionError for a wrong value.
+
+def to_ask(line: Mapping[str, Any], defaults: Defaults) -> Ask:
+    """Read what a line asks; keys that are no options are left out.
+
+    A line with messages or a system prompt is a chat. Raises OptionError for a wrong value.
     """
-    own = _own_options(found)
-    own_system, is_raw = own.pop("system", None), own.pop("raw_prompt", raw_prompt)
-    if "strategy" in own:
-        own["weights"] = own.pop("strategy")
-    if (schema := found.get("json_schema")) is not None:
-        own = {"stop": (), "grammar": None, **own, "json_schema": schema}
-    prompt, messages = found.get("prompt"), found.get("messages")
-    if messages is None and prompt is not None and (own_system is not None or not is_raw):
-        prompt, messages = None, [{"role": "user", "content": prompt}]
-    if messages is not None:
-        messages = begin_with(system if own_system is None else own_system, messages)
-    return {**own, "prompt": prompt, "messages": messages}
+    options = _own_options(line)
+    system = options.pop("system", None)
+    is_raw = options.pop("raw_prompt", defaults.raw_prompt) and system is None
+    ask = defaults.ask
+    if (strategy := options.pop("strategy", None)) is not None:
+        ask = replace(ask, weighing=Weighing(strategy))
+    schema = line.get("json_schema")
+    if schema is not None:
+        options = {"stop": (), "grammar": None, **options}
+    sampling = ask.sampling.updated(options)
+    question = _question(line, defaults.system if system is None else system, is_raw)
+    return replace(ask, prompt=question, sampling=sampling, json_schema=schema)
+
+
+def _question(line: Mapping[str, Any], system: str | None, is_raw: bool) -> Question:
+    prompt = line.get("prompt")
+    messages = line.get("messages")
+    if (prompt is None) == (messages is None):
+        raise OptionError(
+            f"A request has {'neither' if prompt is None else 'both'}, expected either prompt or "
+            "messages."
+        )
+    if prompt is not None and is_raw:
+        text: str = prompt
+        return text
+    said = [{"role": "user", "content": prompt}] if messages is None else messages
+    return Chat(begin_with(system, said))
 
 
 def _own_options(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,7 +119,7 @@ class _Job:
     path     of the requests
     file     gets the answers; None: stdout
     key      equal where the options are
-    common   keywords of Engine.generate_many
+    defaults  of lines that do not say
     digests  of the lines that the file answered before, by their index
     unknown  keys, in the order they came
     """
@@ -105,8 +128,7 @@ class _Job:
     file: LineFile | None
     key: str
     options: SharedOptions
-    common: dict[str, Any]
-    system: str | None
+    defaults: Defaults
     as_json: bool
     digests: dict[int, str] = field(default_factory=dict)
     unknown: dict[str, None] = field(default_factory=dict)
@@ -183,7 +205,7 @@ class _Job:
             self.n_done += 1
             tell("Answering", self.n_done, total or self.n_done)
 
-        def requests() -> Iterator[dict[str, Any]]:
+        def asks() -> Iterator[Ask]:
             numbers = itertools.count()
             for line in self.lines(stream):
                 mark: dict[str, Any] = {}
@@ -192,16 +214,14 @@ class _Job:
                     mark = {"id": found["id"]} if "id" in found else {}
                     others = (key for key in found if key not in _KEYS and key not in _OPTIONS)
                     self.unknown |= dict.fromkeys(others)
-                    request = to_request(
-                        found, system=self.system, raw_prompt=self.options.raw_prompt
-                    )
+                    ask = to_ask(found, self.defaults)
                 except QafloraError as error:
                     write(line, {**mark, **_failure(error)})
                     continue
                 running[next(numbers)] = line, mark
-                yield request
+                yield ask
 
-        for number, answer in engine.generate_many(requests(), **self.common):
+        for number, answer in engine.submit_many(asks()):
             line, mark = running.pop(number)
             self.n_token += answer.n_completion
             write(line, {**mark, **self._result(answer)})
@@ -234,7 +254,7 @@ def answer_file(
     path: str,
     out: Path | None,
     options: SharedOptions,
-    sampling: dict[str, Any],
+    sampling: Sampling,
     system: str | None,
     as_json: bool,
 ) -> NoReturn:
@@ -248,8 +268,9 @@ def answer_file(
         options.parallel = PARALLEL
     file = None if out is None else LineFile(out, "answers")
     key = _key(bundle, options, sampling, system, as_json)
-    common = {**sampling, "weights": options.strategy}
-    job = _Job(path, file, key, options, common, system, as_json)
+    ask = Ask((), Weighing(options.strategy), sampling)
+    defaults = Defaults(ask, system, options.raw_prompt)
+    job = _Job(path, file, key, options, defaults, as_json)
     start_s = time.perf_counter()
     with prompts.open_prompts(path) as stream, nullcontext() if file is None else file.opened():
         if file is not None:
@@ -276,7 +297,7 @@ def answer_file(
 
 
 def _key(
-    bundle: str, options: SharedOptions, sampling: dict[str, Any], system: str | None, as_json: bool
+    bundle: str, options: SharedOptions, sampling: Sampling, system: str | None, as_json: bool
 ) -> str:
     """Equal where the bundle and all options are that decide an answer."""
     place = bundle_folder(bundle)
@@ -284,9 +305,11 @@ def _key(
         read_bundle_text(place)  # says what is wrong with it
         place /= BUNDLE_FILE
     engine = {name: value for name, value in options.engine.items() if name not in _NO_MATTER}
+    chosen = {name: getattr(sampling, name) for name in options.keywords("sampling")}
+    chosen["grammar"] = sampling.grammar
     facts = [
         *(checksum(place), engine, options.strategy, options.raw_prompt),
-        *(sampling, system, as_json),
+        *(chosen, system, as_json),
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 

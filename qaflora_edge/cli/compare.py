@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from qaflora_edge.ask import Ask, Weighing
 from qaflora_edge.cli import options as cli
 from qaflora_edge.cli.answers import answer_dict
 from qaflora_edge.cli.progress import progress_bars
@@ -51,8 +53,8 @@ def compare(
     text = cli.read_prompt(question)
     with cli.open_engine(bundle, options) as engine:
         strategies = expand(ways or f"{engine.strategy},base,single", engine.adapters)
-        tokens = cli.prompt_tokens(engine, text, options)
-        answers = ask(engine, tokens, strategies, options.sampling)
+        prompt = engine.read(cli.question(text, options))
+        answers = answer_all(engine, Ask(prompt, sampling=options.sampling), strategies)
     if as_json:
         facts = [{"strategy": strategy, **facts} for strategy, _, facts in answers]
         click.echo(json.dumps({"prompt": text, "answers": facts}))
@@ -75,16 +77,14 @@ def expand(ways: str, adapters: Sequence[str]) -> list[str]:
     return list(found)
 
 
-def ask(
-    engine: Engine, tokens: list[int], strategies: Sequence[str], sampling: dict[str, Any]
-) -> list[Answer]:
+def answer_all(engine: Engine, ask: Ask, strategies: Sequence[str]) -> list[Answer]:
     """Answer under each strategy, in their order. Raises what the first one that failed did."""
     answers: dict[int, Answer] = {}
-    requests = [{"prompt": tokens, "weights": strategy} for strategy in strategies]
+    asks = [replace(ask, weighing=Weighing(strategy)) for strategy in strategies]
     with progress_bars() as tell:
-        for index, generation in engine.generate_many(requests, **sampling):
+        for index, generation in engine.submit_many(asks):
             answers[index] = strategies[index], generation.fusion, answer_dict(generation)
-            tell("Answering", len(answers), len(requests))
+            tell("Answering", len(answers), len(asks))
     return [answers[index] for index in range(len(strategies))]
 
 

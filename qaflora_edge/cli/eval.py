@@ -98,7 +98,7 @@ def eval(
             f"Two tasks have one name: {', '.join(names)}, expected different ones: give one of "
             'them another, as in {"task": {"name": "..."}} in its first line.'
         )
-    sampling = options.sampling | {"raw_prompt": options.raw_prompt}
+    sampling, is_raw = options.sampling, options.raw_prompt
     with cli.open_engine(bundle, options) as engine:
         every = engine.strategies if options.strategy is None else (options.strategy,)
         strategies = expand(",".join(ways), engine.adapters) if ways else list(every)
@@ -108,7 +108,9 @@ def eval(
         head = header(folder, engine, read, strategies, told, cpu_name())
         with kept_results(out, head) as results:
             asked = [(task, left(task, strategies, results, limit)) for task in read]
-            records = chain.from_iterable(evaluate(engine, *each, **sampling) for each in asked)
+            records = chain.from_iterable(
+                evaluate(engine, task, items, sampling, raw_prompt=is_raw) for task, items in asked
+            )
             _keep(results, records, sum(len(items) for _, items in asked))
     _show(results, json_path)
     if save:
@@ -123,7 +125,7 @@ def _asked_under(engine: Engine, options: cli.SharedOptions) -> dict[str, Any]:
     found = {name: getattr(engine, name) for name in ("lens", "pool", "prefill", "system")}
     keys = ("n_ctx", "kv_type", "flash_attn", "adapter_type")
     found |= {key: options.engine[key] for key in keys}
-    found |= {**options.sampling, "raw_prompt": options.raw_prompt}
+    found |= {**options.keywords("sampling"), "raw_prompt": options.raw_prompt}
     return {**found, "stop": list(found["stop"])}
 
 

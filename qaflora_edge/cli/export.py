@@ -49,8 +49,8 @@ def export(
         )
     text = None if prompt is None else cli.read_prompt(prompt)
     with cli.open_engine(bundle, options) as engine:
-        tokens = [0] if text is None else cli.prompt_tokens(engine, text, options)
-        fusion = engine.weights(tokens)
+        query = engine.read([0] if text is None else cli.question(text, options))
+        fusion = engine.weights(query)
     who, modules = who_spoke(fusion), mix_modules(opened.adapters, fusion.weights)
     if is_peft:
         with atomic_folder(output, failure) as temporary:

@@ -18,6 +18,7 @@ import click
 from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
+from qaflora_edge.ask import Chat, Question, Sampling
 from qaflora_edge.cli.progress import progress_bars, waiting
 from qaflora_edge.cli.prompts import read_message
 from qaflora_edge.config import ADAPTER, ADVANCED, OWN, SECTIONS, Option, in_group, shared_by
@@ -50,9 +51,9 @@ class SharedOptions(SimpleNamespace):
         return keywords
 
     @property
-    def sampling(self) -> dict[str, Any]:
-        """Keywords of Engine.generate."""
-        return self.keywords("sampling")
+    def sampling(self) -> Sampling:
+        """How tokens are chosen."""
+        return Sampling().updated(self.keywords("sampling"))
 
 
 class _NumberOrWord(click.IntRange):
@@ -540,11 +541,9 @@ def check_prompt(
     return text
 
 
-def prompt_tokens(
-    engine: Engine, prompt: str, options: SharedOptions, system: str | None = None
-) -> list[int]:
-    """Tokenize a prompt: as a question under the chat template, or as it is."""
+def question(prompt: str, options: SharedOptions, system: str | None = None) -> Question:
+    """Ask with a prompt: as a question under the chat template, or as it is."""
     if options.raw_prompt:
-        return engine.tokenize(prompt)
+        return prompt
     first = [] if system is None else [{"role": "system", "content": system}]
-    return engine.chat_tokens([*first, {"role": "user", "content": prompt}])
+    return Chat([*first, {"role": "user", "content": prompt}])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from qaflora_edge.ask import Ask
 from qaflora_edge.cli import answers
 from qaflora_edge.cli import options as cli
 from qaflora_edge.cli.progress import waiting
@@ -105,18 +107,17 @@ def run(
     parts = [] if prompt is None else [cli.read_prompt(prompt)]
     parts += [] if file is None else [cli.check_prompt(read_message(file))]
     text = "\n\n".join([*parts, piped] if piped else parts)
-    sampling = options.sampling
-    sampling["grammar"] = _read_grammar(schema_path, grammar_path)
+    sampling = replace(options.sampling, grammar=_read_grammar(schema_path, grammar_path))
     if schema_path is not None:
-        sampling["stop"] = ()  # one out of the settings is meant for prose
+        sampling = replace(sampling, stop=())  # one out of the settings is meant for prose
     if prompts_path is not None:
         from qaflora_edge.cli.batch import answer_file
 
         answer_file(bundle, prompts_path, out, options, sampling, system, as_json)
+    ask = Ask(cli.question(text, options, system), sampling=sampling)
     with cli.open_engine(bundle, options) as engine:
-        tokens = cli.prompt_tokens(engine, text, options, system)
         with waiting("Weighing the adapters, then prefill") as tell:
-            answer = engine.generate(tokens, on_progress=tell, **sampling)
+            answer = engine.submit(replace(ask, on_progress=tell))
         if as_json:
             with waiting("Answering"):
                 facts = answers.answer_dict(answer)

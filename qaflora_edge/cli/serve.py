@@ -5,7 +5,6 @@ import socket
 
 import click
 
-from qaflora_edge.ask import Sampling
 from qaflora_edge.cli import options as cli
 from qaflora_edge.errors import OptionError
 from qaflora_edge.files import what_is_at
@@ -80,7 +79,7 @@ def serve(
             ttl_s=ttl,
             adapters=folder,
             engine={"strategy": options.strategy, **options.engine},
-            sampling=Sampling().updated(options.sampling),
+            sampling=options.sampling,
             chosen=frozenset(filter(cli.is_chosen, vars(options))),
         ),
     )

@@ -65,13 +65,13 @@ def weights(
         queries = []  # all fit, or none is shown
         for asked in prompts:
             try:
-                queries.append(cli.prompt_tokens(engine, asked.text, options))
+                queries.append(engine.read(cli.question(asked.text, options)))
             except PromptError as error:
                 if asked.where is None:
                     raise
                 raise PromptError(f"{asked.where}: {error}") from error
-        for asked, tokens in zip(prompts, queries, strict=True):
-            fusion = engine.weights(tokens)
+        for asked, query in zip(prompts, queries, strict=True):
+            fusion = engine.weights(query)
             weighed.append((asked, fusion))
             if len(queries) > 1:
                 tell("Weighing", len(weighed), len(queries))

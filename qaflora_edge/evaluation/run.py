@@ -5,12 +5,14 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from qaflora_edge import __version__
 from qaflora_edge.arrays import F32
+from qaflora_edge.ask import Ask, Sampling, Weighing
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import CancelledError, ChatTemplateError, PromptError
 from qaflora_edge.evaluation.metrics import Fields, listed
@@ -84,12 +86,16 @@ def left(
 
 
 def evaluate(
-    engine: Engine, task: Task, asked: Iterable[Asked], *, raw_prompt: bool = False, **sampling: Any
+    engine: Engine,
+    task: Task,
+    asked: Iterable[Asked],
+    sampling: Sampling,
+    *,
+    raw_prompt: bool = False,
 ) -> Iterator[Record]:
     """Ask and score; give records in the order in which items end.
 
     raw_prompt  no chat template, whatever the task says
-    sampling    keywords of Engine.generate
 
     An item with a prompt that cannot be used, one that is too long for example, is a record
     without a score. Raises any other failure.
@@ -98,29 +104,31 @@ def evaluate(
     if task.by.is_likelihood:
         return _likelihoods(engine, task, asked, is_chat)
     if task.max_tokens is not None:
-        sampling["max_tokens"] = task.max_tokens
+        sampling = replace(sampling, max_tokens=task.max_tokens)
     if task.stop is not None:
-        sampling["stop"] = task.stop
+        sampling = replace(sampling, stop=tuple(task.stop))
     return _answers(engine, task, asked, is_chat, sampling)
 
 
 def _answers(
-    engine: Engine, task: Task, asked: Iterable[Asked], is_chat: bool, sampling: Record
+    engine: Engine, task: Task, asked: Iterable[Asked], is_chat: bool, sampling: Sampling
 ) -> Iterator[Record]:
     """Generate answers, many at once."""
     records: list[Record] = []
     spent_ms: Counter[int] = Counter()
 
-    def requests() -> Iterator[Record]:
+    def asks() -> Iterator[Ask]:
         for index, strategy in asked:
             record = asked_fields(task, index, strategy)
             records.append(record)
-            request = task.asked(task.items[index], is_chat=is_chat)
-            request["weights"] = strategy
-            request["on_weights"] = partial(_weighed, record, spent_ms)
-            yield request
+            yield Ask(
+                task.asked(task.items[index], is_chat=is_chat),
+                Weighing(strategy),
+                sampling,
+                on_weights=partial(_weighed, record, spent_ms),
+            )
 
-    for number, answer in engine.generate_many(requests(), **sampling):
+    for number, answer in engine.submit_many(asks()):
         record = records[number]
         error = answer.error
         if answer.is_cancelled:
@@ -212,7 +220,5 @@ def task_prompt(engine: Engine, task: Task, item: Fields, *, is_chat: bool = Tru
 
     Raises PromptError for one that is too long, ChatTemplateError for a chat without a template.
     """
-    asked = task.asked(item, is_chat=is_chat and engine.has_chat_template)
-    if "messages" in asked:
-        return engine.chat_tokens(**asked)
-    return engine.tokenize(**asked)
+    question = task.asked(item, is_chat=is_chat and engine.has_chat_template)
+    return [*engine.read(question).tokens]

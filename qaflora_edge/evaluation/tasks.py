@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qaflora_edge.ask import Chat
 from qaflora_edge.errors import InputFileError, PromptError, TaskFileError, os_errors
 from qaflora_edge.evaluation.metrics import BUILT_IN, Fields, Metric, is_text, metrics
 from qaflora_edge.formats.inputs import open_input
@@ -68,15 +69,15 @@ class Task:
             return str(item.get("question", item.get("prompt")))
         return _filled(self.template, item)
 
-    def asked(self, item: Fields, *, is_chat: bool = True) -> dict[str, Any]:
-        """Ask an item as Engine.generate_many takes it: `messages` for the template, or `prompt`.
+    def asked(self, item: Fields, *, is_chat: bool = True) -> Chat | str:
+        """Ask an item: with messages for the chat template, or a text.
 
         is_chat  whether there is a template to use; messages and system always need one
         """
         if "messages" not in item and self.system is None and (self.raw_prompt or not is_chat):
-            return {"prompt": self.question(item)}
+            return self.question(item)
         messages = item.get("messages") or [{"role": "user", "content": self.question(item)}]
-        return {"messages": list(begin_with(self.system, messages))}
+        return Chat(begin_with(self.system, messages))
 
     def expected(self, item: Fields) -> Any:
         """Give what is right: of a choice its text; None where only the metric knows."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qaflora_edge.ask import Ask
 from qaflora_edge.cli import options as cli
 from qaflora_edge.cli.answers import thought_parts
 from qaflora_edge.errors import CancelledError, PromptError, QafloraError
@@ -95,7 +96,7 @@ class PlainInput:
 class Chat:
     """Reads, answers and shows, until the user leaves.
 
-    sampling  keywords of Engine.generate
+    sampling  how tokens are chosen
     fusion    the weights of the last answer, if there was one
     """
 
@@ -104,7 +105,7 @@ class Chat:
     ) -> None:
         self.engine, self.view, self.folder = engine, view, folder
         self.conversation, self._is_raw = conversation.Conversation(), options.raw_prompt
-        self.sampling = dict(options.sampling)
+        self.sampling = options.sampling
         self.fusion: FusionWeights | None = None
 
     def run(self, typed: PlainInput | TerminalInput) -> None:
@@ -123,7 +124,7 @@ class Chat:
 
     def _greet(self) -> None:
         """Tell the base, its adapters, the strategy and the repeat penalty."""
-        engine, penalty = self.engine, self.sampling["repeat_penalty"]
+        engine, penalty = self.engine, self.sampling.repeat_penalty
         names = ", ".join(engine.adapters) or "no adapters"
         parts = [engine.name, names, f"strategy {engine.strategy}"]
         self.view.note(*parts, *[f"repeat penalty {penalty:g}"] * (penalty != 1.0))
@@ -145,16 +146,17 @@ class Chat:
             return False
 
     def _answer(self, question: str) -> bool:
-        view, tokens = self.view, self._fit(question)
-        stop, text = threading.Event(), ""
+        view = self.view
+        prompt = self._fit(question)
+        stop = threading.Event()
+        ask = Ask(prompt, sampling=self.sampling, cancel=stop, on_progress=view.progress)
+        text = ""
         generation: Generation | None = None
         view.begin()
         previous = signal.signal(signal.SIGINT, lambda *_: stop.set())
         try:
             with contextlib.suppress(CancelledError):
-                generation = self.engine.generate(
-                    tokens, cancel=stop, on_progress=view.progress, **self.sampling
-                )
+                generation = self.engine.submit(ask)
                 for piece in generation.drafting():
                     view.drafting(piece)
                 if generation.draft is not None:
@@ -184,7 +186,9 @@ class Chat:
         """
         cli.check_prompt(question, *_MESSAGE)
         n_ctx, n_before = self.engine.n_ctx, self.conversation.n_dropped
-        room = min(self.sampling["max_tokens"], n_ctx // 4)
+        room = n_ctx // 4
+        if self.sampling.max_tokens is not None:
+            room = min(self.sampling.max_tokens, room)
         try:
             tokens = self.conversation.fit(question, self.tokens, n_ctx - room)
         except PromptError as error:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qaflora_edge.cli.progress import waiting
-from qaflora_edge.config import check, in_group
+from qaflora_edge.config import in_group
 from qaflora_edge.errors import QafloraError
 from qaflora_edge.prompt.conversation import Conversation, bundle_identity, save_session
 from qaflora_edge.settings import expanded
@@ -158,10 +158,9 @@ def set_(chat: Chat, argument: str) -> None:
         value: object = option.default if text == "off" else text
         with contextlib.suppress(ValueError):  # the check says what is wrong
             value = option.kind(text)
-        check("sampling", {option.name: value})
-        chat.sampling = {**chat.sampling, option.name: value}
+        chat.sampling = chat.sampling.updated({option.name: value})
     keys = [key] if key else SAMPLING
-    chat.view.note(*(f"{key} {chat.sampling[SAMPLING[key].name]}" for key in keys))
+    chat.view.note(*(f"{key} {getattr(chat.sampling, SAMPLING[key].name)}" for key in keys))
 
 
 @_command()
