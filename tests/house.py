@@ -11,11 +11,11 @@ from pathlib import Path
 PACKAGE = "qaflora_edge"
 LONG = 35  # words; no sentence for people has more
 LIMITS = {
-    "lines of the package": 27_000,
+    "lines of the package": 27_600,
     "tokens a line of code": 9.0,
-    "modules": 145,
+    "modules": 148,
     "modules that Engine imports": 45,
-    "lines that Engine imports": 8_000,
+    "lines that Engine imports": 8_100,
     "lines of tests": 28_000,
     "lines of the page": 2_400,
     "lines that patches add": 250,
