@@ -17,7 +17,8 @@ from pathlib import Path
 import click
 
 from qaflora_edge import Engine, QafloraError
-from qaflora_edge.cli.compare import ask, expand, table
+from qaflora_edge.ask import Ask, Sampling
+from qaflora_edge.cli.compare import answer_all, expand, table
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 MAX_TOKENS = 160
@@ -147,7 +148,8 @@ def show(engine: Engine, question: Question, ways: str) -> None:
     """The answers to one question, one below the other, each with its mix."""
     click.echo(f"\n--- {question.about}; right is {question.right} ---\n{question.text}\n")
     tokens = engine.chat_tokens([{"role": "user", "content": question.text}])
-    answers = ask(engine, tokens, expand(ways, engine.adapters), {"max_tokens": MAX_TOKENS})
+    question = Ask(tokens, sampling=Sampling(max_tokens=MAX_TOKENS))
+    answers = answer_all(engine, question, expand(ways, engine.adapters))
     click.echo(table(answers, width=shutil.get_terminal_size().columns))
 
 

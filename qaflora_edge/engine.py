@@ -55,23 +55,6 @@ if TYPE_CHECKING:
 C = TypeVar("C", bound=Callable[..., Any])
 
 
-def _draw(fusion: FusionWeights) -> str:
-    from qaflora_edge.show.pages import notebook_html
-
-    return notebook_html(fusion)
-
-
-def _tell(fusion: FusionWeights) -> str:
-    from qaflora_edge.show.text import who_spoke
-
-    n_layer = fusion.weights.shape[1]
-    return f"<FusionWeights {fusion.strategy}, {n_layer} layers: {who_spoke(fusion)}>"
-
-
-FusionWeights._repr_html_ = _draw
-FusionWeights.__repr__ = _tell  # type: ignore[assignment]
-
-
 def _steady(call: C) -> C:
     """Let a call keep the adapters with which it began, whatever is added or removed."""
 

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import qaflora_edge.engine  # noqa: F401  it draws weights
 from qaflora_edge.ask import Prompt
 from qaflora_edge.errors import StrategyError, WeightsError
 from qaflora_edge.weighing import numbers as fusion

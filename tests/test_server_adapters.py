@@ -66,6 +66,11 @@ def test_adapters_come_and_go_in_vllm_s_words(client: TestClient) -> None:
     assert weighed(client) == ["math", "fr", "new"]
 
 
+def test_a_change_keeps_no_slot_busy(client: TestClient) -> None:
+    change(client, "unload", "es")
+    assert not any(slot["is_processing"] for slot in client.get("/slots").json())
+
+
 def test_paths_stay_in_the_folder(client: TestClient, folder: Path, made: TinyBundle) -> None:
     (folder / "link").symlink_to(made.peft)
     (folder / "half").mkdir()

@@ -4,9 +4,9 @@ The method is qa-FLoRA (AAAI 2026, arXiv 2512.11366). The library computes diver
 quantised head.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -114,8 +114,17 @@ class FusionWeights:
         heaviest = sorted(self.means.items(), key=lambda item: -item[1])
         return tuple(name for name, mean in heaviest if mean > 0)
 
-    # Draws weights in a notebook. The Engine sets it, and __repr__.
-    _repr_html_: ClassVar[Callable[["FusionWeights"], str] | None] = None
+    def __repr__(self) -> str:
+        from qaflora_edge.show.text import who_spoke
+
+        n_layer = self.weights.shape[1]
+        return f"<FusionWeights {self.strategy}, {n_layer} layers: {who_spoke(self)}>"
+
+    def _repr_html_(self) -> str:
+        """Draw the weights in a notebook."""
+        from qaflora_edge.show.pages import notebook_html
+
+        return notebook_html(self)
 
 
 def check_weights(
