@@ -91,19 +91,6 @@ def test_seeds_repeat_answers(llama: Llama) -> None:
     assert text() == text(seed=3)  # the seed of Llama()
 
 
-def test_penalties_and_cuts_reach_the_sampler(llama: Llama) -> None:
-    def text(**options: Any) -> str:
-        fixed = {"max_tokens": 40, "temperature": 0, "top_p": 1.0, "min_p": 0.0, "top_k": 0}
-        return str(llama("the king", **{**fixed, **options})["choices"][0]["text"])
-
-    greedy = text()
-    assert text(temperature=1.5, top_k=1) == greedy
-    assert text(temperature=1.5, min_p=1.0) == greedy
-    assert text(temperature=1.5, seed=1) != greedy
-    for name in ("repeat_penalty", "frequency_penalty", "presence_penalty"):
-        assert len(set(text(**{name: 50.0}))) > len(set(greedy))
-
-
 def test_call_pattern_of_langchain_works(made: TinyBundle) -> None:
     with Llama(str(made.folder), **LANGCHAIN_INIT, n_gpu_layers=0) as llama:
         result = llama(prompt="the king", **LANGCHAIN_CALL)

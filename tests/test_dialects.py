@@ -1,0 +1,76 @@
+"""Dialects without a server: bodies become an Ask, and a generation events."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from qaflora_edge.ask import Ask, Chat, Sampling, Weighing
+from qaflora_edge.dialects import llama_server, ollama, openai_chat, openai_responses, openai_text
+from qaflora_edge.dialects.extras import weighing_of
+from qaflora_edge.errors import OptionError
+
+DEFAULTS = Ask((), Weighing("static"), Sampling(temperature=0.5, seed=3))
+USER = [{"role": "user", "content": "the thing?"}]
+OLLAMA: dict[str, Any] = {"messages": USER, "format": ""}
+
+
+class Spoken(SimpleNamespace):
+    """A generation that has ended."""
+
+    calls, wants_logprobs, finish_reason, reasoning = None, False, "stop", ""
+    n_prompt = n_cached = n_completion = n_draft = n_thought = 2
+
+    def __iter__(self) -> Any:
+        return iter(("Yes", "."))
+
+    def thoughts(self) -> Any:
+        return iter(("Hm",))
+
+
+def test_one_question_is_one_ask_in_every_dialect() -> None:
+    expected = Ask(Chat(USER), Weighing("static"), Sampling(9, 0.5, seed=3))
+    assert openai_chat.ask({"messages": USER, "max_tokens": 9}, DEFAULTS) == expected
+    body = {"input": "the thing?", "max_output_tokens": 9}
+    assert openai_responses.ask(body, DEFAULTS) == expected
+    assert ollama.ask_chat({**OLLAMA, "options": {"num_predict": 9}}, DEFAULTS) == expected
+
+
+def test_texts_are_taken_as_they_are() -> None:
+    for ask in (
+        *openai_text.asks({"prompt": ["a", [5]]}, DEFAULTS),
+        llama_server.ask({"prompt": "a", "n_predict": 16}, DEFAULTS),
+    ):
+        assert (ask.parse_special, ask.sampling.max_tokens, ask.sampling.seed) == (True, 16, 3)
+
+
+def test_an_answer_in_every_dialect() -> None:
+    answer: Any = Spoken()
+    deltas = [choice["delta"] for choice in openai_chat.SHAPE.choices(answer)]
+    told = {"reasoning_content": "Hm"}, {"content": "Yes"}, {"content": "."}
+    assert deltas == [{"role": "assistant"}, *told, {}]
+    lines = ollama.events(
+        {}, answer, ollama.text_fields, is_stream=True, times=lambda _: {"eval_count": 2}
+    )
+    assert [line["response"] for line in lines] == ["", "Yes", ".", ""]
+    events = llama_server.events({"stream": True}, "tiny", answer)
+    assert [event["content"] for event in events] == ["Yes", ".", ""]
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"fusion": {"strategy": "manual:math=1e30"}}, "fusion.strategy"),
+        ({"fusion": {"weights": [[True]]}}, "fusion.weights"),
+        ({"fusion": {"weights": {"es": 1e3}}}, "fusion.weights"),
+        ({"fusion": {"weights": {"es": 1}, "strategy": "base"}}, "fusion.weights"),
+        ({"lora": [{"id": 2, "scale": 1.0}]}, "lora"),
+        ({"lora": [{"id": 0, "scale": 1.0}], "fusion": {"weights": {"es": 1}}}, "lora"),
+    ],
+)
+def test_weights_that_contradict_or_are_too_large_are_refused(
+    body: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(OptionError, match=f"^The field {field} is ") as caught:
+        weighing_of(body, None, ("math", "es"))
+    assert caught.value.option == field
