@@ -3,10 +3,10 @@
     python benchmarks/relay_cost.py demo TASK... [--tokens 100,300] [--limit 5] [--repeat 5]
 
 TASK is a file as `qaflora eval` takes it; models/recipes/shop.py writes some. Each question is
-asked behind a system prompt that makes it so many tokens long, which differs from round to round,
-so that no KV state of one serves the next. Both strategies take turns, the first round is thrown
-away, and ratios are taken within a round. `seen` is the first piece of text that a user sees,
-drafts included.
+asked behind a system prompt that makes it so many tokens long. That is another one in each run, so
+no KV state of one serves the next. Both strategies take turns, the first round is thrown away, and
+ratios are taken within a round. `seen` is the first piece of text that a user sees, drafts
+included.
 """
 
 import argparse
@@ -58,9 +58,10 @@ def _print_task(engine: Engine, task: Task, length: int, limit: int, repeat: int
     for item in task.items[:limit]:
         question = task.question(item)
         for turn in range(1 + repeat):
-            tokens = _prompt(engine, question, length, turn)
-            order = STRATEGIES if turn % 2 else STRATEGIES[::-1]
-            runs = {name: _answer(engine, tokens, name) for name in order}
+            runs: dict[str, Timed] = {}
+            for name in STRATEGIES if turn % 2 else STRATEGIES[::-1]:
+                tokens = _prompt(engine, question, length, f"{turn}, {name}")
+                runs[name] = _answer(engine, tokens, name)
             plain, relay = (runs[name] for name in STRATEGIES)
             if turn > 0:
                 whole[relay.is_relayed].append(relay.whole / plain.whole)
@@ -75,13 +76,12 @@ def _print_task(engine: Engine, task: Task, length: int, limit: int, repeat: int
         )
 
 
-def _prompt(engine: Engine, question: str, length: int, turn: int) -> list[int]:
-    """Give a chat of about so many tokens that ends with the question."""
+def _prompt(engine: Engine, question: str, length: int, run: str) -> list[int]:
+    """Give a chat of about so many tokens that ends with the question; run: a name of its own."""
     texts = neutral("prompts")
-    first = turn % len(texts)
     about = "People have asked you these questions before, and you have answered them all. "
-    system = f"You are a helpful assistant ({turn}). {about}"
-    for text in texts[first:] + texts[:first]:
+    system = f"({run}) You are a helpful assistant. {about}"
+    for text in texts:
         messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
         tokens = engine.chat_tokens(messages)
         if len(tokens) >= length:
