@@ -22,7 +22,6 @@ from qaflora_edge.ask import (
     Prompt,
     Question,
     Tools,
-    Weighing,
     asked,
     one_of,
 )
@@ -128,7 +127,9 @@ class Engine:
         check("engine", {**options, **placing, **more})
         check_process()
         opened = open_any(bundle, base, adapters)
-        self.seed, self.n_parallel, self.reasoning = seed, n_parallel, reasoning
+        self.seed = seed
+        self.n_parallel = n_parallel
+        self.reasoning = reasoning
         self.system = opened.text.system if opened.text else ""
         self.examples = opened.text.examples if opened.text else ()
         self._opened = opened
@@ -144,11 +145,13 @@ class Engine:
         )
         self._core = self._open(opened)
         self._cores = [weakref.ref(self._core)]  # also those that answer their last requests
-        self._model = model = self._core.model
+        model = self._core.model
+        self._model = model
         self.n_ctx = self._core.n_ctx  # most tokens of a request
         self.loaded_adapters = self._core.adapters  # also those not in use
         self.name = model.name  # the base's own, or its file's
-        self.n_layer, self.n_vocab = model.n_layer, model.n_vocab
+        self.n_layer = model.n_layer
+        self.n_vocab = model.n_vocab
         self.n_ctx_train = model.n_ctx_train  # tokens of the longest text in training
         self.has_chat_template = bool(model.chat_template)
 
@@ -306,11 +309,14 @@ class Engine:
         )
         if self._chooses and UNMEASURED in weigher.followed:
             weigher = replace(weigher, known=replace(weigher.known, strategy=UNMEASURED))
-        core, old = self._open(opened), self._core
+        core = self._open(opened)
+        old = self._core
         core.n_ctx = self.n_ctx  # as much memory was free at first
         with old.call():  # raises BusyError after close()
             self._cores = [each for each in (*self._cores, weakref.ref(core)) if each()]
-            self._opened, self._chooses, self.loaded_adapters = opened, False, core.adapters
+            self._opened = opened
+            self._chooses = False
+            self.loaded_adapters = core.adapters
             self.__dict__.update(_core=core, _weigher=weigher)  # in one step: see _steady
         old.loop.leave()
         trim()  # measuring frees much in this thread
@@ -329,7 +335,8 @@ class Engine:
         """Weigh by this strategy where a call names none. Raises StrategyError."""
         with self._changing, self._core.call():
             known = replace(self._weigher.known, strategy=strategy)
-            self._weigher, self._chooses = replace(self._weigher, known=known), False
+            self._weigher = replace(self._weigher, known=known)
+            self._chooses = False
 
     def _using(self, names: Sequence[str] | None) -> Weigher:
         """Give the weigher with these adapters in use; None: as they are."""
@@ -515,20 +522,16 @@ class Engine:
 
         Raises ChatTemplateError for a base without a chat template, OptionError for wrong choices.
         """
-        from qaflora_edge.inference import decision
+        from qaflora_edge.inference.decision import decide
 
-        means = decision.checked_choices(choices)
-        ways = decision.ways_to_ask(prompt, means)
         with self._core.call():
-            question = decision.Question(*map(self.read, ways))
-            go_on = self._reader().continuation
-            tokens = {name: go_on(question.listed, name) for name in means}
-            return decision.decide(
+            return decide(
                 self._core,
+                self._reader(),
                 self._using(adapters),
-                question,
-                tokens,
-                Weighing(strategy),
+                prompt,
+                choices,
+                strategy,
                 compare=compare,
                 cancellation=self._core.cancellation(cancel),
             )
@@ -679,7 +682,9 @@ class Engine:
     def _begin(self, ask: Ask) -> Generation:
         """Weigh a prompt that was read, and begin to answer it."""
         assert isinstance(ask.prompt, Prompt)
-        prompt, sampling, prefill = ask.prompt, ask.sampling, ask.weighing.prefill
+        prompt = ask.prompt
+        sampling = ask.sampling
+        prefill = ask.weighing.prefill
         with self._core.call():
             cancellation = self._core.cancellation(ask.cancel)
             weigher = self._using(ask.weighing.adapters)

@@ -177,7 +177,8 @@ def _sampling(
     defaults = {**_DEFAULTS, "max_tokens": max_tokens, "temperature": temperature}
     _check(method, {name: options[name] for name in options.keys() - defaults.keys()})
     found = {name: options.get(name, default) for name, default in defaults.items()}
-    limit, grammar = found["max_tokens"], found["grammar"]
+    limit = found["max_tokens"]
+    grammar = found["grammar"]
     if grammar is not None and not isinstance(grammar, str):
         grammar = str(grammar._grammar)  # a LlamaGrammar's text
     return found | {

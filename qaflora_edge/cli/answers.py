@@ -21,7 +21,8 @@ def stream_answer(answer: Generation) -> None:
     A terminal gets none of its control characters; a pipe or a file gets it as it is. A relay's
     draft and the thought go to stderr, dimmed, where that is a terminal.
     """
-    is_terminal, is_shown = sys.stdout.isatty(), sys.stderr.isatty()
+    is_terminal = sys.stdout.isatty()
+    is_shown = sys.stderr.isatty()
     try:
         for piece in answer.drafting():
             if is_shown:

@@ -104,7 +104,8 @@ def _measured(
     from qaflora_edge.engine import Engine
 
     plan = parts.Plan(**sizes)
-    longest, most = max(plan.prompt_tokens), max(plan.callers)
+    longest = max(plan.prompt_tokens)
+    most = max(plan.callers)
     n_ctx = longest + most + plan.max_tokens + 256  # a template
     given = options.engine | {"n_ctx": n_ctx, "strategy": options.strategy}
     adapters = list(loaded.adapter_paths.values())

@@ -115,7 +115,8 @@ def create(
         if base or adapters or system_path:
             raise click.UsageError("--modelfile stands in place of --base, --adapter and --system.")
         modelfile = _read_modelfile(modelfile_path)
-        source, pairs = modelfile.base, modelfile.adapters
+        source = modelfile.base
+        pairs = modelfile.adapters
         options["license"] = options["license"] or modelfile.license
         options["system"] = modelfile.system
         options["examples"] = modelfile.examples
@@ -291,7 +292,8 @@ def describe(folder: Path) -> str:
     from qaflora_edge.weighing.weigher import known_of
 
     text = read_bundle_text(folder)
-    base, known = text.base, known_of(text)
+    base = text.base
+    known = known_of(text)
     sampling = ", ".join(f"{name} {value}" for name, value in text.sampling.items())
     where = recorded_base(folder, base) or f"not here: {how_to_get_base(folder, base)}"
     lines = [

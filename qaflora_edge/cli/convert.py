@@ -98,7 +98,8 @@ def convert(
     report = asdict(converted)
     _print_report({**report, "path": str(output)}, as_json)
     click.echo(f"Wrote {output} ({report['size_bytes'] / 1e6:.1f} MB).", err=True)
-    trained_on, base_name = report["trained_on"], report["base_name"]
+    trained_on = report["trained_on"]
+    base_name = report["base_name"]
     names = {plain_name(name) for name in (base_name, base) if name}
     if trained_on and base_name and plain_name(trained_on) not in names:
         click.echo(

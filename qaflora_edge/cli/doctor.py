@@ -95,7 +95,8 @@ def _version(name: str) -> str | None:
 
 
 def _device(ggml: Any, device: int) -> dict[str, Any]:
-    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    free = ctypes.c_size_t()
+    total = ctypes.c_size_t()
     ggml.dev_memory(device, ctypes.byref(free), ctypes.byref(total))
     number = ggml.dev_type(device)
     return {

@@ -98,7 +98,8 @@ def eval(
             f"Two tasks have one name: {', '.join(names)}, expected different ones: give one of "
             'them another, as in {"task": {"name": "..."}} in its first line.'
         )
-    sampling, is_raw = options.sampling, options.raw_prompt
+    sampling = options.sampling
+    is_raw = options.raw_prompt
     with cli.open_engine(bundle, options) as engine:
         every = engine.strategies if options.strategy is None else (options.strategy,)
         strategies = expand(",".join(ways), engine.adapters) if ways else list(every)
@@ -114,7 +115,8 @@ def eval(
             _keep(results, records, sum(len(items) for _, items in asked))
     _show(results, json_path)
     if save:
-        best, how = best_strategy(results), results.header["options"]
+        best = best_strategy(results)
+        how = results.header["options"]
         set_default(folder, best, lens=how["lens"], pool=how["pool"])
         click.echo(f"The strategy of {folder} is {best} from now on.", err=True)
     click.get_current_context().exit(1 if results.failed else 0)
@@ -131,7 +133,10 @@ def _asked_under(engine: Engine, options: cli.SharedOptions) -> dict[str, Any]:
 
 def _keep(results: Results, records: Iterable[Record], n_asked: int) -> None:
     """Keep records as they come, with a bar on a terminal, and say at the end what was done."""
-    start, n_before, n_done, n_token = time.perf_counter(), len(results.records), 0, 0
+    start = time.perf_counter()
+    n_before = len(results.records)
+    n_done = 0
+    n_token = 0
     try:
         with progress_bars() as tell:
             for n_done, record in enumerate(records, 1):

@@ -51,7 +51,8 @@ def export(
     with cli.open_engine(bundle, options) as engine:
         query = engine.read([0] if text is None else cli.question(text, options))
         fusion = engine.weights(query)
-    who, modules = who_spoke(fusion), mix_modules(opened.adapters, fusion.weights)
+    who = who_spoke(fusion)
+    modules = mix_modules(opened.adapters, fusion.weights)
     if is_peft:
         with atomic_folder(output, failure) as temporary:
             write_peft_mix(temporary, opened.header, modules)

@@ -190,7 +190,8 @@ class _Option(click.Option):
 
     def __init__(self, *args: Any, declared: Option, unset: str, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
-        self.declared, self.unset = declared, unset
+        self.declared = declared
+        self.unset = unset
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
         default = f"  [default: {self.unset}]" if self.unset else ""
@@ -295,7 +296,8 @@ def adapter_pairs(values: Sequence[str]) -> list[tuple[str, str]]:
     for value in values:
         name, equals, path = value.partition("=")
         if not equals or os.path.exists(expanded(value)):
-            name, path = expanded(value).resolve().name.partition("@")[0], value
+            name = expanded(value).resolve().name.partition("@")[0]
+            path = value
             name = re.sub(r"[^A-Za-z0-9._-]+", "-", name.removesuffix(".gguf")).lstrip("-._")[:64]
         if not (name and path):
             raise click.BadParameter(f"{value!r} gives no name; write it as NAME={path or 'PATH'}.")
@@ -484,7 +486,8 @@ def refuse_adapter(folder: Path) -> None:
 
 def _known(trained_on: str) -> registry.Model | None:
     """Find the model of the registry that an adapter's config names."""
-    name, models = registry.plain_name(trained_on), registry.load_registry().values()
+    name = registry.plain_name(trained_on)
+    models = registry.load_registry().values()
     return next((model for model in models if registry.plain_name(model.name) == name), None)
 
 

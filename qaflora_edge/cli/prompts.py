@@ -101,7 +101,8 @@ def _prompt(line: Line, is_json: bool) -> Prompt:
     if not is_json:
         return Prompt(line.text(), where=line.where)
     found = line.parse()
-    text, name = found.get("prompt"), found.get("name")
+    text = found.get("prompt")
+    name = found.get("name")
     if not (isinstance(text, str) and text.strip()):
         raise InputFileError(
             f'Cannot read {line.where}: "prompt" is {shown(text)}, expected a text that is not '

@@ -108,7 +108,8 @@ def table_options(table: str) -> dict[str, Option]:
 
 def file_settings() -> dict[str, Any]:
     """Read the settings file, and check all keys and values. Raises SettingsError."""
-    path, settings = settings_path(), read_settings()
+    path = settings_path()
+    settings = read_settings()
     known = _OPTIONS | _OF_COMMANDS
     flat: dict[str, Any] = {}  # the keys of tables with the table's name before them, as run.temp
     for key, value in settings.items():
@@ -172,7 +173,8 @@ def origin(row: Setting, settings: Mapping[str, Any]) -> tuple[Any, str]:
     found = (settings.get(table, {}) if table else settings).get(key)
     source = "default" if found is None else str(settings_path())
     if variable := next(filter(os.environ.get, row.variables), None):
-        found, source = os.environ[variable], variable
+        found = os.environ[variable]
+        source = variable
     return SECRET if row.is_secret and found is not None else found, source
 
 
@@ -185,7 +187,8 @@ def settings(is_all: bool, as_json: bool) -> None:
     Names each setting that is set, with its value and where that comes from. The file need not
     exist.
     """
-    path, found = settings_path(), file_settings()
+    path = settings_path()
+    found = file_settings()
     rows = [_setting(key, option) for key, option in _OF_COMMANDS.items()]
     every = [*all_settings(), *(replace(row, variables=row.variables[:1]) for row in rows)]
     known = {variable for row in every for variable in row.variables}

@@ -1,18 +1,21 @@
 """Decisions: how a question lists its choices, and what their log-probabilities say."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qaflora_edge.arrays import F64
-from qaflora_edge.ask import Chat, Prompt, Weighing
+from qaflora_edge.ask import Chat, Weighing
 from qaflora_edge.errors import PromptError, wrong_option
 from qaflora_edge.inference.core import Core, Probes
 from qaflora_edge.inference.request import Cancellation, Request
 from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.weigher import Weigher
+
+if TYPE_CHECKING:
+    from qaflora_edge.prompt.tokens import Reader
 
 MAX_CHOICES = 255
 _NOTHING = "N/A"  # a question that says nothing
@@ -59,64 +62,58 @@ class Decision:
         }
 
 
-@dataclass(frozen=True)
-class Question:
-    """Hold a question three times: alone, with its choices listed, and with nothing asked."""
-
-    alone: Prompt
-    listed: Prompt
-    blank: Prompt
-
-
-def ways_to_ask(prompt: Any, choices: Mapping[str, str]) -> list[Chat]:
-    """Ask a question alone, with its choices listed, and ask nothing; no thought comes first."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    nothing = [{"role": "user", "content": _NOTHING}]
-    quick = {"enable_thinking": False, "thinking": False}
-    ways = (messages, list_choices(messages, choices), list_choices(nothing, choices))
-    return [Chat(way, chat_template_kwargs=quick) for way in ways]
-
-
 def decide(
     core: Core,
+    reader: "Reader",
     weigher: Weigher,
-    question: Question,
-    choices: Mapping[str, tuple[int, ...]],
-    weighing: Weighing,
+    prompt: Any,
+    choices: Iterable[str] | Mapping[str, str],
+    strategy: str | None,
     *,
     compare: bool,
     cancellation: Cancellation,
 ) -> Decision:
     """Decide as Engine.decide does: all mixes score all choices in one call.
 
-    choices  name -> its tokens
+    Raises ChatTemplateError for a base without a chat template, OptionError for wrong choices.
     """
+    named = checked_choices(choices)
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    nothing = [{"role": "user", "content": _NOTHING}]
+    question = reader.read(_quick(messages))
+    listed = reader.read(_quick(list_choices(messages, named)))
+    blank = reader.read(_quick(list_choices(nothing, named)))
+    texts = [reader.continuation(listed, name) for name in named]
     end = core.model._lib.llama_vocab_eot(core.model.vocab)
-    ended = [(*text, end) if end >= 0 else text for text in choices.values()]
+    ended = [(*text, end) if end >= 0 else text for text in texts]
     probe = Probes(core, cancellation)
     # As relay weighs, but it decodes nothing.
-    chosen = replace(weighing, relays=False).by_for(weigher.known.strategy)
+    chosen = Weighing(strategy, relays=False).by_for(weigher.known.strategy)
     try:
-        fusion = weigher.weigh(chosen, question.alone, probe)  # a list would look like a form
+        fusion = weigher.weigh(chosen, question, probe)  # a list would look like a form
     finally:
         probe.end()
     mixes = {"": (chosen, fusion)}
     singles = [f"single:{name}" for name in weigher.adapters]
     for alone in ("base", *singles) if compare else ():
         name = alone.removeprefix("single:")
-        mixes[name] = (alone, weigher.weigh(alone, question.alone, probe))
+        mixes[name] = (alone, weigher.weigh(alone, question, probe))
     requests = [
         Request(prompt.tokens, core.all_weights(mix), n_base=weigher.n_base(by, prompt))
         for by, mix in mixes.values()
-        for prompt in (question.listed, question.blank)
+        for prompt in (listed, blank)
     ]
     items = [(request, text) for request in requests for text in ended]
     scores = core.run(core.scorer.score(items), cancellation, kind="score")
     sums = np.array([score.sum(dtype=np.float64) for score in scores])
-    after, before = sums.reshape(len(mixes), 2, len(choices)).swapaxes(0, 1)
+    after, before = sums.reshape(len(mixes), 2, len(named)).swapaxes(0, 1)
     shares = dict(zip(mixes, map(probabilities, after, before), strict=True))
-    n_prompt = len(question.listed.tokens)
-    return Decision(tuple(choices), shares.pop(""), fusion, shares, n_prompt)
+    return Decision(tuple(named), shares.pop(""), fusion, shares, len(listed.tokens))
+
+
+def _quick(messages: Any) -> Chat:
+    """Ask without a thought before the answer."""
+    return Chat(messages, chat_template_kwargs={"enable_thinking": False, "thinking": False})
 
 
 def checked_choices(choices: Iterable[str] | Mapping[str, str]) -> dict[str, str]:

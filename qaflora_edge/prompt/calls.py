@@ -109,8 +109,11 @@ class Calls:
 
     def grammar(self, tools: Sequence[Mapping[str, Any]]) -> Grammar:
         """Make the grammar of one call of one of these tools, with arguments by its schema."""
-        begin, end, field = self.format.begin, self.format.end, self.format.arguments
-        forms, calls = [], []
+        begin = self.format.begin
+        end = self.format.end
+        field = self.format.arguments
+        forms = []
+        calls = []
         for i, tool in enumerate(tools):
             name = tool["function"]["name"]
             parameters = tool["function"].get("parameters") or {"type": "object"}
@@ -131,7 +134,8 @@ class Calls:
 
     def shown(self, pieces: Iterable[str], calls: list[dict[str, Any]]) -> Iterator[str]:
         """Yield an answer's text until a call begins; at the end add the calls to a list."""
-        held, is_start = "", True
+        held = ""
+        is_start = True
         for piece in pieces:
             held += piece
             if is_start and _BARE.startswith("".join(held[:64].split())[: len(_BARE)]):
@@ -157,15 +161,18 @@ class Calls:
         Without a mark before it, JSON is a call if it has the name of a tool and arguments.
         """
         calls: list[dict[str, Any]] = []
-        rest, at = "", 0
+        rest = ""
+        at = 0
         while match := self.format.before.search(text, at):
             made, end = self._decoded(text, match)
             after = _AFTER.match(text, end)
             if made and after:
                 rest += text[at : match.start()]
-                calls, at = calls + made, after.end()
+                calls = calls + made
+                at = after.end()
             else:
-                rest, at = rest + text[at : match.end() + 1], match.end() + 1
+                rest = rest + text[at : match.end() + 1]
+                at = match.end() + 1
         rest += text[at:]
         return (rest.strip(), calls[:1] if self.tools.is_single else calls) if calls else (rest, [])
 
@@ -192,7 +199,8 @@ class Calls:
             return None
         if not isinstance(arguments, str):
             arguments = json.dumps(arguments or {}, ensure_ascii=False)
-        n_id, own_id = self.format.n_id, call.get("id")
+        n_id = self.format.n_id
+        own_id = call.get("id")
         if not (isinstance(own_id, str) and len(own_id) == n_id):
             own_id = uuid.uuid4().hex[:n_id] if n_id else f"call_{uuid.uuid4().hex}"
         function = {"name": call["name"], "arguments": arguments}

@@ -51,7 +51,8 @@ class Conversation:
 
     def undo(self) -> list[Message]:
         """Take back the last turn, if there is one."""
-        turn, self.said = self.said[-2:], self.said[:-2]
+        turn = self.said[-2:]
+        self.said = self.said[:-2]
         self.n_dropped = min(self.n_dropped, self.n_turn)
         return turn
 

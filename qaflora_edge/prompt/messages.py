@@ -41,7 +41,8 @@ def _checked(i: int, message: Message) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise _wrong(i, "is", message)
     checked = {key: value for key, value in message.items() if value is not None}
-    role, content = message.get("role"), message.get("content")
+    role = message.get("role")
+    content = message.get("content")
     if not isinstance(role, str):
         raise _wrong(i, "has role =", role)
     if role == "developer":

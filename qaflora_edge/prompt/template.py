@@ -113,7 +113,8 @@ class _Generation(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-_STEPS, _PAID = "the steps", "the paid"  # filters that no template can name
+_STEPS = "the steps"
+_PAID = "the paid"  # filters that no template can name
 
 
 class _Payments(NodeTransformer):
@@ -165,7 +166,8 @@ class _Environment(ImmutableSandboxedEnvironment):
             extensions=[_Generation, jinja2.ext.loopcontrols],
             finalize=jinja2.pass_context(lambda _, value: str(self._paid(value))),
         )
-        self._work, self._end = work, time.thread_time() + MAX_SECONDS
+        self._work = work
+        self._end = time.thread_time() + MAX_SECONDS
         known = {**self.filters, "tojson": _to_json}
         self.filters = {
             _STEPS: jinja2.pass_context(lambda _, iterable: self._steps(iterable)),
@@ -214,7 +216,8 @@ class _Environment(ImmutableSandboxedEnvironment):
 
         @wraps(function)
         def priced(*args: Any, **kwargs: Any) -> Any:
-            own, values = args[:n_own], [*args[n_own:]]
+            own = args[:n_own]
+            values = [*args[n_own:]]
             self._pay(name, [*values, *kwargs.values()])
             if name in _FILTERS_OF_EACH:
                 values[0] = self._steps(values[0])
@@ -244,7 +247,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         return isinstance(obj, (str, dict, list, tuple, LoopContext)) and attr in _ATTRIBUTES
 
     def call(self, context: Any, called: Any, *args: Any, **kwargs: Any) -> Any:
-        name, owner = getattr(called, "__name__", ""), getattr(called, "__self__", None)
+        name = getattr(called, "__name__", "")
+        owner = getattr(called, "__self__", None)
         if isinstance(owner, str):
             self._pay(name, [owner, *args, *kwargs.values()])
         result = super().call(context, called, *args, **kwargs)

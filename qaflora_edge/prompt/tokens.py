@@ -159,13 +159,15 @@ def chat_tokens(
         more = {**dict.fromkeys(("enable_thinking", "thinking"), reasoning == "on"), **more}
     said = [m.get(key, "") for m in checked for key in ("content", "reasoning_content")]
     check_size(model, [*said, begun or ""], n_ctx)
-    template, name = str(model.chat_template or ""), model.path.name
+    template = str(model.chat_template or "")
+    name = model.path.name
     if not template:
         raise ChatTemplateError(
             f"The base {name} has no chat template (tokenizer.chat_template is missing); give the "
             "prompt as plain text (--raw-prompt), or use an instruct model."
         )
-    bos, eos = model._lib.llama_vocab_bos(model.vocab), model._lib.llama_vocab_eos(model.vocab)
+    bos = model._lib.llama_vocab_bos(model.vocab)
+    eos = model._lib.llama_vocab_eos(model.vocab)
     spelt = (model.piece(each, special=True) if each >= 0 else b"" for each in (bos, eos))
     bos_token, eos_token = (each.decode("utf-8", "replace") for each in spelt)
     try:
@@ -208,7 +210,8 @@ def _begun(
     messages: list[dict[str, Any]], is_continued: bool | None, is_prompted: bool | None
 ) -> str | None:
     """Take what an answer begins with off a conversation; None where it begins with nothing."""
-    last, before = messages[-1], messages[-2] if len(messages) > 1 else {}
+    last = messages[-1]
+    before = messages[-2] if len(messages) > 1 else {}
     is_said = last["role"] == "assistant" and not last.get("tool_calls")
     if is_continued is None:
         is_continued = is_said and not is_prompted
@@ -267,7 +270,8 @@ def _opening(model: Model) -> tuple[set[int], list[int], list[int]]:
         one, other = (chat_tokens(model, [{"role": "user", "content": text}]) for text in samples)
     except QafloraError:  # no template, or one that cannot be used
         return control, [], []
-    n = end = n_common(one, other)
+    end = n_common(one, other)
+    n = end
     behind = one[len(one) - n_common(one[::-1], other[::-1]) :]
     while end > 0 and not model.piece(one[end - 1], special=True).strip():
         end -= 1

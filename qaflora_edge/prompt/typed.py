@@ -65,7 +65,8 @@ class TypedText:
         """Token ids of a rendered text with marks."""
         parts = text.replace(_escaped(self._mark), self._mark).split(self._mark)
         plain = "".join(parts)
-        typed, at = [], 0
+        typed = []
+        at = 0
         for part in parts[:-1]:
             at += len(part)
             typed.append(at - 1)

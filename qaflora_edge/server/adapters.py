@@ -27,7 +27,8 @@ _UPLOAD = "upload-"
 
 async def load(request: Request) -> Response:
     """Add an adapter of the allowed folder, as vLLM does."""
-    folder, body = _allowed(request), await read(request, AdapterBody)
+    folder = _allowed(request)
+    body = await read(request, AdapterBody)
 
     def add(engine: Engine) -> None:
         engine.add_adapter(body.lora_name, _inside(folder, body.lora_path or ""))
@@ -37,7 +38,8 @@ async def load(request: Request) -> Response:
 
 async def unload(request: Request) -> Response:
     """Remove an adapter, as vLLM does."""
-    _, body = _allowed(request), await read(request, AdapterBody)
+    _ = _allowed(request)
+    body = await read(request, AdapterBody)
     served, _ = request.app.state.models.find(body.model)
 
     def remove(engine: Engine) -> None:
@@ -53,8 +55,10 @@ async def unload(request: Request) -> Response:
 
 async def upload(request: Request) -> Response:
     """Add an adapter that the page sends: a GGUF, or adapter_config.json and then the weights."""
-    folder, query = _allowed(request), json.dumps({**request.query_params})
-    body, state = parsed(AdapterBody, query.encode()), request.app.state
+    folder = _allowed(request)
+    query = json.dumps({**request.query_params})
+    body = parsed(AdapterBody, query.encode())
+    state = request.app.state
     served, _ = state.models.find(body.model)
     check_announced(request, MAX_UPLOAD_BYTES)
     async with state.upload_place.place(address_of(request)):
@@ -72,7 +76,8 @@ async def _uploaded(request: Request, body: AdapterBody, folder: Path) -> tuple[
     """Write an upload into a new folder, which is given, and add its adapter."""
     place = Path(mkdtemp(prefix=_UPLOAD, dir=folder))
     gguf = place / f"{body.lora_name}.gguf"
-    n_config, config = int(body.config_bytes), bytearray()
+    n_config = int(body.config_bytes)
+    config = bytearray()
 
     def add(engine: Engine) -> None:
         if n_config:

@@ -72,8 +72,11 @@ def make_app(places: Iterable[Path], options: ServerOptions) -> Starlette:
         exception_handlers={HTTPException: _http_error, **dict.fromkeys(REFUSED, _refused)},
         lifespan=lifespan,
     )
-    app.state.options, app.state.models, app.state.metrics = options, models, metrics
-    app.state.running, app.state.uploads = set(), {}
+    app.state.options = options
+    app.state.models = models
+    app.state.metrics = metrics
+    app.state.running = set()
+    app.state.uploads = {}
     app.state.upload_place = Places(1)
     if options.adapters is not None:
         adapters.remove_old_uploads(options.adapters)

@@ -420,7 +420,8 @@ def _refusal(
         value = value.get(key) if isinstance(value, dict) else None
         names.append(f"{key:.80}")
         if key not in fields:
-            name, expected = ".".join(names), ", ".join(fields)
+            name = ".".join(names)
+            expected = ", ".join(fields)
             message = f"The field {name} does not exist, expected one of {expected}."
             return Refusal(400, message, param=name, code="unknown_field")
         expected = fields[key].title or error["msg"].removeprefix("Input should be ")
@@ -488,7 +489,8 @@ def _operation(path: str, summary: str, kind: type[Body] | None) -> dict[str, An
         body = {"required": True, "content": {"application/json": {"schema": schema}}}
         return {"post": {**operation, "requestBody": body}}
     if path == "/health":
-        operation["security"], responses["503"] = [], answer
+        operation["security"] = []
+        responses["503"] = answer
     if "{model}" in path or path in ("/lora-adapters", "/props", "/slots"):
         place = {"in": "path", "required": True} if "{model}" in path else {"in": "query"}
         operation["parameters"] = [{"name": "model", **place, "schema": {"type": "string"}}]

@@ -43,7 +43,9 @@ class Gate:
     def __init__(
         self, app: ASGIApp, hosts: frozenset[str] | None, origins: tuple[str, ...]
     ) -> None:
-        self._app, self._hosts, self._origins = app, hosts, origins
+        self._app = app
+        self._hosts = hosts
+        self._origins = origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         send = partial(_send_guarded, send)
@@ -99,14 +101,16 @@ class Lock:
     """
 
     def __init__(self, app: ASGIApp, key: str) -> None:
-        self._app, self._key = app, key.encode()
+        self._app = app
+        self._key = key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in WITHOUT_KEY:
             headers = Headers(scope=scope)
             scheme, _, key = headers.get("authorization", "").partition(" ")
             if "authorization" not in headers:  # as Anthropic's clients and llama-server have it
-                scheme, key = "bearer", headers.get("x-api-key", "")
+                scheme = "bearer"
+                key = headers.get("x-api-key", "")
             is_key = hmac.compare_digest(key.encode("latin-1"), self._key)
             if not is_key or scheme.lower() != "bearer":
                 message = (

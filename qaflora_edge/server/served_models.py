@@ -74,7 +74,8 @@ class Queue:
     """
 
     def __init__(self, n_most: int) -> None:
-        self.n_most, self.waiting = n_most, Counter[str]()
+        self.n_most = n_most
+        self.waiting = Counter[str]()
 
     @asynccontextmanager
     async def slot(self, slots: asyncio.Semaphore, address: str) -> AsyncIterator[None]:
@@ -195,7 +196,8 @@ class ServedModels:
     def __init__(self, places: Iterable[Path], options: ServerOptions) -> None:
         self._options = options
         self._loading = asyncio.Lock()
-        self.queue, self.light_slots = Queue(options.max_queue), asyncio.Semaphore(N_LIGHT)
+        self.queue = Queue(options.max_queue)
+        self.light_slots = asyncio.Semaphore(N_LIGHT)
         self.by_name: dict[str, ServedModel] = {}
         for place in places:
             model = self._read(place)
@@ -214,15 +216,20 @@ class ServedModels:
         sampling = self._options.sampling
         if is_base(place):
             header = read_gguf_header(place)
-            name, n_layer, known = place.stem, header.n_layer, Known()
-            family, n_byte = header.architecture, place.stat().st_size
+            name = place.stem
+            n_layer = header.n_layer
+            known = Known()
+            family = header.architecture
+            n_byte = place.stat().st_size
         else:
             text = read_bundle_text(place)
             name = text.name if NAME_PATTERN.fullmatch(text.name or "") else place.resolve().name
             targets = {adapter.name: adapter.targets for adapter in text.adapters}
-            n_layer, known = text.base.n_layer, known_of(text)
+            n_layer = text.base.n_layer
+            known = known_of(text)
             sizes = (adapter.size_bytes or 0 for adapter in text.adapters)
-            family, n_byte = text.base.architecture, text.base.size_bytes + sum(sizes)
+            family = text.base.architecture
+            n_byte = text.base.size_bytes + sum(sizes)
             hashes = {adapter.name: adapter.sha256 for adapter in text.adapters}
             sha256 = {"base": text.base.sha256, "adapters": hashes}
             options = in_group("sampling")
@@ -340,7 +347,8 @@ class ServedModels:
                 engine = await asyncio.to_thread(Engine, model.place, **self._options.engine)
             thread = threading.Thread(target=_compute, args=(engine,), name=model.name, daemon=True)
             thread.start()
-            model.engine, model.worker = engine, thread
+            model.engine = engine
+            model.worker = thread
         except Exception as error:
             model.has_failed = True
             log.error("cannot open %s: %s", model.name, error)
@@ -359,7 +367,8 @@ class ServedModels:
         idle = [each for each in opened if each.is_idle]
         if self._options.max_models and len(opened) >= self._options.max_models and idle:
             oldest = min(idle, key=lambda each: each.used_s)
-            engine, oldest.engine = oldest.engine, None
+            engine = oldest.engine
+            oldest.engine = None
             await self._close(engine)
             log.info("closed %s: --max-models are open", oldest.name)
 
@@ -368,7 +377,8 @@ class ServedModels:
         tasks = [task for each in self.by_name.values() for task in (each.opening, each.closing)]
         await asyncio.gather(*filter(None, tasks), return_exceptions=True)
         for model in self.by_name.values():
-            engine, model.engine = model.engine, None
+            engine = model.engine
+            model.engine = None
             await self._close(engine)
 
     async def _close(self, engine: Engine | None) -> None:

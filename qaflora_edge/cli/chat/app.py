@@ -103,8 +103,11 @@ class Chat:
     def __init__(
         self, engine: Engine, folder: Path, view: View, options: cli.SharedOptions
     ) -> None:
-        self.engine, self.view, self.folder = engine, view, folder
-        self.conversation, self._is_raw = conversation.Conversation(), options.raw_prompt
+        self.engine = engine
+        self.view = view
+        self.folder = folder
+        self.conversation = conversation.Conversation()
+        self._is_raw = options.raw_prompt
         self.sampling = options.sampling
         self.fusion: FusionWeights | None = None
 
@@ -124,7 +127,8 @@ class Chat:
 
     def _greet(self) -> None:
         """Tell the base, its adapters, the strategy and the repeat penalty."""
-        engine, penalty = self.engine, self.sampling.repeat_penalty
+        engine = self.engine
+        penalty = self.sampling.repeat_penalty
         names = ", ".join(engine.adapters) or "no adapters"
         parts = [engine.name, names, f"strategy {engine.strategy}"]
         self.view.note(*parts, *[f"repeat penalty {penalty:g}"] * (penalty != 1.0))
@@ -185,7 +189,8 @@ class Chat:
         Raises PromptError when the question cannot be asked.
         """
         cli.check_prompt(question, *_MESSAGE)
-        n_ctx, n_before = self.engine.n_ctx, self.conversation.n_dropped
+        n_ctx = self.engine.n_ctx
+        n_before = self.conversation.n_dropped
         room = n_ctx // 4
         if self.sampling.max_tokens is not None:
             room = min(self.sampling.max_tokens, room)
@@ -224,7 +229,8 @@ class Chat:
         """Go on with a saved conversation. Raises SessionFileError."""
         loaded = conversation.load_session(path)
         self.set_system(loaded.system)
-        self.conversation, self.fusion = loaded, None
+        self.conversation = loaded
+        self.fusion = None
         self.view.note(f"{self.turns} loaded from {path}")
 
     @property

@@ -22,7 +22,8 @@ _WAIT_S, _REDRAW_S = 0.4, 0.05  # nothing is said about a shorter wait; between 
 # Stars that multiply, as in 2*3 or (a)*(b), and low lines of names; others stand for them while
 # Markdown is parsed.
 _SIGNS = re.compile(r"(?<=[0-9A-Za-z)\]|])\*+(?=[0-9A-Za-z(\[|])|_+")
-_HIDE, _SHOW = str.maketrans("*_", "\ue000\ue001"), str.maketrans("\ue000\ue001", "*_")
+_HIDE = str.maketrans("*_", "\ue000\ue001")
+_SHOW = str.maketrans("\ue000\ue001", "*_")
 # What models write as text: formulas with backslashes, a[0](1), tags, numbers of items.
 _OFF = ("escape", "entity", "link", "image", "autolink", "reference", "lheading", "code", "list")
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
@@ -98,8 +99,12 @@ class TerminalView(View):
         from rich.live import Live
 
         click.echo()
-        self._open, self._thought, self._draft, self._n_block = "", "", "", 0
-        self._start = self._drawn = time.perf_counter()
+        self._open = ""
+        self._thought = ""
+        self._draft = ""
+        self._n_block = 0
+        self._drawn = time.perf_counter()
+        self._start = self._drawn
         self._live = Live(console=self._out, transient=True, auto_refresh=False)
         self._live.start()
 
@@ -173,7 +178,8 @@ def split_closed(text: str) -> tuple[list[str], str]:
     A block ends at a blank line, unless a fence of code is open.
     """
     blocks: list[str] = []
-    begin, fence = 0, ""
+    begin = 0
+    fence = ""
     lines = text.split("\n")
     for number, line in enumerate(lines[:-1]):
         if match := _FENCE.match(line):
