@@ -357,12 +357,12 @@ def in_group(group: str) -> dict[str, Option]:
 
 def check(group: str, values: Mapping[str, Any]) -> None:
     """Raise OptionError for the first value that is none of the group's, or out of its range."""
-    known = in_group(group)
+    options = in_group(group)
     for name, value in values.items():
-        if name not in known:
+        if name not in options:
             if instead := removed(name):
                 raise OptionError(instead)
-            raise wrong_option(name, value, f"no such option; {group} takes {', '.join(known)}")
-        option = known[name]
+            raise wrong_option(name, value, f"no such option; {group} takes {', '.join(options)}")
+        option = options[name]
         if not (value is None and option.default is None) and not option.fits(value):
             raise wrong_option(name, value, option.expected)

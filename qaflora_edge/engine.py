@@ -195,7 +195,7 @@ class Engine:
         return self._opened
 
     def _all_cores(self) -> list[Core]:
-        return [core for each in self._cores if (core := each())]
+        return [core for reference in self._cores if (core := reference())]
 
     def cancel(self) -> None:
         """End what the Engine does now; any thread may call it, and it returns at once.
@@ -292,7 +292,7 @@ class Engine:
         with self._changing:
             if name not in self.loaded_adapters:
                 raise _not_loaded(name, self.loaded_adapters)
-            left = {each: info for each, info in self._opened.adapters.items() if each != name}
+            left = {other: info for other, info in self._opened.adapters.items() if other != name}
             self._change(replace(self._opened, adapters=left), self.adapters)
 
     def _change(self, opened: Opened, used: Collection[str]) -> None:
@@ -300,7 +300,9 @@ class Engine:
         from qaflora_edge.bundles.create import UNMEASURED
 
         known = self._weigher.known
-        left = {name: each for name, each in known.centroids.items() if name in opened.adapters}
+        left = {
+            name: centroid for name, centroid in known.centroids.items() if name in opened.adapters
+        }
         weigher = replace(
             self._weigher,
             adapters=tuple(name for name in opened.adapters if name in used),
@@ -313,7 +315,9 @@ class Engine:
         old = self._core
         core.n_ctx = self.n_ctx  # as much memory was free at first
         with old.call():  # raises BusyError after close()
-            self._cores = [each for each in (*self._cores, weakref.ref(core)) if each()]
+            self._cores = [
+                reference for reference in (*self._cores, weakref.ref(core)) if reference()
+            ]
             self._opened = opened
             self._chooses = False
             self.loaded_adapters = core.adapters
@@ -414,7 +418,7 @@ class Engine:
                 return _weigh(self._using(adapters), strategy, read, probe)
 
         prompt = whole(prompt)
-        return [weigh(each) for each in prompt] if are_many(prompt) else weigh(prompt)
+        return [weigh(one) for one in prompt] if are_many(prompt) else weigh(prompt)
 
     @_steady
     def hidden_states(
@@ -486,8 +490,8 @@ class Engine:
             weights = one_of(weights, strategy)
             requests: dict[tuple[int, ...], Request] = {}
             items = []
-            for each, text in pairs:
-                asked = self.read(each, parse_special=parse_special)
+            for one, text in pairs:
+                asked = self.read(one, parse_special=parse_special)
                 following = self._reader().continuation(asked, text)
                 if asked.tokens not in requests:
                     fusion = _weigh(self._weigher, weights, asked, probe)
@@ -646,7 +650,7 @@ class Engine:
             if not running:
                 return
             with self._core.call():
-                self._core.loop.drive(lambda: any(each.is_done for each in running.values()))
+                self._core.loop.drive(lambda: any(answer.is_done for answer in running.values()))
             for index in [i for i, answer in running.items() if answer.is_done]:
                 yield index, running.pop(index)
 
@@ -821,15 +825,15 @@ def _one_of_many(
     try:
         if not isinstance(request, Mapping):
             return asked(request, **options)
-        own = {**options, **request}
-        prompt = own.pop("prompt", None)
-        messages = own.pop("messages", None)
+        keywords = {**options, **request}
+        prompt = keywords.pop("prompt", None)
+        messages = keywords.pop("messages", None)
         if (prompt is None) == (messages is None):
             raise OptionError(
                 f"A request has {', '.join(map(str, request)) or 'nothing'}, expected either "
                 "prompt or messages, and options of generate."
             )
-        return asked(Chat(messages) if prompt is None else prompt, **own)
+        return asked(Chat(messages) if prompt is None else prompt, **keywords)
     except QafloraError as error:
         return error
 
@@ -852,8 +856,8 @@ def _read_ahead(weigher: Weigher, infos: Iterable[AdapterInfo]) -> "list[Attenti
     return [AttentionSizes(info, weigher.n_layer) for info in needed]
 
 
-def _not_loaded(name: str, known: Sequence[str]) -> StrategyError:
+def _not_loaded(name: str, loaded: Sequence[str]) -> StrategyError:
     return StrategyError(
         f"The adapter {name!r} is not loaded; expected names out of: "
-        f"{', '.join(known) or 'none is loaded'}."
+        f"{', '.join(loaded) or 'none is loaded'}."
     )

@@ -176,16 +176,16 @@ def _sampling(
     """
     defaults = {**_DEFAULTS, "max_tokens": max_tokens, "temperature": temperature}
     _check(method, {name: options[name] for name in options.keys() - defaults.keys()})
-    found = {name: options.get(name, default) for name, default in defaults.items()}
-    limit = found["max_tokens"]
-    grammar = found["grammar"]
+    sampling = {name: options.get(name, default) for name, default in defaults.items()}
+    limit = sampling["max_tokens"]
+    grammar = sampling["grammar"]
     if grammar is not None and not isinstance(grammar, str):
         grammar = str(grammar._grammar)  # a LlamaGrammar's text
-    return found | {
+    return sampling | {
         "max_tokens": None if limit is None or limit <= 0 else limit,
-        "top_k": max(0, found["top_k"]),
-        "stop": found["stop"] or (),
-        "seed": _seed(found["seed"]),
+        "top_k": max(0, sampling["top_k"]),
+        "stop": sampling["stop"] or (),
+        "seed": _seed(sampling["seed"]),
         "grammar": grammar,
     }
 

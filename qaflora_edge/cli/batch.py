@@ -86,10 +86,10 @@ def _question(line: Mapping[str, Any], system: str | None, is_raw: bool) -> Ques
     return Chat(begin_with(system, said))
 
 
-def _own_options(found: Mapping[str, Any]) -> dict[str, Any]:
+def _own_options(line: Mapping[str, Any]) -> dict[str, Any]:
     """Collect the options that a request has, by their names; null stands for the default."""
-    own: dict[str, Any] = {}
-    for key, value in found.items():
+    options: dict[str, Any] = {}
+    for key, value in line.items():
         option = _OPTIONS.get(key)
         if option is None or value is None:
             continue
@@ -97,10 +97,10 @@ def _own_options(found: Mapping[str, Any]) -> dict[str, Any]:
             value = [value]
         if not option.fits(value):
             raise wrong_option(key, value, f"{option.expected}; correct the line")
-        if option.name in own:
+        if option.name in options:
             raise OptionError(f"Option {option.name} is given twice, as {key} too; expected once.")
-        own[option.name] = value
-    return own
+        options[option.name] = value
+    return options
 
 
 PARALLEL = 8  # requests that are decoded together, unless --parallel says
@@ -210,11 +210,11 @@ class _Job:
             for line in self.lines(stream):
                 mark: dict[str, Any] = {}
                 try:
-                    found = line.parse()
-                    mark = {"id": found["id"]} if "id" in found else {}
-                    others = (key for key in found if key not in _KEYS and key not in _OPTIONS)
+                    fields = line.parse()
+                    mark = {"id": fields["id"]} if "id" in fields else {}
+                    others = (key for key in fields if key not in _KEYS and key not in _OPTIONS)
                     self.unknown |= dict.fromkeys(others)
-                    ask = to_ask(found, self.defaults)
+                    ask = to_ask(fields, self.defaults)
                 except QafloraError as error:
                     write(line, {**mark, **_failure(error)})
                     continue

@@ -69,12 +69,12 @@ def expand(ways: str, adapters: Sequence[str]) -> list[str]:
     """
     from qaflora_edge.weighing.strategy import parse_strategy
 
-    found: dict[str, None] = {}
+    chosen: dict[str, None] = {}
     for way in (part.strip() for part in _COMMA.split(ways)):
-        found |= dict.fromkeys([f"single:{n}" for n in adapters] if way == "single" else [way])
-    for way in found:
+        chosen |= dict.fromkeys([f"single:{n}" for n in adapters] if way == "single" else [way])
+    for way in chosen:
         parse_strategy(way, adapters)
-    return list(found)
+    return list(chosen)
 
 
 def answer_all(engine: Engine, ask: Ask, strategies: Sequence[str]) -> list[Answer]:

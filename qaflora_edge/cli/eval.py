@@ -124,11 +124,11 @@ def eval(
 
 def _asked_under(engine: Engine, options: cli.SharedOptions) -> dict[str, Any]:
     """Collect the options that a results file tells."""
-    found = {name: getattr(engine, name) for name in ("lens", "pool", "prefill", "system")}
+    asked_under = {name: getattr(engine, name) for name in ("lens", "pool", "prefill", "system")}
     keys = ("n_ctx", "kv_type", "flash_attn", "adapter_type")
-    found |= {key: options.engine[key] for key in keys}
-    found |= {**options.keywords("sampling"), "raw_prompt": options.raw_prompt}
-    return {**found, "stop": list(found["stop"])}
+    asked_under |= {key: options.engine[key] for key in keys}
+    asked_under |= {**options.keywords("sampling"), "raw_prompt": options.raw_prompt}
+    return {**asked_under, "stop": list(asked_under["stop"])}
 
 
 def _keep(results: Results, records: Iterable[Record], n_asked: int) -> None:
@@ -156,35 +156,35 @@ def _keep(results: Results, records: Iterable[Record], n_asked: int) -> None:
 def _show(results: Results, json_path: str | None) -> None:
     from qaflora_edge.evaluation.table import cells
 
-    found = cells(results)
+    shown = cells(results)
     document = json.dumps(
         {**results.header, "results": list(results.records.values())}, ensure_ascii=json_path == "-"
     )
     if json_path == "-":
         click.echo(document)
     else:
-        _print_tables(found)
+        _print_tables(shown)
     if json_path not in (None, "-"):
         write_text_atomic(str(json_path), document + "\n")
 
 
-def _print_tables(found: Sequence[Cell]) -> None:
+def _print_tables(results: Sequence[Cell]) -> None:
     """Print a table for each task, then one over all tasks of a unit where there are several."""
     from qaflora_edge.evaluation.table import NATS, POINTS, estimate, heads, rows
     from qaflora_edge.show.text import columns, crop
 
     tables = [
-        (f"{cell.task['name']}: {cell.task['metric']}, {cell.unit}", [cell]) for cell in found
+        (f"{cell.task['name']}: {cell.task['metric']}, {cell.unit}", [cell]) for cell in results
     ]
     for unit in (POINTS, NATS):
-        alike = [cell for cell in found if cell.unit == unit]
+        alike = [cell for cell in results if cell.unit == unit]
         if len(alike) > 1:
             tables.append((f"all {len(alike)} tasks in {unit}, each counts the same", alike))
-    for title, each in tables:
-        lines = [["", *heads(each), "items"]]
-        for strategy, (score, *gains) in rows(each).items():
-            texts = (estimate(gain, each[0].unit, is_difference=True) for gain in gains)
-            lines.append([strategy, estimate(score, each[0].unit), *texts, str(score.n_item)])
+    for title, group in tables:
+        lines = [["", *heads(group), "items"]]
+        for strategy, (score, *gains) in rows(group).items():
+            texts = (estimate(gain, group[0].unit, is_difference=True) for gain in gains)
+            lines.append([strategy, estimate(score, group[0].unit), *texts, str(score.n_item)])
         shown = [[crop(text, 200) for text in line] for line in lines]
         click.echo("\n".join([crop(title, 200), *columns(shown), ""]))
     click.echo(NOTES)

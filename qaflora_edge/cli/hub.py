@@ -65,17 +65,17 @@ def models(as_json: bool) -> None:
     """
     from qaflora_edge.formats.names import load_registry, local_path
 
-    known = [(model, local_path(model)) for model in load_registry().values()]
+    places = [(model, local_path(model)) for model in load_registry().values()]
     if as_json:
         keys = ("description", "architecture", "kind", "license", "size_bytes", "sha256")
         entries = {
             model.name: {key: getattr(model, key) for key in keys}
             | {"path": None if path is None else str(path)}
-            for model, path in known
+            for model, path in places
         }
         click.echo(json.dumps(entries))
         return
-    for model, path in known:
+    for model, path in places:
         place = f"here: {path}" if path else f"get it: qaflora pull {model.name}"
         click.echo(
             f"{model.name}: {model.description}; {model.size_bytes / 1e6:.0f} MB, {model.kind}, "
@@ -94,16 +94,16 @@ def list_here(as_json: bool) -> None:
     from qaflora_edge.hub.local import all_here
 
     keys = ("kind", "name", "path", "size_bytes", "is_pulled")
-    found = [{key: getattr(here, key) for key in keys} for here in all_here()]
+    entries = [{key: getattr(here, key) for key in keys} for here in all_here()]
     if as_json:
-        click.echo(json.dumps(found, default=str))
+        click.echo(json.dumps(entries, default=str))
         return
-    if not found:
+    if not entries:
         click.echo(
             "Nothing is here yet; see `qaflora models`, and `qaflora bundle create`.", err=True
         )
-    width = max((len(entry["name"]) for entry in found), default=0)
-    for entry in found:
+    width = max((len(entry["name"]) for entry in entries), default=0)
+    for entry in entries:
         click.echo(
             one_line(
                 f"{entry['kind']:<7}  {entry['name']:<{width}}  {entry['size_bytes'] / 1e6:6.0f} MB"

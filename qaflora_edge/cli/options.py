@@ -36,12 +36,14 @@ class SharedOptions(SimpleNamespace):
 
     def keywords(self, group: str) -> dict[str, Any]:
         """The options of a group of `config`, by their names in Python."""
-        found = {}
+        keywords: dict[str, Any] = {}
         for option in in_group(group).values():
             if hasattr(self, option.key):
                 value = getattr(self, option.key)
-                found[option.name] = not value if option.is_negated and value is not None else value
-        return found
+                if option.is_negated and value is not None:
+                    value = not value
+                keywords[option.name] = value
+        return keywords
 
     @property
     def engine(self) -> dict[str, Any]:
@@ -90,11 +92,11 @@ def complete_strategy(ctx: click.Context, param: click.Parameter, word: str) -> 
     from qaflora_edge.weighing.strategy import offered
 
     names = _adapters(ctx)
-    found = [each.name for each in offered() if not each.needs_argument]
-    found += [f"single:{name}" for name in names]
+    strategies = [strategy.name for strategy in offered() if not strategy.needs_argument]
+    strategies += [f"single:{name}" for name in names]
     done, comma, _ = word.rpartition(",")
-    found += [f"{done},{name}=" if comma else f"manual:{name}=" for name in names]
-    return _items(lambda: found, word)
+    strategies += [f"{done},{name}=" if comma else f"manual:{name}=" for name in names]
+    return _items(lambda: strategies, word)
 
 
 def complete_adapter(ctx: click.Context, param: click.Parameter, word: str) -> Items:
@@ -119,9 +121,9 @@ def _adapters(ctx: click.Context) -> list[str]:
     from qaflora_edge.formats.bundle import read_bundle_text
     from qaflora_edge.hub.local import named_bundles
 
-    given = [ctx.params[key] for key in ("bundle", "folder") if ctx.params.get(key)]
+    named = [ctx.params[key] for key in ("bundle", "folder") if ctx.params.get(key)]
     # Click leaves arguments unnamed when the option before the cursor has no value yet.
-    words = [*given, *ctx.args]
+    words = [*named, *ctx.args]
     with contextlib.suppress(QafloraError, IndexError):
         folder = named_bundles().get(words[0], Path(words[0]))
         return [adapter.name for adapter in read_bundle_text(folder).adapters]
@@ -130,10 +132,10 @@ def _adapters(ctx: click.Context) -> list[str]:
 
 def _items(values: Any, word: str) -> Items:
     """Those that begin with what is typed; none where they cannot be found."""
-    found: Iterable[str] = ()
+    candidates: Iterable[str] = ()
     with contextlib.suppress(QafloraError, OSError):
-        found = list(values())
-    return [CompletionItem(value) for value in found if value.startswith(word)]
+        candidates = list(values())
+    return [CompletionItem(value) for value in candidates if value.startswith(word)]
 
 
 # Keywords of click.argument for DIR.
@@ -163,13 +165,13 @@ def check_outputs(
     folder is not there or does not take it.
     """
     taken = {path.resolve() for path in read}
-    for path in (Path(each).resolve() for each in written if each is not None):
+    for path in (Path(target).resolve() for target in written if target is not None):
         if path in taken and (path.is_file() or not path.exists()):
             raise click.UsageError(f"{path.name} is named twice; give each FILE a name of its own.")
         taken.add(path)
-    for each in written:
-        if each is not None and not (each is added_to and os.path.lexists(each)):
-            check_takes_file(Path(each))
+    for target in written:
+        if target is not None and not (target is added_to and os.path.lexists(target)):
+            check_takes_file(Path(target))
 
 
 def meaning(option: Option) -> str:
@@ -178,9 +180,14 @@ def meaning(option: Option) -> str:
         return option.help
     from qaflora_edge.weighing.strategy import offered, written
 
-    known = offered()
-    *others, last = (strategy.usage for strategy in known)
-    forms = dict.fromkeys(written(own) for each in known if each.is_probed for own in each.options)
+    strategies = offered()
+    *others, last = [strategy.usage for strategy in strategies]
+    forms = dict.fromkeys(
+        written(options)
+        for strategy in strategies
+        if strategy.is_probed
+        for options in strategy.options
+    )
     text = option.help.replace("{strategies}", f"{', '.join(others)} or {last}")
     return text.replace("{options}", ", ".join(forms))
 
@@ -274,11 +281,11 @@ def _sampling_of_bundle(bundle: str) -> dict[str, Any]:
     """Give the options that a bundle sets, by key, where nobody who calls chose a value."""
     from qaflora_edge.formats.bundle import read_bundle_text
 
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     with contextlib.suppress(QafloraError):  # what opens the bundle will say what is wrong
         sampling = read_bundle_text(bundle_folder(bundle)).sampling
-        found = {in_group("sampling")[name].key: value for name, value in sampling.items()}
-    return {key: value for key, value in found.items() if not is_chosen(key)}
+        values = {in_group("sampling")[name].key: value for name, value in sampling.items()}
+    return {key: value for key, value in values.items() if not is_chosen(key)}
 
 
 def is_chosen(key: str) -> bool:

@@ -63,9 +63,9 @@ class Line:
             raise self._wrong(f"it is longer than {LINE_BYTES_MAX >> 20} MiB")
         return self.data.removesuffix(b"\n").removesuffix(b"\r")
 
-    def _wrong(self, found: str) -> InputFileError:
+    def _wrong(self, fault: str) -> InputFileError:
         return InputFileError(
-            f"Cannot read {self.where}: {found}, expected an object such as "
+            f"Cannot read {self.where}: {fault}, expected an object such as "
             '{"prompt": "How many ...?"}. Correct the line.'
         )
 
@@ -100,9 +100,9 @@ def read_prompts(path: str) -> list[Prompt]:
 def _prompt(line: Line, is_json: bool) -> Prompt:
     if not is_json:
         return Prompt(line.text(), where=line.where)
-    found = line.parse()
-    text = found.get("prompt")
-    name = found.get("name")
+    fields = line.parse()
+    text = fields.get("prompt")
+    name = fields.get("name")
     if not (isinstance(text, str) and text.strip()):
         raise InputFileError(
             f'Cannot read {line.where}: "prompt" is {shown(text)}, expected a text that is not '

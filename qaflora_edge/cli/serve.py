@@ -61,8 +61,8 @@ def serve(
         )
     folder = expanded(allow_adapters).resolve() if allow_adapters else None
     if folder and not folder.is_dir():
-        found = f"--allow-adapters: {folder} {what_is_at(folder)}"
-        raise OptionError(f"{found}, expected a folder. Make it, or name another.")
+        fault = f"--allow-adapters: {folder} {what_is_at(folder)}"
+        raise OptionError(f"{fault}, expected a folder. Make it, or name another.")
     names = LOCAL_NAMES | {socket.gethostname().lower(), host.lower(), *map(str.lower, allow_host)}
     is_open = api_key is not None and not is_loopback(host)
     run(

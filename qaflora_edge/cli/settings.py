@@ -170,12 +170,12 @@ def origin(row: Setting, settings: Mapping[str, Any]) -> tuple[Any, str]:
     settings  what the file says, as file_settings gives it
     """
     table, _, key = (row.key or "").rpartition(".")
-    found = (settings.get(table, {}) if table else settings).get(key)
-    source = "default" if found is None else str(settings_path())
+    value = (settings.get(table, {}) if table else settings).get(key)
+    source = "default" if value is None else str(settings_path())
     if variable := next(filter(os.environ.get, row.variables), None):
-        found = os.environ[variable]
+        value = os.environ[variable]
         source = variable
-    return SECRET if row.is_secret and found is not None else found, source
+    return SECRET if row.is_secret and value is not None else value, source
 
 
 @command("qaflora settings", "QAFLORA_THREADS=2 qaflora settings --json")
@@ -188,24 +188,24 @@ def settings(is_all: bool, as_json: bool) -> None:
     exist.
     """
     path = settings_path()
-    found = file_settings()
+    in_file = file_settings()
     rows = [_setting(key, option) for key, option in _OF_COMMANDS.items()]
     every = [*all_settings(), *(replace(row, variables=row.variables[:1]) for row in rows)]
-    known = {variable for row in every for variable in row.variables}
-    for name in sorted(os.environ.keys() - known):
+    names = {variable for row in every for variable in row.variables}
+    for name in sorted(os.environ.keys() - names):
         if name.startswith(PREFIX):
             click.echo(f"Note: the variable {name} is no setting, and is not read.", err=True)
-    told = [(row, *origin(row, found)) for row in (all_settings() if is_all else every)]
-    told = [row for row in told if is_all or row[2] != "default"]
+    shown_rows = [(row, *origin(row, in_file)) for row in (all_settings() if is_all else every)]
+    shown_rows = [row for row in shown_rows if is_all or row[2] != "default"]
     if as_json:
         entries = {
             row.key or row.variables[0]: {"value": value, "from": source}
-            for row, value, source in told
+            for row, value, source in shown_rows
         }
         print_json({"file": str(path), "exists": path.is_file(), "settings": entries})
         return
     click.echo(f"{path}{'' if path.is_file() else ' (does not exist)'}")
-    for row, value, source in told:
+    for row, value, source in shown_rows:
         shown = "-" if value is None else json.dumps(value, ensure_ascii=False)
         where = "the file" if source == str(path) else source
         click.echo(f"{row.key or row.variables[0]:<22} {shown:<24} {where}")

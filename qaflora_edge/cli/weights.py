@@ -77,8 +77,8 @@ def weights(
                 tell("Weighing", len(weighed), len(queries))
             if as_json:
                 name = {} if asked.name is None else {"name": asked.name}
-                own = {} if prompt is not None else {"prompt": asked.text, **name}
-                click.echo(json.dumps({**own, **fusion.to_dict()}))
+                asked_with = {} if prompt is not None else {"prompt": asked.text, **name}
+                click.echo(json.dumps({**asked_with, **fusion.to_dict()}))
     if not as_json:
         from qaflora_edge.show.text import print_heatmap
 

@@ -78,13 +78,13 @@ def call_format(template: str | None) -> CallFormat | None:
     literal = literal_text(template or "")
     if any(mark in literal for mark in _XML):
         return None
-    return next((each for each in FORMATS if each.sign in literal), None)
+    return next((style for style in FORMATS if style.sign in literal), None)
 
 
 def _moved(schema: Any, place: str) -> Any:
     """Point the references of a schema, from `#` on, to its place in a larger schema."""
     if isinstance(schema, list):
-        return [_moved(each, place) for each in schema]
+        return [_moved(part, place) for part in schema]
     if not isinstance(schema, Mapping):
         return schema
     moved = {key: _moved(value, place) for key, value in schema.items()}
@@ -145,8 +145,8 @@ class Calls:
             if at:
                 yield held[:at]
             held = held[at:]
-        rest, found = self.parse(held)
-        calls += found
+        rest, last_calls = self.parse(held)
+        calls += last_calls
         if rest:
             yield rest
 
@@ -179,15 +179,15 @@ class Calls:
     def _decoded(self, text: str, match: re.Match[str]) -> tuple[list[dict[str, Any]], int]:
         """Read the JSON behind a match: calls, or none, and where it ends."""
         try:
-            found, end = _DECODER.raw_decode(text, match.end())
+            value, end = _DECODER.raw_decode(text, match.end())
         except (ValueError, RecursionError):
             return [], match.end()
         groups = match.groupdict()
         if groups.get("name"):
-            found = {"name": groups["name"].strip(), "arguments": found, "id": groups["id"]}
+            value = {"name": groups["name"].strip(), "arguments": value, "id": groups["id"]}
         is_marked = self.format.mark in match[0]
-        each_call = found if isinstance(found, list) else [found]
-        made = [self._call(call, is_marked=is_marked) for call in each_call]
+        written = value if isinstance(value, list) else [value]
+        made = [self._call(call, is_marked=is_marked) for call in written]
         return [call for call in made if call] if all(made) else [], end
 
     def _call(self, call: Any, *, is_marked: bool) -> dict[str, Any] | None:

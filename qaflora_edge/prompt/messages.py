@@ -95,6 +95,6 @@ def _tool_call(i: int, call: Any) -> dict[str, Any]:
 _CALL = '{"type": "function", "function": {"name": ..., "arguments": JSON text}}'
 
 
-def _wrong(i: int, what: str, found: Any, expected: str | None = None) -> PromptError:
+def _wrong(i: int, what: str, value: Any, expected: str | None = None) -> PromptError:
     expected = expected or 'a text, as in {"role": "user", "content": "How many ...?"}'
-    return PromptError(f"Message {i} {what} {found!r:.200}, expected {expected}.")
+    return PromptError(f"Message {i} {what} {value!r:.200}, expected {expected}.")

@@ -78,7 +78,7 @@ def literal_text(template: str) -> str:
         constants = _Environment(0).parse(template).find_all(nodes.Const)
     except Exception:  # rendering says why
         return ""
-    return "\0".join(each.value for each in constants if isinstance(each.value, str))
+    return "\0".join(constant.value for constant in constants if isinstance(constant.value, str))
 
 
 def _size(value: Any, most: int, depth: int = 0) -> int:
@@ -216,12 +216,12 @@ class _Environment(ImmutableSandboxedEnvironment):
 
         @wraps(function)
         def priced(*args: Any, **kwargs: Any) -> Any:
-            own = args[:n_own]
+            first = args[:n_own]
             values = [*args[n_own:]]
             self._pay(name, [*values, *kwargs.values()])
             if name in _FILTERS_OF_EACH:
                 values[0] = self._steps(values[0])
-            result = function(*own, *values, **kwargs)
+            result = function(*first, *values, **kwargs)
             return self._paid(list(result) if isinstance(result, Iterator) else result)
 
         return priced

@@ -58,10 +58,10 @@ class Reader:
         if isinstance(question, Prompt):
             return question
         tokens = self.tokens(question, parse_special)
-        found = find_question(self.model, tokens)
-        if found is None:
+        place = find_question(self.model, tokens)
+        if place is None:
             return Prompt(tuple(tokens))
-        start, end, is_later = found
+        start, end, is_later = place
         thinking = _thinking_after(self.model, tokens, end)
         return Prompt(tuple(tokens), (start, end), is_later, thinking)
 
@@ -168,15 +168,15 @@ def chat_tokens(
         )
     bos = model._lib.llama_vocab_bos(model.vocab)
     eos = model._lib.llama_vocab_eos(model.vocab)
-    spelt = (model.piece(each, special=True) if each >= 0 else b"" for each in (bos, eos))
-    bos_token, eos_token = (each.decode("utf-8", "replace") for each in spelt)
+    spelt = (model.piece(one, special=True) if one >= 0 else b"" for one in (bos, eos))
+    bos_token, eos_token = (one.decode("utf-8", "replace") for one in spelt)
     try:
         literal = templates.literal_text(template)
         typed = TypedText(model, literal, [checked, begun, tools, more])
-        marked = [typed.marked(each, is_assistant=each["role"] == "assistant") for each in checked]
+        marked = [typed.marked(one, is_assistant=one["role"] == "assistant") for one in checked]
         # Llama 3's has tools in the question's turn otherwise, where they would be weighed.
-        own: dict[str, Any] = {"tools_in_user_message": False}
-        variables = {**own, **typed.marked(more), "messages": marked}
+        settings: dict[str, Any] = {"tools_in_user_message": False}
+        variables = {**settings, **typed.marked(more), "messages": marked}
         variables["add_generation_prompt"] = begun is not None or add_generation_prompt is not False
         if tools:
             if call_format(template) is None:
@@ -296,7 +296,7 @@ def _thinking_after(model: Model, tokens: Sequence[int], end: int) -> Thinking |
     tags = thought_tags(model.chat_template)
     if tags is None or end == len(tokens):  # what a person typed may begin with a tag
         return None
-    control, closing, own = _thought_tokens(model, tags)
+    control, closing, tag_tokens = _thought_tokens(model, tags)
     n_before = next(at for at in range(len(tokens), 0, -1) if tokens[at - 1] in control)
     pieces = [model.piece(token, special=True) for token in tokens[n_before:]]
     begun = b"".join(pieces).decode("utf-8", "replace")
@@ -306,15 +306,17 @@ def _thinking_after(model: Model, tokens: Sequence[int], end: int) -> Thinking |
         ends = accumulate(map(len, pieces))
         n_weighed = n_before + sum(end <= len(head.encode()) for end in ends)
     is_open = begun.rfind(tags[0]) > begun.rfind(tags[1])
-    return Thinking(*tags, is_open, n_weighed, closing, own)
+    return Thinking(*tags, is_open, n_weighed, closing, tag_tokens)
 
 
 @lru_cache(4)
 def _thought_tokens(model: Model, tags: Tags) -> tuple[Any, ...]:
     """Give control tokens but tags, tokens that close a thought, and those that are tags."""
-    own = {each.id: each.text.encode() for each in model.special_tokens if each.text in tags}
-    control = {each.id for each in model.special_tokens if each.is_control} - own.keys()
-    return control, model.tokenize(f"\n{tags[1]}", add_special=False, parse_special=True), own
+    special = model.special_tokens
+    tag_tokens = {token.id: token.text.encode() for token in special if token.text in tags}
+    control = {token.id for token in special if token.is_control} - tag_tokens.keys()
+    closing = model.tokenize(f"\n{tags[1]}", add_special=False, parse_special=True)
+    return control, closing, tag_tokens
 
 
 def _last_place(part: Sequence[int], tokens: Sequence[int]) -> int | None:
@@ -340,14 +342,14 @@ def whole(prompt: Any) -> Any:
 
 def is_conversation(prompt: Any) -> bool:
     """Tell messages from texts and ids."""
-    return isinstance(prompt, Sequence) and any(isinstance(each, Mapping) for each in prompt)
+    return isinstance(prompt, Sequence) and any(isinstance(part, Mapping) for part in prompt)
 
 
 def are_many(prompt: Any) -> bool:
     """Tell a list of prompts from one: a text, messages, or a sequence of ids."""
     if isinstance(prompt, str | Mapping) or not isinstance(prompt, Iterable):
         return False  # one, if a wrong one
-    return not is_conversation(prompt) and any(not isinstance(each, Integral) for each in prompt)
+    return not is_conversation(prompt) and any(not isinstance(part, Integral) for part in prompt)
 
 
 def token_ids(prompt: Any, what: str = "prompt") -> list[int]:

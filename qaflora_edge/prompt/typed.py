@@ -45,8 +45,10 @@ class TypedText:
             if self._any.match(piece)
             and not any(text.startswith(piece) or text in piece for text in control)
         }
-        own = "|".join(map(re.escape, sorted(said)))
-        self._control = re.compile(rf"(?!{own}){self._any.pattern}") if own else self._any
+        said_alone = "|".join(map(re.escape, sorted(said)))
+        self._control = (
+            re.compile(rf"(?!{said_alone}){self._any.pattern}") if said_alone else self._any
+        )
         self._mark = _unused([template_text, *_strings(typed, 0)])
 
     def marked(self, value: Any, *, is_assistant: bool = False) -> Any:
@@ -56,7 +58,7 @@ class TypedText:
             return pattern.sub(lambda match: match[0] + self._mark, value)
         mark = partial(self.marked, is_assistant=is_assistant)
         if isinstance(value, Mapping):
-            return {mark(key): mark(each) for key, each in value.items()}
+            return {mark(key): mark(part) for key, part in value.items()}
         if isinstance(value, (list, tuple)):
             return list(map(mark, value))
         return value
@@ -157,8 +159,8 @@ def _strings(value: Any, depth: int) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, (Mapping, list, tuple)):
-        for each in (*value, *value.values()) if isinstance(value, Mapping) else value:
-            yield from _strings(each, depth + 1)
+        for part in (*value, *value.values()) if isinstance(value, Mapping) else value:
+            yield from _strings(part, depth + 1)
 
 
 def _unused(texts: list[str]) -> str:

@@ -116,19 +116,19 @@ def _allowed(request: Request) -> Path:
     return folder
 
 
-def _inside(folder: Path, given: str) -> Path:
+def _inside(folder: Path, name: str) -> Path:
     """Resolve a path; all files of the adapter have to be in the folder. Raises Refusal."""
     with contextlib.suppress(OSError, ValueError, RuntimeError):  # a loop of links is the last
-        path = (folder / given).resolve(strict=True)
+        path = (folder / name).resolve(strict=True)
         if folder in path.parents:
             files = adapter_files(adapter_folder(path)) if path.is_dir() else []
-            if all(folder in each.resolve().parents for each in files):
+            if all(folder in file.resolve().parents for file in files):
                 return path
-    raise _not_found("lora_path", given)
+    raise _not_found("lora_path", name)
 
 
-def _not_found(param: str, given: str) -> Refusal:
-    message = f"The adapter {given!r:.100} is not there."
+def _not_found(param: str, name: str) -> Refusal:
+    message = f"The adapter {name!r:.100} is not there."
     return Refusal(404, message, param=param, code="adapter_not_found")
 
 

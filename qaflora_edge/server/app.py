@@ -95,14 +95,14 @@ def expire_all(app: Any) -> None:
 def _middleware(options: ServerOptions, metrics: Metrics) -> list[Middleware]:
     cors: dict[str, Any] = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
     cors |= {"expose_headers": ["X-Fusion", "Retry-After"]}
-    found = [
+    layers = [
         Middleware(Recorder, metrics=metrics),
         Middleware(Gate, hosts=options.hosts, origins=options.cors_origins),
         Middleware(CORSMiddleware, allow_origins=options.cors_origins, **cors),
     ]
     if options.api_key is not None:
-        found.append(Middleware(Lock, key=options.api_key))
-    return found
+        layers.append(Middleware(Lock, key=options.api_key))
+    return layers
 
 
 async def _open_first(app: Starlette) -> None:
@@ -130,14 +130,14 @@ async def health(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """Show counters for Prometheus."""
     state = request.app.state
-    found: Metrics = state.metrics
+    gauges: Metrics = state.metrics
     n_waiting = state.models.queue.waiting.total()
-    found.waiting.set(n_waiting)
-    found.running.set(len(state.running) - n_waiting)
-    engines = [each.engine for each in state.models.by_name.values() if each.engine is not None]
-    found.loaded.set(len(engines))
-    found.prefix_cache.set(sum(engine.prefix_cache_bytes for engine in engines))
-    return Response(generate_latest(found.registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+    gauges.waiting.set(n_waiting)
+    gauges.running.set(len(state.running) - n_waiting)
+    engines = [model.engine for model in state.models.by_name.values() if model.engine is not None]
+    gauges.loaded.set(len(engines))
+    gauges.prefix_cache.set(sum(engine.prefix_cache_bytes for engine in engines))
+    return Response(generate_latest(gauges.registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
 async def openapi(request: Request) -> Response:
@@ -159,8 +159,8 @@ async def model(request: Request) -> Response:
 
 async def lora_adapters(request: Request) -> Response:
     """List adapters as llama-server does: the field `lora` names them by `id`."""
-    found, _ = request.app.state.models.find(request.query_params.get("model"))
-    names = enumerate(found.weigher.adapters)
+    served, _ = request.app.state.models.find(request.query_params.get("model"))
+    names = enumerate(served.weigher.adapters)
     return JSONResponse([{"id": i, "path": name, "scale": 0.0} for i, name in names])
 
 
@@ -169,7 +169,7 @@ async def props(request: Request) -> Response:
     model, states = _slots(request)
     sampling = {key: value for key, value in vars(model.sampling).items() if value is not None}
     template = model.engine.chat_template if model.engine else None
-    told = {
+    properties = {
         "default_generation_settings": {"n_ctx": states[0]["n_ctx"], "params": sampling},
         "total_slots": len(states),
         "model_alias": model.name,
@@ -177,7 +177,7 @@ async def props(request: Request) -> Response:
         "modalities": {"vision": False, "audio": False},
         "build_info": f"qaflora-edge {__version__}",
     }
-    return JSONResponse(told)
+    return JSONResponse(properties)
 
 
 async def slots(request: Request) -> Response:
@@ -213,9 +213,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
     path = f"{request.method:.20} {request.url.path:.100}"
     message = f"{path}: {error.detail}; GET /openapi.json lists what there is."
     code = "method_not_allowed" if error.status_code == 405 else "not_found"
-    found = Refusal(error.status_code, message, code=code).response(request.url.path)
-    found.headers.update(error.headers or {})
-    return found
+    response = Refusal(error.status_code, message, code=code).response(request.url.path)
+    response.headers.update(error.headers or {})
+    return response
 
 
 # (path, route, body): POST with a body, else GET. The route's docstring is its summary.

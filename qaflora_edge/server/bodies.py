@@ -108,7 +108,7 @@ def _option_field(option: Option) -> tuple[Any, Any]:
     """Return an option of `config` as a field of a model; null stands for the default."""
     low = "gt" if option.is_open else "ge"
     bounds = {low: option.low, "le": option.high}
-    limits: dict[str, Any] = {name: each for name, each in bounds.items() if each is not None}
+    limits: dict[str, Any] = {name: bound for name, bound in bounds.items() if bound is not None}
     kind: Any = Annotated[option.kind, Field(**limits)]
     if option.kind is tuple:
         kind = Text | Annotated[list[Text], Field(max_length=MAX_STOPS, fail_fast=True)]
@@ -294,17 +294,17 @@ class OllamaOptions(_Options):  # type: ignore[misc]
 
     @model_validator(mode="before")
     @classmethod
-    def _as_ollama(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        found: dict[str, Any] = {
+    def _as_ollama(cls, options: Any) -> Any:
+        if not isinstance(options, dict):
+            return options
+        ours: dict[str, Any] = {
             name: int(value) if type(value) is float and value.is_integer() else value
-            for name, value in given.items()
+            for name, value in options.items()
         }
-        if isinstance(found.get("stop"), list):
-            found["stop"] = [text for text in found["stop"] if text != ""] or None
+        if isinstance(ours.get("stop"), list):
+            ours["stop"] = [text for text in ours["stop"] if text != ""] or None
         unset = (("seed", -1), ("top_k", -1), ("repeat_penalty", 0))
-        return {name: value for name, value in found.items() if (name, value) not in unset}
+        return {name: value for name, value in ours.items() if (name, value) not in unset}
 
 
 class OllamaBody(Weighed):
@@ -320,9 +320,9 @@ class OllamaBody(Weighed):
 
     @model_validator(mode="before")
     @classmethod
-    def _null_is_unset(cls, given: Any) -> Any:
-        is_object = isinstance(given, dict)
-        return {k: v for k, v in given.items() if v is not None} if is_object else given
+    def _null_is_unset(cls, body: Any) -> Any:
+        is_object = isinstance(body, dict)
+        return {k: v for k, v in body.items() if v is not None} if is_object else body
 
 
 class OllamaChatBody(OllamaBody):
@@ -387,7 +387,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, BaseModel):
         return as_mapping(value)
     if isinstance(value, list) and value and isinstance(value[0], BaseModel):
-        return [as_mapping(each) for each in value]
+        return [as_mapping(entry) for entry in value]
     return value
 
 
@@ -397,14 +397,14 @@ B = TypeVar("B", bound=Body)
 def parsed(kind: type[B], data: bytes) -> B:
     """Return the body that some bytes spell."""
     try:
-        found = read_json_object(data)
+        body = read_json_object(data)
     except ValueError as error:  # errors of JSON and UTF-8 too
         raise Refusal(400, f"The body is no JSON object in UTF-8: {error}.") from error
     try:
-        return kind.model_validate(found)
+        return kind.model_validate(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        raise _refusal(kind, first, found) from None
+        raise _refusal(kind, first, body) from None
 
 
 def _refusal(
@@ -457,7 +457,7 @@ def describe(paths: Iterable[tuple[str, str, type[Body] | None]]) -> dict[str, A
     paths = list(paths)
     kinds: Any = [(kind, "validation") for _, _, kind in paths if kind is not None]
     place = "#/components/schemas/{model}"
-    _, found = models_json_schema(kinds, ref_template=place)
+    _, described = models_json_schema(kinds, ref_template=place)
     keys = {
         "key": {"type": "http", "scheme": "bearer"},
         "x_api_key": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
@@ -466,7 +466,7 @@ def describe(paths: Iterable[tuple[str, str, type[Body] | None]]) -> dict[str, A
         "openapi": "3.1.0",
         "info": {"title": "qaflora serve", "version": __version__},
         "security": [{name: []} for name in keys],
-        "components": {"schemas": found["$defs"], "securitySchemes": keys},
+        "components": {"schemas": described["$defs"], "securitySchemes": keys},
         "paths": {path: _operation(path, text, kind) for path, text, kind in paths},
     }
 

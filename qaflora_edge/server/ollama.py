@@ -43,7 +43,7 @@ async def tags(request: Request) -> Response:
 async def ps(request: Request) -> Response:
     """List the models that are loaded, as Ollama does."""
     served: ServedModels = request.app.state.models
-    loaded = [_card(each, name) for name, each in served.by_name.items() if each.engine]
+    loaded = [_card(model, name) for name, model in served.by_name.items() if model.engine]
     return JSONResponse({"models": loaded})
 
 

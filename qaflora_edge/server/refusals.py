@@ -63,8 +63,8 @@ def refusal(error: BaseException, body: object = None, *, is_expired: bool = Fal
         return Refusal(501, str(error), param="messages", code="not_implemented")
     for kind, fields in _CAUSES.items():
         if isinstance(error, kind):
-            given = (name for name in fields if getattr(body, name, None) is not None)
-            param = error.option if isinstance(error, errors.OptionError) else next(given, None)
+            present = (name for name in fields if getattr(body, name, None) is not None)
+            param = error.option if isinstance(error, errors.OptionError) else next(present, None)
             is_long = isinstance(error, errors.ContextError)
             code = "context_length_exceeded" if is_long else "invalid_value"
             return Refusal(400, str(error), param=param, code=code)

@@ -70,9 +70,9 @@ class Connection(H11Protocol):
         self.conn = Reader(h11.SERVER, MAX_HEAD_BYTES)
         self.address = self.client[0] if self.client else ""
         self._expect_head()
-        everyone = [each for each in self.connections if isinstance(each, Connection)]
-        here = [each for each in everyone if not each.transport.is_closing()]
-        same = [each for each in here if each.address == self.address]
+        everyone = [other for other in self.connections if isinstance(other, Connection)]
+        here = [other for other in everyone if not other.transport.is_closing()]
+        same = [other for other in here if other.address == self.address]
         is_crowded = len(same) > share_of(MAX_CONNECTIONS, self.address)
         if is_crowded or len(here) > MAX_CONNECTIONS:
             self._make_room(same if is_crowded else here)
@@ -115,9 +115,9 @@ class Connection(H11Protocol):
 
     def _make_room(self, crowd: Iterable["Connection"]) -> None:
         """End the one of these that has asked for nothing for the longest, or this one."""
-        idle = [each for each in crowd if each.is_idle and each is not self]
+        idle = [other for other in crowd if other.is_idle and other is not self]
         if idle:
-            min(idle, key=lambda each: each.idle_number).transport.abort()
+            min(idle, key=lambda other: other.idle_number).transport.abort()
             return
         message = "The server has too many connections; try again later."
         self._refuse(Refusal(503, message, code="too_many_connections"))
@@ -214,9 +214,11 @@ def allow_files(n_file: int) -> None:
 def _listener(host: str, port: int) -> socket.socket:
     advice = "Choose an address of this machine and a free port (--host, --port)."
     with os_errors(OptionError, f"Cannot listen at {host} port {port}", advice):
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         # Of a name with both, such as localhost, the one that programs try where they try one.
-        family, kind, protocol, _, address = min(found, key=lambda each: each[0] != socket.AF_INET)
+        family, kind, protocol, _, address = min(
+            addresses, key=lambda address_info: address_info[0] != socket.AF_INET
+        )
         listener = socket.socket(family, kind, protocol)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -261,10 +261,10 @@ class ServedModels:
         if model is None and len(self.by_name) == 1:
             return next(iter(self.by_name.values())), None
         name, colon, strategy = (model or "").removesuffix(":latest").partition(":")
-        found = self.by_name.get(name)
-        if found is not None and (not colon or found.can_follow(strategy)):
-            return found, strategy if colon else None
-        names = list(found.ids if found else self.listed)
+        served = self.by_name.get(name)
+        if served is not None and (not colon or served.can_follow(strategy)):
+            return served, strategy if colon else None
+        names = list(served.ids if served else self.listed)
         more = ["..."] if len(names) > 5 else []
         raise Refusal(
             400 if model is None else 404,
@@ -277,7 +277,7 @@ class ServedModels:
     @property
     def listed(self) -> list[str]:
         """List ids for GET /v1/models: each bundle, and its base alone."""
-        return [each for name in self.by_name for each in (name, f"{name}:base")]
+        return [model_id for name in self.by_name for model_id in (name, f"{name}:base")]
 
     def card(self, name: str) -> dict[str, Any]:
         """Return a model id in OpenAI's shape; `meta` says what it is here.
@@ -363,10 +363,10 @@ class ServedModels:
 
     async def _close_unused(self) -> None:
         """Close the bundle not used for the longest where max_models are open."""
-        opened = [each for each in self.by_name.values() if each.engine]
-        idle = [each for each in opened if each.is_idle]
+        opened = [model for model in self.by_name.values() if model.engine]
+        idle = [model for model in opened if model.is_idle]
         if self._options.max_models and len(opened) >= self._options.max_models and idle:
-            oldest = min(idle, key=lambda each: each.used_s)
+            oldest = min(idle, key=lambda model: model.used_s)
             engine = oldest.engine
             oldest.engine = None
             await self._close(engine)
@@ -374,7 +374,7 @@ class ServedModels:
 
     async def close(self) -> None:
         """Close every Engine, also those that are being opened; calls that go on end."""
-        tasks = [task for each in self.by_name.values() for task in (each.opening, each.closing)]
+        tasks = [task for model in self.by_name.values() for task in (model.opening, model.closing)]
         await asyncio.gather(*filter(None, tasks), return_exceptions=True)
         for model in self.by_name.values():
             engine = model.engine
