@@ -11,7 +11,7 @@ from pathlib import Path
 PACKAGE = "qaflora_edge"
 LONG = 35  # words; no sentence for people has more
 LIMITS = {
-    "lines of the package": 27_600,
+    "lines of the package": 27_750,
     "tokens a line of code": 9.0,
     "modules": 148,
     "modules that Engine imports": 45,
