@@ -34,17 +34,28 @@ def infill_tokens(model: Model, gap: Gap, n_ctx: int) -> list[int]:
     n_char = gap.n_prompt * _TOKEN_CHARS
     before = tokens(gap.prefix[-n_char:])
     after = tokens(gap.suffix[:n_char])
-    others = [*rep, *tokens("project\n")] if gap.files and rep else []
+    others: list[int] = []
+    if gap.files and rep:
+        others += rep
+        others += tokens("project\n")
     for name, text in gap.files:
-        others += [*sep, *tokens(f"{name}\n{text[-n_char:]}\n")]
+        others += sep
+        others += tokens(f"{name}\n{text[-n_char:]}\n")
     if gap.files and sep:  # the name of this one is not known
-        others += [*sep, *tokens("file\n")]
-    bos = [model._lib.llama_vocab_bos(model.vocab)]
-    begin = bos if model._lib.llama_vocab_get_add_bos(model.vocab) else []
+        others += sep
+        others += tokens("file\n")
+    begin: list[int] = []
+    if model._lib.llama_vocab_get_add_bos(model.vocab):
+        begin.append(model._lib.llama_vocab_bos(model.vocab))
     n_answer = min(max(gap.n_answer, 128), n_ctx // 2)
-    n_room = max(0, min(gap.n_prompt, n_ctx - n_answer) - len(begin) - 3)
-    after = after[: max(n_room // 4, n_room - len(before))]
+    n_most = min(gap.n_prompt, n_ctx - n_answer)
+    n_room = max(0, n_most - len(begin) - 3)
+    n_after = max(n_room // 4, n_room - len(before))
+    after = after[:n_after]
     n_room -= len(after)
-    before = before[max(0, len(before) - n_room) :]
-    others = others[max(0, len(others) - n_room + len(before)) :]
+    n_cut = max(0, len(before) - n_room)
+    before = before[n_cut:]
+    n_room -= len(before)
+    n_cut = max(0, len(others) - n_room)
+    others = others[n_cut:]
     return [*begin, *others, *pre, *before, *suf, *after, *mid]

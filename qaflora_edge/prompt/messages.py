@@ -42,24 +42,30 @@ def _checked(i: int, message: Message) -> dict[str, Any]:
         raise _wrong(i, "is", message)
     checked = {key: value for key, value in message.items() if value is not None}
     role = message.get("role")
-    content = message.get("content")
     if not isinstance(role, str):
         raise _wrong(i, "has role =", role)
     if role == "developer":
         checked["role"] = "system"
-    if content is None and role == "assistant" and "tool_calls" in message:
-        content = ""
-    elif isinstance(content, list) and content:
+    checked["content"] = _content(i, message)
+    thought = checked.get("reasoning_content", "")
+    if not isinstance(thought, str):
+        raise _wrong(i, "has reasoning_content =", thought)
+    if calls := checked.get("tool_calls"):
+        listed = calls if isinstance(calls, list) else [calls]
+        checked["tool_calls"] = [_tool_call(i, call) for call in listed]
+    return checked
+
+
+def _content(i: int, message: Message) -> str:
+    """Give the content as one text; an assistant that calls tools may say nothing."""
+    content = message.get("content")
+    if content is None and message.get("role") == "assistant" and "tool_calls" in message:
+        return ""
+    if isinstance(content, list) and content:
         content = _joined(i, content)
     if not isinstance(content, str):
         raise _wrong(i, "has content =", content)
-    checked["content"] = content
-    if not isinstance(thought := checked.get("reasoning_content", ""), str):
-        raise _wrong(i, "has reasoning_content =", thought)
-    if calls := checked.get("tool_calls"):
-        each_call = calls if isinstance(calls, list) else [calls]
-        checked["tool_calls"] = [_tool_call(i, call) for call in each_call]
-    return checked
+    return content
 
 
 _TEXTS = ("text", "input_text", "output_text")  # the last two are of responses

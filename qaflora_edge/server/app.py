@@ -93,13 +93,15 @@ def expire_all(app: Any) -> None:
 
 
 def _middleware(options: ServerOptions, metrics: Metrics) -> list[Middleware]:
-    cors: dict[str, Any] = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
-    cors |= {"expose_headers": ["X-Fusion", "Retry-After"]}
-    layers = [
-        Middleware(Recorder, metrics=metrics),
-        Middleware(Gate, hosts=options.hosts, origins=options.cors_origins),
-        Middleware(CORSMiddleware, allow_origins=options.cors_origins, **cors),
-    ]
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=options.cors_origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["X-Fusion", "Retry-After"],
+    )
+    gate = Middleware(Gate, hosts=options.hosts, origins=options.cors_origins)
+    layers = [Middleware(Recorder, metrics=metrics), gate, cors]
     if options.api_key is not None:
         layers.append(Middleware(Lock, key=options.api_key))
     return layers
@@ -122,9 +124,11 @@ async def show_page(request: Request) -> Response:
 async def health(request: Request) -> Response:
     """Tell whether the server can answer anything."""
     state = request.app.state
-    is_lost = all(model.is_lost for model in state.models.by_name.values())
-    status = "loading" if not state.opening.done() else "error" if is_lost else "ok"
-    return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+    if not state.opening.done():
+        return JSONResponse({"status": "loading"}, 503)
+    if all(model.is_lost for model in state.models.by_name.values()):
+        return JSONResponse({"status": "error"}, 503)
+    return JSONResponse({"status": "ok"})
 
 
 async def metrics(request: Request) -> Response:
@@ -191,7 +195,9 @@ def _slots(request: Request) -> tuple[ServedModel, list[dict[str, Any]]]:
     model, _ = models.find(request.query_params.get("model"))
     n_ctx = models.card(model.name)["meta"]["n_ctx"]
     n_slot = int(request.app.state.options.engine.get("n_parallel", 1))
-    states = [{"id": i, "n_ctx": n_ctx, "is_processing": i < model.n_user} for i in range(n_slot)]
+    states = []
+    for slot in range(n_slot):
+        states.append({"id": slot, "n_ctx": n_ctx, "is_processing": slot < model.n_user})
     return model, states
 
 
@@ -264,16 +270,17 @@ ALIASES = {
 
 
 def _routes() -> list[Route]:
-    routes = {path: (route, kind) for path, route, kind in API}
-    aliases = [
-        Route(alias, route, methods=["POST" if kind else "GET"], include_in_schema=False)
-        for alias, path in ALIASES.items()
-        for route, kind in [routes[path]]
-    ]
-    return [
+    routes = [
         Route("/", show_page, methods=["GET"], include_in_schema=False),
         Route("/upload", adapters.upload, methods=["POST"], include_in_schema=False),
-        *(Route(path, route, methods=["POST" if kind else "GET"]) for path, route, kind in API),
-        *aliases,
-        *(Route(path, not_here, methods=["GET", "POST"]) for path in NOT_HERE),
     ]
+    names = {path: alias for alias, path in ALIASES.items()}
+    for path, route, kind in API:
+        methods = ["GET"] if kind is None else ["POST"]
+        routes.append(Route(path, route, methods=methods))
+        if path in names:
+            alias = Route(names[path], route, methods=methods, include_in_schema=False)
+            routes.append(alias)
+    for path in NOT_HERE:
+        routes.append(Route(path, not_here, methods=["GET", "POST"]))
+    return routes

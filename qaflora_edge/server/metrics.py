@@ -27,15 +27,17 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        more: dict[str, Any] = {"namespace": "qaflora", "registry": self.registry}
-        self.requests = Counter("requests", "Requests answered.", ["path", "status"], **more)
-        self.running = Gauge("requests_running", "Requests that are computed now.", **more)
-        self.waiting = Gauge("requests_waiting", "Requests that wait for a slot.", **more)
-        self.loaded = Gauge("bundles_loaded", "Bundles that are open.", **more)
-        self.prefix_cache = Gauge("prefix_cache_bytes", "KV states kept of prompts.", **more)
-        self._tokens = {key: Counter(key, text, ["model"], **more) for key, text in _TOKENS.items()}
+        place: dict[str, Any] = {"namespace": "qaflora", "registry": self.registry}
+        self.requests = Counter("requests", "Requests answered.", ["path", "status"], **place)
+        self.running = Gauge("requests_running", "Requests that are computed now.", **place)
+        self.waiting = Gauge("requests_waiting", "Requests that wait for a slot.", **place)
+        self.loaded = Gauge("bundles_loaded", "Bundles that are open.", **place)
+        self.prefix_cache = Gauge("prefix_cache_bytes", "KV states kept of prompts.", **place)
+        self._tokens = {
+            key: Counter(key, text, ["model"], **place) for key, text in _TOKENS.items()
+        }
         self._times = {
-            key: Histogram(name, text, **more, buckets=_SECONDS)
+            key: Histogram(name, text, buckets=_SECONDS, **place)
             for key, (name, text) in _TIMES.items()
         }
 
@@ -90,7 +92,9 @@ def _line(scope: Scope, status: int, facts: Mapping[str, Any]) -> str:
     path = ascii(scope["path"][:100])[1:-1]
     parts = [client, scope["method"], path, str(status), f"{facts['whole_ms']:.1f}ms"]
     for name in _SHOWN:
-        if name in facts:
-            value = facts[name]
-            parts.append(f"{name}={value:.1f}" if isinstance(value, float) else f"{name}={value}")
+        value = facts.get(name)
+        if isinstance(value, float):
+            parts.append(f"{name}={value:.1f}")
+        elif value is not None:
+            parts.append(f"{name}={value}")
     return " ".join(parts)

@@ -63,9 +63,17 @@ def refusal(error: BaseException, body: object = None, *, is_expired: bool = Fal
         return Refusal(501, str(error), param="messages", code="not_implemented")
     for kind, fields in _CAUSES.items():
         if isinstance(error, kind):
-            present = (name for name in fields if getattr(body, name, None) is not None)
-            param = error.option if isinstance(error, errors.OptionError) else next(present, None)
             is_long = isinstance(error, errors.ContextError)
             code = "context_length_exceeded" if is_long else "invalid_value"
-            return Refusal(400, str(error), param=param, code=code)
+            return Refusal(400, str(error), param=_cause(error, fields, body), code=code)
     return Refusal(500, "The server failed to answer; its log says why.", code="internal_error")
+
+
+def _cause(error: BaseException, fields: tuple[str, ...], body: object) -> str | None:
+    """Name the field of a body that is wrong: the error knows, or the first one that is there."""
+    if isinstance(error, errors.OptionError):
+        return error.option
+    for name in fields:
+        if getattr(body, name, None) is not None:
+            return name
+    return None
