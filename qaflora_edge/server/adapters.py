@@ -38,7 +38,7 @@ async def load(request: Request) -> Response:
 
 async def unload(request: Request) -> Response:
     """Remove an adapter, as vLLM does."""
-    _ = _allowed(request)
+    _allowed(request)
     body = await read(request, AdapterBody)
     served, _ = request.app.state.models.find(body.model)
 
