@@ -1,9 +1,12 @@
-"""Carry the patches to another release of the binding, and say what upstream changed under them.
+"""Carry the patches to another llama.cpp, and say what upstream changed under them.
 
-    python patches/move.py VERSION             try it: nothing in the checkout changes
+    python patches/move.py SOURCE              try it: nothing in the checkout changes
+    python patches/move.py SOURCE --tree HASH  and refuse any other source
     python patches/move.py VERSION --write     and write the pin and the patches
 
-The release's source archive is fetched, or named with --archive. In build/move-VERSION, a git
+SOURCE is a release of the binding, whose source archive is fetched (or named with --archive); a
+.tar.gz that has llama.cpp in any folder; or a git repository of llama.cpp, of which HEAD is taken.
+It is known by the hash that git gives its tree, however it came. In build/move-NAME, a git
 repository, the patches are commits on the pinned source and are merged into the new one; what git
 cannot merge is resolved there, and the same command goes on. Needs what prepare.py needs, and a C++
 compiler.
@@ -16,8 +19,8 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Iterable
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path, PurePosixPath
 
 import prepare
 import strict
@@ -34,6 +37,7 @@ READ = (*prepare.WANTED, "conversion", "convert_lora_to_gguf.py")
 INCLUDES = ("src", "include", "ggml/include", "ggml/src")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 FILE_NAME = re.compile(r"[\w-]+\.(?:cpp|h|c|cu|py)\b")
+HEADER = PurePosixPath("include/llama.h")  # of llama.cpp, by which it is found in an archive
 SETTINGS = ["-c", "user.name=x", "-c", "user.email=x@x", "-c", "core.autocrlf=false"]
 SETTINGS += ["-c", "core.editor=true", "-c", "merge.conflictStyle=diff3"]
 
@@ -55,9 +59,66 @@ def git(folder: Path, *words: str, may_fail: bool = False) -> str:
     return done.stdout.decode("utf-8", "replace")
 
 
+@dataclass(frozen=True)
+class Source:
+    """The llama.cpp that the patches are carried to.
+
+    name     of the folder build/move-NAME
+    archive  a .tar.gz that has it in the folder `root`
+    commit   of llama.cpp; "" where the archive does not say it
+    pin      of a release of the binding: only that can be written
+    """
+
+    name: str
+    archive: Path
+    root: PurePosixPath
+    commit: str
+    pin: Pin | None = None
+
+
+def find_source(text: str, archive: Path | None, old: Pin, build: Path) -> Source:
+    """Find what a SOURCE names, and fetch the archive of a release. Raises PrepareError."""
+    place = Path(text)
+    build.mkdir(exist_ok=True)
+    if archive is None and place.is_dir():
+        return of_repository(place, build)
+    if archive is None and place.is_file():
+        return of_archive(place)
+    release = replace(old, version=text)
+    archive = archive or build / release.archive_name
+    if not archive.is_file():
+        prepare.fetch_release(release, build)
+    pin = new_pin(old, text, archive)
+    return Source(text, archive, pin.root, pin.llama_cpp_commit, pin)
+
+
+def of_repository(folder: Path, build: Path) -> Source:
+    """Pack HEAD of a git repository of llama.cpp."""
+    commit = git(folder, "rev-parse", "HEAD").strip()
+    archive = build / f"llama.cpp-{commit[:8]}.tar.gz"
+    output = f"--output={archive.resolve()}"
+    git(folder, "archive", "--format=tar.gz", "--prefix=llama.cpp/", output, "HEAD")
+    return replace(of_archive(archive), commit=commit)
+
+
+def of_archive(archive: Path) -> Source:
+    """Find the one llama.cpp in an archive; git and releases note its commit in the head."""
+    with tarfile.open(archive, "r:gz") as tar:
+        names = [PurePosixPath(name) for name in tar.getnames()]
+        commit = tar.pax_headers.get("comment", "")
+    roots = [name.parents[1] for name in names if name.parts[-2:] == HEADER.parts]
+    if len(roots) != 1:
+        raise PrepareError(
+            f"The archive {archive} has {len(roots)} files {HEADER}, expected one, of llama.cpp. "
+            "Give a source archive of llama.cpp, or of a package that holds one."
+        )
+    name = archive.name.removesuffix(".tar.gz")
+    return Source(name, archive, roots[0], commit if COMMIT.fullmatch(commit) else "")
+
+
 def new_pin(old: Pin, version: str, archive: Path) -> Pin:
     """The pin of an archive: the commit is what its repository says of the submodule."""
-    name = replace(old, version=version).archive_name.removesuffix(".tar.gz")
+    name = replace(old, version=version).root.parts[0]
     member = f"{name}/.git/modules/{old.llama_cpp_path}/HEAD"
     with tarfile.open(archive, "r:gz") as tar:
         try:
@@ -76,19 +137,19 @@ def new_pin(old: Pin, version: str, archive: Path) -> Pin:
     )
 
 
-def begin(folder: Path, old: Pin, new: Pin, archive: Path) -> None:
+def begin(folder: Path, old: Pin, new: Source) -> None:
     """Make the repository: tags `pinned`, `patched` (each patch a commit), `new`; merge."""
     folder.mkdir(parents=True)
     git(folder, "init", "--quiet")
-    prepare.extract(old, prepare.find_archive(old, cache_dir()), folder, READ)
+    prepare.extract(old.root, prepare.find_archive(old, cache_dir()), folder, READ)
     commit(folder, f"{old.package} {old.version}", "pinned")
     for patch in prepare.read_series():
         strict.apply(patch, folder)
         commit(folder, patch.name, "patched")
     git(folder, "checkout", "--quiet", "--detach", "pinned")
     git(folder, "rm", "-r", "--quiet", ".")
-    prepare.extract(new, archive, folder, READ)
-    commit(folder, f"{new.package} {new.version}", "new")
+    prepare.extract(new.root, new.archive, folder, READ)
+    commit(folder, new.name, "new")
     git(folder, "cherry-pick", "pinned..patched", may_fail=True)
 
 
@@ -185,7 +246,7 @@ def missing_names(old: Pin, new: Pin, archive: Path) -> list[str]:
     """Names of the binding that our code uses and the new binding lacks."""
 
     def binding(pin: Pin, path: Path) -> str:
-        member = f"{pin.archive_name.removesuffix('.tar.gz')}/llama_cpp/llama_cpp.py"
+        member = f"{pin.root.parts[0]}/llama_cpp/llama_cpp.py"
         with tarfile.open(path, "r:gz") as tar:
             file = tar.extractfile(member)
             return file.read().decode("utf-8") if file else ""
@@ -225,52 +286,63 @@ def edit(path: Path, words: Iterable[tuple[str, str]]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("version", help="a release of the binding")
-    parser.add_argument("--archive", type=Path, help="its source archive; else it is fetched")
+    parser.add_argument("source", help="a release of the binding, a .tar.gz or a git repository")
+    parser.add_argument("--archive", type=Path, help="the release's source archive; else fetched")
+    parser.add_argument("--tree", help="refuse a source whose tree git does not hash to this")
     parser.add_argument("--write", action="store_true", help="write the pin and the patches")
     options = parser.parse_args()
     try:
-        return move(options.version, options.archive, options.write)
+        return move(options.source, options.archive, options.tree, options.write)
     except (PrepareError, QafloraError) as error:
         print(f"patches/move.py: {error}", file=sys.stderr)
         return 1
 
 
-def move(version: str, archive: Path | None, is_written: bool) -> int:
+def move(source: str, archive: Path | None, tree: str | None, is_written: bool) -> int:
     """Merge the patches, print what was found, and write if asked; 1 where something is left."""
-    old, build = prepare.read_pin(), CHECKOUT / "build"
-    archive = archive or build / replace(old, version=version).archive_name
-    if not archive.is_file():
-        build.mkdir(exist_ok=True)
-        prepare.fetch_release(replace(old, version=version), build)
-    new = new_pin(old, version, archive)
-    folder = build / f"move-{version}"
+    old = prepare.read_pin()
+    build = CHECKOUT / "build"
+    new = find_source(source, archive, old, build)
+    if is_written and new.pin is None:
+        raise PrepareError(
+            f"The pin names a release of {old.package}, and {source} is none: nothing is written. "
+            "Leave --write out, or give the release that has this llama.cpp."
+        )
+    folder = build / f"move-{new.name}"
     if not folder.exists():
-        begin(folder, old, new, archive)
+        begin(folder, old, new)
+    check_tree(folder, tree)
     check_merged(folder)
     patches = diffs(folder, "new", "HEAD")
-    print(
-        f"{old.package} {old.version} to {version}, llama.cpp {old.llama_cpp_commit[:8]} to ",
-        end="",
-    )
-    print(f"{new.llama_cpp_commit[:8]}, in {folder}")
+    commit = new.commit[:8] or "an unknown commit"
+    print(f"{old.package} {old.version} to {new.name}, llama.cpp ", end="")
+    print(f"{old.llama_cpp_commit[:8]} to {commit}, in {folder}")
     for name, diff in diffs(folder, "pinned", "patched").items():
         print(f"{name}: {how_it_moved(diff, patches[name]) if name in patches else 'not needed'}")
     report_upstream(folder, old, patches)
-    missing = missing_names(old, new, archive)
-    print(
-        f"The binding lacks {', '.join(missing)}"
-        if missing
-        else "The binding has all names that we use."
-    )
+    missing = missing_names(old, new.pin, new.archive) if new.pin else []
+    if missing:
+        print(f"The binding lacks {', '.join(missing)}")
+    elif new.pin:
+        print("The binding has all names that we use.")
     compiles = compile_sources(folder)
-    print(
-        f"Our sources {'compile' if compiles else 'do not compile'} with its headers.", flush=True
-    )
-    if is_written:
-        write(old, new, patches)
+    verb = "compile" if compiles else "do not compile"
+    print(f"Our sources {verb} with its headers.", flush=True)
+    if is_written and new.pin:
+        write(old, new.pin, patches)
         print("Written: the pin, pyproject.toml and the patches. Read them, then run make test.")
     return 0 if compiles and not missing else 1
+
+
+def check_tree(folder: Path, asked: str | None) -> None:
+    """Say which tree the new source has. Raises PrepareError where another was asked for."""
+    tree = git(folder, "rev-parse", "new^{tree}").strip()
+    if asked not in (None, tree):
+        raise PrepareError(
+            f"The source has the tree {tree}, expected {asked}. Give the source that was asked "
+            f"for, and delete {folder}."
+        )
+    print(f"The tree of what is read: {tree}")
 
 
 if __name__ == "__main__":

@@ -55,6 +55,11 @@ class Pin:
     def archive_name(self) -> str:
         return f"{self.package.replace('-', '_')}-{self.version}.tar.gz"
 
+    @property
+    def root(self) -> PurePosixPath:
+        """The folder of llama.cpp in the archive."""
+        return PurePosixPath(self.archive_name.removesuffix(".tar.gz")) / self.llama_cpp_path
+
 
 def read_pin(patches: Path = PATCHES) -> Pin:
     """Read the pin. Raises PrepareError when it is missing or incomplete."""
@@ -145,10 +150,12 @@ def fetch_release(pin: Pin, folder: Path) -> Path:
     return fetched
 
 
-def extract(pin: Pin, archive: Path, tree: Path, wanted: tuple[str, ...] = WANTED) -> None:
-    """Unpack the wanted part of llama.cpp into the empty folder `tree`."""
-    root = PurePosixPath(pin.archive_name.removesuffix(".tar.gz")) / pin.llama_cpp_path
-    n_file = n_bytes = 0
+def extract(
+    root: PurePosixPath, archive: Path, tree: Path, wanted: tuple[str, ...] = WANTED
+) -> None:
+    """Unpack the wanted part of llama.cpp, which lies at `root`, into the empty folder `tree`."""
+    n_file = 0
+    n_bytes = 0
     with tarfile.open(archive, "r:gz") as tar:
         for member in tar:
             name = PurePosixPath(member.name)
@@ -157,7 +164,8 @@ def extract(pin: Pin, archive: Path, tree: Path, wanted: tuple[str, ...] = WANTE
             relative = name.relative_to(root)
             if not relative.parts or relative.parts[0] not in wanted:
                 continue
-            n_file, n_bytes = n_file + 1, n_bytes + member.size
+            n_file += 1
+            n_bytes += member.size
             reason = unsafe_reason(member, name, n_file, n_bytes)
             if reason:
                 raise PrepareError(
@@ -254,7 +262,7 @@ def vendor() -> Path:
 def make_tree(pin: Pin, series: list[Path], key: str, archive: Path, fresh: Path) -> None:
     """Unpack, patch and stamp a tree in a folder that nobody else uses."""
     fresh.mkdir()
-    extract(pin, archive, fresh)
+    extract(pin.root, archive, fresh)
     for patch in series:
         strict.apply(patch, fresh)
     stamp = {"key": key, "patches": [patch.name for patch in series], "files": hash_tree(fresh)}

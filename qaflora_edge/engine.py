@@ -31,7 +31,6 @@ from qaflora_edge.bundles.open import Opened, open_any
 from qaflora_edge.config import MAX_SEED, check, removed
 from qaflora_edge.errors import OptionError, QafloraError, StrategyError, wrong_option
 from qaflora_edge.files import AnyPath
-from qaflora_edge.formats.adapter import AdapterInfo
 from qaflora_edge.inference.core import Core, Probes, check_process
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.inference.request import (
@@ -46,6 +45,7 @@ from qaflora_edge.weighing.numbers import FusionWeights, alone_weights
 from qaflora_edge.weighing.weigher import Weigher, Weights
 
 if TYPE_CHECKING:
+    from qaflora_edge.formats.adapter import AdapterInfo
     from qaflora_edge.inference.decision import Decision
     from qaflora_edge.prompt.calls import Calls
     from qaflora_edge.prompt.tokens import Reader
@@ -846,7 +846,7 @@ def _weigh(weigher: Weigher, weights: Weights, prompt: Prompt, probes: Probes) -
         probes.end()
 
 
-def _read_ahead(weigher: Weigher, infos: Iterable[AdapterInfo]) -> "list[AttentionSizes]":
+def _read_ahead(weigher: Weigher, infos: "Iterable[AdapterInfo]") -> "list[AttentionSizes]":
     """Read what a first chat needs: templates' code, and for two-place the adapters' matrices."""
     from qaflora_edge.weighing.adapter_inputs import AttentionSizes
 

@@ -23,6 +23,9 @@ from qaflora_edge.hub.fetch import fetch_model
 if TYPE_CHECKING:
     from bundles import TinyBundle
     from desk import Desk
+    from starlette.testclient import TestClient
+
+    from qaflora_edge import Engine
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -114,6 +117,26 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
     from bundles import make_bundle
 
     return make_bundle(tmp_path_factory.mktemp("calibrated"), calibrate=True)
+
+
+@pytest.fixture(scope="module")
+def client(calibrated: TinyBundle) -> Iterator[TestClient]:
+    """A server of that bundle, without a network."""
+    from serving import client_of
+
+    with client_of(calibrated.folder) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def alone(calibrated: TinyBundle) -> Iterator[Engine]:
+    """An Engine of that bundle with the server's options, whose answers are the server's."""
+    from serving import ENGINE
+
+    from qaflora_edge import Engine
+
+    with Engine(calibrated.folder, **ENGINE) as engine:  # type: ignore[arg-type]
+        yield engine
 
 
 @pytest.fixture(scope="session")

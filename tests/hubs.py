@@ -25,11 +25,11 @@ class Repo:
     branches: dict[str, str] = field(default_factory=dict)
     access: str = "public"
 
-    def commit(self, files: dict[str, bytes], message: str = "", branch: str = "main") -> str:
+    def commit(self, files: dict[str, bytes]) -> str:
         """Make a commit that holds just these files; give its name."""
-        name = sha1(f"{len(self.commits)}{sorted(files)}{message}".encode()).hexdigest()
+        name = sha1(f"{len(self.commits)}{sorted(files)}".encode()).hexdigest()
         self.commits[name] = dict(files)
-        self.branches[branch] = name
+        self.branches["main"] = name
         return name
 
 
@@ -53,13 +53,12 @@ class FakeHub(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
 
-    def put(self, repo: str, files: dict[str, bytes], **options: Any) -> str:
+    def put(self, repo: str, files: dict[str, bytes]) -> str:
         """Commit files to a repository, which is made when it is missing."""
-        return self.repos.setdefault(repo, Repo()).commit(files, **options)
+        return self.repos.setdefault(repo, Repo()).commit(files)
 
-    def files(self, repo: str, revision: str = "main") -> dict[str, bytes]:
-        found = self.repos[repo]
-        return found.commits[found.branches.get(revision, revision)]
+    def files(self, repo: str) -> dict[str, bytes]:
+        return self.repos[repo].commits[self.repos[repo].branches["main"]]
 
 
 class _Refused(Exception):

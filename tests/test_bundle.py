@@ -208,12 +208,9 @@ def test_texts_of_a_bundle_command_no_terminal(made: TinyBundle) -> None:
 
 
 def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
     (tmp_path / "empty").mkdir()
     for name, found in (
         ("none", "none does not exist; expected a folder with bundle.json. Give the folder of a"),
-        ("file", "file is a file"),
-        ("x" * 300, "x* cannot be examined"),
         ("empty", "bundle.json does not exist"),
     ):
         with pytest.raises(BundleError, match=f"Cannot open the bundle .*: {found}"):
@@ -306,21 +303,9 @@ def test_broken_json_is_refused(made: TinyBundle) -> None:
             load_bundle(made.folder)
 
 
-@pytest.mark.parametrize(
-    ("file", "message"),
-    [
-        ("../es.gguf", "inside the bundle's folder, without '..'"),
-        ("adapters", "is a folder"),
-        ("adapters/none.gguf", "does not exist"),
-        ("pipe", "is a pipe, a socket or a device"),
-        ("loop", "cannot be examined"),
-    ],
-)
-def test_paths_stay_inside_the_bundle(made: TinyBundle, file: str, message: str) -> None:
-    (made.folder / "loop").symlink_to("loop")
-    os.mkfifo(made.folder / "pipe")
-    rewrite(made.folder, sets("adapters", 0, file=file))
-    with pytest.raises(BundleError, match=message):
+def test_paths_stay_inside_the_bundle(made: TinyBundle) -> None:
+    rewrite(made.folder, sets("adapters", 0, file="../es.gguf"))
+    with pytest.raises(BundleError, match=r"inside the bundle's folder, without '..'"):
         load_bundle(made.folder)
 
 

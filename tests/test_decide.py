@@ -1,14 +1,12 @@
 """Decisions: Engine.decide, qaflora decide and POST /v1/systemone."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 from bundles import TinyBundle, qaflora
 from refusals import refused
-from serving import ENGINE, client_of
 from starlette.testclient import TestClient
 
 from qaflora_edge import Engine
@@ -20,59 +18,47 @@ CHOICES = ("yes", "a whole ring", "no")
 LISTED = "{}\n\nAnswer with one of these, and with nothing else:\n- yes\n- a whole ring\n- no"
 
 
-@pytest.fixture(scope="module")
-def engine(calibrated: TinyBundle) -> Iterator[Engine]:
-    with Engine(calibrated.folder, **ENGINE) as engine:  # type: ignore[arg-type]
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def client(calibrated: TinyBundle) -> Iterator[TestClient]:
-    with client_of(calibrated.folder) as client:
-        yield client
-
-
-def expected(engine: Engine, weights: Any) -> Any:
+def expected(alone: Engine, weights: Any) -> Any:
     """By `score`: how much likelier each choice is after the question than after none."""
-    end = engine._model._lib.llama_vocab_eot(engine._model.vocab)
+    end = alone._model._lib.llama_vocab_eot(alone._model.vocab)
     texts = [
-        engine._model.tokenize(each, add_special=False, parse_special=False) for each in CHOICES
+        alone._model.tokenize(each, add_special=False, parse_special=False) for each in CHOICES
     ]
-    mix = engine.weights(QUESTION, strategy=weights)  # by the question alone
+    mix = alone.weights(QUESTION, strategy=weights)  # by the question alone
     sums = []
     for question in (QUESTION, "N/A"):
-        prompt = engine.chat_tokens([{"role": "user", "content": LISTED.format(question)}])
-        sums.append([engine.score(prompt, [*text, end], weights=mix).sum() for text in texts])
+        prompt = alone.chat_tokens([{"role": "user", "content": LISTED.format(question)}])
+        sums.append([alone.score(prompt, [*text, end], weights=mix).sum() for text in texts])
     shares = np.exp(np.array(sums[0], float) - np.array(sums[1], float))
     return shares / shares.sum()
 
 
-def test_probabilities_are_those_of_the_scores(engine: Engine) -> None:
-    decision = engine.decide(QUESTION, CHOICES, compare=True)
-    np.testing.assert_allclose(decision.probabilities, expected(engine, None), rtol=1e-5)
+def test_probabilities_are_those_of_the_scores(alone: Engine) -> None:
+    decision = alone.decide(QUESTION, CHOICES, compare=True)
+    np.testing.assert_allclose(decision.probabilities, expected(alone, None), rtol=1e-5)
     assert decision.probabilities.sum() == pytest.approx(1)
     assert decision.choice == CHOICES[int(np.argmax(decision.probabilities))]
     assert list(decision.by_adapter) == ["base", "math", "es"]
     for name, found in decision.by_adapter.items():
-        alone = name if name == "base" else f"single:{name}"
-        np.testing.assert_allclose(found, expected(engine, alone), rtol=1e-5)
+        strategy = name if name == "base" else f"single:{name}"
+        np.testing.assert_allclose(found, expected(alone, strategy), rtol=1e-5)
 
 
-def test_one_strategy_and_messages(engine: Engine) -> None:
+def test_one_strategy_and_messages(alone: Engine) -> None:
     messages = [{"role": "user", "content": QUESTION}]
-    found = engine.decide(messages, CHOICES, strategy="base")
-    np.testing.assert_allclose(found.probabilities, expected(engine, "base"), rtol=1e-5)
+    found = alone.decide(messages, CHOICES, strategy="base")
+    np.testing.assert_allclose(found.probabilities, expected(alone, "base"), rtol=1e-5)
     assert (found.fusion.strategy, found.by_adapter) == ("base", {})
-    found = engine.decide(messages, CHOICES, strategy="relay")  # nothing is decoded
+    found = alone.decide(messages, CHOICES, strategy="relay")  # nothing is decoded
     assert (found.fusion.strategy, found.fusion.relay) == ("two-place", None)
 
 
-def test_what_a_choice_means_is_listed_with_it(engine: Engine) -> None:
-    plain = engine.decide(QUESTION, ["yes", "no"])
-    told = engine.decide(QUESTION, {"yes": "the thing", "no": ""})
+def test_what_a_choice_means_is_listed_with_it(alone: Engine) -> None:
+    plain = alone.decide(QUESTION, ["yes", "no"])
+    told = alone.decide(QUESTION, {"yes": "the thing", "no": ""})
     assert told.choices == plain.choices
     assert told.n_prompt > plain.n_prompt
-    assert engine.decide(QUESTION, ["only"]).probabilities.tolist() == [1]
+    assert alone.decide(QUESTION, ["only"]).probabilities.tolist() == [1]
 
 
 TEXTS = "expected 1 to 255 texts, all different and none empty."
@@ -89,23 +75,23 @@ TEXTS = "expected 1 to 255 texts, all different and none empty."
         (["a"] * 1000, TEXTS),
     ],
 )
-def test_wrong_choices_are_refused(engine: Engine, choices: Any, message: str) -> None:
-    assert refused(OptionError, engine.decide, QUESTION, choices).endswith(message)
+def test_wrong_choices_are_refused(alone: Engine, choices: Any, message: str) -> None:
+    assert refused(OptionError, alone.decide, QUESTION, choices).endswith(message)
 
 
 @pytest.mark.parametrize("prompt", ["", [], [{"role": "assistant", "content": "a"}], 3])
-def test_what_is_no_question_is_refused(engine: Engine, prompt: Any) -> None:
-    assert "expected a" in refused(PromptError, engine.decide, prompt, CHOICES)
+def test_what_is_no_question_is_refused(alone: Engine, prompt: Any) -> None:
+    assert "expected a" in refused(PromptError, alone.decide, prompt, CHOICES)
 
 
-def test_many_choices_are_scored_in_parts(engine: Engine) -> None:
+def test_many_choices_are_scored_in_parts(alone: Engine) -> None:
     choices = [chr(ord("a") + n % 26) + chr(ord("a") + n // 26) for n in range(60)]
-    assert len(engine.decide("q", choices).probabilities) == 60
+    assert len(alone.decide("q", choices).probabilities) == 60
 
 
-def test_the_command_prints_what_the_engine_decides(calibrated: TinyBundle, engine: Engine) -> None:
+def test_the_command_prints_what_the_engine_decides(calibrated: TinyBundle, alone: Engine) -> None:
     args = [word for choice in CHOICES for word in ("--choice", choice)]
-    decision = engine.decide(QUESTION, CHOICES)
+    decision = alone.decide(QUESTION, CHOICES)
     result = qaflora("decide", calibrated.folder, QUESTION, *args, "--json")
     shown = json.loads(result.stdout)
     assert shown["choice"] == decision.choice
@@ -126,17 +112,17 @@ QUESTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def test_systemone_answers_each_question(client: TestClient, engine: Engine) -> None:
+def test_systemone_answers_each_question(client: TestClient, alone: Engine) -> None:
     body = {"model": "jev-latest", "state": STATE, "questions": QUESTIONS}
     found = client.post("/v1/systemone", json=body).json()
     answers = found["answers"]
-    alone = engine.decide('{"ring": "the thing"}\n\nwho?', {"a": "b", "c": ""})
+    who = alone.decide('{"ring": "the thing"}\n\nwho?', {"a": "b", "c": ""})
     team = answers["team"]
-    assert (team["type"], team["choice"]) == ("choice", alone.choice)
-    np.testing.assert_allclose([*team["probabilities"].values()], alone.probabilities, atol=1e-5)
+    assert (team["type"], team["choice"]) == ("choice", who.choice)
+    np.testing.assert_allclose([*team["probabilities"].values()], who.probabilities, atol=1e-5)
     peak = max(team["probabilities"].values())
     assert team["confidence"] == pytest.approx(2 * peak - 1, abs=1e-5)
-    urgent = engine.decide('{"ring": "the thing"}\n\na?', {"yes": "on a ring", "no": ""})
+    urgent = alone.decide('{"ring": "the thing"}\n\na?', {"yes": "on a ring", "no": ""})
     assert answers["urgent"]["noul"] == pytest.approx(urgent.probabilities[0], abs=1e-5)
     level = answers["level"]
     assert level["legend"] == {"0": "on", "1": "in", "2": "a"}
@@ -160,6 +146,6 @@ def test_wrong_questions_are_400(client: TestClient, questions: Any, param: str)
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
 
 
-def test_of_equal_choices_the_first_counts(engine: Engine) -> None:
-    fusion = engine.weights(QUESTION, strategy="base")
+def test_of_equal_choices_the_first_counts(alone: Engine) -> None:
+    fusion = alone.weights(QUESTION, strategy="base")
     assert Decision(("a", "b"), np.array([0.5, 0.5]), fusion).choice == "a"

@@ -54,6 +54,12 @@ class Move(Project):
         return {path.name: path.read_text() for path in paths}
 
 
+def git(folder: Path, *words: str) -> str:
+    identity = ["-c", "user.name=x", "-c", "user.email=x", "-c", "core.editor=true"]
+    command = ["git", *identity, *words]
+    return subprocess.check_output(command, cwd=folder, text=True).strip()
+
+
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -86,7 +92,9 @@ def test_a_hunk_on_other_lines_is_moved_and_nothing_is_written_unless_asked(proj
     before = project.files
     done = project.move()
     assert done.returncode == 0, done.stderr
+    tree = git(project.tree, "rev-parse", "new^{tree}")
     assert done.stdout.splitlines() == [
+        f"The tree of what is read: {tree}",
         f"up-stream 1.0 to 1.1, llama.cpp 01234567 to 89ab89ab, in {project.tree}",
         "0001-hook.patch: the same on other lines",
         "Upstream changed 1 of the files that we build from or follow.",
@@ -113,7 +121,7 @@ def test_a_conflict_is_resolved_in_the_repository_and_the_command_goes_on(projec
     project.release(TEXT.replace("line 11\n", "line eleven\n"))
     before = project.files
     done = project.move("--write")
-    assert (done.returncode, done.stdout) == (1, "")
+    assert done.returncode == 1
     assert done.stderr == (
         f"patches/move.py: 0001-hook.patch conflicts in src/a.cpp. Resolve it in {project.tree} "
         "(git add FILE; git cherry-pick --continue, or --skip where upstream has what it did), "
@@ -123,9 +131,8 @@ def test_a_conflict_is_resolved_in_the_repository_and_the_command_goes_on(projec
     assert project.files == before
     resolved = TEXT.replace("line 11\n", "line eleven\nhook();\n")
     (project.tree / "src" / "a.cpp").write_text(resolved)
-    for words in (["add", "src/a.cpp"], ["cherry-pick", "--continue"]):
-        identity = ["-c", "user.name=x", "-c", "user.email=x", "-c", "core.editor=true"]
-        subprocess.run(["git", *identity, *words], cwd=project.tree, check=True)
+    git(project.tree, "add", "src/a.cpp")
+    git(project.tree, "cherry-pick", "--continue")
     done = project.move("--write")
     assert done.returncode == 0, done.stderr
     assert "0001-hook.patch: merged with other lines around it or in it: read it" in done.stdout
@@ -140,3 +147,27 @@ def test_sources_that_do_not_compile_and_names_that_are_gone_are_told(project: M
     assert "The binding lacks llama_thing\n" in done.stdout
     assert "Our sources do not compile with its headers." in done.stdout
     assert "upstream" in done.stderr
+
+
+def test_an_archive_and_a_repository_of_llama_cpp_are_one_tree(project: Move) -> None:
+    repository, release = project.folder / "llama.cpp", project.folder / "b1.tar.gz"
+    (repository / "include").mkdir(parents=True)
+    (repository / "src").mkdir()
+    files = {"CMakeLists.txt": "x", "include/llama.h": "", "include/up.h": HEADER}
+    for name, text in (files | {"src/a.cpp": FOUND_LATER}).items():
+        (repository / name).write_text(text)
+    for words in (["init"], ["add", "."], ["commit", "-m", "x"]):
+        git(repository, *words)
+    head = git(repository, "rev-parse", "HEAD")
+    git(repository, "archive", "--prefix=b1/llama/", f"--output={release}", "HEAD")
+    done = project.run(str(repository), script="move.py")
+    assert done.returncode == 0, done.stderr
+    first, second, *_ = done.stdout.splitlines()
+    assert f"llama.cpp 01234567 to {head[:8]}, in " in second
+    tree = first.split()[-1]
+    done = project.run(str(release), "--tree", tree, script="move.py")
+    assert (done.returncode, done.stdout.splitlines()[0]) == (0, first)
+    done = project.run(str(release), "--tree", head, script="move.py")
+    assert f"has the tree {tree}, expected {head}" in done.stderr
+    done = project.run(str(release), "--write", script="move.py")
+    assert "b1.tar.gz is none: nothing is written" in done.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 from bundles import TinyBundle
 from openai.types import Completion, CreateEmbeddingResponse, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from serving import ENGINE, client_of
+from serving import client_of
 from starlette.testclient import TestClient
 
 from qaflora_edge import Engine
@@ -19,18 +18,6 @@ from qaflora_edge.backend.model import Model as Model_
 
 USER = [{"role": "user", "content": "the thing?"}]
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-
-
-@pytest.fixture(scope="module")
-def client(calibrated: TinyBundle) -> Iterator[TestClient]:
-    with client_of(calibrated.folder) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def alone(calibrated: TinyBundle) -> Iterator[Engine]:
-    with Engine(calibrated.folder, **ENGINE) as engine:  # type: ignore[arg-type]
-        yield engine
 
 
 def events(text: str) -> list[Any]:

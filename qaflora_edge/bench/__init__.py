@@ -136,11 +136,13 @@ class Rig(contextlib.ExitStack):
         model = self._stock
         n_loaded = len(self._loras)
         for path in self._copies(k)[n_loaded:]:
-            lora = model._lib.llama_adapter_lora_init(model._pointer, os.fsencode(path))
+            name = os.fsencode(path)
+            lora = model._lib.llama_adapter_lora_init(model._pointer, name)
             if not lora:
                 raise BackendError(f"llama.cpp cannot load the adapter {path}; convert it again.")
             self._loras.append(lora)
-        context = StockContext(model, self._loras[:k], n_ctx=n_ctx, **self._options)
+        adapters = self._loras[:k]
+        context = StockContext(model, adapters, n_ctx=n_ctx, **self._options)
         return self.enter_context(context)
 
     def ours(self, k: int, n_ctx: int) -> Context:
@@ -149,7 +151,8 @@ class Rig(contextlib.ExitStack):
         self.enter_context(pack)
         context = Context(self.model, pack, n_ctx=n_ctx, **self._options)
         self.enter_context(context)
-        weights = np.full((k, self.model.n_layer), 1.0 / k, np.float32)
+        shape = (k, self.model.n_layer)
+        weights = np.full(shape, 1.0 / k, np.float32)
         context.set_weights(weights)
         return context
 
@@ -178,10 +181,12 @@ class Rig(contextlib.ExitStack):
     def draw_chat(self, engine: Engine, n_token: int) -> list[int]:
         """Draw a user turn of so many tokens, in the form of a chat where the base has one."""
         tokens = self.draw(n_token)
-        text = self.model.detokenize(tokens).decode("utf-8", "replace")
+        data = self.model.detokenize(tokens)
+        text = data.decode("utf-8", "replace")
         if not engine.has_chat_template:
             return engine.tokenize(text)
-        return engine.chat_tokens([{"role": "user", "content": text}])
+        message = {"role": "user", "content": text}
+        return engine.chat_tokens([message])
 
 
 def prefill(context: Context, tokens: Sequence[int]) -> None:
@@ -219,7 +224,8 @@ def take_turns(
 
 def compared(key: str, runs: Sequence[Run], **others: Sequence[Run]) -> Row:
     """Give median and ends of a figure, and of its ratios to others' within each round."""
-    row = {key: _spread([run[key] for run in runs])}
+    figures = [run[key] for run in runs]
+    row = {key: _spread(figures)}
     for name, their_runs in others.items():
         ratios = []
         for run, their_run in zip(runs, their_runs, strict=True):
@@ -265,7 +271,12 @@ def measure_decode(rig: Rig, plan: Plan, tell: Tell) -> Iterator[Row]:
             yield row
 
 
-def _decode(context: Context, drawn: Sequence[Sequence[int]], length: int, turn: int) -> Run:
+def _decode(
+    context: Context,
+    drawn: Sequence[Sequence[int]],
+    length: int,
+    turn: int,
+) -> Run:
     tokens = drawn[turn]
     start = time.perf_counter()
     prefill(context, tokens[:length])
@@ -285,7 +296,12 @@ def _decode(context: Context, drawn: Sequence[Sequence[int]], length: int, turn:
 # time to the first token
 
 
-def measure_first_token(rig: Rig, engine: Engine, plan: Plan, tell: Tell) -> Iterator[Row]:
+def measure_first_token(
+    rig: Rig,
+    engine: Engine,
+    plan: Plan,
+    tell: Tell,
+) -> Iterator[Row]:
     """Weigh, prefill and choose a chat's first token, next to llama.cpp's prefill of the base."""
     base = rig.stock(0, engine.n_ctx)
 
@@ -322,7 +338,11 @@ def measure_first_token(rig: Rig, engine: Engine, plan: Plan, tell: Tell) -> Ite
 # drafting
 
 
-def measure_draft(engines: Mapping[str, Engine], plan: Plan, tell: Tell) -> Iterator[Row]:
+def measure_draft(
+    engines: Mapping[str, Engine],
+    plan: Plan,
+    tell: Tell,
+) -> Iterator[Row]:
     """Answer prompts of several kinds, each run another one, with guessed tokens and without.
 
     engines  "plain" and "draft"; both decode for as many callers as the plan has at most
@@ -383,7 +403,10 @@ def _draft_figures(timings: Sequence[Timings]) -> Run:
 
 
 def measure_callers(
-    rig: Rig, engines: Mapping[str, Engine], plan: Plan, tell: Tell
+    rig: Rig,
+    engines: Mapping[str, Engine],
+    plan: Plan,
+    tell: Tell,
 ) -> Iterator[Row]:
     """Decode for some callers at once, each with a mix of its own, next to the base alone.
 
@@ -395,18 +418,24 @@ def measure_callers(
     most = max(plan.callers)
     ours = engines["ours"]
     alphas = np.ones(len(ours.adapters))
-    shares = np.random.default_rng(0).dirichlet(alphas, (most, ours.n_layer))
-    weights = shares.transpose(0, 2, 1).astype(np.float32)  # [caller, n_adapter, n_layer]
-    mixes: dict[str, Any] = {"base": [None] * most, "ours": weights}
+    random_state = np.random.default_rng(0)
+    shares = random_state.dirichlet(alphas, (most, ours.n_layer))
+    weights = shares.transpose(0, 2, 1)  # [caller, n_adapter, n_layer]
+    mixes: dict[str, Any] = {
+        "base": [None] * most,
+        "ours": weights.astype(np.float32),
+    }
     never_end = dict.fromkeys(rig.ends, -100.0)
     prompts = []  # [round][caller], of different lengths
     for _ in range(1 + plan.repeat):
-        prompts.append([rig.draw(length + caller) for caller in range(most)])
+        lengths = range(length, length + most)
+        prompts.append([rig.draw(n_token) for n_token in lengths])
 
     def run(n: int, way: str, turn: int) -> Run:
         requests = []
-        for tokens, mix in zip(prompts[turn][:n], mixes[way][:n], strict=True):
-            requests.append({"prompt": tokens, "weights": mix})
+        for caller in range(n):
+            request = {"prompt": prompts[turn][caller], "weights": mixes[way][caller]}
+            requests.append(request)
         answers = engines[way].generate_many(
             requests,
             max_tokens=plan.max_tokens,

@@ -32,19 +32,11 @@ _IDLE = frozenset(
     draft_num_predict use_mlock low_vram f16_kv logits_all vocab_only penalize_newline mirostat
     mirostat_tau mirostat_eta""".split()  # noqa: SIM905
 )
-# Parameter -> the option of sampling that it is.
-_SAMPLING = {
-    "temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "seed": "seed",
-    "stop": "stop",
-    "repeat_penalty": "repeat_penalty",
-    "presence_penalty": "presence_penalty",
-    "frequency_penalty": "frequency_penalty",
-    "num_predict": "max_tokens",
-}
+# Parameters that are options of sampling; num_predict is called max_tokens there.
+_SAMPLING = tuple(
+    """temperature top_k top_p min_p seed stop repeat_penalty presence_penalty frequency_penalty
+    num_predict""".split()  # noqa: SIM905
+)
 _SIGNED = ("seed", "top_k", "num_predict")  # a number below 0 leaves them open
 _PART = re.compile(r"\w[\w.-]*", re.ASCII)  # of a model's name
 _LAYERS = ("model", "adapter", "system", "license", "params", "messages")
@@ -85,10 +77,6 @@ class Modelfile:
     notes: list[str] = field(default_factory=list)
 
 
-class _Wrong(Exception):
-    """A line that cannot be followed: why, and what to do."""
-
-
 def read_modelfile(path: Path) -> Modelfile:
     """Read a Modelfile and find what it names.
 
@@ -101,17 +89,18 @@ def read_modelfile(path: Path) -> Modelfile:
     froms = [command for command in commands if command.name == "FROM"]
     if not froms:
         problems.append(f"{path}: FROM is missing, expected one; name the base, as in FROM a.gguf.")
-    for command in froms[:1]:
+    else:
+        commands.remove(froms[0])
         try:
-            modelfile.base, inherited = _base(command, path.parent)
-        except (_Wrong, QafloraError) as problem:
-            problems.append(f"{path}:{command.line}: {problem}")
-    for group in (inherited, [command for command in commands if command not in froms[:1]]):
+            modelfile.base, inherited = _base(froms[0], path.parent)
+        except QafloraError as problem:
+            problems.append(f"{path}:{froms[0].line}: {problem}")
+    for group in (inherited, commands):
         part = Modelfile()
         for command in group:
             try:
                 _take(part, command, path, froms)
-            except _Wrong as problem:
+            except InputFileError as problem:
                 problems.append(f"{path}:{command.line}: {problem}")
         _add(modelfile, part)
     if problems:
@@ -119,7 +108,7 @@ def read_modelfile(path: Path) -> Modelfile:
     return modelfile
 
 
-# --- the text -----------------------------------------------------------------------------------
+# the text
 
 
 def _text(path: Path) -> str:
@@ -179,16 +168,17 @@ def _unquoted(value: str) -> str | None:
     return value
 
 
-# --- commands -----------------------------------------------------------------------------------
+# commands
 
 
 def _take(part: Modelfile, command: Command, path: Path, froms: Sequence[Command]) -> None:
-    """Add a command to what is asked for. Raises _Wrong."""
+    """Add a command to what is asked for. Raises InputFileError."""
     name, value = command.name, command.value
     if name == "FROM":
-        raise _Wrong(f"FROM stands in line {froms[0].line} already, expected one. Leave one out.")
+        line = froms[0].line
+        raise InputFileError(f"FROM stands in line {line} already, expected one. Leave one out.")
     if name in _OF_BASE:
-        raise _Wrong(f"{name} is not taken: the base brings its own. Leave the line out.")
+        raise InputFileError(f"{name} is not taken: the base brings its own. Leave the line out.")
     idle = command.argument if name == "PARAMETER" else name
     if idle in _IDLE:
         part.notes.append(f"{path}:{command.line}: {idle} is left out: it changes no answer.")
@@ -204,7 +194,8 @@ def _take(part: Modelfile, command: Command, path: Path, froms: Sequence[Command
     elif command.argument in ROLES:
         part.examples.append({"role": command.argument, "content": value})
     else:
-        raise _Wrong(f"the role is {command.argument!r:.40}, expected one of {', '.join(ROLES)}.")
+        expected = ", ".join(ROLES)
+        raise InputFileError(f"the role is {command.argument!r:.40}, expected one of {expected}.")
 
 
 def _take_parameter(part: Modelfile, command: Command) -> None:
@@ -215,30 +206,32 @@ def _take_parameter(part: Modelfile, command: Command) -> None:
         part.sampling["stop"] = [*part.sampling.get("stop", []), value]
         return
     if name not in _SAMPLING:
-        expected = ", ".join(_SAMPLING)
-        raise _Wrong(f"PARAMETER {name:.40} cannot be followed; expected one of {expected}.")
-    option = in_group("sampling")[_SAMPLING[name]]
+        raise InputFileError(
+            f"PARAMETER {name:.40} cannot be followed; expected one of {', '.join(_SAMPLING)}."
+        )
+    key = "max_tokens" if name == "num_predict" else name
+    option = in_group("sampling")[key]
     with contextlib.suppress(ValueError):
         number = option.kind(value)
         if option.fits(number):
             part.sampling[option.name] = number
         if option.fits(number) or (name in _SIGNED and number < 0):
             return
-    raise _Wrong(f"PARAMETER {name} is {value!r:.40}, expected {option.expected}.")
+    raise InputFileError(f"PARAMETER {name} is {value!r:.40}, expected {option.expected}.")
 
 
 def _adapter(value: str, folder: Path) -> Path:
-    """Find an adapter: a PEFT folder, a file in one, or a GGUF. Raises _Wrong."""
+    """Find an adapter: a PEFT folder, a file in one, or a GGUF. Raises InputFileError."""
     place = folder / expanded(value)
     if not os.path.exists(place):
-        raise _Wrong(
+        raise InputFileError(
             f"the adapter {place} {what_is_at(place)}; expected a PEFT folder, its safetensors "
             "file, or an adapter GGUF. Correct the path."
         )
     if place.suffix != ".safetensors":
         return place
     if not os.path.isfile(place.parent / CONFIG_FILE):
-        raise _Wrong(
+        raise InputFileError(
             f"{CONFIG_FILE} is missing in {place.parent.absolute()}; expected it next to "
             f"{place.name}, for it has the adapter's scale. Give the folder that PEFT wrote."
         )
@@ -272,14 +265,14 @@ def _adapter_name(title: str, taken: Sequence[str]) -> str:
     return name
 
 
-# --- models of Ollama ---------------------------------------------------------------------------
+# models of Ollama
 
 
 def _base(command: Command, folder: Path) -> tuple[AnyPath, list[Command]]:
-    """Find the base, and the commands of the model that it is. Raises _Wrong."""
+    """Find the base, and the commands of the model that it is. Raises InputFileError."""
     place = folder / expanded(command.value)
     if os.path.isdir(place):
-        raise _Wrong(
+        raise InputFileError(
             f"the base {place} is a folder, expected a GGUF file. Convert it with llama.cpp's "
             "convert_hf_to_gguf.py."
         )
@@ -293,7 +286,7 @@ def _base(command: Command, folder: Path) -> tuple[AnyPath, list[Command]]:
         parse_hub_ref(command.value)
         return command.value, []
     places = " or ".join(map(str, ollama_folders()))
-    raise _Wrong(
+    raise InputFileError(
         f"the base {command.value:.100} is no file in {folder.absolute()}, no name of `qaflora "
         f"models`, and no model of Ollama in {places}; expected one of them. Correct it, set "
         "OLLAMA_MODELS, or fetch the model with `ollama pull`."
@@ -337,7 +330,7 @@ def _of_model(command: Command, folder: Path, path: Path) -> tuple[Path, list[Co
             continue
         blob = (folder / "blobs" / f"sha256-{digest[1]}").absolute()
         if not os.path.isfile(blob):
-            raise _Wrong(f"the file {blob} of {command.value} is missing. {advice}")
+            raise InputFileError(f"the file {blob} of {command.value} is missing. {advice}")
         if kind == "model":
             bases.append(blob)
         elif kind == "adapter":
@@ -345,7 +338,7 @@ def _of_model(command: Command, folder: Path, path: Path) -> tuple[Path, list[Co
         else:
             commands += _commands_of(command, kind, _text(blob))
     if len(bases) != 1:
-        raise _Wrong(
+        raise InputFileError(
             f"{command.value} has {len(bases)} GGUF files of a base, expected 1: a model in "
             "safetensors, or one in parts, cannot be taken. Give a GGUF file."
         )
@@ -361,7 +354,7 @@ def _commands_of(command: Command, kind: str, text: str) -> Iterator[Command]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise _Wrong(f"the {kind} of {command.value} are no JSON ({error}).") from error
+        raise InputFileError(f"the {kind} of {command.value} are no JSON ({error}).") from error
     if kind == "params" and isinstance(content, dict):
         for name, value in content.items():
             for item in value if isinstance(value, list) else [value]:

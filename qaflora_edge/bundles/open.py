@@ -9,10 +9,10 @@ Opening compares every file with its record and changes nothing.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qaflora_edge.errors import BundleError, OptionError, QafloraError
 from qaflora_edge.files import AnyPath
-from qaflora_edge.formats.adapter import AdapterInfo, read_adapter
 from qaflora_edge.formats.bundle import (
     AdapterRecord,
     BaseRecord,
@@ -33,6 +33,9 @@ from qaflora_edge.formats.inputs import (
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing.weigher import Known, known_of
 
+if TYPE_CHECKING:
+    from qaflora_edge.formats.adapter import AdapterInfo
+
 _MAX_EDITS = 5  # of a bundle while it is opened
 
 
@@ -50,7 +53,7 @@ class Opened:
 
     place: Path
     header: GgufHeader = field(repr=False)
-    adapters: Mapping[str, AdapterInfo] = field(repr=False)
+    adapters: "Mapping[str, AdapterInfo]" = field(repr=False)
     states: Mapping[Path, FileState] = field(repr=False)
     known: Known
     text: BundleText | None = field(repr=False)
@@ -121,6 +124,7 @@ def _load(
     place: Path, text: BundleText | None, paths: dict[str, Path], always_hash: bool, progress: Tell
 ) -> Opened:
     """Load what bundle.json says, or a base and adapters."""
+    from qaflora_edge.formats.adapter import read_adapter
     from qaflora_edge.formats.base import check_base, check_record
 
     base_path = place

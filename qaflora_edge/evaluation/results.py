@@ -42,10 +42,8 @@ class Results:
     def strategies(self) -> list[str]:
         """Every strategy: those of the first run, then those that were added."""
         names = list(self.header["strategies"])
-        for record in self.records.values():
-            if record["strategy"] not in names:
-                names.append(record["strategy"])
-        return names
+        names += [record["strategy"] for record in self.records.values()]
+        return list(dict.fromkeys(names))
 
     @property
     def failed(self) -> list[Record]:

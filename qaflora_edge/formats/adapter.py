@@ -19,6 +19,7 @@ from qaflora_edge.errors import (
     UnsupportedAdapterError,
 )
 from qaflora_edge.files import AnyPath
+from qaflora_edge.formats.base import ARCH_FACTS
 from qaflora_edge.formats.gguf import (
     DIVERGED,
     GgufHeader,
@@ -63,8 +64,6 @@ def why_not_adapted(architecture: str, base_name: str) -> str:
 
     base_name  such as blk.0.attn_q_a.weight
     """
-    from qaflora_edge.formats.base import ARCH_FACTS  # reads a file when it is imported
-
     kind = module_kind(base_name)
     facts = ARCH_FACTS.get(architecture)
     is_multiplied = base_name == EMBEDDING or not _NOT_MULTIPLIED.search(kind)

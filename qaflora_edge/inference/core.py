@@ -29,7 +29,6 @@ from qaflora_edge.backend.context import (
 )
 from qaflora_edge.backend.model import Pack, shared_model
 from qaflora_edge.errors import BusyError, OptionError, QafloraError
-from qaflora_edge.formats.adapter import AdapterInfo
 from qaflora_edge.formats.gguf import GgufHeader
 from qaflora_edge.formats.inputs import FileState, check_unchanged
 from qaflora_edge.inference.generation import Generation, follow
@@ -46,6 +45,7 @@ from qaflora_edge.weighing.numbers import FusionWeights, alone_weights, n_base_o
 from qaflora_edge.weighing.strategy import Measure, Query, Reading
 
 if TYPE_CHECKING:
+    from qaflora_edge.formats.adapter import AdapterInfo
     from qaflora_edge.inference.drafts import Drafter
     from qaflora_edge.weighing.adapter_inputs import AttentionSizes
     from qaflora_edge.weighing.probe import Listener, Steps
@@ -74,7 +74,7 @@ class Core:
     def __init__(
         self,
         base: GgufHeader,
-        adapters: Mapping[str, AdapterInfo],
+        adapters: "Mapping[str, AdapterInfo]",
         states: Mapping[Path, FileState],
         *,
         n_ctx: int | None,

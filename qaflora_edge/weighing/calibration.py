@@ -134,10 +134,8 @@ def _typical_sureness(sureness: F64) -> list[dict[str, float]]:
     means = np.round(sureness.mean(axis=0), 4).tolist()
     spreads = np.maximum(sureness.std(axis=0), _SPREAD_MIN)
     spreads = np.round(spreads, 4).tolist()
-    typical = []
-    for mean, spread in zip(means, spreads, strict=True):
-        typical.append({"mean": mean, "spread": spread})
-    return typical
+    pairs = zip(means, spreads, strict=True)
+    return [{"mean": mean, "spread": spread} for mean, spread in pairs]
 
 
 def _mean_and_spread(measured: Sequence[F64]) -> list[dict[str, Any]]:
@@ -148,10 +146,6 @@ def _mean_and_spread(measured: Sequence[F64]) -> list[dict[str, Any]]:
     distances = np.round((extents - means) / spreads, 3)
     typical = []
     for ia in range(len(means)):
-        row = {
-            "mean": float(means[ia]),
-            "spread": float(spreads[ia]),
-            "each": distances[:, ia].tolist(),
-        }
-        typical.append(row)
+        row = {"mean": float(means[ia]), "spread": float(spreads[ia])}
+        typical.append(row | {"each": distances[:, ia].tolist()})
     return typical
