@@ -29,10 +29,19 @@ def count_decoded(monkeypatch: pytest.MonkeyPatch, *, first_only: bool = False) 
 def probe(
     engine: Engine, tokens: Sequence[int], span: tuple[int, int] | None = None, **facts: bool
 ) -> Any:
-    """The probe of a query, whose question stands at the span."""
+    """The probe of a query, whose question stands at the span; it keeps no slot."""
     query = engine._weigher.query(Prompt(tuple(tokens)))
     query = replace(query, question=span or (0, len(tokens)), **facts)
-    return Probes(engine._core, engine._core.cancellation())(query)
+    return OfOneMeasure(engine._core, engine._core.cancellation())(query)
+
+
+class OfOneMeasure(Probes):
+    """Free the slot after each measure: tests do not answer."""
+
+    def _listen(self, listener: Any) -> Any:
+        result = super()._listen(listener)
+        self.end()
+        return result
 
 
 def run_alone(steps: Any) -> Any:

@@ -44,7 +44,7 @@ def test_table_has_each_strategy_with_its_mix_and_answer(made: TinyBundle) -> No
     places = [next(i for i, s in enumerate(starts) if s.startswith(way)) for way in order]
     assert places == sorted(places)
     assert starts[places[0] + 1] == "base"
-    assert starts[places[-1] + 1 : places[-1] + 3] == ["math 50 %", "es 50 %"]
+    assert starts[places[-1] + 1 : places[-1] + 3] == ["math ×0.5", "es ×0.5"]
     assert result.stdout.count("[cut at the limit of tokens]") == 5
 
 

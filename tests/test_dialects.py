@@ -24,6 +24,9 @@ class Spoken(SimpleNamespace):
     def __iter__(self) -> Any:
         return iter(("Yes", "."))
 
+    def drafting(self) -> Any:
+        return iter(())
+
     def thoughts(self) -> Any:
         return iter(("Hm",))
 

@@ -115,7 +115,7 @@ def test_fusion_weights_are_short_in_a_console_and_a_heatmap_in_a_notebook() -> 
 
     weights = np.array([[0.25, 0.75, 0.5], [0.75, 0.25, 0.5]], np.float32)
     mixed = fusion.FusionWeights(("math", "a<b>\u202e"), weights, weights * 2, "qa-flora")
-    assert repr(mixed) == "<FusionWeights qa-flora, 3 layers: math 50 % · a<b>\\u202e 50 %>"
+    assert repr(mixed) == "<FusionWeights qa-flora, 3 layers: math ×0.5 · a<b>\\u202e ×0.5>"
     root = ElementTree.fromstring(f"<div>{mixed._repr_html_()}</div>")
     cells = [rect for rect in root.iter("rect") if rect.get("class") == "cell"]
     titles = [rect.findtext("title") for rect in cells]

@@ -70,7 +70,7 @@ def test_the_mix_is_a_bar_that_opens_into_layers(desk: Desk) -> None:
     rows = layers(["math", "es", "med"], "qa-flora")
     means = [sum(row) / N_LAYER for row in rows]
     assert desk.texts("button.mix .entry") == [
-        f"{name}\n{100 * mean:.0f} %"
+        f"{name}\n×{round(mean, 2):g}"
         for name, mean in zip(("math", "es", "med"), means, strict=True)
     ]
     shares = desk.window.run(
@@ -154,7 +154,7 @@ def test_weights_by_hand(desk: Desk) -> None:
         "return": "layers",
         "weights": {"math": 1.25, "es": 0, "med": 0.5},
     }
-    assert desk.texts("button.mix .entry") == ["math\n125 %", "med\n50 %"]
+    assert desk.texts("button.mix .entry") == ["math\n×1.25", "med\n×0.5"]
 
 
 def test_the_base_has_its_share_of_the_bar(desk: Desk) -> None:
@@ -162,7 +162,7 @@ def test_the_base_has_its_share_of_the_bar(desk: Desk) -> None:
     reasons = {"scores": {"answer": 0.5}, "thresholds": {"answer": 1.5}, "taken_as": ""}
     desk.script.why = {"because": "So <b>.", "why": dict.fromkeys(desk.script.weights, reasons)}
     desk.ask()
-    assert desk.texts(".mix .entry") == ["es\n30 %", "math\n2 %", "base\n68 %"]
+    assert desk.texts(".mix .entry") == ["es\n×0.3", "math\n×0.02"]
     widths = desk.window.run(
         "const [bar] = document.querySelectorAll('.bar'), { width } = bar.getBoundingClientRect();"
         "return [...bar.children].map(e => e.getBoundingClientRect().width / width)"
@@ -173,7 +173,7 @@ def test_the_base_has_its_share_of_the_bar(desk: Desk) -> None:
     assert desk.texts(".reasons tr")[1].split() == ["math", "0.02", "0.50"]
     desk.script.weights = dict.fromkeys(desk.script.weights, 0.0)
     desk.ask()
-    assert desk.texts(".mix .entry")[3:] == ["base"]
+    assert desk.texts(".mix .entry")[2:] == ["base"]
 
 
 def test_a_formula_is_drawn_and_read_aloud(desk: Desk) -> None:
@@ -309,7 +309,7 @@ def test_save_as_markdown_and_as_json(desk: Desk, tmp_path: Path) -> None:
     markdown, document = (saved(tmp_path, ending) for ending in ("md", "json"))
     means = [sum(row) / N_LAYER for row in layers(["math", "es", "med"], "qa-flora")]
     mix = " · ".join(
-        f"{n} {100 * m:.0f} %" for n, m in zip(("math", "es", "med"), means, strict=True)
+        f"{n} ×{round(m, 2):g}" for n, m in zip(("math", "es", "med"), means, strict=True)
     )
     assert markdown.read_text("utf-8") == (
         f"## System\n\nBe short.\n\n## Question\n\n{QUESTION}\n\n"

@@ -248,6 +248,33 @@ def test_an_answer_over_http_tells_who_drafted(folder: Path) -> None:
         assert (relay["knower"], relay["writer"]) == ("math", "es")
         n_generated = answer["usage"]["completion_tokens"]
         assert n_generated == relay["draft_tokens"] + 4
-        events = client.post("/v1/chat/completions", json=body | {"stream": True}).text
-        first = json.loads(events.split("\n")[0].removeprefix("data: "))
-        assert first["fusion"]["relay"]["draft"] == relay["draft"]
+        chunks = streamed(client, body)
+        first = chunks[0]["fusion"]
+        assert first["relay"]["knower"] == "math"
+        told = [chunk.get("fusion", {}) for chunk in chunks]
+        pieces = [fusion["draft"] for fusion in told if "draft" in fusion]
+        assert "".join(pieces) == relay["draft"]
+        assert len(pieces) > 1  # as it is written
+
+
+def test_a_client_that_asks_for_thoughts_gets_the_draft_as_one(folder: Path) -> None:
+    body = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "abc def?"}],
+        "max_tokens": 4,
+        "reasoning_effort": "low",
+        "fusion": {"strategy": BY_HAND},
+    }
+    with client_of(folder) as client:
+        answer = client.post("/v1/chat/completions", json=body).json()
+        draft = answer["fusion"]["relay"]["draft"]
+        assert answer["choices"][0]["message"]["reasoning_content"] == draft
+        deltas = [chunk["choices"][0]["delta"] for chunk in streamed(client, body)]
+        assert "".join(delta.get("reasoning_content", "") for delta in deltas) == draft
+
+
+def streamed(client: Any, body: Any) -> list[Any]:
+    """Give the chunks of a stream, but for the one that ends it."""
+    text = client.post("/v1/chat/completions", json=body | {"stream": True}).text
+    lines = [line.removeprefix("data: ") for line in text.split("\n") if line.startswith("data: ")]
+    return [json.loads(line) for line in lines[:-1]]

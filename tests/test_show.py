@@ -45,11 +45,11 @@ def printed(items: list[Weighed], encoding: str = "utf-8") -> list[str]:
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        ([[0.5], [0.5]], "math 50 % · es 50 %"),
-        ([[0.0], [0.81]], "es 81 % · base 19 %"),
+        ([[0.5], [0.5]], "math ×0.5 · es ×0.5"),
+        ([[0.0], [0.81]], "es ×0.81"),
         ([[0.0], [0.0]], "base"),
-        ([[0.2, 0.4], [0.8, 0.6]], "es 70 % · math 30 %"),
-        ([[1.5], [-0.5]], "math 150 % · es -50 %"),
+        ([[0.2, 0.4], [0.8, 0.6]], "es ×0.7 · math ×0.3"),
+        ([[1.5], [-0.5]], "math ×1.5 · es ×-0.5"),
     ],
 )
 def test_who_spoke(rows: list[list[float]], expected: str) -> None:

@@ -159,10 +159,12 @@ def test_the_base_answers_where_none_does_more_than_is_usual(
     assert found == ([1, 0.5, 0] if is_mixed else [0, 0, 0])
 
 
-def test_plain_text_gets_the_most_unusual_one() -> None:
-    last, question = [at(-2), at(-1), at(-3)], [at(5), at(0), at(0)]
+def test_plain_text_gets_the_most_unusual_one_that_stands_out() -> None:
+    last, question = [at(2), at(2.6), at(-3)], [at(5), at(0), at(0)]
     assert weighed("two-place", last, question, is_chat=False) == [0, 1, 0]
     assert weighed("two-place:answer=0.5", last, question, is_chat=False) == [0, 0.5, 0]
+    assert weighed("two-place:abstain=1.4", last, question, is_chat=False) == [0, 0, 0]
+    assert weighed("two-place:abstain=never", [at(-2)] * 3, question, is_chat=False) == [1, 0, 0]
 
 
 SAYS = "standard deviations above its typical prompt."
@@ -174,7 +176,8 @@ CASES = [
     ([3.1, 0.2, 0.1, 0], [0.4, 2.2, 0.1, 0],
      f"math: 3.1 {SAYS} es: 2.2 in the question. The others are typical."),
     ([2.75, 0, 2.6], [0, 0.9, 0], f"math: 2.8 {SAYS} The others are lower."),
-    ([0.25, 1.25], [0, 9], f"{BASE} (es most: 1.25, needed: above 2.5)."),
+    ([0.25, 1.24], [0, 9], f"{BASE} (es most: 1.24, needed: above 2.5)."),
+    ([0.25, 2.4], [0, 9], "The base answers alone: it is sure of its answer (es most: 2.40)."),
     ([3], [9], "math is the only adapter in use."),
 ]
 # fmt: on

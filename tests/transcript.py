@@ -40,7 +40,7 @@ class Step:
 
 def mix(question: Any) -> str:
     """Who speaks, as `run` and `compare` show it; `two-place` takes half of the second."""
-    parts = zip(question.mix, ("100 %", "50 %"), strict=False)
+    parts = zip(question.mix, ("×1", "×0.5"), strict=False)
     return " · ".join(map(" ".join, parts)) or "base"
 
 

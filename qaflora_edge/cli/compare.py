@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from qaflora_edge.ask import Ask, Weighing
 from qaflora_edge.cli import options as cli
 from qaflora_edge.cli.answers import answer_dict
 from qaflora_edge.cli.progress import progress_bars
-from qaflora_edge.show.text import visible, who_spoke
+from qaflora_edge.show.text import can_show, visible, who_spoke
 
 if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
@@ -107,7 +108,10 @@ def table(answers: Sequence[Answer], width: int | None = None) -> str:
         text = facts["text"].strip() or "(nothing)"
         if facts["finish_reason"] == "length":
             text += "\n[cut at the limit of tokens]"
-        way = "\n".join([strategy, *who_spoke(fusion).split(" · ")])
+        mix = who_spoke(fusion)
+        if not can_show(mix, sys.stdout.encoding):
+            mix = mix.replace("×", "").replace("→", "to")
+        way = "\n".join([strategy, *mix.split(" · ")])
         shown.add_row(Text(visible(way)), Text(visible(text)))
     console = Console(width=width, color_system=None)
     with console.capture() as capture:

@@ -67,10 +67,16 @@ class Extras:
 
     returned  how much of the mix: summary, why, layers or none
     spell     writes tokens for `__verbose`; None: nobody asked
+    drafts_are_thoughts  a relay's draft is told as a thought; else in the field `fusion`
     """
 
     returned: str = "summary"
     spell: Callable[[Sequence[int]], str] | None = None
+    drafts_are_thoughts: bool = False
+
+    def draft(self, piece: str) -> dict[str, Any]:
+        """Return the field `fusion` of a chunk with a piece of a relay's draft."""
+        return {} if self.returned == "none" else {"fusion": {"draft": piece}}
 
     def mix(self, fusion: FusionWeights) -> dict[str, Any]:
         """Return the field `fusion` of an answer."""
@@ -103,6 +109,9 @@ class Extras:
 
 class _Nothing(Extras):
     """Add nothing, for callers in Python."""
+
+    def draft(self, piece: str) -> dict[str, Any]:
+        return {}
 
     def mix(self, fusion: FusionWeights) -> dict[str, Any]:
         return {}

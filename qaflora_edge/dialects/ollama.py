@@ -140,12 +140,18 @@ def events(
     """
     message: Part = {}
     if is_stream:
+        for piece in answer.drafting():
+            thought = {"reasoning_content": piece} if extras.drafts_are_thoughts else {}
+            drafted = {} if thought else extras.draft(piece)
+            yield {**head, **fields(thought), "done": False, **drafted}
         for choice in openai_chat.SHAPE.choices(answer):
             part = {name: value for name, value in choice["delta"].items() if name != "role"}
             if part:
                 yield {**head, **fields(part), "done": False}
     else:
         message = openai_chat.SHAPE.choice(answer)["message"]
+        if answer.draft is not None and extras.drafts_are_thoughts:
+            message = {**message, "reasoning_content": answer.draft.text}
     reason = "stop" if answer.finish_reason == "stop" else "length"
     end = {"done": True, "done_reason": reason, **times(answer)}
     yield {**head, **fields(message), **end, **extras.end(answer)}

@@ -102,12 +102,17 @@ def _choice(generation: Generation) -> dict[str, Any]:
     return {"message": message, "logprobs": logprobs, "finish_reason": _reason(generation, calls)}
 
 
+def _thought(thought: str) -> dict[str, Any]:
+    delta = {"reasoning_content": thought} if thought else {}
+    return {"delta": delta, "logprobs": None, "finish_reason": None}
+
+
 def _choices(generation: Generation) -> Iterator[dict[str, Any]]:
     """Yield the choices of chunks; a call of a tool comes whole, as a last one."""
     nothing = {"logprobs": None, "finish_reason": None}
     yield {"delta": {"role": "assistant"}, **nothing}
     for thought in generation.thoughts():
-        yield {"delta": {"reasoning_content": thought}, **nothing}
+        yield _thought(thought)
     shown = ShownTokens(generation)
     calls: list[dict[str, Any]] = []
     for text in shown_pieces(generation, calls):
@@ -118,7 +123,7 @@ def _choices(generation: Generation) -> Iterator[dict[str, Any]]:
     yield {"delta": {}, **nothing, "finish_reason": _reason(generation, calls)}
 
 
-SHAPE = Shape(_choice, _choices)
+SHAPE = Shape(_choice, _choices, _thought)
 
 
 def shown_pieces(generation: Generation, calls: list[dict[str, Any]]) -> Iterator[str]:

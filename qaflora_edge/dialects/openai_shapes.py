@@ -15,10 +15,12 @@ class Shape(NamedTuple):
 
     choice   makes the one of a whole answer
     choices  yields those of its chunks
+    thought  makes that of a chunk with a thought, or with nothing
     """
 
     choice: Callable[[Generation], dict[str, Any]]
     choices: Callable[[Generation], Iterator[dict[str, Any]]]
+    thought: Callable[[str], dict[str, Any]]
 
 
 def answer_dict(
@@ -33,6 +35,8 @@ def answer_dict(
     ended = []
     for index, generation in enumerate(answers):
         choice = shape.choice(generation)
+        if generation.draft is not None and extras.drafts_are_thoughts:
+            choice["message"]["reasoning_content"] = generation.draft.text
         choices.append({"index": index, **extras.reworded(choice)})
         ended.append(generation)
     return {**head, "choices": choices, "usage": usage(ended, n), **extras.end(ended[0])}
@@ -56,6 +60,14 @@ def answer_chunks(
         head = {**head, "usage": None}
     for index, generation in enumerate(answers):
         mix = {} if ended else extras.mix(generation.fusion)
+        pieces = iter(()) if ended else generation.drafting()  # the answers share one draft
+        for piece in pieces:
+            thought = piece if extras.drafts_are_thoughts else ""
+            choice = {"index": index, **shape.thought(thought)}
+            drafted = {} if thought else extras.draft(piece)
+            fusion = {**mix.get("fusion", {}), **drafted.get("fusion", {})}
+            yield {**head, "choices": [choice], **({"fusion": fusion} if fusion else {})}
+            mix = {}
         for choice in shape.choices(generation):
             yield {**head, "choices": [{"index": index, **extras.reworded(choice)}], **mix}
             mix = {}

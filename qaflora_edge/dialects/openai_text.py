@@ -49,10 +49,14 @@ def _text_choices(generation: Generation) -> Iterator[dict[str, Any]]:
         logprobs = text_logprobs(shown.take(piece), offset)
         offset += len(piece)
         yield {"text": piece, "logprobs": logprobs, "finish_reason": None}
-    yield {"text": "", "logprobs": None, "finish_reason": generation.finish_reason}
+    yield {**_nothing(""), "finish_reason": generation.finish_reason}
 
 
-SHAPE = Shape(_text_choice, _text_choices)
+def _nothing(thought: str) -> dict[str, Any]:
+    return {"text": "", "logprobs": None, "finish_reason": None}
+
+
+SHAPE = Shape(_text_choice, _text_choices, _nothing)
 
 
 def text_logprobs(entries: Sequence[TokenLogprob] | None, offset: int) -> Any:

@@ -46,6 +46,11 @@ def sampling_of(body: Mapping[str, Any], defaults: Sampling) -> Sampling:
     return defaults.updated(asked)
 
 
+def wants_thoughts(effort: str | bool | None) -> bool:
+    """Tell whether an effort, as thinking() takes it, asks for thoughts; None does not."""
+    return effort not in (*_NO_THOUGHT, False, None)
+
+
 def thinking(effort: str | bool) -> dict[str, Any]:
     """Return an effort as variables of chat templates; bases that do not think read none.
 
@@ -56,7 +61,7 @@ def thinking(effort: str | bool) -> dict[str, Any]:
     """
     if not isinstance(effort, str | bool):
         raise wrong_option("reasoning_effort", effort, "a text such as none, low or high")
-    is_wanted = effort not in (*_NO_THOUGHT, False)
+    is_wanted = wants_thoughts(effort)
     variables: dict[str, Any] = {"enable_thinking": is_wanted, "thinking": is_wanted}
     if is_wanted and isinstance(effort, str):
         variables["reasoning_effort"] = effort  # gpt-oss reads it

@@ -22,6 +22,7 @@ from qaflora_edge.dialects import (
 from qaflora_edge.dialects.extras import Extras, weighing_of, wrong_field
 from qaflora_edge.dialects.openai_shapes import Shape, answer_chunks, answer_dict, answer_head
 from qaflora_edge.dialects.openai_text import several
+from qaflora_edge.dialects.options import wants_thoughts
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import CancelledError
 from qaflora_edge.inference.generation import Generation
@@ -75,7 +76,8 @@ def extras_of(body: Any, engine: Engine) -> Extras:
     """Say what the answers to a body tell besides."""
     returned = body.fusion.returned if body.fusion else None
     spell = partial(_spelt, engine) if getattr(body, "verbose", False) else None
-    return Extras(returned or "summary", spell)
+    effort = getattr(body, "reasoning_effort", None) or getattr(body, "think", None)
+    return Extras(returned or "summary", spell, wants_thoughts(effort))
 
 
 def answered(
@@ -119,7 +121,6 @@ def _noted(
         for answer in engine.submit_all(ask):
             n_begun += 1
             if is_first:
-                answer.wait_for_draft()
                 note_mix(answer.fusion, out, extras)
                 is_first = False
             try:

@@ -120,11 +120,11 @@ def len_pixels(text: str) -> float:
 
 
 def who_spoke(weights: FusionWeights | Mapping[str, float]) -> str:
-    """Name the adapters that weigh anything, heaviest first, and the base's share.
+    """Name the adapters that weigh anything, heaviest first, or the base where none does.
 
     weights  of a query, or the mean over layers by adapter
 
-    As in `math 50 % · es 50 %`, `es 81 % · base 19 %`, or `base`; of a relay `company → json`.
+    As in `math ×1 · es ×0.5`, or `base`; of a relay `company → json`.
     """
     if isinstance(weights, Mapping):
         by_name = weights
@@ -133,18 +133,12 @@ def who_spoke(weights: FusionWeights | Mapping[str, float]) -> str:
     else:
         return f"{spelt(weights.relay.knower)} → {spelt(weights.relay.writer)}"
     heaviest_first = sorted(by_name.items(), key=lambda item: -item[1])
-    rest = 100  # per cent
     parts = []
     for name, mean in heaviest_first:
-        share = round(100 * mean)
-        rest -= share
-        if share:
-            parts.append(f"{spelt(name)} {share} %")
-    if not parts:
-        return "base"
-    if rest > 1:
-        parts.append(f"base {rest} %")
-    return " · ".join(parts)
+        weight = round(mean, 2)
+        if weight:
+            parts.append(f"{spelt(name)} ×{weight:g}")
+    return " · ".join(parts) or "base"
 
 
 def why(fusion: FusionWeights) -> str:

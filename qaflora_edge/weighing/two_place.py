@@ -19,6 +19,7 @@ Taken = dict[int, str]  # adapter's index -> the place that it is taken for, the
 FIRST, LATER = ("added_last", "added_question"), ("later_last", "later_question")
 STANDS_OUT = 1.25  # standard deviations
 LEAST_SURPRISE = 10  # nats; below, a threshold says no more
+TEXT = 2  # times the threshold, for plain text: it is heard in one place alone
 FAMILIAR = 50  # nats; where a question surprises the base by half of it, a score has to be double
 
 # fmt: off
@@ -66,6 +67,7 @@ class TwoPlace(Strategy):
             whole = np.full((1, query.n_layer), options["answer"])
             return Mix(whole, because=f"{query.adapters[0]} is the only adapter in use.")
         last, question = probe.added()
+        asked_of_first = options["abstain"]
         if query.is_chat:
             if options["abstain"] != "never":
                 options["abstain"] *= max(1, FAMILIAR / max(probe.surprise(), LEAST_SURPRISE))
@@ -74,10 +76,17 @@ class TwoPlace(Strategy):
             scores["question"] = above_typical(query, places[1], question)
             weights, taken = pair(scores["answer"], scores["question"], options)
         else:  # plain text has no question: the most unusual adapter alone
+            if options["abstain"] != "never":
+                options["abstain"] *= TEXT
             scores = {"text": unusual(query, {"added_text": last})}
-            weights, taken = np.zeros(len(last), np.float32), {int(scores["text"].argmax()): "text"}
+            first = int(scores["text"].argmax())
+            is_taken = options["abstain"] == "never" or scores["text"][first] > options["abstain"]
+            taken = {first: "text"} if is_taken else {}
+            weights = np.zeros(len(last), np.float32)
             weights[[*taken]] = options["answer"]
-        told = _told(query.adapters, scores, taken, options)
+        highest = next(iter(scores.values())).max()
+        is_familiar = query.is_chat and asked_of_first != "never" and highest > asked_of_first
+        told = _told(query.adapters, scores, taken, options, is_familiar=is_familiar)
         return Mix(np.repeat(weights[:, None], query.n_layer, axis=1), last, *told)
 
 
@@ -105,22 +114,32 @@ def pair(both: F64, question: F64, options: Mapping[str, Any]) -> tuple[F32, Tak
 
 
 def _told(
-    names: Sequence[str], scores: Mapping[str, F64], taken: Taken, options: Mapping[str, Any]
+    names: Sequence[str],
+    scores: Mapping[str, F64],
+    taken: Taken,
+    options: Mapping[str, Any],
+    *,
+    is_familiar: bool,
 ) -> tuple[dict[str, Reason], str]:
     """Give each adapter's numbers, and say in words what decided.
 
     scores  place -> [n_adapter], how unusual each adapter is there; the answer's first
+    is_familiar  whether the first would do for a question that surprises the base more
     """
-    limits = {"answer": options["abstain"], "question": options["second"]}
+    limits = {name: options["abstain"] for name in ("answer", "text")}
+    limits["question"] = options["second"]
     needed = {p: limits[p] for p in scores if limits.get(p, "never") != "never"}
     numbers = [{p: float(z[i]) for p, z in scores.items()} for i in range(len(names))]
     reasons = {n: Reason(numbers[i], needed, taken.get(i, "")) for i, n in enumerate(names)}
     place, z = next(iter(scores.items()))
     first = int(z.argmax())
     if not taken:
+        most = f"{names[first]} most: {z[first]:.2f}"
+        if is_familiar:
+            return reasons, f"The base answers alone: it is sure of its answer ({most})."
         return reasons, (
             "The base answers alone: no adapter stands out "
-            f"({names[first]} most: {z[first]:.2f}, needed: above {needed[place]:.3g})."
+            f"({most}, needed: above {needed[place]:.3g})."
         )
     said = [f"{names[first]}: {z[first]:.1f} standard deviations above its typical prompt."]
     said += [f"{names[i]}: {numbers[i][p]:.1f} in the question." for i, p in taken.items()][1:]

@@ -103,7 +103,7 @@ def adapters(chat: Chat, argument: str) -> None:
     means = {} if chat.fusion is None else chat.fusion.means
     rows, width = [], max(map(len, engine.loaded_adapters), default=0)
     for name in engine.loaded_adapters:
-        last = f"  {100 * means[name]:3.0f} % of the last answer" if name in means else ""
+        last = f"  ×{means[name]:.2f} in the last answer" if name in means else ""
         rows.append(f"{name:<{width}}  {'on ' if name in engine.adapters else 'off'}{last}")
     chat.view.show("\n".join(rows) or "The bundle has no adapters: the base answers alone.")
 

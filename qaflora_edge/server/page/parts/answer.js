@@ -40,6 +40,7 @@ const thoughtView = answer => {
 const answerView = (answer, adapters, { isNamed }) => {
   const head = isNamed ? el("h2", { className: "answer-head" }) : null;
   const mix = el("div", { className: "mix-place" }), thought = thoughtView(answer);
+  const draft = el("div", { dir: "auto" }); // of a relay
   const body = markdownView(text => {
     if (text && isRunning(answer)) byId("spoken").append(el("p", {}, text));
   });
@@ -54,9 +55,10 @@ const answerView = (answer, adapters, { isNamed }) => {
   // progress  what the server told last of weighing and reading, at first nothing
   const update = progress => {
     if (answer.fusion && !mix.childElementCount) {
-      if (answer.fusion.relay) mix.append(relayView(answer.fusion.relay, adapters));
+      if (answer.fusion.relay) mix.append(relayView(answer.fusion.relay, adapters, draft));
       mix.append(mixView(answer.fusion, adapters));
     }
+    draft.textContent = answer.fusion?.relay?.draft ?? "";
     thought.update();
     if (head) head.textContent = strategyName(titleOf(answer));
     copying.hidden = !answer.text;
@@ -87,7 +89,12 @@ const fill = async (view, request, signal) => {
       ...request, stream: true, stream_options: { include_usage: true }, return_progress: true,
     }, signal);
     for await (const chunk of events(response)) {
-      if (chunk.fusion && !answer.fusion) answer.fusion = chunk.fusion;
+      const { fusion } = chunk;
+      if (fusion?.strategy) answer.fusion = fusion; // the last one has the whole draft
+      if (fusion?.draft) {
+        const { relay } = answer.fusion;
+        relay.draft = fusion.strategy ? fusion.draft : relay.draft + fusion.draft;
+      }
       if (chunk.usage) answer.usage = chunk.usage;
       if (chunk.timings) answer.timings = chunk.timings;
       const choice = chunk.choices?.[0];

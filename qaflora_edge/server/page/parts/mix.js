@@ -6,37 +6,37 @@ const sum = numbers => numbers.reduce((total, number) => total + number, 0);
 const mean = numbers => numbers.length ? sum(numbers) / numbers.length : 0;
 const leastAndMost = rows => rows.flat().reduce(([low, high], w) => [Math.min(low, w), Math.max(high, w)], [0, 0]);
 
-// [name, per cent] of who spoke: adapters above 0, heaviest first, then the base's share.
+// [name, weight] of who spoke, heaviest first: adapters, or the base alone.
 const whoSpoke = weights => {
-  const shares = Object.entries(weights).map(([name, weight]) => [name, Math.round(100 * weight)]);
-  const rest = 100 - sum(shares.map(([, share]) => share));
-  const parts = shares.filter(([, share]) => share).sort((one, other) => other[1] - one[1]);
-  return parts.length && rest <= 1 ? parts : [...parts, ["base", rest]];
+  const rounded = Object.entries(weights).map(([name, weight]) => [name, Math.round(100 * weight) / 100]);
+  const parts = rounded.filter(([, weight]) => weight).sort((one, other) => other[1] - one[1]);
+  return parts.length ? parts : [["base", 1]];
 };
-const shareText = share => `${String(share).replace("-", "−")} %`;
-const spokeText = weights => whoSpoke(weights).map(([name, share]) => share === 100 && name === "base" ? name : `${name} ${shareText(share)}`).join(" · ");
+const weightText = weight => `×${String(weight).replace("-", "−")}`;
+const spokeText = weights => whoSpoke(weights).map(([name, weight]) => name === "base" ? name : `${name} ${weightText(weight)}`).join(" · ");
 
-// A relay: who drafted and who wrote, with the draft folded.
-const relayView = ({ knower, writer, draft }, adapters) => {
+// A relay: who drafted and who wrote, with the draft, an element, folded.
+const relayView = ({ knower, writer }, adapters, draft) => {
   const hueOf = name => adapters.includes(name) ? hue(name, adapters) : "hue-base";
   const entry = name => el("span", { className: `entry ${hueOf(name)}` }, el("i"), el("bdi", {}, name));
   return el("details", { className: "thought relay" },
     el("summary", {}, el("span", { className: "legend" }, entry(knower), " → ", entry(writer)), " ", el("span", { className: "unseen" }, "Draft")),
-    el("div", { dir: "auto" }, draft));
+    draft);
 };
 
 // fusion: {strategy, weights: {name: mean}, layers: {name: [n_layer]}, and where no layer differs
 // because, why: {name: {scores: {place: number}, thresholds, taken_as}}}; adapters: all of the bundle
 const mixView = (fusion, adapters) => {
   const names = Object.keys(fusion.weights), parts = whoSpoke(fusion.weights), isBase = parts.every(([name]) => name === "base");
+  const rest = ["base", Math.max(0, 1 - sum(parts.map(([, weight]) => weight)))]; // of the bar
   const hueOf = name => adapters.includes(name) ? hue(name, adapters) : "hue-base";
-  const bar = el("span", { className: "bar" }, ...parts.map(([name, share]) => {
+  const bar = el("span", { className: "bar" }, ...[...parts, rest].map(([name, weight]) => {
     const part = el("span", { className: hueOf(name) });
-    part.style.flexGrow = Math.abs(share);
+    part.style.flexGrow = Math.abs(weight);
     return part;
   }));
-  const legend = el("span", { className: "legend" }, ...parts.flatMap(([name, share]) => [
-    el("span", { className: `entry ${hueOf(name)}` }, el("i"), el("bdi", {}, name), " ", isBase ? "" : el("b", {}, shareText(share))), " "]));
+  const legend = el("span", { className: "legend" }, ...parts.flatMap(([name, weight]) => [
+    el("span", { className: `entry ${hueOf(name)}` }, el("i"), el("bdi", {}, name), " ", isBase ? "" : el("b", {}, weightText(weight))), " "]));
   const rows = Object.values(fusion.layers ?? {}), isLayered = rows.some(row => row.some(weight => weight !== row[0]));
   const isTold = names.length > 0 && names.every(name => fusion.why?.[name]);
   if (isBase && !isTold || !rows.length) return el("div", { className: "mix", role: "img", "aria-label": `Mix: ${spokeText(fusion.weights)}` },
