@@ -18,7 +18,7 @@ OLLAMA: dict[str, Any] = {"messages": USER, "format": ""}
 class Spoken(SimpleNamespace):
     """A generation that has ended."""
 
-    calls, wants_logprobs, finish_reason, reasoning = None, False, "stop", ""
+    calls, draft, wants_logprobs, finish_reason, reasoning = None, None, False, "stop", ""
     n_prompt = n_cached = n_completion = n_draft = n_thought = 2
 
     def __iter__(self) -> Any:
@@ -52,11 +52,9 @@ def test_an_answer_in_every_dialect() -> None:
     deltas = [choice["delta"] for choice in openai_chat.SHAPE.choices(answer)]
     told = {"reasoning_content": "Hm"}, {"content": "Yes"}, {"content": "."}
     assert deltas == [{"role": "assistant"}, *told, {}]
-    lines = ollama.events(
-        {}, answer, ollama.text_fields, is_stream=True, times=lambda _: {"eval_count": 2}
-    )
+    lines = ollama.events({}, ollama.text_fields, True, lambda _: {"eval_count": 2}, [answer])
     assert [line["response"] for line in lines] == ["", "Yes", ".", ""]
-    events = llama_server.events({"stream": True}, "tiny", answer)
+    events = llama_server.events({"stream": True}, "tiny", [answer])
     assert [event["content"] for event in events] == ["Yes", ".", ""]
 
 

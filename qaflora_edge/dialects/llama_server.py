@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -46,18 +46,29 @@ def _asked(body: Mapping[str, Any], question: Question, defaults: Ask) -> Ask:
 
 
 def events(
-    body: Mapping[str, Any], model_name: str, answer: Generation, extras: Extras = NOTHING
+    body: Mapping[str, Any],
+    model_name: str,
+    answers: Iterable[Generation],
+    extras: Extras = NOTHING,
 ) -> Iterator[dict[str, Any]]:
-    """Yield an answer as events; the last one is all that is told without a stream."""
+    """Yield answers as events; the last of each is all that is told without a stream."""
+    for answer in answers:
+        yield from _events(body, model_name, answer, extras)
+
+
+def _events(
+    body: Mapping[str, Any], model_name: str, answer: Generation, extras: Extras
+) -> Iterator[dict[str, Any]]:
     is_stream = bool(body.get("stream"))
     limit_ms = body.get("t_max_predict_ms") or math.inf
-    start = time.perf_counter()
+    start_s = time.perf_counter()
     text = ""
     for piece in answer:
         text += piece
         if is_stream:
             yield {"index": 0, "content": piece, "stop": False}
-        if "\n" in text and 1e3 * (time.perf_counter() - start) > limit_ms:
+        spent_ms = 1e3 * (time.perf_counter() - start_s)
+        if "\n" in text and spent_ms > limit_ms:
             answer.cancel()
     yield {
         "index": 0,

@@ -15,6 +15,7 @@ from qaflora_edge.inference.generation import Generation
 _NO_IMAGES = "{} has images, expected text alone: a bundle reads no images. Leave them out."
 Part = Mapping[str, Any]  # of a message, in OpenAI's shape
 Fields = Callable[[Part], dict[str, Any]]  # a part in Ollama's
+Times = Callable[[Generation], dict[str, int]]
 
 
 def ask_chat(body: Mapping[str, Any], defaults: Ask) -> Ask | None:
@@ -127,31 +128,37 @@ def _call(index: int, call: Mapping[str, Any]) -> dict[str, Any]:
 
 def events(
     head: Mapping[str, Any],
-    answer: Generation,
     fields: Fields,
-    *,
     is_stream: bool,
-    times: Callable[[Generation], dict[str, int]],
+    times: Times,
+    answers: Iterable[Generation],
     extras: Extras = NOTHING,
 ) -> Iterator[dict[str, Any]]:
-    """Yield an answer as lines of a stream, or as one.
+    """Yield answers as lines of a stream, or each as one.
 
-    times  gives the durations of the last one
+    times  gives the durations of a last line
     """
-    message: Part = {}
-    if is_stream:
-        for piece in answer.drafting():
-            thought = {"reasoning_content": piece} if extras.drafts_are_thoughts else {}
-            drafted = {} if thought else extras.draft(piece)
-            yield {**head, **fields(thought), "done": False, **drafted}
-        for choice in openai_chat.SHAPE.choices(answer):
-            part = {name: value for name, value in choice["delta"].items() if name != "role"}
-            if part:
-                yield {**head, **fields(part), "done": False}
-    else:
-        message = openai_chat.SHAPE.choice(answer)["message"]
-        if answer.draft is not None and extras.drafts_are_thoughts:
-            message = {**message, "reasoning_content": answer.draft.text}
-    reason = "stop" if answer.finish_reason == "stop" else "length"
-    end = {"done": True, "done_reason": reason, **times(answer)}
-    yield {**head, **fields(message), **end, **extras.end(answer)}
+    for answer in answers:
+        message: Part = {}
+        if is_stream:
+            for piece in answer.drafting():
+                thought = {"reasoning_content": piece} if extras.drafts_are_thoughts else {}
+                drafted = {} if thought else extras.draft(piece)
+                yield {**head, **fields(thought), "done": False, **drafted}
+            for choice in openai_chat.SHAPE.choices(answer):
+                part = {name: value for name, value in choice["delta"].items() if name != "role"}
+                if part:
+                    yield {**head, **fields(part), "done": False}
+        else:
+            message = openai_chat.SHAPE.choice(answer)["message"]
+            if answer.draft is not None and extras.drafts_are_thoughts:
+                message = {**message, "reasoning_content": answer.draft.text}
+        reason = "stop" if answer.finish_reason == "stop" else "length"
+        yield {
+            **head,
+            **fields(message),
+            "done": True,
+            "done_reason": reason,
+            **times(answer),
+            **extras.end(answer),
+        }

@@ -76,6 +76,34 @@ def answer_chunks(
         yield {**head, "choices": [], "usage": usage(ended, n), **extras.end(ended[0])}
 
 
+def answer_events(
+    head: dict[str, Any],
+    answers: Iterable[Generation],
+    shape: Shape,
+    n: int,
+    *,
+    is_stream: bool,
+    include_usage: bool,
+    extras: Extras,
+) -> Iterator[dict[str, Any]]:
+    """Yield what is sent of answers: chunks of a stream, or one whole answer."""
+    if is_stream:
+        yield from answer_chunks(
+            head, answers, shape, n, include_usage=include_usage, extras=extras
+        )
+    else:
+        yield answer_dict(head, answers, shape, n, extras)
+
+
+def prompt_progress(
+    head: dict[str, Any], stage: str, n_done: int, n_token: int, seconds: float
+) -> dict[str, Any]:
+    """Make the chunk that says how far a prompt is, as llama-server does."""
+    time_ms = round(1e3 * seconds, 3)
+    progress = {"stage": stage, "total": n_token, "processed": n_done, "time_ms": time_ms}
+    return {**head, "choices": [], "prompt_progress": progress}
+
+
 def usage(ended: Sequence[Generation], n: int) -> dict[str, Any]:
     """Count tokens of answers; a prompt counts once for its n answers."""
     n_prompt = sum(generation.n_prompt for generation in ended[::n])

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -13,16 +13,16 @@ from starlette.responses import JSONResponse, Response
 
 from qaflora_edge.ask import Ask
 from qaflora_edge.dialects import ollama
-from qaflora_edge.dialects.extras import Extras
+from qaflora_edge.dialects.openai_text import several
 from qaflora_edge.engine import Engine
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.prompt.calls import call_format
 from qaflora_edge.prompt.infill import infill_marks
 from qaflora_edge.prompt.tokens import thought_tags
 from qaflora_edge.server import bodies
-from qaflora_edge.server.answers import answered, asked, defaults, embedded
+from qaflora_edge.server.answers import embedded
 from qaflora_edge.server.receive import read
-from qaflora_edge.server.respond import LINES, Computed
+from qaflora_edge.server.respond import LINES, Call, Computed, read_call
 from qaflora_edge.server.served_models import ServedModel, ServedModels
 
 VERSION = "0.12.6"  # of the Ollama whose API this follows: some clients refuse older ones
@@ -102,80 +102,73 @@ async def show(request: Request) -> Computed:
 
 async def chat(request: Request) -> Computed | Response:
     """Answer a conversation, in the shape of Ollama."""
-    body, served = await asked(request, bodies.OllamaChatBody)
-    ask = ollama.ask_chat(bodies.as_mapping(body), defaults(request, body))
-    return _answered(request, served, body, ask, ollama.chat_fields)
+    call = await read_call(request, bodies.OllamaChatBody)
+    ask = ollama.ask_chat(call.fields, call.defaults())
+    return _answered(call, ask, ollama.chat_fields)
 
 
 async def generate(request: Request) -> Computed | Response:
     """Answer a text, or go on with it, in the shape of Ollama."""
-    body, served = await asked(request, bodies.OllamaTextBody)
-    ask = ollama.ask_text(bodies.as_mapping(body), defaults(request, body))
-    return _answered(request, served, body, ask, ollama.text_fields)
+    call = await read_call(request, bodies.OllamaTextBody)
+    ask = ollama.ask_text(call.fields, call.defaults())
+    return _answered(call, ask, ollama.text_fields)
 
 
 async def embed(request: Request) -> Computed:
     """Embed texts, in the shape of Ollama."""
-    body, served = await asked(request, bodies.EmbedBody)
-    texts = [body.input] if isinstance(body.input, str) else body.input
+    call = await read_call(request, bodies.EmbedBody)
+    texts = several(call.body.input)
 
     def compute(engine: Engine, out: Computed) -> None:
         states = [state.tolist() for state in embedded(engine, texts, out)]
         n_token = out.facts["prompt_tokens"]
-        out.send({"model": body.model, "embeddings": states, "prompt_eval_count": n_token})
+        out.send({"model": call.body.model, "embeddings": states, "prompt_eval_count": n_token})
 
-    return Computed(request, served, body, compute, wire=LINES)
+    return call.computed(compute, wire=LINES)
 
 
 async def embeddings(request: Request) -> Computed:
     """Embed a text, in the older shape of Ollama."""
-    body, served = await asked(request, bodies.OldEmbedBody)
+    call = await read_call(request, bodies.OldEmbedBody)
+    texts = [call.body.prompt] if call.body.prompt else []
 
     def compute(engine: Engine, out: Computed) -> None:
-        states = embedded(engine, [body.prompt], out) if body.prompt else []
-        out.send({"embedding": states[0].tolist() if states else []})
+        state: list[float] = []
+        for embedding in embedded(engine, texts, out):
+            state = embedding.tolist()
+        out.send({"embedding": state})
 
-    return Computed(request, served, body, compute, wire=LINES)
+    return call.computed(compute, wire=LINES)
 
 
-def _answered(
-    request: Request,
-    served: ServedModel,
-    body: bodies.OllamaBody,
-    ask: Ask | None,
-    fields: ollama.Fields,
-) -> Computed | Response:
+def _answered(call: Call[Any], ask: Ask | None, fields: ollama.Fields) -> Computed | Response:
     """Answer once; without a prompt the model is only loaded, or closed.
 
     fields  write a part of a message in Ollama's shape
     """
-    head = {"model": body.model, "created_at": _told(time.time())}
-    nothing = {**head, **fields({}), "done": True}
+    request = call.request
+    head = {"model": call.body.model, "created_at": _told(time.time())}
     if ask is not None:
-
-        def tell(out: Computed, answers: Iterator[Generation], extras: Extras) -> None:
-            times = partial(_counts, facts=out.facts)
-            how: Any = {"is_stream": out.is_stream, "times": times, "extras": extras}
-            for answer in answers:
-                for event in ollama.events(head, answer, fields, **how):
-                    out.send(event)
-
-        return answered(request, served, body, [ask], tell, wire=LINES)
-    if body.keep_alive in (0, "0", "0s"):
-        request.app.state.models.close_idle(served)
+        times = partial(_counts, request.scope["qaflora"])
+        events = partial(ollama.events, head, fields, bool(call.body.stream), times)
+        return call.answered([ask], events, wire=LINES)
+    nothing = {**head, **fields({}), "done": True}
+    if call.body.keep_alive in (0, "0", "0s"):
+        request.app.state.models.close_idle(call.served)
         return JSONResponse({**nothing, "done_reason": "unload"})
 
     def load(engine: Engine, out: Computed) -> None:
         out.send({**nothing, "done_reason": "load"})
 
-    return Computed(request, served, body, load, is_light=True, wire=LINES)
+    return call.computed(load, is_light=True, wire=LINES)
 
 
-def _counts(answer: Generation, facts: Mapping[str, Any]) -> dict[str, int]:
+def _counts(facts: Mapping[str, Any], answer: Generation) -> dict[str, int]:
     """Count tokens and nanoseconds as Ollama does."""
     times = answer.timings.to_dict()
+    spent_s = time.perf_counter() - facts["start_s"]
     return {
-        "total_duration": int(1e9 * (time.perf_counter() - facts["start_s"])),
+        "total_duration": int(1e9 * spent_s),
         "load_duration": int(1e6 * facts["wait_ms"]),
         "prompt_eval_count": answer.n_prompt,
         "prompt_eval_duration": int(1e6 * (times["probe_ms"] + times["prefill_ms"])),

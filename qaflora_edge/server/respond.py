@@ -8,19 +8,26 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
+from qaflora_edge.ask import Ask, Weighing
+from qaflora_edge.dialects.extras import Extras, weighing_of
+from qaflora_edge.dialects.options import wants_thoughts
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import CancelledError
-from qaflora_edge.server.receive import address_of
+from qaflora_edge.inference.generation import Generation
+from qaflora_edge.server import bodies
+from qaflora_edge.server.receive import address_of, read
 from qaflora_edge.server.refusals import Refusal, refusal
 from qaflora_edge.server.served_models import ServedModel
+from qaflora_edge.weighing.numbers import FusionWeights
 
 log = logging.getLogger(__name__)
 PING_S = 5.0  # a stream without news sends a comment after as long
@@ -46,31 +53,36 @@ class Wire:
     """Say how a dialect writes.
 
     media  of a stream
-    part   writes one of its parts, which may have a name
+    part   writes one of its parts
     ping   keeps a silent one alive
     done   ends one that went well
     whole  writes an answer without a stream
     """
 
     media: str
-    part: Callable[[Any, str], bytes]
+    part: Callable[[Any], bytes]
     ping: bytes = b""
     done: bytes = b""
     whole: Callable[[Any], bytes] = encoded
 
 
-def _event(value: Any, name: str) -> bytes:
+def _event(value: Any) -> bytes:
+    return b"data: " + encoded(value) + b"\n\n"
+
+
+def _named_event(value: Any) -> bytes:
+    name = value.get("type")
     head = f"event: {name}\n".encode() if name else b""
-    return head + b"data: " + encoded(value) + b"\n\n"
+    return head + _event(value)
 
 
-def _line(value: Any, name: str = "") -> bytes:
+def _line(value: Any) -> bytes:
     return encoded(value) + b"\n"
 
 
-_EVENTS = "text/event-stream; charset=utf-8"
-EVENTS = Wire(_EVENTS, _event, ping=b": ping\n\n")
-CHUNKS = replace(EVENTS, done=b"data: [DONE]\n\n")
+EVENTS = Wire("text/event-stream; charset=utf-8", _event, ping=b": ping\n\n")
+NAMED_EVENTS = replace(EVENTS, part=_named_event)  # of responses
+CHUNKS = replace(EVENTS, done=b"data: [DONE]\n\n")  # of chats and texts
 LINES = Wire("application/x-ndjson", _line, whole=_line)  # Ollama's
 
 
@@ -114,9 +126,9 @@ class Computed:
         self._loop = asyncio.get_running_loop()
         self._parts = asyncio.Queue[Part]()
 
-    def send(self, value: Any, name: str = "") -> None:
+    def send(self, value: Any) -> None:
         """Hand on an answer, or a part of a stream, from the thread that computes."""
-        self._hand_on(self._written(value, name))
+        self._hand_on(self._written(value))
 
     def end(self) -> None:
         """Say that a stream ends well."""
@@ -126,8 +138,9 @@ class Computed:
     def _hand_on(self, part: bytes) -> None:
         self._loop.call_soon_threadsafe(self._parts.put_nowait, part)
 
-    def _written(self, value: Any, name: str = "") -> bytes:
-        return self._wire.part(value, name) if self.is_stream else self._wire.whole(value)
+    def _written(self, value: Any) -> bytes:
+        write = self._wire.part if self.is_stream else self._wire.whole
+        return write(value)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, as an ASGI application."""
@@ -223,3 +236,155 @@ class Computed:
         if refused.status == 500:
             log.error("a request failed", exc_info=error)
         return refused
+
+
+# calls
+
+B = TypeVar("B", bound=bodies.Body)
+Compute = Callable[[Engine, Computed], None]
+Events = Callable[[Iterator[Generation], Extras], Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class Call(Generic[B]):
+    """Hold a request that was read: its body, and the bundle that it asks.
+
+    strategy  that the model id names
+    """
+
+    request: Request
+    body: B
+    served: ServedModel
+    strategy: str | None
+
+    @property
+    def model(self) -> str:
+        """Name the model as the request does."""
+        return self.body.model or self.served.name
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Give the body as dialects read it."""
+        return bodies.as_mapping(self.body)
+
+    def weighing(self) -> Weighing:
+        """Read who is weighed, and how."""
+        return weighing_of(self.fields, self.strategy, self.served.weigher.adapters)
+
+    def defaults(self) -> Ask:
+        """Say what holds where the body says nothing."""
+        return Ask((), self.weighing(), self.served.sampling)
+
+    def extras(self, engine: Engine) -> Extras:
+        """Say what answers tell besides."""
+        fusion = getattr(self.body, "fusion", None)
+        returned = fusion.returned if fusion else None
+        is_verbose = getattr(self.body, "verbose", False)
+        spell = partial(spelt, engine) if is_verbose else None
+        effort = None
+        if isinstance(self.body, bodies.ChatBody):
+            effort = self.body.reasoning_effort
+        elif isinstance(self.body, bodies.OllamaBody):
+            effort = self.body.think
+        return Extras(returned or "summary", spell, wants_thoughts(effort))
+
+    def computed(
+        self, compute: Compute, *, is_light: bool = False, wire: Wire = EVENTS
+    ) -> Computed:
+        """Answer with what this sends; see Computed."""
+        return Computed(self.request, self.served, self.body, compute, is_light=is_light, wire=wire)
+
+    def answered(
+        self,
+        asks: Sequence[Ask],
+        events: Events,
+        *,
+        wire: Wire = EVENTS,
+        progress: Callable[[str, int, int, float], Any] | None = None,
+    ) -> Computed:
+        """Answer what is asked.
+
+        events    makes what is sent of the answers
+        progress  makes what is sent while one prompt is weighed and prefilled; None: nothing is
+        """
+
+        def compute(engine: Engine, out: Computed) -> None:
+            extras = self.extras(engine)
+            watched = [replace(ask, cancel=out.cancel) for ask in asks]
+            if progress is not None and len(watched) == 1:
+                watched = [replace(watched[0], on_progress=_progress(progress, out))]
+            for event in events(_noted(engine, watched, out, extras), extras):
+                out.send(event)
+            out.end()
+
+        return self.computed(compute, wire=wire)
+
+
+async def read_call(request: Request, kind: type[B]) -> Call[B]:
+    """Read and check a body. Raises Refusal."""
+    body = await read(request, kind)
+    served, strategy = request.app.state.models.find(body.model)
+    return Call(request, body, served, strategy)
+
+
+def _noted(
+    engine: Engine, asks: Sequence[Ask], out: Computed, extras: Extras
+) -> Iterator[Generation]:
+    """Yield all answers; note the mix of the first, and the tokens of each when it is over.
+
+    Raises CancelledError where the request is ended before the last one begins.
+    """
+    is_first = True
+    for ask in asks:
+        n_begun = 0
+        for answer in engine.submit_all(ask):
+            n_begun += 1
+            if is_first:
+                note_mix(answer.fusion, out, extras)
+                is_first = False
+            try:
+                yield answer
+            finally:
+                n_prompt = answer.n_prompt if n_begun == 1 else 0
+                _note_tokens(out.facts, answer, n_prompt)
+        if n_begun < ask.n:
+            raise CancelledError("The request was ended before all of its answers began.")
+
+
+def note_mix(fusion: FusionWeights, out: Computed, extras: Extras) -> None:
+    """Note a mix for the log and the header X-Fusion."""
+    out.facts["strategy"] = fusion.strategy
+    out.facts["probe_ms"] = fusion.probe_ms
+    if fusion.means and extras.returned != "none":
+        shown = (f"{name}={mean:.2f}" for name, mean in fusion.means.items())
+        out.headers["X-Fusion"] = ",".join(shown)
+
+
+def _note_tokens(facts: dict[str, Any], answer: Generation, n_prompt: int) -> None:
+    """Note the tokens of an answer, and when the first one of all came."""
+    facts["prompt_tokens"] = facts.get("prompt_tokens", 0) + n_prompt
+    facts["completion_tokens"] = facts.get("completion_tokens", 0) + answer.n_completion
+    if answer.timings.token_s:
+        first_s = answer.timings.token_s[0]
+        facts.setdefault("first_ms", 1e3 * (first_s - facts["start_s"]))
+
+
+def _progress(
+    progress: Callable[[str, int, int, float], Any], out: Computed
+) -> Callable[[str, int, int], None]:
+    """Tell how far a prompt is, each step once."""
+    start_s = time.perf_counter()
+    done = set[tuple[str, int]]()
+
+    def tell(stage: str, n_done: int, n_token: int) -> None:
+        if (stage, n_done) not in done:
+            done.add((stage, n_done))
+            out.send(progress(stage, n_done, n_token, time.perf_counter() - start_s))
+
+    return tell
+
+
+def spelt(engine: Engine, tokens: Iterable[int]) -> str:
+    """Give the text of tokens, with control tokens."""
+    with engine.model() as model:
+        return model.detokenize(tokens, special=True).decode("utf-8", "replace")
