@@ -150,15 +150,56 @@ def chat_tokens(
     """
     checked = checked_messages(messages)
     begun = _begun(checked, continue_final_message, add_generation_prompt)
-    more = {} if chat_template_kwargs is None else chat_template_kwargs
-    if not isinstance(more, Mapping):
-        raise wrong_option(
-            "chat_template_kwargs", more, 'an object, as in {"enable_thinking": False}'
-        )
-    if reasoning != "auto":
-        more = {**dict.fromkeys(("enable_thinking", "thinking"), reasoning == "on"), **more}
+    more = _template_kwargs(chat_template_kwargs, reasoning)
     said = [m.get(key, "") for m in checked for key in ("content", "reasoning_content")]
     check_size(model, [*said, begun or ""], n_ctx)
+    template = _template_of(model, tools)
+    try:
+        typed = TypedText(model, templates.literal_text(template), [checked, begun, tools, more])
+        variables: dict[str, Any] = {
+            # Llama 3's has tools in the question's turn otherwise, where they would be weighed.
+            "tools_in_user_message": False,
+            **typed.marked(more),
+            "messages": [typed.marked(m, is_assistant=m["role"] == "assistant") for m in checked],
+            "add_generation_prompt": begun is not None or add_generation_prompt is not False,
+        }
+        if tools:
+            variables["tools"] = typed.marked(tools)
+        text = templates.render(template, **_ends(model), **variables)
+        is_answered = bool(begun) or more.get("enable_thinking") is False
+        if is_answered:
+            text = _without_open_thought(template, text)
+        if begun is not None:
+            text += typed.marked(begun, is_assistant=True)
+    except QafloraError:
+        raise
+    except Exception as err:  # a template is a program of the file's author: anything may come
+        raise ChatTemplateError(
+            f"The chat template of {model.path.name} refused the conversation: {_reason(err)}. "
+            "Give the prompt as plain text (--raw-prompt), or change the messages."
+        ) from err
+    tokens = typed.tokens(text)
+    bos = model._lib.llama_vocab_bos(model.vocab)
+    if model._lib.llama_vocab_get_add_bos(model.vocab) and tokens[:1] != [bos]:
+        tokens.insert(0, bos)
+    return tokens
+
+
+def _template_kwargs(asked: Any, reasoning: str) -> Mapping[str, Any]:
+    """Check further variables of a template, and put in what is asked of thoughts."""
+    if asked is None:
+        asked = {}
+    if not isinstance(asked, Mapping):
+        expected = 'an object, as in {"enable_thinking": False}'
+        raise wrong_option("chat_template_kwargs", asked, expected)
+    if reasoning == "auto":
+        return asked
+    is_wanted = reasoning == "on"
+    return {"enable_thinking": is_wanted, "thinking": is_wanted, **asked}
+
+
+def _template_of(model: Model, tools: Sequence[Any]) -> str:
+    """Give a base's chat template, which has to take the tools."""
     template = str(model.chat_template or "")
     name = model.path.name
     if not template:
@@ -166,44 +207,32 @@ def chat_tokens(
             f"The base {name} has no chat template (tokenizer.chat_template is missing); give the "
             "prompt as plain text (--raw-prompt), or use an instruct model."
         )
-    bos = model._lib.llama_vocab_bos(model.vocab)
-    eos = model._lib.llama_vocab_eos(model.vocab)
-    spelt = (model.piece(one, special=True) if one >= 0 else b"" for one in (bos, eos))
-    bos_token, eos_token = (one.decode("utf-8", "replace") for one in spelt)
-    try:
-        literal = templates.literal_text(template)
-        typed = TypedText(model, literal, [checked, begun, tools, more])
-        marked = [typed.marked(one, is_assistant=one["role"] == "assistant") for one in checked]
-        # Llama 3's has tools in the question's turn otherwise, where they would be weighed.
-        settings: dict[str, Any] = {"tools_in_user_message": False}
-        variables = {**settings, **typed.marked(more), "messages": marked}
-        variables["add_generation_prompt"] = begun is not None or add_generation_prompt is not False
-        if tools:
-            if call_format(template) is None:
-                raise ToolsError(
-                    f"The chat template of {name} has no tools in a form that we read, expected "
-                    "that of Hermes and Qwen, Llama 3 or Mistral; ask without tools, or use such "
-                    "a base."
-                )
-            variables["tools"] = typed.marked(tools)
-        text = templates.render(template, bos_token=bos_token, eos_token=eos_token, **variables)
-        begin, end = thought_tags(template) or ("", "")
-        is_answered = bool(begun) or more.get("enable_thinking") is False
-        if begin and is_answered and text.rstrip().endswith(begin):  # the template cannot
-            text += f"\n{end}\n\n"
-        if begun is not None:
-            text += typed.marked(begun, is_assistant=True)
-    except QafloraError:
-        raise
-    except Exception as err:  # a template is a program of the file's author: anything may come
-        raise ChatTemplateError(
-            f"The chat template of {name} refused the conversation: {_reason(err)}. "
-            "Give the prompt as plain text (--raw-prompt), or change the messages."
-        ) from err
-    tokens = typed.tokens(text)
-    if model._lib.llama_vocab_get_add_bos(model.vocab) and tokens[:1] != [bos]:
-        tokens.insert(0, bos)
-    return tokens
+    if tools and call_format(template) is None:
+        raise ToolsError(
+            f"The chat template of {name} has no tools in a form that we read, expected that of "
+            "Hermes and Qwen, Llama 3 or Mistral; ask without tools, or use such a base."
+        )
+    return template
+
+
+def _ends(model: Model) -> dict[str, str]:
+    """Spell the tokens that begin and end a text, as templates write them."""
+    ids = {
+        "bos_token": model._lib.llama_vocab_bos(model.vocab),
+        "eos_token": model._lib.llama_vocab_eos(model.vocab),
+    }
+    spelt = {}
+    for name, token in ids.items():
+        piece = model.piece(token, special=True) if token >= 0 else b""
+        spelt[name] = piece.decode("utf-8", "replace")
+    return spelt
+
+
+def _without_open_thought(template: str, text: str) -> str:
+    """Close a thought that a template began, where no thought is wanted and it cannot do so."""
+    begin, end = thought_tags(template) or ("", "")
+    is_open = begin and text.rstrip().endswith(begin)
+    return f"{text}\n{end}\n\n" if is_open else text
 
 
 def _begun(
