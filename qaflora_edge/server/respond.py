@@ -281,7 +281,7 @@ class Call(Generic[B]):
         returned = fusion.returned if fusion else None
         is_verbose = getattr(self.body, "verbose", False)
         spell = partial(spelt, engine) if is_verbose else None
-        effort = None
+        effort: str | bool | None = None
         if isinstance(self.body, bodies.ChatBody):
             effort = self.body.reasoning_effort
         elif isinstance(self.body, bodies.OllamaBody):
