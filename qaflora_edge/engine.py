@@ -37,8 +37,7 @@ from qaflora_edge.inference.request import (
     Request,
 )
 from qaflora_edge.inference.sampler import Sampler
-from qaflora_edge.inference.sequence import Sequence as RunningSequence
-from qaflora_edge.inference.sequence import Written
+from qaflora_edge.inference.sequence import RunningSequence, Written
 from qaflora_edge.progress import TellCount, silent
 from qaflora_edge.weighing.drafted import DRAFT_TOKENS
 from qaflora_edge.weighing.numbers import FusionWeights, alone_weights

@@ -13,7 +13,8 @@ from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.base import read_base
-from qaflora_edge.weighing.probe import PLACES, Prefixes, Prober
+from qaflora_edge.inference.prefix import Prefixes
+from qaflora_edge.weighing.probe import PLACES, Prober
 
 F32 = NDArray[np.float32]
 MIB = 1 << 20

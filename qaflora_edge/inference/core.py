@@ -37,8 +37,7 @@ from qaflora_edge.inference.loop import Loop
 from qaflora_edge.inference.request import Cancellation, Request
 from qaflora_edge.inference.sampler import Sampler
 from qaflora_edge.inference.scheduler import Scheduler
-from qaflora_edge.inference.sequence import Sequence as RunningSequence
-from qaflora_edge.inference.sequence import Written, surprise
+from qaflora_edge.inference.sequence import RunningSequence, Written, surprise
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing.drafted import ANSWER, BASE, DRAFT_TOKENS, Draft
 from qaflora_edge.weighing.numbers import FusionWeights, alone_weights, n_base_of
@@ -47,8 +46,9 @@ from qaflora_edge.weighing.strategy import Measure, Query, Reading
 if TYPE_CHECKING:
     from qaflora_edge.formats.adapter import AdapterInfo
     from qaflora_edge.inference.drafts import Drafter
+    from qaflora_edge.inference.prefix import Steps
     from qaflora_edge.weighing.adapter_inputs import AttentionSizes
-    from qaflora_edge.weighing.probe import Listener, Steps
+    from qaflora_edge.weighing.probe import Listener
 
 T = TypeVar("T")
 _N_ANSWER = 2048  # tokens that an answer without a limit has at least, where the context has them
@@ -110,8 +110,9 @@ class Core:
             self.context = context = enter(Context(model, self.pack, **shape, **options))
             self.draft = self._drafts(draft)
             check_unchanged(states)  # llama.cpp opened the files by name, after the checks
+            from qaflora_edge.inference.prefix import Prefixes
             from qaflora_edge.inference.score import Scorer
-            from qaflora_edge.weighing.probe import Prefixes, Prober
+            from qaflora_edge.weighing.probe import Prober
 
             made, prefixes = (model, self.pack, options), Prefixes(prefix_cache << 20)
             self.scorer = enter(closing(Scorer(*made)))
@@ -365,11 +366,13 @@ class Probes:
         self._n_answer = n_answer
         self.weighed: RunningSequence | None = None
         self._written: dict[str, Written] = {}
+        self._heard: Listener | None = None  # of the query, once a listener has it
 
     def __call__(self, query: Query) -> Self:
         """Measure this query from now on."""
         self.query = query
         self._written = {}
+        self._heard = None
         self._rows = self._core.rows(query.adapters)
         self._tokens = query.tokens[: query.n_weighed]
         return self
@@ -392,7 +395,7 @@ class Probes:
         return np.array(self._listen(self._core.prober.added(self._rows, *where)))
 
     def surprise(self) -> float:
-        return self._heard.nats
+        return self._after_added().nats
 
     def question(self) -> str:
         start, end = self.query.question
@@ -400,8 +403,16 @@ class Probes:
         return data.decode("utf-8", "replace")
 
     def unexpected(self, token: int) -> float:
-        assert self._heard.next_logits is not None
-        return surprise(self._heard.next_logits, token)
+        next_logits = self._after_added().next_logits
+        assert next_logits is not None
+        return surprise(next_logits, token)
+
+    def _after_added(self) -> "Listener":
+        """Give what added() has heard of the query."""
+        if self._heard is None:
+            self.added()
+        assert self._heard is not None
+        return self._heard
 
     def routing(self, reading: Reading) -> tuple[F64, F64]:
         found: tuple[F64, F64] = self._listen(self._core.prober.routing(self._rows, reading))

@@ -1,8 +1,7 @@
 """Drafts: answers of single adapters, or the base, that a strategy reads before it decides."""
 
 import codecs
-from collections.abc import Callable, Generator
-from collections.abc import Sequence as Many
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,11 +10,11 @@ from qaflora_edge.arrays import F32
 from qaflora_edge.backend.batch import Span
 from qaflora_edge.backend.context import Context, KvState
 from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.inference.prefix import GrowingContext, Steps, prefill_request, wiped_on_failure
 from qaflora_edge.inference.request import Request
 from qaflora_edge.inference.sampler import no_numbers
-from qaflora_edge.inference.sequence import Sequence, Written, surprise
+from qaflora_edge.inference.sequence import RunningSequence, Written, surprise
 from qaflora_edge.weighing.drafted import BASE, Draft
-from qaflora_edge.weighing.probe import GrowingContext, wiped_on_failure
 
 _N_SEQ = 8  # the base's prompt, and seven drafts of it in one batch
 _N_BYTE_KEPT = 64 << 20  # of the largest KV state that goes on as an answer
@@ -58,7 +57,7 @@ class Drafter:
         begun: dict[str, Written],
         n_token: int,
         read: Callable[[], KvState | None],
-    ) -> Generator[None, None, list[Written]]:
+    ) -> Steps[list[Written]]:
         """Give a draft under each of these weights, of n_token tokens or whole.
 
         request  the prompt under the base, with n_base
@@ -75,7 +74,10 @@ class Drafter:
             n_most = (1 + len(together)) * len(request.tokens) + len(together) * n_token
             context = self._contexts.for_query(n_most)
             with wiped_on_failure(context):
-                yield from _read_prompt(context, request, read())
+                if (state := read()) is not None:
+                    context.load_kv_state(state)
+                    context.keep(request.n_base, 0)
+                yield from prefill_request(context, request, request.n_base)
                 rows = [
                     _begin(context, request, seq, name, weights[name], begun.get(name))
                     for seq, name in enumerate(together, start=1)
@@ -87,9 +89,7 @@ class Drafter:
                 self._contexts.close()
         return drafts
 
-    def _decode(
-        self, context: Context, rows: Many[_Row], n_token: int
-    ) -> Generator[None, None, None]:
+    def _decode(self, context: Context, rows: Sequence[_Row], n_token: int) -> Steps[None]:
         """Decode all rows together until each is whole, or has its tokens."""
         while running := [row for row in rows if not row.is_whole and len(row.tokens) < n_token]:
             spans = [Span(row.seq, row.unread, len(context.tokens[row.seq])) for row in running]
@@ -106,7 +106,7 @@ class Drafter:
                 else:
                     row.tokens.append(token)
                     row.logprobs.append(logprob)
-            yield
+            yield None
 
     def _written(self, context: Context, row: _Row) -> Written:
         """Give a draft, and its KV state where that is small: an answer may begin with both."""
@@ -134,23 +134,7 @@ def _begin(
     return row
 
 
-def _read_prompt(
-    context: Context, request: Request, state: KvState | None
-) -> Generator[None, None, None]:
-    """Give sequence 0 the base's KV state of a prompt, but for its end."""
-    if state is not None:
-        context.load_kv_state(state)
-        context.keep(request.n_base, 0)
-    at = len(context.tokens[0])
-    while at < request.n_base:
-        end = request.chunk_end(context.chunks(), at)
-        context.set_weights(request.next_weights(at))
-        context.decode_spans([Span(0, request.tokens[at:end], at, "none")])
-        at = end
-        yield
-
-
-def finished_draft(model: Model, sequence: Sequence, name: str) -> Draft:
+def finished_draft(model: Model, sequence: RunningSequence, name: str) -> Draft:
     """Give the draft that one request has written; name: of its adapter, or BASE."""
     return Draft(
         adapter=name,
@@ -161,7 +145,7 @@ def finished_draft(model: Model, sequence: Sequence, name: str) -> Draft:
     )
 
 
-def _text(model: Model, tokens: Many[int]) -> str:
+def _text(model: Model, tokens: Sequence[int]) -> str:
     """Give the text of tokens, but for a character that is not whole at its end."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     return decoder.decode(model.detokenize(tokens))
@@ -169,7 +153,7 @@ def _text(model: Model, tokens: Many[int]) -> str:
 
 def with_draft(
     model: Model,
-    tokens: Many[int],
+    tokens: Sequence[int],
     question: tuple[int, int, bool] | None,
     draft: Draft,
     n_ctx: int,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qaflora_edge.arrays import F32
 from qaflora_edge.errors import QafloraError
 from qaflora_edge.inference.request import Cancellation
-from qaflora_edge.inference.sequence import Sequence, Timings, TokenLogprob
+from qaflora_edge.inference.sequence import RunningSequence, Timings, TokenLogprob
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing.numbers import FusionWeights
 
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 
 def follow(
-    drive: Callable[[Callable[[], bool]], None], sequence: Sequence, tell: Callable[[int, int], Any]
+    drive: Callable[[Callable[[], bool]], None],
+    sequence: RunningSequence,
+    tell: Callable[[int, int], Any],
 ) -> None:
     """Compute until a prompt is prefilled; tell how many tokens are done, and how many it has."""
     n_told = 0
@@ -55,12 +57,12 @@ class Generation(Iterator[str]):
 
     def __init__(
         self,
-        sequence: Sequence,
+        sequence: RunningSequence,
         fusion: FusionWeights,
         *,
         drive: Callable[[Callable[[], bool]], None],
         call: Callable[[], AbstractContextManager[Any]],
-        go_on: Callable[[], tuple[Sequence, FusionWeights]] | None = None,
+        go_on: Callable[[], tuple[RunningSequence, FusionWeights]] | None = None,
     ) -> None:
         self._sequence, self.fusion = sequence, fusion
         self._drive, self._call = drive, call
@@ -208,7 +210,7 @@ class Generation(Iterator[str]):
             piece, _, _ = self._sequence.pieces.popleft()
             yield piece
 
-    def _wait_for_piece(self, sequence: Sequence) -> None:
+    def _wait_for_piece(self, sequence: RunningSequence) -> None:
         """Compute until a sequence has a piece of text, or has ended."""
         if not sequence.pieces and not sequence.is_done:
             with self._call():

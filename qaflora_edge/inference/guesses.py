@@ -1,9 +1,9 @@
 """Guesses: of the next tokens of answers, so that one pass of the base verifies several."""
 
-from collections.abc import Sequence as Many
+from collections.abc import Sequence
 
 from qaflora_edge.backend.context import N_OUTPUT
-from qaflora_edge.inference.sequence import Sequence
+from qaflora_edge.inference.sequence import RunningSequence
 
 _ORDERS = (4, 3, 2, 1)  # tokens at the end that must have stood before; the most that did count
 # Where no number is given. Of Qwen2.5 0.5B and SmolLM2 on two cores with AVX-512-VNNI: a pass of
@@ -50,14 +50,14 @@ class Guesser:
     n_most  most tokens of a guess; None: as many as pay
     """
 
-    def __init__(self, prompt: Many[int], n_most: int | None) -> None:
+    def __init__(self, prompt: Sequence[int], n_most: int | None) -> None:
         self._tokens, self._n_prompt = list(prompt), len(prompt)
         self._ends: dict[tuple[int, ...], int] = {}  # of tokens, where they ended last
         self._n_noted = 0
         self._records = {order: _Record(order, n_most) for order in _ORDERS}
         self._last = self._records[_ORDERS[0]]
 
-    def guess(self, answer: Many[int]) -> list[int]:
+    def guess(self, answer: Sequence[int]) -> list[int]:
         """Guess the next tokens; none where nothing like it stood before, or guesses do not pay."""
         tokens = self._tokens
         tokens += answer[len(tokens) - self._n_prompt :]
@@ -77,7 +77,7 @@ class Guesser:
         self._last.learn(n_guessed, n_right, _ROW_COST / share)
 
 
-def guess_together(group: Many[Sequence], n_ctx: int) -> list[list[int]]:
+def guess_together(group: Sequence[RunningSequence], n_ctx: int) -> list[list[int]]:
     """Guess the next tokens of sequences, the same number for all.
 
     llama.cpp computes sequences of one length in one pass. So the shortest guess counts, and none

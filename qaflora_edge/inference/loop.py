@@ -8,10 +8,10 @@ from typing import Any
 from qaflora_edge.backend.context import Context, Stop, cancelled
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import BackendError, BusyError, QafloraError
-from qaflora_edge.inference import sequence as sequences
 from qaflora_edge.inference.request import Cancellation
 from qaflora_edge.inference.runner import Runner
 from qaflora_edge.inference.scheduler import Job, Scheduler, Step
+from qaflora_edge.inference.sequence import RunningSequence
 
 _POLL_S = 0.1  # for an event of a caller that cancels
 _PAUSE_S = 0.005
@@ -39,24 +39,24 @@ class Loop:
         self._closed = BusyError("This Engine was closed in the middle of a call.")
         self._is_served = False  # by a thread in run_forever
         self._is_left = False  # by that thread, for good
-        self._now: Sequence[sequences.Sequence | Job] = ()  # who waits for the native call
+        self._now: Sequence[RunningSequence | Job] = ()  # who waits for the native call
 
     # from any thread
 
-    def add(self, sequence: sequences.Sequence) -> None:
+    def add(self, sequence: RunningSequence) -> None:
         """Put a sequence into the queue."""
         with self._turn:
             self._scheduler.waiting.append(sequence)
             self._turn.notify_all()
 
-    def resume(self, sequence: sequences.Sequence) -> None:
+    def resume(self, sequence: RunningSequence) -> None:
         """Go on with a sequence that was weighed and has its weights now."""
         with self._turn:
             if not sequence.is_done:
                 self._scheduler.resume(sequence)
             self._turn.notify_all()
 
-    def end(self, sequence: sequences.Sequence) -> None:
+    def end(self, sequence: RunningSequence) -> None:
         """End a sequence that was weighed, and free its slot."""
         with self._turn:
             sequence.finish("stop")
@@ -219,7 +219,7 @@ class Loop:
             self._computing([step.job])
             step.job.advance()
 
-    def _computing(self, waiting: Sequence[sequences.Sequence | Job]) -> None:
+    def _computing(self, waiting: Sequence[RunningSequence | Job]) -> None:
         with self._turn:
             self._now = waiting
             if not self._is_closed:

@@ -11,11 +11,16 @@ from qaflora_edge.backend.batch import Outputs, Span
 from qaflora_edge.backend.context import Context, trim
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import BackendError, CancelledError, QafloraError
-from qaflora_edge.inference import sequence as sequences
 from qaflora_edge.inference.guesses import guess_together
 from qaflora_edge.inference.sampler import no_numbers
 from qaflora_edge.inference.scheduler import Slot, Step
-from qaflora_edge.inference.sequence import TokenLogprob, Written, surprise, token_logprob
+from qaflora_edge.inference.sequence import (
+    RunningSequence,
+    TokenLogprob,
+    Written,
+    surprise,
+    token_logprob,
+)
 
 
 class Runner:
@@ -28,7 +33,7 @@ class Runner:
         self,
         vocabulary: Model,
         context: Context,
-        computing: Callable[[Sequence[sequences.Sequence]], None],
+        computing: Callable[[Sequence[RunningSequence]], None],
     ) -> None:
         self._vocabulary, self._context, self._computing = vocabulary, context, computing
         self._spoilt: list[int] = []  # slots with states that are NaN
@@ -64,7 +69,7 @@ class Runner:
         for slot in slots:
             slot.forget()
 
-    def _grow(self, sequence: sequences.Sequence) -> None:
+    def _grow(self, sequence: RunningSequence) -> None:
         self._weights.clear()
         try:
             self._context.resize(sequence.n_ctx)
@@ -93,7 +98,7 @@ class Runner:
         self._unread.discard(number)
         self._context.clean(number)
 
-    def _admit(self, sequence: sequences.Sequence, slot: Slot, n_reused: int) -> None:
+    def _admit(self, sequence: RunningSequence, slot: Slot, n_reused: int) -> None:
         if n_reused == 0 and slot.number in self._unread:
             self._clean(slot.number)
         sequence.n_past = sequence.n_cached = self._context.keep(n_reused, slot.number)
@@ -101,7 +106,7 @@ class Runner:
             slot.hold(sequence, 0)
             self._cut.add(sequence.number)
 
-    def _prefill(self, sequence: sequences.Sequence, slot: Slot, n: int) -> None:
+    def _prefill(self, sequence: RunningSequence, slot: Slot, n: int) -> None:
         if sequence.written is not None:
             self._take_over(sequence, slot, sequence.written)
             return
@@ -126,7 +131,7 @@ class Runner:
         try:
             if hears:
                 self._context.capture_begin("inputs")
-            (row,) = self._context.decode_spans([Span(slot.number, tokens, start, outputs)])
+            (last_row,) = self._context.decode_spans([Span(slot.number, tokens, start, outputs)])
             if hears:
                 hears.take(start, self._context.inputs(slot.number, len(tokens)))
                 for row in scored:
@@ -147,9 +152,9 @@ class Runner:
         if is_last:
             self._unread.discard(slot.number)
             if listener is None:
-                self._begin(sequence, row)
+                self._begin(sequence, last_row)
 
-    def _take_over(self, sequence: sequences.Sequence, slot: Slot, written: Written) -> None:
+    def _take_over(self, sequence: RunningSequence, slot: Slot, written: Written) -> None:
         """Begin an answer with what was drafted of it: as if it had been computed here."""
         draft = written.draft
         assert written.state is not None
@@ -172,13 +177,13 @@ class Runner:
         sequence.n_past = self._context.keep(min(sequence.n_past, n_held), slot.number)
         slot.tokens = list(self._context.tokens[slot.number])
 
-    def _set_weights(self, sequence: sequences.Sequence, slot: int) -> None:
+    def _set_weights(self, sequence: RunningSequence, slot: int) -> None:
         weights = sequence.request.next_weights(sequence.n_past)
         if self._weights.get(slot) is not weights:
             self._context.set_weights(weights, seq=slot)
             self._weights[slot] = weights
 
-    def _begin(self, sequence: sequences.Sequence, row: int) -> None:
+    def _begin(self, sequence: RunningSequence, row: int) -> None:
         """Choose the first token, where one was asked for."""
         if np.isnan(self._context.logits_view(row)).any():
             self._spoilt.append(_slot(sequence))
@@ -190,7 +195,7 @@ class Runner:
         else:
             self._sample(sequence, row)
 
-    def _decode(self, group: Sequence[sequences.Sequence], slots: Sequence[Slot]) -> None:
+    def _decode(self, group: Sequence[RunningSequence], slots: Sequence[Slot]) -> None:
         spans = []
         for sequence, guess in zip(group, guess_together(group, self._context.n_ctx), strict=True):
             assert sequence.next_token is not None
@@ -209,7 +214,7 @@ class Runner:
             self._choose(sequence, slots[span.seq], span, row + 1 - len(span.tokens), len(group))
 
     def _choose(
-        self, sequence: sequences.Sequence, slot: Slot, span: Span, row: int, n_sequence: int
+        self, sequence: RunningSequence, slot: Slot, span: Span, row: int, n_sequence: int
     ) -> None:
         """Choose the token after each row from this one on, as long as the next was guessed."""
         n_before = sequence.n_past
@@ -229,7 +234,7 @@ class Runner:
             sequence.timings.draft_n_accepted += n_right
 
     def _decode_apart(
-        self, group: Sequence[sequences.Sequence], slots: Sequence[Slot], error: BackendError
+        self, group: Sequence[RunningSequence], slots: Sequence[Slot], error: BackendError
     ) -> None:
         """Find the sequences that fail; the others go on."""
         for sequence in group:
@@ -239,7 +244,7 @@ class Runner:
             else:
                 self._decode([sequence], slots)
 
-    def _sample(self, sequence: sequences.Sequence, row: int) -> None:
+    def _sample(self, sequence: RunningSequence, row: int) -> None:
         assert sequence.sampler is not None
         try:
             token = sequence.sampler.sample(self._context, row)
@@ -260,6 +265,6 @@ class Runner:
         sequence.take(token, data)
 
 
-def _slot(sequence: sequences.Sequence) -> int:
+def _slot(sequence: RunningSequence) -> int:
     assert sequence.slot is not None
     return sequence.slot

@@ -1,15 +1,14 @@
 """The scheduler: which request is prefilled, decoded or probed next. It only decides."""
 
 from collections import deque
-from collections.abc import Callable, Generator
-from collections.abc import Sequence as Tokens
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 from qaflora_edge.backend.batch import Chunks
 from qaflora_edge.errors import QafloraError
 from qaflora_edge.inference.request import Cancellation
-from qaflora_edge.inference.sequence import Sequence
+from qaflora_edge.inference.sequence import RunningSequence
 
 
 class Job:
@@ -57,22 +56,22 @@ class Slot:
     """Note one sequence of the answering context, and its KV state.
 
     tokens   ids of the KV state
-    prompt   of the last Sequence
+    prompt   of the last RunningSequence
     n_exact  how many tokens of it may be reused, once they are here: a prompt with the same chunks
              reuses them bit for bit
     weights  the key of the weights that those were computed under; None where there are none
-    turn     number of its last Sequence
+    turn     number of its last RunningSequence
     """
 
     number: int
-    sequence: Sequence | None = None
+    sequence: RunningSequence | None = None
     tokens: list[int] = field(default_factory=list)
-    prompt: Tokens[int] = ()
+    prompt: Sequence[int] = ()
     n_exact: int = 0
     weights: bytes | None = None
     turn: int = 0
 
-    def n_reused(self, sequence: Sequence, chunks: Chunks, *, is_soon: bool = False) -> int:
+    def n_reused(self, sequence: RunningSequence, chunks: Chunks, *, is_soon: bool = False) -> int:
         """Count the tokens of a prompt that can be reused from here, at most all but the last one.
 
         That is what prefill under its weights would compute, bit for bit.
@@ -92,7 +91,7 @@ class Slot:
             cut = end
         return cut
 
-    def hold(self, sequence: Sequence, n_kept: int) -> None:
+    def hold(self, sequence: RunningSequence, n_kept: int) -> None:
         """Note a new prompt, which reuses its first n_kept tokens."""
         request = sequence.request
         self.weights, self.tokens = request.weights_key, list(request.tokens[:n_kept])
@@ -101,6 +100,15 @@ class Slot:
     def forget(self) -> None:
         """Hold nothing."""
         self.tokens, self.n_exact, self.weights = [], 0, None
+
+    def take(self, other: Self) -> None:
+        """Take over another slot's sequence and KV state, and leave it empty."""
+        self.copy(other)
+        self.sequence = other.sequence
+        self.turn = other.turn
+        other.sequence = None
+        other.turn = 0
+        other.forget()
 
     def copy(self, other: Self) -> None:
         """Note a copy of another slot's KV state."""
@@ -122,9 +130,9 @@ class Step:
 
     copies: list[tuple[int, int]] = field(default_factory=list)
     moves: list[tuple[int, int]] = field(default_factory=list)
-    admitted: list[tuple[Sequence, int]] = field(default_factory=list)
-    decode: list[Sequence] = field(default_factory=list)
-    prefill: list[tuple[Sequence, int]] = field(default_factory=list)
+    admitted: list[tuple[RunningSequence, int]] = field(default_factory=list)
+    decode: list[RunningSequence] = field(default_factory=list)
+    prefill: list[tuple[RunningSequence, int]] = field(default_factory=list)
     job: Job | None = None
 
     @property
@@ -158,16 +166,16 @@ class Scheduler:
     ) -> None:
         self.slots = [Slot(number) for number in range(n_slot)]
         self.n_running = n_running or n_slot
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: deque[RunningSequence] = deque()
         self.jobs: deque[Job] = deque()
         self._chunks, self._n_ctx = chunks, n_ctx
         self._is_jobs_turn = True
         self._last_kind = ""
-        self._debtor: Sequence | None = None
+        self._debtor: RunningSequence | None = None
         self._owed_ms = 0.0
 
     @property
-    def running(self) -> list[Sequence]:
+    def running(self) -> list[RunningSequence]:
         """List sequences that have a slot, in the order of their slots."""
         return [slot.sequence for slot in self.slots if slot.sequence is not None]
 
@@ -224,7 +232,7 @@ class Scheduler:
             self._debtor = longest
             self._owed_ms = ms
 
-    def _prefills(self, running: list[Sequence]) -> list[Sequence]:
+    def _prefills(self, running: list[RunningSequence]) -> list[RunningSequence]:
         """List prompts to prefill, the next one first."""
         prefills = sorted((s for s in running if s.is_prefill), key=lambda s: s.number)
         is_alone = running == [self._debtor] and not self.jobs
@@ -258,13 +266,13 @@ class Scheduler:
             slot.turn = sequence.number
             step.admitted.append((sequence, n_reused))
 
-    def resume(self, sequence: Sequence) -> None:
+    def resume(self, sequence: RunningSequence) -> None:
         """Go on with a sequence that was weighed: with what its base keeps of the prompt."""
         assert sequence.slot is not None
         sequence.listener, sequence.n_past = None, sequence.request.n_base
         self.slots[sequence.slot].hold(sequence, sequence.n_past)
 
-    def _fitness(self, slot: Slot, sequence: Sequence) -> tuple[int, int, bool, int]:
+    def _fitness(self, slot: Slot, sequence: RunningSequence) -> tuple[int, int, bool, int]:
         """Prefer most reuse; then next to slots in use; then empty; then least recently used."""
         used = [other.number for other in self.slots if other.sequence is not None]
         gap = max(min(used) - slot.number, slot.number - max(used), 1) if used else 1
@@ -287,7 +295,6 @@ class Scheduler:
             assert sequence is not None
             if sequence.number in admitted:  # it holds little or nothing yet: next time
                 return
-            vars(target).update(vars(source), number=target.number)
-            sequence.slot, source.sequence, source.turn = target.number, None, 0
-            source.forget()
+            target.take(source)
+            sequence.slot = target.number
             step.moves.append((source.number, target.number))

@@ -1,6 +1,6 @@
 """Scoring: log-probabilities of continuations, many in one batch."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from qaflora_edge.arrays import F32
-from qaflora_edge.backend.batch import Outputs, Span
+from qaflora_edge.backend.batch import Span
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.inference.prefix import GrowingContext, Steps, prefill_request, wiped_on_failure
 from qaflora_edge.inference.request import Request
 from qaflora_edge.inference.sampler import no_numbers
 from qaflora_edge.inference.sequence import log_softmax
-from qaflora_edge.weighing.probe import GrowingContext, wiped_on_failure
 
 Tokens = tuple[int, ...]
 Item = tuple[Request, Tokens]  # a prompt with its weights, and a continuation
@@ -34,7 +34,7 @@ class Scorer:
         self._contexts = GrowingContext(partial(Context, model, pack, **shape, **options))
         self.close = self._contexts.close
 
-    def score(self, items: Sequence[Item]) -> Generator[None, None, list[F32]]:
+    def score(self, items: Sequence[Item]) -> Steps[list[F32]]:
         """Give log-probabilities in nats of each item's continuation: float32 [n_token] each.
 
         Yields between micro-batches. Raises BackendError when one is NaN.
@@ -59,17 +59,11 @@ class Scorer:
 
 def _score_group(
     context: Context, request: Request, part: Sequence[tuple[Tokens, F32]]
-) -> Generator[None, None, None]:
+) -> Steps[None]:
     """Prefill the prompt once, then all continuations after it."""
-    prompt, at, rows = request.tokens, 0, [-1]
-    while at < len(prompt):
-        end = request.chunk_end(context.chunks(), at)
-        outputs: Outputs = "last" if end == len(prompt) else "none"
-        context.set_weights(request.next_weights(at))
-        rows = context.decode_spans([Span(0, prompt[at:end], at, outputs)])
-        at = end
-        yield
-    first = log_softmax(context.logits_view(rows[0]))
+    prompt = request.tokens
+    last_row = yield from prefill_request(context, request, len(prompt))
+    first = log_softmax(context.logits_view(last_row))
     for tokens, result in part:
         result[0] = first[tokens[0]]
     rest = [(seq, at) for seq, (tokens, _) in enumerate(part, 1) for at in range(len(tokens) - 1)]
@@ -87,4 +81,4 @@ def _score_group(
         for row, (seq, at) in enumerate(batch):
             tokens, result = part[seq - 1]
             result[at + 1] = log_softmax(context.logits_view(row))[tokens[at + 1]]
-        yield
+        yield None

@@ -4,8 +4,7 @@ import codecs
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable
-from collections.abc import Sequence as Many
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Self
 
@@ -86,7 +85,7 @@ class Written:
     state: "KvState | None"
 
 
-class Sequence:
+class RunningSequence:
     """Follow a request: waiting, prefill, decoding, done.
 
     With a listener it is weighed first: the base prefills all of its prompt, and it keeps its slot
@@ -245,7 +244,7 @@ class TextDecoder:
     n_byte   attribute: bytes of the answer in what was fed last
     """
 
-    def __init__(self, stops: Many[str], split: "ThoughtSplitter | None" = None) -> None:
+    def __init__(self, stops: Sequence[str], split: "ThoughtSplitter | None" = None) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stops = tuple(stops)
         self._split = split or ThoughtSplitter(None)
@@ -316,7 +315,7 @@ class ThoughtSplitter:
         return thought, text
 
 
-def _n_begun(text: str, ends: Many[str]) -> int:
+def _n_begun(text: str, ends: Sequence[str]) -> int:
     """Count the characters at a text's end with which one of other texts may begin."""
     longest = min(len(text), max((len(end) for end in ends), default=1) - 1)
     for n in range(longest, 0, -1):

@@ -3,9 +3,8 @@
 Work is cut at micro-batches: a generator yields between them, for its driver's other requests.
 """
 
-from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -14,12 +13,13 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from qaflora_edge.arrays import F32, F64
-from qaflora_edge.backend.batch import Chunks, Outputs, n_common
 from qaflora_edge.backend.batch import Span as Tokens
-from qaflora_edge.backend.context import Context, KvState, default_threads, n_ctx_for
+from qaflora_edge.backend.batch import n_common
+from qaflora_edge.backend.context import Context, default_threads, n_ctx_for
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.adapter import AdapterInfo, read_adapter_gguf
+from qaflora_edge.inference.prefix import GrowingContext, Prefixes, Steps, prefill, wiped_on_failure
 from qaflora_edge.weighing import numbers
 from qaflora_edge.weighing.adapter_inputs import (
     AttentionInputs,
@@ -30,10 +30,7 @@ from qaflora_edge.weighing.adapter_inputs import (
 from qaflora_edge.weighing.strategy import Measure, Query, Reading, Span
 
 T = TypeVar("T")
-# Yields the number of prefilled tokens, or None, between micro-batches; returns its result.
-Steps = Generator[int | None, None, T]
 PLACES = ("answer", "question")  # the last token, where the answer begins; the question's mean
-_N_WORTH = 64  # tokens; to prefill fewer again is as quick as to keep them
 _N_TOGETHER = 8  # short queries of one batch: the base's matrices are read once for all
 
 
@@ -47,34 +44,6 @@ class _Measured:
     tokens: tuple[int, ...]
     rows: tuple[int, ...]
     question: Span | None
-
-
-@contextmanager
-def wiped_on_failure(context: Context) -> Iterator[None]:
-    """Empty a context when a block fails; a cancelled query's GeneratorExit counts."""
-    try:
-        yield
-    except BaseException:
-        context.clear(is_zeroed=True)
-        raise
-
-
-def _prefill(
-    context: Context,
-    tokens: Sequence[int],
-    start: int,
-    outputs: Outputs,
-    *,
-    n_seq: int = 1,
-) -> Steps[None]:
-    """Run tokens[start:] through the first n_seq sequences, a micro-batch at a time."""
-    chunks = context.chunks(n_seq)
-    for at, end in chunks.cut(tokens, start):
-        is_last = end == len(tokens)
-        shown: Outputs = outputs if is_last or outputs == "all" else "none"
-        context.decode(tokens[at:end], start=at, outputs=shown, n_seq=n_seq)
-        if not is_last:
-            yield end
 
 
 def _check_finite(states: F32, paths: Sequence[Path]) -> None:
@@ -92,114 +61,6 @@ def _check_finite(states: F32, paths: Sequence[Path]) -> None:
         f"The state after block {layer} is NaN or infinite with {paths[seq]}, expected finite "
         "numbers; convert or fetch it again, or leave it out."
     )
-
-
-class Prefixes:
-    """Cache KV states of prefilled prompts; the least recently used one is dropped first.
-
-    n_byte  limit of all states together; 0 keeps none
-
-    key, in all methods: stands for a state's sequences, of contexts that were made alike.
-    """
-
-    def __init__(self, n_byte: int) -> None:
-        self._n_most = n_byte
-        self._entries: list[tuple[Hashable, KvState]] = []  # the most recently used one last
-
-    @property
-    def n_byte(self) -> int:
-        """Count the bytes of all states."""
-        return sum(state.n_byte for _, state in self._entries)
-
-    def go_on(
-        self,
-        context: Context,
-        key: Hashable,
-        tokens: Sequence[int],
-        chunks: Chunks,
-        *,
-        n_exact: int | None = None,
-        n_after: int = 0,
-    ) -> int:
-        """Reuse the KV state of a prompt's beginning, from this context or another prompt.
-
-        n_exact  tokens that the context holds in the chunks of a whole prompt; by default all
-        n_after  tokens that will follow the prompt in any case
-        returns  how many tokens are held: up to where both prompts have the same chunks, so that
-                 the rest comes out the same bits as in a prefill of all
-        """
-        read = context.tokens[0][:n_exact]
-        n_held = chunks.n_shared(read, tokens, n_after)
-        n_kept = 0  # tokens of the best state that is kept
-        best = -1
-        for index, (other_key, state) in enumerate(self._entries):
-            if other_key != key:
-                continue
-            n_shared = chunks.n_shared(state.tokens, tokens, n_after)
-            if n_shared > n_kept:
-                n_kept = n_shared
-                best = index
-        if n_kept:
-            self._entries.append(self._entries.pop(best))
-        if n_kept < n_held + _N_WORTH:
-            if len(read) >= n_held + _N_WORTH:
-                self.keep(key, context, n_exact)
-            return context.keep_first(n_held)
-        _, state = self._entries[-1]
-        self.keep(key, context, n_exact)
-        context.load_kv_state(state)
-        return context.keep_first(n_kept)
-
-    def keep(self, key: Hashable, context: Context, n_exact: int | None = None) -> None:
-        """Keep a copy of a context's KV state, cut to n_exact tokens.
-
-        States that it contains are dropped, and the oldest ones beyond the limit.
-        """
-        if n_exact is not None and len(context.tokens[0]) > n_exact:
-            context.keep_first(n_exact)
-        if not context.tokens[0] or context.n_kv_byte > self._n_most:
-            return
-        state = context.kv_state()
-        chunks = context.chunks(len(state.sequences))
-        kept = []
-        for other_key, other in self._entries:
-            n_shared = chunks.n_shared(state.tokens, other.tokens, n_after=1)
-            is_contained = n_shared == len(other.tokens)
-            if other_key != key or not is_contained:
-                kept.append((other_key, other))
-        kept.append((key, state))
-        self._entries = kept
-        while self.n_byte > self._n_most:
-            del self._entries[0]
-
-
-class GrowingContext:
-    """Keep a context; replace it by a larger one for a longer query, KV state included.
-
-    make  makes one from n_ctx
-    """
-
-    def __init__(self, make: Callable[..., Context]) -> None:
-        self._make = make
-        self.context: Context | None = None
-
-    def for_query(self, n_token: int) -> Context:
-        """Give a context with room for a query."""
-        held = self.context
-        if held is not None and held.n_ctx >= n_token:
-            return held
-        state = None if held is None else held.kv_state()
-        self.close()
-        self.context = self._make(n_ctx=n_ctx_for(n_token))
-        if state is not None:
-            self.context.load_kv_state(state)
-        return self.context
-
-    def close(self) -> None:
-        """Free the context."""
-        if self.context is not None:
-            self.context.close()
-        self.context = None
 
 
 class Listener(Protocol):
@@ -391,7 +252,7 @@ class Prober:
             if n_skipped:
                 context.decode(tokens[:n_skipped], start=0, outputs="none", n_seq=1)
             context.capture_begin("mean")
-            yield from _prefill(context, tokens, n_skipped, "all")
+            yield from prefill(context, tokens, n_skipped, "all")
             states = context.states(0)
         _check_finite(states[None], [self._model.path])
         return np.array(states)
@@ -499,7 +360,7 @@ class Prober:
         n_kept = self._reuse(context, tokens)
         self._n_exact = None
         n_seq = 1 + len(self._rows)
-        yield from _prefill(context, tokens, n_kept, "last", n_seq=n_seq)
+        yield from prefill(context, tokens, n_kept, "last", n_seq=n_seq)
         return self._states(context)
 
     def _place_states(self, context: Context, tokens: Sequence[int], span: Span) -> Steps[F32]:
@@ -514,15 +375,15 @@ class Prober:
         n_kept = self._reuse(context, before, n_after=len(tokens) - start)
         self._n_exact = start  # the rest is cut otherwise than a whole prompt
         if start > n_kept:
-            yield from _prefill(context, before, n_kept, "none", n_seq=n_seq)
+            yield from prefill(context, before, n_kept, "none", n_seq=n_seq)
         if end == len(tokens):
             end -= 1
         context.capture_begin("mean")
         if start < end:
-            yield from _prefill(context, tokens[:end], start, "all", n_seq=n_seq)
+            yield from prefill(context, tokens[:end], start, "all", n_seq=n_seq)
             question = self._states(context)
         context.capture_begin("last")
-        yield from _prefill(context, tokens, end, "last", n_seq=n_seq)
+        yield from prefill(context, tokens, end, "last", n_seq=n_seq)
         last = self._states(context)
         if start == end:
             question = last
