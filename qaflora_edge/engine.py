@@ -39,7 +39,7 @@ from qaflora_edge.inference.request import (
 from qaflora_edge.inference.sampler import Sampler
 from qaflora_edge.inference.sequence import RunningSequence, Written
 from qaflora_edge.progress import TellCount, silent
-from qaflora_edge.weighing.drafted import DRAFT_TOKENS
+from qaflora_edge.weighing.drafted import DRAFT_TOKENS, Relay
 from qaflora_edge.weighing.numbers import FusionWeights, alone_weights
 from qaflora_edge.weighing.weigher import Weigher, Weights
 
@@ -495,7 +495,8 @@ class Engine:
                 if asked.tokens not in requests:
                     fusion = _weigh(self._weigher, weights, asked, probe)
                     if fusion.relay is not None and not fusion.relay.is_drafted:
-                        (draft,) = probe.drafts([fusion.relay.knower], DRAFT_TOKENS)
+                        told = tuple(self._asked_of_knower(asked, fusion.relay))
+                        draft = probe.draft_for(told, fusion.relay.knower, DRAFT_TOKENS)
                         relay = replace(fusion.relay, draft=draft, is_drafted=True)
                         fusion = replace(fusion, relay=relay)
                     read = self._with_draft(asked, fusion)
@@ -718,18 +719,21 @@ class Engine:
 
             try:
                 fusion = weigher.weigh(weights, prompt, probes)
+                relay = fusion.relay
                 weighed = probes.weighed if n_base else None
-                if weighed is None or (fusion.relay is not None and fusion.relay.is_drafted):
+                is_other = relay is not None and (relay.is_drafted or relay.is_in_words)
+                if weighed is None or is_other:
                     probes.end()  # the prompt that is answered is another one
                     weighed = None
-                if fusion.relay is None or fusion.relay.is_drafted:
+                if relay is None or relay.is_drafted:
                     written = None if weighed is None else probes.written(fusion.weights)
                     answer = self._core.generation(begin(fusion, weighed, written), fusion)
                 else:
-                    alone = alone_weights(fusion.relay.knower, fusion.adapters, self.n_layer)
+                    alone = alone_weights(relay.knower, fusion.adapters, self.n_layer)
                     written = None if weighed is None else probes.written(alone)
+                    tokens = self._asked_of_knower(prompt, relay)
                     answer = self._core.relayed(
-                        prompt.tokens, fusion, cancellation, weighed, written, begin
+                        tokens, fusion, cancellation, weighed, written, begin
                     )
             except BaseException:
                 probes.end()
@@ -739,6 +743,14 @@ class Engine:
             if ask.waits:
                 answer.wait_for_prompt(ask.on_progress)
             return answer
+
+    def _asked_of_knower(self, prompt: Prompt, relay: Relay) -> Sequence[int]:
+        """Give the tokens of the prompt that a knower drafts for."""
+        if not relay.is_in_words:
+            return prompt.tokens
+        from qaflora_edge.inference.drafts import in_words
+
+        return in_words(self._model, prompt.tokens, prompt.question)[: self.n_ctx]
 
     def _with_draft(self, prompt: Prompt, fusion: FusionWeights) -> Prompt:
         """Give the prompt of who answers: that of the caller, or with another's draft in it."""

@@ -101,6 +101,15 @@ def test_nobody_drafts_beside_a_writer_that_is_far_above_its_typical_prompt() ->
     assert {*probe.asked} == {"form"}
 
 
+def test_of_two_that_would_answer_the_one_with_a_form_writes() -> None:
+    places = ([HIGH, HIGH, LOW], [HIGH, HIGH, LOW])
+    forms = [drafted("form", -0.001, '{"answer"'), drafted("shop", -0.3, '{"weight"')]
+    relay = weighed(Scripted(*places, [*forms, drafted("other", -0.9)])).relay
+    assert (relay.knower, relay.writer, relay.is_in_words) == ("shop", "form", True)
+    words = [drafted("form", -0.001), drafted("shop", -0.3)]
+    assert weighed(Scripted(*places, [*words, drafted("other", -0.9)])).relay is None
+
+
 @pytest.mark.parametrize(("of_base", "weights"), [(-0.3, [0, 0, 0]), (-0.8, [0, 1, 0])])
 def test_the_base_answers_where_it_is_surer_than_an_unsure_adapter(
     of_base: float, weights: list[float]
@@ -196,6 +205,27 @@ def test_a_relay_is_two_plain_answers_with_the_stated_prompts(
         again = list(engine.answers(plain, 2, strategy=BY_HAND, max_tokens=12))
         assert [each.text() for each in again] == [text, text]
         assert again[1].draft is again[0].draft
+
+
+def test_a_knower_that_would_give_the_form_is_asked_for_words(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qaflora_edge.weighing.relay._is_prose", lambda draft: False)
+    with Engine(folder, n_ctx=512, draft=0) as engine:
+        plain = engine.chat_tokens([{"role": "user", "content": "abc def?"}])
+        answer = engine.generate(plain, strategy=BY_HAND, max_tokens=4)
+        answer.text()
+        told = [{"role": "user", "content": "abc def? Answer in words."}]
+        alone = engine.generate(
+            engine.chat_tokens(told), strategy="single:math", max_tokens=128
+        ).text()
+        assert answer.draft is not None
+        assert answer.draft.text == alone
+        scores = engine.score(plain, "abc", strategy=BY_HAND)
+        drafted = engine.chat_tokens(
+            [{"role": "user", "content": f"({alone.strip()})\n\nabc def?"}]
+        )
+        assert scores == pytest.approx(engine.score(drafted, "abc", strategy="single:es"), abs=1e-5)
 
 
 def test_weights_of_another_prompt_bring_no_draft(folder: Path) -> None:

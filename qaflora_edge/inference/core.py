@@ -473,6 +473,13 @@ class Probes:
                 self._written[written.draft.adapter] = written
         return [self._written[name].draft for name in names]
 
+    def draft_for(self, tokens: tuple[int, ...], name: str, n_token: int) -> Draft:
+        """Let one adapter, or BASE, draft for a prompt that may not be the query's."""
+        if tokens != self.query.tokens:
+            self(replace(self.query, tokens=tokens))
+        (draft,) = self.drafts([name], n_token)
+        return draft
+
     def written(self, weights: F32) -> Written | None:
         """Give the draft under these weights, with which an answer begins, if there is one.
 

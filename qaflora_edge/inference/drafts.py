@@ -14,7 +14,7 @@ from qaflora_edge.inference.prefix import GrowingContext, Steps, prefill_request
 from qaflora_edge.inference.request import Request
 from qaflora_edge.inference.sampler import no_numbers
 from qaflora_edge.inference.sequence import RunningSequence, Written, surprise
-from qaflora_edge.weighing.drafted import BASE, Draft
+from qaflora_edge.weighing.drafted import BASE, IN_WORDS, Draft
 
 _N_SEQ = 8  # the base's prompt, and seven drafts of it in one batch
 _N_BYTE_KEPT = 64 << 20  # of the largest KV state that goes on as an answer
@@ -149,6 +149,15 @@ def _text(model: Model, tokens: Sequence[int]) -> str:
     """Give the text of tokens, but for a character that is not whole at its end."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     return decoder.decode(model.detokenize(tokens))
+
+
+def in_words(model: Model, tokens: Sequence[int], question: tuple[int, int] | None) -> list[int]:
+    """Ask for an answer in words, behind the question of a prompt."""
+    if question is None:
+        return [*tokens]
+    end = question[1]
+    told = model.tokenize(IN_WORDS, add_special=False, parse_special=False)
+    return [*tokens[:end], *told, *tokens[end:]]
 
 
 def with_draft(

@@ -7,6 +7,7 @@ BASE = "base"  # in place of an adapter's name, where the base alone is meant
 ANSWER = ""  # in place of a name, for the answer that is given if nobody relays
 UNSURE = -100.0  # nats a token, of an empty draft
 DRAFT_TOKENS = 128  # of the longest draft
+IN_WORDS = " Answer in words."  # behind the question to a knower
 N_BEGUN = 8  # tokens of a draft that tell how sure its adapter is
 
 
@@ -47,6 +48,8 @@ class Relay:
     knower, writer  adapters, or BASE
     draft     the knower's, as far as it is written
     is_drafted  whether that is all of it
+    is_in_words  whether the knower is asked to answer in words, where its draft would take the
+              form that the writer gives
     sureness  adapter -> mean log-probability of its draft's first tokens, in nats
     draft_ms  time of what was drafted after the knower was chosen
     prompt    ids of the query; the draft is for no other
@@ -56,6 +59,7 @@ class Relay:
     writer: str
     draft: Draft
     is_drafted: bool = False
+    is_in_words: bool = False
     sureness: Mapping[str, float] = field(default_factory=dict)
     draft_ms: float = 0.0
     prompt: tuple[int, ...] = field(default=(), repr=False)

@@ -21,6 +21,7 @@ from qaflora_edge.weighing.two_place import TWO_PLACE_OPTIONS, TwoPlace
 
 ALONE = 5.0  # score `answer` above which an adapter answers, and nobody else is asked
 STRONG = 2.5  # score `answer` below which an adapter that is unsure is compared with the base
+ANSWERS = 2.0  # score `answer` from which a second adapter would answer too
 MAY_KNOW = 0.0  # score in the question above which an adapter may know more
 PROPOSED = 0.3  # the same, where no adapter answers
 N_CANDIDATE = 2  # adapters that draft beside who answers, at most
@@ -95,6 +96,7 @@ def _relayed(query: Query, probe: Probe, mix: Mix) -> Mix:
     others = [name for name in ordered if name != writer and by_question[name] > MAY_KNOW]
     asked = [writer]
     if strength <= ALONE:
+        others.sort(key=lambda name: mix.why[name].scores["answer"] < ANSWERS)  # those first
         asked += others[:N_CANDIDATE]
     if strength < STRONG:
         asked.append(BASE)
@@ -106,6 +108,10 @@ def _relayed(query: Query, probe: Probe, mix: Mix) -> Mix:
         if draft.adapter == writer or (draft.adapter != BASE and _is_prose(draft))
     }
     knower = max(unusual, key=unusual.__getitem__)
+    both = _both_answer(mix, drafts)
+    if both is not None:
+        relay = _relay(query, probe, *both, sureness)
+        return replace(mix, weights=_alone(query, both[1]), relay=relay, because=_said(relay))
     if unusual[writer] < UNSURE_FROM and _knows(unusual[knower], unusual[writer]):
         relay = _relay(query, probe, knower, writer, sureness)
         return replace(mix, weights=_alone(query, writer), relay=relay, because=_said(relay))
@@ -132,6 +138,29 @@ def _despite_the_scores(query: Query, probe: Probe, mix: Mix, proposed: Sequence
             taken = replace(mix, weights=_alone(query, draft.adapter))
             return _rewritten(query, probe, taken, draft.adapter, sureness)
     return mix
+
+
+def _both_answer(mix: Mix, drafts: Sequence[Draft]) -> tuple[str, str] | None:
+    """Name a knower and a writer, where two adapters would answer, and one of them gives a form.
+
+    Who is surest of the first token gives it.
+    """
+    strong = [
+        draft
+        for draft in drafts
+        if draft.tokens and draft.adapter != BASE and _answers(mix, draft.adapter)
+    ]
+    if len(strong) < 2 or all(_is_prose(draft) for draft in strong):
+        return None
+    forms = [draft for draft in strong if not _is_prose(draft)]
+    writer = max(forms, key=lambda draft: draft.logprobs[0])
+    others = [draft.adapter for draft in strong if draft is not writer]
+    knower = max(others, key=lambda name: mix.why[name].scores["answer"])
+    return knower, writer.adapter
+
+
+def _answers(mix: Mix, name: str) -> bool:
+    return mix.why[name].scores["answer"] >= ANSWERS
 
 
 def _knows(knower: float, writer: float) -> bool:
@@ -209,8 +238,13 @@ def _relay(
     sureness: Mapping[str, float],
 ) -> Relay:
     (draft,) = probe.drafts([knower], N_BEGUN)
+    if draft.tokens and not _is_prose(draft):
+        nothing = replace(draft, tokens=(), text="", logprobs=(), is_whole=False)
+        return Relay(
+            knower, writer, nothing, is_in_words=True, sureness=sureness, prompt=query.tokens
+        )
     is_drafted = draft.is_whole
-    return Relay(knower, writer, draft, is_drafted, sureness, prompt=query.tokens)
+    return Relay(knower, writer, draft, is_drafted, sureness=sureness, prompt=query.tokens)
 
 
 def _said(relay: Relay) -> str:
