@@ -103,7 +103,7 @@ def test_a_base_with_adapters_is_weighed_without_a_bundle(tmp_path: Path, own_ca
     assert (shown["adapters"], shown["strategy"]) == (["peft", "e"], "spectr")
     assert shown["weights"] == expected["weights"]
     answer = qaflora("run", made.base.path, "the thing", "-n", 4, *own)
-    assert re.search(r"\n\[peft \d+ % · e \d+ %; ", answer.stderr)
+    assert re.search(r"\n\[peft ×[\d.]+ · e ×[\d.]+; ", answer.stderr)
     assert [path.stat() for path in cached] == states  # converted once
     tiny.write_tiny_peft(made.peft, made.base, rank=2)
     qaflora("weights", made.base.path, "the thing", *own)

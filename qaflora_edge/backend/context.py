@@ -159,11 +159,9 @@ class Context(Handle):
         self._set_up(n_ctx, params, stop)
 
     def _init(self, n_seq: int, n_ctx: int, advice: str = "") -> Any:
+        params = ctypes.byref(self._params)
         pointer = self._functions.context_init(
-            self._model._pointer,
-            ctypes.byref(self._params),
-            self._pack._pointer,
-            self._flags,
+            self._model._pointer, params, self._pack._pointer, self._flags
         )
         if not pointer:
             raise BackendError(

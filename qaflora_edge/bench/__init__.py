@@ -235,11 +235,7 @@ def compared(key: str, runs: Sequence[Run], **others: Sequence[Run]) -> Row:
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {
-        "median": median(values),
-        "min": min(values),
-        "max": max(values),
-    }
+    return {"median": median(values), "min": min(values), "max": max(values)}
 
 
 # decode

@@ -167,11 +167,7 @@ def cached_bundle(base: Path, adapters: Sequence[tuple[str, str]], progress: Tel
 
 
 def with_adapter(
-    opened: Opened,
-    path: AnyPath,
-    name: str | None,
-    engine: OpenEngine,
-    strategies: Iterable[str],
+    opened: Opened, path: AnyPath, name: str | None, engine: OpenEngine, strategies: Iterable[str]
 ) -> Opened:
     """Add an adapter, as the last one, to what is open; no bundle changes.
 

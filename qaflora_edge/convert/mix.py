@@ -18,7 +18,7 @@ from qaflora_edge.errors import UnsupportedAdapterError, WeightsError
 from qaflora_edge.formats.adapter import EMBEDDING, HEAD, AdapterInfo, module_kind, read_pair
 from qaflora_edge.formats.base import ARCH_FACTS
 from qaflora_edge.formats.gguf import GgufHeader
-from qaflora_edge.peft.config import CONFIG_FILE
+from qaflora_edge.formats.names import CONFIG_FILE
 from qaflora_edge.peft.folder import WEIGHTS_FILE
 from qaflora_edge.progress import silent
 

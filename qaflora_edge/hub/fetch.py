@@ -24,6 +24,7 @@ from qaflora_edge.files import CHUNK_BYTES, AnyPath, atomic_path, cache_dir, cac
 from qaflora_edge.formats.bundle import BUNDLE_FILE, packed_files, read_bundle_text, safe_join
 from qaflora_edge.formats.inputs import checksum
 from qaflora_edge.formats.names import (
+    CONFIG_FILE,
     HubRef,
     Model,
     PackagePart,
@@ -33,7 +34,6 @@ from qaflora_edge.formats.names import (
     parse_hub_ref,
 )
 from qaflora_edge.hub.local import hub_cache_dir, pulled_path, whole_path
-from qaflora_edge.peft.config import CONFIG_FILE
 from qaflora_edge.peft.folder import INDEX_FILE, PICKLES, WEIGHTS_FILE
 from qaflora_edge.progress import TellCount, silent
 

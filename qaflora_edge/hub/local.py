@@ -21,13 +21,13 @@ from qaflora_edge.errors import (
 )
 from qaflora_edge.formats.bundle import BUNDLE_FILE, BaseRecord, packed_files, read_bundle_text
 from qaflora_edge.formats.names import (
+    CONFIG_FILE,
     HubRef,
     load_registry,
     local_path,
     parse_hub_ref,
     pulled_model,
 )
-from qaflora_edge.peft.config import CONFIG_FILE
 from qaflora_edge.settings import bundle_places
 
 # --- bundles by name ----------------------------------------------------------------------------

@@ -17,8 +17,8 @@ from qaflora_edge.errors import PeftConfigError, UnsupportedAdapterError
 from qaflora_edge.files import package_data
 from qaflora_edge.formats.inputs import read_json_file
 from qaflora_edge.formats.json_text import WrongField, check_schema, shown
+from qaflora_edge.formats.names import CONFIG_FILE
 
-CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 22
 MAX_PATTERN_LENGTH = 256
 MAX_STEPS = 1 << 27  # to match a pattern with a long name: three unbounded repeats, 46 choices

@@ -9,7 +9,8 @@ from qaflora_edge.errors import InputFileError, SafetensorsFileError
 from qaflora_edge.files import AnyPath, what_is_at
 from qaflora_edge.formats.bundle import BUNDLE_FILE
 from qaflora_edge.formats.inputs import read_json_file, reading
-from qaflora_edge.peft.config import CONFIG_FILE, PeftConfig, parse_config, read_fields
+from qaflora_edge.formats.names import CONFIG_FILE
+from qaflora_edge.peft.config import PeftConfig, parse_config, read_fields
 from qaflora_edge.peft.modules import PeftModule, make_modules
 from qaflora_edge.peft.safetensors import StoredTensor, read_safetensors
 

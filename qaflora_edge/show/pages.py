@@ -84,11 +84,7 @@ def _render(template: str, **values: Any) -> Markup:
 
 def _scale(fusions: Sequence[FusionWeights]) -> dict[str, Any]:
     """Give what the legend shows."""
-    return {
-        "ends": text.scale(fusions),
-        "lowest": text.min_weight(fusions),
-        "ink": NOTEBOOK_INK,
-    }
+    return {"ends": text.scale(fusions), "lowest": text.min_weight(fusions), "ink": NOTEBOOK_INK}
 
 
 def _panel(fusion: FusionWeights, ends: tuple[float, float]) -> Panel:

@@ -41,10 +41,7 @@ def can_show(text: str, encoding: str | None) -> bool:
 
 
 _CONTROLS = (*range(0x20), *range(0x7F, 0xA0))
-_VISIBLE = dict.fromkeys(_CONTROLS, "?")
-_VISIBLE[ord("\n")] = "\n"
-_VISIBLE[ord("\t")] = "\t"
-_VISIBLE[ord("\r")] = ""
+_VISIBLE = dict.fromkeys(_CONTROLS, "?") | {ord("\n"): "\n", ord("\t"): "\t", ord("\r"): ""}
 
 
 def visible(text: str) -> str:

@@ -123,11 +123,7 @@ class _Added(Listener):
     """
 
     def __init__(
-        self,
-        sizes: Sequence[AttentionSizes],
-        question: Span,
-        end: int,
-        threads: Executor,
+        self, sizes: Sequence[AttentionSizes], question: Span, end: int, threads: Executor
     ) -> None:
         self._sizes = sizes
         self.start, self._stop = question
@@ -395,12 +391,7 @@ class Prober:
         """Reuse the KV state of a query's beginning; gives how many tokens."""
         chunks = context.chunks(1 + len(self._rows))
         return self.prefixes.go_on(
-            context,
-            self._rows,
-            tokens,
-            chunks,
-            n_exact=self._n_exact,
-            n_after=n_after,
+            context, self._rows, tokens, chunks, n_exact=self._n_exact, n_after=n_after
         )
 
     def _states(self, context: Context) -> F32:
