@@ -369,7 +369,8 @@ class Probes:
         self._heard: Listener | None = None  # of the query, once a listener has it
 
     def __call__(self, query: Query) -> Self:
-        """Measure this query from now on."""
+        """Measure this query from now on; the slot of the one before is free."""
+        self.end()
         self.query = query
         self._written = {}
         self._heard = None
