@@ -5,7 +5,7 @@ Followed as far as it is public (docs.typesafe.ai, docs.litellm.ai/docs/decision
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,16 +29,27 @@ def read_question(name: str, state: Any, question: Any) -> tuple[str, dict[str, 
     if not isinstance(question, Mapping) or question.get("type") not in CRITERIA:
         expected = f"an object whose type is one of {', '.join(CRITERIA)}"
         raise wrong_option(field, question, expected)
-    example = CRITERIA[question["type"]]
+    kind = question["type"]
+    example = CRITERIA[kind]
     criteria = question.get("criteria") or {}
-    if type(criteria) is not type(example) or (example and not criteria):
+    is_missing = bool(example) and not criteria
+    if type(criteria) is not type(example) or is_missing:
         raise wrong_option(f"{field}.criteria", criteria, f"such as {json.dumps(example)}")
-    text = f"{_written(state)}\n\n{_written(question.get('instructions'))}".strip()
-    if isinstance(criteria, list):
-        return text, {str(level): _written(means) for level, means in enumerate(criteria)}
-    if question["type"] == "choice":
-        return text, {label: _written(means) for label, means in criteria.items()}
-    return text, {"yes": _written(criteria.get("true")), "no": _written(criteria.get("false"))}
+    parts = (_written(state), _written(question.get("instructions")))
+    text = "\n\n".join(parts).strip()
+    if kind == "score":
+        choices = _levels(list(criteria))
+    elif kind == "choice":
+        choices = {label: _written(means) for label, means in criteria.items()}
+    else:
+        yes = _written(criteria.get("true"))
+        no = _written(criteria.get("false"))
+        choices = {"yes": yes, "no": no}
+    return text, choices
+
+
+def _levels(criteria: Sequence[Any]) -> dict[str, str]:
+    return {str(level): _written(means) for level, means in enumerate(criteria)}
 
 
 def _written(value: Any) -> str:
@@ -54,14 +65,16 @@ def answer(question: Mapping[str, Any], decision: Decision) -> dict[str, Any]:
     kind = question["type"]
     if kind == "noul":
         return {"type": kind, "noul": shares[0]}
-    n = len(shares)
-    found = {
+    n_choice = len(shares)
+    confidence = 1.0  # of one choice; of equal shares it is 0
+    if n_choice > 1:
+        confidence = round((n_choice * max(shares) - 1) / (n_choice - 1), 6)
+    shown = {
         "type": kind,
         "probabilities": dict(zip(decision.choices, shares, strict=True)),
-        "confidence": round((n * max(shares) - 1) / (n - 1), 6) if n > 1 else 1.0,
+        "confidence": confidence,
     }
     if kind == "choice":
-        return {**found, "choice": decision.choice}
-    legend = {str(level): _written(means) for level, means in enumerate(question["criteria"])}
-    score = float(np.arange(n) @ decision.probabilities)
-    return {**found, "score": round(score, 6), "legend": legend}
+        return {**shown, "choice": decision.choice}
+    score = float(np.arange(n_choice) @ decision.probabilities)
+    return {**shown, "score": round(score, 6), "legend": _levels(question["criteria"])}

@@ -3,7 +3,7 @@
 import itertools
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from qaflora_edge.ask import Ask, Sampling
@@ -60,11 +60,11 @@ def ask(body: Mapping[str, Any], defaults: Ask) -> Ask:
     return openai_chat.ask(chat, defaults)
 
 
-def _messages(given: Any) -> list[dict[str, Any]]:
-    if isinstance(given, str):
-        return [{"role": "user", "content": given}]
+def _messages(asked: Any) -> list[dict[str, Any]]:
+    if isinstance(asked, str):
+        return [{"role": "user", "content": asked}]
     messages: list[dict[str, Any]] = []
-    for item in given:
+    for item in asked:
         kind = item.get("type", "message") if isinstance(item, Mapping) else None
         if kind == "message":
             messages.append({"role": item.get("role"), "content": item.get("content")})
@@ -77,8 +77,9 @@ def _messages(given: Any) -> list[dict[str, Any]]:
             else:
                 messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
         elif kind == "function_call_output":
-            told = {"tool_call_id": item.get("call_id"), "content": item.get("output")}
-            messages.append({"role": "tool", **told})
+            output = item.get("output")
+            answered = item.get("call_id")
+            messages.append({"role": "tool", "tool_call_id": answered, "content": output})
         elif kind != "reasoning":
             raise wrong_option("input", item, "items of the types message and function_call")
     return messages
@@ -111,38 +112,55 @@ def events(
         yield {"type": f"response.{kind}", "sequence_number": number, **fields}
 
 
-def _events(
-    head: Mapping[str, Any], generation: Generation, extras: Extras
-) -> Iterator[tuple[str, dict[str, Any]]]:
+Events = Iterator[tuple[str, dict[str, Any]]]
+
+
+def _events(head: Mapping[str, Any], generation: Generation, extras: Extras) -> Events:
     yield "created", {"response": {**head, **extras.mix(generation.fusion)}}
     calls: list[dict[str, Any]] = []
-    pieces = iter(openai_chat.shown_pieces(generation, calls))
     output: list[dict[str, Any]] = []
+    pieces = iter(openai_chat.shown_pieces(generation, calls))
     first = next(pieces, "")  # without one, the calls are known
     if first or not calls:
-        text = ""
         item = _message("", "in_progress")
-        place = {"item_id": item["id"], "output_index": 0, "content_index": 0}
-        yield "output_item.added", {"output_index": 0, "item": {**item, "content": []}}
-        yield "content_part.added", {**place, "part": item["content"][0]}
-        for piece in itertools.chain([first], pieces):
-            text += piece
-            yield "output_text.delta", {**place, "delta": piece, "logprobs": []}
-        output.append({**_message(text, _status(generation)), "id": item["id"]})
-        yield "output_text.done", {**place, "text": text, "logprobs": []}
-        yield "content_part.done", {**place, "part": output[0]["content"][0]}
-        yield "output_item.done", {"output_index": 0, "item": output[0]}
-    for index, item in enumerate(map(_call, calls), len(output)):
-        place = {"output_index": index, "item_id": item["id"]}
-        begun = {**item, "arguments": "", "status": "in_progress"}
-        done = {"name": item["name"], "arguments": item["arguments"]}
-        yield "output_item.added", {"output_index": index, "item": begun}
-        yield "function_call_arguments.delta", {**place, "delta": item["arguments"]}
-        yield "function_call_arguments.done", {**place, **done}
-        yield "output_item.done", {"output_index": index, "item": item}
+        yield from _text_events(item, itertools.chain([first], pieces))
+        item["status"] = _status(generation)
+        yield "output_item.done", {"output_index": 0, "item": item}
+        output.append(item)
+    for call in calls:
+        item = _call(call)
+        yield from _call_events(item, len(output))
         output.append(item)
     response = _ended(head, output, generation)
     yield response["status"], {"response": {**response, **extras.end(generation)}}
+
+
+def _text_events(item: dict[str, Any], pieces: Iterable[str]) -> Events:
+    """Tell a text as it comes, and put it into its item."""
+    part = item["content"][0]
+    place = {"item_id": item["id"], "output_index": 0, "content_index": 0}
+    yield "output_item.added", {"output_index": 0, "item": {**item, "content": []}}
+    yield "content_part.added", {**place, "part": dict(part)}
+    for piece in pieces:
+        part["text"] += piece
+        yield "output_text.delta", {**place, "delta": piece, "logprobs": []}
+    yield "output_text.done", {**place, "text": part["text"], "logprobs": []}
+    yield "content_part.done", {**place, "part": part}
+
+
+def _call_events(item: dict[str, Any], index: int) -> Events:
+    """Tell a call, which comes whole."""
+    name = item["name"]
+    arguments = item["arguments"]
+    place = {"output_index": index, "item_id": item["id"]}
+    begun = {**item, "arguments": "", "status": "in_progress"}
+    yield "output_item.added", {"output_index": index, "item": begun}
+    yield "function_call_arguments.delta", {**place, "delta": arguments}
+    yield (
+        "function_call_arguments.done",
+        {**place, "name": name, "arguments": arguments},
+    )
+    yield "output_item.done", {"output_index": index, "item": item}
 
 
 def _status(generation: Generation) -> str:
