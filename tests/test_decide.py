@@ -101,7 +101,7 @@ def test_the_command_prints_what_the_engine_decides(calibrated: TinyBundle, alon
     result = qaflora("decide", calibrated.folder, "--prompts", "-", *args, "--compare", stdin="a\n")
     lines = result.stdout.splitlines()
     assert [line.split(":")[0] for line in lines[1:]] == ["  base", "  math", "  es"]
-    assert lines[0].endswith(" %]")
+    assert "   [math ×" in lines[0]
 
 
 STATE = {"ring": "the thing"}
