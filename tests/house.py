@@ -11,7 +11,7 @@ from pathlib import Path
 PACKAGE = "qaflora_edge"
 LONG = 35  # words; no sentence for people has more
 LIMITS = {
-    "lines of the package": 27_970,
+    "lines of the package": 28_000,
     "tokens a line of code": 8.9,
     "modules": 149,
     "modules that Engine imports": 45,

@@ -68,7 +68,7 @@ def test_a_chat_from_its_first_question_to_its_end(
     assert re.findall(r"[a-h]\d+", seen)[:150] == story.split()[:150]
     window.key("C-c")
     screen = window.wait_for("stopped ·")
-    status = r"stopped · [\d.]+ tok/s · first token [\d.]+ s · \w+ \d+ % · \w+ \d+ %"
+    status = r"stopped · [\d.]+ tok/s · first token [\d.]+ s · \w+ ×[\d.]+ · \w+ ×[\d.]+"
     assert re.search(status, " ".join(screen.split("\n")))
     # What scrolled out and what is there make the whole partial answer, once.
     path = tmp_path / "talk.json"

@@ -36,7 +36,7 @@ def test_answer_on_stdout_the_rest_on_stderr(made: TinyBundle) -> None:
     result = run(made.folder, PROMPT, "--max-tokens", 8)
     assert result.exit_code == 0
     assert result.stdout == answer(made, max_tokens=8) + "\n"
-    assert re.match(r"\[\w+ \d+ % · \w+ \d+ %; probe \d+ ms; prefill \d+ ms; ", result.stderr)
+    assert re.match(r"\[\w+ ×[\d.]+ · \w+ ×[\d.]+; probe \d+ ms; prefill \d+ ms; ", result.stderr)
     assert "8 tokens at" in result.stderr
     assert result.stderr.endswith("cut at the limit of tokens]\n")
 
