@@ -21,9 +21,12 @@ class _Record:
     """
 
     def __init__(self, order: int, n_most: int | None) -> None:
-        self._is_fixed, self._n_first = n_most is not None, max(2, order)
+        self._is_fixed = n_most is not None
+        self._n_first = max(2, order)
         self.n = n_most or self._n_first
-        self._gain, self._n_rest, self._n_left = 0.5, _N_REST, 0
+        self._gain = 0.5
+        self._n_rest = _N_REST
+        self._n_left = 0
 
     def rests(self) -> bool:
         """Tell whether a guess is left out."""
@@ -34,12 +37,16 @@ class _Record:
         """Note a guess; row_cost: in tokens that come without one."""
         if self._is_fixed:
             return
-        self._gain = _MEMORY * self._gain + (1 - _MEMORY) * (n_right - row_cost * n_guessed)
-        self.n = max(self._n_first, n_right + 1)
+        gain = n_right - row_cost * n_guessed
+        self._gain = _MEMORY * self._gain + (1 - _MEMORY) * gain
         if n_right == n_guessed:
-            self.n, self._n_rest = min(2 * n_guessed + 1, N_OUTPUT - 1), _N_REST
+            self.n = min(2 * n_guessed + 1, N_OUTPUT - 1)
+            self._n_rest = _N_REST
+        else:
+            self.n = max(self._n_first, n_right + 1)
         if self._gain < 0:
-            self._gain, self._n_left = 0.0, self._n_rest + 1
+            self._gain = 0.0
+            self._n_left = self._n_rest + 1
             self._n_rest = min(2 * self._n_rest, _N_LONGEST_REST)
 
 
@@ -51,7 +58,8 @@ class Guesser:
     """
 
     def __init__(self, prompt: Sequence[int], n_most: int | None) -> None:
-        self._tokens, self._n_prompt = list(prompt), len(prompt)
+        self._tokens = list(prompt)
+        self._n_prompt = len(prompt)
         self._ends: dict[tuple[int, ...], int] = {}  # of tokens, where they ended last
         self._n_noted = 0
         self._records = {order: _Record(order, n_most) for order in _ORDERS}
@@ -62,7 +70,9 @@ class Guesser:
         tokens = self._tokens
         tokens += answer[len(tokens) - self._n_prompt :]
         for end in range(self._n_noted + 1, len(tokens)):
-            self._ends |= {tuple(tokens[max(0, end - order) : end]): end for order in _ORDERS}
+            for order in _ORDERS:
+                start = max(0, end - order)
+                self._ends[tuple(tokens[start:end])] = end
         self._n_noted = max(self._n_noted, len(tokens) - 1)
         for order, record in self._records.items():
             at = self._ends.get(tuple(tokens[-order:]))
@@ -86,13 +96,17 @@ def guess_together(group: Sequence[RunningSequence], n_ctx: int) -> list[list[in
 
     n_ctx  tokens that each sequence can hold
     """
-    guesses = [
-        each.guesser.guess(each.answer)[: each.n_max - len(each.answer) - 1]
-        if each.guesser and len(group) <= _N_TOGETHER
-        else []
-        for each in group
-    ]
-    n_room = min(n_ctx - sequence.n_past for sequence in group) - 1
-    n_room = min(n_room, N_OUTPUT // len(group) - 1)
-    n = max(0, min(n_room, *map(len, guesses)))
-    return [guess[:n] for guess in guesses]
+    if len(group) > _N_TOGETHER:
+        return [[] for _ in group]
+    guesses: list[list[int]] = []
+    n_most = N_OUTPUT // len(group) - 1
+    for sequence in group:
+        guess: list[int] = []
+        if sequence.guesser is not None:
+            guess = sequence.guesser.guess(sequence.answer)
+        n_left = sequence.n_max - len(sequence.answer) - 1
+        n_room = n_ctx - sequence.n_past - 1
+        n_most = min(n_most, n_left, n_room, len(guess))
+        guesses.append(guess)
+    n_most = max(0, n_most)
+    return [guess[:n_most] for guess in guesses]

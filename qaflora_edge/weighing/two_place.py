@@ -60,37 +60,67 @@ class TwoPlace(Strategy):
     def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix:
         import numpy as np
 
-        from qaflora_edge.weighing.calibration import above_typical, unusual
-
         options = {option.name: option.default for option in self.options} | dict(query.options)
         if len(query.adapters) == 1 and "abstain" not in query.options:
             whole = np.full((1, query.n_layer), options["answer"])
             return Mix(whole, because=f"{query.adapters[0]} is the only adapter in use.")
         last, question = probe.added()
-        asked_of_first = options["abstain"]
+        scores = _scores(query, last, question)
+        first_scores = next(iter(scores.values()))  # [n_adapter]
+        is_familiar = False
+        if options["abstain"] != "never":
+            asked = options["abstain"]
+            options["abstain"] *= _caution(query, probe)
+            is_familiar = query.is_chat and first_scores.max() > asked
         if query.is_chat:
-            if options["abstain"] != "never":
-                options["abstain"] *= max(1, FAMILIAR / max(probe.surprise(), LEAST_SURPRISE))
-            places = LATER if query.is_later else FIRST
-            scores = {"answer": unusual(query, dict(zip(places, (last, question), strict=True)))}
-            scores["question"] = above_typical(query, places[1], question)
             weights, taken = pair(scores["answer"], scores["question"], options)
-        else:  # plain text has no question: the most unusual adapter alone
-            if options["abstain"] != "never":
-                options["abstain"] *= TEXT
-            scores = {"text": unusual(query, {"added_text": last})}
-            first = int(scores["text"].argmax())
-            is_taken = options["abstain"] == "never" or scores["text"][first] > options["abstain"]
-            taken = {first: "text"} if is_taken else {}
-            weights = np.zeros(len(last), np.float32)
-            weights[[*taken]] = options["answer"]
-        highest = next(iter(scores.values())).max()
-        is_familiar = query.is_chat and asked_of_first != "never" and highest > asked_of_first
-        told = _told(query.adapters, scores, taken, options, is_familiar=is_familiar)
-        return Mix(np.repeat(weights[:, None], query.n_layer, axis=1), last, *told)
+        else:
+            weights, taken = single(scores["text"], options)
+        reasons, because = _told(query.adapters, scores, taken, options, is_familiar=is_familiar)
+        by_layer = np.repeat(weights[:, None], query.n_layer, axis=1)
+        return Mix(by_layer, last, reasons, because)
 
 
 STRATEGIES = (TwoPlace(),)
+
+
+def _scores(query: Query, last: F64, question: F64) -> dict[str, F64]:
+    """Give how unusual each adapter is, [n_adapter], by place; the answer's first.
+
+    last, question  [n_adapter, n_layer]  what is added at the last token, and in the question
+    """
+    from qaflora_edge.weighing.calibration import above_typical, unusual
+
+    if not query.is_chat:  # plain text has no question
+        return {"text": unusual(query, {"added_text": last})}
+    at_last, in_question = LATER if query.is_later else FIRST
+    return {
+        "answer": unusual(query, {at_last: last, in_question: question}),
+        "question": above_typical(query, in_question, question),
+    }
+
+
+def _caution(query: Query, probe: Probe) -> float:
+    """Say how many times the threshold a first adapter needs: more where the base is at home."""
+    if not query.is_chat:
+        return TEXT
+    nats = max(probe.surprise(), LEAST_SURPRISE)
+    return max(1.0, FAMILIAR / nats)
+
+
+def single(text: F64, options: Mapping[str, Any]) -> tuple[F32, Taken]:
+    """Weigh adapters for plain text: float32 [n_adapter], the most unusual one alone, or none.
+
+    text  [n_adapter]  how unusual each is at the last token, in standard deviations
+    """
+    import numpy as np
+
+    weights = np.zeros(len(text), np.float32)
+    first = int(text.argmax())
+    if options["abstain"] != "never" and text[first] <= options["abstain"]:
+        return weights, {}
+    weights[first] = options["answer"]
+    return weights, {first: "text"}
 
 
 def pair(both: F64, question: F64, options: Mapping[str, Any]) -> tuple[F32, Taken]:
@@ -105,11 +135,14 @@ def pair(both: F64, question: F64, options: Mapping[str, Any]) -> tuple[F32, Tak
     first = int(both.argmax())
     if options["abstain"] != "never" and both[first] <= options["abstain"]:
         return weights, {}
-    weights[first], taken = options["answer"], {first: "answer"}
-    others = np.where(np.arange(len(both)) == first, -np.inf, question)
+    weights[first] = options["answer"]
+    taken = {first: "answer"}
+    others = question.copy()
+    others[first] = -np.inf
     second = int(others.argmax())
     if others[second] > options["second"]:
-        weights[second], taken[second] = options["question"], "question"
+        weights[second] = options["question"]
+        taken[second] = "question"
     return weights, taken
 
 
@@ -126,26 +159,36 @@ def _told(
     scores  place -> [n_adapter], how unusual each adapter is there; the answer's first
     is_familiar  whether the first would do for a question that surprises the base more
     """
-    limits = {name: options["abstain"] for name in ("answer", "text")}
+    limits = {"answer": options["abstain"], "text": options["abstain"]}
     limits["question"] = options["second"]
-    needed = {p: limits[p] for p in scores if limits.get(p, "never") != "never"}
-    numbers = [{p: float(z[i]) for p, z in scores.items()} for i in range(len(names))]
-    reasons = {n: Reason(numbers[i], needed, taken.get(i, "")) for i, n in enumerate(names)}
-    place, z = next(iter(scores.items()))
-    first = int(z.argmax())
+    needed = {place: limits[place] for place in scores if limits[place] != "never"}
+    reasons: dict[str, Reason] = {}
+    for i, name in enumerate(names):
+        numbers = {place: float(score[i]) for place, score in scores.items()}
+        reasons[name] = Reason(numbers, needed, taken.get(i, ""))
+    place, highest = next(iter(scores.items()))
+    first = int(highest.argmax())
     if not taken:
-        most = f"{names[first]} most: {z[first]:.2f}"
+        most = f"{names[first]} most: {highest[first]:.2f}"
         if is_familiar:
             return reasons, f"The base answers alone: it is sure of its answer ({most})."
         return reasons, (
             "The base answers alone: no adapter stands out "
             f"({most}, needed: above {needed[place]:.3g})."
         )
-    said = [f"{names[first]}: {z[first]:.1f} standard deviations above its typical prompt."]
-    said += [f"{names[i]}: {numbers[i][p]:.1f} in the question." for i, p in taken.items()][1:]
-    others = [i for i in range(len(names)) if i not in taken]
-    is_typical = all(numbers[i][p] <= needed.get(p, STANDS_OUT) for i in others for p in scores)
+    said = [f"{names[first]}: {highest[first]:.1f} standard deviations above its typical prompt."]
+    for i, its_place in taken.items():
+        if i != first:
+            said.append(f"{names[i]}: {scores[its_place][i]:.1f} in the question.")
+    others = [reason for reason in reasons.values() if not reason.taken_as]
     if others:
         who = "The others are" if len(others) > 1 else "The other is"
-        said.append(f"{who} {'typical' if is_typical else 'lower'}.")
+        what = "typical" if all(map(_is_typical, others)) else "lower"
+        said.append(f"{who} {what}.")
     return reasons, " ".join(said)
+
+
+def _is_typical(reason: Reason) -> bool:
+    return all(
+        score <= reason.thresholds.get(place, STANDS_OUT) for place, score in reason.scores.items()
+    )
