@@ -13,7 +13,7 @@ from math import lcm
 from typing import Any
 from urllib.parse import unquote
 
-from qaflora_edge.errors import GrammarError
+from qaflora_edge.errors import GrammarError, OptionError
 from qaflora_edge.formats.json_text import read_json_object
 
 MAX_LENGTH = 1 << 16  # characters of a grammar or a schema
@@ -276,3 +276,28 @@ def _expected(key: str, value: Any) -> str:
     if key == "$ref" and not re.match("#(/|$)", str(value)):
         return "#/ and a place here"
     return ""
+
+
+def moved_schema(schema: Any, place: str) -> Any:
+    """Point the references of a schema, from `#` on, to its place in a larger schema.
+
+    Raises OptionError for a schema of too many levels.
+    """
+    try:
+        return _moved(schema, place)
+    except RecursionError as error:
+        raise OptionError(
+            "Option tools has parameters of too many levels, expected fewer; use $defs.", "tools"
+        ) from error
+
+
+def _moved(schema: Any, place: str) -> Any:
+    if isinstance(schema, list):
+        return [_moved(part, place) for part in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    moved = {key: _moved(value, place) for key, value in schema.items()}
+    reference = moved.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#"):
+        moved["$ref"] = place + reference[1:]
+    return moved

@@ -13,7 +13,7 @@ LONG = 35  # words; no sentence for people has more
 LIMITS = {
     "lines of the package": 28_000,
     "tokens a line of code": 8.9,
-    "modules": 149,
+    "modules": 150,
     "modules that Engine imports": 45,
     "lines that Engine imports": 8_000,
     "lines of tests": 28_130,

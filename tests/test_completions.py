@@ -2,11 +2,12 @@
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import jsonschema
 import numpy as np
 import pytest
@@ -108,7 +109,7 @@ def test_content_may_come_in_parts(engine: Engine) -> None:
 def test_tool_that_has_to_be_called_is_called(
     terse: Engine, monkeypatch: Any, choice: Any, names: set[str], style: CallFormat
 ) -> None:
-    template = CHATML + "{% if tools %}" + style.sign + "{% endif %}"
+    template = CHATML + "{% if tools %}{{ " + json.dumps(style.sign) + " }}{% endif %}"
     monkeypatch.setattr(terse._model, "chat_template", template)
     options = {"tools": [WEATHER, TIME], "tool_choice": choice, "temperature": 1.0, "seed": 1}
     choice_made = terse.chat(USER, **options)["choices"][0]
@@ -122,8 +123,12 @@ def test_tool_that_has_to_be_called_is_called(
         jsonschema.validate(arguments, WEATHER["function"]["parameters"])
     chunks = list(terse.chat(USER, stream=True, **options))
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
-    (called,) = [delta["tool_calls"] for delta in deltas if "tool_calls" in delta]
-    assert called[0]["function"] == call["function"]
+    head, *more = [delta["tool_calls"][0] for delta in deltas if "tool_calls" in delta]
+    assert (head["function"]["name"], head["function"]["arguments"]) == (
+        call["function"]["name"],
+        "",
+    )
+    assert "".join(part["function"]["arguments"] for part in more) == call["function"]["arguments"]
     assert text_of(chunks) == ""
     assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
@@ -190,8 +195,25 @@ def test_calls_and_results_go_back_into_the_conversation(engine: Engine) -> None
             engine.chat_tokens([{"role": "assistant", "tool_calls": [wrong]}])
 
 
-HERMES, ARGS, LIST, LLAMA = (Calls(Tools([WEATHER, TIME]), style) for style in FORMATS)
+HERMES, ARGS, LIST, LLAMA, XML = (Calls(Tools([WEATHER, TIME]), style) for style in FORMATS)
+
+
+def accumulated(tools: Calls, pieces: Iterable[str]) -> tuple[str, list[Any]]:
+    """Join a stream as OpenAI's documentation of it says."""
+    shown, calls = "", {}
+    for part in tools.read(pieces):
+        if isinstance(part, str):
+            shown += part
+        elif "id" in part:
+            calls[part["index"]] = copy.deepcopy(part)
+        else:
+            calls[part["index"]]["function"]["arguments"] += part["function"]["arguments"]
+    assert [*calls] == [*range(len(calls))]
+    return shown, [*calls.values()]
+
+
 CALL = '{"name": "time", "arguments": {"é": 1}}'
+TAGS = "<function=time>\n<parameter=é>\n1\n</parameter>\n</function>"
 PLAIN = '{"name": "time", "parameters": {"é": 1}}'
 
 
@@ -211,6 +233,12 @@ PLAIN = '{"name": "time", "parameters": {"é": 1}}'
         (LLAMA, f"{PLAIN}; {PLAIN}", "", ["time", "time"]),
         (LLAMA, f"<|python_tag|>{PLAIN.replace('time', 'x')}", "", ["x"]),
         (LLAMA, f"```json\n{PLAIN}\n```", "", ["time"]),
+        (LLAMA, f"{PLAIN} is a call", "is a call", ["time"]),
+        (HERMES, f"<tool_call>{CALL} or not</tool_call>", "or not</tool_call>", ["time"]),
+        (XML, f"I see.\n<tool_call>\n{TAGS}\n</tool_call>", "I see.", ["time"]),
+        (XML, f"{TAGS}</tool_call>\n<tool_call>{TAGS}", "", ["time", "time"]),
+        (XML, f"<tool_call>{TAGS.replace('time', 'x')}</tool_call>", "", ["x"]),
+        (XML, f"```json\n{CALL}\n```", "", ["time"]),
     ],
 )
 def test_calls_are_read_out_of_text(tools: Calls, text: str, rest: str, names: list[str]) -> None:
@@ -222,9 +250,76 @@ def test_calls_are_read_out_of_text(tools: Calls, text: str, rest: str, names: l
     (first,) = Calls(replace(tools.tools, is_single=True), tools.format).parse(text)[1]
     assert first["function"] == calls[0]["function"]
     for pieces in (text, [text], [text[:3], text[3:]]):
-        streamed: list[Any] = []
-        assert "".join(tools.shown(pieces, streamed)).strip() == rest
+        shown, streamed = accumulated(tools, pieces)
+        assert shown.strip() == rest
         assert [each["function"] for each in streamed] == [each["function"] for each in calls]
+
+
+# As the chat templates of Qwen3-Coder and Qwen3.5 write calls.
+TAGGED = (
+    "{% for c in m %}<tool_call>\n<function={{ c.name }}>\n{% for k, v in c.arguments|items %}"
+    "<parameter={{ k }}>\n{{ v if v is string else v|tojson if v is iterable else v|string }}\n"
+    "</parameter>\n{% endfor %}</function>\n</tool_call>{% endfor %}"
+)
+VALUES: dict[str, Any] = {
+    "s": "1\n",
+    "tag": "<parameter=s>\n</parameter>\n</tool_call>",
+    "empty": "",
+    "n": -3,
+    "b": True,
+    "maybe": None,
+    "either": "5",
+    "list": [1, {"a": "</function>"}],
+    "unknown": {"k": []},
+    "named": "1",
+}
+TYPES: dict[str, Any] = {
+    **{key: {"type": "string"} for key in ("s", "tag", "empty")},
+    "n": {"type": "number"},
+    "b": {"type": "boolean"},
+    "maybe": {"type": ["string", "null"]},
+    "either": {"anyOf": [{"type": "string"}, {"type": "object"}]},
+    "list": {"type": "array"},
+    "named": {"$ref": "#/$defs/names"},
+}
+
+
+@pytest.mark.parametrize("n_letter", [1, 7, 5000])
+def test_tags_are_read_as_templates_write_them(n_letter: int) -> None:
+    parameters = {"properties": TYPES, "$defs": {"names": {"enum": ["1", "b"]}}}
+    tools = Tools([{"type": "function", "function": {"name": "do", "parameters": parameters}}])
+    calls = [{"name": "do", "arguments": arguments} for arguments in (VALUES, {}, {"n": 1})]
+    text = jinja2.Template(TAGGED).render(m=calls)
+    pieces = [text[at : at + n_letter] for at in range(0, len(text), n_letter)]
+    rest, streamed = accumulated(Calls(tools, XML.format), pieces)
+    functions = [call["function"] for call in streamed]
+    assert [{**f, "arguments": json.loads(f["arguments"])} for f in functions] == calls
+    assert rest == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments"),
+    [
+        ("<function=time><parameter=a>\nx</param", '{"a": "x'),
+        ("<function=time><parameter=b>\n[1", '{"b": '),
+        ("<function=time><function=time></function>", ""),
+        ("<function=time>\n<parameter=a\n>", ""),
+        ("<function=time><parameter=b>\nNaN\n</parameter></function>", '{"b": "NaN"}'),
+        (
+            f"<function=time><parameter=b>{'[' * 9999}</parameter></function>",
+            f'{{"b": "{"[" * 9999}"}}',
+        ),
+    ],
+)
+def test_tags_that_are_cut_or_hostile(text: str, arguments: str) -> None:
+    """A cut call is what was written of it: `finish_reason` says so."""
+    form = {"properties": {"a": {"type": "string"}}}
+    tool = {"type": "function", "function": {"name": "time", "parameters": form}}
+    calls = Calls(Tools([tool]), XML.format)
+    _, (call,) = accumulated(calls, f"<tool_call>{text}")
+    assert call["function"]["arguments"] == arguments
+    if not arguments.endswith("}"):
+        assert calls.parse(text) == (text, [])
 
 
 @pytest.mark.parametrize(
@@ -232,7 +327,6 @@ def test_calls_are_read_out_of_text(tools: Calls, text: str, rest: str, names: l
     [
         *((HERMES, text) for text in ("<tool_call>{</tool_call>", "<tool_call>[1]", " plain ")),
         (HERMES, '<tool_call>{"name": 1}'),
-        (HERMES, f"<tool_call>{CALL} or not</tool_call>"),
         (HERMES, '```{"name": "time", "arguments": null}```'),
         *((HERMES, f"```{text}```") for text in ('json\n{"name": "Ana"}\n', "python\n{}\n", "[1]")),
         (HERMES, CALL.replace("time", "other")),
@@ -241,13 +335,14 @@ def test_calls_are_read_out_of_text(tools: Calls, text: str, rest: str, names: l
             for text in ("[TOOL_CALLS][", '[TOOL_CALLS][{"name": "a"}, 1]', f"As {CALL}")
         ),
         (ARGS, "[TOOL_CALLS]time[ARGS]"),
+        *((XML, text) for text in (TAGS.replace("time", "other"), "<tool_call><function=", "<b>")),
         (LLAMA, PLAIN.replace("time", "other")),
-        *((LLAMA, text) for text in (f"{PLAIN} is a call", f"As {PLAIN}", "{", '{"name": "time"}')),
+        *((LLAMA, text) for text in (f"As {PLAIN}", "{", '{"name": "time"}')),
     ],
 )
 def test_other_text_is_no_call(tools: Calls, text: str) -> None:
     assert tools.parse(text) == (text, [])
-    assert "".join(tools.shown(text, [])) == text
+    assert accumulated(tools, text) == (text, [])
 
 
 def test_text_is_shown_until_a_call_begins() -> None:
@@ -260,7 +355,7 @@ def test_text_is_shown_until_a_call_begins() -> None:
         (HERMES, ("{", "a", "}"), ["{a", "}"]),
         (LLAMA, (" ", "{", "a"), [" {a"]),
     ):
-        assert list(tools.shown(pieces, [])) == shown
+        assert [part for part in tools.read(pieces) if isinstance(part, str)] == shown
 
 
 def test_fields_of_an_answer_are_attributes(engine: Engine) -> None:

@@ -11,6 +11,7 @@ from qaflora_edge.dialects.extras import NOTHING, Extras
 from qaflora_edge.dialects.options import chosen_tools, thinking
 from qaflora_edge.errors import ModalityError
 from qaflora_edge.inference.generation import Generation
+from qaflora_edge.prompt.calls import add_part
 
 _NO_IMAGES = "{} has images, expected text alone: a bundle reads no images. Leave them out."
 Part = Mapping[str, Any]  # of a message, in OpenAI's shape
@@ -116,14 +117,33 @@ def _thought(part: Part) -> dict[str, Any]:
 def _call(index: int, call: Mapping[str, Any]) -> dict[str, Any]:
     """Return a call as Ollama has it, with its arguments as an object."""
     function = call["function"]
-    try:
-        arguments = json.loads(function["arguments"])
-    except ValueError:
-        arguments = None
-    if not isinstance(arguments, dict):
-        arguments = {}
+    arguments = _arguments(call) or {}
     named = {"index": index, "name": function["name"]}
     return {"id": call["id"], "function": {**named, "arguments": arguments}}
+
+
+def _arguments(call: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Read a call's arguments; None where they are cut, or no object."""
+    try:
+        arguments = json.loads(call["function"]["arguments"])
+    except (ValueError, RecursionError):
+        return None
+    return arguments if isinstance(arguments, dict) else None
+
+
+def _parts(answer: Generation) -> Iterator[Part]:
+    """Yield the parts of a streamed message; calls come whole, as Ollama has them."""
+    calls: list[dict[str, Any]] = []
+    for choice in openai_chat.SHAPE.choices(answer):
+        part = {name: value for name, value in choice["delta"].items() if name != "role"}
+        for call in part.pop("tool_calls", ()):
+            add_part(calls, call)
+        if part:
+            yield part
+    if calls and _arguments(calls[-1]) is None:
+        calls.pop()  # it is cut
+    if calls:
+        yield {"tool_calls": calls}
 
 
 def events(
@@ -145,10 +165,8 @@ def events(
                 thought = {"reasoning_content": piece} if extras.drafts_are_thoughts else {}
                 drafted = {} if thought else extras.draft(piece)
                 yield {**head, **fields(thought), "done": False, **drafted}
-            for choice in openai_chat.SHAPE.choices(answer):
-                part = {name: value for name, value in choice["delta"].items() if name != "role"}
-                if part:
-                    yield {**head, **fields(part), "done": False}
+            for part in _parts(answer):
+                yield {**head, **fields(part), "done": False}
         else:
             message = openai_chat.SHAPE.choice(answer)["message"]
             if answer.draft is not None and extras.drafts_are_thoughts:

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qaflora_edge.ask import Ask, Chat, asked
 from qaflora_edge.dialects.openai_shapes import (
@@ -24,6 +24,9 @@ from qaflora_edge.dialects.options import (
 )
 from qaflora_edge.errors import wrong_option
 from qaflora_edge.inference.generation import Generation
+
+if TYPE_CHECKING:
+    from qaflora_edge.prompt.calls import CallPart
 
 _FIELDS = frozenset(
     {"n", "tools", "tool_choice", "parallel_tool_calls", "response_format", "reasoning_effort"}
@@ -99,7 +102,8 @@ def _choice(generation: Generation) -> dict[str, Any]:
     if calls:
         message["content"] = text or None
         message["tool_calls"] = calls
-    return {"message": message, "logprobs": logprobs, "finish_reason": _reason(generation, calls)}
+    reason = _reason(generation, is_call=bool(calls))
+    return {"message": message, "logprobs": logprobs, "finish_reason": reason}
 
 
 def _thought(thought: str) -> dict[str, Any]:
@@ -108,32 +112,34 @@ def _thought(thought: str) -> dict[str, Any]:
 
 
 def _choices(generation: Generation) -> Iterator[dict[str, Any]]:
-    """Yield the choices of chunks; a call of a tool comes whole, as a last one."""
+    """Yield the choices of chunks; calls of tools come as they are written."""
     nothing = {"logprobs": None, "finish_reason": None}
     yield {"delta": {"role": "assistant"}, **nothing}
     for thought in generation.thoughts():
         yield _thought(thought)
     shown = ShownTokens(generation)
-    calls: list[dict[str, Any]] = []
-    for text in shown_pieces(generation, calls):
-        yield {"delta": {"content": text}, **nothing, "logprobs": chat_logprobs(shown.take(text))}
-    if calls:
-        numbered = [{"index": i, **call} for i, call in enumerate(calls)]
-        yield {"delta": {"tool_calls": numbered}, **nothing}
-    yield {"delta": {}, **nothing, "finish_reason": _reason(generation, calls)}
+    is_call = False
+    for part in answer_parts(generation):
+        if isinstance(part, str):
+            logprobs = chat_logprobs(shown.take(part))
+            yield {"delta": {"content": part}, **nothing, "logprobs": logprobs}
+        else:
+            is_call = True
+            yield {"delta": {"tool_calls": [part]}, **nothing}
+    yield {"delta": {}, **nothing, "finish_reason": _reason(generation, is_call=is_call)}
 
 
 SHAPE = Shape(_choice, _choices, _thought)
 
 
-def shown_pieces(generation: Generation, calls: list[dict[str, Any]]) -> Iterator[str]:
-    """Yield an answer's text until a call begins; at the end add the calls to a list."""
-    return generation.calls.shown(generation, calls) if generation.calls else generation
+def answer_parts(generation: Generation) -> "Iterator[str | CallPart]":
+    """Yield an answer's text, and its calls of tools in parts."""
+    return generation.calls.read(generation) if generation.calls else generation
 
 
-def _reason(generation: Generation, calls: list[dict[str, Any]]) -> str | None:
-    is_call = bool(calls) and generation.finish_reason == "stop"
-    return "tool_calls" if is_call else generation.finish_reason
+def _reason(generation: Generation, *, is_call: bool) -> str | None:
+    is_done = generation.finish_reason == "stop"
+    return "tool_calls" if is_call and is_done else generation.finish_reason
 
 
 # Engine.chat

@@ -1,9 +1,8 @@
 """OpenAI's responses, stateless: their requests as a chat's, and a chat's answer as theirs."""
 
-import itertools
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from qaflora_edge.ask import Ask, Sampling
@@ -117,50 +116,72 @@ Events = Iterator[tuple[str, dict[str, Any]]]
 
 def _events(head: Mapping[str, Any], generation: Generation, extras: Extras) -> Events:
     yield "created", {"response": {**head, **extras.mix(generation.fusion)}}
-    calls: list[dict[str, Any]] = []
-    output: list[dict[str, Any]] = []
-    pieces = iter(openai_chat.shown_pieces(generation, calls))
-    first = next(pieces, "")  # without one, the calls are known
-    if first or not calls:
-        item = _message("", "in_progress")
-        yield from _text_events(item, itertools.chain([first], pieces))
-        item["status"] = _status(generation)
-        yield "output_item.done", {"output_index": 0, "item": item}
-        output.append(item)
-    for call in calls:
-        item = _call(call)
-        yield from _call_events(item, len(output))
-        output.append(item)
-    response = _ended(head, output, generation)
+    items = _Items()
+    for part in openai_chat.answer_parts(generation):
+        yield from items.text(part) if isinstance(part, str) else items.call(part)
+    if not items.output:
+        yield from items.text("")
+    yield from items.close(_status(generation))
+    response = _ended(head, items.output, generation)
     yield response["status"], {"response": {**response, **extras.end(generation)}}
 
 
-def _text_events(item: dict[str, Any], pieces: Iterable[str]) -> Events:
-    """Tell a text as it comes, and put it into its item."""
-    part = item["content"][0]
-    place = {"item_id": item["id"], "output_index": 0, "content_index": 0}
-    yield "output_item.added", {"output_index": 0, "item": {**item, "content": []}}
-    yield "content_part.added", {**place, "part": dict(part)}
-    for piece in pieces:
-        part["text"] += piece
-        yield "output_text.delta", {**place, "delta": piece, "logprobs": []}
-    yield "output_text.done", {**place, "text": part["text"], "logprobs": []}
-    yield "content_part.done", {**place, "part": part}
+class _Items:
+    """Write the events of an answer's items, one after another: its text, and calls of tools.
 
+    output  the items; the last is open
+    """
 
-def _call_events(item: dict[str, Any], index: int) -> Events:
-    """Tell a call, which comes whole."""
-    name = item["name"]
-    arguments = item["arguments"]
-    place = {"output_index": index, "item_id": item["id"]}
-    begun = {**item, "arguments": "", "status": "in_progress"}
-    yield "output_item.added", {"output_index": index, "item": begun}
-    yield "function_call_arguments.delta", {**place, "delta": arguments}
-    yield (
-        "function_call_arguments.done",
-        {**place, "name": name, "arguments": arguments},
-    )
-    yield "output_item.done", {"output_index": index, "item": item}
+    def __init__(self) -> None:
+        self.output: list[dict[str, Any]] = []
+
+    def text(self, text: str) -> Events:
+        if not self._is_open("message"):
+            yield from self._begin(_message("", "in_progress"), content=[])
+            part = self.output[-1]["content"][0]
+            yield "content_part.added", {**self._place(), "content_index": 0, "part": {**part}}
+        self.output[-1]["content"][0]["text"] += text
+        delta = {"content_index": 0, "delta": text, "logprobs": []}
+        yield "output_text.delta", {**self._place(), **delta}
+
+    def call(self, part: Mapping[str, Any]) -> Events:
+        if "id" in part:
+            yield from self._begin(_call(part), arguments="")
+        delta = part["function"]["arguments"]
+        if not delta:
+            return
+        if "id" not in part:
+            self.output[-1]["arguments"] += delta
+        yield "function_call_arguments.delta", {**self._place(), "delta": delta}
+
+    def close(self, status: str) -> Events:
+        if not self.output:
+            return
+        item = self.output[-1]
+        item["status"] = status
+        place = self._place()
+        if item["type"] == "message":
+            part = item["content"][0]
+            content = {**place, "content_index": 0}
+            yield "output_text.done", {**content, "text": part["text"], "logprobs": []}
+            yield "content_part.done", {**content, "part": part}
+        else:
+            done = {"name": item["name"], "arguments": item["arguments"]}
+            yield "function_call_arguments.done", {**place, **done}
+        yield "output_item.done", {"output_index": place["output_index"], "item": item}
+
+    def _is_open(self, kind: str) -> bool:
+        return bool(self.output) and self.output[-1]["type"] == kind
+
+    def _begin(self, item: dict[str, Any], **empty: Any) -> Events:
+        """End the item before, and begin one: `empty` replaces what is told of it at first."""
+        yield from self.close("completed")
+        self.output.append(item)
+        index = len(self.output) - 1
+        yield "output_item.added", {"output_index": index, "item": {**item, **empty}}
+
+    def _place(self) -> dict[str, Any]:
+        return {"item_id": self.output[-1]["id"], "output_index": len(self.output) - 1}
 
 
 def _status(generation: Generation) -> str:
@@ -207,5 +228,5 @@ def _call(call: Mapping[str, Any]) -> dict[str, Any]:
         "call_id": call["id"],
         "name": call["function"]["name"],
         "arguments": call["function"]["arguments"],
-        "status": "completed",
+        "status": "in_progress",
     }

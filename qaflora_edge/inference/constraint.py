@@ -71,6 +71,11 @@ def framed_grammar(forms: Sequence[tuple[str, Any, str]], *, source: str) -> Gra
     return Grammar(lark, source)
 
 
+def lark_grammar(text: str, source: str) -> Grammar:
+    """Compile a grammar in llguidance's notation. Raises GrammarError as schema_grammar does."""
+    return _checked(text, source)
+
+
 def either_grammar(form: Grammar, other: Grammar) -> Grammar:
     """Join two grammars: a text follows `form`, or each of its lines follows `other`.
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from qaflora_edge.ask import Sampling, Tools
 from qaflora_edge.errors import OptionError
+from qaflora_edge.grammar import moved_schema
 from qaflora_edge.inference.constraint import (
     Grammar,
     chosen_grammar,
@@ -16,82 +17,114 @@ from qaflora_edge.inference.constraint import (
     framed_grammar,
     schema_grammar,
 )
+from qaflora_edge.prompt import xml
 from qaflora_edge.prompt.template import literal_text
+
+CallPart = dict[str, Any]  # a call, or more of its arguments, as OpenAI streams it
 
 _FENCES = ("```json", "```\n{", "```{")
 _BARE = '{"name"'
-_AFTER = re.compile(r"\s*(?:</tool_call>|;|```|\Z|(?=\[TOOL_CALLS\]))")
 _DECODER = json.JSONDecoder()
+# What ends a call, or stands between two.
+_CLOSERS = re.compile(r'(?:[\s\]},;]|"id"\s*:\s*"\w*"|```(?!json)|</function>|</tool_call>)*')
 
 # Small bases write calls so, whatever they are shown.
 _PLAIN = r'```(?:json)?\s*(?=\{)|\A\s*(?=\{\s*"name")'
+# The head of a call in JSON, up to its arguments, where they come last.
+_JSON_HEAD = re.compile(
+    r"(?:<tool_call>|\[TOOL_CALLS\]\s*\[|<\|python_tag\|>|```(?:json)?)?\s*"
+    r'\{\s*"name"\s*:\s*"(?P<name>[^"\\]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
+)
 
 
 class CallFormat(NamedTuple):
     """Say how a base writes calls.
 
     sign        what only chat templates with this format write
-    mark        what a call begins with in an answer; small bases leave it out
-    begin, end  texts around the JSON of a call; {name} is the tool's
-    arguments   the field of the arguments beside `name`; "" where they are all of the JSON
-    before      finds what stands before JSON that may be a call
+    marks       what a call begins with in an answer; small bases leave it out
+    begin, end  texts around a call; {name} is the tool's
+    arguments   the field of the arguments beside `name`; "" where no field holds them
+    before      finds what stands before what may be a call
+    head        matches a call up to its arguments
     n_id        characters of a call's id, where templates count them
+    is_xml      whether arguments are tags: <parameter=name>, a line's end, the value
     """
 
     sign: str
-    mark: str
+    marks: tuple[str, ...]
     begin: str
     end: str
     arguments: str
     before: re.Pattern[str]
+    head: re.Pattern[str] = _JSON_HEAD
     n_id: int = 0
+    is_xml: bool = False
 
 
 _MISTRAL = r"\[TOOL_CALLS\]\s*"
 _NAMED = r"(?P<name>[^][{}]+)(?:\[CALL_ID\](?P<id>\w+))?\[ARGS\]\s*(?=\{)"
-_XML = ("<function=", "<arg_key>")  # of templates that mark calls as Hermes does
+_FUNCTION = r"(?:<tool_call>\s*)?<function=(?P<name>[^<>\n]+)>"
+# Of templates with a form of their own, which mark calls as Hermes does.
+_OTHERS = ("<function=", "<arg_key>")
+_XML = CallFormat(  # Qwen3-Coder, Qwen3.5
+    "<tool_call>\n<function=",
+    ("<tool_call>", "<function="),
+    "<tool_call>\n<function={name}>\n",
+    "</function>\n</tool_call>",
+    "",
+    re.compile(rf"{_FUNCTION}|{_PLAIN}"),
+    re.compile(_FUNCTION),
+    is_xml=True,
+)
 # The first whose sign is in a template is the template's.
 FORMATS = (
     CallFormat(  # Hermes, Qwen
-        *("<tool_call>", "<tool_call>", "<tool_call>\n", "\n</tool_call>", "arguments"),
+        "<tool_call>",
+        ("<tool_call>",),
+        "<tool_call>\n",
+        "\n</tool_call>",
+        "arguments",
         re.compile(rf"<tool_call>\s*(?=\{{)|{_PLAIN}"),
     ),
     CallFormat(  # Mistral since 2025
-        *("[ARGS]", "[TOOL_CALLS]", "[TOOL_CALLS]{name}[ARGS]", "", ""),
+        "[ARGS]",
+        ("[TOOL_CALLS]",),
+        "[TOOL_CALLS]{name}[ARGS]",
+        "",
+        "",
         re.compile(rf"{_MISTRAL}{_NAMED}|{_PLAIN}"),
+        re.compile(_MISTRAL + _NAMED),
         n_id=9,
     ),
     CallFormat(  # Mistral before
-        *("[TOOL_CALLS]", "[TOOL_CALLS]", "[TOOL_CALLS][", "]", "arguments"),
+        "[TOOL_CALLS]",
+        ("[TOOL_CALLS]",),
+        "[TOOL_CALLS][",
+        "]",
+        "arguments",
         re.compile(rf"{_MISTRAL}(?=\[)|{_PLAIN}"),
         n_id=9,
     ),
     CallFormat(  # Llama 3
-        *('{"name": function name, "parameters":', "<|python_tag|>", "", "", "parameters"),
+        '{"name": function name, "parameters":',
+        ("<|python_tag|>",),
+        "<|python_tag|>",
+        "",
+        "parameters",
         re.compile(rf"(?:<\|python_tag\|>|(?<=;))\s*(?=\{{)|{_PLAIN}"),
     ),
+    _XML,
 )
 
 
 def call_format(template: str | None) -> CallFormat | None:
     """Return the format of a chat template's calls; None where it has none, or is malformed."""
     literal = literal_text(template or "")
-    if any(mark in literal for mark in _XML):
+    if _XML.sign in literal:
+        return _XML
+    if any(mark in literal for mark in _OTHERS):
         return None
     return next((style for style in FORMATS if style.sign in literal), None)
-
-
-def _moved(schema: Any, place: str) -> Any:
-    """Point the references of a schema, from `#` on, to its place in a larger schema."""
-    if isinstance(schema, list):
-        return [_moved(part, place) for part in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    moved = {key: _moved(value, place) for key, value in schema.items()}
-    reference = moved.get("$ref")
-    if isinstance(reference, str) and reference.startswith("#"):
-        moved["$ref"] = place + reference[1:]
-    return moved
 
 
 @dataclass(frozen=True)
@@ -104,11 +137,13 @@ class Calls:
     @property
     def stop(self) -> tuple[str, ...]:
         """Give a text that ends the first call, where the second is not waited for."""
-        has_end = self.tools.is_single and len(self.format.end) > 1
-        return (self.format.end.strip(),) if has_end else ()
+        end = self.format.end.rpartition("\n")[2]
+        return (end,) if self.tools.is_single and len(end) > 1 else ()
 
     def grammar(self, tools: Sequence[Mapping[str, Any]]) -> Grammar:
         """Make the grammar of one call of one of these tools, with arguments by its schema."""
+        if self.format.is_xml:
+            return xml.grammar(self.format.begin, self.format.end, tools)
         begin = self.format.begin
         end = self.format.end
         field = self.format.arguments
@@ -118,13 +153,7 @@ class Calls:
             name = tool["function"]["name"]
             parameters = tool["function"].get("parameters") or {"type": "object"}
             place = f"#/anyOf/{i}/properties/{field}" if field else "#"
-            try:
-                parameters = _moved(parameters, place)
-            except RecursionError as error:
-                raise OptionError(
-                    "Option tools has parameters of too many levels, expected fewer; use $defs.",
-                    "tools",
-                ) from error
+            parameters = moved_schema(parameters, place)
             forms.append((begin.replace("{name}", name), parameters, end))
             fields = {"name": {"const": name}, field: parameters}
             calls.append({"type": "object", "properties": fields, "required": [*fields]})
@@ -132,31 +161,35 @@ class Calls:
             forms = [(begin, {"anyOf": calls}, end)]
         return framed_grammar(forms, source="The parameters of tools")
 
-    def shown(self, pieces: Iterable[str], calls: list[dict[str, Any]]) -> Iterator[str]:
-        """Yield an answer's text until a call begins; at the end add the calls to a list."""
-        held = ""
-        is_start = True
-        for piece in pieces:
-            held += piece
-            if is_start and _BARE.startswith("".join(held[:64].split())[: len(_BARE)]):
-                continue
-            is_start = False
-            at = next((at for at in range(len(held)) if self._may_begin(held, at)), len(held))
-            if at:
-                yield held[:at]
-            held = held[at:]
-        rest, last_calls = self.parse(held)
-        calls += last_calls
-        if rest:
-            yield rest
+    def read(self, pieces: Iterable[str]) -> Iterator[str | CallPart]:
+        """Yield an answer's text until a call begins, then calls as they are written.
 
-    def _may_begin(self, text: str, at: int) -> bool:
-        """Tell whether a place begins with what a call begins with, or could with more text."""
-        marks = (self.format.mark, *_FENCES)
-        return any(text.startswith(mark, at) or mark.startswith(text[at:]) for mark in marks)
+        The first part of a call has its id and name, the others more of its arguments' text. Calls
+        of tools that nobody offered, and text after a call, come at the end. A call that is cut
+        ends where it is.
+        """
+        reader = _Reader(self)
+        for piece in pieces:
+            yield from reader.feed(piece)
+        yield from reader.end()
 
     def parse(self, text: str) -> tuple[str, list[dict[str, Any]]]:
-        """Give an answer without its tool calls, and the calls; a call that is no JSON stays text.
+        """Give a whole answer without its calls, and the calls; one that is cut stays text."""
+        rest = ""
+        calls: list[dict[str, Any]] = []
+        reader = _Reader(self)
+        for part in (*reader.feed(text), *reader.end()):
+            if isinstance(part, str):
+                rest += part
+            else:
+                add_part(calls, part)
+        if reader.unfinished:
+            rest += reader.unfinished
+            calls.pop()
+        return (rest.strip(), calls) if calls else (rest, calls)
+
+    def late(self, text: str) -> tuple[str, list[dict[str, Any]]]:
+        """Split what was held until the end: text, and calls; one that is no JSON stays text.
 
         Without a mark before it, JSON is a call if it has the name of a tool and arguments.
         """
@@ -164,47 +197,173 @@ class Calls:
         rest = ""
         at = 0
         while match := self.format.before.search(text, at):
-            made, end = self._decoded(text, match)
-            after = _AFTER.match(text, end)
-            if made and after:
+            calls_here, end = self._decoded(text, match)
+            if calls_here:
                 rest += text[at : match.start()]
-                calls = calls + made
-                at = after.end()
+                calls += calls_here
+                at = closed(text, end)
             else:
-                rest = rest + text[at : match.end() + 1]
+                rest += text[at : match.end() + 1]
                 at = match.end() + 1
-        rest += text[at:]
-        return (rest.strip(), calls[:1] if self.tools.is_single else calls) if calls else (rest, [])
+        return rest + text[at:], calls
 
     def _decoded(self, text: str, match: re.Match[str]) -> tuple[list[dict[str, Any]], int]:
-        """Read the JSON behind a match: calls, or none, and where it ends."""
+        """Read what stands behind a match: calls, or none, and where it ends."""
+        groups = match.groupdict()
+        name = groups.get("name")
         try:
-            value, end = _DECODER.raw_decode(text, match.end())
+            if name and self.format.is_xml:
+                value, end = xml.decoded(text, match.end(), self.parameters(name))
+            else:
+                value, end = _DECODER.raw_decode(text, match.end())
         except (ValueError, RecursionError):
             return [], match.end()
-        groups = match.groupdict()
-        if groups.get("name"):
-            value = {"name": groups["name"].strip(), "arguments": value, "id": groups["id"]}
-        is_marked = self.format.mark in match[0]
+        if name:
+            value = {"name": name.strip(), "arguments": value, "id": groups.get("id")}
+        is_marked = self.format.marks[0] in match[0]
         written = value if isinstance(value, list) else [value]
         made = [self._call(call, is_marked=is_marked) for call in written]
         return [call for call in made if call] if all(made) else [], end
+
+    def parameters(self, name: str) -> Any:
+        """Give the schema of a tool's arguments; {} where it has none."""
+        functions = (tool["function"] for tool in self.tools.offered)
+        return next((f.get("parameters") or {} for f in functions if f["name"] == name), {})
+
+    def offers(self, name: str) -> bool:
+        return any(tool["function"]["name"] == name for tool in self.tools.offered)
 
     def _call(self, call: Any, *, is_marked: bool) -> dict[str, Any] | None:
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):
             return None
         arguments = call.get("arguments", call.get("parameters"))
-        names = [tool["function"]["name"] for tool in self.tools.offered]
-        if not is_marked and not (call["name"] in names and isinstance(arguments, dict)):
+        if not is_marked and not (self.offers(call["name"]) and isinstance(arguments, dict)):
             return None
         if not isinstance(arguments, str):
             arguments = json.dumps(arguments or {}, ensure_ascii=False)
+        return self.call(call["name"], arguments, call.get("id"))
+
+    def call(self, name: str, arguments: str, call_id: Any = None) -> dict[str, Any]:
+        """Write a call in OpenAI's shape; an id that the template would not take is replaced."""
         n_id = self.format.n_id
-        own_id = call.get("id")
-        if not (isinstance(own_id, str) and len(own_id) == n_id):
-            own_id = uuid.uuid4().hex[:n_id] if n_id else f"call_{uuid.uuid4().hex}"
-        function = {"name": call["name"], "arguments": arguments}
-        return {"id": own_id, "type": "function", "function": function}
+        if not (isinstance(call_id, str) and len(call_id) == n_id):
+            call_id = uuid.uuid4().hex[:n_id] if n_id else f"call_{uuid.uuid4().hex}"
+        function = {"name": name, "arguments": arguments}
+        return {"id": call_id, "type": "function", "function": function}
+
+
+def closed(text: str, at: int) -> int:
+    """Tell where what ends a call ends."""
+    match = _CLOSERS.match(text, at)
+    return match.end() if match else at
+
+
+def add_part(calls: list[dict[str, Any]], part: CallPart) -> None:
+    """Add a part of a call to the calls so far."""
+    if part["index"] == len(calls):
+        call = {name: value for name, value in part.items() if name != "index"}
+        calls.append({**call, "function": dict(part["function"])})
+    else:
+        calls[part["index"]]["function"]["arguments"] += part["function"]["arguments"]
+
+
+class _JsonArguments:
+    """Follow arguments that are an object of JSON."""
+
+    def __init__(self) -> None:
+        self._text = ""
+
+    def feed(self, piece: str) -> tuple[str, str | None]:
+        """Give more of the arguments, and what follows them; None: they go on."""
+        self._text += piece
+        if "}" not in piece:
+            return piece, None
+        try:
+            _, end = _DECODER.raw_decode(self._text)
+        except (ValueError, RecursionError):
+            return piece, None
+        n_here = len(piece) - (len(self._text) - end)
+        return piece[:n_here], piece[n_here:]
+
+
+class _Reader:
+    """Read one answer: its text until a call begins, then calls as they are written."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+        self._held = ""
+        self._is_start = True
+        self._n_call = 0  # that have begun
+        self._open: _JsonArguments | xml.Arguments | None = None
+        self.unfinished = ""  # the text of a call that has begun
+
+    def feed(self, piece: str) -> Iterator[str | CallPart]:
+        self._held += piece
+        if self._n_call == 0 and (text := self._plain()):
+            yield text
+        while self._held:
+            if self._open is None:
+                head = self._begun()
+                if head is None:
+                    return
+                yield head
+            else:
+                arguments, rest = self._open.feed(self._held)
+                self.unfinished += self._held
+                self._held = rest or ""
+                if arguments:
+                    yield {"index": self._n_call - 1, "function": {"arguments": arguments}}
+                if rest is not None:
+                    self._open = None
+                    self.unfinished = ""
+
+    def end(self) -> Iterator[str | CallPart]:
+        """Yield what was held: the rest of the text, and calls that were not known as such."""
+        held = self._held
+        if self._n_call:
+            held = held[closed(held, 0) :]
+        rest, calls = self._calls.late(held)
+        if rest and not (self._n_call and rest.isspace()):
+            yield rest
+        if self._calls.tools.is_single:
+            calls = calls[: 1 - self._n_call]
+        for index, call in enumerate(calls, self._n_call):
+            yield {"index": index, **call}
+
+    def _plain(self) -> str:
+        """Take the text before what may be a call."""
+        held = self._held
+        if self._is_start and _BARE.startswith("".join(held[:64].split())[: len(_BARE)]):
+            return ""
+        self._is_start = False
+        at = next((at for at in range(len(held)) if self._may_begin(at)), len(held))
+        self._held = held[at:]
+        return held[:at]
+
+    def _may_begin(self, at: int) -> bool:
+        """Tell whether a place begins with what a call begins with, or could with more text."""
+        marks = (*self._calls.format.marks, *_FENCES)
+        held = self._held
+        return any(held.startswith(mark, at) or mark.startswith(held[at:]) for mark in marks)
+
+    def _begun(self) -> CallPart | None:
+        """Begin a call of an offered tool, where its head is whole."""
+        calls = self._calls
+        if self._n_call and calls.tools.is_single:
+            return None
+        start = closed(self._held, 0) if self._n_call else 0
+        heads = (calls.format.head, _JSON_HEAD)
+        match = next(filter(None, (head.match(self._held, start) for head in heads)), None)
+        name = match["name"].strip() if match else ""
+        if match is None or not calls.offers(name):
+            return None
+        is_xml = match.re is _XML.head
+        self._open = xml.Arguments(calls.parameters(name)) if is_xml else _JsonArguments()
+        self.unfinished = self._held[: match.end()]
+        self._held = self._held[match.end() :]
+        index = self._n_call
+        self._n_call += 1
+        return {"index": index, **calls.call(name, "", match.groupdict().get("id"))}
 
 
 def calls_of(template: str | None, tools: Tools | None) -> Calls | None:
