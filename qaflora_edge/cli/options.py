@@ -77,7 +77,8 @@ class WholeText(click.types.StringParamType):
 
 # What may stand in place of a word, where a shell asks: nothing here loads a model, and a broken
 # bundle or settings file suggests nothing.
-Items = list[CompletionItem[str]]
+if TYPE_CHECKING:
+    Items = list[CompletionItem[str]]  # click before 8.5 has no CompletionItem of something
 
 
 def complete_bundle(ctx: click.Context, param: click.Parameter, word: str) -> Items:
