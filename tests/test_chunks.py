@@ -45,9 +45,15 @@ def test_chunks_end_where_messages_do() -> None:
     assert cut_tokens(tokens, alone) == [101, 128, 112, 59]
 
 
-def test_chunks_are_a_tile_where_a_row_has_much_to_look_at() -> None:
-    lengths = cut_tokens([0] * 1500, chunks_of(1, n_shallow=600))
-    assert lengths == [256] * 3 + [64] * 10 + [92]
+def test_chunks_get_shorter_where_a_row_has_much_to_look_at() -> None:
+    """Rows times tokens before them are bounded, and so is the time of a chunk."""
+    at = 0
+    lengths = cut_tokens([0] * 20_000, chunks_of(1, n_shallow=600))
+    for length in lengths[:-1]:
+        assert length == 16 or length * at <= 256 * 600
+        at += length
+    assert sorted(lengths[:-1], reverse=True) == lengths[:-1]
+    assert set(lengths[:-1]) == {256, 192, 128, 64, 48, 32, 16}
 
 
 def test_a_prompt_ends_in_a_piece_that_the_next_turn_has_too() -> None:

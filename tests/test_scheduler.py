@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import threading
+import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from patience import wait_until
 
 from qaflora_edge.ask import Sampling
 from qaflora_edge.backend.batch import Chunks, Span
@@ -231,6 +234,75 @@ def test_a_long_prompt_leaves_others_as_much_time_as_it_takes() -> None:
     others[0].finish("stop")
     scheduler.remove_ended()
     assert scheduler.step().prefill  # nobody else is here
+
+
+def test_a_short_request_waits_for_one_chunk_of_a_long_prompt() -> None:
+    scheduler = Scheduler(3, CHUNKS)
+    long = RunningSequence(request(range(1, 99)), Noting(), 5)
+    scheduler.waiting.append(long)
+    for ms in (12.4, 12.0):
+        step = scheduler.step()
+        long.n_past += step.prefill[0][1]
+        scheduler.note(step, ms)
+    short = RunningSequence(request([7] * 20), Noting(), 1)
+    scheduler.waiting.append(short)
+    while short.is_prefill:
+        step = scheduler.step()
+        ((sequence, n),) = step.prefill
+        assert sequence is short
+        short.n_past += n
+        scheduler.note(step, 0.4)
+
+
+def test_who_weighs_is_woken_before_a_long_prompt_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench = Bench(2)
+    decode = bench.context.decode_spans
+    order = []
+
+    def slow(spans: Sequence[Span]) -> list[int]:
+        order.append(spans[0].seq)
+        time.sleep(0.2 * (spans[0].seq == 0))
+        return decode(spans)
+
+    monkeypatch.setattr(bench.context, "decode_spans", slow)
+    long = bench.add([1] * 60)
+    thread = threading.Thread(target=bench.loop.run_forever)
+    thread.start()
+    wait_until(lambda: long.n_past > 0)
+    heard = bench.add([2] * 5, heard=Heard(0))
+    bench.loop.drive(lambda: heard.is_weighed)
+    bench.weigh(heard, 1.0)
+    bench.finish(heard)
+    bench.loop.close()
+    thread.join()
+    first = order.index(1)
+    assert order[first : first + 2] == [1, 1]
+
+
+def test_chunks_of_two_long_prompts_are_two_steps() -> None:
+    """Each takes as long as a whole chunk of a prompt's beginning."""
+    scheduler = Scheduler(2, replace(CHUNKS, n_shallow=20))
+    both = [RunningSequence(request([n] * 90), Noting(), 5) for n in (1, 2)]
+    scheduler.waiting.extend(both)
+    scheduler.step()
+    for sequence in both:
+        sequence.n_past = 84
+    assert scheduler.step().prefill == [(both[0], 6)]
+
+
+def test_one_that_waits_for_a_prompt_lets_others_pass() -> None:
+    bench = Bench(3)
+    document = [1] * 40
+    bench.add(document)
+    bench.step()
+    waiting = bench.add([*document, 2, 3])
+    other = bench.add([5, 6, 7])
+    bench.step()
+    assert (waiting.slot, other.n_past) == (None, 3)
+    bench.finish(waiting)
+    assert waiting.n_cached == 36
 
 
 def test_a_long_job_lets_one_of_another_kind_pass() -> None:

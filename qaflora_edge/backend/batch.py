@@ -88,7 +88,8 @@ def n_common(a: Sequence[int], b: Sequence[int]) -> int:
 # Rows of a tile in ggml's flash attention on the CPU: llama.cpp 0c1e5709, GGML_FA_TILE_Q. Whole
 # tiles cost the least for each row, and so many rows are worth reading the base's matrices for.
 N_TILE = 64
-N_SHALLOW = 8192  # tokens, from where on attention takes a CPU longer than the base's matrices
+N_SHALLOW = 2048  # tokens, from where on attention takes a CPU more and more of a chunk's time
+_N_ROW_LEAST = 16  # of a chunk: fewer take as long for each row as decoding does
 _N_OPENING = 16  # tokens of a chat template behind the last message, at most
 _N_AT_ONCE = 256  # rows of all sequences; twice as many were no faster and take more memory
 
@@ -102,8 +103,8 @@ class Chunks:
     chunks, and reuse each other's KV state bit for bit.
 
     n_message  the fewest tokens of a chunk that ends with a message
-    n_shallow  after so many tokens chunks are a tile: each row looks at all tokens before it, and
-               others wait for the chunk
+    n_shallow  after so many tokens chunks get shorter: each row looks at all tokens before it, and
+               others wait for the chunk. Rows times tokens before them stay the same.
     is_break   whether a token ends a message. The chunk ends after the opening of an answer where
                that follows, as it does in the next turn's prompt.
     """
@@ -128,22 +129,34 @@ class Chunks:
         limit = len(tokens) - n_tail
         if at >= limit:
             limit = len(tokens)
-        n_full = self.n_full
-        if at >= self.n_shallow:
-            n_full = min(n_full, N_TILE)
-        most = min(limit, at + n_full + self.n_least - 1)
+        n_full = self._n_full_at(at)
+        n_message = min(self.n_message, n_full)
+        most = min(limit, at + n_full + min(self.n_least, n_full) - 1)
         opening = self._opening(tokens)
         n_opening = len(opening)
-        first = at + max(0, self.n_message - 1 - n_opening)
+        first = at + max(0, n_message - 1 - n_opening)
         for i in range(first, min(most + n_tail, len(tokens))):
             if not self.is_break(tokens[i]):
                 continue
             end = i + 1
             if tuple(tokens[end : end + n_opening]) == opening:
                 end += n_opening - n_tail
-            if self.n_message <= end - at <= self.n_most and end <= limit:
+            if n_message <= end - at <= self.n_most and end <= limit:
                 return end
         return most if most == limit else at + n_full
+
+    def _n_full_at(self, at: int) -> int:
+        """Count the tokens of a chunk after so many others, in whole tiles while they are large."""
+        if at <= self.n_shallow:
+            return self.n_full
+        n_row = _N_AT_ONCE * self.n_shallow // at
+        n_unit = N_TILE if n_row >= N_TILE else _N_ROW_LEAST
+        n_whole = n_row // n_unit * n_unit
+        return min(self.n_full, max(_N_ROW_LEAST, n_whole))
+
+    def n_row_as_long(self, at: int, n: int) -> int:
+        """Count the rows of a prompt's beginning that take as long as n rows after `at` tokens."""
+        return n * max(1, at // self.n_shallow)
 
     def cut(self, tokens: Sequence[int], at: int = 0) -> Iterator[tuple[int, int]]:
         """Give the begin and the end of each chunk from `at` on."""

@@ -119,8 +119,7 @@ class Core:
             prober = Prober(*made, infos=infos, sizes=sizes(), prefixes=prefixes)
             self.prober = enter(closing(prober))
             # Nothing here refers to this Core: a circle would keep it alive.
-            chunks, n_held = context.chunks(), lambda: context.n_ctx
-            scheduler = Scheduler(n_parallel + 1, chunks, n_held, n_parallel)
+            scheduler = Scheduler(n_parallel + 1, context.chunks(), n_parallel)
             self.loop = enter(closing(Loop(model, context, scheduler, stop)))
         except BaseException:
             self._free()

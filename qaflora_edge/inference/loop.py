@@ -194,6 +194,7 @@ class Loop:
             self._turn.acquire()
             self._now = ()
         if step.is_empty:
+            self._turn.notify_all()  # one of them weighs the prompt that all wait for
             self._turn.wait(_PAUSE_S)
         self._scheduler.note(step, 1e3 * (time.perf_counter() - start))
         for sequence in prefilled:

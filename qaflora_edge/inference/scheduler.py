@@ -1,7 +1,7 @@
 """The scheduler: which request is prefilled, decoded or probed next. It only decides."""
 
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -149,26 +149,23 @@ class Scheduler:
     chunks  how prompts are cut into chunks. A step prefills one chunk, or several short ones: no
             decoding request waits for more than a micro-batch.
     waiting, jobs  attributes: queues
-    n_ctx   gives the tokens that a slot can hold now. A request that needs more waits until
-            nothing runs, for then the context can grow.
 
     Prefill and jobs alternate where there are both; decoding goes on in every step. After a chunk
     of the longest prompt all others together have as much time as it took. The shortest prompt is
-    first then.
+    first then. So a request waits for one chunk of a longer prompt, and then has half the time.
     """
 
     def __init__(
         self,
         n_slot: int,
         chunks: Chunks,
-        n_ctx: Callable[[], int] = lambda: 0,
         n_running: int | None = None,
     ) -> None:
         self.slots = [Slot(number) for number in range(n_slot)]
         self.n_running = n_running or n_slot
         self.waiting: deque[RunningSequence] = deque()
         self.jobs: deque[Job] = deque()
-        self._chunks, self._n_ctx = chunks, n_ctx
+        self._chunks = chunks
         self._is_jobs_turn = True
         self._last_kind = ""
         self._debtor: RunningSequence | None = None
@@ -217,10 +214,11 @@ class Scheduler:
         for sequence in prefills:
             at = sequence.n_past
             n = sequence.request.chunk_end(self._chunks, at) - at
-            if n > n_left:
+            n_row = self._chunks.n_row_as_long(at, n)
+            if step.prefill and n_row > n_left:
                 break
             step.prefill.append((sequence, n))
-            n_left -= n
+            n_left -= n_row
         return step
 
     def note(self, step: Step, ms: float) -> None:
@@ -228,7 +226,7 @@ class Scheduler:
         self._owed_ms -= ms
         prefills = [each for each in self.running if each.is_prefill]
         longest = max(prefills, key=lambda s: s.n_prompt - s.n_past, default=None)
-        if self._owed_ms <= 0 and any(sequence is longest for sequence, _ in step.prefill):
+        if any(sequence is longest for sequence, _ in step.prefill):
             self._debtor = longest
             self._owed_ms = ms
 
@@ -242,21 +240,20 @@ class Scheduler:
         return sorted(others, key=lambda s: s.n_prompt - s.n_past)
 
     def _admit(self, step: Step) -> None:
-        while self.waiting:
-            free, running = [slot for slot in self.slots if slot.sequence is None], self.running
-            is_small = self.waiting[0].n_ctx > self._n_ctx()
-            if len(running) >= self.n_running or (is_small and running):
+        """Give slots in the order of arrival; who waits for a prompt to reuse lets others pass."""
+        for sequence in [*self.waiting]:
+            if len(self.running) >= self.n_running:
                 return
-            sequence = self.waiting[0]
+            free = [slot for slot in self.slots if slot.sequence is None]
             slot = max(free, key=lambda slot: self._fitness(slot, sequence))
-            source = max(self.slots, key=lambda other: other.n_reused(sequence, self._chunks))
+            source = max(self.slots, key=lambda other: self._worth(other, sequence))
             n_reused, n_there = (s.n_reused(sequence, self._chunks) for s in (slot, source))
             # What can be reused once all prompts are prefilled that are begun is worth a wait.
             begun = [each for each in self.slots if each.sequence and each.sequence.is_prefill]
             soon = (each.n_reused(sequence, self._chunks, is_soon=True) for each in begun)
             if max(soon, default=0) >= max(n_reused, n_there) + self._chunks.n_least:
-                return
-            self.waiting.popleft()
+                continue
+            self.waiting.remove(sequence)
             if n_there >= n_reused + self._chunks.n_least:
                 slot.copy(source)
                 step.copies.append((source.number, slot.number))
@@ -271,6 +268,10 @@ class Scheduler:
         assert sequence.slot is not None
         sequence.listener, sequence.n_past = None, sequence.request.n_base
         self.slots[sequence.slot].hold(sequence, sequence.n_past)
+
+    def _worth(self, slot: Slot, sequence: RunningSequence) -> tuple[int, int]:
+        """Prefer most reuse; then fewest tokens, as all of them are copied."""
+        return slot.n_reused(sequence, self._chunks), -len(slot.tokens)
 
     def _fitness(self, slot: Slot, sequence: RunningSequence) -> tuple[int, int, bool, int]:
         """Prefer most reuse; then next to slots in use; then empty; then least recently used."""
