@@ -145,6 +145,13 @@ def test_below_the_scores_each_token_has_to_be_sure(least: float, weights: list[
     assert mix.weights[:, 0].tolist() == weights
 
 
+def test_to_repeat_an_earlier_answer_is_no_knowledge() -> None:
+    places = ([LOW, TYPICAL_SIZE, LOW], [LOW, HIGH, LOW])
+    sure = drafted("shop", -0.01)
+    asked_before = {"tokens": (7, *sure.tokens, 8)}
+    assert not weighed(Scripted(*places, [sure]), "relay:abstain=3", **asked_before).weights.any()
+
+
 def test_an_empty_draft_knows_nothing() -> None:
     """An adapter that ends at once is sure of nothing."""
     empty = Draft("shop", (), "", (), is_whole=True)

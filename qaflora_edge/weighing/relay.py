@@ -33,6 +33,7 @@ SURE_OF_EACH = -0.15  # nats: the least sure token, where the scores leave an ad
 N_FACT = 32  # tokens of an answer that states a fact, at most
 FOREIGN = 3.5  # nats: the base would not begin its answer so
 
+_MARKUP = ("{", "[", "<", "`")
 _FORMS = ("{", "[", "<", "`", "#", "*", "-", "|")
 _ENGLISH = re.compile(
     r"\b(the|is|are|was|were|of|and|to|what|which|who|how|when|where|why|does|do|did|it|that|this"
@@ -134,7 +135,8 @@ def _despite_the_scores(query: Query, probe: Probe, mix: Mix, proposed: Sequence
     drafts = probe.drafts(proposed, N_BEGUN, np.asarray(mix.weights))
     sureness = {draft.adapter: draft.sureness(N_BEGUN) for draft in drafts}
     for draft in drafts:
-        if _is_prose(draft) and _is_sure(query, draft) and _is_sure_of_each(probe, draft):
+        knows = _is_prose(draft) and _is_sure(query, draft) and not _repeats(query, draft)
+        if knows and _is_sure_of_each(probe, draft):
             taken = replace(mix, weights=_alone(query, draft.adapter))
             return _rewritten(query, probe, taken, draft.adapter, sureness)
     return mix
@@ -150,9 +152,9 @@ def _both_answer(mix: Mix, drafts: Sequence[Draft]) -> tuple[str, str] | None:
         for draft in drafts
         if draft.tokens and draft.adapter != BASE and _answers(mix, draft.adapter)
     ]
-    if len(strong) < 2 or all(_is_prose(draft) for draft in strong):
+    forms = [draft for draft in strong if draft.text.lstrip().startswith(_MARKUP)]
+    if len(strong) < 2 or not forms:
         return None
-    forms = [draft for draft in strong if not _is_prose(draft)]
     writer = max(forms, key=lambda draft: draft.logprobs[0])
     others = [draft.adapter for draft in strong if draft is not writer]
     knower = max(others, key=lambda name: mix.why[name].scores["answer"])
@@ -170,6 +172,13 @@ def _knows(knower: float, writer: float) -> bool:
     """
     is_ahead = knower >= UNSURE_FROM and knower - writer >= FAR_AHEAD
     return knower >= SURE or is_ahead
+
+
+def _repeats(query: Query, draft: Draft) -> bool:
+    """Tell whether a draft stands in the prompt already: to repeat an answer is no knowledge."""
+    n_token = len(draft.tokens)
+    starts = range(len(query.tokens) - n_token + 1)
+    return any(query.tokens[at : at + n_token] == draft.tokens for at in starts)
 
 
 def _is_sure_of_each(probe: Probe, draft: Draft) -> bool:
