@@ -72,7 +72,7 @@ class Row:
 # files
 
 
-def write_random_adapter(path: Path, base: gguf.GGUFReader, seed: int) -> None:
+def write_random_adapter(path: Path, base: gguf.GGUFReader, seed: int, rank: int = RANK) -> None:
     """Write an adapter on every projection of a base."""
     architecture = base.get_field("general.architecture")
     assert architecture is not None
@@ -85,8 +85,8 @@ def write_random_adapter(path: Path, base: gguf.GGUFReader, seed: int) -> None:
         found = re.fullmatch(r"blk\.\d+\.(\w+)\.weight", tensor.name)
         if found and found[1] in MODULES:
             n_in, n_out = (int(n) for n in tensor.shape)
-            a = rng.standard_normal((RANK, n_in), np.float32) / np.sqrt(n_in)
-            b = rng.standard_normal((n_out, RANK), np.float32) * 0.01
+            a = rng.standard_normal((rank, n_in), np.float32) / np.sqrt(n_in)
+            b = rng.standard_normal((n_out, rank), np.float32) * 0.01
             writer.add_tensor(f"{tensor.name}.lora_a", a.astype(np.float16))
             writer.add_tensor(f"{tensor.name}.lora_b", b.astype(np.float16))
     writer.write_header_to_file()

@@ -56,6 +56,21 @@ def test_who_spoke(rows: list[list[float]], expected: str) -> None:
     assert show.who_spoke(exact(*rows)) == expected
 
 
+def test_of_many_adapters_the_heaviest_are_named() -> None:
+    names = tuple(f"a{index}" for index in range(64))
+    mix = FusionWeights(names, np.linspace(0.01, 0.64, 64, dtype=np.float32)[:, None], None, "m")
+    assert (
+        show.who_spoke(mix)
+        == "a63 ×0.64 · a62 ×0.63 · a61 ×0.62 · a60 ×0.61 · a59 ×0.6 · 59 others"
+    )
+    _, *rows = show.reason_rows(mix)
+    assert [row[0] for row in rows] == ["a59", "a60", "a61", "a62", "a63", "59 others"]
+    layered = replace(mix, weights=np.repeat(mix.weights, 3, axis=1) * [0.5, 1, 1])
+    lines = printed([("", layered)])
+    assert [line.split()[0] for line in lines if line.startswith("a")][1:] == [*names[59:]]
+    assert "59 others" in [line.strip() for line in lines]
+
+
 @pytest.mark.parametrize(("width", "encoding"), [(40, "ascii"), (79, "utf-8"), (200, "utf-8")])
 def test_heatmap_fits_the_terminal(
     width: int, encoding: str, monkeypatch: pytest.MonkeyPatch

@@ -23,6 +23,8 @@ EQUAL = 1e-6  # weights are shares in float32: closer ones are one weight
 TICK = 5  # a label at every fifth layer
 NAME_MAX = 20  # columns of a terminal
 CELL_MAX = 3  # columns of a terminal
+N_ALL = 12  # adapters that are all shown; of more, the first N_TOP
+N_TOP = 5
 CHARS_MAX = 2000  # of a label that are looked at: no picture has room for more
 # They turn the direction of what follows: "\u202etxt.exe" would read as "exe.txt".
 _TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -130,12 +132,34 @@ def who_spoke(weights: FusionWeights | Mapping[str, float]) -> str:
     else:
         return f"{spelt(weights.relay.knower)} → {spelt(weights.relay.writer)}"
     heaviest_first = sorted(by_name.items(), key=lambda item: -item[1])
-    parts = []
-    for name, mean in heaviest_first:
-        weight = round(mean, 2)
-        if weight:
-            parts.append(f"{spelt(name)} ×{weight:g}")
+    speakers = [(name, round(mean, 2)) for name, mean in heaviest_first if round(mean, 2)]
+    n_shown = N_TOP if len(speakers) > N_ALL else len(speakers)
+    parts = [f"{spelt(name)} ×{weight:g}" for name, weight in speakers[:n_shown]]
+    parts += others(len(speakers) - n_shown)
     return " · ".join(parts) or "base"
+
+
+def others(n_adapter: int) -> list[str]:
+    """Say how many adapters are not shown; nothing where all are."""
+    return [f"{n_adapter} others"] if n_adapter else []
+
+
+def top(fusion: FusionWeights) -> list[int]:
+    """List the adapters to show, in their order: all, or of many those that weigh or score most."""
+    n_adapter = len(fusion.adapters)
+    if n_adapter <= N_ALL:
+        return [*range(n_adapter)]
+    reasons = list(fusion.why.values())
+
+    def rank(index: int) -> tuple[float, float]:
+        score = 0.0
+        if reasons:
+            score = max(reasons[index].scores.values(), default=0.0)
+        elif fusion.divergence is not None:
+            score = float(fusion.divergence[index].mean())
+        return float(fusion.weights[index].mean()), score
+
+    return sorted(sorted(range(n_adapter), key=rank)[-N_TOP:])
 
 
 def why(fusion: FusionWeights) -> str:
@@ -154,9 +178,13 @@ def reason_rows(fusion: FusionWeights) -> list[list[str]]:
     if is_measured or is_layered:
         return []
     heads = ["adapter", "weight"]
-    rows = [[name, f"{mean:.2f}"] for name, mean in fusion.means.items()]
+    shown = top(fusion)
+    means = list(fusion.means.items())
+    rows = [[means[index][0], f"{means[index][1]:.2f}"] for index in shown]
+    last_rows = [[text] for text in others(len(means) - len(shown))]
     if not reasons:
-        return [heads, *rows]
+        return [heads, *rows, *last_rows]
+    reasons = [reasons[index] for index in shown]
     thresholds = reasons[0].thresholds
     digits = ".2f" if thresholds else ".3g"
     last_row = ["threshold", ""]
@@ -170,8 +198,8 @@ def reason_rows(fusion: FusionWeights) -> list[list[str]]:
         for row, reason in zip(rows, reasons, strict=True):
             row.append(reason.taken_as or "-")
     if thresholds:
-        rows.append(last_row)
-    return [heads, *rows]
+        last_rows.append(last_row)
+    return [heads, *rows, *last_rows]
 
 
 def facts(fusions: Sequence[FusionWeights]) -> str:
@@ -280,7 +308,8 @@ def _layers(fusion: FusionWeights, ends: tuple[float, float], blocks: str, width
     from rich.text import Text
 
     n_layer = fusion.weights.shape[1]
-    names = [crop(visible(name), NAME_MAX) for name in fusion.adapters]
+    shown = top(fusion)
+    names = [crop(visible(fusion.adapters[index]), NAME_MAX) for index in shown]
     heads = ["mean"]
     if fusion.divergence is not None:
         heads.append(fusion.measured.name)
@@ -295,7 +324,7 @@ def _layers(fusion: FusionWeights, ends: tuple[float, float], blocks: str, width
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column(_ticks(n_layer, n_together, n_column), no_wrap=True)
-    for index, name in enumerate(names):
+    for index, name in zip(shown, names, strict=True):
         row = fusion.weights[index]
         cells = []
         for at in range(0, n_layer, n_together):
@@ -305,6 +334,8 @@ def _layers(fusion: FusionWeights, ends: tuple[float, float], blocks: str, width
         if fusion.divergence is not None:
             numbers.append(f"{fusion.divergence[index].mean():.3g}")
         table.add_row(Text(name), *numbers, Text("".join(cells), style="cyan"))
+    for text in others(len(fusion.adapters) - len(shown)):
+        table.add_row(text)
     return table
 
 

@@ -12,8 +12,18 @@ const whoSpoke = weights => {
   const parts = rounded.filter(([, weight]) => weight).sort((one, other) => other[1] - one[1]);
   return parts.length ? parts : [["base", 1]];
 };
+// Of more than N_ALL adapters the first N_TOP are shown, by weight and then by score.
+const N_ALL = 12, N_TOP = 5;
+const topOf = (names, { weights, why }) => {
+  const rank = name => weights[name] + 1e-6 * Math.max(0, ...Object.values(why?.[name]?.scores ?? {}));
+  return names.length > N_ALL ? names.toSorted((one, other) => rank(other) - rank(one)).slice(0, N_TOP) : names;
+};
+const othersText = (all, shown) => all.length > shown.length ? [`${all.length - shown.length} others`] : [];
 const weightText = weight => `×${String(weight).replace("-", "−")}`;
-const spokeText = weights => whoSpoke(weights).map(([name, weight]) => name === "base" ? name : `${name} ${weightText(weight)}`).join(" · ");
+const spokeText = weights => {
+  const parts = whoSpoke(weights), shown = parts.length > N_ALL ? parts.slice(0, N_TOP) : parts;
+  return [...shown.map(([name, weight]) => name === "base" ? name : `${name} ${weightText(weight)}`), ...othersText(parts, shown)].join(" · ");
+};
 
 // A relay: who drafted and who wrote, with the draft, an element, folded.
 const relayView = ({ knower, writer }, adapters, draft) => {
@@ -35,8 +45,9 @@ const mixView = (fusion, adapters) => {
     part.style.flexGrow = Math.abs(weight);
     return part;
   }));
-  const legend = el("span", { className: "legend" }, ...parts.flatMap(([name, weight]) => [
-    el("span", { className: `entry ${hueOf(name)}` }, el("i"), el("bdi", {}, name), " ", isBase ? "" : el("b", {}, weightText(weight))), " "]));
+  const named = parts.length > N_ALL ? parts.slice(0, N_TOP) : parts;
+  const legend = el("span", { className: "legend" }, ...named.flatMap(([name, weight]) => [
+    el("span", { className: `entry ${hueOf(name)}` }, el("i"), el("bdi", {}, name), " ", isBase ? "" : el("b", {}, weightText(weight))), " "]), ...othersText(parts, named));
   const rows = Object.values(fusion.layers ?? {}), isLayered = rows.some(row => row.some(weight => weight !== row[0]));
   const isTold = names.length > 0 && names.every(name => fusion.why?.[name]);
   if (isBase && !isTold || !rows.length) return el("div", { className: "mix", role: "img", "aria-label": `Mix: ${spokeText(fusion.weights)}` },
@@ -58,6 +69,7 @@ const mixView = (fusion, adapters) => {
 // What decided, as `qaflora weights` prints it; the weights alone where nothing was measured.
 const UNMEASURED = { scores: {}, thresholds: {}, taken_as: "" };
 const reasonTable = (names, { because, weights, why }) => {
+  const shown = topOf(names, { weights, why });
   const reason = name => why?.[name] ?? UNMEASURED, { scores, thresholds } = reason(names[0]), places = Object.keys(scores);
   const needed = Object.keys(thresholds).length, isTaken = names.some(name => reason(name).taken_as);
   const number = value => value === undefined ? "" : needed ? value.toFixed(2) : String(Number(value.toPrecision(3)));
@@ -67,13 +79,14 @@ const reasonTable = (names, { because, weights, why }) => {
     ...(because ? [el("p", { className: "why" }, because)] : []),
     el("div", { className: "wide" }, el("table", { className: "reasons" },
       row("adapter", "weight", ...places, ...(isTaken ? ["taken as"] : [])),
-      ...names.map(name => line(name, weights[name].toFixed(2), reason(name).scores, ...(isTaken ? [reason(name).taken_as || "-"] : []))),
+      ...shown.map(name => line(name, weights[name].toFixed(2), reason(name).scores, ...(isTaken ? [reason(name).taken_as || "-"] : []))),
+      ...othersText(names, shown).map(text => row(text)),
       ...(needed ? [line("threshold", "", thresholds)] : []))),
   ];
 };
 
-const heatmap = (names, fusion, adapters) => {
-  const rows = names.map(name => fusion.layers[name]), n_layer = rows[0].length;
+const heatmap = (all, fusion, adapters) => {
+  const names = topOf(all, fusion), rows = names.map(name => fusion.layers[name]), n_layer = rows[0].length;
   const [low, high] = leastAndMost(rows), most = Math.max(high, -low) || 1;
   const grid = el("div", { className: "grid", role: "grid", "aria-label": "Weight of each adapter at each layer" });
   grid.style.setProperty("--n-layer", n_layer);
@@ -104,7 +117,7 @@ const heatmap = (names, fusion, adapters) => {
   const ends = low < 0 ? `weights from ${low.toFixed(2)} to ${high.toFixed(2)}` : `weights from 0 to ${high.toFixed(2)}`;
   return [
     el("div", { className: "wide" }, grid),
-    el("p", { className: "facts" }, `${n_layer} layers from the left, ${ends}; a dot where an adapter weighs most.`),
+    el("p", { className: "facts" }, `${n_layer} layers from the left, ${ends}; a dot where an adapter weighs most. ${othersText(all, names)}`),
   ];
 };
 
