@@ -38,6 +38,7 @@ class FakeHub(ThreadingHTTPServer):
 
     requests  what was asked for, as "METHOD path"
     halfway   called with the path of each answer of which half was sent
+    lies      headers that it sends in place of its own
     """
 
     daemon_threads = True
@@ -48,6 +49,7 @@ class FakeHub(ThreadingHTTPServer):
         self.repos: dict[str, Repo] = {}
         self.requests: list[str] = []
         self.halfway: Callable[[str], object] = lambda path: None
+        self.lies: dict[str, str] = {}
 
     @property
     def url(self) -> str:
@@ -138,7 +140,7 @@ class _Handler(BaseHTTPRequestHandler):
         if content is None:
             raise _Refused(404, b"", headers | {"X-Error-Code": "EntryNotFound"})
         headers["ETag"] = f'"{_git_sha1(content)}"'
-        self.answer(200, content, headers)
+        self.answer(200, content, headers | self.server.lies)
 
     # answering
 

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from bundles import TinyBundle
@@ -200,6 +202,25 @@ def test_a_file_name_that_leads_out_is_refused(
     hub.put("owner/base", {"../base.gguf": b"GGUF"})
     with pytest.raises(BundleError, match=r"Refused the path '\.\./base\.gguf'"):
         fetch_hub("owner/base", tmp_path / "to")
+
+
+@pytest.mark.parametrize("header", ["ETag", "X-Linked-Etag"])
+def test_a_hash_that_leads_out_is_refused(hub: FakeHub, tmp_path: Path, header: str) -> None:
+    """The Hub's library makes a file's name of it."""
+    hub.put("owner/a", {"a.gguf": b"GGUF"})
+    hub.lies = {header: f'"{tmp_path / "evil"}"'}
+    assert f"the Hub answers with the {header} " in refusal("owner/a")
+    assert not list(tmp_path.glob("evil*"))
+
+
+def test_file_names_that_are_no_texts_are_refused(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    siblings = [SimpleNamespace(rfilename=7)]
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.model_info", lambda *_, **__: Mock(siblings=siblings)
+    )
+    assert "its .gguf files are: none" in refusal("owner/a")
 
 
 def refusal(ref: str) -> str:

@@ -8,6 +8,7 @@ import contextlib
 import glob
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from qaflora_edge.errors import DownloadError, OutputFileError, QafloraError
 from qaflora_edge.files import CHUNK_BYTES, AnyPath, atomic_path, cache_dir, cache_lock, make_folder
@@ -38,6 +40,8 @@ from qaflora_edge.peft.folder import INDEX_FILE, PICKLES, WEIGHTS_FILE
 from qaflora_edge.progress import TellCount, silent
 
 LIST_TIMEOUT_SECONDS = 30
+_NAMES = ("ETag", "X-Linked-Etag", "X-Repo-Commit")  # headers that become names of files
+_SAFE_NAME = re.compile(r'(W/)?"?[\w.-]*"?')
 REACH_SECONDS = 3  # for the Hub's answer, before a model's next source is tried
 # Fetched next to the files of a bundle or an adapter.
 DOCUMENTS = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
@@ -222,7 +226,7 @@ def fetch_hub(ref: str, to: AnyPath | None = None, *, update: bool = False) -> P
             info = HfApi().model_info(
                 parsed.repo, revision=parsed.revision, timeout=LIST_TIMEOUT_SECONDS
             )
-        listed = [sibling.rfilename for sibling in info.siblings or []]
+        listed = [str(sibling.rfilename) for sibling in info.siblings or []]
         names = _choose(parsed, listed)
         if place is not None:
             _check_place(f"Cannot pull {ref} to {to}", place, parsed.file)
@@ -294,10 +298,14 @@ def _check_place(what: str, folder: Path, file: str | None) -> None:
 
 def _download(ref: HubRef, names: Sequence[str], to: Path | None) -> Path:
     """Fetch the files that are not here; give their folder."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import get_session, snapshot_download
 
     for name in names:
         safe_join(to or hub_cache_dir(), name)  # a repository's file names are not ours
+    session = get_session()  # huggingface_hub 2.4.0 joins an ETag to its cache's path as it is
+    hooks = session.event_hooks
+    if _check_names not in hooks["response"]:
+        session.event_hooks = {**hooks, "response": [*hooks["response"], _check_names]}
     with hub_errors(f"the Hub did not give the files of {ref.repo}"):
         return Path(
             snapshot_download(
@@ -307,6 +315,19 @@ def _download(ref: HubRef, names: Sequence[str], to: Path | None) -> Path:
                 allow_patterns=[glob.escape(name) for name in names],
             )
         )
+
+
+def _check_names(response: Any) -> None:
+    """Refuse an answer about a file that would be kept outside of the cache."""
+    if response.request.method != "HEAD":
+        return
+    for name in _NAMES:
+        value = response.headers.get(name, "")
+        if not _SAFE_NAME.fullmatch(value):
+            raise DownloadError(
+                f"the Hub answers with the {name} {value!r:.100}, expected letters, digits, '.', "
+                "'_' and '-'. This is no Hub to trust; look at HF_ENDPOINT."
+            )
 
 
 @contextlib.contextmanager
