@@ -5,9 +5,10 @@
 Options that it does not have go to `qaflora serve`.
 
 Clients ask for chats of many lengths under many mixes, streams and whole, JSON, probabilities,
-weights and tokens; some go away in the middle, some send what is refused. Probers ask probes:
-greedy chats of 8 tokens with log-probabilities, of each bundle under each of STRATEGIES. Before,
-each probe was asked alone, and every model has had a prompt as long as any, and a grammar.
+and every other path of docs/server.md; some go away in the middle, some send what is refused.
+Probers ask probes: greedy chats of 8 tokens with log-probabilities, of each bundle under each of
+STRATEGIES. Before, each probe was asked alone, and every model has had a prompt as long as any,
+and a grammar.
 
 After each minute all wait until nothing runs, and the memory is read, less what the server then
 keeps of prompts (--prefix-cache): that is bounded, and changes with each prompt. Prints one JSON
@@ -41,7 +42,36 @@ CHAT = "/v1/chat/completions"
 JSON_FORM = {"response_format": {"type": "json_object"}}
 WORDS = ("the", "cat", "río", "42", "why")
 MAX_WORDS = 40  # of a prompt
-STRATEGIES = ("two-place", "static", "qa-flora", "cosine", "base")
+STRATEGIES = ("two-place", "relay", "static", "qa-flora", "cosine", "base")
+CATS = "the cat"
+ASKED = [{"role": "user", "content": CATS}]
+QUESTIONS = {"q": {"type": "noul", "instructions": "Is it a cat?"}}
+# Every other path of docs/server.md, but for those that change which adapters there are.
+READ = (
+    *("/health", "/v1/health", "/v1/models", "/models", "/metrics", "/openapi.json", "/"),
+    *("/props", "/slots", "/lora-adapters", "/api/tags", "/api/ps", "/api/version"),
+)
+ASK: dict[str, dict[str, Any]] = {
+    "/v1/weights": {"prompt": CATS},
+    "/v1/completions": {"prompt": CATS, "max_tokens": 4},
+    "/completions": {"prompt": CATS, "max_tokens": 4},
+    "/completion": {"prompt": CATS, "n_predict": 4},
+    "/infill": {"input_prefix": "def f():", "input_suffix": "return 1", "n_predict": 4},
+    "/chat/completions": {"messages": ASKED, "max_tokens": 4},
+    "/v1/responses": {"input": CATS, "max_output_tokens": 16},
+    "/v1/systemone": {"state": CATS, "questions": QUESTIONS},
+    "/v1/embeddings": {"input": CATS},
+    "/embeddings": {"input": CATS},
+    "/embedding": {"content": CATS},
+    "/api/embeddings": {"prompt": CATS},
+    "/api/embed": {"input": CATS},
+    "/api/chat": {"messages": ASKED, "options": {"num_predict": 4}},
+    "/api/generate": {"prompt": CATS, "options": {"num_predict": 4}},
+    "/api/show": {},
+    "/apply-template": {"messages": ASKED},
+    "/tokenize": {"content": CATS},
+    "/detokenize": {"tokens": [1, 2, 3]},
+}
 
 
 class Client:
@@ -167,9 +197,13 @@ class Client:
         self._expect(400, CHAT, {**self._body(), **wrong})
 
     def _small(self) -> None:
-        path = self._random.choice(("/v1/weights", "/tokenize"))
-        body = {"model": self._models[0], "content": "the cat", "prompt": "the cat"}
-        self._expect(200, path, body)
+        path = self._random.choice((*READ, *ASK))
+        if path in ASK:
+            self._expect(200, path, {"model": self._models[0], **ASK[path]})
+            return
+        status, data = self._ask("GET", path)
+        if status != 200:
+            self.wrong.append(f"{path} answers {status}: {data[:300]!r}")
 
 
 def memory_mb(field: str, pid: int) -> float:
