@@ -496,10 +496,11 @@ class Engine:
                     fusion = _weigh(self._weigher, weights, asked, probe)
                     if fusion.relay is not None and not fusion.relay.is_drafted:
                         told = tuple(self._asked_of_knower(asked, fusion.relay))
-                        draft = probe.draft_for(told, fusion.relay.knower, DRAFT_TOKENS)
+                        query = replace(self._weigher.query(asked), tokens=told)
+                        (draft,) = probe(query).drafts([fusion.relay.knower], DRAFT_TOKENS)
                         relay = replace(fusion.relay, draft=draft, is_drafted=True)
                         fusion = replace(fusion, relay=relay)
-                    read = self._with_draft(asked, fusion)
+                    read = self._with_draft(asked, fusion, self.n_ctx - len(following))
                     n_base = self._weigher.n_base(weights, read)
                     all_weights = self._core.all_weights(fusion)
                     requests[asked.tokens] = Request(read.tokens, all_weights, n_base=n_base)
@@ -625,9 +626,9 @@ class Engine:
                 ask = replace(ask, sampling=sampling)
             answer = self._begin(ask)
             yield answer
+            answer.wait_for_draft()  # which all share
             if answer.is_cancelled:
                 return
-            answer.wait_for_draft()  # which all share
             weighing = replace(ask.weighing, by=replace(answer.fusion, probe_ms=0.0))
             ask = replace(ask, weighing=weighing, on_weights=silent, on_progress=silent)
 
@@ -650,7 +651,9 @@ class Engine:
             if not running:
                 return
             with self._core.call():
-                self._core.loop.drive(lambda: any(answer.is_done for answer in running.values()))
+                self._core.loop.drive(
+                    lambda: any([answer.advance() for answer in running.values()])
+                )
             for index in [i for i, answer in running.items() if answer.is_done]:
                 yield index, running.pop(index)
 
@@ -695,6 +698,8 @@ class Engine:
             weights = ask.weighing.by_for(weigher.known.strategy)
             n_base = weigher.n_base(weights, prompt, prefill)
             n_answer = sampling.max_tokens if n_base else 0
+            if n_answer is not None and str(weights or weigher.known.strategy).startswith("relay"):
+                n_answer = max(n_answer, DRAFT_TOKENS)  # who drafts may go on in the same slot
             probes = Probes(self._core, cancellation, ask.on_progress, n_answer)
             sampler = Sampler(self._model, sampling)  # a bad grammar is refused before the work
 
@@ -703,7 +708,7 @@ class Engine:
                 weighed: RunningSequence | None = None,
                 written: Written | None = None,
             ) -> RunningSequence:
-                read = self._with_draft(prompt, fusion)
+                read = self._with_draft(prompt, fusion, self.n_ctx)
                 request = Request(
                     read.tokens,
                     self._core.all_weights(fusion),
@@ -750,16 +755,16 @@ class Engine:
             return prompt.tokens
         from qaflora_edge.inference.drafts import in_words
 
-        return in_words(self._model, prompt.tokens, prompt.question)[: self.n_ctx]
+        return in_words(self._model, prompt.tokens, prompt.question, self.n_ctx)
 
-    def _with_draft(self, prompt: Prompt, fusion: FusionWeights) -> Prompt:
+    def _with_draft(self, prompt: Prompt, fusion: FusionWeights, n_ctx: int) -> Prompt:
         """Give the prompt of who answers: that of the caller, or with another's draft in it."""
         if fusion.relay is None or prompt.question is None:
             return prompt
         from qaflora_edge.inference.drafts import with_draft
 
         span = (*prompt.question, prompt.is_later)
-        tokens = with_draft(self._model, prompt.tokens, span, fusion.relay.draft, self.n_ctx)
+        tokens = with_draft(self._model, prompt.tokens, span, fusion.relay.draft, n_ctx)
         return replace(prompt, tokens=tuple(tokens))
 
     def generate(self, prompt: Plain, **options: Any) -> Generation:

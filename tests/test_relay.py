@@ -14,10 +14,11 @@ from serving import client_of
 from tiny import CHATML
 
 from qaflora_edge import Engine
-from qaflora_edge.errors import StrategyError
+from qaflora_edge.errors import BusyError, StrategyError
 from qaflora_edge.inference.drafts import with_draft
-from qaflora_edge.weighing.drafted import BASE, Draft
-from qaflora_edge.weighing.strategy import Query, parse_strategy
+from qaflora_edge.weighing.drafted import BASE, N_BEGUN, Draft
+from qaflora_edge.weighing.numbers import alone_weights
+from qaflora_edge.weighing.strategy import Mix, Query, parse_strategy
 
 NAMES = ("form", "shop", "other")
 USUAL: dict[str, Any] = {"mean": log(0.01), "spread": 0.5, "each": []}
@@ -233,6 +234,50 @@ def test_a_knower_that_would_give_the_form_is_asked_for_words(
             [{"role": "user", "content": f"({alone.strip()})\n\nabc def?"}]
         )
         assert scores == pytest.approx(engine.score(drafted, "abc", strategy="single:es"), abs=1e-5)
+
+
+def by_draft(query: Query, probe: Any) -> Mix:
+    """Answer with one adapter, after its draft was read: a strategy that decides so."""
+    probe.added()
+    weights = alone_weights("math", query.adapters, query.n_layer)
+    probe.drafts(["es"], N_BEGUN, weights)
+    return Mix(weights)
+
+
+@pytest.mark.parametrize("n_token", [40, 155, 159])  # of a context of 160: with room and without
+@pytest.mark.parametrize("options", [{}, {"logprobs": 0}, {"max_tokens": 3}, {"stop": "o"}])
+def test_an_answer_goes_on_from_its_draft_as_if_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, n_token: int, options: Any
+) -> None:
+    monkeypatch.setattr("qaflora_edge.weighing.relay._by_hand", by_draft)
+    options = {"max_tokens": 20, **options}
+    with Engine(folder, n_ctx=160, draft=0) as engine:
+        n_around = len(engine.chat_tokens([{"role": "user", "content": ""}]))
+        prompt = engine.chat_tokens([{"role": "user", "content": "a" * (n_token - n_around)}])
+        alone = engine.generate(prompt, strategy="single:math", **options)
+        answer = engine.generate(prompt, strategy=BY_HAND, **options)
+        assert answer.text() == alone.text()
+        assert answer.finish_reason == alone.finish_reason
+        tokens = [entry.token for entry in answer.logprobs]
+        assert tokens == [entry.token for entry in alone.logprobs]
+
+
+def test_given_weights_of_a_relay_score_as_its_strategy(folder: Path) -> None:
+    with Engine(folder, n_ctx=512) as engine:
+        prompt = engine.chat_tokens([{"role": "user", "content": "abc def?"}])
+        fusion = engine.weights(prompt, strategy=BY_HAND)
+        expected = engine.score(prompt, "xyz", strategy=BY_HAND)
+        assert engine.score(prompt, "xyz", weights=fusion).tolist() == expected.tolist()
+
+
+def test_a_drafting_answer_outlives_its_engine(folder: Path) -> None:
+    with Engine(folder, n_ctx=512) as engine:
+        prompt = engine.chat_tokens([{"role": "user", "content": "abc def?"}])
+        answer = engine.generate(prompt, strategy=BY_HAND, wait=False)
+        engine.generate(prompt, strategy="single:es", max_tokens=200).text()  # it drafts meanwhile
+    assert not answer.is_done
+    with pytest.raises(BusyError):
+        answer.text()
 
 
 def test_weights_of_another_prompt_bring_no_draft(folder: Path) -> None:

@@ -107,7 +107,7 @@ def _choice(generation: Generation) -> dict[str, Any]:
 
 
 def _thought(thought: str) -> dict[str, Any]:
-    delta = {"reasoning_content": thought} if thought else {}
+    delta = {"reasoning_content": thought} if thought else {"role": "assistant"}
     return {"delta": delta, "logprobs": None, "finish_reason": None}
 
 

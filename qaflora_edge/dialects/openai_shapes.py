@@ -65,6 +65,8 @@ def answer_chunks(
             thought = piece if extras.drafts_are_thoughts else ""
             choice = {"index": index, **shape.thought(thought)}
             drafted = {} if thought else extras.draft(piece)
+            if not thought and not drafted:
+                continue
             fusion = {**mix.get("fusion", {}), **drafted.get("fusion", {})}
             yield {**head, "choices": [choice], **({"fusion": fusion} if fusion else {})}
             mix = {}
@@ -109,7 +111,7 @@ def usage(ended: Sequence[Generation], n: int) -> dict[str, Any]:
     n_prompt = sum(generation.n_prompt for generation in ended[::n])
     n_cached = sum(generation.n_cached for generation in ended[::n])
     n_completion = sum(generation.n_completion for generation in ended)
-    n_completion += max((generation.n_draft for generation in ended), default=0)  # they share it
+    n_completion += sum(generation.n_draft for generation in ended[::n])  # which n share
     return {
         "prompt_tokens": n_prompt,
         "completion_tokens": n_completion,

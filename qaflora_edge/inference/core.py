@@ -131,7 +131,10 @@ class Core:
         """Decode drafts; only a strategy that reads some makes it."""
         from qaflora_edge.inference.drafts import Drafter
 
-        drafter = Drafter(self.model, self.pack, self.options)
+        options = dict(self.options)
+        if self.model.is_on_cpu:  # KV states go from one to the other: both with flash, or without
+            options["flash_attn"] = not self.context.is_flash_off
+        drafter = Drafter(self.model, self.pack, options)
         self._free_later(drafter.close)
         return drafter
 
@@ -271,9 +274,11 @@ class Core:
             sequence = weighed
             sequence.start(request, sampler, n_max)
             is_plain = sampler is not None and sampler.is_plain and sampler.constraint is None
-            if is_plain and n_max > 0 and not request.sampling.logprobs:
+            state = None if written is None else written.state
+            has_room = state is not None and len(state.tokens) < n_ctx
+            if is_plain and n_max > 0 and has_room and not request.sampling.logprobs:
                 sequence.written = written
-                begun = () if written else begun
+                begun = ()
         if self.draft != 0:
             # As if it had been answered before: what was drafted is verified, not decoded.
             before = (*request.tokens, *begun, *request.tokens) if begun else request.tokens
@@ -327,8 +332,10 @@ class Core:
             told = replace(relay, draft=draft, is_drafted=is_drafted, draft_ms=draft_ms)
             drafted = replace(fusion, relay=told)
             if is_drafted:
-                return answer(drafted), drafted
-            ended = RunningSequence(request, None, 0)
+                sequence = answer(drafted)
+                sequence.is_told = True
+                return sequence, drafted
+            ended = RunningSequence(replace(request, sampling=Sampling()), None, 0)
             if drafting.error is not None:
                 ended.fail(drafting.error)
             ended.finish("cancelled")
@@ -472,13 +479,6 @@ class Probes:
             for written in core.run(steps, self._cancellation, kind="draft"):
                 self._written[written.draft.adapter] = written
         return [self._written[name].draft for name in names]
-
-    def draft_for(self, tokens: tuple[int, ...], name: str, n_token: int) -> Draft:
-        """Let one adapter, or BASE, draft for a prompt that may not be the query's."""
-        if tokens != self.query.tokens:
-            self(replace(self.query, tokens=tokens))
-        (draft,) = self.drafts([name], n_token)
-        return draft
 
     def written(self, weights: F32) -> Written | None:
         """Give the draft under these weights, with which an answer begins, if there is one.

@@ -1,6 +1,7 @@
 """Drafts: answers of single adapters, or the base, that a strategy reads before it decides."""
 
 import codecs
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,6 +11,7 @@ from qaflora_edge.arrays import F32
 from qaflora_edge.backend.batch import Span
 from qaflora_edge.backend.context import Context, KvState
 from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.errors import BackendError
 from qaflora_edge.inference.prefix import GrowingContext, Steps, prefill_request, wiped_on_failure
 from qaflora_edge.inference.request import Request
 from qaflora_edge.inference.sampler import no_numbers
@@ -69,24 +71,44 @@ class Drafter:
         """
         names = list(weights)
         drafts: list[Written] = []
-        for at in range(0, len(names), _N_SEQ - 1):
-            together = names[at : at + _N_SEQ - 1]
-            n_most = (1 + len(together)) * len(request.tokens) + len(together) * n_token
-            context = self._contexts.for_query(n_most)
-            with wiped_on_failure(context):
-                if (state := read()) is not None:
-                    context.load_kv_state(state)
-                    context.keep(request.n_base, 0)
-                yield from prefill_request(context, request, request.n_base)
-                rows = [
-                    _begin(context, request, seq, name, weights[name], begun.get(name))
-                    for seq, name in enumerate(together, start=1)
-                ]
-                yield from self._decode(context, rows, n_token)
-                drafts += [self._written(context, row) for row in rows]
-            context.clear()
-            if context.n_ctx > _N_CTX_KEPT:
+        try:
+            for at in range(0, len(names), _N_SEQ - 1):
+                together = {name: weights[name] for name in names[at : at + _N_SEQ - 1]}
+                drafts += yield from self._draft(request, together, begun, n_token, read())
+        finally:
+            context = self._contexts.context
+            if context is not None and context.n_ctx > _N_CTX_KEPT:
                 self._contexts.close()
+        return drafts
+
+    def _draft(
+        self,
+        request: Request,
+        weights: dict[str, F32],
+        begun: dict[str, Written],
+        n_token: int,
+        state: KvState | None,
+    ) -> Steps[list[Written]]:
+        """Draft as draft() does, all in one batch."""
+        n_prompt = len(request.tokens)
+        n_tail = n_prompt - request.n_base
+        # What was begun has cells of its own; all others share the base's.
+        n_copied = sum(name in begun and begun[name].state is not None for name in weights)
+        n_most = (1 + n_copied) * n_prompt + len(weights) * (n_tail + n_token)
+        context = self._contexts.for_query(n_most)
+        with wiped_on_failure(context):
+            if state is not None:
+                with contextlib.suppress(BackendError):  # another shape: it is prefilled
+                    context.load_kv_state(state)
+                context.keep(request.n_base, 0)
+            yield from prefill_request(context, request, request.n_base)
+            rows = [
+                _begin(context, request, seq, name, weights[name], begun.get(name))
+                for seq, name in enumerate(weights, start=1)
+            ]
+            yield from self._decode(context, rows, n_token)
+            drafts = [self._written(context, row) for row in rows]
+        context.clear()
         return drafts
 
     def _decode(self, context: Context, rows: Sequence[_Row], n_token: int) -> Steps[None]:
@@ -151,12 +173,14 @@ def _text(model: Model, tokens: Sequence[int]) -> str:
     return decoder.decode(model.detokenize(tokens))
 
 
-def in_words(model: Model, tokens: Sequence[int], question: tuple[int, int] | None) -> list[int]:
-    """Ask for an answer in words, behind the question of a prompt."""
-    if question is None:
+def in_words(
+    model: Model, tokens: Sequence[int], question: tuple[int, int] | None, n_ctx: int
+) -> list[int]:
+    """Ask for an answer in words, behind the question of a prompt, where there is room."""
+    told = model.tokenize(IN_WORDS, add_special=False, parse_special=False)
+    if question is None or len(tokens) + len(told) >= n_ctx:
         return [*tokens]
     end = question[1]
-    told = model.tokenize(IN_WORDS, add_special=False, parse_special=False)
     return [*tokens[:end], *told, *tokens[end:]]
 
 
@@ -180,11 +204,11 @@ def with_draft(
         return [*tokens]
     start, end, _ = question
     n_room = (n_ctx - len(tokens)) // 2
-    said = model.detokenize(draft.tokens[: max(0, n_room)])
-    asked = model.detokenize(tokens[start:end])
-    text = b"(%s)\n\n%s" % (said.strip(), asked)
-    written = text.decode("utf-8", "replace")
-    told = model.tokenize(written, add_special=False, parse_special=False)
+    said = _text(model, draft.tokens[: max(0, n_room)]).strip()
+    if not said:
+        return [*tokens]
+    asked = model.detokenize(tokens[start:end]).decode("utf-8", "replace")
+    text = f"({said})\n\n{asked}"
+    told = model.tokenize(text, add_special=False, parse_special=False)
     prompt = [*tokens[:start], *told, *tokens[end:]]
-    has_room = n_room > 0 and len(prompt) < n_ctx
-    return prompt if has_room else [*tokens]
+    return prompt if len(prompt) < n_ctx else [*tokens]

@@ -70,6 +70,7 @@ class Generation(Iterator[str]):
         self.calls: Calls | None = None
         self._n_taken = 0  # tokens of the answer until the last piece that was taken
         self._go_on = go_on
+        self._drafted = sequence if go_on else None  # by which a relay's draft is told
         self._is_draft_told = False
         sequence.timings.probe_ms = fusion.probe_ms
         weakref.finalize(self, Cancellation.set, sequence.request.cancellation).atexit = False
@@ -77,7 +78,6 @@ class Generation(Iterator[str]):
     @property
     def is_done(self) -> bool:
         """Tell whether all of it is computed; pieces may still wait to be taken."""
-        self._end_draft()
         return not self.is_drafting and self._sequence.is_done
 
     @property
@@ -85,12 +85,21 @@ class Generation(Iterator[str]):
         """Tell whether the knower of a relay drafts, or waits for its turn."""
         return self._go_on is not None
 
-    def _end_draft(self) -> None:
-        """Begin the writer's answer, where the draft has ended."""
+    def advance(self) -> bool:
+        """Begin a writer's answer where its draft has ended; tell whether all is computed.
+
+        It holds the loop's lock: it is called as a condition of Loop.drive alone.
+        """
         if self._go_on is not None and self._sequence.is_done:
             self._sequence, self.fusion = self._go_on()
             self._sequence.timings.probe_ms = self.fusion.probe_ms
             self._go_on = None
+        return self.is_done
+
+    def _has_begun(self) -> bool:
+        """Tell whether there is no draft, or none any more, as advance() does."""
+        self.advance()
+        return not self.is_drafting
 
     @property
     def is_cancelled(self) -> bool:
@@ -174,7 +183,7 @@ class Generation(Iterator[str]):
     def prompt_logits(self) -> F32:
         """Give float32 [n_vocab] after the prompt, where max_tokens is 0."""
         with self._call():
-            self._drive(lambda: self.is_done)
+            self._drive(self.advance)
         if self._sequence.error is not None:
             raise self._sequence.error
         assert self._sequence.logits is not None
@@ -197,18 +206,19 @@ class Generation(Iterator[str]):
 
         Iterating over the answer skips it. Either way `draft` has it.
         """
-        if self.draft is not None and not self.is_drafting and not self._is_draft_told:
-            self._is_draft_told = True
-            yield self.draft.text
-        while self.is_drafting:
-            self._is_draft_told = True
-            self._wait_for_piece(self._sequence)
-            if not self._sequence.pieces:
-                with self._call():
-                    self._end_draft()
-                return
-            piece, _, _ = self._sequence.pieces.popleft()
+        drafted = self._drafted
+        if drafted is None:
+            if self.draft is not None and not self._is_draft_told:
+                self._is_draft_told = True
+                yield self.draft.text
+            return
+        while True:
+            self._wait_for_piece(drafted)
+            if not drafted.pieces:
+                break
+            piece, _, _ = drafted.pieces.popleft()
             yield piece
+        self.wait_for_draft()
 
     def _wait_for_piece(self, sequence: RunningSequence) -> None:
         """Compute until a sequence has a piece of text, or has ended."""
@@ -218,8 +228,9 @@ class Generation(Iterator[str]):
 
     def wait_for_draft(self) -> None:
         """Compute until a relay's draft is whole; without one do nothing."""
-        with self._call():
-            self._drive(lambda: self.is_done or not self.is_drafting)
+        if self.is_drafting:
+            with self._call():
+                self._drive(self._has_begun)
 
     def thoughts(self) -> Iterator[str]:
         """Iterate over what is left of the thought before the answer, in pieces of text.

@@ -231,7 +231,8 @@ class Loop:
     def _end_cancelled(self) -> None:
         for sequence in (*self._scheduler.waiting, *self._scheduler.running):
             if sequence.is_cancelled and not sequence.is_done:
-                if sequence.slot is None or sequence.is_prefill or sequence.is_weighed:
+                is_begun = sequence.slot is not None and not sequence.is_prefill
+                if not sequence.is_told and (not is_begun or sequence.is_weighed):
                     sequence.fail(cancelled())
                 else:
                     sequence.finish("cancelled")

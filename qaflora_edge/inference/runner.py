@@ -159,7 +159,12 @@ class Runner:
         draft = written.draft
         assert written.state is not None
         sequence.written = None
-        self._context.load_sequence(slot.number, written.state)
+        try:
+            self._context.load_sequence(slot.number, written.state)
+        except BackendError:  # another shape: the prompt is prefilled, as without a draft
+            sequence.n_past = 0
+            slot.hold(sequence, 0)
+            return
         sequence.n_past = len(written.state.tokens)
         for token, logprob in zip(draft.tokens, draft.logprobs, strict=True):
             data = self._vocabulary.piece(token)

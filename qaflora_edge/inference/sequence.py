@@ -99,6 +99,7 @@ class RunningSequence:
     next_token  chosen, not yet decoded
     guesser     guesses tokens after it, if anything does
     written     the beginning of its answer, where that need not be computed
+    is_told     whether its caller has something of it: cancelled, it ends and does not fail
     pieces      text not yet taken, each with the number of answer tokens until there, and whether
                 it is of the thought
     n_thought   tokens of a thought: those before the answer's first
@@ -137,6 +138,7 @@ class RunningSequence:
         self.request, self.sampler, self.n_max = request, sampler, n_max
         self.guesser: Guesser | None = None
         self.written: Written | None = None
+        self.is_told = False
         sampling, thinking = request.sampling, request.thinking
         self._split = ThoughtSplitter(thinking, is_exact=sampling.grammar is not None)
         self.text = TextDecoder(sampling.stop, self._split)
