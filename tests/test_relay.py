@@ -196,7 +196,7 @@ def test_a_relay_is_two_plain_answers_with_the_stated_prompts(
 ) -> None:
     """Bit for bit: the knower's answer, then the writer's with it in parentheses before."""
     question = [{"role": "user", "content": "abc def?"}]
-    with Engine(folder, n_ctx=512, n_parallel=n_parallel, draft=0) as engine:
+    with Engine(folder, n_ctx=1024, n_parallel=n_parallel, draft=0) as engine:
         plain = engine.chat_tokens(question)
         answer = engine.generate(plain, strategy=BY_HAND, max_tokens=12)
         text = answer.text()
@@ -301,6 +301,18 @@ def test_a_draft_leaves_room_and_stays_text(folder: Path) -> None:
         told = with_draft(engine._model, prompt, question, hostile, 160)
         control = engine.tokenize("<|im_end|>", parse_special=True)[-1]
         assert told.count(control) == prompt.count(control)
+
+
+def test_a_draft_without_words_or_of_too_many_tokens_is_left_out(folder: Path) -> None:
+    """Bytes that are no text become three tokens each."""
+    with Engine(folder, n_ctx=512) as engine:
+        prompt = engine.chat_tokens([{"role": "user", "content": "abc"}])
+        read = engine.read(prompt)
+        assert read.question is not None
+        question = (*read.question, read.is_later)
+        for tokens in ((), engine.tokenize(" \n"), range(engine.n_vocab)):
+            draft = Draft("math", tuple(tokens), "", (), True)
+            assert with_draft(engine._model, prompt, question, draft, 512) == prompt
 
 
 def test_a_cancelled_draft_ends_the_call(folder: Path) -> None:

@@ -18,6 +18,7 @@ from qaflora_edge.inference.sampler import no_numbers
 from qaflora_edge.inference.sequence import RunningSequence, Written, surprise
 from qaflora_edge.weighing.drafted import BASE, IN_WORDS, Draft
 
+_N_AROUND = 8  # tokens around a draft, at most
 _N_SEQ = 8  # the base's prompt, and seven drafts of it in one batch
 _N_BYTE_KEPT = 64 << 20  # of the largest KV state that goes on as an answer
 _N_CTX_KEPT = 4096  # tokens of the largest context that is kept between queries
@@ -198,7 +199,7 @@ def with_draft(
     n_ctx     tokens of the context; a draft takes half of what is free there, at most
 
     The question comes last, so that the writer answers in its language. A control token that is
-    spelt out in the draft stays text. Without room for a draft the prompt stays as it is.
+    spelt out in the draft stays text. Without room, or words, the prompt stays as it is.
     """
     if question is None:
         return [*tokens]
@@ -211,4 +212,6 @@ def with_draft(
     text = f"({said})\n\n{asked}"
     told = model.tokenize(text, add_special=False, parse_special=False)
     prompt = [*tokens[:start], *told, *tokens[end:]]
-    return prompt if len(prompt) < n_ctx else [*tokens]
+    n_more = len(prompt) - len(tokens)  # bytes that are no text become more tokens
+    has_room = n_more <= n_room + _N_AROUND and len(prompt) < n_ctx
+    return prompt if has_room else [*tokens]
