@@ -84,6 +84,24 @@ def test_the_context_grows_beside_an_answer_and_keeps_its_states(
         assert answer._sequence.n_max == 4096 - answer.n_prompt + 1
 
 
+def test_a_short_request_waits_for_one_chunk_of_a_long_prompt(made: TinyBundle) -> None:
+    """In steps: at most one of the long prompt before each chunk of the short one."""
+    with Engine(made.folder, n_parallel=2, **OPTIONS) as engine:
+        long = engine.generate(LONG, max_tokens=1, wait=False)
+        short = None
+        n_step = 0
+        while short is None or not short.is_done:
+            engine._core.loop.drive(partial(next, iter([False, True])))
+            if long._sequence.n_past > 3000 and short is None:
+                short = engine.generate("a king in the air " * 20, max_tokens=1, wait=False)
+                n_chunk = len([*engine._core.context.chunks().cut([0] * short.n_prompt)])
+                n_step = 0
+            n_step += 1
+        assert n_step <= 2 * n_chunk + 1
+        assert not long.is_done
+        long.cancel()
+
+
 def test_slots_that_nobody_needs_so_large_shrink(
     made: TinyBundle, fixed: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
