@@ -39,7 +39,7 @@ class Script:
     pieces   how many letters come at once, and how long it waits before the next
     progress  the `prompt_progress` that it tells before probe_s
     key      what it asks for, if anything
-    refusal  a status, a message and headers that every question is refused with
+    refusal  a status, a message and headers (and `code`) that every question is refused with
     is_broken  whether a stream ends before its end
     """
 
@@ -112,9 +112,8 @@ def app(script: Script) -> Starlette:
         script.asked.append(body)
         if script.refusal is not None:
             status, message, headers = script.refusal
-            return JSONResponse(
-                {"error": {"message": message}}, status_code=status, headers=headers
-            )
+            error = {"message": message, "code": headers.pop("code", None)}
+            return JSONResponse({"error": error}, status_code=status, headers=headers)
         return StreamingResponse(stream(body), media_type="text/event-stream")
 
     async def stream(body: dict[str, Any]) -> AsyncIterator[str]:

@@ -392,6 +392,13 @@ def test_broken_memory_means_hashing_again(
     assert hashed == ALL * 2
 
 
+def test_what_is_remembered_is_read_once_for_all_files(made: TinyBundle) -> None:
+    load_bundle(made.folder)
+    inputs._parsed_memory.cache_clear()
+    load_bundle(made.folder)
+    assert inputs._parsed_memory.cache_info().misses == 1
+
+
 def test_a_file_is_hashed_and_its_values_are_checked_once_for_each_state(
     made: TinyBundle, hashed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

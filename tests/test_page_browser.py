@@ -426,6 +426,13 @@ def test_a_server_that_is_busy_says_so(desk: Desk) -> None:
     assert "42" in desk.text(".answer")
 
 
+def test_too_long_a_chat_is_told_without_options_of_a_command(desk: Desk) -> None:
+    message = "The prompt has 9 tokens; raise the context (--ctx, n_ctx)."
+    desk.script.refusal = (400, message, {"code": "context_length_exceeded"})
+    desk.ask()
+    assert desk.text(".note").startswith("This chat is longer than the model can read. Begin")
+
+
 def test_an_answer_that_breaks_off_is_no_whole_one(desk: Desk) -> None:
     desk.script.is_broken = True
     desk.ask()

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -54,11 +55,13 @@ class AdapterInfo:
     tensors: Mapping[str, TensorInfo]
 
 
+@lru_cache(maxsize=8192)  # the adapters of a bundle name the same modules
 def module_kind(base_name: str) -> str:
     """Give attn_q of blk.3.attn_q.weight, and output of output.weight."""
     return re.sub(r"^blk\.\d+\.", "", base_name).removesuffix(".weight")
 
 
+@lru_cache(maxsize=8192)
 def why_not_adapted(architecture: str, base_name: str) -> str:
     """Say why a LoRA on a tensor of a base would not count; "" where it does.
 

@@ -13,6 +13,7 @@ import os
 import stat
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -169,9 +170,17 @@ def _passed_key(path: Path) -> str:
 
 def _read_memory() -> dict[str, list[Any]]:
     """Read what is remembered: path -> bytes, time of change, SHA-256; and of checks passed."""
+    path = cache_dir() / MEMORY_FILE
     with contextlib.suppress(OSError, TypeError, ValueError, RecursionError):
-        return dict(json.loads((cache_dir() / MEMORY_FILE).read_bytes()))
+        status = path.stat()
+        return _parsed_memory(path, status.st_ino, status.st_mtime_ns)
     return {}
+
+
+@lru_cache(maxsize=1)
+def _parsed_memory(path: Path, _inode: int, _changed_ns: int) -> dict[str, list[Any]]:
+    """Parse the file once for all files of a bundle; each change of it is another inode."""
+    return dict(json.loads(path.read_bytes()))
 
 
 def _remember(entries: dict[str, list[Any]]) -> None:

@@ -26,11 +26,15 @@ const askKey = () => keyring.asking ||= new Promise(done => {
   dialog.showModal();
 });
 
+// The server's own words name options of a command, which a reader of the page cannot give.
+const TOO_LONG = "This chat is longer than the model can read. Begin a new one, or ask for less at once.";
+
 const refusal = async response => {
   const retryAfter = Number(response.headers.get("Retry-After")) || null;
   let message = `The server answers ${response.status} ${response.statusText}.`;
   try {
-    message = (await response.json()).error.message || message;
+    const { error } = await response.json();
+    message = error.code === "context_length_exceeded" ? TOO_LONG : error.message || message;
   } catch { /* another kind of body: its status says it */ }
   return new Refused(message, response.status, retryAfter);
 };
