@@ -153,20 +153,28 @@ def test_svg_has_a_cell_per_weight_with_its_numbers() -> None:
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, and texts, as a parser of the standard library sees them."""
+    """Tags with their attributes, as a parser of the standard library sees them.
+
+    parts  a tag without a text, or the last tag and a text; in order
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[str] = []
+        self.parts: list[tuple[str, str | None]] = []
         self.feed(text)
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
+        self.parts.append((tag, None))
 
     def handle_data(self, data: str) -> None:
-        self.texts.append(data)
+        self.parts.append((self.tags[-1][0] if self.tags else "", data))
+
+    @property
+    def texts(self) -> list[str]:
+        return [text for _, text in self.parts if text is not None]
 
 
 def test_a_notebook_asks_for_nothing_from_elsewhere() -> None:

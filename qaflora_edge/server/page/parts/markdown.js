@@ -10,6 +10,7 @@ const MAX_OPEN = 100; // runs of stars that wait for their end
 
 const FENCE = /^ {0,3}(`{3,}(?=[^`]*$)|~{3,})[ \t]*(\S*)/;
 const HEADING = /^ {0,3}(?!####(?: [^\p{L}]*)?$)(#{1,6})(?=[ \t]|$)(.*)$/u;
+const RESULT = /^ {0,3}#### ([^\p{L}]*)$/u; // as GSM8K ends an answer: no heading
 const RULE = /^ {0,3}([-*_])[ \t]*(?:\1[ \t]*){2,}$/;
 const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^( {0,3})([-+*]|\d{1,9}[.)])( *)(.*)$/;
@@ -30,7 +31,7 @@ const itemAt = line => {
 
 // Whether a line ends the paragraph above it.
 const breaks = line => {
-  if (FENCE.test(line) || HEADING.test(line) || RULE.test(line) || QUOTE.test(line)) return true;
+  if (FENCE.test(line) || HEADING.test(line) || RESULT.test(line) || RULE.test(line) || QUOTE.test(line)) return true;
   const item = itemAt(line);
   return item !== null && !item.isEmpty && !(item.number !== 1 && /[.)]/.test(item.kind));
 };
@@ -138,6 +139,8 @@ const blockAt = (lines, at, depth) => {
   if (FENCE.test(line)) return fenceAt(lines, at);
   const heading = HEADING.exec(line);
   if (heading) return [[`h${heading[1].length}`, {}, inline(heading[2].trim().replace(/(^|[ \t])#+$/, "").trim())], at + 1];
+  const result = RESULT.exec(line);
+  if (result) return [["p", {}, [["strong", {}, inline(result[1].trim())]]], at + 1];
   if (RULE.test(line)) return [["hr", {}, []], at + 1];
   if (depth < MAX_NESTED && QUOTE.test(line)) {
     const [own, next] = gathered(lines, at, each => QUOTE.test(each) ? each.replace(QUOTE, "") : null);
