@@ -89,11 +89,6 @@ def test_tools(client: OpenAI, choice: Any) -> None:
     assert call.type == "function"
     assert call.function.name == "weather"
     assert json.loads(call.function.arguments)["place"] in ("Rome", "Oslo")
-
-    with client.chat.completions.stream(max_tokens=200, **asked) as stream:
-        whole = stream.get_final_completion().choices[0]
-    (streamed,) = whole.message.tool_calls or ()
-    assert json.loads(streamed.function.arguments)["place"] in ("Rome", "Oslo")
     # As Extended OpenAI Conversation 2.0.0, of Home Assistant, sends it back.
     result = {"tool_call_id": call.id, "role": "tool", "name": "weather", "content": "warm"}
     told: Any = [*USER, found.message.model_dump(exclude_none=True), result]
@@ -101,6 +96,22 @@ def test_tools(client: OpenAI, choice: Any) -> None:
         model="tiny", messages=told, tools=[WEATHER], tool_choice="none", max_tokens=3
     )
     assert again.choices[0].message.tool_calls is None
+
+
+def test_tools_in_tags_are_streamed(tmp_path: Path) -> None:
+    template = QWEN.replace("<tool_call>{...}</tool_call>", "<tool_call>\n<function=f>")
+    made = make_bundle(tmp_path, chat_template=template, n_ctx=1024)
+    asked: Any = {"model": "tiny", "messages": USER, "tools": [WEATHER], "tool_choice": "required"}
+    with (
+        listening(made.folder) as url,
+        OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client,
+        client.chat.completions.stream(max_tokens=200, **asked) as stream,
+    ):
+        parts = [event for event in stream if event.type.startswith("tool_calls.function.arg")]
+        whole = stream.get_final_completion().choices[0]
+    (call,) = whole.message.tool_calls or ()
+    assert json.loads(call.function.arguments)["place"] in ("Rome", "Oslo")
+    assert (whole.finish_reason, len(parts) > 2) == ("tool_calls", True)
 
 
 def test_parsed_by_a_schema(client: OpenAI) -> None:
