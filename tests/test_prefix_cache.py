@@ -11,9 +11,9 @@ from tiny import EOS, TinyBase, write_tiny_adapter, write_tiny_base
 
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.backend.prefix import Prefixes
 from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.base import read_base
-from qaflora_edge.inference.prefix import Prefixes
 from qaflora_edge.weighing.probe import PLACES, Prober
 
 F32 = NDArray[np.float32]

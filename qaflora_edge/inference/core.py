@@ -44,9 +44,9 @@ from qaflora_edge.weighing.numbers import FusionWeights, alone_weights, n_base_o
 from qaflora_edge.weighing.strategy import Measure, Query, Reading
 
 if TYPE_CHECKING:
+    from qaflora_edge.backend.prefix import Steps
     from qaflora_edge.formats.adapter import AdapterInfo
     from qaflora_edge.inference.drafts import Drafter
-    from qaflora_edge.inference.prefix import Steps
     from qaflora_edge.weighing.adapter_inputs import AttentionSizes
     from qaflora_edge.weighing.probe import Listener
 
@@ -110,7 +110,7 @@ class Core:
             self.context = context = enter(Context(model, self.pack, **shape, **options))
             self.draft = self._drafts(draft)
             check_unchanged(states)  # llama.cpp opened the files by name, after the checks
-            from qaflora_edge.inference.prefix import Prefixes
+            from qaflora_edge.backend.prefix import Prefixes
             from qaflora_edge.inference.score import Scorer
             from qaflora_edge.weighing.probe import Prober
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from qaflora_edge.arrays import F32
-from qaflora_edge.backend.batch import Span
+from qaflora_edge.backend.batch import Outputs, Span
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
-from qaflora_edge.inference.prefix import GrowingContext, Steps, prefill_request, wiped_on_failure
+from qaflora_edge.backend.prefix import GrowingContext, Steps, wiped_on_failure
 from qaflora_edge.inference.request import Request
 from qaflora_edge.inference.sampler import no_numbers
 from qaflora_edge.inference.sequence import log_softmax
@@ -55,6 +55,23 @@ class Scorer:
                         raise no_numbers("The log-probabilities of a continuation")
                 context.clear()
         return results
+
+
+def prefill_request(context: Context, request: Request, n_token: int) -> Steps[int]:
+    """Prefill a request's prompt in sequence 0, from what is held there up to n_token tokens.
+
+    returns  the row of the last token, whose logits are there if it is the prompt's last
+    """
+    row = -1
+    at = len(context.tokens[0])
+    while at < n_token:
+        end = min(n_token, request.chunk_end(context.chunks(), at))
+        outputs: Outputs = "last" if end == len(request.tokens) else "none"
+        context.set_weights(request.next_weights(at))
+        (row,) = context.decode_spans([Span(0, request.tokens[at:end], at, outputs)])
+        at = end
+        yield None
+    return row
 
 
 def _score_group(

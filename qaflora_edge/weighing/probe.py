@@ -17,9 +17,9 @@ from qaflora_edge.backend.batch import Span as Tokens
 from qaflora_edge.backend.batch import n_common
 from qaflora_edge.backend.context import Context, default_threads, n_ctx_for
 from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.backend.prefix import GrowingContext, Prefixes, Steps, prefill, wiped_on_failure
 from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.adapter import AdapterInfo, read_adapter_gguf
-from qaflora_edge.inference.prefix import GrowingContext, Prefixes, Steps, prefill, wiped_on_failure
 from qaflora_edge.weighing import numbers
 from qaflora_edge.weighing.adapter_inputs import (
     AttentionInputs,

@@ -1,15 +1,14 @@
 """KV state that one query leaves to the next, and how a prompt is prefilled after it.
 
-The slots of answers reuse by the same rule of chunks: scheduler.Slot.
+The slots of answers reuse by the same rule of chunks: inference.scheduler.Slot.
 """
 
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from qaflora_edge.backend.batch import Chunks, Outputs, Span
+from qaflora_edge.backend.batch import Chunks, Outputs
 from qaflora_edge.backend.context import Context, KvState, n_ctx_for
-from qaflora_edge.inference.request import Request
 
 T = TypeVar("T")
 # Yields the number of prefilled tokens, or None, between micro-batches; returns its result.
@@ -43,23 +42,6 @@ def prefill(
         context.decode(tokens[at:end], start=at, outputs=shown, n_seq=n_seq)
         if not is_last:
             yield end
-
-
-def prefill_request(context: Context, request: Request, n_token: int) -> Steps[int]:
-    """Prefill a request's prompt in sequence 0, from what is held there up to n_token tokens.
-
-    returns  the row of the last token, whose logits are there if it is the prompt's last
-    """
-    row = -1
-    at = len(context.tokens[0])
-    while at < n_token:
-        end = min(n_token, request.chunk_end(context.chunks(), at))
-        outputs: Outputs = "last" if end == len(request.tokens) else "none"
-        context.set_weights(request.next_weights(at))
-        (row,) = context.decode_spans([Span(0, request.tokens[at:end], at, outputs)])
-        at = end
-        yield None
-    return row
 
 
 class Prefixes:
