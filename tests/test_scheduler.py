@@ -254,6 +254,22 @@ def test_a_short_request_waits_for_one_chunk_of_a_long_prompt() -> None:
         scheduler.note(step, 0.4)
 
 
+def test_a_short_request_waits_for_one_chunk_of_two_long_prompts() -> None:
+    scheduler = Scheduler(4, CHUNKS)
+    older = RunningSequence(request(range(1, 60)), Noting(), 5)
+    longer = RunningSequence(request(range(1, 99)), Noting(), 5)
+    short = RunningSequence(request([7] * 4), Noting(), 1)
+    scheduler.waiting.extend([older, longer, short])
+    n_step = 0
+    while short.is_prefill:
+        step = scheduler.step()
+        for sequence, n in step.prefill:
+            sequence.n_past += n
+        scheduler.note(step, 1.0)
+        n_step += 1
+    assert n_step == 2
+
+
 def test_who_weighs_is_woken_before_a_long_prompt_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -223,11 +223,18 @@ class Scheduler:
 
     def note(self, step: Step, ms: float) -> None:
         """Note how long a step has taken."""
+        is_turn = self._owed_ms <= 0
         self._owed_ms -= ms
         prefills = [each for each in self.running if each.is_prefill]
-        longest = max(prefills, key=lambda s: s.n_prompt - s.n_past, default=None)
-        if any(sequence is longest for sequence, _ in step.prefill):
-            self._debtor = longest
+        computed = [each for each, _ in step.prefill if each.is_prefill]
+        if not computed:
+            return
+        debtor = max(computed, key=_n_left)
+        lengths = [_n_left(each) for each in prefills]
+        is_longest = _n_left(debtor) == max(lengths)
+        is_shortest = _n_left(debtor) == min(lengths)
+        if is_longest or (is_turn and not is_shortest):
+            self._debtor = debtor
             self._owed_ms = ms
 
     def _prefills(self, running: list[RunningSequence]) -> list[RunningSequence]:
@@ -237,7 +244,7 @@ class Scheduler:
         if self._owed_ms <= 0 or is_alone:
             return prefills
         others = [each for each in prefills if each is not self._debtor]
-        return sorted(others, key=lambda s: s.n_prompt - s.n_past)
+        return sorted(others, key=_n_left)
 
     def _admit(self, step: Step) -> None:
         """Give slots in the order of arrival; who waits for a prompt to reuse lets others pass."""
@@ -299,3 +306,8 @@ class Scheduler:
             target.take(source)
             sequence.slot = target.number
             step.moves.append((source.number, target.number))
+
+
+def _n_left(sequence: RunningSequence) -> int:
+    """Count the tokens of a prompt that are not prefilled yet."""
+    return sequence.n_prompt - sequence.n_past
