@@ -257,7 +257,7 @@ def test_a_short_request_waits_for_one_chunk_of_a_long_prompt() -> None:
 def test_a_short_request_waits_for_one_chunk_of_two_long_prompts() -> None:
     scheduler = Scheduler(4, CHUNKS)
     older = RunningSequence(request(range(1, 60)), Noting(), 5)
-    longer = RunningSequence(request(range(1, 99)), Noting(), 5)
+    longer = RunningSequence(request([9] * 98), Noting(), 5)
     short = RunningSequence(request([7] * 4), Noting(), 1)
     scheduler.waiting.extend([older, longer, short])
     n_step = 0
