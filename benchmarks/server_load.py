@@ -201,7 +201,7 @@ class Client:
         if path in ASK:
             self._expect(200, path, {"model": self._models[0], **ASK[path]})
             return
-        status, data = self._ask("GET", path)
+        status, data = self._ask("GET", f"{path}?model={self._models[0]}")
         if status != 200:
             self.wrong.append(f"{path} answers {status}: {data[:300]!r}")
 
@@ -218,6 +218,15 @@ def models_of(port: int) -> list[str]:
     with contextlib.closing(connection):
         connection.request("GET", "/v1/models")
         return [each["id"] for each in json.load(connection.getresponse())["data"]]
+
+
+def is_followed(port: int, model: str) -> bool:
+    """Whether a bundle knows what a strategy needs: relay asks for more than older ones have."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
+    with contextlib.closing(connection):
+        body = {"model": model, "messages": ASKED, "max_tokens": 1}
+        connection.request("POST", CHAT, json.dumps(body))
+        return connection.getresponse().status == 200
 
 
 def renamed(bundles: list[str], folder: Path) -> list[str]:
@@ -253,6 +262,7 @@ def main() -> None:
         command += ["--timeout", str(TIMEOUT_S), *of_serve]
         process, port = end.enter_context(started(command, folder / "log"))
         mixes = [f"b{i}:{strategy}" for strategy in STRATEGIES for i in range(len(bundles))]
+        mixes = [mix for mix in mixes if is_followed(port, mix)]
         models = models_of(port) + mixes
         n = options.clients
         clients = [Client(port, models, i) for i in range(n + options.probers)]
