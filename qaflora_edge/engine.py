@@ -698,7 +698,9 @@ class Engine:
             weights = ask.weighing.by_for(weigher.known.strategy)
             n_base = weigher.n_base(weights, prompt, prefill)
             n_answer = sampling.max_tokens if n_base else 0
-            if n_answer is not None and str(weights or weigher.known.strategy).startswith("relay"):
+            by = weigher.known.strategy if weights is None else weights
+            may_draft = isinstance(by, str) and by.startswith("relay")
+            if n_answer is not None and may_draft:
                 n_answer = max(n_answer, DRAFT_TOKENS)  # who drafts may go on in the same slot
             probes = Probes(self._core, cancellation, ask.on_progress, n_answer)
             sampler = Sampler(self._model, sampling)  # a bad grammar is refused before the work
