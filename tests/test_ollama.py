@@ -104,6 +104,7 @@ def test_embeddings(client: ollama.Client, alone: Engine) -> None:
     found = client.embed("tiny", texts)
     np.testing.assert_array_equal(found.embeddings, [alone.embed(text) for text in texts])
     assert found.prompt_eval_count == sum(len(alone.tokenize(text)) for text in texts)
+    assert client.embed("tiny", []).embeddings == []
 
 
 def test_bodies_as_other_programs_send_them(made: TinyBundle) -> None:

@@ -32,8 +32,9 @@ def asks(body: Mapping[str, Any], defaults: Ask) -> list[Ask]:
 
 def several(value: Any) -> list[Any]:
     """List the texts, or token ids, of a field that holds one of them or several."""
-    is_one = isinstance(value, str) or isinstance(value[0], int)
-    return [value] if is_one else value
+    is_text = isinstance(value, str)
+    is_ids = not is_text and len(value) > 0 and isinstance(value[0], int)
+    return [value] if is_text or is_ids else value
 
 
 def _text_choice(generation: Generation) -> dict[str, Any]:
