@@ -39,7 +39,7 @@ from qaflora_edge.inference.sampler import Sampler
 from qaflora_edge.inference.scheduler import Scheduler
 from qaflora_edge.inference.sequence import RunningSequence, Written, surprise
 from qaflora_edge.progress import Tell, silent
-from qaflora_edge.weighing.drafted import ANSWER, BASE, DRAFT_TOKENS, Draft
+from qaflora_edge.weighing.drafted import ANSWER, BASE, DRAFT_TOKENS, N_TOGETHER, Draft
 from qaflora_edge.weighing.numbers import FusionWeights, alone_weights, n_base_of
 from qaflora_edge.weighing.strategy import Measure, Query, Reading
 
@@ -472,10 +472,12 @@ class Probes:
             for name, weights in asked.items()
             if name not in self._written or not self._written[name].draft.has(n_token)
         }
-        if missing:
-            tokens = self.query.tokens
-            request = Request(tokens, core.weights_of(BASE), n_base=n_base_of(len(tokens)))
-            steps = core.drafter.draft(request, missing, self._written, n_token, self._read_again)
+        tokens = self.query.tokens
+        request = Request(tokens, core.weights_of(BASE), n_base=n_base_of(len(tokens)))
+        left = list(missing)
+        for at in range(0, len(left), N_TOGETHER):
+            together = {name: missing[name] for name in left[at : at + N_TOGETHER]}
+            steps = core.drafter.draft(request, together, self._written, n_token, self._read_again)
             for written in core.run(steps, self._cancellation, kind="draft"):
                 self._written[written.draft.adapter] = written
         return [self._written[name].draft for name in names]

@@ -17,10 +17,10 @@ from qaflora_edge.inference.request import Request
 from qaflora_edge.inference.sampler import no_numbers
 from qaflora_edge.inference.score import prefill_request
 from qaflora_edge.inference.sequence import RunningSequence, Written, surprise
-from qaflora_edge.weighing.drafted import BASE, IN_WORDS, Draft
+from qaflora_edge.weighing.drafted import BASE, IN_WORDS, N_TOGETHER, Draft
 
 _N_AROUND = 8  # tokens around a draft, at most
-_N_SEQ = 8  # the base's prompt, and seven drafts of it in one batch
+_N_SEQ = 1 + N_TOGETHER  # and the base's prompt
 _N_BYTE_KEPT = 64 << 20  # of the largest KV state that goes on as an answer
 _N_CTX_KEPT = 4096  # tokens of the largest context that is kept between queries
 
@@ -62,55 +62,38 @@ class Drafter:
         n_token: int,
         read: Callable[[], KvState | None],
     ) -> Steps[list[Written]]:
-        """Give a draft under each of these weights, of n_token tokens or whole.
+        """Give a draft under each of these weights, of n_token tokens or whole, in one batch.
 
         request  the prompt under the base, with n_base
-        weights  name -> float32 [n_adapter, n_layer] of all adapters
+        weights  name -> float32 [n_adapter, n_layer] of all adapters; N_TOGETHER names at most
         begun    name -> what there is of its draft, which goes on
         read     gives the base's KV state of the prompt, where it is known
 
         Yields between batches. Raises BackendError for logits that are NaN.
         """
-        names = list(weights)
-        drafts: list[Written] = []
-        try:
-            for at in range(0, len(names), _N_SEQ - 1):
-                together = {name: weights[name] for name in names[at : at + _N_SEQ - 1]}
-                drafts += yield from self._draft(request, together, begun, n_token, read())
-        finally:
-            context = self._contexts.context
-            if context is not None and context.n_ctx > _N_CTX_KEPT:
-                self._contexts.close()
-        return drafts
-
-    def _draft(
-        self,
-        request: Request,
-        weights: dict[str, F32],
-        begun: dict[str, Written],
-        n_token: int,
-        state: KvState | None,
-    ) -> Steps[list[Written]]:
-        """Draft as draft() does, all in one batch."""
         n_prompt = len(request.tokens)
         n_tail = n_prompt - request.n_base
         # What was begun has cells of its own; all others share the base's.
         n_copied = sum(name in begun and begun[name].state is not None for name in weights)
         n_most = (1 + n_copied) * n_prompt + len(weights) * (n_tail + n_token)
         context = self._contexts.for_query(n_most)
-        with wiped_on_failure(context):
-            if state is not None:
-                with contextlib.suppress(BackendError):  # another shape: it is prefilled
-                    context.load_kv_state(state)
-                context.keep(request.n_base, 0)
-            yield from prefill_request(context, request, request.n_base)
-            rows = [
-                _begin(context, request, seq, name, weights[name], begun.get(name))
-                for seq, name in enumerate(weights, start=1)
-            ]
-            yield from self._decode(context, rows, n_token)
-            drafts = [self._written(context, row) for row in rows]
-        context.clear()
+        try:
+            with wiped_on_failure(context):
+                if (state := read()) is not None:
+                    with contextlib.suppress(BackendError):  # another shape: it is prefilled
+                        context.load_kv_state(state)
+                    context.keep(request.n_base, 0)
+                yield from prefill_request(context, request, request.n_base)
+                rows = [
+                    _begin(context, request, seq, name, weights[name], begun.get(name))
+                    for seq, name in enumerate(weights, start=1)
+                ]
+                yield from self._decode(context, rows, n_token)
+                drafts = [self._written(context, row) for row in rows]
+            context.clear()
+        finally:
+            if context.n_ctx > _N_CTX_KEPT:
+                self._contexts.close()
         return drafts
 
     def _decode(self, context: Context, rows: Sequence[_Row], n_token: int) -> Steps[None]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 BASE = "base"  # in place of an adapter's name, where the base alone is meant
 ANSWER = ""  # in place of a name, for the answer that is given if nobody relays
 UNSURE = -100.0  # nats a token, of an empty draft
+N_TOGETHER = 7  # drafts of one batch
 DRAFT_TOKENS = 128  # of the longest draft
 IN_WORDS = " Answer in words."  # behind the question to a knower
 N_BEGUN = 8  # tokens of a draft that tell how sure its adapter is
