@@ -55,6 +55,7 @@ def test_a_chat_that_is_deleted_while_it_is_answered_stays_deleted(desk: Desk) -
     listed(desk, 1)
     for _ in range(2):
         desk.click("#delete-chats")
+    desk.window.until("return !document.querySelectorAll('.past').length")
     desk.window.until("return document.getElementById('send').title === 'Send'")
     desk.window.press(ESCAPE)
     desk.script.pause_s = 0
