@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from qaflora_edge.evaluation.metrics import Metric as Metric
     from qaflora_edge.evaluation.metrics import register_metric as register_metric
     from qaflora_edge.inference.generation import Generation as Generation
-    from qaflora_edge.llama import Llama as Llama
-    from qaflora_edge.llama import replace_llama_cpp as replace_llama_cpp
     from qaflora_edge.weighing.numbers import FusionWeights as FusionWeights
     from qaflora_edge.weighing.strategy import Measured as Measured
     from qaflora_edge.weighing.strategy import Mix as Mix
@@ -28,7 +26,6 @@ _HOMES = {
     "errors": "QafloraError",
     "evaluation.metrics": "Metric register_metric",
     "inference.generation": "Generation",
-    "llama": "Llama replace_llama_cpp",
     "weighing.numbers": "FusionWeights",
     "weighing.strategy": "Measured Mix Probe Query Strategy register_strategy",
 }

@@ -12,7 +12,7 @@ import pytest
 from bundles import TinyBundle
 from click.testing import CliRunner
 
-from qaflora_edge import Engine, Llama, config
+from qaflora_edge import Engine, config
 from qaflora_edge.ask import Sampling
 from qaflora_edge.cli import main
 from qaflora_edge.cli.options import SharedOptions
@@ -140,13 +140,6 @@ def test_defaults_of_python_calls() -> None:
     assert generate.keys() <= {"strategy", "prefill", *sampling}
     for found in (engine, sampling, generate, python_defaults(Engine.chat)):
         assert found == {name: defaults[name] for name in found}
-
-
-def test_llama_has_the_defaults_of_llama_cpp_python() -> None:
-    different = {"n_ctx": 512, "seed": 2**32 - 1}
-    found = python_defaults(Llama.__init__)
-    ours = {name: BY_NAME[name].default for name in found}
-    assert {name: value for name, value in found.items() if value != ours[name]} == different
 
 
 def test_engine_refuses_before_it_loads(tmp_path: Path) -> None:

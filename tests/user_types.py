@@ -6,7 +6,6 @@ from typing import Any, assert_type
 from qaflora_edge import (
     Engine,
     FusionWeights,
-    Llama,
     Mix,
     Probe,
     Query,
@@ -35,6 +34,3 @@ def program(is_stream: bool) -> None:
         either: dict[str, Any] | Iterator[dict[str, Any]]
         either = engine.chat(messages, stream=is_stream)
         print(whole, chunks, either)
-    llm = Llama("bundle")
-    llm("a")["choices"], next(llm.create_completion("a", stream=True))
-    llm.create_chat_completion(messages)["choices"]
