@@ -91,11 +91,18 @@ def _prompt(engine: Engine, question: str, length: int, run: str) -> list[int]:
 
 
 def _answer(engine: Engine, tokens: list[int], strategy: str) -> Timed:
+    drafted: list[float] = []
+
+    def on_draft(text: str) -> None:
+        if text:
+            drafted.append(time.perf_counter())
+
     start = time.perf_counter()
-    answer = engine.generate(tokens, strategy=strategy, max_tokens=64)
+    answer = engine.generate(tokens, strategy=strategy, max_tokens=64, on_draft=on_draft)
     first = next(answer.drafting(), None) or next(answer, None)
     assert first is not None
-    seen = time.perf_counter() - start
+    drafted.append(time.perf_counter())
+    seen = drafted[0] - start
     answer.text()
     whole = time.perf_counter() - start
     return Timed(whole, seen, answer.draft is not None, answer.n_completion)

@@ -193,6 +193,8 @@ class Ask:
     on_weights   called with the weights once they are known
     on_progress  called with "weighing" or "reading", how many tokens of the prompt are done, and
                  how many it has
+    on_draft     called while drafts decide who answers, with the text so far of the answer that is
+                 given unless they decide otherwise
     parse_special  of texts: control tokens that are spelt out are control tokens, and a thought is
                  part of the answer
     waits        prefill before the answer is returned
@@ -206,6 +208,7 @@ class Ask:
     cancel: threading.Event | None = None
     on_weights: "Callable[[FusionWeights], Any]" = silent
     on_progress: Tell = silent
+    on_draft: Callable[[str], Any] = silent
     parse_special: bool = False
     waits: bool = True
 
@@ -227,6 +230,7 @@ def asked(
     parse_special: bool = False,
     on_weights: "Callable[[FusionWeights], Any] | None" = None,
     on_progress: Tell | None = None,
+    on_draft: Callable[[str], Any] | None = None,
     cancel: threading.Event | None = None,
     wait: bool = True,
     **sampling: Any,
@@ -241,6 +245,7 @@ def asked(
         cancel,
         on_weights or silent,
         on_progress or silent,
+        on_draft or silent,
         parse_special,
         wait,
     )

@@ -501,7 +501,7 @@ class Engine:
                         relay = replace(fusion.relay, draft=draft, is_drafted=True)
                         fusion = replace(fusion, relay=relay)
                     read = self._with_draft(asked, fusion, self.n_ctx - len(following))
-                    n_base = self._weigher.n_base(weights, read)
+                    n_base = _n_base(self._weigher, weights, asked, read)
                     all_weights = self._core.all_weights(fusion)
                     requests[asked.tokens] = Request(read.tokens, all_weights, n_base=n_base)
                 items.append((requests[asked.tokens], following))
@@ -702,7 +702,7 @@ class Engine:
             may_draft = isinstance(by, str) and by.startswith("relay")
             if n_answer is not None and may_draft:
                 n_answer = max(n_answer, DRAFT_TOKENS)  # who drafts may go on in the same slot
-            probes = Probes(self._core, cancellation, ask.on_progress, n_answer)
+            probes = Probes(self._core, cancellation, ask.on_progress, n_answer, ask.on_draft)
             sampler = Sampler(self._model, sampling)  # a bad grammar is refused before the work
 
             def begin(
@@ -716,7 +716,7 @@ class Engine:
                     self._core.all_weights(fusion),
                     sampling,
                     fusion.adapters,
-                    weigher.n_base(weights, read, prefill),
+                    _n_base(weigher, weights, prompt, read, prefill),
                     thinking=None if ask.parse_special else prompt.thinking,
                     cancellation=cancellation,
                 )
@@ -783,6 +783,8 @@ class Engine:
         on_weights    called with the weights once they are known
         on_progress   called with "weighing" or "reading", how many tokens of the prompt are done,
                       and how many it has
+        on_draft      called while drafts of a relay decide who answers, with the text so far of
+                      the answer that is given unless they decide otherwise
         cancel        once it is set, the answer ends as by Generation.cancel
         wait          prefill before returning. False: prefill when the first piece of this or
                       another answer is requested.
@@ -854,6 +856,19 @@ def _one_of_many(
         return asked(Chat(messages) if prompt is None else prompt, **keywords)
     except QafloraError as error:
         return error
+
+
+def _n_base(
+    weigher: Weigher, weights: Weights, asked: Prompt, read: Prompt, prefill: str | None = None
+) -> int:
+    """Count the tokens that the base prefills; a writer reads a draft itself, and the question.
+
+    asked, read  the prompt without the draft, and as it is prefilled
+    """
+    n_base = weigher.n_base(weights, read, prefill)
+    if read.tokens == asked.tokens or read.question is None:
+        return n_base
+    return min(n_base, read.question[0])
 
 
 def _weigh(weigher: Weigher, weights: Weights, prompt: Prompt, probes: Probes) -> FusionWeights:

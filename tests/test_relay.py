@@ -153,6 +153,50 @@ def test_to_repeat_an_earlier_answer_is_no_knowledge() -> None:
     assert not weighed(Scripted(*places, [sure]), "relay:abstain=3", **asked_before).weights.any()
 
 
+@pytest.mark.parametrize(("of_fact", "knower"), [(-0.01, "shop"), (-0.5, None)])
+def test_a_fact_may_be_known_though_its_wording_is_not(of_fact: float, knower: str | None) -> None:
+    """One that gives a form is sure of its brackets, and unsure of what stands in them."""
+    form = drafted("form", -0.44, '{"weight"')  # 0.3 spreads above its usual draft
+    wording = (-0.9, -0.9, -0.9, -0.3, -0.3)
+    shop = replace(drafted("shop", 0), logprobs=(*wording, of_fact, of_fact, of_fact))
+    relay = weighed(Scripted(*FORM_FIRST, [form, shop, drafted("other", -0.6)])).relay
+    assert (relay and relay.knower) == knower
+
+
+AT_LAST_ALONE = ([0.0223, LOW, LOW], [TYPICAL_SIZE, 0.012, LOW])  # of form: 1.6, and 1.1 together
+OF_BASE = Draft(BASE, (1, 5, 6), "Liebe Kundin", (-0.3,) * 3, is_whole=True)
+
+
+def test_who_stands_out_where_the_answer_begins_gives_the_form() -> None:
+    form = drafted("form", -0.01, "Liebe Frau")
+    shop = replace(drafted("shop", -0.01), tokens=(4, 5, 6))
+    mix = weighed(Scripted(*AT_LAST_ALONE, [form, shop, OF_BASE]))
+    assert (mix.relay.knower, mix.relay.writer) == ("shop", "form")
+    assert not mix.relay.is_in_words
+    alike = weighed(Scripted(*AT_LAST_ALONE, [form, drafted("shop", -0.01), OF_BASE])).relay
+    assert alike.is_in_words  # it would write a letter too
+    unknown = weighed(Scripted(*AT_LAST_ALONE, [form, drafted("shop", -0.5), OF_BASE]))
+    assert unknown.relay is None
+    assert unknown.weights[:, 0].tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("of_form", "of_base", "nats"),
+    [
+        (drafted("form", -0.5), OF_BASE, 0),  # it is not sure
+        (drafted("form", -0.01), OF_BASE, 9),  # the base would not begin so: nobody asks for it
+        (drafted("form", -0.01), drafted(BASE, -0.01), 0),  # the base writes the same
+    ],
+)
+def test_a_form_that_is_not_asked_for_is_not_given(
+    of_form: Draft, of_base: Draft, nats: float
+) -> None:
+    probe = Scripted(*AT_LAST_ALONE, [of_form, drafted("shop", -0.5), of_base], nats)
+    mix = weighed(probe)
+    assert mix.relay is None
+    assert not mix.weights.any()
+
+
 def test_an_empty_draft_knows_nothing() -> None:
     """An adapter that ends at once is sure of nothing."""
     empty = Draft("shop", (), "", (), is_whole=True)
@@ -190,11 +234,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 BY_HAND = "relay:knower=math,writer=es"
 
 
+def base_reads_up_to_the_question(
+    monkeypatch: pytest.MonkeyPatch, engine: Engine, prompt: list[int]
+) -> None:
+    """Let plain answers prefill as a writer does: it reads the draft and the question itself."""
+    question = engine.read(prompt).question
+    assert question is not None
+    n_before = question[0]
+    monkeypatch.setattr("qaflora_edge.weighing.numbers.n_base_of", lambda n_token: n_before)
+
+
 @pytest.mark.parametrize("n_parallel", [1, 3])
 def test_a_relay_is_two_plain_answers_with_the_stated_prompts(
-    folder: Path, n_parallel: int
+    folder: Path, n_parallel: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit: the knower's answer, then the writer's with it in parentheses before."""
+    """Bit for bit: the knower's answer, then the writer's with it in parentheses before.
+
+    The base prefills what is before both; the writer reads the rest itself.
+    """
     question = [{"role": "user", "content": "abc def?"}]
     with Engine(folder, n_ctx=1024, n_parallel=n_parallel, draft=0) as engine:
         plain = engine.chat_tokens(question)
@@ -206,7 +263,9 @@ def test_a_relay_is_two_plain_answers_with_the_stated_prompts(
         told = f"({drafted.strip()})\n\nabc def?"
         second = engine.chat_tokens([{"role": "user", "content": told}])
         assert answer.prompt == tuple(second)
-        assert text == engine.generate(second, strategy="single:es", max_tokens=12).text()
+        with monkeypatch.context() as patch:
+            base_reads_up_to_the_question(patch, engine, plain)
+            assert text == engine.generate(second, strategy="single:es", max_tokens=12).text()
         n_generated = len(answer.draft.tokens) + answer.n_completion
         assert answer.usage["completion_tokens"] == n_generated
         # A second answer shares the draft, and an equal call gives the same.
@@ -233,6 +292,7 @@ def test_a_knower_that_would_give_the_form_is_asked_for_words(
         drafted = engine.chat_tokens(
             [{"role": "user", "content": f"({alone.strip()})\n\nabc def?"}]
         )
+        base_reads_up_to_the_question(monkeypatch, engine, plain)
         assert scores == pytest.approx(engine.score(drafted, "abc", strategy="single:es"), abs=1e-5)
 
 
@@ -260,6 +320,30 @@ def test_an_answer_goes_on_from_its_draft_as_if_alone(
         assert answer.finish_reason == alone.finish_reason
         tokens = [entry.token for entry in answer.logprobs]
         assert tokens == [entry.token for entry in alone.logprobs]
+
+
+def by_draft_of_base(query: Query, probe: Any) -> Mix:
+    """Answer with the base, after drafts were read."""
+    probe.added()
+    nothing = alone_weights(BASE, query.adapters, query.n_layer)
+    probe.drafts(["es", BASE], N_BEGUN, nothing)
+    return Mix(nothing)
+
+
+@pytest.mark.parametrize("rule", [by_draft, by_draft_of_base])
+def test_the_answer_is_seen_while_drafts_decide(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, rule: Any
+) -> None:
+    monkeypatch.setattr("qaflora_edge.weighing.relay._by_hand", rule)
+    seen: list[str] = []
+    with Engine(folder, n_ctx=512, draft=0) as engine:
+        prompt = engine.chat_tokens([{"role": "user", "content": "abc def?"}])
+        name = "base" if rule is by_draft_of_base else "single:math"
+        text = engine.generate(prompt, strategy=name, max_tokens=20).text()
+        answer = engine.generate(prompt, strategy=BY_HAND, max_tokens=20, on_draft=seen.append)
+        assert answer.text() == text
+    assert len(seen) >= N_BEGUN
+    assert all(text.startswith(part.rstrip("\ufffd")) for part in seen)
 
 
 def test_given_weights_of_a_relay_score_as_its_strategy(folder: Path) -> None:

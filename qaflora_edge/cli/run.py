@@ -116,8 +116,9 @@ def run(
         answer_file(bundle, prompts_path, out, options, sampling, system, as_json)
     ask = Ask(cli.question(text, options, system), sampling=sampling)
     with cli.open_engine(bundle, options) as engine:
-        with waiting("Weighing the adapters, then prefill") as tell:
-            answer = engine.submit(replace(ask, on_progress=tell))
+        with waiting("Weighing the adapters, then prefill") as line:
+            ask = replace(ask, on_progress=line.tell, on_draft=line.expected)
+            answer = engine.submit(ask)
         if as_json:
             with waiting("Answering"):
                 facts = answers.answer_dict(answer)

@@ -98,11 +98,21 @@ def answer_events(
 
 
 def prompt_progress(
-    head: dict[str, Any], stage: str, n_done: int, n_token: int, seconds: float
+    head: dict[str, Any],
+    stage: str,
+    n_done: int,
+    n_token: int,
+    seconds: float,
+    expected: str | None = None,
 ) -> dict[str, Any]:
-    """Make the chunk that says how far a prompt is, as llama-server does."""
+    """Make the chunk that says how far a prompt is, as llama-server does.
+
+    expected  the answer so far, of which nothing is decided yet
+    """
     time_ms = round(1e3 * seconds, 3)
     progress = {"stage": stage, "total": n_token, "processed": n_done, "time_ms": time_ms}
+    if expected is not None:
+        progress["expected"] = expected
     return {**head, "choices": [], "prompt_progress": progress}
 
 

@@ -46,7 +46,7 @@ from qaflora_edge.weighing.strategy import Measure, Query, Reading
 if TYPE_CHECKING:
     from qaflora_edge.backend.prefix import Steps
     from qaflora_edge.formats.adapter import AdapterInfo
-    from qaflora_edge.inference.drafts import Drafter
+    from qaflora_edge.inference.drafts import Drafter, Shown
     from qaflora_edge.weighing.adapter_inputs import AttentionSizes
     from qaflora_edge.weighing.probe import Listener
 
@@ -361,15 +361,24 @@ class Probes:
 
     tell      called with "weighing", how many tokens are done, and how many there are
     n_answer  tokens of the answer that the base's prefill goes on to; None: no limit
+    on_draft  called with the text so far of what is answered unless drafts decide otherwise
     query     attribute: what is measured
     weighed   attribute: the last query's sequence, whose slot is kept for begin(), or until end()
     """
 
     def __init__(
-        self, core: Core, cancellation: Cancellation, tell: Tell = silent, n_answer: int | None = 0
+        self,
+        core: Core,
+        cancellation: Cancellation,
+        tell: Tell = silent,
+        n_answer: int | None = 0,
+        on_draft: Callable[[str], Any] = silent,
     ) -> None:
-        self._core, self._cancellation, self._tell = core, cancellation, tell
+        self._core = core
+        self._cancellation = cancellation
+        self._tell = tell
         self._n_answer = n_answer
+        self._on_draft = on_draft
         self.weighed: RunningSequence | None = None
         self._written: dict[str, Written] = {}
         self._heard: Listener | None = None  # of the query, once a listener has it
@@ -460,13 +469,17 @@ class Probes:
     def drafts(
         self, names: Iterable[str], n_token: int, answer: F32 | None = None
     ) -> "list[Draft]":
+        from qaflora_edge.inference.drafts import Shown
+
         names = list(names)
         core = self._core
         asked = {name: core.weights_of(name) for name in names}
+        answering = None  # whose draft the answer begins with, if these stay the weights
         if answer is not None and self.written(answer) is None:
             weights = core.all_weights_of(self.query.adapters, answer)
-            if not any((weights == other).all() for other in asked.values()):
-                asked[ANSWER] = weights
+            alike = (name for name, other in asked.items() if (weights == other).all())
+            answering = next(alike, ANSWER if weights.any() else BASE)
+            asked[answering] = weights
         missing = {
             name: weights
             for name, weights in asked.items()
@@ -474,13 +487,23 @@ class Probes:
         }
         tokens = self.query.tokens
         request = Request(tokens, core.weights_of(BASE), n_base=n_base_of(len(tokens)))
-        left = list(missing)
+        after_prompt = None if self._heard is None else self._heard.next_logits
+        left = sorted(missing, key=lambda name: name != answering)
         for at in range(0, len(left), N_TOGETHER):
             together = {name: missing[name] for name in left[at : at + N_TOGETHER]}
-            steps = core.drafter.draft(request, together, self._written, n_token, self._read_again)
-            for written in core.run(steps, self._cancellation, kind="draft"):
+            shown = Shown()
+            steps = core.drafter.draft(
+                request, together, self._written, n_token, self._read_again, after_prompt, shown
+            )
+            tell = partial(self._show, shown) if left[at] == answering else None
+            for written in core.run(steps, self._cancellation, tell, kind="draft"):
                 self._written[written.draft.adapter] = written
         return [self._written[name].draft for name in names]
+
+    def _show(self, shown: "Shown", n_token: int) -> None:
+        from qaflora_edge.inference.drafts import text_of
+
+        self._on_draft(text_of(self._core.model, shown.tokens[:n_token]))
 
     def written(self, weights: F32) -> Written | None:
         """Give the draft under these weights, with which an answer begins, if there is one.

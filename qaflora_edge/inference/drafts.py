@@ -40,6 +40,29 @@ class _Row:
     logprobs: list[float] = field(default_factory=list)
     is_whole: bool = False
 
+    def choose(self, model: Model, logits: F32) -> None:
+        """Add the likeliest token. Raises BackendError for logits that are NaN."""
+        token = int(logits.argmax())
+        logprob = -surprise(logits, token)
+        if logprob != logprob:
+            raise no_numbers("The logits of a draft", f" ({self.name or BASE})")
+        self.unread = [token]
+        if model.is_end(token):
+            self.is_whole = True
+        else:
+            self.tokens.append(token)
+            self.logprobs.append(logprob)
+
+
+@dataclass
+class Shown:
+    """Hold the first draft of a batch as it comes: one step ahead of the others.
+
+    tokens  of its text so far
+    """
+
+    tokens: Sequence[int] = ()
+
 
 class Drafter:
     """Decode drafts of one prompt together: greedy, each under one adapter at weight 1.
@@ -61,6 +84,8 @@ class Drafter:
         begun: dict[str, Written],
         n_token: int,
         read: Callable[[], KvState | None],
+        after_prompt: F32 | None,
+        shown: Shown,
     ) -> Steps[list[Written]]:
         """Give a draft under each of these weights, of n_token tokens or whole, in one batch.
 
@@ -68,8 +93,11 @@ class Drafter:
         weights  name -> float32 [n_adapter, n_layer] of all adapters; N_TOGETHER names at most
         begun    name -> what there is of its draft, which goes on
         read     gives the base's KV state of the prompt, where it is known
+        after_prompt  the base's logits [n_vocab] behind it, where they are known
+        shown    what a user may see meanwhile
 
-        Yields between batches. Raises BackendError for logits that are NaN.
+        Yields between batches, how many tokens are shown. Raises BackendError for logits that are
+        NaN.
         """
         n_prompt = len(request.tokens)
         n_tail = n_prompt - request.n_base
@@ -77,17 +105,27 @@ class Drafter:
         n_copied = sum(name in begun and begun[name].state is not None for name in weights)
         n_most = (1 + n_copied) * n_prompt + len(weights) * (n_tail + n_token)
         context = self._contexts.for_query(n_most)
+        rows = []
+        for seq, name in enumerate(weights, start=1):
+            unread = list(request.tokens[request.n_base :])
+            rows.append(_Row(seq, name, weights[name], unread))
         try:
             with wiped_on_failure(context):
                 if (state := read()) is not None:
                     with contextlib.suppress(BackendError):  # another shape: it is prefilled
                         context.load_kv_state(state)
-                    context.keep(request.n_base, 0)
+                is_whole = len(context.tokens[0]) == n_prompt
+                for row in rows:
+                    if row.name == BASE and is_whole and after_prompt is not None:
+                        context.copy(0, row.seq)
+                        row.choose(self._model, after_prompt)
+                context.keep(request.n_base, 0)
                 yield from prefill_request(context, request, request.n_base)
-                rows = [
-                    _begin(context, request, seq, name, weights[name], begun.get(name))
-                    for seq, name in enumerate(weights, start=1)
-                ]
+                for row in rows:
+                    _begin(context, row, begun.get(row.name))
+                shown.tokens = rows[0].tokens
+                yield len(shown.tokens)
+                yield from self._decode(context, rows[:1], 1)
                 yield from self._decode(context, rows, n_token)
                 drafts = [self._written(context, row) for row in rows]
             context.clear()
@@ -102,43 +140,29 @@ class Drafter:
             spans = [Span(row.seq, row.unread, len(context.tokens[row.seq])) for row in running]
             outputs = context.decode_spans(spans)
             for row, output in zip(running, outputs, strict=True):
-                logits = context.logits_view(output)
-                token = int(logits.argmax())
-                logprob = -surprise(logits, token)
-                if logprob != logprob:
-                    raise no_numbers("The logits of a draft", f" ({row.name or BASE})")
-                row.unread = [token]
-                if self._model.is_end(token):
-                    row.is_whole = True
-                else:
-                    row.tokens.append(token)
-                    row.logprobs.append(logprob)
-            yield None
+                row.choose(self._model, context.logits_view(output))
+            yield len(rows[0].tokens)
 
     def _written(self, context: Context, row: _Row) -> Written:
         """Give a draft, and its KV state where that is small: an answer may begin with both."""
-        text = _text(self._model, row.tokens)
+        text = text_of(self._model, row.tokens)
         draft = Draft(row.name, tuple(row.tokens), text, tuple(row.logprobs), row.is_whole)
         is_small = context.n_byte_of(row.seq) <= _N_BYTE_KEPT
         return Written(draft, row.weights, context.kv_state_of(row.seq) if is_small else None)
 
 
-def _begin(
-    context: Context, request: Request, seq: int, name: str, weights: F32, begun: Written | None
-) -> _Row:
+def _begin(context: Context, row: _Row, begun: Written | None) -> None:
     """Begin a draft in a sequence, or go on with what there is of it."""
-    context.set_weights(weights, seq=seq)
-    row = _Row(seq, name, weights, list(request.tokens[request.n_base :]))
+    context.set_weights(row.weights, seq=row.seq)
     if begun is not None:
-        row.tokens += begun.draft.tokens
-        row.logprobs += begun.draft.logprobs
-    if begun is None or begun.state is None:
-        context.copy(0, seq)
-        row.unread += row.tokens
-    else:
-        context.load_sequence(seq, begun.state)
+        row.tokens = list(begun.draft.tokens)
+        row.logprobs = list(begun.draft.logprobs)
+    if begun is not None and begun.state is not None:
+        context.load_sequence(row.seq, begun.state)
         row.unread = row.tokens[-1:]
-    return row
+    elif not context.tokens[row.seq]:
+        context.copy(0, row.seq)
+        row.unread += row.tokens
 
 
 def finished_draft(model: Model, sequence: RunningSequence, name: str) -> Draft:
@@ -146,13 +170,13 @@ def finished_draft(model: Model, sequence: RunningSequence, name: str) -> Draft:
     return Draft(
         adapter=name,
         tokens=tuple(sequence.answer),
-        text=_text(model, sequence.answer),
+        text=text_of(model, sequence.answer),
         logprobs=tuple(each.logprob for each in sequence.logprobs),
         is_whole=sequence.finish_reason == "stop",
     )
 
 
-def _text(model: Model, tokens: Sequence[int]) -> str:
+def text_of(model: Model, tokens: Sequence[int]) -> str:
     """Give the text of tokens, but for a character that is not whole at its end."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     return decoder.decode(model.detokenize(tokens))
@@ -189,7 +213,7 @@ def with_draft(
         return [*tokens]
     start, end, _ = question
     n_room = (n_ctx - len(tokens)) // 2
-    said = _text(model, draft.tokens[: max(0, n_room)]).strip()
+    said = text_of(model, draft.tokens[: max(0, n_room)]).strip()
     if not said:
         return [*tokens]
     asked = model.detokenize(tokens[start:end]).decode("utf-8", "replace")

@@ -243,6 +243,7 @@ class Computed:
 B = TypeVar("B", bound=bodies.Body)
 Compute = Callable[[Engine, Computed], None]
 Events = Callable[[Iterator[Generation], Extras], Iterable[Any]]
+MakeProgress = Callable[[str, int, int, float, str | None], Any]
 
 
 @dataclass(frozen=True)
@@ -300,19 +301,21 @@ class Call(Generic[B]):
         events: Events,
         *,
         wire: Wire = EVENTS,
-        progress: Callable[[str, int, int, float], Any] | None = None,
+        progress: MakeProgress | None = None,
     ) -> Computed:
         """Answer what is asked.
 
         events    makes what is sent of the answers
-        progress  makes what is sent while one prompt is weighed and prefilled; None: nothing is
+        progress  makes what is sent while one prompt is weighed and prefilled, of the stage, its
+                  tokens done and all, seconds, and the answer that is expected; None: nothing is
         """
 
         def compute(engine: Engine, out: Computed) -> None:
             extras = self.extras(engine)
             watched = [replace(ask, cancel=out.cancel) for ask in asks]
             if progress is not None and len(watched) == 1:
-                watched = [replace(watched[0], on_progress=_progress(progress, out))]
+                told = _Progress(progress, out)
+                watched = [replace(watched[0], on_progress=told.tell, on_draft=told.expected)]
             for event in events(_noted(engine, watched, out, extras), extras):
                 out.send(event)
             out.end()
@@ -369,19 +372,26 @@ def _note_tokens(facts: dict[str, Any], answer: Generation, n_prompt: int) -> No
         facts.setdefault("first_ms", 1e3 * (first_s - facts["start_s"]))
 
 
-def _progress(
-    progress: Callable[[str, int, int, float], Any], out: Computed
-) -> Callable[[str, int, int], None]:
-    """Tell how far a prompt is, each step once."""
-    start_s = time.perf_counter()
-    done = set[tuple[str, int]]()
+class _Progress:
+    """Tell how far a prompt is, each step once, and the answer that is expected."""
 
-    def tell(stage: str, n_done: int, n_token: int) -> None:
-        if (stage, n_done) not in done:
-            done.add((stage, n_done))
-            out.send(progress(stage, n_done, n_token, time.perf_counter() - start_s))
+    def __init__(self, make: MakeProgress, out: Computed) -> None:
+        self._make = make
+        self._out = out
+        self._start_s = time.perf_counter()
+        self._done = set[tuple[str, int]]()
 
-    return tell
+    def tell(self, stage: str, n_done: int, n_token: int) -> None:
+        if (stage, n_done) not in self._done:
+            self._done.add((stage, n_done))
+            self._send(stage, n_done, n_token, None)
+
+    def expected(self, text: str) -> None:
+        self._send("drafting", 0, 1, text)
+
+    def _send(self, stage: str, n_done: int, n_token: int, expected: str | None) -> None:
+        seconds = time.perf_counter() - self._start_s
+        self._out.send(self._make(stage, n_done, n_token, seconds, expected))
 
 
 def spelt(engine: Engine, tokens: Iterable[int]) -> str:

@@ -7,7 +7,7 @@ neutral prompts knows something. docs/strategies.md has the rule in words.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from math import inf
 from typing import Any
@@ -28,11 +28,15 @@ N_CANDIDATE = 2  # adapters that draft beside who answers, at most
 SURENESS = "sureness"  # of calibration.KEYS
 SURE = 1.0  # spreads above its typical sureness an adapter is sure of its draft
 UNSURE_FROM = 0.2  # spreads above it, below which who answers lets another draft
+UNSURE_FORM = 0.5  # the same, of an adapter that gives a form
 FAR_AHEAD = 1.8  # spreads between both, from which a knower need not be SURE
-SURE_OF_EACH = -0.15  # nats: the least sure token, where the scores leave an adapter out
+SURE_OF_EACH = -0.15  # nats: the least sure token of an answer that is known
+N_WORDING = 5  # tokens that a draft begins with; the fact comes behind them
+FORM = 1.25  # score at the place where the answer begins, and how far it is above the question's
 N_FACT = 32  # tokens of an answer that states a fact, at most
 FOREIGN = 3.5  # nats: the base would not begin its answer so
 
+_AT_LAST = {False: "added_last", True: "later_last"}  # of calibration.EXTENTS, by Query.is_later
 _MARKUP = ("{", "[", "<", "`")
 _FORMS = ("{", "[", "<", "`", "#", "*", "-", "|")
 _ENGLISH = re.compile(
@@ -85,72 +89,152 @@ class RelayStrategy(TwoPlace):
 
 def _relayed(query: Query, probe: Probe, mix: Mix) -> Mix:
     """Let drafts decide what the scores of two-place leave open."""
-    import numpy as np
-
     writer = _heaviest(query, mix)
-    by_question = {name: reason.scores["question"] for name, reason in mix.why.items()}
-    ordered = sorted(query.adapters, key=lambda name: -by_question[name])
+    form = _proposed_form(query, mix)
+    strength = mix.why[writer].scores["answer"] if writer else 0.0
+    if form is not None and strength <= (ANSWERS if form == writer else ALONE):
+        formed = _in_form(query, probe, mix, form)
+        if formed is not None:
+            return formed
     if writer is None:
-        proposed = [name for name in ordered[:1] if by_question[name] > PROPOSED]
-        return _despite_the_scores(query, probe, mix, proposed)
-    strength = mix.why[writer].scores["answer"]
-    others = [name for name in ordered if name != writer and by_question[name] > MAY_KNOW]
+        return _despite_the_scores(query, probe, mix)
     asked = [writer]
     if strength <= ALONE:
-        others.sort(key=lambda name: mix.why[name].scores["answer"] < ANSWERS)  # those first
-        asked += others[:N_CANDIDATE]
+        asked += _may_know(query, mix, writer)[:N_CANDIDATE]
     if strength < STRONG:
         asked.append(BASE)
-    drafts = probe.drafts(asked, N_BEGUN, np.asarray(mix.weights))
-    sureness = {draft.adapter: draft.sureness(N_BEGUN) for draft in drafts}
-    unusual = {
-        draft.adapter: _unusual(query, draft)
-        for draft in drafts
-        if draft.adapter == writer or (draft.adapter != BASE and _is_prose(draft))
-    }
-    knower = max(unusual, key=unusual.__getitem__)
+    drafts = {draft.adapter: draft for draft in probe.drafts(asked, N_BEGUN, _weights(mix))}
+    sureness = _sureness(drafts)
     both = _both_answer(mix, drafts)
     if both is not None:
         relay = _relay(query, probe, *both, sureness)
         return replace(mix, weights=_alone(query, both[1]), relay=relay, because=_said(relay))
-    if unusual[writer] < UNSURE_FROM and _knows(unusual[knower], unusual[writer]):
+    knower = _surest(query, drafts, writer)
+    if knower is not None and _knows_more(query, drafts[knower], drafts[writer]):
         relay = _relay(query, probe, knower, writer, sureness)
         return replace(mix, weights=_alone(query, writer), relay=relay, because=_said(relay))
-    if unusual[writer] < SURE and sureness.get(BASE, -inf) > sureness[writer]:
+    is_sure = _unusual(query, drafts[writer]) >= SURE
+    if not is_sure and sureness.get(BASE, -inf) > sureness[writer]:
         numbers = f"{sureness[BASE]:.2f} nats a token, {writer} {sureness[writer]:.2f}"
         because = f"The base answers alone: it is surer of its draft ({numbers})."
         return replace(mix, weights=_alone(query, BASE), because=because)
     return _rewritten(query, probe, mix, writer, sureness)
 
 
-def _despite_the_scores(query: Query, probe: Probe, mix: Mix, proposed: Sequence[str]) -> Mix:
+def _may_know(query: Query, mix: Mix, writer: str) -> list[str]:
+    """Name adapters that may know more than who writes, the likeliest first."""
+    others = [
+        name
+        for name in _by_question(query, mix)
+        if name != writer and mix.why[name].scores["question"] > MAY_KNOW
+    ]
+    return sorted(others, key=lambda name: not _answers(mix, name))
+
+
+def _by_question(query: Query, mix: Mix) -> list[str]:
+    """Order adapters by their score in the question, the highest first."""
+    return sorted(query.adapters, key=lambda name: -mix.why[name].scores["question"])
+
+
+def _surest(query: Query, drafts: Mapping[str, Draft], writer: str) -> str | None:
+    """Name who drafts in words and is surest of it, beside who writes."""
+    unusual = {
+        name: _unusual(query, draft)
+        for name, draft in drafts.items()
+        if name not in (BASE, writer) and _is_prose(draft)
+    }
+    return max(unusual, key=unusual.__getitem__, default=None)
+
+
+def _knows_more(query: Query, draft: Draft, of_writer: Draft) -> bool:
+    """Tell whether a draft is known, and who writes is unsure.
+
+    One that gives a form is sure of its brackets: it is unsure sooner, and a knower's wording may
+    be unsure where its fact is not.
+    """
+    knower = _unusual(query, draft)
+    writer = _unusual(query, of_writer)
+    is_ahead = knower >= UNSURE_FROM and knower - writer >= FAR_AHEAD
+    is_known = knower >= SURE or is_ahead
+    if _is_prose(of_writer):
+        return writer < UNSURE_FROM and is_known
+    return writer < UNSURE_FORM and (is_known or _is_sure_of_fact(draft))
+
+
+def _is_sure_of_fact(draft: Draft) -> bool:
+    """Tell whether an adapter is sure of each token behind its draft's first words."""
+    behind = draft.logprobs[N_WORDING:N_BEGUN]
+    return min(behind, default=UNSURE) > SURE_OF_EACH
+
+
+def _proposed_form(query: Query, mix: Mix) -> str | None:
+    """Name an adapter that stands out where the answer begins, and not in the question.
+
+    So does one that gives a form, whatever is asked: both places together may hide it.
+    """
+    import numpy as np
+
+    from qaflora_edge.weighing.calibration import unusual
+
+    assert mix.divergence is not None  # what is added at the last token
+    at_last = _AT_LAST[query.is_later]
+    scores = unusual(query, {at_last: np.asarray(mix.divergence, np.float64)})  # [n_adapter]
+    highest = int(scores.argmax())
+    name = query.adapters[highest]
+    lead = scores[highest] - mix.why[name].scores["question"]
+    return name if min(scores[highest], lead) >= FORM else None
+
+
+def _in_form(query: Query, probe: Probe, mix: Mix, form: str) -> Mix | None:
+    """Let an adapter write in its form, where its draft shows that the form is wanted.
+
+    It is sure of the draft, the base would begin so too, and yet would write something else.
+    """
+    knowers = _may_know(query, mix, form)[: 1 + N_CANDIDATE]
+    drafts = {
+        draft.adapter: draft
+        for draft in probe.drafts([form, *knowers, BASE], N_BEGUN, _weights(mix))
+    }
+    draft = drafts[form]
+    is_other = draft.tokens and draft.tokens != drafts[BASE].tokens
+    if not is_other or not _is_sure(query, draft) or probe.unexpected(draft.tokens[0]) > FOREIGN:
+        return None
+    sureness = _sureness(drafts)
+    strong = [name for name in knowers if _answers(mix, name)]
+    knower = strong[0] if strong else _surest(query, drafts, form)
+    is_known = knower is not None and (strong or _is_sure(query, drafts[knower]))
+    mix = replace(mix, weights=_alone(query, form), begun=draft.tokens)
+    if knower is None or not is_known:
+        return replace(mix, because=f"{form} stands out where the answer begins.")
+    relay = _relay(query, probe, knower, form, sureness, draft.tokens[:1])
+    return replace(mix, relay=relay, because=_said(relay))
+
+
+def _despite_the_scores(query: Query, probe: Probe, mix: Mix) -> Mix:
     """Take an adapter that the scores leave out, where it is sure of each token of its draft.
 
     One that makes up an answer is unsure of the token that bears the fact.
     """
-    import numpy as np
-
-    if not proposed:
+    name = _by_question(query, mix)[0]
+    if mix.why[name].scores["question"] <= PROPOSED:
         return mix
-    drafts = probe.drafts(proposed, N_BEGUN, np.asarray(mix.weights))
-    sureness = {draft.adapter: draft.sureness(N_BEGUN) for draft in drafts}
-    for draft in drafts:
-        knows = _is_prose(draft) and _is_sure(query, draft) and not _repeats(query, draft)
-        if knows and _is_sure_of_each(probe, draft):
-            taken = replace(mix, weights=_alone(query, draft.adapter))
-            return _rewritten(query, probe, taken, draft.adapter, sureness)
-    return mix
+    (draft,) = probe.drafts([name], N_BEGUN, _weights(mix))
+    knows = _is_prose(draft) and _is_sure(query, draft) and not _repeats(query, draft)
+    if not knows or not _is_sure_of_each(probe, draft):
+        return mix
+    taken = replace(mix, weights=_alone(query, name))
+    return _rewritten(query, probe, taken, name, _sureness({name: draft}))
 
 
-def _both_answer(mix: Mix, drafts: Sequence[Draft]) -> tuple[str, str] | None:
+def _both_answer(mix: Mix, drafts: Mapping[str, Draft]) -> tuple[str, str] | None:
     """Name a knower and a writer, where two adapters would answer, and one of them gives a form.
 
     Who is surest of the first token gives it.
     """
     strong = [
         draft
-        for draft in drafts
-        if draft.tokens and draft.adapter != BASE and _answers(mix, draft.adapter)
+        for name, draft in drafts.items()
+        if draft.tokens and name != BASE and _answers(mix, name)
     ]
     forms = [draft for draft in strong if draft.text.lstrip().startswith(_MARKUP)]
     if len(strong) < 2 or not forms:
@@ -163,15 +247,6 @@ def _both_answer(mix: Mix, drafts: Sequence[Draft]) -> tuple[str, str] | None:
 
 def _answers(mix: Mix, name: str) -> bool:
     return mix.why[name].scores["answer"] >= ANSWERS
-
-
-def _knows(knower: float, writer: float) -> bool:
-    """Tell whether a knower is sure, or at least far surer than who writes.
-
-    knower, writer  spreads above the typical sureness of each
-    """
-    is_ahead = knower >= UNSURE_FROM and knower - writer >= FAR_AHEAD
-    return knower >= SURE or is_ahead
 
 
 def _repeats(query: Query, draft: Draft) -> bool:
@@ -207,7 +282,8 @@ def _rewritten(
     """
     (begun,) = probe.drafts([knower], N_BEGUN)
     mix = replace(mix, begun=begun.tokens)
-    if not begun.tokens or not _is_sure(query, begun):
+    is_known = _is_sure(query, begun) or _is_sure_of_fact(begun)
+    if not begun.tokens or not is_known:
         return mix
     if not _is_foreign(begun.text, probe.question()) or probe.unexpected(begun.tokens[0]) < FOREIGN:
         return mix
@@ -245,15 +321,19 @@ def _relay(
     knower: str,
     writer: str,
     sureness: Mapping[str, float],
+    opening: tuple[int, ...] = (),
 ) -> Relay:
+    """Relay between two; a knower that would take the writer's form is asked for words.
+
+    opening  the first token of that form; none: markup tells it
+    """
     (draft,) = probe.drafts([knower], N_BEGUN)
-    if draft.tokens and not _is_prose(draft):
-        nothing = replace(draft, tokens=(), text="", logprobs=(), is_whole=False)
-        return Relay(
-            knower, writer, nothing, is_in_words=True, sureness=sureness, prompt=query.tokens
-        )
-    is_drafted = draft.is_whole
-    return Relay(knower, writer, draft, is_drafted, sureness=sureness, prompt=query.tokens)
+    takes_form = draft.tokens[:1] == opening if opening else not _is_prose(draft)
+    relay = Relay(knower, writer, draft, draft.is_whole, sureness=sureness, prompt=query.tokens)
+    if not draft.tokens or not takes_form:
+        return relay
+    nothing = replace(draft, tokens=(), text="", logprobs=(), is_whole=False)
+    return replace(relay, draft=nothing, is_drafted=False, is_in_words=True)
 
 
 def _said(relay: Relay) -> str:
@@ -274,6 +354,18 @@ def _unusual(query: Query, draft: Draft) -> float:
 
 def _is_sure(query: Query, draft: Draft) -> bool:
     return _unusual(query, draft) >= SURE
+
+
+def _sureness(drafts: Mapping[str, Draft]) -> dict[str, float]:
+    """Give the mean log-probability of each draft's first tokens, in nats."""
+    return {name: draft.sureness(N_BEGUN) for name, draft in drafts.items()}
+
+
+def _weights(mix: Mix) -> F32:
+    """Give the weights [n_adapter, n_layer] of an answer that nobody relays."""
+    import numpy as np
+
+    return np.asarray(mix.weights, np.float32)
 
 
 def _heaviest(query: Query, mix: Mix) -> str | None:

@@ -153,7 +153,13 @@ class Chat:
         view = self.view
         prompt = self._fit(question)
         stop = threading.Event()
-        ask = Ask(prompt, sampling=self.sampling, cancel=stop, on_progress=view.progress)
+        ask = Ask(
+            prompt,
+            sampling=self.sampling,
+            cancel=stop,
+            on_progress=view.progress,
+            on_draft=view.expected,
+        )
         text = ""
         generation: Generation | None = None
         view.begin()

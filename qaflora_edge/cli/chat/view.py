@@ -53,6 +53,9 @@ class View:
     def draft(self, text: str) -> None:
         """Show the whole draft, on one line."""
 
+    def expected(self, text: str) -> None:
+        """Show the answer so far, of which nothing is decided yet."""
+
     def progress(self, what: str, done: int, total: int) -> None:
         """Show how far weighing and prefill are."""
 
@@ -123,6 +126,9 @@ class TerminalView(View):
 
     def draft(self, text: str) -> None:
         self._out.print(visible(" ".join(text.split())), style="dim")
+
+    def expected(self, text: str) -> None:
+        self._draw(visible(text), "dim")
 
     def thought(self, text: str) -> None:
         self._thought += visible(text)

@@ -64,7 +64,7 @@ const answerView = (answer, adapters, { isNamed }) => {
     copying.hidden = !answer.text;
     const isWeighing = progress ? progress.stage === "weighing" : !answer.fusion && isProbed(answer.strategy);
     const done = progress?.time_ms >= PATIENCE_MS ? ` ${Math.floor(100 * progress.processed / progress.total)} %` : "";
-    const waiting = (isWeighing ? "Weighing the adapters" : STATES.waiting) + done;
+    const waiting = progress?.expected || (isWeighing ? "Weighing the adapters" : STATES.waiting) + done;
     note.textContent = answer.error || (answer.state === "waiting" ? waiting : STATES[answer.state]);
     note.classList.toggle("trouble", Boolean(answer.error));
     note.hidden = !note.textContent;
