@@ -137,6 +137,14 @@ def test_the_base_rewrites_a_draft_in_another_language() -> None:
     assert weighed(Scripted(*places, [drafted("shop", -0.01)], nats=5)).relay is None
 
 
+def test_an_unsure_draft_in_another_language_is_left_out() -> None:
+    unsure = drafted("shop", -0.4, "It weighs 80 kilograms.")
+    places = ([LOW, HIGH, LOW], [LOW, HIGH, LOW])
+    mix = weighed(Scripted(*places, [unsure], nats=5))
+    assert mix.relay is None
+    assert not mix.weights.any()
+
+
 @pytest.mark.parametrize(("least", "weights"), [(-0.01, [0, 1, 0]), (-0.5, [0, 0, 0])])
 def test_below_the_scores_each_token_has_to_be_sure(least: float, weights: list[float]) -> None:
     """An invented fact shows in the one token that bears it."""

@@ -278,15 +278,18 @@ def _rewritten(
 ) -> Mix:
     """Let the base write, in the question's language, what an adapter drafts in another one.
 
+    It leaves out what the adapter is unsure of.
+
     mix  the knower's, which stays where nothing is rewritten
     """
     (begun,) = probe.drafts([knower], N_BEGUN)
-    mix = replace(mix, begun=begun.tokens)
-    is_known = _is_sure(query, begun) or _is_sure_of_fact(begun)
-    if not begun.tokens or not is_known:
-        return mix
-    if not _is_foreign(begun.text, probe.question()) or probe.unexpected(begun.tokens[0]) < FOREIGN:
-        return mix
+    is_foreign = begun.tokens and _is_foreign(begun.text, probe.question())
+    if not is_foreign or probe.unexpected(begun.tokens[0]) < FOREIGN:
+        return replace(mix, begun=begun.tokens)
+    if not _is_sure(query, begun) and not _is_sure_of_fact(begun):
+        numbers = f"{begun.sureness(N_BEGUN):.2f} nats a token"
+        because = f"The base answers alone: {knower} is unsure of its draft ({numbers})."
+        return replace(mix, weights=_alone(query, BASE), because=because)
     relay = _relay(query, probe, knower, BASE, sureness)
     return replace(mix, weights=_alone(query, BASE), relay=relay, because=_said(relay))
 
