@@ -81,17 +81,21 @@ FORM_FIRST = ([HIGH, LOW, LOW], [HIGH, TYPICAL_SIZE, LOW])
 
 
 def test_the_surest_drafts_for_a_writer_that_is_unsure() -> None:
-    probe = Scripted(
-        *FORM_FIRST, [drafted(n, p) for n, p in zip(NAMES, (-0.6, -0.01, -0.6), strict=True)]
-    )
-    mix = weighed(probe)
+    others = [drafted("shop", -0.01), drafted("other", -0.6)]
+    mix = weighed(Scripted(*FORM_FIRST, [drafted("form", -0.6, '{"peso": 1}'), *others]))
     assert (mix.relay.knower, mix.relay.writer) == ("shop", "form")
     assert mix.relay.draft.text == "Pesa 80 kilos."
     assert mix.weights[:, 0].tolist() == [1, 0, 0]
 
 
+def test_who_writes_words_asks_nobody() -> None:
+    probe = Scripted(*FORM_FIRST, [drafted("form", -0.6)])
+    assert weighed(probe).relay is None
+    assert {*probe.asked} == {"form"}
+
+
 def test_a_sure_writer_needs_nobody() -> None:
-    sure = [drafted(name, -0.01) for name in NAMES]
+    sure = [drafted("form", -0.01, '{"peso": 80}'), drafted("shop", -0.01)]
     assert weighed(Scripted(*FORM_FIRST, sure)).relay is None
 
 
@@ -123,7 +127,8 @@ def test_the_base_answers_where_it_is_surer_than_an_unsure_adapter(
 
 
 def test_nobody_relays_where_nobody_is_surer_than_usual() -> None:
-    probe = Scripted(*FORM_FIRST, [drafted(name, -0.4) for name in NAMES])
+    others = [drafted("shop", -0.4), drafted("other", -0.4)]
+    probe = Scripted(*FORM_FIRST, [drafted("form", -0.6, '{"peso": 1}'), *others])
     assert weighed(probe).relay is None
 
 

@@ -24,11 +24,12 @@ STRONG = 2.5  # score `answer` below which an adapter that is unsure is compared
 ANSWERS = 2.0  # score `answer` from which a second adapter would answer too
 MAY_KNOW = 0.0  # score in the question above which an adapter may know more
 PROPOSED = 0.3  # the same, where no adapter answers
+N_OPENING = 1  # tokens of a draft that tell whether it gives a form
 N_CANDIDATE = 2  # adapters that draft beside who answers, at most
 SURENESS = "sureness"  # of calibration.KEYS
 SURE = 1.0  # spreads above its typical sureness an adapter is sure of its draft
-UNSURE_FROM = 0.2  # spreads above it, below which who answers lets another draft
-UNSURE_FORM = 0.5  # the same, of an adapter that gives a form
+UNSURE_FROM = 0.2  # spreads above it, from which a knower that is FAR_AHEAD is heard
+UNSURE_FORM = 0.5  # spreads above it, below which who gives a form lets another draft
 FAR_AHEAD = 1.8  # spreads between both, from which a knower need not be SURE
 SURE_OF_EACH = -0.15  # nats: the least sure token of an answer that is known
 N_WORDING = 5  # tokens that a draft begins with; the fact comes behind them
@@ -100,7 +101,8 @@ def _relayed(query: Query, probe: Probe, mix: Mix) -> Mix:
         return _despite_the_scores(query, probe, mix)
     asked = [writer]
     if strength <= ALONE:
-        asked += _may_know(query, mix, writer)[:N_CANDIDATE]
+        (opening,) = probe.drafts([writer], N_OPENING, _weights(mix))
+        asked += _knowers(query, mix, opening)
     if strength < STRONG:
         asked.append(BASE)
     drafts = {draft.adapter: draft for draft in probe.drafts(asked, N_BEGUN, _weights(mix))}
@@ -119,6 +121,14 @@ def _relayed(query: Query, probe: Probe, mix: Mix) -> Mix:
         because = f"The base answers alone: it is surer of its draft ({numbers})."
         return replace(mix, weights=_alone(query, BASE), because=because)
     return _rewritten(query, probe, mix, writer, sureness)
+
+
+def _knowers(query: Query, mix: Mix, opening: Draft) -> list[str]:
+    """Name who drafts beside who writes: where that one gives a form, or another would answer."""
+    others = _may_know(query, mix, opening.adapter)
+    if _is_prose(opening):
+        others = [name for name in others if _answers(mix, name)]
+    return others[:N_CANDIDATE]
 
 
 def _may_know(query: Query, mix: Mix, writer: str) -> list[str]:
@@ -147,18 +157,17 @@ def _surest(query: Query, drafts: Mapping[str, Draft], writer: str) -> str | Non
 
 
 def _knows_more(query: Query, draft: Draft, of_writer: Draft) -> bool:
-    """Tell whether a draft is known, and who writes is unsure.
+    """Tell whether a draft is known, and who gives the form is unsure.
 
-    One that gives a form is sure of its brackets: it is unsure sooner, and a knower's wording may
-    be unsure where its fact is not.
+    A knower's wording may be unsure where its fact is not.
     """
+    if _is_prose(of_writer):
+        return False
     knower = _unusual(query, draft)
     writer = _unusual(query, of_writer)
     is_ahead = knower >= UNSURE_FROM and knower - writer >= FAR_AHEAD
-    is_known = knower >= SURE or is_ahead
-    if _is_prose(of_writer):
-        return writer < UNSURE_FROM and is_known
-    return writer < UNSURE_FORM and (is_known or _is_sure_of_fact(draft))
+    is_known = knower >= SURE or is_ahead or _is_sure_of_fact(draft)
+    return writer < UNSURE_FORM and is_known
 
 
 def _is_sure_of_fact(draft: Draft) -> bool:
