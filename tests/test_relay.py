@@ -14,8 +14,9 @@ from serving import client_of
 from tiny import CHATML
 
 from qaflora_edge import Engine
+from qaflora_edge.ask import Chat
 from qaflora_edge.errors import BusyError, StrategyError
-from qaflora_edge.inference.drafts import with_draft
+from qaflora_edge.inference.drafts import in_words, with_draft
 from qaflora_edge.weighing.drafted import BASE, N_BEGUN, Draft
 from qaflora_edge.weighing.numbers import alone_weights
 from qaflora_edge.weighing.strategy import Mix, Query, parse_strategy
@@ -469,3 +470,22 @@ def streamed(client: Any, body: Any) -> list[Any]:
     text = client.post("/v1/chat/completions", json=body | {"stream": True}).text
     lines = [line.removeprefix("data: ") for line in text.split("\n") if line.startswith("data: ")]
     return [json.loads(line) for line in lines[:-1]]
+
+
+@pytest.mark.parametrize("spm", [False, True])
+def test_a_prompt_with_a_draft_reads_as_if_it_had_been_asked(tmp_path: Path, spm: bool) -> None:
+    """SentencePiece puts a space before a text, but not within one."""
+    made = make_bundle(tmp_path, chat_template=CHATML, spm=spm, n_ctx=512)
+    with Engine(made.folder, n_ctx=512) as engine:
+        prompt = engine.read(Chat([{"role": "user", "content": "the cat?"}]))
+        assert prompt.question is not None
+        draft = Draft("math", tuple(engine.tokenize("foo")), "foo", (), True)
+        question = (*prompt.question, prompt.is_later)
+        told = with_draft(engine._model, prompt.tokens, question, draft, 512)
+        words = in_words(engine._model, prompt.tokens, prompt.question, 512)
+        text = engine._model.detokenize(told).decode()
+        plain = engine._model.detokenize(prompt.tokens).decode()
+        said = engine._model.detokenize(draft.tokens).decode().strip()
+        assert text == plain.replace("the cat?", f"({said})\n\nthe cat?")
+        asked = engine._model.detokenize(words).decode()
+        assert asked == plain.replace("the cat?", "the cat? Answer in words.")

@@ -206,6 +206,23 @@ class Model(Handle):
                 return list(tokens[:n])
             size = -n
 
+    def tokenize_inside(self, text: str) -> list[int]:
+        """Turn text into token ids as within another: SentencePiece puts no space before it."""
+        head = "\x02" if self._adds_space else ""  # it is part of no other token
+        n_head = len(f" {head}") if head else 0
+        n_byte = 0
+        inside = []
+        for token in self.tokenize(head + text, add_special=False, parse_special=False):
+            n_byte += len(self.piece(token))
+            if n_byte > n_head:
+                inside.append(token)
+        return inside
+
+    @cached_property
+    def _adds_space(self) -> bool:
+        first = self.tokenize("a", add_special=False, parse_special=False)[:1]
+        return self.detokenize(first).startswith(b" ")
+
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """Give the bytes of a token; control tokens are empty unless special, or of tool calls."""
         is_written = special or token in self.written

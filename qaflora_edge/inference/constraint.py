@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import threading
@@ -164,27 +163,17 @@ class _Vocabulary:
             token for token, piece in pieces if not piece or b"\0" in piece or token in ends
         ]
         self._model = weakref.ref(model)
-        first = model.tokenize("a", add_special=False, parse_special=False)[:1]
-        self._adds_space = any(self.tokens[token].startswith(b" ") for token in first)
         self._written = {text: token for token, text in model.written.items()}
         self._parts = re.compile(f"({'|'.join(map(re.escape, self._written)) or '(?!)'})")
 
     def __call__(self, text: str) -> list[int]:
+        model = self._model()
+        assert model is not None
         found: list[int] = []
         for part in filter(None, self._parts.split(text)):
             token = self._written.get(part)
-            found += self._plain(part) if token is None else [token]
+            found += model.tokenize_inside(part) if token is None else [token]
         return found
-
-    def _plain(self, text: str) -> list[int]:
-        """Tokenize a text without the space that SentencePiece puts before it."""
-        model = self._model()
-        assert model is not None
-        head = "\x02" if self._adds_space else ""  # it is part of no other token
-        tokens = model.tokenize(head + text, add_special=False, parse_special=False)
-        lengths = itertools.accumulate(len(self.tokens[token]) for token in tokens)
-        n_head = len(f" {head}") if head else 0
-        return [token for token, n_byte in zip(tokens, lengths, strict=True) if n_byte > n_head]
 
 
 _tokenizers: weakref.WeakKeyDictionary[Model, LLTokenizer] = weakref.WeakKeyDictionary()

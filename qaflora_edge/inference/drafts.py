@@ -186,7 +186,7 @@ def in_words(
     model: Model, tokens: Sequence[int], question: tuple[int, int] | None, n_ctx: int
 ) -> list[int]:
     """Ask for an answer in words, behind the question of a prompt, where there is room."""
-    told = model.tokenize(IN_WORDS, add_special=False, parse_special=False)
+    told = model.tokenize_inside(IN_WORDS)
     if question is None or len(tokens) + len(told) >= n_ctx:
         return [*tokens]
     end = question[1]
@@ -217,8 +217,9 @@ def with_draft(
     if not said:
         return [*tokens]
     asked = model.detokenize(tokens[start:end]).decode("utf-8", "replace")
-    text = f"({said})\n\n{asked}"
-    told = model.tokenize(text, add_special=False, parse_special=False)
+    words = asked.lstrip(" ")
+    space = asked[: len(asked) - len(words)]  # SentencePiece's first word brings its own
+    told = model.tokenize_inside(f"{space}({said})\n\n{words}")
     prompt = [*tokens[:start], *told, *tokens[end:]]
     n_more = len(prompt) - len(tokens)  # bytes that are no text become more tokens
     has_room = n_more <= n_room + _N_AROUND and len(prompt) < n_ctx
