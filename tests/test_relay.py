@@ -288,6 +288,20 @@ def test_a_relay_is_two_plain_answers_with_the_stated_prompts(
         assert again[1].draft is again[0].draft
 
 
+def test_a_writer_reuses_what_the_base_has_of_the_prompt(folder: Path) -> None:
+    with Engine(folder, n_ctx=1024) as engine:
+        messages = [
+            {"role": "system", "content": "abc " * 60},
+            {"role": "user", "content": "abc def?"},
+        ]
+        plain = engine.chat_tokens(messages)
+        question = engine.read(plain).question
+        answer = engine.generate(plain, strategy=BY_HAND, max_tokens=4)
+        answer.text()
+        assert question is not None
+        assert answer.n_cached > question[0] - 64  # up to a chunk
+
+
 def test_a_knower_that_would_give_the_form_is_asked_for_words(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

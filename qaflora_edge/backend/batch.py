@@ -181,22 +181,26 @@ class Chunks:
         *,
         n_tail: int = 0,
         n_there: int | None = None,
+        n_tail_there: int | None = None,
     ) -> int:
         """Count the tokens in chunks that a prompt shares with one prefilled earlier.
 
         n_after  tokens that are prefilled after the prompt in any case
         n_tail   as end() takes it, for both prompts
         n_there  tokens of the earlier prompt that can be reused; None: all
+        n_tail_there  n_tail of the earlier prompt; None: the same
         returns  at most all tokens but the last n_tail, and the last one that is prefilled
         """
         n_last = max(n_tail, 0 if n_after else 1)  # tokens that are prefilled in any case
         n_most = min(n_common(read, tokens), len(tokens) - n_last)
+        if n_tail_there is None:
+            n_tail_there = n_tail
         if n_there is not None:
             n_most = min(n_most, n_there)
         at = 0
         while at < n_most:
             end = self.end(tokens, at, n_tail)
-            if end > n_most or self.end(read, at, n_tail) != end:
+            if end > n_most or self.end(read, at, n_tail_there) != end:
                 break
             at = end
         return at

@@ -65,8 +65,8 @@ class Request:
 
     @property
     def weights_key(self) -> bytes:
-        """Give bytes that are equal where weights and chunks of the KV state to reuse are."""
-        return b"base, %d" % self.n_tail if self.n_base else self.weights.tobytes()
+        """Give bytes that are equal where the weights of the KV state to reuse are."""
+        return b"base" if self.n_base else self.weights.tobytes()
 
     def next_weights(self, n_past: int) -> F32:
         """Give the weights of the token at this position: float32 [n_adapter, n_layer]."""

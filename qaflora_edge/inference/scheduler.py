@@ -59,6 +59,7 @@ class Slot:
     prompt   of the last RunningSequence
     n_exact  how many tokens of it may be reused, once they are here: a prompt with the same chunks
              reuses them bit for bit
+    n_tail   tokens after those that the base prefilled
     weights  the key of the weights that those were computed under; None where there are none
     turn     number of its last RunningSequence
     """
@@ -68,6 +69,7 @@ class Slot:
     tokens: list[int] = field(default_factory=list)
     prompt: Sequence[int] = ()
     n_exact: int = 0
+    n_tail: int = 0
     weights: bytes | None = None
     turn: int = 0
 
@@ -82,8 +84,13 @@ class Slot:
         if self.weights != request.weights_key:
             return 0
         n_there = self.n_exact if is_soon else min(self.n_exact, len(self.tokens))
-        tail: Any = {"n_tail": request.n_tail, "n_there": n_there}
-        n_shared = chunks.n_shared(self.prompt, request.tokens, **tail)
+        n_shared = chunks.n_shared(
+            self.prompt,
+            request.tokens,
+            n_tail=request.n_tail,
+            n_there=n_there,
+            n_tail_there=self.n_tail,
+        )
         if sequence.listener is None or n_shared <= sequence.listener.start:
             return n_shared
         cut = 0
@@ -96,6 +103,7 @@ class Slot:
         request = sequence.request
         self.weights, self.tokens = request.weights_key, list(request.tokens[:n_kept])
         self.prompt, self.n_exact = request.tokens, request.n_base or len(request.tokens)
+        self.n_tail = request.n_tail
 
     def forget(self) -> None:
         """Hold nothing."""
@@ -114,6 +122,7 @@ class Slot:
         """Note a copy of another slot's KV state."""
         self.tokens, self.weights = list(other.tokens), other.weights
         self.prompt, self.n_exact = other.prompt, other.n_exact
+        self.n_tail = other.n_tail
 
 
 @dataclass
