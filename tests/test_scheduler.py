@@ -20,7 +20,7 @@ from qaflora_edge.backend.context import Stop
 from qaflora_edge.errors import BackendError, CancelledError
 from qaflora_edge.inference.loop import Loop
 from qaflora_edge.inference.request import Request
-from qaflora_edge.inference.scheduler import Scheduler, Slot, Step
+from qaflora_edge.inference.scheduler import Scheduler, Slot
 from qaflora_edge.inference.sequence import RunningSequence
 from qaflora_edge.weighing.probe import Listener
 
@@ -199,75 +199,83 @@ def test_jobs_and_prefill_take_turns_and_decoding_stops_for_neither() -> None:
     assert "pp" not in seen
 
 
+def follow(scheduler: Scheduler, n: int, long_ms: float) -> list[RunningSequence | None]:
+    """Run steps, of which a long prompt's takes long_ms; give the first that each prefilled."""
+    firsts: list[RunningSequence | None] = []
+    for _ in range(n):
+        step = scheduler.step()
+        for sequence, n_token in step.prefill:
+            sequence.n_past += n_token
+            sequence.next_token = 7
+        firsts.append(step.prefill[0][0] if step.prefill else None)
+        is_long = any(sequence.n_prompt > 8 for sequence, _ in step.prefill)
+        scheduler.note(step, long_ms if is_long else 1.0)
+    return firsts
+
+
 def test_a_long_prompt_leaves_others_as_much_time_as_it_takes() -> None:
     scheduler = Scheduler(4, CHUNKS)
-    first, *others = (RunningSequence(request([n] * n), Noting(), 5) for n in (90, 30, 20, 2))
-    scheduler.waiting.append(first)
-    assert scheduler.step().prefill == [(first, 6)]
-    scheduler.waiting.extend(others)
-    turns = [(first, 6)], [(others[2], 2), (others[1], 6)], [(others[1], 6)], [(first, 6)]
-    for chunks, ms in zip(turns, (10.0, 4.0, 6.0, 10.0), strict=True):
-        step = scheduler.step()
-        assert step.prefill == chunks
-        for sequence, n in step.prefill:
-            sequence.n_past += n
-        scheduler.note(step, ms)
-    for sequence in others:
-        sequence.n_past, sequence.next_token = sequence.n_prompt, 7
-    scheduler.note(Step(), 10.0)
-    seen = []
-    for _ in range(9):
-        step = scheduler.step()
-        assert step.decode == others
-        for sequence, n in step.prefill:
-            sequence.n_past += n
-        scheduler.note(step, 4.0 if step.prefill else 1.0)
-        seen.append(len(step.prefill))
-    assert sum(seen) == 2
-    for sequence in others[1:]:
+    long, *short = (RunningSequence(request([n] * n), Noting(), 5) for n in (90, 7, 6, 2))
+    scheduler.waiting.append(long)
+    assert follow(scheduler, 1, 4.0) == [long]
+    scheduler.waiting.extend(short)
+    prefilled = [short[0], short[1], None, None, long, None, None, None, None, long]
+    assert follow(scheduler, 10, 4.0) == prefilled
+    for sequence in short[1:]:
         sequence.finish("stop")
-    others[0].listener = Heard(0)  # it waits for its weights
+    short[0].listener = Heard(0)  # it waits for its weights
     scheduler.remove_ended()
-    scheduler.note(scheduler.step(), 9.0)  # whatever is owed yet
-    scheduler.note(scheduler.step(), 4.0)
     assert scheduler.step().is_empty
-    others[0].finish("stop")
+    short[0].finish("stop")
     scheduler.remove_ended()
     assert scheduler.step().prefill  # nobody else is here
 
 
-def test_a_short_request_waits_for_one_chunk_of_a_long_prompt() -> None:
+def test_of_long_prompts_the_first_and_the_shortest_take_turns() -> None:
     scheduler = Scheduler(3, CHUNKS)
-    long = RunningSequence(request(range(1, 99)), Noting(), 5)
-    scheduler.waiting.append(long)
-    for ms in (12.4, 12.0):
-        step = scheduler.step()
-        long.n_past += step.prefill[0][1]
-        scheduler.note(step, ms)
-    short = RunningSequence(request([7] * 20), Noting(), 1)
-    scheduler.waiting.append(short)
-    while short.is_prefill:
-        step = scheduler.step()
-        ((sequence, n),) = step.prefill
-        assert sequence is short
-        short.n_past += n
-        scheduler.note(step, 0.4)
+    first, *others = (RunningSequence(request([n] * n), Noting(), 5) for n in (90, 30, 20))
+    scheduler.waiting.extend([first, *others])
+    assert follow(scheduler, 4, 4.0) == [first, others[1], first, others[1]]
 
 
-def test_a_short_request_waits_for_one_chunk_of_two_long_prompts() -> None:
-    scheduler = Scheduler(4, CHUNKS)
-    older = RunningSequence(request(range(1, 60)), Noting(), 5)
-    longer = RunningSequence(request([9] * 98), Noting(), 5)
-    short = RunningSequence(request([7] * 4), Noting(), 1)
-    scheduler.waiting.extend([older, longer, short])
-    n_step = 0
-    while short.is_prefill:
-        step = scheduler.step()
-        for sequence, n in step.prefill:
-            sequence.n_past += n
-        scheduler.note(step, 1.0)
-        n_step += 1
-    assert n_step == 2
+def test_a_short_request_waits_for_one_chunk_however_many_prompts_are_long() -> None:
+    """From its arrival until it has weights and its prompt is prefilled."""
+    for n_long in (1, 2, 3):
+        scheduler = Scheduler(5, CHUNKS)
+        lengths = (98, 59, 40)[:n_long]
+        long = [RunningSequence(request([n] * n), Noting(), 5) for n in lengths]
+        scheduler.waiting.extend(long)
+        short = RunningSequence(request([7] * 6, n_base=4), Noting(), 1, 0, Heard(0))
+        for n_before in range(n_long + 1):
+            follow(scheduler, n_before, 12.0)
+            scheduler.waiting.append(short)
+            prefilled = follow(scheduler, 4, 12.0)
+            assert sum(each in long for each in prefilled) <= 1
+            scheduler.resume(short)
+            prefilled = follow(scheduler, 1, 12.0)
+            assert prefilled == [short]
+            short.finish("stop")
+            scheduler.remove_ended()
+            short = RunningSequence(request([7] * 6, n_base=4), Noting(), 1, 0, Heard(0))
+
+
+def test_a_job_waits_for_one_chunk_of_a_long_prompt() -> None:
+    scheduler = Scheduler(2, CHUNKS)
+    scheduler.waiting.append(RunningSequence(request(range(1, 99)), Noting(), 5))
+    follow(scheduler, 1, 12.0)
+    scheduler.jobs.append(CountedJob(4))
+    assert follow(scheduler, 4, 12.0) == [None] * 4
+
+
+def test_a_prompt_that_is_prefilled_stays_in_its_slot() -> None:
+    """Else the states that nobody has read yet would be in two slots."""
+    bench = Bench(3)
+    bench.add([1, 2], n=9)
+    between = bench.add([3, 4], n=1)
+    long = bench.add([5] * 40)
+    bench.finish(between)
+    bench.step()
+    assert (between.slot, long.slot, long.is_prefill) == (None, 2, True)
 
 
 def test_who_weighs_is_woken_before_a_long_prompt_goes_on(

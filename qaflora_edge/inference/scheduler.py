@@ -155,21 +155,19 @@ class Scheduler:
 
     n_slot  sequences of the context
     n_running  requests that are decoded together, by default n_slot
-    chunks  how prompts are cut into chunks. A step prefills one chunk, or several short ones: no
-            decoding request waits for more than a micro-batch.
+    chunks  how prompts are cut into chunks. A step prefills one chunk of a long prompt, or several
+            short prompts: no decoding request waits for more than a micro-batch.
     waiting, jobs  attributes: queues
 
-    Prefill and jobs alternate where there are both; decoding goes on in every step. After a chunk
-    of the longest prompt all others together have as much time as it took. The shortest prompt is
-    first then. So a request waits for one chunk of a longer prompt, and then has half the time.
+    A prompt is long where more than one chunk of it has to be computed. After a chunk of a long one
+    all that is not long has as much time as it took, together: short prompts, decoding, jobs, and
+    who waits for weights. So a short request waits for one chunk, and then has half of the time,
+    however many prompts are long. Of these the first and the shortest take turns.
+
+    Short prompts and jobs alternate where there are both; decoding goes on in every step.
     """
 
-    def __init__(
-        self,
-        n_slot: int,
-        chunks: Chunks,
-        n_running: int | None = None,
-    ) -> None:
+    def __init__(self, n_slot: int, chunks: Chunks, n_running: int | None = None) -> None:
         self.slots = [Slot(number) for number in range(n_slot)]
         self.n_running = n_running or n_slot
         self.waiting: deque[RunningSequence] = deque()
@@ -177,8 +175,8 @@ class Scheduler:
         self._chunks = chunks
         self._is_jobs_turn = True
         self._last_kind = ""
-        self._debtor: RunningSequence | None = None
-        self._owed_ms = 0.0
+        self._owed_ms = 0.0  # to all that is not long
+        self._is_shortest_turn = True
 
     @property
     def running(self) -> list[RunningSequence]:
@@ -223,37 +221,34 @@ class Scheduler:
         for sequence in prefills:
             at = sequence.n_past
             n = sequence.request.chunk_end(self._chunks, at) - at
-            n_row = self._chunks.n_row_as_long(at, n)
-            if step.prefill and n_row > n_left:
+            n_left -= self._chunks.n_row_as_long(at, n)
+            if step.prefill and n_left < 0:
                 break
             step.prefill.append((sequence, n))
-            n_left -= n_row
         return step
 
     def note(self, step: Step, ms: float) -> None:
         """Note how long a step has taken."""
-        is_turn = self._owed_ms <= 0
-        self._owed_ms -= ms
-        prefills = [each for each in self.running if each.is_prefill]
-        computed = [each for each, _ in step.prefill if each.is_prefill]
-        if not computed:
-            return
-        debtor = max(computed, key=_n_left)
-        lengths = [_n_left(each) for each in prefills]
-        is_longest = _n_left(debtor) == max(lengths)
-        is_shortest = _n_left(debtor) == min(lengths)
-        if is_longest or (is_turn and not is_shortest):
-            self._debtor = debtor
-            self._owed_ms = ms
+        is_long = any(self._is_long(sequence) for sequence, _ in step.prefill)
+        self._owed_ms = ms if is_long else self._owed_ms - ms
+
+    def _is_long(self, sequence: RunningSequence) -> bool:
+        """Tell whether others have to be protected from a prompt, until all of it is there."""
+        n_row = self._chunks.n_row_as_long(sequence.n_cached, _n_new(sequence))
+        return n_row > self._chunks.n_most
 
     def _prefills(self, running: list[RunningSequence]) -> list[RunningSequence]:
-        """List prompts to prefill, the next one first."""
+        """List what is prefilled in this step: a long prompt, or short ones in order of arrival."""
         prefills = sorted((s for s in running if s.is_prefill), key=lambda s: s.number)
-        is_alone = running == [self._debtor] and not self.jobs
-        if self._owed_ms <= 0 or is_alone:
-            return prefills
-        others = [each for each in prefills if each is not self._debtor]
-        return sorted(others, key=_n_left)
+        long = [each for each in prefills if self._is_long(each)]
+        short = [each for each in prefills if each not in long]
+        has_others = bool(self.jobs) or len(running) > len(long)
+        if not long or (has_others and self._owed_ms > 0):
+            return short
+        if short and short[0].number < long[0].number:
+            return short
+        self._is_shortest_turn = not self._is_shortest_turn
+        return [min(long, key=_n_new) if self._is_shortest_turn else long[0]]
 
     def _admit(self, step: Step) -> None:
         """Give slots in the order of arrival; who waits for a prompt to reuse lets others pass."""
@@ -274,7 +269,9 @@ class Scheduler:
                 slot.copy(source)
                 step.copies.append((source.number, slot.number))
                 n_reused = n_there
-            slot.sequence, sequence.slot, sequence.n_past = sequence, slot.number, n_reused
+            slot.sequence = sequence
+            sequence.slot = slot.number
+            sequence.n_past = sequence.n_cached = n_reused
             slot.hold(sequence, n_reused)
             slot.turn = sequence.number
             step.admitted.append((sequence, n_reused))
@@ -296,27 +293,24 @@ class Scheduler:
         return slot.n_reused(sequence, self._chunks), -gap, not slot.tokens, -slot.turn
 
     def _move(self, step: Step) -> None:
-        """Close gaps between slots in use: llama.cpp 0c1e5709 batches adjacent ones only.
+        """Close gaps between slots that decode: llama.cpp 0c1e5709 batches adjacent ones only.
 
-        A sequence that moves replaces KV state that is not in use.
+        A sequence that moves replaces KV state that is not in use. None moves while its prompt is
+        prefilled: a slot with states that nobody has read is zeroed before it is used again.
         """
-        used = [slot for slot in self.slots if slot.sequence is not None]
-        admitted = {sequence.number for sequence, _ in step.admitted}
+        decoding = [slot for slot in self.slots if slot.sequence and not slot.sequence.is_prefill]
         for target in self.slots:
-            if not used or not used[0].number < target.number < used[-1].number:
+            if not decoding or not decoding[0].number < target.number < decoding[-1].number:
                 continue
             if target.sequence is not None:
                 continue
-            source = used.pop()
-            sequence = source.sequence
-            assert sequence is not None
-            if sequence.number in admitted:  # it holds little or nothing yet: next time
-                return
+            source = decoding.pop()
+            assert source.sequence is not None
+            source.sequence.slot = target.number
             target.take(source)
-            sequence.slot = target.number
             step.moves.append((source.number, target.number))
 
 
-def _n_left(sequence: RunningSequence) -> int:
-    """Count the tokens of a prompt that are not prefilled yet."""
-    return sequence.n_prompt - sequence.n_past
+def _n_new(sequence: RunningSequence) -> int:
+    """Count the tokens of a prompt that had no KV state when it got its slot."""
+    return sequence.n_prompt - sequence.n_cached

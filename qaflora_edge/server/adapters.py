@@ -95,7 +95,7 @@ async def _uploaded(request: Request, body: AdapterBody, folder: Path) -> tuple[
 
             timeout_s = request.app.state.options.timeout_s
             await receive(request, take, MAX_UPLOAD_BYTES, timeout_s)
-        return place, await _changed(request, body, "added", add)
+        return place, await _changed(request, body, "added", add, shown_from=f"{place}/")
     except BaseException:
         shutil.rmtree(place, ignore_errors=True)
         raise
@@ -133,9 +133,16 @@ def _not_found(param: str, name: str) -> Refusal:
 
 
 async def _changed(
-    request: Request, body: AdapterBody, what: str, work: Callable[[Engine], None]
+    request: Request,
+    body: AdapterBody,
+    what: str,
+    work: Callable[[Engine], None],
+    shown_from: str = "",
 ) -> Response:
-    """Do this work for a bundle, and answer in vLLM's words."""
+    """Do this work for a bundle, and answer in vLLM's words.
+
+    shown_from  left out of messages: where an upload lies is no matter of its sender
+    """
     state = request.app.state
     served, _ = state.models.find(body.model)
 
@@ -149,7 +156,8 @@ async def _changed(
     except BusyError:
         raise
     except QafloraError as error:
-        raise Refusal(400, str(error), code="invalid_value") from error
+        message = str(error).replace(shown_from, "") if shown_from else str(error)
+        raise Refusal(400, message, code="invalid_value") from error
     served.weigher = engine.weigher
     served.strategies = engine.strategies
     served.sha256 = {**served.sha256, "adapters": hashes}

@@ -1,4 +1,5 @@
 // Adapters that are dropped on the page. The server checks, converts and measures them.
+const MAX_UPLOAD_BYTES = 2 ** 30;  // the server's limit: it is told before all is sent
 const takesAdapters = () => Boolean(bundles.get(settings.bundle)?.meta.takes_adapters);
 
 const readEntries = reader => new Promise((done, failed) => reader.readEntries(done, failed));
@@ -19,17 +20,28 @@ const sendAdapter = async (title, files) => {
   if (!isPeft && !gguf) {
     throw new Error(`${title} is no adapter. Drop a PEFT folder, with adapter_config.json and adapter_model.safetensors, or a .gguf.`);
   }
-  const name = (title.replace(/\.gguf$/, "").match(/[A-Za-z0-9][A-Za-z0-9._-]*/g) ?? ["adapter"]).join("-").slice(0, 64);
+  if ((isPeft ? weights : gguf).size > MAX_UPLOAD_BYTES) {
+    throw new Error(`${title} has more than 1 GiB. Put it into the server's folder of adapters.`);
+  }
+  const plain = title.normalize("NFKD").replace(/\p{M}|\.gguf$/gu, "");
+  const name = (plain.match(/[A-Za-z0-9][A-Za-z0-9._-]*/g) ?? ["adapter"]).join("-").slice(0, 64);
   const query = { model: settings.bundle, lora_name: name, config_bytes: isPeft ? config.size : 0 };
   await call(`upload?${new URLSearchParams(query)}`, isPeft ? new Blob([config, weights]) : gguf);
   return name;
 };
 
-// One after the other: title and files, or what promises them.
+// Title and files of each, or what promises them. What is chosen meanwhile comes after.
+const toAdd = [];
+let isAdding = false;
+
 const addAdapters = async adapters => {
+  toAdd.push(...adapters);
+  if (isAdding) return;
+  isAdding = true;
   const note = byId("adding");
   fail("");
-  for (const [title, files] of adapters) {
+  while (toAdd.length) {
+    const [title, files] = toAdd.shift();
     note.textContent = `Adding ${title}: it is sent, checked and measured.`;
     note.hidden = false;
     try {
@@ -44,11 +56,19 @@ const addAdapters = async adapters => {
     }
     say(note.textContent);
   }
+  isAdding = false;
+};
+
+// A file that was mended has the same name: with a value left, it would be no change.
+const takeChosen = event => {
+  const files = [...event.target.files];
+  event.target.value = "";
+  addAdapters(files.map(file => [file.name, [file]]));
 };
 
 const adapterField = () => field("Add an adapter", el("input", {
   type: "file", accept: ".gguf", id: "adapter-file",
-  onchange: event => addAdapters([...event.target.files].map(file => [file.name, [file]])),
+  onchange: takeChosen,
 }), "A .gguf. Or drop one, or a PEFT folder, anywhere on the page.");
 
 // A browser would leave the page for a file that nobody takes.
