@@ -275,7 +275,8 @@ LOAD_MINUTES ?= 10
 load-server: $(DONE)/package
 	$(BIN)/qaflora pull qwen2.5-coder-0.5b-instruct
 	$(BIN)/qaflora pull smollm2-135m-instruct
-	$(BIN)/python benchmarks/server_load.py demo models/demo --minutes $(LOAD_MINUTES)
+	$(BIN)/python benchmarks/server_load.py demo models/demo --minutes $(LOAD_MINUTES) \
+	    --adapter models/demo/adapters/med.gguf
 
 # A rank-64 adapter of an 8B Llama: seconds and peak memory (needs 0.7 GB of temporary space).
 bench-convert: $(DONE)/package

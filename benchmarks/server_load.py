@@ -1,11 +1,12 @@
 """Mixed load on `qaflora serve` for minutes: are answers those given alone, does memory grow?
 
-    python benchmarks/server_load.py BUNDLE... [--minutes 10] [--clients 14] [--probers 6]
+    python benchmarks/server_load.py BUNDLE... [--minutes 10] [--clients 8] [--probers 8]
 
 Options that it does not have go to `qaflora serve`.
 
 Clients ask for chats of many lengths under many mixes, streams and whole, JSON, probabilities,
 and every other path of docs/server.md; some go away in the middle, some send what is refused.
+--adapter comes and goes in a copy of the last bundle.
 Probers ask probes: greedy chats of 8 tokens with log-probabilities, of each bundle under each of
 STRATEGIES. Before, each probe was asked alone, and every model has had a prompt as long as any,
 and a grammar.
@@ -13,8 +14,8 @@ and a grammar.
 After each minute all wait until nothing runs, and the memory is read, less what the server then
 keeps of prompts (--prefix-cache): that is bounded, and changes with each prompt. Prints one JSON
 object. Ends with status 1 where a probe's answer or log-probabilities differ from those given
-alone, an answer is none that is expected, or memory has grown by more than --limit-mb from the
-first of these rests to the last.
+alone, an answer is none that is expected, a path was never asked, or memory has grown by more than
+--limit-mb from the first of these rests to the last.
 """
 
 import argparse
@@ -44,11 +45,15 @@ WORDS = ("the", "cat", "río", "42", "why")
 MAX_WORDS = 40  # of a prompt
 STRATEGIES = ("two-place", "relay", "static", "qa-flora", "cosine", "base")
 CATS = "the cat"
+ADAPTER = "more.gguf"
 ASKED = [{"role": "user", "content": CATS}]
 QUESTIONS = {"q": {"type": "noul", "instructions": "Is it a cat?"}}
-# Every other path of docs/server.md, but for those that change which adapters there are.
+ADD = "/v1/load_lora_adapter"
+REMOVE = "/v1/unload_lora_adapter"
+# Every other path of docs/server.md.
 READ = (
     *("/health", "/v1/health", "/v1/models", "/models", "/metrics", "/openapi.json", "/"),
+    "/v1/models/{model}",
     *("/props", "/slots", "/lora-adapters", "/api/tags", "/api/ps", "/api/version"),
 )
 ASK: dict[str, dict[str, Any]] = {
@@ -72,17 +77,20 @@ ASK: dict[str, dict[str, Any]] = {
     "/tokenize": {"content": CATS},
     "/detokenize": {"tokens": [1, 2, 3]},
 }
+PATHS = {*READ, *ASK, CHAT, ADD, REMOVE}
 
 
 class Client:
     """One of those who ask, by chance but for a seed."""
 
-    def __init__(self, port: int, models: list[str], seed: int) -> None:
+    def __init__(self, port: int, models: list[str], changing: str, seed: int) -> None:
         self.seen: Counter[str] = Counter()
+        self.paths: Counter[str] = Counter()
         self.wrong: list[str] = []
         self.longest_s = 0.0
-        self._port, self._models = port, models
+        self._port, self._models, self._changing = port, models, changing
         self._random = random.Random(seed)
+        self._name = f"more{seed}"
 
     def warm(self, models: list[str]) -> None:
         """Ask models what takes the most memory, while others do."""
@@ -197,13 +205,25 @@ class Client:
         self._expect(400, CHAT, {**self._body(), **wrong})
 
     def _small(self) -> None:
-        path = self._random.choice((*READ, *ASK))
+        path = self._random.choice((*READ, *ASK, ADD))
+        self.paths[path] += 1
+        if path == ADD:
+            self._change()
+            return
         if path in ASK:
             self._expect(200, path, {"model": self._models[0], **ASK[path]})
             return
-        status, data = self._ask("GET", f"{path}?model={self._models[0]}")
+        model = self._models[0]
+        status, data = self._ask("GET", f"{path.format(model=model)}?model={model}")
         if status != 200:
             self.wrong.append(f"{path} answers {status}: {data[:300]!r}")
+
+    def _change(self) -> None:
+        """Add an adapter, and remove it."""
+        self.paths[REMOVE] += 1
+        body = {"model": self._changing, "lora_name": self._name}
+        self._expect(200, ADD, {**body, "lora_path": ADAPTER})
+        self._expect(200, REMOVE, body)
 
 
 def memory_mb(field: str, pid: int) -> float:
@@ -213,11 +233,12 @@ def memory_mb(field: str, pid: int) -> float:
     return n_byte / 1e6
 
 
-def models_of(port: int) -> list[str]:
+def got(port: int, path: str) -> Any:
+    """What a path answers, from JSON."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
     with contextlib.closing(connection):
-        connection.request("GET", "/v1/models")
-        return [each["id"] for each in json.load(connection.getresponse())["data"]]
+        connection.request("GET", path)
+        return json.load(connection.getresponse())
 
 
 def is_followed(port: int, model: str) -> bool:
@@ -249,23 +270,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundles", nargs="+", metavar="BUNDLE")
     parser.add_argument("--minutes", type=int, default=10)
-    parser.add_argument("--clients", type=int, default=14)
-    parser.add_argument("--probers", type=int, default=6)
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--probers", type=int, default=8)
     parser.add_argument("--probes", type=int, default=40)
     parser.add_argument("--limit-mb", type=float, default=30)
+    parser.add_argument("--adapter", type=Path, required=True, help="a GGUF for the last bundle")
     options, of_serve = parser.parse_known_args()
     rests: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory(prefix="qaflora-load-") as name, contextlib.ExitStack() as end:
         folder = Path(name)
-        bundles = renamed(options.bundles, folder)
+        allowed = folder / "adapters"
+        allowed.mkdir()
+        shutil.copy(options.adapter, allowed / ADAPTER)
+        n_bundle = len(options.bundles)
+        bundles = renamed([*options.bundles, options.bundles[-1]], folder)
         command = [sys.executable, "-P", "-m", "qaflora_edge", "serve", *bundles]
-        command += ["--timeout", str(TIMEOUT_S), *of_serve]
+        command += ["--timeout", str(TIMEOUT_S), "--allow-adapters", str(allowed), *of_serve]
         process, port = end.enter_context(started(command, folder / "log"))
-        mixes = [f"b{i}:{strategy}" for strategy in STRATEGIES for i in range(len(bundles))]
+        if missing := {*got(port, "/openapi.json")["paths"]} - PATHS:
+            raise SystemExit(f"These paths are not asked: {', '.join(missing)}.")
+        mixes = [f"b{i}:{strategy}" for strategy in STRATEGIES for i in range(n_bundle)]
         mixes = [mix for mix in mixes if is_followed(port, mix)]
-        models = models_of(port) + mixes
+        models = [each["id"] for each in got(port, "/v1/models")["data"]] + mixes
         n = options.clients
-        clients = [Client(port, models, i) for i in range(n + options.probers)]
+        clients = [Client(port, models, f"b{n_bundle}", i) for i in range(n + options.probers)]
         asked = [(mixes[i % len(mixes)], i) for i in range(options.probes)]
         alone = {probe: clients[0].probe(*probe) for probe in asked}
         all_at_once(partial(client.warm, models[i::n]) for i, client in enumerate(clients[:n]))
@@ -282,12 +310,16 @@ def main() -> None:
             rests.append({name: round(value, 1) for name, value in found.items()})
             print(rests[-1], file=sys.stderr, flush=True)
     seen: Counter[str] = sum((client.seen for client in clients), Counter())
+    paths: Counter[str] = sum((client.paths for client in clients), Counter())
     wrong = [each for client in clients for each in client.wrong]
+    if unasked := sorted(PATHS - {*paths, CHAT}):
+        wrong.append(f"never asked: {', '.join(unasked)}")
     grown_mb = round(rests[-1]["own_mb"] - rests[0]["own_mb"], 1)
     result = {
         "probes": seen.pop("probe", 0),
         "differing": seen.pop("differing", 0),
         "requests": seen,
+        "paths": len({*paths, CHAT}),
         "errors": wrong,
         "longest_wait_s": round(max(client.longest_s for client in clients), 1),
         "after_a_minute": rests[0],
