@@ -305,17 +305,6 @@ def test_who_weighs_is_woken_before_a_long_prompt_goes_on(
     assert order[first : first + 2] == [1, 1]
 
 
-def test_chunks_of_two_long_prompts_are_two_steps() -> None:
-    """Each takes as long as a whole chunk of a prompt's beginning."""
-    scheduler = Scheduler(2, replace(CHUNKS, n_shallow=20))
-    both = [RunningSequence(request([n] * 90), Noting(), 5) for n in (1, 2)]
-    scheduler.waiting.extend(both)
-    scheduler.step()
-    for sequence in both:
-        sequence.n_past = 84
-    assert scheduler.step().prefill == [(both[0], 6)]
-
-
 def test_one_that_waits_for_a_prompt_lets_others_pass() -> None:
     bench = Bench(3)
     document = [1] * 40
