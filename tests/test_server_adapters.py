@@ -97,7 +97,7 @@ def test_a_file_with_holes_is_refused_before_it_is_hashed(
     assert f"{n_unused} of its {64 << 30} bytes belong to no tensor; expected at most 16777216"
 
 
-@pytest.mark.parametrize("name", ["base", "two-place", "manual"])
+@pytest.mark.parametrize("name", ["Base", "two-place", "manual"])
 def test_an_adapter_is_not_called_like_a_strategy(client: TestClient, name: str) -> None:
     body = {"lora_name": name, "lora_path": "fr.gguf"}
     error = client.post("/v1/load_lora_adapter", json=body).json()["error"]

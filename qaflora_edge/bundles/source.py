@@ -129,7 +129,7 @@ def _fetch(name: str) -> tuple[Path, str]:
 
 def check_new_name(name: str) -> None:
     """Check that a name is no strategy's: MODEL:base asks for the base. Raises BundleError."""
-    if name in {strategy.name for strategy in strategies()}:
+    if name.lower() in {strategy.name for strategy in strategies()}:
         raise BundleError(
             f"The adapter name {name!r} is that of a strategy; expected another name. Give it as "
             "NAME=PATH, or rename the file."
