@@ -151,12 +151,22 @@ def test_an_unsure_draft_in_another_language_is_left_out() -> None:
     assert not mix.weights.any()
 
 
-@pytest.mark.parametrize(("least", "weights"), [(-0.01, [0, 1, 0]), (-0.5, [0, 0, 0])])
-def test_below_the_scores_each_token_has_to_be_sure(least: float, weights: list[float]) -> None:
-    """An invented fact shows in the one token that bears it."""
+@pytest.mark.parametrize(
+    ("least", "is_later", "weights"),
+    [
+        (-0.01, False, [0, 1, 0]),
+        (-0.3, False, [0, 0, 0]),
+        (-0.3, True, [0, 1, 0]),
+        (-0.5, True, [0, 0, 0]),
+    ],
+)
+def test_below_the_scores_each_token_has_to_be_sure(
+    least: float, is_later: bool, weights: list[float]
+) -> None:
+    """An invented fact shows in the one token that bears it; a later turn has its subject."""
     draft = replace(drafted("shop", -0.01), logprobs=(*[-0.01] * 12, least))
     places = ([LOW, TYPICAL_SIZE, LOW], [LOW, HIGH, LOW])
-    mix = weighed(Scripted(*places, [draft]), "relay:abstain=3")
+    mix = weighed(Scripted(*places, [draft]), "relay:abstain=3", is_later=is_later)
     assert mix.weights[:, 0].tolist() == weights
 
 

@@ -32,6 +32,7 @@ UNSURE_FROM = 0.2  # spreads above it, from which a knower that is FAR_AHEAD is 
 UNSURE_FORM = 0.5  # spreads above it, below which who gives a form lets another draft
 FAR_AHEAD = 1.8  # spreads between both, from which a knower need not be SURE
 SURE_OF_EACH = -0.15  # nats: the least sure token of an answer that is known
+SURE_LATER = -0.45  # the same, in a later turn, whose subject is known already
 N_WORDING = 5  # tokens that a draft begins with; the fact comes behind them
 FORM = 1.25  # score at the place where the answer begins, and how far it is above the question's
 N_FACT = 32  # tokens of an answer that states a fact, at most
@@ -229,7 +230,8 @@ def _despite_the_scores(query: Query, probe: Probe, mix: Mix) -> Mix:
         return mix
     (draft,) = probe.drafts([name], N_BEGUN, _weights(mix))
     knows = _is_prose(draft) and _is_sure(query, draft) and not _repeats(query, draft)
-    if not knows or not _is_sure_of_each(probe, draft):
+    least = SURE_LATER if query.is_later else SURE_OF_EACH
+    if not knows or not _is_sure_of_each(probe, draft, least):
         return mix
     taken = replace(mix, weights=_alone(query, name))
     return _rewritten(query, probe, taken, name, _sureness({name: draft}))
@@ -265,10 +267,13 @@ def _repeats(query: Query, draft: Draft) -> bool:
     return any(query.tokens[at : at + n_token] == draft.tokens for at in starts)
 
 
-def _is_sure_of_each(probe: Probe, draft: Draft) -> bool:
-    """Tell whether a draft is a short answer, and its adapter sure of each token of it."""
+def _is_sure_of_each(probe: Probe, draft: Draft, least: float) -> bool:
+    """Tell whether a draft is a short answer, and its adapter sure of each token of it.
+
+    least  nats that each token is above
+    """
     n_token = N_BEGUN
-    while min(draft.logprobs, default=UNSURE) > SURE_OF_EACH:
+    while min(draft.logprobs, default=UNSURE) > least:
         if draft.is_whole:
             return True
         n_token *= 2
