@@ -30,9 +30,8 @@ from transformers import AutoModelForCausalLM, GgufConfig
 from qaflora_edge import Engine, FusionWeights
 from qaflora_edge.bundles.open import Opened, load_bundle
 from qaflora_edge.evaluation.metrics import listed
-from qaflora_edge.evaluation.results import kept_results
 from qaflora_edge.evaluation.run import asked_fields, header, score_fields, task_prompt
-from qaflora_edge.evaluation.tasks import Task, read_task
+from qaflora_edge.evaluation.tasks import Task, kept_results, read_task
 from qaflora_edge.formats.adapter import read_pair
 
 STRATEGY = "lora-flow"

@@ -22,7 +22,7 @@ from server_process import status_bytes
 
 from qaflora_edge import Engine
 from qaflora_edge.bundles.create import create_bundle
-from qaflora_edge.hub.fetch import fetch_model
+from qaflora_edge.hub import fetch_model
 
 N_RUN = 5
 N_TOKEN = 64

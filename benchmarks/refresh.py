@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 
 from qaflora_edge import Engine, FusionWeights
-from qaflora_edge.evaluation.results import kept_results
 from qaflora_edge.evaluation.run import asked_fields, header, score_fields, task_prompt
-from qaflora_edge.evaluation.tasks import read_task
+from qaflora_edge.evaluation.tasks import kept_results, read_task
 from qaflora_edge.inference.generation import Generation
 
 

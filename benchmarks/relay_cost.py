@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 
 from qaflora_edge import Engine
-from qaflora_edge.bundles.measure import neutral
+from qaflora_edge.bundles.edit import neutral
 from qaflora_edge.evaluation.tasks import Task, read_task
 
 STRATEGIES = ("two-place", "relay")

@@ -23,7 +23,6 @@ import charts
 import numpy as np
 from one_reading import Report, interval
 
-from qaflora_edge.evaluation.results import Results
 from qaflora_edge.evaluation.table import (
     NATS,
     NONE,
@@ -38,6 +37,7 @@ from qaflora_edge.evaluation.table import (
     number,
 )
 from qaflora_edge.evaluation.table import gain as gain_over
+from qaflora_edge.evaluation.tasks import Results
 
 HERE = Path(__file__).resolve().parent
 BASE, SUBJECT, BEST = "base", "subject", "best single adapter, in hindsight"

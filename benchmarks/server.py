@@ -32,7 +32,7 @@ import numpy as np
 from server_process import started, status_bytes
 
 from qaflora_edge.bundles.create import create_bundle
-from qaflora_edge.hub.fetch import fetch_model
+from qaflora_edge.hub import fetch_model
 
 N_ADAPTER, RANK, ALPHA = 3, 16, 16.0
 MODULES = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"]

@@ -282,7 +282,7 @@ OWN_OPTIONS = {
     ),
     "export": (
         Option("outtype", str, "f16", flag="--outtype", section="Options", choices=OUTTYPES,
-               help="Store the GGUF's tensors in this type; a PEFT folder has f32."),
+               help="Store the mix's tensors in this type."),
     ),
 }
 # Options of strategies that probe, as in calibrated:power=2,total=1.5; done in this order.
@@ -341,6 +341,7 @@ REMOVED = {
     "push": "`qaflora push` is gone; `hf upload OWNER/NAME PATH` does the same (docs/bundles.md).",
     "base_hub": "The option base-hub is gone; use `qaflora bundle base DIR REF`.",
     "n": "`run --n` is gone; repeat the line in --prompts FILE, each with a seed of its own.",
+    "prompts": "`weights --prompts` is gone; `run --prompts FILE --json -n 0` weighs each line.",
     "dark": "The option dark is gone; .svg follows the reader's light or dark theme.",
 }
 

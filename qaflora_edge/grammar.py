@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from qaflora_edge.errors import GrammarError, OptionError
-from qaflora_edge.formats.json_text import read_json_object
+from qaflora_edge.formats.inputs import read_json_object
 
 MAX_LENGTH = 1 << 16  # characters of a grammar or a schema
 MAX_CHAIN = 100  # rules and groups, or schemas, in each other
@@ -175,13 +175,15 @@ def checked_schema(schema: Any, *, source: str = "The JSON schema") -> dict[str,
     except (TypeError, ValueError, RecursionError) as error:
         raise GrammarError(f"{source} is no JSON ({error}); correct it.") from error
     checker = _Checker(source)
-    found = checker.visit(schema, "#")
+    written = checker.visit(schema, "#")
     _check_chain("#", checker.leads_to, source)
     checker.check_multiples()
     if not checker.is_combined:
         checker.narrows = True
-        found = checker.visit(schema, "#")
-    return {"x-guidance": OPTIONS, **(found if isinstance(found, dict) else {"anyOf": [found]})}
+        written = checker.visit(schema, "#")
+    if not isinstance(written, dict):  # true or false
+        written = {"anyOf": [written]}
+    return {"x-guidance": OPTIONS} | written
 
 
 class _Checker:
@@ -192,7 +194,9 @@ class _Checker:
     """
 
     def __init__(self, source: str) -> None:
-        self._source, self.is_combined, self.narrows = source, False, False
+        self._source = source
+        self.is_combined = False
+        self.narrows = False
         self._references: dict[str, str] = {}  # place of a $ref -> place that it names
         self._multiples: list[Decimal] = []
 
@@ -220,7 +224,7 @@ class _Checker:
             names = written.get("properties", {})
             unnamed = {name: True for name in written.get("required", []) if name not in names}
             written |= {"properties": names | unnamed, "additionalProperties": False}
-        return {"type": kinds, **written}
+        return {"type": kinds} | written
 
     def _value(self, key: str, value: Any, place: str) -> Any:
         """Check the value of a keyword, and the schemas in it."""
@@ -232,9 +236,10 @@ class _Checker:
         if key == "$ref":
             self._references[place] = unquote(value)
         is_number = type(value) in (int, float)
-        step = {"exclusiveMinimum": 1e-9, "exclusiveMaximum": -1e-9}.get(key, 0)
-        if step and is_number and value % 1 == 0 and value * step >= 0 and abs(value) < 10**6:
-            return value + step  # llguidance takes a whole bound itself near a fractional one
+        shift = {"exclusiveMinimum": 1e-9, "exclusiveMaximum": -1e-9}.get(key, 0)
+        is_whole = is_number and value % 1 == 0 and abs(value) < 10**6
+        if shift and is_whole and value * shift >= 0:
+            return value + shift  # llguidance takes a whole bound itself near a fractional one
         if key == "multipleOf" and is_number:
             self._multiples.append(Decimal(repr(value)))
         if key in ("items", "additionalProperties"):
@@ -242,8 +247,11 @@ class _Checker:
         if key in _LISTS:
             return [self.visit(part, f"{at}/{i}") for i, part in enumerate(value)]
         if key in _BY_NAME:
-            places = {name: name.replace("~", "~0").replace("/", "~1") for name in value}
-            return {name: self.visit(value[name], f"{at}/{places[name]}") for name in value}
+            visited = {}
+            for name, part in value.items():
+                step = name.replace("~", "~0").replace("/", "~1")  # of a JSON pointer
+                visited[name] = self.visit(part, f"{at}/{step}")
+            return visited
         return value
 
     def leads_to(self, place: str) -> list[tuple[str, int]]:

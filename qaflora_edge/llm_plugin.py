@@ -17,7 +17,7 @@ from pydantic import Field, create_model
 
 from qaflora_edge.config import Option, in_group
 from qaflora_edge.errors import PromptError, QafloraError
-from qaflora_edge.hub.local import named_bundles, pulled_bundles
+from qaflora_edge.hub import named_bundles, pulled_bundles
 
 if TYPE_CHECKING:
     from qaflora_edge.engine import Engine

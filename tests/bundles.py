@@ -13,7 +13,7 @@ import tiny
 from click.testing import CliRunner, Result
 
 from qaflora_edge import Engine
-from qaflora_edge.bundles import measure
+from qaflora_edge.bundles import edit as measure
 from qaflora_edge.bundles.create import create_bundle
 from qaflora_edge.bundles.edit import add_adapters, calibrate
 from qaflora_edge.cli import main

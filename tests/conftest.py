@@ -18,7 +18,7 @@ from hubs import FakeHub
 import qaflora_edge
 from qaflora_edge.cli.settings import SHARED, SHARED_TABLES, variables
 from qaflora_edge.files import cache_dir
-from qaflora_edge.hub.fetch import fetch_model
+from qaflora_edge.hub import fetch_model
 
 if TYPE_CHECKING:
     from bundles import TinyBundle

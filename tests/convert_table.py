@@ -19,7 +19,6 @@ import gguf
 import numpy as np
 from families import FAMILIES, MIXTURES, AnyFamily
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
 from specimen import ADAPTERS, EXPERTS, LAYER_WEIGHTS, TOKENS, UPSTREAM, Specimen
 from stock import StockContext
 
@@ -27,10 +26,8 @@ from qaflora_edge import Engine
 from qaflora_edge.backend.model import Model
 from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.convert.layouts import REASONS
-from qaflora_edge.convert.mix import mix_modules, write_peft_mix
 from qaflora_edge.errors import BackendError, StrategyError, UnsupportedAdapterError
 from qaflora_edge.files import cache_dir
-from qaflora_edge.formats.adapter import read_adapter_gguf
 from qaflora_edge.formats.base import read_base
 
 F32 = NDArray[np.float32]
@@ -78,8 +75,6 @@ class Findings:
             found["norm"] = EXACT
         found["llama.cpp"] = _check_stock(specimen, files)
         found["upstream"] = _compare_upstream(specimen, files)
-        with suppress(UnsupportedAdapterError):
-            _check_exported(specimen, files)
         return found
 
     def expert_row(self, family: str) -> dict[str, str]:
@@ -156,24 +151,6 @@ def _check_stock(specimen: Specimen, files: Mapping[str, Path]) -> str:
             finally:
                 context.close()
     return ", ".join([EXACT, *(f"{adapter}: not loaded" for adapter in sorted(unloaded))])
-
-
-def _check_exported(specimen: Specimen, files: Mapping[str, Path]) -> None:
-    """Export each adapter alone for PEFT: names and values are those that it was made from."""
-    base, weights = read_base(specimen.base), np.ones((1, 99), np.float32)
-    for adapter, path in files.items():
-        if adapter == "scales":
-            continue
-        folder = specimen.folder / f"exported {adapter}"
-        folder.mkdir()
-        write_peft_mix(folder, base, mix_modules({"": read_adapter_gguf(path)}, weights))
-        found = load_file(folder / "adapter_model.safetensors")
-        for name, values in load_file(specimen.peft(adapter) / "adapter_model.safetensors").items():
-            if ".base_layer." not in name:  # PEFT's copy of what it adapts
-                scale = 2.0 if "_B" in name else 1.0  # alpha / rank
-                own = found.pop(name.replace("language_model.", ""))
-                assert np.array_equal(own, scale * values)
-        assert not found
 
 
 def assert_near(specimen: Specimen, logits: F32, which: str) -> None:

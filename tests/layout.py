@@ -8,7 +8,7 @@ PACKAGE = "qaflora_edge"
 
 
 def module_paths(package: Path) -> dict[str, Path]:
-    """Name -> file of every module, as `formats.json_text`; a folder's own as `bench`."""
+    """Name -> file of every module, as `formats.inputs`; a folder's own as `bench`."""
     found = {}
     for path in sorted(package.rglob("*.py")):
         parts = path.relative_to(package).with_suffix("").parts

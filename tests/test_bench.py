@@ -3,13 +3,12 @@
 import json
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
-from bundles import TinyBundle, make_bundle, qaflora
+from bundles import TinyBundle, qaflora
 from click.testing import Result
 
 from qaflora_edge.bench import Rig, compared, prefill, take_turns
@@ -78,17 +77,6 @@ def test_every_part_has_its_contestants(shown: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_prompts_of_each_kind_are_answered_with_guesses_and_without(tmp_path: Path) -> None:
-    made = make_bundle(tmp_path, n_ctx=4096)
-    only = ("--only", "draft", "--callers", "2", "--repeat", "1", "--max-tokens", "4", "--json")
-    result = bench(made, *only, "--strategy", "static", "--draft", "3")
-    rows = json.loads(result.stdout)["draft"]
-    kinds = ["edit", "extract", "correct", "prose", "prose, 2 callers"]
-    assert [row["name"] for row in rows] == kinds
-    assert {*rows[0]} == {"name", "runs", "tokens_per_second", "of_plain", "accepted"}
-
-
-@pytest.mark.slow
 def test_table_to_read(made: TinyBundle) -> None:
     result = bench(made, *SMALL, *SIZES)
     assert (result.exit_code, result.stderr) == (0, "")
@@ -123,7 +111,7 @@ def test_no_prompt_begins_with_another(rig: Rig) -> None:
     ("args", "code", "expected"),
     [
         (("--k", "0"), 2, "'0' is not a number from 1 to 255."),
-        (("--only", "speed"), 2, "is not one of callers, decode, draft, ttft."),
+        (("--only", "speed"), 2, "is not one of callers, decode, ttft."),
         (("--max-tokens", "1"), 1, "Option --max-tokens is 1, expected at least 2: decoding is "
          "measured after the first token. Raise it."),
     ],

@@ -59,6 +59,15 @@ def test_our_server_keeps_requests_with_other_weights_apart(tmp_path: Path) -> N
     assert said.count("PASS") == 8
 
 
+def test_prompts_of_each_kind_are_answered_with_guesses_and_without(tmp_path: Path) -> None:
+    made = make_bundle(tmp_path, n_ctx=4096)
+    few = ("--repeat", 1, "--max-tokens", 4, "--draft", 3, "--strategy", "static")
+    rows = [json.loads(line) for line in script("guesses", made.folder, *few).splitlines()]
+    kinds = ["edit", "extract", "correct", "prose", "prose, 2 callers"]
+    assert [row["name"] for row in rows] == kinds
+    assert {*rows[0]} == {"name", "runs", "tokens_per_second", "of_plain", "accepted"}
+
+
 def test_code_is_scored_by_its_tests(made: TinyBundle, tmp_path: Path) -> None:
     item = {"prompt": "def f():\n", "entry_point": "f", "test": "assert f() is None"}
     path, out = write(tmp_path / "code.jsonl", item), tmp_path / "r.jsonl"

@@ -27,7 +27,7 @@ from qaflora_edge.errors import (
 )
 from qaflora_edge.formats.adapter import read_adapter_gguf
 from qaflora_edge.formats.gguf import read_gguf_header
-from qaflora_edge.hub.fetch import fetch_hub
+from qaflora_edge.hub import fetch_hub
 from qaflora_edge.weighing.calibration import EXTENTS, LAYERS
 
 Raw = dict[str, Any]

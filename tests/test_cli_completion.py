@@ -32,7 +32,6 @@ def suggested(made: TinyBundle, line: str, **more: str) -> list[str]:
         ("qaflora run bundle --strategy manual:es=1,m", ["manual:es=1,math="]),
         ("qaflora run --strategy single:", []),
         ("qaflora bundle remove bundle m", ["math"]),
-        ("qaflora pull smol", ["smollm2-135m-instruct"]),
     ],
 )
 def test_suggestions(made: TinyBundle, line: str, expected: list[str]) -> None:

@@ -11,7 +11,7 @@ from refusals import refused
 from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.errors import BundleError
 from qaflora_edge.formats import names as registry
-from qaflora_edge.hub.fetch import fetch_hub
+from qaflora_edge.hub import fetch_hub
 
 BASE = "smollm2-135m-instruct"
 FILES = ("bundle.json", "adapters/math.gguf", "adapters/es.gguf")

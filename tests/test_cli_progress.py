@@ -12,9 +12,9 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="terminals are POSIX 
 WAITING = """
 import time
 from qaflora_edge.cli.progress import waiting
-with waiting("Loading [base]") as tell:
+with waiting("Loading [base]") as wait:
     time.sleep(0.3)
-    tell("weighing", 45, 100)
+    wait.tell("weighing", 45, 100)
     time.sleep(0.3)
 print("done")
 """

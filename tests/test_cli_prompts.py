@@ -6,7 +6,7 @@ import pytest
 from refusals import refused
 
 from qaflora_edge.cli import prompts
-from qaflora_edge.cli.prompts import Prompt, read_prompts, read_text
+from qaflora_edge.cli.prompts import read_prompts, read_text
 from qaflora_edge.errors import InputFileError
 
 
@@ -17,21 +17,13 @@ def message(path: Path | str) -> str:
 def test_lines(tmp_path: Path) -> None:
     path = tmp_path / "p.txt"
     path.write_bytes("\ufeffone  two\r\n\n  \n¿qué? \u2028 still\n".encode())
-    assert read_prompts(str(path)) == [
-        Prompt("one  two", None, f"{path}, line 1"),
-        Prompt("¿qué? \u2028 still", None, f"{path}, line 4"),
-    ]
-    assert read_prompts(str(path))[0].label == "one two"
+    assert read_prompts(str(path)) == ["one  two", "¿qué? \u2028 still"]
 
 
 def test_json_lines(tmp_path: Path) -> None:
     path = tmp_path / "p.JSONL"
-    path.write_text('{"prompt": "a\\nb", "name": "n"}\n{"name": null, "prompt": "c"}')
-    assert read_prompts(str(path)) == [
-        Prompt("a\nb", "n", f"{path}, line 1"),
-        Prompt("c", None, f"{path}, line 2"),
-    ]
-    assert [prompt.label for prompt in read_prompts(str(path))] == ["n", "c"]
+    path.write_text('{"prompt": "a\\nb"}\n{"name": null, "prompt": "c"}')
+    assert read_prompts(str(path)) == ["a\nb", "c"]
 
 
 @pytest.mark.parametrize(

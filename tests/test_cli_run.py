@@ -15,8 +15,8 @@ from click.testing import Result
 from tmux import on_a_terminal
 
 from qaflora_edge import Engine
+from qaflora_edge import hub as hub_cache
 from qaflora_edge.formats import names as registry
-from qaflora_edge.hub import local as hub_cache
 
 PROMPT = "the thing on a ring"
 QAFLORA = [sys.executable, "-m", "qaflora_edge"]

@@ -56,44 +56,6 @@ def test_two_place_says_what_it_measured_and_why_the_base_is_alone(calibrated: T
     assert plain["because"]
 
 
-LINES = "the thing on a ring\n\n   \nin the ring: a 'thing', \"the\"\r\n=1+1\n"
-TEXTS = ["the thing on a ring", "in the ring: a 'thing', \"the\"", "=1+1"]
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
-    path.write_bytes(LINES.encode())
-    return path
-
-
-def test_prompts_print_the_contracts_object_a_line_each(
-    calibrated: TinyBundle, prompts: Path
-) -> None:
-    result = weights(calibrated, "--prompts", prompts, "--json")
-    assert (result.exit_code, result.stderr) == (0, "")
-    shown = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [item.pop("prompt") for item in shown] == TEXTS
-    alone = [json.loads(weights(calibrated, text, "--json").stdout) for text in TEXTS]
-    for item in (*shown, *alone):
-        del item["probe_ms"]
-    assert shown == alone
-    piped = weights(calibrated, "--prompts", "-", "--json", stdin=LINES)
-    assert [json.loads(line)["weights"] for line in piped.stdout.splitlines()] == [
-        item["weights"] for item in alone
-    ]
-
-
-def test_a_prompt_that_does_not_fit_is_named_before_any_is_weighed(
-    calibrated: TinyBundle, tmp_path: Path
-) -> None:
-    path = tmp_path / "prompts.txt"
-    path.write_text("short\n" + "long " * 200 + "\n")
-    result = weights(calibrated, "--prompts", path, "--json", "--ctx", 64)
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr.startswith(f"Error: {path}, line 2: The prompt has ")
-
-
 @pytest.mark.parametrize(
     "args", [(), (PROMPT, "--prompts", "prompts.txt"), (PROMPT, "--plot", "weights.png")]
 )

@@ -22,7 +22,7 @@ from qaflora_edge.errors import OptionError, SettingsError
 
 BY_NAME = {option.name: option for option in OPTIONS}
 COMMANDS = [table for table in SHARED_TABLES if table != "llm"]
-NEEDED = {"compare": ["QUESTION"], "eval": ["TASK"], "export": ["-o", "OUT"]}  # besides DIR
+NEEDED = {"compare": ["QUESTION"], "eval": ["TASK"], "export": ["-o", "OUT"], "weights": ["PROMPT"]}
 # Values at the ends of each range, and beyond them.
 GOOD_AND_BAD: Mapping[str, tuple[list[Any], list[Any]]] = {
     "strategy": (["norm", "manual:a=1"], []),

@@ -13,7 +13,7 @@ from tiny import write_tiny_base
 
 from qaflora_edge import Engine
 from qaflora_edge.errors import OptionError
-from qaflora_edge.hub.fetch import fetch_model
+from qaflora_edge.hub import fetch_model
 from qaflora_edge.inference.guesses import Guesser, guess_together
 
 COPY = "Write this list again, with a number before each line:\n" + "red apple, green pear\n" * 6

@@ -11,7 +11,6 @@ import pytest
 from made_results import header, record
 
 from qaflora_edge.errors import ResultsFileError
-from qaflora_edge.evaluation.results import Results
 from qaflora_edge.evaluation.table import (
     Cell,
     Estimate,
@@ -24,6 +23,7 @@ from qaflora_edge.evaluation.table import (
     mean_of_means,
     rows,
 )
+from qaflora_edge.evaluation.tasks import Results
 
 Z = NormalDist().inv_cdf(0.975)
 RIGHT = {  # strategy -> which of six items it answers rightly

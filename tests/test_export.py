@@ -1,7 +1,5 @@
-"""qaflora export: one adapter for a mix, against stock llama.cpp, transformers and PEFT."""
+"""qaflora export: one adapter for a mix, against stock llama.cpp."""
 
-import errno
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +10,8 @@ from numpy.typing import NDArray
 from test_backend import TOKENS, fused_logits, stock_logits
 
 from qaflora_edge import Engine
-from qaflora_edge.convert.mix import mix_modules, write_mix, write_peft_mix
-from qaflora_edge.convert.targets import MixedModule
+from qaflora_edge.convert.adapter import mix_modules, write_mix
+from qaflora_edge.convert.plan import MixedModule
 from qaflora_edge.formats.adapter import read_adapter
 from qaflora_edge.formats.base import read_base
 from qaflora_edge.formats.gguf import GgufHeader, read_gguf_header
@@ -57,23 +55,6 @@ def test_stock_llama_cpp_gives_the_logits_of_the_mix(tmp_path: Path, n_expert: i
     assert found == {"blk.1.attn_q.weight": 11, "blk.2.attn_q.weight": 13, "output.weight": 11}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", ["llama", "qwen2"])
-def test_peft_gives_the_logits_of_the_mix(tmp_path: Path, arch: str) -> None:
-    torch = pytest.importorskip("torch")
-    reference = pytest.importorskip("reference")
-    fused, base, header, modules = mixed(tmp_path, PROJECTIONS, arch=arch, tied=False)
-    folder = tmp_path / "peft"
-    folder.mkdir()
-    write_peft_mix(folder, header, modules)
-    with warnings.catch_warnings():  # of PEFT and transformers about themselves
-        warnings.simplefilter("ignore")
-        model = reference.Reference(base.path, {"mix": folder}).model
-    with torch.inference_mode():
-        logits = model(input_ids=torch.tensor([TOKENS])).logits[0, -1].numpy()
-    assert np.abs(logits - fused).max() < 1e-4 * np.abs(fused).max()
-
-
 def test_command_writes_the_mix_of_a_prompt(made: TinyBundle, tmp_path: Path) -> None:
     out = tmp_path / "mix.gguf"
     command = ["export", made.folder, "-o", out, "--outtype", "f32"]
@@ -93,32 +74,17 @@ def test_command_writes_the_mix_of_a_prompt(made: TinyBundle, tmp_path: Path) ->
     )
 
 
-def test_a_full_disk_is_told(
-    made: TinyBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(path: Path, data: bytes) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    out = tmp_path / "mix"
-    result = qaflora("export", made.folder, "-o", out, "--peft", "--strategy", "manual:math=1")
-    message = f"Error: Cannot write {out}: the disk is full. Free some space and try again.\n"
-    assert (result.exit_code, result.stderr) == (1, message)
-    assert not out.exists()
-
-
 @pytest.mark.parametrize(
     ("stem", "options", "message"),
     [
         ("attn_q", ["--strategy", "base"], "no adapter weighs anything where it adapts the base,"),
         ("output", [], "a.gguf adapts output.weight, and llama.cpp takes no adapter of an embeddi"),
-        ("ffn_up_exps", ["--peft"], "a.gguf adapts blk.0.ffn_up_exps.weight, and its name in PEFT"),
     ],
 )
 def test_what_cannot_be_exported_is_said_and_nothing_written(
     tmp_path: Path, own_cache: Path, stem: str, options: list[str], message: str
 ) -> None:
-    base = tiny.write_tiny_base(tmp_path / "base.gguf", n_expert=4 if "exps" in stem else 0)
+    base = tiny.write_tiny_base(tmp_path / "base.gguf")
     adapter = tiny.write_tiny_adapter(tmp_path / "a.gguf", base, targets=[stem]).path
     before = sorted(tmp_path.iterdir())
     words = ["export", base.path, "-o", tmp_path / "mix", "--adapter", adapter, *options]

@@ -1,6 +1,5 @@
 """Strategies and the arithmetic of weights, against textbook formulas in high precision."""
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -109,23 +108,9 @@ def test_weights_of_another_shape_or_not_finite_are_refused() -> None:
     assert str(caught.value) == "The weight of 'es' at layer 2 is inf, expected a finite number."
 
 
-def test_fusion_weights_are_short_in_a_console_and_a_heatmap_in_a_notebook() -> None:
-    """Oracle: the parser of the standard library, which takes the fragment as XML."""
-    from xml.etree import ElementTree
-
+def test_fusion_weights_are_short_in_a_console() -> None:
     weights = np.array([[0.25, 0.75, 0.5], [0.75, 0.25, 0.5]], np.float32)
     mixed = fusion.FusionWeights(("math", "a<b>\u202e"), weights, weights * 2, "qa-flora")
     assert repr(mixed) == "<FusionWeights qa-flora, 3 layers: math ×0.5 · a<b>\\u202e ×0.5>"
-    root = ElementTree.fromstring(f"<div>{mixed._repr_html_()}</div>")
-    cells = [rect for rect in root.iter("rect") if rect.get("class") == "cell"]
-    titles = [rect.findtext("title") for rect in cells]
-    assert titles[4] == "a<b>\\u202e, layer 1\nweight 0.250\ndivergence 0.5 nats"
-    shares = [float(rect.get("fill-opacity", "")) for rect in cells]
-    assert shares == [0.083, 0.917, 0.5, 0.917, 0.083, 0.5]  # on a scale from 0.2 to 0.8
-    assert len([dot for dot in root.iter("circle") if dot.get("class") == "lead"]) == 2
-    added = replace(mixed, strategy="two-place")._repr_html_()
-    assert "<div>strategy two-place, 0 prompt tokens</div>" in added
-    assert "\nadded to q, k, v 0.5</title>" in added
     empty = fusion.FusionWeights((), np.zeros((0, 3), np.float32), None, "base")
     assert repr(empty) == "<FusionWeights base, 3 layers: base>"
-    assert "strategy base" in empty._repr_html_()

@@ -15,8 +15,7 @@ from refusals import refused
 from qaflora_edge.bundles.open import load_bundle, verify_bundle
 from qaflora_edge.errors import BundleError, DownloadError, OutputFileError, RegistryError
 from qaflora_edge.formats.names import HubRef, from_address, parse_hub_ref
-from qaflora_edge.hub.fetch import ADVICE, fetch_hub
-from qaflora_edge.hub.local import named_bundles, pulled_bundles, pulled_path
+from qaflora_edge.hub import ADVICE, fetch_hub, named_bundles, pulled_bundles, pulled_path
 
 PICTURE = "training/curve.png"
 REPO_DIR = "models--owner--bundle"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qaflora_edge.errors import OutputFileError
-from qaflora_edge.formats.json_text import (
+from qaflora_edge.formats.inputs import (
     MAX_JSON_DEPTH,
     MAX_JSON_VALUES,
     LineFile,

@@ -150,8 +150,8 @@ def test_an_edit(start: Path, tmp_path: Path, action: str, names: list[str]) -> 
 PULL = """
 from qaflora_edge.bundles.open import verify_bundle
 from qaflora_edge.formats import names
-from qaflora_edge.hub.fetch import fetch_hub, fetch_model
-from qaflora_edge.hub.local import whole_path
+from qaflora_edge.hub import fetch_hub, fetch_model
+from qaflora_edge.hub import whole_path
 from huggingface_hub import HfApi, constants, hf_hub_download  # once, not in every fork
 
 names.package_data = lambda name: place.parent / "registry.json"

@@ -19,11 +19,11 @@ import pytest
 from hubs import FakeHub
 from refusals import refused
 
+from qaflora_edge import hub as fetch
 from qaflora_edge.errors import DownloadError, OutputFileError, RegistryError
 from qaflora_edge.formats import names as registry
 from qaflora_edge.formats.names import HubRef
-from qaflora_edge.hub import fetch
-from qaflora_edge.hub.fetch import fetch_model
+from qaflora_edge.hub import fetch_model
 
 PARTS = [bytes(range(256)) * 40, b"second" * 1000]
 CONTENT = b"".join(PARTS)

@@ -10,7 +10,7 @@ from made_results import lines
 from refusals import refused
 
 from qaflora_edge.errors import OutputFileError, ResultsFileError
-from qaflora_edge.evaluation.results import kept_results
+from qaflora_edge.evaluation.tasks import kept_results
 
 HEADER = {**made_results.header({"sums": "number"}), "strategies": ["static"]}
 WHOLE = json.dumps(HEADER).encode() + b"\n"

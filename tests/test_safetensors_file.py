@@ -8,7 +8,7 @@ import pytest
 from refusals import refused
 
 from qaflora_edge.errors import SafetensorsFileError
-from qaflora_edge.peft.safetensors import read_safetensors
+from qaflora_edge.peft.modules import read_safetensors
 
 
 def raw(header: object, data: bytes = b"", n_header: int | None = None) -> bytes:

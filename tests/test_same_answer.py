@@ -14,7 +14,7 @@ from tiny import MORE_KERNELS
 
 from qaflora_edge import Engine
 from qaflora_edge.errors import BackendError
-from qaflora_edge.hub.fetch import fetch_model
+from qaflora_edge.hub import fetch_model
 
 QUESTION = "How many legs do three dogs have?"
 

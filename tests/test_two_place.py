@@ -18,8 +18,7 @@ from qaflora_edge.ask import Chat
 from qaflora_edge.backend.batch import n_common
 from qaflora_edge.backend.context import Context
 from qaflora_edge.bundles.create import create_bundle
-from qaflora_edge.bundles.edit import calibrate
-from qaflora_edge.bundles.measure import neutral
+from qaflora_edge.bundles.edit import calibrate, neutral
 from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.errors import QafloraError, StrategyError
 from qaflora_edge.weighing.calibration import KEYS

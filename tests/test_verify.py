@@ -14,8 +14,7 @@ from test_mlx import random_pairs, write_mlx
 from qaflora_edge.convert import adapter as convert
 from qaflora_edge.convert import verify
 from qaflora_edge.convert.adapter import convert_adapter, stored_type
-from qaflora_edge.convert.plan import plan_modules
-from qaflora_edge.convert.targets import PlannedModule
+from qaflora_edge.convert.plan import PlannedModule, plan_modules
 from qaflora_edge.convert.verify import verify_conversion
 from qaflora_edge.errors import ConversionError
 from qaflora_edge.formats.gguf import read_gguf_header
@@ -84,8 +83,7 @@ def test_tiles_that_are_read_one_by_one_give_what_the_whole_gives(
     _, modules = plan_modules(read_peft(folder), header)
     convert_adapter(folder, base.path, tmp_path / "out.gguf", outtype=outtype)
     whole = verify_conversion(tmp_path / "out.gguf", modules)
-    monkeypatch.setattr(verify, "TILE_ROWS", 13)
-    monkeypatch.setattr(verify, "TILE_COLUMNS", 32)
+    monkeypatch.setattr(verify, "TILE_VALUES", 1300)
     tiled = verify_conversion(tmp_path / "out.gguf", modules)
     for one, other in zip(whole, tiled, strict=True):
         assert one.module == other.module

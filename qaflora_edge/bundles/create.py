@@ -12,8 +12,14 @@ from typing import Any
 
 from qaflora_edge import __version__
 from qaflora_edge.bundles import source
-from qaflora_edge.bundles.edit import calibrate, set_default, write_bundle_json
-from qaflora_edge.bundles.measure import OpenEngine, check_strategy, measure_typical
+from qaflora_edge.bundles.edit import (
+    OpenEngine,
+    calibrate,
+    check_strategy,
+    measure_typical,
+    set_default,
+    write_bundle_json,
+)
 from qaflora_edge.bundles.open import Opened, load_bundle
 from qaflora_edge.errors import BundleError, OutputFileError
 from qaflora_edge.files import AnyPath, atomic_folder, cache_dir, cache_lock, make_folder, readable

@@ -106,17 +106,13 @@ def load_bundle(
     """
     if adapters is not None or is_base(place):
         return _load(place, None, dict(adapters or {}), always_hash, progress)
-    text = read_bundle_text(place)
     for _ in range(_MAX_EDITS):
+        text = read_bundle_text(place)
         try:
-            opened = _load(place, text, {}, always_hash, progress)
+            return _load(place, text, {}, always_hash, progress)
         except QafloraError:
-            if (now := read_bundle_text(place)) == text:
+            if read_bundle_text(place) == text:
                 raise
-        else:
-            if (now := read_bundle_text(place)) == text:
-                return opened
-        text = now
     raise changed(Path(text.where), BundleError)
 
 
@@ -132,7 +128,7 @@ def _load(
     if text is None:
         states = {path: file_state(path) for path in (place, *paths.values())}
     else:
-        from qaflora_edge.hub.local import recorded_base
+        from qaflora_edge.hub import recorded_base
 
         paths = adapter_paths(place, text)
         recorded = recorded_base(place, text.base)

@@ -22,8 +22,7 @@ from qaflora_edge.formats.bundle import NAME_PATTERN, NAME_RULE, BaseRecord, saf
 from qaflora_edge.formats.gguf import GgufHeader, read_gguf_header
 from qaflora_edge.formats.inputs import checksum, sha256_file
 from qaflora_edge.formats.names import HubRef, load_registry, parse_hub_ref, pulled_model
-from qaflora_edge.hub.fetch import fetch_hub, fetch_model
-from qaflora_edge.hub.local import hub_cache_dir
+from qaflora_edge.hub import fetch_hub, fetch_model, hub_cache_dir
 from qaflora_edge.peft.folder import check_no_part
 from qaflora_edge.progress import Tell, TellCount
 from qaflora_edge.settings import expanded

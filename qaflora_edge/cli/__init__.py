@@ -60,6 +60,8 @@ _PLACES |= {
     "list": ("hub", "list_here"),
     "chat": ("chat.app", "chat"),
     "completion": ("settings", "completion"),
+    "export": ("convert", "export"),
+    "worker": ("serve", "worker"),
 }
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 

@@ -1,15 +1,17 @@
 """`qaflora run --prompts`: the requests of a file, answered in parallel."""
 
+from __future__ import annotations
+
 import hashlib
-import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 import click
 from click.core import ParameterSource
@@ -19,28 +21,34 @@ from qaflora_edge.cli import prompts
 from qaflora_edge.cli.answers import answer_dict, incomplete, print_json
 from qaflora_edge.cli.options import SharedOptions, bundle_folder, check_outputs, open_engine
 from qaflora_edge.cli.progress import progress_bars
-from qaflora_edge.config import OWN, SHARED, in_group
+from qaflora_edge.config import OWN, SHARED, Option, in_group
 from qaflora_edge.errors import OptionError, QafloraError, wrong_option
 from qaflora_edge.files import one_line
 from qaflora_edge.formats.bundle import BUNDLE_FILE, is_base, read_bundle_text
-from qaflora_edge.formats.inputs import checksum, open_input
-from qaflora_edge.formats.json_text import LineFile
+from qaflora_edge.formats.inputs import LineFile, checksum, open_input
 from qaflora_edge.inference.generation import Generation
-from qaflora_edge.progress import Tell, silent
+from qaflora_edge.progress import TellCount, silent
 from qaflora_edge.prompt.messages import begin_with
 from qaflora_edge.show.text import crop
 
-_KEYS = ("prompt", "messages", "id", "json_schema")
+if TYPE_CHECKING:
+    from qaflora_edge.engine import Engine
 
-
-_TAKEN = (
-    *in_group("sampling").values(),
-    *(SHARED["strategy"], SHARED["raw_prompt"], OWN["run"]["system"]),
-)
+PARALLEL = 8  # requests that are decoded together, unless --parallel says
 # The options of a line, by their names in Python, as flags, and in OpenAI's calls.
-_OPTIONS = {
-    name: option for option in _TAKEN for name in (option.name, option.key, *option.aliases) if name
-}
+_OPTIONS: dict[str, Option] = {}
+for _option in (
+    *in_group("sampling").values(),
+    SHARED["strategy"],
+    SHARED["raw_prompt"],
+    OWN["run"]["system"],
+):
+    for _name in filter(None, (_option.name, _option.key, *_option.aliases)):
+        _OPTIONS[_name] = _option
+_KEYS = _OPTIONS.keys() | {"prompt", "messages", "id", "json_schema"}
+# Options that change only the last digits of an answer.
+_NO_MATTER = ("n_parallel", "threads", "gpu_layers", "rpc", "tensor_split", "prefix_cache")
+_BEGIN = b'{"index": '  # of every line that is written
 
 
 @dataclass(frozen=True)
@@ -57,15 +65,16 @@ def to_ask(line: Mapping[str, Any], defaults: Defaults) -> Ask:
 
     A line with messages or a system prompt is a chat. Raises OptionError for a wrong value.
     """
-    options = _own_options(line)
+    options = _options(line)
     system = options.pop("system", None)
     is_raw = options.pop("raw_prompt", defaults.raw_prompt) and system is None
     ask = defaults.ask
     if (strategy := options.pop("strategy", None)) is not None:
         ask = replace(ask, weighing=Weighing(strategy))
     schema = line.get("json_schema")
-    if schema is not None:
-        options = {"stop": (), "grammar": None, **options}
+    if schema is not None:  # the defaults of the command are meant for prose
+        options.setdefault("stop", ())
+        options.setdefault("grammar", None)
     sampling = ask.sampling.updated(options)
     question = _question(line, defaults.system if system is None else system, is_raw)
     return replace(ask, prompt=question, sampling=sampling, json_schema=schema)
@@ -86,7 +95,7 @@ def _question(line: Mapping[str, Any], system: str | None, is_raw: bool) -> Ques
     return Chat(begin_with(system, said))
 
 
-def _own_options(line: Mapping[str, Any]) -> dict[str, Any]:
+def _options(line: Mapping[str, Any]) -> dict[str, Any]:
     """Collect the options that a request has, by their names; null stands for the default."""
     options: dict[str, Any] = {}
     for key, value in line.items():
@@ -103,12 +112,6 @@ def _own_options(line: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
-PARALLEL = 8  # requests that are decoded together, unless --parallel says
-# Options that change only the last digits of an answer.
-_NO_MATTER = ("n_parallel", "threads", "gpu_layers", "rpc", "tensor_split", "prefix_cache")
-_BEGIN = b'{"index": '  # of every line that is written
-
-
 @dataclass
 class _Job:
     """The requests of one file, and their answers: one JSON object a line, written whole.
@@ -116,20 +119,20 @@ class _Job:
     Each answer says in `request` what it answers: options, and a line. So a file that was
     interrupted is gone on with, and no other file is taken for one.
 
-    path     of the requests
-    file     gets the answers; None: stdout
-    key      equal where the options are
+    path      of the requests
+    file      gets the answers; None: stdout
+    key       equal where the options are
     defaults  of lines that do not say
-    digests  of the lines that the file answered before, by their index
-    unknown  keys, in the order they came
+    is_full   whether answers have the weights of every layer
+    digests   of the lines that the file answered before, by their index
+    unknown   keys, in the order they came
     """
 
     path: str
     file: LineFile | None
     key: str
-    options: SharedOptions
     defaults: Defaults
-    as_json: bool
+    is_full: bool
     digests: dict[int, str] = field(default_factory=dict)
     unknown: dict[str, None] = field(default_factory=dict)
     n_line: int = 0
@@ -141,35 +144,36 @@ class _Job:
     def read(self, file: LineFile) -> None:
         """Note what the file of answers has. Raises OutputFileError when it has anything else."""
         try:
-            stream = open_input(file.path)
+            with open_input(file.path) as stream:
+                data = stream.read()
         except FileNotFoundError:
             return
         except OSError as error:
             raise file.refused(error.strerror or str(error), "Leave -o out for stdout") from error
-        with stream:
-            for number, data in enumerate(prompts.read_lines(stream, str(file.path)), 1):
-                is_cut = data is not None and not data.endswith(b"\n")
-                if is_cut and data and data.startswith(_BEGIN[: len(data)]):
-                    return
-                try:
-                    record = json.loads(b"" if is_cut else data or b"")
-                    index, (key, digest) = int(record["index"]), record["request"].split("-")
-                    failure = record.get("error", {}).get("message", "")
-                except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-                    raise file.refused(
-                        f"line {number} is no answer of this command, and a file was expected that "
-                        "it began",
-                        "Leave the file",
-                    ) from None
-                if key != self.key:
-                    raise file.refused(
-                        f"line {number} was answered by another bundle or under other options than "
-                        "these",
-                        "Give those that it was begun with",
-                    )
-                self.digests[index] = digest
-                self._note(index, failure)
-                file.n_byte += len(data or b"")
+        *lines, torn = data.split(b"\n")
+        if not torn.startswith(_BEGIN[: len(torn)]):
+            lines.append(torn)
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                index = int(record["index"])
+                key, digest = record["request"].split("-")
+                failure = record.get("error", {}).get("message", "")
+            except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+                raise file.refused(
+                    f"line {number} is no answer of this command, and a file was expected that it "
+                    "began",
+                    "Leave the file",
+                ) from None
+            if key != self.key:
+                raise file.refused(
+                    f"line {number} was answered by another bundle or under other options than "
+                    "these",
+                    "Give those that it was begun with",
+                )
+            self.digests[index] = digest
+            self._note(index, failure)
+            file.n_byte += len(line) + 1
 
     def _note(self, index: int, error: str) -> None:
         self.n_failed += bool(error)
@@ -181,59 +185,58 @@ class _Job:
 
         Raises OutputFileError where the file answers another text than a line.
         """
-        self.n_line = 0
         for line in prompts.filled_lines(stream, prompts.stream_name(self.path)):
             self.n_line += 1
             digest = self.digests.get(line.index)
-            if self.file is not None and digest not in (None, line.digest):
-                found = f"it answers another text than {line.where}"
-                raise self.file.refused(found, "Give the same lines")
             if digest is None:
                 yield line
+            elif self.file is not None and digest != line.digest:
+                fault = f"it answers another text than {line.where}"
+                raise self.file.refused(fault, "Give the same lines")
 
-    def answer(self, engine: Any, stream: BinaryIO, total: int | None, tell: Tell) -> None:
-        """Answer what is not answered; each answer is written when it ends."""
-        running: dict[int, tuple[prompts.Line, dict[str, Any]]] = {}
-
-        def write(line: prompts.Line, answer: dict[str, Any]) -> None:
-            record = {"index": line.index, **answer, "request": f"{self.key}-{line.digest}"}
-            self._note(line.index, answer.get("error", {}).get("message", ""))
-            if self.file is None:
-                print_json(record)
-            else:
-                self.file.add(record)
-            self.n_done += 1
-            tell("Answering", self.n_done, total or self.n_done)
+    def answer(self, engine: Engine, lines: Iterable[prompts.Line], tell: TellCount) -> None:
+        """Answer lines; each answer is written when it ends."""
+        running: list[tuple[prompts.Line, dict[str, Any]]] = []
 
         def asks() -> Iterator[Ask]:
-            numbers = itertools.count()
-            for line in self.lines(stream):
+            for line in lines:
                 mark: dict[str, Any] = {}
                 try:
                     fields = line.parse()
-                    mark = {"id": fields["id"]} if "id" in fields else {}
-                    others = (key for key in fields if key not in _KEYS and key not in _OPTIONS)
-                    self.unknown |= dict.fromkeys(others)
+                    if "id" in fields:
+                        mark["id"] = fields["id"]
+                    self.unknown |= dict.fromkeys(key for key in fields if key not in _KEYS)
                     ask = to_ask(fields, self.defaults)
                 except QafloraError as error:
-                    write(line, {**mark, **_failure(error)})
+                    self._write(line, mark | _failure(error), tell)
                     continue
-                running[next(numbers)] = line, mark
+                running.append((line, mark))
                 yield ask
 
         for number, answer in engine.submit_many(asks()):
-            line, mark = running.pop(number)
+            line, mark = running[number]
             self.n_token += answer.n_completion
-            write(line, {**mark, **self._result(answer)})
+            self._write(line, mark | self._result(answer), tell)
+
+    def _write(self, line: prompts.Line, answer: dict[str, Any], tell: TellCount) -> None:
+        record = {"index": line.index} | answer
+        record["request"] = f"{self.key}-{line.digest}"
+        self._note(line.index, answer.get("error", {}).get("message", ""))
+        if self.file is None:
+            print_json(record)
+        else:
+            self.file.add(record)
+        self.n_done += 1
+        tell(self.n_done, max(self.n_done, self.n_line - len(self.digests)))
 
     def _result(self, answer: Generation) -> dict[str, Any]:
         if answer.error is not None:
             return _failure(answer.error)
-        result = answer_dict(answer, with_fusion=self.as_json)
-        if not self.as_json:
+        result = answer_dict(answer, with_fusion=self.is_full)
+        if not self.is_full:
             means = {name: round(mean, 4) for name, mean in answer.fusion.means.items()}
             result["fusion"] = {"strategy": answer.fusion.strategy, "weights": means}
-        return result if answer.is_whole else {**result, **_failure(incomplete(answer))}
+        return result if answer.is_whole else result | _failure(incomplete(answer))
 
     def tell_sum(self, seconds: float) -> None:
         """Say what was done, and which keys are none."""
@@ -269,25 +272,22 @@ def answer_file(
     file = None if out is None else LineFile(out, "answers")
     key = _key(bundle, options, sampling, system, as_json)
     ask = Ask((), Weighing(options.strategy), sampling)
-    defaults = Defaults(ask, system, options.raw_prompt)
-    job = _Job(path, file, key, options, defaults, as_json)
+    job = _Job(path, file, key, Defaults(ask, system, options.raw_prompt), as_json)
     start_s = time.perf_counter()
     with prompts.open_prompts(path) as stream, nullcontext() if file is None else file.opened():
         if file is not None:
             job.read(file)
-        total = None
-        if stream.seekable():
-            start = stream.tell()
-            total = sum(1 for _ in job.lines(stream))
-            stream.seek(start)
-            options.parallel = min(options.parallel, max(1, total))
+        lines: Iterable[prompts.Line] = job.lines(stream)
+        if stream.seekable():  # a pipe is read as slots are free
+            lines = list(lines)
+            options.parallel = min(options.parallel, max(1, len(lines)))
         try:
-            if total != 0:
+            if lines:
                 with open_engine(bundle, options) as engine:
                     start_s = time.perf_counter()
                     is_mixed = out is None and sys.stdout.isatty()  # with the answers
                     with nullcontext(silent) if is_mixed else progress_bars() as tell:
-                        job.answer(engine, stream, total, tell)
+                        job.answer(engine, lines, partial(tell, "Answering"))
             if not job.n_line:
                 raise prompts.no_lines(path, 'JSON object such as {"prompt": "..."}')
         finally:  # also of Ctrl-C and SIGTERM
@@ -307,10 +307,7 @@ def _key(
     engine = {name: value for name, value in options.engine.items() if name not in _NO_MATTER}
     chosen = {name: getattr(sampling, name) for name in options.keywords("sampling")}
     chosen["grammar"] = sampling.grammar
-    facts = [
-        *(checksum(place), engine, options.strategy, options.raw_prompt),
-        *(chosen, system, as_json),
-    ]
+    facts = [checksum(place), engine, options.strategy, options.raw_prompt, chosen, system, as_json]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -18,7 +18,7 @@ from qaflora_edge.show.text import columns
 if TYPE_CHECKING:
     from qaflora_edge.bundles.open import Opened
 
-PARTS = ("callers", "decode", "draft", "ttft")
+PARTS = ("callers", "decode", "ttft")
 Row = Mapping[str, Any]
 
 
@@ -27,14 +27,14 @@ def _listed(flag: str, allowed: Sequence[Any], default: str, help: str) -> Calla
     is_number = isinstance(allowed, range)
     expected = f"a number from 1 to {allowed[-1]}" if is_number else f"one of {', '.join(allowed)}"
 
-    def read(ctx: click.Context, param: click.Parameter, value: str) -> tuple[Any, ...]:
-        found: dict[Any, None] = {}
-        for item in map(str.strip, value.split(",")):
-            each = int(item) if is_number and item.isdecimal() else item
-            if each not in allowed:
+    def read(ctx: click.Context, param: click.Parameter, text: str) -> tuple[Any, ...]:
+        values: list[Any] = []
+        for item in map(str.strip, text.split(",")):
+            value = int(item) if is_number and item.isdecimal() else item
+            if value not in allowed:
                 raise click.BadParameter(f"{item!r} is not {expected}.")
-            found[each] = None
-        return tuple(found)
+            values.append(value)
+        return tuple(dict.fromkeys(values))
 
     return click.option(
         flag, callback=read, help=help, metavar="A,B,...", default=default, show_default=True
@@ -73,8 +73,7 @@ def bench(
     llama_set_adapters_lora (stock), and of as many fused by us; each at weight 1/k. ttft: the time
     to the first token under several strategies, each with a prompt of its own, as a multiple of
     the base's prefill (plain). callers: decoding for --callers at once, each with a mix of
-    its own, next to the base in one batch. draft: decoding with guessed tokens, of decoding without
-    them, for tasks that copy from the prompt and for prose.
+    its own, next to the base in one batch.
     """
     from qaflora_edge.bundles.open import load_bundle
 
@@ -120,12 +119,6 @@ def _measured(
                 measured["callers"] = [*parts.measure_callers(rig, both, plan, tell)]
         if "decode" in only:
             measured["decode"] = [*parts.measure_decode(rig, plan, tell)]
-        if "draft" in only:
-            many = given | {"n_parallel": most, "n_ctx": None}
-            drafting = Engine(loaded.place, **many)
-            with drafting as draft, Engine(loaded.place, **many | {"draft": 0}) as plain:
-                both = {"draft": draft, "plain": plain}
-                measured["draft"] = [*parts.measure_draft(both, plan, tell)]
         if "ttft" in only:
             with Engine(loaded.place, **given) as engine:
                 measured["ttft"] = [*parts.measure_first_token(rig, engine, plan, tell)]
@@ -137,15 +130,11 @@ def _facts(loaded: Opened, options: SharedOptions) -> dict[str, Any]:
     from qaflora_edge.backend.context import default_threads
     from qaflora_edge.cli.doctor import cpu_name, library_facts, package_facts
 
-    adapters = [
-        {
-            "name": name,
-            "rank": info.rank,
-            "types": sorted({tensor.ggml_type.name for tensor in info.tensors.values()}),
-        }
-        for name, info in loaded.adapters.items()
-    ]
-    return {
+    adapters = []
+    for name, info in loaded.adapters.items():
+        types = {tensor.ggml_type.name for tensor in info.tensors.values()}
+        adapters.append({"name": name, "rank": info.rank, "types": sorted(types)})
+    facts = {
         "base": loaded.base_path.stem,
         "base_bytes": loaded.header.size_bytes,
         "adapters": adapters,
@@ -153,28 +142,31 @@ def _facts(loaded: Opened, options: SharedOptions) -> dict[str, Any]:
         "threads": options.threads or default_threads(),
         "cpu": cpu_name(),
         "library": library_facts(),
-        **package_facts(),
     }
+    return facts | package_facts()
 
 
 def _table(result: Row) -> Iterator[str]:
     """Write medians and, in brackets, the lowest and highest run."""
-    adapters = ", ".join(
-        f"{each['name']} (rank {each['rank']}, {'/'.join(each['types'])})"
-        for each in result["adapters"]
-    )
-    yield f"{result['base']}, {_mb(result['base_bytes'])}; adapters: {adapters}"
+    adapters = []
+    for adapter in result["adapters"]:
+        types = "/".join(adapter["types"])
+        adapters.append(f"{adapter['name']} (rank {adapter['rank']}, {types})")
+    yield f"{result['base']}, {result['base_bytes'] / 1e6:.1f} MB; adapters: {', '.join(adapters)}"
     yield f"{result['cpu']}, {result['threads']} threads; {result['library']['build_info']}"
     yield f"medians of {result['repeat']} interleaved runs (lowest-highest); ratios within a run"
     for part in PARTS:
         for length, group in groupby(result.get(part, ()), lambda row: row.get("prompt_tokens")):
             rows = list(group)
             keys = [key for key, value in rows[-1].items() if isinstance(value, dict)]
-            short = [key[max(0, key.find("of_")) :].replace("_", " ") for key in keys]
-            titles = [key.replace("tokens per second", "tok/s") for key in short]
-            title = f"{part}, prompt {length} tokens" if length else part
-            table = [(row["name"], *(_cell(row, key) for key in keys)) for row in rows]
-            yield from ("", *columns([(title, *titles), *table]))
+            table = [[f"{part}, prompt {length} tokens" if length else part]]
+            for key in keys:
+                title = key[max(0, key.find("of_")) :].replace("_", " ")
+                table[0].append(title.replace("tokens per second", "tok/s"))
+            for row in rows:
+                table.append([row["name"], *(_cell(row, key) for key in keys)])
+            yield ""
+            yield from columns(table)
 
 
 def _cell(row: Row, key: str) -> str:
@@ -187,7 +179,3 @@ def _cell(row: Row, key: str) -> str:
     digits = 1 if spread["max"] < 1000 else 0
     low, high = (f"{spread[end]:.{digits}f}" for end in ("min", "max"))
     return f"{spread['median']:.{digits}f} ({low}-{high})"
-
-
-def _mb(n_bytes: int) -> str:
-    return f"{n_bytes / 1e6:.1f} MB"

@@ -57,8 +57,7 @@ _calibrate = click.option(
     "--base",
     metavar="BASE.gguf",
     help="The base, the name of a registry model that was pulled, or a Hub reference "
-    "(owner/name/file.gguf). A name makes a bundle that works on any machine that has pulled it.  "
-    "[default: what the adapters name]",
+    "(owner/name/file.gguf). A name makes a bundle that works on any machine that has pulled it.",
 )
 @click.option(
     "--adapter",
@@ -123,8 +122,10 @@ def create(
         options["sampling"] = modelfile.sampling
     elif not adapters:
         raise click.UsageError("Missing option '--adapter' or '--modelfile'.")
+    elif base is None:
+        raise cli.missing_base([path for _, path in adapters])
     else:
-        source = cli.choose_base(base, [path for _, path in adapters])
+        source = base
     if system_path is not None:
         options["system"] = cli.check_prompt(read_text(system_path).strip())
     is_there = os.path.lexists(folder)
@@ -262,7 +263,7 @@ def samples(folder: Path, name: str, file: str) -> None:
     from qaflora_edge.cli.prompts import read_prompts
     from qaflora_edge.engine import Engine
 
-    texts = [prompt.text for prompt in read_prompts(file)]
+    texts = read_prompts(file)
     with progress_bars() as progress:
         set_samples(folder, name, texts, Engine, progress=progress)
     click.echo(f"Embedded {len(texts)} sample texts of {name} in {folder}.", err=True)
@@ -274,7 +275,7 @@ def samples(folder: Path, name: str, file: str) -> None:
 def show(folder: Path, as_json: bool) -> None:
     """Show what a bundle says of itself; its files need not be there."""
     from qaflora_edge.formats.bundle import read_bundle_text
-    from qaflora_edge.hub.local import recorded_base
+    from qaflora_edge.hub import recorded_base
 
     if not as_json:
         click.echo(describe(folder))
@@ -288,7 +289,7 @@ def describe(folder: Path) -> str:
     """Give a bundle's description as lines to read; its files need not be there."""
     from qaflora_edge.bundles.open import how_to_get_base
     from qaflora_edge.formats.bundle import read_bundle_text
-    from qaflora_edge.hub.local import recorded_base
+    from qaflora_edge.hub import recorded_base
     from qaflora_edge.weighing.weigher import known_of
 
     text = read_bundle_text(folder)

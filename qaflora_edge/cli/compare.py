@@ -70,12 +70,15 @@ def expand(ways: str, adapters: Sequence[str]) -> list[str]:
     """
     from qaflora_edge.weighing.strategy import parse_strategy
 
-    chosen: dict[str, None] = {}
-    for way in (part.strip() for part in _COMMA.split(ways)):
-        chosen |= dict.fromkeys([f"single:{n}" for n in adapters] if way == "single" else [way])
-    for way in chosen:
-        parse_strategy(way, adapters)
-    return list(chosen)
+    strategies = []
+    for way in map(str.strip, _COMMA.split(ways)):
+        if way == "single":
+            strategies += [f"single:{name}" for name in adapters]
+        else:
+            strategies.append(way)
+    for strategy in strategies:
+        parse_strategy(strategy, adapters)
+    return list(dict.fromkeys(strategies))
 
 
 def answer_all(engine: Engine, ask: Ask, strategies: Sequence[str]) -> list[Answer]:

@@ -1,24 +1,30 @@
-"""qaflora convert"""
+"""qaflora convert and export: adapter GGUFs out of PEFT folders and of mixes"""
+
+from __future__ import annotations
 
 import functools
 import math
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from qaflora_edge.cli import options as cli
 from qaflora_edge.cli.answers import print_json
-from qaflora_edge.cli.options import adapter_pairs, choose_base, command, own_options
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.errors import ConversionError, OutputFileError
-from qaflora_edge.files import what_is_at
+from qaflora_edge.files import atomic_path, what_is_at
 from qaflora_edge.formats.names import plain_name
 
+if TYPE_CHECKING:
+    from qaflora_edge.convert.verify import ModuleCheck
 
-@command(
+
+@cli.command(
     "qaflora convert my-peft-adapter --base base.gguf",
     "qaflora convert my-peft-adapter --base base.gguf -o adapter.gguf --verify",
 )
@@ -27,7 +33,7 @@ from qaflora_edge.formats.names import plain_name
     "--base",
     metavar="BASE.gguf",
     help="The base that the adapter was trained on: a file, the name of a registry model that was "
-    "pulled, or a Hub reference (owner/name/file.gguf).  [default: what the adapter names]",
+    "pulled, or a Hub reference (owner/name/file.gguf).",
 )
 @click.option(
     "-o",
@@ -36,7 +42,7 @@ from qaflora_edge.formats.names import plain_name
     type=click.Path(path_type=Path),
     help="The file to write.  [default: the adapter's name, in this folder]",
 )
-@own_options
+@cli.own_options
 @click.option("--force", is_flag=True, help="Replace OUT.gguf where it exists.")
 @click.option(
     "--verify",
@@ -71,14 +77,15 @@ def convert(
     if str(output) == "-":
         raise click.BadParameter("a file is needed, stdout will not do", param_hint="-o")
     if output is None:
-        [(name, _)] = adapter_pairs([peft_dir])
+        [(name, _)] = cli.adapter_pairs([peft_dir])
         output = Path(f"{name}.gguf")
     if not force and os.path.lexists(output):
         raise OutputFileError(
             f"Cannot write {output}: it {what_is_at(output)} already. Choose another name, or "
             "replace it with --force."
         )
-    base = choose_base(base, [peft_dir])
+    if base is None:
+        raise cli.missing_base([peft_dir])
     label = "Converting and verifying" if verify else "Converting"
     try:
         with progress_bars() as tell:
@@ -93,13 +100,12 @@ def convert(
                 progress=functools.partial(tell, label),
             )
     except ConversionError as error:
-        _print_report({"path": None, "checks": [asdict(check) for check in error.checks]}, as_json)
+        _print_report({"path": None}, error.checks, as_json)
         raise
-    report = asdict(converted)
-    _print_report({**report, "path": str(output)}, as_json)
-    click.echo(f"Wrote {output} ({report['size_bytes'] / 1e6:.1f} MB).", err=True)
-    trained_on = report["trained_on"]
-    base_name = report["base_name"]
+    _print_report(asdict(converted) | {"path": str(output)}, converted.checks, as_json)
+    click.echo(f"Wrote {output} ({converted.size_bytes / 1e6:.1f} MB).", err=True)
+    trained_on = converted.trained_on
+    base_name = converted.base_name
     names = {plain_name(name) for name in (base_name, base) if name}
     if trained_on and base_name and plain_name(trained_on) not in names:
         click.echo(
@@ -119,20 +125,69 @@ def _use_one_blas_thread() -> None:
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
-def _print_report(report: dict[str, Any], as_json: bool) -> None:
+def _print_report(report: dict[str, Any], checks: Sequence[ModuleCheck], as_json: bool) -> None:
     """Print the largest difference that the checks found; with JSON, the whole report."""
-    checks = [{**check, "is_right": check["of_allowed"] <= 1.0} for check in report["checks"]]
     if as_json:
-        for check in checks:  # JSON has neither NaN nor infinity
-            numbers = [key for key, value in check.items() if isinstance(value, float)]
-            check |= {key: None for key in numbers if not math.isfinite(check[key])}
-        print_json({**report, "checks": checks})
+        report["checks"] = [_check_fields(check) for check in checks]
+        print_json(report)
     elif checks and report["path"]:  # else the error says what is wrong
-        worst = max(checks, key=lambda check: check["of_allowed"])
-        found = "none differs from its source"
-        if worst["of_allowed"] > 0:
-            found = (
-                f"the largest difference is {worst['largest_difference']:.2g}, "
-                f"{worst['of_allowed']:.0%} of what rounding explains, in {worst['module']}"
+        worst = max(checks, key=lambda check: check.of_allowed)
+        difference = "none differs from its source"
+        if worst.of_allowed > 0:
+            difference = (
+                f"the largest difference is {worst.largest_difference:.2g}, "
+                f"{worst.of_allowed:.0%} of what rounding explains, in {worst.module}"
             )
-        click.echo(f"Verified {len(checks)} modules: {found}.")
+        click.echo(f"Verified {len(checks)} modules: {difference}.")
+
+
+def _check_fields(check: ModuleCheck) -> dict[str, Any]:
+    """Write a check for JSON, which has neither NaN nor infinity."""
+    fields: dict[str, Any] = {"is_right": check.is_right}
+    for key, value in asdict(check).items():
+        is_number = not isinstance(value, float) or math.isfinite(value)
+        fields[key] = value if is_number else None
+    return fields
+
+
+@cli.command(
+    "qaflora export demo -o mix.gguf --strategy manual:math=0.7,es=0.3",
+    'qaflora export demo -o mix.gguf --prompt "Una camisa cuesta 12 euros."',
+)
+@click.argument("bundle", **cli.BUNDLE)
+@click.option("-o", "--output", required=True, help="What to write.", **cli.out_file(metavar="OUT"))
+@click.option("--prompt", metavar="TEXT", help="Weigh for this prompt; `-` reads stdin.")
+@cli.own_options
+@cli.shared_options
+def export(
+    bundle: str, output: Path, prompt: str | None, outtype: str, options: cli.SharedOptions
+) -> None:
+    """Write a mix as one adapter.
+
+    OUT is an adapter GGUF, which llama.cpp applies with --lora. Its rank is the sum of the ranks of
+    those that weigh anything. Strategies that look at the prompt need --prompt.
+    """
+    from qaflora_edge.bundles.open import load_bundle
+    from qaflora_edge.convert.adapter import mix_modules, write_mix
+    from qaflora_edge.show.text import who_spoke
+    from qaflora_edge.weighing.strategy import parse_strategy
+
+    if os.path.lexists(output):
+        raise OutputFileError(
+            f"Cannot write {output}: it {what_is_at(output)} already. Choose another name."
+        )
+    opened = load_bundle(cli.bundle_folder(bundle))
+    strategy = options.strategy or opened.known.strategy
+    if prompt is None and parse_strategy(strategy, [*opened.adapters]).strategy.is_probed:
+        raise click.UsageError(
+            f"{strategy} weighs by the prompt: give --prompt TEXT, or --strategy manual:NAME=W."
+        )
+    question = None if prompt is None else cli.question(cli.read_prompt(prompt), options)
+    with cli.open_engine(bundle, options) as engine:
+        fusion = engine.weights(engine.read([0] if question is None else question))
+    who = who_spoke(fusion)
+    modules = mix_modules(opened.adapters, fusion.weights)
+    with atomic_path(output) as temporary:
+        write_mix(temporary, opened.header, modules, who, outtype)
+    rank = max(module.b.shape[-1] for module in modules)
+    click.echo(f"Wrote {output}: {who}; rank {rank}.", err=True)

@@ -8,7 +8,7 @@ import click
 
 from qaflora_edge.cli import options as cli
 from qaflora_edge.cli.answers import print_json
-from qaflora_edge.cli.prompts import Prompt, read_prompts
+from qaflora_edge.cli.prompts import read_prompts
 from qaflora_edge.show.text import visible, who_spoke
 
 if TYPE_CHECKING:
@@ -57,15 +57,13 @@ def decide(
     """
     if (question is None) == (prompts_path is None):
         raise click.UsageError("Give either QUESTION or --prompts FILE.")
-    prompts = (
-        read_prompts(prompts_path) if prompts_path else [Prompt(cli.read_prompt(question or ""))]
-    )
+    questions = read_prompts(prompts_path) if prompts_path else [cli.read_prompt(str(question))]
     with cli.open_engine(bundle, options) as engine:
-        for prompt in prompts:
-            decision = engine.decide(prompt.text, choices, compare=compare)
+        for text in questions:
+            decision = engine.decide(text, choices, compare=compare)
             if as_json:
-                asked = {} if prompts_path is None else {"prompt": prompt.text}
-                print_json({**asked, **decision.to_dict()})
+                prompt = {} if prompts_path is None else {"prompt": text}
+                print_json(prompt | decision.to_dict())
                 continue
             mix = who_spoke(decision.fusion)
             click.echo(f"{_line(decision, decision.probabilities)}   [{mix}]")

@@ -76,12 +76,9 @@ def package_facts() -> dict[str, Any]:
     """Versions of qaflora-edge, Python and what it stands on; the machine; the cache."""
     from qaflora_edge.files import cache_dir
 
+    versions = {"qaflora-edge": __version__, "python": platform.python_version()}
     return {
-        "versions": {
-            "qaflora-edge": __version__,
-            "python": platform.python_version(),
-            **{name: _version(name) for name in PACKAGES},
-        },
+        "versions": versions | {name: _version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "cache": str(cache_dir()),
     }
@@ -119,19 +116,18 @@ def _lines(report: dict[str, Any]) -> str:
             ("ABI", library["abi_version"]),
             ("built from", library["build_info"]),
             ("offload", "to a GPU" if library["gpu_offload"] else "none (a CPU build)"),
-            *(
-                (
-                    "device",
-                    f"{device['name']} ({device['type']}): {device['description']}, "
-                    f"{device['memory_total_bytes'] / 1e9:.1f} GB",
-                )
-                for device in library["devices"]
-            ),
-            ("features", library["features"]),
-            ("kernels", f"{library['kernels'] or last_error()}; {_GUESSES[library['guesses']]}"),
         ]
-    rows += [(name, version or "not installed") for name, version in report["versions"].items()]
-    rows += [(name, report[name]) for name in ("platform", "cache")]
+        for device in library["devices"]:
+            size = f"{device['memory_total_bytes'] / 1e9:.1f} GB"
+            name = f"{device['name']} ({device['type']})"
+            rows.append(("device", f"{name}: {device['description']}, {size}"))
+        rows.append(("features", library["features"]))
+        guesses = _GUESSES[library["guesses"]]
+        rows.append(("kernels", f"{library['kernels'] or last_error()}; {guesses}"))
+    for name, version in report["versions"].items():
+        rows.append((name, version or "not installed"))
+    rows.append(("platform", report["platform"]))
+    rows.append(("cache", report["cache"]))
     return "\n".join(f"{name:<16} {value}" for name, value in rows)
 
 

@@ -18,8 +18,8 @@ from qaflora_edge.files import one_line, write_text_atomic
 
 if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
-    from qaflora_edge.evaluation.results import Record, Results
     from qaflora_edge.evaluation.table import Cell
+    from qaflora_edge.evaluation.tasks import Record, Results
 
 NOTES = """\
 In brackets: 95 % intervals. Differences are paired, above 0 where the strategy is better.
@@ -33,7 +33,7 @@ In brackets: 95 % intervals. Differences are paired, above 0 where the strategy 
 )
 @click.argument("bundle", **cli.BUNDLE)
 @click.argument(
-    "tasks", nargs=-1, required=True, metavar="TASK...", type=click.Path(path_type=Path)
+    "paths", nargs=-1, required=True, metavar="TASK...", type=click.Path(path_type=Path)
 )
 @click.option(
     "--strategies",
@@ -66,7 +66,7 @@ In brackets: 95 % intervals. Differences are paired, above 0 where the strategy 
 @cli.shared_options
 def eval(
     bundle: str,
-    tasks: tuple[Path, ...],
+    paths: tuple[Path, ...],
     ways: tuple[str, ...],
     out: Path | None,
     json_path: str | None,
@@ -81,38 +81,39 @@ def eval(
     """
     from qaflora_edge.bundles.edit import editing, set_default
     from qaflora_edge.cli.doctor import cpu_name
-    from qaflora_edge.evaluation.results import kept_results
     from qaflora_edge.evaluation.run import evaluate, header, left
     from qaflora_edge.evaluation.table import best_strategy
-    from qaflora_edge.evaluation.tasks import read_task
+    from qaflora_edge.evaluation.tasks import kept_results, read_task
 
-    cli.check_outputs((out, None if json_path == "-" else json_path), tasks, added_to=out)
+    cli.check_outputs((out, None if json_path == "-" else json_path), paths, added_to=out)
     folder = cli.bundle_folder(bundle)
     if save:
         with editing(folder):  # says now what it would say at the end
             pass
-    read = [read_task(path) for path in tasks]
-    names = [task.name for task in read]
+    tasks = [read_task(path) for path in paths]
+    names = [task.name for task in tasks]
     if len(set(names)) < len(names):
         raise click.UsageError(
             f"Two tasks have one name: {', '.join(names)}, expected different ones: give one of "
             'them another, as in {"task": {"name": "..."}} in its first line.'
         )
-    sampling = options.sampling
-    is_raw = options.raw_prompt
     with cli.open_engine(bundle, options) as engine:
-        every = engine.strategies if options.strategy is None else (options.strategy,)
-        strategies = expand(",".join(ways), engine.adapters) if ways else list(every)
-        for each in strategies:
-            engine.use_strategy(each)  # says what is wrong with one that cannot be followed
-        told = _asked_under(engine, options)
-        head = header(folder, engine, read, strategies, told, cpu_name())
+        strategies = list(engine.strategies)
+        if options.strategy is not None:
+            strategies = [options.strategy]
+        if ways:
+            strategies = expand(",".join(ways), engine.adapters)
+        for strategy in strategies:
+            engine.use_strategy(strategy)  # says what is wrong with one that cannot be followed
+        facts = _option_facts(engine, options)
+        head = header(folder, engine, tasks, strategies, facts, cpu_name())
         with kept_results(out, head) as results:
-            asked = [(task, left(task, strategies, results, limit)) for task in read]
-            records = chain.from_iterable(
-                evaluate(engine, task, items, sampling, raw_prompt=is_raw) for task, items in asked
-            )
-            _keep(results, records, sum(len(items) for _, items in asked))
+            items = [left(task, strategies, results, limit) for task in tasks]
+            records = []
+            for task, some in zip(tasks, items, strict=True):
+                raw = options.raw_prompt
+                records.append(evaluate(engine, task, some, options.sampling, raw_prompt=raw))
+            _keep(results, chain.from_iterable(records), sum(map(len, items)))
     _show(results, json_path)
     if save:
         best = best_strategy(results)
@@ -122,13 +123,15 @@ def eval(
     click.get_current_context().exit(1 if results.failed else 0)
 
 
-def _asked_under(engine: Engine, options: cli.SharedOptions) -> dict[str, Any]:
+def _option_facts(engine: Engine, options: cli.SharedOptions) -> dict[str, Any]:
     """Collect the options that a results file tells."""
-    asked_under = {name: getattr(engine, name) for name in ("lens", "pool", "prefill", "system")}
-    keys = ("n_ctx", "kv_type", "flash_attn", "adapter_type")
-    asked_under |= {key: options.engine[key] for key in keys}
-    asked_under |= {**options.keywords("sampling"), "raw_prompt": options.raw_prompt}
-    return {**asked_under, "stop": list(asked_under["stop"])}
+    facts = {name: getattr(engine, name) for name in ("lens", "pool", "prefill", "system")}
+    for key in ("n_ctx", "kv_type", "flash_attn", "adapter_type"):
+        facts[key] = options.engine[key]
+    facts |= options.keywords("sampling")
+    facts["raw_prompt"] = options.raw_prompt
+    facts["stop"] = list(facts["stop"])
+    return facts
 
 
 def _keep(results: Results, records: Iterable[Record], n_asked: int) -> None:
@@ -156,16 +159,14 @@ def _keep(results: Results, records: Iterable[Record], n_asked: int) -> None:
 def _show(results: Results, json_path: str | None) -> None:
     from qaflora_edge.evaluation.table import cells
 
-    shown = cells(results)
-    document = json.dumps(
-        {**results.header, "results": list(results.records.values())}, ensure_ascii=json_path == "-"
-    )
+    document = dict(results.header)
+    document["results"] = list(results.records.values())
     if json_path == "-":
-        click.echo(document)
-    else:
-        _print_tables(shown)
-    if json_path not in (None, "-"):
-        write_text_atomic(str(json_path), document + "\n")
+        click.echo(json.dumps(document))
+        return
+    _print_tables(cells(results))
+    if json_path is not None:
+        write_text_atomic(json_path, json.dumps(document, ensure_ascii=False) + "\n")
 
 
 def _print_tables(results: Sequence[Cell]) -> None:
@@ -173,9 +174,10 @@ def _print_tables(results: Sequence[Cell]) -> None:
     from qaflora_edge.evaluation.table import NATS, POINTS, estimate, heads, rows
     from qaflora_edge.show.text import columns, crop
 
-    tables = [
-        (f"{cell.task['name']}: {cell.task['metric']}, {cell.unit}", [cell]) for cell in results
-    ]
+    tables = []
+    for cell in results:
+        title = f"{cell.task['name']}: {cell.task['metric']}, {cell.unit}"
+        tables.append((title, [cell]))
     for unit in (POINTS, NATS):
         alike = [cell for cell in results if cell.unit == unit]
         if len(alike) > 1:
@@ -183,7 +185,7 @@ def _print_tables(results: Sequence[Cell]) -> None:
     for title, group in tables:
         lines = [["", *heads(group), "items"]]
         for strategy, (score, *gains) in rows(group).items():
-            texts = (estimate(gain, group[0].unit, is_difference=True) for gain in gains)
+            texts = [estimate(gain, group[0].unit, is_difference=True) for gain in gains]
             lines.append([strategy, estimate(score, group[0].unit), *texts, str(score.n_item)])
         shown = [[crop(text, 200) for text in line] for line in lines]
         click.echo("\n".join([crop(title, 200), *columns(shown), ""]))

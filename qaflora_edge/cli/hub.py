@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from qaflora_edge.cli.options import command, complete_model, complete_pulled
+from qaflora_edge.cli.options import command
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.files import one_line
 
@@ -17,7 +17,7 @@ from qaflora_edge.files import one_line
     "qaflora pull owner/my-bundle --with-base",
     "qaflora pull owner/my-bundle@v1 --to my-bundle",
 )
-@click.argument("ref", shell_complete=complete_model)
+@click.argument("ref")
 @click.option(
     "--to",
     metavar="DIR",
@@ -41,8 +41,7 @@ def pull(ref: str, to: Path | None, with_base: bool, update: bool) -> None:
     from qaflora_edge.bundles.source import fetch_base
     from qaflora_edge.formats.bundle import read_bundle_text
     from qaflora_edge.formats.names import from_address, load_registry
-    from qaflora_edge.hub.fetch import fetch_hub, fetch_model
-    from qaflora_edge.hub.local import recorded_base
+    from qaflora_edge.hub import fetch_hub, fetch_model, recorded_base
 
     ref = from_address(ref)
     with progress_bars() as tell:
@@ -91,7 +90,7 @@ def list_here(as_json: bool) -> None:
     Lists bundles of the working folder and of the setting `bundles`, and all that was pulled: the
     name that commands take, the size and the place.
     """
-    from qaflora_edge.hub.local import all_here
+    from qaflora_edge.hub import all_here
 
     keys = ("kind", "name", "path", "size_bytes", "is_pulled")
     entries = [{key: getattr(here, key) for key in keys} for here in all_here()]
@@ -113,7 +112,7 @@ def list_here(as_json: bool) -> None:
 
 
 @command("qaflora remove smollm2-135m-instruct", "qaflora remove owner/name --yes")
-@click.argument("name", shell_complete=complete_pulled)
+@click.argument("name")
 @click.option("--yes", "-y", "is_sure", is_flag=True, help="Do not ask.")
 def remove(name: str, is_sure: bool) -> None:
     """Remove a model, an adapter or a bundle that was pulled.
@@ -122,7 +121,7 @@ def remove(name: str, is_sure: bool) -> None:
     the Hub lie in a cache that other tools share: the whole commit is gone for them too. It can be
     pulled again.
     """
-    from qaflora_edge.hub.local import find_pulled, remove_pulled
+    from qaflora_edge.hub import find_pulled, remove_pulled
 
     here, *others = find_pulled(name)
     what = f"the {here.kind} {here.name} ({here.size_bytes / 1e6:.0f} MB, {here.path})"

@@ -61,7 +61,7 @@ class SharedOptions(SimpleNamespace):
 class _NumberOrWord(click.IntRange):
     """Takes a whole number, or one of some words."""
 
-    def __init__(self, words: Collection[str], low: int, high: int) -> None:
+    def __init__(self, words: Collection[str], low: Any, high: Any) -> None:
         super().__init__(low, high)
         self._words = words
 
@@ -77,18 +77,16 @@ class WholeText(click.types.StringParamType):
 
 # What may stand in place of a word, where a shell asks: nothing here loads a model, and a broken
 # bundle or settings file suggests nothing.
-if TYPE_CHECKING:
-    Items = list[CompletionItem[str]]  # click before 8.5 has no CompletionItem of something
 
 
-def complete_bundle(ctx: click.Context, param: click.Parameter, word: str) -> Items:
+def complete_bundle(ctx: click.Context, param: click.Parameter, word: str) -> list[Any]:
     """Names from the setting `bundles`, else folders and files."""
-    from qaflora_edge.hub.local import named_bundles
+    from qaflora_edge.hub import named_bundles
 
     return _items(named_bundles, word) or [CompletionItem(word, type="file")]
 
 
-def complete_strategy(ctx: click.Context, param: click.Parameter, word: str) -> Items:
+def complete_strategy(ctx: click.Context, param: click.Parameter, word: str) -> list[Any]:
     """Strategies, and single: and manual: with the adapters of the bundle on the line."""
     from qaflora_edge.weighing.strategy import offered
 
@@ -100,43 +98,30 @@ def complete_strategy(ctx: click.Context, param: click.Parameter, word: str) -> 
     return _items(lambda: strategies, word)
 
 
-def complete_adapter(ctx: click.Context, param: click.Parameter, word: str) -> Items:
+def complete_adapter(ctx: click.Context, param: click.Parameter, word: str) -> list[Any]:
     """Names of the adapters of the bundle on the line."""
     return _items(lambda: _adapters(ctx), word)
-
-
-def complete_pulled(ctx: click.Context, param: click.Parameter, word: str) -> Items:
-    """Names of what was pulled."""
-    from qaflora_edge.hub.local import all_here
-
-    return _items(lambda: (here.name for here in all_here() if here.is_pulled), word)
-
-
-def complete_model(ctx: click.Context, param: click.Parameter, word: str) -> Items:
-    """Names of the registry's models."""
-    return _items(registry.load_registry, word)
 
 
 def _adapters(ctx: click.Context) -> list[str]:
     """The adapters of the bundle that stands on the line already; none without one."""
     from qaflora_edge.formats.bundle import read_bundle_text
-    from qaflora_edge.hub.local import named_bundles
+    from qaflora_edge.hub import named_bundles
 
-    named = [ctx.params[key] for key in ("bundle", "folder") if ctx.params.get(key)]
     # Click leaves arguments unnamed when the option before the cursor has no value yet.
-    words = [*named, *ctx.args]
-    with contextlib.suppress(QafloraError, IndexError):
-        folder = named_bundles().get(words[0], Path(words[0]))
+    words = [ctx.params.get("bundle") or ctx.params.get("folder"), *ctx.args]
+    with contextlib.suppress(QafloraError, StopIteration):
+        place = next(filter(None, words))
+        folder = named_bundles().get(place, Path(place))
         return [adapter.name for adapter in read_bundle_text(folder).adapters]
     return []
 
 
-def _items(values: Any, word: str) -> Items:
+def _items(values: Callable[[], Iterable[str]], word: str) -> list[Any]:
     """Those that begin with what is typed; none where they cannot be found."""
-    candidates: Iterable[str] = ()
     with contextlib.suppress(QafloraError, OSError):
-        candidates = list(values())
-    return [CompletionItem(value) for value in candidates if value.startswith(word)]
+        return [CompletionItem(value) for value in values() if value.startswith(word)]
+    return []
 
 
 # Keywords of click.argument for DIR.
@@ -166,13 +151,13 @@ def check_outputs(
     folder is not there or does not take it.
     """
     taken = {path.resolve() for path in read}
-    for path in (Path(target).resolve() for target in written if target is not None):
+    for target in [Path(name) for name in written if name is not None]:
+        path = target.resolve()
         if path in taken and (path.is_file() or not path.exists()):
             raise click.UsageError(f"{path.name} is named twice; give each FILE a name of its own.")
         taken.add(path)
-    for target in written:
-        if target is not None and not (target is added_to and os.path.lexists(target)):
-            check_takes_file(Path(target))
+        if target != added_to or not os.path.lexists(target):
+            check_takes_file(target)
 
 
 def meaning(option: Option) -> str:
@@ -183,12 +168,10 @@ def meaning(option: Option) -> str:
 
     strategies = offered()
     *others, last = [strategy.usage for strategy in strategies]
-    forms = dict.fromkeys(
-        written(options)
-        for strategy in strategies
-        if strategy.is_probed
-        for options in strategy.options
-    )
+    forms: dict[str, None] = {}
+    for strategy in strategies:
+        if strategy.is_probed:
+            forms |= dict.fromkeys(map(written, strategy.options))
     text = option.help.replace("{strategies}", f"{', '.join(others)} or {last}")
     return text.replace("{options}", ", ".join(forms))
 
@@ -213,10 +196,10 @@ class _Option(click.Option):
 def click_option(option: Option, command: str) -> Callable[..., Any]:
     """An option as a decorator for a command."""
     default = option.defaults.get(command, option.default)
-    metavar = option.metavar or {int: "N", float: "X"}.get(option.kind)
-    keywords: dict[str, Any] = {"metavar": metavar}
-    if option.kind is not tuple:
-        keywords["default"] = not default if option.is_negated and default is not None else default
+    shown = default
+    if option.is_negated and default is not None:
+        shown = not default
+    keywords: dict[str, Any] = {} if option.kind is tuple else {"default": shown}
     if option.name == "strategy":
         keywords["shell_complete"] = complete_strategy
     unset = "" if command in option.defaults else option.unset
@@ -227,6 +210,7 @@ def click_option(option: Option, command: str) -> Callable[..., Any]:
         declared=option,
         unset=unset,
         help=option.help,
+        metavar=option.metavar or {int: "N", float: "X"}.get(option.kind),
         type=_click_type(option),
         multiple=option.kind is tuple,
         show_default=not has_words and default is not None,
@@ -235,13 +219,13 @@ def click_option(option: Option, command: str) -> Callable[..., Any]:
 
 
 def _click_type(option: Option) -> Any:
-    limits: dict[str, Any] = {"min": option.low, "max": option.high, "min_open": option.is_open}
     if option.choices:
         return click.Choice(option.choices)
     if option.words:
-        return _NumberOrWord(option.words, limits["min"], limits["max"])
-    if option.kind in (int, float) and limits["min"] is not None:
-        return click.IntRange(**limits) if option.kind is int else click.FloatRange(**limits)
+        return _NumberOrWord(option.words, option.low, option.high)
+    if option.kind in (int, float) and option.low is not None:
+        kind: Any = click.IntRange if option.kind is int else click.FloatRange
+        return kind(option.low, option.high, min_open=option.is_open)
     return WholeText() if option.kind is tuple else option.kind
 
 
@@ -282,11 +266,13 @@ def _sampling_of_bundle(bundle: str) -> dict[str, Any]:
     """Give the options that a bundle sets, by key, where nobody who calls chose a value."""
     from qaflora_edge.formats.bundle import read_bundle_text
 
+    options = in_group("sampling")
     values: dict[str, Any] = {}
     with contextlib.suppress(QafloraError):  # what opens the bundle will say what is wrong
-        sampling = read_bundle_text(bundle_folder(bundle)).sampling
-        values = {in_group("sampling")[name].key: value for name, value in sampling.items()}
-    return {key: value for key, value in values.items() if not is_chosen(key)}
+        for name, value in read_bundle_text(bundle_folder(bundle)).sampling.items():
+            if not is_chosen(options[name].key):
+                values[options[name].key] = value
+    return values
 
 
 def is_chosen(key: str) -> bool:
@@ -347,10 +333,12 @@ class _Command(click.Command):
             self.params.append(_HELP_ALL)
 
     def _section(self, param: click.Parameter) -> str:
-        if _HELP_ALL in self.params and not {"--help", "--help-all"}.isdisjoint(param.opts):
+        if isinstance(param, _Option):
+            return param.declared.section
+        is_help = not {"--help", "--help-all"}.isdisjoint(param.opts)
+        if is_help and _HELP_ALL in self.params:
             return ADVANCED
-        declared = param.declared.section if isinstance(param, _Option) else SECTIONS[0]
-        return self._sections.get(param.name or "", declared)
+        return self._sections.get(param.name or "", SECTIONS[0])
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         rows: dict[str, list[tuple[str, str]]] = {name: [] for name in SECTIONS}
@@ -362,13 +350,12 @@ class _Command(click.Command):
             del rows[ADVANCED]
         width = max(len(flags) for records in rows.values() for flags, _ in records)
         for name, records in filter(itemgetter(1), rows.items()):
+            lines = []
+            for flags, text in records:
+                shown = _FURTHER.sub("", text) if is_short else text
+                lines.append((flags.ljust(min(width, 30)), shown))
             with formatter.section(name):
-                formatter.write_dl(
-                    [
-                        (flags.ljust(min(width, 30)), _FURTHER.sub("", text) if is_short else text)
-                        for flags, text in records
-                    ]
-                )
+                formatter.write_dl(lines)
         if is_short:
             more = "-h, --help shows this; --help-all shows the advanced options too."
             formatter.write(f"\n  {more}\n")
@@ -396,16 +383,12 @@ _FURTHER = re.compile(r"(?<=\.) (?! ).*?(?=  \[|$)", re.DOTALL)  # sentences aft
 def command(
     *lines: str, group: Any = click, sections: Mapping[str, str] | None = None, **keywords: Any
 ) -> Callable[..., click.Command]:
-    """A command whose help ends with an example in these lines, and how it ends.
-
-    sections  see _Command
-    """
+    """A command whose help ends with an example in these lines, and how it ends."""
     example = "\n".join(f"  {line}" for line in lines)
     ends = "Exit codes: 0 done, 1 failed (stderr says why), 2 wrong usage, 130 Ctrl-C"
     keywords["epilog"] = f"\b\nExample:\n{example}\n\n\b\n{ends}"
-    decorator: Callable[..., click.Command] = group.command(
-        cls=_Command, sections=sections or {}, **keywords
-    )
+    keywords["sections"] = sections or {}
+    decorator: Callable[..., click.Command] = group.command(cls=_Command, **keywords)
     return decorator
 
 
@@ -419,7 +402,7 @@ def bundle_folder(text: str) -> Path:
     if os.path.exists(folder):
         refuse_adapter(folder)
         return folder
-    from qaflora_edge.hub.local import named_bundles, pulled_path
+    from qaflora_edge.hub import named_bundles, pulled_path
 
     if named := named_bundles().get(text):
         return named
@@ -444,34 +427,14 @@ def bundle_folder(text: str) -> Path:
     )
 
 
-def choose_base(base: str | None, adapters: Iterable[str]) -> str:
-    """Take the base that was given, else the model that the first adapter was trained on.
-
-    adapters  as they were given: those that are PEFT or MLX folders here are asked
-
-    Raises UsageError when the base is not known or not here.
-    """
-    if base is not None:
-        return base
+def missing_base(adapters: Iterable[str]) -> click.UsageError:
+    """Ask for --base, by the name that the config of an adapter has for it."""
     trained_on = next(filter(None, map(_trained_on, adapters)), None)
-    if trained_on is None:
-        raise click.UsageError(
-            "Missing option '--base': give the GGUF of the base that the adapter was trained on."
-        )
-    said = f"The adapter says that it was trained on {trained_on}"
-    if (model := _known(trained_on)) is None:
-        raise click.UsageError(
-            f"Missing option '--base'. {said}: give a GGUF of it, in any quantisation. On the Hub "
-            "it is mostly in a repository whose name ends in GGUF; with --base "
-            "owner/name/file.gguf it is fetched."
-        )
-    if registry.pulled_model(model.name) is None:
-        raise click.UsageError(
-            f"Missing option '--base'. {said}, which is not here; `qaflora pull {model.name}` "
-            f"fetches it ({model.size_bytes / 1e6:.0f} MB), and --base {model.name} names it."
-        )
-    click.echo(f"{said}: the base is {model.name}.", err=True)
-    return model.name
+    name = "the base that the adapter was trained on" if trained_on is None else trained_on
+    return click.UsageError(
+        f"Missing option '--base': give a GGUF of {name}, in any quantisation: a file, a name of "
+        "`qaflora models` that was pulled, or owner/name/file.gguf on the Hub."
+    )
 
 
 def refuse_adapter(folder: Path) -> None:

@@ -13,61 +13,47 @@ from typing import Any, BinaryIO
 
 from qaflora_edge.cli.progress import waiting
 from qaflora_edge.errors import InputFileError
-from qaflora_edge.formats.inputs import reading
-from qaflora_edge.formats.json_text import read_json_object, shown
+from qaflora_edge.formats.inputs import read_json_object, reading, shown
 
 FILE_BYTES_MAX = 16 << 20
-LINE_BYTES_MAX = 4 << 20  # of a file that is read line by line
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt, a name for it, and for messages the file and line that it is from."""
-
-    text: str
-    name: str | None = None
-    where: str | None = None
-
-    @property
-    def label(self) -> str:
-        """The name, or else the text on one line."""
-        return self.name or " ".join(self.text.split())
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line that is not blank, as it stands in its file; without data where it is too long."""
+    """A line that is not blank, as it stands in its file."""
 
     index: int
-    data: bytes | None
+    data: bytes
     where: str
 
     @property
     def digest(self) -> str:
         """Equal where the lines are."""
-        return hashlib.sha256((self.data or b"").strip()).hexdigest()[:16]
+        return hashlib.sha256(self.data.strip()).hexdigest()[:16]
 
     def parse(self) -> dict[str, Any]:
         """Read the JSON object. Raises InputFileError for what is none."""
         try:
-            return read_json_object(self._whole())
+            return read_json_object(self.data)
         except ValueError as error:  # errors of JSON and UTF-8 too
-            raise self._wrong(f"it is no JSON object ({error})") from error
+            raise InputFileError(
+                f"Cannot read {self.where}: it is no JSON object ({error}), expected an object "
+                'such as {"prompt": "How many ...?"}. Correct the line.'
+            ) from error
+
+    def prompt(self) -> str:
+        """Read the prompt of a JSON object. Raises InputFileError."""
+        prompt = self.parse().get("prompt")
+        if isinstance(prompt, str) and prompt.strip():
+            return prompt
+        raise InputFileError(
+            f'Cannot read {self.where}: "prompt" is {shown(prompt)}, expected a text that is not '
+            "empty. Correct the line."
+        )
 
     def text(self) -> str:
         """Read the line as text, without its end. Raises InputFileError."""
-        return _decode(self._whole(), self.where)
-
-    def _whole(self) -> bytes:
-        if self.data is None:
-            raise self._wrong(f"it is longer than {LINE_BYTES_MAX >> 20} MiB")
-        return self.data.removesuffix(b"\n").removesuffix(b"\r")
-
-    def _wrong(self, fault: str) -> InputFileError:
-        return InputFileError(
-            f"Cannot read {self.where}: {fault}, expected an object such as "
-            '{"prompt": "How many ...?"}. Correct the line.'
-        )
+        return _decode(self.data, self.where).removesuffix("\n").removesuffix("\r")
 
 
 def stream_name(path: str) -> str:
@@ -83,44 +69,32 @@ def no_lines(path: str, expected: str) -> InputFileError:
     )
 
 
-def read_prompts(path: str) -> list[Prompt]:
+def read_prompts(path: str) -> list[str]:
     """Read a file of prompts; `-` is stdin. Blank lines are skipped.
 
-    A file that ends in .jsonl or .ndjson holds one JSON object a line, with `prompt` and perhaps
-    `name`; any other holds one prompt a line. Raises InputFileError.
+    A file that ends in .jsonl or .ndjson holds one JSON object a line, with `prompt`; any other
+    holds one prompt a line. Raises InputFileError.
     """
     is_json = Path(path).suffix.lower() in (".jsonl", ".ndjson")
     with open_prompts(path) as stream:
         lines = list(filled_lines(stream, stream_name(path)))
     if not lines:
         raise no_lines(path, "prompt")
-    return [_prompt(line, is_json) for line in lines]
-
-
-def _prompt(line: Line, is_json: bool) -> Prompt:
-    if not is_json:
-        return Prompt(line.text(), where=line.where)
-    fields = line.parse()
-    text = fields.get("prompt")
-    name = fields.get("name")
-    if not (isinstance(text, str) and text.strip()):
-        raise InputFileError(
-            f'Cannot read {line.where}: "prompt" is {shown(text)}, expected a text that is not '
-            "empty. Correct the line."
-        )
-    return Prompt(text, None if name is None else str(name), line.where)
+    return [line.prompt() if is_json else line.text() for line in lines]
 
 
 def filled_lines(stream: BinaryIO, name: str) -> Iterator[Line]:
     """Read lines one at a time; blank ones are counted, and left out.
 
     name  of the stream, for messages
+
+    Raises InputFileError.
     """
-    for index, data in enumerate(read_lines(stream, name)):
-        if index == 0 and data is not None:
-            data = data.removeprefix(codecs.BOM_UTF8)
-        if data is None or data.strip():
-            yield Line(index, data, f"{name}, line {index + 1}")
+    with reading(name):
+        for index, data in enumerate(stream):
+            plain = data.removeprefix(codecs.BOM_UTF8) if index == 0 else data
+            if plain.strip():
+                yield Line(index, plain, f"{name}, line {index + 1}")
 
 
 @contextmanager
@@ -133,25 +107,6 @@ def open_prompts(path: str) -> Iterator[BinaryIO]:
         file = open(path, "rb")  # noqa: SIM115
     with file:
         yield file
-
-
-def read_lines(stream: BinaryIO, shown: str) -> Iterator[bytes | None]:
-    """Lines with their ends, one at a time; None for one longer than LINE_BYTES_MAX.
-
-    shown  the name of the stream in messages
-
-    Raises InputFileError.
-    """
-    is_inside = False  # a line that is too long
-    while True:
-        with reading(shown):
-            piece = stream.readline(LINE_BYTES_MAX + 1)
-        if not piece:
-            return
-        is_long = len(piece) > LINE_BYTES_MAX
-        if not is_inside:
-            yield None if is_long else piece
-        is_inside = (is_inside or is_long) and not piece.endswith(b"\n")
 
 
 def _decode(data: bytes, shown: str) -> str:

@@ -133,7 +133,7 @@ def run(
 def _read_grammar(schema_path: str | None, grammar_path: str | None) -> Grammar | None:
     """The grammar of the answer, checked before a model is loaded; messages name the file."""
     from qaflora_edge.errors import GrammarError
-    from qaflora_edge.formats.json_text import read_json_object
+    from qaflora_edge.formats.inputs import read_json_object
     from qaflora_edge.inference.constraint import gbnf_grammar, schema_grammar
 
     if grammar_path is not None:

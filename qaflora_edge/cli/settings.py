@@ -30,8 +30,12 @@ SECRET = "(secret)"  # shown instead of a value that is one
 SHARED_TABLES = ("run", "chat", "compare", "eval", "weights", "export", "bench", "serve", "llm")
 TABLES = tuple(dict.fromkeys((*SHARED_TABLES, *OWN)))
 # Options by their keys in the file: those of the documents, and shared ones for one command alone.
-_OPTIONS = SHARED | {f"{t}.{key}": each for t, own in OWN.items() for key, each in own.items()}
-_OF_COMMANDS = {f"{t}.{key}": each for t in SHARED_TABLES for key, each in shared_by(t).items()}
+_OPTIONS = dict(SHARED)
+for _table, _own in OWN.items():
+    _OPTIONS |= {f"{_table}.{key}": option for key, option in _own.items()}
+_OF_COMMANDS: dict[str, Option] = {}
+for _table in SHARED_TABLES:
+    _OF_COMMANDS |= {f"{_table}.{key}": option for key, option in shared_by(_table).items()}
 
 
 @dataclass(frozen=True)
@@ -51,11 +55,13 @@ class Setting:
 
 def variables(key: str, table: str) -> tuple[str, ...]:
     """Environment variables for a key: of one command first, then of all."""
-    own: tuple[str, ...] = (f"{PREFIX}{table}_{key}".upper(),) if table else ()
-    if (option := OWN.get(table, {}).get(key)) and option.variable:
-        own += (option.variable,)
-    shared = (f"{PREFIX}{key}".upper(),) if key in SHARED else ()
-    return own + shared
+    names = [f"{PREFIX}{table}_{key}".upper()] if table else []
+    option = OWN.get(table, {}).get(key)
+    if option is not None and option.variable:
+        names.append(option.variable)
+    if key in SHARED:
+        names.append(f"{PREFIX}{key}".upper())
+    return tuple(names)
 
 
 # Kind and meaning of what no command takes: by keys of the file, and by variables alone.
@@ -103,44 +109,40 @@ def _setting(name: str, option: Option) -> Setting:
 
 def table_options(table: str) -> dict[str, Option]:
     """The options that a table of the settings file may set, by their keys."""
-    return {**(shared_by(table) if table in SHARED_TABLES else {}), **OWN.get(table, {})}
+    shared = shared_by(table) if table in SHARED_TABLES else {}
+    return shared | OWN.get(table, {})
 
 
 def file_settings() -> dict[str, Any]:
     """Read the settings file, and check all keys and values. Raises SettingsError."""
     path = settings_path()
     settings = read_settings()
-    known = _OPTIONS | _OF_COMMANDS
-    flat: dict[str, Any] = {}  # the keys of tables with the table's name before them, as run.temp
+    options = _OPTIONS | _OF_COMMANDS
+    values: dict[str, Any] = {}  # by key; those of tables as run.temp
     for key, value in settings.items():
         if key not in TABLES:
-            flat[key] = value
+            values[key] = value
         elif isinstance(value, dict):
-            flat |= {f"{key}.{name}": each for name, each in value.items()}
+            values |= {f"{key}.{name}": item for name, item in value.items()}
         else:
             raise wrong_value(path, key, value, f"a table, as in [{key}]")
-    for name, value in flat.items():
-        if name in known:
-            option = known[name]
-            if not option.fits(value):
-                found = SECRET if option.is_secret else value
-                raise wrong_value(path, name, found, option.expected)
-        elif name not in LIBRARY_KEYS:
+    for name, value in values.items():
+        option = options.get(name)
+        if option is not None and not option.fits(value):
+            shown = SECRET if option.is_secret else value
+            raise wrong_value(path, name, shown, option.expected)
+        if option is None and name not in LIBRARY_KEYS:
             table = name.rpartition(".")[0]
-            others = () if table else (*LIBRARY_KEYS, *TABLES)
-            alike = [each for each in known if each.rpartition(".")[0] == table]
-            raise unknown_key(path, name, (*alike, *others))
+            alike = [other for other in options if other.rpartition(".")[0] == table]
+            raise unknown_key(path, name, alike if table else [*alike, *LIBRARY_KEYS, *TABLES])
     return settings
 
 
 def file_defaults(verb: str) -> dict[str, Any]:
     """What the settings file says for the options of one command, as click's default_map."""
     settings = file_settings()
-    return {
-        key: value
-        for key, value in {**settings, **settings.get(verb, {})}.items()
-        if key in table_options(verb)
-    }
+    values = settings | settings.get(verb, {})
+    return {key: values[key] for key in table_options(verb) if key in values}
 
 
 def attach_variables(verb: str, command: click.Command) -> None:
@@ -189,26 +191,27 @@ def settings(is_all: bool, as_json: bool) -> None:
     """
     path = settings_path()
     in_file = file_settings()
-    rows = [_setting(key, option) for key, option in _OF_COMMANDS.items()]
-    every = [*all_settings(), *(replace(row, variables=row.variables[:1]) for row in rows)]
-    names = {variable for row in every for variable in row.variables}
+    every = all_settings()
+    of_commands = [_setting(key, option) for key, option in _OF_COMMANDS.items()]
+    names = {variable for row in (*every, *of_commands) for variable in row.variables}
     for name in sorted(os.environ.keys() - names):
         if name.startswith(PREFIX):
             click.echo(f"Note: the variable {name} is no setting, and is not read.", err=True)
-    shown_rows = [(row, *origin(row, in_file)) for row in (all_settings() if is_all else every)]
-    shown_rows = [row for row in shown_rows if is_all or row[2] != "default"]
+    if not is_all:
+        every += [replace(row, variables=row.variables[:1]) for row in of_commands]
+    entries = {}
+    for row in every:
+        value, source = origin(row, in_file)
+        if is_all or source != "default":
+            entries[row.key or row.variables[0]] = {"value": value, "from": source}
     if as_json:
-        entries = {
-            row.key or row.variables[0]: {"value": value, "from": source}
-            for row, value, source in shown_rows
-        }
         print_json({"file": str(path), "exists": path.is_file(), "settings": entries})
         return
     click.echo(f"{path}{'' if path.is_file() else ' (does not exist)'}")
-    for row, value, source in shown_rows:
-        shown = "-" if value is None else json.dumps(value, ensure_ascii=False)
-        where = "the file" if source == str(path) else source
-        click.echo(f"{row.key or row.variables[0]:<22} {shown:<24} {where}")
+    for name, entry in entries.items():
+        shown = "-" if entry["value"] is None else json.dumps(entry["value"], ensure_ascii=False)
+        where = "the file" if entry["from"] == str(path) else entry["from"]
+        click.echo(f"{name:<22} {shown:<24} {where}")
 
 
 @command(
@@ -219,8 +222,8 @@ def settings(is_all: bool, as_json: bool) -> None:
 def completion(shell: str) -> None:
     """Print completion for a shell.
 
-    It completes commands, options, bundles, strategies, and the names of a bundle's adapters and
-    of models. SHELL is bash (4.4 or newer), zsh or fish; docs/settings.md says where each looks.
+    It completes commands, options, bundles, strategies and the names of a bundle's adapters. SHELL
+    is bash (4.4 or newer), zsh or fish; docs/settings.md says where each looks.
     """
     shell_class = get_completion_class(shell)
     assert shell_class is not None

@@ -1,4 +1,4 @@
-"""Convert a PEFT folder to an adapter GGUF that stock llama.cpp loads too.
+"""Write adapter GGUFs, which stock llama.cpp loads too: of a PEFT folder, or of a mix.
 
 `plan` says where each module goes; here values are scaled, put in the base's order, encoded and
 written. They go from the source to the encoded tensor by slices of rows: one encoded tensor is in
@@ -7,9 +7,10 @@ memory at a time, and of its source no more than a slice.
 
 import math
 import os
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from qaflora_edge import config
-from qaflora_edge.convert.plan import plan_modules
-from qaflora_edge.convert.targets import Written
+from qaflora_edge.arrays import F32
+from qaflora_edge.convert.plan import MixedModule, Written, plan_modules
 from qaflora_edge.convert.verify import ModuleCheck, verify_conversion
-from qaflora_edge.errors import OptionError, OutputFileError, UnsupportedAdapterError
+from qaflora_edge.errors import OptionError, OutputFileError, UnsupportedAdapterError, WeightsError
 from qaflora_edge.files import AnyPath, atomic_path, readable
+from qaflora_edge.formats.adapter import EMBEDDING, HEAD, AdapterInfo, read_pair
 from qaflora_edge.formats.gguf import GgufHeader, read_gguf_header
 from qaflora_edge.formats.names import is_repo
 from qaflora_edge.peft.folder import read_peft
@@ -212,3 +214,66 @@ def encoded_tensor(
             "Choose output type f32, or check the adapter's alpha."
         )
     return encoded
+
+
+_LAYERS = {EMBEDDING: 0, HEAD: -1}  # which layer's weights count for tensors of none
+
+
+def mix_modules(adapters: Mapping[str, AdapterInfo], weights: F32) -> list[MixedModule]:
+    """Put adapters side by side in each tensor of the base; every scale is 1 then.
+
+    weights  [n_adapter, n_layer]; an adapter that weighs 0 in a layer adds no rank there
+
+    Raises WeightsError when nothing is added.
+    """
+    first_paths: dict[str, Path] = {}  # base's tensor -> the first adapter of it
+    sides_a = defaultdict(list)
+    sides_b = defaultdict(list)
+    for info, row in zip(adapters.values(), weights, strict=True):
+        for name in info.ranks:
+            layer = _LAYERS[name] if name in _LAYERS else int(name.split(".")[1])
+            weight = row[layer]
+            if weight == 0:
+                continue
+            a, b, scale = read_pair(info, name)
+            first_paths.setdefault(name, info.path)
+            sides_a[name].append(a)
+            sides_b[name].append(b * np.float32(weight * scale))
+    if not first_paths:
+        raise WeightsError(
+            "Cannot export the mix: no adapter weighs anything where it adapts the base, which "
+            "answers alone; expected one that does. Choose other weights, or another prompt."
+        )
+    modules = []
+    for name, path in first_paths.items():
+        rank_axis = -1 if name == EMBEDDING else -2
+        mixed_a = np.concatenate(sides_a[name], axis=rank_axis)
+        mixed_b = np.concatenate(sides_b[name], axis=-1)
+        modules.append(MixedModule(name, name, path, mixed_a, mixed_b))
+    return modules
+
+
+def write_mix(
+    path: Path, header: GgufHeader, modules: Sequence[MixedModule], name: str, outtype: str
+) -> None:
+    """Write a mix as an adapter GGUF that calls itself `name`.
+
+    Raises UnsupportedAdapterError for what llama.cpp does not take.
+    """
+    for module in modules:
+        # llama.cpp 0c1e5709 does not load a tied head's adapter, and aborts at an embedding's.
+        if module.name in (EMBEDDING, HEAD) and HEAD not in header.tensors:
+            raise UnsupportedAdapterError(
+                f"Cannot export the mix: {module.path} adapts {module.name}, and llama.cpp takes "
+                "no adapter of an embedding that is the head too; expected projections of layers. "
+                "Leave this adapter out."
+            )
+    alpha = max(module.b.shape[-1] for module in modules)  # a tensor's scale is alpha / rank
+    scaled = []
+    for module in modules:
+        factor = np.float32(module.b.shape[-1] / alpha)
+        scaled.append(replace(module, b=module.b * factor))
+    with closing(gguf.GGUFWriter(path, header.architecture)) as writer:
+        add_metadata(writer, name)
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+        write_tensors(writer, scaled, OUTTYPES[outtype], silent)

@@ -16,8 +16,7 @@ from qaflora_edge.ask import Ask, Sampling, Weighing
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import CancelledError, ChatTemplateError, PromptError
 from qaflora_edge.evaluation.metrics import Fields, listed
-from qaflora_edge.evaluation.results import Results
-from qaflora_edge.evaluation.tasks import Task
+from qaflora_edge.evaluation.tasks import Results, Task
 from qaflora_edge.formats.bundle import is_base, read_bundle_text
 from qaflora_edge.prompt.conversation import bundle_identity
 from qaflora_edge.weighing.numbers import FusionWeights

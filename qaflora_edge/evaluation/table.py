@@ -10,7 +10,7 @@ import numpy as np
 
 from qaflora_edge.arrays import F64
 from qaflora_edge.errors import ResultsFileError
-from qaflora_edge.evaluation.results import Record, Results
+from qaflora_edge.evaluation.tasks import Record, Results
 
 POINTS = "points"
 NATS = "nats a token"

@@ -46,7 +46,6 @@ class ArchFacts:
     heads     "equal": its graph takes heads for equally wide in queries and values
               (GGML_ASSERT(n_embd_head == n_embd_head_k())); "plain": and its projections have rows
               for heads alone; "whole": and rope turns all of a head (n_embd_head == n_rot)
-    has_llama_names  whether transformers names its projections, embedding and head as Llama's
     has_rope  by llama-model.cpp llama_model_rope_type, or another field that turns rope off
     """
 
@@ -57,7 +56,6 @@ class ArchFacts:
     scaled: tuple[str, ...] = ()
     bypassed: tuple[str, ...] = ()
     heads: str = ""
-    has_llama_names: bool = False
     has_rope: bool = True
 
 

@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 from qaflora_edge.config import in_group
 from qaflora_edge.errors import BundleError, os_errors
 from qaflora_edge.files import what_is_at
-from qaflora_edge.formats.inputs import open_input
-from qaflora_edge.formats.json_text import (
+from qaflora_edge.formats.inputs import (
     WrongField,
     check_schema,
+    open_input,
     read_json_object,
     shortened,
     shown,

@@ -15,8 +15,7 @@ from typing import Any
 
 from qaflora_edge.errors import PeftConfigError, UnsupportedAdapterError
 from qaflora_edge.files import package_data
-from qaflora_edge.formats.inputs import read_json_file
-from qaflora_edge.formats.json_text import WrongField, check_schema, shown
+from qaflora_edge.formats.inputs import WrongField, check_schema, read_json_file, shown
 from qaflora_edge.formats.names import CONFIG_FILE
 
 MAX_CONFIG_BYTES = 1 << 22

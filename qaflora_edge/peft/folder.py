@@ -9,15 +9,11 @@ from qaflora_edge.errors import InputFileError, SafetensorsFileError
 from qaflora_edge.files import AnyPath, what_is_at
 from qaflora_edge.formats.bundle import BUNDLE_FILE
 from qaflora_edge.formats.inputs import read_json_file, reading
-from qaflora_edge.formats.names import CONFIG_FILE
+from qaflora_edge.formats.names import CONFIG_FILE, INDEX_FILE, PICKLES, WEIGHTS_FILE
 from qaflora_edge.peft.config import PeftConfig, parse_config, read_fields
-from qaflora_edge.peft.modules import PeftModule, make_modules
-from qaflora_edge.peft.safetensors import StoredTensor, read_safetensors
+from qaflora_edge.peft.modules import PeftModule, StoredTensor, make_modules, read_safetensors
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-INDEX_FILE = "adapter_model.safetensors.index.json"
 MLX_FILE, OLD_MLX_FILE = "adapters.safetensors", "adapters.npz"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")  # ends of names of adapters that are pickles
 _SAVED = "Give the folder that PEFT's save_pretrained wrote."
 _FOUND = {  # in a folder that is no adapter -> what to do
     BUNDLE_FILE: "It is a bundle; of a bundle give one file, such as adapters/NAME.gguf.",

@@ -14,8 +14,14 @@ from typing import Any
 from qaflora_edge.errors import OutputFileError, PromptError, SessionFileError
 from qaflora_edge.files import atomic_path, readable
 from qaflora_edge.formats.bundle import is_base, read_bundle_text
-from qaflora_edge.formats.inputs import checksum, read_input
-from qaflora_edge.formats.json_text import WrongField, check_schema, read_json_object, shown
+from qaflora_edge.formats.inputs import (
+    WrongField,
+    check_schema,
+    checksum,
+    read_input,
+    read_json_object,
+    shown,
+)
 
 Message = dict[str, str]
 FORMAT = "qaflora-session/1"

@@ -15,8 +15,8 @@ from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import BusyError, QafloraError, is_disk_full
 from qaflora_edge.formats.inputs import checksum
-from qaflora_edge.formats.names import CONFIG_FILE
-from qaflora_edge.peft.folder import WEIGHTS_FILE, adapter_files, adapter_folder
+from qaflora_edge.formats.names import CONFIG_FILE, WEIGHTS_FILE
+from qaflora_edge.peft.folder import adapter_files, adapter_folder
 from qaflora_edge.server.bodies import AdapterBody, parsed
 from qaflora_edge.server.receive import address_of, check_announced, read, receive
 from qaflora_edge.server.refusals import Refusal

@@ -22,7 +22,7 @@ from qaflora_edge.config import Option, in_group
 from qaflora_edge.dialects.extras import MAX_WEIGHT, RANGE, wrong_field
 from qaflora_edge.errors import OptionError
 from qaflora_edge.formats.bundle import NAME_PATTERN, NAME_RULE
-from qaflora_edge.formats.json_text import read_json_object
+from qaflora_edge.formats.inputs import read_json_object
 from qaflora_edge.server.refusals import Refusal
 
 MAX_MESSAGES = 2048

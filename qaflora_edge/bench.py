@@ -1,4 +1,4 @@
-"""The parts of `qaflora bench`: decode, draft, ttft, callers.
+"""The parts of `qaflora bench`: decode, ttft, callers.
 
 Contestants run in turn within a round, on a prompt that no round had before; each contestant of
 ttft has its own. A first round is thrown away. Ratios are taken within a round, then the median.
@@ -6,7 +6,6 @@ ttft has its own. A first round is thrown away. Ratios are taken within a round,
 
 import contextlib
 import ctypes
-import json
 import os
 import random
 import time
@@ -14,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from importlib.resources import files
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
@@ -25,11 +23,10 @@ import numpy as np
 from qaflora_edge.backend.context import Context, context_params
 from qaflora_edge.backend.library import logged
 from qaflora_edge.backend.model import PLACING, Model, Pack
-from qaflora_edge.bundles.measure import neutral
+from qaflora_edge.bundles.edit import neutral
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import BackendError, OptionError
 from qaflora_edge.formats.base import read_base
-from qaflora_edge.inference.sequence import Timings
 from qaflora_edge.progress import Tell, TellCount
 
 Who = TypeVar("Who")
@@ -329,70 +326,6 @@ def measure_first_token(
         its_runs = runs[length, name]
         row: Row = {"prompt_tokens": length, "name": name, "runs": its_runs}
         yield row | compared("ttft_ms", its_runs, of_plain=runs[length, "plain"])
-
-
-# drafting
-
-
-def measure_draft(
-    engines: Mapping[str, Engine],
-    plan: Plan,
-    tell: Tell,
-) -> Iterator[Row]:
-    """Answer prompts of several kinds, each run another one, with guessed tokens and without.
-
-    engines  "plain" and "draft"; both decode for as many callers as the plan has at most
-    """
-    text = files("qaflora_edge.bench").joinpath("draft_prompts.json").read_text("utf-8")
-    prompts: dict[str, list[str]] = json.loads(text)
-    most = max(plan.callers)
-
-    def run(kind: str, n: int, way: str, turn: int) -> Run:
-        engine = engines[way]
-        texts = prompts[kind]
-        first = n * (turn - 1)
-        chats = []
-        for number in range(first, first + n):
-            text = texts[number % len(texts)]
-            message = {"role": "user", "content": text}
-            chats.append(engine.chat_tokens([message]))
-        answers = engine.generate_many(chats, max_tokens=plan.max_tokens)
-        return _draft_figures([answer.timings for _, answer in answers])
-
-    kinds = [(kind, 1) for kind in prompts]
-    if ("prose", most) not in kinds:
-        kinds.append(("prose", most))
-    contestants = {}
-    for kind, n in kinds:
-        for way in engines:
-            contestants[kind, n, way] = partial(run, kind, n, way)
-    runs = take_turns(contestants, plan.repeat, partial(tell, "draft"))
-    for kind, n in kinds:
-        guessed = runs[kind, n, "draft"]
-        plain = runs[kind, n, "plain"]
-        for guessed_run, plain_run in zip(guessed, plain, strict=True):
-            guessed_run["plain_tokens_per_second"] = plain_run["tokens_per_second"]
-        name = f"{kind}, {n} callers" if n > 1 else kind
-        row: Row = {"name": name, "runs": guessed}
-        row |= compared("tokens_per_second", guessed, of_plain=plain)
-        row |= compared("accepted", guessed)
-        yield row
-
-
-def _draft_figures(timings: Sequence[Timings]) -> Run:
-    """Tokens a second from when all have begun, and the share of guesses that were right."""
-    start = max(answer.token_s[0] for answer in timings)
-    later: list[float] = []  # when tokens came after that
-    n_right = 0
-    n_guessed = 0
-    for answer in timings:
-        later += [at for at in answer.token_s if at > start]
-        n_right += answer.draft_n_accepted
-        n_guessed += answer.draft_n
-    return {
-        "tokens_per_second": len(later) / (max(later) - start),
-        "accepted": n_right / max(1, n_guessed),
-    }
 
 
 # callers

@@ -1,1 +1,0 @@
-"""Things known by name: the registry, the Hugging Face Hub, and what was pulled from them."""
