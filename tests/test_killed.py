@@ -148,6 +148,7 @@ def test_an_edit(start: Path, tmp_path: Path, action: str, names: list[str]) -> 
 
 
 PULL = """
+import os
 from qaflora_edge.bundles.open import verify_bundle
 from qaflora_edge.formats import names
 from qaflora_edge.hub import fetch_hub, fetch_model
@@ -168,7 +169,7 @@ PULLED = """folder = whole_path(copy / "mine", None)
         return False
     assert list(verify_bundle(folder).adapter_paths) == ["math", "es"]
     return True"""
-MODEL = """path = copy / "base.gguf"
+MODEL = """path = copy / "models" / "base.gguf"
     assert not path.exists() or path.stat().st_size == 3 << 20
     return path.exists()"""
 
@@ -198,7 +199,7 @@ def pulled(hub: FakeHub, start: Path, tmp_path: Path, checkout: Path) -> dict[st
     ("action", "check"),
     [
         ('fetch_hub("owner/bundle", copy / "mine")', PULLED),
-        ('fetch_model("fake", to=copy)', MODEL),
+        ('os.environ["QAFLORA_CACHE"] = str(copy); fetch_model("fake")', MODEL),
     ],
 )
 def test_pull(pulled: dict[str, str], tmp_path: Path, action: str, check: str) -> None:

@@ -55,7 +55,7 @@ def create_bundle(
     sampling: Mapping[str, Any] | None = None,
     outtype: str = "f16",
     strategy: str | None = None,
-    progress: Tell | None = None,
+    progress: Tell = silent,
 ) -> Path:
     """Make the folder of a new bundle.
 
@@ -77,7 +77,6 @@ def create_bundle(
     fails, the bundle is there and works by PUBLISHED, and `calibrate` finishes it.
     """
     folder = Path(folder)
-    tell = progress or silent
     what = f"Cannot create the bundle {folder}"
     pairs = list(adapters.items() if isinstance(adapters, Mapping) else adapters)
     names = [adapter_name for adapter_name, _ in pairs]
@@ -93,9 +92,9 @@ def create_bundle(
     with cache_lock(f"bundle {folder.resolve()}"), atomic_folder(folder, what) as temporary:
         base_path, recorded = source.find_base(base)
         header = read_gguf_header(base_path)
-        tell("Hashing the base", 0, 1)
+        progress("Hashing the base", 0, 1)
         record = source.base_record(header, recorded)
-        tell("Hashing the base", 1, 1)
+        progress("Hashing the base", 1, 1)
         raw: dict[str, Any] = {
             "format": FORMAT,
             "name": name or readable(folder.resolve().name),
@@ -113,7 +112,7 @@ def create_bundle(
         if "\n" in license:
             raw["license"] = f"see {LICENSE_FILE}"
             (temporary / LICENSE_FILE).write_text(f"{license}\n", encoding="utf-8")
-        source.put_adapters(temporary, raw, pairs, header, outtype, tell)
+        source.put_adapters(temporary, raw, pairs, header, outtype, progress)
         if engine is None:
             check_strategy(what, raw, wanted)
         raw["fusion"] = {
@@ -125,7 +124,7 @@ def create_bundle(
         write_bundle_json(temporary, raw, str(folder / BUNDLE_FILE))
     if engine is not None and keys:
         try:
-            calibrate(folder, engine, strategy=wanted, progress=tell)
+            calibrate(folder, engine, strategy=wanted, progress=progress)
         except BundleError:  # BEST cannot weigh an adapter that adds nothing to q, k and v
             if strategy is not None:
                 raise

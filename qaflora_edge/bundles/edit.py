@@ -60,7 +60,7 @@ def add_adapters(
     outtype: str = "f16",
     note: Mapping[str, str] | None = None,
     strategy: str | None = None,
-    progress: Tell | None = None,
+    progress: Tell = silent,
 ) -> None:
     """Add adapters to a bundle.
 
@@ -71,7 +71,6 @@ def add_adapters(
     Raises a QafloraError and leaves the bundle as it was when anything fails.
     """
     folder = Path(folder)
-    tell = progress or silent
     pairs = list(adapters.items() if isinstance(adapters, Mapping) else adapters)
     with editing(folder) as (_, raw):
         loaded = load_bundle(folder)
@@ -81,13 +80,13 @@ def add_adapters(
         if strategy is not None:
             wanted = raw.setdefault("fusion", {})["strategy"] = strategy
         parse_strategy(wanted, names)  # raises before the work
-        put_adapters(folder, raw, pairs, loaded.header, outtype, tell)
+        put_adapters(folder, raw, pairs, loaded.header, outtype, progress)
         for record in raw["adapters"][len(loaded.adapters) :]:
             record |= note or {}
         if engine is None:
             check_strategy(f"Cannot weigh the bundle {folder}", raw, wanted)
         else:
-            measure_typical(folder, raw, wanted, loaded.base_path, engine, tell)
+            measure_typical(folder, raw, wanted, loaded.base_path, engine, progress)
 
 
 def remove_adapter(folder: AnyPath, name: str, *, strategy: str | None = None) -> None:

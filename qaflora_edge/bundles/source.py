@@ -24,7 +24,7 @@ from qaflora_edge.formats.inputs import checksum, sha256_file
 from qaflora_edge.formats.names import HubRef, load_registry, parse_hub_ref, pulled_model
 from qaflora_edge.hub import fetch_hub, fetch_model, hub_cache_dir
 from qaflora_edge.peft.folder import check_no_part
-from qaflora_edge.progress import Tell, TellCount
+from qaflora_edge.progress import Tell, TellCount, silent
 from qaflora_edge.settings import expanded
 from qaflora_edge.weighing.strategy import strategies
 
@@ -47,7 +47,8 @@ def find_base(base: AnyPath) -> tuple[Path, dict[str, str]]:
     Returns its file and the field of bundle.json by which it is found: file, registry or hub.
     Raises GgufFileError when it is none of them, DownloadError when the Hub does not give it.
     """
-    name, path = os.fspath(base), expanded(os.fspath(base))
+    name = os.fspath(base)
+    path = expanded(os.fspath(base))
     if os.path.isfile(path):
         return path, {"file": path.absolute().as_posix()}
     if name in load_registry():
@@ -73,7 +74,8 @@ def find_adapter(source: AnyPath) -> AdapterSource:
 
     Raises InputFileError when it is neither, DownloadError when the Hub does not give it.
     """
-    name, path = os.fspath(source), expanded(os.fspath(source))
+    name = os.fspath(source)
+    path = expanded(os.fspath(source))
     if os.path.exists(path):
         check_no_part(path)
         return AdapterSource(path, readable(path.resolve().name))
@@ -87,7 +89,7 @@ def find_adapter(source: AnyPath) -> AdapterSource:
     return AdapterSource(path, repo.partition("/")[2], pinned)
 
 
-def fetch_base(folder: Path, base: BaseRecord, progress: TellCount | None = None) -> Path:
+def fetch_base(folder: Path, base: BaseRecord, progress: TellCount = silent) -> Path:
     """Fetch the base of the bundle in a folder from where bundle.json says.
 
     Raises BundleError when it says only a file, DownloadError when it does not come.

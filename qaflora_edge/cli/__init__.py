@@ -63,7 +63,8 @@ _PLACES |= {
     "export": ("convert", "export"),
     "worker": ("serve", "worker"),
 }
-EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
 
 
 class VerbGroup(click.Group):

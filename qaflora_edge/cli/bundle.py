@@ -34,7 +34,7 @@ def _pairs(ctx: click.Context, param: click.Parameter, values: Any) -> list[tupl
     return cli.adapter_pairs(values)
 
 
-_FOLDER = {**cli.BUNDLE, "callback": lambda ctx, param, value: cli.bundle_folder(value)}
+_FOLDER = cli.BUNDLE | {"callback": lambda ctx, param, value: cli.bundle_folder(value)}
 _adapters: dict[str, Any] = {"multiple": True, "metavar": ADAPTER.metavar, "callback": _pairs}
 _outtype = cli.click_option(replace(OWN["convert"]["outtype"], help="Convert to this type."), "")
 _from_now_on = click.option("--strategy", help="Used by default from now on.  [default: as it is]")
@@ -282,7 +282,8 @@ def show(folder: Path, as_json: bool) -> None:
         return
     text = read_bundle_text(folder)
     base_path = recorded_base(folder, text.base)
-    print_json({**text.raw, "base_path": None if base_path is None else str(base_path)})
+    place = None if base_path is None else str(base_path)
+    print_json(dict(text.raw) | {"base_path": place})
 
 
 def describe(folder: Path) -> str:

@@ -22,7 +22,7 @@ from qaflora_edge.files import one_line
     "--to",
     metavar="DIR",
     type=click.Path(file_okay=False, path_type=Path),
-    help="The folder that gets it.  [default: the cache]",
+    help="The folder that gets what comes from the Hub.  [default: the cache]",
 )
 @click.option(
     "--with-base", is_flag=True, help="Fetch the base of a bundle too, when it is not here."
@@ -46,7 +46,11 @@ def pull(ref: str, to: Path | None, with_base: bool, update: bool) -> None:
     ref = from_address(ref)
     with progress_bars() as tell:
         if ref in load_registry() or "/" not in ref:
-            path = fetch_model(ref, to=to, progress=partial(tell, ref))
+            if to is not None:
+                raise click.UsageError(
+                    f"--to is for the Hub. Copy the file that `qaflora pull {ref}` prints."
+                )
+            path = fetch_model(ref, progress=partial(tell, ref))
         else:
             path = fetch_hub(ref, to=to, update=update)
             base = read_bundle_text(path).base if with_base else None

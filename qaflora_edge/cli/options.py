@@ -486,7 +486,7 @@ def open_engine(
 
     folder = bundle_folder(bundle)
     with contextlib.nullcontext() if is_quiet else waiting(f"Loading {folder}"):
-        return Engine(folder, strategy=options.strategy, **{**options.engine, **changes})
+        return Engine(folder, strategy=options.strategy, **options.engine | changes)
 
 
 def read_prompt(text: str) -> str:

@@ -18,7 +18,7 @@ from qaflora_edge.settings import expanded
     "qaflora serve demo models/other --parallel 8 --port 8000",
     "QAFLORA_API_KEY=... qaflora serve demo --host 0.0.0.0",
 )
-@click.argument("bundles", nargs=-1, required=True, **{**cli.BUNDLE, "metavar": "DIR..."})
+@click.argument("bundles", nargs=-1, required=True, **cli.BUNDLE | {"metavar": "DIR..."})
 @cli.own_options
 @cli.shared_options
 def serve(
@@ -80,7 +80,7 @@ def serve(
             timeout_s=timeout,
             ttl_s=ttl,
             adapters=folder,
-            engine={"strategy": options.strategy, **options.engine},
+            engine=options.engine | {"strategy": options.strategy},
             sampling=options.sampling,
             chosen=frozenset(filter(cli.is_chosen, vars(options))),
         ),

@@ -66,7 +66,7 @@ def convert_adapter(
     outtype: str = "f16",
     verify: bool = False,
     name: str | None = None,
-    progress: TellCount | None = None,
+    progress: TellCount = silent,
 ) -> ConvertedAdapter:
     """Convert a PEFT folder for a base; the file is written whole or not at all.
 
@@ -96,10 +96,9 @@ def convert_adapter(
     if trained_on is not None and not is_repo(trained_on):
         trained_on = None  # a folder of whoever trained it
     n_step = len(modules) * (2 if verify else 1)
-    report = progress or silent
 
     def tell(n_done: int) -> None:
-        report(n_done, n_step)
+        progress(n_done, n_step)
 
     checks: tuple[ModuleCheck, ...] = ()
     with atomic_path(out_path) as temporary:

@@ -403,7 +403,9 @@ def _place(
 
 def _check_tensor(pair: _Pair, target: PlannedModule) -> None:
     """Refuse a tensor that no adapter or no layer's weight enters, or that is not the module's."""
-    header, source, name = pair.header, target.source, target.base_name
+    header = pair.header
+    source = target.source
+    name = target.base_name
     why = why_not_adapted(header.architecture, name)
     if name in ARCH_FACTS[header.architecture].scaled:
         why = "its converter may have scaled, which the GGUF does not say"
@@ -496,9 +498,11 @@ def _expert_parts(pair: _Pair, module: PeftModule) -> list[tuple[str, layouts.In
         return [(f"{block}_{stem}_exps.weight", None)]
     n_ff = _expert_shape(pair, module, f"{block}_down_exps.weight")[2]
     rows = np.arange(2 * n_ff)
-    gate, up = rows[:n_ff], rows[n_ff:]
+    gate = rows[:n_ff]
+    up = rows[n_ff:]
     if ARCH_FACTS[pair.header.architecture].experts == "by turns":
-        gate, up = rows[::2], rows[1::2]
+        gate = rows[::2]
+        up = rows[1::2]
     fused = f"{block}_gate_up_exps.weight"
     if fused in pair.header.tensors:
         return [(fused, np.concatenate([gate, up]))]

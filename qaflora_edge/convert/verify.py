@@ -182,7 +182,8 @@ def source_deltas(module: Planned) -> Iterator[Delta]:
         else:
             by_expert_b = [stacked_b[:, expert::n_expert] for expert in range(n_expert)]
         for a, b in zip(by_expert_a, by_expert_b, strict=True):
-            left, right = (a.T, b.T) if module.is_swapped else (b, a)
+            left = a.T if module.is_swapped else b
+            right = b.T if module.is_swapped else a
             yield Delta(left[_all_or(module.rows)], right, source.scale)
 
 

@@ -11,7 +11,8 @@ def defer(package: str, after: Callable[[], object] = lambda: None) -> None:
     spec = None if package in sys.modules else find_spec(package)
     if spec is None or spec.loader is None:
         return
-    loader, module = spec.loader, module_from_spec(spec)
+    loader = spec.loader
+    module = module_from_spec(spec)
 
     def run(name: str) -> Any:
         del module.__getattr__

@@ -95,7 +95,8 @@ def read_adapter_gguf(file: AnyPath | GgufHeader) -> AdapterInfo:
     than a plain LoRA.
     """
     header = file if isinstance(file, GgufHeader) else read_gguf_header(file)
-    alpha, ranks = _check_metadata(header), _ranks(header)
+    alpha = _check_metadata(header)
+    ranks = _ranks(header)
     n_unused = header.size_bytes - sum(tensor.n_bytes for tensor in header.tensors.values())
     if n_unused > MAX_UNUSED_BYTES:  # a file with holes takes no disk, and minutes to hash
         found = f"{n_unused} of its {header.size_bytes} bytes belong to no tensor"
@@ -195,7 +196,8 @@ def _check_metadata(header: GgufHeader) -> float:
             advice = "Give an adapter GGUF, as `qaflora convert` writes it."
             raise _wrong(header, found(key), repr(expected), advice)
     if (key := "adapter.alora.invocation_tokens") in header.metadata:
-        what, advice = f"metadata field {key} makes it an activated LoRA", "Train a plain LoRA."
+        what = f"metadata field {key} makes it an activated LoRA"
+        advice = "Train a plain LoRA."
         raise _wrong(header, what, "an adapter without it", advice, UnsupportedAdapterError)
     alpha = header.metadata.get(key := "adapter.lora.alpha")
     if not isinstance(alpha, float) or not math.isfinite(alpha) or alpha == 0.0:
@@ -211,7 +213,8 @@ def _ranks(header: GgufHeader) -> dict[str, int]:
         match = _LORA_NAME.fullmatch(name)
         if match is None:
             found = f"it has tensor {name}, which a plain LoRA cannot represent"
-            expected, advice = "pairs of lora_a and lora_b only", "Convert a plain LoRA."
+            expected = "pairs of lora_a and lora_b only"
+            advice = "Convert a plain LoRA."
             raise _wrong(header, found, expected, advice, UnsupportedAdapterError)
         pairs.setdefault(match["base"], {})[match["side"]] = info.shape
     if not pairs:

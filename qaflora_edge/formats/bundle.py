@@ -109,7 +109,8 @@ def is_base(place: Path) -> bool:
 
 def read_bundle_text(folder: Path) -> BundleText:
     """Read bundle.json alone; no other file need be there. Raises BundleError."""
-    path, failure = safe_join(folder, BUNDLE_FILE), f"Cannot open the bundle {folder}"
+    path = safe_join(folder, BUNDLE_FILE)
+    failure = f"Cannot open the bundle {folder}"
     if not os.path.isfile(path):
         there = folder if not os.path.isdir(folder) else path
         raise BundleError(
@@ -132,7 +133,8 @@ def link_roots(folder: Path) -> tuple[Path, ...]:
         return ()
     from huggingface_hub import constants
 
-    repo_dir, cache = snapshot.parents[1], Path(os.path.realpath(constants.HF_HUB_CACHE))
+    repo_dir = snapshot.parents[1]
+    cache = Path(os.path.realpath(constants.HF_HUB_CACHE))
     if repo_dir.parent == cache and repo_dir.name.startswith("models--"):
         return repo_dir / "blobs", cache / "blobs"  # the second is shared by repositories
     return ()
@@ -202,7 +204,7 @@ def parse_bundle(data: bytes, where: str) -> BundleText:
         check_schema(raw, "bundle")
         adapters = tuple(_record(AdapterRecord, adapter) for adapter in raw["adapters"])
         read = {"base": _record(BaseRecord, raw["base"]), "adapters": adapters}
-        text = _record(BundleText, {**raw, **read, "where": where, "raw": raw})
+        text = _record(BundleText, raw | read | {"where": where, "raw": raw})
         _check_between_fields(text)
     except WrongField as problem:
         raise wrong_bundle(where, problem) from problem

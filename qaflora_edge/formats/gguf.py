@@ -37,8 +37,10 @@ READ_BYTES = 1 << 18  # read at once
 
 # By the number of a type; 8 and 9 are no scalars.
 SCALARS = {n: struct.Struct(f"<{form}") for n, form in enumerate("BbHhIif?__Qqd") if form != "_"}
-STRING, ARRAY = 8, 9
-U32, U64 = SCALARS[4], SCALARS[10]
+STRING = 8
+ARRAY = 9
+U32 = SCALARS[4]
+U64 = SCALARS[10]
 
 Scalar = int | float | bool
 
@@ -82,7 +84,9 @@ class GgufCursor:
     """
 
     def __init__(self, path: Path, file: BinaryIO, size_bytes: int) -> None:
-        self.path, self.file, self.size_bytes = path, file, size_bytes
+        self.path = path
+        self.file = file
+        self.size_bytes = size_bytes
         self.data = bytearray()
         self.position = 0
 
@@ -193,7 +197,9 @@ class GgufCursor:
 
     def skip_strings(self, length: int, field: str) -> None:
         """Step over strings; the loop is tight because vocabularies are long."""
-        data, position, unpack_length = self.data, self.position, U64.unpack_from
+        data = self.data
+        position = self.position
+        unpack_length = U64.unpack_from
         for _ in range(length):
             if position + U64.size > len(data):
                 self.load(position + U64.size, field)
@@ -225,12 +231,14 @@ class GgufCursor:
 
     def check_places(self, tensors: Mapping[str, TensorInfo]) -> None:
         """Check that tensors lie inside the file and do not share bytes."""
-        end, previous = 0, ""
+        end = 0
+        previous = ""
         for info in sorted(tensors.values(), key=lambda info: info.offset):
             if info.offset < end:
                 expected = f"byte {end} or later, after tensor {previous!r}"
                 self.fail(f"the place of tensor {info.name!r}", f"byte {info.offset}", expected)
-            end, previous = info.offset + info.n_bytes, info.name
+            end = info.offset + info.n_bytes
+            previous = info.name
             if end > self.size_bytes:
                 expected = f"at most the file's {self.size_bytes}"
                 self.fail(f"the end of tensor {info.name!r}", f"byte {end}", expected)

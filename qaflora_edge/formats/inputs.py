@@ -114,10 +114,13 @@ def check_schema(document: object, name: str) -> None:
     try:
         check(document)
     except JsonSchemaValueException as error:
-        definition, place, found = error.definition, error.name, shown(error.value)
+        definition = error.definition
+        place = error.name
+        found = shown(error.value)
         if error.rule == "required":
             key = next(key for key in error.rule_definition if key not in error.value)
-            place, found = f"{place}.{key}", "missing"
+            place = f"{place}.{key}"
+            found = "missing"
             definition = definition["properties"][key]
             if "$ref" in definition:
                 definition = schema["$defs"][definition["$ref"].rpartition("/")[2]]
@@ -154,7 +157,9 @@ class LineFile:
     """
 
     def __init__(self, path: Path, holds: str) -> None:
-        self.path, self.n_byte, self._holds = path, 0, holds
+        self.path = path
+        self.n_byte = 0
+        self._holds = holds
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:

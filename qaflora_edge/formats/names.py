@@ -110,10 +110,11 @@ class Model:
 def load_registry() -> dict[str, Model]:
     """Read the registry: name -> model."""
     content = json.loads(package_data("models/registry.json").read_text(encoding="utf-8"))
-    return {
-        name: Model(name=name, **{**entry, "sources": tuple(map(_read_source, entry["sources"]))})
-        for name, entry in content["models"].items()
-    }
+    models = {}
+    for name, entry in content["models"].items():
+        entry["sources"] = tuple(map(_read_source, entry["sources"]))
+        models[name] = Model(name=name, **entry)
+    return models
 
 
 def _read_source(source: dict[str, Any]) -> HubRef | tuple[PackagePart, ...]:
@@ -138,12 +139,12 @@ def models_dir() -> Path:
     return cache_dir() / "models"
 
 
-def local_path(model: Model, folder: Path | None = None) -> Path | None:
+def local_path(model: Model) -> Path | None:
     """Give the path of a model that is already here, else None.
 
     Its size is compared, not its hash: a file gets its name only after its hash was right.
     """
-    path = (models_dir() if folder is None else folder) / model.file
+    path = models_dir() / model.file
     with contextlib.suppress(OSError):
         if path.is_file() and path.stat().st_size == model.size_bytes:
             return path

@@ -138,13 +138,16 @@ def parse_config(path: Path, fields: Mapping[str, Any]) -> PeftConfig:
 
     Raises PeftConfigError for a wrong one, UnsupportedAdapterError for more than a plain LoRA.
     """
-    refuse, kind = (_refuse_mlx, "mlx") if is_mlx(fields) else (_refuse_peft, "peft")
-    refuse(path, fields)
+    was_mlx = is_mlx(fields)
+    if was_mlx:
+        _refuse_mlx(path, fields)
+    else:
+        _refuse_peft(path, fields)
     try:
-        check_schema(fields, kind)
+        check_schema(fields, "mlx" if was_mlx else "peft")
     except WrongField as error:
         raise _wrong(path, str(error)) from error
-    return _mlx_config(path, fields) if kind == "mlx" else _peft_config(path, fields)
+    return _mlx_config(path, fields) if was_mlx else _peft_config(path, fields)
 
 
 def _wrong(path: Path, what: str) -> PeftConfigError:
@@ -317,7 +320,8 @@ def _plain(pattern: str) -> str:
 
 def _n_choice(plain: str) -> int:
     """Multiply the alternatives of each group, and two for each optional part."""
-    n_choice, open_groups = 1, [1]
+    n_choice = 1
+    open_groups = [1]
     for before, sign in zip(" " + plain, plain, strict=False):
         if sign == "(":
             open_groups.append(1)

@@ -13,7 +13,8 @@ from qaflora_edge.formats.names import CONFIG_FILE, INDEX_FILE, PICKLES, WEIGHTS
 from qaflora_edge.peft.config import PeftConfig, parse_config, read_fields
 from qaflora_edge.peft.modules import PeftModule, StoredTensor, make_modules, read_safetensors
 
-MLX_FILE, OLD_MLX_FILE = "adapters.safetensors", "adapters.npz"
+MLX_FILE = "adapters.safetensors"
+OLD_MLX_FILE = "adapters.npz"
 _SAVED = "Give the folder that PEFT's save_pretrained wrote."
 _FOUND = {  # in a folder that is no adapter -> what to do
     BUNDLE_FILE: "It is a bundle; of a bundle give one file, such as adapters/NAME.gguf.",

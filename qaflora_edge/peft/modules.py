@@ -242,7 +242,8 @@ def _peft_pairs(
                 "expected one. Load it with PEFT and save each with "
                 "save_pretrained(selected_adapters=[...])."
             )
-        module, part = match["module"], match["part"] or match["embedding_part"]
+        module = match["module"]
+        part = match["part"] or match["embedding_part"]
         if part in pairs.setdefault(module, {}):
             raise SafetensorsFileError(
                 f"Cannot use {tensor.path}: module {module} has two tensors for lora_{part}; "
@@ -391,7 +392,8 @@ def _mlx_pairs(tensors: Mapping[str, StoredTensor]) -> Pairs:
 
 
 def _mlx_module(config: PeftConfig, name: str, a: StoredTensor, b: StoredTensor) -> PeftModule:
-    rank, scale = config.rank, config.scale_of(name)
+    rank = config.rank
+    scale = config.scale_of(name)
     if name.rpartition(".")[2] in _MLX_EMBEDDINGS:
         raise UnsupportedAdapterError(
             f"Cannot use {a.path}: module {name} is an embedding with a LoRA, which MLX "
@@ -401,10 +403,13 @@ def _mlx_module(config: PeftConfig, name: str, a: StoredTensor, b: StoredTensor)
     if not _MLX_EXPERTS.fullmatch(name):
         if a.shape[1] == b.shape[0] == rank:
             return PeftModule(name, rank, a.shape[0], b.shape[1], scale, a, b, is_transposed=True)
-        what, expected = f"module {name} has", f"[n_in, {rank}] and [{rank}, n_out]"
+        what = f"module {name} has"
+        expected = f"[n_in, {rank}] and [{rank}, n_out]"
     else:
         if len(a.shape) == len(b.shape) == 3 and a.shape[0] == b.shape[0] > 0:
-            n_expert, n_in, n_out = a.shape[0], a.shape[2], b.shape[1]
+            n_expert = a.shape[0]
+            n_in = a.shape[2]
+            n_out = b.shape[1]
             if a.shape[1] == b.shape[2] == rank and n_in and n_out:
                 a = replace(a, shape=(n_expert * rank, n_in))
                 b = replace(b, shape=(n_expert * n_out, rank))

@@ -16,7 +16,8 @@ from qaflora_edge.cli.chat.commands import completions
 from qaflora_edge.engine import Engine
 from qaflora_edge.files import data_dir
 
-_PROMPT, _HINT = "> ", "Alt-Enter: new line   /help   Ctrl-D: leave"
+_PROMPT = "> "
+_HINT = "Alt-Enter: new line   /help   Ctrl-D: leave"
 _STYLE = Style.from_dict({"bottom-toolbar": "noreverse dim fg:default bg:default"})
 
 

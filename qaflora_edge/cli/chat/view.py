@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from qaflora_edge.weighing.numbers import FusionWeights
 
-_WAIT_S, _REDRAW_S = 0.4, 0.05  # nothing is said about a shorter wait; between two redraws
+_WAIT_S = 0.4  # nothing is said about a shorter wait; between two redraws
+_REDRAW_S = 0.05
 # Stars that multiply, as in 2*3 or (a)*(b), and low lines of names; others stand for them while
 # Markdown is parsed.
 _SIGNS = re.compile(r"(?<=[0-9A-Za-z)\]|])\*+(?=[0-9A-Za-z(\[|])|_+")
