@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from qaflora_edge.errors import OutputFileError
+from qaflora_edge.evaluation.tasks import LineFile
 from qaflora_edge.formats.inputs import (
     MAX_JSON_DEPTH,
     MAX_JSON_VALUES,
-    LineFile,
     read_json_object,
 )
 

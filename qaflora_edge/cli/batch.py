@@ -23,9 +23,10 @@ from qaflora_edge.cli.options import SharedOptions, bundle_folder, check_outputs
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.config import OWN, SHARED, Option, in_group
 from qaflora_edge.errors import OptionError, QafloraError, wrong_option
+from qaflora_edge.evaluation.tasks import LineFile
 from qaflora_edge.files import one_line
 from qaflora_edge.formats.bundle import BUNDLE_FILE, is_base, read_bundle_text
-from qaflora_edge.formats.inputs import LineFile, checksum, open_input
+from qaflora_edge.formats.inputs import checksum, open_input
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.progress import TellCount, silent
 from qaflora_edge.prompt.messages import begin_with

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import cache, lru_cache
 from io import BufferedReader
@@ -23,14 +23,12 @@ from qaflora_edge import __version__
 from qaflora_edge.errors import (
     ChecksumError,
     InputFileError,
-    OutputFileError,
     QafloraError,
     os_errors,
 )
 from qaflora_edge.files import (
     AnyPath,
     cache_dir,
-    cache_lock,
     kind_of,
     package_data,
     write_text_atomic,
@@ -147,50 +145,6 @@ def shown(value: object) -> str:
 
 def shortened(text: str) -> str:
     return text if len(text) <= MAX_SHOWN_CHARS else text[: MAX_SHOWN_CHARS - 3] + "..."
-
-
-class LineFile:
-    """A file to which one process adds whole lines; a cut last line is removed first.
-
-    holds   what the lines are, for errors
-    n_byte  of its whole lines, set by the reader of the file
-    """
-
-    def __init__(self, path: Path, holds: str) -> None:
-        self.path = path
-        self.n_byte = 0
-        self._holds = holds
-
-    @contextlib.contextmanager
-    def opened(self) -> Iterator[None]:
-        """Keep others from writing into it. Raises OutputFileError when another process does."""
-        from filelock import Timeout
-
-        try:
-            with cache_lock(str(self.path.resolve())).acquire(timeout=0):
-                yield
-        except Timeout:
-            found = f"another process writes {self._holds} into it, and no other was expected"
-            raise self.refused(found, "Wait for it to end") from None
-
-    def add(self, record: Mapping[str, Any]) -> None:
-        """Add an object as a line. Raises OutputFileError when it cannot be written."""
-        line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        failure = f"Cannot write {self._holds} into {self.path}"
-        advice = "See to it and run the same again, which resumes, or choose another -o FILE."
-        mode: Any = "r+b" if self.n_byte else "wb"
-        with os_errors(OutputFileError, failure, advice), open(self.path, mode) as file:
-            file.truncate(self.n_byte)
-            file.seek(self.n_byte)
-            file.write(line)
-        self.n_byte += len(line)
-
-    def refused(self, found: str, advice: str) -> OutputFileError:
-        """Make an error that names the file, what was found in the way, and what to do."""
-        return OutputFileError(
-            f"Cannot write {self._holds} into {self.path}: {found}. {advice}, or choose another "
-            "-o FILE."
-        )
 
 
 if TYPE_CHECKING:
