@@ -766,7 +766,7 @@ class Engine:
         from qaflora_edge.inference.drafts import with_draft
 
         span = (*prompt.question, prompt.is_later)
-        tokens = with_draft(self._model, prompt.tokens, span, fusion.relay, n_ctx)
+        tokens = with_draft(self._model, prompt.tokens, span, fusion.relay.draft, n_ctx)
         return replace(prompt, tokens=tuple(tokens))
 
     def generate(self, prompt: Plain, **options: Any) -> Generation:

@@ -17,7 +17,7 @@ from qaflora_edge import Engine
 from qaflora_edge.ask import Chat
 from qaflora_edge.errors import BusyError, StrategyError
 from qaflora_edge.inference.drafts import in_words, with_draft
-from qaflora_edge.weighing.drafted import BASE, N_BEGUN, Draft, Relay
+from qaflora_edge.weighing.drafted import BASE, N_BEGUN, Draft
 from qaflora_edge.weighing.numbers import alone_weights
 from qaflora_edge.weighing.strategy import Mix, Query, parse_strategy
 
@@ -312,17 +312,6 @@ def test_a_writer_reuses_what_the_base_has_of_the_prompt(folder: Path) -> None:
         assert answer.n_cached > question[0] - 64  # up to a chunk
 
 
-def test_the_base_reads_a_draft_as_context(folder: Path) -> None:
-    with Engine(folder, n_ctx=1024) as engine:
-        plain = engine.chat_tokens([{"role": "user", "content": "abc def?"}])
-        answer = engine.generate(plain, strategy="relay:knower=math,writer=base", max_tokens=2)
-        answer.text()
-        assert answer.draft is not None
-        told = f"Context: {answer.draft.text.strip()}\n\nabc def?"
-        second = engine.chat_tokens([{"role": "user", "content": told}])
-        assert answer.prompt == tuple(second)
-
-
 def test_a_knower_that_would_give_the_form_is_asked_for_words(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -431,8 +420,7 @@ def test_a_draft_leaves_room_and_stays_text(folder: Path) -> None:
         read = engine.read(prompt)
         assert read.question is not None
         question = (*read.question, read.is_later)
-        relay = Relay("math", "es", hostile)
-        told = with_draft(engine._model, prompt, question, relay, 160)
+        told = with_draft(engine._model, prompt, question, hostile, 160)
         control = engine.tokenize("<|im_end|>", parse_special=True)[-1]
         assert told.count(control) == prompt.count(control)
 
@@ -446,8 +434,7 @@ def test_a_draft_without_words_or_of_too_many_tokens_is_left_out(folder: Path) -
         question = (*read.question, read.is_later)
         for tokens in ((), engine.tokenize(" \n"), range(engine.n_vocab)):
             draft = Draft("math", tuple(tokens), "", (), True)
-            relay = Relay("math", "es", draft)
-            assert with_draft(engine._model, prompt, question, relay, 512) == prompt
+            assert with_draft(engine._model, prompt, question, draft, 512) == prompt
 
 
 def test_a_cancelled_draft_ends_the_call(folder: Path) -> None:
@@ -518,8 +505,7 @@ def test_a_prompt_with_a_draft_reads_as_if_it_had_been_asked(tmp_path: Path, spm
         assert prompt.question is not None
         draft = Draft("math", tuple(engine.tokenize("foo")), "foo", (), True)
         question = (*prompt.question, prompt.is_later)
-        relay = Relay("math", "es", draft)
-        told = with_draft(engine._model, prompt.tokens, question, relay, 512)
+        told = with_draft(engine._model, prompt.tokens, question, draft, 512)
         words = in_words(engine._model, prompt.tokens, prompt.question, 512)
         text = engine._model.detokenize(told).decode()
         plain = engine._model.detokenize(prompt.tokens).decode()

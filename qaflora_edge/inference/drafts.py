@@ -17,7 +17,7 @@ from qaflora_edge.inference.request import Request
 from qaflora_edge.inference.sampler import no_numbers
 from qaflora_edge.inference.score import prefill_request
 from qaflora_edge.inference.sequence import RunningSequence, Written, surprise
-from qaflora_edge.weighing.drafted import BASE, IN_WORDS, N_TOGETHER, Draft, Relay
+from qaflora_edge.weighing.drafted import BASE, IN_WORDS, N_TOGETHER, Draft
 
 _N_AROUND = 8  # tokens around a draft, at most
 _N_SEQ = 1 + N_TOGETHER  # and the base's prompt
@@ -197,10 +197,10 @@ def with_draft(
     model: Model,
     tokens: Sequence[int],
     question: tuple[int, int, bool] | None,
-    relay: Relay,
+    draft: Draft,
     n_ctx: int,
 ) -> list[int]:
-    """Put a relay's draft before the question, as if it had been asked so.
+    """Put a draft in parentheses before the question, as if it had been asked so.
 
     tokens    of the prompt
     question  begin and end of the question in it, as prompt.tokens.find_question gives them
@@ -213,13 +213,13 @@ def with_draft(
         return [*tokens]
     start, end, _ = question
     n_room = (n_ctx - len(tokens)) // 2
-    said = text_of(model, relay.draft.tokens[: max(0, n_room)]).strip()
+    said = text_of(model, draft.tokens[: max(0, n_room)]).strip()
     if not said:
         return [*tokens]
     asked = model.detokenize(tokens[start:end]).decode("utf-8", "replace")
     words = asked.lstrip(" ")
     space = asked[: len(asked) - len(words)]  # SentencePiece's first word brings its own
-    told = model.tokenize_inside(f"{space}{relay.before_question(said)}{words}")
+    told = model.tokenize_inside(f"{space}({said})\n\n{words}")
     prompt = [*tokens[:start], *told, *tokens[end:]]
     n_more = len(prompt) - len(tokens)  # bytes that are no text become more tokens
     has_room = n_more <= n_room + _N_AROUND and len(prompt) < n_ctx

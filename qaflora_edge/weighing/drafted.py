@@ -9,8 +9,6 @@ UNSURE = -100.0  # nats a token, of an empty draft
 N_TOGETHER = 7  # drafts of one batch
 DRAFT_TOKENS = 128  # of the longest draft
 IN_WORDS = " Answer in words."  # behind the question to a knower
-TO_ADAPTER = "({draft})\n\n"  # before the question, where an adapter writes
-TO_BASE = "Context: {draft}\n\n"  # the same for the base, which then doubts the draft less
 N_BEGUN = 8  # tokens of a draft that tell how sure its adapter is
 
 
@@ -66,8 +64,3 @@ class Relay:
     sureness: Mapping[str, float] = field(default_factory=dict)
     draft_ms: float = 0.0
     prompt: tuple[int, ...] = field(default=(), repr=False)
-
-    def before_question(self, text: str) -> str:
-        """Give what stands before the question, of a draft's text."""
-        frame = TO_BASE if self.writer == BASE else TO_ADAPTER
-        return frame.format(draft=text)
