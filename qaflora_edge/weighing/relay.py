@@ -225,16 +225,22 @@ def _despite_the_scores(query: Query, probe: Probe, mix: Mix) -> Mix:
 
     One that makes up an answer is unsure of the token that bears the fact.
     """
-    name = _by_question(query, mix)[0]
-    if mix.why[name].scores["question"] <= PROPOSED:
-        return mix
-    (draft,) = probe.drafts([name], N_BEGUN, _weights(mix))
-    knows = _is_prose(draft) and _is_sure(query, draft) and not _repeats(query, draft)
+    by_question = _by_question(query, mix)
+    by_answer = max(query.adapters, key=lambda name: mix.why[name].scores["answer"])
+    proposed = [
+        name
+        for name in {by_answer: None, by_question[0]: None}
+        if mix.why[name].scores["question"] > PROPOSED
+    ]
+    drafts = probe.drafts(proposed, N_BEGUN, _weights(mix)) if proposed else []
     least = SURE_LATER if query.is_later else SURE_OF_EACH
-    if not knows or not _is_sure_of_each(probe, draft, least):
-        return mix
-    taken = replace(mix, weights=_alone(query, name))
-    return _rewritten(query, probe, taken, name, _sureness({name: draft}))
+    for draft in drafts:
+        knows = _is_prose(draft) and _is_sure(query, draft) and not _repeats(query, draft)
+        if knows and _is_sure_of_each(probe, draft, least):
+            name = draft.adapter
+            taken = replace(mix, weights=_alone(query, name))
+            return _rewritten(query, probe, taken, name, _sureness({name: draft}))
+    return mix
 
 
 def _both_answer(mix: Mix, drafts: Mapping[str, Draft]) -> tuple[str, str] | None:
