@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from bundles import TinyBundle, bundle_json, make_bundle, make_sources, qaflora
+from bundles import TinyBundle, bundle_json, make_bundle, make_sources, qaflora, rewrite
 from click.testing import Result
 
 from qaflora_edge.bundles.open import load_bundle
@@ -44,6 +44,15 @@ def test_create_records_what_it_is_told(tmp_path: Path) -> None:
     assert raw["adapters"][0]["source"] == "peft"
     tensors = read_adapter_gguf(made.folder / "adapters/math.gguf").tensors
     assert {info.ggml_type.name for info in tensors.values()} == {"F32"}
+
+
+def test_of_many_adapters_show_names_five_and_counts_the_others(tmp_path: Path) -> None:
+    made = make_bundle(tmp_path)
+    first, *_ = bundle_json(made.folder)["adapters"]
+    many = [{**first, "name": f"a{i}"} for i in range(64)]
+    rewrite(made.folder, lambda raw: raw.update(adapters=many, fusion={}))
+    rows = describe(made.folder).splitlines()
+    assert [row.split()[0] for row in rows[-6:]] == ["a0", "a1", "a2", "a3", "a4", "59"]
 
 
 def test_show_and_its_json(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.cli.prompts import read_text
 from qaflora_edge.config import ADAPTER, OWN
 from qaflora_edge.files import AnyPath, one_line
+from qaflora_edge.show.text import N_ALL, N_TOP, others
 
 if TYPE_CHECKING:
     from qaflora_edge.bundles.modelfile import Modelfile
@@ -311,8 +312,9 @@ def describe(folder: Path) -> str:
         *([f"sampling   {sampling}"] if sampling else []),
         f"adapters   {len(text.adapters)}",
     ]
-    width = max((len(adapter.name) for adapter in text.adapters), default=0)
-    for adapter in text.adapters:
+    shown = text.adapters[:N_TOP] if len(text.adapters) > N_ALL else text.adapters
+    width = max((len(adapter.name) for adapter in shown), default=0)
+    for adapter in shown:
         notes = filter(None, (adapter.description, adapter.source, adapter.license))
         modules = ",".join(
             kind.removeprefix("attn_").removeprefix("ffn_") for kind in adapter.targets
@@ -321,6 +323,7 @@ def describe(folder: Path) -> str:
             f"  {adapter.name:<{width}}  rank {adapter.rank:<3} alpha {adapter.alpha:<4g} "
             f"{modules}  {'; '.join(notes)}".rstrip()
         )
+    lines += [f"  {count}, in --json" for count in others(len(text.adapters) - len(shown))]
     return "\n".join(map(one_line, lines))
 
 
