@@ -79,6 +79,7 @@ python3Packages.buildPythonApplication {
     # for `qaflora serve`
     prometheus-client
     pydantic
+    pypdf
     starlette
     uvicorn
     uvloop

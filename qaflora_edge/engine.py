@@ -38,7 +38,7 @@ from qaflora_edge.inference.request import (
 )
 from qaflora_edge.inference.sampler import Sampler
 from qaflora_edge.inference.sequence import RunningSequence, Written
-from qaflora_edge.progress import TellCount, silent
+from qaflora_edge.progress import Tell, TellCount, silent
 from qaflora_edge.weighing.drafted import DRAFT_TOKENS, Relay
 from qaflora_edge.weighing.numbers import FusionWeights, alone_weights
 from qaflora_edge.weighing.weigher import Weigher, Weights
@@ -261,7 +261,7 @@ class Engine:
         """Give the size of the cached prefixes, at most `prefix_cache`: see Engine."""
         return self._core.prober.prefixes.n_byte
 
-    def add_adapter(self, name: str | None, path: AnyPath) -> str:
+    def add_adapter(self, name: str | None, path: AnyPath, progress: Tell = silent) -> str:
         """Load an adapter, which takes part from the next call on, and give its name.
 
         name  None: the folder's or file's
@@ -277,7 +277,7 @@ class Engine:
         measuring = partial(Engine, threads=self._options["threads"], **self._options["placing"])
         with self._changing:
             strategies = {self.strategy, *{BEST}.intersection(self.strategies)}
-            opened = with_adapter(self._opened, path, name, measuring, strategies)
+            opened = with_adapter(self._opened, path, name, measuring, strategies, progress)
             *_, name = opened.adapters
             self._change(opened, {*self.adapters, name})
         return name

@@ -318,7 +318,13 @@ def _fetch_wheel(part: PackagePart, wheel: Path) -> None:
 # the Hub
 
 
-def fetch_hub(ref: str, to: AnyPath | None = None, *, update: bool = False) -> Path:
+def fetch_hub(
+    ref: str,
+    to: AnyPath | None = None,
+    *,
+    update: bool = False,
+    progress: TellCount | None = None,
+) -> Path:
     """Fetch a bundle or a PEFT adapter (gives its folder), or a single GGUF (gives its file).
 
     to      a folder that is new or empty, of a named GGUF any folder; by default the Hub's cache
@@ -342,11 +348,11 @@ def fetch_hub(ref: str, to: AnyPath | None = None, *, update: bool = False) -> P
         names = _choose(parsed, listed)
         if place is not None:
             _check_place(f"Cannot pull {ref} to {to}", place, parsed.file)
-        folder = _download(parsed, names, place)
+        folder = _download(parsed, names, place, progress)
         if names == [BUNDLE_FILE]:
             packed = packed_files(read_bundle_text(folder))
             documents = [name for name in DOCUMENTS if name in listed]
-            folder = _download(parsed, [BUNDLE_FILE, *packed, *documents], place)
+            folder = _download(parsed, [BUNDLE_FILE, *packed, *documents], place, progress)
     except DownloadError as error:
         raise DownloadError(f"Could not pull {ref}: {error}") from error
     place = whole_path(folder, names[0] if names[0].endswith(".gguf") else None)
@@ -403,7 +409,9 @@ def _check_place(what: str, folder: Path, file: str | None) -> None:
     )
 
 
-def _download(ref: HubRef, names: Sequence[str], to: Path | None) -> Path:
+def _download(
+    ref: HubRef, names: Sequence[str], to: Path | None, progress: TellCount | None
+) -> Path:
     """Fetch the files that are not here; give their folder."""
     from huggingface_hub import get_session, snapshot_download
 
@@ -420,8 +428,29 @@ def _download(ref: HubRef, names: Sequence[str], to: Path | None) -> Path:
                 revision=ref.revision,
                 local_dir=to,
                 allow_patterns=[glob.escape(name) for name in names],
+                tqdm_class=None if progress is None else _telling(progress),
             )
         )
+
+
+def _telling(progress: TellCount) -> type[Any]:
+    """Make a bar for the Hub's library that tells how many bytes came."""
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            self.n_byte = 0
+            self.is_of_bytes = options.get("unit") == "B"
+            super().__init__(*args, **options)  # type: ignore[no-untyped-call]
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self.n_byte += int(n or 0)
+            if self.is_of_bytes:
+                progress(self.n_byte, int(self.total or 0))
+            shown: bool | None = super().update(n)
+            return shown
+
+    return Bar
 
 
 def _check_names(response: Any) -> None:

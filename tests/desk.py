@@ -61,6 +61,19 @@ class Desk:
         self.window.press(ENTER)
         self.wait()
 
+    def ask_again(self, strategy: str) -> None:
+        """Ask for a version of the last answer under a strategy, by the name that is shown."""
+        self.window.run(
+            "[...document.querySelectorAll('.another')].at(-1).querySelector('summary').click()"
+        )
+        self.window.until("return document.querySelector('.another[open] .chip')")
+        self.window.run(
+            "[...document.querySelectorAll('.another[open] .chip')]"
+            ".find(e => e.textContent === arguments[0]).click()",
+            strategy,
+        )
+        self.wait()
+
     def wait(self) -> None:
         self.window.until(
             "return document.getElementById('send').title === 'Send' "

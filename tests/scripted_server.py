@@ -34,6 +34,7 @@ class Script:
     """What the server says, and what it was asked.
 
     answers  question -> text; {strategy} in it is filled in
+    documents  name -> text of a file that it can read
     thought  what comes before each
     why      what decided: `because` and `why` of a mix
     pieces   how many letters come at once, and how long it waits before the next
@@ -44,6 +45,7 @@ class Script:
     """
 
     answers: dict[str, str] = field(default_factory=dict)
+    documents: dict[str, str] = field(default_factory=dict)
     thought: str = ""
     weights: dict[str, float] | None = None
     why: dict[str, Any] = field(default_factory=dict)
@@ -103,6 +105,11 @@ def app(script: Script) -> Starlette:
         found = []
         for name, names in ADAPTERS.items():
             meta = {"adapters": list(names), "strategy": "qa-flora", "sha256": SHA256}
+            meta |= {
+                "n_ctx": 4096,
+                "descriptions": {"es": "Spanish"},
+                "questions": ["What is 2 + 3?"],
+            }
             meta["strategies"] = [*STRATEGIES, *(f"single:{each}" for each in names)]
             found += [{"id": each, "meta": meta} for each in (name, f"{name}:base")]
         return JSONResponse({"object": "list", "data": found})
@@ -115,6 +122,14 @@ def app(script: Script) -> Starlette:
             error = {"message": message, "code": headers.pop("code", None)}
             return JSONResponse({"error": error}, status_code=status, headers=headers)
         return StreamingResponse(stream(body), media_type="text/event-stream")
+
+    async def document(request: Request) -> Response:
+        name = request.query_params["name"]
+        if name in script.documents:
+            text = script.documents[name]
+            return JSONResponse({"text": text, "n_token": 250 * len(text)})
+        message = f"Cannot read {name}: it is no text."
+        return JSONResponse({"error": {"message": message}}, status_code=400)
 
     async def stream(body: dict[str, Any]) -> AsyncIterator[str]:
         def event(choices: list[Any], **more: Any) -> str:
@@ -151,6 +166,7 @@ def app(script: Script) -> Starlette:
         routes=[
             Route("/", show_page),
             Route("/v1/models", models),
+            Route("/document", document, methods=["POST"]),
             Route("/v1/chat/completions", answer, methods=["POST"]),
         ],
         exception_handlers={Refusal: refused},

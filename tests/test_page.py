@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import subprocess
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,29 @@ from markdown_it import MarkdownIt
 from scripted_server import Script, app
 from serving import client_of
 from starlette.testclient import TestClient
-from test_show import Page
 
 from qaflora_edge.server import page
 
 PARTS = Path(page.__file__).parent / "parts"
 needs_node = pytest.mark.skipif(not shutil.which("node"), reason="node is not installed")
+
+
+class Page(HTMLParser):
+    """Tags with their attributes; `parts` are a tag without a text, or the last tag and a text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.parts: list[tuple[str, str | None]] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self.parts.append((tag, None))
+
+    def handle_data(self, data: str) -> None:
+        self.parts.append((self.tags[-1][0] if self.tags else "", data))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from scripted_server import Script
 from serving import listening
 from tiny import write_tiny_adapter
 
-from qaflora_edge.server.adapters import MAX_UPLOAD_BYTES
+from qaflora_edge.server.uploads import MAX_UPLOAD_BYTES
 
 pytestmark = NEEDS_CHROMIUM
 
@@ -26,7 +26,7 @@ class Chooser:
     place: Path
 
     def choose(self, path: Path) -> None:
-        element = next(iter(self.desk.window.find("#adapter-file").values()))
+        element = next(iter(self.desk.window.find("#file-input").values()))
         self.desk.window.send("POST", f"/element/{element}/value", {"text": str(path)})
 
     def until(self, part: str, text: str) -> str:
@@ -47,6 +47,7 @@ def chooser(made: TinyBundle, window: Browser, tmp_path: Path) -> Iterator[Choos
     with listening(made.folder, adapters=place, hosts=frozenset({"127.0.0.1"})) as address:
         desk = Desk(window, Script(answers={}), f"{address}/")
         desk.open()
+        window.run("document.getElementById('file-input').hidden = false")
         yield Chooser(desk, place)
 
 
@@ -66,7 +67,7 @@ def test_a_refused_file_may_be_chosen_again_once_it_is_mended(
     assert list(chooser.place.iterdir()) == []
     adapter.write_bytes(data)
     chooser.choose(adapter)
-    chooser.until("adding", "musli-1 takes part")
+    chooser.until("work", "musli-1 takes part")
 
 
 def test_a_file_that_is_chosen_while_another_is_added_comes_after_it(
@@ -76,7 +77,7 @@ def test_a_file_that_is_chosen_while_another_is_added_comes_after_it(
     broken.write_bytes(b"<b>" * 999)
     chooser.choose(broken)
     chooser.choose(adapter)
-    chooser.until("adding", "takes part")
+    chooser.until("work", "takes part")
     assert "its beginning is b'<b><'" in chooser.desk.text("#trouble")
 
 

@@ -6,16 +6,13 @@ from pathlib import Path
 import axe
 import pytest
 from browser import Browser
+from bundles import TinyBundle, qaflora
 from desk import (
     ANSWER,
-    DOWN,
     ENTER,
     ESCAPE,
-    LEFT,
     NEEDS_CHROMIUM,
     QUESTION,
-    RIGHT,
-    TAB,
     UP,
     Desk,
     desk_at,
@@ -23,6 +20,7 @@ from desk import (
 from patience import wait_until
 from scripted_server import N_LAYER, SHA256, layers
 
+from qaflora_edge.evaluation.tasks import read_task
 from qaflora_edge.prompt.conversation import Conversation, load_session, save_session
 
 IDENTITY = {"name": "demo", "base_sha256": SHA256["base"], "adapters": SHA256["adapters"]}
@@ -54,6 +52,7 @@ def test_a_conversation(desk: Desk) -> None:
         ],
     ]
     first = desk.script.asked[0]
+    assert isinstance(first.pop("seed"), int)
     assert {*desk.script.paths} == {"/", "/v1/models", "/v1/chat/completions"}
     assert {key: first[key] for key in first if key != "messages"} == {
         "model": "demo",
@@ -85,22 +84,12 @@ def test_the_mix_is_a_bar_that_opens_into_layers(desk: Desk) -> None:
     desk.window.run("document.querySelector('button.mix').focus()")
     desk.window.press(ENTER)
     assert desk.window.run(expanded) == "true"
-    labels = desk.window.run(
-        "return [...document.querySelectorAll('.cell')].map(e => e.getAttribute('aria-label'))"
-    )
-    assert labels == [
+    titles = desk.window.run("return [...document.querySelectorAll('.cell')].map(e => e.title)")
+    assert titles == [
         f"{name}, layer {layer}: weight {weight:.3f}"
         for name, row in zip(("math", "es", "med"), rows, strict=True)
         for layer, weight in enumerate(row)
     ]
-    desk.window.press(TAB)
-    assert desk.text("#tip") == labels[0]
-    desk.window.press(RIGHT, RIGHT, DOWN, LEFT)
-    assert desk.text("#tip") == labels[N_LAYER + 1]
-    desk.window.press(ESCAPE)
-    assert desk.window.run("return document.getElementById('tip').hidden")
-    desk.window.point(".cell:nth-of-type(5)")
-    assert desk.text("#tip") == labels[3]
     desk.click("button.mix")
     assert desk.window.run(expanded) == "false"
 
@@ -189,30 +178,102 @@ def test_a_formula_is_drawn_and_read_aloud(desk: Desk) -> None:
     assert desk.text("#spoken").startswith("It is \\frac{1}{2}.")
 
 
-def test_two_strategies_side_by_side(desk: Desk) -> None:
+PRESSED = (
+    "return [...document.querySelectorAll('.versions .chip')].filter(e => e.ariaPressed)"
+    ".map(e => e.ariaPressed)"
+)
+
+
+def test_versions_stand_side_by_side(desk: Desk) -> None:
     desk.script.answers["Which?"] = "By {strategy}."
-    desk.set("#compare", None)
-    desk.set("#other-strategy", "static")
     desk.ask("Which?")
+    desk.ask_again("static")
     assert desk.texts(".answer-head") == ["qa-flora", "static"]
     assert desk.texts(".markdown") == ["By qa-flora.", "By static."]
-    boxes = desk.window.run(
+    first, second = desk.window.run(
         "return [...document.querySelectorAll('.answer')].map(e => e.getBoundingClientRect())"
         ".map(b => [b.left, b.top, b.width])"
     )
-    assert boxes[0][1] == boxes[1][1]
-    assert boxes[0][0] + boxes[0][2] < boxes[1][0]
-    assert boxes[0][2] == pytest.approx(boxes[1][2], abs=1)
-    desk.click(".answer:nth-child(2) .choice")
-    pressed = (
-        "return [...document.querySelectorAll('.choice')].map(e => e.getAttribute('aria-pressed'))"
-    )
-    assert desk.window.run(pressed) == ["false", "true"]
-    desk.set("#compare", None)
-    desk.ask()
+    assert first[1] == second[1]
+    assert first[0] + first[2] < second[0]
+    assert first[2] == pytest.approx(second[2], abs=1)
+    assert desk.script.asked[0]["seed"] == desk.script.asked[1]["seed"]
+    desk.ask_again("only math")
+    assert desk.texts(".markdown") == ["By qa-flora.", "By single:math."]
+    assert desk.window.run(PRESSED) == ["true", "false", "true"]
+    desk.click(".versions .chip:nth-of-type(2)")
+    assert desk.texts(".markdown") == ["By qa-flora.", "By static."]
+    desk.click(".versions .chip:nth-of-type(1)")
+    assert desk.texts(".markdown") == ["By static."]
+    desk.ask("Next?")
     assert desk.script.asked[-1]["messages"][1]["content"] == "By static."
     desk.reload()
-    assert desk.window.run(pressed) == ["false", "true"]
+    desk.wait_for_texts()
+    assert desk.texts(".turn:first-child .markdown") == ["By static."]
+
+
+def test_the_better_answer_goes_on_and_into_a_task(
+    desk: Desk, made: TinyBundle, tmp_path: Path
+) -> None:
+    desk.window.command("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    desk.set("#system", "Be short.")
+    for question in ("Which?", "And then?"):
+        desk.script.answers[question] = "By {strategy}."
+        desk.click("#new")
+        desk.ask(question)
+        desk.ask_again("static")
+        desk.click(".answer:nth-child(1) .foot .chip")
+        desk.click(".answer:nth-child(2) .foot .chip")
+    desk.ask("Next?")
+    assert desk.script.asked[-1]["messages"][2]["content"] == "By static."
+    desk.click("#save-judged")
+    path = saved(tmp_path, "jsonl", "judged")
+    task = read_task(path)
+    assert task.metric == "choice"
+    asked = [item["messages"] for item in task.items]
+    assert [messages[0]["content"] for messages in asked] == ["Be short."] * 2
+    assert {messages[1]["content"] for messages in asked} == {"Which?", "And then?"}
+    for item in task.items:
+        assert item["choices"] == ["By static.", "By qa-flora."]
+        assert task.expected(item) == "By static."
+    result = qaflora("eval", made.folder, path, "--strategies", "base,static")
+    assert (result.exit_code, result.stdout.splitlines()[0]) == (0, "judged: choice, points")
+
+
+def test_files_go_with_the_question(desk: Desk) -> None:
+    desk.script.documents["notes.txt"] = "The code is 7."
+    drop(desk, "notes.txt", "x.png")
+    desk.window.until("return !document.getElementById('trouble').hidden")
+    assert desk.text("#trouble") == "Cannot read x.png: it is no text."
+    assert desk.text(".file .facts") == "3,500 tokens"
+    desk.ask("Which code?")
+    assert desk.texts("#files .file") == []
+    assert desk.texts(".question .file bdi") == ["notes.txt"]
+    content = 'notes.txt:\n"""\nThe code is 7.\n"""\n\nWhich code?'
+    assert desk.script.asked[-1]["messages"][-1]["content"] == content
+    desk.ask("Sure?")
+    assert desk.script.asked[-1]["messages"][0]["content"] == content
+
+
+def test_a_file_that_is_longer_than_the_context_says_so(desk: Desk) -> None:
+    desk.script.documents["long.txt"] = "word " * 1000
+    drop(desk, "long.txt")
+    desk.window.until("return !document.getElementById('trouble').hidden")
+    assert desk.text("#trouble").startswith("The model reads 4,096 tokens at once")
+    desk.click(".file button")
+    assert desk.text("#trouble") == ""
+
+
+def drop(desk: Desk, *names: str) -> None:
+    """Drop files of these names; the page is not left for them."""
+    assert desk.window.run(
+        "const data = new DataTransfer();"
+        "for (const name of arguments[0]) data.items.add(new File(['x'], name));"
+        "const how = {dataTransfer: data, bubbles: true, cancelable: true};"
+        "const event = new DragEvent('drop', how);"
+        "document.body.dispatchEvent(event); return event.defaultPrevented",
+        names,
+    )
 
 
 def test_stop_keeps_what_was_written(desk: Desk) -> None:
@@ -327,21 +388,19 @@ def test_save_as_markdown_and_as_json(desk: Desk, tmp_path: Path) -> None:
 def test_a_chat_that_was_saved_here_is_opened_as_it_was(desk: Desk, tmp_path: Path) -> None:
     desk.window.command("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
     desk.set("#system", "Be short.")
-    desk.set("#compare", True)
     desk.script.thought = "I <b> see"
     desk.ask()
+    desk.ask_again("static")
     assert desk.texts(".thought summary") == ["Thought"] * 2
-    desk.set("#compare", True)
-    desk.click("li:nth-child(2) .adapter input")
+    desk.set("#strategy", "spectr")
     desk.ask("And then?")
-    desk.window.run("document.querySelectorAll('.choice')[1].click()")
+    desk.click(".answer:nth-child(2) .foot .chip")
     desk.click("#save-json")
-    desk.window.until("return document.activeElement.id === 'save'")
     path = saved(tmp_path, "json")
     before = desk.texts(".said, .markdown, .mix, .facts")
     desk.click("#new")
     desk.set("#system", "")
-    desk.click("li:nth-child(2) .adapter input")
+    desk.set("#strategy", "")
     open_chat(desk, path)
     assert sorted(desk.texts(".said, .markdown, .mix, .facts")) == sorted(before)
     assert desk.window.run("return document.getElementById('system').value") == "Be short."
@@ -350,7 +409,7 @@ def test_a_chat_that_was_saved_here_is_opened_as_it_was(desk: Desk, tmp_path: Pa
     desk.ask("And now?")
     asked = desk.script.asked[-1]
     assert "I <b> see" not in str(asked)
-    assert asked["fusion"]["adapters"] == ["math", "med"]
+    assert asked["fusion"]["strategy"] == "spectr"
     roles = ["system", *(["user", "assistant"] * 2), "user"]
     assert [each["role"] for each in asked["messages"]] == roles
     assert desk.window.log() == []
@@ -360,7 +419,7 @@ def test_a_chat_of_the_terminal_is_opened(desk: Desk, tmp_path: Path) -> None:
     path, talk = tmp_path / "talk.json", Conversation("")
     talk.add(QUESTION, ANSWER)
     talk.add("And then?", "Nothing", "length")
-    for strategy, option in (("static", "static"), ("manual:math=0.7,med=1", "manual")):
+    for strategy, option in (("manual:math=0.7,med=1", ""), ("static", "static")):
         save_session(path, talk, bundle=IDENTITY, strategy=strategy, adapters=("math", "med"))
         open_chat(desk, path)
         assert desk.texts(".said") == [QUESTION, "And then?"]
@@ -369,7 +428,6 @@ def test_a_chat_of_the_terminal_is_opened(desk: Desk, tmp_path: Path) -> None:
         assert desk.window.run("return document.getElementById('strategy').value") == option
     desk.ask("And now?")
     asked = desk.script.asked[-1]
-    assert asked["fusion"]["weights"] == {"math": 0.7, "es": 0, "med": 1}
     assert len(asked["messages"]) == 5
     assert desk.window.log() == []
 
@@ -388,11 +446,11 @@ def test_another_file_is_refused(desk: Desk, tmp_path: Path) -> None:
     assert desk.texts(".said") == [QUESTION]
 
 
-def saved(place: Path, ending: str) -> Path:
+def saved(place: Path, ending: str, name: str = "chat") -> Path:
     """The one file that the page has saved there, once it is whole."""
 
     def whole() -> list[Path]:
-        found = place.glob(f"chat-*.{ending}")
+        found = place.glob(f"{name}-*.{ending}")
         return [path for path in found if path.read_bytes().endswith(b"\n")]
 
     wait_until(whole)
@@ -468,8 +526,7 @@ def test_axe_finds_nothing_serious(window: Browser, is_dark: bool, width: int) -
         assert axe.findings(window) == []
         desk.ask()
         desk.click("button.mix")
-        desk.set("#compare", None)
-        desk.ask()
+        desk.ask_again("static")
         desk.script.refusal = (503, "Busy.", {})
         desk.ask()
         assert axe.findings(window) == []
@@ -498,8 +555,8 @@ def test_a_phone_shows_everything_without_scrolling_sideways(desk: Desk) -> None
     )
     desk.open(360, 640)
     assert desk.window.run(wide) == 360
-    desk.set("#compare", None)
     desk.ask("wide")
+    desk.ask_again("static")
     for place in (1, 2):
         desk.click(f".answer:nth-child({place}) button.mix")
     assert desk.window.run(wide) == 360
@@ -520,14 +577,3 @@ def test_a_phone_shows_everything_without_scrolling_sideways(desk: Desk) -> None
         ".map(b => Math.min(b.width, b.height))"
     )
     assert min(sizes) >= 22
-
-
-def test_a_file_that_nobody_takes_leaves_the_page_as_it_is(desk: Desk) -> None:
-    is_taken = desk.window.run(
-        "const data = new DataTransfer(); data.items.add(new File(['x'], 'a.txt'));"
-        "const how = {dataTransfer: data, bubbles: true, cancelable: true};"
-        "const event = new DragEvent('drop', how);"
-        "document.body.dispatchEvent(event); return event.defaultPrevented"
-    )
-    assert is_taken
-    assert desk.text("#trouble").startswith("Files are not read here")

@@ -49,7 +49,7 @@ def test_text_and_weights_are_those_of_the_engine_alone(desk: Desk, calibrated: 
             }
             desk.click("button.mix")
             assert desk.window.run(
-                "return [...document.querySelectorAll('.cell')].map(e => e.ariaLabel)"
+                "return [...document.querySelectorAll('.cell')].map(e => e.title)"
             ) == [
                 f"{name}, layer {layer}: weight {weight:.3f}"
                 for name, row in zip(fusion.adapters, fusion.weights, strict=True)
@@ -79,11 +79,15 @@ def test_adapters_that_are_dropped_take_part(desk: Desk, calibrated: TinyBundle)
         desk.window.until(f"{shown} && !/^Adding/.test(found.textContent)")
         return desk.text(selector)
 
-    assert drop(calibrated.peft, "#adding") == "peft takes part from the next question on."
+    assert drop(calibrated.peft, "#work") == "peft takes part from the next question on."
     assert desk.texts("#empty .entry") == ["math", "es", "peft"]
     desk.ask(QUESTION)
     fusion = desk.kept()[0]["turns"][0]["answers"][0]["fusion"]
     assert {*fusion["layers"]} == {"math", "es", "peft"}
     assert "'es' is taken already" in drop(calibrated.adapter.path, "#trouble")
     assert "bundle is no adapter. Drop a PEFT folder" in drop(calibrated.folder, "#trouble")
-    assert desk.texts(".adapters bdi") == ["math", "es", "peft"]
+    for _ in range(2):  # the second press means it
+        desk.click("[aria-label='Remove es']")
+    removed = "return document.getElementById('work-text').textContent === 'es is removed.'"
+    desk.window.until(removed)
+    assert desk.texts(".adapters bdi") == ["math", "peft"]

@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 from tiny import write_tiny_adapter, write_tiny_base, write_tiny_peft
 
 from qaflora_edge.formats import inputs
-from qaflora_edge.server import adapters
+from qaflora_edge.server import uploads
 
 USER = [{"role": "user", "content": "the thing?"}]
 
@@ -64,6 +64,22 @@ def test_adapters_come_and_go_in_vllm_s_words(client: TestClient) -> None:
     assert change(client, "load", "../x", lora_path="peft") == (400, "invalid_value")
     assert change(client, "unload", "es") == (404, "adapter_not_found")
     assert weighed(client) == ["math", "fr", "new"]
+
+
+def test_an_adapter_of_the_hub_is_fetched_by_its_name(
+    client: TestClient, made: TinyBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch(ref: str, *, progress: Any) -> Path:
+        progress(1, 2)
+        told.append(client.get("/progress?lora_name=law").json())
+        return made.peft
+
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(uploads, "fetch_hub", fetch)
+    assert change(client, "load", "law", hub="owner/law-lora")[0] == 200
+    assert told == [{"stage": "it is fetched", "processed": 1, "total": 2}]
+    assert weighed(client) == ["math", "es", "law"]
+    assert client.get("/progress?lora_name=law").json() == {}
 
 
 def test_a_change_keeps_no_slot_busy(client: TestClient) -> None:
@@ -132,10 +148,10 @@ def test_uploads_are_checked_and_last_as_long_as_the_adapter(
             ("x", gguf, -1),
         ):
             assert upload(name, body, n_config) == 400, (name, n_config)
-        monkeypatch.setattr(adapters, "MAX_UPLOAD_BYTES", len(gguf) - 1)
+        monkeypatch.setattr(uploads, "MAX_UPLOAD_BYTES", len(gguf) - 1)
         assert upload("x", gguf) == 413
         with monkeypatch.context() as patch:
-            patch.setattr(adapters, "receive", lambda *_: pytest.fail("it is read"))
+            patch.setattr(uploads, "receive", lambda *_: pytest.fail("it is read"))
             assert upload("x", b"", **{"content-length": str(2 << 30)}) == 413
         assert sorted(folder.iterdir()) == kept
         assert change(client, "unload", "fr")[0] == 200
@@ -152,7 +168,7 @@ def test_a_full_disk_is_told(
             raise OSError(errno.ENOSPC, "No space left on device")
 
     before = sorted(folder.iterdir())
-    monkeypatch.setattr(adapters, "open", lambda *_: Full(), raising=False)
+    monkeypatch.setattr(uploads, "open", lambda *_: Full(), raising=False)
     response = client.post("/upload?lora_name=x", content=b"GGUF")
     assert response.status_code == 507
     assert response.json()["error"] == {

@@ -172,7 +172,12 @@ def cached_bundle(base: Path, adapters: Sequence[tuple[str, str]], progress: Tel
 
 
 def with_adapter(
-    opened: Opened, path: AnyPath, name: str | None, engine: OpenEngine, strategies: Iterable[str]
+    opened: Opened,
+    path: AnyPath,
+    name: str | None,
+    engine: OpenEngine,
+    strategies: Iterable[str],
+    progress: Tell = silent,
 ) -> Opened:
     """Add an adapter, as the last one, to what is open; no bundle changes.
 
@@ -187,7 +192,7 @@ def with_adapter(
     source.check_new_name(name)
     file = adapter.path.absolute()
     if file.is_dir():
-        bundle = cached_bundle(opened.base_path, [(name, os.fspath(path))], silent)
+        bundle = cached_bundle(opened.base_path, [(name, os.fspath(path))], progress)
         file = load_bundle(bundle).adapter_paths[name]
     alone = load_bundle(opened.base_path, {name: file})
     states = dict(opened.states)  # the base must not have changed
@@ -205,6 +210,6 @@ def with_adapter(
     raw = {"base": {"n_layer": both.header.n_layer}, "adapters": records, "fusion": fusion}
     for strategy in strategies:
         with suppress(BundleError):  # this adapter cannot be weighed by it
-            measure_typical(both.place, raw, strategy, both.base_path, engine, silent)
+            measure_typical(both.place, raw, strategy, both.base_path, engine, progress)
     known = replace(both.known, typical=fusion["typical"])
     return replace(both, known=known)

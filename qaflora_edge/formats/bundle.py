@@ -84,6 +84,7 @@ class BundleText:
     fusion   defaults of an Engine and measurements, as they stand in the file
     system   system message of conversations that have none, or empty
     examples  messages with which every conversation begins, behind the system's
+    questions  that the page suggests
     sampling  option -> value, where a command or request says nothing
     where    names the file in messages
     raw      the whole object, unknown keys included
@@ -97,6 +98,7 @@ class BundleText:
     fusion: Mapping[str, Any] = field(default_factory=dict)
     system: str = ""
     examples: Sequence[Mapping[str, str]] = ()
+    questions: Sequence[str] = ()
     sampling: Mapping[str, Any] = field(default_factory=dict)
     where: str
     raw: Mapping[str, Any]

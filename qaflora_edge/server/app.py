@@ -20,7 +20,7 @@ from starlette.routing import Route
 
 from qaflora_edge import __version__
 from qaflora_edge.errors import QafloraError
-from qaflora_edge.server import adapters, answers, bodies, ollama
+from qaflora_edge.server import answers, bodies, ollama, uploads
 from qaflora_edge.server.metrics import Metrics, Recorder
 from qaflora_edge.server.page import page
 from qaflora_edge.server.receive import MAX_LARGE_BODIES
@@ -77,9 +77,10 @@ def make_app(places: Iterable[Path], options: ServerOptions) -> Starlette:
     app.state.metrics = metrics
     app.state.running = set()
     app.state.uploads = {}
+    app.state.progress = {}
     app.state.upload_place = Places(1)
     if options.adapters is not None:
-        adapters.remove_old_uploads(options.adapters)
+        uploads.remove_old_uploads(options.adapters)
     app.state.changing = asyncio.Lock()
     app.state.large_bodies = Places(MAX_LARGE_BODIES)
     app.state.on_ready = lambda: None
@@ -246,8 +247,8 @@ API: tuple[tuple[str, Any, type[bodies.Body] | None], ...] = (
     ("/apply-template", answers.apply_template, bodies.TemplateBody),
     ("/tokenize", answers.tokenize, bodies.TokenizeBody),
     ("/detokenize", answers.detokenize, bodies.DetokenizeBody),
-    ("/v1/load_lora_adapter", adapters.load, bodies.AdapterBody),
-    ("/v1/unload_lora_adapter", adapters.unload, bodies.AdapterBody),
+    ("/v1/load_lora_adapter", uploads.load, bodies.AdapterBody),
+    ("/v1/unload_lora_adapter", uploads.unload, bodies.AdapterBody),
     ("/v1/models", models, None),
     ("/v1/models/{model:path}", model, None),
     ("/lora-adapters", lora_adapters, None),
@@ -272,7 +273,9 @@ ALIASES = {
 def _routes() -> list[Route]:
     routes = [
         Route("/", show_page, methods=["GET"], include_in_schema=False),
-        Route("/upload", adapters.upload, methods=["POST"], include_in_schema=False),
+        Route("/upload", uploads.upload, methods=["POST"], include_in_schema=False),
+        Route("/progress", uploads.progress, methods=["GET"], include_in_schema=False),
+        Route("/document", uploads.document, methods=["POST"], include_in_schema=False),
     ]
     names = {path: alias for alias, path in ALIASES.items()}
     for path, route, kind in API:

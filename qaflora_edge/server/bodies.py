@@ -273,6 +273,7 @@ class AdapterBody(Body):
 
     lora_name: Annotated[str, Field(pattern=f"^{NAME_PATTERN.pattern}$")] = Field(title=NAME_RULE)
     lora_path: Text | None = Field(None, title="a path in the folder of --allow-adapters")
+    hub: Text | None = Field(None, title="a reference of the Hub, as owner/name")
     config_bytes: Annotated[str, Field(pattern="^[0-9]{1,6}$")] = Field("0", title="a number")
 
 

@@ -131,6 +131,7 @@ class ServedModel:
     family      the base's architecture
     n_byte      of the base's file and the adapters'
     sampling    how tokens are chosen where a request says nothing
+    about       what its adapters are for, and questions that the page suggests
     slots       requests that are answered at once
     engine      None while it is not loaded; `worker` computes for it
     opening     the task that loads it now; it goes on when the caller gives up
@@ -150,6 +151,7 @@ class ServedModel:
     family: str = ""
     n_byte: int = 0
     sampling: Sampling = field(default_factory=Sampling)
+    about: Mapping[str, Any] = field(default_factory=dict)
     engine: Engine | None = None
     worker: threading.Thread | None = None
     opening: asyncio.Task[None] | None = None
@@ -213,6 +215,7 @@ class ServedModels:
         """Read what a bundle says of itself; nothing is loaded."""
         sha256: dict[str, Any] = {}
         targets: dict[str, Sequence[str]] = {}
+        about: dict[str, Any] = {}
         sampling = self._options.sampling
         if is_base(place):
             header = read_gguf_header(place)
@@ -232,6 +235,8 @@ class ServedModels:
             n_byte = text.base.size_bytes + sum(sizes)
             hashes = {adapter.name: adapter.sha256 for adapter in text.adapters}
             sha256 = {"base": text.base.sha256, "adapters": hashes}
+            descriptions = {adapter.name: adapter.description for adapter in text.adapters}
+            about = {"descriptions": descriptions, "questions": list(text.questions)}
             options = in_group("sampling")
             of_bundle = {
                 option: value
@@ -248,7 +253,7 @@ class ServedModels:
         chosen = {key: engine.get(key) for key in ("strategy", "lens", "pool")}
         weigher = Weigher(tuple(targets), n_layer, known.under(**chosen), targets=targets)
         slots = asyncio.Semaphore(self._options.n_slot)
-        facts = (sha256, family, n_byte, sampling)
+        facts = (sha256, family, n_byte, sampling, about)
         return ServedModel(name, place, weigher, weigher.followed, slots, *facts)
 
     # names
@@ -295,6 +300,7 @@ class ServedModels:
             "failed": model.has_failed,
             "sha256": model.sha256,
             "takes_adapters": self._options.adapters is not None,
+            **model.about,
         }
         if model.engine is not None:
             meta |= {"base": model.engine.name, "n_ctx_train": model.engine.n_ctx_train}

@@ -16,7 +16,8 @@ from qaflora_edge.weighing.strategy import strategies
 # In this order: each uses what stands before it.
 SCRIPTS = (
     *("elements", "icons", "store", "database", "kept", "server", "latex", "markdown", "answered"),
-    *("mix", "answer", "turn", "panel", "adapters", "download", "session", "chats", "chat"),
+    *("mix", "documents", "answer", "turn", "adapters", "panel", "download", "session"),
+    *("chats", "chat"),
 )
 
 

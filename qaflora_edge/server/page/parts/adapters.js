@@ -1,86 +1,57 @@
-// Adapters that are dropped on the page. The server checks, converts and measures them.
-const MAX_UPLOAD_BYTES = 2 ** 30;  // the server's limit: it is told before all is sent
+// Adapters of the server: added by file, folder or Hub name, and removed.
+const MAX_UPLOAD_BYTES = 2 ** 30; // the server's limit: it is told before all is sent
 const takesAdapters = () => Boolean(bundles.get(settings.bundle)?.meta.takes_adapters);
 
-const readEntries = reader => new Promise((done, failed) => reader.readEntries(done, failed));
-const fileOf = entry => new Promise((done, failed) => entry.file(done, failed));
+const plainName = title => (title.normalize("NFKD").replace(/\p{M}|\.gguf$/gu, "").match(/[A-Za-z0-9][A-Za-z0-9._-]*/g) ?? ["adapter"]).join("-").slice(0, 64);
 
-// The files of a file, or of a folder without its folders; readEntries gives some at a time.
-const filesOf = async entry => {
-  if (entry.isFile) return [await fileOf(entry)];
-  const reader = entry.createReader(), found = [];
-  for (let some; (some = await readEntries(reader)).length;) found.push(...some);
-  return Promise.all(found.filter(each => each.isFile).map(fileOf));
-};
-
-const sendAdapter = async (title, files) => {
+const sendAdapter = (title, files) => {
   const named = name => files.find(file => file.name === name);
   const config = named("adapter_config.json"), weights = named("adapter_model.safetensors");
   const isPeft = config && weights, gguf = files.find(file => file.name.endsWith(".gguf"));
   if (!isPeft && !gguf) {
-    throw new Error(`${title} is no adapter. Drop a PEFT folder, with adapter_config.json and adapter_model.safetensors, or a .gguf.`);
+    throw new Refused(`${title} is no adapter. Drop a PEFT folder, with adapter_config.json and adapter_model.safetensors, or a .gguf.`);
   }
   if ((isPeft ? weights : gguf).size > MAX_UPLOAD_BYTES) {
-    throw new Error(`${title} has more than 1 GiB. Put it into the server's folder of adapters.`);
+    throw new Refused(`${title} has more than 1 GiB. Put it into the server's folder of adapters.`);
   }
-  const plain = title.normalize("NFKD").replace(/\p{M}|\.gguf$/gu, "");
-  const name = (plain.match(/[A-Za-z0-9][A-Za-z0-9._-]*/g) ?? ["adapter"]).join("-").slice(0, 64);
-  const query = { model: settings.bundle, lora_name: name, config_bytes: isPeft ? config.size : 0 };
-  await call(`upload?${new URLSearchParams(query)}`, isPeft ? new Blob([config, weights]) : gguf);
-  return name;
+  const query = { model: settings.bundle, lora_name: plainName(title), config_bytes: isPeft ? config.size : 0 };
+  return call(`upload?${new URLSearchParams(query)}`, isPeft ? new Blob([config, weights]) : gguf);
 };
 
-// Title and files of each, or what promises them. What is chosen meanwhile comes after.
-const toAdd = [];
-let isAdding = false;
-
-const addAdapters = async adapters => {
-  toAdd.push(...adapters);
-  if (isAdding) return;
-  isAdding = true;
-  const note = byId("adding");
-  fail("");
-  while (toAdd.length) {
-    const [title, files] = toAdd.shift();
-    note.textContent = `Adding ${title}: it is sent, checked and measured.`;
-    note.hidden = false;
-    try {
-      const name = await sendAdapter(title, await files);
-      readModels((await (await call("v1/models")).json()).data);
-      drawPanel();
-      drawEmpty();
-      note.textContent = `${name} takes part from the next question on.`;
-    } catch (error) {
-      note.hidden = true;
-      fail(told(error));
-    }
-    say(note.textContent);
+// Change an adapter, and show how far that is.
+const change = async (name, text, end, send) => {
+  let isDone = false;
+  showWork(text);
+  const timer = setInterval(async () => {
+    const { stage, processed, total } = await (await call(`progress?${new URLSearchParams({ lora_name: name })}`)).json();
+    if (stage && !isDone) showWork(`${text}: ${stage}`, processed, total);
+  }, 300);
+  try {
+    await send();
+    readModels((await (await call("v1/models")).json()).data);
+    drawPanel();
+    drawEmpty();
+    succeed(text);
+  } catch (error) {
+    end = "";
+    fail(told(error), text);
   }
-  isAdding = false;
+  isDone = true;
+  clearInterval(timer);
+  endWork(end);
 };
+const addAdapter = (title, send) => change(plainName(title), `Adding ${title}`, `${plainName(title)} takes part from the next question on.`, send);
+const askChange = (what, name, more = {}) => call(`v1/${what}_lora_adapter`, { model: settings.bundle, lora_name: name, ...more });
+const removeAdapter = name => change(name, `Removing ${name}`, `${name} is removed.`, () => askChange("unload", name));
 
-// A file that was mended has the same name: with a value left, it would be no change.
-const takeChosen = event => {
-  const files = [...event.target.files];
-  event.target.value = "";
-  addAdapters(files.map(file => [file.name, [file]]));
+const adapterField = () => {
+  const hub = el("input", { type: "text", placeholder: "owner/name", id: "hub", spellcheck: false, required: true });
+  const onsubmit = event => {
+    event.preventDefault();
+    const ref = hub.value.trim(), name = plainName(ref.split("/")[1] ?? ref);
+    addAdapter(name, () => askChange("load", name, { hub: ref }));
+  };
+  const made = field("Add an adapter of the Hub", hub, "Or drop a .gguf or a PEFT folder anywhere on the page.");
+  hub.after(el("button", { type: "submit" }, "Add"));
+  return el("form", { onsubmit, className: "add-adapter" }, made);
 };
-
-const adapterField = () => field("Add an adapter", el("input", {
-  type: "file", accept: ".gguf", id: "adapter-file",
-  onchange: takeChosen,
-}), "A .gguf. Or drop one, or a PEFT folder, anywhere on the page.");
-
-// A browser would leave the page for a file that nobody takes.
-const isDropped = event => event.dataTransfer.types.includes("Files");
-addEventListener("dragover", event => { if (isDropped(event)) event.preventDefault(); });
-addEventListener("drop", event => {
-  if (!isDropped(event)) return;
-  event.preventDefault();
-  if (!takesAdapters()) {
-    fail("Files are not read here, and adapters only by a server with --allow-adapters. Paste text into the question.");
-    return;
-  }
-  const entries = [...event.dataTransfer.items].map(item => item.webkitGetAsEntry()).filter(Boolean);
-  addAdapters(entries.map(entry => [entry.name, filesOf(entry)]));
-});

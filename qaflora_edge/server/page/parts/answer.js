@@ -37,8 +37,9 @@ const thoughtView = answer => {
 
 // answer   {model, strategy, thought, text, state, error, fusion, usage, timings}
 // adapters all names of its bundle
-const answerView = (answer, adapters, { isNamed }) => {
-  const head = isNamed ? el("h2", { className: "answer-head" }) : null;
+const answerView = (answer, adapters) => {
+  let isNamed = false; // next to another
+  const head = el("h2", { className: "answer-head" });
   const mix = el("div", { className: "mix-place" }), thought = thoughtView(answer);
   const draft = el("div", { dir: "auto" }); // of a relay
   const body = markdownView(text => {
@@ -48,7 +49,7 @@ const answerView = (answer, adapters, { isNamed }) => {
   const actions = el("div", { className: "actions" });
   const about = el("span", { className: "facts" });
   const element = el("article", { className: "answer", "aria-label": "Answer" },
-    ...[head, mix, thought.element, body.element, note, el("div", { className: "foot" }, actions, about)].filter(Boolean));
+    head, mix, thought.element, body.element, note, el("div", { className: "foot" }, actions, about));
   const copying = copyButton("Copy the answer", () => answer.text);
   actions.append(copying);
 
@@ -60,7 +61,8 @@ const answerView = (answer, adapters, { isNamed }) => {
     }
     draft.textContent = answer.fusion?.relay?.draft ?? "";
     thought.update();
-    if (head) head.textContent = strategyName(titleOf(answer));
+    head.hidden = !isNamed;
+    head.textContent = strategyName(titleOf(answer));
     copying.hidden = !answer.text;
     const isWeighing = progress ? progress.stage === "weighing" : !answer.fusion && isProbed(answer.strategy);
     const done = progress?.time_ms >= PATIENCE_MS ? ` ${Math.floor(100 * progress.processed / progress.total)} %` : "";
@@ -77,7 +79,7 @@ const answerView = (answer, adapters, { isNamed }) => {
     body.feed(answer.text);
     body.finish();
   }
-  return { answer, element, body, thought, actions, update };
+  return { answer, element, body, thought, actions, update, setNamed: is => { isNamed = is; update(); } };
 };
 
 // Ask, and fill an answer as it comes. Never throws: what went wrong is the answer's.

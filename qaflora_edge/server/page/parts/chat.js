@@ -4,7 +4,7 @@ let running = null; // an AbortController while answers come
 
 const question = byId("question"), send = byId("send");
 
-const scrollDown = () => scrollTo({ top: document.documentElement.scrollHeight });
+const scrollDown = () => { if (chat.turns.length) scrollTo({ top: document.documentElement.scrollHeight }); };
 let isFollowing = true; // whether the end of the answer stays in view while it grows
 const isAtEnd = () => innerHeight + scrollY >= document.documentElement.scrollHeight - 40;
 const lookAround = () => {
@@ -25,13 +25,13 @@ const drawState = () => {
   send.setAttribute("aria-label", send.title);
   send.disabled = !isBusy && (!question.value.trim() || !bundles.size);
   byId("empty").hidden = chat.turns.length > 0;
-  document.body.classList.toggle("is-wide", chat.turns.some(turn => turn.answers.length > 1));
-  views.forEach((view, index) => view.setLast(!isBusy && index === views.length - 1));
+  document.body.classList.toggle("is-wide", chat.turns.some(turn => turn.beside !== undefined));
+  views.forEach(view => view.setBusy(isBusy));
   if (!isBusy) byId("newest").hidden = true;
 };
 
 const append = turn => {
-  const view = turnView(turn, adaptersOf, { edit: editTurn, retry: retryTurn, choose: () => keepChat() });
+  const view = turnView(turn, { edit: editTurn, ask: answerTurn, change: () => { drawState(); keepChat(); } });
   views.push(view);
   byId("turns").append(view.element);
   return view;
@@ -42,10 +42,7 @@ const truncate = n => {
   for (const view of views.splice(n)) view.element.remove();
 };
 
-const stop = () => {
-  running?.abort();
-  return running === null;
-};
+const stop = () => running?.abort();
 
 const newAnswer = strategy => ({
   model: settings.bundle, strategy, text: "", state: "waiting",
@@ -64,48 +61,58 @@ const showChat = next => {
   question.focus();
 };
 
-const ask = async text => {
-  const strategies = [settings.strategy, ...(settings.isComparing ? [settings.other] : [])];
-  const messages = [...messagesBefore(chat.turns.length), { role: "user", content: text }];
-  const turn = { question: text, answers: strategies.map(newAnswer), chosen: 0 };
-  chat.turns.push(turn);
-  const own = chat, view = append(turn), control = new AbortController();
+const newSeed = () => Math.floor(Math.random() * 2 ** 31);
+
+// Ask for one more version of a turn. Those under different strategies draw alike, unless the settings have a seed.
+const answerTurn = async (view, strategy) => {
+  if (running) return;
+  const { turn } = view, own = chat, control = new AbortController();
+  const messages = [...messagesBefore(chat.turns.indexOf(turn)), { role: "user", content: contentOf(turn) }];
+  const isAgain = turn.answers.some(answer => answer.strategy === strategy && answer.text);
+  const seed = isAgain ? newSeed() : turn.seed ??= newSeed();
+  const version = view.add(newAnswer(strategy));
   running = control;
-  isFollowing = true;
+  isFollowing = view === views.at(-1);
   byId("spoken").replaceChildren();
   fail("");
   keepChat();
   drawState();
-  scrollDown();
+  if (isFollowing) scrollDown();
   say("The question is read.");
-  // Both sides of a comparison draw alike, unless the settings have a seed.
-  const seeded = strategies.length > 1 ? { seed: Math.floor(Math.random() * 2 ** 31) } : {};
-  await Promise.all(view.views.map((each, i) =>
-    fill(each, { ...seeded, ...requestOf(strategies[i]), messages }, control.signal)));
+  question.focus();
+  await fill(version, { seed, ...requestOf(strategy), messages }, control.signal);
   keepChat(own);
   if (running !== control) return; // another chat is shown
   running = null;
+  view.draw();
   drawState();
-  say(turn.answers.map(answer => answer.error || { cancelled: "Stopped.", length: "The answer was cut." }[answer.state] || "The answer is complete.").join(" "));
+  const { error, state } = version.answer;
+  say(error || { cancelled: "Stopped.", length: "The answer was cut." }[state] || "The answer is complete.");
   if (isFollowing) scrollDown();
+};
+
+const ask = (text, files = []) => {
+  const turn = { question: text, files, answers: [], chosen: 0 };
+  chat.turns.push(turn);
+  answerTurn(append(turn), settings.strategy);
 };
 
 const submit = () => {
   const text = question.value.trim();
   if (!text || running || !bundles.size) return;
+  const files = attached;
+  attached = [];
+  drawFiles();
   question.value = "";
   grow(question);
-  ask(text);
+  ask(text, files);
 };
 
-const askFrom = (turn, text) => {
+const editTurn = (turn, text) => {
   if (running) return;
   truncate(chat.turns.indexOf(turn));
-  question.focus();
-  ask(text);
+  ask(text, turn.files);
 };
-const editTurn = (turn, text) => askFrom(turn, text);
-const retryTurn = turn => askFrom(turn, turn.question);
 
 send.onclick = () => { if (running) stop(); else submit(); };
 question.oninput = () => { grow(question); drawState(); };
@@ -120,40 +127,25 @@ question.onkeydown = event => {
   }
 };
 
-const menu = byId("save-menu");
-const openMenu = isOpen => {
-  menu.hidden = !isOpen;
-  byId("save").setAttribute("aria-expanded", String(isOpen));
-  if (isOpen) menu.firstElementChild.focus();
-};
-byId("save").onclick = () => openMenu(menu.hidden);
-menu.onkeydown = event => {
-  const items = [...menu.children], at = items.indexOf(document.activeElement);
-  const move = { ArrowDown: 1, ArrowUp: -1 }[event.key];
-  if (move) {
-    event.preventDefault();
-    items[(at + move + items.length) % items.length].focus();
-  }
-};
-const saveAs = async (ending, type, text) => {
-  openMenu(false);
-  byId("save").focus();
-  if (!chat.turns.length) return say("There is nothing to save yet.");
+const saveAs = async (ending, type, text, name) => {
+  byId("save-menu").hidePopover();
   try {
-    download(fileName(ending), type, await text());
+    if (!chat.turns.length && text !== asTask) throw new Error("There is nothing to save yet.");
+    download(fileName(ending, name), type, await text());
   } catch (error) {
     fail(told(error));
   }
 };
 byId("save-markdown").onclick = () => saveAs("md", "text/markdown", asMarkdown);
 byId("save-json").onclick = () => saveAs("json", "application/json", asSession);
+byId("save-judged").onclick = () => saveAs("jsonl", "application/jsonl", asTask, "judged");
 
 const openFile = async file => {
   let session;
   try {
     if (file.size > MAX_SESSION_BYTES) throw new Error(`It has more than ${MAX_SESSION_BYTES} bytes.`);
     session = readSession(await file.text());
-    follow(session);
+    followSession(session);
   } catch (error) {
     fail(`Cannot open ${file.name}: ${error.message} Choose a file that this page or \`qaflora chat\` has saved.`);
     return;
@@ -166,28 +158,19 @@ const openFile = async file => {
   keepChat();
 };
 const chatFile = byId("chat-file");
-byId("open-chat").onclick = () => { openMenu(false); chatFile.click(); };
+byId("open-chat").onclick = () => { byId("save-menu").hidePopover(); chatFile.click(); };
 chatFile.onchange = () => {
   const [file] = chatFile.files;
   chatFile.value = "";
   if (file && bundles.size) openFile(file);
 };
-addEventListener("click", event => {
-  if (!menu.hidden && !event.target.closest("#save, #save-menu")) openMenu(false);
-});
 
-const beginChat = () => {
-  showChat(newChat());
-  keepChat();
-};
+const beginChat = () => { showChat(newChat()); keepChat(); };
 byId("new").onclick = beginChat;
 
 addEventListener("keydown", event => {
-  if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;
-  if (!menu.hidden) {
-    openMenu(false);
-    byId("save").focus();
-  } else if (!byId("shade").hidden) openPanel(false);
+  if (event.key !== "Escape" || document.querySelector("dialog[open], :popover-open")) return;
+  if (!byId("shade").hidden) openPanel(false);
   else stop();
 });
 byId("open-panel").onclick = () => openPanel(!document.body.classList.contains("has-panel"));
@@ -195,17 +178,22 @@ byId("shade").onclick = () => openPanel(false);
 isNarrow.addEventListener("change", () => openPanel(!isNarrow.matches));
 
 const drawEmpty = () => {
-  const names = adaptersOf(settings.bundle);
+  const names = adaptersOf(settings.bundle), shown = names.length > N_ALL ? names.slice(0, N_TOP) : names;
+  const { descriptions = {}, questions = [] } = bundles.get(settings.bundle).meta;
+  const suggested = text => el("button", { type: "button", className: "chip", dir: "auto", onclick: () => { if (!running) ask(text); } }, text);
   byId("empty").replaceChildren(
     el("h2", {}, el("bdi", {}, settings.bundle)),
-    el("p", { className: "legend" }, ...names.map(name => el("span", { className: `entry ${hue(name, names)}` }, el("i"), el("bdi", {}, name)))),
     el("p", {}, names.length
       ? "These adapters are weighed for every question. The bar above an answer shows its mix; open it to see why."
-      : "A base without adapters."));
+      : "A base without adapters."),
+    el("ul", { className: "about" },
+      ...shown.map(name => el("li", {}, entry(name, names), " ", descriptions[name] ?? "")),
+      ...othersText(names, shown).map(text => el("li", {}, text))),
+    el("div", { className: "chips" }, ...questions.slice(0, 3).map(suggested)));
 };
 
 const start = async () => {
-  for (const [id, icon] of [["new", "plus"], ["open-chats", "chats"], ["save", "download"], ["open-panel", "sliders"]]) {
+  for (const [id, icon] of [["attach", "attach"], ["new", "plus"], ["open-chats", "chats"], ["save", "download"], ["open-panel", "sliders"]]) {
     byId(id).append(drawn(icon));
     byId(id).setAttribute("aria-label", byId(id).title);
   }

@@ -2,17 +2,6 @@
 const chatsDialog = byId("chats"), isKeeping = byId("is-keeping"), deleteAll = byId("delete-chats");
 
 // A button that acts when it is pressed a second time.
-const confirmed = (made, question, act) => {
-  const label = made.textContent;
-  const reset = () => { made.textContent = label; };
-  made.onblur = reset;
-  made.onclick = () => {
-    if (made.textContent === label) made.textContent = question;
-    else { reset(); act(); }
-  };
-  return made;
-};
-
 const openKept = async id => {
   const found = await getChat(id);
   chatsDialog.close();

@@ -1,12 +1,11 @@
 // Chats in IndexedDB. Every call may fail: private windows and full disks refuse it.
 // A chat: {id, revision, time, title, turns}
-const CHATS = "chats", BY_TIME = "by time"; // the index names chats without reading them
+const CHATS = "chats";
 
 let database = null;
 const openDatabase = () => database ??= new Promise((resolve, reject) => {
   const request = indexedDB.open("qaflora", 1);
-  request.onupgradeneeded = () =>
-    request.result.createObjectStore(CHATS, { keyPath: "id" }).createIndex(BY_TIME, ["time", "title"]);
+  request.onupgradeneeded = () => request.result.createObjectStore(CHATS, { keyPath: "id" });
   request.onsuccess = () => resolve(request.result);
   request.onerror = () => reject(request.error);
 });
@@ -37,22 +36,6 @@ const putChat = chat => withChats("readwrite", store => {
 });
 
 const getChat = id => withChats("readonly", store => store.get(id));
+const listChats = async () => (await withChats("readonly", store => store.getAll())).sort((one, other) => other.time - one.time);
 const deleteChat = id => withChats("readwrite", store => store.delete(id));
 const deleteChats = () => withChats("readwrite", store => store.clear());
-
-// [{id, time, title}], the newest first
-const listChats = async () => {
-  const found = [];
-  await withChats("readonly", store => {
-    const request = store.index(BY_TIME).openKeyCursor(null, "prev");
-    request.onsuccess = () => {
-      const cursor = request.result;
-      if (!cursor) return;
-      const [time, title] = cursor.key;
-      found.push({ id: cursor.primaryKey, time, title });
-      cursor.continue();
-    };
-    return request;
-  });
-  return found;
-};

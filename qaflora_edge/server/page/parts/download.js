@@ -13,9 +13,31 @@ const messagesBefore = end => {
   const messages = settings.system.trim() ? [{ role: "system", content: settings.system }] : [];
   for (const turn of chat.turns.slice(0, end)) {
     const { text } = chosenAnswer(turn);
-    if (text) messages.push({ role: "user", content: turn.question }, { role: "assistant", content: text });
+    if (text) messages.push({ role: "user", content: contentOf(turn) }, { role: "assistant", content: text });
   }
   return messages;
+};
+
+// Judgements are items of the metric "choice": is the better answer the likelier one under a strategy?
+const JUDGED = { task: { name: "judged", metric: "choice" } };
+const isJudged = ({ judged = [] }, better, worse) =>
+  judged.some(({ choices }) => choices[0] === better.text && choices[1] === worse.text);
+
+// Note which of two versions was better, or take that back.
+const setJudged = (turn, better, worse) => {
+  const isTaken = isJudged(turn, better, worse);
+  turn.judged = (turn.judged ?? []).filter(({ choices }) => ![better, worse].every(({ text }) => choices.includes(text)));
+  if (isTaken) return;
+  const messages = [...messagesBefore(chat.turns.indexOf(turn)), { role: "user", content: contentOf(turn) }];
+  turn.judged.push({ messages, choices: [better.text, worse.text], answer: 0, strategies: [titleOf(better), titleOf(worse)] });
+};
+
+// Those of all chats that are kept, and of this one.
+const asTask = async () => {
+  const chats = [...(await listChats().catch(() => [])).filter(({ id }) => id !== chat.id), chat];
+  const lines = chats.flatMap(({ turns }) => turns.flatMap(({ judged = [] }) => judged));
+  if (!lines.length) throw new Error("No answer is marked as the better one yet. Ask for another version of an answer, and choose.");
+  return [JUDGED, ...lines].map(line => `${JSON.stringify(line)}\n`).join("");
 };
 
 const mixLine = ({ model, strategy, fusion }) =>
@@ -24,9 +46,9 @@ const mixLine = ({ model, strategy, fusion }) =>
 const asMarkdown = () => [
   ...(settings.system.trim() ? ["## System", settings.system.trim()] : []),
   ...chat.turns.flatMap(turn => [
-    "## Question", turn.question,
+    "## Question", contentOf(turn),
     ...turn.answers.flatMap(answer => ["## Answer", mixLine(answer), answer.text.trim()]),
   ]),
 ].join("\n\n") + "\n";
 
-const fileName = ending => `chat-${new Date().toISOString().slice(0, 16).replace(/[:T]/g, "-")}.${ending}`;
+const fileName = (ending, name = "chat") => `${name}-${new Date().toISOString().slice(0, 16).replace(/[:T]/g, "-")}.${ending}`;

@@ -16,6 +16,18 @@ const el = (tag, properties = {}, ...children) => {
 const button = (label, icon, onclick, className = "quiet") =>
   el("button", { type: "button", className, title: label, "aria-label": label, onclick }, drawn(icon));
 
+// A button that acts when it is pressed a second time.
+const confirmed = (made, question, act) => {
+  const label = [...made.childNodes];
+  const reset = () => made.replaceChildren(...label);
+  made.onblur = reset;
+  made.onclick = () => {
+    if (made.textContent !== question) made.replaceChildren(question);
+    else { reset(); act(); }
+  };
+  return made;
+};
+
 const unique = (() => {
   let n = 0;
   return name => `${name}-${++n}`;
@@ -23,10 +35,13 @@ const unique = (() => {
 
 const say = text => { byId("status").textContent = text; };
 
-const fail = text => {
+// What went wrong, with what: it is said until that goes well, or something is asked.
+const fail = (text, what = "") => {
   byId("trouble").textContent = text;
   byId("trouble").hidden = !text;
+  byId("trouble").dataset.what = what;
 };
+const succeed = what => { if (byId("trouble").dataset.what === what) fail(""); };
 
 // The clipboard's own call is there on https and on this machine only.
 const copy = async text => {

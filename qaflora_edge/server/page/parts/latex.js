@@ -28,7 +28,6 @@ const ALIGNED = ["aligned", "align", "align*", "split", "eqnarray", "eqnarray*"]
 const CENTERED = ["gathered", "gather", "gather*", "equation", "equation*"];
 const MATRICES = new Map([
   ["matrix", ""], ["smallmatrix", ""], ["array", ""], ["cases", "{"], ["pmatrix", "()"], ["bmatrix", "[]"], ["Bmatrix", "{}"],
-  ["vmatrix", "||"], ["Vmatrix", "‖‖"],
 ]);
 
 const TOKEN = /\\(?:[A-Za-z]+|[^A-Za-z])|[^]/uy;
@@ -157,7 +156,7 @@ const COMMANDS = new Map(Object.entries({
     return ["mroot", {}, [argument(input), index]];
   },
   boxed: drawnAround("boxed"), fbox: input => ["mtext", { class: "boxed" }, [texted(input)]],
-  overline: drawnAround("overline"), underline: drawnAround("underline"), cancel: drawnAround("cancel"),
+  overline: drawnAround("overline"), underline: drawnAround("underline"),
   text: input => ["mtext", {}, [texted(input)]], mbox: input => ["mtext", {}, [texted(input)]],
   textrm: input => ["mtext", {}, [texted(input)]], textit: input => ["mtext", {}, [texted(input)]],
   textbf: input => ["mtext", { class: "bold" }, [texted(input)]],
@@ -172,19 +171,12 @@ const COMMANDS = new Map(Object.entries({
     if (peek(input) === "*") take(input);
     return named(take(input, PLAIN_NAME), input, before);
   },
-  overset: input => { const above = argument(input); return ["mover", {}, [argument(input), above]]; },
-  underset: input => { const below = argument(input); return ["munder", {}, [argument(input), below]]; },
-  pmod: input => ["mrow", {}, [space("1em"), operator("("), operator("mod", { lspace: "0", rspace: ".28em" }), argument(input), operator(")")]],
-  bmod: () => operator("mod"),
-  tag: input => ["mtext", {}, [`\u2003(${texted(input)})`]],
   left: input => {
     const open = fence(input), [nodes] = row(input, ["\\right"]);
     return ["mrow", {}, [open, ...nodes, fence(input)]];
   },
-  middle: fence,
   begin: input => environment(input),
 }));
-COMMANDS.set("stackrel", COMMANDS.get("overset"));
 
 const command = (input, name, before) => {
   if (COMMANDS.has(name)) return COMMANDS.get(name)(input, before);

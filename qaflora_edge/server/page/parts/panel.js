@@ -69,13 +69,16 @@ const numberField = (label, name, properties, hint) => field(label, el("input", 
   },
 }), hint);
 
-const strategySelect = (name, without) => {
-  const { strategies } = bundles.get(settings.bundle);
-  const some = ["", ...strategies, ...(adaptersOf(settings.bundle).length ? ["manual"] : [])].filter(each => each !== without);
-  if (!some.includes(settings[name])) settings[name] = some[0];
-  const select = el("select", { onchange: () => { settings[name] = select.value; keep(); drawPanel(); } },
-    ...some.map(each => el("option", { value: each }, each ? strategyName(each) : ownName())));
-  select.value = settings[name];
+// All that the bundle can be asked under, its own first.
+const strategyNames = () => ["", ...bundles.get(settings.bundle)?.strategies ?? [], ...(adaptersOf(settings.bundle).length ? ["manual"] : [])];
+const strategyLabel = strategy => strategy ? strategyName(strategy) : ownName();
+
+const strategySelect = () => {
+  const names = strategyNames();
+  if (!names.includes(settings.strategy)) settings.strategy = "";
+  const select = el("select", { id: "strategy", onchange: () => { settings.strategy = select.value; keep(); drawPanel(); } },
+    ...names.map(name => el("option", { value: name }, strategyLabel(name))));
+  select.value = settings.strategy;
   return select;
 };
 
@@ -91,7 +94,8 @@ const adapterRow = (name, isManual) => {
         drawPanel();
       },
     });
-    return el("li", {}, el("label", { className: "adapter" }, box, sign, title));
+    const remove = takesAdapters() ? confirmed(button(`Remove ${name}`, "close", () => {}), "Really?", () => removeAdapter(name)) : null;
+    return el("li", {}, el("label", { className: "adapter" }, box, sign, title), remove);
   }
   const shown = el("output", {}, weightOf(name).toFixed(2));
   const slider = el("input", {
@@ -109,18 +113,8 @@ const adapterRow = (name, isManual) => {
 const drawPanel = () => {
   const panel = byId("panel"), focused = document.activeElement?.id;
   const names = adaptersOf(settings.bundle);
-  const strategy = strategySelect("strategy", null);
-  strategy.id = "strategy";
-  const other = strategySelect("other", settings.strategy);
-  other.id = "other-strategy";
-  const compare = el("input", {
-    type: "checkbox", id: "compare", checked: settings.isComparing,
-    onchange: () => { settings.isComparing = compare.checked; keep(); drawPanel(); },
-  });
-  const shown = [settings.strategy, ...(settings.isComparing ? [settings.other] : [])];
-  const lists = [];
-  if (names.length && shown.some(isChosen)) lists.push(adapterList("Adapters in use", names, false));
-  if (names.length && shown.includes("manual")) lists.push(adapterList("Weights", names, true));
+  const strategy = strategySelect(), isManual = settings.strategy === "manual";
+  const lists = names.length && (isManual || isChosen(settings.strategy)) ? [adapterList(isManual ? "Weights" : "Adapters in use", names, isManual)] : [];
   const system = el("textarea", {
     rows: 3, value: settings.system, dir: "auto", id: "system",
     oninput: () => { settings.system = system.value; keep(); grow(system); },
@@ -129,9 +123,6 @@ const drawPanel = () => {
     el("div", { className: "panel-head" }, el("h2", {}, "Settings"), button("Close the settings", "close", () => openPanel(false), "quiet close-panel")),
     field("Strategy", strategy, strategyHelp(settings.strategy)),
     ...lists,
-    el("div", { className: "field" },
-      el("label", { className: "check" }, compare, "Compare with another strategy"),
-      ...(settings.isComparing ? [field("Beside it", other, strategyHelp(settings.other))] : [])),
     ...(takesAdapters() ? [adapterField()] : []),
     field("System prompt", system),
     el("div", { className: "numbers" },
@@ -141,11 +132,16 @@ const drawPanel = () => {
   if (focused && focused !== document.activeElement?.id) byId(focused)?.focus();
 };
 
+let isOpen = false; // the list of those that are not among the first
 const adapterList = (label, names, isManual) => {
   const isNone = !isManual && (settings.off[settings.bundle] ?? []).length === names.length;
+  const rows = names.map(name => adapterRow(name, isManual)), rest = names.length > N_ALL ? rows.splice(N_TOP) : [];
+  const others = el("details", { open: isOpen, ontoggle: () => { isOpen = others.open; } },
+    el("summary", {}, `${rest.length} others`), el("ul", { className: "adapters" }, ...rest));
   return el("fieldset", { className: "field" },
     el("legend", {}, label),
-    el("ul", { className: "adapters" }, ...names.map(name => adapterRow(name, isManual))),
+    el("ul", { className: "adapters" }, ...rows),
+    ...(rest.length ? [others] : []),
     ...(isNone ? [el("p", { className: "hint" }, "None is ticked: the base answers alone.")] : []));
 };
 

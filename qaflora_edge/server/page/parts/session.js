@@ -21,7 +21,7 @@ const asSession = () => {
   for (const turn of chat.turns.filter(each => chosenAnswer(each).text)) {
     const others = turn.answers.filter(answer => answer !== chosenAnswer(turn)).map(answerMessage);
     messages.push(
-      { role: "user", content: turn.question },
+      { role: "user", content: contentOf(turn) },
       { ...answerMessage(chosenAnswer(turn)), ...(others.length ? { others } : {}) });
   }
   return `${JSON.stringify({
@@ -36,47 +36,20 @@ const asSession = () => {
 // Reading one: it may come from anywhere, so that everything is checked and nothing else is taken.
 const isObject = value => typeof value === "object" && value !== null && !Array.isArray(value);
 const isText = value => typeof value === "string";
-const isTexts = value => Array.isArray(value) && value.every(isText);
-const isNumbers = value => Array.isArray(value) && value.length > 0 && value.every(Number.isFinite);
 
 const wrong = (name, value, expected) => {
   const found = value === undefined ? "missing" : JSON.stringify(value).slice(0, 80);
   return new Error(`${name} is ${found}, expected ${expected}.`);
 };
 
-// What decided about each adapter, where all of it is there.
-const isScores = value => isObject(value) && Object.values(value).every(Number.isFinite);
-const reasonsOf = ({ because, why }, names) => {
-  const isWhole = isText(because) && isObject(why) && names.length && names.every(name =>
-    isScores(why[name]?.scores) && isScores(why[name].thresholds) && isText(why[name].taken_as));
-  const taken = name => (({ scores, thresholds, taken_as }) => ({ scores, thresholds, taken_as }))(why[name]);
-  return isWhole ? { because, why: Object.fromEntries(names.map(name => [name, taken(name)])) } : {};
-};
-
-// The mix of an answer, where it is whole: means, and as many layers of each adapter.
-const relayOf = relay => isObject(relay) && [relay.knower, relay.writer, relay.draft].every(isText)
-  ? { relay: { knower: relay.knower, writer: relay.writer, draft: relay.draft } } : {};
-const fusionOf = fusion => {
-  if (!isObject(fusion) || !isText(fusion.strategy) || !isObject(fusion.layers)) return undefined;
-  const names = Object.keys(fusion.layers), rows = Object.values(fusion.layers);
-  const means = names.map(name => fusion.weights?.[name]);
-  if (!rows.every(row => isNumbers(row) && row.length === rows[0].length) || !means.every(Number.isFinite)) return undefined;
-  return {
-    strategy: fusion.strategy, probe_ms: Number(fusion.probe_ms) || 0,
-    weights: Object.fromEntries(names.map((name, i) => [name, means[i]])),
-    layers: Object.fromEntries(names.map((name, i) => [name, rows[i]])),
-    ...reasonsOf(fusion, names),
-    ...relayOf(fusion.relay),
-  };
-};
-
+const isMix = fusion => isObject(fusion?.weights) && isObject(fusion.layers) && Object.values(fusion.layers).every(Array.isArray);
 const answerOf = (message, bundle) => ({
   model: isText(message.model) ? message.model : bundle,
   strategy: isText(message.strategy) ? message.strategy : "",
   text: message.content,
   ...(isText(message.reasoning_content) ? { thought: message.reasoning_content } : {}),
   state: message.finish_reason ?? "stop",
-  fusion: fusionOf(message.fusion),
+  fusion: isMix(message.fusion) ? message.fusion : undefined,
   ...(Number.isFinite(message.usage?.completion_tokens) ? { usage: { completion_tokens: message.usage.completion_tokens } } : {}),
   ...(Number.isFinite(message.timings?.tokens_per_second) ? { timings: { tokens_per_second: message.timings.tokens_per_second } } : {}),
 });
@@ -92,9 +65,7 @@ const checkMessage = (message, name, role) => {
 const checkSession = found => {
   if (!isObject(found) || found.format !== SESSION_FORMAT) throw wrong("The field format", found?.format, `"${SESSION_FORMAT}"`);
   if (!isText(found.bundle?.name)) throw wrong("The field bundle.name", found.bundle?.name, "a text");
-  if (!isObject(found.bundle.adapters)) throw wrong("The field bundle.adapters", found.bundle.adapters, "hashes by name");
   if (!isText(found.strategy)) throw wrong("The field strategy", found.strategy, "a text");
-  if (!isTexts(found.adapters)) throw wrong("The field adapters", found.adapters, "names");
   if (!Array.isArray(found.messages)) throw wrong("The field messages", found.messages, "a list");
   const n = found.messages[0]?.role === "system" ? 1 : 0;
   found.messages.forEach((message, i) =>
@@ -103,10 +74,10 @@ const checkSession = found => {
   return n;
 };
 
-const othersOf = ({ others }) => (Array.isArray(others) ? others : []).slice(0, 1)
+const othersOf = ({ others }) => (Array.isArray(others) ? others : []).slice(0, 15)
   .filter(each => isObject(each) && isText(each.content) && REASONS.includes(each.finish_reason));
 
-// What a file says: {system, turns, bundle, strategy, adapters}. Throws what is wrong with it.
+// What a file says: {system, turns, bundle, strategy}. Throws what is wrong with it.
 const readSession = text => {
   let found;
   try {
@@ -114,29 +85,20 @@ const readSession = text => {
   } catch {
     throw new Error("It is not JSON.");
   }
-  const n = checkSession(found), { bundle, strategy, adapters, messages } = found, turns = [];
+  const n = checkSession(found), { bundle, strategy, messages } = found, turns = [];
   for (let i = n; i < messages.length; i += 2) {
     const answers = [messages[i + 1], ...othersOf(messages[i + 1])];
-    turns.push({ question: messages[i].content, answers: answers.map(each => answerOf(each, bundle.name)), chosen: 0 });
+    turns.push({
+      question: messages[i].content, answers: answers.map(each => answerOf(each, bundle.name)), chosen: 0,
+      ...(answers.length > 1 ? { beside: 1 } : {}),
+    });
   }
-  return { system: n ? messages[0].content : "", turns, bundle, strategy, adapters };
+  return { system: n ? messages[0].content : "", turns, bundle, strategy };
 };
 
 // The settings of a file, as far as this server can follow them.
-const follow = ({ system, bundle, strategy, adapters }) => {
+const followSession = ({ system, bundle, strategy }) => {
   settings.system = system;
   if (bundles.has(bundle.name)) settings.bundle = bundle.name;
-  const names = adaptersOf(settings.bundle), [kind, given = ""] = strategy.split(/:(.*)/s);
-  const isOff = name => Object.hasOwn(bundle.adapters, name) && !adapters.includes(name);
-  settings.off[settings.bundle] = names.filter(isOff);
-  if (kind === "manual") {
-    settings.strategy = "manual";
-    settings.weights[settings.bundle] = Object.fromEntries(names.map(name => {
-      const weight = given.split(",").find(each => each.startsWith(`${name}=`));
-      return [name, Number(weight?.slice(name.length + 1)) || 0];
-    }));
-  } else {
-    const { strategies, meta } = bundles.get(settings.bundle);
-    settings.strategy = strategy !== meta.strategy && strategies.includes(strategy) ? strategy : "";
-  }
+  settings.strategy = strategyNames().includes(strategy) ? strategy : "";
 };

@@ -1,14 +1,15 @@
-// A question with its answers: one, or two side by side of which one is gone on with.
-// on: {edit(turn, text), retry(turn), choose(turn, index)}
-const turnView = (turn, adaptersOf, on) => {
+// A question with its versions: answers under several strategies, of which one or two are shown.
+// on: {edit(turn, text), ask(view, strategy), change()}
+const turnView = (turn, on) => {
   const element = el("section", { className: "turn", "aria-label": "Question and answer" });
   const question = el("div", { className: "question" });
   const answers = el("div", { className: "answers" });
-  element.append(question, answers);
+  const chips = el("span", { className: "chips", role: "group", "aria-label": "Versions that are shown" });
+  const views = [];
 
   const show = () => {
     const text = el("p", { className: "said", dir: "auto" }, turn.question);
-    question.replaceChildren(text, el("div", { className: "actions" },
+    question.replaceChildren(...filesOf(turn).map(file => fileChip(file)), text, el("div", { className: "actions" },
       copyButton("Copy the question", () => turn.question),
       button("Edit the question", "edit", edit)));
   };
@@ -31,30 +32,79 @@ const turnView = (turn, adaptersOf, on) => {
     area.focus();
   };
 
-  const isPair = turn.answers.length > 1;
-  element.classList.toggle("pair", isPair);
-  const views = turn.answers.map(answer => answerView(answer, adaptersOf(answer.model), { isNamed: isPair }));
-  answers.append(...views.map(view => view.element));
-
-  const choices = views.map((view, index) => el("button", {
-    type: "button", className: "choice", onclick: () => { turn.chosen = index; mark(); on.choose(turn, index); },
-  }, "Go on with this"));
-  const mark = () => views.forEach((view, index) => {
-    const isChosen = turn.chosen === index;
-    choices[index].setAttribute("aria-pressed", String(isChosen));
-    view.element.classList.toggle("chosen", isChosen);
-  });
-  if (isPair) {
-    views.forEach((view, index) => view.actions.append(choices[index]));
-    mark();
-  }
-  const retry = button("Ask again, with the settings as they are now", "retry", () => on.retry(turn));
-  const setLast = isLast => {
-    retry.remove();
-    if (isLast) views.at(-1).actions.children[0].after(retry);
+  // The chosen version, with which the chat goes on, and the one beside it.
+  const isShown = index => index === turn.chosen || index === turn.beside;
+  const draw = () => {
+    const isPair = turn.beside !== undefined, texts = views.filter((_, i) => isShown(i)).map(view => view.answer.text.trim());
+    element.classList.toggle("pair", isPair);
+    answers.replaceChildren(...views.filter((_, i) => isShown(i)).map(view => view.element));
+    chips.hidden = views.length < 2;
+    views.forEach((view, index) => {
+      view.chip.textContent = `${index + 1} · ${strategyName(titleOf(view.answer))}`;
+      view.chip.setAttribute("aria-pressed", String(isShown(index)));
+      view.setNamed(isPair);
+      view.element.classList.toggle("chosen", isPair && index === turn.chosen);
+      view.better.hidden = !isPair || !texts.every(Boolean);
+      view.better.disabled = new Set(texts).size < 2;
+      view.better.title = view.better.disabled ? "Both say the same" : "The chat goes on with it; Save writes it down for qaflora eval";
+      view.better.setAttribute("aria-pressed", String(isPair && isJudged(turn, view.answer, otherOf(index))));
+    });
   };
+  const otherOf = index => turn.answers[index === turn.chosen ? turn.beside : turn.chosen];
+
+  const toggle = index => {
+    if (isShown(index)) {
+      if (index === turn.chosen) turn.chosen = turn.beside ?? index;
+      turn.beside = undefined;
+    } else turn.beside = index;
+    draw();
+    on.change();
+  };
+
+  const judge = index => {
+    const other = turn.answers.indexOf(otherOf(index));
+    setJudged(turn, turn.answers[index], turn.answers[other]);
+    [turn.chosen, turn.beside] = [index, other];
+    draw();
+    on.change();
+  };
+
+  const append = answer => {
+    const view = answerView(answer, adaptersOf(answer.model)), index = views.length;
+    view.chip = el("button", { type: "button", className: "chip", onclick: () => toggle(index) });
+    view.better = el("button", { type: "button", className: "chip", onclick: () => judge(index) }, "This one was better");
+    view.actions.append(view.better);
+    chips.append(view.chip);
+    views.push(view);
+    return view;
+  };
+
+  // Add a version beside the chosen one, in place of a last one that came to nothing.
+  const add = answer => {
+    if (turn.answers.length && !turn.answers.at(-1).text) {
+      turn.answers.pop();
+      views.pop().chip.remove();
+    }
+    turn.chosen = Math.max(0, Math.min(turn.chosen, views.length - 1));
+    turn.beside = views.length || undefined;
+    turn.answers.push(answer);
+    const view = append(answer);
+    draw();
+    return view;
+  };
+
+  const retry = button("Ask again, with the settings as they are now", "retry", () => on.ask(made, settings.strategy));
+  const ways = el("div", { className: "chips" });
+  const another = el("details", { className: "another", ontoggle: () => ways.replaceChildren(...strategyNames().map(strategy =>
+    el("button", { type: "button", className: "chip", onclick: () => { another.open = false; on.ask(made, strategy); } }, strategyLabel(strategy)))) },
+  el("summary", {}, "Another version"), ways);
+  const versions = el("div", { className: "versions" }, retry, chips, another);
+  element.append(question, answers, versions);
+  turn.answers.forEach(append);
   show();
-  return { turn, element, views, edit, setLast };
+  draw();
+  const made = { turn, element, add, draw, edit, setBusy: isBusy => { versions.inert = isBusy; } };
+  return made;
 };
 
 // Enter sends; not while an input method composes a word, nor with Shift.

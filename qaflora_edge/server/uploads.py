@@ -1,22 +1,29 @@
-"""Routes that add adapters to a served bundle and remove them, where --allow-adapters is given."""
+"""Routes that take files: documents, and adapters of a served bundle.
+
+Adapters are added and removed where --allow-adapters is given.
+"""
 
 import asyncio
 import contextlib
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
 
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.engine import Engine
-from qaflora_edge.errors import BusyError, QafloraError, is_disk_full
+from qaflora_edge.errors import BusyError, InputFileError, QafloraError, is_disk_full
+from qaflora_edge.formats.document import MAX_BYTES, document_text
 from qaflora_edge.formats.inputs import checksum
 from qaflora_edge.formats.names import CONFIG_FILE, WEIGHTS_FILE
+from qaflora_edge.hub import fetch_hub
 from qaflora_edge.peft.folder import adapter_files, adapter_folder
+from qaflora_edge.progress import Tell
 from qaflora_edge.server.bodies import AdapterBody, parsed
 from qaflora_edge.server.receive import address_of, check_announced, read, receive
 from qaflora_edge.server.refusals import Refusal
@@ -25,15 +32,48 @@ MAX_UPLOAD_BYTES = 1 << 30
 _UPLOAD = "upload-"
 
 
+async def document(request: Request) -> Response:
+    """Read a text or PDF that the page sends, and count its tokens."""
+    state = request.app.state
+    served, _ = state.models.find(request.query_params.get("model"))
+    name = request.query_params.get("name", "the file")[:200]
+    data = bytearray()
+    check_announced(request, MAX_BYTES)
+    async with state.upload_place.place(address_of(request)):
+        await receive(request, data.extend, MAX_BYTES, state.options.timeout_s)
+        try:
+            text = await asyncio.to_thread(document_text, name, bytes(data))
+        except InputFileError as error:
+            raise Refusal(400, str(error), code="invalid_document") from error
+    async with state.models.engine(served) as engine:
+
+        def count() -> int:
+            with engine.model() as model:
+                return len(model.tokenize(text, add_special=False, parse_special=False))
+
+        n_token = await asyncio.to_thread(count)
+    return JSONResponse({"text": text, "n_token": n_token})
+
+
 async def load(request: Request) -> Response:
-    """Add an adapter of the allowed folder, as vLLM does."""
+    """Add an adapter of the allowed folder, as vLLM does, or of the Hub."""
     folder = _allowed(request)
     body = await read(request, AdapterBody)
 
-    def add(engine: Engine) -> None:
-        engine.add_adapter(body.lora_name, _inside(folder, body.lora_path or ""))
+    def add(engine: Engine, tell: Tell) -> None:
+        if body.hub is None:
+            path = _inside(folder, body.lora_path or "")
+        else:
+            path = fetch_hub(body.hub, progress=partial(tell, "it is fetched"))
+        engine.add_adapter(body.lora_name, path, tell)
 
     return await _changed(request, body, "added", add)
+
+
+async def progress(request: Request) -> Response:
+    """Tell how far a change of an adapter is: its stage, and steps or bytes; {} without one."""
+    name = request.query_params.get("lora_name")
+    return JSONResponse(request.app.state.progress.get(name, {}))
 
 
 async def unload(request: Request) -> Response:
@@ -42,7 +82,7 @@ async def unload(request: Request) -> Response:
     body = await read(request, AdapterBody)
     served, _ = request.app.state.models.find(body.model)
 
-    def remove(engine: Engine) -> None:
+    def remove(engine: Engine, tell: Tell) -> None:
         if body.lora_name not in engine.loaded_adapters:
             raise _not_found("lora_name", body.lora_name)
         engine.remove_adapter(body.lora_name)
@@ -77,13 +117,15 @@ async def _uploaded(request: Request, body: AdapterBody, folder: Path) -> tuple[
     place = Path(mkdtemp(prefix=_UPLOAD, dir=folder))
     gguf = place / f"{body.lora_name}.gguf"
     n_config = int(body.config_bytes)
+    n_all = int(request.headers.get("content-length", 0))
     config = bytearray()
+    tell = _teller(request, body)
 
-    def add(engine: Engine) -> None:
+    def add(engine: Engine, tell: Tell) -> None:
         if n_config:
             (place / CONFIG_FILE).write_bytes(config)
             convert_adapter(place, engine.opened.header, gguf, name=body.lora_name)
-        engine.add_adapter(body.lora_name, gguf)
+        engine.add_adapter(body.lora_name, gguf, tell)
 
     try:
         with open(place / WEIGHTS_FILE if n_config else gguf, "wb") as file:
@@ -92,6 +134,7 @@ async def _uploaded(request: Request, body: AdapterBody, folder: Path) -> tuple[
                 n = n_config - len(config)
                 config.extend(part[:n])
                 file.write(part[n:])
+                tell("it is sent", file.tell() + len(config), n_all)
 
             timeout_s = request.app.state.options.timeout_s
             await receive(request, take, MAX_UPLOAD_BYTES, timeout_s)
@@ -99,6 +142,8 @@ async def _uploaded(request: Request, body: AdapterBody, folder: Path) -> tuple[
     except BaseException:
         shutil.rmtree(place, ignore_errors=True)
         raise
+    finally:
+        request.app.state.progress.pop(body.lora_name, None)
 
 
 def remove_old_uploads(folder: Path) -> None:
@@ -132,11 +177,21 @@ def _not_found(param: str, name: str) -> Refusal:
     return Refusal(404, message, param=param, code="adapter_not_found")
 
 
+def _teller(request: Request, body: AdapterBody) -> Tell:
+    """Note how far the change of an adapter is, for GET /progress."""
+
+    def tell(stage: str, n_done: int, n_all: int) -> None:
+        steps = {"stage": stage, "processed": n_done, "total": n_all}
+        request.app.state.progress[body.lora_name] = steps
+
+    return tell
+
+
 async def _changed(
     request: Request,
     body: AdapterBody,
     what: str,
-    work: Callable[[Engine], None],
+    work: Callable[[Engine, Tell], None],
     shown_from: str = "",
 ) -> Response:
     """Do this work for a bundle, and answer in vLLM's words.
@@ -145,9 +200,10 @@ async def _changed(
     """
     state = request.app.state
     served, _ = state.models.find(body.model)
+    tell = _teller(request, body)
 
     def changed(engine: Engine) -> dict[str, str]:
-        work(engine)
+        work(engine, tell)
         return {name: checksum(path) for name, path in engine.opened.adapter_paths.items()}
 
     try:
@@ -158,6 +214,8 @@ async def _changed(
     except QafloraError as error:
         message = str(error).replace(shown_from, "") if shown_from else str(error)
         raise Refusal(400, message, code="invalid_value") from error
+    finally:
+        state.progress.pop(body.lora_name, None)
     served.weigher = engine.weigher
     served.strategies = engine.strategies
     served.sha256 = {**served.sha256, "adapters": hashes}

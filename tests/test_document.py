@@ -1,0 +1,112 @@
+"""Documents that become context: texts and PDFs, and what is said of those that cannot be read."""
+
+import codecs
+from collections.abc import Iterator
+from io import BytesIO
+
+import pytest
+from bundles import TinyBundle
+from pypdf import PdfReader, PdfWriter
+from serving import client_of
+from starlette.testclient import TestClient
+
+from qaflora_edge.errors import InputFileError
+from qaflora_edge.formats import document
+from qaflora_edge.formats.document import document_text, read_pdf
+
+
+def pdf_of(*pages: str) -> bytes:
+    """A PDF with a line of text a page, written by hand."""
+    n_page = len(pages)
+    kids = " ".join(f"{4 + 2 * i} 0 R" for i in range(n_page))
+    objects = [
+        "<< /Type /Catalog /Pages 2 0 R >>",
+        f"<< /Type /Pages /Kids [{kids}] /Count {n_page} >>",
+        "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
+    ]
+    for i, text in enumerate(pages):
+        stream = f"BT /F1 12 Tf 72 720 Td ({text}) Tj ET"
+        font = "<< /Font << /F1 3 0 R >> >>"
+        page = f"/Type /Page /Parent 2 0 R /Contents {5 + 2 * i} 0 R /Resources {font}"
+        objects.append(f"<< {page} /MediaBox [0 0 612 792] >>")
+        objects.append(f"<< /Length {len(stream)} >>\nstream\n{stream}\nendstream")
+    data = b"%PDF-1.4\n"
+    places = []
+    for number, body in enumerate(objects, 1):
+        places.append(len(data))
+        data += f"{number} 0 obj\n{body}\nendobj\n".encode()
+    table = "".join(f"{place:010} 00000 n \n" for place in places)
+    size = len(objects) + 1
+    end = f"xref\n0 {size}\n0000000000 65535 f \n{table}trailer << /Size {size} /Root 1 0 R >>\n"
+    return data + f"{end}startxref\n{len(data)}\n%%EOF\n".encode()
+
+
+def encrypted(password: str) -> bytes:
+    writer = PdfWriter(PdfReader(BytesIO(pdf_of("secret"))))
+    writer.encrypt(user_password=password, owner_password="owner", algorithm="RC4-128")
+    out = BytesIO()
+    writer.write(out)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("data", [b"a\r\nb\n", codecs.BOM_UTF8 + b"a\nb", "a\nb".encode("utf-16")])
+def test_a_text_is_read_in_the_encoding_that_it_has(data: bytes) -> None:
+    assert document_text("a.txt", data) == "a\nb"
+
+
+def test_the_pages_of_a_pdf_are_read() -> None:
+    assert document_text("a.pdf", pdf_of("One page", "and another")) == "One page\n\nand another"
+
+
+def test_a_pdf_that_opens_without_a_password_is_read() -> None:
+    assert read_pdf(encrypted("")) == {"text": "secret"}
+
+
+@pytest.mark.parametrize(
+    ("data", "fault"),
+    [
+        (encrypted("key"), "it is encrypted. Save it without a password."),
+        (pdf_of(*["x"] * 501), "it has 501 pages, expected at most 500. Give a part of it."),
+        (pdf_of(""), "it has no text. Recognise the text of pages that are pictures first."),
+        (b"\x89PNG\r\n\0", "it is neither a text in UTF-8 nor a PDF. Save it as one of them."),
+        (b"", "it has no text. Recognise the text of pages that are pictures first."),
+    ],
+)
+def test_what_cannot_be_read_is_said(data: bytes, fault: str) -> None:
+    with pytest.raises(InputFileError) as raised:
+        document_text("a.pdf", data)
+    assert str(raised.value) == f"Cannot read a.pdf: {fault}"
+
+
+def test_a_damaged_pdf_is_said_to_be_one() -> None:
+    assert read_pdf(pdf_of("One page")[:60])["fault"].startswith("it is no whole PDF (")
+
+
+def test_a_pdf_has_limited_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(document, "READ_S", 0.001)
+    with pytest.raises(InputFileError, match="it takes longer"):
+        document_text("a.pdf", pdf_of("x"))
+
+
+@pytest.fixture
+def client(made: TinyBundle) -> Iterator[TestClient]:
+    with client_of(made.folder) as client:
+        yield client
+
+
+def test_a_document_is_sent_as_text_with_its_size_in_tokens(client: TestClient) -> None:
+    response = client.post("/document?name=a.pdf", content=pdf_of("the thing"))
+    n_token = len(client.post("/tokenize", json={"content": "the thing"}).json()["tokens"])
+    assert response.json() == {"text": "the thing", "n_token": n_token}
+
+
+def test_a_document_that_cannot_be_read_is_refused(client: TestClient) -> None:
+    response = client.post("/document?name=a.png", content=b"\0")
+    assert response.status_code == 400
+    assert response.json()["error"]["message"].startswith("Cannot read a.png: it is neither")
+
+
+def test_a_document_is_not_larger_than_50_megabytes(client: TestClient) -> None:
+    size = {"content-length": str(60 * 10**6)}
+    response = client.post("/document?name=a.pdf", content=b"", headers=size)
+    assert (response.status_code, response.json()["error"]["code"]) == (413, "request_too_large")
