@@ -113,9 +113,11 @@ class Noting:
 
 
 class Bench:
-    def __init__(self, n_slot: int, n_running: int | None = None) -> None:
+    def __init__(
+        self, n_slot: int, n_running: int | None = None, *, is_exact: bool = False
+    ) -> None:
         self.context = NotedContext(n_slot)
-        self.scheduler = Scheduler(n_slot, CHUNKS, n_running=n_running)
+        self.scheduler = Scheduler(n_slot, CHUNKS, n_running=n_running, is_exact=is_exact)
         self.loop = Loop(Vocabulary(), self.context, self.scheduler, Stop())
 
     def add(
@@ -162,6 +164,21 @@ def test_the_newest_waits_when_all_slots_are_taken_and_fails_nobody() -> None:
     assert [answer.slot for answer in answers] == [0, 1] + [None] * 5
     bench.finish(*answers)
     assert [answer.answer for answer in answers] == [alone([i, i + 1], n=3 + i) for i in range(7)]
+
+
+@pytest.mark.parametrize(("weight", "n_computed"), [(0.0, 1), (1.0, 4)])
+def test_the_base_answers_what_it_was_weighed_by_from_the_last_row_on(
+    weight: float, n_computed: int
+) -> None:
+    bench = Bench(1, is_exact=True)
+    sequence = bench.add(range(1, 11), heard=Heard(0), n_base=6)
+    while not sequence.is_weighed:
+        bench.step()
+    bench.weigh(sequence, weight)
+    ((span,),) = bench.step()
+    assert len(span.tokens) == n_computed
+    bench.finish(sequence)
+    assert sequence.answer == alone(range(1, 11), weight, n_base=6)
 
 
 class CountedJob:

@@ -132,14 +132,15 @@ def run(
 
 def _read_grammar(schema_path: str | None, grammar_path: str | None) -> Grammar | None:
     """The grammar of the answer, checked before a model is loaded; messages name the file."""
+    if grammar_path is None and schema_path is None:
+        return None
     from qaflora_edge.errors import GrammarError
     from qaflora_edge.formats.inputs import read_json_object
     from qaflora_edge.inference.constraint import gbnf_grammar, schema_grammar
 
     if grammar_path is not None:
         return gbnf_grammar(read_text(grammar_path), source=f"The grammar {grammar_path}")
-    if schema_path is None:
-        return None
+    assert schema_path is not None
     data = read_text(schema_path).encode("utf-8")
     try:
         schema = read_json_object(data)

@@ -201,9 +201,11 @@ class GgufCursor:
         position = self.position
         unpack_length = U64.unpack_from
         for _ in range(length):
-            if position + U64.size > len(data):
+            try:
+                position += 8 + unpack_length(data, position)[0]
+            except (struct.error, IndexError):  # behind what was read of the file
                 self.load(position + U64.size, field)
-            position += U64.size + unpack_length(data, position)[0]
+                position += 8 + unpack_length(data, position)[0]
         self.load(position, field)
         self.position = position
 

@@ -119,7 +119,8 @@ class Core:
             prober = Prober(*made, infos=infos, sizes=sizes(), prefixes=prefixes)
             self.prober = enter(closing(prober))
             # Nothing here refers to this Core: a circle would keep it alive.
-            scheduler = Scheduler(n_parallel + 1, context.chunks(), n_parallel)
+            chunks = context.chunks()
+            scheduler = Scheduler(n_parallel + 1, chunks, n_parallel, is_exact=self._is_exact)
             self.loop = enter(closing(Loop(model, context, scheduler, stop)))
         except BaseException:
             self._free()
@@ -138,6 +139,11 @@ class Core:
         self._free_later(drafter.close)
         return drafter
 
+    @property
+    def _is_exact(self) -> bool:
+        """Tell whether the rows of one pass have the bits that each has alone."""
+        return self.context.is_flash_off and self.pack.n_alike >= N_OUTPUT
+
     def _drafts(self, asked: int | str) -> int | None:
         """Give the most tokens of a guess, 0 for none, None for as many as pay.
 
@@ -145,8 +151,7 @@ class Core:
         """
         can_forget = not self.model.n_swa and not self.model.is_recurrent
         if asked == "auto":
-            is_exact = self.context.is_flash_off and self.pack.n_alike >= N_OUTPUT
-            return None if can_forget and is_exact else 0
+            return None if can_forget and self._is_exact else 0
         if asked and not can_forget:
             raise OptionError(
                 f"Option draft is {asked}, expected 0: the base {self.model.name} has states that "
