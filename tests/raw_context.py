@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from qaflora_edge.backend import library as native
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.formats.base import read_base
+from qaflora_edge.formats.gguf import read_values
 
 F32 = NDArray[np.float32]
 
@@ -22,11 +24,19 @@ def project(context: Context, rows: F32, *, is_normed: bool = False) -> F32:
     functions, pointer = context._functions, context._pointer
     rows = np.array(rows, np.float32, order="C")
     if not is_normed:
-        states = rows.copy()
-        assert functions.final_norm(pointer, len(rows), states.ctypes.data, rows.ctypes.data)
+        rows = final_norm(context._model, rows)
     logits = np.empty((len(rows), context._model.n_vocab), np.float32)
     assert functions.project(pointer, len(rows), rows.ctypes.data, logits.ctypes.data)
     return logits
+
+
+def final_norm(model: Model, rows: F32) -> F32:
+    """The base's final norm, which takes the mean square, of rows [n_row, n_embd]."""
+    base = read_base(model.path)
+    gain = read_values(model.path, base.tensors["output_norm.weight"])
+    epsilon = base.metadata[f"{base.architecture}.attention.layer_norm_rms_epsilon"]
+    squares = np.square(rows, dtype=np.float64).mean(axis=1, keepdims=True)
+    return np.array(gain * rows / np.sqrt(squares + epsilon), np.float32, order="C")
 
 
 class Stats(ctypes.Structure):

@@ -172,32 +172,3 @@ def test_a_failure_between_weighing_and_answer_frees_the_slot(
     with pytest.raises(CancelledError):
         heard(engine, TURNS, MIXED, cancel=cancel)
     assert heard(engine, [STORY], MIXED) == expected
-
-
-@pytest.mark.slow
-def test_callers_under_many_mixes_share_one_prefill_of_their_system_prompt(
-    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Eight at once, with the same answers as alone."""
-    system = {"role": "system", "content": "the king of the sea " * 40}
-    chats = [[system, {"role": "user", "content": f"{'on ' * (1 + i)}?"}] for i in range(8)]
-    mixes = [f"two-place:abstain=never,answer={(1 + i) / 8}" for i in range(8)]
-    with Engine(made.folder, threads=1) as alone:
-        expected = [heard(alone, *each) for each in zip(chats, mixes, strict=True)]
-        n_system = len(alone.chat_tokens([system]))
-        n_all = sum(len(alone.chat_tokens(chat)) for chat in chats)
-    found: dict[int, Any] = {}
-    with Engine(made.folder, threads=1, n_parallel=8) as engine:
-        counts = count_decoded(monkeypatch)
-
-        def ask(i: int) -> None:
-            found[i] = heard(engine, chats[i], mixes[i])
-
-        threads = [threading.Thread(target=ask, args=(i,)) for i in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert [found[i] for i in range(8)] == expected
-    n_tails = 8 * (N_TAIL + 4)
-    assert sum(counts) <= n_all - 7 * n_system + n_tails + 8 * 40  # with the next header

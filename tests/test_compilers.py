@@ -14,6 +14,10 @@ X86_SETS = {
     "qaflora-cpu-avxvnni": [*AVX2, "-mavxvnni"],
     "qaflora-cpu-avx512vnni": [*AVX512, "-mavx512vnni"],
 }
+ARM_SETS = {
+    "qaflora-cpu-dotprod": ["-march=armv8.2-a+dotprod"],
+    "qaflora-cpu-i8mm": ["-march=armv8.2-a+dotprod+i8mm"],
+}
 WARNINGS = ["-Wall", "-Wextra", "-Wpedantic", "-Wcast-qual", "-Wvla", "-Werror"]
 DEFINES = ["LLAMA_SHARED", "GGML_SHARED", 'QAFLORA_BUILD_INFO="x"', 'QAFLORA_RPC_BUILD="x"']
 INCLUDES = ("src", "include", "ggml/include", "ggml/src")
@@ -25,7 +29,7 @@ INCLUDES = ("src", "include", "ggml/include", "ggml/src")
     [
         ("x86_64-w64-mingw32-g++-posix", ["_WIN32_WINNT=0x0A00"], X86_SETS),  # Windows
         ("clang++-19 --target=x86_64-w64-mingw32", ["_WIN32_WINNT=0x0A00"], X86_SETS),
-        ("aarch64-linux-gnu-g++", [], {}),
+        ("aarch64-linux-gnu-g++", [], ARM_SETS),
     ],
 )
 def test_native_sources_compile(

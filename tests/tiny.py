@@ -36,7 +36,8 @@ QWEN = (
 # One merge a line, in order of rank; "Ġ" is a space as GPT-2 writes it.
 MERGES = ("t h", "i n", "e r", "Ġ t", "Ġt h", "th e", "o n", "Ġ a", "r e", "Ġth e", "in g", "a n")
 # The kernels of adapters of an architecture: those that all of its processors run, and others.
-PLAIN_KERNELS, *MORE_KERNELS = {"aarch64": ["neon"], "arm64": ["neon"]}.get(
+ARM_KERNELS = ["neon", "dotprod", "i8mm"]
+PLAIN_KERNELS, *MORE_KERNELS = {"aarch64": ARM_KERNELS, "arm64": ARM_KERNELS}.get(
     platform.machine(), ["portable", "avx2", "avx512", "avxvnni", "avx512vnni"]
 )
 CONTROLS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

@@ -68,22 +68,12 @@ bool qaflora_has_matmul(const qaflora_kernels * kernels, const ggml_tensor * w) 
     return kernels && kernels->matmul && qaflora_is_on_cpu(w) && ggml_backend_buffer_is_host(w->buffer) && qaflora_matrix_of(w).type != QAFLORA_MATRIX_OTHER;
 }
 
-int32_t qaflora_has_products(void) {
-    try {
-        return qaflora_has_kernels() && qaflora_best_kernels().matmul;
-    } catch (const std::exception & err) {
-        qaflora_set_error(err.what()); // qaflora_pack_init() fails of it too
-        return 0;
-    }
+int32_t qaflora_has_products(void) { // qaflora_pack_init() fails of it too
+    return qaflora_guarded([] { return (int32_t) (qaflora_has_kernels() && qaflora_best_kernels().matmul); });
 }
 
 const char * qaflora_kernels_name(void) {
-    try {
-        return qaflora_has_kernels() ? qaflora_best_kernels().name : "ggml";
-    } catch (const std::exception & err) {
-        qaflora_set_error(err.what());
-        return nullptr;
-    }
+    return qaflora_guarded([] { return qaflora_has_kernels() ? qaflora_best_kernels().name : "ggml"; });
 }
 
 void qaflora_vocab_attributes(const llama_vocab * vocab, int32_t n_token, int32_t * attributes) {

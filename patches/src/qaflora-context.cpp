@@ -22,9 +22,7 @@ const char * qaflora_build_info(void) {
     return QAFLORA_BUILD_INFO;
 }
 
-//
 // making a context
-//
 
 // llama_context_params has no room for us: the constructor picks the state up from here
 static thread_local std::shared_ptr<qaflora_context> g_pending;
@@ -73,27 +71,23 @@ static std::string unsupported(const llama_context & ctx, const qaflora_context 
 llama_context * qaflora_context_init(llama_model * model, const llama_context_params * params, qaflora_pack * pack, uint32_t flags) {
     try {
         if (!model || !params || !pack || pack->model != model) {
-            qaflora_set_error("a context needs the model that its adapters were loaded for");
-            return nullptr;
+            qaflora_fail("a context needs the model that its adapters were loaded for");
         }
         // llama.cpp 0c1e5709: output_reserve asserts room for one output of each sequence
         if (params->n_outputs_max > 0 && params->n_outputs_max < params->n_seq_max) {
-            qaflora_set_error(qaflora_format("n_outputs_max is %u, expected at least the number of sequences, %u", params->n_outputs_max, params->n_seq_max));
-            return nullptr;
+            qaflora_fail(qaflora_format("n_outputs_max is %u, expected at least the number of sequences, %u", params->n_outputs_max, params->n_seq_max));
         }
         g_pending = make_context(*model, *pack, std::max(1u, params->n_seq_max), flags);
         llama_context * ctx = llama_init_from_model(model, *params);
         const auto qf = std::move(g_pending);
         g_pending.reset();
         if (!ctx) {
-            qaflora_set_error("the context could not be made: not enough memory for this context size, or options that do not fit the model");
-            return nullptr;
+            qaflora_fail("the context could not be made: not enough memory for this context size, or options that do not fit the model");
         }
         const std::string why = unsupported(*ctx, *qf);
         if (!why.empty()) {
             llama_free(ctx);
-            qaflora_set_error(why);
-            return nullptr;
+            qaflora_fail(why);
         }
         return ctx;
     } catch (const std::exception & err) {
@@ -103,104 +97,84 @@ llama_context * qaflora_context_init(llama_model * model, const llama_context_pa
     }
 }
 
-//
 // weights and states
-//
 
-// the state of ctx if seq_id is one of its sequences, else null with an error
-static qaflora_context * checked(llama_context * ctx, llama_seq_id seq_id) {
-    qaflora_context * qf = ctx ? ctx->qaflora.get() : nullptr;
-    if (!qf) {
-        qaflora_set_error("this context was not made by qaflora_context_init");
-        return nullptr;
-    }
-    if (seq_id < 0 || seq_id >= (llama_seq_id) qf->weights.size()) {
-        qaflora_set_error(qaflora_format("sequence %d does not exist, the context has %zu", seq_id, qf->weights.size()));
-        return nullptr;
-    }
-    return qf;
+// call() with the state of ctx, if seq_id is one of its sequences; returns 1, or 0 with an error
+template <typename F> static int32_t with_sequence(llama_context * ctx, llama_seq_id seq_id, F call) {
+    return qaflora_guarded([&] {
+        qaflora_context * qf = ctx ? ctx->qaflora.get() : nullptr;
+        if (!qf) {
+            qaflora_fail("this context was not made by qaflora_context_init");
+        }
+        if (seq_id < 0 || seq_id >= (llama_seq_id) qf->weights.size()) {
+            qaflora_fail(qaflora_format("sequence %d does not exist, the context has %zu", seq_id, qf->weights.size()));
+        }
+        call(*qf);
+        return 1;
+    });
 }
 
 int32_t qaflora_set_weights(llama_context * ctx, llama_seq_id seq_id, const float * weights, int64_t n_weight) {
-    qaflora_context * qf = checked(ctx, seq_id);
-    if (!qf) {
-        return 0;
-    }
-    auto & dst = qf->weights[seq_id];
-    if (n_weight != (int64_t) dst.size()) {
-        qaflora_set_error(qaflora_format("%lld weights given, expected %zu: one per adapter and layer", (long long) n_weight, dst.size()));
-        return 0;
-    }
-    for (int64_t i = 0; i < n_weight; ++i) {
-        if (!std::isfinite(weights[i])) {
-            qaflora_set_error(qaflora_format("weight %lld is not finite", (long long) i));
-            return 0;
+    return with_sequence(ctx, seq_id, [&](qaflora_context & qf) {
+        auto & dst = qf.weights[seq_id];
+        if (n_weight != (int64_t) dst.size()) {
+            qaflora_fail(qaflora_format("%lld weights given, expected %zu: one per adapter and layer", (long long) n_weight, dst.size()));
         }
-    }
-    std::copy(weights, weights + n_weight, dst.begin());
-    const int32_t first_layer = qf->pack->first_layer(dst);
-    qf->n_first_layer += qf->first_layer[seq_id] != first_layer;
-    qf->first_layer[seq_id] = first_layer;
-    return 1;
+        for (int64_t i = 0; i < n_weight; ++i) {
+            if (!std::isfinite(weights[i])) {
+                qaflora_fail(qaflora_format("weight %lld is not finite", (long long) i));
+            }
+        }
+        std::copy(weights, weights + n_weight, dst.begin());
+        const int32_t first_layer = qf.pack->first_layer(dst);
+        qf.n_first_layer += qf.first_layer[seq_id] != first_layer;
+        qf.first_layer[seq_id] = first_layer;
+    });
 }
 
 int32_t qaflora_capture_begin(llama_context * ctx, enum qaflora_capture capture) {
-    qaflora_context * qf = checked(ctx, 0);
-    if (!qf) {
-        return 0;
-    }
-    if (!qf->is_probe() && capture < QAFLORA_CAPTURE_INPUTS) {
-        qaflora_set_error("this context captures no states; make it with QAFLORA_CONTEXT_PROBE");
-        return 0;
-    }
-    qf->capture = capture;
-    for (auto & s : qf->states) {
-        std::fill(s.begin(), s.end(), 0.0);
-    }
-    for (auto & x : qf->inputs) {
-        x.clear();
-    }
-    std::fill(qf->n_row.begin(), qf->n_row.end(), 0);
-    return 1;
+    return with_sequence(ctx, 0, [&](qaflora_context & qf) {
+        if (!qf.is_probe() && capture < QAFLORA_CAPTURE_INPUTS) {
+            qaflora_fail("this context captures no states; make it with QAFLORA_CONTEXT_PROBE");
+        }
+        qf.capture = capture;
+        for (auto & s : qf.states) {
+            std::fill(s.begin(), s.end(), 0.0);
+        }
+        for (auto & x : qf.inputs) {
+            x.clear();
+        }
+        std::fill(qf.n_row.begin(), qf.n_row.end(), 0);
+    });
 }
 
 int32_t qaflora_get_states(llama_context * ctx, llama_seq_id seq_id, float * states, int64_t n_state) {
-    qaflora_context * qf = checked(ctx, seq_id);
-    if (!qf) {
-        return 0;
-    }
-    if (!qf->has_states() || qf->n_row[seq_id] == 0) {
-        qaflora_set_error(qaflora_format("no states were captured for sequence %d", seq_id));
-        return 0;
-    }
-    const auto & src = qf->states[seq_id];
-    if (n_state != (int64_t) src.size()) {
-        qaflora_set_error(qaflora_format("room for %lld state values, expected %zu", (long long) n_state, src.size()));
-        return 0;
-    }
-    const double scale = qf->capture == QAFLORA_CAPTURE_MEAN ? 1.0/qf->n_row[seq_id] : 1.0;
-    for (int64_t i = 0; i < n_state; ++i) {
-        states[i] = (float) (src[i]*scale);
-    }
-    return 1;
+    return with_sequence(ctx, seq_id, [&](qaflora_context & qf) {
+        if (!qf.has_states() || qf.n_row[seq_id] == 0) {
+            qaflora_fail(qaflora_format("no states were captured for sequence %d", seq_id));
+        }
+        const auto & src = qf.states[seq_id];
+        if (n_state != (int64_t) src.size()) {
+            qaflora_fail(qaflora_format("room for %lld state values, expected %zu", (long long) n_state, src.size()));
+        }
+        const double scale = qf.capture == QAFLORA_CAPTURE_MEAN ? 1.0/qf.n_row[seq_id] : 1.0;
+        for (int64_t i = 0; i < n_state; ++i) {
+            states[i] = (float) (src[i]*scale);
+        }
+    });
 }
 
 int32_t qaflora_get_inputs(llama_context * ctx, llama_seq_id seq_id, float * inputs, int64_t n_input) {
-    qaflora_context * qf = checked(ctx, seq_id);
-    if (!qf) {
-        return 0;
-    }
-    if (!qf->has_inputs() || qf->n_row[seq_id] == 0) {
-        qaflora_set_error(qaflora_format("no inputs were captured for sequence %d", seq_id));
-        return 0;
-    }
-    const auto & src = qf->inputs[seq_id];
-    if (n_input != (int64_t) src.size()) {
-        qaflora_set_error(qaflora_format("room for %lld input values, expected %zu", (long long) n_input, src.size()));
-        return 0;
-    }
-    std::copy(src.begin(), src.end(), inputs);
-    return 1;
+    return with_sequence(ctx, seq_id, [&](qaflora_context & qf) {
+        if (!qf.has_inputs() || qf.n_row[seq_id] == 0) {
+            qaflora_fail(qaflora_format("no inputs were captured for sequence %d", seq_id));
+        }
+        const auto & src = qf.inputs[seq_id];
+        if (n_input != (int64_t) src.size()) {
+            qaflora_fail(qaflora_format("room for %lld input values, expected %zu", (long long) n_input, src.size()));
+        }
+        std::copy(src.begin(), src.end(), inputs);
+    });
 }
 
 qaflora_stats qaflora_get_stats(llama_context * ctx) {

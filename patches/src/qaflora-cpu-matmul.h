@@ -11,15 +11,107 @@
 
 namespace QAFLORA_ISA {
 
-#if defined(__AVX2__)
+#if defined(QAFLORA_HAS_PRODUCTS)
 
 // a block of MM_ROWS rows
 struct mm_rows {
-    int8_t    x[MM_GROUPS][MM_ROWS][4];
+    int8_t    x[MM_GROUPS/MM_PAIR][MM_ROWS][MM_PAIR][4];
     int32_t   begin[3][MM_ROWS]; // sums over the block, and over its halves, times -1
     float     scale[MM_ROWS];
     float     sum[MM_ROWS];      // of the rounded numbers
 };
+
+// Bytes of W [MM_GROUPS] times bytes of MM_PAIR rows from row i on, of N: mm_dots() adds the groups from begin to end to sum [MM_PAIR].
+#if defined(__aarch64__)
+
+template <typename T, int N> static inline void mm_dots(ivec * sum, const ivec * w, const mm_rows & rows, int i, int begin, int end) {
+    ivec low  = i_set1(0); // of the first two outputs: row i, row i + 1, and so again
+    ivec high = i_set1(0);
+    for (int pair = begin/2; pair < end/2; ++pair) {
+        const int8x16_t x = vld1q_s8(rows.x[pair][i][0]); // two groups of row i, and of row i + 1
+        const ivec first  = w[2*pair];
+        const ivec second = w[2*pair + 1];
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+        if (N >= 4) {
+            low  = vmmlaq_s32(low,  vreinterpretq_s8_s32(i_low_32 (first, second)), x);
+            high = vmmlaq_s32(high, vreinterpretq_s8_s32(i_high_32(first, second)), x);
+            continue;
+        }
+#endif
+        for (int row = 0; row < 2 && i + row < N; ++row) {
+            const int8x8_t own = row == 0 ? vget_low_s8(x) : vget_high_s8(x);
+            sum[row] = vdotq_lane_s32(sum[row], vreinterpretq_s8_s32(first),  own, 0);
+            sum[row] = vdotq_lane_s32(sum[row], vreinterpretq_s8_s32(second), own, 1);
+        }
+    }
+    sum[0] = i_add(sum[0], vuzp1q_s32(low, high));
+    sum[1] = i_add(sum[1], vuzp2q_s32(low, high));
+}
+
+#else
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+
+// a part of a sum goes on with the sum so far
+template <typename T> struct mm_n_added { enum { N = MM_GROUPS/T::N_SCALE }; };
+
+static inline ivec mm_part(ivec sum)                { return sum; }
+static inline ivec mm_add(ivec, ivec part)          { return part; }
+template <typename T> static inline ivec mm_dot(ivec part, ivec w, ivec x) {
+#if defined(__AVX512VNNI__)
+    return _mm512_dpbusd_epi32(part, w, x);
+#else
+    return _mm256_dpbusd_avx_epi32(part, w, x);
+#endif
+}
+
+#else
+
+// a part is of 16 bits, which N_ADDED groups do not exceed; bytes of W that have a sign give it to x
+template <typename T> struct mm_n_added { enum { N = T::N_ADDED }; };
+
+static inline ivec mm_part(ivec) { return i_set1(0); }
+#if defined(__AVX512F__)
+static inline ivec mm_add(ivec sum, ivec part) { return _mm512_add_epi32(sum, _mm512_madd_epi16(part, _mm512_set1_epi16(1))); }
+template <typename T> static inline ivec mm_dot(ivec part, ivec w, ivec x) {
+    if (T::IS_SIGNED) {
+        x = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w), i_set1(0), x);
+        w = _mm512_abs_epi8(w);
+    }
+    return _mm512_add_epi16(part, _mm512_maddubs_epi16(w, x));
+}
+#else
+static inline ivec mm_add(ivec sum, ivec part) { return _mm256_add_epi32(sum, _mm256_madd_epi16(part, _mm256_set1_epi16(1))); }
+template <typename T> static inline ivec mm_dot(ivec part, ivec w, ivec x) {
+    if (T::IS_SIGNED) {
+        x = _mm256_sign_epi8(x, w);
+        w = _mm256_abs_epi8(w);
+    }
+    return _mm256_add_epi16(part, _mm256_maddubs_epi16(w, x));
+}
+#endif
+
+#endif
+
+// group j of row i, for each of W outputs
+static inline ivec mm_group(const mm_rows & rows, int j, int i) {
+    int32_t x;
+    memcpy(&x, rows.x[j][i], sizeof(x));
+    return i_set1(x);
+}
+
+template <typename T, int N> static inline void mm_dots(ivec * sum, const ivec * w, const mm_rows & rows, int i, int begin, int end) {
+    enum { N_ADDED = mm_n_added<T>::N };
+    for (int j = begin; j < end; j += N_ADDED) {
+        ivec added = mm_part(*sum);
+        for (int k = j; k < j + N_ADDED; ++k) {
+            added = mm_dot<T>(added, w[k], mm_group(rows, k, i));
+        }
+        *sum = mm_add(*sum, added);
+    }
+}
+
+#endif
 
 // a block of W outputs
 struct mm_outputs {
@@ -55,7 +147,7 @@ static inline void mm_round_block(const float * x, int64_t i, mm_rows * dst) {
         half[h] = i_sum(sum);
     }
     for (int j = 0; j < MM_GROUPS; ++j) {
-        memcpy(dst->x[j][i], q + 4*j, 4);
+        memcpy(dst->x[j/MM_PAIR][i][j % MM_PAIR], q + 4*j, 4);
     }
     dst->begin[0][i] = -(half[0] + half[1]);
     dst->begin[1][i] = -half[0];
@@ -81,12 +173,12 @@ static void matmul_round(const float * x, int64_t n_row, int64_t n_in, void * ro
     }
 }
 
-// Read ahead what W outputs have for a block, of the W outputs that follow: rows take turns, which no hardware foresees. It is
+// Read ahead what W outputs have for a block, of the W outputs that follow: so many rows in turn no hardware foresees. It is
 // too much for the smallest cache.
 template <typename T> static inline void mm_fetch(const uint8_t * w, int64_t n_block, int64_t ib) {
-    const int64_t n_byte = W*T::block(n_block);
+    const int64_t n_byte = W > 4 ? W*T::block(n_block) : 0;
     for (int64_t i = n_byte*ib/n_block/64*64; i < n_byte*(ib + 1)/n_block; i += 64) { // lines of the cache
-        _mm_prefetch((const char *) w + n_byte + i, _MM_HINT_T1);
+        v_prefetch_second(w + n_byte + i);
     }
 }
 
@@ -118,52 +210,39 @@ template <typename T> static void mm_gather(const uint8_t * w, int64_t n_block, 
     }
 }
 
-// group j of row i, for each of W outputs
-static inline ivec mm_group(const mm_rows & rows, int j, int i) {
-    int32_t x;
-    memcpy(&x, rows.x[j][i], sizeof(x));
-    return i_set1(x);
+// adds a block of W outputs to y [N]
+template <typename T, int N> static inline void mm_block(const ivec * w, const vec * scale, vec min, const mm_rows & rows, vec * y) {
+    for (int i = 0; i < N; i += MM_PAIR) {
+        const int n = N - i < (int) MM_PAIR ? N - i : (int) MM_PAIR;
+        for (int part = 0; part < T::N_SCALE; ++part) {
+            ivec sum[MM_PAIR];
+            for (int p = 0; p < MM_PAIR; ++p) {
+                sum[p] = i_set1(T::OFFSET*rows.begin[T::N_SCALE == 1 ? 0 : 1 + part][i + p]);
+            }
+            mm_dots<T, N>(sum, w, rows, i, MM_GROUPS*part/T::N_SCALE, MM_GROUPS*(part + 1)/T::N_SCALE);
+            for (int p = 0; p < n; ++p) {
+                y[i + p] = v_fma(i_to_float(sum[p]), v_mul(scale[part], v_set1(rows.scale[i + p])), y[i + p]);
+            }
+        }
+        for (int p = 0; p < n && T::HAS_MIN; ++p) {
+            y[i + p] = v_fma(min, v_set1(rows.sum[i + p]), y[i + p]);
+        }
+    }
 }
 
 // y [MM_ROWS] of W outputs
 template <typename T> static inline void mm_product(const mm_outputs * outputs, const mm_rows * rows, int64_t n_block, vec * y) {
-    enum { N_ADDED = mm_n_added<T>::N };
     for (int i = 0; i < MM_ROWS; ++i) {
         y[i] = v_zero();
     }
     for (int64_t ib = 0; ib < n_block; ++ib) {
-        for (int part = 0; part < T::N_SCALE; ++part) {
-            const int32_t * begin = rows[ib].begin[T::N_SCALE == 1 ? 0 : 1 + part];
-            ivec sum[MM_ROWS];
-            for (int i = 0; i < MM_ROWS; ++i) {
-                sum[i] = i_set1(T::OFFSET*begin[i]);
-            }
-            for (int j = MM_GROUPS*part/T::N_SCALE; j < MM_GROUPS*(part + 1)/T::N_SCALE; j += N_ADDED) {
-                ivec added[MM_ROWS];
-                for (int i = 0; i < MM_ROWS; ++i) {
-                    added[i] = mm_part(sum[i]);
-                }
-                for (int k = 0; k < N_ADDED; ++k) {
-                    const ivec w = i_load(outputs[ib].w[j + k]);
-                    for (int i = 0; i < MM_ROWS; ++i) {
-                        added[i] = mm_dot<T>(added[i], w, mm_group(rows[ib], j + k, i));
-                    }
-                }
-                for (int i = 0; i < MM_ROWS; ++i) {
-                    sum[i] = mm_add(sum[i], added[i]);
-                }
-            }
-            const vec scale = v_load(outputs[ib].scale[part]);
-            for (int i = 0; i < MM_ROWS; ++i) {
-                y[i] = v_fma(i_to_float(sum[i]), v_mul(scale, v_set1(rows[ib].scale[i])), y[i]);
-            }
+        const mm_outputs & block = outputs[ib];
+        const vec scale[2] = { v_load(block.scale[0]), v_load(block.scale[1]) };
+        ivec w[MM_GROUPS];
+        for (int j = 0; j < MM_GROUPS; ++j) {
+            w[j] = i_load(block.w[j]);
         }
-        if (T::HAS_MIN) {
-            const vec min = v_load(outputs[ib].min);
-            for (int i = 0; i < MM_ROWS; ++i) {
-                y[i] = v_fma(min, v_set1(rows[ib].sum[i]), y[i]);
-            }
-        }
+        mm_block<T, MM_ROWS>(w, scale, v_load(block.min), rows[ib], y);
     }
 }
 
@@ -171,7 +250,6 @@ template <typename T> static inline void mm_product(const mm_outputs * outputs, 
 enum { FEW = MM_ROWS };
 
 template <typename T, int N> static inline void mm_few_product(const uint8_t * w, const mm_rows * rows, int64_t n_block, vec * y) {
-    enum { N_ADDED = mm_n_added<T>::N };
     const size_t stride = T::block(n_block);
     mm_words words = {};
     ivec kept[T::N_KEPT] = {};
@@ -179,7 +257,8 @@ template <typename T, int N> static inline void mm_few_product(const uint8_t * w
         y[i] = v_zero();
     }
     for (int64_t ib = 0; ib < n_block; ++ib) {
-        vec scale[2], min;
+        vec scale[2];
+        vec min = v_zero();
         ivec numbers[MM_GROUPS];
         mm_fetch<T>(w, n_block, ib);
         if (ib % MM_AHEAD == 0) {
@@ -187,22 +266,7 @@ template <typename T, int N> static inline void mm_few_product(const uint8_t * w
         }
         T::numbers(w, stride, ib, words, kept, numbers);
         T::scales(words, ib % MM_AHEAD, scale, &min);
-        for (int i = 0; i < N; ++i) {
-            for (int part = 0; part < T::N_SCALE; ++part) {
-                ivec sum = i_set1(T::OFFSET*rows[ib].begin[T::N_SCALE == 1 ? 0 : 1 + part][i]);
-                for (int j = MM_GROUPS*part/T::N_SCALE; j < MM_GROUPS*(part + 1)/T::N_SCALE; j += N_ADDED) {
-                    ivec added = mm_part(sum);
-                    for (int k = 0; k < N_ADDED; ++k) {
-                        added = mm_dot<T>(added, numbers[j + k], mm_group(rows[ib], j + k, i));
-                    }
-                    sum = mm_add(sum, added);
-                }
-                y[i] = v_fma(i_to_float(sum), v_mul(scale[part], v_set1(rows[ib].scale[i])), y[i]);
-            }
-            if (T::HAS_MIN) {
-                y[i] = v_fma(min, v_set1(rows[ib].sum[i]), y[i]);
-            }
-        }
+        mm_block<T, N>(numbers, scale, min, rows[ib], y);
     }
 }
 

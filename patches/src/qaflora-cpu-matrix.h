@@ -7,14 +7,60 @@
 
 namespace QAFLORA_ISA {
 
-#if defined(__AVX2__)
+#if defined(__AVX2__) || (defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD))
+#define QAFLORA_HAS_PRODUCTS
 
 enum { MM_BLOCK = 32, MM_GROUPS = MM_BLOCK/4 };
 
-#if defined(__AVX512F__)
+#if defined(__aarch64__)
+
+typedef int32x4_t ivec;
+enum { MM_ROWS = 8, MM_PAIR = 2 };
+
+static inline ivec       i_of(uint8x16_t x)  { return vreinterpretq_s32_u8(x); }
+static inline uint8x16_t i_bytes(ivec x)     { return vreinterpretq_u8_s32(x); }
+static inline uint32x4_t i_bits(ivec x)      { return vreinterpretq_u32_s32(x); }
+static inline int64x2_t  i_long(ivec x)      { return vreinterpretq_s64_s32(x); }
+
+static inline ivec i_set1(int32_t x)         { return vdupq_n_s32(x); }
+static inline ivec i_load(const void * p)    { return i_of(vld1q_u8((const uint8_t *) p)); }
+static inline void i_store(void * p, ivec x) { vst1q_u8((uint8_t *) p, i_bytes(x)); }
+static inline vec  i_to_float(ivec x)        { return vcvtq_f32_s32(x); }
+static inline ivec i_nearest(vec x)          { return vcvtnq_s32_f32(x); }
+static inline ivec i_add(ivec x, ivec y)     { return vaddq_s32(x, y); }
+static inline int32_t i_sum(ivec x)          { return vaddvq_s32(x); }
+static inline void i_store_8(int8_t * p, ivec x) {
+    const int16x4_t narrow = vmovn_s32(x);
+    const int32_t bytes = vget_lane_s32(vreinterpret_s32_s8(vmovn_s16(vcombine_s16(narrow, narrow))), 0);
+    memcpy(p, &bytes, sizeof(bytes));
+}
+static inline float v_largest(vec x, vec y)  { return vmaxvq_f32(vmaxq_f32(vabsq_f32(x), vabsq_f32(y))); }
+static inline ivec i_low_32 (ivec x, ivec y) { return vzip1q_s32(x, y); }
+static inline ivec i_high_32(ivec x, ivec y) { return vzip2q_s32(x, y); }
+static inline ivec i_low_64 (ivec x, ivec y) { return vreinterpretq_s32_s64(vzip1q_s64(i_long(x), i_long(y))); }
+static inline ivec i_high_64(ivec x, ivec y) { return vreinterpretq_s32_s64(vzip2q_s64(i_long(x), i_long(y))); }
+static inline ivec i_and(ivec x, ivec y)     { return vandq_s32(x, y); }
+static inline ivec i_or (ivec x, ivec y)     { return vorrq_s32(x, y); }
+static inline ivec i_left (ivec x, int n)    { return vshlq_s32(x, vdupq_n_s32(n)); }
+static inline ivec i_shift(ivec x, int n)    { return vreinterpretq_s32_u32(vshlq_u32(i_bits(x), vdupq_n_s32(-n))); }
+static inline ivec i_right(ivec x, int n)    { return i_shift(x, n); }
+static inline ivec i_signed(ivec x, int n)   { return vshlq_s32(x, vdupq_n_s32(-n)); }
+static inline vec  i_halves(ivec x)          { return vcvt_f32_f16(vreinterpret_f16_u16(vmovn_u32(i_bits(x)))); }
+static inline ivec i_byte(ivec x, int i) {
+    const uint32_t first[4] = { 0, 0x04040404, 0x08080808, 0x0c0c0c0c };
+    return i_of(vqtbl1q_u8(i_bytes(x), vaddq_u8(vreinterpretq_u8_u32(vld1q_u32(first)), vdupq_n_u8((uint8_t) i))));
+}
+static inline ivec i_fifth(ivec x, ivec bits, ivec each) {
+    return i_or(x, i_of(vandq_u8(vtstq_u8(i_bytes(bits), i_bytes(each)), vdupq_n_u8(16))));
+}
+
+// 16 bytes of one of 4 rows
+static inline ivec i_load_rows(const uint8_t * p, size_t) { return i_load(p); }
+
+#elif defined(__AVX512F__)
 
 typedef __m512i ivec;
-enum { MM_ROWS = 12 };
+enum { MM_ROWS = 12, MM_PAIR = 1 };
 
 static inline ivec i_set1(int32_t x)         { return _mm512_set1_epi32(x); }
 static inline ivec i_load(const void * p)    { return _mm512_loadu_si512(p); }
@@ -60,7 +106,7 @@ static inline ivec i_load_rows(const uint8_t * p, size_t stride) {
 #else
 
 typedef __m256i ivec;
-enum { MM_ROWS = 6 };
+enum { MM_ROWS = 6, MM_PAIR = 1 };
 
 static inline ivec i_set1(int32_t x)         { return _mm256_set1_epi32(x); }
 static inline ivec i_load(const void * p)    { return _mm256_loadu_si256((const __m256i *) p); }
@@ -127,52 +173,12 @@ static inline void i_turn(const uint8_t * p, size_t stride, ivec * turned) {
     turned[3] = i_high_64(i_high_32(x0, x1), i_high_32(x2, x3));
 }
 
-// Bytes of W times bytes of x, in groups of 4: mm_dot() adds a group to part of a sum, mm_add() such a part of up to N_ADDED groups to all.
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-
-// bytes of W have no sign; a part goes on with the sum so far
-enum { MM_HALF = 128 };
-template <typename T> struct mm_n_added { enum { N = MM_GROUPS/T::N_SCALE }; };
-
-static inline ivec mm_unsigned(ivec w)              { return i_xor(w, i_set1((int32_t) 0x80808080)); }
-static inline ivec mm_part(ivec sum)                { return sum; }
-static inline ivec mm_add(ivec, ivec part)          { return part; }
-template <typename T> static inline ivec mm_dot(ivec part, ivec w, ivec x) {
-#if defined(__AVX512VNNI__)
-    return _mm512_dpbusd_epi32(part, w, x);
+enum { MM_HALF = 128 }; // bytes of W have no sign
+static inline ivec mm_unsigned(ivec w) { return i_xor(w, i_set1((int32_t) 0x80808080)); }
 #else
-    return _mm256_dpbusd_avx_epi32(part, w, x);
-#endif
-}
-
-#else
-
-// a part is of 16 bits, which N_ADDED groups do not exceed; bytes of W that have a sign give it to x
 enum { MM_HALF = 0 };
-template <typename T> struct mm_n_added { enum { N = T::N_ADDED }; };
-
 static inline ivec mm_unsigned(ivec w) { return w; }
-static inline ivec mm_part(ivec)       { return i_set1(0); }
-#if defined(__AVX512F__)
-static inline ivec mm_add(ivec sum, ivec part) { return _mm512_add_epi32(sum, _mm512_madd_epi16(part, _mm512_set1_epi16(1))); }
-template <typename T> static inline ivec mm_dot(ivec part, ivec w, ivec x) {
-    if (T::IS_SIGNED) {
-        x = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w), i_set1(0), x);
-        w = _mm512_abs_epi8(w);
-    }
-    return _mm512_add_epi16(part, _mm512_maddubs_epi16(w, x));
-}
-#else
-static inline ivec mm_add(ivec sum, ivec part) { return _mm256_add_epi32(sum, _mm256_madd_epi16(part, _mm256_set1_epi16(1))); }
-template <typename T> static inline ivec mm_dot(ivec part, ivec w, ivec x) {
-    if (T::IS_SIGNED) {
-        x = _mm256_sign_epi8(x, w);
-        w = _mm256_abs_epi8(w);
-    }
-    return _mm256_add_epi16(part, _mm256_maddubs_epi16(w, x));
-}
-#endif
-
 #endif
 
 // What blocks begin with, of W outputs and neighbouring blocks. Copied one by one: a gather takes longer.

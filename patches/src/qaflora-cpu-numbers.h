@@ -11,34 +11,22 @@ struct no_scale {
     static float scale(const uint8_t *, int64_t) { return 1.0f; }
 };
 
-struct f32_numbers : no_scale {
-    static size_t row_size(int64_t n)                  { return n*4; }
-    static float  at  (const uint8_t * row, int64_t i) { return ((const float *) row)[i]; }
-    static vec    load(const uint8_t * row, int64_t i) { return v_load((const float *) row + i); }
-    static vec    panel(const uint8_t * p, int64_t r, int o) { return v_load((const float *) p + r*QAFLORA_PANEL + o); }
-    static size_t panel_offset(int64_t r)              { return r*QAFLORA_PANEL*4; }
+struct as_f32  { typedef float    type; static vec load(const type * p) { return v_load(p); }      static float at(type x) { return x; } };
+struct as_f16  { typedef uint16_t type; static vec load(const type * p) { return v_load_f16(p); }  static float at(type x) { return f16_to_f32(x); } };
+struct as_bf16 { typedef uint16_t type; static vec load(const type * p) { return v_load_bf16(p); } static float at(type x) { return bf16_to_f32(x); } };
+
+template <typename S> struct plain_numbers : no_scale {
+    typedef typename S::type number;
+    static size_t row_size(int64_t n)                  { return n*sizeof(number); }
+    static float  at  (const uint8_t * row, int64_t i) { return S::at(((const number *) row)[i]); }
+    static vec    load(const uint8_t * row, int64_t i) { return S::load((const number *) row + i); }
+    static vec    panel(const uint8_t * p, int64_t r, int o) { return S::load((const number *) p + r*QAFLORA_PANEL + o); }
+    static size_t panel_offset(int64_t r)              { return r*QAFLORA_PANEL*sizeof(number); }
 };
 
-struct f16_numbers : no_scale {
-    static size_t row_size(int64_t n)                  { return n*2; }
-    static float  at  (const uint8_t * row, int64_t i) { return f16_to_f32(((const uint16_t *) row)[i]); }
-    static vec    load(const uint8_t * row, int64_t i) { return v_load_f16((const uint16_t *) row + i); }
-    static vec    panel(const uint8_t * p, int64_t r, int o) { return v_load_f16((const uint16_t *) p + r*QAFLORA_PANEL + o); }
-    static size_t panel_offset(int64_t r)              { return r*QAFLORA_PANEL*2; }
-};
-
-struct bf16_numbers : no_scale {
-    static size_t row_size(int64_t n) { return n*2; }
-    static float  at  (const uint8_t * row, int64_t i) {
-        const uint32_t bits = (uint32_t) ((const uint16_t *) row)[i] << 16;
-        float x;
-        memcpy(&x, &bits, sizeof(x));
-        return x;
-    }
-    static vec    load(const uint8_t * row, int64_t i) { return v_load_bf16((const uint16_t *) row + i); }
-    static vec    panel(const uint8_t * p, int64_t r, int o) { return v_load_bf16((const uint16_t *) p + r*QAFLORA_PANEL + o); }
-    static size_t panel_offset(int64_t r)              { return r*QAFLORA_PANEL*2; }
-};
+typedef plain_numbers<as_f32>  f32_numbers;
+typedef plain_numbers<as_f16>  f16_numbers;
+typedef plain_numbers<as_bf16> bf16_numbers;
 
 // rows of A have F32 scales first, then the numbers: see qaflora-cpu-store.h
 struct q8_0_numbers : no_scale {

@@ -15,6 +15,13 @@
 
 namespace QAFLORA_ISA {
 
+static inline float bf16_to_f32(uint16_t h) {
+    const uint32_t bits = (uint32_t) h << 16;
+    float x;
+    memcpy(&x, &bits, sizeof(x));
+    return x;
+}
+
 #if defined(__AVX512F__)
 
 enum { W = 16 };
@@ -129,12 +136,6 @@ static inline float f16_to_f32(uint16_t h) {
     memcpy(&x, &bits, sizeof(x));
     return x;
 }
-static inline float bf16_to_f32(uint16_t h) {
-    const uint32_t bits = (uint32_t) h << 16;
-    float x;
-    memcpy(&x, &bits, sizeof(x));
-    return x;
-}
 
 #define QAFLORA_EACH(expr) vec res; for (int i = 0; i < W; ++i) { res.x[i] = (expr); } return res
 static inline vec   v_set1(float x)              { QAFLORA_EACH(x); }
@@ -162,14 +163,14 @@ enum { NV = QAFLORA_PANEL/W };
 // Adapters are read once a token, in runs too short for the processor to foresee: what comes so many bytes later is asked for now.
 enum { PREFETCH = 4096 };
 
-static inline void v_prefetch(const void * p) {
 #if defined(__GNUC__)
-    __builtin_prefetch((const char *) p + PREFETCH);
+static inline void v_prefetch(const void * p)        { __builtin_prefetch((const char *) p + PREFETCH); }
+static inline void v_prefetch_second(const void * p) { __builtin_prefetch(p, 0, 2); } // not into the smallest cache
 #elif defined(__AVX2__)
-    _mm_prefetch((const char *) p + PREFETCH, _MM_HINT_T0);
+static inline void v_prefetch(const void * p)        { _mm_prefetch((const char *) p + PREFETCH, _MM_HINT_T0); }
+static inline void v_prefetch_second(const void * p) { _mm_prefetch((const char *) p, _MM_HINT_T1); }
 #else
-    (void) p;
+static inline void v_prefetch(const void *)          {}
 #endif
-}
 
 } // namespace QAFLORA_ISA

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <exception>
 #include <string>
 
 // sets qaflora_last_error()
@@ -12,3 +13,13 @@ std::string qaflora_format(const char * fmt, ...);
 
 // throws std::runtime_error
 [[noreturn]] void qaflora_fail(const std::string & message);
+
+// what a call returns; where it throws nothing, and qaflora_last_error() says why
+template <typename F> auto qaflora_guarded(F call) -> decltype(call()) {
+    try {
+        return call();
+    } catch (const std::exception & err) {
+        qaflora_set_error(err.what());
+        return {};
+    }
+}

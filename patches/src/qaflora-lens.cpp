@@ -61,9 +61,7 @@ static void run_parallel(int n_threads, int32_t n_task, const std::function<void
     }
 }
 
-//
 // final norm, on the host in float64
-//
 
 struct final_norm {
     std::vector<float> weight; // [n_embd] or empty
@@ -96,9 +94,7 @@ struct final_norm {
     }
 };
 
-//
 // projection: logits of rows, on the device that holds the head
-//
 
 struct qaflora_lens_state {
     std::vector<float>   bias; // [n_vocab] of the head, or empty
@@ -209,15 +205,18 @@ private:
     }
 };
 
-static qaflora_lens_state & lens_of(llama_context & ctx, qaflora_context & qf) {
-    if (!ctx.get_model().output) {
+static qaflora_lens_state & lens_of(llama_context * ctx) {
+    if (!ctx || !ctx->qaflora) {
+        throw std::runtime_error("this context was not made by qaflora_context_init");
+    }
+    if (!ctx->get_model().output) {
         throw std::runtime_error("the base has no head to project states with");
     }
-    if (!qf.lens) {
-        qf.lens = std::make_shared<qaflora_lens_state>(ctx.get_model());
+    if (!ctx->qaflora->lens) {
+        ctx->qaflora->lens = std::make_shared<qaflora_lens_state>(ctx->get_model());
     }
-    ctx.synchronize();
-    return *qf.lens;
+    ctx->synchronize();
+    return *ctx->qaflora->lens;
 }
 
 // Tokens of the vocabulary that are projected at once, so that the logits of n_row rows stay small: all of them where the
@@ -231,9 +230,7 @@ static int64_t tokens_at_once(const llama_model & model, int64_t n_row) {
     return std::min(w->ne[1], std::max(n, SLICE_STEP));
 }
 
-//
 // divergence
-//
 
 // rows [1 + n_adapter, n_embd] of one layer: what the head sees of the base, and how each adapter moves it, divided by
 // units [1 + n_adapter]. A unit is a power of two, so that nothing is rounded, and leaves values below 1: kernels that
@@ -295,12 +292,9 @@ static void check_finite(int32_t n_adapter, int32_t n_layer, int32_t n_embd, con
 }
 
 int32_t qaflora_divergence(llama_context * ctx, enum qaflora_lens lens, int32_t n_adapter, const float * base, const float * adapted, double * div) {
-    try {
-        if (!ctx || !ctx->qaflora) {
-            throw std::runtime_error("this context was not made by qaflora_context_init");
-        }
+    return qaflora_guarded([&] {
+        qaflora_lens_state & state = lens_of(ctx);
         qaflora_context & qf = *ctx->qaflora;
-        qaflora_lens_state & state = lens_of(*ctx, qf);
         check_finite(n_adapter, qf.n_layer, qf.n_embd, base, adapted);
         const final_norm norm(ctx->get_model());
         const qaflora_kernels & kernels = qaflora_best_kernels();
@@ -354,18 +348,12 @@ int32_t qaflora_divergence(llama_context * ctx, enum qaflora_lens lens, int32_t 
             }
         }
         return 1;
-    } catch (const std::exception & err) {
-        qaflora_set_error(err.what());
-        return 0;
-    }
+    });
 }
 
 int32_t qaflora_project(llama_context * ctx, int32_t n_row, const float * rows, float * logits) {
-    try {
-        if (!ctx || !ctx->qaflora) {
-            throw std::runtime_error("this context was not made by qaflora_context_init");
-        }
-        qaflora_lens_state & state = lens_of(*ctx, *ctx->qaflora);
+    return qaflora_guarded([&] {
+        qaflora_lens_state & state = lens_of(ctx);
         const int64_t n_vocab = ctx->get_model().output->ne[1];
         const int32_t n_chunk = (int32_t) std::max<size_t>(1, LENS_LOGITS_BYTES/(n_vocab*sizeof(float)*state.n_part()));
         for (int32_t i = 0; i < n_row; i += n_chunk) {
@@ -374,27 +362,5 @@ int32_t qaflora_project(llama_context * ctx, int32_t n_row, const float * rows, 
             std::copy(z, z + n*n_vocab, logits + i*n_vocab);
         }
         return 1;
-    } catch (const std::exception & err) {
-        qaflora_set_error(err.what());
-        return 0;
-    }
-}
-
-int32_t qaflora_final_norm(llama_context * ctx, int32_t n_row, const float * rows, float * normed) {
-    try {
-        if (!ctx || !ctx->qaflora) {
-            throw std::runtime_error("this context was not made by qaflora_context_init");
-        }
-        const int32_t n_embd = ctx->qaflora->n_embd;
-        const final_norm norm(ctx->get_model());
-        std::vector<double> y(n_embd);
-        for (int32_t i = 0; i < n_row; ++i) {
-            norm.apply(rows + (size_t) i*n_embd, y.data(), n_embd);
-            std::copy(y.begin(), y.end(), normed + (size_t) i*n_embd);
-        }
-        return 1;
-    } catch (const std::exception & err) {
-        qaflora_set_error(err.what());
-        return 0;
-    }
+    });
 }

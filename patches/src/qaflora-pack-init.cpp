@@ -47,7 +47,7 @@ static void allocate(qaflora_pack & pack, const qaflora_plan & plan) {
 }
 
 qaflora_pack * qaflora_pack_init(llama_model * model, const char * const * paths, int32_t n_adapter, enum qaflora_adapter_type type) {
-    try {
+    return qaflora_guarded([&] {
         if (!model || n_adapter < 0) {
             qaflora_fail("a pack needs a model");
         }
@@ -75,10 +75,7 @@ qaflora_pack * qaflora_pack_init(llama_model * model, const char * const * paths
         allocate(*pack, plan);
         qaflora_fill_pack(*pack, files, plan);
         return pack.release();
-    } catch (const std::exception & err) {
-        qaflora_set_error(err.what());
-        return nullptr;
-    }
+    });
 }
 
 void qaflora_pack_free(qaflora_pack * pack) {

@@ -107,9 +107,6 @@ LLAMA_API int32_t qaflora_divergence(struct llama_context * ctx, enum qaflora_le
 // logits [n_row, n_vocab] = head of the rows [n_row, n_embd], as they are. Returns 1 on success.
 LLAMA_API int32_t qaflora_project(struct llama_context * ctx, int32_t n_row, const float * rows, float * logits);
 
-// normed [n_row, n_embd] = the base's final norm of rows. Returns 1 on success.
-LLAMA_API int32_t qaflora_final_norm(struct llama_context * ctx, int32_t n_row, const float * rows, float * normed);
-
 LLAMA_API struct qaflora_stats qaflora_get_stats(struct llama_context * ctx);
 
 #ifdef __cplusplus

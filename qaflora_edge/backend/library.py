@@ -56,7 +56,6 @@ _PROTOTYPES: dict[str, Prototype] = {
     "get_inputs": (_INT, [_HANDLE, _INT, _ARRAY, _LONG]),
     "divergence": (_INT, [_HANDLE, _INT, _INT, _ARRAY, _ARRAY, _ARRAY]),
     "project": (_INT, [_HANDLE, _INT, _ARRAY, _ARRAY]),
-    "final_norm": (_INT, [_HANDLE, _INT, _ARRAY, _ARRAY]),
 }
 _GGML: dict[str, Prototype] = {
     "load_all_from_path": (None, [_TEXT]),

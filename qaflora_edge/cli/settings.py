@@ -77,7 +77,7 @@ _OF_ENVIRONMENT = {
     "QAFLORA_CONFIG": ("a file", "The settings file to read instead of the usual."),
     "QAFLORA_LIB_PATH": ("a folder", "The native library to load instead of the package's own."),
     "QAFLORA_CPU_KERNELS": (
-        "avx512vnni, avxvnni, avx512, avx2, neon, portable or ggml",
+        "avx512vnni, avxvnni, avx512, avx2, i8mm, dotprod, neon, portable or ggml",
         "Kernels for adapters on the CPU, for comparisons; ggml is its own operations.",
     ),
     "QAFLORA_RPC_TIMEOUT": (

@@ -108,6 +108,7 @@ class Core:
             shape: Any = {"n_ctx": self._n_first, "n_seq": n_parallel + 1}
             shape["n_output"] = max(n_parallel + 1, N_OUTPUT)
             self.context = context = enter(Context(model, self.pack, **shape, **options))
+            self._is_exact = context.is_flash_off and self.pack.n_alike >= N_OUTPUT  # see Scheduler
             self.draft = self._drafts(draft)
             check_unchanged(states)  # llama.cpp opened the files by name, after the checks
             from qaflora_edge.backend.prefix import Prefixes
@@ -119,8 +120,7 @@ class Core:
             prober = Prober(*made, infos=infos, sizes=sizes(), prefixes=prefixes)
             self.prober = enter(closing(prober))
             # Nothing here refers to this Core: a circle would keep it alive.
-            chunks = context.chunks()
-            scheduler = Scheduler(n_parallel + 1, chunks, n_parallel, is_exact=self._is_exact)
+            scheduler = Scheduler(n_parallel + 1, context.chunks(), n_parallel, self._is_exact)
             self.loop = enter(closing(Loop(model, context, scheduler, stop)))
         except BaseException:
             self._free()
@@ -138,11 +138,6 @@ class Core:
         drafter = Drafter(self.model, self.pack, options)
         self._free_later(drafter.close)
         return drafter
-
-    @property
-    def _is_exact(self) -> bool:
-        """Tell whether the rows of one pass have the bits that each has alone."""
-        return self.context.is_flash_off and self.pack.n_alike >= N_OUTPUT
 
     def _drafts(self, asked: int | str) -> int | None:
         """Give the most tokens of a guess, 0 for none, None for as many as pay.

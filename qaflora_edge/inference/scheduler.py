@@ -169,12 +169,7 @@ class Scheduler:
     """
 
     def __init__(
-        self,
-        n_slot: int,
-        chunks: Chunks,
-        n_running: int | None = None,
-        *,
-        is_exact: bool = False,
+        self, n_slot: int, chunks: Chunks, n_running: int | None = None, is_exact: bool = False
     ) -> None:
         self.slots = [Slot(number) for number in range(n_slot)]
         self.n_running = n_running or n_slot
