@@ -1,13 +1,17 @@
 """Attack `qaflora serve` from this machine: is everybody else still answered, does memory stay?
 
-    python benchmarks/doors.py BUNDLE [--only silent slow long adds] [--cycles 50] [--adapter FILE]
+    python benchmarks/doors.py BUNDLE [--only silent slow infill long two adds] [--save FILE]
 
-Starts a server of the bundle for each attack, and prints a table:
+Starts a server of the bundle for each attack, and prints a table. `before` is what was measured of
+demo/ before these doors were closed, as RECORD has it:
 
     silent  1,000 connections that send nothing, or half a head; others ask once a second
     slow    8 bodies of 4 MB that come byte by byte; then one of 100 kB is sent whole
-    long    /infill with 600 kB, then for --prompt tokens of it; short chats are asked beside both
-    adds    --adapter is added and removed, with a chat after each; memory after each cycle
+    infill  /infill with 600 kB; short chats are asked beside it
+    long    the same with --prompt tokens of it, for --seconds
+    two     two such prompts, which have nothing in common
+    adds    --adapter is added and removed --cycles times, with a chat after each, under qa-flora:
+            its probe needs a sequence for each adapter
 
 All connections go to 127.0.0.1. Other options go to `qaflora serve`.
 """
@@ -16,15 +20,16 @@ import argparse
 import contextlib
 import http.client
 import json
-import math
 import shutil
 import socket
+import statistics
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +42,9 @@ SLOW_BYTES = 4_000_000
 LONG_BYTES = 600_000
 PATIENCE_S = 900.0
 CHAT = "/v1/chat/completions"
-SHORT = {"messages": [{"role": "user", "content": "Is 7 a prime? " * 8}], "max_tokens": 1}
 CODE = "def area(width, height):\n    return width * height\n\n"
+OTHER_CODE = "class Circle:\n    def __init__(self, radius):\n        self.radius = radius\n\n"
+RECORD = Path(__file__).parent / "results" / "doors.json"
 Row = tuple[str, object]
 
 
@@ -50,6 +56,11 @@ def asked(port: int, path: str, body: Any = None, timeout_s: float = PATIENCE_S)
         connection.request("GET" if body is None else "POST", path, data)
         response = connection.getresponse()
         return response.status, response.read().decode("utf-8", "replace")
+
+
+def short_chat(number: int) -> dict[str, Any]:
+    text = f"Is {number} a prime? " * 8
+    return {"messages": [{"role": "user", "content": text}], "max_tokens": 1}
 
 
 def connected(port: int) -> socket.socket:
@@ -112,47 +123,56 @@ def slow(port: int, pid: int, options: argparse.Namespace) -> Iterator[Row]:
             thread.join()
 
 
-def beside(port: int, most_s: float, work: Callable[[], tuple[int, str]]) -> Iterator[Row]:
-    """Ask short chats until one long request is answered, or for so many seconds."""
+def infill_of(code: str, **more: Any) -> dict[str, Any]:
+    part = code * (LONG_BYTES // len(code) // 2)
+    return {"input_prefix": part, "input_suffix": part, "n_predict": 8, **more}
+
+
+def beside(port: int, pid: int, most_s: float, bodies: list[dict[str, Any]]) -> Iterator[Row]:
+    """Ask short chats until all bodies for /infill are answered, or for so many seconds."""
+    start = time.monotonic()
+    asked(port, CHAT, short_chat(7))
+    yield "a short chat alone, s", round(time.monotonic() - start, 2)
+    yield "memory before, MB", mb_of(pid)
     waits: list[float] = []
-    answer: list[tuple[int, str]] = []
-    thread = threading.Thread(target=lambda: answer.append(work()), daemon=True)
-    begin = time.monotonic()
-    thread.start()
-    time.sleep(1)
-    while thread.is_alive() and time.monotonic() < begin + most_s:
-        start = time.monotonic()
-        status, text = asked(port, CHAT, SHORT)
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        begin = time.monotonic()
+        answers = [pool.submit(asked, port, "/infill", body, most_s) for body in bodies]
+        time.sleep(1)
+        while not all(answer.done() for answer in answers):
+            start = time.monotonic()
+            status, text = asked(port, CHAT, short_chat(100 + len(waits)))
+            if status != 200:
+                raise SystemExit(f"a short chat: {status} {text}")
+            waits.append(time.monotonic() - start)
+            time.sleep(0.5)
+        taken_s = time.monotonic() - begin
+    for answer in answers:
+        if isinstance(answer.exception(), TimeoutError):
+            continue
+        status, text = answer.result()
         if status != 200:
-            raise SystemExit(f"a short chat: {status} {text}")
-        waits.append(time.monotonic() - start)
-        time.sleep(0.5)
-    for status, text in answer:
-        if status != 200:
-            raise SystemExit(f"the long request: {status} {text}")
-        found = json.loads(text)
-        yield "prompt, tokens", found.get("tokens_evaluated") or found["usage"]["prompt_tokens"]
-    end = "answered after" if answer else "not answered after"
-    yield f"{end}, s", round(time.monotonic() - begin, 1)
-    yield "short chats beside it", len(waits)
-    yield "longest of them, s", round(max(waits, default=math.nan), 2)
+            raise SystemExit(f"/infill: {status} {text}")
+        yield "prompt, tokens", json.loads(text)["tokens_evaluated"]
+    yield "s beside it", round(taken_s, 1)
+    yield "short chats in that time", len(waits)
+    yield "median of them, s", round(statistics.median(waits), 2)
+    yield "longest of them, s", round(max(waits), 2)
+    yield "memory after it, MB", mb_of(pid)
+
+
+def infill(port: int, pid: int, options: argparse.Namespace) -> Iterator[Row]:
+    yield from beside(port, pid, options.seconds, [infill_of(CODE)])
 
 
 def long(port: int, pid: int, options: argparse.Namespace) -> Iterator[Row]:
-    start, most_s = time.monotonic(), options.seconds
-    asked(port, CHAT, SHORT)
-    yield "a short chat alone, s", round(time.monotonic() - start, 2)
-    yield "memory before, MB", mb_of(pid)
-    code = CODE * (LONG_BYTES // len(CODE) // 2)
-    infill = {"input_prefix": code, "input_suffix": code, "n_predict": 8}
-    for name, value in beside(port, most_s, lambda: asked(port, "/infill", infill)):
-        yield f"infill: {name}", value
-    yield "memory after infill, MB", mb_of(pid)
-    infill["n_prompt"] = options.prompt
-    if options.prompt:
-        for name, value in beside(port, most_s, lambda: asked(port, "/infill", infill)):
-            yield f"long prompt: {name}", value
-        yield "memory after it, MB", mb_of(pid)
+    body = infill_of(CODE, n_prompt=options.prompt)
+    yield from beside(port, pid, options.seconds, [body])
+
+
+def two(port: int, pid: int, options: argparse.Namespace) -> Iterator[Row]:
+    bodies = [infill_of(code, n_prompt=options.prompt) for code in (CODE, OTHER_CODE)]
+    yield from beside(port, pid, options.seconds, bodies)
 
 
 def adds(port: int, pid: int, options: argparse.Namespace) -> Iterator[Row]:
@@ -162,7 +182,7 @@ def adds(port: int, pid: int, options: argparse.Namespace) -> Iterator[Row]:
         for each, body in zip(path, ({"lora_path": "more.gguf"}, {}), strict=True):
             status, text = asked(port, each, {"lora_name": "more", **body})
             if status == 200:
-                status, text = asked(port, CHAT, {**SHORT, "max_tokens": 4})
+                status, text = asked(port, CHAT, short_chat(number))
             if status != 200:
                 raise SystemExit(f"{each}: {status} {text}")
         sizes.append(mb_of(pid))
@@ -176,7 +196,13 @@ def mb_of(pid: int) -> float:
     return round(status_bytes("RssAnon", pid) / 1e6, 1)
 
 
-ATTACKS = {each.__name__: each for each in (silent, slow, long, adds)}
+ATTACKS = {each.__name__: each for each in (silent, slow, infill, long, two, adds)}
+
+
+def adapter_of(bundle: Path) -> Path:
+    """The bundle's last adapter: under another name it may be added once more."""
+    document = json.loads((bundle / "bundle.json").read_bytes())
+    return bundle / document["adapters"][-1]["file"]
 
 
 def main() -> None:
@@ -184,24 +210,30 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--only", nargs="+", choices=[*ATTACKS], default=[*ATTACKS])
     parser.add_argument("--cycles", type=int, default=50)
-    parser.add_argument("--adapter", type=Path, help="an adapter GGUF; without it, no adds")
-    parser.add_argument("--prompt", type=int, default=32_000, help="tokens; 0: no long prompt")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="of a long request at most")
+    parser.add_argument("--adapter", type=Path, help="a GGUF; by default the bundle's last one")
+    parser.add_argument("--prompt", type=int, default=32_000, help="tokens of a long prompt")
+    parser.add_argument("--seconds", type=float, default=100.0, help="of long requests, at most")
+    parser.add_argument("--save", type=Path, help="write what was measured, as JSON")
     options, more = parser.parse_known_args()
-    print("| attack | measured | |\n|---|---|--:|")
+    before = json.loads(RECORD.read_bytes())["before"]
+    measured: dict[str, dict[str, object]] = {}
+    print("| attack | measured | before | now |\n|---|---|--:|--:|")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "adapters"
         folder.mkdir()
-        if options.adapter is not None:
-            shutil.copy(options.adapter, folder / "more.gguf")
-        command = [sys.executable, "-m", "qaflora_edge", "serve", str(options.bundle), *more]
+        shutil.copy(options.adapter or adapter_of(options.bundle), folder / "more.gguf")
+        command = [sys.executable, "-P", "-m", "qaflora_edge", "serve", str(options.bundle), *more]
         command += ["--allow-adapters", str(folder)]
         for name in options.only:
-            if name == "adds" and options.adapter is None:
-                continue
-            with started(command, Path(place) / "log") as (process, port):
+            rows = measured[name] = {}
+            strategy = ["--strategy", "qa-flora"] if name == "adds" else []
+            with started([*command, *strategy], Path(place) / "log") as (process, port):
                 for what, value in ATTACKS[name](port, process.pid, options):
-                    print(f"| {name} | {what} | {value} |", flush=True)
+                    rows[what] = value
+                    was = before.get(name, {}).get(what, "")
+                    print(f"| {name} | {what} | {was} | {value} |", flush=True)
+    if options.save:
+        options.save.write_text(json.dumps(measured, indent=1) + "\n")
 
 
 if __name__ == "__main__":

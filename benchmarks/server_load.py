@@ -1,6 +1,6 @@
 """Mixed load on `qaflora serve` for minutes: are answers those given alone, does memory grow?
 
-    python benchmarks/server_load.py BUNDLE... [--minutes 10] [--clients 8] [--probers 8]
+    python benchmarks/server_load.py BUNDLE... [--minutes 10] [--clients 5] [--probers 12]
 
 Options that it does not have go to `qaflora serve`.
 
@@ -90,7 +90,8 @@ class Client:
         self.longest_s = 0.0
         self._port, self._models, self._changing = port, models, changing
         self._random = random.Random(seed)
-        self._name = f"more{seed}"
+        self._seed = seed
+        self._left: list[str] = []
 
     def warm(self, models: list[str]) -> None:
         """Ask models what takes the most memory, while others do."""
@@ -205,7 +206,10 @@ class Client:
         self._expect(400, CHAT, {**self._body(), **wrong})
 
     def _small(self) -> None:
-        path = self._random.choice((*READ, *ASK, ADD))
+        if not self._left:
+            self._left = [*READ, *ASK, ADD]
+            self._random.shuffle(self._left)
+        path = self._left.pop()
         self.paths[path] += 1
         if path == ADD:
             self._change()
@@ -220,10 +224,12 @@ class Client:
 
     def _change(self) -> None:
         """Add an adapter, and remove it."""
-        self.paths[REMOVE] += 1
-        body = {"model": self._changing, "lora_name": self._name}
-        self._expect(200, ADD, {**body, "lora_path": ADAPTER})
-        self._expect(200, REMOVE, body)
+        name = f"more{self._seed}-{self.paths[ADD]}"
+        body = {"model": self._changing, "lora_name": name}
+        data = self._expect(200, ADD, {**body, "lora_path": ADAPTER})
+        if data.startswith(b"Success"):
+            self.paths[REMOVE] += 1
+            self._expect(200, REMOVE, body)
 
 
 def memory_mb(field: str, pid: int) -> float:
@@ -270,10 +276,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundles", nargs="+", metavar="BUNDLE")
     parser.add_argument("--minutes", type=int, default=10)
-    parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--probers", type=int, default=8)
-    parser.add_argument("--probes", type=int, default=40)
-    parser.add_argument("--limit-mb", type=float, default=30)
+    parser.add_argument("--clients", type=int, default=5)
+    parser.add_argument("--probers", type=int, default=12)
+    parser.add_argument("--probes", type=int, default=24)
+    parser.add_argument("--limit-mb", type=float, default=60)
     parser.add_argument("--adapter", type=Path, required=True, help="a GGUF for the last bundle")
     options, of_serve = parser.parse_known_args()
     rests: list[dict[str, float]] = []
