@@ -5,16 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from decoded import run_alone
 from raw_context import stats
 from tiny import write_tiny_adapter, write_tiny_base
 
-from qaflora_edge.backend.batch import N_TILE, Chunks, Span, chunks_of, n_ubatch
-from qaflora_edge.backend.context import Context
-from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.backend.batch import N_TILE, Chunks, chunks_of, n_ubatch
 from qaflora_edge.engine import Engine
-from qaflora_edge.formats.base import read_base
-from qaflora_edge.weighing.probe import Prober
 
 TOKENS = np.random.default_rng(5).integers(0, 256, 700).tolist()
 
@@ -86,43 +81,6 @@ def test_prompts_are_alike_as_far_as_all_their_cuts_are() -> None:
         assert chunks.n_shared(a, b) == max(alike, default=0)
         n_found += len(alike) > 0
     assert n_found > 500
-
-
-@pytest.mark.parametrize(
-    ("k", "n", "expected"),
-    [
-        (1, 700, [128, 128, 128, 128, 188]),
-        (3, 100, [100]),
-        (3, 300, [64, 64, 64, 108]),
-        (8, 256, [64] * 4),
-        (8, 40, [40]),
-    ],
-)
-def test_a_piece_of_the_probe_is_one_micro_batch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, k: int, n: int, expected: list[int]
-) -> None:
-    base = write_tiny_base(tmp_path / "base.gguf", n_ctx=1024)
-    paths = [write_tiny_adapter(tmp_path / f"{i}.gguf", base, seed=i).path for i in range(k)]
-    lengths: list[int] = []
-    n_decoded: list[int] = []
-    decode = Context.decode_spans
-
-    def noting(self: Context, spans: Sequence[Span]) -> list[int]:
-        before = stats(self._pointer).n_decoded
-        assert [span.seq for span in spans] == list(range(1 + k))
-        (length,) = {len(span.tokens) for span in spans}
-        rows = decode(self, spans)
-        lengths.append(length)
-        n_decoded.append(stats(self._pointer).n_decoded - before)
-        return rows
-
-    monkeypatch.setattr(Context, "decode_spans", noting)
-    model = Model(read_base(base.path))
-    prober = Prober(model, Pack(model, paths), {"threads": 1})
-    run_alone(prober.states(TOKENS[:n], range(k)))
-    assert lengths == expected
-    assert n_decoded == [1] * len(expected)
-    prober.close()
 
 
 def test_a_piece_of_a_prompt_is_one_micro_batch(

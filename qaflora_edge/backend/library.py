@@ -143,8 +143,7 @@ def ggml_of(lib: ctypes.CDLL) -> SimpleNamespace:
 def _load_backends(lib: ctypes.CDLL, folder: Path) -> None:
     """Load the backends that are files: of the CPU's, the best that this processor can run.
 
-    Left to itself llama.cpp looks for them in the folder of the program and the current one
-    (0c1e5709, ggml-backend-reg.cpp ggml_backend_load_best), and takes one more from a variable.
+    llama.cpp 0c1e5709, ggml_backend_load_best, would look in the current folder as well.
     """
     ggml = ggml_of(lib)
     if ggml.reg_count():  # this build has them linked

@@ -116,11 +116,7 @@ def convert(
 
 
 def _use_one_blas_thread() -> None:
-    """Keep numpy's products in one thread, unless the user chose a number.
-
-    OpenBLAS waits for its threads by spinning. Where other programs keep the cores busy, verifying
-    took 16 times as long with two threads; where none do, the second gains little.
-    """
+    """Keep numpy's products in one thread, unless the user chose: others spin beside busy cores."""
     if "numpy" not in sys.modules:  # it is read when numpy is loaded
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 

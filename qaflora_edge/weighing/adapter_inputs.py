@@ -27,11 +27,7 @@ def _thread_pools() -> Any:
 
 @contextmanager
 def _on_one_thread() -> Iterator[None]:
-    """Keep BLAS to one thread.
-
-    OpenBLAS's threads wait busily and keep their cores from the next decode: the first token after
-    100 were summed up took 120 ms instead of 37, with two cores.
-    """
+    """Keep BLAS to one thread: OpenBLAS's others spin, and keep cores from the next decode."""
     with _limiting, _thread_pools().limit(limits=1, user_api="blas"):
         yield
 
