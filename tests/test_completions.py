@@ -17,8 +17,8 @@ from tiny import CHATML, QWEN, constant_logits, write_tiny_adapter, write_tiny_b
 
 from qaflora_edge import Engine
 from qaflora_edge.ask import Tools
-from qaflora_edge.dialects.openai_shapes import ShownTokens
-from qaflora_edge.dialects.openai_text import text_logprobs
+from qaflora_edge.dialects.shapes import ShownTokens
+from qaflora_edge.dialects.texts import text_logprobs
 from qaflora_edge.errors import ModalityError, OptionError, PromptError, ToolsError
 from qaflora_edge.inference.sequence import TokenLogprob
 from qaflora_edge.prompt.calls import FORMATS, CallFormat, Calls

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from qaflora_edge.ask import Ask, Chat, Sampling, Weighing
-from qaflora_edge.dialects import llama_server, ollama, openai_chat, openai_responses, openai_text
-from qaflora_edge.dialects.extras import weighing_of
+from qaflora_edge.dialects import ollama, openai_chat, openai_responses, texts
+from qaflora_edge.dialects.options import weighing_of
 from qaflora_edge.errors import OptionError
 
 DEFAULTS = Ask((), Weighing("static"), Sampling(temperature=0.5, seed=3))
@@ -18,7 +18,8 @@ OLLAMA: dict[str, Any] = {"messages": USER, "format": ""}
 class Spoken(SimpleNamespace):
     """A generation that has ended."""
 
-    calls, draft, wants_logprobs, finish_reason, reasoning = None, None, False, "stop", ""
+    calls = draft = fusion = None
+    wants_logprobs, finish_reason, reasoning = False, "stop", ""
     n_prompt = n_cached = n_completion = n_draft = n_thought = 2
 
     def __iter__(self) -> Any:
@@ -41,8 +42,8 @@ def test_one_question_is_one_ask_in_every_dialect() -> None:
 
 def test_texts_are_taken_as_they_are() -> None:
     for ask in (
-        *openai_text.asks({"prompt": ["a", [5]]}, DEFAULTS),
-        llama_server.ask({"prompt": "a", "n_predict": 16}, DEFAULTS),
+        *texts.asks({"prompt": ["a", [5]]}, DEFAULTS),
+        texts.ask({"prompt": "a", "n_predict": 16}, DEFAULTS),
     ):
         assert (ask.parse_special, ask.sampling.max_tokens, ask.sampling.seed) == (True, 16, 3)
 
@@ -54,7 +55,7 @@ def test_an_answer_in_every_dialect() -> None:
     assert deltas == [{"role": "assistant"}, *told, {}]
     lines = ollama.events({}, ollama.text_fields, True, lambda _: {"eval_count": 2}, [answer])
     assert [line["response"] for line in lines] == ["", "Yes", ".", ""]
-    events = llama_server.events({"stream": True}, "tiny", [answer])
+    events = texts.events({"stream": True}, "tiny", [answer])
     assert [event["content"] for event in events] == ["Yes", ".", ""]
 
 

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from qaflora_edge.errors import wrong_option
+from qaflora_edge.formats.inputs import Json, Object
 from qaflora_edge.inference.decision import Decision
 
-CRITERIA: dict[str, Any] = {
+CRITERIA: Json = {
     "noul": {},
     "choice": {"label": "what it means"},
     "score": ["level 0", "level 1"],
@@ -31,21 +32,20 @@ def read_question(name: str, state: Any, question: Any) -> tuple[str, dict[str, 
         raise wrong_option(field, question, expected)
     kind = question["type"]
     example = CRITERIA[kind]
-    criteria = question.get("criteria") or {}
+    criteria: Any = question.get("criteria") or {}
     is_missing = bool(example) and not criteria
     if type(criteria) is not type(example) or is_missing:
         raise wrong_option(f"{field}.criteria", criteria, f"such as {json.dumps(example)}")
-    parts = (_written(state), _written(question.get("instructions")))
-    text = "\n\n".join(parts).strip()
+    situation = _written(state)
+    instructions = _written(question.get("instructions"))
+    text = f"{situation}\n\n{instructions}".strip()
     if kind == "score":
-        choices = _levels(list(criteria))
-    elif kind == "choice":
-        choices = {label: _written(means) for label, means in criteria.items()}
-    else:
-        yes = _written(criteria.get("true"))
-        no = _written(criteria.get("false"))
-        choices = {"yes": yes, "no": no}
-    return text, choices
+        return text, _levels(criteria)
+    if kind == "choice":
+        return text, {label: _written(means) for label, means in criteria.items()}
+    yes = _written(criteria.get("true"))
+    no = _written(criteria.get("false"))
+    return text, {"yes": yes, "no": no}
 
 
 def _levels(criteria: Sequence[Any]) -> dict[str, str]:
@@ -59,7 +59,7 @@ def _written(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def answer(question: Mapping[str, Any], decision: Decision) -> dict[str, Any]:
+def answer(question: Object, decision: Decision) -> Json:
     """Return the answer to a question."""
     shares = [round(float(share), 6) for share in decision.probabilities]
     kind = question["type"]
@@ -69,12 +69,15 @@ def answer(question: Mapping[str, Any], decision: Decision) -> dict[str, Any]:
     confidence = 1.0  # of one choice; of equal shares it is 0
     if n_choice > 1:
         confidence = round((n_choice * max(shares) - 1) / (n_choice - 1), 6)
-    shown = {
+    shown: Json = {
         "type": kind,
         "probabilities": dict(zip(decision.choices, shares, strict=True)),
         "confidence": confidence,
     }
     if kind == "choice":
-        return {**shown, "choice": decision.choice}
-    score = float(np.arange(n_choice) @ decision.probabilities)
-    return {**shown, "score": round(score, 6), "legend": _levels(question["criteria"])}
+        shown["choice"] = decision.choice
+    else:
+        score = float(np.arange(n_choice) @ decision.probabilities)
+        shown["score"] = round(score, 6)
+        shown["legend"] = _levels(question["criteria"])
+    return shown

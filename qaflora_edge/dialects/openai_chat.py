@@ -6,14 +6,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qaflora_edge.ask import Ask, Chat, asked
-from qaflora_edge.dialects.openai_shapes import (
-    Shape,
-    ShownTokens,
-    answer_chunks,
-    answer_dict,
-    answer_head,
-    chat_logprobs,
-)
 from qaflora_edge.dialects.options import (
     ALIASES,
     FIXED,
@@ -22,8 +14,11 @@ from qaflora_edge.dialects.options import (
     sampling_of,
     thinking,
 )
+from qaflora_edge.dialects.shapes import Choices, Shape, ShownTokens, answer_head, token_text
 from qaflora_edge.errors import wrong_option
+from qaflora_edge.formats.inputs import Json, Object
 from qaflora_edge.inference.generation import Generation
+from qaflora_edge.inference.sequence import TokenLogprob
 
 if TYPE_CHECKING:
     from qaflora_edge.prompt.calls import CallPart
@@ -33,10 +28,9 @@ _FIELDS = frozenset(
     | {"continue_final_message", "add_generation_prompt", "chat_template_kwargs"}
     | {"logprobs", "top_logprobs", *ALIASES, *FIXED, *UNUSED}
 )
-_EMPTY: dict[str, Any] = {"refusal": None, "annotations": []}  # that strict clients look for
 
 
-def ask(body: Mapping[str, Any], defaults: Ask) -> Ask:
+def ask(body: Object, defaults: Ask) -> Ask:
     """Read a body.
 
     defaults  hold where it says nothing: how tokens are chosen, who is weighed
@@ -53,12 +47,12 @@ def ask(body: Mapping[str, Any], defaults: Ask) -> Ask:
     )
 
 
-def conversation(body: Mapping[str, Any]) -> Chat:
+def conversation(body: Object) -> Chat:
     """Read the messages, the tools, and what the chat template is told."""
     variables = body.get("chat_template_kwargs")
     effort = body.get("reasoning_effort")
     if effort is not None and isinstance(variables, Mapping | None):
-        variables = {**thinking(effort), **(variables or {})}
+        variables = thinking(effort) | dict(variables or {})
     return Chat(
         body["messages"],
         chosen_tools(body.get("tools"), body.get("tool_choice"), body.get("parallel_tool_calls")),
@@ -68,7 +62,7 @@ def conversation(body: Mapping[str, Any]) -> Chat:
     )
 
 
-def response_schema(response_format: Mapping[str, Any] | None) -> Any:
+def response_schema(response_format: Object | None) -> Any:
     """Read the JSON schema out of OpenAI's response_format; None is free text.
 
     Raises OptionError when it is none of text, json_object and json_schema.
@@ -81,22 +75,29 @@ def response_schema(response_format: Mapping[str, Any] | None) -> Any:
     if kind == "json_object":
         schema = response_format.get("schema")  # as llama-cpp-python has it
         return {"type": "object"} if schema is None else schema
-    # Responses have no inner object.
-    wrapped = response_format.get("json_schema", response_format) if kind == "json_schema" else None
-    if not isinstance(wrapped, Mapping) or not isinstance(wrapped.get("schema"), Mapping):
-        schema = "{'type': 'json_schema', 'json_schema': {'schema': ...}}"
-        expected = f"{{'type': 'json_object'}} or {schema}"
-        raise wrong_option("response_format", response_format, expected)
-    return wrapped["schema"]
+    if kind == "json_schema":
+        wrapped = response_format.get("json_schema", response_format)  # flat in responses
+        schema = wrapped.get("schema") if isinstance(wrapped, Mapping) else None
+        if isinstance(schema, Mapping):
+            return schema
+    form = "{'type': 'json_schema', 'json_schema': {'schema': ...}}"
+    expected = f"{{'type': 'json_object'}} or {form}"
+    raise wrong_option("response_format", response_format, expected)
 
 
-def _choice(generation: Generation) -> dict[str, Any]:
+def _whole(generation: Generation) -> Json:
     text = generation.text()
     logprobs = chat_logprobs(ShownTokens(generation).take(text))
-    calls: list[dict[str, Any]] = []
+    calls: list[Json] = []
     if generation.calls:
         text, calls = generation.calls.parse(text)
-    message: dict[str, Any] = {"role": "assistant", "content": text, **_EMPTY}
+    # Strict clients look for the third and the fourth.
+    message: Json = {
+        "role": "assistant",
+        "content": text,
+        "refusal": None,
+        "annotations": [],
+    }
     if generation.reasoning:
         message["reasoning_content"] = generation.reasoning
     if calls:
@@ -106,30 +107,31 @@ def _choice(generation: Generation) -> dict[str, Any]:
     return {"message": message, "logprobs": logprobs, "finish_reason": reason}
 
 
-def _thought(thought: str) -> dict[str, Any]:
-    delta = {"reasoning_content": thought} if thought else {"role": "assistant"}
-    return {"delta": delta, "logprobs": None, "finish_reason": None}
+def _delta(delta: Any, logprobs: Any = None, finish_reason: str | None = None) -> Json:
+    return {"delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-def _choices(generation: Generation) -> Iterator[dict[str, Any]]:
+def _thought(thought: str) -> Json:
+    return _delta({"reasoning_content": thought} if thought else {"role": "assistant"})
+
+
+def _chunks(generation: Generation) -> Iterator[Json]:
     """Yield the choices of chunks; calls of tools come as they are written."""
-    nothing = {"logprobs": None, "finish_reason": None}
-    yield {"delta": {"role": "assistant"}, **nothing}
+    yield _delta({"role": "assistant"})
     for thought in generation.thoughts():
         yield _thought(thought)
     shown = ShownTokens(generation)
     is_call = False
     for part in answer_parts(generation):
         if isinstance(part, str):
-            logprobs = chat_logprobs(shown.take(part))
-            yield {"delta": {"content": part}, **nothing, "logprobs": logprobs}
+            yield _delta({"content": part}, chat_logprobs(shown.take(part)))
         else:
             is_call = True
-            yield {"delta": {"tool_calls": [part]}, **nothing}
-    yield {"delta": {}, **nothing, "finish_reason": _reason(generation, is_call=is_call)}
+            yield _delta({"tool_calls": [part]})
+    yield _delta({}, None, _reason(generation, is_call=is_call))
 
 
-SHAPE = Shape(_choice, _choices, _thought)
+SHAPE = Shape(_whole, _chunks, _thought)
 
 
 def answer_parts(generation: Generation) -> "Iterator[str | CallPart]":
@@ -142,10 +144,26 @@ def _reason(generation: Generation, *, is_call: bool) -> str | None:
     return "tool_calls" if is_call and is_done else generation.finish_reason
 
 
+def chat_logprobs(entries: Sequence[TokenLogprob] | None) -> Any:
+    """Make the field `logprobs` of a choice."""
+    if entries is None:
+        return None
+    content = []
+    for entry in entries:
+        token = _token(entry)
+        token["top_logprobs"] = [_token(likely) for likely in entry.top]
+        content.append(token)
+    return {"content": content, "refusal": None}
+
+
+def _token(entry: TokenLogprob) -> Json:
+    return {"token": token_text(entry), "logprob": entry.logprob, "bytes": list(entry.data)}
+
+
 # Engine.chat
 
 
-class Answer(dict[str, Any]):
+class Answer(Json):
     """Give the fields of an answer as attributes too: answer.choices[0].message.content."""
 
     _MAY_LACK = frozenset(
@@ -161,7 +179,7 @@ class Answer(dict[str, Any]):
 def with_attributes(value: Any) -> Any:
     """Make every object in a value an Answer."""
     if isinstance(value, dict):
-        return Answer({key: with_attributes(each) for key, each in value.items()})
+        return Answer({key: with_attributes(part) for key, part in value.items()})
     return [*map(with_attributes, value)] if isinstance(value, list) else value
 
 
@@ -170,7 +188,7 @@ def answer_chat(
     messages: Sequence[Any],
     *,
     stream: bool,
-    stream_options: Mapping[str, Any] | None = None,
+    stream_options: Object | None = None,
     **options: Any,
 ) -> Answer | Iterator[Answer]:
     """Answer as Engine.chat does: a dict, or chunks with stream; the first answer has begun."""
@@ -178,15 +196,19 @@ def answer_chat(
         raise wrong_option(
             "stream_options", stream_options, "an object such as {'include_usage': True}"
         )
-    body = {name: value for name, value in options.items() if name in _FIELDS}
-    ours = {k: v for k, v in options.items() if k not in _FIELDS and v is not None}
-    question = ask({**body, "messages": messages}, asked((), **ours))
+    body: Json = {"messages": messages}
+    keywords = {}  # of Engine.generate
+    for name, value in options.items():
+        if name in _FIELDS:
+            body[name] = value
+        elif value is not None:
+            keywords[name] = value
+    question = ask(body, asked((), **keywords))
     answers = engine.submit_all(question)
     answers = itertools.chain([next(answers)], answers)
+    head = answer_head("chat.completion.chunk" if stream else "chat.completion", engine.name)
+    choices = Choices(head, SHAPE, question.n)
     if not stream:
-        head = answer_head("chat.completion", engine.name)
-        return Answer(with_attributes(answer_dict(head, answers, SHAPE, question.n)))
-    head = answer_head("chat.completion.chunk", engine.name)
-    usage = bool((stream_options or {}).get("include_usage"))
-    chunks = answer_chunks(head, answers, SHAPE, question.n, include_usage=usage)
-    return map(with_attributes, chunks)
+        return Answer(with_attributes(choices.whole(answers)))
+    include_usage = bool((stream_options or {}).get("include_usage"))
+    return map(with_attributes, choices.chunks(answers, include_usage=include_usage))

@@ -34,6 +34,9 @@ from qaflora_edge.files import (
     write_text_atomic,
 )
 
+Json = dict[str, Any]  # an object, as json.loads gives it
+Object = Mapping[str, Any]  # one that is only read
+
 MAX_JSON_VALUES = 1 << 20  # a little text such as "[[],[]]" becomes much memory
 MAX_JSON_DEPTH = 64
 MAX_SHOWN_CHARS = 80

@@ -10,17 +10,12 @@ from starlette.requests import Request
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.ask import Ask
-from qaflora_edge.dialects import (
-    decisions,
-    llama_server,
-    openai_chat,
-    openai_responses,
-    openai_text,
-)
-from qaflora_edge.dialects.extras import Extras, wrong_field
-from qaflora_edge.dialects.openai_shapes import Shape, answer_events, answer_head, prompt_progress
-from qaflora_edge.dialects.openai_text import several
+from qaflora_edge.dialects import decisions, openai_chat, openai_responses, texts
+from qaflora_edge.dialects.options import wrong_field
+from qaflora_edge.dialects.shapes import Choices, Extras, Shape, answer_head, prompt_progress
+from qaflora_edge.dialects.texts import several
 from qaflora_edge.engine import Engine
+from qaflora_edge.formats.inputs import Json
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.prompt.tokens import checked_tokens
 from qaflora_edge.server import bodies
@@ -53,41 +48,35 @@ async def chat_completions(request: Request) -> Computed:
 async def completions(request: Request) -> Computed:
     """Go on with a text."""
     call = await read_call(request, bodies.TextBody)
-    asks = openai_text.asks(call.fields, call.defaults())
-    return _in_choices(call, asks, openai_text.SHAPE, "text_completion")
+    asks = texts.asks(call.fields, call.defaults())
+    return _in_choices(call, asks, texts.SHAPE, "text_completion")
 
 
 def _in_choices(call: Call[Any], asks: list[Ask], shape: Shape, kind: str) -> Computed:
     """Answer in OpenAI's choices: whole, or as chunks where the body has `stream`."""
     body: bodies.Answered = call.body
     head = answer_head(kind, call.model)
-    is_stream = bool(body.stream)
     include_usage = bool(body.stream_options and body.stream_options.include_usage)
 
-    def events(answers: Iterator[Generation], extras: Extras) -> Iterator[dict[str, Any]]:
-        return answer_events(
-            head,
-            answers,
-            shape,
-            asks[0].n,
-            is_stream=is_stream,
-            include_usage=include_usage,
-            extras=extras,
-        )
+    def events(answers: Iterator[Generation], extras: Extras) -> Iterable[Json]:
+        choices = Choices(head, shape, asks[0].n, extras)
+        if body.stream:
+            return choices.chunks(answers, include_usage=include_usage)
+        return [choices.whole(answers)]
 
-    is_told = body.return_progress and is_stream
+    is_told = body.return_progress and body.stream
     progress = partial(prompt_progress, head) if is_told else None
     return call.answered(asks, events, wire=CHUNKS, progress=progress)
 
 
 async def completion(request: Request) -> Computed:
     """Go on with a text, in the shape of llama-server."""
-    return await _completed(request, bodies.CompletionBody, llama_server.ask)
+    return await _completed(request, bodies.CompletionBody, texts.ask)
 
 
 async def infill(request: Request) -> Computed:
     """Fill a gap in code, in the shape of llama-server."""
-    return await _completed(request, bodies.InfillBody, llama_server.ask_infill)
+    return await _completed(request, bodies.InfillBody, texts.ask_infill)
 
 
 async def _completed(
@@ -96,7 +85,7 @@ async def _completed(
     ask: Callable[[Mapping[str, Any], Ask], Ask],
 ) -> Computed:
     call = await read_call(request, kind)
-    events = partial(llama_server.events, call.fields, call.model)
+    events = partial(texts.events, call.fields, call.model)
     return call.answered([ask(call.fields, call.defaults())], events)
 
 
@@ -122,42 +111,46 @@ async def responses(request: Request) -> Computed:
 async def embeddings(request: Request) -> Computed:
     """Embed texts by the base alone."""
     call = await read_call(request, bodies.EmbeddingsBody)
-    is_base64 = call.body.encoding_format == "base64"
 
-    def written(state: F32) -> Any:
-        if is_base64:
-            return base64.b64encode(state.astype("<f4").tobytes()).decode()
-        return state.tolist()
-
-    def compute(engine: Engine, out: Computed) -> None:
-        states = embedded(engine, several(call.body.input), out)
-        listed = [
-            {"object": "embedding", "index": index, "embedding": written(state)}
-            for index, state in enumerate(states)
-        ]
-        n_token = out.facts["prompt_tokens"]
+    def written(states: list[F32], n_token: int) -> Any:
+        listed = []
+        for index, state in enumerate(states):
+            embedding: Any = state.tolist()
+            if call.body.encoding_format == "base64":
+                embedding = base64.b64encode(state.astype("<f4").tobytes()).decode()
+            listed.append({"object": "embedding", "index": index, "embedding": embedding})
         usage = {"prompt_tokens": n_token, "total_tokens": n_token}
-        out.send({"object": "list", "data": listed, "model": call.model, "usage": usage})
+        return {"object": "list", "data": listed, "model": call.model, "usage": usage}
 
-    return call.computed(compute)
+    return embedded(call, several(call.body.input), written)
 
 
 async def embedding(request: Request) -> Computed:
     """Embed texts, in the shape of llama-server."""
     call = await read_call(request, bodies.EmbeddingBody)
 
+    def written(states: list[F32], n_token: int) -> Any:
+        return [{"index": i, "embedding": [state.tolist()]} for i, state in enumerate(states)]
+
+    return embedded(call, several(call.body.content), written)
+
+
+def embedded(
+    call: Call[Any], texts: Iterable[str | list[int]], written: Callable[[list[F32], int], Any]
+) -> Computed:
+    """Answer with embeddings of texts.
+
+    written  makes the answer of float32 [n_embd] of each text, and the tokens of all
+    """
+
     def compute(engine: Engine, out: Computed) -> None:
-        states = embedded(engine, several(call.body.content), out)
-        out.send([{"index": i, "embedding": [state.tolist()]} for i, state in enumerate(states)])
+        prompts = [engine.tokenize(text) for text in texts]
+        n_token = sum(map(len, prompts))
+        out.facts["prompt_tokens"] = n_token
+        states = [engine.embed(tokens, out.cancel) for tokens in prompts]
+        out.send(written(states, n_token))
 
-    return call.computed(compute)
-
-
-def embedded(engine: Engine, texts: Iterable[str | list[int]], out: Computed) -> list[F32]:
-    """Embed texts, float32 [n_embd] each, and note how many tokens they have."""
-    prompts = [engine.tokenize(text) for text in texts]
-    out.facts["prompt_tokens"] = sum(map(len, prompts))
-    return [engine.embed(tokens, out.cancel) for tokens in prompts]
+    return Computed(call, compute)
 
 
 async def apply_template(request: Request) -> Computed:
@@ -168,7 +161,7 @@ async def apply_template(request: Request) -> Computed:
     def compute(engine: Engine, out: Computed) -> None:
         out.send({"prompt": spelt(engine, engine.read(chat).tokens)})
 
-    return call.computed(compute, is_light=True)
+    return Computed(call, compute, is_light=True)
 
 
 async def weights(request: Request) -> Computed:
@@ -192,7 +185,7 @@ async def weights(request: Request) -> Computed:
         out.facts["prompt_tokens"] = fusion.prompt_tokens
         out.send(fusion.to_dict())
 
-    return call.computed(compute)
+    return Computed(call, compute)
 
 
 def _strategy_of(call: Call[Any]) -> str | None:
@@ -215,7 +208,7 @@ async def systemone(request: Request) -> Computed:
     }
 
     def compute(engine: Engine, out: Computed) -> None:
-        answers: dict[str, Any] = {}
+        answers: Json = {}
         n_token = 0
         extras = call.extras(engine)
         for name, (text, choices) in questions.items():
@@ -227,16 +220,15 @@ async def systemone(request: Request) -> Computed:
             answer = decisions.answer(call.body.questions[name], decision)
             answers[name] = answer | extras.mix(decision.fusion)
         out.facts["prompt_tokens"] = n_token
-        out.send(
-            {
-                "id": f"req_{uuid.uuid4().hex}",
-                "model": call.model,
-                "answers": answers,
-                "usage": {"input_tokens": n_token, "output_tokens": 0},
-            }
-        )
+        whole = {
+            "id": f"req_{uuid.uuid4().hex}",
+            "model": call.model,
+            "answers": answers,
+            "usage": {"input_tokens": n_token, "output_tokens": 0},
+        }
+        out.send(whole)
 
-    return call.computed(compute)
+    return Computed(call, compute)
 
 
 async def tokenize(request: Request) -> Computed:
@@ -252,7 +244,7 @@ async def tokenize(request: Request) -> Computed:
             )
         out.send({"tokens": tokens})
 
-    return call.computed(compute, is_light=True)
+    return Computed(call, compute, is_light=True)
 
 
 async def detokenize(request: Request) -> Computed:
@@ -267,4 +259,4 @@ async def detokenize(request: Request) -> Computed:
                 text = spelt(engine, checked_tokens(model, tokens, bodies.MAX_TOKENS))
         out.send({"content": text})
 
-    return call.computed(compute, is_light=True)
+    return Computed(call, compute, is_light=True)

@@ -25,6 +25,7 @@ from qaflora_edge.server.metrics import Metrics, Recorder
 from qaflora_edge.server.page import page
 from qaflora_edge.server.receive import MAX_LARGE_BODIES
 from qaflora_edge.server.refusals import Refusal, refusal
+from qaflora_edge.server.respond import State
 from qaflora_edge.server.security import Gate, Lock
 from qaflora_edge.server.served_models import (
     N_LIGHT,
@@ -90,7 +91,7 @@ def make_app(places: Iterable[Path], options: ServerOptions) -> Starlette:
 def expire_all(app: Any) -> None:
     """Cut all answers as if their time was over."""
     for work in list(app.state.running):
-        work.expire()
+        work.stop(State.EXPIRED)
 
 
 def _middleware(options: ServerOptions, metrics: Metrics) -> list[Middleware]:
@@ -139,7 +140,7 @@ async def metrics(request: Request) -> Response:
     n_waiting = state.models.queue.waiting.total()
     gauges.waiting.set(n_waiting)
     gauges.running.set(len(state.running) - n_waiting)
-    engines = [model.engine for model in state.models.by_name.values() if model.engine is not None]
+    engines = [model.engine for model in state.models.by_name.values() if model.engine]
     gauges.loaded.set(len(engines))
     gauges.prefix_cache.set(sum(engine.prefix_cache_bytes for engine in engines))
     return Response(generate_latest(gauges.registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
@@ -192,14 +193,15 @@ async def slots(request: Request) -> Response:
 
 
 def _slots(request: Request) -> tuple[ServedModel, list[dict[str, Any]]]:
-    models: ServedModels = request.app.state.models
-    model, _ = models.find(request.query_params.get("model"))
-    n_ctx = models.card(model.name)["meta"]["n_ctx"]
-    n_slot = int(request.app.state.options.engine.get("n_parallel", 1))
-    states = []
+    state = request.app.state
+    model, _ = state.models.find(request.query_params.get("model"))
+    n_ctx = state.models.card(model.name)["meta"]["n_ctx"]
+    n_slot = int(state.options.engine.get("n_parallel", 1))
+    slots = []
     for slot in range(n_slot):
-        states.append({"id": slot, "n_ctx": n_ctx, "is_processing": slot < model.n_user})
-    return model, states
+        is_used = slot < model.n_user
+        slots.append({"id": slot, "n_ctx": n_ctx, "is_processing": is_used})
+    return model, slots
 
 
 async def not_here(request: Request) -> Response:

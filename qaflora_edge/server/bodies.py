@@ -5,7 +5,7 @@ Sampling options come from `config`, with their ranges.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -19,10 +19,10 @@ from pydantic.json_schema import models_json_schema
 
 from qaflora_edge import __version__
 from qaflora_edge.config import Option, in_group
-from qaflora_edge.dialects.extras import MAX_WEIGHT, RANGE, wrong_field
+from qaflora_edge.dialects.options import MAX_WEIGHT, RANGE, wrong_field
 from qaflora_edge.errors import OptionError
 from qaflora_edge.formats.bundle import NAME_PATTERN, NAME_RULE
-from qaflora_edge.formats.inputs import read_json_object
+from qaflora_edge.formats.inputs import Json, read_json_object
 from qaflora_edge.server.refusals import Refusal
 
 MAX_MESSAGES = 2048
@@ -35,7 +35,7 @@ MAX_TOKENS = 1 << 20  # to detokenize
 
 _WEIGHTS = f'weights {RANGE} by name, as in {{"math": 0.7}}, or [n_adapter][n_layer] numbers'
 _SCALES = f'a list such as [{{"id": 0, "scale": 0.5}}] with scales {RANGE}'
-_MESSAGE: dict[str, Any] = {
+_MESSAGE: Json = {
     "type": "object",
     "required": ["role"],
     "properties": {"role": {"type": "string"}, "content": {"type": ["string", "array", "null"]}},
@@ -45,7 +45,7 @@ Text = Annotated[str, Field(min_length=1)]
 Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 Several = Annotated[list[Text | Tokens], Field(min_length=1)]
 Messages = Annotated[
-    list[dict[str, Any]],
+    list[Json],
     Field(
         min_length=1,
         max_length=MAX_MESSAGES,
@@ -70,7 +70,7 @@ class Fusion(Strict, extra="forbid"):
 
     strategy: Text | None = Field(None, title="the name of a strategy")
     adapters: list[str] | None = Field(None, title="names of adapters", fail_fast=True)
-    weights: dict[str, Any] | Rows | None = Field(None, title=_WEIGHTS)
+    weights: Json | Rows | None = Field(None, title=_WEIGHTS)
     prefill: Literal["auto", "base", "mix"] | None = Field(None, title="one of auto, base, mix")
     relay: Flag = None
     returned: Literal["summary", "why", "layers", "none"] | None = Field(
@@ -92,8 +92,9 @@ class StreamOptions(Strict):
 
 
 class Body(Strict):
-    """Ask a model."""
+    """Ask a model; a stream of its answer, where it has one, is of some media type."""
 
+    stream_media: ClassVar[str] = ""
     model: str | None = Field(None, title="a model that GET /v1/models lists")
 
 
@@ -106,27 +107,30 @@ class Weighed(Body):
 
 def _option_field(option: Option) -> tuple[Any, Any]:
     """Return an option of `config` as a field of a model; null stands for the default."""
-    low = "gt" if option.is_open else "ge"
-    bounds = {low: option.low, "le": option.high}
-    limits: dict[str, Any] = {name: bound for name, bound in bounds.items() if bound is not None}
-    kind: Any = Annotated[option.kind, Field(**limits)]
+    title = option.expected
+    kind: Any
     if option.kind is tuple:
         kind = Text | Annotated[list[Text], Field(max_length=MAX_STOPS, fail_fast=True)]
+        title = f"a text or 1 to {MAX_STOPS} texts, none empty"
     elif option.kind is dict:  # the Engine checks its items
-        kind = dict[str, Any]
-    expected = f"a text or 1 to {MAX_STOPS} texts, none empty" if option.kind is tuple else ""
-    return kind | None, Field(None, title=expected or option.expected, description=option.help)
+        kind = Json
+    else:
+        above = option.low if option.is_open else None
+        least = None if option.is_open else option.low
+        kind = Annotated[option.kind, Field(gt=above, ge=least, le=option.high)]
+    return kind | None, Field(None, title=title, description=option.help)
 
 
 _OPTIONS = in_group("sampling").values()
 _NAMED = {name: option for option in _OPTIONS for name in (option.name, *option.aliases)}
-_FIELDS: dict[str, Any] = {name: _option_field(option) for name, option in _NAMED.items()}
+_FIELDS: Json = {name: _option_field(option) for name, option in _NAMED.items()}
 Sampled: Any = create_model("Sampled", __base__=Weighed, **_FIELDS)
 
 
 class Answered(Sampled, extra="allow"):  # type: ignore[misc, call-arg]
     """Ask for answers: how they are sampled, and how they are sent."""
 
+    stream_media = "text/event-stream"
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(
         None, title=f"a number of answers from 1 to {MAX_CHOICES}"
     )
@@ -135,7 +139,7 @@ class Answered(Sampled, extra="allow"):  # type: ignore[misc, call-arg]
         None, title='an object, as in {"include_usage": true}'
     )
     return_progress: Flag = None
-    json_schema: dict[str, Any] | bool | None = Field(None, title="a JSON schema")
+    json_schema: Json | bool | None = Field(None, title="a JSON schema")
     verbose: Flag = None
 
 
@@ -143,7 +147,7 @@ class Tooled(Answered):
     """Ask for answers that may call tools."""
 
     tools: ToolList = None
-    tool_choice: str | dict[str, Any] | None = None
+    tool_choice: str | Json | None = None
     parallel_tool_calls: Flag = None
 
 
@@ -154,7 +158,7 @@ class TemplateBody(Body):
     tools: ToolList = None
     continue_final_message: Flag = None
     add_generation_prompt: Flag = None
-    chat_template_kwargs: dict[str, Any] | None = Field(
+    chat_template_kwargs: Json | None = Field(
         None, title='an object, as in {"enable_thinking": false}'
     )
 
@@ -166,9 +170,7 @@ class ChatBody(TemplateBody, Tooled):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(
         None, title="a number of tokens from 0 to 20"
     )
-    response_format: dict[str, Any] | None = Field(
-        None, title='an object, as in {"type": "json_object"}'
-    )
+    response_format: Json | None = Field(None, title='an object, as in {"type": "json_object"}')
     reasoning_effort: str | None = Field(None, title="a text such as none, low or high")
 
 
@@ -240,10 +242,8 @@ class ResponsesBody(Tooled):
     )
     instructions: str | None = Field(None, title="a text")
     max_output_tokens: Annotated[int, Field(ge=0)] | None = None
-    text: dict[str, Any] | None = Field(
-        None, title='an object such as {"format": {"type": "text"}}'
-    )
-    reasoning: dict[str, Any] | None = Field(None, title='an object such as {"effort": "low"}')
+    text: Json | None = Field(None, title='an object such as {"format": {"type": "text"}}')
+    reasoning: Json | None = Field(None, title='an object such as {"effort": "low"}')
 
 
 class WeightsBody(Weighed):
@@ -298,24 +298,26 @@ class OllamaOptions(_Options):  # type: ignore[misc]
     def _as_ollama(cls, options: Any) -> Any:
         if not isinstance(options, dict):
             return options
-        ours: dict[str, Any] = {
-            name: int(value) if type(value) is float and value.is_integer() else value
-            for name, value in options.items()
-        }
+        ours: Json = {}
+        for name, value in options.items():
+            is_whole = isinstance(value, float) and value.is_integer()
+            number = int(value) if is_whole else value
+            if (name, number) not in (("seed", -1), ("top_k", -1), ("repeat_penalty", 0)):
+                ours[name] = number
         if isinstance(ours.get("stop"), list):
             ours["stop"] = [text for text in ours["stop"] if text != ""] or None
-        unset = (("seed", -1), ("top_k", -1), ("repeat_penalty", 0))
-        return {name: value for name, value in ours.items() if (name, value) not in unset}
+        return ours
 
 
 class OllamaBody(Weighed):
     """Ask in Ollama's shape: sampling options apart, and a stream unless `stream` is false."""
 
+    stream_media = "application/x-ndjson"
     model: Text = Field(title="a model that GET /api/tags lists")
     options: OllamaOptions | None = Field(None, title='an object, as in {"temperature": 0}')
     stream: bool = Field(True, title="true or false")
     think: bool | str | None = Field(None, title="true, false, or a text such as none or high")
-    format: dict[str, Any] | Literal["", "json"] = Field("", title="json, or a JSON schema")
+    format: Json | Literal["", "json"] = Field("", title="json, or a JSON schema")
     keep_alive: Any = None
     verbose: Flag = None
 
@@ -329,7 +331,7 @@ class OllamaBody(Weighed):
 class OllamaChatBody(OllamaBody):
     """Ask /api/chat."""
 
-    messages: Annotated[list[dict[str, Any]], Field(max_length=MAX_MESSAGES, fail_fast=True)] = []
+    messages: Annotated[list[Json], Field(max_length=MAX_MESSAGES, fail_fast=True)] = []
     tools: ToolList = None
 
 
@@ -379,7 +381,7 @@ class DetokenizeBody(Body):
     )
 
 
-def as_mapping(body: BaseModel) -> dict[str, Any]:
+def as_mapping(body: BaseModel) -> Json:
     """Give the fields that a body has, as dialects read them; null stands for nothing."""
     return {name: _plain(value) for name, value in body if value is not None}
 
@@ -434,13 +436,15 @@ def _refusal(
     return wrong_field(".".join(names), value, expected)
 
 
-# A failure as OpenAI words it.
-_ERROR = {
+_TEXT_OR_NULL = {"type": ["string", "null"]}
+_ERROR = {  # as OpenAI words it
     "type": "object",
     "required": ["message", "type", "param", "code"],
     "properties": {
-        **{name: {"type": "string"} for name in ("message", "type")},
-        **{name: {"type": ["string", "null"]} for name in ("param", "code")},
+        "message": {"type": "string"},
+        "type": {"type": "string"},
+        "param": _TEXT_OR_NULL,
+        "code": _TEXT_OR_NULL,
     },
 }
 _FAILURE = {"properties": {"error": {"anyOf": [_ERROR, {"type": "string"}]}}}  # Ollama's is a text
@@ -448,17 +452,24 @@ _FAILED = {
     "description": "`param` names the field that is wrong; Retry-After when to come again",
     "content": {"application/json": {"schema": _FAILURE}},
 }
+_LISTS = ("/lora-adapters", "/slots", "/embedding")  # paths whose answer is a list
+_OF_A_MODEL = ("/lora-adapters", "/props", "/slots")  # paths that take ?model=
 
 
-def describe(paths: Iterable[tuple[str, str, type[Body] | None]]) -> dict[str, Any]:
+def describe(paths: Iterable[tuple[str, str, type[Body] | None]]) -> Json:
     """Describe a server in OpenAPI 3.1.
 
     paths  (path, summary, body, or None for GET)
     """
-    paths = list(paths)
-    kinds: Any = [(kind, "validation") for _, _, kind in paths if kind is not None]
-    place = "#/components/schemas/{model}"
-    _, described = models_json_schema(kinds, ref_template=place)
+    operations = {}
+    kinds: list[Any] = []
+    for path, summary, kind in paths:
+        if kind is None:
+            operations[path] = {"get": _read(path, summary)}
+        else:
+            operations[path] = {"post": _asked(path, summary, kind)}
+            kinds.append((kind, "validation"))
+    _, described = models_json_schema(kinds, ref_template="#/components/schemas/{model}")
     keys = {
         "key": {"type": "http", "scheme": "bearer"},
         "x_api_key": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
@@ -468,31 +479,39 @@ def describe(paths: Iterable[tuple[str, str, type[Body] | None]]) -> dict[str, A
         "info": {"title": "qaflora serve", "version": __version__},
         "security": [{name: []} for name in keys],
         "components": {"schemas": described["$defs"], "securitySchemes": keys},
-        "paths": {path: _operation(path, text, kind) for path, text, kind in paths},
+        "paths": operations,
     }
 
 
-def _operation(path: str, summary: str, kind: type[Body] | None) -> dict[str, Any]:
-    content: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
+def _operation(path: str, summary: str, stream_media: str = "") -> Json:
+    media = "application/json"
+    schema = {"type": "array" if path in _LISTS else "object"}
     if path == "/metrics" or path.endswith("load_lora_adapter"):
-        content = {"text/plain": {"schema": {"type": "string"}}}
-    if kind is not None and issubclass(kind, Answered):
-        content["text/event-stream"] = {"schema": {}}
-    if kind is not None and issubclass(kind, OllamaBody):
-        content["application/x-ndjson"] = {"schema": {}}
-    if path in ("/lora-adapters", "/slots", "/embedding"):
-        content = {"application/json": {"schema": {"type": "array"}}}
+        media = "text/plain"
+        schema = {"type": "string"}
+    content: Json = {media: {"schema": schema}}
+    if stream_media:
+        content[stream_media] = {"schema": {}}
     answer = {"description": "The answer", "content": content}
-    responses = {"200": answer, "4XX": _FAILED, "5XX": _FAILED}
-    operation: dict[str, Any] = {"summary": summary, "responses": responses}
-    if kind is not None:
-        schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
-        body = {"required": True, "content": {"application/json": {"schema": schema}}}
-        return {"post": {**operation, "requestBody": body}}
+    return {"summary": summary, "responses": {"200": answer, "4XX": _FAILED, "5XX": _FAILED}}
+
+
+def _asked(path: str, summary: str, kind: type[Body]) -> Json:
+    operation = _operation(path, summary, kind.stream_media)
+    schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
+    content = {"application/json": {"schema": schema}}
+    operation["requestBody"] = {"required": True, "content": content}
+    return operation
+
+
+def _read(path: str, summary: str) -> Json:
+    operation = _operation(path, summary)
+    model = {"name": "model", "in": "query", "schema": {"type": "string"}}
     if path == "/health":
         operation["security"] = []
-        responses["503"] = answer
-    if "{model}" in path or path in ("/lora-adapters", "/props", "/slots"):
-        place = {"in": "path", "required": True} if "{model}" in path else {"in": "query"}
-        operation["parameters"] = [{"name": "model", **place, "schema": {"type": "string"}}]
-    return {"get": operation}
+        operation["responses"]["503"] = operation["responses"]["200"]
+    elif "{model}" in path:
+        operation["parameters"] = [{**model, "in": "path", "required": True}]
+    elif path in _OF_A_MODEL:
+        operation["parameters"] = [model]
+    return operation

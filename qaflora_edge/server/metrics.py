@@ -3,23 +3,16 @@
 import logging
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger("qaflora_edge.server")
-
+M = TypeVar("M", Counter, Gauge, Histogram)
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 150, 600)
 # Facts that a line of the log shows, in order.
 _SHOWN = ("model", "strategy", "prompt_tokens", "completion_tokens", "wait_ms", "first_ms")
-_TOKENS = {"prompt_tokens": "Tokens of prompts.", "completion_tokens": "Tokens of answers."}
-_TIMES = {
-    "whole_ms": ("request_seconds", "From a request to its end."),
-    "first_ms": ("first_token_seconds", "From a request to its first token."),
-    "wait_ms": ("wait_seconds", "For a slot, and for a bundle to open."),
-    "probe_ms": ("probe_seconds", "For weighing."),
-}
 
 
 class Metrics:
@@ -27,27 +20,39 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        place: dict[str, Any] = {"namespace": "qaflora", "registry": self.registry}
-        self.requests = Counter("requests", "Requests answered.", ["path", "status"], **place)
-        self.running = Gauge("requests_running", "Requests that are computed now.", **place)
-        self.waiting = Gauge("requests_waiting", "Requests that wait for a slot.", **place)
-        self.loaded = Gauge("bundles_loaded", "Bundles that are open.", **place)
-        self.prefix_cache = Gauge("prefix_cache_bytes", "KV states kept of prompts.", **place)
+        self.requests = self._new(Counter, "requests", "Requests answered.", "path", "status")
+        self.running = self._new(Gauge, "requests_running", "Requests that are computed now.")
+        self.waiting = self._new(Gauge, "requests_waiting", "Requests that wait for a slot.")
+        self.loaded = self._new(Gauge, "bundles_loaded", "Bundles that are open.")
+        self.prefix_cache = self._new(Gauge, "prefix_cache_bytes", "KV states kept of prompts.")
         self._tokens = {
-            key: Counter(key, text, ["model"], **place) for key, text in _TOKENS.items()
+            "prompt_tokens": self._new(Counter, "prompt_tokens", "Tokens of prompts.", "model"),
+            "completion_tokens": self._new(
+                Counter, "completion_tokens", "Tokens of answers.", "model"
+            ),
         }
         self._times = {
-            key: Histogram(name, text, buckets=_SECONDS, **place)
-            for key, (name, text) in _TIMES.items()
+            "whole_ms": self._seconds("request", "From a request to its end."),
+            "first_ms": self._seconds("first_token", "From a request to its first token."),
+            "wait_ms": self._seconds("wait", "For a slot, and for a bundle to open."),
+            "probe_ms": self._seconds("probe", "For weighing."),
         }
+
+    def _new(self, kind: type[M], name: str, text: str, *labels: str, **options: Any) -> M:
+        return kind(name, text, labels, namespace="qaflora", registry=self.registry, **options)
+
+    def _seconds(self, name: str, text: str) -> Histogram:
+        return self._new(Histogram, f"{name}_seconds", text, buckets=_SECONDS)
 
     def add(self, path: str, status: int, facts: Mapping[str, Any]) -> None:
         """Count a request that is over."""
         self.requests.labels(path, str(status)).inc()
-        for key in self._times.keys() & facts:
-            self._times[key].observe(facts[key] / 1e3)
-        for key in self._tokens.keys() & facts:
-            self._tokens[key].labels(facts["model"]).inc(facts[key])
+        for key, histogram in self._times.items():
+            if key in facts:
+                histogram.observe(facts[key] / 1e3)
+        for key, counter in self._tokens.items():
+            if key in facts:
+                counter.labels(facts["model"]).inc(facts[key])
 
 
 class Recorder:

@@ -11,14 +11,14 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from qaflora_edge.arrays import F32
 from qaflora_edge.ask import Ask
 from qaflora_edge.dialects import ollama
-from qaflora_edge.dialects.openai_text import several
+from qaflora_edge.dialects.texts import several
 from qaflora_edge.engine import Engine
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.prompt.calls import call_format
-from qaflora_edge.prompt.infill import infill_marks
-from qaflora_edge.prompt.tokens import thought_tags
+from qaflora_edge.prompt.tokens import infill_marks, thought_tags
 from qaflora_edge.server import bodies
 from qaflora_edge.server.answers import embedded
 from qaflora_edge.server.receive import read
@@ -50,19 +50,24 @@ async def ps(request: Request) -> Response:
 def _card(model: ServedModel, name: str) -> dict[str, Any]:
     name = name if ":" in name else f"{name}:latest"  # some clients add it where they miss it
     facts = json.dumps([name, model.sha256, model.n_byte], sort_keys=True)
-    nothing = dict.fromkeys(("parent_model", "parameter_size", "quantization_level"), "")
-    kind = {"format": "gguf", "family": model.family, "families": [model.family]}
     return {
         "name": name,
         "model": name,
-        "modified_at": _told(model.created_s),
+        "modified_at": _written(model.created_s),
         "size": model.n_byte,
         "digest": hashlib.sha256(facts.encode()).hexdigest(),
-        "details": nothing | kind,
+        "details": {
+            "format": "gguf",
+            "family": model.family,
+            "families": [model.family],
+            "parent_model": "",
+            "parameter_size": "",
+            "quantization_level": "",
+        },
     }
 
 
-def _told(time_s: float) -> str:
+def _written(time_s: float) -> str:
     return datetime.fromtimestamp(time_s, UTC).isoformat().replace("+00:00", "Z")
 
 
@@ -88,16 +93,16 @@ async def show(request: Request) -> Computed:
                 f"{family}.embedding_length": model.n_embd,
             }
         card = _card(served, served.name)
-        facts = {
+        shown = {
             "template": template or "",
             "model_info": info,
-            "capabilities": [name for name, has in can.items() if has],
+            "capabilities": [name for name, is_able in can.items() if is_able],
             "details": card["details"],
             "modified_at": card["modified_at"],
         }
-        out.send(facts)
+        out.send(shown)
 
-    return Computed(request, served, body, compute, is_light=True)
+    return Computed(Call(request, body, served), compute, is_light=True)
 
 
 async def chat(request: Request) -> Computed | Response:
@@ -117,14 +122,12 @@ async def generate(request: Request) -> Computed | Response:
 async def embed(request: Request) -> Computed:
     """Embed texts, in the shape of Ollama."""
     call = await read_call(request, bodies.EmbedBody)
-    texts = several(call.body.input)
 
-    def compute(engine: Engine, out: Computed) -> None:
-        states = [state.tolist() for state in embedded(engine, texts, out)]
-        n_token = out.facts["prompt_tokens"]
-        out.send({"model": call.body.model, "embeddings": states, "prompt_eval_count": n_token})
+    def written(states: list[F32], n_token: int) -> Any:
+        listed = [state.tolist() for state in states]
+        return {"model": call.body.model, "embeddings": listed, "prompt_eval_count": n_token}
 
-    return call.computed(compute, wire=LINES)
+    return embedded(call, several(call.body.input), written)
 
 
 async def embeddings(request: Request) -> Computed:
@@ -132,13 +135,10 @@ async def embeddings(request: Request) -> Computed:
     call = await read_call(request, bodies.OldEmbedBody)
     texts = [call.body.prompt] if call.body.prompt else []
 
-    def compute(engine: Engine, out: Computed) -> None:
-        state: list[float] = []
-        for embedding in embedded(engine, texts, out):
-            state = embedding.tolist()
-        out.send({"embedding": state})
+    def written(states: list[F32], n_token: int) -> Any:
+        return {"embedding": states[0].tolist() if states else []}
 
-    return call.computed(compute, wire=LINES)
+    return embedded(call, texts, written)
 
 
 def _answered(call: Call[Any], ask: Ask | None, fields: ollama.Fields) -> Computed | Response:
@@ -146,32 +146,31 @@ def _answered(call: Call[Any], ask: Ask | None, fields: ollama.Fields) -> Comput
 
     fields  write a part of a message in Ollama's shape
     """
-    request = call.request
-    head = {"model": call.body.model, "created_at": _told(time.time())}
+    head = {"model": call.body.model, "created_at": _written(time.time())}
     if ask is not None:
-        times = partial(_counts, request.scope["qaflora"])
-        events = partial(ollama.events, head, fields, bool(call.body.stream), times)
+        times = partial(_counts, call.request.scope["qaflora"])
+        events = partial(ollama.events, head, fields, call.body.stream, times)
         return call.answered([ask], events, wire=LINES)
     nothing = {**head, **fields({}), "done": True}
     if call.body.keep_alive in (0, "0", "0s"):
-        request.app.state.models.close_idle(call.served)
+        call.request.app.state.models.close_idle(call.served)
         return JSONResponse({**nothing, "done_reason": "unload"})
 
     def load(engine: Engine, out: Computed) -> None:
         out.send({**nothing, "done_reason": "load"})
 
-    return call.computed(load, is_light=True, wire=LINES)
+    return Computed(call, load, is_light=True, wire=LINES)
 
 
 def _counts(facts: Mapping[str, Any], answer: Generation) -> dict[str, int]:
     """Count tokens and nanoseconds as Ollama does."""
-    times = answer.timings.to_dict()
+    times = answer.timings
     spent_s = time.perf_counter() - facts["start_s"]
     return {
         "total_duration": int(1e9 * spent_s),
         "load_duration": int(1e6 * facts["wait_ms"]),
         "prompt_eval_count": answer.n_prompt,
-        "prompt_eval_duration": int(1e6 * (times["probe_ms"] + times["prefill_ms"])),
+        "prompt_eval_duration": int(1e6 * (times.probe_ms + times.prefill_ms)),
         "eval_count": answer.n_completion,
-        "eval_duration": int(1e6 * times["decode_ms"]),
+        "eval_duration": int(1e6 * times.decode_ms),
     }

@@ -1,10 +1,9 @@
 """Why a request is not answered, in the shape of who asks."""
 
-from typing import Any
-
 from starlette.responses import JSONResponse, Response
 
 from qaflora_edge import errors
+from qaflora_edge.formats.inputs import Json
 
 RETRY_AFTER_S = 2
 _TEXTS = ("messages", "input", "prompt", "tokens", "content")
@@ -33,7 +32,7 @@ class Refusal(Exception):
         super().__init__(message)
         self.status = status
         kind = "server_error" if status in (500, 503, 507) else "invalid_request_error"
-        self.body: dict[str, Any] = {
+        self.body: Json = {
             "error": {"message": message, "type": kind, "param": param, "code": code}
         }
 
@@ -42,7 +41,7 @@ class Refusal(Exception):
         headers = {"Retry-After": str(RETRY_AFTER_S)} if self.status == 503 else {}
         return JSONResponse(self.body_for(path), self.status, headers)
 
-    def body_for(self, path: str) -> dict[str, Any]:
+    def body_for(self, path: str) -> Json:
         """Return what is told at a path: in Ollama's its message alone."""
         return {"error": str(self)} if path.startswith("/api/") else self.body
 

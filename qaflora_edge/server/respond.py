@@ -10,7 +10,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from enum import Enum
+from functools import cached_property, partial
 from typing import Any, Generic, TypeVar
 
 from starlette.datastructures import Headers
@@ -18,10 +19,11 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from qaflora_edge.ask import Ask, Weighing
-from qaflora_edge.dialects.extras import Extras, weighing_of
-from qaflora_edge.dialects.options import wants_thoughts
+from qaflora_edge.dialects.options import wants_thoughts, weighing_of
+from qaflora_edge.dialects.shapes import Extras
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import CancelledError
+from qaflora_edge.formats.inputs import Json
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.server import bodies
 from qaflora_edge.server.receive import address_of, read
@@ -86,43 +88,44 @@ CHUNKS = replace(EVENTS, done=b"data: [DONE]\n\n")  # of chats and texts
 LINES = Wire("application/x-ndjson", _line, whole=_line)  # Ollama's
 
 
+class State(Enum):
+    """Say where a response is; the last two end it."""
+
+    WAITING = "for a slot"
+    COMPUTING = "in a thread"
+    EXPIRED = "its time was over"
+    GONE = "the client is"
+
+
+B = TypeVar("B", bound=bodies.Body)
+Compute = Callable[[Engine, "Computed"], None]
+Events = Callable[[Iterator[Generation], Extras], Iterable[Any]]
+MakeProgress = Callable[[str, int, int, float, str | None], Any]
+
+
 class Computed:
-    """Answer a request: a stream where the body has `stream`, else one JSON text.
+    """Answer a call: a stream where the body has `stream`, else one JSON text.
 
     compute   called in a thread; it sets `headers`, then hands on the answer by `send`
     is_light  it takes no step of the Engine, and does not wait for a slot of answers
-    body      the request's
     facts     for the log and the metrics
     cancel    set when the answer is no longer wanted
     """
 
     def __init__(
-        self,
-        request: Request,
-        model: ServedModel,
-        body: Any,
-        compute: Callable[[Engine, "Computed"], None],
-        *,
-        is_light: bool = False,
-        wire: Wire = EVENTS,
+        self, call: "Call[Any]", compute: Compute, *, is_light: bool = False, wire: Wire = EVENTS
     ) -> None:
-        self._state = request.app.state
-        self._path = request.url.path
-        self._wire = wire
-        self._address = address_of(request)
-        self._model = model
+        self._call = call
+        self._app = call.request.app.state
         self._compute = compute
-        self.body = body
-        self.is_stream = bool(getattr(body, "stream", False))
-        self._slots = self._state.models.light_slots if is_light else model.slots
-        self.facts: dict[str, Any] = request.scope["qaflora"]
-        self.facts["model"] = model.name
+        self._wire = wire
+        self._is_stream = bool(call.fields.get("stream"))
+        self._slots = self._app.models.light_slots if is_light else call.served.slots
+        self._state = State.WAITING
+        self.facts: Json = call.request.scope["qaflora"]
+        self.facts["model"] = call.served.name
         self.headers: dict[str, str] = {}
         self.cancel = threading.Event()
-        self._is_expired = False  # its time was over
-        self._is_gone = False  # the client is
-        self._is_started = False  # its head is sent
-        self._is_computing = False
         self._loop = asyncio.get_running_loop()
         self._parts = asyncio.Queue[Part]()
 
@@ -132,22 +135,22 @@ class Computed:
 
     def end(self) -> None:
         """Say that a stream ends well."""
-        if self.is_stream and self._wire.done:
+        if self._is_stream and self._wire.done:
             self._hand_on(self._wire.done)
 
     def _hand_on(self, part: bytes) -> None:
         self._loop.call_soon_threadsafe(self._parts.put_nowait, part)
 
     def _written(self, value: Any) -> bytes:
-        write = self._wire.part if self.is_stream else self._wire.whole
+        write = self._wire.part if self._is_stream else self._wire.whole
         return write(value)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, as an ASGI application."""
         self._producer = asyncio.create_task(self._produce())
         watcher = asyncio.create_task(self._watch(receive))
-        expiry = self._loop.call_later(self._state.options.timeout_s, self.expire)
-        self._state.running.add(self)
+        expiry = self._loop.call_later(self._app.options.timeout_s, self.stop, State.EXPIRED)
+        self._app.running.add(self)
         try:
             await self._send_all(send)
         except TimeoutError:  # the connection is closed, for the response is not whole
@@ -155,7 +158,7 @@ class Computed:
         except asyncio.CancelledError:  # by a second signal, or where the time to end is over
             log.info("ended in the middle of an answer")
         finally:
-            self._state.running.discard(self)
+            self._app.running.discard(self)
             expiry.cancel()
             self.stop()
             watcher.cancel()
@@ -165,12 +168,12 @@ class Computed:
         """Wait for a slot and an Engine, and compute."""
         start = time.perf_counter()
         end: BaseException | None = None
-        models = self._state.models
+        models = self._app.models
         try:
-            slot = models.queue.slot(self._slots, self._address)
-            async with slot, models.engine(self._model) as engine:
+            slot = models.queue.slot(self._slots, address_of(self._call.request))
+            async with slot, models.engine(self._call.served) as engine:
                 self.facts["wait_ms"] = 1e3 * (time.perf_counter() - start)
-                self._is_computing = True
+                self._state = State.COMPUTING
                 await asyncio.to_thread(self._compute, engine, self)
         except asyncio.CancelledError:
             end = CancelledError("The request was ended before it began.")
@@ -178,39 +181,40 @@ class Computed:
             end = error
         self._parts.put_nowait(end)
 
-    def stop(self) -> None:
+    def stop(self, why: State | None = None) -> None:
         """End it within one step of the Engine, or at once where it still waits."""
         self.cancel.set()
-        if not self._is_computing:
+        if self._state is State.WAITING:
             self._producer.cancel()
-
-    def expire(self) -> None:
-        """End it as one that has used up its time."""
-        self._is_expired = True
-        self.stop()
+        self._state = why or self._state
 
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        self._is_gone = True
-        self.stop()
+        self.stop(State.GONE)
 
     async def _send_all(self, send: Send) -> None:
-        while (part := await self._next_part()) is not None:
-            if isinstance(part, BaseException):
-                refused = self._refusal(part)
-                if self._is_gone:
-                    return
-                if not self._is_started:
-                    raise refused
-                await self._send_part(self._written(refused.body_for(self._path)), send)
-                break
-            await self._send_part(part, send)
-        await self._send_part(b"", send, is_last=True)
+        part = await self._next_part()
+        is_begun = False
+        while isinstance(part, bytes):
+            if not is_begun:
+                is_begun = True
+                await self._send_head(part, send)
+            await _send_part(part, send)
+            part = await self._next_part()
+        if isinstance(part, BaseException):
+            refused = self._refusal(part)
+            if self._state is State.GONE:
+                return
+            if not is_begun:
+                raise refused
+            body = refused.body_for(self._call.request.url.path)
+            await _send_part(self._written(body), send)
+        await _send_part(b"", send, is_last=True)
 
     async def _next_part(self) -> Part:
         """Return what comes next; in a stream a ping where that takes long."""
-        if not self.is_stream or not self._parts.empty():
+        if not self._is_stream or not self._parts.empty():
             return await self._parts.get()
         try:
             async with asyncio.timeout(PING_S):
@@ -218,32 +222,30 @@ class Computed:
         except TimeoutError:
             return self._wire.ping
 
-    async def _send_part(self, part: bytes, send: Send, *, is_last: bool = False) -> None:
+    async def _send_head(self, first: bytes, send: Send) -> None:
+        if self._is_stream:
+            headers = Headers(STREAM_HEADERS | {"content-type": self._wire.media} | self.headers)
+        else:
+            size = {"content-length": str(len(first))}
+            headers = Headers({"content-type": "application/json"} | size | self.headers)
+        head = {"type": "http.response.start", "status": 200, "headers": headers.raw}
         async with asyncio.timeout(SEND_S):
-            if not self._is_started:
-                self._is_started = True
-                raw = Headers({**self._own_headers(part), **self.headers}).raw
-                await send({"type": "http.response.start", "status": 200, "headers": raw})
-            await send({"type": "http.response.body", "body": part, "more_body": not is_last})
-
-    def _own_headers(self, part: bytes) -> dict[str, str]:
-        if self.is_stream:
-            return {**STREAM_HEADERS, "content-type": self._wire.media}
-        return {"content-type": "application/json", "content-length": str(len(part))}
+            await send(head)
 
     def _refusal(self, error: BaseException) -> Refusal:
-        refused = refusal(error, self.body, is_expired=self._is_expired)
+        is_expired = self._state is State.EXPIRED
+        refused = refusal(error, self._call.body, is_expired=is_expired)
         if refused.status == 500:
             log.error("a request failed", exc_info=error)
         return refused
 
 
-# calls
+async def _send_part(part: bytes, send: Send, *, is_last: bool = False) -> None:
+    async with asyncio.timeout(SEND_S):
+        await send({"type": "http.response.body", "body": part, "more_body": not is_last})
 
-B = TypeVar("B", bound=bodies.Body)
-Compute = Callable[[Engine, Computed], None]
-Events = Callable[[Iterator[Generation], Extras], Iterable[Any]]
-MakeProgress = Callable[[str, int, int, float, str | None], Any]
+
+# calls
 
 
 @dataclass(frozen=True)
@@ -256,15 +258,15 @@ class Call(Generic[B]):
     request: Request
     body: B
     served: ServedModel
-    strategy: str | None
+    strategy: str | None = None
 
     @property
     def model(self) -> str:
         """Name the model as the request does."""
         return self.body.model or self.served.name
 
-    @property
-    def fields(self) -> dict[str, Any]:
+    @cached_property
+    def fields(self) -> Json:
         """Give the body as dialects read it."""
         return bodies.as_mapping(self.body)
 
@@ -278,22 +280,10 @@ class Call(Generic[B]):
 
     def extras(self, engine: Engine) -> Extras:
         """Say what answers tell besides."""
-        fusion = getattr(self.body, "fusion", None)
-        returned = fusion.returned if fusion else None
-        is_verbose = getattr(self.body, "verbose", False)
-        spell = partial(spelt, engine) if is_verbose else None
-        effort: str | bool | None = None
-        if isinstance(self.body, bodies.ChatBody):
-            effort = self.body.reasoning_effort
-        elif isinstance(self.body, bodies.OllamaBody):
-            effort = self.body.think
-        return Extras(returned or "summary", spell, wants_thoughts(effort))
-
-    def computed(
-        self, compute: Compute, *, is_light: bool = False, wire: Wire = EVENTS
-    ) -> Computed:
-        """Answer with what this sends; see Computed."""
-        return Computed(self.request, self.served, self.body, compute, is_light=is_light, wire=wire)
+        fusion = self.fields.get("fusion", {})
+        spell = partial(spelt, engine) if self.fields.get("verbose") else None
+        effort = self.fields.get("reasoning_effort", self.fields.get("think"))
+        return Extras(fusion.get("returned", "summary"), spell, wants_thoughts(effort))
 
     def answered(
         self,
@@ -320,7 +310,7 @@ class Call(Generic[B]):
                 out.send(event)
             out.end()
 
-        return self.computed(compute, wire=wire)
+        return Computed(self, compute, wire=wire)
 
 
 async def read_call(request: Request, kind: type[B]) -> Call[B]:
@@ -337,19 +327,16 @@ def _noted(
 
     Raises CancelledError where the request is ended before the last one begins.
     """
-    is_first = True
     for ask in asks:
         n_begun = 0
         for answer in engine.submit_all(ask):
-            n_begun += 1
-            if is_first:
+            if "strategy" not in out.facts:
                 note_mix(answer.fusion, out, extras)
-                is_first = False
             try:
                 yield answer
             finally:
-                n_prompt = answer.n_prompt if n_begun == 1 else 0
-                _note_tokens(out.facts, answer, n_prompt)
+                _note_tokens(out.facts, answer, 0 if n_begun else answer.n_prompt)
+            n_begun += 1
         if n_begun < ask.n:
             raise CancelledError("The request was ended before all of its answers began.")
 
@@ -363,7 +350,7 @@ def note_mix(fusion: FusionWeights, out: Computed, extras: Extras) -> None:
         out.headers["X-Fusion"] = ",".join(shown)
 
 
-def _note_tokens(facts: dict[str, Any], answer: Generation, n_prompt: int) -> None:
+def _note_tokens(facts: Json, answer: Generation, n_prompt: int) -> None:
     """Note the tokens of an answer, and when the first one of all came."""
     facts["prompt_tokens"] = facts.get("prompt_tokens", 0) + n_prompt
     facts["completion_tokens"] = facts.get("completion_tokens", 0) + answer.n_completion

@@ -18,6 +18,7 @@ from qaflora_edge.engine import Engine
 from qaflora_edge.errors import BundleError, BusyError, QafloraError
 from qaflora_edge.formats.bundle import NAME_PATTERN, NAME_RULE, is_base, read_bundle_text
 from qaflora_edge.formats.gguf import read_gguf_header
+from qaflora_edge.formats.inputs import Json
 from qaflora_edge.server.refusals import Refusal
 from qaflora_edge.server.security import share_of
 from qaflora_edge.weighing.strategy import HIDDEN
@@ -213,7 +214,7 @@ class ServedModels:
 
     def _read(self, place: Path) -> ServedModel:
         """Read what a bundle says of itself; nothing is loaded."""
-        sha256: dict[str, Any] = {}
+        sha256: Json = {}
         targets: dict[str, Sequence[str]] = {}
         about: dict[str, Any] = {}
         sampling = self._options.sampling
@@ -284,13 +285,13 @@ class ServedModels:
         """List ids for GET /v1/models: each bundle, and its base alone."""
         return [model_id for name in self.by_name for model_id in (name, f"{name}:base")]
 
-    def card(self, name: str) -> dict[str, Any]:
+    def card(self, name: str) -> Json:
         """Return a model id in OpenAI's shape; `meta` says what it is here.
 
         Raises Refusal for an unknown id.
         """
         model, strategy = self.find(name)
-        meta: dict[str, Any] = {
+        meta: Json = {
             "adapters": list(model.weigher.adapters),
             "n_layer": model.weigher.n_layer,
             "n_ctx": model.engine.n_ctx if model.engine else self._options.engine.get("n_ctx"),

@@ -1,0 +1,248 @@
+"""What answers have in common: OpenAI's choices and chunks, usage, logprobs, mix and times."""
+
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from qaflora_edge.formats.inputs import Json, Object
+from qaflora_edge.inference.generation import Generation
+from qaflora_edge.inference.sequence import TokenLogprob
+from qaflora_edge.weighing.numbers import FusionWeights
+
+
+@dataclass(frozen=True)
+class Extras:
+    """Say what answers tell besides their dialect's fields.
+
+    returned  how much of the mix: summary, why, layers or none
+    spell     writes tokens for `__verbose`; None: nobody asked
+    drafts_are_thoughts  a relay's draft is told as a thought; else in the field `fusion`
+    is_python  for Engine.chat: no times, and a cut answer is not called one of full length
+    """
+
+    returned: str = "summary"
+    spell: Callable[[Sequence[int]], str] | None = None
+    drafts_are_thoughts: bool = False
+    is_python: bool = False
+
+    def drafting(self, answer: Generation) -> Iterator[tuple[str, dict[str, str]]]:
+        """Yield a relay's draft by pieces: each as a thought, or as part of the field `fusion`."""
+        for piece in answer.drafting():
+            if self.drafts_are_thoughts:
+                yield piece, {}
+            elif self.returned != "none":
+                yield "", {"draft": piece}
+
+    def thought_of(self, answer: Generation) -> str:
+        """Give the draft of an answer that has ended, where it is told as a thought."""
+        if answer.draft is None or not self.drafts_are_thoughts:
+            return ""
+        return answer.draft.text
+
+    def mix(self, fusion: FusionWeights) -> Json:
+        """Return the field `fusion` of an answer."""
+        if self.returned == "none":
+            return {}
+        field: Json = {
+            "strategy": fusion.strategy,
+            "probe_ms": round(fusion.probe_ms, 3),
+            "weights": {name: round(mean, 6) for name, mean in fusion.means.items()},
+        }
+        field |= fusion.relay_dict()
+        if self.returned in ("why", "layers"):
+            field |= fusion.why_dict()
+        if self.returned == "layers":
+            field["layers"] = dict(zip(fusion.adapters, fusion.weights.tolist(), strict=True))
+        return {"fusion": field}
+
+    def end(self, first: Generation) -> Json:
+        """Return what is told at the end of answers, by the first of them."""
+        end = self.mix(first.fusion)
+        if not self.is_python:
+            end["timings"] = timings(first)
+        if self.spell is not None:
+            end["__verbose"] = {"prompt": self.spell(first.prompt)}
+        return end
+
+    def reason(self, finish_reason: str | None) -> str | None:
+        """Say why an answer ended; OpenAI's word for the time limit is that for length."""
+        is_cut = finish_reason == "cancelled" and not self.is_python
+        return "length" if is_cut else finish_reason
+
+
+NOTHING = Extras("none", is_python=True)
+
+
+def timings(answer: Generation) -> dict[str, float]:
+    """Return the times of an answer in our names and in those of llama-server."""
+    times = answer.timings.to_dict()
+    n_read = answer.n_prompt - answer.n_cached
+    prompt_ms = times["prefill_ms"]
+    times["cache_n"] = answer.n_cached
+    times["prompt_n"] = n_read
+    times["prompt_ms"] = prompt_ms
+    times["prompt_per_second"] = round(1e3 * n_read / prompt_ms, 3) if prompt_ms else 0.0
+    times["predicted_n"] = answer.n_completion
+    times["predicted_ms"] = times["decode_ms"]
+    times["predicted_per_second"] = times["tokens_per_second"]
+    return times
+
+
+# OpenAI's choices
+
+
+class Shape(NamedTuple):
+    """Make the choices of an answer.
+
+    choice   makes the one of a whole answer
+    choices  yields those of its chunks
+    thought  makes that of a chunk with a thought, or with nothing
+    """
+
+    choice: Callable[[Generation], Json]
+    choices: Callable[[Generation], Iterator[Json]]
+    thought: Callable[[str], Json]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Write answers in OpenAI's choices.
+
+    head    what an answer, or each chunk, begins with: see answer_head
+    n       answers to each prompt
+    """
+
+    head: Object
+    shape: Shape
+    n: int = 1
+    extras: Extras = NOTHING
+
+    def whole(self, answers: Iterable[Generation]) -> Json:
+        """Put whole answers into one."""
+        choices = []
+        ended: list[Generation] = []
+        for generation in answers:
+            choice = self._choice(len(ended), self.shape.choice(generation))
+            if thought := self.extras.thought_of(generation):
+                choice["message"]["reasoning_content"] = thought
+            choices.append(choice)
+            ended.append(generation)
+        end = self.extras.end(ended[0])
+        return {**self.head, "choices": choices, "usage": usage(ended, self.n), **end}
+
+    def chunks(
+        self, answers: Iterable[Generation], *, include_usage: bool = False
+    ) -> Iterator[Json]:
+        """Yield the same as chunks, one answer after another.
+
+        The first has the mix. That of the usage has it again, with the times.
+        """
+        ended: list[Generation] = []
+        head = dict(self.head)
+        if include_usage:
+            head["usage"] = None
+        mix: Json = {}
+        for index, generation in enumerate(answers):
+            if index == 0:  # the answers share one draft
+                mix = self.extras.mix(generation.fusion)
+                for thought, draft in self.extras.drafting(generation):
+                    choice = self._choice(index, self.shape.thought(thought))
+                    fusion = mix.get("fusion", {}) | draft
+                    told = {"fusion": fusion} if fusion else {}
+                    yield {**head, "choices": [choice], **told}
+                    mix = {}
+            for part in self.shape.choices(generation):
+                yield {**head, "choices": [self._choice(index, part)], **mix}
+                mix = {}
+            ended.append(generation)
+        if include_usage:
+            end = self.extras.end(ended[0])
+            yield {**head, "choices": [], "usage": usage(ended, self.n), **end}
+
+    def _choice(self, index: int, choice: Json) -> Json:
+        reason = self.extras.reason(choice["finish_reason"])
+        return {"index": index, **choice, "finish_reason": reason}
+
+
+def prompt_progress(
+    head: Object,
+    stage: str,
+    n_done: int,
+    n_token: int,
+    seconds: float,
+    expected: str | None = None,
+) -> Json:
+    """Make the chunk that says how far a prompt is, as llama-server does.
+
+    expected  the answer so far, of which nothing is decided yet
+    """
+    progress: Json = {
+        "stage": stage,
+        "total": n_token,
+        "processed": n_done,
+        "time_ms": round(1e3 * seconds, 3),
+    }
+    if expected is not None:
+        progress["expected"] = expected
+    return {**head, "choices": [], "prompt_progress": progress}
+
+
+def usage(ended: Sequence[Generation], n: int) -> Json:
+    """Count tokens of answers; a prompt, and its draft, count once for its n answers."""
+    firsts = ended[::n]
+    n_prompt = sum(generation.n_prompt for generation in firsts)
+    n_cached = sum(generation.n_cached for generation in firsts)
+    n_draft = sum(generation.n_draft for generation in firsts)
+    n_completion = n_draft + sum(generation.n_completion for generation in ended)
+    n_thought = sum(generation.n_thought for generation in ended)
+    return {
+        "prompt_tokens": n_prompt,
+        "completion_tokens": n_completion,
+        "total_tokens": n_prompt + n_completion,
+        "prompt_tokens_details": {"cached_tokens": n_cached},
+        "completion_tokens_details": {"reasoning_tokens": n_thought},
+    }
+
+
+def answer_head(kind: str, model_name: str) -> Json:
+    """Make what an answer, or each chunk of one, begins with.
+
+    kind  text_completion, chat.completion or chat.completion.chunk
+    """
+    prefix = "chatcmpl" if kind.startswith("chat") else "cmpl"
+    return {
+        "id": f"{prefix}-{uuid.uuid4()}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": model_name,
+    }
+
+
+class ShownTokens:
+    """Hand out tokens as their text is shown; those of thoughts and of a stop text never are."""
+
+    def __init__(self, generation: Generation) -> None:
+        self._generation = generation
+        self._n_token = generation.n_thought  # they came before the first text
+        self._n_byte = 0  # of the tokens handed out
+        self._n_text = 0  # bytes shown
+
+    def take(self, text: str) -> list[TokenLogprob] | None:
+        """Take the tokens of a next piece of text; None where nobody asks for them."""
+        if not self._generation.wants_logprobs:
+            return None
+        self._n_text += len(text.encode("utf-8"))
+        taken = []
+        for entry in self._generation.logprobs[self._n_token :]:
+            if self._n_byte >= self._n_text:
+                break
+            taken.append(entry)
+            self._n_byte += entry.n_shown
+        self._n_token += len(taken)
+        return taken
+
+
+def token_text(entry: TokenLogprob) -> str:
+    return entry.data.decode("utf-8", "replace")
