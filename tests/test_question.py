@@ -12,6 +12,7 @@ from raw_context import project
 from tiny import CHATML, TinyBase, write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine, FusionWeights
+from qaflora_edge.ask import Chat
 from qaflora_edge.backend.model import Model
 from qaflora_edge.formats.base import read_base
 from qaflora_edge.prompt.tokens import chat_tokens, find_question
@@ -42,7 +43,7 @@ def asked(*contents: str, system: str = "") -> list[dict[str, str]]:
 
 
 def found(model: Model, messages: Sequence[Any]) -> str | None:
-    tokens = chat_tokens(model, messages)
+    tokens = chat_tokens(model, Chat(messages))
     question = find_question(model, tokens)
     if question is None:
         return None

@@ -10,6 +10,7 @@ import pytest
 from jinja2.sandbox import SecurityError
 from tiny import write_tiny_base
 
+from qaflora_edge.ask import Chat
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import ChatTemplateError
 from qaflora_edge.formats.base import read_base
@@ -173,7 +174,7 @@ REFUSALS = [
 def test_refusal_is_told_with_its_reason(tmp_path: Path, template: str, reason: str) -> None:
     base = write_tiny_base(tmp_path / "base.gguf", chat_template=template)
     with Model(read_base(base.path)) as model, pytest.raises(ChatTemplateError) as caught:
-        chat_tokens(model, MESSAGES)
+        chat_tokens(model, Chat(MESSAGES))
     assert str(caught.value) == (
         f"The chat template of base.gguf refused the conversation: {reason}. "
         "Give the prompt as plain text (--raw-prompt), or change the messages."

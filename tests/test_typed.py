@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from tiny import CHATML, CONTROLS, write_tiny_base
 
+from qaflora_edge.ask import Chat
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import PromptError
 from qaflora_edge.formats.base import read_base
@@ -38,7 +39,7 @@ def run(model: Model, template: str, *contents: str, **more: Any) -> list[int]:
     messages = [{"role": roles[i], "content": text} for i, text in enumerate(contents)]
     for key, value in more.items():
         messages[0][key] = value
-    return chat_tokens(model, messages, continue_final_message=False)
+    return chat_tokens(model, Chat(messages, continue_final_message=False))
 
 
 def controls(model: Model, tokens: list[int]) -> list[str]:

@@ -46,14 +46,16 @@ class Conversation:
 
     def messages(self, question: str, *, n_dropped: int = 0) -> list[Message]:
         """Join the system prompt, the turns without the oldest ones, and a new question."""
-        turns = [{key: m[key] for key in ("role", "content")} for m in self.said[2 * n_dropped :]]
-        return [*_system(self.system), *turns, {"role": "user", "content": question}]
+        messages = _system(self.system)
+        for message in self.said[2 * n_dropped :]:
+            messages.append({"role": message["role"], "content": message["content"]})
+        messages.append({"role": "user", "content": question})
+        return messages
 
     def add(self, question: str, answer: str, finish_reason: str = "stop") -> None:
         """Add a turn."""
         self.said.append({"role": "user", "content": question})
-        answered = {"role": "assistant", "content": answer, "finish_reason": finish_reason}
-        self.said.append(answered)
+        self.said.append({"role": "assistant", "content": answer, "finish_reason": finish_reason})
 
     def undo(self) -> list[Message]:
         """Take back the last turn, if there is one."""
@@ -129,13 +131,14 @@ def load_session(path: Path) -> Conversation:
         document = read_json_object(read_input(path, MAX_SESSION_BYTES))
         check_schema(document, "session")
         messages = document["messages"]
-        is_first = bool(messages) and messages[0]["role"] == "system"
-        system, said = (messages[0]["content"], messages[1:]) if is_first else (None, messages)
-        roles = [message["role"] for message in said]
+        system = None
+        if messages and messages[0]["role"] == "system":
+            system = messages.pop(0)["content"]
+        roles = [message["role"] for message in messages]
         if roles != ["user", "assistant"] * (len(roles) // 2):
             expected = "a user's and an assistant's in turns, after at most one of system"
             raise WrongField("messages", f"a list of {shown(roles)}", expected)
-        return Conversation(system, said)
+        return Conversation(system, messages)
     except (OSError, ValueError) as error:  # errors of JSON and UTF-8 too
         reason = error.strerror if isinstance(error, OSError) else error
         raise SessionFileError(

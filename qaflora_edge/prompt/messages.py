@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qaflora_edge.errors import ModalityError, PromptError
+from qaflora_edge.formats.json_text import Json
 
 Message = Mapping[str, Any]
 
@@ -22,7 +23,7 @@ def begin_with(
     return [*begun, *examples, *messages]
 
 
-def checked_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+def checked_messages(messages: Sequence[Message]) -> list[Json]:
     """Give messages with `content` as one text, and the arguments of tool calls as objects.
 
     OpenAI's role `developer` is what templates call `system`.
@@ -37,16 +38,23 @@ def checked_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return [_checked(i, message) for i, message in enumerate(messages)]
 
 
-def _checked(i: int, message: Message) -> dict[str, Any]:
+def _checked(i: int, message: Message) -> Json:
     if not isinstance(message, Mapping):
         raise _wrong(i, "is", message)
     checked = {key: value for key, value in message.items() if value is not None}
-    role = message.get("role")
+    role = checked.get("role")
     if not isinstance(role, str):
         raise _wrong(i, "has role =", role)
     if role == "developer":
         checked["role"] = "system"
-    checked["content"] = _content(i, message)
+    content = checked.get("content")
+    if content is None and role == "assistant" and "tool_calls" in message:
+        content = ""  # who calls tools may say nothing
+    elif isinstance(content, list) and content:
+        content = _joined(i, content)
+    if not isinstance(content, str):
+        raise _wrong(i, "has content =", content)
+    checked["content"] = content
     thought = checked.get("reasoning_content", "")
     if not isinstance(thought, str):
         raise _wrong(i, "has reasoning_content =", thought)
@@ -54,18 +62,6 @@ def _checked(i: int, message: Message) -> dict[str, Any]:
         listed = calls if isinstance(calls, list) else [calls]
         checked["tool_calls"] = [_tool_call(i, call) for call in listed]
     return checked
-
-
-def _content(i: int, message: Message) -> str:
-    """Give the content as one text; an assistant that calls tools may say nothing."""
-    content = message.get("content")
-    if content is None and message.get("role") == "assistant" and "tool_calls" in message:
-        return ""
-    if isinstance(content, list) and content:
-        content = _joined(i, content)
-    if not isinstance(content, str):
-        raise _wrong(i, "has content =", content)
-    return content
 
 
 _TEXTS = ("text", "input_text", "output_text")  # the last two are of responses
@@ -85,17 +81,18 @@ def _joined(i: int, parts: Sequence[Any]) -> Any:
     return "".join(part["text"] for part in parts)
 
 
-def _tool_call(i: int, call: Any) -> dict[str, Any]:
+def _tool_call(i: int, call: Any) -> Json:
     """Read the arguments of a call, which OpenAI writes as JSON text."""
-    match call:
-        case {"function": {"name": str()} as function}:
-            arguments = function.get("arguments", {})
-            try:
-                arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-            except (ValueError, RecursionError) as error:
-                raise _wrong(i, "has the tool call", call, _CALL) from error
-            return {**call, "function": {**function, "arguments": arguments}}
-    raise _wrong(i, "has the tool call", call, _CALL)
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise _wrong(i, "has the tool call", call, _CALL)
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError) as error:
+            raise _wrong(i, "has the tool call", call, _CALL) from error
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 _CALL = '{"type": "function", "function": {"name": ..., "arguments": JSON text}}'

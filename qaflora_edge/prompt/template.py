@@ -60,10 +60,12 @@ def render(template: str, *, bos_token: str, eos_token: str, **variables: Any) -
     """
     if len(template) > MAX_TEMPLATE:
         raise TemplateLimit(f"it has {len(template)} characters, expected at most {MAX_TEMPLATE}")
-    environment = _Environment(MAX_WORK + WORK_PER_INPUT * _size(variables, MAX_INPUT))
+    n_input = _size(variables, MAX_INPUT)
+    environment = _Environment(MAX_WORK + WORK_PER_INPUT * n_input)
     program = jinja2.Template.from_code(environment, _compiled(template), environment.globals)
-    names = {"bos_token": bos_token, "eos_token": eos_token, "add_generation_prompt": True}
-    return "".join(program.generate({**names, **variables}))
+    variables.setdefault("add_generation_prompt", True)
+    pieces = program.generate(bos_token=bos_token, eos_token=eos_token, **variables)
+    return "".join(pieces)
 
 
 @lru_cache(maxsize=8)
@@ -78,7 +80,8 @@ def literal_text(template: str) -> str:
         constants = _Environment(0).parse(template).find_all(nodes.Const)
     except Exception:  # rendering says why
         return ""
-    return "\0".join(constant.value for constant in constants if isinstance(constant.value, str))
+    values = [constant.value for constant in constants]
+    return "\0".join(value for value in values if isinstance(value, str))
 
 
 def _size(value: Any, most: int, depth: int = 0) -> int:
@@ -168,13 +171,12 @@ class _Environment(ImmutableSandboxedEnvironment):
         )
         self._work = work
         self._end = time.thread_time() + MAX_SECONDS
-        known = {**self.filters, "tojson": _to_json}
-        self.filters = {
-            _STEPS: jinja2.pass_context(lambda _, iterable: self._steps(iterable)),
-            _PAID: jinja2.pass_context(lambda _, value: self._paid(value)),
-            **{name: known[name] for name in _FREE_FILTERS},
-            **{name: self._priced(name, known[name]) for name in _FILTERS},
-        }
+        all_filters = self.filters | {"tojson": _to_json}
+        self.filters = {name: all_filters[name] for name in _FREE_FILTERS}
+        for name in _FILTERS:
+            self.filters[name] = self._priced(name, all_filters[name])
+        self.filters[_STEPS] = jinja2.pass_context(lambda _, items: self._steps(items))
+        self.filters[_PAID] = jinja2.pass_context(lambda _, value: self._paid(value))
         self.globals = {
             "range": lambda *bounds: list(self._steps(range(*bounds))),
             "namespace": Namespace,
@@ -205,29 +207,36 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def _pay(self, name: str, values: list[Any]) -> None:
         """Pay for a text that is made by multiplying: for the product of what it is made of."""
-        if name in _MULTIPLYING:
-            left = max(0, self._work)
-            first, *more = (abs(x) if isinstance(x, int) else _size(x, left) for x in values)
-            self._spend(first * sum(more))
+        if name not in _MULTIPLYING:
+            return
+        left = max(0, self._work)
+        sizes = []
+        for value in values:
+            sizes.append(abs(value) if isinstance(value, int) else _size(value, left))
+        first, *others = sizes
+        self._spend(first * sum(others))
 
     def _priced(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """Let a filter be paid for."""
-        n_own = int(hasattr(function, "jinja_pass_arg"))  # a context or environment comes first
+        # The place of the value; a context or environment may come before.
+        at = int(hasattr(function, "jinja_pass_arg"))
 
         @wraps(function)
         def priced(*args: Any, **kwargs: Any) -> Any:
-            first = args[:n_own]
-            values = [*args[n_own:]]
-            self._pay(name, [*values, *kwargs.values()])
+            values = list(args)
+            self._pay(name, [*values[at:], *kwargs.values()])
             if name in _FILTERS_OF_EACH:
-                values[0] = self._steps(values[0])
-            result = function(*first, *values, **kwargs)
-            return self._paid(list(result) if isinstance(result, Iterator) else result)
+                values[at] = self._steps(values[at])
+            result = function(*values, **kwargs)
+            if isinstance(result, Iterator):
+                result = list(result)
+            return self._paid(result)
 
         return priced
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "*" and not (isinstance(left, int) and isinstance(right, int)):
+        are_numbers = isinstance(left, int) and isinstance(right, int)
+        if operator == "*" and not are_numbers:
             self._pay(operator, [left, right])
         if operator == "%" and isinstance(left, str) and not _is_plain_format(left):
             raise TemplateLimit("a format with a width, expected %s, %d, %r, %i or %f")
@@ -259,8 +268,8 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **more: Any) -> str:
     """Write JSON as transformers does: nothing is escaped for HTML."""
-    allowed = {key: more[key] for key in ("separators", "sort_keys") if key in more}
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **allowed)
+    options = {key: more[key] for key in ("separators", "sort_keys") if key in more}
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
 
 def _is_plain_format(text: str) -> bool:

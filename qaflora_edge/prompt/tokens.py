@@ -1,14 +1,12 @@
-"""Prompts to tokens: texts, ids, and conversations under the base's own chat template.
+"""Prompts to tokens: texts, ids, gaps in code, and conversations under the base's chat template.
 
 They are checked here against the vocabulary and the context.
 """
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import accumulate
-from numbers import Integral
 from typing import Any
 
 from qaflora_edge.ask import Chat, Gap, Plain, Prompt, Question, Thinking
@@ -24,13 +22,14 @@ from qaflora_edge.errors import (
     ToolsError,
     wrong_option,
 )
+from qaflora_edge.formats.json_text import Json
 from qaflora_edge.prompt import template as templates
-from qaflora_edge.prompt.calls import call_format
-from qaflora_edge.prompt.infill import infill_tokens
 from qaflora_edge.prompt.messages import Message, begin_with, checked_messages
 from qaflora_edge.prompt.typed import TypedText
 
 _PIECE_BYTES = 16  # of a token; most are shorter
+_LEAST_ANSWER = 128  # tokens that the prompt of a gap leaves for the answer
+INFILL_PARTS = ("pre", "suf", "mid", "rep", "sep")  # marks of prefix, suffix, gap, project, file
 
 Tags = tuple[str, str]  # around a thought
 _TAGS: tuple[Tags, ...] = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
@@ -73,32 +72,19 @@ class Reader:
         if isinstance(question, Chat) and question.untemplated and not self.model.chat_template:
             question = question.untemplated
         if isinstance(question, str):
-            tokens = self._of_text(question, parse_special)
+            if not question:
+                raise PromptError("The prompt is empty; give at least one character.")
+            check_size(self.model, [question], self.n_ctx)
+            tokens = self.model.tokenize(question, add_special=True, parse_special=parse_special)
         elif isinstance(question, Chat):
-            tokens = self._of_chat(question)
+            messages = begin_with(self.system, question.messages, self.examples)
+            chat = replace(question, messages=messages)
+            tokens = chat_tokens(self.model, chat, n_ctx=self.n_ctx, reasoning=self.reasoning)
         elif isinstance(question, Gap):
             tokens = infill_tokens(self.model, question, self.n_ctx)
         else:
             tokens = token_ids(question)
         return checked_tokens(self.model, tokens, self.n_ctx)
-
-    def _of_text(self, text: str, parse_special: bool) -> list[int]:
-        if not text:
-            raise PromptError("The prompt is empty; give at least one character.")
-        check_size(self.model, [text], self.n_ctx)
-        return self.model.tokenize(text, add_special=True, parse_special=parse_special)
-
-    def _of_chat(self, chat: Chat) -> list[int]:
-        return chat_tokens(
-            self.model,
-            begin_with(self.system, chat.messages, self.examples),
-            tools=chat.tools.offered if chat.tools else (),
-            n_ctx=self.n_ctx,
-            continue_final_message=chat.continue_final_message,
-            add_generation_prompt=chat.add_generation_prompt,
-            chat_template_kwargs=chat.chat_template_kwargs,
-            reasoning=self.reasoning,
-        )
 
     def continuation(self, prompt: Prompt, text: Plain) -> tuple[int, ...]:
         """Give the tokens of a text that goes on from a prompt; n_ctx holds for both."""
@@ -113,62 +99,49 @@ class Reader:
         return tuple(tokens)
 
 
-def as_turn(prompt: Any, *, is_plain: bool = False) -> Question:
-    """Take messages as a conversation, and so a text where there is a chat template.
-
-    is_plain  a text stays as it is
-    """
-    if isinstance(prompt, str) and prompt and not is_plain:
-        return Chat([{"role": "user", "content": prompt}], untemplated=prompt)
-    question: Question = Chat(prompt) if is_conversation(prompt) else prompt
-    return question
+# conversations
 
 
 def chat_tokens(
-    model: Model,
-    messages: Sequence[Message],
-    *,
-    tools: Sequence[Any] = (),
-    n_ctx: int = MAX_CTX,
-    continue_final_message: bool | None = None,
-    add_generation_prompt: bool | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    reasoning: str = "auto",
+    model: Model, chat: Chat, *, n_ctx: int = MAX_CTX, reasoning: str = "auto"
 ) -> list[int]:
     """Tokenize a conversation under the base's template, ready for an answer.
 
-    continue_final_message  whether the answer goes on from the last message; None: where it is an
-                            assistant's, without tool calls
-    add_generation_prompt   False: end without the beginning of an answer
-    chat_template_kwargs    further variables of the template, such as enable_thinking
-    reasoning               one of config.REASONING, where these do not say
+    reasoning  one of config.REASONING, where chat.chat_template_kwargs do not say
 
     What a person typed is data: a control token spelt out in a message stays text.
 
     Raises ChatTemplateError without a usable template, ToolsError where it takes no tools,
     PromptError for malformed messages, ContextError for those that n_ctx tokens cannot hold.
     """
-    checked = checked_messages(messages)
-    begun = _begun(checked, continue_final_message, add_generation_prompt)
-    more = _template_kwargs(chat_template_kwargs, reasoning)
-    said = [m.get(key, "") for m in checked for key in ("content", "reasoning_content")]
-    check_size(model, [*said, begun or ""], n_ctx)
+    messages = checked_messages(chat.messages)
+    tools = chat.tools.offered if chat.tools else ()
+    begun = _begun(messages, chat)
+    more = _template_kwargs(chat.chat_template_kwargs, reasoning)
+    said = [begun or ""]
+    for message in messages:
+        said += [message["content"], message.get("reasoning_content", "")]
+    check_size(model, said, n_ctx)
     template = _template_of(model, tools)
     try:
-        typed = TypedText(model, templates.literal_text(template), [checked, begun, tools, more])
-        variables: dict[str, Any] = {
-            # Llama 3's has tools in the question's turn otherwise, where they would be weighed.
-            "tools_in_user_message": False,
-            **typed.marked(more),
-            "messages": [typed.marked(m, is_assistant=m["role"] == "assistant") for m in checked],
-            "add_generation_prompt": begun is not None or add_generation_prompt is not False,
-        }
+        typed = TypedText(model, templates.literal_text(template), [messages, begun, tools, more])
+        # Llama 3's has tools in the question's turn otherwise, where they would be weighed.
+        variables: Json = {"tools_in_user_message": False}
+        variables |= typed.marked(more)
+        variables["messages"] = [
+            typed.marked(message, is_assistant=message["role"] == "assistant")
+            for message in messages
+        ]
+        is_prompted = begun is not None or chat.add_generation_prompt is not False
+        variables["add_generation_prompt"] = is_prompted
         if tools:
             variables["tools"] = typed.marked(tools)
         text = templates.render(template, **_ends(model), **variables)
-        is_answered = bool(begun) or more.get("enable_thinking") is False
-        if is_answered:
-            text = _without_open_thought(template, text)
+        if begun or more.get("enable_thinking") is False:
+            # A thought that a template began is closed, where it cannot do so.
+            begin, end = thought_tags(template) or ("", "")
+            if begin and text.rstrip().endswith(begin):
+                text = f"{text}\n{end}\n\n"
         if begun is not None:
             text += typed.marked(begun, is_assistant=True)
     except QafloraError:
@@ -185,17 +158,15 @@ def chat_tokens(
     return tokens
 
 
-def _template_kwargs(asked: Any, reasoning: str) -> Mapping[str, Any]:
+def _template_kwargs(variables: Any, reasoning: str) -> Mapping[str, Any]:
     """Check further variables of a template, and put in what is asked of thoughts."""
-    if asked is None:
-        asked = {}
-    if not isinstance(asked, Mapping):
+    if not isinstance(variables, Mapping | None):
         expected = 'an object, as in {"enable_thinking": False}'
-        raise wrong_option("chat_template_kwargs", asked, expected)
+        raise wrong_option("chat_template_kwargs", variables, expected)
     if reasoning == "auto":
-        return asked
+        return variables or {}
     is_wanted = reasoning == "on"
-    return {"enable_thinking": is_wanted, "thinking": is_wanted, **asked}
+    return {"enable_thinking": is_wanted, "thinking": is_wanted, **(variables or {})}
 
 
 def _template_of(model: Model, tools: Sequence[Any]) -> str:
@@ -207,11 +178,14 @@ def _template_of(model: Model, tools: Sequence[Any]) -> str:
             f"The base {name} has no chat template (tokenizer.chat_template is missing); give the "
             "prompt as plain text (--raw-prompt), or use an instruct model."
         )
-    if tools and call_format(template) is None:
-        raise ToolsError(
-            f"The chat template of {name} has no tools in a form that we read, expected that of "
-            "Hermes and Qwen, Llama 3 or Mistral; ask without tools, or use such a base."
-        )
+    if tools:
+        from qaflora_edge.prompt.calls import call_format
+
+        if call_format(template) is None:
+            raise ToolsError(
+                f"The chat template of {name} has no tools in a form that we read, expected that "
+                "of Hermes and Qwen, Llama 3 or Mistral; ask without tools, or use such a base."
+            )
     return template
 
 
@@ -228,20 +202,12 @@ def _ends(model: Model) -> dict[str, str]:
     return spelt
 
 
-def _without_open_thought(template: str, text: str) -> str:
-    """Close a thought that a template began, where no thought is wanted and it cannot do so."""
-    begin, end = thought_tags(template) or ("", "")
-    is_open = begin and text.rstrip().endswith(begin)
-    return f"{text}\n{end}\n\n" if is_open else text
-
-
-def _begun(
-    messages: list[dict[str, Any]], is_continued: bool | None, is_prompted: bool | None
-) -> str | None:
+def _begun(messages: list[Json], chat: Chat) -> str | None:
     """Take what an answer begins with off a conversation; None where it begins with nothing."""
     last = messages[-1]
-    before = messages[-2] if len(messages) > 1 else {}
+    is_prompted = chat.add_generation_prompt
     is_said = last["role"] == "assistant" and not last.get("tool_calls")
+    is_continued = chat.continue_final_message
     if is_continued is None:
         is_continued = is_said and not is_prompted
     elif is_continued and (is_prompted or not is_said):
@@ -253,7 +219,7 @@ def _begun(
         )
     if not is_continued:
         return None
-    if before.get("role") == "assistant":
+    if len(messages) > 1 and messages[-2]["role"] == "assistant":
         raise PromptError(
             f"Messages {len(messages) - 2} and {len(messages) - 1} are both the assistant's, "
             "expected one to go on from; join them."
@@ -270,51 +236,81 @@ def _reason(error: Exception) -> str:
     return f"line {line}: {text}" if line else text
 
 
+# the question in a prompt
+
+
 def find_question(model: Model, tokens: Sequence[int]) -> tuple[int, int, bool] | None:
     """Find where the last user turn's text begins and ends, and whether it is a later one.
 
     None without such a turn. Only tokens count: typed text never becomes a control token.
     """
-    control, head, rest = _opening(model)
+    head, blanks = _opening(model)
     at = _last_place(head, tokens)
     if at is None:
         return None
     start = at + len(head)
-    for token in rest:
+    for token in blanks:
         start += start < len(tokens) and tokens[start] == token
-    end = next((at for at in range(start, len(tokens)) if tokens[at] in control), len(tokens))
-    return (start, end, _last_place(head, tokens[:at]) is not None) if start < end else None
+    control = _control(model)
+    end = start
+    while end < len(tokens) and tokens[end] not in control:
+        end += 1
+    is_later = _last_place(head, tokens[:at]) is not None
+    return (start, end, is_later) if start < end else None
 
 
 @lru_cache(4)
-def _opening(model: Model) -> tuple[set[int], list[int], list[int]]:
+def _control(model: Model) -> set[int]:
+    return {token.id for token in model.special_tokens if token.is_control}
+
+
+@lru_cache(4)
+def _opening(model: Model) -> tuple[list[int], list[int]]:
     """Learn from two short questions how the base's template begins a user turn.
 
-    Returns all control tokens, the turn's first tokens from a control token on, and the white space
-    after them, which may have become one token with the question's first one.
+    Returns the turn's first tokens from a control token on, and the white space after them, which
+    may have become one token with the question's first one.
     """
-    control = {token.id for token in model.special_tokens if token.is_control}
-    samples = ("a", "Some other words.")  # a template has to frame both alike
     try:
-        one, other = (chat_tokens(model, [{"role": "user", "content": text}]) for text in samples)
+        one = chat_tokens(model, Chat([{"role": "user", "content": "a"}]))
+        # A template has to frame both alike.
+        other = chat_tokens(model, Chat([{"role": "user", "content": "Some other words."}]))
     except QafloraError:  # no template, or one that cannot be used
-        return control, [], []
-    end = n_common(one, other)
-    n = end
-    behind = one[len(one) - n_common(one[::-1], other[::-1]) :]
+        return [], []
+    n_before = n_common(one, other)
+    n_behind = n_common(one[::-1], other[::-1])
+    behind = one[len(one) - n_behind :]
+    end = n_before
     while end > 0 and not model.piece(one[end - 1], special=True).strip():
         end -= 1
     for start in range(end - 1, -1, -1):
         # Long enough to be no assistant's turn, which may begin with the same token.
-        if one[start] in control and _last_place(one[start:end], behind) is None:
-            return control, one[start:end], one[end:n]
-    return control, [], []
+        if one[start] in _control(model) and _last_place(one[start:end], behind) is None:
+            return one[start:end], one[end:n_before]
+    return [], []
+
+
+def _last_place(part: Sequence[int], tokens: Sequence[int]) -> int | None:
+    """Find where a part begins for the last time; None for an empty one."""
+    n_part = len(part)
+    if n_part == 0:
+        return None
+    for at in range(len(tokens) - n_part, -1, -1):
+        if list(tokens[at : at + n_part]) == list(part):
+            return at
+    return None
+
+
+# thoughts
 
 
 def thought_tags(template: str | None) -> Tags | None:
     """Find the tags of thoughts that a chat template may write; None: it knows no thoughts."""
     literal = templates.literal_text(template or "")
-    return next((tags for tags in _TAGS if any(tag in literal for tag in tags)), None)
+    for begin, end in _TAGS:
+        if begin in literal or end in literal:
+            return begin, end
+    return None
 
 
 def _thinking_after(model: Model, tokens: Sequence[int], end: int) -> Thinking | None:
@@ -325,33 +321,89 @@ def _thinking_after(model: Model, tokens: Sequence[int], end: int) -> Thinking |
     tags = thought_tags(model.chat_template)
     if tags is None or end == len(tokens):  # what a person typed may begin with a tag
         return None
-    control, closing, tag_tokens = _thought_tokens(model, tags)
-    n_before = next(at for at in range(len(tokens), 0, -1) if tokens[at - 1] in control)
-    pieces = [model.piece(token, special=True) for token in tokens[n_before:]]
-    begun = b"".join(pieces).decode("utf-8", "replace")
-    head, tag, thought = begun.partition(tags[0])
+    begin_tag, end_tag = tags
+    tag_tokens = {}
+    for special in model.special_tokens:
+        if special.text in tags:
+            tag_tokens[special.id] = special.text.encode()
+    control = _control(model) - tag_tokens.keys()
+    n_before = len(tokens)
+    while tokens[n_before - 1] not in control:
+        n_before -= 1
+    begun = model.detokenize(tokens[n_before:], special=True).decode("utf-8", "replace")
+    head, tag, thought = begun.partition(begin_tag)
     n_weighed = len(tokens)
-    if tag and not thought.replace(tags[1], "").strip():  # the template's, with nothing in it
-        ends = accumulate(map(len, pieces))
-        n_weighed = n_before + sum(end <= len(head.encode()) for end in ends)
-    is_open = begun.rfind(tags[0]) > begun.rfind(tags[1])
-    return Thinking(*tags, is_open, n_weighed, closing, tag_tokens)
+    if tag and not thought.replace(end_tag, "").strip():  # the template's, with nothing in it
+        n_weighed = n_before
+        n_byte = 0
+        for token in tokens[n_before:]:
+            n_byte += len(model.piece(token, special=True))
+            n_weighed += n_byte <= len(head.encode())
+    is_open = begun.rfind(begin_tag) > begun.rfind(end_tag)
+    closing = model.tokenize(f"\n{end_tag}", add_special=False, parse_special=True)
+    return Thinking(begin_tag, end_tag, is_open, n_weighed, closing, tag_tokens)
 
 
-@lru_cache(4)
-def _thought_tokens(model: Model, tags: Tags) -> tuple[Any, ...]:
-    """Give control tokens but tags, tokens that close a thought, and those that are tags."""
-    special = model.special_tokens
-    tag_tokens = {token.id: token.text.encode() for token in special if token.text in tags}
-    control = {token.id for token in special if token.is_control} - tag_tokens.keys()
-    closing = model.tokenize(f"\n{tags[1]}", add_special=False, parse_special=True)
-    return control, closing, tag_tokens
+# gaps in code
 
 
-def _last_place(part: Sequence[int], tokens: Sequence[int]) -> int | None:
-    """Find where a part begins for the last time; None for an empty one."""
-    places = range(len(tokens) - len(part), -1, -1) if part else ()
-    return next((at for at in places if list(tokens[at : at + len(part)]) == list(part)), None)
+def infill_marks(model: Model) -> list[int] | None:
+    """Give the ids of a base's tokens for INFILL_PARTS, -1 for a missing one; None: it has none."""
+    marks = []
+    for part in INFILL_PARTS:
+        mark = getattr(model._lib, f"llama_vocab_fim_{part}")
+        marks.append(mark(model.vocab))
+    return None if min(marks[:3]) < 0 else marks
+
+
+def infill_tokens(model: Model, gap: Gap, n_ctx: int) -> list[int]:
+    """Make the prompt for what stands between a prefix and a suffix, as Qwen2.5-Coder knows it.
+
+    What n_ctx tokens cannot hold is left out: the other files first, then the prefix's beginning
+    and the suffix's end. Raises PromptError for a base that was not trained for it.
+    """
+    marks = infill_marks(model)
+    if marks is None:
+        raise PromptError(
+            f"The base {model.name} has no tokens for infill, expected those that Qwen2.5-Coder "
+            "and other bases for code have (fim_pre, fim_suf, fim_mid); use such a base."
+        )
+    pre, suf, mid, rep, sep = ([mark] if mark >= 0 else [] for mark in marks)
+
+    def tokens(text: str) -> list[int]:
+        return model.tokenize(text, add_special=False, parse_special=False)
+
+    n_char = gap.n_prompt * _PIECE_BYTES
+    before = tokens(gap.prefix[-n_char:])
+    after = tokens(gap.suffix[:n_char])
+    others: list[int] = []
+    if gap.files and rep:
+        others += rep
+        others += tokens("project\n")
+    for name, text in gap.files:
+        others += sep
+        others += tokens(f"{name}\n{text[-n_char:]}\n")
+    if gap.files and sep:  # the name of this one is not known
+        others += sep
+        others += tokens("file\n")
+    begin: list[int] = []
+    if model._lib.llama_vocab_get_add_bos(model.vocab):
+        begin.append(model._lib.llama_vocab_bos(model.vocab))
+    n_answer = min(max(gap.n_answer, _LEAST_ANSWER), n_ctx // 2)
+    n_most = min(gap.n_prompt, n_ctx - n_answer)
+    n_room = max(0, n_most - len(begin) - 3)
+    n_after = max(n_room // 4, n_room - len(before))
+    after = after[:n_after]
+    n_room -= len(after)
+    n_cut = max(0, len(before) - n_room)
+    before = before[n_cut:]
+    n_room -= len(before)
+    n_cut = max(0, len(others) - n_room)
+    others = others[n_cut:]
+    return [*begin, *others, *pre, *before, *suf, *after, *mid]
+
+
+# checks
 
 
 def check_size(model: Model, texts: Iterable[str], n_ctx: int) -> None:
@@ -362,23 +414,6 @@ def check_size(model: Model, texts: Iterable[str], n_ctx: int) -> None:
             f"The prompt has {size} bytes, more than the context of {n_ctx} tokens can hold; "
             "shorten it, or raise the context (--ctx, n_ctx)."
         )
-
-
-def whole(prompt: Any) -> Any:
-    """Give a list in place of an iterator."""
-    return list(prompt) if isinstance(prompt, Iterator) else prompt
-
-
-def is_conversation(prompt: Any) -> bool:
-    """Tell messages from texts and ids."""
-    return isinstance(prompt, Sequence) and any(isinstance(part, Mapping) for part in prompt)
-
-
-def are_many(prompt: Any) -> bool:
-    """Tell a list of prompts from one: a text, messages, or a sequence of ids."""
-    if isinstance(prompt, str | Mapping) or not isinstance(prompt, Iterable):
-        return False  # one, if a wrong one
-    return not is_conversation(prompt) and any(not isinstance(part, Integral) for part in prompt)
 
 
 def token_ids(prompt: Any, what: str = "prompt") -> list[int]:

@@ -39,16 +39,15 @@ class TypedText:
         # What an assistant said is its own: the template finds <think> and <tool_call> in it,
         # and where they are tokens, they are tokens again.
         control = [token.text for token in self._guarded if token.is_control]
-        said = {
-            piece
-            for piece in (*template_text.split("\0"), *(token.text for token in self._guarded))
-            if self._any.match(piece)
-            and not any(text.startswith(piece) or text in piece for text in control)
-        }
-        said_alone = "|".join(map(re.escape, sorted(said)))
-        self._control = (
-            re.compile(rf"(?!{said_alone}){self._any.pattern}") if said_alone else self._any
-        )
+        said = set()
+        for piece in (*template_text.split("\0"), *(token.text for token in self._guarded)):
+            is_control = any(text.startswith(piece) or text in piece for text in control)
+            if self._any.match(piece) and not is_control:
+                said.add(re.escape(piece))
+        self._control = self._any
+        if said:
+            said_alone = "|".join(sorted(said))
+            self._control = re.compile(rf"(?!{said_alone}){self._any.pattern}")
         self._mark = _unused([template_text, *_strings(typed, 0)])
 
     def marked(self, value: Any, *, is_assistant: bool = False) -> Any:
@@ -77,13 +76,11 @@ class TypedText:
             i = bisect_left(typed, start)
             return i < len(typed) and typed[i] < start + len(token.text)
 
-        if not any(
-            is_typed(at, token)
-            for token in self._guarded
-            for at in _places(plain, token.text, 0, len(plain))
-        ):
-            return self._model.tokenize(plain, add_special=False, parse_special=True)
-        return self._apart(plain, is_typed)
+        for token in self._guarded:
+            places = _places(plain, token.text, 0, len(plain))
+            if any(is_typed(at, token) for at in places):
+                return self._apart(plain, is_typed)
+        return self._model.tokenize(plain, add_special=False, parse_special=True)
 
     def _apart(self, plain: str, is_typed: Any) -> list[int]:
         """As llama.cpp parses special tokens (0c1e5709, llama-vocab.cpp tokenizer_st_partition).
@@ -92,16 +89,15 @@ class TypedText:
         """
         fragments: list[int | tuple[int, int]] = [(0, len(plain))]
         for token in self._model.special_tokens:
-            if token.text:
-                fragments = [
-                    piece
-                    for fragment in fragments
-                    for piece in (
-                        [fragment]
-                        if isinstance(fragment, int)
-                        else _cut(plain, fragment, token, is_typed)
-                    )
-                ]
+            if not token.text:
+                continue
+            pieces: list[int | tuple[int, int]] = []
+            for fragment in fragments:
+                if isinstance(fragment, int):
+                    pieces.append(fragment)
+                else:
+                    pieces += _cut(plain, fragment, token, is_typed)
+            fragments = pieces
         tokens: list[int] = []
         for fragment in fragments:
             if isinstance(fragment, int):
@@ -113,13 +109,13 @@ class TypedText:
 
     def _runs(self, plain: str, start: int, end: int, is_typed: Any) -> Iterator[str]:
         """Text in pieces in which no guarded token is whole that llama.cpp would parse anyway."""
-        cuts = {
-            at + 1
-            for token in self._guarded
-            if not token.is_parsed_on_demand
-            for at in _places(plain, token.text, start, end)
-            if is_typed(at, token)
-        }
+        cuts = set()
+        for token in self._guarded:
+            if token.is_parsed_on_demand:
+                continue
+            for at in _places(plain, token.text, start, end):
+                if is_typed(at, token):
+                    cuts.add(at + 1)
         for cut in [*sorted(cuts), end]:
             if start < cut:
                 yield plain[start:cut]
@@ -140,7 +136,8 @@ def _cut(
         yield token.id
         start = at + len(token.text)
         if token.strips_right:
-            start += len(plain[start:end]) - len(plain[start:end].lstrip())
+            rest = plain[start:end]
+            start += len(rest) - len(rest.lstrip())
     if start < end:
         yield (start, end)
 
@@ -158,9 +155,14 @@ def _strings(value: Any, depth: int) -> Iterator[str]:
         )
     if isinstance(value, str):
         yield value
-    elif isinstance(value, (Mapping, list, tuple)):
-        for part in (*value, *value.values()) if isinstance(value, Mapping) else value:
-            yield from _strings(part, depth + 1)
+        return
+    parts: Any = ()
+    if isinstance(value, Mapping):
+        parts = (*value, *value.values())
+    elif isinstance(value, list | tuple):
+        parts = value
+    for part in parts:
+        yield from _strings(part, depth + 1)
 
 
 def _unused(texts: list[str]) -> str:
