@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qaflora_edge.errors import ModalityError, PromptError
-from qaflora_edge.formats.json_text import Json
+from qaflora_edge.formats.inputs import Json
 
 Message = Mapping[str, Any]
 

@@ -22,7 +22,7 @@ from qaflora_edge.errors import (
     ToolsError,
     wrong_option,
 )
-from qaflora_edge.formats.json_text import Json
+from qaflora_edge.formats.inputs import Json
 from qaflora_edge.prompt import template as templates
 from qaflora_edge.prompt.messages import Message, begin_with, checked_messages
 from qaflora_edge.prompt.typed import TypedText

@@ -91,15 +91,15 @@ class AttentionInputs:
         returns  float64 [2, n_adapter, n_layer], means over a layer's modules; a layer without any
                  gets the mean over the others
         """
-        weights = np.zeros((self._n_adapter, self._n_layer))
-        measure = np.zeros((self._n_adapter, self._n_layer))
+        sums = np.zeros((2, self._n_adapter, self._n_layer))
+        weights, measure = sums
         for layer, modules in self._modules.items():
-            x = inputs[:, layer].astype(np.float64)
+            x = inputs[:, layer].astype(np.float64)  # [n_token, n_embd]
             for matrices in modules:
-                sizes = np.stack([np.linalg.norm(x @ matrix.T, axis=1) for matrix in matrices])
+                outputs = [x @ matrix.T for matrix in matrices]
+                sizes = np.stack([np.linalg.norm(output, axis=1) for output in outputs])
                 weights[:, layer] += softmax(sizes).sum(axis=1) / len(modules)
                 measure[:, layer] += sizes.sum(axis=1) / len(modules)
-        sums = np.stack([weights, measure])
         read = list(self._modules)
         others = [layer for layer in range(self._n_layer) if layer not in self._modules]
         sums[:, :, others] = sums[:, :, read].mean(axis=2, keepdims=True)

@@ -64,10 +64,14 @@ def unusual(query: Query, measured: Mapping[str, F64]) -> F64:
     n_place = len(measured)
     prompts = _neutral_distances(query, list(measured))  # [n_adapter, n_place, n_prompt]
     n_prompt = max(prompts.shape[-1], 1)
-    correlation = np.einsum("akn,bkn->ab", prompts, prompts) / (n_place * n_prompt)
-    shares = np.where(correlation < _COPY, np.maximum(correlation, 0), 0)  # of b in what a expects
+    products = np.einsum("akn,bkn->ab", prompts, prompts)  # [n_adapter, n_adapter]
+    correlation = products / (n_place * n_prompt)
+    is_copy = correlation >= _COPY
+    shares = np.maximum(correlation, 0)  # of b in what a expects
+    shares[is_copy] = 0
     np.fill_diagonal(shares, 0)
-    shares /= np.maximum(shares.sum(axis=1, keepdims=True), _EPS)
+    totals = shares.sum(axis=1, keepdims=True)
+    shares /= np.maximum(totals, _EPS)
 
     # A regression through 0 over the neutral prompts: distance = slope * expected + rest.
     distance = prompts.sum(axis=1)  # [n_adapter, n_prompt]
@@ -76,7 +80,8 @@ def unusual(query: Query, measured: Mapping[str, F64]) -> F64:
     covariance = (distance * expected).sum(axis=1) / n_prompt
     variance_expected = (expected**2).sum(axis=1) / n_prompt
     slope = 0.75 * covariance / np.maximum(variance_expected, _EPS)
-    variance_rest = np.maximum(variance, n_place) - slope**2 * variance_expected
+    explained = slope**2 * variance_expected
+    variance_rest = np.maximum(variance, n_place) - explained
 
     above = np.zeros(len(query.adapters))  # of this query
     for key, values in measured.items():
@@ -90,12 +95,13 @@ def _neutral_distances(query: Query, keys: Sequence[str]) -> F64:
 
     returns  [n_adapter, n_key, n_prompt]  in standard deviations
     """
-    by_adapter = []
+    rows = []
     for name in query.adapters:
-        by_adapter.append([query.typical[name][key].get("each", ()) for key in keys])
-    n_prompt = min(len(distances) for by_key in by_adapter for distances in by_key)
-    shared = [[distances[:n_prompt] for distances in by_key] for by_key in by_adapter]
-    return np.array(shared, np.float64)
+        for key in keys:
+            rows.append(query.typical[name][key].get("each", ()))
+    n_prompt = min(map(len, rows))
+    shared = np.array([row[:n_prompt] for row in rows], np.float64)
+    return shared.reshape(len(query.adapters), len(keys), n_prompt)
 
 
 def adds_nothing(typical: Mapping[str, Mapping[str, float]]) -> bool:
@@ -131,11 +137,13 @@ def typical_of(
 def _typical_sureness(sureness: F64) -> list[dict[str, float]]:
     """Give mean and spread of each adapter's sureness [n_prompt, n_adapter], in nats a token."""
     # Who shares a batch with a draft moves the last digits of its logits.
-    means = np.round(sureness.mean(axis=0), 4).tolist()
+    means = np.round(sureness.mean(axis=0), 4)
     spreads = np.maximum(sureness.std(axis=0), _SPREAD_MIN)
-    spreads = np.round(spreads, 4).tolist()
-    pairs = zip(means, spreads, strict=True)
-    return [{"mean": mean, "spread": spread} for mean, spread in pairs]
+    spreads = np.round(spreads, 4)
+    typical = []
+    for mean, spread in zip(means.tolist(), spreads.tolist(), strict=True):
+        typical.append({"mean": mean, "spread": spread})
+    return typical
 
 
 def _mean_and_spread(measured: Sequence[F64]) -> list[dict[str, Any]]:
@@ -145,7 +153,7 @@ def _mean_and_spread(measured: Sequence[F64]) -> list[dict[str, Any]]:
     spreads = np.maximum(extents.std(axis=0), _SPREAD_MIN)
     distances = np.round((extents - means) / spreads, 3)
     typical = []
-    for ia in range(len(means)):
-        row = {"mean": float(means[ia]), "spread": float(spreads[ia])}
-        typical.append(row | {"each": distances[:, ia].tolist()})
+    for mean, spread, of_adapter in zip(means, spreads, distances.T, strict=True):
+        row = {"mean": float(mean), "spread": float(spread), "each": of_adapter.tolist()}
+        typical.append(row)
     return typical

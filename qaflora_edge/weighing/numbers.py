@@ -227,7 +227,6 @@ def cosine_distance(base: ArrayLike, adapted: ArrayLike) -> F64:
 
 
 def _unit(states: ArrayLike) -> F64:
-    """Divide states [..., n_embd] by their lengths."""
     wide = np.asarray(states, np.float64)
     lengths = np.linalg.norm(wide, axis=-1, keepdims=True)
     return np.asarray(wide / lengths)
@@ -235,5 +234,6 @@ def _unit(states: ArrayLike) -> F64:
 
 def euclidean_distance(base: ArrayLike, adapted: ArrayLike) -> F64:
     """Measure |h_j - h|: base [n_layer, n_embd], adapted [n_adapter, n_layer, n_embd]."""
-    difference = np.asarray(adapted, np.float64) - np.asarray(base, np.float64)
+    wide_base = np.asarray(base, np.float64)
+    difference = np.asarray(adapted, np.float64) - wide_base
     return np.asarray(np.linalg.norm(difference, axis=-1))

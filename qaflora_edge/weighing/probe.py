@@ -262,11 +262,10 @@ class Prober:
         n_same = len(first)  # tokens that all have before their questions
         for query in queries:
             n_same = min(n_same, n_common(first, query.tokens), query.question[0])
-        groups = []
+        starts = range(0, len(queries), _N_TOGETHER)
+        groups = [queries[at : at + _N_TOGETHER] for at in starts]
         n_most = 0  # tokens of a group
-        for at in range(0, len(queries), _N_TOGETHER):
-            group = queries[at : at + _N_TOGETHER]
-            groups.append(group)
+        for group in groups:
             n_most = max(n_most, sum(len(query.tokens) for query in group))
         n_ctx = n_ctx_for(n_same + n_most)
         results: list[F64] = []

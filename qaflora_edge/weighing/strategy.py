@@ -34,7 +34,7 @@ Typical = Mapping[str, Mapping[str, Any]]
 
 ENTRY_POINTS = "qaflora_edge.strategies"  # the group in which packages offer theirs
 # Modules beside this one; those of baselines/; names of strategies that are options now.
-_BUILT_IN = ("two_place", "relay", "unmeasured", "fixed")
+_BUILT_IN = ("two_place", "relay", "unmeasured")
 BASELINES = ("calibrated", "norm", "centroid", "arrow")
 _OLD_NAMES = {name: f"qa-flora:distance={name}" for name in ("cosine", "euclidean")}
 HIDDEN = (*BASELINES, *_OLD_NAMES)  # that work where they are named, and are listed nowhere
@@ -315,20 +315,25 @@ def parse_strategy(text: str, adapters: Sequence[str]) -> Chosen:
     """
     name, colon, argument = _whole(text).partition(":")
     strategy = find_strategy(name)
+    if strategy is None:
+        usages = {other.name: other.usage for other in strategies()}
+        usages |= dict.fromkeys(BASELINES, "")
+        near = difflib.get_close_matches(name.lower(), usages, n=1)
+        raise _unknown(text, [usages[other] or other for other in near])
     options: dict[str, Any] = {}
-    if strategy is not None and strategy.is_probed and argument and not strategy.argument:
-        options, colon, argument = read_options(argument, strategy.options, text), "", ""
-    needs = bool(strategy and (colon or strategy.needs_argument))
-    if strategy is None or needs != bool(argument and strategy.argument):
-        usages = {each.name: each.usage for each in strategies()}
-        usages |= {baseline: baseline for baseline in BASELINES}
-        near = [] if strategy else difflib.get_close_matches(name.lower(), usages, n=1)
-        hint = f"did you mean {usages[near[0]]}? Expected" if near else "expected"
-        raise StrategyError(
-            f"Strategy {text!r} is not known; {hint} one of "
-            f"{', '.join(each.usage for each in offered())}."
-        )
+    if strategy.is_probed and argument and not strategy.argument:
+        options = read_options(argument, strategy.options, text)
+        colon = argument = ""
+    has_argument = bool(argument and strategy.argument)
+    if has_argument != bool(colon or strategy.needs_argument):
+        raise _unknown(text)
     return Chosen(text, strategy, strategy.parse(argument, adapters, text), options)
+
+
+def _unknown(text: str, near: Sequence[str] = ()) -> StrategyError:
+    hint = f"did you mean {near[0]}? Expected" if near else "expected"
+    usages = ", ".join(strategy.usage for strategy in offered())
+    return StrategyError(f"Strategy {text!r} is not known; {hint} one of {usages}.")
 
 
 def read_options(behind: str, options: Sequence[Option], text: str) -> dict[str, Any]:
@@ -339,39 +344,41 @@ def read_options(behind: str, options: Sequence[Option], text: str) -> dict[str,
 
     Raises StrategyError for an unknown or repeated option, or a value out of its range.
     """
-    known = {option.name: option for option in options}
-    found: dict[str, Any] = {}
+    by_name = {option.name: option for option in options}
+    values: dict[str, Any] = {}
     for item in behind.split(","):
-        given: Any
-        name, equals, value = item.partition("=")
-        if name not in known or not equals:
-            near = difflib.get_close_matches(name, known, n=1)
+        name, equals, written_value = item.partition("=")
+        if name not in by_name or not equals:
+            near = difflib.get_close_matches(name, by_name, n=1)
             hint = f"did you mean {near[0]}=? Expected" if near else "expected"
             raise StrategyError(
                 f"Strategy {text!r}: {item!r} is no option of it; {hint} some of "
                 f"{', '.join(map(written, options))}, with commas between them."
             )
-        if name in found:
+        if name in values:
             raise StrategyError(f"Strategy {text!r} has the option {name} twice, expected it once.")
-        option, given = known[name], value
+        option = by_name[name]
+        value: Any = written_value
         if option.kind in (int, float) and value not in option.words:
             try:
-                given = option.kind(value)
+                value = option.kind(written_value)
             except ValueError:
-                given = None  # fits nowhere
-        if not option.fits(given):
+                value = None  # fits nowhere
+        if not option.fits(value):
             raise StrategyError(
-                f"Strategy {text!r}: the option {name} is {value!r}, expected {option.expected}."
+                f"Strategy {text!r}: the option {name} is {written_value!r}, expected "
+                f"{option.expected}."
             )
-        found[name] = given
-    return found
+        values[name] = value
+    return values
 
 
 def written(option: Option) -> str:
     """Write the form of an option, as in total=T or l2."""
-    return f"{option.name}=" + " or ".join(
-        (*option.choices, *((option.metavar,) if option.metavar else ()), *option.words)
-    )
+    forms = [*option.choices, *option.words]
+    if option.metavar:
+        forms.insert(len(option.choices), option.metavar)
+    return f"{option.name}={' or '.join(forms)}"
 
 
 def measured_by(text: str) -> Measured:

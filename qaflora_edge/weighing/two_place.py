@@ -60,7 +60,8 @@ class TwoPlace(Strategy):
     def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix:
         import numpy as np
 
-        options = {option.name: option.default for option in self.options} | dict(query.options)
+        options = {option.name: option.default for option in self.options}
+        options |= query.options
         if len(query.adapters) == 1 and "abstain" not in query.options:
             whole = np.full((1, query.n_layer), options["answer"])
             return Mix(whole, because=f"{query.adapters[0]} is the only adapter in use.")

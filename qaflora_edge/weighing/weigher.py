@@ -1,7 +1,5 @@
 """The weigher: from a strategy's name, or given weights, to the fusion weights of a query."""
 
-import base64
-import binascii
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +25,7 @@ from qaflora_edge.weighing.strategy import (
     Query,
     Reason,
     Typical,
+    find_strategy,
     parse_strategy,
     strategies,
 )
@@ -62,47 +61,34 @@ def known_of(text: BundleText | None) -> Known:
     """
     if text is None:
         return Known()
-    fusion, names = text.fusion, [adapter.name for adapter in text.adapters]
+    fusion = text.fusion
     strategy = fusion.get("strategy")
     if strategy and re.fullmatch(r"norm:[1-9]\d*", strategy):  # of 0.1
         strategy = strategy.replace(":", ":top=")
-    pool = None if fusion.get("pool") == "mean" else fusion.get("pool")  # of 0.1 too
-    prefill = fusion.get("prefill", "mix")  # an older bundle answers as before
-    known = Known().under(strategy=strategy, lens=fusion.get("lens"), pool=pool, prefill=prefill)
+    pool = fusion.get("pool")
+    known = Known().under(
+        strategy=strategy,
+        lens=fusion.get("lens"),
+        pool=None if pool == "mean" else pool,  # of 0.1 too
+        prefill=fusion.get("prefill", "mix"),  # an older bundle answers as before
+    )
     try:
-        parse_strategy(known.strategy, names)
+        parse_strategy(known.strategy, [adapter.name for adapter in text.adapters])
     except QafloraError as error:
         expected = f"a strategy for these adapters ({error})"
         wrong = WrongField("fusion.strategy", shown(known.strategy), expected)
         raise wrong_bundle(text.where, wrong) from error
-    centroids, n_embd = {}, text.base.n_embd
+    centroids = {}
     for name, record in fusion.get("samples", {}).items():
+        from qaflora_edge.weighing.baselines.centroid import parse_centroid
+
         try:
-            centroids[name] = parse_centroid(record["embedding"], n_embd)
+            centroids[name] = parse_centroid(record["embedding"], text.base.n_embd)
         except ValueError as error:
-            expected = f"base64 of {n_embd} finite float32 numbers, not all 0"
+            expected = f"base64 of {text.base.n_embd} finite float32 numbers, not all 0"
             wrong = WrongField(f"fusion.samples.{name}.embedding", str(error), expected)
             raise wrong_bundle(text.where, wrong) from error
     return replace(known, typical=fusion.get("typical", {}), centroids=centroids)
-
-
-def centroid_text(centroid: F32) -> str:
-    """Write a centroid [n_embd] as text: base64 of little-endian float32."""
-    return base64.b64encode(centroid.astype("<f4").tobytes()).decode("ascii")
-
-
-def parse_centroid(text: str, n_embd: int) -> F32:
-    """Read a centroid [n_embd]; ValueError says what is wrong with it."""
-    try:
-        data = base64.b64decode(text, validate=True)
-    except binascii.Error as error:
-        raise ValueError(f"no base64 ({error})") from error
-    if len(data) != 4 * n_embd:
-        raise ValueError(f"of {len(data)} bytes")
-    centroid = np.frombuffer(data, "<f4").astype(np.float32)
-    if not np.isfinite(centroid).all() or not centroid.any():
-        raise ValueError("of values that are not finite, or all 0")
-    return centroid
 
 
 @dataclass(frozen=True)
@@ -119,7 +105,8 @@ class Weigher:
 
     def __post_init__(self) -> None:
         for what, choices in (("lens", LENSES), ("pool", POOLS), ("prefill", PREFILLS)):
-            if (value := getattr(self.known, what)) not in choices:
+            value = getattr(self.known, what)
+            if value not in choices:
                 expected = " or ".join(choices)
                 raise StrategyError(f"The {what} {value!r} is not known; expected {expected}.")
         self.parse(self.known.strategy)
@@ -140,17 +127,23 @@ class Weigher:
         if not self.adapters:
             return ("base",)
         targets = [self.targets[name] for name in self.adapters if name in self.targets]
-        whole = [each for each in strategies() if not each.needs_argument]
-        whole = [each for each in whole if not (each.is_baseline and each.is_probed)]
-        whole = [s for s in whole if not s.compares or {*s.compares}.intersection(*targets)]
-        probed = [each.name for each in whole if each.is_probed]
-        fixed = [each.name for each in whole if not each.is_probed and each.name != "base"]
-        singles = [f"single:{name}" for name in self.adapters]
-        found = []
-        for text in ("base", *fixed, *singles, *probed):
+        fixed = []
+        probed = []
+        for strategy in strategies():
+            compares = set(strategy.compares)
+            if strategy.needs_argument or (compares and not compares.intersection(*targets)):
+                continue
+            if not strategy.is_probed:
+                fixed.append(strategy.name)
+            elif not strategy.is_baseline:
+                probed.append(strategy.name)
+        fixed.remove("base")
+        followed = []
+        for text in ("base", *fixed, *(f"single:{name}" for name in self.adapters), *probed):
             with suppress(QafloraError):
-                found.append(self.parse(text).text)
-        return tuple(found)
+                self.parse(text)
+                followed.append(text)
+        return tuple(followed)
 
     def query(self, prompt: Prompt, chosen: Chosen | None = None) -> Query:
         """Make a query from a prompt, these defaults and the strategy's options."""
@@ -185,10 +178,11 @@ class Weigher:
             weights = weights.strategy
         if isinstance(weights, Mapping) and not weights:
             weights = "base"
-        if how == "auto" and isinstance(weights, str | None):
-            kind = (weights or self.known.strategy).partition(":")[0]
-            is_base = any(s.is_base_prefilled for s in strategies() if s.name == kind)
-            how = "base" if is_base and prompt.question else "mix"
+        if how == "auto" and isinstance(weights, str | None) and prompt.question:
+            name, _, _ = (weights or self.known.strategy).partition(":")
+            strategy = find_strategy(name)
+            if strategy is not None and strategy.is_base_prefilled:
+                how = "base"
         return numbers.n_base_of(len(prompt.tokens)) if how == "base" and self.adapters else 0
 
     def weigh(
@@ -211,8 +205,8 @@ class Weigher:
                 return replace(weights, relay=None)  # another prompt's draft
             return weights
         if isinstance(weights, Mapping):
-            pairs = ",".join(f"{name}={weight}" for name, weight in weights.items())
-            weights = f"manual:{pairs}" if pairs else "base"
+            pairs = [f"{name}={weight}" for name, weight in weights.items()]
+            weights = f"manual:{','.join(pairs)}" if pairs else "base"
         if weights is not None and not isinstance(weights, str):
             return self._fusion(Mix(weights), "manual", self.query(prompt))
         chosen = self.parse(weights or self.known.strategy)
@@ -226,8 +220,8 @@ class Weigher:
         mix = mix if isinstance(mix, Mix) else Mix(mix)
         source = f"Strategy {chosen.text!r}: "
         fusion = self._fusion(mix, chosen.text, query, probe_ms, source=source)
-        found = shaped(fusion.weights, chosen.options, source)
-        return replace(fusion, weights=found, **_one_number(fusion))
+        weights = shaped(fusion.weights, chosen.options, source)
+        return _with_reasons(replace(fusion, weights=weights))
 
     def _fusion(
         self, mix: Mix, strategy: str, query: Query, probe_ms: float = 0.0, *, source: str = ""
@@ -253,15 +247,19 @@ class Weigher:
         )
 
 
-def _one_number(fusion: FusionWeights) -> dict[str, Any]:
-    """Give `because` and `why` of a strategy that measures one number an adapter."""
-    measured, name = fusion.divergence, fusion.measured.name
+def _with_reasons(fusion: FusionWeights) -> FusionWeights:
+    """Add `because` and `why` for a strategy that measures one number an adapter."""
+    measured = fusion.divergence
     if fusion.because or measured is None or (measured != measured[:, :1]).any():
-        return {}
-    scores = measured[:, 0].tolist()
-    reasons = {a: Reason({name: x}) for a, x in zip(fusion.adapters, scores, strict=True)}
-    highest = fusion.adapters[int(measured[:, 0].argmax())]
-    return {"because": f"{highest}: {name} {max(scores):.3g}, the highest.", "why": reasons}
+        return fusion
+    name = fusion.measured.name
+    scores = measured[:, 0].tolist()  # [n_adapter]
+    reasons = {}
+    for adapter, score in zip(fusion.adapters, scores, strict=True):
+        reasons[adapter] = Reason({name: score})
+    highest = fusion.adapters[scores.index(max(scores))]
+    because = f"{highest}: {name} {max(scores):.3g}, the highest."
+    return replace(fusion, because=because, why=reasons)
 
 
 def shaped(weights: F32, options: Mapping[str, Any], source: str) -> F32:
@@ -276,22 +274,28 @@ def shaped(weights: F32, options: Mapping[str, Any], source: str) -> F32:
     """
     if not options.keys() & {"power", "layers", "top", "total"}:
         return weights
-    share = np.asarray(weights, np.float64)
-    if (share < 0).any():
+    wide = np.asarray(weights, np.float64)
+    if (wide < 0).any():
         raise StrategyError(
-            f"{source}its weights go down to {share.min():g}, expected none below 0 where power, "
+            f"{source}its weights go down to {wide.min():g}, expected none below 0 where power, "
             "layers, top or total shape them; leave these options out."
         )
-    largest = share.max(axis=0, keepdims=True)  # of its shares no power underflows at all places
-    share = np.divide(share, largest, out=np.zeros_like(share), where=largest > 0)
-    share = normalise(share ** options.get("power", 1.0)).astype(np.float64)
+    largest = wide.max(axis=0, keepdims=True)  # [1, n_layer]
+    # Of shares of the largest no power underflows at all places.
+    relative = np.divide(wide, largest, out=np.zeros_like(wide), where=largest > 0)
+    power = options.get("power", 1.0)
+    shares = normalise(relative**power).astype(np.float64)
     if options.get("layers") == "mean":
-        share = np.repeat(share.mean(axis=1, keepdims=True), share.shape[1], axis=1)
-    if (top := options.get("top")) is not None:  # of the largest mean over layers
-        kept = np.argsort(-share.mean(axis=1), kind="stable")[:top]
-        left, share = share, np.zeros_like(share)
-        share[kept] = normalise(left[kept])
+        means = shares.mean(axis=1, keepdims=True)  # [n_adapter, 1]
+        shares = np.repeat(means, shares.shape[1], axis=1)
+    top = options.get("top")
+    if top is not None:  # of the largest mean over layers
+        kept = np.argsort(-shares.mean(axis=1), kind="stable")[:top]
+        shares_of_kept = normalise(shares[kept])
+        shares = np.zeros_like(shares)
+        shares[kept] = shares_of_kept
     total: Any = options.get("total", 1.0)
     if total == "l2":
-        total = 1.0 / np.sqrt((share**2).sum(axis=0, keepdims=True))
-    return np.asarray(share * total, np.float32)
+        lengths = np.sqrt((shares**2).sum(axis=0, keepdims=True))  # [1, n_layer]
+        total = 1.0 / lengths
+    return np.asarray(shares * total, np.float32)

@@ -1,7 +1,10 @@
 """The strategy `centroid`: how near a query is to sample texts of each adapter."""
 
+import base64
+import binascii
 from typing import Any
 
+from qaflora_edge.arrays import F32
 from qaflora_edge.errors import StrategyError
 from qaflora_edge.weighing.strategy import Measured, Mix, Probe, Query, Strategy
 
@@ -47,3 +50,24 @@ class Centroid(Strategy):
 
 
 STRATEGY = Centroid()
+
+
+def centroid_text(centroid: F32) -> str:
+    """Write a centroid [n_embd] as text: base64 of little-endian float32."""
+    return base64.b64encode(centroid.astype("<f4").tobytes()).decode("ascii")
+
+
+def parse_centroid(text: str, n_embd: int) -> F32:
+    """Read a centroid [n_embd]; ValueError says what is wrong with it."""
+    import numpy as np
+
+    try:
+        data = base64.b64decode(text, validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"no base64 ({error})") from error
+    if len(data) != 4 * n_embd:
+        raise ValueError(f"of {len(data)} bytes")
+    centroid = np.frombuffer(data, "<f4").astype(np.float32)
+    if not np.isfinite(centroid).all() or not centroid.any():
+        raise ValueError("of values that are not finite, or all 0")
+    return centroid
