@@ -74,7 +74,6 @@ class Option:
 
     @property
     def key(self) -> str:
-        """Its name in the settings file, and that of the command's parameter."""
         return self.flag.partition("/")[0].removeprefix("--").replace("-", "_")
 
     @property

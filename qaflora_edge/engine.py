@@ -22,13 +22,17 @@ from qaflora_edge.ask import (
     Prompt,
     Question,
     Tools,
+    are_many,
+    as_turn,
     asked,
     one_of,
+    paired,
+    whole,
 )
 from qaflora_edge.backend.context import trim
 from qaflora_edge.backend.model import Model
 from qaflora_edge.bundles.open import Opened, open_any
-from qaflora_edge.config import MAX_SEED, check, removed
+from qaflora_edge.config import MAX_SEED, check
 from qaflora_edge.errors import OptionError, QafloraError, StrategyError, wrong_option
 from qaflora_edge.files import AnyPath
 from qaflora_edge.inference.core import Core, Probes, check_process
@@ -41,6 +45,7 @@ from qaflora_edge.inference.sequence import RunningSequence, Written
 from qaflora_edge.progress import Tell, TellCount, silent
 from qaflora_edge.weighing.drafted import DRAFT_TOKENS, Relay
 from qaflora_edge.weighing.numbers import FusionWeights, alone_weights
+from qaflora_edge.weighing.strategy import Query
 from qaflora_edge.weighing.weigher import Weigher, Weights
 
 if TYPE_CHECKING:
@@ -114,16 +119,18 @@ class Engine:
         reasoning: str = "auto",
         **unknown: Any,
     ) -> None:
-        for name in unknown:
-            if (instead := removed(name)) is None:
-                raise TypeError(f"Engine() got an unexpected keyword argument {name!r}")
-            raise OptionError(instead)
-        options: dict[str, Any] = {"threads": threads, "kv_type": kv_type, "flash_attn": flash_attn}
         placing = {"gpu_layers": gpu_layers, "rpc": rpc, "tensor_split": tensor_split}
-        options |= {"n_ctx": n_ctx, "n_parallel": n_parallel, "adapter_type": adapter_type}
-        options["draft"] = draft
-        more = {"prefix_cache": prefix_cache, "seed": seed, "reasoning": reasoning}
-        check("engine", {**options, **placing, **more})
+        options = {
+            "n_ctx": n_ctx,
+            "n_parallel": n_parallel,
+            "threads": threads,
+            "kv_type": kv_type,
+            "flash_attn": flash_attn,
+            "adapter_type": adapter_type,
+            "prefix_cache": prefix_cache,
+            "draft": draft,
+        }
+        check("engine", {**unknown, **options, **placing, "seed": seed, "reasoning": reasoning})
         check_process()
         opened = open_any(bundle, base, adapters)
         self.seed = seed
@@ -132,7 +139,7 @@ class Engine:
         self.system = opened.text.system if opened.text else ""
         self.examples = opened.text.examples if opened.text else ()
         self._opened = opened
-        self._options = {"placing": placing, "prefix_cache": prefix_cache, **options}
+        self._options: dict[str, Any] = {"placing": placing, **options}
         # A base alone chooses its strategy when it gets its first adapter.
         self._chooses = strategy is None and opened.text is None and not opened.adapters
         self._changing = threading.Lock()
@@ -242,21 +249,6 @@ class Engine:
         return self._weigher.followed
 
     @property
-    def lens(self) -> str:
-        """Name how states are read: norm or raw."""
-        return self._weigher.known.lens
-
-    @property
-    def pool(self) -> str:
-        """Name which tokens are weighed by: last or question."""
-        return self._weigher.known.pool
-
-    @property
-    def prefill(self) -> str:
-        """Name who prefills prompts: auto, base or mix."""
-        return self._weigher.known.prefill
-
-    @property
     def prefix_cache_bytes(self) -> int:
         """Give the size of the cached prefixes, at most `prefix_cache`: see Engine."""
         return self._core.prober.prefixes.n_byte
@@ -299,13 +291,12 @@ class Engine:
         from qaflora_edge.bundles.create import UNMEASURED
 
         known = self._weigher.known
-        left = {
-            name: centroid for name, centroid in known.centroids.items() if name in opened.adapters
-        }
+        left = opened.adapters.keys() & known.centroids.keys()
+        centroids = {name: known.centroids[name] for name in left}
         weigher = replace(
             self._weigher,
             adapters=tuple(name for name in opened.adapters if name in used),
-            known=replace(known, typical=opened.known.typical, centroids=left),
+            known=replace(known, typical=opened.known.typical, centroids=centroids),
             targets={name: info.targets for name, info in opened.adapters.items()},
         )
         if self._chooses and UNMEASURED in weigher.followed:
@@ -314,9 +305,7 @@ class Engine:
         old = self._core
         core.n_ctx = self.n_ctx  # as much memory was free at first
         with old.call():  # raises BusyError after close()
-            self._cores = [
-                reference for reference in (*self._cores, weakref.ref(core)) if reference()
-            ]
+            self._cores = [weakref.ref(each) for each in (*self._all_cores(), core)]
             self._opened = opened
             self._chooses = False
             self.loaded_adapters = core.adapters
@@ -405,9 +394,6 @@ class Engine:
 
         Returns FusionWeights, weights float32 [n_adapter, n_layer], or a list of them.
         """
-
-        from qaflora_edge.prompt.tokens import are_many, as_turn, whole
-
         is_plain = raw or parse_special
 
         def weigh(one: Any) -> FusionWeights:
@@ -472,41 +458,35 @@ class Engine:
 
         Raises PromptError when a continuation is empty, or too long for n_ctx with its prompt.
         """
-        from qaflora_edge.prompt.tokens import are_many, whole
-
         prompt = whole(prompt)
         continuation = whole(continuation)
-        is_list = are_many(prompt)
-        if is_list != are_many(continuation) or (is_list and len(prompt) != len(continuation)):
-            raise OptionError(
-                f"score got {prompt!r:.60} and {continuation!r:.60}, expected one of both, or "
-                "lists of the same length: repeat a prompt, as in [prompt] * 3."
-            )
-        pairs = zip(prompt, continuation, strict=True) if is_list else [(prompt, continuation)]
+        by = one_of(weights, strategy)
         with self._core.call():
             cancellation = self._core.cancellation()
-            probe = Probes(self._core, cancellation)
-            weights = one_of(weights, strategy)
+            probes = Probes(self._core, cancellation)
             requests: dict[tuple[int, ...], Request] = {}
             items = []
-            for one, text in pairs:
-                asked = self.read(one, parse_special=parse_special)
-                following = self._reader().continuation(asked, text)
-                if asked.tokens not in requests:
-                    fusion = _weigh(self._weigher, weights, asked, probe)
-                    if fusion.relay is not None and not fusion.relay.is_drafted:
-                        told = tuple(self._asked_of_knower(asked, fusion.relay))
-                        query = replace(self._weigher.query(asked), tokens=told)
-                        (draft,) = probe(query).drafts([fusion.relay.knower], DRAFT_TOKENS)
-                        relay = replace(fusion.relay, draft=draft, is_drafted=True)
-                        fusion = replace(fusion, relay=relay)
-                    read = self._with_draft(asked, fusion, self.n_ctx - len(following))
-                    n_base = _n_base(self._weigher, weights, asked, read)
-                    all_weights = self._core.all_weights(fusion)
-                    requests[asked.tokens] = Request(read.tokens, all_weights, n_base=n_base)
-                items.append((requests[asked.tokens], following))
+            for question, text in paired(prompt, continuation):
+                read = self.read(question, parse_special=parse_special)
+                tokens = self._reader().continuation(read, text)
+                if read.tokens not in requests:
+                    requests[read.tokens] = self._scored(by, read, probes, len(tokens))
+                items.append((requests[read.tokens], tokens))
             scores = self._core.run(self._core.scorer.score(items), cancellation, kind="score")
-        return scores if is_list else scores[0]
+        return scores if are_many(prompt) else scores[0]
+
+    def _scored(self, by: Weights, prompt: Prompt, probes: Probes, n_after: int) -> Request:
+        """Weigh a prompt after which n_after tokens are scored; a relay's knower drafts first."""
+        fusion = _weigh(self._weigher, by, prompt, probes)
+        relay = fusion.relay
+        if relay is not None and not relay.is_drafted:
+            tokens = tuple(self._asked_of_knower(prompt, relay))
+            query = replace(self._weigher.query(prompt), tokens=tokens)
+            (draft,) = probes(query).drafts([relay.knower], DRAFT_TOKENS)
+            fusion = replace(fusion, relay=replace(relay, draft=draft, is_drafted=True))
+        read = self._with_draft(prompt, fusion, self.n_ctx - n_after)
+        n_base = _n_base(self._weigher, by, prompt, read)
+        return Request(read.tokens, self._core.all_weights(fusion), n_base=n_base)
 
     @_steady
     def decide(
@@ -550,38 +530,33 @@ class Engine:
         turns: Sequence[str] = (),
         exchanges: Sequence[Sequence[Any]] = (),
     ) -> dict[str, dict[str, Any]]:
-        """Measure each adapter against itself, for the strategies `calibrated` and `two-place`.
+        """Measure each adapter against itself, for strategies; see inference.typical.measure.
 
         prompts   neutral texts; in chat form when the base has a template, and as text
         turns     short turns, such as greetings: chats for EXTENTS alone
         exchanges  conversations that end with an answer; behind one each text is a later turn too
         progress  called with (prompts read, those in all); each is read several times
-        keys      what to measure, of weighing.calibration.KEYS; None: all
-        returns   adapter -> key -> numbers
         """
         from qaflora_edge.inference.typical import measure
-        from qaflora_edge.prompt.tokens import as_turn
 
         with self._core.call():
-            query = self._weigher.query
             texts = (*prompts, *turns)
-            chats = [query(self.read(as_turn(text))) for text in texts]
-            plain = [query(self.read(text)) for text in prompts]
             exchanges = exchanges[: len(texts)] if self.has_chat_template else ()
-            later = []
-            for at, said in enumerate(exchanges):
-                asked = (
-                    [*said, {"role": "user", "content": text}]
-                    for text in texts[at :: len(exchanges)]
-                )
-                later.append([query(self.read(Chat(messages))) for messages in asked])
-            return measure(self._core, chats, plain, later, keys, progress or silent)
+            later = []  # texts behind each exchange
+            for at, exchange in enumerate(exchanges):
+                turn_texts = texts[at :: len(exchanges)]
+                chats = [[*exchange, {"role": "user", "content": text}] for text in turn_texts]
+                later.append([self._query(Chat(messages)) for messages in chats])
+            first = [self._query(as_turn(text)) for text in texts]
+            plain = [self._query(text) for text in prompts]
+            return measure(self._core, first, plain, later, keys, progress or silent)
+
+    def _query(self, question: Question) -> Query:
+        return self._weigher.query(self.read(question))
 
     @_steady
     def embedding(self, prompt: Any) -> F32:
         """Average the base's last states over a prompt, as `weights` takes it: float32 [n_embd]."""
-        from qaflora_edge.prompt.tokens import as_turn
-
         with self._core.call():
             steps = self._core.prober.mean_states(self._reader().tokens(as_turn(prompt)))
             return np.array(self._core.run(steps)[-1])
@@ -598,10 +573,9 @@ class Engine:
         with self._core.call():
             tokens = self.tokenize(text)
             steps = self._core.prober.mean_states(tokens, min(1, len(tokens) - 1))
-            states = self._core.run(steps, self._core.cancellation(cancel))
+            states = self._core.run(steps, self._core.cancellation(cancel))  # [n_layer, n_embd]
             state = np.array(states[3 * self.n_layer // 5], np.float32)
-            state /= np.linalg.norm(state)
-            return state
+            return np.asarray(state / np.linalg.norm(state))
 
     @_steady
     def submit(self, ask: Ask) -> Generation:

@@ -117,7 +117,6 @@ class Chunks:
 
     @property
     def n_most(self) -> int:
-        """Count the tokens of the longest chunk."""
         return self.n_full + self.n_least - 1
 
     def end(self, tokens: Sequence[int], at: int, n_tail: int = 0) -> int:

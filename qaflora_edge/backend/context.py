@@ -63,7 +63,6 @@ class Stop:
 
     @property
     def is_set(self) -> bool:
-        """Tell whether work is to end."""
         return self._buffer.raw[0] != 0
 
     def set(self) -> None:
@@ -71,7 +70,6 @@ class Stop:
         self._buffer[0] = b"\1"
 
     def clear(self) -> None:
-        """Let work go on."""
         self._buffer[0] = b"\0"
 
     def watch(self, lib: Any, context: Any) -> None:
@@ -95,12 +93,10 @@ class KvState:
 
     @property
     def tokens(self) -> list[int]:
-        """Give the ids of the first sequence."""
         return self.sequences[0][1]
 
     @property
     def n_byte(self) -> int:
-        """Count the bytes of all sequences."""
         return sum(data.size for *_, data in self.sequences)
 
 
@@ -253,7 +249,6 @@ class Context(Handle):
 
     @property
     def n_kv_byte(self) -> int:
-        """Give the size of kv_state()."""
         sizes = [self.n_byte_of(seq) for seq, tokens in enumerate(self.tokens) if tokens]
         return sum(sizes)
 
@@ -315,7 +310,6 @@ class Context(Handle):
         self._load(seq, data, tokens)
 
     def n_byte_of(self, seq: int) -> int:
-        """Give the size of kv_state_of()."""
         return int(self._lib.llama_state_seq_get_size(self._pointer, seq))
 
     def copy(self, source: int, target: int) -> None:

@@ -46,7 +46,6 @@ _PROTOTYPES: dict[str, Prototype] = {
     "vocab_attributes": (None, [_HANDLE, _INT, _ARRAY]),
     "pack_init": (_HANDLE, [_HANDLE, _TEXTS, _INT, _INT]),
     "pack_free": (None, [_HANDLE]),
-    "pack_size_bytes": (_LONG, [_HANDLE]),
     "pack_first_layer": (_INT, [_HANDLE, _INT]),
     "pack_n_alike": (_INT, [_HANDLE]),
     "context_init": (_HANDLE, [_HANDLE, _HANDLE, _HANDLE, ctypes.c_uint32]),
@@ -224,7 +223,6 @@ def logged(*ours: str) -> str:
 
 
 def forget_logged() -> None:
-    """Forget the reasons of earlier failures."""
     _errors.clear()
 
 

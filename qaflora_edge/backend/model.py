@@ -43,10 +43,6 @@ class SpecialToken:
     strips_left: bool  # white space before it belongs to it
     strips_right: bool
 
-    def n_byte(self) -> int:
-        """Count the bytes of its text."""
-        return len(self.text.encode("utf-8"))
-
 
 class Model(Handle):
     """Hold a base, memory-mapped and shared by all contexts.
@@ -166,7 +162,8 @@ class Model(Handle):
                 strips_right=bool(attribute & _STRIPS_RIGHT),
             )
             tokens.append(special_token)
-        return tuple(sorted(tokens, key=SpecialToken.n_byte, reverse=True))
+        tokens.sort(key=lambda token: len(token.text.encode("utf-8")), reverse=True)
+        return tuple(tokens)
 
     @cached_property
     def written(self) -> dict[int, str]:
@@ -180,7 +177,6 @@ class Model(Handle):
 
     @cached_property
     def longest_piece(self) -> int:
-        """Count the bytes of the longest token."""
         sizes = [len(self.piece(token, special=True)) for token in range(self.n_vocab)]
         return max(sizes)
 
@@ -235,7 +231,6 @@ class Model(Handle):
             size = -n
 
     def detokenize(self, tokens: Iterable[int], *, special: bool = False) -> bytes:
-        """Give the bytes of tokens."""
         return b"".join(self.piece(token, special=special) for token in tokens)
 
     def is_end(self, token: int) -> bool:
@@ -332,8 +327,3 @@ class Pack(Handle):
 
     def _free(self, pointer: Any) -> None:
         self._functions.pack_free(pointer)
-
-    @property
-    def size_bytes(self) -> int:
-        """Count the bytes of the stacked adapters."""
-        return int(self._functions.pack_size_bytes(self._pointer))

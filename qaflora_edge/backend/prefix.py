@@ -58,7 +58,6 @@ class Prefixes:
 
     @property
     def n_byte(self) -> int:
-        """Count the bytes of all states."""
         return sum(state.n_byte for _, state in self._entries)
 
     def go_on(
@@ -146,7 +145,6 @@ class GrowingContext:
         return self.context
 
     def close(self) -> None:
-        """Free the context."""
         if self.context is not None:
             self.context.close()
         self.context = None

@@ -47,19 +47,23 @@ class Decision:
 
     def named(self, probabilities: F64) -> dict[str, float]:
         """Map each choice to its probability, the likeliest first."""
-        order = np.argsort(-probabilities, kind="stable")
-        return {self.choices[at]: round(float(probabilities[at]), 6) for at in order}
+        shares = {}
+        for at in np.argsort(-probabilities, kind="stable"):
+            shares[self.choices[at]] = round(float(probabilities[at]), 6)
+        return shares
 
     def to_dict(self) -> dict[str, Any]:
         """Give the object that `qaflora decide --json` prints."""
-        by_adapter = {name: self.named(each) for name, each in self.by_adapter.items()}
-        return {
+        shown: dict[str, Any] = {
             "choice": self.choice,
             "probabilities": self.named(self.probabilities),
-            **({"by_adapter": by_adapter} if by_adapter else {}),
             "fusion": {"strategy": self.fusion.strategy, "weights": self.fusion.means},
             "usage": {"prompt_tokens": self.n_prompt, "completion_tokens": 0},
         }
+        if self.by_adapter:
+            by_adapter = self.by_adapter.items()
+            shown["by_adapter"] = {name: self.named(shares) for name, shares in by_adapter}
+        return shown
 
 
 def decide(
@@ -85,30 +89,35 @@ def decide(
     blank = reader.read(_quick(list_choices(nothing, named)))
     texts = [reader.continuation(listed, name) for name in named]
     end = core.model._lib.llama_vocab_eot(core.model.vocab)
-    ended = [(*text, end) if end >= 0 else text for text in texts]
+    if end >= 0:
+        texts = [(*text, end) for text in texts]
     probe = Probes(core, cancellation)
     # As relay weighs, but it decodes nothing.
     chosen = Weighing(strategy, relays=False).by_for(weigher.known.strategy)
-    try:
-        fusion = weigher.weigh(chosen, question, probe)  # a list would look like a form
-    finally:
-        probe.end()
-    mixes = {"": (chosen, fusion)}
-    singles = [f"single:{name}" for name in weigher.adapters]
-    for alone in ("base", *singles) if compare else ():
-        name = alone.removeprefix("single:")
-        mixes[name] = (alone, weigher.weigh(alone, question, probe))
-    requests = [
-        Request(prompt.tokens, core.all_weights(mix), n_base=weigher.n_base(by, prompt))
-        for by, mix in mixes.values()
-        for prompt in (listed, blank)
-    ]
-    items = [(request, text) for request in requests for text in ended]
+    mixes = {"": chosen}
+    if compare:
+        mixes["base"] = "base"
+        for name in weigher.adapters:
+            mixes[name] = f"single:{name}"
+    fusions = {}
+    items = []
+    for name, by in mixes.items():
+        try:
+            fusions[name] = weigher.weigh(by, question, probe)  # a list would look like a form
+        finally:
+            probe.end()
+        weights = core.all_weights(fusions[name])
+        for read in (listed, blank):
+            request = Request(read.tokens, weights, n_base=weigher.n_base(by, read))
+            items += [(request, text) for text in texts]
     scores = core.run(core.scorer.score(items), cancellation, kind="score")
     sums = np.array([score.sum(dtype=np.float64) for score in scores])
-    after, before = sums.reshape(len(mixes), 2, len(named)).swapaxes(0, 1)
-    shares = dict(zip(mixes, map(probabilities, after, before), strict=True))
-    return Decision(tuple(named), shares.pop(""), fusion, shares, len(listed.tokens))
+    by_mix = sums.reshape(len(mixes), 2, len(named))  # after the question, and after none
+    shares = {}
+    for name, (after, before) in zip(mixes, by_mix, strict=True):
+        shares[name] = probabilities(after, before)
+    chosen_shares = shares.pop("")
+    return Decision(tuple(named), chosen_shares, fusions[""], shares, len(listed.tokens))
 
 
 def _quick(messages: Any) -> Chat:
@@ -118,10 +127,13 @@ def _quick(messages: Any) -> Chat:
 
 def checked_choices(choices: Iterable[str] | Mapping[str, str]) -> dict[str, str]:
     """Give choice -> what it means, "" where nobody says. Raises OptionError."""
-    expected = f"1 to {MAX_CHOICES} texts, all different and none empty"
-    names = [] if isinstance(choices, str) or not isinstance(choices, Iterable) else list(choices)
-    is_right = all(isinstance(name, str) and name.strip() for name in names)
-    if not is_right or not 1 <= len(names) <= MAX_CHOICES or len({*names}) < len(names):
+    names = []
+    if not isinstance(choices, str) and isinstance(choices, Iterable):
+        names = list(choices)
+    are_texts = all(isinstance(name, str) and name.strip() for name in names)
+    is_right = 1 <= len(names) <= MAX_CHOICES and are_texts
+    if not is_right or len(set(names)) < len(names):
+        expected = f"1 to {MAX_CHOICES} texts, all different and none empty"
         raise wrong_option("choices", choices, expected)
     means = choices if isinstance(choices, Mapping) else {}
     return {name: means.get(name) or "" for name in names}
@@ -130,16 +142,18 @@ def checked_choices(choices: Iterable[str] | Mapping[str, str]) -> dict[str, str
 def list_choices(messages: Any, choices: Mapping[str, str]) -> list[dict[str, Any]]:
     """Put the choices behind the question that ends a conversation. Raises PromptError."""
     last: Any = messages[-1] if isinstance(messages, Sequence) and messages else None
-    is_users = isinstance(last, Mapping) and last.get("role") == "user"
-    question = last.get("content") if is_users else None
+    question = None
+    if isinstance(last, Mapping) and last.get("role") == "user":
+        question = last.get("content")
     if not isinstance(question, str) or not question.strip():
         raise PromptError(
             f"The question is {last or messages!r:.100}, expected a text that is not empty, or "
             "messages that end with a user's."
         )
-    rows = [f"- {name}: {means}" if means else f"- {name}" for name, means in choices.items()]
-    listed = "\n".join([_LIST, *rows])
-    return [*messages[:-1], {**last, "content": f"{question}\n\n{listed}"}]
+    lines = [question, "", _LIST]
+    for name, means in choices.items():
+        lines.append(f"- {name}: {means}" if means else f"- {name}")
+    return [*messages[:-1], {**last, "content": "\n".join(lines)}]
 
 
 def probabilities(asked: F64, unasked: F64) -> F64:

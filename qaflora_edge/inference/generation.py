@@ -103,7 +103,6 @@ class Generation(Iterator[str]):
 
     @property
     def is_cancelled(self) -> bool:
-        """Tell whether it was told to end."""
         return self._sequence.is_cancelled
 
     @property
@@ -129,17 +128,14 @@ class Generation(Iterator[str]):
 
     @property
     def timings(self) -> Timings:
-        """Give the milliseconds spent."""
         return self._sequence.timings
 
     @property
     def prompt(self) -> tuple[int, ...]:
-        """Give the token ids of the prompt."""
         return self._sequence.request.tokens
 
     @property
     def n_prompt(self) -> int:
-        """Count the tokens of the prompt."""
         return self._sequence.n_prompt
 
     @property
@@ -169,7 +165,6 @@ class Generation(Iterator[str]):
 
     @property
     def wants_logprobs(self) -> bool:
-        """Tell whether `logprobs` was asked for."""
         return self._sequence.request.sampling.logprobs is not None
 
     @property

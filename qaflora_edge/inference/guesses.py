@@ -29,7 +29,6 @@ class _Record:
         self._n_left = 0
 
     def rests(self) -> bool:
-        """Tell whether a guess is left out."""
         self._n_left = max(0, self._n_left - 1)
         return self._n_left > 0
 

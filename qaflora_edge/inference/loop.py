@@ -44,7 +44,6 @@ class Loop:
     # from any thread
 
     def add(self, sequence: RunningSequence) -> None:
-        """Put a sequence into the queue."""
         with self._turn:
             self._scheduler.waiting.append(sequence)
             self._turn.notify_all()

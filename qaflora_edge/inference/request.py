@@ -15,25 +15,15 @@ if TYPE_CHECKING:
 
 
 class Cancellation:
-    """Tell whether a call was told to end: by set(), an event of the caller, or a call around it.
+    """Tell whether a call was told to end: by set(), or an event of the caller."""
 
-    around  ends this one too
-    """
-
-    def __init__(
-        self, event: threading.Event | None = None, around: "Cancellation | None" = None
-    ) -> None:
+    def __init__(self, event: threading.Event | None = None) -> None:
         self._is_set = False
         self._event = event
-        self._around = around
 
     @property
     def is_set(self) -> bool:
-        if self._is_set:
-            return True
-        if self._around is not None and self._around.is_set:
-            return True
-        return self._event is not None and self._event.is_set()
+        return self._is_set or (self._event is not None and self._event.is_set())
 
     def set(self) -> None:
         self._is_set = True

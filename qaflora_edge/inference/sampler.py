@@ -126,7 +126,6 @@ class Sampler:
         return int(array.selected)
 
     def close(self) -> None:
-        """Free the chain."""
         self._finalizer()
 
 

@@ -24,14 +24,15 @@ class Job:
         self, kind: str, steps: Generator[int | None, None, Any], cancellation: Cancellation
     ) -> None:
         self.kind = kind
-        self._steps, self._cancellation = steps, cancellation
-        self.is_done, self.n_done = False, 0
+        self._steps = steps
+        self._cancellation = cancellation
+        self.is_done = False
+        self.n_done = 0
         self.result: Any = None
         self.error: BaseException | None = None
 
     @property
     def is_cancelled(self) -> bool:
-        """Tell whether its caller told it to end."""
         return self._cancellation.is_set
 
     def advance(self) -> None:
@@ -39,16 +40,18 @@ class Job:
         try:
             self.n_done = next(self._steps) or self.n_done
         except StopIteration as end:
-            self.result, self.is_done = end.value, True
+            self.result = end.value
+            self.is_done = True
         except BaseException as error:
-            self.error, self.is_done = error, True
+            self.error = error
+            self.is_done = True
             if not isinstance(error, Exception):  # KeyboardInterrupt is for the driver
                 raise
 
     def fail(self, error: QafloraError) -> None:
-        """End it early."""
         self._steps.close()
-        self.error, self.is_done = error, True
+        self.error = error
+        self.is_done = True
 
 
 @dataclass
@@ -101,13 +104,16 @@ class Slot:
     def hold(self, sequence: RunningSequence, n_kept: int) -> None:
         """Note a new prompt, which reuses its first n_kept tokens."""
         request = sequence.request
-        self.weights, self.tokens = request.weights_key, list(request.tokens[:n_kept])
-        self.prompt, self.n_exact = request.tokens, request.n_base or len(request.tokens)
+        self.weights = request.weights_key
+        self.tokens = list(request.tokens[:n_kept])
+        self.prompt = request.tokens
+        self.n_exact = request.n_base or len(request.tokens)
         self.n_tail = request.n_tail
 
     def forget(self) -> None:
-        """Hold nothing."""
-        self.tokens, self.n_exact, self.weights = [], 0, None
+        self.tokens = []
+        self.n_exact = 0
+        self.weights = None
 
     def take(self, other: Self) -> None:
         """Take over another slot's sequence and KV state, and leave it empty."""
@@ -120,8 +126,10 @@ class Slot:
 
     def copy(self, other: Self) -> None:
         """Note a copy of another slot's KV state."""
-        self.tokens, self.weights = list(other.tokens), other.weights
-        self.prompt, self.n_exact = other.prompt, other.n_exact
+        self.tokens = list(other.tokens)
+        self.weights = other.weights
+        self.prompt = other.prompt
+        self.n_exact = other.n_exact
         self.n_tail = other.n_tail
 
 
@@ -218,7 +226,8 @@ class Scheduler:
             # Kinds alternate: a long job of one kind does not block another kind.
             others = (job for job in self.jobs if job.kind != self._last_kind)
             step.job = next(others, self.jobs[0])
-            self._last_kind, self._is_jobs_turn = step.job.kind, False
+            self._last_kind = step.job.kind
+            self._is_jobs_turn = False
             return step
         self._is_jobs_turn = True
         n_left = self._chunks.n_most
@@ -243,9 +252,10 @@ class Scheduler:
 
     def _prefills(self, running: list[RunningSequence]) -> list[RunningSequence]:
         """List what is prefilled in this step: a long prompt, or short ones in order of arrival."""
-        prefills = sorted((s for s in running if s.is_prefill), key=lambda s: s.number)
-        long = [each for each in prefills if self._is_long(each)]
-        short = [each for each in prefills if each not in long]
+        prefills = [sequence for sequence in running if sequence.is_prefill]
+        prefills.sort(key=lambda sequence: sequence.number)
+        long = [sequence for sequence in prefills if self._is_long(sequence)]
+        short = [sequence for sequence in prefills if sequence not in long]
         has_others = bool(self.jobs) or len(running) > len(long)
         if not long or (has_others and self._owed_ms > 0):
             return short
@@ -262,29 +272,36 @@ class Scheduler:
             free = [slot for slot in self.slots if slot.sequence is None]
             slot = max(free, key=lambda slot: self._fitness(slot, sequence))
             source = max(self.slots, key=lambda other: self._worth(other, sequence))
-            n_reused, n_there = (s.n_reused(sequence, self._chunks) for s in (slot, source))
+            n_here = slot.n_reused(sequence, self._chunks)
+            n_there = source.n_reused(sequence, self._chunks)
             # What can be reused once all prompts are prefilled that are begun is worth a wait.
-            begun = [each for each in self.slots if each.sequence and each.sequence.is_prefill]
-            soon = (each.n_reused(sequence, self._chunks, is_soon=True) for each in begun)
-            if max(soon, default=0) >= max(n_reused, n_there) + self._chunks.n_least:
+            n_soon = 0
+            for other in self.slots:
+                if other.sequence is not None and other.sequence.is_prefill:
+                    n_soon = max(n_soon, other.n_reused(sequence, self._chunks, is_soon=True))
+            n_least = self._chunks.n_least
+            if n_soon >= max(n_here, n_there) + n_least:
                 continue
             self.waiting.remove(sequence)
-            if n_there >= n_reused + self._chunks.n_least:
+            n_reused = n_here
+            if n_there >= n_here + n_least:
                 slot.copy(source)
                 step.copies.append((source.number, slot.number))
                 n_reused = n_there
-            slot.sequence = sequence
-            sequence.slot = slot.number
-            sequence.n_past = sequence.n_cached = n_reused
             slot.hold(sequence, n_reused)
+            slot.sequence = sequence
             slot.turn = sequence.number
+            sequence.slot = slot.number
+            sequence.n_past = n_reused
+            sequence.n_cached = n_reused
             step.admitted.append((sequence, n_reused))
 
     def resume(self, sequence: RunningSequence) -> None:
         """Go on with a sequence that was weighed: with what its base keeps of the prompt."""
         assert sequence.slot is not None
         request = sequence.request
-        sequence.listener, sequence.n_past = None, request.n_base
+        sequence.listener = None
+        sequence.n_past = request.n_base
         if self._is_exact and not request.weights.any():
             sequence.n_past = sequence.n_prompt - 1  # the base itself answers: one row has logits
         self.slots[sequence.slot].hold(sequence, sequence.n_past)
@@ -296,8 +313,11 @@ class Scheduler:
     def _fitness(self, slot: Slot, sequence: RunningSequence) -> tuple[int, int, bool, int]:
         """Prefer most reuse; then next to slots in use; then empty; then least recently used."""
         used = [other.number for other in self.slots if other.sequence is not None]
-        gap = max(min(used) - slot.number, slot.number - max(used), 1) if used else 1
-        return slot.n_reused(sequence, self._chunks), -gap, not slot.tokens, -slot.turn
+        gap = 1
+        if used:
+            gap = max(gap, min(used) - slot.number, slot.number - max(used))
+        n_reused = slot.n_reused(sequence, self._chunks)
+        return n_reused, -gap, not slot.tokens, -slot.turn
 
     def _move(self, step: Step) -> None:
         """Close gaps between slots that decode: llama.cpp 0c1e5709 batches adjacent ones only.

@@ -19,6 +19,7 @@ from qaflora_edge.inference.sequence import log_softmax
 
 Tokens = tuple[int, ...]
 Item = tuple[Request, Tokens]  # a prompt with its weights, and a continuation
+Scored = tuple[Tokens, F32]  # a continuation, and its log-probabilities once they are known
 _N_SEQ = 32  # continuations of one prompt in a batch, the prompt itself included
 _N_OUTPUT = 64  # rows of logits in a batch: their memory is n_vocab each
 
@@ -30,8 +31,8 @@ class Scorer:
     """
 
     def __init__(self, model: Model, pack: Pack, options: dict[str, Any]) -> None:
-        shape: Any = {"n_seq": _N_SEQ, "n_output": _N_OUTPUT, "is_unified": True}
-        self._contexts = GrowingContext(partial(Context, model, pack, **shape, **options))
+        make = partial(Context, model, pack, n_seq=_N_SEQ, n_output=_N_OUTPUT, is_unified=True)
+        self._contexts = GrowingContext(partial(make, **options))
         self.close = self._contexts.close
 
     def score(self, items: Sequence[Item]) -> Steps[list[F32]]:
@@ -39,14 +40,17 @@ class Scorer:
 
         Yields between micro-batches. Raises BackendError when one is NaN.
         """
-        results = [np.zeros(len(continuation), np.float32) for _, continuation in items]
-        groups: dict[Request, list[tuple[Tokens, F32]]] = {}
-        for (request, continuation), result in zip(items, results, strict=True):
+        results = []
+        groups: dict[Request, list[Scored]] = {}
+        for request, continuation in items:
+            result = np.zeros(len(continuation), np.float32)
+            results.append(result)
             if continuation:
                 groups.setdefault(request, []).append((continuation, result))
+        n_together = _N_SEQ - 1
         for request, members in groups.items():
-            for at in range(0, len(members), _N_SEQ - 1):
-                part = members[at : at + _N_SEQ - 1]
+            for at in range(0, len(members), n_together):
+                part = members[at : at + n_together]
                 n_token = len(request.tokens) + sum(len(tokens) for tokens, _ in part)
                 context = self._contexts.for_query(n_token)
                 with wiped_on_failure(context):
@@ -74,28 +78,29 @@ def prefill_request(context: Context, request: Request, n_token: int) -> Steps[i
     return row
 
 
-def _score_group(
-    context: Context, request: Request, part: Sequence[tuple[Tokens, F32]]
-) -> Steps[None]:
+def _score_group(context: Context, request: Request, part: Sequence[Scored]) -> Steps[None]:
     """Prefill the prompt once, then all continuations after it."""
-    prompt = request.tokens
-    last_row = yield from prefill_request(context, request, len(prompt))
-    first = log_softmax(context.logits_view(last_row))
-    for tokens, result in part:
+    n_prompt = len(request.tokens)
+    last_row = yield from prefill_request(context, request, n_prompt)
+    first = log_softmax(context.logits_view(last_row))  # [n_vocab]
+    unread = []  # sequence and place of each token that predicts another
+    for seq, (tokens, result) in enumerate(part, 1):
         result[0] = first[tokens[0]]
-    rest = [(seq, at) for seq, (tokens, _) in enumerate(part, 1) for at in range(len(tokens) - 1)]
-    for seq in dict.fromkeys(seq for seq, _ in rest):
-        context.copy(0, seq)
-        context.set_weights(request.weights, seq=seq)
-    for n_done in range(0, len(rest), _N_OUTPUT):
-        batch = rest[n_done : n_done + _N_OUTPUT]
+        if len(tokens) > 1:
+            context.copy(0, seq)
+            context.set_weights(request.weights, seq=seq)
+            unread += [(seq, at) for at in range(len(tokens) - 1)]
+    for n_done in range(0, len(unread), _N_OUTPUT):
+        batch = unread[n_done : n_done + _N_OUTPUT]
         spans = []
         for seq, group in groupby(batch, itemgetter(0)):
             places = [at for _, at in group]
-            tokens = part[seq - 1][0][places[0] : places[-1] + 1]
-            spans.append(Span(seq, tokens, len(prompt) + places[0], "all"))
+            tokens, _ = part[seq - 1]
+            piece = tokens[places[0] : places[-1] + 1]
+            spans.append(Span(seq, piece, n_prompt + places[0], "all"))
         context.decode_spans(spans)
         for row, (seq, at) in enumerate(batch):
             tokens, result = part[seq - 1]
-            result[at + 1] = log_softmax(context.logits_view(row))[tokens[at + 1]]
+            log_p = log_softmax(context.logits_view(row))  # [n_vocab]
+            result[at + 1] = log_p[tokens[at + 1]]
         yield None

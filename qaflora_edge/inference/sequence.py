@@ -45,13 +45,18 @@ class Timings:
 
     @property
     def tokens_per_second(self) -> float:
-        """Give the speed of decoding."""
         return 1e3 * self.n_decoded / self.decode_ms if self.decode_ms > 0 else 0.0
 
     def to_dict(self) -> dict[str, float]:
         """Give `timings` of `qaflora run --json`."""
-        names = "probe_ms prefill_ms decode_ms tokens_per_second draft_n draft_n_accepted"
-        return {name: round(getattr(self, name), 3) for name in names.split()}
+        return {
+            "probe_ms": round(self.probe_ms, 3),
+            "prefill_ms": round(self.prefill_ms, 3),
+            "decode_ms": round(self.decode_ms, 3),
+            "tokens_per_second": round(self.tokens_per_second, 3),
+            "draft_n": self.draft_n,
+            "draft_n_accepted": self.draft_n_accepted,
+        }
 
 
 @dataclass(frozen=True)
@@ -118,10 +123,12 @@ class RunningSequence:
         listener: "Listener | None" = None,
     ) -> None:
         self.number = next(_numbers)
-        self.n_ctx, self.listener = n_ctx, listener
+        self.n_ctx = n_ctx
+        self.listener = listener
         self.slot: int | None = None
         self.start(request, sampler, n_max)
-        self.n_past = self.n_cached = 0
+        self.n_past = 0
+        self.n_cached = 0
         self.next_token: int | None = None
         self.answer: list[int] = []
         self.pieces: deque[tuple[str, int, bool]] = deque()
@@ -135,25 +142,27 @@ class RunningSequence:
 
     def start(self, request: Request, sampler: "Sampler | None", n_max: int) -> None:
         """Follow this request, with the same prompt as the one before."""
-        self.request, self.sampler, self.n_max = request, sampler, n_max
+        self.request = request
+        self.sampler = sampler
+        self.n_max = n_max
         self.guesser: Guesser | None = None
         self.written: Written | None = None
         self.is_told = False
-        sampling, thinking = request.sampling, request.thinking
-        self._split = ThoughtSplitter(thinking, is_exact=sampling.grammar is not None)
-        self.text = TextDecoder(sampling.stop, self._split)
+        thinking = request.thinking
+        has_grammar = request.sampling.grammar is not None
+        self._split = ThoughtSplitter(thinking, is_exact=has_grammar)
+        self.text = TextDecoder(request.sampling.stop, self._split)
         self.tags = thinking.tags if thinking else {}
-        self._n_open, self._is_closing = 0, False  # tokens since the thought began; its end
+        self._n_open = 0  # tokens since the thought began
+        self._is_closing = False  # it ends
         self._lead_thought()
 
     @property
     def n_prompt(self) -> int:
-        """Count the tokens of the prompt."""
         return len(self.request.tokens)
 
     @property
     def is_prefill(self) -> bool:
-        """Tell whether tokens of the prompt are left."""
         return self.n_past < self.n_prompt
 
     @property
@@ -163,12 +172,10 @@ class RunningSequence:
 
     @property
     def is_done(self) -> bool:
-        """Tell whether it has ended."""
         return self.finish_reason is not None
 
     @property
     def is_cancelled(self) -> bool:
-        """Tell whether it was told to end."""
         return self.request.cancellation.is_set
 
     def take(self, token: int, data: bytes | None) -> None:
@@ -178,7 +185,8 @@ class RunningSequence:
             return
         self.answer.append(token)
         self.timings.token_s.append(time.perf_counter())
-        was_open, was_thought = self._split.is_open, self._split.is_thought
+        was_open = self._split.is_open
+        was_thought = self._split.is_thought
         self._show(self.text.feed(data))
         self._n_open += was_open
         if self._split.is_thought:
@@ -226,7 +234,6 @@ class RunningSequence:
         return True
 
     def fail(self, error: QafloraError) -> None:
-        """End without a whole answer."""
         if not self.is_done:
             self.error = error
             self._end("error")
@@ -250,26 +257,31 @@ class TextDecoder:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stops = tuple(stops)
         self._split = split or ThoughtSplitter(None)
-        self._held = self.thought = ""
-        self.n_byte, self.is_stopped = 0, False
+        self._held = ""
+        self.thought = ""
+        self.n_byte = 0
+        self.is_stopped = False
 
     def feed(self, data: bytes) -> str:
         """Give the text that may be shown now: what can no longer begin a stop text."""
         self.thought, text = self._split.feed(self._decoder.decode(data))
-        held, self.n_byte = self._held + text, len(text.encode())
-        found = [at for at in (held.find(stop) for stop in self._stops) if at >= 0]
-        if found:
-            self._held, self.is_stopped = "", True
-            return held[: min(found)]
-        n = _n_begun(held, self._stops)
-        self._held = held[len(held) - n :]
-        return held[: len(held) - n]
+        self.n_byte = len(text.encode())
+        held = self._held + text
+        places = [held.find(stop) for stop in self._stops if stop in held]
+        if places:
+            self._held = ""
+            self.is_stopped = True
+            return held[: min(places)]
+        n_shown = len(held) - _n_begun(held, self._stops)
+        self._held = held[n_shown:]
+        return held[:n_shown]
 
     def flush(self) -> str:
         """Give the text held back; bytes of an unfinished character are dropped."""
         self.thought, text = self._split.feed("", is_last=True)
-        held, self._held = self._held + text, ""
-        return held
+        shown = self._held + text
+        self._held = ""
+        return shown
 
 
 class ThoughtSplitter:
@@ -284,36 +296,48 @@ class ThoughtSplitter:
     """
 
     def __init__(self, thinking: Thinking | None, *, is_exact: bool = False) -> None:
-        self._thinking, self._is_exact = thinking, is_exact
-        self.is_open = self.is_thought = thinking is not None and thinking.is_open
-        self._held, self._is_shown = "", False
+        self._thinking = thinking
+        self._is_exact = is_exact
+        self.is_open = thinking is not None and thinking.is_open
+        self.is_thought = self.is_open
+        self._held = ""
+        self._is_shown = False
 
     def feed(self, text: str, *, is_last: bool = False) -> tuple[str, str]:
         """Give what may be shown now of the thought, and of the answer."""
-        thinking, thought = self._thinking, ""
+        thinking = self._thinking
         if thinking is None:
             return "", text
-        text, self._held = self._held + text, ""
+        text = self._held + text
+        self._held = ""
+        thought = ""
         if not self.is_thought:
             start = text.lstrip()
             if thinking.begin.startswith(start) and start != thinking.begin and not is_last:
                 self._held = text
                 return "", ""
-            self.is_open = self.is_thought = start.startswith(thinking.begin)
-            text = start.removeprefix(thinking.begin) if self.is_open else text
+            self.is_thought = start.startswith(thinking.begin)
+            self.is_open = self.is_thought
+            if self.is_thought:
+                text = start.removeprefix(thinking.begin)
         if self.is_open:
             thought, tag, text = text.partition(thinking.end)
             self.is_open = not tag
-            n = _n_begun(thought, [thinking.end]) if self.is_open and not is_last else 0
-            shown = thought[: len(thought) - n].rstrip()
-            self._held = thought[len(shown) :] if self.is_open else ""
+            n_begun = 0  # characters that may begin the tag
+            if self.is_open and not is_last:
+                n_begun = _n_begun(thought, [thinking.end])
+            shown = thought[: len(thought) - n_begun].rstrip()
+            if self.is_open:
+                self._held = thought[len(shown) :]
             thought = shown if self._is_shown else shown.lstrip()
             self._is_shown = self._is_shown or bool(thought)
-            text = "" if self._is_exact else text
+            if self._is_exact:
+                text = ""
         if self.is_thought and not self._is_exact:
             text = text.lstrip()
         if text:
-            self._thinking, self.is_thought = None, False
+            self._thinking = None
+            self.is_thought = False
         return thought, text
 
 
@@ -349,10 +373,13 @@ def token_logprob(
     """
     log_p = log_softmax(logits)
 
-    def entry(each: int) -> TokenLogprob:
-        return TokenLogprob(each, piece(each), float(log_p[each]))
+    def entry(token: int) -> TokenLogprob:
+        return TokenLogprob(token, piece(token), float(log_p[token]))
 
     n_top = min(n_top, len(log_p))
-    likeliest = np.argpartition(-log_p, n_top - 1)[:n_top] if n_top else np.zeros(0, np.int64)
-    ordered = likeliest[np.argsort(-log_p[likeliest], kind="stable")]
-    return replace(entry(token), top=tuple(entry(int(i)) for i in ordered), n_shown=n_shown)
+    top: tuple[TokenLogprob, ...] = ()
+    if n_top:
+        likeliest = np.argpartition(-log_p, n_top - 1)[:n_top]
+        order = np.argsort(-log_p[likeliest], kind="stable")
+        top = tuple(entry(int(other)) for other in likeliest[order])
+    return replace(entry(token), top=top, n_shown=n_shown)

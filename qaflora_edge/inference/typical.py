@@ -34,16 +34,18 @@ def measure(
     """
     keys = KEYS if keys is None else keys
     cancellation = core.cancellation()
+    adapters = chats[0].adapters
     layers = [key for key in LAYERS if key in keys]
     groups = [chats, plain, *later]
-    n_extent = 0 if {*EXTENTS}.isdisjoint(keys) else sum(map(len, groups))
+    n_extent = 0
+    if not {*EXTENTS}.isdisjoint(keys):
+        n_extent = sum(map(len, groups))
     n_all = n_extent + (len(plain) if layers else 0)
-    adapters = chats[0].adapters
     measured: dict[str, Any] = {}
     if n_extent:
         rows = core.rows(adapters)
         n_before = 0
-        extents: list[F64] = []
+        extents: list[F64] = []  # of each group [2, n_prompt, n_adapter, n_layer]
         for group in groups:
 
             def tell_group(n_read: int, n_before: int = n_before) -> None:
@@ -52,19 +54,23 @@ def measure(
             steps = core.prober.added_together(group, rows)
             extents.append(core.run(steps, cancellation, tell_group))
             n_before += len(group)
-        first, (text, _), *behind = extents
-        both = np.concatenate(behind or [first], axis=1)
-        measured |= dict(zip(EXTENTS, (*first, text, *both), strict=True))
+        first, text, *behind = extents
+        later_turns = np.concatenate(behind or [first], axis=1)
+        measured["added_last"], measured["added_question"] = first
+        measured["added_text"], _ = text
+        measured["later_last"], measured["later_question"] = later_turns
     probe = Probes(core, cancellation)
     if SURENESS in keys and later:  # there is a chat template
         sampled = chats[:: max(1, len(chats) // _N_DRAFTED)]
         measured[SURENESS] = [_sureness(probe(chat)) for chat in sampled]
-    for n_read, chat in enumerate(chats[: len(plain)] if layers else (), n_extent + 1):
-        for key in layers:
-            pool = "question" if key.startswith("question_") else "answer"
-            query = replace(chat, lens=key.removeprefix("question_"), pool=pool)
-            measured.setdefault(key, []).append(probe(query).divergence())
-        tell(n_read, n_all)
+    if layers:
+        measured |= {key: [] for key in layers}
+        for n_read, chat in enumerate(chats[: len(plain)], n_extent + 1):
+            for key in layers:
+                pool = "question" if key.startswith("question_") else "answer"
+                query = replace(chat, lens=key.removeprefix("question_"), pool=pool)
+                measured[key].append(probe(query).divergence())
+            tell(n_read, n_all)
     return typical_of(measured, adapters)
 
 
