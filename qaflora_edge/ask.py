@@ -5,9 +5,8 @@ Engine. Its values are checked here, once, by `config`.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Integral
 from typing import TYPE_CHECKING, Any, Self
 
 from qaflora_edge.config import DEFAULTS, check
@@ -259,45 +258,3 @@ def one_of(weights: Any, strategy: str | None) -> Any:
     if weights is not None and strategy is not None:
         raise OptionError(f"Options strategy={strategy!r} and weights are given, expected one.")
     return weights if strategy is None else strategy
-
-
-# prompts as callers in Python give them
-
-
-def as_turn(prompt: Any, *, is_plain: bool = False) -> Question:
-    """Take messages as a conversation, and so a text where there is a chat template.
-
-    is_plain  a text stays as it is
-    """
-    if isinstance(prompt, str) and prompt and not is_plain:
-        return Chat([{"role": "user", "content": prompt}], untemplated=prompt)
-    question: Question = Chat(prompt) if is_conversation(prompt) else prompt
-    return question
-
-
-def whole(prompt: Any) -> Any:
-    return list(prompt) if isinstance(prompt, Iterator) else prompt
-
-
-def is_conversation(prompt: Any) -> bool:
-    """Tell messages from texts and ids."""
-    return isinstance(prompt, Sequence) and any(isinstance(part, Mapping) for part in prompt)
-
-
-def are_many(prompt: Any) -> bool:
-    """Tell a list of prompts from one: a text, messages, or a sequence of ids."""
-    if isinstance(prompt, str | Mapping) or not isinstance(prompt, Iterable):
-        return False  # one, if a wrong one
-    return not is_conversation(prompt) and any(not isinstance(part, Integral) for part in prompt)
-
-
-def paired(prompt: Any, continuation: Any) -> list[tuple[Any, Any]]:
-    """Put each prompt next to its continuation; one of both, or lists of the same length."""
-    if not are_many(prompt) and not are_many(continuation):
-        return [(prompt, continuation)]
-    if are_many(prompt) and are_many(continuation) and len(prompt) == len(continuation):
-        return list(zip(prompt, continuation, strict=True))
-    raise OptionError(
-        f"score got {prompt!r:.60} and {continuation!r:.60}, expected one of both, or "
-        "lists of the same length: repeat a prompt, as in [prompt] * 3."
-    )

@@ -22,12 +22,8 @@ from qaflora_edge.ask import (
     Prompt,
     Question,
     Tools,
-    are_many,
-    as_turn,
     asked,
     one_of,
-    paired,
-    whole,
 )
 from qaflora_edge.backend.context import trim
 from qaflora_edge.backend.model import Model
@@ -394,6 +390,8 @@ class Engine:
 
         Returns FusionWeights, weights float32 [n_adapter, n_layer], or a list of them.
         """
+        from qaflora_edge.prompt.messages import are_many, as_turn, whole
+
         is_plain = raw or parse_special
 
         def weigh(one: Any) -> FusionWeights:
@@ -458,6 +456,8 @@ class Engine:
 
         Raises PromptError when a continuation is empty, or too long for n_ctx with its prompt.
         """
+        from qaflora_edge.prompt.messages import are_many, paired, whole
+
         prompt = whole(prompt)
         continuation = whole(continuation)
         by = one_of(weights, strategy)
@@ -538,6 +538,7 @@ class Engine:
         progress  called with (prompts read, those in all); each is read several times
         """
         from qaflora_edge.inference.typical import measure
+        from qaflora_edge.prompt.messages import as_turn
 
         with self._core.call():
             texts = (*prompts, *turns)
@@ -557,6 +558,8 @@ class Engine:
     @_steady
     def embedding(self, prompt: Any) -> F32:
         """Average the base's last states over a prompt, as `weights` takes it: float32 [n_embd]."""
+        from qaflora_edge.prompt.messages import as_turn
+
         with self._core.call():
             steps = self._core.prober.mean_states(self._reader().tokens(as_turn(prompt)))
             return np.array(self._core.run(steps)[-1])

@@ -15,7 +15,7 @@ from patience import wait_until
 from serving import client_of
 
 from qaflora_edge import Engine
-from qaflora_edge.backend import context
+from qaflora_edge.backend import context, devices
 from qaflora_edge.cli import main
 from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.base import read_base
@@ -168,8 +168,8 @@ def test_memory_and_rope_limit_the_context(
     made: TinyBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, model = read_base(made.base.path), SimpleNamespace(n_ctx_train=1 << 17, n_head=28)
-    limit = partial(context.automatic_ctx, model, kv_type="f32")
-    monkeypatch.setattr(context, "_free_bytes", lambda: 1 << 30)
+    limit = partial(devices.automatic_ctx, model, kv_type="f32")
+    monkeypatch.setattr(devices, "_free_bytes", lambda: 1 << 30)
     # bytes of a token: K and V of 2 heads of 16 numbers, twice; and 319 rows of scores
     assert limit(base, n_seq=1) == (2**30 - base.size_bytes) // 2 // (2 * 256 + 4 * 28 * 319)
     assert limit(base, n_seq=999) == 4096

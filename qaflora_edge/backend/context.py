@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,7 +38,6 @@ from qaflora_edge.backend.library import (
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.config import KV_TYPES, MAX_CTX
 from qaflora_edge.errors import BackendError, CancelledError
-from qaflora_edge.formats.gguf import GgufHeader
 
 U8 = NDArray[np.uint8]
 _DECODE_ABORTED = 2  # llama.h llama_decode
@@ -47,7 +45,7 @@ _FLASH_ATTN_AUTO, _FLASH_ATTN_OFF = -1, 0  # llama.h llama_flash_attn_type; on: 
 N_OUTPUT = 16  # most rows with logits in a pass that verifies guesses, or scores a question
 _MAX_SCORES_BYTES = 256 << 20  # 8,192 tokens of a base with 25 heads
 _N_CTX_MIN = 256  # tokens
-N_CTX_FIRST, _N_CTX_SAFE = 1024, 4096  # of a context without a limit: at first, and in any case
+N_CTX_FIRST = 1024  # of a context without a limit
 
 
 class Stop:
@@ -492,58 +490,9 @@ def as_bytes(array: U8) -> Any:
     return array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
-_VALUE_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}
-
-
 def n_ctx_for(n_token: int) -> int:
     """Size a context for so many tokens; it grows by doubling."""
     return max(_N_CTX_MIN, 1 << (n_token - 1).bit_length())
-
-
-def automatic_ctx(model: Model, base: GgufHeader, kv_type: str, n_seq: int) -> int:
-    """Choose the most tokens of a sequence where nobody limits them.
-
-    These are as many as the base was trained for. Half of the memory that the base leaves free
-    has to hold the KV states of all sequences and of the probe, and a chunk's attention scores.
-    """
-    n_train = model.n_ctx_train or _N_CTX_SAFE
-    if any("rope_factors_long" in name for name in base.tensors):
-        # llama.cpp 0c1e5709, get_rope_factors: a larger context computes other positions
-        n_orig = base.metadata.get(f"{base.architecture}.rope.scaling.original_context_length")
-        if isinstance(n_orig, int):
-            n_train = min(n_train, n_orig)
-    n_value = 0  # of a token's keys and values
-    for name, tensor in base.tensors.items():
-        kind = name.removesuffix(".weight").rpartition(".")[2]
-        if kind in ("attn_k", "attn_v"):
-            n_value += tensor.shape[0]
-        elif kind == "attn_qkv":
-            n_value += tensor.shape[0] - base.n_embd
-    kv_bytes = n_value * _VALUE_BYTES[kv_type]
-    score_bytes = 4 * model.n_head * n_ubatch()
-    token_bytes = (n_seq + 1) * kv_bytes + score_bytes
-    free_bytes = _free_bytes() - base.path.stat().st_size
-    n_fit = free_bytes / 2 / max(1, token_bytes)
-    return min(n_train, max(_N_CTX_SAFE, int(n_fit)), MAX_CTX)
-
-
-def _free_bytes() -> int:
-    """Estimate the memory that this process may still take; a container's limit counts."""
-    group = Path("/sys/fs/cgroup")
-    n_left = MAX_CTX << 30  # no limit
-    with contextlib.suppress(OSError, ValueError):  # "max" is no limit either
-        limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
-        n_left = limit - used
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                kib = int(line.split()[1])
-                return min(n_left, kib << 10)
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    except (AttributeError, ValueError, OSError):  # Windows
-        return 4 << 30
 
 
 def context_params(

@@ -1,9 +1,10 @@
-"""Devices: layers on workers, which are other machines or processes, and on GPUs.
+"""Devices: layers on workers, which are other machines or processes, and on GPUs; and memory.
 
 A worker is llama.cpp's RPC backend: it lends its memory and computes the layers that lie there.
 Custom operations stay here, for their parameters are addresses of this process (patches/0004).
 """
 
+import contextlib
 import ctypes
 import math
 import os
@@ -15,8 +16,9 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from qaflora_edge.backend.batch import n_ubatch
 from qaflora_edge.backend.library import (
     DEVICE_CPU,
     DEVICE_GPU,
@@ -26,7 +28,12 @@ from qaflora_edge.backend.library import (
     library_dir,
     load,
 )
+from qaflora_edge.config import MAX_CTX
 from qaflora_edge.errors import LibraryError, WorkerError, wrong_option
+
+if TYPE_CHECKING:
+    from qaflora_edge.backend.model import Model
+    from qaflora_edge.formats.gguf import GgufHeader
 
 MAX_WORKERS = 16  # ggml-rpc.h GGML_RPC_MAX_SERVERS
 TIMEOUT_S = 60
@@ -250,3 +257,55 @@ def serve(host: str, port: int, *, cache: Path | None, threads: int) -> None:
     binding, _ = load()
     binding.llama_log_set(binding.llama_log_callback(), None)  # to stderr
     start(f"{host}:{port}".encode(), path, threads, len(devices), array)
+
+
+# memory
+
+_VALUE_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}
+_N_CTX_SAFE = 4096  # tokens that a context without a limit has in any case
+
+
+def automatic_ctx(model: "Model", base: "GgufHeader", kv_type: str, n_seq: int) -> int:
+    """Choose the most tokens of a sequence where nobody limits them.
+
+    These are as many as the base was trained for. Half of the memory that the base leaves free
+    has to hold the KV states of all sequences and of the probe, and a chunk's attention scores.
+    """
+    n_train = model.n_ctx_train or _N_CTX_SAFE
+    if any("rope_factors_long" in name for name in base.tensors):
+        # llama.cpp 0c1e5709, get_rope_factors: a larger context computes other positions
+        n_orig = base.metadata.get(f"{base.architecture}.rope.scaling.original_context_length")
+        if isinstance(n_orig, int):
+            n_train = min(n_train, n_orig)
+    n_value = 0  # of a token's keys and values
+    for name, tensor in base.tensors.items():
+        kind = name.removesuffix(".weight").rpartition(".")[2]
+        if kind in ("attn_k", "attn_v"):
+            n_value += tensor.shape[0]
+        elif kind == "attn_qkv":
+            n_value += tensor.shape[0] - base.n_embd
+    kv_bytes = n_value * _VALUE_BYTES[kv_type]
+    score_bytes = 4 * model.n_head * n_ubatch()
+    token_bytes = (n_seq + 1) * kv_bytes + score_bytes
+    free_bytes = _free_bytes() - base.path.stat().st_size
+    n_fit = free_bytes / 2 / max(1, token_bytes)
+    return min(n_train, max(_N_CTX_SAFE, int(n_fit)), MAX_CTX)
+
+
+def _free_bytes() -> int:
+    """Estimate the memory that this process may still take; a container's limit counts."""
+    group = Path("/sys/fs/cgroup")
+    n_left = MAX_CTX << 30  # no limit
+    with contextlib.suppress(OSError, ValueError):  # "max" is no limit either
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        n_left = limit - used
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                kib = int(line.split()[1])
+                return min(n_left, kib << 10)
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (AttributeError, ValueError, OSError):  # Windows
+        return 4 << 30

@@ -23,7 +23,6 @@ from qaflora_edge.backend.context import (
     Context,
     KvState,
     Stop,
-    automatic_ctx,
     n_ctx_for,
     trim,
 )
@@ -102,7 +101,12 @@ class Core:
             self.model = model = enter(shared_model(base, placing))
             paths = [info.path for info in infos]
             self.pack = enter(Pack(model, paths, adapter_type=adapter_type))
-            self.n_ctx = n_ctx or automatic_ctx(model, base, options["kv_type"], n_parallel)
+            if n_ctx is None:
+                from qaflora_edge.backend.devices import automatic_ctx
+
+                self.n_ctx = automatic_ctx(model, base, options["kv_type"], n_parallel)
+            else:
+                self.n_ctx = n_ctx
             self._n_first = n_ctx or min(self.n_ctx, N_CTX_FIRST)
             # One more than answers: the base's KV state of a prompt that the mix prefills.
             shape: Any = {"n_ctx": self._n_first, "n_seq": n_parallel + 1}

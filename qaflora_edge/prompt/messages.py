@@ -1,10 +1,12 @@
-"""Messages in OpenAI's shape: checked, and as templates expect them."""
+"""Messages in OpenAI's shape, checked; and prompts as callers in Python give them."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
-from qaflora_edge.errors import ModalityError, PromptError
+from qaflora_edge.ask import Chat, Question
+from qaflora_edge.errors import ModalityError, OptionError, PromptError
 from qaflora_edge.formats.inputs import Json
 
 Message = Mapping[str, Any]
@@ -101,3 +103,45 @@ _CALL = '{"type": "function", "function": {"name": ..., "arguments": JSON text}}
 def _wrong(i: int, what: str, value: Any, expected: str | None = None) -> PromptError:
     expected = expected or 'a text, as in {"role": "user", "content": "How many ...?"}'
     return PromptError(f"Message {i} {what} {value!r:.200}, expected {expected}.")
+
+
+# prompts of Python
+
+
+def as_turn(prompt: Any, *, is_plain: bool = False) -> Question:
+    """Take messages as a conversation, and so a text where there is a chat template.
+
+    is_plain  a text stays as it is
+    """
+    if isinstance(prompt, str) and prompt and not is_plain:
+        return Chat([{"role": "user", "content": prompt}], untemplated=prompt)
+    question: Question = Chat(prompt) if is_conversation(prompt) else prompt
+    return question
+
+
+def whole(prompt: Any) -> Any:
+    return list(prompt) if isinstance(prompt, Iterator) else prompt
+
+
+def is_conversation(prompt: Any) -> bool:
+    """Tell messages from texts and ids."""
+    return isinstance(prompt, Sequence) and any(isinstance(part, Mapping) for part in prompt)
+
+
+def are_many(prompt: Any) -> bool:
+    """Tell a list of prompts from one: a text, messages, or a sequence of ids."""
+    if isinstance(prompt, str | Mapping) or not isinstance(prompt, Iterable):
+        return False  # one, if a wrong one
+    return not is_conversation(prompt) and any(not isinstance(part, Integral) for part in prompt)
+
+
+def paired(prompt: Any, continuation: Any) -> list[tuple[Any, Any]]:
+    """Put each prompt next to its continuation; one of both, or lists of the same length."""
+    if not are_many(prompt) and not are_many(continuation):
+        return [(prompt, continuation)]
+    if are_many(prompt) and are_many(continuation) and len(prompt) == len(continuation):
+        return list(zip(prompt, continuation, strict=True))
+    raise OptionError(
+        f"score got {prompt!r:.60} and {continuation!r:.60}, expected one of both, or "
+        "lists of the same length: repeat a prompt, as in [prompt] * 3."
+    )
