@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -37,7 +38,6 @@ READ = (*prepare.WANTED, "conversion", "convert_lora_to_gguf.py")
 INCLUDES = ("src", "include", "ggml/include", "ggml/src")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 FILE_NAME = re.compile(r"[\w-]+\.(?:cpp|h|c|cu|py)\b")
-HEADER = PurePosixPath("include/llama.h")  # of llama.cpp, by which it is found in an archive
 SETTINGS = ["-c", "user.name=x", "-c", "user.email=x@x", "-c", "core.autocrlf=false"]
 SETTINGS += ["-c", "core.editor=true", "-c", "merge.conflictStyle=diff3"]
 
@@ -103,17 +103,11 @@ def of_repository(folder: Path, build: Path) -> Source:
 
 def of_archive(archive: Path) -> Source:
     """Find the one llama.cpp in an archive; git and releases note its commit in the head."""
+    root = prepare.find_root(archive)
     with tarfile.open(archive, "r:gz") as tar:
-        names = [PurePosixPath(name) for name in tar.getnames()]
         commit = tar.pax_headers.get("comment", "")
-    roots = [name.parents[1] for name in names if name.parts[-2:] == HEADER.parts]
-    if len(roots) != 1:
-        raise PrepareError(
-            f"The archive {archive} has {len(roots)} files {HEADER}, expected one, of llama.cpp. "
-            "Give a source archive of llama.cpp, or of a package that holds one."
-        )
     name = archive.name.removesuffix(".tar.gz")
-    return Source(name, archive, roots[0], commit if COMMIT.fullmatch(commit) else "")
+    return Source(name, archive, root, commit if COMMIT.fullmatch(commit) else "")
 
 
 def new_pin(old: Pin, version: str, archive: Path) -> Pin:
@@ -132,9 +126,12 @@ def new_pin(old: Pin, version: str, archive: Path) -> Pin:
             f"{commit!r}, expected 40 hexadecimal digits. "
             f"Check that it is the source archive of {old.package} {version}."
         )
-    return replace(
+    pin = replace(
         old, version=version, archive_sha256=sha256_file(archive), llama_cpp_commit=commit
     )
+    with tempfile.TemporaryDirectory() as folder:
+        prepare.extract(pin.root, archive, Path(folder))
+        return replace(pin, llama_cpp_tree=strict.git_hash(Path(folder)))
 
 
 def begin(folder: Path, old: Pin, new: Source) -> None:

@@ -4,9 +4,11 @@
     python patches/prepare.py --archive   only the archive of the binding, checked
     python patches/prepare.py --vendor    a copy in llama.cpp/ beside patches/, for a source archive
 
-The pinned source archive is fetched (or taken from QAFLORA_SOURCE_ARCHIVE), checked, unpacked
-into a pristine folder, and patched there. The folder's name is a hash of the pin and of every
-patch, so a changed patch never meets an old tree; a folder that was edited by hand is refused.
+The pinned source archive is fetched, checked, unpacked into a pristine folder, and patched there.
+QAFLORA_SOURCE_ARCHIVE names any other archive with the pinned llama.cpp, such as one that git made:
+what a build reads has to have the pinned tree, as git hashes it. The folder's name is a hash of the
+pin and of every patch, so a changed patch never meets an old tree; a folder that was edited by hand
+is refused.
 Needs git, pip and platformdirs; only platformdirs where llama.cpp/ holds the patched source.
 """
 
@@ -20,7 +22,7 @@ import sys
 import tarfile
 import tempfile
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 PATCHES = Path(__file__).resolve().parent
@@ -39,6 +41,7 @@ STAMP = ".qaflora-stamp.json"
 WANTED = ("CMakeLists.txt", "LICENSE", "cmake", "ggml", "include", "licenses", "src", "vendor")
 MAX_TREE_BYTES = 512 << 20
 MAX_TREE_FILES = 20_000
+HEADER = PurePosixPath("include/llama.h")  # of llama.cpp, by which it is found in an archive
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Pin:
     archive_sha256: str
     llama_cpp_path: str
     llama_cpp_commit: str
+    llama_cpp_tree: str = field(repr=False)  # of WANTED; in tree_key the archive says as much
 
     @property
     def archive_name(self) -> str:
@@ -180,6 +184,30 @@ def extract(
         )
 
 
+def find_root(archive: Path) -> PurePosixPath:
+    """Find the folder of the one llama.cpp in an archive."""
+    with tarfile.open(archive, "r:gz") as tar:
+        names = [PurePosixPath(name) for name in tar.getnames()]
+    roots = [name.parents[1] for name in names if name.parts[-2:] == HEADER.parts]
+    if len(roots) != 1:
+        raise PrepareError(
+            f"The archive {archive} has {len(roots)} files {HEADER}, expected one, of llama.cpp. "
+            "Give a source archive of llama.cpp, or of a package that holds one."
+        )
+    return roots[0]
+
+
+def check_tree(pin: Pin, tree: Path, archive: Path) -> None:
+    """Raise PrepareError unless the unpacked source is the pinned one."""
+    digest = strict.git_hash(tree)
+    if digest != pin.llama_cpp_tree:
+        raise PrepareError(
+            f"The source archive {archive} has another llama.cpp than {pin.llama_cpp_commit[:8]}: "
+            f"git hashes what a build reads to {digest}, expected {pin.llama_cpp_tree}. Set "
+            "QAFLORA_SOURCE_ARCHIVE to the right file or unset it."
+        )
+
+
 def unsafe_reason(
     member: tarfile.TarInfo, name: PurePosixPath, n_file: int, n_bytes: int
 ) -> str | None:
@@ -239,7 +267,8 @@ def prepare(cache: Path | None = None, patches: Path = PATCHES) -> Path:
         return vendored
     tree = cache / "sources" / f"llama.cpp-{pin.llama_cpp_commit[:8]}-{key[:16]}"
     if not is_prepared(tree, key):
-        archive = find_archive(pin, cache)
+        given = os.environ.get("QAFLORA_SOURCE_ARCHIVE")
+        archive = Path(given) if given else find_archive(pin, cache)
         tree.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".tmp-", dir=tree.parent) as folder:
             fresh = Path(folder) / "llama.cpp"
@@ -262,7 +291,8 @@ def vendor() -> Path:
 def make_tree(pin: Pin, series: list[Path], key: str, archive: Path, fresh: Path) -> None:
     """Unpack, patch and stamp a tree in a folder that nobody else uses."""
     fresh.mkdir()
-    extract(pin.root, archive, fresh)
+    extract(find_root(archive), archive, fresh)
+    check_tree(pin, fresh, archive)
     for patch in series:
         strict.apply(patch, fresh)
     stamp = {"key": key, "patches": [patch.name for patch in series], "files": hash_tree(fresh)}

@@ -8,6 +8,7 @@ every hunk's lines must stand at exactly the place that the hunk names.
 import os
 import re
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -138,6 +139,23 @@ def git_environment(tree: Path) -> dict[str, str]:
         "GIT_CONFIG_GLOBAL": os.devnull,
         "GIT_CONFIG_NOSYSTEM": "1",
     }
+
+
+def git_hash(tree: Path) -> str:
+    """Hash a folder as git hashes the tree of a commit; nothing is left in it."""
+    with tempfile.TemporaryDirectory() as folder:
+        git = ["git", f"--git-dir={folder}", f"--work-tree={tree.resolve()}"]
+        settings = ["-c", "core.autocrlf=false", "-c", "core.fileMode=false"]
+        for words in (["init", "--quiet"], [*settings, "add", "--all", "--force"], ["write-tree"]):
+            done = subprocess.run(
+                [*git, *words],
+                cwd=tree,
+                env=git_environment(tree),
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+    return done.stdout.strip()
 
 
 def _git_apply(patch: Path, tree: Path, *options: str) -> None:

@@ -72,6 +72,7 @@ def write_release(
     binding: str = "def llama_thing(): ...",
 ) -> None:
     members = {"CMakeLists.txt": "project(x)\n", "src/a.cpp": text, "include/up.h": header}
+    members["include/llama.h"] = ""
     root = f"up_stream-{version}"
     files = {f"{root}/vendor/llama.cpp/{name}": text for name, text in members.items()}
     files[f"{root}/llama_cpp/llama_cpp.py"] = binding

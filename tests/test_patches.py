@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import tempfile
 import tomllib
 from hashlib import sha256
 from importlib.metadata import version
@@ -57,7 +58,7 @@ class Project:
 
     def write_archive(self, members: dict[str, str]) -> None:
         with tarfile.open(self.archive, "w:gz") as tar:
-            for name, text in members.items():
+            for name, text in {"include/llama.h": "", **members}.items():
                 member = tarfile.TarInfo(f"up_stream-1.0/vendor/llama.cpp/{name}")
                 member.size, member.mtime = len(text), 1_000_000_000
                 tar.addfile(member, io.BytesIO(text.encode()))
@@ -74,11 +75,21 @@ class Project:
                 (folder / source.name).symlink_to(source, target_is_directory=True)
         return folder
 
-    def write_pin(self, archive_sha256: str) -> None:
+    def git_tree(self) -> str:
+        """Hash what the archive has of llama.cpp with git itself."""
+        with tempfile.TemporaryDirectory() as name, tarfile.open(self.archive) as tar:
+            tar.extractall(name, filter="data")
+            (folder,) = Path(name).glob("up_stream-*/vendor/llama.cpp")
+            for words in ("init -q", "add -A -f", "write-tree"):
+                tree = subprocess.check_output(["git", *words.split()], cwd=folder, text=True)
+        return tree.strip()
+
+    def write_pin(self, archive_sha256: str, tree: str = "") -> None:
         (self.patches / "UPSTREAM").write_text(
             'package = "up-stream"\nversion = "1.0"\n'
             f'archive_sha256 = "{archive_sha256}"\n'
             'llama_cpp_path = "vendor/llama.cpp"\nllama_cpp_commit = "0123456789ab"\n'
+            f'llama_cpp_tree = "{tree or self.git_tree()}"\n'
         )
 
     def write_patch(self, text: str) -> None:
@@ -259,14 +270,18 @@ def test_other_patches_that_do_not_fit_are_refused(
     assert message in project.failure()
 
 
-def test_a_wrong_archive_is_refused(project: Project) -> None:
-    project.write_pin("0" * 64)
-    found = sha256(project.archive.read_bytes()).hexdigest()
+def test_another_source_is_refused_by_its_tree(project: Project) -> None:
+    project.write_pin("0" * 64, "0" * 40)
     assert project.failure() == (
-        f"patches/prepare.py: The source archive {project.archive} is not up-stream 1.0: its "
-        f"sha256 is {found}, expected {'0' * 64}. Set QAFLORA_SOURCE_ARCHIVE to the right file "
-        "or unset it."
+        f"patches/prepare.py: The source archive {project.archive} has another llama.cpp than "
+        f"01234567: git hashes what a build reads to {project.git_tree()}, expected {'0' * 40}. "
+        "Set QAFLORA_SOURCE_ARCHIVE to the right file or unset it."
     )
+
+
+def test_any_archive_with_the_pinned_tree_is_taken(project: Project) -> None:
+    project.write_pin("0" * 64)
+    assert (project.prepare() / "src" / "a.cpp").is_file()
 
 
 @pytest.mark.parametrize("attack", ["climb", "link", "device"])
@@ -280,7 +295,8 @@ def test_an_archive_that_leads_out_is_refused(project: Project, attack: str) -> 
         elif attack == "device":
             member.type = tarfile.CHRTYPE
         tar.addfile(member, io.BytesIO(b""))
-    project.write_pin(sha256(project.archive.read_bytes()).hexdigest())
+        tar.addfile(tarfile.TarInfo(f"{root}/include/llama.h"), io.BytesIO(b""))
+    project.write_pin(sha256(project.archive.read_bytes()).hexdigest(), "0" * 40)
     message = project.failure()
     assert "which leads out of" in message or "is neither a plain file nor a folder" in message
     assert not list(project.folder.rglob("escaped"))
