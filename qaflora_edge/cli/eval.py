@@ -125,7 +125,13 @@ def eval(
 
 def _option_facts(engine: Engine, options: cli.SharedOptions) -> dict[str, Any]:
     """Collect the options that a results file tells."""
-    facts = {name: getattr(engine, name) for name in ("lens", "pool", "prefill", "system")}
+    known = engine.weigher.known
+    facts: dict[str, Any] = {
+        "lens": known.lens,
+        "pool": known.pool,
+        "prefill": known.prefill,
+        "system": engine.system,
+    }
     for key in ("n_ctx", "kv_type", "flash_attn", "adapter_type"):
         facts[key] = options.engine[key]
     facts |= options.keywords("sampling")

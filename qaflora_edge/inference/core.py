@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from qaflora_edge.backend.prefix import Steps
     from qaflora_edge.formats.adapter import AdapterInfo
     from qaflora_edge.inference.drafts import Drafter, Shown
+    from qaflora_edge.inference.score import Scorer
     from qaflora_edge.weighing.adapter_inputs import AttentionSizes
     from qaflora_edge.weighing.probe import Listener
 
@@ -116,12 +117,12 @@ class Core:
             self.draft = self._drafts(draft)
             check_unchanged(states)  # llama.cpp opened the files by name, after the checks
             from qaflora_edge.backend.prefix import Prefixes
-            from qaflora_edge.inference.score import Scorer
             from qaflora_edge.weighing.probe import Prober
 
-            made, prefixes = (model, self.pack, options), Prefixes(prefix_cache << 20)
-            self.scorer = enter(closing(Scorer(*made)))
-            prober = Prober(*made, infos=infos, sizes=sizes(), prefixes=prefixes)
+            prefixes = Prefixes(prefix_cache << 20)
+            prober = Prober(
+                model, self.pack, options, infos=infos, sizes=sizes(), prefixes=prefixes
+            )
             self.prober = enter(closing(prober))
             # Nothing here refers to this Core: a circle would keep it alive.
             scheduler = Scheduler(n_parallel + 1, context.chunks(), n_parallel, self._is_exact)
@@ -130,6 +131,15 @@ class Core:
             self._free()
             raise
         self._free_later = resources.callback
+
+    @cached_property
+    def scorer(self) -> "Scorer":
+        """Score continuations; the first call makes it."""
+        from qaflora_edge.inference.score import Scorer
+
+        scorer = Scorer(self.model, self.pack, self.options)
+        self._free_later(scorer.close)
+        return scorer
 
     @cached_property
     def drafter(self) -> "Drafter":

@@ -21,8 +21,9 @@ def begin_with(
     first = messages[0]
     if isinstance(first, Mapping) and first.get("role") in ("system", "developer"):
         return [first, *examples, *messages[1:]]
-    begun = [] if system is None else [{"role": "system", "content": system}]
-    return [*begun, *examples, *messages]
+    if system is None:
+        return [*examples, *messages]
+    return [{"role": "system", "content": system}, *examples, *messages]
 
 
 def checked_messages(messages: Sequence[Message]) -> list[Json]:
@@ -71,6 +72,7 @@ _TEXTS = ("text", "input_text", "output_text")  # the last two are of responses
 
 def _joined(i: int, parts: Sequence[Any]) -> Any:
     """Join parts that are texts; give others as they are. Raises ModalityError for an image."""
+    texts = []
     for part in parts:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if isinstance(kind, str) and kind not in _TEXTS:
@@ -78,15 +80,18 @@ def _joined(i: int, parts: Sequence[Any]) -> Any:
                 f"Message {i} has a part of type {kind!r:.40}, expected texts alone: a bundle "
                 "reads no images, audio or files. Leave it out, or send what it says as text."
             )
-        if kind is None or not isinstance(part.get("text"), str):
+        text = None if kind is None else part.get("text")
+        if not isinstance(text, str):
             return parts
-    return "".join(part["text"] for part in parts)
+        texts.append(text)
+    return "".join(texts)
 
 
 def _tool_call(i: int, call: Any) -> Json:
     """Read the arguments of a call, which OpenAI writes as JSON text."""
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+    function: Any = call.get("function") if isinstance(call, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str):
         raise _wrong(i, "has the tool call", call, _CALL)
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):

@@ -99,7 +99,10 @@ def _size(value: Any, most: int, depth: int = 0) -> int:
     if depth > MAX_DEPTH:
         raise TemplateLimit(f"more than {MAX_DEPTH} lists or objects in each other")
     total = 1
-    for part in (*value, *value.values()) if isinstance(value, Mapping) else value:
+    parts = value
+    if isinstance(value, Mapping):
+        parts = (*value, *value.values())
+    for part in parts:
         total += _size(part, most - total, depth + 1)
         if total > most:
             raise TemplateLimit("more text or more steps than a conversation needs")
@@ -139,9 +142,9 @@ class _Payments(NodeTransformer):
             case nodes.For():
                 node.iter = self._through(_STEPS, node.iter)
             case nodes.Compare():
-                parts: Any = (node, *node.ops)
-                for part in parts:
-                    part.expr = self._through(_PAID, part.expr)
+                node.expr = self._through(_PAID, node.expr)
+                for operand in node.ops:
+                    operand.expr = self._through(_PAID, operand.expr)
             case nodes.Concat():
                 return self._through("join", nodes.List(node.nodes, lineno=node.lineno))
             case nodes.Tuple(ctx="store"):
@@ -238,8 +241,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         are_numbers = isinstance(left, int) and isinstance(right, int)
         if operator == "*" and not are_numbers:
             self._pay(operator, [left, right])
-        if operator == "%" and isinstance(left, str) and not _is_plain_format(left):
-            raise TemplateLimit("a format with a width, expected %s, %d, %r, %i or %f")
+        if operator == "%" and isinstance(left, str):
+            _check_format(left)
         if operator == "**":
             raise TemplateLimit("a power")
         result = super().call_binop(context, operator, left, right)
@@ -266,15 +269,29 @@ class _Environment(ImmutableSandboxedEnvironment):
         return self._paid(result)
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **more: Any) -> str:
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+    **_: Any,
+) -> str:
     """Write JSON as transformers does: nothing is escaped for HTML."""
-    options = {key: more[key] for key in ("separators", "sort_keys") if key in more}
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
 
 
-def _is_plain_format(text: str) -> bool:
-    rest = text.replace("%%", "").split("%")
-    return all(part[:1] in ("s", "d", "r", "i", "f") and part for part in rest[1:])
+def _check_format(text: str) -> None:
+    _, *behind = text.replace("%%", "").split("%")
+    for part in behind:
+        if not part.startswith(("s", "d", "r", "i", "f")):
+            raise TemplateLimit("a format with a width, expected %s, %d, %r, %i or %f")
 
 
 def _raise_exception(message: str) -> None:

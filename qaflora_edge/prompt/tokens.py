@@ -271,31 +271,34 @@ def _opening(model: Model) -> tuple[list[int], list[int]]:
     Returns the turn's first tokens from a control token on, and the white space after them, which
     may have become one token with the question's first one.
     """
-    try:
-        one = chat_tokens(model, Chat([{"role": "user", "content": "a"}]))
-        # A template has to frame both alike.
-        other = chat_tokens(model, Chat([{"role": "user", "content": "Some other words."}]))
-    except QafloraError:  # no template, or one that cannot be used
-        return [], []
+    framed = []
+    for text in ("a", "Some other words."):  # a template has to frame both alike
+        chat = Chat([{"role": "user", "content": text}])
+        try:
+            framed.append(chat_tokens(model, chat))
+        except QafloraError:  # no template, or one that cannot be used
+            return [], []
+    one, other = framed
     n_before = n_common(one, other)
     n_behind = n_common(one[::-1], other[::-1])
     behind = one[len(one) - n_behind :]
     end = n_before
     while end > 0 and not model.piece(one[end - 1], special=True).strip():
         end -= 1
+    control = _control(model)
     for start in range(end - 1, -1, -1):
+        head = one[start:end]
         # Long enough to be no assistant's turn, which may begin with the same token.
-        if one[start] in _control(model) and _last_place(one[start:end], behind) is None:
-            return one[start:end], one[end:n_before]
+        if head[0] in control and _last_place(head, behind) is None:
+            return head, one[end:n_before]
     return [], []
 
 
 def _last_place(part: Sequence[int], tokens: Sequence[int]) -> int | None:
     """Find where a part begins for the last time; None for an empty one."""
     n_part = len(part)
-    if n_part == 0:
-        return None
-    for at in range(len(tokens) - n_part, -1, -1):
+    first = len(tokens) - n_part
+    for at in range(first, -1, -1) if n_part else ():
         if list(tokens[at : at + n_part]) == list(part):
             return at
     return None
@@ -351,8 +354,8 @@ def infill_marks(model: Model) -> list[int] | None:
     """Give the ids of a base's tokens for INFILL_PARTS, -1 for a missing one; None: it has none."""
     marks = []
     for part in INFILL_PARTS:
-        mark = getattr(model._lib, f"llama_vocab_fim_{part}")
-        marks.append(mark(model.vocab))
+        mark_of = getattr(model._lib, f"llama_vocab_fim_{part}")
+        marks.append(mark_of(model.vocab))
     return None if min(marks[:3]) < 0 else marks
 
 

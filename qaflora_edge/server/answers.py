@@ -117,7 +117,8 @@ async def embeddings(request: Request) -> Computed:
         for index, state in enumerate(states):
             embedding: Any = state.tolist()
             if call.body.encoding_format == "base64":
-                embedding = base64.b64encode(state.astype("<f4").tobytes()).decode()
+                data = state.astype("<f4").tobytes()
+                embedding = base64.b64encode(data).decode()
             listed.append({"object": "embedding", "index": index, "embedding": embedding})
         usage = {"prompt_tokens": n_token, "total_tokens": n_token}
         return {"object": "list", "data": listed, "model": call.model, "usage": usage}
@@ -130,7 +131,10 @@ async def embedding(request: Request) -> Computed:
     call = await read_call(request, bodies.EmbeddingBody)
 
     def written(states: list[F32], n_token: int) -> Any:
-        return [{"index": i, "embedding": [state.tolist()]} for i, state in enumerate(states)]
+        listed = []
+        for index, state in enumerate(states):
+            listed.append({"index": index, "embedding": [state.tolist()]})
+        return listed
 
     return embedded(call, several(call.body.content), written)
 

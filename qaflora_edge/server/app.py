@@ -33,6 +33,7 @@ from qaflora_edge.server.served_models import (
     ServedModel,
     ServedModels,
     ServerOptions,
+    models_of,
 )
 
 log = logging.getLogger(__name__)
@@ -154,26 +155,32 @@ async def openapi(request: Request) -> Response:
 
 async def models(request: Request) -> Response:
     """List the models."""
-    served: ServedModels = request.app.state.models
-    return JSONResponse({"object": "list", "data": [served.card(name) for name in served.listed]})
+    served = models_of(request)
+    cards = [served.card(name) for name in served.listed]
+    return JSONResponse({"object": "list", "data": cards})
 
 
 async def model(request: Request) -> Response:
     """Describe a model."""
-    return JSONResponse(request.app.state.models.card(request.path_params["model"]))
+    return JSONResponse(models_of(request).card(request.path_params["model"]))
 
 
 async def lora_adapters(request: Request) -> Response:
     """List adapters as llama-server does: the field `lora` names them by `id`."""
-    served, _ = request.app.state.models.find(request.query_params.get("model"))
-    names = enumerate(served.weigher.adapters)
-    return JSONResponse([{"id": i, "path": name, "scale": 0.0} for i, name in names])
+    served, _ = models_of(request).find(request.query_params.get("model"))
+    listed = []
+    for index, name in enumerate(served.weigher.adapters):
+        listed.append({"id": index, "path": name, "scale": 0.0})
+    return JSONResponse(listed)
 
 
 async def props(request: Request) -> Response:
     """Tell the properties of a model as llama-server does."""
     model, states = _slots(request)
-    sampling = {key: value for key, value in vars(model.sampling).items() if value is not None}
+    sampling = {}
+    for name, value in vars(model.sampling).items():
+        if value is not None:
+            sampling[name] = value
     template = model.engine.chat_template if model.engine else None
     properties = {
         "default_generation_settings": {"n_ctx": states[0]["n_ctx"], "params": sampling},

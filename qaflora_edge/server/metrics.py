@@ -39,7 +39,8 @@ class Metrics:
         }
 
     def _new(self, kind: type[M], name: str, text: str, *labels: str, **options: Any) -> M:
-        return kind(name, text, labels, namespace="qaflora", registry=self.registry, **options)
+        options["registry"] = self.registry
+        return kind(name, text, labels, namespace="qaflora", **options)
 
     def _seconds(self, name: str, text: str) -> Histogram:
         return self._new(Histogram, f"{name}_seconds", text, buckets=_SECONDS)
@@ -93,9 +94,12 @@ class Recorder:
 
 def _line(scope: Scope, status: int, facts: Mapping[str, Any]) -> str:
     """Return one line, whatever a client or a proxy wrote into its request."""
-    client = ascii(scope["client"][0])[1:-1] if scope.get("client") else "-"
-    path = ascii(scope["path"][:100])[1:-1]
-    parts = [client, scope["method"], path, str(status), f"{facts['whole_ms']:.1f}ms"]
+    client = "-"
+    if scope.get("client"):
+        client, _ = scope["client"]
+    whole = f"{facts['whole_ms']:.1f}ms"
+    path = scope["path"][:100]
+    parts = [_plain(client), scope["method"], _plain(path), str(status), whole]
     for name in _SHOWN:
         value = facts.get(name)
         if isinstance(value, float):
@@ -103,3 +107,7 @@ def _line(scope: Scope, status: int, facts: Mapping[str, Any]) -> str:
         elif value is not None:
             parts.append(f"{name}={value}")
     return " ".join(parts)
+
+
+def _plain(text: str) -> str:
+    return ascii(text)[1:-1]

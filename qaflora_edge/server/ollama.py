@@ -23,7 +23,7 @@ from qaflora_edge.server import bodies
 from qaflora_edge.server.answers import embedded
 from qaflora_edge.server.receive import read
 from qaflora_edge.server.respond import LINES, Call, Computed, read_call
-from qaflora_edge.server.served_models import ServedModel, ServedModels
+from qaflora_edge.server.served_models import ServedModel, models_of
 
 VERSION = "0.12.6"  # of the Ollama whose API this follows: some clients refuse older ones
 
@@ -35,14 +35,14 @@ async def version(request: Request) -> Response:
 
 async def tags(request: Request) -> Response:
     """List the models as Ollama does."""
-    served: ServedModels = request.app.state.models
+    served = models_of(request)
     cards = [_card(served.find(name)[0], name) for name in served.listed]
     return JSONResponse({"models": cards})
 
 
 async def ps(request: Request) -> Response:
     """List the models that are loaded, as Ollama does."""
-    served: ServedModels = request.app.state.models
+    served = models_of(request)
     loaded = [_card(model, name) for name, model in served.by_name.items() if model.engine]
     return JSONResponse({"models": loaded})
 
@@ -74,7 +74,7 @@ def _written(time_s: float) -> str:
 async def show(request: Request) -> Computed:
     """Say what a model can do, as Ollama does."""
     body = await read(request, bodies.ShowBody)
-    served, _ = request.app.state.models.find(body.model or body.name)
+    served, _ = models_of(request).find(body.model or body.name)
 
     def compute(engine: Engine, out: Computed) -> None:
         template = engine.chat_template
@@ -151,13 +151,16 @@ def _answered(call: Call[Any], ask: Ask | None, fields: ollama.Fields) -> Comput
         times = partial(_counts, call.request.scope["qaflora"])
         events = partial(ollama.events, head, fields, call.body.stream, times)
         return call.answered([ask], events, wire=LINES)
-    nothing = {**head, **fields({}), "done": True}
+    nothing = head | fields({})
+    nothing["done"] = True
     if call.body.keep_alive in (0, "0", "0s"):
-        call.request.app.state.models.close_idle(call.served)
-        return JSONResponse({**nothing, "done_reason": "unload"})
+        models_of(call.request).close_idle(call.served)
+        nothing["done_reason"] = "unload"
+        return JSONResponse(nothing)
+    nothing["done_reason"] = "load"
 
     def load(engine: Engine, out: Computed) -> None:
-        out.send({**nothing, "done_reason": "load"})
+        out.send(nothing)
 
     return Computed(call, load, is_light=True, wire=LINES)
 

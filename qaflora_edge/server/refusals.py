@@ -6,16 +6,19 @@ from qaflora_edge import errors
 from qaflora_edge.formats.inputs import Json
 
 RETRY_AFTER_S = 2
-_TEXTS = ("messages", "input", "prompt", "tokens", "content")
+Fields = tuple[str, ...]
+_TEXTS: Fields = ("messages", "input", "prompt", "tokens", "content")
+_FORMS: Fields = ("grammar", "json_schema", "response_format", "tools", "text")
+_MIX: Fields = ("fusion", "lora")
 # What the sender of a request can cure -> the fields that may cause it.
-_CAUSES: dict[type[errors.QafloraError], tuple[str, ...]] = {
+_CAUSES: dict[type[Exception], Fields] = {
     errors.OptionError: (),  # names its field
     errors.PromptError: _TEXTS,
     errors.ToolsError: ("tools",),
     errors.ChatTemplateError: _TEXTS,
-    errors.GrammarError: ("grammar", "json_schema", "response_format", "tools", "text"),
-    errors.StrategyError: ("fusion", "lora"),
-    errors.WeightsError: ("fusion", "lora"),
+    errors.GrammarError: _FORMS,
+    errors.StrategyError: _MIX,
+    errors.WeightsError: _MIX,
 }
 
 
@@ -60,15 +63,16 @@ def refusal(error: BaseException, body: object = None, *, is_expired: bool = Fal
         return Refusal(503, "The server is shutting down.", code="shutting_down")
     if isinstance(error, errors.ModalityError):
         return Refusal(501, str(error), param="messages", code="not_implemented")
+    is_long = isinstance(error, errors.ContextError)
+    code = "context_length_exceeded" if is_long else "invalid_value"
     for kind, fields in _CAUSES.items():
         if isinstance(error, kind):
-            is_long = isinstance(error, errors.ContextError)
-            code = "context_length_exceeded" if is_long else "invalid_value"
-            return Refusal(400, str(error), param=_cause(error, fields, body), code=code)
+            param = _cause(error, fields, body)
+            return Refusal(400, str(error), param=param, code=code)
     return Refusal(500, "The server failed to answer; its log says why.", code="internal_error")
 
 
-def _cause(error: BaseException, fields: tuple[str, ...], body: object) -> str | None:
+def _cause(error: BaseException, fields: Fields, body: object) -> str | None:
     """Name the field of a body that is wrong: the error knows, or the first one that is there."""
     if isinstance(error, errors.OptionError):
         return error.option

@@ -28,7 +28,7 @@ from qaflora_edge.inference.generation import Generation
 from qaflora_edge.server import bodies
 from qaflora_edge.server.receive import address_of, read
 from qaflora_edge.server.refusals import Refusal, refusal
-from qaflora_edge.server.served_models import ServedModel
+from qaflora_edge.server.served_models import ServedModel, models_of
 from qaflora_edge.weighing.numbers import FusionWeights
 
 log = logging.getLogger(__name__)
@@ -316,7 +316,7 @@ class Call(Generic[B]):
 async def read_call(request: Request, kind: type[B]) -> Call[B]:
     """Read and check a body. Raises Refusal."""
     body = await read(request, kind)
-    served, strategy = request.app.state.models.find(body.model)
+    served, strategy = models_of(request).find(body.model)
     return Call(request, body, served, strategy)
 
 

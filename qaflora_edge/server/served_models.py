@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
+from starlette.requests import Request
+
 from qaflora_edge.ask import Sampling
 from qaflora_edge.config import in_group
 from qaflora_edge.engine import Engine
@@ -391,6 +393,12 @@ class ServedModels:
     async def _close(self, engine: Engine | None) -> None:
         if engine is not None:
             await asyncio.to_thread(engine.close)
+
+
+def models_of(request: Request) -> ServedModels:
+    """Give the bundles of the server that a request has come to."""
+    models: ServedModels = request.app.state.models
+    return models
 
 
 def _compute(engine: Engine) -> None:

@@ -27,6 +27,7 @@ from qaflora_edge.progress import Tell
 from qaflora_edge.server.bodies import AdapterBody, parsed
 from qaflora_edge.server.receive import address_of, check_announced, read, receive
 from qaflora_edge.server.refusals import Refusal
+from qaflora_edge.server.served_models import models_of
 
 MAX_UPLOAD_BYTES = 1 << 30
 _UPLOAD = "upload-"
@@ -80,7 +81,7 @@ async def unload(request: Request) -> Response:
     """Remove an adapter, as vLLM does."""
     _allowed(request)
     body = await read(request, AdapterBody)
-    served, _ = request.app.state.models.find(body.model)
+    served, _ = models_of(request).find(body.model)
 
     def remove(engine: Engine, tell: Tell) -> None:
         if body.lora_name not in engine.loaded_adapters:

@@ -95,11 +95,16 @@ class AttentionInputs:
         weights, measure = sums
         for layer, modules in self._modules.items():
             x = inputs[:, layer].astype(np.float64)  # [n_token, n_embd]
+            n_module = len(modules)
             for matrices in modules:
-                outputs = [x @ matrix.T for matrix in matrices]
-                sizes = np.stack([np.linalg.norm(output, axis=1) for output in outputs])
-                weights[:, layer] += softmax(sizes).sum(axis=1) / len(modules)
-                measure[:, layer] += sizes.sum(axis=1) / len(modules)
+                rows = []
+                for matrix in matrices:
+                    output = x @ matrix.T
+                    rows.append(np.linalg.norm(output, axis=1))
+                sizes = np.stack(rows)  # [n_adapter, n_token]
+                shares = softmax(sizes)
+                weights[:, layer] += shares.sum(axis=1) / n_module
+                measure[:, layer] += sizes.sum(axis=1) / n_module
         read = list(self._modules)
         others = [layer for layer in range(self._n_layer) if layer not in self._modules]
         sums[:, :, others] = sums[:, :, read].mean(axis=2, keepdims=True)

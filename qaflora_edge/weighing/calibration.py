@@ -42,14 +42,11 @@ def above_typical(query: Query, key: str, measured: F64) -> F64:
     key       one of EXTENTS
     measured  [n_adapter, n_layer]
     """
-    means = []
-    spreads = []
-    for name in query.adapters:
-        typical = query.typical[name][key]
-        means.append(typical["mean"])
-        spreads.append(typical["spread"])
-    above_mean = extent(measured) - np.array(means)
-    return np.asarray(above_mean / np.array(spreads))
+    typical = [query.typical[name][key] for name in query.adapters]
+    means = np.array([numbers["mean"] for numbers in typical])
+    spreads = np.array([numbers["spread"] for numbers in typical])
+    above_mean = extent(measured) - means
+    return np.asarray(above_mean / spreads)
 
 
 def unusual(query: Query, measured: Mapping[str, F64]) -> F64:

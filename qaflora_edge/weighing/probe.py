@@ -30,6 +30,9 @@ from qaflora_edge.weighing.adapter_inputs import (
 from qaflora_edge.weighing.strategy import Measure, Query, Reading, Span
 
 T = TypeVar("T")
+Ids = Sequence[int]  # of tokens
+Rows = Sequence[int]  # numbers of adapters
+RowKey = tuple[int, ...]  # the same
 PLACES = ("answer", "question")  # the last token, where the answer begins; the question's mean
 _N_TOGETHER = 8  # short queries of one batch: the base's matrices are read once for all
 
@@ -42,7 +45,7 @@ class _Measured:
     """
 
     tokens: tuple[int, ...]
-    rows: tuple[int, ...]
+    rows: RowKey
     question: Span | None
 
 
@@ -134,11 +137,13 @@ class _Added(Listener):
     def take(self, at: int, inputs: F32) -> None:
         begin = max(self.start - at, 0)
         stop = max(self._stop - at, 0)
-        sums = sums_of(self._sizes, inputs[begin:stop], self._threads)
+        of_question = inputs[begin:stop]
+        sums = sums_of(self._sizes, of_question, self._threads)
         for row, more in enumerate(sums):
             self._question[row] = self._question[row] + more
         if at < self._end:
-            self._last = inputs[: self._end - at][-1:]
+            until_end = inputs[: self._end - at]
+            self._last = until_end[-1:]
 
     def result(self) -> F64:
         n_token = self._stop - self.start
@@ -146,8 +151,10 @@ class _Added(Listener):
         question = [sums / n_token for sums in self._question]
         by_place = []
         for place in (last, question):
-            rows = zip(self._sizes, place, strict=True)
-            by_place.append([sizes.of_layers(of_modules) for sizes, of_modules in rows])
+            by_row = []
+            for sizes, of_modules in zip(self._sizes, place, strict=True):
+                by_row.append(sizes.of_layers(of_modules))
+            by_place.append(by_row)
         return np.array(by_place)
 
 
@@ -188,15 +195,15 @@ class Prober:
         self._base = GrowingContext(partial(self._make_base, n_seq=1))
         self._contexts = GrowingContext(self._make_context)
         self._threads = ThreadPoolExecutor(options.get("threads") or default_threads())
-        self._rows: tuple[int, ...] = ()  # adapters of the sequences after the base's
+        self._rows: RowKey = ()  # adapters of the sequences after the base's
         self._n_exact: int | None = None  # tokens held in the cuts of a whole prompt; None: all
         self._last: tuple[_Measured, F32] | None = None
 
-    def _read_queries(self, rows: tuple[int, ...]) -> QueryProjections:
+    def _read_queries(self, rows: RowKey) -> QueryProjections:
         infos = [self._infos[row] for row in rows]
         return QueryProjections(infos, self._model.n_layer)
 
-    def _read_attention(self, rows: tuple[int, ...], reading: Reading) -> AttentionInputs:
+    def _read_attention(self, rows: RowKey, reading: Reading) -> AttentionInputs:
         infos = [self._infos[row] for row in rows]
         return AttentionInputs(infos, self._model.n_layer, reading)
 
@@ -212,18 +219,18 @@ class Prober:
 
     # the base alone
 
-    def norms(self, rows: Sequence[int], n_token: int) -> Listener:
+    def norms(self, rows: Rows, n_token: int) -> Listener:
         """Measure what each adapter adds to a late query projection: float64 [n_row].
 
         Raises as strategy.Probe.norms does.
         """
         return _Norms(self._queries(tuple(rows)), n_token)
 
-    def routing(self, rows: Sequence[int], reading: Reading) -> Listener:
+    def routing(self, rows: Rows, reading: Reading) -> Listener:
         """Compute what strategy.Probe.routing gives, and raise as it does."""
         return _Routing(self._attention(tuple(rows), reading))
 
-    def added(self, rows: Sequence[int], span: Span, end: int, n_scored: int = 0) -> Listener:
+    def added(self, rows: Rows, span: Span, end: int, n_scored: int = 0) -> Listener:
         """Measure what each adapter would add to q, k and v in two places: [2, n_row, n_layer].
 
         span  where the question's tokens stand
@@ -233,11 +240,12 @@ class Prober:
         sizes = [self._sizes(row) for row in rows]
         listener = _Added(sizes, span, end, self._threads)
         start, stop = span
-        listener.scored = range(start, min(start + n_scored, stop - 1))
+        last_scored = min(start + n_scored, stop - 1)
+        listener.scored = range(start, last_scored)
         listener.hears_next = n_scored > 0
         return listener
 
-    def mean_states(self, tokens: Sequence[int], n_skipped: int = 0) -> Steps[F32]:
+    def mean_states(self, tokens: Ids, n_skipped: int = 0) -> Steps[F32]:
         """Average the states after each block over tokens: float32 [n_layer, n_embd].
 
         n_skipped  first tokens that do not count
@@ -253,7 +261,7 @@ class Prober:
         _check_finite(states[None], [self._model.path])
         return np.array(states)
 
-    def added_together(self, queries: Sequence[Query], rows: Sequence[int]) -> Steps[F64]:
+    def added_together(self, queries: Sequence[Query], rows: Rows) -> Steps[F64]:
         """Measure the same of many short queries: [2, n_query, n_row, n_layer].
 
         What all have before their questions is prefilled once. Yields how many are measured.
@@ -280,10 +288,11 @@ class Prober:
                     context.copy(0, seq)
                 context.capture_begin("inputs")
                 context.decode_spans(spans)
-                for query, tokens in zip(group, spans, strict=True):
+                for seq, query in enumerate(group, 1):
                     end = len(query.tokens[: query.n_weighed])
                     listener = self.added(rows, query.question, end)
-                    inputs = context.inputs(tokens.seq, len(tokens.tokens))
+                    n_own = len(query.tokens) - n_same
+                    inputs = context.inputs(seq, n_own)  # [n_own, n_layer, n_embd]
                     listener.take(n_same, inputs)
                     results.append(listener.result())
                 yield len(results)
@@ -293,8 +302,8 @@ class Prober:
 
     def states(
         self,
-        tokens: Sequence[int],
-        rows: Sequence[int],
+        tokens: Ids,
+        rows: Rows,
         pool: str = "last",
         span: Span | None = None,
     ) -> Steps[F32]:
@@ -303,14 +312,17 @@ class Prober:
         pool  "last": the last token's; or one of PLACES, both in one pass, of the question at span
         """
         if pool not in PLACES:
-            return (yield from self._measured(_Measured(tuple(tokens), tuple(rows), None)))
-        states = yield from self._measured(_Measured(tuple(tokens), tuple(rows), span))
+            span = None
+        asked = _Measured(tuple(tokens), tuple(rows), span)
+        states = yield from self._measured(asked)
+        if span is None:
+            return states
         return np.array(states[PLACES.index(pool)])
 
     def divergence(
         self,
-        tokens: Sequence[int],
-        rows: Sequence[int],
+        tokens: Ids,
+        rows: Rows,
         measure: Measure,
         lens: str,
         pool: str,
@@ -350,7 +362,7 @@ class Prober:
         self._last = (asked, states)
         return states
 
-    def _last_states(self, context: Context, tokens: Sequence[int]) -> Steps[F32]:
+    def _last_states(self, context: Context, tokens: Ids) -> Steps[F32]:
         context.capture_begin()
         n_kept = self._reuse(context, tokens)
         self._n_exact = None
@@ -358,7 +370,7 @@ class Prober:
         yield from prefill(context, tokens, n_kept, "last", n_seq=n_seq)
         return self._states(context)
 
-    def _place_states(self, context: Context, tokens: Sequence[int], span: Span) -> Steps[F32]:
+    def _place_states(self, context: Context, tokens: Ids, span: Span) -> Steps[F32]:
         """Prefill the tokens before the question, the question, and the rest, each for itself.
 
         Where nothing follows the question, its last token is the rest, and counts for the mean too.
@@ -386,7 +398,7 @@ class Prober:
             question = question + (last - question) / np.float32(n_mean)
         return np.stack([last, question])
 
-    def _reuse(self, context: Context, tokens: Sequence[int], n_after: int = 0) -> int:
+    def _reuse(self, context: Context, tokens: Ids, n_after: int = 0) -> int:
         """Reuse the KV state of a query's beginning; gives how many tokens."""
         chunks = context.chunks(1 + len(self._rows))
         return self.prefixes.go_on(
@@ -401,14 +413,14 @@ class Prober:
             states.append(context.states(seq))
         return np.stack(states)
 
-    def _in_order(self, rows: tuple[int, ...]) -> list[int]:
+    def _in_order(self, rows: RowKey) -> list[int]:
         """Order the adapters after the base: those that begin in a higher layer come later.
 
         Below its first layer an adapter equals the base, and the library leaves it out there.
         """
         return sorted(rows, key=lambda row: (self._pack.first_layers[row], row))
 
-    def _set_weights(self, context: Context, rows: tuple[int, ...]) -> None:
+    def _set_weights(self, context: Context, rows: RowKey) -> None:
         shape = (self._pack.n_adapter, self._model.n_layer)
         for seq, row in enumerate(self._in_order(rows), 1):
             alone = np.zeros(shape, np.float32)

@@ -160,8 +160,11 @@ def _told(
     scores  place -> [n_adapter], how unusual each adapter is there; the answer's first
     is_familiar  whether the first would do for a question that surprises the base more
     """
-    limits = {"answer": options["abstain"], "text": options["abstain"]}
-    limits["question"] = options["second"]
+    limits = {
+        "answer": options["abstain"],
+        "text": options["abstain"],
+        "question": options["second"],
+    }
     needed = {place: limits[place] for place in scores if limits[place] != "never"}
     reasons: dict[str, Reason] = {}
     for i, name in enumerate(names):
@@ -190,6 +193,7 @@ def _told(
 
 
 def _is_typical(reason: Reason) -> bool:
-    return all(
-        score <= reason.thresholds.get(place, STANDS_OUT) for place, score in reason.scores.items()
-    )
+    for place, score in reason.scores.items():
+        if score > reason.thresholds.get(place, STANDS_OUT):
+            return False
+    return True
