@@ -37,8 +37,8 @@ from nine_cells import CODE, halves, read
 from qaflora_edge import Engine, FusionWeights
 from qaflora_edge.ask import Sampling
 from qaflora_edge.evaluation.metrics import metrics
-from qaflora_edge.inference.request import Request
 from qaflora_edge.inference.sampler import Sampler
+from qaflora_edge.inference.sequence import Request
 
 Key = tuple[str, str, int, str, str]  # cell, language, item, strategy, reading
 # The cheapest first, after the one that all are compared with.

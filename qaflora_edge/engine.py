@@ -33,11 +33,12 @@ from qaflora_edge.errors import OptionError, QafloraError, StrategyError, wrong_
 from qaflora_edge.files import AnyPath
 from qaflora_edge.inference.core import Core, Probes, check_process
 from qaflora_edge.inference.generation import Generation
-from qaflora_edge.inference.request import (
-    Request,
-)
 from qaflora_edge.inference.sampler import Sampler
-from qaflora_edge.inference.sequence import RunningSequence, Written
+from qaflora_edge.inference.sequence import (
+    Request,
+    RunningSequence,
+    Written,
+)
 from qaflora_edge.progress import Tell, TellCount, silent
 from qaflora_edge.weighing.drafted import DRAFT_TOKENS, Relay
 from qaflora_edge.weighing.numbers import FusionWeights, alone_weights
@@ -749,22 +750,10 @@ class Engine:
     def generate(self, prompt: Plain, **options: Any) -> Generation:
         """Answer a prompt: an iterator over pieces of text, greedy unless temperature > 0.
 
-        weights       adapters' weights by name, or as `weights` gives them, or a strategy, which
-                      may be given as `strategy` too
-        adapters      those to weigh; by default those in use
-        prefill       who prefills the prompt: "base", "mix" or "auto", as Engine takes it
-        max_tokens, temperature, top_p, seed, stop, top_k, ...: see ask.Sampling
-        grammar       GBNF text that the answer follows, with the start `root`
-        json_schema   the answer is JSON that is valid under this schema; True: any JSON
-        parse_special  control tokens that are spelt out in the prompt are control tokens
-        on_weights    called with the weights once they are known
-        on_progress   called with "weighing" or "reading", how many tokens of the prompt are done,
-                      and how many it has
-        on_draft      called while drafts of a relay decide who answers, with the text so far of
-                      the answer that is given unless they decide otherwise
-        cancel        once it is set, the answer ends as by Generation.cancel
-        wait          prefill before returning. False: prefill when the first piece of this or
-                      another answer is requested.
+        options  of ask.Sampling and ask.Ask: max_tokens, temperature, seed, stop, grammar,
+                 json_schema, cancel, on_weights, ...; weights, as `weights` gives them or numbers
+                 by name, or a strategy; adapters, those to weigh; prefill, as Engine takes it.
+                 wait=False: prefill when the first piece of this or another answer is requested
 
         Of a chat the thought before the answer is kept apart: Generation.thoughts and `reasoning`.
         """

@@ -19,9 +19,8 @@ from qaflora_edge.backend.batch import Chunks, Span
 from qaflora_edge.backend.context import Stop
 from qaflora_edge.errors import BackendError, CancelledError
 from qaflora_edge.inference.loop import Loop
-from qaflora_edge.inference.request import Request
 from qaflora_edge.inference.scheduler import Scheduler, Slot
-from qaflora_edge.inference.sequence import RunningSequence
+from qaflora_edge.inference.sequence import Request, RunningSequence
 from qaflora_edge.weighing.probe import Listener
 
 CHUNKS = Chunks(6, 3, 3, lambda token: token == 0)  # 8 tokens at most

@@ -48,9 +48,7 @@ class Model(Handle):
     """Hold a base, memory-mapped and shared by all contexts.
 
     base          header from formats.base.read_base, which refuses what would end the process
-    gpu_layers    layers on devices; None: all
     rpc           the workers that are devices, before this machine's GPUs
-    tensor_split  how many layers each device gets, relative to the others
     rearrange     let llama.cpp store matrices in its own order, which our kernels do not take
     workers       attribute: connections to the workers
 

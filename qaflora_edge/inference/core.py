@@ -33,10 +33,15 @@ from qaflora_edge.formats.inputs import FileState, check_unchanged
 from qaflora_edge.inference.generation import Generation, follow
 from qaflora_edge.inference.guesses import Guesser
 from qaflora_edge.inference.loop import Loop
-from qaflora_edge.inference.request import Cancellation, Request
 from qaflora_edge.inference.sampler import Sampler
 from qaflora_edge.inference.scheduler import Scheduler
-from qaflora_edge.inference.sequence import RunningSequence, Written, surprise
+from qaflora_edge.inference.sequence import (
+    Cancellation,
+    Request,
+    RunningSequence,
+    Written,
+    surprise,
+)
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing.drafted import ANSWER, BASE, DRAFT_TOKENS, N_TOGETHER, Draft
 from qaflora_edge.weighing.numbers import FusionWeights, alone_weights, n_base_of

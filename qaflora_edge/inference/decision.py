@@ -10,7 +10,7 @@ from qaflora_edge.arrays import F64
 from qaflora_edge.ask import Chat, Weighing
 from qaflora_edge.errors import PromptError, wrong_option
 from qaflora_edge.inference.core import Core, Probes
-from qaflora_edge.inference.request import Cancellation, Request
+from qaflora_edge.inference.sequence import Cancellation, Request
 from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.weigher import Weigher
 

@@ -13,10 +13,9 @@ from qaflora_edge.backend.context import Context, KvState
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.prefix import GrowingContext, Steps, wiped_on_failure
 from qaflora_edge.errors import BackendError
-from qaflora_edge.inference.request import Request
 from qaflora_edge.inference.sampler import no_numbers
 from qaflora_edge.inference.score import prefill_request
-from qaflora_edge.inference.sequence import RunningSequence, Written, surprise
+from qaflora_edge.inference.sequence import Request, RunningSequence, Written, surprise
 from qaflora_edge.weighing.drafted import BASE, IN_WORDS, N_TOGETHER, Draft
 
 _N_AROUND = 8  # tokens around a draft, at most

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.errors import QafloraError
-from qaflora_edge.inference.request import Cancellation
-from qaflora_edge.inference.sequence import RunningSequence, Timings, TokenLogprob
+from qaflora_edge.inference.sequence import Cancellation, RunningSequence, Timings, TokenLogprob
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing.numbers import FusionWeights
 

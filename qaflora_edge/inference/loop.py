@@ -8,10 +8,9 @@ from typing import Any
 from qaflora_edge.backend.context import Context, Stop, cancelled
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import BackendError, BusyError, QafloraError
-from qaflora_edge.inference.request import Cancellation
 from qaflora_edge.inference.runner import Runner
 from qaflora_edge.inference.scheduler import Job, Scheduler, Step
-from qaflora_edge.inference.sequence import RunningSequence
+from qaflora_edge.inference.sequence import Cancellation, RunningSequence
 
 _POLL_S = 0.1  # for an event of a caller that cancels
 _PAUSE_S = 0.005

@@ -7,8 +7,7 @@ from typing import Any, Self
 
 from qaflora_edge.backend.batch import Chunks
 from qaflora_edge.errors import QafloraError
-from qaflora_edge.inference.request import Cancellation
-from qaflora_edge.inference.sequence import RunningSequence
+from qaflora_edge.inference.sequence import Cancellation, RunningSequence
 
 
 class Job:
@@ -16,8 +15,6 @@ class Job:
 
     kind    jobs of one kind share contexts, and run one after the other
     n_done  the last number that the generator yielded
-    result  what the generator returned, once it is done
-    error   what it raised
     """
 
     def __init__(

@@ -13,9 +13,8 @@ from qaflora_edge.backend.batch import Outputs, Span
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.prefix import GrowingContext, Steps, wiped_on_failure
-from qaflora_edge.inference.request import Request
 from qaflora_edge.inference.sampler import no_numbers
-from qaflora_edge.inference.sequence import log_softmax
+from qaflora_edge.inference.sequence import Request, log_softmax
 
 Tokens = tuple[int, ...]
 Item = tuple[Request, Tokens]  # a prompt with its weights, and a continuation

@@ -1,22 +1,24 @@
-"""A sequence: one running request, from the queue to its last piece of text."""
+"""A request, and the sequence that follows it from the queue to its last piece of text."""
 
 import codecs
 import itertools
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qaflora_edge.arrays import F32
-from qaflora_edge.ask import Thinking
+from qaflora_edge.ask import Sampling, Thinking
 from qaflora_edge.errors import QafloraError
-from qaflora_edge.inference.request import Request
 
 if TYPE_CHECKING:
+    from qaflora_edge.backend.batch import Chunks
     from qaflora_edge.backend.context import KvState
     from qaflora_edge.inference.guesses import Guesser
     from qaflora_edge.inference.sampler import Sampler
@@ -24,6 +26,64 @@ if TYPE_CHECKING:
     from qaflora_edge.weighing.probe import Listener
 
 _numbers = itertools.count(1)
+
+
+class Cancellation:
+    """Tell whether a call was told to end: by set(), or an event of the caller."""
+
+    def __init__(self, event: threading.Event | None = None) -> None:
+        self._is_set = False
+        self._event = event
+
+    @property
+    def is_set(self) -> bool:
+        return self._is_set or (self._event is not None and self._event.is_set())
+
+    def set(self) -> None:
+        self._is_set = True
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """Ask for an answer: a prompt, its weights, and how tokens are chosen.
+
+    tokens        ids of the prompt
+    weights       float32 [n_adapter, n_layer], of all loaded adapters
+    adapters      names of the adapters in use, for messages
+    n_base        tokens that the base prefills: all but the last few, or 0. Their KV state depends
+                  on nothing but the tokens.
+    thinking      how the base thinks, where thoughts are kept apart from the answer
+    """
+
+    tokens: tuple[int, ...]
+    weights: F32
+    sampling: Sampling = field(default_factory=Sampling)
+    adapters: tuple[str, ...] = ()
+    n_base: int = 0
+    thinking: Thinking | None = None
+    cancellation: Cancellation = field(default_factory=Cancellation)
+
+    @cached_property
+    def _nothing(self) -> F32:
+        return np.zeros_like(self.weights)
+
+    @property
+    def weights_key(self) -> bytes:
+        """Give bytes that are equal where the weights of the KV state to reuse are."""
+        return b"base" if self.n_base else self.weights.tobytes()
+
+    def next_weights(self, n_past: int) -> F32:
+        """Give the weights of the token at this position: float32 [n_adapter, n_layer]."""
+        return self._nothing if n_past < self.n_base else self.weights
+
+    def chunk_end(self, chunks: "Chunks", at: int) -> int:
+        """Find the end of the prompt's chunk that begins at `at`."""
+        return chunks.end(self.tokens, at, self.n_tail)
+
+    @property
+    def n_tail(self) -> int:
+        """Count the tokens after those that the base prefills."""
+        return len(self.tokens) - self.n_base if self.n_base else 0
 
 
 @dataclass
@@ -96,13 +156,10 @@ class RunningSequence:
     With a listener it is weighed first: the base prefills all of its prompt, and it keeps its slot
     until Loop.resume() or Loop.end().
 
-    n_max       most tokens of the answer
     n_ctx       tokens that its slot has to hold
     slot        of the context, None while it waits or once it is done
     n_past      tokens of prompt and answer with KV state in the slot
     n_cached    tokens of the prompt that had KV state when it got the slot
-    next_token  chosen, not yet decoded
-    guesser     guesses tokens after it, if anything does
     written     the beginning of its answer, where that need not be computed
     is_told     whether its caller has something of it: cancelled, it ends and does not fail
     pieces      text not yet taken, each with the number of answer tokens until there, and whether

@@ -36,8 +36,7 @@ class Gate:
     A web page may send requests to this machine (Origin then names the page), or let its own name
     point here (Host then is that name). Headers keep other pages from embedding an answer.
 
-    hosts    names that requests may call the server by, None: any
-    origins  pages that may ask as our own does; "*" is all
+    hosts, origins  see ServerOptions, where origins are cors_origins
     """
 
     def __init__(

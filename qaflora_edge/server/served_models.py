@@ -32,15 +32,10 @@ N_LIGHT = 2  # requests that take no step of an Engine, computed at once
 
 @dataclass(frozen=True, kw_only=True)
 class ServerOptions:
-    """Say how a server answers.
+    """Say how a server answers; see `qaflora serve --help-all`.
 
-    api_key       what requests have to carry, None: nothing
-    cors_origins  origins of pages that may ask as our own does; "*" is all
+    cors_origins  pages that may ask as our own does; "*" is all
     hosts         names that requests may call the server by, None: any
-    max_queue     requests that may wait
-    max_models    bundles that are open at the same time, None: all
-    timeout_s     the longest that a request may take
-    ttl_s         a bundle that was not used for as long is closed, None: none is
     adapters      folder of adapters that may be added, resolved; None: adapters cannot change
     engine        keywords of every Engine
     sampling      how tokens are chosen where a request says nothing
@@ -127,20 +122,15 @@ class Places:
 class ServedModel:
     """Hold one bundle, opened or not.
 
-    name        how clients call it
     weigher     knows its adapters and defaults
     strategies  that it can follow, as in NAME:STRATEGY
     sha256      of the base's file, and of each adapter's by its name; empty for a base alone
-    family      the base's architecture
     n_byte      of the base's file and the adapters'
-    sampling    how tokens are chosen where a request says nothing
     about       what its adapters are for, and questions that the page suggests
-    slots       requests that are answered at once
     engine      None while it is not loaded; `worker` computes for it
     opening     the task that loads it now; it goes on when the caller gives up
     closing     the one that closed it last
     expiry      closes it where nobody uses it until then
-    has_failed  it could not be opened when it was last asked for
     n_user      requests that use the Engine now
     is_changed  its adapters were: it stays open, for its folder has others
     """
