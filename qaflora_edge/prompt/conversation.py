@@ -99,8 +99,11 @@ def bundle_identity(folder: Path) -> dict[str, Any]:
     if is_base(folder):
         return {"name": name, "base_sha256": checksum(folder), "adapters": {}}
     text = read_bundle_text(folder)
-    adapters = {adapter.name: adapter.sha256 for adapter in text.adapters}
-    return {"name": text.name or name, "base_sha256": text.base.sha256, "adapters": adapters}
+    return {
+        "name": text.name or name,
+        "base_sha256": text.base.sha256,
+        "adapters": {adapter.name: adapter.sha256 for adapter in text.adapters},
+    }
 
 
 def save_session(path: Path, conversation: Conversation, **how: Any) -> None:

@@ -34,8 +34,9 @@ class TypedText:
             for token in model.special_tokens
             if token.text and (token.is_control or token.text in template_text)
         ]
-        firsts = "".join({re.escape(token.text[0]) for token in self._guarded})
-        self._any = re.compile(f"[{firsts}]" if firsts else "(?!)")
+        firsts = {re.escape(token.text[0]) for token in self._guarded}
+        any_first = f"[{''.join(firsts)}]" if firsts else "(?!)"
+        self._any = re.compile(any_first)
         # What an assistant said is its own: the template finds <think> and <tool_call> in it,
         # and where they are tokens, they are tokens again.
         control = [token.text for token in self._guarded if token.is_control]
@@ -57,8 +58,9 @@ class TypedText:
             return pattern.sub(lambda match: match[0] + self._mark, value)
         mark = partial(self.marked, is_assistant=is_assistant)
         if isinstance(value, Mapping):
-            return {mark(key): mark(part) for key, part in value.items()}
-        if isinstance(value, (list, tuple)):
+            keys = map(mark, value)
+            return dict(zip(keys, map(mark, value.values()), strict=True))
+        if isinstance(value, list | tuple):
             return list(map(mark, value))
         return value
 
@@ -73,8 +75,9 @@ class TypedText:
             typed.append(at - 1)
 
         def is_typed(start: int, token: SpecialToken) -> bool:
+            end = start + len(token.text)
             i = bisect_left(typed, start)
-            return i < len(typed) and typed[i] < start + len(token.text)
+            return i < len(typed) and typed[i] < end
 
         for token in self._guarded:
             places = _places(plain, token.text, 0, len(plain))

@@ -178,8 +178,9 @@ def normalise(divergence: ArrayLike) -> F32:
     total = div.sum(axis=0, keepdims=True)
     n_adapter = max(1, div.shape[0])
     is_measured = total > 0.0
+    divisor = np.where(is_measured, total, 1.0)
     with np.errstate(invalid="ignore"):
-        shares = div / np.where(is_measured, total, 1.0)
+        shares = div / divisor
     weights = np.where(is_measured, shares, 1.0 / n_adapter)
     return weights.astype(np.float32)
 

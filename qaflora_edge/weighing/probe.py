@@ -269,7 +269,8 @@ class Prober:
         first = queries[0].tokens
         n_same = len(first)  # tokens that all have before their questions
         for query in queries:
-            n_same = min(n_same, n_common(first, query.tokens), query.question[0])
+            start, _ = query.question
+            n_same = min(n_same, n_common(first, query.tokens), start)
         starts = range(0, len(queries), _N_TOGETHER)
         groups = [queries[at : at + _N_TOGETHER] for at in starts]
         n_most = 0  # tokens of a group
@@ -422,7 +423,8 @@ class Prober:
 
     def _set_weights(self, context: Context, rows: RowKey) -> None:
         shape = (self._pack.n_adapter, self._model.n_layer)
-        for seq, row in enumerate(self._in_order(rows), 1):
+        order = self._in_order(rows)
+        for seq, row in enumerate(order, 1):
             alone = np.zeros(shape, np.float32)
             alone[row] = 1.0
             context.set_weights(alone, seq=seq)

@@ -216,8 +216,10 @@ class Weigher:
             return self._fusion(Mix(np.zeros((0, self.n_layer))), chosen.text, query)
         start = time.perf_counter()
         mix = strategy.weigh(query, probe(query), chosen.argument)
-        probe_ms = 1e3 * (time.perf_counter() - start) if strategy.is_probed else 0.0
-        mix = mix if isinstance(mix, Mix) else Mix(mix)
+        spent_ms = 1e3 * (time.perf_counter() - start)
+        probe_ms = spent_ms if strategy.is_probed else 0.0
+        if not isinstance(mix, Mix):
+            mix = Mix(mix)
         source = f"Strategy {chosen.text!r}: "
         fusion = self._fusion(mix, chosen.text, query, probe_ms, source=source)
         weights = shaped(fusion.weights, chosen.options, source)
