@@ -15,16 +15,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 import numpy as np
 
 from qaflora_edge.arrays import F32
-from qaflora_edge.ask import (
-    Ask,
-    Chat,
-    Plain,
-    Prompt,
-    Question,
-    Tools,
-    asked,
-    one_of,
-)
+from qaflora_edge.ask import Ask, Chat, Plain, Prompt, Question, Tools, asked, one_of
 from qaflora_edge.backend.context import trim
 from qaflora_edge.backend.model import Model
 from qaflora_edge.bundles.open import Opened, open_any
@@ -34,11 +25,7 @@ from qaflora_edge.files import AnyPath
 from qaflora_edge.inference.core import Core, Probes, check_process
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.inference.sampler import Sampler
-from qaflora_edge.inference.sequence import (
-    Request,
-    RunningSequence,
-    Written,
-)
+from qaflora_edge.inference.sequence import Request, RunningSequence, Written
 from qaflora_edge.progress import Tell, TellCount, silent
 from qaflora_edge.weighing.drafted import DRAFT_TOKENS, Relay
 from qaflora_edge.weighing.numbers import FusionWeights, alone_weights

@@ -16,15 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qaflora_edge.arrays import F32, F64
-from qaflora_edge.backend.batch import (
-    N_SHALLOW,
-    Batch,
-    Chunks,
-    Outputs,
-    Span,
-    chunks_of,
-    n_ubatch,
-)
+from qaflora_edge.backend.batch import N_SHALLOW, Batch, Chunks, Outputs, Span, chunks_of, n_ubatch
 from qaflora_edge.backend.library import (
     CAPTURE,
     CONTEXT_DIFFERENTIAL,

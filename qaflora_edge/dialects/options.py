@@ -41,9 +41,6 @@ def wrong_field(param: str, value: object, expected: str) -> OptionError:
     return OptionError(message, param)
 
 
-# sampling
-
-
 def sampling_of(body: Object, defaults: Sampling) -> Sampling:
     """Read how tokens are chosen; the defaults hold where a body says nothing, or null.
 
@@ -87,9 +84,6 @@ def check_off(method: str, body: Object, fixed: Mapping[str, tuple[Any, ...]]) -
             )
 
 
-# thoughts
-
-
 def wants_thoughts(effort: str | bool | None) -> bool:
     """Tell whether an effort, as thinking() takes it, asks for thoughts; None does not."""
     return effort not in (*_NO_THOUGHT, False, None)
@@ -110,9 +104,6 @@ def thinking(effort: str | bool) -> Json:
     if is_wanted and isinstance(effort, str):
         variables["reasoning_effort"] = effort  # gpt-oss reads it
     return variables
-
-
-# tools
 
 
 def chosen_tools(tools: Any, tool_choice: Any, is_parallel: bool | None = None) -> Tools | None:
@@ -167,9 +158,6 @@ def _function(tool: Any) -> Any:
         return None
     flat = {name: value for name, value in tool.items() if name not in ("type", "strict")}
     return tool.get("function", flat)
-
-
-# weighing
 
 
 def weighing_of(body: Object, of_model: str | None, adapters: Sequence[str]) -> Weighing:

@@ -110,9 +110,6 @@ def _wrong(i: int, what: str, value: Any, expected: str | None = None) -> Prompt
     return PromptError(f"Message {i} {what} {value!r:.200}, expected {expected}.")
 
 
-# prompts of Python
-
-
 def as_turn(prompt: Any, *, is_plain: bool = False) -> Question:
     """Take messages as a conversation, and so a text where there is a chat template.
 

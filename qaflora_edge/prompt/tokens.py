@@ -99,9 +99,6 @@ class Reader:
         return tuple(tokens)
 
 
-# conversations
-
-
 def chat_tokens(
     model: Model, chat: Chat, *, n_ctx: int = MAX_CTX, reasoning: str = "auto"
 ) -> list[int]:
@@ -236,9 +233,6 @@ def _reason(error: Exception) -> str:
     return f"line {line}: {text}" if line else text
 
 
-# the question in a prompt
-
-
 def find_question(model: Model, tokens: Sequence[int]) -> tuple[int, int, bool] | None:
     """Find where the last user turn's text begins and ends, and whether it is a later one.
 
@@ -304,9 +298,6 @@ def _last_place(part: Sequence[int], tokens: Sequence[int]) -> int | None:
     return None
 
 
-# thoughts
-
-
 def thought_tags(template: str | None) -> Tags | None:
     """Find the tags of thoughts that a chat template may write; None: it knows no thoughts."""
     literal = templates.literal_text(template or "")
@@ -345,9 +336,6 @@ def _thinking_after(model: Model, tokens: Sequence[int], end: int) -> Thinking |
     is_open = begun.rfind(begin_tag) > begun.rfind(end_tag)
     closing = model.tokenize(f"\n{end_tag}", add_special=False, parse_special=True)
     return Thinking(begin_tag, end_tag, is_open, n_weighed, closing, tag_tokens)
-
-
-# gaps in code
 
 
 def infill_marks(model: Model) -> list[int] | None:
@@ -404,9 +392,6 @@ def infill_tokens(model: Model, gap: Gap, n_ctx: int) -> list[int]:
     n_cut = max(0, len(others) - n_room)
     others = others[n_cut:]
     return [*begin, *others, *pre, *before, *suf, *after, *mid]
-
-
-# checks
 
 
 def check_size(model: Model, texts: Iterable[str], n_ctx: int) -> None:

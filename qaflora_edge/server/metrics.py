@@ -96,10 +96,10 @@ def _line(scope: Scope, status: int, facts: Mapping[str, Any]) -> str:
     """Return one line, whatever a client or a proxy wrote into its request."""
     client = "-"
     if scope.get("client"):
-        client, _ = scope["client"]
+        client = ascii(scope["client"][0])[1:-1]
     whole = f"{facts['whole_ms']:.1f}ms"
-    path = scope["path"][:100]
-    parts = [_plain(client), scope["method"], _plain(path), str(status), whole]
+    path = ascii(scope["path"][:100])[1:-1]
+    parts = [client, scope["method"], path, str(status), whole]
     for name in _SHOWN:
         value = facts.get(name)
         if isinstance(value, float):
@@ -107,7 +107,3 @@ def _line(scope: Scope, status: int, facts: Mapping[str, Any]) -> str:
         elif value is not None:
             parts.append(f"{name}={value}")
     return " ".join(parts)
-
-
-def _plain(text: str) -> str:
-    return ascii(text)[1:-1]

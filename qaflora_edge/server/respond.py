@@ -245,9 +245,6 @@ async def _send_part(part: bytes, send: Send, *, is_last: bool = False) -> None:
         await send({"type": "http.response.body", "body": part, "more_body": not is_last})
 
 
-# calls
-
-
 @dataclass(frozen=True)
 class Call(Generic[B]):
     """Hold a request that was read: its body, and the bundle that it asks.

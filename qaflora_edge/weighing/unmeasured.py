@@ -85,9 +85,6 @@ class SpectR(Spectral):
     measured = ADDED
 
 
-# whatever is asked
-
-
 class _Fixed(Strategy):
     """Weigh by adapter -> weight, which parse() gives, whatever the query is; others weigh 0."""
 
