@@ -7,9 +7,9 @@ demo/ before these doors were closed, as RECORD has it:
 
     silent  1,000 connections that send nothing, or half a head; others ask once a second
     slow    8 bodies of 4 MB that come byte by byte; then one of 100 kB is sent whole
-    infill  /infill with 600 kB; short chats are asked beside it
-    long    the same with --prompt tokens of it, for --seconds
-    two     two such prompts, which have nothing in common
+    infill  /infill with 600 kB, for --seconds; short chats are asked beside it
+    long    the same beside a prompt of --prompt tokens
+    two     the same beside two such prompts, which have nothing in common
     adds    --adapter is added and removed --cycles times, with a chat after each, under qa-flora:
             its probe needs a sequence for each adapter
 
@@ -123,13 +123,19 @@ def slow(port: int, pid: int, options: argparse.Namespace) -> Iterator[Row]:
             thread.join()
 
 
-def infill_of(code: str, **more: Any) -> dict[str, Any]:
-    part = code * (LONG_BYTES // len(code) // 2)
-    return {"input_prefix": part, "input_suffix": part, "n_predict": 8, **more}
+def prompt_of(port: int, code: str, n_token: int) -> dict[str, Any]:
+    """A prompt of so many tokens, for /v1/completions."""
+    content = code * (LONG_BYTES // len(code))
+    status, text = asked(port, "/tokenize", {"content": content})
+    if status != 200:
+        raise SystemExit(f"/tokenize: {status} {text}")
+    return {"prompt": json.loads(text)["tokens"][:n_token], "max_tokens": 8}
 
 
-def beside(port: int, pid: int, most_s: float, bodies: list[dict[str, Any]]) -> Iterator[Row]:
-    """Ask short chats until all bodies for /infill are answered, or for so many seconds."""
+def beside(
+    port: int, pid: int, most_s: float, path: str, bodies: list[dict[str, Any]]
+) -> Iterator[Row]:
+    """Ask short chats until all bodies are answered, or for so many seconds."""
     start = time.monotonic()
     asked(port, CHAT, short_chat(7))
     yield "a short chat alone, s", round(time.monotonic() - start, 2)
@@ -137,7 +143,7 @@ def beside(port: int, pid: int, most_s: float, bodies: list[dict[str, Any]]) -> 
     waits: list[float] = []
     with ThreadPoolExecutor(len(bodies)) as pool:
         begin = time.monotonic()
-        answers = [pool.submit(asked, port, "/infill", body, most_s) for body in bodies]
+        answers = [pool.submit(asked, port, path, body, most_s) for body in bodies]
         time.sleep(1)
         while not all(answer.done() for answer in answers):
             start = time.monotonic()
@@ -150,29 +156,30 @@ def beside(port: int, pid: int, most_s: float, bodies: list[dict[str, Any]]) -> 
     for answer in answers:
         if isinstance(answer.exception(), TimeoutError):
             continue
-        status, text = answer.result()
-        if status != 200:
-            raise SystemExit(f"/infill: {status} {text}")
-        yield "prompt, tokens", json.loads(text)["tokens_evaluated"]
+        status, _ = answer.result()
+        yield f"{path} is answered with", status
     yield "s beside it", round(taken_s, 1)
     yield "short chats in that time", len(waits)
-    yield "median of them, s", round(statistics.median(waits), 2)
-    yield "longest of them, s", round(max(waits), 2)
+    if waits:
+        yield "median of them, s", round(statistics.median(waits), 2)
+        yield "longest of them, s", round(max(waits), 2)
     yield "memory after it, MB", mb_of(pid)
 
 
 def infill(port: int, pid: int, options: argparse.Namespace) -> Iterator[Row]:
-    yield from beside(port, pid, options.seconds, [infill_of(CODE)])
+    part = CODE * (LONG_BYTES // len(CODE) // 2)
+    body = {"input_prefix": part, "input_suffix": part, "n_predict": 8}
+    yield from beside(port, pid, options.seconds, "/infill", [body])
 
 
 def long(port: int, pid: int, options: argparse.Namespace) -> Iterator[Row]:
-    body = infill_of(CODE, n_prompt=options.prompt)
-    yield from beside(port, pid, options.seconds, [body])
+    body = prompt_of(port, CODE, options.prompt)
+    yield from beside(port, pid, options.seconds, "/v1/completions", [body])
 
 
 def two(port: int, pid: int, options: argparse.Namespace) -> Iterator[Row]:
-    bodies = [infill_of(code, n_prompt=options.prompt) for code in (CODE, OTHER_CODE)]
-    yield from beside(port, pid, options.seconds, bodies)
+    bodies = [prompt_of(port, code, options.prompt) for code in (CODE, OTHER_CODE)]
+    yield from beside(port, pid, options.seconds, "/v1/completions", bodies)
 
 
 def adds(port: int, pid: int, options: argparse.Namespace) -> Iterator[Row]:
