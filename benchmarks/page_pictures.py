@@ -5,6 +5,7 @@
 It asks `qaflora serve demo`, and needs chromium and chromedriver.
 """
 
+import argparse
 import base64
 import sys
 import tempfile
@@ -72,4 +73,6 @@ def main(address: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("address", metavar="URL")
+    main(parser.parse_args().address)
