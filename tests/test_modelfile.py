@@ -1,6 +1,8 @@
 """Modelfiles of Ollama become bundles; each line that cannot be followed is named."""
 
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,8 @@ REQUIRES 0.14.0
 
 
 @pytest.fixture
-def sources(tmp_path: Path) -> TinyBundle:
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TinyBundle:
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "ollama"))
     return make_sources(tmp_path)
 
 
@@ -93,7 +96,7 @@ def test_every_line_that_cannot_be_followed_is_named(sources: TinyBundle) -> Non
     brings = "is not taken: the base brings its own. Leave the line out."
     options = ", ".join(modelfile._SAMPLING)
     problems = [
-        "2: FROM stands above already, expected one. Leave one out.",
+        "2: FROM stands in line 1 already, expected one. Leave one out.",
         f"3: the adapter {place / 'nowhere'} does not exist; expected a PEFT folder, its "
         "safetensors file, or an adapter GGUF. Correct the path.",
         f"4: TEMPLATE {brings}",
@@ -115,11 +118,14 @@ def test_every_line_that_cannot_be_followed_is_named(sources: TinyBundle) -> Non
         ("FROM peft\n", "is a folder, expected a GGUF file"),
         ("FROM llama3.2\n", "Modelfile:1: the base llama3.2 is no file in"),
         ("FROM ../../x:y\n", "Modelfile:1: the base ../../x:y is no file in"),
+        ("FROM base.gguf\nADAPTER lone/a.safetensors\n", "adapter_config.json is missing in"),
         ("\0\xff", "is no command with a value"),
     ],
 )
 def test_a_wrong_modelfile_is_refused(sources: TinyBundle, text: str, message: str) -> None:
     place = sources.base.path.parent
+    (place / "lone").mkdir()
+    (place / "lone" / "a.safetensors").write_bytes(b"")
     assert message in refused(InputFileError, lambda: read_modelfile(written(place, text)))
 
 
@@ -129,11 +135,50 @@ def test_bytes_that_are_no_text_are_refused(sources: TinyBundle) -> None:
     assert refused(InputFileError, lambda: read_modelfile(path)).endswith("Save it again as UTF-8.")
 
 
-def test_blobs_of_ollama_get_a_name(sources: TinyBundle) -> None:
-    blob = sources.base.path.with_name(f"sha256-{'0' * 64}")
-    blob.write_bytes(sources.adapter.path.read_bytes())
-    create(sources, f"FROM base.gguf\nADAPTER {blob}\nADAPTER peft\n")
-    assert [each["name"] for each in bundle_json(sources.folder)["adapters"]] == ["adapter", "peft"]
+def write_ollama(place: Path, name: str, layers: Mapping[str, bytes]) -> None:
+    """Write a model as Ollama keeps it: blobs, and a manifest that names them."""
+    blobs = place / "blobs"
+    blobs.mkdir(parents=True, exist_ok=True)
+    listed = []
+    for kind, data in layers.items():
+        digest = hashlib.sha256(data).hexdigest()
+        (blobs / f"sha256-{digest}").write_bytes(data)
+        media = f"application/vnd.ollama.image.{kind}"
+        listed.append({"mediaType": media, "digest": f"sha256:{digest}", "size": len(data)})
+    path = place / "manifests/registry.ollama.ai/library" / name
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"schemaVersion": 2, "layers": listed}))
+
+
+def test_a_model_of_ollama_brings_its_adapter_and_texts(sources: TinyBundle) -> None:
+    place = sources.base.path.parent
+    layers = {
+        "model": sources.base.path.read_bytes(),
+        "adapter": sources.adapter.path.read_bytes(),
+        "template": b"{{ .Prompt }}",
+        "system": b"You are old.",
+        "params": b'{"temperature": 0.7, "stop": ["a", "b"], "num_ctx": 8}',
+        "messages": b'[{"role": "user", "content": "hi"}]',
+    }
+    write_ollama(place / "ollama", "mine/v2", layers)
+    result = create(sources, "FROM mine:v2\nADAPTER peft\nSYSTEM You are new.\n")
+    assert result.exit_code == 0, result.stderr
+    raw = bundle_json(sources.folder)
+    assert [adapter["name"] for adapter in raw["adapters"]] == ["adapter", "peft"]
+    assert raw["system"] == "You are new."
+    assert raw["sampling"] == {"temperature": 0.7, "stop": ["a", "b"]}
+    assert raw["examples"] == [{"role": "user", "content": "hi"}]
+    with Engine(sources.folder, n_ctx=512) as engine:
+        assert engine.adapters == ("adapter", "peft")
+
+
+def test_a_model_of_ollama_without_a_gguf_is_refused(sources: TinyBundle) -> None:
+    place = sources.base.path.parent
+    write_ollama(place / "ollama", "mlx/latest", {"tensor": b"x"})
+    path = written(place, "FROM mlx\n")
+    assert "mlx has 0 GGUF files of a base, expected 1" in refused(
+        InputFileError, lambda: read_modelfile(path)
+    )
 
 
 def test_a_long_licence_becomes_a_file(sources: TinyBundle) -> None:

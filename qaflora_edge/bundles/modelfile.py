@@ -1,10 +1,11 @@
-"""Modelfiles of Ollama as parts of a bundle.
+"""Modelfiles of Ollama, and the models that it keeps on this disk, as parts of a bundle.
 
 A Modelfile is read as ollama 0.34 does (parser/parser.go): one command a line, in any case and
 order; a text between quotation marks, one or three, may have several lines.
 """
 
 import contextlib
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -15,11 +16,12 @@ from typing import Any
 from qaflora_edge.config import in_group
 from qaflora_edge.errors import InputFileError, QafloraError
 from qaflora_edge.files import AnyPath, what_is_at
-from qaflora_edge.formats.inputs import read_input, reading
-from qaflora_edge.formats.names import load_registry, parse_hub_ref
+from qaflora_edge.formats.bundle import NAME_PATTERN
+from qaflora_edge.formats.inputs import read_input, read_json_file, reading
+from qaflora_edge.formats.names import CONFIG_FILE, load_registry, parse_hub_ref
 from qaflora_edge.settings import expanded
 
-MAX_BYTES = 1 << 20
+MAX_BYTES = 1 << 20  # of a Modelfile, a manifest, or a text in a model
 COMMANDS = ("FROM", "ADAPTER", "SYSTEM", "PARAMETER", "LICENSE", "MESSAGE")
 ROLES = ("system", "user", "assistant")
 _OF_BASE = ("TEMPLATE", "RENDERER", "PARSER")
@@ -35,6 +37,9 @@ _SAMPLING = tuple(
     num_predict""".split()  # noqa: SIM905
 )
 _SIGNED = ("seed", "top_k", "num_predict")  # a number below 0 leaves them open
+_PART = re.compile(r"\w[\w.-]*", re.ASCII)  # of a model's name
+_LAYERS = ("model", "adapter", "system", "license", "params", "messages")
+_DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 
 
 @dataclass(frozen=True)
@@ -79,13 +84,24 @@ def read_modelfile(path: Path) -> Modelfile:
     commands = list(_commands(path, _text(path)))
     modelfile = Modelfile()
     problems = []
-    if not any(command.name == "FROM" for command in commands):
+    inherited: list[Command] = []
+    froms = [command for command in commands if command.name == "FROM"]
+    if not froms:
         problems.append(f"{path}: FROM is missing, expected one; name the base, as in FROM a.gguf.")
-    for command in commands:
+    else:
+        commands.remove(froms[0])
         try:
-            _take(modelfile, command, path)
+            modelfile.base, inherited = _base(froms[0], path.parent)
         except QafloraError as problem:
-            problems.append(f"{path}:{command.line}: {problem}")
+            problems.append(f"{path}:{froms[0].line}: {problem}")
+    for group in (inherited, commands):
+        part = Modelfile()
+        for command in group:
+            try:
+                _take(part, command, path, froms)
+            except InputFileError as problem:
+                problems.append(f"{path}:{command.line}: {problem}")
+        _add(modelfile, part)
     if problems:
         raise InputFileError(" ".join(problems))
     return modelfile
@@ -116,8 +132,7 @@ def _commands(path: Path, text: str) -> Iterator[Command]:
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         name, value = _word(line)
-        name = name.upper()
-        argument = ""
+        name, argument = name.upper(), ""
         if name in ("PARAMETER", "MESSAGE"):
             argument, value = _word(value)
         if name not in (*COMMANDS, *_OF_BASE, *_IDLE) or not value:
@@ -139,9 +154,8 @@ def _commands(path: Path, text: str) -> Iterator[Command]:
 
 def _word(text: str) -> tuple[str, str]:
     """Split a text behind its first word."""
-    words = text.split(maxsplit=1)
-    word, rest = [*words, "", ""][:2]
-    return word, rest.strip()
+    word, *rest = text.split(maxsplit=1) or [""]
+    return word, rest[0].strip() if rest else ""
 
 
 def _unquoted(value: str) -> str | None:
@@ -156,54 +170,51 @@ def _unquoted(value: str) -> str | None:
 # commands
 
 
-def _take(modelfile: Modelfile, command: Command, path: Path) -> None:
-    """Add a command to what is asked for. Raises QafloraError."""
-    name = command.name
-    value = command.value
+def _take(part: Modelfile, command: Command, path: Path, froms: Sequence[Command]) -> None:
+    """Add a command to what is asked for. Raises InputFileError."""
+    name, value = command.name, command.value
     if name == "FROM":
-        if modelfile.base:
-            raise InputFileError("FROM stands above already, expected one. Leave one out.")
-        modelfile.base = _base(value, path.parent)
-        return
+        line = froms[0].line
+        raise InputFileError(f"FROM stands in line {line} already, expected one. Leave one out.")
     if name in _OF_BASE:
         raise InputFileError(f"{name} is not taken: the base brings its own. Leave the line out.")
     idle = command.argument if name == "PARAMETER" else name
     if idle in _IDLE:
-        modelfile.notes.append(f"{path}:{command.line}: {idle} is left out: it changes no answer.")
+        part.notes.append(f"{path}:{command.line}: {idle} is left out: it changes no answer.")
     elif name == "ADAPTER":
         place = _adapter(value, path.parent)
-        others = [other for other, _ in modelfile.adapters]
-        modelfile.adapters.append((_adapter_name(place.name, others), place))
+        part.adapters.append((place.name, place))
     elif name == "LICENSE":
-        modelfile.license = f"{modelfile.license}\n\n{value}".strip()
+        part.license = "\n\n".join(filter(None, (part.license, value)))
     elif name == "PARAMETER":
-        _take_parameter(modelfile.sampling, command)
+        _take_parameter(part, command)
     elif name == "SYSTEM" or command.argument == "system":
-        modelfile.system = value
+        part.system = value
     elif command.argument in ROLES:
-        modelfile.examples.append({"role": command.argument, "content": value})
+        part.examples.append({"role": command.argument, "content": value})
     else:
         expected = ", ".join(ROLES)
         raise InputFileError(f"the role is {command.argument!r:.40}, expected one of {expected}.")
 
 
-def _take_parameter(sampling: dict[str, Any], command: Command) -> None:
-    name = command.argument
-    value = command.value
+def _take_parameter(part: Modelfile, command: Command) -> None:
+    name, value = command.argument, command.value
+    if name == "repeat_last_n" and value == "64":
+        return
     if name == "stop":
-        sampling.setdefault("stop", []).append(value)
+        part.sampling["stop"] = [*part.sampling.get("stop", []), value]
         return
     if name not in _SAMPLING:
         raise InputFileError(
             f"PARAMETER {name:.40} cannot be followed; expected one of {', '.join(_SAMPLING)}."
         )
-    option = in_group("sampling")["max_tokens" if name == "num_predict" else name]
+    key = "max_tokens" if name == "num_predict" else name
+    option = in_group("sampling")[key]
     with contextlib.suppress(ValueError):
         number = option.kind(value)
         if option.fits(number):
-            sampling[option.name] = number
-            return
-        if name in _SIGNED and number < 0:
+            part.sampling[option.name] = number
+        if option.fits(number) or (name in _SIGNED and number < 0):
             return
     raise InputFileError(f"PARAMETER {name} is {value!r:.40}, expected {option.expected}.")
 
@@ -216,38 +227,139 @@ def _adapter(value: str, folder: Path) -> Path:
             f"the adapter {place} {what_is_at(place)}; expected a PEFT folder, its safetensors "
             "file, or an adapter GGUF. Correct the path."
         )
-    return place.parent if place.suffix == ".safetensors" else place
+    if place.suffix != ".safetensors":
+        return place
+    if not os.path.isfile(place.parent / CONFIG_FILE):
+        raise InputFileError(
+            f"{CONFIG_FILE} is missing in {place.parent.absolute()}; expected it next to "
+            f"{place.name}, for it has the adapter's scale. Give the folder that PEFT wrote."
+        )
+    return place.parent
+
+
+def _add(modelfile: Modelfile, part: Modelfile) -> None:
+    """Put a part behind what is there: of two texts or values the later one counts."""
+    for title, place in part.adapters:
+        name = _adapter_name(title, [name for name, _ in modelfile.adapters])
+        modelfile.adapters.append((name, place))
+    modelfile.system = part.system or modelfile.system
+    modelfile.license = part.license or modelfile.license
+    modelfile.examples = part.examples or modelfile.examples
+    modelfile.sampling |= part.sampling
+    modelfile.notes += part.notes
 
 
 def _adapter_name(title: str, taken: Sequence[str]) -> str:
     """Make a name that a bundle takes, of a folder's or file's; a blob of Ollama has none."""
-    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", title.removesuffix(".gguf")).lstrip("-._")[:60]
-    first = "adapter" if title.startswith("sha256-") or not plain else plain
-    lower = [name.lower() for name in taken]
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", title.removesuffix(".gguf"))
+    first = plain.lstrip("-._")[:60]
+    if title.startswith("sha256-") or not NAME_PATTERN.fullmatch(first):
+        first = "adapter"
+    taken_lower = {name.lower() for name in taken}
     name = first
-    for number in range(2, len(taken) + 2):
-        if name.lower() in lower:
-            name = f"{first}-{number}"
+    number = 1
+    while name.lower() in taken_lower:
+        number += 1
+        name = f"{first}-{number}"
     return name
 
 
-def _base(value: str, folder: Path) -> AnyPath:
-    """Find the base: a file, or a name that create_bundle knows. Raises QafloraError."""
-    place = folder / expanded(value)
+# models of Ollama
+
+
+def _base(command: Command, folder: Path) -> tuple[AnyPath, list[Command]]:
+    """Find the base, and the commands of the model that it is. Raises InputFileError."""
+    place = folder / expanded(command.value)
     if os.path.isdir(place):
         raise InputFileError(
             f"the base {place} is a folder, expected a GGUF file. Convert it with llama.cpp's "
             "convert_hf_to_gguf.py."
         )
     if os.path.isfile(place):
-        return place
-    if value in load_registry():
-        return value
-    if value.endswith(".gguf") and value.count("/") >= 2:
-        parse_hub_ref(value)
-        return value
+        return place, []
+    if command.value in load_registry():
+        return command.value, []
+    if model := _manifest(command.value):
+        return _of_model(command, *model)
+    if command.value.endswith(".gguf") and command.value.count("/") >= 2:
+        parse_hub_ref(command.value)
+        return command.value, []
+    places = " or ".join(map(str, ollama_folders()))
     raise InputFileError(
-        f"the base {value:.100} is no file in {folder.absolute()} and no name of `qaflora models`; "
-        "expected one of them. For a model of Ollama give the Modelfile that `ollama show "
-        f"--modelfile {value:.100}` prints, which names its files."
+        f"the base {command.value:.100} is no file in {folder.absolute()}, no name of `qaflora "
+        f"models`, and no model of Ollama in {places}; expected one of them. Correct it, set "
+        "OLLAMA_MODELS, or fetch the model with `ollama pull`."
     )
+
+
+def ollama_folders() -> list[Path]:
+    """Name the folders where Ollama keeps models: a user's, and that of Linux's service."""
+    if chosen := os.environ.get("OLLAMA_MODELS"):
+        return [Path(chosen)]
+    return [Path.home() / ".ollama/models", Path("/usr/share/ollama/.ollama/models")]
+
+
+def _manifest(name: str) -> tuple[Path, Path] | None:
+    """Find the folder and manifest of a model, as `llama3.2`, `me/mine:v2` or `hf.co/a/b:Q8_0`."""
+    *owners, last = name.split("/")
+    model, _, tag = last.partition(":")
+    parts = [*("registry.ollama.ai", "library")[: max(0, 2 - len(owners))], *owners, model]
+    tail = Path(*parts, tag or "latest")
+    if len(parts) != 3 or not all(map(_PART.fullmatch, tail.parts)):
+        return None
+    for folder in ollama_folders():
+        path = folder / "manifests" / tail
+        if os.path.isfile(path):
+            return folder, path
+    return None
+
+
+def _of_model(command: Command, folder: Path, path: Path) -> tuple[Path, list[Command]]:
+    """Read a manifest: the base's file, and as commands what else the model has."""
+    advice = f"Fetch it again with `ollama pull {command.value}`."
+    manifest = read_json_file(path, MAX_BYTES, InputFileError, advice)
+    layers = manifest.get("layers")
+    bases = []
+    commands = []
+    for layer in layers if isinstance(layers, list) else []:
+        fields = layer if isinstance(layer, dict) else {}
+        kind = str(fields.get("mediaType")).rpartition(".")[2]
+        digest = _DIGEST.fullmatch(str(fields.get("digest")))
+        if digest is None or kind not in _LAYERS:
+            continue
+        blob = (folder / "blobs" / f"sha256-{digest[1]}").absolute()
+        if not os.path.isfile(blob):
+            raise InputFileError(f"the file {blob} of {command.value} is missing. {advice}")
+        if kind == "model":
+            bases.append(blob)
+        elif kind == "adapter":
+            commands.append(Command(command.line, "ADAPTER", str(blob)))
+        else:
+            commands += _commands_of(command, kind, _text(blob))
+    if len(bases) != 1:
+        raise InputFileError(
+            f"{command.value} has {len(bases)} GGUF files of a base, expected 1: a model in "
+            "safetensors, or one in parts, cannot be taken. Give a GGUF file."
+        )
+    return bases[0], commands
+
+
+def _commands_of(command: Command, kind: str, text: str) -> Iterator[Command]:
+    """Give the commands that a layer of texts stands for."""
+    line = command.line
+    if kind in ("system", "license"):
+        yield Command(line, kind.upper(), text.strip())
+        return
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputFileError(f"the {kind} of {command.value} are no JSON ({error}).") from error
+    if kind == "params" and isinstance(content, dict):
+        for name, value in content.items():
+            for item in value if isinstance(value, list) else [value]:
+                yield Command(line, "PARAMETER", str(item), name)
+    if kind == "messages" and isinstance(content, list):
+        for message in content:
+            if isinstance(message, dict):
+                said = str(message.get("content"))
+                yield Command(line, "MESSAGE", said, str(message.get("role")))
