@@ -157,11 +157,14 @@ OPTIONS = {
 }
 
 
-def checked_schema(schema: Any, *, source: str = "The JSON schema") -> dict[str, Any]:
+def checked_schema(
+    schema: Any, *, source: str = "The JSON schema", is_lenient: bool = False
+) -> dict[str, Any]:
     """Check a JSON schema, and write it so that llguidance follows every keyword.
 
-    schema  as json.loads gives it; True or {} takes any value
-    source  what messages begin with, such as "The schema person.json"
+    schema      as json.loads gives it; True or {} takes any value
+    source      what messages begin with, such as "The schema person.json"
+    is_lenient  leave out keywords that cannot be followed, in place of refusing them
 
     The result allows only named properties where the schema does not say, unless some value has to
     fit several schemas with keywords. It allows more where several schemas of `oneOf` fit.
@@ -174,7 +177,7 @@ def checked_schema(schema: Any, *, source: str = "The JSON schema") -> dict[str,
         schema = read_json_object(text.encode())["schema"]
     except (TypeError, ValueError, RecursionError) as error:
         raise GrammarError(f"{source} is no JSON ({error}); correct it.") from error
-    checker = _Checker(source)
+    checker = _Checker(source, is_lenient=is_lenient)
     written = checker.visit(schema, "#")
     _check_chain("#", checker.leads_to, source)
     checker.check_multiples()
@@ -193,8 +196,9 @@ class _Checker:
     narrows      whether objects get named properties only, and schemas the types of their keywords
     """
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, *, is_lenient: bool) -> None:
         self._source = source
+        self._is_lenient = is_lenient
         self.is_combined = False
         self.narrows = False
         self._references: dict[str, str] = {}  # place of a $ref -> place that it names
@@ -213,6 +217,7 @@ class _Checker:
             key: self._value(key, value, place)
             for key, value in schema.items()
             if key not in _NOTES and not key.startswith("x-")
+            if not self._is_lenient or _is_followed(key, place)
             if key != "format" or str(value) in _FORMATS  # the others restrict nothing
         }
         kinds = [kind for kind, keys in _TYPED.items() if keys & written.keys()]
@@ -229,7 +234,7 @@ class _Checker:
     def _value(self, key: str, value: Any, place: str) -> Any:
         """Check the value of a keyword, and the schemas in it."""
         at = f"{place}/{key}"
-        if key not in _KNOWN or (key == "$id" and place != "#"):
+        if not _is_followed(key, place):
             raise self._error(place, f"the keyword {key!r:.60} is not supported", "leave it out")
         if expected := _expected(key, value):
             raise self._error(place, f"{key!r} is {value!r:.60}", f"expected {expected}")
@@ -269,6 +274,10 @@ class _Checker:
         whole = [int(n.scaleb(n_digit)) for n in self._multiples]
         if lcm(*whole, 10**n_digit) > MAX_MULTIPLE:
             raise self._error("#", "'multipleOf' is too large or too fine", "use smaller numbers")
+
+
+def _is_followed(key: str, place: str) -> bool:
+    return key in _KNOWN and (key != "$id" or place == "#")
 
 
 def _expected(key: str, value: Any) -> str:

@@ -195,7 +195,9 @@ def test_calls_and_results_go_back_into_the_conversation(engine: Engine) -> None
             engine.chat_tokens([{"role": "assistant", "tool_calls": [wrong]}])
 
 
-HERMES, ARGS, LIST, LLAMA, XML = (Calls(Tools([WEATHER, TIME]), style) for style in FORMATS)
+HERMES, ARGS, LIST, LLAMA, XML, GRANITE = (
+    Calls(Tools([WEATHER, TIME]), style) for style in FORMATS
+)
 
 
 def accumulated(tools: Calls, pieces: Iterable[str]) -> tuple[str, list[Any]]:
@@ -239,6 +241,7 @@ PLAIN = '{"name": "time", "parameters": {"é": 1}}'
         (XML, f"{TAGS}</tool_call>\n<tool_call>{TAGS}", "", ["time", "time"]),
         (XML, f"<tool_call>{TAGS.replace('time', 'x')}</tool_call>", "", ["x"]),
         (XML, f"```json\n{CALL}\n```", "", ["time"]),
+        (GRANITE, f"Yes. <|tool_call|>[{CALL}, {CALL}]", "Yes.", ["time", "time"]),
     ],
 )
 def test_calls_are_read_out_of_text(tools: Calls, text: str, rest: str, names: list[str]) -> None:
@@ -358,6 +361,13 @@ def test_text_is_shown_until_a_call_begins() -> None:
         assert [part for part in tools.read(pieces) if isinstance(part, str)] == shown
 
 
+@pytest.mark.parametrize("form", [XML, HERMES])
+def test_a_schema_of_tools_may_have_words_of_its_own(form: Calls) -> None:
+    value = {"type": "string", "optional": True, "uniqueItems": True}
+    function = {"name": "f", "parameters": {"properties": {"a": value}, "if": {}}}
+    form.grammar([{"type": "function", "function": function}])
+
+
 def test_fields_of_an_answer_are_attributes(engine: Engine) -> None:
     answer = engine.chat(USER, max_tokens=3)
     assert answer.choices[0].message.content == answer["choices"][0]["message"]["content"]
@@ -465,7 +475,7 @@ def test_template_without_tools_is_refused(engine: Engine, monkeypatch: Any, wri
         engine.chat(USER, tools=[TIME])
     assert str(caught.value) == (
         "The chat template of base.gguf has no tools in a form that we read, expected that of "
-        "Hermes and Qwen, Llama 3 or Mistral; ask without tools, or use such a base."
+        "Qwen, Llama 3, Mistral, Granite or SmolLM3; ask without, or use such a base."
     )
 
 

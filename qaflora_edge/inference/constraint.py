@@ -59,11 +59,11 @@ def schema_grammar(schema: Any, *, source: str = "The JSON schema") -> Grammar:
 def framed_grammar(forms: Sequence[tuple[str, Any, str]], *, source: str) -> Grammar:
     """Compile what begins and ends with given texts: any of (before, JSON schema, after).
 
-    Raises GrammarError as schema_grammar does.
+    Keywords that cannot be followed are left out. Raises GrammarError as schema_grammar does.
     """
     lark = f"start: {' | '.join(f'form{i}' for i in range(len(forms)))}\n"
     for i, (before, schema, after) in enumerate(forms):
-        checked = checked_schema(schema, source=source)
+        checked = checked_schema(schema, source=source, is_lenient=True)
         _checked(_json_grammar(checked), source)
         lark += f"form{i}: {json.dumps(before)} body{i} {json.dumps(after)}\n"
         lark += f"body{i}: %json {json.dumps(checked)}\n"

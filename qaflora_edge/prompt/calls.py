@@ -32,7 +32,7 @@ _CLOSERS = re.compile(r'(?:[\s\]},;]|"id"\s*:\s*"\w*"|```(?!json)|</function>|</
 _PLAIN = r'```(?:json)?\s*(?=\{)|\A\s*(?=\{\s*"name")'
 # The head of a call in JSON, up to its arguments, where they come last.
 _JSON_HEAD = re.compile(
-    r"(?:<tool_call>|\[TOOL_CALLS\]\s*\[|<\|python_tag\|>|```(?:json)?)?\s*"
+    r"(?:<tool_call>|(?:\[TOOL_CALLS\]|<\|tool_call\|>)\s*\[?|<\|python_tag\|>|```(?:json)?)?\s*"
     r'\{\s*"name"\s*:\s*"(?P<name>[^"\\]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
 )
 
@@ -114,6 +114,14 @@ FORMATS = (
         re.compile(rf"(?:<\|python_tag\|>|(?<=;))\s*(?=\{{)|{_PLAIN}"),
     ),
     _XML,
+    CallFormat(  # Granite 3
+        "respond only with <|tool_call|>",
+        ("<|tool_call|>",),
+        "<|tool_call|>[",
+        "]",
+        "arguments",
+        re.compile(rf"<\|tool_call\|>\s*(?=[\[{{])|{_PLAIN}"),
+    ),
 )
 
 

@@ -133,6 +133,7 @@ def chat_tokens(
         variables["add_generation_prompt"] = is_prompted
         if tools:
             variables["tools"] = typed.marked(tools)
+            variables["xml_tools"] = variables["tools"]  # of SmolLM3
         text = templates.render(template, **_ends(model), **variables)
         if begun or more.get("enable_thinking") is False:
             # A thought that a template began is closed, where it cannot do so.
@@ -181,7 +182,7 @@ def _template_of(model: Model, tools: Sequence[Any]) -> str:
         if call_format(template) is None:
             raise ToolsError(
                 f"The chat template of {name} has no tools in a form that we read, expected that "
-                "of Hermes and Qwen, Llama 3 or Mistral; ask without tools, or use such a base."
+                "of Qwen, Llama 3, Mistral, Granite or SmolLM3; ask without, or use such a base."
             )
     return template
 

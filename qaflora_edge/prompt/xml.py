@@ -168,7 +168,7 @@ def grammar(begin: str, end: str, tools: Sequence[Mapping[str, Any]]) -> Grammar
     rules = []
     for i, tool in enumerate(tools):
         function = tool["function"]
-        schema = checked_schema(function.get("parameters") or {}, source=_SOURCE)
+        schema = checked_schema(function.get("parameters") or {}, source=_SOURCE, is_lenient=True)
         required = schema.get("required") or []
         parts = [json.dumps(begin.replace("{name}", function["name"]))]
         for j, (name, value) in enumerate((schema.get("properties") or {}).items()):
