@@ -21,7 +21,7 @@ from test_cli_main import STOPPED_WHILE_ANSWERING
 from qaflora_edge import Engine
 from qaflora_edge.bundles.create import create_bundle
 from qaflora_edge.cli.chat.commands import COMMANDS
-from qaflora_edge.cli.chat.view import parse_markdown
+from qaflora_edge.cli.chat.view import parse_markdown, split_closed
 from qaflora_edge.config import in_group
 
 REPEAT_PENALTY = in_group("sampling")["repeat_penalty"].defaults["chat"]
@@ -105,6 +105,22 @@ def test_interrupt_ends_the_answer_only(made: TinyBundle) -> None:
     assert result.stderr.count("[stopped; ") == 1
     assert result.stderr.count("tok/s") == 2
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "closed", "rest"),
+    [
+        ("one\ntwo", [], "one\ntwo"),
+        ("one\n\ntwo", ["one"], "two"),
+        ("a\n\n\nb\n\nc", ["a", "b"], "c"),
+        ("```py\nx\n\ny\n```\n\nend", ["```py\nx\n\ny\n```"], "end"),
+        ("```\nx\n\ny", [], "```\nx\n\ny"),
+    ],
+)
+def test_blocks_close_at_a_blank_line_outside_of_code(
+    text: str, closed: list[str], rest: str
+) -> None:
+    assert split_closed(text) == (closed, rest)
 
 
 def markdown(text: str) -> str:

@@ -134,6 +134,7 @@ HOSTILE = [
     (make(array("k", 9, 1)), "the element type of metadata field 'k' is 9"),
     (make(array("k", 8, 1 << 60)), "the end of metadata field 'k' is byte "),
     (make(array("k", 8, 1, bytes([255] * 8))), "the end of metadata field 'k' is byte "),
+    (make(array("k", 8, 2, bytes([255] * 8))), "the end of metadata field 'k' is byte "),
     (make(), "metadata field general.architecture is missing"),
     (make(ARCH, whole("general.alignment", 24)), "metadata field general.alignment is 24"),
     (make(ARCH, whole("split.count", 3)), "metadata field split.count is 3; expected a whole mod"),

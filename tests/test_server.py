@@ -260,6 +260,8 @@ def test_models(client: TestClient) -> None:
         "takes_adapters": False,
         "base": "tiny llama 0",
         "n_ctx_train": 512,
+        "descriptions": {"math": "", "es": ""},
+        "questions": [],
     }
     status, error = failure(client, model="tiny:centroid", messages=USER)  # it has no samples
     assert (status, error["param"], error["code"]) == (404, "model", "model_not_found")

@@ -83,7 +83,8 @@ def test_tiles_that_are_read_one_by_one_give_what_the_whole_gives(
     _, modules = plan_modules(read_peft(folder), header)
     convert_adapter(folder, base.path, tmp_path / "out.gguf", outtype=outtype)
     whole = verify_conversion(tmp_path / "out.gguf", modules)
-    monkeypatch.setattr(verify, "TILE_VALUES", 1300)
+    monkeypatch.setattr(verify, "TILE_ROWS", 13)
+    monkeypatch.setattr(verify, "TILE_COLUMNS", 32)
     tiled = verify_conversion(tmp_path / "out.gguf", modules)
     for one, other in zip(whole, tiled, strict=True):
         assert one.module == other.module

@@ -19,7 +19,9 @@ from qaflora_edge.errors import ConversionError
 from qaflora_edge.formats.adapter import AdapterInfo, read_adapter_gguf, read_pair
 from qaflora_edge.progress import TellBytes, silent
 
-TILE_VALUES = 1 << 20  # of a delta that are in memory
+# Of a delta that are in memory.
+TILE_ROWS = 128
+TILE_COLUMNS = 128  # whole blocks of 8 bits
 FLOAT32_ROUNDING = 2.0**-22  # of alpha, of the factor in B and of their product, with room
 # The largest error of rounding a value, relative to it, and the smallest for tiny ones.
 _ROUNDING = {
@@ -60,6 +62,14 @@ class Delta:
     left: F32
     right: F32
     scale: float
+
+    def rows(self, part: slice) -> F64:
+        """Give some rows of the left, with the scale."""
+        return self.scale * self.left[part].astype(np.float64)
+
+    def columns(self, part: slice) -> F64:
+        """Give some columns of the right."""
+        return self.right[:, part].astype(np.float64)
 
 
 def verify_conversion(
@@ -102,43 +112,70 @@ def verify_conversion(
 
 
 def _check_module(info: AdapterInfo, module: Planned) -> ModuleCheck:
-    largest = np.zeros(2)
+    scale = info.alpha / info.ranks[module.base_name]
+    largest = np.zeros(2)  # the largest difference, and share of what is allowed
     for source, stored in zip(source_deltas(module), stored_deltas(info, module), strict=True):
-        largest = np.maximum(largest, _compare(source, stored, info, module))  # it keeps NaN
+        allowed = _allowed(source, info, module, scale)
+        largest = np.maximum(largest, _compare(source, stored, allowed))  # it keeps NaN
     difference, of_allowed = largest.tolist()
     return ModuleCheck(module.name, module.base_name, difference, of_allowed)
 
 
-def _compare(source: Delta, stored: Delta, info: AdapterInfo, module: Planned) -> F64:
-    """Give the largest difference of two deltas, and the largest share of what rounding explains.
+def _compare(source: Delta, stored: Delta, allowed: F64) -> F64:
+    """Compare two deltas: the largest difference, and its largest share of `allowed`.
 
-    An entry of a row may differ by what rounding both sides to the file's types changes in it.
-
+    allowed  [n_out]  what an entry of a row may differ by
     returns  [2]
+    """
+    largest = np.zeros(2)
+    n_row = len(source.left)
+    n_column = source.right.shape[1]
+    for columns in _tiles(n_column, TILE_COLUMNS):
+        right = source.columns(columns)
+        stored_right = stored.columns(columns)
+        for rows in _tiles(n_row, TILE_ROWS):
+            with np.errstate(all="ignore"):  # a file that is wrong may hold anything
+                difference = stored.rows(rows) @ stored_right
+                difference -= source.rows(rows) @ right
+                by_row = np.abs(difference, out=difference).max(axis=1)
+                share = np.where(by_row == 0, 0.0, by_row / allowed[rows])
+            largest = np.maximum(largest, (by_row.max(), share.max()))
+    return largest
+
+
+def _allowed(source: Delta, info: AdapterInfo, module: Planned, scale: float) -> F64:
+    """Bound the change of each row of a delta by rounding its two sides to the file's types.
+
+    scale    of the file, which its left is stored without
+    returns  [n_out]  the largest change of an entry of the row
     """
     kind_a = info.tensors[f"{module.base_name}.lora_a"].ggml_type
     kind_b = info.tensors[f"{module.base_name}.lora_b"].ggml_type
     # Blocks of 8 bits lie along the rows of the file: the ranks of an embedding's A and of B.
     is_embedding = isinstance(module, PlannedModule) and module.source.is_embedding
-    right = source.right.astype(np.float64)
-    stored_right = stored.right.astype(np.float64)
-    size_right = np.abs(right).max(axis=1)  # [rank]
-    error_right = _rounding(right, kind_a, 0 if is_embedding else 1).max(axis=1)  # [rank]
-    largest = np.zeros(2)
-    n_row = max(1, TILE_VALUES // right.shape[1])
-    for begin in range(0, len(source.left), n_row):
-        rows = slice(begin, begin + n_row)
-        left = source.scale * source.left[rows].astype(np.float64)
-        stored_left = stored.scale * stored.left[rows].astype(np.float64)
-        written = np.abs(left / stored.scale)  # the file's left is without its scale
-        error_left = _rounding(written, kind_b, 1)
-        change = (written + error_left) @ error_right + error_left @ size_right
-        allowed = abs(stored.scale) * change
-        with np.errstate(all="ignore"):  # a file that is wrong may hold anything
-            difference = np.abs(stored_left @ stored_right - left @ right).max(axis=1)
-            share = np.where(difference == 0, 0.0, difference / allowed)
-        largest = np.maximum(largest, (difference.max(), share.max()))
-    return largest
+    axis = 0 if is_embedding else 1
+    n_row = len(source.left)
+    rank, n_column = source.right.shape
+    size_right = np.zeros(rank)  # the largest of each rank
+    error_right = np.zeros(rank)
+    for columns in _tiles(n_column, TILE_COLUMNS):
+        right = source.columns(columns)
+        errors = _rounding(right, kind_a, axis)
+        size_right = np.maximum(size_right, np.abs(right).max(axis=1))
+        error_right = np.maximum(error_right, errors.max(axis=1))
+    allowed = np.empty(n_row)
+    for rows in _tiles(n_row, TILE_ROWS):
+        left = source.rows(rows) / scale
+        error_left = _rounding(left, kind_b, axis=1)
+        by_right = (np.abs(left) + error_left) @ error_right
+        by_left = error_left @ size_right
+        allowed[rows] = abs(scale) * (by_right + by_left)
+    return allowed
+
+
+def _tiles(n: int, n_tile: int) -> Iterator[slice]:
+    for begin in range(0, n, n_tile):
+        yield slice(begin, begin + n_tile)
 
 
 def _rounding(values: F64, kind: GGMLQuantizationType, axis: int) -> F64:
@@ -182,8 +219,7 @@ def source_deltas(module: Planned) -> Iterator[Delta]:
         else:
             by_expert_b = [stacked_b[:, expert::n_expert] for expert in range(n_expert)]
         for a, b in zip(by_expert_a, by_expert_b, strict=True):
-            left = a.T if module.is_swapped else b
-            right = b.T if module.is_swapped else a
+            left, right = (a.T, b.T) if module.is_swapped else (b, a)
             yield Delta(left[_all_or(module.rows)], right, source.scale)
 
 

@@ -203,7 +203,7 @@ class GgufCursor:
         for _ in range(length):
             try:
                 position += 8 + unpack_length(data, position)[0]
-            except (struct.error, IndexError):  # behind what was read of the file
+            except (struct.error, IndexError, OverflowError):  # behind what was read of the file
                 self.load(position + U64.size, field)
                 position += 8 + unpack_length(data, position)[0]
         self.load(position, field)

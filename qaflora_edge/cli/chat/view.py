@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from qaflora_edge.weighing.numbers import FusionWeights
 
-_WAIT_S = 0.4  # nothing is said about a shorter wait; between two redraws
-_REDRAW_S = 0.05
+_WAIT_S = 0.4  # nothing is said about a shorter wait
+_REDRAW_S = 0.05  # between two redraws
 # Stars that multiply, as in 2*3 or (a)*(b), and low lines of names; others stand for them while
 # Markdown is parsed.
 _SIGNS = re.compile(r"(?<=[0-9A-Za-z)\]|])\*+(?=[0-9A-Za-z(\[|])|_+")
@@ -27,6 +27,7 @@ _HIDE = str.maketrans("*_", "\ue000\ue001")
 _SHOW = str.maketrans("\ue000\ue001", "*_")
 # What models write as text: formulas with backslashes, a[0](1), tags, numbers of items.
 _OFF = ("escape", "entity", "link", "image", "autolink", "reference", "lheading", "code", "list")
+_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 
 
 class View:
@@ -86,7 +87,7 @@ class View:
 
 
 class TerminalView(View):
-    """Draws the end of an answer while it comes, and prints it all as Markdown at its end."""
+    """Prints each closed block of Markdown by rich; the open block is plain text below."""
 
     _is_plain = False
 
@@ -102,36 +103,38 @@ class TerminalView(View):
         from rich.live import Live
 
         click.echo()
-        self._text = ""
-        self._style = ""
-        self._start = time.perf_counter()
-        self._drawn = self._start
+        self._open = ""
+        self._thought = ""
+        self._draft = ""
+        self._n_block = 0
+        self._drawn = time.perf_counter()
+        self._start = self._drawn
         self._live = Live(console=self._out, transient=True, auto_refresh=False)
         self._live.start()
 
     def piece(self, text: str) -> None:
-        self._add(text, "")
-
-    def thought(self, text: str) -> None:
-        self._add(text, "dim")
+        self._open += visible(text)
+        closed, self._open = split_closed(self._open)
+        for block in closed:
+            self._print(block)
+        if closed or time.perf_counter() - self._drawn > _REDRAW_S:
+            self._draw(self._open)
 
     def drafting(self, text: str) -> None:
-        self._add(text, "dim")
+        self._draft += visible(text)
+        if time.perf_counter() - self._drawn > _REDRAW_S:
+            self._draw(self._draft, "dim")
 
     def draft(self, text: str) -> None:
         self._out.print(visible(" ".join(text.split())), style="dim")
-        self._text = ""
 
     def expected(self, text: str) -> None:
         self._draw(visible(text), "dim")
 
-    def _add(self, text: str, style: str) -> None:
-        if style != self._style:
-            self._text = ""
-            self._style = style
-        self._text += visible(text)
+    def thought(self, text: str) -> None:
+        self._thought += visible(text)
         if time.perf_counter() - self._drawn > _REDRAW_S:
-            self._draw(self._text, style)
+            self._draw(self._thought, "dim")
 
     def progress(self, what: str, done: int, total: int) -> None:
         seconds = time.perf_counter() - self._start
@@ -139,18 +142,12 @@ class TerminalView(View):
             self._draw(f"{what} {100 * done // total} %  {seconds:.0f} s")
 
     def end(self) -> None:
-        from rich.markdown import Markdown
-
         self._live.update("")
         self._live.stop()
-        if self._style or not self._text.strip():
-            return
-        answer = Markdown("", code_theme="ansi_dark")
-        answer.parsed = parse_markdown(self._text)
-        self._out.print(answer)
+        self._print(self._open)
 
     def _draw(self, text: str, style: str = "") -> None:
-        """Draw the end of a text, as much as fits."""
+        """Draw the end of a text, as much as fits below what is printed for good."""
         from rich.text import Text
 
         width, height = self._out.size
@@ -158,6 +155,19 @@ class TerminalView(View):
         shown = Text("\n", style).join(lines[-max(1, height - 2) :])
         self._live.update(shown, refresh=True)
         self._drawn = time.perf_counter()
+
+    def _print(self, block: str) -> None:
+        """Print a block for good, with a blank line before it."""
+        from rich.markdown import Markdown
+
+        if not block.strip():
+            return
+        shown = Markdown("", code_theme="ansi_dark")
+        shown.parsed = parse_markdown(block)
+        if self._n_block:
+            self._out.print()
+        self._out.print(shown)
+        self._n_block += 1
 
     def note(self, *parts: str) -> None:
         self._err.print(visible(self._dot.join(parts)), style="dim")
@@ -169,14 +179,34 @@ class TerminalView(View):
         click.echo(err=True)
 
 
+def split_closed(text: str) -> tuple[list[str], str]:
+    """Split Markdown into blocks that no later text changes, and the open rest.
+
+    A block ends at a blank line, unless a fence of code is open.
+    """
+    blocks: list[str] = []
+    begin = 0
+    fence = ""
+    lines = text.split("\n")
+    for number, line in enumerate(lines[:-1]):
+        if match := _FENCE.match(line):
+            if not fence:
+                fence = match[1]
+            elif line.strip().startswith(fence) and not line.strip().strip(fence[0]):
+                fence = ""
+        elif not fence and not line.strip():
+            blocks.append("\n".join(lines[begin:number]))
+            begin = number + 1
+    return [block for block in blocks if block.strip()], "\n".join(lines[begin:])
+
+
 def parse_markdown(block: str) -> list[Token]:
     """Parse headings, emphasis, code, quotes and tables; all else is text, line by line."""
     from markdown_it import MarkdownIt
 
     parser = MarkdownIt("commonmark", {"html": False}).enable("table").disable(_OFF)
     tokens = parser.parse(_SIGNS.sub(lambda match: match[0].translate(_HIDE), block))
-    children = [child for token in tokens for child in token.children or ()]
-    for token in (*tokens, *children):
+    for token in (each for parent in tokens for each in (parent, *(parent.children or ()))):
         token.content = token.content.translate(_SHOW)
         if token.type == "softbreak":
             token.type = "hardbreak"
