@@ -189,7 +189,7 @@ def adds(port: int, pid: int, options: argparse.Namespace) -> Iterator[Row]:
         for each, body in zip(path, ({"lora_path": "more.gguf"}, {}), strict=True):
             status, text = asked(port, each, {"lora_name": "more", **body})
             if status == 200:
-                status, text = asked(port, CHAT, short_chat(number))
+                status, text = asked(port, CHAT, short_chat(7))
             if status != 200:
                 raise SystemExit(f"{each}: {status} {text}")
         sizes.append(mb_of(pid))
