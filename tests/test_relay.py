@@ -384,6 +384,28 @@ def test_the_answer_is_seen_while_drafts_decide(
     assert all(text.startswith(part.rstrip("\ufffd")) for part in seen)
 
 
+def test_drafts_go_on_where_their_kv_state_is_not_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drafts: list[Draft] = []
+
+    def rule(query: Query, probe: Any) -> Mix:
+        probe.added()
+        probe.drafts(["es", BASE], 2)
+        drafts.extend(probe.drafts(["es", BASE], N_BEGUN))
+        return Mix(alone_weights(BASE, query.adapters, query.n_layer))
+
+    monkeypatch.setattr("qaflora_edge.weighing.relay._by_hand", rule)
+    monkeypatch.setattr("qaflora_edge.inference.drafts._N_BYTE_KEPT", 0)
+    with Engine(folder, n_ctx=512, draft=0) as engine:
+        prompt = engine.chat_tokens([{"role": "user", "content": "xyz 12"}])
+        engine.generate(prompt, strategy=BY_HAND, max_tokens=1)
+        for draft, name in zip(drafts, ("single:es", "base"), strict=True):
+            plain = engine.generate(prompt, strategy=name, max_tokens=N_BEGUN, logprobs=0)
+            plain.text()
+            assert [*draft.tokens] == [entry.token for entry in plain.logprobs]
+
+
 def test_given_weights_of_a_relay_score_as_its_strategy(folder: Path) -> None:
     with Engine(folder, n_ctx=512) as engine:
         prompt = engine.chat_tokens([{"role": "user", "content": "abc def?"}])

@@ -40,7 +40,7 @@ def _plain_text(name: str, data: bytes) -> str:
 
 
 def _pdf_text(name: str, data: bytes) -> str:
-    command = [sys.executable, "-m", __name__]
+    command = [sys.executable, "-P", "-m", __name__]
     try:
         done = subprocess.run(command, input=data, capture_output=True, timeout=READ_S)
     except subprocess.TimeoutExpired as error:

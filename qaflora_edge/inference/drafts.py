@@ -115,7 +115,8 @@ class Drafter:
                         context.load_kv_state(state)
                 is_whole = len(context.tokens[0]) == n_prompt
                 for row in rows:
-                    if row.name == BASE and is_whole and after_prompt is not None:
+                    is_new = row.name not in begun
+                    if row.name == BASE and is_new and is_whole and after_prompt is not None:
                         context.copy(0, row.seq)
                         row.choose(self._model, after_prompt)
                 context.keep(request.n_base, 0)
