@@ -41,6 +41,10 @@ N_SLOW = 8
 SLOW_BYTES = 4_000_000
 LONG_BYTES = 600_000
 PATIENCE_S = 900.0
+LORA = [
+    ("/v1/load_lora_adapter", {"lora_path": "more.gguf"}),
+    ("/v1/unload_lora_adapter", dict[str, str]()),
+]
 CHAT = "/v1/chat/completions"
 CODE = "def area(width, height):\n    return width * height\n\n"
 OTHER_CODE = "class Circle:\n    def __init__(self, radius):\n        self.radius = radius\n\n"
@@ -183,19 +187,35 @@ def two(port: int, pid: int, options: argparse.Namespace) -> Iterator[Row]:
 
 
 def adds(port: int, pid: int, options: argparse.Namespace) -> Iterator[Row]:
-    path = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
     sizes = []
     for number in range(options.cycles):
-        for each, body in zip(path, ({"lora_path": "more.gguf"}, {}), strict=True):
-            status, text = asked(port, each, {"lora_name": "more", **body})
+        for path, more in LORA:
+            status, text = asked(port, path, {"lora_name": "more", **more})
             if status == 200:
-                status, text = asked(port, CHAT, short_chat(7))
+                status, text = asked(port, CHAT, varied_chat(number))
             if status != 200:
-                raise SystemExit(f"{each}: {status} {text}")
+                raise SystemExit(f"{path}: {status} {text}")
         sizes.append(mb_of(pid))
         if number in (0, 3, 9) or number % 10 == 9 or number == options.cycles - 1:
             yield f"memory after cycle {number + 1}, MB", sizes[-1]
-    yield "largest, MB", max(sizes)
+    yield "lowest and highest, MB", [min(sizes), max(sizes)]
+    yield "trend after the third, MB a cycle", trend_of(sizes[3:])
+
+
+def varied_chat(number: int) -> dict[str, Any]:
+    """A chat of 50 to 250 tokens; of four one goes on with what another began with."""
+    text = f"Is {number // 4} a prime? " * (4 + 8 * (number % 4))
+    return {"messages": [{"role": "user", "content": text}], "max_tokens": 4}
+
+
+def trend_of(sizes: list[float]) -> str:
+    """The slope of a line through sizes, and its standard error."""
+    cycles = range(len(sizes))
+    slope, start = statistics.linear_regression(cycles, sizes)
+    rest = [size - start - slope * cycle for cycle, size in zip(cycles, sizes, strict=True)]
+    spread = statistics.pvariance(cycles) * len(sizes)
+    error = (sum(each * each for each in rest) / (len(sizes) - 2) / spread) ** 0.5
+    return f"{slope:.2f} +- {error:.2f}"
 
 
 def mb_of(pid: int) -> float:

@@ -146,7 +146,6 @@ class Engine:
         self.has_chat_template = bool(model.chat_template)
 
     def _open(self, opened: Opened) -> Core:
-        """Open contexts for these adapters, over the base that all share."""
         infos = opened.adapters.values()
         paths = (opened.base_path, *(info.path for info in infos))
         states = {path: opened.states[path] for path in paths}
@@ -248,12 +247,14 @@ class Engine:
         keeps its adapters, and its contexts in memory, to its end. A failure changes nothing.
         """
         from qaflora_edge.bundles.create import BEST, with_adapter
+        from qaflora_edge.bundles.source import find_adapter
 
         check_process()
+        source = find_adapter(path)  # other changes do not wait for what the Hub sends
         measuring = partial(Engine, threads=self._options["threads"], **self._options["placing"])
         with self._changing:
             strategies = {self.strategy, *{BEST}.intersection(self.strategies)}
-            opened = with_adapter(self._opened, path, name, measuring, strategies, progress)
+            opened = with_adapter(self._opened, source, name, measuring, strategies, progress)
             *_, name = opened.adapters
             self._change(opened, {*self.adapters, name})
         return name

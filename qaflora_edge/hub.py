@@ -227,7 +227,6 @@ def _fetch_model(model: Model, progress: TellCount) -> Path:
 
 
 def _fetch_from_hub(model: Model, source: HubRef, parts: Path) -> Path:
-    """Fetch a file of the Hub, where the Hub answers soon and has the very file."""
     if source.file and (whole := parts / source.file).is_file():
         return whole  # of a pull that was killed before the file had its name
     from huggingface_hub import HfApi

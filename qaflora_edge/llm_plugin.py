@@ -41,7 +41,6 @@ def register_models(register: Any) -> None:
 
 
 def _field(option: Option) -> Any:
-    """An option of `config` for pydantic; of several texts `-o` gives one."""
     kind: Any = Literal[option.choices] if option.choices else option.kind
     return (str if kind is tuple else kind) | None, Field(
         default=None,

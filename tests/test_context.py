@@ -12,7 +12,6 @@ import pytest
 from bundles import TinyBundle, make_bundle
 from click.testing import CliRunner
 from patience import wait_until
-from serving import client_of
 
 from qaflora_edge import Engine
 from qaflora_edge.backend import context, devices
@@ -50,15 +49,6 @@ def test_commands_answer_a_long_prompt(made: TinyBundle, fixed: Engine, verb: li
     assert (result.exit_code, result.stdout) == (0, ask(fixed, LONG) + "\n")
     result = CliRunner().invoke(main, [*words, "--ctx", "2048"], input=LONG)
     assert "tokens, the context 2048; shorten it, or raise the context" in result.stderr
-
-
-def test_a_server_answers_a_long_prompt(made: TinyBundle, fixed: Engine) -> None:
-    options = {"engine": {**OPTIONS, "n_parallel": 2}, "sampling": {"temperature": 0}}
-    with client_of(made.folder, **options) as client:
-        body = {"messages": [{"role": "user", "content": LONG}], "max_tokens": 8}
-        found = client.post("/v1/chat/completions", json=body).json()
-        assert found["choices"][0]["message"]["content"] == ask(fixed, LONG)
-        assert client.get("/v1/models").json()["data"][0]["meta"]["n_ctx"] == 8192
 
 
 def test_the_context_grows_beside_an_answer_and_keeps_its_states(
@@ -119,17 +109,6 @@ def test_slots_that_nobody_needs_so_large_shrink(
         assert ask(engine, "the king") == short == ask(fixed, "the king")
         assert ask(engine, LONG) == ask(fixed, LONG)
     thread.join()
-
-
-def test_a_context_that_cannot_grow_fails_one_request(
-    made: TinyBundle, fixed: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with Engine(made.folder, **OPTIONS) as engine:
-        monkeypatch.setattr(engine._core.context, "_functions", Mock(context_init=lambda *_: None))
-        with pytest.raises(BackendError, match=r"2 x 8192 tokens cannot be made.*Ask for fewer"):
-            ask(engine, LONG)
-        monkeypatch.undo()
-        assert ask(engine, "the king") == ask(fixed, "the king")
 
 
 def test_an_interrupt_in_a_growth_leaves_an_engine_that_works(

@@ -1,18 +1,25 @@
 """Documents that become context: texts and PDFs, and what is said of those that cannot be read."""
 
 import codecs
+import socket
+import threading
 from collections.abc import Iterator
 from io import BytesIO
+from typing import Any
 
+import httpx2 as httpx
 import pytest
 from bundles import TinyBundle
+from patience import PATIENCE_S, wait_until
 from pypdf import PdfReader, PdfWriter
-from serving import client_of
+from serving import client_of, listening
 from starlette.testclient import TestClient
 
-from qaflora_edge.errors import InputFileError
+from qaflora_edge.errors import CancelledError, InputFileError
 from qaflora_edge.formats import document
 from qaflora_edge.formats.document import document_text, read_pdf
+from qaflora_edge.server import uploads
+from qaflora_edge.server.receive import SLOW_S
 
 
 def pdf_of(*pages: str) -> bytes:
@@ -62,14 +69,20 @@ def test_a_pdf_that_opens_without_a_password_is_read() -> None:
     assert read_pdf(encrypted("")) == {"text": "secret"}
 
 
+def test_characters_that_no_text_has_are_left_out() -> None:
+    table = ") begincmap 2 beginbfchar <41> <D800> <42> <0000> endbfchar ("
+    data = pdf_of("ABC", table).replace(b"/BaseFont /Helvetica", b"/ToUnicode 7 0 R    ")
+    assert read_pdf(data)["text"].startswith("?C")
+
+
 @pytest.mark.parametrize(
     ("data", "fault"),
     [
+        (b"a" * (5 << 20), "it has more than 4 MiB of text. Give a part of it."),
         (encrypted("key"), "it is encrypted. Save it without a password."),
         (pdf_of(*["x"] * 501), "it has 501 pages, expected at most 500. Give a part of it."),
         (pdf_of(""), "it has no text. Recognise the text of pages that are pictures first."),
         (b"\x89PNG\r\n\0", "it is neither a text in UTF-8 nor a PDF. Save it as one of them."),
-        (b"", "it has no text. Recognise the text of pages that are pictures first."),
     ],
 )
 def test_what_cannot_be_read_is_said(data: bytes, fault: str) -> None:
@@ -78,7 +91,9 @@ def test_what_cannot_be_read_is_said(data: bytes, fault: str) -> None:
     assert str(raised.value) == f"Cannot read a.pdf: {fault}"
 
 
-def test_a_damaged_pdf_is_said_to_be_one() -> None:
+def test_a_damaged_pdf_and_one_of_much_text_are_said_to_be_so(monkeypatch: Any) -> None:
+    monkeypatch.setattr(document, "MAX_TEXT_BYTES", 9)
+    assert read_pdf(pdf_of("One page", "and another"))["fault"].startswith("it has more than 4 M")
     assert read_pdf(pdf_of("One page")[:60])["fault"].startswith("it is no whole PDF (")
 
 
@@ -86,6 +101,13 @@ def test_a_pdf_has_limited_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(document, "READ_S", 0.001)
     with pytest.raises(InputFileError, match="it takes longer"):
         document_text("a.pdf", pdf_of("x"))
+
+
+def test_a_pdf_that_nobody_waits_for_is_read_no_further() -> None:
+    cancel = threading.Event()
+    cancel.set()
+    with pytest.raises(CancelledError, match="Nobody waits"):
+        document_text("a.pdf", pdf_of("x"), cancel)
 
 
 @pytest.fixture
@@ -110,3 +132,24 @@ def test_a_document_is_not_larger_than_50_megabytes(client: TestClient) -> None:
     size = {"content-length": str(60 * 10**6)}
     response = client.post("/document?name=a.pdf", content=b"", headers=size)
     assert (response.status_code, response.json()["error"]["code"]) == (413, "request_too_large")
+
+
+def test_a_document_that_comes_slowly_stops_no_other_and_is_dropped_with_its_sender(
+    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(name: str, data: bytes, cancel: threading.Event) -> str:
+        begun.set()
+        ended.append(cancel.wait(PATIENCE_S))
+        return ""
+
+    begun = threading.Event()
+    ended: list[bool] = []
+    with listening(made.folder) as url:
+        with socket.create_connection(("127.0.0.1", httpx.URL(url).port), PATIENCE_S) as slow:
+            slow.sendall(b"POST /document HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\n")
+            other = httpx.post(f"{url}/document", content=b"text", timeout=SLOW_S / 2)
+            assert other.json()["text"] == "text"
+            monkeypatch.setattr(uploads, "document_text", read)
+            slow.sendall(b"%PDF-")
+            assert begun.wait(PATIENCE_S)
+        wait_until(lambda: ended == [True])

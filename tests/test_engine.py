@@ -18,6 +18,7 @@ from tiny import TinyBase, write_tiny_adapter, write_tiny_base, write_tiny_peft
 from qaflora_edge import Engine, FusionWeights, QafloraError
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.bundles import source
 from qaflora_edge.bundles.edit import add_adapters, remove_adapter, set_base
 from qaflora_edge.errors import (
     AdapterMismatchError,
@@ -258,6 +259,17 @@ def test_what_cannot_be_added_or_removed_changes_nothing(
     engine.close()
     with pytest.raises(BusyError, match="closed"):
         engine.add_adapter("more", adapters["es"])
+
+
+def test_no_change_waits_for_the_hub(engine: Engine, adapters: Any, monkeypatch: Any) -> None:
+    def fetch(name: str) -> tuple[Path, str]:
+        other = threading.Thread(target=engine.remove_adapter, args=["es"])
+        other.start()
+        other.join(PATIENCE_S)
+        return adapters["es"], name
+
+    monkeypatch.setattr(source, "_fetch", fetch)
+    assert engine.add_adapter("es", "owner/es") == "es"  # the name was free
 
 
 def test_added_adapters_are_measured_as_a_bundle_s(

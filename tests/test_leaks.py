@@ -73,6 +73,14 @@ def test_hundred_engines_leave_nothing(tmp_path: Path) -> None:
     assert n_mapped(base.path) == n_mapped(adapters["a"]) == 0
 
 
+def test_memory_of_a_context_is_taken_as_it_is_used(tmp_path: Path) -> None:
+    base = write_tiny_base(tmp_path / "base.gguf", n_embd=128, n_ctx=32768)
+    before = resident_bytes()
+    with Engine(base=base.path, n_ctx=32768, n_parallel=7, threads=1) as engine:
+        assert engine.generate("the king", max_tokens=3).text()
+        assert resident_bytes() - before < 100e6  # its keys and values have 201 MB
+
+
 @pytest.mark.slow
 def test_hundred_changes_under_load_change_no_answer_and_leave_nothing(tmp_path: Path) -> None:
     base = write_tiny_base(tmp_path / "base.gguf")

@@ -17,7 +17,7 @@ from patience import wait_until
 from qaflora_edge.ask import Sampling
 from qaflora_edge.backend.batch import Chunks, Span
 from qaflora_edge.backend.context import Stop
-from qaflora_edge.errors import BackendError, CancelledError
+from qaflora_edge.errors import BackendError
 from qaflora_edge.inference.loop import Loop
 from qaflora_edge.inference.scheduler import Scheduler, Slot
 from qaflora_edge.inference.sequence import Request, RunningSequence
@@ -387,35 +387,6 @@ def test_decoded_tokens_are_never_reused() -> None:
     assert bench.context.batches[0][0].start == 0
     bench.finish(second)
     assert second.answer == alone(turn)
-
-
-def test_one_that_fails_ends_alone() -> None:
-    bench = Bench(3)
-    good = [bench.add([1, 2], n=9), bench.add([3, 4], n=9)]
-    bad = bench.add([5, 6], n=9)
-    bench.context.broken = {alone([5, 6], n=9)[3]} - set(
-        alone([1, 2], n=9) + alone([3, 4], n=9) + [1, 2, 3, 4, 5, 6]
-    )
-    assert bench.context.broken
-    bench.finish(*good, bad)
-    assert isinstance(bad.error, BackendError)
-    assert (bad.finish_reason, bad.answer) == ("error", alone([5, 6], n=9)[:4])
-    assert [each.answer for each in good] == [alone([1, 2], n=9), alone([3, 4], n=9)]
-
-
-def test_cancelled_while_it_waits_while_it_is_read_and_while_it_answers() -> None:
-    bench = Bench(2)
-    answering, reading, waiting = bench.add([1, 2], n=99), bench.add(range(40)), bench.add([3])
-    bench.step()
-    for each in (answering, reading, waiting):
-        each.request.cancellation.set()
-    later = bench.add([4, 5])
-    bench.finish(answering, reading, waiting, later)
-    assert answering.finish_reason == "cancelled"
-    assert answering.pieces  # it keeps its text
-    for each in (reading, waiting):
-        assert (each.finish_reason, type(each.error)) == ("error", CancelledError)
-    assert later.answer == alone([4, 5])
 
 
 @pytest.mark.slow

@@ -4,12 +4,15 @@ import errno
 import io
 import os
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from bundles import TinyBundle, qaflora
+from hubs import FakeHub
+from patience import PATIENCE_S
 from serving import client_of
 from starlette.testclient import TestClient
 from tiny import write_tiny_adapter, write_tiny_base, write_tiny_peft
@@ -66,20 +69,31 @@ def test_adapters_come_and_go_in_vllm_s_words(client: TestClient) -> None:
     assert weighed(client) == ["math", "fr", "new"]
 
 
-def test_an_adapter_of_the_hub_is_fetched_by_its_name(
+def test_an_adapter_of_the_hub_is_fetched_while_others_change(
     client: TestClient, made: TinyBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fetch(ref: str, *, progress: Any) -> Path:
         progress(1, 2)
-        told.append(client.get("/progress?lora_name=law").json())
+        told.append(client.get("/progress?lora_name=es").json())
+        other = threading.Thread(target=change, args=(client, "unload", "es"))
+        other.start()
+        other.join(PATIENCE_S)
         return made.peft
 
     told: list[dict[str, Any]] = []
     monkeypatch.setattr(uploads, "fetch_hub", fetch)
-    assert change(client, "load", "law", hub="owner/law-lora")[0] == 200
+    assert change(client, "load", "es", hub="owner/es-lora")[0] == 200  # the name was free
     assert told == [{"stage": "it is fetched", "processed": 1, "total": 2}]
-    assert weighed(client) == ["math", "es", "law"]
-    assert client.get("/progress?lora_name=law").json() == {}
+    assert weighed(client) == ["math", "es"]
+    assert client.get("/progress?lora_name=es").json() == {}
+
+
+@pytest.mark.usefixtures("own_cache", "hub_cache")
+def test_the_hub_has_a_limit(client: TestClient, hub: FakeHub, monkeypatch: Any) -> None:
+    hub.put("owner/model", {"model.gguf": bytes(2 << 20)})
+    monkeypatch.setattr(uploads, "MAX_UPLOAD_BYTES", 1 << 20)
+    response = client.post("/v1/load_lora_adapter", json={"lora_name": "x", "hub": "owner/model"})
+    assert "it has more than 1048576 bytes" in response.json()["error"]["message"]
 
 
 def test_a_change_keeps_no_slot_busy(client: TestClient) -> None:

@@ -173,7 +173,7 @@ def cached_bundle(base: Path, adapters: Sequence[tuple[str, str]], progress: Tel
 
 def with_adapter(
     opened: Opened,
-    path: AnyPath,
+    adapter: source.AdapterSource,
     name: str | None,
     engine: OpenEngine,
     strategies: Iterable[str],
@@ -181,10 +181,9 @@ def with_adapter(
 ) -> Opened:
     """Add an adapter, as the last one, to what is open; no bundle changes.
 
-    path, name  as Engine.add_adapter takes them
+    name        as Engine.add_adapter takes it
     strategies  what they need of it is measured
     """
-    adapter = source.find_adapter(path)
     if not name:
         words = re.findall(r"[A-Za-z0-9][\w.-]*", adapter.name.removesuffix(".gguf"), re.ASCII)
         name = "-".join(words)[:64]
@@ -192,7 +191,7 @@ def with_adapter(
     source.check_new_name(name)
     file = adapter.path.absolute()
     if file.is_dir():
-        bundle = cached_bundle(opened.base_path, [(name, os.fspath(path))], progress)
+        bundle = cached_bundle(opened.base_path, [(name, str(file))], progress)
         file = load_bundle(bundle).adapter_paths[name]
     alone = load_bundle(opened.base_path, {name: file})
     states = dict(opened.states)  # the base must not have changed

@@ -223,7 +223,6 @@ def editing(folder: Path) -> Iterator[tuple[BundleText, dict[str, Any]]]:
 
 
 def _delete(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Delete the adapter files that `old` names and `new` does not."""
     kept = {record["file"] for record in new["adapters"]}
     for record in old["adapters"]:
         if record["file"] not in kept:

@@ -126,7 +126,6 @@ def _text(path: Path) -> str:
 
 
 def _commands(path: Path, text: str) -> Iterator[Command]:
-    """Split a text into commands. Raises InputFileError where a line is none."""
     lines = enumerate(text.split("\n"), start=1)
     for number, line in lines:
         if not line.strip() or line.lstrip().startswith("#"):
@@ -171,7 +170,6 @@ def _unquoted(value: str) -> str | None:
 
 
 def _take(part: Modelfile, command: Command, path: Path, froms: Sequence[Command]) -> None:
-    """Add a command to what is asked for. Raises InputFileError."""
     name, value = command.name, command.value
     if name == "FROM":
         line = froms[0].line
@@ -220,7 +218,6 @@ def _take_parameter(part: Modelfile, command: Command) -> None:
 
 
 def _adapter(value: str, folder: Path) -> Path:
-    """Find an adapter: a PEFT folder, a file in one, or a GGUF. Raises InputFileError."""
     place = folder / expanded(value)
     if not os.path.exists(place):
         raise InputFileError(
@@ -268,7 +265,6 @@ def _adapter_name(title: str, taken: Sequence[str]) -> str:
 
 
 def _base(command: Command, folder: Path) -> tuple[AnyPath, list[Command]]:
-    """Find the base, and the commands of the model that it is. Raises InputFileError."""
     place = folder / expanded(command.value)
     if os.path.isdir(place):
         raise InputFileError(
@@ -300,7 +296,6 @@ def ollama_folders() -> list[Path]:
 
 
 def _manifest(name: str) -> tuple[Path, Path] | None:
-    """Find the folder and manifest of a model, as `llama3.2`, `me/mine:v2` or `hf.co/a/b:Q8_0`."""
     *owners, last = name.split("/")
     model, _, tag = last.partition(":")
     parts = [*("registry.ollama.ai", "library")[: max(0, 2 - len(owners))], *owners, model]

@@ -97,7 +97,6 @@ def _question(line: Mapping[str, Any], system: str | None, is_raw: bool) -> Ques
 
 
 def _options(line: Mapping[str, Any]) -> dict[str, Any]:
-    """Collect the options that a request has, by their names; null stands for the default."""
     options: dict[str, Any] = {}
     for key, value in line.items():
         option = _OPTIONS.get(key)

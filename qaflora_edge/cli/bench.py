@@ -98,7 +98,6 @@ def bench(
 def _measured(
     loaded: Opened, options: SharedOptions, only: Sequence[str], sizes: dict[str, Any]
 ) -> dict[str, Any]:
-    """Measure the rows of each part."""
     import qaflora_edge.bench as parts
     from qaflora_edge.engine import Engine
 
@@ -126,7 +125,6 @@ def _measured(
 
 
 def _facts(loaded: Opened, options: SharedOptions) -> dict[str, Any]:
-    """Collect the machine, the library, the files and the options."""
     from qaflora_edge.backend.context import default_threads
     from qaflora_edge.cli.doctor import cpu_name, library_facts, package_facts
 
@@ -147,7 +145,6 @@ def _facts(loaded: Opened, options: SharedOptions) -> dict[str, Any]:
 
 
 def _table(result: Row) -> Iterator[str]:
-    """Write medians and, in brackets, the lowest and highest run."""
     adapters = []
     for adapter in result["adapters"]:
         types = "/".join(adapter["types"])

@@ -144,7 +144,6 @@ def create(
 
 
 def _read_modelfile(path: Path) -> Modelfile:
-    """Read a Modelfile, and tell which lines are left out."""
     from qaflora_edge.bundles.modelfile import read_modelfile
 
     modelfile = read_modelfile(path)

@@ -122,7 +122,6 @@ def _use_one_blas_thread() -> None:
 
 
 def _print_report(report: dict[str, Any], checks: Sequence[ModuleCheck], as_json: bool) -> None:
-    """Print the largest difference that the checks found; with JSON, the whole report."""
     if as_json:
         report["checks"] = [_check_fields(check) for check in checks]
         print_json(report)

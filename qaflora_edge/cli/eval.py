@@ -124,7 +124,6 @@ def eval(
 
 
 def _option_facts(engine: Engine, options: cli.SharedOptions) -> dict[str, Any]:
-    """Collect the options that a results file tells."""
     known = engine.weigher.known
     facts: dict[str, Any] = {
         "lens": known.lens,
@@ -141,7 +140,6 @@ def _option_facts(engine: Engine, options: cli.SharedOptions) -> dict[str, Any]:
 
 
 def _keep(results: Results, records: Iterable[Record], n_asked: int) -> None:
-    """Keep records as they come, with a bar on a terminal, and say at the end what was done."""
     start = time.perf_counter()
     n_before = len(results.records)
     n_done = 0
@@ -176,7 +174,6 @@ def _show(results: Results, json_path: str | None) -> None:
 
 
 def _print_tables(results: Sequence[Cell]) -> None:
-    """Print a table for each task, then one over all tasks of a unit where there are several."""
     from qaflora_edge.evaluation.table import NATS, POINTS, estimate, heads, rows
     from qaflora_edge.show.text import columns, crop
 

@@ -131,7 +131,6 @@ def run(
 
 
 def _read_grammar(schema_path: str | None, grammar_path: str | None) -> Grammar | None:
-    """The grammar of the answer, checked before a model is loaded; messages name the file."""
     if grammar_path is None and schema_path is None:
         return None
     from qaflora_edge.errors import GrammarError

@@ -257,7 +257,6 @@ def halves(**fused: tuple[str, str]) -> Layout:
 
 
 def _in_halves(module: Module, stems: tuple[str, str]) -> Parts:
-    """Cut the rows into those of two tensors of the same block."""
     if module.n_out % 2:
         raise module.unshared("two tensors")
     first, second = np.arange(module.n_out).reshape(2, -1)

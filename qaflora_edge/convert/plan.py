@@ -386,7 +386,6 @@ def _mapped(pair: _Pair, module: PeftModule, name_map: gguf.TensorNameMap) -> st
 def _place(
     pair: _Pair, module: PeftModule, layout: layouts.Layout, name_map: gguf.TensorNameMap
 ) -> layouts.Parts:
-    """Give the tensors of the base that a module goes to, and the order of its rows there."""
     name = _mapped(pair, module, name_map)
     stem = name.rpartition(".")[2]
     if module.is_embedding != (stem == "token_embd"):
@@ -581,7 +580,6 @@ def _is_swapped(pair: _Pair, module: PeftModule, names: Sequence[str]) -> bool:
 
 
 def _version(text: str | None) -> tuple[int, ...]:
-    """Give the numbers at the start of a version and whether it was released; () for no version."""
     match = re.match(r"(\d{1,9})\.(\d{1,9})(?:\.(\d{1,9}))?", text or "")
     if match is None or text is None:
         return ()

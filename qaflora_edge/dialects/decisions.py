@@ -53,7 +53,6 @@ def _levels(criteria: Sequence[Any]) -> dict[str, str]:
 
 
 def _written(value: Any) -> str:
-    """Write a part of a question: a text as it is, anything else as JSON."""
     if value is None or isinstance(value, str):
         return value or ""
     return json.dumps(value, ensure_ascii=False)

@@ -50,7 +50,6 @@ def ask_text(body: Object, defaults: Ask) -> Ask | None:
 
 
 def _answered(body: Object, defaults: Ask) -> Ask:
-    """Read how the answer is sampled, and its form."""
     options = dict(body.get("options") or {})
     n_predict = options.pop("num_predict", -1)
     if n_predict > 0:
@@ -111,7 +110,6 @@ def text_fields(part: Part) -> Json:
 
 
 def _call(index: int, call: Object) -> Json:
-    """Return a call as Ollama has it, with its arguments as an object."""
     function = {
         "index": index,
         "name": call["function"]["name"],
@@ -130,7 +128,6 @@ def _arguments(call: Object) -> Json | None:
 
 
 def _parts(answer: Generation) -> Iterator[Part]:
-    """Yield the parts of a streamed message; calls come whole, as Ollama has them."""
     calls: list[Json] = []
     for choice in openai_chat.SHAPE.choices(answer):
         part = choice["delta"]

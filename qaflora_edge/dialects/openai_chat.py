@@ -116,7 +116,6 @@ def _thought(thought: str) -> Json:
 
 
 def _chunks(generation: Generation) -> Iterator[Json]:
-    """Yield the choices of chunks; calls of tools come as they are written."""
     yield _delta({"role": "assistant"})
     for thought in generation.thoughts():
         yield _thought(thought)

@@ -83,7 +83,6 @@ def _messages(items: Any) -> list[Json]:
 
 
 def _call_of(item: Object) -> Json:
-    """Write an item that is a call of a tool as chats have it."""
     function = {"name": item.get("name"), "arguments": item.get("arguments", "{}")}
     return {"id": item.get("call_id"), "type": "function", "function": function}
 
@@ -195,7 +194,6 @@ class _Items:
         yield "output_item.done", {"output_index": len(self.output) - 1, "item": item}
 
     def _begin(self, kind: str, item: Json, **empty: Any) -> Events:
-        """End the item before, and begin one: `empty` replaces what is told of it at first."""
         yield from self.close("completed")
         item["id"] = f"{kind}_{uuid.uuid4().hex}"
         item["status"] = "in_progress"
@@ -203,6 +201,5 @@ class _Items:
         yield "output_item.added", {"output_index": len(self.output) - 1, "item": item | empty}
 
     def _place(self, **fields: Any) -> Json:
-        """Say of which item an event is."""
         place = {"item_id": self.output[-1]["id"], "output_index": len(self.output) - 1}
         return place | fields

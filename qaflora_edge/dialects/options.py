@@ -126,7 +126,6 @@ def chosen_tools(tools: Any, tool_choice: Any, is_parallel: bool | None = None) 
 
 
 def _named(tools: Sequence[Json], tool_choice: Any) -> Json:
-    """Find the tool that a choice names."""
     function = _function(tool_choice)
     name = function.get("name") if isinstance(function, Mapping) else None
     names = [tool["function"]["name"] for tool in tools]
@@ -153,7 +152,6 @@ def _checked(tool: Any) -> Json:
 
 
 def _function(tool: Any) -> Any:
-    """Return the function of a tool or choice; those of responses have no inner object."""
     if not isinstance(tool, Mapping) or tool.get("type", "function") != "function":
         return None
     flat = {name: value for name, value in tool.items() if name not in ("type", "strict")}
@@ -196,7 +194,6 @@ def weighing_of(body: Object, of_model: str | None, adapters: Sequence[str]) -> 
 
 
 def _check_range(field: str, value: Any, weights: Iterable[Any]) -> None:
-    """Refuse a field with weights that are too large or no numbers."""
     for weight in weights:
         if type(weight) not in (int, float) or abs(weight) > MAX_WEIGHT:
             raise wrong_field(field, value, f"weights {RANGE}")

@@ -99,7 +99,6 @@ def metrics() -> dict[str, Metric]:
 
 
 def _any_of(is_right: Callable[[str, Any], bool]) -> Callable[[str, Fields], float]:
-    """Score 1 where one of the item's answers is right."""
 
     def score(text: str, fields: Fields) -> float:
         answers = listed(fields["answer"])

@@ -112,7 +112,6 @@ def evaluate(
 def _answers(
     engine: Engine, task: Task, asked: Iterable[Asked], is_chat: bool, sampling: Sampling
 ) -> Iterator[Record]:
-    """Generate answers, many at once."""
     records: list[Record] = []
     spent_ms: Counter[int] = Counter()
 
@@ -150,7 +149,6 @@ def _answers(
 def _likelihoods(
     engine: Engine, task: Task, asked: Iterable[Asked], is_chat: bool
 ) -> Iterator[Record]:
-    """Measure the likelihood of texts; nothing is generated."""
     spent_ms: Counter[int] = Counter()
     for index, strategy in asked:
         record = asked_fields(task, index, strategy)
@@ -174,7 +172,6 @@ def _likelihoods(
 
 
 def _weighed(record: Record, spent_ms: Counter[int], fusion: FusionWeights) -> None:
-    """Add weights to a record, what they took, and what earlier strategies of the item took."""
     item = record["item"]
     probe_ms = round(fusion.probe_ms, 3)
     record["weights"] = {name: round(mean, 4) for name, mean in fusion.means.items()}

@@ -158,7 +158,6 @@ def json_lines(
 
 
 def _metric_of(items: Sequence[Fields]) -> str:
-    """Find the metric that the fields ask for."""
     for metric in metrics().values():
         if metric.needs != "answer" and metric.needs in items[0]:
             return metric.name
@@ -167,7 +166,6 @@ def _metric_of(items: Sequence[Fields]) -> str:
 
 
 def _check_item(task: Task, item: Fields) -> None:
-    """Raise WrongField or PromptError where an item cannot be asked or scored."""
     asked = next((key for key in ASKED if key in item), "question")
     fault = task.by.check(item)
     if asked != "messages" and not is_text(item.get(asked)):
@@ -319,7 +317,6 @@ def _key(record: Record) -> tuple[str, int, str]:
 
 
 def _read(path: Path) -> tuple[list[Record], int]:
-    """Read whole lines, and count their bytes."""
     with (
         os_errors(ResultsFileError, f"Cannot read {path}", RESULTS_ADVICE),
         open_input(path) as file,

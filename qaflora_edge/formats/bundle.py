@@ -227,7 +227,6 @@ def packed_files(text: BundleText) -> tuple[str, ...]:
 
 
 def _record(kind: type[Record], raw: Mapping[str, Any]) -> Record:
-    """Take the fields of an object that a record has."""
     names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     return kind(**{name: raw[name] for name in names if name in raw})
 

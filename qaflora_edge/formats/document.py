@@ -7,26 +7,39 @@ A PDF may do anything to the library that reads it. So a process of its own read
 import codecs
 import contextlib
 import json
+import os
 import subprocess
 import sys
+import threading
 from io import BytesIO
 
-from qaflora_edge.errors import InputFileError
+from qaflora_edge.errors import CancelledError, InputFileError
 
 MAX_BYTES = 50 * 10**6
 MAX_PAGES = 500
+MAX_TEXT_BYTES = 4 << 20  # no request has room for more
 READ_S = 60.0  # the longest that a PDF may take
-MEMORY_BYTES = 2 << 30
+MEMORY_BYTES = 1 << 30
 _PDF = b"%PDF-"
 _START = 1024  # bytes in which a PDF says that it is one
+_TOO_LONG = f"it has more than {MAX_TEXT_BYTES >> 20} MiB of text. Give a part of it"
 
 
-def document_text(name: str, data: bytes) -> str:
-    """Give the text of a document. Raises InputFileError that says what is wrong with it."""
-    text = _pdf_text(name, data) if _PDF in data[:_START] else _plain_text(name, data)
+def document_text(name: str, data: bytes, cancel: threading.Event | None = None) -> str:
+    """Give the text of a document. Raises InputFileError that says what is wrong with it.
+
+    cancel  ends the process that reads a PDF once it is set; CancelledError is raised then. It is
+            set afterwards in any case
+    """
+    if _PDF in data[:_START]:
+        text = _pdf_text(name, data, cancel or threading.Event())
+    else:
+        text = _plain_text(name, data)
     text = text.replace("\r\n", "\n").strip()
     if not text:
         raise _wrong(name, "it has no text. Recognise the text of pages that are pictures first")
+    if len(text.encode()) > MAX_TEXT_BYTES:
+        raise _wrong(name, _TOO_LONG)
     return text
 
 
@@ -39,16 +52,31 @@ def _plain_text(name: str, data: bytes) -> str:
     raise _wrong(name, "it is neither a text in UTF-8 nor a PDF. Save it as one of them")
 
 
-def _pdf_text(name: str, data: bytes) -> str:
+def _pdf_text(name: str, data: bytes, cancel: threading.Event) -> str:
     command = [sys.executable, "-P", "-m", __name__]
-    try:
-        done = subprocess.run(command, input=data, capture_output=True, timeout=READ_S)
-    except subprocess.TimeoutExpired as error:
-        fault = f"it takes longer than {READ_S:g} s. Give a part of it"
-        raise _wrong(name, fault) from error
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as process:
+
+        def end() -> None:
+            cancel.wait()
+            process.kill()
+
+        ending = threading.Thread(target=end)
+        ending.start()
+        try:
+            output, _ = process.communicate(data, timeout=READ_S)
+            is_cancelled = cancel.is_set()
+        except subprocess.TimeoutExpired as error:
+            fault = f"it takes longer than {READ_S:g} s. Give a part of it"
+            raise _wrong(name, fault) from error
+        finally:
+            cancel.set()
+            ending.join()
+    if is_cancelled:
+        raise CancelledError("Nobody waits for the document any more.")
     answer: dict[str, str] = {}
     with contextlib.suppress(ValueError):  # it ended for lack of memory
-        answer = json.loads(done.stdout)
+        answer = json.loads(output)
     if "text" not in answer:
         fault = f"it needs more than {MEMORY_BYTES >> 30} GiB of memory. Give a part of it"
         raise _wrong(name, answer.get("fault", fault))
@@ -73,7 +101,15 @@ def read_pdf(data: bytes) -> dict[str, str]:
         if n_page > MAX_PAGES:
             limit = f"expected at most {MAX_PAGES}. Give a part of it"
             return {"fault": f"it has {n_page} pages, {limit}"}
-        pages = [page.extract_text() for page in reader.pages]
+        pages = []
+        n_byte = 0
+        for page in reader.pages:
+            # A damaged table of characters gives halves of surrogate pairs, and NUL.
+            text = page.extract_text().encode("utf-8", "replace").replace(b"\0", b"")
+            pages.append(text.decode())
+            n_byte += len(text)
+            if n_byte > MAX_TEXT_BYTES:
+                return {"fault": _TOO_LONG}
     except (DependencyError, FileNotDecryptedError):
         return locked
     except MemoryError:
@@ -89,7 +125,10 @@ def main() -> None:
     with contextlib.suppress(ImportError):  # there is none on Windows
         import resource
 
+        os.nice(5)  # answers come first
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+        seconds = int(READ_S) + 1  # where nobody is left to end it
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     json.dump(read_pdf(sys.stdin.buffer.read()), sys.stdout)
 
 

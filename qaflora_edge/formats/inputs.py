@@ -296,7 +296,6 @@ def _passed_key(path: Path) -> str:
 
 
 def _read_memory() -> dict[str, list[Any]]:
-    """Read what is remembered: path -> bytes, time of change, SHA-256; and of checks passed."""
     path = cache_dir() / MEMORY_FILE
     with contextlib.suppress(OSError, TypeError, ValueError, RecursionError):
         status = path.stat()

@@ -121,7 +121,6 @@ def decide(
 
 
 def _quick(messages: Any) -> Chat:
-    """Ask without a thought before the answer."""
     return Chat(messages, chat_template_kwargs={"enable_thinking": False, "thinking": False})
 
 

@@ -152,7 +152,6 @@ class Drafter:
 
 
 def _begin(context: Context, row: _Row, begun: Written | None) -> None:
-    """Begin a draft in a sequence, or go on with what there is of it."""
     context.set_weights(row.weights, seq=row.seq)
     if begun is not None:
         row.tokens = list(begun.draft.tokens)

@@ -215,7 +215,6 @@ class Generation(Iterator[str]):
         self.wait_for_draft()
 
     def _wait_for_piece(self, sequence: RunningSequence) -> None:
-        """Compute until a sequence has a piece of text, or has ended."""
         if not sequence.pieces and not sequence.is_done:
             with self._call():
                 self._drive(lambda: bool(sequence.pieces) or sequence.is_done)

@@ -189,7 +189,6 @@ class Runner:
             self._weights[slot] = weights
 
     def _begin(self, sequence: RunningSequence, row: int) -> None:
-        """Choose the first token, where one was asked for."""
         if np.isnan(self._context.logits_view(row)).any():
             self._spoilt.append(_slot(sequence))
             adapters = f" ({', '.join(sequence.request.adapters) or 'none'})"

@@ -78,7 +78,6 @@ def prefill_request(context: Context, request: Request, n_token: int) -> Steps[i
 
 
 def _score_group(context: Context, request: Request, part: Sequence[Scored]) -> Steps[None]:
-    """Prefill the prompt once, then all continuations after it."""
     n_prompt = len(request.tokens)
     last_row = yield from prefill_request(context, request, n_prompt)
     first = log_softmax(context.logits_view(last_row))  # [n_vocab]

@@ -268,7 +268,6 @@ class RunningSequence:
         self._end(reason)
 
     def _show(self, text: str) -> None:
-        """Offer text of the answer, after what there is of the thought."""
         for piece, is_thought in ((self.text.thought, True), (text, False)):
             if piece:
                 self.pieces.append((piece, len(self.answer), is_thought))

@@ -157,7 +157,6 @@ def _wrong(path: Path, what: str) -> PeftConfigError:
 
 
 def _refuse_peft(path: Path, fields: Mapping[str, Any]) -> None:
-    """Refuse what a plain LoRA cannot represent, by its name."""
     kind = str(fields.get("peft_type", "LORA"))
     if kind.upper() != "LORA" and isinstance(fields["peft_type"], str):
         reason, advice = REFUSED["types"].get(kind.upper(), _OTHER_TYPE)

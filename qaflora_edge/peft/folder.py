@@ -131,7 +131,6 @@ def _is_adapter(folder: Path) -> bool:
 
 
 def _weight_files(folder: Path, is_mlx: bool) -> list[Path]:
-    """Find the adapter's weights, in one file or, of PEFT, in several."""
     path = folder / (MLX_FILE if is_mlx else WEIGHTS_FILE)
     if path.is_file():
         return [path]

@@ -190,7 +190,6 @@ def make_modules(config: PeftConfig, tensors: Mapping[str, StoredTensor]) -> dic
 
 
 def _check_matrix(tensor: StoredTensor) -> None:
-    """Refuse a tensor that is no matrix, such as LoRA on a convolution."""
     if tensor.n_bytes == 0:
         raise SafetensorsFileError(
             f"Cannot use {tensor.path}: tensor {tensor.name} is empty, of shape "
@@ -206,7 +205,6 @@ def _check_matrix(tensor: StoredTensor) -> None:
 
 
 def _other_tensor(tensor: StoredTensor, name: str, pair: str, advice: str) -> Exception:
-    """Make the error for a tensor that belongs to no plain LoRA."""
     kinds = (kind for end, kind in REFUSED["tensors"].items() if re.search(end, name))
     return UnsupportedAdapterError(
         f"Cannot use {tensor.path}: tensor {tensor.name} is {next(kinds, 'not known here')}; "

@@ -216,7 +216,6 @@ class Calls:
         return rest + text[at:], calls
 
     def _decoded(self, text: str, match: re.Match[str]) -> tuple[list[dict[str, Any]], int]:
-        """Read what stands behind a match: calls, or none, and where it ends."""
         groups = match.groupdict()
         name = groups.get("name")
         try:
@@ -339,7 +338,6 @@ class _Reader:
             yield {"index": index, **call}
 
     def _plain(self) -> str:
-        """Take the text before what may be a call."""
         held = self._held
         if self._is_start and _BARE.startswith("".join(held[:64].split())[: len(_BARE)]):
             return ""
@@ -355,7 +353,6 @@ class _Reader:
         return any(held.startswith(mark, at) or mark.startswith(held[at:]) for mark in marks)
 
     def _begun(self) -> CallPart | None:
-        """Begin a call of an offered tool, where its head is whole."""
         calls = self._calls
         if self._n_call and calls.tools.is_single:
             return None

@@ -71,7 +71,6 @@ _TEXTS = ("text", "input_text", "output_text")  # the last two are of responses
 
 
 def _joined(i: int, parts: Sequence[Any]) -> Any:
-    """Join parts that are texts; give others as they are. Raises ModalityError for an image."""
     texts = []
     for part in parts:
         kind = part.get("type") if isinstance(part, Mapping) else None

@@ -220,7 +220,6 @@ class _Environment(ImmutableSandboxedEnvironment):
         self._spend(first * sum(others))
 
     def _priced(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Let a filter be paid for."""
         # The place of the value; a context or environment may come before.
         at = int(hasattr(function, "jinja_pass_arg"))
 

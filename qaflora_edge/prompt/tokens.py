@@ -168,7 +168,6 @@ def _template_kwargs(variables: Any, reasoning: str) -> Mapping[str, Any]:
 
 
 def _template_of(model: Model, tools: Sequence[Any]) -> str:
-    """Give a base's chat template, which has to take the tools."""
     template = str(model.chat_template or "")
     name = model.path.name
     if not template:
@@ -188,7 +187,6 @@ def _template_of(model: Model, tools: Sequence[Any]) -> str:
 
 
 def _ends(model: Model) -> dict[str, str]:
-    """Spell the tokens that begin and end a text, as templates write them."""
     ids = {
         "bos_token": model._lib.llama_vocab_bos(model.vocab),
         "eos_token": model._lib.llama_vocab_eos(model.vocab),
@@ -290,7 +288,6 @@ def _opening(model: Model) -> tuple[list[int], list[int]]:
 
 
 def _last_place(part: Sequence[int], tokens: Sequence[int]) -> int | None:
-    """Find where a part begins for the last time; None for an empty one."""
     n_part = len(part)
     first = len(tokens) - n_part
     for at in range(first, -1, -1) if n_part else ():

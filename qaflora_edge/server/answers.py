@@ -53,7 +53,6 @@ async def completions(request: Request) -> Computed:
 
 
 def _in_choices(call: Call[Any], asks: list[Ask], shape: Shape, kind: str) -> Computed:
-    """Answer in OpenAI's choices: whole, or as chunks where the body has `stream`."""
     body: bodies.Answered = call.body
     head = answer_head(kind, call.model)
     include_usage = bool(body.stream_options and body.stream_options.include_usage)

@@ -50,7 +50,8 @@ def make_app(places: Iterable[Path], options: ServerOptions) -> Starlette:
     models = ServedModels(places, options)
     # All that have a slot, an Engine that opens, one that closes, one that changes, and bodies.
     n_slot = len(models.by_name) * options.n_slot + N_LIGHT
-    n_thread = n_slot + 3 + MAX_LARGE_BODIES
+    n_sent = MAX_LARGE_BODIES + uploads.N_DOCUMENTS + uploads.N_FETCHES
+    n_thread = n_slot + 3 + n_sent
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -81,6 +82,8 @@ def make_app(places: Iterable[Path], options: ServerOptions) -> Starlette:
     app.state.uploads = {}
     app.state.progress = {}
     app.state.upload_place = Places(1)
+    app.state.document_places = Places(uploads.N_DOCUMENTS)
+    app.state.fetch_places = Places(uploads.N_FETCHES)
     if options.adapters is not None:
         uploads.remove_old_uploads(options.adapters)
     app.state.changing = asyncio.Lock()

@@ -166,7 +166,6 @@ def _answered(call: Call[Any], ask: Ask | None, fields: ollama.Fields) -> Comput
 
 
 def _counts(facts: Mapping[str, Any], answer: Generation) -> dict[str, int]:
-    """Count tokens and nanoseconds as Ollama does."""
     times = answer.timings
     spent_s = time.perf_counter() - facts["start_s"]
     return {

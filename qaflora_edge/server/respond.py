@@ -165,7 +165,6 @@ class Computed:
             await asyncio.gather(self._producer, watcher, return_exceptions=True)
 
     async def _produce(self) -> None:
-        """Wait for a slot and an Engine, and compute."""
         start = time.perf_counter()
         end: BaseException | None = None
         models = self._app.models
@@ -348,7 +347,6 @@ def note_mix(fusion: FusionWeights, out: Computed, extras: Extras) -> None:
 
 
 def _note_tokens(facts: Json, answer: Generation, n_prompt: int) -> None:
-    """Note the tokens of an answer, and when the first one of all came."""
     facts["prompt_tokens"] = facts.get("prompt_tokens", 0) + n_prompt
     facts["completion_tokens"] = facts.get("completion_tokens", 0) + answer.n_completion
     if answer.timings.token_s:

@@ -205,7 +205,6 @@ class ServedModels:
             self.by_name[model.name] = model
 
     def _read(self, place: Path) -> ServedModel:
-        """Read what a bundle says of itself; nothing is loaded."""
         sha256: Json = {}
         targets: dict[str, Sequence[str]] = {}
         about: dict[str, Any] = {}
@@ -361,7 +360,6 @@ class ServedModels:
         log.info("opened %s in %.1f s", model.name, time.perf_counter() - start)
 
     async def _close_unused(self) -> None:
-        """Close the bundle not used for the longest where max_models are open."""
         opened = [model for model in self.by_name.values() if model.engine]
         idle = [model for model in opened if model.is_idle]
         if self._options.max_models and len(opened) >= self._options.max_models and idle:
@@ -392,7 +390,6 @@ def models_of(request: Request) -> ServedModels:
 
 
 def _compute(engine: Engine) -> None:
-    """Compute what requests ask of an Engine until it is closed."""
     while True:
         try:
             engine.run_forever()

@@ -7,8 +7,8 @@ import asyncio
 import contextlib
 import json
 import shutil
-from collections.abc import Callable
-from functools import partial
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.engine import Engine
-from qaflora_edge.errors import BusyError, InputFileError, QafloraError, is_disk_full
+from qaflora_edge.errors import BusyError, DownloadError, InputFileError, QafloraError, is_disk_full
 from qaflora_edge.formats.document import MAX_BYTES, document_text
 from qaflora_edge.formats.inputs import checksum
 from qaflora_edge.formats.names import CONFIG_FILE, WEIGHTS_FILE
@@ -30,6 +30,9 @@ from qaflora_edge.server.refusals import Refusal
 from qaflora_edge.server.served_models import models_of
 
 MAX_UPLOAD_BYTES = 1 << 30
+N_DOCUMENTS = 2  # received and read at the same time
+DOCUMENT_S = 120.0  # the longest that one may take to come
+N_FETCHES = 2
 _UPLOAD = "upload-"
 
 
@@ -40,35 +43,65 @@ async def document(request: Request) -> Response:
     name = request.query_params.get("name", "the file")[:200]
     data = bytearray()
     check_announced(request, MAX_BYTES)
-    async with state.upload_place.place(address_of(request)):
-        await receive(request, data.extend, MAX_BYTES, state.options.timeout_s)
-        try:
-            text = await asyncio.to_thread(document_text, name, bytes(data))
-        except InputFileError as error:
-            raise Refusal(400, str(error), code="invalid_document") from error
-    async with state.models.engine(served) as engine:
+    async with state.document_places.place(address_of(request)):
+        await receive(request, data.extend, MAX_BYTES, DOCUMENT_S)
+        text = await _text_of(request, name, bytes(data))
+        async with state.models.engine(served) as engine:
 
-        def count() -> int:
-            with engine.model() as model:
-                return len(model.tokenize(text, add_special=False, parse_special=False))
+            def count() -> int:
+                with engine.model() as model:
+                    return len(model.tokenize(text, add_special=False, parse_special=False))
 
-        n_token = await asyncio.to_thread(count)
+            n_token = await asyncio.to_thread(count)
     return JSONResponse({"text": text, "n_token": n_token})
+
+
+async def _text_of(request: Request, name: str, data: bytes) -> str:
+    """Read a document as long as its sender waits."""
+    cancel = threading.Event()
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        cancel.set()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        return await asyncio.to_thread(document_text, name, data, cancel)
+    except InputFileError as error:
+        raise Refusal(400, str(error), code="invalid_document") from error
+    finally:
+        cancel.set()
+        watcher.cancel()
 
 
 async def load(request: Request) -> Response:
     """Add an adapter of the allowed folder, as vLLM does, or of the Hub."""
     folder = _allowed(request)
     body = await read(request, AdapterBody)
+    path = None if body.hub is None else await _fetched(request, body, body.hub)
 
     def add(engine: Engine, tell: Tell) -> None:
-        if body.hub is None:
-            path = _inside(folder, body.lora_path or "")
-        else:
-            path = fetch_hub(body.hub, progress=partial(tell, "it is fetched"))
-        engine.add_adapter(body.lora_name, path, tell)
+        engine.add_adapter(body.lora_name, path or _inside(folder, body.lora_path or ""), tell)
 
     return await _changed(request, body, "added", add)
+
+
+async def _fetched(request: Request, body: AdapterBody, hub: str) -> Path:
+    """Fetch an adapter of the Hub, while others may change adapters."""
+    state = request.app.state
+    state.models.find(body.model)
+    tell = _teller(request, body)
+
+    def on_bytes(n_done: int, n_all: int) -> None:
+        if max(n_done, n_all) > MAX_UPLOAD_BYTES:
+            limit = f"more than {MAX_UPLOAD_BYTES} bytes; expected an adapter"
+            raise DownloadError(f"Could not fetch {hub:.100}: it has {limit}.")
+        tell("it is fetched", n_done, n_all)
+
+    with _refused(state.progress, body.lora_name):
+        async with state.fetch_places.place(address_of(request)):
+            return await asyncio.to_thread(fetch_hub, hub, progress=on_bytes)
 
 
 async def progress(request: Request) -> Response:
@@ -179,8 +212,6 @@ def _not_found(param: str, name: str) -> Refusal:
 
 
 def _teller(request: Request, body: AdapterBody) -> Tell:
-    """Note how far the change of an adapter is, for GET /progress."""
-
     def tell(stage: str, n_done: int, n_all: int) -> None:
         steps = {"stage": stage, "processed": n_done, "total": n_all}
         request.app.state.progress[body.lora_name] = steps
@@ -207,18 +238,25 @@ async def _changed(
         work(engine, tell)
         return {name: checksum(path) for name, path in engine.opened.adapter_paths.items()}
 
-    try:
+    with _refused(state.progress, body.lora_name, shown_from):
         async with state.changing, state.models.engine(served) as engine:
             hashes = await asyncio.to_thread(changed, engine)
+    served.weigher = engine.weigher
+    served.strategies = engine.strategies
+    served.sha256 = {**served.sha256, "adapters": hashes}
+    served.is_changed = True  # it stays open
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' {what} successfully.")
+
+
+@contextlib.contextmanager
+def _refused(progress: dict[str, object], name: str, shown_from: str = "") -> Iterator[None]:
+    """Answer what fails in a change of an adapter with its words, and forget how far it was."""
+    try:
+        yield
     except BusyError:
         raise
     except QafloraError as error:
         message = str(error).replace(shown_from, "") if shown_from else str(error)
         raise Refusal(400, message, code="invalid_value") from error
     finally:
-        state.progress.pop(body.lora_name, None)
-    served.weigher = engine.weigher
-    served.strategies = engine.strategies
-    served.sha256 = {**served.sha256, "adapters": hashes}
-    served.is_changed = True  # it stays open
-    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' {what} successfully.")
+        progress.pop(name, None)

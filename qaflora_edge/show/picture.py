@@ -84,7 +84,6 @@ def picture(fusion: FusionWeights, label: str, subject: str) -> str:
 
 
 def _numbers(fusion: FusionWeights, index: int, layer: int, is_layered: bool) -> str:
-    """Write what pointing at a cell tells."""
     name = fusion.adapters[index]
     weight = f"weight {fusion.weights[index, layer]:.3f}"
     if not is_layered:

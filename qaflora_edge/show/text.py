@@ -268,7 +268,6 @@ def print_heatmap(
 
 
 def _layers(fusion: FusionWeights, blocks: str, width: int) -> Table:
-    """Lay out ticks, then a row of each adapter: name, mean weight, mean measure, cells."""
     from rich.table import Table
     from rich.text import Text
 
@@ -310,7 +309,6 @@ def _layers(fusion: FusionWeights, blocks: str, width: int) -> Table:
 
 
 def _block(weight: float, ends: tuple[float, float], blocks: str) -> str:
-    """Give the sign for a weight: the higher it is between the ends, the later one of blocks."""
     if weight < 0:
         return "-"
     low, high = ends
@@ -320,7 +318,6 @@ def _block(weight: float, ends: tuple[float, float], blocks: str) -> str:
 
 
 def _ticks(n_layer: int, n_together: int, n_column: int) -> str:
-    """Number the layers, each above the left edge of its cell."""
     text = ""
     for layer in range(0, n_layer, TICK * n_together):
         text = text.ljust(layer // n_together * n_column) + str(layer)

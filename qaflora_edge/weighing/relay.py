@@ -329,7 +329,6 @@ def _is_foreign(draft: str, question: str) -> bool:
 
 
 def _by_hand(query: Query, probe: Probe) -> Mix:
-    """Relay between the two that the caller names."""
     knower = query.options["knower"]
     writer = query.options["writer"]
     (draft,) = probe.drafts([knower], N_BEGUN)
@@ -360,7 +359,6 @@ def _relay(
 
 
 def _said(relay: Relay) -> str:
-    """Say who knew and who wrote, and how sure each was."""
     numbers = ", ".join(f"{name} {mean:.2f}" for name, mean in relay.sureness.items())
     return (
         f"{relay.knower} drafts, {relay.writer} writes with the draft in view "
@@ -385,14 +383,12 @@ def _sureness(drafts: Mapping[str, Draft]) -> dict[str, float]:
 
 
 def _weights(mix: Mix) -> F32:
-    """Give the weights [n_adapter, n_layer] of an answer that nobody relays."""
     import numpy as np
 
     return np.asarray(mix.weights, np.float32)
 
 
 def _heaviest(query: Query, mix: Mix) -> str | None:
-    """Name the adapter with the largest weight; None where the base answers alone."""
     import numpy as np
 
     means = np.asarray(mix.weights).mean(axis=1)
@@ -400,7 +396,6 @@ def _heaviest(query: Query, mix: Mix) -> str | None:
 
 
 def _alone(query: Query, name: str) -> F32:
-    """Give weights [n_adapter, n_layer] of one adapter at 1, or of the base."""
     from qaflora_edge.weighing.numbers import alone_weights
 
     return alone_weights(name, query.adapters, query.n_layer)

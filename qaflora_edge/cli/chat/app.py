@@ -126,7 +126,6 @@ class Chat:
                 self.view.done()
 
     def _greet(self) -> None:
-        """Tell the base, its adapters, the strategy and the repeat penalty."""
         engine = self.engine
         penalty = self.sampling.repeat_penalty
         names = ", ".join(engine.adapters) or "no adapters"
@@ -246,7 +245,6 @@ class Chat:
 
 
 def _read(typed: PlainInput | TerminalInput) -> str | None:
-    """Read a message; on a terminal Ctrl-C takes back what is being typed."""
     while True:
         try:
             return typed.read()
@@ -257,7 +255,6 @@ def _read(typed: PlainInput | TerminalInput) -> str | None:
 
 
 def _status(generation: Generation, reason: str) -> list[str]:
-    """Say how an answer ended and how fast it was."""
     timings = generation.timings
     ends = {"cancelled": ["stopped"], "length": ["cut at the limit of tokens"]}
     parts = [*thought_parts(generation), *ends.get(reason, [])]

@@ -157,7 +157,6 @@ class TerminalView(View):
         self._drawn = time.perf_counter()
 
     def _print(self, block: str) -> None:
-        """Print a block for good, with a blank line before it."""
         from rich.markdown import Markdown
 
         if not block.strip():
