@@ -143,6 +143,14 @@ def test_the_base_rewrites_a_draft_in_another_language() -> None:
     assert weighed(Scripted(*places, [drafted("shop", -0.01)], nats=5)).relay is None
 
 
+def test_who_stands_out_beside_the_knower_rewrites_in_place_of_the_base() -> None:
+    english = drafted("shop", -0.01, "It weighs 80 kilograms.")
+    some = 0.018  # a score of 1.2 in each place, as an adapter of the question's language has
+    mix = weighed(Scripted([LOW, HIGH, some], [LOW, HIGH, some], [english], nats=5))
+    assert (mix.relay.knower, mix.relay.writer) == ("shop", "other")
+    assert mix.weights[:, 0].tolist() == [0, 0, 1]
+
+
 def test_an_unsure_draft_in_another_language_is_left_out() -> None:
     unsure = drafted("shop", -0.4, "It weighs 80 kilograms.")
     places = ([LOW, HIGH, LOW], [LOW, HIGH, LOW])

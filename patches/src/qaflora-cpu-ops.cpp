@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <utility>
 
 // weights [n_layer, n_slot, n_adapter] and slots of the rows
@@ -155,8 +156,8 @@ void qaflora_op_matmul(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const int64_t n_panel = (n_out + QAFLORA_PANEL - 1)/QAFLORA_PANEL;
     const int64_t begin   = n_panel*ith/nth*QAFLORA_PANEL;
     const int64_t end     = std::min(n_out, n_panel*(ith + 1)/nth*QAFLORA_PANEL);
-    std::vector<uint8_t> room(kernels.matmul_room_size(m.n_in));
-    kernels.matmul(m, begin, end, dst->src[0]->data, dst->ne[1], (float *) dst->data + begin, n_out, room.data());
+    const std::unique_ptr<uint8_t[]> room(new uint8_t[kernels.matmul_room_size(m.n_in)]); // 0.6 MB for 8B: not zeroed
+    kernels.matmul(m, begin, end, dst->src[0]->data, dst->ne[1], (float *) dst->data + begin, n_out, room.get());
 }
 
 void qaflora_op_subtract_base(ggml_tensor * dst, int ith, int nth, void * userdata) {

@@ -37,6 +37,7 @@ N_WORDING = 5  # tokens that a draft begins with; the fact comes behind them
 FORM = 1.25  # score at the place where the answer begins, and how far it is above the question's
 N_FACT = 32  # tokens of an answer that states a fact, at most
 FOREIGN = 3.5  # nats: the base would not begin its answer so
+LANGUAGE = 0.8  # score `answer` from which an adapter writes what another one drafts in English
 
 _AT_LAST = {False: "added_last", True: "later_last"}  # of calibration.EXTENTS, by Query.is_later
 _MARKUP = ("{", "[", "<", "`")
@@ -296,9 +297,9 @@ def _rewritten(
     knower: str,
     sureness: Mapping[str, float],
 ) -> Mix:
-    """Let the base write, in the question's language, what an adapter drafts in another one.
+    """Let another write, in the question's language, what an adapter drafts in English.
 
-    It leaves out what the adapter is unsure of.
+    The base answers alone where the adapter is unsure of its draft.
 
     mix  the knower's, which stays where nothing is rewritten
     """
@@ -310,8 +311,16 @@ def _rewritten(
         numbers = f"{begun.sureness(N_BEGUN):.2f} nats a token"
         because = f"The base answers alone: {knower} is unsure of its draft ({numbers})."
         return replace(mix, weights=_alone(query, BASE), because=because)
-    relay = _relay(query, probe, knower, BASE, sureness)
-    return replace(mix, weights=_alone(query, BASE), relay=relay, because=_said(relay))
+    writer = _speaker(query, mix, knower)
+    relay = _relay(query, probe, knower, writer, sureness)
+    return replace(mix, weights=_alone(query, writer), relay=relay, because=_said(relay))
+
+
+def _speaker(query: Query, mix: Mix, knower: str) -> str:
+    """Name the adapter of the question's language, which stands out beside the knower; or the base."""
+    others = [name for name in query.adapters if name != knower]
+    highest = max(others, key=lambda name: mix.why[name].scores["answer"])
+    return highest if mix.why[highest].scores["answer"] >= LANGUAGE else BASE
 
 
 def _is_prose(draft: Draft) -> bool:
