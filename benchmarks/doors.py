@@ -196,10 +196,12 @@ def adds(port: int, pid: int, options: argparse.Namespace) -> Iterator[Row]:
             if status != 200:
                 raise SystemExit(f"{path}: {status} {text}")
         sizes.append(mb_of(pid))
-        if number in (0, 3, 9) or number % 10 == 9 or number == options.cycles - 1:
-            yield f"memory after cycle {number + 1}, MB", sizes[-1]
-    yield "lowest and highest, MB", [min(sizes), max(sizes)]
-    yield "trend after the third, MB a cycle", trend_of(sizes[3:])
+        n = number + 1
+        if n in (1, 4) or n % 10 == 0 or n == options.cycles:
+            yield f"memory after cycle {n}, MB", sizes[-1]
+        if n >= 10 and (n % 10 == 0 or n == options.cycles):
+            yield "lowest and highest, MB", [min(sizes), max(sizes)]
+            yield f"trend from cycle 4 to {n}, MB a cycle", trend_of(sizes[3:])
 
 
 def varied_chat(number: int) -> dict[str, Any]:
@@ -259,8 +261,8 @@ def main() -> None:
                     rows[what] = value
                     was = before.get(name, {}).get(what, "")
                     print(f"| {name} | {what} | {was} | {value} |", flush=True)
-    if options.save:
-        options.save.write_text(json.dumps(measured, indent=1) + "\n")
+                    if options.save:
+                        options.save.write_text(json.dumps(measured, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -18,10 +18,11 @@ from qaflora_edge.arrays import F32
 from qaflora_edge.ask import Ask, Chat, Plain, Prompt, Question, Tools, asked, one_of
 from qaflora_edge.backend.context import trim
 from qaflora_edge.backend.model import Model
-from qaflora_edge.bundles.open import Opened, open_any
+from qaflora_edge.bundles.open import MAX_EDITS, Opened, is_edited, open_any
 from qaflora_edge.config import MAX_SEED, check
-from qaflora_edge.errors import OptionError, QafloraError, StrategyError, wrong_option
+from qaflora_edge.errors import BundleError, OptionError, QafloraError, StrategyError, wrong_option
 from qaflora_edge.files import AnyPath
+from qaflora_edge.formats.inputs import changed
 from qaflora_edge.inference.core import Core, Probes, check_process
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.inference.sampler import Sampler
@@ -116,24 +117,23 @@ class Engine:
         }
         check("engine", {**unknown, **options, **placing, "seed": seed, "reasoning": reasoning})
         check_process()
-        opened = open_any(bundle, base, adapters)
         self.seed = seed
         self.n_parallel = n_parallel
         self.reasoning = reasoning
-        self.system = opened.text.system if opened.text else ""
-        self.examples = opened.text.examples if opened.text else ()
-        self._opened = opened
         self._options: dict[str, Any] = {"placing": placing, **options}
-        # A base alone chooses its strategy when it gets its first adapter.
-        self._chooses = strategy is None and opened.text is None and not opened.adapters
         self._changing = threading.Lock()
-        self._weigher = Weigher(
-            adapters=tuple(opened.adapters),
-            n_layer=opened.header.n_layer,
-            known=opened.known.under(strategy=strategy, lens=lens, pool=pool, prefill=prefill),
-            targets={name: info.targets for name, info in opened.adapters.items()},
-        )
-        self._core = self._open(opened)
+        chosen = {"strategy": strategy, "lens": lens, "pool": pool, "prefill": prefill}
+        opened = open_any(bundle, base, adapters)
+        for _ in range(MAX_EDITS):
+            try:
+                self._start(opened, chosen)
+                break
+            except QafloraError:
+                if not is_edited(opened):
+                    raise
+            opened = open_any(bundle, base, adapters)
+        else:
+            raise changed(opened.place, BundleError)
         self._cores = [weakref.ref(self._core)]  # also those that answer their last requests
         model = self._core.model
         self._model = model
@@ -144,6 +144,22 @@ class Engine:
         self.n_vocab = model.n_vocab
         self.n_ctx_train = model.n_ctx_train  # tokens of the longest text in training
         self.has_chat_template = bool(model.chat_template)
+
+    def _start(self, opened: Opened, chosen: Mapping[str, str | None]) -> None:
+        """Take over what files say, and open contexts."""
+        self._opened = opened
+        self.system = opened.text.system if opened.text else ""
+        self.examples = opened.text.examples if opened.text else ()
+        # A base alone chooses its strategy when it gets its first adapter.
+        is_alone = opened.text is None and not opened.adapters
+        self._chooses = chosen["strategy"] is None and is_alone
+        self._weigher = Weigher(
+            adapters=tuple(opened.adapters),
+            n_layer=opened.header.n_layer,
+            known=opened.known.under(**chosen),
+            targets={name: info.targets for name, info in opened.adapters.items()},
+        )
+        self._core = self._open(opened)
 
     def _open(self, opened: Opened) -> Core:
         infos = opened.adapters.values()

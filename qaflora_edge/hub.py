@@ -364,7 +364,6 @@ def fetch_hub(
 
 
 def _choose(ref: HubRef, names: Sequence[str]) -> list[str]:
-    """Choose one GGUF file, bundle.json, or the files of a PEFT adapter."""
     if not ref.file and BUNDLE_FILE in names:
         return [BUNDLE_FILE]
     if not ref.file and CONFIG_FILE in names:
@@ -433,7 +432,6 @@ def _download(
 
 
 def _telling(progress: TellCount) -> type[Any]:
-    """Make a bar for the Hub's library that tells how many bytes came."""
     from huggingface_hub.utils.tqdm import tqdm
 
     class Bar(tqdm):

@@ -110,5 +110,4 @@ def bundle_places() -> list[Path]:
 
 
 def _from_file(text: str) -> Path:
-    """A path of the settings file; a relative one starts at the file's own folder."""
     return settings_path().parent / expanded(text)

@@ -6,14 +6,17 @@
 Opening compares every file with its record and changes nothing.
 """
 
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qaflora_edge.errors import BundleError, OptionError, QafloraError
 from qaflora_edge.files import AnyPath
 from qaflora_edge.formats.bundle import (
+    BUNDLE_FILE,
     AdapterRecord,
     BaseRecord,
     BundleText,
@@ -36,7 +39,7 @@ from qaflora_edge.weighing.weigher import Known, known_of
 if TYPE_CHECKING:
     from qaflora_edge.formats.adapter import AdapterInfo
 
-_MAX_EDITS = 5  # of a bundle while it is opened
+MAX_EDITS = 5  # of a bundle while it is opened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,7 @@ class Opened:
     states    file -> its state when it was checked, for check_unchanged after its use
     known     default strategy, lens and pool, and measurements of the adapters
     text      what bundle.json says, of a bundle
+    edit      of bundle.json, the last one that is in it
     """
 
     place: Path
@@ -57,6 +61,7 @@ class Opened:
     states: Mapping[Path, FileState] = field(repr=False)
     known: Known
     text: BundleText | None = field(repr=False)
+    edit: tuple[int, int] = (0, 0)
 
     @property
     def base_path(self) -> Path:
@@ -106,14 +111,28 @@ def load_bundle(
     """
     if adapters is not None or is_base(place):
         return _load(place, None, dict(adapters or {}), always_hash, progress)
-    for _ in range(_MAX_EDITS):
+    for _ in range(MAX_EDITS):
+        edit = _last_edit(place)
         text = read_bundle_text(place)
         try:
-            return _load(place, text, {}, always_hash, progress)
+            return replace(_load(place, text, {}, always_hash, progress), edit=edit)
         except QafloraError:
-            if read_bundle_text(place) == text:
+            if _last_edit(place) == edit:
                 raise
     raise changed(Path(text.where), BundleError)
+
+
+def is_edited(opened: Opened) -> bool:
+    """Tell whether bundle.json was written since."""
+    return opened.text is not None and _last_edit(opened.place) != opened.edit
+
+
+def _last_edit(place: Path) -> tuple[int, int]:
+    """Give time and number of bundle.json: each edit replaces the file."""
+    with suppress(OSError):
+        status = os.stat(place / BUNDLE_FILE)
+        return status.st_mtime_ns, status.st_ino
+    return 0, 0
 
 
 def _load(

@@ -183,7 +183,6 @@ def _prepare_streams() -> None:
 
 
 def _drop_output() -> None:
-    """Send stdout nowhere: Python flushes it once more at its end, which would fail again."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -299,7 +299,6 @@ def answer_file(
 def _key(
     bundle: str, options: SharedOptions, sampling: Sampling, system: str | None, as_json: bool
 ) -> str:
-    """Equal where the bundle and all options are that decide an answer."""
     place = bundle_folder(bundle)
     if not is_base(place):
         read_bundle_text(place)  # says what is wrong with it

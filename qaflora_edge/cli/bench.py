@@ -23,7 +23,6 @@ Row = Mapping[str, Any]
 
 
 def _listed(flag: str, allowed: Sequence[Any], default: str, help: str) -> Callable[..., Any]:
-    """Declare an option of different values, as in 1,2,4."""
     is_number = isinstance(allowed, range)
     expected = f"a number from 1 to {allowed[-1]}" if is_number else f"one of {', '.join(allowed)}"
 
@@ -167,7 +166,6 @@ def _table(result: Row) -> Iterator[str]:
 
 
 def _cell(row: Row, key: str) -> str:
-    """Write a ratio's median, or a median with the lowest and highest run."""
     if key not in row:
         return ""
     spread = row[key]

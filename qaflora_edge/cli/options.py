@@ -117,7 +117,6 @@ def _adapters(ctx: click.Context) -> list[str]:
 
 
 def _items(values: Callable[[], Iterable[str]], word: str) -> list[Any]:
-    """Those that begin with what is typed; none where they cannot be found."""
     with contextlib.suppress(QafloraError, OSError):
         return [CompletionItem(value) for value in values() if value.startswith(word)]
     return []

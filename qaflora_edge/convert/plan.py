@@ -310,7 +310,6 @@ def _common_alpha(modules: Iterable[PeftModule]) -> float:
 
 
 def _scale_factor(scale: float, rank: int, alpha: float) -> float:
-    """Give the factor of B with which alpha / rank gives `scale`; exactly 1 if it does."""
     if float(np.float32(scale * rank)) == alpha:
         return 1.0
     return scale * rank / alpha
@@ -363,7 +362,6 @@ def tensor_name(
 
 
 def _mapped(pair: _Pair, module: PeftModule, name_map: gguf.TensorNameMap) -> str:
-    """Give the name of a module's tensor, such as blk.0.attn_q."""
     header = pair.header
     unmapped = ARCH_FACTS[header.architecture].unmapped
     prefixes = [prefix for prefix in _PREFIXES if module.name.startswith(prefix)]
@@ -509,7 +507,6 @@ def _expert_parts(pair: _Pair, module: PeftModule) -> list[tuple[str, layouts.In
 
 
 def _expert_shape(pair: _Pair, module: PeftModule, base_name: str) -> tuple[int, int, int]:
-    """Give n_expert, n_out and n_in of a stacked tensor of the base."""
     info = pair.header.tensors.get(base_name)
     if info is not None and len(info.shape) == 3:
         n_expert, n_out, n_in = info.shape

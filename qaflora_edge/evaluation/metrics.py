@@ -108,7 +108,6 @@ def _any_of(is_right: Callable[[str, Any], bool]) -> Callable[[str, Fields], flo
 
 
 def _plain(text: Any) -> str:
-    """Write a text in Unicode's NFC, with single spaces for all white space, none at its ends."""
     composed = unicodedata.normalize("NFC", str(text))
     return " ".join(composed.split())
 
@@ -239,7 +238,6 @@ def last_number(answer: str) -> frozenset[Decimal]:
 
 
 def _readings(token: str) -> set[str]:
-    """Write digits with separators as every decimal number that they may stand for."""
     readings: set[str] = set()
     parts = re.split(_GAP, token)[1:]
     if parts:

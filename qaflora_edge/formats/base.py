@@ -274,7 +274,6 @@ def _check_tensors(header: GgufHeader) -> None:
 
 
 def _check_tokens(header: GgufHeader) -> None:
-    """Check that every token has a text of its own: llama-vocab.cpp asserts it."""
     array = header.metadata.get(TOKENS)
     if not isinstance(array, RawArray) or array.kind != STRING:
         return  # the loader refuses it

@@ -305,7 +305,6 @@ def _read_memory() -> dict[str, list[Any]]:
 
 @lru_cache(maxsize=1)
 def _parsed_memory(path: Path, _inode: int, _changed_ns: int) -> dict[str, list[Any]]:
-    """Parse the file once for all files of a bundle; each change of it is another inode."""
     return dict(json.loads(path.read_bytes()))
 
 

@@ -180,7 +180,6 @@ _tokenizers: weakref.WeakKeyDictionary[Model, LLTokenizer] = weakref.WeakKeyDict
 
 
 def _tokenizer(model: Model) -> LLTokenizer:
-    """Make the tokenizer of a base at its first grammar."""
     from llguidance import LLTokenizer
 
     if model not in _tokenizers:
@@ -236,7 +235,6 @@ def _json_grammar(schema: Mapping[str, Any]) -> str:
 
 
 def _checked(text: str, source: str) -> Grammar:
-    """Compile a grammar without a base. Raises GrammarError."""
     matcher = _matcher(_bytes_tokenizer(), text, source)
     mask = b"" if matcher.is_error() else matcher.compute_bitmask()
     if any(mask[:32]) or matcher.is_accepting():
@@ -252,6 +250,5 @@ def _is_dead(matcher: LLMatcher) -> bool:
 
 
 def _said(error: str) -> str:
-    """Shorten llguidance's message to one line."""
     text = " ".join(error.split("\n<state>")[0].split())
     return text if len(text) <= 200 else f"{text[:197]}..."

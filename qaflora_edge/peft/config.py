@@ -239,7 +239,6 @@ def _refuse_mlx(path: Path, fields: Mapping[str, Any]) -> None:
 
 
 def _mlx_config(path: Path, fields: Mapping[str, Any]) -> PeftConfig:
-    """MLX's scale is the factor of B A, whatever the rank."""
     parameters = fields["lora_parameters"]
     rank, scale, alpha = (parameters.get(key) for key in ("rank", "scale", "alpha"))
     # Before mlx-lm 57b16724, June 2024, the factor was scale * alpha / rank. Later versions ignore
@@ -266,7 +265,6 @@ def _mlx_config(path: Path, fields: Mapping[str, Any]) -> PeftConfig:
 
 
 def _check_key(path: Path, key: str) -> None:
-    """Refuse a key of rank_pattern or alpha_pattern that is no expression, or takes long."""
     if not _is_bounded(key):
         raise _wrong(
             path,
@@ -284,7 +282,6 @@ def _check_key(path: Path, key: str) -> None:
 
 @functools.lru_cache(maxsize=1 << 14)  # patterns
 def _compile_key(key: str) -> re.Pattern[str]:
-    """Compile a key of rank_pattern or alpha_pattern. Raises re.error and its like."""
     return re.compile(rf"(.*\.)?({key})$")
 
 

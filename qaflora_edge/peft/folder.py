@@ -115,7 +115,6 @@ def check_no_part(path: Path) -> None:
 
 
 def _advice_for_file(path: Path) -> str:
-    """Say what to do instead of giving a path that is no folder."""
     if not os.path.isfile(path):
         return "Check the path."
     if path.suffix == ".gguf":
@@ -153,7 +152,6 @@ def _weight_files(folder: Path, is_mlx: bool) -> list[Path]:
 
 
 def _check_index(tensors: Mapping[str, StoredTensor]) -> None:
-    """Check that the index next to several files names the tensors that they hold."""
     files = {name: tensor.path.name for name, tensor in tensors.items()}
     path = next(iter(tensors.values())).path.with_name(INDEX_FILE)
     index = read_json_file(path, MAX_INDEX_BYTES, SafetensorsFileError, "Save the adapter again.")

@@ -359,7 +359,6 @@ def _parameter_names(config: PeftConfig, modules: Iterable[str]) -> Mapping[str,
 
 
 def _in_order(config: PeftConfig, owner: str, named: Sequence[str]) -> list[str]:
-    """Give the adapted parameters of a module in its own order."""
     if owner.rpartition(".")[2] != "experts":  # of a plain module, only its weight can be low-rank
         return [name for name in named if name == "weight"]
     for name in named:

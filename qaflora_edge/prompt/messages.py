@@ -87,7 +87,6 @@ def _joined(i: int, parts: Sequence[Any]) -> Any:
 
 
 def _tool_call(i: int, call: Any) -> Json:
-    """Read the arguments of a call, which OpenAI writes as JSON text."""
     function: Any = call.get("function") if isinstance(call, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str):

@@ -199,7 +199,6 @@ def _ends(model: Model) -> dict[str, str]:
 
 
 def _begun(messages: list[Json], chat: Chat) -> str | None:
-    """Take what an answer begins with off a conversation; None where it begins with nothing."""
     last = messages[-1]
     is_prompted = chat.add_generation_prompt
     is_said = last["role"] == "assistant" and not last.get("tool_calls")
@@ -224,7 +223,6 @@ def _begun(messages: list[Json], chat: Chat) -> str | None:
 
 
 def _reason(error: Exception) -> str:
-    """Say in one line what went wrong in a template."""
     if isinstance(error, RecursionError):
         return "too many expressions in each other"
     text = (str(error).strip().split("\n")[0] or type(error).__name__)[:300].rstrip(".")

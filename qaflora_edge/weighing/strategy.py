@@ -301,7 +301,6 @@ def find_strategy(name: str) -> Strategy | None:
 
 
 def _whole(text: str) -> str:
-    """Write an old name as the option that it is now."""
     name, colon, options = text.partition(":")
     if name not in _OLD_NAMES:
         return text

@@ -53,6 +53,5 @@ def _part(name: str) -> str:
 
 
 def _allowing(content: str) -> str:
-    """Give the source of a content security policy that allows one inline text."""
     digest = hashlib.sha256(content.encode()).digest()
     return f"sha256-{base64.b64encode(digest).decode()}"
