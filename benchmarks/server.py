@@ -214,7 +214,7 @@ def measure(
 
 def most_users(options: argparse.Namespace) -> int:
     """The places that any part of the plan needs."""
-    return max(*options.users, *options.one_mix, *options.probe, options.direct)
+    return max(*options.users, *options.one_mix, *options.probe)
 
 
 def servers(
@@ -242,7 +242,7 @@ def measure_server(
 ) -> list[Row]:
     """All numbers of users, each with a mix of its own, and some with one mix for all.
 
-    direct  asked the same as --direct users with a mix each, right after them
+    direct  asked the same as each of --direct users with a mix each, right after them
     """
     plan = [(n, "own") for n in options.users] + [(n, "one") for n in options.one_mix]
     plan += [(n, "probe") for n in options.probe if name == "qaflora"]
@@ -256,15 +256,15 @@ def measure_server(
                 bodies = [request_of(start + i, options, mixes, forbidden) for i in range(n)]
                 rows.append(measure(name, process, port, bodies, mixes))
                 print(rows[-1], file=sys.stderr, flush=True)
-                if direct is not None and (n, mixes) == (options.direct, "own"):
+                if direct is not None and mixes == "own" and n in options.direct:
                     direct.compare(bodies, rows[-1].tokens_per_second)
     return rows
 
 
 class Direct:
-    """The same requests by Engine.generate_many, without HTTP and JSON.
+    """The same requests by Engine.generate_many, without HTTP and JSON: one is what `run` does.
 
-    pairs  tokens/s served and by generate_many, of the same requests one after the other
+    pairs  users -> tokens/s served and by generate_many, of the same requests one after the other
     """
 
     def __init__(self, options: argparse.Namespace, bundle: Path, n_ctx: int) -> None:
@@ -272,7 +272,7 @@ class Direct:
         command = [sys.executable, "-c", DIRECT, json.dumps([str(bundle), engine])]
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self._process = subprocess.Popen(command, **pipes)
-        self.users, self.pairs = options.direct, list[tuple[float, float]]()
+        self.pairs: dict[int, list[tuple[float, float]]] = {n: [] for n in options.direct}
         self._asked(request_of(10_000, options, "own", []) | {"max_tokens": 4})
 
     def _asked(self, *bodies: Any) -> float:
@@ -296,7 +296,7 @@ class Direct:
 
     def compare(self, bodies: list[Any], served: float) -> None:
         """Ask the same as users of a server have; note both."""
-        self.pairs.append((served, self._asked(*bodies)))
+        self.pairs[len(bodies)].append((served, self._asked(*bodies)))
 
     def close(self) -> None:
         self._process.kill()
@@ -337,11 +337,12 @@ def table(rows: list[Row], direct: Direct | None) -> str:
                 f"{users} users, {mixes} mix: {faster:.2f} times the tokens/s of llama-server, "
                 f"first token p95 {first:.2f} times as long"
             )
-    if direct is not None:
-        served, alone = (statistics.median(column) for column in zip(*direct.pairs, strict=True))
-        cost = statistics.median(1 - one / other for one, other in direct.pairs)
+    for users, pairs in direct.pairs.items() if direct is not None else ():
+        served, alone = (statistics.median(column) for column in zip(*pairs, strict=True))
+        cost = statistics.median(1 - one / other for one, other in pairs)
+        by = "as in `qaflora run`" if users == 1 else "by generate_many"
         lines.append(
-            f"{direct.users} users: {served:.1f} tokens/s served, {alone:.1f} by generate_many: "
+            f"{users} users: {served:.1f} tokens/s served, {alone:.1f} {by}: "
             f"HTTP, JSON and the clients cost {100 * cost:.1f} % (medians of turns)"
         )
     return "\n".join(lines)
@@ -356,7 +357,9 @@ def main() -> None:
     parser.add_argument(
         "--probe", type=int, nargs="*", default=[8], help="users whose questions are weighed"
     )
-    parser.add_argument("--direct", type=int, default=8, help="users of generate_many, 0: none")
+    parser.add_argument(
+        "--direct", type=int, nargs="*", default=[1, 8], help="users of generate_many"
+    )
     parser.add_argument("--question", type=int, default=64, help="tokens")
     parser.add_argument("--answer", type=int, default=128, help="tokens")
     parser.add_argument("--repeat", type=int, default=1)
@@ -364,8 +367,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    if options.direct and options.direct not in options.users:
-        parser.error("--direct has to be one of --users: the two are compared")
+    if not {*options.direct} <= {*options.users}:
+        parser.error("--direct has to be of --users: the two are compared")
     n_ctx = options.question + options.answer + 64
     with tempfile.TemporaryDirectory(prefix="qaflora-bench-") as folder:
         place = Path(folder)
