@@ -5,8 +5,8 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial, wraps
 from importlib import import_module
@@ -17,11 +17,12 @@ import numpy as np
 from qaflora_edge.arrays import F32
 from qaflora_edge.ask import Ask, Chat, Plain, Prompt, Question, Tools, asked, one_of
 from qaflora_edge.backend.context import trim
-from qaflora_edge.backend.model import Model
+from qaflora_edge.backend.model import Model, shared_model
 from qaflora_edge.bundles.open import MAX_EDITS, Opened, is_edited, open_any
 from qaflora_edge.config import MAX_SEED, check
 from qaflora_edge.errors import BundleError, OptionError, QafloraError, StrategyError, wrong_option
 from qaflora_edge.files import AnyPath
+from qaflora_edge.formats.gguf import GgufHeader
 from qaflora_edge.formats.inputs import changed
 from qaflora_edge.inference.core import Core, Probes, check_process
 from qaflora_edge.inference.generation import Generation
@@ -123,15 +124,14 @@ class Engine:
         self._options: dict[str, Any] = {"placing": placing, **options}
         self._changing = threading.Lock()
         chosen = {"strategy": strategy, "lens": lens, "pool": pool, "prefill": prefill}
-        opened = open_any(bundle, base, adapters)
         for _ in range(MAX_EDITS):
-            try:
-                self._start(opened, chosen)
-                break
-            except QafloraError:
-                if not is_edited(opened):
-                    raise
-            opened = open_any(bundle, base, adapters)
+            with self._reading(bundle, base, adapters) as opened:
+                try:
+                    self._start(opened, chosen)
+                    break
+                except QafloraError:
+                    if not is_edited(opened):
+                        raise
         else:
             raise changed(opened.place, BundleError)
         self._cores = [weakref.ref(self._core)]  # also those that answer their last requests
@@ -144,6 +144,29 @@ class Engine:
         self.n_vocab = model.n_vocab
         self.n_ctx_train = model.n_ctx_train  # tokens of the longest text in training
         self.has_chat_template = bool(model.chat_template)
+
+    @contextmanager
+    def _reading(
+        self,
+        bundle: AnyPath | None,
+        base: AnyPath | None,
+        adapters: Mapping[str, AnyPath] | None,
+    ) -> Iterator[Opened]:
+        """Read files as open_any does, while the library loads the base once it is checked."""
+        placing = self._options["placing"]
+        loading: list[Future[Model]] = []
+        with ThreadPoolExecutor(1) as thread:
+
+            def begin(header: GgufHeader) -> None:
+                if placing["rpc"] is None:  # a worker that is silent is waited for once
+                    loading.append(thread.submit(shared_model, header, placing))
+
+            try:
+                yield open_any(bundle, base, adapters, begin)
+            finally:
+                for model in loading:
+                    with suppress(QafloraError):  # which _start meets too
+                        model.result().close()
 
     def _start(self, opened: Opened, chosen: Mapping[str, str | None]) -> None:
         """Take over what files say, and open contexts."""

@@ -7,7 +7,7 @@ Opening compares every file with its record and changes nothing.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 MAX_EDITS = 5  # of a bundle while it is opened
 
+Begin = Callable[[GgufHeader], None]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
@@ -73,21 +75,26 @@ class Opened:
 
 
 def open_any(
-    bundle: AnyPath | None, base: AnyPath | None, adapters: Mapping[str, AnyPath] | None
+    bundle: AnyPath | None,
+    base: AnyPath | None,
+    adapters: Mapping[str, AnyPath] | None,
+    begin: Begin = lambda header: None,
 ) -> Opened:
     """Open a bundle or a base alone, or a base with adapters.
 
     adapters  name -> adapter GGUF
+    begin     called with the base's header once it is checked, before adapters are read
 
     Raises OptionError for both or neither, and as load_bundle does.
     """
     if bundle is not None and (base is not None or adapters is not None):
         raise OptionError("Engine got a bundle and also base or adapters; give one of them.")
     if bundle is not None:
-        return load_bundle(Path(bundle))
+        return load_bundle(Path(bundle), begin=begin)
     if base is None:
         raise OptionError("Engine needs a bundle folder, or base= and adapters=.")
-    return load_bundle(Path(base), {name: Path(path) for name, path in (adapters or {}).items()})
+    paths = {name: Path(path) for name, path in (adapters or {}).items()}
+    return load_bundle(Path(base), paths, begin=begin)
 
 
 def load_bundle(
@@ -96,6 +103,7 @@ def load_bundle(
     *,
     always_hash: bool = False,
     progress: Tell = silent,
+    begin: Begin = lambda header: None,
 ) -> Opened:
     """Read a base and adapters; compare the files of a bundle with their records.
 
@@ -110,12 +118,12 @@ def load_bundle(
     for a file that cannot be used.
     """
     if adapters is not None or is_base(place):
-        return _load(place, None, dict(adapters or {}), always_hash, progress)
+        return _load(place, None, dict(adapters or {}), always_hash, progress, begin)
     for _ in range(MAX_EDITS):
         edit = _last_edit(place)
         text = read_bundle_text(place)
         try:
-            return replace(_load(place, text, {}, always_hash, progress), edit=edit)
+            return replace(_load(place, text, {}, always_hash, progress, begin), edit=edit)
         except QafloraError:
             if _last_edit(place) == edit:
                 raise
@@ -136,7 +144,12 @@ def _last_edit(place: Path) -> tuple[int, int]:
 
 
 def _load(
-    place: Path, text: BundleText | None, paths: dict[str, Path], always_hash: bool, progress: Tell
+    place: Path,
+    text: BundleText | None,
+    paths: dict[str, Path],
+    always_hash: bool,
+    progress: Tell,
+    begin: Begin,
 ) -> Opened:
     """Load what bundle.json says, or a base and adapters."""
     from qaflora_edge.formats.adapter import read_adapter
@@ -162,13 +175,13 @@ def _load(
             progress("Checking", len(states), len(records))
             states[path] = check_file(path, record, text.where, always_hash=always_hash)
     known_good = set() if always_hash else passed(states, base_path)
-    headers = {path: read_gguf_header(path) for path in (base_path, *paths.values())}
-    header = headers[base_path]
+    header = read_gguf_header(base_path)
     check_base(header, checks_tokens=base_path not in known_good)
     if text is not None:
         check_record(text, header)
+    begin(header)
     infos = {
-        name: read_adapter(headers[path], header, checks_values=path not in known_good)
+        name: read_adapter(read_gguf_header(path), header, checks_values=path not in known_good)
         for name, path in paths.items()
     }
     if states.keys() != known_good:

@@ -317,7 +317,7 @@ def _rewritten(
 
 
 def _speaker(query: Query, mix: Mix, knower: str) -> str:
-    """Name the adapter of the question's language, which stands out beside the knower; or the base."""
+    """Name the adapter of the question's language, which stands out beside the knower, or base."""
     others = [name for name in query.adapters if name != knower]
     highest = max(others, key=lambda name: mix.why[name].scores["answer"])
     return highest if mix.why[highest].scores["answer"] >= LANGUAGE else BASE
