@@ -139,7 +139,8 @@ class Engine:
         self._model = model
         self.n_ctx = self._core.n_ctx  # most tokens of a request
         self.loaded_adapters = self._core.adapters  # also those not in use
-        self.name = model.name  # the base's own, or its file's
+        registered = opened.text.base.registry if opened.text else None
+        self.name = registered or model.name  # of the registry; or the base's own, or its file's
         self.n_layer = model.n_layer
         self.n_vocab = model.n_vocab
         self.n_ctx_train = model.n_ctx_train  # tokens of the longest text in training
