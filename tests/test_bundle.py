@@ -293,6 +293,19 @@ def test_wrong_field_is_named(
     assert len(told) < 6000
 
 
+def test_loading_begins_before_adapters_are_read(
+    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+    read = adapter_gguf.read_adapter
+    monkeypatch.setattr(
+        adapter_gguf, "read_adapter", lambda *a, **k: steps.append("adapter") or read(*a, **k)
+    )
+    load_bundle(made.folder, begin=lambda header: steps.append(header.path.name))
+    assert steps[0] == made.base.path.name
+    assert {*steps[1:]} == {"adapter"}
+
+
 def test_broken_json_is_refused(made: TinyBundle) -> None:
     path = made.folder / "bundle.json"
     reasons = {b"\xff{}": "'utf-8'", b" " * ((8 << 20) + 1): "it has more than 8388608 bytes"}
