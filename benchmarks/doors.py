@@ -1,6 +1,6 @@
 """Attack `qaflora serve` from this machine: is everybody else still answered, does memory stay?
 
-    python benchmarks/doors.py BUNDLE [--only silent slow infill long two adds] [--save FILE]
+    python benchmarks/doors.py BUNDLE [--only ATTACK ...] [--save FILE]
 
 Starts a server of the bundle for each attack, and prints a table. `before` is what was measured of
 demo/ before these doors were closed, as RECORD has it:
@@ -12,6 +12,7 @@ demo/ before these doors were closed, as RECORD has it:
     two     the same beside two such prompts, which have nothing in common
     adds    --adapter is added and removed --cycles times, with a chat after each, under qa-flora:
             its probe needs a sequence for each adapter
+    slots   in this process: five slots grow for a long prompt, and are zeroed as it was cut
 
 All connections go to 127.0.0.1. Other options go to `qaflora serve`.
 """
@@ -20,6 +21,7 @@ import argparse
 import contextlib
 import http.client
 import json
+import os
 import shutil
 import socket
 import statistics
@@ -35,11 +37,14 @@ from typing import Any
 
 from server_process import started, status_bytes
 
+from qaflora_edge import Engine
+
 N_SILENT = 1000
 SILENT_S = 70.0  # the server closes what is silent for a minute
 N_SLOW = 8
 SLOW_BYTES = 4_000_000
 LONG_BYTES = 600_000
+SLOT_TOKENS = 32_768
 PATIENCE_S = 900.0
 LORA = [
     ("/v1/load_lora_adapter", {"lora_path": "more.gguf"}),
@@ -220,12 +225,26 @@ def trend_of(sizes: list[float]) -> str:
     return f"{slope:.2f} +- {error:.2f}"
 
 
+def slots(port: int, pid: int, options: argparse.Namespace) -> Iterator[Row]:
+    with Engine(options.bundle, n_parallel=4, threads=1) as engine:
+        engine.generate("Is 7 a prime? " * 60, max_tokens=2, weights="base").text()
+        context = engine._core.context
+        for what, work in (
+            (f"s to grow from {context.n_ctx} to {SLOT_TOKENS} tokens", context.resize),
+            ("s to zero one", lambda _: context.clean(1)),
+        ):
+            start = time.monotonic()
+            work(SLOT_TOKENS)
+            yield what, round(time.monotonic() - start, 3)
+        yield "memory of this process, MB", mb_of(os.getpid())
+
+
 def mb_of(pid: int) -> float:
     """The memory of a process that no file backs."""
     return round(status_bytes("RssAnon", pid) / 1e6, 1)
 
 
-ATTACKS = {each.__name__: each for each in (silent, slow, infill, long, two, adds)}
+ATTACKS = {each.__name__: each for each in (silent, slow, infill, long, two, adds, slots)}
 
 
 def adapter_of(bundle: Path) -> Path:
