@@ -21,6 +21,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from qaflora_edge import Engine
+from qaflora_edge.weighing.numbers import FusionWeights
 
 CATEGORIES = {"simple_python": "one tool", "multiple": "several tools"}
 TOOL_CHOICES = ("auto", "required")
@@ -51,6 +52,7 @@ class Result:
     n_call: int
     is_right: bool
     error: str
+    adapters: list[str]  # that the strategy took
 
 
 def checker_module() -> ModuleType:
@@ -115,6 +117,7 @@ def as_json_schema(schema: Mapping[str, Any], types: Mapping[str, str]) -> dict[
 def ask(engine: Engine, checker: ModuleType, question: Question, how: tuple[str, str]) -> Result:
     """Ask one question under a strategy and a choice of tools, and check the calls."""
     strategy, tool_choice = how
+    mixes: list[FusionWeights] = []
     answer = engine.chat(
         question.messages,
         tools=question.tools,
@@ -122,6 +125,7 @@ def ask(engine: Engine, checker: ModuleType, question: Question, how: tuple[str,
         weights=strategy,
         temperature=0,
         max_tokens=MAX_TOKENS,
+        on_weights=mixes.append,
     )
     calls = answer["choices"][0]["message"].get("tool_calls") or []
     error = check(checker, question, calls)
@@ -133,6 +137,7 @@ def ask(engine: Engine, checker: ModuleType, question: Question, how: tuple[str,
         n_call=len(calls),
         is_right=not error,
         error=error,
+        adapters=[name for name, mean in mixes[0].means.items() if mean],
     )
 
 
@@ -179,6 +184,7 @@ def main() -> None:
     parser.add_argument("--strategies", default="base,static", metavar="S,...")
     parser.add_argument("--every", type=int, default=4, metavar="N")
     parser.add_argument("--parallel", type=int, default=4, metavar="N")
+    parser.add_argument("--threads", type=int, metavar="N")
     args = parser.parse_args()
     checker = checker_module()
     questions = read_questions(args.every)
@@ -186,7 +192,7 @@ def main() -> None:
     done = {(result.id, result.strategy, result.tool_choice) for result in results}
     n_ctx = 4096
     with (
-        Engine(args.bundle, n_ctx=n_ctx, n_parallel=args.parallel) as engine,
+        Engine(args.bundle, n_ctx=n_ctx, n_parallel=args.parallel, threads=args.threads) as engine,
         args.output.open("a", encoding="utf-8") as output,
         ThreadPoolExecutor(args.parallel) as threads,
     ):
