@@ -1,4 +1,4 @@
-"""The parts of `qaflora bench`: decode, ttft, callers.
+"""The parts of `qaflora bench`: decode, ttft, decide, callers.
 
 Contestants run in turn within a round, on a prompt that no round had before; each contestant of
 ttft has its own. A first round is thrown away. Ratios are taken within a round, then the median.
@@ -48,9 +48,6 @@ class Plan:
     callers: tuple[int, ...]
 
 
-# one base, with no adapter, llama.cpp's own adapters, and ours
-
-
 class StockContext(Context):
     """A context as llama.cpp makes it: no pack, each adapter at scale 1/k.
 
@@ -61,12 +58,7 @@ class StockContext(Context):
     """
 
     def __init__(
-        self,
-        model: Model,
-        adapters: Sequence[Any],
-        *,
-        n_ctx: int,
-        **options: Any,
+        self, model: Model, adapters: Sequence[Any], *, n_ctx: int, **options: Any
     ) -> None:
         self._model = model
         self._lib = model._lib
@@ -105,11 +97,7 @@ class Rig(contextlib.ExitStack):
     """
 
     def __init__(
-        self,
-        base: Path,
-        adapters: Sequence[Path],
-        options: Mapping[str, Any],
-        seed: int = 0,
+        self, base: Path, adapters: Sequence[Path], options: Mapping[str, Any], seed: int = 0
     ) -> None:
         super().__init__()
         self._paths = adapters
@@ -175,11 +163,15 @@ class Rig(contextlib.ExitStack):
         prompt = self._start + tokens
         return prompt[:n_token]
 
-    def draw_chat(self, engine: Engine, n_token: int) -> list[int]:
-        """Draw a user turn of so many tokens, in the form of a chat where the base has one."""
+    def draw_text(self, n_token: int) -> str:
+        """Draw a prompt as text."""
         tokens = self.draw(n_token)
         data = self.model.detokenize(tokens)
-        text = data.decode("utf-8", "replace")
+        return data.decode("utf-8", "replace")
+
+    def draw_chat(self, engine: Engine, n_token: int) -> list[int]:
+        """Draw a user turn of so many tokens, in the form of a chat where the base has one."""
+        text = self.draw_text(n_token)
         if not engine.has_chat_template:
             return engine.tokenize(text)
         message = {"role": "user", "content": text}
@@ -197,9 +189,7 @@ def prefill(context: Context, tokens: Sequence[int]) -> None:
 
 
 def take_turns(
-    contestants: Mapping[Who, Measure],
-    repeat: int,
-    tell: TellCount,
+    contestants: Mapping[Who, Measure], repeat: int, tell: TellCount
 ) -> dict[Who, list[Run]]:
     """Run all contestants in each of 1 + repeat rounds, another one first each time.
 
@@ -235,9 +225,6 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": median(values), "min": min(values), "max": max(values)}
 
 
-# decode
-
-
 def measure_decode(rig: Rig, plan: Plan, tell: Tell) -> Iterator[Row]:
     """Prefill a prompt and decode given tokens after it, at each length."""
     n_ctx = max(plan.prompt_tokens) + plan.max_tokens
@@ -264,12 +251,7 @@ def measure_decode(rig: Rig, plan: Plan, tell: Tell) -> Iterator[Row]:
             yield row
 
 
-def _decode(
-    context: Context,
-    drawn: Sequence[Sequence[int]],
-    length: int,
-    turn: int,
-) -> Run:
+def _decode(context: Context, drawn: Sequence[Sequence[int]], length: int, turn: int) -> Run:
     tokens = drawn[turn]
     start = time.perf_counter()
     prefill(context, tokens[:length])
@@ -286,15 +268,7 @@ def _decode(
     }
 
 
-# time to the first token
-
-
-def measure_first_token(
-    rig: Rig,
-    engine: Engine,
-    plan: Plan,
-    tell: Tell,
-) -> Iterator[Row]:
+def measure_first_token(rig: Rig, engine: Engine, plan: Plan, tell: Tell) -> Iterator[Row]:
     """Weigh, prefill and choose a chat's first token, next to llama.cpp's prefill of the base."""
     base = rig.stock(0, engine.n_ctx)
 
@@ -328,14 +302,39 @@ def measure_first_token(
         yield row | compared("ttft_ms", its_runs, of_plain=runs[length, "plain"])
 
 
-# callers
+def measure_decisions(rig: Rig, engine: Engine, plan: Plan, tell: Tell) -> Iterator[Row]:
+    """Choose one of some numbers for a text, alone and for eight callers at once."""
+
+    def run(length: int, strategy: str, n_choice: int, n_caller: int, _turn: int) -> Run:
+        texts = [rig.draw_text(length) for _ in range(n_caller)]
+        choices = [str(number) for number in range(n_choice)]
+        start = time.perf_counter()
+        with ThreadPoolExecutor(n_caller) as callers:
+            decide = partial(engine.decide, choices=choices, strategy=strategy)
+            list(callers.map(decide, texts))
+        seconds = time.perf_counter() - start
+        return {"decisions_per_second": n_caller / seconds}
+
+    ours = engine.strategy
+    cases = {
+        "base": ("base", 4, 1),
+        ours: (ours, 4, 1),
+        f"{ours}, 16 choices": (ours, 16, 1),
+        f"{ours}, 8 at once": (ours, 4, 8),
+    }
+    contestants = {}
+    for length in plan.prompt_tokens:
+        for name, case in cases.items():
+            contestants[length, name] = partial(run, length, *case)
+    runs = take_turns(contestants, plan.repeat, partial(tell, "decide"))
+    for length, name in contestants:
+        its_runs = runs[length, name]
+        row: Row = {"prompt_tokens": length, "name": name, "runs": its_runs}
+        yield row | compared("decisions_per_second", its_runs, of_base=runs[length, "base"])
 
 
 def measure_callers(
-    rig: Rig,
-    engines: Mapping[str, Engine],
-    plan: Plan,
-    tell: Tell,
+    rig: Rig, engines: Mapping[str, Engine], plan: Plan, tell: Tell
 ) -> Iterator[Row]:
     """Decode for some callers at once, each with a mix of its own, next to the base alone.
 
@@ -350,10 +349,7 @@ def measure_callers(
     random_state = np.random.default_rng(0)
     shares = random_state.dirichlet(alphas, (most, ours.n_layer))
     weights = shares.transpose(0, 2, 1)  # [caller, n_adapter, n_layer]
-    mixes: dict[str, Any] = {
-        "base": [None] * most,
-        "ours": weights.astype(np.float32),
-    }
+    mixes: dict[str, Any] = {"base": [None] * most, "ours": weights.astype(np.float32)}
     never_end = dict.fromkeys(rig.ends, -100.0)
     prompts = []  # [round][caller], of different lengths
     for _ in range(1 + plan.repeat):
@@ -366,9 +362,7 @@ def measure_callers(
             request = {"prompt": prompts[turn][caller], "weights": mixes[way][caller]}
             requests.append(request)
         answers = engines[way].generate_many(
-            requests,
-            max_tokens=plan.max_tokens,
-            logit_bias=never_end,
+            requests, max_tokens=plan.max_tokens, logit_bias=never_end
         )
         times = [answer.timings.token_s for _, answer in answers]
         return {"tokens_per_second": _speed(times)}

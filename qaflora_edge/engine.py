@@ -312,7 +312,6 @@ class Engine:
             self._change(replace(self._opened, adapters=left), self.adapters)
 
     def _change(self, opened: Opened, used: Collection[str]) -> None:
-        """Begin calls with these adapters from now on, in contexts of their own."""
         from qaflora_edge.bundles.create import UNMEASURED
 
         known = self._weigher.known
@@ -356,7 +355,6 @@ class Engine:
             self._chooses = False
 
     def _using(self, names: Sequence[str] | None) -> Weigher:
-        """Give the weigher with these adapters in use; None: as they are."""
         if names is None:
             return self._weigher
         if isinstance(names, str) or not isinstance(names, Iterable):
@@ -664,7 +662,6 @@ class Engine:
                 yield index, running.pop(index)
 
     def _started(self, ask: Ask | QafloraError) -> Generation:
-        """Begin one of many; its errors end itself alone."""
         if isinstance(ask, QafloraError):
             return self._core.failed(ask)
         try:
@@ -673,7 +670,6 @@ class Engine:
             return self._core.failed(error)
 
     def _read(self, ask: Ask) -> Ask:
-        """Read the prompt and the form of the answer, and put the Engine's seed in."""
         sampling = ask.sampling
         if sampling.seed is None and self.seed is not None:
             sampling = replace(sampling, seed=self.seed)
@@ -693,7 +689,6 @@ class Engine:
         )
 
     def _begin(self, ask: Ask) -> Generation:
-        """Weigh a prompt that was read, and begin to answer it."""
         assert isinstance(ask.prompt, Prompt)
         prompt = ask.prompt
         sampling = ask.sampling
@@ -835,7 +830,6 @@ class Engine:
 def _one_of_many(
     request: Plain | Mapping[str, Any], options: Mapping[str, Any]
 ) -> Ask | QafloraError:
-    """Make an Ask of a request of generate_many; its errors end itself alone."""
     try:
         if not isinstance(request, Mapping):
             return asked(request, **options)

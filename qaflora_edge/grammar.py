@@ -52,8 +52,6 @@ def _check_chain(
     length(start, 0)
 
 
-# GBNF
-
 _ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(-)|.)", re.DOTALL)
 _CHAR = re.compile(r"\\x..|\\.|.", re.DOTALL)
 
@@ -129,8 +127,6 @@ def _printed(node: Any, names: Mapping[str, str], uses: dict[str, int], depth: i
     most = "" if node.max_times is None else node.max_times
     return '""' if most == 0 else f"({inner[0]}){{{node.min_times},{most}}}"
 
-
-# JSON schemas
 
 _NOTES = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly"}
 _NOTES |= {"$schema", "$anchor", "$comment", "contentEncoding", "contentMediaType", "contentSchema"}
@@ -232,7 +228,6 @@ class _Checker:
         return {"type": kinds} | written
 
     def _value(self, key: str, value: Any, place: str) -> Any:
-        """Check the value of a keyword, and the schemas in it."""
         at = f"{place}/{key}"
         if not _is_followed(key, place):
             raise self._error(place, f"the keyword {key!r:.60} is not supported", "leave it out")

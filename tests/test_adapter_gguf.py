@@ -12,12 +12,7 @@ import tiny
 from refusals import refused
 
 from qaflora_edge.errors import AdapterMismatchError, GgufFileError, UnsupportedAdapterError
-from qaflora_edge.formats.adapter import (
-    check_adapter,
-    check_values,
-    read_adapter_gguf,
-    read_pair,
-)
+from qaflora_edge.formats.adapter import check_adapter, check_values, read_adapter_gguf, read_pair
 from qaflora_edge.formats.base import NO_FLOATS
 from qaflora_edge.formats.gguf import read_gguf_header
 

@@ -103,10 +103,7 @@ def test_typical_divergences_are_the_engines(calibrated: TinyBundle) -> None:
     exchanged = [message["content"] for said in NEUTRAL["exchanges"] for message in said]
     texts = [*NEUTRAL["prompts"], *NEUTRAL["turns"], *exchanged]
     text = "".join(each + "\n" for each in texts)
-    assert recorded == {
-        "sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "n_prompt": len(texts),
-    }
+    assert recorded == {"sha256": hashlib.sha256(text.encode()).hexdigest(), "n_prompt": len(texts)}
 
 
 def test_missing_base_is_refused(tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ def test_the_hubs_cache_is_not_changed(hub: FakeHub, hub_cache: Path, made: Tiny
     folder = fetch_hub("owner/bundle")
     assert refused(BundleError, remove_adapter, folder, "es") == (
         f"Cannot change the bundle {folder}: it lies in the Hub's cache, which other tools share. "
-        "Fetch a copy of your own with `qaflora pull REF --to DIR`."
+        "Change a copy: `cp -rL` the folder that `qaflora pull REF` prints."
     )
 
 

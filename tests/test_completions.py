@@ -20,6 +20,7 @@ from qaflora_edge.ask import Tools
 from qaflora_edge.dialects.shapes import ShownTokens
 from qaflora_edge.dialects.texts import text_logprobs
 from qaflora_edge.errors import ModalityError, OptionError, PromptError, ToolsError
+from qaflora_edge.inference.constraint import Constraint
 from qaflora_edge.inference.sequence import TokenLogprob
 from qaflora_edge.prompt.calls import FORMATS, CallFormat, Calls
 
@@ -195,7 +196,7 @@ def test_calls_and_results_go_back_into_the_conversation(engine: Engine) -> None
             engine.chat_tokens([{"role": "assistant", "tool_calls": [wrong]}])
 
 
-HERMES, ARGS, LIST, LLAMA, XML, GRANITE = (
+HERMES, ARGS, LIST, LLAMA, XML, GRANITE, LFM, GEMMA, PHI = (
     Calls(Tools([WEATHER, TIME]), style) for style in FORMATS
 )
 
@@ -242,6 +243,10 @@ PLAIN = '{"name": "time", "parameters": {"é": 1}}'
         (XML, f"<tool_call>{TAGS.replace('time', 'x')}</tool_call>", "", ["x"]),
         (XML, f"```json\n{CALL}\n```", "", ["time"]),
         (GRANITE, f"Yes. <|tool_call|>[{CALL}, {CALL}]", "Yes.", ["time", "time"]),
+        (LFM, "<|tool_call_start|>[time(é=1), time()]<|tool_call_end|>", "", ["time", "time"]),
+        (LFM, f"<|tool_call_start|>[{CALL}]<|tool_call_end|>", "", ["time"]),
+        (GEMMA, "A" + "<|tool_call>call:time{é:1}<tool_call|>" * 2, "A", ["time", "time"]),
+        (PHI, f"functools[{CALL}, {CALL}]", "", ["time", "time"]),
     ],
 )
 def test_calls_are_read_out_of_text(tools: Calls, text: str, rest: str, names: list[str]) -> None:
@@ -361,7 +366,89 @@ def test_text_is_shown_until_a_call_begins() -> None:
         assert [part for part in tools.read(pieces) if isinstance(part, str)] == shown
 
 
-@pytest.mark.parametrize("form", [XML, HERMES])
+MARKED = (
+    '{% macro w(v) %}{% if v is string %}<|"|>{{ v }}<|"|>{% elif v is mapping %}{ {%- for k, x '
+    "in v|dictsort %}{{ ',' if not loop.first }}{{ k }}:{{ w(x) }}{% endfor -%} }{% elif v is "
+    "iterable %}[{% for x in v %}{{ ',' if not loop.first }}{{ w(x) }}{% endfor %}]{% else %}"
+    "{{ v|tojson }}{% endif %}{% endmacro %}<|tool_call>call:time{{ w(v) }}<tool_call|>"
+)
+
+
+@pytest.mark.parametrize("n_letter", [1, 7, 5000])
+@pytest.mark.parametrize("form", [LFM, GEMMA, PHI, HERMES])
+def test_named_arguments_are_read_as_bases_write_them(form: Calls, n_letter: int) -> None:
+    calls = [{"function": {"name": "time", "arguments": given}} for given in (VALUES, {})]
+    text = form.format.written(calls)
+    if form is GEMMA:
+        text = jinja2.Template(MARKED).render(v=VALUES) + jinja2.Template(MARKED).render(v={})
+    pieces = [text[at : at + n_letter] for at in range(0, len(text), n_letter)]
+    rest, streamed = accumulated(form, pieces)
+    found = [json.loads(call["function"]["arguments"]) for call in streamed]
+    assert (rest, found) == ("", [VALUES, {}])
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments"),
+    [
+        ("time(a=1, b=[2", '{"a": 1, "b": '),
+        ("time(a='x", '{"a": '),
+        ("time(a='it's', b=True)", '{"a": "it\'s", "b": true}'),
+        ("time(a='\\d\n')", '{"a": "\\\\d\\n"}'),
+        ('time(a="\\ud800")', '{"a": "\\ud800"}'),
+        (f"time(a={'[' * 9999}{']' * 9999})", f'{{"a": "{"[" * 9999}{"]" * 9999}"}}'),
+    ],
+)
+def test_python_that_is_cut_or_hostile(text: str, arguments: str) -> None:
+    _, (call,) = accumulated(LFM, f"<|tool_call_start|>[{text}")
+    assert call["function"]["arguments"] == arguments
+
+
+@pytest.mark.parametrize(
+    ("form", "arguments", "is_bound"),
+    [
+        (LFM, 'a=1, b="x", c=True', True),
+        (LFM, 'b="x", c=False, e="y"', True),
+        (LFM, "a=1", False),
+        (GEMMA, 'a:1,b:Qx, "y"Q,f:{g-h:[1,QQ]}', True),
+        (GEMMA, "b:QxQ,e:QyQ", True),
+        (GEMMA, "b:QxQ,e:QzQ", False),
+    ],
+)
+def test_named_arguments_are_bound_by_the_schema(
+    engine: Engine, form: Calls, arguments: str, is_bound: bool
+) -> None:
+    kinds = {"a": "integer", "b": "string", "c": "boolean", "f": "object"}
+    fields: dict[str, Any] = {name: {"type": kind} for name, kind in kinds.items()}
+    parameters = {"properties": fields | {"e": {"enum": ["x", "y"]}}, "required": ["b"]}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    constraint = Constraint(engine._model, form.grammar([tool, TIME]))
+    begin = form.format.begin.replace("{name}", "f")
+    for token in engine.tokenize(begin + arguments.replace("Q", '<|"|>') + form.format.end):
+        if not constraint.mask()[token // 32] >> token % 32 & 1:
+            break
+        constraint.accept(token)
+    assert constraint.can_end() is is_bound
+
+
+SYSTEM_TOOLS = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.tools %}<|tool|>{{ m.tools }}"
+    "<|/tool|>{% endif %}{% endfor %}"
+)
+
+
+def test_tools_and_calls_stand_where_a_template_reads_them(
+    engine: Engine, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(engine._model, "chat_template", SYSTEM_TOOLS)
+    call = {"function": {"name": "time", "arguments": {"a": "b"}}}
+    messages = [*USER, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    tokens = engine.chat_tokens([*messages, *USER], tools=[TIME])
+    text = b"".join(engine._model.piece(token, special=True) for token in tokens).decode()
+    assert text.startswith(f"<|system|><|tool|>[{json.dumps(TIME['function'])}]<|/tool|><|user|>")
+    assert '<|tool_call|>[{"name": "time", "arguments": {"a": "b"}}]<|/tool_call|>' in text
+
+
+@pytest.mark.parametrize("form", [XML, HERMES, LFM, GEMMA])
 def test_a_schema_of_tools_may_have_words_of_its_own(form: Calls) -> None:
     value = {"type": "string", "optional": True, "uniqueItems": True}
     function = {"name": "f", "parameters": {"properties": {"a": value}, "if": {}}}
@@ -475,7 +562,8 @@ def test_template_without_tools_is_refused(engine: Engine, monkeypatch: Any, wri
         engine.chat(USER, tools=[TIME])
     assert str(caught.value) == (
         "The chat template of base.gguf has no tools in a form that we read, expected that of "
-        "Qwen, Llama 3, Mistral, Granite or SmolLM3; ask without, or use such a base."
+        "Qwen, Llama 3, Gemma 4, Phi-4-mini, Mistral, Granite, SmolLM3 or LFM2; ask without, or "
+        "use such a base."
     )
 
 

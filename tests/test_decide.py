@@ -146,6 +146,17 @@ def test_wrong_questions_are_400(client: TestClient, questions: Any, param: str)
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
 
 
+def test_choices_after_no_question_are_scored_once(alone: Engine, monkeypatch: Any) -> None:
+    first = alone.decide(QUESTION, ["ring", "no"], compare=True)
+    n_scored: list[int] = []
+    scorer = alone._core.scorer
+    score = scorer.score
+    monkeypatch.setattr(scorer, "score", lambda items: n_scored.append(len(items)) or score(items))
+    again = alone.decide(QUESTION, ["ring", "no"], compare=True)
+    assert n_scored == [8]  # two choices under four mixes
+    assert again.probabilities.tolist() == first.probabilities.tolist()
+
+
 def test_of_equal_choices_the_first_counts(alone: Engine) -> None:
     fusion = alone.weights(QUESTION, strategy="base")
-    assert Decision(("a", "b"), np.array([0.5, 0.5]), fusion).choice == "a"
+    assert Decision(("a", "b"), np.array([0.5, 0.5]), fusion, {}, 0, np.zeros((2, 2))).choice == "a"

@@ -12,8 +12,8 @@ from bundles import TinyBundle
 from hubs import TOKEN, FakeHub
 from refusals import refused
 
-from qaflora_edge.bundles.open import load_bundle, verify_bundle
-from qaflora_edge.errors import BundleError, DownloadError, OutputFileError, RegistryError
+from qaflora_edge.bundles.open import load_bundle
+from qaflora_edge.errors import BundleError, DownloadError, RegistryError
 from qaflora_edge.formats.names import HubRef, from_address, parse_hub_ref
 from qaflora_edge.hub import ADVICE, fetch_hub, named_bundles, pulled_bundles, pulled_path
 
@@ -137,36 +137,6 @@ def test_links_of_a_snapshot_stay_in_the_hubs_cache(
     for place in (folder, moved):
         with pytest.raises(BundleError, match="a link in it leads out of the bundle"):
             load_bundle(place)
-
-
-def test_a_bundle_is_fetched_into_a_folder(
-    hub: FakeHub, files: dict[str, bytes], tmp_path: Path
-) -> None:
-    to = tmp_path / "here" / "mine"
-    assert fetch_hub("owner/bundle", to) == to
-    names = {name for name in folder_files(to) if not name.startswith(".cache/")}
-    assert names == set(files) - {PICTURE, "old.gguf"}
-    assert not any(path.is_symlink() for path in to.rglob("*"))
-    verify_bundle(to)
-    assert refused(OutputFileError, fetch_hub, "owner/bundle", to) == (
-        f"Cannot pull owner/bundle to {to}: {to} exists already; expected a folder that is new or "
-        "empty. Name another folder with --to, or remove what is there."
-    )
-    (to / "adapters/es.gguf").unlink()  # as a pull that was stopped leaves it
-    hub.requests.clear()
-    verify_bundle(fetch_hub("owner/bundle", to))
-    assert downloads(hub) == ["adapters/es.gguf"]
-
-
-def test_a_single_gguf_joins_a_folder(hub: FakeHub, tmp_path: Path) -> None:
-    hub.put("owner/models", {"a.gguf": b"GGUF a", "q8/b.gguf": b"GGUF b"})
-    to = tmp_path / "here"
-    to.mkdir()
-    (to / "a.gguf").write_bytes(b"mine")
-    assert fetch_hub("owner/models/q8/b.gguf", to) == to / "q8/b.gguf"
-    with pytest.raises(OutputFileError, match=r"a\.gguf exists already"):
-        fetch_hub("owner/models/a.gguf", to)
-    assert (to / "a.gguf").read_bytes() == b"mine"
 
 
 def test_a_peft_adapter_is_a_folder(hub: FakeHub, made: TinyBundle) -> None:

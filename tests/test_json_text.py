@@ -9,11 +9,7 @@ import pytest
 
 from qaflora_edge.errors import OutputFileError
 from qaflora_edge.evaluation.tasks import LineFile
-from qaflora_edge.formats.inputs import (
-    MAX_JSON_DEPTH,
-    MAX_JSON_VALUES,
-    read_json_object,
-)
+from qaflora_edge.formats.inputs import MAX_JSON_DEPTH, MAX_JSON_VALUES, read_json_object
 
 
 def test_object_is_read_as_the_standard_library_does() -> None:

@@ -82,8 +82,7 @@ def stock_score(
 
 @pytest.mark.parametrize("weights", ["qa-flora", "given"])
 @pytest.mark.parametrize(
-    "sizes",
-    [(1, 1), (7, 3), (N_PIECE + 5, _N_OUTPUT), (20, _N_OUTPUT + 1), (3, 3 * _N_OUTPUT + 7)],
+    "sizes", [(1, 1), (7, 3), (N_PIECE + 5, _N_OUTPUT), (20, _N_OUTPUT + 1), (3, 3 * _N_OUTPUT + 7)]
 )
 def test_scores_are_those_of_a_merged_base(
     tmp_path: Path, parts: Parts, engine: Engine, weights: str, sizes: tuple[int, int]

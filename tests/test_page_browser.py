@@ -7,16 +7,7 @@ import axe
 import pytest
 from browser import Browser
 from bundles import TinyBundle, qaflora
-from desk import (
-    ANSWER,
-    ENTER,
-    ESCAPE,
-    NEEDS_CHROMIUM,
-    QUESTION,
-    UP,
-    Desk,
-    desk_at,
-)
+from desk import ANSWER, ENTER, ESCAPE, NEEDS_CHROMIUM, QUESTION, UP, Desk, desk_at
 from patience import wait_until
 from scripted_server import N_LAYER, SHA256, layers
 
@@ -109,11 +100,7 @@ def test_strategy_adapters_and_other_settings_go_into_the_request(desk: Desk) ->
     desk.set("#seed", "7")
     desk.ask()
     body = desk.script.asked[-1]
-    assert body["fusion"] == {
-        "return": "layers",
-        "strategy": "spectr",
-        "adapters": ["math", "med"],
-    }
+    assert body["fusion"] == {"return": "layers", "strategy": "spectr", "adapters": ["math", "med"]}
     assert body["messages"][0] == {"role": "system", "content": "Be short."}
     assert (body["temperature"], body["max_tokens"], body["seed"]) == (0.5, 64, 7)
     assert desk.texts("button.mix bdi") == ["math", "med"]

@@ -294,9 +294,7 @@ def test_a_prompt_that_is_prefilled_stays_in_its_slot() -> None:
     assert (between.slot, long.slot, long.is_prefill) == (None, 2, True)
 
 
-def test_who_weighs_is_woken_before_a_long_prompt_goes_on(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_who_weighs_is_woken_before_a_long_prompt_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(2)
     decode = bench.context.decode_spans
     order = []

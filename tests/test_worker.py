@@ -88,9 +88,6 @@ def files_of(adapters: list[TinyAdapter]) -> dict[str, Path]:
     return {name: adapter.path for name, adapter in zip("abc", adapters, strict=True)}
 
 
-# what is computed there
-
-
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3"])
 def test_fused_logits_equal_a_merged_base(tmp_path, arch, weights, rpc, gpu_layers) -> None:
     base = write_tiny_base(tmp_path / "base.gguf", arch)
@@ -134,9 +131,6 @@ def test_engine_agrees_with_layers_here(base, adapters, rpc) -> None:
         assert len(there.generate(TOKENS, grammar=LETTERS).text()) == 60
 
 
-# what is sent
-
-
 @pytest.mark.slow
 def test_large_tensors_are_kept_and_not_sent_again(tmp_path: Path) -> None:
     base = write_tiny_base(tmp_path / "base.gguf", n_layer=1, n_ff=48_000)  # 12 MB: three of them
@@ -172,9 +166,6 @@ def test_worker_refuses_custom_operations(tmp_path: Path) -> None:
             assert client.recv(1) == b""
         wait_until(lambda: "refused the custom operation of a client" in lonely.log.read_text())
         assert lonely.process.poll() is None
-
-
-# failures
 
 
 @contextlib.contextmanager
@@ -218,9 +209,6 @@ def test_stopped_client_keeps_its_worker(tmp_path: Path, base: TinyBase) -> None
             time.sleep(0.2)
         made.process.send_signal(signal.SIGCONT)
         assert client.stdout.readline() == b"True\n"
-
-
-# refusals
 
 
 def test_worker_of_another_build_is_refused(base: TinyBase) -> None:
@@ -268,9 +256,6 @@ def test_wrong_timeout(base: TinyBase, monkeypatch: pytest.MonkeyPatch, text: st
 def test_wrong_split(base: TinyBase, workers: list[Worker], split: str) -> None:
     with pytest.raises(OptionError, match=r"Option tensor_split is .* expected 1 numbers from 0"):
         Model(read_base(base.path), rpc=workers[0].endpoint, tensor_split=split)
-
-
-# the command
 
 
 def test_beyond_this_machine_is_refused() -> None:

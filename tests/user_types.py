@@ -3,15 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, assert_type
 
-from qaflora_edge import (
-    Engine,
-    FusionWeights,
-    Mix,
-    Probe,
-    Query,
-    Strategy,
-    register_strategy,
-)
+from qaflora_edge import Engine, FusionWeights, Mix, Probe, Query, Strategy, register_strategy
 
 
 class Sharper(Strategy):

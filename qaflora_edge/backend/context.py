@@ -187,8 +187,6 @@ class Context(Handle):
     def _free(self, pointer: Any) -> None:
         self._lib.llama_free(pointer)
 
-    # KV state
-
     def chunks(self, n_seq: int = 1) -> Chunks:
         """Choose how a prompt is cut that n_seq sequences prefill together."""
         n_shallow = N_SHALLOW if self._model.is_on_cpu else MAX_CTX
@@ -330,8 +328,6 @@ class Context(Handle):
             raise BackendError(f"A KV state cannot be copied: {n} of {data.size} bytes came.")
         return data
 
-    # decoding
-
     def set_weights(self, weights: F32, *, seq: int = 0) -> None:
         """Weigh adapters by [n_adapter, n_layer] for one sequence, from the next decode on."""
         array = np.ascontiguousarray(weights, dtype=np.float32)
@@ -393,8 +389,6 @@ class Context(Handle):
         if not pointer:
             raise BackendError(f"Row {row} of the last batch has no logits.")
         return np.ctypeslib.as_array(pointer, shape=(self._model.n_vocab,))
-
-    # capturing
 
     def capture_begin(self, what: str = "last") -> None:
         """Forget what was captured, and capture this from now on.

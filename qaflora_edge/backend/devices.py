@@ -259,8 +259,6 @@ def serve(host: str, port: int, *, cache: Path | None, threads: int) -> None:
     start(f"{host}:{port}".encode(), path, threads, len(devices), array)
 
 
-# memory
-
 _VALUE_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}
 _N_CTX_SAFE = 4096  # tokens that a context without a limit has in any case
 

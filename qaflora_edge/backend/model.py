@@ -29,7 +29,11 @@ _USER_DEFINED = 1 << 4
 _STRIPS_LEFT = 1 << 7
 _STRIPS_RIGHT = 1 << 8
 # Calls of tools are read by these, which some bases have as control tokens.
-_WRITTEN = ("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "<|tool_call|>")
+_WRITTEN = (
+    *("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "<|tool_call|>"),
+    *("<|/tool_call|>", "<|tool_call_start|>", "<|tool_call_end|>", "<|tool_call>"),
+    *("<tool_call|>", '<|"|>'),
+)
 
 
 @dataclass(frozen=True)

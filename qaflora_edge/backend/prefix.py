@@ -27,12 +27,7 @@ def wiped_on_failure(context: Context) -> Iterator[None]:
 
 
 def prefill(
-    context: Context,
-    tokens: Sequence[int],
-    start: int,
-    outputs: Outputs,
-    *,
-    n_seq: int = 1,
+    context: Context, tokens: Sequence[int], start: int, outputs: Outputs, *, n_seq: int = 1
 ) -> Steps[None]:
     """Run tokens[start:] through the first n_seq sequences, a micro-batch at a time."""
     chunks = context.chunks(n_seq)

@@ -36,7 +36,7 @@ from qaflora_edge.formats.bundle import (
 )
 from qaflora_edge.formats.inputs import check_file
 from qaflora_edge.progress import Tell, silent
-from qaflora_edge.weighing.baselines.centroid import centroid_text
+from qaflora_edge.weighing.baselines import centroid_text
 from qaflora_edge.weighing.calibration import KEYS
 from qaflora_edge.weighing.strategy import parse_strategy
 from qaflora_edge.weighing.weigher import Known, Weigher, known_of
@@ -206,7 +206,7 @@ def editing(folder: Path) -> Iterator[tuple[BundleText, dict[str, Any]]]:
     if link_roots(folder):
         raise BundleError(
             f"Cannot change the bundle {folder}: it lies in the Hub's cache, which other tools "
-            "share. Fetch a copy of your own with `qaflora pull REF --to DIR`."
+            "share. Change a copy: `cp -rL` the folder that `qaflora pull REF` prints."
         )
     with cache_lock(f"bundle {folder.resolve()}"):
         text = read_bundle_text(folder)

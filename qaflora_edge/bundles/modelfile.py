@@ -107,9 +107,6 @@ def read_modelfile(path: Path) -> Modelfile:
     return modelfile
 
 
-# the text
-
-
 def _text(path: Path) -> str:
     """Read the text, in UTF-8, or in UTF-16 where a byte order mark says so."""
     try:
@@ -152,7 +149,6 @@ def _commands(path: Path, text: str) -> Iterator[Command]:
 
 
 def _word(text: str) -> tuple[str, str]:
-    """Split a text behind its first word."""
     word, *rest = text.split(maxsplit=1) or [""]
     return word, rest[0].strip() if rest else ""
 
@@ -164,9 +160,6 @@ def _unquoted(value: str) -> str | None:
             is_whole = len(value) >= 2 * len(mark) and value.endswith(mark)
             return value[len(mark) : -len(mark)] if is_whole else None
     return value
-
-
-# commands
 
 
 def _take(part: Modelfile, command: Command, path: Path, froms: Sequence[Command]) -> None:
@@ -261,9 +254,6 @@ def _adapter_name(title: str, taken: Sequence[str]) -> str:
     return name
 
 
-# models of Ollama
-
-
 def _base(command: Command, folder: Path) -> tuple[AnyPath, list[Command]]:
     place = folder / expanded(command.value)
     if os.path.isdir(place):
@@ -310,7 +300,6 @@ def _manifest(name: str) -> tuple[Path, Path] | None:
 
 
 def _of_model(command: Command, folder: Path, path: Path) -> tuple[Path, list[Command]]:
-    """Read a manifest: the base's file, and as commands what else the model has."""
     advice = f"Fetch it again with `ollama pull {command.value}`."
     manifest = read_json_file(path, MAX_BYTES, InputFileError, advice)
     layers = manifest.get("layers")

@@ -151,7 +151,6 @@ def _load(
     progress: Tell,
     begin: Begin,
 ) -> Opened:
-    """Load what bundle.json says, or a base and adapters."""
     from qaflora_edge.formats.adapter import read_adapter
     from qaflora_edge.formats.base import check_base, check_record
 

@@ -38,9 +38,6 @@ class AdapterSource:
     hub: str | None = None
 
 
-# Finding
-
-
 def find_base(base: AnyPath) -> tuple[Path, dict[str, str]]:
     """Find a base by its file, its registry name, or its Hub reference, which is fetched.
 
@@ -125,9 +122,6 @@ def _fetch(name: str) -> tuple[Path, str]:
     return path, str(HubRef(parse_hub_ref(name).repo, "/".join(file) or None, commit))
 
 
-# Putting into a bundle
-
-
 def check_new_name(name: str) -> None:
     """Check that a name is no strategy's: MODEL:base asks for the base. Raises BundleError."""
     if name.lower() in {strategy.name for strategy in strategies()}:
@@ -188,7 +182,6 @@ def put_adapters(
 def _put_adapter(
     source: AdapterSource, target: Path, header: GgufHeader, outtype: str
 ) -> dict[str, Any]:
-    """Put one adapter in its place; give what bundle.json says of it, name and file apart."""
     if source.path.is_dir():
         convert_adapter(source.path, header, target, outtype=outtype, name=source.name)
         info = read_adapter(read_gguf_header(target), header)

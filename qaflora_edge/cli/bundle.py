@@ -193,7 +193,7 @@ def add(
 
 @cli.command("qaflora bundle remove my-bundle med", group=bundle)
 @click.argument("folder", **_FOLDER)
-@click.argument("name", shell_complete=cli.complete_adapter)
+@click.argument("name")
 @_from_now_on
 def remove(folder: Path, name: str, strategy: str | None) -> None:
     """Remove the adapter NAME from a bundle, with its file."""
@@ -250,7 +250,7 @@ def calibrate(folder: Path, strategy: str | None) -> None:
     group=bundle,
 )
 @click.argument("folder", **_FOLDER)
-@click.argument("name", metavar="ADAPTER", shell_complete=cli.complete_adapter)
+@click.argument("name", metavar="ADAPTER")
 @click.argument("file", metavar="FILE")
 def samples(folder: Path, name: str, file: str) -> None:
     """Give sample texts of an adapter, for the strategy centroid.

@@ -3,7 +3,6 @@
 import json
 import sys
 from functools import partial
-from pathlib import Path
 
 import click
 
@@ -15,27 +14,21 @@ from qaflora_edge.files import one_line
 @command(
     "qaflora pull smollm2-135m-instruct",
     "qaflora pull owner/my-bundle --with-base",
-    "qaflora pull owner/my-bundle@v1 --to my-bundle",
+    "qaflora pull owner/my-bundle@v1",
 )
 @click.argument("ref")
-@click.option(
-    "--to",
-    metavar="DIR",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="The folder that gets what comes from the Hub.  [default: the cache]",
-)
 @click.option(
     "--with-base", is_flag=True, help="Fetch the base of a bundle too, when it is not here."
 )
 @click.option(
     "--update", is_flag=True, help="Ask the Hub for a newer commit than the one that is here."
 )
-def pull(ref: str, to: Path | None, with_base: bool, update: bool) -> None:
+def pull(ref: str, with_base: bool, update: bool) -> None:
     """Fetch a model, an adapter or a bundle.
 
     REF is a name from `qaflora models`, or a Hugging Face Hub repository as owner/name or
-    owner/name/file.gguf, each with @revision to pin it; the address of its page works too. Without
-    --to it goes to the Hub's own cache, shared with other tools. Files that are here are not
+    owner/name/file.gguf, each with @revision to pin it; the address of its page works too. What
+    comes from the Hub goes to its own cache, shared with other tools. Files that are here are not
     fetched again. Prints where it is.
     """
     from qaflora_edge.bundles.source import fetch_base
@@ -46,13 +39,9 @@ def pull(ref: str, to: Path | None, with_base: bool, update: bool) -> None:
     ref = from_address(ref)
     with progress_bars() as tell:
         if ref in load_registry() or "/" not in ref:
-            if to is not None:
-                raise click.UsageError(
-                    f"--to is for the Hub. Copy the file that `qaflora pull {ref}` prints."
-                )
             path = fetch_model(ref, progress=partial(tell, ref))
         else:
-            path = fetch_hub(ref, to=to, update=update)
+            path = fetch_hub(ref, update=update)
             base = read_bundle_text(path).base if with_base else None
             if base is not None and recorded_base(path, base) is None:
                 fetch_base(path, base, partial(tell, "base"))

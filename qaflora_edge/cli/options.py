@@ -87,33 +87,11 @@ def complete_bundle(ctx: click.Context, param: click.Parameter, word: str) -> li
 
 
 def complete_strategy(ctx: click.Context, param: click.Parameter, word: str) -> list[Any]:
-    """Strategies, and single: and manual: with the adapters of the bundle on the line."""
+    """Strategies that need no argument."""
     from qaflora_edge.weighing.strategy import offered
 
-    names = _adapters(ctx)
-    strategies = [strategy.name for strategy in offered() if not strategy.needs_argument]
-    strategies += [f"single:{name}" for name in names]
-    done, comma, _ = word.rpartition(",")
-    strategies += [f"{done},{name}=" if comma else f"manual:{name}=" for name in names]
-    return _items(lambda: strategies, word)
-
-
-def complete_adapter(ctx: click.Context, param: click.Parameter, word: str) -> list[Any]:
-    """Names of the adapters of the bundle on the line."""
-    return _items(lambda: _adapters(ctx), word)
-
-
-def _adapters(ctx: click.Context) -> list[str]:
-    from qaflora_edge.formats.bundle import read_bundle_text
-    from qaflora_edge.hub import named_bundles
-
-    # Click leaves arguments unnamed when the option before the cursor has no value yet.
-    words = [ctx.params.get("bundle") or ctx.params.get("folder"), *ctx.args]
-    with contextlib.suppress(QafloraError, StopIteration):
-        place = next(filter(None, words))
-        folder = named_bundles().get(place, Path(place))
-        return [adapter.name for adapter in read_bundle_text(folder).adapters]
-    return []
+    names = [strategy.name for strategy in offered() if not strategy.needs_argument]
+    return _items(lambda: names, word)
 
 
 def _items(values: Callable[[], Iterable[str]], word: str) -> list[Any]:

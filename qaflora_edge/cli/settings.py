@@ -222,8 +222,8 @@ def settings(is_all: bool, as_json: bool) -> None:
 def completion(shell: str) -> None:
     """Print completion for a shell.
 
-    It completes commands, options, bundles, strategies and the names of a bundle's adapters. SHELL
-    is bash (4.4 or newer), zsh or fish; docs/settings.md says where each looks.
+    It completes commands, options, bundles and strategies. SHELL is bash (4.4 or newer), zsh or
+    fish; docs/settings.md says where each looks.
     """
     shell_class = get_completion_class(shell)
     assert shell_class is not None

@@ -260,10 +260,7 @@ def _in_halves(module: Module, stems: tuple[str, str]) -> Parts:
     if module.n_out % 2:
         raise module.unshared("two tensors")
     first, second = np.arange(module.n_out).reshape(2, -1)
-    return (
-        Part(module.beside(stems[0]), first),
-        Part(module.beside(stems[1]), second),
-    )
+    return (Part(module.beside(stems[0]), first), Part(module.beside(stems[1]), second))
 
 
 # The layouts that ARCH_FACTS names.

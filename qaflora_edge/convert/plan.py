@@ -327,9 +327,6 @@ def _reviewed_layout(pair: _Pair) -> layouts.Layout:
     )
 
 
-# Names
-
-
 def _tensor_names(pair: _Pair) -> gguf.TensorNameMap:
     """Give gguf's map from HF's names to tensors of block 0. That of all blocks takes megabytes."""
     for arch, name in gguf.MODEL_ARCH_NAMES.items():
@@ -399,7 +396,6 @@ def _place(
 
 
 def _check_tensor(pair: _Pair, target: PlannedModule) -> None:
-    """Refuse a tensor that no adapter or no layer's weight enters, or that is not the module's."""
     header = pair.header
     source = target.source
     name = target.base_name
@@ -431,11 +427,7 @@ def _check_tensor(pair: _Pair, target: PlannedModule) -> None:
         )
 
 
-# Experts
-
-
 def _plan_experts(pair: _Pair, modules: Sequence[PeftModule], alpha: float) -> list[Planned]:
-    """Say what each stacked tensor of the base takes from the modules of experts."""
     architecture = pair.header.architecture
     if modules and architecture not in layouts.MIXTURES:
         raise pair.unsupported(

@@ -191,9 +191,6 @@ def _rounding(values: F64, kind: GGMLQuantizationType, axis: int) -> F64:
     return rounded + smallest + size * FLOAT32_ROUNDING
 
 
-# Both sides: a delta as its source and as the file say it
-
-
 def source_deltas(module: Planned) -> Iterator[Delta]:
     """The deltas that the source says: one, or that of each expert; in the tensor's order."""
     source = module.source

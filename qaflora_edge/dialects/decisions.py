@@ -14,11 +14,7 @@ from qaflora_edge.errors import wrong_option
 from qaflora_edge.formats.inputs import Json, Object
 from qaflora_edge.inference.decision import Decision
 
-CRITERIA: Json = {
-    "noul": {},
-    "choice": {"label": "what it means"},
-    "score": ["level 0", "level 1"],
-}
+CRITERIA: Json = {"noul": {}, "choice": {"label": "what it means"}, "score": ["level 0", "level 1"]}
 
 
 def read_question(name: str, state: Any, question: Any) -> tuple[str, dict[str, str]]:

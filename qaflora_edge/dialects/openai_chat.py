@@ -92,12 +92,7 @@ def _whole(generation: Generation) -> Json:
     if generation.calls:
         text, calls = generation.calls.parse(text)
     # Strict clients look for the third and the fourth.
-    message: Json = {
-        "role": "assistant",
-        "content": text,
-        "refusal": None,
-        "annotations": [],
-    }
+    message: Json = {"role": "assistant", "content": text, "refusal": None, "annotations": []}
     if generation.reasoning:
         message["reasoning_content"] = generation.reasoning
     if calls:
@@ -157,9 +152,6 @@ def chat_logprobs(entries: Sequence[TokenLogprob] | None) -> Any:
 
 def _token(entry: TokenLogprob) -> Json:
     return {"token": token_text(entry), "logprob": entry.logprob, "bytes": list(entry.data)}
-
-
-# Engine.chat
 
 
 class Answer(Json):

@@ -90,9 +90,6 @@ def timings(answer: Generation) -> dict[str, float]:
     return times
 
 
-# OpenAI's choices
-
-
 class Shape(NamedTuple):
     """Make the choices of an answer.
 
@@ -167,12 +164,7 @@ class Choices:
 
 
 def prompt_progress(
-    head: Object,
-    stage: str,
-    n_done: int,
-    n_token: int,
-    seconds: float,
-    expected: str | None = None,
+    head: Object, stage: str, n_done: int, n_token: int, seconds: float, expected: str | None = None
 ) -> Json:
     """Make the chunk that says how far a prompt is, as llama-server does.
 

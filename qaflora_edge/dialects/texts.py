@@ -24,9 +24,6 @@ def several(value: Any) -> list[Any]:
     return [value] if is_text or is_ids else value
 
 
-# OpenAI's
-
-
 def asks(body: Object, defaults: Ask) -> list[Ask]:
     """Read a body: an Ask for each of its prompts; see openai_chat.ask."""
     options = {**body, "logprobs": None, "top_logprobs": None}  # others than those of chats
@@ -91,9 +88,6 @@ def text_logprobs(entries: Sequence[TokenLogprob] | None, offset: int) -> Any:
     }
 
 
-# llama-server's
-
-
 def ask(body: Object, defaults: Ask) -> Ask:
     """Read a body of /completion; see openai_chat.ask."""
     return _asked(body, body["prompt"], defaults)
@@ -128,10 +122,7 @@ def _asked(body: Object, question: Question, defaults: Ask) -> Ask:
 
 
 def events(
-    body: Object,
-    model_name: str,
-    answers: Iterable[Generation],
-    extras: Extras = NOTHING,
+    body: Object, model_name: str, answers: Iterable[Generation], extras: Extras = NOTHING
 ) -> Iterator[Json]:
     """Yield answers as events; the last of each is all that is told without a stream."""
     is_stream = bool(body.get("stream"))

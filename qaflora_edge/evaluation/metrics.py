@@ -95,9 +95,6 @@ def metrics() -> dict[str, Metric]:
     return BUILT_IN | _registry
 
 
-# the metrics of the package
-
-
 def _any_of(is_right: Callable[[str, Any], bool]) -> Callable[[str, Fields], float]:
 
     def score(text: str, fields: Fields) -> float:

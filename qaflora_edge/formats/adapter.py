@@ -185,7 +185,6 @@ def _wrong(
 
 
 def _check_metadata(header: GgufHeader) -> float:
-    """Check that a file says it is a plain LoRA; give its alpha."""
 
     def found(key: str) -> str:
         value = header.metadata.get(key)
@@ -207,7 +206,6 @@ def _check_metadata(header: GgufHeader) -> float:
 
 
 def _ranks(header: GgufHeader) -> dict[str, int]:
-    """Pair A and B by the base tensor's name, and give the rank of each module."""
     pairs: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, info in header.tensors.items():
         match = _LORA_NAME.fullmatch(name)

@@ -232,7 +232,6 @@ def _record(kind: type[Record], raw: Mapping[str, Any]) -> Record:
 
 
 def _check_between_fields(text: BundleText) -> None:
-    """Check what a schema cannot state. Raises WrongField."""
     names = [adapter.name for adapter in text.adapters]
     for index, name in enumerate(names):
         if name.lower() in map(str.lower, names[:index]):

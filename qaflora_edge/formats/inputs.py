@@ -20,19 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qaflora_edge import __version__
-from qaflora_edge.errors import (
-    ChecksumError,
-    InputFileError,
-    QafloraError,
-    os_errors,
-)
-from qaflora_edge.files import (
-    AnyPath,
-    cache_dir,
-    kind_of,
-    package_data,
-    write_text_atomic,
-)
+from qaflora_edge.errors import ChecksumError, InputFileError, QafloraError, os_errors
+from qaflora_edge.files import AnyPath, cache_dir, kind_of, package_data, write_text_atomic
 
 Json = dict[str, Any]  # an object, as json.loads gives it
 Object = Mapping[str, Any]  # one that is only read

@@ -74,9 +74,6 @@ def _is_plain(path: str | None) -> bool:
     return path is None or all(part not in ("", ".", "..") for part in path.split("/"))
 
 
-# --- the registry -------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class PackagePart:
     """A distribution that carries a part of a file: its `members`, joined in order."""

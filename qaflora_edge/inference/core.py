@@ -173,8 +173,6 @@ class Core:
             )
         return int(asked)
 
-    # life
-
     @contextmanager
     def call(self) -> Iterator[None]:
         """Keep the resources open. Raises BusyError after close() or a fork."""
@@ -218,8 +216,6 @@ class Core:
             self._idle.wait_for(lambda: not self._n_call)
         self._free()
 
-    # cancelling
-
     def cancellation(self, event: threading.Event | None = None) -> Cancellation:
         """Make what ends one call: cancel() does, and so does an event that its caller sets."""
         cancellation = Cancellation(event)
@@ -233,8 +229,6 @@ class Core:
             for cancellation in list(self._cancellations):
                 cancellation.set()
         self.loop.stop_if_cancelled()
-
-    # weighing
 
     def rows(self, names: Iterable[str]) -> list[int]:
         """Find where adapters stand among all that are loaded."""
@@ -265,8 +259,6 @@ class Core:
         """Drive a generator to its end, with other callers' work in between; tell its yields."""
         result: T = self.loop.run(kind, steps, cancellation or self.cancellation(), tell)
         return result
-
-    # answers
 
     def begin(
         self,
@@ -464,7 +456,6 @@ class Probes:
         )
 
     def _listen(self, listener: "Listener") -> Any:
-        """Prefill the query under the base, for a listener."""
         self.end()
         self._heard = listener
         core, tokens = self._core, self.query.tokens

@@ -1,7 +1,7 @@
 """Decisions: how a question lists its choices, and what their log-probabilities say."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qaflora_edge.prompt.tokens import Reader
 
 MAX_CHOICES = 255
+MAX_REMEMBERED = 64  # lists of choices after no question, under a mix
 _NOTHING = "N/A"  # a question that says nothing
 _LIST = "Answer with one of these, and with nothing else:"
 
@@ -32,13 +33,15 @@ class Decision:
     by_adapter     "base" and each adapter -> what it would say alone, float64 [n_choice]; empty
                    unless `compare`
     n_prompt       tokens of the question with its choices
+    logprobs       float64 [2, n_choice] in nats, of choices after the question and after none
     """
 
     choices: tuple[str, ...]
     probabilities: F64
     fusion: FusionWeights
-    by_adapter: Mapping[str, F64] = field(default_factory=dict)
-    n_prompt: int = 0
+    by_adapter: Mapping[str, F64]
+    n_prompt: int
+    logprobs: F64
 
     @property
     def choice(self) -> str:
@@ -100,24 +103,38 @@ def decide(
         for name in weigher.adapters:
             mixes[name] = f"single:{name}"
     fusions = {}
-    items = []
+    requests: dict[Any, Request] = {}
+    blanks = {}
+    remembered = core.scorer.remembered
     for name, by in mixes.items():
         try:
             fusions[name] = weigher.weigh(by, question, probe)  # a list would look like a form
         finally:
             probe.end()
         weights = core.all_weights(fusions[name])
-        for read in (listed, blank):
-            request = Request(read.tokens, weights, n_base=weigher.n_base(by, read))
-            items += [(request, text) for text in texts]
+        n_base = weigher.n_base(by, listed)
+        requests[name] = Request(listed.tokens, weights, n_base=n_base)
+        n_base = weigher.n_base(by, blank)
+        key = (blank.tokens, weights.tobytes(), n_base, tuple(texts))
+        blanks[name] = (key, remembered.get(key))
+        if blanks[name][1] is None:
+            requests[key] = Request(blank.tokens, weights, n_base=n_base)
+    items = [(request, text) for request in requests.values() for text in texts]
     scores = core.run(core.scorer.score(items), cancellation, kind="score")
     sums = np.array([score.sum(dtype=np.float64) for score in scores])
-    by_mix = sums.reshape(len(mixes), 2, len(named))  # after the question, and after none
-    shares = {}
-    for name, (after, before) in zip(mixes, by_mix, strict=True):
-        shares[name] = probabilities(after, before)
+    by_request = dict(zip(requests, sums.reshape(-1, len(texts)), strict=True))
+    if len(remembered) > MAX_REMEMBERED:
+        remembered.clear()
+    logprobs = {}
+    for name, (key, before) in blanks.items():
+        if before is None:
+            before = by_request[key]
+            remembered[key] = before
+        logprobs[name] = np.array([by_request[name], before])
+    shares = {name: probabilities(*pair) for name, pair in logprobs.items()}
     chosen_shares = shares.pop("")
-    return Decision(tuple(named), chosen_shares, fusions[""], shares, len(listed.tokens))
+    n_prompt = len(listed.tokens)
+    return Decision(tuple(named), chosen_shares, fusions[""], shares, n_prompt, logprobs[""])
 
 
 def _quick(messages: Any) -> Chat:

@@ -135,7 +135,6 @@ class Drafter:
         return drafts
 
     def _decode(self, context: Context, rows: Sequence[_Row], n_token: int) -> Steps[None]:
-        """Decode all rows together until each is whole, or has its tokens."""
         while running := [row for row in rows if not row.is_whole and len(row.tokens) < n_token]:
             spans = [Span(row.seq, row.unread, len(context.tokens[row.seq])) for row in running]
             outputs = context.decode_spans(spans)

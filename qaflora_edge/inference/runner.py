@@ -220,7 +220,6 @@ class Runner:
     def _choose(
         self, sequence: RunningSequence, slot: Slot, span: Span, row: int, n_sequence: int
     ) -> None:
-        """Choose the token after each row from this one on, as long as the next was guessed."""
         n_before = sequence.n_past
         for token in span.tokens:
             if token != sequence.next_token:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from qaflora_edge.arrays import F32
+from qaflora_edge.arrays import F32, F64
 from qaflora_edge.backend.batch import Outputs, Span
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
@@ -33,6 +33,7 @@ class Scorer:
         make = partial(Context, model, pack, n_seq=_N_SEQ, n_output=_N_OUTPUT, is_unified=True)
         self._contexts = GrowingContext(partial(make, **options))
         self.close = self._contexts.close
+        self.remembered: dict[Any, F64] = {}  # of decisions: what choices have after no question
 
     def score(self, items: Sequence[Item]) -> Steps[list[F32]]:
         """Give log-probabilities in nats of each item's continuation: float32 [n_token] each.

@@ -261,9 +261,6 @@ def _mlx_config(path: Path, fields: Mapping[str, Any]) -> PeftConfig:
     )
 
 
-# Patterns
-
-
 def _check_key(path: Path, key: str) -> None:
     if not _is_bounded(key):
         raise _wrong(

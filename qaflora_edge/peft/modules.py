@@ -212,9 +212,6 @@ def _other_tensor(tensor: StoredTensor, name: str, pair: str, advice: str) -> Ex
     )
 
 
-# PEFT
-
-
 def _peft_pairs(
     config: PeftConfig, tensors: Mapping[str, StoredTensor], embeddings: set[str]
 ) -> Pairs:
@@ -369,9 +366,6 @@ def _in_order(config: PeftConfig, owner: str, named: Sequence[str]) -> list[str]
                 "Train without it, or merge the adapter into its base."
             )
     return sorted(named, key=_STACKED.index)
-
-
-# MLX
 
 
 def _mlx_pairs(tensors: Mapping[str, StoredTensor]) -> Pairs:

@@ -3,7 +3,7 @@
 import json
 import re
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from qaflora_edge.inference.constraint import (
     framed_grammar,
     schema_grammar,
 )
-from qaflora_edge.prompt import xml
+from qaflora_edge.prompt import named, xml
 from qaflora_edge.prompt.template import literal_text
 
 CallPart = dict[str, Any]  # a call, or more of its arguments, as OpenAI streams it
@@ -26,13 +26,17 @@ _FENCES = ("```json", "```\n{", "```{")
 _BARE = '{"name"'
 _DECODER = json.JSONDecoder()
 # What ends a call, or stands between two.
-_CLOSERS = re.compile(r'(?:[\s\]},;]|"id"\s*:\s*"\w*"|```(?!json)|</function>|</tool_call>)*')
+_CLOSERS = re.compile(
+    r'(?:[\s\]},;]|"id"\s*:\s*"\w*"|```(?!json)|</function>|</tool_call>|<tool_call\|>'
+    r"|<\|/tool_call\|>|<\|tool_call_end\|>)*"
+)
 
 # Small bases write calls so, whatever they are shown.
 _PLAIN = r'```(?:json)?\s*(?=\{)|\A\s*(?=\{\s*"name")'
 # The head of a call in JSON, up to its arguments, where they come last.
 _JSON_HEAD = re.compile(
-    r"(?:<tool_call>|(?:\[TOOL_CALLS\]|<\|tool_call\|>)\s*\[?|<\|python_tag\|>|```(?:json)?)?\s*"
+    r"(?:<tool_call>|<\|python_tag\|>|```(?:json)?"
+    r"|(?:\[TOOL_CALLS\]|<\|tool_call\|>|<\|tool_call_start\|>|functools)\s*\[?)?\s*"
     r'\{\s*"name"\s*:\s*"(?P<name>[^"\\]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
 )
 
@@ -47,7 +51,9 @@ class CallFormat(NamedTuple):
     before      finds what stands before what may be a call
     head        matches a call up to its arguments
     n_id        characters of a call's id, where templates count them
-    is_xml      whether arguments are tags: <parameter=name>, a line's end, the value
+    reader      follows arguments that are no object of JSON
+    rules       writes their grammar, as xml.tool_grammar asks for it
+    is_in_system  whether the template reads the tools in the system's message
     """
 
     sign: str
@@ -58,7 +64,25 @@ class CallFormat(NamedTuple):
     before: re.Pattern[str]
     head: re.Pattern[str] = _JSON_HEAD
     n_id: int = 0
-    is_xml: bool = False
+    reader: type[xml.Arguments] | None = None
+    rules: Callable[[str, Mapping[str, Any]], list[str]] | None = None
+    is_in_system: bool = False
+
+    def written(self, calls: Sequence[Mapping[str, Any]]) -> str:
+        """Write calls as the base does, for templates that leave them out."""
+        text = ""
+        for function in (call["function"] for call in calls):
+            name = function["name"]
+            arguments = function.get("arguments") or {}
+            written: Any = (
+                {"name": name, self.arguments: arguments} if self.arguments else arguments
+            )
+            body = json.dumps(written, ensure_ascii=False)
+            if self.reader:
+                pairs = arguments.items()
+                body = ", ".join(f"{key}={json.dumps(value)}" for key, value in pairs)
+            text += self.begin.replace("{name}", name) + body + self.end
+        return text
 
 
 _MISTRAL = r"\[TOOL_CALLS\]\s*"
@@ -74,18 +98,22 @@ _XML = CallFormat(  # Qwen3-Coder, Qwen3.5
     "",
     re.compile(rf"{_FUNCTION}|{_PLAIN}"),
     re.compile(_FUNCTION),
-    is_xml=True,
+    reader=xml.Arguments,
+    rules=xml.rules,
 )
+_NAMED_CALL = r"\s*(?P<name>[\w.-]+)"
+
+
+def _json_form(sign: str, marks: tuple[str, ...], begin: str, end: str, **more: Any) -> CallFormat:
+    """Make a format whose calls are JSON behind a mark."""
+    any_mark = "|".join(re.escape(mark.rstrip("[")) for mark in marks)
+    before = re.compile(rf"(?:{any_mark})\s*(?=[\[{{])|{_PLAIN}")
+    return CallFormat(sign, marks, begin, end, "arguments", before, **more)
+
+
 # The first whose sign is in a template is the template's.
 FORMATS = (
-    CallFormat(  # Hermes, Qwen
-        "<tool_call>",
-        ("<tool_call>",),
-        "<tool_call>\n",
-        "\n</tool_call>",
-        "arguments",
-        re.compile(rf"<tool_call>\s*(?=\{{)|{_PLAIN}"),
-    ),
+    _json_form("<tool_call>", ("<tool_call>",), "<tool_call>\n", "\n</tool_call>"),  # Qwen, Hermes
     CallFormat(  # Mistral since 2025
         "[ARGS]",
         ("[TOOL_CALLS]",),
@@ -96,15 +124,7 @@ FORMATS = (
         re.compile(_MISTRAL + _NAMED),
         n_id=9,
     ),
-    CallFormat(  # Mistral before
-        "[TOOL_CALLS]",
-        ("[TOOL_CALLS]",),
-        "[TOOL_CALLS][",
-        "]",
-        "arguments",
-        re.compile(rf"{_MISTRAL}(?=\[)|{_PLAIN}"),
-        n_id=9,
-    ),
+    _json_form("[TOOL_CALLS]", ("[TOOL_CALLS]",), "[TOOL_CALLS][", "]", n_id=9),  # Mistral before
     CallFormat(  # Llama 3
         '{"name": function name, "parameters":',
         ("<|python_tag|>",),
@@ -114,13 +134,36 @@ FORMATS = (
         re.compile(rf"(?:<\|python_tag\|>|(?<=;))\s*(?=\{{)|{_PLAIN}"),
     ),
     _XML,
-    CallFormat(  # Granite 3
-        "respond only with <|tool_call|>",
-        ("<|tool_call|>",),
+    # Granite 3
+    _json_form("respond only with <|tool_call|>", ("<|tool_call|>",), "<|tool_call|>[", "]"),
+    CallFormat(  # LFM2
+        "List of tools: ",
+        ("<|tool_call_start|>",),
+        "<|tool_call_start|>[{name}(",
+        ")]<|tool_call_end|>",
+        "",
+        re.compile(rf"<\|tool_call_start\|>\s*\[{_NAMED_CALL}\(|{_PLAIN}"),
+        re.compile(rf"(?:<\|tool_call_start\|>\s*\[)?{_NAMED_CALL}\("),
+        reader=named.Arguments,
+        rules=named.python_rules,
+    ),
+    CallFormat(  # Gemma 4
+        "<|tool_call>call:",
+        ("<|tool_call>",),
+        "<|tool_call>call:{name}{",
+        "}<tool_call|>",
+        "",
+        re.compile(rf"<\|tool_call>\s*call:{_NAMED_CALL}\{{|{_PLAIN}"),
+        re.compile(rf"(?:<\|tool_call>)?\s*call:{_NAMED_CALL}\{{"),
+        reader=named.Arguments,
+        rules=named.gemma_rules,
+    ),
+    _json_form(  # Phi-4-mini, whose documents have both marks
+        "<|/tool|>",
+        ("<|tool_call|>", "functools["),
         "<|tool_call|>[",
-        "]",
-        "arguments",
-        re.compile(rf"<\|tool_call\|>\s*(?=[\[{{])|{_PLAIN}"),
+        "]<|/tool_call|>",
+        is_in_system=True,
     ),
 )
 
@@ -145,15 +188,15 @@ class Calls:
     @property
     def stop(self) -> tuple[str, ...]:
         """Give a text that ends the first call, where the second is not waited for."""
-        end = self.format.end.rpartition("\n")[2]
-        return (end,) if self.tools.is_single and len(end) > 1 else ()
+        at = self.format.end.rfind("<")
+        return (self.format.end[at:],) if self.tools.is_single and at >= 0 else ()
 
     def grammar(self, tools: Sequence[Mapping[str, Any]]) -> Grammar:
         """Make the grammar of one call of one of these tools, with arguments by its schema."""
-        if self.format.is_xml:
-            return xml.grammar(self.format.begin, self.format.end, tools)
         begin = self.format.begin
         end = self.format.end
+        if self.format.rules:
+            return xml.tool_grammar(begin, end, tools, self.format.rules)
         field = self.format.arguments
         forms = []
         calls = []
@@ -219,8 +262,11 @@ class Calls:
         groups = match.groupdict()
         name = groups.get("name")
         try:
-            if name and self.format.is_xml:
-                value, end = xml.decoded(text, match.end(), self.parameters(name))
+            if name and self.format.reader:
+                reader = self.format.reader(self.parameters(name))
+                arguments, rest = reader.feed(text[match.end() :])
+                value = json.loads(arguments)  # no JSON where the call is cut
+                end = len(text) - len(rest or "")
             else:
                 value, end = _DECODER.raw_decode(text, match.end())
         except (ValueError, RecursionError):
@@ -362,8 +408,8 @@ class _Reader:
         name = match["name"].strip() if match else ""
         if match is None or not calls.offers(name):
             return None
-        is_xml = match.re is _XML.head
-        self._open = xml.Arguments(calls.parameters(name)) if is_xml else _JsonArguments()
+        reader = None if match.re is _JSON_HEAD else calls.format.reader
+        self._open = reader(calls.parameters(name)) if reader else _JsonArguments()
         self.unfinished = self._held[: match.end()]
         self._held = self._held[match.end() :]
         index = self._n_call
@@ -390,7 +436,6 @@ def bound(
 
 
 def _grammar(grammar: str | None, json_schema: Any, calls: Calls | None) -> Grammar | None:
-    """Choose what an answer follows; with a schema and free tools either."""
     required = calls.tools.required if calls else ()
     if grammar is None and json_schema is None:
         return calls.grammar(required) if calls and required else None

@@ -3,6 +3,7 @@
 They are checked here against the vocabulary and the context.
 """
 
+import json
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -134,6 +135,8 @@ def chat_tokens(
         if tools:
             variables["tools"] = typed.marked(tools)
             variables["xml_tools"] = variables["tools"]  # of SmolLM3
+        if tools or any("tool_calls" in message for message in messages):
+            variables["messages"] = _with_calls(template, variables)
         text = templates.render(template, **_ends(model), **variables)
         if begun or more.get("enable_thinking") is False:
             # A thought that a template began is closed, where it cannot do so.
@@ -154,6 +157,25 @@ def chat_tokens(
     if model._lib.llama_vocab_get_add_bos(model.vocab) and tokens[:1] != [bos]:
         tokens.insert(0, bos)
     return tokens
+
+
+def _with_calls(template: str, variables: Json) -> list[Any]:
+    """Put calls and tools where a template looks for them."""
+    from qaflora_edge.prompt.calls import call_format
+
+    style = call_format(template)
+    messages = variables["messages"]
+    if style and "tool_calls" not in template:  # such as SmolLM3's
+        for message in messages:
+            message["content"] += style.written(message.get("tool_calls") or [])
+    if style and style.is_in_system and "tools" in variables:
+        system = {"role": "system", "content": ""}
+        if messages[0]["role"] == "system":
+            system, *messages = messages
+        functions = [tool["function"] for tool in variables["tools"]]
+        tools = json.dumps(functions, ensure_ascii=False)
+        messages = [{**system, "tools": tools}, *messages]
+    return list(messages)
 
 
 def _template_kwargs(variables: Any, reasoning: str) -> Mapping[str, Any]:
@@ -181,7 +203,8 @@ def _template_of(model: Model, tools: Sequence[Any]) -> str:
         if call_format(template) is None:
             raise ToolsError(
                 f"The chat template of {name} has no tools in a form that we read, expected that "
-                "of Qwen, Llama 3, Mistral, Granite or SmolLM3; ask without, or use such a base."
+                "of Qwen, Llama 3, Gemma 4, Phi-4-mini, Mistral, Granite, SmolLM3 or LFM2; ask "
+                "without, or use such a base."
             )
     return template
 

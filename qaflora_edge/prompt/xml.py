@@ -9,7 +9,7 @@ a text as it is, or JSON
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from qaflora_edge.grammar import checked_schema, moved_schema
@@ -31,10 +31,13 @@ class Arguments:
     schema  of the arguments: it tells texts from JSON
     """
 
+    begin = _PARAMETER  # the name of an argument
+    end = _FUNCTION_END
+
     def __init__(self, schema: Any) -> None:
         self._schema = schema
         self._held = ""
-        self._value: _Value | None = None
+        self._value: Value | None = None
         self._n_value = 0
 
     def feed(self, piece: str) -> tuple[str, str | None]:
@@ -43,31 +46,38 @@ class Arguments:
         written = ""
         while True:
             if self._value is not None:
-                end = _VALUE_END.search(self._held)
-                may_end = end or _MAY_END.search(self._held)
-                at = may_end.start() if may_end else len(self._held)
-                written += self._value.add(self._held[:at])
-                if end is None:
-                    self._held = self._held[at:]
+                n_here, n_ended = self._span()
+                written += self._value.add(self._held[:n_here])
+                self._held = self._held[n_ended or n_here :]
+                if n_ended is None:
                     return written, None
-                self._held = self._held[end.end() :]
                 written += self._value.end()
                 self._value = None
-            elif begin := _PARAMETER.match(self._held):
+            elif begin := self.begin.match(self._held):
                 self._held = self._held[begin.end() :]
                 name = begin[1].strip()
-                self._value = _Value(types_of(_property(self._schema, name), self._schema))
+                self._value = self._new_value(name)
                 written += "{" if self._n_value == 0 else ", "
                 written += json.dumps(name, ensure_ascii=False) + ": " + self._value.begin
                 self._n_value += 1
-            elif end := _FUNCTION_END.match(self._held):
+            elif end := self.end.match(self._held):
                 rest = self._held[end.end() :]
                 return written + ("}" if self._n_value else "{}"), rest
             else:
                 return written, None
 
+    def _new_value(self, name: str) -> "Value":
+        return Value(types_of(_property(self._schema, name), self._schema))
 
-class _Value:
+    def _span(self) -> tuple[int, int | None]:
+        """Count the characters that are the value's, and those with its end; None: it goes on."""
+        end = _VALUE_END.search(self._held)
+        may_end = end or _MAY_END.search(self._held)
+        n_here = may_end.start() if may_end else len(self._held)
+        return n_here, end.end() if end else None
+
+
+class Value:
     """Write one value as JSON: a text as it comes, anything else when it is whole.
 
     types  of JSON that it may have; none: unknown
@@ -90,7 +100,7 @@ class _Value:
             return '"'
         text = _WORDS.get(self._text.strip(), self._text)
         try:
-            value = json.loads(text, parse_constant=_refuse)
+            value = json.loads(text, parse_constant=refuse)
         except (ValueError, RecursionError):
             value = text
         is_other = "string" in self._types and self._type(value) not in self._types
@@ -103,16 +113,8 @@ class _Value:
         return "number" if name == "integer" and name not in self._types else name
 
 
-def _refuse(name: str) -> NoReturn:
+def refuse(name: str) -> NoReturn:
     raise ValueError(name)
-
-
-def decoded(text: str, at: int, schema: Any) -> tuple[Any, int]:
-    """Read the arguments from a place on, and where they end. Raises ValueError for a cut one."""
-    arguments, rest = Arguments(schema).feed(text[at:])
-    if rest is None:
-        raise ValueError("a call that is cut")
-    return json.loads(arguments), len(text) - len(rest)
 
 
 def _property(schema: Any, name: str) -> Any:
@@ -120,7 +122,7 @@ def _property(schema: Any, name: str) -> Any:
     return properties.get(name) if isinstance(properties, Mapping) else None
 
 
-def _resolved(schema: Any, root: Any) -> Any:
+def resolved(schema: Any, root: Any) -> Any:
     """Follow a reference inside of the root, once."""
     reference = schema.get("$ref") if isinstance(schema, Mapping) else None
     if not isinstance(reference, str) or not reference.startswith("#/"):
@@ -133,17 +135,17 @@ def _resolved(schema: Any, root: Any) -> Any:
 def types_of(schema: Any, root: Any) -> set[str]:
     """Name the types of JSON that a schema lets a value have; none where it does not say."""
     types: set[str] = set()
-    outer = _resolved(schema, root)
+    outer = resolved(schema, root)
     options = [outer]
     for field in ("anyOf", "oneOf"):
         inner = outer.get(field) if isinstance(outer, Mapping) else None
         options += inner if isinstance(inner, list) else []
     for option in options:
-        fields = _resolved(option, root)
+        fields = resolved(option, root)
         if not isinstance(fields, Mapping):
             continue
         names = fields.get("type")
-        texts = _texts(fields)
+        texts = texts_of(fields)
         if isinstance(names, str):
             types.add(names)
         elif isinstance(names, list):
@@ -153,47 +155,66 @@ def types_of(schema: Any, root: Any) -> set[str]:
     return types
 
 
-def _texts(schema: Any) -> list[str]:
+def texts_of(schema: Any) -> list[str]:
     """List the texts that a schema names; none where it names none, or other values too."""
-    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    fields = schema if isinstance(schema, Mapping) else {}
+    values = [fields["const"]] if "const" in fields else fields.get("enum")
     is_texts = isinstance(values, list) and all(isinstance(value, str) for value in values)
     return values if is_texts and values else []
 
 
-def grammar(begin: str, end: str, tools: Sequence[Mapping[str, Any]]) -> Grammar:
-    """Make the grammar of one call of one of these tools; texts end where a tag does.
+def tool_grammar(
+    begin: str,
+    end: str,
+    tools: Sequence[Mapping[str, Any]],
+    arguments: Callable[[str, Mapping[str, Any]], list[str]],
+) -> Grammar:
+    """Make the grammar of one call of one of these tools.
 
     begin, end  texts around the arguments; {name} is the tool's
+    arguments   writes the rules of a name, from a schema
     """
     rules = []
     for i, tool in enumerate(tools):
         function = tool["function"]
         schema = checked_schema(function.get("parameters") or {}, source=_SOURCE, is_lenient=True)
-        required = schema.get("required") or []
-        parts = [json.dumps(begin.replace("{name}", function["name"]))]
-        for j, (name, value) in enumerate((schema.get("properties") or {}).items()):
-            rule = f"tool{i}value{j}"
-            parts.append(rule if name in required else f"{rule}?")
-            head = json.dumps(f"<parameter={name}>\n")
-            rules.append(f"{rule}: {head} {rule}inner")
-            rules.append(_value_rule(f"{rule}inner", value, schema))
-        parts.append(json.dumps(end))
-        rules.append(f"tool{i}: {' '.join(parts)}")
+        head = json.dumps(begin.replace("{name}", function["name"]))
+        rules.append(f"tool{i}: {head} tool{i}arguments {json.dumps(end)}")
+        rules += arguments(f"tool{i}arguments", schema)
     start = " | ".join(f"tool{i}" for i in range(len(tools)))
     return lark_grammar("\n".join([f"start: {start}", *rules, ""]), _SOURCE)
 
 
+def rules(rule: str, schema: Mapping[str, Any]) -> list[str]:
+    """Write the rules of arguments in tags."""
+    required = schema.get("required") or []
+    parts = []
+    written = []
+    for i, (name, value) in enumerate((schema.get("properties") or {}).items()):
+        argument = f"{rule}value{i}"
+        parts.append(argument if name in required else f"{argument}?")
+        head = json.dumps(f"<parameter={name}>\n")
+        written.append(f"{argument}: {head} {argument}inner")
+        written.append(_value_rule(f"{argument}inner", value, schema))
+    whole = " ".join(parts) or '""'
+    return [f"{rule}: {whole}", *written]
+
+
 def _value_rule(rule: str, schema: Any, root: Any) -> str:
-    """Write the rules of a value and of the tag behind it."""
     end = json.dumps("\n</parameter>\n")
     types = types_of(schema, root)
-    fields = _resolved(schema, root)
-    texts = _texts(fields) if isinstance(fields, Mapping) else []
+    fields = resolved(schema, root)
+    texts = texts_of(fields)
     if texts:
         return f"{rule}: ({' | '.join(json.dumps(text) for text in texts)}) {end}"
     if not types or "string" in types:
         text = f"{rule}text[lazy]: /(.|\\n)*<\\/parameter>/"
         return f'{rule}: {rule}text "\\n"\n{text}'
+    return f"{rule}: {json_rule(schema, root)} {end}"
+
+
+def json_rule(schema: Any, root: Any) -> str:
+    """Write a rule for JSON under a schema, with references into its root."""
     place = "#/$defs/whole"
     whole = {**moved_schema(schema, place), "$defs": {"whole": moved_schema(root, place)}}
-    return f"{rule}: %json {json.dumps(whole)} {end}"
+    return f"%json {json.dumps(whole)}"

@@ -192,7 +192,6 @@ async def weights(request: Request) -> Computed:
 
 
 def _strategy_of(call: Call[Any]) -> str | None:
-    """Return the strategy of a request that takes no weights. Raises OptionError."""
     strategy = call.weighing().by_for(call.served.weigher.known.strategy)
     if strategy is None or isinstance(strategy, str):
         return strategy

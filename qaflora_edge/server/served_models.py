@@ -248,8 +248,6 @@ class ServedModels:
         facts = (sha256, family, n_byte, sampling, about)
         return ServedModel(name, place, weigher, weigher.followed, slots, *facts)
 
-    # names
-
     def find(self, model: str | None) -> tuple[ServedModel, str | None]:
         """Return the bundle of a model id, and the strategy that the id names.
 
@@ -298,8 +296,6 @@ class ServedModels:
             meta |= {"base": model.engine.name, "n_ctx_train": model.engine.n_ctx_train}
         head = {"id": name, "object": "model", "created": model.created_s, "owned_by": "qaflora"}
         return {**head, "meta": meta}
-
-    # Engines
 
     @asynccontextmanager
     async def engine(self, model: ServedModel) -> AsyncIterator[Engine]:

@@ -147,7 +147,6 @@ async def upload(request: Request) -> Response:
 
 
 async def _uploaded(request: Request, body: AdapterBody, folder: Path) -> tuple[Path, Response]:
-    """Write an upload into a new folder, which is given, and add its adapter."""
     place = Path(mkdtemp(prefix=_UPLOAD, dir=folder))
     gguf = place / f"{body.lora_name}.gguf"
     n_config = int(body.config_bytes)

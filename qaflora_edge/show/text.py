@@ -30,9 +30,6 @@ CHARS_MAX = 2000  # of a label that are looked at: no picture has room for more
 _TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
-# terminals
-
-
 def can_show(text: str, encoding: str | None) -> bool:
     """Tell whether an encoding has every sign of a text."""
     try:
@@ -65,9 +62,6 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
             cells.append(cell.rjust(width))
         lines.append("   ".join(cells).rstrip())
     return lines
-
-
-# pages and pictures
 
 
 def spelt(text: str) -> str:
@@ -105,9 +99,6 @@ def crop(text: str, width: float, measure: Callable[[str], float] = len) -> str:
     ends = range(1, len(line) + 1)
     n_char = bisect(ends, False, key=is_too_wide)
     return f"{line[:n_char].rstrip()}…"
-
-
-# weights in words
 
 
 def who_spoke(weights: FusionWeights | Mapping[str, float]) -> str:
@@ -204,9 +195,6 @@ def facts(fusion: FusionWeights) -> str:
     if fusion.probe_ms > 0:
         parts.append(f"probe {fusion.probe_ms:.0f} ms")
     return ", ".join(parts)
-
-
-# weights as a heatmap: its scale, and a row per adapter for a terminal
 
 
 def scale(fusion: FusionWeights) -> tuple[float, float]:

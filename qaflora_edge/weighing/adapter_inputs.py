@@ -33,7 +33,6 @@ def _on_one_thread() -> Iterator[None]:
 
 
 def _common(infos: Sequence[AdapterInfo], layer: int, kinds: Sequence[str]) -> list[str]:
-    """List the tensors of a layer that all of these adapters adapt."""
     common = []
     for kind in kinds:
         name = f"blk.{layer}.{kind}.weight"

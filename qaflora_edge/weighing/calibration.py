@@ -144,7 +144,6 @@ def _typical_sureness(sureness: F64) -> list[dict[str, float]]:
 
 
 def _mean_and_spread(measured: Sequence[F64]) -> list[dict[str, Any]]:
-    """Give mean and spread of each adapter's extent, and each prompt's distance from the mean."""
     extents = np.stack([extent(of_prompt) for of_prompt in measured])  # [n_prompt, n_adapter]
     means = extents.mean(axis=0)
     spreads = np.maximum(extents.std(axis=0), _SPREAD_MIN)

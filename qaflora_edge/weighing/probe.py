@@ -217,8 +217,6 @@ class Prober:
         self._contexts.close()
         self._last = None
 
-    # the base alone
-
     def norms(self, rows: Rows, n_token: int) -> Listener:
         """Measure what each adapter adds to a late query projection: float64 [n_row].
 
@@ -299,14 +297,8 @@ class Prober:
                 yield len(results)
         return np.stack(results, axis=1)
 
-    # the base and each adapter
-
     def states(
-        self,
-        tokens: Ids,
-        rows: Rows,
-        pool: str = "last",
-        span: Span | None = None,
+        self, tokens: Ids, rows: Rows, pool: str = "last", span: Span | None = None
     ) -> Steps[F32]:
         """Give states: float32 [1 + n_row, n_layer, n_embd], the base first.
 
@@ -321,13 +313,7 @@ class Prober:
         return np.array(states[PLACES.index(pool)])
 
     def divergence(
-        self,
-        tokens: Ids,
-        rows: Rows,
-        measure: Measure,
-        lens: str,
-        pool: str,
-        span: Span = (0, 0),
+        self, tokens: Ids, rows: Rows, measure: Measure, lens: str, pool: str, span: Span = (0, 0)
     ) -> Steps[F64]:
         """Measure how far each adapter moves the base: float64 [n_row, n_layer].
 
@@ -343,7 +329,6 @@ class Prober:
         return self._contexts.for_query(1).divergence(states[0], states[1:], lens)
 
     def _measured(self, asked: _Measured) -> Steps[F32]:
-        """Give the states of a query: the last one's again, or measured now and kept."""
         if self._last is not None and self._last[0] == asked:
             return self._last[1]
         context = self._contexts.for_query(len(asked.tokens))

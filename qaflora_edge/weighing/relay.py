@@ -91,7 +91,6 @@ class RelayStrategy(TwoPlace):
 
 
 def _relayed(query: Query, probe: Probe, mix: Mix) -> Mix:
-    """Let drafts decide what the scores of two-place leave open."""
     writer = _heaviest(query, mix)
     form = _proposed_form(query, mix)
     strength = mix.why[writer].scores["answer"] if writer else 0.0
@@ -126,7 +125,6 @@ def _relayed(query: Query, probe: Probe, mix: Mix) -> Mix:
 
 
 def _knowers(query: Query, mix: Mix, opening: Draft) -> list[str]:
-    """Name who drafts beside who writes: where that one gives a form, or another would answer."""
     others = _may_know(query, mix, opening.adapter)
     if _is_prose(opening):
         others = [name for name in others if _answers(mix, name)]
@@ -134,7 +132,6 @@ def _knowers(query: Query, mix: Mix, opening: Draft) -> list[str]:
 
 
 def _may_know(query: Query, mix: Mix, writer: str) -> list[str]:
-    """Name adapters that may know more than who writes, the likeliest first."""
     others = [
         name
         for name in _by_question(query, mix)
@@ -144,12 +141,10 @@ def _may_know(query: Query, mix: Mix, writer: str) -> list[str]:
 
 
 def _by_question(query: Query, mix: Mix) -> list[str]:
-    """Order adapters by their score in the question, the highest first."""
     return sorted(query.adapters, key=lambda name: -mix.why[name].scores["question"])
 
 
 def _surest(query: Query, drafts: Mapping[str, Draft], writer: str) -> str | None:
-    """Name who drafts in words and is surest of it, beside who writes."""
     unusual = {
         name: _unusual(query, draft)
         for name, draft in drafts.items()
@@ -291,11 +286,7 @@ def _is_sure_of_each(probe: Probe, draft: Draft, least: float) -> bool:
 
 
 def _rewritten(
-    query: Query,
-    probe: Probe,
-    mix: Mix,
-    knower: str,
-    sureness: Mapping[str, float],
+    query: Query, probe: Probe, mix: Mix, knower: str, sureness: Mapping[str, float]
 ) -> Mix:
     """Let another write, in the question's language, what an adapter drafts in English.
 
@@ -387,7 +378,6 @@ def _is_sure(query: Query, draft: Draft) -> bool:
 
 
 def _sureness(drafts: Mapping[str, Draft]) -> dict[str, float]:
-    """Give the mean log-probability of each draft's first tokens, in nats."""
     return {name: draft.sureness(N_BEGUN) for name, draft in drafts.items()}
 
 

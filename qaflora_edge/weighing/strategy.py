@@ -33,7 +33,7 @@ Span = tuple[int, int]  # begin and end of a part of a prompt
 Typical = Mapping[str, Mapping[str, Any]]
 
 ENTRY_POINTS = "qaflora_edge.strategies"  # the group in which packages offer theirs
-# Modules beside this one; those of baselines/; names of strategies that are options now.
+# Modules beside this one; strategies of baselines.py; names of strategies that are options now.
 _BUILT_IN = ("two_place", "relay", "unmeasured")
 BASELINES = ("calibrated", "norm", "centroid", "arrow")
 _OLD_NAMES = {name: f"qa-flora:distance={name}" for name in ("cosine", "euclidean")}
@@ -294,7 +294,7 @@ def find_strategy(name: str) -> Strategy | None:
     """Find a strategy by name, and import what it needs."""
     _load_built_in()
     if name in BASELINES and name not in _registry:
-        _registry[name] = import_module(f"qaflora_edge.weighing.baselines.{name}").STRATEGY
+        _registry[name] = import_module("qaflora_edge.weighing.baselines").STRATEGIES[name]
     if name not in _registry:
         _load_entry_points()
     return _registry.get(name)

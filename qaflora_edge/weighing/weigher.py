@@ -80,7 +80,7 @@ def known_of(text: BundleText | None) -> Known:
         raise wrong_bundle(text.where, wrong) from error
     centroids = {}
     for name, record in fusion.get("samples", {}).items():
-        from qaflora_edge.weighing.baselines.centroid import parse_centroid
+        from qaflora_edge.weighing.baselines import parse_centroid
 
         try:
             centroids[name] = parse_centroid(record["embedding"], text.base.n_embd)
@@ -228,7 +228,6 @@ class Weigher:
     def _fusion(
         self, mix: Mix, strategy: str, query: Query, probe_ms: float = 0.0, *, source: str = ""
     ) -> FusionWeights:
-        """Check a mix and make FusionWeights of it; messages begin with `source`."""
 
         def checked(array: ArrayLike) -> F32:
             return numbers.check_weights(array, self.adapters, self.n_layer, source=source)

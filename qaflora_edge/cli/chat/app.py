@@ -138,8 +138,6 @@ class Chat:
             )
         self.view.done()
 
-    # answers
-
     def ask(self, question: str) -> bool:
         """Answer a question and tell how; False if no turn came of it."""
         try:
@@ -217,8 +215,6 @@ class Chat:
             text = "\n".join(message["content"] for message in messages) + "\n"
             return self.engine.tokenize(text)
         return self.engine.chat_tokens(messages)
-
-    # what commands change
 
     def set_system(self, text: str | None) -> None:
         """Change the system prompt of the whole conversation, from the next turn on.

@@ -1,0 +1,136 @@
+"""Strategies of other work to compare with; imported when one of them is named."""
+
+import base64
+import binascii
+from typing import Any
+
+from qaflora_edge.arrays import F32
+from qaflora_edge.config import PROBING, SHAPING
+from qaflora_edge.errors import StrategyError
+from qaflora_edge.weighing.strategy import QUERIES, Measured, Mix, Probe, Query, Strategy
+from qaflora_edge.weighing.unmeasured import DISTANCES, Spectral, check_typical
+
+TEMPERATURE = 0.01  # of DAM's own experiments (its README, --router_temp)
+
+
+class Arrow(Spectral):
+    """Weigh by |v . x|, v the top right-singular vector of B A (Arrow, arXiv 2405.11157)."""
+
+    name = "arrow"
+    is_baseline = True
+    help = "by how much of the query lies in the direction that each adapter amplifies most"
+    reading = "arrow"
+    measured = Measured("along its direction")
+
+
+class Calibrated(Strategy):
+    """Weigh by KL divided by the adapter's typical KL over neutral prompts, layer by layer.
+
+    Our own: an adapter that moves every prompt far is not heavier for it.
+    """
+
+    name = "calibrated"
+    is_baseline = True
+    help = "as qa-flora, relative to each adapter's typical divergence"
+    measured = DISTANCES["kl"]
+    options = (*SHAPING, *PROBING)
+    needs_typical = ("norm", "raw", "question_norm", "question_raw")  # any lens, any pool
+
+    def check(self, argument: Any, query: Query) -> None:
+        place = "" if query.pool == "last" else f" at pool {query.pool}"
+        check_typical(self.name, query, [_key(query)], f"with lens {query.lens}{place}")
+
+    def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix:
+        from qaflora_edge.weighing import numbers
+
+        divergence = probe.divergence()
+        key = _key(query)
+        typical = [query.typical[name][key] for name in query.adapters]
+        relative = numbers.calibrate(divergence, typical)
+        return Mix(numbers.normalise(relative), divergence)
+
+
+def _key(query: Query) -> str:
+    if query.pool == "last":
+        return query.lens
+    return f"question_{query.lens}"
+
+
+class Centroid(Strategy):
+    """Weigh by the softmax of cosine similarities to each adapter's centroid, divided by 0.01.
+
+    The router of DAM (arXiv 2403.08755). An embedding is the mean over a text's tokens of the
+    base's state after its last block; a centroid is the mean of sample texts' embeddings.
+    """
+
+    name = "centroid"
+    is_baseline = True
+    help = "by how near the query is to sample texts of each adapter (`qaflora bundle samples`)"
+    measured = Measured("similarity")
+
+    def check(self, argument: Any, query: Query) -> None:
+        missing = [name for name in query.adapters if name not in query.centroids]
+        if missing:
+            raise StrategyError(
+                f"Strategy centroid needs sample texts of each adapter, missing for "
+                f"{', '.join(missing)}; give them with `qaflora bundle samples DIR ADAPTER FILE`."
+            )
+
+    def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix:
+        import numpy as np
+
+        from qaflora_edge.weighing.numbers import softmax
+
+        embedding = probe.embedding().astype(np.float64)  # [n_embd]
+        rows = [query.centroids[name] for name in query.adapters]
+        centroids = np.array(rows, np.float64)  # [n_adapter, n_embd]
+        lengths = np.linalg.norm(centroids, axis=-1) * np.linalg.norm(embedding)
+        similarity = centroids @ embedding / lengths  # [n_adapter]
+        weights = softmax(similarity / TEMPERATURE)
+        shape = (len(weights), query.n_layer)
+        return Mix(
+            np.broadcast_to(weights[:, None], shape), np.broadcast_to(similarity[:, None], shape)
+        )
+
+
+class Norm(Strategy):
+    """Weigh by shares of |scale B A x| at a late query projection (LoGo, arXiv 2511.07129)."""
+
+    name = "norm"
+    is_baseline = True
+    help = "by what the adapter adds to a late query projection, one weight for all layers"
+    measured = Measured("added to q")
+    compares = QUERIES
+
+    def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix:
+        import numpy as np
+
+        from qaflora_edge.weighing.numbers import normalise
+
+        norms = probe.norms()  # [n_adapter]
+        norms = np.repeat(norms[:, None], query.n_layer, axis=1)
+        return Mix(normalise(norms), norms)
+
+
+STRATEGIES = {strategy.name: strategy for strategy in (Arrow(), Calibrated(), Centroid(), Norm())}
+
+
+def centroid_text(centroid: F32) -> str:
+    """Write a centroid [n_embd] as text: base64 of little-endian float32."""
+    return base64.b64encode(centroid.astype("<f4").tobytes()).decode("ascii")
+
+
+def parse_centroid(text: str, n_embd: int) -> F32:
+    """Read a centroid [n_embd]; ValueError says what is wrong with it."""
+    import numpy as np
+
+    try:
+        data = base64.b64decode(text, validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"no base64 ({error})") from error
+    if len(data) != 4 * n_embd:
+        raise ValueError(f"of {len(data)} bytes")
+    centroid = np.frombuffer(data, "<f4").astype(np.float32)
+    if not np.isfinite(centroid).all() or not centroid.any():
+        raise ValueError("of values that are not finite, or all 0")
+    return centroid
