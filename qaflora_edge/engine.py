@@ -170,7 +170,6 @@ class Engine:
                         model.result().close()
 
     def _start(self, opened: Opened, chosen: Mapping[str, str | None]) -> None:
-        """Take over what files say, and open contexts."""
         self._opened = opened
         self.system = opened.text.system if opened.text else ""
         self.examples = opened.text.examples if opened.text else ()
@@ -753,7 +752,6 @@ class Engine:
             return answer
 
     def _asked_of_knower(self, prompt: Prompt, relay: Relay) -> Sequence[int]:
-        """Give the tokens of the prompt that a knower drafts for."""
         if not relay.is_in_words:
             return prompt.tokens
         from qaflora_edge.inference.drafts import in_words

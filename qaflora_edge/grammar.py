@@ -90,7 +90,6 @@ def gbnf_to_lark(text: str, *, source: str = "The grammar") -> str:
 
 
 def _plain_escape(match: re.Match[str]) -> str:
-    """Write an escape so that llguidance's parser takes it."""
     digits = match[1] or match[2]
     if not digits:
         return r"\x2d" if match[3] else match[0]
@@ -276,7 +275,6 @@ def _is_followed(key: str, place: str) -> bool:
 
 
 def _expected(key: str, value: Any) -> str:
-    """Say what the value of a keyword has to be; nothing where it is that."""
     if key in _BY_NAME and not isinstance(value, dict):
         return "an object"
     if key in _LISTS | {"required"} and not isinstance(value, list):

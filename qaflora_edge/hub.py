@@ -192,7 +192,6 @@ def fetch_model(name: str, *, progress: TellCount = silent) -> Path:
 
 
 def _fetch_model(model: Model, progress: TellCount) -> Path:
-    """Try the sources in order. Finished parts stay in the cache until the file is whole."""
     target = models_dir() / model.file
     parts = cache_dir() / "parts" / model.sha256[:16]
     parts.mkdir(parents=True, exist_ok=True)

@@ -28,9 +28,6 @@ MARKS = ("<!-- llama-server's tests: begin -->\n", "<!-- llama-server's tests: e
 NOT_OURS: dict[str, Any] = json.loads((TESTS / "llama_server_tests.json").read_text("utf-8"))
 
 
-# the plugin, inside their pytest
-
-
 sys.modules["wget"] = wget = types.ModuleType("wget")  # with it they would fetch models
 counts: dict[str, Counter[str]] = {}  # FILE -> outcome or reason -> tests
 
@@ -202,9 +199,6 @@ def _without_v1(app: Any) -> Any:
         await app({**scope, "path": ours.get(path, path)}, receive, send)
 
     return asked
-
-
-# outside
 
 
 def table(counts: dict[str, dict[str, int]]) -> str:

@@ -268,7 +268,6 @@ def shared_model(base: GgufHeader, placing: Mapping[str, Any]) -> Model:
 
 
 def _is_quantised(base: GgufHeader) -> bool:
-    """Tell whether most of a base is in types that our products take."""
     n_taken = 0  # bytes
     n_left = 0
     for tensor in base.tensors.values():

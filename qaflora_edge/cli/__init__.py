@@ -159,7 +159,6 @@ def _fail(message: str) -> NoReturn:
 
 
 def _with_variable(error: click.ClickException) -> click.ClickException:
-    """Say so in a usage error when the wrong value came from the environment."""
     if not (isinstance(error, click.BadParameter) and error.ctx and error.param):
         return error
     if error.ctx.get_parameter_source(error.param.name or "") is not ParameterSource.ENVIRONMENT:

@@ -464,7 +464,6 @@ def _plan_experts(pair: _Pair, modules: Sequence[PeftModule], alpha: float) -> l
 
 
 def _expert_place(pair: _Pair, module: PeftModule) -> tuple[int, int | None, str]:
-    """Give the layer, the expert (None: all of them) and the stem of a module's tensor."""
     match = _EXPERTS.fullmatch(module.name)
     stem = _EXPERT_STEMS.get(match["projection"]) if match else None
     is_stack = module.n_expert > 0
@@ -480,7 +479,6 @@ def _expert_place(pair: _Pair, module: PeftModule) -> tuple[int, int | None, str
 
 
 def _expert_parts(pair: _Pair, module: PeftModule) -> list[tuple[str, layouts.Index | None]]:
-    """Name the tensors of a stacked parameter, and say which of its rows each takes."""
     layer, _, stem = _expert_place(pair, module)
     block = f"blk.{layer}.ffn"
     if stem != "gate_up":

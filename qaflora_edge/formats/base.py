@@ -296,7 +296,6 @@ def _check_tokens(header: GgufHeader) -> None:
 
 
 def _check_bytes(header: GgufHeader, tokens: Mapping[bytes, int]) -> None:
-    """Check the tokens of single bytes: llama-vocab.cpp token_to_byte and byte_to_token."""
     model = header.metadata.get("tokenizer.ggml.model")
     types = header.metadata.get("tokenizer.ggml.token_type")  # llama.h llama_token_type
     if isinstance(types, RawArray) and types.n_bytes == 4 * types.length:

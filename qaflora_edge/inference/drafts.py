@@ -143,7 +143,6 @@ class Drafter:
             yield len(rows[0].tokens)
 
     def _written(self, context: Context, row: _Row) -> Written:
-        """Give a draft, and its KV state where that is small: an answer may begin with both."""
         text = text_of(self._model, row.tokens)
         draft = Draft(row.name, tuple(row.tokens), text, tuple(row.logprobs), row.is_whole)
         is_small = context.n_byte_of(row.seq) <= _N_BYTE_KEPT

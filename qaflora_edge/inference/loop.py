@@ -40,8 +40,6 @@ class Loop:
         self._is_left = False  # by that thread, for good
         self._now: Sequence[RunningSequence | Job] = ()  # who waits for the native call
 
-    # from any thread
-
     def add(self, sequence: RunningSequence) -> None:
         with self._turn:
             self._scheduler.waiting.append(sequence)
@@ -164,10 +162,7 @@ class Loop:
             self._end_all(self._closed)
             self._turn.notify_all()
 
-    # by the thread that drives
-
     def _step(self) -> None:
-        """Decide and compute one step; called with the lock, which is free during computation."""
         self._end_cancelled()
         self._scheduler.remove_ended()
         if not self._scheduler.has_work:

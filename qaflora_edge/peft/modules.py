@@ -253,7 +253,6 @@ def _peft_pairs(
 
 
 def _module_name(name: str) -> str:
-    """Strip what PEFT and other wrappers put before and into the name of a tensor."""
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
     plain = ".".join(parts).removeprefix(f"module.{_PREFIX}").removeprefix(_PREFIX)
     return plain.removeprefix(_PREFIX)  # PEFT in PEFT, as some trainers save it

@@ -105,7 +105,6 @@ _NAMED_CALL = r"\s*(?P<name>[\w.-]+)"
 
 
 def _json_form(sign: str, marks: tuple[str, ...], begin: str, end: str, **more: Any) -> CallFormat:
-    """Make a format whose calls are JSON behind a mark."""
     any_mark = "|".join(re.escape(mark.rstrip("[")) for mark in marks)
     before = re.compile(rf"(?:{any_mark})\s*(?=[\[{{])|{_PLAIN}")
     return CallFormat(sign, marks, begin, end, "arguments", before, **more)

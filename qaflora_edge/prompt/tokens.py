@@ -160,7 +160,6 @@ def chat_tokens(
 
 
 def _with_calls(template: str, variables: Json) -> list[Any]:
-    """Put calls and tools where a template looks for them."""
     from qaflora_edge.prompt.calls import call_format
 
     style = call_format(template)
@@ -179,7 +178,6 @@ def _with_calls(template: str, variables: Json) -> list[Any]:
 
 
 def _template_kwargs(variables: Any, reasoning: str) -> Mapping[str, Any]:
-    """Check further variables of a template, and put in what is asked of thoughts."""
     if not isinstance(variables, Mapping | None):
         expected = 'an object, as in {"enable_thinking": False}'
         raise wrong_option("chat_template_kwargs", variables, expected)

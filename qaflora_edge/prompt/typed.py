@@ -183,5 +183,4 @@ def _unused(texts: list[str]) -> str:
 
 
 def _escaped(mark: str) -> str:
-    """As tojson(ensure_ascii=true) writes a character."""
     return json.dumps(mark)[1:-1]

@@ -413,7 +413,6 @@ def parsed(kind: type[B], data: bytes) -> B:
 def _refusal(
     kind: type[BaseModel] | None, error: Mapping[str, Any], value: Any
 ) -> Refusal | OptionError:
-    """Say which field is wrong, by the innermost model that declares one."""
     names: list[str] = []
     expected = ""
     for key in error["loc"]:

@@ -93,7 +93,6 @@ class Recorder:
 
 
 def _line(scope: Scope, status: int, facts: Mapping[str, Any]) -> str:
-    """Return one line, whatever a client or a proxy wrote into its request."""
     client = "-"
     if scope.get("client"):
         client = ascii(scope["client"][0])[1:-1]

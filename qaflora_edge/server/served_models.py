@@ -316,7 +316,6 @@ class ServedModels:
             self._expire_later(model)
 
     def _expire_later(self, model: ServedModel) -> None:
-        """Close a bundle that nobody uses from now on for ttl_s."""
         if model.expiry is not None:
             model.expiry.cancel()
         if self._options.ttl_s is not None and model.is_idle:

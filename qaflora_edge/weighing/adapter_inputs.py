@@ -42,7 +42,6 @@ def _common(infos: Sequence[AdapterInfo], layer: int, kinds: Sequence[str]) -> l
 
 
 def _matrix(info: AdapterInfo, name: str) -> F64:
-    """Read a module as P [n, n_embd] with |P x| = |scale B A x| for every x; n is at most rank."""
     a, b, scale = read_pair(info, name)
     wide_a = np.asarray(a, np.float64)
     wide_b = np.asarray(b, np.float64)

@@ -132,7 +132,6 @@ def typical_of(
 
 
 def _typical_sureness(sureness: F64) -> list[dict[str, float]]:
-    """Give mean and spread of each adapter's sureness [n_prompt, n_adapter], in nats a token."""
     # Who shares a batch with a draft moves the last digits of its logits.
     means = np.round(sureness.mean(axis=0), 4)
     spreads = np.maximum(sureness.std(axis=0), _SPREAD_MIN)

@@ -367,7 +367,6 @@ def _said(relay: Relay) -> str:
 
 
 def _unusual(query: Query, draft: Draft) -> float:
-    """Tell how much surer a draft is than its adapter's for neutral prompts, in spreads."""
     typical = query.typical[draft.adapter][SURENESS]
     above: float = draft.sureness(N_BEGUN) - typical["mean"]
     return above / float(typical["spread"])

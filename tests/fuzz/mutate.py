@@ -68,9 +68,6 @@ def damage_bytes(data: bytes, rng: random.Random) -> bytes:
     return bytes(raw)
 
 
-# --- JSON -----------------------------------------------------------------------------------
-
-
 def damage_json(data: bytes, rng: random.Random) -> bytes:
     """Change one value or key at any depth, or write what the grammar forbids."""
     root = json.loads(data)
@@ -132,9 +129,6 @@ def _repeat_key(root: Any, parent: Any, key: Any, rng: random.Random) -> bytes:
     return json.dumps(root).replace(json.dumps(mark), json.dumps(str(key))).encode()
 
 
-# --- safetensors ----------------------------------------------------------------------------
-
-
 def damage_safetensors(data: bytes, rng: random.Random) -> bytes:
     """Change the header and keep its length right, lie about it, or change the values."""
     n_header = int.from_bytes(data[:8], "little")
@@ -161,8 +155,6 @@ def _damage_floats(values: bytes, rng: random.Random) -> bytes:
     number = rng.choice((0x7FC00000, 0x7F800000, 0xFF800000, 0x7F7FFFFF, 1, 0x80000000, 0x7C007C00))
     return values[:at] + struct.pack("<I", number) + values[at + 4 :]
 
-
-# --- GGUF -----------------------------------------------------------------------------------
 
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
