@@ -17,8 +17,7 @@ qaflora_adapter_file::qaflora_adapter_file(qaflora_adapter_file &&) noexcept = d
 qaflora_adapter_file::~qaflora_adapter_file() = default;
 
 std::vector<uint8_t> qaflora_adapter_file::read(const ggml_tensor * t) const {
-    const size_t offset = gguf_get_data_offset(gguf.get()) +
-                          gguf_get_tensor_offset(gguf.get(), gguf_find_tensor(gguf.get(), t->name));
+    const size_t offset = offsets.at(t);
     const size_t size   = ggml_nbytes(t);
     if (offset + size < offset || offset + size > file->size()) {
         qaflora_fail(qaflora_format("%s: tensor '%s' ends at byte %zu but the file has %zu; fetch or convert it again",
@@ -77,7 +76,9 @@ qaflora_adapter_file qaflora_open_adapter(const llama_model & model, const char 
         qaflora_fail(qaflora_format("%s: is an activated LoRA (aLoRA), which cannot be fused; use a plain LoRA", path));
     }
 
+    int64_t index = 0; // gguf_init_from_file() makes the tensors in the file's order
     for (ggml_tensor * t = ggml_get_first_tensor(meta); t; t = ggml_get_next_tensor(meta, t)) {
+        f.offsets[t] = gguf_get_data_offset(f.gguf.get()) + gguf_get_tensor_offset(f.gguf.get(), index++);
         std::string name(t->name);
         if (strip_suffix(name, ".lora_a")) {
             f.pairs[name].a = t;

@@ -8,6 +8,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 struct llama_file;
@@ -30,6 +31,7 @@ struct qaflora_adapter_file {
     gguf_context_ptr            gguf;
     std::unique_ptr<llama_file> file;
     std::map<std::string, qaflora_adapter_pair> pairs; // by the base's tensor name
+    std::unordered_map<const ggml_tensor *, size_t> offsets; // in the file
 
     // the bytes of one of its tensors
     std::vector<uint8_t> read(const ggml_tensor * t) const;

@@ -94,7 +94,6 @@ static void transpose_q8_0(int64_t n_out, int64_t rank, const uint8_t * rows, ui
 }
 
 void qaflora_make_panels(qaflora_cpu_type type, int64_t n_out, int64_t rank, const uint8_t * rows, uint8_t * panels) {
-    memset(panels, 0, qaflora_panel_size(type, n_out, rank));
     switch (type) {
         case QAFLORA_CPU_F32:  transpose(n_out, rank, (const uint32_t *) rows, (uint32_t *) panels); break;
         case QAFLORA_CPU_F16:

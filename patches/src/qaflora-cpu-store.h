@@ -28,7 +28,7 @@ void qaflora_encode_rows(qaflora_cpu_type type, int64_t rank, int64_t n_in, cons
 // of Q8_0_PANEL and Q4_0_PANEL for each rank an F32 scale, then the numbers of QAFLORA_PANEL outputs.
 size_t qaflora_panel_size(qaflora_cpu_type type, int64_t n_out, int64_t rank);
 
-// rows: [n_out, rank] in ggml's rows
+// rows: [n_out, rank] in ggml's rows; panels: zeros, which the last one keeps beyond n_out
 void qaflora_make_panels(qaflora_cpu_type type, int64_t n_out, int64_t rank, const uint8_t * rows, uint8_t * panels);
 
 // rows: F32 [n_out, rank]; type: Q8_0_PANEL or Q4_0_PANEL

@@ -83,9 +83,13 @@ void qaflora_pack_free(qaflora_pack * pack) {
 }
 
 int32_t qaflora_pack_first_layer(const qaflora_pack * pack, int32_t ia) {
-    std::vector<float> alone((size_t) pack->n_adapter*pack->n_layer, 0.0f);
-    std::fill_n(alone.begin() + (size_t) ia*pack->n_layer, pack->n_layer, 1.0f);
-    return pack->first_layer(alone);
+    int32_t res = pack->n_layer;
+    for (const auto & m : pack->modules) {
+        if (std::binary_search(m.adapters.begin(), m.adapters.end(), ia)) {
+            res = std::min(res, m.il);
+        }
+    }
+    return res;
 }
 
 int32_t qaflora_pack_n_alike(const qaflora_pack * pack) {

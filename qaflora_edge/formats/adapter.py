@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -26,8 +27,9 @@ from qaflora_edge.formats.gguf import (
     GgufHeader,
     TensorInfo,
     read_gguf_header,
-    read_values,
+    values_in,
 )
+from qaflora_edge.formats.inputs import open_input, reading
 
 EMBEDDING = "token_embd.weight"
 HEAD = "output.weight"
@@ -151,26 +153,33 @@ def check_values(info: AdapterInfo) -> None:
 
     Raises GgufFileError naming the tensor.
     """
-    for tensor in info.tensors.values():
-        values = read_values(info.path, tensor)
-        if n_bad := np.count_nonzero(~np.isfinite(values)):
-            raise GgufFileError(
-                f"Cannot use adapter {info.path}: {n_bad} of the {values.size} values of tensor "
-                f"{tensor.name} are NaN or infinite; expected finite numbers. {DIVERGED}"
-            )
+    with reading(info.path), open_input(info.path) as file:
+        for tensor in info.tensors.values():
+            values = values_in(file, info.path, tensor)
+            if n_bad := np.count_nonzero(~np.isfinite(values)):
+                raise GgufFileError(
+                    f"Cannot use adapter {info.path}: {n_bad} of the {values.size} values of "
+                    f"tensor {tensor.name} are NaN or infinite; expected finite numbers. {DIVERGED}"
+                )
 
 
-def read_pair(info: AdapterInfo, base_name: str) -> tuple[F32, F32, float]:
+def read_pair(
+    info: AdapterInfo, base_name: str, file: BinaryIO | None = None
+) -> tuple[F32, F32, float]:
     """Read a module of an adapter: A [rank, n_in] and B [n_out, rank] as float32, and its scale.
 
     Of experts, A is [n_expert, rank, n_in] and B [n_expert, n_out, rank].
 
     base_name  the base's tensor, one of info.ranks
+    file       of info.path, where it is open
 
     Raises InputFileError when the file cannot be read any more.
     """
-    a = read_values(info.path, info.tensors[f"{base_name}.lora_a"])
-    b = read_values(info.path, info.tensors[f"{base_name}.lora_b"])
+    if file is None:
+        with reading(info.path), open_input(info.path) as opened:
+            return read_pair(info, base_name, opened)
+    a = values_in(file, info.path, info.tensors[f"{base_name}.lora_a"])
+    b = values_in(file, info.path, info.tensors[f"{base_name}.lora_b"])
     return a, b, info.alpha / info.ranks[base_name]
 
 

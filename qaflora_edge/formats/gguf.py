@@ -9,7 +9,7 @@ import math
 import os
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -41,6 +41,8 @@ STRING = 8
 ARRAY = 9
 U32 = SCALARS[4]
 U64 = SCALARS[10]
+# By the number of dimensions: they, the type and the offset of a tensor.
+PLACES = tuple(struct.Struct(f"<{n_dims}QIQ") for n_dims in range(MAX_DIMS + 1))
 
 Scalar = int | float | bool
 
@@ -87,6 +89,7 @@ class GgufCursor:
         self.path = path
         self.file = file
         self.size_bytes = size_bytes
+        self.max_bytes = min(size_bytes, MAX_HEADER_BYTES)
         self.data = bytearray()
         self.position = 0
 
@@ -104,7 +107,7 @@ class GgufCursor:
 
     def load(self, end: int, field: str) -> None:
         """Read the file up to `end` at least."""
-        if end > min(self.size_bytes, MAX_HEADER_BYTES):
+        if end > self.max_bytes:
             expected = f"a header inside the file's {self.size_bytes} bytes and {MAX_HEADER_BYTES}"
             self.fail(f"the end of {field}", f"byte {end} or later", expected)
         while len(self.data) < end:
@@ -160,7 +163,10 @@ class GgufCursor:
             if relative.setdefault(info.name, info) is not info:
                 self.fail(f"tensor {info.name!r}", "listed twice", "every tensor once")
         begin = -(-self.position // alignment) * alignment
-        tensors = {name: replace(x, offset=begin + x.offset) for name, x in relative.items()}
+        tensors: dict[str, TensorInfo] = {}
+        for name, info in relative.items():  # `replace` is slow, and bundles have many tensors
+            offset = begin + info.offset
+            tensors[name] = TensorInfo(name, info.shape, info.ggml_type, offset, info.n_bytes)
         self.check_places(tensors)
         return GgufHeader(self.path, architecture, metadata, tensors, self.size_bytes)
 
@@ -213,11 +219,10 @@ class GgufCursor:
         name = self.text(f"the name of tensor {index}")
         field = f"tensor {name!r}"
         n_dims = self.count(U32, MAX_DIMS, f"the number of dimensions of {field}")
-        dims = [int(self.scalar(U64, f"the shape of {field}")) for _ in range(n_dims)]
+        place = self.take(PLACES[n_dims].size, f"the shape, type and offset of {field}")
+        *dims, type_number, offset = PLACES[n_dims].unpack_from(self.data, place)
         if not dims or min(dims) < 1:
             self.fail(f"the shape of {field}", dims[::-1], "positive dimensions")
-        type_number = int(self.scalar(U32, f"the type of {field}"))
-        offset = int(self.scalar(U64, f"the offset of {field}"))
         try:
             ggml_type = GGMLQuantizationType(type_number)
             n_block, block_bytes = GGML_QUANT_SIZES[ggml_type]
@@ -324,7 +329,14 @@ def read_values(path: Path, info: TensorInfo) -> F32:
 
     Raises as read_bytes does, and GgufFileError where the type has no floats.
     """
-    data = np.frombuffer(read_bytes(path, info.offset, info.n_bytes), np.uint8)
+    with reading(path), open_input(path) as file:
+        return values_in(file, path, info)
+
+
+def values_in(file: BinaryIO, path: Path, info: TensorInfo) -> F32:
+    """Read a tensor as read_values does, from the open file: of many, opening takes a third."""
+    raw = _read_part(file, path, info.offset, info.n_bytes, GgufFileError)
+    data = np.frombuffer(raw, np.uint8)
     try:
         with np.errstate(invalid="ignore", over="ignore"):  # a block's scale may be NaN
             rows = data.reshape(math.prod(info.shape[:-1]), -1)
@@ -342,8 +354,14 @@ def read_bytes(
 ) -> bytes:
     """Read a part of a file. Raises InputFileError when it is gone, `kind` when it is shorter."""
     with reading(path), open_input(path) as file:
-        file.seek(offset)
-        data = file.read(n_bytes)
+        return _read_part(file, path, offset, n_bytes, kind)
+
+
+def _read_part(
+    file: BinaryIO, path: Path, offset: int, n_bytes: int, kind: type[QafloraError]
+) -> bytes:
+    file.seek(offset)
+    data = file.read(n_bytes)
     if len(data) != n_bytes:
         raise changed(path, kind)
     return data

@@ -5,13 +5,14 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from qaflora_edge.arrays import F32, F64
 from qaflora_edge.errors import StrategyError
 from qaflora_edge.formats.adapter import AdapterInfo, read_pair
+from qaflora_edge.formats.inputs import open_input, reading
 from qaflora_edge.weighing.numbers import softmax
 from qaflora_edge.weighing.strategy import KINDS, QUERIES, Reading
 
@@ -41,8 +42,8 @@ def _common(infos: Sequence[AdapterInfo], layer: int, kinds: Sequence[str]) -> l
     return common
 
 
-def _matrix(info: AdapterInfo, name: str) -> F64:
-    a, b, scale = read_pair(info, name)
+def _matrix(a: F32, b: F32, scale: float) -> F64:
+    """Give a module as P [n, n_embd] with |P x| = |scale B A x| for every x; n is at most rank."""
     wide_a = np.asarray(a, np.float64)
     wide_b = np.asarray(b, np.float64)
     r = np.linalg.qr(wide_b, mode="r")  # B = QR, and |QRx| = |Rx|
@@ -68,7 +69,7 @@ class AttentionInputs:
         self._modules: dict[int, list[list[F64]]] = {}  # layer -> module -> adapter -> [n, n_embd]
         for layer in range(n_layer):
             for name in _common(infos, layer, KINDS):
-                matrices = [_matrix(info, name) for info in infos]
+                matrices = [_matrix(*read_pair(info, name)) for info in infos]
                 if reading == "arrow":
                     matrices = list(map(_direction, matrices))
                 self._modules.setdefault(layer, []).append(matrices)
@@ -121,20 +122,24 @@ class AttentionSizes:
         # layer -> its modules' matrices side by side [n_embd, n], where each begins
         self._matrices: dict[int, tuple[F32, list[int]]] = {}
         self._layers: list[int] = []  # of each module
-        for layer in range(n_layer):
-            matrices = []
-            starts = []
-            n_row = 0
-            for name in _common([info], layer, KINDS):
-                matrix = _matrix(info, name)
-                if matrix.any():
-                    matrices.append(matrix)
-                    starts.append(n_row)
-                    n_row += len(matrix)
-            if matrices:
-                stacked = np.concatenate(matrices).T.astype(np.float32, order="C")
-                self._matrices[layer] = (stacked, starts)
-                self._layers += [layer] * len(matrices)
+        with reading(info.path), open_input(info.path) as file:
+            for layer in range(n_layer):
+                self._add_layer(layer, info, file)
+
+    def _add_layer(self, layer: int, info: AdapterInfo, file: BinaryIO) -> None:
+        matrices = []
+        starts = []
+        n_row = 0
+        for name in _common([info], layer, KINDS):
+            matrix = _matrix(*read_pair(info, name, file))
+            if matrix.any():
+                matrices.append(matrix)
+                starts.append(n_row)
+                n_row += len(matrix)
+        if matrices:
+            side_by_side = np.concatenate(matrices).T
+            self._matrices[layer] = (side_by_side.astype(np.float32, order="C"), starts)
+            self._layers += [layer] * len(matrices)
 
     def sums(self, inputs: F32) -> F64:
         """Sum |scale B A x| of each module over tokens: float64 [n_module].
@@ -187,7 +192,7 @@ class QueryProjections:
                 "; use another strategy."
             )
         self._layer, name = common[-1]
-        self._matrices = [_matrix(info, name) for info in infos]
+        self._matrices = [_matrix(*read_pair(info, name)) for info in infos]
 
     @_on_one_thread()
     def norms(self, inputs: F32) -> F64:
