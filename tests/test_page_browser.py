@@ -89,7 +89,7 @@ def test_strategy_adapters_and_other_settings_go_into_the_request(desk: Desk) ->
     options = desk.texts("#strategy option")
     assert options == [
         *("the bundle's own (qa-flora)", "qa-flora", "spectr", "static", "base"),
-        *("only math", "only es", "only med", "manual"),
+        *("manual", "only math", "only es", "only med"),
     ]
     desk.set("#strategy", "spectr")
     assert "what each adapter adds" in desk.text("#strategy + .hint")
@@ -197,6 +197,23 @@ def test_versions_stand_side_by_side(desk: Desk) -> None:
     desk.reload()
     desk.wait_for_texts()
     assert desk.texts(".turn:first-child .markdown") == ["By static."]
+
+
+def test_of_many_adapters_the_first_five_are_shown(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scripted_server.ADAPTERS", {"demo": [f"a{i}" for i in range(64)]})
+    desk.reload()
+    desk.ask()
+    desk.click(".another summary")
+    desk.window.until("return document.querySelector('.another[open] .chip')")
+    ways = ["the bundle's own (qa-flora)", "qa-flora", "spectr", "static", "base", "manual"]
+    ways += [f"only a{i}" for i in range(5)]
+    assert desk.texts(".another .chip") == [*ways, "59 others"]
+    assert desk.texts("#strategy option")[:11] == ways
+    assert desk.texts("#panel summary") == ["59 others"]
+    desk.click(".another .chip:last-child")
+    assert desk.texts(".another .chip")[-1] == "only a63"
 
 
 def test_the_better_answer_goes_on_and_into_a_task(

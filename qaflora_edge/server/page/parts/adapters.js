@@ -1,7 +1,6 @@
 // Adapters of the server: added by file, folder or Hub name, and removed.
 const MAX_UPLOAD_BYTES = 2 ** 30; // the server's limit: it is told before all is sent
 const takesAdapters = () => Boolean(bundles.get(settings.bundle)?.meta.takes_adapters);
-
 const plainName = title => (title.normalize("NFKD").replace(/\p{M}|\.gguf$/gu, "").match(/[A-Za-z0-9][A-Za-z0-9._-]*/g) ?? ["adapter"]).join("-").slice(0, 64);
 
 const sendAdapter = (title, files) => {

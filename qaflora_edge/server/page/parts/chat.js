@@ -44,9 +44,7 @@ const truncate = n => {
 
 const stop = () => running?.abort();
 
-const newAnswer = strategy => ({
-  model: settings.bundle, strategy, text: "", state: "waiting",
-});
+const newAnswer = strategy => ({ model: settings.bundle, strategy, text: "", state: "waiting" });
 
 // Leave this chat for another one.
 const showChat = next => {
@@ -62,7 +60,6 @@ const showChat = next => {
 };
 
 const newSeed = () => Math.floor(Math.random() * 2 ** 31);
-
 // Ask for one more version of a turn. Those under different strategies draw alike, unless the settings have a seed.
 const answerTurn = async (view, strategy) => {
   if (running) return;

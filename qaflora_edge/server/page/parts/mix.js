@@ -1,7 +1,6 @@
 // The mix of an answer: a bar of the adapters' shares, which opens into what decided.
 const N_HUE = 8;
 const hue = (name, adapters) => `hue-${Math.max(0, adapters.indexOf(name)) % N_HUE}`;
-
 const hueOf = (name, adapters) => adapters.includes(name) ? hue(name, adapters) : "hue-base";
 const entry = (name, adapters, ...more) => el("span", { className: `entry ${hueOf(name, adapters)}` }, el("i"), el("bdi", {}, name), ...more);
 

@@ -12,12 +12,12 @@ const readModels = models => {
 };
 
 const adaptersOf = bundle => bundles.get(bundle)?.adapters ?? [];
-
 const ownName = () => {
   const own = bundles.get(settings.bundle).meta.strategy;
   return own ? `the bundle's own (${own})` : "the bundle's own";
 };
-const strategyName = strategy => strategy.startsWith("single:") ? `only ${strategy.slice(7)}` : strategy;
+const isSingle = strategy => strategy.startsWith("single:");
+const strategyName = strategy => isSingle(strategy) ? `only ${strategy.slice(7)}` : strategy;
 const strategyHelp = strategy => {
   const own = strategy || bundles.get(settings.bundle).meta.strategy || "";
   const help = helps[own.split(":")[0]] ?? "";
@@ -44,7 +44,7 @@ const requestOf = strategy => {
 };
 
 // Whether a strategy mixes the adapters that are ticked.
-const isChosen = strategy => strategy !== "manual" && strategy !== "base" && !strategy.startsWith("single:");
+const isChosen = strategy => strategy !== "manual" && strategy !== "base" && !isSingle(strategy);
 // Whether it weighs them anew for each question.
 const isProbed = strategy => isChosen(strategy) && strategy !== "static";
 const weightOf = name => settings.weights[settings.bundle]?.[name] ?? 0.5;
@@ -69,10 +69,12 @@ const numberField = (label, name, properties, hint) => field(label, el("input", 
   },
 }), hint);
 
-// All that the bundle can be asked under, its own first.
-const strategyNames = () => ["", ...bundles.get(settings.bundle)?.strategies ?? [], ...(adaptersOf(settings.bundle).length ? ["manual"] : [])];
+// All that the bundle can be asked under: its own first, single adapters last.
+const strategyNames = () => {
+  const names = bundles.get(settings.bundle)?.strategies ?? [], manual = adaptersOf(settings.bundle).length ? ["manual"] : [];
+  return ["", ...names.filter(name => !isSingle(name)), ...manual, ...names.filter(isSingle)];
+};
 const strategyLabel = strategy => strategy ? strategyName(strategy) : ownName();
-
 const strategySelect = () => {
   const names = strategyNames();
   if (!names.includes(settings.strategy)) settings.strategy = "";

@@ -18,8 +18,7 @@ const read = (storage, name, fallback) => {
 };
 
 const settings = read(forBrowser, "settings", {
-  bundle: "", strategy: "", system: "",
-  temperature: "", max_tokens: "", seed: "",
+  bundle: "", strategy: "", system: "", temperature: "", max_tokens: "", seed: "",
   isKeeping: true, // whether chats go into the database
   off: {}, // bundle -> names of adapters that are not in use
   weights: {}, // bundle -> adapter -> weight, of the strategy "manual"

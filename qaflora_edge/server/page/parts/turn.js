@@ -95,9 +95,13 @@ const turnView = (turn, on) => {
 
   const retry = button("Ask again, with the settings as they are now", "retry", () => on.ask(made, settings.strategy));
   const ways = el("div", { className: "chips" });
-  const another = el("details", { className: "another", ontoggle: () => ways.replaceChildren(...strategyNames().map(strategy =>
-    el("button", { type: "button", className: "chip", onclick: () => { another.open = false; on.ask(made, strategy); } }, strategyLabel(strategy)))) },
-  el("summary", {}, "Another version"), ways);
+  const way = strategy => el("button", { type: "button", className: "chip", onclick: () => { another.open = false; on.ask(made, strategy); } }, strategyLabel(strategy));
+  const offer = () => {
+    const names = strategyNames(), n_single = names.filter(isSingle).length, rest = n_single > N_ALL ? names.splice(N_TOP - n_single) : [];
+    ways.replaceChildren(...names.map(way));
+    if (rest.length) ways.append(el("button", { type: "button", className: "chip", onclick: event => event.target.replaceWith(...rest.map(way)) }, `${rest.length} others`));
+  };
+  const another = el("details", { className: "another", ontoggle: offer }, el("summary", {}, "Another version"), ways);
   const versions = el("div", { className: "versions" }, retry, chips, another);
   element.append(question, answers, versions);
   turn.answers.forEach(append);
