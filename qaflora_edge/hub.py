@@ -35,7 +35,6 @@ from qaflora_edge.errors import (
 from qaflora_edge.files import CHUNK_BYTES, AnyPath, atomic_path, cache_dir, cache_lock, make_folder
 from qaflora_edge.formats.bundle import (
     BUNDLE_FILE,
-    BaseRecord,
     packed_files,
     read_bundle_text,
     safe_join,
@@ -53,7 +52,6 @@ from qaflora_edge.formats.names import (
     local_path,
     models_dir,
     parse_hub_ref,
-    pulled_model,
 )
 from qaflora_edge.progress import TellCount, silent
 from qaflora_edge.settings import bundle_places
@@ -122,16 +120,6 @@ def pulled_path(text: str) -> Path | None:
     except (ValueError, OSError):  # the library's errors for what is not here
         return None
     return whole_path(Path(folder), ref.file)
-
-
-def recorded_base(folder: Path, base: BaseRecord) -> Path | None:
-    """Find the base where bundle.json says, else where `qaflora pull` puts it, else None."""
-    with contextlib.suppress(ValueError, OSError):  # a name that no file can have
-        if base.file and (folder / base.file).is_file():  # an absolute file stays absolute
-            return folder / base.file
-    if base.hub and (path := pulled_path(base.hub)):
-        return path
-    return pulled_model(base.registry) if base.registry else None
 
 
 def whole_path(folder: Path, file: str | None) -> Path | None:
@@ -416,7 +404,6 @@ def _telling(progress: TellCount) -> type[Any]:
 
 
 def _check_names(response: Any) -> None:
-    """Refuse an answer about a file that would be kept outside of the cache."""
     if response.request.method != "HEAD":
         return
     for name in _NAMES:

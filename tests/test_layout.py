@@ -8,6 +8,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from bundles import make_bundle, rewrite
 from layout import cycle, imports, module_paths, table_rows
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -72,3 +73,21 @@ def test_import_of_the_package_is_quick_and_loads_no_library() -> None:
         assert loaded == "set()"
         times.append(float(seconds) / max(0.1, 5 * float(start)))
     assert min(times) < 1
+
+
+def test_a_first_chat_loads_few_modules(tmp_path: Path) -> None:
+    """Under two-place, as `demo` has it."""
+    folder = make_bundle(tmp_path, calibrate=True).folder
+    rewrite(folder, lambda raw: raw["fusion"].update(strategy="two-place"))
+    code = (
+        "import sys\n"
+        "from qaflora_edge import Engine\n"
+        "with Engine(sys.argv[1]) as engine:\n"
+        "    engine.chat([{'role': 'user', 'content': 'the thing'}], max_tokens=1)\n"
+        "print(*(name for name in sys.modules if name.split('.')[0] == 'qaflora_edge'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True)
+    modules = done.stdout.split()
+    assert "qaflora_edge.dialects.openai_chat" in modules
+    assert len(modules) <= 52
+    assert not {"qaflora_edge.peft", "qaflora_edge.convert"} & set(modules)

@@ -159,8 +159,6 @@ def _load(
     if text is None:
         states = {path: file_state(path) for path in (place, *paths.values())}
     else:
-        from qaflora_edge.hub import recorded_base
-
         paths = adapter_paths(place, text)
         recorded = recorded_base(place, text.base)
         if recorded is None:
@@ -192,6 +190,22 @@ def _load(
 def verify_bundle(folder: Path, progress: Tell = silent) -> Opened:
     """Load a bundle and hash all of its files again, the base included."""
     return load_bundle(folder, always_hash=True, progress=progress)
+
+
+def recorded_base(folder: Path, base: BaseRecord) -> Path | None:
+    """Find the base where bundle.json says, else where `qaflora pull` puts it, else None."""
+    from qaflora_edge.formats.names import pulled_model
+
+    with suppress(ValueError, OSError):  # a name that no file can have
+        if base.file and (folder / base.file).is_file():  # an absolute file stays absolute
+            return folder / base.file
+    if base.hub:
+        from qaflora_edge.hub import pulled_path
+
+        path = pulled_path(base.hub)
+        if path is not None:
+            return path
+    return pulled_model(base.registry) if base.registry else None
 
 
 def how_to_get_base(folder: Path, base: BaseRecord) -> str:

@@ -274,8 +274,8 @@ def samples(folder: Path, name: str, file: str) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print bundle.json, and where the base is.")
 def show(folder: Path, as_json: bool) -> None:
     """Show what a bundle says of itself; its files need not be there."""
+    from qaflora_edge.bundles.open import recorded_base
     from qaflora_edge.formats.bundle import read_bundle_text
-    from qaflora_edge.hub import recorded_base
 
     if not as_json:
         click.echo(describe(folder))
@@ -288,9 +288,8 @@ def show(folder: Path, as_json: bool) -> None:
 
 def describe(folder: Path) -> str:
     """Give a bundle's description as lines to read; its files need not be there."""
-    from qaflora_edge.bundles.open import how_to_get_base
+    from qaflora_edge.bundles.open import how_to_get_base, recorded_base
     from qaflora_edge.formats.bundle import read_bundle_text
-    from qaflora_edge.hub import recorded_base
     from qaflora_edge.weighing.weigher import known_of
 
     text = read_bundle_text(folder)

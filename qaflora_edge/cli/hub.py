@@ -31,10 +31,11 @@ def pull(ref: str, with_base: bool, update: bool) -> None:
     comes from the Hub goes to its own cache, shared with other tools. Files that are here are not
     fetched again. Prints where it is.
     """
+    from qaflora_edge.bundles.open import recorded_base
     from qaflora_edge.bundles.source import fetch_base
     from qaflora_edge.formats.bundle import read_bundle_text
     from qaflora_edge.formats.names import from_address, load_registry
-    from qaflora_edge.hub import fetch_hub, fetch_model, recorded_base
+    from qaflora_edge.hub import fetch_hub, fetch_model
 
     ref = from_address(ref)
     with progress_bars() as tell:

@@ -8,7 +8,7 @@ from qaflora_edge.arrays import F32
 from qaflora_edge.config import PROBING, SHAPING
 from qaflora_edge.errors import StrategyError
 from qaflora_edge.weighing.strategy import QUERIES, Measured, Mix, Probe, Query, Strategy
-from qaflora_edge.weighing.unmeasured import DISTANCES, Spectral, check_typical
+from qaflora_edge.weighing.unmeasured import DISTANCES, Spectral
 
 TEMPERATURE = 0.01  # of DAM's own experiments (its README, --router_temp)
 
@@ -37,6 +37,8 @@ class Calibrated(Strategy):
     needs_typical = ("norm", "raw", "question_norm", "question_raw")  # any lens, any pool
 
     def check(self, argument: Any, query: Query) -> None:
+        from qaflora_edge.weighing.calibration import check_typical
+
         place = "" if query.pool == "last" else f" at pool {query.pool}"
         check_typical(self.name, query, [_key(query)], f"with lens {query.lens}{place}")
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from qaflora_edge.arrays import F64
 from qaflora_edge.config import LENSES
+from qaflora_edge.errors import StrategyError
 from qaflora_edge.weighing.numbers import typical_divergence
 from qaflora_edge.weighing.strategy import Query
 
@@ -99,6 +100,20 @@ def _neutral_distances(query: Query, keys: Sequence[str]) -> F64:
     n_prompt = min(map(len, rows))
     shared = np.array([row[:n_prompt] for row in rows], np.float64)
     return shared.reshape(len(query.adapters), len(keys), n_prompt)
+
+
+def check_typical(strategy: str, query: Query, keys: Sequence[str], how: str) -> None:
+    """Raise StrategyError where an adapter lacks one of some keys of `typical`."""
+    missing = []
+    for name in query.adapters:
+        typical = query.typical.get(name, {})
+        if not all(key in typical for key in keys):
+            missing.append(name)
+    if missing:
+        raise StrategyError(
+            f"Strategy {strategy} needs typical divergences, missing for {', '.join(missing)} "
+            f"{how}; measure them with `qaflora bundle calibrate DIR`."
+        )
 
 
 def adds_nothing(typical: Mapping[str, Mapping[str, float]]) -> bool:

@@ -33,8 +33,9 @@ Span = tuple[int, int]  # begin and end of a part of a prompt
 Typical = Mapping[str, Mapping[str, Any]]
 
 ENTRY_POINTS = "qaflora_edge.strategies"  # the group in which packages offer theirs
-# Modules beside this one; strategies of baselines.py; names of strategies that are options now.
-_BUILT_IN = ("two_place", "relay", "unmeasured")
+_BUILT_IN = ("two-place", "relay", "qa-flora", "spectr", "static", "single", "manual", "base")
+_MODULES = {"two-place": "two_place", "relay": "relay"}  # the others are in `unmeasured`
+# Strategies of baselines.py; names of strategies that are options now.
 BASELINES = ("calibrated", "norm", "centroid", "arrow")
 _OLD_NAMES = {name: f"qa-flora:distance={name}" for name in ("cosine", "euclidean")}
 HIDDEN = (*BASELINES, *_OLD_NAMES)  # that work where they are named, and are listed nowhere
@@ -252,8 +253,8 @@ def register_strategy(strategy: Strategy) -> None:
 
     Raises StrategyError for a wrong or taken name, or an object without weigh().
     """
-    _load_built_in()
     name = str(getattr(strategy, "name", None))
+    _load_built_in(name)
     is_one = isinstance(strategy, Strategy) and type(strategy).weigh is not Strategy.weigh
     if not is_one or not _NAME.fullmatch(name):
         raise StrategyError(
@@ -280,9 +281,11 @@ def strategies() -> list[Strategy]:
 
     Those of BASELINES are there once they were named.
     """
-    _load_built_in()
+    for name in _BUILT_IN:
+        _load_built_in(name)
     _load_entry_points()
-    return list(_registry.values())
+    others = [strategy for name, strategy in _registry.items() if name not in _BUILT_IN]
+    return [_registry[name] for name in _BUILT_IN] + others
 
 
 def offered() -> list[Strategy]:
@@ -292,7 +295,7 @@ def offered() -> list[Strategy]:
 
 def find_strategy(name: str) -> Strategy | None:
     """Find a strategy by name, and import what it needs."""
-    _load_built_in()
+    _load_built_in(name)
     if name in BASELINES and name not in _registry:
         _registry[name] = import_module("qaflora_edge.weighing.baselines").STRATEGIES[name]
     if name not in _registry:
@@ -387,11 +390,12 @@ def measured_by(text: str) -> Measured:
     return Strategy.measured if strategy is None else strategy.measured_under(options)
 
 
-@cache
-def _load_built_in() -> None:
-    for name in _BUILT_IN:
-        module = import_module(f"qaflora_edge.weighing.{name}")
-        _registry.update({strategy.name: strategy for strategy in module.STRATEGIES})
+def _load_built_in(name: str) -> None:
+    """Import the strategy of this name, if it is one of the package."""
+    if name in _BUILT_IN and name not in _registry:
+        module = import_module(f"qaflora_edge.weighing.{_MODULES.get(name, 'unmeasured')}")
+        for strategy in module.STRATEGIES:
+            _registry.setdefault(strategy.name, strategy)
 
 
 @cache

@@ -13,7 +13,6 @@ from qaflora_edge.arrays import F32, F64
 from qaflora_edge.config import Option
 from qaflora_edge.errors import StrategyError
 from qaflora_edge.weighing.strategy import ADDED, Mix, Probe, Query, Reason, Strategy
-from qaflora_edge.weighing.unmeasured import check_typical
 
 Taken = dict[int, str]  # adapter's index -> the place that it is taken for, the answer first
 FIRST, LATER = ("added_last", "added_question"), ("later_last", "later_question")
@@ -46,7 +45,7 @@ class TwoPlace(Strategy):
     needs_typical: ClassVar[tuple[str, ...]] = (*FIRST, "added_text", *LATER)
 
     def check(self, argument: Any, query: Query) -> None:
-        from qaflora_edge.weighing.calibration import adds_nothing
+        from qaflora_edge.weighing.calibration import adds_nothing, check_typical
 
         check_typical(self.name, query, self.needs_typical, f"({', '.join(self.needs_typical)})")
         silent = [name for name in query.adapters if adds_nothing(query.typical[name])]

@@ -171,17 +171,3 @@ def _checked(name: str, adapters: Sequence[str], where: str) -> str:
             f"expected one of: {', '.join(adapters) or 'none is loaded'}."
         )
     return name
-
-
-def check_typical(strategy: str, query: Query, keys: Sequence[str], how: str) -> None:
-    """Raise StrategyError where an adapter lacks one of some keys of `typical`."""
-    missing = []
-    for name in query.adapters:
-        typical = query.typical.get(name, {})
-        if not all(key in typical for key in keys):
-            missing.append(name)
-    if missing:
-        raise StrategyError(
-            f"Strategy {strategy} needs typical divergences, missing for {', '.join(missing)} "
-            f"{how}; measure them with `qaflora bundle calibrate DIR`."
-        )
