@@ -205,7 +205,6 @@ def last_error() -> str:
 
 
 def _keep_log() -> None:
-    """Keep the library's log off the terminal, and its errors for `logged`."""
     global _log_callback
     binding = import_module("llama_cpp.llama_cpp")
 

@@ -328,7 +328,6 @@ def _reviewed_layout(pair: _Pair) -> layouts.Layout:
 
 
 def _tensor_names(pair: _Pair) -> gguf.TensorNameMap:
-    """Give gguf's map from HF's names to tensors of block 0. That of all blocks takes megabytes."""
     for arch, name in gguf.MODEL_ARCH_NAMES.items():
         if name == pair.header.architecture:
             return gguf.get_tensor_name_map(arch, 1)

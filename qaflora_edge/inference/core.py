@@ -526,7 +526,6 @@ class Probes:
         return None
 
     def _read_again(self) -> KvState | None:
-        """Give the base's KV state of the prompt, where its slot is kept."""
         if self.weighed is None or self.weighed.slot is None:
             return None
         return self._core.context.kv_state_of(self.weighed.slot)

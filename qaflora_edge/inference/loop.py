@@ -198,7 +198,6 @@ class Loop:
         self._scheduler.remove_ended()
 
     def _shrink_unused(self) -> None:
-        """Make slots as small as at first, where nobody has needed more for a while."""
         n_first, running = self._n_ctx_first, self._scheduler.running
         now = time.monotonic()
         if any(each.n_ctx > n_first for each in (*self._scheduler.waiting, *running)):

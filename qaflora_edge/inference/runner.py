@@ -155,7 +155,6 @@ class Runner:
                 self._begin(sequence, last_row)
 
     def _take_over(self, sequence: RunningSequence, slot: Slot, written: Written) -> None:
-        """Begin an answer with what was drafted of it: as if it had been computed here."""
         draft = written.draft
         assert written.state is not None
         sequence.written = None

@@ -162,7 +162,8 @@ async def apply_template(request: Request) -> Computed:
     chat = openai_chat.conversation(call.fields)
 
     def compute(engine: Engine, out: Computed) -> None:
-        out.send({"prompt": spelt(engine, engine.read(chat).tokens)})
+        tokens = engine.read(chat).tokens
+        out.send({"prompt": spelt(engine, tokens)})
 
     return Computed(call, compute, is_light=True)
 
@@ -177,8 +178,9 @@ async def weights(request: Request) -> Computed:
         raise wrong_field("prompt", body.prompt, "either prompt or messages")
 
     def compute(engine: Engine, out: Computed) -> None:
+        prompt = body.messages or body.prompt
         fusion = engine.weights(
-            body.messages or body.prompt,
+            prompt,
             strategy=strategy,
             adapters=adapters,
             raw=bool(body.raw),
@@ -258,7 +260,8 @@ async def detokenize(request: Request) -> Computed:
         text = ""
         if tokens:
             with engine.model() as model:
-                text = spelt(engine, checked_tokens(model, tokens, bodies.MAX_TOKENS))
+                checked = checked_tokens(model, tokens, bodies.MAX_TOKENS)
+            text = spelt(engine, checked)
         out.send({"content": text})
 
     return Computed(call, compute, is_light=True)

@@ -87,15 +87,18 @@ class Recorder:
             status = 500
             raise
         finally:
-            facts["whole_ms"] = 1e3 * (time.perf_counter() - start_s)
-            self._metrics.add(getattr(scope.get("route"), "path", "other"), status, facts)
+            seconds = time.perf_counter() - start_s
+            facts["whole_ms"] = 1e3 * seconds
+            path = getattr(scope.get("route"), "path", "other")
+            self._metrics.add(path, status, facts)
             log.info("%s", _line(scope, status, facts))
 
 
 def _line(scope: Scope, status: int, facts: Mapping[str, Any]) -> str:
     client = "-"
     if scope.get("client"):
-        client = ascii(scope["client"][0])[1:-1]
+        host, _ = scope["client"]
+        client = ascii(host)[1:-1]
     whole = f"{facts['whole_ms']:.1f}ms"
     path = ascii(scope["path"][:100])[1:-1]
     parts = [client, scope["method"], path, str(status), whole]

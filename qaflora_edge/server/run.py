@@ -122,7 +122,6 @@ class Connection(H11Protocol):
         self._refuse(Refusal(503, message, code="too_many_connections"))
 
     def _refuse(self, refused: Refusal) -> None:
-        """Answer without a request, unless an answer has begun, and close."""
         if self.is_idle or not self.cycle.response_started:
             body = json.dumps(refused.body).encode()
             lines = [

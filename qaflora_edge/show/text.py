@@ -53,12 +53,14 @@ def visible(text: str) -> str:
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lay out rows as lines: the first column to the left, others to the right."""
-    by_column = zip_longest(*rows, fillvalue="")
-    first_width, *widths = [max(map(len, column)) for column in by_column]
+    widths = []
+    for column in zip_longest(*rows, fillvalue=""):
+        widths.append(max(map(len, column)))
+    first_width, *other_widths = widths
     lines = []
     for first, *others in rows:
         cells = [first.ljust(first_width)]
-        for cell, width in zip(others, widths, strict=False):
+        for cell, width in zip(others, other_widths, strict=False):
             cells.append(cell.rjust(width))
         lines.append("   ".join(cells).rstrip())
     return lines
@@ -89,7 +91,8 @@ def crop(text: str, width: float, measure: Callable[[str], float] = len) -> str:
     measure  the width of a text; it may not shrink when the text grows
     """
     words = text[: 2 * CHARS_MAX].split()
-    line = spelt(" ".join(words))[:CHARS_MAX]
+    one_line = spelt(" ".join(words))
+    line = one_line[:CHARS_MAX]
     if measure(line) <= width:
         return line
 
@@ -113,11 +116,17 @@ def who_spoke(weights: FusionWeights | Mapping[str, float]) -> str:
     elif weights.relay is None:
         by_name = weights.means
     else:
-        return f"{spelt(weights.relay.knower)} → {spelt(weights.relay.writer)}"
+        knower = spelt(weights.relay.knower)
+        writer = spelt(weights.relay.writer)
+        return f"{knower} → {writer}"
     heaviest_first = sorted(by_name.items(), key=lambda item: -item[1])
-    speakers = [(name, round(mean, 2)) for name, mean in heaviest_first if round(mean, 2)]
+    speakers = []
+    for name, mean in heaviest_first:
+        weight = round(mean, 2)
+        if weight:
+            speakers.append(f"{spelt(name)} ×{weight:g}")
     n_shown = N_TOP if len(speakers) > N_ALL else len(speakers)
-    parts = [f"{spelt(name)} ×{weight:g}" for name, weight in speakers[:n_shown]]
+    parts = speakers[:n_shown]
     parts += others(len(speakers) - n_shown)
     return " · ".join(parts) or "base"
 
@@ -142,7 +151,8 @@ def top(fusion: FusionWeights) -> list[int]:
             score = float(fusion.divergence[index].mean())
         return float(fusion.weights[index].mean()), score
 
-    return sorted(sorted(range(n_adapter), key=rank)[-N_TOP:])
+    by_rank = sorted(range(n_adapter), key=rank)
+    return sorted(by_rank[-N_TOP:])
 
 
 def why(fusion: FusionWeights) -> str:
@@ -163,7 +173,10 @@ def reason_rows(fusion: FusionWeights) -> list[list[str]]:
     heads = ["adapter", "weight"]
     shown = top(fusion)
     means = list(fusion.means.items())
-    rows = [[means[index][0], f"{means[index][1]:.2f}"] for index in shown]
+    rows = []
+    for index in shown:
+        name, mean = means[index]
+        rows.append([name, f"{mean:.2f}"])
     last_rows = [[text] for text in others(len(means) - len(shown))]
     if not reasons:
         return [heads, *rows, *last_rows]
@@ -173,7 +186,8 @@ def reason_rows(fusion: FusionWeights) -> list[list[str]]:
     last_row = ["threshold", ""]
     for place in reasons[0].scores:
         heads.append(place)
-        last_row.append(f"{thresholds[place]:.2f}" if place in thresholds else "")
+        threshold = thresholds.get(place)
+        last_row.append("" if threshold is None else f"{threshold:.2f}")
         for row, reason in zip(rows, reasons, strict=True):
             row.append(f"{reason.scores[place]:{digits}}")
     if any(reason.taken_as for reason in reasons):
@@ -190,7 +204,8 @@ def facts(fusion: FusionWeights) -> str:
     parts = [f"strategy {fusion.strategy}"]
     if fusion.divergence is not None:
         for option in fusion.measured.reads:
-            parts.append(f"{option} {getattr(fusion, option)}")
+            value = getattr(fusion, option)
+            parts.append(f"{option} {value}")
     parts.append(f"{fusion.prompt_tokens} prompt tokens")
     if fusion.probe_ms > 0:
         parts.append(f"probe {fusion.probe_ms:.0f} ms")
@@ -233,7 +248,8 @@ def print_heatmap(
     stream = stream or sys.stdout
     is_terminal = False if is_plain else None
     console = Console(file=stream, highlight=False, markup=False, force_terminal=is_terminal)
-    blocks = BLOCKS if can_show(BLOCKS + "·", stream.encoding) else ASCII_BLOCKS
+    has_blocks = can_show(BLOCKS + "·", stream.encoding)
+    blocks = BLOCKS if has_blocks else ASCII_BLOCKS
     console.print(visible(who_spoke(fusion)))
     if reason := why(fusion):
         console.print(visible(reason))
@@ -269,12 +285,14 @@ def _layers(fusion: FusionWeights, blocks: str, width: int) -> Table:
     heads = ["mean"]
     if fusion.divergence is not None:
         heads.append(fusion.measured.name)
-    n_before = max(map(len, names)) + 2  # columns before the cells
+    longest = max(map(len, names))
+    n_before = longest + 2  # columns before the cells
     for head in heads:
         n_before += 2 + max(5, len(head))
     room = max(8, width - n_before)
     n_together = math.ceil(n_layer / room)  # layers of one cell
-    n_column = min(CELL_MAX, room // math.ceil(n_layer / n_together))
+    n_cell = math.ceil(n_layer / n_together)
+    n_column = min(CELL_MAX, room // n_cell)
     table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, header_style="")
     table.add_column("", no_wrap=True)
     for head in heads:
@@ -284,11 +302,13 @@ def _layers(fusion: FusionWeights, blocks: str, width: int) -> Table:
         row = fusion.weights[index]
         cells = []
         for at in range(0, n_layer, n_together):
-            mean = float(row[at : at + n_together].mean())
-            cells.append(_block(mean, ends, blocks) * n_column)
+            together = row[at : at + n_together]
+            block = _block(float(together.mean()), ends, blocks)
+            cells.append(block * n_column)
         numbers = [f"{row.mean():.2f}"]
         if fusion.divergence is not None:
-            numbers.append(f"{fusion.divergence[index].mean():.3g}")
+            measure = fusion.divergence[index].mean()
+            numbers.append(f"{measure:.3g}")
         drawn = Text("".join(cells), style="cyan")
         table.add_row(Text(name), *numbers, drawn)
     for text in others(len(fusion.adapters) - len(shown)):
@@ -302,13 +322,16 @@ def _block(weight: float, ends: tuple[float, float], blocks: str) -> str:
     low, high = ends
     share = (weight - low) / (high - low) * len(blocks)
     index = int(share + 1e-9)
-    return blocks[max(0, min(len(blocks) - 1, index))]
+    last = len(blocks) - 1
+    return blocks[max(0, min(last, index))]
 
 
 def _ticks(n_layer: int, n_together: int, n_column: int) -> str:
     text = ""
-    for layer in range(0, n_layer, TICK * n_together):
-        text = text.ljust(layer // n_together * n_column) + str(layer)
+    step = TICK * n_together
+    for layer in range(0, n_layer, step):
+        column = layer // n_together * n_column
+        text = text.ljust(column) + str(layer)
     n_cell = math.ceil(n_layer / n_together)
     if len(text) > n_cell * n_column:
         return text.split(" ")[0]
