@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from raw_context import RawContext, Row, project, stats
+from refusals import refused
 from stock import StockContext, write_merged
 from tiny import (
     MORE_KERNELS,
@@ -273,16 +274,12 @@ def test_what_cannot_be_converted_is_refused(
 ) -> None:
     base = write_tiny_base(tmp_path / "base.gguf", n_head_dim=12)
     adapter = write_tiny_adapter(tmp_path / "a.gguf", base, targets=["attn_output"])
-    with pytest.raises(BackendError) as caught:
-        load(base, [adapter], adapter_type="q4_0")
-    assert str(caught.value) == (
+    assert refused(BackendError, load, base, [adapter], adapter_type="q4_0") == (
         f"Adapters cannot be loaded: {adapter.path}: 'blk.0.attn_output.weight.lora_a' has rows of "
         "48 numbers, expected a multiple of 32 to convert it to q4_0; load the adapter as it is."
     )
     monkeypatch.setenv("QAFLORA_CPU_KERNELS", "ggml")
-    with pytest.raises(BackendError) as caught:
-        load(base, [adapter], adapter_type="q8_0")
-    assert str(caught.value) == (
+    assert refused(BackendError, load, base, [adapter], adapter_type="q8_0") == (
         "Adapters cannot be loaded: adapters cannot be converted to q8_0: the products with "
         "'blk.0.attn_output.weight' are not those of the CPU's kernels; load them as they are, "
         "or the base with no layers on a device."
@@ -613,9 +610,7 @@ def test_divergence_that_is_not_finite_is_reported(tmp_path: Path, dtype: str) -
     base = write_tiny_base(tmp_path / "base.gguf", dtype=dtype)
     states = np.ones((3, base.n_layer, base.n_embd), np.float32)
     states[2, 1, 5] = np.nan
-    with pytest.raises(BackendError) as caught:
-        divergence(base, states, "norm")
-    assert str(caught.value) == (
+    assert refused(BackendError, divergence, base, states, "norm") == (
         "Divergences cannot be computed: adapter 1 moves the state after block 1 by more than can "
         "be measured, or one of the two is not finite; leave it out, or convert it again."
     )
@@ -639,9 +634,7 @@ def test_special_tokens_are_those_that_the_library_tells_of_each(tmp_path: Path)
 def test_pack_names_what_does_not_fit(tmp_path: Path, base: TinyBase) -> None:
     wide = write_tiny_base(tmp_path / "wide.gguf", n_embd=96, n_head=6, n_head_kv=3)
     fitting = write_tiny_adapter(tmp_path / "a.gguf", base, targets=["attn_k"]).path
-    with pytest.raises(BackendError) as caught:
-        Pack(Model(read_base(wide.path)), [fitting])
-    assert str(caught.value) == (
+    assert refused(BackendError, Pack, Model(read_base(wide.path)), [fitting]) == (
         f"Adapters cannot be loaded: {fitting}: 'blk.0.attn_k.weight' is [32, 64], "
         "the base has [48, 96]; use the base that the adapter was trained on."
     )

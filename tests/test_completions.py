@@ -84,9 +84,10 @@ def test_several_choices_are_those_of_single_calls(engine: Engine) -> None:
     assert whole["usage"]["total_tokens"] == n_prompt + whole["usage"]["completion_tokens"]
     chunks = list(engine.chat(USER, n=2, seed=5, **asked, stream=True))
     assert [text_of(chunks, i) for i in range(2)] == [message["content"] for message in single]
-    with pytest.raises(OptionError) as caught:
-        engine.chat(USER, n=0)
-    assert str(caught.value) == "Option n is 0, expected a number of answers from 1 up."
+    assert (
+        refused(OptionError, engine.chat, USER, n=0)
+        == "Option n is 0, expected a number of answers from 1 up."
+    )
 
 
 def test_content_may_come_in_parts(engine: Engine) -> None:
@@ -474,9 +475,7 @@ def test_wrong_tools_and_choices_are_refused(engine: Engine) -> None:
         "Option tools has 'x', expected {'type': 'function', 'function': "
         "{'name': ..., 'description': ..., 'parameters': a JSON schema}}."
     )
-    with pytest.raises(OptionError) as caught:
-        engine.chat(USER, tools=[TIME], tool_choice="always")
-    assert str(caught.value) == (
+    assert refused(OptionError, engine.chat, USER, tools=[TIME], tool_choice="always") == (
         "Option tool_choice is 'always', expected auto, none, required, or {'type': 'function', "
         "'function': {'name': ...}} with a name out of: time."
     )
@@ -558,9 +557,7 @@ def test_templates_take_variables(engine: Engine, monkeypatch: Any) -> None:
 def test_template_without_tools_is_refused(engine: Engine, monkeypatch: Any, written: str) -> None:
     template = CHATML + "{% if tools %}" + written + "{% endif %}"
     monkeypatch.setattr(engine._model, "chat_template", template)
-    with pytest.raises(ToolsError) as caught:
-        engine.chat(USER, tools=[TIME])
-    assert str(caught.value) == (
+    assert refused(ToolsError, engine.chat, USER, tools=[TIME]) == (
         "The chat template of base.gguf has no tools in a form that we read, expected that of "
         "Qwen, Llama 3, Gemma 4, Phi-4-mini, Mistral, Granite, SmolLM3 or LFM2; ask without, or "
         "use such a base."
@@ -603,9 +600,7 @@ def test_openais_options_that_change_nothing_are_taken(engine: Engine) -> None:
 def test_options_that_cannot_be_followed_are_refused(
     engine: Engine, options: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(OptionError) as caught:
-        engine.chat(USER, **options)
-    assert str(caught.value) == message
+    assert refused(OptionError, engine.chat, USER, **options) == message
 
 
 def test_log_probabilities_are_those_of_the_logits(engine: Engine) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+from refusals import refused
 
 from qaflora_edge.errors import OutputFileError, PromptError, SessionFileError
 from qaflora_edge.files import package_data
@@ -109,9 +110,7 @@ def test_the_format_is_as_documented(path: Path) -> None:
 def test_saving_spares_other_files(path: Path, tmp_path: Path) -> None:
     path.write_text('{"format": "mine"}', encoding="utf-8")
     for place in (path, tmp_path):
-        with pytest.raises(OutputFileError) as failure:
-            save(place, TALK)
-        assert str(failure.value) == (
+        assert refused(OutputFileError, save, place, TALK) == (
             f"Cannot save the session to {place}: something else is there, expected no file or an "
             "older session file. Choose another name."
         )
@@ -160,9 +159,7 @@ def test_hostile_files_are_refused_by_name(path: Path, case: str) -> None:
 
 
 def test_a_file_that_is_not_there_is_said(tmp_path: Path) -> None:
-    with pytest.raises(SessionFileError) as failure:
-        load_session(tmp_path / "none.json")
-    assert str(failure.value) == (
+    assert refused(SessionFileError, load_session, tmp_path / "none.json") == (
         f"Cannot load the session {tmp_path}/none.json: No such file or directory; expected a file "
         "written by /save. Check the name, or take a copy of the file."
     )

@@ -12,6 +12,7 @@ import pytest
 from bundles import TinyBundle
 from patience import PATIENCE_S, wait_until
 from pypdf import PdfReader, PdfWriter
+from refusals import refused
 from serving import client_of, listening
 from starlette.testclient import TestClient
 
@@ -86,9 +87,7 @@ def test_characters_that_no_text_has_are_left_out() -> None:
     ],
 )
 def test_what_cannot_be_read_is_said(data: bytes, fault: str) -> None:
-    with pytest.raises(InputFileError) as raised:
-        document_text("a.pdf", data)
-    assert str(raised.value) == f"Cannot read a.pdf: {fault}"
+    assert refused(InputFileError, document_text, "a.pdf", data) == f"Cannot read a.pdf: {fault}"
 
 
 def test_a_damaged_pdf_and_one_of_much_text_are_said_to_be_so(monkeypatch: Any) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from bundles import TinyBundle
 from patience import PATIENCE_S, wait_until
+from refusals import refused
 from tiny import TinyBase, write_tiny_adapter, write_tiny_base, write_tiny_peft
 
 from qaflora_edge import Engine, FusionWeights, QafloraError
@@ -24,6 +25,7 @@ from qaflora_edge.errors import (
     AdapterMismatchError,
     BundleError,
     BusyError,
+    ContextError,
     OptionError,
     PromptError,
     StrategyError,
@@ -101,9 +103,7 @@ def test_typical_divergence_is_measured_per_adapter_lens_and_layer(
 
 
 def test_empty_and_long_prompts_are_refused(engine: Engine) -> None:
-    with pytest.raises(PromptError) as caught:
-        engine.generate("x " * 100)
-    assert str(caught.value) == (
+    assert refused(ContextError, engine.generate, "x " * 100) == (
         "The prompt has 200 tokens, the context 128; shorten it, or raise the context "
         "(--ctx, n_ctx; this base was trained for 512)."
     )
@@ -207,9 +207,7 @@ def test_adapters_out_of_use_are_not_probed(engine: Engine) -> None:
 
 
 def test_use_refuses_what_is_unknown_and_changes_nothing(engine: Engine) -> None:
-    with pytest.raises(StrategyError) as failure:
-        engine.use_adapters(["es", "law"])
-    assert str(failure.value) == (
+    assert refused(StrategyError, engine.use_adapters, ["es", "law"]) == (
         "The adapter 'law' is not loaded; expected names out of: math, es, med."
     )
     with pytest.raises(StrategyError, match="Strategy 'best' is not known"):

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from refusals import refused
 
 from qaflora_edge.ask import Prompt
 from qaflora_edge.errors import StrategyError, WeightsError
@@ -58,9 +59,7 @@ def test_fixed_strategies(text: str, expected: list[list[float]]) -> None:
 
 @pytest.mark.parametrize("text", ["", "single", "base:math"])
 def test_unknown_strategy_is_refused(text: str) -> None:
-    with pytest.raises(StrategyError) as caught:
-        parse_strategy(text, NAMES)
-    assert str(caught.value) == (
+    assert refused(StrategyError, parse_strategy, text, NAMES) == (
         f"Strategy {text!r} is not known; expected one of two-place, relay, qa-flora, spectr, "
         "single:NAME, manual:NAME=W,NAME=W, base."
     )
@@ -76,9 +75,7 @@ def test_similar_strategy_is_offered(text: str, near: str) -> None:
 
 
 def test_unknown_adapter_is_refused() -> None:
-    with pytest.raises(StrategyError) as caught:
-        parse_strategy("single:med", NAMES)
-    assert str(caught.value) == (
+    assert refused(StrategyError, parse_strategy, "single:med", NAMES) == (
         "Strategy 'single:med' names the adapter 'med', which is not loaded; "
         "expected one of: math, es."
     )
@@ -93,9 +90,7 @@ def test_manual_weight_that_is_no_number_is_refused(number: str) -> None:
 
 
 def test_weights_of_another_shape_or_not_finite_are_refused() -> None:
-    with pytest.raises(WeightsError) as caught:
-        fusion.check_weights(np.zeros((2, 3)), NAMES, 4)
-    assert str(caught.value) == (
+    assert refused(WeightsError, fusion.check_weights, np.zeros((2, 3)), NAMES, 4) == (
         "Weights have the shape [2, 3], expected [2, 4]: one row for each of math, es, "
         "one column per layer."
     )
@@ -103,9 +98,10 @@ def test_weights_of_another_shape_or_not_finite_are_refused() -> None:
         fusion.check_weights([["a", "b"]], NAMES, 2)
     weights = np.zeros((2, 4))
     weights[1, 2] = np.inf
-    with pytest.raises(WeightsError) as caught:
-        fusion.check_weights(weights, NAMES, 4)
-    assert str(caught.value) == "The weight of 'es' at layer 2 is inf, expected a finite number."
+    assert (
+        refused(WeightsError, fusion.check_weights, weights, NAMES, 4)
+        == "The weight of 'es' at layer 2 is inf, expected a finite number."
+    )
 
 
 def test_fusion_weights_are_short_in_a_console() -> None:

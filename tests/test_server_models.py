@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from bundles import TinyBundle, bundle_json, make_bundle, rewrite
 from patience import PATIENCE_S, wait_until
+from refusals import refused
 from serving import ENGINE, client_of, listening, make_options, metric
 from starlette.testclient import TestClient
 
@@ -202,9 +203,7 @@ def test_a_server_that_can_answer_nothing_says_so(places: list[Path], tmp_path: 
 
 
 def test_names_are_different(places: list[Path]) -> None:
-    with pytest.raises(BundleError) as caught:
-        make_app([places[0], places[0]], make_options())
-    assert str(caught.value) == (
+    assert refused(BundleError, make_app, [places[0], places[0]], make_options()) == (
         f"Cannot serve {places[0]}: its name one is that of {places[0]} too, expected different "
         "names. Change `name` in the bundle.json of one."
     )

@@ -13,6 +13,7 @@ import pytest
 import tiny
 from bundles import TinyBundle, make_bundle, rewrite
 from decoded import count_decoded, probe
+from refusals import refused
 
 from qaflora_edge import Engine
 from qaflora_edge.ask import Chat
@@ -359,9 +360,7 @@ def test_an_older_bundle_is_asked_to_be_measured_again(
             ("two-place", f"({', '.join(ALL)})"),
             ("calibrated:pool=question", "with lens norm at pool question"),
         ):
-            with pytest.raises(StrategyError) as caught:
-                engine.weights("a", strategy=strategy)
-            assert str(caught.value) == (
+            assert refused(StrategyError, engine.weights, "a", strategy=strategy) == (
                 f"Strategy {strategy.partition(':')[0]} needs typical divergences, missing for "
                 f"math, es {how}; measure them with `qaflora bundle calibrate DIR`."
             )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from refusals import refused
 from tiny import CHATML, CONTROLS, write_tiny_base
 
 from qaflora_edge.ask import Chat
@@ -160,8 +161,6 @@ def test_message_without_end_is_refused(model: Model) -> None:
     deep: Any = "x"
     for _ in range(40):
         deep = [deep]
-    with pytest.raises(PromptError) as caught:
-        run(model, CHATML, "a", extra=deep)
-    assert str(caught.value) == (
+    assert refused(PromptError, run, model, CHATML, "a", extra=deep) == (
         "A message has more than 32 lists and objects in each other; make it flatter."
     )
