@@ -95,10 +95,7 @@ def gpus() -> list[int]:
 
 
 def endpoints(text: str) -> tuple[str, ...]:
-    """Read the workers that --rpc names.
-
-    Raises OptionError.
-    """
+    """Read the workers that --rpc names. Raises OptionError."""
     workers = tuple(worker.strip() for worker in text.split(","))
     is_right = len(set(workers)) == len(workers) <= MAX_WORKERS
     for worker in workers:
@@ -149,10 +146,7 @@ def build() -> str:
 
 
 def check_worker(endpoint: str) -> None:
-    """Say HELLO to a worker, and compare its build with ours.
-
-    Raises WorkerError.
-    """
+    """Say HELLO to a worker, and compare its build with ours. Raises WorkerError."""
     host, _, port = endpoint.partition(":")
     answer = b""
     why = "nothing answers there"

@@ -48,10 +48,7 @@ def doctor(as_json: bool) -> None:
 
 
 def library_facts() -> dict[str, Any]:
-    """What the loaded library says of itself.
-
-    Raises LibraryError when it cannot be loaded.
-    """
+    """What the loaded library says of itself. Raises LibraryError when it cannot be loaded."""
     from qaflora_edge.backend import devices, library
 
     binding, functions = library.load()

@@ -391,7 +391,6 @@ def measured_by(text: str) -> Measured:
 
 
 def _load_built_in(name: str) -> None:
-    """Import the strategy of this name, if it is one of the package."""
     if name in _BUILT_IN and name not in _registry:
         module = import_module(f"qaflora_edge.weighing.{_MODULES.get(name, 'unmeasured')}")
         for strategy in module.STRATEGIES:
