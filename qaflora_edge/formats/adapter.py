@@ -27,7 +27,7 @@ from qaflora_edge.formats.gguf import (
     GgufHeader,
     TensorInfo,
     read_gguf_header,
-    values_in,
+    read_values,
 )
 from qaflora_edge.formats.inputs import open_input, reading
 
@@ -155,7 +155,7 @@ def check_values(info: AdapterInfo) -> None:
     """
     with reading(info.path), open_input(info.path) as file:
         for tensor in info.tensors.values():
-            values = values_in(file, info.path, tensor)
+            values = read_values(info.path, tensor, file)
             if n_bad := np.count_nonzero(~np.isfinite(values)):
                 raise GgufFileError(
                     f"Cannot use adapter {info.path}: {n_bad} of the {values.size} values of "
@@ -175,11 +175,8 @@ def read_pair(
 
     Raises InputFileError when the file cannot be read any more.
     """
-    if file is None:
-        with reading(info.path), open_input(info.path) as opened:
-            return read_pair(info, base_name, opened)
-    a = values_in(file, info.path, info.tensors[f"{base_name}.lora_a"])
-    b = values_in(file, info.path, info.tensors[f"{base_name}.lora_b"])
+    a = read_values(info.path, info.tensors[f"{base_name}.lora_a"], file)
+    b = read_values(info.path, info.tensors[f"{base_name}.lora_b"], file)
     return a, b, info.alpha / info.ranks[base_name]
 
 

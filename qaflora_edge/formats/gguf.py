@@ -9,6 +9,7 @@ import math
 import os
 import struct
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NoReturn
@@ -322,20 +323,15 @@ def read_gguf_header(path: AnyPath) -> GgufHeader:
         return GgufCursor(path, file, os.fstat(file.fileno()).st_size).read_header()
 
 
-def read_values(path: Path, info: TensorInfo) -> F32:
+def read_values(path: Path, info: TensorInfo, file: BinaryIO | None = None) -> F32:
     """Read the tensor of a header that was read before.
 
+    file     the path's, where it is open: of many tensors opening takes a third of the time
     returns  [*shape]  float32; of some types it can be NaN or infinite
 
     Raises as read_bytes does, and GgufFileError where the type has no floats.
     """
-    with reading(path), open_input(path) as file:
-        return values_in(file, path, info)
-
-
-def values_in(file: BinaryIO, path: Path, info: TensorInfo) -> F32:
-    """Read a tensor as read_values does, from the open file: of many, opening takes a third."""
-    raw = _read_part(file, path, info.offset, info.n_bytes, GgufFileError)
+    raw = read_bytes(path, info.offset, info.n_bytes, file=file)
     data = np.frombuffer(raw, np.uint8)
     try:
         with np.errstate(invalid="ignore", over="ignore"):  # a block's scale may be NaN
@@ -350,18 +346,18 @@ def values_in(file: BinaryIO, path: Path, info: TensorInfo) -> F32:
 
 
 def read_bytes(
-    path: Path, offset: int, n_bytes: int, kind: type[QafloraError] = GgufFileError
+    path: Path,
+    offset: int,
+    n_bytes: int,
+    kind: type[QafloraError] = GgufFileError,
+    file: BinaryIO | None = None,
 ) -> bytes:
     """Read a part of a file. Raises InputFileError when it is gone, `kind` when it is shorter."""
-    with reading(path), open_input(path) as file:
-        return _read_part(file, path, offset, n_bytes, kind)
-
-
-def _read_part(
-    file: BinaryIO, path: Path, offset: int, n_bytes: int, kind: type[QafloraError]
-) -> bytes:
-    file.seek(offset)
-    data = file.read(n_bytes)
+    with reading(path), ExitStack() as stack:
+        if file is None:
+            file = stack.enter_context(open_input(path))
+        file.seek(offset)
+        data = file.read(n_bytes)
     if len(data) != n_bytes:
         raise changed(path, kind)
     return data

@@ -57,7 +57,6 @@ async def document(request: Request) -> Response:
 
 
 async def _text_of(request: Request, name: str, data: bytes) -> str:
-    """Read a document as long as its sender waits."""
     cancel = threading.Event()
 
     async def watch() -> None:
