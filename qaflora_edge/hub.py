@@ -33,12 +33,7 @@ from qaflora_edge.errors import (
     os_errors,
 )
 from qaflora_edge.files import CHUNK_BYTES, AnyPath, atomic_path, cache_dir, cache_lock, make_folder
-from qaflora_edge.formats.bundle import (
-    BUNDLE_FILE,
-    packed_files,
-    read_bundle_text,
-    safe_join,
-)
+from qaflora_edge.formats.bundle import BUNDLE_FILE, packed_files, read_bundle_text, safe_join
 from qaflora_edge.formats.names import (
     CONFIG_FILE,
     INDEX_FILE,
