@@ -148,10 +148,7 @@ class Engine:
 
     @contextmanager
     def _reading(
-        self,
-        bundle: AnyPath | None,
-        base: AnyPath | None,
-        adapters: Mapping[str, AnyPath] | None,
+        self, bundle: AnyPath | None, base: AnyPath | None, adapters: Mapping[str, AnyPath] | None
     ) -> Iterator[Opened]:
         """Read files as open_any does, while the library loads the base once it is checked."""
         placing = self._options["placing"]

@@ -413,10 +413,7 @@ def test_unknown_fields_are_ignored(client: TestClient) -> None:
     [
         (b"", 400, "The body is no JSON object in UTF-8: Expecting value"),
         (b"[]", 400, "The body is no JSON object in UTF-8: it holds a list, not an object."),
-        (b'{"a": 1, "a": 2}', 400, "The body is no JSON object in UTF-8: the key 'a' is given tw"),
         (b'{"a": "\xff"}', 400, "The body is no JSON object in UTF-8: 'utf-8' codec can't decode"),
-        (b'{"a": "\\ud800"}', 400, "The body is no JSON object in UTF-8: it has half of a surro"),
-        (b"[" * 5000, 400, "The body is no JSON object in UTF-8: "),
         (b'{"a": "' + b"a" * (4 << 20) + b'"}', 413, "The body has more than 4194304 bytes."),
     ],
 )

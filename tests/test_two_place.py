@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from math import exp, log, sqrt
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -23,9 +22,6 @@ from qaflora_edge.bundles.create import create_bundle
 from qaflora_edge.bundles.edit import calibrate, neutral
 from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.errors import QafloraError, StrategyError
-from qaflora_edge.formats.adapter import read_adapter_gguf
-from qaflora_edge.formats.inputs import open_input
-from qaflora_edge.weighing.adapter_inputs import AttentionSizes
 from qaflora_edge.weighing.calibration import KEYS
 from qaflora_edge.weighing.strategy import Query, parse_strategy
 
@@ -257,17 +253,6 @@ def test_what_adapters_would_add_is_their_delta_times_what_the_base_reads(
             question = exp(np.mean([log(np.mean(each[248:290])) for each in sizes])) if sizes else 0
             assert found[0, ia, layer] == pytest.approx(last, rel=1e-3)
             assert found[1, ia, layer] == pytest.approx(question, rel=1e-3)
-
-
-def test_an_adapter_is_opened_once_for_all_its_matrices(
-    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    info = read_adapter_gguf(made.adapter.path)
-    opened = Mock(wraps=open_input)
-    for module in ("formats.adapter", "formats.gguf", "weighing.adapter_inputs"):
-        monkeypatch.setattr(f"qaflora_edge.{module}.open_input", opened)
-    AttentionSizes(info, made.base.n_layer)
-    opened.assert_called_once()
 
 
 def test_a_bundle_knows_what_is_usual_in_its_places(calibrated: TinyBundle) -> None:

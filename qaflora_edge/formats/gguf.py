@@ -165,9 +165,8 @@ class GgufCursor:
                 self.fail(f"tensor {info.name!r}", "listed twice", "every tensor once")
         begin = -(-self.position // alignment) * alignment
         tensors: dict[str, TensorInfo] = {}
-        for name, info in relative.items():  # `replace` is slow, and bundles have many tensors
-            offset = begin + info.offset
-            tensors[name] = TensorInfo(name, info.shape, info.ggml_type, offset, info.n_bytes)
+        for name, x in relative.items():  # `replace` is slow, and bundles have many tensors
+            tensors[name] = TensorInfo(name, x.shape, x.ggml_type, begin + x.offset, x.n_bytes)
         self.check_places(tensors)
         return GgufHeader(self.path, architecture, metadata, tensors, self.size_bytes)
 

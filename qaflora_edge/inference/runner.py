@@ -238,7 +238,6 @@ class Runner:
     def _decode_apart(
         self, group: Sequence[RunningSequence], slots: Sequence[Slot], error: BackendError
     ) -> None:
-        """Find the sequences that fail; the others go on."""
         for sequence in group:
             is_lost = len(self._context.tokens[_slot(sequence)]) != sequence.n_past
             if len(group) == 1 or is_lost:  # states that cannot be taken back are lost

@@ -247,7 +247,6 @@ async def _changed(
 
 @contextlib.contextmanager
 def _refused(progress: dict[str, object], name: str, shown_from: str = "") -> Iterator[None]:
-    """Answer what fails in a change of an adapter with its words, and forget how far it was."""
     try:
         yield
     except BusyError:

@@ -32,9 +32,8 @@ def picture(fusion: FusionWeights, label: str, subject: str) -> str:
     label    of the query
     subject  names of bundle and base, which stand above
     """
-    root = Element("svg", xmlns="http://www.w3.org/2000/svg", role="img")
-    root.set("font-family", "sans-serif")
-    root.set("fill", "#808890")
+    root = Element("svg", {"font-family": "sans-serif", "fill": "#808890", "role": "img"})
+    root.set("xmlns", "http://www.w3.org/2000/svg")
     root.set("aria-label", "Weights, a row per adapter")
     is_layered = not reason_rows(fusion)
     n_layer = fusion.weights.shape[1] if is_layered else 1
@@ -43,8 +42,7 @@ def picture(fusion: FusionWeights, label: str, subject: str) -> str:
     name_width = max(map(len_pixels, names), default=30)
     left = MARGIN + math.ceil(name_width) + 12
     right = left + n_layer * CELL_WIDTH
-    grid_width = right + MEAN_WIDTH - MARGIN
-    width = max(grid_width, LEGEND_WIDTH)
+    width = max(right + MEAN_WIDTH - MARGIN, LEGEND_WIDTH)
     title = crop(subject, width, len_pixels)
     _text(root, MARGIN, 28, title, size=15)
     line = crop(label, width, len_pixels)
@@ -75,8 +73,7 @@ def picture(fusion: FusionWeights, label: str, subject: str) -> str:
     _text(root, MARGIN, y + 10, f"weight {low:g}", size=11)
     x = MARGIN + 68
     for step in range(20):
-        box = _rect(root, x, y, 5, 12)
-        _darken(box, step / 19)
+        _darken(_rect(root, x, y, 5, 12), step / 19)
         x += 5
     end = f"{high:g}{below_zero(fusion, '−')}"
     _text(root, x + 6, y + 10, end, size=11)
@@ -88,11 +85,10 @@ def picture(fusion: FusionWeights, label: str, subject: str) -> str:
 
 def _numbers(fusion: FusionWeights, index: int, layer: int, is_layered: bool) -> str:
     name = fusion.adapters[index]
-    weight = fusion.weights[index, layer]
-    line = f"weight {weight:.3f}"
+    weight = f"weight {fusion.weights[index, layer]:.3f}"
     if not is_layered:
-        return f"{name}\n{line}"
-    numbers = f"{name}, layer {layer}\n{line}"
+        return f"{name}\n{weight}"
+    numbers = f"{name}, layer {layer}\n{weight}"
     if fusion.divergence is None:
         return numbers
     measured = fusion.measured

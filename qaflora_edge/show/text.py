@@ -53,14 +53,12 @@ def visible(text: str) -> str:
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lay out rows as lines: the first column to the left, others to the right."""
-    widths = []
-    for column in zip_longest(*rows, fillvalue=""):
-        widths.append(max(map(len, column)))
-    first_width, *other_widths = widths
+    by_column = zip_longest(*rows, fillvalue="")
+    first_width, *widths = [max(map(len, column)) for column in by_column]
     lines = []
     for first, *others in rows:
         cells = [first.ljust(first_width)]
-        for cell, width in zip(others, other_widths, strict=False):
+        for cell, width in zip(others, widths, strict=False):
             cells.append(cell.rjust(width))
         lines.append("   ".join(cells).rstrip())
     return lines
@@ -91,8 +89,7 @@ def crop(text: str, width: float, measure: Callable[[str], float] = len) -> str:
     measure  the width of a text; it may not shrink when the text grows
     """
     words = text[: 2 * CHARS_MAX].split()
-    one_line = spelt(" ".join(words))
-    line = one_line[:CHARS_MAX]
+    line = spelt(" ".join(words))[:CHARS_MAX]
     if measure(line) <= width:
         return line
 
@@ -116,17 +113,11 @@ def who_spoke(weights: FusionWeights | Mapping[str, float]) -> str:
     elif weights.relay is None:
         by_name = weights.means
     else:
-        knower = spelt(weights.relay.knower)
-        writer = spelt(weights.relay.writer)
-        return f"{knower} → {writer}"
+        return f"{spelt(weights.relay.knower)} → {spelt(weights.relay.writer)}"
     heaviest_first = sorted(by_name.items(), key=lambda item: -item[1])
-    speakers = []
-    for name, mean in heaviest_first:
-        weight = round(mean, 2)
-        if weight:
-            speakers.append(f"{spelt(name)} ×{weight:g}")
+    speakers = [(name, round(mean, 2)) for name, mean in heaviest_first if round(mean, 2)]
     n_shown = N_TOP if len(speakers) > N_ALL else len(speakers)
-    parts = speakers[:n_shown]
+    parts = [f"{spelt(name)} ×{weight:g}" for name, weight in speakers[:n_shown]]
     parts += others(len(speakers) - n_shown)
     return " · ".join(parts) or "base"
 
@@ -151,8 +142,7 @@ def top(fusion: FusionWeights) -> list[int]:
             score = float(fusion.divergence[index].mean())
         return float(fusion.weights[index].mean()), score
 
-    by_rank = sorted(range(n_adapter), key=rank)
-    return sorted(by_rank[-N_TOP:])
+    return sorted(sorted(range(n_adapter), key=rank)[-N_TOP:])
 
 
 def why(fusion: FusionWeights) -> str:
@@ -173,10 +163,7 @@ def reason_rows(fusion: FusionWeights) -> list[list[str]]:
     heads = ["adapter", "weight"]
     shown = top(fusion)
     means = list(fusion.means.items())
-    rows = []
-    for index in shown:
-        name, mean = means[index]
-        rows.append([name, f"{mean:.2f}"])
+    rows = [[means[index][0], f"{means[index][1]:.2f}"] for index in shown]
     last_rows = [[text] for text in others(len(means) - len(shown))]
     if not reasons:
         return [heads, *rows, *last_rows]
@@ -186,8 +173,7 @@ def reason_rows(fusion: FusionWeights) -> list[list[str]]:
     last_row = ["threshold", ""]
     for place in reasons[0].scores:
         heads.append(place)
-        threshold = thresholds.get(place)
-        last_row.append("" if threshold is None else f"{threshold:.2f}")
+        last_row.append(f"{thresholds[place]:.2f}" if place in thresholds else "")
         for row, reason in zip(rows, reasons, strict=True):
             row.append(f"{reason.scores[place]:{digits}}")
     if any(reason.taken_as for reason in reasons):
@@ -204,8 +190,7 @@ def facts(fusion: FusionWeights) -> str:
     parts = [f"strategy {fusion.strategy}"]
     if fusion.divergence is not None:
         for option in fusion.measured.reads:
-            value = getattr(fusion, option)
-            parts.append(f"{option} {value}")
+            parts.append(f"{option} {getattr(fusion, option)}")
     parts.append(f"{fusion.prompt_tokens} prompt tokens")
     if fusion.probe_ms > 0:
         parts.append(f"probe {fusion.probe_ms:.0f} ms")
@@ -248,8 +233,7 @@ def print_heatmap(
     stream = stream or sys.stdout
     is_terminal = False if is_plain else None
     console = Console(file=stream, highlight=False, markup=False, force_terminal=is_terminal)
-    has_blocks = can_show(BLOCKS + "·", stream.encoding)
-    blocks = BLOCKS if has_blocks else ASCII_BLOCKS
+    blocks = BLOCKS if can_show(BLOCKS + "·", stream.encoding) else ASCII_BLOCKS
     console.print(visible(who_spoke(fusion)))
     if reason := why(fusion):
         console.print(visible(reason))
@@ -285,14 +269,12 @@ def _layers(fusion: FusionWeights, blocks: str, width: int) -> Table:
     heads = ["mean"]
     if fusion.divergence is not None:
         heads.append(fusion.measured.name)
-    longest = max(map(len, names))
-    n_before = longest + 2  # columns before the cells
+    n_before = max(map(len, names)) + 2  # columns before the cells
     for head in heads:
         n_before += 2 + max(5, len(head))
     room = max(8, width - n_before)
     n_together = math.ceil(n_layer / room)  # layers of one cell
-    n_cell = math.ceil(n_layer / n_together)
-    n_column = min(CELL_MAX, room // n_cell)
+    n_column = min(CELL_MAX, room // math.ceil(n_layer / n_together))
     table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, header_style="")
     table.add_column("", no_wrap=True)
     for head in heads:
@@ -302,13 +284,11 @@ def _layers(fusion: FusionWeights, blocks: str, width: int) -> Table:
         row = fusion.weights[index]
         cells = []
         for at in range(0, n_layer, n_together):
-            together = row[at : at + n_together]
-            block = _block(float(together.mean()), ends, blocks)
-            cells.append(block * n_column)
+            mean = float(row[at : at + n_together].mean())
+            cells.append(_block(mean, ends, blocks) * n_column)
         numbers = [f"{row.mean():.2f}"]
         if fusion.divergence is not None:
-            measure = fusion.divergence[index].mean()
-            numbers.append(f"{measure:.3g}")
+            numbers.append(f"{fusion.divergence[index].mean():.3g}")
         drawn = Text("".join(cells), style="cyan")
         table.add_row(Text(name), *numbers, drawn)
     for text in others(len(fusion.adapters) - len(shown)):
@@ -322,16 +302,13 @@ def _block(weight: float, ends: tuple[float, float], blocks: str) -> str:
     low, high = ends
     share = (weight - low) / (high - low) * len(blocks)
     index = int(share + 1e-9)
-    last = len(blocks) - 1
-    return blocks[max(0, min(last, index))]
+    return blocks[max(0, min(len(blocks) - 1, index))]
 
 
 def _ticks(n_layer: int, n_together: int, n_column: int) -> str:
     text = ""
-    step = TICK * n_together
-    for layer in range(0, n_layer, step):
-        column = layer // n_together * n_column
-        text = text.ljust(column) + str(layer)
+    for layer in range(0, n_layer, TICK * n_together):
+        text = text.ljust(layer // n_together * n_column) + str(layer)
     n_cell = math.ceil(n_layer / n_together)
     if len(text) > n_cell * n_column:
         return text.split(" ")[0]

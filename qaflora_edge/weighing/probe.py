@@ -385,7 +385,6 @@ class Prober:
         return np.stack([last, question])
 
     def _reuse(self, context: Context, tokens: Ids, n_after: int = 0) -> int:
-        """Reuse the KV state of a query's beginning; gives how many tokens."""
         chunks = context.chunks(1 + len(self._rows))
         return self.prefixes.go_on(
             context, self._rows, tokens, chunks, n_exact=self._n_exact, n_after=n_after
