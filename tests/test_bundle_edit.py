@@ -155,7 +155,7 @@ def test_a_strategy_has_to_fit_the_adapters(made: TinyBundle, tmp_path: Path) ->
     before = snapshot(made.folder)
     for strategy, engine, message in (
         ("two-place", Engine, "compares what adapters add to q, k and v, but mlp adds nothing"),
-        ("calibrated", None, "needs typical divergences, missing for math, es, mlp"),
+        ("calibrated", None, "needs typical values, missing for math, es, mlp"),
         ("best", Engine, "Strategy 'best' is not known"),
     ):
         with pytest.raises(QafloraError, match=message):

@@ -346,7 +346,7 @@ def test_an_older_bundle_is_asked_to_be_measured_again(
             ("calibrated:pool=question", "with lens norm at pool question"),
         ):
             assert refused(StrategyError, engine.weights, "a", strategy=strategy) == (
-                f"Strategy {strategy.partition(':')[0]} needs typical divergences, missing for "
+                f"Strategy {strategy.partition(':')[0]} needs typical values, missing for "
                 f"math, es {how}; measure them with `qaflora bundle calibrate DIR`."
             )
     calibrate(old.folder, Engine)

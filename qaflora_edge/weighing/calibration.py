@@ -102,17 +102,18 @@ def _neutral_distances(query: Query, keys: Sequence[str]) -> F64:
     return shared.reshape(len(query.adapters), len(keys), n_prompt)
 
 
-def check_typical(strategy: str, query: Query, keys: Sequence[str], how: str) -> None:
-    """Raise StrategyError where an adapter lacks one of some keys of `typical`."""
-    missing = []
+def check_typical(strategy: str, query: Query, keys: Sequence[str], how: str = "") -> None:
+    """Raise StrategyError, which says how, for adapters that lack some of these keys."""
+    missing = {}
     for name in query.adapters:
         typical = query.typical.get(name, {})
-        if not all(key in typical for key in keys):
-            missing.append(name)
+        if lacking := [key for key in keys if key not in typical]:
+            missing[name] = lacking
     if missing:
+        named = how or f"({', '.join(max(missing.values(), key=len))})"
         raise StrategyError(
-            f"Strategy {strategy} needs typical divergences, missing for {', '.join(missing)} "
-            f"{how}; measure them with `qaflora bundle calibrate DIR`."
+            f"Strategy {strategy} needs typical values, missing for {', '.join(missing)} "
+            f"{named}; measure them with `qaflora bundle calibrate DIR`."
         )
 
 

@@ -47,7 +47,7 @@ class TwoPlace(Strategy):
     def check(self, argument: Any, query: Query) -> None:
         from qaflora_edge.weighing.calibration import adds_nothing, check_typical
 
-        check_typical(self.name, query, self.needs_typical, f"({', '.join(self.needs_typical)})")
+        check_typical(self.name, query, self.needs_typical)
         silent = [name for name in query.adapters if adds_nothing(query.typical[name])]
         if silent:
             raise StrategyError(
