@@ -153,12 +153,12 @@ class Engine:
         """Read files as open_any does, while the library loads the base once it is checked."""
         placing = self._options["placing"]
         loading: list[Future[Model]] = []
+
+        def begin(header: GgufHeader) -> None:
+            if placing["rpc"] is None:  # a worker that is silent is waited for once
+                loading.append(thread.submit(shared_model, header, placing))
+
         with ThreadPoolExecutor(1) as thread:
-
-            def begin(header: GgufHeader) -> None:
-                if placing["rpc"] is None:  # a worker that is silent is waited for once
-                    loading.append(thread.submit(shared_model, header, placing))
-
             try:
                 yield open_any(bundle, base, adapters, begin)
             finally:

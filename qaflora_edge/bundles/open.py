@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from qaflora_edge.formats.adapter import AdapterInfo
 
 MAX_EDITS = 5  # of a bundle while it is opened
-
 Begin = Callable[[GgufHeader], None]
 
 

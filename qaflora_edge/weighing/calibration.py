@@ -104,16 +104,16 @@ def _neutral_distances(query: Query, keys: Sequence[str]) -> F64:
 
 def check_typical(strategy: str, query: Query, keys: Sequence[str], how: str = "") -> None:
     """Raise StrategyError, which says how, for adapters that lack some of these keys."""
-    missing = {}
-    for name in query.adapters:
-        typical = query.typical.get(name, {})
-        if lacking := [key for key in keys if key not in typical]:
-            missing[name] = lacking
-    if missing:
-        named = how or f"({', '.join(max(missing.values(), key=len))})"
+    missing = {
+        name: [key for key in keys if key not in query.typical.get(name, {})]
+        for name in query.adapters
+    }
+    names = [name for name, lacking in missing.items() if lacking]
+    if names:
+        what = how or f"({', '.join(missing[names[0]])})"
         raise StrategyError(
-            f"Strategy {strategy} needs typical values, missing for {', '.join(missing)} "
-            f"{named}; measure them with `qaflora bundle calibrate DIR`."
+            f"Strategy {strategy} needs typical values, missing for {', '.join(names)} "
+            f"{what}; measure them with `qaflora bundle calibrate DIR`."
         )
 
 
