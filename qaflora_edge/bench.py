@@ -398,6 +398,7 @@ def measure_callers(
 
 
 def _speed(times: Sequence[Sequence[float]]) -> float:
+    """Tokens a second from when all are decoded together until the first one has ended."""
     start = max(caller[0] for caller in times)
     first = min(times, key=lambda caller: caller[-1])
     n_step = sum(at > start for at in first)

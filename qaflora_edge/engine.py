@@ -351,6 +351,7 @@ class Engine:
             self._chooses = False
 
     def _using(self, names: Sequence[str] | None) -> Weigher:
+        """Give the weigher with these adapters in use; None: as they are."""
         if names is None:
             return self._weigher
         if isinstance(names, str) or not isinstance(names, Iterable):
@@ -658,6 +659,7 @@ class Engine:
                 yield index, running.pop(index)
 
     def _started(self, ask: Ask | QafloraError) -> Generation:
+        """Begin one of many; its errors end itself alone."""
         if isinstance(ask, QafloraError):
             return self._core.failed(ask)
         try:

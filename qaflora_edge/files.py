@@ -98,6 +98,7 @@ def _temporary(path: Path, failure: str, make: Callable[[Path], None]) -> Iterat
 
 
 def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would survive a power cut."""
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)

@@ -90,6 +90,7 @@ def gbnf_to_lark(text: str, *, source: str = "The grammar") -> str:
 
 
 def _plain_escape(match: re.Match[str]) -> str:
+    """Write an escape so that llguidance's parser takes it."""
     digits = match[1] or match[2]
     if not digits:
         return r"\x2d" if match[3] else match[0]

@@ -175,6 +175,7 @@ def fetch_model(name: str, *, progress: TellCount = silent) -> Path:
 
 
 def _fetch_model(model: Model, progress: TellCount) -> Path:
+    """Try the sources in order. Finished parts stay in the cache until the file is whole."""
     target = models_dir() / model.file
     parts = cache_dir() / "parts" / model.sha256[:16]
     parts.mkdir(parents=True, exist_ok=True)
@@ -219,6 +220,7 @@ def _fetch_from_hub(model: Model, source: HubRef, parts: Path) -> Path:
 
 
 def _write_checked(model: Model, chunks: Iterable[bytes], target: Path, parts: Path) -> None:
+    """Write the file; it gets its name only when its hash is right. Then the parts go."""
     digest = hashlib.sha256()
     with atomic_path(target) as temporary:
         with temporary.open("wb") as file:
@@ -399,6 +401,7 @@ def _telling(progress: TellCount) -> type[Any]:
 
 
 def _check_names(response: Any) -> None:
+    """Refuse an answer about a file that would be kept outside of the cache."""
     if response.request.method != "HEAD":
         return
     for name in _NAMES:

@@ -36,7 +36,7 @@ from qaflora_edge.formats.bundle import (
 )
 from qaflora_edge.formats.inputs import check_file
 from qaflora_edge.progress import Tell, silent
-from qaflora_edge.weighing.baselines import centroid_text
+from qaflora_edge.weighing.baselines.centroid import centroid_text
 from qaflora_edge.weighing.calibration import KEYS
 from qaflora_edge.weighing.strategy import parse_strategy
 from qaflora_edge.weighing.weigher import Known, Weigher, known_of

@@ -108,6 +108,7 @@ def read_modelfile(path: Path) -> Modelfile:
 
 
 def _text(path: Path) -> str:
+    """Read the text, in UTF-8, or in UTF-16 where a byte order mark says so."""
     try:
         with reading(path):
             data = read_input(path, MAX_BYTES)
@@ -153,6 +154,7 @@ def _word(text: str) -> tuple[str, str]:
 
 
 def _unquoted(value: str) -> str | None:
+    """Take quotation marks off a value; None where those at its end are missing."""
     for mark in ('"""', '"'):
         if value.startswith(mark):
             is_whole = len(value) >= 2 * len(mark) and value.endswith(mark)
@@ -226,6 +228,7 @@ def _adapter(value: str, folder: Path) -> Path:
 
 
 def _add(modelfile: Modelfile, part: Modelfile) -> None:
+    """Put a part behind what is there: of two texts or values the later one counts."""
     for title, place in part.adapters:
         name = _adapter_name(title, [name for name, _ in modelfile.adapters])
         modelfile.adapters.append((name, place))
@@ -237,6 +240,7 @@ def _add(modelfile: Modelfile, part: Modelfile) -> None:
 
 
 def _adapter_name(title: str, taken: Sequence[str]) -> str:
+    """Make a name that a bundle takes, of a folder's or file's; a blob of Ollama has none."""
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", title.removesuffix(".gguf"))
     first = plain.lstrip("-._")[:60]
     if title.startswith("sha256-") or not NAME_PATTERN.fullmatch(first):
@@ -282,6 +286,7 @@ def ollama_folders() -> list[Path]:
 
 
 def _manifest(name: str) -> tuple[Path, Path] | None:
+    """Find the folder and manifest of a model, as `llama3.2`, `me/mine:v2` or `hf.co/a/b:Q8_0`."""
     *owners, last = name.split("/")
     model, _, tag = last.partition(":")
     parts = [*("registry.ollama.ai", "library")[: max(0, 2 - len(owners))], *owners, model]

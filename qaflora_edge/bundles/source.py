@@ -103,6 +103,7 @@ def fetch_base(folder: Path, base: BaseRecord, progress: TellCount = silent) -> 
 
 
 def _is_hub_ref(text: str) -> bool:
+    """Tell a Hub reference from a path that is not there, such as folder/file.gguf."""
     if text.endswith(".gguf") and text.count("/") < 2:
         return False
     try:

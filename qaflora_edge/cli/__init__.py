@@ -159,6 +159,7 @@ def _fail(message: str) -> NoReturn:
 
 
 def _with_variable(error: click.ClickException) -> click.ClickException:
+    """Say so in a usage error when the wrong value came from the environment."""
     if not (isinstance(error, click.BadParameter) and error.ctx and error.param):
         return error
     if error.ctx.get_parameter_source(error.param.name or "") is not ParameterSource.ENVIRONMENT:
@@ -182,6 +183,7 @@ def _prepare_streams() -> None:
 
 
 def _drop_output() -> None:
+    """Send stdout nowhere: Python flushes it once more at its end, which would fail again."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

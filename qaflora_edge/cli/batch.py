@@ -97,6 +97,7 @@ def _question(line: Mapping[str, Any], system: str | None, is_raw: bool) -> Ques
 
 
 def _options(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Collect the options that a request has, by their names; null stands for the default."""
     options: dict[str, Any] = {}
     for key, value in line.items():
         option = _OPTIONS.get(key)
@@ -299,6 +300,7 @@ def answer_file(
 def _key(
     bundle: str, options: SharedOptions, sampling: Sampling, system: str | None, as_json: bool
 ) -> str:
+    """Equal where the bundle and all options are that decide an answer."""
     place = bundle_folder(bundle)
     if not is_base(place):
         read_bundle_text(place)  # says what is wrong with it

@@ -137,6 +137,7 @@ def _print_report(report: dict[str, Any], checks: Sequence[ModuleCheck], as_json
 
 
 def _check_fields(check: ModuleCheck) -> dict[str, Any]:
+    """Write a check for JSON, which has neither NaN nor infinity."""
     fields: dict[str, Any] = {"is_right": check.is_right}
     for key, value in asdict(check).items():
         is_number = not isinstance(value, float) or math.isfinite(value)

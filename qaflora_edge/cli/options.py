@@ -432,12 +432,14 @@ def refuse_adapter(folder: Path) -> None:
 
 
 def _known(trained_on: str) -> registry.Model | None:
+    """Find the model of the registry that an adapter's config names."""
     name = registry.plain_name(trained_on)
     models = registry.load_registry().values()
     return next((model for model in models if registry.plain_name(model.name) == name), None)
 
 
 def _trained_on(adapter: str) -> str | None:
+    """What the config of a PEFT or MLX folder says; None for anything else."""
     from qaflora_edge.peft.config import is_mlx, read_fields
     from qaflora_edge.peft.folder import adapter_folder
 

@@ -310,6 +310,7 @@ def _common_alpha(modules: Iterable[PeftModule]) -> float:
 
 
 def _scale_factor(scale: float, rank: int, alpha: float) -> float:
+    """Give the factor of B with which alpha / rank gives `scale`; exactly 1 if it does."""
     if float(np.float32(scale * rank)) == alpha:
         return 1.0
     return scale * rank / alpha
@@ -328,6 +329,7 @@ def _reviewed_layout(pair: _Pair) -> layouts.Layout:
 
 
 def _tensor_names(pair: _Pair) -> gguf.TensorNameMap:
+    """Give gguf's map from HF's names to tensors of block 0. That of all blocks takes megabytes."""
     for arch, name in gguf.MODEL_ARCH_NAMES.items():
         if name == pair.header.architecture:
             return gguf.get_tensor_name_map(arch, 1)
@@ -395,6 +397,7 @@ def _place(
 
 
 def _check_tensor(pair: _Pair, target: PlannedModule) -> None:
+    """Refuse a tensor that no adapter or no layer's weight enters, or that is not the module's."""
     header = pair.header
     source = target.source
     name = target.base_name
@@ -463,6 +466,7 @@ def _plan_experts(pair: _Pair, modules: Sequence[PeftModule], alpha: float) -> l
 
 
 def _expert_place(pair: _Pair, module: PeftModule) -> tuple[int, int | None, str]:
+    """Give the layer, the expert (None: all of them) and the stem of a module's tensor."""
     match = _EXPERTS.fullmatch(module.name)
     stem = _EXPERT_STEMS.get(match["projection"]) if match else None
     is_stack = module.n_expert > 0
@@ -566,6 +570,7 @@ def _is_swapped(pair: _Pair, module: PeftModule, names: Sequence[str]) -> bool:
 
 
 def _version(text: str | None) -> tuple[int, ...]:
+    """Give the numbers at the start of a version and whether it was released; () for no version."""
     match = re.match(r"(\d{1,9})\.(\d{1,9})(?:\.(\d{1,9}))?", text or "")
     if match is None or text is None:
         return ()

@@ -128,6 +128,7 @@ def _arguments(call: Object) -> Json | None:
 
 
 def _parts(answer: Generation) -> Iterator[Part]:
+    """Yield the parts of a streamed message; calls come whole, as Ollama has them."""
     calls: list[Json] = []
     for choice in openai_chat.SHAPE.choices(answer):
         part = choice["delta"]

@@ -194,6 +194,7 @@ class _Items:
         yield "output_item.done", {"output_index": len(self.output) - 1, "item": item}
 
     def _begin(self, kind: str, item: Json, **empty: Any) -> Events:
+        """End the item before, and begin one: `empty` replaces what is told of it at first."""
         yield from self.close("completed")
         item["id"] = f"{kind}_{uuid.uuid4().hex}"
         item["status"] = "in_progress"

@@ -235,6 +235,7 @@ def last_number(answer: str) -> frozenset[Decimal]:
 
 
 def _readings(token: str) -> set[str]:
+    """Write digits with separators as every decimal number that they may stand for."""
     readings: set[str] = set()
     parts = re.split(_GAP, token)[1:]
     if parts:

@@ -172,6 +172,7 @@ def _likelihoods(
 
 
 def _weighed(record: Record, spent_ms: Counter[int], fusion: FusionWeights) -> None:
+    """Add weights to a record, what they took, and what earlier strategies of the item took."""
     item = record["item"]
     probe_ms = round(fusion.probe_ms, 3)
     record["weights"] = {name: round(mean, 4) for name, mean in fusion.means.items()}

@@ -317,6 +317,7 @@ def _key(record: Record) -> tuple[str, int, str]:
 
 
 def _read(path: Path) -> tuple[list[Record], int]:
+    """Read whole lines, and count their bytes."""
     with (
         os_errors(ResultsFileError, f"Cannot read {path}", RESULTS_ADVICE),
         open_input(path) as file,

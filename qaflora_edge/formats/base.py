@@ -274,6 +274,7 @@ def _check_tensors(header: GgufHeader) -> None:
 
 
 def _check_tokens(header: GgufHeader) -> None:
+    """Check that every token has a text of its own: llama-vocab.cpp asserts it."""
     array = header.metadata.get(TOKENS)
     if not isinstance(array, RawArray) or array.kind != STRING:
         return  # the loader refuses it
@@ -296,6 +297,7 @@ def _check_tokens(header: GgufHeader) -> None:
 
 
 def _check_bytes(header: GgufHeader, tokens: Mapping[bytes, int]) -> None:
+    """Check the tokens of single bytes: llama-vocab.cpp token_to_byte and byte_to_token."""
     model = header.metadata.get("tokenizer.ggml.model")
     types = header.metadata.get("tokenizer.ggml.token_type")  # llama.h llama_token_type
     if isinstance(types, RawArray) and types.n_bytes == 4 * types.length:

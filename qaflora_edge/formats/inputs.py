@@ -285,6 +285,7 @@ def _passed_key(path: Path) -> str:
 
 
 def _read_memory() -> dict[str, list[Any]]:
+    """Read what is remembered: path -> bytes, time of change, SHA-256; and of checks passed."""
     path = cache_dir() / MEMORY_FILE
     with contextlib.suppress(OSError, TypeError, ValueError, RecursionError):
         status = path.stat()
@@ -294,6 +295,7 @@ def _read_memory() -> dict[str, list[Any]]:
 
 @lru_cache(maxsize=1)
 def _parsed_memory(path: Path, _inode: int, _changed_ns: int) -> dict[str, list[Any]]:
+    """Parse the file once for all files of a bundle; each change of it is another inode."""
     return dict(json.loads(path.read_bytes()))
 
 

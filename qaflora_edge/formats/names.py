@@ -71,6 +71,7 @@ def plain_name(name: str) -> str:
 
 
 def _is_plain(path: str | None) -> bool:
+    """Tell whether a part becomes a path that stays where it is put."""
     return path is None or all(part not in ("", ".", "..") for part in path.split("/"))
 
 

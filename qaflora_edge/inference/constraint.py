@@ -196,6 +196,7 @@ def _tokenizer(model: Model) -> LLTokenizer:
 
 @cache
 def _bytes_tokenizer() -> LLTokenizer:
+    """Make a tokenizer with a token for each byte: for checks without a base."""
     from llguidance import LLTokenizer
 
     return LLTokenizer("byte")

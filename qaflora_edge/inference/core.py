@@ -435,6 +435,7 @@ class Probes:
         return surprise(next_logits, token)
 
     def _after_added(self) -> "Listener":
+        """Give what added() has heard of the query."""
         if self._heard is None:
             self.added()
         assert self._heard is not None

@@ -143,6 +143,7 @@ class Drafter:
             yield len(rows[0].tokens)
 
     def _written(self, context: Context, row: _Row) -> Written:
+        """Give a draft, and its KV state where that is small: an answer may begin with both."""
         text = text_of(self._model, row.tokens)
         draft = Draft(row.name, tuple(row.tokens), text, tuple(row.logprobs), row.is_whole)
         is_small = context.n_byte_of(row.seq) <= _N_BYTE_KEPT
@@ -150,6 +151,7 @@ class Drafter:
 
 
 def _begin(context: Context, row: _Row, begun: Written | None) -> None:
+    """Begin a draft in a sequence, or go on with what there is of it."""
     context.set_weights(row.weights, seq=row.seq)
     if begun is not None:
         row.tokens = list(begun.draft.tokens)

@@ -96,6 +96,7 @@ class Generation(Iterator[str]):
         return self.is_done
 
     def _has_begun(self) -> bool:
+        """Tell whether there is no draft, or none any more, as advance() does."""
         self.advance()
         return not self.is_drafting
 

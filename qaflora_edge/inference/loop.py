@@ -163,6 +163,7 @@ class Loop:
             self._turn.notify_all()
 
     def _step(self) -> None:
+        """Decide and compute one step; called with the lock, which is free during computation."""
         self._end_cancelled()
         self._scheduler.remove_ended()
         if not self._scheduler.has_work:

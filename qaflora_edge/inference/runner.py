@@ -155,6 +155,7 @@ class Runner:
                 self._begin(sequence, last_row)
 
     def _take_over(self, sequence: RunningSequence, slot: Slot, written: Written) -> None:
+        """Begin an answer with what was drafted of it: as if it had been computed here."""
         draft = written.draft
         assert written.state is not None
         sequence.written = None
@@ -219,6 +220,7 @@ class Runner:
     def _choose(
         self, sequence: RunningSequence, slot: Slot, span: Span, row: int, n_sequence: int
     ) -> None:
+        """Choose the token after each row from this one on, as long as the next was guessed."""
         n_before = sequence.n_past
         for token in span.tokens:
             if token != sequence.next_token:

@@ -52,6 +52,7 @@ class Sampler:
             self.constraint = constraint.Constraint(model, grammar)
 
     def _links(self, sampling: Sampling) -> Iterator[Any]:
+        """Make the samplers of the chain; llama.cpp makes empty ones of what changes nothing."""
         lib, n_vocab = self._lib, self._model.n_vocab
         if sampling.logit_bias:
             biases = {int(token): bias for token, bias in sampling.logit_bias.items()}

@@ -336,4 +336,5 @@ class Scheduler:
 
 
 def _n_new(sequence: RunningSequence) -> int:
+    """Count the tokens of a prompt that had no KV state when it got its slot."""
     return sequence.n_prompt - sequence.n_cached

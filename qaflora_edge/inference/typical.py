@@ -75,5 +75,6 @@ def measure(
 
 
 def _sureness(probe: Probes) -> F64:
+    """Tell how sure each adapter is of its own draft: float64 [n_adapter], in nats a token."""
     drafts = probe.drafts(probe.query.adapters, N_BEGUN)
     return np.array([draft.sureness(N_BEGUN) for draft in drafts])

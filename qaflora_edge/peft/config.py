@@ -239,6 +239,7 @@ def _refuse_mlx(path: Path, fields: Mapping[str, Any]) -> None:
 
 
 def _mlx_config(path: Path, fields: Mapping[str, Any]) -> PeftConfig:
+    """MLX's scale is the factor of B A, whatever the rank."""
     parameters = fields["lora_parameters"]
     rank, scale, alpha = (parameters.get(key) for key in ("rank", "scale", "alpha"))
     # Before mlx-lm 57b16724, June 2024, the factor was scale * alpha / rank. Later versions ignore
@@ -262,6 +263,7 @@ def _mlx_config(path: Path, fields: Mapping[str, Any]) -> PeftConfig:
 
 
 def _check_key(path: Path, key: str) -> None:
+    """Refuse a key of rank_pattern or alpha_pattern that is no expression, or takes long."""
     if not _is_bounded(key):
         raise _wrong(
             path,

@@ -190,6 +190,7 @@ def make_modules(config: PeftConfig, tensors: Mapping[str, StoredTensor]) -> dic
 
 
 def _check_matrix(tensor: StoredTensor) -> None:
+    """Refuse a tensor that is no matrix, such as LoRA on a convolution."""
     if tensor.n_bytes == 0:
         raise SafetensorsFileError(
             f"Cannot use {tensor.path}: tensor {tensor.name} is empty, of shape "

@@ -392,6 +392,7 @@ class _Reader:
         return held[:at]
 
     def _may_begin(self, at: int) -> bool:
+        """Tell whether a place begins with what a call begins with, or could with more text."""
         marks = (*self._calls.format.marks, *_FENCES)
         held = self._held
         return any(held.startswith(mark, at) or mark.startswith(held[at:]) for mark in marks)

@@ -276,6 +276,7 @@ def _to_json(
     sort_keys: bool = False,
     **_: Any,
 ) -> str:
+    """Write JSON as transformers does: nothing is escaped for HTML."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

@@ -220,6 +220,7 @@ def _ends(model: Model) -> dict[str, str]:
 
 
 def _begun(messages: list[Json], chat: Chat) -> str | None:
+    """Take what an answer begins with off a conversation; None where it begins with nothing."""
     last = messages[-1]
     is_prompted = chat.add_generation_prompt
     is_said = last["role"] == "assistant" and not last.get("tool_calls")

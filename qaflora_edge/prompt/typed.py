@@ -169,6 +169,7 @@ def _strings(value: Any, depth: int) -> Iterator[str]:
 
 
 def _unused(texts: list[str]) -> str:
+    """A private-use character that is not in these texts, nor its escape."""
     used: set[str] = set().union(*texts)
     for codes in (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE)):
         for code in codes:

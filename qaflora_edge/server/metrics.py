@@ -95,6 +95,7 @@ class Recorder:
 
 
 def _line(scope: Scope, status: int, facts: Mapping[str, Any]) -> str:
+    """Return one line, whatever a client or a proxy wrote into its request."""
     client = "-"
     if scope.get("client"):
         host, _ = scope["client"]

@@ -73,6 +73,7 @@ def refusal(error: BaseException, body: object = None, *, is_expired: bool = Fal
 
 
 def _cause(error: BaseException, fields: Fields, body: object) -> str | None:
+    """Name the field of a body that is wrong: the error knows, or the first one that is there."""
     if isinstance(error, errors.OptionError):
         return error.option
     for name in fields:

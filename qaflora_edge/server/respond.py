@@ -212,6 +212,7 @@ class Computed:
         await _send_part(b"", send, is_last=True)
 
     async def _next_part(self) -> Part:
+        """Return what comes next; in a stream a ping where that takes long."""
         if not self._is_stream or not self._parts.empty():
             return await self._parts.get()
         try:

@@ -114,6 +114,7 @@ class Connection(H11Protocol):
             self.transport.abort()  # it may never read what it was sent
 
     def _make_room(self, crowd: Iterable["Connection"]) -> None:
+        """End the one of these that has asked for nothing for the longest, or this one."""
         idle = [other for other in crowd if other.is_idle and other is not self]
         if idle:
             min(idle, key=lambda other: other.idle_number).transport.abort()

@@ -355,6 +355,7 @@ class ServedModels:
         log.info("opened %s in %.1f s", model.name, time.perf_counter() - start)
 
     async def _close_unused(self) -> None:
+        """Close the bundle not used for the longest where max_models are open."""
         opened = [model for model in self.by_name.values() if model.engine]
         idle = [model for model in opened if model.is_idle]
         if self._options.max_models and len(opened) >= self._options.max_models and idle:

@@ -194,6 +194,7 @@ def _allowed(request: Request) -> Path:
 
 
 def _inside(folder: Path, name: str) -> Path:
+    """Resolve a path; all files of the adapter have to be in the folder. Raises Refusal."""
     with contextlib.suppress(OSError, ValueError, RuntimeError):  # a loop of links is the last
         path = (folder / name).resolve(strict=True)
         if folder in path.parents:

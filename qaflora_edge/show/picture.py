@@ -107,6 +107,7 @@ def _rect(parent: Element, x: int, y: int, width: int, height: int) -> Element:
 
 
 def _darken(rect: Element, share: float) -> None:
+    """Ink a box: at 0 it is paper, at 1 all dark."""
     opacity = max(0.0, min(1.0, share))
     rect.set("fill-opacity", f"{opacity:.3f}")
 

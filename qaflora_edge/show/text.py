@@ -297,6 +297,7 @@ def _layers(fusion: FusionWeights, blocks: str, width: int) -> Table:
 
 
 def _block(weight: float, ends: tuple[float, float], blocks: str) -> str:
+    """Give the sign for a weight: the higher it is between the ends, the later one of blocks."""
     if weight < 0:
         return "-"
     low, high = ends

@@ -148,6 +148,7 @@ def typical_of(
 
 
 def _typical_sureness(sureness: F64) -> list[dict[str, float]]:
+    """Give mean and spread of each adapter's sureness [n_prompt, n_adapter], in nats a token."""
     # Who shares a batch with a draft moves the last digits of its logits.
     means = np.round(sureness.mean(axis=0), 4)
     spreads = np.maximum(sureness.std(axis=0), _SPREAD_MIN)
@@ -159,6 +160,7 @@ def _typical_sureness(sureness: F64) -> list[dict[str, float]]:
 
 
 def _mean_and_spread(measured: Sequence[F64]) -> list[dict[str, Any]]:
+    """Give mean and spread of each adapter's extent, and each prompt's distance from the mean."""
     extents = np.stack([extent(of_prompt) for of_prompt in measured])  # [n_prompt, n_adapter]
     means = extents.mean(axis=0)
     spreads = np.maximum(extents.std(axis=0), _SPREAD_MIN)

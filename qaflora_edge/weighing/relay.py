@@ -125,6 +125,7 @@ def _relayed(query: Query, probe: Probe, mix: Mix) -> Mix:
 
 
 def _knowers(query: Query, mix: Mix, opening: Draft) -> list[str]:
+    """Name who drafts beside who writes: where that one gives a form, or another would answer."""
     others = _may_know(query, mix, opening.adapter)
     if _is_prose(opening):
         others = [name for name in others if _answers(mix, name)]
@@ -141,10 +142,12 @@ def _may_know(query: Query, mix: Mix, writer: str) -> list[str]:
 
 
 def _by_question(query: Query, mix: Mix) -> list[str]:
+    """Order adapters by their score in the question, the highest first."""
     return sorted(query.adapters, key=lambda name: -mix.why[name].scores["question"])
 
 
 def _surest(query: Query, drafts: Mapping[str, Draft], writer: str) -> str | None:
+    """Name who drafts in words and is surest of it, beside who writes."""
     unusual = {
         name: _unusual(query, draft)
         for name, draft in drafts.items()
@@ -367,6 +370,7 @@ def _said(relay: Relay) -> str:
 
 
 def _unusual(query: Query, draft: Draft) -> float:
+    """Tell how much surer a draft is than its adapter's for neutral prompts, in spreads."""
     typical = query.typical[draft.adapter][SURENESS]
     above: float = draft.sureness(N_BEGUN) - typical["mean"]
     return above / float(typical["spread"])
@@ -377,16 +381,19 @@ def _is_sure(query: Query, draft: Draft) -> bool:
 
 
 def _sureness(drafts: Mapping[str, Draft]) -> dict[str, float]:
+    """Give the mean log-probability of each draft's first tokens, in nats."""
     return {name: draft.sureness(N_BEGUN) for name, draft in drafts.items()}
 
 
 def _weights(mix: Mix) -> F32:
+    """Give the weights [n_adapter, n_layer] of an answer that nobody relays."""
     import numpy as np
 
     return np.asarray(mix.weights, np.float32)
 
 
 def _heaviest(query: Query, mix: Mix) -> str | None:
+    """Name the adapter with the largest weight; None where the base answers alone."""
     import numpy as np
 
     means = np.asarray(mix.weights).mean(axis=1)
@@ -394,6 +401,7 @@ def _heaviest(query: Query, mix: Mix) -> str | None:
 
 
 def _alone(query: Query, name: str) -> F32:
+    """Give weights [n_adapter, n_layer] of one adapter at 1, or of the base."""
     from qaflora_edge.weighing.numbers import alone_weights
 
     return alone_weights(name, query.adapters, query.n_layer)

@@ -35,7 +35,7 @@ Typical = Mapping[str, Mapping[str, Any]]
 ENTRY_POINTS = "qaflora_edge.strategies"  # the group in which packages offer theirs
 _BUILT_IN = ("two-place", "relay", "qa-flora", "spectr", "static", "single", "manual", "base")
 _MODULES = {"two-place": "two_place", "relay": "relay"}  # the others are in `unmeasured`
-# Strategies of baselines.py; names of strategies that are options now.
+# Modules of baselines/; names of strategies that are options now.
 BASELINES = ("calibrated", "norm", "centroid", "arrow")
 _OLD_NAMES = {name: f"qa-flora:distance={name}" for name in ("cosine", "euclidean")}
 HIDDEN = (*BASELINES, *_OLD_NAMES)  # that work where they are named, and are listed nowhere
@@ -297,7 +297,7 @@ def find_strategy(name: str) -> Strategy | None:
     """Find a strategy by name, and import what it needs."""
     _load_built_in(name)
     if name in BASELINES and name not in _registry:
-        _registry[name] = import_module("qaflora_edge.weighing.baselines").STRATEGIES[name]
+        _registry[name] = import_module(f"qaflora_edge.weighing.baselines.{name}").STRATEGY
     if name not in _registry:
         _load_entry_points()
     return _registry.get(name)

@@ -80,7 +80,7 @@ def known_of(text: BundleText | None) -> Known:
         raise wrong_bundle(text.where, wrong) from error
     centroids = {}
     for name, record in fusion.get("samples", {}).items():
-        from qaflora_edge.weighing.baselines import parse_centroid
+        from qaflora_edge.weighing.baselines.centroid import parse_centroid
 
         try:
             centroids[name] = parse_centroid(record["embedding"], text.base.n_embd)

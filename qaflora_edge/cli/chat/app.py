@@ -241,6 +241,7 @@ class Chat:
 
 
 def _read(typed: PlainInput | TerminalInput) -> str | None:
+    """Read a message; on a terminal Ctrl-C takes back what is being typed."""
     while True:
         try:
             return typed.read()

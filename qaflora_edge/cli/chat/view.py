@@ -147,6 +147,7 @@ class TerminalView(View):
         self._print(self._open)
 
     def _draw(self, text: str, style: str = "") -> None:
+        """Draw the end of a text, as much as fits below what is printed for good."""
         from rich.text import Text
 
         width, height = self._out.size

@@ -1,0 +1,46 @@
+"""The strategy `calibrated`: divergences relative to what is typical of each adapter."""
+
+from typing import Any
+
+from qaflora_edge.config import PROBING, SHAPING
+from qaflora_edge.weighing.strategy import Mix, Probe, Query, Strategy
+from qaflora_edge.weighing.unmeasured import DISTANCES
+
+
+class Calibrated(Strategy):
+    """Weigh by KL divided by the adapter's typical KL over neutral prompts, layer by layer.
+
+    Our own: an adapter that moves every prompt far is not heavier for it.
+    """
+
+    name = "calibrated"
+    is_baseline = True
+    help = "as qa-flora, relative to each adapter's typical divergence"
+    measured = DISTANCES["kl"]
+    options = (*SHAPING, *PROBING)
+    needs_typical = ("norm", "raw", "question_norm", "question_raw")  # any lens, any pool
+
+    def check(self, argument: Any, query: Query) -> None:
+        from qaflora_edge.weighing.calibration import check_typical
+
+        place = "" if query.pool == "last" else f" at pool {query.pool}"
+        check_typical(self.name, query, [_key(query)], f"with lens {query.lens}{place}")
+
+    def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix:
+        from qaflora_edge.weighing import numbers
+
+        divergence = probe.divergence()
+        key = _key(query)
+        typical = [query.typical[name][key] for name in query.adapters]
+        relative = numbers.calibrate(divergence, typical)
+        return Mix(numbers.normalise(relative), divergence)
+
+
+def _key(query: Query) -> str:
+    """Name what is typical under the query's lens and pool, as in calibration.LAYERS."""
+    if query.pool == "last":
+        return query.lens
+    return f"question_{query.lens}"
+
+
+STRATEGY = Calibrated()
