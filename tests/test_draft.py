@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import random
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from tiny import write_tiny_base
 
 from qaflora_edge import Engine
+from qaflora_edge.backend.batch import Span
 from qaflora_edge.errors import OptionError
 from qaflora_edge.hub import fetch_model
 from qaflora_edge.inference.guesses import Guesser, guess_together
@@ -104,6 +107,30 @@ def test_answers_are_the_same_bits_with_guesses_and_without(checkout: Path, fold
                 found, n_accepted = answered(engine, is_together=is_together)
                 assert found == expected
                 assert n_accepted > 10 or is_together
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["models/demo", "demo"])
+def test_the_base_reads_a_prompt_to_the_same_bits_however_it_is_cut(
+    checkout: Path, folder: str
+) -> None:
+    fetch_model(json.loads((checkout / folder / "bundle.json").read_bytes())["base"]["registry"])
+    tokens = np.random.default_rng(3).integers(100, 20_000, 300).tolist()
+    with Engine(checkout / folder, n_ctx=512) as engine:
+        context = engine._core.context
+        if not engine._core._is_exact:
+            pytest.skip("this processor computes few rows otherwise than one")
+
+        def read(*cuts: int) -> bytes:
+            context.clear()
+            for at, end in pairwise((0, *cuts)):
+                context.decode_spans([Span(1, tokens[at:end], at, "last")])
+            _, _, state = context.kv_state_of(1).sequences[0]
+            return state.tobytes() + context.logits().tobytes()
+
+        expected = read(300)
+        for cuts in [(4, 300), (256, 300), (77, 90, 299, 300), (*range(3, 301, 9),)]:
+            assert read(*cuts) == expected
 
 
 def test_a_base_that_cannot_forget_a_guess_drafts_none(tmp_path: Path) -> None:

@@ -116,7 +116,8 @@ class Bench:
         self, n_slot: int, n_running: int | None = None, *, is_exact: bool = False
     ) -> None:
         self.context = NotedContext(n_slot)
-        self.scheduler = Scheduler(n_slot, CHUNKS, n_running=n_running, is_exact=is_exact)
+        chunks = replace(CHUNKS, is_exact=is_exact)
+        self.scheduler = Scheduler(n_slot, chunks, n_running=n_running)
         self.loop = Loop(Vocabulary(), self.context, self.scheduler, Stop())
 
     def add(
@@ -178,6 +179,20 @@ def test_the_base_answers_what_it_was_weighed_by_from_the_last_row_on(
     assert len(span.tokens) == n_computed
     bench.finish(sequence)
     assert sequence.answer == alone(range(1, 11), weight, n_base=6)
+
+
+def test_what_the_base_reads_is_one_chunk_and_shared_token_by_token_where_that_is_exact() -> None:
+    bench = Bench(2, is_exact=True)
+    first = bench.add(range(1, 9), heard=Heard(4), n_base=5)
+    ((read,),) = bench.step()
+    assert list(read.tokens) == [*range(1, 9)]  # CHUNKS would end after six tokens of these
+    bench.weigh(first, 1.0)
+    bench.finish(first)
+    second = bench.add([1, 2, 3, 4, 8, 8, 8], n_base=5)
+    bench.step()
+    assert second.n_cached == 4
+    bench.finish(second)
+    assert second.answer == alone([1, 2, 3, 4, 8, 8, 8], n_base=5)
 
 
 class CountedJob:

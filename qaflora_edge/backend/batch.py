@@ -107,6 +107,7 @@ class Chunks:
                others wait for the chunk. Rows times tokens before them stay the same.
     is_break   whether a token ends a message. The chunk ends after the opening of an answer where
                that follows, as it does in the next turn's prompt.
+    is_exact   whether the base's KV states are the same bits however a prompt is cut
     """
 
     n_full: int
@@ -114,6 +115,7 @@ class Chunks:
     n_message: int
     is_break: Callable[[int], bool] = lambda token: False
     n_shallow: int = MAX_CTX
+    is_exact: bool = False
 
     @property
     def n_most(self) -> int:
@@ -130,7 +132,7 @@ class Chunks:
             limit = len(tokens)
         n_full = self._n_full_at(at)
         n_message = min(self.n_message, n_full)
-        most = min(limit, at + n_full + min(self.n_least, n_full) - 1)
+        most = self._most(at, limit)
         opening = self._opening(tokens)
         n_opening = len(opening)
         first = at + max(0, n_message - 1 - n_opening)
@@ -142,7 +144,16 @@ class Chunks:
                 end += n_opening - n_tail
             if n_message <= end - at <= self.n_most and end <= limit:
                 return end
-        return most if most == limit else at + n_full
+        return self.longest_end(at, limit)
+
+    def longest_end(self, at: int, limit: int) -> int:
+        """Find the end of the longest chunk that begins at `at`, whatever the tokens are."""
+        most = self._most(at, limit)
+        return most if most == limit else at + self._n_full_at(at)
+
+    def _most(self, at: int, limit: int) -> int:
+        n_full = self._n_full_at(at)
+        return min(limit, at + n_full + min(self.n_least, n_full) - 1)
 
     def _n_full_at(self, at: int) -> int:
         """Count the tokens of a chunk after so many others, in whole tiles while they are large."""
@@ -184,6 +195,8 @@ class Chunks:
     ) -> int:
         """Count the tokens in chunks that a prompt shares with one prefilled earlier.
 
+        Of what the base has prefilled all tokens count where that is exact.
+
         n_after  tokens that are prefilled after the prompt in any case
         n_tail   as end() takes it, for both prompts
         n_there  tokens of the earlier prompt that can be reused; None: all
@@ -196,6 +209,8 @@ class Chunks:
             n_tail_there = n_tail
         if n_there is not None:
             n_most = min(n_most, n_there)
+        if self.is_exact and n_tail and n_tail_there:
+            return n_most
         at = 0
         while at < n_most:
             end = self.end(tokens, at, n_tail)

@@ -116,9 +116,12 @@ class Core:
             self._n_first = n_ctx or min(self.n_ctx, N_CTX_FIRST)
             # One more than answers: the base's KV state of a prompt that the mix prefills.
             shape: Any = {"n_ctx": self._n_first, "n_seq": n_parallel + 1}
-            shape["n_output"] = max(n_parallel + 1, N_OUTPUT)
+            shape["n_output"] = (
+                max(n_parallel, N_OUTPUT) + 1
+            )  # the last row, behind those that are scored
             self.context = context = enter(Context(model, self.pack, **shape, **options))
-            self._is_exact = context.is_flash_off and self.pack.n_alike >= N_OUTPUT  # see Scheduler
+            has_alike = self.pack.n_alike >= N_OUTPUT and not model.is_recurrent
+            self._is_exact = context.is_flash_off and has_alike  # see Chunks
             self.draft = self._drafts(draft)
             check_unchanged(states)  # llama.cpp opened the files by name, after the checks
             from qaflora_edge.backend.prefix import Prefixes
@@ -130,7 +133,8 @@ class Core:
             )
             self.prober = enter(closing(prober))
             # Nothing here refers to this Core: a circle would keep it alive.
-            scheduler = Scheduler(n_parallel + 1, context.chunks(), n_parallel, self._is_exact)
+            chunks = replace(context.chunks(), is_exact=self._is_exact)
+            scheduler = Scheduler(n_parallel + 1, chunks, n_parallel)
             self.loop = enter(closing(Loop(model, context, scheduler, stop)))
         except BaseException:
             self._free()

@@ -55,7 +55,7 @@ class _Row:
 
 @dataclass
 class Shown:
-    """Hold the first draft of a batch as it comes: one step ahead of the others.
+    """Hold the first draft of a batch as it comes.
 
     tokens  of its text so far
     """
@@ -125,7 +125,6 @@ class Drafter:
                     _begin(context, row, begun.get(row.name))
                 shown.tokens = rows[0].tokens
                 yield len(shown.tokens)
-                yield from self._decode(context, rows[:1], 1)
                 yield from self._decode(context, rows, n_token)
                 drafts = [self._written(context, row) for row in rows]
             context.clear()

@@ -93,6 +93,8 @@ class Slot:
         )
         if sequence.listener is None or n_shared <= sequence.listener.start:
             return n_shared
+        if chunks.is_exact:
+            return sequence.listener.start
         cut = 0
         while (end := request.chunk_end(chunks, cut)) <= sequence.listener.start:
             cut = end
@@ -160,7 +162,6 @@ class Scheduler:
 
     n_slot  sequences of the context
     n_running  requests that are decoded together, by default n_slot
-    is_exact  whether rows have the same bits alone and together
     chunks  how prompts are cut into chunks. A step prefills one chunk of a long prompt, or several
             short prompts: no decoding request waits for more than a micro-batch.
     waiting, jobs  attributes: queues
@@ -173,15 +174,12 @@ class Scheduler:
     Short prompts and jobs alternate where there are both; decoding goes on in every step.
     """
 
-    def __init__(
-        self, n_slot: int, chunks: Chunks, n_running: int | None = None, is_exact: bool = False
-    ) -> None:
+    def __init__(self, n_slot: int, chunks: Chunks, n_running: int | None = None) -> None:
         self.slots = [Slot(number) for number in range(n_slot)]
         self.n_running = n_running or n_slot
         self.waiting: deque[RunningSequence] = deque()
         self.jobs: deque[Job] = deque()
         self._chunks = chunks
-        self._is_exact = is_exact
         self._is_jobs_turn = True
         self._last_kind = ""
         self._owed_ms = 0.0  # to all that is not long
@@ -299,7 +297,7 @@ class Scheduler:
         request = sequence.request
         sequence.listener = None
         sequence.n_past = request.n_base
-        if self._is_exact and not request.weights.any():
+        if self._chunks.is_exact and not request.weights.any():
             sequence.n_past = sequence.n_prompt - 1  # the base itself answers: one row has logits
         self.slots[sequence.slot].hold(sequence, sequence.n_past)
 

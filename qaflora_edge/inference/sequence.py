@@ -67,6 +67,10 @@ class Request:
     def _nothing(self) -> F32:
         return np.zeros_like(self.weights)
 
+    @cached_property
+    def _is_base_alone(self) -> bool:
+        return not self.weights.any()
+
     @property
     def weights_key(self) -> bytes:
         """Give bytes that are equal where the weights of the KV state to reuse are."""
@@ -77,7 +81,13 @@ class Request:
         return self._nothing if n_past < self.n_base else self.weights
 
     def chunk_end(self, chunks: "Chunks", at: int) -> int:
-        """Find the end of the prompt's chunk that begins at `at`."""
+        """Find the end of the prompt's chunk that begins at `at`.
+
+        What the base reads is cut where that is quickest, if all cuts give the same bits.
+        """
+        if chunks.is_exact and at < self.n_base:
+            n_base = len(self.tokens) if self._is_base_alone else self.n_base
+            return chunks.longest_end(at, n_base)
         return chunks.end(self.tokens, at, self.n_tail)
 
     @property

@@ -34,6 +34,7 @@ Ids = Sequence[int]  # of tokens
 Rows = Sequence[int]  # numbers of adapters
 RowKey = tuple[int, ...]  # the same
 PLACES = ("answer", "question")  # the last token, where the answer begins; the question's mean
+_N_BLOCK = 64  # tokens of a question that are summed together
 _N_TOGETHER = 8  # short queries of one batch: the base's matrices are read once for all
 
 
@@ -123,6 +124,7 @@ class _Added(Listener):
     """Sum in the question, and at the last token: [2, n_row, n_layer].
 
     Of a layer's modules the geometric mean is taken, 0 where an adapter adapts none of them.
+    The question is summed in blocks, so that sums do not depend on how a prompt is cut.
     """
 
     def __init__(
@@ -133,19 +135,33 @@ class _Added(Listener):
         self._end = end
         self._threads = threads
         self._question: list[F64] = [np.zeros(1)] * len(sizes)  # sums over its tokens
+        self._waiting: list[F32] = []  # of a block that is not full: [n_token, n_layer, n_embd]
+        self._n_waiting = 0
 
     def take(self, at: int, inputs: F32) -> None:
         begin = max(self.start - at, 0)
-        stop = max(self._stop - at, 0)
-        of_question = inputs[begin:stop]
-        sums = sums_of(self._sizes, of_question, self._threads)
-        for row, more in enumerate(sums):
-            self._question[row] = self._question[row] + more
+        stop = min(max(self._stop - at, 0), len(inputs))
+        while begin < stop:
+            end = min(stop, begin + _N_BLOCK - self._n_waiting)
+            self._waiting.append(inputs[begin:end].copy())
+            self._n_waiting += end - begin
+            begin = end
+            if self._n_waiting == _N_BLOCK:
+                self._add()
         if at < self._end:
             until_end = inputs[: self._end - at]
             self._last = until_end[-1:]
 
+    def _add(self) -> None:
+        sums = sums_of(self._sizes, np.concatenate(self._waiting), self._threads)
+        for row, more in enumerate(sums):
+            self._question[row] = self._question[row] + more
+        self._waiting = []
+        self._n_waiting = 0
+
     def result(self) -> F64:
+        if self._waiting:
+            self._add()
         n_token = self._stop - self.start
         last = sums_of(self._sizes, self._last, self._threads)
         question = [sums / n_token for sums in self._question]
