@@ -199,7 +199,7 @@ def _in_form(query: Query, probe: Probe, mix: Mix, form: str) -> Mix | None:
 
     It is sure of the draft, the base would begin so too, and yet would write something else.
     """
-    knowers = _may_know(query, mix, form)[: 1 + N_CANDIDATE]
+    knowers = _may_know(query, mix, form)[:N_CANDIDATE]
     drafts = {
         draft.adapter: draft
         for draft in probe.drafts([form, *knowers, BASE], N_BEGUN, _weights(mix))
