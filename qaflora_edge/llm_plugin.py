@@ -94,7 +94,7 @@ class BundleModel(llm.Model):
         )
         answer = engine.submit(ask)
         yield from answer
-        response.set_usage(input=answer.n_prompt, output=answer.n_completion)
+        response.set_usage(input=answer.n_prompt, output=answer.usage["completion_tokens"])
         response.response_json = {
             "base": engine.name,
             "finish_reason": answer.finish_reason,

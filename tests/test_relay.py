@@ -494,6 +494,10 @@ def test_an_answer_over_http_tells_who_drafted(folder: Path) -> None:
         assert (relay["knower"], relay["writer"]) == ("math", "es")
         n_generated = answer["usage"]["completion_tokens"]
         assert n_generated == relay["draft_tokens"] + 4
+        as_ollama = {**body, "options": {"num_predict": 4}, "stream": False}
+        assert client.post("/api/chat", json=as_ollama).json()["eval_count"] == n_generated
+        counted = f'qaflora_completion_tokens_total{{model="tiny"}} {2 * n_generated}'
+        assert counted in client.get("/metrics").text
         chunks = streamed(client, body)
         first = chunks[0]["fusion"]
         assert first["relay"]["knower"] == "math"

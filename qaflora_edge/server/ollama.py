@@ -166,13 +166,16 @@ def _answered(call: Call[Any], ask: Ask | None, fields: ollama.Fields) -> Comput
 
 
 def _counts(facts: Mapping[str, Any], answer: Generation) -> dict[str, int]:
+    """Count tokens and nanoseconds as Ollama does; a relay's draft was generated too."""
     times = answer.timings
+    relay = answer.fusion.relay
+    draft_ms = 0.0 if relay is None else relay.draft_ms
     spent_s = time.perf_counter() - facts["start_s"]
     return {
         "total_duration": int(1e9 * spent_s),
         "load_duration": int(1e6 * facts["wait_ms"]),
         "prompt_eval_count": answer.n_prompt,
         "prompt_eval_duration": int(1e6 * (times.probe_ms + times.prefill_ms)),
-        "eval_count": answer.n_completion,
-        "eval_duration": int(1e6 * times.decode_ms),
+        "eval_count": answer.usage["completion_tokens"],
+        "eval_duration": int(1e6 * (draft_ms + times.decode_ms)),
     }

@@ -331,7 +331,7 @@ def _noted(
             try:
                 yield answer
             finally:
-                _note_tokens(out.facts, answer, 0 if n_begun else answer.n_prompt)
+                _note_tokens(out.facts, answer, is_first=n_begun == 0)
             n_begun += 1
         if n_begun < ask.n:
             raise CancelledError("The request was ended before all of its answers began.")
@@ -346,9 +346,14 @@ def note_mix(fusion: FusionWeights, out: Computed, extras: Extras) -> None:
         out.headers["X-Fusion"] = ",".join(shown)
 
 
-def _note_tokens(facts: Json, answer: Generation, n_prompt: int) -> None:
-    facts["prompt_tokens"] = facts.get("prompt_tokens", 0) + n_prompt
-    facts["completion_tokens"] = facts.get("completion_tokens", 0) + answer.n_completion
+def _note_tokens(facts: Json, answer: Generation, *, is_first: bool) -> None:
+    """Count tokens for the log and the metrics; answers share the prompt and a relay's draft."""
+    facts.setdefault("prompt_tokens", 0)
+    facts.setdefault("completion_tokens", 0)
+    facts["completion_tokens"] += answer.n_completion
+    if is_first:
+        facts["prompt_tokens"] += answer.n_prompt
+        facts["completion_tokens"] += answer.n_draft
     if answer.timings.token_s:
         first_s = answer.timings.token_s[0]
         facts.setdefault("first_ms", 1e3 * (first_s - facts["start_s"]))
