@@ -20,6 +20,7 @@ from qaflora_edge.weighing.drafted import BASE, IN_WORDS, N_TOGETHER, Draft
 
 _N_AROUND = 8  # tokens around a draft, at most
 _N_SEQ = 1 + N_TOGETHER  # and the base's prompt
+_N_AT_ONCE = 2  # drafts of a batch; of more, the first begins before the others: it is shown
 _N_BYTE_KEPT = 64 << 20  # of the largest KV state that goes on as an answer
 _N_CTX_KEPT = 4096  # tokens of the largest context that is kept between queries
 
@@ -55,7 +56,7 @@ class _Row:
 
 @dataclass
 class Shown:
-    """Hold the first draft of a batch as it comes.
+    """Hold the first draft of a batch as it comes: of many, one step ahead of the others.
 
     tokens  of its text so far
     """
@@ -125,6 +126,8 @@ class Drafter:
                     _begin(context, row, begun.get(row.name))
                 shown.tokens = rows[0].tokens
                 yield len(shown.tokens)
+                if len(rows) > _N_AT_ONCE:
+                    yield from self._decode(context, rows[:1], 1)
                 yield from self._decode(context, rows, n_token)
                 drafts = [self._written(context, row) for row in rows]
             context.clear()
