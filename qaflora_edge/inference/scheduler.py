@@ -106,7 +106,7 @@ class Slot:
         self.weights = request.weights_key
         self.tokens = list(request.tokens[:n_kept])
         self.prompt = request.tokens
-        self.n_exact = request.n_base or len(request.tokens)
+        self.n_exact = request.n_read_by_base or len(request.tokens)
         self.n_tail = request.n_tail
 
     def forget(self) -> None:

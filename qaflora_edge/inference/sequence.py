@@ -68,8 +68,10 @@ class Request:
         return np.zeros_like(self.weights)
 
     @cached_property
-    def _is_base_alone(self) -> bool:
-        return not self.weights.any()
+    def n_read_by_base(self) -> int:
+        """Count the prompt's first tokens that are read without an adapter, where n_base is set."""
+        is_base_alone = not self.weights.any()
+        return len(self.tokens) if self.n_base and is_base_alone else self.n_base
 
     @property
     def weights_key(self) -> bytes:
@@ -86,8 +88,7 @@ class Request:
         What the base reads is cut where that is quickest, if all cuts give the same bits.
         """
         if chunks.is_exact and at < self.n_base:
-            n_base = len(self.tokens) if self._is_base_alone else self.n_base
-            return chunks.longest_end(at, n_base)
+            return chunks.longest_end(at, self.n_read_by_base)
         return chunks.end(self.tokens, at, self.n_tail)
 
     @property
