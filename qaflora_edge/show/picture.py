@@ -37,7 +37,6 @@ def picture(fusion: FusionWeights, label: str, subject: str) -> str:
     root.set("aria-label", "Weights, a row per adapter")
     is_layered = not reason_rows(fusion)
     n_layer = fusion.weights.shape[1] if is_layered else 1
-    low, high = scale(fusion)
     names = [crop(name, NAME_WIDTH_MAX, len_pixels) for name in fusion.adapters]
     name_width = max(map(len_pixels, names), default=30)
     left = MARGIN + math.ceil(name_width) + 12
@@ -50,19 +49,9 @@ def picture(fusion: FusionWeights, label: str, subject: str) -> str:
     y = TOP
     for index, name in enumerate(names):
         _text(root, left - 8, y + 17, name, anchor="end")
-        for layer in range(n_layer):
-            weight = float(fusion.weights[index, layer])
-            x = left + layer * CELL_WIDTH
-            share = (weight - low) / (high - low)
-            cell = _rect(root, x, y, CELL_WIDTH - 1, CELL_HEIGHT - 2)
-            cell.set("class", "cell")
-            _darken(cell, share)
-            numbers = _numbers(fusion, index, layer, is_layered)
-            SubElement(cell, "title").text = spelt(numbers)
-            if weight < 0:
-                _text(root, x + 9, y + 16, "−", anchor="middle")
-        mean = f"{fusion.weights[index].mean():.2f}"
-        _text(root, right + 10, y + 17, mean)
+        _draw_cells(root, left, y, fusion, index, n_layer, is_layered=is_layered)
+        mean = fusion.weights[index].mean()
+        _text(root, right + 10, y + 17, f"{mean:.2f}")
         y += CELL_HEIGHT
     if is_layered:
         for layer in range(0, n_layer, TICK):
@@ -70,17 +59,50 @@ def picture(fusion: FusionWeights, label: str, subject: str) -> str:
             _text(root, x, y + 14, str(layer), size=10, anchor="middle")
         _text(root, right + 10, y + 14, "mean", size=10)
     y += 40
-    _text(root, MARGIN, y + 10, f"weight {low:g}", size=11)
-    x = MARGIN + 68
-    for step in range(20):
-        _darken(_rect(root, x, y, 5, 12), step / 19)
-        x += 5
-    end = f"{high:g}{below_zero(fusion, '−')}"
-    _text(root, x + 6, y + 10, end, size=11)
+    _draw_legend(root, y, fusion)
     _text(root, MARGIN, y + 40, facts(fusion), size=11)
     root.set("width", str(width + 2 * MARGIN))
     root.set("height", str(y + 52))
     return tostring(root, encoding="unicode") + "\n"
+
+
+def _draw_cells(
+    root: Element,
+    x: int,
+    y: int,
+    fusion: FusionWeights,
+    index: int,
+    n_layer: int,
+    *,
+    is_layered: bool,
+) -> None:
+    """Draw an adapter's row from a point on: the darker a cell, the more the adapter weighs."""
+    low, high = scale(fusion)
+    for layer in range(n_layer):
+        weight = float(fusion.weights[index, layer])
+        share = (weight - low) / (high - low)
+        cell = _rect(root, x, y, CELL_WIDTH - 1, CELL_HEIGHT - 2)
+        cell.set("class", "cell")
+        _darken(cell, share)
+        title = SubElement(cell, "title")
+        numbers = _numbers(fusion, index, layer, is_layered)
+        title.text = spelt(numbers)
+        if weight < 0:
+            _text(root, x + 9, y + 16, "−", anchor="middle")
+        x += CELL_WIDTH
+
+
+def _draw_legend(root: Element, y: int, fusion: FusionWeights) -> None:
+    """Draw the scale from its lowest weight to its highest."""
+    low, high = scale(fusion)
+    _text(root, MARGIN, y + 10, f"weight {low:g}", size=11)
+    x = MARGIN + 68
+    for step in range(20):
+        box = _rect(root, x, y, 5, 12)
+        _darken(box, step / 19)
+        x += 5
+    below = below_zero(fusion, "−")
+    _text(root, x + 6, y + 10, f"{high:g}{below}", size=11)
 
 
 def _numbers(fusion: FusionWeights, index: int, layer: int, is_layered: bool) -> str:

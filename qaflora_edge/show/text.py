@@ -6,8 +6,9 @@ import math
 import sys
 import unicodedata
 from bisect import bisect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -101,24 +102,21 @@ def crop(text: str, width: float, measure: Callable[[str], float] = len) -> str:
     return f"{line[:n_char].rstrip()}…"
 
 
-def who_spoke(weights: FusionWeights | Mapping[str, float]) -> str:
+def who_spoke(fusion: FusionWeights) -> str:
     """Name the adapters that weigh anything, heaviest first, or the base where none does.
-
-    weights  of a query, or the mean over layers by adapter
 
     As in `math ×1 · es ×0.5`, or `base`; of a relay `company → json`.
     """
-    if isinstance(weights, Mapping):
-        by_name = weights
-    elif weights.relay is None:
-        by_name = weights.means
-    else:
-        return f"{spelt(weights.relay.knower)} → {spelt(weights.relay.writer)}"
-    heaviest_first = sorted(by_name.items(), key=lambda item: -item[1])
-    speakers = [(name, round(mean, 2)) for name, mean in heaviest_first if round(mean, 2)]
-    n_shown = N_TOP if len(speakers) > N_ALL else len(speakers)
-    parts = [f"{spelt(name)} ×{weight:g}" for name, weight in speakers[:n_shown]]
-    parts += others(len(speakers) - n_shown)
+    relay = fusion.relay
+    if relay is not None:
+        return f"{spelt(relay.knower)} → {spelt(relay.writer)}"
+    parts = []
+    for name, mean in sorted(fusion.means.items(), key=itemgetter(1), reverse=True):
+        weight = round(mean, 2)
+        if weight:
+            parts.append(f"{spelt(name)} ×{weight:g}")
+    if len(parts) > N_ALL:
+        parts[N_TOP:] = others(len(parts) - N_TOP)
     return " · ".join(parts) or "base"
 
 
@@ -135,47 +133,57 @@ def top(fusion: FusionWeights) -> list[int]:
     reasons = list(fusion.why.values())
 
     def rank(index: int) -> tuple[float, float]:
+        mean = float(fusion.weights[index].mean())
         score = 0.0
         if reasons:
-            score = max(reasons[index].scores.values(), default=0.0)
+            scores = reasons[index].scores
+            score = max(scores.values(), default=0.0)
         elif fusion.divergence is not None:
             score = float(fusion.divergence[index].mean())
-        return float(fusion.weights[index].mean()), score
+        return mean, score
 
-    return sorted(sorted(range(n_adapter), key=rank)[-N_TOP:])
+    highest_last = sorted(range(n_adapter), key=rank)
+    return sorted(highest_last[-N_TOP:])
 
 
 def why(fusion: FusionWeights) -> str:
     """Say what decided, or that the base answers alone; "" where layers show it."""
     if fusion.because or fusion.weights.any():
         return fusion.because
-    cause = "No adapter weighs anything" if fusion.adapters else "There are no adapters"
-    return f"{cause}: the base answers alone."
+    if fusion.adapters:
+        return "No adapter weighs anything: the base answers alone."
+    return "There are no adapters: the base answers alone."
 
 
 def reason_rows(fusion: FusionWeights) -> list[list[str]]:
     """Lay out what decided where no layer differs: heads, adapters, thresholds; else nothing."""
-    reasons = list(fusion.why.values())
-    is_measured = fusion.divergence is not None and not reasons
-    is_layered = (fusion.weights != fusion.weights[:, :1]).any()
+    every_reason = list(fusion.why.values())
+    is_measured = fusion.divergence is not None and not every_reason
+    first_layer = fusion.weights[:, :1]
+    is_layered = (fusion.weights != first_layer).any()
     if is_measured or is_layered:
         return []
-    heads = ["adapter", "weight"]
     shown = top(fusion)
-    means = list(fusion.means.items())
-    rows = [[means[index][0], f"{means[index][1]:.2f}"] for index in shown]
+    means = fusion.weights.mean(axis=1)  # [n_adapter]
+    heads = ["adapter", "weight"]
+    rows = []
+    reasons = []  # of the rows; none where nothing is known
+    for index in shown:
+        rows.append([fusion.adapters[index], f"{means[index]:.2f}"])
+        reasons += every_reason[index : index + 1]
     last_rows = [[text] for text in others(len(means) - len(shown))]
     if not reasons:
         return [heads, *rows, *last_rows]
-    reasons = [reasons[index] for index in shown]
     thresholds = reasons[0].thresholds
     digits = ".2f" if thresholds else ".3g"
     last_row = ["threshold", ""]
     for place in reasons[0].scores:
         heads.append(place)
-        last_row.append(f"{thresholds[place]:.2f}" if place in thresholds else "")
+        threshold = thresholds.get(place)
+        last_row.append("" if threshold is None else f"{threshold:.2f}")
         for row, reason in zip(rows, reasons, strict=True):
-            row.append(f"{reason.scores[place]:{digits}}")
+            score = reason.scores[place]
+            row.append(f"{score:{digits}}")
     if any(reason.taken_as for reason in reasons):
         heads.append("taken as")
         for row, reason in zip(rows, reasons, strict=True):
@@ -218,7 +226,9 @@ def scale(fusion: FusionWeights) -> tuple[float, float]:
 def below_zero(fusion: FusionWeights, sign: str) -> str:
     """Explain the sign of weights below 0; nothing where there are none."""
     lowest = float(fusion.weights.min(initial=0.0))
-    return f"; {sign} below 0, down to {lowest:.3g}" if lowest < 0 else ""
+    if lowest >= 0:
+        return ""
+    return f"; {sign} below 0, down to {lowest:.3g}"
 
 
 def print_heatmap(
@@ -233,21 +243,27 @@ def print_heatmap(
     stream = stream or sys.stdout
     is_terminal = False if is_plain else None
     console = Console(file=stream, highlight=False, markup=False, force_terminal=is_terminal)
-    blocks = BLOCKS if can_show(BLOCKS + "·", stream.encoding) else ASCII_BLOCKS
+    blocks = ASCII_BLOCKS
+    if can_show(f"{BLOCKS}·", stream.encoding):
+        blocks = BLOCKS
     console.print(visible(who_spoke(fusion)))
-    if reason := why(fusion):
+    reason = why(fusion)
+    if reason:
         console.print(visible(reason))
-    reasons = reason_rows(fusion)
-    if fusion.weights.any() or fusion.why:
+    rows = reason_rows(fusion)
+    has_table = fusion.weights.any() or fusion.why
+    if has_table:
         console.print()
-        if reasons:
-            for row in reasons:
-                row[0] = crop(visible(row[0]), NAME_MAX)
-            console.print("\n".join(columns(reasons)))
-        else:
-            console.print(_layers(fusion, blocks, console.width))
+    if has_table and rows:
+        for row in rows:
+            name = visible(row[0])
+            row[0] = crop(name, NAME_MAX)
+        lines = columns(rows)
+        console.print("\n".join(lines))
+    elif has_table:
+        console.print(_layers(fusion, blocks, console.width))
     console.print()
-    if not reasons:
+    if not rows:
         low, high = scale(fusion)
         below = below_zero(fusion, "-")
         last = fusion.weights.shape[1] - 1
@@ -274,22 +290,26 @@ def _layers(fusion: FusionWeights, blocks: str, width: int) -> Table:
         n_before += 2 + max(5, len(head))
     room = max(8, width - n_before)
     n_together = math.ceil(n_layer / room)  # layers of one cell
-    n_column = min(CELL_MAX, room // math.ceil(n_layer / n_together))
+    n_cell = math.ceil(n_layer / n_together)
+    n_column = min(CELL_MAX, room // n_cell)
+    ticks = _ticks(n_layer, n_together, n_column)
     table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, header_style="")
     table.add_column("", no_wrap=True)
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
-    table.add_column(_ticks(n_layer, n_together, n_column), no_wrap=True)
+    table.add_column(ticks, no_wrap=True)
     for index, name in zip(shown, names, strict=True):
-        row = fusion.weights[index]
-        cells = []
-        for at in range(0, n_layer, n_together):
-            mean = float(row[at : at + n_together].mean())
-            cells.append(_block(mean, ends, blocks) * n_column)
+        row = fusion.weights[index]  # [n_layer]
         numbers = [f"{row.mean():.2f}"]
         if fusion.divergence is not None:
-            numbers.append(f"{fusion.divergence[index].mean():.3g}")
-        drawn = Text("".join(cells), style="cyan")
+            mean_divergence = fusion.divergence[index].mean()
+            numbers.append(f"{mean_divergence:.3g}")
+        cells = ""
+        for at in range(0, n_layer, n_together):
+            layers = row[at : at + n_together]
+            block = _block(float(layers.mean()), ends, blocks)
+            cells += block * n_column
+        drawn = Text(cells, style="cyan")
         table.add_row(Text(name), *numbers, drawn)
     for text in others(len(fusion.adapters) - len(shown)):
         table.add_row(text)
@@ -301,9 +321,10 @@ def _block(weight: float, ends: tuple[float, float], blocks: str) -> str:
     if weight < 0:
         return "-"
     low, high = ends
-    share = (weight - low) / (high - low) * len(blocks)
-    index = int(share + 1e-9)
-    return blocks[max(0, min(len(blocks) - 1, index))]
+    share = (weight - low) / (high - low)
+    index = int(share * len(blocks) + 1e-9)
+    last = len(blocks) - 1
+    return blocks[max(0, min(last, index))]
 
 
 def _ticks(n_layer: int, n_together: int, n_column: int) -> str:
