@@ -43,11 +43,14 @@ def above_typical(query: Query, key: str, measured: F64) -> F64:
     key       one of EXTENTS
     measured  [n_adapter, n_layer]
     """
-    typical = [query.typical[name][key] for name in query.adapters]
-    means = np.array([numbers["mean"] for numbers in typical])
-    spreads = np.array([numbers["spread"] for numbers in typical])
-    above_mean = extent(measured) - means
-    return np.asarray(above_mean / spreads)
+    means = []
+    spreads = []
+    for name in query.adapters:
+        typical = query.typical[name][key]
+        means.append(typical["mean"])
+        spreads.append(typical["spread"])
+    above_mean = extent(measured) - np.array(means)  # [n_adapter]
+    return np.asarray(above_mean / np.array(spreads))
 
 
 def unusual(query: Query, measured: Mapping[str, F64]) -> F64:
@@ -59,33 +62,53 @@ def unusual(query: Query, measured: Mapping[str, F64]) -> F64:
     by correlation over the neutral prompts, times three quarters of its slope, as these are few.
     Near copies predict nothing, or versions of one adapter would hide each other.
     """
-    n_place = len(measured)
     prompts = _neutral_distances(query, list(measured))  # [n_adapter, n_place, n_prompt]
-    n_prompt = max(prompts.shape[-1], 1)
-    products = np.einsum("akn,bkn->ab", prompts, prompts)  # [n_adapter, n_adapter]
-    correlation = products / (n_place * n_prompt)
-    is_copy = correlation >= _COPY
-    shares = np.maximum(correlation, 0)  # of b in what a expects
-    shares[is_copy] = 0
-    np.fill_diagonal(shares, 0)
-    totals = shares.sum(axis=1, keepdims=True)
-    shares /= np.maximum(totals, _EPS)
+    shares = _shares_of_alike(prompts)
 
     # A regression through 0 over the neutral prompts: distance = slope * expected + rest.
     distance = prompts.sum(axis=1)  # [n_adapter, n_prompt]
     expected = shares @ distance
-    variance = (distance**2).sum(axis=1) / n_prompt  # [n_adapter]
-    covariance = (distance * expected).sum(axis=1) / n_prompt
-    variance_expected = (expected**2).sum(axis=1) / n_prompt
-    slope = 0.75 * covariance / np.maximum(variance_expected, _EPS)
+    variance = _mean_product(distance, distance)  # [n_adapter]
+    covariance = _mean_product(distance, expected)
+    variance_expected = _mean_product(expected, expected)
+    divisor = np.maximum(variance_expected, _EPS)
+    slope = 0.75 * covariance / divisor
     explained = slope**2 * variance_expected
+    n_place = len(measured)
     variance_rest = np.maximum(variance, n_place) - explained
 
     above = np.zeros(len(query.adapters))  # of this query
     for key, values in measured.items():
         above += above_typical(query, key, values)
-    rest = above - slope * (shares @ above)
-    return np.asarray(rest / np.sqrt(variance_rest))
+    above_expected = shares @ above
+    rest = above - slope * above_expected
+    spread = np.sqrt(variance_rest)
+    return np.asarray(rest / spread)
+
+
+def _shares_of_alike(prompts: F64) -> F64:
+    """Give the share of each other adapter in what one is expected to do, by correlation.
+
+    prompts  [n_adapter, n_place, n_prompt]  in standard deviations
+    returns  [n_adapter, n_adapter]          rows sum to 1, or 0 where nobody is alike
+    """
+    _, n_place, n_prompt = prompts.shape
+    products = np.einsum("akn,bkn->ab", prompts, prompts)
+    correlation = products / (n_place * max(n_prompt, 1))
+    is_copy = correlation >= _COPY
+    shares = np.maximum(correlation, 0)
+    shares[is_copy] = 0
+    np.fill_diagonal(shares, 0)
+    totals = shares.sum(axis=1, keepdims=True)  # [n_adapter, 1]
+    shares /= np.maximum(totals, _EPS)
+    return np.asarray(shares)
+
+
+def _mean_product(a: F64, b: F64) -> F64:
+    """Average a product over prompts, 0 without any: [n_adapter, n_prompt] -> [n_adapter]."""
+    products = a * b
+    n_prompt = max(products.shape[1], 1)
+    return np.asarray(products.sum(axis=1) / n_prompt)
 
 
 def _neutral_distances(query: Query, keys: Sequence[str]) -> F64:
@@ -95,25 +118,30 @@ def _neutral_distances(query: Query, keys: Sequence[str]) -> F64:
     """
     rows = []
     for name in query.adapters:
+        typical = query.typical[name]
         for key in keys:
-            rows.append(query.typical[name][key].get("each", ()))
+            rows.append(typical[key].get("each", ()))
     n_prompt = min(map(len, rows))
-    shared = np.array([row[:n_prompt] for row in rows], np.float64)
+    shared_rows = [row[:n_prompt] for row in rows]
+    shared = np.array(shared_rows, np.float64)
     return shared.reshape(len(query.adapters), len(keys), n_prompt)
 
 
 def check_typical(strategy: str, query: Query, keys: Sequence[str], how: str = "") -> None:
     """Raise StrategyError, which says how, for adapters that lack some of these keys."""
-    missing = {
-        name: [key for key in keys if key not in query.typical.get(name, {})]
-        for name in query.adapters
-    }
-    names = [name for name, lacking in missing.items() if lacking]
-    if names:
-        what = how or f"({', '.join(missing[names[0]])})"
+    missing: dict[str, list[str]] = {}
+    for name in query.adapters:
+        typical = query.typical.get(name, {})
+        lacking = [key for key in keys if key not in typical]
+        if lacking:
+            missing[name] = lacking
+    if missing:
+        names = ", ".join(missing)
+        first_lacking = next(iter(missing.values()))
+        what = how or f"({', '.join(first_lacking)})"
         raise StrategyError(
-            f"Strategy {strategy} needs typical values, missing for {', '.join(names)} "
-            f"{what}; measure them with `qaflora bundle calibrate DIR`."
+            f"Strategy {strategy} needs typical values, missing for {names} {what}; measure them "
+            "with `qaflora bundle calibrate DIR`."
         )
 
 
@@ -150,23 +178,26 @@ def typical_of(
 def _typical_sureness(sureness: F64) -> list[dict[str, float]]:
     """Give mean and spread of each adapter's sureness [n_prompt, n_adapter], in nats a token."""
     # Who shares a batch with a draft moves the last digits of its logits.
-    means = np.round(sureness.mean(axis=0), 4)
+    means = np.round(sureness.mean(axis=0), 4)  # [n_adapter]
     spreads = np.maximum(sureness.std(axis=0), _SPREAD_MIN)
     spreads = np.round(spreads, 4)
     typical = []
     for mean, spread in zip(means.tolist(), spreads.tolist(), strict=True):
-        typical.append({"mean": mean, "spread": spread})
+        numbers = {"mean": mean, "spread": spread}
+        typical.append(numbers)
     return typical
 
 
 def _mean_and_spread(measured: Sequence[F64]) -> list[dict[str, Any]]:
     """Give mean and spread of each adapter's extent, and each prompt's distance from the mean."""
-    extents = np.stack([extent(of_prompt) for of_prompt in measured])  # [n_prompt, n_adapter]
-    means = extents.mean(axis=0)
+    by_prompt = [extent(of_prompt) for of_prompt in measured]
+    extents = np.stack(by_prompt)  # [n_prompt, n_adapter]
+    means = extents.mean(axis=0)  # [n_adapter]
     spreads = np.maximum(extents.std(axis=0), _SPREAD_MIN)
-    distances = np.round((extents - means) / spreads, 3)
+    distances = (extents - means) / spreads
+    by_adapter = np.round(distances, 3).T.tolist()  # [n_adapter][n_prompt]
     typical = []
-    for mean, spread, of_adapter in zip(means, spreads, distances.T, strict=True):
-        row = {"mean": float(mean), "spread": float(spread), "each": of_adapter.tolist()}
-        typical.append(row)
+    for mean, spread, of_adapter in zip(means.tolist(), spreads.tolist(), by_adapter, strict=True):
+        numbers = {"mean": mean, "spread": spread, "each": of_adapter}
+        typical.append(numbers)
     return typical

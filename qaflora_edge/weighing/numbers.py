@@ -58,35 +58,37 @@ class FusionWeights:
 
     def to_dict(self) -> dict[str, Any]:
         """Give the object that `qaflora weights --json` prints."""
-        return {
+        divergence = None
+        if self.divergence is not None:
+            divergence = self.divergence.tolist()
+        fields = {
             "adapters": list(self.adapters),
             "strategy": self.strategy,
             "lens": self.lens,
             "pool": self.pool,
             "n_layer": int(self.weights.shape[1]),
             "prompt_tokens": self.prompt_tokens,
-            "divergence": None if self.divergence is None else self.divergence.tolist(),
+            "divergence": divergence,
             "weights": self.weights.tolist(),
             "probe_ms": round(self.probe_ms, 3),
-            **self.why_dict(),
-            **self.relay_dict(),
         }
+        return fields | self.why_dict() | self.relay_dict()
 
     def relay_dict(self) -> dict[str, Any]:
         """Give `relay` for JSON: knower, writer, draft and how sure each was; else nothing."""
         if self.relay is None:
             return {}
-        sureness = {name: round(mean, 4) for name, mean in self.relay.sureness.items()}
-        return {
-            "relay": {
-                "knower": self.relay.knower,
-                "writer": self.relay.writer,
-                "draft": self.relay.draft.text,
-                "draft_tokens": len(self.relay.draft.tokens),
-                "draft_ms": round(self.relay.draft_ms, 3),
-                "sureness": sureness,
-            }
+        relay = self.relay
+        sureness = {name: round(mean, 4) for name, mean in relay.sureness.items()}
+        fields = {
+            "knower": relay.knower,
+            "writer": relay.writer,
+            "draft": relay.draft.text,
+            "draft_tokens": len(relay.draft.tokens),
+            "draft_ms": round(relay.draft_ms, 3),
+            "sureness": sureness,
         }
+        return {"relay": fields}
 
     def why_dict(self) -> dict[str, Any]:
         """Give `because` and `why` for JSON; nothing where there are none."""
@@ -111,8 +113,9 @@ class FusionWeights:
     @property
     def chosen(self) -> tuple[str, ...]:
         """Name the adapters with a mean weight above 0, heaviest first."""
-        heaviest = sorted(self.means.items(), key=lambda item: -item[1])
-        return tuple(name for name, mean in heaviest if mean > 0)
+        means = self.means
+        heaviest_first = sorted(means, key=means.__getitem__, reverse=True)
+        return tuple(name for name in heaviest_first if means[name] > 0)
 
     def __repr__(self) -> str:
         from qaflora_edge.show.text import who_spoke
@@ -140,8 +143,9 @@ def check_weights(
             f"[{len(adapters)}, {n_layer}]: one row for each of "
             f"{', '.join(adapters) or 'no adapters'}, one column per layer."
         )
-    if not np.isfinite(array).all():
-        first = np.argwhere(~np.isfinite(array))[0]
+    is_wrong = ~np.isfinite(array)
+    if is_wrong.any():
+        first = np.argwhere(is_wrong)[0]
         ia, il = first.tolist()
         raise WeightsError(
             f"{source}The weight of {adapters[ia]!r} at layer {il} is {array[ia, il]}, "

@@ -24,6 +24,7 @@ from qaflora_edge.weighing.strategy import (
     Probe,
     Query,
     Reason,
+    Strategy,
     Typical,
     find_strategy,
     parse_strategy,
@@ -78,17 +79,24 @@ def known_of(text: BundleText | None) -> Known:
         expected = f"a strategy for these adapters ({error})"
         wrong = WrongField("fusion.strategy", shown(known.strategy), expected)
         raise wrong_bundle(text.where, wrong) from error
+    typical = fusion.get("typical", {})
+    return replace(known, typical=typical, centroids=_centroids(text))
+
+
+def _centroids(text: BundleText) -> dict[str, F32]:
+    """Read the mean embeddings [n_embd] of adapters' sample texts, as far as there are some."""
     centroids = {}
-    for name, record in fusion.get("samples", {}).items():
+    n_embd = text.base.n_embd
+    for name, record in text.fusion.get("samples", {}).items():
         from qaflora_edge.weighing.baselines.centroid import parse_centroid
 
         try:
-            centroids[name] = parse_centroid(record["embedding"], text.base.n_embd)
+            centroids[name] = parse_centroid(record["embedding"], n_embd)
         except ValueError as error:
-            expected = f"base64 of {text.base.n_embd} finite float32 numbers, not all 0"
+            expected = f"base64 of {n_embd} finite float32 numbers, not all 0"
             wrong = WrongField(f"fusion.samples.{name}.embedding", str(error), expected)
             raise wrong_bundle(text.where, wrong) from error
-    return replace(known, typical=fusion.get("typical", {}), centroids=centroids)
+    return centroids
 
 
 @dataclass(frozen=True)
@@ -104,12 +112,11 @@ class Weigher:
     targets: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for what, choices in (("lens", LENSES), ("pool", POOLS), ("prefill", PREFILLS)):
-            value = getattr(self.known, what)
-            if value not in choices:
-                expected = " or ".join(choices)
-                raise StrategyError(f"The {what} {value!r} is not known; expected {expected}.")
-        self.parse(self.known.strategy)
+        known = self.known
+        _check_one_of("lens", known.lens, LENSES)
+        _check_one_of("pool", known.pool, POOLS)
+        _check_one_of("prefill", known.prefill, PREFILLS)
+        self.parse(known.strategy)
 
     def parse(self, text: str) -> Chosen:
         """Parse a strategy. Raises StrategyError if it is unknown or cannot be followed here."""
@@ -126,24 +133,29 @@ class Weigher:
         """
         if not self.adapters:
             return ("base",)
-        targets = [self.targets[name] for name in self.adapters if name in self.targets]
         fixed = []
         probed = []
         for strategy in strategies():
-            compares = set(strategy.compares)
-            if strategy.needs_argument or (compares and not compares.intersection(*targets)):
+            if strategy.needs_argument or not self._can_compare(strategy):
                 continue
             if not strategy.is_probed:
                 fixed.append(strategy.name)
             elif not strategy.is_baseline:
                 probed.append(strategy.name)
         fixed.remove("base")
+        singles = [f"single:{name}" for name in self.adapters]
         followed = []
-        for text in ("base", *fixed, *(f"single:{name}" for name in self.adapters), *probed):
+        for text in ("base", *fixed, *singles, *probed):
             with suppress(QafloraError):
                 self.parse(text)
                 followed.append(text)
         return tuple(followed)
+
+    def _can_compare(self, strategy: Strategy) -> bool:
+        """Tell whether all adapters adapt a kind of modules that a strategy compares."""
+        targets = [self.targets[name] for name in self.adapters if name in self.targets]
+        shared = set(strategy.compares).intersection(*targets)
+        return bool(shared) or not strategy.compares
 
     def query(self, prompt: Prompt, chosen: Chosen | None = None) -> Query:
         """Make a query from a prompt, these defaults and the strategy's options."""
@@ -183,7 +195,9 @@ class Weigher:
             strategy = find_strategy(name)
             if strategy is not None and strategy.is_base_prefilled:
                 how = "base"
-        return numbers.n_base_of(len(prompt.tokens)) if how == "base" and self.adapters else 0
+        if how != "base" or not self.adapters:
+            return 0
+        return numbers.n_base_of(len(prompt.tokens))
 
     def weigh(
         self, weights: Weights, prompt: Prompt, probe: Callable[[Query], Probe]
@@ -195,15 +209,7 @@ class Weigher:
         probe    makes the probe of a query
         """
         if isinstance(weights, FusionWeights):
-            if weights.adapters != self.adapters:
-                raise StrategyError(
-                    f"The weights are for the adapters {', '.join(weights.adapters)}, loaded are "
-                    f"{', '.join(self.adapters)}; weigh the prompt with this Engine."
-                )
-            numbers.check_weights(weights.weights, self.adapters, self.n_layer)
-            if weights.relay is not None and weights.relay.prompt != prompt.tokens:
-                return replace(weights, relay=None)  # another prompt's draft
-            return weights
+            return self._weighed_before(weights, prompt)
         if isinstance(weights, Mapping):
             pairs = [f"{name}={weight}" for name, weight in weights.items()]
             weights = f"manual:{','.join(pairs)}" if pairs else "base"
@@ -213,11 +219,12 @@ class Weigher:
         strategy = chosen.strategy
         query = self.query(prompt, chosen)
         if not self.adapters:
-            return self._fusion(Mix(np.zeros((0, self.n_layer))), chosen.text, query)
-        start = time.perf_counter()
+            nothing = np.zeros((0, self.n_layer))
+            return self._fusion(Mix(nothing), chosen.text, query)
+        start_s = time.perf_counter()
         mix = strategy.weigh(query, probe(query), chosen.argument)
-        spent_ms = 1e3 * (time.perf_counter() - start)
-        probe_ms = spent_ms if strategy.is_probed else 0.0
+        seconds = time.perf_counter() - start_s
+        probe_ms = 1e3 * seconds if strategy.is_probed else 0.0
         if not isinstance(mix, Mix):
             mix = Mix(mix)
         source = f"Strategy {chosen.text!r}: "
@@ -225,17 +232,31 @@ class Weigher:
         weights = shaped(fusion.weights, chosen.options, source)
         return _with_reasons(replace(fusion, weights=weights))
 
+    def _weighed_before(self, fusion: FusionWeights, prompt: Prompt) -> FusionWeights:
+        if fusion.adapters != self.adapters:
+            raise StrategyError(
+                f"The weights are for the adapters {', '.join(fusion.adapters)}, loaded are "
+                f"{', '.join(self.adapters)}; weigh the prompt with this Engine."
+            )
+        self._checked(fusion.weights)
+        relay = fusion.relay
+        if relay is not None and relay.prompt != prompt.tokens:
+            return replace(fusion, relay=None)  # another prompt's draft
+        return fusion
+
+    def _checked(self, weights: ArrayLike, source: str = "") -> F32:
+        return numbers.check_weights(weights, self.adapters, self.n_layer, source=source)
+
     def _fusion(
         self, mix: Mix, strategy: str, query: Query, probe_ms: float = 0.0, *, source: str = ""
     ) -> FusionWeights:
-
-        def checked(array: ArrayLike) -> F32:
-            return numbers.check_weights(array, self.adapters, self.n_layer, source=source)
-
+        divergence = None
+        if mix.divergence is not None:
+            divergence = self._checked(mix.divergence, source)
         return FusionWeights(
             adapters=self.adapters,
-            weights=checked(mix.weights),
-            divergence=None if mix.divergence is None else checked(mix.divergence),
+            weights=self._checked(mix.weights, source),
+            divergence=divergence,
             strategy=strategy,
             lens=query.lens,
             pool=query.pool,
@@ -251,16 +272,26 @@ class Weigher:
 def _with_reasons(fusion: FusionWeights) -> FusionWeights:
     """Add `because` and `why` for a strategy that measures one number an adapter."""
     measured = fusion.divergence
-    if fusion.because or measured is None or (measured != measured[:, :1]).any():
+    if fusion.because or measured is None:
+        return fusion
+    first_layer = measured[:, :1]
+    if (measured != first_layer).any():
         return fusion
     name = fusion.measured.name
     scores = measured[:, 0].tolist()  # [n_adapter]
     reasons = {}
     for adapter, score in zip(fusion.adapters, scores, strict=True):
         reasons[adapter] = Reason({name: score})
-    highest = fusion.adapters[scores.index(max(scores))]
-    because = f"{highest}: {name} {max(scores):.3g}, the highest."
+    highest = max(scores)
+    who = fusion.adapters[scores.index(highest)]
+    because = f"{who}: {name} {highest:.3g}, the highest."
     return replace(fusion, because=because, why=reasons)
+
+
+def _check_one_of(what: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        expected = " or ".join(choices)
+        raise StrategyError(f"The {what} {value!r} is not known; expected {expected}.")
 
 
 def shaped(weights: F32, options: Mapping[str, Any], source: str) -> F32:
@@ -283,20 +314,25 @@ def shaped(weights: F32, options: Mapping[str, Any], source: str) -> F32:
         )
     largest = wide.max(axis=0, keepdims=True)  # [1, n_layer]
     # Of shares of the largest no power underflows at all places.
-    relative = np.divide(wide, largest, out=np.zeros_like(wide), where=largest > 0)
+    zeros = np.zeros_like(wide)
+    relative = np.divide(wide, largest, out=zeros, where=largest > 0)
     power = options.get("power", 1.0)
-    shares = normalise(relative**power).astype(np.float64)
+    sharpened = relative**power
+    shares = normalise(sharpened).astype(np.float64)
     if options.get("layers") == "mean":
         means = shares.mean(axis=1, keepdims=True)  # [n_adapter, 1]
         shares = np.repeat(means, shares.shape[1], axis=1)
     top = options.get("top")
     if top is not None:  # of the largest mean over layers
-        kept = np.argsort(-shares.mean(axis=1), kind="stable")[:top]
+        means = shares.mean(axis=1)  # [n_adapter]
+        heaviest_first = np.argsort(-means, kind="stable")
+        kept = heaviest_first[:top]
         shares_of_kept = normalise(shares[kept])
         shares = np.zeros_like(shares)
         shares[kept] = shares_of_kept
     total: Any = options.get("total", 1.0)
     if total == "l2":
-        lengths = np.sqrt((shares**2).sum(axis=0, keepdims=True))  # [1, n_layer]
+        squares = shares**2
+        lengths = np.sqrt(squares.sum(axis=0, keepdims=True))  # [1, n_layer]
         total = 1.0 / lengths
     return np.asarray(shares * total, np.float32)
