@@ -144,6 +144,7 @@ class Engine:
         self.n_layer = model.n_layer
         self.n_vocab = model.n_vocab
         self.n_ctx_train = model.n_ctx_train  # tokens of the longest text in training
+        self.chat_template: str | None = model.chat_template
         self.has_chat_template = bool(model.chat_template)
 
     @contextmanager
@@ -167,13 +168,13 @@ class Engine:
                         model.result().close()
 
     def _start(self, opened: Opened, chosen: Mapping[str, str | None]) -> None:
-        self._opened = opened
+        self.opened = opened  # the facts of the bundle's files
         self.system = opened.text.system if opened.text else ""
         self.examples = opened.text.examples if opened.text else ()
         # A base alone chooses its strategy when it gets its first adapter.
         is_alone = opened.text is None and not opened.adapters
         self._chooses = chosen["strategy"] is None and is_alone
-        self._weigher = Weigher(
+        self.weigher = Weigher(  # for calls that begin now
             adapters=tuple(opened.adapters),
             n_layer=opened.header.n_layer,
             known=opened.known.under(**chosen),
@@ -186,7 +187,7 @@ class Engine:
         paths = (opened.base_path, *(info.path for info in infos))
         states = {path: opened.states[path] for path in paths}
         with ThreadPoolExecutor(1) as thread:  # while the library loads the base
-            sizes = thread.submit(_read_ahead, self._weigher, infos).result
+            sizes = thread.submit(_read_ahead, self.weigher, infos).result
             return Core(opened.header, opened.adapters, states, sizes=sizes, **self._options)
 
     def close(self) -> None:
@@ -198,26 +199,11 @@ class Engine:
             for core in cores:
                 core.close()
 
-    @property
-    def chat_template(self) -> str | None:
-        """Give the base's chat template; None: it has none."""
-        return self._model.chat_template
-
     @contextmanager
     def model(self) -> Iterator[Model]:
         """Give the base, which stays open within the block."""
         with self._core.call():
             yield self._model
-
-    @property
-    def weigher(self) -> Weigher:
-        """Give what weighs for calls that begin now."""
-        return self._weigher
-
-    @property
-    def opened(self) -> Opened:
-        """Give the facts of the bundle's files."""
-        return self._opened
 
     def _all_cores(self) -> list[Core]:
         return [core for reference in self._cores if (core := reference())]
@@ -255,17 +241,17 @@ class Engine:
     @property
     def adapters(self) -> tuple[str, ...]:
         """Name the adapters in use, in the order of every first axis."""
-        return self._weigher.adapters
+        return self.weigher.adapters
 
     @property
     def strategy(self) -> str:
         """Name the strategy of calls that name none."""
-        return self._weigher.known.strategy
+        return self.weigher.known.strategy
 
     @property
     def strategies(self) -> tuple[str, ...]:
         """Name every strategy that needs no argument and can be followed here."""
-        return self._weigher.followed
+        return self.weigher.followed
 
     @property
     def prefix_cache_bytes(self) -> int:
@@ -290,7 +276,7 @@ class Engine:
         measuring = partial(Engine, threads=self._options["threads"], **self._options["placing"])
         with self._changing:
             strategies = {self.strategy, *{BEST}.intersection(self.strategies)}
-            opened = with_adapter(self._opened, source, name, measuring, strategies, progress)
+            opened = with_adapter(self.opened, source, name, measuring, strategies, progress)
             *_, name = opened.adapters
             self._change(opened, {*self.adapters, name})
         return name
@@ -304,17 +290,17 @@ class Engine:
         with self._changing:
             if name not in self.loaded_adapters:
                 raise _not_loaded(name, self.loaded_adapters)
-            left = {other: info for other, info in self._opened.adapters.items() if other != name}
-            self._change(replace(self._opened, adapters=left), self.adapters)
+            left = {other: info for other, info in self.opened.adapters.items() if other != name}
+            self._change(replace(self.opened, adapters=left), self.adapters)
 
     def _change(self, opened: Opened, used: Collection[str]) -> None:
         from qaflora_edge.bundles.create import UNMEASURED
 
-        known = self._weigher.known
+        known = self.weigher.known
         left = opened.adapters.keys() & known.centroids.keys()
         centroids = {name: known.centroids[name] for name in left}
         weigher = replace(
-            self._weigher,
+            self.weigher,
             adapters=tuple(name for name in opened.adapters if name in used),
             known=replace(known, typical=opened.known.typical, centroids=centroids),
             targets={name: info.targets for name, info in opened.adapters.items()},
@@ -326,10 +312,10 @@ class Engine:
         core.n_ctx = self.n_ctx  # as much memory was free at first
         with old.call():  # raises BusyError after close()
             self._cores = [weakref.ref(each) for each in (*self._all_cores(), core)]
-            self._opened = opened
+            self.opened = opened
             self._chooses = False
             self.loaded_adapters = core.adapters
-            self.__dict__.update(_core=core, _weigher=weigher)  # in one step: see _steady
+            self.__dict__.update(_core=core, weigher=weigher)  # in one step: see _steady
         old.loop.leave()
         trim()  # measuring frees much in this thread
 
@@ -341,26 +327,26 @@ class Engine:
         Raises StrategyError for an unknown name, or when the strategy names another adapter.
         """
         with self._changing, self._core.call():
-            self._weigher = self._using(names)
+            self.weigher = self._using(names)
 
     def use_strategy(self, strategy: str) -> None:
         """Weigh by this strategy where a call names none. Raises StrategyError."""
         with self._changing, self._core.call():
-            known = replace(self._weigher.known, strategy=strategy)
-            self._weigher = replace(self._weigher, known=known)
+            known = replace(self.weigher.known, strategy=strategy)
+            self.weigher = replace(self.weigher, known=known)
             self._chooses = False
 
     def _using(self, names: Sequence[str] | None) -> Weigher:
         """Give the weigher with these adapters in use; None: as they are."""
         if names is None:
-            return self._weigher
+            return self.weigher
         if isinstance(names, str) or not isinstance(names, Iterable):
             raise wrong_option("adapters", names, "a list of their names")
         loaded = self.loaded_adapters
         for name in names:
             if name not in loaded:
                 raise _not_loaded(name, loaded)
-        return replace(self._weigher, adapters=tuple(n for n in loaded if n in names))
+        return replace(self.weigher, adapters=tuple(n for n in loaded if n in names))
 
     def _reader(self) -> "Reader":
         from qaflora_edge.prompt.tokens import Reader
@@ -501,16 +487,18 @@ class Engine:
 
     def _scored(self, by: Weights, prompt: Prompt, probes: Probes, n_after: int) -> Request:
         """Weigh a prompt after which n_after tokens are scored; a relay's knower drafts first."""
-        fusion = _weigh(self._weigher, by, prompt, probes)
+        fusion = _weigh(self.weigher, by, prompt, probes)
         relay = fusion.relay
         if relay is not None and not relay.is_drafted:
             tokens = tuple(self._asked_of_knower(prompt, relay))
-            query = replace(self._weigher.query(prompt), tokens=tokens)
+            query = replace(self.weigher.query(prompt), tokens=tokens)
             (draft,) = probes(query).drafts([relay.knower], DRAFT_TOKENS)
             fusion = replace(fusion, relay=replace(relay, draft=draft, is_drafted=True))
         read = self._with_draft(prompt, fusion, self.n_ctx - n_after)
-        n_base = _n_base(self._weigher, by, prompt, read)
-        return Request(read.tokens, self._core.all_weights(fusion), n_base=n_base)
+        n_base = _n_base(self.weigher, by, prompt, read)
+        return Request(
+            read.tokens, self._core.all_weights(fusion.adapters, fusion.weights), n_base=n_base
+        )
 
     @_steady
     def decide(
@@ -577,7 +565,7 @@ class Engine:
             return measure(self._core, first, plain, later, keys, progress or silent)
 
     def _query(self, question: Question) -> Query:
-        return self._weigher.query(self.read(question))
+        return self.weigher.query(self.read(question))
 
     @_steady
     def embedding(self, prompt: Any) -> F32:
@@ -712,7 +700,7 @@ class Engine:
                 read = self._with_draft(prompt, fusion, self.n_ctx)
                 request = Request(
                     read.tokens,
-                    self._core.all_weights(fusion),
+                    self._core.all_weights(fusion.adapters, fusion.weights),
                     sampling,
                     fusion.adapters,
                     _n_base(weigher, weights, prompt, read, prefill),

@@ -113,7 +113,7 @@ def test_auto_is_the_base_for_chats_under_two_place_alone(engine: Engine) -> Non
     engine.use_strategy("two-place")
 
     def n_base(weights: Any, tokens: list[int], prefill: str | None = None) -> int:
-        return engine._weigher.n_base(weights, engine.read(tokens), prefill)
+        return engine.weigher.n_base(weights, engine.read(tokens), prefill)
 
     assert n_base(None, chat) == n_base("two-place:second=2", chat) == len(chat) - N_TAIL
     assert n_base("base", chat) == n_base({}, chat) == len(chat) - N_TAIL

@@ -238,12 +238,11 @@ class Core:
         """Find where adapters stand among all that are loaded."""
         return [self.adapters.index(name) for name in names]
 
-    def all_weights(self, fusion: FusionWeights) -> F32:
-        """Give float32 [n_adapter, n_layer] of all loaded adapters, 0 for those not in use."""
-        return self.all_weights_of(fusion.adapters, fusion.weights)
+    def all_weights(self, names: Iterable[str], weights: F32) -> F32:
+        """Give float32 [n_adapter, n_layer] of all loaded adapters, 0 for those not in use.
 
-    def all_weights_of(self, names: Iterable[str], weights: F32) -> F32:
-        """Give the same of weights [n_adapter, n_layer] of these adapters."""
+        weights  [n_adapter, n_layer] of these adapters
+        """
         every = np.zeros((len(self.adapters), self.model.n_layer), np.float32)
         every[self.rows(names)] = weights
         return every
@@ -490,7 +489,7 @@ class Probes:
         asked = {name: core.weights_of(name) for name in names}
         answering = None  # whose draft the answer begins with, if these stay the weights
         if answer is not None:
-            weights = core.all_weights_of(self.query.adapters, answer)
+            weights = core.all_weights(self.query.adapters, answer)
             alike = (name for name, other in asked.items() if (weights == other).all())
             answering = next(alike, ANSWER if weights.any() else BASE)
             asked[answering] = weights
@@ -524,7 +523,7 @@ class Probes:
 
         weights  [n_adapter, n_layer] of the query's adapters
         """
-        wanted = self._core.all_weights_of(self.query.adapters, weights)
+        wanted = self._core.all_weights(self.query.adapters, weights)
         for written in self._written.values():
             if written.state is not None and (written.weights == wanted).all():
                 return written

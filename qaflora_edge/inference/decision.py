@@ -111,7 +111,7 @@ def decide(
             fusions[name] = weigher.weigh(by, question, probe)  # a list would look like a form
         finally:
             probe.end()
-        weights = core.all_weights(fusions[name])
+        weights = core.all_weights(weigher.adapters, fusions[name].weights)
         n_base = weigher.n_base(by, listed)
         requests[name] = Request(listed.tokens, weights, n_base=n_base)
         n_base = weigher.n_base(by, blank)
