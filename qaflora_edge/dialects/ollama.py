@@ -82,9 +82,9 @@ def chat_messages(messages: Iterable[Object]) -> list[Json]:
                 message[new] = message.pop(old)
         calls = message.get("tool_calls")
         if isinstance(calls, list) and all(isinstance(call, dict) for call in calls):
-            calls = [{"id": f"{n:06d}{i:03d}", **call} for i, call in enumerate(calls)]
-            message["tool_calls"] = calls
-            ids = [call["id"] for call in calls]
+            with_ids = [{"id": f"{n:06d}{i:03d}"} | call for i, call in enumerate(calls)]
+            message["tool_calls"] = with_ids
+            ids = [call["id"] for call in with_ids]
         if message.get("role") == "tool" and ids:
             message.setdefault("tool_call_id", ids.pop(0))
         ours.append(message)
@@ -159,16 +159,23 @@ def events(
         message: Json = {}
         if is_stream:
             for thought, draft in extras.drafting(answer):
-                line = {**head, **fields({"reasoning_content": thought}), "done": False}
+                line = _line(head, fields({"reasoning_content": thought}), is_done=False)
                 if draft:
                     line["fusion"] = draft
                 yield line
             for part in _parts(answer):
-                yield {**head, **fields(part), "done": False}
+                yield _line(head, fields(part), is_done=False)
         else:
             message = openai_chat.SHAPE.choice(answer)["message"]
             if thought := extras.thought_of(answer):
                 message["reasoning_content"] = thought
-        last = {**head, **fields(message), "done": True}
+        last = _line(head, fields(message), is_done=True)
         last["done_reason"] = "stop" if answer.finish_reason == "stop" else "length"
         yield last | times(answer) | extras.end(answer)
+
+
+def _line(head: Object, fields: Object, *, is_done: bool) -> Json:
+    line = dict(head)
+    line |= fields
+    line["done"] = is_done
+    return line

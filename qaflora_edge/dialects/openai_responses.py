@@ -72,7 +72,8 @@ def _messages(items: Any) -> list[Json]:
                 last.setdefault("tool_calls", []).append(_call_of(item))
             case {"type": "function_call_output"}:
                 message = {"role": "tool", "tool_call_id": item.get("call_id")}
-                messages.append({**message, "content": item.get("output")})
+                message["content"] = item.get("output")
+                messages.append(message)
             case {"type": "reasoning"}:
                 pass
             case Mapping() if item.get("type", "message") == "message":
@@ -112,14 +113,17 @@ def events(head: Object, generation: Generation, extras: Extras = NOTHING) -> It
     head  see head_of
     """
     for number, (kind, fields) in enumerate(_events(head, generation, extras)):
-        yield {"type": f"response.{kind}", "sequence_number": number, **fields}
+        event = {"type": f"response.{kind}", "sequence_number": number}
+        yield event | fields
 
 
 Events = Iterator[tuple[str, Json]]
 
 
 def _events(head: Object, generation: Generation, extras: Extras) -> Events:
-    yield "created", {"response": {**head, **extras.mix(generation.fusion)}}
+    created = dict(head)
+    created |= extras.mix(generation.fusion)
+    yield "created", {"response": created}
     items = _Items()
     for part in openai_chat.answer_parts(generation):
         yield from items.text(part) if isinstance(part, str) else items.call(part)
@@ -170,8 +174,8 @@ class _Items:
     def call(self, part: Object) -> Events:
         function = part["function"]
         if "id" in part:
-            item = {"type": "function_call", "call_id": part["id"], **function}
-            yield from self._begin("fc", item, arguments="")
+            item = {"type": "function_call", "call_id": part["id"]}
+            yield from self._begin("fc", item | function, arguments="")
         elif function["arguments"]:
             self.output[-1]["arguments"] += function["arguments"]
         if function["arguments"]:
@@ -191,7 +195,8 @@ class _Items:
         else:
             call = self._place(name=item["name"], arguments=item["arguments"])
             yield "function_call_arguments.done", call
-        yield "output_item.done", {"output_index": len(self.output) - 1, "item": item}
+        last = len(self.output) - 1
+        yield "output_item.done", {"output_index": last, "item": item}
 
     def _begin(self, kind: str, item: Json, **empty: Any) -> Events:
         """End the item before, and begin one: `empty` replaces what is told of it at first."""
@@ -199,8 +204,10 @@ class _Items:
         item["id"] = f"{kind}_{uuid.uuid4().hex}"
         item["status"] = "in_progress"
         self.output.append(item)
-        yield "output_item.added", {"output_index": len(self.output) - 1, "item": item | empty}
+        last = len(self.output) - 1
+        yield "output_item.added", {"output_index": last, "item": item | empty}
 
     def _place(self, **fields: Any) -> Json:
-        place = {"item_id": self.output[-1]["id"], "output_index": len(self.output) - 1}
+        last = len(self.output) - 1
+        place = {"item_id": self.output[last]["id"], "output_index": last}
         return place | fields

@@ -66,7 +66,9 @@ def _n_logprob(is_wanted: Any, n_top: Any) -> int | None:
     option = in_group("sampling")["logprobs"]
     if n_top is not None and not option.fits(n_top):
         raise wrong_option("top_logprobs", n_top, option.expected)
-    return (n_top or 0) if is_wanted or n_top else None
+    if not is_wanted and not n_top:
+        return None
+    return n_top or 0
 
 
 def check_off(method: str, body: Object, fixed: Mapping[str, tuple[Any, ...]]) -> None:
@@ -186,9 +188,9 @@ def weighing_of(body: Object, of_model: str | None, adapters: Sequence[str]) -> 
         by_name = parse_strategy(strategy, adapters).argument
         _check_range("fusion.strategy", strategy, by_name.values())
     return Weighing(
-        strategy if weights is None else weights,
-        fusion.get("adapters"),
-        fusion.get("prefill"),
+        by=strategy if weights is None else weights,
+        adapters=fusion.get("adapters"),
+        prefill=fusion.get("prefill"),
         relays=fusion.get("relay") is not False,
     )
 

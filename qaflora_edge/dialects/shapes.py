@@ -45,16 +45,18 @@ class Extras:
         """Return the field `fusion` of an answer."""
         if self.returned == "none":
             return {}
+        means = {name: round(mean, 6) for name, mean in fusion.means.items()}
         field: Json = {
             "strategy": fusion.strategy,
             "probe_ms": round(fusion.probe_ms, 3),
-            "weights": {name: round(mean, 6) for name, mean in fusion.means.items()},
+            "weights": means,
         }
         field |= fusion.relay_dict()
         if self.returned in ("why", "layers"):
             field |= fusion.why_dict()
         if self.returned == "layers":
-            field["layers"] = dict(zip(fusion.adapters, fusion.weights.tolist(), strict=True))
+            rows = fusion.weights.tolist()  # [n_adapter][n_layer]
+            field["layers"] = dict(zip(fusion.adapters, rows, strict=True))
         return {"fusion": field}
 
     def end(self, first: Generation) -> Json:
@@ -126,8 +128,9 @@ class Choices:
                 choice["message"]["reasoning_content"] = thought
             choices.append(choice)
             ended.append(generation)
-        end = self.extras.end(ended[0])
-        return {**self.head, "choices": choices, "usage": usage(ended, self.n), **end}
+        answer = _with_choices(self.head, choices)
+        answer["usage"] = usage(ended, self.n)
+        return answer | self.extras.end(ended[0])
 
     def chunks(
         self, answers: Iterable[Generation], *, include_usage: bool = False
@@ -146,21 +149,34 @@ class Choices:
                 mix = self.extras.mix(generation.fusion)
                 for thought, draft in self.extras.drafting(generation):
                     choice = self._choice(index, self.shape.thought(thought))
+                    chunk = _with_choices(head, [choice])
                     fusion = mix.get("fusion", {}) | draft
-                    told = {"fusion": fusion} if fusion else {}
-                    yield {**head, "choices": [choice], **told}
+                    if fusion:
+                        chunk["fusion"] = fusion
+                    yield chunk
                     mix = {}
             for part in self.shape.choices(generation):
-                yield {**head, "choices": [self._choice(index, part)], **mix}
+                choice = self._choice(index, part)
+                yield _with_choices(head, [choice]) | mix
                 mix = {}
             ended.append(generation)
         if include_usage:
-            end = self.extras.end(ended[0])
-            yield {**head, "choices": [], "usage": usage(ended, self.n), **end}
+            last = _with_choices(head, [])
+            last["usage"] = usage(ended, self.n)
+            yield last | self.extras.end(ended[0])
 
     def _choice(self, index: int, choice: Json) -> Json:
-        reason = self.extras.reason(choice["finish_reason"])
-        return {"index": index, **choice, "finish_reason": reason}
+        numbered: Json = {"index": index}
+        numbered |= choice
+        numbered["finish_reason"] = self.extras.reason(choice["finish_reason"])
+        return numbered
+
+
+def _with_choices(head: Object, choices: Sequence[Json]) -> Json:
+    """Begin an answer, or a chunk of one."""
+    answer = dict(head)
+    answer["choices"] = choices
+    return answer
 
 
 def prompt_progress(
@@ -178,7 +194,9 @@ def prompt_progress(
     }
     if expected is not None:
         progress["expected"] = expected
-    return {**head, "choices": [], "prompt_progress": progress}
+    chunk = _with_choices(head, [])
+    chunk["prompt_progress"] = progress
+    return chunk
 
 
 def usage(ended: Sequence[Generation], n: int) -> Json:

@@ -26,7 +26,9 @@ def several(value: Any) -> list[Any]:
 
 def asks(body: Object, defaults: Ask) -> list[Ask]:
     """Read a body: an Ask for each of its prompts; see openai_chat.ask."""
-    options = {**body, "logprobs": None, "top_logprobs": None}  # others than those of chats
+    options = dict(body)
+    options["logprobs"] = None  # another one than that of chats
+    options["top_logprobs"] = None
     sampling = sampling_of(options, defaults.sampling)
     n_token = N_ANSWER if sampling.max_tokens is None else sampling.max_tokens
     common = replace(
@@ -108,7 +110,9 @@ def ask_infill(body: Object, defaults: Ask) -> Ask:
 
 
 def _asked(body: Object, question: Question, defaults: Ask) -> Ask:
-    sampling = sampling_of({**body, "top_logprobs": None}, defaults.sampling)
+    options = dict(body)
+    options["top_logprobs"] = None
+    sampling = sampling_of(options, defaults.sampling)
     n_predict = body.get("n_predict")
     if n_predict is not None:
         sampling = replace(sampling, max_tokens=None if n_predict < 0 else n_predict)
@@ -137,7 +141,7 @@ def events(
             spent_ms = 1e3 * (time.perf_counter() - start_s)
             if "\n" in text and spent_ms > limit_ms:
                 answer.cancel()
-        yield {
+        last = {
             "index": 0,
             "content": "" if is_stream else text,
             "stop": True,
@@ -148,5 +152,5 @@ def events(
             "tokens_predicted": answer.n_completion,
             "tokens_evaluated": answer.n_prompt,
             "tokens_cached": answer.n_cached,
-            **extras.end(answer),
         }
+        yield last | extras.end(answer)
