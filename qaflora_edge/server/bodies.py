@@ -216,12 +216,16 @@ class InfillBody(CompletionBody):
     )
 
 
+Embedded = Annotated[
+    Text | Tokens | Annotated[Several, Field(max_length=MAX_EMBEDDED)],
+    Field(title=f"a text, a list of token ids, or a list of these, {MAX_EMBEDDED} at most"),
+]
+
+
 class EmbeddingsBody(Body):
     """Ask /v1/embeddings."""
 
-    input: Text | Tokens | Annotated[Several, Field(max_length=MAX_EMBEDDED)] = Field(
-        title=f"a text, a list of token ids, or a list of these, {MAX_EMBEDDED} at most"
-    )
+    input: Embedded
     dimensions: None = Field(None, title="nothing: a vector has as many as the base's states")
     encoding_format: Literal["float", "base64"] | None = Field(None, title="float or base64")
 
@@ -229,9 +233,7 @@ class EmbeddingsBody(Body):
 class EmbeddingBody(Body):
     """Ask /embedding."""
 
-    content: Text | Tokens | Annotated[Several, Field(max_length=MAX_EMBEDDED)] = Field(
-        title=f"a text, a list of token ids, or a list of these, {MAX_EMBEDDED} at most"
-    )
+    content: Embedded
 
 
 class ResponsesBody(Tooled):
@@ -426,10 +428,13 @@ def _refusal(
             expected = ", ".join(fields)
             message = f"The field {name} does not exist, expected one of {expected}."
             return Refusal(400, message, param=name, code="unknown_field")
-        expected = fields[key].title or error["msg"].removeprefix("Input should be ")
-        parts = get_args(fields[key].annotation)
-        models = (part for part in parts if isinstance(part, type) and issubclass(part, BaseModel))
-        kind = next(models, None)
+        field = fields[key]
+        expected = field.title or error["msg"].removeprefix("Input should be ")
+        kind = None  # of what is in it
+        for part in get_args(field.annotation):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                kind = part
+                break
     if error["type"] == "value_error":
         expected = error["msg"].removeprefix("Value error, ")
     return wrong_field(".".join(names), value, expected)
@@ -505,12 +510,15 @@ def _asked(path: str, summary: str, kind: type[Body]) -> Json:
 
 def _read(path: str, summary: str) -> Json:
     operation = _operation(path, summary)
-    model = {"name": "model", "in": "query", "schema": {"type": "string"}}
+    model: Json = {"name": "model", "in": "query", "schema": {"type": "string"}}
     if path == "/health":
+        responses = operation["responses"]
+        responses["503"] = responses["200"]
         operation["security"] = []
-        operation["responses"]["503"] = operation["responses"]["200"]
     elif "{model}" in path:
-        operation["parameters"] = [{**model, "in": "path", "required": True}]
+        model["in"] = "path"
+        model["required"] = True
+        operation["parameters"] = [model]
     elif path in _OF_A_MODEL:
         operation["parameters"] = [model]
     return operation

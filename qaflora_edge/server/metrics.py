@@ -25,12 +25,9 @@ class Metrics:
         self.waiting = self._new(Gauge, "requests_waiting", "Requests that wait for a slot.")
         self.loaded = self._new(Gauge, "bundles_loaded", "Bundles that are open.")
         self.prefix_cache = self._new(Gauge, "prefix_cache_bytes", "KV states kept of prompts.")
-        self._tokens = {
-            "prompt_tokens": self._new(Counter, "prompt_tokens", "Tokens of prompts.", "model"),
-            "completion_tokens": self._new(
-                Counter, "completion_tokens", "Tokens of answers.", "model"
-            ),
-        }
+        of_prompts = self._new(Counter, "prompt_tokens", "Tokens of prompts.", "model")
+        of_answers = self._new(Counter, "completion_tokens", "Tokens of answers.", "model")
+        self._tokens = {"prompt_tokens": of_prompts, "completion_tokens": of_answers}
         self._times = {
             "whole_ms": self._seconds("request", "From a request to its end."),
             "first_ms": self._seconds("first_token", "From a request to its first token."),

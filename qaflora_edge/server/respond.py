@@ -222,12 +222,15 @@ class Computed:
             return self._wire.ping
 
     async def _send_head(self, first: bytes, send: Send) -> None:
+        fields = {"content-type": "application/json"}
         if self._is_stream:
-            headers = Headers(STREAM_HEADERS | {"content-type": self._wire.media} | self.headers)
+            fields["content-type"] = self._wire.media
+            fields |= STREAM_HEADERS
         else:
-            size = {"content-length": str(len(first))}
-            headers = Headers({"content-type": "application/json"} | size | self.headers)
-        head = {"type": "http.response.start", "status": 200, "headers": headers.raw}
+            fields["content-length"] = str(len(first))
+        fields |= self.headers
+        raw = Headers(fields).raw
+        head = {"type": "http.response.start", "status": 200, "headers": raw}
         async with asyncio.timeout(SEND_S):
             await send(head)
 
@@ -300,9 +303,11 @@ class Call(Generic[B]):
             extras = self.extras(engine)
             watched = [replace(ask, cancel=out.cancel) for ask in asks]
             if progress is not None and len(watched) == 1:
-                told = _Progress(progress, out)
-                watched = [replace(watched[0], on_progress=told.tell, on_draft=told.expected)]
-            for event in events(_noted(engine, watched, out, extras), extras):
+                teller = _Progress(progress, out)
+                (ask,) = watched
+                watched = [replace(ask, on_progress=teller.tell, on_draft=teller.expected)]
+            answers = _noted(engine, watched, out, extras)
+            for event in events(answers, extras):
                 out.send(event)
             out.end()
 

@@ -47,15 +47,17 @@ class Gate:
         self._origins = origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        send = partial(_send_guarded, send)
-        refused = self._refusal(Headers(scope=scope)) if scope["type"] == "http" else None
-        await (self._app if refused is None else refused.response(scope["path"]))(
-            scope, receive, send
-        )
+        answering = self._app
+        if scope["type"] == "http":
+            refused = self._refusal(Headers(scope=scope))
+            if refused is not None:
+                answering = refused.response(scope["path"])
+        await answering(scope, receive, partial(_send_guarded, send))
 
     def _refusal(self, headers: Headers) -> Refusal | None:
         # Two headers of one name are joined, and then known as nothing.
-        host, origin = (", ".join(headers.getlist(name)) for name in ("host", "origin"))
+        host = ", ".join(headers.getlist("host"))
+        origin = ", ".join(headers.getlist("origin"))
         if self._hosts is not None and not is_known(host, self._hosts):
             message = f"The host {host!r:.100} is not this server; --allow-host NAME allows it."
             return Refusal(403, message, code="host_not_allowed")
@@ -116,8 +118,9 @@ class Lock:
                     "The API key is missing or wrong, expected Authorization: Bearer KEY, or "
                     "X-Api-Key: KEY."
                 )
-                refused = Refusal(401, message, code="invalid_api_key").response(scope["path"])
-                refused.headers["WWW-Authenticate"] = "Bearer"
-                await refused(scope, receive, send)
+                refused = Refusal(401, message, code="invalid_api_key")
+                response = refused.response(scope["path"])
+                response.headers["WWW-Authenticate"] = "Bearer"
+                await response(scope, receive, send)
                 return
         await self._app(scope, receive, send)

@@ -244,9 +244,18 @@ class ServedModels:
         engine = self._options.engine
         chosen = {key: engine.get(key) for key in ("strategy", "lens", "pool")}
         weigher = Weigher(tuple(targets), n_layer, known.under(**chosen), targets=targets)
-        slots = asyncio.Semaphore(self._options.n_slot)
-        facts = (sha256, family, n_byte, sampling, about)
-        return ServedModel(name, place, weigher, weigher.followed, slots, *facts)
+        return ServedModel(
+            name=name,
+            place=place,
+            weigher=weigher,
+            strategies=weigher.followed,
+            slots=asyncio.Semaphore(self._options.n_slot),
+            sha256=sha256,
+            family=family,
+            n_byte=n_byte,
+            sampling=sampling,
+            about=about,
+        )
 
     def find(self, model: str | None) -> tuple[ServedModel, str | None]:
         """Return the bundle of a model id, and the strategy that the id names.
@@ -260,11 +269,12 @@ class ServedModels:
         if served is not None and (not colon or served.can_follow(strategy)):
             return served, strategy if colon else None
         names = list(served.ids if served else self.listed)
-        more = ["..."] if len(names) > 5 else []
+        if len(names) > 5:
+            names[5:] = ["..."]
+        what = "missing" if model is None else repr(model)
         raise Refusal(
             400 if model is None else 404,
-            f"The model is {'missing' if model is None else repr(model):.100}, expected one of "
-            f"{', '.join(names[:5] + more)}.",
+            f"The model is {what:.100}, expected one of {', '.join(names)}.",
             param="model",
             code="model_not_found",
         )
@@ -280,22 +290,31 @@ class ServedModels:
         Raises Refusal for an unknown id.
         """
         model, strategy = self.find(name)
+        engine = model.engine
+        weigher = model.weigher
         meta: Json = {
-            "adapters": list(model.weigher.adapters),
-            "n_layer": model.weigher.n_layer,
-            "n_ctx": model.engine.n_ctx if model.engine else self._options.engine.get("n_ctx"),
-            "strategy": strategy or model.weigher.known.strategy,
+            "adapters": list(weigher.adapters),
+            "n_layer": weigher.n_layer,
+            "n_ctx": self._options.engine.get("n_ctx"),
+            "strategy": strategy or weigher.known.strategy,
             "strategies": list(model.strategies),
-            "loaded": model.engine is not None,
+            "loaded": engine is not None,
             "failed": model.has_failed,
             "sha256": model.sha256,
             "takes_adapters": self._options.adapters is not None,
-            **model.about,
         }
-        if model.engine is not None:
-            meta |= {"base": model.engine.name, "n_ctx_train": model.engine.n_ctx_train}
-        head = {"id": name, "object": "model", "created": model.created_s, "owned_by": "qaflora"}
-        return {**head, "meta": meta}
+        meta |= model.about
+        if engine is not None:
+            meta["n_ctx"] = engine.n_ctx
+            meta["base"] = engine.name
+            meta["n_ctx_train"] = engine.n_ctx_train
+        return {
+            "id": name,
+            "object": "model",
+            "created": model.created_s,
+            "owned_by": "qaflora",
+            "meta": meta,
+        }
 
     @asynccontextmanager
     async def engine(self, model: ServedModel) -> AsyncIterator[Engine]:

@@ -241,7 +241,7 @@ async def _changed(
             hashes = await asyncio.to_thread(changed, engine)
     served.weigher = engine.weigher
     served.strategies = engine.strategies
-    served.sha256 = {**served.sha256, "adapters": hashes}
+    served.sha256 = dict(served.sha256) | {"adapters": hashes}
     served.is_changed = True  # it stays open
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' {what} successfully.")
 
