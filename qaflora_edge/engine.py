@@ -144,7 +144,6 @@ class Engine:
         self.n_layer = model.n_layer
         self.n_vocab = model.n_vocab
         self.n_ctx_train = model.n_ctx_train  # tokens of the longest text in training
-        self.chat_template: str | None = model.chat_template
         self.has_chat_template = bool(model.chat_template)
 
     @contextmanager
@@ -198,6 +197,11 @@ class Engine:
         while cores := [core for core in self._all_cores() if not core.is_closed]:
             for core in cores:
                 core.close()
+
+    @property
+    def chat_template(self) -> str | None:
+        """Give the base's chat template; None: it has none."""
+        return self._model.chat_template
 
     @contextmanager
     def model(self) -> Iterator[Model]:

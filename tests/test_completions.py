@@ -112,7 +112,7 @@ def test_tool_that_has_to_be_called_is_called(
     terse: Engine, monkeypatch: Any, choice: Any, names: set[str], style: CallFormat
 ) -> None:
     template = CHATML + "{% if tools %}{{ " + json.dumps(style.sign) + " }}{% endif %}"
-    monkeypatch.setattr(terse, "chat_template", template)
+    monkeypatch.setattr(terse._model, "chat_template", template)
     options = {"tools": [WEATHER, TIME], "tool_choice": choice, "temperature": 1.0, "seed": 1}
     choice_made = terse.chat(USER, **options)["choices"][0]
     assert choice_made["finish_reason"] == "tool_calls"
@@ -440,7 +440,7 @@ SYSTEM_TOOLS = (
 def test_tools_and_calls_stand_where_a_template_reads_them(
     engine: Engine, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(engine, "chat_template", SYSTEM_TOOLS)
+    monkeypatch.setattr(engine._model, "chat_template", SYSTEM_TOOLS)
     call = {"function": {"name": "time", "arguments": {"a": "b"}}}
     messages = [*USER, {"role": "assistant", "content": "", "tool_calls": [call]}]
     tokens = engine.chat_tokens([*messages, *USER], tools=[TIME])
@@ -539,7 +539,7 @@ def test_answer_goes_on_from_a_last_message_of_the_assistant(engine: Engine) -> 
 def test_templates_take_variables(engine: Engine, monkeypatch: Any) -> None:
     said = "{{ tools_in_user_message }}{{ '<think>' if thinks }}{{ word }}"
     template = CHATML.replace("assistant\n", f"assistant\n{said}")
-    monkeypatch.setattr(engine, "chat_template", template)
+    monkeypatch.setattr(engine._model, "chat_template", template)
     for thinks, word, end in (
         (True, "a", "False<think>a"),
         (False, "<|im_end|>", "False<|im_end|>"),
@@ -556,7 +556,7 @@ def test_templates_take_variables(engine: Engine, monkeypatch: Any) -> None:
 @pytest.mark.parametrize("written", ["T", "<tool_call><function="])
 def test_template_without_tools_is_refused(engine: Engine, monkeypatch: Any, written: str) -> None:
     template = CHATML + "{% if tools %}" + written + "{% endif %}"
-    monkeypatch.setattr(engine, "chat_template", template)
+    monkeypatch.setattr(engine._model, "chat_template", template)
     assert refused(ToolsError, engine.chat, USER, tools=[TIME]) == (
         "The chat template of base.gguf has no tools in a form that we read, expected that of "
         "Qwen, Llama 3, Gemma 4, Phi-4-mini, Mistral, Granite, SmolLM3 or LFM2; ask without, or "

@@ -436,7 +436,7 @@ def test_other_paths_that_clients_try(client: TestClient, alone: Engine) -> None
     found = answer(client, "/api/embeddings", model="tiny", prompt="the thing?")
     np.testing.assert_allclose(found["embedding"], state, atol=1e-6)
     props = client.get("/props").json()
-    assert props["chat_template"] == alone.chat_template
+    assert props["chat_template"] == alone._model.chat_template
     assert (props["total_slots"], props["default_generation_settings"]["n_ctx"]) == (3, 512)
     slots = client.get("/slots?model=tiny").json()
     assert [(slot["id"], slot["is_processing"]) for slot in slots] == [(i, False) for i in range(3)]
