@@ -1,37 +1,4 @@
-"""Every expected failure, as one tree.
-
-    QafloraError
-    ├── InputFileError            a file is missing, truncated, corrupted, or not what it claims
-    │   ├── GgufFileError
-    │   ├── SafetensorsFileError
-    │   ├── PeftConfigError
-    │   ├── SessionFileError
-    │   ├── TaskFileError
-    │   └── ResultsFileError
-    ├── OutputFileError           a file cannot be written, or the disk is full
-    │   └── ConversionError       a converted file does not say what its source says
-    ├── UnsupportedAdapterError   a PEFT feature that a plain LoRA cannot represent
-    ├── AdapterMismatchError      adapter and base do not belong together
-    ├── BundleError               bundle.json or its folder is wrong
-    │   └── ChecksumError         a file is not the one that was recorded
-    ├── RegistryError             an unknown model name
-    │   └── DownloadError         a file could not be fetched whole
-    ├── LibraryError              the native library is missing, stock, or of another version
-    ├── BackendError              the native library reported a failure
-    │   └── WorkerError           a worker (--rpc) cannot be used
-    ├── PromptError               a prompt is empty, or no text
-    │   ├── ContextError          a prompt is longer than the context
-    │   └── ModalityError         a message holds an image, audio or a file
-    ├── ChatTemplateError         the base has no usable chat template
-    │   └── ToolsError            it has one, which knows no tools
-    ├── WeightsError              weights of the wrong shape, NaN or infinite
-    ├── StrategyError             an unknown strategy, lens, pool or adapter name
-    ├── SettingsError             the settings file cannot be read, or a key of it is wrong
-    ├── OptionError               an engine or sampling option out of its range
-    ├── GrammarError              a grammar or a JSON schema that cannot be followed
-    ├── CancelledError            a call was ended by Engine.cancel before there was an answer
-    ├── IncompleteAnswerError     an answer was cut before the grammar that it follows ended
-    └── BusyError                 an Engine was used by two threads at once, or after close
+"""Every expected failure, as one tree: QafloraError is its root.
 
 A message has four parts: what failed, which file, tensor or field, what was found and what
 was expected, and what to do next.
@@ -57,6 +24,59 @@ class QafloraError(Exception):
         super().__init__(f"{message[:half]} ... {message[-half:]}" if is_long else message)
 
 
+# The tree; what a class stands for is beside it. Those with fields of their own come after.
+# fmt: off
+class InputFileError(QafloraError): ...  # a file is missing, truncated, or not what it claims
+class GgufFileError(InputFileError): ...
+class SafetensorsFileError(InputFileError): ...
+class PeftConfigError(InputFileError): ...
+class SessionFileError(InputFileError): ...
+class TaskFileError(InputFileError): ...
+class ResultsFileError(InputFileError): ...
+class OutputFileError(QafloraError): ...  # a file cannot be written, or the disk is full
+class UnsupportedAdapterError(QafloraError): ...  # a PEFT feature that no plain LoRA represents
+class AdapterMismatchError(QafloraError): ...  # adapter and base do not belong together
+class BundleError(QafloraError): ...  # bundle.json or its folder is wrong
+class ChecksumError(BundleError): ...  # a file is not the one that was recorded
+class RegistryError(QafloraError): ...  # an unknown model name
+class DownloadError(RegistryError): ...  # a file could not be fetched whole
+class LibraryError(QafloraError): ...  # the native library is missing, stock, or of another version
+class BackendError(QafloraError): ...  # the native library reported a failure
+class WorkerError(BackendError): ...  # a worker (--rpc) cannot be used
+class PromptError(QafloraError): ...  # a prompt is empty, or no text
+class ContextError(PromptError): ...  # a prompt is longer than the context
+class ModalityError(PromptError): ...  # a message holds an image, audio or a file
+class ChatTemplateError(QafloraError): ...  # the base has no usable chat template
+class ToolsError(ChatTemplateError): ...  # it has one, which knows no tools
+class WeightsError(QafloraError): ...  # weights of the wrong shape, NaN or infinite
+class StrategyError(QafloraError): ...  # an unknown strategy, lens, pool or adapter name
+class SettingsError(QafloraError): ...  # the settings file cannot be read, or a key of it is wrong
+class GrammarError(QafloraError): ...  # a grammar or a JSON schema that cannot be followed
+class CancelledError(QafloraError): ...  # a call was ended before there was an answer
+class IncompleteAnswerError(QafloraError): ...  # an answer was cut before its grammar ended
+class BusyError(QafloraError): ...  # an Engine was used after close, or in a forked process
+# fmt: on
+
+
+class ConversionError(OutputFileError):
+    """A converted file does not say what its source says; `checks` has what was compared."""
+
+    def __init__(self, message: str, checks: Sequence[Any]) -> None:
+        super().__init__(message)
+        self.checks = checks
+
+
+class OptionError(QafloraError):
+    """An engine or sampling option is out of its range.
+
+    option  its name as the caller gave it, where it is one
+    """
+
+    def __init__(self, message: str, option: str | None = None) -> None:
+        super().__init__(message)
+        self.option = option
+
+
 @contextmanager
 def os_errors(kind: type[QafloraError], failure: str, advice: str) -> Iterator[None]:
     """Raise an error of ours in place of the system's: what failed, its reason, what to do.
@@ -77,112 +97,6 @@ def is_disk_full(error: OSError) -> bool:
     return error.errno in {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
-class InputFileError(QafloraError): ...
-
-
-class GgufFileError(InputFileError): ...
-
-
-class SafetensorsFileError(InputFileError): ...
-
-
-class PeftConfigError(InputFileError): ...
-
-
-class SessionFileError(InputFileError): ...
-
-
-class TaskFileError(InputFileError): ...
-
-
-class ResultsFileError(InputFileError): ...
-
-
-class OutputFileError(QafloraError): ...
-
-
-class ConversionError(OutputFileError):
-    """A converted file does not say what its source says; `checks` has what was compared."""
-
-    def __init__(self, message: str, checks: Sequence[Any]) -> None:
-        super().__init__(message)
-        self.checks = checks
-
-
-class UnsupportedAdapterError(QafloraError): ...
-
-
-class AdapterMismatchError(QafloraError): ...
-
-
-class BundleError(QafloraError): ...
-
-
-class ChecksumError(BundleError): ...
-
-
-class RegistryError(QafloraError): ...
-
-
-class DownloadError(RegistryError): ...
-
-
-class LibraryError(QafloraError): ...
-
-
-class BackendError(QafloraError): ...
-
-
-class WorkerError(BackendError): ...
-
-
-class PromptError(QafloraError): ...
-
-
-class ContextError(PromptError): ...
-
-
-class ModalityError(PromptError): ...
-
-
-class ChatTemplateError(QafloraError): ...
-
-
-class ToolsError(ChatTemplateError): ...
-
-
-class WeightsError(QafloraError): ...
-
-
-class StrategyError(QafloraError): ...
-
-
-class SettingsError(QafloraError): ...
-
-
-class OptionError(QafloraError):
-    """An engine or sampling option is out of its range.
-
-    option  its name as the caller gave it, where it is one
-    """
-
-    def __init__(self, message: str, option: str | None = None) -> None:
-        super().__init__(message)
-        self.option = option
-
-
 def wrong_option(name: str, found: object, expected: str) -> OptionError:
     """An option that is not what it should be."""
     return OptionError(f"Option {name} is {found!r:.200}, expected {expected}.", name)
-
-
-class GrammarError(QafloraError): ...
-
-
-class CancelledError(QafloraError): ...
-
-
-class IncompleteAnswerError(QafloraError): ...
-
-
-class BusyError(QafloraError): ...
