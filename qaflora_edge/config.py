@@ -3,6 +3,7 @@
 Commands, settings, `llm`, Python calls, server requests and docs/settings.md are made from it.
 """
 
+import contextlib
 import re
 import sys
 from collections.abc import Mapping
@@ -105,6 +106,13 @@ class Option:
         if self.kind not in (int, float):
             return isinstance(value, self.kind) and (not self.choices or value in self.choices)
         return self._is_in_range(value)
+
+    def parsed(self, text: str) -> Any:
+        """Read a text as a value of this kind; one that is none stays text, and fits nowhere."""
+        if self.kind in (int, float) and text not in self.words:
+            with contextlib.suppress(ValueError):
+                return self.kind(text)
+        return text
 
     def _is_in_range(self, value: object) -> bool:
         if isinstance(value, bool) or not isinstance(value, Integral if self.kind is int else Real):
@@ -219,6 +227,8 @@ ADAPTER = Option("adapter", tuple, flag="--adapter", section="Mix", metavar="[NA
                  help="Weigh this adapter on a base alone; repeatable. PATH is a PEFT folder, an "
                  "adapter .gguf or the Hub's owner/name, and is converted once, into the cache. "
                  "NAME is the folder's or file's unless given.")
+_OUTTYPE = Option("outtype", str, "f16", flag="--outtype", section="Options", choices=OUTTYPES,
+                  help="Store tensors of adapters in this type.")
 # What one command has besides, and can be set.
 OWN_OPTIONS = {
     "run": (
@@ -275,14 +285,8 @@ OWN_OPTIONS = {
                help="Listen beyond this machine. Whoever reaches the port may read and write what "
                "is there, and nothing is encrypted."),
     ),
-    "convert": (
-        Option("outtype", str, "f16", flag="--outtype", section="Options", choices=OUTTYPES,
-               help="Store the adapter's tensors in this type."),
-    ),
-    "export": (
-        Option("outtype", str, "f16", flag="--outtype", section="Options", choices=OUTTYPES,
-               help="Store the mix's tensors in this type."),
-    ),
+    "convert": (_OUTTYPE,),
+    "export": (_OUTTYPE,),
 }
 # Options of strategies that probe, as in calibrated:power=2,total=1.5; done in this order.
 SHAPING = (

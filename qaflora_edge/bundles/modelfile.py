@@ -4,7 +4,6 @@ A Modelfile is read as ollama 0.34 does (parser/parser.go): one command a line, 
 order; a text between quotation marks, one or three, may have several lines.
 """
 
-import contextlib
 import json
 import os
 import re
@@ -32,7 +31,7 @@ _IDLE = frozenset(
     mirostat_tau mirostat_eta""".split()  # noqa: SIM905
 )
 # Parameters that are options of sampling; num_predict is called max_tokens there.
-_SAMPLING = tuple(
+SAMPLING = tuple(
     """temperature top_k top_p min_p seed stop repeat_penalty presence_penalty frequency_penalty
     num_predict""".split()  # noqa: SIM905
 )
@@ -195,19 +194,19 @@ def _take_parameter(part: Modelfile, command: Command) -> None:
     if name == "stop":
         part.sampling["stop"] = [*part.sampling.get("stop", []), value]
         return
-    if name not in _SAMPLING:
+    if name not in SAMPLING:
         raise InputFileError(
-            f"PARAMETER {name:.40} cannot be followed; expected one of {', '.join(_SAMPLING)}."
+            f"PARAMETER {name:.40} cannot be followed; expected one of {', '.join(SAMPLING)}."
         )
     key = "max_tokens" if name == "num_predict" else name
     option = in_group("sampling")[key]
-    with contextlib.suppress(ValueError):
-        number = option.kind(value)
-        if option.fits(number):
-            part.sampling[option.name] = number
-        if option.fits(number) or (name in _SIGNED and number < 0):
-            return
-    raise InputFileError(f"PARAMETER {name} is {value!r:.40}, expected {option.expected}.")
+    number = option.parsed(value)
+    if option.fits(number):
+        part.sampling[option.name] = number
+        return
+    is_open = name in _SIGNED and isinstance(number, int) and number < 0
+    if not is_open:
+        raise InputFileError(f"PARAMETER {name} is {value!r:.40}, expected {option.expected}.")
 
 
 def _adapter(value: str, folder: Path) -> Path:

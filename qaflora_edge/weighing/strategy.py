@@ -360,12 +360,7 @@ def read_options(behind: str, options: Sequence[Option], text: str) -> dict[str,
         if name in values:
             raise StrategyError(f"Strategy {text!r} has the option {name} twice, expected it once.")
         option = by_name[name]
-        value: Any = written_value
-        if option.kind in (int, float) and value not in option.words:
-            try:
-                value = option.kind(written_value)
-            except ValueError:
-                value = None  # fits nowhere
+        value = option.parsed(written_value)
         if not option.fits(value):
             raise StrategyError(
                 f"Strategy {text!r}: the option {name} is {written_value!r}, expected "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -160,9 +159,7 @@ def set_(chat: Chat, argument: str) -> None:
         raise click.UsageError(f"/set has no {key!r}; expected one of {', '.join(SAMPLING)}.")
     if text:
         option = SAMPLING[key]
-        value: object = option.default if text == "off" else text
-        with contextlib.suppress(ValueError):  # the check says what is wrong
-            value = option.kind(text)
+        value = option.default if text == "off" else option.parsed(text)
         chat.sampling = chat.sampling.updated({option.name: value})
     keys = [key] if key else SAMPLING
     chat.view.note(*(f"{key} {getattr(chat.sampling, SAMPLING[key].name)}" for key in keys))
