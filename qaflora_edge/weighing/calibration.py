@@ -68,9 +68,9 @@ def unusual(query: Query, measured: Mapping[str, F64]) -> F64:
     # A regression through 0 over the neutral prompts: distance = slope * expected + rest.
     distance = prompts.sum(axis=1)  # [n_adapter, n_prompt]
     expected = shares @ distance
-    variance = _mean_product(distance, distance)  # [n_adapter]
-    covariance = _mean_product(distance, expected)
-    variance_expected = _mean_product(expected, expected)
+    variance = (distance**2).mean(axis=1)  # [n_adapter]
+    covariance = (distance * expected).mean(axis=1)
+    variance_expected = (expected**2).mean(axis=1)
     divisor = np.maximum(variance_expected, _EPS)
     slope = 0.75 * covariance / divisor
     explained = slope**2 * variance_expected
@@ -94,7 +94,7 @@ def _shares_of_alike(prompts: F64) -> F64:
     """
     _, n_place, n_prompt = prompts.shape
     products = np.einsum("akn,bkn->ab", prompts, prompts)
-    correlation = products / (n_place * max(n_prompt, 1))
+    correlation = products / (n_place * n_prompt)
     is_copy = correlation >= _COPY
     shares = np.maximum(correlation, 0)
     shares[is_copy] = 0
@@ -102,13 +102,6 @@ def _shares_of_alike(prompts: F64) -> F64:
     totals = shares.sum(axis=1, keepdims=True)  # [n_adapter, 1]
     shares /= np.maximum(totals, _EPS)
     return np.asarray(shares)
-
-
-def _mean_product(a: F64, b: F64) -> F64:
-    """Average a product over prompts, 0 without any: [n_adapter, n_prompt] -> [n_adapter]."""
-    products = a * b
-    n_prompt = max(products.shape[1], 1)
-    return np.asarray(products.sum(axis=1) / n_prompt)
 
 
 def _neutral_distances(query: Query, keys: Sequence[str]) -> F64:
@@ -122,6 +115,8 @@ def _neutral_distances(query: Query, keys: Sequence[str]) -> F64:
         for key in keys:
             rows.append(typical[key].get("each", ()))
     n_prompt = min(map(len, rows))
+    if n_prompt == 0:  # nothing is known of them: as one prompt that is as the mean
+        return np.zeros((len(query.adapters), len(keys), 1))
     shared_rows = [row[:n_prompt] for row in rows]
     shared = np.array(shared_rows, np.float64)
     return shared.reshape(len(query.adapters), len(keys), n_prompt)
