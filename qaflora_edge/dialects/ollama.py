@@ -144,7 +144,7 @@ def _parts(answer: Generation) -> Iterator[Part]:
 
 
 def events(
-    head: Object,
+    head: Json,
     fields: Fields,
     is_stream: bool,
     times: Times,
@@ -155,27 +155,22 @@ def events(
 
     times  gives the durations of a last line
     """
+    more: Json = {"done": False}
     for answer in answers:
         message: Json = {}
         if is_stream:
             for thought, draft in extras.drafting(answer):
-                line = _line(head, fields({"reasoning_content": thought}), is_done=False)
+                line = head | fields({"reasoning_content": thought}) | more
                 if draft:
                     line["fusion"] = draft
                 yield line
             for part in _parts(answer):
-                yield _line(head, fields(part), is_done=False)
+                yield head | fields(part) | more
         else:
             message = openai_chat.SHAPE.choice(answer)["message"]
             if thought := extras.thought_of(answer):
                 message["reasoning_content"] = thought
-        last = _line(head, fields(message), is_done=True)
+        last = head | fields(message)
+        last["done"] = True
         last["done_reason"] = "stop" if answer.finish_reason == "stop" else "length"
         yield last | times(answer) | extras.end(answer)
-
-
-def _line(head: Object, fields: Object, *, is_done: bool) -> Json:
-    line = dict(head)
-    line |= fields
-    line["done"] = is_done
-    return line

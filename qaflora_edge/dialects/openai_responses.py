@@ -69,7 +69,9 @@ def _messages(items: Any) -> list[Json]:
                 if last.get("role") != "assistant":
                     last = {"role": "assistant", "content": None}
                     messages.append(last)
-                last.setdefault("tool_calls", []).append(_call_of(item))
+                function = {"name": item.get("name"), "arguments": item.get("arguments", "{}")}
+                call = {"id": item.get("call_id"), "type": "function", "function": function}
+                last.setdefault("tool_calls", []).append(call)
             case {"type": "function_call_output"}:
                 message = {"role": "tool", "tool_call_id": item.get("call_id")}
                 message["content"] = item.get("output")
@@ -81,11 +83,6 @@ def _messages(items: Any) -> list[Json]:
             case _:
                 raise wrong_option("input", item, "items of the types message and function_call")
     return messages
-
-
-def _call_of(item: Object) -> Json:
-    function = {"name": item.get("name"), "arguments": item.get("arguments", "{}")}
-    return {"id": item.get("call_id"), "type": "function", "function": function}
 
 
 def head_of(model_name: str, sampling: Sampling) -> Json:
@@ -107,7 +104,7 @@ def head_of(model_name: str, sampling: Sampling) -> Json:
     }
 
 
-def events(head: Object, generation: Generation, extras: Extras = NOTHING) -> Iterator[Json]:
+def events(head: Json, generation: Generation, extras: Extras = NOTHING) -> Iterator[Json]:
     """Yield an answer as events, each with its type and number; the last has the whole response.
 
     head  see head_of
@@ -120,10 +117,8 @@ def events(head: Object, generation: Generation, extras: Extras = NOTHING) -> It
 Events = Iterator[tuple[str, Json]]
 
 
-def _events(head: Object, generation: Generation, extras: Extras) -> Events:
-    created = dict(head)
-    created |= extras.mix(generation.fusion)
-    yield "created", {"response": created}
+def _events(head: Json, generation: Generation, extras: Extras) -> Events:
+    yield "created", {"response": head | extras.mix(generation.fusion)}
     items = _Items()
     for part in openai_chat.answer_parts(generation):
         yield from items.text(part) if isinstance(part, str) else items.call(part)
@@ -132,10 +127,7 @@ def _events(head: Object, generation: Generation, extras: Extras) -> Events:
     is_cut = generation.finish_reason in ("length", "cancelled")
     status = "incomplete" if is_cut else "completed"
     yield from items.close(status)
-    response = dict(head)
-    response["status"] = status
-    response["output"] = items.output
-    response["usage"] = _usage(generation)
+    response = head | {"status": status, "output": items.output, "usage": _usage(generation)}
     if is_cut:
         response["incomplete_details"] = {"reason": "max_output_tokens"}
     else:
@@ -144,12 +136,13 @@ def _events(head: Object, generation: Generation, extras: Extras) -> Events:
 
 
 def _usage(generation: Generation) -> Json:
+    n_generated = generation.n_draft + generation.n_completion
     return {
         "input_tokens": generation.n_prompt,
         "input_tokens_details": {"cached_tokens": generation.n_cached, "cache_write_tokens": 0},
-        "output_tokens": generation.n_draft + generation.n_completion,
+        "output_tokens": n_generated,
         "output_tokens_details": {"reasoning_tokens": generation.n_thought},
-        "total_tokens": generation.usage["total_tokens"],
+        "total_tokens": generation.n_prompt + n_generated,
     }
 
 
@@ -195,8 +188,7 @@ class _Items:
         else:
             call = self._place(name=item["name"], arguments=item["arguments"])
             yield "function_call_arguments.done", call
-        last = len(self.output) - 1
-        yield "output_item.done", {"output_index": last, "item": item}
+        yield "output_item.done", {"output_index": len(self.output) - 1, "item": item}
 
     def _begin(self, kind: str, item: Json, **empty: Any) -> Events:
         """End the item before, and begin one: `empty` replaces what is told of it at first."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from qaflora_edge.formats.inputs import Json, Object
+from qaflora_edge.formats.inputs import Json
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.inference.sequence import TokenLogprob
 from qaflora_edge.weighing.numbers import FusionWeights
@@ -113,7 +113,7 @@ class Choices:
     n       answers to each prompt
     """
 
-    head: Object
+    head: Json
     shape: Shape
     n: int = 1
     extras: Extras = NOTHING
@@ -128,9 +128,8 @@ class Choices:
                 choice["message"]["reasoning_content"] = thought
             choices.append(choice)
             ended.append(generation)
-        answer = _with_choices(self.head, choices)
-        answer["usage"] = usage(ended, self.n)
-        return answer | self.extras.end(ended[0])
+        fields = {"choices": choices, "usage": usage(ended, self.n)}
+        return self.head | fields | self.extras.end(ended[0])
 
     def chunks(
         self, answers: Iterable[Generation], *, include_usage: bool = False
@@ -149,38 +148,28 @@ class Choices:
                 mix = self.extras.mix(generation.fusion)
                 for thought, draft in self.extras.drafting(generation):
                     choice = self._choice(index, self.shape.thought(thought))
-                    chunk = _with_choices(head, [choice])
+                    chunk = head | {"choices": [choice]}
                     fusion = mix.get("fusion", {}) | draft
                     if fusion:
                         chunk["fusion"] = fusion
                     yield chunk
                     mix = {}
             for part in self.shape.choices(generation):
-                choice = self._choice(index, part)
-                yield _with_choices(head, [choice]) | mix
+                choices = [self._choice(index, part)]
+                yield head | {"choices": choices} | mix
                 mix = {}
             ended.append(generation)
         if include_usage:
-            last = _with_choices(head, [])
-            last["usage"] = usage(ended, self.n)
-            yield last | self.extras.end(ended[0])
+            fields = {"choices": [], "usage": usage(ended, self.n)}
+            yield head | fields | self.extras.end(ended[0])
 
     def _choice(self, index: int, choice: Json) -> Json:
-        numbered: Json = {"index": index}
-        numbered |= choice
-        numbered["finish_reason"] = self.extras.reason(choice["finish_reason"])
-        return numbered
-
-
-def _with_choices(head: Object, choices: Sequence[Json]) -> Json:
-    """Begin an answer, or a chunk of one."""
-    answer = dict(head)
-    answer["choices"] = choices
-    return answer
+        reason = self.extras.reason(choice["finish_reason"])
+        return {"index": index} | choice | {"finish_reason": reason}
 
 
 def prompt_progress(
-    head: Object, stage: str, n_done: int, n_token: int, seconds: float, expected: str | None = None
+    head: Json, stage: str, n_done: int, n_token: int, seconds: float, expected: str | None = None
 ) -> Json:
     """Make the chunk that says how far a prompt is, as llama-server does.
 
@@ -194,9 +183,7 @@ def prompt_progress(
     }
     if expected is not None:
         progress["expected"] = expected
-    chunk = _with_choices(head, [])
-    chunk["prompt_progress"] = progress
-    return chunk
+    return head | {"choices": [], "prompt_progress": progress}
 
 
 def usage(ended: Sequence[Generation], n: int) -> Json:

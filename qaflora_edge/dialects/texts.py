@@ -26,9 +26,7 @@ def several(value: Any) -> list[Any]:
 
 def asks(body: Object, defaults: Ask) -> list[Ask]:
     """Read a body: an Ask for each of its prompts; see openai_chat.ask."""
-    options = dict(body)
-    options["logprobs"] = None  # another one than that of chats
-    options["top_logprobs"] = None
+    options = dict(body) | {"logprobs": None, "top_logprobs": None}  # others than those of chats
     sampling = sampling_of(options, defaults.sampling)
     n_token = N_ANSWER if sampling.max_tokens is None else sampling.max_tokens
     common = replace(
@@ -110,8 +108,7 @@ def ask_infill(body: Object, defaults: Ask) -> Ask:
 
 
 def _asked(body: Object, question: Question, defaults: Ask) -> Ask:
-    options = dict(body)
-    options["top_logprobs"] = None
+    options = dict(body) | {"top_logprobs": None}
     sampling = sampling_of(options, defaults.sampling)
     n_predict = body.get("n_predict")
     if n_predict is not None:
