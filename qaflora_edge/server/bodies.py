@@ -18,6 +18,7 @@ from pydantic import (
 from pydantic.json_schema import models_json_schema
 
 from qaflora_edge import __version__
+from qaflora_edge.bundles import modelfile
 from qaflora_edge.config import Option, in_group
 from qaflora_edge.dialects.options import MAX_WEIGHT, RANGE, wrong_field
 from qaflora_edge.errors import OptionError
@@ -279,13 +280,8 @@ class AdapterBody(Body):
     config_bytes: Annotated[str, Field(pattern="^[0-9]{1,6}$")] = Field("0", title="a number")
 
 
-_OF_OLLAMA = (
-    *("temperature", "top_k", "top_p", "min_p", "seed", "stop", "repeat_penalty"),
-    *("presence_penalty", "frequency_penalty"),
-)
-_Options: Any = create_model(
-    "_Options", __base__=Strict, **{name: _FIELDS[name] for name in _OF_OLLAMA}
-)
+_OF_OLLAMA: Json = {name: _FIELDS[name] for name in modelfile.SAMPLING if name in _FIELDS}
+_Options: Any = create_model("_Options", __base__=Strict, **_OF_OLLAMA)
 
 
 class OllamaOptions(_Options):  # type: ignore[misc]
@@ -430,11 +426,9 @@ def _refusal(
             return Refusal(400, message, param=name, code="unknown_field")
         field = fields[key]
         expected = field.title or error["msg"].removeprefix("Input should be ")
-        kind = None  # of what is in it
-        for part in get_args(field.annotation):
-            if isinstance(part, type) and issubclass(part, BaseModel):
-                kind = part
-                break
+        parts = get_args(field.annotation)
+        models = (part for part in parts if isinstance(part, type) and issubclass(part, BaseModel))
+        kind = next(models, None)  # of what is in it
     if error["type"] == "value_error":
         expected = error["msg"].removeprefix("Value error, ")
     return wrong_field(".".join(names), value, expected)
@@ -516,9 +510,7 @@ def _read(path: str, summary: str) -> Json:
         responses["503"] = responses["200"]
         operation["security"] = []
     elif "{model}" in path:
-        model["in"] = "path"
-        model["required"] = True
-        operation["parameters"] = [model]
+        operation["parameters"] = [model | {"in": "path", "required": True}]
     elif path in _OF_A_MODEL:
         operation["parameters"] = [model]
     return operation

@@ -5,7 +5,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,11 +156,6 @@ class ServedModel:
     used_s: float = 0.0
     created_s: int = field(default_factory=lambda: int(time.time()))
 
-    @property
-    def ids(self) -> list[str]:
-        """List the model ids that name it."""
-        return [self.name, *(f"{self.name}:{strategy}" for strategy in self.strategies)]
-
     def can_follow(self, strategy: str) -> bool:
         """Tell whether NAME:STRATEGY is a model: of those that are listed, or a baseline."""
         if strategy in self.strategies or strategy not in HIDDEN:
@@ -268,7 +263,9 @@ class ServedModels:
         served = self.by_name.get(name)
         if served is not None and (not colon or served.can_follow(strategy)):
             return served, strategy if colon else None
-        names = list(served.ids if served else self.listed)
+        names = self.listed
+        if served is not None:
+            names = [name, *(f"{name}:{other}" for other in served.strategies)]
         if len(names) > 5:
             names[5:] = ["..."]
         what = "missing" if model is None else repr(model)
@@ -308,13 +305,8 @@ class ServedModels:
             meta["n_ctx"] = engine.n_ctx
             meta["base"] = engine.name
             meta["n_ctx_train"] = engine.n_ctx_train
-        return {
-            "id": name,
-            "object": "model",
-            "created": model.created_s,
-            "owned_by": "qaflora",
-            "meta": meta,
-        }
+        head = {"id": name, "object": "model", "created": model.created_s, "owned_by": "qaflora"}
+        return head | {"meta": meta}
 
     @asynccontextmanager
     async def engine(self, model: ServedModel) -> AsyncIterator[Engine]:
@@ -344,8 +336,7 @@ class ServedModels:
     def close_idle(self, model: ServedModel) -> None:
         """Close a bundle that nobody uses."""
         if model.engine is not None and model.is_idle:
-            model.closing = asyncio.create_task(self._close(model.engine))
-            model.engine = None  # at once: a request that comes now opens another
+            model.closing = asyncio.create_task(_close(model))
             log.info("closed %s: not in use", model.name)
 
     async def _load(self, model: ServedModel) -> None:
@@ -379,9 +370,7 @@ class ServedModels:
         idle = [model for model in opened if model.is_idle]
         if self._options.max_models and len(opened) >= self._options.max_models and idle:
             oldest = min(idle, key=lambda model: model.used_s)
-            engine = oldest.engine
-            oldest.engine = None
-            await self._close(engine)
+            await _close(oldest)
             log.info("closed %s: --max-models are open", oldest.name)
 
     async def close(self) -> None:
@@ -389,13 +378,15 @@ class ServedModels:
         tasks = [task for model in self.by_name.values() for task in (model.opening, model.closing)]
         await asyncio.gather(*filter(None, tasks), return_exceptions=True)
         for model in self.by_name.values():
-            engine = model.engine
-            model.engine = None
-            await self._close(engine)
+            if model.engine is not None:
+                await _close(model)
 
-    async def _close(self, engine: Engine | None) -> None:
-        if engine is not None:
-            await asyncio.to_thread(engine.close)
+
+def _close(model: ServedModel) -> Coroutine[Any, Any, None]:
+    engine = model.engine
+    assert engine is not None
+    model.engine = None  # at once: a request that comes now opens another
+    return asyncio.to_thread(engine.close)
 
 
 def models_of(request: Request) -> ServedModels:
