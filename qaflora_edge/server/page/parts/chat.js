@@ -1,7 +1,6 @@
 // The conversation: asking, stopping, asking again; the keyboard; what is in view.
 const views = [];
 let running = null; // an AbortController while answers come
-
 const question = byId("question"), send = byId("send");
 
 const scrollDown = () => { if (chat.turns.length) scrollTo({ top: document.documentElement.scrollHeight }); };
@@ -35,11 +34,6 @@ const append = turn => {
   views.push(view);
   byId("turns").append(view.element);
   return view;
-};
-
-const truncate = n => {
-  chat.turns.length = n;
-  for (const view of views.splice(n)) view.element.remove();
 };
 
 const stop = () => running?.abort();
@@ -107,7 +101,9 @@ const submit = () => {
 
 const editTurn = (turn, text) => {
   if (running) return;
-  truncate(chat.turns.indexOf(turn));
+  const at = chat.turns.indexOf(turn);
+  chat.turns.length = at;
+  for (const view of views.splice(at)) view.element.remove();
   ask(text, turn.files);
 };
 
@@ -201,12 +197,9 @@ const start = async () => {
     const models = (await (await call("v1/models")).json()).data;
     await reading;
     readModels(models);
+    if (!bundles.size) throw new Error("The server has no bundle.");
   } catch (error) {
     fail(told(error));
-    return;
-  }
-  if (!bundles.size) {
-    fail("The server has no bundle.");
     return;
   }
   const select = byId("bundle");

@@ -1,7 +1,6 @@
 // The list of kept chats: open one, delete one or all, keep none.
 const chatsDialog = byId("chats"), isKeeping = byId("is-keeping"), deleteAll = byId("delete-chats");
 
-// A button that acts when it is pressed a second time.
 const openKept = async id => {
   const found = await getChat(id);
   chatsDialog.close();

@@ -71,7 +71,8 @@ const numberField = (label, name, properties, hint) => field(label, el("input", 
 
 // All that the bundle can be asked under: its own first, single adapters last.
 const strategyNames = () => {
-  const names = bundles.get(settings.bundle)?.strategies ?? [], manual = adaptersOf(settings.bundle).length ? ["manual"] : [];
+  const names = bundles.get(settings.bundle)?.strategies ?? [];
+  const manual = adaptersOf(settings.bundle).length ? ["manual"] : [];
   return ["", ...names.filter(name => !isSingle(name)), ...manual, ...names.filter(isSingle)];
 };
 const strategyLabel = strategy => strategy ? strategyName(strategy) : ownName();
@@ -116,7 +117,9 @@ const drawPanel = () => {
   const panel = byId("panel"), focused = document.activeElement?.id;
   const names = adaptersOf(settings.bundle);
   const strategy = strategySelect(), isManual = settings.strategy === "manual";
-  const lists = names.length && (isManual || isChosen(settings.strategy)) ? [adapterList(isManual ? "Weights" : "Adapters in use", names, isManual)] : [];
+  const isMixed = names.length && (isManual || isChosen(settings.strategy));
+  const label = isManual ? "Weights" : "Adapters in use";
+  const lists = isMixed ? [adapterList(label, names, isManual)] : [];
   const system = el("textarea", {
     rows: 3, value: settings.system, dir: "auto", id: "system",
     oninput: () => { settings.system = system.value; keep(); grow(system); },
@@ -137,7 +140,8 @@ const drawPanel = () => {
 let isOpen = false; // the list of those that are not among the first
 const adapterList = (label, names, isManual) => {
   const isNone = !isManual && (settings.off[settings.bundle] ?? []).length === names.length;
-  const rows = names.map(name => adapterRow(name, isManual)), rest = names.length > N_ALL ? rows.splice(N_TOP) : [];
+  const rows = names.map(name => adapterRow(name, isManual));
+  const rest = names.length > N_ALL ? rows.splice(N_TOP) : [];
   const others = el("details", { open: isOpen, ontoggle: () => { isOpen = others.open; } },
     el("summary", {}, `${rest.length} others`), el("ul", { className: "adapters" }, ...rest));
   return el("fieldset", { className: "field" },

@@ -35,9 +35,11 @@ const turnView = (turn, on) => {
   // The chosen version, with which the chat goes on, and the one beside it.
   const isShown = index => index === turn.chosen || index === turn.beside;
   const draw = () => {
-    const isPair = turn.beside !== undefined, texts = views.filter((_, i) => isShown(i)).map(view => view.answer.text.trim());
+    const isPair = turn.beside !== undefined;
+    const shown = views.filter((_, index) => isShown(index));
+    const texts = shown.map(view => view.answer.text.trim());
     element.classList.toggle("pair", isPair);
-    answers.replaceChildren(...views.filter((_, i) => isShown(i)).map(view => view.element));
+    answers.replaceChildren(...shown.map(view => view.element));
     chips.hidden = views.length < 2;
     views.forEach((view, index) => {
       view.chip.textContent = `${index + 1} · ${strategyName(titleOf(view.answer))}`;
@@ -97,7 +99,9 @@ const turnView = (turn, on) => {
   const ways = el("div", { className: "chips" });
   const way = strategy => el("button", { type: "button", className: "chip", onclick: () => { another.open = false; on.ask(made, strategy); } }, strategyLabel(strategy));
   const offer = () => {
-    const names = strategyNames(), n_single = names.filter(isSingle).length, rest = n_single > N_ALL ? names.splice(N_TOP - n_single) : [];
+    const names = strategyNames();
+    const n_single = names.filter(isSingle).length;
+    const rest = n_single > N_ALL ? names.splice(N_TOP - n_single) : [];
     ways.replaceChildren(...names.map(way));
     if (rest.length) ways.append(el("button", { type: "button", className: "chip", onclick: event => event.target.replaceWith(...rest.map(way)) }, `${rest.length} others`));
   };
