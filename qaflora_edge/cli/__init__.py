@@ -60,6 +60,7 @@ _PLACES |= {
     "list": ("hub", "list_here"),
     "chat": ("chat.app", "chat"),
     "completion": ("settings", "completion"),
+    "decide": ("weights", "decide"),
     "export": ("convert", "export"),
     "worker": ("serve", "worker"),
 }

@@ -104,8 +104,7 @@ class TerminalView(View):
 
         click.echo()
         self._open = ""
-        self._thought = ""
-        self._draft = ""
+        self._aside = ""  # a draft or a thought, so far
         self._n_block = 0
         self._drawn = time.perf_counter()
         self._start = self._drawn
@@ -121,20 +120,19 @@ class TerminalView(View):
             self._draw(self._open)
 
     def drafting(self, text: str) -> None:
-        self._draft += visible(text)
-        if time.perf_counter() - self._drawn > _REDRAW_S:
-            self._draw(self._draft, "dim")
+        self.thought(text)
 
     def draft(self, text: str) -> None:
+        self._aside = ""
         self._out.print(visible(" ".join(text.split())), style="dim")
 
     def expected(self, text: str) -> None:
         self._draw(visible(text), "dim")
 
     def thought(self, text: str) -> None:
-        self._thought += visible(text)
+        self._aside += visible(text)
         if time.perf_counter() - self._drawn > _REDRAW_S:
-            self._draw(self._thought, "dim")
+            self._draw(self._aside, "dim")
 
     def progress(self, what: str, done: int, total: int) -> None:
         seconds = time.perf_counter() - self._start
