@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qaflora_edge.formats.base import ARCH_FACTS
-from qaflora_edge.formats.base import REASONS as WHY
+from qaflora_edge.formats.base import ARCH_FACTS, REASONS
 from qaflora_edge.formats.gguf import GgufHeader
 
 Index = NDArray[np.int64]
@@ -279,15 +278,12 @@ _BY_NAME: Mapping[str, Layout] = {layout.__name__: layout for layout in _LAYOUTS
 
 # general.architecture -> how its modules lie
 ARCHITECTURES: dict[str, Layout] = {}
-# Why adapters are refused -> for which architectures
-REASONS: dict[str, list[str]] = {why: [] for why in WHY.values()}
 # Architecture -> why its adapters are refused
 REFUSED: dict[str, str] = {}
 
 for _name, _facts in ARCH_FACTS.items():
     if _facts.refused:
-        REASONS[WHY[_facts.refused]].append(_name)
-        REFUSED[_name] = WHY[_facts.refused]
+        REFUSED[_name] = REASONS[_facts.refused]
     elif isinstance(_facts.layout, str):
         ARCHITECTURES[_name] = _BY_NAME[_facts.layout]
     else:
