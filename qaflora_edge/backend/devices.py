@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from qaflora_edge.formats.gguf import GgufHeader
 
 MAX_WORKERS = 16  # ggml-rpc.h GGML_RPC_MAX_SERVERS
-TIMEOUT_S = 60
 GREETING_S = 5  # a worker answers at once, unless it serves another client
 _ENDPOINT = re.compile(r"[^:]+:(?P<port>[0-9]{1,5})")
 _MAX_DEVICES = 16  # llama_max_devices()
@@ -125,16 +124,15 @@ def read_shares(text: str, n_device: int) -> list[float]:
     return shares
 
 
-def timeout_s() -> int:
-    """Read QAFLORA_RPC_TIMEOUT: seconds without a byte of a worker that is waited for; 0: no end.
+def check_timeout() -> None:
+    """Check QAFLORA_RPC_TIMEOUT: seconds without a byte of a worker that is waited for; 0: no end.
 
     Raises OptionError.
     """
-    text = os.environ.get("QAFLORA_RPC_TIMEOUT") or str(TIMEOUT_S)
-    if not re.fullmatch("[0-9]{1,6}", text):
+    text = os.environ.get("QAFLORA_RPC_TIMEOUT", "")
+    if text and not re.fullmatch("[0-9]{1,6}", text):
         expected = "a whole number of seconds from 0 to 999999"
         raise wrong_option("QAFLORA_RPC_TIMEOUT", text, expected)
-    return int(text)
 
 
 def build() -> str:
@@ -181,7 +179,7 @@ class Workers(Handle):
     devices  ggml_backend_dev_t of all their devices, in their order
 
     A worker that is lost later ends the process (patches/src/qaflora-rpc.cpp).
-    Raises WorkerError for one that cannot be used, OptionError as `endpoints` and `timeout_s` do.
+    Raises WorkerError for one that cannot be used, OptionError for a wrong text or time limit.
     """
 
     def __init__(self, text: str | None) -> None:
@@ -190,7 +188,7 @@ class Workers(Handle):
         self._endpoints: list[str] = []
         if text is None:
             return
-        timeout_s()
+        check_timeout()
         try:
             for endpoint in endpoints(text):
                 self._open(endpoint)

@@ -43,8 +43,6 @@ from qaflora_edge.weighing.weigher import Known, Weigher, known_of
 
 SAMPLE_CTX = 2048  # tokens of one sample text
 _OF_ADAPTERS = ("typical", "samples")  # of fusion: adapter -> what is measured of it
-
-
 PROMPTS_FILE = "data/neutral_prompts.json"
 CALIBRATION_CTX = 512  # tokens; the neutral prompts are short
 OPENING = "Opening the base"

@@ -207,6 +207,7 @@ RESULTS_ADVICE = "Give a file that `qaflora eval -o` has written."
 Record = Mapping[str, Any]
 
 
+@dataclass
 class LineFile:
     """A file to which one process adds whole lines; a cut last line is removed first.
 
@@ -214,10 +215,9 @@ class LineFile:
     n_byte  of its whole lines, set by the reader of the file
     """
 
-    def __init__(self, path: Path, holds: str) -> None:
-        self.path = path
-        self.n_byte = 0
-        self._holds = holds
+    path: Path
+    holds: str
+    n_byte: int = 0
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -228,13 +228,13 @@ class LineFile:
             with cache_lock(str(self.path.resolve())).acquire(timeout=0):
                 yield
         except Timeout:
-            found = f"another process writes {self._holds} into it, and no other was expected"
+            found = f"another process writes {self.holds} into it, and no other was expected"
             raise self.refused(found, "Wait for it to end") from None
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Add an object as a line. Raises OutputFileError when it cannot be written."""
         line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        failure = f"Cannot write {self._holds} into {self.path}"
+        failure = f"Cannot write {self.holds} into {self.path}"
         advice = "See to it and run the same again, which resumes, or choose another -o FILE."
         mode: Any = "r+b" if self.n_byte else "wb"
         with os_errors(OutputFileError, failure, advice), open(self.path, mode) as file:
@@ -246,7 +246,7 @@ class LineFile:
     def refused(self, found: str, advice: str) -> OutputFileError:
         """Make an error that names the file, what was found in the way, and what to do."""
         return OutputFileError(
-            f"Cannot write {self._holds} into {self.path}: {found}. {advice}, or choose another "
+            f"Cannot write {self.holds} into {self.path}: {found}. {advice}, or choose another "
             "-o FILE."
         )
 

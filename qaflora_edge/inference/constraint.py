@@ -43,7 +43,7 @@ class Grammar(str):
 
 def gbnf_grammar(text: str, *, source: str = "The grammar") -> Grammar:
     """Compile a GBNF text with the start `root`. Raises GrammarError."""
-    return _checked(gbnf_to_lark(text, source=source), source)
+    return lark_grammar(gbnf_to_lark(text, source=source), source)
 
 
 def schema_grammar(schema: Any, *, source: str = "The JSON schema") -> Grammar:
@@ -53,7 +53,7 @@ def schema_grammar(schema: Any, *, source: str = "The JSON schema") -> Grammar:
 
     Raises GrammarError for a schema that is malformed or cannot be followed.
     """
-    return _checked(_json_grammar(checked_schema(schema, source=source)), source)
+    return lark_grammar(_json_grammar(checked_schema(schema, source=source)), source)
 
 
 def framed_grammar(forms: Sequence[tuple[str, Any, str]], *, source: str) -> Grammar:
@@ -64,15 +64,10 @@ def framed_grammar(forms: Sequence[tuple[str, Any, str]], *, source: str) -> Gra
     lark = f"start: {' | '.join(f'form{i}' for i in range(len(forms)))}\n"
     for i, (before, schema, after) in enumerate(forms):
         checked = checked_schema(schema, source=source, is_lenient=True)
-        _checked(_json_grammar(checked), source)
+        lark_grammar(_json_grammar(checked), source)
         lark += f"form{i}: {json.dumps(before)} body{i} {json.dumps(after)}\n"
         lark += f"body{i}: %json {json.dumps(checked)}\n"
     return Grammar(lark, source)
-
-
-def lark_grammar(text: str, source: str) -> Grammar:
-    """Compile a grammar in llguidance's notation. Raises GrammarError as schema_grammar does."""
-    return _checked(text, source)
 
 
 def either_grammar(form: Grammar, other: Grammar) -> Grammar:
@@ -234,7 +229,8 @@ def _json_grammar(schema: Mapping[str, Any]) -> str:
     return json.dumps({"grammars": [{"json_schema": schema}]})
 
 
-def _checked(text: str, source: str) -> Grammar:
+def lark_grammar(text: str, source: str) -> Grammar:
+    """Compile a grammar in llguidance's notation. Raises GrammarError as schema_grammar does."""
     matcher = _matcher(_bytes_tokenizer(), text, source)
     mask = b"" if matcher.is_error() else matcher.compute_bitmask()
     if any(mask[:32]) or matcher.is_accepting():

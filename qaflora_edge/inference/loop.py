@@ -9,7 +9,7 @@ from qaflora_edge.backend.context import Context, Stop, cancelled
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import BackendError, BusyError, QafloraError
 from qaflora_edge.inference.runner import Runner
-from qaflora_edge.inference.scheduler import Job, Scheduler, Step
+from qaflora_edge.inference.scheduler import Job, Scheduler
 from qaflora_edge.inference.sequence import Cancellation, RunningSequence
 
 _POLL_S = 0.1  # for an event of a caller that cancels
@@ -176,7 +176,10 @@ class Loop:
         self._turn.release()
         start = time.perf_counter()
         try:
-            self._run(step)
+            self._runner.run(step, self._scheduler.slots)
+            if step.job is not None:
+                self._computing([step.job])
+                step.job.advance()
         except BaseException:
             self._runner.forget(self._scheduler.slots)
             if not self._is_served:
@@ -206,12 +209,6 @@ class Loop:
         is_unused = self._context.n_ctx > n_first and now - self._large_s >= _UNUSED_S
         if is_unused and not running:
             self._runner.shrink(n_first, self._scheduler.slots)
-
-    def _run(self, step: Step) -> None:
-        self._runner.run(step, self._scheduler.slots)
-        if step.job is not None:
-            self._computing([step.job])
-            step.job.advance()
 
     def _computing(self, waiting: Sequence[RunningSequence | Job]) -> None:
         with self._turn:
