@@ -120,22 +120,28 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
 
 
 @pytest.fixture(scope="module")
-def client(calibrated: TinyBundle) -> Iterator[TestClient]:
+def served(calibrated: TinyBundle) -> TinyBundle:
+    """The bundle of `client` and `alone`; a module may have another one."""
+    return calibrated
+
+
+@pytest.fixture(scope="module")
+def client(served: TinyBundle) -> Iterator[TestClient]:
     """A server of that bundle, without a network."""
     from serving import client_of
 
-    with client_of(calibrated.folder) as client:
+    with client_of(served.folder) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
-def alone(calibrated: TinyBundle) -> Iterator[Engine]:
+def alone(served: TinyBundle) -> Iterator[Engine]:
     """An Engine of that bundle with the server's options, whose answers are the server's."""
     from serving import ENGINE
 
     from qaflora_edge import Engine
 
-    with Engine(calibrated.folder, **ENGINE) as engine:  # type: ignore[arg-type]
+    with Engine(served.folder, **ENGINE) as engine:  # type: ignore[arg-type]
         yield engine
 
 

@@ -12,8 +12,8 @@ PACKAGE = "qaflora_edge"
 LONG = 35  # words; no sentence for people has more
 LIMITS = {
     "lines of the package": 28_760,
-    "tokens a line of code": 8.7,
-    "modules": 136,
+    "tokens a line of code": 8.6,
+    "modules": 135,
     "modules that Engine imports": 45,
     "lines that Engine imports": 8_000,
     "lines of tests": 28_700,

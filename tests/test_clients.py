@@ -49,21 +49,14 @@ def needs(package: str) -> Callable[[Any], Any]:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+def served(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
     place = tmp_path_factory.mktemp("clients")
     return make_bundle(place, chat_template=QWEN, user_defined=("<tool_call>",), n_ctx=1024)
 
 
 @pytest.fixture(scope="module")
-def alone(made: TinyBundle) -> Iterator[Engine]:
-    """The oracle."""
-    with Engine(made.folder, **ENGINE) as engine:  # type: ignore[arg-type]
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def url(made: TinyBundle) -> Iterator[str]:
-    with listening(made.folder, api_key=KEY) as url:
+def url(served: TinyBundle) -> Iterator[str]:
+    with listening(served.folder, api_key=KEY) as url:
         yield f"{url}/v1"
 
 
@@ -266,7 +259,7 @@ def test_llm_comply(tmp_path: Path, form: str, left_out: set[str]) -> None:
 
 
 @needs("schemathesis")
-def test_schemathesis(made: TinyBundle, tmp_path: Path) -> None:
+def test_schemathesis(served: TinyBundle, tmp_path: Path) -> None:
     """Requests made from /openapi.json, right and wrong: answers are as it says, and no 5xx."""
     (tmp_path / "schemathesis.toml").write_text(
         "[checks.not_a_server_error]\nexpected-statuses = ['2xx', '3xx', '4xx', 501]\n",
@@ -276,7 +269,7 @@ def test_schemathesis(made: TinyBundle, tmp_path: Path) -> None:
         "not_a_server_error,status_code_conformance,content_type_conformance,"
         "response_schema_conformance,response_headers_conformance"
     )
-    with listening(made.folder, engine={**ENGINE, "n_ctx": 96}) as url:
+    with listening(served.folder, engine={**ENGINE, "n_ctx": 96}) as url:
         done = subprocess.run(
             [
                 *(sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json"),

@@ -3,7 +3,6 @@
 import codecs
 import socket
 import threading
-from collections.abc import Iterator
 from io import BytesIO
 from typing import Any
 
@@ -13,7 +12,7 @@ from bundles import TinyBundle
 from patience import PATIENCE_S, wait_until
 from pypdf import PdfReader, PdfWriter
 from refusals import refused
-from serving import client_of, listening
+from serving import listening
 from starlette.testclient import TestClient
 
 from qaflora_edge.errors import CancelledError, InputFileError
@@ -107,12 +106,6 @@ def test_a_pdf_that_nobody_waits_for_is_read_no_further() -> None:
     cancel.set()
     with pytest.raises(CancelledError, match="Nobody waits"):
         document_text("a.pdf", pdf_of("x"), cancel)
-
-
-@pytest.fixture
-def client(made: TinyBundle) -> Iterator[TestClient]:
-    with client_of(made.folder) as client:
-        yield client
 
 
 def test_a_document_is_sent_as_text_with_its_size_in_tokens(client: TestClient) -> None:

@@ -26,21 +26,15 @@ FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|repo_name|>", "<
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+def served(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
     """A bundle over a base with tokens for infill."""
     place = tmp_path_factory.mktemp("ollama")
     return make_bundle(place, chat_template=QWEN, n_ctx=1024, user_defined=FIM)
 
 
 @pytest.fixture(scope="module")
-def alone(made: TinyBundle) -> Iterator[Engine]:
-    with Engine(made.folder, **ENGINE) as engine:  # type: ignore[arg-type]
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def url(made: TinyBundle) -> Iterator[str]:
-    with listening(made.folder) as url:
+def url(served: TinyBundle) -> Iterator[str]:
+    with listening(served.folder) as url:
         yield url
 
 
@@ -50,10 +44,10 @@ def client(url: str) -> Iterator[ollama.Client]:
         yield client
 
 
-def test_models(client: ollama.Client, made: TinyBundle) -> None:
+def test_models(client: ollama.Client, served: TinyBundle) -> None:
     whole, base = client.list().models
     assert (whole.model, base.model) == ("tiny:latest", "tiny:base")
-    files = [made.base.path, *(made.folder / "adapters").iterdir()]
+    files = [served.base.path, *(served.folder / "adapters").iterdir()]
     assert whole.size == sum(path.stat().st_size for path in files)
     shown = client.show("tiny:latest")
     assert [model.model for model in client.ps().models] == ["tiny:latest"]
@@ -107,13 +101,13 @@ def test_embeddings(client: ollama.Client, alone: Engine) -> None:
     assert client.embed("tiny", []).embeddings == []
 
 
-def test_bodies_as_other_programs_send_them(made: TinyBundle) -> None:
+def test_bodies_as_other_programs_send_them(served: TinyBundle) -> None:
     """Null is unset, whole numbers may be floats, and -1 is nobody's wish."""
     options = {"num_predict": 3.0, "seed": 42.0, "top_k": -1, "stop": [""], "repeat_penalty": 0}
     nulls = dict.fromkeys(("stream", "options", "format", "think", "keep_alive", "tools"))
     messages = [{**USER[0], "images": None}]
     weather = {"name": "weather", "description": None, "parameters": None}
-    with client_of(made.folder) as http:
+    with client_of(served.folder) as http:
         for more in (
             {"options": {**options, "repeat_last_n": 64.0}},
             {**nulls, "options": {"num_predict": 3, "seed": -1}},
@@ -184,7 +178,7 @@ def test_failures_are_texts(client: ollama.Client, url: str) -> None:
             assert refused.value.status_code == status
 
 
-def test_infill(client: ollama.Client, made: TinyBundle, alone: Engine) -> None:
+def test_infill(client: ollama.Client, served: TinyBundle, alone: Engine) -> None:
     def expected(prompt: str) -> str:
         return alone.generate(prompt, parse_special=True, max_tokens=12).text()
 
@@ -193,7 +187,7 @@ def test_infill(client: ollama.Client, made: TinyBundle, alone: Engine) -> None:
     options = {"num_predict": 12, "temperature": 0}
     found = client.generate("tiny", "def f(", suffix="):", options=options)
     assert found.response == plain
-    with client_of(made.folder) as http:
+    with client_of(served.folder) as http:
         body = {"input_prefix": "def ", "prompt": "f(", "input_suffix": "):", "n_predict": 12}
         body["temperature"] = 0
         assert http.post("/infill", json=body).json()["content"] == plain
@@ -214,7 +208,7 @@ def test_infill(client: ollama.Client, made: TinyBundle, alone: Engine) -> None:
         assert cut["tokens_evaluated"] == ENGINE["n_ctx"] - 128
         cut = http.post("/infill", json={**body, "n_prompt": 100}).json()
         assert cut["tokens_evaluated"] == 100
-    with client_of(made.folder, engine={**ENGINE, "n_ctx": 8192}) as http:
+    with client_of(served.folder, engine={**ENGINE, "n_ctx": 8192}) as http:
         assert http.post("/infill", json=body).json()["tokens_evaluated"] == 4096
         whole = http.post("/infill", json={**body, "n_prompt": 8192}).json()
         assert whole["tokens_evaluated"] > 6000

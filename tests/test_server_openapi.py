@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
 import pytest
-from bundles import TinyBundle
-from serving import client_of
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from qaflora_edge.config import in_group
 from qaflora_edge.server.app import NOT_HERE
-
-
-@pytest.fixture(scope="module")
-def client(made: TinyBundle) -> Iterator[TestClient]:
-    with client_of(made.folder) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")
