@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from bundles import TinyBundle
     from desk import Desk
     from starlette.testclient import TestClient
+    from tiny import TinyBase
 
     from qaflora_edge import Engine
+    from qaflora_edge.backend.model import Model
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -101,6 +103,32 @@ def smollm2() -> Path:
 def checkout() -> Path:
     """The source checkout that these tests lie in."""
     return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> TinyBase:
+    """A tiny base of a test's own."""
+    from tiny import write_tiny_base
+
+    return write_tiny_base(tmp_path / "base.gguf")
+
+
+@pytest.fixture
+def adapters(base: TinyBase) -> dict[str, Path]:
+    """Three adapters of that base: name -> file."""
+    from tiny import write_tiny_adapters
+
+    return write_tiny_adapters(base, ("math", "es", "med"))
+
+
+@pytest.fixture(scope="module")
+def model(made: TinyBundle) -> Iterator[Model]:
+    """A tiny base that is loaded."""
+    from qaflora_edge.backend.model import Model
+    from qaflora_edge.formats.base import read_base
+
+    with Model(read_base(made.base.path)) as model:
+        yield model
 
 
 @pytest.fixture(scope="session")

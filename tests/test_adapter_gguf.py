@@ -21,11 +21,6 @@ UP0 = "blk.0.ffn_up_exps.weight"
 PAIR = {f"{Q0}.lora_a": (4, 64), f"{Q0}.lora_b": (64, 4)}
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> tiny.TinyBase:
-    return tiny.write_tiny_base(tmp_path / "base.gguf")
-
-
 def write(path: Path, shapes: Mapping[str, tuple[int, ...]], **fields: Any) -> Path:
     """Write an adapter of zeros; a field of None is left out."""
     values: dict[str, Any] = {"kind": "adapter", "adapter": "lora", "alpha": 8.0, "arch": "llama"}

@@ -21,11 +21,6 @@ def run(*args: object) -> Result:
     return qaflora("convert", *args)
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> tiny.TinyBase:
-    return tiny.write_tiny_base(tmp_path / "base.gguf")
-
-
 def test_file_that_exists_is_kept_without_force(tmp_path: Path, base: tiny.TinyBase) -> None:
     folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj"], layers=[0])
     out = tmp_path / "out.gguf"

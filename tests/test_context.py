@@ -12,6 +12,7 @@ import pytest
 from bundles import TinyBundle, make_bundle
 from click.testing import CliRunner
 from patience import wait_until
+from serving import client_of
 
 from qaflora_edge import Engine
 from qaflora_edge.backend import context, devices
@@ -49,6 +50,15 @@ def test_commands_answer_a_long_prompt(made: TinyBundle, fixed: Engine, verb: li
     assert (result.exit_code, result.stdout) == (0, ask(fixed, LONG) + "\n")
     result = CliRunner().invoke(main, [*words, "--ctx", "2048"], input=LONG)
     assert "tokens, the context 2048; shorten it, or raise the context" in result.stderr
+
+
+def test_a_server_answers_a_long_prompt(made: TinyBundle, fixed: Engine) -> None:
+    options = {"engine": {**OPTIONS, "n_parallel": 2}, "sampling": {"temperature": 0}}
+    body = {"messages": [{"role": "user", "content": LONG}], "max_tokens": 8}
+    with client_of(made.folder, **options) as client:
+        (choice,) = client.post("/v1/chat/completions", json=body).json()["choices"]
+        assert choice["message"]["content"] == ask(fixed, LONG)
+        assert client.get("/v1/models").json()["data"][0]["meta"]["n_ctx"] == 8192
 
 
 def test_the_context_grows_beside_an_answer_and_keeps_its_states(
@@ -141,6 +151,17 @@ def test_no_memory_for_a_growth_fails_one_request(
         with pytest.raises(BackendError, match=r"cannot grow.*no memory"):
             long.text()
         assert short.text() == fixed.generate("the king", max_tokens=8).text()
+
+
+def test_a_context_that_cannot_grow_says_why(
+    made: TinyBundle, fixed: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Engine(made.folder, **OPTIONS) as engine:
+        monkeypatch.setattr(engine._core.context, "_functions", Mock(context_init=lambda *_: None))
+        with pytest.raises(BackendError, match=r"2 x 8192 tokens cannot be made.*Ask for fewer"):
+            ask(engine, LONG)
+        monkeypatch.undo()
+        assert ask(engine, "the king") == ask(fixed, "the king")
 
 
 def test_memory_and_rope_limit_the_context(

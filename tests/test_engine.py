@@ -38,19 +38,6 @@ EXACT: dict[str, Any] = {"n_ctx": 128, "kv_type": "f32", "flash_attn": False}
 
 
 @pytest.fixture
-def base(tmp_path: Path) -> TinyBase:
-    return write_tiny_base(tmp_path / "tiny.gguf")
-
-
-@pytest.fixture
-def adapters(tmp_path: Path, base: TinyBase) -> dict[str, Path]:
-    return {
-        name: write_tiny_adapter(tmp_path / f"{name}.gguf", base, rank=seed + 2, seed=seed).path
-        for seed, name in enumerate(NAMES)
-    }
-
-
-@pytest.fixture
 def engine(base: TinyBase, adapters: dict[str, Path]) -> Iterator[Engine]:
     with Engine(base=base.path, adapters=adapters, **EXACT) as engine:
         yield engine

@@ -5,7 +5,6 @@ import ctypes
 import json
 import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import llguidance
@@ -18,7 +17,6 @@ from tiny import write_tiny_base
 from qaflora_edge import Engine
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import GrammarError
-from qaflora_edge.formats.base import read_base
 from qaflora_edge.inference import constraint
 from qaflora_edge.inference.constraint import Constraint, gbnf_grammar
 
@@ -47,13 +45,6 @@ BAD = [
     ('root ::= "\\uD800"', "found \\uD800, expected a character of Unicode"),
     ("root ::= " + "(" * 9000, "maximum recursion depth exceeded"),
 ]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
-    base = write_tiny_base(tmp_path_factory.mktemp("gbnf") / "base.gguf")
-    with Model(read_base(base.path)) as model:
-        yield model
 
 
 def test_sentencepiece_puts_no_space_before_a_text(tmp_path: Path) -> None:

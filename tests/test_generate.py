@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import write_tiny_adapter, write_tiny_base
+from tiny import write_tiny_adapters, write_tiny_base
 
 from qaflora_edge import Engine
 from qaflora_edge.errors import BusyError
@@ -37,10 +37,7 @@ def test_characters_of_several_bytes_are_never_cut() -> None:
 @pytest.fixture
 def engine(tmp_path: Path) -> Iterator[Engine]:
     base = write_tiny_base(tmp_path / "tiny.gguf")
-    adapters = {
-        name: write_tiny_adapter(tmp_path / f"{name}.gguf", base, seed=seed).path
-        for seed, name in enumerate(("a", "b"))
-    }
+    adapters = write_tiny_adapters(base, "ab")
     with Engine(base=base.path, adapters=adapters, n_ctx=64) as engine:
         yield engine
 
@@ -59,7 +56,7 @@ def test_max_tokens_ends_by_length(engine: Engine) -> None:
     generation = engine.generate("the king", max_tokens=5)
     text = generation.text()
     assert generation.finish_reason == "length"
-    assert generation.usage["completion_tokens"] == 5
+    assert generation.n_completion == 5
     times = generation.timings.token_s
     assert len(times) == 5
     assert times == sorted(times)
@@ -70,7 +67,7 @@ def test_max_tokens_ends_by_length(engine: Engine) -> None:
 
 def test_progress_is_told_piece_by_piece(tmp_path: Path) -> None:
     base = write_tiny_base(tmp_path / "base.gguf", n_ctx=1024)
-    paths = {name: write_tiny_adapter(tmp_path / f"{name}.gguf", base).path for name in "abc"}
+    paths = write_tiny_adapters(base, "abc")
     told: list[tuple[str, int, int]] = []
     tokens = np.random.default_rng(1).integers(0, 256, 300).tolist()
     made = {"base": base.path, "adapters": paths, "n_ctx": 512}
@@ -93,7 +90,7 @@ def test_progress_is_told_piece_by_piece(tmp_path: Path) -> None:
 @pytest.mark.parametrize("is_served", [False, True])
 def test_on_progress_that_asks_the_engine_never_hangs(tmp_path: Path, is_served: bool) -> None:
     base = write_tiny_base(tmp_path / "base.gguf")
-    paths = {"a": write_tiny_adapter(tmp_path / "a.gguf", base).path}
+    paths = write_tiny_adapters(base, "a")
     asked: list[Any] = []
 
     def ask(what: str, done: int, total: int) -> None:
@@ -108,14 +105,14 @@ def test_on_progress_that_asks_the_engine_never_hangs(tmp_path: Path, is_served:
         if is_served:
             threads.submit(engine.run_forever)
         expected = engine.generate(range(200), max_tokens=3).text()
-        assert engine.generate(range(1, 200), on_progress=ask, max_tokens=3).text()
+        engine.generate(range(1, 200), on_progress=ask, max_tokens=3).text()
         assert {what for what, _ in asked} == {"weighing", "reading"}
         assert engine.generate(range(200), max_tokens=3).text() == expected
 
 
 def test_what_on_progress_raises_ends_the_weighing_at_once(tmp_path: Path) -> None:
     base = write_tiny_base(tmp_path / "base.gguf")
-    paths = {name: write_tiny_adapter(tmp_path / f"{name}.gguf", base).path for name in "ab"}
+    paths = write_tiny_adapters(base, "ab")
 
     def fail(*_: object) -> None:
         raise ZeroDivisionError

@@ -5,7 +5,7 @@ import json
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal, localcontext
 from typing import Any
@@ -13,21 +13,12 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
-from tiny import write_tiny_base
 
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import GrammarError
-from qaflora_edge.formats.base import read_base
 from qaflora_edge.inference.constraint import Constraint, Grammar, schema_grammar
 
 FORMATS = ["date", "time", "date-time", "duration", "hostname", "ipv4", "ipv6", "uuid"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
-    base = write_tiny_base(tmp_path_factory.mktemp("schema") / "base.gguf")
-    with Model(read_base(base.path)) as model:
-        yield model
 
 
 def allowed(model: Model, constraint: Constraint) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from raw_context import project
-from tiny import CHATML, TinyBase, write_tiny_adapter, write_tiny_base
+from tiny import CHATML, TinyBase, write_tiny_base
 
 from qaflora_edge import Engine, FusionWeights
 from qaflora_edge.ask import Chat
@@ -82,14 +82,6 @@ def test_without_control_tokens_around_it_there_is_none(
 @pytest.fixture(params=["llama", "gemma3"])
 def base(tmp_path: Path, request: pytest.FixtureRequest) -> TinyBase:
     return write_tiny_base(tmp_path / "base.gguf", request.param)
-
-
-@pytest.fixture
-def adapters(tmp_path: Path, base: TinyBase) -> dict[str, Path]:
-    return {
-        name: write_tiny_adapter(tmp_path / f"{name}.gguf", base, rank=2 + seed, seed=seed).path
-        for seed, name in enumerate(("math", "es"))
-    }
 
 
 def opened(base: TinyBase, adapters: dict[str, Path]) -> Engine:

@@ -17,7 +17,7 @@ from patience import wait_until
 from qaflora_edge.ask import Sampling
 from qaflora_edge.backend.batch import Chunks, Span
 from qaflora_edge.backend.context import Stop
-from qaflora_edge.errors import BackendError
+from qaflora_edge.errors import BackendError, CancelledError
 from qaflora_edge.inference.loop import Loop
 from qaflora_edge.inference.scheduler import Scheduler, Slot
 from qaflora_edge.inference.sequence import Request, RunningSequence
@@ -164,6 +164,34 @@ def test_the_newest_waits_when_all_slots_are_taken_and_fails_nobody() -> None:
     assert [answer.slot for answer in answers] == [0, 1] + [None] * 5
     bench.finish(*answers)
     assert [answer.answer for answer in answers] == [alone([i, i + 1], n=3 + i) for i in range(7)]
+
+
+def test_one_that_fails_ends_alone() -> None:
+    bench = Bench(3)
+    good = [bench.add([1, 2], n=9), bench.add([3, 4], n=9)]
+    bad = bench.add([5, 6], n=9)
+    right = [alone([1, 2], n=9), alone([3, 4], n=9)]
+    bench.context.broken = {alone([5, 6], n=9)[3]}
+    assert bench.context.broken.isdisjoint([1, 2, 3, 4, 5, 6, *right[0], *right[1]])
+    bench.finish(*good, bad)
+    assert isinstance(bad.error, BackendError)
+    assert (bad.finish_reason, bad.answer) == ("error", alone([5, 6], n=9)[:4])
+    assert [answer.answer for answer in good] == right
+
+
+def test_cancelled_while_it_waits_while_it_is_read_and_while_it_answers() -> None:
+    bench = Bench(2)
+    answering, reading, waiting = bench.add([1, 2], n=99), bench.add(range(40)), bench.add([3])
+    bench.step()
+    for sequence in (answering, reading, waiting):
+        sequence.request.cancellation.set()
+    later = bench.add([4, 5])
+    bench.finish(answering, reading, waiting, later)
+    assert answering.finish_reason == "cancelled"
+    assert answering.pieces  # it keeps its text
+    for sequence in (reading, waiting):
+        assert (sequence.finish_reason, type(sequence.error)) == ("error", CancelledError)
+    assert later.answer == alone([4, 5])
 
 
 @pytest.mark.parametrize(("weight", "n_computed"), [(0.0, 1), (1.0, 4)])

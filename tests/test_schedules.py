@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tiny import write_tiny_adapter, write_tiny_base
+from tiny import write_tiny_adapters, write_tiny_base
 
 from qaflora_edge import Engine, Generation, QafloraError
 from qaflora_edge.backend.context import Context
@@ -56,10 +56,7 @@ def arch(request: pytest.FixtureRequest) -> str:
 def parts(arch: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     place = tmp_path_factory.mktemp("schedules")
     base = write_tiny_base(place / "base.gguf", arch, n_layer=2, window=16)
-    adapters = {
-        name: write_tiny_adapter(place / f"{name}.gguf", base, rank=2 + i, seed=i).path
-        for i, name in enumerate(NAMES)
-    }
+    adapters = write_tiny_adapters(base, NAMES)
     options = {"kv_type": "f32", "flash_attn": False, "n_ctx": 240, "threads": 1}
     return {"base": base.path, "adapters": adapters, **options}
 

@@ -454,6 +454,15 @@ def write_tiny_adapter(
     return TinyAdapter(path=path, rank=rank, alpha=float(alpha), a=a_stored, b=b_stored)
 
 
+def write_tiny_adapters(base: TinyBase, names: Sequence[str]) -> dict[str, Path]:
+    """Write adapters of different ranks and values beside a base: name -> file."""
+    paths = {}
+    for seed, name in enumerate(names):
+        path = base.path.with_name(f"{name}.gguf")
+        paths[name] = write_tiny_adapter(path, base, rank=2 + seed, seed=seed).path
+    return paths
+
+
 def write_tiny_peft(
     folder: str | Path,
     base: TinyBase,
