@@ -47,7 +47,7 @@ with Engine(bundle, **options) as engine:
     for line in sys.stdin:
         requests = json.loads(line)
         begin = time.perf_counter()
-        n = sum(g.n_draft + g.n_completion for _, g in engine.generate_many(requests))
+        n = sum(g.usage["completion_tokens"] for _, g in engine.generate_many(requests))
         print(n / (time.perf_counter() - begin), flush=True)
 """
 

@@ -56,7 +56,7 @@ def test_max_tokens_ends_by_length(engine: Engine) -> None:
     generation = engine.generate("the king", max_tokens=5)
     text = generation.text()
     assert generation.finish_reason == "length"
-    assert generation.n_completion == 5
+    assert generation.usage["completion_tokens"] == 5
     times = generation.timings.token_s
     assert len(times) == 5
     assert times == sorted(times)

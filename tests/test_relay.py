@@ -298,7 +298,8 @@ def test_a_relay_is_two_plain_answers_with_the_stated_prompts(
         with monkeypatch.context() as patch:
             base_reads_up_to_the_question(patch, engine, plain)
             assert text == engine.generate(second, strategy="single:es", max_tokens=12).text()
-        assert answer.n_draft == len(answer.draft.tokens)
+        n_generated = len(answer.draft.tokens) + answer.n_completion
+        assert answer.usage["completion_tokens"] == n_generated
         # A second answer shares the draft, and an equal call gives the same.
         again = list(engine.answers(plain, 2, strategy=BY_HAND, max_tokens=12))
         assert [each.text() for each in again] == [text, text]

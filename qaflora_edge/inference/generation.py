@@ -258,3 +258,13 @@ class Generation(Iterator[str]):
     def cancel(self) -> None:
         """End this answer; any thread may call it. It keeps its text so far."""
         self._sequence.request.cancellation.set()
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """Count tokens as OpenAI does; those of a draft were generated too."""
+        n_generated = self.n_draft + self.n_completion
+        return {
+            "prompt_tokens": self.n_prompt,
+            "completion_tokens": n_generated,
+            "total_tokens": self.n_prompt + n_generated,
+        }
