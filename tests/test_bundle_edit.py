@@ -9,8 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import test_bundle
 import tiny
-from bundles import TinyBundle, add_adapter, bundle_json, make_bundle, rewrite, snapshot
+from bundles import TinyBundle, add_adapter, bundle_json, rewrite, snapshot
 from hubs import FakeHub
 from refusals import refused
 
@@ -38,11 +39,7 @@ TYPICAL = {
 
 
 pytestmark = pytest.mark.usefixtures("own_cache")
-
-
-@pytest.fixture
-def made(tmp_path: Path) -> TinyBundle:
-    return make_bundle(tmp_path)
+made = test_bundle.made
 
 
 def set_fusion(folder: Path, **fields: Any) -> None:

@@ -49,7 +49,7 @@ def test_patched_library_is_loaded() -> None:
 
 def test_stock_library_is_refused_by_name(library: Path) -> None:
     """A stock library exports every function but ours."""
-    path = library / native._library_name()
+    path = library / native._LIBRARY_NAME
     data = path.read_bytes()
     assert b"qaflora_abi_version" in data
     path.unlink()  # never write into a file that a link may share
@@ -61,7 +61,7 @@ def test_stock_library_is_refused_by_name(library: Path) -> None:
 
 def test_another_abi_version_is_refused_by_name() -> None:
     code = LOAD.replace("try:", "native.ABI_VERSION += 1\ntry:")
-    path = native.library_dir() / native._library_name()
+    path = native.library_dir() / native._LIBRARY_NAME
     found = native.ABI_VERSION
     expected = f"refused: {path} has qaflora_abi_version {found}, expected {found + 1}."
     assert run(code).startswith(expected)
@@ -71,7 +71,7 @@ def test_another_abi_version_is_refused_by_name() -> None:
 def test_a_missing_library_and_a_file_that_is_none_are_named(
     tmp_path: Path, is_there: bool
 ) -> None:
-    path = tmp_path / native._library_name()
+    path = tmp_path / native._LIBRARY_NAME
     if is_there:
         path.write_bytes(b"not a library")
     said = run(LOAD, QAFLORA_LIB_PATH=str(tmp_path))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_probe
 from raw_context import project
 from tiny import CHATML, TinyBase, write_tiny_base
 
@@ -20,6 +21,7 @@ from qaflora_edge.weighing.probe import PLACES
 
 EXACT: dict[str, Any] = {"kv_type": "f32", "flash_attn": False}
 QUESTION = "the king is in the air"
+base = test_probe.base
 # Control tokens of the tiny vocabulary in the places of Llama 3's, Mistral's and a plain one's.
 HEADERS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}<|endoftext|>\n\n{{ m.content }}<|im_end|>"
@@ -77,11 +79,6 @@ def test_without_control_tokens_around_it_there_is_none(
     assert find_question(model, tokens) is None
     assert find_question(model, []) is None
     model.close()
-
-
-@pytest.fixture(params=["llama", "gemma3"])
-def base(tmp_path: Path, request: pytest.FixtureRequest) -> TinyBase:
-    return write_tiny_base(tmp_path / "base.gguf", request.param)
 
 
 def opened(base: TinyBase, adapters: dict[str, Path]) -> Engine:

@@ -20,6 +20,8 @@ from typing import Any, Self
 from qaflora_edge.errors import LibraryError
 from qaflora_edge.formats import defer
 
+_LIBRARY_NAMES = {"win32": "llama.dll", "darwin": "libllama.dylib"}
+_LIBRARY_NAME = _LIBRARY_NAMES.get(sys.platform, "libllama.so")
 ABI_VERSION = 7
 
 CONTEXT_PROBE, CONTEXT_DIFFERENTIAL = 1, 2
@@ -94,10 +96,6 @@ def library_dir() -> Path:
     return beside
 
 
-def _library_name() -> str:
-    return {"win32": "llama.dll", "darwin": "libllama.dylib"}.get(sys.platform, "libllama.so")
-
-
 def _import_binding(folder: Path) -> ModuleType:
     try:
         defer("llama_cpp", _keep_log)  # its classes take 60 ms, and set a log of their own
@@ -105,7 +103,7 @@ def _import_binding(folder: Path) -> ModuleType:
             return import_module("llama_cpp.llama_cpp")
     except (ImportError, RuntimeError, AttributeError, OSError) as err:
         raise LibraryError(
-            f"The native library {folder / _library_name()} cannot be loaded by llama-cpp-python "
+            f"The native library {folder / _LIBRARY_NAME} cannot be loaded by llama-cpp-python "
             f"({err}); {_INSTALL_ADVICE} and its dependencies, or set QAFLORA_LIB_PATH to the "
             "folder that holds it."
         ) from err

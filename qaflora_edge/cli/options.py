@@ -423,19 +423,14 @@ def refuse_adapter(folder: Path) -> None:
     is_other = not folder.is_dir() or os.path.exists(folder / BUNDLE_FILE)
     if is_other or (trained_on := _trained_on(str(folder))) is None:
         return
-    model = _known(trained_on)
+    name = registry.plain_name(trained_on)
+    models = registry.load_registry().values()
+    model = next((model for model in models if registry.plain_name(model.name) == name), None)
     base = "BASE.gguf" if model is None else model.name
     raise BundleError(
         f"Cannot open {folder}: it is an adapter for {trained_on}, expected a bundle or a base. "
         f"Give its base, in any quantisation: qaflora run {base} --adapter {folder} PROMPT"
     )
-
-
-def _known(trained_on: str) -> registry.Model | None:
-    """Find the model of the registry that an adapter's config names."""
-    name = registry.plain_name(trained_on)
-    models = registry.load_registry().values()
-    return next((model for model in models if registry.plain_name(model.name) == name), None)
 
 
 def _trained_on(adapter: str) -> str | None:

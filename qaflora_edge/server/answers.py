@@ -130,10 +130,8 @@ async def embedding(request: Request) -> Computed:
     call = await read_call(request, bodies.EmbeddingBody)
 
     def written(states: list[F32], n_token: int) -> Any:
-        listed = []
-        for index, state in enumerate(states):
-            listed.append({"index": index, "embedding": [state.tolist()]})
-        return listed
+        listed = [[state.tolist()] for state in states]
+        return [{"index": i, "embedding": rows} for i, rows in enumerate(listed)]
 
     return embedded(call, several(call.body.content), written)
 
