@@ -116,7 +116,7 @@ class Engine:
             "prefix_cache": prefix_cache,
             "draft": draft,
         }
-        check("engine", {**unknown, **options, **placing, "seed": seed, "reasoning": reasoning})
+        check("engine", unknown | options | placing | {"seed": seed, "reasoning": reasoning})
         check_process()
         self.seed = seed
         self.n_parallel = n_parallel
@@ -315,7 +315,7 @@ class Engine:
         old = self._core
         core.n_ctx = self.n_ctx  # as much memory was free at first
         with old.call():  # raises BusyError after close()
-            self._cores = [weakref.ref(each) for each in (*self._all_cores(), core)]
+            self._cores = [weakref.ref(kept) for kept in (*self._all_cores(), core)]
             self.opened = opened
             self._chooses = False
             self.loaded_adapters = core.adapters

@@ -104,24 +104,24 @@ def _measured(
     longest = max(plan.prompt_tokens)
     most = max(plan.callers)
     n_ctx = longest + most + plan.max_tokens + 256  # a template
-    given = options.engine | {"n_ctx": n_ctx, "strategy": options.strategy}
+    engine_options = options.engine | {"n_ctx": n_ctx, "strategy": options.strategy}
     adapters = list(loaded.adapter_paths.values())
     measured: dict[str, Any] = {}
-    rig = parts.Rig(loaded.base_path, adapters, given, options.seed or 0)
+    rig = parts.Rig(loaded.base_path, adapters, engine_options, options.seed or 0)
     with rig, progress_bars() as tell:
         if "callers" in only:
-            many = given | {"n_parallel": most}
+            many = engine_options | {"n_parallel": most}
             alone = Engine(base=loaded.base_path, **many | {"strategy": None})
             with alone as base, Engine(loaded.place, **many) as ours:
                 both = {"base": base, "ours": ours}
                 measured["callers"] = [*parts.measure_callers(rig, both, plan, tell)]
         if "decide" in only and rig.model.chat_template:
-            with Engine(loaded.place, **given) as engine:
+            with Engine(loaded.place, **engine_options) as engine:
                 measured["decide"] = [*parts.measure_decisions(rig, engine, plan, tell)]
         if "decode" in only:
             measured["decode"] = [*parts.measure_decode(rig, plan, tell)]
         if "ttft" in only:
-            with Engine(loaded.place, **given) as engine:
+            with Engine(loaded.place, **engine_options) as engine:
                 measured["ttft"] = [*parts.measure_first_token(rig, engine, plan, tell)]
     return measured
 

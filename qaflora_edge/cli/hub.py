@@ -120,7 +120,7 @@ def remove(name: str, is_sure: bool) -> None:
     here, *others = find_pulled(name)
     what = f"the {here.kind} {here.name} ({here.size_bytes / 1e6:.0f} MB, {here.path})"
     if others:
-        what += f", and with it {', '.join(each.name for each in others)}"
+        what += f", and with it {', '.join(other.name for other in others)}"
     if not is_sure:
         if not sys.stdin.isatty():
             raise click.UsageError(f"This removes {what}; add --yes where nobody can be asked.")

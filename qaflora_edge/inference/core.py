@@ -343,8 +343,8 @@ class Core:
             draft = finished_draft(self.model, drafting, relay.knower)
             draft_ms = drafting.timings.prefill_ms + drafting.timings.decode_ms
             is_drafted = drafting.error is None and not cancellation.is_set
-            told = replace(relay, draft=draft, is_drafted=is_drafted, draft_ms=draft_ms)
-            drafted = replace(fusion, relay=told)
+            relayed = replace(relay, draft=draft, is_drafted=is_drafted, draft_ms=draft_ms)
+            drafted = replace(fusion, relay=relayed)
             if is_drafted:
                 sequence = answer(drafted)
                 sequence.is_told = True

@@ -142,7 +142,7 @@ class Loop:
     def stop_if_cancelled(self) -> None:
         """End the running native call, if all callers that wait for it were cancelled."""
         with self._turn:
-            if self._now and all(each.is_cancelled for each in self._now):
+            if self._now and all(waiter.is_cancelled for waiter in self._now):
                 self._stop.set()
 
     def leave(self) -> None:
@@ -204,7 +204,8 @@ class Loop:
     def _shrink_unused(self) -> None:
         n_first, running = self._n_ctx_first, self._scheduler.running
         now = time.monotonic()
-        if any(each.n_ctx > n_first for each in (*self._scheduler.waiting, *running)):
+        asking = (*self._scheduler.waiting, *running)
+        if any(sequence.n_ctx > n_first for sequence in asking):
             self._large_s = now
         is_unused = self._context.n_ctx > n_first and now - self._large_s >= _UNUSED_S
         if is_unused and not running:

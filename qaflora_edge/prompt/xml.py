@@ -216,5 +216,5 @@ def _value_rule(rule: str, schema: Any, root: Any) -> str:
 def json_rule(schema: Any, root: Any) -> str:
     """Write a rule for JSON under a schema, with references into its root."""
     place = "#/$defs/whole"
-    whole = {**moved_schema(schema, place), "$defs": {"whole": moved_schema(root, place)}}
+    whole = moved_schema(schema, place) | {"$defs": {"whole": moved_schema(root, place)}}
     return f"%json {json.dumps(whole)}"

@@ -129,7 +129,7 @@ async def unload(request: Request) -> Response:
 async def upload(request: Request) -> Response:
     """Add an adapter that the page sends: a GGUF, or adapter_config.json and then the weights."""
     folder = _allowed(request)
-    query = json.dumps({**request.query_params})
+    query = json.dumps(dict(request.query_params))
     body = parsed(AdapterBody, query.encode())
     state = request.app.state
     served, _ = state.models.find(body.model)
