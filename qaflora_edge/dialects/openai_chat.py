@@ -198,8 +198,9 @@ def answer_chat(
     answers = engine.submit_all(question)
     answers = itertools.chain([next(answers)], answers)
     head = answer_head("chat.completion.chunk" if stream else "chat.completion", engine.name)
-    choices = Choices(head, SHAPE, question.n)
-    if not stream:
-        return Answer(with_attributes(choices.whole(answers)))
-    include_usage = bool((stream_options or {}).get("include_usage"))
-    return map(with_attributes, choices.chunks(answers, include_usage=include_usage))
+    has_usage = bool((stream_options or {}).get("include_usage"))
+    choices = Choices(head, SHAPE, question.n, has_usage)
+    if stream:
+        return map(with_attributes, choices.chunks(answers))
+    (whole,) = choices.whole(answers)
+    return Answer(with_attributes(whole))

@@ -109,45 +109,44 @@ class Shape(NamedTuple):
 class Choices:
     """Write answers in OpenAI's choices.
 
-    head    what an answer, or each chunk, begins with: see answer_head
-    n       answers to each prompt
+    head       what an answer, or each chunk, begins with: see answer_head
+    n          answers to each prompt
+    has_usage  whether chunks end with one of the usage
     """
 
     head: Json
     shape: Shape
-    n: int = 1
-    extras: Extras = NOTHING
+    n: int
+    has_usage: bool
 
-    def whole(self, answers: Iterable[Generation]) -> Json:
-        """Put whole answers into one."""
+    def whole(self, answers: Iterable[Generation], extras: Extras = NOTHING) -> Iterator[Json]:
+        """Yield one, into which whole answers are put."""
         choices = []
         ended: list[Generation] = []
         for generation in answers:
-            choice = self._choice(len(ended), self.shape.choice(generation))
-            if thought := self.extras.thought_of(generation):
+            choice = _choice(len(ended), self.shape.choice(generation), extras)
+            if thought := extras.thought_of(generation):
                 choice["message"]["reasoning_content"] = thought
             choices.append(choice)
             ended.append(generation)
         fields = {"choices": choices, "usage": usage(ended, self.n)}
-        return self.head | fields | self.extras.end(ended[0])
+        yield self.head | fields | extras.end(ended[0])
 
-    def chunks(
-        self, answers: Iterable[Generation], *, include_usage: bool = False
-    ) -> Iterator[Json]:
+    def chunks(self, answers: Iterable[Generation], extras: Extras = NOTHING) -> Iterator[Json]:
         """Yield the same as chunks, one answer after another.
 
         The first has the mix. That of the usage has it again, with the times.
         """
         ended: list[Generation] = []
         head = dict(self.head)
-        if include_usage:
+        if self.has_usage:
             head["usage"] = None
         mix: Json = {}
         for index, generation in enumerate(answers):
             if index == 0:  # the answers share one draft
-                mix = self.extras.mix(generation.fusion)
-                for thought, draft in self.extras.drafting(generation):
-                    choice = self._choice(index, self.shape.thought(thought))
+                mix = extras.mix(generation.fusion)
+                for thought, draft in extras.drafting(generation):
+                    choice = _choice(index, self.shape.thought(thought), extras)
                     chunk = head | {"choices": [choice]}
                     fusion = mix.get("fusion", {}) | draft
                     if fusion:
@@ -155,17 +154,18 @@ class Choices:
                     yield chunk
                     mix = {}
             for part in self.shape.choices(generation):
-                choices = [self._choice(index, part)]
+                choices = [_choice(index, part, extras)]
                 yield head | {"choices": choices} | mix
                 mix = {}
             ended.append(generation)
-        if include_usage:
+        if self.has_usage:
             fields = {"choices": [], "usage": usage(ended, self.n)}
-            yield head | fields | self.extras.end(ended[0])
+            yield head | fields | extras.end(ended[0])
 
-    def _choice(self, index: int, choice: Json) -> Json:
-        reason = self.extras.reason(choice["finish_reason"])
-        return {"index": index} | choice | {"finish_reason": reason}
+
+def _choice(index: int, choice: Json, extras: Extras) -> Json:
+    reason = extras.reason(choice["finish_reason"])
+    return {"index": index} | choice | {"finish_reason": reason}
 
 
 def prompt_progress(

@@ -55,14 +55,9 @@ async def completions(request: Request) -> Computed:
 def _in_choices(call: Call[Any], asks: list[Ask], shape: Shape, kind: str) -> Computed:
     body: bodies.Answered = call.body
     head = answer_head(kind, call.model)
-    include_usage = bool(body.stream_options and body.stream_options.include_usage)
-
-    def events(answers: Iterator[Generation], extras: Extras) -> Iterable[Json]:
-        choices = Choices(head, shape, asks[0].n, extras)
-        if body.stream:
-            return choices.chunks(answers, include_usage=include_usage)
-        return [choices.whole(answers)]
-
+    has_usage = bool(body.stream_options and body.stream_options.include_usage)
+    choices = Choices(head, shape, asks[0].n, has_usage)
+    events = choices.chunks if body.stream else choices.whole
     is_told = body.return_progress and body.stream
     progress = partial(prompt_progress, head) if is_told else None
     return call.answered(asks, events, wire=CHUNKS, progress=progress)
