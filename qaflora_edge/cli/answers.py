@@ -48,22 +48,20 @@ def print_json(value: dict[str, Any]) -> None:
 
 def answer_dict(answer: Generation, *, with_fusion: bool = True) -> dict[str, Any]:
     """The object that `qaflora run --json` prints; takes the whole answer first."""
-    text = answer.text()
+    facts: dict[str, Any] = {"text": answer.text()}
     usage = {
         "prompt_tokens": answer.n_prompt,
         "completion_tokens": answer.n_draft + answer.n_completion,
     }
-    thought = {"reasoning_content": answer.reasoning} if answer.reasoning else {}
-    if thought:
+    if answer.reasoning:
+        facts["reasoning_content"] = answer.reasoning
         usage["reasoning_tokens"] = answer.n_thought
-    return {
-        "text": text,
-        **thought,
-        "finish_reason": answer.finish_reason,
-        "usage": usage,
-        **({"fusion": answer.fusion.to_dict()} if with_fusion else {}),
-        "timings": answer.timings.to_dict(),
-    }
+    facts["finish_reason"] = answer.finish_reason
+    facts["usage"] = usage
+    if with_fusion:
+        facts["fusion"] = answer.fusion.to_dict()
+    facts["timings"] = answer.timings.to_dict()
+    return facts
 
 
 def incomplete(answer: Generation) -> IncompleteAnswerError:
@@ -82,21 +80,14 @@ def thought_parts(answer: Generation) -> list[str]:
     return [f"{answer.n_thought} tokens of thought{more}"] if answer.n_thought else []
 
 
-def draft_parts(answer: Generation) -> list[str]:
-    """Say how long the draft was, where there was one."""
-    return [f"draft {answer.n_draft} tokens"] if answer.n_draft else []
-
-
 def summary_line(answer: Generation) -> str:
     """Mix, times and the reason of the end, in one line."""
     timings = answer.timings
-    parts = [
-        who_spoke(answer.fusion),
-        f"probe {timings.probe_ms:.0f} ms",
-        *draft_parts(answer),
-        f"prefill {timings.prefill_ms:.0f} ms",
-        f"{answer.n_completion} tokens at {timings.tokens_per_second:.1f} tok/s",
-    ]
+    parts = [who_spoke(answer.fusion), f"probe {timings.probe_ms:.0f} ms"]
+    if answer.n_draft:
+        parts.append(f"draft {answer.n_draft} tokens")
+    parts.append(f"prefill {timings.prefill_ms:.0f} ms")
+    parts.append(f"{answer.n_completion} tokens at {timings.tokens_per_second:.1f} tok/s")
     parts += thought_parts(answer)
     if answer.finish_reason == "length":
         parts.append("cut at the limit of tokens")

@@ -57,7 +57,7 @@ def compare(
         prompt = engine.read(cli.question(text, options))
         answers = answer_all(engine, Ask(prompt, sampling=options.sampling), strategies)
     if as_json:
-        facts = [{"strategy": strategy, **facts} for strategy, _, facts in answers]
+        facts = [{"strategy": strategy} | facts for strategy, _, facts in answers]
         click.echo(json.dumps({"prompt": text, "answers": facts}))
     else:
         click.echo(table(answers))

@@ -38,7 +38,7 @@ def doctor(as_json: bool) -> None:
         from qaflora_edge.backend.library import library_dir
 
         library = {"ok": False, "folder": str(library_dir()), "error": str(err)}
-    report = {"library": library, **package_facts()}
+    report = {"library": library} | package_facts()
     click.echo(json.dumps(report) if as_json else _lines(report))
     if not as_json and error is None:
         place = "a GPU" if library["gpu_offload"] else "the CPU"
