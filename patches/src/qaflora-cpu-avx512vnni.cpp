@@ -4,7 +4,5 @@
 #define __AVX512VNNI__ 1 // it has no such switch, and compiles every intrinsic
 #endif
 #define QAFLORA_ISA avx512vnni
-#if !defined(__AVX512VNNI__)
-#define QAFLORA_ISA_IS_EMPTY
-#endif
+#define QAFLORA_ISA_NEEDS __AVX512VNNI__
 #include "qaflora-cpu-isa.h"

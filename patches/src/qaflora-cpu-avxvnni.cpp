@@ -4,7 +4,5 @@
 #define __AVXVNNI__ 1 // it has no such switch, and compiles every intrinsic
 #endif
 #define QAFLORA_ISA avxvnni
-#if !defined(__AVXVNNI__)
-#define QAFLORA_ISA_IS_EMPTY
-#endif
+#define QAFLORA_ISA_NEEDS __AVXVNNI__
 #include "qaflora-cpu-isa.h"

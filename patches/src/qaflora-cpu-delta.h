@@ -27,13 +27,8 @@ static inline void add_panel(vec (&acc)[NX][NV], const uint8_t * panel, int64_t 
 
 // the same for one row, in sums of every fourth r so that additions need not wait for each other
 template <typename T>
-static inline void add_panel_row(vec (&acc)[1][NV], const uint8_t * panel, int64_t rank, const float * t) {
-    vec part[4][NV];
-    for (int u = 0; u < 4; ++u) {
-        for (int v = 0; v < NV; ++v) {
-            part[u][v] = v_zero();
-        }
-    }
+static inline void add_panel(vec (&acc)[1][NV], const uint8_t * panel, int64_t rank, const float * t, int64_t) {
+    vec part[4][NV] = {};
     int64_t r = 0;
     for (; r + 4 <= rank; r += 4) {
         for (int u = 0; u < 4; ++u) {
@@ -53,11 +48,6 @@ static inline void add_panel_row(vec (&acc)[1][NV], const uint8_t * panel, int64
     for (int v = 0; v < NV; ++v) {
         acc[0][v] = v_add(acc[0][v], v_add(v_add(part[0][v], part[1][v]), v_add(part[2][v], part[3][v])));
     }
-}
-
-template <typename T>
-static inline void add_panel(vec (&acc)[1][NV], const uint8_t * panel, int64_t rank, const float * t, int64_t) {
-    add_panel_row<T>(acc, panel, rank, t);
 }
 
 // n values of NX rows; base: what is added besides, or null
@@ -88,12 +78,7 @@ static inline void store_rows(const vec (&acc)[NX][NV], const float * src, const
 template <int NX>
 static void delta_tile(const qaflora_delta & d, const qaflora_cpu_rows & rows, int64_t row, int64_t panel, const float * t,
                        const float * src, float * y, int64_t n_base) {
-    vec acc[NX][NV];
-    for (int i = 0; i < NX; ++i) {
-        for (int v = 0; v < NV; ++v) {
-            acc[i][v] = v_zero();
-        }
-    }
+    vec acc[NX][NV] = {};
     for (int64_t is = 0; is < d.n_segment; ++is) {
         const qaflora_cpu_segment & s = d.segments[is];
         if (weight_of(rows, row, s) == 0.0f) {
@@ -153,19 +138,14 @@ static void delta_rows(const qaflora_delta & d, const qaflora_cpu_rows & rows, i
     }
 }
 
-// acc[i] [QAFLORA_PANEL] += the same for NX rows, wherever they are. The sums are those of add_panel_row(): a row gets
+// acc[i] [QAFLORA_PANEL] += the same for NX rows, wherever they are. The sums are those of add_panel() for one row, which gets
 // the same bits alone and beside others.
 template <typename T, int NX>
 static inline void add_panel_mixed(float * const (&acc)[NX], const uint8_t * panel, int64_t rank, const float * const (&t)[NX]) {
     enum { LINE = 64 }; // bytes that are fetched at once
     for (int v = 0; v < NV; ++v) {
         const size_t at = v*T::panel_offset(1)/NV;
-        vec part[NX][4];
-        for (int i = 0; i < NX; ++i) {
-            for (int u = 0; u < 4; ++u) {
-                part[i][u] = v_zero();
-            }
-        }
+        vec part[NX][4] = {};
         int64_t r = 0;
         for (; r + 4 <= rank; r += 4) {
             for (int u = 0; u < 4; ++u) {
@@ -198,25 +178,22 @@ struct mixed_sums {
 };
 
 // some rows, in tiles of at most NX
-template <typename T, int NX> struct delta_mixed {
-    static void tiles(const qaflora_delta & d, const qaflora_cpu_segment & s, const uint8_t * panel, const int64_t * some, int64_t n,
-                      const float * t, mixed_sums & sums) {
-        for (; n >= NX; n -= NX, some += NX) {
-            float *       acc[NX];
-            const float * ts[NX];
-            for (int i = 0; i < NX; ++i) {
-                acc[i] = sums.sum + (some[i] - sums.row0)*QAFLORA_PANEL;
-                ts[i]  = t + some[i]*d.n_rank + s.offset;
-            }
-            add_panel_mixed<T, NX>(acc, panel, s.rank, ts);
+template <typename T, int NX>
+static void delta_mixed(const qaflora_delta & d, const qaflora_cpu_segment & s, const uint8_t * panel, const int64_t * some, int64_t n,
+                        const float * t, mixed_sums & sums) {
+    for (; n >= NX; n -= NX, some += NX) {
+        float *       acc[NX];
+        const float * ts[NX];
+        for (int i = 0; i < NX; ++i) {
+            acc[i] = sums.sum + (some[i] - sums.row0)*QAFLORA_PANEL;
+            ts[i]  = t + some[i]*d.n_rank + s.offset;
         }
-        delta_mixed<T, NX - 1>::tiles(d, s, panel, some, n, t, sums);
+        add_panel_mixed<T, NX>(acc, panel, s.rank, ts);
     }
-};
-
-template <typename T> struct delta_mixed<T, 0> {
-    static void tiles(const qaflora_delta &, const qaflora_cpu_segment &, const uint8_t *, const int64_t *, int64_t, const float *, mixed_sums &) {}
-};
+    if constexpr (NX > 1) {
+        delta_mixed<T, NX - 1>(d, s, panel, some, n, t, sums);
+    }
+}
 
 // n rows of any slots, from row0 on: of each segment those that have a weight for it, so that its B is read once for all of them
 static void delta_mixed_rows(const qaflora_delta & d, const qaflora_cpu_rows & rows, int64_t row0, int64_t n, int64_t p0, int64_t p1,
@@ -231,12 +208,12 @@ static void delta_mixed_rows(const qaflora_delta & d, const qaflora_cpu_rows & r
             int64_t some[ROWS_AT_ONCE];
             const int64_t n_some = weighed_rows(rows, s, row0, n, some);
             switch (s.type_b) {
-                case QAFLORA_CPU_F32:  delta_mixed<f32_numbers,  MIX_ROWS>::tiles(d, s, panel, some, n_some, t, sums); break;
-                case QAFLORA_CPU_F16:  delta_mixed<f16_numbers,  MIX_ROWS>::tiles(d, s, panel, some, n_some, t, sums); break;
-                case QAFLORA_CPU_BF16: delta_mixed<bf16_numbers, MIX_ROWS>::tiles(d, s, panel, some, n_some, t, sums); break;
-                case QAFLORA_CPU_Q8_0: delta_mixed<q8_0_numbers, MIX_ROWS>::tiles(d, s, panel, some, n_some, t, sums); break;
-                case QAFLORA_CPU_Q8_0_PANEL: delta_mixed<panel_numbers<q8_0_numbers>, MIX_ROWS>::tiles(d, s, panel, some, n_some, t, sums); break;
-                case QAFLORA_CPU_Q4_0_PANEL: delta_mixed<panel_numbers<q4_0_numbers>, MIX_ROWS>::tiles(d, s, panel, some, n_some, t, sums); break;
+                case QAFLORA_CPU_F32:  delta_mixed<f32_numbers,  MIX_ROWS>(d, s, panel, some, n_some, t, sums); break;
+                case QAFLORA_CPU_F16:  delta_mixed<f16_numbers,  MIX_ROWS>(d, s, panel, some, n_some, t, sums); break;
+                case QAFLORA_CPU_BF16: delta_mixed<bf16_numbers, MIX_ROWS>(d, s, panel, some, n_some, t, sums); break;
+                case QAFLORA_CPU_Q8_0: delta_mixed<q8_0_numbers, MIX_ROWS>(d, s, panel, some, n_some, t, sums); break;
+                case QAFLORA_CPU_Q8_0_PANEL: delta_mixed<panel_numbers<q8_0_numbers>, MIX_ROWS>(d, s, panel, some, n_some, t, sums); break;
+                case QAFLORA_CPU_Q4_0_PANEL: delta_mixed<panel_numbers<q4_0_numbers>, MIX_ROWS>(d, s, panel, some, n_some, t, sums); break;
                 case QAFLORA_CPU_Q4_0: break; // of A only
             }
         }

@@ -14,7 +14,7 @@
 #define QAFLORA_ISA_NAME QAFLORA_TEXT(QAFLORA_ISA)
 #endif
 
-#if defined(QAFLORA_ISA_IS_EMPTY)
+#if defined(QAFLORA_ISA_NEEDS) && !QAFLORA_ISA_NEEDS // what a compiler defines as 1, if it has that set
 const qaflora_kernels * QAFLORA_KERNELS_OF(QAFLORA_ISA)() { return nullptr; }
 #else
 

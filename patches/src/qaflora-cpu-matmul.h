@@ -1,5 +1,6 @@
 // W x of many rows: these are rounded to 8 bits in blocks of 32, as ggml does, but that their scales stay F32.
-// A tile is W outputs and MM_ROWS rows; what is summed together are 4 bytes of an output, which stand in groups beside each other.
+// A tile is W outputs and MM_ROWS rows, or one alone. What is summed together are 4 bytes of an output, a group: on x86 groups
+// of W outputs stand beside each other, on ARM those of one output.
 // A row's outputs are the same bits whatever other rows there are.
 // shapes: numpy order, last axis contiguous
 
@@ -13,39 +14,55 @@ namespace QAFLORA_ISA {
 
 #if defined(QAFLORA_HAS_PRODUCTS)
 
-// a block of MM_ROWS rows
-struct mm_rows {
-    int8_t    x[MM_GROUPS/MM_PAIR][MM_ROWS][MM_PAIR][4];
-    int32_t   begin[3][MM_ROWS]; // sums over the block, and over its halves, times -1
-    float     scale[MM_ROWS];
-    float     sum[MM_ROWS];      // of the rounded numbers
+// a block of R rows
+template <int R> struct alignas(16) mm_rows {
+    enum { PAIR = R > 1 ? MM_PAIR : 1 };
+    int8_t    x[MM_GROUPS/MM_RUN][R][MM_RUN][4];
+    int32_t   begin[3][R]; // sums over the block, and over its halves, times -1
+    float     scale[R];
+    float     sum[R];      // of the rounded numbers
 };
 
-// Bytes of W [MM_GROUPS] times bytes of MM_PAIR rows from row i on, of N: mm_dots() adds the groups from begin to end to sum [MM_PAIR].
+// Bytes of W [MM_GROUPS] less OFFSET times bytes of PAIR rows from row i on, the groups from begin to end: sum [PAIR]
 #if defined(__aarch64__)
 
-template <typename T, int N> static inline void mm_dots(ivec * sum, const ivec * w, const mm_rows & rows, int i, int begin, int end) {
-    ivec low  = i_set1(0); // of the first two outputs: row i, row i + 1, and so again
-    ivec high = i_set1(0);
-    for (int pair = begin/2; pair < end/2; ++pair) {
-        const int8x16_t x = vld1q_s8(rows.x[pair][i][0]); // two groups of row i, and of row i + 1
-        const ivec first  = w[2*pair];
-        const ivec second = w[2*pair + 1];
+static inline int8x16_t mm_signed(ivec x) { return vreinterpretq_s8_s32(x); }
+
+template <typename T, int R> static V_INLINE void mm_dots(ivec * sum, const ivec * w, const mm_rows<R> & rows, int i, int begin, int end) {
+    const int8x16_t less = vdupq_n_s8(-T::OFFSET);
+    ivec first = i_set1(0); // what each sum begins at
+    ivec part[W];
 #if defined(__ARM_FEATURE_MATMUL_INT8)
-        if (N >= 4) {
-            low  = vmmlaq_s32(low,  vreinterpretq_s8_s32(i_low_32 (first, second)), x);
-            high = vmmlaq_s32(high, vreinterpretq_s8_s32(i_high_32(first, second)), x);
-            continue;
+    if (R > 1) { // two outputs and two rows at once
+        int8x16_t x[MM_GROUPS/2];
+        for (int j = begin/2; j < end/2; ++j) {
+            x[j] = vld1q_s8(rows.x[j][i][0]);
+            first = T::OFFSET == 0 ? first : vmmlaq_s32(first, less, x[j]);
         }
+        for (int o = 0; o < W; o += 2) {
+            part[o] = first;
+            for (int j = begin; j < end; j += 4) {
+                part[o] = vmmlaq_s32(part[o], mm_signed(i_low_64 (w[j + o], w[j + o + 1])), x[j/2]);
+                part[o] = vmmlaq_s32(part[o], mm_signed(i_high_64(w[j + o], w[j + o + 1])), x[j/2 + 1]);
+            }
+        }
+        sum[0] = vuzp1q_s32(part[0], part[2]);
+        sum[1] = vuzp2q_s32(part[0], part[2]);
+        return;
+    }
 #endif
-        for (int row = 0; row < 2 && i + row < N; ++row) {
-            const int8x8_t own = row == 0 ? vget_low_s8(x) : vget_high_s8(x);
-            sum[row] = vdotq_lane_s32(sum[row], vreinterpretq_s8_s32(first),  own, 0);
-            sum[row] = vdotq_lane_s32(sum[row], vreinterpretq_s8_s32(second), own, 1);
+    int8x16_t x[MM_GROUPS/4];
+    for (int j = begin/4; j < end/4; ++j) {
+        x[j] = vld1q_s8(rows.x[4*j/MM_RUN][i][4*j % MM_RUN]);
+        first = T::OFFSET == 0 ? first : vdotq_s32(first, less, x[j]);
+    }
+    for (int o = 0; o < W; ++o) {
+        part[o] = first;
+        for (int j = begin; j < end; j += 4) {
+            part[o] = vdotq_s32(part[o], mm_signed(w[j + o]), x[j/4]);
         }
     }
-    sum[0] = i_add(sum[0], vuzp1q_s32(low, high));
-    sum[1] = i_add(sum[1], vuzp2q_s32(low, high));
+    *sum = vpaddq_s32(vpaddq_s32(part[0], part[1]), vpaddq_s32(part[2], part[3]));
 }
 
 #else
@@ -94,14 +111,15 @@ template <typename T> static inline ivec mm_dot(ivec part, ivec w, ivec x) {
 #endif
 
 // group j of row i, for each of W outputs
-static inline ivec mm_group(const mm_rows & rows, int j, int i) {
+template <int R> static inline ivec mm_group(const mm_rows<R> & rows, int j, int i) {
     int32_t x;
-    memcpy(&x, rows.x[j][i], sizeof(x));
+    memcpy(&x, rows.x[j][i][0], sizeof(x));
     return i_set1(x);
 }
 
-template <typename T, int N> static inline void mm_dots(ivec * sum, const ivec * w, const mm_rows & rows, int i, int begin, int end) {
+template <typename T, int R> static V_INLINE void mm_dots(ivec * sum, const ivec * w, const mm_rows<R> & rows, int i, int begin, int end) {
     enum { N_ADDED = mm_n_added<T>::N };
+    *sum = i_set1(T::OFFSET*rows.begin[T::N_SCALE == 1 ? 0 : 1 + 2*begin/MM_GROUPS][i]);
     for (int j = begin; j < end; j += N_ADDED) {
         ivec added = mm_part(*sum);
         for (int k = j; k < j + N_ADDED; ++k) {
@@ -113,22 +131,23 @@ template <typename T, int N> static inline void mm_dots(ivec * sum, const ivec *
 
 #endif
 
-// a block of W outputs
+// what a block of W outputs is multiplied with
 struct mm_outputs {
-    uint8_t   w[MM_GROUPS][W][4];
-    float     scale[2][W]; // of each half, if they have their own
-    float     min[W];      // what the numbers begin at, if not 0
+    ivec numbers[MM_GROUPS];
+    vec  scale[2]; // of each half, if they have their own
+    vec  min;      // what the numbers begin at, if not 0
 };
 
 static size_t matmul_rounded_size(int64_t n_row, int64_t n_in) {
-    return (n_row + MM_ROWS - 1)/MM_ROWS*(n_in/MM_BLOCK)*sizeof(mm_rows);
+    const int64_t n_block = n_in/MM_BLOCK;
+    return n_row == 1 ? n_block*sizeof(mm_rows<1>) : (n_row + MM_ROWS - 1)/MM_ROWS*n_block*sizeof(mm_rows<MM_ROWS>);
 }
 
 static size_t matmul_room_size(int64_t n_in) {
-    return n_in/MM_BLOCK*(sizeof(mm_outputs) + W*36); // and what W outputs have in a file, at most
+    return alignof(mm_outputs) + n_in/MM_BLOCK*(sizeof(mm_outputs) + W*36); // and what W outputs have in a file, at most
 }
 
-static inline void mm_round_block(const float * x, int64_t i, mm_rows * dst) {
+template <int R> static inline void mm_round_block(const float * x, int64_t i, mm_rows<R> * dst) {
     float largest = 0.0f;
     for (int j = 0; j < MM_BLOCK; j += 2*W) {
         const float here = v_largest(v_load(x + j), v_load(x + j + W));
@@ -147,7 +166,7 @@ static inline void mm_round_block(const float * x, int64_t i, mm_rows * dst) {
         half[h] = i_sum(sum);
     }
     for (int j = 0; j < MM_GROUPS; ++j) {
-        memcpy(dst->x[j/MM_PAIR][i][j % MM_PAIR], q + 4*j, 4);
+        memcpy(dst->x[j/MM_RUN][i][j % MM_RUN], q + 4*j, 4);
     }
     dst->begin[0][i] = -(half[0] + half[1]);
     dst->begin[1][i] = -half[0];
@@ -156,139 +175,134 @@ static inline void mm_round_block(const float * x, int64_t i, mm_rows * dst) {
     dst->sum[i] = dst->scale[i]*(float) (half[0] + half[1]);
 }
 
-static void matmul_round(const float * x, int64_t n_row, int64_t n_in, void * rounded, int ith, int nth) {
+template <int R> static void mm_round(const float * x, int64_t n_row, int64_t n_in, mm_rows<R> * rounded, int ith, int nth) {
     const int64_t n_block = n_in/MM_BLOCK;
-    const int64_t n_tile  = (n_row + MM_ROWS - 1)/MM_ROWS;
+    const int64_t n_tile  = (n_row + R - 1)/R;
     for (int64_t tile = n_tile*ith/nth; tile < n_tile*(ith + 1)/nth; ++tile) {
-        mm_rows * dst = (mm_rows *) rounded + tile*n_block;
-        const int64_t n = n_row - tile*MM_ROWS < (int64_t) MM_ROWS ? n_row - tile*MM_ROWS : (int64_t) MM_ROWS;
-        if (n < (int64_t) MM_ROWS) {
-            memset(dst, 0, n_block*sizeof(mm_rows));
+        mm_rows<R> * dst = rounded + tile*n_block;
+        const int64_t n = n_row - tile*R < (int64_t) R ? n_row - tile*R : (int64_t) R;
+        if (n < (int64_t) R) {
+            memset(dst, 0, n_block*sizeof(mm_rows<R>));
         }
         for (int64_t ib = 0; ib < n_block; ++ib) {
             for (int64_t i = 0; i < n; ++i) {
-                mm_round_block(x + (tile*MM_ROWS + i)*n_in + ib*MM_BLOCK, i, dst + ib);
+                mm_round_block(x + (tile*R + i)*n_in + ib*MM_BLOCK, i, dst + ib);
             }
         }
+    }
+}
+
+static void matmul_round(const float * x, int64_t n_row, int64_t n_in, void * rounded, int ith, int nth) {
+    if (n_row == 1) {
+        mm_round(x, n_row, n_in, (mm_rows<1> *) rounded, ith, nth);
+    } else {
+        mm_round(x, n_row, n_in, (mm_rows<MM_ROWS> *) rounded, ith, nth);
     }
 }
 
 // Read ahead what W outputs have for a block, of the W outputs that follow: so many rows in turn no hardware foresees. It is
 // too much for the smallest cache.
 template <typename T> static inline void mm_fetch(const uint8_t * w, int64_t n_block, int64_t ib) {
-    const int64_t n_byte = W > 4 ? W*T::block(n_block) : 0;
-    for (int64_t i = n_byte*ib/n_block/64*64; i < n_byte*(ib + 1)/n_block; i += 64) { // lines of the cache
-        v_prefetch_second(w + n_byte + i);
+    const int64_t n_byte = W > 4 ? W*T::block(8)/8 : 0; // of a block
+    for (int64_t i = n_byte*ib/64*64; i < n_byte*(ib + 1); i += 64) { // lines of the cache
+        v_prefetch_second(w + W*T::block(n_block) + i);
     }
 }
 
-static inline int64_t mm_ahead(int64_t n_block, int64_t ib) { return n_block - ib < (int64_t) MM_AHEAD ? n_block - ib : (int64_t) MM_AHEAD; }
+// so many of n_block blocks are copied at once from block ib on; on ARM that is known, and what a part needs
+#if !defined(__aarch64__)
+#define MM_UNROLL
+template <typename T> static inline int mm_n_part(int64_t n_block, int64_t ib) { return n_block - ib < (int64_t) T::N_AHEAD ? (int) (n_block - ib) : (int) T::N_AHEAD; }
+#else
+#if defined(__clang__)
+#define MM_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define MM_UNROLL _Pragma("GCC unroll 8")
+#endif
+template <typename T> static inline int mm_n_part(int64_t, int64_t) { return T::N_AHEAD; }
+#endif
 
-template <typename T> static void mm_gather(const uint8_t * w, int64_t n_block, mm_outputs * outputs) {
+// W outputs block by block: use(number of the block, block) returns something that the next block is read after
+template <typename T, typename F> static V_INLINE void mm_take(const uint8_t * w, int64_t n_block, const F & use) {
     const size_t stride = T::block(n_block);
-    mm_words words = {};
     ivec kept[T::N_KEPT] = {};
-    for (int64_t ib = 0; ib < n_block; ++ib) {
-        vec scale[2], min;
-        ivec numbers[MM_GROUPS];
-        mm_outputs * dst = outputs + ib;
-        mm_fetch<T>(w, n_block, ib);
-        if (ib % MM_AHEAD == 0) {
-            T::copy(w + T::block(ib), stride, mm_ahead(n_block, ib), words);
-        }
-        T::numbers(w, stride, ib, words, kept, numbers);
-        for (int j = 0; j < MM_GROUPS; ++j) {
-            i_store(dst->w[j], numbers[j]);
-        }
-        T::scales(words, ib % MM_AHEAD, scale, &min);
-        for (int i = 0; i < T::N_SCALE; ++i) {
-            v_store(dst->scale[i], scale[i]);
-        }
-        if (T::HAS_MIN) {
-            v_store(dst->min, min);
+    for (int64_t ib = 0; ib < n_block; ib += T::N_AHEAD) {
+        mm_source source = mm_outputs_at(w + T::block(ib), stride);
+        const int n_part = mm_n_part<T>(n_block, ib);
+        mm_words words;
+        T::copy(source, n_part, words);
+        MM_UNROLL
+        for (int part = 0; part < n_part; ++part) {
+            mm_outputs block;
+            block.scale[1] = v_set1(0.0f);
+            block.min      = v_set1(0.0f);
+            mm_fetch<T>(w, n_block, ib + part);
+            T::numbers(source, part, words, kept, block.numbers);
+            T::scales(words, part, block.scale, &block.min);
+            mm_wait(source, use(ib + part, block));
         }
     }
 }
 
 // adds a block of W outputs to y [N]
-template <typename T, int N> static inline void mm_block(const ivec * w, const vec * scale, vec min, const mm_rows & rows, vec * y) {
-    for (int i = 0; i < N; i += MM_PAIR) {
-        const int n = N - i < (int) MM_PAIR ? N - i : (int) MM_PAIR;
+template <typename T, int N, int R> static V_INLINE void mm_block(const mm_outputs & block, const mm_rows<R> & rows, vec * y) {
+    enum { PAIR = mm_rows<R>::PAIR };
+    for (int i = 0; i < N; i += PAIR) {
+        const int n = N - i < (int) PAIR ? N - i : (int) PAIR;
         for (int part = 0; part < T::N_SCALE; ++part) {
-            ivec sum[MM_PAIR];
-            for (int p = 0; p < MM_PAIR; ++p) {
-                sum[p] = i_set1(T::OFFSET*rows.begin[T::N_SCALE == 1 ? 0 : 1 + part][i + p]);
-            }
-            mm_dots<T, N>(sum, w, rows, i, MM_GROUPS*part/T::N_SCALE, MM_GROUPS*(part + 1)/T::N_SCALE);
+            ivec sum[PAIR];
+            mm_dots<T>(sum, block.numbers, rows, i, MM_GROUPS*part/T::N_SCALE, MM_GROUPS*(part + 1)/T::N_SCALE);
             for (int p = 0; p < n; ++p) {
-                y[i + p] = v_fma(i_to_float(sum[p]), v_mul(scale[part], v_set1(rows.scale[i + p])), y[i + p]);
+                y[i + p] = v_fma(i_to_float(sum[p]), v_mul(block.scale[part], v_set1(rows.scale[i + p])), y[i + p]);
             }
         }
         for (int p = 0; p < n && T::HAS_MIN; ++p) {
-            y[i + p] = v_fma(min, v_set1(rows.sum[i + p]), y[i + p]);
+            y[i + p] = v_fma(block.min, v_set1(rows.sum[i + p]), y[i + p]);
         }
     }
 }
 
-// y [MM_ROWS] of W outputs
-template <typename T> static inline void mm_product(const mm_outputs * outputs, const mm_rows * rows, int64_t n_block, vec * y) {
-    for (int i = 0; i < MM_ROWS; ++i) {
-        y[i] = v_zero();
-    }
+// y [N] of W outputs
+template <typename T, int N> static inline void mm_product(const mm_outputs * outputs, const mm_rows<MM_ROWS> * rows, int64_t n_block, vec * y) {
+    vec sum[N] = {};
     for (int64_t ib = 0; ib < n_block; ++ib) {
-        const mm_outputs & block = outputs[ib];
-        const vec scale[2] = { v_load(block.scale[0]), v_load(block.scale[1]) };
-        ivec w[MM_GROUPS];
-        for (int j = 0; j < MM_GROUPS; ++j) {
-            w[j] = i_load(block.w[j]);
-        }
-        mm_block<T, MM_ROWS>(w, scale, v_load(block.min), rows[ib], y);
+        const mm_outputs block = outputs[ib]; // in registers
+        mm_block<T, N>(block, rows[ib], sum);
     }
+    memcpy(y, sum, sizeof(sum));
 }
 
-// What mm_gather() and mm_product() find, the same bits, without storing what rows are multiplied with: the quicker way up to FEW of them.
+// What mm_product() finds, the same bits, without storing what rows are multiplied with: the quicker way up to FEW of them.
+template <typename T, int N, int R> static inline void mm_few_product(const uint8_t * w, const mm_rows<R> * rows, int64_t n_block, vec * y) {
+    vec sum[N] = {};
+    mm_take<T>(w, n_block, [rows, &sum](int64_t ib, const mm_outputs & block) {
+        mm_block<T, N>(block, rows[ib], sum);
+        return sum[0];
+    });
+    memcpy(y, sum, sizeof(sum));
+}
+
+#if defined(__aarch64__)
+enum { FEW = 3 };
+#else
 enum { FEW = MM_ROWS };
+#endif
 
-template <typename T, int N> static inline void mm_few_product(const uint8_t * w, const mm_rows * rows, int64_t n_block, vec * y) {
-    const size_t stride = T::block(n_block);
-    mm_words words = {};
-    ivec kept[T::N_KEPT] = {};
-    for (int i = 0; i < N; ++i) {
-        y[i] = v_zero();
-    }
-    for (int64_t ib = 0; ib < n_block; ++ib) {
-        vec scale[2];
-        vec min = v_zero();
-        ivec numbers[MM_GROUPS];
-        mm_fetch<T>(w, n_block, ib);
-        if (ib % MM_AHEAD == 0) {
-            T::copy(w + T::block(ib), stride, mm_ahead(n_block, ib), words);
+// W outputs of each row, of N at most
+template <typename T, int N> static void mm_few_tile(const uint8_t * w, const void * rounded, int64_t n_block, int64_t n_row, vec * y) {
+    if constexpr (N > 1) {
+        if (n_row < N) {
+            mm_few_tile<T, N - 1>(w, rounded, n_block, n_row, y);
+            return;
         }
-        T::numbers(w, stride, ib, words, kept, numbers);
-        T::scales(words, ib % MM_AHEAD, scale, &min);
-        mm_block<T, N>(numbers, scale, min, rows[ib], y);
     }
-}
-
-// W outputs of each row
-template <typename T> static void mm_few_tile(const uint8_t * w, const mm_rows * rows, int64_t n_block, int64_t n_row, vec * y) {
-    switch (n_row) {
-        case 1:  mm_few_product<T, 1>(w, rows, n_block, y); break;
-        case 2:  mm_few_product<T, 2>(w, rows, n_block, y); break;
-        case 3:  mm_few_product<T, 3>(w, rows, n_block, y); break;
-        case 4:  mm_few_product<T, 4>(w, rows, n_block, y); break;
-        case 5:
-        case 6:  mm_few_product<T, 6>(w, rows, n_block, y); break;
-        case 7:
-        case 8:  mm_few_product<T, MM_ROWS < 8 ? MM_ROWS : 8>(w, rows, n_block, y); break;
-        default: mm_few_product<T, MM_ROWS>(w, rows, n_block, y);
-    }
+    mm_few_product<T, N>(w, (const mm_rows<N == 1 ? 1 : MM_ROWS> *) rounded, n_block, y);
 }
 
 template <typename T> static void mm_tiles(const qaflora_matrix & m, int64_t begin, int64_t end, const void * rounded, int64_t n_row, float * y, int64_t stride, void * room) {
     const int64_t n_block = m.n_in/MM_BLOCK;
-    const mm_rows * all = (const mm_rows *) rounded;
-    mm_outputs * outputs = (mm_outputs *) room;
+    const mm_rows<MM_ROWS> * all = (const mm_rows<MM_ROWS> *) rounded;
+    mm_outputs * outputs = (mm_outputs *) (((uintptr_t) room + alignof(mm_outputs) - 1)/alignof(mm_outputs)*alignof(mm_outputs));
     for (int64_t o = begin; o < end; o += W) {
         const int64_t n = end - o < (int64_t) W ? end - o : (int64_t) W;
         const uint8_t * w = m.data + o*T::block(n_block);
@@ -299,17 +313,27 @@ template <typename T> static void mm_tiles(const qaflora_matrix & m, int64_t beg
             w = copy;
         }
         if (n_row > (int64_t) FEW) {
-            mm_gather<T>(w, n_block, outputs);
+            mm_take<T>(w, n_block, [outputs](int64_t ib, const mm_outputs & block) {
+                outputs[ib] = block;
+                return block.min;
+            });
         }
         for (int64_t row = 0; row < n_row; row += MM_ROWS) {
             vec part[MM_ROWS];
-            if (n_row > (int64_t) FEW) {
-                mm_product<T>(outputs, all + row/MM_ROWS*n_block, n_block, part);
+            if (n_row <= (int64_t) FEW) {
+                mm_few_tile<T, FEW>(w, rounded, n_block, n_row, part);
+            } else if (n_row - row <= MM_ROWS/2) {
+                mm_product<T, MM_ROWS/2>(outputs, all + row/MM_ROWS*n_block, n_block, part);
             } else {
-                mm_few_tile<T>(w, all, n_block, n_row, part);
+                mm_product<T, MM_ROWS>(outputs, all + row/MM_ROWS*n_block, n_block, part);
             }
             for (int i = 0; i < MM_ROWS && row + i < n_row; ++i) {
-                memcpy(y + (row + i)*stride + o - begin, &part[i], n*sizeof(float));
+                float * dst = y + (row + i)*stride + o - begin;
+                if (n == (int64_t) W) {
+                    v_store(dst, part[i]);
+                } else {
+                    memcpy(dst, &part[i], n*sizeof(float));
+                }
             }
         }
     }

@@ -12,10 +12,24 @@ namespace QAFLORA_ISA {
 
 enum { MM_BLOCK = 32, MM_GROUPS = MM_BLOCK/4 };
 
+// W outputs of a matrix
+struct mm_source {
+#if defined(__aarch64__)
+    const uint8_t * row[W];
+#else
+    const uint8_t * first;
+    size_t          stride;
+#endif
+};
+
 #if defined(__aarch64__)
 
 typedef int32x4_t ivec;
-enum { MM_ROWS = 8, MM_PAIR = 2 };
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+enum { MM_ROWS = 8, MM_PAIR = 2, MM_RUN = 2 };
+#else
+enum { MM_ROWS = 8, MM_PAIR = 1, MM_RUN = MM_GROUPS };
+#endif
 
 static inline ivec       i_of(uint8x16_t x)  { return vreinterpretq_s32_u8(x); }
 static inline uint8x16_t i_bytes(ivec x)     { return vreinterpretq_u8_s32(x); }
@@ -41,26 +55,36 @@ static inline ivec i_low_64 (ivec x, ivec y) { return vreinterpretq_s32_s64(vzip
 static inline ivec i_high_64(ivec x, ivec y) { return vreinterpretq_s32_s64(vzip2q_s64(i_long(x), i_long(y))); }
 static inline ivec i_and(ivec x, ivec y)     { return vandq_s32(x, y); }
 static inline ivec i_or (ivec x, ivec y)     { return vorrq_s32(x, y); }
-static inline ivec i_left (ivec x, int n)    { return vshlq_s32(x, vdupq_n_s32(n)); }
-static inline ivec i_shift(ivec x, int n)    { return vreinterpretq_s32_u32(vshlq_u32(i_bits(x), vdupq_n_s32(-n))); }
-static inline ivec i_right(ivec x, int n)    { return i_shift(x, n); }
-static inline ivec i_signed(ivec x, int n)   { return vshlq_s32(x, vdupq_n_s32(-n)); }
+static inline ivec i_left (ivec x, int n)    { return x << n; }
+static inline ivec i_right(ivec x, int n)    { return vreinterpretq_s32_u32(i_bits(x) >> n); }
+static inline ivec i_shift(ivec x, int n)    { return n < 0 ? i_left(x, -n) : i_right(x, n); }
+static inline ivec i_signed(ivec x, int n)   { return x >> n; }
 static inline vec  i_halves(ivec x)          { return vcvt_f32_f16(vreinterpret_f16_u16(vmovn_u32(i_bits(x)))); }
-static inline ivec i_byte(ivec x, int i) {
-    const uint32_t first[4] = { 0, 0x04040404, 0x08080808, 0x0c0c0c0c };
-    return i_of(vqtbl1q_u8(i_bytes(x), vaddq_u8(vreinterpretq_u8_u32(vld1q_u32(first)), vdupq_n_u8((uint8_t) i))));
-}
-static inline ivec i_fifth(ivec x, ivec bits, ivec each) {
-    return i_or(x, i_of(vandq_u8(vtstq_u8(i_bytes(bits), i_bytes(each)), vdupq_n_u8(16))));
+
+static V_INLINE mm_source mm_outputs_at(const uint8_t * w, size_t stride) {
+    mm_source source = { { w, w + stride, w + 2*stride, w + 3*stride } };
+    for (int o = 0; o < W; ++o) {
+        __asm__("" : "+r"(source.row[o])); // an address of its own: what follows are offsets in loads
+    }
+    return source;
 }
 
-// 16 bytes of one of 4 rows
-static inline ivec i_load_rows(const uint8_t * p, size_t) { return i_load(p); }
+// what is loaded after this stands behind what is summed before: there are not registers enough for both
+static V_INLINE void mm_wait(mm_source & w, vec sum) {
+    for (int o = 0; o < W; ++o) {
+        __asm__("" : "+r"(w.row[o]) : "w"(sum));
+    }
+}
+
+static V_INLINE const uint8_t * mm_row(const mm_source & w, int o) { return w.row[o]; }
+
+// 16 bytes of row i
+static inline ivec i_load_rows(const mm_source & w, size_t at, int i) { return i_load(w.row[i] + at); }
 
 #elif defined(__AVX512F__)
 
 typedef __m512i ivec;
-enum { MM_ROWS = 12, MM_PAIR = 1 };
+enum { MM_ROWS = 12, MM_PAIR = 1, MM_RUN = 1 };
 
 static inline ivec i_set1(int32_t x)         { return _mm512_set1_epi32(x); }
 static inline ivec i_load(const void * p)    { return _mm512_loadu_si512(p); }
@@ -95,18 +119,19 @@ static inline ivec i_fifth(ivec x, ivec bits, ivec each) {
     return _mm512_mask_add_epi8(x, _mm512_test_epi8_mask(bits, each), x, _mm512_set1_epi8(16));
 }
 
-// 16 bytes from each fourth of 16 rows
-static inline ivec i_load_rows(const uint8_t * p, size_t stride) {
+// 16 bytes from each fourth of 16 rows, from row i on
+static inline ivec i_load_rows(const mm_source & w, size_t at, int i) {
+    const uint8_t * p = w.first + i*w.stride + at;
     ivec x = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *) p));
-    x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *) (p + 4*stride)), 1);
-    x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *) (p + 8*stride)), 2);
-    return _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *) (p + 12*stride)), 3);
+    x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *) (p + 4*w.stride)), 1);
+    x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *) (p + 8*w.stride)), 2);
+    return _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *) (p + 12*w.stride)), 3);
 }
 
 #else
 
 typedef __m256i ivec;
-enum { MM_ROWS = 6, MM_PAIR = 1 };
+enum { MM_ROWS = 6, MM_PAIR = 1, MM_RUN = 1 };
 
 static inline ivec i_set1(int32_t x)         { return _mm256_set1_epi32(x); }
 static inline ivec i_load(const void * p)    { return _mm256_loadu_si256((const __m256i *) p); }
@@ -153,54 +178,107 @@ static inline ivec i_fifth(ivec x, ivec bits, ivec each) {
     return _mm256_or_si256(x, _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(bits, each), each), _mm256_set1_epi8(16)));
 }
 
-// 16 bytes from each fourth of 8 rows
-static inline ivec i_load_rows(const uint8_t * p, size_t stride) {
+// 16 bytes from each half of 8 rows, from row i on
+static inline ivec i_load_rows(const mm_source & w, size_t at, int i) {
+    const uint8_t * p = w.first + i*w.stride + at;
     const __m128i x = _mm_loadu_si128((const __m128i *) p);
-    return _mm256_inserti128_si256(_mm256_castsi128_si256(x), _mm_loadu_si128((const __m128i *) (p + 4*stride)), 1);
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(x), _mm_loadu_si128((const __m128i *) (p + 4*w.stride)), 1);
 }
 
 #endif
 
 // 16 bytes of W rows: turned[j] has the bytes 4*j to 4*j + 3 of each
-static inline void i_turn(const uint8_t * p, size_t stride, ivec * turned) {
-    const ivec x0 = i_load_rows(p,            stride);
-    const ivec x1 = i_load_rows(p + stride,   stride);
-    const ivec x2 = i_load_rows(p + 2*stride, stride);
-    const ivec x3 = i_load_rows(p + 3*stride, stride);
+static V_INLINE void i_turn(const mm_source & w, size_t at, ivec * turned) {
+    const ivec x0 = i_load_rows(w, at, 0);
+    const ivec x1 = i_load_rows(w, at, 1);
+    const ivec x2 = i_load_rows(w, at, 2);
+    const ivec x3 = i_load_rows(w, at, 3);
     turned[0] = i_low_64 (i_low_32 (x0, x1), i_low_32 (x2, x3));
     turned[1] = i_high_64(i_low_32 (x0, x1), i_low_32 (x2, x3));
     turned[2] = i_low_64 (i_high_32(x0, x1), i_high_32(x2, x3));
     turned[3] = i_high_64(i_high_32(x0, x1), i_high_32(x2, x3));
 }
 
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-enum { MM_HALF = 128 }; // bytes of W have no sign
-static inline ivec mm_unsigned(ivec w) { return i_xor(w, i_set1((int32_t) 0x80808080)); }
-#else
-enum { MM_HALF = 0 };
-static inline ivec mm_unsigned(ivec w) { return w; }
-#endif
+#if defined(__aarch64__)
 
-// What blocks begin with, of W outputs and neighbouring blocks. Copied one by one: a gather takes longer.
-enum { MM_AHEAD = 8 };
-struct mm_words {
-    uint32_t of[MM_AHEAD][2][W];
-};
-
-static inline void mm_copy(const uint8_t * w, size_t stride, uint32_t * words) {
+// 16 bytes of W rows as they are multiplied: of a row each
+static V_INLINE void mm_bytes(const mm_source & w, size_t at, ivec * n) {
     for (int o = 0; o < W; ++o) {
-        memcpy(words + o, w + o*stride, sizeof(uint32_t));
+        n[o] = i_load_rows(w, at, o);
     }
 }
 
-static inline ivec mm_low_4(ivec x) { return i_and(x, i_set1(0x0f0f0f0f)); }
+// four bits of each byte: the lower ones, or those above
+static V_INLINE ivec mm_four(ivec x, int above) { return above ? i_of(vshrq_n_u8(i_bytes(x), 4)) : i_and(x, i_set1(0x0f0f0f0f)); }
 
-// numbers 4*j to 4*j + 3 of W outputs in n[j]; 16 bytes of an output have two each, the first 16 below and the others above
-static inline void mm_numbers_4(const uint8_t * w, size_t stride, ivec * n) {
-    i_turn(w, stride, n);
+// these, and above them the bits of more from bit place on that the mask leaves
+static V_INLINE ivec mm_join(ivec x, int above, ivec more, int place, int mask) {
+    if (above) {
+        return i_of(vsriq_n_u8(i_bytes(i_and(i_shift(more, place - 4), i_set1(mask))), i_bytes(x), 4));
+    }
+    return i_and(i_of(vsliq_n_u8(i_bytes(x), i_bytes(more) >> place, 4)), i_set1(mask | 0x0f0f0f0f));
+}
+
+// fifth bits of 32 numbers of W rows
+static V_INLINE void mm_fifths(ivec bits, ivec * n) {
+    const uint8x16_t bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201));
+    for (int j = 0; j < MM_GROUPS; ++j) {
+        const int first = j % W*4 + j/W*2;
+        const uint8x16_t byte = vqtbl1q_u8(i_bytes(bits), vcombine_u8(vdup_n_u8(first), vdup_n_u8(first + 1)));
+        n[j] = i_or(n[j], i_of(vandq_u8(vtstq_u8(byte, bit), vdupq_n_u8(16))));
+    }
+}
+
+#else
+
+// 16 bytes of W rows as they are multiplied: 4 of each row beside each other
+static V_INLINE void mm_bytes(const mm_source & w, size_t at, ivec * n) { i_turn(w, at, n); }
+
+static V_INLINE mm_source mm_outputs_at(const uint8_t * w, size_t stride) { return { w, stride }; }
+static V_INLINE const uint8_t * mm_row(const mm_source & w, int o)        { return w.first + o*w.stride; }
+static V_INLINE void mm_wait(mm_source &, vec)                            {}
+
+static V_INLINE ivec mm_four(ivec x, int above) { return i_and(i_right(x, above*4), i_set1(0x0f0f0f0f)); }
+
+static V_INLINE ivec mm_join(ivec x, int above, ivec more, int place, int mask) {
+    return i_or(mm_four(x, above), i_and(i_shift(more, place - 4), i_set1(mask)));
+}
+
+static V_INLINE void mm_fifths(ivec bits, ivec * n) {
+    for (int j = 0; j < MM_GROUPS; j += 2) {
+        const ivec byte = i_byte(bits, j/2);
+        n[j]     = i_fifth(n[j],     byte, i_set1(0x08040201));
+        n[j + 1] = i_fifth(n[j + 1], byte, i_set1((int32_t) 0x80402010));
+    }
+}
+
+#endif
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+enum { MM_HALF = 128 }; // bytes of W have no sign
+static V_INLINE ivec mm_unsigned(ivec w) { return i_xor(w, i_set1((int32_t) 0x80808080)); }
+#else
+enum { MM_HALF = 0 };
+static V_INLINE ivec mm_unsigned(ivec w) { return w; }
+#endif
+
+// What blocks begin with, of W outputs and neighbouring blocks. Copied one by one: a gather takes longer.
+struct mm_words {
+    uint32_t of[8][2][W];
+};
+
+static V_INLINE void mm_copy(const mm_source & w, size_t at, uint32_t * words) {
+    for (int o = 0; o < W; ++o) {
+        memcpy(words + o, mm_row(w, o) + at, sizeof(uint32_t));
+    }
+}
+
+// 32 numbers of W outputs, in 16 bytes of each: the first 16 below and the others above
+static V_INLINE void mm_numbers_4(const mm_source & w, size_t at, ivec * n) {
+    mm_bytes(w, at, n);
     for (int j = 0; j < 4; ++j) {
-        n[4 + j] = mm_low_4(i_right(n[j], 4));
-        n[j]     = mm_low_4(n[j]);
+        n[4 + j] = mm_four(n[j], 1);
+        n[j]     = mm_four(n[j], 0);
     }
 }
 
@@ -209,23 +287,30 @@ static inline void mm_numbers_4(const uint8_t * w, size_t stride, ivec * n) {
 // numbers times 127 are below 2^15, two and two
 //
 
-// w: W outputs, stride bytes apart. copy() takes what the following n blocks begin with, then numbers() is called for each of
-// them in turn: kept is what it finds for several.
+// copy() takes what n blocks begin with, N_AHEAD at most, then numbers() is called for each of them in turn, as part: kept is what
+// it finds for several.
+#if defined(__aarch64__)
+enum { MM_AHEAD = 1, MM_KEEPS = 0 };
+#else
+enum { MM_AHEAD = 8, MM_KEEPS = 1 };
+#endif
+
 template <int N_BYTE> struct mm_plain { // blocks of N_BYTE bytes, which begin with the scale in F16
+    enum { N_AHEAD = MM_AHEAD };
     static size_t block(int64_t ib) { return ib*N_BYTE; }
-    static void copy(const uint8_t * w, size_t stride, int64_t n, mm_words & words) {
+    static void copy(const mm_source & w, int64_t n, mm_words & words) {
         for (int64_t i = 0; i < n; ++i) {
-            mm_copy(w + block(i), stride, words.of[i][0]);
+            mm_copy(w, block(i), words.of[i][0]);
         }
     }
-    static void scales(const mm_words & words, int64_t i, vec * scale, vec *) { scale[0] = i_halves(i_load(words.of[i][0])); }
+    static void scales(const mm_words & words, int i, vec * scale, vec *) { scale[0] = i_halves(i_load(words.of[i][0])); }
 };
 
 struct q8_0_matrix : mm_plain<34> {
     enum { N_SCALE = 1, HAS_MIN = 0, OFFSET = MM_HALF, N_KEPT = 1, IS_SIGNED = 1, N_ADDED = 1 };
-    static void numbers(const uint8_t * w, size_t stride, int64_t ib, const mm_words &, ivec *, ivec * n) {
-        i_turn(w + block(ib) + 2,  stride, n);
-        i_turn(w + block(ib) + 18, stride, n + 4);
+    static V_INLINE void numbers(const mm_source & w, int part, const mm_words &, ivec *, ivec * n) {
+        mm_bytes(w, block(part) + 2,  n);
+        mm_bytes(w, block(part) + 18, n + 4);
         for (int j = 0; j < MM_GROUPS; ++j) {
             n[j] = mm_unsigned(n[j]);
         }
@@ -234,87 +319,73 @@ struct q8_0_matrix : mm_plain<34> {
 
 struct q4_0_matrix : mm_plain<18> {
     enum { N_SCALE = 1, HAS_MIN = 0, OFFSET = 8, N_KEPT = 1, IS_SIGNED = 0, N_ADDED = 8 };
-    static void numbers(const uint8_t * w, size_t stride, int64_t ib, const mm_words &, ivec *, ivec * n) {
-        mm_numbers_4(w + block(ib) + 2, stride, n);
+    static V_INLINE void numbers(const mm_source & w, int part, const mm_words &, ivec *, ivec * n) {
+        mm_numbers_4(w, block(part) + 2, n);
     }
 };
 
 struct q4_1_matrix : mm_plain<20> {
     enum { N_SCALE = 1, HAS_MIN = 1, OFFSET = 0, N_KEPT = 1, IS_SIGNED = 0, N_ADDED = 8 };
-    static void scales(const mm_words & words, int64_t i, vec * scale, vec * min) {
+    static void scales(const mm_words & words, int i, vec * scale, vec * min) {
         const ivec both = i_load(words.of[i][0]);
         scale[0] = i_halves(both);
         *min     = i_halves(i_right(both, 16));
     }
-    static void numbers(const uint8_t * w, size_t stride, int64_t ib, const mm_words &, ivec *, ivec * n) {
-        mm_numbers_4(w + block(ib) + 4, stride, n);
+    static V_INLINE void numbers(const mm_source & w, int part, const mm_words &, ivec *, ivec * n) {
+        mm_numbers_4(w, block(part) + 4, n);
     }
 };
 
 // 4 bytes of fifth bits stand before the others
 struct q5_0_matrix : mm_plain<22> {
     enum { N_SCALE = 1, HAS_MIN = 0, OFFSET = 16, N_KEPT = 1, IS_SIGNED = 0, N_ADDED = 4 };
-    static void copy(const uint8_t * w, size_t stride, int64_t n, mm_words & words) {
+    static void copy(const mm_source & w, int64_t n, mm_words & words) {
         for (int64_t i = 0; i < n; ++i) {
-            mm_copy(w + block(i),     stride, words.of[i][0]);
-            mm_copy(w + block(i) + 2, stride, words.of[i][1]);
+            mm_copy(w, block(i),     words.of[i][0]);
+            mm_copy(w, block(i) + 2, words.of[i][1]);
         }
     }
-    static void numbers(const uint8_t * w, size_t stride, int64_t ib, const mm_words & words, ivec *, ivec * n) {
-        const ivec bits = i_load(words.of[ib % MM_AHEAD][1]);
-        mm_numbers_4(w + block(ib) + 6, stride, n);
-        for (int j = 0; j < MM_GROUPS; j += 2) {
-            const ivec byte = i_byte(bits, j/2);
-            n[j]     = i_fifth(n[j],     byte, i_set1(0x08040201));
-            n[j + 1] = i_fifth(n[j + 1], byte, i_set1((int32_t) 0x80402010));
-        }
+    static V_INLINE void numbers(const mm_source & w, int part, const mm_words & words, ivec *, ivec * n) {
+        mm_numbers_4(w, block(part) + 6, n);
+        mm_fifths(i_load(words.of[part][1]), n);
     }
 };
 
 // 256 numbers: a scale and one of minima for all, then for each of 8 blocks 6 bits of both, in 12 bytes; for FIVE bits the fifth
 // ones; then 128 bytes of 4 bits
 template <bool FIVE> struct k_matrix {
-    enum { N_SCALE = 1, HAS_MIN = 1, OFFSET = 0, N_KEPT = FIVE ? 16 : 8, IS_SIGNED = 0, N_ADDED = FIVE ? 4 : 8 };
+    enum { N_AHEAD = 8, N_SCALE = 1, HAS_MIN = 1, OFFSET = 0, N_KEPT = FIVE ? 16 : 8, IS_SIGNED = 0, N_ADDED = FIVE ? 4 : 8 };
     static size_t block(int64_t ib) { return ib/8*(FIVE ? 176 : 144); }
-    static void copy(const uint8_t * w, size_t stride, int64_t, mm_words & words) {
+    static void copy(const mm_source & w, int64_t, mm_words & words) {
         ivec turned[4];
-        i_turn(w, stride, turned);
-        for (int i = 0; i < 4; ++i) {
-            i_store(words.of[i][0], turned[i]);
+        i_turn(w, 0, turned);
+        // of the last four blocks 4 bits are in the last bytes, and 2 above those of an early block
+        const ivec last[2] = { mm_four(turned[3], 0), mm_four(turned[3], 1) };
+        i_store(words.of[0][0], turned[0]);
+        for (int i = 0; i < 2; ++i) { // scales, minima
+            i_store(words.of[1][i], i_and(turned[1 + i], i_set1(0x3f3f3f3f)));
+            i_store(words.of[2][i], i_or(last[i], i_and(i_right(turned[1 + i], 2), i_set1(0x30303030))));
         }
     }
-    static void scales(const mm_words & words, int64_t i, vec * scale, vec * min) {
+    static void scales(const mm_words & words, int i, vec * scale, vec * min) {
         const ivec both = i_load(words.of[0][0]);
-        const int shift = (int) (i % 4*8);
-        ivec s = i_right(i_load(words.of[1][0]), shift);
-        ivec m = i_right(i_load(words.of[2][0]), shift);
-        if (i < 4) {
-            s = i_and(s, i_set1(63));
-            m = i_and(m, i_set1(63));
-        } else { // 4 bits are in the last bytes, and 2 above those of an early block
-            const ivec last = i_right(i_load(words.of[3][0]), shift);
-            s = i_or(i_and(last, i_set1(15)), i_and(i_right(s, 2), i_set1(48)));
-            m = i_or(i_and(i_right(last, 4), i_set1(15)), i_and(i_right(m, 2), i_set1(48)));
-        }
+        const ivec s = i_and(i_right(i_load(words.of[1 + i/4][0]), i % 4*8), i_set1(255));
+        const ivec m = i_and(i_right(i_load(words.of[1 + i/4][1]), i % 4*8), i_set1(255));
         scale[0] = v_mul(i_halves(both), i_to_float(s));
-        *min     = v_mul(i_halves(i_right(both, 16)), v_mul(v_set1(-1.0f), i_to_float(m)));
+        *min     = v_mul(v_mul(v_set1(-1.0f), i_halves(i_right(both, 16))), i_to_float(m));
     }
-    static void numbers(const uint8_t * w, size_t stride, int64_t ib, const mm_words &, ivec * kept, ivec * n) {
-        const uint8_t * p = w + block(ib) + 16;
-        const int part = (int) (ib % 8);
+    static V_INLINE void numbers(const mm_source & w, int part, const mm_words &, ivec * kept, ivec * n) {
+        const int begin = FIVE ? 48 : 16;
         if (part % 2 == 0) {
-            i_turn(p + (FIVE ? 32 : 0) + part*16,      stride, kept);
-            i_turn(p + (FIVE ? 32 : 0) + part*16 + 16, stride, kept + 4);
+            mm_bytes(w, begin + part*16,      kept);
+            mm_bytes(w, begin + part*16 + 16, kept + 4);
         }
         if (FIVE && part == 0) {
-            i_turn(p,      stride, kept + 8);
-            i_turn(p + 16, stride, kept + 12);
+            mm_bytes(w, 16, kept + 8);
+            mm_bytes(w, 32, kept + 12);
         }
         for (int j = 0; j < MM_GROUPS; ++j) {
-            n[j] = mm_low_4(i_right(kept[j], part % 2*4));
-            if (FIVE) {
-                n[j] = i_or(n[j], i_and(i_shift(kept[MM_GROUPS + j], part - 4), i_set1(0x10101010)));
-            }
+            n[j] = FIVE ? mm_join(kept[j], part % 2, kept[MM_GROUPS + j], part, 0x10101010) : mm_four(kept[j], part % 2);
         }
     }
 };
@@ -324,36 +395,33 @@ typedef k_matrix<true>  q5_k_matrix;
 
 // 256 numbers: 128 bytes of 4 bits, 64 of 2 bits, 16 scales and one for all
 struct q6_k_matrix {
-    enum { N_SCALE = 2, HAS_MIN = 0, OFFSET = 32, N_KEPT = 24, IS_SIGNED = 0, N_ADDED = 2 };
+    enum { N_AHEAD = 8, N_SCALE = 2, HAS_MIN = 0, OFFSET = 32, N_KEPT = 24, IS_SIGNED = 0, N_ADDED = 2 };
     static size_t block(int64_t ib) { return ib/8*210; }
-    static void copy(const uint8_t * w, size_t stride, int64_t, mm_words & words) {
+    static void copy(const mm_source & w, int64_t, mm_words & words) {
         ivec turned[4]; // scales of two blocks each
-        i_turn(w + 192, stride, turned);
+        i_turn(w, 192, turned);
         for (int i = 0; i < 4; ++i) {
             i_store(words.of[i][0], turned[i]);
         }
-        mm_copy(w + 206, stride, words.of[0][1]);
+        mm_copy(w, 206, words.of[0][1]);
     }
-    static void scales(const mm_words & words, int64_t i, vec * scale, vec *) {
+    static void scales(const mm_words & words, int i, vec * scale, vec *) {
         const vec d = i_halves(i_right(i_load(words.of[0][1]), 16));
         const ivec four = i_load(words.of[i/2][0]);
         for (int half = 0; half < 2; ++half) {
-            scale[half] = v_mul(d, i_to_float(i_signed(i_left(four, (int) (24 - i % 2*16 - half*8)), 24)));
+            scale[half] = v_mul(d, i_to_float(i_signed(i_left(four, 24 - i % 2*16 - half*8), 24)));
         }
     }
-    static void numbers(const uint8_t * w, size_t stride, int64_t ib, const mm_words &, ivec * kept, ivec * n) {
-        const uint8_t * p = w + block(ib);
-        const int part = (int) (ib % 8);
-        if (part % 4 == 0) {
+    static V_INLINE void numbers(const mm_source & w, int part, const mm_words &, ivec * kept, ivec * n) {
+        if (part % 4 == 0 || !MM_KEEPS) {
             for (int i = 0; i < 4; ++i) {
-                i_turn(p + part*16 + i*16, stride, kept + 4*i);
+                mm_bytes(w, part/4*64 + i*16, kept + 4*i);
             }
-            i_turn(p + 128 + part*8,      stride, kept + 16);
-            i_turn(p + 128 + part*8 + 16, stride, kept + 20);
+            mm_bytes(w, 128 + part/4*32,      kept + 16);
+            mm_bytes(w, 128 + part/4*32 + 16, kept + 20);
         }
         for (int j = 0; j < MM_GROUPS; ++j) {
-            const ivec low  = mm_low_4(i_right(kept[part % 2*MM_GROUPS + j], part % 4/2*4));
-            n[j] = i_or(low, i_and(i_shift(kept[2*MM_GROUPS + j], part % 4*2 - 4), i_set1(0x30303030)));
+            n[j] = mm_join(kept[part % 2*MM_GROUPS + j], part % 4/2, kept[2*MM_GROUPS + j], part % 4*2, 0x30303030);
         }
     }
 };

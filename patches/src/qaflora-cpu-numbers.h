@@ -16,6 +16,7 @@ struct as_f16  { typedef uint16_t type; static vec load(const type * p) { return
 struct as_bf16 { typedef uint16_t type; static vec load(const type * p) { return v_load_bf16(p); } static float at(type x) { return bf16_to_f32(x); } };
 
 template <typename S> struct plain_numbers : no_scale {
+    enum { BLOCK = 1 };
     typedef typename S::type number;
     static size_t row_size(int64_t n)                  { return n*sizeof(number); }
     static float  at  (const uint8_t * row, int64_t i) { return S::at(((const number *) row)[i]); }

@@ -19,12 +19,7 @@ template <int NX> struct dot_tile_rows {
 template <typename T, int NA, int NX, bool FETCH>
 static inline void dot_tile(const uint8_t * a, const dot_tile_rows<NX> & rows, int64_t n, int64_t m0) {
     const size_t stride = T::row_size(n);
-    vec acc[NA][NX];
-    for (int m = 0; m < NA; ++m) {
-        for (int i = 0; i < NX; ++i) {
-            acc[m][i] = v_zero();
-        }
-    }
+    vec acc[NA][NX] = {};
     const int64_t n_whole = n - n % W;
     for (int64_t j = 0; j < n_whole; j += W) {
         vec va[NA];
@@ -59,12 +54,7 @@ template <typename T, int NA, int NX, bool FETCH>
 static inline void dot_tile_blocks(const uint8_t * a, const dot_tile_rows<NX> & rows, int64_t n, int64_t m0) {
     enum { BLOCK = T::BLOCK, NB = BLOCK/W, LINE = 64 };
     const size_t stride = T::row_size(n);
-    vec acc[NA][NX];
-    for (int m = 0; m < NA; ++m) {
-        for (int i = 0; i < NX; ++i) {
-            acc[m][i] = v_zero();
-        }
-    }
+    vec acc[NA][NX] = {};
     for (int64_t ib = 0; ib < n/BLOCK; ++ib) {
         vec vx[NX][NB];
         for (int i = 0; i < NX; ++i) {
@@ -98,23 +88,14 @@ static inline void dot_tile_blocks(const uint8_t * a, const dot_tile_rows<NX> & 
     }
 }
 
-template <typename T, int NA, int NX, bool FETCH> struct dot {
-    static void tile(const uint8_t * a, const dot_tile_rows<NX> & rows, int64_t n, int64_t m0) {
+template <typename T, int NA, int NX, bool FETCH>
+static void dot(const uint8_t * a, const dot_tile_rows<NX> & rows, int64_t n, int64_t m0) {
+    if constexpr (T::BLOCK > 1) {
+        dot_tile_blocks<T, NA, NX, FETCH>(a, rows, n, m0);
+    } else {
         dot_tile<T, NA, NX, FETCH>(a, rows, n, m0);
     }
-};
-
-template <int NA, int NX, bool FETCH> struct dot<q8_0_numbers, NA, NX, FETCH> {
-    static void tile(const uint8_t * a, const dot_tile_rows<NX> & rows, int64_t n, int64_t m0) {
-        dot_tile_blocks<q8_0_numbers, NA, NX, FETCH>(a, rows, n, m0);
-    }
-};
-
-template <int NA, int NX, bool FETCH> struct dot<q4_0_numbers, NA, NX, FETCH> {
-    static void tile(const uint8_t * a, const dot_tile_rows<NX> & rows, int64_t n, int64_t m0) {
-        dot_tile_blocks<q4_0_numbers, NA, NX, FETCH>(a, rows, n, m0);
-    }
-};
+}
 
 // a: its rows from m0 to m1
 template <typename T, int NX, bool FETCH>
@@ -122,71 +103,40 @@ static void dot_rows(const uint8_t * a, int64_t m0, int64_t m1, const dot_tile_r
     const size_t stride = T::row_size(n);
     int64_t m = m0;
     for (; m + 4 <= m1; m += 4) {
-        dot<T, 4, NX, FETCH>::tile(a + m*stride, rows, n, m);
+        dot<T, 4, NX, FETCH>(a + m*stride, rows, n, m);
     }
     for (; m < m1; ++m) {
-        dot<T, 1, NX, FETCH>::tile(a + m*stride, rows, n, m);
-    }
-}
-
-// NX rows of x that follow each other and weigh alike, from row on
-template <typename T, int NX>
-static void dot_alike(const qaflora_rank_product & p, const qaflora_cpu_segment & s, int64_t m0, int64_t m1, const float * x, float * t, int64_t row, float weight) {
-    dot_tile_rows<NX> tile;
-    for (int i = 0; i < NX; ++i) {
-        tile.x[i]      = x + (row + i)*p.n_in;
-        tile.t[i]      = t + (row + i)*p.n_rank + s.offset;
-        tile.weight[i] = weight;
-    }
-    dot_rows<T, NX, NX == 1>(s.a, m0, m1, tile, p.n_in);
-}
-
-// rows m0 to m1 of the A of one segment, n_x rows of x that weigh alike
-template <typename T>
-static void dot_block(const qaflora_rank_product & p, const qaflora_cpu_segment & s, int64_t m0, int64_t m1, const float * x, float * t,
-                      int64_t row, int64_t n_x, float weight) {
-    int64_t i = 0;
-    for (; i + DOT_ROWS <= n_x; i += DOT_ROWS) {
-        dot_alike<T, DOT_ROWS>(p, s, m0, m1, x, t, row + i, weight);
-    }
-    for (; i < n_x; ++i) {
-        dot_alike<T, 1>(p, s, m0, m1, x, t, row + i, weight);
+        dot<T, 1, NX, FETCH>(a + m*stride, rows, n, m);
     }
 }
 
 // some rows of x, wherever they are, in tiles of at most NX
-template <typename T, int NX> struct dot_mixed {
-    static void tiles(const qaflora_rank_product & p, const qaflora_cpu_rows & rows, const qaflora_cpu_segment & s, int64_t m0, int64_t m1,
+template <typename T, int NX>
+static void dot_mixed(const qaflora_rank_product & p, const qaflora_cpu_rows & rows, const qaflora_cpu_segment & s, int64_t m0, int64_t m1,
                       const int64_t * some, int64_t n, const float * x, float * t) {
-        for (; n >= NX; n -= NX, some += NX) {
-            dot_tile_rows<NX> tile;
-            for (int i = 0; i < NX; ++i) {
-                tile.x[i]      = x + some[i]*p.n_in;
-                tile.t[i]      = t + some[i]*p.n_rank + s.offset;
-                tile.weight[i] = weight_of(rows, some[i], s);
-            }
-            dot_rows<T, NX, true>(s.a, m0, m1, tile, p.n_in);
+    for (; n >= NX; n -= NX, some += NX) {
+        dot_tile_rows<NX> tile;
+        for (int i = 0; i < NX; ++i) {
+            tile.x[i]      = x + some[i]*p.n_in;
+            tile.t[i]      = t + some[i]*p.n_rank + s.offset;
+            tile.weight[i] = weight_of(rows, some[i], s);
         }
-        dot_mixed<T, NX - 1>::tiles(p, rows, s, m0, m1, some, n, x, t);
+        dot_rows<T, NX, true>(s.a, m0, m1, tile, p.n_in);
     }
-};
+    if constexpr (NX > 1) {
+        dot_mixed<T, NX - 1>(p, rows, s, m0, m1, some, n, x, t);
+    }
+}
 
-template <typename T> struct dot_mixed<T, 0> {
-    static void tiles(const qaflora_rank_product &, const qaflora_cpu_rows &, const qaflora_cpu_segment &, int64_t, int64_t,
-                      const int64_t *, int64_t, const float *, float *) {}
-};
-
-// NX: rows of a tile where they are mixed
+// rows of x from row on that have a weight
 template <typename T, int NX>
 static void segment_product(const qaflora_rank_product & p, const qaflora_cpu_rows & rows, const qaflora_cpu_segment & s, int64_t m0, int64_t m1,
-                            const float * x, float * t, int64_t row, int64_t n_x, bool is_mixed) {
-    if (!is_mixed) {
-        dot_block<T>(p, s, m0, m1, x, t, row, n_x, weight_of(rows, row, s));
-        return;
+                            const float * x, float * t, int64_t row, int64_t n_x) {
+    for (int64_t end = row + n_x; row < end; row += ROWS_AT_ONCE) {
+        int64_t weighed[ROWS_AT_ONCE];
+        const int64_t n = weighed_rows(rows, s, row, end - row < ROWS_AT_ONCE ? end - row : (int64_t) ROWS_AT_ONCE, weighed);
+        dot_mixed<T, NX>(p, rows, s, m0, m1, weighed, n, x, t);
     }
-    int64_t weighed[ROWS_AT_ONCE];
-    const int64_t n = weighed_rows(rows, s, row, n_x, weighed);
-    dot_mixed<T, NX>::tiles(p, rows, s, m0, m1, weighed, n, x, t);
 }
 
 // whether the segment has a weight for any of n rows
@@ -220,11 +170,11 @@ static void product_by_rank(const qaflora_rank_product & p, const qaflora_cpu_ro
         const int64_t m1 = end - pos < s.rank ? end - pos : s.rank;
         if (m0 < m1) {
             switch (s.type_a) {
-                case QAFLORA_CPU_F32:  segment_product<f32_numbers,  MIX_DOT_F32>(p, rows, s, m0, m1, x, t, row, n_x, is_mixed); break;
-                case QAFLORA_CPU_F16:  segment_product<f16_numbers,  DOT_ROWS>(p, rows, s, m0, m1, x, t, row, n_x, is_mixed); break;
-                case QAFLORA_CPU_BF16: segment_product<bf16_numbers, DOT_ROWS>(p, rows, s, m0, m1, x, t, row, n_x, is_mixed); break;
-                case QAFLORA_CPU_Q8_0: segment_product<q8_0_numbers, DOT_ROWS>(p, rows, s, m0, m1, x, t, row, n_x, is_mixed); break;
-                case QAFLORA_CPU_Q4_0: segment_product<q4_0_numbers, DOT_ROWS>(p, rows, s, m0, m1, x, t, row, n_x, is_mixed); break;
+                case QAFLORA_CPU_F32:  segment_product<f32_numbers,  MIX_DOT_F32>(p, rows, s, m0, m1, x, t, row, n_x); break;
+                case QAFLORA_CPU_F16:  segment_product<f16_numbers,  DOT_ROWS>(p, rows, s, m0, m1, x, t, row, n_x); break;
+                case QAFLORA_CPU_BF16: segment_product<bf16_numbers, DOT_ROWS>(p, rows, s, m0, m1, x, t, row, n_x); break;
+                case QAFLORA_CPU_Q8_0: segment_product<q8_0_numbers, DOT_ROWS>(p, rows, s, m0, m1, x, t, row, n_x); break;
+                case QAFLORA_CPU_Q4_0: segment_product<q4_0_numbers, DOT_ROWS>(p, rows, s, m0, m1, x, t, row, n_x); break;
                 case QAFLORA_CPU_Q8_0_PANEL:
                 case QAFLORA_CPU_Q4_0_PANEL: break; // of B only
             }

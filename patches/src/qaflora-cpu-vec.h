@@ -27,7 +27,6 @@ static inline float bf16_to_f32(uint16_t h) {
 enum { W = 16 };
 typedef __m512 vec;
 
-static inline vec   v_zero()                     { return _mm512_setzero_ps(); }
 static inline vec   v_set1(float x)              { return _mm512_set1_ps(x); }
 static inline vec   v_load(const float * p)      { return _mm512_loadu_ps(p); }
 static inline void  v_store(float * p, vec x)    { _mm512_storeu_ps(p, x); }
@@ -54,7 +53,6 @@ enum { DOT_ROWS = 4, SUM_ROWS = 8, MIX_ROWS = 6, MIX_DOT_F32 = DOT_ROWS };
 enum { W = 8 };
 typedef __m256 vec;
 
-static inline vec   v_zero()                     { return _mm256_setzero_ps(); }
 static inline vec   v_set1(float x)              { return _mm256_set1_ps(x); }
 static inline vec   v_load(const float * p)      { return _mm256_loadu_ps(p); }
 static inline void  v_store(float * p, vec x)    { _mm256_storeu_ps(p, x); }
@@ -85,7 +83,6 @@ enum { DOT_ROWS = 2, SUM_ROWS = 2, MIX_ROWS = 3, MIX_DOT_F32 = DOT_ROWS };
 enum { W = 4 };
 typedef float32x4_t vec;
 
-static inline vec   v_zero()                     { return vdupq_n_f32(0.0f); }
 static inline vec   v_set1(float x)              { return vdupq_n_f32(x); }
 static inline vec   v_load(const float * p)      { return vld1q_f32(p); }
 static inline void  v_store(float * p, vec x)    { vst1q_f32(p, x); }
@@ -139,7 +136,6 @@ static inline float f16_to_f32(uint16_t h) {
 
 #define QAFLORA_EACH(expr) vec res; for (int i = 0; i < W; ++i) { res.x[i] = (expr); } return res
 static inline vec   v_set1(float x)              { QAFLORA_EACH(x); }
-static inline vec   v_zero()                     { return v_set1(0.0f); }
 static inline vec   v_load(const float * p)      { QAFLORA_EACH(p[i]); }
 static inline void  v_store(float * p, vec x)    { for (int i = 0; i < W; ++i) { p[i] = x.x[i]; } }
 static inline vec   v_add(vec x, vec y)          { QAFLORA_EACH(x.x[i] + y.x[i]); }
@@ -164,9 +160,11 @@ enum { NV = QAFLORA_PANEL/W };
 enum { PREFETCH = 4096 };
 
 #if defined(__GNUC__)
+#define V_INLINE inline __attribute__((always_inline))
 static inline void v_prefetch(const void * p)        { __builtin_prefetch((const char *) p + PREFETCH); }
 static inline void v_prefetch_second(const void * p) { __builtin_prefetch(p, 0, 2); } // not into the smallest cache
 #elif defined(__AVX2__)
+#define V_INLINE __forceinline
 static inline void v_prefetch(const void * p)        { _mm_prefetch((const char *) p + PREFETCH, _MM_HINT_T0); }
 static inline void v_prefetch_second(const void * p) { _mm_prefetch((const char *) p, _MM_HINT_T1); }
 #else

@@ -82,13 +82,9 @@ static const qaflora_kernels & choose(const std::string & name) {
         has.dotprod    ? qaflora_kernels_dotprod()    : nullptr,
         qaflora_kernels_portable(),
     };
-    // By name alone: no ARM processor was measured, and a single row takes them up to 2.6 times ggml's instructions.
-    const qaflora_kernels * unmeasured[] = { qaflora_kernels_i8mm(), qaflora_kernels_dotprod() };
-    const bool is_named = !name.empty() && name != "ggml";
     std::string names = "ggml";
     for (const auto * kernels : found) {
-        const bool is_default = kernels != unmeasured[0] && kernels != unmeasured[1];
-        if (kernels && (is_named ? name == kernels->name : is_default)) {
+        if (kernels && (name.empty() || name == "ggml" || name == kernels->name)) {
             return *kernels;
         }
         names += kernels ? std::string(", ") + kernels->name : "";

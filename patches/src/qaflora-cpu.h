@@ -130,7 +130,7 @@ const qaflora_kernels * qaflora_kernels_avx512vnni();
 const qaflora_kernels * qaflora_kernels_dotprod(); // NEON with these
 const qaflora_kernels * qaflora_kernels_i8mm();
 
-// The fastest of this processor that was measured, or the one that the environment variable QAFLORA_CPU_KERNELS names
+// The fastest of this processor, or the one that the environment variable QAFLORA_CPU_KERNELS names
 // (avx512vnni, avxvnni, avx512, avx2, i8mm, dotprod, neon, portable); throws std::runtime_error if this processor or build lacks it.
 const qaflora_kernels & qaflora_best_kernels();
 

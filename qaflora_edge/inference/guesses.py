@@ -1,14 +1,14 @@
 """Guesses: of the next tokens of answers, so that one pass of the base verifies several."""
 
+import platform
 from collections.abc import Sequence
 
 from qaflora_edge.backend.context import N_OUTPUT
 from qaflora_edge.inference.sequence import RunningSequence
 
 _ORDERS = (4, 3, 2, 1)  # tokens at the end that must have stood before; the most that did count
-# Where no number is given. Of Qwen2.5 0.5B and SmolLM2 on two cores with AVX-512-VNNI: a pass of
-# five rows takes 1.5 times as long as one of one row, a pass of 16 rows 3 to 3.5 times.
-_ROW_COST = 1 / 6  # of a pass of one row, for each row more
+# A row more, of one row's pass: 5 rows take 1.5 (AVX-512-VNNI), 8 take 3.3 to 4.9 (ARM, counted).
+_ROW_COST = 1 / 2 if platform.machine() in {"aarch64", "arm64"} else 1 / 6
 _N_REST, _N_LONGEST_REST = 8, 64  # guesses that are left out, once they do not pay
 _N_TOGETHER = 2  # sequences that guess at once, at most
 _MEMORY = 0.8  # share of the mean gain that a guess leaves
