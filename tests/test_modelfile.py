@@ -94,7 +94,7 @@ def test_every_line_that_cannot_be_followed_is_named(sources: TinyBundle) -> Non
     assert not sources.folder.exists()
     place = sources.base.path.parent
     brings = "is not taken: the base brings its own. Leave the line out."
-    options = ", ".join(modelfile._SAMPLING)
+    options = ", ".join(modelfile.SAMPLING)
     problems = [
         "2: FROM stands in line 1 already, expected one. Leave one out.",
         f"3: the adapter {place / 'nowhere'} does not exist; expected a PEFT folder, its "

@@ -26,8 +26,6 @@ template <int R> struct alignas(16) mm_rows {
 // Bytes of W [MM_GROUPS] less OFFSET times bytes of PAIR rows from row i on, the groups from begin to end: sum [PAIR]
 #if defined(__aarch64__)
 
-static inline int8x16_t mm_signed(ivec x) { return vreinterpretq_s8_s32(x); }
-
 template <typename T, int R> static V_INLINE void mm_dots(ivec * sum, const ivec * w, const mm_rows<R> & rows, int i, int begin, int end) {
     const int8x16_t less = vdupq_n_s8(-T::OFFSET);
     ivec first = i_set1(0); // what each sum begins at
@@ -42,8 +40,8 @@ template <typename T, int R> static V_INLINE void mm_dots(ivec * sum, const ivec
         for (int o = 0; o < W; o += 2) {
             part[o] = first;
             for (int j = begin; j < end; j += 4) {
-                part[o] = vmmlaq_s32(part[o], mm_signed(i_low_64 (w[j + o], w[j + o + 1])), x[j/2]);
-                part[o] = vmmlaq_s32(part[o], mm_signed(i_high_64(w[j + o], w[j + o + 1])), x[j/2 + 1]);
+                part[o] = vmmlaq_s32(part[o], i_numbers(i_low_64 (w[j + o], w[j + o + 1])), x[j/2]);
+                part[o] = vmmlaq_s32(part[o], i_numbers(i_high_64(w[j + o], w[j + o + 1])), x[j/2 + 1]);
             }
         }
         sum[0] = vuzp1q_s32(part[0], part[2]);
@@ -59,7 +57,7 @@ template <typename T, int R> static V_INLINE void mm_dots(ivec * sum, const ivec
     for (int o = 0; o < W; ++o) {
         part[o] = first;
         for (int j = begin; j < end; j += 4) {
-            part[o] = vdotq_s32(part[o], mm_signed(w[j + o]), x[j/4]);
+            part[o] = vdotq_s32(part[o], i_numbers(w[j + o]), x[j/4]);
         }
     }
     *sum = vpaddq_s32(vpaddq_s32(part[0], part[1]), vpaddq_s32(part[2], part[3]));
