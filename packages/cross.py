@@ -64,7 +64,7 @@ def runs(system: str, rest: list[str]) -> dict[str, tuple[list[str], str, str]]:
     if system == "aarch64":
         root, *models = rest
         words = {model: ["qemu-aarch64", "-cpu", model, "-L", root] for model in models}
-        return {f"{model}, neon": (words[model], "neon", PLAIN_KERNELS) for model in models}
+        return {model: (words[model], "", PLAIN_KERNELS) for model in models}  # the best it has
     flags = Path("/proc/cpuinfo").read_text("utf-8").replace("_", "").split()
     more = [each for each in MORE_KERNELS if f"{each}f" in flags or each in flags]
     return {each: (["wine"], each, each) for each in (PLAIN_KERNELS, *more)}
