@@ -116,9 +116,8 @@ class Core:
             self._n_first = n_ctx or min(self.n_ctx, N_CTX_FIRST)
             # One more than answers: the base's KV state of a prompt that the mix prefills.
             shape: Any = {"n_ctx": self._n_first, "n_seq": n_parallel + 1}
-            shape["n_output"] = (
-                max(n_parallel, N_OUTPUT) + 1
-            )  # the last row, behind those that are scored
+            # Rows that are scored, and the last one behind them.
+            shape["n_output"] = max(n_parallel, N_OUTPUT) + 1
             self.context = context = enter(Context(model, self.pack, **shape, **options))
             has_alike = self.pack.n_alike >= N_OUTPUT and not model.is_recurrent
             self._is_exact = context.is_flash_off and has_alike  # see Chunks
