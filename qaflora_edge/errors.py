@@ -100,3 +100,8 @@ def is_disk_full(error: OSError) -> bool:
 def wrong_option(name: str, found: object, expected: str) -> OptionError:
     """An option that is not what it should be."""
     return OptionError(f"Option {name} is {found!r:.200}, expected {expected}.", name)
+
+
+def wrong_field(name: str, value: object, expected: str) -> OptionError:
+    """Make the error for a field of a body with a wrong value."""
+    return OptionError(f"The field {name} is {value!r:.100}, expected {expected}.", name)

@@ -23,8 +23,9 @@ from serving import ENGINE, listening, listening_app, make_options, metric
 from qaflora_edge.backend.context import Context
 from qaflora_edge.server import app, receive, respond
 from qaflora_edge.server.app import expire_all, make_app
+from qaflora_edge.server.receive import Places
 from qaflora_edge.server.refusals import Refusal
-from qaflora_edge.server.served_models import Places, Queue
+from qaflora_edge.server.served_models import Queue
 from qaflora_edge.weighing.strategy import Probe, Query, Strategy, _registry, register_strategy
 
 N_TURN = int(ENGINE["n_parallel"]) + 1  # type: ignore[call-overload]

@@ -14,8 +14,8 @@ from qaflora_edge.dialects.options import (
     sampling_of,
     thinking,
 )
-from qaflora_edge.dialects.shapes import Choices, Shape, ShownTokens, answer_head, token_text
-from qaflora_edge.errors import wrong_option
+from qaflora_edge.dialects.shapes import Shape, ShownTokens, choices_of, token_text
+from qaflora_edge.errors import wrong_field, wrong_option
 from qaflora_edge.formats.inputs import Json, Object
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.inference.sequence import TokenLogprob
@@ -38,6 +38,11 @@ def ask(body: Object, defaults: Ask) -> Ask:
     Raises OptionError for what cannot be followed.
     """
     schema = response_schema(body.get("response_format"))
+    own_schema = body.get("json_schema")  # llama-server's field
+    if schema is not None and own_schema is not None:
+        raise wrong_field("json_schema", own_schema, "nothing next to response_format")
+    if schema is None:
+        schema = own_schema
     return replace(
         defaults,
         prompt=conversation(body),
@@ -125,7 +130,7 @@ def _chunks(generation: Generation) -> Iterator[Json]:
     yield _delta({}, None, _reason(generation, is_call=is_call))
 
 
-SHAPE = Shape(_whole, _chunks, _thought)
+SHAPE = Shape("chatcmpl", "chat.completion", "chat.completion.chunk", _whole, _chunks, _thought)
 
 
 def answer_parts(generation: Generation) -> "Iterator[str | CallPart]":
@@ -187,7 +192,7 @@ def answer_chat(
         raise wrong_option(
             "stream_options", stream_options, "an object such as {'include_usage': True}"
         )
-    body: Json = {"messages": messages}
+    body: Json = {"messages": messages, "stream": stream, "stream_options": stream_options}
     keywords = {}  # of Engine.generate
     for name, value in options.items():
         if name in _FIELDS:
@@ -197,10 +202,8 @@ def answer_chat(
     question = ask(body, asked((), **keywords))
     answers = engine.submit_all(question)
     answers = itertools.chain([next(answers)], answers)
-    head = answer_head("chat.completion.chunk" if stream else "chat.completion", engine.name)
-    has_usage = bool((stream_options or {}).get("include_usage"))
-    choices = Choices(head, SHAPE, question.n, has_usage)
+    events = choices_of(body, engine.name, SHAPE).events(answers)
     if stream:
-        return map(with_attributes, choices.chunks(answers))
-    (whole,) = choices.whole(answers)
+        return map(with_attributes, events)
+    (whole,) = events
     return Answer(with_attributes(whole))

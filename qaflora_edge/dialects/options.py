@@ -6,7 +6,7 @@ from typing import Any
 
 from qaflora_edge.ask import Sampling, Tools, Weighing
 from qaflora_edge.config import in_group
-from qaflora_edge.errors import OptionError, wrong_option
+from qaflora_edge.errors import OptionError, wrong_field, wrong_option
 from qaflora_edge.formats.inputs import Json, Object
 from qaflora_edge.weighing.strategy import parse_strategy
 
@@ -33,12 +33,6 @@ SAMPLING = {name: name for name in in_group("sampling") if name != "logprobs"} |
 MAX_WEIGHT = 100.0  # of a request, up or down: states overflow at some number beyond
 RANGE = f"from {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}"
 _NO_THOUGHT = ("none", "minimal")
-
-
-def wrong_field(param: str, value: object, expected: str) -> OptionError:
-    """Make the error for a field of a body with a wrong value."""
-    message = f"The field {param} is {value!r:.100}, expected {expected}."
-    return OptionError(message, param)
 
 
 def sampling_of(body: Object, defaults: Sampling) -> Sampling:

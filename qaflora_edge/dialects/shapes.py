@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from qaflora_edge.formats.inputs import Json
+from qaflora_edge.formats.inputs import Json, Object
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.inference.sequence import TokenLogprob
 from qaflora_edge.weighing.numbers import FusionWeights
@@ -95,11 +95,17 @@ def timings(answer: Generation) -> dict[str, float]:
 class Shape(NamedTuple):
     """Make the choices of an answer.
 
+    prefix   of ids
+    kind     what a whole answer is called
+    chunk    what a chunk is called
     choice   makes the one of a whole answer
     choices  yields those of its chunks
     thought  makes that of a chunk with a thought, or with nothing
     """
 
+    prefix: str
+    kind: str
+    chunk: str
     choice: Callable[[Generation], Json]
     choices: Callable[[Generation], Iterator[Json]]
     thought: Callable[[str], Json]
@@ -109,17 +115,24 @@ class Shape(NamedTuple):
 class Choices:
     """Write answers in OpenAI's choices.
 
-    head       what an answer, or each chunk, begins with: see answer_head
+    head       what an answer, or each chunk, begins with
     n          answers to each prompt
+    is_stream  whether they are written as chunks
     has_usage  whether chunks end with one of the usage
     """
 
     head: Json
     shape: Shape
     n: int
+    is_stream: bool
     has_usage: bool
 
-    def whole(self, answers: Iterable[Generation], extras: Extras = NOTHING) -> Iterator[Json]:
+    def events(self, answers: Iterable[Generation], extras: Extras = NOTHING) -> Iterator[Json]:
+        """Yield what is sent."""
+        write = self._chunks if self.is_stream else self._whole
+        return write(answers, extras)
+
+    def _whole(self, answers: Iterable[Generation], extras: Extras) -> Iterator[Json]:
         """Yield one, into which whole answers are put."""
         choices = []
         ended: list[Generation] = []
@@ -132,7 +145,7 @@ class Choices:
         fields = {"choices": choices, "usage": usage(ended, self.n)}
         yield self.head | fields | extras.end(ended[0])
 
-    def chunks(self, answers: Iterable[Generation], extras: Extras = NOTHING) -> Iterator[Json]:
+    def _chunks(self, answers: Iterable[Generation], extras: Extras) -> Iterator[Json]:
         """Yield the same as chunks, one answer after another.
 
         The first has the mix. That of the usage has it again, with the times.
@@ -162,28 +175,41 @@ class Choices:
             fields = {"choices": [], "usage": usage(ended, self.n)}
             yield head | fields | extras.end(ended[0])
 
+    def progress(
+        self, stage: str, n_done: int, n_token: int, seconds: float, expected: str | None = None
+    ) -> Json:
+        """Make the chunk that says how far a prompt is, as llama-server does.
+
+        expected  the answer so far, of which nothing is decided yet
+        """
+        progress: Json = {
+            "stage": stage,
+            "total": n_token,
+            "processed": n_done,
+            "time_ms": round(1e3 * seconds, 3),
+        }
+        if expected is not None:
+            progress["expected"] = expected
+        return self.head | {"choices": [], "prompt_progress": progress}
+
+
+def choices_of(body: Object, model_name: str, shape: Shape) -> Choices:
+    """Read how the answers to a body are written."""
+    is_stream = bool(body.get("stream"))
+    stream_options = body.get("stream_options") or {}
+    head = {
+        "id": f"{shape.prefix}-{uuid.uuid4()}",
+        "object": shape.chunk if is_stream else shape.kind,
+        "created": int(time.time()),
+        "model": model_name,
+    }
+    has_usage = bool(stream_options.get("include_usage"))
+    return Choices(head, shape, body.get("n", 1), is_stream, has_usage)
+
 
 def _choice(index: int, choice: Json, extras: Extras) -> Json:
     reason = extras.reason(choice["finish_reason"])
     return {"index": index} | choice | {"finish_reason": reason}
-
-
-def prompt_progress(
-    head: Json, stage: str, n_done: int, n_token: int, seconds: float, expected: str | None = None
-) -> Json:
-    """Make the chunk that says how far a prompt is, as llama-server does.
-
-    expected  the answer so far, of which nothing is decided yet
-    """
-    progress: Json = {
-        "stage": stage,
-        "total": n_token,
-        "processed": n_done,
-        "time_ms": round(1e3 * seconds, 3),
-    }
-    if expected is not None:
-        progress["expected"] = expected
-    return head | {"choices": [], "prompt_progress": progress}
 
 
 def usage(ended: Sequence[Generation], n: int) -> Json:
@@ -200,20 +226,6 @@ def usage(ended: Sequence[Generation], n: int) -> Json:
         "total_tokens": n_prompt + n_completion,
         "prompt_tokens_details": {"cached_tokens": n_cached},
         "completion_tokens_details": {"reasoning_tokens": n_thought},
-    }
-
-
-def answer_head(kind: str, model_name: str) -> Json:
-    """Make what an answer, or each chunk of one, begins with.
-
-    kind  text_completion, chat.completion or chat.completion.chunk
-    """
-    prefix = "chatcmpl" if kind.startswith("chat") else "cmpl"
-    return {
-        "id": f"{prefix}-{uuid.uuid4()}",
-        "object": kind,
-        "created": int(time.time()),
-        "model": model_name,
     }
 
 

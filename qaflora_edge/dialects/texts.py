@@ -63,7 +63,7 @@ def _thought(thought: str) -> Json:
     return _choice_of("", None, None)
 
 
-SHAPE = Shape(_whole, _chunks, _thought)
+SHAPE = Shape("cmpl", "text_completion", "text_completion", _whole, _chunks, _thought)
 
 
 def text_logprobs(entries: Sequence[TokenLogprob] | None, offset: int) -> Any:

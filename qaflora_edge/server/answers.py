@@ -2,7 +2,7 @@
 
 import base64
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -11,82 +11,62 @@ from starlette.requests import Request
 from qaflora_edge.arrays import F32
 from qaflora_edge.ask import Ask
 from qaflora_edge.dialects import decisions, openai_chat, openai_responses, texts
-from qaflora_edge.dialects.options import wrong_field
-from qaflora_edge.dialects.shapes import Choices, Extras, Shape, answer_head, prompt_progress
+from qaflora_edge.dialects.shapes import Extras, choices_of
 from qaflora_edge.dialects.texts import several
 from qaflora_edge.engine import Engine
+from qaflora_edge.errors import wrong_field
 from qaflora_edge.formats.inputs import Json
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.prompt.tokens import checked_tokens
 from qaflora_edge.server import bodies
+from qaflora_edge.server.receive import Call, read_call
 from qaflora_edge.server.respond import (
     CHUNKS,
     NAMED_EVENTS,
-    Call,
     Computed,
+    answered,
+    extras_of,
     note_mix,
-    read_call,
     spelt,
 )
-
-_PROSE = {"type": "text"}  # a response_format that asks for nothing
 
 
 async def chat_completions(request: Request) -> Computed:
     """Answer a conversation."""
     call = await read_call(request, bodies.ChatBody)
-    body = call.body
-    if body.json_schema is not None:  # llama-server's own
-        if body.response_format not in (None, _PROSE):
-            raise wrong_field("json_schema", body.json_schema, "nothing next to response_format")
-        body.response_format = {"type": "json_object", "schema": body.json_schema}
-    ask = openai_chat.ask(call.fields, call.defaults())
-    kind = "chat.completion.chunk" if body.stream else "chat.completion"
-    return _in_choices(call, [ask], openai_chat.SHAPE, kind)
+    ask = openai_chat.ask(call.fields, call.defaults)
+    choices = choices_of(call.fields, call.model, openai_chat.SHAPE)
+    return answered(call, [ask], choices.events, wire=CHUNKS, progress=choices.progress)
 
 
 async def completions(request: Request) -> Computed:
     """Go on with a text."""
     call = await read_call(request, bodies.TextBody)
-    asks = texts.asks(call.fields, call.defaults())
-    return _in_choices(call, asks, texts.SHAPE, "text_completion")
-
-
-def _in_choices(call: Call[Any], asks: list[Ask], shape: Shape, kind: str) -> Computed:
-    body: bodies.Answered = call.body
-    head = answer_head(kind, call.model)
-    has_usage = bool(body.stream_options and body.stream_options.include_usage)
-    choices = Choices(head, shape, asks[0].n, has_usage)
-    events = choices.chunks if body.stream else choices.whole
-    is_told = body.return_progress and body.stream
-    progress = partial(prompt_progress, head) if is_told else None
-    return call.answered(asks, events, wire=CHUNKS, progress=progress)
+    asks = texts.asks(call.fields, call.defaults)
+    choices = choices_of(call.fields, call.model, texts.SHAPE)
+    return answered(call, asks, choices.events, wire=CHUNKS, progress=choices.progress)
 
 
 async def completion(request: Request) -> Computed:
     """Go on with a text, in the shape of llama-server."""
-    return await _completed(request, bodies.CompletionBody, texts.ask)
+    call = await read_call(request, bodies.CompletionBody)
+    return _completed(call, texts.ask(call.fields, call.defaults))
 
 
 async def infill(request: Request) -> Computed:
     """Fill a gap in code, in the shape of llama-server."""
-    return await _completed(request, bodies.InfillBody, texts.ask_infill)
+    call = await read_call(request, bodies.InfillBody)
+    return _completed(call, texts.ask_infill(call.fields, call.defaults))
 
 
-async def _completed(
-    request: Request,
-    kind: type[bodies.CompletionBody],
-    ask: Callable[[Mapping[str, Any], Ask], Ask],
-) -> Computed:
-    call = await read_call(request, kind)
-    events = partial(texts.events, call.fields, call.model)
-    return call.answered([ask(call.fields, call.defaults())], events)
+def _completed(call: Call[Any], ask: Ask) -> Computed:
+    return answered(call, [ask], partial(texts.events, call.fields, call.model))
 
 
 async def responses(request: Request) -> Computed:
     """Answer as a response."""
     call = await read_call(request, bodies.ResponsesBody)
-    ask = openai_responses.ask(call.fields, call.defaults())
+    ask = openai_responses.ask(call.fields, call.defaults)
     head = openai_responses.head_of(call.model, ask.sampling)
     is_stream = bool(call.body.stream)
 
@@ -99,7 +79,7 @@ async def responses(request: Request) -> Computed:
                 *_, last = events
                 yield last["response"]
 
-    return call.answered([ask], events, wire=NAMED_EVENTS)
+    return answered(call, [ask], events, wire=NAMED_EVENTS)
 
 
 async def embeddings(request: Request) -> Computed:
@@ -165,7 +145,7 @@ async def weights(request: Request) -> Computed:
     """Weigh the adapters for a prompt."""
     call = await read_call(request, bodies.WeightsBody)
     body = call.body
-    adapters = call.weighing().adapters
+    adapters = call.defaults.weighing.adapters
     strategy = _strategy_of(call)
     if (body.messages is None) == (body.prompt is None):
         raise wrong_field("prompt", body.prompt, "either prompt or messages")
@@ -173,13 +153,9 @@ async def weights(request: Request) -> Computed:
     def compute(engine: Engine, out: Computed) -> None:
         prompt = body.messages or body.prompt
         fusion = engine.weights(
-            prompt,
-            strategy=strategy,
-            adapters=adapters,
-            raw=bool(body.raw),
-            cancel=out.cancel,
+            prompt, strategy=strategy, adapters=adapters, raw=bool(body.raw), cancel=out.cancel
         )
-        note_mix(fusion, out, call.extras(engine))
+        note_mix(fusion, out, extras_of(call, engine))
         out.facts["prompt_tokens"] = fusion.prompt_tokens
         out.send(fusion.to_dict())
 
@@ -187,7 +163,7 @@ async def weights(request: Request) -> Computed:
 
 
 def _strategy_of(call: Call[Any]) -> str | None:
-    strategy = call.weighing().by_for(call.served.weigher.known.strategy)
+    strategy = call.defaults.weighing.by_for(call.served.weigher.known.strategy)
     if strategy is None or isinstance(strategy, str):
         return strategy
     name = "fusion.weights" if call.body.lora is None else "lora"
@@ -197,7 +173,7 @@ def _strategy_of(call: Call[Any]) -> str | None:
 async def systemone(request: Request) -> Computed:
     """Decide typed questions about a state."""
     call = await read_call(request, bodies.SystemOneBody)
-    adapters = call.weighing().adapters
+    adapters = call.defaults.weighing.adapters
     strategy = _strategy_of(call)
     questions = {
         name: decisions.read_question(name, call.body.state, question)
@@ -207,7 +183,7 @@ async def systemone(request: Request) -> Computed:
     def compute(engine: Engine, out: Computed) -> None:
         answers: Json = {}
         n_token = 0
-        extras = call.extras(engine)
+        extras = extras_of(call, engine)
         for name, (text, choices) in questions.items():
             decision = engine.decide(
                 text, choices, strategy=strategy, adapters=adapters, cancel=out.cancel

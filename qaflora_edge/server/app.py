@@ -23,13 +23,12 @@ from qaflora_edge.errors import QafloraError
 from qaflora_edge.server import answers, bodies, ollama, uploads
 from qaflora_edge.server.metrics import Metrics, Recorder
 from qaflora_edge.server.page import page
-from qaflora_edge.server.receive import MAX_LARGE_BODIES
+from qaflora_edge.server.receive import MAX_LARGE_BODIES, Places
 from qaflora_edge.server.refusals import Refusal, refusal
 from qaflora_edge.server.respond import State
 from qaflora_edge.server.security import Gate, Lock
 from qaflora_edge.server.served_models import (
     N_LIGHT,
-    Places,
     ServedModel,
     ServedModels,
     ServerOptions,

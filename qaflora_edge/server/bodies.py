@@ -20,10 +20,10 @@ from pydantic.json_schema import models_json_schema
 from qaflora_edge import __version__
 from qaflora_edge.bundles import modelfile
 from qaflora_edge.config import Option, in_group
-from qaflora_edge.dialects.options import MAX_WEIGHT, RANGE, wrong_field
-from qaflora_edge.errors import OptionError
+from qaflora_edge.dialects.options import MAX_WEIGHT, RANGE
+from qaflora_edge.errors import OptionError, wrong_field
 from qaflora_edge.formats.bundle import NAME_PATTERN, NAME_RULE
-from qaflora_edge.formats.inputs import Json, read_json_object
+from qaflora_edge.formats.inputs import Json
 from qaflora_edge.server.refusals import Refusal
 
 MAX_MESSAGES = 2048
@@ -395,17 +395,13 @@ def _plain(value: Any) -> Any:
 B = TypeVar("B", bound=Body)
 
 
-def parsed(kind: type[B], data: bytes) -> B:
-    """Return the body that some bytes spell."""
+def checked(kind: type[B], fields: Json) -> B:
+    """Return the body that has these fields. Raises OptionError, or Refusal for an unknown one."""
     try:
-        body = read_json_object(data)
-    except ValueError as error:  # errors of JSON and UTF-8 too
-        raise Refusal(400, f"The body is no JSON object in UTF-8: {error}.") from error
-    try:
-        return kind.model_validate(body)
+        return kind.model_validate(fields)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        raise _refusal(kind, first, body) from None
+        raise _refusal(kind, first, fields) from None
 
 
 def _refusal(

@@ -21,8 +21,8 @@ from qaflora_edge.prompt.calls import call_format
 from qaflora_edge.prompt.tokens import infill_marks, thought_tags
 from qaflora_edge.server import bodies
 from qaflora_edge.server.answers import embedded
-from qaflora_edge.server.receive import read
-from qaflora_edge.server.respond import LINES, Call, Computed, read_call
+from qaflora_edge.server.receive import Call, read, read_call
+from qaflora_edge.server.respond import LINES, Computed, answered
 from qaflora_edge.server.served_models import ServedModel, models_of
 
 VERSION = "0.12.6"  # of the Ollama whose API this follows: some clients refuse older ones
@@ -108,14 +108,14 @@ async def show(request: Request) -> Computed:
 async def chat(request: Request) -> Computed | Response:
     """Answer a conversation, in the shape of Ollama."""
     call = await read_call(request, bodies.OllamaChatBody)
-    ask = ollama.ask_chat(call.fields, call.defaults())
+    ask = ollama.ask_chat(call.fields, call.defaults)
     return _answered(call, ask, ollama.chat_fields)
 
 
 async def generate(request: Request) -> Computed | Response:
     """Answer a text, or go on with it, in the shape of Ollama."""
     call = await read_call(request, bodies.OllamaTextBody)
-    ask = ollama.ask_text(call.fields, call.defaults())
+    ask = ollama.ask_text(call.fields, call.defaults)
     return _answered(call, ask, ollama.text_fields)
 
 
@@ -150,7 +150,7 @@ def _answered(call: Call[Any], ask: Ask | None, fields: ollama.Fields) -> Comput
     if ask is not None:
         times = partial(_counts, call.request.scope["qaflora"])
         events = partial(ollama.events, head, fields, call.body.stream, times)
-        return call.answered([ask], events, wire=LINES)
+        return answered(call, [ask], events, wire=LINES)
     nothing = head | fields({})
     nothing["done"] = True
     if call.body.keep_alive in (0, "0", "0s"):

@@ -1,13 +1,22 @@
-"""Receive a body: how large it may be, and how long it may take."""
+"""Receive a call: its body, how large it may be and how long it may take, and whom it asks."""
 
 import asyncio
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Generic, TypeVar
+from weakref import WeakValueDictionary
 
 from starlette.requests import ClientDisconnect, Request
 
-from qaflora_edge.server.bodies import Body, parsed
+from qaflora_edge.ask import Ask
+from qaflora_edge.dialects.options import weighing_of
+from qaflora_edge.formats.inputs import Json, read_json_object
+from qaflora_edge.server import bodies
 from qaflora_edge.server.refusals import Refusal
+from qaflora_edge.server.security import share_of
+from qaflora_edge.server.served_models import ServedModel, models_of
 
 MAX_BODY_BYTES = 4 << 20
 MAX_SMALL_BYTES = 64 << 10  # of a body that does not wait to be received
@@ -16,17 +25,84 @@ BODY_S = 60.0  # the longest that a body may take to come
 SLOW_S = 10.0  # and where others wait for it, the longest before it keeps this pace:
 BYTES_PER_S = 64 << 10
 
-B = TypeVar("B", bound=Body)
+B = TypeVar("B", bound=bodies.Body)
+
+
+class Places:
+    """Let so many hold a place at a time.
+
+    Those of one address wait for its share of the places before they wait with others.
+    """
+
+    def __init__(self, n_place: int) -> None:
+        self._n_place = n_place
+        self._all = asyncio.Semaphore(n_place)
+        self._shares = WeakValueDictionary[str, asyncio.Semaphore]()  # of those who are here
+
+    @asynccontextmanager
+    async def place(self, address: str) -> AsyncIterator[None]:
+        """Wait for a place, and hold it."""
+        share = self._shares.get(address) or asyncio.Semaphore(share_of(self._n_place, address))
+        self._shares[address] = share
+        async with share, self._all:
+            yield
+
+
+@dataclass(frozen=True)
+class Call(Generic[B]):
+    """Hold a request that was read: its body, and the bundle that it asks."""
+
+    request: Request
+    body: B
+    served: ServedModel
+    strategy: str | None = None  # that the model id names
+
+    @property
+    def model(self) -> str:
+        """Name the model as the request does."""
+        return self.body.model or self.served.name
+
+    @cached_property
+    def fields(self) -> Json:
+        """Give the body as dialects read it."""
+        return bodies.as_mapping(self.body)
+
+    @cached_property
+    def defaults(self) -> Ask:
+        """Say what holds where the body says nothing, and who is weighed."""
+        weighing = weighing_of(self.fields, self.strategy, self.served.weigher.adapters)
+        return Ask((), weighing, self.served.sampling)
+
+
+async def read_call(request: Request, kind: type[B]) -> Call[B]:
+    """Read and check a body, and find whom it asks. Raises Refusal."""
+    body = await read(request, kind)
+    served, strategy = models_of(request).find(body.model)
+    return Call(request, body, served, strategy)
 
 
 async def read(request: Request, kind: type[B]) -> B:
     """Read and check a body. Raises Refusal for one that is too large, or wrong, by its field."""
     n_byte = request.headers.get("content-length", "")
-    if n_byte.isdecimal() and int(n_byte) <= MAX_SMALL_BYTES:
-        return parsed(kind, await _bytes(request, is_waited_for=False))
+    if not n_byte.isdecimal() or int(n_byte) > MAX_SMALL_BYTES:
+        return await _read_large(request, kind)
+    data = await _bytes(request, is_waited_for=False)
+    return _parsed(kind, data)
+
+
+async def _read_large(request: Request, kind: type[B]) -> B:
     check_announced(request, MAX_BODY_BYTES)
     async with request.app.state.large_bodies.place(address_of(request)):
-        return await asyncio.to_thread(parsed, kind, await _bytes(request))
+        data = await _bytes(request)
+        return await asyncio.to_thread(_parsed, kind, data)
+
+
+def _parsed(kind: type[B], data: bytes) -> B:
+    try:
+        fields = read_json_object(data)
+    except ValueError as error:  # errors of JSON and UTF-8 too
+        raise Refusal(400, f"The body is no JSON object in UTF-8: {error}.") from error
+    return bodies.checked(kind, fields)
 
 
 def check_announced(request: Request, most: int) -> None:

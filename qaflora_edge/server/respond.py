@@ -11,24 +11,21 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from functools import cached_property, partial
-from typing import Any, Generic, TypeVar
+from functools import partial
+from typing import Any
 
 from starlette.datastructures import Headers
-from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
-from qaflora_edge.ask import Ask, Weighing
-from qaflora_edge.dialects.options import wants_thoughts, weighing_of
+from qaflora_edge.ask import Ask
+from qaflora_edge.dialects.options import wants_thoughts
 from qaflora_edge.dialects.shapes import Extras
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import CancelledError
 from qaflora_edge.formats.inputs import Json
 from qaflora_edge.inference.generation import Generation
-from qaflora_edge.server import bodies
-from qaflora_edge.server.receive import address_of, read
+from qaflora_edge.server.receive import Call, address_of
 from qaflora_edge.server.refusals import Refusal, refusal
-from qaflora_edge.server.served_models import ServedModel, models_of
 from qaflora_edge.weighing.numbers import FusionWeights
 
 log = logging.getLogger(__name__)
@@ -97,7 +94,6 @@ class State(Enum):
     GONE = "the client is"
 
 
-B = TypeVar("B", bound=bodies.Body)
 Compute = Callable[[Engine, "Computed"], None]
 Events = Callable[[Iterator[Generation], Extras], Iterable[Any]]
 MakeProgress = Callable[[str, int, int, float, str | None], Any]
@@ -113,7 +109,7 @@ class Computed:
     """
 
     def __init__(
-        self, call: "Call[Any]", compute: Compute, *, is_light: bool = False, wire: Wire = EVENTS
+        self, call: Call[Any], compute: Compute, *, is_light: bool = False, wire: Wire = EVENTS
     ) -> None:
         self._call = call
         self._app = call.request.app.state
@@ -247,78 +243,43 @@ async def _send_part(part: bytes, send: Send, *, is_last: bool = False) -> None:
         await send({"type": "http.response.body", "body": part, "more_body": not is_last})
 
 
-@dataclass(frozen=True)
-class Call(Generic[B]):
-    """Hold a request that was read: its body, and the bundle that it asks.
+def extras_of(call: Call[Any], engine: Engine) -> Extras:
+    """Say what answers to a call tell besides."""
+    fusion = call.fields.get("fusion", {})
+    spell = partial(spelt, engine) if call.fields.get("verbose") else None
+    effort = call.fields.get("reasoning_effort", call.fields.get("think"))
+    return Extras(fusion.get("returned", "summary"), spell, wants_thoughts(effort))
 
-    strategy  that the model id names
+
+def answered(
+    call: Call[Any],
+    asks: Sequence[Ask],
+    events: Events,
+    *,
+    wire: Wire = EVENTS,
+    progress: MakeProgress | None = None,
+) -> Computed:
+    """Answer what is asked.
+
+    events    makes what is sent of the answers
+    progress  for a stream with `return_progress`: makes what it sends while one prompt is
+              prefilled, of the stage, its tokens done and all, seconds, and the expected answer
     """
+    is_told = call.fields.get("return_progress") and call.fields.get("stream")
 
-    request: Request
-    body: B
-    served: ServedModel
-    strategy: str | None = None
+    def compute(engine: Engine, out: Computed) -> None:
+        extras = extras_of(call, engine)
+        watched = [replace(ask, cancel=out.cancel) for ask in asks]
+        if progress is not None and is_told and len(watched) == 1:
+            teller = _Progress(progress, out)
+            (ask,) = watched
+            watched = [replace(ask, on_progress=teller.tell, on_draft=teller.expected)]
+        answers = _noted(engine, watched, out, extras)
+        for event in events(answers, extras):
+            out.send(event)
+        out.end()
 
-    @property
-    def model(self) -> str:
-        """Name the model as the request does."""
-        return self.body.model or self.served.name
-
-    @cached_property
-    def fields(self) -> Json:
-        """Give the body as dialects read it."""
-        return bodies.as_mapping(self.body)
-
-    def weighing(self) -> Weighing:
-        """Read who is weighed, and how."""
-        return weighing_of(self.fields, self.strategy, self.served.weigher.adapters)
-
-    def defaults(self) -> Ask:
-        """Say what holds where the body says nothing."""
-        return Ask((), self.weighing(), self.served.sampling)
-
-    def extras(self, engine: Engine) -> Extras:
-        """Say what answers tell besides."""
-        fusion = self.fields.get("fusion", {})
-        spell = partial(spelt, engine) if self.fields.get("verbose") else None
-        effort = self.fields.get("reasoning_effort", self.fields.get("think"))
-        return Extras(fusion.get("returned", "summary"), spell, wants_thoughts(effort))
-
-    def answered(
-        self,
-        asks: Sequence[Ask],
-        events: Events,
-        *,
-        wire: Wire = EVENTS,
-        progress: MakeProgress | None = None,
-    ) -> Computed:
-        """Answer what is asked.
-
-        events    makes what is sent of the answers
-        progress  makes what is sent while one prompt is weighed and prefilled, of the stage, its
-                  tokens done and all, seconds, and the answer that is expected; None: nothing is
-        """
-
-        def compute(engine: Engine, out: Computed) -> None:
-            extras = self.extras(engine)
-            watched = [replace(ask, cancel=out.cancel) for ask in asks]
-            if progress is not None and len(watched) == 1:
-                teller = _Progress(progress, out)
-                (ask,) = watched
-                watched = [replace(ask, on_progress=teller.tell, on_draft=teller.expected)]
-            answers = _noted(engine, watched, out, extras)
-            for event in events(answers, extras):
-                out.send(event)
-            out.end()
-
-        return Computed(self, compute, wire=wire)
-
-
-async def read_call(request: Request, kind: type[B]) -> Call[B]:
-    """Read and check a body. Raises Refusal."""
-    body = await read(request, kind)
-    served, strategy = models_of(request).find(body.model)
-    return Call(request, body, served, strategy)
+    return Computed(call, compute, wire=wire)
 
 
 def _noted(

@@ -10,7 +10,6 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
 
 from starlette.requests import Request
 
@@ -96,26 +95,6 @@ class Queue:
             yield
         finally:
             slots.release()
-
-
-class Places:
-    """Let so many hold a place at a time.
-
-    Those of one address wait for its share of the places before they wait with others.
-    """
-
-    def __init__(self, n_place: int) -> None:
-        self._n_place = n_place
-        self._all = asyncio.Semaphore(n_place)
-        self._shares = WeakValueDictionary[str, asyncio.Semaphore]()  # of those who are here
-
-    @asynccontextmanager
-    async def place(self, address: str) -> AsyncIterator[None]:
-        """Wait for a place, and hold it."""
-        share = self._shares.get(address) or asyncio.Semaphore(share_of(self._n_place, address))
-        self._shares[address] = share
-        async with share, self._all:
-            yield
 
 
 @dataclass
@@ -268,13 +247,13 @@ class ServedModels:
             names = [name, *(f"{name}:{other}" for other in served.strategies)]
         if len(names) > 5:
             names[5:] = ["..."]
-        what = "missing" if model is None else repr(model)
-        raise Refusal(
-            400 if model is None else 404,
-            f"The model is {what:.100}, expected one of {', '.join(names)}.",
-            param="model",
-            code="model_not_found",
-        )
+        status = 404
+        what = repr(model)
+        if model is None:
+            status = 400
+            what = "missing"
+        message = f"The model is {what:.100}, expected one of {', '.join(names)}."
+        raise Refusal(status, message, param="model", code="model_not_found")
 
     @property
     def listed(self) -> list[str]:

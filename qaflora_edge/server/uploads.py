@@ -5,7 +5,6 @@ Adapters are added and removed where --allow-adapters is given.
 
 import asyncio
 import contextlib
-import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from qaflora_edge.formats.names import CONFIG_FILE, WEIGHTS_FILE
 from qaflora_edge.hub import fetch_hub
 from qaflora_edge.peft.folder import adapter_files, adapter_folder
 from qaflora_edge.progress import Tell
-from qaflora_edge.server.bodies import AdapterBody, parsed
+from qaflora_edge.server.bodies import AdapterBody, checked
 from qaflora_edge.server.receive import address_of, check_announced, read, receive
 from qaflora_edge.server.refusals import Refusal
 from qaflora_edge.server.served_models import models_of
@@ -129,8 +128,7 @@ async def unload(request: Request) -> Response:
 async def upload(request: Request) -> Response:
     """Add an adapter that the page sends: a GGUF, or adapter_config.json and then the weights."""
     folder = _allowed(request)
-    query = json.dumps(dict(request.query_params))
-    body = parsed(AdapterBody, query.encode())
+    body = checked(AdapterBody, dict(request.query_params))
     state = request.app.state
     served, _ = state.models.find(body.model)
     check_announced(request, MAX_UPLOAD_BYTES)
