@@ -15,10 +15,10 @@ from qaflora_edge.formats.gguf import (
     MAX_TENSORS,
     GgufCursor,
     RawArray,
-    read_bytes,
     read_gguf_header,
     read_values,
 )
+from qaflora_edge.formats.inputs import read_bytes
 
 
 def text(value: str | bytes) -> bytes:
@@ -114,7 +114,7 @@ def test_long_arrays_stay_in_the_file(tmp_path: Path) -> None:
     for name, kind, items in (("tokens", 8, tokens), ("scores", 6, bytes(80000))):
         found = metadata[name]
         assert isinstance(found, RawArray)
-        data = read_bytes(path, found.offset, found.n_bytes)
+        data = read_bytes(path, found.offset, found.n_bytes, GgufFileError)
         assert (found.kind, found.length, data) == (kind, 20000, items)
     assert metadata["last"] == "reached"
 

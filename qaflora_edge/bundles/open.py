@@ -117,12 +117,14 @@ def load_bundle(
     for a file that cannot be used.
     """
     if adapters is not None or is_base(place):
-        return _load(place, None, dict(adapters or {}), always_hash, progress, begin)
+        return _load(place, None, adapters or {}, always_hash, progress, begin)
     for _ in range(MAX_EDITS):
         edit = _last_edit(place)
         text = read_bundle_text(place)
         try:
-            return replace(_load(place, text, {}, always_hash, progress, begin), edit=edit)
+            paths = adapter_paths(place, text)
+            opened = _load(place, text, paths, always_hash, progress, begin)
+            return replace(opened, edit=edit)
         except QafloraError:
             if _last_edit(place) == edit:
                 raise
@@ -145,7 +147,7 @@ def _last_edit(place: Path) -> tuple[int, int]:
 def _load(
     place: Path,
     text: BundleText | None,
-    paths: dict[str, Path],
+    paths: Mapping[str, Path],
     always_hash: bool,
     progress: Tell,
     begin: Begin,
@@ -158,7 +160,6 @@ def _load(
     if text is None:
         states = {path: file_state(path) for path in (place, *paths.values())}
     else:
-        paths = adapter_paths(place, text)
         recorded = recorded_base(place, text.base)
         if recorded is None:
             raise BundleError(
@@ -176,10 +177,10 @@ def _load(
     if text is not None:
         check_record(text, header)
     begin(header)
-    infos = {
-        name: read_adapter(read_gguf_header(path), header, checks_values=path not in known_good)
-        for name, path in paths.items()
-    }
+    infos: dict[str, AdapterInfo] = {}
+    for name, path in paths.items():
+        adapter = read_gguf_header(path)
+        infos[name] = read_adapter(adapter, header, checks_values=path not in known_good)
     if states.keys() != known_good:
         remember_passed(states, base_path)
     known = known_of(text)

@@ -83,20 +83,23 @@ def read_adapter(
     header: GgufHeader, base: GgufHeader, *, checks_values: bool = True
 ) -> AdapterInfo:
     """Check an adapter by its header and its base's, and by its values unless told not to."""
-    info = read_adapter_gguf(header)
+    info = adapter_info(header)
     check_adapter(info, base)
     if checks_values:
         check_values(info)
     return info
 
 
-def read_adapter_gguf(file: AnyPath | GgufHeader) -> AdapterInfo:
-    """Check that an adapter GGUF, or one whose header was read, is whole in itself.
+def read_adapter_gguf(path: AnyPath) -> AdapterInfo:
+    """Read an adapter GGUF. Raises as read_gguf_header and adapter_info do."""
+    return adapter_info(read_gguf_header(path))
 
-    Raises as read_gguf_header does, GgufFileError for no adapter, UnsupportedAdapterError for more
-    than a plain LoRA.
+
+def adapter_info(header: GgufHeader) -> AdapterInfo:
+    """Check that an adapter is whole in itself.
+
+    Raises GgufFileError for no adapter, UnsupportedAdapterError for more than a plain LoRA.
     """
-    header = file if isinstance(file, GgufHeader) else read_gguf_header(file)
     alpha = _check_metadata(header)
     ranks = _ranks(header)
     n_unused = header.size_bytes - sum(tensor.n_bytes for tensor in header.tensors.values())

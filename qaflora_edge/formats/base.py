@@ -23,10 +23,9 @@ from qaflora_edge.formats.gguf import (
     U64,
     GgufHeader,
     RawArray,
-    read_bytes,
     read_gguf_header,
 )
-from qaflora_edge.formats.inputs import changed
+from qaflora_edge.formats.inputs import changed, read_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,8 +279,12 @@ def _check_tokens(header: GgufHeader) -> None:
         return  # the loader refuses it
     if array.length > MAX_TOKENS:
         _fail(header, f"the length of {TOKENS}", array.length, f"at most {MAX_TOKENS}")
+    data = read_bytes(header.path, array.offset, array.n_bytes, GgufFileError)
+    types = header.metadata.get("tokenizer.ggml.token_type")  # llama.h llama_token_type
+    if isinstance(types, RawArray) and types.n_bytes == 4 * types.length:
+        type_data = read_bytes(header.path, types.offset, types.n_bytes, GgufFileError)
+        types = tuple(np.frombuffer(type_data, "<i4").tolist())
     tokens: dict[bytes, int] = {}
-    data = read_bytes(header.path, array.offset, array.n_bytes)
     at = 0
     for token in range(array.length):
         if at + U64.size > len(data):
@@ -293,17 +296,12 @@ def _check_tokens(header: GgufHeader) -> None:
         if tokens.setdefault(text, token) != token:
             shown = text.decode("utf-8", "replace")
             _fail(header, f"{TOKENS}[{token}]", shown, "a text that no other token has")
-    _check_bytes(header, tokens)
+    _check_bytes(header, tokens, types if isinstance(types, tuple) else ())
 
 
-def _check_bytes(header: GgufHeader, tokens: Mapping[bytes, int]) -> None:
+def _check_bytes(header: GgufHeader, tokens: Mapping[bytes, int], kinds: tuple[Any, ...]) -> None:
     """Check the tokens of single bytes: llama-vocab.cpp token_to_byte and byte_to_token."""
     model = header.metadata.get("tokenizer.ggml.model")
-    types = header.metadata.get("tokenizer.ggml.token_type")  # llama.h llama_token_type
-    if isinstance(types, RawArray) and types.n_bytes == 4 * types.length:
-        data = read_bytes(header.path, types.offset, types.n_bytes)
-        types = tuple(np.frombuffer(data, "<i4").tolist())
-    kinds = types if isinstance(types, tuple) else ()
     for token, (text, kind) in enumerate(zip(tokens, kinds, strict=False)):
         if kind == BYTE_TOKEN and (model == "bert" or not _BYTE.fullmatch(text)):
             shown = text.decode("utf-8", "replace")

@@ -9,7 +9,6 @@ import math
 import os
 import struct
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NoReturn
@@ -19,9 +18,9 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from qaflora_edge.arrays import F32
-from qaflora_edge.errors import GgufFileError, QafloraError
+from qaflora_edge.errors import GgufFileError
 from qaflora_edge.files import AnyPath
-from qaflora_edge.formats.inputs import changed, open_input, reading
+from qaflora_edge.formats.inputs import changed, open_input, read_bytes, reading
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -330,7 +329,7 @@ def read_values(path: Path, info: TensorInfo, file: BinaryIO | None = None) -> F
 
     Raises as read_bytes does, and GgufFileError where the type has no floats.
     """
-    raw = read_bytes(path, info.offset, info.n_bytes, file=file)
+    raw = read_bytes(path, info.offset, info.n_bytes, GgufFileError, file)
     data = np.frombuffer(raw, np.uint8)
     try:
         with np.errstate(invalid="ignore", over="ignore"):  # a block's scale may be NaN
@@ -342,21 +341,3 @@ def read_values(path: Path, info: TensorInfo, file: BinaryIO | None = None) -> F
             "be turned into floats here. Use a file of another quantisation."
         ) from error
     return values.reshape(info.shape)
-
-
-def read_bytes(
-    path: Path,
-    offset: int,
-    n_bytes: int,
-    kind: type[QafloraError] = GgufFileError,
-    file: BinaryIO | None = None,
-) -> bytes:
-    """Read a part of a file. Raises InputFileError when it is gone, `kind` when it is shorter."""
-    with reading(path), ExitStack() as stack:
-        if file is None:
-            file = stack.enter_context(open_input(path))
-        file.seek(offset)
-        data = file.read(n_bytes)
-    if len(data) != n_bytes:
-        raise changed(path, kind)
-    return data

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager
 from functools import cache, lru_cache
 from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from qaflora_edge import __version__
 from qaflora_edge.errors import ChecksumError, InputFileError, QafloraError, os_errors
@@ -193,6 +193,24 @@ def read_input(path: AnyPath, most: int) -> bytes:
         data = file.read(most + 1)
     if len(data) > most:
         raise ValueError(f"it has more than {most} bytes")
+    return data
+
+
+def read_bytes(
+    path: Path,
+    offset: int,
+    n_bytes: int,
+    kind: type[QafloraError],
+    file: BinaryIO | None = None,
+) -> bytes:
+    """Read a part of a file. Raises InputFileError when it is gone, `kind` when it is shorter."""
+    with reading(path), contextlib.ExitStack() as stack:
+        if file is None:
+            file = stack.enter_context(open_input(path))
+        file.seek(offset)
+        data = file.read(n_bytes)
+    if len(data) != n_bytes:
+        raise changed(path, kind)
     return data
 
 

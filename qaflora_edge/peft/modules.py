@@ -17,8 +17,8 @@ import numpy as np
 from qaflora_edge.arrays import F32
 from qaflora_edge.errors import SafetensorsFileError, UnsupportedAdapterError
 from qaflora_edge.files import AnyPath
-from qaflora_edge.formats.gguf import DIVERGED, read_bytes
-from qaflora_edge.formats.inputs import open_input, read_json_object, reading
+from qaflora_edge.formats.gguf import DIVERGED
+from qaflora_edge.formats.inputs import open_input, read_bytes, read_json_object, reading
 from qaflora_edge.peft.config import REFUSED, PeftConfig, is_named
 
 MAX_HEADER_BYTES = 1 << 24  # the format allows 100 MB; an adapter needs a few hundred KB
