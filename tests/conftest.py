@@ -106,7 +106,7 @@ def checkout() -> Path:
 
 
 @pytest.fixture
-def base(tmp_path: Path) -> TinyBase:
+def base(tmp_path) -> TinyBase:
     """A tiny base of a test's own."""
     from tiny import write_tiny_base
 
@@ -114,7 +114,7 @@ def base(tmp_path: Path) -> TinyBase:
 
 
 @pytest.fixture
-def adapters(base: TinyBase) -> dict[str, Path]:
+def adapters(base) -> dict[str, Path]:
     """Three adapters of that base: name -> file."""
     from tiny import write_tiny_adapters
 
@@ -122,7 +122,7 @@ def adapters(base: TinyBase) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def model(made: TinyBundle) -> Iterator[Model]:
+def model(made) -> Iterator[Model]:
     """A tiny base that is loaded."""
     from qaflora_edge.backend.model import Model
     from qaflora_edge.formats.base import read_base
@@ -132,7 +132,7 @@ def model(made: TinyBundle) -> Iterator[Model]:
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+def made(tmp_path_factory) -> TinyBundle:
     """A tiny bundle that no test changes, not calibrated."""
     from bundles import make_bundle
 
@@ -140,7 +140,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
 
 
 @pytest.fixture(scope="session")
-def calibrated(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+def calibrated(tmp_path_factory) -> TinyBundle:
     """A tiny bundle that no test changes, with all that is measured of its adapters."""
     from bundles import make_bundle
 
@@ -148,13 +148,13 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
 
 
 @pytest.fixture(scope="module")
-def served(calibrated: TinyBundle) -> TinyBundle:
+def served(calibrated) -> TinyBundle:
     """The bundle of `client` and `alone`; a module may have another one."""
     return calibrated
 
 
 @pytest.fixture(scope="module")
-def client(served: TinyBundle) -> Iterator[TestClient]:
+def client(served) -> Iterator[TestClient]:
     """A server of that bundle, without a network."""
     from serving import client_of
 
@@ -163,7 +163,7 @@ def client(served: TinyBundle) -> Iterator[TestClient]:
 
 
 @pytest.fixture(scope="module")
-def alone(served: TinyBundle) -> Iterator[Engine]:
+def alone(served) -> Iterator[Engine]:
     """An Engine of that bundle with the server's options, whose answers are the server's."""
     from serving import ENGINE
 
@@ -174,21 +174,21 @@ def alone(served: TinyBundle) -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="session")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+def chromium(tmp_path_factory) -> Iterator[Browser]:
     """The browser of all tests; `window` gives it as new."""
     with browser(tmp_path_factory.mktemp("browser")) as opened:
         yield opened
 
 
 @pytest.fixture
-def window(chromium: Browser) -> Browser:
+def window(chromium) -> Browser:
     """A window of Chromium as it is when nothing has been opened."""
     chromium.reset()
     return chromium
 
 
 @pytest.fixture
-def desk(window: Browser) -> Iterator[Desk]:
+def desk(window) -> Iterator[Desk]:
     """The page of a scripted server, opened for the first time."""
     from desk import desk_at
 
@@ -208,7 +208,7 @@ def hub() -> Iterator[FakeHub]:
 
 
 @pytest.fixture
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+def own_cache(tmp_path_factory, monkeypatch) -> Path:
     """An empty cache in place of the user's."""
     path = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("QAFLORA_CACHE", str(path))
@@ -216,7 +216,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 
 @pytest.fixture
-def hub_cache(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def hub_cache(hub, tmp_path, monkeypatch) -> Iterator[Path]:
     """Let this process use that Hub, with no token and an empty cache, which is given.
 
     The Hub's library reads the environment once, when it is imported; so what it read is replaced.
@@ -243,7 +243,7 @@ def hub_cache(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture(scope="session")
-def llama_cpp_source(checkout: Path) -> Path:
+def llama_cpp_source(checkout) -> Path:
     """The pinned source of llama.cpp, as a build takes it."""
     prepare = [sys.executable, str(checkout / "patches" / "prepare.py")]
     done = subprocess.run(prepare, capture_output=True, text=True)

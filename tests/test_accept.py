@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ DIFFERENTIAL = native.CONTEXT_PROBE | native.CONTEXT_DIFFERENTIAL
 
 
 @pytest.fixture(params=["q8_0"])
-def loaded(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Model, Pack]]:
+def loaded(request, tmp_path) -> Iterator[tuple[Model, Pack]]:
     """Quantised, so that a differential product is told from a plain one."""
     base = write_tiny_base(tmp_path / "base.gguf", dtype=request.param)
     paths = [
@@ -66,9 +65,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_differential_probe_that_cannot_be_subtracted_is_refused(
-    loaded: tuple[Model, Pack], name: str
-) -> None:
+def test_a_differential_probe_that_cannot_be_subtracted_is_refused(loaded, name: str) -> None:
     rows, message = REFUSED[name]
     context = probe(loaded)
     assert context.decode(rows) == -3
@@ -86,7 +83,7 @@ def test_a_differential_probe_that_cannot_be_subtracted_is_refused(
     fresh.close()
 
 
-def test_a_unified_kv_is_refused_by_a_differential_probe(loaded: tuple[Model, Pack]) -> None:
+def test_a_unified_kv_is_refused_by_a_differential_probe(loaded) -> None:
     context = probe(loaded, kv_unified=True)
     assert context.decode(together(4)) == -3
     assert native.last_error() == (
@@ -97,7 +94,7 @@ def test_a_unified_kv_is_refused_by_a_differential_probe(loaded: tuple[Model, Pa
     context.close()
 
 
-def test_fewer_adapters_than_all_are_subtracted_alike(loaded: tuple[Model, Pack]) -> None:
+def test_fewer_adapters_than_all_are_subtracted_alike(loaded) -> None:
     """In micro-batches of any length. The base alone is read as it is."""
 
     def states(n_seq: int, flags: int = DIFFERENTIAL, **params: object) -> F32:

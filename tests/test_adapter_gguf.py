@@ -71,20 +71,20 @@ def pair(name: str, a: tuple[int, ...], b: tuple[int, ...]) -> dict[str, tuple[i
 
 @pytest.mark.parametrize(("fields", "kind", "found"), FIELDS)
 def test_wrong_field_of_an_adapter_is_named(
-    tmp_path: Path, fields: dict[str, Any], kind: type[Exception], found: str
+    tmp_path, fields: dict[str, Any], kind: type[Exception], found: str
 ) -> None:
     path = write(tmp_path / "a.gguf", PAIR, **fields)
     assert refusal(kind, path).startswith(f"Cannot use adapter {path}: {found}")
 
 
-def test_shapes_that_are_no_pair_are_shown(tmp_path: Path) -> None:
+def test_shapes_that_are_no_pair_are_shown(tmp_path) -> None:
     for name, a, b in SHAPES:
         path = write(tmp_path / "a.gguf", pair(name, a, b))
         found = f"{name}.lora_a is {list(a)} and lora_b {list(b)}; expected {2 + (name == UP0)} dim"
         assert refusal(GgufFileError, path).startswith(f"Cannot use adapter {path}: {found}")
 
 
-def test_tensors_are_pairs(tmp_path: Path) -> None:
+def test_tensors_are_pairs(tmp_path) -> None:
     path = tmp_path / "a.gguf"
     more = write(path, {**PAIR, "blk.0.attn_q.bias": (64,)})
     assert f"{path}: it has tensor blk.0.attn_q.bias, which a" in refusal(PLAIN, more)
@@ -99,7 +99,7 @@ def test_tensors_are_pairs(tmp_path: Path) -> None:
 TRAINED = "Use an adapter that was trained on this base."
 
 
-def test_other_architecture_is_refused(tmp_path: Path, base: tiny.TinyBase) -> None:
+def test_other_architecture_is_refused(tmp_path, base) -> None:
     path = write(tmp_path / "a.gguf", PAIR, arch="qwen2")
     assert refusal(AdapterMismatchError, path, base) == (
         f"Cannot use adapter {path} with base {base.path}: the adapter is for architecture "
@@ -107,7 +107,7 @@ def test_other_architecture_is_refused(tmp_path: Path, base: tiny.TinyBase) -> N
     )
 
 
-def test_shape_that_does_not_fit_the_base_is_named(tmp_path: Path, base: tiny.TinyBase) -> None:
+def test_shape_that_does_not_fit_the_base_is_named(tmp_path, base) -> None:
     cases: list[tuple[str, tuple[int, int], list[int], list[int]]] = [
         (Q0, (4, 96), [64, 96], [64, 64]),
         ("output.weight", (4, 64), [64, 64], [271, 64]),
@@ -121,7 +121,7 @@ def test_shape_that_does_not_fit_the_base_is_named(tmp_path: Path, base: tiny.Ti
         )
 
 
-def test_experts_of_the_base_are_compared(tmp_path: Path) -> None:
+def test_experts_of_the_base_are_compared(tmp_path) -> None:
     base = read_gguf_header(write(tmp_path / "base.gguf", {UP0: (2, 96, 64)}))
     info = read_adapter_gguf(write(tmp_path / "a.gguf", pair(UP0, (2, 4, 64), (2, 96, 4))))
     check_adapter(info, base)
@@ -141,7 +141,7 @@ IGNORED = (
 )
 
 
-def test_tensor_that_is_ignored_is_refused(tmp_path: Path, base: tiny.TinyBase) -> None:
+def test_tensor_that_is_ignored_is_refused(tmp_path, base) -> None:
     for name, why in (
         ("blk.0.attn_norm.weight", "llama.cpp computes without adapters for llama"),
         ("mm.0.weight", "belongs to no layer, so that no layer's weight applies"),
@@ -153,7 +153,7 @@ def test_tensor_that_is_ignored_is_refused(tmp_path: Path, base: tiny.TinyBase) 
         )
 
 
-def test_activated_adapter_is_refused(tmp_path: Path) -> None:
+def test_activated_adapter_is_refused(tmp_path) -> None:
     """llama.cpp adds it from certain tokens on, and not to all of a prompt."""
     writer = tiny.begin_adapter(tmp_path / "a.gguf")
     writer.add_array("adapter.alora.invocation_tokens", [1])
@@ -164,7 +164,7 @@ def test_activated_adapter_is_refused(tmp_path: Path) -> None:
     )
 
 
-def test_types_without_floats_are_those_of_llama_cpp(llama_cpp_source: Path) -> None:
+def test_types_without_floats_are_those_of_llama_cpp(llama_cpp_source) -> None:
     text = (llama_cpp_source / "ggml" / "src" / "ggml.c").read_text("utf-8")
     traits = re.findall(r"\n    \[GGML_TYPE_(\w+)\] = \{(.*?)\n    \}", text, re.DOTALL)
     assert len(traits) > 30
@@ -180,7 +180,7 @@ def test_types_without_floats_are_those_of_llama_cpp(llama_cpp_source: Path) -> 
 @pytest.mark.parametrize(
     ("outtype", "n_bad"), [("f32", 1), ("f16", 1), ("bf16", 1), ("q8_0", 32), ("q4_0", 32)]
 )
-def test_values_that_are_no_numbers_are_counted(tmp_path: Path, outtype: str, n_bad: int) -> None:
+def test_values_that_are_no_numbers_are_counted(tmp_path, outtype: str, n_bad: int) -> None:
     """Of types in blocks, the scale of one: it makes the whole block so."""
     value = np.nan if n_bad == 1 else np.inf
     kind = gguf.GGMLQuantizationType[outtype.upper()]

@@ -42,7 +42,7 @@ from qaflora_edge.formats.gguf import GgufHeader
 
 
 @pytest.fixture(scope="session")
-def upstream(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def upstream(checkout, tmp_path_factory) -> Path:
     """Unpack llama.cpp's converters."""
     zoo = pytest.importorskip("zoo")
     archive = zoo.find_archive(checkout / "patches", cache_dir())
@@ -50,9 +50,7 @@ def upstream(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def findings(
-    request: pytest.FixtureRequest, upstream: Path, tmp_path_factory: pytest.TempPathFactory
-) -> convert_table.Findings:
+def findings(request, upstream, tmp_path_factory) -> convert_table.Findings:
     """Specimens of the families whose rows are asked for, made at once."""
     wanted = {
         item.callspec.params["family"]
@@ -68,13 +66,13 @@ def findings(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_row_of_the_table_is_what_is_found(findings: convert_table.Findings, family: str) -> None:
+def test_row_of_the_table_is_what_is_found(findings, family: str) -> None:
     assert unusual(findings.row(family)) == committed()["architectures"][family]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [family.name for family in MIXTURES])
-def test_row_of_experts_is_what_is_found(findings: convert_table.Findings, family: str) -> None:
+def test_row_of_experts_is_what_is_found(findings, family: str) -> None:
     assert unusual(findings.expert_row(family)) == committed()["experts"][family]
 
 
@@ -92,9 +90,7 @@ with Engine(base=sys.argv[1], adapters={"it": sys.argv[2]}, n_ctx=64) as engine:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [GEMMA_3N.name])
-def test_block_that_passes_several_streams_on_is_no_crash(
-    findings: convert_table.Findings, family: str
-) -> None:
+def test_block_that_passes_several_streams_on_is_no_crash(findings, family: str) -> None:
     specimen = findings.specimens[family]
     command = [sys.executable, "-c", PROBE, specimen.base, specimen.upstream("projections")]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -108,9 +104,7 @@ def test_block_that_passes_several_streams_on_is_no_crash(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["Mamba"])
-def test_recurrent_states_that_are_no_numbers_are_nobody_elses(
-    findings: convert_table.Findings, family: str
-) -> None:
+def test_recurrent_states_that_are_no_numbers_are_nobody_elses(findings, family: str) -> None:
     """Sequences have no rooms: what one has left is where any other begins."""
     specimen = findings.specimens[family]
     adapters = {"it": specimen.upstream("projections")}
@@ -135,7 +129,7 @@ def test_tables_have_every_family_and_architecture() -> None:
     assert {family.arch for family in MIXTURES} == set(layouts.MIXTURES)
 
 
-def test_every_architecture_of_llama_cpp_is_reviewed_or_refused(llama_cpp_source: Path) -> None:
+def test_every_architecture_of_llama_cpp_is_reviewed_or_refused(llama_cpp_source) -> None:
     source = (llama_cpp_source / "src" / "llama-arch.cpp").read_text("utf-8")
     names = re.findall(r'\{ LLM_ARCH_\w+, *"([^"(]+)"', source)
     assert len(names) == len(set(names)) > 150
@@ -171,7 +165,7 @@ def test_refused_for_what_is_bypassed_are_bypassed() -> None:
     ],
 )
 def test_rows_that_tensors_cannot_share_are_refused(
-    tmp_path: Path, layout: Layout, stem: str, shape: tuple[int, int]
+    tmp_path, layout: Layout, stem: str, shape: tuple[int, int]
 ) -> None:
     counts = {
         **{"attention.head_count": 4, "attention.head_count_kv": 2, "ssm.group_count": 2},
@@ -183,9 +177,7 @@ def test_rows_that_tensors_cannot_share_are_refused(
         layout(Module(f"blk.0.{stem}", header, *shape))
 
 
-def test_architecture_that_gguf_does_not_know_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_architecture_that_gguf_does_not_know_is_named(tmp_path, monkeypatch) -> None:
     base = tiny.write_shapes(tmp_path / "base.gguf", "qwen2", {"blk.0.attn_k.weight": (32, 64)})
     pairs = {"model.layers.0.self_attn.k_proj": (np.ones((4, 64)), np.ones((32, 4)))}
     folder = tiny.write_pairs_of_peft(tmp_path / "a", pairs)
@@ -226,7 +218,7 @@ PRODUCT = re.compile(
 )
 
 
-def test_matrices_that_are_bypassed_are_those_of_the_source(llama_cpp_source: Path) -> None:
+def test_matrices_that_are_bypassed_are_those_of_the_source(llama_cpp_source) -> None:
     found: dict[str, set[str]] = {}
     for path in (llama_cpp_source / "src" / "models").glob("*.cpp"):
         kinds = {FIELDS.get(name, name) for name in PRODUCT.findall(path.read_text("utf-8"))}

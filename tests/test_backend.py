@@ -42,12 +42,12 @@ KERNELS = ["ggml", PLAIN_KERNELS, *MORE_KERNELS]
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> TinyBase:
+def base(tmp_path_factory) -> TinyBase:
     return write_tiny_base(tmp_path_factory.mktemp("base") / "base.gguf")
 
 
 @pytest.fixture(scope="module")
-def adapters(base: TinyBase) -> list[TinyAdapter]:
+def adapters(base) -> list[TinyAdapter]:
     """Three adapters of different rank, alpha and targets."""
     folder, some = base.path.parent, ("attn_k", "ffn_down")
     return [
@@ -58,7 +58,7 @@ def adapters(base: TinyBase) -> list[TinyAdapter]:
 
 
 @pytest.fixture
-def weights(base: TinyBase) -> F32:
+def weights(base) -> F32:
     """Some weights [3, n_layer], one of them 0, one above 1, one negative."""
     array = np.random.default_rng(7).random((3, base.n_layer)).astype(np.float32)
     array[0, 0], array[1, 1], array[2, 2] = 0.0, 1.7, -0.4
@@ -66,13 +66,13 @@ def weights(base: TinyBase) -> F32:
 
 
 @pytest.fixture(scope="module")
-def single(base: TinyBase, adapters: list[TinyAdapter]) -> F32:
+def single(base, adapters) -> F32:
     """States after each token of LONG, each sequence and token alone: [n_token, 1 + k, ...]."""
     return single_states(base, adapters, LONG)
 
 
 @pytest.fixture
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, base: TinyBase) -> str:
+def kernels(request, monkeypatch, base) -> str:
     """Ask for kernels; a processor or build without them skips the test."""
     monkeypatch.setenv("QAFLORA_CPU_KERNELS", request.param)
     try:
@@ -141,7 +141,7 @@ def stock_logits(
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3"])
-def test_fused_logits_equal_a_merged_base(tmp_path: Path, arch: str, weights: F32) -> None:
+def test_fused_logits_equal_a_merged_base(tmp_path, arch: str, weights) -> None:
     base = write_tiny_base(tmp_path / "base.gguf", arch)
     adapters = [some(base, rank, rank=rank)[0] for rank in (4, 16, 5)]
     merged = write_merged(tmp_path / "merged.gguf", base, adapters, weights)
@@ -160,7 +160,7 @@ def with_adapted_ends(tmp_path: Path, weights: F32) -> tuple[TinyBase, list[Tiny
     return base, adapters, stock_logits(merged)
 
 
-def test_head_and_embedding_follow_the_last_and_first_layer(tmp_path: Path, weights: F32) -> None:
+def test_head_and_embedding_follow_the_last_and_first_layer(tmp_path, weights) -> None:
     base, adapters, expected = with_adapted_ends(tmp_path, weights)
     assert_near(fused_logits(base, adapters, weights), expected, 1e-4)
 
@@ -173,17 +173,13 @@ def one_hot(n_adapter: int, n_layer: int, ia: int) -> F32:
     return weights
 
 
-def test_zero_weights_equal_the_base_bit_for_bit(
-    base: TinyBase, adapters: list[TinyAdapter]
-) -> None:
+def test_zero_weights_equal_the_base_bit_for_bit(base, adapters) -> None:
     weights = np.zeros((3, base.n_layer), np.float32)
     assert np.array_equal(fused_logits(base, adapters, weights), stock_logits(base))
     assert np.array_equal(fused_logits(base, [], weights[:0]), stock_logits(base))
 
 
-def test_changed_weights_equal_a_fresh_run_bit_for_bit(
-    base: TinyBase, adapters: list[TinyAdapter], weights: F32
-) -> None:
+def test_changed_weights_equal_a_fresh_run_bit_for_bit(base, adapters, weights) -> None:
     model, pack = load(base, adapters)
     with Context(model, pack, n_ctx=64, **EXACT) as context:
         context.set_weights(weights[::-1])
@@ -195,7 +191,7 @@ def test_changed_weights_equal_a_fresh_run_bit_for_bit(
         assert np.array_equal(context.logits(), fused_logits(base, adapters, weights))
 
 
-def test_changing_weights_builds_no_graph(base: TinyBase, adapters: list[TinyAdapter]) -> None:
+def test_changing_weights_builds_no_graph(base, adapters) -> None:
     rng = np.random.default_rng(0)
     model, pack = load(base, adapters)
     with Context(model, pack, n_ctx=64, **EXACT) as context:
@@ -213,9 +209,7 @@ def test_changing_weights_builds_no_graph(base: TinyBase, adapters: list[TinyAda
 @pytest.mark.parametrize(
     ("outtype", "rank"), [("f32", 5), ("f32", 32), ("f16", 5), ("bf16", 32), ("q8_0", 32)]
 )
-def test_every_kernel_agrees_with_a_merged_base(
-    tmp_path: Path, kernels: str, outtype: str, rank: int
-) -> None:
+def test_every_kernel_agrees_with_a_merged_base(tmp_path, kernels, outtype: str, rank: int) -> None:
     """Widths that no panel, vector or tile divides; prompts that no tile divides."""
     n_ff = 224 if outtype == "q8_0" else 90
     base = write_tiny_base(tmp_path / "base.gguf", n_ff=n_ff)
@@ -250,7 +244,7 @@ def rounded(values: F32, kind: str) -> F32:
     ("outtype", "rank"), [("f32", 5), ("f16", 32), ("q8_0", 5), ("q8_0", 32), ("q4_0", 32)]
 )
 def test_adapters_are_converted_as_they_are_loaded(
-    tmp_path: Path, kernels: str, kind: str, outtype: str, rank: int
+    tmp_path, kernels, kind: str, outtype: str, rank: int
 ) -> None:
     """Blocks of 32 inputs of A, and of 32 outputs of B; panels that outputs do not fill."""
     base = write_tiny_base(tmp_path / "base.gguf", n_head_dim=12)
@@ -269,9 +263,7 @@ def test_adapters_are_converted_as_they_are_loaded(
     assert_near(fused, stock_logits(merged), 1e-4)
 
 
-def test_what_cannot_be_converted_is_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_what_cannot_be_converted_is_refused(monkeypatch, tmp_path) -> None:
     base = write_tiny_base(tmp_path / "base.gguf", n_head_dim=12)
     adapter = write_tiny_adapter(tmp_path / "a.gguf", base, targets=["attn_output"])
     assert refused(BackendError, load, base, [adapter], adapter_type="q4_0") == (
@@ -289,11 +281,11 @@ def test_what_cannot_be_converted_is_refused(
 @with_kernels(KERNELS)
 @pytest.mark.parametrize("n", [3, 29])
 def test_every_kernel_agrees_on_the_probe(
-    monkeypatch: pytest.MonkeyPatch,
-    base: TinyBase,
-    adapters: list[TinyAdapter],
-    single: F32,
-    kernels: str,
+    monkeypatch,
+    base,
+    adapters,
+    single,
+    kernels,
     n: int,
 ) -> None:
     for pool, expected in (("mean", single[:n].mean(axis=0)), ("last", single[n - 1])):
@@ -318,7 +310,7 @@ def test_every_kernel_agrees_on_the_probe(
     ],
 )
 def test_every_kernel_decodes_mixes_together_as_alone(
-    tmp_path: Path, kernels: str, outtype: str, adapter_type: str, n_seq: int
+    tmp_path, kernels, outtype: str, adapter_type: str, n_seq: int
 ) -> None:
     """Tiles take rows of different sequences: none, one or all adapters. Of more than 64 too."""
     has_blocks = "q8_0" in (outtype, adapter_type) or adapter_type == "q4_0"
@@ -345,7 +337,7 @@ def test_every_kernel_decodes_mixes_together_as_alone(
     alone.close()
 
 
-def test_unknown_kernels_are_refused(monkeypatch: pytest.MonkeyPatch, base: TinyBase) -> None:
+def test_unknown_kernels_are_refused(monkeypatch, base) -> None:
     monkeypatch.setenv("QAFLORA_CPU_KERNELS", "sse9")
     with pytest.raises(BackendError, match="QAFLORA_CPU_KERNELS is 'sse9', expected one of ggml,"):
         Pack(Model(read_base(base.path)), [])
@@ -388,7 +380,7 @@ def single_states(base: TinyBase, adapters: Sequence[TinyAdapter], tokens: Seque
     return np.swapaxes(np.array(rows, np.float32), 0, 1)
 
 
-def test_bias_of_the_head_is_part_of_the_lens(tmp_path: Path) -> None:
+def test_bias_of_the_head_is_part_of_the_lens(tmp_path) -> None:
     n_vocab = write_tiny_base(tmp_path / "plain.gguf", "qwen2").n_vocab
     bias = np.random.default_rng(2).standard_normal(n_vocab).astype(np.float32)
     base = write_tiny_base(tmp_path / "base.gguf", "qwen2", replace={"output.bias": bias})
@@ -407,7 +399,7 @@ def test_bias_of_the_head_is_part_of_the_lens(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["f32", "q8_0"])
-def test_differential_probe_is_at_least_as_close(tmp_path: Path, dtype: str) -> None:
+def test_differential_probe_is_at_least_as_close(tmp_path, dtype: str) -> None:
     """On a quantised base the difference of states keeps more of its digits."""
     base = write_tiny_base(tmp_path / "base.gguf", dtype=dtype)
     exact = write_tiny_base(tmp_path / "exact.gguf", replace=base.tensors)
@@ -424,9 +416,7 @@ def test_differential_probe_is_at_least_as_close(tmp_path: Path, dtype: str) -> 
         assert errors[1] < errors[0] / 3
 
 
-def test_massive_activations_leave_the_base_as_it_is(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_massive_activations_leave_the_base_as_it_is(monkeypatch, tmp_path) -> None:
     """One unit a hundred times the others before ffn_down: 8 bits would round the others away."""
     plain = write_tiny_base(tmp_path / "plain.gguf")
     replace = {name: tensor.copy() for name, tensor in plain.tensors.items()}
@@ -447,9 +437,7 @@ def test_massive_activations_leave_the_base_as_it_is(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what lies in memory")
 @with_kernels(MORE_KERNELS[:1])  # llama.cpp has an order of its own there
-def test_matrices_that_are_copied_lie_in_memory_once(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kernels: str
-) -> None:
+def test_matrices_that_are_copied_lie_in_memory_once(monkeypatch, tmp_path, kernels) -> None:
     base = write_tiny_base(tmp_path / "base.gguf", n_embd=512, n_ff=4096, dtype="q4_0")
 
     def resident_bytes() -> int:
@@ -463,7 +451,7 @@ def test_matrices_that_are_copied_lie_in_memory_once(
 
 
 @pytest.fixture(params=QUANTISED)
-def quantised(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[TinyBase, TinyBase]:
+def quantised(request, tmp_path) -> tuple[TinyBase, TinyBase]:
     """A quantised base, and one of the same values in float32."""
     size = {"n_embd": 256, "n_ff": 512}
     base = write_tiny_base(tmp_path / "base.gguf", dtype=request.param, **size)
@@ -472,7 +460,7 @@ def quantised(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[TinyBase,
 
 @with_kernels(MORE_KERNELS)
 def test_probe_of_a_quantised_base_is_as_near_to_it_as_with_ggml(
-    monkeypatch: pytest.MonkeyPatch, quantised: tuple[TinyBase, TinyBase], kernels: str
+    monkeypatch, quantised, kernels
 ) -> None:
     """Our own product rounds rows to 8 bits as ggml's does, or in smaller blocks."""
     base, exact = quantised
@@ -491,7 +479,7 @@ def test_probe_of_a_quantised_base_is_as_near_to_it_as_with_ggml(
 
 @with_kernels(MORE_KERNELS)
 def test_answers_of_a_quantised_base_are_as_near_to_it_as_with_ggml(
-    monkeypatch: pytest.MonkeyPatch, quantised: tuple[TinyBase, TinyBase], kernels: str
+    monkeypatch, quantised, kernels
 ) -> None:
     """A prompt, and then tokens one by one, of one sequence and of several together."""
     base, exact = quantised
@@ -551,7 +539,7 @@ def divergence(base: TinyBase, states: F32, lens: str) -> NDArray[np.float64]:
     [("f32", 0.3, 2e-4), ("f32", 1e-3, 2e-4), ("q8_0", 1e-6, 1.2e-2)],
 )
 def test_divergence_equals_the_numpy_reference(
-    tmp_path: Path, lens: str, dtype: str, strength: float, rtol: float
+    tmp_path, lens: str, dtype: str, strength: float, rtol: float
 ) -> None:
     base = write_tiny_base(tmp_path / "base.gguf", dtype=dtype)
     states = probe_states(base, some(base, 1, 2, strength=strength), TOKENS, differential=True)
@@ -566,7 +554,7 @@ def test_divergence_equals_the_numpy_reference(
 )
 @pytest.mark.parametrize("threads", [1, 2])
 def test_quantised_head_takes_rows_of_twice_8_bits(
-    tmp_path: Path, kernels: str, dtype: str, n_embd: int, threads: int
+    tmp_path, kernels, dtype: str, n_embd: int, threads: int
 ) -> None:
     """Numbers of rows and outputs that fill no tile, and rows of zeros and of all sizes."""
     names = [f"<|{i}|>" for i in range(300)]  # more than one thread takes at once
@@ -591,7 +579,7 @@ def test_quantised_head_takes_rows_of_twice_8_bits(
 
 
 @pytest.mark.parametrize("size", [10.0, 100.0, 1000.0])
-def test_divergence_of_states_that_are_far_apart(base: TinyBase, size: float) -> None:
+def test_divergence_of_states_that_are_far_apart(base, size: float) -> None:
     """From 30 nats to thousands, where exp() of a difference of logits overflows."""
     rng = np.random.default_rng(5)
     states = rng.standard_normal((3, base.n_layer, base.n_embd)).astype(np.float32)
@@ -606,7 +594,7 @@ def test_divergence_of_states_that_are_far_apart(base: TinyBase, size: float) ->
 
 
 @pytest.mark.parametrize("dtype", ["f32", "q8_0"])  # the product with 8 bits is our own
-def test_divergence_that_is_not_finite_is_reported(tmp_path: Path, dtype: str) -> None:
+def test_divergence_that_is_not_finite_is_reported(tmp_path, dtype: str) -> None:
     base = write_tiny_base(tmp_path / "base.gguf", dtype=dtype)
     states = np.ones((3, base.n_layer, base.n_embd), np.float32)
     states[2, 1, 5] = np.nan
@@ -616,7 +604,7 @@ def test_divergence_that_is_not_finite_is_reported(tmp_path: Path, dtype: str) -
     )
 
 
-def test_special_tokens_are_those_that_the_library_tells_of_each(tmp_path: Path) -> None:
+def test_special_tokens_are_those_that_the_library_tells_of_each(tmp_path) -> None:
     """Also one that ends answers only because a field of the file names it."""
     path = write_tiny_base(tmp_path / "base.gguf").path
     data, key = path.read_bytes(), b"tokenizer.ggml.eos_token_id"
@@ -631,7 +619,7 @@ def test_special_tokens_are_those_that_the_library_tells_of_each(tmp_path: Path)
         assert sorted(token.id for token in model.special_tokens) == expected
 
 
-def test_pack_names_what_does_not_fit(tmp_path: Path, base: TinyBase) -> None:
+def test_pack_names_what_does_not_fit(tmp_path, base) -> None:
     wide = write_tiny_base(tmp_path / "wide.gguf", n_embd=96, n_head=6, n_head_kv=3)
     fitting = write_tiny_adapter(tmp_path / "a.gguf", base, targets=["attn_k"]).path
     assert refused(BackendError, Pack, Model(read_base(wide.path)), [fitting]) == (
@@ -660,9 +648,7 @@ def test_pack_names_what_does_not_fit(tmp_path: Path, base: TinyBase) -> None:
             Pack(model, [tmp_path / f"{name}.gguf"])
 
 
-def test_weights_of_the_wrong_size_or_value_are_refused(
-    base: TinyBase, adapters: list[TinyAdapter], weights: F32
-) -> None:
+def test_weights_of_the_wrong_size_or_value_are_refused(base, adapters, weights) -> None:
     model, pack = load(base, adapters)
     with Context(model, pack, n_ctx=64, **EXACT) as context:
         with pytest.raises(BackendError, match="6 weights given, expected 9"):

@@ -100,7 +100,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str, str, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_field_that_llama_cpp_asserts_is_refused(tmp_path: Path, case: str) -> None:
+def test_field_that_llama_cpp_asserts_is_refused(tmp_path, case: str) -> None:
     arch, fields, field, found, expected = REFUSED[case]
     path = tmp_path / "base.gguf"
     write_base(path, arch)
@@ -119,7 +119,7 @@ def refusal(path: Path) -> str:
 
 
 @pytest.mark.parametrize("n_more", [0, 5000])
-def test_token_that_is_there_twice_is_refused(tmp_path: Path, n_more: int) -> None:
+def test_token_that_is_there_twice_is_refused(tmp_path, n_more: int) -> None:
     path = write_base(tmp_path / "base.gguf")
     tokens = [*tiny.byte_tokens(), *(f"more{index}" for index in range(n_more)), "", ""]
     change(path, **{TOKENS: tokens})
@@ -136,7 +136,7 @@ def test_token_that_is_there_twice_is_refused(tmp_path: Path, n_more: int) -> No
 
 
 @pytest.mark.parametrize("n_more", [0, 5000])
-def test_tokens_of_bytes_need_their_names(tmp_path: Path, n_more: int) -> None:
+def test_tokens_of_bytes_need_their_names(tmp_path, n_more: int) -> None:
     path = write_base(tmp_path / "base.gguf", spm=True)
     tokens = [*tiny.spm_tokens(), *(f"more{index}" for index in range(n_more))]
     types = [6 if text.startswith("<0x") else 1 for text in tokens]
@@ -155,7 +155,7 @@ def test_tokens_of_bytes_need_their_names(tmp_path: Path, n_more: int) -> None:
     )
 
 
-def test_sentencepiece_vocabulary_without_a_byte_is_refused(tmp_path: Path) -> None:
+def test_sentencepiece_vocabulary_without_a_byte_is_refused(tmp_path) -> None:
     path = write_base(tmp_path / "base.gguf", spm=True)
     tokens = [text for text in tiny.spm_tokens() if text != "<0xE2>"]
     change(path, **{TOKENS: tokens, TYPES: None})
@@ -164,7 +164,7 @@ def test_sentencepiece_vocabulary_without_a_byte_is_refused(tmp_path: Path) -> N
     )
 
 
-def test_tensor_of_whole_numbers_is_refused(tmp_path: Path) -> None:
+def test_tensor_of_whole_numbers_is_refused(tmp_path) -> None:
     names = {"output_norm.weight": "F32, as of every vector", "blk.0.attn_q.weight": "a type of w"}
     for name, expected in names.items():
         path = write_base(tmp_path / "base.gguf")
@@ -174,7 +174,7 @@ def test_tensor_of_whole_numbers_is_refused(tmp_path: Path) -> None:
         assert refusal(path).startswith(f"the type of tensor {name} is 'I32'; expected {expected}")
 
 
-def test_vocabulary_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vocabulary_has_a_limit(tmp_path, monkeypatch) -> None:
     """Of texts without a character a header of 64 MB holds eight million."""
     path = write_base(tmp_path / "base.gguf")
     monkeypatch.setattr(base, "MAX_TOKENS", 200)
@@ -184,7 +184,7 @@ def test_vocabulary_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     )
 
 
-def test_base_that_vanished_is_named(tmp_path: Path) -> None:
+def test_base_that_vanished_is_named(tmp_path) -> None:
     path = write_base(tmp_path / "base.gguf")
     header = read_base(path)
     path.unlink()

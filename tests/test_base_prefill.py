@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,14 +28,14 @@ MIXED = "two-place:abstain=never"  # a tiny base says nothing, so that no adapte
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+def made(tmp_path_factory) -> TinyBundle:
     """Quantised: ggml's products in F32 round otherwise when sequences are decoded together."""
     place = tmp_path_factory.mktemp("made")
     return make_bundle(place, calibrate=True, n_ctx=2048, dtype="q8_0")
 
 
 @pytest.fixture
-def engine(made: TinyBundle) -> Iterator[Engine]:
+def engine(made) -> Iterator[Engine]:
     with Engine(made.folder, threads=1, draft=0) as engine:
         yield engine
 
@@ -52,7 +51,7 @@ def heard(engine: Engine, messages: list[Any], strategy: str, **options: Any) ->
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-def test_logits_are_those_of_adapters_off_and_then_on(tmp_path: Path) -> None:
+def test_logits_are_those_of_adapters_off_and_then_on(tmp_path) -> None:
     """Oracle: transformers reads the prompt without adapters, and the rest with them merged."""
     from reference import Reference, peft_from_gguf
 
@@ -79,7 +78,7 @@ def test_logits_are_those_of_adapters_off_and_then_on(tmp_path: Path) -> None:
     assert np.abs(by_mix[0] - expected).max() > 0.01
 
 
-def test_one_prefill_serves_every_mix(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_prefill_serves_every_mix(engine, monkeypatch) -> None:
     """The last tokens are read once more, by the base where they are weighed and by the mix."""
     tokens, counts = engine.chat_tokens([STORY]), count_decoded(monkeypatch)
     options: dict[str, Any] = {"prefill": "base", "max_tokens": 1}
@@ -95,7 +94,7 @@ def test_one_prefill_serves_every_mix(engine: Engine, monkeypatch: pytest.Monkey
 
 
 def test_a_turn_prefills_what_is_new_and_answers_as_if_it_came_alone(
-    engine: Engine, made: TinyBundle, monkeypatch: pytest.MonkeyPatch
+    engine, made, monkeypatch
 ) -> None:
     heard(engine, [STORY], MIXED)
     counts = count_decoded(monkeypatch)
@@ -107,7 +106,7 @@ def test_a_turn_prefills_what_is_new_and_answers_as_if_it_came_alone(
         assert heard(alone, TURNS, "two-place:abstain=never,answer=0.3") == found
 
 
-def test_auto_is_the_base_for_chats_under_two_place_alone(engine: Engine) -> None:
+def test_auto_is_the_base_for_chats_under_two_place_alone(engine) -> None:
     chat, text = engine.chat_tokens([STORY]), engine.tokenize("the thing on a ring")
 
     engine.use_strategy("two-place")
@@ -126,7 +125,7 @@ def test_auto_is_the_base_for_chats_under_two_place_alone(engine: Engine) -> Non
         engine.generate(chat, prefill="all")
 
 
-def test_an_older_bundle_is_prefilled_by_the_mix(tmp_path: Path) -> None:
+def test_an_older_bundle_is_prefilled_by_the_mix(tmp_path) -> None:
     folder = make_bundle(tmp_path).folder
     rewrite(folder, lambda raw: raw["fusion"].update(prefill="all"))
     with pytest.raises(BundleError, match='is "all", expected one of auto'):
@@ -135,9 +134,7 @@ def test_an_older_bundle_is_prefilled_by_the_mix(tmp_path: Path) -> None:
     assert load_bundle(folder).known.prefill == "mix"
 
 
-def test_where_the_mix_prefills_the_base_keeps_its_own_state(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_the_mix_prefills_the_base_keeps_its_own_state(engine, monkeypatch) -> None:
     """There is one slot more than answers, so that neither takes the other's place."""
     heard(engine, [STORY], MIXED, prefill="mix")
     counts = count_decoded(monkeypatch)
@@ -146,9 +143,7 @@ def test_where_the_mix_prefills_the_base_keeps_its_own_state(
     assert counts[0] == n_new
 
 
-def test_a_failure_between_weighing_and_answer_frees_the_slot(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failure_between_weighing_and_answer_frees_the_slot(engine, monkeypatch) -> None:
     expected = heard(engine, [STORY], MIXED)
 
     def fails(_: Any, query: Any, probe: Any, argument: Any) -> None:

@@ -19,7 +19,7 @@ FACTS = ("llama_n_ctx", "llama_n_batch", "llama_n_seq_max", "llama_n_threads")
 
 
 @pytest.fixture(scope="module")
-def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+def rig(tmp_path_factory) -> Iterator[Rig]:
     base = tiny.write_tiny_base(tmp_path_factory.mktemp("rig") / "base.gguf")
     paths = [
         tiny.write_tiny_adapter(base.path.with_name(f"{seed}.gguf"), base, seed=seed).path
@@ -31,7 +31,7 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
 
 
 @pytest.fixture(scope="module")
-def shown(calibrated: TinyBundle) -> dict[str, Any]:
+def shown(calibrated) -> dict[str, Any]:
     """All parts as --json prints them; 3 adapters are one more than the bundle has."""
     result = bench(calibrated, *SMALL, *SIZES, "--json")
     assert (result.exit_code, result.stderr) == (0, "")
@@ -62,7 +62,7 @@ def test_contestants_take_turns_and_ratios_are_taken_within_a_round() -> None:
 
 
 @pytest.mark.slow
-def test_every_part_has_its_contestants(shown: dict[str, Any]) -> None:
+def test_every_part_has_its_contestants(shown) -> None:
     first = shown["ttft"][0]
     assert (first["name"], first["of_plain"]["median"]) == ("plain", 1)
     assert {"qa-flora", "static"} < {row["name"] for row in shown["ttft"]}
@@ -79,7 +79,7 @@ def test_every_part_has_its_contestants(shown: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_table_to_read(made: TinyBundle) -> None:
+def test_table_to_read(made) -> None:
     result = bench(made, *SMALL, *SIZES)
     assert (result.exit_code, result.stderr) == (0, "")
     for text in ("adapters: math (rank 4, F16), es (rank 8, F32)", "ours k=3", "stock k=3",
@@ -87,14 +87,14 @@ def test_table_to_read(made: TinyBundle) -> None:
         assert text in result.stdout
 
 
-def test_stock_context_has_the_parameters_of_ours(rig: Rig) -> None:
+def test_stock_context_has_the_parameters_of_ours(rig) -> None:
     lib = rig.model._lib
     for name in FACTS:
         contexts = (rig.stock(0, 300), rig.stock(5, 300), rig.ours(5, 300))
         assert len({int(getattr(lib, name)(each._pointer)) for each in contexts}) == 1, name
 
 
-def test_stock_scales_do_what_our_weights_do(rig: Rig) -> None:
+def test_stock_scales_do_what_our_weights_do(rig) -> None:
     base, stock, ours = rig.stock(0, 300), rig.stock(3, 300), rig.ours(3, 300)
     for context in (base, stock, ours):
         prefill(context, [5, 6, 7, 8])
@@ -112,9 +112,7 @@ def test_stock_scales_do_what_our_weights_do(rig: Rig) -> None:
          "measured after the first token. Raise it."),
     ],
 )  # fmt: skip
-def test_wrong_options_are_refused(
-    made: TinyBundle, args: tuple[str, ...], code: int, expected: str
-) -> None:
+def test_wrong_options_are_refused(made, args: tuple[str, ...], code: int, expected: str) -> None:
     result = bench(made, *args)
     assert (result.exit_code, result.stdout) == (code, "")
     assert expected in result.stderr

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import TinyBundle, make_bundle
+from bundles import make_bundle
 from made_results import lines
 from serving import ENGINE, listening
 
@@ -43,7 +43,7 @@ def test_every_script_explains_itself(name: str) -> None:
     assert "usage: " in script(name, "--help").lower()
 
 
-def test_pages_and_charts_of_results_are_those_of_the_report(tmp_path: Path) -> None:
+def test_pages_and_charts_of_results_are_those_of_the_report(tmp_path) -> None:
     script("report", "-o", tmp_path)
     made = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(made) == 8  # the page, all tables, six charts
@@ -52,14 +52,14 @@ def test_pages_and_charts_of_results_are_those_of_the_report(tmp_path: Path) -> 
     assert max(p.stat().st_size for p in (BENCHMARKS / "results").iterdir()) < MAX_BYTES
 
 
-def test_our_server_keeps_requests_with_other_weights_apart(tmp_path: Path) -> None:
+def test_our_server_keeps_requests_with_other_weights_apart(tmp_path) -> None:
     made = make_bundle(tmp_path, n_ctx=4096)
     with listening(made.folder, engine={**ENGINE, "n_ctx": 1024}) as address:
         said = script("isolation", "--base-url", address, "--tokens", 3, "--tolerance", 0.001)
     assert said.count("PASS") == 8
 
 
-def test_prompts_of_each_kind_are_answered_with_guesses_and_without(tmp_path: Path) -> None:
+def test_prompts_of_each_kind_are_answered_with_guesses_and_without(tmp_path) -> None:
     made = make_bundle(tmp_path, n_ctx=4096)
     few = ("--repeat", 1, "--max-tokens", 4, "--draft", 3, "--strategy", "static")
     rows = [json.loads(line) for line in script("guesses", made.folder, *few).splitlines()]
@@ -68,7 +68,7 @@ def test_prompts_of_each_kind_are_answered_with_guesses_and_without(tmp_path: Pa
     assert {*rows[0]} == {"name", "runs", "tokens_per_second", "of_plain", "accepted"}
 
 
-def test_code_is_scored_by_its_tests(made: TinyBundle, tmp_path: Path) -> None:
+def test_code_is_scored_by_its_tests(made, tmp_path) -> None:
     item = {"prompt": "def f():\n", "entry_point": "f", "test": "assert f() is None"}
     path, out = write(tmp_path / "code.jsonl", item), tmp_path / "r.jsonl"
     script("code_metric", "eval", made.folder, path, "-o", out, "--strategies", "base")
@@ -77,11 +77,11 @@ def test_code_is_scored_by_its_tests(made: TinyBundle, tmp_path: Path) -> None:
     assert isinstance(found["isolated"], list)
 
 
-def test_busy_decodes_alone_and_next_to_another(made: TinyBundle) -> None:
+def test_busy_decodes_alone_and_next_to_another(made) -> None:
     assert "next to another" in script("busy", made.folder, "--repeat", 1)
 
 
-def test_lorahub_gives_a_manual_mix(made: TinyBundle, tmp_path: Path) -> None:
+def test_lorahub_gives_a_manual_mix(made, tmp_path) -> None:
     items = [{"question": f"thing {i}", "answer": i, "continuation": " on a ring"} for i in "12"]
     path = write(tmp_path / "t.jsonl", *items)
     words = ("--adapters", "math", "--budget", 3, "--examples", 2)
@@ -91,7 +91,7 @@ def test_lorahub_gives_a_manual_mix(made: TinyBundle, tmp_path: Path) -> None:
         assert {*engine.weights("thing").weights[0]} <= {-1.5, 0.0, 1.5}
 
 
-def test_lora_flow_starts_as_the_static_mix(made: TinyBundle, tmp_path: Path) -> None:
+def test_lora_flow_starts_as_the_static_mix(made, tmp_path) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     item = {"question": "one and two", "continuation": "three"}
@@ -104,7 +104,7 @@ def test_lora_flow_starts_as_the_static_mix(made: TinyBundle, tmp_path: Path) ->
     assert found["score"] == pytest.approx(expected, abs=1e-4)
 
 
-def test_refresh_weighs_every_few_tokens(made: TinyBundle, tmp_path: Path) -> None:
+def test_refresh_weighs_every_few_tokens(made, tmp_path) -> None:
     items = ({"question": q, "answer": 1} for q in "abc")
     path = write(tmp_path / "t.jsonl", {"task": {"max_tokens": 12}}, *items)
     out = tmp_path / "r.jsonl"
@@ -114,7 +114,7 @@ def test_refresh_weighs_every_few_tokens(made: TinyBundle, tmp_path: Path) -> No
     assert max(record["n_token"] for record in found) > 5
 
 
-def test_tasks_of_the_nine_cells_can_be_read(tmp_path: Path) -> None:
+def test_tasks_of_the_nine_cells_can_be_read(tmp_path) -> None:
     made = {
         "math": {"question": "2 + 3?", "answer": "5"},
         "code": {

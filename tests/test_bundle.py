@@ -56,7 +56,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> TinyBundle:
+def made(tmp_path) -> TinyBundle:
     return make_bundle(tmp_path)
 
 
@@ -64,7 +64,7 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_bundle_json_records_what_the_files_are(made: TinyBundle) -> None:
+def test_bundle_json_records_what_the_files_are(made) -> None:
     raw = bundle_json(made.folder)
     assert raw["format"] == "qaflora-bundle/1"
     assert raw["base"] == {
@@ -90,7 +90,7 @@ def test_bundle_json_records_what_the_files_are(made: TinyBundle) -> None:
     }
 
 
-def test_typical_divergences_are_the_engines(calibrated: TinyBundle) -> None:
+def test_typical_divergences_are_the_engines(calibrated) -> None:
     bundle = load_bundle(calibrated.folder)
     with Engine(base=bundle.base_path, adapters=bundle.adapter_paths, n_ctx=512) as engine:
         measured = engine.typical_divergence(NEUTRAL["prompts"])
@@ -106,16 +106,14 @@ def test_typical_divergences_are_the_engines(calibrated: TinyBundle) -> None:
     assert recorded == {"sha256": hashlib.sha256(text.encode()).hexdigest(), "n_prompt": len(texts)}
 
 
-def test_missing_base_is_refused(tmp_path: Path) -> None:
+def test_missing_base_is_refused(tmp_path) -> None:
     assert refused(GgufFileError, create_bundle, tmp_path / "b", tmp_path / "no.gguf", {}) == (
         f"The base {tmp_path / 'no.gguf'} does not exist; give a GGUF file, the name of a "
         "model from `qaflora models` that was pulled, or a Hub reference as owner/name/file.gguf."
     )
 
 
-def test_the_home_folder_is_found_behind_the_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_home_folder_is_found_behind_the_name(tmp_path, monkeypatch) -> None:
     sources = make_sources(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     create_bundle(sources.folder, "~/base.gguf", {"math": "~/peft", "es": "~/es.gguf"})
@@ -131,9 +129,7 @@ def test_the_home_folder_is_found_behind_the_name(
         ("x" * 100_001, "expected a text of at most 100000 characters"),
     ],
 )
-def test_a_text_that_could_not_be_read_again_is_refused(
-    tmp_path: Path, text: str, message: str
-) -> None:
+def test_a_text_that_could_not_be_read_again_is_refused(tmp_path, text: str, message: str) -> None:
     sources = make_sources(tmp_path)
     options: dict[str, Any] = {"description": text}
     with pytest.raises(BundleError, match=message):
@@ -146,7 +142,7 @@ def test_a_text_that_could_not_be_read_again_is_refused(
     assert snapshot(sources.folder) == before
 
 
-def test_failed_creation_leaves_the_disk_untouched(tmp_path: Path) -> None:
+def test_failed_creation_leaves_the_disk_untouched(tmp_path) -> None:
     sources = make_sources(tmp_path)
     other = tiny.write_tiny_base(tmp_path / "other.gguf", n_embd=32)
     truncated = tmp_path / "truncated.gguf"
@@ -173,7 +169,7 @@ def test_failed_creation_leaves_the_disk_untouched(tmp_path: Path) -> None:
     assert snapshot(tmp_path) == before | {sources.folder.name: ""}
 
 
-def test_a_bundle_whose_measuring_fails_works(tmp_path: Path) -> None:
+def test_a_bundle_whose_measuring_fails_works(tmp_path) -> None:
     """It is there before anything is measured, and `calibrate` finishes it."""
     sources = make_sources(tmp_path)
 
@@ -191,7 +187,7 @@ def test_a_bundle_whose_measuring_fails_works(tmp_path: Path) -> None:
         assert load_bundle(folder).known.strategy == "two-place"
 
 
-def test_texts_of_a_bundle_command_no_terminal(made: TinyBundle) -> None:
+def test_texts_of_a_bundle_command_no_terminal(made) -> None:
     def record(raw: Raw) -> None:
         raw["description"] = "ends\x1b[2J\nhere"
         raw["base"]["name"] = "base \u202e"
@@ -204,7 +200,7 @@ def test_texts_of_a_bundle_command_no_terminal(made: TinyBundle) -> None:
     assert lines[2].startswith(r"base       base \u202e, 3 layers")
 
 
-def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_bundle_is_refused(tmp_path) -> None:
     (tmp_path / "empty").mkdir()
     for name, found in (
         ("none", "none does not exist; expected a folder with bundle.json. Give the folder of a"),
@@ -214,7 +210,7 @@ def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
             load_bundle(tmp_path / name)
 
 
-def test_changed_adapter_is_refused(made: TinyBundle) -> None:
+def test_changed_adapter_is_refused(made) -> None:
     load_bundle(made.folder)
     path = made.folder / "adapters/es.gguf"
     recorded = sha256(path)
@@ -229,9 +225,7 @@ def test_changed_adapter_is_refused(made: TinyBundle) -> None:
     assert snapshot(made.folder.parent) == before
 
 
-def test_bundle_can_move_to_a_machine_with_the_pulled_base(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bundle_can_move_to_a_machine_with_the_pulled_base(tmp_path, monkeypatch) -> None:
     sources = make_sources(tmp_path)
     base = sources.base.path
     facts = {"description": "", "architecture": "llama", "kind": "chat", "license": "MIT"}
@@ -280,9 +274,7 @@ def sets(*place: str | int, **fields: Any) -> Callable[[Raw], object]:
         ),
     ],
 )
-def test_wrong_field_is_named(
-    made: TinyBundle, change: Callable[[Raw], object], message: str
-) -> None:
+def test_wrong_field_is_named(made, change: Callable[[Raw], object], message: str) -> None:
     rewrite(made.folder, change)
     told = refused(BundleError, load_bundle, made.folder)
     assert message in told
@@ -290,9 +282,7 @@ def test_wrong_field_is_named(
     assert len(told) < 6000
 
 
-def test_loading_begins_before_adapters_are_read(
-    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loading_begins_before_adapters_are_read(made, monkeypatch) -> None:
     steps: list[str] = []
     read = adapter_gguf.read_adapter
     monkeypatch.setattr(
@@ -303,7 +293,7 @@ def test_loading_begins_before_adapters_are_read(
     assert {*steps[1:]} == {"adapter"}
 
 
-def test_broken_json_is_refused(made: TinyBundle) -> None:
+def test_broken_json_is_refused(made) -> None:
     path = made.folder / "bundle.json"
     reasons = {b"\xff{}": "'utf-8'", b" " * ((8 << 20) + 1): "it has more than 8388608 bytes"}
     for data, reason in reasons.items():
@@ -313,14 +303,14 @@ def test_broken_json_is_refused(made: TinyBundle) -> None:
             load_bundle(made.folder)
 
 
-def test_paths_stay_inside_the_bundle(made: TinyBundle) -> None:
+def test_paths_stay_inside_the_bundle(made) -> None:
     rewrite(made.folder, sets("adapters", 0, file="../es.gguf"))
     with pytest.raises(BundleError, match=r"inside the bundle's folder, without '..'"):
         load_bundle(made.folder)
 
 
 @pytest.fixture
-def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def hashed(monkeypatch) -> list[str]:
     """The names of files that were hashed while checking records."""
     names: list[str] = []
     original = inputs.sha256_file
@@ -336,9 +326,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 ALL = ["base.gguf", "math.gguf", "es.gguf"]
 
 
-def test_a_file_that_changes_while_it_is_hashed_is_refused(
-    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_changes_while_it_is_hashed_is_refused(made, monkeypatch) -> None:
     original = inputs.sha256_file
 
     def replace_after(path: Path) -> str:
@@ -355,9 +343,7 @@ def test_a_file_that_changes_while_it_is_hashed_is_refused(
     )
 
 
-def test_a_file_swapped_between_check_and_use_is_refused(
-    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_swapped_between_check_and_use_is_refused(made, monkeypatch) -> None:
     """The engine opens by name what was checked by name."""
     path = made.folder / "adapters/es.gguf"
     other = path.with_suffix(".other")
@@ -375,7 +361,7 @@ def test_a_file_swapped_between_check_and_use_is_refused(
 
 @pytest.mark.parametrize(("module", "step"), [(bundle_open, "check_file"), (core, "Pack")])
 def test_a_bundle_that_is_edited_while_it_is_opened_is_read_again(
-    made: TinyBundle, monkeypatch: pytest.MonkeyPatch, module: Any, step: str
+    made, monkeypatch, module: Any, step: str
 ) -> None:
     adapter = tiny.write_tiny_adapter(made.folder.parent / "fr.gguf", made.base, seed=9)
     check = getattr(module, step)
@@ -391,9 +377,7 @@ def test_a_bundle_that_is_edited_while_it_is_opened_is_read_again(
 
 
 @pytest.mark.parametrize("content", [b"", b"1", b"[" * 100_000])
-def test_broken_memory_means_hashing_again(
-    made: TinyBundle, hashed: list[str], content: bytes
-) -> None:
+def test_broken_memory_means_hashing_again(made, hashed, content: bytes) -> None:
     load_bundle(made.folder)
     memory = Path(os.environ["QAFLORA_CACHE"]) / "checked.json"
     assert memory.exists()
@@ -402,7 +386,7 @@ def test_broken_memory_means_hashing_again(
     assert hashed == ALL * 2
 
 
-def test_what_is_remembered_is_read_once_for_all_files(made: TinyBundle) -> None:
+def test_what_is_remembered_is_read_once_for_all_files(made) -> None:
     load_bundle(made.folder)
     inputs._parsed_memory.cache_clear()
     load_bundle(made.folder)
@@ -410,7 +394,7 @@ def test_what_is_remembered_is_read_once_for_all_files(made: TinyBundle) -> None
 
 
 def test_a_file_is_hashed_and_its_values_are_checked_once_for_each_state(
-    made: TinyBundle, hashed: list[str], monkeypatch: pytest.MonkeyPatch
+    made, hashed, monkeypatch
 ) -> None:
     checked: list[str] = []
     monkeypatch.setattr(adapter_gguf, "check_values", lambda info: checked.append(info.path.name))
@@ -425,7 +409,7 @@ def test_a_file_is_hashed_and_its_values_are_checked_once_for_each_state(
     assert (hashed[6:], checked[4:]) == (["base.gguf", "es.gguf"], ["es.gguf"])
 
 
-def test_each_file_is_parsed_once(made: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_file_is_parsed_once(made, monkeypatch) -> None:
     parsed: list[str] = []
     original = GgufCursor.read_header
 
@@ -440,7 +424,7 @@ def test_each_file_is_parsed_once(made: TinyBundle, monkeypatch: pytest.MonkeyPa
     assert parsed == ALL
 
 
-def test_opening_a_bundle_here_loads_no_library_of_the_hub(made: TinyBundle) -> None:
+def test_opening_a_bundle_here_loads_no_library_of_the_hub(made) -> None:
     script = "import pathlib, sys; from qaflora_edge.bundles.open import load_bundle; "
     script += "load_bundle(pathlib.Path(sys.argv[1])); print(*sys.modules)"
     command = [sys.executable, "-c", script, str(made.folder)]

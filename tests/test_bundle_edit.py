@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import test_bundle
 import tiny
-from bundles import TinyBundle, add_adapter, bundle_json, rewrite, snapshot
-from hubs import FakeHub
+from bundles import add_adapter, bundle_json, rewrite, snapshot
 from refusals import refused
 
 from qaflora_edge import Engine, QafloraError
@@ -50,7 +49,7 @@ def names_in(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_added_adapters_are_as_if_created_with_them(made: TinyBundle, tmp_path: Path) -> None:
+def test_added_adapters_are_as_if_created_with_them(made, tmp_path) -> None:
     add_adapter(made.folder, "law", made.peft, outtype="f32")
     note = {"license": "MIT", "source": "S", "description": "D"}
     add_adapter(made.folder, "med", made.adapter.path, note=note)
@@ -67,7 +66,7 @@ def test_added_adapters_are_as_if_created_with_them(made: TinyBundle, tmp_path: 
     }
 
 
-def test_adding_keeps_true_measurements_and_drops_others(made: TinyBundle) -> None:
+def test_adding_keeps_true_measurements_and_drops_others(made) -> None:
     measured: list[set[str]] = []
 
     @contextmanager
@@ -86,7 +85,7 @@ def test_adding_keeps_true_measurements_and_drops_others(made: TinyBundle) -> No
     assert set(load_bundle(made.folder).known.typical) == {"math", "es", "a", "b", "c"}
 
 
-def test_unknown_keys_and_order_are_kept(made: TinyBundle) -> None:
+def test_unknown_keys_and_order_are_kept(made) -> None:
     def change(raw: Raw) -> None:
         raw["colour"] = {"a": [1, None]}
         raw["adapters"][0]["shape"] = "round"
@@ -99,7 +98,7 @@ def test_unknown_keys_and_order_are_kept(made: TinyBundle) -> None:
     assert json.dumps(bundle_json(made.folder)) == json.dumps(before)
 
 
-def test_an_adapter_from_the_hub_is_pinned(hub: FakeHub, hub_cache: Path, made: TinyBundle) -> None:
+def test_an_adapter_from_the_hub_is_pinned(hub, hub_cache, made) -> None:
     files = {path.name: path.read_bytes() for path in made.peft.iterdir()}
     commit = hub.put("owner/maths", files)
     hub.put("owner/one", {"one.gguf": made.adapter.path.read_bytes()})
@@ -118,7 +117,7 @@ def test_an_adapter_from_the_hub_is_pinned(hub: FakeHub, hub_cache: Path, made: 
     )
 
 
-def test_failed_adding_leaves_the_bundle_as_it_was(made: TinyBundle, tmp_path: Path) -> None:
+def test_failed_adding_leaves_the_bundle_as_it_was(made, tmp_path) -> None:
     other = tiny.write_tiny_base(tmp_path / "other.gguf", n_embd=32)
     foreign = tiny.write_tiny_adapter(tmp_path / "foreign.gguf", other)
     before = snapshot(tmp_path)
@@ -134,7 +133,7 @@ def test_failed_adding_leaves_the_bundle_as_it_was(made: TinyBundle, tmp_path: P
         assert snapshot(tmp_path) == before
 
 
-def test_adapters_are_added_together_or_not_at_all(made: TinyBundle, tmp_path: Path) -> None:
+def test_adapters_are_added_together_or_not_at_all(made, tmp_path) -> None:
     before = snapshot(made.folder)
     pairs = [("a", made.adapter.path), ("b", tmp_path / "none")]
     with pytest.raises(InputFileError):
@@ -147,7 +146,7 @@ def test_adapters_are_added_together_or_not_at_all(made: TinyBundle, tmp_path: P
     assert bundle.known.strategy == "manual:a=1,b=0.5"
 
 
-def test_a_strategy_has_to_fit_the_adapters(made: TinyBundle, tmp_path: Path) -> None:
+def test_a_strategy_has_to_fit_the_adapters(made, tmp_path) -> None:
     mlp = tiny.write_tiny_adapter(tmp_path / "mlp.gguf", made.base, targets=["ffn_up"]).path
     before = snapshot(made.folder)
     for strategy, engine, message in (
@@ -161,7 +160,7 @@ def test_a_strategy_has_to_fit_the_adapters(made: TinyBundle, tmp_path: Path) ->
     add_adapter(made.folder, "mlp", mlp, strategy="qa-flora:top=3")
 
 
-def test_a_file_of_another_adapter_is_not_overwritten(made: TinyBundle) -> None:
+def test_a_file_of_another_adapter_is_not_overwritten(made) -> None:
     (made.folder / "adapters/es.gguf").rename(made.folder / "adapters/med.gguf")
     rewrite(made.folder, lambda raw: raw["adapters"][1].update(file="adapters/med.gguf"))
     assert refused(BundleError, add_adapter, made.folder, "MED", made.peft) == (
@@ -171,7 +170,7 @@ def test_a_file_of_another_adapter_is_not_overwritten(made: TinyBundle) -> None:
     verify_bundle(made.folder)
 
 
-def test_a_removed_adapter_is_gone(made: TinyBundle) -> None:
+def test_a_removed_adapter_is_gone(made) -> None:
     set_fusion(made.folder, typical={"es": TYPICAL, "math": TYPICAL})
     remove_adapter(made.folder, "es")
     bundle = verify_bundle(made.folder)
@@ -182,7 +181,7 @@ def test_a_removed_adapter_is_gone(made: TinyBundle) -> None:
     assert load_bundle(made.folder).adapter_paths == {}
 
 
-def test_a_strategy_that_names_the_adapter_must_be_replaced(made: TinyBundle) -> None:
+def test_a_strategy_that_names_the_adapter_must_be_replaced(made) -> None:
     set_fusion(made.folder, strategy="manual:es=1,math=0.5")
     before = snapshot(made.folder)
     assert refused(BundleError, remove_adapter, made.folder, "es") == (
@@ -196,7 +195,7 @@ def test_a_strategy_that_names_the_adapter_must_be_replaced(made: TinyBundle) ->
     assert load_bundle(made.folder).known.strategy == "single:math"
 
 
-def test_the_hubs_cache_is_not_changed(hub: FakeHub, hub_cache: Path, made: TinyBundle) -> None:
+def test_the_hubs_cache_is_not_changed(hub, hub_cache, made) -> None:
     files = {
         path.relative_to(made.folder).as_posix(): path.read_bytes()
         for path in made.folder.rglob("*.*")
@@ -209,7 +208,7 @@ def test_the_hubs_cache_is_not_changed(hub: FakeHub, hub_cache: Path, made: Tiny
     )
 
 
-def test_calibrating_measures_what_is_missing(made: TinyBundle, tmp_path: Path) -> None:
+def test_calibrating_measures_what_is_missing(made, tmp_path) -> None:
     set_fusion(made.folder, typical={"math": {"raw": [1.0, 2.0, 3.0]}})
     assert calibrate(made.folder, Engine)
     after = bundle_json(made.folder)["fusion"]
@@ -230,7 +229,7 @@ def test_calibrating_measures_what_is_missing(made: TinyBundle, tmp_path: Path) 
     assert snapshot(made.folder) == before
 
 
-def test_the_base_may_lie_elsewhere(made: TinyBundle, tmp_path: Path) -> None:
+def test_the_base_may_lie_elsewhere(made, tmp_path) -> None:
     other = tiny.write_tiny_base(tmp_path / "other.gguf", seed=9)
     with pytest.raises(ChecksumError, match="The base is not the file that was recorded"):
         set_base(made.folder, other.path)

@@ -7,13 +7,12 @@ import base64
 import copy
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jsonschema
 import numpy as np
 import pytest
-from bundles import TinyBundle, bundle_json
+from bundles import bundle_json
 
 from qaflora_edge.errors import BundleError
 from qaflora_edge.files import package_data
@@ -42,7 +41,7 @@ def validator() -> Any:
 
 
 @pytest.fixture(scope="module")
-def raw(made: TinyBundle) -> Raw:
+def raw(made) -> Raw:
     """A bundle.json with every field that there is."""
     found: Raw = bundle_json(made.folder)
     found["base"] |= {"registry": "tiny", "hub": "owner/name/base.gguf@v1"}
@@ -105,9 +104,7 @@ def only_the_reader_knows(place: Place, value: Any) -> bool:
     return place[:2] == ("fusion", "typical") and len(place) >= 4 and value in (MISSING, [1])
 
 
-def test_real_bundles_are_valid(
-    validator: Any, raw: Raw, checkout: Path, calibrated: TinyBundle
-) -> None:
+def test_real_bundles_are_valid(validator, raw, checkout, calibrated) -> None:
     for path in (checkout / "models/demo/bundle.json", calibrated.folder / "bundle.json"):
         validator.validate(json.loads(path.read_text(encoding="utf-8")))
     validator.validate(raw)
@@ -119,7 +116,7 @@ def test_real_bundles_are_valid(
 
 
 @pytest.mark.slow
-def test_schema_and_reader_refuse_the_same(validator: Any, raw: Raw) -> None:
+def test_schema_and_reader_refuse_the_same(validator, raw) -> None:
     """Each field in turn becomes each of many values, or is left out."""
     n_refused, differing = 0, []
     for place in places(raw):
@@ -133,7 +130,7 @@ def test_schema_and_reader_refuse_the_same(validator: Any, raw: Raw) -> None:
     assert n_refused > 500
 
 
-def test_what_older_bundles_have_is_kept_and_ignored(validator: Any, raw: Raw) -> None:
+def test_what_older_bundles_have_is_kept_and_ignored(validator, raw) -> None:
     fusion = raw["fusion"] | {"pool": "mean", "strategy": "norm:2"}
     fusion["typical"] = {"math": {"fast_norm": [1.0], **fusion["typical"]["math"]}}
     document = {**raw, "fusion": fusion}

@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ LONG = "the king " * 120
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+def engine(tmp_path_factory) -> Iterator[Engine]:
     place = tmp_path_factory.mktemp("cancel")
     base = write_tiny_base(place / "base.gguf", n_ctx=1024)
     adapters = {"a": write_tiny_adapter(place / "a.gguf", base).path}
@@ -25,9 +24,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 
 
 @pytest.mark.parametrize("context", ["probe", "main"])
-def test_cancel_ends_the_reading_of_a_prompt(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, context: str
-) -> None:
+def test_cancel_ends_the_reading_of_a_prompt(engine, monkeypatch, context: str) -> None:
     """Cancelled from another thread once the context is at work: between two calls of Python."""
     expected = engine.weights(LONG).divergence
     engine.weights("something else")
@@ -51,7 +48,7 @@ def test_cancel_ends_the_reading_of_a_prompt(
 
 
 @pytest.mark.parametrize("is_done", [True, False])
-def test_cancel_ends_all_answers_that_were_asked_for(engine: Engine, is_done: bool) -> None:
+def test_cancel_ends_all_answers_that_were_asked_for(engine, is_done: bool) -> None:
     found = []
     for answer in engine.answers("the king", 3, max_tokens=5):
         next(answer)
@@ -64,9 +61,7 @@ def test_cancel_ends_all_answers_that_were_asked_for(engine: Engine, is_done: bo
 
 
 @pytest.mark.parametrize("prefill", ["base", "mix"])
-def test_weights_are_told_once_and_the_engine_may_be_asked_then(
-    engine: Engine, prefill: str
-) -> None:
+def test_weights_are_told_once_and_the_engine_may_be_asked_then(engine, prefill: str) -> None:
     told: list[FusionWeights] = []
 
     def on_weights(fusion: FusionWeights) -> None:
@@ -81,6 +76,6 @@ def test_weights_are_told_once_and_the_engine_may_be_asked_then(
     assert answer.text() == expected.text()
 
 
-def test_answer_keeps_its_engine_alive(tmp_path: Path) -> None:
+def test_answer_keeps_its_engine_alive(tmp_path) -> None:
     base = write_tiny_base(tmp_path / "base.gguf")
     assert len(list(Engine(base=base.path).generate("the king", max_tokens=5))) > 1

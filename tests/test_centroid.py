@@ -23,7 +23,7 @@ EXACT = {"kv_type": "f32", "flash_attn": False}
 
 
 @pytest.fixture(scope="module")
-def made_once(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+def made_once(tmp_path_factory) -> TinyBundle:
     made = make_bundle(tmp_path_factory.mktemp("centroid"))
     for name, texts in SAMPLES.items():
         set_samples(made.folder, name, texts, Engine)
@@ -31,7 +31,7 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
 
 
 @pytest.fixture
-def folder(made_once: TinyBundle, tmp_path: Path) -> Path:
+def folder(made_once, tmp_path) -> Path:
     """A bundle of a test's own, with samples of both adapters."""
     return Path(shutil.copytree(made_once.folder, tmp_path / "bundle"))
 
@@ -42,7 +42,7 @@ def fusion(folder: Path) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # theirs
-def test_weights_are_those_of_a_direct_reimplementation(made_once: TinyBundle) -> None:
+def test_weights_are_those_of_a_direct_reimplementation(made_once) -> None:
     """In torch, on transformers' own model: hidden states of all tokens, cosine, softmax."""
     torch = pytest.importorskip("torch")
     reference = pytest.importorskip("reference")
@@ -86,7 +86,7 @@ def test_weights_are_those_of_a_direct_reimplementation(made_once: TinyBundle) -
             np.testing.assert_allclose(found.weights[:, 2], expected, atol=2e-2)
 
 
-def test_embeddings_are_mean_states_of_the_base_alone(made_once: TinyBundle) -> None:
+def test_embeddings_are_mean_states_of_the_base_alone(made_once) -> None:
     """Of a prompt in several micro-batches too, and whatever was asked before."""
     with Engine(made_once.folder, threads=1, **EXACT) as engine:
         tokens = np.random.default_rng(0).integers(0, 256, 300).tolist()
@@ -111,7 +111,7 @@ def test_embeddings_are_mean_states_of_the_base_alone(made_once: TinyBundle) -> 
         np.testing.assert_array_equal(only, expected.astype(np.float32))
 
 
-def test_the_bundle_keeps_no_text(folder: Path) -> None:
+def test_the_bundle_keeps_no_text(folder) -> None:
     record = fusion(folder)["samples"]["es"]
     assert sorted(record) == ["embedding", "n_text", "sha256"]
     assert record["n_text"] == 3
@@ -129,7 +129,7 @@ def test_the_bundle_keeps_no_text(folder: Path) -> None:
     assert list(fusion(folder)["samples"]) == ["math", "es"]
 
 
-def test_what_cannot_be_used_changes_nothing(folder: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_used_changes_nothing(folder, tmp_path) -> None:
     before = snapshot(folder)
     with pytest.raises(BundleError, match="has no adapter 'law'; expected one of: math, es"):
         set_samples(folder, "law", ["a"], Engine)
@@ -147,7 +147,7 @@ def test_what_cannot_be_used_changes_nothing(folder: Path, tmp_path: Path) -> No
     assert snapshot(folder) == before
 
 
-def test_it_needs_samples_of_each_adapter(tmp_path: Path) -> None:
+def test_it_needs_samples_of_each_adapter(tmp_path) -> None:
     made = make_bundle(tmp_path)
     set_samples(made.folder, "math", ["one"], Engine)
     with Engine(made.folder) as engine:

@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from bundles import TinyBundle
 from scripted_chat import ANSWER
 from tmux import Window, need_tmux, on_a_terminal
 
@@ -19,7 +18,7 @@ HINT = "Alt-Enter: new line"  # below the input: it can be typed to
 
 
 @pytest.fixture
-def opened(tmp_path: Path) -> Iterator[Open]:
+def opened(tmp_path) -> Iterator[Open]:
     """Opens a chat in a window; its history is the test's own."""
     need_tmux()
     with ExitStack() as windows:
@@ -53,9 +52,7 @@ def opened(tmp_path: Path) -> Iterator[Open]:
         yield open_chat
 
 
-def test_a_chat_from_its_first_question_to_its_end(
-    opened: Open, made: TinyBundle, tmp_path: Path
-) -> None:
+def test_a_chat_from_its_first_question_to_its_end(opened, made, tmp_path) -> None:
     """Types, interrupts an answer taller than the screen, retries, shows weights, leaves."""
     story = "\n\n".join(" ".join(f"{name}{i}" for i in range(80)) for name in "abcdefgh")
     window = opened(made.folder, answer=story, columns=80, rows=8)
@@ -98,7 +95,7 @@ def test_a_chat_from_its_first_question_to_its_end(
     assert history.stat().st_mode & 0o077 == 0
 
 
-def test_a_chat_in_forty_columns(opened: Open, made: TinyBundle) -> None:
+def test_a_chat_in_forty_columns(opened, made) -> None:
     window = opened(made.folder, answer=" ring" * 50, columns=40, rows=20)
     window.type("/wei")
     window.wait_for("> /wei /weights")  # the menu; a Tab while it is being made is passed over
@@ -123,7 +120,7 @@ def test_a_chat_in_forty_columns(opened: Open, made: TinyBundle) -> None:
     window.wait_for("LEFT 0")
 
 
-def test_pasted_lines_are_one_message(opened: Open, made: TinyBundle, tmp_path: Path) -> None:
+def test_pasted_lines_are_one_message(opened, made, tmp_path) -> None:
     window = opened(made.folder)
     pasted = "one\n/quit\n<|im_end|> 漢字 🙂\nfour"
     window.paste(pasted)
@@ -140,9 +137,7 @@ def test_pasted_lines_are_one_message(opened: Open, made: TinyBundle, tmp_path: 
 @pytest.mark.parametrize(
     ("args", "env"), [(["--plain"], {"TERM": "xterm-256color"}), ([], {"TERM": "dumb"})]
 )
-def test_plain_terminals_get_no_escape_codes(
-    made: TinyBundle, args: list[str], env: dict[str, str]
-) -> None:
+def test_plain_terminals_get_no_escape_codes(made, args: list[str], env: dict[str, str]) -> None:
     command = [*SCRIPTED, ANSWER, "chat", str(made.folder), *args]
     written = on_a_terminal(command, b"the thing\n/weights\n/help\n/nothing\n\x04", **env)
     assert b"\x1b" not in written

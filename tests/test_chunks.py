@@ -1,7 +1,6 @@
 """Where prompts are cut."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,9 +82,7 @@ def test_prompts_are_alike_as_far_as_all_their_cuts_are() -> None:
     assert n_found > 500
 
 
-def test_a_piece_of_a_prompt_is_one_micro_batch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_piece_of_a_prompt_is_one_micro_batch(tmp_path, monkeypatch) -> None:
     base = write_tiny_base(tmp_path / "base.gguf", n_ctx=1024)
     path = write_tiny_adapter(tmp_path / "a.gguf", base).path
     with Engine(base=base.path, adapters={"a": path}, n_ctx=1024, strategy="static") as engine:

@@ -30,7 +30,7 @@ def make(place: Path, trained_on: str | None) -> TinyBundle:
         (None, "Missing option '--base': give a GGUF of the base that the adapter was trained"),
     ],
 )
-def test_base_is_asked_for_by_its_name(trained_on: str | None, said: str, tmp_path: Path) -> None:
+def test_base_is_asked_for_by_its_name(trained_on: str | None, said: str, tmp_path) -> None:
     make(tmp_path, trained_on)
     for line in (
         ["convert", tmp_path / "named", "-o", tmp_path / "out.gguf"],
@@ -41,7 +41,7 @@ def test_base_is_asked_for_by_its_name(trained_on: str | None, said: str, tmp_pa
         assert said in result.stderr
 
 
-def test_a_base_with_adapters_is_weighed_without_a_bundle(tmp_path: Path, own_cache: Path) -> None:
+def test_a_base_with_adapters_is_weighed_without_a_bundle(tmp_path, own_cache) -> None:
     made = make_sources(tmp_path)
     own = ["--adapter", made.peft, "--adapter", f"e={made.adapter.path}"]
     first = qaflora("weights", made.base.path, "the thing", "--json", *own)
@@ -65,9 +65,7 @@ def test_a_base_with_adapters_is_weighed_without_a_bundle(tmp_path: Path, own_ca
     assert len(list((own_cache / "mixes").rglob("bundle.json"))) == 2
 
 
-def test_a_first_run_that_was_ended_is_begun_again(
-    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_first_run_that_was_ended_is_begun_again(tmp_path, own_cache, monkeypatch) -> None:
     made = make_sources(tmp_path)
     words = ["weights", made.base.path, "the thing", "--json", "--adapter", made.peft]
     with monkeypatch.context() as patched:
@@ -82,7 +80,7 @@ def test_a_first_run_that_was_ended_is_begun_again(
     assert len(list((own_cache / "mixes").rglob("bundle.json"))) == 1
 
 
-def test_adapters_without_a_shared_kind_are_weighed_by_qa_flora(tmp_path: Path) -> None:
+def test_adapters_without_a_shared_kind_are_weighed_by_qa_flora(tmp_path) -> None:
     made = make_sources(tmp_path)
     for name in ("q_proj", "v_proj"):
         config = {"target_modules": [name]}
@@ -92,7 +90,7 @@ def test_adapters_without_a_shared_kind_are_weighed_by_qa_flora(tmp_path: Path) 
     assert shown["strategy"] == "qa-flora"
 
 
-def test_adapters_go_with_one_base(tmp_path: Path) -> None:
+def test_adapters_go_with_one_base(tmp_path) -> None:
     made = make_bundle(tmp_path)
     for line in (("run", made.folder), ("serve", made.base.path, made.base.path)):
         result = qaflora(*line, "--adapter", made.peft)
@@ -108,7 +106,7 @@ def test_adapters_go_with_one_base(tmp_path: Path) -> None:
     ("trained_on", "base"), [("owner/peft", "BASE.gguf"), ("x/SmolLM2-135M-Instruct", MODEL)]
 )
 def test_an_adapter_in_place_of_a_bundle_tells_its_base(
-    tmp_path: Path, trained_on: str, base: str
+    tmp_path, trained_on: str, base: str
 ) -> None:
     make(tmp_path, trained_on)
     result = qaflora("run", tmp_path / "named", "hi")

@@ -45,7 +45,7 @@ def asked(prompt: str, system: str | None = None) -> list[dict[str, str]]:
     return [*first, {"role": "user", "content": prompt}]
 
 
-def test_answers_are_those_one_after_the_other(made: TinyBundle, tmp_path: Path) -> None:
+def test_answers_are_those_one_after_the_other(made, tmp_path) -> None:
     path = tmp_path / "q.jsonl"
     own = [
         {"prompt": QUESTIONS[0], "id": "first", "max_tokens": 5},
@@ -86,7 +86,7 @@ def test_answers_are_those_one_after_the_other(made: TinyBundle, tmp_path: Path)
     assert expected[5] in ('"dog"', '"cat"')
 
 
-def test_json_gives_the_weights_of_every_layer(made: TinyBundle) -> None:
+def test_json_gives_the_weights_of_every_layer(made) -> None:
     stdin = lines({"prompt": "a thing"})
     result = run(made, "--prompts", "-", "--json", "--max-tokens", 2, stdin=stdin)
     single = json.loads(run(made, "a thing", "--json", "--max-tokens", 2).stdout)
@@ -95,7 +95,7 @@ def test_json_gives_the_weights_of_every_layer(made: TinyBundle) -> None:
     assert found["text"] == single["text"]
 
 
-def test_raw_prompts_and_system(made: TinyBundle) -> None:
+def test_raw_prompts_and_system(made) -> None:
     stdin = lines({"prompt": "the thing"}, {"prompt": "the thing", "raw_prompt": False})
     raw = run(made, "--prompts", "-", "--raw-prompt", "--max-tokens", 6, stdin=stdin)
     assert [each["text"] for each in records(raw.stdout)] == [
@@ -129,7 +129,7 @@ HOSTILE = [
 ]
 
 
-def test_a_failed_line_stops_no_other(made: TinyBundle, tmp_path: Path) -> None:
+def test_a_failed_line_stops_no_other(made, tmp_path) -> None:
     path = tmp_path / "q.jsonl"
     fine = lines({"prompt": "a"}).encode()
     written = [line.encode() if isinstance(line, str) else line for line, _, _ in HOSTILE]
@@ -147,7 +147,7 @@ def test_a_failed_line_stops_no_other(made: TinyBundle, tmp_path: Path) -> None:
     assert f"; {len(HOSTILE)} failed, the first: line 2: Cannot read" in result.stderr
 
 
-def test_an_answer_cut_under_its_schema_is_a_failure_with_its_text(made: TinyBundle) -> None:
+def test_an_answer_cut_under_its_schema_is_a_failure_with_its_text(made) -> None:
     request = {"prompt": "a", "json_schema": {"type": "string", "minLength": 50}, "id": 1}
     result = run(made, "--prompts", "-", "--max-tokens", 4, stdin=lines(request))
     (found,) = records(result.stdout)
@@ -157,7 +157,7 @@ def test_an_answer_cut_under_its_schema_is_a_failure_with_its_text(made: TinyBun
     assert result.exit_code == 1
 
 
-def test_unknown_keys_are_named_once(made: TinyBundle) -> None:
+def test_unknown_keys_are_named_once(made) -> None:
     requests = [{"prompt": "a", "tempreature": 1, "n\n": 2}, {"prompt": "b", "x": 1, "n\n": 2}]
     result = run(made, "--prompts", "-", "--max-tokens", 2, stdin=lines(*requests))
     assert result.exit_code == 0
@@ -177,7 +177,7 @@ def test_every_sampling_option_has_its_name_on_a_line() -> None:
 
 
 @pytest.mark.slow
-def test_a_pipe_is_read_once(made: TinyBundle) -> None:
+def test_a_pipe_is_read_once(made) -> None:
     """Nothing is known of what will come, so keys are named at the end."""
     command = [sys.executable, "-m", "qaflora_edge", "run", str(made.folder), *map(str, F32)]
     command += ["--prompts", "-", "--max-tokens", "3"]
@@ -203,13 +203,13 @@ def test_a_pipe_is_read_once(made: TinyBundle) -> None:
         (("--prompts", "f", "-o", "-"), "a file is needed, stdout will not do."),
     ],
 )
-def test_wrong_usage(made: TinyBundle, words: tuple[object, ...], message: str) -> None:
+def test_wrong_usage(made, words: tuple[object, ...], message: str) -> None:
     result = run(made, *words)
     assert result.exit_code == 2
     assert message in result.stderr
 
 
-def test_no_file_of_prompts(made: TinyBundle, tmp_path: Path) -> None:
+def test_no_file_of_prompts(made, tmp_path) -> None:
     result = run(made, "--prompts", tmp_path / "gone.jsonl", "-o", tmp_path / "out.jsonl")
     assert result.exit_code == 1
     assert result.stderr.startswith(f"Error: Cannot read {tmp_path / 'gone.jsonl'}: opening or re")
@@ -220,7 +220,7 @@ def test_no_file_of_prompts(made: TinyBundle, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def answered(made: TinyBundle, tmp_path_factory: pytest.TempPathFactory) -> str:
+def answered(made, tmp_path_factory) -> str:
     """Answers to the first two of four prompts."""
     folder = tmp_path_factory.mktemp("answered")
     path, out = folder / "q.jsonl", folder / "out.jsonl"
@@ -230,7 +230,7 @@ def answered(made: TinyBundle, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def begun(answered: str, tmp_path: Path) -> tuple[Path, Path]:
+def begun(answered, tmp_path) -> tuple[Path, Path]:
     """Four prompts, and a file of answers to the first two."""
     path, out = tmp_path / "q.jsonl", tmp_path / "out.jsonl"
     path.write_text(lines(*({"prompt": question} for question in QUESTIONS[:4])))
@@ -242,7 +242,7 @@ def go_on(made: TinyBundle, path: Path, out: Path, *more: object) -> Result:
     return run(made, "--prompts", path, "-o", out, "--max-tokens", 4, *more)
 
 
-def test_what_is_answered_is_skipped(made: TinyBundle, begun: tuple[Path, Path]) -> None:
+def test_what_is_answered_is_skipped(made, begun) -> None:
     path, out = begun
     before = out.read_bytes()
     with out.open("ab") as file:
@@ -277,7 +277,7 @@ OTHER = "was answered by another bundle or under other options than these. Give 
     ],
 )
 def test_another_file_is_refused_and_left_alone(
-    made: TinyBundle, begun: tuple[Path, Path], change: str, more: tuple[object, ...], message: str
+    made, begun, change: str, more: tuple[object, ...], message: str
 ) -> None:
     path, out = begun
     ends = {"foreign": b'{"prompt": "a"}\n', "torn": b"my notes"}
@@ -301,7 +301,7 @@ def test_another_file_is_refused_and_left_alone(
     assert before is None or out.read_bytes() == before
 
 
-def test_one_process_at_a_time_writes(made: TinyBundle, begun: tuple[Path, Path]) -> None:
+def test_one_process_at_a_time_writes(made, begun) -> None:
     from qaflora_edge.files import cache_lock
 
     path, out = begun
@@ -314,7 +314,7 @@ def test_one_process_at_a_time_writes(made: TinyBundle, begun: tuple[Path, Path]
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no such signals")
-def test_an_interrupted_run_goes_on(made: TinyBundle, tmp_path: Path) -> None:
+def test_an_interrupted_run_goes_on(made, tmp_path) -> None:
     out, path, whole = (tmp_path / name for name in ("out.jsonl", "q.jsonl", "whole.jsonl"))
     path.write_text(lines(*({"prompt": f"thing {i}", "id": i} for i in range(40))))
     options = ["--max-tokens", "60", "--prompts", str(path), "--parallel", "4", *map(str, F32)]
@@ -350,7 +350,7 @@ cat out.jsonl
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="it needs unshare, of Linux")
-def test_a_full_disk_ends_a_run_that_goes_on_later(made: TinyBundle, tmp_path: Path) -> None:
+def test_a_full_disk_ends_a_run_that_goes_on_later(made, tmp_path) -> None:
     """A real one, of three pages. What was written stays, and a torn line is written again."""
     path, whole, full = (tmp_path / name for name in ("q.jsonl", "whole.jsonl", "full"))
     full.mkdir()

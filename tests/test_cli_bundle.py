@@ -1,7 +1,6 @@
 """qaflora bundle create, show, verify, and qaflora convert"""
 
 import json
-from pathlib import Path
 
 import pytest
 from bundles import TinyBundle, bundle_json, make_bundle, make_sources, qaflora, rewrite
@@ -19,7 +18,7 @@ def create(made: TinyBundle, *more: object) -> Result:
     return qaflora("bundle", "create", made.folder, "--base", made.base.path, *adapters, *more)
 
 
-def test_create_makes_a_calibrated_bundle(tmp_path: Path) -> None:
+def test_create_makes_a_calibrated_bundle(tmp_path) -> None:
     made = make_sources(tmp_path)
     result = create(made)
     assert (result.exit_code, result.stdout) == (0, "")
@@ -30,7 +29,7 @@ def test_create_makes_a_calibrated_bundle(tmp_path: Path) -> None:
     assert (known.strategy, set(known.typical)) == ("two-place", {"math", "es"})
 
 
-def test_create_records_what_it_is_told(tmp_path: Path) -> None:
+def test_create_records_what_it_is_told(tmp_path) -> None:
     made = make_sources(tmp_path)
     result = create(
         made,
@@ -46,7 +45,7 @@ def test_create_records_what_it_is_told(tmp_path: Path) -> None:
     assert {info.ggml_type.name for info in tensors.values()} == {"F32"}
 
 
-def test_of_many_adapters_show_names_five_and_counts_the_others(tmp_path: Path) -> None:
+def test_of_many_adapters_show_names_five_and_counts_the_others(tmp_path) -> None:
     made = make_bundle(tmp_path)
     first, *_ = bundle_json(made.folder)["adapters"]
     many = [{**first, "name": f"a{i}"} for i in range(64)]
@@ -55,7 +54,7 @@ def test_of_many_adapters_show_names_five_and_counts_the_others(tmp_path: Path) 
     assert [row.split()[0] for row in rows[-6:]] == ["a0", "a1", "a2", "a3", "a4", "59"]
 
 
-def test_show_and_its_json(tmp_path: Path) -> None:
+def test_show_and_its_json(tmp_path) -> None:
     made = make_bundle(tmp_path)
     result = qaflora("bundle", "show", made.folder)
     assert result.exit_code == 0
@@ -69,7 +68,7 @@ def test_show_and_its_json(tmp_path: Path) -> None:
     assert shown == bundle_json(made.folder)
 
 
-def test_add_and_remove(tmp_path: Path) -> None:
+def test_add_and_remove(tmp_path) -> None:
     made = make_bundle(tmp_path)
     pairs = (f"law={made.peft}", f"med={made.adapter.path}")
     result = qaflora("bundle", "add", made.folder, *pairs, "--no-calibrate", "--license", "MIT")
@@ -86,7 +85,7 @@ def test_add_and_remove(tmp_path: Path) -> None:
     assert loaded.known.strategy == "single:med"
 
 
-def test_a_bundle_finds_its_base_that_moved(tmp_path: Path) -> None:
+def test_a_bundle_finds_its_base_that_moved(tmp_path) -> None:
     made = make_bundle(tmp_path)
     moved = made.base.path.rename(tmp_path / "moved.gguf")
     result = qaflora("bundle", "verify", made.folder)
@@ -97,7 +96,7 @@ def test_a_bundle_finds_its_base_that_moved(tmp_path: Path) -> None:
     assert qaflora("bundle", "verify", made.folder).exit_code == 0
 
 
-def test_calibrate(tmp_path: Path) -> None:
+def test_calibrate(tmp_path) -> None:
     made = make_bundle(tmp_path)
     result = qaflora("run", made.folder, "hi", "--strategy", "calibrated", "--raw-prompt")
     assert "measure them with `qaflora bundle calibrate DIR`." in result.stderr

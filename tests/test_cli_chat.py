@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import TinyBundle, make_bundle, qaflora
+from bundles import make_bundle, qaflora
 from click.testing import Result
 from rich.console import Console
 from rich.markdown import Markdown
@@ -52,13 +52,13 @@ def as_lines(texts: Sequence[str]) -> str:
     return "".join(f"{text}\n" for text in texts)
 
 
-def test_turns_build_on_each_other(made: TinyBundle) -> None:
+def test_turns_build_on_each_other(made) -> None:
     result = chat(made.folder, "the thing", "", "and then")  # an empty line asks nothing
     assert result.exit_code == 0
     assert result.stdout == as_lines(answers(made.folder, "the thing", "and then"))
 
 
-def test_the_status_tells_speed_and_mix(made: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_status_tells_speed_and_mix(made, monkeypatch) -> None:
     monkeypatch.setattr(Engine, "submit", scripted())
     result = chat(made.folder, "the thing", args=())
     status = r"\[9\.0 tok/s; first token \d\.\d\d s; \w+ ×[\d.]+ · \w+ ×[\d.]+\]\n"
@@ -66,9 +66,7 @@ def test_the_status_tells_speed_and_mix(made: TinyBundle, monkeypatch: pytest.Mo
     assert result.stdout == "The thing on a ring is there, and so is another.\n"
 
 
-def test_oldest_turns_are_dropped_when_the_context_is_full(
-    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_oldest_turns_are_dropped_when_the_context_is_full(made, monkeypatch) -> None:
     monkeypatch.setattr(Engine, "submit", scripted("the thing"))
     lines = ["the thing on a ring"] * 4
     result = chat(made.folder, *lines, args=(*GREEDY, "--ctx", "128"))
@@ -77,9 +75,7 @@ def test_oldest_turns_are_dropped_when_the_context_is_full(
     assert result.stderr.count("tok/s") == 4
 
 
-def test_too_long_a_line_is_told_and_the_chat_goes_on(
-    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_long_a_line_is_told_and_the_chat_goes_on(made, monkeypatch) -> None:
     monkeypatch.setattr(Engine, "submit", scripted())
     result = chat(made.folder, "hi", "xyz" * 100, "hi", args=(*GREEDY, "--ctx", "96"))
     assert result.exit_code == 0
@@ -88,13 +84,13 @@ def test_too_long_a_line_is_told_and_the_chat_goes_on(
     assert result.stderr.count("tok/s") == 2
 
 
-def test_raw_prompt_chats_without_a_template(tmp_path: Path) -> None:
+def test_raw_prompt_chats_without_a_template(tmp_path) -> None:
     made = make_bundle(tmp_path, chat_template=None)
     assert chat(made.folder, "hi").exit_code == 1
     assert chat(made.folder, "hi", args=(*GREEDY, "--raw-prompt")).exit_code == 0
 
 
-def test_interrupt_ends_the_answer_only(made: TinyBundle) -> None:
+def test_interrupt_ends_the_answer_only(made) -> None:
     result = subprocess.run(
         [sys.executable, "-c", STOPPED_WHILE_ANSWERING, "chat", str(made.folder), "--threads", "1"],
         input="the thing\nand then\n",
@@ -156,7 +152,7 @@ def test_markdown_is_still_markdown() -> None:
     assert "a b ──── 1 2" in markdown("| a | b |\n|---|---|\n| 1 | 2 |")
 
 
-def test_weights_shows_the_heatmap_of_the_last_answer(made: TinyBundle) -> None:
+def test_weights_shows_the_heatmap_of_the_last_answer(made) -> None:
     result = chat(made.folder, "/weights", "the thing", "/weights")
     assert result.stderr.startswith("[nothing has been answered yet]\n")
     assert "strategy qa-flora" in result.stderr
@@ -164,9 +160,7 @@ def test_weights_shows_the_heatmap_of_the_last_answer(made: TinyBundle) -> None:
     assert result.stdout == as_lines(answers(made.folder, "the thing"))
 
 
-def test_switched_off_adapters_are_as_if_they_were_not_there(
-    made: TinyBundle, tmp_path: Path
-) -> None:
+def test_switched_off_adapters_are_as_if_they_were_not_there(made, tmp_path) -> None:
     create_bundle(tmp_path / "es", made.base.path, {"es": made.adapter.path})
     result = chat(made.folder, "the thing", "/undo", "/adapters off math", "the thing")
     expected = answers(tmp_path / "es", "the thing")
@@ -196,7 +190,7 @@ FAILING = [
 ]
 
 
-def test_commands_that_fail_are_told_and_the_chat_goes_on(made: TinyBundle) -> None:
+def test_commands_that_fail_are_told_and_the_chat_goes_on(made) -> None:
     lines, messages = zip(*FAILING, strict=True)
     result = chat(made.folder, "on a ring", "and then", *lines, "the thing")
     errors = [row for row in result.stderr.splitlines() if row.startswith("Error: ")]
@@ -207,7 +201,7 @@ def test_commands_that_fail_are_told_and_the_chat_goes_on(made: TinyBundle) -> N
     assert result.stdout == as_lines(answers(made.folder, "on a ring", "and then", "the thing"))
 
 
-def test_strategy_is_shown_and_changed(made: TinyBundle) -> None:
+def test_strategy_is_shown_and_changed(made) -> None:
     result = chat(made.folder, "/strategy", "/strategy single:es", "the thing")
     assert "[strategy qa-flora]\n[strategy single:es]\n" in result.stderr
     assert "es ×1]" in result.stderr
@@ -215,7 +209,7 @@ def test_strategy_is_shown_and_changed(made: TinyBundle) -> None:
     assert result.stdout == as_lines(expected)
 
 
-def test_system_is_sent_first_and_taken_away(made: TinyBundle) -> None:
+def test_system_is_sent_first_and_taken_away(made) -> None:
     expected = answers(made.folder, "the thing", system="on a ring")
     result = chat(made.folder, "/system", "/system on a ring", "the thing")
     assert result.stdout == as_lines(expected)
@@ -226,7 +220,7 @@ def test_system_is_sent_first_and_taken_away(made: TinyBundle) -> None:
     assert none.stdout == as_lines(answers(made.folder, "the thing"))
 
 
-def test_a_template_without_system_prompt_refuses_it(tmp_path: Path) -> None:
+def test_a_template_without_system_prompt_refuses_it(tmp_path) -> None:
     template = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
         "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
@@ -239,7 +233,7 @@ def test_a_template_without_system_prompt_refuses_it(tmp_path: Path) -> None:
     assert (failed.exit_code, failed.stdout) == (1, "")
 
 
-def test_undo_and_retry(made: TinyBundle) -> None:
+def test_undo_and_retry(made) -> None:
     result = chat(made.folder, "/retry", "/undo", "on a ring", "/undo", "the thing", "/retry")
     assert result.stderr.startswith("[nothing has been asked yet]\n" * 2)
     assert "[taken back: on a ring]" in result.stderr
@@ -251,7 +245,7 @@ def test_undo_and_retry(made: TinyBundle) -> None:
     assert result.stdout == as_lines([first, first, second])
 
 
-def test_a_saved_chat_goes_on_where_it_was(made: TinyBundle, tmp_path: Path) -> None:
+def test_a_saved_chat_goes_on_where_it_was(made, tmp_path) -> None:
     path = tmp_path / "my talk.json"
     whole = chat(made.folder, "/system on a ring", "the thing", "and then")
     saved = chat(made.folder, "/system on a ring", "the thing", f"/save {path}")
@@ -265,12 +259,12 @@ def test_a_saved_chat_goes_on_where_it_was(made: TinyBundle, tmp_path: Path) -> 
     assert option.stdout == loaded.stdout
 
 
-def test_two_slashes_send_one(made: TinyBundle) -> None:
+def test_two_slashes_send_one(made) -> None:
     result = chat(made.folder, "//help me")
     assert result.stdout == as_lines(answers(made.folder, "/help me"))
 
 
-def test_help_names_every_command_and_quit_leaves(made: TinyBundle) -> None:
+def test_help_names_every_command_and_quit_leaves(made) -> None:
     result = chat(made.folder, "/help", "/quit", "the thing")
     for name in (*COMMANDS, "quit"):
         assert f"\n/{name} " in f"\n{result.stderr}"
@@ -281,7 +275,7 @@ def test_help_names_every_command_and_quit_leaves(made: TinyBundle) -> None:
         assert (left.exit_code, left.stdout, left.stderr) == (0, "", "")
 
 
-def test_sampling_is_shown_and_changed(made: TinyBundle) -> None:
+def test_sampling_is_shown_and_changed(made) -> None:
     lines = ("/set", "/set temp 1.5", "/set seed 7", "/set repeat_penalty off", "the thing")
     result = chat(made.folder, *lines)
     assert result.stderr.startswith("[max_tokens 6; temp 0.0; top_p 0.95; ")
@@ -292,14 +286,14 @@ def test_sampling_is_shown_and_changed(made: TinyBundle) -> None:
     assert off.stderr == "[seed None]\n"
 
 
-def test_clear_forgets_the_conversation_alone(made: TinyBundle) -> None:
+def test_clear_forgets_the_conversation_alone(made) -> None:
     result = chat(made.folder, "/system on a ring", "and then", "/clear", "the thing")
     assert "[the conversation is forgotten]" in result.stderr
     expected = answers(made.folder, "the thing", system="on a ring")
     assert result.stdout.splitlines()[1:] == as_lines(expected).splitlines()
 
 
-def test_a_message_that_is_no_utf8_is_told_and_the_chat_goes_on(made: TinyBundle) -> None:
+def test_a_message_that_is_no_utf8_is_told_and_the_chat_goes_on(made) -> None:
     result = chat(made.folder, b"the th\xffing", "the thing")
     assert result.stdout == as_lines(answers(made.folder, "the thing"))
     assert result.stderr.startswith(
@@ -308,7 +302,7 @@ def test_a_message_that_is_no_utf8_is_told_and_the_chat_goes_on(made: TinyBundle
     )
 
 
-def test_adapters_are_added_and_dropped(made: TinyBundle, tmp_path: Path) -> None:
+def test_adapters_are_added_and_dropped(made, tmp_path) -> None:
     place = shutil.copytree(made.peft, tmp_path / "a folder")
     added = (f"/add {place}", f"/add {made.adapter.path} two")
     result = chat(made.folder, *added, "/drop es", "/add", "/drop", "/drop x", "the thing")

@@ -22,7 +22,7 @@ def compare(made: TinyBundle, *args: object, stdin: str | None = None) -> Result
     return qaflora("compare", made.folder, *args, "--max-tokens", 6, stdin=stdin)
 
 
-def test_answers_are_those_of_the_strategies(made: TinyBundle) -> None:
+def test_answers_are_those_of_the_strategies(made) -> None:
     shown = json.loads(compare(made, PROMPT, "--json", "--parallel", 1).stdout)
     assert shown["prompt"] == PROMPT
     names = [answer["strategy"] for answer in shown["answers"]]
@@ -35,7 +35,7 @@ def test_answers_are_those_of_the_strategies(made: TinyBundle) -> None:
             assert np.allclose(answer["fusion"]["weights"], own.fusion.weights, atol=1e-6)
 
 
-def test_table_has_each_strategy_with_its_mix_and_answer(made: TinyBundle) -> None:
+def test_table_has_each_strategy_with_its_mix_and_answer(made) -> None:
     result = compare(made, PROMPT, "--strategies", "base,single,manual:math=1,es=0.5,static")
     assert (result.exit_code, result.stderr) == (0, "")
     lines = [line.strip() for line in result.stdout.splitlines()]
@@ -61,7 +61,7 @@ def test_list_of_strategies(ways: str, expected: list[str]) -> None:
     assert expand(ways, ("math", "es")) == expected
 
 
-def test_unknown_strategy_fails_before_any_answer(made: TinyBundle) -> None:
+def test_unknown_strategy_fails_before_any_answer(made) -> None:
     result = compare(made, PROMPT, "--strategies", "base,nice")
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith("Error: Strategy 'nice' is not known")
@@ -76,7 +76,7 @@ def answer(text: str) -> Answer:
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 @pytest.mark.parametrize("width", [20, 80])
 def test_table_fits_and_lets_no_control_character_out(
-    encoding: str, width: int, monkeypatch: pytest.MonkeyPatch
+    encoding: str, width: int, monkeypatch
 ) -> None:
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
     word = "W" * 50 + "!"

@@ -2,7 +2,6 @@
 
 import contextlib
 import shutil
-from pathlib import Path
 
 import pytest
 from bundles import TinyBundle
@@ -30,17 +29,17 @@ def suggested(made: TinyBundle, line: str, **more: str) -> list[str]:
         ("qaflora run bundle --strategy s", ["spectr"]),
     ],
 )
-def test_suggestions(made: TinyBundle, line: str, expected: list[str]) -> None:
+def test_suggestions(made, line: str, expected: list[str]) -> None:
     assert suggested(made, line) == expected
 
 
-def test_bundles_by_name_are_suggested(made: TinyBundle, tmp_path: Path) -> None:
+def test_bundles_by_name_are_suggested(made, tmp_path) -> None:
     shutil.copytree(made.folder, tmp_path / "named")
     place = {"QAFLORA_BUNDLES": str(tmp_path)}
     assert suggested(made, "qaflora chat na", **place) == ["named"]
 
 
-def test_broken_settings_suggest_files(made: TinyBundle, tmp_path: Path) -> None:
+def test_broken_settings_suggest_files(made, tmp_path) -> None:
     config = tmp_path / "config.toml"
     config.write_text("=", encoding="utf-8")
     assert suggested(made, "qaflora chat na", QAFLORA_CONFIG=str(config)) == ["na"]

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,6 @@ import pytest
 import tiny
 from bundles import qaflora
 from click.testing import Result
-from hubs import FakeHub
 
 from qaflora_edge.convert import adapter as convert
 
@@ -21,7 +19,7 @@ def run(*args: object) -> Result:
     return qaflora("convert", *args)
 
 
-def test_file_that_exists_is_kept_without_force(tmp_path: Path, base: tiny.TinyBase) -> None:
+def test_file_that_exists_is_kept_without_force(tmp_path, base) -> None:
     folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj"], layers=[0])
     out = tmp_path / "out.gguf"
     out.write_bytes(b"older")
@@ -36,9 +34,7 @@ def test_file_that_exists_is_kept_without_force(tmp_path: Path, base: tiny.TinyB
     assert result.stderr == f"Wrote {out} ({out.stat().st_size / 1e6:.1f} MB).\n"
 
 
-def test_the_adapter_names_the_file(
-    tmp_path: Path, base: tiny.TinyBase, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_adapter_names_the_file(tmp_path, base, monkeypatch) -> None:
     folder = tiny.write_tiny_peft(tmp_path / "a", base)
     monkeypatch.chdir(tmp_path)
     result = run(folder, "--base", base.path)
@@ -46,7 +42,7 @@ def test_the_adapter_names_the_file(
     assert (tmp_path / "a.gguf").is_file()
 
 
-def test_both_bases_are_named(tmp_path: Path, base: tiny.TinyBase) -> None:
+def test_both_bases_are_named(tmp_path, base) -> None:
     config = {"base_model_name_or_path": "owner/other"}
     folder = tiny.write_tiny_peft(tmp_path / "a", base, config=config)
     result = run(folder, "--base", base.path, "-o", tmp_path / "out.gguf")
@@ -55,9 +51,7 @@ def test_both_bases_are_named(tmp_path: Path, base: tiny.TinyBase) -> None:
     ]
 
 
-def test_names_on_the_hub_are_fetched(
-    hub: FakeHub, hub_cache: Path, tmp_path: Path, base: tiny.TinyBase
-) -> None:
+def test_names_on_the_hub_are_fetched(hub, hub_cache, tmp_path, base) -> None:
     folder = tiny.write_tiny_peft(tmp_path / "math", base)
     hub.put("owner/math", {path.name: path.read_bytes() for path in folder.iterdir()})
     hub.put("owner/base", {"q8/base.gguf": base.path.read_bytes()})
@@ -68,7 +62,7 @@ def test_names_on_the_hub_are_fetched(
     assert there.read_bytes() == here.read_bytes()
 
 
-def test_what_cannot_be_converted_is_told(tmp_path: Path, base: tiny.TinyBase) -> None:
+def test_what_cannot_be_converted_is_told(tmp_path, base) -> None:
     folder = tiny.write_tiny_peft(tmp_path / "a", base)
     adapter = tiny.write_tiny_adapter(tmp_path / "a.gguf", base)
     out = tmp_path / "out.gguf"
@@ -82,7 +76,7 @@ def test_what_cannot_be_converted_is_told(tmp_path: Path, base: tiny.TinyBase) -
     assert not out.exists()
 
 
-def test_verify_sums_up(tmp_path: Path, base: tiny.TinyBase) -> None:
+def test_verify_sums_up(tmp_path, base) -> None:
     folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj", "o_proj"], layers=[1])
     arguments = (folder, "--base", base.path, "-o", tmp_path / "out.gguf", "--verify", "--force")
     result, report = run(*arguments), json.loads(run(*arguments, "--json").stdout)
@@ -97,7 +91,7 @@ def test_verify_sums_up(tmp_path: Path, base: tiny.TinyBase) -> None:
     assert result.stdout == "Verified 2 modules: none differs from its source.\n"
 
 
-def test_json_says_what_was_written(tmp_path: Path, base: tiny.TinyBase) -> None:
+def test_json_says_what_was_written(tmp_path, base) -> None:
     folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj"], rank=8)
     out = tmp_path / "out.gguf"
     result = run(folder, "--base", base.path, "-o", out, "--verify", "--json")
@@ -121,7 +115,7 @@ def test_json_says_what_was_written(tmp_path: Path, base: tiny.TinyBase) -> None
 
 @pytest.mark.parametrize("value", [2.0, np.nan])
 def test_wrong_conversion_is_reported_with_exit_code_1(
-    tmp_path: Path, base: tiny.TinyBase, monkeypatch: pytest.MonkeyPatch, value: float
+    tmp_path, base, monkeypatch, value: float
 ) -> None:
     folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj"], layers=[0])
     original = convert.encoded_tensor

@@ -45,7 +45,7 @@ def test_report_to_read() -> None:
     ],
 )
 def test_kernels_and_whether_they_allow_guesses_are_told(
-    monkeypatch: pytest.MonkeyPatch, kernels: str, verdict: str
+    monkeypatch, kernels: str, verdict: str
 ) -> None:
     monkeypatch.setenv("QAFLORA_CPU_KERNELS", kernels)
     library = json.loads(qaflora("doctor", "--json").stdout)["library"]
@@ -55,7 +55,7 @@ def test_kernels_and_whether_they_allow_guesses_are_told(
     assert f"\nkernels          {kernels}; {verdict}\n" in qaflora("doctor").stdout
 
 
-def test_missing_library_is_told_beside_the_rest(tmp_path: Path) -> None:
+def test_missing_library_is_told_beside_the_rest(tmp_path) -> None:
     # A process of its own: a library that was loaded once stays loaded.
     environment = {**os.environ, "QAFLORA_LIB_PATH": str(tmp_path)}
     for flag in ([], ["--json"]):

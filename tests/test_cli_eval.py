@@ -42,9 +42,7 @@ def by_key(path: Path) -> dict[tuple[str, int, str], dict[str, Any]]:
     }
 
 
-def test_every_item_is_answered_under_every_strategy(
-    calibrated: TinyBundle, tmp_path: Path
-) -> None:
+def test_every_item_is_answered_under_every_strategy(calibrated, tmp_path) -> None:
     out = tmp_path / "r.jsonl"
     result = run(calibrated, sums(tmp_path / "sums.jsonl", 3), "-o", out, "--parallel", 5)
     assert result.exit_code == 0, result.output
@@ -73,7 +71,7 @@ def test_every_item_is_answered_under_every_strategy(
             assert each["expected"] == item
 
 
-def test_likelihoods_are_those_of_the_engine(calibrated: TinyBundle, tmp_path: Path) -> None:
+def test_likelihoods_are_those_of_the_engine(calibrated, tmp_path) -> None:
     choices = ["one thing", "another on the ring"]
     pick = task(tmp_path / "pick.jsonl", {"question": "Which?", "choices": choices, "answer": 0})
     text = task(
@@ -101,7 +99,7 @@ def test_likelihoods_are_those_of_the_engine(calibrated: TinyBundle, tmp_path: P
             assert found["text", 0, way]["score"] == pytest.approx(nats, abs=1e-5)
 
 
-def test_a_file_is_resumed(calibrated: TinyBundle, tmp_path: Path) -> None:
+def test_a_file_is_resumed(calibrated, tmp_path) -> None:
     path, out, whole = sums(tmp_path / "s.jsonl"), tmp_path / "r.jsonl", tmp_path / "whole.jsonl"
     assert run(calibrated, path, "--strategies", "base", "--limit", 2, "-o", out).exit_code == 0
     assert sorted(item for _, item, _ in by_key(out)) == [0, 1]
@@ -117,9 +115,7 @@ def test_a_file_is_resumed(calibrated: TinyBundle, tmp_path: Path) -> None:
     assert run(calibrated, path, "-o", out, "--temp", 1).exit_code == 1  # other options
 
 
-def test_an_item_that_cannot_be_asked_is_a_result_without_a_score(
-    calibrated: TinyBundle, tmp_path: Path
-) -> None:
+def test_an_item_that_cannot_be_asked_is_a_result_without_a_score(calibrated, tmp_path) -> None:
     items = [{"question": "a" * n, "answer": 1} for n in (3, 600, 4)]
     out = tmp_path / "r.jsonl"
     path = task(tmp_path / "sums.jsonl", *items, max_tokens=2)
@@ -133,7 +129,7 @@ def test_an_item_that_cannot_be_asked_is_a_result_without_a_score(
     assert len(found) == 6
 
 
-def test_table_and_json_show_every_item(calibrated: TinyBundle, tmp_path: Path) -> None:
+def test_table_and_json_show_every_item(calibrated, tmp_path) -> None:
     path, file = sums(tmp_path / "sums.jsonl", 2), tmp_path / "r.json"
     ways = ("--strategies", "static,qa-flora")
     result = run(calibrated, path, *ways, "--json", file)
@@ -156,9 +152,7 @@ def test_table_and_json_show_every_item(calibrated: TinyBundle, tmp_path: Path) 
         (("sums.jsonl",), 2, "Two tasks have one name: sums, sums, expected different ones"),
     ],
 )
-def test_wrong_usage(
-    calibrated: TinyBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: tuple[Any, ...]
-) -> None:
+def test_wrong_usage(calibrated, tmp_path, monkeypatch, case: tuple[Any, ...]) -> None:
     args, code, message = case
     monkeypatch.chdir(tmp_path)
     sums(tmp_path / "sums.jsonl")
@@ -167,7 +161,7 @@ def test_wrong_usage(
     assert message in result.stderr
 
 
-def test_save_makes_the_best_strategy_the_default(tmp_path: Path) -> None:
+def test_save_makes_the_best_strategy_the_default(tmp_path) -> None:
     made = make_bundle(tmp_path)
     text = task(
         tmp_path / "text.jsonl",
@@ -188,9 +182,7 @@ def test_save_makes_the_best_strategy_the_default(tmp_path: Path) -> None:
         assert engine.strategy == best
 
 
-def test_what_cannot_be_saved_is_said_before_the_work(
-    calibrated: TinyBundle, tmp_path: Path
-) -> None:
+def test_what_cannot_be_saved_is_said_before_the_work(calibrated, tmp_path) -> None:
     path = sums(tmp_path / "sums.jsonl", 1)
     result = qaflora("eval", calibrated.base.path, path, "--save", *F32)
     assert result.exit_code == 1

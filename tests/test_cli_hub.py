@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 from bundles import bundle_json, make_bundle, qaflora, snapshot
-from hubs import FakeHub
 from refusals import refused
 
 from qaflora_edge.bundles.open import load_bundle
@@ -18,7 +17,7 @@ FILES = ("bundle.json", "adapters/math.gguf", "adapters/es.gguf")
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub_cache: Path) -> Path:
+def place(tmp_path, monkeypatch, hub_cache) -> Path:
     """A working folder without anything, and caches of its own."""
     monkeypatch.setenv("QAFLORA_CACHE", str(tmp_path / "cache"))
     (tmp_path / "work").mkdir()
@@ -40,9 +39,7 @@ def here() -> dict[str, dict[str, object]]:
     return {entry["name"]: entry for entry in json.loads(qaflora("list", "--json").stdout)}
 
 
-def test_bundles_and_bases_are_listed(
-    place: Path, tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bundles_and_bases_are_listed(place, tmp_path, hub, monkeypatch) -> None:
     base = put_base()
     made = make_bundle(place)
     (tmp_path / "named").mkdir()
@@ -64,7 +61,7 @@ def test_bundles_and_bases_are_listed(
     assert f"base     {BASE}      98 MB  pulled  {base}\n" in qaflora("ls").stdout
 
 
-def test_what_was_pulled_is_removed(place: Path, hub: FakeHub) -> None:
+def test_what_was_pulled_is_removed(place, hub) -> None:
     base, made = put_base(), make_bundle(place)
     hub.put("owner/theirs", {name: (made.folder / name).read_bytes() for name in FILES})
     fetch_hub("owner/theirs")
@@ -81,9 +78,7 @@ def test_what_was_pulled_is_removed(place: Path, hub: FakeHub) -> None:
     assert snapshot(made.folder) == before
 
 
-def test_every_commit_and_file_is_listed_and_removed(
-    place: Path, hub: FakeHub, hub_cache: Path
-) -> None:
+def test_every_commit_and_file_is_listed_and_removed(place, hub, hub_cache) -> None:
     made = make_bundle(place)
     files = {name: (made.folder / name).read_bytes() for name in FILES}
     old = hub.put("owner/theirs", {**files, "README.md": b"old"})
@@ -111,7 +106,7 @@ def test_every_commit_and_file_is_listed_and_removed(
 
 
 @pytest.mark.parametrize("name", ["nothing", "bundle"])
-def test_what_was_not_pulled_is_refused(place: Path, name: str) -> None:
+def test_what_was_not_pulled_is_refused(place, name: str) -> None:
     make_bundle(place)
     result = qaflora("remove", name, "--yes")
     assert (result.exit_code, result.stdout) == (1, "")
@@ -133,7 +128,7 @@ def test_models_tells_what_is_here() -> None:
     assert shown["gemma-3-270m"]["path"] is None
 
 
-def test_pull_from_the_hub(hub: FakeHub, hub_cache: Path) -> None:
+def test_pull_from_the_hub(hub, hub_cache) -> None:
     commit = hub.put("owner/name", {"base.gguf": b"GGUF base"})
     path = hub_cache / "models--owner--name" / "snapshots" / commit / "base.gguf"
     for _ in range(2):
@@ -145,7 +140,7 @@ def test_pull_from_the_hub(hub: FakeHub, hub_cache: Path) -> None:
     assert Path(result.stdout.strip()).read_bytes() == b"GGUF newer"
 
 
-def test_pull_with_the_base(hub: FakeHub, hub_cache: Path, tmp_path: Path) -> None:
+def test_pull_with_the_base(hub, hub_cache, tmp_path) -> None:
     made = make_bundle(tmp_path / "made")
     hub.put("owner/base", {"base.gguf": made.base.path.read_bytes()})
     raw = bundle_json(made.folder)

@@ -5,13 +5,12 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import click
 import numpy as np
 import pytest
 import tiny
-from bundles import TinyBundle, qaflora
+from bundles import qaflora
 from patience import PATIENCE_S
 
 from qaflora_edge import __version__
@@ -133,7 +132,7 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals and pipes are POSIX ones")
-def test_reader_that_leaves_is_no_failure(made: TinyBundle) -> None:
+def test_reader_that_leaves_is_no_failure(made) -> None:
     args = ["run", str(made.folder), "the thing", "--max-tokens", "400"]
     process = subprocess.Popen(
         [*QAFLORA, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -157,7 +156,7 @@ def test_reader_that_leaves_is_no_failure(made: TinyBundle) -> None:
     ],
 )  # fmt: skip
 def test_what_no_file_reports_itself_is_no_traceback(
-    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch
+    error: Exception, message: str, monkeypatch
 ) -> None:
     """A file that goes between two looks at it, and memory that is not there."""
     from qaflora_edge.formats import names as registry
@@ -190,7 +189,7 @@ main(sys.argv[1:])
 """
 
 
-def test_interrupt_is_130(made: TinyBundle) -> None:
+def test_interrupt_is_130(made) -> None:
     args = ["run", str(made.folder), "the thing", "--max-tokens", "400"]
     result = subprocess.run(
         [sys.executable, "-c", STOPPED_WHILE_ANSWERING, *args], capture_output=True, text=True
@@ -200,7 +199,7 @@ def test_interrupt_is_130(made: TinyBundle) -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_names_in_a_file_cannot_command_the_terminal(made: TinyBundle, tmp_path: Path) -> None:
+def test_names_in_a_file_cannot_command_the_terminal(made, tmp_path) -> None:
     peft = tiny.write_tiny_peft(tmp_path / "peft", made.base)
     name = "x\x1b]0;title\x07\u202e\n.weight"
     tiny.write_safetensors(

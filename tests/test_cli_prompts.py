@@ -14,13 +14,13 @@ def message(path: Path | str) -> str:
     return refused(InputFileError, read_prompts, str(path))
 
 
-def test_lines(tmp_path: Path) -> None:
+def test_lines(tmp_path) -> None:
     path = tmp_path / "p.txt"
     path.write_bytes("\ufeffone  two\r\n\n  \n¿qué? \u2028 still\n".encode())
     assert read_prompts(str(path)) == ["one  two", "¿qué? \u2028 still"]
 
 
-def test_json_lines(tmp_path: Path) -> None:
+def test_json_lines(tmp_path) -> None:
     path = tmp_path / "p.JSONL"
     path.write_text('{"prompt": "a\\nb"}\n{"name": null, "prompt": "c"}')
     assert read_prompts(str(path)) == ["a\nb", "c"]
@@ -33,7 +33,7 @@ def test_json_lines(tmp_path: Path) -> None:
         ('{"prompt": " "}', '"prompt" is " ", expected a text that is not empty'),
     ],
 )
-def test_bad_lines_are_named(line: str, wrong: str, tmp_path: Path) -> None:
+def test_bad_lines_are_named(line: str, wrong: str, tmp_path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "fine"}\n' + line + "\n")
     shown = message(path)
@@ -41,7 +41,7 @@ def test_bad_lines_are_named(line: str, wrong: str, tmp_path: Path) -> None:
     assert shown.endswith("Correct the line.")
 
 
-def test_bad_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_files_are_named(tmp_path, monkeypatch) -> None:
     path = tmp_path / "p.txt"
     assert message(path) == (
         f"Cannot read {path}: opening or reading it failed: No such file or directory. Check that "

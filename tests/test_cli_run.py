@@ -32,7 +32,7 @@ def answer(made: TinyBundle, prompt: str | None = None, **options: object) -> st
         return engine.generate(prompt or tokens, **options).text()  # type: ignore[arg-type]
 
 
-def test_answer_on_stdout_the_rest_on_stderr(made: TinyBundle) -> None:
+def test_answer_on_stdout_the_rest_on_stderr(made) -> None:
     result = run(made.folder, PROMPT, "--max-tokens", 8)
     assert result.exit_code == 0
     assert result.stdout == answer(made, max_tokens=8) + "\n"
@@ -41,7 +41,7 @@ def test_answer_on_stdout_the_rest_on_stderr(made: TinyBundle) -> None:
     assert result.stderr.endswith("cut at the limit of tokens]\n")
 
 
-def test_json_is_the_contract(made: TinyBundle) -> None:
+def test_json_is_the_contract(made) -> None:
     result = run(made.folder, PROMPT, "--max-tokens", 8, "--json")
     assert (result.exit_code, result.stderr) == (0, "")
     shown = json.loads(result.stdout)
@@ -58,7 +58,7 @@ def test_json_is_the_contract(made: TinyBundle) -> None:
     assert set(shown) == {"text", "finish_reason", "usage", "fusion", "timings"}
 
 
-def test_base_without_template_needs_raw_prompt(tmp_path: Path) -> None:
+def test_base_without_template_needs_raw_prompt(tmp_path) -> None:
     made = make_bundle(tmp_path, chat_template=None)
     result = run(made.folder, PROMPT, "--max-tokens", 4)
     assert (result.exit_code, result.stdout) == (1, "")
@@ -72,9 +72,7 @@ def test_base_without_template_needs_raw_prompt(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "name"), [("bundle", "owner/name"), ("base", "smollm2-135m-instruct")]
 )
-def test_dir_may_be_the_name_of_what_was_pulled(
-    made: TinyBundle, monkeypatch: pytest.MonkeyPatch, kind: str, name: str
-) -> None:
+def test_dir_may_be_the_name_of_what_was_pulled(made, monkeypatch, kind: str, name: str) -> None:
     pulled: dict[str, Path] = {}
     monkeypatch.setattr(hub_cache, "pulled_path", pulled.get)
     monkeypatch.setattr(registry, "local_path", lambda model: pulled.get(model.name))
@@ -88,7 +86,7 @@ def test_dir_may_be_the_name_of_what_was_pulled(
     assert run(name, PROMPT, "--max-tokens", 2).exit_code == 0
 
 
-def test_dir_may_be_a_base(made: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dir_may_be_a_base(made, monkeypatch) -> None:
     alone = answer(made, max_tokens=8, weights="base")
     result = run(made.base.path, PROMPT, "--max-tokens", 8)
     assert (result.exit_code, result.stdout) == (0, f"{alone}\n"), result.stderr
@@ -109,7 +107,7 @@ def test_dir_may_be_a_base(made: TinyBundle, monkeypatch: pytest.MonkeyPatch) ->
     ],
 )
 def test_other_commands_take_a_base(
-    verb: str, args: list[str], stdin: str, shown: str, made: TinyBundle, tmp_path: Path
+    verb: str, args: list[str], stdin: str, shown: str, made, tmp_path
 ) -> None:
     stdin = stdin.replace("{place}", str(tmp_path))
     result = qaflora(verb, made.base.path, *args, stdin=stdin)
@@ -131,9 +129,7 @@ def test_other_commands_take_a_base(
         ("while read line; do {run} $line; done < doc.txt", "doc"),
     ],
 )
-def test_what_is_piped_stands_behind_the_prompt(
-    command: str, asked: str, made: TinyBundle, tmp_path: Path
-) -> None:
+def test_what_is_piped_stands_behind_the_prompt(command: str, asked: str, made, tmp_path) -> None:
     (tmp_path / "doc.txt").write_text("doc\n")
     run = shlex.join([*QAFLORA, "run", str(made.folder)])
     shell = command.replace("{run}", f"{run} --max-tokens 1 --json")
@@ -151,9 +147,7 @@ SCHEMA = {
 }
 
 
-def test_a_stop_out_of_the_settings_cuts_no_json(
-    made: TinyBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stop_out_of_the_settings_cuts_no_json(made, tmp_path, monkeypatch) -> None:
     path, settings = tmp_path / "schema.json", tmp_path / "config.toml"
     path.write_text(json.dumps(SCHEMA))
     settings.write_text('stop = ["\\"", "{"]\n')
@@ -164,7 +158,7 @@ def test_a_stop_out_of_the_settings_cuts_no_json(
     assert run(made.folder, PROMPT, "--json-schema", path, "--stop", "x").exit_code == 2
 
 
-def test_answer_cut_before_its_grammar_ends_is_a_failure(made: TinyBundle, tmp_path: Path) -> None:
+def test_answer_cut_before_its_grammar_ends_is_a_failure(made, tmp_path) -> None:
     grammar = tmp_path / "date.gbnf"
     grammar.write_text('root ::= [0-9]{4} "-" [0-9]{2}\n')
     cut = run(made.folder, PROMPT, "--grammar", grammar, "--max-tokens", 5)
@@ -189,7 +183,7 @@ def test_answer_cut_before_its_grammar_ends_is_a_failure(made: TinyBundle, tmp_p
     ],
 )
 def test_bad_grammar_is_named_before_the_model_is_loaded(
-    option: str, text: str, wrong: str, tmp_path: Path
+    option: str, text: str, wrong: str, tmp_path
 ) -> None:
     path = tmp_path / "grammar"
     path.write_text(text)
@@ -209,7 +203,7 @@ def test_bad_grammar_is_named_before_the_model_is_loaded(
         ([PROMPT, "--system", "a", "--raw-prompt"], "--system needs the chat template, which"),
     ],
 )
-def test_wrong_usage_is_2(args: list[str], message: str, tmp_path: Path) -> None:
+def test_wrong_usage_is_2(args: list[str], message: str, tmp_path) -> None:
     result = run(tmp_path / "no-bundle", *args)
     assert (result.exit_code, result.stdout) == (2, "")
     assert message in result.stderr
@@ -217,7 +211,7 @@ def test_wrong_usage_is_2(args: list[str], message: str, tmp_path: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals are POSIX ones")
-def test_answer_moves_no_cursor_of_a_terminal(made: TinyBundle, tmp_path: Path) -> None:
+def test_answer_moves_no_cursor_of_a_terminal(made, tmp_path) -> None:
     path = tmp_path / "escape.gbnf"
     path.write_text('root ::= "a\\x1b[2Jb\\x07"\n')
     command = [*QAFLORA, "run", str(made.folder), "x", "--grammar", str(path)]

@@ -24,7 +24,7 @@ SLOW: dict[str, Any] = {"n_layer": 16, "n_embd": 256, "n_ff": 1024, "n_head": 8,
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(tmp_path_factory) -> Path:
     """So large that an answer of its whole context takes a while."""
     return make_bundle(tmp_path_factory.mktemp("serve"), n_ctx=8192, **SLOW).folder
 
@@ -56,7 +56,7 @@ def long_body(**more: Any) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_lets_end_what_runs(bundle: Path, number: int, code: int) -> None:
+def test_a_signal_lets_end_what_runs(bundle, number: int, code: int) -> None:
     with serving(str(bundle), "--ctx", "600") as (process, address):
         url = f"{address}/v1/chat/completions"
         body = long_body(max_tokens=100)
@@ -74,7 +74,7 @@ def test_a_signal_lets_end_what_runs(bundle: Path, number: int, code: int) -> No
 
 
 @pytest.mark.slow
-def test_a_stuck_step_ends_with_the_process(bundle: Path) -> None:
+def test_a_stuck_step_ends_with_the_process(bundle) -> None:
     """After the announced time, whatever still computes."""
     code = (
         "import time\n"
@@ -106,7 +106,7 @@ def is_deaf(address: str) -> bool:
 
 
 @pytest.mark.slow
-def test_a_second_signal_ends_at_once(bundle: Path) -> None:
+def test_a_second_signal_ends_at_once(bundle) -> None:
     with serving(str(bundle), "--ctx", "8000") as (process, address):
         url = f"{address}/v1/chat/completions"
         seen: list[str] = []
@@ -137,7 +137,7 @@ def test_a_second_signal_ends_at_once(bundle: Path) -> None:
         assert "ended in the middle of an answer" in log
 
 
-def test_a_port_that_is_taken_is_named(bundle: Path) -> None:
+def test_a_port_that_is_taken_is_named(bundle) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         result = qaflora("serve", bundle, "--port", port)
@@ -149,7 +149,7 @@ def test_a_port_that_is_taken_is_named(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", ["sys.modules['starlette'] = None", "sys.path.insert(0, '.')"])
-def test_a_missing_or_broken_extra_is_told(bundle: Path, spoil: str, tmp_path: Path) -> None:
+def test_a_missing_or_broken_extra_is_told(bundle, spoil: str, tmp_path) -> None:
     (tmp_path / "uvicorn.py").write_text("raise ImportError('libssl is too old')\n")
     lines = f"import sys; {spoil}; from qaflora_edge.cli import main"
     command = [sys.executable, "-c", f"{lines}; main()", "serve", str(bundle)]

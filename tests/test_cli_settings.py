@@ -5,14 +5,14 @@ import re
 from pathlib import Path
 
 import pytest
-from bundles import TinyBundle, qaflora
+from bundles import qaflora
 
 from qaflora_edge import Engine
 from qaflora_edge.cli.settings import TABLES, all_settings, shared_settings
 
 
 @pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def config(tmp_path, monkeypatch) -> Path:
     path = tmp_path / "config.toml"
     path.write_text("", encoding="utf-8")
     monkeypatch.setenv("QAFLORA_CONFIG", str(path))
@@ -28,7 +28,7 @@ def weighed(folder: Path, *args: str) -> str:
 
 
 def test_command_line_wins_over_environment_over_file_over_bundle(
-    made: TinyBundle, config: Path, monkeypatch: pytest.MonkeyPatch
+    made, config, monkeypatch
 ) -> None:
     assert weighed(made.folder) == "qa-flora"
     config.write_text('strategy = "cosine"\n', encoding="utf-8")
@@ -42,9 +42,7 @@ def test_command_line_wins_over_environment_over_file_over_bundle(
     assert weighed(made.folder, "--strategy", "single:math") == "single:math"
 
 
-def test_lists_and_flags_can_be_set_in_each_way(
-    config: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lists_and_flags_can_be_set_in_each_way(config, monkeypatch) -> None:
     config.write_text('raw_prompt = true\nstop = ["a b", "c"]\n', encoding="utf-8")
     read = shared_settings("run")
     assert (read.raw_prompt, read.stop) == (True, ("a b", "c"))
@@ -55,7 +53,7 @@ def test_lists_and_flags_can_be_set_in_each_way(
     assert (read.raw_prompt, read.stop) == (True, ("a b\n",))  # one text, not cut in two
 
 
-def test_variables_that_are_no_settings_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_that_are_no_settings_are_named(monkeypatch) -> None:
     assert qaflora("settings").stderr == ""
     monkeypatch.setenv("QAFLORA_TEMPERATURE", "1")
     monkeypatch.setenv("QAFLORA_RUN_STOP", "x")
@@ -87,7 +85,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("text", "told", "advice"), WRONG)
-def test_wrong_setting_is_refused(config: Path, text: str, told: str, advice: str) -> None:
+def test_wrong_setting_is_refused(config, text: str, told: str, advice: str) -> None:
     config.write_text(text, encoding="utf-8")
     args = ["convert", "x", "--base", "y", "-o", "z"] if "convert" in text else ["models"]
     result = qaflora(*args)
@@ -97,7 +95,7 @@ def test_wrong_setting_is_refused(config: Path, text: str, told: str, advice: st
     assert advice in result.stderr
 
 
-def test_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_variable_is_named(monkeypatch) -> None:
     monkeypatch.setenv("QAFLORA_TEMP", "hot")
     result = qaflora("run", "DIR", "hi")
     assert result.exit_code == 2
@@ -107,9 +105,7 @@ def test_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_settings_are_shown_with_their_origin(
-    config: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_settings_are_shown_with_their_origin(config, monkeypatch) -> None:
     config.write_text('lens = "raw"\n[convert]\nouttype = "f32"\n', encoding="utf-8")
     monkeypatch.setenv("QAFLORA_THREADS", "3")
     shown = json.loads(qaflora("settings", "--json").stdout)
@@ -132,7 +128,7 @@ def test_settings_are_shown_with_their_origin(
     assert ["ctx", "-", "default"] in [line.split() for line in every]
 
 
-def test_secrets_are_not_shown(config: Path) -> None:
+def test_secrets_are_not_shown(config) -> None:
     config.write_text('threads = 2\n[serve]\napi_key = "abc"\nport = 1\n', encoding="utf-8")
     result = qaflora("settings", "--json")
     shown = json.loads(result.stdout)
@@ -149,14 +145,14 @@ def expected_table() -> str:
     return "\n".join(lines)
 
 
-def test_table_of_the_documents_is_the_codes(checkout: Path) -> None:
+def test_table_of_the_documents_is_the_codes(checkout) -> None:
     text = (checkout / "docs/settings.md").read_text(encoding="utf-8")
     assert sorted(re.findall(r"`\[([a-z]+)\]`", text)) == sorted(TABLES)
     table = "\n".join(line for line in text.splitlines() if line.startswith("| "))
     assert table.replace("\n", "\n|---|---|---|---|\n", 1) == expected_table()
 
 
-def test_no_variable_of_the_code_is_missing_in_the_table(checkout: Path) -> None:
+def test_no_variable_of_the_code_is_missing_in_the_table(checkout) -> None:
     """Variables are read by name in Python, C++ and the build; the tests' own are not for users."""
     known = {name for row in all_settings() for name in row.variables}
     found: set[str] = set()
@@ -168,7 +164,7 @@ def test_no_variable_of_the_code_is_missing_in_the_table(checkout: Path) -> None
     assert found <= known
 
 
-def test_library_reads_no_options_from_the_file(made: TinyBundle, config: Path) -> None:
+def test_library_reads_no_options_from_the_file(made, config) -> None:
     """A program that uses Engine gets what it asked for, whatever the user's settings."""
     config.write_text('strategy = "static"\n', encoding="utf-8")
     with Engine(made.folder, n_ctx=64) as engine:

@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ def weights(calibrated: TinyBundle, *args: object, stdin: str | bytes | None = N
     return qaflora("weights", calibrated.folder, *args, stdin=stdin)
 
 
-def test_json_is_the_contract_and_the_engines(calibrated: TinyBundle) -> None:
+def test_json_is_the_contract_and_the_engines(calibrated) -> None:
     result = weights(calibrated, PROMPT, "--json")
     assert (result.exit_code, result.stderr) == (0, "")
     shown = json.loads(result.stdout)
@@ -38,7 +37,7 @@ def test_json_is_the_contract_and_the_engines(calibrated: TinyBundle) -> None:
     }
 
 
-def test_two_place_says_what_it_measured_and_why_the_base_is_alone(calibrated: TinyBundle) -> None:
+def test_two_place_says_what_it_measured_and_why_the_base_is_alone(calibrated) -> None:
     mixed = weights(calibrated, PROMPT, "--strategy", "two-place:abstain=never").stdout
     assert "strategy two-place:abstain=never, " in mixed
     assert "deviations above its typical prompt." in " ".join(mixed.split())
@@ -59,13 +58,13 @@ def test_two_place_says_what_it_measured_and_why_the_base_is_alone(calibrated: T
 @pytest.mark.parametrize(
     "args", [(), (PROMPT, "--prompts", "prompts.txt"), (PROMPT, "--plot", "weights.png")]
 )
-def test_wrong_usage_is_2(calibrated: TinyBundle, args: tuple[str, ...]) -> None:
+def test_wrong_usage_is_2(calibrated, args: tuple[str, ...]) -> None:
     result = weights(calibrated, *args)
     assert (result.exit_code, result.stdout) == (2, "")
     assert "Usage: " in result.stderr
 
 
-def test_plot_is_written_next_to_the_other_outputs(calibrated: TinyBundle, tmp_path: Path) -> None:
+def test_plot_is_written_next_to_the_other_outputs(calibrated, tmp_path) -> None:
     path = tmp_path / "weights.svg"
     result = weights(calibrated, PROMPT, "--plot", path, "--json")
     assert (result.exit_code, result.stderr) == (0, "")
@@ -83,7 +82,7 @@ def test_plot_is_written_next_to_the_other_outputs(calibrated: TinyBundle, tmp_p
     ],
 )
 def test_failure_says_what_is_wrong(
-    calibrated: TinyBundle, args: list[str], stdin: str | bytes | None, message: str
+    calibrated, args: list[str], stdin: str | bytes | None, message: str
 ) -> None:
     before = snapshot(calibrated.folder.parent)
     result = weights(calibrated, *args, stdin=stdin)
@@ -95,7 +94,7 @@ def test_failure_says_what_is_wrong(
 
 
 @pytest.mark.slow
-def test_demo_bundle_tells_spanish_from_medicine(smollm2: Path, checkout: Path) -> None:
+def test_demo_bundle_tells_spanish_from_medicine(smollm2, checkout) -> None:
     """The shipped adapters are the recorded ones, and the calibrated mix follows the question."""
     folder = checkout / "models/demo"
     assert qaflora("bundle", "verify", folder).exit_code == 0

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Literal
 
 import httpx2 as httpx
@@ -49,13 +48,13 @@ def needs(package: str) -> Callable[[Any], Any]:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+def served(tmp_path_factory) -> TinyBundle:
     place = tmp_path_factory.mktemp("clients")
     return make_bundle(place, chat_template=QWEN, user_defined=("<tool_call>",), n_ctx=1024)
 
 
 @pytest.fixture(scope="module")
-def url(served: TinyBundle) -> Iterator[str]:
+def url(served) -> Iterator[str]:
     with listening(served.folder, api_key=KEY) as url:
         yield f"{url}/v1"
 
@@ -66,7 +65,7 @@ def expected(alone: Engine, strategy: str | None = None) -> str:
 
 
 @pytest.fixture
-def client(url: str) -> Iterator[OpenAI]:
+def client(url) -> Iterator[OpenAI]:
     with OpenAI(base_url=url, api_key=KEY, max_retries=0) as client:
         yield client
 
@@ -74,7 +73,7 @@ def client(url: str) -> Iterator[OpenAI]:
 @pytest.mark.parametrize(
     "choice", ["required", {"type": "function", "function": {"name": "weather"}}]
 )
-def test_tools(client: OpenAI, choice: Any) -> None:
+def test_tools(client, choice: Any) -> None:
     asked: Any = {"model": "tiny", "messages": USER, "tools": [WEATHER], "tool_choice": choice}
     found = client.chat.completions.create(max_tokens=200, **asked).choices[0]
     assert found.finish_reason == "tool_calls"
@@ -91,7 +90,7 @@ def test_tools(client: OpenAI, choice: Any) -> None:
     assert again.choices[0].message.tool_calls is None
 
 
-def test_tools_in_tags_are_streamed(tmp_path: Path) -> None:
+def test_tools_in_tags_are_streamed(tmp_path) -> None:
     template = QWEN.replace("<tool_call>{...}</tool_call>", "<tool_call>\n<function=f>")
     made = make_bundle(tmp_path, chat_template=template, n_ctx=1024)
     asked: Any = {"model": "tiny", "messages": USER, "tools": [WEATHER], "tool_choice": "required"}
@@ -107,7 +106,7 @@ def test_tools_in_tags_are_streamed(tmp_path: Path) -> None:
     assert (whole.finish_reason, len(parts) > 2) == ("tool_calls", True)
 
 
-def test_parsed_by_a_schema(client: OpenAI) -> None:
+def test_parsed_by_a_schema(client) -> None:
     asked: Any = {"model": "tiny", "messages": USER, "response_format": Animal}
     found = client.chat.completions.parse(**asked, temperature=2.0, seed=1)
     assert isinstance(found.choices[0].message.parsed, Animal)
@@ -118,13 +117,13 @@ def test_parsed_by_a_schema(client: OpenAI) -> None:
     assert {"content.delta", "content.done"} <= kinds
 
 
-def test_embeddings(client: OpenAI, alone: Engine) -> None:
+def test_embeddings(client, alone) -> None:
     found = client.embeddings.create(model="tiny", input=["the thing?", "a"])  # as base64
     for text, each in zip(("the thing?", "a"), found.data, strict=True):
         assert each.embedding == alone.embed(text).tolist()
 
 
-def test_failures_are_its_own_exceptions(client: OpenAI, url: str) -> None:
+def test_failures_are_its_own_exceptions(client, url) -> None:
     def chat(by: OpenAI = client, **asked: Any) -> None:
         by.chat.completions.create(**{"model": "tiny", "messages": USER, **asked})
 
@@ -144,7 +143,7 @@ def test_failures_are_its_own_exceptions(client: OpenAI, url: str) -> None:
 
 
 @needs("langchain_openai")
-def test_langchain(url: str, alone: Engine) -> None:
+def test_langchain(url, alone) -> None:
     from langchain_core.messages import ToolMessage
     from langchain_core.tools import tool
     from langchain_openai import ChatOpenAI
@@ -186,7 +185,7 @@ def test_langchain(url: str, alone: Engine) -> None:
 
 
 @needs("litellm")
-def test_litellm(url: str, alone: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_litellm(url, alone, monkeypatch) -> None:
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # or it fetches prices
     import litellm
 
@@ -206,7 +205,7 @@ def test_litellm(url: str, alone: Engine, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @needs("llm")
-def test_llm(url: str, alone: Engine, tmp_path: Path) -> None:
+def test_llm(url, alone, tmp_path) -> None:
     """The program `llm`, told of the server as its documentation says."""
     entry = {"model_id": "ours", "model_name": "tiny:single:es", "api_base": url}
     models = json.dumps([{**entry, "api_key_name": "ours"}])  # JSON is YAML
@@ -233,7 +232,7 @@ def test_llm(url: str, alone: Engine, tmp_path: Path) -> None:
         ("open-responses", {"image-input", "reasoning-summary"}),
     ],
 )
-def test_llm_comply(tmp_path: Path, form: str, left_out: set[str]) -> None:
+def test_llm_comply(tmp_path, form: str, left_out: set[str]) -> None:
     """Its checks of chats and responses, but for what a base that reads and writes text has not."""
     # Greedy, and a token is less likely the more often it came: a text begins, and ends.
     logits = {"a": 9.0, EOS: 8.9, '"': 8.8}
@@ -259,7 +258,7 @@ def test_llm_comply(tmp_path: Path, form: str, left_out: set[str]) -> None:
 
 
 @needs("schemathesis")
-def test_schemathesis(served: TinyBundle, tmp_path: Path) -> None:
+def test_schemathesis(served, tmp_path) -> None:
     """Requests made from /openapi.json, right and wrong: answers are as it says, and no 5xx."""
     (tmp_path / "schemathesis.toml").write_text(
         "[checks.not_a_server_error]\nexpected-statuses = ['2xx', '3xx', '4xx', 501]\n",

@@ -2,7 +2,6 @@
 
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -36,8 +35,8 @@ def test_native_sources_compile(
     compiler: str,
     defines: list[str],
     sets: dict[str, list[str]],
-    checkout: Path,
-    llama_cpp_source: Path,
+    checkout,
+    llama_cpp_source,
 ) -> None:
     if shutil.which(compiler.split()[0]) is None:
         pytest.skip(f"{compiler} is not installed")

@@ -4,7 +4,6 @@ import copy
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -35,7 +34,7 @@ USER = [{"role": "user", "content": "the thing?"}]
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+def engine(tmp_path_factory) -> Iterator[Engine]:
     place = tmp_path_factory.mktemp("completions")
     base = write_tiny_base(
         place / "base.gguf", chat_template=QWEN, n_ctx=2048, user_defined=("<tool_call>",)
@@ -46,7 +45,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="module")
-def terse(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+def terse(tmp_path_factory) -> Iterator[Engine]:
     """A base without white space that ends an object as soon as it may."""
     replace = constant_logits(lambda token: 4 if token == "}" else -9 * (token[0] in "ĠĊĉč"))
     path = tmp_path_factory.mktemp("terse") / "base.gguf"
@@ -60,7 +59,7 @@ def text_of(chunks: list[dict[str, Any]], index: int = 0) -> str:
     return "".join(c["delta"].get("content", "") for c in choices if c["index"] == index)
 
 
-def test_chunks_belong_together_and_end_with_the_usage(engine: Engine) -> None:
+def test_chunks_belong_together_and_end_with_the_usage(engine) -> None:
     whole = engine.chat(USER, max_tokens=6)
     options = {"stream": True, "stream_options": {"include_usage": True}}
     chunks = list(engine.chat(USER, max_tokens=6, **options))
@@ -73,7 +72,7 @@ def test_chunks_belong_together_and_end_with_the_usage(engine: Engine) -> None:
     assert whole["id"] != chunks[0]["id"]
 
 
-def test_several_choices_are_those_of_single_calls(engine: Engine) -> None:
+def test_several_choices_are_those_of_single_calls(engine) -> None:
     asked: dict[str, Any] = {"max_tokens": 4, "temperature": 1.0}
     single = [engine.chat(USER, seed=seed, **asked)["choices"][0]["message"] for seed in (5, 6)]
     whole = engine.chat(USER, n=2, seed=5, **asked)
@@ -90,7 +89,7 @@ def test_several_choices_are_those_of_single_calls(engine: Engine) -> None:
     )
 
 
-def test_content_may_come_in_parts(engine: Engine) -> None:
+def test_content_may_come_in_parts(engine) -> None:
     parts = [{"type": "text", "text": "the "}, {"type": "text", "text": "thing?"}]
     assert engine.chat_tokens([{"role": "user", "content": parts}]) == engine.chat_tokens(USER)
     image = [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]
@@ -109,7 +108,7 @@ def test_content_may_come_in_parts(engine: Engine) -> None:
     ],
 )
 def test_tool_that_has_to_be_called_is_called(
-    terse: Engine, monkeypatch: Any, choice: Any, names: set[str], style: CallFormat
+    terse, monkeypatch, choice: Any, names: set[str], style: CallFormat
 ) -> None:
     template = CHATML + "{% if tools %}{{ " + json.dumps(style.sign) + " }}{% endif %}"
     monkeypatch.setattr(terse._model, "chat_template", template)
@@ -135,7 +134,7 @@ def test_tool_that_has_to_be_called_is_called(
     assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
-def test_each_tool_has_its_own_definitions(terse: Engine) -> None:
+def test_each_tool_has_its_own_definitions(terse) -> None:
     fields = {"x": {"$ref": "#/$defs/n"}, "more": {"$ref": "#"}}
     form = {**NOTHING, "properties": fields, "required": ["x"]}
     forms = {
@@ -153,7 +152,7 @@ def test_each_tool_has_its_own_definitions(terse: Engine) -> None:
             called.add(name)
 
 
-def test_beside_a_schema_tools_may_be_called(terse: Engine) -> None:
+def test_beside_a_schema_tools_may_be_called(terse) -> None:
     form = {**NOTHING, "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
     asked: dict[str, Any] = {
         "tools": [WEATHER],
@@ -172,7 +171,7 @@ def test_beside_a_schema_tools_may_be_called(terse: Engine) -> None:
         reasons.discard("length")  # a random base may write a text without end
 
 
-def test_tools_reach_the_template_as_data(engine: Engine) -> None:
+def test_tools_reach_the_template_as_data(engine) -> None:
     tokens = engine.chat_tokens(USER, tools=[WEATHER])
     text = b"".join(engine._model.piece(token, special=True) for token in tokens).decode()
     assert '"name": "weather"' in text
@@ -181,7 +180,7 @@ def test_tools_reach_the_template_as_data(engine: Engine) -> None:
     assert engine.chat_tokens(USER, tools=[]) == engine.chat_tokens(USER)
 
 
-def test_calls_and_results_go_back_into_the_conversation(engine: Engine) -> None:
+def test_calls_and_results_go_back_into_the_conversation(engine) -> None:
     call = {"id": "c", "type": "function"}
     call["function"] = {"name": "weather", "arguments": '{"city": "Lima"}'}
     messages = [
@@ -416,7 +415,7 @@ def test_python_that_is_cut_or_hostile(text: str, arguments: str) -> None:
     ],
 )
 def test_named_arguments_are_bound_by_the_schema(
-    engine: Engine, form: Calls, arguments: str, is_bound: bool
+    engine, form: Calls, arguments: str, is_bound: bool
 ) -> None:
     kinds = {"a": "integer", "b": "string", "c": "boolean", "f": "object"}
     fields: dict[str, Any] = {name: {"type": kind} for name, kind in kinds.items()}
@@ -437,9 +436,7 @@ SYSTEM_TOOLS = (
 )
 
 
-def test_tools_and_calls_stand_where_a_template_reads_them(
-    engine: Engine, monkeypatch: Any
-) -> None:
+def test_tools_and_calls_stand_where_a_template_reads_them(engine, monkeypatch) -> None:
     monkeypatch.setattr(engine._model, "chat_template", SYSTEM_TOOLS)
     call = {"function": {"name": "time", "arguments": {"a": "b"}}}
     messages = [*USER, {"role": "assistant", "content": "", "tool_calls": [call]}]
@@ -456,7 +453,7 @@ def test_a_schema_of_tools_may_have_words_of_its_own(form: Calls) -> None:
     form.grammar([{"type": "function", "function": function}])
 
 
-def test_fields_of_an_answer_are_attributes(engine: Engine) -> None:
+def test_fields_of_an_answer_are_attributes(engine) -> None:
     answer = engine.chat(USER, max_tokens=3)
     assert answer.choices[0].message.content == answer["choices"][0]["message"]["content"]
     assert answer.choices[0].message.tool_calls is None
@@ -468,7 +465,7 @@ def test_fields_of_an_answer_are_attributes(engine: Engine) -> None:
     assert text == answer.choices[0].message.content
 
 
-def test_wrong_tools_and_choices_are_refused(engine: Engine) -> None:
+def test_wrong_tools_and_choices_are_refused(engine) -> None:
     with pytest.raises(OptionError) as caught:
         engine.chat(USER, tools=["x"])  # type: ignore[list-item]
     assert str(caught.value) == (
@@ -494,7 +491,7 @@ def test_wrong_tools_and_choices_are_refused(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("spm", [False, True])
-def test_control_tokens_of_calls_are_written(tmp_path: Path, monkeypatch: Any, spm: bool) -> None:
+def test_control_tokens_of_calls_are_written(tmp_path, monkeypatch, spm: bool) -> None:
     """Mistral's [TOOL_CALLS] is one, without which an answer would be bare JSON."""
     monkeypatch.setattr(tiny, "CONTROLS", (*tiny.CONTROLS, "[TOOL_CALLS]", "[OTHER]"))
     template = CHATML + "{% if tools %}[TOOL_CALLS]{% endif %}"
@@ -508,7 +505,7 @@ def test_control_tokens_of_calls_are_written(tmp_path: Path, monkeypatch: Any, s
         assert choice["message"]["tool_calls"][0]["function"]["name"] == "time"
 
 
-def test_answer_goes_on_from_a_last_message_of_the_assistant(engine: Engine) -> None:
+def test_answer_goes_on_from_a_last_message_of_the_assistant(engine) -> None:
     def spelt_chat(messages: list[Any], **how: Any) -> str:
         tokens = engine.chat_tokens(messages, **how)
         return engine._model.detokenize(tokens, special=True).decode()
@@ -536,7 +533,7 @@ def test_answer_goes_on_from_a_last_message_of_the_assistant(engine: Engine) -> 
         engine.chat([*begun, begun[-1]])
 
 
-def test_templates_take_variables(engine: Engine, monkeypatch: Any) -> None:
+def test_templates_take_variables(engine, monkeypatch) -> None:
     said = "{{ tools_in_user_message }}{{ '<think>' if thinks }}{{ word }}"
     template = CHATML.replace("assistant\n", f"assistant\n{said}")
     monkeypatch.setattr(engine._model, "chat_template", template)
@@ -554,7 +551,7 @@ def test_templates_take_variables(engine: Engine, monkeypatch: Any) -> None:
 
 
 @pytest.mark.parametrize("written", ["T", "<tool_call><function="])
-def test_template_without_tools_is_refused(engine: Engine, monkeypatch: Any, written: str) -> None:
+def test_template_without_tools_is_refused(engine, monkeypatch, written: str) -> None:
     template = CHATML + "{% if tools %}" + written + "{% endif %}"
     monkeypatch.setattr(engine._model, "chat_template", template)
     assert refused(ToolsError, engine.chat, USER, tools=[TIME]) == (
@@ -564,7 +561,7 @@ def test_template_without_tools_is_refused(engine: Engine, monkeypatch: Any, wri
     )
 
 
-def test_openais_options_that_change_nothing_are_taken(engine: Engine) -> None:
+def test_openais_options_that_change_nothing_are_taken(engine) -> None:
     def text(**options: Any) -> str:
         return str(engine.chat(USER, **options)["choices"][0]["message"]["content"])
 
@@ -598,12 +595,12 @@ def test_openais_options_that_change_nothing_are_taken(engine: Engine) -> None:
     ],
 )
 def test_options_that_cannot_be_followed_are_refused(
-    engine: Engine, options: dict[str, Any], message: str
+    engine, options: dict[str, Any], message: str
 ) -> None:
     assert refused(OptionError, engine.chat, USER, **options) == message
 
 
-def test_log_probabilities_are_those_of_the_logits(engine: Engine) -> None:
+def test_log_probabilities_are_those_of_the_logits(engine) -> None:
     tokens = engine.chat_tokens(USER)
     fusion = engine.weights(tokens)
     options = {"weights": fusion, "max_tokens": 5, "temperature": 1.5, "seed": 3}
@@ -640,7 +637,7 @@ def spelt(engine: Engine, token: int) -> bytes:
     return engine._model.piece(token, special=True)
 
 
-def test_log_probabilities_end_before_a_stop_text(tmp_path: Path) -> None:
+def test_log_probabilities_end_before_a_stop_text(tmp_path) -> None:
     replace = constant_logits(lambda token: 9 * (token == "a"))
     base = write_tiny_base(tmp_path / "base.gguf", "qwen2", chat_template=QWEN, replace=replace)
     with Engine(base=base.path) as engine:
@@ -651,7 +648,7 @@ def test_log_probabilities_end_before_a_stop_text(tmp_path: Path) -> None:
         assert (shown, choice["finish_reason"]) == (choice["message"]["content"], "stop")
 
 
-def test_control_tokens_among_others_hide_no_log_probability(tmp_path: Path) -> None:
+def test_control_tokens_among_others_hide_no_log_probability(tmp_path) -> None:
     replace = constant_logits(lambda token: 9 * (token in ("a", "<|im_start|>")))
     base = write_tiny_base(tmp_path / "base.gguf", "qwen2", chat_template=QWEN, replace=replace)
     options: dict[str, Any] = {"max_tokens": 12, "temperature": 1.0, "seed": 1}
@@ -673,7 +670,7 @@ def test_offsets_of_characters_of_several_tokens() -> None:
     assert text_logprobs(entries, 5)["text_offset"] == [5, 5, 5, 6]
 
 
-def test_bias_decides(tmp_path: Path) -> None:
+def test_bias_decides(tmp_path) -> None:
     """Of two tokens that are alike, and one that is not: the logits are constants."""
     replace = constant_logits(lambda token: {"a": 3.0, "b": 1.0}.get(token, -50.0))
     base = write_tiny_base(tmp_path / "base.gguf", "qwen2", chat_template=QWEN, replace=replace)
@@ -691,7 +688,7 @@ def test_bias_decides(tmp_path: Path) -> None:
         assert answer.text() == "bbb"
 
 
-def test_one_call_alone_where_parallel_ones_are_refused(tmp_path: Path) -> None:
+def test_one_call_alone_where_parallel_ones_are_refused(tmp_path) -> None:
     call = '<tool_call>{"name": "time"}</tool_call>'
     path = tmp_path / "base.gguf"
     write_tiny_base(path, chat_template=QWEN, n_ctx=1024, user_defined=("<tool_call>",))

@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 import pytest
-from bundles import TinyBundle
 from click.testing import CliRunner
 
 from qaflora_edge import Engine, config
@@ -59,9 +58,7 @@ def test_every_option_with_a_range_is_tried() -> None:
 
 
 @pytest.mark.parametrize("name", GOOD_AND_BAD)
-def test_range_is_the_same_everywhere(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_range_is_the_same_everywhere(name: str, tmp_path, monkeypatch) -> None:
     for is_good, values in zip((True, False), GOOD_AND_BAD[name], strict=True):
         for value in values:
             refused = refusals(BY_NAME[name], value, tmp_path / "config.toml", monkeypatch)
@@ -142,7 +139,7 @@ def test_defaults_of_python_calls() -> None:
         assert found == {name: defaults[name] for name in found}
 
 
-def test_engine_refuses_before_it_loads(tmp_path: Path) -> None:
+def test_engine_refuses_before_it_loads(tmp_path) -> None:
     for options, message in (
         ({"n_ctx": 0}, "Option n_ctx is 0, expected a number of tokens from 1 to 16777216."),
         ({"flash_attn": "no"}, "Option flash_attn is 'no', expected true or false."),
@@ -161,9 +158,7 @@ def test_what_is_no_number_is_refused(value: object) -> None:
     assert str(caught.value) == f"Option temperature is {value!r}, expected a number from 0 up."
 
 
-def test_negated_flag_is_the_keyword_in_python(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_negated_flag_is_the_keyword_in_python(tmp_path, monkeypatch) -> None:
     assert shared_settings("run").engine["flash_attn"] is None
     path = tmp_path / "config.toml"
     path.write_text("no_flash_attn = true\n", encoding="utf-8")
@@ -173,7 +168,7 @@ def test_negated_flag_is_the_keyword_in_python(
     assert shared_settings("run").engine["flash_attn"] is True
 
 
-def test_options_of_the_command_line_reach_the_sampler(made: TinyBundle) -> None:
+def test_options_of_the_command_line_reach_the_sampler(made) -> None:
     options = {
         "max_tokens": 16,
         "temperature": 1.5,

@@ -27,12 +27,12 @@ GREEDY = ["--strategy", "static", "--threads", "1", "--temp", "0", "--max-tokens
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+def made(tmp_path_factory) -> TinyBundle:
     return make_bundle(tmp_path_factory.mktemp("long"), n_layer=1, n_ctx=8192)
 
 
 @pytest.fixture(scope="module")
-def fixed(made: TinyBundle) -> Iterator[Engine]:
+def fixed(made) -> Iterator[Engine]:
     """An Engine with a context that never grows."""
     with Engine(made.folder, n_ctx=8192, **OPTIONS) as engine:
         yield engine
@@ -44,7 +44,7 @@ def ask(engine: Engine, text: str) -> str:
 
 
 @pytest.mark.parametrize("verb", [["run", "-"], ["chat", "--repeat-penalty", "1"]])
-def test_commands_answer_a_long_prompt(made: TinyBundle, fixed: Engine, verb: list[str]) -> None:
+def test_commands_answer_a_long_prompt(made, fixed, verb: list[str]) -> None:
     words = [verb[0], str(made.folder), *verb[1:], *GREEDY]
     result = CliRunner().invoke(main, words, input=LONG)
     assert (result.exit_code, result.stdout) == (0, ask(fixed, LONG) + "\n")
@@ -52,7 +52,7 @@ def test_commands_answer_a_long_prompt(made: TinyBundle, fixed: Engine, verb: li
     assert "tokens, the context 2048; shorten it, or raise the context" in result.stderr
 
 
-def test_a_server_answers_a_long_prompt(made: TinyBundle, fixed: Engine) -> None:
+def test_a_server_answers_a_long_prompt(made, fixed) -> None:
     options = {"engine": {**OPTIONS, "n_parallel": 2}, "sampling": {"temperature": 0}}
     body = {"messages": [{"role": "user", "content": LONG}], "max_tokens": 8}
     with client_of(made.folder, **options) as client:
@@ -61,9 +61,7 @@ def test_a_server_answers_a_long_prompt(made: TinyBundle, fixed: Engine) -> None
         assert client.get("/v1/models").json()["data"][0]["meta"]["n_ctx"] == 8192
 
 
-def test_the_context_grows_beside_an_answer_and_keeps_its_states(
-    made: TinyBundle, fixed: Engine
-) -> None:
+def test_the_context_grows_beside_an_answer_and_keeps_its_states(made, fixed) -> None:
     short = "a king in the air " * 50
     ends = [token for token in range(fixed.n_vocab) if fixed._model.is_end(token)]
     endless = {"max_tokens": 100, "logit_bias": dict.fromkeys(ends, -100)}
@@ -84,7 +82,7 @@ def test_the_context_grows_beside_an_answer_and_keeps_its_states(
         assert answer._sequence.n_max == 4096 - answer.n_prompt + 1
 
 
-def test_a_short_request_waits_for_one_chunk_of_a_long_prompt(made: TinyBundle) -> None:
+def test_a_short_request_waits_for_one_chunk_of_a_long_prompt(made) -> None:
     """In steps: at most one of the long prompt before each chunk of the short one."""
     with Engine(made.folder, n_parallel=2, **OPTIONS) as engine:
         long = engine.generate(LONG, max_tokens=1, wait=False)
@@ -102,9 +100,7 @@ def test_a_short_request_waits_for_one_chunk_of_a_long_prompt(made: TinyBundle) 
         long.cancel()
 
 
-def test_slots_that_nobody_needs_so_large_shrink(
-    made: TinyBundle, fixed: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_slots_that_nobody_needs_so_large_shrink(made, fixed, monkeypatch) -> None:
     with Engine(made.folder, **OPTIONS) as engine:
         slots = engine._core.context
         thread = threading.Thread(target=engine.run_forever)
@@ -121,9 +117,7 @@ def test_slots_that_nobody_needs_so_large_shrink(
     thread.join()
 
 
-def test_an_interrupt_in_a_growth_leaves_an_engine_that_works(
-    made: TinyBundle, fixed: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_in_a_growth_leaves_an_engine_that_works(made, fixed, monkeypatch) -> None:
     with Engine(made.folder, **OPTIONS) as engine:
         slots = engine._core.context
         free = slots._free
@@ -140,9 +134,7 @@ def test_an_interrupt_in_a_growth_leaves_an_engine_that_works(
         assert ask(engine, LONG) == ask(fixed, LONG)
 
 
-def test_no_memory_for_a_growth_fails_one_request(
-    made: TinyBundle, fixed: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_memory_for_a_growth_fails_one_request(made, fixed, monkeypatch) -> None:
     with Engine(made.folder, n_parallel=2, **OPTIONS) as engine:
         ask(engine, "the king")  # a state that would be copied
         monkeypatch.setattr(context, "mapped", Mock(side_effect=OSError(12, "no memory")))
@@ -153,9 +145,7 @@ def test_no_memory_for_a_growth_fails_one_request(
         assert short.text() == fixed.generate("the king", max_tokens=8).text()
 
 
-def test_a_context_that_cannot_grow_says_why(
-    made: TinyBundle, fixed: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_context_that_cannot_grow_says_why(made, fixed, monkeypatch) -> None:
     with Engine(made.folder, **OPTIONS) as engine:
         monkeypatch.setattr(engine._core.context, "_functions", Mock(context_init=lambda *_: None))
         with pytest.raises(BackendError, match=r"2 x 8192 tokens cannot be made.*Ask for fewer"):
@@ -164,9 +154,7 @@ def test_a_context_that_cannot_grow_says_why(
         assert ask(engine, "the king") == ask(fixed, "the king")
 
 
-def test_memory_and_rope_limit_the_context(
-    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_and_rope_limit_the_context(made, monkeypatch) -> None:
     base, model = read_base(made.base.path), SimpleNamespace(n_ctx_train=1 << 17, n_head=28)
     limit = partial(devices.automatic_ctx, model, kv_type="f32")
     monkeypatch.setattr(devices, "_free_bytes", lambda: 1 << 30)

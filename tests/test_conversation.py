@@ -77,18 +77,18 @@ def save(path: Path, talk: Conversation) -> None:
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
+def path(tmp_path) -> Path:
     return tmp_path / "talk.json"
 
 
 @pytest.mark.parametrize("system", ["be short", None])
-def test_a_saved_session_comes_back(path: Path, system: str | None) -> None:
+def test_a_saved_session_comes_back(path, system: str | None) -> None:
     for talk in (Conversation(system, TALK.said), TALK):  # one over the other
         save(path, talk)
         assert load_session(path) == talk
 
 
-def test_the_format_is_as_documented(path: Path) -> None:
+def test_the_format_is_as_documented(path) -> None:
     save(path, TALK)
     document = json.loads(path.read_text(encoding="utf-8"))
     schema = json.loads(package_data("data/session.schema.json").read_text(encoding="utf-8"))
@@ -107,7 +107,7 @@ def test_the_format_is_as_documented(path: Path) -> None:
     ]
 
 
-def test_saving_spares_other_files(path: Path, tmp_path: Path) -> None:
+def test_saving_spares_other_files(path, tmp_path) -> None:
     path.write_text('{"format": "mine"}', encoding="utf-8")
     for place in (path, tmp_path):
         assert refused(OutputFileError, save, place, TALK) == (
@@ -149,7 +149,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_files_are_refused_by_name(path: Path, case: str) -> None:
+def test_hostile_files_are_refused_by_name(path, case: str) -> None:
     data, words = HOSTILE[case]
     path.write_bytes(data)
     with pytest.raises(SessionFileError) as failure:
@@ -158,7 +158,7 @@ def test_hostile_files_are_refused_by_name(path: Path, case: str) -> None:
     assert words in str(failure.value)
 
 
-def test_a_file_that_is_not_there_is_said(tmp_path: Path) -> None:
+def test_a_file_that_is_not_there_is_said(tmp_path) -> None:
     assert refused(SessionFileError, load_session, tmp_path / "none.json") == (
         f"Cannot load the session {tmp_path}/none.json: No such file or directory; expected a file "
         "written by /save. Check the name, or take a copy of the file."

@@ -28,14 +28,14 @@ MakeBase = Callable[..., tiny.TinyBase]
 
 
 @pytest.fixture
-def make_base(tmp_path: Path) -> MakeBase:
+def make_base(tmp_path) -> MakeBase:
     def make(arch: str = "llama", **options: Any) -> tiny.TinyBase:
         return tiny.write_tiny_base(tmp_path / f"{arch}.gguf", arch, **options)
 
     return make
 
 
-def test_alpha_is_that_of_most_modules(tmp_path: Path, make_base: MakeBase) -> None:
+def test_alpha_is_that_of_most_modules(tmp_path, make_base) -> None:
     base = make_base()
     folder = tiny.write_tiny_peft(
         tmp_path / "a", base, alpha=8, alpha_pattern={"q_proj": 5, "k_proj": 7}
@@ -57,7 +57,7 @@ TYPES = gguf.GGMLQuantizationType
     ],
 )
 def test_types_are_those_of_upstream_and_round_by_their_precision(
-    tmp_path: Path, make_base: MakeBase, outtype: str, rank: int, type_a: Any, type_b: Any
+    tmp_path, make_base, outtype: str, rank: int, type_a: Any, type_b: Any
 ) -> None:
     base = make_base("qwen2")
     folder = tiny.write_tiny_peft(tmp_path / "a", base, rank=rank)
@@ -74,7 +74,7 @@ def test_types_are_those_of_upstream_and_round_by_their_precision(
         assert error <= step[kind] * np.abs(exact[tensor.name]).max()
 
 
-def test_metadata_are_those_that_llama_cpp_reads(tmp_path: Path, make_base: MakeBase) -> None:
+def test_metadata_are_those_that_llama_cpp_reads(tmp_path, make_base) -> None:
     base = make_base("gemma3")
     folder = tiny.write_tiny_peft(tmp_path / "spanish", base, alpha=16)
     convert_adapter(folder, base.path, tmp_path / "out.gguf")
@@ -97,7 +97,7 @@ def test_metadata_are_those_that_llama_cpp_reads(tmp_path: Path, make_base: Make
     ("trained_on", "is_named"), [("owner/model-7B", True), ("/home/me/model", False)]
 )
 def test_the_base_it_was_trained_on_is_named(
-    tmp_path: Path, make_base: MakeBase, trained_on: str, is_named: bool
+    tmp_path, make_base, trained_on: str, is_named: bool
 ) -> None:
     base = make_base()
     config = {"base_model_name_or_path": trained_on}
@@ -116,9 +116,7 @@ def test_the_base_it_was_trained_on_is_named(
 
 
 @pytest.mark.parametrize("prefix", ["model.language_model.layers", "language_model.model.layers"])
-def test_names_inside_a_multimodal_gemma_are_understood(
-    tmp_path: Path, make_base: MakeBase, prefix: str
-) -> None:
+def test_names_inside_a_multimodal_gemma_are_understood(tmp_path, make_base, prefix: str) -> None:
     base = make_base("gemma3")
     plain = tiny.write_tiny_peft(tmp_path / "x" / "a", base)
     nested = tiny.write_tiny_peft(tmp_path / "y" / "a", base, prefix=prefix)
@@ -190,7 +188,7 @@ REFUSED: list[tuple[str, dict[str, tuple[int, ...]], dict[str, tuple[int, int]],
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_does_not_fit_the_base_is_named(tmp_path: Path, case: tuple[Any, ...]) -> None:
+def test_what_does_not_fit_the_base_is_named(tmp_path, case: tuple[Any, ...]) -> None:
     arch, tensors, modules, message = case
     base = tiny.write_shapes(tmp_path / "base.gguf", arch, tensors, n_head=8)
     pairs = {name: (np.ones((4, n_in)), np.ones((n, 4))) for name, (n, n_in) in modules.items()}
@@ -199,7 +197,7 @@ def test_what_does_not_fit_the_base_is_named(tmp_path: Path, case: tuple[Any, ..
     assert refusal(kind, folder, base) == f"Cannot convert {folder} for {base}: {message}"
 
 
-def test_value_too_large_for_the_type_is_refused(tmp_path: Path, make_base: MakeBase) -> None:
+def test_value_too_large_for_the_type_is_refused(tmp_path, make_base) -> None:
     base = make_base("qwen2")
     pairs = {Q0: (np.ones((4, 64)), np.full((64, 4), 7e4))}
     folder = tiny.write_pairs_of_peft(tmp_path / "a", pairs)
@@ -211,7 +209,7 @@ def test_value_too_large_for_the_type_is_refused(tmp_path: Path, make_base: Make
     convert_adapter(folder, base.path, tmp_path / "out.gguf", outtype="bf16")
 
 
-def test_unknown_output_type_is_refused(tmp_path: Path, make_base: MakeBase) -> None:
+def test_unknown_output_type_is_refused(tmp_path, make_base) -> None:
     base = make_base()
     folder = tiny.write_tiny_peft(tmp_path / "a", base)
     assert refusal(OptionError, folder, base.path, outtype="q4_0") == (
@@ -219,7 +217,7 @@ def test_unknown_output_type_is_refused(tmp_path: Path, make_base: MakeBase) -> 
     )
 
 
-def test_source_is_never_overwritten(tmp_path: Path, make_base: MakeBase) -> None:
+def test_source_is_never_overwritten(tmp_path, make_base) -> None:
     base = make_base()
     folder = tiny.write_tiny_peft(tmp_path / "a", base)
     for path, what in (
@@ -232,9 +230,7 @@ def test_source_is_never_overwritten(tmp_path: Path, make_base: MakeBase) -> Non
         assert path.read_bytes() == before
 
 
-def test_biases_that_were_trained_but_not_saved_are_refused(
-    tmp_path: Path, make_base: MakeBase
-) -> None:
+def test_biases_that_were_trained_but_not_saved_are_refused(tmp_path, make_base) -> None:
     base = make_base("qwen2")
     folder = tiny.write_tiny_peft(tmp_path / "a", base, config={"bias": "all"})
     assert refusal(UnsupportedAdapterError, folder, base.path) == (

@@ -83,7 +83,7 @@ def stacked_delta(a: NDArray[np.float32], b: NDArray[np.float32]) -> F64:
 
 
 @pytest.mark.parametrize("names", [("mlp", "up_proj"), ("block_sparse_moe", "w3")])
-def test_experts_of_their_own_are_stacked(tmp_path: Path, names: tuple[str, str]) -> None:
+def test_experts_of_their_own_are_stacked(tmp_path, names: tuple[str, str]) -> None:
     """Of another rank and scale each; one has none, and its delta is zero."""
     block, up = names
     base = write_base(tmp_path / "base.gguf", "llama")
@@ -104,7 +104,7 @@ def test_experts_of_their_own_are_stacked(tmp_path: Path, names: tuple[str, str]
 
 @pytest.mark.parametrize("arch", ["qwen3moe", "gpt-oss"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_parameter_of_gate_and_up_is_taken_apart(tmp_path: Path, arch: str, fused: bool) -> None:
+def test_parameter_of_gate_and_up_is_taken_apart(tmp_path, arch: str, fused: bool) -> None:
     base = write_base(tmp_path / "base.gguf", arch, fused=fused)
     pairs = {
         f"{EXPERTS}.base_layer": stacked_pair(N_EMBD, 2 * N_FF),
@@ -126,7 +126,7 @@ def test_parameter_of_gate_and_up_is_taken_apart(tmp_path: Path, arch: str, fuse
         np.testing.assert_allclose(found[part], delta, rtol=2e-6, atol=1e-5)
 
 
-def test_older_peft_had_a_and_b_the_other_way_round(tmp_path: Path) -> None:
+def test_older_peft_had_a_and_b_the_other_way_round(tmp_path) -> None:
     """As PEFT 0.18 saw a parameter of [n_expert, n_out, n_in]: its A has n_out columns."""
     base = write_base(tmp_path / "base.gguf")
     a, b = stacked_pair(2 * N_FF, N_EMBD)
@@ -137,7 +137,7 @@ def test_older_peft_had_a_and_b_the_other_way_round(tmp_path: Path) -> None:
     np.testing.assert_allclose(both, expected, rtol=2e-6, atol=1e-5)
 
 
-def test_square_experts_need_a_version(tmp_path: Path) -> None:
+def test_square_experts_need_a_version(tmp_path) -> None:
     """Of n_embd = 2 n_ff, as OLMoE's, A and B of gate_up_proj fit either way round."""
     base = write_base(tmp_path / "base.gguf", n_ff=N_EMBD // 2)
     a, b = stacked_pair(N_EMBD, N_EMBD)
@@ -157,7 +157,7 @@ def test_square_experts_need_a_version(tmp_path: Path) -> None:
         np.testing.assert_allclose(both, stacked_delta(a, b), rtol=2e-6, atol=1e-5)
 
 
-def test_mistake_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistake_is_found(tmp_path, monkeypatch) -> None:
     base = write_base(tmp_path / "base.gguf")
     pairs = {EXPERTS: stacked_pair(N_EMBD, 2 * N_FF)}
     folder = write_pairs_of_peft(tmp_path / "a", pairs, **GATE_UP)
@@ -212,7 +212,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_experts_that_do_not_fit_are_named(tmp_path: Path, case: tuple[Any, ...]) -> None:
+def test_experts_that_do_not_fit_are_named(tmp_path, case: tuple[Any, ...]) -> None:
     base_options, pairs, fields, message = case
     base = write_base(tmp_path / "base.gguf", **base_options)
     folder = write_pairs_of_peft(tmp_path / "a", pairs, **fields)
@@ -220,7 +220,7 @@ def test_experts_that_do_not_fit_are_named(tmp_path: Path, case: tuple[Any, ...]
     assert refusal(kind, folder, base) == f"Cannot convert {folder} for {base}: {message}"
 
 
-def test_filling_up_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_filling_up_has_a_limit(tmp_path, monkeypatch) -> None:
     base = write_base(tmp_path / "base.gguf")
     folder = write_pairs_of_peft(tmp_path / "a", {SINGLE: PAIR})
     n_bytes = 4 * N_EXPERT * RANK * N_FF
@@ -234,7 +234,7 @@ def test_filling_up_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     )
 
 
-def test_square_experts_of_mlx_have_one_order(tmp_path: Path) -> None:
+def test_square_experts_of_mlx_have_one_order(tmp_path) -> None:
     base = write_base(tmp_path / "base.gguf", n_ff=N_EMBD)
     a, b = drawn(N_EXPERT, RANK, N_EMBD), drawn(N_EXPERT, N_EMBD, RANK)
     name = "model.layers.0.mlp.switch_mlp.down_proj"
@@ -247,7 +247,7 @@ def test_square_experts_of_mlx_have_one_order(tmp_path: Path) -> None:
         convert(folder, other)
 
 
-def test_parameters_and_tensors_must_belong_together(tmp_path: Path) -> None:
+def test_parameters_and_tensors_must_belong_together(tmp_path) -> None:
     base = write_base(tmp_path / "base.gguf")
     pair = stacked_pair(N_FF, N_EMBD)
     both = ["experts.gate_up_proj", "experts.down_proj"]
@@ -269,7 +269,7 @@ def test_parameters_and_tensors_must_belong_together(tmp_path: Path) -> None:
         convert(folder, base)
 
 
-def test_other_parameters_of_experts_are_refused_by_name(tmp_path: Path) -> None:
+def test_other_parameters_of_experts_are_refused_by_name(tmp_path) -> None:
     base = write_base(tmp_path / "base.gguf", "gpt-oss")
     folder = write_pairs_of_peft(
         tmp_path / "a", {EXPERTS: PAIR}, target_parameters=["experts.gate_up_proj_bias"]

@@ -5,9 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles import TinyBundle, qaflora
+from bundles import qaflora
 from refusals import refused
-from starlette.testclient import TestClient
 
 from qaflora_edge import Engine
 from qaflora_edge.errors import OptionError, PromptError
@@ -33,7 +32,7 @@ def expected(alone: Engine, weights: Any) -> Any:
     return shares / shares.sum()
 
 
-def test_probabilities_are_those_of_the_scores(alone: Engine) -> None:
+def test_probabilities_are_those_of_the_scores(alone) -> None:
     decision = alone.decide(QUESTION, CHOICES, compare=True)
     np.testing.assert_allclose(decision.probabilities, expected(alone, None), rtol=1e-5)
     assert decision.probabilities.sum() == pytest.approx(1)
@@ -44,7 +43,7 @@ def test_probabilities_are_those_of_the_scores(alone: Engine) -> None:
         np.testing.assert_allclose(found, expected(alone, strategy), rtol=1e-5)
 
 
-def test_one_strategy_and_messages(alone: Engine) -> None:
+def test_one_strategy_and_messages(alone) -> None:
     messages = [{"role": "user", "content": QUESTION}]
     found = alone.decide(messages, CHOICES, strategy="base")
     np.testing.assert_allclose(found.probabilities, expected(alone, "base"), rtol=1e-5)
@@ -53,7 +52,7 @@ def test_one_strategy_and_messages(alone: Engine) -> None:
     assert (found.fusion.strategy, found.fusion.relay) == ("two-place", None)
 
 
-def test_what_a_choice_means_is_listed_with_it(alone: Engine) -> None:
+def test_what_a_choice_means_is_listed_with_it(alone) -> None:
     plain = alone.decide(QUESTION, ["yes", "no"])
     told = alone.decide(QUESTION, {"yes": "the thing", "no": ""})
     assert told.choices == plain.choices
@@ -75,21 +74,21 @@ TEXTS = "expected 1 to 255 texts, all different and none empty."
         (["a"] * 1000, TEXTS),
     ],
 )
-def test_wrong_choices_are_refused(alone: Engine, choices: Any, message: str) -> None:
+def test_wrong_choices_are_refused(alone, choices: Any, message: str) -> None:
     assert refused(OptionError, alone.decide, QUESTION, choices).endswith(message)
 
 
 @pytest.mark.parametrize("prompt", ["", [], [{"role": "assistant", "content": "a"}], 3])
-def test_what_is_no_question_is_refused(alone: Engine, prompt: Any) -> None:
+def test_what_is_no_question_is_refused(alone, prompt: Any) -> None:
     assert "expected a" in refused(PromptError, alone.decide, prompt, CHOICES)
 
 
-def test_many_choices_are_scored_in_parts(alone: Engine) -> None:
+def test_many_choices_are_scored_in_parts(alone) -> None:
     choices = [chr(ord("a") + n % 26) + chr(ord("a") + n // 26) for n in range(60)]
     assert len(alone.decide("q", choices).probabilities) == 60
 
 
-def test_the_command_prints_what_the_engine_decides(calibrated: TinyBundle, alone: Engine) -> None:
+def test_the_command_prints_what_the_engine_decides(calibrated, alone) -> None:
     args = [word for choice in CHOICES for word in ("--choice", choice)]
     decision = alone.decide(QUESTION, CHOICES)
     result = qaflora("decide", calibrated.folder, QUESTION, *args, "--json")
@@ -112,7 +111,7 @@ QUESTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def test_systemone_answers_each_question(client: TestClient, alone: Engine) -> None:
+def test_systemone_answers_each_question(client, alone) -> None:
     body = {"model": "jev-latest", "state": STATE, "questions": QUESTIONS}
     found = client.post("/v1/systemone", json=body).json()
     answers = found["answers"]
@@ -141,12 +140,12 @@ def test_systemone_answers_each_question(client: TestClient, alone: Engine) -> N
         ({"a": {"type": "choice", "criteria": {"": "x"}}}, "choices"),
     ],
 )
-def test_wrong_questions_are_400(client: TestClient, questions: Any, param: str) -> None:
+def test_wrong_questions_are_400(client, questions: Any, param: str) -> None:
     response = client.post("/v1/systemone", json={"state": "a", "questions": questions})
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
 
 
-def test_choices_after_no_question_are_scored_once(alone: Engine, monkeypatch: Any) -> None:
+def test_choices_after_no_question_are_scored_once(alone, monkeypatch) -> None:
     first = alone.decide(QUESTION, ["ring", "no"], compare=True)
     n_scored: list[int] = []
     scorer = alone._core.scorer
@@ -157,6 +156,6 @@ def test_choices_after_no_question_are_scored_once(alone: Engine, monkeypatch: A
     assert again.probabilities.tolist() == first.probabilities.tolist()
 
 
-def test_of_equal_choices_the_first_counts(alone: Engine) -> None:
+def test_of_equal_choices_the_first_counts(alone) -> None:
     fusion = alone.weights(QUESTION, strategy="base")
     assert Decision(("a", "b"), np.array([0.5, 0.5]), fusion, {}, 0, np.zeros((2, 2))).choice == "a"

@@ -37,7 +37,7 @@ base, adapters, weights, assert_near = cpu.base, cpu.adapters, cpu.weights, cpu.
 
 
 @pytest.fixture(params=[ALL, SOME], ids=["all-layers", "some-layers"])
-def gpu_layers(request: pytest.FixtureRequest) -> int:
+def gpu_layers(request) -> int:
     return int(request.param)
 
 
@@ -64,9 +64,7 @@ def log() -> Iterator[list[str]]:
     binding.llama_log_set(library._log_callback, None)
 
 
-def test_layers_lie_on_the_device(
-    base: TinyBase, adapters: list[TinyAdapter], gpu_layers: int, log: list[str]
-) -> None:
+def test_layers_lie_on_the_device(base, adapters, gpu_layers, log) -> None:
     cpu.load(base, adapters, gpu_layers)
     said = "".join(log)
     assert f"using device {DEVICE}" in said, f"no device {DEVICE}; `qaflora doctor` lists them"

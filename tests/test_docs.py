@@ -42,7 +42,7 @@ LIKELY = {'"': 20.0, "}": 15.0, ",": 14.0}
 
 
 @pytest.fixture(scope="session")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def material(tmp_path_factory) -> Path:
     """What the commands of the pages find: a bundle, a base, adapters and prompts, all tiny."""
     folder = tmp_path_factory.mktemp("pages")
     bias = tiny.constant_logits(lambda token: LIKELY.get(token, 0.0))["output.bias"]
@@ -62,7 +62,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def scratch(tmp_path: Path, material: Path) -> Path:
+def scratch(tmp_path, material) -> Path:
     """A folder of its own for the blocks of one page."""
     return shutil.copytree(material, tmp_path / "page", symlinks=True)
 
@@ -100,7 +100,7 @@ def runnable(page: Path) -> list[Block]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=page_id)
-def test_blocks_of_the_page_run(page: Path, scratch: Path, tmp_path: Path) -> None:
+def test_blocks_of_the_page_run(page: Path, scratch, tmp_path) -> None:
     """With a tiny bundle; test_transcript types the same commands on the real one."""
     for block in runnable(page):
         done = run_block(block, scratch, tmp_path / "home")
@@ -147,13 +147,13 @@ def test_commands_named_in_the_text_exist(page: Path) -> None:
         assert named <= options, f"{page.name} gives {name} options that it does not have"
 
 
-def test_readme_names_every_verb(checkout: Path) -> None:
+def test_readme_names_every_verb(checkout) -> None:
     text = (checkout / "README.md").read_text(encoding="utf-8")
     assert [verb for verb in VERBS if f"qaflora {verb}" not in text] == []
 
 
 @pytest.mark.slow
-def test_the_mix_makes_the_demos_right_answers_likelier(checkout: Path, smollm2: Path) -> None:
+def test_the_mix_makes_the_demos_right_answers_likelier(checkout, smollm2) -> None:
     """Which of two near words is written hangs on the kernels; how likely they are does not."""
     with Engine(checkout / "models/demo", n_ctx=512) as engine:
         for each in DEMO["SMALL"].questions:
@@ -162,7 +162,7 @@ def test_the_mix_makes_the_demos_right_answers_likelier(checkout: Path, smollm2:
             assert mix.sum() > base.sum() + 0.3, each.text
 
 
-def test_adapters_of_the_demo_are_those_of_its_page(checkout: Path) -> None:
+def test_adapters_of_the_demo_are_those_of_its_page(checkout) -> None:
     """Small files, as bundle.json and the table of the README name them."""
     folder = checkout / "demo"
     page = (folder / "README.md").read_text(encoding="utf-8")
@@ -178,7 +178,7 @@ def test_adapters_of_the_demo_are_those_of_its_page(checkout: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_the_demo_answers_rightly_with_the_mix_that_it_names(
-    kernels: str, checkout: Path, monkeypatch: pytest.MonkeyPatch
+    kernels: str, checkout, monkeypatch
 ) -> None:
     demo = DEMO["QWEN"]
     if pulled_model(demo.base) is None:
@@ -198,7 +198,7 @@ def test_the_demo_answers_rightly_with_the_mix_that_it_names(
 
 
 @pytest.mark.parametrize("page", ["docs/quickstart.md"])
-def test_questions_of_the_first_pages_are_the_demos(page: str, checkout: Path) -> None:
+def test_questions_of_the_first_pages_are_the_demos(page: str, checkout) -> None:
     """Those that the mix answers rightly: what people see first should be right."""
     text = (checkout / page).read_text(encoding="utf-8")
     asked = re.findall(r'qaflora (?:run|compare|weights) \S+ "([^"]+)"', text)
@@ -207,13 +207,13 @@ def test_questions_of_the_first_pages_are_the_demos(page: str, checkout: Path) -
     assert set(asked) <= {each.text for each in DEMO["QWEN"].questions}
 
 
-def test_changelog_begins_with_this_version(checkout: Path) -> None:
+def test_changelog_begins_with_this_version(checkout) -> None:
     text = (checkout / "CHANGELOG.md").read_text(encoding="utf-8")
     heads = [part.split()[0] for part in text.split("\n## ")[1:]]
     assert next(head for head in heads if head != "Unreleased") == qaflora_edge.__version__
 
 
-def test_index_names_every_page(checkout: Path) -> None:
+def test_index_names_every_page(checkout) -> None:
     index = (checkout / "docs/README.md").read_text(encoding="utf-8")
     pages = [page.name for page in (checkout / "docs").glob("*.md") if page.name != "README.md"]
     assert [name for name in pages if f"({name})" not in index] == []

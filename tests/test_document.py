@@ -4,16 +4,13 @@ import codecs
 import socket
 import threading
 from io import BytesIO
-from typing import Any
 
 import httpx2 as httpx
 import pytest
-from bundles import TinyBundle
 from patience import PATIENCE_S, wait_until
 from pypdf import PdfReader, PdfWriter
 from refusals import refused
 from serving import listening
-from starlette.testclient import TestClient
 
 from qaflora_edge.errors import CancelledError, InputFileError
 from qaflora_edge.formats import document
@@ -89,13 +86,13 @@ def test_what_cannot_be_read_is_said(data: bytes, fault: str) -> None:
     assert refused(InputFileError, document_text, "a.pdf", data) == f"Cannot read a.pdf: {fault}"
 
 
-def test_a_damaged_pdf_and_one_of_much_text_are_said_to_be_so(monkeypatch: Any) -> None:
+def test_a_damaged_pdf_and_one_of_much_text_are_said_to_be_so(monkeypatch) -> None:
     monkeypatch.setattr(document, "MAX_TEXT_BYTES", 9)
     assert read_pdf(pdf_of("One page", "and another"))["fault"].startswith("it has more than 4 M")
     assert read_pdf(pdf_of("One page")[:60])["fault"].startswith("it is no whole PDF (")
 
 
-def test_a_pdf_has_limited_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pdf_has_limited_time(monkeypatch) -> None:
     monkeypatch.setattr(document, "READ_S", 0.001)
     with pytest.raises(InputFileError, match="it takes longer"):
         document_text("a.pdf", pdf_of("x"))
@@ -108,26 +105,26 @@ def test_a_pdf_that_nobody_waits_for_is_read_no_further() -> None:
         document_text("a.pdf", pdf_of("x"), cancel)
 
 
-def test_a_document_is_sent_as_text_with_its_size_in_tokens(client: TestClient) -> None:
+def test_a_document_is_sent_as_text_with_its_size_in_tokens(client) -> None:
     response = client.post("/document?name=a.pdf", content=pdf_of("the thing"))
     n_token = len(client.post("/tokenize", json={"content": "the thing"}).json()["tokens"])
     assert response.json() == {"text": "the thing", "n_token": n_token}
 
 
-def test_a_document_that_cannot_be_read_is_refused(client: TestClient) -> None:
+def test_a_document_that_cannot_be_read_is_refused(client) -> None:
     response = client.post("/document?name=a.png", content=b"\0")
     assert response.status_code == 400
     assert response.json()["error"]["message"].startswith("Cannot read a.png: it is neither")
 
 
-def test_a_document_is_not_larger_than_50_megabytes(client: TestClient) -> None:
+def test_a_document_is_not_larger_than_50_megabytes(client) -> None:
     size = {"content-length": str(60 * 10**6)}
     response = client.post("/document?name=a.pdf", content=b"", headers=size)
     assert (response.status_code, response.json()["error"]["code"]) == (413, "request_too_large")
 
 
 def test_a_document_that_comes_slowly_stops_no_other_and_is_dropped_with_its_sender(
-    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
+    made, monkeypatch
 ) -> None:
     def read(name: str, data: bytes, cancel: threading.Event) -> str:
         begun.set()

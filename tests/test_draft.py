@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 from itertools import pairwise
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -65,7 +64,7 @@ def test_a_guess_ends_where_the_answer_must() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", ["models/demo", "demo"])
-def test_answers_are_the_same_bits_with_guesses_and_without(checkout: Path, folder: str) -> None:
+def test_answers_are_the_same_bits_with_guesses_and_without(checkout, folder: str) -> None:
     """Greedy, sampled, penalised, under a schema, and four at once under four mixes."""
     fetch_model(json.loads((checkout / folder / "bundle.json").read_bytes())["base"]["registry"])
     ways: list[dict[str, Any]] = [
@@ -111,9 +110,7 @@ def test_answers_are_the_same_bits_with_guesses_and_without(checkout: Path, fold
 
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", ["models/demo", "demo"])
-def test_the_base_reads_a_prompt_to_the_same_bits_however_it_is_cut(
-    checkout: Path, folder: str
-) -> None:
+def test_the_base_reads_a_prompt_to_the_same_bits_however_it_is_cut(checkout, folder: str) -> None:
     fetch_model(json.loads((checkout / folder / "bundle.json").read_bytes())["base"]["registry"])
     tokens = np.random.default_rng(3).integers(100, 20_000, 300).tolist()
     with Engine(checkout / folder, n_ctx=512) as engine:
@@ -133,7 +130,7 @@ def test_the_base_reads_a_prompt_to_the_same_bits_however_it_is_cut(
             assert read(*cuts) == expected
 
 
-def test_a_base_that_cannot_forget_a_guess_drafts_none(tmp_path: Path) -> None:
+def test_a_base_that_cannot_forget_a_guess_drafts_none(tmp_path) -> None:
     base = write_tiny_base(tmp_path / "base.gguf", "gemma3", window=16).path
     with Engine(base=base, adapters={}) as engine:
         assert engine._core.draft == 0

@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles import TinyBundle
 from patience import PATIENCE_S, wait_until
 from refusals import refused
-from tiny import TinyBase, write_tiny_adapter, write_tiny_base, write_tiny_peft
+from tiny import write_tiny_adapter, write_tiny_base, write_tiny_peft
 
 from qaflora_edge import Engine, FusionWeights, QafloraError
 from qaflora_edge.backend.context import Context
@@ -38,12 +37,12 @@ EXACT: dict[str, Any] = {"n_ctx": 128, "kv_type": "f32", "flash_attn": False}
 
 
 @pytest.fixture
-def engine(base: TinyBase, adapters: dict[str, Path]) -> Iterator[Engine]:
+def engine(base, adapters) -> Iterator[Engine]:
     with Engine(base=base.path, adapters=adapters, **EXACT) as engine:
         yield engine
 
 
-def test_a_text_is_weighed_as_a_user_turn_unless_raw(engine: Engine) -> None:
+def test_a_text_is_weighed_as_a_user_turn_unless_raw(engine) -> None:
     turn = [{"role": "user", "content": PROMPT}]
     tokens = (engine.chat_tokens(turn), engine.tokenize(PROMPT))
     chat, plain = (engine.weights(each).weights.tolist() for each in tokens)
@@ -52,7 +51,7 @@ def test_a_text_is_weighed_as_a_user_turn_unless_raw(engine: Engine) -> None:
     assert engine.weights(PROMPT, raw=True).weights.tolist() == plain
 
 
-def test_logits_take_weights_in_every_form(engine: Engine) -> None:
+def test_logits_take_weights_in_every_form(engine) -> None:
     fusion = engine.weights(PROMPT, raw=True)
     logits = engine.logits(PROMPT)
     assert logits.shape == (engine.n_vocab,)
@@ -70,9 +69,7 @@ def test_logits_take_weights_in_every_form(engine: Engine) -> None:
             call(PROMPT, strategy="base", weights="static")
 
 
-def test_typical_divergence_is_measured_per_adapter_lens_and_layer(
-    engine: Engine, base: TinyBase
-) -> None:
+def test_typical_divergence_is_measured_per_adapter_lens_and_layer(engine, base) -> None:
     done = []
     typical = engine.typical_divergence(
         ["the", "air is"], progress=lambda i, n: done.append((i, n))
@@ -89,7 +86,7 @@ def test_typical_divergence_is_measured_per_adapter_lens_and_layer(
         np.testing.assert_allclose(typical[name]["norm"], expected[ia], rtol=1e-5)
 
 
-def test_empty_and_long_prompts_are_refused(engine: Engine) -> None:
+def test_empty_and_long_prompts_are_refused(engine) -> None:
     assert refused(ContextError, engine.generate, "x " * 100) == (
         "The prompt has 200 tokens, the context 128; shorten it, or raise the context "
         "(--ctx, n_ctx; this base was trained for 512)."
@@ -98,9 +95,7 @@ def test_empty_and_long_prompts_are_refused(engine: Engine) -> None:
         engine.logits([])
 
 
-def test_engine_in_a_cycle_frees_contexts_before_the_model(
-    base: TinyBase, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_engine_in_a_cycle_frees_contexts_before_the_model(base, monkeypatch) -> None:
     freed: list[str] = []
     for kind in (Model, Pack, Context):
         original = kind._free
@@ -118,7 +113,7 @@ def test_engine_in_a_cycle_frees_contexts_before_the_model(
     assert freed == ["Context", "Pack", "Model"]
 
 
-def test_bad_weights_are_refused(engine: Engine) -> None:
+def test_bad_weights_are_refused(engine) -> None:
     with pytest.raises(StrategyError, match="The adapter 'fr' is not loaded"):
         engine.hidden_states(PROMPT, adapter="fr")
     other = FusionWeights(("x",), np.zeros((1, 3), np.float32))
@@ -126,14 +121,14 @@ def test_bad_weights_are_refused(engine: Engine) -> None:
         engine.logits(PROMPT, weights=other)
 
 
-def test_engine_needs_a_bundle_or_a_base(base: TinyBase, tmp_path: Path) -> None:
+def test_engine_needs_a_bundle_or_a_base(base, tmp_path) -> None:
     with pytest.raises(OptionError, match="needs a bundle folder, or base= and adapters="):
         Engine()
     with pytest.raises(OptionError, match="a bundle and also base or adapters"):
         Engine(tmp_path, base=base.path)
 
 
-def test_close_ends_the_calls_of_other_threads(base: TinyBase) -> None:
+def test_close_ends_the_calls_of_other_threads(base) -> None:
     engine = Engine(base=base.path)
     answer = engine.generate("the king")
     caught: list[QafloraError] = []
@@ -160,7 +155,7 @@ def test_close_ends_the_calls_of_other_threads(base: TinyBase) -> None:
 
 @pytest.mark.parametrize("strategy", ["qa-flora", "static"])
 def test_adapters_out_of_use_are_as_if_they_were_not_there(
-    engine: Engine, base: TinyBase, adapters: dict[str, Path], strategy: str
+    engine, base, adapters, strategy: str
 ) -> None:
     engine.weights(PROMPT)  # probed with all before
     engine.use_adapters(["med", "es"])
@@ -180,7 +175,7 @@ def test_adapters_out_of_use_are_as_if_they_were_not_there(
     assert engine.weights(PROMPT).weights.shape == (3, base.n_layer)
 
 
-def test_adapters_out_of_use_are_not_probed(engine: Engine) -> None:
+def test_adapters_out_of_use_are_not_probed(engine) -> None:
     def n_probed() -> int:
         engine.weights(PROMPT)
         context = engine._core.prober._contexts.context
@@ -193,7 +188,7 @@ def test_adapters_out_of_use_are_not_probed(engine: Engine) -> None:
     assert engine.weights(PROMPT, adapters=["math", "med"]).adapters == ("math", "med")
 
 
-def test_use_refuses_what_is_unknown_and_changes_nothing(engine: Engine) -> None:
+def test_use_refuses_what_is_unknown_and_changes_nothing(engine) -> None:
     assert refused(StrategyError, engine.use_adapters, ["es", "law"]) == (
         "The adapter 'law' is not loaded; expected names out of: math, es, med."
     )
@@ -206,7 +201,7 @@ def test_use_refuses_what_is_unknown_and_changes_nothing(engine: Engine) -> None
     assert engine.weights(PROMPT).weights[:, 0].tolist() == [1.0, 0.0, 0.0]
 
 
-def test_what_has_begun_keeps_its_adapters(engine: Engine, adapters: dict[str, Path]) -> None:
+def test_what_has_begun_keeps_its_adapters(engine, adapters) -> None:
     mix, begun = {"es": 1.0}, weakref.ref(engine._core)
     expected = [each.text() for each in engine.answers(PROMPT, 2, weights=mix, max_tokens=9)]
     answers = engine.answers(PROMPT, 2, weights=mix, max_tokens=9)
@@ -224,9 +219,7 @@ def test_what_has_begun_keeps_its_adapters(engine: Engine, adapters: dict[str, P
     assert engine.weights(PROMPT, adapters=["math", "med"]).weights.tolist() == two
 
 
-def test_what_cannot_be_added_or_removed_changes_nothing(
-    engine: Engine, adapters: dict[str, Path], tmp_path: Path
-) -> None:
+def test_what_cannot_be_added_or_removed_changes_nothing(engine, adapters, tmp_path) -> None:
     other = write_tiny_base(tmp_path / "other.gguf", n_embd=32)
     wrong = write_tiny_adapter(tmp_path / "wrong.gguf", other).path
     engine.use_strategy("single:es")
@@ -246,7 +239,7 @@ def test_what_cannot_be_added_or_removed_changes_nothing(
         engine.add_adapter("more", adapters["es"])
 
 
-def test_no_change_waits_for_the_hub(engine: Engine, adapters: Any, monkeypatch: Any) -> None:
+def test_no_change_waits_for_the_hub(engine, adapters, monkeypatch) -> None:
     def fetch(name: str) -> tuple[Path, str]:
         other = threading.Thread(target=engine.remove_adapter, args=["es"])
         other.start()
@@ -257,9 +250,7 @@ def test_no_change_waits_for_the_hub(engine: Engine, adapters: Any, monkeypatch:
     assert engine.add_adapter("es", "owner/es") == "es"  # the name was free
 
 
-def test_added_adapters_are_measured_as_a_bundle_s(
-    calibrated: TinyBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_added_adapters_are_measured_as_a_bundle_s(calibrated, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(calibrated.folder.parent)
     peft = write_tiny_peft(tmp_path / "new one", calibrated.base, seed=9)
     folder = shutil.copytree(calibrated.folder, tmp_path / "bundle")
@@ -279,7 +270,7 @@ def test_added_adapters_are_measured_as_a_bundle_s(
         assert engine.generate(PROMPT, max_tokens=1).fusion.adapters == ()
 
 
-def test_run_forever_goes_on_after_a_change(engine: Engine, adapters: dict[str, Path]) -> None:
+def test_run_forever_goes_on_after_a_change(engine, adapters) -> None:
     thread = threading.Thread(target=engine.run_forever)
     thread.start()
     expected = engine.generate(PROMPT, weights={"es": 1.0}, max_tokens=5).text()

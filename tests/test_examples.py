@@ -17,7 +17,7 @@ def test_example_is_short(example: Path) -> None:
 
 
 @pytest.mark.slow
-def test_offline_assistant_fills_a_form_and_answers(tmp_path: Path, checkout: Path) -> None:
+def test_offline_assistant_fills_a_form_and_answers(tmp_path, checkout) -> None:
     first_in_ascii = constant_logits(lambda token: -ord(token[0]))
     made = make_bundle(tmp_path, arch="qwen2", replace=first_in_ascii)
     script = checkout / "examples/offline_assistant.py"

@@ -36,12 +36,12 @@ def write_base(path: Path, **options: object) -> TinyBase:
 
 
 @pytest.fixture
-def base(tmp_path: Path) -> TinyBase:
+def base(tmp_path) -> TinyBase:
     return write_base(tmp_path / "base.gguf")
 
 
 @pytest.fixture
-def adapters(tmp_path: Path, base: TinyBase) -> list[TinyAdapter]:
+def adapters(tmp_path, base) -> list[TinyAdapter]:
     """Of different rank, alpha and targets; the last touches no expert."""
     return [
         write_tiny_adapter(tmp_path / "a.gguf", base, rank=4, alpha=8, seed=1, targets=ALL),
@@ -53,14 +53,12 @@ def adapters(tmp_path: Path, base: TinyBase) -> list[TinyAdapter]:
 
 
 @pytest.fixture
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def kernels(request, monkeypatch) -> None:
     monkeypatch.setenv("QAFLORA_CPU_KERNELS", request.param)
 
 
 @with_kernels(["", PLAIN_KERNELS, "ggml"])
-def test_logits_equal_a_merged_base(
-    tmp_path: Path, base: TinyBase, adapters: list[TinyAdapter], weights: F32, kernels: None
-) -> None:
+def test_logits_equal_a_merged_base(tmp_path, base, adapters, weights: F32, kernels) -> None:
     merged = write_merged(tmp_path / "merged.gguf", base, adapters, weights, n_expert=N_EXPERT)
     fused = fused_logits(base, adapters, weights)
     assert np.abs(fused - stock_logits(base)).max() > 0.1  # the adapters do something
@@ -68,9 +66,7 @@ def test_logits_equal_a_merged_base(
     assert np.array_equal(fused_logits(base, adapters, 0 * weights), stock_logits(base))
 
 
-def test_an_overflow_of_what_weighs_nothing_is_not_seen(
-    tmp_path: Path, base: TinyBase, adapters: list[TinyAdapter]
-) -> None:
+def test_an_overflow_of_what_weighs_nothing_is_not_seen(tmp_path, base, adapters) -> None:
     """ggml's products would take activations as F16 and make NaN of 0 times infinity."""
     huge = {
         name: np.asarray(1e6 * value, np.float32)
@@ -89,9 +85,7 @@ def test_an_overflow_of_what_weighs_nothing_is_not_seen(
 
 @with_kernels(["", "ggml"])
 @pytest.mark.parametrize("differential", [False, True])
-def test_each_sequence_has_its_own_weights(
-    base: TinyBase, adapters: list[TinyAdapter], differential: bool, kernels: None
-) -> None:
+def test_each_sequence_has_its_own_weights(base, adapters, differential: bool, kernels) -> None:
     """The base and each adapter in one batch, as the probe has them, against passes alone."""
     probed = probe_states(base, adapters, TOKENS, differential=differential)
     single = single_states(base, adapters, TOKENS)
@@ -110,7 +104,7 @@ UP = "blk.1.ffn_up_exps.weight"
     ],
 )
 def test_pack_names_experts_that_do_not_fit(
-    tmp_path: Path, base: TinyBase, a: tuple[int, ...], b: tuple[int, ...], message: str
+    tmp_path, base, a: tuple[int, ...], b: tuple[int, ...], message: str
 ) -> None:
     tensors = {f"{UP}.lora_a": np.ones(a, np.float32), f"{UP}.lora_b": np.ones(b, np.float32)}
     path = write_pairs(tmp_path / "odd.gguf", tensors)
@@ -119,9 +113,7 @@ def test_pack_names_experts_that_do_not_fit(
     assert f"{path}: '{UP}' {message}; " in str(caught.value)
 
 
-def test_bundle_takes_adapters_of_experts(
-    tmp_path: Path, base: TinyBase, adapters: list[TinyAdapter]
-) -> None:
+def test_bundle_takes_adapters_of_experts(tmp_path, base, adapters) -> None:
     files = {"a": adapters[0].path, "b": adapters[1].path}
     made = create_bundle(
         tmp_path / "bundle", base.path, files, strategy="calibrated", engine=Engine

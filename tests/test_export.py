@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-from bundles import TinyBundle, qaflora
+from bundles import qaflora
 from numpy.typing import NDArray
 from test_backend import TOKENS, fused_logits, stock_logits
 
@@ -39,7 +39,7 @@ def mixed(
 
 
 @pytest.mark.parametrize("n_expert", [0, 4])
-def test_stock_llama_cpp_gives_the_logits_of_the_mix(tmp_path: Path, n_expert: int) -> None:
+def test_stock_llama_cpp_gives_the_logits_of_the_mix(tmp_path, n_expert: int) -> None:
     targets = (*tiny.STEMS[:4], *tiny.EXPERT_STEMS, *OUTSIDE) if n_expert else PROJECTIONS
     fused, base, header, modules = mixed(tmp_path, targets, tied=False, n_expert=n_expert)
     errors = {}
@@ -55,7 +55,7 @@ def test_stock_llama_cpp_gives_the_logits_of_the_mix(tmp_path: Path, n_expert: i
     assert found == {"blk.1.attn_q.weight": 11, "blk.2.attn_q.weight": 13, "output.weight": 11}
 
 
-def test_command_writes_the_mix_of_a_prompt(made: TinyBundle, tmp_path: Path) -> None:
+def test_command_writes_the_mix_of_a_prompt(made, tmp_path) -> None:
     out = tmp_path / "mix.gguf"
     command = ["export", made.folder, "-o", out, "--outtype", "f32"]
     result = qaflora(*command)
@@ -82,7 +82,7 @@ def test_command_writes_the_mix_of_a_prompt(made: TinyBundle, tmp_path: Path) ->
     ],
 )
 def test_what_cannot_be_exported_is_said_and_nothing_written(
-    tmp_path: Path, own_cache: Path, stem: str, options: list[str], message: str
+    tmp_path, own_cache, stem: str, options: list[str], message: str
 ) -> None:
     base = tiny.write_tiny_base(tmp_path / "base.gguf")
     adapter = tiny.write_tiny_adapter(tmp_path / "a.gguf", base, targets=[stem]).path

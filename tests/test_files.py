@@ -17,7 +17,7 @@ from qaflora_edge.formats.inputs import open_input
 POSIX = pytest.mark.skipif(os.name != "posix", reason="POSIX permissions and links")
 
 
-def test_atomic_path_replaces_the_file_at_the_end(tmp_path: Path) -> None:
+def test_atomic_path_replaces_the_file_at_the_end(tmp_path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
     with atomic_path(path) as temporary:
@@ -29,7 +29,7 @@ def test_atomic_path_replaces_the_file_at_the_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt()])
-def test_atomic_path_leaves_nothing_after_a_failure(tmp_path: Path, error: BaseException) -> None:
+def test_atomic_path_leaves_nothing_after_a_failure(tmp_path, error: BaseException) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
 
@@ -45,7 +45,7 @@ def test_atomic_path_leaves_nothing_after_a_failure(tmp_path: Path, error: BaseE
 
 
 @POSIX
-def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path) -> None:
+def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path) -> None:
     """It may belong to a writer at work as long as it is young, or of another name."""
     (tmp_path / "mine").write_text("mine")
     old, young, other, link = (
@@ -67,7 +67,7 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path) -> Non
 @pytest.mark.parametrize("function", ["fsync", "replace"])
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
 def test_failure_at_the_end_keeps_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, code: int
+    tmp_path, monkeypatch, function: str, code: int
 ) -> None:
     out = tmp_path / "math.gguf"
     out.write_text("old")
@@ -86,7 +86,7 @@ def test_failure_at_the_end_keeps_the_old_file(
     assert os.listdir(out.parent) == ["math.gguf"]
 
 
-def test_atomic_path_names_a_missing_folder(tmp_path: Path) -> None:
+def test_atomic_path_names_a_missing_folder(tmp_path) -> None:
     path = tmp_path / "none" / "a"
     assert refused(OutputFileError, write_text_atomic, path, "x") == (
         f"Cannot write {path}: the folder {path.parent} does not take a new file: No such file "
@@ -95,7 +95,7 @@ def test_atomic_path_names_a_missing_folder(tmp_path: Path) -> None:
 
 
 @POSIX
-def test_atomic_path_replaces_no_pipe_and_no_device(tmp_path: Path) -> None:
+def test_atomic_path_replaces_no_pipe_and_no_device(tmp_path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("/dev/null")
     (tmp_path / "folder").mkdir()
@@ -120,7 +120,7 @@ def test_atomic_path_replaces_no_pipe_and_no_device(tmp_path: Path) -> None:
         *("a\\..\\b", "~/a", "file:a", "FILE:///a", "a\0b", "a\ud800b"),
     ],
 )
-def test_safe_join_refuses_paths_that_lead_out(tmp_path: Path, relative: str) -> None:
+def test_safe_join_refuses_paths_that_lead_out(tmp_path, relative: str) -> None:
     assert refused(BundleError, safe_join, tmp_path, relative) == (
         f"Refused the path {relative!r} in bundle {tmp_path}: it is absolute, climbs with '..', or "
         "is no file name; expected a relative path to a file inside the bundle. Copy the file into "
@@ -129,7 +129,7 @@ def test_safe_join_refuses_paths_that_lead_out(tmp_path: Path, relative: str) ->
 
 
 @POSIX
-def test_safe_join_follows_links_only_inside(tmp_path: Path) -> None:
+def test_safe_join_follows_links_only_inside(tmp_path) -> None:
     bundle = tmp_path / "bundle"
     bundle.mkdir()
     (bundle / "real").write_text("x")
@@ -149,7 +149,7 @@ def test_safe_join_follows_links_only_inside(tmp_path: Path) -> None:
 
 
 @POSIX
-def test_open_input_never_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_input_never_waits(tmp_path, monkeypatch) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("pipe")
     for path in (tmp_path / "pipe", tmp_path / "link", "/dev/zero"):

@@ -4,7 +4,6 @@ import subprocess
 import sys
 
 import pytest
-from bundles import TinyBundle
 from patience import PATIENCE_S
 
 CODE = """\
@@ -37,7 +36,7 @@ print(child != 0 and len(engine.weights("the king").adapters))
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")
 @pytest.mark.parametrize("state", ["fresh", "used"])
-def test_forked_process_is_told_and_does_not_wait(made: TinyBundle, state: str) -> None:
+def test_forked_process_is_told_and_does_not_wait(made, state: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", CODE, str(made.folder), state],
         capture_output=True,

@@ -13,7 +13,7 @@ N_CASE = 120
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
-def test_reader_survives_damaged_files(name: str, tmp_path: Path) -> None:
+def test_reader_survives_damaged_files(name: str, tmp_path) -> None:
     found = fuzz_target(name, 60, seed=1, findings=tmp_path, n_case=N_CASE)
     assert found["n_case"] == N_CASE  # the time is for slow machines: 1 s is the rule
     assert found["findings"] == []
@@ -24,19 +24,19 @@ def test_reader_survives_damaged_files(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "finding", sorted(FINDINGS.glob("*/*/")), ids=lambda path: f"{path.parent.name}-{path.name}"
 )
-def test_finding_of_the_past_stays_fixed(finding: Path, tmp_path: Path) -> None:
+def test_finding_of_the_past_stays_fixed(finding: Path, tmp_path) -> None:
     target = TARGETS[finding.parent.name]
     target.seeds(tmp_path)
     write_case(tmp_path / "case", read_case(finding))
     outcome_of(target, tmp_path / "case", tmp_path)
 
 
-def test_gguf_is_put_together_as_it_was(tmp_path: Path) -> None:
+def test_gguf_is_put_together_as_it_was(tmp_path) -> None:
     for case in TARGETS["adapter"].seeds(tmp_path) + TARGETS["base"].seeds(tmp_path):
         assert Gguf(case["a.gguf"]).join() == case["a.gguf"]
 
 
-def test_a_reader_that_fails_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reader_that_fails_is_found(tmp_path, monkeypatch) -> None:
     """The fuzzer itself: an error that is no QafloraError is not taken for a refusal."""
     from dataclasses import replace
 

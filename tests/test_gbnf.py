@@ -5,7 +5,6 @@ import ctypes
 import json
 import random
 import time
-from pathlib import Path
 
 import llguidance
 import numpy as np
@@ -47,7 +46,7 @@ BAD = [
 ]
 
 
-def test_sentencepiece_puts_no_space_before_a_text(tmp_path: Path) -> None:
+def test_sentencepiece_puts_no_space_before_a_text(tmp_path) -> None:
     base = write_tiny_base(tmp_path / "base.gguf", spm=True)
     with Engine(base=base.path) as engine:
         for text in ("foo bar", " a", "\nb"):
@@ -107,7 +106,7 @@ def check_same(model: Model, text: str, seed: int) -> int:
 
 
 @pytest.mark.parametrize("text", GOOD)
-def test_good_grammars_are_followed_as_llama_cpp_does(model: Model, text: str) -> None:
+def test_good_grammars_are_followed_as_llama_cpp_does(model, text: str) -> None:
     assert sum(check_same(model, text, seed) for seed in range(4)) > 3
 
 
@@ -129,7 +128,7 @@ def draw_rule(chance: random.Random, depth: int, names: list[str]) -> str:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_grammars_by_chance_are_followed_as_llama_cpp_does(model: Model, seed: int) -> None:
+def test_grammars_by_chance_are_followed_as_llama_cpp_does(model, seed: int) -> None:
     chance = random.Random(seed)
     for _ in range(10):
         names = ["x", "y-1"]
@@ -166,7 +165,7 @@ HOSTILE = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", HOSTILE)
-def test_hostile_grammars_end_in_bounded_time(model: Model, text: str) -> None:
+def test_hostile_grammars_end_in_bounded_time(model, text: str) -> None:
     def follow() -> None:
         follows = Constraint(model, gbnf_grammar(text))
         for _ in range(50):
@@ -193,7 +192,7 @@ def test_long_chains_never_reach_the_compiler(is_recursive: bool) -> None:
         gbnf_grammar("#" * (2**16 + 1))
 
 
-def test_compiling_ends_at_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiling_ends_at_a_deadline(monkeypatch) -> None:
     def slow(*_: object, **__: object) -> None:
         time.sleep(1)
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,14 +34,14 @@ def test_characters_of_several_bytes_are_never_cut() -> None:
 
 
 @pytest.fixture
-def engine(tmp_path: Path) -> Iterator[Engine]:
+def engine(tmp_path) -> Iterator[Engine]:
     base = write_tiny_base(tmp_path / "tiny.gguf")
     adapters = write_tiny_adapters(base, "ab")
     with Engine(base=base.path, adapters=adapters, n_ctx=64) as engine:
         yield engine
 
 
-def test_sampling_repeats_with_a_seed_and_varies_without(engine: Engine) -> None:
+def test_sampling_repeats_with_a_seed_and_varies_without(engine) -> None:
     def sample(seed: int | None) -> str:
         options = {"temperature": 1.5, "top_p": 0.95, "seed": seed, "max_tokens": 24}
         return engine.generate("the king", **options).text()
@@ -52,7 +51,7 @@ def test_sampling_repeats_with_a_seed_and_varies_without(engine: Engine) -> None
     assert len({sample(None) for _ in range(6)}) > 1
 
 
-def test_max_tokens_ends_by_length(engine: Engine) -> None:
+def test_max_tokens_ends_by_length(engine) -> None:
     generation = engine.generate("the king", max_tokens=5)
     text = generation.text()
     assert generation.finish_reason == "length"
@@ -65,7 +64,7 @@ def test_max_tokens_ends_by_length(engine: Engine) -> None:
     assert engine.generate("the king", max_tokens=9).text().startswith(text)
 
 
-def test_progress_is_told_piece_by_piece(tmp_path: Path) -> None:
+def test_progress_is_told_piece_by_piece(tmp_path) -> None:
     base = write_tiny_base(tmp_path / "base.gguf", n_ctx=1024)
     paths = write_tiny_adapters(base, "abc")
     told: list[tuple[str, int, int]] = []
@@ -88,7 +87,7 @@ def test_progress_is_told_piece_by_piece(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_served", [False, True])
-def test_on_progress_that_asks_the_engine_never_hangs(tmp_path: Path, is_served: bool) -> None:
+def test_on_progress_that_asks_the_engine_never_hangs(tmp_path, is_served: bool) -> None:
     base = write_tiny_base(tmp_path / "base.gguf")
     paths = write_tiny_adapters(base, "a")
     asked: list[Any] = []
@@ -110,7 +109,7 @@ def test_on_progress_that_asks_the_engine_never_hangs(tmp_path: Path, is_served:
         assert engine.generate(range(200), max_tokens=3).text() == expected
 
 
-def test_what_on_progress_raises_ends_the_weighing_at_once(tmp_path: Path) -> None:
+def test_what_on_progress_raises_ends_the_weighing_at_once(tmp_path) -> None:
     base = write_tiny_base(tmp_path / "base.gguf")
     paths = write_tiny_adapters(base, "ab")
 

@@ -1,7 +1,6 @@
 """The GGUF header reader, against gguf's own reader and against hostile files."""
 
 import struct
-from pathlib import Path
 
 import gguf
 import numpy as np
@@ -71,9 +70,7 @@ def holding(*entries: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("arch", "dtype"), [("llama", "f32"), ("qwen2", "f16"), ("gemma3", "bf16"), ("llama", "q8_0")]
 )
-def test_header_and_values_equal_those_of_the_gguf_package(
-    tmp_path: Path, arch: str, dtype: str
-) -> None:
+def test_header_and_values_equal_those_of_the_gguf_package(tmp_path, arch: str, dtype: str) -> None:
     base = tiny.write_tiny_base(tmp_path / "base.gguf", arch, tied=False, dtype=dtype)
     header = read_gguf_header(base.path)
     reader = gguf.GGUFReader(base.path)
@@ -95,7 +92,7 @@ def test_header_and_values_equal_those_of_the_gguf_package(
             assert value == (tuple(content) if isinstance(content, list) else content)
 
 
-def test_count_given_per_layer_must_be_the_same_in_all(tmp_path: Path) -> None:
+def test_count_given_per_layer_must_be_the_same_in_all(tmp_path) -> None:
     path, key = tmp_path / "a.gguf", "llama.attention.head_count_kv"
     path.write_bytes(make(ARCH, array(key, 4, 3, struct.pack("<3I", 2, 2, 2))))
     assert read_gguf_header(path).n_head_kv == 2
@@ -104,7 +101,7 @@ def test_count_given_per_layer_must_be_the_same_in_all(tmp_path: Path) -> None:
         _ = read_gguf_header(path).n_head_kv
 
 
-def test_long_arrays_stay_in_the_file(tmp_path: Path) -> None:
+def test_long_arrays_stay_in_the_file(tmp_path) -> None:
     path = tmp_path / "a.gguf"
     tokens = b"".join(text(f"token {index}") for index in range(20000))
     strings = array("tokens", 8, 20000, tokens)
@@ -152,13 +149,13 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize(("content", "found"), HOSTILE)
-def test_hostile_header_is_refused_by_field(tmp_path: Path, content: bytes, found: str) -> None:
+def test_hostile_header_is_refused_by_field(tmp_path, content: bytes, found: str) -> None:
     path = tmp_path / "a.gguf"
     path.write_bytes(content)
     assert refused(GgufFileError, read_gguf_header, path).startswith(f"Cannot read {path}: {found}")
 
 
-def test_refusals_have_four_parts(tmp_path: Path) -> None:
+def test_refusals_have_four_parts(tmp_path) -> None:
     path = tmp_path / "a.gguf"
     assert refused(InputFileError, read_gguf_header, path) == (
         f"Cannot read {path}: opening or reading it failed: No such file or directory. "
@@ -181,7 +178,7 @@ def test_refusals_have_four_parts(tmp_path: Path) -> None:
         _ = header.n_vocab
 
 
-def test_header_longer_than_the_limit_is_not_read(tmp_path: Path) -> None:
+def test_header_longer_than_the_limit_is_not_read(tmp_path) -> None:
     path = tmp_path / "a.gguf"
     head = make(ARCH, array("words", 8, 2, struct.pack("<Q", 1 << 40)))
     with path.open("wb") as file:  # a sparse file
@@ -191,7 +188,7 @@ def test_header_longer_than_the_limit_is_not_read(tmp_path: Path) -> None:
         read_gguf_header(path)
 
 
-def test_file_that_shrinks_while_its_header_is_read_is_named(tmp_path: Path) -> None:
+def test_file_that_shrinks_while_its_header_is_read_is_named(tmp_path) -> None:
     path = tmp_path / "a.gguf"
     path.write_bytes(make(ARCH))
     size_bytes = path.stat().st_size
@@ -199,7 +196,7 @@ def test_file_that_shrinks_while_its_header_is_read_is_named(tmp_path: Path) -> 
         GgufCursor(path, file, size_bytes + 100).take(size_bytes + 1, "the header")
 
 
-def test_every_truncation_is_refused(tmp_path: Path) -> None:
+def test_every_truncation_is_refused(tmp_path) -> None:
     path = tmp_path / "a.gguf"
     numbers = array("array", 4, 3, struct.pack("<3I", 1, 2, 3))
     words = array("words", 8, 2, text("one") + text("two"))
@@ -212,7 +209,7 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
             read_gguf_header(path)
 
 
-def test_file_cut_after_its_header_was_read_is_noticed(tmp_path: Path) -> None:
+def test_file_cut_after_its_header_was_read_is_noticed(tmp_path) -> None:
     base = tiny.write_tiny_base(tmp_path / "base.gguf")
     header = read_gguf_header(base.path)
     info = header.tensors["output_norm.weight"]
@@ -222,7 +219,7 @@ def test_file_cut_after_its_header_was_read_is_noticed(tmp_path: Path) -> None:
         read_values(header.path, info)
 
 
-def test_type_that_cannot_become_floats_is_named(tmp_path: Path) -> None:
+def test_type_that_cannot_become_floats_is_named(tmp_path) -> None:
     path = tmp_path / "a.gguf"
     path.write_bytes(make(ARCH, entries=(entry("t", [32], 9, 0),), data=bytes(64)))  # Q8_1
     info = read_gguf_header(path).tensors["t"]

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
-from bundles import TinyBundle
 from hubs import TOKEN, FakeHub
 from refusals import refused
 
@@ -25,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("own_cache", "hub_cache")
 
 
 @pytest.fixture
-def files(made: TinyBundle, hub: FakeHub) -> dict[str, bytes]:
+def files(made, hub) -> dict[str, bytes]:
     """What owner/bundle holds: the bundle, its card, and what is no part of it."""
     found = folder_files(made.folder)
     found |= {"README.md": b"# A bundle\n", PICTURE: b"not wanted", "old.gguf": b"GGUF old"}
@@ -78,9 +77,7 @@ def test_other_forms_are_refused(text: str) -> None:
     )
 
 
-def test_a_pulled_bundle_is_used_in_the_cache_that_other_tools_share(
-    hub: FakeHub, hub_cache: Path, files: dict[str, bytes]
-) -> None:
+def test_a_pulled_bundle_is_used_in_the_cache_that_other_tools_share(hub, hub_cache, files) -> None:
     from huggingface_hub import hf_hub_download
 
     folder = fetch_hub("owner/bundle")
@@ -101,7 +98,7 @@ def test_a_pulled_bundle_is_used_in_the_cache_that_other_tools_share(
     assert hub.requests == []
 
 
-def test_what_is_here_is_updated_on_request_only(hub: FakeHub, files: dict[str, bytes]) -> None:
+def test_what_is_here_is_updated_on_request_only(hub, files) -> None:
     first = fetch_hub("owner/bundle")
     hub.repos["owner/bundle"].branches["v1"] = first.name
     second_commit = hub.put("owner/bundle", {**files, "README.md": b"# Newer\n"})
@@ -117,14 +114,12 @@ def test_what_is_here_is_updated_on_request_only(hub: FakeHub, files: dict[str, 
     assert pulled_path("owner/bundle@v1") == first
 
 
-def test_one_file_that_is_here_is_not_taken_for_the_whole(files: dict[str, bytes]) -> None:
+def test_one_file_that_is_here_is_not_taken_for_the_whole(files) -> None:
     adapter = fetch_hub("owner/bundle/adapters/es.gguf")
     assert fetch_hub("owner/bundle") == adapter.parents[1]
 
 
-def test_links_of_a_snapshot_stay_in_the_hubs_cache(
-    hub: FakeHub, hub_cache: Path, files: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_links_of_a_snapshot_stay_in_the_hubs_cache(hub, hub_cache, files, tmp_path) -> None:
     folder = fetch_hub("owner/bundle")
     (tmp_path / "unpacked").mkdir()
     shutil.copytree(hub_cache / REPO_DIR, tmp_path / "unpacked" / REPO_DIR, symlinks=True)
@@ -139,7 +134,7 @@ def test_links_of_a_snapshot_stay_in_the_hubs_cache(
             load_bundle(place)
 
 
-def test_a_peft_adapter_is_a_folder(hub: FakeHub, made: TinyBundle) -> None:
+def test_a_peft_adapter_is_a_folder(hub, made) -> None:
     files = folder_files(made.peft) | {"README.md": b"# An adapter\n"}
     hub.put("owner/math", files | {"optimizer.pt": b"x", "checkpoint-1/adapter_config.json": b""})
     folder = fetch_hub("owner/math")
@@ -149,7 +144,7 @@ def test_a_peft_adapter_is_a_folder(hub: FakeHub, made: TinyBundle) -> None:
     assert pulled_path("owner/math") is None
 
 
-def test_a_pickled_adapter_is_refused(hub: FakeHub) -> None:
+def test_a_pickled_adapter_is_refused(hub) -> None:
     hub.put("owner/math", {"adapter_config.json": b"{}", "adapter_model.bin": b"pickle"})
     assert refused(DownloadError, fetch_hub, "owner/math") == (
         "Could not pull owner/math: expected adapter_model.safetensors next to adapter_config.json "
@@ -159,9 +154,7 @@ def test_a_pickled_adapter_is_refused(hub: FakeHub) -> None:
     assert downloads(hub) == []
 
 
-def test_a_file_name_that_leads_out_is_refused(
-    hub: FakeHub, files: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_a_file_name_that_leads_out_is_refused(hub, files, tmp_path) -> None:
     raw = json.loads(files["bundle.json"])
     raw["adapters"][1]["file"] = "../../es.gguf"
     content = {"bundle.json": json.dumps(raw).encode(), "../../es.gguf": files["adapters/es.gguf"]}
@@ -174,7 +167,7 @@ def test_a_file_name_that_leads_out_is_refused(
 
 
 @pytest.mark.parametrize("header", ["ETag", "X-Linked-Etag"])
-def test_a_hash_that_leads_out_is_refused(hub: FakeHub, tmp_path: Path, header: str) -> None:
+def test_a_hash_that_leads_out_is_refused(hub, tmp_path, header: str) -> None:
     """The Hub's library makes a file's name of it."""
     hub.put("owner/a", {"a.gguf": b"GGUF"})
     hub.lies = {header: f'"{tmp_path / "evil"}"'}
@@ -182,9 +175,7 @@ def test_a_hash_that_leads_out_is_refused(hub: FakeHub, tmp_path: Path, header: 
     assert not list(tmp_path.glob("evil*"))
 
 
-def test_file_names_that_are_no_texts_are_refused(
-    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_names_that_are_no_texts_are_refused(hub, monkeypatch) -> None:
     siblings = [SimpleNamespace(rfilename=7)]
     monkeypatch.setattr(
         "huggingface_hub.HfApi.model_info", lambda *_, **__: Mock(siblings=siblings)
@@ -196,7 +187,7 @@ def refusal(ref: str) -> str:
     return refused(DownloadError, fetch_hub, ref)
 
 
-def test_several_gguf_files_need_a_name(hub: FakeHub) -> None:
+def test_several_gguf_files_need_a_name(hub) -> None:
     hub.put("owner/models", {"a.gguf": b"GGUF a", "b.gguf": b"GGUF b"})
     assert refusal("owner/models") == (
         "Could not pull owner/models: expected bundle.json, adapter_config.json or exactly one "
@@ -207,7 +198,7 @@ def test_several_gguf_files_need_a_name(hub: FakeHub) -> None:
     )
 
 
-def test_a_missing_adapter_is_told(hub: FakeHub, files: dict[str, bytes]) -> None:
+def test_a_missing_adapter_is_told(hub, files) -> None:
     del files["adapters/es.gguf"]
     hub.put("owner/bundle", files)
     assert refusal("owner/bundle") == (
@@ -216,9 +207,7 @@ def test_a_missing_adapter_is_told(hub: FakeHub, files: dict[str, bytes]) -> Non
     )
 
 
-def test_what_the_hub_refuses_is_told_with_its_reason(
-    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_hub_refuses_is_told_with_its_reason(hub, monkeypatch) -> None:
     hub.put("owner/a", {"a.gguf": b"GGUF"})
     start = "the Hub did not give the list of files of"
     message = refusal("owner/none")
@@ -233,7 +222,7 @@ def test_what_the_hub_refuses_is_told_with_its_reason(
     assert fetch_hub("owner/a").read_bytes() == b"GGUF"
 
 
-def test_places_are_bundles_or_hold_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_places_are_bundles_or_hold_them(tmp_path, monkeypatch) -> None:
     """Bundles by name, found in the places of the setting `bundles`."""
     folders = one, two, alone, other_one = [
         tmp_path / name for name in ("shelf/one", "shelf/two", "alone", "later/one")

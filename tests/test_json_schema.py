@@ -98,7 +98,7 @@ SHAPES: list[Any] = [
 
 
 @pytest.mark.parametrize("schema", SHAPES, ids=repr)
-def test_shapes_are_followed(model: Model, schema: Any) -> None:
+def test_shapes_are_followed(model, schema: Any) -> None:
     check(model, schema, n=3, closing=b'"@' if "format" in schema else b'"}],:')
 
 
@@ -121,7 +121,7 @@ def is_taken(model: Model, grammar: Grammar, text: str) -> bool:
         ({"type": "integer", "maximum": 2**53 - 1, "minimum": 1 - 2**53}, "-12"),
     ],
 )
-def test_good_texts_are_taken(model: Model, schema: Any, text: str) -> None:
+def test_good_texts_are_taken(model, schema: Any, text: str) -> None:
     assert is_taken(model, schema_grammar(schema), text)
     jsonschema.validate(json.loads(text), schema)
 
@@ -170,11 +170,11 @@ def test_what_is_no_json_is_refused() -> None:
         schema_grammar({"const": float("nan")})
 
 
-def test_a_format_that_is_no_text_restricts_nothing(model: Model) -> None:
+def test_a_format_that_is_no_text_restricts_nothing(model) -> None:
     assert is_taken(model, schema_grammar({"type": "string", "format": []}), '"x"')
 
 
-def test_only_named_properties_come_unless_schemas_are_combined(model: Model) -> None:
+def test_only_named_properties_come_unless_schemas_are_combined(model) -> None:
     schema: dict[str, Any] = {"properties": {"a": {}}, "required": ["a"]}
     text = '{"a":1,"b":2}'
     assert not is_taken(model, schema_grammar(schema), text)
@@ -254,7 +254,7 @@ def test_long_chains_never_reach_the_compiler() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_schemas_end_in_bounded_time(model: Model, name: str) -> None:
+def test_hostile_schemas_end_in_bounded_time(model, name: str) -> None:
     """With an error, or so many tokens; each within what a slow machine needs for its limits."""
 
     def follow() -> None:

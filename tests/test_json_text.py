@@ -3,7 +3,6 @@
 import json
 import re
 import tracemalloc
-from pathlib import Path
 
 import pytest
 
@@ -48,7 +47,7 @@ def test_many_values_are_refused_before_they_take_memory() -> None:
         tracemalloc.stop()
 
 
-def test_file_of_lines_that_vanishes_is_named(tmp_path: Path) -> None:
+def test_file_of_lines_that_vanishes_is_named(tmp_path) -> None:
     lines = LineFile(tmp_path / "a.jsonl", "answers")
     (tmp_path / "a.jsonl").write_text("{}\ncut")
     lines.n_byte = 3

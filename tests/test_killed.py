@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import tiny
 from bundles import bundle_json, make_bundle, rewrite
-from hubs import FakeHub
 from patience import PATIENCE_S, wait_until
 
 SMALL = {"targets": ("q_proj",), "layers": (0,), "rank": 2}
@@ -49,7 +48,7 @@ print(json.dumps(at_many_points(start, place, action, check, most)))
 
 
 @pytest.fixture
-def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def start(tmp_path, monkeypatch) -> Path:
     """A folder with a base, a PEFT folder, an adapter GGUF and a bundle, all relative."""
     monkeypatch.setenv("QAFLORA_CACHE", str(tmp_path / "cache"))
     start = tmp_path / "start"
@@ -79,7 +78,7 @@ def check(copy):
 
 
 @pytest.mark.parametrize("before", [None, b"old"])
-def test_convert(start: Path, tmp_path: Path, before: bytes | None) -> None:
+def test_convert(start, tmp_path, before: bytes | None) -> None:
     (start / "out").mkdir()
     if before is not None:
         (start / "out" / "math.gguf").write_bytes(before)
@@ -89,7 +88,7 @@ def test_convert(start: Path, tmp_path: Path, before: bytes | None) -> None:
     assert 0 < counted["done"] < counted["killed"]  # killed on either side of the one step
 
 
-def test_create(start: Path, tmp_path: Path) -> None:
+def test_create(start, tmp_path) -> None:
     counted = killed(
         """
         from qaflora_edge.bundles.open import verify_bundle
@@ -140,7 +139,7 @@ def check(copy):
         ('bundle_edit.remove_adapter(copy / "bundle", "es")', ["math"]),
     ],
 )
-def test_an_edit(start: Path, tmp_path: Path, action: str, names: list[str]) -> None:
+def test_an_edit(start, tmp_path, action: str, names: list[str]) -> None:
     script = EDIT.format(action=action, names=names)
     counted = killed(script, start, tmp_path / "place", most=12)
     assert counted["killed"] > 8
@@ -168,7 +167,7 @@ def check(copy):
 
 
 @pytest.fixture
-def pulled(hub: FakeHub, start: Path, tmp_path: Path, checkout: Path) -> dict[str, str]:
+def pulled(hub, start, tmp_path, checkout) -> dict[str, str]:
     """The environment of a process that may pull owner/bundle, and the model `fake`."""
     raw = bundle_json(start / "bundle")
     raw["base"]["file"] = str(start / "base.gguf")
@@ -188,12 +187,12 @@ def pulled(hub: FakeHub, start: Path, tmp_path: Path, checkout: Path) -> dict[st
     return hf | {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
 
 
-def test_pull(pulled: dict[str, str], tmp_path: Path) -> None:
+def test_pull(pulled, tmp_path) -> None:
     counted = killed(PULL, tmp_path / "empty", tmp_path / "place", most=8, **pulled)
     assert counted["killed"] >= 7
 
 
-def test_pull_in_the_middle_of_a_file(hub: FakeHub, pulled: dict[str, str], tmp_path: Path) -> None:
+def test_pull_in_the_middle_of_a_file(hub, pulled, tmp_path) -> None:
     """The command itself, by SIGKILL; again, it fetches what is missing."""
     started: list[subprocess.Popen[bytes]] = []
     big = os.urandom(24 << 20)  # the Hub's library writes 10 MB at a time

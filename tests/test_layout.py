@@ -75,7 +75,7 @@ def test_import_of_the_package_is_quick_and_loads_no_library() -> None:
     assert min(times) < 1
 
 
-def test_a_first_chat_loads_few_modules(tmp_path: Path) -> None:
+def test_a_first_chat_loads_few_modules(tmp_path) -> None:
     """Under two-place, as `demo` has it."""
     folder = make_bundle(tmp_path, calibrate=True).folder
     rewrite(folder, lambda raw: raw["fusion"].update(strategy="two-place"))

@@ -29,7 +29,7 @@ def n_mapped(path: Path) -> int:
 
 
 @pytest.mark.slow
-def test_hundred_engines_leave_nothing(tmp_path: Path) -> None:
+def test_hundred_engines_leave_nothing(tmp_path) -> None:
     base = write_tiny_base(tmp_path / "base.gguf", n_embd=128, n_ff=512)
     adapters = {"a": write_tiny_adapter(tmp_path / "a.gguf", base).path}
     other = write_tiny_base(tmp_path / "other.gguf", "qwen2")
@@ -73,7 +73,7 @@ def test_hundred_engines_leave_nothing(tmp_path: Path) -> None:
     assert n_mapped(base.path) == n_mapped(adapters["a"]) == 0
 
 
-def test_memory_of_a_context_is_taken_as_it_is_used(tmp_path: Path) -> None:
+def test_memory_of_a_context_is_taken_as_it_is_used(tmp_path) -> None:
     base = write_tiny_base(tmp_path / "base.gguf", n_embd=128, n_ctx=32768)
     before = resident_bytes()
     with Engine(base=base.path, n_ctx=32768, n_parallel=7, threads=1) as engine:
@@ -82,7 +82,7 @@ def test_memory_of_a_context_is_taken_as_it_is_used(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_hundred_changes_under_load_change_no_answer_and_leave_nothing(tmp_path: Path) -> None:
+def test_hundred_changes_under_load_change_no_answer_and_leave_nothing(tmp_path) -> None:
     base = write_tiny_base(tmp_path / "base.gguf")
     adapters = {n: write_tiny_adapter(tmp_path / n, base, seed=ord(n)).path for n in "abc"}
     sources = write_tiny_peft(tmp_path / "new", base), adapters["b"]

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -24,7 +23,7 @@ Run = Callable[..., Result]
 
 
 @pytest.fixture
-def run(made: TinyBundle, tmp_path: Path) -> Iterator[Run]:
+def run(made, tmp_path) -> Iterator[Run]:
     """Run `llm` with a home of its own and the tiny bundle in the setting `bundles`."""
 
     def call(*args: str, **more: str) -> Result:
@@ -52,14 +51,14 @@ def own_answer(made: TinyBundle, messages: list[dict[str, str]], **options: Any)
         return engine.generate(engine.chat_tokens(messages), **options).text()
 
 
-def test_bundles_are_models(run: Run) -> None:
+def test_bundles_are_models(run) -> None:
     listed = run("models", "--options", "-m", "qaflora/bundle")
     assert listed.exit_code == 0, listed.stderr
     assert "BundleModel: qaflora/bundle" in listed.stdout
     assert "Choose how to weigh" in listed.stdout
 
 
-def test_answer_is_the_engines_and_its_weights_are_logged(made: TinyBundle, run: Run) -> None:
+def test_answer_is_the_engines_and_its_weights_are_logged(made, run) -> None:
     done = run("-m", "qaflora/bundle", "the thing", "-o", "max_tokens", "6")
     assert done.exit_code == 0, done.stderr
     user = {"role": "user", "content": "the thing"}
@@ -74,7 +73,7 @@ def test_answer_is_the_engines_and_its_weights_are_logged(made: TinyBundle, run:
     assert entry["input_tokens"] == answer["fusion"]["prompt_tokens"]
 
 
-def test_system_prompt_and_options_reach_the_engine(made: TinyBundle, run: Run) -> None:
+def test_system_prompt_and_options_reach_the_engine(made, run) -> None:
     options = {"temperature": 0.9, "seed": 5, "max_tokens": 8, "top_k": 9, "repeat_penalty": 1.5}
     given = {**options, "strategy": "single:es", "stop": "xyzzy"}
     flags = [part for name, value in given.items() for part in ("-o", name, str(value))]
@@ -89,7 +88,7 @@ def test_system_prompt_and_options_reach_the_engine(made: TinyBundle, run: Run) 
     assert logged(run)["response_json"]["fusion"]["strategy"] == "single:es"
 
 
-def test_conversation_goes_on(made: TinyBundle, run: Run) -> None:
+def test_conversation_goes_on(made, run) -> None:
     first = run("-m", "qaflora/bundle", "the thing", "-o", "max_tokens", "4").stdout
     second = run("-c", "and on", "-o", "max_tokens", "4")
     assert second.exit_code == 0, second.stderr
@@ -101,13 +100,13 @@ def test_conversation_goes_on(made: TinyBundle, run: Run) -> None:
     assert second.stdout == own_answer(made, messages, max_tokens=4) + "\n"
 
 
-def test_schema_shapes_the_answer(run: Run) -> None:
+def test_schema_shapes_the_answer(run) -> None:
     done = run("-m", "qaflora/bundle", "the thing", "--schema", json.dumps(SCHEMA))
     assert done.exit_code == 0, done.stderr
     jsonschema.validate(json.loads(done.stdout), SCHEMA)
 
 
-def test_failure_is_told(run: Run) -> None:
+def test_failure_is_told(run) -> None:
     done = run("-m", "qaflora/bundle", "the thing", "-o", "strategy", "single:nobody")
     assert (done.exit_code, done.stdout) == (1, "")
     assert "nobody" in done.stderr
@@ -115,7 +114,7 @@ def test_failure_is_told(run: Run) -> None:
 
 
 @pytest.mark.slow
-def test_start_of_llm_loads_no_engine(made: TinyBundle) -> None:
+def test_start_of_llm_loads_no_engine(made) -> None:
     code = (
         "import json, sys, llm\n"
         "names = [model.model_id for model in llm.get_models()]\n"

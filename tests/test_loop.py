@@ -20,7 +20,7 @@ from qaflora_edge.inference.runner import Runner
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def parts(tmp_path_factory) -> dict[str, Any]:
     place = tmp_path_factory.mktemp("loop")
     base = write_tiny_base(place / "base.gguf")
     paths = write_tiny_adapters(base, ("math", "es"))
@@ -41,7 +41,7 @@ def served(parts: dict[str, Any], **more: Any) -> Iterator[tuple[Engine, threadi
         assert not thread.is_alive()
 
 
-def test_it_computes_whether_pieces_are_taken_or_not(parts: dict[str, Any]) -> None:
+def test_it_computes_whether_pieces_are_taken_or_not(parts) -> None:
     with served(parts) as (engine, _):
         answer = engine.generate("the king", max_tokens=50)
         wait_until(lambda: answer.is_done)
@@ -49,9 +49,7 @@ def test_it_computes_whether_pieces_are_taken_or_not(parts: dict[str, Any]) -> N
         assert answer.text()
 
 
-def test_closing_ends_it_and_who_waits_is_told(
-    parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_closing_ends_it_and_who_waits_is_told(parts, monkeypatch) -> None:
     decode = Context.decode_spans
 
     def slow(self: Context, spans: Any) -> list[int]:
@@ -70,9 +68,7 @@ def test_closing_ends_it_and_who_waits_is_told(
             engine.run_forever()
 
 
-def test_a_step_that_fails_ends_what_it_was_for_and_no_more(
-    parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_that_fails_ends_what_it_was_for_and_no_more(parts, monkeypatch) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("a step")
 

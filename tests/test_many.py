@@ -32,7 +32,7 @@ OPTIONS: dict[str, Any] = {"kv_type": "f32", "flash_attn": False, "n_ctx": 400, 
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
+def parts(tmp_path_factory) -> Parts:
     place = tmp_path_factory.mktemp("many")
     base = write_tiny_base(place / "base.gguf")
     return base, {
@@ -48,13 +48,13 @@ def opened(parts: Parts, **more: Any) -> Engine:
 
 
 @pytest.fixture(scope="module")
-def engine(parts: Parts) -> Iterator[Engine]:
+def engine(parts) -> Iterator[Engine]:
     with opened(parts, n_parallel=4) as engine:
         yield engine
 
 
 @pytest.fixture(scope="module")
-def alone(parts: Parts) -> Iterator[Engine]:
+def alone(parts) -> Iterator[Engine]:
     with opened(parts) as engine:
         yield engine
 
@@ -86,7 +86,7 @@ def stock_score(
     "sizes", [(1, 1), (7, 3), (N_PIECE + 5, _N_OUTPUT), (20, _N_OUTPUT + 1), (3, 3 * _N_OUTPUT + 7)]
 )
 def test_scores_are_those_of_a_merged_base(
-    tmp_path: Path, parts: Parts, engine: Engine, weights: str, sizes: tuple[int, int]
+    tmp_path, parts, engine, weights: str, sizes: tuple[int, int]
 ) -> None:
     prompt, continuation = drawn(sizes[0]), drawn(sizes[1], seed=1)
     given: Any = weights
@@ -101,7 +101,7 @@ def test_scores_are_those_of_a_merged_base(
     np.testing.assert_allclose(found, expected, atol=ATOL, rtol=0)
 
 
-def test_scores_of_lists_are_those_one_by_one(alone: Engine) -> None:
+def test_scores_of_lists_are_those_one_by_one(alone) -> None:
     """More continuations of a prompt than a batch has sequences, and other prompts between."""
     prompts = [drawn(5)] * (_N_SEQ + 6)
     prompts[3:3] = [drawn(8, seed=1), drawn(N_PIECE + 1, seed=2)]
@@ -113,7 +113,7 @@ def test_scores_of_lists_are_those_one_by_one(alone: Engine) -> None:
         np.testing.assert_allclose(found, expected, atol=ATOL, rtol=0)
 
 
-def test_text_is_scored_without_bos(tmp_path: Path) -> None:
+def test_text_is_scored_without_bos(tmp_path) -> None:
     base = write_tiny_base(tmp_path / "base.gguf", add_bos=True)
     with Engine(base=base.path, **OPTIONS) as engine:
         prompt = engine.tokenize("the thing")
@@ -138,13 +138,13 @@ WRONG_SCORES: list[tuple[Any, Any, dict[str, Any], type[QafloraError], str]] = [
 
 
 @pytest.mark.parametrize("case", WRONG_SCORES)
-def test_what_cannot_be_scored(engine: Engine, case: tuple[Any, ...]) -> None:
+def test_what_cannot_be_scored(engine, case: tuple[Any, ...]) -> None:
     prompt, continuation, more, kind, message = case
     assert refused(kind, engine.score, prompt, continuation, **more).startswith(message)
 
 
 @pytest.mark.parametrize("strategy", ["qa-flora", "norm"])
-def test_weights_of_a_list_are_those_one_by_one(alone: Engine, strategy: str) -> None:
+def test_weights_of_a_list_are_those_one_by_one(alone, strategy: str) -> None:
     prompts = ["a thing", drawn(30), "a thing on a ring", np.array(drawn(3, seed=4))]
     together = alone.weights(prompts, strategy=strategy)  # type: ignore[call-overload]
     assert isinstance(together, list)
@@ -167,13 +167,13 @@ def test_weights_of_a_list_are_those_one_by_one(alone: Engine, strategy: str) ->
     ],
 )
 def test_options_of_wrong_types_are_refused_and_harm_nobody(
-    engine: Engine, option: str, value: Any, message: str
+    engine, option: str, value: Any, message: str
 ) -> None:
     assert refused(OptionError, engine.generate, "a", **{option: value}) == message
     assert engine.generate("a", max_tokens=2).n_prompt > 0
 
 
-def test_each_request_has_its_own_options(engine: Engine, alone: Engine) -> None:
+def test_each_request_has_its_own_options(engine, alone) -> None:
     messages = [{"role": "user", "content": "a thing"}]
     requests: list[Any] = [
         "the thing",
@@ -201,7 +201,7 @@ def test_each_request_has_its_own_options(engine: Engine, alone: Engine) -> None
     assert found[6].n_completion > 12
 
 
-def test_a_request_that_fails_stops_no_other(engine: Engine) -> None:
+def test_a_request_that_fails_stops_no_other(engine) -> None:
     requests: list[Any] = [
         "fine",
         "",
@@ -229,15 +229,13 @@ def test_a_request_that_fails_stops_no_other(engine: Engine) -> None:
 
 
 @pytest.fixture
-def huge(alone: Engine) -> Any:
+def huge(alone) -> Any:
     """Weights under which states are no numbers."""
     return np.full((len(alone.adapters), alone.n_layer), 1e30, np.float32)
 
 
 @pytest.mark.parametrize("n_parallel", [1, 3])
-def test_states_that_are_no_numbers_are_nobody_elses(
-    parts: Parts, alone: Engine, huge: Any, n_parallel: int
-) -> None:
+def test_states_that_are_no_numbers_are_nobody_elses(parts, alone, huge, n_parallel: int) -> None:
     """NaN times 0 is NaN: left in memory, it would reach who comes there next."""
     expected = alone.generate("the king", max_tokens=6).text()
     with opened(parts, n_parallel=n_parallel) as other:
@@ -249,7 +247,7 @@ def test_states_that_are_no_numbers_are_nobody_elses(
             assert [answer.text() for _, answer in answers] == [expected] * len(requests)
 
 
-def test_states_that_are_no_numbers_beside_a_prompt_that_is_read(parts: Parts, huge: Any) -> None:
+def test_states_that_are_no_numbers_beside_a_prompt_that_is_read(parts, huge) -> None:
     """No other room is known to be without such numbers, and what it holds stays."""
     with opened(parts, n_ctx=1024) as other:
         expected = [other.generate(each, max_tokens=6).text() for each in ("the", drawn(900))]
@@ -262,7 +260,7 @@ def test_states_that_are_no_numbers_beside_a_prompt_that_is_read(parts: Parts, h
         assert [found.text(), beside.text()] == expected
 
 
-def test_scores_that_are_no_numbers_are_refused(parts: Parts, alone: Engine, huge: Any) -> None:
+def test_scores_that_are_no_numbers_are_refused(parts, alone, huge) -> None:
     expected = alone.score("the king", " of the thing")
     with opened(parts) as other:
         with pytest.raises(
@@ -276,7 +274,7 @@ def test_scores_that_are_no_numbers_are_refused(parts: Parts, alone: Engine, hug
 
 @pytest.mark.parametrize("n_parallel", [1, 3])
 def test_a_prompt_that_is_not_read_to_its_end_spoils_nobodys_answer(
-    parts: Parts, alone: Engine, huge: Any, n_parallel: int
+    parts, alone, huge, n_parallel: int
 ) -> None:
     """Nobody has seen whether its states were numbers."""
     expected = alone.generate("the king", max_tokens=6).text()
@@ -292,12 +290,12 @@ def test_a_prompt_that_is_not_read_to_its_end_spoils_nobodys_answer(
             assert [answer.text() for _, answer in answers] == [expected] * len(requests)
 
 
-def test_one_request_is_not_many(engine: Engine) -> None:
+def test_one_request_is_not_many(engine) -> None:
     with pytest.raises(OptionError, match=r"^generate_many got the one request .*; give a list of"):
         next(engine.generate_many({"prompt": "abc"}))
 
 
-def test_requests_are_taken_as_there_is_room(engine: Engine) -> None:
+def test_requests_are_taken_as_there_is_room(engine) -> None:
     taken: list[int] = []
 
     def source() -> Iterator[Any]:
@@ -310,7 +308,7 @@ def test_requests_are_taken_as_there_is_room(engine: Engine) -> None:
     assert len(taken) == 12
 
 
-def test_leaving_early_cancels_the_rest(engine: Engine) -> None:
+def test_leaving_early_cancels_the_rest(engine) -> None:
     requests = [{"prompt": drawn(4, seed=i), "max_tokens": 5 if i == 2 else 300} for i in range(9)]
     for index, _ in engine.generate_many(requests, weights="static"):
         assert index == 2
@@ -320,7 +318,7 @@ def test_leaving_early_cancels_the_rest(engine: Engine) -> None:
     assert not engine._core.loop._scheduler.has_work
 
 
-def test_an_event_ends_one_call_of_several(engine: Engine, alone: Engine) -> None:
+def test_an_event_ends_one_call_of_several(engine, alone) -> None:
     event = threading.Event()
     mine = engine.generate("the thing", max_tokens=300, cancel=event)
     others = engine.generate("a ring", max_tokens=30, wait=False)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,7 +57,7 @@ def test_a_tie_of_choices_is_not_right_and_loss_is_nats_a_token() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _registry(monkeypatch: pytest.MonkeyPatch) -> None:
+def _registry(monkeypatch) -> None:
     monkeypatch.setattr(metrics, "_registry", {})
 
 
@@ -66,7 +65,7 @@ def polite(answer: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     return {"score": float("please" in answer), "words": len(answer.split())}
 
 
-def test_a_registered_metric_stands_with_the_others(tmp_path: Path) -> None:
+def test_a_registered_metric_stands_with_the_others(tmp_path) -> None:
     register_metric(Metric("polite", polite, needs="manners"))
     register_metric(Metric("polite", polite, needs="manners", check=lambda fields: None))  # again
     assert [*metrics.metrics()] == [*BUILT_IN, "polite"]

@@ -54,7 +54,7 @@ def random_pairs(base: tiny.TinyBase, layers: list[int]) -> dict[str, NDArray[np
     return tensors
 
 
-def test_delta_equals_what_mlx_fuses(tmp_path: Path) -> None:
+def test_delta_equals_what_mlx_fuses(tmp_path) -> None:
     base = tiny.write_tiny_base(tmp_path / "base.gguf", "qwen2")
     tensors = random_pairs(base, [1, 2])
     folder = write_mlx(tmp_path / "a", tensors)
@@ -83,12 +83,12 @@ FIELDS: list[tuple[dict[str, Any], str, str, str]] = [
 
 @pytest.mark.parametrize(("config", "field", "found", "expected"), FIELDS)
 def test_wrong_field_is_named(
-    tmp_path: Path, config: dict[str, Any], field: str, found: str, expected: str
+    tmp_path, config: dict[str, Any], field: str, found: str, expected: str
 ) -> None:
     check_field(write_mlx(tmp_path / "a", **config), f"field {field}", found, expected)
 
 
-def test_scale_that_depends_on_the_version_is_refused(tmp_path: Path) -> None:
+def test_scale_that_depends_on_the_version_is_refused(tmp_path) -> None:
     parameters = {"rank": 4, "alpha": 16.0, "scale": 10.0}
     folder = write_mlx(tmp_path / "a", lora_parameters=parameters, fine_tune_type=None)
     assert refusal(PeftConfigError, folder) == (
@@ -105,7 +105,7 @@ def test_scale_that_depends_on_the_version_is_refused(tmp_path: Path) -> None:
 EXPERTS = "model.layers.0.mlp.switch_mlp"
 
 
-def test_experts_are_those_that_mlx_fuses(tmp_path: Path) -> None:
+def test_experts_are_those_that_mlx_fuses(tmp_path) -> None:
     base = tiny.write_tiny_base(tmp_path / "base.gguf", n_layer=1, n_expert=3)
     rng = np.random.default_rng(4)
     tensors = {}
@@ -185,13 +185,13 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_what_does_not_fit_is_refused(tmp_path: Path, case: tuple[Any, ...]) -> None:
+def test_what_does_not_fit_is_refused(tmp_path, case: tuple[Any, ...]) -> None:
     kind, config, tensors, file, message = case
     folder = write_mlx(tmp_path / "a", tensors, **config)
     assert refusal(kind, folder) == f"Cannot use {folder / file}: {message}"
 
 
-def test_missing_weights_are_named(tmp_path: Path) -> None:
+def test_missing_weights_are_named(tmp_path) -> None:
     folder = write_mlx(tmp_path / "a", {})
     assert refusal(SafetensorsFileError, folder) == (
         f"Cannot use the adapter {folder}: its weights hold no lora_a or lora_b; expected a "

@@ -39,7 +39,7 @@ REQUIRES 0.14.0
 
 
 @pytest.fixture
-def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TinyBundle:
+def sources(tmp_path, monkeypatch) -> TinyBundle:
     monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "ollama"))
     return make_sources(tmp_path)
 
@@ -56,7 +56,7 @@ def create(sources: TinyBundle, text: str, *more: object) -> Any:
     return qaflora("bundle", "create", sources.folder, "--modelfile", path, *options)
 
 
-def test_a_modelfile_becomes_a_bundle(sources: TinyBundle) -> None:
+def test_a_modelfile_becomes_a_bundle(sources) -> None:
     result = create(sources, WHOLE)
     assert result.exit_code == 0, result.stderr
     raw = bundle_json(sources.folder)
@@ -78,13 +78,13 @@ def test_a_modelfile_becomes_a_bundle(sources: TinyBundle) -> None:
 @pytest.mark.parametrize(
     ("encoding", "end"), [("utf-16", "\n"), ("utf-8-sig", "\r\n"), ("utf-8", "\r")]
 )
-def test_encodings_and_line_ends_say_the_same(sources: TinyBundle, encoding: str, end: str) -> None:
+def test_encodings_and_line_ends_say_the_same(sources, encoding: str, end: str) -> None:
     place = sources.base.path.parent
     plain = read_modelfile(written(place, WHOLE))
     assert read_modelfile(written(place, WHOLE.replace("\n", end), encoding)) == plain
 
 
-def test_every_line_that_cannot_be_followed_is_named(sources: TinyBundle) -> None:
+def test_every_line_that_cannot_be_followed_is_named(sources) -> None:
     result = create(
         sources,
         "FROM base.gguf\nFROM es.gguf\nADAPTER nowhere\nTEMPLATE {{ .Prompt }}\nPARSER x\n"
@@ -122,14 +122,14 @@ def test_every_line_that_cannot_be_followed_is_named(sources: TinyBundle) -> Non
         ("\0\xff", "is no command with a value"),
     ],
 )
-def test_a_wrong_modelfile_is_refused(sources: TinyBundle, text: str, message: str) -> None:
+def test_a_wrong_modelfile_is_refused(sources, text: str, message: str) -> None:
     place = sources.base.path.parent
     (place / "lone").mkdir()
     (place / "lone" / "a.safetensors").write_bytes(b"")
     assert message in refused(InputFileError, lambda: read_modelfile(written(place, text)))
 
 
-def test_bytes_that_are_no_text_are_refused(sources: TinyBundle) -> None:
+def test_bytes_that_are_no_text_are_refused(sources) -> None:
     path = sources.base.path.parent / "Modelfile"
     path.write_bytes(b"FROM \xff\xff")
     assert refused(InputFileError, lambda: read_modelfile(path)).endswith("Save it again as UTF-8.")
@@ -150,7 +150,7 @@ def write_ollama(place: Path, name: str, layers: Mapping[str, bytes]) -> None:
     path.write_text(json.dumps({"schemaVersion": 2, "layers": listed}))
 
 
-def test_a_model_of_ollama_brings_its_adapter_and_texts(sources: TinyBundle) -> None:
+def test_a_model_of_ollama_brings_its_adapter_and_texts(sources) -> None:
     place = sources.base.path.parent
     layers = {
         "model": sources.base.path.read_bytes(),
@@ -172,7 +172,7 @@ def test_a_model_of_ollama_brings_its_adapter_and_texts(sources: TinyBundle) -> 
         assert engine.adapters == ("adapter", "peft")
 
 
-def test_a_model_of_ollama_without_a_gguf_is_refused(sources: TinyBundle) -> None:
+def test_a_model_of_ollama_without_a_gguf_is_refused(sources) -> None:
     place = sources.base.path.parent
     write_ollama(place / "ollama", "mlx/latest", {"tensor": b"x"})
     path = written(place, "FROM mlx\n")
@@ -181,13 +181,13 @@ def test_a_model_of_ollama_without_a_gguf_is_refused(sources: TinyBundle) -> Non
     )
 
 
-def test_a_long_licence_becomes_a_file(sources: TinyBundle) -> None:
+def test_a_long_licence_becomes_a_file(sources) -> None:
     create(sources, 'FROM base.gguf\nADAPTER es.gguf\nLICENSE """A\nB"""\nLICENSE C\n')
     assert (sources.folder / "LICENSE").read_text() == "A\nB\n\nC\n"
     assert bundle_json(sources.folder)["license"] == "see LICENSE"
 
 
-def test_what_it_says_holds_where_nobody_else_says(sources: TinyBundle) -> None:
+def test_what_it_says_holds_where_nobody_else_says(sources) -> None:
     create(sources, "FROM base.gguf\nADAPTER es.gguf\nPARAMETER num_predict 3\n")
 
     def n_token(*more: object) -> int:
@@ -204,7 +204,7 @@ def test_what_it_says_holds_where_nobody_else_says(sources: TinyBundle) -> None:
         assert answer["usage"]["completion_tokens"] == n
 
 
-def test_examples_stand_before_the_question(sources: TinyBundle) -> None:
+def test_examples_stand_before_the_question(sources) -> None:
     create(sources, "FROM base.gguf\nADAPTER es.gguf\nMESSAGE user a\nMESSAGE assistant b\n")
     examples = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     question = {"role": "user", "content": "c"}
@@ -218,7 +218,7 @@ def test_examples_stand_before_the_question(sources: TinyBundle) -> None:
         assert engine.chat_tokens([system, question]) == told
 
 
-def test_sampling_of_a_bundle_is_checked(sources: TinyBundle) -> None:
+def test_sampling_of_a_bundle_is_checked(sources) -> None:
     create(sources, "FROM base.gguf\nADAPTER es.gguf\n")
     for sampling, problem in (
         ({"temperature": -1}, "field sampling.temperature is -1, expected a number from 0 up"),

@@ -85,11 +85,11 @@ def write_release(
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> Move:
+def project(tmp_path) -> Move:
     return Move(tmp_path / "project")
 
 
-def test_a_hunk_on_other_lines_is_moved_and_nothing_is_written_unless_asked(project: Move) -> None:
+def test_a_hunk_on_other_lines_is_moved_and_nothing_is_written_unless_asked(project) -> None:
     before = project.files
     done = project.move()
     assert done.returncode == 0, done.stderr
@@ -107,7 +107,7 @@ def test_a_hunk_on_other_lines_is_moved_and_nothing_is_written_unless_asked(proj
     assert project.files == before
 
 
-def test_what_is_written_is_what_prepare_takes(project: Move) -> None:
+def test_what_is_written_is_what_prepare_takes(project) -> None:
     assert project.move("--write").returncode == 0
     tree = project.prepare(QAFLORA_SOURCE_ARCHIVE=str(project.next))
     patched = FOUND_LATER.replace("line 11\n", "line 11\nhook();\n")
@@ -118,7 +118,7 @@ def test_what_is_written_is_what_prepare_takes(project: Move) -> None:
     assert f"Last-checked: {NEW_COMMIT}\n" in files["0001-hook.patch"]
 
 
-def test_a_conflict_is_resolved_in_the_repository_and_the_command_goes_on(project: Move) -> None:
+def test_a_conflict_is_resolved_in_the_repository_and_the_command_goes_on(project) -> None:
     project.release(TEXT.replace("line 11\n", "line eleven\n"))
     before = project.files
     done = project.move("--write")
@@ -141,7 +141,7 @@ def test_a_conflict_is_resolved_in_the_repository_and_the_command_goes_on(projec
     assert (tree / "src" / "a.cpp").read_text() == resolved
 
 
-def test_sources_that_do_not_compile_and_names_that_are_gone_are_told(project: Move) -> None:
+def test_sources_that_do_not_compile_and_names_that_are_gone_are_told(project) -> None:
     project.release(header="", binding="def llama_other(): ...")
     done = project.move()
     assert done.returncode == 1
@@ -150,7 +150,7 @@ def test_sources_that_do_not_compile_and_names_that_are_gone_are_told(project: M
     assert "upstream" in done.stderr
 
 
-def test_an_archive_and_a_repository_of_llama_cpp_are_one_tree(project: Move) -> None:
+def test_an_archive_and_a_repository_of_llama_cpp_are_one_tree(project) -> None:
     repository, release = project.folder / "llama.cpp", project.folder / "b1.tar.gz"
     (repository / "include").mkdir(parents=True)
     (repository / "src").mkdir()

@@ -34,7 +34,7 @@ def run(code: str, **environment: str) -> str:
 
 
 @pytest.fixture
-def library(tmp_path: Path) -> Path:
+def library(tmp_path) -> Path:
     """A copy of the installed library's folder, to be damaged."""
     folder = tmp_path / "lib"
     shutil.copytree(native.library_dir(), folder)
@@ -47,7 +47,7 @@ def test_patched_library_is_loaded() -> None:
     assert functions.abi_version() == native.ABI_VERSION
 
 
-def test_stock_library_is_refused_by_name(library: Path) -> None:
+def test_stock_library_is_refused_by_name(library) -> None:
     """A stock library exports every function but ours."""
     path = library / native._LIBRARY_NAME
     data = path.read_bytes()
@@ -68,9 +68,7 @@ def test_another_abi_version_is_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize("is_there", [True, False])
-def test_a_missing_library_and_a_file_that_is_none_are_named(
-    tmp_path: Path, is_there: bool
-) -> None:
+def test_a_missing_library_and_a_file_that_is_none_are_named(tmp_path, is_there: bool) -> None:
     path = tmp_path / native._LIBRARY_NAME
     if is_there:
         path.write_bytes(b"not a library")
@@ -80,7 +78,7 @@ def test_a_missing_library_and_a_file_that_is_none_are_named(
 
 
 @pytest.fixture
-def backends(library: Path) -> list[Path]:
+def backends(library) -> list[Path]:
     """The files of ggml's CPU backend in that copy, one for each kind of processor."""
     paths = sorted(path for path in library.iterdir() if "ggml-cpu-" in path.name)
     if not paths:
@@ -98,7 +96,7 @@ print(*sorted({line.split()[-1] for line in lines if "ggml-cpu" in line}))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc says what is loaded")
 def test_backends_are_loaded_from_the_package_only(
-    library: Path, backends: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    library, backends, tmp_path, monkeypatch
 ) -> None:
     """Neither the current folder's nor the one that a variable names; and nothing is said of it."""
     here = tmp_path / "here"
@@ -114,9 +112,7 @@ def test_backends_are_loaded_from_the_package_only(
     assert Path(loaded) in backends
 
 
-def test_library_without_a_backend_for_this_processor_is_refused(
-    library: Path, backends: list[Path]
-) -> None:
+def test_library_without_a_backend_for_this_processor_is_refused(library, backends) -> None:
     for path in backends:
         path.unlink()
     said = run(LOAD, QAFLORA_LIB_PATH=str(library))

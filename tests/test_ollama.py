@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
@@ -16,7 +15,6 @@ from serving import ENGINE, client_of, listening
 from test_thoughts import CALL, OPENS, TOOL, speaking
 from tiny import QWEN
 
-from qaflora_edge import Engine
 from qaflora_edge.dialects.ollama import chat_messages
 
 USER = [{"role": "user", "content": "the thing?"}]
@@ -26,25 +24,25 @@ FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|repo_name|>", "<
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+def served(tmp_path_factory) -> TinyBundle:
     """A bundle over a base with tokens for infill."""
     place = tmp_path_factory.mktemp("ollama")
     return make_bundle(place, chat_template=QWEN, n_ctx=1024, user_defined=FIM)
 
 
 @pytest.fixture(scope="module")
-def url(served: TinyBundle) -> Iterator[str]:
+def url(served) -> Iterator[str]:
     with listening(served.folder) as url:
         yield url
 
 
 @pytest.fixture(scope="module")
-def client(url: str) -> Iterator[ollama.Client]:
+def client(url) -> Iterator[ollama.Client]:
     with ollama.Client(url) as client:
         yield client
 
 
-def test_models(client: ollama.Client, served: TinyBundle) -> None:
+def test_models(client, served) -> None:
     whole, base = client.list().models
     assert (whole.model, base.model) == ("tiny:latest", "tiny:base")
     files = [served.base.path, *(served.folder / "adapters").iterdir()]
@@ -56,7 +54,7 @@ def test_models(client: ollama.Client, served: TinyBundle) -> None:
 
 
 @pytest.mark.parametrize("model", ["tiny", "tiny:latest", "tiny:single:es"])
-def test_a_chat(client: ollama.Client, alone: Engine, model: str) -> None:
+def test_a_chat(client, alone, model: str) -> None:
     strategy = "single:es" if "single" in model else None
     expected = alone.chat(USER, weights=strategy, **OURS)
     asked: Any = {"model": model, "messages": USER, "options": OPTIONS}
@@ -70,7 +68,7 @@ def test_a_chat(client: ollama.Client, alone: Engine, model: str) -> None:
     assert (last.done, last.done_reason, last.eval_count) == (True, "length", 12)
 
 
-def test_texts(client: ollama.Client, alone: Engine) -> None:
+def test_texts(client, alone) -> None:
     asked: Any = {"model": "tiny", "options": OPTIONS}
     turn = client.generate(prompt="the thing?", system="Be short.", **asked)
     told = [{"role": "system", "content": "Be short."}, *USER]
@@ -93,7 +91,7 @@ def test_texts(client: ollama.Client, alone: Engine) -> None:
         client.generate(prompt="a", images=[b"x"], **asked)
 
 
-def test_embeddings(client: ollama.Client, alone: Engine) -> None:
+def test_embeddings(client, alone) -> None:
     texts = ["the thing?", "how far is it"]
     found = client.embed("tiny", texts)
     np.testing.assert_array_equal(found.embeddings, [alone.embed(text) for text in texts])
@@ -101,7 +99,7 @@ def test_embeddings(client: ollama.Client, alone: Engine) -> None:
     assert client.embed("tiny", []).embeddings == []
 
 
-def test_bodies_as_other_programs_send_them(served: TinyBundle) -> None:
+def test_bodies_as_other_programs_send_them(served) -> None:
     """Null is unset, whole numbers may be floats, and -1 is nobody's wish."""
     options = {"num_predict": 3.0, "seed": 42.0, "top_k": -1, "stop": [""], "repeat_penalty": 0}
     nulls = dict.fromkeys(("stream", "options", "format", "think", "keep_alive", "tools"))
@@ -123,7 +121,7 @@ def test_bodies_as_other_programs_send_them(served: TinyBundle) -> None:
             assert isinstance(refused.json()["error"], str)
 
 
-def test_thoughts_and_calls(tmp_path: Path) -> None:
+def test_thoughts_and_calls(tmp_path) -> None:
     words = ("Hm", " <", "/thi", "nk> \n", CALL)
     with listening(speaking(tmp_path, words, OPENS)) as url, ollama.Client(url) as client:
         assert client.show("speaking").capabilities == ["completion", "tools", "thinking"]
@@ -156,7 +154,7 @@ def test_calls_get_ids() -> None:
     assert all(len(each) == 9 and each.isalnum() for each in ids)
 
 
-def test_failures_are_texts(client: ollama.Client, url: str) -> None:
+def test_failures_are_texts(client, url) -> None:
     for fields, status, words in (
         ({"model": "other", "messages": USER}, 404, "expected one of tiny, tiny:base."),
         ({"options": {"temperature": -1}}, 400, "The field options.temperature is -1"),
@@ -178,7 +176,7 @@ def test_failures_are_texts(client: ollama.Client, url: str) -> None:
             assert refused.value.status_code == status
 
 
-def test_infill(client: ollama.Client, served: TinyBundle, alone: Engine) -> None:
+def test_infill(client, served, alone) -> None:
     def expected(prompt: str) -> str:
         return alone.generate(prompt, parse_special=True, max_tokens=12).text()
 
@@ -214,7 +212,7 @@ def test_infill(client: ollama.Client, served: TinyBundle, alone: Engine) -> Non
         assert whole["tokens_evaluated"] > 6000
 
 
-def test_infill_needs_a_base_for_it(calibrated: TinyBundle) -> None:
+def test_infill_needs_a_base_for_it(calibrated) -> None:
     with client_of(calibrated.folder) as http:
         error = http.post("/infill", json={"input_prefix": "a"}).json()["error"]
     assert error["message"].startswith(

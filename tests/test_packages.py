@@ -2,7 +2,6 @@
 
 import re
 import tomllib
-from pathlib import Path
 
 import pytest
 import yaml
@@ -22,7 +21,7 @@ def bounds(requirements: list[str]) -> dict[str, str]:
 
 
 @pytest.fixture
-def wanted(checkout: Path) -> dict[str, dict[str, str]]:
+def wanted(checkout) -> dict[str, dict[str, str]]:
     """Versions that a build and a run with the server need."""
     pyproject = tomllib.loads((checkout / "pyproject.toml").read_text("utf-8"))
     project = pyproject["project"]
@@ -31,7 +30,7 @@ def wanted(checkout: Path) -> dict[str, dict[str, str]]:
     return {"host": bounds(pyproject["build-system"]["requires"]), "run": bounds(run)}
 
 
-def test_recipe_of_conda(checkout: Path, wanted: dict[str, dict[str, str]]) -> None:
+def test_recipe_of_conda(checkout, wanted) -> None:
     recipe = yaml.safe_load((checkout / "packages" / "recipe.yaml").read_text("utf-8"))
     assert recipe["context"]["version"] == qaflora_edge.__version__
     assert bounds(recipe["requirements"]["run"]) == wanted["run"]
@@ -39,7 +38,7 @@ def test_recipe_of_conda(checkout: Path, wanted: dict[str, dict[str, str]]) -> N
     assert host == wanted["host"] | {"python": "", "pip": ""}  # pip is always there, and new
 
 
-def test_derivation_of_nix(checkout: Path, wanted: dict[str, dict[str, str]]) -> None:
+def test_derivation_of_nix(checkout, wanted) -> None:
     text = (checkout / "packages" / "package.nix").read_text("utf-8")
     build, run = text.partition("buildPythonApplication")[2].split("dependencies = [")
     assert {*re.findall(r"^    ([\w-]+)$", build, re.MULTILINE)} >= wanted["host"].keys()

@@ -47,7 +47,7 @@ def client() -> TestClient:
     return TestClient(app(Script()))
 
 
-def test_page_is_one_small_text_that_asks_for_nothing(client: TestClient) -> None:
+def test_page_is_one_small_text_that_asks_for_nothing(client) -> None:
     reply = client.get("/")
     assert (reply.status_code, reply.headers["content-type"]) == (200, "text/html; charset=utf-8")
     assert len(reply.content) < 120_000
@@ -62,7 +62,7 @@ def test_page_is_one_small_text_that_asks_for_nothing(client: TestClient) -> Non
     assert addresses == {f"http://www.w3.org/{name}" for name in names}
 
 
-def test_policy_allows_the_one_script_and_the_one_style_of_the_page(client: TestClient) -> None:
+def test_policy_allows_the_one_script_and_the_one_style_of_the_page(client) -> None:
     reply = client.get("/")
     rows = map(str.split, reply.headers["content-security-policy"].split(";"))
     hashes = {
@@ -231,6 +231,6 @@ def test_no_text_takes_longer_than_its_length_explains() -> None:
         assert long < 0.5 + 40 * short, pattern
 
 
-def test_the_real_server_has_the_page_which_needs_no_key(tmp_path: Path) -> None:
+def test_the_real_server_has_the_page_which_needs_no_key(tmp_path) -> None:
     with client_of(make_bundle(tmp_path).folder, api_key="secret") as client:
         assert client.get("/").content == page.page()[0]

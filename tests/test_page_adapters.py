@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from browser import Browser
-from bundles import TinyBundle
 from desk import NEEDS_CHROMIUM, Desk
 from scripted_server import Script
 from serving import listening
@@ -41,7 +39,7 @@ class Chooser:
 
 
 @pytest.fixture
-def chooser(made: TinyBundle, window: Browser, tmp_path: Path) -> Iterator[Chooser]:
+def chooser(made, window, tmp_path) -> Iterator[Chooser]:
     place = tmp_path / "uploads"
     place.mkdir()
     with listening(made.folder, adapters=place, hosts=frozenset({"127.0.0.1"})) as address:
@@ -52,13 +50,11 @@ def chooser(made: TinyBundle, window: Browser, tmp_path: Path) -> Iterator[Choos
 
 
 @pytest.fixture
-def adapter(made: TinyBundle, tmp_path: Path) -> Path:
+def adapter(made, tmp_path) -> Path:
     return write_tiny_adapter(tmp_path / "müsli 1.gguf", made.base, seed=6).path
 
 
-def test_a_refused_file_may_be_chosen_again_once_it_is_mended(
-    chooser: Chooser, adapter: Path
-) -> None:
+def test_a_refused_file_may_be_chosen_again_once_it_is_mended(chooser, adapter) -> None:
     data = adapter.read_bytes()
     adapter.write_bytes(data[:500])
     chooser.choose(adapter)
@@ -70,9 +66,7 @@ def test_a_refused_file_may_be_chosen_again_once_it_is_mended(
     chooser.until("work", "musli-1 takes part")
 
 
-def test_a_file_that_is_chosen_while_another_is_added_comes_after_it(
-    chooser: Chooser, adapter: Path
-) -> None:
+def test_a_file_that_is_chosen_while_another_is_added_comes_after_it(chooser, adapter) -> None:
     broken = adapter.with_name("broken.gguf")
     broken.write_bytes(b"<b>" * 999)
     chooser.choose(broken)
@@ -81,7 +75,7 @@ def test_a_file_that_is_chosen_while_another_is_added_comes_after_it(
     assert "its beginning is b'<b><'" in chooser.desk.text("#trouble")
 
 
-def test_a_file_that_is_too_large_is_not_sent(chooser: Chooser, adapter: Path) -> None:
+def test_a_file_that_is_too_large_is_not_sent(chooser, adapter) -> None:
     os.truncate(adapter, MAX_UPLOAD_BYTES + 1)
     chooser.choose(adapter)
     chooser.until("trouble", "müsli 1.gguf has more than 1 GiB.")

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import axe
 import pytest
-from browser import Browser
-from bundles import TinyBundle, qaflora
+from bundles import qaflora
 from desk import ANSWER, ENTER, ESCAPE, NEEDS_CHROMIUM, QUESTION, UP, Desk, desk_at
 from patience import wait_until
 from scripted_server import N_LAYER, SHA256, layers
@@ -18,7 +17,7 @@ IDENTITY = {"name": "demo", "base_sha256": SHA256["base"], "adapters": SHA256["a
 pytestmark = NEEDS_CHROMIUM
 
 
-def test_a_conversation(desk: Desk) -> None:
+def test_a_conversation(desk) -> None:
     assert desk.text("#empty h2") == "demo"
     assert desk.texts("#empty .entry") == ["math", "es", "med"]
     desk.ask()
@@ -55,7 +54,7 @@ def test_a_conversation(desk: Desk) -> None:
     assert desk.window.log() == []
 
 
-def test_the_mix_is_a_bar_that_opens_into_layers(desk: Desk) -> None:
+def test_the_mix_is_a_bar_that_opens_into_layers(desk) -> None:
     desk.ask()
     rows = layers(["math", "es", "med"], "qa-flora")
     means = [sum(row) / N_LAYER for row in rows]
@@ -85,7 +84,7 @@ def test_the_mix_is_a_bar_that_opens_into_layers(desk: Desk) -> None:
     assert desk.window.run(expanded) == "false"
 
 
-def test_strategy_adapters_and_other_settings_go_into_the_request(desk: Desk) -> None:
+def test_strategy_adapters_and_other_settings_go_into_the_request(desk) -> None:
     options = desk.texts("#strategy option")
     assert options == [
         *("the bundle's own (qa-flora)", "qa-flora", "spectr", "static", "base"),
@@ -121,7 +120,7 @@ def test_strategy_adapters_and_other_settings_go_into_the_request(desk: Desk) ->
     assert desk.script.asked[-1]["model"] == "code"
 
 
-def test_weights_by_hand(desk: Desk) -> None:
+def test_weights_by_hand(desk) -> None:
     desk.set("#strategy", "manual")
     desk.set("li:nth-child(1) input[type=range]", "1.25")
     desk.set("li:nth-child(2) input[type=range]", "0")
@@ -134,7 +133,7 @@ def test_weights_by_hand(desk: Desk) -> None:
     assert desk.texts("button.mix .entry") == ["math\n×1.25", "med\n×0.5"]
 
 
-def test_the_base_has_its_share_of_the_bar(desk: Desk) -> None:
+def test_the_base_has_its_share_of_the_bar(desk) -> None:
     desk.script.weights = {"math": 0.02, "es": 0.3, "med": 0.0}
     reasons = {"scores": {"answer": 0.5}, "thresholds": {"answer": 1.5}, "taken_as": ""}
     desk.script.why = {"because": "So <b>.", "why": dict.fromkeys(desk.script.weights, reasons)}
@@ -153,7 +152,7 @@ def test_the_base_has_its_share_of_the_bar(desk: Desk) -> None:
     assert desk.texts(".mix .entry")[2:] == ["base"]
 
 
-def test_a_formula_is_drawn_and_read_aloud(desk: Desk) -> None:
+def test_a_formula_is_drawn_and_read_aloud(desk) -> None:
     desk.script.answers["?"] = "It is \\(\\frac{1}{2}\\).\n\n\\[x_1\\]\n\nOr $5 and $10.\n#### 72"
     desk.ask("?")
     assert desk.window.run(
@@ -171,7 +170,7 @@ PRESSED = (
 )
 
 
-def test_versions_stand_side_by_side(desk: Desk) -> None:
+def test_versions_stand_side_by_side(desk) -> None:
     desk.script.answers["Which?"] = "By {strategy}."
     desk.ask("Which?")
     desk.ask_again("static")
@@ -199,9 +198,7 @@ def test_versions_stand_side_by_side(desk: Desk) -> None:
     assert desk.texts(".turn:first-child .markdown") == ["By static."]
 
 
-def test_of_many_adapters_the_first_five_are_shown(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_many_adapters_the_first_five_are_shown(desk, monkeypatch) -> None:
     monkeypatch.setattr("scripted_server.ADAPTERS", {"demo": [f"a{i}" for i in range(64)]})
     desk.reload()
     desk.ask()
@@ -216,9 +213,7 @@ def test_of_many_adapters_the_first_five_are_shown(
     assert desk.texts(".another .chip")[-1] == "only a63"
 
 
-def test_the_better_answer_goes_on_and_into_a_task(
-    desk: Desk, made: TinyBundle, tmp_path: Path
-) -> None:
+def test_the_better_answer_goes_on_and_into_a_task(desk, made, tmp_path) -> None:
     desk.window.command("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
     desk.set("#system", "Be short.")
     for question in ("Which?", "And then?"):
@@ -244,7 +239,7 @@ def test_the_better_answer_goes_on_and_into_a_task(
     assert (result.exit_code, result.stdout.splitlines()[0]) == (0, "judged: choice, points")
 
 
-def test_files_go_with_the_question(desk: Desk) -> None:
+def test_files_go_with_the_question(desk) -> None:
     desk.script.documents["notes.txt"] = "The code is 7."
     drop(desk, "notes.txt", "x.png")
     desk.window.until("return !document.getElementById('trouble').hidden")
@@ -259,7 +254,7 @@ def test_files_go_with_the_question(desk: Desk) -> None:
     assert desk.script.asked[-1]["messages"][0]["content"] == content
 
 
-def test_a_file_that_is_longer_than_the_context_says_so(desk: Desk) -> None:
+def test_a_file_that_is_longer_than_the_context_says_so(desk) -> None:
     desk.script.documents["long.txt"] = "word " * 1000
     drop(desk, "long.txt")
     desk.window.until("return !document.getElementById('trouble').hidden")
@@ -280,7 +275,7 @@ def drop(desk: Desk, *names: str) -> None:
     )
 
 
-def test_stop_keeps_what_was_written(desk: Desk) -> None:
+def test_stop_keeps_what_was_written(desk) -> None:
     desk.script.pause_s = 0.02
     for stop in (lambda: desk.window.press(ESCAPE), lambda: desk.click("#send")):
         n = len(desk.texts(".answer"))
@@ -302,7 +297,7 @@ def test_stop_keeps_what_was_written(desk: Desk) -> None:
     assert desk.script.n_left == 2
 
 
-def test_what_a_long_prompt_waits_for_is_shown(desk: Desk) -> None:
+def test_what_a_long_prompt_waits_for_is_shown(desk) -> None:
     desk.script.probe_s = 60
     desk.script.progress = {"stage": "weighing", "total": 300, "processed": 101, "time_ms": 2500.0}
     desk.type(QUESTION)
@@ -313,7 +308,7 @@ def test_what_a_long_prompt_waits_for_is_shown(desk: Desk) -> None:
     desk.wait()
 
 
-def test_edit_asks_again_and_forgets_what_came_after(desk: Desk) -> None:
+def test_edit_asks_again_and_forgets_what_came_after(desk) -> None:
     for question in ("one", "two", "three"):
         desk.ask(question)
     desk.click(".turn:nth-child(2) [title='Edit the question']")
@@ -331,7 +326,7 @@ def test_edit_asks_again_and_forgets_what_came_after(desk: Desk) -> None:
     assert desk.window.run("return document.activeElement.value") == "zwei"
 
 
-def test_a_reload_keeps_the_chat_and_new_chat_ends_it(desk: Desk) -> None:
+def test_a_reload_keeps_the_chat_and_new_chat_ends_it(desk) -> None:
     desk.set("#system", "Be short.")
     desk.ask()
     whole = desk.texts(".turn")
@@ -347,7 +342,7 @@ def test_a_reload_keeps_the_chat_and_new_chat_ends_it(desk: Desk) -> None:
     assert [m["role"] for m in desk.script.asked[-1]["messages"]] == ["system", "user"]
 
 
-def test_copy(desk: Desk) -> None:
+def test_copy(desk) -> None:
     desk.window.command(
         "Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"]
     )
@@ -365,7 +360,7 @@ def test_copy(desk: Desk) -> None:
         assert desk.window.until("return window.pasted") == expected
 
 
-def test_save_as_markdown_and_as_json(desk: Desk, tmp_path: Path) -> None:
+def test_save_as_markdown_and_as_json(desk, tmp_path) -> None:
     desk.window.command("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
     desk.set("#system", "Be short.")
     desk.ask()
@@ -389,7 +384,7 @@ def test_save_as_markdown_and_as_json(desk: Desk, tmp_path: Path) -> None:
     assert len(session["messages"][-1]["fusion"]["layers"]["math"]) == N_LAYER
 
 
-def test_a_chat_that_was_saved_here_is_opened_as_it_was(desk: Desk, tmp_path: Path) -> None:
+def test_a_chat_that_was_saved_here_is_opened_as_it_was(desk, tmp_path) -> None:
     desk.window.command("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
     desk.set("#system", "Be short.")
     desk.script.thought = "I <b> see"
@@ -419,7 +414,7 @@ def test_a_chat_that_was_saved_here_is_opened_as_it_was(desk: Desk, tmp_path: Pa
     assert desk.window.log() == []
 
 
-def test_a_chat_of_the_terminal_is_opened(desk: Desk, tmp_path: Path) -> None:
+def test_a_chat_of_the_terminal_is_opened(desk, tmp_path) -> None:
     path, talk = tmp_path / "talk.json", Conversation("")
     talk.add(QUESTION, ANSWER)
     talk.add("And then?", "Nothing", "length")
@@ -436,7 +431,7 @@ def test_a_chat_of_the_terminal_is_opened(desk: Desk, tmp_path: Path) -> None:
     assert desk.window.log() == []
 
 
-def test_another_file_is_refused(desk: Desk, tmp_path: Path) -> None:
+def test_another_file_is_refused(desk, tmp_path) -> None:
     desk.ask()
     path = tmp_path / "talk.json"
     save_session(path, Conversation(), bundle=IDENTITY, strategy="static", adapters=())
@@ -479,7 +474,7 @@ def open_chat(desk: Desk, path: Path, says: str = "") -> None:
         desk.wait_for_texts()
 
 
-def test_a_server_that_is_busy_says_so(desk: Desk) -> None:
+def test_a_server_that_is_busy_says_so(desk) -> None:
     desk.script.refusal = (503, "All 8 places are taken.", {"Retry-After": "5"})
     desk.ask()
     assert desk.text(".note") == "All 8 places are taken. Try again in 5 s."
@@ -489,21 +484,21 @@ def test_a_server_that_is_busy_says_so(desk: Desk) -> None:
     assert "42" in desk.text(".answer")
 
 
-def test_too_long_a_chat_is_told_without_options_of_a_command(desk: Desk) -> None:
+def test_too_long_a_chat_is_told_without_options_of_a_command(desk) -> None:
     message = "The prompt has 9 tokens; raise the context (--ctx, n_ctx)."
     desk.script.refusal = (400, message, {"code": "context_length_exceeded"})
     desk.ask()
     assert desk.text(".note").startswith("This chat is longer than the model can read. Begin")
 
 
-def test_an_answer_that_breaks_off_is_no_whole_one(desk: Desk) -> None:
+def test_an_answer_that_breaks_off_is_no_whole_one(desk) -> None:
     desk.script.is_broken = True
     desk.ask()
     assert desk.text(".note") == "The server ended the answer before its end."
     assert "There are 42 rolls." in desk.text(".markdown")
 
 
-def test_a_key_is_asked_for_and_kept_in_the_tab(desk: Desk) -> None:
+def test_a_key_is_asked_for_and_kept_in_the_tab(desk) -> None:
     desk.script.key = "secret"
     desk.window.open(desk.address)
     desk.window.until("return document.getElementById('key-dialog').open")
@@ -522,7 +517,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(desk: Desk) -> None:
 
 
 @pytest.mark.parametrize(("is_dark", "width"), [(False, 360), (True, 1100)])
-def test_axe_finds_nothing_serious(window: Browser, is_dark: bool, width: int) -> None:
+def test_axe_finds_nothing_serious(window, is_dark: bool, width: int) -> None:
     if not axe.source():
         pytest.skip("axe-core cannot be had: npm or the network is missing")
     window.prefer(is_dark=is_dark)
@@ -550,7 +545,7 @@ def test_axe_finds_nothing_serious(window: Browser, is_dark: bool, width: int) -
         assert axe.findings(window) == []
 
 
-def test_a_phone_shows_everything_without_scrolling_sideways(desk: Desk) -> None:
+def test_a_phone_shows_everything_without_scrolling_sideways(desk) -> None:
     wide = "return document.documentElement.scrollWidth"
     desk.script.answers["wide"] = (
         f"$$x{' + x' * 99}$$\n\n$x{' + x' * 99}$\n\n"

@@ -12,7 +12,7 @@ def listed(desk: Desk, n: int) -> list[str]:
     return desk.texts(".past bdi")
 
 
-def test_past_chats_are_opened_and_go_on(desk: Desk) -> None:
+def test_past_chats_are_opened_and_go_on(desk) -> None:
     for question in ("one", "two\nlines"):
         desk.click("#new")
         desk.ask(question)
@@ -29,7 +29,7 @@ def test_past_chats_are_opened_and_go_on(desk: Desk) -> None:
     assert desk.window.log() == []
 
 
-def test_chats_are_deleted(desk: Desk) -> None:
+def test_chats_are_deleted(desk) -> None:
     for question in ("one", "two", "three"):
         desk.click("#new")
         desk.ask(question)
@@ -47,7 +47,7 @@ def test_chats_are_deleted(desk: Desk) -> None:
     assert desk.kept(0) == []
 
 
-def test_a_chat_that_is_deleted_while_it_is_answered_stays_deleted(desk: Desk) -> None:
+def test_a_chat_that_is_deleted_while_it_is_answered_stays_deleted(desk) -> None:
     desk.script.pause_s = 0.02
     desk.type("long")
     desk.window.press(ENTER)
@@ -63,7 +63,7 @@ def test_a_chat_that_is_deleted_while_it_is_answered_stays_deleted(desk: Desk) -
     assert [turn["question"] for turn in desk.kept()[0]["turns"]] == [QUESTION]
 
 
-def test_a_chat_that_another_tab_changed_is_kept_under_both(desk: Desk) -> None:
+def test_a_chat_that_another_tab_changed_is_kept_under_both(desk) -> None:
     desk.ask("one")
     desk.kept()
     desk.window.run(
@@ -78,7 +78,7 @@ def test_a_chat_that_another_tab_changed_is_kept_under_both(desk: Desk) -> None:
     assert sorted(len(chat["turns"]) for chat in desk.kept(2)) == [1, 2]
 
 
-def test_a_chat_of_the_tab_is_carried_over_and_none_is_kept_unless_wanted(desk: Desk) -> None:
+def test_a_chat_of_the_tab_is_carried_over_and_none_is_kept_unless_wanted(desk) -> None:
     desk.set("#system", "Be short.")
     desk.ask()
     [chat] = desk.kept()
@@ -104,7 +104,7 @@ def test_a_chat_of_the_tab_is_carried_over_and_none_is_kept_unless_wanted(desk: 
 
 
 @pytest.mark.parametrize("call", ["get() { throw new DOMException('It is denied.') }", "value: {}"])
-def test_a_browser_without_a_database_says_so_once(desk: Desk, call: str) -> None:
+def test_a_browser_without_a_database_says_so_once(desk, call: str) -> None:
     script = desk.window.command(
         "Page.addScriptToEvaluateOnNewDocument",
         source=f"Object.defineProperty(window, 'indexedDB', {{ {call} }})",

@@ -1,7 +1,7 @@
 """The page of the server before hostile answers: whatever a model writes stays text."""
 
 import pytest
-from desk import NEEDS_CHROMIUM, Desk
+from desk import NEEDS_CHROMIUM
 
 pytestmark = NEEDS_CHROMIUM
 
@@ -35,7 +35,7 @@ FOREIGN = (
 )
 
 
-def test_no_part_of_a_hostile_answer_acts(desk: Desk) -> None:
+def test_no_part_of_a_hostile_answer_acts(desk) -> None:
     """All in one stream, which shows each half, too; then each alone, as a reload shows them."""
     desk.script.answers["all"] = "\n\n".join(EVIL)
     desk.ask("all")
@@ -69,7 +69,7 @@ def test_no_part_of_a_hostile_answer_acts(desk: Desk) -> None:
     assert desk.window.log() == []
 
 
-def test_hostile_names_and_errors_are_text(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hostile_names_and_errors_are_text(desk, monkeypatch) -> None:
     evil = EVIL[1]
     monkeypatch.setattr("scripted_server.ADAPTERS", {evil: (evil, "es")})
     desk.script.key = ""
@@ -87,7 +87,7 @@ def test_hostile_names_and_errors_are_text(desk: Desk, monkeypatch: pytest.Monke
     assert [line for line in desk.window.log() if "status of 400" not in line] == []
 
 
-def test_the_policy_holds_even_if_the_page_had_a_mistake(desk: Desk) -> None:
+def test_the_policy_holds_even_if_the_page_had_a_mistake(desk) -> None:
     desk.ask()
     for mistake in (
         "document.querySelector('.markdown').innerHTML = arguments[0]",

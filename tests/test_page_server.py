@@ -4,8 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser import Browser
-from bundles import TinyBundle
 from desk import NEEDS_CHROMIUM, Desk
 from scripted_server import Script
 from serving import ENGINE, listening
@@ -20,7 +18,7 @@ MESSAGES = [{"role": "user", "content": QUESTION}]
 
 
 @pytest.fixture
-def desk(window: Browser, calibrated: TinyBundle, tmp_path: Path) -> Iterator[Desk]:
+def desk(window, calibrated, tmp_path) -> Iterator[Desk]:
     with listening(calibrated.folder, adapters=tmp_path) as address:
         made = Desk(window, Script(), f"{address}/")
         window.log()
@@ -31,7 +29,7 @@ def desk(window: Browser, calibrated: TinyBundle, tmp_path: Path) -> Iterator[De
         window.open("about:blank")
 
 
-def test_text_and_weights_are_those_of_the_engine_alone(desk: Desk, calibrated: TinyBundle) -> None:
+def test_text_and_weights_are_those_of_the_engine_alone(desk, calibrated) -> None:
     with Engine(calibrated.folder, **ENGINE) as engine:  # type: ignore[arg-type]
         for n, strategy in enumerate(("", "spectr"), 1):
             fusion = engine.weights(engine.chat_tokens(MESSAGES), strategy=strategy or None)
@@ -70,7 +68,7 @@ def test_text_and_weights_are_those_of_the_engine_alone(desk: Desk, calibrated: 
     assert desk.window.log() == []
 
 
-def test_adapters_that_are_dropped_take_part(desk: Desk, calibrated: TinyBundle) -> None:
+def test_adapters_that_are_dropped_take_part(desk, calibrated) -> None:
     def drop(path: Path, selector: str) -> str:
         data = {"items": [], "files": [str(path)], "dragOperationsMask": 1}
         for kind in ("dragEnter", "dragOver", "drop"):

@@ -126,7 +126,7 @@ class Project:
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> Project:
+def project(tmp_path) -> Project:
     return Project(tmp_path / "project")
 
 
@@ -189,7 +189,7 @@ def test_a_source_includes_only_what_stands_above_it(path: Path) -> None:
     assert len(text.splitlines()) <= 400
 
 
-def test_prepare_gives_a_patched_tree_and_keeps_it(project: Project) -> None:
+def test_prepare_gives_a_patched_tree_and_keeps_it(project) -> None:
     tree = project.prepare()
     lines = (tree / "src" / "a.cpp").read_text().splitlines()
     assert lines[11] == "hook();"
@@ -201,7 +201,7 @@ def test_prepare_gives_a_patched_tree_and_keeps_it(project: Project) -> None:
     assert [path.name for path in tree.parent.iterdir()] == [tree.name]
 
 
-def test_a_changed_patch_gets_a_tree_of_its_own(project: Project) -> None:
+def test_a_changed_patch_gets_a_tree_of_its_own(project) -> None:
     first = project.prepare()
     project.write_patch(PATCH.replace("hook();", "other_hook();"))
     second = project.prepare()
@@ -210,7 +210,7 @@ def test_a_changed_patch_gets_a_tree_of_its_own(project: Project) -> None:
     assert "other_hook();" not in (first / "src" / "a.cpp").read_text()
 
 
-def test_a_source_archive_holds_the_patched_source(project: Project) -> None:
+def test_a_source_archive_holds_the_patched_source(project) -> None:
     """Neither git nor the release is needed there; a changed patch needs both."""
     made = project.run("--vendor")
     assert (made.stdout.strip(), made.stderr) == (str(project.folder / "llama.cpp"), "")
@@ -224,7 +224,7 @@ def test_a_source_archive_holds_the_patched_source(project: Project) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("change", ["edit", "remove", "add"])
-def test_a_tree_that_was_changed_by_hand_is_refused(project: Project, change: str) -> None:
+def test_a_tree_that_was_changed_by_hand_is_refused(project, change: str) -> None:
     tree = project.prepare()
     path = tree / "src" / ("new.cpp" if change == "add" else "a.cpp")
     if change == "remove":
@@ -240,7 +240,7 @@ def test_a_tree_that_was_changed_by_hand_is_refused(project: Project, change: st
     )
 
 
-def test_a_hunk_that_fits_elsewhere_is_refused(project: Project) -> None:
+def test_a_hunk_that_fits_elsewhere_is_refused(project) -> None:
     project.write_patch(PATCH.replace("@@ -9,5 +9,6 @@", "@@ -7,5 +7,6 @@"))
     assert project.failure() == (
         f"patches/prepare.py: The patch {project.patches / '0001-hook.patch'} does not fit "
@@ -263,14 +263,14 @@ def test_a_hunk_that_fits_elsewhere_is_refused(project: Project) -> None:
     ],
 )
 def test_other_patches_that_do_not_fit_are_refused(
-    project: Project, old: str, new: str, message: str
+    project, old: str, new: str, message: str
 ) -> None:
     assert old in PATCH
     project.write_patch(PATCH.replace(old, new))
     assert message in project.failure()
 
 
-def test_another_source_is_refused_by_its_tree(project: Project) -> None:
+def test_another_source_is_refused_by_its_tree(project) -> None:
     project.write_pin("0" * 64, "0" * 40)
     assert project.failure() == (
         f"patches/prepare.py: The source archive {project.archive} has another llama.cpp than "
@@ -279,13 +279,13 @@ def test_another_source_is_refused_by_its_tree(project: Project) -> None:
     )
 
 
-def test_any_archive_with_the_pinned_tree_is_taken(project: Project) -> None:
+def test_any_archive_with_the_pinned_tree_is_taken(project) -> None:
     project.write_pin("0" * 64)
     assert (project.prepare() / "src" / "a.cpp").is_file()
 
 
 @pytest.mark.parametrize("attack", ["climb", "link", "device"])
-def test_an_archive_that_leads_out_is_refused(project: Project, attack: str) -> None:
+def test_an_archive_that_leads_out_is_refused(project, attack: str) -> None:
     root = "up_stream-1.0/vendor/llama.cpp"
     with tarfile.open(project.archive, "w:gz") as tar:
         name = f"{root}/src/../../../../escaped" if attack == "climb" else f"{root}/src/a.cpp"
@@ -302,6 +302,6 @@ def test_an_archive_that_leads_out_is_refused(project: Project, attack: str) -> 
     assert not list(project.folder.rglob("escaped"))
 
 
-def test_an_archive_without_llama_cpp_is_refused(project: Project) -> None:
+def test_an_archive_without_llama_cpp_is_refused(project) -> None:
     project.write_archive({"src/a.cpp": TEXT})
     assert "has no up_stream-1.0/vendor/llama.cpp/CMakeLists.txt" in project.failure()

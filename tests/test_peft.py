@@ -28,7 +28,7 @@ PAIR = {A0: np.ones((4, 64), np.float32), B0: np.ones((64, 4), np.float32)}
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> tiny.TinyBase:
+def base(tmp_path_factory) -> tiny.TinyBase:
     return tiny.write_tiny_base(tmp_path_factory.mktemp("base") / "base.gguf", tied=False)
 
 
@@ -61,9 +61,7 @@ PATTERNS: list[dict[str, Any]] = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", PATTERNS)
-def test_rank_and_scale_equal_those_of_peft(
-    tmp_path: Path, base: tiny.TinyBase, options: dict[str, Any]
-) -> None:
+def test_rank_and_scale_equal_those_of_peft(tmp_path, base, options: dict[str, Any]) -> None:
     expected = hf.lora_layers(hf.peft_model(base, tmp_path, **options))
     adapter = read_peft(tmp_path)
     assert adapter.modules.keys() == expected.keys()
@@ -75,7 +73,7 @@ def test_rank_and_scale_equal_those_of_peft(
         np.testing.assert_array_equal(ours.read_b(), module.lora_B["default"].weight.detach())
 
 
-def test_defaults_are_those_of_peft(tmp_path: Path) -> None:
+def test_defaults_are_those_of_peft(tmp_path) -> None:
     pair = {A0: np.ones((8, 64), np.float32), B0: np.ones((64, 8), np.float32)}
     folder = write_pair(tmp_path / "a", pair)
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
@@ -83,9 +81,7 @@ def test_defaults_are_those_of_peft(tmp_path: Path) -> None:
     assert (module.rank, module.scale) == (8, 1.0)
 
 
-def test_embedding_and_copies_of_its_base_weight_are_understood(
-    tmp_path: Path, base: tiny.TinyBase
-) -> None:
+def test_embedding_and_copies_of_its_base_weight_are_understood(tmp_path, base) -> None:
     folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["embed_tokens", "lm_head"])
     adapter = read_peft(folder)
     embedding, head = adapter.modules["model.embed_tokens"], adapter.modules["lm_head"]
@@ -120,7 +116,7 @@ RULES: list[dict[str, Any]] = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
-def test_targets_are_those_of_peft(tmp_path: Path, rule: dict[str, Any]) -> None:
+def test_targets_are_those_of_peft(tmp_path, rule: dict[str, Any]) -> None:
     peft = pytest.importorskip("peft")
     exists = pytest.importorskip("peft.tuners.tuners_utils").check_target_module_exists
     fields = {"peft_type": "LORA", **rule}
@@ -130,7 +126,7 @@ def test_targets_are_those_of_peft(tmp_path: Path, rule: dict[str, Any]) -> None
             ours.check_target(name)
 
 
-def test_names_of_a_whole_state_are_understood(tmp_path: Path, base: tiny.TinyBase) -> None:
+def test_names_of_a_whole_state_are_understood(tmp_path, base) -> None:
     """As `model.state_dict()` has them, with the adapter's name and what wrappers put in."""
     folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj", "embed_tokens"])
     plain = read_peft(folder)
@@ -154,7 +150,7 @@ def test_names_of_a_whole_state_are_understood(tmp_path: Path, base: tiny.TinyBa
     assert read_peft(folder).modules.keys() == plain.modules.keys()
 
 
-def test_shards_are_joined(tmp_path: Path) -> None:
+def test_shards_are_joined(tmp_path) -> None:
     folder = write_shards(tmp_path / "a")
     (module,) = read_peft(folder).modules.values()
     np.testing.assert_array_equal(module.read_b(), PAIR[B0])
@@ -176,9 +172,7 @@ OTHER = ["only LoRA can be represented", "Merge the adapter into its base, or tr
 
 
 @pytest.mark.parametrize("field", FEATURES)
-def test_feature_is_refused_by_name_and_no_obstacle_where_it_is_off(
-    tmp_path: Path, field: str
-) -> None:
+def test_feature_is_refused_by_name_and_no_obstacle_where_it_is_off(tmp_path, field: str) -> None:
     reason, advice = FEATURES[field]
     folder = write_pair(tmp_path / "a", **{field: {"x": 1}})
     assert refusal(UnsupportedAdapterError, folder) == (
@@ -189,7 +183,7 @@ def test_feature_is_refused_by_name_and_no_obstacle_where_it_is_off(
 
 
 @pytest.mark.parametrize("kind", [*REFUSED["types"], "SOMETHING_NEW"])
-def test_other_peft_types_are_refused_by_name(tmp_path: Path, kind: str) -> None:
+def test_other_peft_types_are_refused_by_name(tmp_path, kind: str) -> None:
     reason, advice = REFUSED["types"].get(kind, OTHER)
     folder = write_pair(tmp_path / "a", peft_type=kind)
     assert refusal(UnsupportedAdapterError, folder) == (
@@ -206,11 +200,11 @@ def test_types_that_are_named_are_those_of_peft() -> None:
 
 
 @pytest.mark.parametrize("init", [True, None, "gaussian"])
-def test_initialisation_that_leaves_the_base_alone_is_taken(tmp_path: Path, init: Any) -> None:
+def test_initialisation_that_leaves_the_base_alone_is_taken(tmp_path, init: Any) -> None:
     assert read_peft(write_pair(tmp_path / "a", init_lora_weights=init)).modules
 
 
-def test_tied_embedding_and_head_are_refused(tmp_path: Path, base: tiny.TinyBase) -> None:
+def test_tied_embedding_and_head_are_refused(tmp_path, base) -> None:
     config = {"ensure_weight_tying": True}
     folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["lm_head"], config=config)
     assert refusal(UnsupportedAdapterError, folder) == (
@@ -238,7 +232,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_tensor_of_another_kind_is_refused_by_name(tmp_path: Path, name: str) -> None:
+def test_tensor_of_another_kind_is_refused_by_name(tmp_path, name: str) -> None:
     folder = write_pair(tmp_path / "a", {**PAIR, name: np.ones(64, np.float32)})
     advice = "Train a plain LoRA, or merge the adapter into its base."
     if FOREIGN[name] == "a whole weight matrix":
@@ -297,13 +291,13 @@ REFUSALS: list[tuple[type[Exception], dict[str, Any], dict[str, Any], str, str]]
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_what_does_not_fit_is_refused(tmp_path: Path, case: tuple[Any, ...]) -> None:
+def test_what_does_not_fit_is_refused(tmp_path, case: tuple[Any, ...]) -> None:
     kind, config, tensors, file, message = case
     folder = write_pair(tmp_path / "a", tensors, **config)
     assert refusal(kind, folder) == f"Cannot use {folder / f'adapter_{file}'}: {message}"
 
 
-def test_file_that_git_lfs_left_out_is_told(tmp_path: Path) -> None:
+def test_file_that_git_lfs_left_out_is_told(tmp_path) -> None:
     path = write_pair(tmp_path / "a") / "adapter_model.safetensors"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n")
     assert refusal(InputFileError, path.parent).startswith(
@@ -344,7 +338,7 @@ FILES: list[tuple[list[str], str, str]] = [
 
 @pytest.mark.parametrize(("files", "given", "message"), FILES)
 def test_what_is_no_adapter_is_told_from_what_there_is(
-    tmp_path: Path, files: list[str], given: str, message: str
+    tmp_path, files: list[str], given: str, message: str
 ) -> None:
     for name in files:
         (tmp_path / name).write_text('{"peft_type": "LORA"}')
@@ -353,7 +347,7 @@ def test_what_is_no_adapter_is_told_from_what_there_is(
     assert refusal(InputFileError, path) == text
 
 
-def test_of_checkpoints_the_last_is_suggested(tmp_path: Path) -> None:
+def test_of_checkpoints_the_last_is_suggested(tmp_path) -> None:
     for step in (50, 100, 1000):
         only = write_pair(tmp_path / f"checkpoint-{step}")
         if step == 50:
@@ -392,7 +386,7 @@ FIELDS: list[tuple[dict[str, Any], str, str, str]] = [
 
 @pytest.mark.parametrize(("config", "field", "found", "expected"), FIELDS)
 def test_wrong_field_is_named(
-    tmp_path: Path, config: dict[str, Any], field: str, found: str, expected: str
+    tmp_path, config: dict[str, Any], field: str, found: str, expected: str
 ) -> None:
     check_field(write_pair(tmp_path / "a", **config), field, found, expected)
 
@@ -411,9 +405,7 @@ def check_field(folder: Path, field: str, found: str, expected: str) -> None:
         (b'{"a":' + b"[" * 200_000, "it is nested too deeply"),
     ],
 )
-def test_config_that_is_no_json_object_is_refused(
-    tmp_path: Path, content: bytes, reason: str
-) -> None:
+def test_config_that_is_no_json_object_is_refused(tmp_path, content: bytes, reason: str) -> None:
     folder = write_pair(tmp_path / "a")
     (folder / "adapter_config.json").write_bytes(content)
     assert refusal(PeftConfigError, folder) == (
@@ -422,7 +414,7 @@ def test_config_that_is_no_json_object_is_refused(
     )
 
 
-def test_patterns_that_take_long_with_many_modules_are_refused(tmp_path: Path) -> None:
+def test_patterns_that_take_long_with_many_modules_are_refused(tmp_path) -> None:
     a, b = np.ones((4, 8), np.float32), np.ones((8, 4), np.float32)
     tensors = {}
     for layer in range(100):
@@ -440,7 +432,7 @@ def test_patterns_that_take_long_with_many_modules_are_refused(tmp_path: Path) -
     assert len(read_peft(write_pair(folder, tensors, rank_pattern={".*a.*x": 4})).modules) == 100
 
 
-def test_adapter_without_lora_is_refused(tmp_path: Path) -> None:
+def test_adapter_without_lora_is_refused(tmp_path) -> None:
     folder = write_pair(tmp_path / "a")
     tiny.write_safetensors(folder / "adapter_model.safetensors", {})
     assert refusal(SafetensorsFileError, folder) == (
@@ -450,7 +442,7 @@ def test_adapter_without_lora_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("bad", "dtype"), [(np.nan, "BF16"), (-np.inf, "F16")])
-def test_values_that_are_not_finite_are_refused(tmp_path: Path, bad: float, dtype: str) -> None:
+def test_values_that_are_not_finite_are_refused(tmp_path, bad: float, dtype: str) -> None:
     b = PAIR[B0].copy()
     b[3, 1] = bad
     folder = write_pair(tmp_path / "a")
@@ -471,7 +463,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path, bad: float, dtyp
     ],
 )
 def test_index_that_does_not_fit_its_files_is_refused(
-    tmp_path: Path, changes: dict[str, str], name: str, found: str, expected: str
+    tmp_path, changes: dict[str, str], name: str, found: str, expected: str
 ) -> None:
     folder = write_shards(tmp_path / "a", **changes)
     assert refusal(SafetensorsFileError, folder) == (

@@ -21,7 +21,7 @@ MIB = 1 << 20
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3"])
-def base(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> TinyBase:
+def base(tmp_path_factory, request) -> TinyBase:
     """Quantised, so that a differential product is told from a plain one."""
     place = tmp_path_factory.mktemp("prefixes")
     sizes = {"n_ctx": 2048, "n_layer": 2, "n_embd": 96, "n_head": 3, "n_head_kv": 1}
@@ -29,7 +29,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
 
 
 @pytest.fixture(scope="module")
-def loaded(base: TinyBase) -> tuple[Model, Pack]:
+def loaded(base) -> tuple[Model, Pack]:
     paths = [
         write_tiny_adapter(base.path.with_name(f"{i}.gguf"), base, rank=3 + i, seed=i).path
         for i in (1, 2, 3)
@@ -58,9 +58,7 @@ def states(prober: Prober, tokens: Sequence[int], rows: Sequence[int] = (0, 1, 2
 
 
 @pytest.mark.slow
-def test_what_is_kept_changes_no_bit(
-    monkeypatch: pytest.MonkeyPatch, base: TinyBase, loaded: tuple[Model, Pack]
-) -> None:
+def test_what_is_kept_changes_no_bit(monkeypatch, base, loaded) -> None:
     """Two chats in turn, and questions under one system prompt: all as if they were alone."""
     chats = Chats(base)
     system, other = drawn(400, 1), drawn(230, 2)
@@ -95,9 +93,7 @@ def test_what_is_kept_changes_no_bit(
         assert n_read[7:] == [300, 290 - 192]
 
 
-def test_adapters_in_use_are_kept_apart(
-    monkeypatch: pytest.MonkeyPatch, base: TinyBase, loaded: tuple[Model, Pack]
-) -> None:
+def test_adapters_in_use_are_kept_apart(monkeypatch, base, loaded) -> None:
     sharing = Prober(*loaded, {"threads": 1}, prefixes=Prefixes(64 * MIB))
     system = drawn(200, 1)
     for seed, rows in enumerate([(0, 1, 2), (0, 2), (1,), (), (0, 1, 2), (0, 2), (1,)]):
@@ -113,9 +109,7 @@ def test_adapters_in_use_are_kept_apart(
     sharing.close()
 
 
-def test_what_is_kept_is_bounded_and_what_was_used_last_stays(
-    base: TinyBase, loaded: tuple[Model, Pack]
-) -> None:
+def test_what_is_kept_is_bounded_and_what_was_used_last_stays(base, loaded) -> None:
     with Context(*loaded, is_probe=True, n_seq=1, n_ctx=256, threads=1) as context:
 
         def ask(prefixes: Prefixes, seed: int) -> int:
@@ -139,7 +133,7 @@ def test_what_is_kept_is_bounded_and_what_was_used_last_stays(
         assert two.n_byte <= 2 * n_byte
 
 
-def test_a_state_that_is_cut_short_is_refused(loaded: tuple[Model, Pack]) -> None:
+def test_a_state_that_is_cut_short_is_refused(loaded) -> None:
     with Context(*loaded, is_probe=True, n_seq=2, n_ctx=64, threads=1) as context:
         context.decode([1, 2, 3])
         held = context.kv_state()
@@ -152,9 +146,7 @@ def test_a_state_that_is_cut_short_is_refused(loaded: tuple[Model, Pack]) -> Non
 
 
 @pytest.mark.slow
-def test_a_question_that_is_read_in_two_places_goes_on_too(
-    monkeypatch: pytest.MonkeyPatch, base: TinyBase, loaded: tuple[Model, Pack]
-) -> None:
+def test_a_question_that_is_read_in_two_places_goes_on_too(monkeypatch, base, loaded) -> None:
     """What stands before it is read as a prompt is; what follows stands for itself."""
     end = base.tokens.index(EOS)
     system, question_opens, answer_opens = drawn(200, 1), drawn(3, 98), drawn(4, 99)

@@ -26,13 +26,13 @@ TOKENS = np.random.default_rng(3).integers(0, 256, 60).tolist()
 
 
 @pytest.fixture(params=["llama", "gemma3"])
-def base(tmp_path: Path, request: pytest.FixtureRequest) -> TinyBase:
+def base(tmp_path, request) -> TinyBase:
     """gemma3 attends over a sliding window in some layers."""
     return write_tiny_base(tmp_path / "base.gguf", request.param)
 
 
 @pytest.fixture
-def adapters(tmp_path: Path, base: TinyBase) -> list[TinyAdapter]:
+def adapters(tmp_path, base) -> list[TinyAdapter]:
     return [
         write_tiny_adapter(tmp_path / f"{seed}.gguf", base, rank=3 + seed, seed=seed)
         for seed in (1, 2)
@@ -77,7 +77,7 @@ def with_zeros(path: Path, base: TinyBase, adapter: TinyAdapter) -> TinyAdapter:
 
 @pytest.mark.parametrize(("dtype", "firsts"), [("f32", [3, 0, 2]), ("q8_0", [2, 1])])
 def test_below_where_adapters_begin_states_are_the_bases(
-    tmp_path: Path, dtype: str, firsts: list[int]
+    tmp_path, dtype: str, firsts: list[int]
 ) -> None:
     """What is not computed there is what would have come out.
 
@@ -112,7 +112,7 @@ def test_below_where_adapters_begin_states_are_the_bases(
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_a_turn_that_needs_a_larger_context_costs_no_more(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, architecture: str
+    monkeypatch, tmp_path, architecture: str
 ) -> None:
     """What was read moves into the larger context as it is, of all sequences."""
     base = write_tiny_base(tmp_path / "base.gguf", architecture, window=64, n_ctx=2048)
@@ -147,7 +147,7 @@ def attn_norm_input(base: TinyBase, adapters: Sequence[TinyAdapter], layer: int)
     return gain * states / np.sqrt((states**2).mean() + 1e-6)
 
 
-def test_norm_needs_a_query_projection(tmp_path: Path) -> None:
+def test_norm_needs_a_query_projection(tmp_path) -> None:
     base = write_tiny_base(tmp_path / "base.gguf")
     both = [
         write_tiny_adapter(tmp_path / "a.gguf", base, targets=("attn_q",), layers=(0, 1)),
@@ -167,7 +167,7 @@ def test_norm_needs_a_query_projection(tmp_path: Path) -> None:
 @pytest.mark.skipif("QAFLORA_TEST_ASSERTS" in os.environ, reason="ggml asserts numbers")
 @pytest.mark.parametrize(("cancelled", "flash_attn"), [(False, True), (True, False)])
 def test_states_that_are_no_numbers_are_nobody_elses(
-    base: TinyBase, adapters: list[TinyAdapter], flash_attn: bool, cancelled: bool
+    base, adapters, flash_attn: bool, cancelled: bool
 ) -> None:
     """NaN times 0 is NaN: left in memory, it would reach the next query's adapters."""
     reader = gguf.GGUFReader(adapters[0].path, "r+")
@@ -194,9 +194,7 @@ def test_states_that_are_no_numbers_are_nobody_elses(
         assert np.array_equal(found, run_alone(opened().states(long[-n:], (1,))))
 
 
-def test_steps_that_end_after_close_touch_nothing(
-    base: TinyBase, adapters: list[TinyAdapter], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_that_end_after_close_touch_nothing(base, adapters, monkeypatch) -> None:
     alone = prober(base, adapters)
     steps = alone.prober.states(TOKENS * 5, alone.rows)
     next(steps)

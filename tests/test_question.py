@@ -55,7 +55,7 @@ def found(model: Model, messages: Sequence[Any]) -> str | None:
 
 
 @pytest.mark.parametrize("template", [CHATML, HEADERS, BRACKETS])
-def test_the_question_is_the_last_user_turn(tmp_path: Path, template: str) -> None:
+def test_the_question_is_the_last_user_turn(tmp_path, template: str) -> None:
     model = Model(read_base(write_tiny_base(tmp_path / "base.gguf", chat_template=template).path))
     conversations = [
         asked("the air"),
@@ -71,9 +71,7 @@ def test_the_question_is_the_last_user_turn(tmp_path: Path, template: str) -> No
 
 
 @pytest.mark.parametrize("template", [None, WORDS, "{{ raise_exception('no') }}"])
-def test_without_control_tokens_around_it_there_is_none(
-    tmp_path: Path, template: str | None
-) -> None:
+def test_without_control_tokens_around_it_there_is_none(tmp_path, template: str | None) -> None:
     model = Model(read_base(write_tiny_base(tmp_path / "base.gguf", chat_template=template).path))
     tokens = model.tokenize("user: the air\nassistant:", add_special=False, parse_special=False)
     assert find_question(model, tokens) is None
@@ -104,7 +102,7 @@ def shown(fusion: FusionWeights) -> Any:
 
 @pytest.mark.parametrize("span", [(3, 9), (0, 12)])
 def test_states_of_both_places_are_those_of_single_tokens(
-    base: TinyBase, adapters: dict[str, Path], span: tuple[int, int]
+    base, adapters, span: tuple[int, int]
 ) -> None:
     tokens = np.random.default_rng(1).integers(0, 256, 12).tolist()
     with opened(base, adapters) as engine:
@@ -117,9 +115,7 @@ def test_states_of_both_places_are_those_of_single_tokens(
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=atol)
 
 
-def test_pool_question_weighs_by_the_questions_mean(
-    base: TinyBase, adapters: dict[str, Path]
-) -> None:
+def test_pool_question_weighs_by_the_questions_mean(base, adapters) -> None:
     with opened(base, adapters) as engine:
         tokens = engine.chat_tokens(asked("a", "b", QUESTION))
         span = engine.read(tokens).question

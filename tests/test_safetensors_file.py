@@ -1,7 +1,6 @@
 """The safetensors reader against files that lie. That it reads true ones right: test_peft.py."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,7 +43,7 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", ATTACKS)
-def test_attack_on_the_format_is_refused(tmp_path: Path, case: str) -> None:
+def test_attack_on_the_format_is_refused(tmp_path, case: str) -> None:
     content, found = ATTACKS[case]
     path = tmp_path / "a.safetensors"
     path.write_bytes(content)
@@ -53,7 +52,7 @@ def test_attack_on_the_format_is_refused(tmp_path: Path, case: str) -> None:
     assert told.endswith(f". {DAMAGED}")
 
 
-def test_integers_cannot_be_weights(tmp_path: Path) -> None:
+def test_integers_cannot_be_weights(tmp_path) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(raw(one(dtype="I32"), bytes(8)))
     assert refused(SafetensorsFileError, read_safetensors(path)["t"].read) == (
@@ -62,7 +61,7 @@ def test_integers_cannot_be_weights(tmp_path: Path) -> None:
     )
 
 
-def test_matrix_larger_than_any_lora_is_not_read(tmp_path: Path) -> None:
+def test_matrix_larger_than_any_lora_is_not_read(tmp_path) -> None:
     path = tmp_path / "a.safetensors"
     n_bytes = 1 << 33
     header = raw(one(shape=[n_bytes // 4], offsets=[0, n_bytes]))

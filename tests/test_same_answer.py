@@ -6,7 +6,6 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,7 +52,7 @@ def answer(engine: Engine, mix: str) -> Any:
 @pytest.mark.parametrize("kernels", MORE_KERNELS)
 @pytest.mark.parametrize("folder", ["models/demo", "demo"])  # Q4_1; Q5_0, Q4_K and Q6_K
 def test_answer_of_any_kernels_is_the_same_next_to_five_others(
-    checkout: Path, monkeypatch: pytest.MonkeyPatch, kernels: str, folder: str
+    checkout, monkeypatch, kernels: str, folder: str
 ) -> None:
     fetch_model(json.loads((checkout / folder / "bundle.json").read_bytes())["base"]["registry"])
     monkeypatch.setenv("QAFLORA_CPU_KERNELS", kernels)

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ PROMPT = "the king is in the air"
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+def engine(tmp_path_factory) -> Iterator[Engine]:
     place = tmp_path_factory.mktemp("sampling")
     base = write_tiny_base(place / "base.gguf")
     adapters = {"a": write_tiny_adapter(place / "a.gguf", base).path}
@@ -24,7 +23,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
-def test_answer_follows_the_grammar_and_ends(engine: Engine, temperature: float) -> None:
+def test_answer_follows_the_grammar_and_ends(engine, temperature: float) -> None:
     grammar = 'root ::= "[" ("ab" | "ñ你"){1,5} "]"'
     for seed in range(5):
         options = {"temperature": temperature, "top_p": 0.9, "seed": seed, "max_tokens": 100}
@@ -35,7 +34,7 @@ def test_answer_follows_the_grammar_and_ends(engine: Engine, temperature: float)
     assert not engine.generate(PROMPT, max_tokens=8).text().startswith("[")
 
 
-def test_greedy_under_a_grammar_is_the_likeliest_allowed_token(engine: Engine) -> None:
+def test_greedy_under_a_grammar_is_the_likeliest_allowed_token(engine) -> None:
     tokens = engine.tokenize(PROMPT)
     fusion = engine.weights(PROMPT)
     allowed = [engine.tokenize(char)[0] for char in "aeiou"]
@@ -63,7 +62,7 @@ def test_greedy_under_a_grammar_is_the_likeliest_allowed_token(engine: Engine) -
     ],
 )
 def test_answer_is_whole_where_its_grammar_may_end(
-    grammar: str | None, max_tokens: int | None, is_whole: bool, engine: Engine
+    grammar: str | None, max_tokens: int | None, is_whole: bool, engine
 ) -> None:
     """Bytes and digits are tokens of their own in the tiny vocabulary."""
     answer = engine.generate(PROMPT, grammar=grammar, max_tokens=max_tokens or 60)
@@ -76,7 +75,7 @@ def test_answer_is_whole_where_its_grammar_may_end(
 @pytest.mark.parametrize("grammar", [None, "root ::= [A-Z]{8}"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_no_numbers_end_an_answer(
-    tmp_path: Path, temperature: float, grammar: str | None, n_parallel: int
+    tmp_path, temperature: float, grammar: str | None, n_parallel: int
 ) -> None:
     """Drawn from, they give any token, and stay in memory for the next answer."""
     base = write_tiny_base(tmp_path / "base.gguf", "qwen2", tied=False)
@@ -91,7 +90,7 @@ def test_logits_that_are_no_numbers_end_an_answer(
         assert engine.generate("c", max_tokens=1).text() == "A"
 
 
-def test_grammar_that_no_token_can_follow_is_reported(engine: Engine) -> None:
+def test_grammar_that_no_token_can_follow_is_reported(engine) -> None:
     with pytest.raises(BackendError) as caught:
         engine.generate(PROMPT, grammar='root ::= "a" x\nx ::= x "b"').text()
     assert str(caught.value) == (
@@ -101,9 +100,7 @@ def test_grammar_that_no_token_can_follow_is_reported(engine: Engine) -> None:
     assert engine.generate(PROMPT, max_tokens=2).text()
 
 
-def test_bad_grammar_is_refused_before_the_work(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_grammar_is_refused_before_the_work(engine, monkeypatch) -> None:
     monkeypatch.setattr(engine._core.prober, "states", None)  # would fail
     with pytest.raises(GrammarError) as caught:
         engine.generate(PROMPT, grammar="root ::= (", weights="qa-flora")

@@ -83,7 +83,7 @@ def test_loops_and_sleep_end() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux isolates")
-def test_the_rest_of_the_machine_is_out_of_reach(tmp_path: Path) -> None:
+def test_the_rest_of_the_machine_is_out_of_reach(tmp_path) -> None:
     tmp_path.chmod(0o777)
     victim = tmp_path / "victim"
     victim.write_text("mine")
@@ -101,6 +101,6 @@ def test_the_rest_of_the_machine_is_out_of_reach(tmp_path: Path) -> None:
     assert net.failure.startswith(("PermissionError", "OSError: [Errno 101]"))
 
 
-def test_what_the_environment_has_stays_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_environment_has_stays_outside(monkeypatch) -> None:
     monkeypatch.setenv("SECRET_TOKEN", "x")
     assert verdict("import os\nassert 'SECRET_TOKEN' not in os.environ").is_passed

@@ -337,7 +337,7 @@ def test_a_prompt_that_is_prefilled_stays_in_its_slot() -> None:
     assert (between.slot, long.slot, long.is_prefill) == (None, 2, True)
 
 
-def test_who_weighs_is_woken_before_a_long_prompt_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_weighs_is_woken_before_a_long_prompt_goes_on(monkeypatch) -> None:
     bench = Bench(2)
     decode = bench.context.decode_spans
     order = []
@@ -431,7 +431,7 @@ def test_decoded_tokens_are_never_reused() -> None:
 
 
 @pytest.mark.slow
-def test_many_random_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_random_schedules(monkeypatch) -> None:
     """Whatever comes when, each answer is the one it is alone. And the test would notice if not."""
     assert wrong_answers(seeds=range(100)) == 0
 

@@ -47,13 +47,13 @@ class Call:
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3"])
-def arch(request: pytest.FixtureRequest) -> str:
+def arch(request) -> str:
     """gemma3 attends over a sliding window."""
     return str(request.param)
 
 
 @pytest.fixture(scope="module")
-def parts(arch: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def parts(arch, tmp_path_factory) -> dict[str, Any]:
     place = tmp_path_factory.mktemp("schedules")
     base = write_tiny_base(place / "base.gguf", arch, n_layer=2, window=16)
     adapters = write_tiny_adapters(base, NAMES)
@@ -62,13 +62,13 @@ def parts(arch: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def alone(parts: dict[str, Any]) -> Iterator[Engine]:
+def alone(parts) -> Iterator[Engine]:
     with Engine(**parts) as engine:
         yield engine
 
 
 @pytest.fixture
-def noted(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[F32]]:
+def noted(monkeypatch) -> dict[int, list[F32]]:
     """Number of a sequence -> the logits [n_vocab] that each of its tokens was chosen from."""
     found: dict[int, list[F32]] = {}
     sample, decode = Runner._sample, Context.decode_spans
@@ -129,11 +129,11 @@ def read(call: Call, n_piece: int) -> None:
 
 @pytest.mark.slow
 def test_answers_in_company_are_those_alone(
-    parts: dict[str, Any],
-    alone: Engine,
-    arch: str,
-    noted: dict[int, list[F32]],
-    monkeypatch: pytest.MonkeyPatch,
+    parts,
+    alone,
+    arch,
+    noted,
+    monkeypatch,
 ) -> None:
     monkeypatch.setattr("qaflora_edge.inference.guesses._ORDERS", (1,))  # many wrong guesses
     draft = 0 if arch == "gemma3" else 3
@@ -165,11 +165,11 @@ def test_answers_in_company_are_those_alone(
 @pytest.mark.slow
 @pytest.mark.parametrize("is_served", [False, True])
 def test_answers_of_many_threads_are_those_alone(
-    parts: dict[str, Any],
-    alone: Engine,
-    arch: str,
-    noted: dict[int, list[F32]],
-    monkeypatch: pytest.MonkeyPatch,
+    parts,
+    alone,
+    arch,
+    noted,
+    monkeypatch,
     is_served: bool,
 ) -> None:
     """Callers compute in turn, or wait for one thread; each weighs and cancels too."""

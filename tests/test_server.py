@@ -7,13 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles import TinyBundle
 from openai.types import Completion, CreateEmbeddingResponse, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from serving import client_of
 from starlette.testclient import TestClient
 
-from qaflora_edge import Engine
 from qaflora_edge.backend.model import Model as Model_
 
 USER = [{"role": "user", "content": "the thing?"}]
@@ -50,9 +48,7 @@ def failure(client: TestClient, path: str = CHAT, **body: Any) -> tuple[int, dic
         {"temperature": None, "stop": None, "user": "me", "store": True, "metadata": {}},
     ],
 )
-def test_answer_is_that_of_an_engine_alone(
-    client: TestClient, alone: Engine, options: dict[str, Any]
-) -> None:
+def test_answer_is_that_of_an_engine_alone(client, alone, options: dict[str, Any]) -> None:
     options = {"max_tokens": 12, **options}
     expected = alone.chat(USER, **options)
     found = answer(client, model="tiny", messages=USER, **options)
@@ -71,9 +67,7 @@ def test_answer_is_that_of_an_engine_alone(
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
-def test_progress_of_the_prompt_is_told_if_asked(
-    client: TestClient, alone: Engine, path: str
-) -> None:
+def test_progress_of_the_prompt_is_told_if_asked(client, alone, path: str) -> None:
     text = "how far is it " * 20 + path
     messages = [{"role": "user", "content": text}]
     is_chat = path == CHAT
@@ -91,7 +85,7 @@ def test_progress_of_the_prompt_is_told_if_asked(
     assert (told[-1]["stage"], told[-1]["processed"]) == ("reading", n_token)
 
 
-def test_usage_ends_a_stream_that_asks_for_it(client: TestClient) -> None:
+def test_usage_ends_a_stream_that_asks_for_it(client) -> None:
     body = {"model": "tiny", "messages": USER, "max_tokens": 4, "stream": True}
     response = client.post(CHAT, json={**body, "stream_options": {"include_usage": True}})
     first, *others, last = events(response.text)
@@ -108,7 +102,7 @@ def test_usage_ends_a_stream_that_asks_for_it(client: TestClient) -> None:
     assert not any("usage" in chunk for chunk in plain)
 
 
-def test_the_mix_is_told(client: TestClient, alone: Engine) -> None:
+def test_the_mix_is_told(client, alone) -> None:
     fusion = alone.weights(alone.chat_tokens(USER), strategy="calibrated")
     means = {
         name: round(float(row.mean()), 6)
@@ -147,13 +141,13 @@ def test_the_mix_is_told(client: TestClient, alone: Engine) -> None:
     ],
 )
 def test_weights_by_request(
-    client: TestClient, body: dict[str, Any], strategy: str, weights: dict[str, float]
+    client, body: dict[str, Any], strategy: str, weights: dict[str, float]
 ) -> None:
     found = answer(client, **{"model": "tiny", "messages": USER, "max_tokens": 1, **body})["fusion"]
     assert (found["strategy"], found["weights"]) == (strategy, weights)
 
 
-def test_weights_alone_are_those_of_the_command(client: TestClient, alone: Engine) -> None:
+def test_weights_alone_are_those_of_the_command(client, alone) -> None:
     for body, prompt in (
         ({"messages": USER}, alone.chat_tokens(USER)),
         ({"prompt": USER[0]["content"]}, alone.chat_tokens(USER)),
@@ -166,7 +160,7 @@ def test_weights_alone_are_those_of_the_command(client: TestClient, alone: Engin
     assert (status, error["param"]) == (400, "prompt")
 
 
-def test_completions_of_text(client: TestClient, alone: Engine) -> None:
+def test_completions_of_text(client, alone) -> None:
     options = {"temperature": 1.0, "seed": 3}
     expected = alone.generate("the king", max_tokens=16, **options)
     text = expected.text()
@@ -194,7 +188,7 @@ def test_completions_of_text(client: TestClient, alone: Engine) -> None:
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == text
 
 
-def test_usage_tells_what_was_not_prefilled(client: TestClient, alone: Engine) -> None:
+def test_usage_tells_what_was_not_prefilled(client, alone) -> None:
     """A message that another prompt began with, under the same weights, is not."""
     system = {"role": "system", "content": "the king and the queen " * 4}
     asked: dict[str, Any] = {"model": "tiny", "max_tokens": 1}
@@ -208,7 +202,7 @@ def test_usage_tells_what_was_not_prefilled(client: TestClient, alone: Engine) -
         assert (times["cache_n"], times["prompt_n"]) == (n_cached, n_prompt - n_cached)
 
 
-def test_paths_of_llama_server(client: TestClient, alone: Engine) -> None:
+def test_paths_of_llama_server(client, alone) -> None:
     spelt = alone._model.detokenize(alone.chat_tokens(USER), special=True).decode()
     told = answer(client, "/apply-template", model="tiny", messages=USER)
     assert told == {"prompt": spelt}
@@ -237,7 +231,7 @@ def test_paths_of_llama_server(client: TestClient, alone: Engine) -> None:
         assert failure(client, "/completion", **asked | wrong)[0] == 400
 
 
-def test_models(client: TestClient) -> None:
+def test_models(client) -> None:
     found = client.get("/v1/models").json()
     assert [each["id"] for each in found["data"]] == ["tiny", "tiny:base"]
     for each in found["data"]:
@@ -268,7 +262,7 @@ def test_models(client: TestClient) -> None:
     assert error["message"].startswith("The model is 'tiny:centroid', expected one of tiny, tiny:")
 
 
-def test_tokens_there_and_back(client: TestClient, alone: Engine) -> None:
+def test_tokens_there_and_back(client, alone) -> None:
     text = "the king <|im_end|> ñ"
     tokens = answer(client, "/tokenize", content=text)["tokens"]
     assert tokens == alone.tokenize(text, parse_special=True)
@@ -282,7 +276,7 @@ def test_tokens_there_and_back(client: TestClient, alone: Engine) -> None:
 
 @pytest.mark.parametrize("n", [505, 4_000_000])
 def test_what_cannot_fit_is_refused_without_cutting_it_into_tokens(
-    client: TestClient, n: int, monkeypatch: pytest.MonkeyPatch
+    client, n: int, monkeypatch
 ) -> None:
     cut: list[int] = []
     tokenize = Model_.tokenize
@@ -347,7 +341,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("body", "param", "message"), REFUSED)
 def test_what_cannot_be_followed_is_refused_by_its_field(
-    client: TestClient, body: dict[str, Any], param: str, message: str
+    client, body: dict[str, Any], param: str, message: str
 ) -> None:
     whole = {"model": "tiny", "messages": USER, "max_tokens": 1, **body}
     found, error = failure(client, **whole)
@@ -369,13 +363,13 @@ def test_what_cannot_be_followed_is_refused_by_its_field(
     ],
 )
 def test_the_field_that_is_wrong_is_the_one_of_the_path(
-    client: TestClient, path: str, body: dict[str, Any], param: str
+    client, path: str, body: dict[str, Any], param: str
 ) -> None:
     status, error = failure(client, path, model="tiny", **body)
     assert (status, error["param"]) == (400, param), error
 
 
-def test_defaults_are_for_requests_that_say_nothing(calibrated: TinyBundle) -> None:
+def test_defaults_are_for_requests_that_say_nothing(calibrated) -> None:
     sampling = {"max_tokens": 3, "stop": ("zq",), "logit_bias": {"65": 100}}
     with client_of(calibrated.folder, sampling=sampling) as client:
         asked = {"messages": USER}
@@ -396,13 +390,13 @@ def test_defaults_are_for_requests_that_say_nothing(calibrated: TinyBundle) -> N
         {"model": LONG_TEXT},
     ],
 )
-def test_what_is_wrong_is_repeated_within_bounds(client: TestClient, asked: Any) -> None:
+def test_what_is_wrong_is_repeated_within_bounds(client, asked: Any) -> None:
     status, error = failure(client, **{"model": "tiny", "messages": USER, **asked})
     assert status in (400, 404)
     assert 50 < len(json.dumps(error)) < 9000
 
 
-def test_unknown_fields_are_ignored(client: TestClient) -> None:
+def test_unknown_fields_are_ignored(client) -> None:
     extra = {"tempreature": 9, "cache_prompt": True, "options": {}, "keep_history": True}
     extra |= {"on_weights": 3, "cancel": 3, "wait": False, "parse_special": True, "weights": 3}
     assert answer(client, messages=USER, max_tokens=1, **extra)["usage"]["completion_tokens"] == 1
@@ -417,7 +411,7 @@ def test_unknown_fields_are_ignored(client: TestClient) -> None:
         (b'{"a": "' + b"a" * (4 << 20) + b'"}', 413, "The body has more than 4194304 bytes."),
     ],
 )
-def test_bodies_that_are_none(client: TestClient, data: bytes, status: int, message: str) -> None:
+def test_bodies_that_are_none(client, data: bytes, status: int, message: str) -> None:
     response = client.post(CHAT, content=data)
     assert response.status_code == status
     assert response.json()["error"]["message"].startswith(message)
@@ -425,7 +419,7 @@ def test_bodies_that_are_none(client: TestClient, data: bytes, status: int, mess
     assert chunked.status_code == status
 
 
-def test_other_paths_that_clients_try(client: TestClient, alone: Engine) -> None:
+def test_other_paths_that_clients_try(client, alone) -> None:
     assert client.get("/models").json() == client.get("/v1/models").json()
     assert client.get("/v1/health").json() == {"status": "ok"}
     body = {"messages": USER, "max_tokens": 1}
@@ -444,13 +438,13 @@ def test_other_paths_that_clients_try(client: TestClient, alone: Engine) -> None
     assert message == "The model is 'x', expected one of tiny, tiny:base."
 
 
-def test_an_image_is_501(client: TestClient) -> None:
+def test_an_image_is_501(client) -> None:
     image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]
     status, error = failure(client, messages=image)
     assert (status, error["param"], error["code"]) == (501, "messages", "not_implemented")
 
 
-def test_what_is_not_here(client: TestClient) -> None:
+def test_what_is_not_here(client) -> None:
     for path in ("/v1/images/generations", "/v1/audio/speech"):
         status, error = failure(client, path, model="tiny")
         assert (status, error["code"]) == (501, "not_implemented")
@@ -467,7 +461,7 @@ def test_what_is_not_here(client: TestClient) -> None:
     assert client.get("/health").json() == {"status": "ok"}
 
 
-def test_embeddings_are_the_engines(client: TestClient, alone: Engine) -> None:
+def test_embeddings_are_the_engines(client, alone) -> None:
     tokens = alone.tokenize("how far is it " * 20)
     for given, texts in (("a", ["a"]), (["a", "b"], ["a", "b"]), (tokens, [tokens])):
         expected = np.array([alone.embed(text) for text in texts])

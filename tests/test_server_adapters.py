@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import TinyBundle, qaflora
-from hubs import FakeHub
+from bundles import qaflora
 from patience import PATIENCE_S
 from serving import client_of
 from starlette.testclient import TestClient
@@ -24,7 +23,7 @@ USER = [{"role": "user", "content": "the thing?"}]
 
 
 @pytest.fixture
-def folder(made: TinyBundle, tmp_path: Path) -> Path:
+def folder(made, tmp_path) -> Path:
     place = tmp_path / "allowed"
     write_tiny_peft(place / "peft", made.base, seed=5)
     write_tiny_adapter(place / "fr.gguf", made.base, seed=6)
@@ -33,7 +32,7 @@ def folder(made: TinyBundle, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def client(made: TinyBundle, folder: Path) -> Iterator[TestClient]:
+def client(made, folder) -> Iterator[TestClient]:
     with client_of(made.folder, adapters=folder) as client:
         yield client
 
@@ -54,7 +53,7 @@ def weighed(client: TestClient) -> list[str]:
     return [*fusion["weights"]]
 
 
-def test_adapters_come_and_go_in_vllm_s_words(client: TestClient) -> None:
+def test_adapters_come_and_go_in_vllm_s_words(client) -> None:
     assert weighed(client) == ["math", "es"]
     done = "Success: LoRA adapter '{}' {} successfully."
     for name, path in (("fr", "fr.gguf"), ("new", "peft")):
@@ -69,9 +68,7 @@ def test_adapters_come_and_go_in_vllm_s_words(client: TestClient) -> None:
     assert weighed(client) == ["math", "fr", "new"]
 
 
-def test_an_adapter_of_the_hub_is_fetched_while_others_change(
-    client: TestClient, made: TinyBundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_adapter_of_the_hub_is_fetched_while_others_change(client, made, monkeypatch) -> None:
     def fetch(ref: str, *, progress: Any) -> Path:
         progress(1, 2)
         told.append(client.get("/progress?lora_name=es").json())
@@ -89,19 +86,19 @@ def test_an_adapter_of_the_hub_is_fetched_while_others_change(
 
 
 @pytest.mark.usefixtures("own_cache", "hub_cache")
-def test_the_hub_has_a_limit(client: TestClient, hub: FakeHub, monkeypatch: Any) -> None:
+def test_the_hub_has_a_limit(client, hub, monkeypatch) -> None:
     hub.put("owner/model", {"model.gguf": bytes(2 << 20)})
     monkeypatch.setattr(uploads, "MAX_UPLOAD_BYTES", 1 << 20)
     response = client.post("/v1/load_lora_adapter", json={"lora_name": "x", "hub": "owner/model"})
     assert "it has more than 1048576 bytes" in response.json()["error"]["message"]
 
 
-def test_a_change_keeps_no_slot_busy(client: TestClient) -> None:
+def test_a_change_keeps_no_slot_busy(client) -> None:
     change(client, "unload", "es")
     assert not any(slot["is_processing"] for slot in client.get("/slots").json())
 
 
-def test_paths_stay_in_the_folder(client: TestClient, folder: Path, made: TinyBundle) -> None:
+def test_paths_stay_in_the_folder(client, folder, made) -> None:
     (folder / "link").symlink_to(made.peft)
     (folder / "half").mkdir()
     for file in made.peft.iterdir():
@@ -113,9 +110,7 @@ def test_paths_stay_in_the_folder(client: TestClient, folder: Path, made: TinyBu
     assert change(client, "load", "x") == (404, "adapter_not_found")
 
 
-def test_a_file_with_holes_is_refused_before_it_is_hashed(
-    client: TestClient, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_with_holes_is_refused_before_it_is_hashed(client, folder, monkeypatch) -> None:
     n_byte = (folder / "fr.gguf").stat().st_size
     os.truncate(folder / "fr.gguf", 64 << 30)
     monkeypatch.setattr(inputs, "sha256_file", lambda path: pytest.fail("it is hashed"))
@@ -128,15 +123,13 @@ def test_a_file_with_holes_is_refused_before_it_is_hashed(
 
 
 @pytest.mark.parametrize("name", ["Base", "two-place", "manual"])
-def test_an_adapter_is_not_called_like_a_strategy(client: TestClient, name: str) -> None:
+def test_an_adapter_is_not_called_like_a_strategy(client, name: str) -> None:
     body = {"lora_name": name, "lora_path": "fr.gguf"}
     error = client.post("/v1/load_lora_adapter", json=body).json()["error"]
     assert f"The adapter name '{name}' is that of a strategy; expected another" in error["message"]
 
 
-def test_uploads_are_checked_and_last_as_long_as_the_adapter(
-    made: TinyBundle, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_uploads_are_checked_and_last_as_long_as_the_adapter(made, folder, monkeypatch) -> None:
     config, weights = (
         (folder / "peft" / f"adapter_{name}").read_bytes()
         for name in ("config.json", "model.safetensors")
@@ -174,9 +167,7 @@ def test_uploads_are_checked_and_last_as_long_as_the_adapter(
     assert sorted(folder.iterdir()) == before
 
 
-def test_a_full_disk_is_told(
-    client: TestClient, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
-) -> None:
+def test_a_full_disk_is_told(client, folder, monkeypatch, caplog) -> None:
     class Full(io.BytesIO):
         def write(self, data: Any) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -195,7 +186,7 @@ def test_a_full_disk_is_told(
     assert not [each for each in caplog.records if each.exc_info]
 
 
-def test_nothing_changes_where_it_is_not_allowed(made: TinyBundle, tmp_path: Path) -> None:
+def test_nothing_changes_where_it_is_not_allowed(made, tmp_path) -> None:
     with client_of(made.folder) as client:
         assert change(client, "load", "x", lora_path="x") == (403, "adapters_not_allowed")
         assert change(client, "unload", "es") == (403, "adapters_not_allowed")

@@ -28,7 +28,7 @@ USER = [{"role": "user", "content": "the thing?"}]
 
 
 @pytest.fixture(scope="module")
-def endless(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+def endless(tmp_path_factory) -> TinyBundle:
     """A base that writes an `a` after the other: answers of minutes, unless they are ended."""
     replace = constant_logits(lambda token: 9.0 if token == "a" else 0.0)
     return make_bundle(
@@ -64,7 +64,7 @@ def peeked(client: socket.socket) -> bytes:
 
 
 @pytest.mark.slow
-def test_clients_that_vanish_are_no_longer_computed_for(endless: TinyBundle) -> None:
+def test_clients_that_vanish_are_no_longer_computed_for(endless) -> None:
     """In the middle of a stream, before its first byte, and while they wait; by FIN and by RST."""
     app = make_app([endless.folder], make_options(engine={**ENGINE, "n_ctx": LONG_CTX}))
     asked = {"model": "tiny", "messages": USER, "stream": True}
@@ -91,9 +91,7 @@ def test_clients_that_vanish_are_no_longer_computed_for(endless: TinyBundle) -> 
 
 
 @pytest.mark.slow
-def test_a_client_that_reads_nothing_is_given_up(
-    endless: TinyBundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_client_that_reads_nothing_is_given_up(endless, monkeypatch) -> None:
     """Its answer is no longer computed, and others have its turn."""
     monkeypatch.setattr(respond, "SEND_S", 0.5)
     app = make_app([endless.folder], make_options(engine={**ENGINE, "n_ctx": LONG_CTX}))
@@ -117,7 +115,7 @@ def test_a_client_that_reads_nothing_is_given_up(
         assert ask(url, max_tokens=3) == "aaa"
 
 
-def test_lost_bodies_hold_no_turn(made: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_bodies_hold_no_turn(made, monkeypatch) -> None:
     monkeypatch.setattr(receive, "BODY_S", 3.0)
     with listening(made.folder, max_queue=0) as url, contextlib.ExitStack() as stack:
         clients = []
@@ -153,7 +151,7 @@ NEXT = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
         *("a line without end", "a header without end", "a trailer without end"),
     ],
 )
-def test_what_a_proxy_may_read_otherwise_is_refused(made: TinyBundle, data: bytes) -> None:
+def test_what_a_proxy_may_read_otherwise_is_refused(made, data: bytes) -> None:
     with listening(made.folder) as url, socket.create_connection(address_of(url)) as client:
         client.settimeout(PATIENCE_S)
         client.sendall(data)
@@ -166,9 +164,7 @@ def test_what_a_proxy_may_read_otherwise_is_refused(made: TinyBundle, data: byte
     assert b"expected HTTP/1.1 with lines that end in CR LF" in answer
 
 
-def test_a_thousand_silent_connections_keep_nobody_out(
-    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_thousand_silent_connections_keep_nobody_out(made, monkeypatch) -> None:
     monkeypatch.setattr(run, "HEAD_S", 5.0)
     allow_files(4096)
     with listening(made.folder) as url, contextlib.ExitStack() as stack:
@@ -184,7 +180,7 @@ def test_a_thousand_silent_connections_keep_nobody_out(
                 assert client.recv(99) == b""
 
 
-def test_who_asks_for_nothing_gives_way(made: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_asks_for_nothing_gives_way(made, monkeypatch) -> None:
     monkeypatch.setattr(run, "MAX_CONNECTIONS", 3)
     with listening(made.folder) as url, contextlib.ExitStack() as stack:
 
@@ -218,7 +214,7 @@ def test_who_asks_for_nothing_gives_way(made: TinyBundle, monkeypatch: pytest.Mo
 VALUES = (True, False, 0, 7, "", "low", [], ["x"], {}, {"a": 1}, None)
 
 
-def test_a_refused_option_is_a_400_and_the_connection_stays(made: TinyBundle) -> None:
+def test_a_refused_option_is_a_400_and_the_connection_stays(made) -> None:
     with listening(made.folder) as url:
         client = http.client.HTTPConnection(*address_of(url), timeout=PATIENCE_S)
         client.connect()

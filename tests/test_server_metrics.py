@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from bundles import TinyBundle
 from prometheus_client.parser import text_string_to_metric_families
 from serving import client_of
 from starlette.testclient import TestClient
@@ -20,7 +19,7 @@ LINES = "qaflora_edge.server"
 
 
 @pytest.fixture
-def client(made: TinyBundle) -> Iterator[TestClient]:
+def client(made) -> Iterator[TestClient]:
     with client_of(made.folder) as client:
         yield client
 
@@ -34,7 +33,7 @@ def samples(client: TestClient) -> dict[tuple[str, ...], float]:
     }
 
 
-def test_metrics_count_what_was_answered(client: TestClient) -> None:
+def test_metrics_count_what_was_answered(client) -> None:
     used = client.post(CHAT, json=BODY).json()["usage"]
     stream = client.post(CHAT, json={**BODY, "stream": True})
     assert stream.text.endswith("data: [DONE]\n\n")
@@ -56,9 +55,7 @@ def test_metrics_count_what_was_answered(client: TestClient) -> None:
     assert 0 < found["qaflora_first_token_seconds_sum",] < 60
 
 
-def test_a_request_is_a_line_without_what_was_asked(
-    client: TestClient, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_request_is_a_line_without_what_was_asked(client, caplog) -> None:
     with caplog.at_level(logging.INFO, LINES):
         client.post(CHAT, json=BODY)
         client.get("/v1/nothing%0d%0a2026 INFO forged", headers={"x": SECRET})
@@ -75,9 +72,7 @@ def test_a_request_is_a_line_without_what_was_asked(
     assert SECRET not in caplog.text
 
 
-def test_what_fails_is_told_to_the_log_and_not_to_who_asked(
-    client: TestClient, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_fails_is_told_to_the_log_and_not_to_who_asked(client, caplog, monkeypatch) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError("/home/me/secret")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import TinyBundle, bundle_json, make_bundle, rewrite
+from bundles import bundle_json, make_bundle, rewrite
 from patience import PATIENCE_S, wait_until
 from refusals import refused
 from serving import ENGINE, client_of, listening, make_options, metric
@@ -29,7 +29,7 @@ USER = [{"role": "user", "content": "the thing?"}]
 
 
 @pytest.fixture(scope="module")
-def places(made: TinyBundle, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def places(made, tmp_path_factory) -> list[Path]:
     """Three bundles of that base, and one of another."""
     place = tmp_path_factory.mktemp("others")
     copies = [named(made.folder, place / name, name) for name in ("one", "two", "three")]
@@ -57,7 +57,7 @@ def ask(client: TestClient, model: str) -> str:
 
 
 def test_bundles_are_loaded_when_they_are_asked_for_and_share_their_base(
-    places: list[Path],
+    places,
 ) -> None:
     with client_of(*places) as client:
         assert loaded(client) == ["one"]
@@ -78,9 +78,7 @@ def test_bundles_are_loaded_when_they_are_asked_for_and_share_their_base(
             assert answers[name] == choices[0]["message"]["content"]
 
 
-def test_a_bundle_is_opened_once_though_who_asked_is_gone(
-    places: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bundle_is_opened_once_though_who_asked_is_gone(places, monkeypatch) -> None:
     opened, is_let = list[Engine](), threading.Event()
 
     def open_late(place: Path, **options: Any) -> Engine:
@@ -108,9 +106,7 @@ def test_a_bundle_is_opened_once_though_who_asked_is_gone(
     assert models._shared == {}
 
 
-def test_beyond_max_models_the_one_not_used_for_the_longest_is_closed(
-    places: list[Path], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_beyond_max_models_the_one_not_used_for_the_longest_is_closed(places, caplog) -> None:
     with client_of(*places, max_models=2) as client, caplog.at_level(logging.INFO):
         ask(client, "two")
         assert loaded(client) == ["one", "two"]
@@ -125,7 +121,7 @@ def test_beyond_max_models_the_one_not_used_for_the_longest_is_closed(
     assert "closed two: --max-models are open" in caplog.text
 
 
-def test_a_bundle_is_closed_once_it_was_not_used_for_a_time(places: list[Path]) -> None:
+def test_a_bundle_is_closed_once_it_was_not_used_for_a_time(places) -> None:
     with client_of(*places, ttl_s=0.5) as client:
         wait_until(lambda: loaded(client) == [])
         bundles = client.app.state.models.by_name  # type: ignore[attr-defined]
@@ -138,7 +134,7 @@ def test_a_bundle_is_closed_once_it_was_not_used_for_a_time(places: list[Path]) 
         wait_until(lambda: loaded(client) == [])
 
 
-def test_who_asks_as_a_bundle_is_closed_gets_another_engine(places: list[Path]) -> None:
+def test_who_asks_as_a_bundle_is_closed_gets_another_engine(places) -> None:
     async def main() -> None:
         models = served_models.ServedModels(places, make_options(ttl_s=3600.0))
         model = models.by_name["one"]
@@ -161,9 +157,7 @@ def test_who_asks_as_a_bundle_is_closed_gets_another_engine(places: list[Path]) 
     asyncio.run(main())
 
 
-def test_a_bundle_that_cannot_be_opened_is_told_to_the_log(
-    places: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_bundle_that_cannot_be_opened_is_told_to_the_log(places, tmp_path, caplog) -> None:
     broken = named(places[0], tmp_path / "broken", "broken")
     with client_of(places[1], broken) as client:
         (broken / "adapters" / "es.gguf").write_bytes(b"GGUF")
@@ -183,7 +177,7 @@ def test_a_bundle_that_cannot_be_opened_is_told_to_the_log(
         assert not client.get("/v1/models/broken").json()["meta"]["failed"]
 
 
-def test_a_server_that_can_answer_nothing_says_so(places: list[Path], tmp_path: Path) -> None:
+def test_a_server_that_can_answer_nothing_says_so(places, tmp_path) -> None:
     broken = named(places[0], tmp_path / "broken", "broken")
     adapter = broken / "adapters" / "es.gguf"
     adapter.write_bytes(b"GGUF")
@@ -202,14 +196,14 @@ def test_a_server_that_can_answer_nothing_says_so(places: list[Path], tmp_path: 
         assert client.get("/health").json() == {"status": "ok"}
 
 
-def test_names_are_different(places: list[Path]) -> None:
+def test_names_are_different(places) -> None:
     assert refused(BundleError, make_app, [places[0], places[0]], make_options()) == (
         f"Cannot serve {places[0]}: its name one is that of {places[0]} too, expected different "
         "names. Change `name` in the bundle.json of one."
     )
 
 
-def test_a_base_alone_is_a_model(made: TinyBundle) -> None:
+def test_a_base_alone_is_a_model(made) -> None:
     with client_of(made.base.path) as client:
         names = [each["id"] for each in client.get("/v1/models").json()["data"]]
         assert names == ["base", "base:base"]

@@ -7,14 +7,13 @@ from typing import Any
 import jsonschema
 import pytest
 from starlette.routing import Route
-from starlette.testclient import TestClient
 
 from qaflora_edge.config import in_group
 from qaflora_edge.server.app import NOT_HERE
 
 
 @pytest.fixture(scope="module")
-def document(client: TestClient) -> Any:
+def document(client) -> Any:
     return client.get("/openapi.json").json()
 
 
@@ -25,7 +24,7 @@ def schema_of(document: Any, path: str) -> Any:
     return {**document["components"]["schemas"][name], "components": document["components"]}
 
 
-def test_every_route_is_described(client: TestClient, document: Any) -> None:
+def test_every_route_is_described(client, document) -> None:
     every = [route for route in client.app.routes if isinstance(route, Route)]  # type: ignore[attr-defined]
     routes = [route for route in every if route.include_in_schema]  # the page's are no API
     paths = {route.path.replace(":path", "") for route in routes if route.path not in NOT_HERE}
@@ -36,13 +35,13 @@ def test_every_route_is_described(client: TestClient, document: Any) -> None:
             assert methods == set(document["paths"][route.path.replace(":path", "")])
 
 
-def test_schemas_are_schemas(document: Any) -> None:
+def test_schemas_are_schemas(document) -> None:
     for path, methods in document["paths"].items():
         if "post" in methods:
             jsonschema.Draft202012Validator.check_schema(schema_of(document, path))
 
 
-def test_ranges_are_those_of_the_options(client: TestClient, document: Any) -> None:
+def test_ranges_are_those_of_the_options(client, document) -> None:
     """What the description refuses the server refuses, at the ends of each range."""
     properties = schema_of(document, "/v1/completions")["properties"]
     whole: dict[str, Any] = {"model": "tiny", "max_tokens": 1, "prompt": "a"}
@@ -65,7 +64,7 @@ def test_ranges_are_those_of_the_options(client: TestClient, document: Any) -> N
             assert (response.status_code, valid) == (200 if is_good else 400, is_good), option.name
 
 
-def test_answers_are_as_described(client: TestClient, document: Any) -> None:
+def test_answers_are_as_described(client, document) -> None:
     user = [{"role": "user", "content": "a"}]
     for path, body in (
         ("/v1/chat/completions", {"messages": user, "max_tokens": 1}),

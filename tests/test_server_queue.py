@@ -83,7 +83,7 @@ class Held(Strategy):
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(tmp_path_factory) -> Path:
     return make_bundle(tmp_path_factory.mktemp("turns"), n_ctx=8192).folder
 
 
@@ -122,7 +122,7 @@ def asking(url: str, n: int, /, **more: Any) -> Iterator[list[httpx.Response]]:
         thread.join()
 
 
-def test_a_full_queue_is_told_at_once(bundle: Path, held: Held) -> None:
+def test_a_full_queue_is_told_at_once(bundle, held) -> None:
     with listening(bundle, max_queue=2) as address:
         url = f"{address}/v1/chat/completions"
         with asking(url, N_TURN + 2) as answers:
@@ -146,7 +146,7 @@ def test_a_full_queue_is_told_at_once(bundle: Path, held: Held) -> None:
 
 @pytest.mark.parametrize("is_failing", [False, True])
 def test_a_stream_that_is_weighed_for_long_says_that_it_lives(
-    bundle: Path, held: Held, monkeypatch: pytest.MonkeyPatch, is_failing: bool
+    bundle, held, monkeypatch, is_failing: bool
 ) -> None:
     held.is_failing = is_failing
     monkeypatch.setattr(respond, "PING_S", 0.05)
@@ -170,7 +170,7 @@ def test_a_stream_that_is_weighed_for_long_says_that_it_lives(
             assert first["fusion"]["strategy"] == "held"
 
 
-def test_the_time_of_a_request_has_an_end(bundle: Path, held: Held) -> None:
+def test_the_time_of_a_request_has_an_end(bundle, held) -> None:
     """Of those that wait for a turn at once; of those that are computed at the next step."""
     app = make_app([bundle], make_options())
     with listening_app(app) as address:
@@ -190,7 +190,7 @@ def test_the_time_of_a_request_has_an_end(bundle: Path, held: Held) -> None:
 
 
 @pytest.fixture
-def decodes(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def decodes(monkeypatch) -> list[float]:
     """When something was decoded; each takes 20 ms at least."""
     times: list[float] = []
     decode = Context.decode_spans
@@ -204,7 +204,7 @@ def decodes(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return times
 
 
-def test_an_answer_that_is_cut_by_time_keeps_its_text(bundle: Path, decodes: list[float]) -> None:
+def test_an_answer_that_is_cut_by_time_keeps_its_text(bundle, decodes) -> None:
     app = make_app([bundle], make_options(engine=LONG_ENGINE))
     with (
         listening_app(app) as address,
@@ -227,7 +227,7 @@ def test_an_answer_that_is_cut_by_time_keeps_its_text(bundle: Path, decodes: lis
     ],
 )
 def test_answers_that_time_keeps_from_beginning_are_not_left_out(
-    bundle: Path, decodes: list[float], path: str, asked: dict[str, Any], is_stream: bool
+    bundle, decodes, path: str, asked: dict[str, Any], is_stream: bool
 ) -> None:
     app = make_app([bundle], make_options(engine=LONG_ENGINE))
     asked = {"prompt": "the", **LONG, **asked, "stream": is_stream}
@@ -239,7 +239,7 @@ def test_answers_that_time_keeps_from_beginning_are_not_left_out(
     assert json.loads(event)["error"]["code"] == "timeout"
 
 
-def test_token_ids_wait_for_no_answer(bundle: Path, held: Held) -> None:
+def test_token_ids_wait_for_no_answer(bundle, held) -> None:
     with (
         listening(bundle, max_queue=0) as address,
         asking(f"{address}/v1/chat/completions", N_TURN),
@@ -252,9 +252,7 @@ def test_token_ids_wait_for_no_answer(bundle: Path, held: Held) -> None:
     assert (tokens.json(), text.json()) == ({"tokens": [65]}, {"content": "A"})
 
 
-def test_few_large_bodies_are_read_at_a_time_and_none_slowly(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_few_large_bodies_are_read_at_a_time_and_none_slowly(bundle, monkeypatch) -> None:
     monkeypatch.setattr(app, "MAX_LARGE_BODIES", 1)
     monkeypatch.setattr(receive, "SLOW_S", 1.0)
     head = "POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n"

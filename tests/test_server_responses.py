@@ -21,19 +21,19 @@ PART = {"type": "input_text", "text": "the thing?"}
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("responses")
     return make_bundle(place, chat_template=QWEN, user_defined=("<tool_call>",)).folder
 
 
 @pytest.fixture(scope="module")
-def http(bundle: Path) -> Iterator[TestClient]:
+def http(bundle) -> Iterator[TestClient]:
     with client_of(bundle) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
-def client(bundle: Path) -> Iterator[openai.OpenAI]:
+def client(bundle) -> Iterator[openai.OpenAI]:
     with (
         listening(bundle) as address,
         openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
@@ -45,7 +45,7 @@ def chat(client: openai.OpenAI, messages: list[Any], **more: Any) -> Any:
     return client.chat.completions.create(model="tiny", messages=messages, **more).choices[0]
 
 
-def test_the_same_answer_in_another_shape(client: openai.OpenAI) -> None:
+def test_the_same_answer_in_another_shape(client) -> None:
     messages = [{"role": "system", "content": "be"}, {"role": "user", "content": "the thing?"}]
     expected = chat(client, messages, max_tokens=9, temperature=0)
     asked: dict[str, Any] = {"model": "tiny", "instructions": "be", "max_output_tokens": 9}
@@ -62,7 +62,7 @@ def test_the_same_answer_in_another_shape(client: openai.OpenAI) -> None:
         assert found.fusion["strategy"] == "qa-flora"
 
 
-def test_a_stream_ends_with_the_whole(client: openai.OpenAI) -> None:
+def test_a_stream_ends_with_the_whole(client) -> None:
     asked: dict[str, Any] = {"model": "tiny", "input": "the?", "max_output_tokens": 6}
     with client.responses.stream(**asked, temperature=0) as stream:
         events = list(stream)
@@ -82,7 +82,7 @@ def test_a_stream_ends_with_the_whole(client: openai.OpenAI) -> None:
     assert [event.sequence_number for event in events] == list(range(len(events)))
 
 
-def test_a_tool_is_called_and_its_result_is_read(client: openai.OpenAI) -> None:
+def test_a_tool_is_called_and_its_result_is_read(client) -> None:
     asked: dict[str, Any] = {"model": "tiny", "tools": [TOOL], "tool_choice": "required"}
     found = client.responses.create(**asked, input="where to?", temperature=0)
     (call,) = found.output
@@ -115,13 +115,13 @@ def test_a_tool_is_called_and_its_result_is_read(client: openai.OpenAI) -> None:
     assert found.output_text == expected.message.content
 
 
-def test_text_under_a_schema(client: openai.OpenAI) -> None:
+def test_text_under_a_schema(client) -> None:
     form: Any = {"type": "json_schema", "name": "turn", "schema": TURN, "strict": True}
     found = client.responses.create(model="tiny", input="where to?", text={"format": form})
     assert json.loads(found.output_text)["to"] in ("left", "right")
 
 
-def test_shape_is_openais(http: TestClient) -> None:
+def test_shape_is_openais(http) -> None:
     body = {"model": "tiny", "input": "the?", "max_output_tokens": 3, "metadata": {"a": "b"}}
     Response.model_validate(http.post("/v1/responses", json=body).json())
 
@@ -138,7 +138,7 @@ def test_shape_is_openais(http: TestClient) -> None:
     ],
 )
 def test_what_cannot_be_followed_is_refused(
-    http: TestClient, body: dict[str, Any], param: str, message: str
+    http, body: dict[str, Any], param: str, message: str
 ) -> None:
     found = http.post("/v1/responses", json={"model": "tiny", "input": "a", **body})
     assert found.status_code == 400

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from bundles import TinyBundle
 from click.testing import CliRunner
 from serving import client_of
 from starlette.testclient import TestClient
@@ -20,13 +19,13 @@ PATHS = ("/v1/models", "/v1/models/tiny", "/metrics", "/openapi.json", "/nothing
 
 
 @pytest.fixture(scope="module")
-def locked(made: TinyBundle) -> Iterator[TestClient]:
+def locked(made) -> Iterator[TestClient]:
     with client_of(made.folder, api_key=KEY) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
-def opened(made: TinyBundle) -> Iterator[TestClient]:
+def opened(made) -> Iterator[TestClient]:
     with client_of(made.folder, cors_origins=(ORIGIN,)) as client:
         yield client
 
@@ -41,7 +40,7 @@ def code(client: TestClient, path: str, **headers: str) -> tuple[int, str | None
     "given",
     ["", KEY, f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", f"bearer  {KEY}", "Bearer ñ", f"Basic {KEY}"],
 )
-def test_without_the_key_nothing_is_told(locked: TestClient, path: str, given: str) -> None:
+def test_without_the_key_nothing_is_told(locked, path: str, given: str) -> None:
     headers = {"authorization": given.encode("latin-1")} if given else {}
     response = locked.get(path, headers=headers)
     assert response.status_code == 401
@@ -55,7 +54,7 @@ def test_without_the_key_nothing_is_told(locked: TestClient, path: str, given: s
     }
 
 
-def test_the_key_opens(locked: TestClient) -> None:
+def test_the_key_opens(locked) -> None:
     headers = {"Authorization": f"bearer {KEY}"}  # the word is as one likes (RFC 9110, 11.1)
     assert locked.get("/v1/models", headers=headers).status_code == 200
     headers = {"Authorization": f"Bearer {KEY}"}
@@ -71,9 +70,7 @@ def test_the_key_opens(locked: TestClient) -> None:
     assert locked.get("/v1/models", headers=headers).status_code == 401
 
 
-def test_keys_are_compared_in_constant_time(
-    locked: TestClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_keys_are_compared_in_constant_time(locked, monkeypatch) -> None:
     compared = []
 
     def compare(a: bytes, b: bytes) -> bool:
@@ -93,7 +90,7 @@ FOREIGN_HOSTS = (
 
 
 @pytest.mark.parametrize("host", [*OUR_HOSTS, *FOREIGN_HOSTS])
-def test_a_name_that_was_made_to_point_here_is_refused(opened: TestClient, host: str) -> None:
+def test_a_name_that_was_made_to_point_here_is_refused(opened, host: str) -> None:
     expected = (200, None) if host in OUR_HOSTS else (403, "host_not_allowed")
     for path in ("/health", "/v1/models"):
         assert code(opened, path, host=host) == expected
@@ -110,7 +107,7 @@ FOREIGN_ORIGINS = (
 
 
 @pytest.mark.parametrize("origin", [*OUR_ORIGINS, *FOREIGN_ORIGINS])
-def test_a_page_from_elsewhere_is_refused(opened: TestClient, origin: str) -> None:
+def test_a_page_from_elsewhere_is_refused(opened, origin: str) -> None:
     is_own = origin in OUR_ORIGINS
     assert code(opened, "/v1/models", origin=origin) == (
         (200, None) if is_own else (403, "origin_not_allowed")
@@ -121,7 +118,7 @@ def test_a_page_from_elsewhere_is_refused(opened: TestClient, origin: str) -> No
 
 
 @pytest.mark.parametrize("name", ["host", "origin"])
-def test_of_two_names_none_is_ours(opened: TestClient, name: str) -> None:
+def test_of_two_names_none_is_ours(opened, name: str) -> None:
     ours = {"host": "localhost", "origin": ORIGIN}[name]
     for second in (ours, "evil.example"):
         response = opened.get("/health", headers=[(name, ours), (name, second)])
@@ -129,7 +126,7 @@ def test_of_two_names_none_is_ours(opened: TestClient, name: str) -> None:
         assert response.json()["error"]["code"] == f"{name}_not_allowed"
 
 
-def test_nothing_is_for_others_to_embed(opened: TestClient, locked: TestClient) -> None:
+def test_nothing_is_for_others_to_embed(opened, locked) -> None:
     foreign = {"origin": "https://evil.example"}
     found = [opened.get(path) for path in ("/", "/v1/models", "/health", "/nothing")]
     found += [opened.get("/v1/models", headers=foreign), locked.get("/v1/models")]
@@ -138,7 +135,7 @@ def test_nothing_is_for_others_to_embed(opened: TestClient, locked: TestClient) 
         assert headers["cross-origin-resource-policy"] == "same-origin"
 
 
-def test_a_page_that_may_ask_is_told_so(opened: TestClient, made: TinyBundle) -> None:
+def test_a_page_that_may_ask_is_told_so(opened, made) -> None:
     asks = {
         "origin": ORIGIN,
         "access-control-request-method": "POST",
@@ -167,7 +164,7 @@ def test_loopback() -> None:
     assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.0.7", "example.org", "")))
 
 
-def test_beyond_this_machine_only_with_a_key(made: TinyBundle) -> None:
+def test_beyond_this_machine_only_with_a_key(made) -> None:
     result = CliRunner().invoke(main, ["serve", str(made.folder), "--host", "0.0.0.0"])
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1] == (
@@ -177,7 +174,7 @@ def test_beyond_this_machine_only_with_a_key(made: TinyBundle) -> None:
 
 
 @pytest.mark.parametrize("key", ["short", "with a space", "schlüssel", "x" * 7, "tab\tinside"])
-def test_keys_that_cannot_be_sent_are_refused(made: TinyBundle, key: str) -> None:
+def test_keys_that_cannot_be_sent_are_refused(made, key: str) -> None:
     result = CliRunner().invoke(main, ["serve", str(made.folder)], env={"QAFLORA_API_KEY": key})
     assert result.exit_code == 1
     assert result.stderr == (
@@ -190,7 +187,7 @@ def test_keys_that_cannot_be_sent_are_refused(made: TinyBundle, key: str) -> Non
 @pytest.mark.parametrize(
     "model", ["../bundle", "/etc/passwd", "tiny/../../x", "%2e%2e", "tiny\x00"]
 )
-def test_model_ids_are_names_and_no_paths(opened: TestClient, model: str) -> None:
+def test_model_ids_are_names_and_no_paths(opened, model: str) -> None:
     body = {"model": model, "messages": [{"role": "user", "content": "a"}]}
     response = opened.post("/v1/chat/completions", json=body)
     assert response.status_code == 404

@@ -12,7 +12,7 @@ from qaflora_edge.settings import bundle_places, cache_setting, read_settings, s
 
 
 @pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def config(tmp_path, monkeypatch) -> Path:
     path = tmp_path / "config.toml"
     monkeypatch.setenv("QAFLORA_CONFIG", str(path))
     monkeypatch.delenv("QAFLORA_CACHE", raising=False)
@@ -20,9 +20,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="the XDG folders are for others")
-def test_file_lies_in_the_users_config_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_lies_in_the_users_config_folder(tmp_path, monkeypatch) -> None:
     monkeypatch.delenv("QAFLORA_CONFIG")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     assert settings_path() == tmp_path / "qaflora-edge/config.toml"
@@ -33,23 +31,19 @@ def test_file_lies_in_the_users_config_folder(
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-def test_values_are_read(config: Path, encoding: str) -> None:
+def test_values_are_read(config, encoding: str) -> None:
     config.write_text('strategy = "norm"\n[chat]\ntemp = 1\n', encoding=encoding)
     assert read_settings() == {"strategy": "norm", "chat": {"temp": 1}}
 
 
-def test_cache_is_the_environments_then_the_files(
-    config: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cache_is_the_environments_then_the_files(config, monkeypatch) -> None:
     config.write_text('cache = "models"\n', encoding="utf-8")
     assert files.cache_dir() == cache_setting() == config.parent / "models"
     monkeypatch.setenv("QAFLORA_CACHE", "/elsewhere")
     assert files.cache_dir() == Path("/elsewhere")
 
 
-def test_bundle_places_are_the_environments_then_the_files(
-    config: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bundle_places_are_the_environments_then_the_files(config, monkeypatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     config.write_text('bundles = ["~/bundles", "near", "/far"]\n', encoding="utf-8")
     assert bundle_places() == [
@@ -67,7 +61,7 @@ def message(config: Path) -> str:
     return str(caught.value).replace(str(config), "FILE")
 
 
-def test_missing_file_that_was_named(config: Path) -> None:
+def test_missing_file_that_was_named(config) -> None:
     assert message(config) == (
         "Cannot read the settings in FILE: it does not exist; expected TOML in UTF-8, with lines "
         'such as strategy = "calibrated". Correct or remove the file, or set QAFLORA_CONFIG '
@@ -76,7 +70,7 @@ def test_missing_file_that_was_named(config: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
-def test_named_pipe_is_not_waited_for(config: Path) -> None:
+def test_named_pipe_is_not_waited_for(config) -> None:
     os.mkfifo(config)
     assert "it is no plain file" in message(config)
 
@@ -90,7 +84,7 @@ def test_named_pipe_is_not_waited_for(config: Path) -> None:
         (b"#" * ((1 << 20) + 1), "it has more than 1048576 bytes"),
     ],
 )
-def test_file_that_is_no_toml(config: Path, data: bytes, reason: str) -> None:
+def test_file_that_is_no_toml(config, data: bytes, reason: str) -> None:
     config.write_bytes(data)
     assert reason in message(config)
 
@@ -102,7 +96,7 @@ def test_file_that_is_no_toml(config: Path, data: bytes, reason: str) -> None:
         ('bundles = "x"', "bundles is 'x', expected a list of paths of folders, as texts"),
     ],
 )
-def test_library_keys_of_the_wrong_type(config: Path, line: str, told: str) -> None:
+def test_library_keys_of_the_wrong_type(config, line: str, told: str) -> None:
     config.write_text(line, encoding="utf-8")
     assert message(config) == (
         f"Cannot use the settings in FILE: the key {told}. Correct it, or remove it for the "

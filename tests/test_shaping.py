@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bundles import TinyBundle
 
 from qaflora_edge import Engine
 from qaflora_edge.config import PROBING, SHAPING
@@ -61,7 +60,7 @@ def test_shaping_of_negative_weights_is_refused() -> None:
     )
 
 
-def test_every_probed_strategy_takes_them(calibrated: TinyBundle) -> None:
+def test_every_probed_strategy_takes_them(calibrated) -> None:
     with Engine(calibrated.folder) as engine:
         plain_weights = engine.weights(PROMPT, strategy="norm:top=1")
         fusion = engine.weights(PROMPT, strategy="norm:top=1,power=2,total=1.5")

@@ -70,9 +70,7 @@ def test_of_many_adapters_the_heaviest_are_named() -> None:
 
 
 @pytest.mark.parametrize(("width", "encoding"), [(40, "ascii"), (79, "utf-8"), (200, "utf-8")])
-def test_heatmap_fits_the_terminal(
-    width: int, encoding: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_heatmap_fits_the_terminal(width: int, encoding: str, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
     for fusion in (weighed(), weighed("日本語", HOSTILE, n_layer=126)):
         lines = printed(fusion, encoding)
@@ -80,7 +78,7 @@ def test_heatmap_fits_the_terminal(
         assert not [char for line in lines for char in line if ord(char) < 32]
 
 
-def test_cells_show_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cells_show_their_weights(monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     row = [0.0, 0.13, 0.26, 0.38, 0.51, 0.63, 0.76, 1.0]
     lines = printed(exact(row, row[::-1]))

@@ -21,7 +21,7 @@ F64 = NDArray[np.float64]
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # theirs
-def test_weights_are_those_of_a_direct_reimplementation(tmp_path: Path) -> None:
+def test_weights_are_those_of_a_direct_reimplementation(tmp_path) -> None:
     """In torch, on PEFT's own adapters and what transformers' projections read."""
     torch = pytest.importorskip("torch")
     reference = pytest.importorskip("reference")
@@ -78,7 +78,7 @@ def write(place: Path, base: tiny.TinyBase, what: str, **given: Sequence[Any]) -
     }
 
 
-def test_only_modules_that_all_adapt_are_compared(tmp_path: Path) -> None:
+def test_only_modules_that_all_adapt_are_compared(tmp_path) -> None:
     base = tiny.write_tiny_base(tmp_path / "base.gguf")
     stems = {"a": ("attn_q", "attn_v"), "b": ("attn_v", "ffn_up"), "c": ("ffn_up",)}
     qv = write(tmp_path, base, "targets", **stems)
@@ -97,7 +97,7 @@ def test_only_modules_that_all_adapt_are_compared(tmp_path: Path) -> None:
     np.testing.assert_array_equal(both, again)
 
 
-def test_a_layer_without_such_a_module_has_the_mean_of_the_others(tmp_path: Path) -> None:
+def test_a_layer_without_such_a_module_has_the_mean_of_the_others(tmp_path) -> None:
     base = tiny.write_tiny_base(tmp_path / "base.gguf")
     adapters = write(tmp_path, base, "layers", a=(0, 2), b=(0, 1, 2))
     with Engine(base=base.path, adapters=adapters, **EXACT) as engine:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles import TinyBundle, qaflora
+from bundles import qaflora
 
 from qaflora_edge import Engine, Measured, Mix, QafloraError, Strategy, register_strategy
 from qaflora_edge.errors import StrategyError, WeightsError
@@ -24,7 +24,7 @@ PROMPT = "the thing on a ring"
 
 
 @pytest.fixture(autouse=True)
-def own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def own_registry(monkeypatch) -> Iterator[None]:
     """What a test registers, others do not see."""
     registry.strategies()
     monkeypatch.setattr(registry, "_registry", dict(registry._registry))
@@ -65,7 +65,7 @@ def test_baselines_are_imported_when_they_are_named_and_stand_in_no_help() -> No
 
 
 @pytest.mark.slow
-def test_the_example_weighs_and_answers(made: TinyBundle) -> None:
+def test_the_example_weighs_and_answers(made) -> None:
     own = ("--strategy", "sharper")
     weighed = json.loads(script("weights", made.folder, PROMPT, "--json", *own))
     expected = sharpened(made.folder)
@@ -93,7 +93,7 @@ class Moved(Strategy):
         return np.linalg.norm(states[1:], axis=-1)
 
 
-def test_states_are_the_strategys_own(made: TinyBundle) -> None:
+def test_states_are_the_strategys_own(made) -> None:
     register_strategy(Moved())
     with Engine(made.folder) as engine:
         moved = engine.weights(PROMPT, strategy="moved").weights
@@ -112,7 +112,7 @@ class Sizes(Strategy):
         return Mix(sizes / sizes.sum(axis=0), sizes)
 
 
-def test_a_strategy_names_what_it_measures(made: TinyBundle) -> None:
+def test_a_strategy_names_what_it_measures(made) -> None:
     register_strategy(Sizes())
     shown = qaflora("weights", made.folder, PROMPT, "--strategy", "sizes").stdout
     assert "size of states" in shown
@@ -140,7 +140,7 @@ class Thirds(Strategy):
         (Mix([[0.5] * 3] * 2, [[1.0] * 2] * 2), "Weights have the shape [2, 2], expected [2, 3]"),
     ],
 )
-def test_wrong_weights_name_their_strategy(made: TinyBundle, given: Any, message: str) -> None:
+def test_wrong_weights_name_their_strategy(made, given: Any, message: str) -> None:
     class Wrong(Strategy):
         name = "wrong"
 
@@ -183,7 +183,7 @@ def test_what_is_no_strategy_is_refused(strategy: Any, message: str) -> None:
 
 
 @pytest.fixture
-def offered(monkeypatch: pytest.MonkeyPatch) -> list[EntryPoint]:
+def offered(monkeypatch) -> list[EntryPoint]:
     """What the packages of this machine offer."""
     found: list[EntryPoint] = []
 
@@ -204,7 +204,7 @@ def point(value: str) -> EntryPoint:
 SOME_STRATEGY = Thirds()
 
 
-def test_a_package_offers_a_strategy(made: TinyBundle, offered: list[EntryPoint]) -> None:
+def test_a_package_offers_a_strategy(made, offered) -> None:
     offered.append(point("their_package:SOME_STRATEGY"))
     shown = qaflora("weights", made.folder, "a", "--json", "--strategy", "thirds").stdout
     np.testing.assert_allclose(json.loads(shown)["weights"], np.full((2, 3), 1 / 3), rtol=1e-6)
@@ -218,9 +218,7 @@ def test_a_package_offers_a_strategy(made: TinyBundle, offered: list[EntryPoint]
         ("their_package:Thirds", "expected an object of a subclass of qaflora_edge.Strategy"),
     ],
 )
-def test_a_broken_package_is_named(
-    made: TinyBundle, offered: list[EntryPoint], value: str, reason: str
-) -> None:
+def test_a_broken_package_is_named(made, offered, value: str, reason: str) -> None:
     offered += [point("their_package:SOME_STRATEGY"), point(value)]
     for _ in range(2):  # the one before it is no trouble the second time
         with pytest.raises(QafloraError) as caught:

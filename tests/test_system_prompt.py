@@ -1,7 +1,5 @@
 """A bundle's system prompt: where it is said, and where it is refused."""
 
-from pathlib import Path
-
 from bundles import bundle_json, make_sources, qaflora
 
 from qaflora_edge import Engine
@@ -11,7 +9,7 @@ SYSTEM = "You are the king of the sea, and answer what the people ask you. " * 6
 QUESTION = [{"role": "user", "content": "How far is the moon?"}]
 
 
-def test_conversations_without_a_system_message_begin_with_it(tmp_path: Path) -> None:
+def test_conversations_without_a_system_message_begin_with_it(tmp_path) -> None:
     made = make_sources(tmp_path, n_ctx=2048)
     adapters = {"es": made.adapter.path}
     create_bundle(made.folder, made.base.path, adapters, system=SYSTEM)
@@ -27,7 +25,7 @@ def test_conversations_without_a_system_message_begin_with_it(tmp_path: Path) ->
             assert engine.chat_tokens(own) == plain.chat_tokens(own)
 
 
-def test_create_by_command_and_show(tmp_path: Path) -> None:
+def test_create_by_command_and_show(tmp_path) -> None:
     made = make_sources(tmp_path)
     (tmp_path / "system.txt").write_text(SYSTEM + "\n", encoding="utf-8")
     args = ("--adapter", f"es={made.adapter.path}", "--system", tmp_path / "system.txt")

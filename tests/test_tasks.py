@@ -24,7 +24,7 @@ def read(tmp_path: Path, *lines: Any, name: str = "sums.jsonl") -> Task:
     return read_task(write(tmp_path / name, *lines))
 
 
-def test_fields_decide_where_the_task_does_not_say(tmp_path: Path) -> None:
+def test_fields_decide_where_the_task_does_not_say(tmp_path) -> None:
     kinds = {
         "number": [SUM, {"prompt": "a", "answer": "1,234.5"}, {"question": "a", "answer": [5, 6]}],
         "contains": [SUM, {"question": "a", "answer": "b"}],
@@ -36,7 +36,7 @@ def test_fields_decide_where_the_task_does_not_say(tmp_path: Path) -> None:
         assert (task.name, task.metric, len(task.items)) == (metric, metric, len(lines))
 
 
-def test_a_task_says_how_it_is_asked(tmp_path: Path) -> None:
+def test_a_task_says_how_it_is_asked(tmp_path) -> None:
     header = {
         "name": "sums-es",
         "metric": "exact",
@@ -57,7 +57,7 @@ def test_a_task_says_how_it_is_asked(tmp_path: Path) -> None:
     assert (task.language, task.domain, task.expected(task.items[0])) == ("es", "math", "5")
 
 
-def test_choices_have_letters(tmp_path: Path) -> None:
+def test_choices_have_letters(tmp_path) -> None:
     header = {"template": "{question}\n{choices}"}
     item = {"question": "Which?", "choices": ["one", "{two}"], "answer": 1}
     task = read(tmp_path, {"task": header}, item)
@@ -65,7 +65,7 @@ def test_choices_have_letters(tmp_path: Path) -> None:
     assert task.expected(task.items[0]) == "{two}"
 
 
-def test_messages_are_asked_as_they_are(tmp_path: Path) -> None:
+def test_messages_are_asked_as_they_are(tmp_path) -> None:
     messages = [{"role": "system", "content": "Own."}, {"role": "user", "content": "2 + 3?"}]
     header = {"task": {"system": "Other.", "template": "{x}"}}
     task = read(tmp_path, header, {"messages": messages, "answer": 5})
@@ -73,7 +73,7 @@ def test_messages_are_asked_as_they_are(tmp_path: Path) -> None:
     assert task.question(task.items[0]) == "2 + 3?"
 
 
-def test_lines_end_in_any_way_and_keep_their_separators(tmp_path: Path) -> None:
+def test_lines_end_in_any_way_and_keep_their_separators(tmp_path) -> None:
     path = tmp_path / "t.jsonl"
     lines = '{"question": "a\u2028b", "answer": 1}\r\n{"question": "c", "answer": 2}'
     path.write_bytes(lines.encode())
@@ -98,7 +98,7 @@ HOSTILE: list[tuple[list[Any], str]] = [
 
 
 @pytest.mark.parametrize(("lines", "message"), HOSTILE)
-def test_a_wrong_file_is_refused(tmp_path: Path, lines: list[Any], message: str) -> None:
+def test_a_wrong_file_is_refused(tmp_path, lines: list[Any], message: str) -> None:
     path = write(tmp_path / "t.jsonl", *lines)
     told = refused(TaskFileError, read_task, path)
     assert told.startswith(f"Cannot use the task {path}")
@@ -107,12 +107,12 @@ def test_a_wrong_file_is_refused(tmp_path: Path, lines: list[Any], message: str)
     assert len(told) < 600
 
 
-def test_a_file_that_is_not_there_is_said(tmp_path: Path) -> None:
+def test_a_file_that_is_not_there_is_said(tmp_path) -> None:
     with pytest.raises(TaskFileError, match=r"Cannot read the task .*: No such file"):
         read_task(tmp_path / "none.jsonl")
 
 
-def test_tasks_of_the_smoke_test_have_every_metric(checkout: Path) -> None:
+def test_tasks_of_the_smoke_test_have_every_metric(checkout) -> None:
     """`make eval-smoke` asks them."""
     paths = (checkout / "benchmarks/smoke").glob("*.jsonl")
     found = {path.stem: read_task(path) for path in paths if path.stem != "code"}

@@ -3,7 +3,6 @@
 
 import time
 import tracemalloc
-from pathlib import Path
 
 import jinja2
 import pytest
@@ -111,13 +110,13 @@ def test_hostile_template_is_stopped_soon(template: str) -> None:
     assert time.process_time() - start < 100  # 2 s, on a slow machine; tracing is slow too
 
 
-def test_time_that_others_take_is_not_a_templates(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_that_others_take_is_not_a_templates(monkeypatch) -> None:
     monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.2)
     monkeypatch.setattr(chat_template, "_strftime_now", lambda _: time.sleep(0.4))
     assert rendered("{{ strftime_now('%Y') }}{{ 1 + 1 }}") == "None2"
 
 
-def test_a_template_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_is_compiled_once(monkeypatch) -> None:
     template = "{% if messages %}{{ 3 * 14 }}{% endif %}"
     assert rendered(template) == "42"
     monkeypatch.setattr(jinja2.Environment, "compile", None)
@@ -171,7 +170,7 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize(("template", "reason"), REFUSALS)
-def test_refusal_is_told_with_its_reason(tmp_path: Path, template: str, reason: str) -> None:
+def test_refusal_is_told_with_its_reason(tmp_path, template: str, reason: str) -> None:
     base = write_tiny_base(tmp_path / "base.gguf", chat_template=template)
     with Model(read_base(base.path)) as model, pytest.raises(ChatTemplateError) as caught:
         chat_tokens(model, Chat(MESSAGES))
@@ -182,7 +181,7 @@ def test_refusal_is_told_with_its_reason(tmp_path: Path, template: str, reason: 
 
 
 @pytest.mark.slow
-def test_templates_agree_with_transformers(smollm2: Path) -> None:
+def test_templates_agree_with_transformers(smollm2) -> None:
     """The same text as transformers' own environment makes."""
     from transformers.utils.chat_template_utils import render_jinja_template
 

@@ -48,7 +48,7 @@ def speaking(place: Path, words: tuple[str, ...], template: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+def hybrid(tmp_path_factory) -> Iterator[Engine]:
     place = tmp_path_factory.mktemp("hybrid")
     words = ("<think>", " I", " END é", "</think>", "\n\n Yes", "<b>", "END", "no")
     with Engine(speaking(place, words, HYBRID)) as engine:
@@ -56,7 +56,7 @@ def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="module")
-def opening(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+def opening(tmp_path_factory) -> Iterator[Engine]:
     place = tmp_path_factory.mktemp("opening")
     # Its tags come in pieces.
     words = ("Hm", " <", "/thi", "nk> \n", CALL)
@@ -102,7 +102,7 @@ def test_a_thought_is_split_off_wherever_its_tags_are_cut(
         assert tuple(map("".join, zip(*found, strict=True))) == expected
 
 
-def test_a_base_thinks_before_it_answers(hybrid: Engine, opening: Engine) -> None:
+def test_a_base_thinks_before_it_answers(hybrid, opening) -> None:
     assert said(hybrid) == ("I END é", "Yes<b>ENDno", "stop")
     # A stop text in the thought ends nothing.
     assert said(hybrid, stop="END") == ("I END é", "Yes<b>", "stop")
@@ -117,7 +117,7 @@ def test_a_base_thinks_before_it_answers(hybrid: Engine, opening: Engine) -> Non
     assert hybrid.generate("the\n", max_tokens=2).text() == "<think> I"  # no chat
 
 
-def test_log_probabilities_are_those_of_the_answer(hybrid: Engine, opening: Engine) -> None:
+def test_log_probabilities_are_those_of_the_answer(hybrid, opening) -> None:
     for engine, tokens in ((hybrid, ["\n\n Yes", "<b>", "END", "no"]), (opening, [CALL])):
         content = engine.chat(USER, logprobs=True).choices[0].logprobs["content"]
         assert [each["token"] for each in content] == tokens
@@ -127,7 +127,7 @@ def test_log_probabilities_are_those_of_the_answer(hybrid: Engine, opening: Engi
         assert streamed == [token for token in tokens if token != "no"]
 
 
-def test_a_budget_closes_the_thought(hybrid: Engine, opening: Engine) -> None:
+def test_a_budget_closes_the_thought(hybrid, opening) -> None:
     """After the forced tag both say what they say after "\\n" and after a tag."""
     assert said(hybrid, reasoning_budget=1) == ("I", "Yes<b>ENDno", "stop")
     assert said(hybrid, reasoning_budget_tokens=0) == (None, "Yes<b>ENDno", "stop")
@@ -140,7 +140,7 @@ def test_a_budget_closes_the_thought(hybrid: Engine, opening: Engine) -> None:
 
 
 @pytest.mark.parametrize("template", [HYBRID, OPENS])
-def test_a_grammar_begins_after_the_thought(tmp_path: Path, template: str) -> None:
+def test_a_grammar_begins_after_the_thought(tmp_path, template: str) -> None:
     """The base would end within the thought, which is closed then."""
     form = {"type": "json_schema", "json_schema": {"schema": {"enum": ["yes", "no"]}}}
     thoughts = ["Hm" if template == OPENS else None, None]
@@ -157,7 +157,7 @@ def test_a_grammar_begins_after_the_thought(tmp_path: Path, template: str) -> No
         assert (cut.text() in ("", " a"), cut.is_whole) == (True, False)
 
 
-def test_reasoning_asks_the_template_or_closes_what_it_opens(tmp_path: Path) -> None:
+def test_reasoning_asks_the_template_or_closes_what_it_opens(tmp_path) -> None:
     def end(template: str, messages: Any = USER, **options: Any) -> str:
         path = speaking(tmp_path, ("Hm",), template)
         with Engine(path, **options) as engine:
@@ -174,7 +174,7 @@ def test_reasoning_asks_the_template_or_closes_what_it_opens(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("strategy", ["two-place", "qa-flora", "norm", "cosine:pool=question"])
-def test_a_thought_changes_no_weights(tmp_path: Path, strategy: str) -> None:
+def test_a_thought_changes_no_weights(tmp_path, strategy: str) -> None:
     """Oracle: the prompt up to the answer, with nothing after it."""
     template = HYBRID + "{% if opens %}<think>\n{% endif %}"
     made = make_bundle(tmp_path, calibrate=True, chat_template=template, user_defined=TAGS)
@@ -188,7 +188,7 @@ def test_a_thought_changes_no_weights(tmp_path: Path, strategy: str) -> None:
             np.testing.assert_allclose(found.divergence, expected.divergence, rtol=1e-4)
 
 
-def test_the_server_tells_thoughts(hybrid: Engine) -> None:
+def test_the_server_tells_thoughts(hybrid) -> None:
     with client_of(hybrid._model.path) as client:
         body: dict[str, Any] = {"messages": USER, "temperature": 0}
         found = client.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]
@@ -208,7 +208,7 @@ def test_the_server_tells_thoughts(hybrid: Engine) -> None:
     [("none", False), ("minimal", False), ("low", True), ("xhigh", True), (None, True)],
 )
 def test_an_effort_is_one_rule_in_every_dialect(
-    hybrid: Engine, effort: str | None, is_wanted: bool
+    hybrid, effort: str | None, is_wanted: bool
 ) -> None:
     asked: dict[str, dict[str, Any]] = {
         "/v1/chat/completions": {"messages": USER, "reasoning_effort": effort},
@@ -228,7 +228,7 @@ def test_an_effort_is_one_rule_in_every_dialect(
         assert refused.json()["error"]["param"] == "reasoning_effort"
 
 
-def test_commands_keep_thoughts_out_of_stdout(hybrid: Engine) -> None:
+def test_commands_keep_thoughts_out_of_stdout(hybrid) -> None:
     path = str(hybrid._model.path)
 
     def run(*words: str, stdin: str = "") -> Any:

@@ -35,12 +35,12 @@ def in_a_thread(call: Callable[[], float]) -> float:
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(tmp_path_factory) -> Path:
     return make_bundle(tmp_path_factory.mktemp("threads")).folder
 
 
 @pytest.mark.parametrize("n_parallel", [1, 4])
-def test_a_token_takes_as_long_in_every_thread(bundle: Path, n_parallel: int) -> None:
+def test_a_token_takes_as_long_in_every_thread(bundle, n_parallel: int) -> None:
     """Twice is generous: one caller of a second thread once took 2.5 times as long."""
     with Engine(bundle, n_ctx=256, n_parallel=n_parallel, threads=2, draft=0) as engine:
         median_ms(engine)
@@ -54,7 +54,7 @@ def test_a_token_takes_as_long_in_every_thread(bundle: Path, n_parallel: int) ->
     assert again < 2 * max(first, worker)
 
 
-def test_idle_engine_takes_no_time_of_the_processor(bundle: Path) -> None:
+def test_idle_engine_takes_no_time_of_the_processor(bundle) -> None:
     with Engine(bundle, n_ctx=256, threads=2) as engine:
         engine.generate("a", max_tokens=4).text()
         time.sleep(0.1)

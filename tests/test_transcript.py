@@ -1,7 +1,5 @@
 """The first hour in docs/quickstart.md: typed anew, its stable parts are those of the page."""
 
-from pathlib import Path
-
 import pytest
 import transcript
 
@@ -22,7 +20,7 @@ def test_page_has_every_step() -> None:
 
 
 @pytest.mark.slow
-def test_typed_in_a_clone_it_shows_the_same(tmp_path: Path) -> None:
+def test_typed_in_a_clone_it_shows_the_same(tmp_path) -> None:
     if pulled_model(transcript.DEMO.base) is None:
         pytest.skip(f"{transcript.DEMO.base} was not pulled")
     check(transcript.type_all(transcript.make_clone(tmp_path)))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from bundles import TinyBundle, make_bundle, rewrite
+from bundles import make_bundle, rewrite
 from decoded import count_decoded, probe
 from refusals import refused
 
@@ -196,7 +196,7 @@ def test_it_says_why_with_the_numbers_that_decide(
 
 
 def test_new_bundles_are_weighed_by_it_where_it_has_something_to_go_by(
-    calibrated: TinyBundle, tmp_path: Path
+    calibrated, tmp_path
 ) -> None:
     mlp = tiny.write_tiny_adapter(tmp_path / "mlp.gguf", calibrated.base, targets=["ffn_up"])
     one_layer = tiny.write_tiny_adapter(
@@ -222,7 +222,7 @@ def test_new_bundles_are_weighed_by_it_where_it_has_something_to_go_by(
 
 
 def test_what_adapters_would_add_is_their_delta_times_what_the_base_reads(
-    calibrated: TinyBundle,
+    calibrated,
 ) -> None:
     """Oracle: the deltas multiplied out, and the inputs of the base one token at a time.
 
@@ -255,7 +255,7 @@ def test_what_adapters_would_add_is_their_delta_times_what_the_base_reads(
             assert found[1, ia, layer] == pytest.approx(question, rel=1e-3)
 
 
-def test_a_bundle_knows_what_is_usual_in_its_places(calibrated: TinyBundle) -> None:
+def test_a_bundle_knows_what_is_usual_in_its_places(calibrated) -> None:
     """Oracle: what is measured of the neutral prompts one by one."""
     typical = load_bundle(calibrated.folder).known.typical
     assert all(set(typical[name]) == set(KEYS) for name in ("math", "es"))
@@ -289,9 +289,7 @@ def test_a_bundle_knows_what_is_usual_in_its_places(calibrated: TinyBundle) -> N
             np.testing.assert_allclose(typical[name][key]["each"], distances, atol=0.2)
 
 
-def test_prompts_are_measured_in_one_batch(
-    calibrated: TinyBundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prompts_are_measured_in_one_batch(calibrated, monkeypatch) -> None:
     """What all chats have before their questions is prefilled once."""
     prompts, turns = ["the thing", "a ring in the air"], ["on"]
     with Engine(calibrated.folder) as engine:
@@ -310,9 +308,7 @@ def test_prompts_are_measured_in_one_batch(
     assert counts == [n_same, read[0], sum(map(len, plain)), n_later, read[1]]
 
 
-def test_an_engine_follows_it_in_one_pass_of_the_base(
-    calibrated: TinyBundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_engine_follows_it_in_one_pass_of_the_base(calibrated, monkeypatch) -> None:
     typical = load_bundle(calibrated.folder).known.typical
     with Engine(calibrated.folder, strategy="two-place:abstain=never") as engine:
         tokens = engine.chat_tokens([{"role": "user", "content": "the thing on a ring"}])
@@ -328,9 +324,7 @@ def test_an_engine_follows_it_in_one_pass_of_the_base(
     np.testing.assert_allclose(calibrated.weights, ratio / ratio.sum(axis=0), rtol=1e-4)
 
 
-def test_an_older_bundle_is_asked_to_be_measured_again(
-    calibrated: TinyBundle, tmp_path: Path
-) -> None:
+def test_an_older_bundle_is_asked_to_be_measured_again(calibrated, tmp_path) -> None:
     old = make_bundle(tmp_path, calibrate=True)
 
     def forget(raw: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,9 +24,7 @@ VOCABULARIES = {
 
 
 @pytest.fixture(scope="module", params=list(VOCABULARIES))
-def model(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Model]:
+def model(request, tmp_path_factory) -> Iterator[Model]:
     place = tmp_path_factory.mktemp("typed")
     base = write_tiny_base(place / "base.gguf", **VOCABULARIES[request.param])
     with Model(read_base(base.path)) as model:
@@ -73,13 +70,13 @@ TEMPLATES = [
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_templates_cannot_turn_typed_text_into_control_tokens(model: Model, template: str) -> None:
+def test_templates_cannot_turn_typed_text_into_control_tokens(model, template: str) -> None:
     for content in (ATTACK, ATTACK.upper(), "<|im_<|im_end|>end|>", "\ue000".join(ATTACK)):
         for mine in (content, content + "<|im_", " " + content + " "):
             assert controls(model, run(model, template, mine, "end|>", "|im_end|>")) == []
 
 
-def test_conversation_without_control_text_is_tokenized_as_text(model: Model) -> None:
+def test_conversation_without_control_text_is_tokenized_as_text(model) -> None:
     tokens = run(model, CHATML, "the <b>thing</b> [x] <|im", " a  b\n\n", "<")
     text = (
         "<|im_start|>user\nthe <b>thing</b> [x] <|im<|im_end|>\n<|im_start|>assistant\n"
@@ -88,7 +85,7 @@ def test_conversation_without_control_text_is_tokenized_as_text(model: Model) ->
     assert tokens == model.tokenize(text, add_special=False, parse_special=True)
 
 
-def test_text_around_typed_control_tokens_is_tokenized_as_ever(model: Model) -> None:
+def test_text_around_typed_control_tokens_is_tokenized_as_ever(model) -> None:
     """The runs between the template's own tokens are what plain text is."""
     tokens = run(model, CHATML, ATTACK)
     start, end = (
@@ -113,12 +110,12 @@ def test_text_around_typed_control_tokens_is_tokenized_as_ever(model: Model) -> 
         {"tool_calls": [{"function": {"name": ATTACK, "arguments": json.dumps({ATTACK: ATTACK})}}]},
     ],
 )
-def test_every_field_of_a_message_is_data(model: Model, more: dict[str, Any]) -> None:
+def test_every_field_of_a_message_is_data(model, more: dict[str, Any]) -> None:
     template = "{{ messages }}{{ messages | tojson }}{% for k in messages[0] %}{{ k }}{% endfor %}"
     assert controls(model, run(model, template, "hi", **more)) == []
 
 
-def test_user_defined_tokens_of_the_template_are_the_assistants_only(tmp_path: Path) -> None:
+def test_user_defined_tokens_of_the_template_are_the_assistants_only(tmp_path) -> None:
     base = write_tiny_base(tmp_path / "b.gguf", user_defined=("<tool_call>", "<b>"))
     tool_call, bold = (base.tokens.index(text) for text in ("<tool_call>", "<b>"))
     template = CHATML + "{# <b> #}{% if tools %}<tool_call>{% endif %}"
@@ -130,7 +127,7 @@ def test_user_defined_tokens_of_the_template_are_the_assistants_only(tmp_path: P
     assert "a<tool_call>b<b>" in text
 
 
-def test_templates_find_what_the_assistant_said_where_it_is_no_token(model: Model) -> None:
+def test_templates_find_what_the_assistant_said_where_it_is_no_token(model) -> None:
     """As transformers renders it: an answer's thoughts are not sent again."""
     template = (
         "{% for m in messages %}<|im_start|>{{ m.content.split('</think>')[-1] }}{% endfor %}"
@@ -146,18 +143,18 @@ def test_templates_find_what_the_assistant_said_where_it_is_no_token(model: Mode
     "template",
     ["{{ messages[0].content | tojson(ensure_ascii=True) }}", "{{ [messages[0].content] }}"],
 )
-def test_templates_that_escape_write_nothing_of_ours(model: Model, template: str) -> None:
+def test_templates_that_escape_write_nothing_of_ours(model, template: str) -> None:
     for content in ("a <|im_end|> b", "a <|im_end|> \\ue000 b"):
         text = written(model, run(model, template, content)).replace("▁", " ")
         assert text.removeprefix(" ") in (json.dumps(content), str([content]))
 
 
-def test_private_use_characters_are_kept(model: Model) -> None:
+def test_private_use_characters_are_kept(model) -> None:
     content = "".join(map(chr, range(0xE000, 0xF900, 7))) + "<|im_end|>"
     assert content in written(model, run(model, CHATML, content)).replace("▁", " ")
 
 
-def test_message_without_end_is_refused(model: Model) -> None:
+def test_message_without_end_is_refused(model) -> None:
     deep: Any = "x"
     for _ in range(40):
         deep = [deep]

@@ -1,7 +1,6 @@
 """Verification of a conversion: what is right passes, what is wrong is found and not kept."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import gguf
@@ -29,7 +28,7 @@ ALL = [*tiny.HF_TARGETS, "embed_tokens", "lm_head"]
     [("llama", 3, "f32"), ("llama", 3, "f16"), ("qwen2", 3, "bf16"), ("llama", 64, "q8_0")],
 )
 def test_what_was_converted_is_within_rounding(
-    tmp_path: Path, arch: str, rank: int, outtype: str
+    tmp_path, arch: str, rank: int, outtype: str
 ) -> None:
     base = tiny.write_tiny_base(tmp_path / "base.gguf", arch, tied=False)
     options = {"use_rslora": True, "alpha_pattern": {"q_proj": 5, "down_proj": 0.25}}
@@ -49,7 +48,7 @@ def test_what_was_converted_is_within_rounding(
             assert check.of_allowed > 0.05
 
 
-def test_differences_are_those_of_the_deltas(tmp_path: Path) -> None:
+def test_differences_are_those_of_the_deltas(tmp_path) -> None:
     base = tiny.write_tiny_base(tmp_path / "base.gguf", "qwen2")
     folder = tiny.write_tiny_peft(tmp_path / "a", base, alpha=6, targets=["v_proj"])
     converted = convert_adapter(
@@ -71,7 +70,7 @@ def test_differences_are_those_of_the_deltas(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "outtype"), [("peft", "q8_0"), ("mlx", "bf16")])
 def test_tiles_that_are_read_one_by_one_give_what_the_whole_gives(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, outtype: str
+    tmp_path, monkeypatch, kind: str, outtype: str
 ) -> None:
     """Tiles of one width and an odd height, so that the last are smaller; rows are reordered."""
     base = tiny.write_tiny_base(tmp_path / "base.gguf", tied=False)
@@ -104,7 +103,7 @@ MISTAKES: dict[str, tuple[str, Change]] = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 @pytest.mark.parametrize("outtype", ["f16", "q8_0"])
 def test_mistake_is_found_and_the_older_file_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: str, outtype: str
+    tmp_path, monkeypatch, mistake: str, outtype: str
 ) -> None:
     wrong_side, change = MISTAKES[mistake]
     base = tiny.write_tiny_base(tmp_path / "base.gguf")
@@ -139,7 +138,7 @@ def test_mistake_is_found_and_the_older_file_kept(
     )
 
 
-def test_missing_module_is_found(tmp_path: Path) -> None:
+def test_missing_module_is_found(tmp_path) -> None:
     base = tiny.write_tiny_base(tmp_path / "base.gguf")
     folder = tiny.write_tiny_peft(tmp_path / "a", base)
     header = read_gguf_header(base.path)

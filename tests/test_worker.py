@@ -52,24 +52,24 @@ with Engine(base=sys.argv[1], adapters={}, rpc=sys.argv[2]) as engine:
 
 
 @pytest.fixture(scope="module")
-def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Worker]]:
+def workers(tmp_path_factory) -> Iterator[list[Worker]]:
     folder = tmp_path_factory.mktemp("workers")
     with worker(folder) as first, worker(folder) as second:
         yield [first, second]
 
 
 @pytest.fixture(params=[1, 2], ids=["one-worker", "two-workers"])
-def rpc(request: pytest.FixtureRequest, workers: list[Worker]) -> str:
+def rpc(request, workers) -> str:
     return ",".join(each.endpoint for each in workers[: request.param])
 
 
 @pytest.fixture(params=[ALL, SOME], ids=["all-layers", "some-layers"])
-def gpu_layers(request: pytest.FixtureRequest) -> int:
+def gpu_layers(request) -> int:
     return int(request.param)
 
 
 @pytest.fixture(autouse=True)
-def placed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def placed(request, monkeypatch) -> None:
     """Let test_backend's helpers put layers on the workers, where they are to be on devices."""
     if "rpc" in request.fixturenames:
         rpc = request.getfixturevalue("rpc")
@@ -132,7 +132,7 @@ def test_engine_agrees_with_layers_here(base, adapters, rpc) -> None:
 
 
 @pytest.mark.slow
-def test_large_tensors_are_kept_and_not_sent_again(tmp_path: Path) -> None:
+def test_large_tensors_are_kept_and_not_sent_again(tmp_path) -> None:
     base = write_tiny_base(tmp_path / "base.gguf", n_layer=1, n_ff=48_000)  # 12 MB: three of them
     folder = tmp_path / "new" / "cache"
     with worker(tmp_path, "--cache", str(folder)) as made, relay(made) as between:
@@ -149,7 +149,7 @@ def test_large_tensors_are_kept_and_not_sent_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_worker_refuses_custom_operations(tmp_path: Path) -> None:
+def test_worker_refuses_custom_operations(tmp_path) -> None:
     """Of a client that is not ours, with an address of its own."""
     lib = library.load()[0]._lib
     lib.ggml_op_name.restype = ctypes.c_char_p
@@ -181,7 +181,7 @@ def client_of(base: TinyBase, worker: Worker, **environment: str) -> Iterator[su
 
 @pytest.mark.slow
 @pytest.mark.parametrize("is_silent", [False, pytest.param(True, marks=POSIX)])
-def test_lost_worker_ends_the_process(tmp_path: Path, base: TinyBase, is_silent: bool) -> None:
+def test_lost_worker_ends_the_process(tmp_path, base, is_silent: bool) -> None:
     """Stopped, it keeps its connection; once it goes on, it is free for others."""
     with worker(tmp_path) as made, client_of(base, made, QAFLORA_RPC_TIMEOUT="2") as client:
         made.process.send_signal(signal.SIGSTOP if is_silent else signal.SIGKILL)
@@ -197,7 +197,7 @@ def test_lost_worker_ends_the_process(tmp_path: Path, base: TinyBase, is_silent:
 
 @pytest.mark.slow
 @POSIX
-def test_stopped_client_keeps_its_worker(tmp_path: Path, base: TinyBase) -> None:
+def test_stopped_client_keeps_its_worker(tmp_path, base) -> None:
     """What it waits for with a time limit is interrupted when it goes on."""
     with worker(tmp_path) as made, client_of(base, made, QAFLORA_RPC_TIMEOUT="20") as client:
         made.process.send_signal(signal.SIGSTOP)
@@ -211,7 +211,7 @@ def test_stopped_client_keeps_its_worker(tmp_path: Path, base: TinyBase) -> None
         assert client.stdout.readline() == b"True\n"
 
 
-def test_worker_of_another_build_is_refused(base: TinyBase) -> None:
+def test_worker_of_another_build_is_refused(base) -> None:
     with pretender(b"another") as endpoint:
         assert refused(WorkerError, Model, read_base(base.path), rpc=endpoint) == (
             f"The worker {endpoint} cannot be used: it is of the build 'another', expected "
@@ -219,9 +219,7 @@ def test_worker_of_another_build_is_refused(base: TinyBase) -> None:
         )
 
 
-def test_busy_worker_is_refused(
-    tmp_path: Path, base: TinyBase, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_busy_worker_is_refused(tmp_path, base, monkeypatch) -> None:
     monkeypatch.setattr(devices, "GREETING_S", 0.2)
     with worker(tmp_path) as lonely:
         client, _ = hello(lonely.port)
@@ -229,7 +227,7 @@ def test_busy_worker_is_refused(
             Model(read_base(base.path), rpc=lonely.endpoint)
 
 
-def test_nothing_is_there(base: TinyBase) -> None:
+def test_nothing_is_there(base) -> None:
     endpoint = f"127.0.0.1:{free_port()}"
     assert refused(WorkerError, Model, read_base(base.path), rpc=endpoint) == (
         f"The worker {endpoint} cannot be used: nothing answers there. Start `qaflora worker` of "
@@ -238,7 +236,7 @@ def test_nothing_is_there(base: TinyBase) -> None:
 
 
 @pytest.mark.parametrize("text", ["host", "host:65536", "a:1,", "a:1,a:1"])
-def test_wrong_name_of_a_worker(base: TinyBase, text: str) -> None:
+def test_wrong_name_of_a_worker(base, text: str) -> None:
     with pytest.raises(
         OptionError, match=r"expected HOST:PORT|expected up to 16 different workers"
     ):
@@ -246,14 +244,14 @@ def test_wrong_name_of_a_worker(base: TinyBase, text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["x", "-1", "1.5"])
-def test_wrong_timeout(base: TinyBase, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_wrong_timeout(base, monkeypatch, text: str) -> None:
     monkeypatch.setenv("QAFLORA_RPC_TIMEOUT", text)
     with pytest.raises(OptionError, match=f"RPC_TIMEOUT is '{text}', expected a whole number of s"):
         Model(read_base(base.path), rpc="127.0.0.1:1")
 
 
 @pytest.mark.parametrize("split", ["x", "0", "1,nan", "1,1"])
-def test_wrong_split(base: TinyBase, workers: list[Worker], split: str) -> None:
+def test_wrong_split(base, workers, split: str) -> None:
     with pytest.raises(OptionError, match=r"Option tensor_split is .* expected 1 numbers from 0"):
         Model(read_base(base.path), rpc=workers[0].endpoint, tensor_split=split)
 
