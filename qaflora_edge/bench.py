@@ -111,7 +111,7 @@ class Rig(contextlib.ExitStack):
         self._loras: list[Any] = []  # the model frees them
         self._random = random.Random(seed)
         self._n_drawn = 0
-        no_text = self.model.tokenize("", add_special=True, parse_special=False)
+        no_text = self.model.tokenize("", add_special=True)
         self._start = no_text[:1]
         tokens = range(self.model.n_vocab)
         self.ends = list(filter(self.model.is_end, tokens))
@@ -155,7 +155,7 @@ class Rig(contextlib.ExitStack):
         texts = neutral("prompts")
         tokens: list[int] = []
         while len(tokens) < n_token:
-            tokens += self.model.tokenize(text, add_special=False, parse_special=False)
+            tokens += self.model.tokenize(text)
             self._random.shuffle(texts)
             every_text = "\n".join(texts) + "\n"
             start = self._random.randrange(len(every_text) // 2)

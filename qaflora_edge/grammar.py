@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from qaflora_edge.errors import GrammarError, OptionError
-from qaflora_edge.formats.inputs import read_json_object
+from qaflora_edge.formats.inputs import Json, read_json_object
 
 MAX_LENGTH = 1 << 16  # characters of a grammar or a schema
 MAX_CHAIN = 100  # rules and groups, or schemas, in each other
@@ -155,7 +155,7 @@ OPTIONS = {
 
 def checked_schema(
     schema: Any, *, source: str = "The JSON schema", is_lenient: bool = False
-) -> dict[str, Any]:
+) -> Json:
     """Check a JSON schema, and write it so that llguidance follows every keyword.
 
     schema      as json.loads gives it; True or {} takes any value

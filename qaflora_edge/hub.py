@@ -163,8 +163,7 @@ def pulled() -> Iterator[tuple[str, Path, str]]:
 def fetch_model(name: str, *, progress: TellCount = silent) -> Path:
     """Give the path of a model's file in the cache, fetching it if it is not there.
 
-    Raises RegistryError for an unknown name, and DownloadError with what every source said when
-    none of them gave the file.
+    Raises RegistryError for an unknown name, DownloadError with what each source said.
     """
     model = find_model(name)
     if path := local_path(model):

@@ -18,6 +18,7 @@ APP = "qaflora-edge"
 FILE = "config.toml"
 MAX_SETTINGS_BYTES = 1 << 20
 LIBRARY_KEYS = ("cache", "bundles")
+Table = dict[str, Any]  # of TOML
 
 
 def expanded(text: str) -> Path:
@@ -34,7 +35,7 @@ def settings_path() -> Path:
     return platformdirs.user_config_path(APP, appauthor=False, roaming=True) / FILE
 
 
-def read_settings() -> dict[str, Any]:
+def read_settings() -> Table:
     """Read the settings file; no file means no settings, unless QAFLORA_CONFIG names it.
 
     Raises SettingsError when it cannot be read, is no TOML, or has a wrong `cache` or `bundles`.
@@ -51,7 +52,7 @@ def read_settings() -> dict[str, Any]:
     return settings
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def _read_toml(path: Path) -> Table:
     try:
         if not os.path.isfile(path):  # a pipe would be waited for
             raise ValueError("it is no plain file" if os.path.exists(path) else "it does not exist")

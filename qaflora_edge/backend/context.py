@@ -43,9 +43,8 @@ N_CTX_FIRST = 1024  # of a context without a limit
 class Stop:
     """Flag set by one thread and read by another: between tokens, and inside llama_decode.
 
-    llama.cpp asks its abort callback before every node of a graph. A Python function there would
-    wait for the interpreter's lock each time; strlen of a buffer that is empty or "\\1" looks at
-    the same byte without it.
+    llama.cpp asks its abort callback before every node of a graph. A Python function would wait for
+    the interpreter's lock each time; strlen of a buffer that is empty or "\\1" needs none.
     """
 
     def __init__(self) -> None:
@@ -256,8 +255,7 @@ class Context(Handle):
     def keep(self, n_token: int, seq: int) -> int:
         """Keep the first n_token tokens of one sequence, and forget the rest.
 
-        returns  n_token, or 0 where the memory cannot forget its end (recurrent states, sliding
-                 windows that have moved on)
+        returns  n_token, or 0 where the memory cannot forget its end (recurrent, moved windows)
         """
         held = self.tokens[seq]
         if n_token >= len(held):

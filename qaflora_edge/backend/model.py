@@ -172,7 +172,7 @@ class Model(Handle):
         """Find the tokens that are written even where they control: id -> text."""
         written = {}
         for text in _WRITTEN:
-            tokens = self.tokenize(text, add_special=False, parse_special=True)
+            tokens = self.tokenize(text, parse_special=True)
             if len(tokens) == 1:
                 written[tokens[0]] = text
         return written
@@ -182,7 +182,9 @@ class Model(Handle):
         sizes = [len(self.piece(token, special=True)) for token in range(self.n_vocab)]
         return max(sizes)
 
-    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+    def tokenize(
+        self, text: str, *, add_special: bool = False, parse_special: bool = False
+    ) -> list[int]:
         """Turn text into token ids; add_special adds BOS where the vocabulary asks for it.
 
         Raises PromptError for text with lone surrogates.
@@ -210,7 +212,7 @@ class Model(Handle):
         n_head = len(f" {head}") if head else 0
         n_byte = 0
         inside = []
-        for token in self.tokenize(head + text, add_special=False, parse_special=False):
+        for token in self.tokenize(head + text):
             n_byte += len(self.piece(token))
             if n_byte > n_head:
                 inside.append(token)
@@ -218,7 +220,7 @@ class Model(Handle):
 
     @cached_property
     def _adds_space(self) -> bool:
-        first = self.tokenize("a", add_special=False, parse_special=False)[:1]
+        first = self.tokenize("a")[:1]
         return self.detokenize(first).startswith(b" ")
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
@@ -301,8 +303,7 @@ class Pack(Handle):
 
     adapter_type  one of config.ADAPTER_TYPES: what they are converted to
     first_layers  of each adapter the first one that it changes
-    n_alike       rows of a sequence in one pass that get the bits of rows alone, at most, without
-                  flash attention
+    n_alike       most rows of a sequence in a pass with the bits of rows alone, flash attention off
 
     Raises BackendError naming the file and tensor that does not fit.
     """

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from qaflora_edge import __version__
 from qaflora_edge.bundles import source
@@ -25,7 +24,7 @@ from qaflora_edge.errors import BundleError, OutputFileError
 from qaflora_edge.files import AnyPath, atomic_folder, cache_dir, cache_lock, make_folder, readable
 from qaflora_edge.formats.bundle import BUNDLE_FILE, FORMAT, read_bundle_text
 from qaflora_edge.formats.gguf import read_gguf_header
-from qaflora_edge.formats.inputs import file_state
+from qaflora_edge.formats.inputs import Json, Object, file_state
 from qaflora_edge.peft.folder import adapter_files, adapter_folder
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing import numbers
@@ -52,7 +51,7 @@ def create_bundle(
     license: str = "",
     system: str = "",
     examples: Sequence[Mapping[str, str]] = (),
-    sampling: Mapping[str, Any] | None = None,
+    sampling: Object | None = None,
     outtype: str = "f16",
     strategy: str | None = None,
     progress: Tell = silent,
@@ -69,8 +68,7 @@ def create_bundle(
     system     system message of conversations that have none
     examples   messages with which every conversation begins, behind the system's
     sampling   defaults of commands and the server: see config's group `sampling`
-    strategy   default of an Engine; None: BEST, or PUBLISHED where the adapters are not measured
-               or BEST cannot weigh them
+    strategy   default of an Engine; None: BEST, or PUBLISHED where it is not measured or BEST fails
     returns    the folder
 
     Raises a QafloraError and leaves nothing when anything fails. Measuring comes last: when it
@@ -95,7 +93,7 @@ def create_bundle(
         progress("Hashing the base", 0, 1)
         record = source.base_record(header, recorded)
         progress("Hashing the base", 1, 1)
-        raw: dict[str, Any] = {
+        raw: Json = {
             "format": FORMAT,
             "name": name or readable(folder.resolve().name),
             "description": description,
@@ -135,8 +133,7 @@ def cached_bundle(base: Path, adapters: Sequence[tuple[str, str]], progress: Tel
     """Make a bundle of a base and adapters in the cache, or find the one made before.
 
     base      a GGUF file
-    adapters  name -> as create_bundle takes them; files are the same while their sizes and times
-              of change are
+    adapters  as create_bundle takes them; a file of the same size and time of change is the same
 
     It is weighed by UNMEASURED, or by PUBLISHED where that cannot weigh these adapters.
     """
@@ -197,7 +194,7 @@ def with_adapter(
     states = dict(opened.states)  # the base must not have changed
     states[file] = alone.states[file]
     both = replace(opened, adapters=dict(opened.adapters) | dict(alone.adapters), states=states)
-    fusion: dict[str, Any] = dict(opened.text.fusion) if opened.text else {}
+    fusion: Json = dict(opened.text.fusion) if opened.text else {}
     typical = {}
     for known_name, values in opened.known.typical.items():
         if known_name in opened.adapters:  # one that was removed may have had the new one's name

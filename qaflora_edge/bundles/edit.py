@@ -34,7 +34,7 @@ from qaflora_edge.formats.bundle import (
     read_bundle_text,
     safe_join,
 )
-from qaflora_edge.formats.inputs import check_file
+from qaflora_edge.formats.inputs import Json, Object, check_file
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing.baselines.centroid import centroid_text
 from qaflora_edge.weighing.calibration import KEYS
@@ -195,7 +195,7 @@ def set_base(folder: AnyPath, base: AnyPath) -> None:
 
 
 @contextlib.contextmanager
-def editing(folder: Path) -> Iterator[tuple[BundleText, dict[str, Any]]]:
+def editing(folder: Path) -> Iterator[tuple[BundleText, Json]]:
     """Hold a bundle for one edit: give what bundle.json says, and a copy of it to change.
 
     The copy replaces bundle.json when the block succeeds, and adapter files that it no longer
@@ -209,7 +209,7 @@ def editing(folder: Path) -> Iterator[tuple[BundleText, dict[str, Any]]]:
     with cache_lock(f"bundle {folder.resolve()}"):
         text = read_bundle_text(folder)
         check_takes_file(folder / BUNDLE_FILE)
-        raw: dict[str, Any] = copy.deepcopy(dict(text.raw))
+        raw: Json = copy.deepcopy(dict(text.raw))
         try:
             yield text, raw
             if raw != text.raw:
@@ -220,7 +220,7 @@ def editing(folder: Path) -> Iterator[tuple[BundleText, dict[str, Any]]]:
         _delete(folder, text.raw, raw)
 
 
-def _delete(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+def _delete(folder: Path, old: Object, new: Object) -> None:
     kept = {record["file"] for record in new["adapters"]}
     for record in old["adapters"]:
         if record["file"] not in kept:
@@ -228,7 +228,7 @@ def _delete(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> Non
                 safe_join(folder, record["file"]).unlink()
 
 
-def write_bundle_json(folder: Path, raw: Mapping[str, Any], where: str) -> None:
+def write_bundle_json(folder: Path, raw: Object, where: str) -> None:
     """Replace a bundle's description, whole or not at all.
 
     where  names it in messages
@@ -265,7 +265,7 @@ def prompts_sha256(prompts: Sequence[str]) -> str:
 
 def measure_typical(
     folder: Path,
-    raw: dict[str, Any],
+    raw: Json,
     strategy: str | None,
     base_path: Path,
     engine: OpenEngine,
@@ -289,7 +289,7 @@ def measure_typical(
         read += [message["content"] for message in exchange]
     recorded = {"sha256": prompts_sha256(read), "n_prompt": len(read)}
     fusion = raw.setdefault("fusion", {})
-    typical: dict[str, dict[str, Any]] = fusion.get("typical", {})
+    typical: dict[str, Json] = fusion.get("typical", {})
     measured_on = fusion.get("typical_prompts", {}).get("sha256")
     if measured_on != recorded["sha256"]:
         typical = {}  # measured on other prompts
@@ -322,7 +322,7 @@ def measure_typical(
     return bool(lacking_keys)
 
 
-def check_strategy(what: str, raw: Mapping[str, Any], strategy: str) -> None:
+def check_strategy(what: str, raw: Object, strategy: str) -> None:
     """Check that a strategy finds what it needs to know of a bundle's adapters.
 
     what  fails otherwise, as in "Cannot create the bundle b"

@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.errors import (
@@ -20,7 +19,7 @@ from qaflora_edge.formats.adapter import read_adapter
 from qaflora_edge.formats.base import RECORDED
 from qaflora_edge.formats.bundle import NAME_PATTERN, NAME_RULE, BaseRecord, safe_join
 from qaflora_edge.formats.gguf import GgufHeader, read_gguf_header
-from qaflora_edge.formats.inputs import checksum, sha256_file
+from qaflora_edge.formats.inputs import Json, Object, checksum, sha256_file
 from qaflora_edge.formats.names import HubRef, load_registry, parse_hub_ref, pulled_model
 from qaflora_edge.hub import fetch_hub, fetch_model, hub_cache_dir
 from qaflora_edge.peft.folder import check_no_part
@@ -147,7 +146,7 @@ def check_names(names: Sequence[str]) -> None:
 
 def put_adapters(
     folder: Path,
-    raw: Mapping[str, Any],
+    raw: Object,
     pairs: Sequence[tuple[str, AnyPath]],
     header: GgufHeader,
     outtype: str,
@@ -179,9 +178,7 @@ def put_adapters(
     tell("Converting the adapters", len(pairs), len(pairs))
 
 
-def _put_adapter(
-    source: AdapterSource, target: Path, header: GgufHeader, outtype: str
-) -> dict[str, Any]:
+def _put_adapter(source: AdapterSource, target: Path, header: GgufHeader, outtype: str) -> Json:
     if source.path.is_dir():
         convert_adapter(source.path, header, target, outtype=outtype, name=source.name)
         info = read_adapter(read_gguf_header(target), header)
@@ -204,7 +201,7 @@ def _put_adapter(
     return record
 
 
-def base_record(header: GgufHeader, recorded: Mapping[str, str]) -> dict[str, Any]:
+def base_record(header: GgufHeader, recorded: Mapping[str, str]) -> Json:
     """Hash a base, and say of it what bundle.json says; recorded is find_base's."""
     sha256 = checksum(header.path)
     record = {key: getattr(header, key) for key in RECORDED}

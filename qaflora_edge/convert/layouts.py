@@ -4,8 +4,7 @@ No I/O.
 
 llama.cpp's converter turns the weights of some families: rows of q and k into the order of ggml's
 rope, fused projections apart. An adapter's B must be turned alike, and its A where columns are.
-Here is what was read in llama.cpp 0c1e5709, conversion/*.py (every `modify_tensors`), and is
-compared with it by the tests.
+This was read in llama.cpp 0c1e5709, conversion/*.py (every `modify_tensors`); tests compare them.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -27,6 +27,7 @@ from qaflora_edge.peft.folder import PeftAdapter
 from qaflora_edge.peft.modules import PeftModule
 
 SLICE_VALUES = 1 << 14  # that are turned and encoded at a time
+Slices = Iterator[tuple[Any, F32]]  # the place of some rows in a matrix, and the rows
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class PlannedModule(Target):
             return self.source.n_in, self.rank
         return self.rank, self.source.n_in
 
-    def slices(self, side: str) -> Iterator[tuple[Any, F32]]:
+    def slices(self, side: str) -> Slices:
         """Read lora_a or lora_b by slices of rows: their places in the file, and [some rows, n]."""
         values = self.source.read_a() if side == "a" else self.source.read_b()
         if side == "a" and self.source.is_embedding:
@@ -127,7 +128,7 @@ class SingleExperts(_Experts):
 
     experts: Mapping[int, tuple[PeftModule, float]]
 
-    def slices(self, side: str) -> Iterator[tuple[Any, F32]]:
+    def slices(self, side: str) -> Slices:
         """Read lora_a or lora_b expert by expert, as `PlannedModule.slices` does."""
         _, n_row, n_column = self.shape(side)
         for expert in range(self.n_expert):
@@ -153,7 +154,7 @@ class StackedExperts(_Experts):
     rows: Index | None
     is_swapped: bool
 
-    def slices(self, side: str) -> Iterator[tuple[Any, F32]]:
+    def slices(self, side: str) -> Slices:
         """Read lora_a or lora_b expert by expert, as `PlannedModule.slices` does."""
         is_from_a = (side == "a") != self.is_swapped
         if is_from_a:
@@ -187,7 +188,7 @@ class MixedModule:
         """Give the shape of lora_a or lora_b in the file, in numpy order."""
         return self._values(side).shape
 
-    def slices(self, side: str) -> Iterator[tuple[Any, F32]]:
+    def slices(self, side: str) -> Slices:
         """Give lora_a or lora_b as one slice, as `PlannedModule.slices` does."""
         values = self._values(side)
         yield slice(None), values.reshape(-1, values.shape[-1])

@@ -256,8 +256,7 @@ def heads(tasks: Sequence[Cell]) -> tuple[str, str, str]:
 def rows(tasks: Sequence[Cell]) -> dict[str, Row]:
     """Give the score of each strategy, and how much better than static and the best single it is.
 
-    tasks  one, or several of one unit, each of which counts the same: then strategies that one
-           of them lacks are left out
+    tasks  one, or several of one unit, which count the same: strategies that one lacks are left out
     """
     statics = [STATIC] * len(tasks)
     singles = [cell.best_single() for cell in tasks]

@@ -36,6 +36,7 @@ from qaflora_edge.errors import (
 from qaflora_edge.evaluation.metrics import BUILT_IN, Fields, Metric, is_text, metrics
 from qaflora_edge.files import cache_lock
 from qaflora_edge.formats.inputs import (
+    Json,
     WrongField,
     check_schema,
     open_input,
@@ -114,7 +115,7 @@ def read_task(path: str | Path) -> Task:
         data = file.read().removeprefix(codecs.BOM_UTF8)
     where = str(path)
     lines = list(json_lines(data, where, _wrong))
-    header: dict[str, Any] = {}
+    header: Json = {}
     try:
         if lines and "task" in lines[0][1]:
             where, first = lines.pop(0)
@@ -143,7 +144,7 @@ def _wrong(where: str, what: str) -> TaskFileError:
 
 def json_lines(
     data: bytes, path: str, wrong: Callable[[str, str], InputFileError]
-) -> Iterator[tuple[str, dict[str, Any]]]:
+) -> Iterator[tuple[str, Json]]:
     """Read the lines that are not blank, each with its place.
 
     wrong  place, what is wrong -> the error that is raised
@@ -231,7 +232,7 @@ class LineFile:
             found = f"another process writes {self.holds} into it, and no other was expected"
             raise self.refused(found, "Wait for it to end") from None
 
-    def add(self, record: Mapping[str, Any]) -> None:
+    def add(self, record: Record) -> None:
         """Add an object as a line. Raises OutputFileError when it cannot be written."""
         line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
         failure = f"Cannot write {self.holds} into {self.path}"
@@ -290,8 +291,7 @@ def kept_results(path: Path | None, header: Record) -> Iterator[Results]:
 
     path  None: nothing is written
 
-    Raises ResultsFileError or OutputFileError when the file is of another evaluation, or cannot be
-    written to; then it stays as it is.
+    Raises ResultsFileError or OutputFileError, and leaves a file of another evaluation as it is.
     """
     if path is None:
         yield Results(header)

@@ -1,8 +1,7 @@
 """Facts about architectures, and checks of a base before llama.cpp loads it.
 
 `data/architectures.json` was read in llama.cpp 0c1e5709: conversion/*.py, src/models/*.cpp and
-src/llama-arch.cpp. llama.cpp's loader refuses most damaged bases. `check_base` refuses what would
-end the process or never finish.
+src/llama-arch.cpp. Its loader refuses most damaged bases; `check_base` what ends or hangs us.
 """
 
 import json
@@ -10,7 +9,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
@@ -25,7 +24,7 @@ from qaflora_edge.formats.gguf import (
     RawArray,
     read_gguf_header,
 )
-from qaflora_edge.formats.inputs import changed, read_bytes
+from qaflora_edge.formats.inputs import Json, changed, read_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +58,7 @@ class ArchFacts:
 
 
 _TEXT = package_data("data/architectures.json").read_text("utf-8")
-_DATA: dict[str, Any] = json.loads(_TEXT)
+_DATA: Json = json.loads(_TEXT)
 REASONS: Mapping[str, str] = _DATA["reasons"]  # key -> why, in words
 # general.architecture -> its facts
 ARCH_FACTS: Mapping[str, ArchFacts] = {

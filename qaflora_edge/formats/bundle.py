@@ -9,12 +9,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path, PureWindowsPath
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from qaflora_edge.config import in_group
 from qaflora_edge.errors import BundleError, os_errors
 from qaflora_edge.files import what_is_at
 from qaflora_edge.formats.inputs import (
+    Object,
     WrongField,
     check_schema,
     open_input,
@@ -95,13 +96,13 @@ class BundleText:
     license: str = ""
     base: BaseRecord
     adapters: tuple[AdapterRecord, ...]
-    fusion: Mapping[str, Any] = field(default_factory=dict)
+    fusion: Object = field(default_factory=dict)
     system: str = ""
     examples: Sequence[Mapping[str, str]] = ()
     questions: Sequence[str] = ()
-    sampling: Mapping[str, Any] = field(default_factory=dict)
+    sampling: Object = field(default_factory=dict)
     where: str
-    raw: Mapping[str, Any]
+    raw: Object
 
 
 def is_base(place: Path) -> bool:
@@ -226,7 +227,7 @@ def packed_files(text: BundleText) -> tuple[str, ...]:
     return tuple(files)
 
 
-def _record(kind: type[Record], raw: Mapping[str, Any]) -> Record:
+def _record(kind: type[Record], raw: Object) -> Record:
     names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     return kind(**{name: raw[name] for name in names if name in raw})
 

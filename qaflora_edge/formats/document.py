@@ -28,8 +28,7 @@ _TOO_LONG = f"it has more than {MAX_TEXT_BYTES >> 20} MiB of text. Give a part o
 def document_text(name: str, data: bytes, cancel: threading.Event | None = None) -> str:
     """Give the text of a document. Raises InputFileError that says what is wrong with it.
 
-    cancel  ends the process that reads a PDF once it is set; CancelledError is raised then. It is
-            set afterwards in any case
+    cancel  once set, ends the process that reads a PDF: CancelledError. Set afterwards in any case
     """
     if _PDF in data[:_START]:
         text = _pdf_text(name, data, cancel or threading.Event())

@@ -313,8 +313,7 @@ class GgufHeader:
 def read_gguf_header(path: AnyPath) -> GgufHeader:
     """Read and check the header of a GGUF file.
 
-    Raises InputFileError when the file cannot be opened, GgufFileError when it is truncated,
-    corrupted, or lies about a size.
+    Raises InputFileError for one that cannot be opened, GgufFileError for a cut one or wrong sizes.
     """
     path = Path(path)
     with reading(path), open_input(path) as file:

@@ -32,7 +32,7 @@ MAX_SHOWN_CHARS = 80
 _KINDS = {"object": "an object", "array": "a list"}
 
 
-def read_json_object(data: bytes) -> dict[str, Any]:
+def read_json_object(data: bytes) -> Json:
     """Parse a JSON object strictly: Unicode text, no key twice, finite numbers only.
 
     Raises ValueError with the reason.
@@ -62,8 +62,8 @@ def read_json_object(data: bytes) -> dict[str, Any]:
     return value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
+def _unique(pairs: list[tuple[str, Any]]) -> Json:
+    fields: Json = {}
     for key, value in pairs:
         if key in fields:
             raise ValueError(f"the key {key[:80]!r} is given twice")
@@ -119,7 +119,7 @@ def check_schema(document: object, name: str) -> None:
 
 
 @cache
-def _load(name: str) -> tuple[dict[str, Any], Callable[[object], object]]:
+def _load(name: str) -> tuple[Json, Callable[[object], object]]:
     import fastjsonschema
 
     schema = json.loads(package_data(f"data/{name}.schema.json").read_text(encoding="utf-8"))
@@ -214,7 +214,7 @@ def read_bytes(
     return data
 
 
-def read_json_file(path: Path, most: int, kind: type[QafloraError], advice: str) -> dict[str, Any]:
+def read_json_file(path: Path, most: int, kind: type[QafloraError], advice: str) -> Json:
     """Read a JSON object from a file of at most so many bytes.
 
     Raises InputFileError when it cannot be opened, `kind` when it holds anything else.

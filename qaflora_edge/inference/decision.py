@@ -9,6 +9,7 @@ import numpy as np
 from qaflora_edge.arrays import F64
 from qaflora_edge.ask import Chat, Weighing
 from qaflora_edge.errors import PromptError, wrong_option
+from qaflora_edge.formats.inputs import Json
 from qaflora_edge.inference.core import Core, Probes
 from qaflora_edge.inference.sequence import Cancellation, Request
 from qaflora_edge.weighing.numbers import FusionWeights
@@ -30,8 +31,7 @@ class Decision:
     choices        as they were given
     probabilities  float64 [n_choice], sums to 1
     fusion         the mix that chose
-    by_adapter     "base" and each adapter -> what it would say alone, float64 [n_choice]; empty
-                   unless `compare`
+    by_adapter     "base", each adapter -> its own float64 [n_choice]; empty unless `compare`
     n_prompt       tokens of the question with its choices
     logprobs       float64 [2, n_choice] in nats, of choices after the question and after none
     """
@@ -55,9 +55,9 @@ class Decision:
             shares[self.choices[at]] = round(float(probabilities[at]), 6)
         return shares
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """Give the object that `qaflora decide --json` prints."""
-        shown: dict[str, Any] = {
+        shown: Json = {
             "choice": self.choice,
             "probabilities": self.named(self.probabilities),
             "fusion": {"strategy": self.fusion.strategy, "weights": self.fusion.means},
@@ -155,7 +155,7 @@ def checked_choices(choices: Iterable[str] | Mapping[str, str]) -> dict[str, str
     return {name: means.get(name) or "" for name in names}
 
 
-def list_choices(messages: Any, choices: Mapping[str, str]) -> list[dict[str, Any]]:
+def list_choices(messages: Any, choices: Mapping[str, str]) -> list[Json]:
     """Put the choices behind the question that ends a conversation. Raises PromptError."""
     last: Any = messages[-1] if isinstance(messages, Sequence) and messages else None
     question = None
@@ -175,8 +175,7 @@ def list_choices(messages: Any, choices: Mapping[str, str]) -> list[dict[str, An
 def probabilities(asked: F64, unasked: F64) -> F64:
     """Compare choices by how much likelier the question makes each: float64 [n_choice].
 
-    asked, unasked  log-probabilities of whole choices after the question and after none, in nats:
-                    float64 [n_choice]
+    asked, unasked  of whole choices after the question and none: log p in nats, float64 [n_choice]
 
     Longer choices, and rarer words, are less likely in both. This is the domain-conditional PMI of
     Holtzman et al. 2021, "Surface form competition", with "N/A" as Zhao et al. 2021 ask nothing.

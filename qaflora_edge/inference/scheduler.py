@@ -57,8 +57,7 @@ class Slot:
 
     tokens   ids of the KV state
     prompt   of the last RunningSequence
-    n_exact  how many tokens of it may be reused, once they are here: a prompt with the same chunks
-             reuses them bit for bit
+    n_exact  its tokens that may be reused, once here: bit for bit by a prompt with the same chunks
     n_tail   tokens after those that the base prefilled
     weights  the key of the weights that those were computed under; None where there are none
     turn     number of its last RunningSequence

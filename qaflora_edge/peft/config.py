@@ -15,7 +15,14 @@ from typing import Any
 
 from qaflora_edge.errors import PeftConfigError, UnsupportedAdapterError
 from qaflora_edge.files import package_data
-from qaflora_edge.formats.inputs import WrongField, check_schema, read_json_file, shown
+from qaflora_edge.formats.inputs import (
+    Json,
+    Object,
+    WrongField,
+    check_schema,
+    read_json_file,
+    shown,
+)
 from qaflora_edge.formats.names import CONFIG_FILE
 
 MAX_CONFIG_BYTES = 1 << 22
@@ -30,7 +37,7 @@ PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 
 # Features that a plain LoRA cannot represent, by field and by kind of adapter (of PEFT 0.21,
 # peft/utils/peft_types.py): why, and what to do. Tensors: a pattern of the name -> what it is.
-REFUSED: Mapping[str, Any] = json.loads(package_data("data/refused.json").read_text("utf-8"))
+REFUSED: Object = json.loads(package_data("data/refused.json").read_text("utf-8"))
 _OTHER_TYPE = ("only LoRA can be represented", MERGE)
 
 _UNBOUNDED = re.compile(r"[*+{]")
@@ -119,7 +126,7 @@ class PeftConfig:
             )
 
 
-def read_fields(folder: Path) -> dict[str, Any]:
+def read_fields(folder: Path) -> Json:
     """Read `adapter_config.json` as a JSON object, unchecked.
 
     Raises InputFileError when it cannot be opened, PeftConfigError when it is no object.
@@ -128,12 +135,12 @@ def read_fields(folder: Path) -> dict[str, Any]:
     return read_json_file(folder / CONFIG_FILE, MAX_CONFIG_BYTES, PeftConfigError, advice)
 
 
-def is_mlx(fields: Mapping[str, Any]) -> bool:
+def is_mlx(fields: Object) -> bool:
     """Tell by its fields whether MLX wrote an adapter_config.json."""
     return "peft_type" not in fields and ("lora_parameters" in fields or "fine_tune_type" in fields)
 
 
-def parse_config(path: Path, fields: Mapping[str, Any]) -> PeftConfig:
+def parse_config(path: Path, fields: Object) -> PeftConfig:
     """Check the fields of an adapter_config.json.
 
     Raises PeftConfigError for a wrong one, UnsupportedAdapterError for more than a plain LoRA.
@@ -156,7 +163,7 @@ def _wrong(path: Path, what: str) -> PeftConfigError:
     )
 
 
-def _refuse_peft(path: Path, fields: Mapping[str, Any]) -> None:
+def _refuse_peft(path: Path, fields: Object) -> None:
     kind = str(fields.get("peft_type", "LORA"))
     if kind.upper() != "LORA" and isinstance(fields["peft_type"], str):
         reason, advice = REFUSED["types"].get(kind.upper(), _OTHER_TYPE)
@@ -181,7 +188,7 @@ def _refuse_peft(path: Path, fields: Mapping[str, Any]) -> None:
         )
 
 
-def _peft_config(path: Path, fields: Mapping[str, Any]) -> PeftConfig:
+def _peft_config(path: Path, fields: Object) -> PeftConfig:
     # fan_in_fan_out: the base's weight is stored as [n_in, n_out], as Conv1D of GPT-2 does; PEFT
     # 0.21 corrects it by the layer (lora/layer.py dispatch_default). A and B are as for a linear
     # layer all the same, and a GGUF holds every weight as [n_out, n_in].
@@ -226,7 +233,7 @@ def is_named(targets: Rule, module: str) -> bool:
     return any(".".join(parts[begin:]) in targets for begin in range(len(parts)))
 
 
-def _refuse_mlx(path: Path, fields: Mapping[str, Any]) -> None:
+def _refuse_mlx(path: Path, fields: Object) -> None:
     kind = fields.get("fine_tune_type", "lora")
     if kind == "lora" and fields.get("use_dora"):
         kind = "dora"  # as versions before September 2024 wrote it
@@ -238,7 +245,7 @@ def _refuse_mlx(path: Path, fields: Mapping[str, Any]) -> None:
         )
 
 
-def _mlx_config(path: Path, fields: Mapping[str, Any]) -> PeftConfig:
+def _mlx_config(path: Path, fields: Object) -> PeftConfig:
     """MLX's scale is the factor of B A, whatever the rank."""
     parameters = fields["lora_parameters"]
     rank, scale, alpha = (parameters.get(key) for key in ("rank", "scale", "alpha"))

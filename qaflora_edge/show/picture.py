@@ -1,7 +1,6 @@
 """Weights as an SVG file that stands alone: nothing in it asks a host or runs.
 
-What a model wrote is escaped text. A cell's title has its numbers: programs show it where one
-points at the cell.
+What a model wrote is escaped text. A cell's title, shown where one points at it, has its numbers.
 """
 
 from __future__ import annotations

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from qaflora_edge.arrays import F64
 from qaflora_edge.config import LENSES
 from qaflora_edge.errors import StrategyError
+from qaflora_edge.formats.inputs import Json
 from qaflora_edge.weighing.numbers import typical_divergence
 from qaflora_edge.weighing.strategy import Query
 
@@ -148,15 +148,13 @@ def adds_nothing(typical: Mapping[str, Mapping[str, float]]) -> bool:
     return typical["added_last"]["mean"] < math.log(_EPS) + 1e-3
 
 
-def typical_of(
-    measured: Mapping[str, Sequence[F64]], adapters: Sequence[str]
-) -> dict[str, dict[str, Any]]:
+def typical_of(measured: Mapping[str, Sequence[F64]], adapters: Sequence[str]) -> dict[str, Json]:
     """Sum up what was measured of each adapter over neutral prompts.
 
     measured  one of KEYS -> of each prompt float64 [n_adapter, n_layer]; of SURENESS [n_adapter]
     returns   adapter -> one of KEYS -> a list of n_layer numbers, or mean and spread, and each
     """
-    typical: dict[str, Any] = {}
+    typical: Json = {}
     for key, values in measured.items():
         if key in EXTENTS:
             typical[key] = _mean_and_spread(values)
@@ -164,7 +162,7 @@ def typical_of(
             typical[key] = _typical_sureness(np.stack(values))
         else:
             typical[key] = typical_divergence(values).tolist()
-    by_adapter: dict[str, dict[str, Any]] = {}
+    by_adapter: dict[str, Json] = {}
     for ia, name in enumerate(adapters):
         by_adapter[name] = {key: values[ia] for key, values in typical.items()}
     return by_adapter
@@ -183,7 +181,7 @@ def _typical_sureness(sureness: F64) -> list[dict[str, float]]:
     return typical
 
 
-def _mean_and_spread(measured: Sequence[F64]) -> list[dict[str, Any]]:
+def _mean_and_spread(measured: Sequence[F64]) -> list[Json]:
     """Give mean and spread of each adapter's extent, and each prompt's distance from the mean."""
     by_prompt = [extent(of_prompt) for of_prompt in measured]
     extents = np.stack(by_prompt)  # [n_prompt, n_adapter]

@@ -1,18 +1,18 @@
 """From divergences to fusion weights: arithmetic only, no files and no library.
 
-The method is qa-FLoRA (AAAI 2026, arXiv 2512.11366). The library computes divergences, through the
-quantised head.
+The method is qa-FLoRA (AAAI 2026, arXiv 2512.11366). Divergences come out of the quantised head.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from qaflora_edge.arrays import F32, F64
 from qaflora_edge.errors import WeightsError
+from qaflora_edge.formats.inputs import Json
 from qaflora_edge.weighing.drafted import BASE
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class FusionWeights:
     relay: "Relay | None" = None
     begun: tuple[int, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """Give the object that `qaflora weights --json` prints."""
         divergence = None
         if self.divergence is not None:
@@ -74,7 +74,7 @@ class FusionWeights:
         }
         return fields | self.why_dict() | self.relay_dict()
 
-    def relay_dict(self) -> dict[str, Any]:
+    def relay_dict(self) -> Json:
         """Give `relay` for JSON: knower, writer, draft and how sure each was; else nothing."""
         if self.relay is None:
             return {}
@@ -90,7 +90,7 @@ class FusionWeights:
         }
         return {"relay": fields}
 
-    def why_dict(self) -> dict[str, Any]:
+    def why_dict(self) -> Json:
         """Give `because` and `why` for JSON; nothing where there are none."""
         if not self.because:
             return {}

@@ -31,6 +31,7 @@ Span = tuple[int, int]  # begin and end of a part of a prompt
 
 # adapter -> typical values by weighing.calibration.KEYS, as bundle.json stores them
 Typical = Mapping[str, Mapping[str, Any]]
+Options = Mapping[str, Any]  # of a strategy: name -> value
 
 ENTRY_POINTS = "qaflora_edge.strategies"  # the group in which packages offer theirs
 _BUILT_IN = ("two-place", "relay", "qa-flora", "spectr", "static", "single", "manual", "base")
@@ -66,7 +67,7 @@ class Query:
     pool: str
     typical: Typical
     centroids: Mapping[str, F32] = field(default_factory=dict)
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Options = field(default_factory=dict)
     question: Span = (0, 0)
     is_chat: bool = False
     is_later: bool = False
@@ -239,7 +240,7 @@ class Chosen:
     text: str
     strategy: Strategy
     argument: Any
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Options = field(default_factory=dict)
 
 
 _registry: dict[str, Strategy] = {}

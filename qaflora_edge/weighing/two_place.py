@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from qaflora_edge.arrays import F32, F64
 from qaflora_edge.config import Option
 from qaflora_edge.errors import StrategyError
-from qaflora_edge.weighing.strategy import ADDED, Mix, Probe, Query, Reason, Strategy
+from qaflora_edge.weighing.strategy import ADDED, Mix, Options, Probe, Query, Reason, Strategy
 
 Taken = dict[int, str]  # adapter's index -> the place that it is taken for, the answer first
 FIRST, LATER = ("added_last", "added_question"), ("later_last", "later_question")
@@ -108,7 +108,7 @@ def _caution(query: Query, probe: Probe) -> float:
     return max(1.0, FAMILIAR / nats)
 
 
-def single(text: F64, options: Mapping[str, Any]) -> tuple[F32, Taken]:
+def single(text: F64, options: Options) -> tuple[F32, Taken]:
     """Weigh adapters for plain text: float32 [n_adapter], the most unusual one alone, or none.
 
     text  [n_adapter]  how unusual each is at the last token, in standard deviations
@@ -123,7 +123,7 @@ def single(text: F64, options: Mapping[str, Any]) -> tuple[F32, Taken]:
     return weights, {first: "text"}
 
 
-def pair(both: F64, question: F64, options: Mapping[str, Any]) -> tuple[F32, Taken]:
+def pair(both: F64, question: F64, options: Options) -> tuple[F32, Taken]:
     """Weigh adapters for a chat prompt: float32 [n_adapter], and the place each is taken for.
 
     both, question  [n_adapter]  how unusual each adapter is, in standard deviations: where the
@@ -150,7 +150,7 @@ def _told(
     names: Sequence[str],
     scores: Mapping[str, F64],
     taken: Taken,
-    options: Mapping[str, Any],
+    options: Options,
     *,
     is_familiar: bool,
 ) -> tuple[dict[str, Reason], str]:

@@ -39,8 +39,7 @@ DISTANCES = {
 class QaFlora(Strategy):
     """Weigh each adapter by its share of a layer's divergence (qa-FLoRA, arXiv 2512.11366).
 
-    It is KL(base || adapter) of next-token distributions; the paper's ablations are distances of
-    hidden states.
+    It is KL(base || adapter) of next tokens; the paper's ablations are distances of hidden states.
     """
 
     name = "qa-flora"
@@ -65,8 +64,7 @@ class QaFlora(Strategy):
 class Spectral(Strategy):
     """Weigh by the mean over tokens and modules of softmax over the adapters of a size.
 
-    x is the input of q, k and v in the base alone. The published methods mix at each token; here
-    one mix holds for the whole answer.
+    x is the base's input of q, k and v. The published methods mix at each token, we once an answer.
     """
 
     reading: Reading

@@ -21,6 +21,7 @@ from qaflora_edge.weighing.numbers import FusionWeights, normalise
 from qaflora_edge.weighing.strategy import (
     Chosen,
     Mix,
+    Options,
     Probe,
     Query,
     Reason,
@@ -294,7 +295,7 @@ def _check_one_of(what: str, value: str, choices: Sequence[str]) -> None:
         raise StrategyError(f"The {what} {value!r} is not known; expected {expected}.")
 
 
-def shaped(weights: F32, options: Mapping[str, Any], source: str) -> F32:
+def shaped(weights: F32, options: Options, source: str) -> F32:
     """Apply power, layers, top and total, in this order; without any, weights stay as they are.
 
     weights  [n_adapter, n_layer], finite, of a strategy
