@@ -3,12 +3,13 @@
 import json
 import re
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from qaflora_edge.ask import Sampling, Tools
 from qaflora_edge.errors import OptionError
+from qaflora_edge.formats.inputs import Json, Object
 from qaflora_edge.grammar import moved_schema
 from qaflora_edge.inference.constraint import (
     Grammar,
@@ -17,7 +18,7 @@ from qaflora_edge.inference.constraint import (
     framed_grammar,
     schema_grammar,
 )
-from qaflora_edge.prompt import named, xml
+from qaflora_edge.prompt import call_arguments
 from qaflora_edge.prompt.template import literal_text
 
 CallPart = dict[str, Any]  # a call, or more of its arguments, as OpenAI streams it
@@ -52,7 +53,7 @@ class CallFormat(NamedTuple):
     head        matches a call up to its arguments
     n_id        characters of a call's id, where templates count them
     reader      follows arguments that are no object of JSON
-    rules       writes their grammar, as xml.tool_grammar asks for it
+    rules       writes their grammar, as call_arguments.tool_grammar asks for it
     is_in_system  whether the template reads the tools in the system's message
     """
 
@@ -64,11 +65,11 @@ class CallFormat(NamedTuple):
     before: re.Pattern[str]
     head: re.Pattern[str] = _JSON_HEAD
     n_id: int = 0
-    reader: type[xml.Arguments] | None = None
-    rules: Callable[[str, Mapping[str, Any]], list[str]] | None = None
+    reader: type[call_arguments.TagArguments] | None = None
+    rules: Callable[[str, Object], list[str]] | None = None
     is_in_system: bool = False
 
-    def written(self, calls: Sequence[Mapping[str, Any]]) -> str:
+    def written(self, calls: Sequence[Object]) -> str:
         """Write calls as the base does, for templates that leave them out."""
         text = ""
         for function in (call["function"] for call in calls):
@@ -98,8 +99,8 @@ _XML = CallFormat(  # Qwen3-Coder, Qwen3.5
     "",
     re.compile(rf"{_FUNCTION}|{_PLAIN}"),
     re.compile(_FUNCTION),
-    reader=xml.Arguments,
-    rules=xml.rules,
+    reader=call_arguments.TagArguments,
+    rules=call_arguments.tag_rules,
 )
 _NAMED_CALL = r"\s*(?P<name>[\w.-]+)"
 
@@ -143,8 +144,8 @@ FORMATS = (
         "",
         re.compile(rf"<\|tool_call_start\|>\s*\[{_NAMED_CALL}\(|{_PLAIN}"),
         re.compile(rf"(?:<\|tool_call_start\|>\s*\[)?{_NAMED_CALL}\("),
-        reader=named.Arguments,
-        rules=named.python_rules,
+        reader=call_arguments.NamedArguments,
+        rules=call_arguments.python_rules,
     ),
     CallFormat(  # Gemma 4
         "<|tool_call>call:",
@@ -154,8 +155,8 @@ FORMATS = (
         "",
         re.compile(rf"<\|tool_call>\s*call:{_NAMED_CALL}\{{|{_PLAIN}"),
         re.compile(rf"(?:<\|tool_call>)?\s*call:{_NAMED_CALL}\{{"),
-        reader=named.Arguments,
-        rules=named.gemma_rules,
+        reader=call_arguments.NamedArguments,
+        rules=call_arguments.gemma_rules,
     ),
     _json_form(  # Phi-4-mini, whose documents have both marks
         "<|/tool|>",
@@ -190,12 +191,12 @@ class Calls:
         at = self.format.end.rfind("<")
         return (self.format.end[at:],) if self.tools.is_single and at >= 0 else ()
 
-    def grammar(self, tools: Sequence[Mapping[str, Any]]) -> Grammar:
+    def grammar(self, tools: Sequence[Object]) -> Grammar:
         """Make the grammar of one call of one of these tools, with arguments by its schema."""
         begin = self.format.begin
         end = self.format.end
         if self.format.rules:
-            return xml.tool_grammar(begin, end, tools, self.format.rules)
+            return call_arguments.tool_grammar(begin, end, tools, self.format.rules)
         field = self.format.arguments
         forms = []
         calls = []
@@ -215,18 +216,17 @@ class Calls:
         """Yield an answer's text until a call begins, then calls as they are written.
 
         The first part of a call has its id and name, the others more of its arguments' text. Calls
-        of tools that nobody offered, and text after a call, come at the end. A call that is cut
-        ends where it is.
+        of tools that nobody offered, and text after a call, come last. A cut call ends where it is.
         """
         reader = _Reader(self)
         for piece in pieces:
             yield from reader.feed(piece)
         yield from reader.end()
 
-    def parse(self, text: str) -> tuple[str, list[dict[str, Any]]]:
+    def parse(self, text: str) -> tuple[str, list[Json]]:
         """Give a whole answer without its calls, and the calls; one that is cut stays text."""
         rest = ""
-        calls: list[dict[str, Any]] = []
+        calls: list[Json] = []
         reader = _Reader(self)
         for part in (*reader.feed(text), *reader.end()):
             if isinstance(part, str):
@@ -238,12 +238,12 @@ class Calls:
             calls.pop()
         return (rest.strip(), calls) if calls else (rest, calls)
 
-    def late(self, text: str) -> tuple[str, list[dict[str, Any]]]:
+    def late(self, text: str) -> tuple[str, list[Json]]:
         """Split what was held until the end: text, and calls; one that is no JSON stays text.
 
         Without a mark before it, JSON is a call if it has the name of a tool and arguments.
         """
-        calls: list[dict[str, Any]] = []
+        calls: list[Json] = []
         rest = ""
         at = 0
         while match := self.format.before.search(text, at):
@@ -257,7 +257,7 @@ class Calls:
                 at = match.end() + 1
         return rest + text[at:], calls
 
-    def _decoded(self, text: str, match: re.Match[str]) -> tuple[list[dict[str, Any]], int]:
+    def _decoded(self, text: str, match: re.Match[str]) -> tuple[list[Json], int]:
         groups = match.groupdict()
         name = groups.get("name")
         try:
@@ -285,7 +285,7 @@ class Calls:
     def offers(self, name: str) -> bool:
         return any(tool["function"]["name"] == name for tool in self.tools.offered)
 
-    def _call(self, call: Any, *, is_marked: bool) -> dict[str, Any] | None:
+    def _call(self, call: Any, *, is_marked: bool) -> Json | None:
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):
             return None
         arguments = call.get("arguments", call.get("parameters"))
@@ -295,7 +295,7 @@ class Calls:
             arguments = json.dumps(arguments or {}, ensure_ascii=False)
         return self.call(call["name"], arguments, call.get("id"))
 
-    def call(self, name: str, arguments: str, call_id: Any = None) -> dict[str, Any]:
+    def call(self, name: str, arguments: str, call_id: Any = None) -> Json:
         """Write a call in OpenAI's shape; an id that the template would not take is replaced."""
         n_id = self.format.n_id
         if not (isinstance(call_id, str) and len(call_id) == n_id):
@@ -310,7 +310,7 @@ def closed(text: str, at: int) -> int:
     return match.end() if match else at
 
 
-def add_part(calls: list[dict[str, Any]], part: CallPart) -> None:
+def add_part(calls: list[Json], part: CallPart) -> None:
     """Add a part of a call to the calls so far."""
     if part["index"] == len(calls):
         call = {name: value for name, value in part.items() if name != "index"}
@@ -346,7 +346,7 @@ class _Reader:
         self._held = ""
         self._is_start = True
         self._n_call = 0  # that have begun
-        self._open: _JsonArguments | xml.Arguments | None = None
+        self._open: _JsonArguments | call_arguments.TagArguments | None = None
         self.unfinished = ""  # the text of a call that has begun
 
     def feed(self, piece: str) -> Iterator[str | CallPart]:
@@ -422,9 +422,7 @@ def calls_of(template: str | None, tools: Tools | None) -> Calls | None:
     return Calls(tools, style) if tools and style else None
 
 
-def bound(
-    sampling: Sampling, json_schema: Mapping[str, Any] | bool | None, calls: Calls | None
-) -> Sampling:
+def bound(sampling: Sampling, json_schema: Object | bool | None, calls: Calls | None) -> Sampling:
     """Bind an answer to its grammar, to a JSON schema, or to a call of tools.
 
     Raises OptionError for a form of its own beside a call that is required.

@@ -15,6 +15,7 @@ from qaflora_edge.errors import OutputFileError, PromptError, SessionFileError
 from qaflora_edge.files import atomic_path, readable
 from qaflora_edge.formats.bundle import is_base, read_bundle_text
 from qaflora_edge.formats.inputs import (
+    Json,
     WrongField,
     check_schema,
     checksum,
@@ -90,7 +91,7 @@ class Conversation:
         return tokens
 
 
-def bundle_identity(folder: Path) -> dict[str, Any]:
+def bundle_identity(folder: Path) -> Json:
     """Identify a bundle by its bundle.json, or a base alone: `bundle` of a session file.
 
     Raises BundleError.

@@ -7,9 +7,9 @@ from typing import Any
 
 from qaflora_edge.ask import Chat, Question
 from qaflora_edge.errors import ModalityError, OptionError, PromptError
-from qaflora_edge.formats.inputs import Json
+from qaflora_edge.formats.inputs import Json, Object
 
-Message = Mapping[str, Any]
+Message = Object
 
 
 def begin_with(

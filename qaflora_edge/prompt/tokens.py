@@ -23,7 +23,7 @@ from qaflora_edge.errors import (
     ToolsError,
     wrong_option,
 )
-from qaflora_edge.formats.inputs import Json
+from qaflora_edge.formats.inputs import Json, Object
 from qaflora_edge.prompt import template as templates
 from qaflora_edge.prompt.messages import Message, begin_with, checked_messages
 from qaflora_edge.prompt.typed import TypedText
@@ -90,7 +90,7 @@ class Reader:
     def continuation(self, prompt: Prompt, text: Plain) -> tuple[int, ...]:
         """Give the tokens of a text that goes on from a prompt; n_ctx holds for both."""
         if isinstance(text, str):
-            tokens = self.model.tokenize(text, add_special=False, parse_special=False)
+            tokens = self.model.tokenize(text)
         else:
             tokens = token_ids(text, "continuation")
         if not tokens:
@@ -177,7 +177,7 @@ def _with_calls(template: str, variables: Json) -> list[Any]:
     return list(messages)
 
 
-def _template_kwargs(variables: Any, reasoning: str) -> Mapping[str, Any]:
+def _template_kwargs(variables: Any, reasoning: str) -> Object:
     if not isinstance(variables, Mapping | None):
         expected = 'an object, as in {"enable_thinking": False}'
         raise wrong_option("chat_template_kwargs", variables, expected)
@@ -352,7 +352,7 @@ def _thinking_after(model: Model, tokens: Sequence[int], end: int) -> Thinking |
             n_byte += len(model.piece(token, special=True))
             n_weighed += n_byte <= len(head.encode())
     is_open = begun.rfind(begin_tag) > begun.rfind(end_tag)
-    closing = model.tokenize(f"\n{end_tag}", add_special=False, parse_special=True)
+    closing = model.tokenize(f"\n{end_tag}", parse_special=True)
     return Thinking(begin_tag, end_tag, is_open, n_weighed, closing, tag_tokens)
 
 
@@ -380,7 +380,7 @@ def infill_tokens(model: Model, gap: Gap, n_ctx: int) -> list[int]:
     pre, suf, mid, rep, sep = ([mark] if mark >= 0 else [] for mark in marks)
 
     def tokens(text: str) -> list[int]:
-        return model.tokenize(text, add_special=False, parse_special=False)
+        return model.tokenize(text)
 
     n_char = gap.n_prompt * _PIECE_BYTES
     before = tokens(gap.prefix[-n_char:])

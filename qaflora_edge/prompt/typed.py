@@ -83,7 +83,7 @@ class TypedText:
             places = _places(plain, token.text, 0, len(plain))
             if any(is_typed(at, token) for at in places):
                 return self._apart(plain, is_typed)
-        return self._model.tokenize(plain, add_special=False, parse_special=True)
+        return self._model.tokenize(plain, parse_special=True)
 
     def _apart(self, plain: str, is_typed: Any) -> list[int]:
         """As llama.cpp parses special tokens (0c1e5709, llama-vocab.cpp tokenizer_st_partition).
@@ -107,7 +107,7 @@ class TypedText:
                 tokens.append(fragment)
             else:
                 for text in self._runs(plain, *fragment, is_typed):
-                    tokens += self._model.tokenize(text, add_special=False, parse_special=False)
+                    tokens += self._model.tokenize(text)
         return tokens
 
     def _runs(self, plain: str, start: int, end: int, is_typed: Any) -> Iterator[str]:
