@@ -4,7 +4,7 @@ The models are the one source of both. A field's `title` says what it has to be,
 Sampling options come from `config`, with their ranges.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import (
@@ -23,7 +23,7 @@ from qaflora_edge.config import Option, in_group
 from qaflora_edge.dialects.options import MAX_WEIGHT, RANGE
 from qaflora_edge.errors import OptionError, wrong_field
 from qaflora_edge.formats.bundle import NAME_PATTERN, NAME_RULE
-from qaflora_edge.formats.inputs import Json
+from qaflora_edge.formats.inputs import Json, Object
 from qaflora_edge.server.refusals import Refusal
 
 MAX_MESSAGES = 2048
@@ -43,7 +43,8 @@ _MESSAGE: Json = {
 }
 
 Text = Annotated[str, Field(min_length=1)]
-Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
+Count = Annotated[int, Field(ge=0)]
+Tokens = Annotated[list[Count], Field(min_length=1, fail_fast=True)]
 Several = Annotated[list[Text | Tokens], Field(min_length=1)]
 Messages = Annotated[
     list[Json],
@@ -62,6 +63,11 @@ ToolList = Annotated[
 ]
 
 
+def unset(title: str, **how: Any) -> Any:
+    """Declare a field that may be missing; the title says what it has to be where it is there."""
+    return Field(None, title=title, **how)
+
+
 class Strict(BaseModel, strict=True):
     """Hold an object of a request: values have exactly the types that are declared."""
 
@@ -69,13 +75,13 @@ class Strict(BaseModel, strict=True):
 class Fusion(Strict, extra="forbid"):
     """Say how a request is weighed, and what the answer tells of it."""
 
-    strategy: Text | None = Field(None, title="the name of a strategy")
-    adapters: list[str] | None = Field(None, title="names of adapters", fail_fast=True)
-    weights: Json | Rows | None = Field(None, title=_WEIGHTS)
-    prefill: Literal["auto", "base", "mix"] | None = Field(None, title="one of auto, base, mix")
+    strategy: Text | None = unset("the name of a strategy")
+    adapters: list[str] | None = unset("names of adapters", fail_fast=True)
+    weights: Json | Rows | None = unset(_WEIGHTS)
+    prefill: Literal["auto", "base", "mix"] | None = unset("one of auto, base, mix")
     relay: Flag = None
-    returned: Literal["summary", "why", "layers", "none"] | None = Field(
-        None, alias="return", title="one of summary, why, layers, none"
+    returned: Literal["summary", "why", "layers", "none"] | None = unset(
+        "one of summary, why, layers, none", alias="return"
     )
 
 
@@ -96,14 +102,14 @@ class Body(Strict):
     """Ask a model; a stream of its answer, where it has one, is of some media type."""
 
     stream_media: ClassVar[str] = ""
-    model: str | None = Field(None, title="a model that GET /v1/models lists")
+    model: str | None = unset("a model that GET /v1/models lists")
 
 
 class Weighed(Body):
     """Ask for something that is weighed."""
 
-    fusion: Fusion | None = Field(None, title='an object, as in {"strategy": "calibrated"}')
-    lora: list[Scale] | None = Field(None, title=_SCALES, fail_fast=True)
+    fusion: Fusion | None = unset('an object, as in {"strategy": "calibrated"}')
+    lora: list[Scale] | None = unset(_SCALES, fail_fast=True)
 
 
 def _option_field(option: Option) -> tuple[Any, Any]:
@@ -119,7 +125,7 @@ def _option_field(option: Option) -> tuple[Any, Any]:
         above = option.low if option.is_open else None
         least = None if option.is_open else option.low
         kind = Annotated[option.kind, Field(gt=above, ge=least, le=option.high)]
-    return kind | None, Field(None, title=title, description=option.help)
+    return kind | None, unset(title, description=option.help)
 
 
 _OPTIONS = in_group("sampling").values()
@@ -132,15 +138,13 @@ class Answered(Sampled, extra="allow"):  # type: ignore[misc, call-arg]
     """Ask for answers: how they are sampled, and how they are sent."""
 
     stream_media = "text/event-stream"
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(
-        None, title=f"a number of answers from 1 to {MAX_CHOICES}"
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = unset(
+        f"a number of answers from 1 to {MAX_CHOICES}"
     )
     stream: Flag = None
-    stream_options: StreamOptions | None = Field(
-        None, title='an object, as in {"include_usage": true}'
-    )
+    stream_options: StreamOptions | None = unset('an object, as in {"include_usage": true}')
     return_progress: Flag = None
-    json_schema: Json | bool | None = Field(None, title="a JSON schema")
+    json_schema: Json | bool | None = unset("a JSON schema")
     verbose: Flag = None
 
 
@@ -159,20 +163,18 @@ class TemplateBody(Body):
     tools: ToolList = None
     continue_final_message: Flag = None
     add_generation_prompt: Flag = None
-    chat_template_kwargs: Json | None = Field(
-        None, title='an object, as in {"enable_thinking": false}'
-    )
+    chat_template_kwargs: Json | None = unset('an object, as in {"enable_thinking": false}')
 
 
 class ChatBody(TemplateBody, Tooled):
     """Ask /v1/chat/completions."""
 
     logprobs: Flag = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(
-        None, title="a number of tokens from 0 to 20"
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = unset(
+        "a number of tokens from 0 to 20"
     )
-    response_format: Json | None = Field(None, title='an object, as in {"type": "json_object"}')
-    reasoning_effort: str | None = Field(None, title="a text such as none, low or high")
+    response_format: Json | None = unset('an object, as in {"type": "json_object"}')
+    reasoning_effort: str | None = unset("a text such as none, low or high")
 
 
 class TextBody(Answered):
@@ -187,10 +189,10 @@ class CompletionBody(Answered):
     """Ask /completion."""
 
     prompt: Text | Tokens = Field(title="a text or a list of token ids")
-    n_predict: Annotated[int, Field(ge=-1)] | None = Field(
-        None, title="a number of tokens, or -1 for as many as there is room for"
+    n_predict: Annotated[int, Field(ge=-1)] | None = unset(
+        "a number of tokens, or -1 for as many as there is room for"
     )
-    n: Literal[1] | None = Field(None, title="1: this path gives one answer")
+    n: Literal[1] | None = unset("1: this path gives one answer")
 
 
 class Extra(Strict):
@@ -205,16 +207,12 @@ class InfillBody(CompletionBody):
 
     input_prefix: str = Field("", title="the text before the gap")
     input_suffix: str = Field("", title="the text after the gap")
-    input_extra: list[Extra] | None = Field(
-        None, max_length=MAX_PROMPTS, title='a list such as [{"filename": "a.py", "text": "..."}]'
+    input_extra: list[Extra] | None = unset(
+        'a list such as [{"filename": "a.py", "text": "..."}]', max_length=MAX_PROMPTS
     )
     prompt: str = Field("", title="what the gap begins with")
-    n_prompt: Annotated[int, Field(ge=1)] | None = Field(
-        None, title="the most tokens of the prompt, 1 or more"
-    )
-    t_max_predict_ms: Annotated[int, Field(ge=0)] | None = Field(
-        None, title="milliseconds after which the answer ends with its line"
-    )
+    n_prompt: Annotated[int, Field(ge=1)] | None = unset("the most tokens of the prompt, 1 or more")
+    t_max_predict_ms: Count | None = unset("milliseconds after which the answer ends with its line")
 
 
 Embedded = Annotated[
@@ -227,8 +225,8 @@ class EmbeddingsBody(Body):
     """Ask /v1/embeddings."""
 
     input: Embedded
-    dimensions: None = Field(None, title="nothing: a vector has as many as the base's states")
-    encoding_format: Literal["float", "base64"] | None = Field(None, title="float or base64")
+    dimensions: None = unset("nothing: a vector has as many as the base's states")
+    encoding_format: Literal["float", "base64"] | None = unset("float or base64")
 
 
 class EmbeddingBody(Body):
@@ -243,16 +241,16 @@ class ResponsesBody(Tooled):
     input: Annotated[str | list[Any], Field(min_length=1)] = Field(
         title="a text or a list of items"
     )
-    instructions: str | None = Field(None, title="a text")
-    max_output_tokens: Annotated[int, Field(ge=0)] | None = None
-    text: Json | None = Field(None, title='an object such as {"format": {"type": "text"}}')
-    reasoning: Json | None = Field(None, title='an object such as {"effort": "low"}')
+    instructions: str | None = unset("a text")
+    max_output_tokens: Count | None = None
+    text: Json | None = unset('an object such as {"format": {"type": "text"}}')
+    reasoning: Json | None = unset('an object such as {"effort": "low"}')
 
 
 class WeightsBody(Weighed):
     """Ask /v1/weights."""
 
-    prompt: Text | Tokens | None = Field(None, title="a text or token ids")
+    prompt: Text | Tokens | None = unset("a text or token ids")
     messages: Messages | None = None
     raw: Flag = None
 
@@ -275,8 +273,8 @@ class AdapterBody(Body):
     """Ask to add or remove an adapter; config_bytes of an upload are adapter_config.json."""
 
     lora_name: Annotated[str, Field(pattern=f"^{NAME_PATTERN.pattern}$")] = Field(title=NAME_RULE)
-    lora_path: Text | None = Field(None, title="a path in the folder of --allow-adapters")
-    hub: Text | None = Field(None, title="a reference of the Hub, as owner/name")
+    lora_path: Text | None = unset("a path in the folder of --allow-adapters")
+    hub: Text | None = unset("a reference of the Hub, as owner/name")
     config_bytes: Annotated[str, Field(pattern="^[0-9]{1,6}$")] = Field("0", title="a number")
 
 
@@ -287,8 +285,8 @@ _Options: Any = create_model("_Options", __base__=Strict, **_OF_OLLAMA)
 class OllamaOptions(_Options):  # type: ignore[misc]
     """Say how Ollama's clients sample: -1 is what nobody asked for, a whole number may be 3.0."""
 
-    num_predict: int | None = Field(
-        None, title="a number of tokens, 0 or less for as many as there is room for"
+    num_predict: int | None = unset(
+        "a number of tokens, 0 or less for as many as there is room for"
     )
 
     @model_validator(mode="before")
@@ -312,9 +310,9 @@ class OllamaBody(Weighed):
 
     stream_media = "application/x-ndjson"
     model: Text = Field(title="a model that GET /api/tags lists")
-    options: OllamaOptions | None = Field(None, title='an object, as in {"temperature": 0}')
+    options: OllamaOptions | None = unset('an object, as in {"temperature": 0}')
     stream: bool = Field(True, title="true or false")
-    think: bool | str | None = Field(None, title="true, false, or a text such as none or high")
+    think: bool | str | None = unset("true, false, or a text such as none or high")
     format: Json | Literal["", "json"] = Field("", title="json, or a JSON schema")
     keep_alive: Any = None
     verbose: Flag = None
@@ -381,15 +379,7 @@ class DetokenizeBody(Body):
 
 def as_mapping(body: BaseModel) -> Json:
     """Give the fields that a body has, as dialects read them; null stands for nothing."""
-    return {name: _plain(value) for name, value in body if value is not None}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, BaseModel):
-        return as_mapping(value)
-    if isinstance(value, list) and value and isinstance(value[0], BaseModel):
-        return [as_mapping(entry) for entry in value]
-    return value
+    return body.model_dump(exclude_none=True)
 
 
 B = TypeVar("B", bound=Body)
@@ -404,9 +394,7 @@ def checked(kind: type[B], fields: Json) -> B:
         raise _refusal(kind, first, fields) from None
 
 
-def _refusal(
-    kind: type[BaseModel] | None, error: Mapping[str, Any], value: Any
-) -> Refusal | OptionError:
+def _refusal(kind: type[BaseModel] | None, error: Object, value: Any) -> Refusal | OptionError:
     names: list[str] = []
     expected = ""
     for key in error["loc"]:

@@ -19,7 +19,7 @@ from qaflora_edge.engine import Engine
 from qaflora_edge.errors import BundleError, BusyError, QafloraError
 from qaflora_edge.formats.bundle import NAME_PATTERN, NAME_RULE, is_base, read_bundle_text
 from qaflora_edge.formats.gguf import read_gguf_header
-from qaflora_edge.formats.inputs import Json
+from qaflora_edge.formats.inputs import Json, Object
 from qaflora_edge.server.refusals import Refusal
 from qaflora_edge.server.security import share_of
 from qaflora_edge.weighing.strategy import HIDDEN
@@ -119,11 +119,11 @@ class ServedModel:
     weigher: Weigher
     strategies: tuple[str, ...]
     slots: asyncio.Semaphore
-    sha256: Mapping[str, Any] = field(default_factory=dict)
+    sha256: Object = field(default_factory=dict)
     family: str = ""
     n_byte: int = 0
     sampling: Sampling = field(default_factory=Sampling)
-    about: Mapping[str, Any] = field(default_factory=dict)
+    about: Object = field(default_factory=dict)
     engine: Engine | None = None
     worker: threading.Thread | None = None
     opening: asyncio.Task[None] | None = None
@@ -181,7 +181,7 @@ class ServedModels:
     def _read(self, place: Path) -> ServedModel:
         sha256: Json = {}
         targets: dict[str, Sequence[str]] = {}
-        about: dict[str, Any] = {}
+        about: Json = {}
         sampling = self._options.sampling
         if is_base(place):
             header = read_gguf_header(place)

@@ -49,7 +49,7 @@ async def document(request: Request) -> Response:
 
             def count() -> int:
                 with engine.model() as model:
-                    return len(model.tokenize(text, add_special=False, parse_special=False))
+                    return len(model.tokenize(text))
 
             n_token = await asyncio.to_thread(count)
     return JSONResponse({"text": text, "n_token": n_token})
