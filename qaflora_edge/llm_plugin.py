@@ -83,9 +83,10 @@ class BundleModel(llm.Model):
         options = prompt.options.model_dump(exclude_none=True)
         schema: Any = prompt.schema  # llm has turned a class into a schema by now
         settings = shared_settings("llm")
-        strategy = options.pop("strategy", settings.strategy)
         weighing = {name: options.pop(name) for name in _WEIGHING if name in options}
-        engine = opened(self.folder, settings.engine | weighing)
+        keywords = settings.engine | weighing
+        strategy = keywords.pop("strategy")  # of this prompt: the Engine stays open for others
+        engine = opened(self.folder, keywords)
         ask = Ask(
             Chat([chat_message(message) for message in prompt.messages]),
             Weighing(strategy),

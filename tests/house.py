@@ -11,8 +11,8 @@ from pathlib import Path
 PACKAGE = "qaflora_edge"
 LONG = 35  # words; no sentence for people has more
 LIMITS = {
-    "lines of the package": 28_742,
-    "tokens a line of code": 8.6,
+    "lines of the package": 28_726,
+    "tokens a line of code": 8.5,
     "modules": 135,
     "modules that Engine imports": 45,
     "lines that Engine imports": 8_000,

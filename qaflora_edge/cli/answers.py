@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from qaflora_edge.errors import IncompleteAnswerError
+from qaflora_edge.formats.inputs import Json
 from qaflora_edge.show.text import can_show, visible, who_spoke
 
 if TYPE_CHECKING:
     from qaflora_edge.inference.generation import Generation
+
+
+def say(text: str) -> None:
+    """Tell the user something on stderr, which no pipe takes for an answer."""
+    click.echo(text, err=True)
 
 
 def stream_answer(answer: Generation) -> None:
@@ -40,15 +46,15 @@ def stream_answer(answer: Generation) -> None:
         click.echo()
 
 
-def print_json(value: dict[str, Any]) -> None:
+def print_json(value: object) -> None:
     """Print JSON on one line; escaped where the output's encoding lacks a character."""
     text = json.dumps(value, ensure_ascii=False)
     click.echo(text if can_show(text, sys.stdout.encoding) else json.dumps(value))
 
 
-def answer_dict(answer: Generation, *, with_fusion: bool = True) -> dict[str, Any]:
+def answer_dict(answer: Generation, *, with_fusion: bool = True) -> Json:
     """The object that `qaflora run --json` prints; takes the whole answer first."""
-    facts: dict[str, Any] = {"text": answer.text()}
+    facts: Json = {"text": answer.text()}
     usage = {
         "prompt_tokens": answer.n_prompt,
         "completion_tokens": answer.n_draft + answer.n_completion,

@@ -6,19 +6,19 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
 import click
 from click.core import ParameterSource
 
 from qaflora_edge.ask import Ask, Chat, Question, Sampling, Weighing
 from qaflora_edge.cli import prompts
-from qaflora_edge.cli.answers import answer_dict, incomplete, print_json
+from qaflora_edge.cli.answers import answer_dict, incomplete, print_json, say
 from qaflora_edge.cli.options import SharedOptions, bundle_folder, check_outputs, open_engine
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.config import OWN, SHARED, Option, in_group
@@ -26,7 +26,7 @@ from qaflora_edge.errors import OptionError, QafloraError, wrong_option
 from qaflora_edge.evaluation.tasks import LineFile
 from qaflora_edge.files import one_line
 from qaflora_edge.formats.bundle import BUNDLE_FILE, is_base, read_bundle_text
-from qaflora_edge.formats.inputs import checksum, open_input
+from qaflora_edge.formats.inputs import Json, Object, checksum, open_input
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.progress import TellCount, silent
 from qaflora_edge.prompt.messages import begin_with
@@ -61,7 +61,7 @@ class Defaults:
     raw_prompt: bool = False
 
 
-def to_ask(line: Mapping[str, Any], defaults: Defaults) -> Ask:
+def to_ask(line: Object, defaults: Defaults) -> Ask:
     """Read what a line asks; keys that are no options are left out.
 
     A line with messages or a system prompt is a chat. Raises OptionError for a wrong value.
@@ -81,7 +81,7 @@ def to_ask(line: Mapping[str, Any], defaults: Defaults) -> Ask:
     return replace(ask, prompt=question, sampling=sampling, json_schema=schema)
 
 
-def _question(line: Mapping[str, Any], system: str | None, is_raw: bool) -> Question:
+def _question(line: Object, system: str | None, is_raw: bool) -> Question:
     prompt = line.get("prompt")
     messages = line.get("messages")
     if (prompt is None) == (messages is None):
@@ -96,9 +96,9 @@ def _question(line: Mapping[str, Any], system: str | None, is_raw: bool) -> Ques
     return Chat(begin_with(system, said))
 
 
-def _options(line: Mapping[str, Any]) -> dict[str, Any]:
+def _options(line: Object) -> Json:
     """Collect the options that a request has, by their names; null stands for the default."""
-    options: dict[str, Any] = {}
+    options: Json = {}
     for key, value in line.items():
         option = _OPTIONS.get(key)
         if option is None or value is None:
@@ -197,11 +197,11 @@ class _Job:
 
     def answer(self, engine: Engine, lines: Iterable[prompts.Line], tell: TellCount) -> None:
         """Answer lines; each answer is written when it ends."""
-        running: list[tuple[prompts.Line, dict[str, Any]]] = []
+        running: list[tuple[prompts.Line, Json]] = []
 
         def asks() -> Iterator[Ask]:
             for line in lines:
-                mark: dict[str, Any] = {}
+                mark: Json = {}
                 try:
                     fields = line.parse()
                     if "id" in fields:
@@ -219,8 +219,9 @@ class _Job:
             self.n_token += answer.n_completion
             self._write(line, mark | self._result(answer), tell)
 
-    def _write(self, line: prompts.Line, answer: dict[str, Any], tell: TellCount) -> None:
-        record = {"index": line.index} | answer
+    def _write(self, line: prompts.Line, answer: Json, tell: TellCount) -> None:
+        record: Json = {"index": line.index}
+        record |= answer
         record["request"] = f"{self.key}-{line.digest}"
         self._note(line.index, answer.get("error", {}).get("message", ""))
         if self.file is None:
@@ -230,7 +231,7 @@ class _Job:
         self.n_done += 1
         tell(self.n_done, max(self.n_done, self.n_line - len(self.digests)))
 
-    def _result(self, answer: Generation) -> dict[str, Any]:
+    def _result(self, answer: Generation) -> Json:
         if answer.error is not None:
             return _failure(answer.error)
         result = answer_dict(answer, with_fusion=self.is_full)
@@ -243,14 +244,14 @@ class _Job:
         """Say what was done, and which keys are none."""
         if self.unknown:
             names = crop(", ".join(map(repr, self.unknown)), 400)
-            click.echo(f"Not options of a request, and ignored: {names}", err=True)
+            say(f"Not options of a request, and ignored: {names}")
         rate = self.n_token / seconds if seconds > 0 else 0.0
         parts = [f"{self.n_done} lines done, {self.n_token} tokens at {rate:.1f} tok/s"]
         if n_before := len(self.digests):
             parts.append(f"{n_before} were done before")
         if self.n_failed:
             parts.append(f"{self.n_failed} failed, the first: {self.first_failure}")
-        click.echo(f"[{one_line('; '.join(parts))}]", err=True)
+        say(f"[{one_line('; '.join(parts))}]")
 
 
 def answer_file(
@@ -308,9 +309,9 @@ def _key(
     engine = {name: value for name, value in options.engine.items() if name not in _NO_MATTER}
     chosen = {name: getattr(sampling, name) for name in options.keywords("sampling")}
     chosen["grammar"] = sampling.grammar
-    facts = [checksum(place), engine, options.strategy, options.raw_prompt, chosen, system, as_json]
+    facts = [checksum(place), engine, options.raw_prompt, chosen, system, as_json]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _failure(error: QafloraError) -> dict[str, Any]:
+def _failure(error: QafloraError) -> Json:
     return {"error": {"type": type(error).__name__, "message": str(error)}}

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qaflora_edge.cli.options import BUNDLE, SharedOptions, bundle_folder, command, shared_options
+from qaflora_edge.cli.answers import print_json
+from qaflora_edge.cli.options import (
+    SharedOptions,
+    bundle_argument,
+    bundle_folder,
+    command,
+    json_option,
+    shared_options,
+)
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.config import MAX_PARALLEL
 from qaflora_edge.errors import BundleError, OptionError
+from qaflora_edge.formats.inputs import Json
 from qaflora_edge.show.text import columns
 
 if TYPE_CHECKING:
@@ -41,8 +49,8 @@ def _listed(flag: str, allowed: Sequence[Any], default: str, help: str) -> Calla
 
 
 @command("qaflora bench demo", "qaflora bench demo --k 3 --prompt-tokens 128 --only decode,ttft")
-@click.argument("bundle", **BUNDLE)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with every run.")
+@bundle_argument
+@json_option("Print one JSON object, with every run.")
 @_listed("--only", PARTS, ",".join(PARTS), "Measure these parts only.")
 @_listed(
     "--k",
@@ -91,12 +99,13 @@ def bench(
     measured = _measured(loaded, options, only, sizes)
     del sizes["callers"]  # the rows of that part have the numbers
     result = _facts(loaded, options) | sizes | measured
-    click.echo(json.dumps(result) if as_json else "\n".join(_table(result)))
+    if as_json:
+        print_json(result)
+    else:
+        click.echo("\n".join(_table(result)))
 
 
-def _measured(
-    loaded: Opened, options: SharedOptions, only: Sequence[str], sizes: dict[str, Any]
-) -> dict[str, Any]:
+def _measured(loaded: Opened, options: SharedOptions, only: Sequence[str], sizes: Json) -> Json:
     import qaflora_edge.bench as parts
     from qaflora_edge.engine import Engine
 
@@ -104,9 +113,9 @@ def _measured(
     longest = max(plan.prompt_tokens)
     most = max(plan.callers)
     n_ctx = longest + most + plan.max_tokens + 256  # a template
-    engine_options = options.engine | {"n_ctx": n_ctx, "strategy": options.strategy}
+    engine_options = options.engine | {"n_ctx": n_ctx}
     adapters = list(loaded.adapter_paths.values())
-    measured: dict[str, Any] = {}
+    measured: Json = {}
     rig = parts.Rig(loaded.base_path, adapters, engine_options, options.seed or 0)
     with rig, progress_bars() as tell:
         if "callers" in only:
@@ -126,7 +135,7 @@ def _measured(
     return measured
 
 
-def _facts(loaded: Opened, options: SharedOptions) -> dict[str, Any]:
+def _facts(loaded: Opened, options: SharedOptions) -> Json:
     from qaflora_edge.backend.context import default_threads
     from qaflora_edge.cli.doctor import cpu_name, library_facts, package_facts
 

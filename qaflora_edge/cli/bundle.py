@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qaflora_edge.cli import options as cli
-from qaflora_edge.cli.answers import print_json
+from qaflora_edge.cli.answers import print_json, say
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.cli.prompts import read_text
 from qaflora_edge.config import ADAPTER, OWN
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 def bundle() -> None:
     """Make, change, show and verify bundles.
 
-    A bundle is a folder with bundle.json and adapters/NAME.gguf for one base. It can be copied,
-    zipped or put on a hub.
+    A bundle is a folder: bundle.json and adapters/NAME.gguf for one base. Copy, zip or share it.
     """
 
 
-def _pairs(ctx: click.Context, param: click.Parameter, values: Any) -> list[tuple[str, str]]:
+def _pairs(ctx: click.Context, param: click.Parameter, values: Any) -> cli.Pairs:
     return cli.adapter_pairs(values)
 
 
 _FOLDER = cli.BUNDLE | {"callback": lambda ctx, param, value: cli.bundle_folder(value)}
+_folder = click.argument("folder", **_FOLDER)
 _adapters: dict[str, Any] = {"multiple": True, "metavar": ADAPTER.metavar, "callback": _pairs}
 _outtype = cli.click_option(replace(OWN["convert"]["outtype"], help="Convert to this type."), "")
 _from_now_on = click.option("--strategy", help="Used by default from now on.  [default: as it is]")
@@ -53,7 +53,7 @@ _calibrate = click.option(
     "qaflora bundle create mine --modelfile Modelfile",
     group=bundle,
 )
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="DIR", type=cli.PATH)
 @click.option(
     "--base",
     metavar="BASE.gguf",
@@ -72,7 +72,7 @@ _calibrate = click.option(
     "--modelfile",
     "modelfile_path",
     metavar="FILE",
-    type=click.Path(path_type=Path),
+    type=cli.PATH,
     help="Take base, adapters, system message, parameters and licence from a Modelfile of Ollama, "
     "in place of --base, --adapter and --system.",
 )
@@ -95,7 +95,7 @@ _calibrate = click.option(
 def create(
     folder: Path,
     base: str | None,
-    adapters: list[tuple[str, str]],
+    adapters: cli.Pairs,
     modelfile_path: Path | None,
     system_path: str | None,
     calibrate: bool,
@@ -137,10 +137,10 @@ def create(
     except BaseException:
         if folder.is_dir() and not is_there:
             finish = f"qaflora bundle calibrate {folder} --strategy two-place"
-            click.echo(f"{folder} works, but is not measured; `{finish}` does.", err=True)
+            say(f"{folder} works, but is not measured; `{finish}` does.")
         raise
     weighed = f"weighed by {_strategy(folder)}"
-    click.echo(f"Created the bundle {folder}, {weighed}. Try: qaflora chat {folder}", err=True)
+    say(f"Created the bundle {folder}, {weighed}. Try: qaflora chat {folder}")
 
 
 def _read_modelfile(path: Path) -> Modelfile:
@@ -148,7 +148,7 @@ def _read_modelfile(path: Path) -> Modelfile:
 
     modelfile = read_modelfile(path)
     for note in modelfile.notes:
-        click.echo(note, err=True)
+        say(note)
     return modelfile
 
 
@@ -157,7 +157,7 @@ def _read_modelfile(path: Path) -> Modelfile:
     "qaflora bundle add my-bundle law=owner/law-lora@v1",
     group=bundle,
 )
-@click.argument("folder", **_FOLDER)
+@_folder
 @click.argument("pairs", metavar="[[NAME=]PATH]...", nargs=-1, callback=_pairs)
 @click.option("--adapter", "adapters", **_adapters, help="Add this one too; repeatable.")
 @_outtype
@@ -168,8 +168,8 @@ def _read_modelfile(path: Path) -> Modelfile:
 @_calibrate
 def add(
     folder: Path,
-    pairs: list[tuple[str, str]],
-    adapters: list[tuple[str, str]],
+    pairs: cli.Pairs,
+    adapters: cli.Pairs,
     calibrate: bool,
     **options: Any,
 ) -> None:
@@ -188,11 +188,11 @@ def add(
     with progress_bars() as progress:
         add_adapters(folder, pairs, progress=progress, **options)
     for name, _ in pairs:
-        click.echo(f"Added the adapter {name} to {folder}.", err=True)
+        say(f"Added the adapter {name} to {folder}.")
 
 
 @cli.command("qaflora bundle remove my-bundle med", group=bundle)
-@click.argument("folder", **_FOLDER)
+@_folder
 @click.argument("name")
 @_from_now_on
 def remove(folder: Path, name: str, strategy: str | None) -> None:
@@ -200,7 +200,7 @@ def remove(folder: Path, name: str, strategy: str | None) -> None:
     from qaflora_edge.bundles.edit import remove_adapter
 
     remove_adapter(folder, name, strategy=strategy)
-    click.echo(f"Removed the adapter {name} from {folder}.", err=True)
+    say(f"Removed the adapter {name} from {folder}.")
 
 
 @cli.command(
@@ -208,7 +208,7 @@ def remove(folder: Path, name: str, strategy: str | None) -> None:
     "qaflora bundle base my-bundle owner/base-GGUF/base-q4_k_m.gguf",
     group=bundle,
 )
-@click.argument("folder", **_FOLDER)
+@_folder
 @click.argument("base", metavar="BASE")
 def base(folder: Path, base: str) -> None:
     """Say where a bundle's base lies.
@@ -219,7 +219,7 @@ def base(folder: Path, base: str) -> None:
     from qaflora_edge.bundles.edit import set_base
 
     set_base(folder, base)
-    click.echo(f"The base of {folder} is {base}.", err=True)
+    say(f"The base of {folder} is {base}.")
 
 
 @cli.command(
@@ -227,7 +227,7 @@ def base(folder: Path, base: str) -> None:
     "qaflora bundle calibrate my-bundle --strategy two-place",
     group=bundle,
 )
-@click.argument("folder", **_FOLDER)
+@_folder
 @_from_now_on
 def calibrate(folder: Path, strategy: str | None) -> None:
     """Measure what is typical of each adapter, for two-place and calibrated.
@@ -241,7 +241,7 @@ def calibrate(folder: Path, strategy: str | None) -> None:
     with progress_bars() as progress:
         is_new = calibrate_bundle(folder, Engine, strategy=strategy, progress=progress)
     done = "Measured the adapters of" if is_new else "Every adapter was measured already in"
-    click.echo(f"{done} {folder}, weighed by {_strategy(folder)}.", err=True)
+    say(f"{done} {folder}, weighed by {_strategy(folder)}.")
 
 
 @cli.command(
@@ -249,7 +249,7 @@ def calibrate(folder: Path, strategy: str | None) -> None:
     "qaflora bundle samples my-bundle es preguntas.jsonl",
     group=bundle,
 )
-@click.argument("folder", **_FOLDER)
+@_folder
 @click.argument("name", metavar="ADAPTER")
 @click.argument("file", metavar="FILE")
 def samples(folder: Path, name: str, file: str) -> None:
@@ -266,12 +266,12 @@ def samples(folder: Path, name: str, file: str) -> None:
     texts = read_prompts(file)
     with progress_bars() as progress:
         set_samples(folder, name, texts, Engine, progress=progress)
-    click.echo(f"Embedded {len(texts)} sample texts of {name} in {folder}.", err=True)
+    say(f"Embedded {len(texts)} sample texts of {name} in {folder}.")
 
 
 @cli.command("qaflora bundle show demo", group=bundle)
-@click.argument("folder", **_FOLDER)
-@click.option("--json", "as_json", is_flag=True, help="Print bundle.json, and where the base is.")
+@_folder
+@cli.json_option("Print bundle.json, and where the base is.")
 def show(folder: Path, as_json: bool) -> None:
     """Show what a bundle says of itself; its files need not be there."""
     from qaflora_edge.bundles.open import recorded_base
@@ -326,7 +326,7 @@ def describe(folder: Path) -> str:
 
 
 @cli.command("qaflora bundle verify demo", group=bundle)
-@click.argument("folder", **_FOLDER)
+@_folder
 def verify(folder: Path) -> None:
     """Hash every file of a bundle and its base again, and check all shapes."""
     from qaflora_edge.bundles.open import verify_bundle

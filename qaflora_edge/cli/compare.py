@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import click
 
 from qaflora_edge.ask import Ask, Weighing
 from qaflora_edge.cli import options as cli
-from qaflora_edge.cli.answers import answer_dict
+from qaflora_edge.cli.answers import answer_dict, print_json
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.show.text import can_show, visible, who_spoke
 
@@ -31,7 +30,7 @@ _COMMA = re.compile(r",(?![^,:]*=)")
     'qaflora compare demo "What is the capital of France, and which river flows through it?"',
     "qaflora compare demo QUESTION --strategies base,static,two-place",
 )
-@click.argument("bundle", **cli.BUNDLE)
+@cli.bundle_argument
 @click.argument("question")
 @click.option(
     "--strategies",
@@ -40,7 +39,7 @@ _COMMA = re.compile(r",(?![^,:]*=)")
     help="What to compare, in this order; `single` is each adapter alone.  [default: the "
     "strategy, base, single]",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@cli.json_option()
 @cli.shared_options
 def compare(
     bundle: str, question: str, ways: str | None, as_json: bool, options: cli.SharedOptions
@@ -58,7 +57,7 @@ def compare(
         answers = answer_all(engine, Ask(prompt, sampling=options.sampling), strategies)
     if as_json:
         facts = [{"strategy": strategy} | facts for strategy, _, facts in answers]
-        click.echo(json.dumps({"prompt": text, "answers": facts}))
+        print_json({"prompt": text, "answers": facts})
     else:
         click.echo(table(answers))
 

@@ -9,15 +9,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from qaflora_edge.cli import options as cli
-from qaflora_edge.cli.answers import print_json
+from qaflora_edge.cli.answers import print_json, say
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.errors import ConversionError, OutputFileError
 from qaflora_edge.files import atomic_path, what_is_at
+from qaflora_edge.formats.inputs import Json
 from qaflora_edge.formats.names import plain_name
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     "-o",
     "--output",
     metavar="OUT.gguf",
-    type=click.Path(path_type=Path),
+    type=cli.PATH,
     help="The file to write.  [default: the adapter's name, in this folder]",
 )
 @cli.own_options
@@ -51,9 +52,7 @@ if TYPE_CHECKING:
     "largest difference; --json has it for each module. The file is kept only if rounding to its "
     "type explains them all.",
 )
-@click.option(
-    "--json", "as_json", is_flag=True, help="Print what was written as one JSON object on stdout."
-)
+@cli.json_option("Print what was written as one JSON object on stdout.")
 def convert(
     peft_dir: str,
     base: str | None,
@@ -103,15 +102,14 @@ def convert(
         _print_report({"path": None}, error.checks, as_json)
         raise
     _print_report(asdict(converted) | {"path": str(output)}, converted.checks, as_json)
-    click.echo(f"Wrote {output} ({converted.size_bytes / 1e6:.1f} MB).", err=True)
+    say(f"Wrote {output} ({converted.size_bytes / 1e6:.1f} MB).")
     trained_on = converted.trained_on
     base_name = converted.base_name
     names = {plain_name(name) for name in (base_name, base) if name}
     if trained_on and base_name and plain_name(trained_on) not in names:
-        click.echo(
+        say(
             f"Its config says that it was trained on {trained_on}; the base calls itself "
-            f"{base_name[:200]!r}.",
-            err=True,
+            f"{base_name[:200]!r}."
         )
 
 
@@ -121,7 +119,7 @@ def _use_one_blas_thread() -> None:
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
-def _print_report(report: dict[str, Any], checks: Sequence[ModuleCheck], as_json: bool) -> None:
+def _print_report(report: Json, checks: Sequence[ModuleCheck], as_json: bool) -> None:
     if as_json:
         report["checks"] = [_check_fields(check) for check in checks]
         print_json(report)
@@ -136,9 +134,9 @@ def _print_report(report: dict[str, Any], checks: Sequence[ModuleCheck], as_json
         click.echo(f"Verified {len(checks)} modules: {difference}.")
 
 
-def _check_fields(check: ModuleCheck) -> dict[str, Any]:
+def _check_fields(check: ModuleCheck) -> Json:
     """Write a check for JSON, which has neither NaN nor infinity."""
-    fields: dict[str, Any] = {"is_right": check.is_right}
+    fields: Json = {"is_right": check.is_right}
     for key, value in asdict(check).items():
         is_number = not isinstance(value, float) or math.isfinite(value)
         fields[key] = value if is_number else None
@@ -149,7 +147,7 @@ def _check_fields(check: ModuleCheck) -> dict[str, Any]:
     "qaflora export demo -o mix.gguf --strategy manual:math=0.7,es=0.3",
     'qaflora export demo -o mix.gguf --prompt "Una camisa cuesta 12 euros."',
 )
-@click.argument("bundle", **cli.BUNDLE)
+@cli.bundle_argument
 @click.option("-o", "--output", required=True, help="What to write.", **cli.out_file(metavar="OUT"))
 @click.option("--prompt", metavar="TEXT", help="Weigh for this prompt; `-` reads stdin.")
 @cli.own_options
@@ -185,4 +183,4 @@ def export(
     with atomic_path(output) as temporary:
         write_mix(temporary, opened.header, modules, who, outtype)
     rank = max(module.b.shape[-1] for module in modules)
-    click.echo(f"Wrote {output}: {who}; rank {rank}.", err=True)
+    say(f"Wrote {output}: {who}; rank {rank}.")

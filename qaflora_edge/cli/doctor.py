@@ -2,7 +2,6 @@
 
 import ctypes
 import importlib.metadata
-import json
 import platform
 import re
 from pathlib import Path
@@ -11,8 +10,10 @@ from typing import Any
 import click
 
 from qaflora_edge import __version__
-from qaflora_edge.cli.options import command
+from qaflora_edge.cli.answers import print_json
+from qaflora_edge.cli.options import command, json_option
 from qaflora_edge.errors import LibraryError
+from qaflora_edge.formats.inputs import Json
 
 PACKAGES = ("llama-cpp-python", "numpy", "gguf", "huggingface-hub", "click")
 # What --draft auto does: whether kernels multiply a row alone as they do in company.
@@ -24,7 +25,7 @@ DEVICE_TYPES = ("CPU", "GPU", "integrated GPU", "accelerator", "meta")  # ggml_b
 
 
 @command("qaflora doctor --json")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option()
 def doctor(as_json: bool) -> None:
     """Report the library, the devices and the versions.
 
@@ -39,15 +40,18 @@ def doctor(as_json: bool) -> None:
 
         library = {"ok": False, "folder": str(library_dir()), "error": str(err)}
     report = {"library": library} | package_facts()
-    click.echo(json.dumps(report) if as_json else _lines(report))
-    if not as_json and error is None:
-        place = "a GPU" if library["gpu_offload"] else "the CPU"
-        click.echo(f"All is well: the library fits this version and computes on {place}.")
+    if as_json:
+        print_json(report)
+    else:
+        click.echo(_lines(report))
+        if error is None:
+            place = "a GPU" if library["gpu_offload"] else "the CPU"
+            click.echo(f"All is well: the library fits this version and computes on {place}.")
     if error is not None:
         raise error
 
 
-def library_facts() -> dict[str, Any]:
+def library_facts() -> Json:
     """What the loaded library says of itself. Raises LibraryError when it cannot be loaded."""
     from qaflora_edge.backend import devices, library
 
@@ -69,7 +73,7 @@ def library_facts() -> dict[str, Any]:
     }
 
 
-def package_facts() -> dict[str, Any]:
+def package_facts() -> Json:
     """Versions of qaflora-edge, Python and what it stands on; the machine; the cache."""
     from qaflora_edge.files import cache_dir
 
@@ -88,7 +92,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _device(ggml: Any, device: int) -> dict[str, Any]:
+def _device(ggml: Any, device: int) -> Json:
     free = ctypes.c_size_t()
     total = ctypes.c_size_t()
     ggml.dev_memory(device, ctypes.byref(free), ctypes.byref(total))
@@ -102,7 +106,7 @@ def _device(ggml: Any, device: int) -> dict[str, Any]:
     }
 
 
-def _lines(report: dict[str, Any]) -> str:
+def _lines(report: Json) -> str:
     from qaflora_edge.backend.library import last_error
 
     library = report["library"]

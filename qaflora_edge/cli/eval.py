@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qaflora_edge.cli import options as cli
+from qaflora_edge.cli.answers import print_json, say
 from qaflora_edge.cli.compare import expand
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.files import one_line, write_text_atomic
@@ -31,10 +32,8 @@ In brackets: 95 % intervals. Differences are paired, above 0 where the strategy 
     "qaflora eval demo sums.jsonl chat.jsonl --strategies base,static,qa-flora -o r.jsonl",
     "qaflora eval demo sums.jsonl --limit 20 --json results.json",
 )
-@click.argument("bundle", **cli.BUNDLE)
-@click.argument(
-    "paths", nargs=-1, required=True, metavar="TASK...", type=click.Path(path_type=Path)
-)
+@cli.bundle_argument
+@click.argument("paths", nargs=-1, required=True, metavar="TASK...", type=cli.PATH)
 @click.option(
     "--strategies",
     "ways",
@@ -119,7 +118,7 @@ def eval(
         best = best_strategy(results)
         how = results.header["options"]
         set_default(folder, best, lens=how["lens"], pool=how["pool"])
-        click.echo(f"The strategy of {folder} is {best} from now on.", err=True)
+        say(f"The strategy of {folder} is {best} from now on.")
     click.get_current_context().exit(1 if results.failed else 0)
 
 
@@ -157,7 +156,7 @@ def _keep(results: Results, records: Iterable[Record], n_asked: int) -> None:
         if failed := results.failed:
             first = "{task}, item {item}: {error}".format_map(failed[0])
             parts.append(f"{len(failed)} failed, the first: {first}")
-        click.echo(f"[{one_line('; '.join(parts))}]", err=True)
+        say(f"[{one_line('; '.join(parts))}]")
 
 
 def _show(results: Results, json_path: str | None) -> None:
@@ -166,7 +165,7 @@ def _show(results: Results, json_path: str | None) -> None:
     document = dict(results.header)
     document["results"] = list(results.records.values())
     if json_path == "-":
-        click.echo(json.dumps(document))
+        print_json(document)
         return
     _print_tables(cells(results))
     if json_path is not None:

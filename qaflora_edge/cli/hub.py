@@ -1,12 +1,12 @@
 """qaflora pull, models, list and remove: what is here, and what the Hub has"""
 
-import json
 import sys
 from functools import partial
 
 import click
 
-from qaflora_edge.cli.options import command
+from qaflora_edge.cli.answers import print_json, say
+from qaflora_edge.cli.options import command, json_option
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.files import one_line
 
@@ -50,7 +50,7 @@ def pull(ref: str, with_base: bool, update: bool) -> None:
 
 
 @command("qaflora models")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, name by name.")
+@json_option("Print one JSON object, name by name.")
 def models(as_json: bool) -> None:
     """List the models that can be pulled.
 
@@ -66,7 +66,7 @@ def models(as_json: bool) -> None:
             | {"path": None if path is None else str(path)}
             for model, path in places
         }
-        click.echo(json.dumps(entries))
+        print_json(entries)
         return
     for model, path in places:
         place = f"here: {path}" if path else f"get it: qaflora pull {model.name}"
@@ -77,7 +77,7 @@ def models(as_json: bool) -> None:
 
 
 @command("qaflora list", "qaflora list --json", name="list")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON array.")
+@json_option("Print one JSON array.")
 def list_here(as_json: bool) -> None:
     """List the bundles and bases that are here.
 
@@ -86,15 +86,16 @@ def list_here(as_json: bool) -> None:
     """
     from qaflora_edge.hub import all_here
 
-    keys = ("kind", "name", "path", "size_bytes", "is_pulled")
-    entries = [{key: getattr(here, key) for key in keys} for here in all_here()]
+    entries = []
+    for here in all_here():
+        entry = {key: getattr(here, key) for key in ("kind", "name", "size_bytes", "is_pulled")}
+        entry["path"] = str(here.path)
+        entries.append(entry)
     if as_json:
-        click.echo(json.dumps(entries, default=str))
+        print_json(entries)
         return
     if not entries:
-        click.echo(
-            "Nothing is here yet; see `qaflora models`, and `qaflora bundle create`.", err=True
-        )
+        say("Nothing is here yet; see `qaflora models`, and `qaflora bundle create`.")
     width = max((len(entry["name"]) for entry in entries), default=0)
     for entry in entries:
         click.echo(
@@ -112,8 +113,7 @@ def remove(name: str, is_sure: bool) -> None:
     """Remove a model, an adapter or a bundle that was pulled.
 
     NAME is one that `qaflora list` shows as pulled; files and folders of your own stay. Files of
-    the Hub lie in a cache that other tools share: the whole commit is gone for them too. It can be
-    pulled again.
+    the Hub lie in a cache that other tools share: the whole commit is gone for them too.
     """
     from qaflora_edge.hub import find_pulled, remove_pulled
 
@@ -126,4 +126,4 @@ def remove(name: str, is_sure: bool) -> None:
             raise click.UsageError(f"This removes {what}; add --yes where nobody can be asked.")
         click.confirm(f"Remove {what}?", abort=True, err=True)
     remove_pulled(here)
-    click.echo(f"Removed {what}.", err=True)
+    say(f"Removed {what}.")

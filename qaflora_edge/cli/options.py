@@ -19,6 +19,7 @@ from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from qaflora_edge.ask import Chat, Question, Sampling
+from qaflora_edge.cli.answers import say
 from qaflora_edge.cli.progress import progress_bars, waiting
 from qaflora_edge.cli.prompts import read_message
 from qaflora_edge.config import ADAPTER, ADVANCED, OWN, SECTIONS, Option, in_group, shared_by
@@ -30,13 +31,16 @@ from qaflora_edge.settings import expanded
 if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
 
+Keywords = dict[str, Any]  # of a call, by their names
+Pairs = list[tuple[str, str]]  # of texts: adapters and where they are, flags and their help
+
 
 class SharedOptions(SimpleNamespace):
     """The shared options by their keys in the settings; None where nothing is set."""
 
-    def keywords(self, group: str) -> dict[str, Any]:
+    def keywords(self, group: str) -> Keywords:
         """The options of a group of `config`, by their names in Python."""
-        keywords: dict[str, Any] = {}
+        keywords: Keywords = {}
         for option in in_group(group).values():
             if hasattr(self, option.key):
                 value = getattr(self, option.key)
@@ -46,11 +50,9 @@ class SharedOptions(SimpleNamespace):
         return keywords
 
     @property
-    def engine(self) -> dict[str, Any]:
-        """Keywords of Engine that do not depend on a bundle's adapters."""
-        keywords = self.keywords("engine")
-        del keywords["strategy"]
-        return keywords
+    def engine(self) -> Keywords:
+        """Keywords of Engine."""
+        return self.keywords("engine")
 
     @property
     def sampling(self) -> Sampling:
@@ -101,10 +103,17 @@ def _items(values: Callable[[], Iterable[str]], word: str) -> list[Any]:
 
 
 # Keywords of click.argument for DIR.
-BUNDLE: dict[str, Any] = {"metavar": "DIR", "shell_complete": complete_bundle}
+BUNDLE: Keywords = {"metavar": "DIR", "shell_complete": complete_bundle}
+bundle_argument = click.argument("bundle", **BUNDLE)
+PATH = click.Path(path_type=Path)
 
 
-def out_file(*suffixes: str, metavar: str = "FILE") -> dict[str, Any]:
+def json_option(help: str = "Print one JSON object.") -> Callable[..., Any]:
+    """The option --json of a command, which gets it as `as_json`."""
+    return click.option("--json", "as_json", is_flag=True, help=help)
+
+
+def out_file(*suffixes: str, metavar: str = "FILE") -> Keywords:
     """Keywords of click.option for a file that is written, and has to end so."""
 
     def check(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
@@ -175,7 +184,7 @@ def click_option(option: Option, command: str) -> Callable[..., Any]:
     shown = default
     if option.is_negated and default is not None:
         shown = not default
-    keywords: dict[str, Any] = {} if option.kind is tuple else {"default": shown}
+    keywords: Keywords = {} if option.kind is tuple else {"default": shown}
     if option.name == "strategy":
         keywords["shell_complete"] = complete_strategy
     unset = "" if command in option.defaults else option.unset
@@ -238,12 +247,12 @@ def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
 SAMPLED_BY_BUNDLE = ("run", "chat", "compare")
 
 
-def _sampling_of_bundle(bundle: str) -> dict[str, Any]:
+def _sampling_of_bundle(bundle: str) -> Keywords:
     """Give the options that a bundle sets, by key, where nobody who calls chose a value."""
     from qaflora_edge.formats.bundle import read_bundle_text
 
     options = in_group("sampling")
-    values: dict[str, Any] = {}
+    values: Keywords = {}
     with contextlib.suppress(QafloraError):  # what opens the bundle will say what is wrong
         for name, value in read_bundle_text(bundle_folder(bundle)).sampling.items():
             if not is_chosen(options[name].key):
@@ -257,7 +266,7 @@ def is_chosen(key: str) -> bool:
     return source not in (None, ParameterSource.DEFAULT)
 
 
-def adapter_pairs(values: Sequence[str]) -> list[tuple[str, str]]:
+def adapter_pairs(values: Sequence[str]) -> Pairs:
     """Read [NAME=]PATH; the folder, file or repository gives the name where there is none.
 
     Raises BadParameter where a side is empty, as for a folder whose name has no Latin letter.
@@ -290,7 +299,7 @@ def _with_adapters(adapters: Sequence[tuple[str, str]], base: str, *others: str)
         folder = cached_bundle(place, adapters, tell)
     words = ["qaflora", "bundle", "create", "my-bundle", "--base", base]
     words += [word for name, path in adapters for word in ("--adapter", f"{name}={path}")]
-    click.echo(f"To keep these adapters, measured for two-place: {shlex.join(words)}", err=True)
+    say(f"To keep these adapters, measured for two-place: {shlex.join(words)}")
     return str(folder)
 
 
@@ -317,7 +326,7 @@ class _Command(click.Command):
         return self._sections.get(param.name or "", SECTIONS[0])
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        rows: dict[str, list[tuple[str, str]]] = {name: [] for name in SECTIONS}
+        rows: dict[str, Pairs] = {name: [] for name in SECTIONS}
         for param in self.get_params(ctx):
             if isinstance(param, click.Option) and (record := param.get_help_record(ctx)):
                 rows[self._section(param)].append(record)
@@ -371,8 +380,7 @@ def command(
 def bundle_folder(text: str) -> Path:
     """What DIR names: a bundle's folder, a base's GGUF file, or one of both that has a name.
 
-    Names are those of bundles in the places of the setting `bundles`, of bases in the registry, and
-    references of the Hub.
+    Names are those of bundles in the setting `bundles`, of the registry, and the Hub's references.
     """
     folder = Path(text)
     if os.path.exists(folder):
@@ -457,7 +465,7 @@ def open_engine(
 
     folder = bundle_folder(bundle)
     with contextlib.nullcontext() if is_quiet else waiting(f"Loading {folder}"):
-        return Engine(folder, strategy=options.strategy, **options.engine | changes)
+        return Engine(folder, **options.engine | changes)
 
 
 def read_prompt(text: str) -> str:

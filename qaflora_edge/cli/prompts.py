@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from qaflora_edge.cli.progress import waiting
 from qaflora_edge.errors import InputFileError
-from qaflora_edge.formats.inputs import read_json_object, reading, shown
+from qaflora_edge.formats.inputs import Json, read_json_object, reading, shown
 
 FILE_BYTES_MAX = 16 << 20
 
@@ -31,7 +31,7 @@ class Line:
         """Equal where the lines are."""
         return hashlib.sha256(self.data.strip()).hexdigest()[:16]
 
-    def parse(self) -> dict[str, Any]:
+    def parse(self) -> Json:
         """Read the JSON object. Raises InputFileError for what is none."""
         try:
             return read_json_object(self.data)

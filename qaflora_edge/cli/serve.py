@@ -80,7 +80,7 @@ def serve(
             timeout_s=timeout,
             ttl_s=ttl,
             adapters=folder,
-            engine=options.engine | {"strategy": options.strategy},
+            engine=options.engine,
             sampling=options.sampling,
             chosen=frozenset(filter(cli.is_chosen, vars(options))),
         ),
@@ -98,8 +98,7 @@ def worker(host: str, port: int, cache: str | None, threads: int | None, insecur
 
     It computes layers for one client at a time, which names it with --rpc; both must be of the
     same build. It is llama.cpp's RPC server: its protocol has no password and no encryption. From
-    other machines reach it through a tunnel, or say --insecure in a network of your own. Ctrl-C
-    ends it.
+    other machines reach it through a tunnel, or say --insecure in a network of your own.
     """
     try:
         address = ipaddress.IPv4Address(host)

@@ -6,18 +6,18 @@ defaults, and those over what is built in.
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import click
 from click.shell_completion import get_completion_class
 
-from qaflora_edge.cli.answers import print_json
-from qaflora_edge.cli.options import SharedOptions, command, meaning, shared_options
+from qaflora_edge.cli.answers import print_json, say
+from qaflora_edge.cli.options import SharedOptions, command, json_option, meaning, shared_options
 from qaflora_edge.config import OWN, SHARED, Option, shared_by
 from qaflora_edge.settings import (
     LIBRARY_KEYS,
+    Table,
     read_settings,
     settings_path,
     unknown_key,
@@ -113,12 +113,12 @@ def table_options(table: str) -> dict[str, Option]:
     return shared | OWN.get(table, {})
 
 
-def file_settings() -> dict[str, Any]:
+def file_settings() -> Table:
     """Read the settings file, and check all keys and values. Raises SettingsError."""
     path = settings_path()
     settings = read_settings()
     options = _OPTIONS | _OF_COMMANDS
-    values: dict[str, Any] = {}  # by key; those of tables as run.temp
+    values: Table = {}  # by key; those of tables as run.temp
     for key, value in settings.items():
         if key not in TABLES:
             values[key] = value
@@ -138,7 +138,7 @@ def file_settings() -> dict[str, Any]:
     return settings
 
 
-def file_defaults(verb: str) -> dict[str, Any]:
+def file_defaults(verb: str) -> Table:
     """What the settings file says for the options of one command, as click's default_map."""
     settings = file_settings()
     values = settings | settings.get(verb, {})
@@ -166,7 +166,7 @@ def shared_settings(table: str) -> SharedOptions:
     return chosen
 
 
-def origin(row: Setting, settings: Mapping[str, Any]) -> tuple[Any, str]:
+def origin(row: Setting, settings: Table) -> tuple[Any, str]:
     """Find the value of a setting and where it comes from: a variable, the file, or `default`.
 
     settings  what the file says, as file_settings gives it
@@ -182,12 +182,11 @@ def origin(row: Setting, settings: Mapping[str, Any]) -> tuple[Any, str]:
 
 @command("qaflora settings", "QAFLORA_THREADS=2 qaflora settings --json")
 @click.option("--all", "is_all", is_flag=True, help="Show what is not set too.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, setting by setting.")
+@json_option("Print one JSON object, setting by setting.")
 def settings(is_all: bool, as_json: bool) -> None:
     """Show what is set by environment and settings file.
 
-    Names each setting that is set, with its value and where that comes from. The file need not
-    exist.
+    Names each setting that is set, with its value and where that comes from.
     """
     path = settings_path()
     in_file = file_settings()
@@ -196,7 +195,7 @@ def settings(is_all: bool, as_json: bool) -> None:
     names = {variable for row in (*every, *of_commands) for variable in row.variables}
     for name in sorted(os.environ.keys() - names):
         if name.startswith(PREFIX):
-            click.echo(f"Note: the variable {name} is no setting, and is not read.", err=True)
+            say(f"Note: the variable {name} is no setting, and is not read.")
     if not is_all:
         every += [replace(row, variables=row.variables[:1]) for row in of_commands]
     entries = {}

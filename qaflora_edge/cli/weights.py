@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,9 +23,9 @@ if TYPE_CHECKING:
     'qaflora weights demo "Una camisa cuesta 12 euros. ¿Cuánto cuestan 3 camisas?"',
     'qaflora weights demo "How many legs do three dogs have?" --plot weights.svg',
 )
-@click.argument("bundle", **cli.BUNDLE)
+@cli.bundle_argument
 @click.argument("prompt")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@cli.json_option()
 @click.option(
     "--plot",
     help="Draw the weights to FILE.svg. A browser shows it, and a cell's numbers where one points "
@@ -40,8 +39,7 @@ def weights(
     """Show what each adapter weighs for a prompt.
 
     Prints who speaks, the mean weight of each adapter, and a heatmap of adapters and layers. PROMPT
-    `-` reads stdin. Nothing is generated; `qaflora run --prompts FILE --json -n 0` weighs each line
-    of a file.
+    `-` reads stdin. Nothing is generated. `qaflora run --prompts FILE --json -n 0` weighs a file.
     """
     cli.check_outputs([plot], [])
     text = cli.read_prompt(prompt)
@@ -53,7 +51,7 @@ def weights(
             )
         fusion = engine.weights(engine.read(cli.question(text, options)))
     if as_json:
-        click.echo(json.dumps(fusion.to_dict()))
+        print_json(fusion.to_dict())
     else:
         print_heatmap(fusion)
     if plot is not None:
@@ -78,7 +76,7 @@ def subject(bundle: str) -> str:
     'qaflora decide demo "Which of these is a fruit?" --choice apple --choice hammer',
     "qaflora decide demo --prompts tickets.txt --choice billing --choice technical --json",
 )
-@click.argument("bundle", **cli.BUNDLE)
+@cli.bundle_argument
 @click.argument("question", required=False)
 @click.option(
     "--choice",
@@ -98,7 +96,7 @@ def subject(bundle: str) -> str:
 @click.option(
     "--compare", is_flag=True, help="Also show what the base and each adapter choose alone."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each question.")
+@cli.json_option("Print one JSON object for each question.")
 @cli.shared_options
 def decide(
     bundle: str,

@@ -34,12 +34,12 @@ _MESSAGE = ("message", "for example with iconv")
     "qaflora chat demo --strategy calibrated --temp 0",
     'qaflora chat demo --system "Answer in one sentence." --load talk.json',
 )
-@click.argument("bundle", **cli.BUNDLE)
+@cli.bundle_argument
 @click.option(
     "--load",
     "load_path",
     metavar="FILE",
-    type=click.Path(path_type=Path),
+    type=cli.PATH,
     help="Go on with a conversation that /save wrote to FILE.",
 )
 @cli.own_options
@@ -165,7 +165,7 @@ class Chat:
             with contextlib.suppress(CancelledError):
                 generation = self.engine.submit(ask)
                 for piece in generation.drafting():
-                    view.drafting(piece)
+                    view.thought(piece)
                 if generation.draft is not None:
                     view.draft(generation.draft.text)
                 for thought in generation.thoughts():

@@ -46,10 +46,7 @@ class View:
         click.echo(visible(text) if self._is_tty else text, nl=False)
 
     def thought(self, text: str) -> None:
-        """Show more of the thought before an answer."""
-
-    def drafting(self, text: str) -> None:
-        """Show more of what another adapter drafts before an answer."""
+        """Show more of a thought, or of another adapter's draft, before an answer."""
 
     def draft(self, text: str) -> None:
         """Show the whole draft, on one line."""
@@ -118,9 +115,6 @@ class TerminalView(View):
             self._print(block)
         if closed or time.perf_counter() - self._drawn > _REDRAW_S:
             self._draw(self._open)
-
-    def drafting(self, text: str) -> None:
-        self.thought(text)
 
     def draft(self, text: str) -> None:
         self._aside = ""
