@@ -193,7 +193,9 @@ def with_adapter(
     alone = load_bundle(opened.base_path, {name: file})
     states = dict(opened.states)  # the base must not have changed
     states[file] = alone.states[file]
-    both = replace(opened, adapters=dict(opened.adapters) | dict(alone.adapters), states=states)
+    adapters = dict(opened.adapters)
+    adapters.update(alone.adapters)
+    both = replace(opened, adapters=adapters, states=states)
     fusion: Json = dict(opened.text.fusion) if opened.text else {}
     typical = {}
     for known_name, values in opened.known.typical.items():

@@ -288,7 +288,8 @@ def _manifest(name: str) -> tuple[Path, Path] | None:
     """Find the folder and manifest of a model, as `llama3.2`, `me/mine:v2` or `hf.co/a/b:Q8_0`."""
     *owners, last = name.split("/")
     model, _, tag = last.partition(":")
-    parts = [*("registry.ollama.ai", "library")[: max(0, 2 - len(owners))], *owners, model]
+    n_missing = max(0, 2 - len(owners))
+    parts = [*("registry.ollama.ai", "library")[:n_missing], *owners, model]
     tail = Path(*parts, tag or "latest")
     if len(parts) != 3 or not all(map(_PART.fullmatch, tail.parts)):
         return None

@@ -274,9 +274,11 @@ def answer_file(
     file = None if out is None else LineFile(out, "answers")
     key = _key(bundle, options, sampling, system, as_json)
     ask = Ask((), Weighing(options.strategy), sampling)
-    job = _Job(path, file, key, Defaults(ask, system, options.raw_prompt), as_json)
+    defaults = Defaults(ask, system, options.raw_prompt)
+    job = _Job(path, file, key, defaults, as_json)
     start_s = time.perf_counter()
-    with prompts.open_prompts(path) as stream, nullcontext() if file is None else file.opened():
+    kept_open = nullcontext() if file is None else file.opened()
+    with prompts.open_prompts(path) as stream, kept_open:
         if file is not None:
             job.read(file)
         lines: Iterable[prompts.Line] = job.lines(stream)
@@ -310,7 +312,8 @@ def _key(
     chosen = {name: getattr(sampling, name) for name in options.keywords("sampling")}
     chosen["grammar"] = sampling.grammar
     facts = [checksum(place), engine, options.raw_prompt, chosen, system, as_json]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+    facts_json = json.dumps(facts, sort_keys=True)
+    return hashlib.sha256(facts_json.encode()).hexdigest()[:12]
 
 
 def _failure(error: QafloraError) -> Json:

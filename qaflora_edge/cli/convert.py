@@ -39,9 +39,8 @@ if TYPE_CHECKING:
 @click.option(
     "-o",
     "--output",
-    metavar="OUT.gguf",
-    type=cli.PATH,
     help="The file to write.  [default: the adapter's name, in this folder]",
+    **cli.out_file(metavar="OUT.gguf"),
 )
 @cli.own_options
 @click.option("--force", is_flag=True, help="Replace OUT.gguf where it exists.")
@@ -73,8 +72,6 @@ def convert(
     from qaflora_edge.bundles.source import find_adapter, find_base
     from qaflora_edge.convert.adapter import convert_adapter
 
-    if str(output) == "-":
-        raise click.BadParameter("a file is needed, stdout will not do", param_hint="-o")
     if output is None:
         [(name, _)] = cli.adapter_pairs([peft_dir])
         output = Path(f"{name}.gguf")

@@ -275,9 +275,10 @@ def adapter_pairs(values: Sequence[str]) -> Pairs:
     for value in values:
         name, equals, path = value.partition("=")
         if not equals or os.path.exists(expanded(value)):
-            name = expanded(value).resolve().name.partition("@")[0]
             path = value
-            name = re.sub(r"[^A-Za-z0-9._-]+", "-", name.removesuffix(".gguf")).lstrip("-._")[:64]
+            last_part, _, _ = expanded(path).resolve().name.partition("@")
+            title = last_part.removesuffix(".gguf")
+            name = re.sub(r"[^A-Za-z0-9._-]+", "-", title).lstrip("-._")[:64]
         if not (name and path):
             raise click.BadParameter(f"{value!r} gives no name; write it as NAME={path or 'PATH'}.")
         pairs.append((name, path))
@@ -398,11 +399,13 @@ def bundle_folder(text: str) -> Path:
     except RegistryError:
         if folder.name != text:
             return folder  # a path: reported as the missing folder that it is
-        near = difflib.get_close_matches(text, {*named_bundles(), *registry.load_registry()}, n=1)
+        names = [*named_bundles(), *registry.load_registry()]
+        near = difflib.get_close_matches(text, names, n=1)
+        advice = f"Did you mean {near[0]}?" if near else "See `qaflora --help`."
         raise BundleError(
             f"Cannot open {text}: there is no such folder, file or name; expected the folder "
-            "of a bundle, the .gguf of a base, or a name of `qaflora list` or `qaflora "
-            f"models`. {f'Did you mean {near[0]}?' if near else 'See `qaflora --help`.'}"
+            f"of a bundle, the .gguf of a base, or a name of `qaflora list` or `qaflora models`. "
+            f"{advice}"
         ) from None
     raise BundleError(
         f"Cannot open the {'bundle' if model is None else 'base'} {text}: there is no such "

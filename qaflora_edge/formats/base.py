@@ -298,7 +298,9 @@ def _check_tokens(header: GgufHeader) -> None:
     _check_bytes(header, tokens, types if isinstance(types, tuple) else ())
 
 
-def _check_bytes(header: GgufHeader, tokens: Mapping[bytes, int], kinds: tuple[Any, ...]) -> None:
+def _check_bytes(
+    header: GgufHeader, tokens: Mapping[bytes, int], kinds: tuple[object, ...]
+) -> None:
     """Check the tokens of single bytes: llama-vocab.cpp token_to_byte and byte_to_token."""
     model = header.metadata.get("tokenizer.ggml.model")
     for token, (text, kind) in enumerate(zip(tokens, kinds, strict=False)):

@@ -143,8 +143,10 @@ class TerminalView(View):
         from rich.text import Text
 
         width, height = self._out.size
-        lines = Text(text[-width * height :]).wrap(self._out, width)
-        shown = Text("\n", style).join(lines[-max(1, height - 2) :])
+        end = text[-width * height :]
+        lines = Text(end).wrap(self._out, width)
+        n_line = max(1, height - 2)
+        shown = Text("\n", style).join(lines[-n_line:])
         self._live.update(shown, refresh=True)
         self._drawn = time.perf_counter()
 
@@ -186,9 +188,11 @@ def split_closed(text: str) -> tuple[list[str], str]:
             elif line.strip().startswith(fence) and not line.strip().strip(fence[0]):
                 fence = ""
         elif not fence and not line.strip():
-            blocks.append("\n".join(lines[begin:number]))
+            block = "\n".join(lines[begin:number])
+            if block.strip():
+                blocks.append(block)
             begin = number + 1
-    return [block for block in blocks if block.strip()], "\n".join(lines[begin:])
+    return blocks, "\n".join(lines[begin:])
 
 
 def parse_markdown(block: str) -> list[Token]:
@@ -196,9 +200,11 @@ def parse_markdown(block: str) -> list[Token]:
     from markdown_it import MarkdownIt
 
     parser = MarkdownIt("commonmark", {"html": False}).enable("table").disable(_OFF)
-    tokens = parser.parse(_SIGNS.sub(lambda match: match[0].translate(_HIDE), block))
-    for token in (each for parent in tokens for each in (parent, *(parent.children or ()))):
-        token.content = token.content.translate(_SHOW)
-        if token.type == "softbreak":
-            token.type = "hardbreak"
+    hidden = _SIGNS.sub(lambda match: match[0].translate(_HIDE), block)
+    tokens = parser.parse(hidden)
+    for parent in tokens:
+        for token in (parent, *(parent.children or ())):
+            token.content = token.content.translate(_SHOW)
+            if token.type == "softbreak":
+                token.type = "hardbreak"
     return tokens
