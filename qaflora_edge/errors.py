@@ -4,8 +4,9 @@ A message has four parts: what failed, which file, tensor or field, what was fou
 was expected, and what to do next.
 """
 
+import difflib
 import errno
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -95,6 +96,11 @@ def os_errors(kind: type[QafloraError], failure: str, advice: str) -> Iterator[N
 def is_disk_full(error: OSError) -> bool:
     """Tell whether the system ran out of space or quota."""
     return error.errno in {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """Give the one of some words that is most like a wrong one; "" where none is like it."""
+    return next(iter(difflib.get_close_matches(word, list(words), n=1)), "")
 
 
 def wrong_option(name: str, found: object, expected: str) -> OptionError:

@@ -4,7 +4,6 @@ The file is TOML. Most of its keys are options of commands, which `qaflora_edge.
 checks; `cache` and `bundles` are for the library as well and are checked here.
 """
 
-import difflib
 import os
 import tomllib
 from collections.abc import Iterable
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qaflora_edge.config import removed
-from qaflora_edge.errors import SettingsError
+from qaflora_edge.errors import SettingsError, nearest
 
 APP = "qaflora-edge"
 FILE = "config.toml"
@@ -87,8 +86,8 @@ def unknown_key(path: Path, key: str, known: Iterable[str]) -> SettingsError:
     if instead := removed(key.rpartition(".")[2]):
         return SettingsError(f"Cannot use the settings in {path}: {instead} Remove the key {key}.")
     names = sorted(known)
-    near = difflib.get_close_matches(key, names, n=1)
-    meant = f"Did you mean {near[0]}? Correct the key" if near else "Correct the key"
+    near = nearest(key, names)
+    meant = f"Did you mean {near}? Correct the key" if near else "Correct the key"
     return SettingsError(
         f"Cannot use the settings in {path}: there is no key {key!r} here, expected one of "
         f"{', '.join(names)}. {meant}, or remove it."

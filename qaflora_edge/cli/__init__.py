@@ -1,7 +1,6 @@
 """The command `qaflora`: a thin layer over the package, one file per verb, loaded when used."""
 
 import contextlib
-import difflib
 import importlib
 import os
 import signal
@@ -14,7 +13,7 @@ from click.core import ParameterSource
 
 from qaflora_edge import __version__
 from qaflora_edge.config import removed
-from qaflora_edge.errors import QafloraError, is_disk_full
+from qaflora_edge.errors import QafloraError, is_disk_full, nearest
 from qaflora_edge.files import one_line
 
 # Groups of verbs, and for each its line in `qaflora --help`. The first line of a command's own help
@@ -96,8 +95,8 @@ class VerbGroup(click.Group):
         except click.UsageError as error:
             if instead := removed(args[0]):
                 raise click.UsageError(instead, ctx) from error
-            near = difflib.get_close_matches(args[0], VERBS, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            near = nearest(args[0], VERBS)
+            hint = f" Did you mean {near!r}?" if near else ""
             raise click.UsageError(f"{error.message}{hint}", ctx) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

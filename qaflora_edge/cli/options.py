@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import os
 import re
@@ -23,7 +22,7 @@ from qaflora_edge.cli.answers import say
 from qaflora_edge.cli.progress import progress_bars, waiting
 from qaflora_edge.cli.prompts import read_message
 from qaflora_edge.config import ADAPTER, ADVANCED, OWN, SECTIONS, Option, in_group, shared_by
-from qaflora_edge.errors import BundleError, PromptError, QafloraError, RegistryError
+from qaflora_edge.errors import BundleError, PromptError, QafloraError, RegistryError, nearest
 from qaflora_edge.files import check_takes_file, one_line
 from qaflora_edge.formats import names as registry
 from qaflora_edge.settings import expanded
@@ -40,7 +39,7 @@ class SharedOptions(SimpleNamespace):
 
     def keywords(self, group: str) -> Keywords:
         """The options of a group of `config`, by their names in Python."""
-        keywords: Keywords = {}
+        keywords = {}
         for option in in_group(group).values():
             if hasattr(self, option.key):
                 value = getattr(self, option.key)
@@ -252,7 +251,7 @@ def _sampling_of_bundle(bundle: str) -> Keywords:
     from qaflora_edge.formats.bundle import read_bundle_text
 
     options = in_group("sampling")
-    values: Keywords = {}
+    values = {}
     with contextlib.suppress(QafloraError):  # what opens the bundle will say what is wrong
         for name, value in read_bundle_text(bundle_folder(bundle)).sampling.items():
             if not is_chosen(options[name].key):
@@ -400,8 +399,8 @@ def bundle_folder(text: str) -> Path:
         if folder.name != text:
             return folder  # a path: reported as the missing folder that it is
         names = [*named_bundles(), *registry.load_registry()]
-        near = difflib.get_close_matches(text, names, n=1)
-        advice = f"Did you mean {near[0]}?" if near else "See `qaflora --help`."
+        near = nearest(text, names)
+        advice = f"Did you mean {near}?" if near else "See `qaflora --help`."
         raise BundleError(
             f"Cannot open {text}: there is no such folder, file or name; expected the folder "
             f"of a bundle, the .gguf of a base, or a name of `qaflora list` or `qaflora models`. "

@@ -6,7 +6,6 @@ the package, of other packages and of a program have the same standing in one re
 Help texts and completion name strategies, so modules of strategies import numpy in functions.
 """
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from qaflora_edge.arrays import F32, F64, ArrayLike
 from qaflora_edge.config import SHAPING, Option
-from qaflora_edge.errors import StrategyError
+from qaflora_edge.errors import StrategyError, nearest
 
 if TYPE_CHECKING:
     from qaflora_edge.weighing.drafted import Draft, Relay
@@ -321,9 +320,9 @@ def parse_strategy(text: str, adapters: Sequence[str]) -> Chosen:
     if strategy is None:
         usages = {other.name: other.usage for other in strategies()}
         usages |= dict.fromkeys(BASELINES, "")
-        near = difflib.get_close_matches(name.lower(), usages, n=1)
-        raise _unknown(text, [usages[other] or other for other in near])
-    options: dict[str, Any] = {}
+        near = nearest(name.lower(), usages)
+        raise _unknown(text, usages.get(near) or near)
+    options = {}
     if strategy.is_probed and argument and not strategy.argument:
         options = read_options(argument, strategy.options, text)
         colon = argument = ""
@@ -333,8 +332,8 @@ def parse_strategy(text: str, adapters: Sequence[str]) -> Chosen:
     return Chosen(text, strategy, strategy.parse(argument, adapters, text), options)
 
 
-def _unknown(text: str, near: Sequence[str] = ()) -> StrategyError:
-    hint = f"did you mean {near[0]}? Expected" if near else "expected"
+def _unknown(text: str, near: str = "") -> StrategyError:
+    hint = f"did you mean {near}? Expected" if near else "expected"
     usages = ", ".join(strategy.usage for strategy in offered())
     return StrategyError(f"Strategy {text!r} is not known; {hint} one of {usages}.")
 
@@ -348,12 +347,12 @@ def read_options(behind: str, options: Sequence[Option], text: str) -> dict[str,
     Raises StrategyError for an unknown or repeated option, or a value out of its range.
     """
     by_name = {option.name: option for option in options}
-    values: dict[str, Any] = {}
+    values = {}
     for item in behind.split(","):
         name, equals, written_value = item.partition("=")
         if name not in by_name or not equals:
-            near = difflib.get_close_matches(name, by_name, n=1)
-            hint = f"did you mean {near[0]}=? Expected" if near else "expected"
+            near = nearest(name, by_name)
+            hint = f"did you mean {near}=? Expected" if near else "expected"
             raise StrategyError(
                 f"Strategy {text!r}: {item!r} is no option of it; {hint} some of "
                 f"{', '.join(map(written, options))}, with commas between them."

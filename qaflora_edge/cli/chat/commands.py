@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,7 @@ import click
 
 from qaflora_edge.cli.progress import waiting
 from qaflora_edge.config import in_group
-from qaflora_edge.errors import QafloraError
+from qaflora_edge.errors import QafloraError, nearest
 from qaflora_edge.prompt.conversation import Conversation, bundle_identity, save_session
 from qaflora_edge.settings import expanded
 from qaflora_edge.weighing.strategy import strategies
@@ -46,8 +45,8 @@ def run_command(chat: Chat, line: str) -> None:
     name = "help" if name == "?" else name
     try:
         if name not in COMMANDS:
-            near = difflib.get_close_matches(name.lower(), COMMANDS, n=1)
-            advice = f"did you mean /{near[0]}?" if near else "see /help."
+            near = nearest(name.lower(), COMMANDS)
+            advice = f"did you mean /{near}?" if near else "see /help."
             raise click.UsageError(
                 f"There is no command /{name}; {advice} For a message that begins with a slash, "
                 f"type //{name}."
