@@ -7,7 +7,7 @@ import contextlib
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from typing import Any
 
@@ -222,6 +222,7 @@ OPTIONS = (
            help="Keep how likely each token was, and so many of the likeliest."),
     Option("n", int, 1, "answers", low=1, noun="a number of answers", help="Give so many answers."),
 )
+SHARED = {option.key: option for option in OPTIONS if option.flag}
 # Adapters for a base alone: of every command that takes the shared options, and no setting.
 ADAPTER = Option("adapter", tuple, flag="--adapter", section="Mix", metavar="[NAME=]PATH",
                  help="Weigh this adapter on a base alone; repeatable. PATH is a PEFT folder, an "
@@ -277,9 +278,7 @@ OWN_OPTIONS = {
         Option("cache", str, flag="--cache", section="Options", metavar="DIR", unset="none",
                help="Keep large tensors of clients in this folder, so that they are sent once. "
                "Nothing in it is ever removed."),
-        Option("threads", int, None, flag="--threads", short="-t", section="Options", low=1,
-               high=MAX_THREADS, noun="a number of threads", help="Use so many CPU threads.",
-               unset="all cores"),
+        replace(SHARED["threads"], section="Options"),
         Option("insecure", bool, False, flag="--insecure/--no-insecure",
                section="Options",
                help="Listen beyond this machine. Whoever reaches the port may read and write what "
@@ -305,7 +304,6 @@ PROBING = (
            help="the token or tokens that are weighed by"),
 )
 # fmt: on
-SHARED = {option.key: option for option in OPTIONS if option.flag}
 DEFAULTS: dict[str, Any] = {option.name: option.default for option in OPTIONS}  # in Python
 OWN = {
     command: {option.key: option for option in options} for command, options in OWN_OPTIONS.items()

@@ -264,12 +264,7 @@ def prompts_sha256(prompts: Sequence[str]) -> str:
 
 
 def measure_typical(
-    folder: Path,
-    raw: Json,
-    strategy: str | None,
-    base_path: Path,
-    engine: OpenEngine,
-    tell: Tell,
+    folder: Path, raw: Json, strategy: str | None, base_path: Path, engine: OpenEngine, tell: Tell
 ) -> bool:
     """Measure what adapters lack of typical values (method.md section 7).
 

@@ -132,7 +132,7 @@ def check_new_name(name: str) -> None:
 
 def check_names(names: Sequence[str]) -> None:
     """Check that names can be adapters, and so files, of one bundle. Raises BundleError."""
-    seen: set[str] = set()
+    seen = set()
     for name in names:
         if not NAME_PATTERN.fullmatch(name):
             raise BundleError(f"The adapter name {name!r} cannot be used; expected {NAME_RULE}.")

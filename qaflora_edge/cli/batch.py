@@ -98,7 +98,7 @@ def _question(line: Object, system: str | None, is_raw: bool) -> Question:
 
 def _options(line: Object) -> Json:
     """Collect the options that a request has, by their names; null stands for the default."""
-    options: Json = {}
+    options = {}
     for key, value in line.items():
         option = _OPTIONS.get(key)
         if option is None or value is None:
@@ -201,7 +201,7 @@ class _Job:
 
         def asks() -> Iterator[Ask]:
             for line in lines:
-                mark: Json = {}
+                mark = {}
                 try:
                     fields = line.parse()
                     if "id" in fields:

@@ -35,7 +35,7 @@ def _listed(flag: str, allowed: Sequence[Any], default: str, help: str) -> Calla
     expected = f"a number from 1 to {allowed[-1]}" if is_number else f"one of {', '.join(allowed)}"
 
     def read(ctx: click.Context, param: click.Parameter, text: str) -> tuple[Any, ...]:
-        values: list[Any] = []
+        values = []
         for item in map(str.strip, text.split(",")):
             value = int(item) if is_number and item.isdecimal() else item
             if value not in allowed:
@@ -115,7 +115,7 @@ def _measured(loaded: Opened, options: SharedOptions, only: Sequence[str], sizes
     n_ctx = longest + most + plan.max_tokens + 256  # a template
     engine_options = options.engine | {"n_ctx": n_ctx}
     adapters = list(loaded.adapter_paths.values())
-    measured: Json = {}
+    measured = {}
     rig = parts.Rig(loaded.base_path, adapters, engine_options, options.seed or 0)
     with rig, progress_bars() as tell:
         if "callers" in only:

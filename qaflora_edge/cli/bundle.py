@@ -167,11 +167,7 @@ def _read_modelfile(path: Path) -> Modelfile:
 @_from_now_on
 @_calibrate
 def add(
-    folder: Path,
-    pairs: cli.Pairs,
-    adapters: cli.Pairs,
-    calibrate: bool,
-    **options: Any,
+    folder: Path, pairs: cli.Pairs, adapters: cli.Pairs, calibrate: bool, **options: Any
 ) -> None:
     """Add adapters to a bundle.
 

@@ -68,7 +68,9 @@ def convert(
     adapter, give PEFT_DIR/NAME. A Hub reference (owner/name) is fetched first. A feature that a
     plain LoRA cannot represent is refused by its name, and nothing is written then.
     """
-    _use_one_blas_thread()
+    # Numpy multiplies in one thread, unless the user chose: others spin beside busy cores.
+    if "numpy" not in sys.modules:  # it is read when numpy is loaded
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from qaflora_edge.bundles.source import find_adapter, find_base
     from qaflora_edge.convert.adapter import convert_adapter
 
@@ -108,12 +110,6 @@ def convert(
             f"Its config says that it was trained on {trained_on}; the base calls itself "
             f"{base_name[:200]!r}."
         )
-
-
-def _use_one_blas_thread() -> None:
-    """Keep numpy's products in one thread, unless the user chose: others spin beside busy cores."""
-    if "numpy" not in sys.modules:  # it is read when numpy is loaded
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def _print_report(report: Json, checks: Sequence[ModuleCheck], as_json: bool) -> None:

@@ -65,7 +65,8 @@ def serve(
     if folder and not folder.is_dir():
         fault = f"--allow-adapters: {folder} {what_is_at(folder)}"
         raise OptionError(f"{fault}, expected a folder. Make it, or name another.")
-    names = LOCAL_NAMES | {socket.gethostname().lower(), host.lower(), *map(str.lower, allow_host)}
+    own_names = (socket.gethostname(), host, *allow_host)
+    names = LOCAL_NAMES | {name.lower() for name in own_names}
     is_open = api_key is not None and not is_loopback(host)
     run(
         [cli.bundle_folder(bundle) for bundle in bundles],

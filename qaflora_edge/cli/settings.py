@@ -118,7 +118,7 @@ def file_settings() -> Table:
     path = settings_path()
     settings = read_settings()
     options = _OPTIONS | _OF_COMMANDS
-    values: Table = {}  # by key; those of tables as run.temp
+    values = {}  # by key; those of tables as run.temp
     for key, value in settings.items():
         if key not in TABLES:
             values[key] = value

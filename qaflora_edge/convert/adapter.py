@@ -196,11 +196,14 @@ def encoded_tensor(
     shape = module.shape(side)
     kind = stored_type(shape[-1], wanted)
     raw = buffer[: stored_bytes(module, side, wanted)]
-    encoded = raw.view(_FLOATS.get(kind, np.uint8)).reshape(math.prod(shape[:-1]), -1)
+    n_row = math.prod(shape[:-1])
+    encoded = raw.view(_FLOATS.get(kind, np.uint8)).reshape(n_row, -1)
     largest = 0.0
     with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite is found below
         for place, values in module.slices(side):
-            largest = max(largest, float(values.max(initial=0)), -float(values.min(initial=0)))
+            highest = float(values.max(initial=0))
+            lowest = float(values.min(initial=0))
+            largest = max(largest, highest, -lowest)
             if kind not in _FLOATS:
                 # As one row: gguf steps over rows in Python, and blocks are the same either way.
                 flat = np.ascontiguousarray(values).reshape(1, -1)

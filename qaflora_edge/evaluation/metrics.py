@@ -65,7 +65,7 @@ class Metric:
     """
 
     name: str
-    score: Callable[[Any, Fields], float | Mapping[str, Any]]
+    score: Callable[[Any, Fields], float | Fields]
     needs: str = "answer"
     check: Callable[[Fields], Fault] = check_answer
     is_likelihood: bool = False
@@ -236,7 +236,7 @@ def last_number(answer: str) -> frozenset[Decimal]:
 
 def _readings(token: str) -> set[str]:
     """Write digits with separators as every decimal number that they may stand for."""
-    readings: set[str] = set()
+    readings = set()
     parts = re.split(_GAP, token)[1:]
     if parts:
         is_grouped = all(re.match(r"\d{3}(?!\d)", part) for part in parts)

@@ -32,12 +32,12 @@ def header(
     engine: Engine,
     tasks: Sequence[Task],
     strategies: Sequence[str],
-    options: Mapping[str, Any],
+    options: Fields,
     machine: str = "",
 ) -> Record:
     """Write the first line of a results file; `machine` names the processor."""
     identity = bundle_identity(folder)
-    fusion: Mapping[str, Any] = {}
+    fusion: Fields = {}
     if not is_base(folder):
         fusion = read_bundle_text(folder).raw.get("fusion", {})
     # What some strategies use: a file from before a calibration is of another evaluation.
@@ -112,7 +112,7 @@ def evaluate(
 def _answers(
     engine: Engine, task: Task, asked: Iterable[Asked], is_chat: bool, sampling: Sampling
 ) -> Iterator[Record]:
-    records: list[Record] = []
+    records = []
     spent_ms: Counter[int] = Counter()
 
     def asks() -> Iterator[Ask]:

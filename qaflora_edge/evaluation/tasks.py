@@ -115,7 +115,7 @@ def read_task(path: str | Path) -> Task:
         data = file.read().removeprefix(codecs.BOM_UTF8)
     where = str(path)
     lines = list(json_lines(data, where, _wrong))
-    header: Json = {}
+    header = {}
     try:
         if lines and "task" in lines[0][1]:
             where, first = lines.pop(0)

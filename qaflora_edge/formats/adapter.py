@@ -140,7 +140,9 @@ def check_adapter(info: AdapterInfo, header: GgufHeader) -> None:
         tensor = header.tensors.get(EMBEDDING if is_tied else name)
         a = info.tensors[f"{name}.lora_a"].shape
         b = info.tensors[f"{name}.lora_b"].shape
-        shape = (a[0], b[0]) if name == EMBEDDING else (*b[:-1], a[-1])
+        shape = (*b[:-1], a[-1])
+        if name == EMBEDDING:
+            shape = (a[0], b[0])
         if tensor is None or shape != tensor.shape:
             there = "lacks it" if tensor is None else f"has {list(tensor.shape)}"
             raise AdapterMismatchError(

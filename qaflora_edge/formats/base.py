@@ -17,13 +17,7 @@ from gguf.constants import GGMLQuantizationType
 from qaflora_edge.errors import BundleError, GgufFileError
 from qaflora_edge.files import AnyPath, package_data
 from qaflora_edge.formats.bundle import BundleText
-from qaflora_edge.formats.gguf import (
-    STRING,
-    U64,
-    GgufHeader,
-    RawArray,
-    read_gguf_header,
-)
+from qaflora_edge.formats.gguf import STRING, U64, GgufHeader, RawArray, read_gguf_header
 from qaflora_edge.formats.inputs import Json, changed, read_bytes
 
 

@@ -63,7 +63,7 @@ def read_json_object(data: bytes) -> Json:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> Json:
-    fields: Json = {}
+    fields = {}
     for key, value in pairs:
         if key in fields:
             raise ValueError(f"the key {key[:80]!r} is given twice")
@@ -197,11 +197,7 @@ def read_input(path: AnyPath, most: int) -> bytes:
 
 
 def read_bytes(
-    path: Path,
-    offset: int,
-    n_bytes: int,
-    kind: type[QafloraError],
-    file: BinaryIO | None = None,
+    path: Path, offset: int, n_bytes: int, kind: type[QafloraError], file: BinaryIO | None = None
 ) -> bytes:
     """Read a part of a file. Raises InputFileError when it is gone, `kind` when it is shorter."""
     with reading(path), contextlib.ExitStack() as stack:

@@ -164,7 +164,7 @@ class _Vocabulary:
     def __call__(self, text: str) -> list[int]:
         model = self._model()
         assert model is not None
-        found: list[int] = []
+        found = []
         for part in filter(None, self._parts.split(text)):
             token = self._written.get(part)
             found += model.tokenize_inside(part) if token is None else [token]

@@ -100,7 +100,7 @@ def guess_together(group: Sequence[RunningSequence], n_ctx: int) -> list[list[in
     guesses: list[list[int]] = []
     n_most = N_OUTPUT // len(group) - 1
     for sequence in group:
-        guess: list[int] = []
+        guess = []
         if sequence.guesser is not None:
             guess = sequence.guesser.guess(sequence.answer)
         n_left = sequence.n_max - len(sequence.answer) - 1

@@ -41,7 +41,7 @@ def measure(
     if not {*EXTENTS}.isdisjoint(keys):
         n_extent = sum(map(len, groups))
     n_all = n_extent + (len(plain) if layers else 0)
-    measured: dict[str, Any] = {}
+    measured = {}
     if n_extent:
         rows = core.rows(adapters)
         n_before = 0

@@ -84,7 +84,9 @@ def adapter_folder(folder: AnyPath) -> Path:
     ordered = sorted(names, key=lambda name: (len(name), name))  # checkpoint-9 before checkpoint-10
     inside = [folder / name for name in ordered[:MAX_SUBFOLDERS] if _is_adapter(folder / name)]
     if len(inside) > 1:
-        shown = ", ".join(sub.name for sub in inside[:10]) + (", ..." if len(inside) > 10 else "")
+        shown = ", ".join(sub.name for sub in inside[:10])
+        if len(inside) > 10:
+            shown += ", ..."
         raise InputFileError(
             f"Cannot read the adapter {folder}: it holds {len(inside)} adapters in sub-folders, "
             f"{shown}; expected one. Give one of them, such as {inside[-1]}."

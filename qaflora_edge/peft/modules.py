@@ -221,7 +221,7 @@ def _peft_pairs(
     embeddings  is filled with the modules that have LoRA of an embedding
     """
     pairs: Pairs = {}
-    adapters: set[str] = set()
+    adapters = set()
     copies: list[StoredTensor] = []
     for name, tensor in tensors.items():
         match = _LORA_NAME.fullmatch(_module_name(name))

@@ -140,7 +140,7 @@ def resolved(schema: Any, root: Any) -> Any:
 
 def types_of(schema: Any, root: Any) -> set[str]:
     """Name the types of JSON that a schema lets a value have; none where it does not say."""
-    types: set[str] = set()
+    types = set()
     outer = resolved(schema, root)
     options = [outer]
     for field in ("anyOf", "oneOf"):
@@ -170,10 +170,7 @@ def texts_of(schema: Any) -> list[str]:
 
 
 def tool_grammar(
-    begin: str,
-    end: str,
-    tools: Sequence[Object],
-    arguments: Callable[[str, Object], list[str]],
+    begin: str, end: str, tools: Sequence[Object], arguments: Callable[[str, Object], list[str]]
 ) -> Grammar:
     """Make the grammar of one call of one of these tools.
 

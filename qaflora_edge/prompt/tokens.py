@@ -247,7 +247,9 @@ def _begun(messages: list[Json], chat: Chat) -> str | None:
 def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "too many expressions in each other"
-    text = (str(error).strip().split("\n")[0] or type(error).__name__)[:300].rstrip(".")
+    first_line, *_ = str(error).strip().split("\n")
+    text = first_line or type(error).__name__
+    text = text[:300].rstrip(".")
     line = getattr(error, "lineno", None)  # of jinja's syntax errors
     return f"line {line}: {text}" if line else text
 
@@ -385,7 +387,7 @@ def infill_tokens(model: Model, gap: Gap, n_ctx: int) -> list[int]:
     n_char = gap.n_prompt * _PIECE_BYTES
     before = tokens(gap.prefix[-n_char:])
     after = tokens(gap.suffix[:n_char])
-    others: list[int] = []
+    others = []
     if gap.files and rep:
         others += rep
         others += tokens("project\n")
@@ -395,7 +397,7 @@ def infill_tokens(model: Model, gap: Gap, n_ctx: int) -> list[int]:
     if gap.files and sep:  # the name of this one is not known
         others += sep
         others += tokens("file\n")
-    begin: list[int] = []
+    begin = []
     if model._lib.llama_vocab_get_add_bos(model.vocab):
         begin.append(model._lib.llama_vocab_bos(model.vocab))
     n_answer = min(max(gap.n_answer, _LEAST_ANSWER), n_ctx // 2)

@@ -101,7 +101,7 @@ class TypedText:
                 else:
                     pieces += _cut(plain, fragment, token, is_typed)
             fragments = pieces
-        tokens: list[int] = []
+        tokens = []
         for fragment in fragments:
             if isinstance(fragment, int):
                 tokens.append(fragment)

@@ -395,7 +395,7 @@ def checked(kind: type[B], fields: Json) -> B:
 
 
 def _refusal(kind: type[BaseModel] | None, error: Object, value: Any) -> Refusal | OptionError:
-    names: list[str] = []
+    names = []
     expected = ""
     for key in error["loc"]:
         if kind is None:

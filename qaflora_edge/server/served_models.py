@@ -179,9 +179,9 @@ class ServedModels:
             self.by_name[model.name] = model
 
     def _read(self, place: Path) -> ServedModel:
-        sha256: Json = {}
+        sha256 = {}
         targets: dict[str, Sequence[str]] = {}
-        about: Json = {}
+        about = {}
         sampling = self._options.sampling
         if is_base(place):
             header = read_gguf_header(place)
@@ -354,8 +354,10 @@ class ServedModels:
 
     async def close(self) -> None:
         """Close every Engine, also those that are being opened; calls that go on end."""
-        tasks = [task for model in self.by_name.values() for task in (model.opening, model.closing)]
-        await asyncio.gather(*filter(None, tasks), return_exceptions=True)
+        tasks: list[asyncio.Task[None]] = []
+        for model in self.by_name.values():
+            tasks += filter(None, (model.opening, model.closing))
+        await asyncio.gather(*tasks, return_exceptions=True)
         for model in self.by_name.values():
             if model.engine is not None:
                 await _close(model)

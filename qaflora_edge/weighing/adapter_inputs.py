@@ -146,7 +146,7 @@ class AttentionSizes:
 
         inputs  [n_token, n_layer, n_embd]  x of the projections
         """
-        sums: list[float] = []
+        sums = []
         for layer, (matrix, starts) in self._matrices.items():
             squares = np.square(inputs[:, layer] @ matrix)  # [n_token, n]
             of_modules = np.add.reduceat(squares, starts, axis=1)  # [n_token, modules of the layer]

@@ -154,7 +154,7 @@ def typical_of(measured: Mapping[str, Sequence[F64]], adapters: Sequence[str]) -
     measured  one of KEYS -> of each prompt float64 [n_adapter, n_layer]; of SURENESS [n_adapter]
     returns   adapter -> one of KEYS -> a list of n_layer numbers, or mean and spread, and each
     """
-    typical: Json = {}
+    typical = {}
     for key, values in measured.items():
         if key in EXTENTS:
             typical[key] = _mean_and_spread(values)

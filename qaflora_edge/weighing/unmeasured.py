@@ -132,7 +132,7 @@ class Manual(_Fixed):
     needs_argument = True
 
     def parse(self, argument: str, adapters: Sequence[str], text: str) -> dict[str, float]:
-        weights: dict[str, float] = {}
+        weights = {}
         for item in argument.split(","):
             name, _, number = item.partition("=")
             _checked(name, adapters, text)

@@ -177,7 +177,7 @@ def split_closed(text: str) -> tuple[list[str], str]:
 
     A block ends at a blank line, unless a fence of code is open.
     """
-    blocks: list[str] = []
+    blocks = []
     begin = 0
     fence = ""
     lines = text.split("\n")

@@ -44,8 +44,7 @@ class Centroid(Strategy):
         weights = softmax(similarity / TEMPERATURE)
         shape = (len(weights), query.n_layer)
         return Mix(
-            np.broadcast_to(weights[:, None], shape),
-            np.broadcast_to(similarity[:, None], shape),
+            np.broadcast_to(weights[:, None], shape), np.broadcast_to(similarity[:, None], shape)
         )
 
 
