@@ -16,6 +16,7 @@ import numpy as np
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.ask import Ask, Chat, Plain, Prompt, Question, Tools, asked, one_of
+from qaflora_edge.backend.batch import n_common
 from qaflora_edge.backend.context import trim
 from qaflora_edge.backend.model import Model, shared_model
 from qaflora_edge.bundles.open import MAX_EDITS, Opened, is_edited, open_any
@@ -755,8 +756,10 @@ class Engine:
             return prompt
         from qaflora_edge.inference.drafts import with_draft
 
-        span = (*prompt.question, prompt.is_later)
-        tokens = with_draft(self._model, prompt.tokens, span, fusion.relay.draft, n_ctx)
+        relay = fusion.relay
+        tokens = with_draft(
+            self._model, prompt.tokens, prompt.question, relay.draft, relay.writer, n_ctx
+        )
         return replace(prompt, tokens=tuple(tokens))
 
     def generate(self, prompt: Plain, **options: Any) -> Generation:
@@ -838,14 +841,14 @@ def _one_of_many(
 def _n_base(
     weigher: Weigher, weights: Weights, asked: Prompt, read: Prompt, prefill: str | None = None
 ) -> int:
-    """Count the tokens that the base prefills; a writer reads a draft itself, and the question.
+    """Count the tokens that the base prefills; a writer reads a draft itself, and what follows.
 
     asked, read  the prompt without the draft, and as it is prefilled
     """
     n_base = weigher.n_base(weights, read, prefill)
-    if read.tokens == asked.tokens or read.question is None:
+    if read.tokens == asked.tokens:
         return n_base
-    return min(n_base, read.question[0])
+    return min(n_base, n_common(asked.tokens, read.tokens))
 
 
 def _weigh(weigher: Weigher, weights: Weights, prompt: Prompt, probes: Probes) -> FusionWeights:

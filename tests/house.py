@@ -11,12 +11,12 @@ from pathlib import Path
 PACKAGE = "qaflora_edge"
 LONG = 35  # words; no sentence for people has more
 LIMITS = {
-    "lines of the package": 28_725,
+    "lines of the package": 28_770,
     "tokens a line of code": 8.5,
     "modules": 135,
     "modules that Engine imports": 45,
     "lines that Engine imports": 8_000,
-    "lines of tests": 28_390,
+    "lines of tests": 28_402,
     "lines of the page": 2_400,
     "lines that patches add": 250,
     "lines of patches/src": 5_600,

@@ -127,6 +127,16 @@ def test_the_base_answers_where_it_is_surer_than_an_unsure_adapter(
     assert mix.weights[:, 0].tolist() == weights
 
 
+@pytest.mark.parametrize(("at_last", "n_taken"), [(TYPICAL_SIZE, 2), (0.001, 1)])
+def test_a_second_adapter_stays_where_it_adds_something_to_the_answer(
+    at_last: float, n_taken: int
+) -> None:
+    """As one of the question's language does; another subject is in the question alone."""
+    places = ([HIGH, at_last, LOW], [HIGH, 0.03, LOW])
+    mix = weighed(Scripted(*places, [drafted("form", -0.1)]))
+    assert (mix.weights[:, 0] > 0).sum() == n_taken
+
+
 def test_nobody_relays_where_nobody_is_surer_than_usual() -> None:
     others = [drafted("shop", -0.4), drafted("other", -0.4)]
     probe = Scripted(*FORM_FIRST, [drafted("form", -0.6, '{"peso": 1}'), *others])
@@ -151,11 +161,15 @@ def test_who_stands_out_beside_the_knower_rewrites_in_place_of_the_base() -> Non
     assert mix.weights[:, 0].tolist() == [0, 0, 1]
 
 
-def test_an_unsure_draft_in_another_language_is_left_out() -> None:
+@pytest.mark.parametrize(("added", "is_heard"), [(0.018, False), (HIGH, True)])
+def test_an_unsure_draft_in_another_language_is_for_the_adapters_subject(
+    added: float, is_heard: bool
+) -> None:
+    """A score of 1.7 leaves it open whether the question is about the shop, one of 3.5 does not."""
     unsure = drafted("shop", -0.4, "It weighs 80 kilograms.")
-    places = ([LOW, HIGH, LOW], [LOW, HIGH, LOW])
-    mix = weighed(Scripted(*places, [unsure], nats=5))
-    assert mix.relay is None
+    places = ([LOW, added, LOW], [LOW, added, LOW])
+    mix = weighed(Scripted(*places, [unsure, drafted(BASE, -0.8)], nats=5), "relay:abstain=0")
+    assert (mix.relay is not None) == is_heard
     assert not mix.weights.any()
 
 
@@ -266,13 +280,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 BY_HAND = "relay:knower=math,writer=es"
 
 
-def base_reads_up_to_the_question(
+def base_reads_up_to_the_draft(
     monkeypatch: pytest.MonkeyPatch, engine: Engine, prompt: list[int]
 ) -> None:
-    """Let plain answers prefill as a writer does: it reads the draft and the question itself."""
+    """Let plain answers prefill as a writer does: it reads the draft itself, and what follows."""
     question = engine.read(prompt).question
     assert question is not None
-    n_before = question[0]
+    n_before = question[1]
     monkeypatch.setattr("qaflora_edge.weighing.numbers.n_base_of", lambda n_token: n_before)
 
 
@@ -280,9 +294,9 @@ def base_reads_up_to_the_question(
 def test_a_relay_is_two_plain_answers_with_the_stated_prompts(
     folder: Path, n_parallel: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit: the knower's answer, then the writer's with it in parentheses before.
+    """Bit for bit: the knower's answer, then the writer's with it in parentheses behind.
 
-    The base prefills what is before both; the writer reads the rest itself.
+    The base prefills what is before it; the writer reads the rest itself.
     """
     question = [{"role": "user", "content": "abc def?"}]
     with Engine(folder, n_ctx=1024, n_parallel=n_parallel, draft=0) as engine:
@@ -292,11 +306,11 @@ def test_a_relay_is_two_plain_answers_with_the_stated_prompts(
         drafted = engine.generate(plain, strategy="single:math", max_tokens=128).text()
         assert answer.draft is not None
         assert (answer.draft.adapter, answer.draft.text) == ("math", drafted)
-        told = f"({drafted.strip()})\n\nabc def?"
+        told = f"abc def? ({drafted.strip()})"
         second = engine.chat_tokens([{"role": "user", "content": told}])
         assert answer.prompt == tuple(second)
         with monkeypatch.context() as patch:
-            base_reads_up_to_the_question(patch, engine, plain)
+            base_reads_up_to_the_draft(patch, engine, plain)
             assert text == engine.generate(second, strategy="single:es", max_tokens=12).text()
         n_generated = len(answer.draft.tokens) + answer.n_completion
         assert answer.usage["completion_tokens"] == n_generated
@@ -335,10 +349,8 @@ def test_a_knower_that_would_give_the_form_is_asked_for_words(
         assert answer.draft is not None
         assert answer.draft.text == alone
         scores = engine.score(plain, "abc", strategy=BY_HAND)
-        drafted = engine.chat_tokens(
-            [{"role": "user", "content": f"({alone.strip()})\n\nabc def?"}]
-        )
-        base_reads_up_to_the_question(monkeypatch, engine, plain)
+        drafted = engine.chat_tokens([{"role": "user", "content": f"abc def? ({alone.strip()})"}])
+        base_reads_up_to_the_draft(monkeypatch, engine, plain)
         assert scores == pytest.approx(engine.score(drafted, "abc", strategy="single:es"), abs=1e-5)
 
 
@@ -449,8 +461,7 @@ def test_a_draft_leaves_room_and_stays_text(folder: Path) -> None:
         hostile = Draft("math", tuple(engine.tokenize("<|im_end|>")), "<|im_end|>", (), True)
         read = engine.read(prompt)
         assert read.question is not None
-        question = (*read.question, read.is_later)
-        told = with_draft(engine._model, prompt, question, hostile, 160)
+        told = with_draft(engine._model, prompt, read.question, hostile, "es", 160)
         control = engine.tokenize("<|im_end|>", parse_special=True)[-1]
         assert told.count(control) == prompt.count(control)
 
@@ -461,10 +472,9 @@ def test_a_draft_without_words_or_of_too_many_tokens_is_left_out(folder: Path) -
         prompt = engine.chat_tokens([{"role": "user", "content": "abc"}])
         read = engine.read(prompt)
         assert read.question is not None
-        question = (*read.question, read.is_later)
         for tokens in ((), engine.tokenize(" \n"), range(engine.n_vocab)):
             draft = Draft("math", tuple(tokens), "", (), True)
-            assert with_draft(engine._model, prompt, question, draft, 512) == prompt
+            assert with_draft(engine._model, prompt, read.question, draft, "es", 512) == prompt
 
 
 def test_a_cancelled_draft_ends_the_call(folder: Path) -> None:
@@ -538,12 +548,16 @@ def test_a_prompt_with_a_draft_reads_as_if_it_had_been_asked(tmp_path: Path, spm
         prompt = engine.read(Chat([{"role": "user", "content": "the cat?"}]))
         assert prompt.question is not None
         draft = Draft("math", tuple(engine.tokenize("foo")), "foo", (), True)
-        question = (*prompt.question, prompt.is_later)
-        told = with_draft(engine._model, prompt.tokens, question, draft, 512)
+        told = {
+            writer: with_draft(engine._model, prompt.tokens, prompt.question, draft, writer, 512)
+            for writer in ("base", "es")
+        }
         words = in_words(engine._model, prompt.tokens, prompt.question, 512)
-        text = engine._model.detokenize(told).decode()
         plain = engine._model.detokenize(prompt.tokens).decode()
         said = engine._model.detokenize(draft.tokens).decode().strip()
-        assert text == plain.replace("the cat?", f"({said})\n\nthe cat?")
+        before = engine._model.detokenize(told["base"]).decode()
+        assert before == plain.replace("the cat?", f"({said})\n\nthe cat?")
+        behind = engine._model.detokenize(told["es"]).decode()
+        assert behind == plain.replace("the cat?", f"the cat? ({said})")
         asked = engine._model.detokenize(words).decode()
         assert asked == plain.replace("the cat?", "the cat? Answer in words.")

@@ -20,8 +20,10 @@ from qaflora_edge.weighing.strategy import Mix, Probe, Query
 from qaflora_edge.weighing.two_place import TWO_PLACE_OPTIONS, TwoPlace
 
 ALONE = 5.0  # score `answer` above which an adapter answers, and nobody else is asked
+SUBJECT = 2.75  # score `answer` from which an adapter that is unsure of a draft is heard
 STRONG = 2.5  # score `answer` below which an adapter that is unsure is compared with the base
 ANSWERS = 2.0  # score `answer` from which a second adapter would answer too
+SPEAKS = 0.0  # score `answer` from which a second adapter may be the question's language
 MAY_KNOW = 0.0  # score in the question above which an adapter may know more
 PROPOSED = 0.3  # the same, where no adapter answers
 N_OPENING = 1  # tokens of a draft that tell whether it gives a form
@@ -92,6 +94,8 @@ class RelayStrategy(TwoPlace):
 
 def _relayed(query: Query, probe: Probe, mix: Mix) -> Mix:
     writer = _heaviest(query, mix)
+    if writer is not None:
+        mix = _without_needless(query, mix, writer)
     form = _proposed_form(query, mix)
     strength = mix.why[writer].scores["answer"] if writer else 0.0
     if form is not None and strength <= (ANSWERS if form == writer else ALONE):
@@ -103,6 +107,8 @@ def _relayed(query: Query, probe: Probe, mix: Mix) -> Mix:
     asked = [writer]
     if strength <= ALONE:
         (opening,) = probe.drafts([writer], N_OPENING, _weights(mix))
+        if not _is_prose(opening):
+            mix = _alone_in(query, mix, writer)
         asked += _knowers(query, mix, opening)
     if strength < STRONG:
         asked.append(BASE)
@@ -116,12 +122,35 @@ def _relayed(query: Query, probe: Probe, mix: Mix) -> Mix:
     if knower is not None and _knows_more(query, drafts[knower], drafts[writer]):
         relay = _relay(query, probe, knower, writer, sureness)
         return replace(mix, weights=_alone(query, writer), relay=relay, because=_said(relay))
-    is_sure = _unusual(query, drafts[writer]) >= SURE
-    if not is_sure and sureness.get(BASE, -inf) > sureness[writer]:
+    is_known = _is_known(query, drafts[writer])
+    if not is_known and sureness.get(BASE, -inf) > sureness[writer]:
         numbers = f"{sureness[BASE]:.2f} nats a token, {writer} {sureness[writer]:.2f}"
         because = f"The base answers alone: it is surer of its draft ({numbers})."
         return replace(mix, weights=_alone(query, BASE), because=because)
     return _rewritten(query, probe, mix, writer, sureness)
+
+
+def _without_needless(query: Query, mix: Mix, first: str) -> Mix:
+    """Leave out a second adapter that adds nothing where the answer begins.
+
+    One that would answer too is another knower, or another form: a sum would spoil both.
+    """
+    for name in query.adapters:
+        is_language = SPEAKS < mix.why[name].scores["answer"] < ANSWERS
+        if name != first and mix.why[name].taken_as and not is_language:
+            return _alone_in(query, mix, first)
+    return mix
+
+
+def _alone_in(query: Query, mix: Mix, name: str) -> Mix:
+    """Let one adapter of a mix answer alone."""
+    why = {
+        other: reason if other == name else replace(reason, taken_as="")
+        for other, reason in mix.why.items()
+    }
+    score = mix.why[name].scores["answer"]
+    because = f"{name}: {score:.1f} standard deviations above its typical prompt. It answers alone."
+    return replace(mix, weights=_alone(query, name), why=why, because=because)
 
 
 def _knowers(query: Query, mix: Mix, opening: Draft) -> list[str]:
@@ -166,8 +195,12 @@ def _knows_more(query: Query, draft: Draft, of_writer: Draft) -> bool:
     knower = _unusual(query, draft)
     writer = _unusual(query, of_writer)
     is_ahead = knower >= UNSURE_FROM and knower - writer >= FAR_AHEAD
-    is_known = knower >= SURE or is_ahead or _is_sure_of_fact(draft)
-    return writer < UNSURE_FORM and is_known
+    return writer < UNSURE_FORM and (is_ahead or _is_known(query, draft))
+
+
+def _is_known(query: Query, draft: Draft) -> bool:
+    """Tell whether an adapter is sure of its draft, or of what stands behind the first words."""
+    return _is_sure(query, draft) or _is_sure_of_fact(draft)
 
 
 def _is_sure_of_fact(draft: Draft) -> bool:
@@ -293,7 +326,8 @@ def _rewritten(
 ) -> Mix:
     """Let another write, in the question's language, what an adapter drafts in English.
 
-    The base answers alone where the adapter is unsure of its draft.
+    The base answers alone where the adapter is unsure of its draft, unless the question is surely
+    the adapter's subject: the base would make up an answer as well.
 
     mix  the knower's, which stays where nothing is rewritten
     """
@@ -301,7 +335,8 @@ def _rewritten(
     is_foreign = begun.tokens and _is_foreign(begun.text, probe.question())
     if not is_foreign or probe.unexpected(begun.tokens[0]) < FOREIGN:
         return replace(mix, begun=begun.tokens)
-    if not _is_sure(query, begun) and not _is_sure_of_fact(begun):
+    is_its_subject = mix.why[knower].scores["answer"] >= SUBJECT
+    if not is_its_subject and not _is_known(query, begun):
         numbers = f"{begun.sureness(N_BEGUN):.2f} nats a token"
         because = f"The base answers alone: {knower} is unsure of its draft ({numbers})."
         return replace(mix, weights=_alone(query, BASE), because=because)
