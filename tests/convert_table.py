@@ -18,9 +18,9 @@ from pathlib import Path
 import gguf
 import numpy as np
 from families import FAMILIES, MIXTURES, AnyFamily
-from numpy.typing import NDArray
 from specimen import ADAPTERS, EXPERTS, LAYER_WEIGHTS, TOKENS, UPSTREAM, Specimen
 from stock import StockContext
+from tiny import F32
 
 from qaflora_edge import Engine
 from qaflora_edge.backend.model import Model
@@ -29,8 +29,6 @@ from qaflora_edge.convert.layouts import REFUSED as WHY_REFUSED
 from qaflora_edge.errors import BackendError, StrategyError, UnsupportedAdapterError
 from qaflora_edge.files import cache_dir
 from qaflora_edge.formats.base import REASONS, read_base
-
-F32 = NDArray[np.float32]
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "architectures.md"
 STORE = Path(__file__).with_name("findings.json")

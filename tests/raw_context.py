@@ -5,15 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from tiny import F32
 
 from qaflora_edge.backend import library as native
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.formats.base import read_base
 from qaflora_edge.formats.gguf import read_values
-
-F32 = NDArray[np.float32]
 
 
 def project(context: Context, rows: F32, *, is_normed: bool = False) -> F32:

@@ -14,10 +14,8 @@ import torch
 from numpy.typing import NDArray
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from tiny import F32, F64
 from transformers import AutoModelForCausalLM, GgufConfig
-
-F32 = NDArray[np.float32]
-F64 = NDArray[np.float64]
 
 HF_MODULES = {
     "attn_q": "self_attn.q_proj",

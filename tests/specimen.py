@@ -5,11 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import tiny
-from numpy.typing import NDArray
-
-F32 = NDArray[np.float32]
+from tiny import F32
 
 TOKENS = [5, 17, 99, 3, 250, 77, 34, 120, 8, 61, 200, 11]
 ADAPTERS = ("projections", "scales", "embedding", "head")

@@ -9,12 +9,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tiny import TinyAdapter, TinyBase, write_tiny_base
+from tiny import F32, TinyAdapter, TinyBase, write_tiny_base
 
 from qaflora_edge.backend import library as native
 from qaflora_edge.backend.model import Model
-
-F32 = NDArray[np.float32]
 
 
 class StockContext:

@@ -5,15 +5,13 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from raw_context import RawContext, Row, rows_of
-from tiny import write_tiny_adapter, write_tiny_base
+from tiny import F32, write_tiny_adapter, write_tiny_base
 
 from qaflora_edge.backend import library as native
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.formats.base import read_base
 
-F32 = NDArray[np.float32]
 TOKENS = [72, 101, 261, 32, 113, 117, 101, 115, 116, 262, 111, 102]
 OTHERS = [10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21]
 DIFFERENTIAL = native.CONTEXT_PROBE | native.CONTEXT_DIFFERENTIAL

@@ -6,16 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
-from tiny import write_tiny_base
+from tiny import F32, F64, write_tiny_base
 
 from qaflora_edge.backend.context import Context, context_params
 from qaflora_edge.backend.library import library_dir
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.formats.base import read_base
 
-F32 = NDArray[np.float32]
-F64 = NDArray[np.float64]
 TYPE_F32, TYPE_F16 = 0, 1  # of enum ggml_type
 
 

@@ -16,6 +16,7 @@ from raw_context import RawContext, Row, project, stats
 from refusals import refused
 from stock import StockContext, write_merged
 from tiny import (
+    F32,
     MORE_KERNELS,
     PLAIN_KERNELS,
     QUANTISED,
@@ -34,7 +35,6 @@ from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.base import read_base
 
-F32 = NDArray[np.float32]
 EXACT = {"kv_type": "f32", "flash_attn": False, "threads": 2}
 TOKENS = [72, 101, 261, 32, 113, 117, 101, 115, 116, 262, 111, 102, 97, 266, 32, 107]
 LONG = (TOKENS * 2)[:29]

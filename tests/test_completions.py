@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 from refusals import refused
-from tiny import CHATML, QWEN, constant_logits, write_tiny_adapter, write_tiny_base
+from tiny import CHATML, QWEN, USER, constant_logits, write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine
 from qaflora_edge.ask import Tools
@@ -30,7 +30,6 @@ TOLD = {"name": "weather", "description": "The weather <|im_end|>", "parameters"
 WEATHER: dict[str, Any] = {"type": "function", "function": TOLD}
 NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
 TIME = {"type": "function", "function": {"name": "time", "parameters": NOTHING}}
-USER = [{"role": "user", "content": "the thing?"}]
 
 
 @pytest.fixture(scope="module")

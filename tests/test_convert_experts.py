@@ -10,7 +10,7 @@ import tiny
 from numpy.typing import NDArray
 from refusals import refused
 from test_mlx import write_mlx
-from tiny import write_pairs_of_peft
+from tiny import F64, write_pairs_of_peft
 
 from qaflora_edge.convert import plan
 from qaflora_edge.convert.adapter import ConvertedAdapter, convert_adapter
@@ -24,7 +24,6 @@ from qaflora_edge.errors import (
     UnsupportedAdapterError,
 )
 
-F64 = NDArray[np.float64]
 N_EXPERT, N_FF, N_EMBD, RANK = 3, 48, 32, 4
 EXPERTS = "model.layers.0.mlp.experts"
 GATE_UP = {"target_parameters": ["experts.gate_up_proj"]}

@@ -14,15 +14,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pytest
 import test_backend as cpu
-from numpy.typing import NDArray
 from stock import write_merged
-from tiny import TinyAdapter, TinyBase, write_tiny_base
+from tiny import F32, TinyAdapter, TinyBase, write_tiny_base
 
 from qaflora_edge import Engine
 from qaflora_edge.backend import library
 from qaflora_edge.backend.context import Context
 
-F32 = NDArray[np.float32]
 TOKENS = cpu.TOKENS
 STEP = 1e-4  # float32 sums of another order; logits are of size 1 to 5
 # of logits and states after a batch, three blocks of F16 rounding later

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tiny import USER
 
 from qaflora_edge.ask import Ask, Chat, Sampling, Weighing
 from qaflora_edge.dialects import ollama, openai_chat, openai_responses, texts
@@ -11,7 +12,6 @@ from qaflora_edge.dialects.options import weighing_of
 from qaflora_edge.errors import OptionError
 
 DEFAULTS = Ask((), Weighing("static"), Sampling(temperature=0.5, seed=3))
-USER = [{"role": "user", "content": "the thing?"}]
 OLLAMA: dict[str, Any] = {"messages": USER, "format": ""}
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import test_backend
-from numpy.typing import NDArray
 from stock import write_merged
 from test_backend import TOKENS, fused_logits, probe_states, single_states, stock_logits
 from tiny import (
     EXPERT_STEMS,
+    F32,
     PLAIN_KERNELS,
     STEMS,
     TinyAdapter,
@@ -25,7 +25,6 @@ from qaflora_edge.bundles.create import create_bundle
 from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.base import read_base
 
-F32 = NDArray[np.float32]
 N_EXPERT = 5
 ALL = (*STEMS[:4], *EXPERT_STEMS)
 with_kernels, weights = test_backend.with_kernels, test_backend.weights

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import tiny
 from bundles import qaflora
-from numpy.typing import NDArray
 from test_backend import TOKENS, fused_logits, stock_logits
+from tiny import F32
 
 from qaflora_edge import Engine
 from qaflora_edge.convert.adapter import mix_modules, write_mix
@@ -17,7 +17,6 @@ from qaflora_edge.formats.base import read_base
 from qaflora_edge.formats.gguf import GgufHeader, read_gguf_header
 from qaflora_edge.show.text import who_spoke
 
-F32 = NDArray[np.float32]
 OUTSIDE = ("token_embd", "output")
 PROJECTIONS = (*tiny.STEMS, *OUTSIDE)
 

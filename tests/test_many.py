@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from refusals import refused
 from stock import StockContext, write_merged
-from tiny import TinyAdapter, TinyBase, write_tiny_adapter, write_tiny_base
+from tiny import F32, F64, TinyAdapter, TinyBase, write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine, QafloraError
 from qaflora_edge.backend.batch import chunks_of
@@ -22,8 +21,6 @@ from qaflora_edge.errors import BackendError, ContextError, OptionError, PromptE
 from qaflora_edge.formats.base import read_base
 from qaflora_edge.inference.score import _N_OUTPUT, _N_SEQ
 
-F32 = NDArray[np.float32]
-F64 = NDArray[np.float64]
 Parts = tuple[TinyBase, dict[str, TinyAdapter]]
 # F32 everywhere: log-probabilities of sums in another order, and of adapters that are merged.
 ATOL = 1e-4

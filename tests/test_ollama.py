@@ -13,11 +13,10 @@ import pytest
 from bundles import TinyBundle, make_bundle
 from serving import ENGINE, client_of, listening
 from test_thoughts import CALL, OPENS, TOOL, speaking
-from tiny import QWEN
+from tiny import QWEN, USER
 
 from qaflora_edge.dialects.ollama import chat_messages
 
-USER = [{"role": "user", "content": "the thing?"}]
 OPTIONS = {"num_predict": 12, "temperature": 1.0, "seed": 4, "num_ctx": 2048}
 OURS: dict[str, Any] = {"max_tokens": 12, "temperature": 1.0, "seed": 4}
 FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|repo_name|>", "<|file_sep|>")

@@ -6,8 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from decoded import count_decoded, run_alone
-from numpy.typing import NDArray
-from tiny import EOS, TinyBase, write_tiny_adapter, write_tiny_base
+from tiny import EOS, F32, TinyBase, write_tiny_adapter, write_tiny_base
 
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
@@ -16,7 +15,6 @@ from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.base import read_base
 from qaflora_edge.weighing.probe import PLACES, Prober
 
-F32 = NDArray[np.float32]
 MIB = 1 << 20
 
 

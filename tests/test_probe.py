@@ -10,8 +10,16 @@ import gguf
 import numpy as np
 import pytest
 from decoded import count_decoded, probe, run_alone
-from numpy.typing import NDArray
-from tiny import STEMS, TinyAdapter, TinyBase, write_pairs, write_tiny_adapter, write_tiny_base
+from tiny import (
+    F32,
+    F64,
+    STEMS,
+    TinyAdapter,
+    TinyBase,
+    write_pairs,
+    write_tiny_adapter,
+    write_tiny_base,
+)
 
 from qaflora_edge import Engine
 from qaflora_edge.backend.model import Model, Pack
@@ -19,8 +27,6 @@ from qaflora_edge.errors import BackendError, StrategyError
 from qaflora_edge.formats.base import read_base
 from qaflora_edge.weighing.probe import PLACES, Prober
 
-F32 = NDArray[np.float32]
-F64 = NDArray[np.float64]
 EXACT = {"kv_type": "f32", "flash_attn": False, "threads": 2}
 TOKENS = np.random.default_rng(3).integers(0, 256, 60).tolist()
 

@@ -13,8 +13,8 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 from test_compilers import ARM_SETS
+from tiny import F32
 
-F32 = NDArray[np.float32]
 CROSS = "aarch64-linux-gnu-g++"
 EMULATOR = "qemu-aarch64"
 # in the order of qaflora-cpu.h enum qaflora_matrix_type, after one for all others

@@ -16,15 +16,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
-from tiny import write_tiny_adapters, write_tiny_base
+from tiny import F32, write_tiny_adapters, write_tiny_base
 
 from qaflora_edge import Engine, Generation, QafloraError
 from qaflora_edge.backend.context import Context
 from qaflora_edge.errors import BackendError, PromptError
 from qaflora_edge.inference.runner import Runner
 
-F32 = NDArray[np.float32]
 N_SCHEDULE = int(os.environ.get("QAFLORA_TEST_SCHEDULES", "200"))
 N_THREAD, N_CALL = 6, 60
 NAMES = ("math", "es", "med")

@@ -11,10 +11,10 @@ from openai.types import Completion, CreateEmbeddingResponse, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from serving import client_of
 from starlette.testclient import TestClient
+from tiny import USER
 
 from qaflora_edge.backend.model import Model as Model_
 
-USER = [{"role": "user", "content": "the thing?"}]
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 

@@ -14,12 +14,10 @@ from bundles import qaflora
 from patience import PATIENCE_S
 from serving import client_of
 from starlette.testclient import TestClient
-from tiny import write_tiny_adapter, write_tiny_base, write_tiny_peft
+from tiny import USER, write_tiny_adapter, write_tiny_base, write_tiny_peft
 
 from qaflora_edge.formats import inputs
 from qaflora_edge.server import uploads
-
-USER = [{"role": "user", "content": "the thing?"}]
 
 
 @pytest.fixture

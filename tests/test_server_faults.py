@@ -14,7 +14,7 @@ import pytest
 from bundles import TinyBundle, make_bundle
 from patience import PATIENCE_S, wait_until
 from serving import ENGINE, listening, listening_app, make_options, metric
-from tiny import constant_logits
+from tiny import USER, constant_logits
 
 from qaflora_edge.dialects.options import FIXED
 from qaflora_edge.server import receive, respond, run
@@ -24,7 +24,6 @@ from qaflora_edge.server.run import MAX_HEAD_BYTES, allow_files
 CHAT = "/v1/chat/completions"
 KEY = "a-key-of-the-tests"
 LONG_CTX = 16384
-USER = [{"role": "user", "content": "the thing?"}]
 
 
 @pytest.fixture(scope="module")

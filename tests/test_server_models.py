@@ -17,6 +17,7 @@ from patience import PATIENCE_S, wait_until
 from refusals import refused
 from serving import ENGINE, client_of, listening, make_options, metric
 from starlette.testclient import TestClient
+from tiny import USER
 
 from qaflora_edge import Engine
 from qaflora_edge.backend import model as models
@@ -25,7 +26,6 @@ from qaflora_edge.server import served_models
 from qaflora_edge.server.app import make_app
 
 CHAT = "/v1/chat/completions"
-USER = [{"role": "user", "content": "the thing?"}]
 
 
 @pytest.fixture(scope="module")

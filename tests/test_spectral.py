@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from numpy.typing import NDArray
 from refusals import refused
+from tiny import F64
 
 from qaflora_edge import Engine
 from qaflora_edge.bundles.create import create_bundle
@@ -16,7 +16,6 @@ from qaflora_edge.errors import StrategyError
 
 EXACT = {"kv_type": "f32", "flash_attn": False}
 TOKENS = np.random.default_rng(5).integers(0, 256, 300).tolist()  # several micro-batches
-F64 = NDArray[np.float64]
 
 
 @pytest.mark.slow

@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+USER = [{"role": "user", "content": "the thing?"}]
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
