@@ -82,6 +82,16 @@ def running(config: uvicorn.Config, *, send_buffer: int = 0) -> Iterator[str]:
         assert not thread.is_alive()
 
 
+def address_of(url: str) -> tuple[str, int]:
+    found = httpx.URL(url)
+    return found.host, found.port
+
+
+def error_of(code: str, message: str, kind: str = "invalid_request_error") -> dict[str, Any]:
+    """An error in OpenAI's shape that names no field."""
+    return {"message": message, "type": kind, "param": None, "code": code}
+
+
 def got(url: str) -> httpx.Response:
     return httpx.get(url, timeout=PATIENCE_S)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from raw_context import RawContext, Row, rows_of
-from tiny import F32, write_tiny_adapter, write_tiny_base
+from tiny import F32, seeded_adapters, write_tiny_base
 
 from qaflora_edge.backend import library as native
 from qaflora_edge.backend.model import Model, Pack
@@ -21,10 +21,7 @@ DIFFERENTIAL = native.CONTEXT_PROBE | native.CONTEXT_DIFFERENTIAL
 def loaded(request, tmp_path) -> Iterator[tuple[Model, Pack]]:
     """Quantised, so that a differential product is told from a plain one."""
     base = write_tiny_base(tmp_path / "base.gguf", dtype=request.param)
-    paths = [
-        write_tiny_adapter(tmp_path / f"{seed}.gguf", base, seed=seed, strength=0.02).path
-        for seed in (1, 2, 3)
-    ]
+    paths = [adapter.path for adapter in seeded_adapters(base, 1, 2, 3, strength=0.02)]
     with Model(read_base(base.path)) as model, Pack(model, paths) as pack:
         yield model, pack
 

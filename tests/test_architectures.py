@@ -18,6 +18,7 @@ import pytest
 import tiny
 from convert_table import committed, unusual
 from families import FAMILIES, GEMMA_3N, MIXTURES
+from refusals import refused
 
 from qaflora_edge import Engine
 from qaflora_edge.convert import layouts
@@ -182,9 +183,8 @@ def test_architecture_that_gguf_does_not_know_is_named(tmp_path, monkeypatch) ->
     pairs = {"model.layers.0.self_attn.k_proj": (np.ones((4, 64)), np.ones((32, 4)))}
     folder = tiny.write_pairs_of_peft(tmp_path / "a", pairs)
     monkeypatch.setattr(gguf, "MODEL_ARCH_NAMES", {gguf.MODEL_ARCH.LLAMA: "llama"})
-    with pytest.raises(UnsupportedAdapterError) as caught:
-        convert_adapter(folder, base, tmp_path / "out.gguf")
-    assert str(caught.value) == (
+    out = tmp_path / "out.gguf"
+    assert refused(UnsupportedAdapterError, convert_adapter, folder, base, out) == (
         f"Cannot convert {folder} for {base}: the installed gguf package does not know its "
         "architecture 'qwen2'. Install a newer gguf."
     )

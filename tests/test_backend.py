@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from decimal import Decimal, getcontext
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +24,7 @@ from tiny import (
     TinyBase,
     begin_adapter,
     finish,
+    seeded_adapters,
     write_pairs,
     write_tiny_adapter,
     write_tiny_base,
@@ -86,14 +86,6 @@ def with_kernels(names: Sequence[str]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("kernels", names, indirect=True)
 
 
-def some(base: TinyBase, *seeds: int, **options: Any) -> list[TinyAdapter]:
-    """Write an adapter for each seed, next to the base."""
-    folder = base.path.parent
-    return [
-        write_tiny_adapter(folder / f"{seed}.gguf", base, seed=seed, **options) for seed in seeds
-    ]
-
-
 def assert_near(found: F32, expected: F32, atol: float) -> None:
     np.testing.assert_allclose(found, expected, atol=atol, rtol=0)
 
@@ -143,7 +135,7 @@ def stock_logits(
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3"])
 def test_fused_logits_equal_a_merged_base(tmp_path, arch: str, weights) -> None:
     base = write_tiny_base(tmp_path / "base.gguf", arch)
-    adapters = [some(base, rank, rank=rank)[0] for rank in (4, 16, 5)]
+    adapters = [seeded_adapters(base, rank, rank=rank)[0] for rank in (4, 16, 5)]
     merged = write_merged(tmp_path / "merged.gguf", base, adapters, weights)
     fused = fused_logits(base, adapters, weights)
     assert np.abs(fused - stock_logits(base)).max() > 0.1  # the adapters do something
@@ -155,7 +147,7 @@ def with_adapted_ends(tmp_path: Path, weights: F32) -> tuple[TinyBase, list[Tiny
     """A base, adapters on its embedding and head, and the logits of the two merged."""
     base = write_tiny_base(tmp_path / "base.gguf", tied=False)
     targets = ("token_embd", "output", "attn_q")
-    adapters = [some(base, rank, rank=rank, targets=targets)[0] for rank in (4, 3, 8)]
+    adapters = [seeded_adapters(base, rank, rank=rank, targets=targets)[0] for rank in (4, 3, 8)]
     merged = write_merged(tmp_path / "merged.gguf", base, adapters, weights, tied=False)
     return base, adapters, stock_logits(merged)
 
@@ -213,7 +205,7 @@ def test_every_kernel_agrees_with_a_merged_base(tmp_path, kernels, outtype: str,
     """Widths that no panel, vector or tile divides; prompts that no tile divides."""
     n_ff = 224 if outtype == "q8_0" else 90
     base = write_tiny_base(tmp_path / "base.gguf", n_ff=n_ff)
-    adapters = some(base, 1, 2, 3, rank=rank, outtype=outtype)
+    adapters = seeded_adapters(base, 1, 2, 3, rank=rank, outtype=outtype)
     weights = np.random.default_rng(1).random((3, base.n_layer)).astype(np.float32)
     weights[1, 0] = weights[0, 1] = 0.0
     merged = write_merged(tmp_path / "merged.gguf", base, adapters, weights, n_ff=n_ff)
@@ -249,7 +241,7 @@ def test_adapters_are_converted_as_they_are_loaded(
     """Blocks of 32 inputs of A, and of 32 outputs of B; panels that outputs do not fill."""
     base = write_tiny_base(tmp_path / "base.gguf", n_head_dim=12)
     targets = [stem for stem in STEMS if stem != "attn_output"]  # 48 inputs are no whole blocks
-    adapters = some(base, 1, 2, rank=rank, targets=targets, outtype=outtype)
+    adapters = seeded_adapters(base, 1, 2, rank=rank, targets=targets, outtype=outtype)
     found = []
     for adapter in adapters:  # what a file has in 8 bits stays as it is under q8_0
         is_stored = outtype == kind == "q8_0"
@@ -281,12 +273,7 @@ def test_what_cannot_be_converted_is_refused(monkeypatch, tmp_path) -> None:
 @with_kernels(KERNELS)
 @pytest.mark.parametrize("n", [3, 29])
 def test_every_kernel_agrees_on_the_probe(
-    monkeypatch,
-    base,
-    adapters,
-    single,
-    kernels,
-    n: int,
+    monkeypatch, base, adapters, single, kernels, n: int
 ) -> None:
     for pool, expected in (("mean", single[:n].mean(axis=0)), ("last", single[n - 1])):
         for differential in (False, True):
@@ -315,7 +302,7 @@ def test_every_kernel_decodes_mixes_together_as_alone(
     """Tiles take rows of different sequences: none, one or all adapters. Of more than 64 too."""
     has_blocks = "q8_0" in (outtype, adapter_type) or adapter_type == "q4_0"
     base = write_tiny_base(tmp_path / "base.gguf", n_ff=224 if has_blocks else 90)
-    adapters = some(base, 1, 2, 3, rank=32 if outtype == "q8_0" else 5, outtype=outtype)
+    adapters = seeded_adapters(base, 1, 2, 3, rank=32 if outtype == "q8_0" else 5, outtype=outtype)
     mix = np.random.default_rng(9).random((n_seq, 3, base.n_layer)).astype(np.float32)
     mix[0] = mix[1, 1:] = mix[2:, 0, 1] = 0.0
     model, pack = load(base, adapters, adapter_type=adapter_type)
@@ -384,7 +371,7 @@ def test_bias_of_the_head_is_part_of_the_lens(tmp_path) -> None:
     n_vocab = write_tiny_base(tmp_path / "plain.gguf", "qwen2").n_vocab
     bias = np.random.default_rng(2).standard_normal(n_vocab).astype(np.float32)
     base = write_tiny_base(tmp_path / "base.gguf", "qwen2", replace={"output.bias": bias})
-    adapters = some(base, 1)
+    adapters = seeded_adapters(base, 1)
     expected = stock_logits(base)
     adapted = stock_logits(base, [adapters[0].path], [1.0])
     states = probe_states(base, adapters, TOKENS, differential=False)
@@ -403,7 +390,7 @@ def test_differential_probe_is_at_least_as_close(tmp_path, dtype: str) -> None:
     """On a quantised base the difference of states keeps more of its digits."""
     base = write_tiny_base(tmp_path / "base.gguf", dtype=dtype)
     exact = write_tiny_base(tmp_path / "exact.gguf", replace=base.tensors)
-    adapters = some(base, 1, 2, strength=0.01)
+    adapters = seeded_adapters(base, 1, 2, strength=0.01)
     truth = probe_states(exact, adapters, TOKENS, differential=False)
     truth = truth[1:] - truth[:1]
     errors = []
@@ -425,7 +412,7 @@ def test_massive_activations_leave_the_base_as_it_is(monkeypatch, tmp_path) -> N
         replace[f"blk.{il}.ffn_down.weight"][:, 5] *= 0.01
     base = write_tiny_base(tmp_path / "base.gguf", dtype="q8_0", replace=replace)
     exact = write_tiny_base(tmp_path / "exact.gguf", replace=base.tensors)
-    adapters = some(base, 1, strength=0.01)
+    adapters = seeded_adapters(base, 1, strength=0.01)
     truth = probe_states(exact, adapters, TOKENS[:12], differential=False)
     errors = []
     for kernels in ("ggml", ""):  # ggml's operations split no rows
@@ -464,7 +451,7 @@ def test_probe_of_a_quantised_base_is_as_near_to_it_as_with_ggml(
 ) -> None:
     """Our own product rounds rows to 8 bits as ggml's does, or in smaller blocks."""
     base, exact = quantised
-    adapters = some(base, 1, 2, strength=0.1)
+    adapters = seeded_adapters(base, 1, 2, strength=0.1)
     for differential, n_token in ((True, 5), (True, 40), (False, 40)):
         tokens = (TOKENS * 3)[:n_token]
         truth = probe_states(exact, adapters, tokens, differential=False)
@@ -542,7 +529,9 @@ def test_divergence_equals_the_numpy_reference(
     tmp_path, lens: str, dtype: str, strength: float, rtol: float
 ) -> None:
     base = write_tiny_base(tmp_path / "base.gguf", dtype=dtype)
-    states = probe_states(base, some(base, 1, 2, strength=strength), TOKENS, differential=True)
+    states = probe_states(
+        base, seeded_adapters(base, 1, 2, strength=strength), TOKENS, differential=True
+    )
     found = divergence(base, states, lens)
     np.testing.assert_allclose(found, reference_divergence(base, states, lens), rtol=rtol)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from bundles import TinyBundle, make_bundle, rewrite
 from decoded import count_decoded
-from tiny import write_tiny_adapter, write_tiny_base
+from tiny import write_tiny_adapters, write_tiny_base
 
 from qaflora_edge import Engine
 from qaflora_edge.bundles.open import load_bundle
@@ -56,10 +56,7 @@ def test_logits_are_those_of_adapters_off_and_then_on(tmp_path) -> None:
     from reference import Reference, peft_from_gguf
 
     base = write_tiny_base(tmp_path / "base.gguf", n_layer=3)
-    paths = {
-        name: write_tiny_adapter(tmp_path / f"{name}.gguf", base, seed=seed).path
-        for seed, name in enumerate(("math", "es"))
-    }
+    paths = write_tiny_adapters(base, ("math", "es"))
     heads = base.n_head, base.n_head_kv
     folders = {name: peft_from_gguf(p, tmp_path / name, *heads) for name, p in paths.items()}
     reference: Reference = Reference(base.path, folders)

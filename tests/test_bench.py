@@ -21,10 +21,7 @@ FACTS = ("llama_n_ctx", "llama_n_batch", "llama_n_seq_max", "llama_n_threads")
 @pytest.fixture(scope="module")
 def rig(tmp_path_factory) -> Iterator[Rig]:
     base = tiny.write_tiny_base(tmp_path_factory.mktemp("rig") / "base.gguf")
-    paths = [
-        tiny.write_tiny_adapter(base.path.with_name(f"{seed}.gguf"), base, seed=seed).path
-        for seed in range(2)
-    ]
+    paths = [adapter.path for adapter in tiny.seeded_adapters(base, 0, 1)]
     options = {"threads": 1, "kv_type": "f32", "flash_attn": False}
     with Rig(base.path, paths, options) as rig:
         yield rig

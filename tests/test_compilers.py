@@ -32,11 +32,7 @@ INCLUDES = ("src", "include", "ggml/include", "ggml/src")
     ],
 )
 def test_native_sources_compile(
-    compiler: str,
-    defines: list[str],
-    sets: dict[str, list[str]],
-    checkout,
-    llama_cpp_source,
+    compiler: str, defines: list[str], sets: dict[str, list[str]], checkout, llama_cpp_source
 ) -> None:
     if shutil.which(compiler.split()[0]) is None:
         pytest.skip(f"{compiler} is not installed")

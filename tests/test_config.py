@@ -10,6 +10,7 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner
+from refusals import refused
 
 from qaflora_edge import Engine, config
 from qaflora_edge.ask import Sampling
@@ -146,16 +147,13 @@ def test_engine_refuses_before_it_loads(tmp_path) -> None:
         ({"gpu_layers": 1.5}, "Option gpu_layers is 1.5, expected a whole number."),
         ({"seed": -1}, "Option seed is -1, expected a whole number from 0 to 4294967294."),
     ):
-        with pytest.raises(OptionError) as caught:
-            Engine(tmp_path / "none", **options)  # type: ignore[arg-type]
-        assert str(caught.value) == message
+        assert refused(OptionError, Engine, tmp_path / "none", **options) == message
 
 
 @pytest.mark.parametrize("value", [float("nan"), "1", True])
 def test_what_is_no_number_is_refused(value: object) -> None:
-    with pytest.raises(OptionError) as caught:
-        config.check("sampling", {"temperature": value})
-    assert str(caught.value) == f"Option temperature is {value!r}, expected a number from 0 up."
+    told = refused(OptionError, config.check, "sampling", {"temperature": value})
+    assert told == f"Option temperature is {value!r}, expected a number from 0 up."
 
 
 def test_negated_flag_is_the_keyword_in_python(tmp_path, monkeypatch) -> None:

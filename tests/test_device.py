@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import test_backend as cpu
 from stock import write_merged
-from tiny import F32, TinyAdapter, TinyBase, write_tiny_base
+from tiny import F32, TinyAdapter, TinyBase, seeded_adapters, write_tiny_base
 
 from qaflora_edge import Engine
 from qaflora_edge.backend import library
@@ -72,7 +72,7 @@ def test_layers_lie_on_the_device(base, adapters, gpu_layers, log) -> None:
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3"])
 def test_fused_logits_equal_a_merged_base(tmp_path, arch, weights, gpu_layers) -> None:
     base = write_tiny_base(tmp_path / "base.gguf", arch)
-    adapters = [cpu.some(base, rank, rank=rank)[0] for rank in (4, 16, 5)]
+    adapters = [seeded_adapters(base, rank, rank=rank)[0] for rank in (4, 16, 5)]
     merged = write_merged(tmp_path / "merged.gguf", base, adapters, weights)
     expected = cpu.stock_logits(merged)
     assert np.abs(expected - cpu.stock_logits(base)).max() > 0.1  # the adapters do something
@@ -122,7 +122,7 @@ def test_probe_states_equal_separate_passes(base, adapters, gpu_layers) -> None:
 @pytest.mark.parametrize("lens", ["raw", "norm"])
 @pytest.mark.parametrize("strength", [0.3, 1e-3])
 def test_divergence_equals_the_numpy_reference(base, lens, strength, gpu_layers) -> None:
-    adapters = cpu.some(base, 1, 2, strength=strength)
+    adapters = seeded_adapters(base, 1, 2, strength=strength)
     states = cpu.probe_states(base, adapters, TOKENS, differential=True, gpu_layers=gpu_layers)
     model, pack = cpu.load(base, adapters, gpu_layers)
     with Context(model, pack, is_probe=True, n_ctx=64, **cpu.EXACT) as context:

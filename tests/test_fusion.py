@@ -67,11 +67,8 @@ def test_unknown_strategy_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize(("text", "near"), [("QA-FLORA", "qa-flora"), ("norms:2", "norm")])
 def test_similar_strategy_is_offered(text: str, near: str) -> None:
-    with pytest.raises(StrategyError) as caught:
-        parse_strategy(text, NAMES)
-    assert f"{text!r} is not known; did you mean {near}? Expected one of two-place, " in str(
-        caught.value
-    )
+    told = refused(StrategyError, parse_strategy, text, NAMES)
+    assert f"{text!r} is not known; did you mean {near}? Expected one of two-place, " in told
 
 
 def test_unknown_adapter_is_refused() -> None:

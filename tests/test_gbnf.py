@@ -140,10 +140,9 @@ def test_grammars_by_chance_are_followed_as_llama_cpp_does(model, seed: int) -> 
 
 @pytest.mark.parametrize(("text", "reason"), BAD)
 def test_bad_grammar_is_refused_with_its_place(text: str, reason: str) -> None:
-    with pytest.raises(GrammarError) as caught:
-        gbnf_grammar(text, source="The grammar x.gbnf")
-    assert str(caught.value).startswith(f"The grammar x.gbnf cannot be read: {reason}")
-    assert str(caught.value).endswith("; correct it there.")
+    told = refused(GrammarError, gbnf_grammar, text, source="The grammar x.gbnf")
+    assert told.startswith(f"The grammar x.gbnf cannot be read: {reason}")
+    assert told.endswith("; correct it there.")
 
 
 def _chain(n: int, rule: str = "r{}") -> str:

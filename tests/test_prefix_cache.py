@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from decoded import count_decoded, run_alone
-from tiny import EOS, F32, TinyBase, write_tiny_adapter, write_tiny_base
+from tiny import EOS, F32, TinyBase, write_tiny_adapters, write_tiny_base
 
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
@@ -28,12 +28,9 @@ def base(tmp_path_factory, request) -> TinyBase:
 
 @pytest.fixture(scope="module")
 def loaded(base) -> tuple[Model, Pack]:
-    paths = [
-        write_tiny_adapter(base.path.with_name(f"{i}.gguf"), base, rank=3 + i, seed=i).path
-        for i in (1, 2, 3)
-    ]
+    paths = write_tiny_adapters(base, ("a", "b", "c"))
     model = Model(read_base(base.path))
-    return model, Pack(model, paths)
+    return model, Pack(model, [*paths.values()])
 
 
 def drawn(n: int, seed: int) -> list[int]:

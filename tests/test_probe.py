@@ -16,6 +16,7 @@ from tiny import (
     STEMS,
     TinyAdapter,
     TinyBase,
+    seeded_adapters,
     write_pairs,
     write_tiny_adapter,
     write_tiny_base,
@@ -39,10 +40,7 @@ def base(tmp_path, request) -> TinyBase:
 
 @pytest.fixture
 def adapters(tmp_path, base) -> list[TinyAdapter]:
-    return [
-        write_tiny_adapter(tmp_path / f"{seed}.gguf", base, rank=3 + seed, seed=seed)
-        for seed in (1, 2)
-    ]
+    return [*seeded_adapters(base, 1, rank=4), *seeded_adapters(base, 2, rank=5)]
 
 
 class Alone:
@@ -122,7 +120,7 @@ def test_a_turn_that_needs_a_larger_context_costs_no_more(
 ) -> None:
     """What was read moves into the larger context as it is, of all sequences."""
     base = write_tiny_base(tmp_path / "base.gguf", architecture, window=64, n_ctx=2048)
-    adapters = [write_tiny_adapter(tmp_path / f"{i}.gguf", base, seed=i) for i in (1, 2)]
+    adapters = seeded_adapters(base, 1, 2)
     model = Model(read_base(base.path))
     pack = Pack(model, [adapter.path for adapter in adapters])
     options = EXACT | {"kv_type": "f16", "flash_attn": True}

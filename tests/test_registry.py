@@ -123,13 +123,7 @@ def hub_source(**changes: Any) -> dict[str, Any]:
     return {"type": "hub", "repo": "owner/name", "revision": None, "file": "f.gguf"} | changes
 
 
-def test_what_the_hub_has_is_fetched_there(
-    shop,
-    hub,
-    hub_cache,
-    monkeypatch,
-    capfd,
-) -> None:
+def test_what_the_hub_has_is_fetched_there(shop, hub, hub_cache, monkeypatch, capfd) -> None:
     monkeypatch.setattr(fetch, "_package_chunks", None)  # would fail
     commit = hub.put("owner/name", {"f.gguf": CONTENT})
     shop.write(sources=[hub_source(revision=commit), package_source(PARTS)])

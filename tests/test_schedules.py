@@ -126,13 +126,7 @@ def read(call: Call, n_piece: int) -> None:
 
 
 @pytest.mark.slow
-def test_answers_in_company_are_those_alone(
-    parts,
-    alone,
-    arch,
-    noted,
-    monkeypatch,
-) -> None:
+def test_answers_in_company_are_those_alone(parts, alone, arch, noted, monkeypatch) -> None:
     monkeypatch.setattr("qaflora_edge.inference.guesses._ORDERS", (1,))  # many wrong guesses
     draft = 0 if arch == "gemma3" else 3
     n_compared = n_logits = 0
@@ -163,12 +157,7 @@ def test_answers_in_company_are_those_alone(
 @pytest.mark.slow
 @pytest.mark.parametrize("is_served", [False, True])
 def test_answers_of_many_threads_are_those_alone(
-    parts,
-    alone,
-    arch,
-    noted,
-    monkeypatch,
-    is_served: bool,
+    parts, alone, arch, noted, monkeypatch, is_served: bool
 ) -> None:
     """Callers compute in turn, or wait for one thread; each weighs and cancels too."""
     expected = {each: alone.weights("the thing", strategy=each).weights for each in STRATEGIES}

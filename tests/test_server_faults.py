@@ -13,7 +13,7 @@ import httpx2 as httpx
 import pytest
 from bundles import TinyBundle, make_bundle
 from patience import PATIENCE_S, wait_until
-from serving import ENGINE, listening, listening_app, make_options, metric
+from serving import ENGINE, address_of, listening, listening_app, make_options, metric
 from tiny import USER, constant_logits
 
 from qaflora_edge.dialects.options import FIXED
@@ -41,11 +41,6 @@ def ask(url: str, **more: Any) -> str:
     headers = {"Authorization": f"Bearer {KEY}"}
     found = httpx.post(url + CHAT, json=body, headers=headers, timeout=PATIENCE_S)
     return found.json()["choices"][0]["message"]["content"]
-
-
-def address_of(url: str) -> tuple[str, int]:
-    found = httpx.URL(url)
-    return found.host, found.port
 
 
 def raw_post(data: bytes, n_declared: int | None = None, path: str = CHAT) -> bytes:

@@ -15,7 +15,7 @@ import pytest
 from bundles import bundle_json, make_bundle, rewrite
 from patience import PATIENCE_S, wait_until
 from refusals import refused
-from serving import ENGINE, client_of, listening, make_options, metric
+from serving import ENGINE, address_of, client_of, listening, make_options, metric
 from starlette.testclient import TestClient
 from tiny import USER
 
@@ -56,9 +56,7 @@ def ask(client: TestClient, model: str) -> str:
     return response.json()["choices"][0]["message"]["content"]
 
 
-def test_bundles_are_loaded_when_they_are_asked_for_and_share_their_base(
-    places,
-) -> None:
+def test_bundles_are_loaded_when_they_are_asked_for_and_share_their_base(places) -> None:
     with client_of(*places) as client:
         assert loaded(client) == ["one"]
         answers = {name: ask(client, name) for name in ("other", "three")}
@@ -88,10 +86,9 @@ def test_a_bundle_is_opened_once_though_who_asked_is_gone(places, monkeypatch) -
         return opened[-1]
 
     def ask_and_go(url: str, model: str) -> None:
-        host, port = url.removeprefix("http://").split(":")
         body = json.dumps({"model": model, "messages": USER}).encode()
         head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
-        with socket.create_connection((host, int(port)), PATIENCE_S) as client:
+        with socket.create_connection(address_of(url), PATIENCE_S) as client:
             client.sendall(head.encode() + body)
             wait_until(lambda: metric(url, "qaflora_requests_running") == 1)
         wait_until(lambda: metric(url, "qaflora_requests_running") == 0)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from bundles import make_bundle
 from patience import PATIENCE_S, wait_until
-from serving import ENGINE, listening, listening_app, make_options, metric
+from serving import ENGINE, address_of, error_of, listening, listening_app, make_options, metric
 
 from qaflora_edge.backend.context import Context
 from qaflora_edge.server import app, receive, respond
@@ -74,6 +74,11 @@ class Held(Strategy):
         self.go, self.busy = threading.Event(), threading.Semaphore(0)
         self.is_failing = False
 
+    def wait_for_turns(self) -> None:
+        """Until as many weigh as may at once."""
+        for _ in range(N_TURN):
+            assert self.busy.acquire(timeout=PATIENCE_S)
+
     def weigh(self, query: Query, probe: Probe, argument: Any) -> Any:
         self.busy.release()
         assert self.go.wait(PATIENCE_S)
@@ -126,19 +131,14 @@ def test_a_full_queue_is_told_at_once(bundle, held) -> None:
     with listening(bundle, max_queue=2) as address:
         url = f"{address}/v1/chat/completions"
         with asking(url, N_TURN + 2) as answers:
-            for _ in range(N_TURN):
-                assert held.busy.acquire(timeout=PATIENCE_S)
+            held.wait_for_turns()
             wait_until(lambda: metric(address, "qaflora_requests_waiting") == 2)
             assert metric(address, "qaflora_requests_running") == N_TURN
             for is_stream in (False, True):
                 refused = httpx.post(url, json=body_of(stream=is_stream), timeout=PATIENCE_S)
                 assert (refused.status_code, refused.headers["retry-after"]) == (503, "2")
-                assert refused.json()["error"] == {
-                    "message": "The server is busy: 2 requests wait already; try again later.",
-                    "type": "server_error",
-                    "param": None,
-                    "code": "queue_full",
-                }
+                told = "The server is busy: 2 requests wait already; try again later."
+                assert refused.json()["error"] == error_of("queue_full", told, "server_error")
             assert not answers
             held.go.set()
         assert [answer.status_code for answer in answers] == [200] * (N_TURN + 2)
@@ -176,8 +176,7 @@ def test_the_time_of_a_request_has_an_end(bundle, held) -> None:
     with listening_app(app) as address:
         url = f"{address}/v1/chat/completions"
         with asking(url, N_TURN) as answers:
-            for _ in range(N_TURN):
-                assert held.busy.acquire(timeout=PATIENCE_S)
+            held.wait_for_turns()
             app.state.options = make_options(timeout_s=0.1)
             late = httpx.post(url, json=body_of(), timeout=PATIENCE_S)
             assert (late.status_code, late.headers["retry-after"]) == (503, "2")
@@ -244,8 +243,7 @@ def test_token_ids_wait_for_no_answer(bundle, held) -> None:
         listening(bundle, max_queue=0) as address,
         asking(f"{address}/v1/chat/completions", N_TURN),
     ):
-        for _ in range(N_TURN):
-            assert held.busy.acquire(timeout=PATIENCE_S)
+        held.wait_for_turns()
         tokens = httpx.post(f"{address}/tokenize", json={"content": "A"}, timeout=PATIENCE_S)
         text = httpx.post(f"{address}/detokenize", json=tokens.json(), timeout=PATIENCE_S)
         held.go.set()
@@ -257,9 +255,8 @@ def test_few_large_bodies_are_read_at_a_time_and_none_slowly(bundle, monkeypatch
     monkeypatch.setattr(receive, "SLOW_S", 1.0)
     head = "POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n"
     with listening(bundle) as address:
-        host, port = address.removeprefix("http://").split(":")
         url, large, small = f"{address}/tokenize", "a" * 100_000, "a" * 10
-        with socket.create_connection((host, int(port)), PATIENCE_S) as connection:
+        with socket.create_connection(address_of(address), PATIENCE_S) as connection:
             connection.sendall(head.encode())
             with pytest.raises(httpx.ReadTimeout):
                 httpx.post(url, json={"content": large}, timeout=0.3)

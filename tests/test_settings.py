@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from refusals import refused
 
 from qaflora_edge import files
 from qaflora_edge.errors import SettingsError
@@ -56,9 +57,7 @@ def test_bundle_places_are_the_environments_then_the_files(config, monkeypatch) 
 
 
 def message(config: Path) -> str:
-    with pytest.raises(SettingsError) as caught:
-        read_settings()
-    return str(caught.value).replace(str(config), "FILE")
+    return refused(SettingsError, read_settings).replace(str(config), "FILE")
 
 
 def test_missing_file_that_was_named(config) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from refusals import refused
 
 from qaflora_edge import Engine
 from qaflora_edge.config import PROBING, SHAPING
@@ -52,9 +53,8 @@ def test_total_is_a_sum_or_the_length_of_a_layers_weights() -> None:
 
 
 def test_shaping_of_negative_weights_is_refused() -> None:
-    with pytest.raises(StrategyError) as caught:
-        shaped(np.array([[-1.0, 2.0]], np.float32), {"power": 2.0}, "Strategy 'x:power=2': ")
-    assert str(caught.value) == (
+    weights = np.array([[-1.0, 2.0]], np.float32)
+    assert refused(StrategyError, shaped, weights, {"power": 2.0}, "Strategy 'x:power=2': ") == (
         "Strategy 'x:power=2': its weights go down to -1, expected none below 0 where power, "
         "layers, top or total shape them; leave these options out."
     )
@@ -90,9 +90,7 @@ def test_every_probed_strategy_takes_them(calibrated) -> None:
     ],
 )
 def test_what_is_no_option_is_refused(text: str, message: str) -> None:
-    with pytest.raises(StrategyError) as caught:
-        parse_strategy(text, ("math", "es"))
-    assert message in str(caught.value)
+    assert message in refused(StrategyError, parse_strategy, text, ("math", "es"))
 
 
 def test_the_page_has_every_option() -> None:

@@ -221,9 +221,7 @@ def test_new_bundles_are_weighed_by_it_where_it_has_something_to_go_by(
         strategy_of(es, strategy="")
 
 
-def test_what_adapters_would_add_is_their_delta_times_what_the_base_reads(
-    calibrated,
-) -> None:
+def test_what_adapters_would_add_is_their_delta_times_what_the_base_reads(calibrated) -> None:
     """Oracle: the deltas multiplied out, and the inputs of the base one token at a time.
 
     The surprise of the 16 tokens after the question's first comes with it.

@@ -25,7 +25,7 @@ from refusals import refused
 from rpc_workers import GRAPH_COMPUTE, Worker, hello, pretender, relay, worker
 from serving import free_port
 from stock import write_merged
-from tiny import TinyAdapter, TinyBase, write_tiny_adapter, write_tiny_base
+from tiny import TinyAdapter, TinyBase, seeded_adapters, write_tiny_base
 
 from qaflora_edge import Engine
 from qaflora_edge.backend import devices, library
@@ -91,10 +91,7 @@ def files_of(adapters: list[TinyAdapter]) -> dict[str, Path]:
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3"])
 def test_fused_logits_equal_a_merged_base(tmp_path, arch, weights, rpc, gpu_layers) -> None:
     base = write_tiny_base(tmp_path / "base.gguf", arch)
-    adapters = [
-        write_tiny_adapter(tmp_path / f"{rank}.gguf", base, rank=rank, seed=rank)
-        for rank in (4, 16, 5)
-    ]
+    adapters = [seeded_adapters(base, rank, rank=rank)[0] for rank in (4, 16, 5)]
     expected = cpu.stock_logits(write_merged(tmp_path / "merged.gguf", base, adapters, weights))
     assert np.abs(expected - cpu.stock_logits(base)).max() > 0.1  # the adapters do something
     assert_near(cpu.fused_logits(base, adapters, weights, gpu_layers=gpu_layers), expected)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -454,6 +455,12 @@ def write_tiny_adapter(
         b_stored[name] = _add_tensor(writer, f"{name}.lora_b", b, kind_b)
     finish(writer)
     return TinyAdapter(path=path, rank=rank, alpha=float(alpha), a=a_stored, b=b_stored)
+
+
+def seeded_adapters(base: TinyBase, *seeds: int, **options: Any) -> list[TinyAdapter]:
+    """Write an adapter for each seed, beside the base; of one rank unless the options say."""
+    folder = base.path.parent
+    return [write_tiny_adapter(folder / f"{i}.gguf", base, seed=i, **options) for i in seeds]
 
 
 def write_tiny_adapters(base: TinyBase, names: Sequence[str]) -> dict[str, Path]:
