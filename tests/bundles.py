@@ -94,6 +94,12 @@ def qaflora(*args: object, stdin: str | bytes | None = None) -> Result:
     return CliRunner().invoke(main, [str(arg) for arg in args], input=stdin)
 
 
+def said_by(result: Result, code: int = 0) -> str:
+    """Give what a command says on stderr; it prints nothing, and ends with this code."""
+    assert (result.exit_code, result.stdout) == (code, ""), result.stderr
+    return result.stderr
+
+
 def add_adapter(folder: Path, name: str, source: Path | str, **options: Any) -> None:
     add_adapters(folder, {name: source}, **options)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles import TinyBundle, bundle_json, make_bundle, qaflora, snapshot
+from bundles import TinyBundle, bundle_json, make_bundle, qaflora, said_by, snapshot
 from numpy.typing import NDArray
 from refusals import refused
 
@@ -123,9 +123,8 @@ def test_the_bundle_keeps_no_text(folder) -> None:
     assert "samples    of math, es" in describe(folder)
     file = folder.with_name("a.jsonl")
     file.write_text('{"prompt": "two\\nlines"}\n{"prompt": "b"}\n', encoding="utf-8")
-    result = qaflora("bundle", "samples", folder, "es", file)
-    assert (result.exit_code, result.stdout) == (0, "")
-    assert result.stderr == f"Embedded 2 sample texts of es in {folder}.\n"
+    stderr = said_by(qaflora("bundle", "samples", folder, "es", file))
+    assert stderr == f"Embedded 2 sample texts of es in {folder}.\n"
     assert fusion(folder)["samples"]["es"]["n_text"] == 2
     assert list(fusion(folder)["samples"]) == ["math", "es"]
 

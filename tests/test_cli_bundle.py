@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from bundles import TinyBundle, bundle_json, make_bundle, make_sources, qaflora, rewrite
+from bundles import TinyBundle, bundle_json, make_bundle, make_sources, qaflora, rewrite, said_by
 from click.testing import Result
 
 from qaflora_edge.bundles.open import load_bundle
@@ -20,9 +20,7 @@ def create(made: TinyBundle, *more: object) -> Result:
 
 def test_create_makes_a_calibrated_bundle(tmp_path) -> None:
     made = make_sources(tmp_path)
-    result = create(made)
-    assert (result.exit_code, result.stdout) == (0, "")
-    assert result.stderr == (
+    assert said_by(create(made)) == (
         f"Created the bundle {made.folder}, weighed by two-place. Try: qaflora chat {made.folder}\n"
     )
     known = load_bundle(made.folder).known
@@ -71,15 +69,15 @@ def test_show_and_its_json(tmp_path) -> None:
 def test_add_and_remove(tmp_path) -> None:
     made = make_bundle(tmp_path)
     pairs = (f"law={made.peft}", f"med={made.adapter.path}")
-    result = qaflora("bundle", "add", made.folder, *pairs, "--no-calibrate", "--license", "MIT")
-    assert (result.exit_code, result.stdout) == (0, "")
-    assert result.stderr == (
+    stderr = said_by(
+        qaflora("bundle", "add", made.folder, *pairs, "--no-calibrate", "--license", "MIT")
+    )
+    assert stderr == (
         f"Added the adapter law to {made.folder}.\nAdded the adapter med to {made.folder}.\n"
     )
     assert load_bundle(made.folder).text.raw["adapters"][2]["license"] == "MIT"
-    result = qaflora("bundle", "remove", made.folder, "law", "--strategy", "single:med")
-    assert (result.exit_code, result.stdout) == (0, "")
-    assert result.stderr == f"Removed the adapter law from {made.folder}.\n"
+    stderr = said_by(qaflora("bundle", "remove", made.folder, "law", "--strategy", "single:med"))
+    assert stderr == f"Removed the adapter law from {made.folder}.\n"
     loaded = load_bundle(made.folder)
     assert list(loaded.adapter_paths) == ["math", "es", "med"]
     assert loaded.known.strategy == "single:med"
@@ -90,9 +88,8 @@ def test_a_bundle_finds_its_base_that_moved(tmp_path) -> None:
     moved = made.base.path.rename(tmp_path / "moved.gguf")
     result = qaflora("bundle", "verify", made.folder)
     assert f"name it with `qaflora bundle base {made.folder} FILE`" in result.stderr
-    result = qaflora("bundle", "base", made.folder, moved)
-    assert (result.exit_code, result.stdout) == (0, "")
-    assert result.stderr == f"The base of {made.folder} is {moved}.\n"
+    stderr = said_by(qaflora("bundle", "base", made.folder, moved))
+    assert stderr == f"The base of {made.folder} is {moved}.\n"
     assert qaflora("bundle", "verify", made.folder).exit_code == 0
 
 
@@ -100,9 +97,8 @@ def test_calibrate(tmp_path) -> None:
     made = make_bundle(tmp_path)
     result = qaflora("run", made.folder, "hi", "--strategy", "calibrated", "--raw-prompt")
     assert "measure them with `qaflora bundle calibrate DIR`." in result.stderr
-    result = qaflora("bundle", "calibrate", made.folder)
-    assert (result.exit_code, result.stdout) == (0, "")
-    assert result.stderr == f"Measured the adapters of {made.folder}, weighed by qa-flora.\n"
+    stderr = said_by(qaflora("bundle", "calibrate", made.folder))
+    assert stderr == f"Measured the adapters of {made.folder}, weighed by qa-flora.\n"
     result = qaflora("bundle", "calibrate", made.folder, "--strategy", "two-place")
     known = f"Every adapter was measured already in {made.folder}, weighed by two-place.\n"
     assert result.stderr == known

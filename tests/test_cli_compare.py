@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from bundles import TinyBundle, qaflora
+from bundles import TinyBundle, qaflora, said_by
 from click.testing import Result
 from rich.cells import cell_len
 
@@ -62,9 +62,8 @@ def test_list_of_strategies(ways: str, expected: list[str]) -> None:
 
 
 def test_unknown_strategy_fails_before_any_answer(made) -> None:
-    result = compare(made, PROMPT, "--strategies", "base,nice")
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr.startswith("Error: Strategy 'nice' is not known")
+    stderr = said_by(compare(made, PROMPT, "--strategies", "base,nice"), 1)
+    assert stderr.startswith("Error: Strategy 'nice' is not known")
 
 
 def answer(text: str) -> Answer:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from bundles import qaflora
+from bundles import qaflora, said_by
 from click.testing import Result
 
 from qaflora_edge.convert import adapter as convert
@@ -29,9 +29,8 @@ def test_file_that_exists_is_kept_without_force(tmp_path, base) -> None:
         f"Error: Cannot write {out}: it is a file already. Choose another name, or replace it with "
         "--force.\n"
     )
-    result = run(folder, "--base", base.path, "-o", out, "--force")
-    assert (result.exit_code, result.stdout) == (0, "")
-    assert result.stderr == f"Wrote {out} ({out.stat().st_size / 1e6:.1f} MB).\n"
+    stderr = said_by(run(folder, "--base", base.path, "-o", out, "--force"))
+    assert stderr == f"Wrote {out} ({out.stat().st_size / 1e6:.1f} MB).\n"
 
 
 def test_the_adapter_names_the_file(tmp_path, base, monkeypatch) -> None:
@@ -70,9 +69,8 @@ def test_what_cannot_be_converted_is_told(tmp_path, base) -> None:
     assert "as a base: metadata field llama.block_count is missing; expected a" in result.stderr
     result = run(adapter.path, "--base", base.path, "-o", out)
     assert "A GGUF is not converted: put an adapter GGUF in a bundle as it is" in result.stderr
-    result = run(folder, "--base", base.path, "-o", "-")
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert "a file is needed, stdout will not do" in result.stderr
+    stderr = said_by(run(folder, "--base", base.path, "-o", "-"), 2)
+    assert "a file is needed, stdout will not do" in stderr
     assert not out.exists()
 
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from bundles import bundle_json, make_bundle, qaflora, snapshot
+from bundles import bundle_json, make_bundle, qaflora, said_by, snapshot
 from refusals import refused
 
 from qaflora_edge.bundles.open import load_bundle
@@ -71,9 +71,7 @@ def test_what_was_pulled_is_removed(place, hub) -> None:
     assert f"This removes the base {BASE} (98 MB, {base}); add --yes" in asked.stderr
     assert base.exists()
     for verb, name in (("remove", BASE), ("rm", "owner/theirs")):
-        result = qaflora(verb, name, "--yes")
-        assert (result.exit_code, result.stdout) == (0, ""), result.stderr
-        assert result.stderr.startswith("Removed the b")
+        assert said_by(qaflora(verb, name, "--yes")).startswith("Removed the b")
     assert list(here()) == ["bundle"]
     assert snapshot(made.folder) == before
 
@@ -108,9 +106,7 @@ def test_every_commit_and_file_is_listed_and_removed(place, hub, hub_cache) -> N
 @pytest.mark.parametrize("name", ["nothing", "bundle"])
 def test_what_was_not_pulled_is_refused(place, name: str) -> None:
     make_bundle(place)
-    result = qaflora("remove", name, "--yes")
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr == (
+    assert said_by(qaflora("remove", name, "--yes"), 1) == (
         f"Error: Cannot remove {name}: nothing was pulled under this name; expected one that "
         "`qaflora list` shows as pulled. Delete files and folders of your own yourself.\n"
     )

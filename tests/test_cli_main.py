@@ -10,7 +10,7 @@ import click
 import numpy as np
 import pytest
 import tiny
-from bundles import qaflora
+from bundles import qaflora, said_by
 from patience import PATIENCE_S
 
 from qaflora_edge import __version__
@@ -66,9 +66,7 @@ def test_every_option_and_argument_is_explained(words: str) -> None:
 
 def test_similar_commands_are_offered() -> None:
     for words, near in ((["rnu"], "'run'"), (["bundle", "shwo"], "'show'")):
-        result = qaflora(*words)
-        assert (result.exit_code, result.stdout) == (2, "")
-        assert re.search(f"(?i)did you mean {near}", result.stderr)
+        assert re.search(f"(?i)did you mean {near}", said_by(qaflora(*words), 2))
     assert "mean" not in qaflora("zzzz").stderr
 
 
@@ -101,16 +99,14 @@ def test_version() -> None:
 
 
 def test_an_unknown_name_is_told_what_is_accepted_and_the_nearest() -> None:
-    result = qaflora("run", "smollm2-135m-instrukt", "hi")
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert "expected the folder of a bundle, the .gguf of a base, or a name" in result.stderr
-    assert result.stderr.endswith("Did you mean smollm2-135m-instruct?\n")
+    stderr = said_by(qaflora("run", "smollm2-135m-instrukt", "hi"), 1)
+    assert "expected the folder of a bundle, the .gguf of a base, or a name" in stderr
+    assert stderr.endswith("Did you mean smollm2-135m-instruct?\n")
 
 
 def test_a_prompt_without_quotes_is_told() -> None:
-    result = qaflora("run", "DIR", "how", "are", "you")
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert 'quote a prompt of several words: "how are you".' in result.stderr
+    stderr = said_by(qaflora("run", "DIR", "how", "are", "you"), 2)
+    assert 'quote a prompt of several words: "how are you".' in stderr
 
 
 LOADED = """

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from bundles import TinyBundle, make_bundle, qaflora
+from bundles import TinyBundle, make_bundle, qaflora, said_by
 from click.testing import Result
 from tmux import on_a_terminal
 
@@ -60,9 +60,7 @@ def test_json_is_the_contract(made) -> None:
 
 def test_base_without_template_needs_raw_prompt(tmp_path) -> None:
     made = make_bundle(tmp_path, chat_template=None)
-    result = run(made.folder, PROMPT, "--max-tokens", 4)
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr == (
+    assert said_by(run(made.folder, PROMPT, "--max-tokens", 4), 1) == (
         "Error: The base base.gguf has no chat template (tokenizer.chat_template is missing); "
         "give the prompt as plain text (--raw-prompt), or use an instruct model.\n"
     )
@@ -187,11 +185,10 @@ def test_bad_grammar_is_named_before_the_model_is_loaded(
 ) -> None:
     path = tmp_path / "grammar"
     path.write_text(text)
-    result = run(tmp_path / "no-bundle", PROMPT, option, path)
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert wrong.format(path=path) in result.stderr
-    assert result.stderr.startswith("Error: ")
-    assert result.stderr.count("\n") == 1
+    stderr = said_by(run(tmp_path / "no-bundle", PROMPT, option, path), 1)
+    assert wrong.format(path=path) in stderr
+    assert stderr.startswith("Error: ")
+    assert stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -204,9 +201,7 @@ def test_bad_grammar_is_named_before_the_model_is_loaded(
     ],
 )
 def test_wrong_usage_is_2(args: list[str], message: str, tmp_path) -> None:
-    result = run(tmp_path / "no-bundle", *args)
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert message in result.stderr
+    assert message in said_by(run(tmp_path / "no-bundle", *args), 2)
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from bundles import qaflora
+from bundles import qaflora, said_by
 
 from qaflora_edge import Engine
 from qaflora_edge.cli.settings import TABLES, all_settings, shared_settings
@@ -88,11 +88,10 @@ WRONG = [
 def test_wrong_setting_is_refused(config, text: str, told: str, advice: str) -> None:
     config.write_text(text, encoding="utf-8")
     args = ["convert", "x", "--base", "y", "-o", "z"] if "convert" in text else ["models"]
-    result = qaflora(*args)
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr.startswith(f"Error: Cannot use the settings in {config}: ")
-    assert told in result.stderr
-    assert advice in result.stderr
+    stderr = said_by(qaflora(*args), 1)
+    assert stderr.startswith(f"Error: Cannot use the settings in {config}: ")
+    assert told in stderr
+    assert advice in stderr
 
 
 def test_wrong_variable_is_named(monkeypatch) -> None:

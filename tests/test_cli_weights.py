@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from bundles import TinyBundle, qaflora, snapshot
+from bundles import TinyBundle, qaflora, said_by, snapshot
 from click.testing import Result
 
 from qaflora_edge import Engine
@@ -59,9 +59,7 @@ def test_two_place_says_what_it_measured_and_why_the_base_is_alone(calibrated) -
     "args", [(), (PROMPT, "--prompts", "prompts.txt"), (PROMPT, "--plot", "weights.png")]
 )
 def test_wrong_usage_is_2(calibrated, args: tuple[str, ...]) -> None:
-    result = weights(calibrated, *args)
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert "Usage: " in result.stderr
+    assert "Usage: " in said_by(weights(calibrated, *args), 2)
 
 
 def test_plot_is_written_next_to_the_other_outputs(calibrated, tmp_path) -> None:
@@ -85,11 +83,10 @@ def test_failure_says_what_is_wrong(
     calibrated, args: list[str], stdin: str | bytes | None, message: str
 ) -> None:
     before = snapshot(calibrated.folder.parent)
-    result = weights(calibrated, *args, stdin=stdin)
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert message in result.stderr
-    assert result.stderr.startswith("Error: ")
-    assert result.stderr.count("\n") == 1
+    stderr = said_by(weights(calibrated, *args, stdin=stdin), 1)
+    assert message in stderr
+    assert stderr.startswith("Error: ")
+    assert stderr.count("\n") == 1
     assert snapshot(calibrated.folder.parent) == before
 
 
