@@ -4,8 +4,12 @@ Only a hang takes so long: machines that run tests may be ten times slower than 
 busy with other things.
 """
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 PATIENCE_S = 600.0
 
@@ -16,3 +20,10 @@ def wait_until(holds: Callable[[], object]) -> None:
     while not holds():
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def python(*words: object, env: dict[str, str] | None = None, **options: Any) -> Any:
+    """Run another Python with these words; env is added to this process's environment."""
+    command = [sys.executable, *map(str, words)]
+    options = {"capture_output": True, "encoding": "utf-8", "timeout": PATIENCE_S} | options
+    return subprocess.run(command, env=os.environ | (env or {}), **options)

@@ -6,8 +6,6 @@ ours are compared with, come from llama.cpp's converters at the pin. findings.js
 """
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import pytest
 import tiny
 from convert_table import committed, unusual
 from families import FAMILIES, GEMMA_3N, MIXTURES
+from patience import python
 from refusals import refused
 
 from qaflora_edge import Engine
@@ -93,8 +92,7 @@ with Engine(base=sys.argv[1], adapters={"it": sys.argv[2]}, n_ctx=64) as engine:
 @pytest.mark.parametrize("family", [GEMMA_3N.name])
 def test_block_that_passes_several_streams_on_is_no_crash(findings, family: str) -> None:
     specimen = findings.specimens[family]
-    command = [sys.executable, "-c", PROBE, specimen.base, specimen.upstream("projections")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = python("-c", PROBE, specimen.base, specimen.upstream("projections"))
     assert done.returncode == 0, done.stderr[-500:]
     assert done.stdout.splitlines() == [
         "(271,)",

@@ -5,8 +5,6 @@ import hashlib
 import operator
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from bundles import (
     rewrite,
     snapshot,
 )
+from patience import python
 from refusals import refused
 
 from qaflora_edge import Engine, QafloraError
@@ -427,7 +426,6 @@ def test_each_file_is_parsed_once(made, monkeypatch) -> None:
 def test_opening_a_bundle_here_loads_no_library_of_the_hub(made) -> None:
     script = "import pathlib, sys; from qaflora_edge.bundles.open import load_bundle; "
     script += "load_bundle(pathlib.Path(sys.argv[1])); print(*sys.modules)"
-    command = [sys.executable, "-c", script, str(made.folder)]
-    loaded = set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    loaded = set(python("-c", script, made.folder, check=True).stdout.split())
     assert not loaded & {f"qaflora_edge.{name}" for name in ("convert", "chat", "backend", "cli")}
     assert not loaded & {"huggingface_hub", "jinja2", "llama_cpp", "tqdm", "httpx"}

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from bundles import TinyBundle, qaflora, rewrite
 from click.testing import Result
-from patience import PATIENCE_S, wait_until
+from patience import PATIENCE_S, python, wait_until
 
 from qaflora_edge import Engine
 from qaflora_edge.ask import Ask
@@ -179,14 +179,13 @@ def test_every_sampling_option_has_its_name_on_a_line() -> None:
 @pytest.mark.slow
 def test_a_pipe_is_read_once(made) -> None:
     """Nothing is known of what will come, so keys are named at the end."""
-    command = [sys.executable, "-m", "qaflora_edge", "run", str(made.folder), *map(str, F32)]
-    command += ["--prompts", "-", "--max-tokens", "3"]
+    command = ("-m", "qaflora_edge", "run", made.folder, *F32, "--prompts", "-", "-n", 3)
     stdin = lines(*({"prompt": question, "x": 1} for question in QUESTIONS))
-    done = subprocess.run(command, input=stdin, capture_output=True, text=True)
+    done = python(*command, input=stdin)
     assert done.returncode == 0
     assert [each["index"] for each in records(done.stdout)] == list(range(9))
     assert done.stderr.splitlines()[0] == "Not options of a request, and ignored: 'x'"
-    done = subprocess.run(command, input="\n", capture_output=True, text=True)
+    done = python(*command, input="\n")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
         "Error: Cannot use the prompts in stdin: it has no line that is not blank, expected one "

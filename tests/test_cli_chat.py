@@ -4,8 +4,6 @@ import io
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 from bundles import make_bundle, qaflora
 from click.testing import Result
+from patience import python
 from rich.console import Console
 from rich.markdown import Markdown
 from scripted_chat import scripted
@@ -91,12 +90,8 @@ def test_raw_prompt_chats_without_a_template(tmp_path) -> None:
 
 
 def test_interrupt_ends_the_answer_only(made) -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", STOPPED_WHILE_ANSWERING, "chat", str(made.folder), "--threads", "1"],
-        input="the thing\nand then\n",
-        capture_output=True,
-        text=True,
-    )
+    words = ("chat", made.folder, "--threads", 1)
+    result = python("-c", STOPPED_WHILE_ANSWERING, *words, input="the thing\nand then\n")
     assert result.returncode == 0
     assert result.stderr.count("[stopped; ") == 1
     assert result.stderr.count("tok/s") == 2

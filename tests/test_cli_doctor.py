@@ -1,13 +1,11 @@
 """qaflora doctor"""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from bundles import qaflora
+from patience import python
 
 from qaflora_edge import __version__
 from qaflora_edge.backend import library as native
@@ -57,14 +55,9 @@ def test_kernels_and_whether_they_allow_guesses_are_told(
 
 def test_missing_library_is_told_beside_the_rest(tmp_path) -> None:
     # A process of its own: a library that was loaded once stays loaded.
-    environment = {**os.environ, "QAFLORA_LIB_PATH": str(tmp_path)}
+    environment = {"QAFLORA_LIB_PATH": str(tmp_path)}
     for flag in ([], ["--json"]):
-        result = subprocess.run(
-            [sys.executable, "-m", "qaflora_edge", "doctor", *flag],
-            capture_output=True,
-            text=True,
-            env=environment,
-        )
+        result = python("-m", "qaflora_edge", "doctor", *flag, env=environment)
         assert result.returncode == 1
         assert result.stderr.startswith(f"Error: The native library {tmp_path}")
         assert result.stderr.count("\n") == 1

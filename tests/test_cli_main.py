@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 from bundles import qaflora, said_by
-from patience import PATIENCE_S
+from patience import PATIENCE_S, python
 
 from qaflora_edge import __version__
 from qaflora_edge.cli import VERBS, main
@@ -121,8 +121,7 @@ print(json.dumps([name for name in names if name in sys.modules]))
 
 @pytest.mark.parametrize("words", [["--help"], ["run", "--help"]])
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
-    command = [sys.executable, "-c", LOADED, *words]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = python("-c", LOADED, *words)
     assert (result.stderr, json.loads(result.stdout)) == ("", [])
 
 
@@ -186,10 +185,8 @@ main(sys.argv[1:])
 
 
 def test_interrupt_is_130(made) -> None:
-    args = ["run", str(made.folder), "the thing", "--max-tokens", "400"]
-    result = subprocess.run(
-        [sys.executable, "-c", STOPPED_WHILE_ANSWERING, *args], capture_output=True, text=True
-    )
+    args = ("run", made.folder, "the thing", "--max-tokens", 400)
+    result = python("-c", STOPPED_WHILE_ANSWERING, *args)
     assert result.returncode == 130
     assert result.stdout.endswith("\n")
     assert "Traceback" not in result.stderr

@@ -7,8 +7,6 @@ import asyncio
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -18,7 +16,7 @@ import openai
 import pytest
 from bundles import TinyBundle, make_bundle
 from openai import OpenAI
-from patience import PATIENCE_S
+from patience import python
 from pydantic import BaseModel
 from serving import ENGINE, listening
 from tiny import EOS, QWEN, constant_logits
@@ -213,13 +211,8 @@ def test_llm(url, alone, tmp_path) -> None:
     (tmp_path / "keys.json").write_text(json.dumps({"ours": KEY}), encoding="utf-8")
     options = [part for name in OPTIONS for part in ("-o", name, str(OPTIONS[name]))]
     for more in ([], ["--no-stream"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "llm", "-m", "ours", "the thing?", *options, *more],
-            env={**os.environ, "LLM_USER_PATH": str(tmp_path)},
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE_S,
-        )
+        words = ("-m", "llm", "-m", "ours", "the thing?", *options, *more)
+        done = python(*words, env={"LLM_USER_PATH": str(tmp_path)})
         assert done.returncode == 0, done.stderr
         assert done.stdout == expected(alone, "single:es") + "\n"
 
@@ -241,15 +234,8 @@ def test_llm_comply(tmp_path, form: str, left_out: set[str]) -> None:
     sampling = {"temperature": 0.0, "frequency_penalty": 0.5}
     # With two models one has to be named, as the checks expect.
     with listening(made.folder, made.base.path, api_key=KEY, sampling=sampling) as url:
-        done = subprocess.run(
-            [
-                *(sys.executable, "-c", "import llm_comply.cli as c; c.main()"),
-                *("-u", f"{url}/v1", "-k", KEY, "-m", "tiny", "--format", form, "--json"),
-            ],
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE_S,
-        )
+        words = ("-u", f"{url}/v1", "-k", KEY, "-m", "tiny", "--format", form, "--json")
+        done = python("-c", "import llm_comply.cli as c; c.main()", *words)
     found = {each["id"]: each for each in json.loads(done.stdout)["results"]}
     assert left_out < found.keys()
     assert not [
@@ -269,18 +255,14 @@ def test_schemathesis(served, tmp_path) -> None:
         "response_schema_conformance,response_headers_conformance"
     )
     with listening(served.folder, engine={**ENGINE, "n_ctx": 96}) as url:
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json"),
-                *("--max-examples", str(N_CASES), "--checks", checks, "--seed", "1"),
-                *("--phases", "examples,coverage,fuzzing", "--mode", "all", "--no-shrink"),
-                *("--request-timeout", "300", "--no-color", "--continue-on-failure"),
-                *("--generation-database", "none", "--suppress-health-check", "all"),
-            ],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-        )
+        words = [
+            *("-m", "schemathesis.cli", "run", f"{url}/openapi.json"),
+            *("--max-examples", N_CASES, "--checks", checks, "--seed", 1),
+            *("--phases", "examples,coverage,fuzzing", "--mode", "all", "--no-shrink"),
+            *("--request-timeout", 300, "--no-color", "--continue-on-failure"),
+            *("--generation-database", "none", "--suppress-health-check", "all"),
+        ]
+        done = python(*words, cwd=tmp_path, timeout=None)
         assert httpx.get(f"{url}/health").json() == {"status": "ok"}
     print(done.stdout[-6000:])
     assert done.returncode == 0, done.stderr

@@ -1,11 +1,10 @@
 """The example scripts are short, and run."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from bundles import make_bundle
+from patience import python
 from tiny import constant_logits
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "examples").glob("*.py"))
@@ -21,15 +20,13 @@ def test_offline_assistant_fills_a_form_and_answers(tmp_path, checkout) -> None:
     first_in_ascii = constant_logits(lambda token: -ord(token[0]))
     made = make_bundle(tmp_path, arch="qwen2", replace=first_in_ascii)
     script = checkout / "examples/offline_assistant.py"
-    command = [sys.executable, str(script), str(made.folder), "the thing?"]
-    result = subprocess.run(command, capture_output=True, encoding="utf-8")
+    result = python(script, made.folder, "the thing?")
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.splitlines() == [
         "form: {'language': 'English', 'urgent': False}",
         "mix: math 0.50, es 0.50",
         "!" * 64,
     ]
-    command[2] = str(tmp_path / "gone")
-    result = subprocess.run(command, capture_output=True, encoding="utf-8")
+    result = python(script, tmp_path / "gone", "the thing?")
     assert result.returncode == 1
     assert result.stderr.startswith("Error: ")

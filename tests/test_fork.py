@@ -1,10 +1,9 @@
 """Engines and processes: no waiting for threads that a fork did not take along, no copies."""
 
-import subprocess
 import sys
 
 import pytest
-from patience import PATIENCE_S
+from patience import python
 
 CODE = """\
 import os, sys
@@ -37,13 +36,7 @@ print(child != 0 and len(engine.weights("the king").adapters))
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")
 @pytest.mark.parametrize("state", ["fresh", "used"])
 def test_forked_process_is_told_and_does_not_wait(made, state: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", CODE, str(made.folder), state],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        check=True,
-    )
+    done = python("-c", CODE, made.folder, state, check=True)
     *lines, last = done.stdout.splitlines()
     assert last == "2"  # the parent goes on
     if state == "fresh":

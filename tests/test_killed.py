@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 from bundles import bundle_json, make_bundle, rewrite
-from patience import PATIENCE_S, wait_until
+from patience import PATIENCE_S, python, wait_until
 
 SMALL = {"targets": ("q_proj",), "layers": (0,), "rank": 2}
 EVERY = 1 << 20  # moments
@@ -35,13 +35,8 @@ print(json.dumps(at_many_points(start, place, action, check, most)))
 """
     start, place, *rest = args
     paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    result = subprocess.run(
-        [sys.executable, "-c", program, str(start), str(place), str(most), *map(str, rest)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), **env},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-    )
+    env["PYTHONPATH"] = os.pathsep.join(paths)
+    result = python("-c", program, start, place, most, *rest, env=env)
     assert result.returncode == 0, result.stderr[-3000:]
     counted: dict[str, int] = json.loads(result.stdout)
     return counted

@@ -1,7 +1,6 @@
 """The table of packages in CONTRIBUTING is the package, and imports point upwards in it only."""
 
 import re
-import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 from bundles import make_bundle, rewrite
 from layout import cycle, imports, module_paths, table_rows
+from patience import python
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 EVERY = module_paths(CHECKOUT / "qaflora_edge")
@@ -68,7 +68,7 @@ def test_import_of_the_package_is_quick_and_loads_no_library() -> None:
     )
     times = []
     for _ in range(3):
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        done = python("-c", code)
         start, seconds, loaded = done.stdout.split()
         assert loaded == "set()"
         times.append(float(seconds) / max(0.1, 5 * float(start)))
@@ -86,7 +86,7 @@ def test_a_first_chat_loads_few_modules(tmp_path) -> None:
         "    engine.chat([{'role': 'user', 'content': 'the thing'}], max_tokens=1)\n"
         "print(*(name for name in sys.modules if name.split('.')[0] == 'qaflora_edge'))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True)
+    done = python("-c", code, folder)
     modules = done.stdout.split()
     assert "qaflora_edge.dialects.openai_chat" in modules
     assert len(modules) <= 52

@@ -1,9 +1,6 @@
 """The plugin for the program `llm`: its own command line, run on a tiny bundle."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +8,7 @@ import jsonschema
 import pytest
 from bundles import TinyBundle
 from click.testing import CliRunner, Result
+from patience import python
 from test_cli_run import SCHEMA
 
 llm = pytest.importorskip("llm", reason="the extra llm is not installed")
@@ -121,10 +119,5 @@ def test_start_of_llm_loads_no_engine(made) -> None:
         "heavy = {'gguf.gguf_writer', 'llama_cpp', 'qaflora_edge.engine'} & set(sys.modules)\n"
         "print(json.dumps(['qaflora/bundle' in names, sorted(heavy)]))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "QAFLORA_BUNDLES": str(made.folder)},
-        capture_output=True,
-        text=True,
-    )
+    done = python("-c", code, env={"QAFLORA_BUNDLES": str(made.folder)})
     assert json.loads(done.stdout) == [True, []], done.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bundles import qaflora
+from patience import python
 from refusals import refused
 
 from qaflora_edge import Engine, Measured, Mix, Strategy, register_strategy
@@ -34,9 +34,7 @@ def own_registry(monkeypatch) -> Iterator[None]:
 
 
 def script(*words: object) -> str:
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, words)], capture_output=True, encoding="utf-8"
-    )
+    done = python(SCRIPT, *words)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -57,7 +55,7 @@ def test_baselines_are_imported_when_they_are_named_and_stand_in_no_help() -> No
         "    module = f'qaflora_edge.weighing.baselines.{name}'\n"
         "    print(module in sys.modules, find_strategy(name).name, module in sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = python("-c", code, check=True)
     help_names, *lines = done.stdout.splitlines()
     assert help_names == "two-place relay qa-flora spectr single manual base"
     assert lines == [f"False {name} True" for name in registry.BASELINES]
