@@ -22,18 +22,6 @@ from refusals import refused
 from qaflora_edge import Engine
 from qaflora_edge.convert import layouts
 from qaflora_edge.convert.adapter import convert_adapter
-from qaflora_edge.convert.layouts import (
-    ARCHITECTURES,
-    REFUSED,
-    Layout,
-    LayoutError,
-    Module,
-    grouped_rope_pairs,
-    halves,
-    packed_rope_pairs,
-    qwen3next_rows,
-    qwen35_rows,
-)
 from qaflora_edge.errors import BackendError, UnsupportedAdapterError
 from qaflora_edge.files import cache_dir
 from qaflora_edge.formats.adapter import why_not_adapted
@@ -123,7 +111,7 @@ def test_recurrent_states_that_are_no_numbers_are_nobody_elses(findings, family:
 
 def test_tables_have_every_family_and_architecture() -> None:
     assert list(committed()["architectures"]) == list(FAMILIES)
-    assert {family.arch for family in FAMILIES.values()} == set(ARCHITECTURES)
+    assert {family.arch for family in FAMILIES.values()} == set(layouts.ARCHITECTURES)
     assert list(committed()["experts"]) == [family.name for family in MIXTURES]
     assert {family.arch for family in MIXTURES} == set(layouts.MIXTURES)
 
@@ -132,7 +120,7 @@ def test_every_architecture_of_llama_cpp_is_reviewed_or_refused(llama_cpp_source
     source = (llama_cpp_source / "src" / "llama-arch.cpp").read_text("utf-8")
     names = re.findall(r'\{ LLM_ARCH_\w+, *"([^"(]+)"', source)
     assert len(names) == len(set(names)) > 150
-    assert sorted([*ARCHITECTURES, *REFUSED]) == sorted(names)
+    assert sorted([*layouts.ARCHITECTURES, *layouts.REFUSED]) == sorted(names)
 
 
 def test_page_has_the_tables_that_were_found() -> None:
@@ -142,29 +130,29 @@ def test_page_has_the_tables_that_were_found() -> None:
 
 def test_refused_for_want_of_names_are_those_that_gguf_lacks() -> None:
     """Once a gguf that names them is installed, they can be tried."""
-    unnamed = {name for name, why in REFUSED.items() if "gguf package" in why}
+    unnamed = {name for name, why in layouts.REFUSED.items() if "gguf package" in why}
     assert unnamed
     assert not unnamed & set(gguf.MODEL_ARCH_NAMES.values())
 
 
 def test_refused_for_what_is_bypassed_are_bypassed() -> None:
-    refused = {name for name, why in REFUSED.items() if "without adapters" in why}
+    refused = {name for name, why in layouts.REFUSED.items() if "without adapters" in why}
     assert all(ARCH_FACTS[name].bypassed for name in refused)
 
 
 @pytest.mark.parametrize(
     ("layout", "stem", "shape"),
     [
-        (packed_rope_pairs, "attn_qkv", (33, 64)),
-        (grouped_rope_pairs, "attn_qkv", (33, 64)),
-        (qwen3next_rows, "ssm_in", (95, 64)),
-        (qwen35_rows, "attn_qkv", (33, 64)),
-        (qwen35_rows, "ssm_out", (64, 33)),
-        (halves(ffn_gate_up=("ffn_gate", "ffn_up")), "ffn_gate_up", (33, 64)),
+        (layouts.packed_rope_pairs, "attn_qkv", (33, 64)),
+        (layouts.grouped_rope_pairs, "attn_qkv", (33, 64)),
+        (layouts.qwen3next_rows, "ssm_in", (95, 64)),
+        (layouts.qwen35_rows, "attn_qkv", (33, 64)),
+        (layouts.qwen35_rows, "ssm_out", (64, 33)),
+        (layouts.halves(ffn_gate_up=("ffn_gate", "ffn_up")), "ffn_gate_up", (33, 64)),
     ],
 )
 def test_rows_that_tensors_cannot_share_are_refused(
-    tmp_path, layout: Layout, stem: str, shape: tuple[int, int]
+    tmp_path, layout: layouts.Layout, stem: str, shape: tuple[int, int]
 ) -> None:
     counts = {
         **{"attention.head_count": 4, "attention.head_count_kv": 2, "ssm.group_count": 2},
@@ -172,8 +160,8 @@ def test_rows_that_tensors_cannot_share_are_refused(
     }
     metadata = {f"it.{name}": value for name, value in counts.items()}
     header = GgufHeader(tmp_path, "it", metadata, {}, 0)
-    with pytest.raises(LayoutError, match="cannot share"):
-        layout(Module(f"blk.0.{stem}", header, *shape))
+    with pytest.raises(layouts.LayoutError, match="cannot share"):
+        layout(layouts.Module(f"blk.0.{stem}", header, *shape))
 
 
 def test_architecture_that_gguf_does_not_know_is_named(tmp_path, monkeypatch) -> None:

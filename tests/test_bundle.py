@@ -25,7 +25,7 @@ from bundles import (
 from patience import python
 from refusals import refused
 
-from qaflora_edge import Engine, QafloraError
+from qaflora_edge import Engine, QafloraError, errors
 from qaflora_edge.bundles import open as bundle_open
 from qaflora_edge.bundles import source
 from qaflora_edge.bundles.create import create_bundle
@@ -33,15 +33,6 @@ from qaflora_edge.bundles.edit import calibrate, remove_adapter
 from qaflora_edge.bundles.open import load_bundle, verify_bundle
 from qaflora_edge.cli.bundle import describe
 from qaflora_edge.config import LENSES
-from qaflora_edge.errors import (
-    AdapterMismatchError,
-    BundleError,
-    ChecksumError,
-    GgufFileError,
-    InputFileError,
-    OutputFileError,
-    StrategyError,
-)
 from qaflora_edge.formats import adapter as adapter_gguf
 from qaflora_edge.formats import inputs
 from qaflora_edge.formats import names as registry
@@ -106,7 +97,9 @@ def test_typical_divergences_are_the_engines(calibrated) -> None:
 
 
 def test_missing_base_is_refused(tmp_path) -> None:
-    assert refused(GgufFileError, create_bundle, tmp_path / "b", tmp_path / "no.gguf", {}) == (
+    assert refused(
+        errors.GgufFileError, create_bundle, tmp_path / "b", tmp_path / "no.gguf", {}
+    ) == (
         f"The base {tmp_path / 'no.gguf'} does not exist; give a GGUF file, the name of a "
         "model from `qaflora models` that was pulled, or a Hub reference as owner/name/file.gguf."
     )
@@ -117,7 +110,7 @@ def test_the_home_folder_is_found_behind_the_name(tmp_path, monkeypatch) -> None
     monkeypatch.setenv("HOME", str(tmp_path))
     create_bundle(sources.folder, "~/base.gguf", {"math": "~/peft", "es": "~/es.gguf"})
     assert verify_bundle(sources.folder).base_path == sources.base.path
-    with pytest.raises(InputFileError, match=r"^The adapter ~nobody0/x does not exist; "):
+    with pytest.raises(errors.InputFileError, match=r"^The adapter ~nobody0/x does not exist; "):
         create_bundle(tmp_path / "b", sources.base.path, {"a": "~nobody0/x"})
 
 
@@ -131,12 +124,14 @@ def test_the_home_folder_is_found_behind_the_name(tmp_path, monkeypatch) -> None
 def test_a_text_that_could_not_be_read_again_is_refused(tmp_path, text: str, message: str) -> None:
     sources = make_sources(tmp_path)
     options: dict[str, Any] = {"description": text}
-    with pytest.raises(BundleError, match=message):
+    with pytest.raises(errors.BundleError, match=message):
         create_bundle(sources.folder, sources.base.path, {"a": sources.peft}, **options)
     assert not sources.folder.exists()
     create_bundle(sources.folder, sources.base.path, {"a": sources.peft})
     before = snapshot(sources.folder)
-    with pytest.raises(BundleError, match=message.replace("field ", r"field adapters\[1\].")):
+    with pytest.raises(
+        errors.BundleError, match=message.replace("field ", r"field adapters\[1\].")
+    ):
         add_adapter(sources.folder, "b", sources.peft, note={"description": text})
     assert snapshot(sources.folder) == before
 
@@ -148,13 +143,13 @@ def test_failed_creation_leaves_the_disk_untouched(tmp_path) -> None:
     truncated.write_bytes(sources.adapter.path.read_bytes()[:-100])
     before = snapshot(tmp_path)
     attempts: list[tuple[type[QafloraError], Path, Path, dict[str, Any]]] = [
-        (AdapterMismatchError, other.path, sources.adapter.path, {}),
-        (AdapterMismatchError, other.path, sources.peft, {}),
-        (GgufFileError, sources.base.path, truncated, {}),
-        (InputFileError, sources.base.path, tmp_path / "missing", {}),
-        (InputFileError, sources.base.path, sources.peft / "adapter_model.safetensors", {}),
-        (StrategyError, sources.base.path, sources.peft, {"strategy": "single:no"}),
-        (BundleError, sources.base.path, sources.peft, {"strategy": "two-place"}),
+        (errors.AdapterMismatchError, other.path, sources.adapter.path, {}),
+        (errors.AdapterMismatchError, other.path, sources.peft, {}),
+        (errors.GgufFileError, sources.base.path, truncated, {}),
+        (errors.InputFileError, sources.base.path, tmp_path / "missing", {}),
+        (errors.InputFileError, sources.base.path, sources.peft / "adapter_model.safetensors", {}),
+        (errors.StrategyError, sources.base.path, sources.peft, {"strategy": "single:no"}),
+        (errors.BundleError, sources.base.path, sources.peft, {"strategy": "two-place"}),
     ]
     for error, base, adapter, options in attempts:
         with pytest.raises(error):
@@ -163,7 +158,7 @@ def test_failed_creation_leaves_the_disk_untouched(tmp_path) -> None:
             )
         assert snapshot(tmp_path) == before
     sources.folder.mkdir()
-    with pytest.raises(OutputFileError, match="there is something of that name already"):
+    with pytest.raises(errors.OutputFileError, match="there is something of that name already"):
         create_bundle(sources.folder, sources.base.path, {"a": sources.adapter.path})
     assert snapshot(tmp_path) == before | {sources.folder.name: ""}
 
@@ -205,7 +200,7 @@ def test_what_is_no_bundle_is_refused(tmp_path) -> None:
         ("none", "none does not exist; expected a folder with bundle.json. Give the folder of a"),
         ("empty", "bundle.json does not exist"),
     ):
-        with pytest.raises(BundleError, match=f"Cannot open the bundle .*: {found}"):
+        with pytest.raises(errors.BundleError, match=f"Cannot open the bundle .*: {found}"):
             load_bundle(tmp_path / name)
 
 
@@ -216,7 +211,7 @@ def test_changed_adapter_is_refused(made) -> None:
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     before = snapshot(made.folder.parent)
-    assert refused(ChecksumError, load_bundle, made.folder) == (
+    assert refused(errors.ChecksumError, load_bundle, made.folder) == (
         f"The adapter es is not the file that was recorded: {path} has {len(data)} bytes and the "
         f"SHA-256 {sha256(path)}, expected {len(data)} and {recorded} as "
         f"{made.folder / 'bundle.json'} says. Copy the bundle again."
@@ -240,7 +235,7 @@ def test_bundle_can_move_to_a_machine_with_the_pulled_base(tmp_path, monkeypatch
     assert load_bundle(sources.folder).base_path == models / model.file
 
     (models / model.file).unlink()
-    assert refused(BundleError, load_bundle, sources.folder) == (
+    assert refused(errors.BundleError, load_bundle, sources.folder) == (
         f"Cannot open the bundle {sources.folder}: its base (llama, {model.size_bytes} bytes) is "
         f"not here; {sources.base.path} does not exist; fetch it with `qaflora pull tiny-model`, "
         f"or name it with `qaflora bundle base {sources.folder} FILE` (its SHA-256 is "
@@ -275,7 +270,7 @@ def sets(*place: str | int, **fields: Any) -> Callable[[Raw], object]:
 )
 def test_wrong_field_is_named(made, change: Callable[[Raw], object], message: str) -> None:
     rewrite(made.folder, change)
-    told = refused(BundleError, load_bundle, made.folder)
+    told = refused(errors.BundleError, load_bundle, made.folder)
     assert message in told
     assert str(made.folder) in told
     assert len(told) < 6000
@@ -298,13 +293,13 @@ def test_broken_json_is_refused(made) -> None:
     for data, reason in reasons.items():
         path.write_bytes(data)
         start = f"Cannot read {path}: it is not a JSON object in UTF-8 ({reason}"
-        with pytest.raises(BundleError, match=re.escape(start)):
+        with pytest.raises(errors.BundleError, match=re.escape(start)):
             load_bundle(made.folder)
 
 
 def test_paths_stay_inside_the_bundle(made) -> None:
     rewrite(made.folder, sets("adapters", 0, file="../es.gguf"))
-    with pytest.raises(BundleError, match=r"inside the bundle's folder, without '..'"):
+    with pytest.raises(errors.BundleError, match=r"inside the bundle's folder, without '..'"):
         load_bundle(made.folder)
 
 
@@ -336,7 +331,7 @@ def test_a_file_that_changes_while_it_is_hashed_is_refused(made, monkeypatch) ->
         return found
 
     monkeypatch.setattr(inputs, "sha256_file", replace_after)
-    assert refused(ChecksumError, load_bundle, made.folder) == (
+    assert refused(errors.ChecksumError, load_bundle, made.folder) == (
         f"Cannot read {made.base.path}: it changed while it was read; expected a file that stays "
         "as it is. Try again."
     )
@@ -354,7 +349,7 @@ def test_a_file_swapped_between_check_and_use_is_refused(made, monkeypatch) -> N
         return original(*args, **options)
 
     monkeypatch.setattr(core, "Pack", swap)
-    with pytest.raises(ChecksumError, match=f"{path}: it changed while it was read"):
+    with pytest.raises(errors.ChecksumError, match=f"{path}: it changed while it was read"):
         Engine(made.folder, n_ctx=64)
 
 

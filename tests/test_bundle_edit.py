@@ -14,17 +14,10 @@ import tiny
 from bundles import add_adapter, bundle_json, rewrite, snapshot
 from refusals import refused
 
-from qaflora_edge import Engine, QafloraError
+from qaflora_edge import Engine, QafloraError, errors
 from qaflora_edge.bundles.create import create_bundle
 from qaflora_edge.bundles.edit import add_adapters, calibrate, remove_adapter, set_base
 from qaflora_edge.bundles.open import load_bundle, verify_bundle
-from qaflora_edge.errors import (
-    AdapterMismatchError,
-    BundleError,
-    ChecksumError,
-    InputFileError,
-    StrategyError,
-)
 from qaflora_edge.formats.adapter import read_adapter_gguf
 from qaflora_edge.formats.gguf import read_gguf_header
 from qaflora_edge.hub import fetch_hub
@@ -122,10 +115,10 @@ def test_failed_adding_leaves_the_bundle_as_it_was(made, tmp_path) -> None:
     foreign = tiny.write_tiny_adapter(tmp_path / "foreign.gguf", other)
     before = snapshot(tmp_path)
     attempts: list[tuple[type[QafloraError], str, Path]] = [
-        (AdapterMismatchError, "a", foreign.path),
-        (InputFileError, "a", tmp_path / "none"),
-        (BundleError, "a/b", made.adapter.path),
-        (BundleError, "ES", made.adapter.path),
+        (errors.AdapterMismatchError, "a", foreign.path),
+        (errors.InputFileError, "a", tmp_path / "none"),
+        (errors.BundleError, "a/b", made.adapter.path),
+        (errors.BundleError, "ES", made.adapter.path),
     ]
     for error, name, source in attempts:
         with pytest.raises(error):
@@ -136,7 +129,7 @@ def test_failed_adding_leaves_the_bundle_as_it_was(made, tmp_path) -> None:
 def test_adapters_are_added_together_or_not_at_all(made, tmp_path) -> None:
     before = snapshot(made.folder)
     pairs = [("a", made.adapter.path), ("b", tmp_path / "none")]
-    with pytest.raises(InputFileError):
+    with pytest.raises(errors.InputFileError):
         add_adapters(made.folder, pairs)
     assert snapshot(made.folder) == before
     pairs[1] = ("b", made.peft)
@@ -163,7 +156,7 @@ def test_a_strategy_has_to_fit_the_adapters(made, tmp_path) -> None:
 def test_a_file_of_another_adapter_is_not_overwritten(made) -> None:
     (made.folder / "adapters/es.gguf").rename(made.folder / "adapters/med.gguf")
     rewrite(made.folder, lambda raw: raw["adapters"][1].update(file="adapters/med.gguf"))
-    assert refused(BundleError, add_adapter, made.folder, "MED", made.peft) == (
+    assert refused(errors.BundleError, add_adapter, made.folder, "MED", made.peft) == (
         f"Cannot put an adapter MED into {made.folder}: the file adapters/MED.gguf is that of the "
         "adapter es. Choose another name."
     )
@@ -184,11 +177,11 @@ def test_a_removed_adapter_is_gone(made) -> None:
 def test_a_strategy_that_names_the_adapter_must_be_replaced(made) -> None:
     set_fusion(made.folder, strategy="manual:es=1,math=0.5")
     before = snapshot(made.folder)
-    assert refused(BundleError, remove_adapter, made.folder, "es") == (
+    assert refused(errors.BundleError, remove_adapter, made.folder, "es") == (
         f"Cannot remove the adapter es from {made.folder}: the strategy "
         "'manual:es=1,math=0.5' needs it. Choose another with --strategy."
     )
-    with pytest.raises(StrategyError):
+    with pytest.raises(errors.StrategyError):
         remove_adapter(made.folder, "es", strategy="single:es")
     assert snapshot(made.folder) == before
     remove_adapter(made.folder, "es", strategy="single:math")
@@ -202,7 +195,7 @@ def test_the_hubs_cache_is_not_changed(hub, hub_cache, made) -> None:
     }
     hub.put("owner/bundle", files)
     folder = fetch_hub("owner/bundle")
-    assert refused(BundleError, remove_adapter, folder, "es") == (
+    assert refused(errors.BundleError, remove_adapter, folder, "es") == (
         f"Cannot change the bundle {folder}: it lies in the Hub's cache, which other tools share. "
         "Change a copy: `cp -rL` the folder that `qaflora pull REF` prints."
     )
@@ -231,7 +224,7 @@ def test_calibrating_measures_what_is_missing(made, tmp_path) -> None:
 
 def test_the_base_may_lie_elsewhere(made, tmp_path) -> None:
     other = tiny.write_tiny_base(tmp_path / "other.gguf", seed=9)
-    with pytest.raises(ChecksumError, match="The base is not the file that was recorded"):
+    with pytest.raises(errors.ChecksumError, match="The base is not the file that was recorded"):
         set_base(made.folder, other.path)
     moved = made.base.path.rename(tmp_path / "moved.gguf")
     set_base(made.folder, moved)

@@ -14,15 +14,10 @@ import tiny
 from convert_table import stored
 from refusals import refused
 
+from qaflora_edge import errors
 from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.convert.layouts import ARCHITECTURES
 from qaflora_edge.convert.plan import tensor_name
-from qaflora_edge.errors import (
-    AdapterMismatchError,
-    OptionError,
-    OutputFileError,
-    UnsupportedAdapterError,
-)
 
 MakeBase = Callable[..., tiny.TinyBase]
 
@@ -193,7 +188,9 @@ def test_what_does_not_fit_the_base_is_named(tmp_path, case: tuple[Any, ...]) ->
     base = tiny.write_shapes(tmp_path / "base.gguf", arch, tensors, n_head=8)
     pairs = {name: (np.ones((4, n_in)), np.ones((n, 4))) for name, (n, n_in) in modules.items()}
     folder = tiny.write_pairs_of_peft(tmp_path / "a", pairs, base_model_name_or_path="tiny")
-    kind = AdapterMismatchError if message.endswith(OTHER) else UnsupportedAdapterError
+    kind = (
+        errors.AdapterMismatchError if message.endswith(OTHER) else errors.UnsupportedAdapterError
+    )
     assert refusal(kind, folder, base) == f"Cannot convert {folder} for {base}: {message}"
 
 
@@ -201,7 +198,7 @@ def test_value_too_large_for_the_type_is_refused(tmp_path, make_base) -> None:
     base = make_base("qwen2")
     pairs = {Q0: (np.ones((4, 64)), np.full((64, 4), 7e4))}
     folder = tiny.write_pairs_of_peft(tmp_path / "a", pairs)
-    assert refusal(UnsupportedAdapterError, folder, base.path) == (
+    assert refusal(errors.UnsupportedAdapterError, folder, base.path) == (
         f"Cannot convert module {Q0} of {folder / 'adapter_model.safetensors'}: the largest value "
         "of lora_B is 70000, more than F16 holds. Choose output type f32, or check the adapter's "
         "alpha."
@@ -212,7 +209,7 @@ def test_value_too_large_for_the_type_is_refused(tmp_path, make_base) -> None:
 def test_unknown_output_type_is_refused(tmp_path, make_base) -> None:
     base = make_base()
     folder = tiny.write_tiny_peft(tmp_path / "a", base)
-    assert refusal(OptionError, folder, base.path, outtype="q4_0") == (
+    assert refusal(errors.OptionError, folder, base.path, outtype="q4_0") == (
         f"Cannot convert {folder}: the output type is 'q4_0'; expected f32, f16, bf16, q8_0."
     )
 
@@ -225,7 +222,7 @@ def test_source_is_never_overwritten(tmp_path, make_base) -> None:
         (base.path, "the base itself"),
     ):
         before = path.read_bytes()
-        told = refused(OutputFileError, convert_adapter, folder, base.path, path)
+        told = refused(errors.OutputFileError, convert_adapter, folder, base.path, path)
         assert told == f"Cannot write {path}: it is {what}. Choose another name."
         assert path.read_bytes() == before
 
@@ -233,7 +230,7 @@ def test_source_is_never_overwritten(tmp_path, make_base) -> None:
 def test_biases_that_were_trained_but_not_saved_are_refused(tmp_path, make_base) -> None:
     base = make_base("qwen2")
     folder = tiny.write_tiny_peft(tmp_path / "a", base, config={"bias": "all"})
-    assert refusal(UnsupportedAdapterError, folder, base.path) == (
+    assert refusal(errors.UnsupportedAdapterError, folder, base.path) == (
         f"Cannot convert {folder} for {base.path}: bias is 'all' in its config, so biases such as "
         'blk.0.attn_q.bias of the base were trained, and no file holds them; expected "none". '
         'Train with bias="none".'

@@ -11,18 +11,7 @@ import pytest
 from made_results import header, record
 
 from qaflora_edge.errors import ResultsFileError
-from qaflora_edge.evaluation.table import (
-    Cell,
-    Estimate,
-    best_strategy,
-    cells,
-    estimate,
-    gain,
-    heads,
-    mean,
-    mean_of_means,
-    rows,
-)
+from qaflora_edge.evaluation import table
 from qaflora_edge.evaluation.tasks import Results
 
 Z = NormalDist().inv_cdf(0.975)
@@ -52,13 +41,13 @@ def results(records: list[dict[str, Any]], **metrics: str) -> Results:
     return Results(header(metrics), records)
 
 
-def one_cell(records: list[dict[str, Any]], metric: str = "number") -> Cell:
-    [found] = cells(results(records, t=metric))
+def one_cell(records: list[dict[str, Any]], metric: str = "number") -> table.Cell:
+    [found] = table.cells(results(records, t=metric))
     return found
 
 
-def over(cell: Cell, strategy: str, other: str) -> Estimate | None:
-    return gain([cell], strategy, [other])
+def over(cell: table.Cell, strategy: str, other: str) -> table.Estimate | None:
+    return table.gain([cell], strategy, [other])
 
 
 def bonett_price(n: int, n_more: int, n_less: int) -> tuple[float, float]:
@@ -71,7 +60,7 @@ def bonett_price(n: int, n_more: int, n_less: int) -> tuple[float, float]:
 def test_points_over_static_and_over_the_best_single_adapter() -> None:
     cell = one_cell(points("t"))
     assert cell.best_single() == "single:math"
-    score, over_static, over_best = rows([cell])["qa-flora"]
+    score, over_static, over_best = table.rows([cell])["qa-flora"]
     assert score.value == pytest.approx(4 / 6)
     assert over_static == pytest.approx((2 / 6, *bonett_price(6, 2, 0), 6))
     assert over_best == pytest.approx((1 / 6, *bonett_price(6, 1, 0), 6))
@@ -82,17 +71,23 @@ def test_points_over_static_and_over_the_best_single_adapter() -> None:
 def test_of_losses_less_is_better() -> None:
     cell = one_cell(scored("t", LOSS), "loss")
     assert cell.best_single() == "single:math"
-    assert rows([cell])["qa-flora"][0].value == pytest.approx(2.5)
-    assert over(cell, "qa-flora", "single:math") == mean_of_means([np.array([0.5, 0.5, -0.5])])
+    assert table.rows([cell])["qa-flora"][0].value == pytest.approx(2.5)
+    assert over(cell, "qa-flora", "single:math") == table.mean_of_means(
+        [np.array([0.5, 0.5, -0.5])]
+    )
 
 
 def test_differences_are_of_the_items_that_both_have_a_score_for() -> None:
     records = [*points("t")[:-1], record("t", 5, "qa-flora", None, error="too long")]
-    score, over_static, _ = rows([one_cell(records)])["qa-flora"]
+    score, over_static, _ = table.rows([one_cell(records)])["qa-flora"]
     assert score.n_item == 5
     assert over_static == pytest.approx((0.4, *bonett_price(5, 2, 0), 5))
     failed = one_cell([*points("t"), record("t", 0, "norm", None, error="no projections")])
-    assert [estimate(each, "points") for each in rows([failed])["norm"]] == ["-", "-", "-"]
+    assert [table.estimate(each, "points") for each in table.rows([failed])["norm"]] == [
+        "-",
+        "-",
+        "-",
+    ]
 
 
 def test_single_adapters_are_compared_by_the_items_that_all_have() -> None:
@@ -105,16 +100,16 @@ def test_single_adapters_are_compared_by_the_items_that_all_have() -> None:
 def test_tables_have_a_row_for_each_strategy_and_count_tasks_alike() -> None:
     worse = {name: [1.0 - float(c) for c in marks] for name, marks in RIGHT.items()}
     made = results([*points("a"), *scored("b", worse)], a="number", b="exact")
-    found = cells(made)
-    assert heads(found[:1]) == ("score, points", "over static", "over single:math *")
-    table = rows(found[:1])
-    assert list(table) == list(RIGHT)
+    found = table.cells(made)
+    assert table.heads(found[:1]) == ("score, points", "over static", "over single:math *")
+    rows = table.rows(found[:1])
+    assert list(rows) == list(RIGHT)
     # Wilson's interval of 2 in 6
-    assert estimate(table["static"][0], "points").startswith("33.3 (9.7 to 70.0)")
+    assert table.estimate(rows["static"][0], "points").startswith("33.3 (9.7 to 70.0)")
     gains = [np.array([0, 0, 1, 1, 0, 0.0]), -np.array([0, 0, 1, 1, 0, 0.0])]
-    score, over_static, _ = rows(found)["qa-flora"]
-    assert (score.value, over_static) == (0.5, mean_of_means(gains))
-    assert heads(found)[2] == "over each best single *"
+    score, over_static, _ = table.rows(found)["qa-flora"]
+    assert (score.value, over_static) == (0.5, table.mean_of_means(gains))
+    assert table.heads(found)[2] == "over each best single *"
 
 
 @pytest.mark.parametrize(
@@ -128,12 +123,12 @@ def test_tables_have_a_row_for_each_strategy_and_count_tasks_alike() -> None:
 )
 def test_the_best_strategy(metric: str, scores: dict[str, list[Any]], best: str) -> None:
     made = results(scored("t", scores), t=metric)
-    assert best_strategy(made) == best
+    assert table.best_strategy(made) == best
 
 
 def test_no_strategy_is_the_best_where_none_is_whole() -> None:
     with pytest.raises(ResultsFileError, match="No strategy can be saved: none has a score"):
-        best_strategy(results([record("t", 0, "base", None)], t="number"))
+        table.best_strategy(results([record("t", 0, "base", None)], t="number"))
 
 
 def wilson(n_right: int, n: int) -> tuple[float, float]:
@@ -146,7 +141,7 @@ def wilson(n_right: int, n: int) -> tuple[float, float]:
 
 @pytest.mark.parametrize(("n_right", "n"), [(0, 1), (1, 1), (3, 10), (0, 24), (60, 250)])
 def test_share_of_right_answers_has_a_wilson_interval(n_right: int, n: int) -> None:
-    found = mean([np.repeat([1.0, 0.0], [n_right, n - n_right])])
+    found = table.mean([np.repeat([1.0, 0.0], [n_right, n - n_right])])
     assert (found.value, found.n_item) == (n_right / n, n)
     assert (found.low, found.high) == pytest.approx(wilson(n_right, n), abs=1e-12)
 
@@ -156,7 +151,7 @@ def test_share_of_right_answers_has_a_wilson_interval(n_right: int, n: int) -> N
 )
 def test_other_means_have_a_normal_interval(tasks: list[list[float]]) -> None:
     """The variance of a mean of independent means, by the standard library."""
-    found = mean_of_means([np.array(values) for values in tasks])
+    found = table.mean_of_means([np.array(values) for values in tasks])
     variance = fsum(statistics.variance(v) / len(v) for v in tasks) / len(tasks) ** 2
     middle = statistics.mean(map(statistics.mean, tasks))
     error = NormalDist(middle, sqrt(variance))
@@ -165,9 +160,9 @@ def test_other_means_have_a_normal_interval(tasks: list[list[float]]) -> None:
 
 
 def test_equal_values_have_no_width_and_one_item_no_interval() -> None:
-    found = mean_of_means([np.full(5, -0.25), np.full(3, 0.75)])
+    found = table.mean_of_means([np.full(5, -0.25), np.full(3, 0.75)])
     assert (found.value, found.low, found.high) == (0.25, 0.25, 0.25)
-    alone = mean_of_means([np.array([0.5]), np.array([1.0, 2.0])])
+    alone = table.mean_of_means([np.array([0.5]), np.array([1.0, 2.0])])
     assert (alone.value, alone.n_item) == (1.0, 3)
     assert math.isnan(alone.low)
     assert math.isnan(alone.high)

@@ -5,20 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import test_backend
+import tiny
 from refusals import refused
 from stock import write_merged
 from test_backend import TOKENS, fused_logits, probe_states, single_states, stock_logits
-from tiny import (
-    EXPERT_STEMS,
-    F32,
-    PLAIN_KERNELS,
-    STEMS,
-    TinyAdapter,
-    TinyBase,
-    write_pairs,
-    write_tiny_adapter,
-    write_tiny_base,
-)
 
 from qaflora_edge import Engine
 from qaflora_edge.backend.model import Model, Pack
@@ -27,28 +17,30 @@ from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.base import read_base
 
 N_EXPERT = 5
-ALL = (*STEMS[:4], *EXPERT_STEMS)
+ALL = (*tiny.STEMS[:4], *tiny.EXPERT_STEMS)
 with_kernels, weights = test_backend.with_kernels, test_backend.weights
 
 
-def write_base(path: Path, **options: object) -> TinyBase:
-    return write_tiny_base(path, n_expert=N_EXPERT, **options)  # type: ignore[arg-type]
+def write_base(path: Path, **options: object) -> tiny.TinyBase:
+    return tiny.write_tiny_base(path, n_expert=N_EXPERT, **options)  # type: ignore[arg-type]
 
 
 @pytest.fixture
-def base(tmp_path) -> TinyBase:
+def base(tmp_path) -> tiny.TinyBase:
     return write_base(tmp_path / "base.gguf")
 
 
 @pytest.fixture
-def adapters(tmp_path, base) -> list[TinyAdapter]:
+def adapters(tmp_path, base) -> list[tiny.TinyAdapter]:
     """Of different rank, alpha and targets; the last touches no expert."""
     return [
-        write_tiny_adapter(tmp_path / "a.gguf", base, rank=4, alpha=8, seed=1, targets=ALL),
-        write_tiny_adapter(
-            tmp_path / "b.gguf", base, rank=7, alpha=3, seed=2, targets=EXPERT_STEMS[1:]
+        tiny.write_tiny_adapter(tmp_path / "a.gguf", base, rank=4, alpha=8, seed=1, targets=ALL),
+        tiny.write_tiny_adapter(
+            tmp_path / "b.gguf", base, rank=7, alpha=3, seed=2, targets=tiny.EXPERT_STEMS[1:]
         ),
-        write_tiny_adapter(tmp_path / "c.gguf", base, rank=2, alpha=4, seed=3, targets=STEMS[:2]),
+        tiny.write_tiny_adapter(
+            tmp_path / "c.gguf", base, rank=2, alpha=4, seed=3, targets=tiny.STEMS[:2]
+        ),
     ]
 
 
@@ -57,8 +49,8 @@ def kernels(request, monkeypatch) -> None:
     monkeypatch.setenv("QAFLORA_CPU_KERNELS", request.param)
 
 
-@with_kernels(["", PLAIN_KERNELS, "ggml"])
-def test_logits_equal_a_merged_base(tmp_path, base, adapters, weights: F32, kernels) -> None:
+@with_kernels(["", tiny.PLAIN_KERNELS, "ggml"])
+def test_logits_equal_a_merged_base(tmp_path, base, adapters, weights: tiny.F32, kernels) -> None:
     merged = write_merged(tmp_path / "merged.gguf", base, adapters, weights, n_expert=N_EXPERT)
     fused = fused_logits(base, adapters, weights)
     assert np.abs(fused - stock_logits(base)).max() > 0.1  # the adapters do something
@@ -74,7 +66,7 @@ def test_an_overflow_of_what_weighs_nothing_is_not_seen(tmp_path, base, adapters
         if ".ffn_up_exps." in name
     }
     loud = write_base(tmp_path / "loud.gguf", replace=huge)
-    adapter = write_tiny_adapter(
+    adapter = tiny.write_tiny_adapter(
         tmp_path / "d.gguf", loud, targets=("ffn_down_exps",), outtype="f16"
     )
     weights = np.zeros((1, base.n_layer), np.float32)
@@ -107,7 +99,7 @@ def test_pack_names_experts_that_do_not_fit(
     tmp_path, base, a: tuple[int, ...], b: tuple[int, ...], message: str
 ) -> None:
     tensors = {f"{UP}.lora_a": np.ones(a, np.float32), f"{UP}.lora_b": np.ones(b, np.float32)}
-    path = write_pairs(tmp_path / "odd.gguf", tensors)
+    path = tiny.write_pairs(tmp_path / "odd.gguf", tensors)
     told = refused(BackendError, Pack, Model(read_base(base.path)), [path])
     assert f"{path}: '{UP}' {message}; " in told
 

@@ -9,18 +9,8 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import tiny
 from decoded import count_decoded, probe, run_alone
-from tiny import (
-    F32,
-    F64,
-    STEMS,
-    TinyAdapter,
-    TinyBase,
-    seeded_adapters,
-    write_pairs,
-    write_tiny_adapter,
-    write_tiny_base,
-)
 
 from qaflora_edge import Engine
 from qaflora_edge.backend.model import Model, Pack
@@ -33,14 +23,14 @@ TOKENS = np.random.default_rng(3).integers(0, 256, 60).tolist()
 
 
 @pytest.fixture(params=["llama", "gemma3"])
-def base(tmp_path, request) -> TinyBase:
+def base(tmp_path, request) -> tiny.TinyBase:
     """gemma3 attends over a sliding window in some layers."""
-    return write_tiny_base(tmp_path / "base.gguf", request.param)
+    return tiny.write_tiny_base(tmp_path / "base.gguf", request.param)
 
 
 @pytest.fixture
-def adapters(tmp_path, base) -> list[TinyAdapter]:
-    return [*seeded_adapters(base, 1, rank=4), *seeded_adapters(base, 2, rank=5)]
+def adapters(tmp_path, base) -> list[tiny.TinyAdapter]:
+    return [*tiny.seeded_adapters(base, 1, rank=4), *tiny.seeded_adapters(base, 2, rank=5)]
 
 
 class Alone:
@@ -49,34 +39,34 @@ class Alone:
     def __init__(self, prober: Prober, n_adapter: int) -> None:
         self.prober, self.rows = prober, range(n_adapter)
 
-    def states(self, tokens: Sequence[int]) -> F32:
+    def states(self, tokens: Sequence[int]) -> tiny.F32:
         return run_alone(self.prober.states(tokens, self.rows))
 
-    def mean(self, tokens: Sequence[int]) -> F32:
+    def mean(self, tokens: Sequence[int]) -> tiny.F32:
         return run_alone(self.prober.states(tokens, self.rows, PLACES[1], (0, len(tokens))))
 
-    def divergence(self, tokens: Sequence[int], measure: str, lens: str, pool: str) -> F64:
+    def divergence(self, tokens: Sequence[int], measure: str, lens: str, pool: str) -> tiny.F64:
         return run_alone(self.prober.divergence(tokens, self.rows, measure, lens, pool))
 
     def close(self) -> None:
         self.prober.close()
 
 
-def prober(base: TinyBase, adapters: Sequence[TinyAdapter]) -> Alone:
+def prober(base: tiny.TinyBase, adapters: Sequence[tiny.TinyAdapter]) -> Alone:
     model = Model(read_base(base.path))
     pack = Pack(model, [adapter.path for adapter in adapters])
     return Alone(Prober(model, pack, EXACT), len(adapters))
 
 
-def with_zeros(path: Path, base: TinyBase, adapter: TinyAdapter) -> TinyAdapter:
+def with_zeros(path: Path, base: tiny.TinyBase, adapter: tiny.TinyAdapter) -> tiny.TinyAdapter:
     """The same adapter with modules of zeros in the layers that it leaves out."""
     tensors = {}
-    for name in (f"blk.{il}.{stem}.weight" for il in range(base.n_layer) for stem in STEMS):
+    for name in (f"blk.{il}.{stem}.weight" for il in range(base.n_layer) for stem in tiny.STEMS):
         n_out, n_in = base.shape(name.split(".")[2])
         a = adapter.a.get(name, np.ones((adapter.rank, n_in), np.float32))
         b = adapter.b.get(name, np.zeros((n_out, adapter.rank), np.float32))
         tensors |= {f"{name}.lora_a": a, f"{name}.lora_b": b}
-    return replace(adapter, path=write_pairs(path, tensors))
+    return replace(adapter, path=tiny.write_pairs(path, tensors))
 
 
 @pytest.mark.parametrize(("dtype", "firsts"), [("f32", [3, 0, 2]), ("q8_0", [2, 1])])
@@ -89,9 +79,9 @@ def test_below_where_adapters_begin_states_are_the_bases(
     multiplies fewer rows at once, which it may sum in another order, and 8 bits round otherwise.
     """
     atol = 1e-5 if dtype == "f32" else 5e-3
-    base = write_tiny_base(tmp_path / "base.gguf", n_layer=4, dtype=dtype)
+    base = tiny.write_tiny_base(tmp_path / "base.gguf", n_layer=4, dtype=dtype)
     adapters = [
-        write_tiny_adapter(tmp_path / f"{i}.gguf", base, layers=range(first, 4), seed=i)
+        tiny.write_tiny_adapter(tmp_path / f"{i}.gguf", base, layers=range(first, 4), seed=i)
         for i, first in enumerate(firsts)
     ]
     whole = [with_zeros(tmp_path / f"w{i}.gguf", base, a) for i, a in enumerate(adapters)]
@@ -119,14 +109,14 @@ def test_a_turn_that_needs_a_larger_context_costs_no_more(
     monkeypatch, tmp_path, architecture: str
 ) -> None:
     """What was read moves into the larger context as it is, of all sequences."""
-    base = write_tiny_base(tmp_path / "base.gguf", architecture, window=64, n_ctx=2048)
-    adapters = seeded_adapters(base, 1, 2)
+    base = tiny.write_tiny_base(tmp_path / "base.gguf", architecture, window=64, n_ctx=2048)
+    adapters = tiny.seeded_adapters(base, 1, 2)
     model = Model(read_base(base.path))
     pack = Pack(model, [adapter.path for adapter in adapters])
     options = EXACT | {"kv_type": "f16", "flash_attn": True}
     tokens = np.random.default_rng(5).integers(0, 256, 700).tolist()
     counts = count_decoded(monkeypatch)
-    found: dict[int, list[F32]] = {}
+    found: dict[int, list[tiny.F32]] = {}
     for n_first in (256, 1024):  # tokens that there is room for at first
         monkeypatch.setattr("qaflora_edge.backend.context._N_CTX_MIN", n_first)
         probed = Alone(Prober(model, pack, options), 2)
@@ -143,7 +133,9 @@ def test_a_turn_that_needs_a_larger_context_costs_no_more(
         assert np.array_equal(moved, stayed)
 
 
-def attn_norm_input(base: TinyBase, adapters: Sequence[TinyAdapter], layer: int) -> F32:
+def attn_norm_input(
+    base: tiny.TinyBase, adapters: Sequence[tiny.TinyAdapter], layer: int
+) -> tiny.F32:
     """What the query projection reads: the norm of the state that the block before left."""
     states = prober(base, adapters).states(TOKENS)[0, layer - 1].astype(np.float64)
     reader = gguf.GGUFReader(base.path)
@@ -152,14 +144,14 @@ def attn_norm_input(base: TinyBase, adapters: Sequence[TinyAdapter], layer: int)
 
 
 def test_norm_needs_a_query_projection(tmp_path) -> None:
-    base = write_tiny_base(tmp_path / "base.gguf")
+    base = tiny.write_tiny_base(tmp_path / "base.gguf")
     both = [
-        write_tiny_adapter(tmp_path / "a.gguf", base, targets=("attn_q",), layers=(0, 1)),
-        write_tiny_adapter(tmp_path / "b.gguf", base, targets=("attn_q", "ffn_up")),
+        tiny.write_tiny_adapter(tmp_path / "a.gguf", base, targets=("attn_q",), layers=(0, 1)),
+        tiny.write_tiny_adapter(tmp_path / "b.gguf", base, targets=("attn_q", "ffn_up")),
     ]
     x = attn_norm_input(base, both, 1)  # the last block that both adapt
     expected = [np.linalg.norm(a.delta("blk.1.attn_q.weight") @ x) for a in both]
-    without = write_tiny_adapter(tmp_path / "c.gguf", base, targets=("ffn_up",))
+    without = tiny.write_tiny_adapter(tmp_path / "c.gguf", base, targets=("ffn_up",))
     paths = {name: each.path for name, each in zip("abc", [*both, without], strict=True)}
     with Engine(base=base.path, adapters=paths, **EXACT) as engine:
         with pytest.raises(StrategyError, match=r"no block's is adapted by all of .*c\.gguf\)"):
