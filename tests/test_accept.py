@@ -60,7 +60,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_differential_probe_that_cannot_be_subtracted_is_refused(loaded, name: str) -> None:
+def test_a_differential_probe_that_cannot_be_subtracted_is_refused(loaded, name) -> None:
     rows, message = REFUSED[name]
     context = probe(loaded)
     assert context.decode(rows) == -3
@@ -133,7 +133,7 @@ def abort_in_second(context: RawContext) -> None:
 
 
 @pytest.mark.parametrize("loaded", ["f32"], indirect=True)  # numbers hang on no batch's shape
-def test_an_ended_decode_keeps_the_micro_batches_before(loaded: tuple[Model, Pack]) -> None:
+def test_an_ended_decode_keeps_the_micro_batches_before(loaded) -> None:
     """What each sequence holds is what llama_memory_seq_pos_max says; going on is exact."""
     lengths = (2, 6, 12)
     whole = mixed(loaded)

@@ -70,9 +70,7 @@ def pair(name: str, a: tuple[int, ...], b: tuple[int, ...]) -> dict[str, tuple[i
 
 
 @pytest.mark.parametrize(("fields", "kind", "found"), FIELDS)
-def test_wrong_field_of_an_adapter_is_named(
-    tmp_path, fields: dict[str, Any], kind: type[Exception], found: str
-) -> None:
+def test_wrong_field_of_an_adapter_is_named(tmp_path, fields, kind, found) -> None:
     path = write(tmp_path / "a.gguf", PAIR, **fields)
     assert refusal(kind, path).startswith(f"Cannot use adapter {path}: {found}")
 
@@ -180,7 +178,7 @@ def test_types_without_floats_are_those_of_llama_cpp(llama_cpp_source) -> None:
 @pytest.mark.parametrize(
     ("outtype", "n_bad"), [("f32", 1), ("f16", 1), ("bf16", 1), ("q8_0", 32), ("q4_0", 32)]
 )
-def test_values_that_are_no_numbers_are_counted(tmp_path, outtype: str, n_bad: int) -> None:
+def test_values_that_are_no_numbers_are_counted(tmp_path, outtype, n_bad) -> None:
     """Of types in blocks, the scale of one: it makes the whole block so."""
     value = np.nan if n_bad == 1 else np.inf
     kind = gguf.GGMLQuantizationType[outtype.upper()]

@@ -54,13 +54,13 @@ def findings(request, upstream, tmp_path_factory) -> convert_table.Findings:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_row_of_the_table_is_what_is_found(findings, family: str) -> None:
+def test_row_of_the_table_is_what_is_found(findings, family) -> None:
     assert unusual(findings.row(family)) == committed()["architectures"][family]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [family.name for family in MIXTURES])
-def test_row_of_experts_is_what_is_found(findings, family: str) -> None:
+def test_row_of_experts_is_what_is_found(findings, family) -> None:
     assert unusual(findings.expert_row(family)) == committed()["experts"][family]
 
 
@@ -78,7 +78,7 @@ with Engine(base=sys.argv[1], adapters={"it": sys.argv[2]}, n_ctx=64) as engine:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [GEMMA_3N.name])
-def test_block_that_passes_several_streams_on_is_no_crash(findings, family: str) -> None:
+def test_block_that_passes_several_streams_on_is_no_crash(findings, family) -> None:
     specimen = findings.specimens[family]
     done = python("-c", PROBE, specimen.base, specimen.upstream("projections"))
     assert done.returncode == 0, done.stderr[-500:]
@@ -91,7 +91,7 @@ def test_block_that_passes_several_streams_on_is_no_crash(findings, family: str)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["Mamba"])
-def test_recurrent_states_that_are_no_numbers_are_nobody_elses(findings, family: str) -> None:
+def test_recurrent_states_that_are_no_numbers_are_nobody_elses(findings, family) -> None:
     """Sequences have no rooms: what one has left is where any other begins."""
     specimen = findings.specimens[family]
     adapters = {"it": specimen.upstream("projections")}
@@ -151,9 +151,7 @@ def test_refused_for_what_is_bypassed_are_bypassed() -> None:
         (layouts.halves(ffn_gate_up=("ffn_gate", "ffn_up")), "ffn_gate_up", (33, 64)),
     ],
 )
-def test_rows_that_tensors_cannot_share_are_refused(
-    tmp_path, layout: layouts.Layout, stem: str, shape: tuple[int, int]
-) -> None:
+def test_rows_that_tensors_cannot_share_are_refused(tmp_path, layout, stem, shape) -> None:
     counts = {
         **{"attention.head_count": 4, "attention.head_count_kv": 2, "ssm.group_count": 2},
         **{"ssm.time_step_rank": 4, "ssm.state_size": 8, "ssm.inner_size": 32},
@@ -225,5 +223,5 @@ def test_matrices_that_are_bypassed_are_those_of_the_source(llama_cpp_source) ->
         ("lfm2", "blk.3.shortconv.in_proj.weight", False),
     ],
 )
-def test_tensor_is_looked_up_by_its_kind(architecture: str, name: str, expected: bool) -> None:
+def test_tensor_is_looked_up_by_its_kind(architecture, name, expected) -> None:
     assert bool(why_not_adapted(architecture, name)) is expected

@@ -2,7 +2,6 @@
 
 import ctypes
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -108,7 +107,7 @@ def expected(
 
 @pytest.mark.parametrize("kind", ["plain", "alibi", "softcap", "sinks"])
 @pytest.mark.parametrize("heads", [(4, 4), (9, 3), (14, 2), (6, 1)])
-def test_tiles_of_any_number_of_rows(ggml, heads: tuple[int, int], kind: str) -> None:
+def test_tiles_of_any_number_of_rows(ggml, heads, kind) -> None:
     rng = np.random.default_rng(sum(heads))
     n_head, n_kv_head = heads
     for n_row in (2, 3, 7, 8, 21, 40, 63, 64, 65, 100):
@@ -132,7 +131,7 @@ def test_tiles_of_any_number_of_rows(ggml, heads: tuple[int, int], kind: str) ->
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3"])
 @pytest.mark.parametrize("heads", [(14, 2), (5, 1)])
-def test_a_token_alone_is_read_as_one_of_many(tmp_path, heads: tuple[int, int], arch: str) -> None:
+def test_a_token_alone_is_read_as_one_of_many(tmp_path, heads, arch) -> None:
     """Alone, heads that share keys and values are rows of one product; among others they are not.
 
     Oracle: the logits of a prompt that is read at once.
@@ -174,7 +173,7 @@ def test_a_token_alone_is_read_as_one_of_many(tmp_path, heads: tuple[int, int], 
     ],
 )
 def test_flash_attention_is_used_where_it_is_quicker(
-    tmp_path, flash_attn: bool | None, options: dict[str, Any], expected: int
+    tmp_path, flash_attn, options, expected
 ) -> None:
     base = write_tiny_base(tmp_path / "base.gguf")
     with Model(read_base(base.path), gpu_layers=0) as model:

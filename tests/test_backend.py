@@ -133,7 +133,7 @@ def stock_logits(
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3"])
-def test_fused_logits_equal_a_merged_base(tmp_path, arch: str, weights) -> None:
+def test_fused_logits_equal_a_merged_base(tmp_path, arch, weights) -> None:
     base = write_tiny_base(tmp_path / "base.gguf", arch)
     adapters = [seeded_adapters(base, rank, rank=rank)[0] for rank in (4, 16, 5)]
     merged = write_merged(tmp_path / "merged.gguf", base, adapters, weights)
@@ -201,7 +201,7 @@ def test_changing_weights_builds_no_graph(base, adapters) -> None:
 @pytest.mark.parametrize(
     ("outtype", "rank"), [("f32", 5), ("f32", 32), ("f16", 5), ("bf16", 32), ("q8_0", 32)]
 )
-def test_every_kernel_agrees_with_a_merged_base(tmp_path, kernels, outtype: str, rank: int) -> None:
+def test_every_kernel_agrees_with_a_merged_base(tmp_path, kernels, outtype, rank) -> None:
     """Widths that no panel, vector or tile divides; prompts that no tile divides."""
     n_ff = 224 if outtype == "q8_0" else 90
     base = write_tiny_base(tmp_path / "base.gguf", n_ff=n_ff)
@@ -235,9 +235,7 @@ def rounded(values: F32, kind: str) -> F32:
 @pytest.mark.parametrize(
     ("outtype", "rank"), [("f32", 5), ("f16", 32), ("q8_0", 5), ("q8_0", 32), ("q4_0", 32)]
 )
-def test_adapters_are_converted_as_they_are_loaded(
-    tmp_path, kernels, kind: str, outtype: str, rank: int
-) -> None:
+def test_adapters_are_converted_as_they_are_loaded(tmp_path, kernels, kind, outtype, rank) -> None:
     """Blocks of 32 inputs of A, and of 32 outputs of B; panels that outputs do not fill."""
     base = write_tiny_base(tmp_path / "base.gguf", n_head_dim=12)
     targets = [stem for stem in STEMS if stem != "attn_output"]  # 48 inputs are no whole blocks
@@ -272,9 +270,7 @@ def test_what_cannot_be_converted_is_refused(monkeypatch, tmp_path) -> None:
 
 @with_kernels(KERNELS)
 @pytest.mark.parametrize("n", [3, 29])
-def test_every_kernel_agrees_on_the_probe(
-    monkeypatch, base, adapters, single, kernels, n: int
-) -> None:
+def test_every_kernel_agrees_on_the_probe(monkeypatch, base, adapters, single, kernels, n) -> None:
     for pool, expected in (("mean", single[:n].mean(axis=0)), ("last", single[n - 1])):
         for differential in (False, True):
             probed = probe_states(base, adapters, LONG[:n], differential=differential, pool=pool)
@@ -297,7 +293,7 @@ def test_every_kernel_agrees_on_the_probe(
     ],
 )
 def test_every_kernel_decodes_mixes_together_as_alone(
-    tmp_path, kernels, outtype: str, adapter_type: str, n_seq: int
+    tmp_path, kernels, outtype, adapter_type, n_seq
 ) -> None:
     """Tiles take rows of different sequences: none, one or all adapters. Of more than 64 too."""
     has_blocks = "q8_0" in (outtype, adapter_type) or adapter_type == "q4_0"
@@ -386,7 +382,7 @@ def test_bias_of_the_head_is_part_of_the_lens(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["f32", "q8_0"])
-def test_differential_probe_is_at_least_as_close(tmp_path, dtype: str) -> None:
+def test_differential_probe_is_at_least_as_close(tmp_path, dtype) -> None:
     """On a quantised base the difference of states keeps more of its digits."""
     base = write_tiny_base(tmp_path / "base.gguf", dtype=dtype)
     exact = write_tiny_base(tmp_path / "exact.gguf", replace=base.tensors)
@@ -525,9 +521,7 @@ def divergence(base: TinyBase, states: F32, lens: str) -> NDArray[np.float64]:
     # 8-bit rounding of activations that does not depend on their size: F16 has few digits for it
     [("f32", 0.3, 2e-4), ("f32", 1e-3, 2e-4), ("q8_0", 1e-6, 1.2e-2)],
 )
-def test_divergence_equals_the_numpy_reference(
-    tmp_path, lens: str, dtype: str, strength: float, rtol: float
-) -> None:
+def test_divergence_equals_the_numpy_reference(tmp_path, lens, dtype, strength, rtol) -> None:
     base = write_tiny_base(tmp_path / "base.gguf", dtype=dtype)
     states = probe_states(
         base, seeded_adapters(base, 1, 2, strength=strength), TOKENS, differential=True
@@ -543,7 +537,7 @@ def test_divergence_equals_the_numpy_reference(
 )
 @pytest.mark.parametrize("threads", [1, 2])
 def test_quantised_head_takes_rows_of_twice_8_bits(
-    tmp_path, kernels, dtype: str, n_embd: int, threads: int
+    tmp_path, kernels, dtype, n_embd, threads
 ) -> None:
     """Numbers of rows and outputs that fill no tile, and rows of zeros and of all sizes."""
     names = [f"<|{i}|>" for i in range(300)]  # more than one thread takes at once
@@ -568,7 +562,7 @@ def test_quantised_head_takes_rows_of_twice_8_bits(
 
 
 @pytest.mark.parametrize("size", [10.0, 100.0, 1000.0])
-def test_divergence_of_states_that_are_far_apart(base, size: float) -> None:
+def test_divergence_of_states_that_are_far_apart(base, size) -> None:
     """From 30 nats to thousands, where exp() of a difference of logits overflows."""
     rng = np.random.default_rng(5)
     states = rng.standard_normal((3, base.n_layer, base.n_embd)).astype(np.float32)
@@ -583,7 +577,7 @@ def test_divergence_of_states_that_are_far_apart(base, size: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["f32", "q8_0"])  # the product with 8 bits is our own
-def test_divergence_that_is_not_finite_is_reported(tmp_path, dtype: str) -> None:
+def test_divergence_that_is_not_finite_is_reported(tmp_path, dtype) -> None:
     base = write_tiny_base(tmp_path / "base.gguf", dtype=dtype)
     states = np.ones((3, base.n_layer, base.n_embd), np.float32)
     states[2, 1, 5] = np.nan

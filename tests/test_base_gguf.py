@@ -100,7 +100,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str, str, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_field_that_llama_cpp_asserts_is_refused(tmp_path, case: str) -> None:
+def test_field_that_llama_cpp_asserts_is_refused(tmp_path, case) -> None:
     arch, fields, field, found, expected = REFUSED[case]
     path = tmp_path / "base.gguf"
     write_base(path, arch)
@@ -119,7 +119,7 @@ def refusal(path: Path) -> str:
 
 
 @pytest.mark.parametrize("n_more", [0, 5000])
-def test_token_that_is_there_twice_is_refused(tmp_path, n_more: int) -> None:
+def test_token_that_is_there_twice_is_refused(tmp_path, n_more) -> None:
     path = write_base(tmp_path / "base.gguf")
     tokens = [*tiny.byte_tokens(), *(f"more{index}" for index in range(n_more)), "", ""]
     change(path, **{TOKENS: tokens})
@@ -136,7 +136,7 @@ def test_token_that_is_there_twice_is_refused(tmp_path, n_more: int) -> None:
 
 
 @pytest.mark.parametrize("n_more", [0, 5000])
-def test_tokens_of_bytes_need_their_names(tmp_path, n_more: int) -> None:
+def test_tokens_of_bytes_need_their_names(tmp_path, n_more) -> None:
     path = write_base(tmp_path / "base.gguf", spm=True)
     tokens = [*tiny.spm_tokens(), *(f"more{index}" for index in range(n_more))]
     types = [6 if text.startswith("<0x") else 1 for text in tokens]

@@ -109,7 +109,7 @@ def test_stock_scales_do_what_our_weights_do(rig) -> None:
          "measured after the first token. Raise it."),
     ],
 )  # fmt: skip
-def test_wrong_options_are_refused(made, args: tuple[str, ...], code: int, expected: str) -> None:
+def test_wrong_options_are_refused(made, args, code, expected) -> None:
     result = bench(made, *args)
     assert (result.exit_code, result.stdout) == (code, "")
     assert expected in result.stderr

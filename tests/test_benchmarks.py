@@ -39,7 +39,7 @@ def write(path: Path, *lines: dict[str, Any]) -> Path:
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_every_script_explains_itself(name: str) -> None:
+def test_every_script_explains_itself(name) -> None:
     assert "usage: " in script(name, "--help").lower()
 
 
@@ -145,9 +145,7 @@ def test_tasks_of_the_nine_cells_can_be_read(tmp_path) -> None:
     "options",
     [["--outtype", "f16"], ["--outtype", "q8_0", "--verify", "--modules", "mlp.down_proj"]],
 )
-def test_peak_memory_of_converting_is_little_more_than_header_and_buffer(
-    options: list[str],
-) -> None:
+def test_peak_memory_of_converting_is_little_more_than_header_and_buffer(options) -> None:
     """One layer of the shapes of an 8B model, rank 64, in a process without torch."""
     result = json.loads(script("convert", "--layers", 1, "--runs", 1, *options, "--json"))
     assert result["largest_pair_bytes"] == 2 * 64 * (4096 + 14336)

@@ -121,7 +121,7 @@ def test_the_home_folder_is_found_behind_the_name(tmp_path, monkeypatch) -> None
         ("x" * 100_001, "expected a text of at most 100000 characters"),
     ],
 )
-def test_a_text_that_could_not_be_read_again_is_refused(tmp_path, text: str, message: str) -> None:
+def test_a_text_that_could_not_be_read_again_is_refused(tmp_path, text, message) -> None:
     sources = make_sources(tmp_path)
     options: dict[str, Any] = {"description": text}
     with pytest.raises(errors.BundleError, match=message):
@@ -268,7 +268,7 @@ def sets(*place: str | int, **fields: Any) -> Callable[[Raw], object]:
         ),
     ],
 )
-def test_wrong_field_is_named(made, change: Callable[[Raw], object], message: str) -> None:
+def test_wrong_field_is_named(made, change, message) -> None:
     rewrite(made.folder, change)
     told = refused(errors.BundleError, load_bundle, made.folder)
     assert message in told
@@ -355,7 +355,7 @@ def test_a_file_swapped_between_check_and_use_is_refused(made, monkeypatch) -> N
 
 @pytest.mark.parametrize(("module", "step"), [(bundle_open, "check_file"), (core, "Pack")])
 def test_a_bundle_that_is_edited_while_it_is_opened_is_read_again(
-    made, monkeypatch, module: Any, step: str
+    made, monkeypatch, module, step
 ) -> None:
     adapter = tiny.write_tiny_adapter(made.folder.parent / "fr.gguf", made.base, seed=9)
     check = getattr(module, step)
@@ -371,7 +371,7 @@ def test_a_bundle_that_is_edited_while_it_is_opened_is_read_again(
 
 
 @pytest.mark.parametrize("content", [b"", b"1", b"[" * 100_000])
-def test_broken_memory_means_hashing_again(made, hashed, content: bytes) -> None:
+def test_broken_memory_means_hashing_again(made, hashed, content) -> None:
     load_bundle(made.folder)
     memory = Path(os.environ["QAFLORA_CACHE"]) / "checked.json"
     assert memory.exists()

@@ -24,7 +24,7 @@ def engine(tmp_path_factory) -> Iterator[Engine]:
 
 
 @pytest.mark.parametrize("context", ["probe", "main"])
-def test_cancel_ends_the_reading_of_a_prompt(engine, monkeypatch, context: str) -> None:
+def test_cancel_ends_the_reading_of_a_prompt(engine, monkeypatch, context) -> None:
     """Cancelled from another thread once the context is at work: between two calls of Python."""
     expected = engine.weights(LONG).divergence
     engine.weights("something else")
@@ -48,7 +48,7 @@ def test_cancel_ends_the_reading_of_a_prompt(engine, monkeypatch, context: str) 
 
 
 @pytest.mark.parametrize("is_done", [True, False])
-def test_cancel_ends_all_answers_that_were_asked_for(engine, is_done: bool) -> None:
+def test_cancel_ends_all_answers_that_were_asked_for(engine, is_done) -> None:
     found = []
     for answer in engine.answers("the king", 3, max_tokens=5):
         next(answer)
@@ -61,7 +61,7 @@ def test_cancel_ends_all_answers_that_were_asked_for(engine, is_done: bool) -> N
 
 
 @pytest.mark.parametrize("prefill", ["base", "mix"])
-def test_weights_are_told_once_and_the_engine_may_be_asked_then(engine, prefill: str) -> None:
+def test_weights_are_told_once_and_the_engine_may_be_asked_then(engine, prefill) -> None:
     told: list[FusionWeights] = []
 
     def on_weights(fusion: FusionWeights) -> None:

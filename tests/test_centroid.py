@@ -173,7 +173,7 @@ VALUES: NDArray[np.float32] = np.array([0.5, -1.25, 3e-5], np.float32)
         (centroid_text(np.zeros(3, np.float32)), "of values that are not finite, or all 0"),
     ],
 )
-def test_a_centroid_that_is_none_is_refused(text: str, reason: str) -> None:
+def test_a_centroid_that_is_none_is_refused(text, reason) -> None:
     np.testing.assert_array_equal(parse_centroid(centroid_text(VALUES), 3), VALUES)
     with pytest.raises(ValueError, match=re.escape(reason)):
         parse_centroid(text, 3)

@@ -137,7 +137,7 @@ def test_pasted_lines_are_one_message(opened, made, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("args", "env"), [(["--plain"], {"TERM": "xterm-256color"}), ([], {"TERM": "dumb"})]
 )
-def test_plain_terminals_get_no_escape_codes(made, args: list[str], env: dict[str, str]) -> None:
+def test_plain_terminals_get_no_escape_codes(made, args, env) -> None:
     command = [*SCRIPTED, ANSWER, "chat", str(made.folder), *args]
     written = on_a_terminal(command, b"the thing\n/weights\n/help\n/nothing\n\x04", **env)
     assert b"\x1b" not in written

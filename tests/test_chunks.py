@@ -19,7 +19,7 @@ def cut_tokens(tokens: Sequence[int], chunks: Chunks) -> list[int]:
 
 
 @pytest.mark.parametrize("n_seq", [1, 2, 3, 4, 5, 9, 21])
-def test_every_piece_has_whole_tiles(n_seq: int) -> None:
+def test_every_piece_has_whole_tiles(n_seq) -> None:
     """Flash attention has 64 rows in a tile: others leave a part of one unused."""
     for n in range(1, 1100):
         lengths = cut_tokens([0] * n, chunks_of(n_seq))

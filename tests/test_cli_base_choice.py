@@ -30,7 +30,7 @@ def make(place: Path, trained_on: str | None) -> TinyBundle:
         (None, "Missing option '--base': give a GGUF of the base that the adapter was trained"),
     ],
 )
-def test_base_is_asked_for_by_its_name(trained_on: str | None, said: str, tmp_path) -> None:
+def test_base_is_asked_for_by_its_name(trained_on, said, tmp_path) -> None:
     make(tmp_path, trained_on)
     for line in (
         ["convert", tmp_path / "named", "-o", tmp_path / "out.gguf"],
@@ -105,9 +105,7 @@ def test_adapters_go_with_one_base(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("trained_on", "base"), [("owner/peft", "BASE.gguf"), ("x/SmolLM2-135M-Instruct", MODEL)]
 )
-def test_an_adapter_in_place_of_a_bundle_tells_its_base(
-    tmp_path, trained_on: str, base: str
-) -> None:
+def test_an_adapter_in_place_of_a_bundle_tells_its_base(tmp_path, trained_on, base) -> None:
     make(tmp_path, trained_on)
     result = qaflora("run", tmp_path / "named", "hi")
     assert result.exit_code == 1

@@ -202,7 +202,7 @@ def test_a_pipe_is_read_once(made) -> None:
         (("--prompts", "f", "-o", "-"), "a file is needed, stdout will not do."),
     ],
 )
-def test_wrong_usage(made, words: tuple[object, ...], message: str) -> None:
+def test_wrong_usage(made, words, message) -> None:
     result = run(made, *words)
     assert result.exit_code == 2
     assert message in result.stderr
@@ -275,9 +275,7 @@ OTHER = "was answered by another bundle or under other options than these. Give 
         ("pipe", (), "it is a pipe, a socket or a device, not a file. Leave -o out for stdout"),
     ],
 )
-def test_another_file_is_refused_and_left_alone(
-    made, begun, change: str, more: tuple[object, ...], message: str
-) -> None:
+def test_another_file_is_refused_and_left_alone(made, begun, change, more, message) -> None:
     path, out = begun
     ends = {"foreign": b'{"prompt": "a"}\n', "torn": b"my notes"}
     with out.open("ab") as file:

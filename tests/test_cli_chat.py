@@ -108,9 +108,7 @@ def test_interrupt_ends_the_answer_only(made) -> None:
         ("```\nx\n\ny", [], "```\nx\n\ny"),
     ],
 )
-def test_blocks_close_at_a_blank_line_outside_of_code(
-    text: str, closed: list[str], rest: str
-) -> None:
+def test_blocks_close_at_a_blank_line_outside_of_code(text, closed, rest) -> None:
     assert split_closed(text) == (closed, rest)
 
 
@@ -137,7 +135,7 @@ def markdown(text: str) -> str:
         "- one\n- two",
     ],
 )
-def test_markdown_loses_no_digit_and_no_sign(text: str) -> None:
+def test_markdown_loses_no_digit_and_no_sign(text) -> None:
     assert markdown(text) == " ".join(text.split())
 
 

@@ -57,7 +57,7 @@ def test_table_has_each_strategy_with_its_mix_and_answer(made) -> None:
         ("manual:math=1,es=.5,norm:top=2", ["manual:math=1,es=.5", "norm:top=2"]),
     ],
 )
-def test_list_of_strategies(ways: str, expected: list[str]) -> None:
+def test_list_of_strategies(ways, expected) -> None:
     assert expand(ways, ("math", "es")) == expected
 
 
@@ -74,9 +74,7 @@ def answer(text: str) -> Answer:
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 @pytest.mark.parametrize("width", [20, 80])
-def test_table_fits_and_lets_no_control_character_out(
-    encoding: str, width: int, monkeypatch
-) -> None:
+def test_table_fits_and_lets_no_control_character_out(encoding, width, monkeypatch) -> None:
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
     word = "W" * 50 + "!"
     shown = table([answer(EVIL), answer(word), answer(" \n")], width)

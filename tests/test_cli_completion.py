@@ -29,7 +29,7 @@ def suggested(made: TinyBundle, line: str, **more: str) -> list[str]:
         ("qaflora run bundle --strategy s", ["spectr"]),
     ],
 )
-def test_suggestions(made, line: str, expected: list[str]) -> None:
+def test_suggestions(made, line, expected) -> None:
     assert suggested(made, line) == expected
 
 

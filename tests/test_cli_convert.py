@@ -112,9 +112,7 @@ def test_json_says_what_was_written(tmp_path, base) -> None:
 
 
 @pytest.mark.parametrize("value", [2.0, np.nan])
-def test_wrong_conversion_is_reported_with_exit_code_1(
-    tmp_path, base, monkeypatch, value: float
-) -> None:
+def test_wrong_conversion_is_reported_with_exit_code_1(tmp_path, base, monkeypatch, value) -> None:
     folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj"], layers=[0])
     original = convert.encoded_tensor
 
@@ -139,7 +137,7 @@ def test_wrong_conversion_is_reported_with_exit_code_1(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chosen", [None, "3"])
-def test_products_use_one_thread_unless_the_user_chose(chosen: str | None) -> None:
+def test_products_use_one_thread_unless_the_user_chose(chosen) -> None:
     """The variable is set before numpy, which reads it, is loaded."""
     code = (
         "import os, sys; from qaflora_edge.cli import main\n"

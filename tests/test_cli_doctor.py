@@ -42,9 +42,7 @@ def test_report_to_read() -> None:
         ("ggml", "no tokens are guessed, as these do not multiply one row and several alike"),
     ],
 )
-def test_kernels_and_whether_they_allow_guesses_are_told(
-    monkeypatch, kernels: str, verdict: str
-) -> None:
+def test_kernels_and_whether_they_allow_guesses_are_told(monkeypatch, kernels, verdict) -> None:
     monkeypatch.setenv("QAFLORA_CPU_KERNELS", kernels)
     library = json.loads(qaflora("doctor", "--json").stdout)["library"]
     if library["kernels"] is None:

@@ -152,7 +152,7 @@ def test_table_and_json_show_every_item(calibrated, tmp_path) -> None:
         (("sums.jsonl",), 2, "Two tasks have one name: sums, sums, expected different ones"),
     ],
 )
-def test_wrong_usage(calibrated, tmp_path, monkeypatch, case: tuple[Any, ...]) -> None:
+def test_wrong_usage(calibrated, tmp_path, monkeypatch, case) -> None:
     args, code, message = case
     monkeypatch.chdir(tmp_path)
     sums(tmp_path / "sums.jsonl")

@@ -104,7 +104,7 @@ def test_every_commit_and_file_is_listed_and_removed(place, hub, hub_cache) -> N
 
 
 @pytest.mark.parametrize("name", ["nothing", "bundle"])
-def test_what_was_not_pulled_is_refused(place, name: str) -> None:
+def test_what_was_not_pulled_is_refused(place, name) -> None:
     make_bundle(place)
     assert said_by(qaflora("remove", name, "--yes"), 1) == (
         f"Error: Cannot remove {name}: nothing was pulled under this name; expected one that "

@@ -36,7 +36,7 @@ COMMANDS = commands()
 
 
 @pytest.mark.parametrize("words", ["", *COMMANDS])
-def test_help_has_sentences_an_example_and_exit_codes_and_fits_a_terminal(words: str) -> None:
+def test_help_has_sentences_an_example_and_exit_codes_and_fits_a_terminal(words) -> None:
     result = qaflora(*words.split(), "--help")
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
@@ -49,7 +49,7 @@ def test_help_has_sentences_an_example_and_exit_codes_and_fits_a_terminal(words:
 
 
 @pytest.mark.parametrize("words", COMMANDS)
-def test_every_option_and_argument_is_explained(words: str) -> None:
+def test_every_option_and_argument_is_explained(words) -> None:
     """DIR is explained by `qaflora --help`, for it is the same everywhere."""
     params = COMMANDS[words].get_params(click.Context(main))
     texts = [param.help or "" for param in params if isinstance(param, click.Option)]
@@ -71,7 +71,7 @@ def test_similar_commands_are_offered() -> None:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_listed_line_is_the_first_of_the_help(verb: str) -> None:
+def test_listed_line_is_the_first_of_the_help(verb) -> None:
     assert (COMMANDS[verb].help or "").splitlines()[0] == VERBS[verb]
     width = max(map(len, VERBS))
     name = {"list": "list, ls", "remove": "remove, rm"}.get(verb, verb)
@@ -120,7 +120,7 @@ print(json.dumps([name for name in names if name in sys.modules]))
 
 
 @pytest.mark.parametrize("words", [["--help"], ["run", "--help"]])
-def test_help_imports_nothing_heavy(words: list[str]) -> None:
+def test_help_imports_nothing_heavy(words) -> None:
     result = python("-c", LOADED, *words)
     assert (result.stderr, json.loads(result.stdout)) == ("", [])
 
@@ -150,9 +150,7 @@ def test_reader_that_leaves_is_no_failure(made) -> None:
          "smaller base, fewer adapters or a smaller --ctx."),
     ],
 )  # fmt: skip
-def test_what_no_file_reports_itself_is_no_traceback(
-    error: Exception, message: str, monkeypatch
-) -> None:
+def test_what_no_file_reports_itself_is_no_traceback(error, message, monkeypatch) -> None:
     """A file that goes between two looks at it, and memory that is not there."""
     from qaflora_edge.formats import names as registry
 

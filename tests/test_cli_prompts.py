@@ -33,7 +33,7 @@ def test_json_lines(tmp_path) -> None:
         ('{"prompt": " "}', '"prompt" is " ", expected a text that is not empty'),
     ],
 )
-def test_bad_lines_are_named(line: str, wrong: str, tmp_path) -> None:
+def test_bad_lines_are_named(line, wrong, tmp_path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "fine"}\n' + line + "\n")
     shown = message(path)

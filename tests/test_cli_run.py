@@ -70,7 +70,7 @@ def test_base_without_template_needs_raw_prompt(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("kind", "name"), [("bundle", "owner/name"), ("base", "smollm2-135m-instruct")]
 )
-def test_dir_may_be_the_name_of_what_was_pulled(made, monkeypatch, kind: str, name: str) -> None:
+def test_dir_may_be_the_name_of_what_was_pulled(made, monkeypatch, kind, name) -> None:
     pulled: dict[str, Path] = {}
     monkeypatch.setattr(hub_cache, "pulled_path", pulled.get)
     monkeypatch.setattr(registry, "local_path", lambda model: pulled.get(model.name))
@@ -104,9 +104,7 @@ def test_dir_may_be_a_base(made, monkeypatch) -> None:
         ("run", ["--prompts", "-", "--max-tokens", "4"], '{"prompt": "a"}', '"index"'),
     ],
 )
-def test_other_commands_take_a_base(
-    verb: str, args: list[str], stdin: str, shown: str, made, tmp_path
-) -> None:
+def test_other_commands_take_a_base(verb, args, stdin, shown, made, tmp_path) -> None:
     stdin = stdin.replace("{place}", str(tmp_path))
     result = qaflora(verb, made.base.path, *args, stdin=stdin)
     assert result.exit_code == 0, result.output
@@ -127,7 +125,7 @@ def test_other_commands_take_a_base(
         ("while read line; do {run} $line; done < doc.txt", "doc"),
     ],
 )
-def test_what_is_piped_stands_behind_the_prompt(command: str, asked: str, made, tmp_path) -> None:
+def test_what_is_piped_stands_behind_the_prompt(command, asked, made, tmp_path) -> None:
     (tmp_path / "doc.txt").write_text("doc\n")
     run = shlex.join([*QAFLORA, "run", str(made.folder)])
     shell = command.replace("{run}", f"{run} --max-tokens 1 --json")
@@ -180,9 +178,7 @@ def test_answer_cut_before_its_grammar_ends_is_a_failure(made, tmp_path) -> None
         ("--json-schema", "[]", "Cannot read the JSON schema {path}: it holds a list, not an obj"),
     ],
 )
-def test_bad_grammar_is_named_before_the_model_is_loaded(
-    option: str, text: str, wrong: str, tmp_path
-) -> None:
+def test_bad_grammar_is_named_before_the_model_is_loaded(option, text, wrong, tmp_path) -> None:
     path = tmp_path / "grammar"
     path.write_text(text)
     stderr = said_by(run(tmp_path / "no-bundle", PROMPT, option, path), 1)
@@ -200,7 +196,7 @@ def test_bad_grammar_is_named_before_the_model_is_loaded(
         ([PROMPT, "--system", "a", "--raw-prompt"], "--system needs the chat template, which"),
     ],
 )
-def test_wrong_usage_is_2(args: list[str], message: str, tmp_path) -> None:
+def test_wrong_usage_is_2(args, message, tmp_path) -> None:
     assert message in said_by(run(tmp_path / "no-bundle", *args), 2)
 
 

@@ -56,7 +56,7 @@ def long_body(**more: Any) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_lets_end_what_runs(bundle, number: int, code: int) -> None:
+def test_a_signal_lets_end_what_runs(bundle, number, code) -> None:
     with serving(str(bundle), "--ctx", "600") as (process, address):
         url = f"{address}/v1/chat/completions"
         body = long_body(max_tokens=100)
@@ -149,7 +149,7 @@ def test_a_port_that_is_taken_is_named(bundle) -> None:
 
 
 @pytest.mark.parametrize("spoil", ["sys.modules['starlette'] = None", "sys.path.insert(0, '.')"])
-def test_a_missing_or_broken_extra_is_told(bundle, spoil: str, tmp_path) -> None:
+def test_a_missing_or_broken_extra_is_told(bundle, spoil, tmp_path) -> None:
     (tmp_path / "uvicorn.py").write_text("raise ImportError('libssl is too old')\n")
     lines = f"import sys; {spoil}; from qaflora_edge.cli import main"
     command = [sys.executable, "-c", f"{lines}; main()", "serve", str(bundle)]

@@ -85,7 +85,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("text", "told", "advice"), WRONG)
-def test_wrong_setting_is_refused(config, text: str, told: str, advice: str) -> None:
+def test_wrong_setting_is_refused(config, text, told, advice) -> None:
     config.write_text(text, encoding="utf-8")
     args = ["convert", "x", "--base", "y", "-o", "z"] if "convert" in text else ["models"]
     stderr = said_by(qaflora(*args), 1)

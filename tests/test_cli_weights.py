@@ -58,7 +58,7 @@ def test_two_place_says_what_it_measured_and_why_the_base_is_alone(calibrated) -
 @pytest.mark.parametrize(
     "args", [(), (PROMPT, "--prompts", "prompts.txt"), (PROMPT, "--plot", "weights.png")]
 )
-def test_wrong_usage_is_2(calibrated, args: tuple[str, ...]) -> None:
+def test_wrong_usage_is_2(calibrated, args) -> None:
     assert "Usage: " in said_by(weights(calibrated, *args), 2)
 
 
@@ -79,9 +79,7 @@ def test_plot_is_written_next_to_the_other_outputs(calibrated, tmp_path) -> None
         (["hi", "--plot", "/no/such/folder/w.svg"], None, "Cannot write /no/such/folder/w.svg"),
     ],
 )
-def test_failure_says_what_is_wrong(
-    calibrated, args: list[str], stdin: str | bytes | None, message: str
-) -> None:
+def test_failure_says_what_is_wrong(calibrated, args, stdin, message) -> None:
     before = snapshot(calibrated.folder.parent)
     stderr = said_by(weights(calibrated, *args, stdin=stdin), 1)
     assert message in stderr

@@ -71,7 +71,7 @@ def client(url) -> Iterator[OpenAI]:
 @pytest.mark.parametrize(
     "choice", ["required", {"type": "function", "function": {"name": "weather"}}]
 )
-def test_tools(client, choice: Any) -> None:
+def test_tools(client, choice) -> None:
     asked: Any = {"model": "tiny", "messages": USER, "tools": [WEATHER], "tool_choice": choice}
     found = client.chat.completions.create(max_tokens=200, **asked).choices[0]
     assert found.finish_reason == "tool_calls"
@@ -225,7 +225,7 @@ def test_llm(url, alone, tmp_path) -> None:
         ("open-responses", {"image-input", "reasoning-summary"}),
     ],
 )
-def test_llm_comply(tmp_path, form: str, left_out: set[str]) -> None:
+def test_llm_comply(tmp_path, form, left_out) -> None:
     """Its checks of chats and responses, but for what a base that reads and writes text has not."""
     # Greedy, and a token is less likely the more often it came: a text begins, and ends.
     logits = {"a": 9.0, EOS: 8.9, '"': 8.8}

@@ -31,9 +31,7 @@ INCLUDES = ("src", "include", "ggml/include", "ggml/src")
         ("aarch64-linux-gnu-g++", [], ARM_SETS),
     ],
 )
-def test_native_sources_compile(
-    compiler: str, defines: list[str], sets: dict[str, list[str]], checkout, llama_cpp_source
-) -> None:
+def test_native_sources_compile(compiler, defines, sets, checkout, llama_cpp_source) -> None:
     if shutil.which(compiler.split()[0]) is None:
         pytest.skip(f"{compiler} is not installed")
     own = checkout / "patches" / "src"

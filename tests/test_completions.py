@@ -21,7 +21,7 @@ from qaflora_edge.dialects.texts import text_logprobs
 from qaflora_edge.errors import ModalityError, OptionError, PromptError, ToolsError
 from qaflora_edge.inference.constraint import Constraint
 from qaflora_edge.inference.sequence import TokenLogprob
-from qaflora_edge.prompt.calls import FORMATS, CallFormat, Calls
+from qaflora_edge.prompt.calls import FORMATS, Calls
 
 CITY = {"city": {"enum": ["Lima", "Oslo"]}, "days": {"$ref": "#/$defs/n"}}
 FORM = {"type": "object", "properties": CITY, "required": [*CITY], "additionalProperties": False}
@@ -104,9 +104,7 @@ def test_content_may_come_in_parts(engine) -> None:
         ("required", {"weather", "time"}),
     ],
 )
-def test_tool_that_has_to_be_called_is_called(
-    terse, monkeypatch, choice: Any, names: set[str], style: CallFormat
-) -> None:
+def test_tool_that_has_to_be_called_is_called(terse, monkeypatch, choice, names, style) -> None:
     template = CHATML + "{% if tools %}{{ " + json.dumps(style.sign) + " }}{% endif %}"
     monkeypatch.setattr(terse._model, "chat_template", template)
     options = {"tools": [WEATHER, TIME], "tool_choice": choice, "temperature": 1.0, "seed": 1}
@@ -244,7 +242,7 @@ PLAIN = '{"name": "time", "parameters": {"é": 1}}'
         (PHI, f"functools[{CALL}, {CALL}]", "", ["time", "time"]),
     ],
 )
-def test_calls_are_read_out_of_text(tools: Calls, text: str, rest: str, names: list[str]) -> None:
+def test_calls_are_read_out_of_text(tools, text, rest, names) -> None:
     """Small bases write their calls fenced, whatever the template shows them."""
     found, calls = tools.parse(text)
     assert (found, [call["function"]["name"] for call in calls]) == (rest, names)
@@ -288,7 +286,7 @@ TYPES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("n_letter", [1, 7, 5000])
-def test_tags_are_read_as_templates_write_them(n_letter: int) -> None:
+def test_tags_are_read_as_templates_write_them(n_letter) -> None:
     parameters = {"properties": TYPES, "$defs": {"names": {"enum": ["1", "b"]}}}
     tools = Tools([{"type": "function", "function": {"name": "do", "parameters": parameters}}])
     calls = [{"name": "do", "arguments": arguments} for arguments in (VALUES, {}, {"n": 1})]
@@ -314,7 +312,7 @@ def test_tags_are_read_as_templates_write_them(n_letter: int) -> None:
         ),
     ],
 )
-def test_tags_that_are_cut_or_hostile(text: str, arguments: str) -> None:
+def test_tags_that_are_cut_or_hostile(text, arguments) -> None:
     """A cut call is what was written of it: `finish_reason` says so."""
     form = {"properties": {"a": {"type": "string"}}}
     tool = {"type": "function", "function": {"name": "time", "parameters": form}}
@@ -343,7 +341,7 @@ def test_tags_that_are_cut_or_hostile(text: str, arguments: str) -> None:
         *((LLAMA, text) for text in (f"As {PLAIN}", "{", '{"name": "time"}')),
     ],
 )
-def test_other_text_is_no_call(tools: Calls, text: str) -> None:
+def test_other_text_is_no_call(tools, text) -> None:
     assert tools.parse(text) == (text, [])
     assert accumulated(tools, text) == (text, [])
 
@@ -371,7 +369,7 @@ MARKED = (
 
 @pytest.mark.parametrize("n_letter", [1, 7, 5000])
 @pytest.mark.parametrize("form", [LFM, GEMMA, PHI, HERMES])
-def test_named_arguments_are_read_as_bases_write_them(form: Calls, n_letter: int) -> None:
+def test_named_arguments_are_read_as_bases_write_them(form, n_letter) -> None:
     calls = [{"function": {"name": "time", "arguments": given}} for given in (VALUES, {})]
     text = form.format.written(calls)
     if form is GEMMA:
@@ -393,7 +391,7 @@ def test_named_arguments_are_read_as_bases_write_them(form: Calls, n_letter: int
         (f"time(a={'[' * 9999}{']' * 9999})", f'{{"a": "{"[" * 9999}{"]" * 9999}"}}'),
     ],
 )
-def test_python_that_is_cut_or_hostile(text: str, arguments: str) -> None:
+def test_python_that_is_cut_or_hostile(text, arguments) -> None:
     _, (call,) = accumulated(LFM, f"<|tool_call_start|>[{text}")
     assert call["function"]["arguments"] == arguments
 
@@ -409,9 +407,7 @@ def test_python_that_is_cut_or_hostile(text: str, arguments: str) -> None:
         (GEMMA, "b:QxQ,e:QzQ", False),
     ],
 )
-def test_named_arguments_are_bound_by_the_schema(
-    engine, form: Calls, arguments: str, is_bound: bool
-) -> None:
+def test_named_arguments_are_bound_by_the_schema(engine, form, arguments, is_bound) -> None:
     kinds = {"a": "integer", "b": "string", "c": "boolean", "f": "object"}
     fields: dict[str, Any] = {name: {"type": kind} for name, kind in kinds.items()}
     parameters = {"properties": fields | {"e": {"enum": ["x", "y"]}}, "required": ["b"]}
@@ -442,7 +438,7 @@ def test_tools_and_calls_stand_where_a_template_reads_them(engine, monkeypatch) 
 
 
 @pytest.mark.parametrize("form", [XML, HERMES, LFM, GEMMA])
-def test_a_schema_of_tools_may_have_words_of_its_own(form: Calls) -> None:
+def test_a_schema_of_tools_may_have_words_of_its_own(form) -> None:
     value = {"type": "string", "optional": True, "uniqueItems": True}
     function = {"name": "f", "parameters": {"properties": {"a": value}, "if": {}}}
     form.grammar([{"type": "function", "function": function}])
@@ -484,7 +480,7 @@ def test_wrong_tools_and_choices_are_refused(engine) -> None:
 
 
 @pytest.mark.parametrize("spm", [False, True])
-def test_control_tokens_of_calls_are_written(tmp_path, monkeypatch, spm: bool) -> None:
+def test_control_tokens_of_calls_are_written(tmp_path, monkeypatch, spm) -> None:
     """Mistral's [TOOL_CALLS] is one, without which an answer would be bare JSON."""
     monkeypatch.setattr(tiny, "CONTROLS", (*tiny.CONTROLS, "[TOOL_CALLS]", "[OTHER]"))
     template = CHATML + "{% if tools %}[TOOL_CALLS]{% endif %}"
@@ -544,7 +540,7 @@ def test_templates_take_variables(engine, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("written", ["T", "<tool_call><function="])
-def test_template_without_tools_is_refused(engine, monkeypatch, written: str) -> None:
+def test_template_without_tools_is_refused(engine, monkeypatch, written) -> None:
     template = CHATML + "{% if tools %}" + written + "{% endif %}"
     monkeypatch.setattr(engine._model, "chat_template", template)
     assert refused(ToolsError, engine.chat, USER, tools=[TIME]) == (
@@ -587,9 +583,7 @@ def test_openais_options_that_change_nothing_are_taken(engine) -> None:
         ),
     ],
 )
-def test_options_that_cannot_be_followed_are_refused(
-    engine, options: dict[str, Any], message: str
-) -> None:
+def test_options_that_cannot_be_followed_are_refused(engine, options, message) -> None:
     assert refused(OptionError, engine.chat, USER, **options) == message
 
 

@@ -59,7 +59,7 @@ def test_every_option_with_a_range_is_tried() -> None:
 
 
 @pytest.mark.parametrize("name", GOOD_AND_BAD)
-def test_range_is_the_same_everywhere(name: str, tmp_path, monkeypatch) -> None:
+def test_range_is_the_same_everywhere(name, tmp_path, monkeypatch) -> None:
     for is_good, values in zip((True, False), GOOD_AND_BAD[name], strict=True):
         for value in values:
             refused = refusals(BY_NAME[name], value, tmp_path / "config.toml", monkeypatch)
@@ -151,7 +151,7 @@ def test_engine_refuses_before_it_loads(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), "1", True])
-def test_what_is_no_number_is_refused(value: object) -> None:
+def test_what_is_no_number_is_refused(value) -> None:
     told = refused(OptionError, config.check, "sampling", {"temperature": value})
     assert told == f"Option temperature is {value!r}, expected a number from 0 up."
 

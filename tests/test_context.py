@@ -44,7 +44,7 @@ def ask(engine: Engine, text: str) -> str:
 
 
 @pytest.mark.parametrize("verb", [["run", "-"], ["chat", "--repeat-penalty", "1"]])
-def test_commands_answer_a_long_prompt(made, fixed, verb: list[str]) -> None:
+def test_commands_answer_a_long_prompt(made, fixed, verb) -> None:
     words = [verb[0], str(made.folder), *verb[1:], *GREEDY]
     result = CliRunner().invoke(main, words, input=LONG)
     assert (result.exit_code, result.stdout) == (0, ask(fixed, LONG) + "\n")

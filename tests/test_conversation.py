@@ -82,7 +82,7 @@ def path(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("system", ["be short", None])
-def test_a_saved_session_comes_back(path, system: str | None) -> None:
+def test_a_saved_session_comes_back(path, system) -> None:
     for talk in (Conversation(system, TALK.said), TALK):  # one over the other
         save(path, talk)
         assert load_session(path) == talk
@@ -149,7 +149,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_files_are_refused_by_name(path, case: str) -> None:
+def test_hostile_files_are_refused_by_name(path, case) -> None:
     data, words = HOSTILE[case]
     path.write_bytes(data)
     with pytest.raises(SessionFileError) as failure:

@@ -52,7 +52,7 @@ TYPES = gguf.GGMLQuantizationType
     ],
 )
 def test_types_are_those_of_upstream_and_round_by_their_precision(
-    tmp_path, make_base, outtype: str, rank: int, type_a: Any, type_b: Any
+    tmp_path, make_base, outtype, rank, type_a, type_b
 ) -> None:
     base = make_base("qwen2")
     folder = tiny.write_tiny_peft(tmp_path / "a", base, rank=rank)
@@ -91,9 +91,7 @@ def test_metadata_are_those_that_llama_cpp_reads(tmp_path, make_base) -> None:
 @pytest.mark.parametrize(
     ("trained_on", "is_named"), [("owner/model-7B", True), ("/home/me/model", False)]
 )
-def test_the_base_it_was_trained_on_is_named(
-    tmp_path, make_base, trained_on: str, is_named: bool
-) -> None:
+def test_the_base_it_was_trained_on_is_named(tmp_path, make_base, trained_on, is_named) -> None:
     base = make_base()
     config = {"base_model_name_or_path": trained_on}
     folder = tiny.write_tiny_peft(tmp_path / "a", base, config=config)
@@ -111,7 +109,7 @@ def test_the_base_it_was_trained_on_is_named(
 
 
 @pytest.mark.parametrize("prefix", ["model.language_model.layers", "language_model.model.layers"])
-def test_names_inside_a_multimodal_gemma_are_understood(tmp_path, make_base, prefix: str) -> None:
+def test_names_inside_a_multimodal_gemma_are_understood(tmp_path, make_base, prefix) -> None:
     base = make_base("gemma3")
     plain = tiny.write_tiny_peft(tmp_path / "x" / "a", base)
     nested = tiny.write_tiny_peft(tmp_path / "y" / "a", base, prefix=prefix)
@@ -183,7 +181,7 @@ REFUSED: list[tuple[str, dict[str, tuple[int, ...]], dict[str, tuple[int, int]],
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_does_not_fit_the_base_is_named(tmp_path, case: tuple[Any, ...]) -> None:
+def test_what_does_not_fit_the_base_is_named(tmp_path, case) -> None:
     arch, tensors, modules, message = case
     base = tiny.write_shapes(tmp_path / "base.gguf", arch, tensors, n_head=8)
     pairs = {name: (np.ones((4, n_in)), np.ones((n, 4))) for name, (n, n_in) in modules.items()}
@@ -239,7 +237,7 @@ def test_biases_that_were_trained_but_not_saved_are_refused(tmp_path, make_base)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_names_are_those_of_the_map_of_all_blocks(architecture: str) -> None:
+def test_names_are_those_of_the_map_of_all_blocks(architecture) -> None:
     (arch,) = (key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     one, most = gguf.get_tensor_name_map(arch, 1), gguf.get_tensor_name_map(arch, 13)
     whole = gguf.get_tensor_name_map(arch, 12)
@@ -249,7 +247,7 @@ def test_names_are_those_of_the_map_of_all_blocks(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("block", ["00", "-1", "0x1", "", "x", "12", "1.0"])
-def test_a_block_that_is_none_has_no_name(block: str) -> None:
+def test_a_block_that_is_none_has_no_name(block) -> None:
     one = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1)
     assert tensor_name(one, 12, f"model.layers.{block}.mlp.up_proj", {}) is None
     assert tensor_name(one, 12, "model.layers.11.mlp.up_proj", {}) == "blk.11.ffn_up"

@@ -82,7 +82,7 @@ def stacked_delta(a: NDArray[np.float32], b: NDArray[np.float32]) -> F64:
 
 
 @pytest.mark.parametrize("names", [("mlp", "up_proj"), ("block_sparse_moe", "w3")])
-def test_experts_of_their_own_are_stacked(tmp_path, names: tuple[str, str]) -> None:
+def test_experts_of_their_own_are_stacked(tmp_path, names) -> None:
     """Of another rank and scale each; one has none, and its delta is zero."""
     block, up = names
     base = write_base(tmp_path / "base.gguf", "llama")
@@ -103,7 +103,7 @@ def test_experts_of_their_own_are_stacked(tmp_path, names: tuple[str, str]) -> N
 
 @pytest.mark.parametrize("arch", ["qwen3moe", "gpt-oss"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_parameter_of_gate_and_up_is_taken_apart(tmp_path, arch: str, fused: bool) -> None:
+def test_parameter_of_gate_and_up_is_taken_apart(tmp_path, arch, fused) -> None:
     base = write_base(tmp_path / "base.gguf", arch, fused=fused)
     pairs = {
         f"{EXPERTS}.base_layer": stacked_pair(N_EMBD, 2 * N_FF),
@@ -211,7 +211,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_experts_that_do_not_fit_are_named(tmp_path, case: tuple[Any, ...]) -> None:
+def test_experts_that_do_not_fit_are_named(tmp_path, case) -> None:
     base_options, pairs, fields, message = case
     base = write_base(tmp_path / "base.gguf", **base_options)
     folder = write_pairs_of_peft(tmp_path / "a", pairs, **fields)

@@ -74,12 +74,12 @@ TEXTS = "expected 1 to 255 texts, all different and none empty."
         (["a"] * 1000, TEXTS),
     ],
 )
-def test_wrong_choices_are_refused(alone, choices: Any, message: str) -> None:
+def test_wrong_choices_are_refused(alone, choices, message) -> None:
     assert refused(OptionError, alone.decide, QUESTION, choices).endswith(message)
 
 
 @pytest.mark.parametrize("prompt", ["", [], [{"role": "assistant", "content": "a"}], 3])
-def test_what_is_no_question_is_refused(alone, prompt: Any) -> None:
+def test_what_is_no_question_is_refused(alone, prompt) -> None:
     assert "expected a" in refused(PromptError, alone.decide, prompt, CHOICES)
 
 
@@ -140,7 +140,7 @@ def test_systemone_answers_each_question(client, alone) -> None:
         ({"a": {"type": "choice", "criteria": {"": "x"}}}, "choices"),
     ],
 )
-def test_wrong_questions_are_400(client, questions: Any, param: str) -> None:
+def test_wrong_questions_are_400(client, questions, param) -> None:
     response = client.post("/v1/systemone", json={"state": "a", "questions": questions})
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
 

@@ -70,9 +70,7 @@ def test_an_answer_in_every_dialect() -> None:
         ({"lora": [{"id": 0, "scale": 1.0}], "fusion": {"weights": {"es": 1}}}, "lora"),
     ],
 )
-def test_weights_that_contradict_or_are_too_large_are_refused(
-    body: dict[str, Any], field: str
-) -> None:
+def test_weights_that_contradict_or_are_too_large_are_refused(body, field) -> None:
     with pytest.raises(OptionError, match=f"^The field {field} is ") as caught:
         weighing_of(body, None, ("math", "es"))
     assert caught.value.option == field

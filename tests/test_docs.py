@@ -100,7 +100,7 @@ def runnable(page: Path) -> list[Block]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=page_id)
-def test_blocks_of_the_page_run(page: Path, scratch, tmp_path) -> None:
+def test_blocks_of_the_page_run(page, scratch, tmp_path) -> None:
     """With a tiny bundle; test_transcript types the same commands on the real one."""
     for block in runnable(page):
         done = run_block(block, scratch, tmp_path / "home")
@@ -108,12 +108,12 @@ def test_blocks_of_the_page_run(page: Path, scratch, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_no_command_of_the_page_escapes(page: Path) -> None:
+def test_no_command_of_the_page_escapes(page) -> None:
     assert escaped_commands(page.read_text(encoding="utf-8")) == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_links_of_the_page_lead_somewhere(page: Path) -> None:
+def test_links_of_the_page_lead_somewhere(page) -> None:
     text = page.read_text(encoding="utf-8")
     targets = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text)
     targets += re.findall(r'src(?:set)?="([^":]+)"', text)
@@ -136,7 +136,7 @@ def command_options(words: list[str]) -> tuple[str, set[str]] | None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_commands_named_in_the_text_exist(page: Path) -> None:
+def test_commands_named_in_the_text_exist(page) -> None:
     text = page.read_text(encoding="utf-8")
     for line in re.findall(r"`(?:[A-Z_]+=\S+ )?qaflora ([^`]+)`", text):
         words = line.split()
@@ -178,7 +178,7 @@ def test_adapters_of_the_demo_are_those_of_its_page(checkout) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_the_demo_answers_rightly_with_the_mix_that_it_names(
-    kernels: str, checkout, monkeypatch
+    kernels, checkout, monkeypatch
 ) -> None:
     demo = DEMO["QWEN"]
     if pulled_model(demo.base) is None:
@@ -198,7 +198,7 @@ def test_the_demo_answers_rightly_with_the_mix_that_it_names(
 
 
 @pytest.mark.parametrize("page", ["docs/quickstart.md"])
-def test_questions_of_the_first_pages_are_the_demos(page: str, checkout) -> None:
+def test_questions_of_the_first_pages_are_the_demos(page, checkout) -> None:
     """Those that the mix answers rightly: what people see first should be right."""
     text = (checkout / page).read_text(encoding="utf-8")
     asked = re.findall(r'qaflora (?:run|compare|weights) \S+ "([^"]+)"', text)

@@ -54,7 +54,7 @@ def encrypted(password: str) -> bytes:
 
 
 @pytest.mark.parametrize("data", [b"a\r\nb\n", codecs.BOM_UTF8 + b"a\nb", "a\nb".encode("utf-16")])
-def test_a_text_is_read_in_the_encoding_that_it_has(data: bytes) -> None:
+def test_a_text_is_read_in_the_encoding_that_it_has(data) -> None:
     assert document_text("a.txt", data) == "a\nb"
 
 
@@ -82,7 +82,7 @@ def test_characters_that_no_text_has_are_left_out() -> None:
         (b"\x89PNG\r\n\0", "it is neither a text in UTF-8 nor a PDF. Save it as one of them."),
     ],
 )
-def test_what_cannot_be_read_is_said(data: bytes, fault: str) -> None:
+def test_what_cannot_be_read_is_said(data, fault) -> None:
     assert refused(InputFileError, document_text, "a.pdf", data) == f"Cannot read a.pdf: {fault}"
 
 

@@ -23,7 +23,7 @@ SCHEMA = {"type": "array", "items": {"enum": ["red apple", "green pear"]}, "maxI
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_guess_is_what_followed_the_last_tokens_where_they_stood_last(seed: int) -> None:
+def test_a_guess_is_what_followed_the_last_tokens_where_they_stood_last(seed) -> None:
     rng = random.Random(seed)
     prompt, answer = ([rng.randrange(8) for _ in range(n)] for n in (rng.randrange(9), 60))
     guesser = Guesser(prompt, 4)
@@ -45,9 +45,7 @@ def test_a_guess_is_what_followed_the_last_tokens_where_they_stood_last(seed: in
         ([7] * 3, 100, 0),
     ],
 )
-def test_sequences_guess_the_same_number_of_tokens(
-    lengths: list[int], n_ctx: int, expected: int
-) -> None:
+def test_sequences_guess_the_same_number_of_tokens(lengths, n_ctx, expected) -> None:
     def sequence(n: int) -> Any:
         guesser = SimpleNamespace(guess=lambda answer: [9] * n)
         return SimpleNamespace(guesser=guesser, answer=[1], n_max=90, n_past=50)
@@ -64,7 +62,7 @@ def test_a_guess_ends_where_the_answer_must() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", ["models/demo", "demo"])
-def test_answers_are_the_same_bits_with_guesses_and_without(checkout, folder: str) -> None:
+def test_answers_are_the_same_bits_with_guesses_and_without(checkout, folder) -> None:
     """Greedy, sampled, penalised, under a schema, and four at once under four mixes."""
     fetch_model(json.loads((checkout / folder / "bundle.json").read_bytes())["base"]["registry"])
     ways: list[dict[str, Any]] = [
@@ -110,7 +108,7 @@ def test_answers_are_the_same_bits_with_guesses_and_without(checkout, folder: st
 
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", ["models/demo", "demo"])
-def test_the_base_reads_a_prompt_to_the_same_bits_however_it_is_cut(checkout, folder: str) -> None:
+def test_the_base_reads_a_prompt_to_the_same_bits_however_it_is_cut(checkout, folder) -> None:
     fetch_model(json.loads((checkout / folder / "bundle.json").read_bytes())["base"]["registry"])
     tokens = np.random.default_rng(3).integers(100, 20_000, 300).tolist()
     with Engine(checkout / folder, n_ctx=512) as engine:

@@ -155,7 +155,7 @@ def test_close_ends_the_calls_of_other_threads(base) -> None:
 
 @pytest.mark.parametrize("strategy", ["qa-flora", "static"])
 def test_adapters_out_of_use_are_as_if_they_were_not_there(
-    engine, base, adapters, strategy: str
+    engine, base, adapters, strategy
 ) -> None:
     engine.weights(PROMPT)  # probed with all before
     engine.use_adapters(["med", "es"])

@@ -121,7 +121,7 @@ def test_tables_have_a_row_for_each_strategy_and_count_tasks_alike() -> None:
         ("loss", {"static": [2, 3], "norm": [1, 3], "qa-flora": [4, 0.5]}, "norm"),
     ],
 )
-def test_the_best_strategy(metric: str, scores: dict[str, list[Any]], best: str) -> None:
+def test_the_best_strategy(metric, scores, best) -> None:
     made = results(scored("t", scores), t=metric)
     assert table.best_strategy(made) == best
 
@@ -140,7 +140,7 @@ def wilson(n_right: int, n: int) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize(("n_right", "n"), [(0, 1), (1, 1), (3, 10), (0, 24), (60, 250)])
-def test_share_of_right_answers_has_a_wilson_interval(n_right: int, n: int) -> None:
+def test_share_of_right_answers_has_a_wilson_interval(n_right, n) -> None:
     found = table.mean([np.repeat([1.0, 0.0], [n_right, n - n_right])])
     assert (found.value, found.n_item) == (n_right / n, n)
     assert (found.low, found.high) == pytest.approx(wilson(n_right, n), abs=1e-12)
@@ -149,7 +149,7 @@ def test_share_of_right_answers_has_a_wilson_interval(n_right: int, n: int) -> N
 @pytest.mark.parametrize(
     "tasks", [[[0.3, 2.5, 0.7, 0.1, 1.9, 0.2]], [[0.2, 1.1, 0.4], [3.0, 0.5, 2.2, 0.1]]]
 )
-def test_other_means_have_a_normal_interval(tasks: list[list[float]]) -> None:
+def test_other_means_have_a_normal_interval(tasks) -> None:
     """The variance of a mean of independent means, by the standard library."""
     found = table.mean_of_means([np.array(values) for values in tasks])
     variance = fsum(statistics.variance(v) / len(v) for v in tasks) / len(tasks) ** 2

@@ -11,7 +11,7 @@ EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "examples").glob("*.py"
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
-def test_example_is_short(example: Path) -> None:
+def test_example_is_short(example) -> None:
     assert len(example.read_text(encoding="utf-8").splitlines()) <= 40
 
 

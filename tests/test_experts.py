@@ -50,7 +50,7 @@ def kernels(request, monkeypatch) -> None:
 
 
 @with_kernels(["", tiny.PLAIN_KERNELS, "ggml"])
-def test_logits_equal_a_merged_base(tmp_path, base, adapters, weights: tiny.F32, kernels) -> None:
+def test_logits_equal_a_merged_base(tmp_path, base, adapters, weights, kernels) -> None:
     merged = write_merged(tmp_path / "merged.gguf", base, adapters, weights, n_expert=N_EXPERT)
     fused = fused_logits(base, adapters, weights)
     assert np.abs(fused - stock_logits(base)).max() > 0.1  # the adapters do something
@@ -77,7 +77,7 @@ def test_an_overflow_of_what_weighs_nothing_is_not_seen(tmp_path, base, adapters
 
 @with_kernels(["", "ggml"])
 @pytest.mark.parametrize("differential", [False, True])
-def test_each_sequence_has_its_own_weights(base, adapters, differential: bool, kernels) -> None:
+def test_each_sequence_has_its_own_weights(base, adapters, differential, kernels) -> None:
     """The base and each adapter in one batch, as the probe has them, against passes alone."""
     probed = probe_states(base, adapters, TOKENS, differential=differential)
     single = single_states(base, adapters, TOKENS)
@@ -95,9 +95,7 @@ UP = "blk.1.ffn_up_exps.weight"
         ((5, 4, 64), (5, 96, 3), "has rank 4 in lora_a and 3 in lora_b"),
     ],
 )
-def test_pack_names_experts_that_do_not_fit(
-    tmp_path, base, a: tuple[int, ...], b: tuple[int, ...], message: str
-) -> None:
+def test_pack_names_experts_that_do_not_fit(tmp_path, base, a, b, message) -> None:
     tensors = {f"{UP}.lora_a": np.ones(a, np.float32), f"{UP}.lora_b": np.ones(b, np.float32)}
     path = tiny.write_pairs(tmp_path / "odd.gguf", tensors)
     told = refused(BackendError, Pack, Model(read_base(base.path)), [path])

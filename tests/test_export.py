@@ -38,7 +38,7 @@ def mixed(
 
 
 @pytest.mark.parametrize("n_expert", [0, 4])
-def test_stock_llama_cpp_gives_the_logits_of_the_mix(tmp_path, n_expert: int) -> None:
+def test_stock_llama_cpp_gives_the_logits_of_the_mix(tmp_path, n_expert) -> None:
     targets = (*tiny.STEMS[:4], *tiny.EXPERT_STEMS, *OUTSIDE) if n_expert else PROJECTIONS
     fused, base, header, modules = mixed(tmp_path, targets, tied=False, n_expert=n_expert)
     errors = {}
@@ -81,7 +81,7 @@ def test_command_writes_the_mix_of_a_prompt(made, tmp_path) -> None:
     ],
 )
 def test_what_cannot_be_exported_is_said_and_nothing_written(
-    tmp_path, own_cache, stem: str, options: list[str], message: str
+    tmp_path, own_cache, stem, options, message
 ) -> None:
     base = tiny.write_tiny_base(tmp_path / "base.gguf")
     adapter = tiny.write_tiny_adapter(tmp_path / "a.gguf", base, targets=[stem]).path

@@ -29,7 +29,7 @@ def test_atomic_path_replaces_the_file_at_the_end(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt()])
-def test_atomic_path_leaves_nothing_after_a_failure(tmp_path, error: BaseException) -> None:
+def test_atomic_path_leaves_nothing_after_a_failure(tmp_path, error) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
 
@@ -66,9 +66,7 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path) -> None:
 
 @pytest.mark.parametrize("function", ["fsync", "replace"])
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
-def test_failure_at_the_end_keeps_the_old_file(
-    tmp_path, monkeypatch, function: str, code: int
-) -> None:
+def test_failure_at_the_end_keeps_the_old_file(tmp_path, monkeypatch, function, code) -> None:
     out = tmp_path / "math.gguf"
     out.write_text("old")
 
@@ -120,7 +118,7 @@ def test_atomic_path_replaces_no_pipe_and_no_device(tmp_path) -> None:
         *("a\\..\\b", "~/a", "file:a", "FILE:///a", "a\0b", "a\ud800b"),
     ],
 )
-def test_safe_join_refuses_paths_that_lead_out(tmp_path, relative: str) -> None:
+def test_safe_join_refuses_paths_that_lead_out(tmp_path, relative) -> None:
     assert refused(BundleError, safe_join, tmp_path, relative) == (
         f"Refused the path {relative!r} in bundle {tmp_path}: it is absolute, climbs with '..', or "
         "is no file name; expected a relative path to a file inside the bundle. Copy the file into "

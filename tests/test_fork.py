@@ -35,7 +35,7 @@ print(child != 0 and len(engine.weights("the king").adapters))
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")
 @pytest.mark.parametrize("state", ["fresh", "used"])
-def test_forked_process_is_told_and_does_not_wait(made, state: str) -> None:
+def test_forked_process_is_told_and_does_not_wait(made, state) -> None:
     done = python("-c", CODE, made.folder, state, check=True)
     *lines, last = done.stdout.splitlines()
     assert last == "2"  # the parent goes on

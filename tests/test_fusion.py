@@ -50,7 +50,7 @@ def test_typical_is_a_geometric_mean_and_calibrating_by_it_levels_strength() -> 
         ("manual:math=2", [[2.0, 2.0], [0.0, 0.0]]),
     ],
 )
-def test_fixed_strategies(text: str, expected: list[list[float]]) -> None:
+def test_fixed_strategies(text, expected) -> None:
     assert not parse_strategy(text, NAMES).strategy.is_probed
     probe: Any = object()  # anything that they ask of it fails
     mix = Weigher(NAMES, 2, Known("static")).weigh(text, Prompt((1, 2)), lambda _: probe)
@@ -58,7 +58,7 @@ def test_fixed_strategies(text: str, expected: list[list[float]]) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "single", "base:math"])
-def test_unknown_strategy_is_refused(text: str) -> None:
+def test_unknown_strategy_is_refused(text) -> None:
     assert refused(StrategyError, parse_strategy, text, NAMES) == (
         f"Strategy {text!r} is not known; expected one of two-place, relay, qa-flora, spectr, "
         "single:NAME, manual:NAME=W,NAME=W, base."
@@ -66,7 +66,7 @@ def test_unknown_strategy_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(("text", "near"), [("QA-FLORA", "qa-flora"), ("norms:2", "norm")])
-def test_similar_strategy_is_offered(text: str, near: str) -> None:
+def test_similar_strategy_is_offered(text, near) -> None:
     told = refused(StrategyError, parse_strategy, text, NAMES)
     assert f"{text!r} is not known; did you mean {near}? Expected one of two-place, " in told
 
@@ -81,7 +81,7 @@ def test_unknown_adapter_is_refused() -> None:
 
 
 @pytest.mark.parametrize("number", ["much", "inf"])
-def test_manual_weight_that_is_no_number_is_refused(number: str) -> None:
+def test_manual_weight_that_is_no_number_is_refused(number) -> None:
     with pytest.raises(WeightsError, match="the weight of 'es' is"):
         parse_strategy(f"manual:es={number}", NAMES)
 

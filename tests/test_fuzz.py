@@ -13,7 +13,7 @@ N_CASE = 120
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
-def test_reader_survives_damaged_files(name: str, tmp_path) -> None:
+def test_reader_survives_damaged_files(name, tmp_path) -> None:
     found = fuzz_target(name, 60, seed=1, findings=tmp_path, n_case=N_CASE)
     assert found["n_case"] == N_CASE  # the time is for slow machines: 1 s is the rule
     assert found["findings"] == []
@@ -24,7 +24,7 @@ def test_reader_survives_damaged_files(name: str, tmp_path) -> None:
 @pytest.mark.parametrize(
     "finding", sorted(FINDINGS.glob("*/*/")), ids=lambda path: f"{path.parent.name}-{path.name}"
 )
-def test_finding_of_the_past_stays_fixed(finding: Path, tmp_path) -> None:
+def test_finding_of_the_past_stays_fixed(finding, tmp_path) -> None:
     target = TARGETS[finding.parent.name]
     target.seeds(tmp_path)
     write_case(tmp_path / "case", read_case(finding))

@@ -106,7 +106,7 @@ def check_same(model: Model, text: str, seed: int) -> int:
 
 
 @pytest.mark.parametrize("text", GOOD)
-def test_good_grammars_are_followed_as_llama_cpp_does(model, text: str) -> None:
+def test_good_grammars_are_followed_as_llama_cpp_does(model, text) -> None:
     assert sum(check_same(model, text, seed) for seed in range(4)) > 3
 
 
@@ -128,7 +128,7 @@ def draw_rule(chance: random.Random, depth: int, names: list[str]) -> str:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_grammars_by_chance_are_followed_as_llama_cpp_does(model, seed: int) -> None:
+def test_grammars_by_chance_are_followed_as_llama_cpp_does(model, seed) -> None:
     chance = random.Random(seed)
     for _ in range(10):
         names = ["x", "y-1"]
@@ -139,7 +139,7 @@ def test_grammars_by_chance_are_followed_as_llama_cpp_does(model, seed: int) -> 
 
 
 @pytest.mark.parametrize(("text", "reason"), BAD)
-def test_bad_grammar_is_refused_with_its_place(text: str, reason: str) -> None:
+def test_bad_grammar_is_refused_with_its_place(text, reason) -> None:
     told = refused(GrammarError, gbnf_grammar, text, source="The grammar x.gbnf")
     assert told.startswith(f"The grammar x.gbnf cannot be read: {reason}")
     assert told.endswith("; correct it there.")
@@ -164,7 +164,7 @@ HOSTILE = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", HOSTILE)
-def test_hostile_grammars_end_in_bounded_time(model, text: str) -> None:
+def test_hostile_grammars_end_in_bounded_time(model, text) -> None:
     def follow() -> None:
         follows = Constraint(model, gbnf_grammar(text))
         for _ in range(50):
@@ -180,7 +180,7 @@ def test_hostile_grammars_end_in_bounded_time(model, text: str) -> None:
 
 
 @pytest.mark.parametrize("is_recursive", [False, True])
-def test_long_chains_never_reach_the_compiler(is_recursive: bool) -> None:
+def test_long_chains_never_reach_the_compiler(is_recursive) -> None:
     """A chain of 865 rules overflows a stack of 2 MiB, and ends the process."""
     text = _chain(98) + " r0" * is_recursive
     gbnf_grammar(text)

@@ -87,7 +87,7 @@ def test_progress_is_told_piece_by_piece(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("is_served", [False, True])
-def test_on_progress_that_asks_the_engine_never_hangs(tmp_path, is_served: bool) -> None:
+def test_on_progress_that_asks_the_engine_never_hangs(tmp_path, is_served) -> None:
     base = write_tiny_base(tmp_path / "base.gguf")
     paths = write_tiny_adapters(base, "a")
     asked: list[Any] = []

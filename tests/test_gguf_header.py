@@ -70,7 +70,7 @@ def holding(*entries: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("arch", "dtype"), [("llama", "f32"), ("qwen2", "f16"), ("gemma3", "bf16"), ("llama", "q8_0")]
 )
-def test_header_and_values_equal_those_of_the_gguf_package(tmp_path, arch: str, dtype: str) -> None:
+def test_header_and_values_equal_those_of_the_gguf_package(tmp_path, arch, dtype) -> None:
     base = tiny.write_tiny_base(tmp_path / "base.gguf", arch, tied=False, dtype=dtype)
     header = read_gguf_header(base.path)
     reader = gguf.GGUFReader(base.path)
@@ -149,7 +149,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize(("content", "found"), HOSTILE)
-def test_hostile_header_is_refused_by_field(tmp_path, content: bytes, found: str) -> None:
+def test_hostile_header_is_refused_by_field(tmp_path, content, found) -> None:
     path = tmp_path / "a.gguf"
     path.write_bytes(content)
     assert refused(GgufFileError, read_gguf_header, path).startswith(f"Cannot read {path}: {found}")

@@ -12,7 +12,7 @@ FIGURES = figures(Path(__file__).resolve().parents[1])
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_figure_is_within_its_limit(name: str) -> None:
+def test_figure_is_within_its_limit(name) -> None:
     assert FIGURES[name] <= LIMITS[name], "delete before you add"
 
 

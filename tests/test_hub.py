@@ -69,7 +69,7 @@ def test_reference_forms() -> None:
         from_address("https://huggingface.co/owner/name/blob/main/../../x.gguf"),
     ],
 )
-def test_other_forms_are_refused(text: str) -> None:
+def test_other_forms_are_refused(text) -> None:
     assert refused(RegistryError, parse_hub_ref, text) == (
         f"Cannot use {text!r} as a Hugging Face Hub reference; expected owner/name, "
         "owner/name/file.gguf, or one of them with @revision. "
@@ -167,7 +167,7 @@ def test_a_file_name_that_leads_out_is_refused(hub, files, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("header", ["ETag", "X-Linked-Etag"])
-def test_a_hash_that_leads_out_is_refused(hub, tmp_path, header: str) -> None:
+def test_a_hash_that_leads_out_is_refused(hub, tmp_path, header) -> None:
     """The Hub's library makes a file's name of it."""
     hub.put("owner/a", {"a.gguf": b"GGUF"})
     hub.lies = {header: f'"{tmp_path / "evil"}"'}

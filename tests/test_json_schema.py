@@ -99,7 +99,7 @@ SHAPES: list[Any] = [
 
 
 @pytest.mark.parametrize("schema", SHAPES, ids=repr)
-def test_shapes_are_followed(model, schema: Any) -> None:
+def test_shapes_are_followed(model, schema) -> None:
     check(model, schema, n=3, closing=b'"@' if "format" in schema else b'"}],:')
 
 
@@ -122,7 +122,7 @@ def is_taken(model: Model, grammar: Grammar, text: str) -> bool:
         ({"type": "integer", "maximum": 2**53 - 1, "minimum": 1 - 2**53}, "-12"),
     ],
 )
-def test_good_texts_are_taken(model, schema: Any, text: str) -> None:
+def test_good_texts_are_taken(model, schema, text) -> None:
     assert is_taken(model, schema_grammar(schema), text)
     jsonschema.validate(json.loads(text), schema)
 
@@ -144,7 +144,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("schema", "place", "found"), REFUSED)
-def test_what_the_library_would_pass_over_is_refused(schema: Any, place: str, found: str) -> None:
+def test_what_the_library_would_pass_over_is_refused(schema, place, found) -> None:
     told = refused(GrammarError, schema_grammar, schema, source="The schema x.json")
     assert told.startswith(f"The schema x.json, at {place}: {found}")
 
@@ -158,7 +158,7 @@ def test_what_the_library_would_pass_over_is_refused(schema: Any, place: str, fo
         ({"$ref": "#"}, "nothing can be written under it"),
     ],
 )
-def test_refusal_of_the_library_is_told(schema: Any, reason: str) -> None:
+def test_refusal_of_the_library_is_told(schema, reason) -> None:
     told = refused(GrammarError, schema_grammar, schema)
     assert told.startswith(f"The JSON schema cannot be followed: {reason}")
     assert told.endswith(". Write it more simply.")
@@ -253,7 +253,7 @@ def test_long_chains_never_reach_the_compiler() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_schemas_end_in_bounded_time(model, name: str) -> None:
+def test_hostile_schemas_end_in_bounded_time(model, name) -> None:
     """With an error, or so many tokens; each within what a slow machine needs for its limits."""
 
     def follow() -> None:

@@ -73,7 +73,7 @@ def check(copy):
 
 
 @pytest.mark.parametrize("before", [None, b"old"])
-def test_convert(start, tmp_path, before: bytes | None) -> None:
+def test_convert(start, tmp_path, before) -> None:
     (start / "out").mkdir()
     if before is not None:
         (start / "out" / "math.gguf").write_bytes(before)
@@ -134,7 +134,7 @@ def check(copy):
         ('bundle_edit.remove_adapter(copy / "bundle", "es")', ["math"]),
     ],
 )
-def test_an_edit(start, tmp_path, action: str, names: list[str]) -> None:
+def test_an_edit(start, tmp_path, action, names) -> None:
     script = EDIT.format(action=action, names=names)
     counted = killed(script, start, tmp_path / "place", most=12)
     assert counted["killed"] > 8

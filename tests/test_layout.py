@@ -27,7 +27,7 @@ def test_table_has_every_package_once() -> None:
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_module_imports_what_stands_above_it(name: str) -> None:
+def test_module_imports_what_stands_above_it(name) -> None:
     package = name.split(".")[0]
     found = {item.split(".")[0] for item in imports(EVERY[name])} & LEVEL.keys()
     upward = {(package, other) for other in found if LEVEL[other] > LEVEL[package]}

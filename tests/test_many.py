@@ -82,9 +82,7 @@ def stock_score(
 @pytest.mark.parametrize(
     "sizes", [(1, 1), (7, 3), (N_PIECE + 5, _N_OUTPUT), (20, _N_OUTPUT + 1), (3, 3 * _N_OUTPUT + 7)]
 )
-def test_scores_are_those_of_a_merged_base(
-    tmp_path, parts, engine, weights: str, sizes: tuple[int, int]
-) -> None:
+def test_scores_are_those_of_a_merged_base(tmp_path, parts, engine, weights, sizes) -> None:
     prompt, continuation = drawn(sizes[0]), drawn(sizes[1], seed=1)
     given: Any = weights
     if weights == "given":
@@ -135,13 +133,13 @@ WRONG_SCORES: list[tuple[Any, Any, dict[str, Any], type[QafloraError], str]] = [
 
 
 @pytest.mark.parametrize("case", WRONG_SCORES)
-def test_what_cannot_be_scored(engine, case: tuple[Any, ...]) -> None:
+def test_what_cannot_be_scored(engine, case) -> None:
     prompt, continuation, more, kind, message = case
     assert refused(kind, engine.score, prompt, continuation, **more).startswith(message)
 
 
 @pytest.mark.parametrize("strategy", ["qa-flora", "norm"])
-def test_weights_of_a_list_are_those_one_by_one(alone, strategy: str) -> None:
+def test_weights_of_a_list_are_those_one_by_one(alone, strategy) -> None:
     prompts = ["a thing", drawn(30), "a thing on a ring", np.array(drawn(3, seed=4))]
     together = alone.weights(prompts, strategy=strategy)  # type: ignore[call-overload]
     assert isinstance(together, list)
@@ -163,9 +161,7 @@ def test_weights_of_a_list_are_those_one_by_one(alone, strategy: str) -> None:
         ("cancel", 5, "Option cancel is 5, expected a threading.Event."),
     ],
 )
-def test_options_of_wrong_types_are_refused_and_harm_nobody(
-    engine, option: str, value: Any, message: str
-) -> None:
+def test_options_of_wrong_types_are_refused_and_harm_nobody(engine, option, value, message) -> None:
     assert refused(OptionError, engine.generate, "a", **{option: value}) == message
     assert engine.generate("a", max_tokens=2).n_prompt > 0
 
@@ -232,7 +228,7 @@ def huge(alone) -> Any:
 
 
 @pytest.mark.parametrize("n_parallel", [1, 3])
-def test_states_that_are_no_numbers_are_nobody_elses(parts, alone, huge, n_parallel: int) -> None:
+def test_states_that_are_no_numbers_are_nobody_elses(parts, alone, huge, n_parallel) -> None:
     """NaN times 0 is NaN: left in memory, it would reach who comes there next."""
     expected = alone.generate("the king", max_tokens=6).text()
     with opened(parts, n_parallel=n_parallel) as other:
@@ -271,7 +267,7 @@ def test_scores_that_are_no_numbers_are_refused(parts, alone, huge) -> None:
 
 @pytest.mark.parametrize("n_parallel", [1, 3])
 def test_a_prompt_that_is_not_read_to_its_end_spoils_nobodys_answer(
-    parts, alone, huge, n_parallel: int
+    parts, alone, huge, n_parallel
 ) -> None:
     """Nobody has seen whether its states were numbers."""
     expected = alone.generate("the king", max_tokens=6).text()

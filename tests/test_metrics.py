@@ -34,7 +34,7 @@ from qaflora_edge.evaluation.tasks import read_task
         ("json", '{"a": true}', [{"a": "1"}, {"a": 1}], 0),
     ],
 )
-def test_scores_by_hand(metric: str, answer: str, expected: object, score: int) -> None:
+def test_scores_by_hand(metric, answer, expected, score) -> None:
     assert BUILT_IN[metric].score(answer, {"answer": expected}) == score
 
 
@@ -84,7 +84,7 @@ def test_a_registered_metric_stands_with_the_others(tmp_path) -> None:
         (polite, "expected a qaflora_edge.Metric whose name has small letters"),
     ],
 )
-def test_what_is_no_metric_is_refused(metric: Any, message: str) -> None:
+def test_what_is_no_metric_is_refused(metric, message) -> None:
     assert message in refused(TaskFileError, register_metric, metric)
     assert metrics.metrics() == BUILT_IN
 
@@ -124,7 +124,7 @@ ANSWERS = [
 
 
 @pytest.mark.parametrize(("answer", "values"), ANSWERS)
-def test_the_last_number_by_hand(answer: str, values: str) -> None:
+def test_the_last_number_by_hand(answer, values) -> None:
     assert last_number(answer) == {Decimal(value) for value in values.split()}
 
 

@@ -82,9 +82,7 @@ FIELDS: list[tuple[dict[str, Any], str, str, str]] = [
 
 
 @pytest.mark.parametrize(("config", "field", "found", "expected"), FIELDS)
-def test_wrong_field_is_named(
-    tmp_path, config: dict[str, Any], field: str, found: str, expected: str
-) -> None:
+def test_wrong_field_is_named(tmp_path, config, field, found, expected) -> None:
     check_field(write_mlx(tmp_path / "a", **config), f"field {field}", found, expected)
 
 
@@ -185,7 +183,7 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_what_does_not_fit_is_refused(tmp_path, case: tuple[Any, ...]) -> None:
+def test_what_does_not_fit_is_refused(tmp_path, case) -> None:
     kind, config, tensors, file, message = case
     folder = write_mlx(tmp_path / "a", tensors, **config)
     assert refusal(kind, folder) == f"Cannot use {folder / file}: {message}"

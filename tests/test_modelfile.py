@@ -78,7 +78,7 @@ def test_a_modelfile_becomes_a_bundle(sources) -> None:
 @pytest.mark.parametrize(
     ("encoding", "end"), [("utf-16", "\n"), ("utf-8-sig", "\r\n"), ("utf-8", "\r")]
 )
-def test_encodings_and_line_ends_say_the_same(sources, encoding: str, end: str) -> None:
+def test_encodings_and_line_ends_say_the_same(sources, encoding, end) -> None:
     place = sources.base.path.parent
     plain = read_modelfile(written(place, WHOLE))
     assert read_modelfile(written(place, WHOLE.replace("\n", end), encoding)) == plain
@@ -122,7 +122,7 @@ def test_every_line_that_cannot_be_followed_is_named(sources) -> None:
         ("\0\xff", "is no command with a value"),
     ],
 )
-def test_a_wrong_modelfile_is_refused(sources, text: str, message: str) -> None:
+def test_a_wrong_modelfile_is_refused(sources, text, message) -> None:
     place = sources.base.path.parent
     (place / "lone").mkdir()
     (place / "lone" / "a.safetensors").write_bytes(b"")

@@ -68,7 +68,7 @@ def test_another_abi_version_is_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize("is_there", [True, False])
-def test_a_missing_library_and_a_file_that_is_none_are_named(tmp_path, is_there: bool) -> None:
+def test_a_missing_library_and_a_file_that_is_none_are_named(tmp_path, is_there) -> None:
     path = tmp_path / native._LIBRARY_NAME
     if is_there:
         path.write_bytes(b"not a library")

@@ -53,7 +53,7 @@ def test_models(client, served) -> None:
 
 
 @pytest.mark.parametrize("model", ["tiny", "tiny:latest", "tiny:single:es"])
-def test_a_chat(client, alone, model: str) -> None:
+def test_a_chat(client, alone, model) -> None:
     strategy = "single:es" if "single" in model else None
     expected = alone.chat(USER, weights=strategy, **OURS)
     asked: Any = {"model": model, "messages": USER, "options": OPTIONS}

@@ -159,7 +159,7 @@ def test_an_answer_has_the_elements_that_markdown_it_finds() -> None:
         *("<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "[a]: https://x.y"),
     ],
 )
-def test_what_is_no_markup_keeps_every_sign(text: str) -> None:
+def test_what_is_no_markup_keeps_every_sign(text) -> None:
     assert in_node("markdownNodes(value)", text) == [["p", {}, [text]]]
 
 

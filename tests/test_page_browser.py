@@ -517,7 +517,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(desk) -> None:
 
 
 @pytest.mark.parametrize(("is_dark", "width"), [(False, 360), (True, 1100)])
-def test_axe_finds_nothing_serious(window, is_dark: bool, width: int) -> None:
+def test_axe_finds_nothing_serious(window, is_dark, width) -> None:
     if not axe.source():
         pytest.skip("axe-core cannot be had: npm or the network is missing")
     window.prefer(is_dark=is_dark)

@@ -104,7 +104,7 @@ def test_a_chat_of_the_tab_is_carried_over_and_none_is_kept_unless_wanted(desk) 
 
 
 @pytest.mark.parametrize("call", ["get() { throw new DOMException('It is denied.') }", "value: {}"])
-def test_a_browser_without_a_database_says_so_once(desk, call: str) -> None:
+def test_a_browser_without_a_database_says_so_once(desk, call) -> None:
     script = desk.window.command(
         "Page.addScriptToEvaluateOnNewDocument",
         source=f"Object.defineProperty(window, 'indexedDB', {{ {call} }})",

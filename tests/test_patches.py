@@ -180,7 +180,7 @@ def test_every_source_stands_in_the_table_once() -> None:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
-def test_a_source_includes_only_what_stands_above_it(path: Path) -> None:
+def test_a_source_includes_only_what_stands_above_it(path) -> None:
     """A header and the source of its name are one; so no circle is possible."""
     order = table_of_sources()
     text = path.read_text(encoding="utf-8")
@@ -224,7 +224,7 @@ def test_a_source_archive_holds_the_patched_source(project) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("change", ["edit", "remove", "add"])
-def test_a_tree_that_was_changed_by_hand_is_refused(project, change: str) -> None:
+def test_a_tree_that_was_changed_by_hand_is_refused(project, change) -> None:
     tree = project.prepare()
     path = tree / "src" / ("new.cpp" if change == "add" else "a.cpp")
     if change == "remove":
@@ -262,9 +262,7 @@ def test_a_hunk_that_fits_elsewhere_is_refused(project) -> None:
         (PATCH, "only words\n", "changes nothing"),
     ],
 )
-def test_other_patches_that_do_not_fit_are_refused(
-    project, old: str, new: str, message: str
-) -> None:
+def test_other_patches_that_do_not_fit_are_refused(project, old, new, message) -> None:
     assert old in PATCH
     project.write_patch(PATCH.replace(old, new))
     assert message in project.failure()
@@ -285,7 +283,7 @@ def test_any_archive_with_the_pinned_tree_is_taken(project) -> None:
 
 
 @pytest.mark.parametrize("attack", ["climb", "link", "device"])
-def test_an_archive_that_leads_out_is_refused(project, attack: str) -> None:
+def test_an_archive_that_leads_out_is_refused(project, attack) -> None:
     root = "up_stream-1.0/vendor/llama.cpp"
     with tarfile.open(project.archive, "w:gz") as tar:
         name = f"{root}/src/../../../../escaped" if attack == "climb" else f"{root}/src/a.cpp"

@@ -61,7 +61,7 @@ PATTERNS: list[dict[str, Any]] = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", PATTERNS)
-def test_rank_and_scale_equal_those_of_peft(tmp_path, base, options: dict[str, Any]) -> None:
+def test_rank_and_scale_equal_those_of_peft(tmp_path, base, options) -> None:
     expected = hf.lora_layers(hf.peft_model(base, tmp_path, **options))
     adapter = read_peft(tmp_path)
     assert adapter.modules.keys() == expected.keys()
@@ -116,7 +116,7 @@ RULES: list[dict[str, Any]] = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
-def test_targets_are_those_of_peft(tmp_path, rule: dict[str, Any]) -> None:
+def test_targets_are_those_of_peft(tmp_path, rule) -> None:
     peft = pytest.importorskip("peft")
     exists = pytest.importorskip("peft.tuners.tuners_utils").check_target_module_exists
     fields = {"peft_type": "LORA", **rule}
@@ -172,7 +172,7 @@ OTHER = ["only LoRA can be represented", "Merge the adapter into its base, or tr
 
 
 @pytest.mark.parametrize("field", FEATURES)
-def test_feature_is_refused_by_name_and_no_obstacle_where_it_is_off(tmp_path, field: str) -> None:
+def test_feature_is_refused_by_name_and_no_obstacle_where_it_is_off(tmp_path, field) -> None:
     reason, advice = FEATURES[field]
     folder = write_pair(tmp_path / "a", **{field: {"x": 1}})
     assert refusal(UnsupportedAdapterError, folder) == (
@@ -183,7 +183,7 @@ def test_feature_is_refused_by_name_and_no_obstacle_where_it_is_off(tmp_path, fi
 
 
 @pytest.mark.parametrize("kind", [*REFUSED["types"], "SOMETHING_NEW"])
-def test_other_peft_types_are_refused_by_name(tmp_path, kind: str) -> None:
+def test_other_peft_types_are_refused_by_name(tmp_path, kind) -> None:
     reason, advice = REFUSED["types"].get(kind, OTHER)
     folder = write_pair(tmp_path / "a", peft_type=kind)
     assert refusal(UnsupportedAdapterError, folder) == (
@@ -200,7 +200,7 @@ def test_types_that_are_named_are_those_of_peft() -> None:
 
 
 @pytest.mark.parametrize("init", [True, None, "gaussian"])
-def test_initialisation_that_leaves_the_base_alone_is_taken(tmp_path, init: Any) -> None:
+def test_initialisation_that_leaves_the_base_alone_is_taken(tmp_path, init) -> None:
     assert read_peft(write_pair(tmp_path / "a", init_lora_weights=init)).modules
 
 
@@ -232,7 +232,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_tensor_of_another_kind_is_refused_by_name(tmp_path, name: str) -> None:
+def test_tensor_of_another_kind_is_refused_by_name(tmp_path, name) -> None:
     folder = write_pair(tmp_path / "a", {**PAIR, name: np.ones(64, np.float32)})
     advice = "Train a plain LoRA, or merge the adapter into its base."
     if FOREIGN[name] == "a whole weight matrix":
@@ -291,7 +291,7 @@ REFUSALS: list[tuple[type[Exception], dict[str, Any], dict[str, Any], str, str]]
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_what_does_not_fit_is_refused(tmp_path, case: tuple[Any, ...]) -> None:
+def test_what_does_not_fit_is_refused(tmp_path, case) -> None:
     kind, config, tensors, file, message = case
     folder = write_pair(tmp_path / "a", tensors, **config)
     assert refusal(kind, folder) == f"Cannot use {folder / f'adapter_{file}'}: {message}"
@@ -337,9 +337,7 @@ FILES: list[tuple[list[str], str, str]] = [
 
 
 @pytest.mark.parametrize(("files", "given", "message"), FILES)
-def test_what_is_no_adapter_is_told_from_what_there_is(
-    tmp_path, files: list[str], given: str, message: str
-) -> None:
+def test_what_is_no_adapter_is_told_from_what_there_is(tmp_path, files, given, message) -> None:
     for name in files:
         (tmp_path / name).write_text('{"peft_type": "LORA"}')
     path = tmp_path / given
@@ -385,9 +383,7 @@ FIELDS: list[tuple[dict[str, Any], str, str, str]] = [
 
 
 @pytest.mark.parametrize(("config", "field", "found", "expected"), FIELDS)
-def test_wrong_field_is_named(
-    tmp_path, config: dict[str, Any], field: str, found: str, expected: str
-) -> None:
+def test_wrong_field_is_named(tmp_path, config, field, found, expected) -> None:
     check_field(write_pair(tmp_path / "a", **config), field, found, expected)
 
 
@@ -405,7 +401,7 @@ def check_field(folder: Path, field: str, found: str, expected: str) -> None:
         (b'{"a":' + b"[" * 200_000, "it is nested too deeply"),
     ],
 )
-def test_config_that_is_no_json_object_is_refused(tmp_path, content: bytes, reason: str) -> None:
+def test_config_that_is_no_json_object_is_refused(tmp_path, content, reason) -> None:
     folder = write_pair(tmp_path / "a")
     (folder / "adapter_config.json").write_bytes(content)
     assert refusal(PeftConfigError, folder) == (
@@ -442,7 +438,7 @@ def test_adapter_without_lora_is_refused(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(("bad", "dtype"), [(np.nan, "BF16"), (-np.inf, "F16")])
-def test_values_that_are_not_finite_are_refused(tmp_path, bad: float, dtype: str) -> None:
+def test_values_that_are_not_finite_are_refused(tmp_path, bad, dtype) -> None:
     b = PAIR[B0].copy()
     b[3, 1] = bad
     folder = write_pair(tmp_path / "a")
@@ -463,7 +459,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path, bad: float, dtype: str
     ],
 )
 def test_index_that_does_not_fit_its_files_is_refused(
-    tmp_path, changes: dict[str, str], name: str, found: str, expected: str
+    tmp_path, changes, name, found, expected
 ) -> None:
     folder = write_shards(tmp_path / "a", **changes)
     assert refusal(SafetensorsFileError, folder) == (

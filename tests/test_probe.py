@@ -70,9 +70,7 @@ def with_zeros(path: Path, base: tiny.TinyBase, adapter: tiny.TinyAdapter) -> ti
 
 
 @pytest.mark.parametrize(("dtype", "firsts"), [("f32", [3, 0, 2]), ("q8_0", [2, 1])])
-def test_below_where_adapters_begin_states_are_the_bases(
-    tmp_path, dtype: str, firsts: list[int]
-) -> None:
+def test_below_where_adapters_begin_states_are_the_bases(tmp_path, dtype, firsts) -> None:
     """What is not computed there is what would have come out.
 
     Of the adapters the same bits as of the base; against a probe that computes all of it ggml
@@ -106,7 +104,7 @@ def test_below_where_adapters_begin_states_are_the_bases(
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_a_turn_that_needs_a_larger_context_costs_no_more(
-    monkeypatch, tmp_path, architecture: str
+    monkeypatch, tmp_path, architecture
 ) -> None:
     """What was read moves into the larger context as it is, of all sequences."""
     base = tiny.write_tiny_base(tmp_path / "base.gguf", architecture, window=64, n_ctx=2048)
@@ -162,9 +160,7 @@ def test_norm_needs_a_query_projection(tmp_path) -> None:
 
 @pytest.mark.skipif("QAFLORA_TEST_ASSERTS" in os.environ, reason="ggml asserts numbers")
 @pytest.mark.parametrize(("cancelled", "flash_attn"), [(False, True), (True, False)])
-def test_states_that_are_no_numbers_are_nobody_elses(
-    base, adapters, flash_attn: bool, cancelled: bool
-) -> None:
+def test_states_that_are_no_numbers_are_nobody_elses(base, adapters, flash_attn, cancelled) -> None:
     """NaN times 0 is NaN: left in memory, it would reach the next query's adapters."""
     reader = gguf.GGUFReader(adapters[0].path, "r+")
     tensor = next(t for t in reader.tensors if t.name == "blk.0.attn_v.weight.lora_b")

@@ -76,7 +76,7 @@ def products(program: Path, cpu: str, cases: list[tuple[str, NDArray[np.uint8], 
 @pytest.mark.slow
 @pytest.mark.parametrize("cpu", ["max", "neoverse-n1"])
 @pytest.mark.parametrize("name", TYPES[1:])
-def test_rows_alone_and_together_are_the_products_of_neon(program, name: str, cpu: str) -> None:
+def test_rows_alone_and_together_are_the_products_of_neon(program, name, cpu) -> None:
     rng = np.random.default_rng(2)
     matrix = random_matrix(rng, name)
     rows = rng.standard_normal((19, N_IN)).astype(np.float32)  # more than a tile has
@@ -96,7 +96,7 @@ def test_rows_alone_and_together_are_the_products_of_neon(program, name: str, cp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cpu", PROCESSORS)
-def test_a_processor_gets_the_most_that_it_has_by_default(program, cpu: str) -> None:
+def test_a_processor_gets_the_most_that_it_has_by_default(program, cpu) -> None:
     done = subprocess.run(
         [EMULATOR, "-cpu", cpu, program], input=b"", capture_output=True, check=True, env={}
     )

@@ -55,7 +55,7 @@ def found(model: Model, messages: Sequence[Any]) -> str | None:
 
 
 @pytest.mark.parametrize("template", [CHATML, HEADERS, BRACKETS])
-def test_the_question_is_the_last_user_turn(tmp_path, template: str) -> None:
+def test_the_question_is_the_last_user_turn(tmp_path, template) -> None:
     model = Model(read_base(write_tiny_base(tmp_path / "base.gguf", chat_template=template).path))
     conversations = [
         asked("the air"),
@@ -71,7 +71,7 @@ def test_the_question_is_the_last_user_turn(tmp_path, template: str) -> None:
 
 
 @pytest.mark.parametrize("template", [None, WORDS, "{{ raise_exception('no') }}"])
-def test_without_control_tokens_around_it_there_is_none(tmp_path, template: str | None) -> None:
+def test_without_control_tokens_around_it_there_is_none(tmp_path, template) -> None:
     model = Model(read_base(write_tiny_base(tmp_path / "base.gguf", chat_template=template).path))
     tokens = model.tokenize("user: the air\nassistant:", add_special=False, parse_special=False)
     assert find_question(model, tokens) is None
@@ -101,9 +101,7 @@ def shown(fusion: FusionWeights) -> Any:
 
 
 @pytest.mark.parametrize("span", [(3, 9), (0, 12)])
-def test_states_of_both_places_are_those_of_single_tokens(
-    base, adapters, span: tuple[int, int]
-) -> None:
+def test_states_of_both_places_are_those_of_single_tokens(base, adapters, span) -> None:
     tokens = np.random.default_rng(1).integers(0, 256, 12).tolist()
     with opened(base, adapters) as engine:
         expected = one_by_one(engine, tokens, span)

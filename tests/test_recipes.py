@@ -59,9 +59,7 @@ def data(tmp_path) -> Path:
         ),
     ],
 )
-def test_rows_become_questions_and_answers(
-    recipes, data, recipe: str, expected: list[tuple[str, str]]
-) -> None:
+def test_rows_become_questions_and_answers(recipes, data, recipe, expected) -> None:
     facts = tomllib.loads(recipes.RECIPES.read_text(encoding="utf-8"))[recipe]
     assert list(recipes.examples_of(facts, data)) == expected
 

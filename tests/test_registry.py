@@ -132,7 +132,7 @@ def test_what_the_hub_has_is_fetched_there(shop, hub, hub_cache, monkeypatch, ca
 
 
 @pytest.mark.parametrize("answer", ["late", "another file"])
-def test_the_packages_come_where_the_hub_does_not_help(answer: str, shop, monkeypatch) -> None:
+def test_the_packages_come_where_the_hub_does_not_help(answer, shop, monkeypatch) -> None:
     """A Hub that never answers costs REACH_SECONDS, and another file no download."""
 
     def model_info(*_: Any, **__: Any) -> Any:

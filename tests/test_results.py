@@ -39,7 +39,7 @@ def test_what_is_written_is_read(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("start", [b"", b'{"eval": 1, "vers'])
-def test_a_file_without_a_whole_header_is_begun(tmp_path, start: bytes) -> None:
+def test_a_file_without_a_whole_header_is_begun(tmp_path, start) -> None:
     path = tmp_path / "r.jsonl"
     path.write_bytes(start)
     write(path, record(0))
@@ -47,7 +47,7 @@ def test_a_file_without_a_whole_header_is_begun(tmp_path, start: bytes) -> None:
 
 
 @pytest.mark.parametrize("key", ["bundle", "options"])
-def test_the_file_of_another_evaluation_stays(tmp_path, key: str) -> None:
+def test_the_file_of_another_evaluation_stays(tmp_path, key) -> None:
     path = tmp_path / "r.jsonl"
     write(path, record(0))
     before = path.read_bytes()
@@ -66,7 +66,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("data", "message"), WRONG)
-def test_a_file_that_is_no_results_is_refused(tmp_path, data: bytes, message: str) -> None:
+def test_a_file_that_is_no_results_is_refused(tmp_path, data, message) -> None:
     path = tmp_path / "r.jsonl"
     path.write_bytes(data)
     told = refused(ResultsFileError, write, path)

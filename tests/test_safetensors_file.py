@@ -43,7 +43,7 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", ATTACKS)
-def test_attack_on_the_format_is_refused(tmp_path, case: str) -> None:
+def test_attack_on_the_format_is_refused(tmp_path, case) -> None:
     content, found = ATTACKS[case]
     path = tmp_path / "a.safetensors"
     path.write_bytes(content)

@@ -24,7 +24,7 @@ def engine(tmp_path_factory) -> Iterator[Engine]:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
-def test_answer_follows_the_grammar_and_ends(engine, temperature: float) -> None:
+def test_answer_follows_the_grammar_and_ends(engine, temperature) -> None:
     grammar = 'root ::= "[" ("ab" | "ñ你"){1,5} "]"'
     for seed in range(5):
         options = {"temperature": temperature, "top_p": 0.9, "seed": seed, "max_tokens": 100}
@@ -62,9 +62,7 @@ def test_greedy_under_a_grammar_is_the_likeliest_allowed_token(engine) -> None:
         (None, 2, True),
     ],
 )
-def test_answer_is_whole_where_its_grammar_may_end(
-    grammar: str | None, max_tokens: int | None, is_whole: bool, engine
-) -> None:
+def test_answer_is_whole_where_its_grammar_may_end(grammar, max_tokens, is_whole, engine) -> None:
     """Bytes and digits are tokens of their own in the tiny vocabulary."""
     answer = engine.generate(PROMPT, grammar=grammar, max_tokens=max_tokens or 60)
     answer.text()
@@ -76,7 +74,7 @@ def test_answer_is_whole_where_its_grammar_may_end(
 @pytest.mark.parametrize("grammar", [None, "root ::= [A-Z]{8}"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_no_numbers_end_an_answer(
-    tmp_path, temperature: float, grammar: str | None, n_parallel: int
+    tmp_path, temperature, grammar, n_parallel
 ) -> None:
     """Drawn from, they give any token, and stay in memory for the next answer."""
     base = write_tiny_base(tmp_path / "base.gguf", "qwen2", tied=False)

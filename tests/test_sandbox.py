@@ -41,12 +41,12 @@ WRONG = [
 
 
 @pytest.mark.parametrize("answer", RIGHT)
-def test_the_code_of_an_answer_is_found(answer: str) -> None:
+def test_the_code_of_an_answer_is_found(answer) -> None:
     assert run_program(*programs(answer, ITEM)).failure == ""
 
 
 @pytest.mark.parametrize("answer", WRONG)
-def test_what_is_wrong_is_not_right(answer: str) -> None:
+def test_what_is_wrong_is_not_right(answer) -> None:
     assert run_program(*programs(answer, ITEM)).failure != ""
 
 
@@ -67,7 +67,7 @@ def verdict(code: str) -> Verdict:
         ("import resource as r\nr.setrlimit(r.RLIMIT_CPU, (99, 99))", "ValueError: not allowed"),
     ],
 )
-def test_code_is_bounded(code: str, failure: str) -> None:
+def test_code_is_bounded(code, failure) -> None:
     found = verdict(code).failure
     assert found.startswith(failure)
     assert bool(found) is bool(failure)

@@ -195,9 +195,7 @@ def test_cancelled_while_it_waits_while_it_is_read_and_while_it_answers() -> Non
 
 
 @pytest.mark.parametrize(("weight", "n_computed"), [(0.0, 1), (1.0, 4)])
-def test_the_base_answers_what_it_was_weighed_by_from_the_last_row_on(
-    weight: float, n_computed: int
-) -> None:
+def test_the_base_answers_what_it_was_weighed_by_from_the_last_row_on(weight, n_computed) -> None:
     bench = Bench(1, is_exact=True)
     sequence = bench.add(range(1, 11), heard=Heard(0), n_base=6)
     while not sequence.is_weighed:

@@ -157,7 +157,7 @@ def test_answers_in_company_are_those_alone(parts, alone, arch, noted, monkeypat
 @pytest.mark.slow
 @pytest.mark.parametrize("is_served", [False, True])
 def test_answers_of_many_threads_are_those_alone(
-    parts, alone, arch, noted, monkeypatch, is_served: bool
+    parts, alone, arch, noted, monkeypatch, is_served
 ) -> None:
     """Callers compute in turn, or wait for one thread; each weighs and cancels too."""
     expected = {each: alone.weights("the thing", strategy=each).weights for each in STRATEGIES}

@@ -48,7 +48,7 @@ def failure(client: TestClient, path: str = CHAT, **body: Any) -> tuple[int, dic
         {"temperature": None, "stop": None, "user": "me", "store": True, "metadata": {}},
     ],
 )
-def test_answer_is_that_of_an_engine_alone(client, alone, options: dict[str, Any]) -> None:
+def test_answer_is_that_of_an_engine_alone(client, alone, options) -> None:
     options = {"max_tokens": 12, **options}
     expected = alone.chat(USER, **options)
     found = answer(client, model="tiny", messages=USER, **options)
@@ -67,7 +67,7 @@ def test_answer_is_that_of_an_engine_alone(client, alone, options: dict[str, Any
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
-def test_progress_of_the_prompt_is_told_if_asked(client, alone, path: str) -> None:
+def test_progress_of_the_prompt_is_told_if_asked(client, alone, path) -> None:
     text = "how far is it " * 20 + path
     messages = [{"role": "user", "content": text}]
     is_chat = path == CHAT
@@ -140,9 +140,7 @@ def test_the_mix_is_told(client, alone) -> None:
         ({"lora": [{"id": 1, "scale": 0.5}]}, "manual:es=0.5", {"math": 0, "es": 0.5}),
     ],
 )
-def test_weights_by_request(
-    client, body: dict[str, Any], strategy: str, weights: dict[str, float]
-) -> None:
+def test_weights_by_request(client, body, strategy, weights) -> None:
     found = answer(client, **{"model": "tiny", "messages": USER, "max_tokens": 1, **body})["fusion"]
     assert (found["strategy"], found["weights"]) == (strategy, weights)
 
@@ -275,9 +273,7 @@ def test_tokens_there_and_back(client, alone) -> None:
 
 
 @pytest.mark.parametrize("n", [505, 4_000_000])
-def test_what_cannot_fit_is_refused_without_cutting_it_into_tokens(
-    client, n: int, monkeypatch
-) -> None:
+def test_what_cannot_fit_is_refused_without_cutting_it_into_tokens(client, n, monkeypatch) -> None:
     cut: list[int] = []
     tokenize = Model_.tokenize
 
@@ -340,9 +336,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("body", "param", "message"), REFUSED)
-def test_what_cannot_be_followed_is_refused_by_its_field(
-    client, body: dict[str, Any], param: str, message: str
-) -> None:
+def test_what_cannot_be_followed_is_refused_by_its_field(client, body, param, message) -> None:
     whole = {"model": "tiny", "messages": USER, "max_tokens": 1, **body}
     found, error = failure(client, **whole)
     assert (found, error["param"]) == (400, param), error
@@ -362,9 +356,7 @@ def test_what_cannot_be_followed_is_refused_by_its_field(
         ("/tokenize", {"content": 3}, "content"),
     ],
 )
-def test_the_field_that_is_wrong_is_the_one_of_the_path(
-    client, path: str, body: dict[str, Any], param: str
-) -> None:
+def test_the_field_that_is_wrong_is_the_one_of_the_path(client, path, body, param) -> None:
     status, error = failure(client, path, model="tiny", **body)
     assert (status, error["param"]) == (400, param), error
 
@@ -390,7 +382,7 @@ def test_defaults_are_for_requests_that_say_nothing(calibrated) -> None:
         {"model": LONG_TEXT},
     ],
 )
-def test_what_is_wrong_is_repeated_within_bounds(client, asked: Any) -> None:
+def test_what_is_wrong_is_repeated_within_bounds(client, asked) -> None:
     status, error = failure(client, **{"model": "tiny", "messages": USER, **asked})
     assert status in (400, 404)
     assert 50 < len(json.dumps(error)) < 9000
@@ -411,7 +403,7 @@ def test_unknown_fields_are_ignored(client) -> None:
         (b'{"a": "' + b"a" * (4 << 20) + b'"}', 413, "The body has more than 4194304 bytes."),
     ],
 )
-def test_bodies_that_are_none(client, data: bytes, status: int, message: str) -> None:
+def test_bodies_that_are_none(client, data, status, message) -> None:
     response = client.post(CHAT, content=data)
     assert response.status_code == status
     assert response.json()["error"]["message"].startswith(message)

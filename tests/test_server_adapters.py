@@ -122,7 +122,7 @@ def test_a_file_with_holes_is_refused_before_it_is_hashed(client, folder, monkey
 
 
 @pytest.mark.parametrize("name", ["Base", "two-place", "manual"])
-def test_an_adapter_is_not_called_like_a_strategy(client, name: str) -> None:
+def test_an_adapter_is_not_called_like_a_strategy(client, name) -> None:
     body = {"lora_name": name, "lora_path": "fr.gguf"}
     error = client.post("/v1/load_lora_adapter", json=body).json()["error"]
     assert f"The adapter name '{name}' is that of a strategy; expected another" in error["message"]

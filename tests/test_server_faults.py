@@ -145,7 +145,7 @@ NEXT = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
         *("a line without end", "a header without end", "a trailer without end"),
     ],
 )
-def test_what_a_proxy_may_read_otherwise_is_refused(made, data: bytes) -> None:
+def test_what_a_proxy_may_read_otherwise_is_refused(made, data) -> None:
     with listening(made.folder) as url, socket.create_connection(address_of(url)) as client:
         client.settimeout(PATIENCE_S)
         client.sendall(data)

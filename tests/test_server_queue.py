@@ -146,7 +146,7 @@ def test_a_full_queue_is_told_at_once(bundle, held) -> None:
 
 @pytest.mark.parametrize("is_failing", [False, True])
 def test_a_stream_that_is_weighed_for_long_says_that_it_lives(
-    bundle, held, monkeypatch, is_failing: bool
+    bundle, held, monkeypatch, is_failing
 ) -> None:
     held.is_failing = is_failing
     monkeypatch.setattr(respond, "PING_S", 0.05)
@@ -226,7 +226,7 @@ def test_an_answer_that_is_cut_by_time_keeps_its_text(bundle, decodes) -> None:
     ],
 )
 def test_answers_that_time_keeps_from_beginning_are_not_left_out(
-    bundle, decodes, path: str, asked: dict[str, Any], is_stream: bool
+    bundle, decodes, path, asked, is_stream
 ) -> None:
     app = make_app([bundle], make_options(engine=LONG_ENGINE))
     asked = {"prompt": "the", **LONG, **asked, "stream": is_stream}

@@ -137,9 +137,7 @@ def test_shape_is_openais(http) -> None:
         ({"text": 3}, "text", "The field text is 3, expected an object such as"),
     ],
 )
-def test_what_cannot_be_followed_is_refused(
-    http, body: dict[str, Any], param: str, message: str
-) -> None:
+def test_what_cannot_be_followed_is_refused(http, body, param, message) -> None:
     found = http.post("/v1/responses", json={"model": "tiny", "input": "a", **body})
     assert found.status_code == 400
     error = found.json()["error"]

@@ -40,7 +40,7 @@ def code(client: TestClient, path: str, **headers: str) -> tuple[int, str | None
     "given",
     ["", KEY, f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", f"bearer  {KEY}", "Bearer ñ", f"Basic {KEY}"],
 )
-def test_without_the_key_nothing_is_told(locked, path: str, given: str) -> None:
+def test_without_the_key_nothing_is_told(locked, path, given) -> None:
     headers = {"authorization": given.encode("latin-1")} if given else {}
     response = locked.get(path, headers=headers)
     assert response.status_code == 401
@@ -85,7 +85,7 @@ FOREIGN_HOSTS = (
 
 
 @pytest.mark.parametrize("host", [*OUR_HOSTS, *FOREIGN_HOSTS])
-def test_a_name_that_was_made_to_point_here_is_refused(opened, host: str) -> None:
+def test_a_name_that_was_made_to_point_here_is_refused(opened, host) -> None:
     expected = (200, None) if host in OUR_HOSTS else (403, "host_not_allowed")
     for path in ("/health", "/v1/models"):
         assert code(opened, path, host=host) == expected
@@ -102,7 +102,7 @@ FOREIGN_ORIGINS = (
 
 
 @pytest.mark.parametrize("origin", [*OUR_ORIGINS, *FOREIGN_ORIGINS])
-def test_a_page_from_elsewhere_is_refused(opened, origin: str) -> None:
+def test_a_page_from_elsewhere_is_refused(opened, origin) -> None:
     is_own = origin in OUR_ORIGINS
     assert code(opened, "/v1/models", origin=origin) == (
         (200, None) if is_own else (403, "origin_not_allowed")
@@ -113,7 +113,7 @@ def test_a_page_from_elsewhere_is_refused(opened, origin: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["host", "origin"])
-def test_of_two_names_none_is_ours(opened, name: str) -> None:
+def test_of_two_names_none_is_ours(opened, name) -> None:
     ours = {"host": "localhost", "origin": ORIGIN}[name]
     for second in (ours, "evil.example"):
         response = opened.get("/health", headers=[(name, ours), (name, second)])
@@ -169,7 +169,7 @@ def test_beyond_this_machine_only_with_a_key(made) -> None:
 
 
 @pytest.mark.parametrize("key", ["short", "with a space", "schlüssel", "x" * 7, "tab\tinside"])
-def test_keys_that_cannot_be_sent_are_refused(made, key: str) -> None:
+def test_keys_that_cannot_be_sent_are_refused(made, key) -> None:
     result = CliRunner().invoke(main, ["serve", str(made.folder)], env={"QAFLORA_API_KEY": key})
     assert result.exit_code == 1
     assert result.stderr == (
@@ -182,7 +182,7 @@ def test_keys_that_cannot_be_sent_are_refused(made, key: str) -> None:
 @pytest.mark.parametrize(
     "model", ["../bundle", "/etc/passwd", "tiny/../../x", "%2e%2e", "tiny\x00"]
 )
-def test_model_ids_are_names_and_no_paths(opened, model: str) -> None:
+def test_model_ids_are_names_and_no_paths(opened, model) -> None:
     body = {"model": model, "messages": [{"role": "user", "content": "a"}]}
     response = opened.post("/v1/chat/completions", json=body)
     assert response.status_code == 404

@@ -32,7 +32,7 @@ def test_file_lies_in_the_users_config_folder(tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-def test_values_are_read(config, encoding: str) -> None:
+def test_values_are_read(config, encoding) -> None:
     config.write_text('strategy = "norm"\n[chat]\ntemp = 1\n', encoding=encoding)
     assert read_settings() == {"strategy": "norm", "chat": {"temp": 1}}
 
@@ -83,7 +83,7 @@ def test_named_pipe_is_not_waited_for(config) -> None:
         (b"#" * ((1 << 20) + 1), "it has more than 1048576 bytes"),
     ],
 )
-def test_file_that_is_no_toml(config, data: bytes, reason: str) -> None:
+def test_file_that_is_no_toml(config, data, reason) -> None:
     config.write_bytes(data)
     assert reason in message(config)
 
@@ -95,7 +95,7 @@ def test_file_that_is_no_toml(config, data: bytes, reason: str) -> None:
         ('bundles = "x"', "bundles is 'x', expected a list of paths of folders, as texts"),
     ],
 )
-def test_library_keys_of_the_wrong_type(config, line: str, told: str) -> None:
+def test_library_keys_of_the_wrong_type(config, line, told) -> None:
     config.write_text(line, encoding="utf-8")
     assert message(config) == (
         f"Cannot use the settings in FILE: the key {told}. Correct it, or remove it for the "

@@ -89,7 +89,7 @@ def test_every_probed_strategy_takes_them(calibrated) -> None:
         ("static:power=2", "Strategy 'static:power=2' is not known; expected one of two"),
     ],
 )
-def test_what_is_no_option_is_refused(text: str, message: str) -> None:
+def test_what_is_no_option_is_refused(text, message) -> None:
     assert message in refused(StrategyError, parse_strategy, text, ("math", "es"))
 
 

@@ -50,7 +50,7 @@ def printed(fusion: FusionWeights, encoding: str = "utf-8") -> list[str]:
         ([[1.5], [-0.5]], "math ×1.5 · es ×-0.5"),
     ],
 )
-def test_who_spoke(rows: list[list[float]], expected: str) -> None:
+def test_who_spoke(rows, expected) -> None:
     assert show.who_spoke(exact(*rows)) == expected
 
 
@@ -70,7 +70,7 @@ def test_of_many_adapters_the_heaviest_are_named() -> None:
 
 
 @pytest.mark.parametrize(("width", "encoding"), [(40, "ascii"), (79, "utf-8"), (200, "utf-8")])
-def test_heatmap_fits_the_terminal(width: int, encoding: str, monkeypatch) -> None:
+def test_heatmap_fits_the_terminal(width, encoding, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
     for fusion in (weighed(), weighed("日本語", HOSTILE, n_layer=126)):
         lines = printed(fusion, encoding)

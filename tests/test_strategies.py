@@ -139,7 +139,7 @@ class Thirds(Strategy):
         (Mix([[0.5] * 3] * 2, [[1.0] * 2] * 2), "Weights have the shape [2, 2], expected [2, 3]"),
     ],
 )
-def test_wrong_weights_name_their_strategy(made, given: Any, message: str) -> None:
+def test_wrong_weights_name_their_strategy(made, given, message) -> None:
     class Wrong(Strategy):
         name = "wrong"
 
@@ -174,7 +174,7 @@ class Taken(Thirds):
         (3, "The strategy 'None' is 3, expected an object of a subclass"),
     ],
 )
-def test_what_is_no_strategy_is_refused(strategy: Any, message: str) -> None:
+def test_what_is_no_strategy_is_refused(strategy, message) -> None:
     assert message in refused(StrategyError, register_strategy, strategy)
 
 
@@ -214,7 +214,7 @@ def test_a_package_offers_a_strategy(made, offered) -> None:
         ("their_package:Thirds", "expected an object of a subclass of qaflora_edge.Strategy"),
     ],
 )
-def test_a_broken_package_is_named(made, offered, value: str, reason: str) -> None:
+def test_a_broken_package_is_named(made, offered, value, reason) -> None:
     offered += [point("their_package:SOME_STRATEGY"), point(value)]
     for _ in range(2):  # the one before it is no trouble the second time
         told = refused(StrategyError, registry.parse_strategy, "best", ("math",))

@@ -98,7 +98,7 @@ HOSTILE: list[tuple[list[Any], str]] = [
 
 
 @pytest.mark.parametrize(("lines", "message"), HOSTILE)
-def test_a_wrong_file_is_refused(tmp_path, lines: list[Any], message: str) -> None:
+def test_a_wrong_file_is_refused(tmp_path, lines, message) -> None:
     path = write(tmp_path / "t.jsonl", *lines)
     told = refused(TaskFileError, read_task, path)
     assert told.startswith(f"Cannot use the task {path}")

@@ -59,7 +59,7 @@ GOOD = [
 
 
 @pytest.mark.parametrize(("template", "text"), GOOD)
-def test_what_templates_use_works(template: str, text: str) -> None:
+def test_what_templates_use_works(template, text) -> None:
     assert rendered(template) == text
 
 
@@ -98,7 +98,7 @@ HOSTILE = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("template", HOSTILE)
-def test_hostile_template_is_stopped_soon(template: str) -> None:
+def test_hostile_template_is_stopped_soon(template) -> None:
     tracemalloc.start()
     start = time.process_time()
     try:
@@ -136,7 +136,7 @@ def test_a_template_is_compiled_once(monkeypatch) -> None:
         "{{ messages | groupby('__class__') }}",
     ],
 )
-def test_methods_that_no_template_needs_are_out_of_reach(template: str) -> None:
+def test_methods_that_no_template_needs_are_out_of_reach(template) -> None:
     with pytest.raises((SecurityError, jinja2.UndefinedError)):
         rendered(template)
 
@@ -170,7 +170,7 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize(("template", "reason"), REFUSALS)
-def test_refusal_is_told_with_its_reason(tmp_path, template: str, reason: str) -> None:
+def test_refusal_is_told_with_its_reason(tmp_path, template, reason) -> None:
     base = write_tiny_base(tmp_path / "base.gguf", chat_template=template)
     with Model(read_base(base.path)) as model, pytest.raises(ChatTemplateError) as caught:
         chat_tokens(model, Chat(MESSAGES))

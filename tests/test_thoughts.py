@@ -90,9 +90,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("text", "is_open", "expected"), CASES)
-def test_a_thought_is_split_off_wherever_its_tags_are_cut(
-    text: str, is_open: bool, expected: tuple[str, str]
-) -> None:
+def test_a_thought_is_split_off_wherever_its_tags_are_cut(text, is_open, expected) -> None:
     n = len(text)
     cuts = [[*range(n + 1)], *([0, i, j, n] for i in range(n) for j in range(i, n))]
     for cut in cuts:
@@ -140,7 +138,7 @@ def test_a_budget_closes_the_thought(hybrid, opening) -> None:
 
 
 @pytest.mark.parametrize("template", [HYBRID, OPENS])
-def test_a_grammar_begins_after_the_thought(tmp_path, template: str) -> None:
+def test_a_grammar_begins_after_the_thought(tmp_path, template) -> None:
     """The base would end within the thought, which is closed then."""
     form = {"type": "json_schema", "json_schema": {"schema": {"enum": ["yes", "no"]}}}
     thoughts = ["Hm" if template == OPENS else None, None]
@@ -174,7 +172,7 @@ def test_reasoning_asks_the_template_or_closes_what_it_opens(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["two-place", "qa-flora", "norm", "cosine:pool=question"])
-def test_a_thought_changes_no_weights(tmp_path, strategy: str) -> None:
+def test_a_thought_changes_no_weights(tmp_path, strategy) -> None:
     """Oracle: the prompt up to the answer, with nothing after it."""
     template = HYBRID + "{% if opens %}<think>\n{% endif %}"
     made = make_bundle(tmp_path, calibrate=True, chat_template=template, user_defined=TAGS)
@@ -207,9 +205,7 @@ def test_the_server_tells_thoughts(hybrid) -> None:
     ("effort", "is_wanted"),
     [("none", False), ("minimal", False), ("low", True), ("xhigh", True), (None, True)],
 )
-def test_an_effort_is_one_rule_in_every_dialect(
-    hybrid, effort: str | None, is_wanted: bool
-) -> None:
+def test_an_effort_is_one_rule_in_every_dialect(hybrid, effort, is_wanted) -> None:
     asked: dict[str, dict[str, Any]] = {
         "/v1/chat/completions": {"messages": USER, "reasoning_effort": effort},
         "/v1/responses": {"input": "the?", "reasoning": {"effort": effort}},

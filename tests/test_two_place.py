@@ -149,9 +149,7 @@ def test_a_second_one_has_to_do_more_in_the_question_than_is_usual() -> None:
         (1.26, 50, True),
     ],
 )
-def test_the_base_answers_where_none_does_more_than_is_usual(
-    z: float, nats: float, is_mixed: bool
-) -> None:
+def test_the_base_answers_where_none_does_more_than_is_usual(z, nats, is_mixed) -> None:
     question = [0, 1.3, 0]
     last = [last_of(z, question[0]), at(0), at(0)]
     question = [*map(at, question)]
@@ -184,9 +182,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("both", "question", "because"), CASES)
-def test_it_says_why_with_the_numbers_that_decide(
-    both: list[float], question: list[float], because: str
-) -> None:
+def test_it_says_why_with_the_numbers_that_decide(both, question, because) -> None:
     mix = mixed("two-place", [*map(last_of, both, question)], [*map(at, question)])
     assert mix.because == because
     for i, found in enumerate(mix.why.values()):

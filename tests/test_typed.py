@@ -70,7 +70,7 @@ TEMPLATES = [
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_templates_cannot_turn_typed_text_into_control_tokens(model, template: str) -> None:
+def test_templates_cannot_turn_typed_text_into_control_tokens(model, template) -> None:
     for content in (ATTACK, ATTACK.upper(), "<|im_<|im_end|>end|>", "\ue000".join(ATTACK)):
         for mine in (content, content + "<|im_", " " + content + " "):
             assert controls(model, run(model, template, mine, "end|>", "|im_end|>")) == []
@@ -110,7 +110,7 @@ def test_text_around_typed_control_tokens_is_tokenized_as_ever(model) -> None:
         {"tool_calls": [{"function": {"name": ATTACK, "arguments": json.dumps({ATTACK: ATTACK})}}]},
     ],
 )
-def test_every_field_of_a_message_is_data(model, more: dict[str, Any]) -> None:
+def test_every_field_of_a_message_is_data(model, more) -> None:
     template = "{{ messages }}{{ messages | tojson }}{% for k in messages[0] %}{{ k }}{% endfor %}"
     assert controls(model, run(model, template, "hi", **more)) == []
 
@@ -143,7 +143,7 @@ def test_templates_find_what_the_assistant_said_where_it_is_no_token(model) -> N
     "template",
     ["{{ messages[0].content | tojson(ensure_ascii=True) }}", "{{ [messages[0].content] }}"],
 )
-def test_templates_that_escape_write_nothing_of_ours(model, template: str) -> None:
+def test_templates_that_escape_write_nothing_of_ours(model, template) -> None:
     for content in ("a <|im_end|> b", "a <|im_end|> \\ue000 b"):
         text = written(model, run(model, template, content)).replace("▁", " ")
         assert text.removeprefix(" ") in (json.dumps(content), str([content]))

@@ -27,9 +27,7 @@ ALL = [*tiny.HF_TARGETS, "embed_tokens", "lm_head"]
     ("arch", "rank", "outtype"),
     [("llama", 3, "f32"), ("llama", 3, "f16"), ("qwen2", 3, "bf16"), ("llama", 64, "q8_0")],
 )
-def test_what_was_converted_is_within_rounding(
-    tmp_path, arch: str, rank: int, outtype: str
-) -> None:
+def test_what_was_converted_is_within_rounding(tmp_path, arch, rank, outtype) -> None:
     base = tiny.write_tiny_base(tmp_path / "base.gguf", arch, tied=False)
     options = {"use_rslora": True, "alpha_pattern": {"q_proj": 5, "down_proj": 0.25}}
     folder = tiny.write_tiny_peft(tmp_path / "a", base, rank=rank, targets=ALL, **options)
@@ -70,7 +68,7 @@ def test_differences_are_those_of_the_deltas(tmp_path) -> None:
 
 @pytest.mark.parametrize(("kind", "outtype"), [("peft", "q8_0"), ("mlx", "bf16")])
 def test_tiles_that_are_read_one_by_one_give_what_the_whole_gives(
-    tmp_path, monkeypatch, kind: str, outtype: str
+    tmp_path, monkeypatch, kind, outtype
 ) -> None:
     """Tiles of one width and an odd height, so that the last are smaller; rows are reordered."""
     base = tiny.write_tiny_base(tmp_path / "base.gguf", tied=False)
@@ -102,9 +100,7 @@ MISTAKES: dict[str, tuple[str, Change]] = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 @pytest.mark.parametrize("outtype", ["f16", "q8_0"])
-def test_mistake_is_found_and_the_older_file_kept(
-    tmp_path, monkeypatch, mistake: str, outtype: str
-) -> None:
+def test_mistake_is_found_and_the_older_file_kept(tmp_path, monkeypatch, mistake, outtype) -> None:
     wrong_side, change = MISTAKES[mistake]
     base = tiny.write_tiny_base(tmp_path / "base.gguf")
     folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj", "up_proj"], layers=[0])

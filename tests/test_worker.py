@@ -178,7 +178,7 @@ def client_of(base: TinyBase, worker: Worker, **environment: str) -> Iterator[su
 
 @pytest.mark.slow
 @pytest.mark.parametrize("is_silent", [False, pytest.param(True, marks=POSIX)])
-def test_lost_worker_ends_the_process(tmp_path, base, is_silent: bool) -> None:
+def test_lost_worker_ends_the_process(tmp_path, base, is_silent) -> None:
     """Stopped, it keeps its connection; once it goes on, it is free for others."""
     with worker(tmp_path) as made, client_of(base, made, QAFLORA_RPC_TIMEOUT="2") as client:
         made.process.send_signal(signal.SIGSTOP if is_silent else signal.SIGKILL)
@@ -233,7 +233,7 @@ def test_nothing_is_there(base) -> None:
 
 
 @pytest.mark.parametrize("text", ["host", "host:65536", "a:1,", "a:1,a:1"])
-def test_wrong_name_of_a_worker(base, text: str) -> None:
+def test_wrong_name_of_a_worker(base, text) -> None:
     with pytest.raises(
         OptionError, match=r"expected HOST:PORT|expected up to 16 different workers"
     ):
@@ -241,14 +241,14 @@ def test_wrong_name_of_a_worker(base, text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["x", "-1", "1.5"])
-def test_wrong_timeout(base, monkeypatch, text: str) -> None:
+def test_wrong_timeout(base, monkeypatch, text) -> None:
     monkeypatch.setenv("QAFLORA_RPC_TIMEOUT", text)
     with pytest.raises(OptionError, match=f"RPC_TIMEOUT is '{text}', expected a whole number of s"):
         Model(read_base(base.path), rpc="127.0.0.1:1")
 
 
 @pytest.mark.parametrize("split", ["x", "0", "1,nan", "1,1"])
-def test_wrong_split(base, workers, split: str) -> None:
+def test_wrong_split(base, workers, split) -> None:
     with pytest.raises(OptionError, match=r"Option tensor_split is .* expected 1 numbers from 0"):
         Model(read_base(base.path), rpc=workers[0].endpoint, tensor_split=split)
 
