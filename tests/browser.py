@@ -34,9 +34,8 @@ class Browser:
     def __init__(self, address: str, profile: Path) -> None:
         binary = shutil.which("chromium") or shutil.which("chromium-browser")
         options = {"binary": binary, "args": [*FLAGS.split(), f"--user-data-dir={profile}"]}
-        wanted = {
-            "alwaysMatch": {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
-        }
+        always = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        wanted = {"alwaysMatch": always}
         self._address = address
         value = self._send("POST", "/session", {"capabilities": wanted})
         self._session = f"/session/{value['sessionId']}"
@@ -88,9 +87,8 @@ class Browser:
         return self.send("POST", "/execute/sync", {"script": script, "args": args})
 
     def find(self, selector: str) -> dict[str, str]:
-        found: dict[str, str] = self.send(
-            "POST", "/element", {"using": "css selector", "value": selector}
-        )
+        query = {"using": "css selector", "value": selector}
+        found: dict[str, str] = self.send("POST", "/element", query)
         return found
 
     def point(self, selector: str) -> None:
@@ -103,9 +101,8 @@ class Browser:
     def press(self, *keys: str) -> None:
         """Press keys one after the other: letters, or WebDriver's code points for others."""
         steps = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
-        self.send(
-            "POST", "/actions", {"actions": [{"type": "key", "id": "keys", "actions": steps}]}
-        )
+        keys = {"type": "key", "id": "keys", "actions": steps}
+        self.send("POST", "/actions", {"actions": [keys]})
 
     def log(self) -> list[str]:
         """What the console said since the last call, policy violations included."""

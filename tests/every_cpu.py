@@ -60,9 +60,9 @@ def main() -> int:
             path = room / f"{seed}.gguf"
             write_tiny_adapter(path, base, rank=8, seed=seed, outtype="f16")
             words.append(f"a{seed}={path}")
-        cases = (
-            emulated(options.python, options.cpu) if options.cpu else alone(options.python, room)
-        )
+        cases = alone(options.python, room)
+        if options.cpu:
+            cases = emulated(options.python, options.cpu)
         return compare(cases, words)
 
 

@@ -16,7 +16,7 @@ LIMITS = {
     "modules": 135,
     "modules that Engine imports": 45,
     "lines that Engine imports": 8_000,
-    "lines of tests": 28_402,
+    "lines of tests": 28_000,
     "lines of the page": 2_400,
     "lines that patches add": 250,
     "lines of patches/src": 5_600,

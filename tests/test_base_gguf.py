@@ -159,9 +159,8 @@ def test_sentencepiece_vocabulary_without_a_byte_is_refused(tmp_path) -> None:
     path = write_base(tmp_path / "base.gguf", spm=True)
     tokens = [text for text in tiny.spm_tokens() if text != "<0xE2>"]
     change(path, **{TOKENS: tokens, TYPES: None})
-    assert refusal(path) == (
-        "tokenizer.ggml.tokens is 'without <0xE2>'; expected a token for every byte"
-    )
+    told = "tokenizer.ggml.tokens is 'without <0xE2>'; expected a token for every byte"
+    assert refusal(path) == told
 
 
 def test_tensor_of_whole_numbers_is_refused(tmp_path) -> None:
@@ -179,9 +178,8 @@ def test_vocabulary_has_a_limit(tmp_path, monkeypatch) -> None:
     path = write_base(tmp_path / "base.gguf")
     monkeypatch.setattr(base, "MAX_TOKENS", 200)
     n_token = len(tiny.byte_tokens()) + len(tiny.MERGES) + len(tiny.CONTROLS)
-    assert refusal(path) == (
-        f"the length of tokenizer.ggml.tokens is {n_token}; expected at most 200"
-    )
+    told = f"the length of tokenizer.ggml.tokens is {n_token}; expected at most 200"
+    assert refusal(path) == told
 
 
 def test_base_that_vanished_is_named(tmp_path) -> None:

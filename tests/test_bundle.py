@@ -86,9 +86,8 @@ def test_typical_divergences_are_the_engines(calibrated) -> None:
         measured = engine.typical_divergence(NEUTRAL["prompts"])
     for name in ("math", "es"):
         for lens in LENSES:
-            np.testing.assert_allclose(
-                bundle.known.typical[name][lens], measured[name][lens], rtol=1e-6
-            )
+            typical = bundle.known.typical[name][lens]
+            np.testing.assert_allclose(typical, measured[name][lens], rtol=1e-6)
     recorded = bundle_json(calibrated.folder)["fusion"]["typical_prompts"]
     exchanged = [message["content"] for said in NEUTRAL["exchanges"] for message in said]
     texts = [*NEUTRAL["prompts"], *NEUTRAL["turns"], *exchanged]
@@ -152,10 +151,9 @@ def test_failed_creation_leaves_the_disk_untouched(tmp_path) -> None:
         (errors.BundleError, sources.base.path, sources.peft, {"strategy": "two-place"}),
     ]
     for error, base, adapter, options in attempts:
+        adapters = {"a": sources.adapter.path, "b": adapter}
         with pytest.raises(error):
-            create_bundle(
-                sources.folder, base, {"a": sources.adapter.path, "b": adapter}, **options
-            )
+            create_bundle(sources.folder, base, adapters, **options)
         assert snapshot(tmp_path) == before
     sources.folder.mkdir()
     with pytest.raises(errors.OutputFileError, match="there is something of that name already"):

@@ -80,9 +80,8 @@ def test_answers_are_those_one_after_the_other(made, tmp_path) -> None:
     assert found[1]["fusion"] == {"strategy": "single:es", "weights": {"math": 0.0, "es": 1.0}}
     assert found[0]["fusion"]["strategy"] == "qa-flora"
     assert found[0]["usage"]["completion_tokens"] == 5
-    assert set(found[2]) == {
-        *("index", "text", "finish_reason", "usage", "fusion", "timings", "request")
-    }
+    fields = ("index", "text", "finish_reason", "usage", "fusion", "timings", "request")
+    assert set(found[2]) == {*fields}
     assert expected[5] in ('"dog"', '"cat"')
 
 
@@ -102,9 +101,8 @@ def test_raw_prompts_and_system(made) -> None:
         run(made, "the thing", *more, "--max-tokens", 6).stdout[:-1]
         for more in (["--raw-prompt"], [])
     ]
-    stdin = lines(
-        {"prompt": "a"}, {"messages": asked("a", "Own.")}, {"prompt": "a", "system": "Own."}
-    )
+    own = {"prompt": "a", "system": "Own."}
+    stdin = lines({"prompt": "a"}, {"messages": asked("a", "Own.")}, own)
     told = run(made, "--prompts", "-", "--system", "All.", "--max-tokens", 6, stdin=stdin)
     texts = [each["text"] for each in records(told.stdout)]
     for text, system in zip(texts, ("All.", "Own.", "Own."), strict=True):

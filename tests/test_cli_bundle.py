@@ -69,12 +69,10 @@ def test_show_and_its_json(tmp_path) -> None:
 def test_add_and_remove(tmp_path) -> None:
     made = make_bundle(tmp_path)
     pairs = (f"law={made.peft}", f"med={made.adapter.path}")
-    stderr = said_by(
-        qaflora("bundle", "add", made.folder, *pairs, "--no-calibrate", "--license", "MIT")
-    )
-    assert stderr == (
-        f"Added the adapter law to {made.folder}.\nAdded the adapter med to {made.folder}.\n"
-    )
+    words = (*pairs, "--no-calibrate", "--license", "MIT")
+    stderr = said_by(qaflora("bundle", "add", made.folder, *words))
+    added = [f"Added the adapter {name} to {made.folder}.\n" for name in ("law", "med")]
+    assert stderr == "".join(added)
     assert load_bundle(made.folder).text.raw["adapters"][2]["license"] == "MIT"
     stderr = said_by(qaflora("bundle", "remove", made.folder, "law", "--strategy", "single:med"))
     assert stderr == f"Removed the adapter law from {made.folder}.\n"

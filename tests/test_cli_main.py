@@ -128,10 +128,9 @@ def test_help_imports_nothing_heavy(words) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals and pipes are POSIX ones")
 def test_reader_that_leaves_is_no_failure(made) -> None:
-    args = ["run", str(made.folder), "the thing", "--max-tokens", "400"]
-    process = subprocess.Popen(
-        [*QAFLORA, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    command = [*QAFLORA, "run", str(made.folder), "the thing", "--max-tokens", "400"]
+    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen(command, **pipes, text=True)
     assert process.stdout is not None
     assert process.stderr is not None
     process.stdout.close()
@@ -193,9 +192,8 @@ def test_interrupt_is_130(made) -> None:
 def test_names_in_a_file_cannot_command_the_terminal(made, tmp_path) -> None:
     peft = tiny.write_tiny_peft(tmp_path / "peft", made.base)
     name = "x\x1b]0;title\x07\u202e\n.weight"
-    tiny.write_safetensors(
-        peft / "adapter_model.safetensors", {name: np.ones((2, 2), dtype=np.float32)}
-    )
+    tensors = {name: np.ones((2, 2), dtype=np.float32)}
+    tiny.write_safetensors(peft / "adapter_model.safetensors", tensors)
     args = ["convert", str(peft), "--base", str(made.base.path), "-o", str(tmp_path / "a.gguf")]
     result = qaflora(*args)
     assert result.exit_code == 1

@@ -58,9 +58,8 @@ def test_variables_that_are_no_settings_are_named(monkeypatch) -> None:
     monkeypatch.setenv("QAFLORA_TEMPERATURE", "1")
     monkeypatch.setenv("QAFLORA_RUN_STOP", "x")
     result = qaflora("settings", "--json")
-    assert result.stderr == (
-        "Note: the variable QAFLORA_TEMPERATURE is no setting, and is not read.\n"
-    )
+    told = "Note: the variable QAFLORA_TEMPERATURE is no setting, and is not read.\n"
+    assert result.stderr == told
     shown = json.loads(result.stdout)["settings"]["run.stop"]
     assert shown == {"value": "x", "from": "QAFLORA_RUN_STOP"}
 

@@ -47,11 +47,8 @@ def test_two_place_says_what_it_measured_and_why_the_base_is_alone(calibrated) -
         assert not {"lens", "pool", "divergence"} & {*re.findall(r"\w+", shown)}
     plain = json.loads(weights(calibrated, PROMPT, "--strategy", "two-place", "--json").stdout)
     assert (plain["lens"], plain["pool"]) == ("norm", "last")  # the contract
-    needed = {
-        "answer": 1.25,
-        "question": 1.25,
-    }  # to a base of random numbers every question is a surprise
-    assert plain["why"]["es"]["thresholds"] == needed
+    # To a base of random numbers every question is a surprise.
+    assert plain["why"]["es"]["thresholds"] == {"answer": 1.25, "question": 1.25}
     assert plain["because"]
 
 

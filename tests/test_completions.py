@@ -35,9 +35,8 @@ TIME = {"type": "function", "function": {"name": "time", "parameters": NOTHING}}
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory) -> Iterator[Engine]:
     place = tmp_path_factory.mktemp("completions")
-    base = write_tiny_base(
-        place / "base.gguf", chat_template=QWEN, n_ctx=2048, user_defined=("<tool_call>",)
-    )
+    options = {"chat_template": QWEN, "n_ctx": 2048, "user_defined": ("<tool_call>",)}
+    base = write_tiny_base(place / "base.gguf", **options)
     adapters = {"a": write_tiny_adapter(place / "a.gguf", base).path}
     with Engine(base=base.path, adapters=adapters, n_ctx=1024) as engine:
         yield engine
@@ -130,9 +129,8 @@ def test_tool_that_has_to_be_called_is_called(terse, monkeypatch, choice, names,
 def test_each_tool_has_its_own_definitions(terse) -> None:
     fields = {"x": {"$ref": "#/$defs/n"}, "more": {"$ref": "#"}}
     form = {**NOTHING, "properties": fields, "required": ["x"]}
-    forms = {
-        name: {**form, "$defs": {"n": {"enum": n}}} for name, n in (("a", [1, 2]), ("b", ["c"]))
-    }
+    values = {"a": [1, 2], "b": ["c"]}
+    forms = {name: {**form, "$defs": {"n": {"enum": n}}} for name, n in values.items()}
     functions = [{"name": name, "parameters": forms[name]} for name in forms]
     tools = [{"type": "function", "function": function} for function in functions]
     called, seeds = set(), iter(range(50))
@@ -610,13 +608,10 @@ def test_log_probabilities_are_those_of_the_logits(engine) -> None:
         tokens.append(token)
     chunks = list(engine.chat(USER, stream=True, **asked))
     streamed = [chunk["choices"][0] for chunk in chunks]
-    assert [
-        entry for each in streamed if each["logprobs"] for entry in each["logprobs"]["content"]
-    ] == entries
-    for each in streamed:
-        shown = b"".join(
-            bytes(e["bytes"]) for e in (each["logprobs"] or {"content": []})["content"]
-        )
+    contents = [(each["logprobs"] or {"content": []})["content"] for each in streamed]
+    assert [entry for content in contents for entry in content] == entries
+    for each, content in zip(streamed, contents, strict=True):
+        shown = b"".join(bytes(entry["bytes"]) for entry in content)
         assert shown.decode("utf-8", "replace") == each["delta"].get("content", "")
 
 

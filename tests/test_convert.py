@@ -32,9 +32,8 @@ def make_base(tmp_path) -> MakeBase:
 
 def test_alpha_is_that_of_most_modules(tmp_path, make_base) -> None:
     base = make_base()
-    folder = tiny.write_tiny_peft(
-        tmp_path / "a", base, alpha=8, alpha_pattern={"q_proj": 5, "k_proj": 7}
-    )
+    pattern = {"q_proj": 5, "k_proj": 7}
+    folder = tiny.write_tiny_peft(tmp_path / "a", base, alpha=8, alpha_pattern=pattern)
     converted = convert_adapter(folder, base.path, tmp_path / "out.gguf")
     assert (converted.alpha, converted.n_module) == (8.0, 21)
 

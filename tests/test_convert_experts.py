@@ -110,9 +110,8 @@ def test_parameter_of_gate_and_up_is_taken_apart(tmp_path, arch, fused) -> None:
         EXPERTS: stacked_pair(N_FF, N_EMBD),
     }
     targets = [f"{EXPERTS}.down_proj", f"{EXPERTS}.gate_up_proj"]
-    found = deltas(
-        convert(write_pairs_of_peft(tmp_path / "a", pairs, target_parameters=targets), base)
-    )
+    folder = write_pairs_of_peft(tmp_path / "a", pairs, target_parameters=targets)
+    found = deltas(convert(folder, base))
     gate_up, down = (stacked_delta(*pair) for pair in pairs.values())
     gate, up = gate_up[:, :N_FF], gate_up[:, N_FF:]
     if arch == "gpt-oss":
@@ -248,31 +247,26 @@ def test_square_experts_of_mlx_have_one_order(tmp_path) -> None:
 
 def test_parameters_and_tensors_must_belong_together(tmp_path) -> None:
     base = write_base(tmp_path / "base.gguf")
-    pair = stacked_pair(N_FF, N_EMBD)
+    pairs = {EXPERTS: stacked_pair(N_FF, N_EMBD)}
     both = ["experts.gate_up_proj", "experts.down_proj"]
-    folder = write_pairs_of_peft(tmp_path / "a", {EXPERTS: pair}, target_parameters=both)
+    folder = write_pairs_of_peft(tmp_path / "a", pairs, target_parameters=both)
     assert refusal(PeftConfigError, folder, base) == (
         f"Cannot use {folder / 'adapter_config.json'}: target_parameters names 2 parameters of "
         f"module {EXPERTS} (gate_up_proj, down_proj), and 1 have tensors; expected as many. The "
         "two files do not belong together; save the adapter again."
     )
-    folder = write_pairs_of_peft(
-        tmp_path / "a", {EXPERTS: pair}, target_parameters="experts.down_proj"
-    )
+    write_pairs_of_peft(folder, pairs, target_parameters="experts.down_proj")
     with pytest.raises(PeftConfigError, match=r'target_parameters is "experts\.down_proj", exp'):
         convert(folder, base)
-    folder = write_pairs_of_peft(
-        tmp_path / "a", {EXPERTS: PAIR}, target_parameters=["experts.down_proj"], r=RANK + 1
-    )
+    write_pairs_of_peft(folder, {EXPERTS: PAIR}, target_parameters=both[1:], r=RANK + 1)
     with pytest.raises(PeftConfigError, match=r"expected \[5 times the number of experts, n_in\]"):
         convert(folder, base)
 
 
 def test_other_parameters_of_experts_are_refused_by_name(tmp_path) -> None:
     base = write_base(tmp_path / "base.gguf", "gpt-oss")
-    folder = write_pairs_of_peft(
-        tmp_path / "a", {EXPERTS: PAIR}, target_parameters=["experts.gate_up_proj_bias"]
-    )
+    targets = ["experts.gate_up_proj_bias"]
+    folder = write_pairs_of_peft(tmp_path / "a", {EXPERTS: PAIR}, target_parameters=targets)
     assert refusal(UnsupportedAdapterError, folder, base) == (
         f"Cannot use {folder / 'adapter_config.json'}: target_parameters names gate_up_proj_bias "
         f"of module {EXPERTS}; expected gate_up_proj or down_proj of experts, for others cannot be "

@@ -1,6 +1,7 @@
 """Decisions: Engine.decide, qaflora decide and POST /v1/systemone."""
 
 import json
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,8 @@ LISTED = "{}\n\nAnswer with one of these, and with nothing else:\n- yes\n- a who
 def expected(alone: Engine, weights: Any) -> Any:
     """By `score`: how much likelier each choice is after the question than after none."""
     end = alone._model._lib.llama_vocab_eot(alone._model.vocab)
-    texts = [
-        alone._model.tokenize(each, add_special=False, parse_special=False) for each in CHOICES
-    ]
+    tokenize = partial(alone._model.tokenize, add_special=False, parse_special=False)
+    texts = [tokenize(choice) for choice in CHOICES]
     mix = alone.weights(QUESTION, strategy=weights)  # by the question alone
     sums = []
     for question in (QUESTION, "N/A"):
@@ -94,9 +94,8 @@ def test_the_command_prints_what_the_engine_decides(calibrated, alone) -> None:
     result = qaflora("decide", calibrated.folder, QUESTION, *args, "--json")
     shown = json.loads(result.stdout)
     assert shown["choice"] == decision.choice
-    assert list(shown["probabilities"].values()) == sorted(
-        shown["probabilities"].values(), reverse=True
-    )
+    probabilities = list(shown["probabilities"].values())
+    assert probabilities == sorted(probabilities, reverse=True)
     result = qaflora("decide", calibrated.folder, "--prompts", "-", *args, "--compare", stdin="a\n")
     lines = result.stdout.splitlines()
     assert [line.split(":")[0] for line in lines[1:]] == ["  base", "  math", "  es"]

@@ -46,9 +46,8 @@ def material(tmp_path_factory) -> Path:
     """What the commands of the pages find: a bundle, a base, adapters and prompts, all tiny."""
     folder = tmp_path_factory.mktemp("pages")
     bias = tiny.constant_logits(lambda token: LIKELY.get(token, 0.0))["output.bias"]
-    base = tiny.write_tiny_base(
-        folder / "base.gguf", "qwen2", n_ctx=1024, replace={"output.bias": bias}
-    )
+    options = {"n_ctx": 1024, "replace": {"output.bias": bias}}
+    base = tiny.write_tiny_base(folder / "base.gguf", "qwen2", **options)
     for seed, name in enumerate(("math", "es", "med")):
         tiny.write_tiny_peft(folder / "peft" / name, base, seed=seed)
     convert_adapter(folder / "peft/math", base.path, folder / "adapter.gguf")

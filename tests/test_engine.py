@@ -58,9 +58,8 @@ def test_logits_take_weights_in_every_form(engine) -> None:
     for weights in (fusion, fusion.weights, fusion.weights.tolist(), "qa-flora", None):
         assert np.array_equal(engine.logits(PROMPT, weights=weights), logits)
     assert not np.array_equal(engine.logits(PROMPT, weights="base"), logits)
-    assert np.array_equal(
-        engine.logits(PROMPT, strategy="base"), engine.logits(PROMPT, weights="base")
-    )
+    by_base = engine.logits(PROMPT, weights="base")
+    assert np.array_equal(engine.logits(PROMPT, strategy="base"), by_base)
     by_name = engine.score(PROMPT, "the", strategy="base")
     assert np.array_equal(by_name, engine.score(PROMPT, "the", weights="base"))
     assert engine.generate(PROMPT, strategy="base", max_tokens=1).fusion.strategy == "base"
@@ -71,14 +70,11 @@ def test_logits_take_weights_in_every_form(engine) -> None:
 
 def test_typical_divergence_is_measured_per_adapter_lens_and_layer(engine, base) -> None:
     done = []
-    typical = engine.typical_divergence(
-        ["the", "air is"], progress=lambda i, n: done.append((i, n))
-    )
+    texts = ["the", "air is"]
+    typical = engine.typical_divergence(texts, progress=lambda i, n: done.append((i, n)))
     assert done == sorted(done)
     assert done[-1] == (6, 6)  # each as a chat for two measures, and as text
-    queries = [
-        engine.chat_tokens([{"role": "user", "content": text}]) for text in ("the", "air is")
-    ]
+    queries = [engine.chat_tokens([{"role": "user", "content": text}]) for text in texts]
     divergences = np.stack([engine.weights(query).divergence for query in queries])
     expected = np.exp(np.log(divergences.astype(np.float64) + 1e-12).mean(axis=0))
     for ia, name in enumerate(NAMES):

@@ -68,9 +68,8 @@ def test_command_writes_the_mix_of_a_prompt(made, tmp_path) -> None:
     error = stock_logits(made.base, [out], [1.0]) - fused
     assert np.abs(error).max() < 1e-3 * np.abs(fused).max()
     result = qaflora(*command, "--strategy", "static")
-    assert (
-        result.stderr == f"Error: Cannot write {out}: it is a file already. Choose another name.\n"
-    )
+    told = f"Error: Cannot write {out}: it is a file already. Choose another name.\n"
+    assert result.stderr == told
 
 
 @pytest.mark.parametrize(

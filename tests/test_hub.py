@@ -177,9 +177,8 @@ def test_a_hash_that_leads_out_is_refused(hub, tmp_path, header) -> None:
 
 def test_file_names_that_are_no_texts_are_refused(hub, monkeypatch) -> None:
     siblings = [SimpleNamespace(rfilename=7)]
-    monkeypatch.setattr(
-        "huggingface_hub.HfApi.model_info", lambda *_, **__: Mock(siblings=siblings)
-    )
+    told = Mock(siblings=siblings)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: told)
     assert "its .gguf files are: none" in refusal("owner/a")
 
 

@@ -176,9 +176,8 @@ def test_a_model_of_ollama_without_a_gguf_is_refused(sources) -> None:
     place = sources.base.path.parent
     write_ollama(place / "ollama", "mlx/latest", {"tensor": b"x"})
     path = written(place, "FROM mlx\n")
-    assert "mlx has 0 GGUF files of a base, expected 1" in refused(
-        InputFileError, lambda: read_modelfile(path)
-    )
+    told = refused(InputFileError, lambda: read_modelfile(path))
+    assert "mlx has 0 GGUF files of a base, expected 1" in told
 
 
 def test_a_long_licence_becomes_a_file(sources) -> None:

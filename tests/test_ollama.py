@@ -214,6 +214,5 @@ def test_infill(client, served, alone) -> None:
 def test_infill_needs_a_base_for_it(calibrated) -> None:
     with client_of(calibrated.folder) as http:
         error = http.post("/infill", json={"input_prefix": "a"}).json()["error"]
-    assert error["message"].startswith(
-        "The base tiny llama 0 has no tokens for infill, expected those"
-    )
+    told = "The base tiny llama 0 has no tokens for infill, expected those"
+    assert error["message"].startswith(told)

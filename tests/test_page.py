@@ -91,9 +91,8 @@ def in_node(code: str, value: Any) -> Any:
     source = "".join((PARTS / f"{each}.js").read_text("utf-8") for each in ("latex", "markdown"))
     read = "const value = JSON.parse(require('fs').readFileSync(0, 'utf8'));"
     program = f"{source}\n{read}\nconsole.log(JSON.stringify({code}))"
-    done = subprocess.run(
-        ["node", "-e", program], input=json.dumps(value), capture_output=True, text=True
-    )
+    command = ["node", "-e", program]
+    done = subprocess.run(command, input=json.dumps(value), capture_output=True, text=True)
     assert done.stderr == ""
     return json.loads(done.stdout)
 

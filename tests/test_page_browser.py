@@ -369,9 +369,8 @@ def test_save_as_markdown_and_as_json(desk, tmp_path) -> None:
         desk.click(f"#save-{kind}")
     markdown, document = (saved(tmp_path, ending) for ending in ("md", "json"))
     means = [sum(row) / N_LAYER for row in layers(["math", "es", "med"], "qa-flora")]
-    mix = " · ".join(
-        f"{n} ×{round(m, 2):g}" for n, m in zip(("math", "es", "med"), means, strict=True)
-    )
+    mixed = zip(("math", "es", "med"), means, strict=True)
+    mix = " · ".join(f"{name} ×{round(mean, 2):g}" for name, mean in mixed)
     assert markdown.read_text("utf-8") == (
         f"## System\n\nBe short.\n\n## Question\n\n{QUESTION}\n\n"
         f"## Answer\n\n*demo · qa-flora · {mix}*\n\n{ANSWER}\n"
@@ -562,9 +561,8 @@ def test_a_phone_shows_everything_without_scrolling_sideways(desk) -> None:
     assert desk.window.run("return document.getElementById('panel').checkVisibility()") is False
     desk.click("#open-panel")
     assert desk.window.run("return document.getElementById('panel').checkVisibility()")
-    assert desk.window.run(
-        "return document.getElementById('panel').contains(document.activeElement)"
-    )
+    has_focus = "return document.getElementById('panel').contains(document.activeElement)"
+    assert desk.window.run(has_focus)
     assert desk.window.run("return document.querySelector('.talk').inert")
     desk.window.press(ESCAPE)
     assert desk.window.run("return document.getElementById('panel').checkVisibility()") is False

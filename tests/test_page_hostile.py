@@ -41,20 +41,15 @@ def test_no_part_of_a_hostile_answer_acts(desk) -> None:
     desk.ask("all")
     [turn] = desk.kept()[0]["turns"]
     turns = [{**turn, "answers": [{**turn["answers"][0], "text": text}]} for text in EVIL]
-    desk.window.run(
-        "sessionStorage.setItem('chat', JSON.stringify({turns: arguments[0]}))", [turn, *turns]
-    )
+    keep = "sessionStorage.setItem('chat', JSON.stringify({turns: arguments[0]}))"
+    desk.window.run(keep, [turn, *turns])
     desk.reload()
     desk.wait_for_texts()
     assert len(desk.texts(".answer")) == len(EVIL) + 1
     assert desk.window.run("return document.title") == "qaflora"
     assert desk.window.run("return location.href") == desk.address
-    assert (
-        desk.window.run(
-            "return [...document.querySelectorAll(arguments[0])].map(e => e.outerHTML)", FOREIGN
-        )
-        == []
-    )
+    found = "return [...document.querySelectorAll(arguments[0])].map(e => e.outerHTML)"
+    assert desk.window.run(found, FOREIGN) == []
     assert desk.window.run("return document.querySelectorAll('#send, #question').length") == 2
     asked = desk.window.run("return performance.getEntriesByType('resource').map(e => e.name)")
     assert [name for name in asked if not name.startswith(desk.address)] == []
@@ -80,10 +75,8 @@ def test_hostile_names_and_errors_are_text(desk, monkeypatch) -> None:
     desk.ask(evil)
     assert desk.texts(".note")[-1] == evil
     assert desk.texts(".said")[-1] == evil
-    assert desk.window.run("return [document.title, document.querySelectorAll('img').length]") == [
-        "qaflora",
-        0,
-    ]
+    assert desk.window.run("return document.title") == "qaflora"
+    assert desk.window.run("return document.querySelectorAll('img').length") == 0
     assert [line for line in desk.window.log() if "status of 400" not in line] == []
 
 

@@ -158,9 +158,8 @@ def test_every_patch_is_in_the_series_and_has_a_complete_header() -> None:
 
 
 def test_the_call_sites_of_our_hooks_only_add_lines() -> None:
-    body = (
-        (ROOT / "patches" / "0001-call-qaflora-hooks.patch").read_text().partition("diff --git")[2]
-    )
+    patch = ROOT / "patches" / "0001-call-qaflora-hooks.patch"
+    body = patch.read_text().partition("diff --git")[2]
     assert re.findall(r"^-(?!-- a/).*", body, re.MULTILINE) == []
 
 

@@ -98,20 +98,16 @@ def test_a_tool_is_called_and_its_result_is_read(client) -> None:
     ]
     tools: Any = [{"type": "function", "function": {"name": "turn", "parameters": TURN}}]
     function = {"name": "turn", "arguments": call.arguments}
+    calls = [{"id": "1", "type": "function", "function": function}]
     messages = [
         {"role": "user", "content": "where to?"},
-        {
-            "role": "assistant",
-            "content": None,
-            "tool_calls": [{"id": "1", "type": "function", "function": function}],
-        },
+        {"role": "assistant", "content": None, "tool_calls": calls},
         {"role": "tool", "tool_call_id": "1", "content": "done"},
     ]
     more: dict[str, Any] = {"temperature": 0}
     expected = chat(client, messages, tools=tools, max_tokens=5, **more)
-    found = client.responses.create(
-        model="tiny", input=items, tools=[TOOL], max_output_tokens=5, **more
-    )
+    more |= {"tools": [TOOL], "max_output_tokens": 5}
+    found = client.responses.create(model="tiny", input=items, **more)
     assert found.output_text == expected.message.content
 
 

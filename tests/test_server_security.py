@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from bundles import qaflora
 from click.testing import CliRunner
 from serving import client_of, error_of
 from starlette.testclient import TestClient
@@ -93,20 +94,15 @@ def test_a_name_that_was_made_to_point_here_is_refused(opened, host) -> None:
 
 OUR_ORIGINS = ("http://localhost", ORIGIN)
 FOREIGN_ORIGINS = (
-    "http://localhost:3000",
-    f"{ORIGIN}.evil.example",
-    "null",
-    "",
-    "file://localhost",
+    *("http://localhost:3000", "file://localhost", f"{ORIGIN}.evil.example", "null", ""),
 )
 
 
 @pytest.mark.parametrize("origin", [*OUR_ORIGINS, *FOREIGN_ORIGINS])
 def test_a_page_from_elsewhere_is_refused(opened, origin) -> None:
     is_own = origin in OUR_ORIGINS
-    assert code(opened, "/v1/models", origin=origin) == (
-        (200, None) if is_own else (403, "origin_not_allowed")
-    )
+    expected = (200, None) if is_own else (403, "origin_not_allowed")
+    assert code(opened, "/v1/models", origin=origin) == expected
     body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
     response = opened.post("/v1/chat/completions", json=body, headers={"origin": origin})
     assert response.status_code == (200 if is_own else 403)
@@ -160,7 +156,7 @@ def test_loopback() -> None:
 
 
 def test_beyond_this_machine_only_with_a_key(made) -> None:
-    result = CliRunner().invoke(main, ["serve", str(made.folder), "--host", "0.0.0.0"])
+    result = qaflora("serve", made.folder, "--host", "0.0.0.0")
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1] == (
         "Error: --host 0.0.0.0 can be reached from other machines, and there is no API key. Set "

@@ -47,11 +47,8 @@ def test_cache_is_the_environments_then_the_files(config, monkeypatch) -> None:
 def test_bundle_places_are_the_environments_then_the_files(config, monkeypatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     config.write_text('bundles = ["~/bundles", "near", "/far"]\n', encoding="utf-8")
-    assert bundle_places() == [
-        Path("/home/me/bundles").expanduser(),
-        config.parent / "near",
-        Path("/far"),
-    ]
+    ours = Path("/home/me/bundles").expanduser()
+    assert bundle_places() == [ours, config.parent / "near", Path("/far")]
     monkeypatch.setenv("QAFLORA_BUNDLES", os.pathsep.join(["/a", "/b"]))
     assert bundle_places() == [Path("/a"), Path("/b")]
 

@@ -10,14 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles import make_bundle
-from click.testing import CliRunner
+from bundles import make_bundle, qaflora
 from serving import client_of
 from tiny import EOS, QWEN, write_tiny_base
 
 from qaflora_edge import Engine
 from qaflora_edge.ask import Thinking
-from qaflora_edge.cli import main
 from qaflora_edge.inference.sequence import ThoughtSplitter
 
 # As Qwen3 has it; `opens`: as Qwen3-Thinking.
@@ -132,9 +130,8 @@ def test_a_budget_closes_the_thought(hybrid, opening) -> None:
     assert said(hybrid, reasoning_budget=2) == said(hybrid)
     assert said(opening, reasoning_budget=1, max_tokens=4)[0] == "Hm"
     assert said(opening, reasoning_budget=0, max_tokens=4)[0] is None
-    assert opening.chat(USER, reasoning_budget=0).usage["completion_tokens_details"] == {
-        "reasoning_tokens": 2
-    }
+    usage = opening.chat(USER, reasoning_budget=0).usage
+    assert usage["completion_tokens_details"] == {"reasoning_tokens": 2}
 
 
 @pytest.mark.parametrize("template", [HYBRID, OPENS])
@@ -228,7 +225,7 @@ def test_commands_keep_thoughts_out_of_stdout(hybrid) -> None:
     path = str(hybrid._model.path)
 
     def run(*words: str, stdin: str = "") -> Any:
-        result = CliRunner().invoke(main, words, input=stdin)
+        result = qaflora(*words, stdin=stdin)
         assert result.exit_code == 0, result.output
         return result
 

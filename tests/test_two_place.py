@@ -195,9 +195,8 @@ def test_new_bundles_are_weighed_by_it_where_it_has_something_to_go_by(
     calibrated, tmp_path
 ) -> None:
     mlp = tiny.write_tiny_adapter(tmp_path / "mlp.gguf", calibrated.base, targets=["ffn_up"])
-    one_layer = tiny.write_tiny_adapter(
-        tmp_path / "v.gguf", calibrated.base, targets=["attn_v"], layers=[1]
-    )
+    place = {"targets": ["attn_v"], "layers": [1]}
+    one_layer = tiny.write_tiny_adapter(tmp_path / "v.gguf", calibrated.base, **place)
     es, base = calibrated.adapter.path, calibrated.base.path
 
     def strategy_of(*adapters: Path, **options: Any) -> str:

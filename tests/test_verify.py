@@ -49,9 +49,8 @@ def test_what_was_converted_is_within_rounding(tmp_path, arch, rank, outtype) ->
 def test_differences_are_those_of_the_deltas(tmp_path) -> None:
     base = tiny.write_tiny_base(tmp_path / "base.gguf", "qwen2")
     folder = tiny.write_tiny_peft(tmp_path / "a", base, alpha=6, targets=["v_proj"])
-    converted = convert_adapter(
-        folder, base.path, tmp_path / "out.gguf", outtype="bf16", verify=True
-    )
+    out = tmp_path / "out.gguf"
+    converted = convert_adapter(folder, base.path, out, outtype="bf16", verify=True)
     deltas = tiny.stored_deltas(tmp_path / "out.gguf")
     load_file = pytest.importorskip("safetensors.numpy").load_file
     source = load_file(folder / "adapter_model.safetensors")

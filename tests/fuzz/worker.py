@@ -121,9 +121,8 @@ def feed(name: str, work: Path, *, seed: int, seconds: float, n_case: int) -> di
             outcome = outcome_of(target, folder, place)
         except Exception:
             outcome = "finding"
-            findings.append(
-                str(save_finding(name, case, traceback.format_exc(), work / "findings"))
-            )
+            path = save_finding(name, case, traceback.format_exc(), work / "findings")
+            findings.append(str(path))
         n_done += 1
         if outcome not in outcomes and len(corpus) < MAX_CORPUS:
             corpus.append(case)  # a new way to be refused: its neighbours may have others
