@@ -825,7 +825,7 @@ def _one_of_many(
     try:
         if not isinstance(request, Mapping):
             return asked(request, **options)
-        keywords = {**options, **request}
+        keywords = dict(options) | dict(request)
         prompt = keywords.pop("prompt", None)
         messages = keywords.pop("messages", None)
         if (prompt is None) == (messages is None):

@@ -63,8 +63,10 @@ class Generation(Iterator[str]):
         call: Callable[[], AbstractContextManager[Any]],
         go_on: Callable[[], tuple[RunningSequence, FusionWeights]] | None = None,
     ) -> None:
-        self._sequence, self.fusion = sequence, fusion
-        self._drive, self._call = drive, call
+        self._sequence = sequence
+        self.fusion = fusion
+        self._drive = drive
+        self._call = call
         self.reasoning = ""  # what was taken of the thought
         self.calls: Calls | None = None
         self._n_taken = 0  # tokens of the answer until the last piece that was taken
@@ -94,11 +96,6 @@ class Generation(Iterator[str]):
             self._sequence.timings.probe_ms = self.fusion.probe_ms
             self._go_on = None
         return self.is_done
-
-    def _has_begun(self) -> bool:
-        """Tell whether there is no draft, or none any more, as advance() does."""
-        self.advance()
-        return not self.is_drafting
 
     @property
     def is_cancelled(self) -> bool:
@@ -190,7 +187,8 @@ class Generation(Iterator[str]):
         if sequence.pieces:
             piece, self._n_taken, _ = sequence.pieces.popleft()
             return piece
-        self._drive, self._call = silent, nullcontext  # contexts of replaced adapters are freed
+        self._drive = silent  # contexts of replaced adapters are freed
+        self._call = nullcontext
         if sequence.error is not None:
             raise sequence.error
         raise StopIteration
@@ -223,7 +221,7 @@ class Generation(Iterator[str]):
         """Compute until a relay's draft is whole; without one do nothing."""
         if self.is_drafting:
             with self._call():
-                self._drive(self._has_begun)
+                self._drive(lambda: self.advance() or not self.is_drafting)
 
     def thoughts(self) -> Iterator[str]:
         """Iterate over what is left of the thought before the answer, in pieces of text.

@@ -232,7 +232,8 @@ class Runner:
             row += 1
         if sequence.guesser is not None and len(span.tokens) > 1:
             self._context.keep(sequence.n_past, slot.number)
-            n_guessed, n_right = len(span.tokens) - 1, sequence.n_past - n_before - 1
+            n_guessed = len(span.tokens) - 1
+            n_right = sequence.n_past - n_before - 1
             sequence.guesser.learn(n_guessed, n_right, n_sequence)
             sequence.timings.draft_n += n_guessed
             sequence.timings.draft_n_accepted += n_right
@@ -262,7 +263,8 @@ class Runner:
         data = None if self._vocabulary.is_end(token) else sequence.tags.get(token) or piece(token)
         n_top = sequence.request.sampling.logprobs
         if n_top is not None and data is not None:
-            logits, spelt = self._context.logits_view(row), partial(piece, special=True)
+            logits = self._context.logits_view(row)
+            spelt = partial(piece, special=True)
             entry = token_logprob(logits, token, n_top, spelt, len(data))
             sequence.logprobs.append(entry)
         sequence.take(token, data)
