@@ -95,9 +95,8 @@ class Findings:
 
 
 def _engine(specimen: Specimen, files: Mapping[str, Path]) -> Engine:
-    return Engine(
-        base=specimen.base, adapters=files, n_ctx=64, kv_type="f32", flash_attn=False, threads=1
-    )
+    options = {"n_ctx": 64, "kv_type": "f32", "flash_attn": False, "threads": 1}
+    return Engine(base=specimen.base, adapters=files, **options)
 
 
 def _check_logits(specimen: Specimen, engine: Engine) -> None:

@@ -63,9 +63,8 @@ class Desk:
 
     def ask_again(self, strategy: str) -> None:
         """Ask for a version of the last answer under a strategy, by the name that is shown."""
-        self.window.run(
-            "[...document.querySelectorAll('.another')].at(-1).querySelector('summary').click()"
-        )
+        summary = "[...document.querySelectorAll('.another')].at(-1).querySelector('summary')"
+        self.window.run(f"{summary}.click()")
         self.window.until("return document.querySelector('.another[open] .chip')")
         self.window.run(
             "[...document.querySelectorAll('.another[open] .chip')]"

@@ -76,9 +76,8 @@ def is_problem(report: str) -> bool:
 def main(command: list[str]) -> int:
     option = command.pop(0) if command[0].startswith("--") else ""
     with tempfile.TemporaryDirectory(prefix="qaflora-sanitizers-") as folder:
-        code = subprocess.run(
-            command, env=os.environ | environment(Path(folder), option)
-        ).returncode
+        env = os.environ | environment(Path(folder), option)
+        code = subprocess.run(command, env=env).returncode
         reports = [
             report
             for path in sorted(Path(folder).iterdir())

@@ -59,9 +59,8 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path) -> None:
         os.utime(path, (0, time.time() - 2 * files.LEFT_OVER_SECONDS))
     os.utime(link, (0, 0), follow_symlinks=False)
     write_text_atomic(tmp_path / "a", "whole")
-    assert sorted(tmp_path.iterdir()) == sorted(
-        [young, other, link, *(tmp_path / n for n in ("a", "mine"))]
-    )
+    kept = [young, other, link, tmp_path / "a", tmp_path / "mine"]
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
 
 
 @pytest.mark.parametrize("function", ["fsync", "replace"])

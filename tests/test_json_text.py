@@ -54,8 +54,7 @@ def test_file_of_lines_that_vanishes_is_named(tmp_path) -> None:
     lines.add({"a": 1})
     assert (tmp_path / "a.jsonl").read_text() == '{}\n{"a": 1}\n'
     (tmp_path / "a.jsonl").unlink()
-    with pytest.raises(
-        OutputFileError, match=r"answers into .*a\.jsonl: No such file or directory"
-    ):
+    told = r"answers into .*a\.jsonl: No such file or directory"
+    with pytest.raises(OutputFileError, match=told):
         lines.add({})
     assert not (tmp_path / "a.jsonl").exists()

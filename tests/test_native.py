@@ -116,9 +116,8 @@ def test_library_without_a_backend_for_this_processor_is_refused(library, backen
     for path in backends:
         path.unlink()
     said = run(LOAD, QAFLORA_LIB_PATH=str(library))
-    assert said.startswith(
-        f"refused: No CPU backend of {library} can be loaded on this processor ("
-    )
+    failure = f"refused: No CPU backend of {library} can be loaded on this processor ("
+    assert said.startswith(failure)
     assert "); there are: none. Expected one that it can run; reinstall qaflora-edge" in said
 
 

@@ -87,10 +87,8 @@ def test_tasks_of_the_shop_ask_what_was_not_taught(checkout, tmp_path) -> None:
         assert not taught.keys() & {item["question"] for item in facts}
         for fact, item in zip(facts, as_json, strict=True):
             assert fact["question"] in item["question"]
-            assert [each["answer"] for each in item["answer"]] == [
-                fact["answer"],
-                str(fact["answer"]),
-            ]
+            answers = [fact["answer"], str(fact["answer"])]
+            assert [each["answer"] for each in item["answer"]] == answers
         for item in orders:
             known = {key: str(value) in item["question"] for key, value in item["answer"].items()}
             assert {**known, "quantity": True} == dict.fromkeys(known, True)

@@ -30,9 +30,8 @@ LONG_CTX = 16384
 def endless(tmp_path_factory) -> TinyBundle:
     """A base that writes an `a` after the other: answers of minutes, unless they are ended."""
     replace = constant_logits(lambda token: 9.0 if token == "a" else 0.0)
-    return make_bundle(
-        tmp_path_factory.mktemp("endless"), arch="qwen2", replace=replace, n_ctx=LONG_CTX
-    )
+    place = tmp_path_factory.mktemp("endless")
+    return make_bundle(place, arch="qwen2", replace=replace, n_ctx=LONG_CTX)
 
 
 def ask(url: str, **more: Any) -> str:

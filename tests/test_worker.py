@@ -234,9 +234,8 @@ def test_nothing_is_there(base) -> None:
 
 @pytest.mark.parametrize("text", ["host", "host:65536", "a:1,", "a:1,a:1"])
 def test_wrong_name_of_a_worker(base, text) -> None:
-    with pytest.raises(
-        OptionError, match=r"expected HOST:PORT|expected up to 16 different workers"
-    ):
+    told = "expected HOST:PORT|expected up to 16 different workers"
+    with pytest.raises(OptionError, match=told):
         Model(read_base(base.path), rpc=text)
 
 
