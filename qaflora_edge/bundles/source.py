@@ -118,7 +118,8 @@ def _fetch(name: str) -> tuple[Path, str]:
         raise DownloadError(f"There is no file or folder {name} here. {error}") from error
     # The Hub's library keeps models--OWNER--NAME/snapshots/COMMIT/FILE.
     commit, *file = path.relative_to(hub_cache_dir()).parts[2:]
-    return path, str(HubRef(parse_hub_ref(name).repo, "/".join(file) or None, commit))
+    repo = parse_hub_ref(name).repo
+    return path, str(HubRef(repo, "/".join(file) or None, commit))
 
 
 def check_new_name(name: str) -> None:

@@ -104,7 +104,8 @@ class VerbGroup(click.Group):
         width = max(map(len, [*VERBS, *names.values()]))
         for group, verbs in GROUPS.items():
             with formatter.section(group):
-                formatter.write_dl([(names.get(v, v).ljust(width), verbs[v]) for v in verbs])
+                rows = [(names.get(verb, verb).ljust(width), help) for verb, help in verbs.items()]
+                formatter.write_dl(rows)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

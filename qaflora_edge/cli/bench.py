@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import click
 
 from qaflora_edge.cli.answers import print_json
 from qaflora_edge.cli.options import (
+    Decorator,
     SharedOptions,
     bundle_argument,
     bundle_folder,
@@ -30,7 +31,7 @@ PARTS = ("callers", "decide", "decode", "ttft")
 Row = Mapping[str, Any]
 
 
-def _listed(flag: str, allowed: Sequence[Any], default: str, help: str) -> Callable[..., Any]:
+def _listed(flag: str, allowed: Sequence[Any], default: str, help: str) -> Decorator:
     is_number = isinstance(allowed, range)
     expected = f"a number from 1 to {allowed[-1]}" if is_number else f"one of {', '.join(allowed)}"
 

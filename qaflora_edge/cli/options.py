@@ -30,6 +30,7 @@ from qaflora_edge.settings import expanded
 if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
 
+Decorator = Callable[..., Any]  # also a command, which it takes and gives
 Keywords = dict[str, Any]  # of a call, by their names
 Pairs = list[tuple[str, str]]  # of texts: adapters and where they are, flags and their help
 
@@ -107,7 +108,7 @@ bundle_argument = click.argument("bundle", **BUNDLE)
 PATH = click.Path(path_type=Path)
 
 
-def json_option(help: str = "Print one JSON object.") -> Callable[..., Any]:
+def json_option(help: str = "Print one JSON object.") -> Decorator:
     """The option --json of a command, which gets it as `as_json`."""
     return click.option("--json", "as_json", is_flag=True, help=help)
 
@@ -177,7 +178,7 @@ class _Option(click.Option):
         return {key: text for key, text in super().get_help_extra(ctx).items() if key != "range"}
 
 
-def click_option(option: Option, command: str) -> Callable[..., Any]:
+def click_option(option: Option, command: str) -> Decorator:
     """An option as a decorator for a command."""
     default = option.defaults.get(command, option.default)
     shown = default
@@ -213,14 +214,14 @@ def _click_type(option: Option) -> Any:
     return WholeText() if option.kind is tuple else option.kind
 
 
-def own_options(command: Callable[..., Any]) -> Callable[..., Any]:
+def own_options(command: Decorator) -> Decorator:
     """Add the options of `config` that are those of one command, which its function names."""
     for option in reversed(OWN[command.__name__].values()):
         command = click_option(option, command.__name__)(command)
     return command
 
 
-def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
+def shared_options(command: Decorator) -> Decorator:
     """Add the shared options; the command gets them as one argument `options`."""
     options = list(shared_by(command.__name__).values())
 
@@ -236,7 +237,7 @@ def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
             shared |= _sampling_of_bundle(kwargs["bundle"])
         return command(options=SharedOptions(**shared), **kwargs)
 
-    decorated: Callable[..., Any] = collected
+    decorated: Decorator = collected
     for option in (*reversed(options), ADAPTER):
         decorated = click_option(option, command.__name__)(decorated)
     return decorated

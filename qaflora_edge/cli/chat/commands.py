@@ -52,7 +52,8 @@ def run_command(chat: Chat, line: str) -> None:
                 f"type //{name}."
             )
         function, follows = COMMANDS[name]
-        if bool(argument) > bool(follows) or (not argument and follows[:1].isalpha()):
+        is_needed = follows[:1].isalpha()
+        if (argument and not follows) or (is_needed and not argument):
             raise click.UsageError(f"Cannot run {line[:80]!r}; expected /{name} {follows}".rstrip())
         function(chat, argument.strip())
     except (QafloraError, click.UsageError) as error:
