@@ -126,7 +126,7 @@ class Drafter:
                     _begin(context, row, begun.get(row.name))
                 shown.tokens = rows[0].tokens
                 yield len(shown.tokens)
-                if len(rows) > _N_AT_ONCE:
+                if len(rows) > _N_AT_ONCE and rows[0].name not in begun:
                     yield from self._decode(context, rows[:1], 1)
                 yield from self._decode(context, rows, n_token)
                 drafts = [self._written(context, row) for row in rows]
