@@ -758,7 +758,12 @@ class Engine:
 
         relay = fusion.relay
         tokens = with_draft(
-            self._model, prompt.tokens, prompt.question, relay.draft, relay.writer, n_ctx
+            self._model,
+            prompt.tokens,
+            prompt.question,
+            relay.draft,
+            n_ctx,
+            is_behind=relay.is_behind,
         )
         return replace(prompt, tokens=tuple(tokens))
 

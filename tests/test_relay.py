@@ -147,7 +147,7 @@ def test_the_base_rewrites_a_draft_in_another_language() -> None:
     english = drafted("shop", -0.01, "It weighs 80 kilograms.")
     places = ([LOW, HIGH, LOW], [LOW, HIGH, LOW])
     mix = weighed(Scripted(*places, [english], nats=5))
-    assert (mix.relay.knower, mix.relay.writer) == ("shop", BASE)
+    assert (mix.relay.knower, mix.relay.writer, mix.relay.is_behind) == ("shop", BASE, False)
     assert not mix.weights.any()
     assert weighed(Scripted(*places, [english], nats=1)).relay is None
     assert weighed(Scripted(*places, [drafted("shop", -0.01)], nats=5)).relay is None
@@ -157,7 +157,7 @@ def test_who_stands_out_beside_the_knower_rewrites_in_place_of_the_base() -> Non
     english = drafted("shop", -0.01, "It weighs 80 kilograms.")
     some = 0.018  # a score of 1.2 in each place, as an adapter of the question's language has
     mix = weighed(Scripted([LOW, HIGH, some], [LOW, HIGH, some], [english], nats=5))
-    assert (mix.relay.knower, mix.relay.writer) == ("shop", "other")
+    assert (mix.relay.knower, mix.relay.writer, mix.relay.is_behind) == ("shop", "other", True)
     assert mix.weights[:, 0].tolist() == [0, 0, 1]
 
 
@@ -286,7 +286,7 @@ def base_reads_up_to_the_draft(
     """Let plain answers prefill as a writer does: it reads the draft itself, and what follows."""
     question = engine.read(prompt).question
     assert question is not None
-    n_before = question[1]
+    n_before = question[0]
     monkeypatch.setattr("qaflora_edge.weighing.numbers.n_base_of", lambda n_token: n_before)
 
 
@@ -294,7 +294,7 @@ def base_reads_up_to_the_draft(
 def test_a_relay_is_two_plain_answers_with_the_stated_prompts(
     folder: Path, n_parallel: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit: the knower's answer, then the writer's with it in parentheses behind.
+    """Bit for bit: the knower's answer, then the writer's with it in parentheses before.
 
     The base prefills what is before it; the writer reads the rest itself.
     """
@@ -306,7 +306,7 @@ def test_a_relay_is_two_plain_answers_with_the_stated_prompts(
         drafted = engine.generate(plain, strategy="single:math", max_tokens=128).text()
         assert answer.draft is not None
         assert (answer.draft.adapter, answer.draft.text) == ("math", drafted)
-        told = f"abc def? ({drafted.strip()})"
+        told = f"({drafted.strip()})\n\nabc def?"
         second = engine.chat_tokens([{"role": "user", "content": told}])
         assert answer.prompt == tuple(second)
         with monkeypatch.context() as patch:
@@ -349,7 +349,9 @@ def test_a_knower_that_would_give_the_form_is_asked_for_words(
         assert answer.draft is not None
         assert answer.draft.text == alone
         scores = engine.score(plain, "abc", strategy=BY_HAND)
-        drafted = engine.chat_tokens([{"role": "user", "content": f"abc def? ({alone.strip()})"}])
+        drafted = engine.chat_tokens(
+            [{"role": "user", "content": f"({alone.strip()})\n\nabc def?"}]
+        )
         base_reads_up_to_the_draft(monkeypatch, engine, plain)
         assert scores == pytest.approx(engine.score(drafted, "abc", strategy="single:es"), abs=1e-5)
 
@@ -461,7 +463,7 @@ def test_a_draft_leaves_room_and_stays_text(folder: Path) -> None:
         hostile = Draft("math", tuple(engine.tokenize("<|im_end|>")), "<|im_end|>", (), True)
         read = engine.read(prompt)
         assert read.question is not None
-        told = with_draft(engine._model, prompt, read.question, hostile, "es", 160)
+        told = with_draft(engine._model, prompt, read.question, hostile, 160)
         control = engine.tokenize("<|im_end|>", parse_special=True)[-1]
         assert told.count(control) == prompt.count(control)
 
@@ -474,7 +476,7 @@ def test_a_draft_without_words_or_of_too_many_tokens_is_left_out(folder: Path) -
         assert read.question is not None
         for tokens in ((), engine.tokenize(" \n"), range(engine.n_vocab)):
             draft = Draft("math", tuple(tokens), "", (), True)
-            assert with_draft(engine._model, prompt, read.question, draft, "es", 512) == prompt
+            assert with_draft(engine._model, prompt, read.question, draft, 512) == prompt
 
 
 def test_a_cancelled_draft_ends_the_call(folder: Path) -> None:
@@ -548,16 +550,13 @@ def test_a_prompt_with_a_draft_reads_as_if_it_had_been_asked(tmp_path: Path, spm
         prompt = engine.read(Chat([{"role": "user", "content": "the cat?"}]))
         assert prompt.question is not None
         draft = Draft("math", tuple(engine.tokenize("foo")), "foo", (), True)
-        told = {
-            writer: with_draft(engine._model, prompt.tokens, prompt.question, draft, writer, 512)
-            for writer in ("base", "es")
-        }
+        inside = (engine._model, prompt.tokens, prompt.question, draft, 512)
+        before = engine._model.detokenize(with_draft(*inside)).decode()
+        behind = engine._model.detokenize(with_draft(*inside, is_behind=True)).decode()
         words = in_words(engine._model, prompt.tokens, prompt.question, 512)
         plain = engine._model.detokenize(prompt.tokens).decode()
         said = engine._model.detokenize(draft.tokens).decode().strip()
-        before = engine._model.detokenize(told["base"]).decode()
         assert before == plain.replace("the cat?", f"({said})\n\nthe cat?")
-        behind = engine._model.detokenize(told["es"]).decode()
         assert behind == plain.replace("the cat?", f"the cat? ({said})")
         asked = engine._model.detokenize(words).decode()
         assert asked == plain.replace("the cat?", "the cat? Answer in words.")

@@ -199,16 +199,18 @@ def with_draft(
     tokens: Sequence[int],
     question: tuple[int, int] | None,
     draft: Draft,
-    writer: str,
     n_ctx: int,
+    *,
+    is_behind: bool = False,
 ) -> list[int]:
-    """Put a draft in parentheses beside the question, as if it had been asked so.
+    """Put a draft in parentheses before the question, or behind it, as if it had been asked so.
 
     tokens    of the prompt
     question  begin and end of the question in it, as prompt.tokens.find_question gives them
-    writer    an adapter, which reads the draft behind the question: it may repeat a question that
-              comes last; or BASE, which reads it before: it answers in the language that comes last
     n_ctx     tokens of the context; a draft takes half of what is free there, at most
+
+    The base answers in the language that comes last, and forms copy a draft that comes first more
+    often; but an adapter of the question's language repeats a question that comes last.
 
     A control token that is spelt out in the draft stays text. Without room, or words, the prompt
     stays as it is.
@@ -220,15 +222,15 @@ def with_draft(
     said = text_of(model, draft.tokens[: max(0, n_room)]).strip()
     if not said:
         return [*tokens]
-    if writer == BASE:
+    if is_behind:
+        told = model.tokenize_inside(f" ({said})")
+        prompt = [*tokens[:end], *told, *tokens[end:]]
+    else:
         asked = model.detokenize(tokens[start:end]).decode("utf-8", "replace")
         words = asked.lstrip(" ")
         space = asked[: len(asked) - len(words)]  # SentencePiece's first word brings its own
         told = model.tokenize_inside(f"{space}({said})\n\n{words}")
         prompt = [*tokens[:start], *told, *tokens[end:]]
-    else:
-        told = model.tokenize_inside(f" ({said})")
-        prompt = [*tokens[:end], *told, *tokens[end:]]
     n_more = len(prompt) - len(tokens)  # bytes that are no text become more tokens
     has_room = n_more <= n_room + _N_AROUND and len(prompt) < n_ctx
     return prompt if has_room else [*tokens]

@@ -51,6 +51,7 @@ class Relay:
     is_drafted  whether that is all of it
     is_in_words  whether the knower is asked to answer in words, where its draft would take the
               form that the writer gives
+    is_behind  whether the writer reads the draft behind the question, not before it
     sureness  adapter -> mean log-probability of its draft's first tokens, in nats
     draft_ms  time of what was drafted after the knower was chosen
     prompt    ids of the query; the draft is for no other
@@ -61,6 +62,7 @@ class Relay:
     draft: Draft
     is_drafted: bool = False
     is_in_words: bool = False
+    is_behind: bool = False
     sureness: Mapping[str, float] = field(default_factory=dict)
     draft_ms: float = 0.0
     prompt: tuple[int, ...] = field(default=(), repr=False)

@@ -122,11 +122,15 @@ def _relayed(query: Query, probe: Probe, mix: Mix) -> Mix:
     if knower is not None and _knows_more(query, drafts[knower], drafts[writer]):
         relay = _relay(query, probe, knower, writer, sureness)
         return replace(mix, weights=_alone(query, writer), relay=relay, because=_said(relay))
-    is_known = _is_known(query, drafts[writer])
-    if not is_known and sureness.get(BASE, -inf) > sureness[writer]:
+    draft = drafts[writer]
+    is_sure = _is_sure(query, draft)
+    if _is_foreign(draft.text, probe.question()):  # its wording may be unsure, but not its fact
+        is_sure = _is_known(query, draft)
+    if not is_sure and sureness.get(BASE, -inf) > sureness[writer]:
         numbers = f"{sureness[BASE]:.2f} nats a token, {writer} {sureness[writer]:.2f}"
         because = f"The base answers alone: it is surer of its draft ({numbers})."
-        return replace(mix, weights=_alone(query, BASE), because=because)
+        of_base = replace(mix, weights=_alone(query, BASE), because=because)
+        return _despite_the_scores(query, probe, of_base)
     return _rewritten(query, probe, mix, writer, sureness)
 
 
@@ -342,6 +346,7 @@ def _rewritten(
         return replace(mix, weights=_alone(query, BASE), because=because)
     writer = _speaker(query, mix, knower)
     relay = _relay(query, probe, knower, writer, sureness)
+    relay = replace(relay, is_behind=writer != BASE)
     return replace(mix, weights=_alone(query, writer), relay=relay, because=_said(relay))
 
 
