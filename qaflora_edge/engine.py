@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial, wraps
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import numpy as np
@@ -19,12 +20,11 @@ from qaflora_edge.ask import Ask, Chat, Plain, Prompt, Question, Tools, asked, o
 from qaflora_edge.backend.batch import n_common
 from qaflora_edge.backend.context import trim
 from qaflora_edge.backend.model import Model, shared_model
-from qaflora_edge.bundles.open import MAX_EDITS, Opened, is_edited, open_any
+from qaflora_edge.bundles.open import Begin, Opened, load_bundle
 from qaflora_edge.config import MAX_SEED, check
-from qaflora_edge.errors import BundleError, OptionError, QafloraError, StrategyError, wrong_option
+from qaflora_edge.errors import OptionError, QafloraError, StrategyError, wrong_option
 from qaflora_edge.files import AnyPath
 from qaflora_edge.formats.gguf import GgufHeader
-from qaflora_edge.formats.inputs import changed
 from qaflora_edge.inference.core import Core, Probes, check_process
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.inference.sampler import Sampler
@@ -119,22 +119,15 @@ class Engine:
         }
         check("engine", unknown | options | placing | {"seed": seed, "reasoning": reasoning})
         check_process()
+        place, paths = _places(bundle, base, adapters)
         self.seed = seed
         self.n_parallel = n_parallel
         self.reasoning = reasoning
         self._options: dict[str, Any] = {"placing": placing, **options}
         self._changing = threading.Lock()
         chosen = {"strategy": strategy, "lens": lens, "pool": pool, "prefill": prefill}
-        for _ in range(MAX_EDITS):
-            with self._reading(bundle, base, adapters) as opened:
-                try:
-                    self._start(opened, chosen)
-                    break
-                except QafloraError:
-                    if not is_edited(opened):
-                        raise
-        else:
-            raise changed(opened.place, BundleError)
+        with self._loading() as begin:
+            opened = load_bundle(place, paths, begin=begin, use=partial(self._start, chosen))
         self._cores = [weakref.ref(self._core)]  # also those that answer their last requests
         model = self._core.model
         self._model = model
@@ -148,10 +141,8 @@ class Engine:
         self.has_chat_template = bool(model.chat_template)
 
     @contextmanager
-    def _reading(
-        self, bundle: AnyPath | None, base: AnyPath | None, adapters: Mapping[str, AnyPath] | None
-    ) -> Iterator[Opened]:
-        """Read files as open_any does, while the library loads the base once it is checked."""
+    def _loading(self) -> Iterator[Begin]:
+        """Give what lets the library load a base, in a thread, while adapters are read."""
         placing = self._options["placing"]
         loading: list[Future[Model]] = []
 
@@ -161,13 +152,13 @@ class Engine:
 
         with ThreadPoolExecutor(1) as thread:
             try:
-                yield open_any(bundle, base, adapters, begin)
+                yield begin
             finally:
                 for model in loading:
                     with suppress(QafloraError):  # which _start meets too
                         model.result().close()
 
-    def _start(self, opened: Opened, chosen: Mapping[str, str | None]) -> None:
+    def _start(self, chosen: Mapping[str, str | None], opened: Opened) -> None:
         self.opened = opened  # the facts of the bundle's files
         self.system = opened.text.system if opened.text else ""
         self.examples = opened.text.examples if opened.text else ()
@@ -822,6 +813,19 @@ class Engine:
         from qaflora_edge.dialects.openai_chat import answer_chat
 
         return answer_chat(self, messages, stream=stream, **options)
+
+
+def _places(
+    bundle: AnyPath | None, base: AnyPath | None, adapters: Mapping[str, AnyPath] | None
+) -> tuple[Path, dict[str, Path] | None]:
+    """Give the bundle, or the base and its adapters, as load_bundle takes them."""
+    if bundle is not None and (base is not None or adapters is not None):
+        raise OptionError("Engine got a bundle and also base or adapters; give one of them.")
+    if bundle is not None:
+        return Path(bundle), None
+    if base is None:
+        raise OptionError("Engine needs a bundle folder, or base= and adapters=.")
+    return Path(base), {name: Path(path) for name, path in (adapters or {}).items()}
 
 
 def _one_of_many(

@@ -8,6 +8,7 @@ import difflib
 import errno
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 _MAX_CHARS = 4000  # of a message
@@ -101,6 +102,14 @@ def is_disk_full(error: OSError) -> bool:
 def nearest(word: str, words: Iterable[str]) -> str:
     """Give the one of some words that is most like a wrong one; "" where none is like it."""
     return next(iter(difflib.get_close_matches(word, list(words), n=1)), "")
+
+
+def changed_file(path: Path, kind: type[QafloraError]) -> QafloraError:
+    """Make the error of a file that was written while it was read."""
+    return kind(
+        f"Cannot read {path}: it changed while it was read; expected a file that stays as it is. "
+        "Try again."
+    )
 
 
 def wrong_option(name: str, found: object, expected: str) -> OptionError:

@@ -7,14 +7,13 @@ Opening compares every file with its record and changes nothing.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qaflora_edge.errors import BundleError, OptionError, QafloraError
-from qaflora_edge.files import AnyPath
+from qaflora_edge.errors import BundleError, QafloraError, changed_file
 from qaflora_edge.formats.bundle import (
     BUNDLE_FILE,
     AdapterRecord,
@@ -27,7 +26,6 @@ from qaflora_edge.formats.bundle import (
 from qaflora_edge.formats.gguf import GgufHeader, read_gguf_header
 from qaflora_edge.formats.inputs import (
     FileState,
-    changed,
     check_file,
     file_state,
     passed,
@@ -43,6 +41,16 @@ MAX_EDITS = 5  # of a bundle while it is opened
 Begin = Callable[[GgufHeader], None]
 
 
+@dataclass(frozen=True)
+class Files:
+    """Files to open together: a base and adapters, of a bundle as its text names them."""
+
+    place: Path
+    base: Path
+    adapters: Mapping[str, Path]
+    text: BundleText | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Opened:
     """A base and its adapters, each parsed and checked once.
@@ -53,7 +61,6 @@ class Opened:
     states    file -> its state when it was checked, for check_unchanged after its use
     known     default strategy, lens and pool, and measurements of the adapters
     text      what bundle.json says, of a bundle
-    edit      of bundle.json, the last one that is in it
     """
 
     place: Path
@@ -62,7 +69,6 @@ class Opened:
     states: Mapping[Path, FileState] = field(repr=False)
     known: Known
     text: BundleText | None = field(repr=False)
-    edit: tuple[int, int] = (0, 0)
 
     @property
     def base_path(self) -> Path:
@@ -73,29 +79,6 @@ class Opened:
         return {name: info.path for name, info in self.adapters.items()}
 
 
-def open_any(
-    bundle: AnyPath | None,
-    base: AnyPath | None,
-    adapters: Mapping[str, AnyPath] | None,
-    begin: Begin = lambda header: None,
-) -> Opened:
-    """Open a bundle or a base alone, or a base with adapters.
-
-    adapters  name -> adapter GGUF
-    begin     called with the base's header once it is checked, before adapters are read
-
-    Raises OptionError for both or neither, and as load_bundle does.
-    """
-    if bundle is not None and (base is not None or adapters is not None):
-        raise OptionError("Engine got a bundle and also base or adapters; give one of them.")
-    if bundle is not None:
-        return load_bundle(Path(bundle), begin=begin)
-    if base is None:
-        raise OptionError("Engine needs a bundle folder, or base= and adapters=.")
-    paths = {name: Path(path) for name, path in (adapters or {}).items()}
-    return load_bundle(Path(base), paths, begin=begin)
-
-
 def load_bundle(
     place: Path,
     adapters: Mapping[str, Path] | None = None,
@@ -103,6 +86,7 @@ def load_bundle(
     always_hash: bool = False,
     progress: Tell = silent,
     begin: Begin = lambda header: None,
+    use: Callable[[Opened], None] = lambda opened: None,
 ) -> Opened:
     """Read a base and adapters; compare the files of a bundle with their records.
 
@@ -111,80 +95,90 @@ def load_bundle(
     place        a bundle's folder, or the file of a base
     adapters     name -> adapter GGUF, with a base
     always_hash  hash and check also files that are known in this state: see formats.inputs
+    begin        called with the base's header once it is checked, before adapters are read
+    use          called with what was read; an edit until it returns counts too
 
     Raises BundleError for a wrong description or folder, ChecksumError for a file that is not the
     recorded one, InputFileError, GgufFileError, AdapterMismatchError or UnsupportedAdapterError
     for a file that cannot be used.
     """
-    if adapters is not None or is_base(place):
-        return _load(place, None, adapters or {}, always_hash, progress, begin)
+    is_bundle = adapters is None and not is_base(place)
     for _ in range(MAX_EDITS):
         edit = _last_edit(place)
-        text = read_bundle_text(place)
         try:
-            paths = adapter_paths(place, text)
-            opened = _load(place, text, paths, always_hash, progress, begin)
-            return replace(opened, edit=edit)
+            files = _recorded_files(place) if is_bundle else Files(place, place, adapters or {})
+            states = _check_files(files, always_hash, progress)
+            known_good = set() if always_hash else passed(states, files.base)
+            opened = _read_files(files, states, known_good, begin)
+            if states.keys() != known_good:
+                remember_passed(states, files.base)
+            use(opened)
+            return opened
         except QafloraError:
             if _last_edit(place) == edit:
                 raise
-    raise changed(Path(text.where), BundleError)
-
-
-def is_edited(opened: Opened) -> bool:
-    """Tell whether bundle.json was written since."""
-    return opened.text is not None and _last_edit(opened.place) != opened.edit
+    raise changed_file(place / BUNDLE_FILE, BundleError)
 
 
 def _last_edit(place: Path) -> tuple[int, int]:
-    """Give time and number of bundle.json: each edit replaces the file."""
+    """Give time and number of bundle.json: each edit replaces the file. A base alone has none."""
     with suppress(OSError):
         status = os.stat(place / BUNDLE_FILE)
         return status.st_mtime_ns, status.st_ino
     return 0, 0
 
 
-def _load(
-    place: Path,
-    text: BundleText | None,
-    paths: Mapping[str, Path],
-    always_hash: bool,
-    progress: Tell,
-    begin: Begin,
+def _recorded_files(folder: Path) -> Files:
+    """Read bundle.json, and find the files that it names."""
+    text = read_bundle_text(folder)
+    adapters = adapter_paths(folder, text)
+    base = recorded_base(folder, text.base)
+    if base is None:
+        raise BundleError(
+            f"Cannot open the bundle {folder}: its base ({text.base.architecture}, "
+            f"{text.base.size_bytes} bytes) is not here; {how_to_get_base(folder, text.base)}."
+        )
+    return Files(folder, base, adapters, text)
+
+
+def _check_files(files: Files, always_hash: bool, progress: Tell) -> dict[Path, FileState]:
+    """Compare files with their records, where they have some, and give their states."""
+    paths = (files.base, *files.adapters.values())
+    text = files.text
+    if text is None:
+        return {path: file_state(path) for path in paths}
+    records: list[BaseRecord | AdapterRecord] = [text.base, *text.adapters]
+    states: dict[Path, FileState] = {}
+    for path, record in zip(paths, records, strict=True):
+        progress("Checking", len(states), len(records))
+        states[path] = check_file(path, record, text.where, always_hash=always_hash)
+    return states
+
+
+def _read_files(
+    files: Files, states: Mapping[Path, FileState], known_good: Collection[Path], begin: Begin
 ) -> Opened:
+    """Read headers, and check them and values; files that are known good passed it all before."""
     from qaflora_edge.formats.adapter import read_adapter
     from qaflora_edge.formats.base import check_base, check_record
 
-    base_path = place
-    states: dict[Path, FileState] = {}
-    if text is None:
-        states = {path: file_state(path) for path in (place, *paths.values())}
-    else:
-        recorded = recorded_base(place, text.base)
-        if recorded is None:
-            raise BundleError(
-                f"Cannot open the bundle {place}: its base ({text.base.architecture}, "
-                f"{text.base.size_bytes} bytes) is not here; {how_to_get_base(place, text.base)}."
-            )
-        base_path = recorded
-        records: list[BaseRecord | AdapterRecord] = [text.base, *text.adapters]
-        for path, record in zip((base_path, *paths.values()), records, strict=True):
-            progress("Checking", len(states), len(records))
-            states[path] = check_file(path, record, text.where, always_hash=always_hash)
-    known_good = set() if always_hash else passed(states, base_path)
-    header = read_gguf_header(base_path)
-    check_base(header, checks_tokens=base_path not in known_good)
-    if text is not None:
-        check_record(text, header)
+    header = read_gguf_header(files.base)
+    check_base(header, checks_tokens=files.base not in known_good)
+    if files.text is not None:
+        check_record(files.text, header)
     begin(header)
     infos: dict[str, AdapterInfo] = {}
-    for name, path in paths.items():
+    for name, path in files.adapters.items():
         adapter = read_gguf_header(path)
         infos[name] = read_adapter(adapter, header, checks_values=path not in known_good)
-    if states.keys() != known_good:
-        remember_passed(states, base_path)
-    known = known_of(text)
-    return Opened(place=place, header=header, adapters=infos, states=states, known=known, text=text)
+    return Opened(
+        place=files.place,
+        header=header,
+        adapters=infos,
+        states=states,
+        known=known_of(files.text),
+        text=files.text,
+    )
 
 
 def verify_bundle(folder: Path, progress: Tell = silent) -> Opened:

@@ -14,11 +14,11 @@ from typing import NoReturn
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
-from qaflora_edge.errors import BundleError, GgufFileError
+from qaflora_edge.errors import BundleError, GgufFileError, changed_file
 from qaflora_edge.files import AnyPath, package_data
 from qaflora_edge.formats.bundle import BundleText
 from qaflora_edge.formats.gguf import STRING, U64, GgufHeader, RawArray, read_gguf_header
-from qaflora_edge.formats.inputs import Json, changed, read_bytes
+from qaflora_edge.formats.inputs import Json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,9 +92,9 @@ def check_base(header: GgufHeader, *, checks_tokens: bool = True) -> None:
     base.check_experts()
     base.check_heads()
     base.check_layers()
-    _check_tensors(header)
+    base.check_tensors()
     if checks_tokens:
-        _check_tokens(header)
+        base.check_tokens()
 
 
 def check_record(text: BundleText, header: GgufHeader) -> None:
@@ -107,13 +107,6 @@ def check_record(text: BundleText, header: GgufHeader) -> None:
                 f"Cannot use {text.where}: field base.{key} is {found}, expected {expected} as in "
                 f"{header.path}. Create the bundle again with `qaflora bundle create`."
             )
-
-
-def _fail(header: GgufHeader, key: str, found: object, expected: str) -> NoReturn:
-    raise GgufFileError(
-        f"Cannot use {header.path} as base: {key} is {found!r:.99}; expected {expected}, for "
-        "llama.cpp would end the process over it. Fetch or convert the model again."
-    )
 
 
 @dataclass(frozen=True)
@@ -129,7 +122,14 @@ class _Base:
         return self.facts.heads in ("whole", "plain")
 
     def fail(self, field: str, found: object, expected: str) -> NoReturn:
-        _fail(self.header, f"{self.header.architecture}.{field}", found, expected)
+        """Refuse the base for a field of its architecture."""
+        self.refuse(f"{self.header.architecture}.{field}", found, expected)
+
+    def refuse(self, key: str, found: object, expected: str) -> NoReturn:
+        raise GgufFileError(
+            f"Cannot use {self.header.path} as base: {key} is {found!r:.99}; expected {expected}, "
+            "for llama.cpp would end the process over it. Fetch or convert the model again."
+        )
 
     def numbers(self, field: str) -> list[int]:
         """Give the numbers of a field, one or one a layer; none where it is missing."""
@@ -157,7 +157,7 @@ class _Base:
         for key, value in self.header.metadata.items():
             is_right = isinstance(value, int | float) and 0 <= value < math.inf
             if key.endswith("epsilon") and not is_right:
-                _fail(self.header, key, value, "a finite number from 0 on")
+                self.refuse(key, value, "a finite number from 0 on")
 
     def check_experts(self) -> None:
         """Check numbers of experts, as llama-model.cpp load_hparams asserts."""
@@ -182,7 +182,7 @@ class _Base:
         scaling_key = f"{self.header.architecture}.rope.scaling.type"
         scaling = self.header.metadata.get(scaling_key, "none")
         if scaling not in ROPE_SCALINGS:
-            _fail(self.header, scaling_key, scaling, f"one of {', '.join(ROPE_SCALINGS)}")
+            self.refuse(scaling_key, scaling, f"one of {', '.join(ROPE_SCALINGS)}")
         counts = self.numbers(heads)
         if self.has_plain_rows and counts in ([], [0]):
             self.fail(heads, counts[0] if counts else "missing", "the number of heads")
@@ -248,60 +248,58 @@ class _Base:
         n_row = n_head * n_key
         if tensor is not None and tensor.shape[0] != n_row:
             field = f"the number of rows of {name}"
-            _fail(self.header, field, tensor.shape[0], f"{n_row}, for heads of {n_key} each")
+            self.refuse(field, tensor.shape[0], f"{n_row}, for heads of {n_key} each")
 
+    def check_tensors(self) -> None:
+        """Check the types of tensors, and that they lie as they are mapped into memory."""
+        alignment = self.header.metadata.get("general.alignment", LEAST_ALIGNMENT)
+        if isinstance(alignment, int) and alignment < LEAST_ALIGNMENT:
+            self.refuse("general.alignment", alignment, f"at least {LEAST_ALIGNMENT}")
+        for tensor in self.header.tensors.values():
+            kind = tensor.ggml_type
+            if tensor.name == "d2t" or "tid2eid" in tensor.name:
+                continue  # tables of token ids
+            if len(tensor.shape) == 1 and kind != GGMLQuantizationType.F32:
+                self.refuse(
+                    f"the type of tensor {tensor.name}", kind.name, "F32, as of every vector"
+                )
+            if kind in NO_FLOATS:
+                self.refuse(f"the type of tensor {tensor.name}", kind.name, "a type of weights")
 
-def _check_tensors(header: GgufHeader) -> None:
-    alignment = header.metadata.get("general.alignment", LEAST_ALIGNMENT)
-    if isinstance(alignment, int) and alignment < LEAST_ALIGNMENT:
-        _fail(header, "general.alignment", alignment, f"at least {LEAST_ALIGNMENT}")
-    for tensor in header.tensors.values():
-        kind = tensor.ggml_type
-        if tensor.name == "d2t" or "tid2eid" in tensor.name:
-            continue  # tables of token ids
-        if len(tensor.shape) == 1 and kind != GGMLQuantizationType.F32:
-            _fail(header, f"the type of tensor {tensor.name}", kind.name, "F32, as of every vector")
-        if kind in NO_FLOATS:
-            _fail(header, f"the type of tensor {tensor.name}", kind.name, "a type of weights")
+    def check_tokens(self) -> None:
+        """Check that every token has a text of its own: llama-vocab.cpp asserts it."""
+        array = self.header.metadata.get(TOKENS)
+        if not isinstance(array, RawArray) or array.kind != STRING:
+            return  # the loader refuses it
+        if array.length > MAX_TOKENS:
+            self.refuse(f"the length of {TOKENS}", array.length, f"at most {MAX_TOKENS}")
+        data = self.header.read_array(array)
+        types = self.header.metadata.get("tokenizer.ggml.token_type")  # llama.h llama_token_type
+        if isinstance(types, RawArray) and types.n_bytes == 4 * types.length:
+            type_data = self.header.read_array(types)
+            types = tuple(np.frombuffer(type_data, "<i4").tolist())
+        tokens: dict[bytes, int] = {}
+        at = 0
+        for token in range(array.length):
+            if at + U64.size > len(data):
+                raise changed_file(self.header.path, GgufFileError)
+            (n_bytes,) = U64.unpack_from(data, at)
+            at += U64.size + n_bytes
+            # The loader names those without a text.
+            text = data[at - n_bytes : at] or b"[EMPTY_%d]" % token
+            if tokens.setdefault(text, token) != token:
+                shown = text.decode("utf-8", "replace")
+                self.refuse(f"{TOKENS}[{token}]", shown, "a text that no other token has")
+        self.check_bytes(tokens, types if isinstance(types, tuple) else ())
 
-
-def _check_tokens(header: GgufHeader) -> None:
-    """Check that every token has a text of its own: llama-vocab.cpp asserts it."""
-    array = header.metadata.get(TOKENS)
-    if not isinstance(array, RawArray) or array.kind != STRING:
-        return  # the loader refuses it
-    if array.length > MAX_TOKENS:
-        _fail(header, f"the length of {TOKENS}", array.length, f"at most {MAX_TOKENS}")
-    data = read_bytes(header.path, array.offset, array.n_bytes, GgufFileError)
-    types = header.metadata.get("tokenizer.ggml.token_type")  # llama.h llama_token_type
-    if isinstance(types, RawArray) and types.n_bytes == 4 * types.length:
-        type_data = read_bytes(header.path, types.offset, types.n_bytes, GgufFileError)
-        types = tuple(np.frombuffer(type_data, "<i4").tolist())
-    tokens: dict[bytes, int] = {}
-    at = 0
-    for token in range(array.length):
-        if at + U64.size > len(data):
-            raise changed(header.path, GgufFileError)
-        (n_bytes,) = U64.unpack_from(data, at)
-        at += U64.size + n_bytes
-        # The loader names those without a text.
-        text = data[at - n_bytes : at] or b"[EMPTY_%d]" % token
-        if tokens.setdefault(text, token) != token:
-            shown = text.decode("utf-8", "replace")
-            _fail(header, f"{TOKENS}[{token}]", shown, "a text that no other token has")
-    _check_bytes(header, tokens, types if isinstance(types, tuple) else ())
-
-
-def _check_bytes(
-    header: GgufHeader, tokens: Mapping[bytes, int], kinds: tuple[object, ...]
-) -> None:
-    """Check the tokens of single bytes: llama-vocab.cpp token_to_byte and byte_to_token."""
-    model = header.metadata.get("tokenizer.ggml.model")
-    for token, (text, kind) in enumerate(zip(tokens, kinds, strict=False)):
-        if kind == BYTE_TOKEN and (model == "bert" or not _BYTE.fullmatch(text)):
-            shown = text.decode("utf-8", "replace")
-            _fail(header, f"{TOKENS}[{token}], of type byte,", shown, "a name such as <0x0A>")
-    if model == "llama":  # what it has no token for is spelled in bytes
-        for byte in range(256):
-            if b"<0x%02X>" % byte not in tokens and bytes([byte]) not in tokens:
-                _fail(header, TOKENS, f"without <0x{byte:02X}>", "a token for every byte")
+    def check_bytes(self, tokens: Mapping[bytes, int], kinds: tuple[object, ...]) -> None:
+        """Check the tokens of single bytes: llama-vocab.cpp token_to_byte and byte_to_token."""
+        model = self.header.metadata.get("tokenizer.ggml.model")
+        for token, (text, kind) in enumerate(zip(tokens, kinds, strict=False)):
+            if kind == BYTE_TOKEN and (model == "bert" or not _BYTE.fullmatch(text)):
+                shown = text.decode("utf-8", "replace")
+                self.refuse(f"{TOKENS}[{token}], of type byte,", shown, "a name such as <0x0A>")
+        if model == "llama":  # what it has no token for is spelled in bytes
+            for byte in range(256):
+                if b"<0x%02X>" % byte not in tokens and bytes([byte]) not in tokens:
+                    self.refuse(TOKENS, f"without <0x{byte:02X}>", "a token for every byte")

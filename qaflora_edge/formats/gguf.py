@@ -18,9 +18,9 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from qaflora_edge.arrays import F32
-from qaflora_edge.errors import GgufFileError
+from qaflora_edge.errors import GgufFileError, changed_file
 from qaflora_edge.files import AnyPath
-from qaflora_edge.formats.inputs import changed, open_input, read_bytes, reading
+from qaflora_edge.formats.inputs import open_input, read_bytes, reading
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -113,7 +113,7 @@ class GgufCursor:
         while len(self.data) < end:
             chunk = self.file.read(READ_BYTES)
             if not chunk:
-                raise changed(self.path, GgufFileError)
+                raise changed_file(self.path, GgufFileError)
             self.data += chunk
 
     def scalar(self, form: struct.Struct, field: str) -> Scalar:
@@ -302,6 +302,10 @@ class GgufHeader:
         found = "missing" if value is None else f"{value!r:.99}"
         expected = f"a whole number up to {MAX_COUNT}"
         raise self._no_model(f"metadata field {key} is {found}", expected)
+
+    def read_array(self, array: RawArray) -> bytes:
+        """Read an array of the metadata. Raises as read_bytes does."""
+        return read_bytes(self.path, array.offset, array.n_bytes, GgufFileError)
 
     def _no_model(self, found: str, expected: str) -> GgufFileError:
         return GgufFileError(

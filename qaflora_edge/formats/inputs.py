@@ -20,15 +20,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from qaflora_edge import __version__
-from qaflora_edge.errors import ChecksumError, InputFileError, QafloraError, os_errors
+from qaflora_edge.errors import ChecksumError, InputFileError, QafloraError, changed_file, os_errors
 from qaflora_edge.files import AnyPath, cache_dir, kind_of, package_data, write_text_atomic
+
+if TYPE_CHECKING:
+    from qaflora_edge.formats.bundle import AdapterRecord, BaseRecord
 
 Json = dict[str, Any]  # an object, as json.loads gives it
 Object = Mapping[str, Any]  # one that is only read
+FileState = tuple[int, int]  # bytes, and the time of the last change in ns
 
 MAX_JSON_VALUES = 1 << 20  # a little text such as "[[],[]]" becomes much memory
 MAX_JSON_DEPTH = 64
 MAX_SHOWN_CHARS = 80
+MEMORY_FILE = "checked.json"
+MAX_REMEMBERED = 10_000
+_LFS_START = b"version https://git-lfs.github.com/spec/"
 _KINDS = {"object": "an object", "array": "a list"}
 
 
@@ -139,16 +146,6 @@ def shortened(text: str) -> str:
     return text if len(text) <= MAX_SHOWN_CHARS else text[: MAX_SHOWN_CHARS - 3] + "..."
 
 
-if TYPE_CHECKING:
-    from qaflora_edge.formats.bundle import AdapterRecord, BaseRecord
-
-MEMORY_FILE = "checked.json"
-MAX_REMEMBERED = 10_000
-
-FileState = tuple[int, int]  # bytes, and the time of the last change in ns
-_LFS_START = b"version https://git-lfs.github.com/spec/"
-
-
 def open_input(path: AnyPath) -> BufferedReader:
     """Open a regular file to read.
 
@@ -179,14 +176,6 @@ def reading(path: AnyPath) -> AbstractContextManager[None]:
     return os_errors(InputFileError, failure, "Check that it exists and that you may read it.")
 
 
-def changed(path: Path, kind: type[QafloraError]) -> QafloraError:
-    """Make the error of a file that was written while it was read."""
-    return kind(
-        f"Cannot read {path}: it changed while it was read; expected a file that stays as it is. "
-        "Try again."
-    )
-
-
 def read_input(path: AnyPath, most: int) -> bytes:
     """Read a regular file whole. Raises OSError, or ValueError where it has more bytes."""
     with open_input(path) as file:
@@ -206,7 +195,7 @@ def read_bytes(
         file.seek(offset)
         data = file.read(n_bytes)
     if len(data) != n_bytes:
-        raise changed(path, kind)
+        raise changed_file(path, kind)
     return data
 
 
@@ -256,7 +245,7 @@ def check_unchanged(states: Mapping[Path, FileState]) -> None:
     """
     for path, state in states.items():
         if file_state(path) != state:
-            raise changed(path, ChecksumError)
+            raise changed_file(path, ChecksumError)
 
 
 def file_state(path: Path) -> FileState:
