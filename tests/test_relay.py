@@ -116,21 +116,24 @@ def test_of_two_that_would_answer_the_one_with_a_form_writes() -> None:
     assert weighed(Scripted(*places, [*words, drafted("other", -0.9)])).relay is None
 
 
-@pytest.mark.parametrize(("of_base", "weights"), [(-0.3, [0, 0, 0]), (-0.8, [0, 1, 0])])
+@pytest.mark.parametrize(
+    ("of_base", "is_whole", "weights"),
+    [(-0.3, False, [0, 0, 0]), (-0.8, False, [0, 1, 0]), (-0.8, True, [0, 0, 0])],
+)
 def test_the_base_answers_where_it_is_surer_than_an_unsure_adapter(
-    of_base: float, weights: list[float]
+    of_base: float, is_whole: bool, weights: list[float]
 ) -> None:
+    """Or where that one is unsure of a whole answer, which is so short that it states a fact."""
     some = 0.018  # a score of 1.2 in each place: 1.7 together
     others = [drafted("form", -0.01, '{"a": 1}'), drafted("other", -0.5)]
-    drafts = [*others, drafted("shop", -0.5), drafted(BASE, of_base)]
-    mix = weighed(Scripted([LOW, some, LOW], [LOW, some, LOW], drafts), "relay:abstain=0")
+    shop = replace(drafted("shop", -0.5), is_whole=is_whole)
+    probe = Scripted([LOW, some, LOW], [LOW, some, LOW], [*others, shop, drafted(BASE, of_base)])
+    mix = weighed(probe, "relay:abstain=0")
     assert mix.weights[:, 0].tolist() == weights
 
 
 @pytest.mark.parametrize(("at_last", "n_taken"), [(TYPICAL_SIZE, 2), (0.001, 1)])
-def test_a_second_adapter_stays_where_it_adds_something_to_the_answer(
-    at_last: float, n_taken: int
-) -> None:
+def test_a_second_adapter_stays_where_it_adds_to_the_answer(at_last: float, n_taken: int) -> None:
     """As one of the question's language does; another subject is in the question alone."""
     places = ([HIGH, at_last, LOW], [HIGH, 0.03, LOW])
     mix = weighed(Scripted(*places, [drafted("form", -0.1)]))

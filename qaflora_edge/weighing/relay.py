@@ -9,7 +9,6 @@ neutral prompts knows something. docs/strategies.md has the rule in words.
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from math import inf
 from typing import Any
 
 from qaflora_edge.arrays import F32
@@ -33,10 +32,11 @@ SURE = 1.0  # spreads above its typical sureness an adapter is sure of its draft
 UNSURE_FROM = 0.2  # spreads above it, from which a knower that is FAR_AHEAD is heard
 UNSURE_FORM = 0.5  # spreads above it, below which who gives a form lets another draft
 FAR_AHEAD = 1.8  # spreads between both, from which a knower need not be SURE
-SURE_OF_EACH = -0.15  # nats: the least sure token of an answer that is known
+SURE_OF_EACH = -0.1  # nats: the least sure token of an answer that is known
 SURE_LATER = -0.45  # the same, in a later turn, whose subject is known already
 N_WORDING = 5  # tokens that a draft begins with; the fact comes behind them
 FORM = 1.25  # score at the place where the answer begins, and how far it is above the question's
+N_SHORT = 12  # tokens of an answer that says nothing but a fact, at most
 N_FACT = 32  # tokens of an answer that states a fact, at most
 FOREIGN = 3.5  # nats: the base would not begin its answer so
 LANGUAGE = 0.8  # score `answer` from which an adapter writes what another one drafts in English
@@ -122,16 +122,34 @@ def _relayed(query: Query, probe: Probe, mix: Mix) -> Mix:
     if knower is not None and _knows_more(query, drafts[knower], drafts[writer]):
         relay = _relay(query, probe, knower, writer, sureness)
         return replace(mix, weights=_alone(query, writer), relay=relay, because=_said(relay))
-    draft = drafts[writer]
-    is_sure = _is_sure(query, draft)
-    if _is_foreign(draft.text, probe.question()):  # its wording may be unsure, but not its fact
-        is_sure = _is_known(query, draft)
-    if not is_sure and sureness.get(BASE, -inf) > sureness[writer]:
-        numbers = f"{sureness[BASE]:.2f} nats a token, {writer} {sureness[writer]:.2f}"
-        because = f"The base answers alone: it is surer of its draft ({numbers})."
+    because = _why_the_base(query, probe, drafts, writer)
+    if because:
         of_base = replace(mix, weights=_alone(query, BASE), because=because)
         return _despite_the_scores(query, probe, of_base)
     return _rewritten(query, probe, mix, writer, sureness)
+
+
+def _why_the_base(query: Query, probe: Probe, drafts: Mapping[str, Draft], writer: str) -> str:
+    """Say why the base answers in place of an adapter, where it drafts as well; else "".
+
+    A short answer states a fact, and one that is made up has a token that its adapter is unsure of.
+    """
+    if BASE not in drafts:
+        return ""
+    draft = drafts[writer]
+    is_foreign = _is_foreign(draft.text, probe.question())
+    is_unsure = min(draft.logprobs, default=0.0) < SURE_OF_EACH
+    if is_unsure and _is_prose(draft) and not is_foreign:
+        (longer,) = probe.drafts([writer], N_SHORT)
+        if longer.is_whole:
+            return f"The base answers alone: {writer} is unsure of its short answer."
+    is_sure = _is_known(query, draft) if is_foreign else _is_sure(query, draft)
+    of_base = drafts[BASE].sureness(N_BEGUN)
+    of_writer = draft.sureness(N_BEGUN)
+    if is_sure or of_base <= of_writer:
+        return ""
+    numbers = f"{of_base:.2f} nats a token, {writer} {of_writer:.2f}"
+    return f"The base answers alone: it is surer of its draft ({numbers})."
 
 
 def _without_needless(query: Query, mix: Mix, first: str) -> Mix:
