@@ -126,8 +126,9 @@ def _commands(path: Path, text: str) -> Iterator[Command]:
     for number, line in lines:
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        name, value = _word(line)
-        name, argument = name.upper(), ""
+        word, value = _word(line)
+        name = word.upper()
+        argument = ""
         if name in ("PARAMETER", "MESSAGE"):
             argument, value = _word(value)
         if name not in (*COMMANDS, *_OF_BASE, *_IDLE) or not value:
@@ -148,8 +149,8 @@ def _commands(path: Path, text: str) -> Iterator[Command]:
 
 
 def _word(text: str) -> tuple[str, str]:
-    word, *rest = text.split(maxsplit=1) or [""]
-    return word, rest[0].strip() if rest else ""
+    word, rest, *_ = (*text.split(maxsplit=1), "", "")
+    return word, rest.strip()
 
 
 def _unquoted(value: str) -> str | None:
@@ -162,7 +163,7 @@ def _unquoted(value: str) -> str | None:
 
 
 def _take(part: Modelfile, command: Command, path: Path, froms: Sequence[Command]) -> None:
-    name, value = command.name, command.value
+    name = command.name
     if name == "FROM":
         line = froms[0].line
         raise InputFileError(f"FROM stands in line {line} already, expected one. Leave one out.")
@@ -172,23 +173,24 @@ def _take(part: Modelfile, command: Command, path: Path, froms: Sequence[Command
     if idle in _IDLE:
         part.notes.append(f"{path}:{command.line}: {idle} is left out: it changes no answer.")
     elif name == "ADAPTER":
-        place = _adapter(value, path.parent)
+        place = _adapter(command.value, path.parent)
         part.adapters.append((place.name, place))
     elif name == "LICENSE":
-        part.license = "\n\n".join(filter(None, (part.license, value)))
+        part.license = "\n\n".join(filter(None, (part.license, command.value)))
     elif name == "PARAMETER":
         _take_parameter(part, command)
     elif name == "SYSTEM" or command.argument == "system":
-        part.system = value
+        part.system = command.value
     elif command.argument in ROLES:
-        part.examples.append({"role": command.argument, "content": value})
+        part.examples.append({"role": command.argument, "content": command.value})
     else:
         expected = ", ".join(ROLES)
         raise InputFileError(f"the role is {command.argument!r:.40}, expected one of {expected}.")
 
 
 def _take_parameter(part: Modelfile, command: Command) -> None:
-    name, value = command.argument, command.value
+    name = command.argument
+    value = command.value
     if name == "repeat_last_n" and value == "64":
         return
     if name == "stop":

@@ -24,13 +24,7 @@ from qaflora_edge.formats.bundle import (
     read_bundle_text,
 )
 from qaflora_edge.formats.gguf import GgufHeader, read_gguf_header
-from qaflora_edge.formats.inputs import (
-    FileState,
-    check_file,
-    file_state,
-    passed,
-    remember_passed,
-)
+from qaflora_edge.formats.inputs import FileState, check_file, file_state, passed, remember_passed
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing.weigher import Known, known_of
 

@@ -68,7 +68,8 @@ class TagArguments:
                 self._n_value += 1
             elif end := self.end.match(self._held):
                 rest = self._held[end.end() :]
-                return written + ("}" if self._n_value else "{}"), rest
+                closing = "}" if self._n_value else "{}"
+                return written + closing, rest
             else:
                 return written, None
 
@@ -80,7 +81,8 @@ class TagArguments:
         end = _VALUE_END.search(self._held)
         may_end = end or _MAY_END.search(self._held)
         n_here = may_end.start() if may_end else len(self._held)
-        return n_here, end.end() if end else None
+        n_ended = end.end() if end else None
+        return n_here, n_ended
 
 
 class Value:
@@ -195,7 +197,8 @@ def tag_rules(rule: str, schema: Object) -> list[str]:
     written = []
     for i, (name, value) in enumerate((schema.get("properties") or {}).items()):
         argument = f"{rule}value{i}"
-        parts.append(argument if name in required else f"{argument}?")
+        mark = "" if name in required else "?"
+        parts.append(argument + mark)
         head = json.dumps(f"<parameter={name}>\n")
         written.append(f"{argument}: {head} {argument}inner")
         written.append(_value_rule(f"{argument}inner", value, schema))
@@ -346,8 +349,8 @@ def gemma_rules(rule: str, schema: Object) -> list[str]:
         if not options:
             options = [way for kind, way in by_type.items() if kind in types]
             if plain := sorted(types - {*by_type}):
-                is_one = value.get("type") == plain[0]
-                options.append(json_rule(value if is_one else {"type": plain}, schema))
+                narrowed = value if value.get("type") == plain[0] else {"type": plain}
+                options.append(json_rule(narrowed, schema))
         ways[name] = " | ".join(options) or f"{rule}any"
     return [
         *_named_rules(rule, schema, ways, ":", ","),

@@ -314,7 +314,8 @@ def add_part(calls: list[Json], part: CallPart) -> None:
     """Add a part of a call to the calls so far."""
     if part["index"] == len(calls):
         call = {name: value for name, value in part.items() if name != "index"}
-        calls.append({**call, "function": dict(part["function"])})
+        call["function"] = dict(part["function"])
+        calls.append(call)
     else:
         calls[part["index"]]["function"]["arguments"] += part["function"]["arguments"]
 
@@ -380,7 +381,7 @@ class _Reader:
         if self._calls.tools.is_single:
             calls = calls[: 1 - self._n_call]
         for index, call in enumerate(calls, self._n_call):
-            yield {"index": index, **call}
+            yield {"index": index} | call
 
     def _plain(self) -> str:
         held = self._held
@@ -413,7 +414,7 @@ class _Reader:
         self._held = self._held[match.end() :]
         index = self._n_call
         self._n_call += 1
-        return {"index": index, **calls.call(name, "", match.groupdict().get("id"))}
+        return {"index": index} | calls.call(name, "", match.groupdict().get("id"))
 
 
 def calls_of(template: str | None, tools: Tools | None) -> Calls | None:

@@ -97,7 +97,8 @@ def _tool_call(i: int, call: Any) -> Json:
             arguments = json.loads(arguments)
         except (ValueError, RecursionError) as error:
             raise _wrong(i, "has the tool call", call, _CALL) from error
-    return {**call, "function": {**function, "arguments": arguments}}
+    parsed = dict(function) | {"arguments": arguments}
+    return dict(call) | {"function": parsed}
 
 
 _CALL = '{"type": "function", "function": {"name": ..., "arguments": JSON text}}'

@@ -215,7 +215,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         left = max(0, self._work)
         sizes = []
         for value in values:
-            sizes.append(abs(value) if isinstance(value, int) else _size(value, left))
+            size = abs(value) if isinstance(value, int) else _size(value, left)
+            sizes.append(size)
         first, *others = sizes
         self._spend(first * sum(others))
 

@@ -173,7 +173,7 @@ def _with_calls(template: str, variables: Json) -> list[Any]:
             system, *messages = messages
         functions = [tool["function"] for tool in variables["tools"]]
         tools = json.dumps(functions, ensure_ascii=False)
-        messages = [{**system, "tools": tools}, *messages]
+        messages = [system | {"tools": tools}, *messages]
     return list(messages)
 
 
@@ -184,7 +184,8 @@ def _template_kwargs(variables: Any, reasoning: str) -> Object:
     if reasoning == "auto":
         return variables or {}
     is_wanted = reasoning == "on"
-    return {"enable_thinking": is_wanted, "thinking": is_wanted, **(variables or {})}
+    wish = {"enable_thinking": is_wanted, "thinking": is_wanted}
+    return wish | dict(variables or {})
 
 
 def _template_of(model: Model, tools: Sequence[Any]) -> str:
@@ -311,8 +312,8 @@ def _opening(model: Model) -> tuple[list[int], list[int]]:
 
 def _last_place(part: Sequence[int], tokens: Sequence[int]) -> int | None:
     n_part = len(part)
-    first = len(tokens) - n_part
-    for at in range(first, -1, -1) if n_part else ():
+    starts = range(len(tokens) - n_part, -1, -1) if n_part else ()
+    for at in starts:
         if list(tokens[at : at + n_part]) == list(part):
             return at
     return None

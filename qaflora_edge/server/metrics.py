@@ -36,8 +36,7 @@ class Metrics:
         }
 
     def _new(self, kind: type[M], name: str, text: str, *labels: str, **options: Any) -> M:
-        options["registry"] = self.registry
-        return kind(name, text, labels, namespace="qaflora", **options)
+        return kind(name, text, labels, namespace="qaflora", registry=self.registry, **options)
 
     def _seconds(self, name: str, text: str) -> Histogram:
         return self._new(Histogram, f"{name}_seconds", text, buckets=_SECONDS)

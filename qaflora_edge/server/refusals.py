@@ -35,9 +35,8 @@ class Refusal(Exception):
         super().__init__(message)
         self.status = status
         kind = "server_error" if status in (500, 503, 507) else "invalid_request_error"
-        self.body: Json = {
-            "error": {"message": message, "type": kind, "param": param, "code": code}
-        }
+        error = {"message": message, "type": kind, "param": param, "code": code}
+        self.body: Json = {"error": error}
 
     def response(self, path: str) -> Response:
         """Return it as a whole response to a path."""

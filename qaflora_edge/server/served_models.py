@@ -241,7 +241,7 @@ class ServedModels:
         name, colon, strategy = (model or "").removesuffix(":latest").partition(":")
         served = self.by_name.get(name)
         if served is not None and (not colon or served.can_follow(strategy)):
-            return served, strategy if colon else None
+            return served, strategy or None
         names = self.listed
         if served is not None:
             names = [name, *(f"{name}:{other}" for other in served.strategies)]

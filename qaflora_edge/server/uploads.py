@@ -158,7 +158,8 @@ async def _uploaded(request: Request, body: AdapterBody, folder: Path) -> tuple[
         engine.add_adapter(body.lora_name, gguf, tell)
 
     try:
-        with open(place / WEIGHTS_FILE if n_config else gguf, "wb") as file:
+        weights_path = place / WEIGHTS_FILE if n_config else gguf
+        with open(weights_path, "wb") as file:
 
             def take(part: bytes) -> None:
                 n = n_config - len(config)

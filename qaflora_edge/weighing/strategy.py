@@ -322,14 +322,13 @@ def parse_strategy(text: str, adapters: Sequence[str]) -> Chosen:
         usages |= dict.fromkeys(BASELINES, "")
         near = nearest(name.lower(), usages)
         raise _unknown(text, usages.get(near) or near)
-    options = {}
     if strategy.is_probed and argument and not strategy.argument:
         options = read_options(argument, strategy.options, text)
-        colon = argument = ""
+        return Chosen(text, strategy, strategy.parse("", adapters, text), options)
     has_argument = bool(argument and strategy.argument)
     if has_argument != bool(colon or strategy.needs_argument):
         raise _unknown(text)
-    return Chosen(text, strategy, strategy.parse(argument, adapters, text), options)
+    return Chosen(text, strategy, strategy.parse(argument, adapters, text))
 
 
 def _unknown(text: str, near: str = "") -> StrategyError:
