@@ -40,6 +40,9 @@ class _Row:
     logprobs: list[float] = field(default_factory=list)
     is_whole: bool = False
 
+    def lacks(self, n_token: int) -> bool:
+        return not self.is_whole and len(self.tokens) < n_token
+
     def choose(self, model: Model, logits: F32) -> None:
         """Add the likeliest token. Raises BackendError for logits that are NaN."""
         token = int(logits.argmax())
@@ -103,7 +106,8 @@ class Drafter:
         n_tail = n_prompt - request.n_base
         # What was begun has cells of its own; all others share the base's.
         n_copied = sum(name in begun and begun[name].state is not None for name in weights)
-        n_most = (1 + n_copied) * n_prompt + len(weights) * (n_tail + n_token)
+        n_longest = n_tail + 2 * n_token  # the first goes on while the others catch up
+        n_most = (1 + n_copied) * n_prompt + len(weights) * n_longest
         context = self._contexts.for_query(n_most)
         rows = []
         for seq, name in enumerate(weights, start=1):
@@ -137,7 +141,13 @@ class Drafter:
         return drafts
 
     def _decode(self, context: Context, rows: Sequence[_Row], n_token: int) -> Steps[None]:
-        while running := [row for row in rows if not row.is_whole and len(row.tokens) < n_token]:
+        """Decode until each draft has n_token tokens, or is whole.
+
+        The first goes on while another does not: it probably begins the answer.
+        """
+        while any(row.lacks(n_token) for row in rows):
+            running = [row for row in rows if row.lacks(n_token) or row is rows[0]]
+            running = [row for row in running if not row.is_whole]
             spans = [Span(row.seq, row.unread, len(context.tokens[row.seq])) for row in running]
             outputs = context.decode_spans(spans)
             for row, output in zip(running, outputs, strict=True):

@@ -29,9 +29,7 @@ N_OPENING = 1  # tokens of a draft that tell whether it gives a form
 N_CANDIDATE = 2  # adapters that draft beside who answers, at most
 SURENESS = "sureness"  # of calibration.KEYS
 SURE = 1.0  # spreads above its typical sureness an adapter is sure of its draft
-UNSURE_FROM = 0.2  # spreads above it, from which a knower that is FAR_AHEAD is heard
 UNSURE_FORM = 0.5  # spreads above it, below which who gives a form lets another draft
-FAR_AHEAD = 1.8  # spreads between both, from which a knower need not be SURE
 SURE_OF_EACH = -0.1  # nats: the least sure token of an answer that is known
 SURE_LATER = -0.45  # the same, in a later turn, whose subject is known already
 N_WORDING = 5  # tokens that a draft begins with; the fact comes behind them
@@ -138,7 +136,7 @@ def _why_the_base(query: Query, probe: Probe, drafts: Mapping[str, Draft], write
         return ""
     draft = drafts[writer]
     is_foreign = _is_foreign(draft.text, probe.question())
-    is_unsure = min(draft.logprobs, default=0.0) < SURE_OF_EACH
+    is_unsure = min(draft.logprobs[:N_BEGUN], default=0.0) < SURE_OF_EACH
     if is_unsure and _is_prose(draft) and not is_foreign:
         (longer,) = probe.drafts([writer], N_SHORT)
         if longer.is_whole:
@@ -208,16 +206,10 @@ def _surest(query: Query, drafts: Mapping[str, Draft], writer: str) -> str | Non
 
 
 def _knows_more(query: Query, draft: Draft, of_writer: Draft) -> bool:
-    """Tell whether a draft is known, and who gives the form is unsure.
-
-    A knower's wording may be unsure where its fact is not.
-    """
-    if _is_prose(of_writer):
+    """Tell whether a draft is known, and who gives the form is unsure of its own."""
+    if _is_prose(of_writer) or _unusual(query, of_writer) >= UNSURE_FORM:
         return False
-    knower = _unusual(query, draft)
-    writer = _unusual(query, of_writer)
-    is_ahead = knower >= UNSURE_FROM and knower - writer >= FAR_AHEAD
-    return writer < UNSURE_FORM and (is_ahead or _is_known(query, draft))
+    return _is_known(query, draft)
 
 
 def _is_known(query: Query, draft: Draft) -> bool:
