@@ -275,8 +275,7 @@ def _fetch_wheel(part: PackagePart, wheel: Path) -> None:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
+            errors="replace",  # what it says is text
         )
         if done.returncode != 0:
             raise DownloadError(
@@ -368,16 +367,13 @@ def _download(
     hooks = get_session().event_hooks["response"]
     if _check_names not in hooks:
         hooks.append(_check_names)
+    patterns = [glob.escape(name) for name in names]
+    bar = None if progress is None else _telling(progress)
     with hub_errors(f"the Hub did not give the files of {ref.repo}"):
-        return Path(
-            snapshot_download(
-                ref.repo,
-                revision=ref.revision,
-                local_dir=to,
-                allow_patterns=[glob.escape(name) for name in names],
-                tqdm_class=None if progress is None else _telling(progress),
-            )
+        folder = snapshot_download(
+            ref.repo, revision=ref.revision, local_dir=to, allow_patterns=patterns, tqdm_class=bar
         )
+    return Path(folder)
 
 
 def _telling(progress: TellCount) -> type[Any]:

@@ -61,11 +61,11 @@ def models(as_json: bool) -> None:
     places = [(model, local_path(model)) for model in load_registry().values()]
     if as_json:
         keys = ("description", "architecture", "kind", "license", "size_bytes", "sha256")
-        entries = {
-            model.name: {key: getattr(model, key) for key in keys}
-            | {"path": None if path is None else str(path)}
-            for model, path in places
-        }
+        entries = {}
+        for model, path in places:
+            facts = {key: getattr(model, key) for key in keys}
+            facts["path"] = None if path is None else str(path)
+            entries[model.name] = facts
         print_json(entries)
         return
     for model, path in places:
@@ -98,12 +98,10 @@ def list_here(as_json: bool) -> None:
         say("Nothing is here yet; see `qaflora models`, and `qaflora bundle create`.")
     width = max((len(entry["name"]) for entry in entries), default=0)
     for entry in entries:
-        click.echo(
-            one_line(
-                f"{entry['kind']:<7}  {entry['name']:<{width}}  {entry['size_bytes'] / 1e6:6.0f} MB"
-                f"  {'pulled  ' if entry['is_pulled'] else ''}{entry['path']}"
-            )
-        )
+        size = f"{entry['size_bytes'] / 1e6:6.0f} MB"
+        mark = "pulled  " if entry["is_pulled"] else ""
+        row = f"{entry['kind']:<7}  {entry['name']:<{width}}  {size}  {mark}{entry['path']}"
+        click.echo(one_line(row))
 
 
 @command("qaflora remove smollm2-135m-instruct", "qaflora remove owner/name --yes")
