@@ -50,9 +50,9 @@ class Known:
     typical: Typical = field(default_factory=dict, repr=False)
     centroids: Mapping[str, F32] = field(default_factory=dict, repr=False)
 
-    def under(self, **given: str | None) -> Self:
+    def under(self, **options: str | None) -> Self:
         """Replace the defaults by the strategy, lens, pool and prefill that a caller gives."""
-        chosen: dict[str, Any] = {name: value for name, value in given.items() if value}
+        chosen: dict[str, Any] = {name: value for name, value in options.items() if value}
         return replace(self, **chosen)
 
 
@@ -68,12 +68,10 @@ def known_of(text: BundleText | None) -> Known:
     if strategy and re.fullmatch(r"norm:[1-9]\d*", strategy):  # of 0.1
         strategy = strategy.replace(":", ":top=")
     pool = fusion.get("pool")
-    known = Known().under(
-        strategy=strategy,
-        lens=fusion.get("lens"),
-        pool=None if pool == "mean" else pool,  # of 0.1 too
-        prefill=fusion.get("prefill", "mix"),  # an older bundle answers as before
-    )
+    if pool == "mean":  # of 0.1 too
+        pool = None
+    prefill = fusion.get("prefill", "mix")  # an older bundle answers as before
+    known = Known().under(strategy=strategy, lens=fusion.get("lens"), pool=pool, prefill=prefill)
     try:
         parse_strategy(known.strategy, [adapter.name for adapter in text.adapters])
     except QafloraError as error:
@@ -163,6 +161,7 @@ class Weigher:
         options = {} if chosen is None else chosen.options
         n_token = len(prompt.tokens)
         thinking = prompt.thinking
+        n_weighed = n_token if thinking is None else thinking.n_weighed
         is_chat = prompt.question is not None
         return Query(
             tokens=prompt.tokens,
@@ -177,7 +176,7 @@ class Weigher:
             is_chat=is_chat,
             is_later=prompt.is_later,
             can_relay=is_chat and thinking is None,
-            n_weighed=n_token if thinking is None else thinking.n_weighed,
+            n_weighed=n_weighed,
         )
 
     def n_base(self, weights: Weights, prompt: Prompt, prefill: str | None = None) -> int:
