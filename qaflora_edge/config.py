@@ -4,11 +4,13 @@ Commands, settings, `llm`, Python calls, server requests and docs/settings.md ar
 """
 
 import contextlib
+import json
 import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 from qaflora_edge.errors import OptionError, wrong_option
@@ -134,7 +136,6 @@ _EXPECTED = {
     dict: "token ids, each with a number",
 }
 _TOKENS = "a number of tokens"
-
 # A line or two for each: one call an option, in the order of the help texts.
 # fmt: off
 OPTIONS = (
@@ -308,8 +309,6 @@ DEFAULTS: dict[str, Any] = {option.name: option.default for option in OPTIONS}  
 OWN = {
     command: {option.key: option for option in options} for command, options in OWN_OPTIONS.items()
 }
-
-
 # Command -> groups and names of shared options that would have no effect there, apart by spaces.
 WITHOUT = {
     "serve": "raw_prompt",
@@ -328,25 +327,11 @@ def shared_by(command: str) -> dict[str, Option]:
     return {k: o for k, o in SHARED.items() if not without & {o.name, *o.groups.split()}}
 
 
-# What was there in 0.1 -> what to do instead. Verbs, flags, settings and keywords alike.
-REMOVED = {
-    "probe_tail": "The option probe_tail is gone; use --strategy two-place, fast and exact.",
-    "min_weight": "The option min_weight is gone; use a strategy option such as top=2.",
-    "csv": "`weights --csv` is gone; use --json, an object for each prompt.",
-    "html": "The option html is gone; --json has all, and `weights --plot FILE.svg` draws.",
-    "dpi": "The option dpi is gone; the picture is .svg, sharp at any size.",
-    "keep_history": "The option keep-history is gone; --prefill base prefills what is new alone.",
-    "push": "`qaflora push` is gone; `hf upload OWNER/NAME PATH` does the same (docs/bundles.md).",
-    "base_hub": "The option base-hub is gone; use `qaflora bundle base DIR REF`.",
-    "n": "`run --n` is gone; repeat the line in --prompts FILE, each with a seed of its own.",
-    "prompts": "`weights --prompts` is gone; `run --prompts FILE --json -n 0` weighs each line.",
-    "dark": "The option dark is gone; .svg follows the reader's light or dark theme.",
-}
-
-
 def removed(name: str) -> str | None:
-    """What to do instead of an option that was removed, if it was."""
-    return REMOVED.get(name.removeprefix("--").removeprefix("no-").replace("-", "_"))
+    """What to do instead of a verb, flag, setting or keyword of 0.1 that was removed, if it was."""
+    path = Path(__file__).with_name("data") / "removed.json"
+    advice: dict[str, str] = json.loads(path.read_text("utf-8"))
+    return advice.get(name.removeprefix("--").removeprefix("no-").replace("-", "_"))
 
 
 def in_group(group: str) -> dict[str, Option]:
