@@ -621,9 +621,7 @@ class Engine:
     def submit_many(self, asks: Iterable[Ask | QafloraError]) -> Iterator[tuple[int, Generation]]:
         """Answer what is asked, n_parallel of it together; (index, Generation) as they end.
 
-        asks  taken one by one, as slots become free; an error in place of one ends that one alone
-
-        One that fails has finish_reason "error" and `error`. After cancel() no more are taken.
+        asks  as generate_many takes requests; an error in place of one ends that one alone
         """
         source = enumerate(asks)
         running: dict[int, Generation] = {}

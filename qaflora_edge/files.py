@@ -22,11 +22,9 @@ if TYPE_CHECKING:
     from filelock import FileLock
 
 AnyPath = str | os.PathLike[str]
-
 CHUNK_BYTES = 1 << 20
 LEFT_OVER_SECONDS = 60
 PACKAGE_DIR = Path(__file__).resolve().parent
-
 _PLACE_ADVICE = "Create the folder, or choose one that you can write to."
 
 

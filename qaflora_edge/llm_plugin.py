@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 _WEIGHING = in_group("weighing")
 _SAMPLING = {name: option for name, option in in_group("sampling").items() if option.flag}
-
 _BASE: Any = llm.Options  # two classes of that name are one to a type checker, and not to another
 
 

@@ -16,17 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qaflora_edge.arrays import F32, F64
+from qaflora_edge.backend import library
 from qaflora_edge.backend.batch import N_SHALLOW, Batch, Chunks, Outputs, Span, chunks_of, n_ubatch
-from qaflora_edge.backend.library import (
-    CAPTURE,
-    CONTEXT_DIFFERENTIAL,
-    CONTEXT_PROBE,
-    LENS,
-    Handle,
-    forget_logged,
-    last_error,
-    logged,
-)
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.config import KV_TYPES, MAX_CTX
 from qaflora_edge.errors import BackendError, CancelledError
@@ -66,7 +57,8 @@ class Stop:
 
         Backends without abort callbacks (CUDA, Vulkan) end with their micro-batch.
         """
-        libc = ctypes.CDLL("ucrtbase" if sys.platform == "win32" else None)
+        name = "ucrtbase" if sys.platform == "win32" else None
+        libc = ctypes.CDLL(name)
         callback = ctypes.cast(libc.strlen, lib.ggml_abort_callback)
         lib.llama_set_abort_callback(context, callback, ctypes.addressof(self._buffer))
 
@@ -89,7 +81,7 @@ class KvState:
         return sum(data.size for *_, data in self.sequences)
 
 
-class Context(Handle):
+class Context(library.Handle):
     """Run sequences of one base with one pack, each under its own weights, 0 at first.
 
     n_ctx       tokens that each sequence can hold
@@ -125,9 +117,10 @@ class Context(Handle):
         self._pack = pack
         self._lib = model._lib
         self._functions = model._functions
+        n_buffer = 1 if is_unified else n_seq
         params = context_params(
             model,
-            n_token=n_ctx if is_unified else n_ctx * n_seq,
+            n_token=n_ctx * n_buffer,
             n_seq=n_seq,
             is_unified=is_unified,
             is_probe=is_probe,
@@ -138,7 +131,8 @@ class Context(Handle):
         if is_probe or n_output is not None:
             params.n_outputs_max = min(n_output or MAX_CTX, params.n_batch)
         self._params = params
-        self._flags = CONTEXT_PROBE * is_probe | CONTEXT_DIFFERENTIAL * is_differential
+        self._flags = library.CONTEXT_PROBE * is_probe
+        self._flags |= library.CONTEXT_DIFFERENTIAL * is_differential
         self.is_flash_off = params.flash_attn_type == _FLASH_ATTN_OFF
         self._pointer = self._init(n_seq, n_ctx)
         self._set_up(n_ctx, params, stop)
@@ -149,10 +143,9 @@ class Context(Handle):
             self._model._pointer, params, self._pack._pointer, self._flags
         )
         if not pointer:
-            raise BackendError(
-                f"A context of {n_seq} x {n_ctx} tokens cannot be made: {logged(last_error())}."
-                f"{advice}"
-            )
+            why = library.logged(library.last_error())
+            size = f"{n_seq} x {n_ctx} tokens"
+            raise BackendError(f"A context of {size} cannot be made: {why}.{advice}")
         return pointer
 
     def resize(self, n_ctx: int) -> None:
@@ -161,7 +154,7 @@ class Context(Handle):
         Kernels stay the same, so answers do. Weights have to be set again.
         Raises BackendError, and changes nothing, when the context cannot be made.
         """
-        forget_logged()
+        library.forget_logged()
         with self._loaded_again():
             self._params.n_ctx = n_ctx * self.n_seq
             self._params.n_batch = n_ctx * self.n_seq
@@ -314,7 +307,7 @@ class Context(Handle):
             self.clear(seq)
             raise BackendError(
                 f"A KV state cannot be reused: {n} of {data.size} bytes of sequence {seq} "
-                f"went in: {logged()}."
+                f"went in: {library.logged()}."
             )
         self.tokens[seq] = list(tokens)
 
@@ -330,7 +323,7 @@ class Context(Handle):
         """Weigh adapters by [n_adapter, n_layer] for one sequence, from the next decode on."""
         array = np.ascontiguousarray(weights, dtype=np.float32)
         if not self._functions.set_weights(self._pointer, seq, array.ctypes.data, array.size):
-            raise BackendError(f"Weights cannot be set: {last_error()}.")
+            raise BackendError(f"Weights cannot be set: {library.last_error()}.")
 
     def decode(
         self,
@@ -370,10 +363,10 @@ class Context(Handle):
                 self.clear(span.seq)
         if code == _DECODE_ABORTED:
             self._check_cancelled()
-        raise BackendError(f"llama_decode failed with code {code}: {last_error() or logged()}.")
+        why = library.last_error() or library.logged()
+        raise BackendError(f"llama_decode failed with code {code}: {why}.")
 
     def _check_cancelled(self) -> None:
-        """Raise CancelledError where work failed because it was told to stop."""
         if self._stop is not None and self._stop.is_set:
             raise cancelled()
 
@@ -394,8 +387,8 @@ class Context(Handle):
         what  "inputs" of the query projections for every row, or "none"; of a probe also states:
               those of the "last" output row, or the "mean" of all output rows
         """
-        if not self._functions.capture_begin(self._pointer, CAPTURE[what]):
-            raise BackendError(f"States cannot be captured: {last_error()}.")
+        if not self._functions.capture_begin(self._pointer, library.CAPTURE[what]):
+            raise BackendError(f"States cannot be captured: {library.last_error()}.")
 
     def inputs(self, seq: int, n_row: int) -> F32:
         """Give inputs of the query projections: float32 [n_row, n_layer, n_embd].
@@ -424,19 +417,19 @@ class Context(Handle):
         result = np.zeros(adapted.shape[:2], np.float64)
         if not self._functions.divergence(
             self._pointer,
-            LENS[lens],
+            library.LENS[lens],
             len(adapted),
             base.ctypes.data,
             adapted.ctypes.data,
             result.ctypes.data,
         ):
             self._check_cancelled()
-            raise BackendError(f"Divergences cannot be computed: {last_error()}.")
+            raise BackendError(f"Divergences cannot be computed: {library.last_error()}.")
         return result
 
     def _captured(self, get: Callable[..., int], seq: int, values: F32) -> F32:
         if not get(self._pointer, seq, values.ctypes.data, values.size):
-            raise BackendError(f"Captured states cannot be read: {last_error()}.")
+            raise BackendError(f"Captured states cannot be read: {library.last_error()}.")
         return values
 
     def sample(self, sampler: Any, row: int = -1) -> int:
@@ -499,7 +492,7 @@ def context_params(
     single rows of decoding, the slower the longer the context. Without it all scores of a chunk
     are in memory at once, and values cannot be quantised. Scoring computes as answers do.
     """
-    forget_logged()
+    library.forget_logged()
     params = model._lib.llama_context_default_params()
     params.n_ctx = n_token
     params.n_batch = n_token

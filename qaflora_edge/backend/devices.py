@@ -18,16 +18,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from qaflora_edge.backend import library
 from qaflora_edge.backend.batch import n_ubatch
-from qaflora_edge.backend.library import (
-    DEVICE_CPU,
-    DEVICE_GPU,
-    DEVICE_INTEGRATED_GPU,
-    Handle,
-    ggml_of,
-    library_dir,
-    load,
-)
 from qaflora_edge.config import MAX_CTX
 from qaflora_edge.errors import LibraryError, WorkerError, wrong_option
 
@@ -59,7 +51,7 @@ class _BufferOverride(ctypes.Structure):
 
 def ggml() -> SimpleNamespace:
     """Give functions of ggml's registry of backends, without `ggml_backend_`."""
-    return ggml_of(load()[0]._lib)
+    return library.ggml_of(library.load()[0]._lib)
 
 
 @cache
@@ -71,7 +63,7 @@ def rpc() -> SimpleNamespace:
     reg = ggml().reg_by_name(b"RPC")
     if not reg:
         raise LibraryError(
-            f"The native library in {library_dir()} has no RPC backend, expected "
+            f"The native library in {library.library_dir()} has no RPC backend, expected "
             "libggml-rpc; build it without -DGGML_RPC=off."
         )
     functions = SimpleNamespace()
@@ -84,13 +76,13 @@ def rpc() -> SimpleNamespace:
 def gpus() -> list[int]:
     """List the GPUs of this machine; integrated ones where there is no other."""
     registry = ggml()
-    by_kind: dict[int, list[int]] = {DEVICE_GPU: [], DEVICE_INTEGRATED_GPU: []}
+    by_kind: dict[int, list[int]] = {library.DEVICE_GPU: [], library.DEVICE_INTEGRATED_GPU: []}
     for index in range(registry.dev_count()):
         device = registry.dev_get(index)
         kind = registry.dev_type(device)
         if kind in by_kind:
             by_kind[kind].append(device)
-    return by_kind[DEVICE_GPU] or by_kind[DEVICE_INTEGRATED_GPU]
+    return by_kind[library.DEVICE_GPU] or by_kind[library.DEVICE_INTEGRATED_GPU]
 
 
 def endpoints(text: str) -> tuple[str, ...]:
@@ -137,7 +129,7 @@ def check_timeout() -> None:
 
 def build() -> str:
     """Name this build as workers do: a part of the pin's commit, and of the hash of our sources."""
-    _, functions = load()
+    _, functions = library.load()
     info = functions.build_info().decode("utf-8", "replace")
     commit, _, patches = info.removeprefix("llama.cpp ").partition(", patches ")
     return f"{commit[:10]}-{patches}"
@@ -173,7 +165,7 @@ _connecting = threading.RLock()  # a garbage collector may close one in the midd
 _n_user: Counter[str] = Counter()
 
 
-class Workers(Handle):
+class Workers(library.Handle):
     """Connect to the workers that --rpc names, or to none.
 
     devices  ggml_backend_dev_t of all their devices, in their order
@@ -203,7 +195,8 @@ class Workers(Handle):
             _n_user[endpoint] += 1
             self._endpoints.append(endpoint)
         reg = rpc().add_server(endpoint.encode())
-        for i in range(ggml().reg_dev_count(reg) if reg else 0):
+        n_device = ggml().reg_dev_count(reg) if reg else 0
+        for i in range(n_device):
             device = ggml().reg_dev_get(reg, i)
             self.devices.append(device)
             self._pointer.append(ggml().dev_init(device, None))
@@ -242,11 +235,11 @@ def serve(host: str, port: int, *, cache: Path | None, threads: int) -> None:
 
     cache  folder for large tensors that clients sent, or None
     """
-    devices = gpus() or [ggml().dev_by_type(DEVICE_CPU)]
+    devices = gpus() or [ggml().dev_by_type(library.DEVICE_CPU)]
     array = (_HANDLE * len(devices))(*devices)
     path = None if cache is None else os.fsencode(cache)
     start = rpc().start_server
-    binding, _ = load()
+    binding, _ = library.load()
     binding.llama_log_set(binding.llama_log_callback(), None)  # to stderr
     start(f"{host}:{port}".encode(), path, threads, len(devices), array)
 

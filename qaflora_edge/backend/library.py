@@ -23,21 +23,19 @@ from qaflora_edge.formats import defer
 _LIBRARY_NAMES = {"win32": "llama.dll", "darwin": "libllama.dylib"}
 _LIBRARY_NAME = _LIBRARY_NAMES.get(sys.platform, "libllama.so")
 ABI_VERSION = 7
-
 CONTEXT_PROBE, CONTEXT_DIFFERENTIAL = 1, 2
 CAPTURE = {"last": 0, "mean": 1, "inputs": 2, "none": 3}
 LENS = {"raw": 0, "norm": 1}
-
 DEVICE_CPU, DEVICE_GPU, DEVICE_INTEGRATED_GPU = 0, 1, 2  # enum ggml_backend_dev_type
 _LOG_LEVEL_ERROR = 4  # ggml.h GGML_LOG_LEVEL_ERROR
 _errors: deque[str] = deque(maxlen=4)
 _log_callback: Any = None
-
 _INSTALL_ADVICE = "reinstall qaflora-edge (pip install --force-reinstall --no-deps qaflora-edge)"
 
 _INT, _LONG, _SIZE = ctypes.c_int32, ctypes.c_int64, ctypes.c_size_t
 _HANDLE, _ARRAY, _TEXT = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p
-_TEXTS, _SIZES = ctypes.POINTER(_TEXT), ctypes.POINTER(_SIZE)
+_TEXTS = ctypes.POINTER(_TEXT)
+_SIZES = ctypes.POINTER(_SIZE)
 # What each function of qaflora.h returns, and what it takes.
 Prototype = tuple[Any, list[Any]]
 _PROTOTYPES: dict[str, Prototype] = {

@@ -262,24 +262,13 @@ def _in_halves(module: Module, stems: tuple[str, str]) -> Parts:
 
 
 # The layouts that ARCH_FACTS names.
-_LAYOUTS = (
-    as_is,
-    rope_pairs,
-    grouped_qkv,
-    glm4_rows,
-    packed_rope_pairs,
-    grouped_rope_pairs,
-    granite_rows,
-    qwen3next_rows,
-    qwen35_rows,
-)
+_LAYOUTS: tuple[Layout, ...] = (as_is, rope_pairs, grouped_qkv, glm4_rows, packed_rope_pairs)
+_LAYOUTS += (grouped_rope_pairs, granite_rows, qwen3next_rows, qwen35_rows)
 _BY_NAME: Mapping[str, Layout] = {layout.__name__: layout for layout in _LAYOUTS}
-
 # general.architecture -> how its modules lie
 ARCHITECTURES: dict[str, Layout] = {}
 # Architecture -> why its adapters are refused
 REFUSED: dict[str, str] = {}
-
 for _name, _facts in ARCH_FACTS.items():
     if _facts.refused:
         REFUSED[_name] = REASONS[_facts.refused]
@@ -287,6 +276,5 @@ for _name, _facts in ARCH_FACTS.items():
         ARCHITECTURES[_name] = _BY_NAME[_facts.layout]
     else:
         ARCHITECTURES[_name] = halves(**_facts.layout)
-
 # Those whose experts may be adapted: in HF and in a GGUF alike, each has gate, up and down.
 MIXTURES = tuple(name for name, facts in ARCH_FACTS.items() if facts.experts)

@@ -208,7 +208,6 @@ def _scaled(values: F32, factor: float) -> F32:
 
 
 MAX_STACKED_BYTES = 1 << 32  # of lora_a or lora_b as F32: 512 experts of rank 256 and 8192 inputs
-
 # A language model inside a multimodal one, and what its modules are called on their own; these are
 # tried after the name itself, in order.
 _PREFIXES = {

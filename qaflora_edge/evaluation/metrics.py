@@ -15,7 +15,6 @@ from qaflora_edge.errors import TaskFileError
 
 CHOICES_MAX = 26  # one for each letter
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
-
 Fields = Mapping[str, Any]
 # A field of an item, and what it should be; None where all is well.
 Fault = tuple[str, str] | None
@@ -96,7 +95,6 @@ def metrics() -> dict[str, Metric]:
 
 
 def _any_of(is_right: Callable[[str, Any], bool]) -> Callable[[str, Fields], float]:
-
     def score(text: str, fields: Fields) -> float:
         answers = listed(fields["answer"])
         return float(any(is_right(text, answer) for answer in answers))
@@ -136,19 +134,15 @@ def choice_score(log_probs: Sequence[F32], fields: Fields) -> dict[str, Any]:
 
     log_probs  of each choice's tokens, in nats: float32 [n_token] each
     """
-    means = []
-    sums = []
-    for of_choice in log_probs:
-        means.append(float(of_choice.mean(dtype=np.float64)))
-        total = float(of_choice.sum(dtype=np.float64))
-        sums.append(round(total, 4))
+    means = [float(of_choice.mean(dtype=np.float64)) for of_choice in log_probs]
+    sums = [float(of_choice.sum(dtype=np.float64)) for of_choice in log_probs]
     best = int(np.argmax(means))
     is_alone = means.count(means[best]) == 1
     is_right = best == fields["answer"] and is_alone
     return {
         "score": float(is_right),
         "answer": fields["choices"][best],
-        "log_probs": sums,
+        "log_probs": [round(total, 4) for total in sums],
         "n_tokens": [len(of_choice) for of_choice in log_probs],
     }
 
@@ -191,9 +185,7 @@ _METRICS = (
 )
 BUILT_IN = {metric.name: metric for metric in _METRICS}
 
-
 # the number that an answer ends with, as people of many languages write numbers
-
 _GAP = "[ \u00a0\u2009\u202f]"  # between thousands, or between two numbers
 _APOSTROPHE = re.compile(r"(?<=\d)['’٬](?=\d{3}(?!\d))")
 # A minus that follows a word is a hyphen.

@@ -43,12 +43,9 @@ def header(
     # What some strategies use: a file from before a calibration is of another evaluation.
     measured = [fusion.get("typical"), fusion.get("samples")]
     measured_json = json.dumps(measured, sort_keys=True)
-    adapters = []
-    for name in engine.adapters:
-        adapters.append({"name": name, "sha256": identity["adapters"][name]})
-    asked = []
-    for task in tasks:
-        asked.append({key: getattr(task, key) for key in TASK_FACTS})
+    sha256 = identity["adapters"]
+    adapters = [{"name": name, "sha256": sha256[name]} for name in engine.adapters]
+    asked = [{key: getattr(task, key) for key in TASK_FACTS} for task in tasks]
     return {
         "eval": 1,
         "version": __version__,

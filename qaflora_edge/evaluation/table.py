@@ -132,11 +132,9 @@ class Cell:
 
     def scored(self, strategy: str | None) -> dict[int, float]:
         """Scores as they were written, 0 to 1 or nats, by item; without those that failed."""
-        scores = {}
-        for item, record in self.rows.get(strategy or "", {}).items():
-            if record["score"] is not None:
-                scores[item] = record["score"]
-        return scores
+        records = self.rows.get(strategy or "", {})
+        scores = {item: record["score"] for item, record in records.items()}
+        return {item: score for item, score in scores.items() if score is not None}
 
     def scores(self, strategy: str) -> F64:
         """Scores of the items that have one: float64 [n_item]."""
@@ -148,30 +146,22 @@ class Cell:
 
         Differences of scores as they were written, over the items that both have.
         """
+        ours = self.scored(strategy)
         theirs = self.scored(over)
-        differences = []
-        for item, score in self.scored(strategy).items():
-            if item in theirs:
-                differences.append(score - theirs[item])
+        differences = [ours[item] - theirs[item] for item in ours if item in theirs]
         gains = np.array(differences, np.float64)
         return -gains if self.unit == NATS else gains
 
     def best_single(self) -> str | None:
         """Find the single adapter with the best mean, in hindsight: on these items."""
-        names = []
-        for adapter in self.adapters:
-            name = f"{SINGLE}{adapter}"
-            if self.scored(name):
-                names.append(name)
-        return best([self], names)
+        names = [f"{SINGLE}{adapter}" for adapter in self.adapters]
+        return best([self], [name for name in names if self.scored(name)])
 
 
 def cells(results: Results) -> list[Cell]:
     """Sort records by task and strategy, in the order asked for: answers end in another one."""
     adapters = [adapter["name"] for adapter in results.header["adapters"]]
-    by_name = {}
-    for task in results.header["tasks"]:
-        by_name[task["name"]] = Cell(task, adapters)
+    by_name = {task["name"]: Cell(task, adapters) for task in results.header["tasks"]}
     order = results.strategies
 
     def place(record: Record) -> int:
@@ -191,9 +181,7 @@ def gain(tasks: Sequence[Cell], strategy: str, others: Sequence[str | None]) -> 
     """
     if all(other == strategy for other in others):
         return None
-    gains = []
-    for cell, other in zip(tasks, others, strict=True):
-        gains.append(cell.gains(strategy, other))
+    gains = [cell.gains(strategy, other) for cell, other in zip(tasks, others, strict=True)]
     if not all(map(len, gains)):
         return None
     return difference(gains, is_right=tasks[0].unit == POINTS)

@@ -204,7 +204,6 @@ def _filled(template: str, fields: Fields) -> str:
 IDENTITY = ("bundle", "base", "adapters", "n_layer", "measured", "tasks", "options")
 BEGIN = b'{"eval": '  # of every file
 RESULTS_ADVICE = "Give a file that `qaflora eval -o` has written."
-
 Record = Mapping[str, Any]
 
 
@@ -317,7 +316,6 @@ def _key(record: Record) -> tuple[str, int, str]:
 
 
 def _read(path: Path) -> tuple[list[Record], int]:
-    """Read whole lines, and count their bytes."""
     with (
         os_errors(ResultsFileError, f"Cannot read {path}", RESULTS_ADVICE),
         open_input(path) as file,

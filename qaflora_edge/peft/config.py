@@ -29,21 +29,17 @@ MAX_CONFIG_BYTES = 1 << 22
 MAX_PATTERN_LENGTH = 256
 MAX_STEPS = 1 << 27  # to match a pattern with a long name: three unbounded repeats, 46 choices
 MAX_WORK = 1 << 31  # steps to match all patterns with all modules; half a minute
-
 MERGE = "Merge the adapter into its base, or train a plain LoRA."
 CONVERT = "Save it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)."
 # Named initialisations that leave the base as it is; others subtract their start from the base.
 PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
-
 # Features that a plain LoRA cannot represent, by field and by kind of adapter (of PEFT 0.21,
 # peft/utils/peft_types.py): why, and what to do. Tensors: a pattern of the name -> what it is.
 REFUSED: Object = json.loads(package_data("data/refused.json").read_text("utf-8"))
 _OTHER_TYPE = ("only LoRA can be represented", MERGE)
-
 _UNBOUNDED = re.compile(r"[*+{]")
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
 _IN_BRACKETS = re.compile(r"\[\^?\]?[^\]]*\]")
-
 Rule = Collection[str] | str  # modules, by names or ends of names, or one expression
 
 

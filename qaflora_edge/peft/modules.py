@@ -77,7 +77,6 @@ def read_safetensors(path: AnyPath) -> dict[str, StoredTensor]:
     import safetensors
 
     path = Path(path)
-
     try:
         with reading(path), open_input(path) as file:
             n_header = int.from_bytes(file.read(8), "little")

@@ -92,7 +92,6 @@ def _draw_cells(
 
 
 def _draw_legend(root: Element, y: int, fusion: FusionWeights) -> None:
-    """Draw the scale from its lowest weight to its highest."""
     low, high = scale(fusion)
     _text(root, MARGIN, y + 10, f"weight {low:g}", size=11)
     x = MARGIN + 68

@@ -71,7 +71,6 @@ def spelt(text: str) -> str:
     Tabs and line ends stay; so do marks inside words, such as the joiners of emoji. Surrogates and
     U+FFFE are no text, and XML has no way to write them.
     """
-
     if text.isprintable():  # quick: nothing of it is in most texts
         return text
     chars = []
