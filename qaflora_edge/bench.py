@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from qaflora_edge.backend import prefix
 from qaflora_edge.backend.context import Context, context_params
 from qaflora_edge.backend.library import logged
 from qaflora_edge.backend.model import PLACING, Model, Pack
@@ -184,8 +185,8 @@ def prefill(context: Context, tokens: Sequence[int]) -> None:
     if isinstance(context, StockContext):
         context.decode(tokens)
         return
-    for at, end in context.chunks().cut(tokens):
-        context.decode(tokens[at:end], start=at)
+    for _ in prefix.prefill(context, tokens, 0, "last"):
+        pass
 
 
 def take_turns(
@@ -214,9 +215,8 @@ def compared(key: str, runs: Sequence[Run], **others: Sequence[Run]) -> Row:
     figures = [run[key] for run in runs]
     row = {key: _spread(figures)}
     for name, their_runs in others.items():
-        ratios = []
-        for run, their_run in zip(runs, their_runs, strict=True):
-            ratios.append(run[key] / their_run[key])
+        pairs = zip(runs, their_runs, strict=True)
+        ratios = [run[key] / their_run[key] for run, their_run in pairs]
         row[name] = _spread(ratios)
     return row
 
@@ -358,9 +358,8 @@ def measure_callers(
 
     def run(n: int, way: str, turn: int) -> Run:
         requests = []
-        for caller in range(n):
-            request = {"prompt": prompts[turn][caller], "weights": mixes[way][caller]}
-            requests.append(request)
+        for prompt, mix in zip(prompts[turn][:n], mixes[way], strict=False):
+            requests.append({"prompt": prompt, "weights": mix})
         answers = engines[way].generate_many(
             requests, max_tokens=plan.max_tokens, logit_bias=never_end
         )

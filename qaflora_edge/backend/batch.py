@@ -168,10 +168,13 @@ class Chunks:
         """Count the rows of a prompt's beginning that take as long as n rows after `at` tokens."""
         return n * max(1, at // self.n_shallow)
 
-    def cut(self, tokens: Sequence[int], at: int = 0) -> Iterator[tuple[int, int]]:
-        """Give the begin and the end of each chunk from `at` on."""
-        while at < len(tokens):
-            end = self.end(tokens, at)
+    def cut(self, tokens: Sequence[int], at: int = 0, n_tail: int = 0) -> Iterator[tuple[int, int]]:
+        """Give the begin and the end of each chunk: of the last n_tail tokens, or of all before."""
+        limit = len(tokens) - n_tail
+        if at >= limit:
+            limit = len(tokens)
+        while at < limit:
+            end = self.end(tokens, at, n_tail)
             yield at, end
             at = end
 
@@ -203,7 +206,7 @@ class Chunks:
         n_tail_there  n_tail of the earlier prompt; None: the same
         returns  at most all tokens but the last n_tail, and the last one that is prefilled
         """
-        n_last = max(n_tail, 0 if n_after else 1)  # tokens that are prefilled in any case
+        n_last = n_tail if n_after else max(1, n_tail)  # tokens that are prefilled in any case
         n_most = min(n_common(read, tokens), len(tokens) - n_last)
         if n_tail_there is None:
             n_tail_there = n_tail

@@ -1,6 +1,6 @@
 """KV state that one query leaves to the next, and how a prompt is prefilled after it.
 
-The slots of answers reuse by the same rule of chunks: inference.scheduler.Slot.
+How much can be reused is Chunks.n_shared's matter, here and in a slot of answers.
 """
 
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
@@ -11,6 +11,7 @@ from qaflora_edge.backend.batch import Chunks, Outputs
 from qaflora_edge.backend.context import Context, KvState, n_ctx_for
 
 T = TypeVar("T")
+Ids = Sequence[int]  # of tokens
 # Yields the number of prefilled tokens, or None, between micro-batches; returns its result.
 Steps = Generator[int | None, None, T]
 _N_WORTH = 64  # tokens; to prefill fewer again is as quick as to keep them
@@ -27,12 +28,15 @@ def wiped_on_failure(context: Context) -> Iterator[None]:
 
 
 def prefill(
-    context: Context, tokens: Sequence[int], start: int, outputs: Outputs, *, n_seq: int = 1
+    context: Context, tokens: Ids, start: int, outputs: Outputs, *, n_tail: int = 0, n_seq: int = 1
 ) -> Steps[None]:
-    """Run tokens[start:] through the first n_seq sequences, a micro-batch at a time."""
-    chunks = context.chunks(n_seq)
-    for at, end in chunks.cut(tokens, start):
-        is_last = end == len(tokens)
+    """Run tokens[start:] through the first n_seq sequences, a micro-batch at a time.
+
+    n_tail  tokens at the end that are left out, or are all that is left, as Chunks.cut takes them
+    """
+    cuts = [*context.chunks(n_seq).cut(tokens, start, n_tail)]
+    for at, end in cuts:
+        is_last = (at, end) == cuts[-1]
         shown: Outputs = outputs if is_last or outputs == "all" else "none"
         context.decode(tokens[at:end], start=at, outputs=shown, n_seq=n_seq)
         if not is_last:
@@ -59,7 +63,7 @@ class Prefixes:
         self,
         context: Context,
         key: Hashable,
-        tokens: Sequence[int],
+        tokens: Ids,
         chunks: Chunks,
         *,
         n_exact: int | None = None,

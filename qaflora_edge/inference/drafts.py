@@ -11,10 +11,9 @@ from qaflora_edge.arrays import F32
 from qaflora_edge.backend.batch import Span
 from qaflora_edge.backend.context import Context, KvState
 from qaflora_edge.backend.model import Model, Pack
-from qaflora_edge.backend.prefix import GrowingContext, Steps, wiped_on_failure
+from qaflora_edge.backend.prefix import GrowingContext, Steps, prefill, wiped_on_failure
 from qaflora_edge.errors import BackendError
 from qaflora_edge.inference.sampler import no_numbers
-from qaflora_edge.inference.score import prefill_request
 from qaflora_edge.inference.sequence import Request, RunningSequence, Written, surprise
 from qaflora_edge.weighing.drafted import BASE, IN_WORDS, N_TOGETHER, Draft
 
@@ -124,8 +123,10 @@ class Drafter:
                     if row.name == BASE and is_new and is_whole and after_prompt is not None:
                         context.copy(0, row.seq)
                         row.choose(self._model, after_prompt)
-                context.keep(request.n_base, 0)
-                yield from prefill_request(context, request, request.n_base)
+                n_held = context.keep(request.n_base, 0)
+                if n_held < request.n_base:
+                    for _ in prefill(context, request.tokens, n_held, "none", n_tail=n_tail):
+                        yield None  # tokens of a draft are counted, not those of the prompt
                 for row in rows:
                     _begin(context, row, begun.get(row.name))
                 shown.tokens = rows[0].tokens
