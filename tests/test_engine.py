@@ -274,7 +274,7 @@ def test_run_forever_goes_on_after_a_change(engine, adapters) -> None:
     engine.remove_adapter("math")
     assert begun.text() == expected
     assert engine.generate(PROMPT, weights={"es": 1.0}, max_tokens=5).text() == expected
-    wait_until(lambda: engine._core.loop._is_served)
+    wait_until(lambda: engine._core.loop._driver.name == "SERVER")
     engine.close()
     thread.join(PATIENCE_S)
     assert not thread.is_alive()

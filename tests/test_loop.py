@@ -84,7 +84,7 @@ def test_a_step_that_fails_ends_what_it_was_for_and_no_more(parts, monkeypatch) 
                 with pytest.raises(RuntimeError, match="a step"):
                     running.result(PATIENCE_S)
             running = threads.submit(engine.run_forever)
-            wait_until(lambda: engine._core.loop._is_served)
+            wait_until(lambda: engine._core.loop._driver.name == "SERVER")
             assert engine.generate("the king", max_tokens=10).text() == expected
             engine.close()
             running.result(PATIENCE_S)

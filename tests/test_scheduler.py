@@ -20,7 +20,7 @@ from qaflora_edge.backend.context import Stop
 from qaflora_edge.errors import BackendError, CancelledError
 from qaflora_edge.inference.loop import Loop
 from qaflora_edge.inference.scheduler import Scheduler, Slot
-from qaflora_edge.inference.sequence import Request, RunningSequence
+from qaflora_edge.inference.sequence import Request, RunningSequence, State
 from qaflora_edge.weighing.probe import Listener
 
 CHUNKS = Chunks(6, 3, 3, lambda token: token == 0)  # 8 tokens at most
@@ -198,7 +198,7 @@ def test_cancelled_while_it_waits_while_it_is_read_and_while_it_answers() -> Non
 def test_the_base_answers_what_it_was_weighed_by_from_the_last_row_on(weight, n_computed) -> None:
     bench = Bench(1, is_exact=True)
     sequence = bench.add(range(1, 11), heard=Heard(0), n_base=6)
-    while not sequence.is_weighed:
+    while sequence.state is not State.WEIGHED:
         bench.step()
     bench.weigh(sequence, weight)
     ((span,),) = bench.step()
@@ -332,7 +332,7 @@ def test_a_prompt_that_is_prefilled_stays_in_its_slot() -> None:
     long = bench.add([5] * 40)
     bench.finish(between)
     bench.step()
-    assert (between.slot, long.slot, long.is_prefill) == (None, 2, True)
+    assert (between.slot, long.slot, long.state) == (None, 2, State.PREFILL)
 
 
 def test_who_weighs_is_woken_before_a_long_prompt_goes_on(monkeypatch) -> None:
@@ -351,7 +351,7 @@ def test_who_weighs_is_woken_before_a_long_prompt_goes_on(monkeypatch) -> None:
     thread.start()
     wait_until(lambda: long.n_past > 0)
     heard = bench.add([2] * 5, heard=Heard(0))
-    bench.loop.drive(lambda: heard.is_weighed)
+    bench.loop.drive(lambda: heard.state is State.WEIGHED)
     bench.weigh(heard, 1.0)
     bench.finish(heard)
     bench.loop.close()
@@ -405,7 +405,7 @@ def test_rows_are_decoded_in_the_order_of_adjacent_slots() -> None:
                 continue
             # who waits, or is read, moves later; what is read costs more than a run too many
             is_decoding = not bench.scheduler.waiting and not any(
-                sequence.is_prefill for sequence in bench.scheduler.running
+                sequence.state is State.PREFILL for sequence in bench.scheduler.running
             )
             batches = [[span.seq for span in spans] for spans in bench.step()]
             assert all(rows == sorted(set(rows)) for rows in batches)
@@ -493,7 +493,7 @@ def wrong_answers(seeds: Sequence[int]) -> int:
 def answer_weighed(bench: Bench, weighed: dict[RunningSequence, float]) -> int:
     """Let those go on that were weighed; how many were not given what they listen to."""
     n_wrong = 0
-    for sequence in [each for each in weighed if each.is_weighed]:
+    for sequence in [each for each in weighed if each.state is State.WEIGHED]:
         heard, tokens = sequence.listener, sequence.request.tokens
         nothing = np.zeros((1, 2), np.float32).tobytes()
         needed = range(heard.start, len(tokens))

@@ -72,7 +72,7 @@ def noted(monkeypatch) -> dict[int, list[F32]]:
     sample, decode = Runner._sample, Context.decode_spans
 
     def noting(self: Runner, sequence: Any, row: int) -> None:
-        found.setdefault(sequence.number, []).append(self._context.logits(row))
+        found.setdefault(sequence.number, []).append(self.context.logits(row))
         sample(self, sequence, row)
 
     monkeypatch.setattr(Runner, "_sample", noting)

@@ -29,7 +29,7 @@ def follow(
         return min(sequence.n_past, sequence.n_prompt)  # it may be answered already
 
     def is_read() -> bool:
-        return sequence.is_done or not sequence.is_prefill
+        return sequence.is_done or sequence.n_past >= sequence.n_prompt
 
     def has_more() -> bool:
         return is_read() or n_read() > n_told
@@ -168,7 +168,7 @@ class Generation(Iterator[str]):
         """Give log-probabilities of the tokens so far, where `logprobs` asked for them."""
         sequence = self._sequence
         is_all = sequence.is_done and not sequence.pieces
-        return list(sequence.logprobs if is_all else sequence.logprobs[: self._n_taken])
+        return sequence.logprobs[:] if is_all else sequence.logprobs[: self._n_taken]
 
     @property
     def prompt_logits(self) -> F32:

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
+from enum import Enum, auto
 from typing import Any
 
 from qaflora_edge.backend.context import Context, Stop, cancelled
@@ -10,11 +11,19 @@ from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import BackendError, BusyError, QafloraError
 from qaflora_edge.inference.runner import Runner
 from qaflora_edge.inference.scheduler import Job, Scheduler
-from qaflora_edge.inference.sequence import Cancellation, RunningSequence
+from qaflora_edge.inference.sequence import Cancellation, RunningSequence, State
 
 _POLL_S = 0.1  # for an event of a caller that cancels
 _PAUSE_S = 0.005
 _UNUSED_S = 300.0  # after which memory that no request has needed is given back
+
+
+class Driver(Enum):
+    """Name who computes: nobody now, a caller that waits, or the thread in run_forever."""
+
+    NOBODY = auto()
+    CALLER = auto()
+    SERVER = auto()
 
 
 class Loop:
@@ -28,16 +37,17 @@ class Loop:
     def __init__(
         self, vocabulary: Model, context: Context, scheduler: Scheduler, stop: Stop
     ) -> None:
-        self._scheduler, self._stop = scheduler, stop
+        self._scheduler = scheduler
+        self._stop = stop
         self._runner = Runner(vocabulary, context, self._computing)
         self._context = context
         self._n_ctx_first = context.n_ctx
         self._large_s = 0.0  # when a request last needed more
         self._turn = threading.Condition()
-        self._is_driven = self._is_closed = False
+        self._driver = Driver.NOBODY
+        self._is_closed = False
         self._closed = BusyError("This Engine was closed in the middle of a call.")
-        self._is_served = False  # by a thread in run_forever
-        self._is_left = False  # by that thread, for good
+        self._is_left = False  # by the thread in run_forever, for good
         self._now: Sequence[RunningSequence | Job] = ()  # who waits for the native call
 
     def add(self, sequence: RunningSequence) -> None:
@@ -98,17 +108,17 @@ class Loop:
         """Compute, or wait for the thread that does, until something is ready."""
         with self._turn:
             while not is_ready():
-                if self._is_driven or self._is_served:
+                if self._driver is not Driver.NOBODY:
                     self._turn.wait()
                     continue
                 if not self._scheduler.has_work and not self._is_closed:
                     self._turn.wait(_POLL_S)  # for the weights of a prompt
                     continue
-                self._is_driven = True
+                self._driver = Driver.CALLER
                 try:
                     self._step()
                 finally:
-                    self._is_driven = False
+                    self._driver = Driver.NOBODY
                     self._turn.notify_all()
 
     def run_forever(self) -> None:
@@ -119,9 +129,8 @@ class Loop:
         Raises what a step failed with, as do all callers that waited; it may be called again then.
         """
         with self._turn:
-            while self._is_driven or self._is_served:
-                self._turn.wait()
-            self._is_served = True
+            self._wait_for_driver()
+            self._driver = Driver.SERVER
             try:
                 while not (self._is_closed or self._is_left):
                     if self._scheduler.has_work:
@@ -136,7 +145,7 @@ class Loop:
                 self._end_all(failed)
                 raise
             finally:
-                self._is_served = False
+                self._driver = Driver.NOBODY
                 self._turn.notify_all()
 
     def stop_if_cancelled(self) -> None:
@@ -157,10 +166,13 @@ class Loop:
             self._is_closed = True
             self._stop.set()
             self._turn.notify_all()
-            while self._is_driven or self._is_served:
-                self._turn.wait()
+            self._wait_for_driver()
             self._end_all(self._closed)
             self._turn.notify_all()
+
+    def _wait_for_driver(self) -> None:
+        while self._driver is not Driver.NOBODY:
+            self._turn.wait()
 
     def _step(self) -> None:
         """Decide and compute one step; called with the lock, which is free during computation."""
@@ -171,7 +183,7 @@ class Loop:
         self._shrink_unused()
         step = self._scheduler.step()
         running = self._scheduler.running
-        prefilled = [each for each in running if each.is_prefill and each.listener is None]
+        prefilled = [s for s in running if s.state is State.PREFILL and s.listener is None]
         decoded = step.decode
         self._turn.release()
         start = time.perf_counter()
@@ -182,7 +194,7 @@ class Loop:
                 step.job.advance()
         except BaseException:
             self._runner.forget(self._scheduler.slots)
-            if not self._is_served:
+            if self._driver is not Driver.SERVER:
                 for sequence in self._scheduler.running:
                     sequence.fail(cancelled())
             raise
@@ -202,7 +214,8 @@ class Loop:
         self._scheduler.remove_ended()
 
     def _shrink_unused(self) -> None:
-        n_first, running = self._n_ctx_first, self._scheduler.running
+        n_first = self._n_ctx_first
+        running = self._scheduler.running
         now = time.monotonic()
         asking = (*self._scheduler.waiting, *running)
         if any(sequence.n_ctx > n_first for sequence in asking):
@@ -216,17 +229,16 @@ class Loop:
             self._now = waiting
             if not self._is_closed:
                 self._stop.clear()
-            if self._is_served:
+            if self._driver is Driver.SERVER:
                 self._turn.notify_all()
 
     def _end_cancelled(self) -> None:
         for sequence in (*self._scheduler.waiting, *self._scheduler.running):
             if sequence.is_cancelled and not sequence.is_done:
-                is_begun = sequence.slot is not None and not sequence.is_prefill
-                if not sequence.is_told and (not is_begun or sequence.is_weighed):
-                    sequence.fail(cancelled())
-                else:
+                if sequence.is_told or sequence.state is State.DECODE:
                     sequence.finish("cancelled")
+                else:
+                    sequence.fail(cancelled())
         for job in self._scheduler.jobs:
             if job.is_cancelled and not job.is_done:
                 job.fail(cancelled())

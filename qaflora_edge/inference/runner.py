@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -23,34 +24,31 @@ from qaflora_edge.inference.sequence import (
 )
 
 
+@dataclass(eq=False, repr=False)
 class Runner:
     """Prefill prompts and decode tokens in the slots of one context.
 
     computing  called before each native call with the sequences that wait for it
     """
 
-    def __init__(
-        self,
-        vocabulary: Model,
-        context: Context,
-        computing: Callable[[Sequence[RunningSequence]], None],
-    ) -> None:
-        self._vocabulary, self._context, self._computing = vocabulary, context, computing
-        self._spoilt: list[int] = []  # slots with states that are NaN
-        self._cut: set[int] = set()  # sequences with other chunks than the scheduler thinks
-        self._weights: dict[int, F32] = {}  # that each slot has
-        self._unread: set[int] = set()  # slots with a prompt prefilled in part: states may be NaN
+    vocabulary: Model
+    context: Context
+    computing: Callable[[Sequence[RunningSequence]], None]
+    _spoilt: list[int] = field(default_factory=list)  # slots with states that are NaN
+    _cut: set[int] = field(default_factory=set)  # sequences with other chunks than planned
+    _weights: dict[int, F32] = field(default_factory=dict)  # that each slot has
+    _unread: set[int] = field(default_factory=set)  # slots with part of a prompt: it may be NaN
 
     def run(self, step: Step, slots: Sequence[Slot]) -> None:
         """Compute a step, except its job. A failure ends only the sequences that it concerns."""
         for sequence, _ in step.admitted:
-            if sequence.n_ctx > self._context.n_ctx:
+            if sequence.n_ctx > self.context.n_ctx:
                 self._grow(sequence)
         for source, target in step.copies:
             self._copy(source, target)
         for source, target in step.moves:
             self._copy(source, target)
-            self._context.clear(source)
+            self.context.clear(source)
         for sequence, n_reused in step.admitted:
             self._admit(sequence, slots[_slot(sequence)], n_reused)
         if step.decode:
@@ -65,80 +63,87 @@ class Runner:
 
     def forget(self, slots: Sequence[Slot]) -> None:
         """Empty all slots, after an interruption."""
-        self._context.clear()
+        self.context.clear()
         for slot in slots:
             slot.forget()
 
     def _grow(self, sequence: RunningSequence) -> None:
         self._weights.clear()
         try:
-            self._context.resize(sequence.n_ctx)
+            self.context.resize(sequence.n_ctx)
         except (BackendError, OSError, MemoryError) as error:  # no memory for copies of KV states
             sequence.fail(BackendError(f"The context cannot grow: {error}"))
 
     def shrink(self, n_ctx: int, slots: Sequence[Slot]) -> None:
         """Give memory back, and with it the KV states of more than n_ctx tokens."""
         for slot in slots:
-            if len(self._context.tokens[slot.number]) > n_ctx:
-                self._context.clear(slot.number)
+            if len(self.context.tokens[slot.number]) > n_ctx:
+                self.context.clear(slot.number)
                 slot.forget()
         self._weights.clear()
         with contextlib.suppress(BackendError, MemoryError):  # nothing changes then
-            self._context.resize(n_ctx)
+            self.context.resize(n_ctx)
         trim()
 
     def _copy(self, source: int, target: int) -> None:
         if target in self._unread:
             self._clean(target)
-        self._context.copy(source, target)
+        self.context.copy(source, target)
         if source in self._unread:
             self._unread.add(target)
 
     def _clean(self, number: int) -> None:
         self._unread.discard(number)
-        self._context.clean(number)
+        self.context.clean(number)
 
     def _admit(self, sequence: RunningSequence, slot: Slot, n_reused: int) -> None:
         if n_reused == 0 and slot.number in self._unread:
             self._clean(slot.number)
-        sequence.n_past = sequence.n_cached = self._context.keep(n_reused, slot.number)
-        if sequence.n_past < n_reused:  # the memory could not forget what came after it
+        n_kept = self.context.keep(n_reused, slot.number)
+        sequence.n_past = n_kept
+        sequence.n_cached = n_kept
+        if n_kept < n_reused:  # the memory could not forget what came after it
             slot.hold(sequence, 0)
             self._cut.add(sequence.number)
 
     def _prefill(self, sequence: RunningSequence, slot: Slot, n: int) -> None:
+        """Compute one chunk: the scheduler's turns drive it, not the loop of prefix.prefill."""
         if sequence.written is not None:
             self._take_over(sequence, slot, sequence.written)
             return
-        start, listener = sequence.n_past, sequence.listener
-        if sequence.number in self._cut or self._context.keep(start, slot.number) < start:
+        start = sequence.n_past
+        listener = sequence.listener
+        if sequence.number in self._cut or self.context.keep(start, slot.number) < start:
             self._cut.discard(sequence.number)  # its chunk begins elsewhere: next time
             sequence.n_past = 0
             slot.hold(sequence, 0)
             return
-        tokens = sequence.request.tokens[start : start + n]
-        is_last = start + len(tokens) == sequence.n_prompt
-        self._computing([sequence])
+        end = start + n
+        tokens = sequence.request.tokens[start:end]
+        is_last = end == sequence.n_prompt
+        self.computing([sequence])
         self._unread.add(slot.number)
         self._set_weights(sequence, slot.number)
-        hears = listener if listener and start + len(tokens) > listener.start else None
-        scored = [at - start for at in hears.scored if 0 <= at - start < n] if hears else []
+        hears = listener if listener and end > listener.start else None
+        scored: list[int] = []  # rows
+        if hears:
+            scored = [at - start for at in hears.scored if start <= at < end]
         hears_next = bool(is_last and hears and hears.hears_next)
-        last = len(tokens) - 1
+        last = n - 1
         outputs: Outputs = [*scored, last] if hears_next else scored
         if is_last and listener is None:
             outputs = "last"
         try:
             if hears:
-                self._context.capture_begin("inputs")
-            (last_row,) = self._context.decode_spans([Span(slot.number, tokens, start, outputs)])
+                self.context.capture_begin("inputs")
+            (last_row,) = self.context.decode_spans([Span(slot.number, tokens, start, outputs)])
             if hears:
-                hears.take(start, self._context.inputs(slot.number, len(tokens)))
+                hears.take(start, self.context.inputs(slot.number, n))
                 for row in scored:
                     next_token = sequence.request.tokens[start + row + 1]
-                    hears.nats += surprise(self._context.logits_view(row), next_token)
+                    hears.nats += surprise(self.context.logits_view(row), next_token)
                 if hears_next:
-                    hears.next_logits = self._context.logits_view(last).copy()
+                    hears.next_logits = self.context.logits_view(last).copy()
         except CancelledError:
             return  # the scheduler's owner ends it
         except BackendError as error:
@@ -146,8 +151,8 @@ class Runner:
             return
         finally:
             if hears:
-                self._context.capture_begin("none")
-        sequence.n_past += len(tokens)
+                self.context.capture_begin("none")
+        sequence.n_past = end
         slot.tokens.extend(tokens)
         if is_last:
             self._unread.discard(slot.number)
@@ -160,16 +165,16 @@ class Runner:
         assert written.state is not None
         sequence.written = None
         try:
-            self._context.load_sequence(slot.number, written.state)
+            self.context.load_sequence(slot.number, written.state)
         except BackendError:  # another shape: the prompt is prefilled, as without a draft
             sequence.n_past = 0
             slot.hold(sequence, 0)
             return
         sequence.n_past = len(written.state.tokens)
         for token, logprob in zip(draft.tokens, draft.logprobs, strict=True):
-            data = self._vocabulary.piece(token)
+            data = self.vocabulary.piece(token)
             if sequence.request.sampling.logprobs is not None:
-                spelling = self._vocabulary.piece(token, special=True)
+                spelling = self.vocabulary.piece(token, special=True)
                 entry = TokenLogprob(token, spelling, logprob, n_shown=len(data))
                 sequence.logprobs.append(entry)
             sequence.take(token, data)
@@ -179,43 +184,44 @@ class Runner:
             sequence.finish("stop")
         # What is held has to be what was shown, where the answer has ended before the draft.
         n_held = sequence.n_prompt + len(sequence.answer)
-        sequence.n_past = self._context.keep(min(sequence.n_past, n_held), slot.number)
-        slot.tokens = list(self._context.tokens[slot.number])
+        sequence.n_past = self.context.keep(min(sequence.n_past, n_held), slot.number)
+        slot.tokens = list(self.context.tokens[slot.number])
 
     def _set_weights(self, sequence: RunningSequence, slot: int) -> None:
         weights = sequence.request.next_weights(sequence.n_past)
         if self._weights.get(slot) is not weights:
-            self._context.set_weights(weights, seq=slot)
+            self.context.set_weights(weights, seq=slot)
             self._weights[slot] = weights
 
     def _begin(self, sequence: RunningSequence, row: int) -> None:
-        if np.isnan(self._context.logits_view(row)).any():
+        if np.isnan(self.context.logits_view(row)).any():
             self._spoilt.append(_slot(sequence))
             adapters = f" ({', '.join(sequence.request.adapters) or 'none'})"
             sequence.fail(no_numbers("The logits after the prompt", adapters))
         elif sequence.n_max == 0:
-            sequence.logits = self._context.logits_view(row).copy()
+            sequence.logits = self.context.logits_view(row).copy()
             sequence.finish("length")
         else:
             self._sample(sequence, row)
 
     def _decode(self, group: Sequence[RunningSequence], slots: Sequence[Slot]) -> None:
         spans = []
-        for sequence, guess in zip(group, guess_together(group, self._context.n_ctx), strict=True):
+        for sequence, guess in zip(group, guess_together(group, self.context.n_ctx), strict=True):
             assert sequence.next_token is not None
             tokens = [sequence.next_token, *guess]
             spans.append(Span(_slot(sequence), tokens, sequence.n_past, "all"))
             self._set_weights(sequence, _slot(sequence))
-        self._computing(group)
+        self.computing(group)
         try:
-            rows = self._context.decode_spans(spans)
+            rows = self.context.decode_spans(spans)
         except CancelledError:
             return
         except BackendError as error:
             self._decode_apart(group, slots, error)
             return
         for sequence, span, row in zip(group, spans, rows, strict=True):
-            self._choose(sequence, slots[span.seq], span, row + 1 - len(span.tokens), len(group))
+            first_row = row + 1 - len(span.tokens)
+            self._choose(sequence, slots[span.seq], span, first_row, len(group))
 
     def _choose(
         self, sequence: RunningSequence, slot: Slot, span: Span, row: int, n_sequence: int
@@ -231,7 +237,7 @@ class Runner:
             self._sample(sequence, row)
             row += 1
         if sequence.guesser is not None and len(span.tokens) > 1:
-            self._context.keep(sequence.n_past, slot.number)
+            self.context.keep(sequence.n_past, slot.number)
             n_guessed = len(span.tokens) - 1
             n_right = sequence.n_past - n_before - 1
             sequence.guesser.learn(n_guessed, n_right, n_sequence)
@@ -242,7 +248,7 @@ class Runner:
         self, group: Sequence[RunningSequence], slots: Sequence[Slot], error: BackendError
     ) -> None:
         for sequence in group:
-            is_lost = len(self._context.tokens[_slot(sequence)]) != sequence.n_past
+            is_lost = len(self.context.tokens[_slot(sequence)]) != sequence.n_past
             if len(group) == 1 or is_lost:  # states that cannot be taken back are lost
                 sequence.fail(error)
             else:
@@ -251,19 +257,19 @@ class Runner:
     def _sample(self, sequence: RunningSequence, row: int) -> None:
         assert sequence.sampler is not None
         try:
-            token = sequence.sampler.sample(self._context, row)
-            if self._vocabulary.is_end(token) and sequence.close_thought():
-                token = sequence.sampler.sample(self._context, row)
+            token = sequence.sampler.sample(self.context, row)
+            if self.vocabulary.is_end(token) and sequence.close_thought():
+                token = sequence.sampler.sample(self.context, row)
         except QafloraError as error:
             if isinstance(error, BackendError):  # no numbers
                 self._spoilt.append(_slot(sequence))
             sequence.fail(error)
             return
-        piece = self._vocabulary.piece
-        data = None if self._vocabulary.is_end(token) else sequence.tags.get(token) or piece(token)
+        piece = self.vocabulary.piece
+        data = None if self.vocabulary.is_end(token) else sequence.tags.get(token) or piece(token)
         n_top = sequence.request.sampling.logprobs
         if n_top is not None and data is not None:
-            logits = self._context.logits_view(row)
+            logits = self.context.logits_view(row)
             spelt = partial(piece, special=True)
             entry = token_logprob(logits, token, n_top, spelt, len(data))
             sequence.logprobs.append(entry)

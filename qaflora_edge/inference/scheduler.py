@@ -7,9 +7,10 @@ from typing import Any, Self
 
 from qaflora_edge.backend.batch import Chunks
 from qaflora_edge.errors import QafloraError
-from qaflora_edge.inference.sequence import Cancellation, RunningSequence
+from qaflora_edge.inference.sequence import Cancellation, RunningSequence, State
 
 
+@dataclass(eq=False, repr=False)
 class Job:
     """Advance work other than answers, such as a probe, by one micro-batch at a time.
 
@@ -17,25 +18,22 @@ class Job:
     n_done  the last number that the generator yielded
     """
 
-    def __init__(
-        self, kind: str, steps: Generator[int | None, None, Any], cancellation: Cancellation
-    ) -> None:
-        self.kind = kind
-        self._steps = steps
-        self._cancellation = cancellation
-        self.is_done = False
-        self.n_done = 0
-        self.result: Any = None
-        self.error: BaseException | None = None
+    kind: str
+    steps: Generator[int | None, None, Any]
+    cancellation: Cancellation
+    is_done: bool = False
+    n_done: int = 0
+    result: Any = None
+    error: BaseException | None = None
 
     @property
     def is_cancelled(self) -> bool:
-        return self._cancellation.is_set
+        return self.cancellation.is_set
 
     def advance(self) -> None:
         """Compute the next part; an error is kept for the caller that waits."""
         try:
-            self.n_done = next(self._steps) or self.n_done
+            self.n_done = next(self.steps) or self.n_done
         except StopIteration as end:
             self.result = end.value
             self.is_done = True
@@ -46,7 +44,7 @@ class Job:
                 raise
 
     def fail(self, error: QafloraError) -> None:
-        self._steps.close()
+        self.steps.close()
         self.error = error
         self.is_done = True
 
@@ -194,7 +192,7 @@ class Scheduler:
         """Tell whether a step would compute, or end, anything."""
         running = self.running
         can_admit = self.waiting and len(running) < self.n_running
-        is_active = any(not each.is_weighed or each.is_cancelled for each in running)
+        is_active = any(s.state is not State.WEIGHED or s.is_cancelled for s in running)
         return bool(self.jobs or is_active or can_admit)
 
     def remove_ended(self) -> None:
@@ -202,10 +200,11 @@ class Scheduler:
         self.waiting = deque(s for s in self.waiting if not s.is_done)
         self.jobs = deque(job for job in self.jobs if not job.is_done)
         for slot in self.slots:
-            if slot.sequence is not None and slot.sequence.is_done:
-                if slot.sequence.is_prefill:  # where the next chunk would have ended is unknown
+            sequence = slot.sequence
+            if sequence is not None and sequence.is_done:
+                if sequence.n_past < sequence.n_prompt:  # where its next chunk ends is unknown
                     slot.n_exact = 0
-                slot.sequence.slot = None
+                sequence.slot = None
                 slot.sequence = None
 
     def step(self) -> Step:
@@ -214,7 +213,7 @@ class Scheduler:
         self._admit(step)
         self._move(step)
         running = self.running
-        step.decode = [each for each in running if not each.is_prefill and not each.is_weighed]
+        step.decode = [sequence for sequence in running if sequence.state is State.DECODE]
         prefills = self._prefills(running)
         if self.jobs and (self._is_jobs_turn or not prefills):
             # Kinds alternate: a long job of one kind does not block another kind.
@@ -246,7 +245,7 @@ class Scheduler:
 
     def _prefills(self, running: list[RunningSequence]) -> list[RunningSequence]:
         """List what is prefilled in this step: a long prompt, or short ones in order of arrival."""
-        prefills = [sequence for sequence in running if sequence.is_prefill]
+        prefills = [sequence for sequence in running if sequence.state is State.PREFILL]
         prefills.sort(key=lambda sequence: sequence.number)
         long = [sequence for sequence in prefills if self._is_long(sequence)]
         short = [sequence for sequence in prefills if sequence not in long]
@@ -256,7 +255,8 @@ class Scheduler:
         if short and short[0].number < long[0].number:
             return short
         self._is_shortest_turn = not self._is_shortest_turn
-        return [min(long, key=_n_new) if self._is_shortest_turn else long[0]]
+        chosen = min(long, key=_n_new) if self._is_shortest_turn else long[0]
+        return [chosen]
 
     def _admit(self, step: Step) -> None:
         """Give slots in the order of arrival; who waits for a prompt to reuse lets others pass."""
@@ -271,7 +271,7 @@ class Scheduler:
             # What can be reused once all prompts are prefilled that are begun is worth a wait.
             n_soon = 0
             for other in self.slots:
-                if other.sequence is not None and other.sequence.is_prefill:
+                if other.sequence is not None and other.sequence.state is State.PREFILL:
                     n_soon = max(n_soon, other.n_reused(sequence, self._chunks, is_soon=True))
             n_least = self._chunks.n_least
             if n_soon >= max(n_here, n_there) + n_least:
@@ -319,7 +319,10 @@ class Scheduler:
         A sequence that moves replaces KV state that is not in use. None moves while its prompt is
         prefilled: a slot with states that nobody has read is zeroed before it is used again.
         """
-        decoding = [slot for slot in self.slots if slot.sequence and not slot.sequence.is_prefill]
+        decoding = []
+        for slot in self.slots:
+            if slot.sequence is not None and slot.sequence.state is not State.PREFILL:
+                decoding.append(slot)
         for target in self.slots:
             if not decoding or not decoding[0].number < target.number < decoding[-1].number:
                 continue

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum, auto
 from functools import cached_property
 from typing import TYPE_CHECKING, Self
 
@@ -161,8 +162,19 @@ class Written:
     state: "KvState | None"
 
 
+class State(Enum):
+    """Name what a sequence does: it goes through these in order, and may end in any of them."""
+
+    WAITING = auto()
+    PREFILL = auto()
+    WEIGHED = auto()  # its listener has all of the prompt; it waits for weights
+    DECODE = auto()
+    DONE = auto()
+
+
+@dataclass(eq=False, repr=False)
 class RunningSequence:
-    """Follow a request: waiting, prefill, decoding, done.
+    """Follow a request from state to state.
 
     With a listener it is weighed first: the base prefills all of its prompt, and it keeps its slot
     until Loop.resume() or Loop.end().
@@ -182,31 +194,28 @@ class RunningSequence:
     error       why there is no answer; finish_reason is "error" then
     """
 
-    def __init__(
-        self,
-        request: Request,
-        sampler: "Sampler | None",
-        n_max: int,
-        n_ctx: int = 0,
-        listener: "Listener | None" = None,
-    ) -> None:
-        self.number = next(_numbers)
-        self.n_ctx = n_ctx
-        self.listener = listener
-        self.slot: int | None = None
-        self.start(request, sampler, n_max)
-        self.n_past = 0
-        self.n_cached = 0
-        self.next_token: int | None = None
-        self.answer: list[int] = []
-        self.pieces: deque[tuple[str, int, bool]] = deque()
-        self.n_thought = 0
-        self.logprobs: list[TokenLogprob] = []
-        self.timings = Timings()
-        self.logits: F32 | None = None
-        self.finish_reason: str | None = None
-        self.is_whole = True
-        self.error: QafloraError | None = None
+    request: Request
+    sampler: "Sampler | None"
+    n_max: int
+    n_ctx: int = 0
+    listener: "Listener | None" = None
+    number: int = field(default_factory=_numbers.__next__)
+    slot: int | None = None
+    n_past: int = 0
+    n_cached: int = 0
+    next_token: int | None = None
+    answer: list[int] = field(default_factory=list)
+    pieces: deque[tuple[str, int, bool]] = field(default_factory=deque)
+    n_thought: int = 0
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    timings: Timings = field(default_factory=Timings)
+    logits: F32 | None = None
+    finish_reason: str | None = None
+    is_whole: bool = True
+    error: QafloraError | None = None
+
+    def __post_init__(self) -> None:
+        self.start(self.request, self.sampler, self.n_max)
 
     def start(self, request: Request, sampler: "Sampler | None", n_max: int) -> None:
         """Follow this request, with the same prompt as the one before."""
@@ -230,13 +239,14 @@ class RunningSequence:
         return len(self.request.tokens)
 
     @property
-    def is_prefill(self) -> bool:
-        return self.n_past < self.n_prompt
-
-    @property
-    def is_weighed(self) -> bool:
-        """Tell whether its listener has all of the prompt, and it waits for weights."""
-        return self.listener is not None and not self.is_prefill
+    def state(self) -> State:
+        if self.finish_reason is not None:
+            return State.DONE
+        if self.slot is None:
+            return State.WAITING
+        if self.n_past < self.n_prompt:
+            return State.PREFILL
+        return State.DECODE if self.listener is None else State.WEIGHED
 
     @property
     def is_done(self) -> bool:
