@@ -91,20 +91,24 @@ class Core:
         sizes: Callable[[], Sequence["AttentionSizes"]],
         **options: Any,
     ) -> None:
-        self.adapters, self.options = tuple(adapters), options
+        self.adapters = tuple(adapters)
+        self.options = options
         self.is_closed = False
         self._idle = threading.Condition()
         self._n_call: dict[int, int] = {}  # by thread
         self._cancellations: weakref.WeakSet[Cancellation] = weakref.WeakSet()
         self._cancelling = threading.RLock()  # all threads change that set
-        stop = options["stop"] = Stop()
+        stop = Stop()
+        options["stop"] = stop
         resources = ExitStack()  # which is closed from the last to the first
-        enter, self._free = resources.enter_context, resources.close
+        self._resources = resources
+        enter = resources.enter_context
         resources.callback(trim)
         weakref.finalize(self, resources.close).atexit = False
         infos = [*adapters.values()]
         try:
-            self.model = model = enter(shared_model(base, placing))
+            model = enter(shared_model(base, placing))
+            self.model = model
             paths = [info.path for info in infos]
             self.pack = enter(Pack(model, paths, adapter_type=adapter_type))
             if n_ctx is None:
@@ -118,7 +122,8 @@ class Core:
             shape: Any = {"n_ctx": self._n_first, "n_seq": n_parallel + 1}
             # Rows that are scored, and the last one behind them.
             shape["n_output"] = max(n_parallel, N_OUTPUT) + 1
-            self.context = context = enter(Context(model, self.pack, **shape, **options))
+            context = enter(Context(model, self.pack, **shape, **options))
+            self.context = context
             has_alike = self.pack.n_alike >= N_OUTPUT and not model.is_recurrent
             self._is_exact = context.is_flash_off and has_alike  # see Chunks
             self.draft = self._drafts(draft)
@@ -136,9 +141,8 @@ class Core:
             scheduler = Scheduler(n_parallel + 1, chunks, n_parallel)
             self.loop = enter(closing(Loop(model, context, scheduler, stop)))
         except BaseException:
-            self._free()
+            resources.close()
             raise
-        self._free_later = resources.callback
 
     @cached_property
     def scorer(self) -> "Scorer":
@@ -146,7 +150,7 @@ class Core:
         from qaflora_edge.inference.score import Scorer
 
         scorer = Scorer(self.model, self.pack, self.options)
-        self._free_later(scorer.close)
+        self._resources.callback(scorer.close)
         return scorer
 
     @cached_property
@@ -158,7 +162,7 @@ class Core:
         if self.model.is_on_cpu:  # KV states go from one to the other: both with flash, or without
             options["flash_attn"] = not self.context.is_flash_off
         drafter = Drafter(self.model, self.pack, options)
-        self._free_later(drafter.close)
+        self._resources.callback(drafter.close)
         return drafter
 
     def _drafts(self, asked: int | str) -> int | None:
@@ -217,7 +221,7 @@ class Core:
         self.loop.close()
         with self._idle:
             self._idle.wait_for(lambda: not self._n_call)
-        self._free()
+        self._resources.close()
 
     def cancellation(self, event: threading.Event | None = None) -> Cancellation:
         """Make what ends one call: cancel() does, and so does an event that its caller sets."""
@@ -358,8 +362,9 @@ class Core:
 
     def n_ctx_for(self, n_prompt: int, n_answer: int | None) -> int:
         """Size a slot for a prompt and an answer; None: without a limit."""
-        n_token = n_prompt + (_N_ANSWER if n_answer is None else n_answer)
-        return min(self.n_ctx, max(self._n_first, n_ctx_for(n_token)))
+        if n_answer is None:
+            n_answer = _N_ANSWER
+        return min(self.n_ctx, max(self._n_first, n_ctx_for(n_prompt + n_answer)))
 
     def failed(self, error: QafloraError) -> Generation:
         """Make an answer that failed before its request was made."""
@@ -407,8 +412,9 @@ class Probes:
         return self
 
     def divergence(self, measure: Measure = "kl") -> F64:
-        where = self.query.lens, self.query.pool, self.query.question
-        return self._run(self._core.prober.divergence(self._tokens, self._rows, measure, *where))
+        query = self.query
+        measured = partial(self._core.prober.divergence, self._tokens, self._rows, measure)
+        return self._run(measured(query.lens, query.pool, query.question))
 
     def states(self) -> F32:
         query = self.query
@@ -420,8 +426,10 @@ class Probes:
 
     def added(self) -> F64:
         query = self.query
-        where = query.question, len(self._tokens), N_OUTPUT * query.is_chat
-        return np.array(self._listen(self._core.prober.added(self._rows, *where)))
+        n_scored = N_OUTPUT * query.is_chat
+        end = len(self._tokens)
+        listener = self._core.prober.added(self._rows, query.question, end, n_scored)
+        return np.array(self._listen(listener))
 
     def surprise(self) -> float:
         return self._after_added().nats
@@ -437,7 +445,6 @@ class Probes:
         return surprise(next_logits, token)
 
     def _after_added(self) -> "Listener":
-        """Give what added() has heard of the query."""
         if self._heard is None:
             self.added()
         assert self._heard is not None
@@ -460,7 +467,8 @@ class Probes:
     def _listen(self, listener: "Listener") -> Any:
         self.end()
         self._heard = listener
-        core, tokens = self._core, self.query.tokens
+        core = self._core
+        tokens = self.query.tokens
         nothing = np.zeros((len(core.adapters), core.model.n_layer), np.float32)
         n_base = n_base_of(len(tokens))
         request = Request(tokens, nothing, n_base=n_base, cancellation=self._cancellation)
@@ -489,8 +497,11 @@ class Probes:
         answering = None  # whose draft the answer begins with, if these stay the weights
         if answer is not None:
             weights = core.all_weights(self.query.adapters, answer)
-            alike = (name for name, other in asked.items() if (weights == other).all())
-            answering = next(alike, ANSWER if weights.any() else BASE)
+            answering = ANSWER if weights.any() else BASE
+            for name, other in asked.items():
+                if (weights == other).all():
+                    answering = name
+                    break
             asked[answering] = weights
         missing = {
             name: weights

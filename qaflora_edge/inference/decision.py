@@ -103,35 +103,41 @@ def decide(
         for name in weigher.adapters:
             mixes[name] = f"single:{name}"
     fusions = {}
-    requests: dict[Any, Request] = {}
-    blanks = {}
+    requests: dict[Any, Request] = {}  # of a mix, and of a blank that is not remembered
+    blank_keys = {}
     remembered = core.scorer.remembered
+    if len(remembered) > MAX_REMEMBERED:
+        remembered.clear()
+    unasked = dict(remembered)  # other calls may clear it meanwhile
     for name, by in mixes.items():
         try:
-            fusions[name] = weigher.weigh(by, question, probe)  # a list would look like a form
+            fusion = weigher.weigh(by, question, probe)  # a list would look like a form
         finally:
             probe.end()
-        weights = core.all_weights(weigher.adapters, fusions[name].weights)
+        fusions[name] = fusion
+        weights = core.all_weights(weigher.adapters, fusion.weights)
         n_base = weigher.n_base(by, listed)
         requests[name] = Request(listed.tokens, weights, n_base=n_base)
         n_base = weigher.n_base(by, blank)
         key = (blank.tokens, weights.tobytes(), n_base, tuple(texts))
-        blanks[name] = (key, remembered.get(key))
-        if blanks[name][1] is None:
+        blank_keys[name] = key
+        if key not in unasked:
             requests[key] = Request(blank.tokens, weights, n_base=n_base)
-    items = [(request, text) for request in requests.values() for text in texts]
+    items = []
+    for request in requests.values():
+        items += [(request, text) for text in texts]
     scores = core.run(core.scorer.score(items), cancellation, kind="score")
-    sums = np.array([score.sum(dtype=np.float64) for score in scores])
-    by_request = dict(zip(requests, sums.reshape(-1, len(texts)), strict=True))
-    if len(remembered) > MAX_REMEMBERED:
-        remembered.clear()
+    every_sum = np.array([score.sum(dtype=np.float64) for score in scores])
+    by_request = every_sum.reshape(-1, len(texts))  # [n_request, n_choice]
+    sums = dict(zip(requests, by_request, strict=True))
     logprobs = {}
-    for name, (key, before) in blanks.items():
-        if before is None:
-            before = by_request[key]
-            remembered[key] = before
-        logprobs[name] = np.array([by_request[name], before])
-    shares = {name: probabilities(*pair) for name, pair in logprobs.items()}
+    shares = {}
+    for name, key in blank_keys.items():
+        if key in sums:
+            unasked[key] = sums[key]
+            remembered[key] = sums[key]
+        logprobs[name] = np.array([sums[name], unasked[key]])
+        shares[name] = probabilities(sums[name], unasked[key])
     chosen_shares = shares.pop("")
     n_prompt = len(listed.tokens)
     return Decision(tuple(named), chosen_shares, fusions[""], shares, n_prompt, logprobs[""])
@@ -168,8 +174,10 @@ def list_choices(messages: Any, choices: Mapping[str, str]) -> list[Json]:
         )
     lines = [question, "", _LIST]
     for name, means in choices.items():
-        lines.append(f"- {name}: {means}" if means else f"- {name}")
-    return [*messages[:-1], {**last, "content": "\n".join(lines)}]
+        line = f"- {name}: {means}" if means else f"- {name}"
+        lines.append(line)
+    asked = dict(last) | {"content": "\n".join(lines)}
+    return [*messages[:-1], asked]
 
 
 def probabilities(asked: F64, unasked: F64) -> F64:

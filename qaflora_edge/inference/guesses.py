@@ -9,7 +9,8 @@ from qaflora_edge.inference.sequence import RunningSequence
 _ORDERS = (4, 3, 2, 1)  # tokens at the end that must have stood before; the most that did count
 # A row more, of one row's pass: 5 rows take 1.5 (AVX-512-VNNI), 8 take 3.3 to 4.9 (ARM, counted).
 _ROW_COST = 1 / 2 if platform.machine() in {"aarch64", "arm64"} else 1 / 6
-_N_REST, _N_LONGEST_REST = 8, 64  # guesses that are left out, once they do not pay
+_N_REST = 8  # guesses that are left out, once they do not pay
+_N_LONGEST_REST = 64
 _N_TOGETHER = 2  # sequences that guess at once, at most
 _MEMORY = 0.8  # share of the mean gain that a guess leaves
 
@@ -71,10 +72,12 @@ class Guesser:
         for end in range(self._n_noted + 1, len(tokens)):
             for order in _ORDERS:
                 start = max(0, end - order)
-                self._ends[tuple(tokens[start:end])] = end
+                ending = tuple(tokens[start:end])
+                self._ends[ending] = end
         self._n_noted = max(self._n_noted, len(tokens) - 1)
         for order, record in self._records.items():
-            at = self._ends.get(tuple(tokens[-order:]))
+            ending = tuple(tokens[-order:])
+            at = self._ends.get(ending)
             if at is not None and not record.rests():
                 self._last = record
                 return tokens[at : at + record.n]
@@ -82,8 +85,9 @@ class Guesser:
 
     def learn(self, n_guessed: int, n_right: int, n_sequence: int) -> None:
         """Note how many tokens of the last guess came, next to how many sequences."""
-        share = (1 + _ROW_COST * (n_sequence - 1)) / n_sequence  # of a pass, for a token
-        self._last.learn(n_guessed, n_right, _ROW_COST / share)
+        pass_cost = 1 + _ROW_COST * (n_sequence - 1)
+        token_cost = pass_cost / n_sequence  # without a guess
+        self._last.learn(n_guessed, n_right, _ROW_COST / token_cost)
 
 
 def guess_together(group: Sequence[RunningSequence], n_ctx: int) -> list[list[int]]:

@@ -35,7 +35,8 @@ class Sampler:
     """
 
     def __init__(self, model: Model, sampling: Sampling) -> None:
-        self._model, self._lib = model, model._lib
+        self._model = model
+        self._lib = model._lib
         params = self._lib.llama_sampler_chain_default_params()
         self._chain = self._lib.llama_sampler_chain_init(params)
         self._finalizer = weakref.finalize(self, self._lib.llama_sampler_free, self._chain)
@@ -53,7 +54,8 @@ class Sampler:
 
     def _links(self, sampling: Sampling) -> Iterator[Any]:
         """Make the samplers of the chain; llama.cpp makes empty ones of what changes nothing."""
-        lib, n_vocab = self._lib, self._model.n_vocab
+        lib = self._lib
+        n_vocab = self._model.n_vocab
         if sampling.logit_bias:
             biases = {int(token): bias for token, bias in sampling.logit_bias.items()}
             if max(biases) >= n_vocab:
@@ -76,7 +78,8 @@ class Sampler:
         yield lib.llama_sampler_init_top_p(sampling.top_p, 1)
         yield lib.llama_sampler_init_min_p(sampling.min_p, 1)
         yield lib.llama_sampler_init_temp(sampling.temperature)
-        yield lib.llama_sampler_init_dist(MAX_SEED if sampling.seed is None else sampling.seed)
+        seed = MAX_SEED if sampling.seed is None else sampling.seed
+        yield lib.llama_sampler_init_dist(seed)
 
     def sample(self, context: Any, row: int = -1) -> int:
         """Draw the token that follows a row of the context, and advance the constraint.
