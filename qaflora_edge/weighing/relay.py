@@ -105,8 +105,6 @@ def _relayed(query: Query, probe: Probe, mix: Mix) -> Mix:
     asked = [writer]
     if strength <= ALONE:
         (opening,) = probe.drafts([writer], N_OPENING, _weights(mix))
-        if not _is_prose(opening):
-            mix = _alone_in(query, mix, writer)
         asked += _knowers(query, mix, opening)
     if strength < STRONG:
         asked.append(BASE)
