@@ -95,8 +95,13 @@ def _relayed(query: Query, probe: Probe, mix: Mix) -> Mix:
     if writer is not None:
         mix = _without_needless(query, mix, writer)
     form = _proposed_form(query, mix)
-    strength = mix.why[writer].scores["answer"] if writer else 0.0
-    if form is not None and strength <= (ANSWERS if form == writer else ALONE):
+    strength = 0.0
+    if writer is not None:
+        strength = mix.why[writer].scores["answer"]
+    most = ALONE  # strength of a writer beside which a form is looked for
+    if form == writer:
+        most = ANSWERS
+    if form is not None and strength <= most:
         formed = _in_form(query, probe, mix, form)
         if formed is not None:
             return formed
@@ -108,7 +113,8 @@ def _relayed(query: Query, probe: Probe, mix: Mix) -> Mix:
         asked += _knowers(query, mix, opening)
     if strength < STRONG:
         asked.append(BASE)
-    drafts = {draft.adapter: draft for draft in probe.drafts(asked, N_BEGUN, _weights(mix))}
+    begun = probe.drafts(asked, N_BEGUN, _weights(mix))
+    drafts = {draft.adapter: draft for draft in begun}
     sureness = _sureness(drafts)
     both = _both_answer(mix, drafts)
     if both is not None:
@@ -139,7 +145,9 @@ def _why_the_base(query: Query, probe: Probe, drafts: Mapping[str, Draft], write
         (longer,) = probe.drafts([writer], N_SHORT)
         if longer.is_whole:
             return f"The base answers alone: {writer} is unsure of its short answer."
-    is_sure = _is_known(query, draft) if is_foreign else _is_sure(query, draft)
+    is_sure = _is_sure(query, draft)
+    if is_foreign:  # its wording may be unsure, but not its fact
+        is_sure = _is_known(query, draft)
     of_base = drafts[BASE].sureness(N_BEGUN)
     of_writer = draft.sureness(N_BEGUN)
     if is_sure or of_base <= of_writer:
@@ -245,18 +253,21 @@ def _in_form(query: Query, probe: Probe, mix: Mix, form: str) -> Mix | None:
     It is sure of the draft, the base would begin so too, and yet would write something else.
     """
     knowers = _may_know(query, mix, form)[:N_CANDIDATE]
-    drafts = {
-        draft.adapter: draft
-        for draft in probe.drafts([form, *knowers, BASE], N_BEGUN, _weights(mix))
-    }
+    begun = probe.drafts([form, *knowers, BASE], N_BEGUN, _weights(mix))
+    drafts = {draft.adapter: draft for draft in begun}
     draft = drafts[form]
     is_other = draft.tokens and draft.tokens != drafts[BASE].tokens
-    if not is_other or not _is_sure(query, draft) or probe.unexpected(draft.tokens[0]) > FOREIGN:
+    if not is_other or not _is_sure(query, draft):
+        return None
+    if probe.unexpected(draft.tokens[0]) > FOREIGN:
         return None
     sureness = _sureness(drafts)
     strong = [name for name in knowers if _answers(mix, name)]
-    knower = strong[0] if strong else _surest(query, drafts, form)
-    is_known = knower is not None and (strong or _is_sure(query, drafts[knower]))
+    knower = _surest(query, drafts, form)
+    is_known = knower is not None and _is_sure(query, drafts[knower])
+    if strong:
+        knower = strong[0]
+        is_known = True
     mix = replace(mix, weights=_alone(query, form), begun=draft.tokens)
     if knower is None or not is_known:
         return replace(mix, because=f"{form} stands out where the answer begins.")
@@ -362,7 +373,9 @@ def _speaker(query: Query, mix: Mix, knower: str) -> str:
     """Name the adapter of the question's language, which stands out beside the knower, or base."""
     others = [name for name in query.adapters if name != knower]
     highest = max(others, key=lambda name: mix.why[name].scores["answer"])
-    return highest if mix.why[highest].scores["answer"] >= LANGUAGE else BASE
+    if mix.why[highest].scores["answer"] < LANGUAGE:
+        return BASE
+    return highest
 
 
 def _is_prose(draft: Draft) -> bool:
