@@ -233,7 +233,8 @@ def measure_decode(rig: Rig, plan: Plan, tell: Tell) -> Iterator[Row]:
         contexts[f"stock k={k}"] = rig.stock(k, n_ctx)
         contexts[f"ours k={k}"] = rig.ours(k, n_ctx)
     for length in plan.prompt_tokens:
-        drawn = [rig.draw(length + plan.max_tokens) for _ in range(1 + plan.repeat)]
+        n_token = length + plan.max_tokens
+        drawn = [rig.draw(n_token) for _ in range(1 + plan.repeat)]
         contestants = {}
         for name, context in contexts.items():
             contestants[name] = partial(_decode, context, drawn, length)
@@ -262,9 +263,11 @@ def _decode(context: Context, drawn: Sequence[Sequence[int]], length: int, turn:
         context._lib.llama_synchronize(context._pointer)  # a device may still compute
     end = time.perf_counter()
     n_decoded = len(tokens) - length
+    prefill_s = middle - start
+    decode_s = end - middle
     return {
-        "prefill_tokens_per_second": length / (middle - start),
-        "decode_tokens_per_second": n_decoded / (end - middle),
+        "prefill_tokens_per_second": length / prefill_s,
+        "decode_tokens_per_second": n_decoded / decode_s,
     }
 
 
@@ -281,7 +284,8 @@ def measure_first_token(rig: Rig, engine: Engine, plan: Plan, tell: Tell) -> Ite
             base.logits()
         else:
             answer = engine.generate(tokens, weights=name, max_tokens=1)
-            if next(answer.drafting(), None) is None:  # else a relay's draft is seen first
+            draft = next(answer.drafting(), None)
+            if draft is None:  # else a relay's draft is seen first
                 answer.text()
         seconds = time.perf_counter() - start
         return {"ttft_ms": 1e3 * seconds}
@@ -299,7 +303,9 @@ def measure_first_token(rig: Rig, engine: Engine, plan: Plan, tell: Tell) -> Ite
     for length, name in contestants:
         its_runs = runs[length, name]
         row: Row = {"prompt_tokens": length, "name": name, "runs": its_runs}
-        yield row | compared("ttft_ms", its_runs, of_plain=runs[length, "plain"])
+        plain = runs[length, "plain"]
+        row |= compared("ttft_ms", its_runs, of_plain=plain)
+        yield row
 
 
 def measure_decisions(rig: Rig, engine: Engine, plan: Plan, tell: Tell) -> Iterator[Row]:
@@ -311,7 +317,8 @@ def measure_decisions(rig: Rig, engine: Engine, plan: Plan, tell: Tell) -> Itera
         start = time.perf_counter()
         with ThreadPoolExecutor(n_caller) as callers:
             decide = partial(engine.decide, choices=choices, strategy=strategy)
-            list(callers.map(decide, texts))
+            decisions = callers.map(decide, texts)
+            list(decisions)  # raises what one raised
         seconds = time.perf_counter() - start
         return {"decisions_per_second": n_caller / seconds}
 
@@ -330,7 +337,9 @@ def measure_decisions(rig: Rig, engine: Engine, plan: Plan, tell: Tell) -> Itera
     for length, name in contestants:
         its_runs = runs[length, name]
         row: Row = {"prompt_tokens": length, "name": name, "runs": its_runs}
-        yield row | compared("decisions_per_second", its_runs, of_base=runs[length, "base"])
+        of_base = runs[length, "base"]
+        row |= compared("decisions_per_second", its_runs, of_base=of_base)
+        yield row
 
 
 def measure_callers(
@@ -358,16 +367,19 @@ def measure_callers(
 
     def run(n: int, way: str, turn: int) -> Run:
         requests = []
-        for prompt, mix in zip(prompts[turn][:n], mixes[way], strict=False):
-            requests.append({"prompt": prompt, "weights": mix})
+        of_turn = prompts[turn][:n]
+        for prompt, mix in zip(of_turn, mixes[way], strict=False):
+            request = {"prompt": prompt, "weights": mix}
+            requests.append(request)
         answers = engines[way].generate_many(
             requests, max_tokens=plan.max_tokens, logit_bias=never_end
         )
         times = [answer.timings.token_s for _, answer in answers]
         return {"tokens_per_second": _speed(times)}
 
-    plain = rig.stock(0, length + plan.max_tokens)
-    drawn = [rig.draw(length + plan.max_tokens) for _ in prompts]
+    n_ctx = length + plan.max_tokens
+    plain = rig.stock(0, n_ctx)
+    drawn = [rig.draw(n_ctx) for _ in prompts]
 
     def decode(turn: int) -> Run:
         figures = _decode(plain, drawn, length, turn)
@@ -377,14 +389,17 @@ def measure_callers(
     with ThreadPoolExecutor(1) as thread:
 
         def run_in_thread(n: int, way: str, turn: int) -> Run:
-            return thread.submit(run, n, way, turn).result()
+            running = thread.submit(run, n, way, turn)
+            return running.result()
 
         for n in plan.callers:
             for way in mixes:
                 contestants[n, way] = partial(run_in_thread, n, way)
         runs = take_turns(contestants, plan.repeat, partial(tell, "callers"))
     alone = runs.pop((1, "decode"))
-    yield {"name": "decode", "runs": alone} | compared("tokens_per_second", alone)
+    decoded: Row = {"name": "decode", "runs": alone}
+    decoded |= compared("tokens_per_second", alone)
+    yield decoded
     fewest = min(plan.callers)
     for n, way in runs:
         others = {}
@@ -392,8 +407,10 @@ def measure_callers(
             others["of_base"] = runs[n, "base"]
         others["of_decode"] = alone
         others["of_fewest"] = runs[fewest, way]
-        row: Row = {"name": f"{n} {way}", "runs": runs[n, way]}
-        yield row | compared("tokens_per_second", runs[n, way], **others)
+        its_runs = runs[n, way]
+        row: Row = {"name": f"{n} {way}", "runs": its_runs}
+        row |= compared("tokens_per_second", its_runs, **others)
+        yield row
 
 
 def _speed(times: Sequence[Sequence[float]]) -> float:

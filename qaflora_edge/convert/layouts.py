@@ -72,7 +72,8 @@ def rope_rows(n_out: int, n_head: int) -> Index:
     if n_out % (2 * n_head):
         raise LayoutError(f"{n_out} rows, which {n_head} heads cannot share in pairs")
     rows = np.arange(n_out).reshape(n_head, 2, -1)  # [n_head, 2, half]
-    return rows.swapaxes(1, 2).reshape(n_out)
+    pairs = rows.swapaxes(1, 2)  # [n_head, half, 2]
+    return pairs.reshape(n_out)
 
 
 def grouped_rows(module: Module) -> list[Index]:
@@ -82,7 +83,8 @@ def grouped_rows(module: Module) -> list[Index]:
     """
     n_head = module.header.n_head
     n_group = module.header.n_head_kv
-    n_part = n_head // n_group + 2
+    n_query = n_head // n_group
+    n_part = n_query + 2
     if n_head % n_group or module.n_out % (n_group * n_part):
         raise module.unshared(f"{n_head} heads and {n_group} keys")
     rows = np.arange(module.n_out).reshape(n_group, n_part, -1)  # [n_group, n_part, n_dim]
@@ -118,8 +120,10 @@ def tiled_rows(n_row: int, n_key: int, n_value: int) -> Index:
     """
     if n_value % n_key or n_row % n_value:
         raise LayoutError(f"{n_row} rows, which {n_value} values and {n_key} keys cannot share")
-    rows = np.arange(n_row).reshape(n_key, n_value // n_key, -1)  # [n_key, in group, n_dim]
-    return rows.swapaxes(0, 1).reshape(n_row)
+    n_in_group = n_value // n_key
+    rows = np.arange(n_row).reshape(n_key, n_in_group, -1)  # [n_key, n_in_group, n_dim]
+    tiled = rows.swapaxes(0, 1)  # [n_in_group, n_key, n_dim]
+    return tiled.reshape(n_row)
 
 
 def as_is(module: Module) -> Parts:
@@ -149,10 +153,13 @@ def grouped_qkv(module: Module) -> Parts:
 def glm4_rows(module: Module) -> Parts:
     """Rows of q and k are turned where the rope has sections, as of multimodal models."""
     header = module.header
-    has_sections = f"{header.architecture}.rope.dimension_sections" in header.metadata
+    sections = f"{header.architecture}.rope.dimension_sections"
+    has_sections = sections in header.metadata
     if not has_sections or module.stem not in ("attn_q", "attn_k"):
         return as_is(module)
-    n_head = header.n_head if module.stem == "attn_q" else header.n_head_kv
+    n_head = header.n_head
+    if module.stem == "attn_k":
+        n_head = header.n_head_kv
     n_rotary = header.count("rope.dimension_count")
     rows = neox_rows(module.n_out, n_head, n_rotary)
     return (Part(module.name, rows),)
@@ -164,12 +171,14 @@ def packed_rope_pairs(module: Module) -> Parts:
         return rope_pairs(module)
     n_head = module.header.n_head
     n_head_kv = module.header.n_head_kv
-    if module.n_out % (n_head + 2 * n_head_kv):
+    n_part = n_head + 2 * n_head_kv  # heads of q, k and v
+    if module.n_out % n_part:
         raise module.unshared(f"{n_head} heads and {n_head_kv} keys")
-    n_dim = module.n_out // (n_head + 2 * n_head_kv)
+    n_dim = module.n_out // n_part
     k_begin = n_head * n_dim
     v_begin = k_begin + n_head_kv * n_dim
-    rows = np.split(np.arange(module.n_out), [k_begin, v_begin])
+    fused = np.arange(module.n_out)
+    rows = np.split(fused, [k_begin, v_begin])
     return _q_k_v(module, rows)
 
 
@@ -177,14 +186,16 @@ def grouped_rope_pairs(module: Module) -> Parts:
     """HF's one projection has q, k and v group by group; rows as of `packed_rope_pairs`."""
     if module.stem != "attn_qkv":
         return rope_pairs(module)
-    return _q_k_v(module, grouped_rows(module))
+    rows = grouped_rows(module)
+    return _q_k_v(module, rows)
 
 
 def _q_k_v(module: Module, rows: Sequence[Index]) -> Parts:
     """rows  [n_out] of each  where HF has q, k and v"""
+    header = module.header
     q, k, v = rows
-    q_turned = q[rope_rows(len(q), module.header.n_head)]
-    k_turned = k[rope_rows(len(k), module.header.n_head_kv)]
+    q_turned = q[rope_rows(len(q), header.n_head)]
+    k_turned = k[rope_rows(len(k), header.n_head_kv)]
     return (
         Part(module.beside("attn_q"), q_turned),
         Part(module.beside("attn_k"), k_turned),
@@ -196,11 +207,14 @@ def granite_rows(module: Module) -> Parts:
     """A shared MLP's first projection is cut into gate and up, named as a block without experts
     has them where it has none; rows of q and k are in the order of ggml's rope."""
     gate = module.beside("ffn_gate_shexp.weight")
-    end = "_shexp" if gate in module.header.tensors else ""
+    end = ""
+    if gate in module.header.tensors:
+        end = "_shexp"
     if module.stem == "ffn_gate_up":
         return _in_halves(module, (f"ffn_gate{end}", f"ffn_up{end}"))
     if module.stem == "ffn_down_shexp":
-        return (Part(module.beside(f"ffn_down{end}")),)
+        down = module.beside(f"ffn_down{end}")
+        return (Part(down),)
     return rope_pairs(module)
 
 
@@ -208,19 +222,23 @@ def qwen3next_rows(module: Module) -> Parts:
     """Linear attention's first projection has a key's q, k, values and their gates together."""
     if module.stem != "ssm_in":
         return as_is(module)
-    n_key = module.header.count("ssm.group_count")
-    n_value = module.header.count("ssm.time_step_rank")
-    n_dim = module.header.count("ssm.state_size")
-    n_inner = module.header.count("ssm.inner_size")
-    n_expected = 2 * (n_key * n_dim + n_inner)
+    header = module.header
+    n_key = header.count("ssm.group_count")
+    n_value = header.count("ssm.time_step_rank")
+    n_dim = header.count("ssm.state_size")
+    n_inner = header.count("ssm.inner_size")
+    n_keys_dim = n_key * n_dim  # of q, and of k
+    n_expected = 2 * (n_keys_dim + n_inner)
     if module.n_out != n_expected or n_inner % n_key:
         raise module.unshared(f"{n_value} values and {n_key} keys")
     rows = np.arange(module.n_out).reshape(n_key, -1)
-    values_end = 2 * n_dim + n_inner // n_key
-    q, k, v, z = np.split(rows, [n_dim, 2 * n_dim, values_end], axis=1)
-    qkv = [part.reshape(-1) for part in (q, k, v)]
+    k_end = 2 * n_dim
+    v_end = k_end + n_inner // n_key
+    q, k, v, z = np.split(rows, [n_dim, k_end, v_end], axis=1)
+    flat = [part.reshape(-1) for part in (q, k, v)]
+    qkv = np.concatenate(flat)
     return (
-        Part(module.beside("attn_qkv"), np.concatenate(qkv)),
+        Part(module.beside("attn_qkv"), qkv),
         Part(module.beside("attn_gate"), z.reshape(-1)),
     )
 
@@ -229,17 +247,20 @@ def qwen35_rows(module: Module) -> Parts:
     """Linear attention's values are tiled over the keys, where HF has them key by key."""
     if module.stem not in ("attn_qkv", "attn_gate", "ssm_alpha", "ssm_beta", "ssm_out"):
         return as_is(module)
-    n_key = module.header.count("ssm.group_count")
-    n_value = module.header.count("ssm.time_step_rank")
+    header = module.header
+    n_key = header.count("ssm.group_count")
+    n_value = header.count("ssm.time_step_rank")
     if module.stem == "ssm_out":
         columns = tiled_rows(module.n_in, n_key, n_value)
         return (Part(module.name, columns=columns),)
     n_before = 0
     if module.stem == "attn_qkv":  # q and k come first
-        n_before = 2 * n_key * module.header.count("ssm.state_size")
+        n_dim = header.count("ssm.state_size")
+        n_before = 2 * n_key * n_dim
     n_tiled = max(module.n_out - n_before, 0)
     values = n_before + tiled_rows(n_tiled, n_key, n_value)
-    rows = np.concatenate([np.arange(n_before), values])
+    before = np.arange(n_before)
+    rows = np.concatenate([before, values])
     return (Part(module.name, rows),)
 
 
@@ -258,7 +279,9 @@ def _in_halves(module: Module, stems: tuple[str, str]) -> Parts:
     if module.n_out % 2:
         raise module.unshared("two tensors")
     first, second = np.arange(module.n_out).reshape(2, -1)
-    return (Part(module.beside(stems[0]), first), Part(module.beside(stems[1]), second))
+    upper = module.beside(stems[0])
+    lower = module.beside(stems[1])
+    return (Part(upper, first), Part(lower, second))
 
 
 # The layouts that ARCH_FACTS names.

@@ -88,7 +88,9 @@ def verify_conversion(
     odd_names = sorted(info.ranks.keys() ^ names)
     if odd_names:
         odd = odd_names[0]
-        state = "missing" if odd in names else "there"
+        state = "there"
+        if odd in names:
+            state = "missing"
         raise ConversionError(
             f"The conversion is wrong: tensor {odd} is {state} in the file; expected the "
             f"{len(names)} modules of the adapter. Nothing was kept; please report this.",
@@ -100,7 +102,9 @@ def verify_conversion(
         progress(index + 1)
     wrong = [check for check in checks if not check.is_right]
     if wrong:
-        worst = max(wrong, key=lambda check: np.nan_to_num(check.of_allowed, nan=np.inf))
+        shares = [check.of_allowed for check in wrong]
+        no_nan = np.nan_to_num(shares, nan=np.inf)  # [n_wrong]
+        worst = wrong[no_nan.argmax()]
         raise ConversionError(
             f"The conversion is wrong: {len(wrong)} of {len(checks)} modules differ from "
             f"{modules[0].path.parent}, most of all {worst.module} ({worst.tensor}), by "
@@ -114,7 +118,9 @@ def verify_conversion(
 def _check_module(info: AdapterInfo, module: Planned) -> ModuleCheck:
     scale = info.alpha / info.ranks[module.base_name]
     largest = np.zeros(2)  # the largest difference, and share of what is allowed
-    for source, stored in zip(source_deltas(module), stored_deltas(info, module), strict=True):
+    sources = source_deltas(module)
+    in_file = stored_deltas(info, module)
+    for source, stored in zip(sources, in_file, strict=True):
         allowed = _allowed(source, info, module, scale)
         largest = np.maximum(largest, _compare(source, stored, allowed))  # it keeps NaN
     difference, of_allowed = largest.tolist()
@@ -135,11 +141,14 @@ def _compare(source: Delta, stored: Delta, allowed: F64) -> F64:
         stored_right = stored.columns(columns)
         for rows in _tiles(n_row, TILE_ROWS):
             with np.errstate(all="ignore"):  # a file that is wrong may hold anything
-                difference = stored.rows(rows) @ stored_right
+                difference = stored.rows(rows) @ stored_right  # [tile rows, tile columns]
                 difference -= source.rows(rows) @ right
-                by_row = np.abs(difference, out=difference).max(axis=1)
-                share = np.where(by_row == 0, 0.0, by_row / allowed[rows])
-            largest = np.maximum(largest, (by_row.max(), share.max()))
+                np.abs(difference, out=difference)
+                by_row = difference.max(axis=1)
+                ratio = by_row / allowed[rows]
+                share = np.where(by_row == 0, 0.0, ratio)
+            of_tile = (by_row.max(), share.max())
+            largest = np.maximum(largest, of_tile)
     return largest
 
 
@@ -153,7 +162,9 @@ def _allowed(source: Delta, info: AdapterInfo, module: Planned, scale: float) ->
     kind_b = info.tensors[f"{module.base_name}.lora_b"].ggml_type
     # Blocks of 8 bits lie along the rows of the file: the ranks of an embedding's A and of B.
     is_embedding = isinstance(module, PlannedModule) and module.source.is_embedding
-    axis = 0 if is_embedding else 1
+    axis = 1
+    if is_embedding:
+        axis = 0
     n_row = len(source.left)
     rank, n_column = source.right.shape
     size_right = np.zeros(rank)  # the largest of each rank
@@ -161,13 +172,16 @@ def _allowed(source: Delta, info: AdapterInfo, module: Planned, scale: float) ->
     for columns in _tiles(n_column, TILE_COLUMNS):
         right = source.columns(columns)
         errors = _rounding(right, kind_a, axis)
-        size_right = np.maximum(size_right, np.abs(right).max(axis=1))
-        error_right = np.maximum(error_right, errors.max(axis=1))
+        size = np.abs(right).max(axis=1)
+        size_right = np.maximum(size_right, size)
+        error = errors.max(axis=1)
+        error_right = np.maximum(error_right, error)
     allowed = np.empty(n_row)
     for rows in _tiles(n_row, TILE_ROWS):
         left = source.rows(rows) / scale
         error_left = _rounding(left, kind_b, axis=1)
-        by_right = (np.abs(left) + error_left) @ error_right
+        size_left = np.abs(left) + error_left
+        by_right = size_left @ error_right
         by_left = error_left @ size_right
         allowed[rows] = abs(scale) * (by_right + by_left)
     return allowed
@@ -195,8 +209,10 @@ def source_deltas(module: Planned) -> Iterator[Delta]:
     """The deltas that the source says: one, or that of each expert; in the tensor's order."""
     source = module.source
     if isinstance(module, PlannedModule):
-        left = source.read_b()[_all_or(module.rows)]
-        right = source.read_a()[:, _all_or(module.columns)]
+        rows = _all_or(module.rows)
+        columns = _all_or(module.columns)
+        left = source.read_b()[rows]
+        right = source.read_a()[:, columns]
         yield Delta(left, right, source.scale)
     elif isinstance(module, SingleExperts):
         no_left = np.zeros((module.n_out, 1), np.float32)
@@ -204,31 +220,43 @@ def source_deltas(module: Planned) -> Iterator[Delta]:
         for expert in range(module.n_expert):
             if expert in module.experts:
                 single, _ = module.experts[expert]
-                yield Delta(single.read_b(), single.read_a(), single.scale)
+                left = single.read_b()
+                right = single.read_a()
+                yield Delta(left, right, single.scale)
             else:
                 yield Delta(no_left, no_right, 1.0)
     else:  # by PEFT's rule, "o r e, e r i"; by MLX's, b[e] @ a[e]
         n_expert = source.n_expert
-        by_expert_a = np.split(source.read_a(), n_expert)
+        rows = _all_or(module.rows)
+        stacked_a = source.read_a()
+        by_expert_a = np.split(stacked_a, n_expert)
         stacked_b = source.read_b()
         if source.is_b_by_expert:
             by_expert_b = np.split(stacked_b, n_expert)
         else:
             by_expert_b = [stacked_b[:, expert::n_expert] for expert in range(n_expert)]
         for a, b in zip(by_expert_a, by_expert_b, strict=True):
-            left, right = (a.T, b.T) if module.is_swapped else (b, a)
-            yield Delta(left[_all_or(module.rows)], right, source.scale)
+            left = b
+            right = a
+            if module.is_swapped:
+                left = a.T
+                right = b.T
+            yield Delta(left[rows], right, source.scale)
 
 
 def _all_or(part: Index | None) -> Index | slice:
-    return slice(None) if part is None else part
+    if part is None:
+        return slice(None)
+    return part
 
 
 def stored_deltas(info: AdapterInfo, module: Planned) -> Iterator[Delta]:
     """The deltas that the file says, as a runtime reads it: one, or that of each expert."""
     a, b, scale = read_pair(info, module.base_name)
     if isinstance(module, PlannedModule):
-        right = a.T if module.source.is_embedding else a
+        right = a
+        if module.source.is_embedding:
+            right = a.T
         yield Delta(b, right, scale)
     else:
         for expert_a, expert_b in zip(a, b, strict=True):

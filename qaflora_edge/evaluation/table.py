@@ -59,9 +59,12 @@ def mean(tasks: Sequence[F64]) -> Estimate:
         return mean_of_means(tasks)
     share = float(scores.mean())
     square = Z * Z / n_item
-    middle = (share + square / 2) / (1 + square)
-    variance = share * (1 - share) * square + square * square / 4
-    half = math.sqrt(variance) / (1 + square)
+    divisor = 1 + square
+    middle = (share + square / 2) / divisor
+    sampling = share * (1 - share) * square
+    correction = square * square / 4
+    variance = sampling + correction
+    half = math.sqrt(variance) / divisor
     low = max(0.0, middle - half)
     high = min(1.0, middle + half)
     return Estimate(share, low, high, n_item)
@@ -83,14 +86,17 @@ def difference(tasks: Sequence[F64], *, is_right: bool) -> Estimate:
     n_item = len(gains)
     n_more = int((gains > 0).sum())
     n_less = int((gains < 0).sum())
-    more = (n_more + 1) / (n_item + 2)
-    less = (n_less + 1) / (n_item + 2)
+    n_padded = n_item + 2  # with one more item of either kind
+    more = (n_more + 1) / n_padded
+    less = (n_less + 1) / n_padded
     middle = more - less
-    variance = (more + less - middle**2) / (n_item + 2)
+    spread = more + less - middle**2
+    variance = spread / n_padded
     half = Z * math.sqrt(variance)
     low = max(-1.0, middle - half)
     high = min(1.0, middle + half)
-    return Estimate((n_more - n_less) / n_item, low, high, n_item)
+    value = (n_more - n_less) / n_item
+    return Estimate(value, low, high, n_item)
 
 
 def mean_of_means(tasks: Sequence[F64]) -> Estimate:
@@ -109,7 +115,9 @@ def mean_of_means(tasks: Sequence[F64]) -> Estimate:
     squared_errors = [task.var(ddof=1) / len(task) for task in tasks]
     variance = sum(squared_errors) / len(tasks) ** 2
     half = Z * math.sqrt(variance)
-    return Estimate(value, value - half, value + half, n_item)
+    low = value - half
+    high = value + half
+    return Estimate(value, low, high, n_item)
 
 
 @dataclass(frozen=True)
@@ -128,18 +136,25 @@ class Cell:
     @property
     def unit(self) -> str:
         """Unit of scores: points of 100, where more is better, or nats a token, where less is."""
-        return NATS if self.task["metric"] == "loss" else POINTS
+        if self.task["metric"] == "loss":
+            return NATS
+        return POINTS
 
     def scored(self, strategy: str | None) -> dict[int, float]:
         """Scores as they were written, 0 to 1 or nats, by item; without those that failed."""
         records = self.rows.get(strategy or "", {})
-        scores = {item: record["score"] for item, record in records.items()}
-        return {item: score for item, score in scores.items() if score is not None}
+        scores = {}
+        for item, record in records.items():
+            score = record["score"]
+            if score is not None:
+                scores[item] = score
+        return scores
 
     def scores(self, strategy: str) -> F64:
         """Scores of the items that have one: float64 [n_item]."""
-        scores = self.scored(strategy)
-        return np.array(list(scores.values()), np.float64)
+        by_item = self.scored(strategy)
+        scores = list(by_item.values())
+        return np.array(scores, np.float64)
 
     def gains(self, strategy: str, over: str | None) -> F64:
         """How much better a strategy is than another, above 0 where it is: float64 [n_item].
@@ -148,14 +163,23 @@ class Cell:
         """
         ours = self.scored(strategy)
         theirs = self.scored(over)
-        differences = [ours[item] - theirs[item] for item in ours if item in theirs]
+        differences = []
+        for item, score in ours.items():
+            if item in theirs:
+                differences.append(score - theirs[item])
         gains = np.array(differences, np.float64)
-        return -gains if self.unit == NATS else gains
+        if self.unit == NATS:
+            return -gains
+        return gains
 
     def best_single(self) -> str | None:
         """Find the single adapter with the best mean, in hindsight: on these items."""
-        names = [f"{SINGLE}{adapter}" for adapter in self.adapters]
-        return best([self], [name for name in names if self.scored(name)])
+        names = []
+        for adapter in self.adapters:
+            name = f"{SINGLE}{adapter}"
+            if self.scored(name):
+                names.append(name)
+        return best([self], names)
 
 
 def cells(results: Results) -> list[Cell]:
@@ -181,10 +205,14 @@ def gain(tasks: Sequence[Cell], strategy: str, others: Sequence[str | None]) -> 
     """
     if all(other == strategy for other in others):
         return None
-    gains = [cell.gains(strategy, other) for cell, other in zip(tasks, others, strict=True)]
-    if not all(map(len, gains)):
-        return None
-    return difference(gains, is_right=tasks[0].unit == POINTS)
+    gains = []
+    for cell, other in zip(tasks, others, strict=True):
+        of_task = cell.gains(strategy, other)
+        if not len(of_task):
+            return None
+        gains.append(of_task)
+    is_right = tasks[0].unit == POINTS
+    return difference(gains, is_right=is_right)
 
 
 def best(tasks: Sequence[Cell], names: Sequence[str]) -> str | None:
@@ -194,17 +222,22 @@ def best(tasks: Sequence[Cell], names: Sequence[str]) -> str | None:
     """
     if not names:
         return None
-    sign = -1 if tasks[0].unit == NATS else 1
+    sign = 1
+    if tasks[0].unit == NATS:
+        sign = -1
     means: dict[str, list[float]] = {name: [] for name in names}
     for cell in tasks:
         scored = {name: cell.scored(name) for name in names}
-        shared = set.intersection(*map(set, scored.values()))
+        items = map(set, scored.values())
+        shared = set.intersection(*items)
         for name, scores in scored.items():
             values = [scores[item] for item in shared or scores]
-            means[name].append(float(np.mean(values)))
+            mean_score = float(np.mean(values))
+            means[name].append(mean_score)
 
     def value(name: str) -> float:
-        return sign * round(math.fsum(means[name]), 12)
+        total = math.fsum(means[name])
+        return sign * round(total, 12)
 
     return max(names, key=value)
 
@@ -224,7 +257,9 @@ def best_strategy(results: Results) -> str:
         items: set[int] = set()
         for name in cell.rows:
             items.update(cell.scored(name))
-        whole = [name for name in whole if items and cell.scored(name).keys() == items]
+        if not items:
+            whole = []
+        whole = [name for name in whole if cell.scored(name).keys() == items]
     if not whole:
         raise ResultsFileError(
             "No strategy can be saved: none has a score for every item of every task. See what "
@@ -266,10 +301,13 @@ def number(value: float, unit: str, *, is_difference: bool = False) -> str:
     """Write a score or difference in its unit; `-` where there is none."""
     if math.isnan(value):
         return NONE
-    sign = "+" if is_difference else ""
+    sign = ""
+    if is_difference:
+        sign = "+"
     if unit == NATS:
         return f"{value:{sign}.3f}"
-    return f"{100 * value:{sign}.1f}"
+    points = 100 * value
+    return f"{points:{sign}.1f}"
 
 
 def estimate(mean: Estimate | None, unit: str, *, is_difference: bool = False) -> str:

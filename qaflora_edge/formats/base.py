@@ -139,7 +139,10 @@ class _Base:
 
     def number(self, field: str, default: int) -> int:
         """Give the first number of a field."""
-        return next(iter(self.numbers(field)), default)
+        numbers = self.numbers(field)
+        if numbers:
+            return numbers[0]
+        return default
 
     def check_range(self, field: str, least: int, most: int) -> None:
         for value in self.numbers(field):
@@ -185,7 +188,10 @@ class _Base:
             self.refuse(scaling_key, scaling, f"one of {', '.join(ROPE_SCALINGS)}")
         counts = self.numbers(heads)
         if self.has_plain_rows and counts in ([], [0]):
-            self.fail(heads, counts[0] if counts else "missing", "the number of heads")
+            shown: object = "missing"
+            if counts:
+                shown = counts[0]
+            self.fail(heads, shown, "the number of heads")
         n_head = self.number(heads, 0)
         if n_head <= 0:
             return  # no attention in the first layer: the loader takes no widths
@@ -241,7 +247,9 @@ class _Base:
     def by_layer(self, field: str) -> list[int]:
         """Give the number of a field for each layer, as far as the file says it."""
         numbers = self.numbers(field)
-        return numbers * self.header.n_layer if len(numbers) == 1 else numbers
+        if len(numbers) == 1:
+            return numbers * self.header.n_layer
+        return numbers
 
     def check_rows(self, name: str, n_head: int, n_key: int) -> None:
         tensor = self.header.tensors.get(name)
@@ -290,7 +298,9 @@ class _Base:
             if tokens.setdefault(text, token) != token:
                 shown = text.decode("utf-8", "replace")
                 self.refuse(f"{TOKENS}[{token}]", shown, "a text that no other token has")
-        self.check_bytes(tokens, types if isinstance(types, tuple) else ())
+        if not isinstance(types, tuple):
+            types = ()
+        self.check_bytes(tokens, types)
 
     def check_bytes(self, tokens: Mapping[bytes, int], kinds: tuple[object, ...]) -> None:
         """Check the tokens of single bytes: llama-vocab.cpp token_to_byte and byte_to_token."""

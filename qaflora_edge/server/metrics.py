@@ -46,10 +46,12 @@ class Metrics:
         self.requests.labels(path, str(status)).inc()
         for key, histogram in self._times.items():
             if key in facts:
-                histogram.observe(facts[key] / 1e3)
+                seconds = facts[key] / 1e3
+                histogram.observe(seconds)
         for key, counter in self._tokens.items():
             if key in facts:
-                counter.labels(facts["model"]).inc(facts[key])
+                of_model = counter.labels(facts["model"])
+                of_model.inc(facts[key])
 
 
 class Recorder:
@@ -85,7 +87,8 @@ class Recorder:
         finally:
             seconds = time.perf_counter() - start_s
             facts["whole_ms"] = 1e3 * seconds
-            path = getattr(scope.get("route"), "path", "other")
+            route = scope.get("route")
+            path = getattr(route, "path", "other")
             self._metrics.add(path, status, facts)
             log.info("%s", _line(scope, status, facts))
 
