@@ -68,7 +68,9 @@ class _NumberOrWord(click.IntRange):
         self._words = words
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        return value if value in self._words else super().convert(value, param, ctx)
+        if value in self._words:
+            return value
+        return super().convert(value, param, ctx)
 
 
 class WholeText(click.types.StringParamType):
@@ -136,7 +138,10 @@ def check_outputs(
     folder is not there or does not take it.
     """
     taken = {path.resolve() for path in read}
-    for target in [Path(name) for name in written if name is not None]:
+    for name in written:
+        if name is None:
+            continue
+        target = Path(name)
         path = target.resolve()
         if path in taken and (path.is_file() or not path.exists()):
             raise click.UsageError(f"{path.name} is named twice; give each FILE a name of its own.")
@@ -170,12 +175,15 @@ class _Option(click.Option):
         self.unset = unset
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        default = f"  [default: {self.unset}]" if self.unset else ""
-        self.help = meaning(self.declared) + default
+        self.help = meaning(self.declared)
+        if self.unset:
+            self.help += f"  [default: {self.unset}]"
         return super().get_help_record(ctx)
 
     def get_help_extra(self, ctx: click.Context) -> Any:  # ranges stand in docs/settings.md
-        return {key: text for key, text in super().get_help_extra(ctx).items() if key != "range"}
+        extra: Keywords = {**super().get_help_extra(ctx)}
+        extra.pop("range", None)
+        return extra
 
 
 def click_option(option: Option, command: str) -> Decorator:
@@ -184,10 +192,14 @@ def click_option(option: Option, command: str) -> Decorator:
     shown = default
     if option.is_negated and default is not None:
         shown = not default
-    keywords: Keywords = {} if option.kind is tuple else {"default": shown}
+    keywords: Keywords = {}
+    if option.kind is not tuple:
+        keywords["default"] = shown
     if option.name == "strategy":
         keywords["shell_complete"] = complete_strategy
-    unset = "" if command in option.defaults else option.unset
+    unset = option.unset
+    if command in option.defaults:
+        unset = ""
     has_words = unset or option.kind is bool
     return click.option(
         *filter(None, (option.flag, option.short)),
@@ -209,9 +221,13 @@ def _click_type(option: Option) -> Any:
     if option.words:
         return _NumberOrWord(option.words, option.low, option.high)
     if option.kind in (int, float) and option.low is not None:
-        kind: Any = click.IntRange if option.kind is int else click.FloatRange
+        kind: Any = click.FloatRange
+        if option.kind is int:
+            kind = click.IntRange
         return kind(option.low, option.high, min_open=option.is_open)
-    return WholeText() if option.kind is tuple else option.kind
+    if option.kind is tuple:
+        return WholeText()
+    return option.kind
 
 
 def own_options(command: Decorator) -> Decorator:
@@ -299,7 +315,8 @@ def _with_adapters(adapters: Sequence[tuple[str, str]], base: str, *others: str)
     with progress_bars() as tell:
         folder = cached_bundle(place, adapters, tell)
     words = ["qaflora", "bundle", "create", "my-bundle", "--base", base]
-    words += [word for name, path in adapters for word in ("--adapter", f"{name}={path}")]
+    for name, path in adapters:
+        words += ["--adapter", f"{name}={path}"]
     say(f"To keep these adapters, measured for two-place: {shlex.join(words)}")
     return str(folder)
 
@@ -401,14 +418,19 @@ def bundle_folder(text: str) -> Path:
             return folder  # a path: reported as the missing folder that it is
         names = [*named_bundles(), *registry.load_registry()]
         near = nearest(text, names)
-        advice = f"Did you mean {near}?" if near else "See `qaflora --help`."
+        advice = "See `qaflora --help`."
+        if near:
+            advice = f"Did you mean {near}?"
         raise BundleError(
             f"Cannot open {text}: there is no such folder, file or name; expected the folder "
             f"of a bundle, the .gguf of a base, or a name of `qaflora list` or `qaflora models`. "
             f"{advice}"
         ) from None
+    kind = "base"
+    if model is None:
+        kind = "bundle"
     raise BundleError(
-        f"Cannot open the {'bundle' if model is None else 'base'} {text}: there is no such "
+        f"Cannot open the {kind} {text}: there is no such "
         f"folder, and it was not pulled. Fetch it with `qaflora pull {text}`, or give the "
         "folder of a bundle."
     )
@@ -417,7 +439,9 @@ def bundle_folder(text: str) -> Path:
 def missing_base(adapters: Iterable[str]) -> click.UsageError:
     """Ask for --base, by the name that the config of an adapter has for it."""
     trained_on = next(filter(None, map(_trained_on, adapters)), None)
-    name = "the base that the adapter was trained on" if trained_on is None else trained_on
+    name = trained_on
+    if name is None:
+        name = "the base that the adapter was trained on"
     return click.UsageError(
         f"Missing option '--base': give a GGUF of {name}, in any quantisation: a file, a name of "
         "`qaflora models` that was pulled, or owner/name/file.gguf on the Hub."
@@ -437,7 +461,9 @@ def refuse_adapter(folder: Path) -> None:
     name = registry.plain_name(trained_on)
     models = registry.load_registry().values()
     model = next((model for model in models if registry.plain_name(model.name) == name), None)
-    base = "BASE.gguf" if model is None else model.name
+    base = "BASE.gguf"
+    if model is not None:
+        base = model.name
     raise BundleError(
         f"Cannot open {folder}: it is an adapter for {trained_on}, expected a bundle or a base. "
         f"Give its base, in any quantisation: qaflora run {base} --adapter {folder} PROMPT"
@@ -453,8 +479,13 @@ def _trained_on(adapter: str) -> str | None:
         fields = read_fields(adapter_folder(expanded(adapter)))
     except QafloraError:  # what reads the adapter will say what is wrong
         return None
-    name = fields.get("model" if is_mlx(fields) else "base_model_name_or_path")
-    return one_line(name[:200]) if isinstance(name, str) and name.strip() else None
+    key = "base_model_name_or_path"
+    if is_mlx(fields):
+        key = "model"
+    name = fields.get(key)
+    if not isinstance(name, str) or not name.strip():
+        return None
+    return one_line(name[:200])
 
 
 def open_engine(
@@ -501,5 +532,8 @@ def question(prompt: str, options: SharedOptions, system: str | None = None) -> 
     """Ask with a prompt: as a question under the chat template, or as it is."""
     if options.raw_prompt:
         return prompt
-    first = [] if system is None else [{"role": "system", "content": system}]
-    return Chat([*first, {"role": "user", "content": prompt}])
+    messages = []
+    if system is not None:
+        messages.append({"role": "system", "content": system})
+    messages.append({"role": "user", "content": prompt})
+    return Chat(messages)

@@ -38,19 +38,25 @@ def read_question(name: str, state: Any, question: Any) -> tuple[str, dict[str, 
     if kind == "score":
         return text, _levels(criteria)
     if kind == "choice":
-        return text, {label: _written(means) for label, means in criteria.items()}
+        choices = {label: _written(means) for label, means in criteria.items()}
+        return text, choices
     yes = _written(criteria.get("true"))
     no = _written(criteria.get("false"))
     return text, {"yes": yes, "no": no}
 
 
 def _levels(criteria: Sequence[Any]) -> dict[str, str]:
-    return {str(level): _written(means) for level, means in enumerate(criteria)}
+    levels = {}
+    for level, means in enumerate(criteria):
+        levels[str(level)] = _written(means)
+    return levels
 
 
 def _written(value: Any) -> str:
-    if value is None or isinstance(value, str):
-        return value or ""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
     return json.dumps(value, ensure_ascii=False)
 
 

@@ -50,8 +50,10 @@ def ask(body: Object, defaults: Ask) -> Ask:
         messages.insert(0, {"role": "system", "content": instructions})
     chat: Json = {name: body[name] for name in _AS_IN_CHATS if name in body}
     chat["messages"] = messages
-    chat["response_format"] = (body.get("text") or {}).get("format")
-    chat["reasoning_effort"] = (body.get("reasoning") or {}).get("effort")
+    text = body.get("text") or {}
+    chat["response_format"] = text.get("format")
+    reasoning = body.get("reasoning") or {}
+    chat["reasoning_effort"] = reasoning.get("effort")
     if (n_token := body.get("max_output_tokens")) is not None:
         chat["max_tokens"] = n_token
         chat["max_completion_tokens"] = None
@@ -65,7 +67,9 @@ def _messages(items: Any) -> list[Json]:
     for item in items:
         match item:
             case {"type": "function_call"}:
-                last = messages[-1] if messages else {}
+                last: Json = {}
+                if messages:
+                    last = messages[-1]
                 if last.get("role") != "assistant":
                     last = {"role": "assistant", "content": None}
                     messages.append(last)
@@ -121,11 +125,16 @@ def _events(head: Json, generation: Generation, extras: Extras) -> Events:
     yield "created", {"response": head | extras.mix(generation.fusion)}
     items = _Items()
     for part in openai_chat.answer_parts(generation):
-        yield from items.text(part) if isinstance(part, str) else items.call(part)
+        if isinstance(part, str):
+            yield from items.text(part)
+        else:
+            yield from items.call(part)
     if not items.output:
         yield from items.text("")
     is_cut = generation.finish_reason in ("length", "cancelled")
-    status = "incomplete" if is_cut else "completed"
+    status = "completed"
+    if is_cut:
+        status = "incomplete"
     yield from items.close(status)
     response = head | {"status": status, "output": items.output, "usage": _usage(generation)}
     if is_cut:
@@ -160,9 +169,11 @@ class _Items:
             part = {"type": "output_text", "text": "", "annotations": []}
             item = {"type": "message", "role": "assistant", "content": [part]}
             yield from self._begin("msg", item, content=[])
-            yield "content_part.added", self._place(content_index=0, part=dict(part))
+            added = self._place(content_index=0, part=dict(part))
+            yield "content_part.added", added
         self.output[-1]["content"][0]["text"] += text
-        yield "output_text.delta", self._place(content_index=0, delta=text, logprobs=[])
+        delta = self._place(content_index=0, delta=text, logprobs=[])
+        yield "output_text.delta", delta
 
     def call(self, part: Object) -> Events:
         function = part["function"]
@@ -188,7 +199,8 @@ class _Items:
         else:
             call = self._place(name=item["name"], arguments=item["arguments"])
             yield "function_call_arguments.done", call
-        yield "output_item.done", {"output_index": len(self.output) - 1, "item": item}
+        last = len(self.output) - 1
+        yield "output_item.done", {"output_index": last, "item": item}
 
     def _begin(self, kind: str, item: Json, **empty: Any) -> Events:
         """End the item before, and begin one: `empty` replaces what is told of it at first."""

@@ -166,7 +166,9 @@ def _strategy_of(call: Call[Any]) -> str | None:
     strategy = call.defaults.weighing.by_for(call.served.weigher.known.strategy)
     if strategy is None or isinstance(strategy, str):
         return strategy
-    name = "fusion.weights" if call.body.lora is None else "lora"
+    name = "lora"
+    if call.body.lora is None:
+        name = "fusion.weights"
     raise wrong_field(name, strategy, "a strategy")
 
 
@@ -175,10 +177,9 @@ async def systemone(request: Request) -> Computed:
     call = await read_call(request, bodies.SystemOneBody)
     adapters = call.defaults.weighing.adapters
     strategy = _strategy_of(call)
-    questions = {
-        name: decisions.read_question(name, call.body.state, question)
-        for name, question in call.body.questions.items()
-    }
+    questions = {}
+    for name, question in call.body.questions.items():
+        questions[name] = decisions.read_question(name, call.body.state, question)
 
     def compute(engine: Engine, out: Computed) -> None:
         answers: Json = {}

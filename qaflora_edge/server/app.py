@@ -68,10 +68,13 @@ def make_app(places: Iterable[Path], options: ServerOptions) -> Starlette:
             for place in app.state.uploads.values():
                 shutil.rmtree(place, ignore_errors=True)
 
+    metrics = Metrics()
+    handlers: dict[Any, Any] = dict.fromkeys(REFUSED, _refused)
+    handlers[HTTPException] = _http_error
     app = Starlette(
         routes=_routes(),
-        middleware=_middleware(options, metrics := Metrics()),
-        exception_handlers={HTTPException: _http_error, **dict.fromkeys(REFUSED, _refused)},
+        middleware=_middleware(options, metrics),
+        exception_handlers=handlers,
         lifespan=lifespan,
     )
     app.state.options = options
@@ -114,8 +117,9 @@ def _middleware(options: ServerOptions, metrics: Metrics) -> list[Middleware]:
 
 async def _open_first(app: Starlette) -> None:
     models: ServedModels = app.state.models
+    first = next(iter(models.by_name.values()))
     with contextlib.suppress(Refusal):  # the log and GET /v1/models say so
-        async with models.engine(next(iter(models.by_name.values()))):
+        async with models.engine(first):
             pass
     app.state.on_ready()
 
@@ -131,7 +135,8 @@ async def health(request: Request) -> Response:
     state = request.app.state
     if not state.opening.done():
         return JSONResponse({"status": "loading"}, 503)
-    if all(model.is_lost for model in state.models.by_name.values()):
+    models = state.models.by_name.values()
+    if all(model.is_lost for model in models):
         return JSONResponse({"status": "error"}, 503)
     return JSONResponse({"status": "ok"})
 
@@ -143,15 +148,24 @@ async def metrics(request: Request) -> Response:
     n_waiting = state.models.queue.waiting.total()
     gauges.waiting.set(n_waiting)
     gauges.running.set(len(state.running) - n_waiting)
-    engines = [model.engine for model in state.models.by_name.values() if model.engine]
-    gauges.loaded.set(len(engines))
-    gauges.prefix_cache.set(sum(engine.prefix_cache_bytes for engine in engines))
-    return Response(generate_latest(gauges.registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+    n_loaded = 0
+    n_byte = 0
+    for model in state.models.by_name.values():
+        if model.engine:
+            n_loaded += 1
+            n_byte += model.engine.prefix_cache_bytes
+    gauges.loaded.set(n_loaded)
+    gauges.prefix_cache.set(n_byte)
+    text = generate_latest(gauges.registry)
+    return Response(text, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
 async def openapi(request: Request) -> Response:
     """Describe the API in OpenAPI."""
-    paths = ((path.replace(":path", ""), route.__doc__, kind) for path, route, kind in API)
+    paths = []
+    for path, route, kind in API:
+        shown = path.replace(":path", "")
+        paths.append((shown, route.__doc__, kind))
     return JSONResponse(bodies.describe(paths))
 
 
@@ -164,7 +178,9 @@ async def models(request: Request) -> Response:
 
 async def model(request: Request) -> Response:
     """Describe a model."""
-    return JSONResponse(models_of(request).card(request.path_params["model"]))
+    name = request.path_params["model"]
+    card = models_of(request).card(name)
+    return JSONResponse(card)
 
 
 async def lora_adapters(request: Request) -> Response:
@@ -183,7 +199,9 @@ async def props(request: Request) -> Response:
     for name, value in vars(model.sampling).items():
         if value is not None:
             sampling[name] = value
-    template = model.engine.chat_template if model.engine else None
+    template = None
+    if model.engine:
+        template = model.engine.chat_template
     properties = {
         "default_generation_settings": {"n_ctx": states[0]["n_ctx"], "params": sampling},
         "total_slots": len(states),
@@ -230,7 +248,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = f"{request.method:.20} {request.url.path:.100}"
     message = f"{path}: {error.detail}; GET /openapi.json lists what there is."
-    code = "method_not_allowed" if error.status_code == 405 else "not_found"
+    code = "not_found"
+    if error.status_code == 405:
+        code = "method_not_allowed"
     response = Refusal(error.status_code, message, code=code).response(request.url.path)
     response.headers.update(error.headers or {})
     return response
@@ -290,7 +310,9 @@ def _routes() -> list[Route]:
     ]
     names = {path: alias for alias, path in ALIASES.items()}
     for path, route, kind in API:
-        methods = ["GET"] if kind is None else ["POST"]
+        methods = ["POST"]
+        if kind is None:
+            methods = ["GET"]
         routes.append(Route(path, route, methods=methods))
         if path in names:
             alias = Route(names[path], route, methods=methods, include_in_schema=False)

@@ -36,19 +36,26 @@ async def version(request: Request) -> Response:
 async def tags(request: Request) -> Response:
     """List the models as Ollama does."""
     served = models_of(request)
-    cards = [_card(served.find(name)[0], name) for name in served.listed]
+    cards = []
+    for name in served.listed:
+        model, _ = served.find(name)
+        cards.append(_card(model, name))
     return JSONResponse({"models": cards})
 
 
 async def ps(request: Request) -> Response:
     """List the models that are loaded, as Ollama does."""
     served = models_of(request)
-    loaded = [_card(model, name) for name, model in served.by_name.items() if model.engine]
+    loaded = []
+    for name, model in served.by_name.items():
+        if model.engine:
+            loaded.append(_card(model, name))
     return JSONResponse({"models": loaded})
 
 
 def _card(model: ServedModel, name: str) -> dict[str, Any]:
-    name = name if ":" in name else f"{name}:latest"  # some clients add it where they miss it
+    if ":" not in name:
+        name = f"{name}:latest"  # some clients add it where they miss it
     facts = json.dumps([name, model.sha256, model.n_byte], sort_keys=True)
     return {
         "name": name,
@@ -68,7 +75,8 @@ def _card(model: ServedModel, name: str) -> dict[str, Any]:
 
 
 def _written(time_s: float) -> str:
-    return datetime.fromtimestamp(time_s, UTC).isoformat().replace("+00:00", "Z")
+    written = datetime.fromtimestamp(time_s, UTC).isoformat()
+    return written.replace("+00:00", "Z")
 
 
 async def show(request: Request) -> Computed:
@@ -133,10 +141,15 @@ async def embed(request: Request) -> Computed:
 async def embeddings(request: Request) -> Computed:
     """Embed a text, in the older shape of Ollama."""
     call = await read_call(request, bodies.OldEmbedBody)
-    texts = [call.body.prompt] if call.body.prompt else []
+    texts = []
+    if call.body.prompt:
+        texts.append(call.body.prompt)
 
     def written(states: list[F32], n_token: int) -> Any:
-        return {"embedding": states[0].tolist() if states else []}
+        embedding: Any = []
+        if states:
+            embedding = states[0].tolist()
+        return {"embedding": embedding}
 
     return embedded(call, texts, written)
 
@@ -169,7 +182,9 @@ def _counts(facts: Mapping[str, Any], answer: Generation) -> dict[str, int]:
     """Count tokens and nanoseconds as Ollama does; a relay's draft was generated too."""
     times = answer.timings
     relay = answer.fusion.relay
-    draft_ms = 0.0 if relay is None else relay.draft_ms
+    draft_ms = 0.0
+    if relay is not None:
+        draft_ms = relay.draft_ms
     spent_s = time.perf_counter() - facts["start_s"]
     return {
         "total_duration": int(1e9 * spent_s),

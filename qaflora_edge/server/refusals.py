@@ -34,18 +34,25 @@ class Refusal(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        kind = "server_error" if status in (500, 503, 507) else "invalid_request_error"
+        kind = "invalid_request_error"
+        if status in (500, 503, 507):
+            kind = "server_error"
         error = {"message": message, "type": kind, "param": param, "code": code}
         self.body: Json = {"error": error}
 
     def response(self, path: str) -> Response:
         """Return it as a whole response to a path."""
-        headers = {"Retry-After": str(RETRY_AFTER_S)} if self.status == 503 else {}
-        return JSONResponse(self.body_for(path), self.status, headers)
+        headers = {}
+        if self.status == 503:
+            headers["Retry-After"] = str(RETRY_AFTER_S)
+        body = self.body_for(path)
+        return JSONResponse(body, self.status, headers)
 
     def body_for(self, path: str) -> Json:
         """Return what is told at a path: in Ollama's its message alone."""
-        return {"error": str(self)} if path.startswith("/api/") else self.body
+        if path.startswith("/api/"):
+            return {"error": str(self)}
+        return self.body
 
 
 def refusal(error: BaseException, body: object = None, *, is_expired: bool = False) -> Refusal:
@@ -62,8 +69,9 @@ def refusal(error: BaseException, body: object = None, *, is_expired: bool = Fal
         return Refusal(503, "The server is shutting down.", code="shutting_down")
     if isinstance(error, errors.ModalityError):
         return Refusal(501, str(error), param="messages", code="not_implemented")
-    is_long = isinstance(error, errors.ContextError)
-    code = "context_length_exceeded" if is_long else "invalid_value"
+    code = "invalid_value"
+    if isinstance(error, errors.ContextError):
+        code = "context_length_exceeded"
     for kind, fields in _CAUSES.items():
         if isinstance(error, kind):
             param = _cause(error, fields, body)

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -49,7 +49,8 @@ async def document(request: Request) -> Response:
 
             def count() -> int:
                 with engine.model() as model:
-                    return len(model.tokenize(text))
+                    tokens = model.tokenize(text)
+                return len(tokens)
 
             n_token = await asyncio.to_thread(count)
     return JSONResponse({"text": text, "n_token": n_token})
@@ -59,8 +60,10 @@ async def _text_of(request: Request, name: str, data: bytes) -> str:
     cancel = threading.Event()
 
     async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
+        is_there = True
+        while is_there:
+            message = await request.receive()
+            is_there = message["type"] != "http.disconnect"
         cancel.set()
 
     watcher = asyncio.create_task(watch())
@@ -77,10 +80,15 @@ async def load(request: Request) -> Response:
     """Add an adapter of the allowed folder, as vLLM does, or of the Hub."""
     folder = _allowed(request)
     body = await read(request, AdapterBody)
-    path = None if body.hub is None else await _fetched(request, body, body.hub)
+    fetched: Path | None = None
+    if body.hub is not None:
+        fetched = await _fetched(request, body, body.hub)
 
     def add(engine: Engine, tell: Tell) -> None:
-        engine.add_adapter(body.lora_name, path or _inside(folder, body.lora_path or ""), tell)
+        path = fetched
+        if path is None:
+            path = _inside(folder, body.lora_path or "")
+        engine.add_adapter(body.lora_name, path, tell)
 
     return await _changed(request, body, "added", add)
 
@@ -105,7 +113,8 @@ async def _fetched(request: Request, body: AdapterBody, hub: str) -> Path:
 async def progress(request: Request) -> Response:
     """Tell how far a change of an adapter is: its stage, and steps or bytes; {} without one."""
     name = request.query_params.get("lora_name")
-    return JSONResponse(request.app.state.progress.get(name, {}))
+    steps = request.app.state.progress.get(name, {})
+    return JSONResponse(steps)
 
 
 async def unload(request: Request) -> Response:
@@ -136,7 +145,9 @@ async def upload(request: Request) -> Response:
         try:
             place, answer = await _uploaded(request, body, folder)
         except OSError as error:
-            reason = "the disk is full" if is_disk_full(error) else error.strerror
+            reason = error.strerror
+            if is_disk_full(error):
+                reason = "the disk is full"
             message = f"The upload cannot be written: {reason}."
             raise Refusal(507, message, code="insufficient_storage") from error
     state.uploads[served.name, body.lora_name] = place
@@ -158,7 +169,9 @@ async def _uploaded(request: Request, body: AdapterBody, folder: Path) -> tuple[
         engine.add_adapter(body.lora_name, gguf, tell)
 
     try:
-        weights_path = place / WEIGHTS_FILE if n_config else gguf
+        weights_path = gguf
+        if n_config:
+            weights_path = place / WEIGHTS_FILE
         with open(weights_path, "wb") as file:
 
             def take(part: bytes) -> None:
@@ -169,7 +182,8 @@ async def _uploaded(request: Request, body: AdapterBody, folder: Path) -> tuple[
 
             timeout_s = request.app.state.options.timeout_s
             await receive(request, take, MAX_UPLOAD_BYTES, timeout_s)
-        return place, await _changed(request, body, "added", add, shown_from=f"{place}/")
+        answer = await _changed(request, body, "added", add, shown_from=f"{place}/")
+        return place, answer
     except BaseException:
         shutil.rmtree(place, ignore_errors=True)
         raise
@@ -197,7 +211,9 @@ def _inside(folder: Path, name: str) -> Path:
     with contextlib.suppress(OSError, ValueError, RuntimeError):  # a loop of links is the last
         path = (folder / name).resolve(strict=True)
         if folder in path.parents:
-            files = adapter_files(adapter_folder(path)) if path.is_dir() else []
+            files: Iterable[Path] = ()
+            if path.is_dir():
+                files = adapter_files(adapter_folder(path))
             if all(folder in file.resolve().parents for file in files):
                 return path
     raise _not_found("lora_path", name)
@@ -233,7 +249,8 @@ async def _changed(
 
     def changed(engine: Engine) -> dict[str, str]:
         work(engine, tell)
-        return {name: checksum(path) for name, path in engine.opened.adapter_paths.items()}
+        paths = engine.opened.adapter_paths
+        return {name: checksum(path) for name, path in paths.items()}
 
     with _refused(state.progress, body.lora_name, shown_from):
         async with state.changing, state.models.engine(served) as engine:
@@ -252,7 +269,9 @@ def _refused(progress: dict[str, object], name: str, shown_from: str = "") -> It
     except BusyError:
         raise
     except QafloraError as error:
-        message = str(error).replace(shown_from, "") if shown_from else str(error)
+        message = str(error)
+        if shown_from:
+            message = message.replace(shown_from, "")
         raise Refusal(400, message, code="invalid_value") from error
     finally:
         progress.pop(name, None)

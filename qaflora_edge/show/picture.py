@@ -35,7 +35,9 @@ def picture(fusion: FusionWeights, label: str, subject: str) -> str:
     root.set("xmlns", "http://www.w3.org/2000/svg")
     root.set("aria-label", "Weights, a row per adapter")
     is_layered = not reason_rows(fusion)
-    n_layer = fusion.weights.shape[1] if is_layered else 1
+    n_layer = 1
+    if is_layered:
+        _, n_layer = fusion.weights.shape
     names = [crop(name, NAME_WIDTH_MAX, len_pixels) for name in fusion.adapters]
     name_width = max(map(len_pixels, names), default=30)
     left = MARGIN + math.ceil(name_width) + 12
@@ -145,5 +147,8 @@ def len_pixels(text: str) -> float:
     """About how wide a text is at 13 pixels in a sans-serif font, on the wide side."""
     from rich.cells import cell_len
 
-    n_wide = sum(char.isupper() or char in "mw@%—…" for char in text)
+    n_wide = 0
+    for char in text:
+        if char.isupper() or char in "mw@%—…":
+            n_wide += 1
     return 7.5 * cell_len(text) + 5 * n_wide

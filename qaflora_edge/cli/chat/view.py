@@ -43,7 +43,9 @@ class View:
 
     def piece(self, text: str) -> None:
         """Show more of an answer; a terminal gets none of its control characters."""
-        click.echo(visible(text) if self._is_tty else text, nl=False)
+        if self._is_tty:
+            text = visible(text)
+        click.echo(text, nl=False)
 
     def thought(self, text: str) -> None:
         """Show more of a thought, or of another adapter's draft, before an answer."""
@@ -62,7 +64,8 @@ class View:
         click.echo()
 
     def note(self, *parts: str) -> None:
-        click.echo(f"[{visible('; '.join(parts))}]", err=True, color=False)
+        text = visible("; ".join(parts))
+        click.echo(f"[{text}]", err=True, color=False)
 
     def error(self, error: Exception) -> None:
         click.echo(f"Error: {one_line(str(error))}", err=True, color=False)
@@ -94,7 +97,9 @@ class TerminalView(View):
         super().__init__()
         self._out = Console(highlight=False, markup=False)
         self._err = Console(highlight=False, markup=False, stderr=True)
-        self._dot = " · " if can_show("·", sys.stderr.encoding) else " - "
+        self._dot = " - "
+        if can_show("·", sys.stderr.encoding):
+            self._dot = " · "
 
     def begin(self) -> None:
         from rich.live import Live
@@ -118,7 +123,8 @@ class TerminalView(View):
 
     def draft(self, text: str) -> None:
         self._aside = ""
-        self._out.print(visible(" ".join(text.split())), style="dim")
+        line = " ".join(text.split())
+        self._out.print(visible(line), style="dim")
 
     def expected(self, text: str) -> None:
         self._draw(visible(text), "dim")
@@ -163,7 +169,8 @@ class TerminalView(View):
         self._n_block += 1
 
     def note(self, *parts: str) -> None:
-        self._err.print(visible(self._dot.join(parts)), style="dim")
+        text = self._dot.join(parts)
+        self._err.print(visible(text), style="dim")
 
     def error(self, error: Exception) -> None:
         self._err.print(f"Error: {one_line(str(error))}", style="red")
