@@ -17,8 +17,8 @@ from pathlib import Path
 from statistics import median
 
 from qaflora_edge import Engine
-from qaflora_edge.bundles.edit import neutral
 from qaflora_edge.evaluation.tasks import Task, read_task
+from qaflora_edge.prompt.neutral import neutral
 
 STRATEGIES = ("two-place", "relay")
 

@@ -47,6 +47,8 @@ class Prompt:
     is_later  whether another user turn is before it
     thinking  how the base thinks before it answers; None: it does not
     calls     how it calls the tools that it was told of; None: it was told of none
+    neutral   neutral prompts, each as usual, and behind this one's system prompt; none where this
+              one begins as usual
     """
 
     tokens: tuple[int, ...]
@@ -54,6 +56,7 @@ class Prompt:
     is_later: bool = False
     thinking: Thinking | None = None
     calls: "Calls | None" = None
+    neutral: tuple[tuple["Prompt", "Prompt"], ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)

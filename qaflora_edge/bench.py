@@ -24,11 +24,11 @@ from qaflora_edge.backend import prefix
 from qaflora_edge.backend.context import Context, context_params
 from qaflora_edge.backend.library import logged
 from qaflora_edge.backend.model import PLACING, Model, Pack
-from qaflora_edge.bundles.edit import neutral
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import BackendError, OptionError
 from qaflora_edge.formats.base import read_base
 from qaflora_edge.progress import Tell, TellCount
+from qaflora_edge.prompt.neutral import neutral
 
 Who = TypeVar("Who")
 Run = dict[str, float]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import exp, log, sqrt
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ from decoded import count_decoded, probe
 from refusals import refused
 
 from qaflora_edge import Engine
-from qaflora_edge.ask import Chat
+from qaflora_edge.ask import Chat, Prompt
 from qaflora_edge.backend.batch import n_common
 from qaflora_edge.backend.context import Context
 from qaflora_edge.bundles.create import create_bundle
 from qaflora_edge.bundles.edit import calibrate, neutral
 from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.errors import QafloraError, StrategyError
+from qaflora_edge.prompt.neutral import neutral as all_neutral
 from qaflora_edge.weighing.calibration import KEYS
 from qaflora_edge.weighing.strategy import Query, parse_strategy
 
@@ -32,11 +34,21 @@ LATER = ("later_last", "later_question")
 ALL = (*PLACES, *LATER)
 
 
+MOVED = np.array([-1.2, 0.3, -0.4])  # spreads, at the last token; in the question by half of it
+
+
 class Places:
     """A probe that found these numbers [n_adapter] at each layer, and so many nats."""
 
     def __init__(self, last: list[float], question: list[float], nats: float) -> None:
         self.found, self.nats = (last, question), nats
+
+    def neutral(self) -> Any:
+        """As far apart as their standard deviations say, and behind the system prompt as MOVED."""
+        usual = np.array([[1.0, -1.0, 0.0], [-1.0, 1.0, 1.0], [0.0, 0.0, -1.0]])
+        behind = [usual / 2 + MOVED, usual + 0.5 * MOVED]
+        extents = USUAL["mean"] + USUAL["spread"] * np.array([[usual, usual], behind])
+        return np.repeat(np.exp(extents)[..., None], 2, axis=-1)
 
     def added(self) -> Any:
         return np.repeat(np.array(self.found)[:, :, None], 2, axis=2)
@@ -52,7 +64,7 @@ def mixed(
     *,
     known: Any = None,
     nats: float = 25,  # half of what is needed for the plain threshold
-    **how: bool,
+    **how: Any,
 ) -> Any:
     """The mix for what adapters do, the same at both layers."""
     names = NAMES[: len(last)]
@@ -103,6 +115,61 @@ def test_a_later_turn_is_compared_with_later_turns() -> None:
     known = dict.fromkeys(PLACES, USUAL) | dict.fromkeys(LATER, later)
     assert weighed("two-place", *found, known=known) == [1, 0]
     assert weighed("two-place", *found, known=known, is_later=True) == [0, 0]
+
+
+def behind_system(last: list[float], question: list[float], **how: Any) -> Any:
+    """The mix of three, in standard deviations, behind the system prompt of Places.neutral."""
+    neutral = ((Prompt((1,)), Prompt((2,))),)
+    return mixed("two-place", [*map(at, last)], [*map(at, question)], neutral=neutral, **how)
+
+
+def test_what_a_system_prompt_changes_is_taken_out(monkeypatch) -> None:
+    last, question = np.array([3.0, -1.0, 0.5]), np.array([1.0, 1.5, -0.5])
+    expected = mixed("two-place", [*map(at, last)], [*map(at, question)])
+    mix = behind_system(last / 2 + MOVED, question + 0.5 * MOVED)
+    assert expected.weights[:, 0].tolist() == [1, 0.5, 0]
+    np.testing.assert_allclose(mix.weights, expected.weights)
+    for name, reason in expected.why.items():
+        assert mix.why[name].scores == pytest.approx(reason.scores, abs=1e-6)
+    # Where it is behind others' turns, they are alike already.
+    expected = mixed("two-place", [*map(at, last)], [*map(at, question)], is_later=True)
+    mix = behind_system(last + MOVED, question + 0.5 * MOVED, is_later=True)
+    np.testing.assert_allclose(mix.divergence, expected.divergence)
+    # An adapter that it raises far is asked for: what it adds stays.
+    monkeypatch.setitem(globals(), "MOVED", np.array([-1.2, 0.8, -0.4]))
+    measured = behind_system(last, question).divergence[:, 0]
+    assert np.log(measured / at(0)) / USUAL["spread"] == pytest.approx([8.4, -1, 1.8])
+
+
+def test_neutral_prompts_are_read_behind_each_system_prompt_once(calibrated, monkeypatch) -> None:
+    """Oracle: what is measured of each neutral prompt in turn, as a conversation."""
+    system = {"role": "system", "content": "Be on time, " * 8}
+    turn = {"role": "user", "content": "the thing"}
+    texts = [*all_neutral("prompts")[3::6], *all_neutral("turns")[4::8]]
+    with Engine(calibrated.folder, strategy="two-place") as engine:
+        prompt = engine.read(Chat([system, turn]))
+        found = probe(engine, prompt.tokens, prompt.question, neutral=prompt.neutral).neutral()
+        for said, places in zip(([], [system]), found, strict=True):
+            for at, text in enumerate(texts):
+                read = engine.read(Chat([*said, {"role": "user", "content": text}]))
+                assert prompt.neutral[at][len(said)] == replace(read, neutral=())
+                alone = probe(engine, read.tokens, read.question).added()
+                np.testing.assert_allclose(places[:, at], alone, rtol=2e-3, atol=1e-9)
+        counts = count_decoded(monkeypatch)
+        engine.weights(prompt.tokens)
+        assert sum(counts) <= len(prompt.tokens)
+
+        # What the prompt has in common with them is prefilled once.
+        del counts[:]
+        other = engine.read(Chat([system | {"content": "Go " * 60}, turn]))
+        engine.weights(other.tokens)
+        n_same = min(n_common(other.tokens, behind.tokens) for _, behind in other.neutral)
+        n_neutral = sum(len(behind.tokens) - n_same for _, behind in other.neutral)
+        assert sum(counts) == len(other.tokens) + n_neutral
+
+        assert not engine.read(Chat([turn])).neutral
+        engine.system = system["content"]  # as if the bundle had it
+        assert not engine.read(Chat([turn])).neutral
 
 
 def test_what_raises_all_adapters_is_no_surprise() -> None:

@@ -23,7 +23,6 @@ from qaflora_edge.files import (
     AnyPath,
     cache_lock,
     check_takes_file,
-    package_data,
     write_text_atomic,
 )
 from qaflora_edge.formats.bundle import (
@@ -36,6 +35,7 @@ from qaflora_edge.formats.bundle import (
 )
 from qaflora_edge.formats.inputs import Json, Object, check_file
 from qaflora_edge.progress import Tell, silent
+from qaflora_edge.prompt.neutral import neutral
 from qaflora_edge.weighing.baselines.centroid import centroid_text
 from qaflora_edge.weighing.calibration import KEYS
 from qaflora_edge.weighing.strategy import parse_strategy
@@ -43,7 +43,6 @@ from qaflora_edge.weighing.weigher import Known, Weigher, known_of
 
 SAMPLE_CTX = 2048  # tokens of one sample text
 _OF_ADAPTERS = ("typical", "samples")  # of fusion: adapter -> what is measured of it
-PROMPTS_FILE = "data/neutral_prompts.json"
 CALIBRATION_CTX = 512  # tokens; the neutral prompts are short
 OPENING = "Opening the base"
 ONCE = "Measuring what is typical of each adapter, once"
@@ -249,12 +248,6 @@ def _index(folder: Path, text: BundleText, name: str) -> int:
             f"{', '.join(names) or 'it has none'}."
         )
     return names.index(name)
-
-
-def neutral(kind: str) -> list[Any]:
-    """Read what ships with the package: "prompts", "turns" of a few words, or "exchanges"."""
-    text = package_data(PROMPTS_FILE).read_text(encoding="utf-8")
-    return list(json.loads(text)[kind])
 
 
 def prompts_sha256(prompts: Sequence[str]) -> str:

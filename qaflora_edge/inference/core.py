@@ -131,9 +131,18 @@ class Core:
             from qaflora_edge.backend.prefix import Prefixes
             from qaflora_edge.weighing.probe import Prober
 
-            prefixes = Prefixes(prefix_cache << 20)
+            # Of contexts whose KV states go from one to the other: with flash, or all without.
+            self._alike = dict(options)
+            if model.is_on_cpu:
+                self._alike["flash_attn"] = not context.is_flash_off
             prober = Prober(
-                model, self.pack, options, infos=infos, sizes=sizes(), prefixes=prefixes
+                model,
+                self.pack,
+                options,
+                alike=self._alike,
+                infos=infos,
+                sizes=sizes(),
+                prefixes=Prefixes(prefix_cache << 20),
             )
             self.prober = enter(closing(prober))
             # Nothing here refers to this Core: a circle would keep it alive.
@@ -158,10 +167,7 @@ class Core:
         """Decode drafts; only a strategy that reads some makes it."""
         from qaflora_edge.inference.drafts import Drafter
 
-        options = dict(self.options)
-        if self.model.is_on_cpu:  # KV states go from one to the other: both with flash, or without
-            options["flash_attn"] = not self.context.is_flash_off
-        drafter = Drafter(self.model, self.pack, options)
+        drafter = Drafter(self.model, self.pack, self._alike)
         self._resources.callback(drafter.close)
         return drafter
 
@@ -430,6 +436,10 @@ class Probes:
         end = len(self._tokens)
         listener = self._core.prober.added(self._rows, query.question, end, n_scored)
         return np.array(self._listen(listener))
+
+    def neutral(self) -> F64:
+        steps = self._core.prober.neutral(self.query, self._rows, self._read_again)
+        return np.array(self._core.run(steps, self._cancellation))
 
     def surprise(self) -> float:
         return self._after_added().nats

@@ -7,7 +7,7 @@ import json
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from qaflora_edge.ask import Chat, Gap, Plain, Prompt, Question, Thinking
@@ -26,6 +26,7 @@ from qaflora_edge.errors import (
 from qaflora_edge.formats.inputs import Json, Object
 from qaflora_edge.prompt import template as templates
 from qaflora_edge.prompt.messages import Message, begin_with, checked_messages
+from qaflora_edge.prompt.neutral import behind_system
 from qaflora_edge.prompt.typed import TypedText
 
 _PIECE_BYTES = 16  # of a token; most are shorter
@@ -63,7 +64,19 @@ class Reader:
             return Prompt(tuple(tokens))
         start, end, is_later = place
         thinking = _thinking_after(self.model, tokens, end)
-        return Prompt(tuple(tokens), (start, end), is_later, thinking)
+        n_before = _n_before_turns(self.model, tokens)
+        neutral = self._neutral(tuple(tokens[:n_before]))
+        return Prompt(tuple(tokens), (start, end), is_later, thinking, neutral=neutral)
+
+    def _neutral(self, system: tuple[int, ...]) -> tuple[tuple[Prompt, Prompt], ...]:
+        """Pair neutral prompts, as usual and behind a system prompt that is not the usual one."""
+        examples = json.dumps([*self.examples])
+        usual = _usual_prompt(self.model, self.system, examples, "a")
+        n_usual = _n_before_turns(self.model, usual.tokens)
+        if usual.tokens[:n_usual] == system:
+            return ()
+        read = partial(_usual_prompt, self.model, self.system, examples)
+        return behind_system(system, n_usual, read)
 
     def tokens(self, question: Question, parse_special: bool = False) -> list[int]:
         """Give the tokens alone.
@@ -273,6 +286,24 @@ def find_question(model: Model, tokens: Sequence[int]) -> tuple[int, int, bool] 
         end += 1
     is_later = _last_place(head, tokens[:at]) is not None
     return (start, end, is_later) if start < end else None
+
+
+@lru_cache(64)
+def _usual_prompt(model: Model, system: str | None, examples: str, text: str) -> Prompt:
+    """Read a text as a user's first turn, behind a bundle's system prompt and examples (JSON)."""
+    turn = {"role": "user", "content": text}
+    chat = Chat(begin_with(system, [turn], json.loads(examples)))
+    tokens = tuple(chat_tokens(model, chat))
+    place = find_question(model, tokens)
+    question = None if place is None else place[:2]
+    return Prompt(tokens, question)
+
+
+def _n_before_turns(model: Model, tokens: Sequence[int]) -> int:
+    """Count the tokens before the first user turn, such as a system prompt."""
+    head, _ = _opening(model)
+    places = range(len(tokens) - len(head) + 1)
+    return next((at for at in places if [*tokens[at : at + len(head)]] == head), 0)
 
 
 @lru_cache(4)

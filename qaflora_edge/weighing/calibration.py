@@ -25,6 +25,8 @@ KEYS = (*LAYERS, *EXTENTS, SURENESS)
 _EPS = 1e-12  # added before a logarithm; layers of 0 change no surprise
 _COPY = 0.85  # correlation of versions of one adapter: .9 and above; of others .73 and below
 _SPREAD_MIN = 0.01  # an adapter that always does the same would surprise whatever it does
+_ASKED_FOR = 0.7  # spreads by which a system prompt raises an adapter that it asks for
+_APART_MIN = 0.5  # of what is usual, behind a system prompt
 
 
 def extent(measured: F64) -> F64:
@@ -51,6 +53,39 @@ def above_typical(query: Query, key: str, measured: F64) -> F64:
         spreads.append(typical["spread"])
     above_mean = extent(measured) - np.array(means)  # [n_adapter]
     return np.asarray(above_mean / np.array(spreads))
+
+
+def without_system(query: Query, added: F64, keys: Sequence[str], neutral: F64) -> F64:
+    """Take out of what adapters add what the query's system prompt changes, whatever is asked.
+
+    added    [2, n_adapter, n_layer]  at the last token, and in the question
+    keys     of EXTENTS, for both
+    neutral  of neutral prompts, as usual and behind the system prompt:
+             [2, 2, n_prompt, n_adapter, n_layer]
+
+    A system prompt moves all extents, and makes those at the last token more alike. An adapter that
+    it raises far is one that it asks for, such as a language's, and stays as it is.
+    """
+    means = []
+    spreads = []
+    for key in keys:
+        typical = [query.typical[name][key] for name in query.adapters]
+        means.append([numbers["mean"] for numbers in typical])
+        spreads.append([numbers["spread"] for numbers in typical])
+    spread = np.array(spreads)  # [2, n_adapter]
+    mean = np.array(means) / spread
+    usual, behind = np.log(neutral + _EPS).mean(axis=-1) / spread[:, None]
+    shift = (behind - usual).mean(axis=1)  # [2, n_adapter]
+    apart = np.ones((2, 1))  # how far prompts are apart, as a part of what is usual
+    if not query.is_later:
+        apart[0] = behind[0].std(axis=0).mean() / max(usual[0].std(axis=0).mean(), _EPS)
+    apart = np.clip(apart, _APART_MIN, 1.0)
+
+    before = np.stack([extent(place) for place in added]) / spread
+    after = mean + (before - mean - shift) / apart
+    is_asked_for = shift[0] > _ASKED_FOR
+    change = np.where(is_asked_for, 0.0, after - before) * spread
+    return np.asarray(added * np.exp(change)[..., None])
 
 
 def unusual(query: Query, measured: Mapping[str, F64]) -> F64:

@@ -5,7 +5,8 @@ Work is cut at micro-batches: a generator yields between them, for its driver's 
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -15,7 +16,7 @@ import numpy as np
 from qaflora_edge.arrays import F32, F64
 from qaflora_edge.backend.batch import Span as Tokens
 from qaflora_edge.backend.batch import n_common
-from qaflora_edge.backend.context import Context, default_threads, n_ctx_for
+from qaflora_edge.backend.context import Context, KvState, default_threads, n_ctx_for
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.prefix import GrowingContext, Prefixes, Steps, prefill, wiped_on_failure
 from qaflora_edge.errors import BackendError
@@ -35,6 +36,7 @@ Rows = Sequence[int]  # numbers of adapters
 RowKey = tuple[int, ...]  # the same
 PLACES = ("answer", "question")  # the last token, where the answer begins; the question's mean
 _N_BLOCK = 64  # tokens of a question that are summed together
+_N_NEUTRAL = 64  # system prompts that are remembered
 _N_TOGETHER = 8  # short queries of one batch: the base's matrices are read once for all
 
 
@@ -177,6 +179,7 @@ class _Added(Listener):
 class Prober:
     """Measure with sequences of one context: the base, then each adapter alone at weight 1.
 
+    alike     options of contexts that take the KV state of an answer; by default `options`
     infos, sizes  the adapters' facts, where they were read before
     prefixes  the prefix cache; by default only the last query's KV state is reused
 
@@ -192,6 +195,7 @@ class Prober:
         pack: Pack,
         options: dict[str, Any],
         *,
+        alike: dict[str, Any] | None = None,
         infos: Sequence[AdapterInfo] | None = None,
         sizes: Sequence[AttentionSizes] = (),
         prefixes: Prefixes | None = None,
@@ -208,12 +212,14 @@ class Prober:
         if not sizes:
             self._sizes = cache(self._read_sizes)
         self._make_base = partial(Context, model, pack, is_probe=True, **options)
+        self._make_alike = partial(Context, model, pack, is_probe=True, **(alike or options))
         self._base = GrowingContext(partial(self._make_base, n_seq=1))
         self._contexts = GrowingContext(self._make_context)
         self._threads = ThreadPoolExecutor(options.get("threads") or default_threads())
         self._rows: RowKey = ()  # adapters of the sequences after the base's
         self._n_exact: int | None = None  # tokens held in the cuts of a whole prompt; None: all
         self._last: tuple[_Measured, F32] | None = None
+        self._neutral: dict[tuple[Any, ...], F64] = {}  # the oldest first
 
     def _read_queries(self, rows: RowKey) -> QueryProjections:
         infos = [self._infos[row] for row in rows]
@@ -275,8 +281,15 @@ class Prober:
         _check_finite(states[None], [self._model.path])
         return np.array(states)
 
-    def added_together(self, queries: Sequence[Query], rows: Rows) -> Steps[F64]:
+    def added_together(
+        self,
+        queries: Sequence[Query],
+        rows: Rows,
+        read: Callable[[], KvState | None] | None = None,
+    ) -> Steps[F64]:
         """Measure the same of many short queries: [2, n_query, n_row, n_layer].
+
+        read  gives the base's KV state of a prompt that begins as they do, where it is known
 
         What all have before their questions is prefilled once. Yields how many are measured.
         """
@@ -290,11 +303,19 @@ class Prober:
         n_most = 0  # tokens of a group
         for group in groups:
             n_most = max(n_most, sum(len(query.tokens) for query in group))
-        n_ctx = n_ctx_for(n_same + n_most)
+        state = None if read is None else read()
+        n_held = 0 if state is None else len(state.tokens)
+        n_ctx = n_ctx_for(max(n_same + n_most, n_held))
+        make = self._make_base if read is None else self._make_alike
         results: list[F64] = []
-        with self._make_base(n_ctx=n_ctx, n_seq=1 + _N_TOGETHER, is_unified=True) as context:
-            if n_same:
-                context.decode(first[:n_same], outputs="none", n_seq=1)
+        with make(n_ctx=n_ctx, n_seq=1 + _N_TOGETHER, is_unified=True) as context:
+            if state is not None:
+                with suppress(BackendError):  # another shape: it is prefilled
+                    context.load_kv_state(state)
+            n_held = context.keep(n_common(first[:n_same], context.tokens[0]), 0)
+            if n_held < n_same:
+                for _ in prefill(context, first[:n_same], n_held, "none"):
+                    yield 0
             for group in groups:
                 spans = []
                 for seq, query in enumerate(group, 1):
@@ -312,6 +333,26 @@ class Prober:
                     results.append(listener.result())
                 yield len(results)
         return np.stack(results, axis=1)
+
+    def neutral(self, query: Query, rows: Rows, read: Callable[[], KvState | None]) -> Steps[F64]:
+        """Measure what strategy.Probe.neutral gives: once behind each of the last system prompts.
+
+        read  as added_together takes it
+        """
+        measured = []
+        for prompts in zip(*query.neutral, strict=True):  # all as usual, then all behind it
+            key = (*rows, prompts[0].tokens)
+            if key not in self._neutral:
+                queries = []
+                for prompt in prompts:
+                    place = prompt.question or query.question
+                    asked = replace(query, tokens=prompt.tokens, question=place, n_weighed=None)
+                    queries.append(asked)
+                self._neutral[key] = yield from self.added_together(queries, rows, read)
+            measured.append(self._neutral[key])
+        while len(self._neutral) > _N_NEUTRAL:
+            del self._neutral[next(iter(self._neutral))]
+        return np.stack(measured)
 
     def states(
         self, tokens: Ids, rows: Rows, pool: str = "last", span: Span | None = None

@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from qaflora_edge.arrays import F32, F64, ArrayLike
+from qaflora_edge.ask import Prompt
 from qaflora_edge.config import SHAPING, Option
 from qaflora_edge.errors import StrategyError, nearest
 
@@ -57,6 +58,7 @@ class Query:
     can_relay whether another may write with a draft in view: not after a thought
     n_weighed  tokens before a thought that the chat template began: with it and without it the
               weights are the same; None: all
+    neutral   see Prompt
     """
 
     tokens: tuple[int, ...]
@@ -72,6 +74,7 @@ class Query:
     is_later: bool = False
     can_relay: bool = False
     n_weighed: int | None = None
+    neutral: tuple[tuple[Prompt, Prompt], ...] = field(default=(), repr=False)
 
 
 class Probe(Protocol):
@@ -90,6 +93,12 @@ class Probe(Protocol):
         """Measure what adapters would add in two places: float64 [2, n_adapter, n_layer].
 
         |scale B A x| at q, k and v, in one pass of the base: at the last token, in the question.
+        """
+
+    def neutral(self) -> F64:
+        """Measure the same of the query's neutral prompts: [2, 2, n_prompt, n_adapter, n_layer].
+
+        First as usual, then behind the query's system prompt; of each both places.
         """
 
     def surprise(self) -> float:

@@ -59,12 +59,17 @@ class TwoPlace(Strategy):
     def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix:
         import numpy as np
 
+        from qaflora_edge.weighing.calibration import without_system
+
         options = {option.name: option.default for option in self.options}
         options |= query.options
         if len(query.adapters) == 1 and "abstain" not in query.options:
             whole = np.full((1, query.n_layer), options["answer"])
             return Mix(whole, because=f"{query.adapters[0]} is the only adapter in use.")
-        last, question = probe.added()
+        added = probe.added()
+        if query.neutral:
+            added = without_system(query, added, _places(query), probe.neutral())
+        last, question = added
         scores = _scores(query, last, question)
         first_scores = next(iter(scores.values()))  # [n_adapter]
         is_familiar = False
@@ -84,6 +89,11 @@ class TwoPlace(Strategy):
 STRATEGIES = (TwoPlace(),)
 
 
+def _places(query: Query) -> tuple[str, str]:
+    """Name what is typical of a chat's last token, and of its question."""
+    return LATER if query.is_later else FIRST
+
+
 def _scores(query: Query, last: F64, question: F64) -> dict[str, F64]:
     """Give how unusual each adapter is, [n_adapter], by place; the answer's first.
 
@@ -93,7 +103,7 @@ def _scores(query: Query, last: F64, question: F64) -> dict[str, F64]:
 
     if not query.is_chat:  # plain text has no question
         return {"text": unusual(query, {"added_text": last})}
-    at_last, in_question = LATER if query.is_later else FIRST
+    at_last, in_question = _places(query)
     return {
         "answer": unusual(query, {at_last: last, in_question: question}),
         "question": above_typical(query, in_question, question),

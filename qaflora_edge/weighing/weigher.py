@@ -177,6 +177,7 @@ class Weigher:
             is_later=prompt.is_later,
             can_relay=is_chat and thinking is None,
             n_weighed=n_weighed,
+            neutral=prompt.neutral,
         )
 
     def n_base(self, weights: Weights, prompt: Prompt, prefill: str | None = None) -> int:
