@@ -3,7 +3,7 @@
     python benchmarks/relay_cost.py demo TASK... [--tokens 100,300] [--limit 5] [--repeat 5]
 
 TASK is a file as `qaflora eval` takes it; models/recipes/shop.py writes some. Each question is
-asked behind a system prompt that makes it so many tokens long. That is another one in each run, so
+asked behind a system prompt that makes it so many tokens long. Other chats come between the runs, so
 no KV state of one serves the next. Both strategies take turns, the first round is thrown away, and
 ratios are taken within a round. `seen` is the first piece of text that a user sees, drafts
 included.
@@ -56,11 +56,11 @@ def _print_task(engine: Engine, task: Task, length: int, limit: int, repeat: int
     seen: dict[bool, list[float]] = defaultdict(list)
     n_token: dict[bool, list[int]] = defaultdict(list)
     for item in task.items[:limit]:
-        question = task.question(item)
+        tokens = _prompt(engine, task.question(item), length)
         for turn in range(1 + repeat):
             runs: dict[str, Timed] = {}
             for name in STRATEGIES if turn % 2 else STRATEGIES[::-1]:
-                tokens = _prompt(engine, question, length, f"{turn}, {name}")
+                _forget(engine)
                 runs[name] = _answer(engine, tokens, name)
             plain, relay = (runs[name] for name in STRATEGIES)
             if turn > 0:
@@ -76,11 +76,17 @@ def _print_task(engine: Engine, task: Task, length: int, limit: int, repeat: int
         )
 
 
-def _prompt(engine: Engine, question: str, length: int, run: str) -> list[int]:
-    """Give a chat of about so many tokens that ends with the question; run: a name of its own."""
+def _forget(engine: Engine) -> None:
+    """Ask something else in both slots, of the answer and of the base's prefill."""
+    for other in neutral("turns")[:4]:
+        engine.generate(other, strategy="base", max_tokens=1).text()
+
+
+def _prompt(engine: Engine, question: str, length: int) -> list[int]:
+    """Give a chat of about so many tokens that ends with the question."""
     texts = neutral("prompts")
     about = "People have asked you these questions before, and you have answered them all. "
-    system = f"({run}) You are a helpful assistant. {about}"
+    system = f"You are a helpful assistant. {about}"
     for text in texts:
         messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
         tokens = engine.chat_tokens(messages)

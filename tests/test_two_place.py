@@ -131,9 +131,9 @@ def test_what_a_system_prompt_changes_is_taken_out(monkeypatch) -> None:
     np.testing.assert_allclose(mix.weights, expected.weights)
     for name, reason in expected.why.items():
         assert mix.why[name].scores == pytest.approx(reason.scores, abs=1e-6)
-    # Where it is behind others' turns, they are alike already.
+    # Behind other turns it does half of that, and they are as far apart as ever.
     expected = mixed("two-place", [*map(at, last)], [*map(at, question)], is_later=True)
-    mix = behind_system(last + MOVED, question + 0.5 * MOVED, is_later=True)
+    mix = behind_system(last + 0.5 * MOVED, question + 0.25 * MOVED, is_later=True)
     np.testing.assert_allclose(mix.divergence, expected.divergence)
     # An adapter that it raises far is asked for: what it adds stays.
     monkeypatch.setitem(globals(), "MOVED", np.array([-1.2, 0.8, -0.4]))
