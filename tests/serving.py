@@ -1,7 +1,5 @@
 """A server: its app with a client, listening in a thread, and as the command."""
 
-from __future__ import annotations
-
 import contextlib
 import socket
 import threading

@@ -1,7 +1,5 @@
 """qaflora serve: as a program that is started, asked and ended."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re

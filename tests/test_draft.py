@@ -1,7 +1,5 @@
 """Drafting: guesses, how many, and answers that are the same bits as without them."""
 
-from __future__ import annotations
-
 import json
 import random
 from itertools import pairwise

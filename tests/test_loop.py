@@ -1,7 +1,5 @@
 """Engine.run_forever: one thread that computes for all others."""
 
-from __future__ import annotations
-
 import contextlib
 import threading
 import time

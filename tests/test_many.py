@@ -1,7 +1,5 @@
 """Many at once: generate_many, score and weights of lists, and what ends one call of several."""
 
-from __future__ import annotations
-
 import gc
 import threading
 from collections.abc import Iterator

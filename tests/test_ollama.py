@@ -1,7 +1,5 @@
 """Ollama's API, by its own client: the answers are those of OpenAI's API and of an Engine."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Rows with matrices of the base, by the kernels of processors that are emulated."""
 
-from __future__ import annotations
-
 import shutil
 import struct
 import subprocess

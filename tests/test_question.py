@@ -1,7 +1,5 @@
 """Where the question stands in a prompt, and its states: one token at a time is the oracle."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A greedy answer is the same alone and next to other clients, on a real quantised base."""
 
-from __future__ import annotations
-
 import json
 import threading
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Who is computed next, with a context that only notes what it was given: no model."""
 
-from __future__ import annotations
-
 import random
 import threading
 import time

@@ -4,8 +4,6 @@ On a tiny base with F32 everywhere: tokens are equal, and the logits that they a
 within a tolerance, for products of other batch sizes sum in another order.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import threading

@@ -1,7 +1,5 @@
 """The server's answers: those of an Engine alone, in OpenAI's shapes."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a server tells of itself: metrics, and a line of the log for each request."""
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Several bundles in one server: loaded when asked for, closed beyond --max-models."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging

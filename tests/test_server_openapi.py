@@ -1,7 +1,5 @@
 """The description of the server is valid, and says what the server does."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jsonschema

@@ -1,7 +1,5 @@
 """Waiting: turns, the bounded queue, the end of time, and clients that go away."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

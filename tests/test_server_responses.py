@@ -1,7 +1,5 @@
 """OpenAI's responses: by their own client, against chat completions of the same Engine."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

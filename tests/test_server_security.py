@@ -1,7 +1,5 @@
 """Who may ask the server: keys, hosts, origins, and what it listens at."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

@@ -1,7 +1,5 @@
 """Options of strategies, against sums written out in plain Python."""
 
-from __future__ import annotations
-
 import re
 from math import sqrt
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Strategies of a program's own: by register_strategy, and by a package's entry point."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import sys

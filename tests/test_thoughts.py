@@ -1,7 +1,5 @@
 """Thoughts before answers: split from them, closed in time, and never weighed."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Iterator

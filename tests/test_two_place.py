@@ -1,7 +1,5 @@
 """The strategy two-place and what it needs to know of adapters, against numbers written out."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from math import exp, log, sqrt
