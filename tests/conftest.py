@@ -216,6 +216,15 @@ def own_cache(tmp_path_factory, monkeypatch) -> Path:
 
 
 @pytest.fixture
+def config(tmp_path, monkeypatch) -> Path:
+    """An empty settings file in place of the user's."""
+    path = tmp_path / "config.toml"
+    path.touch()
+    monkeypatch.setenv("QAFLORA_CONFIG", str(path))
+    return path
+
+
+@pytest.fixture
 def hub_cache(hub, tmp_path, monkeypatch) -> Iterator[Path]:
     """Let this process use that Hub, with no token and an empty cache, which is given.
 

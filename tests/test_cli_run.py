@@ -143,11 +143,10 @@ SCHEMA = {
 }
 
 
-def test_a_stop_out_of_the_settings_cuts_no_json(made, tmp_path, monkeypatch) -> None:
-    path, settings = tmp_path / "schema.json", tmp_path / "config.toml"
+def test_a_stop_out_of_the_settings_cuts_no_json(made, tmp_path, config) -> None:
+    path = tmp_path / "schema.json"
     path.write_text(json.dumps(SCHEMA))
-    settings.write_text('stop = ["\\"", "{"]\n')
-    monkeypatch.setenv("QAFLORA_CONFIG", str(settings))
+    config.write_text('stop = ["\\"", "{"]\n')
     result = run(made.folder, PROMPT, "--json-schema", path)
     assert result.exit_code == 0
     jsonschema.validate(json.loads(result.stdout), SCHEMA)

@@ -11,14 +11,6 @@ from qaflora_edge import Engine
 from qaflora_edge.cli.settings import TABLES, all_settings, shared_settings
 
 
-@pytest.fixture
-def config(tmp_path, monkeypatch) -> Path:
-    path = tmp_path / "config.toml"
-    path.write_text("", encoding="utf-8")
-    monkeypatch.setenv("QAFLORA_CONFIG", str(path))
-    return path
-
-
 def weighed(folder: Path, *args: str) -> str:
     """The strategy that `qaflora weights` uses."""
     result = qaflora("weights", folder, "the thing", "--json", *args)

@@ -1,7 +1,10 @@
 """What prompts begin with is read once, and nothing else comes out because of that."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,8 +55,24 @@ def states(prober: Prober, tokens: Sequence[int], rows: Sequence[int] = (0, 1, 2
     return run_alone(prober.states(tokens, rows))
 
 
+def n_read_for(
+    read: Callable[[Prober], Any], sharing: Prober, loaded: tuple[Model, Pack], options: Any
+) -> int:
+    """Tokens that are prefilled for what is read; a prober that shares nothing finds the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        counts = count_decoded(patch, first_only=True)
+        found = read(sharing)
+    with closing(Prober(*loaded, options)) as alone:
+        assert np.array_equal(found, read(alone))
+    return sum(counts)
+
+
+def states_of_places(prober: Prober, tokens: Sequence[int], span: tuple[int, int]) -> list[F32]:
+    return [run_alone(prober.states(tokens, (0, 1, 2), place, span)) for place in PLACES]
+
+
 @pytest.mark.slow
-def test_what_is_kept_changes_no_bit(monkeypatch, base, loaded) -> None:
+def test_what_is_kept_changes_no_bit(base, loaded) -> None:
     """Two chats in turn, and questions under one system prompt: all as if they were alone."""
     chats = Chats(base)
     system, other = drawn(400, 1), drawn(230, 2)
@@ -71,15 +90,9 @@ def test_what_is_kept_changes_no_bit(monkeypatch, base, loaded) -> None:
     ]
     options = {"kv_type": "q8_0", "flash_attn": True, "threads": 1}
     sharing = Prober(*loaded, options, prefixes=Prefixes(64 * MIB))
-    n_read = []
-    for prompt in prompts:
-        counts = count_decoded(monkeypatch, first_only=True)
-        found = states(sharing, prompt)
-        n_read.append(sum(counts))
-        monkeypatch.undo()
-        alone = Prober(*loaded, options)
-        assert np.array_equal(found, states(alone, prompt)), len(n_read)
-        alone.close()
+    n_read = [
+        n_read_for(partial(states, tokens=prompt), sharing, loaded, options) for prompt in prompts
+    ]
     sharing.close()
     if base.arch != "gemma3":  # a sliding window cannot go back
         # System prompts are 405 and 235 tokens with their ends.
@@ -88,19 +101,15 @@ def test_what_is_kept_changes_no_bit(monkeypatch, base, loaded) -> None:
         assert n_read[7:] == [300, 290 - 192]
 
 
-def test_adapters_in_use_are_kept_apart(monkeypatch, base, loaded) -> None:
+def test_adapters_in_use_are_kept_apart(base, loaded) -> None:
     sharing = Prober(*loaded, {"threads": 1}, prefixes=Prefixes(64 * MIB))
     system = drawn(200, 1)
     for seed, rows in enumerate([(0, 1, 2), (0, 2), (1,), (), (0, 1, 2), (0, 2), (1,)]):
         prompt = Chats(base).prompt(system, drawn(30, seed))
-        counts = count_decoded(monkeypatch, first_only=True)
-        found = states(sharing, prompt, rows)
-        monkeypatch.undo()
+        read = partial(states, tokens=prompt, rows=rows)
+        n_read = n_read_for(read, sharing, loaded, {"threads": 1})
         if base.arch != "gemma3":
-            assert sum(counts) == (240 if seed < 4 else 35)
-        alone = Prober(*loaded, {"threads": 1})
-        assert np.array_equal(found, states(alone, prompt, rows))
-        alone.close()
+            assert n_read == (240 if seed < 4 else 35)
     sharing.close()
 
 
@@ -141,7 +150,7 @@ def test_a_state_that_is_cut_short_is_refused(loaded) -> None:
 
 
 @pytest.mark.slow
-def test_a_question_that_is_read_in_two_places_goes_on_too(monkeypatch, base, loaded) -> None:
+def test_a_question_that_is_read_in_two_places_goes_on_too(base, loaded) -> None:
     """What stands before it is read as a prompt is; what follows stands for itself."""
     end = base.tokens.index(EOS)
     system, question_opens, answer_opens = drawn(200, 1), drawn(3, 98), drawn(4, 99)
@@ -154,18 +163,10 @@ def test_a_question_that_is_read_in_two_places_goes_on_too(monkeypatch, base, lo
     for prompt in (asked[0], asked[1], other, asked[2], turn, asked[0]):
         starts = [i for i in range(3, len(prompt)) if prompt[i - 3 : i] == question_opens]
         span = (starts[-1], len(prompt) - 5)
-        counts = count_decoded(monkeypatch, first_only=True)
-        found = [run_alone(sharing.states(prompt, (0, 1, 2), place, span)) for place in PLACES]
-        n_read.append(sum(counts))
-        monkeypatch.undo()
-        alone = Prober(*loaded, {"threads": 1})
-        same = [run_alone(alone.states(prompt, (0, 1, 2), place, span)) for place in PLACES]
-        assert np.array_equal(found, same)
-        alone.close()
+        read = partial(states_of_places, tokens=prompt, span=span)
+        n_read.append(n_read_for(read, sharing, loaded, {"threads": 1}))
         # A query that is read at once takes nothing that was read in another way.
-        whole = Prober(*loaded, {"threads": 1})
-        assert np.array_equal(states(sharing, prompt), states(whole, prompt))
-        whole.close()
+        n_read_for(partial(states, tokens=prompt), sharing, loaded, {"threads": 1})
     sharing.close()
     if base.arch != "gemma3":
         n_head = len(head)

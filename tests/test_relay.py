@@ -1,6 +1,7 @@
 """The strategy relay: its rule by numbers written out, and answers against two plain ones."""
 
 import json
+import threading
 from collections.abc import Iterable
 from dataclasses import replace
 from math import log
@@ -11,15 +12,16 @@ import numpy as np
 import pytest
 from bundles import make_bundle
 from serving import client_of
+from test_two_place import mix_of
 from tiny import CHATML
 
 from qaflora_edge import Engine
 from qaflora_edge.ask import Chat
-from qaflora_edge.errors import BusyError, StrategyError
+from qaflora_edge.errors import BusyError, CancelledError, StrategyError
 from qaflora_edge.inference.drafts import in_words, with_draft
 from qaflora_edge.weighing.drafted import BASE, N_BEGUN, Draft
 from qaflora_edge.weighing.numbers import alone_weights
-from qaflora_edge.weighing.strategy import Mix, Query, parse_strategy
+from qaflora_edge.weighing.strategy import Mix, Query
 
 NAMES = ("form", "shop", "other")
 USUAL: dict[str, Any] = {"mean": log(0.01), "spread": 0.5, "each": []}
@@ -61,21 +63,8 @@ class Scripted:
 
 
 def weighed(probe: Any, text: str = "relay", **how: Any) -> Any:
-    chosen = parse_strategy(text, NAMES)
-    query = Query(
-        tokens=(1, 2),
-        adapters=NAMES,
-        n_layer=2,
-        lens="norm",
-        pool="last",
-        typical=dict.fromkeys(NAMES, TYPICAL),
-        options=chosen.options,
-        is_chat=True,
-        can_relay=True,
-    )
-    query = replace(query, **how)
-    chosen.strategy.check(None, query)
-    return chosen.strategy.weigh(query, probe, None)
+    typical = dict.fromkeys(NAMES, TYPICAL)
+    return mix_of(text, probe, typical, **{"can_relay": True, **how})
 
 
 FORM_FIRST = ([HIGH, LOW, LOW], [HIGH, TYPICAL_SIZE, LOW])
@@ -121,7 +110,7 @@ def test_of_two_that_would_answer_the_one_with_a_form_writes() -> None:
     [(-0.3, False, [0, 0, 0]), (-0.8, False, [0, 1, 0]), (-0.8, True, [0, 0, 0])],
 )
 def test_the_base_answers_where_it_is_surer_than_an_unsure_adapter(
-    of_base: float, is_whole: bool, weights: list[float]
+    of_base, is_whole, weights
 ) -> None:
     """Or where that one is unsure of a whole answer, which is so short that it states a fact."""
     some = 0.018  # a score of 1.2 in each place: 1.7 together
@@ -133,7 +122,7 @@ def test_the_base_answers_where_it_is_surer_than_an_unsure_adapter(
 
 
 @pytest.mark.parametrize(("at_last", "n_taken"), [(TYPICAL_SIZE, 2), (0.001, 1)])
-def test_a_second_adapter_stays_where_it_adds_to_the_answer(at_last: float, n_taken: int) -> None:
+def test_a_second_adapter_stays_where_it_adds_to_the_answer(at_last, n_taken) -> None:
     """As one of the question's language does; another subject is in the question alone."""
     places = ([HIGH, at_last, LOW], [HIGH, 0.03, LOW])
     mix = weighed(Scripted(*places, [drafted("form", -0.1)]))
@@ -165,9 +154,7 @@ def test_who_stands_out_beside_the_knower_rewrites_in_place_of_the_base() -> Non
 
 
 @pytest.mark.parametrize(("added", "is_heard"), [(0.018, False), (HIGH, True)])
-def test_an_unsure_draft_in_another_language_is_for_the_adapters_subject(
-    added: float, is_heard: bool
-) -> None:
+def test_an_unsure_draft_in_another_language_is_for_the_adapters_subject(added, is_heard) -> None:
     """A score of 1.7 leaves it open whether the question is about the shop, one of 3.5 does not."""
     unsure = drafted("shop", -0.4, "It weighs 80 kilograms.")
     places = ([LOW, added, LOW], [LOW, added, LOW])
@@ -185,9 +172,7 @@ def test_an_unsure_draft_in_another_language_is_for_the_adapters_subject(
         (-0.5, True, [0, 0, 0]),
     ],
 )
-def test_below_the_scores_each_token_has_to_be_sure(
-    least: float, is_later: bool, weights: list[float]
-) -> None:
+def test_below_the_scores_each_token_has_to_be_sure(least, is_later, weights) -> None:
     """An invented fact shows in the one token that bears it; a later turn has its subject."""
     draft = replace(drafted("shop", -0.01), logprobs=(*[-0.01] * 12, least))
     places = ([LOW, TYPICAL_SIZE, LOW], [LOW, HIGH, LOW])
@@ -203,7 +188,7 @@ def test_to_repeat_an_earlier_answer_is_no_knowledge() -> None:
 
 
 @pytest.mark.parametrize(("of_fact", "knower"), [(-0.01, "shop"), (-0.5, None)])
-def test_a_fact_may_be_known_though_its_wording_is_not(of_fact: float, knower: str | None) -> None:
+def test_a_fact_may_be_known_though_its_wording_is_not(of_fact, knower) -> None:
     """One that gives a form is sure of its brackets, and unsure of what stands in them."""
     form = drafted("form", -0.44, '{"weight"')  # 0.3 spreads above its usual draft
     wording = (-0.9, -0.9, -0.9, -0.3, -0.3)
@@ -237,9 +222,7 @@ def test_who_stands_out_where_the_answer_begins_gives_the_form() -> None:
         (drafted("form", -0.01), drafted(BASE, -0.01), 0),  # the base writes the same
     ],
 )
-def test_a_form_that_is_not_asked_for_is_not_given(
-    of_form: Draft, of_base: Draft, nats: float
-) -> None:
+def test_a_form_that_is_not_asked_for_is_not_given(of_form, of_base, nats) -> None:
     probe = Scripted(*AT_LAST_ALONE, [of_form, drafted("shop", -0.5), of_base], nats)
     mix = weighed(probe)
     assert mix.relay is None
@@ -275,12 +258,23 @@ def test_a_relay_by_hand_names_two() -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("relay")
     return make_bundle(place, chat_template=CHATML, n_ctx=1024).folder
 
 
 BY_HAND = "relay:knower=math,writer=es"
+BODY: dict[str, Any] = {
+    "model": "tiny",
+    "messages": [{"role": "user", "content": "abc def?"}],
+    "max_tokens": 4,
+    "fusion": {"strategy": BY_HAND},
+}
+
+
+def asked(engine: Engine, text: str = "abc def?") -> list[int]:
+    """Tokens of the chat that asks this."""
+    return engine.chat_tokens([{"role": "user", "content": text}])
 
 
 def base_reads_up_to_the_draft(
@@ -295,22 +289,20 @@ def base_reads_up_to_the_draft(
 
 @pytest.mark.parametrize("n_parallel", [1, 3])
 def test_a_relay_is_two_plain_answers_with_the_stated_prompts(
-    folder: Path, n_parallel: int, monkeypatch: pytest.MonkeyPatch
+    folder, n_parallel, monkeypatch
 ) -> None:
     """Bit for bit: the knower's answer, then the writer's with it in parentheses before.
 
     The base prefills what is before it; the writer reads the rest itself.
     """
-    question = [{"role": "user", "content": "abc def?"}]
     with Engine(folder, n_ctx=1024, n_parallel=n_parallel, draft=0) as engine:
-        plain = engine.chat_tokens(question)
+        plain = asked(engine)
         answer = engine.generate(plain, strategy=BY_HAND, max_tokens=12)
         text = answer.text()
         drafted = engine.generate(plain, strategy="single:math", max_tokens=128).text()
         assert answer.draft is not None
         assert (answer.draft.adapter, answer.draft.text) == ("math", drafted)
-        told = f"({drafted.strip()})\n\nabc def?"
-        second = engine.chat_tokens([{"role": "user", "content": told}])
+        second = asked(engine, f"({drafted.strip()})\n\nabc def?")
         assert answer.prompt == tuple(second)
         with monkeypatch.context() as patch:
             base_reads_up_to_the_draft(patch, engine, plain)
@@ -323,7 +315,7 @@ def test_a_relay_is_two_plain_answers_with_the_stated_prompts(
         assert again[1].draft is again[0].draft
 
 
-def test_a_writer_reuses_what_the_base_has_of_the_prompt(folder: Path) -> None:
+def test_a_writer_reuses_what_the_base_has_of_the_prompt(folder) -> None:
     with Engine(folder, n_ctx=1024) as engine:
         messages = [
             {"role": "system", "content": "abc " * 60},
@@ -337,24 +329,18 @@ def test_a_writer_reuses_what_the_base_has_of_the_prompt(folder: Path) -> None:
         assert answer.n_cached > question[0] - 64  # up to a chunk
 
 
-def test_a_knower_that_would_give_the_form_is_asked_for_words(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_knower_that_would_give_the_form_is_asked_for_words(folder, monkeypatch) -> None:
     monkeypatch.setattr("qaflora_edge.weighing.relay._is_prose", lambda draft: False)
     with Engine(folder, n_ctx=512, draft=0) as engine:
-        plain = engine.chat_tokens([{"role": "user", "content": "abc def?"}])
+        plain = asked(engine)
         answer = engine.generate(plain, strategy=BY_HAND, max_tokens=4)
         answer.text()
-        told = [{"role": "user", "content": "abc def? Answer in words."}]
-        alone = engine.generate(
-            engine.chat_tokens(told), strategy="single:math", max_tokens=128
-        ).text()
+        told = asked(engine, "abc def? Answer in words.")
+        alone = engine.generate(told, strategy="single:math", max_tokens=128).text()
         assert answer.draft is not None
         assert answer.draft.text == alone
         scores = engine.score(plain, "abc", strategy=BY_HAND)
-        drafted = engine.chat_tokens(
-            [{"role": "user", "content": f"({alone.strip()})\n\nabc def?"}]
-        )
+        drafted = asked(engine, f"({alone.strip()})\n\nabc def?")
         base_reads_up_to_the_draft(monkeypatch, engine, plain)
         assert scores == pytest.approx(engine.score(drafted, "abc", strategy="single:es"), abs=1e-5)
 
@@ -370,13 +356,13 @@ def by_draft(query: Query, probe: Any) -> Mix:
 @pytest.mark.parametrize("n_token", [40, 155, 159])  # of a context of 160: with room and without
 @pytest.mark.parametrize("options", [{}, {"logprobs": 0}, {"max_tokens": 3}, {"stop": "o"}])
 def test_an_answer_goes_on_from_its_draft_as_if_alone(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, n_token: int, options: Any
+    folder, monkeypatch, n_token, options
 ) -> None:
     monkeypatch.setattr("qaflora_edge.weighing.relay._by_hand", by_draft)
     options = {"max_tokens": 20, **options}
     with Engine(folder, n_ctx=160, draft=0) as engine:
-        n_around = len(engine.chat_tokens([{"role": "user", "content": ""}]))
-        prompt = engine.chat_tokens([{"role": "user", "content": "a" * (n_token - n_around)}])
+        n_around = len(asked(engine, ""))
+        prompt = asked(engine, "a" * (n_token - n_around))
         alone = engine.generate(prompt, strategy="single:math", **options)
         answer = engine.generate(prompt, strategy=BY_HAND, **options)
         assert answer.text() == alone.text()
@@ -394,13 +380,11 @@ def by_draft_of_base(query: Query, probe: Any) -> Mix:
 
 
 @pytest.mark.parametrize("rule", [by_draft, by_draft_of_base])
-def test_the_answer_is_seen_while_drafts_decide(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, rule: Any
-) -> None:
+def test_the_answer_is_seen_while_drafts_decide(folder, monkeypatch, rule) -> None:
     monkeypatch.setattr("qaflora_edge.weighing.relay._by_hand", rule)
     seen: list[str] = []
     with Engine(folder, n_ctx=512, draft=0) as engine:
-        prompt = engine.chat_tokens([{"role": "user", "content": "abc def?"}])
+        prompt = asked(engine)
         name = "base" if rule is by_draft_of_base else "single:math"
         text = engine.generate(prompt, strategy=name, max_tokens=20).text()
         answer = engine.generate(prompt, strategy=BY_HAND, max_tokens=20, on_draft=seen.append)
@@ -409,9 +393,7 @@ def test_the_answer_is_seen_while_drafts_decide(
     assert all(text.startswith(part.rstrip("\ufffd")) for part in seen)
 
 
-def test_drafts_go_on_where_their_kv_state_is_not_kept(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_drafts_go_on_where_their_kv_state_is_not_kept(folder, monkeypatch) -> None:
     drafts: list[Draft] = []
 
     def rule(query: Query, probe: Any) -> Mix:
@@ -423,7 +405,7 @@ def test_drafts_go_on_where_their_kv_state_is_not_kept(
     monkeypatch.setattr("qaflora_edge.weighing.relay._by_hand", rule)
     monkeypatch.setattr("qaflora_edge.inference.drafts._N_BYTE_KEPT", 0)
     with Engine(folder, n_ctx=512, draft=0) as engine:
-        prompt = engine.chat_tokens([{"role": "user", "content": "xyz 12"}])
+        prompt = asked(engine, "xyz 12")
         engine.generate(prompt, strategy=BY_HAND, max_tokens=1)
         for draft, name in zip(drafts, ("single:es", "base"), strict=True):
             plain = engine.generate(prompt, strategy=name, max_tokens=N_BEGUN, logprobs=0)
@@ -431,17 +413,17 @@ def test_drafts_go_on_where_their_kv_state_is_not_kept(
             assert [*draft.tokens] == [entry.token for entry in plain.logprobs]
 
 
-def test_given_weights_of_a_relay_score_as_its_strategy(folder: Path) -> None:
+def test_given_weights_of_a_relay_score_as_its_strategy(folder) -> None:
     with Engine(folder, n_ctx=512) as engine:
-        prompt = engine.chat_tokens([{"role": "user", "content": "abc def?"}])
+        prompt = asked(engine)
         fusion = engine.weights(prompt, strategy=BY_HAND)
         expected = engine.score(prompt, "xyz", strategy=BY_HAND)
         assert engine.score(prompt, "xyz", weights=fusion).tolist() == expected.tolist()
 
 
-def test_a_drafting_answer_outlives_its_engine(folder: Path) -> None:
+def test_a_drafting_answer_outlives_its_engine(folder) -> None:
     with Engine(folder, n_ctx=512) as engine:
-        prompt = engine.chat_tokens([{"role": "user", "content": "abc def?"}])
+        prompt = asked(engine)
         answer = engine.generate(prompt, strategy=BY_HAND, wait=False)
         engine.generate(prompt, strategy="single:es", max_tokens=200).text()  # it drafts meanwhile
     assert not answer.is_done
@@ -449,17 +431,17 @@ def test_a_drafting_answer_outlives_its_engine(folder: Path) -> None:
         answer.text()
 
 
-def test_weights_of_another_prompt_bring_no_draft(folder: Path) -> None:
+def test_weights_of_another_prompt_bring_no_draft(folder) -> None:
     with Engine(folder, n_ctx=512) as engine:
-        one, other = (engine.chat_tokens([{"role": "user", "content": c}]) for c in ("abc", "def"))
+        one, other = (asked(engine, text) for text in ("abc", "def"))
         answer = engine.generate(other, weights=engine.weights(one, strategy=BY_HAND), max_tokens=2)
         assert answer.draft is None
         assert answer.prompt == tuple(other)
 
 
-def test_a_draft_leaves_room_and_stays_text(folder: Path) -> None:
+def test_a_draft_leaves_room_and_stays_text(folder) -> None:
     with Engine(folder, n_ctx=160, draft=0) as engine:
-        prompt = engine.chat_tokens([{"role": "user", "content": "a" * 60}])
+        prompt = asked(engine, "a" * 60)
         answer = engine.generate(prompt, strategy=BY_HAND, max_tokens=8)
         answer.text()
         assert len(answer.prompt) + 8 <= 160
@@ -471,10 +453,10 @@ def test_a_draft_leaves_room_and_stays_text(folder: Path) -> None:
         assert told.count(control) == prompt.count(control)
 
 
-def test_a_draft_without_words_or_of_too_many_tokens_is_left_out(folder: Path) -> None:
+def test_a_draft_without_words_or_of_too_many_tokens_is_left_out(folder) -> None:
     """Bytes that are no text become three tokens each."""
     with Engine(folder, n_ctx=512) as engine:
-        prompt = engine.chat_tokens([{"role": "user", "content": "abc"}])
+        prompt = asked(engine, "abc")
         read = engine.read(prompt)
         assert read.question is not None
         for tokens in ((), engine.tokenize(" \n"), range(engine.n_vocab)):
@@ -482,38 +464,28 @@ def test_a_draft_without_words_or_of_too_many_tokens_is_left_out(folder: Path) -
             assert with_draft(engine._model, prompt, read.question, draft, 512) == prompt
 
 
-def test_a_cancelled_draft_ends_the_call(folder: Path) -> None:
-    import threading
-
-    from qaflora_edge.errors import CancelledError
-
+def test_a_cancelled_draft_ends_the_call(folder) -> None:
     event = threading.Event()
     event.set()
     with Engine(folder, n_ctx=512) as engine:
-        prompt = engine.chat_tokens([{"role": "user", "content": "abc"}])
+        prompt = asked(engine, "abc")
         with pytest.raises(CancelledError):
             engine.generate(prompt, strategy=BY_HAND, cancel=event)
         assert engine.generate(prompt, strategy="static", max_tokens=2).n_prompt
 
 
-def test_an_answer_over_http_tells_who_drafted(folder: Path) -> None:
-    body = {
-        "model": "tiny",
-        "messages": [{"role": "user", "content": "abc def?"}],
-        "max_tokens": 4,
-        "fusion": {"strategy": BY_HAND},
-    }
+def test_an_answer_over_http_tells_who_drafted(folder) -> None:
     with client_of(folder) as client:
-        answer = client.post("/v1/chat/completions", json=body).json()
+        answer = client.post("/v1/chat/completions", json=BODY).json()
         relay = answer["fusion"]["relay"]
         assert (relay["knower"], relay["writer"]) == ("math", "es")
         n_generated = answer["usage"]["completion_tokens"]
         assert n_generated == relay["draft_tokens"] + 4
-        as_ollama = {**body, "options": {"num_predict": 4}, "stream": False}
+        as_ollama = {**BODY, "options": {"num_predict": 4}, "stream": False}
         assert client.post("/api/chat", json=as_ollama).json()["eval_count"] == n_generated
         counted = f'qaflora_completion_tokens_total{{model="tiny"}} {2 * n_generated}'
         assert counted in client.get("/metrics").text
-        chunks = streamed(client, body)
+        chunks = streamed(client, BODY)
         first = chunks[0]["fusion"]
         assert first["relay"]["knower"] == "math"
         told = [chunk.get("fusion", {}) for chunk in chunks]
@@ -522,14 +494,8 @@ def test_an_answer_over_http_tells_who_drafted(folder: Path) -> None:
         assert len(pieces) > 1  # as it is written
 
 
-def test_a_client_that_asks_for_thoughts_gets_the_draft_as_one(folder: Path) -> None:
-    body = {
-        "model": "tiny",
-        "messages": [{"role": "user", "content": "abc def?"}],
-        "max_tokens": 4,
-        "reasoning_effort": "low",
-        "fusion": {"strategy": BY_HAND},
-    }
+def test_a_client_that_asks_for_thoughts_gets_the_draft_as_one(folder) -> None:
+    body = {**BODY, "reasoning_effort": "low"}
     with client_of(folder) as client:
         answer = client.post("/v1/chat/completions", json=body).json()
         draft = answer["fusion"]["relay"]["draft"]
@@ -546,7 +512,7 @@ def streamed(client: Any, body: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("spm", [False, True])
-def test_a_prompt_with_a_draft_reads_as_if_it_had_been_asked(tmp_path: Path, spm: bool) -> None:
+def test_a_prompt_with_a_draft_reads_as_if_it_had_been_asked(tmp_path, spm) -> None:
     """SentencePiece puts a space before a text, but not within one."""
     made = make_bundle(tmp_path, chat_template=CHATML, spm=spm, n_ctx=512)
     with Engine(made.folder, n_ctx=512) as engine:

@@ -7,6 +7,7 @@ import json
 import select
 import socket
 import struct
+from functools import partial
 from typing import Any
 
 import httpx2 as httpx
@@ -49,6 +50,13 @@ def raw_post(data: bytes, n_declared: int | None = None, path: str = CHAT) -> by
     return head.encode() + data
 
 
+def connected(stack: contextlib.ExitStack, url: str, data: bytes = b"") -> socket.socket:
+    """A client that has sent this, and stays until the stack is closed."""
+    client = stack.enter_context(socket.create_connection(address_of(url), PATIENCE_S))
+    client.sendall(data)
+    return client
+
+
 def peeked(client: socket.socket) -> bytes:
     """What is there to be read, and stays so."""
     # By select: a socket with a time limit waits whatever flags its recv is given.
@@ -66,10 +74,8 @@ def test_clients_that_vanish_are_no_longer_computed_for(endless) -> None:
         running = app.state.running
         opened = []
         for number in range(10):
-            client = stack.enter_context(socket.create_connection(address_of(url), PATIENCE_S))
-            is_stream = number % 3 > 0
-            client.sendall(raw_post(json.dumps(asked | {"stream": is_stream}).encode()))
-            opened.append(client)
+            body = json.dumps(asked | {"stream": number % 3 > 0})
+            opened.append(connected(stack, url, raw_post(body.encode())))
         wait_until(lambda: len(running) == len(opened))
         # Of the four that have a turn any three are decoded.
         wait_until(lambda: any(b'"content"' in peeked(client) for client in opened[1:3]))
@@ -111,11 +117,7 @@ def test_a_client_that_reads_nothing_is_given_up(endless, monkeypatch) -> None:
 def test_lost_bodies_hold_no_turn(made, monkeypatch) -> None:
     monkeypatch.setattr(receive, "BODY_S", 3.0)
     with listening(made.folder, max_queue=0) as url, contextlib.ExitStack() as stack:
-        clients = []
-        for _ in range(20):
-            client = stack.enter_context(socket.create_connection(address_of(url), PATIENCE_S))
-            client.sendall(raw_post(b'{"messages"', 99))
-            clients.append(client)
+        clients = [connected(stack, url, raw_post(b'{"messages"', 99)) for _ in range(20)]
         assert ask(url, max_tokens=1)
         for client in clients:
             assert client.recv(12) == b"HTTP/1.1 408"
@@ -163,9 +165,7 @@ def test_a_thousand_silent_connections_keep_nobody_out(made, monkeypatch) -> Non
     with listening(made.folder) as url, contextlib.ExitStack() as stack:
         clients = []
         for number in range(run.MAX_CONNECTIONS):
-            client = stack.enter_context(socket.create_connection(address_of(url), PATIENCE_S))
-            client.sendall(NEXT[:30] if number % 2 else b"")
-            clients.append(client)
+            clients.append(connected(stack, url, NEXT[:30] if number % 2 else b""))
         for _ in range(20):
             assert ask(url, max_tokens=1)
         for client in clients:
@@ -176,12 +176,7 @@ def test_a_thousand_silent_connections_keep_nobody_out(made, monkeypatch) -> Non
 def test_who_asks_for_nothing_gives_way(made, monkeypatch) -> None:
     monkeypatch.setattr(run, "MAX_CONNECTIONS", 3)
     with listening(made.folder) as url, contextlib.ExitStack() as stack:
-
-        def connect(data: bytes = b"") -> socket.socket:
-            client = stack.enter_context(socket.create_connection(address_of(url), PATIENCE_S))
-            client.sendall(data)
-            return client
-
+        connect = partial(connected, stack, url)
         kept = connect(NEXT)
         assert kept.recv(65536).startswith(b"HTTP/1.1 200 ")
 

@@ -12,14 +12,6 @@ from qaflora_edge.errors import SettingsError
 from qaflora_edge.settings import bundle_places, cache_setting, read_settings, settings_path
 
 
-@pytest.fixture
-def config(tmp_path, monkeypatch) -> Path:
-    path = tmp_path / "config.toml"
-    monkeypatch.setenv("QAFLORA_CONFIG", str(path))
-    monkeypatch.delenv("QAFLORA_CACHE", raising=False)
-    return path
-
-
 @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="the XDG folders are for others")
 def test_file_lies_in_the_users_config_folder(tmp_path, monkeypatch) -> None:
     monkeypatch.delenv("QAFLORA_CONFIG")
@@ -38,6 +30,7 @@ def test_values_are_read(config, encoding) -> None:
 
 
 def test_cache_is_the_environments_then_the_files(config, monkeypatch) -> None:
+    monkeypatch.delenv("QAFLORA_CACHE")
     config.write_text('cache = "models"\n', encoding="utf-8")
     assert files.cache_dir() == cache_setting() == config.parent / "models"
     monkeypatch.setenv("QAFLORA_CACHE", "/elsewhere")
@@ -58,6 +51,7 @@ def message(config: Path) -> str:
 
 
 def test_missing_file_that_was_named(config) -> None:
+    config.unlink()
     assert message(config) == (
         "Cannot read the settings in FILE: it does not exist; expected TOML in UTF-8, with lines "
         'such as strategy = "calibrated". Correct or remove the file, or set QAFLORA_CONFIG '
@@ -67,6 +61,7 @@ def test_missing_file_that_was_named(config) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
 def test_named_pipe_is_not_waited_for(config) -> None:
+    config.unlink()
     os.mkfifo(config)
     assert "it is no plain file" in message(config)
 

@@ -55,6 +55,15 @@ class Places:
         return self.nats
 
 
+def mix_of(text: str, probe: Any, typical: dict[str, Any], **how: Any) -> Any:
+    """The mix of a strategy for a chat of two tokens, and two layers."""
+    chosen = parse_strategy(text, [*typical])
+    query = Query((1, 2), tuple(typical), 2, "norm", "last", typical)
+    query = replace(query, options=chosen.options, **{"is_chat": True, **how})
+    chosen.strategy.check(None, query)
+    return chosen.strategy.weigh(query, probe, None)
+
+
 def mixed(
     text: str,
     last: list[float],
@@ -65,21 +74,8 @@ def mixed(
     **how: Any,
 ) -> Any:
     """The mix for what adapters do, the same at both layers."""
-    names = NAMES[: len(last)]
-    chosen = parse_strategy(text, names)
-    query = Query(
-        tokens=(1, 2),
-        adapters=names,
-        n_layer=2,
-        lens="norm",
-        pool="last",
-        typical=dict.fromkeys(names, known or dict.fromkeys(ALL, USUAL)),
-        options=chosen.options,
-        **{"is_chat": True, **how},
-    )
-    chosen.strategy.check(None, query)
-    probe: Any = Places(last, question, nats)
-    return chosen.strategy.weigh(query, probe, None)
+    typical = dict.fromkeys(NAMES[: len(last)], known or dict.fromkeys(ALL, USUAL))
+    return mix_of(text, Places(last, question, nats), typical, **how)
 
 
 def weighed(text: str, last: list[float], question: list[float], **options: Any) -> list[float]:
