@@ -132,15 +132,20 @@ def stock_logits(
     return logits
 
 
+def with_adapters(place: Path, arch: str, weights: F32) -> tuple[TinyBase, list[TinyAdapter], F32]:
+    """A base, adapters of different ranks, and the logits of the two merged."""
+    base = write_tiny_base(place / "base.gguf", arch)
+    adapters = [seeded_adapters(base, rank, rank=rank)[0] for rank in (4, 16, 5)]
+    merged = stock_logits(write_merged(place / "merged.gguf", base, adapters, weights))
+    assert np.abs(merged - stock_logits(base)).max() > 0.1  # the adapters do something
+    return base, adapters, merged
+
+
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3"])
 def test_fused_logits_equal_a_merged_base(tmp_path, arch, weights) -> None:
-    base = write_tiny_base(tmp_path / "base.gguf", arch)
-    adapters = [seeded_adapters(base, rank, rank=rank)[0] for rank in (4, 16, 5)]
-    merged = write_merged(tmp_path / "merged.gguf", base, adapters, weights)
-    fused = fused_logits(base, adapters, weights)
-    assert np.abs(fused - stock_logits(base)).max() > 0.1  # the adapters do something
+    base, adapters, expected = with_adapters(tmp_path, arch, weights)
     # float32 sums of another order over three layers; logits are of size 1 to 5
-    assert_near(fused, stock_logits(merged), 1e-4)
+    assert_near(fused_logits(base, adapters, weights), expected, 1e-4)
 
 
 def with_adapted_ends(tmp_path: Path, weights: F32) -> tuple[TinyBase, list[TinyAdapter], F32]:

@@ -1,10 +1,8 @@
 """The base prefills a prompt, whoever answers it: what that computes, and what it spares."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +15,6 @@ from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.errors import BundleError, CancelledError, OptionError
 from qaflora_edge.weighing.numbers import N_TAIL
 from qaflora_edge.weighing.two_place import TwoPlace
-
-if TYPE_CHECKING:
-    from reference import Reference
 
 EXACT: dict[str, Any] = {"kv_type": "f32", "flash_attn": False, "threads": 1}
 STORY = {"role": "user", "content": "the thing on a ring is in the air " * 8}
@@ -59,7 +54,7 @@ def test_logits_are_those_of_adapters_off_and_then_on(tmp_path) -> None:
     paths = write_tiny_adapters(base, ("math", "es"))
     heads = base.n_head, base.n_head_kv
     folders = {name: peft_from_gguf(p, tmp_path / name, *heads) for name, p in paths.items()}
-    reference: Reference = Reference(base.path, folders)
+    reference = Reference(base.path, folders)
     rng = np.random.default_rng(0)
     weights = rng.random((2, 3), np.float32)
     tokens, answer = (rng.integers(0, 250, n).tolist() for n in (150, 8))

@@ -14,6 +14,7 @@ from qaflora_edge import Engine
 
 # F32 everywhere: what is decoded together changes no token.
 F32 = ("--kv-type", "f32", "--no-flash-attn", "--ctx", 256, "--threads", 1)
+EXACT: dict[str, Any] = {"kv_type": "f32", "flash_attn": False, "n_ctx": 256}
 TIMES = ("probe_ms", "probe_before_ms", "prefill_ms", "decode_ms", "tokens_per_second")
 
 
@@ -56,8 +57,7 @@ def test_every_item_is_answered_under_every_strategy(calibrated, tmp_path) -> No
     header = lines(out)[0]
     assert header["strategies"] == ways
     assert [each["name"] for each in header["adapters"]] == ["math", "es"]
-    options = {"kv_type": "f32", "flash_attn": False, "n_ctx": 256}
-    with Engine(calibrated.folder, **options) as engine:  # type: ignore[arg-type]
+    with Engine(calibrated.folder, **EXACT) as engine:
         for (_, item, way), each in found.items():
             text = f"thing {item} on a ring\nA number:"
             tokens = engine.chat_tokens([{"role": "user", "content": text}])
@@ -82,8 +82,7 @@ def test_likelihoods_are_those_of_the_engine(calibrated, tmp_path) -> None:
     out = tmp_path / "r.jsonl"
     assert run(calibrated, pick, text, "-o", out).exit_code == 0
     found = by_key(out)
-    options = {"kv_type": "f32", "flash_attn": False, "n_ctx": 256}
-    with Engine(calibrated.folder, **options) as engine:  # type: ignore[arg-type]
+    with Engine(calibrated.folder, **EXACT) as engine:
         asked = engine.chat_tokens([{"role": "user", "content": "Which?"}])
         for way in engine.strategies:
             sums = [float(engine.score(asked, each, weights=way).sum()) for each in choices]

@@ -1,6 +1,5 @@
 """Drafting: guesses, how many, and answers that are the same bits as without them."""
 
-import json
 import random
 from itertools import pairwise
 from types import SimpleNamespace
@@ -8,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bundles import bundle_json
 from tiny import write_tiny_base
 
 from qaflora_edge import Engine
@@ -62,7 +62,7 @@ def test_a_guess_ends_where_the_answer_must() -> None:
 @pytest.mark.parametrize("folder", ["models/demo", "demo"])
 def test_answers_are_the_same_bits_with_guesses_and_without(checkout, folder) -> None:
     """Greedy, sampled, penalised, under a schema, and four at once under four mixes."""
-    fetch_model(json.loads((checkout / folder / "bundle.json").read_bytes())["base"]["registry"])
+    fetch_model(bundle_json(checkout / folder)["base"]["registry"])
     ways: list[dict[str, Any]] = [
         {},
         {"temperature": 0.6, "seed": 3},
@@ -107,7 +107,7 @@ def test_answers_are_the_same_bits_with_guesses_and_without(checkout, folder) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", ["models/demo", "demo"])
 def test_the_base_reads_a_prompt_to_the_same_bits_however_it_is_cut(checkout, folder) -> None:
-    fetch_model(json.loads((checkout / folder / "bundle.json").read_bytes())["base"]["registry"])
+    fetch_model(bundle_json(checkout / folder)["base"]["registry"])
     tokens = np.random.default_rng(3).integers(100, 20_000, 300).tolist()
     with Engine(checkout / folder, n_ctx=512) as engine:
         context = engine._core.context

@@ -1,12 +1,12 @@
 """A greedy answer is the same alone and next to other clients, on a real quantised base."""
 
-import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from bundles import bundle_json
 from tiny import MORE_KERNELS
 
 from qaflora_edge import Engine
@@ -52,7 +52,7 @@ def answer(engine: Engine, mix: str) -> Any:
 def test_answer_of_any_kernels_is_the_same_next_to_five_others(
     checkout, monkeypatch, kernels, folder
 ) -> None:
-    fetch_model(json.loads((checkout / folder / "bundle.json").read_bytes())["base"]["registry"])
+    fetch_model(bundle_json(checkout / folder)["base"]["registry"])
     monkeypatch.setenv("QAFLORA_CPU_KERNELS", kernels)
     try:
         engine = Engine(checkout / folder, n_parallel=6, n_ctx=256, threads=1)

@@ -18,14 +18,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import test_backend as cpu
+import test_device as device
 from bundles import qaflora
 from numpy.typing import NDArray
 from patience import PATIENCE_S, wait_until
 from refusals import refused
 from rpc_workers import GRAPH_COMPUTE, Worker, hello, pretender, relay, worker
 from serving import free_port
-from stock import write_merged
-from tiny import TinyAdapter, TinyBase, seeded_adapters, write_tiny_base
+from tiny import TinyAdapter, TinyBase, write_tiny_base
 
 from qaflora_edge import Engine
 from qaflora_edge.backend import devices, library
@@ -36,9 +36,9 @@ from qaflora_edge.formats.gguf import GgufHeader
 
 TOKENS = cpu.TOKENS
 NEAR = 1e-4  # logits and states are of size 1 to 5
-ALL, SOME = 99, 2  # of three layers: all, and the last two
 LETTERS = "root ::= [a-z]{60}"  # an answer of many tokens
 base, adapters, weights = cpu.base, cpu.adapters, cpu.weights
+gpu_layers = device.gpu_layers
 POSIX = pytest.mark.skipif(os.name != "posix", reason="Windows has no SIGSTOP")
 CLIENT = """
 import sys
@@ -63,11 +63,6 @@ def rpc(request, workers) -> str:
     return ",".join(each.endpoint for each in workers[: request.param])
 
 
-@pytest.fixture(params=[ALL, SOME], ids=["all-layers", "some-layers"])
-def gpu_layers(request) -> int:
-    return int(request.param)
-
-
 @pytest.fixture(autouse=True)
 def placed(request, monkeypatch) -> None:
     """Let test_backend's helpers put layers on the workers, where they are to be on devices."""
@@ -90,10 +85,7 @@ def files_of(adapters: list[TinyAdapter]) -> dict[str, Path]:
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3"])
 def test_fused_logits_equal_a_merged_base(tmp_path, arch, weights, rpc, gpu_layers) -> None:
-    base = write_tiny_base(tmp_path / "base.gguf", arch)
-    adapters = [seeded_adapters(base, rank, rank=rank)[0] for rank in (4, 16, 5)]
-    expected = cpu.stock_logits(write_merged(tmp_path / "merged.gguf", base, adapters, weights))
-    assert np.abs(expected - cpu.stock_logits(base)).max() > 0.1  # the adapters do something
+    base, adapters, expected = cpu.with_adapters(tmp_path, arch, weights)
     assert_near(cpu.fused_logits(base, adapters, weights, gpu_layers=gpu_layers), expected)
 
 
