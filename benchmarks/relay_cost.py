@@ -3,9 +3,9 @@
     python benchmarks/relay_cost.py demo TASK... [--tokens 100,300] [--limit 5] [--repeat 5]
 
 TASK is a file as `qaflora eval` takes it; models/recipes/shop.py writes some. Each question is
-asked behind a system prompt that makes it so many tokens long. Other chats come between the runs, so
-no KV state of one serves the next. Both strategies take turns, the first round is thrown away, and
-ratios are taken within a round. `seen` is the first piece of text that a user sees, drafts
+asked behind a system prompt that makes it so many tokens long. Other chats come between the runs,
+so no KV state of one serves the next. Both strategies take turns, the first round is thrown away,
+and ratios are taken within a round. `seen` is the first piece of text that a user sees, drafts
 included.
 """
 

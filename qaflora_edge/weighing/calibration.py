@@ -26,7 +26,6 @@ _EPS = 1e-12  # added before a logarithm; layers of 0 change no surprise
 _COPY = 0.85  # correlation of versions of one adapter: .9 and above; of others .73 and below
 _SPREAD_MIN = 0.01  # an adapter that always does the same would surprise whatever it does
 _ASKED_FOR = 0.7  # spreads by which a system prompt raises an adapter that it asks for
-_APART_MIN = 0.5  # of what is usual, behind a system prompt
 _SHIFT_LATER = 0.5  # of a system prompt's shift, behind other turns
 
 
@@ -57,39 +56,24 @@ def above_typical(query: Query, key: str, measured: F64) -> F64:
 
 
 def without_system(query: Query, added: F64, keys: Sequence[str], neutral: F64) -> F64:
-    """Take out of what adapters add what the query's system prompt changes, whatever is asked.
+    """Take out of what adapters add what the query's system prompt adds, whatever is asked.
 
     added    [2, n_adapter, n_layer]  at the last token, and in the question
     keys     of EXTENTS, for both
     neutral  of neutral prompts, as usual and behind the system prompt:
              [2, 2, n_prompt, n_adapter, n_layer]
 
-    A system prompt moves all extents, and makes those at the last token more alike; behind other
-    turns it does half of the one, and hardly the other. An adapter that it raises far is one that
-    it asks for, such as a language's, and stays as it is.
+    An adapter that it raises far is one that it asks for, such as a language's, and stays as it is.
     """
-    means = []
-    spreads = []
-    for key in keys:
-        typical = [query.typical[name][key] for name in query.adapters]
-        means.append([numbers["mean"] for numbers in typical])
-        spreads.append([numbers["spread"] for numbers in typical])
-    spread = np.array(spreads)  # [2, n_adapter]
-    mean = np.array(means) / spread
-    usual, behind = np.log(neutral + _EPS).mean(axis=-1) / spread[:, None]
+    usual, behind = np.log(neutral + _EPS).mean(axis=-1)  # [2, n_prompt, n_adapter]
     shift = (behind - usual).mean(axis=1)  # [2, n_adapter]
-    is_asked_for = shift[0] > _ASKED_FOR
-    apart = np.ones((2, 1))  # how far prompts are apart, as a part of what is usual
+    at_last, _ = keys
+    spread = np.array([query.typical[name][at_last]["spread"] for name in query.adapters])
+    is_asked_for = shift[0] > _ASKED_FOR * spread
+    shift[:, is_asked_for] = 0.0
     if query.is_later:
-        shift = _SHIFT_LATER * shift
-    else:
-        apart[0] = behind[0].std(axis=0).mean() / max(usual[0].std(axis=0).mean(), _EPS)
-    apart = np.clip(apart, _APART_MIN, 1.0)
-
-    before = np.stack([extent(place) for place in added]) / spread
-    after = mean + (before - mean - shift) / apart
-    change = np.where(is_asked_for, 0.0, after - before) * spread
-    return np.asarray(added * np.exp(change)[..., None])
+        shift *= _SHIFT_LATER
+    return np.asarray(added * np.exp(-shift)[..., None])
 
 
 def unusual(query: Query, measured: Mapping[str, F64]) -> F64:
