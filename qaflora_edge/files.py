@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qaflora_edge.config import APP, cache_setting
 from qaflora_edge.errors import OutputFileError, os_errors
-from qaflora_edge.settings import APP, cache_setting
 
 if TYPE_CHECKING:
     from filelock import FileLock

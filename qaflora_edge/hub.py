@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qaflora_edge.config import bundle_places
 from qaflora_edge.errors import (
     BundleError,
     DownloadError,
@@ -49,7 +50,6 @@ from qaflora_edge.formats.names import (
     parse_hub_ref,
 )
 from qaflora_edge.progress import TellCount, silent
-from qaflora_edge.settings import bundle_places
 
 LIST_TIMEOUT_SECONDS = 30
 _NAMES = ("ETag", "X-Linked-Etag", "X-Repo-Commit")  # headers that become names of files

@@ -8,8 +8,8 @@ import pytest
 from refusals import refused
 
 from qaflora_edge import files
+from qaflora_edge.config import bundle_places, cache_setting, read_settings, settings_path
 from qaflora_edge.errors import SettingsError
-from qaflora_edge.settings import bundle_places, cache_setting, read_settings, settings_path
 
 
 @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="the XDG folders are for others")

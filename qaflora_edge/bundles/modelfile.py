@@ -12,13 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qaflora_edge.config import in_group
+from qaflora_edge.config import expanded, in_group
 from qaflora_edge.errors import InputFileError, QafloraError
 from qaflora_edge.files import AnyPath, what_is_at
 from qaflora_edge.formats.bundle import NAME_PATTERN
 from qaflora_edge.formats.inputs import read_input, read_json_file, reading
 from qaflora_edge.formats.names import CONFIG_FILE, load_registry, parse_hub_ref
-from qaflora_edge.settings import expanded
 
 MAX_BYTES = 1 << 20  # of a Modelfile, a manifest, or a text in a model
 COMMANDS = ("FROM", "ADAPTER", "SYSTEM", "PARAMETER", "LICENSE", "MESSAGE")

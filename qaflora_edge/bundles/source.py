@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qaflora_edge.config import expanded
 from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.errors import (
     BundleError,
@@ -24,7 +25,6 @@ from qaflora_edge.formats.names import HubRef, load_registry, parse_hub_ref, pul
 from qaflora_edge.hub import fetch_hub, fetch_model, hub_cache_dir
 from qaflora_edge.peft.folder import check_no_part
 from qaflora_edge.progress import Tell, TellCount, silent
-from qaflora_edge.settings import expanded
 from qaflora_edge.weighing.strategy import strategies
 
 

@@ -21,11 +21,19 @@ from qaflora_edge.ask import Chat, Question, Sampling
 from qaflora_edge.cli.answers import say
 from qaflora_edge.cli.progress import progress_bars, waiting
 from qaflora_edge.cli.prompts import read_message
-from qaflora_edge.config import ADAPTER, ADVANCED, OWN, SECTIONS, Option, in_group, shared_by
+from qaflora_edge.config import (
+    ADAPTER,
+    ADVANCED,
+    OWN,
+    SECTIONS,
+    Option,
+    expanded,
+    in_group,
+    shared_by,
+)
 from qaflora_edge.errors import BundleError, PromptError, QafloraError, RegistryError, nearest
 from qaflora_edge.files import check_takes_file, one_line
 from qaflora_edge.formats import names as registry
-from qaflora_edge.settings import expanded
 
 if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
@@ -51,12 +59,10 @@ class SharedOptions(SimpleNamespace):
 
     @property
     def engine(self) -> Keywords:
-        """Keywords of Engine."""
         return self.keywords("engine")
 
     @property
     def sampling(self) -> Sampling:
-        """How tokens are chosen."""
         return Sampling().updated(self.keywords("sampling"))
 
 

@@ -8,9 +8,9 @@ import socket
 import click
 
 from qaflora_edge.cli import options as cli
+from qaflora_edge.config import expanded
 from qaflora_edge.errors import OptionError, WorkerError
 from qaflora_edge.files import make_folder, what_is_at
-from qaflora_edge.settings import expanded
 
 
 @cli.command(

@@ -14,12 +14,15 @@ from click.shell_completion import get_completion_class
 
 from qaflora_edge.cli.answers import print_json, say
 from qaflora_edge.cli.options import SharedOptions, command, json_option, meaning, shared_options
-from qaflora_edge.config import OWN, SHARED, Option, shared_by
-from qaflora_edge.settings import (
+from qaflora_edge.config import (
     LIBRARY_KEYS,
+    OWN,
+    SHARED,
+    Option,
     Table,
     read_settings,
     settings_path,
+    shared_by,
     unknown_key,
     wrong_value,
 )

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 import click
 
 from qaflora_edge.cli.progress import waiting
-from qaflora_edge.config import in_group
+from qaflora_edge.config import expanded, in_group
 from qaflora_edge.errors import QafloraError, nearest
 from qaflora_edge.prompt.conversation import Conversation, bundle_identity, save_session
-from qaflora_edge.settings import expanded
 from qaflora_edge.weighing.strategy import strategies
 
 if TYPE_CHECKING:
