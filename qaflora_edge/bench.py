@@ -165,7 +165,6 @@ class Rig(contextlib.ExitStack):
         return prompt[:n_token]
 
     def draw_text(self, n_token: int) -> str:
-        """Draw a prompt as text."""
         tokens = self.draw(n_token)
         data = self.model.detokenize(tokens)
         return data.decode("utf-8", "replace")

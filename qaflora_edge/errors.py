@@ -95,7 +95,6 @@ def os_errors(kind: type[QafloraError], failure: str, advice: str) -> Iterator[N
 
 
 def is_disk_full(error: OSError) -> bool:
-    """Tell whether the system ran out of space or quota."""
     return error.errno in {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
@@ -105,7 +104,6 @@ def nearest(word: str, words: Iterable[str]) -> str:
 
 
 def changed_file(path: Path, kind: type[QafloraError]) -> QafloraError:
-    """Make the error of a file that was written while it was read."""
     return kind(
         f"Cannot read {path}: it changed while it was read; expected a file that stays as it is. "
         "Try again."
@@ -113,10 +111,8 @@ def changed_file(path: Path, kind: type[QafloraError]) -> QafloraError:
 
 
 def wrong_option(name: str, found: object, expected: str) -> OptionError:
-    """An option that is not what it should be."""
     return OptionError(f"Option {name} is {found!r:.200}, expected {expected}.", name)
 
 
 def wrong_field(name: str, value: object, expected: str) -> OptionError:
-    """Make the error for a field of a body with a wrong value."""
     return OptionError(f"The field {name} is {value!r:.100}, expected {expected}.", name)

@@ -447,7 +447,6 @@ def trim() -> None:
 
 
 def cancelled() -> CancelledError:
-    """Make the error of a call that was ended before there was an answer."""
     return CancelledError(
         "The call was cancelled (Engine.cancel) before there was an answer; ask again."
     )

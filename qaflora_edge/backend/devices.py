@@ -50,7 +50,6 @@ class _BufferOverride(ctypes.Structure):
 
 
 def ggml() -> SimpleNamespace:
-    """Give functions of ggml's registry of backends, without `ggml_backend_`."""
     return library.ggml_of(library.load()[0]._lib)
 
 

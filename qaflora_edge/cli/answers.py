@@ -71,7 +71,6 @@ def answer_dict(answer: Generation, *, with_fusion: bool = True) -> Json:
 
 
 def incomplete(answer: Generation) -> IncompleteAnswerError:
-    """Make the error for an answer that was cut before its schema or grammar ended."""
     return IncompleteAnswerError(
         f"The answer is not whole: cut after {answer.n_completion} tokens, where its schema or "
         "grammar expects more. Raise --max-tokens, and --ctx where the context is full, or allow "

@@ -196,7 +196,6 @@ class _Job:
                 raise self.file.refused(fault, "Give the same lines")
 
     def answer(self, engine: Engine, lines: Iterable[prompts.Line], tell: TellCount) -> None:
-        """Answer lines; each answer is written when it ends."""
         running: list[tuple[prompts.Line, Json]] = []
 
         def asks() -> Iterator[Ask]:

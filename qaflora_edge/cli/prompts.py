@@ -57,12 +57,10 @@ class Line:
 
 
 def stream_name(path: str) -> str:
-    """Name a file, or stdin for `-`, in messages."""
     return "stdin" if path == "-" else path
 
 
 def no_lines(path: str, expected: str) -> InputFileError:
-    """Make the error for a file of blank lines."""
     return InputFileError(
         f"Cannot use the prompts in {stream_name(path)}: it has no line that is not blank, "
         f"expected one {expected} a line. Write one into it."

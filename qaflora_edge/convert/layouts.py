@@ -52,7 +52,6 @@ class Module:
         return self.name.removesuffix(self.stem) + stem
 
     def unshared(self, among: str) -> "LayoutError":
-        """Say that the rows do not divide."""
         return LayoutError(f"{self.n_out} rows, which {among} cannot share")
 
 

@@ -112,7 +112,6 @@ class _Experts(Target):
     n_out: int
 
     def shape(self, side: str) -> tuple[int, ...]:
-        """Give the shape of lora_a or lora_b in the file, in numpy order."""
         if side == "a":
             return self.n_expert, self.rank, self.n_in
         return self.n_expert, self.n_out, self.rank
@@ -129,7 +128,6 @@ class SingleExperts(_Experts):
     experts: Mapping[int, tuple[PeftModule, float]]
 
     def slices(self, side: str) -> Slices:
-        """Read lora_a or lora_b expert by expert, as `PlannedModule.slices` does."""
         _, n_row, n_column = self.shape(side)
         for expert in range(self.n_expert):
             values = np.zeros((n_row, n_column), np.float32)
@@ -155,7 +153,6 @@ class StackedExperts(_Experts):
     is_swapped: bool
 
     def slices(self, side: str) -> Slices:
-        """Read lora_a or lora_b expert by expert, as `PlannedModule.slices` does."""
         is_from_a = (side == "a") != self.is_swapped
         if is_from_a:
             stacked = self.source.read_a().reshape(self.n_expert, self.rank, -1)
@@ -185,11 +182,9 @@ class MixedModule:
     b: F32
 
     def shape(self, side: str) -> tuple[int, ...]:
-        """Give the shape of lora_a or lora_b in the file, in numpy order."""
         return self._values(side).shape
 
     def slices(self, side: str) -> Slices:
-        """Give lora_a or lora_b as one slice, as `PlannedModule.slices` does."""
         values = self._values(side)
         yield slice(None), values.reshape(-1, values.shape[-1])
 

@@ -68,7 +68,6 @@ class Delta:
         return self.scale * self.left[part].astype(np.float64)
 
     def columns(self, part: slice) -> F64:
-        """Give some columns of the right."""
         return self.right[:, part].astype(np.float64)
 
 

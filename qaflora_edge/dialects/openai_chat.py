@@ -144,7 +144,6 @@ def _reason(generation: Generation, *, is_call: bool) -> str | None:
 
 
 def chat_logprobs(entries: Sequence[TokenLogprob] | None) -> Any:
-    """Make the field `logprobs` of a choice."""
     if entries is None:
         return None
     content = []
@@ -173,7 +172,6 @@ class Answer(Json):
 
 
 def with_attributes(value: Any) -> Any:
-    """Make every object in a value an Answer."""
     if isinstance(value, dict):
         return Answer({key: with_attributes(part) for key, part in value.items()})
     return [*map(with_attributes, value)] if isinstance(value, list) else value

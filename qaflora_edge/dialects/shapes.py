@@ -128,12 +128,10 @@ class Choices:
     has_usage: bool
 
     def events(self, answers: Iterable[Generation], extras: Extras = NOTHING) -> Iterator[Json]:
-        """Yield what is sent."""
         write = self._chunks if self.is_stream else self._whole
         return write(answers, extras)
 
     def _whole(self, answers: Iterable[Generation], extras: Extras) -> Iterator[Json]:
-        """Yield one, into which whole answers are put."""
         choices = []
         ended: list[Generation] = []
         for generation in answers:

@@ -269,7 +269,6 @@ def best_strategy(results: Results) -> str:
 
 
 def heads(tasks: Sequence[Cell]) -> tuple[str, str, str]:
-    """Name the columns of `rows`."""
     name = tasks[0].best_single() or "the best single"
     if len(tasks) > 1:
         name = "each best single"

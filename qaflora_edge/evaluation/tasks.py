@@ -75,11 +75,9 @@ class Task:
 
     @property
     def by(self) -> Metric:
-        """The metric itself."""
         return metrics()[self.metric]
 
     def question(self, item: Fields) -> str:
-        """Write what an item asks as one text."""
         if "messages" in item:
             return str(checked_messages(item["messages"])[-1]["content"])
         if self.template is None:
@@ -244,7 +242,6 @@ class LineFile:
         self.n_byte += len(line)
 
     def refused(self, found: str, advice: str) -> OutputFileError:
-        """Make an error that names the file, what was found in the way, and what to do."""
         return OutputFileError(
             f"Cannot write {self.holds} into {self.path}: {found}. {advice}, or choose another "
             "-o FILE."
@@ -278,7 +275,6 @@ class Results:
         return [record for record in self.records.values() if record["score"] is None]
 
     def add(self, record: Record) -> None:
-        """Add the result of an item under a strategy."""
         if self._file is not None:
             self._file.add(record)
         self.records[_key(record)] = record

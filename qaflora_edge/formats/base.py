@@ -138,7 +138,6 @@ class _Base:
         return [value for value in values if isinstance(value, int)]
 
     def number(self, field: str, default: int) -> int:
-        """Give the first number of a field."""
         numbers = self.numbers(field)
         if numbers:
             return numbers[0]

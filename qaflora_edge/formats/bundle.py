@@ -215,7 +215,6 @@ def parse_bundle(data: bytes, where: str) -> BundleText:
 
 
 def wrong_bundle(where: str, problem: WrongField) -> BundleError:
-    """Make the error of a bundle.json with a wrong field."""
     return BundleError(f"Cannot use {where}: {problem}. {_ADVICE}")
 
 

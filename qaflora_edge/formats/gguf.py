@@ -262,7 +262,6 @@ class GgufHeader:
 
     @property
     def name(self) -> str | None:
-        """What the file calls itself."""
         name = self.metadata.get("general.name")
         return name if isinstance(name, str) and name.strip() else None
 

@@ -105,7 +105,6 @@ class Model:
 
 
 def load_registry() -> dict[str, Model]:
-    """Read the registry: name -> model."""
     content = json.loads(package_data("models/registry.json").read_text(encoding="utf-8"))
     models = {}
     for name, entry in content["models"].items():

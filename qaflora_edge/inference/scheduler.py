@@ -234,7 +234,6 @@ class Scheduler:
         return step
 
     def note(self, step: Step, ms: float) -> None:
-        """Note how long a step has taken."""
         is_long = any(self._is_long(sequence) for sequence, _ in step.prefill)
         self._owed_ms = ms if is_long else self._owed_ms - ms
 

@@ -191,7 +191,6 @@ def tool_grammar(
 
 
 def tag_rules(rule: str, schema: Object) -> list[str]:
-    """Write the rules of arguments in tags."""
     required = schema.get("required") or []
     parts = []
     written = []
@@ -323,7 +322,6 @@ def _as_token(match: re.Match[str]) -> str:
 
 
 def python_rules(rule: str, schema: Object) -> list[str]:
-    """Write the rules of arguments in Python."""
     ways = {}
     for name, value in (schema.get("properties") or {}).items():
         texts = texts_of(resolved(value, schema))

@@ -311,7 +311,6 @@ def closed(text: str, at: int) -> int:
 
 
 def add_part(calls: list[Json], part: CallPart) -> None:
-    """Add a part of a call to the calls so far."""
     if part["index"] == len(calls):
         call = {name: value for name, value in part.items() if name != "index"}
         call["function"] = dict(part["function"])

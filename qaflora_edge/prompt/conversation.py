@@ -54,7 +54,6 @@ class Conversation:
         return messages
 
     def add(self, question: str, answer: str, finish_reason: str = "stop") -> None:
-        """Add a turn."""
         self.said.append({"role": "user", "content": question})
         self.said.append({"role": "assistant", "content": answer, "finish_reason": finish_reason})
 

@@ -125,7 +125,6 @@ async def _open_first(app: Starlette) -> None:
 
 
 async def show_page(request: Request) -> Response:
-    """Show the page, which is no part of the API."""
     body, headers = page()
     return Response(body, media_type="text/html; charset=utf-8", headers=headers)
 

@@ -42,7 +42,6 @@ class Metrics:
         return self._new(Histogram, f"{name}_seconds", text, buckets=_SECONDS)
 
     def add(self, path: str, status: int, facts: Mapping[str, Any]) -> None:
-        """Count a request that is over."""
         self.requests.labels(path, str(status)).inc()
         for key, histogram in self._times.items():
             if key in facts:

@@ -41,7 +41,6 @@ class Places:
 
     @asynccontextmanager
     async def place(self, address: str) -> AsyncIterator[None]:
-        """Wait for a place, and hold it."""
         share = self._shares.get(address) or asyncio.Semaphore(share_of(self._n_place, address))
         self._shares[address] = share
         async with share, self._all:
@@ -59,7 +58,6 @@ class Call(Generic[B]):
 
     @property
     def model(self) -> str:
-        """Name the model as the request does."""
         return self.body.model or self.served.name
 
     @cached_property
@@ -113,7 +111,6 @@ def check_announced(request: Request, most: int) -> None:
 
 
 def address_of(request: Request) -> str:
-    """Give the address that a request comes from."""
     return request.client.host if request.client else ""
 
 

@@ -41,7 +41,6 @@ class Refusal(Exception):
         self.body: Json = {"error": error}
 
     def response(self, path: str) -> Response:
-        """Return it as a whole response to a path."""
         headers = {}
         if self.status == 503:
             headers["Retry-After"] = str(RETRY_AFTER_S)

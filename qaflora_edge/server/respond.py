@@ -130,7 +130,6 @@ class Computed:
         self._hand_on(self._written(value))
 
     def end(self) -> None:
-        """Say that a stream ends well."""
         if self._is_stream and self._wire.done:
             self._hand_on(self._wire.done)
 

@@ -78,17 +78,14 @@ class Connection(H11Protocol):
             self._make_room(same if is_crowded else here)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End."""
         self._stop_waiting()
         super().connection_lost(exc)
 
     def on_response_complete(self) -> None:
-        """Wait for the next request."""
         self._expect_head()
         super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is no request."""
         message = (
             f"The request cannot be read: expected HTTP/1.1 with lines that end in CR LF, a head "
             f"of {MAX_HEAD_BYTES} bytes at most, and one of Content-Length and Transfer-Encoding."
@@ -160,7 +157,6 @@ class _Server(uvicorn.Server):
 
 
 def config_of(app: Starlette) -> uvicorn.Config:
-    """Return how an app is served."""
     return uvicorn.Config(
         app,
         http=Connection,

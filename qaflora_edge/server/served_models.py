@@ -313,7 +313,6 @@ class ServedModels:
             model.expiry = loop.call_later(self._options.ttl_s, self.close_idle, model)
 
     def close_idle(self, model: ServedModel) -> None:
-        """Close a bundle that nobody uses."""
         if model.engine is not None and model.is_idle:
             model.closing = asyncio.create_task(_close(model))
             log.info("closed %s: not in use", model.name)
@@ -371,7 +370,6 @@ def _close(model: ServedModel) -> Coroutine[Any, Any, None]:
 
 
 def models_of(request: Request) -> ServedModels:
-    """Give the bundles of the server that a request has come to."""
     models: ServedModels = request.app.state.models
     return models
 

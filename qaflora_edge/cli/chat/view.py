@@ -60,7 +60,6 @@ class View:
         """Show how far weighing and prefill are."""
 
     def end(self) -> None:
-        """End an answer."""
         click.echo()
 
     def note(self, *parts: str) -> None:
@@ -74,7 +73,6 @@ class View:
         click.echo(text, err=True, color=False)
 
     def status(self, parts: Sequence[str], fusion: FusionWeights) -> None:
-        """Say how an answer ended and who spoke."""
         self.note(*parts, who_spoke(fusion))
 
     def weights(self, fusion: FusionWeights) -> None:
