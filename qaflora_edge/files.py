@@ -1,7 +1,5 @@
 """Files: written whole or not at all; folders for the cache and for data."""
 
-from __future__ import annotations
-
 import contextlib
 import glob
 import hashlib
@@ -158,7 +156,7 @@ def one_line(text: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in joined)
 
 
-def cache_lock(key: str) -> FileLock:
+def cache_lock(key: str) -> "FileLock":
     """Make a lock between processes, in the cache folder. Raises OutputFileError."""
     from filelock import FileLock
 

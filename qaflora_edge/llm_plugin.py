@@ -3,8 +3,6 @@
 `llm` imports this at every start. An Engine is imported with the first prompt, and stays open.
 """
 
-from __future__ import annotations
-
 import atexit
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,10 +118,10 @@ def chat_message(message: Message) -> dict[str, str]:
     return {"role": message.role, "content": "".join(texts)}
 
 
-_open: dict[tuple[Any, ...], Engine] = {}
+_open: "dict[tuple[Any, ...], Engine]" = {}
 
 
-def opened(folder: Path, keywords: dict[str, Any]) -> Engine:
+def opened(folder: Path, keywords: dict[str, Any]) -> "Engine":
     """An Engine for a bundle: the one that is open when it is the same, else a new one."""
     from qaflora_edge.engine import Engine
 

@@ -1,7 +1,5 @@
 """Answers, printed as they come or as JSON."""
 
-from __future__ import annotations
-
 import json
 import sys
 from typing import TYPE_CHECKING
@@ -21,7 +19,7 @@ def say(text: str) -> None:
     click.echo(text, err=True)
 
 
-def stream_answer(answer: Generation) -> None:
+def stream_answer(answer: "Generation") -> None:
     """Write an answer to stdout piece by piece, and end its line however it ends.
 
     A terminal gets none of its control characters; a pipe or a file gets it as it is. A relay's
@@ -52,7 +50,7 @@ def print_json(value: object) -> None:
     click.echo(text if can_show(text, sys.stdout.encoding) else json.dumps(value))
 
 
-def answer_dict(answer: Generation, *, with_fusion: bool = True) -> Json:
+def answer_dict(answer: "Generation", *, with_fusion: bool = True) -> Json:
     """The object that `qaflora run --json` prints; takes the whole answer first."""
     facts: Json = {"text": answer.text()}
     usage = {
@@ -70,7 +68,7 @@ def answer_dict(answer: Generation, *, with_fusion: bool = True) -> Json:
     return facts
 
 
-def incomplete(answer: Generation) -> IncompleteAnswerError:
+def incomplete(answer: "Generation") -> IncompleteAnswerError:
     return IncompleteAnswerError(
         f"The answer is not whole: cut after {answer.n_completion} tokens, where its schema or "
         "grammar expects more. Raise --max-tokens, and --ctx where the context is full, or allow "
@@ -78,14 +76,14 @@ def incomplete(answer: Generation) -> IncompleteAnswerError:
     )
 
 
-def thought_parts(answer: Generation) -> list[str]:
+def thought_parts(answer: "Generation") -> list[str]:
     """Say how long the thought was, and what to do where it left no room for an answer."""
     is_all = answer.finish_reason == "length" and answer.n_thought == answer.n_completion
     more = ", no answer: raise --max-tokens, or give --reasoning-budget" if is_all else ""
     return [f"{answer.n_thought} tokens of thought{more}"] if answer.n_thought else []
 
 
-def summary_line(answer: Generation) -> str:
+def summary_line(answer: "Generation") -> str:
     """Mix, times and the reason of the end, in one line."""
     timings = answer.timings
     parts = [who_spoke(answer.fusion), f"probe {timings.probe_ms:.0f} ms"]

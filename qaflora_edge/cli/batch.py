@@ -1,7 +1,5 @@
 """`qaflora run --prompts`: the requests of a file, answered in parallel."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sys
@@ -195,7 +193,7 @@ class _Job:
                 fault = f"it answers another text than {line.where}"
                 raise self.file.refused(fault, "Give the same lines")
 
-    def answer(self, engine: Engine, lines: Iterable[prompts.Line], tell: TellCount) -> None:
+    def answer(self, engine: "Engine", lines: Iterable[prompts.Line], tell: TellCount) -> None:
         running: list[tuple[prompts.Line, Json]] = []
 
         def asks() -> Iterator[Ask]:

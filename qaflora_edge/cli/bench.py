@@ -1,7 +1,5 @@
 """qaflora bench"""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -106,7 +104,7 @@ def bench(
         click.echo("\n".join(_table(result)))
 
 
-def _measured(loaded: Opened, options: SharedOptions, only: Sequence[str], sizes: Json) -> Json:
+def _measured(loaded: "Opened", options: SharedOptions, only: Sequence[str], sizes: Json) -> Json:
     import qaflora_edge.bench as parts
     from qaflora_edge.engine import Engine
 
@@ -136,7 +134,7 @@ def _measured(loaded: Opened, options: SharedOptions, only: Sequence[str], sizes
     return measured
 
 
-def _facts(loaded: Opened, options: SharedOptions) -> Json:
+def _facts(loaded: "Opened", options: SharedOptions) -> Json:
     from qaflora_edge.backend.context import default_threads
     from qaflora_edge.cli.doctor import cpu_name, library_facts, package_facts
 

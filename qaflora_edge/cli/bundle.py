@@ -1,7 +1,5 @@
 """qaflora bundle create, add, remove, base, calibrate, samples, show and verify"""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -143,7 +141,7 @@ def create(
     say(f"Created the bundle {folder}, {weighed}. Try: qaflora chat {folder}")
 
 
-def _read_modelfile(path: Path) -> Modelfile:
+def _read_modelfile(path: Path) -> "Modelfile":
     from qaflora_edge.bundles.modelfile import read_modelfile
 
     modelfile = read_modelfile(path)

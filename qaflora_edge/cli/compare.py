@@ -1,7 +1,5 @@
 """qaflora compare"""
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Sequence
@@ -80,7 +78,7 @@ def expand(ways: str, adapters: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(strategies))
 
 
-def answer_all(engine: Engine, ask: Ask, strategies: Sequence[str]) -> list[Answer]:
+def answer_all(engine: "Engine", ask: Ask, strategies: Sequence[str]) -> list[Answer]:
     """Answer under each strategy, in their order. Raises what the first one that failed did."""
     answers: dict[int, Answer] = {}
     asks = [replace(ask, weighing=Weighing(strategy)) for strategy in strategies]

@@ -1,7 +1,5 @@
 """qaflora convert and export: adapter GGUFs out of PEFT folders and of mixes"""
 
-from __future__ import annotations
-
 import functools
 import math
 import os
@@ -112,7 +110,7 @@ def convert(
         )
 
 
-def _print_report(report: Json, checks: Sequence[ModuleCheck], as_json: bool) -> None:
+def _print_report(report: Json, checks: "Sequence[ModuleCheck]", as_json: bool) -> None:
     if as_json:
         report["checks"] = [_check_fields(check) for check in checks]
         print_json(report)
@@ -127,7 +125,7 @@ def _print_report(report: Json, checks: Sequence[ModuleCheck], as_json: bool) ->
         click.echo(f"Verified {len(checks)} modules: {difference}.")
 
 
-def _check_fields(check: ModuleCheck) -> Json:
+def _check_fields(check: "ModuleCheck") -> Json:
     """Write a check for JSON, which has neither NaN nor infinity."""
     fields: Json = {"is_right": check.is_right}
     for key, value in asdict(check).items():

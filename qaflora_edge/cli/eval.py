@@ -1,7 +1,5 @@
 """qaflora eval"""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Iterable, Sequence
@@ -122,7 +120,7 @@ def eval(
     click.get_current_context().exit(1 if results.failed else 0)
 
 
-def _option_facts(engine: Engine, options: cli.SharedOptions) -> dict[str, Any]:
+def _option_facts(engine: "Engine", options: cli.SharedOptions) -> dict[str, Any]:
     known = engine.weigher.known
     facts: dict[str, Any] = {
         "lens": known.lens,
@@ -138,7 +136,7 @@ def _option_facts(engine: Engine, options: cli.SharedOptions) -> dict[str, Any]:
     return facts
 
 
-def _keep(results: Results, records: Iterable[Record], n_asked: int) -> None:
+def _keep(results: "Results", records: "Iterable[Record]", n_asked: int) -> None:
     start = time.perf_counter()
     n_before = len(results.records)
     n_done = 0
@@ -159,7 +157,7 @@ def _keep(results: Results, records: Iterable[Record], n_asked: int) -> None:
         say(f"[{one_line('; '.join(parts))}]")
 
 
-def _show(results: Results, json_path: str | None) -> None:
+def _show(results: "Results", json_path: str | None) -> None:
     from qaflora_edge.evaluation.table import cells
 
     document = dict(results.header)
@@ -172,7 +170,7 @@ def _show(results: Results, json_path: str | None) -> None:
         write_text_atomic(json_path, json.dumps(document, ensure_ascii=False) + "\n")
 
 
-def _print_tables(results: Sequence[Cell]) -> None:
+def _print_tables(results: "Sequence[Cell]") -> None:
     from qaflora_edge.evaluation.table import NATS, POINTS, estimate, heads, rows
     from qaflora_edge.show.text import columns, crop
 

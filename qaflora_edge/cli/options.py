@@ -1,7 +1,5 @@
 """What verbs have in common: options and their completion, prompts, bases, the Engine they make."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os
@@ -496,7 +494,7 @@ def _trained_on(adapter: str) -> str | None:
 
 def open_engine(
     bundle: str, options: SharedOptions, *, is_quiet: bool = False, **changes: Any
-) -> Engine:
+) -> "Engine":
     """Open an Engine for a bundle; a terminal shows that it takes long, unless is_quiet.
 
     changes  keywords of Engine in place of those that the options give

@@ -1,7 +1,5 @@
 """Progress on stderr, on a terminal only: bars for what is counted, a spinner for what is not."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterator
@@ -48,7 +46,7 @@ def progress_bars() -> Iterator[Tell]:
 class Waiting:
     """Show a line while something takes long, and what is told of it meanwhile."""
 
-    def __init__(self, status: Status | None = None) -> None:
+    def __init__(self, status: "Status | None" = None) -> None:
         self._status = status
 
     def tell(self, now: str, done: int, total: int) -> None:

@@ -1,7 +1,5 @@
 """qaflora run"""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -130,7 +128,7 @@ def run(
         raise answers.incomplete(answer)
 
 
-def _read_grammar(schema_path: str | None, grammar_path: str | None) -> Grammar | None:
+def _read_grammar(schema_path: str | None, grammar_path: str | None) -> "Grammar | None":
     if grammar_path is None and schema_path is None:
         return None
     from qaflora_edge.errors import GrammarError

@@ -1,7 +1,5 @@
 """qaflora weights and decide: what a prompt weighs, and which of several answers it has"""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -127,6 +125,6 @@ def decide(
                 click.echo(f"  {name}: {_line(decision, probabilities)}")
 
 
-def _line(decision: Decision, probabilities: F64) -> str:
+def _line(decision: "Decision", probabilities: "F64") -> str:
     shares = decision.named(probabilities).items()
     return "   ".join(f"{visible(name)} {share:.2f}" for name, share in shares)

@@ -1,7 +1,5 @@
 """Grammars and JSON schemas that an answer follows: which tokens may come next."""
 
-from __future__ import annotations
-
 import json
 import re
 import threading
@@ -35,7 +33,7 @@ class Grammar(str):
 
     source: str
 
-    def __new__(cls, text: str, source: str) -> Grammar:
+    def __new__(cls, text: str, source: str) -> "Grammar":
         grammar = super().__new__(cls, text)
         grammar.source = source
         return grammar
@@ -171,10 +169,10 @@ class _Vocabulary:
         return found
 
 
-_tokenizers: weakref.WeakKeyDictionary[Model, LLTokenizer] = weakref.WeakKeyDictionary()
+_tokenizers: "weakref.WeakKeyDictionary[Model, LLTokenizer]" = weakref.WeakKeyDictionary()
 
 
-def _tokenizer(model: Model) -> LLTokenizer:
+def _tokenizer(model: Model) -> "LLTokenizer":
     from llguidance import LLTokenizer
 
     if model not in _tokenizers:
@@ -190,14 +188,14 @@ def _tokenizer(model: Model) -> LLTokenizer:
 
 
 @cache
-def _bytes_tokenizer() -> LLTokenizer:
+def _bytes_tokenizer() -> "LLTokenizer":
     """Make a tokenizer with a token for each byte: for checks without a base."""
     from llguidance import LLTokenizer
 
     return LLTokenizer("byte")
 
 
-def _matcher(tokenizer: LLTokenizer, text: str, source: str) -> LLMatcher:
+def _matcher(tokenizer: "LLTokenizer", text: str, source: str) -> "LLMatcher":
     """Compile a grammar in a thread with a large stack. Raises GrammarError after the deadline."""
     from llguidance import LLMatcher, LLParserLimits
 
@@ -240,7 +238,7 @@ def lark_grammar(text: str, source: str) -> Grammar:
     raise GrammarError(f"{source} cannot be followed: {reason}. Write it more simply.")
 
 
-def _is_dead(matcher: LLMatcher) -> bool:
+def _is_dead(matcher: "LLMatcher") -> bool:
     """Tell whether no text leads to an end: the message begins with the reason's name."""
     return matcher.get_error().startswith("NoExtension")
 

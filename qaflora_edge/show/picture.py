@@ -3,8 +3,6 @@
 What a model wrote is escaped text. A cell's title, shown where one points at it, has its numbers.
 """
 
-from __future__ import annotations
-
 import math
 from typing import TYPE_CHECKING
 from xml.etree.ElementTree import Element, SubElement, tostring
@@ -25,7 +23,7 @@ NAME_WIDTH_MAX = 180
 INK = "#2f81d0"  # reads on light and on dark paper
 
 
-def picture(fusion: FusionWeights, label: str, subject: str) -> str:
+def picture(fusion: "FusionWeights", label: str, subject: str) -> str:
     """Draw an SVG file: rows of cells, a cell per layer, or one where no layer differs.
 
     label    of the query
@@ -71,7 +69,7 @@ def _draw_cells(
     root: Element,
     x: int,
     y: int,
-    fusion: FusionWeights,
+    fusion: "FusionWeights",
     index: int,
     n_layer: int,
     *,
@@ -93,7 +91,7 @@ def _draw_cells(
         x += CELL_WIDTH
 
 
-def _draw_legend(root: Element, y: int, fusion: FusionWeights) -> None:
+def _draw_legend(root: Element, y: int, fusion: "FusionWeights") -> None:
     low, high = scale(fusion)
     _text(root, MARGIN, y + 10, f"weight {low:g}", size=11)
     x = MARGIN + 68
@@ -105,7 +103,7 @@ def _draw_legend(root: Element, y: int, fusion: FusionWeights) -> None:
     _text(root, x + 6, y + 10, f"{high:g}{below}", size=11)
 
 
-def _numbers(fusion: FusionWeights, index: int, layer: int, is_layered: bool) -> str:
+def _numbers(fusion: "FusionWeights", index: int, layer: int, is_layered: bool) -> str:
     name = fusion.adapters[index]
     weight = f"weight {fusion.weights[index, layer]:.3f}"
     if not is_layered:

@@ -1,7 +1,5 @@
 """Text made safe for a terminal, a page or a picture; weights in words and as a heatmap."""
 
-from __future__ import annotations
-
 import math
 import sys
 import unicodedata
@@ -101,7 +99,7 @@ def crop(text: str, width: float, measure: Callable[[str], float] = len) -> str:
     return f"{line[:n_char].rstrip()}…"
 
 
-def who_spoke(fusion: FusionWeights) -> str:
+def who_spoke(fusion: "FusionWeights") -> str:
     """Name the adapters that weigh anything, heaviest first, or the base where none does.
 
     As in `math ×1 · es ×0.5`, or `base`; of a relay `company → json`.
@@ -124,7 +122,7 @@ def others(n_adapter: int) -> list[str]:
     return [f"{n_adapter} others"] if n_adapter else []
 
 
-def top(fusion: FusionWeights) -> list[int]:
+def top(fusion: "FusionWeights") -> list[int]:
     """List the adapters to show, in their order: all, or of many those that weigh or score most."""
     n_adapter = len(fusion.adapters)
     if n_adapter <= N_ALL:
@@ -145,7 +143,7 @@ def top(fusion: FusionWeights) -> list[int]:
     return sorted(highest_last[-N_TOP:])
 
 
-def why(fusion: FusionWeights) -> str:
+def why(fusion: "FusionWeights") -> str:
     """Say what decided, or that the base answers alone; "" where layers show it."""
     if fusion.because or fusion.weights.any():
         return fusion.because
@@ -154,7 +152,7 @@ def why(fusion: FusionWeights) -> str:
     return "There are no adapters: the base answers alone."
 
 
-def reason_rows(fusion: FusionWeights) -> list[list[str]]:
+def reason_rows(fusion: "FusionWeights") -> list[list[str]]:
     """Lay out what decided where no layer differs: heads, adapters, thresholds; else nothing."""
     every_reason = list(fusion.why.values())
     is_measured = fusion.divergence is not None and not every_reason
@@ -192,7 +190,7 @@ def reason_rows(fusion: FusionWeights) -> list[list[str]]:
     return [heads, *rows, *last_rows]
 
 
-def facts(fusion: FusionWeights) -> str:
+def facts(fusion: "FusionWeights") -> str:
     """Say how weights came about."""
     parts = [f"strategy {fusion.strategy}"]
     if fusion.divergence is not None:
@@ -204,7 +202,7 @@ def facts(fusion: FusionWeights) -> str:
     return ", ".join(parts)
 
 
-def scale(fusion: FusionWeights) -> tuple[float, float]:
+def scale(fusion: "FusionWeights") -> tuple[float, float]:
     """Find the ends of the scale: the lowest weight rounded down, the largest rounded up.
 
     Both are tenths up to 1, then whole numbers; the first is not below 0. Eight adapters share a
@@ -222,7 +220,7 @@ def scale(fusion: FusionWeights) -> tuple[float, float]:
     return n_step_low / step, n_step_high / step
 
 
-def below_zero(fusion: FusionWeights, sign: str) -> str:
+def below_zero(fusion: "FusionWeights", sign: str) -> str:
     """Explain the sign of weights below 0; nothing where there are none."""
     lowest = float(fusion.weights.min(initial=0.0))
     if lowest >= 0:
@@ -231,7 +229,7 @@ def below_zero(fusion: FusionWeights, sign: str) -> str:
 
 
 def print_heatmap(
-    fusion: FusionWeights, stream: TextIO | None = None, *, is_plain: bool = False
+    fusion: "FusionWeights", stream: "TextIO | None" = None, *, is_plain: bool = False
 ) -> None:
     """Print weights to a terminal or a pipe.
 
@@ -270,7 +268,7 @@ def print_heatmap(
     console.print(visible(facts(fusion)), style="dim")
 
 
-def _layers(fusion: FusionWeights, blocks: str, width: int) -> Table:
+def _layers(fusion: "FusionWeights", blocks: str, width: int) -> "Table":
     from rich.table import Table
     from rich.text import Text
 

@@ -1,7 +1,5 @@
 """qaflora chat: a conversation with one Engine, from the first question to the last"""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal
@@ -101,7 +99,7 @@ class Chat:
     """
 
     def __init__(
-        self, engine: Engine, folder: Path, view: View, options: cli.SharedOptions
+        self, engine: "Engine", folder: Path, view: "View", options: cli.SharedOptions
     ) -> None:
         self.engine = engine
         self.view = view
@@ -111,7 +109,7 @@ class Chat:
         self.sampling = options.sampling
         self.fusion: FusionWeights | None = None
 
-    def run(self, typed: PlainInput | TerminalInput) -> None:
+    def run(self, typed: "PlainInput | TerminalInput") -> None:
         """Chat until the end of the input or a command to leave."""
         from qaflora_edge.cli.chat.commands import run_command
 
@@ -240,7 +238,7 @@ class Chat:
         return f"{n} {'turn' if n == 1 else 'turns'}"
 
 
-def _read(typed: PlainInput | TerminalInput) -> str | None:
+def _read(typed: "PlainInput | TerminalInput") -> str | None:
     """Read a message; on a terminal Ctrl-C takes back what is being typed."""
     while True:
         try:
@@ -251,7 +249,7 @@ def _read(typed: PlainInput | TerminalInput) -> str | None:
             click.echo(err=True)
 
 
-def _status(generation: Generation, reason: str) -> list[str]:
+def _status(generation: "Generation", reason: str) -> list[str]:
     timings = generation.timings
     ends = {"cancelled": ["stopped"], "length": ["cut at the limit of tokens"]}
     parts = [*thought_parts(generation), *ends.get(reason, [])]

@@ -1,7 +1,5 @@
 """Slash commands: what a chat does besides asking."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -38,7 +36,7 @@ def _command(follows: str = "") -> Callable[[Command], Command]:
     return added
 
 
-def run_command(chat: Chat, line: str) -> None:
+def run_command(chat: "Chat", line: str) -> None:
     """Run `/name argument`. A failure is shown, and the chat goes on."""
     name, _, argument = line[1:].partition(" ")
     name = "help" if name == "?" else name
@@ -59,7 +57,7 @@ def run_command(chat: Chat, line: str) -> None:
         chat.view.error(error)
 
 
-def completions(text: str, engine: Engine) -> Iterator[str]:
+def completions(text: str, engine: "Engine") -> Iterator[str]:
     """Complete the last word of a slash command that is being typed."""
     words = text.split(" ")
     command = words[0]
@@ -77,7 +75,7 @@ def completions(text: str, engine: Engine) -> Iterator[str]:
 
 
 @_command()
-def weights(chat: Chat, argument: str) -> None:
+def weights(chat: "Chat", argument: str) -> None:
     """Show what each adapter weighed for the last answer."""
     if chat.fusion is None:
         chat.view.note("nothing has been answered yet")
@@ -86,7 +84,7 @@ def weights(chat: Chat, argument: str) -> None:
 
 
 @_command("[on|off [NAME ...]]")
-def adapters(chat: Chat, argument: str) -> None:
+def adapters(chat: "Chat", argument: str) -> None:
     """List the adapters, or switch some on or off; without names all."""
     engine = chat.engine
     action, *names = argument.split() or [""]
@@ -111,7 +109,7 @@ def adapters(chat: Chat, argument: str) -> None:
 
 
 @_command("PATH [NAME]")
-def add(chat: Chat, argument: str) -> None:
+def add(chat: "Chat", argument: str) -> None:
     """Load an adapter: a PEFT folder, an adapter .gguf or the Hub's owner/name."""
     path = argument
     name = None
@@ -123,14 +121,14 @@ def add(chat: Chat, argument: str) -> None:
 
 
 @_command("NAME")
-def drop(chat: Chat, argument: str) -> None:
+def drop(chat: "Chat", argument: str) -> None:
     """Unload an adapter."""
     chat.engine.remove_adapter(argument)
     chat.view.note(f"{argument} is unloaded")
 
 
 @_command("[NAME]")
-def strategy(chat: Chat, argument: str) -> None:
+def strategy(chat: "Chat", argument: str) -> None:
     """List the strategies, or choose one."""
     if argument:
         chat.engine.use_strategy(argument)
@@ -142,7 +140,7 @@ def strategy(chat: Chat, argument: str) -> None:
 
 
 @_command("[TEXT]")
-def system(chat: Chat, argument: str) -> None:
+def system(chat: "Chat", argument: str) -> None:
     """Show the system prompt, or change it; - takes it away."""
     if argument:
         chat.set_system(None if argument == "-" else argument)
@@ -151,7 +149,7 @@ def system(chat: Chat, argument: str) -> None:
 
 
 @_command("[NAME [VALUE]]")
-def set_(chat: Chat, argument: str) -> None:
+def set_(chat: "Chat", argument: str) -> None:
     """Show how tokens are sampled, or change it, as in /set temp 0; off takes it back."""
     key, _, text = argument.partition(" ")
     if key and key not in SAMPLING:
@@ -165,7 +163,7 @@ def set_(chat: Chat, argument: str) -> None:
 
 
 @_command()
-def retry(chat: Chat, argument: str) -> None:
+def retry(chat: "Chat", argument: str) -> None:
     """Answer the last question again; under a seed, change it first."""
     turn = chat.conversation.undo()
     if not turn:
@@ -175,7 +173,7 @@ def retry(chat: Chat, argument: str) -> None:
 
 
 @_command()
-def undo(chat: Chat, argument: str) -> None:
+def undo(chat: "Chat", argument: str) -> None:
     """Take back the last question and its answer."""
     turn = chat.conversation.undo()
     chat.fusion = None
@@ -184,7 +182,7 @@ def undo(chat: Chat, argument: str) -> None:
 
 
 @_command()
-def clear(chat: Chat, argument: str) -> None:
+def clear(chat: "Chat", argument: str) -> None:
     """Forget the conversation; system prompt, strategy and adapters stay."""
     chat.conversation = Conversation(chat.conversation.system)
     chat.fusion = None
@@ -192,7 +190,7 @@ def clear(chat: Chat, argument: str) -> None:
 
 
 @_command("FILE")
-def save(chat: Chat, argument: str) -> None:
+def save(chat: "Chat", argument: str) -> None:
     """Save the conversation to a file, over nothing but an older session."""
     path = expanded(argument)
     save_session(
@@ -206,13 +204,13 @@ def save(chat: Chat, argument: str) -> None:
 
 
 @_command("FILE")
-def load(chat: Chat, argument: str) -> None:
+def load(chat: "Chat", argument: str) -> None:
     """Go on with a saved conversation."""
     chat.load(expanded(argument))
 
 
 @_command()
-def help_(chat: Chat, argument: str) -> None:
+def help_(chat: "Chat", argument: str) -> None:
     """Show this list, as /? does."""
     rows = [
         (f"/{name} {follows}".rstrip(), str(function.__doc__))

@@ -1,7 +1,5 @@
 """What a chat shows: plainly for pipes and dumb terminals, or Markdown on a terminal."""
 
-from __future__ import annotations
-
 import re
 import sys
 import time
@@ -72,10 +70,10 @@ class View:
     def show(self, text: str) -> None:
         click.echo(text, err=True, color=False)
 
-    def status(self, parts: Sequence[str], fusion: FusionWeights) -> None:
+    def status(self, parts: Sequence[str], fusion: "FusionWeights") -> None:
         self.note(*parts, who_spoke(fusion))
 
-    def weights(self, fusion: FusionWeights) -> None:
+    def weights(self, fusion: "FusionWeights") -> None:
         from qaflora_edge.show.text import print_heatmap
 
         print_heatmap(fusion, sys.stderr, is_plain=self._is_plain)
@@ -200,7 +198,7 @@ def split_closed(text: str) -> tuple[list[str], str]:
     return blocks, "\n".join(lines[begin:])
 
 
-def parse_markdown(block: str) -> list[Token]:
+def parse_markdown(block: str) -> "list[Token]":
     """Parse headings, emphasis, code, quotes and tables; all else is text, line by line."""
     from markdown_it import MarkdownIt
 
