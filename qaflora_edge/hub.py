@@ -76,10 +76,7 @@ def bundles_in(folder: Path) -> list[Path]:
 
 
 def named_bundles() -> dict[str, Path]:
-    """Map names to the bundles in the places of the setting `bundles`; the first one wins.
-
-    Raises SettingsError when the settings file cannot be read.
-    """
+    """Map names to the bundles in the places of the setting `bundles`; the first one wins."""
     by_name: dict[str, Path] = {}
     for place in bundle_places():
         for folder in [place] if is_bundle(place) else bundles_in(place):
@@ -480,10 +477,7 @@ def _kind(path: Path) -> str:
 
 
 def find_pulled(name: str) -> list[Here]:
-    """Find what was pulled under a name, and after it the other files of its commit.
-
-    Raises InputFileError when nothing was.
-    """
+    """Find what was pulled under a name, and after it the other files of its commit."""
     everything = all_here()
     for here in everything:
         if here.name == name and here.is_pulled:

@@ -102,10 +102,7 @@ class BundleModel(llm.Model):
 
 
 def chat_message(message: Message) -> dict[str, str]:
-    """A message of `llm` as a template takes it; reasoning of another model is left out.
-
-    Raises PromptError for what is no text, such as a tool's call.
-    """
+    """A message of `llm` as a template takes it; reasoning of another model is left out."""
     texts = []
     for part in message.parts:
         if isinstance(part, TextPart):

@@ -55,10 +55,7 @@ def ggml() -> SimpleNamespace:
 
 @cache
 def rpc() -> SimpleNamespace:
-    """Declare functions of the RPC backend, without `ggml_backend_rpc_`.
-
-    Raises LibraryError where the library has none.
-    """
+    """Declare functions of the RPC backend, without `ggml_backend_rpc_`."""
     reg = ggml().reg_by_name(b"RPC")
     if not reg:
         raise LibraryError(
@@ -99,10 +96,7 @@ def endpoints(text: str) -> tuple[str, ...]:
 
 
 def read_shares(text: str, n_device: int) -> list[float]:
-    """Read --tensor-split: how many layers each device gets, relative to the others.
-
-    Raises OptionError.
-    """
+    """Read --tensor-split: how many layers each device gets, relative to the others."""
     try:
         shares = [float(share) for share in text.split(",")]
     except ValueError:

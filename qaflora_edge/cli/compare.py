@@ -61,10 +61,7 @@ def compare(
 
 
 def expand(ways: str, adapters: Sequence[str]) -> list[str]:
-    """The strategies that a list of them names, each once; `single` is one for each adapter.
-
-    Raises StrategyError for one that is not known.
-    """
+    """The strategies that a list of them names, each once; `single` is one for each adapter."""
     from qaflora_edge.weighing.strategy import parse_strategy
 
     strategies = []

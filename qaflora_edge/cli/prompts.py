@@ -85,8 +85,6 @@ def filled_lines(stream: BinaryIO, name: str) -> Iterator[Line]:
     """Read lines one at a time; blank ones are counted, and left out.
 
     name  of the stream, for messages
-
-    Raises InputFileError.
     """
     with reading(name):
         for index, data in enumerate(stream):
@@ -118,10 +116,7 @@ def _decode(data: bytes, shown: str) -> str:
 
 
 def read_text(path: str) -> str:
-    """Read a file of UTF-8 text, or stdin for `-`; a byte order mark is dropped.
-
-    Raises InputFileError.
-    """
+    """Read a file of UTF-8 text, or stdin for `-`; a byte order mark is dropped."""
     name = stream_name(path)
     with open_prompts(path) as file, reading(name):
         data = file.read(FILE_BYTES_MAX + 1)
@@ -143,8 +138,6 @@ def read_piped() -> str:
 
     A terminal and a device such as /dev/null say nothing. Neither does a file that something has
     begun to read, as the loop `while read line; do ...; done < FILE` does.
-
-    Raises InputFileError.
     """
     try:
         number = sys.stdin.fileno()

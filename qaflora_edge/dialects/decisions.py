@@ -18,10 +18,7 @@ CRITERIA: Json = {"noul": {}, "choice": {"label": "what it means"}, "score": ["l
 
 
 def read_question(name: str, state: Any, question: Any) -> tuple[str, dict[str, str]]:
-    """Return a question about a state as a text, and its choices with what they mean.
-
-    Raises OptionError, which names the field.
-    """
+    """Return a question about a state as a text, and its choices with what they mean."""
     field = f"questions.{name:.80}"
     if not isinstance(question, Mapping) or question.get("type") not in CRITERIA:
         expected = f"an object whose type is one of {', '.join(CRITERIA)}"

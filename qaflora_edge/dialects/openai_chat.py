@@ -34,8 +34,6 @@ def ask(body: Object, defaults: Ask) -> Ask:
     """Read a body.
 
     defaults  hold where it says nothing: how tokens are chosen, who is weighed
-
-    Raises OptionError for what cannot be followed.
     """
     schema = response_schema(body.get("response_format"))
     own_schema = body.get("json_schema")  # llama-server's field

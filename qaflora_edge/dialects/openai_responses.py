@@ -40,10 +40,7 @@ _CONSTANT: Json = {
 
 
 def ask(body: Object, defaults: Ask) -> Ask:
-    """Read a body as a chat's: see openai_chat.ask.
-
-    Raises OptionError for a field that cannot be followed.
-    """
+    """Read a body as a chat's: see openai_chat.ask."""
     check_off("responses", body, _OFF)
     messages = _messages(body["input"])
     if (instructions := body.get("instructions")) is not None:

@@ -39,8 +39,6 @@ def sampling_of(body: Object, defaults: Sampling) -> Sampling:
     """Read how tokens are chosen; the defaults hold where a body says nothing, or null.
 
     Of two names of one option OpenAI's newer one counts.
-
-    Raises OptionError for an option that cannot be followed.
     """
     check_off("chat", body, FIXED)
     options = {}
@@ -90,8 +88,6 @@ def thinking(effort: str | bool) -> Json:
 
     effort  OpenAI's `reasoning_effort` or Ollama's `think`: "none", "minimal" and False ask for no
             thought, all else for one
-
-    Raises OptionError for what is neither.
     """
     if not isinstance(effort, str | bool):
         raise wrong_option("reasoning_effort", effort, "a text such as none, low or high")
@@ -107,8 +103,6 @@ def chosen_tools(tools: Any, tool_choice: Any, is_parallel: bool | None = None) 
 
     tool_choice  None, "auto", "none", "required", or {"type": "function", "function": {"name": N}}
     is_parallel  False: only the first call of an answer counts
-
-    Raises OptionError for what is no tool, or a choice that is not among them.
     """
     checked = [_checked(tool) for tool in tools or ()]
     required: list[Json] = []
@@ -155,10 +149,7 @@ def _function(tool: Any) -> Any:
 
 
 def weighing_of(body: Object, of_model: str | None, adapters: Sequence[str]) -> Weighing:
-    """Combine the fields `fusion` and `lora` with the strategy that the model id names.
-
-    Raises OptionError where they contradict each other, or a weight is too large.
-    """
+    """Combine the fields `fusion` and `lora` with the strategy that the model id names."""
     fusion = body.get("fusion") or {}
     weights = fusion.get("weights")
     field = "fusion.weights"

@@ -246,8 +246,6 @@ def best_strategy(results: Results) -> str:
     """Find the strategy with the best mean over the tasks.
 
     Losses count only where no task has points.
-
-    Raises ResultsFileError where no strategy has a score for all items.
     """
     every_task = cells(results)
     with_points = [cell for cell in every_task if cell.unit == POINTS]

@@ -155,8 +155,6 @@ def check_values(info: AdapterInfo) -> None:
     """Check that every value of an adapter is a finite number.
 
     Where one is not, the embedding reaches the base even at weight 0, for 0 times NaN is NaN.
-
-    Raises GgufFileError naming the tensor.
     """
     with reading(info.path), open_input(info.path) as file:
         for tensor in info.tensors.values():
@@ -177,8 +175,6 @@ def read_pair(
 
     base_name  the base's tensor, one of info.ranks
     file       of info.path, where it is open
-
-    Raises InputFileError when the file cannot be read any more.
     """
     a = read_values(info.path, info.tensors[f"{base_name}.lora_a"], file)
     b = read_values(info.path, info.tensors[f"{base_name}.lora_b"], file)

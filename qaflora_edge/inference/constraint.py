@@ -100,10 +100,7 @@ def chosen_grammar(
 
 
 class Constraint:
-    """Follow one answer in its grammar.
-
-    Raises GrammarError for a grammar that llguidance does not take.
-    """
+    """Follow one answer in its grammar."""
 
     def __init__(self, model: Model, grammar: Grammar) -> None:
         self._source = grammar.source

@@ -80,10 +80,7 @@ def decide(
     compare: bool,
     cancellation: Cancellation,
 ) -> Decision:
-    """Decide as Engine.decide does: all mixes score all choices in one call.
-
-    Raises ChatTemplateError for a base without a chat template, OptionError for wrong choices.
-    """
+    """Decide as Engine.decide does: all mixes score all choices in one call."""
     named = checked_choices(choices)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     nothing = [{"role": "user", "content": _NOTHING}]

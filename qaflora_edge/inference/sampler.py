@@ -31,7 +31,7 @@ class Sampler:
     is_free  attribute: whether the constraint waits, as it does within a thought
     forced   attribute: tokens that come next, whatever the constraint says
 
-    Raises GrammarError as Constraint does, OptionError for a bias on an unknown token.
+    Raises GrammarError for a grammar that is not taken, OptionError for an unknown token in a bias.
     """
 
     def __init__(self, model: Model, sampling: Sampling) -> None:

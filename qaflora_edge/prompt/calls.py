@@ -423,10 +423,7 @@ def calls_of(template: str | None, tools: Tools | None) -> Calls | None:
 
 
 def bound(sampling: Sampling, json_schema: Object | bool | None, calls: Calls | None) -> Sampling:
-    """Bind an answer to its grammar, to a JSON schema, or to a call of tools.
-
-    Raises OptionError for a form of its own beside a call that is required.
-    """
+    """Bind an answer to its grammar, to a JSON schema, or to a call of tools."""
     grammar = _grammar(sampling.grammar, json_schema, calls)
     stop = sampling.stop if calls is None else (*sampling.stop, *calls.stop)
     return replace(sampling, grammar=grammar, stop=stop)

@@ -91,10 +91,7 @@ class Conversation:
 
 
 def bundle_identity(folder: Path) -> Json:
-    """Identify a bundle by its bundle.json, or a base alone: `bundle` of a session file.
-
-    Raises BundleError.
-    """
+    """Identify a bundle by its bundle.json, or a base alone: `bundle` of a session file."""
     name = readable(folder.name)
     if is_base(folder):
         return {"name": name, "base_sha256": checksum(folder), "adapters": {}}
@@ -110,8 +107,6 @@ def save_session(path: Path, conversation: Conversation, **how: Any) -> None:
     """Write a session file whole or not at all, over an older session file only.
 
     how  `bundle`, `strategy` and `adapters` of the file
-
-    Raises OutputFileError when something else is there, or the file cannot be written.
     """
     if path.exists():
         try:

@@ -42,10 +42,7 @@ NOT_HERE = ("/v1/images/{rest:path}", "/v1/audio/{rest:path}")
 
 
 def make_app(places: Iterable[Path], options: ServerOptions) -> Starlette:
-    """Return the server of some bundles, or bases alone. It opens the first one as it starts.
-
-    Raises BundleError for a bundle that cannot be read.
-    """
+    """Return the server of some bundles, or bases alone. It opens the first one as it starts."""
     models = ServedModels(places, options)
     # All that have a slot, an Engine that opens, one that closes, one that changes, and bodies.
     n_slot = len(models.by_name) * options.n_slot + N_LIGHT

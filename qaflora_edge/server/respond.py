@@ -284,10 +284,7 @@ def answered(
 def _noted(
     engine: Engine, asks: Sequence[Ask], out: Computed, extras: Extras
 ) -> Iterator[Generation]:
-    """Yield all answers; note the mix of the first, and the tokens of each when it is over.
-
-    Raises CancelledError where the request is ended before the last one begins.
-    """
+    """Yield all answers; note the mix of the first, and the tokens of each when it is over."""
     for ask in asks:
         n_begun = 0
         for answer in engine.submit_all(ask):

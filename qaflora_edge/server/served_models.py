@@ -157,10 +157,7 @@ class ServedModel:
 
 
 class ServedModels:
-    """Find bundles by name, and open each when it is first asked for.
-
-    Raises BundleError for a bundle that cannot be read, or a name that is given twice.
-    """
+    """Find bundles by name, and open each when it is first asked for."""
 
     def __init__(self, places: Iterable[Path], options: ServerOptions) -> None:
         self._options = options
@@ -261,10 +258,7 @@ class ServedModels:
         return [model_id for name in self.by_name for model_id in (name, f"{name}:base")]
 
     def card(self, name: str) -> Json:
-        """Return a model id in OpenAI's shape; `meta` says what it is here.
-
-        Raises Refusal for an unknown id.
-        """
+        """Return a model id in OpenAI's shape; `meta` says what it is here."""
         model, strategy = self.find(name)
         engine = model.engine
         weigher = model.weigher

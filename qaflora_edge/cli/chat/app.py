@@ -185,10 +185,7 @@ class Chat:
         return True
 
     def _fit(self, question: str) -> list[int]:
-        """Tokenize the conversation and a question; the oldest turns may drop out.
-
-        Raises PromptError when the question cannot be asked.
-        """
+        """Tokenize the conversation and a question; the oldest turns may drop out."""
         cli.check_prompt(question, *_MESSAGE)
         n_ctx = self.engine.n_ctx
         n_before = self.conversation.n_dropped
