@@ -13,7 +13,7 @@ LONG = 35  # words; no sentence for people has more
 LIMITS = {
     "lines of the package": 29_067,
     "tokens a line of code": 8.5,
-    "modules": 135,
+    "modules": 134,
     "modules that Engine imports": 45,
     "lines that Engine imports": 8_000,
     "lines of tests": 28_000,

@@ -7,7 +7,7 @@ import json
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 from qaflora_edge.ask import Chat, Gap, Plain, Prompt, Question, Thinking
@@ -26,7 +26,7 @@ from qaflora_edge.errors import (
 from qaflora_edge.formats.inputs import Json, Object
 from qaflora_edge.prompt import template as templates
 from qaflora_edge.prompt.messages import Message, begin_with, checked_messages
-from qaflora_edge.prompt.neutral import behind_system
+from qaflora_edge.prompt.neutral import behind_system, few
 from qaflora_edge.prompt.typed import TypedText
 
 _PIECE_BYTES = 16  # of a token; most are shorter
@@ -70,13 +70,11 @@ class Reader:
 
     def _neutral(self, system: tuple[int, ...]) -> tuple[tuple[Prompt, Prompt], ...]:
         """Pair neutral prompts, as usual and behind a system prompt that is not the usual one."""
-        examples = json.dumps([*self.examples])
-        usual = _usual_prompt(self.model, self.system, examples, "a")
-        n_usual = _n_before_turns(self.model, usual.tokens)
-        if usual.tokens[:n_usual] == system:
+        usual = (self.model, self.system, json.dumps([*self.examples]))
+        beginning = _usual_beginning(*usual)
+        if beginning == system:
             return ()
-        read = partial(_usual_prompt, self.model, self.system, examples)
-        return behind_system(system, n_usual, read)
+        return behind_system(system, len(beginning), _usual_prompts(*usual))
 
     def tokens(self, question: Question, parse_special: bool = False) -> list[int]:
         """Give the tokens alone.
@@ -288,15 +286,29 @@ def find_question(model: Model, tokens: Sequence[int]) -> tuple[int, int, bool] 
     return (start, end, is_later) if start < end else None
 
 
-@lru_cache(64)
-def _usual_prompt(model: Model, system: str | None, examples: str, text: str) -> Prompt:
-    """Read a text as a user's first turn, behind a bundle's system prompt and examples (JSON)."""
-    turn = {"role": "user", "content": text}
-    chat = Chat(begin_with(system, [turn], json.loads(examples)))
-    tokens = tuple(chat_tokens(model, chat))
-    place = find_question(model, tokens)
-    question = None if place is None else place[:2]
-    return Prompt(tokens, question)
+@lru_cache(4)
+def _usual_beginning(model: Model, system: str | None, examples: str) -> tuple[int, ...]:
+    """Give the tokens before the first user turn, where messages have no system prompt."""
+    tokens = _first_turn(model, system, examples, "a")
+    return tokens[: _n_before_turns(model, tokens)]
+
+
+@lru_cache(4)
+def _usual_prompts(model: Model, system: str | None, examples: str) -> tuple[Prompt, ...]:
+    """Read a few neutral texts as first turns."""
+    prompts = []
+    for text in few():
+        tokens = _first_turn(model, system, examples, text)
+        place = find_question(model, tokens)
+        assert place is not None
+        prompts.append(Prompt(tokens, place[:2]))
+    return tuple(prompts)
+
+
+def _first_turn(model: Model, system: str | None, examples: str, text: str) -> tuple[int, ...]:
+    """Give a chat of one turn, behind a bundle's system prompt and examples (JSON)."""
+    messages = begin_with(system, [{"role": "user", "content": text}], json.loads(examples))
+    return tuple(chat_tokens(model, Chat(messages)))
 
 
 def _n_before_turns(model: Model, tokens: Sequence[int]) -> int:
