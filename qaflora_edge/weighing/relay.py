@@ -18,7 +18,7 @@ from qaflora_edge.weighing.drafted import BASE, N_BEGUN, UNSURE, Draft, Relay
 from qaflora_edge.weighing.strategy import Mix, Probe, Query
 from qaflora_edge.weighing.two_place import TWO_PLACE_OPTIONS, TwoPlace
 
-ALONE = 5.0  # score `answer` above which an adapter answers, and nobody else is asked
+ALONE = 5.0  # score `answer` above which an adapter answers, and no other may give a form
 SUBJECT = 2.75  # score `answer` from which an adapter that is unsure of a draft is heard
 STRONG = 2.5  # score `answer` below which an adapter that is unsure is compared with the base
 ANSWERS = 2.0  # score `answer` from which a second adapter would answer too
@@ -107,10 +107,8 @@ def _relayed(query: Query, probe: Probe, mix: Mix) -> Mix:
             return formed
     if writer is None:
         return _despite_the_scores(query, probe, mix)
-    asked = [writer]
-    if strength <= ALONE:
-        (opening,) = probe.drafts([writer], N_OPENING, _weights(mix))
-        asked += _knowers(query, mix, opening)
+    (opening,) = probe.drafts([writer], N_OPENING, _weights(mix))
+    asked = [writer, *_knowers(query, mix, opening)]
     if strength < STRONG:
         asked.append(BASE)
     begun = probe.drafts(asked, N_BEGUN, _weights(mix))
