@@ -142,7 +142,7 @@ def test_neutral_prompts_are_read_behind_each_system_prompt_once(calibrated, mon
     """Oracle: what is measured of each neutral prompt in turn, as a conversation."""
     system = {"role": "system", "content": "Be on time, " * 8}
     turn = {"role": "user", "content": "the thing"}
-    texts = [*all_neutral("prompts")[3::6], *all_neutral("turns")[4::8]]
+    texts = [*all_neutral("prompts")[9::12], *all_neutral("turns")[12::16]]
     with Engine(calibrated.folder, strategy="two-place") as engine:
         prompt = engine.read(Chat([system, turn]))
         found = probe(engine, prompt.tokens, prompt.question, neutral=prompt.neutral).neutral()

@@ -19,8 +19,8 @@ def neutral(kind: str) -> list[Any]:
 
 
 def few() -> list[str]:
-    """Name those that are read behind each system prompt: four prompts, and four short turns."""
-    return [*neutral("prompts")[3::6], *neutral("turns")[4::8]]
+    """Name those that are read behind each system prompt: two prompts, and two short turns."""
+    return [*neutral("prompts")[9::12], *neutral("turns")[12::16]]
 
 
 def behind_system(
