@@ -282,14 +282,11 @@ class Prober:
         return np.array(states)
 
     def added_together(
-        self,
-        queries: Sequence[Query],
-        rows: Rows,
-        read: Callable[[], KvState | None] | None = None,
+        self, queries: Sequence[Query], rows: Rows, state: KvState | None = None
     ) -> Steps[F64]:
         """Measure the same of many short queries: [2, n_query, n_row, n_layer].
 
-        read  gives the base's KV state of a prompt that begins as they do, where it is known
+        state  the base's KV state of a prompt that begins as they do, where it is known
 
         What all have before their questions is prefilled once. Yields how many are measured.
         """
@@ -300,15 +297,13 @@ class Prober:
             n_same = min(n_same, n_common(first, query.tokens), start)
         starts = range(0, len(queries), _N_TOGETHER)
         groups = [queries[at : at + _N_TOGETHER] for at in starts]
-        n_most = 0  # tokens of a group
+        n_most = 0  # tokens that a group has of its own
         for group in groups:
-            n_most = max(n_most, sum(len(query.tokens) for query in group))
-        state = None if read is None else read()
+            n_most = max(n_most, sum(len(query.tokens) - n_same for query in group))
         n_held = 0 if state is None else len(state.tokens)
         n_ctx = n_ctx_for(max(n_same + n_most, n_held))
-        make = self._make_base if read is None else self._make_alike
         results: list[F64] = []
-        with make(n_ctx=n_ctx, n_seq=1 + _N_TOGETHER, is_unified=True) as context:
+        with self._make_alike(n_ctx=n_ctx, n_seq=1 + _N_TOGETHER, is_unified=True) as context:
             if state is not None:
                 with suppress(BackendError):  # another shape: it is prefilled
                     context.load_kv_state(state)
@@ -337,18 +332,25 @@ class Prober:
     def neutral(self, query: Query, rows: Rows, read: Callable[[], KvState | None]) -> Steps[F64]:
         """Measure what strategy.Probe.neutral gives: once behind each of the last system prompts.
 
-        read  as added_together takes it
+        read  gives the base's KV state of the query, where it is known
         """
+        n_token = len(query.tokens)
+        n_thought = n_token - (query.n_weighed or n_token)  # tokens that begin one, at the end
         measured = []
         for prompts in zip(*query.neutral, strict=True):  # all as usual, then all behind it
-            key = (*rows, prompts[0].tokens)
+            key = (tuple(rows), n_thought, prompts[0].tokens)
             if key not in self._neutral:
                 queries = []
                 for prompt in prompts:
                     place = prompt.question or query.question
-                    asked = replace(query, tokens=prompt.tokens, question=place, n_weighed=None)
+                    n_weighed = len(prompt.tokens) - n_thought
+                    asked = replace(
+                        query, tokens=prompt.tokens, question=place, n_weighed=n_weighed
+                    )
                     queries.append(asked)
-                self._neutral[key] = yield from self.added_together(queries, rows, read)
+                n_same = n_common(query.tokens, prompts[0].tokens)
+                state = read() if 2 * n_same > n_token else None  # of long chats it is large
+                self._neutral[key] = yield from self.added_together(queries, rows, state)
             measured.append(self._neutral[key])
         while len(self._neutral) > _N_NEUTRAL:
             del self._neutral[next(iter(self._neutral))]
