@@ -19,12 +19,7 @@ from qaflora_edge.arrays import F32
 from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.bundles.source import check_names, find_base, put_adapters
 from qaflora_edge.errors import BundleError, PromptError, StrategyError
-from qaflora_edge.files import (
-    AnyPath,
-    cache_lock,
-    check_takes_file,
-    write_text_atomic,
-)
+from qaflora_edge.files import AnyPath, cache_lock, check_takes_file, write_text_atomic
 from qaflora_edge.formats.bundle import (
     BUNDLE_FILE,
     BundleText,
