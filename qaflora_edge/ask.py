@@ -150,6 +150,8 @@ class Sampling:
     grammar      what the answer follows: GBNF text, or a constraint.Grammar
     logit_bias   token id, as a number or in digits -> what is added to its logit
     logprobs     None, or how many of the likeliest tokens are kept beside each one that is chosen
+
+    Raises OptionError for a wrong value.
     """
 
     max_tokens: int | None = DEFAULTS["max_tokens"]

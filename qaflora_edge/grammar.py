@@ -62,6 +62,8 @@ def gbnf_to_lark(text: str, *, source: str = "The grammar") -> str:
     llguidance parses it. Its own printer changes the language, for a terminal takes the longest
     text that it can: under `ws ::= [ \\n]*` a newline that has to follow never comes. So the whole
     grammar becomes one terminal, or where a rule needs itself, each character does.
+
+    Raises GrammarError.
     """
     from llguidance.gbnf_to_lark import GbnfToLarkError, GrammarParser
 
@@ -162,6 +164,8 @@ def checked_schema(
 
     The result allows only named properties where the schema does not say, unless some value has to
     fit several schemas with keywords. It allows more where several schemas of `oneOf` fit.
+
+    Raises GrammarError with the place.
     """
     try:
         text = json.dumps({"schema": schema}, allow_nan=False)
@@ -286,7 +290,10 @@ def _expected(key: str, value: Any) -> str:
 
 
 def moved_schema(schema: Any, place: str) -> Any:
-    """Point the references of a schema, from `#` on, to its place in a larger schema."""
+    """Point the references of a schema, from `#` on, to its place in a larger schema.
+
+    Raises OptionError for a schema of too many levels.
+    """
     try:
         return _moved(schema, place)
     except RecursionError as error:

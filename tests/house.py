@@ -11,7 +11,7 @@ from pathlib import Path
 PACKAGE = "qaflora_edge"
 LONG = 35  # words; no sentence for people has more
 LIMITS = {
-    "lines of the package": 29_051,
+    "lines of the package": 29_067,
     "tokens a line of code": 8.5,
     "modules": 134,
     "modules that Engine imports": 45,

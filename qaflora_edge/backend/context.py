@@ -95,6 +95,8 @@ class Context(library.Handle):
     tokens      attribute: ids of the KV state of each sequence
 
     Positions count from 0. A decode that fails leaves the sequences as they were before it.
+
+    Raises BackendError when the context cannot be made.
     """
 
     def __init__(
@@ -331,7 +333,10 @@ class Context(library.Handle):
         outputs: Outputs = "last",
         n_seq: int | None = None,
     ) -> None:
-        """Run the same tokens through the first n_seq sequences (all), from position start on."""
+        """Run the same tokens through the first n_seq sequences (all), from position start on.
+
+        Raises as decode_spans does.
+        """
         n_seq = n_seq or self.n_seq
         self.decode_spans([Span(seq, tokens, start, outputs) for seq in range(n_seq)])
 

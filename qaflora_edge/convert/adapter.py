@@ -225,6 +225,8 @@ def mix_modules(adapters: Mapping[str, AdapterInfo], weights: F32) -> list[Mixed
     """Put adapters side by side in each tensor of the base; every scale is 1 then.
 
     weights  [n_adapter, n_layer]; an adapter that weighs 0 in a layer adds no rank there
+
+    Raises WeightsError when nothing is added.
     """
     first_paths: dict[str, Path] = {}  # base's tensor -> the first adapter of it
     sides_a = defaultdict(list)
@@ -256,7 +258,10 @@ def mix_modules(adapters: Mapping[str, AdapterInfo], weights: F32) -> list[Mixed
 def write_mix(
     path: Path, header: GgufHeader, modules: Sequence[MixedModule], name: str, outtype: str
 ) -> None:
-    """Write a mix as an adapter GGUF that calls itself `name`."""
+    """Write a mix as an adapter GGUF that calls itself `name`.
+
+    Raises UnsupportedAdapterError for what llama.cpp does not take.
+    """
     for module in modules:
         # llama.cpp 0c1e5709 does not load a tied head's adapter, and aborts at an embedding's.
         if module.name in (EMBEDDING, HEAD) and HEAD not in header.tensors:

@@ -100,7 +100,10 @@ def chosen_grammar(
 
 
 class Constraint:
-    """Follow one answer in its grammar."""
+    """Follow one answer in its grammar.
+
+    Raises GrammarError for a grammar that llguidance does not take.
+    """
 
     def __init__(self, model: Model, grammar: Grammar) -> None:
         self._source = grammar.source

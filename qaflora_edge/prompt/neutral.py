@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 from qaflora_edge.ask import Prompt
@@ -11,7 +10,6 @@ from qaflora_edge.files import package_data
 PROMPTS_FILE = "data/neutral_prompts.json"
 
 
-@lru_cache
 def neutral(kind: str) -> list[Any]:
     """Read what ships with the package: "prompts", "turns" of a few words, or "exchanges"."""
     text = package_data(PROMPTS_FILE).read_text(encoding="utf-8")

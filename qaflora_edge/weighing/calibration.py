@@ -62,6 +62,7 @@ def without_system(query: Query, added: F64, keys: Sequence[str], neutral: F64) 
     keys     of EXTENTS, for both
     neutral  of neutral prompts, as usual and behind the system prompt:
              [2, 2, n_prompt, n_adapter, n_layer]
+    returns  as `added`, in its unit
 
     An adapter that it raises far is one that it asks for, such as a language's, and stays as it is.
     """

@@ -342,12 +342,10 @@ class Prober:
             if key not in self._neutral:
                 queries = []
                 for prompt in prompts:
-                    place = prompt.question or query.question
+                    assert prompt.question is not None
+                    asked = replace(query, tokens=prompt.tokens, question=prompt.question)
                     n_weighed = len(prompt.tokens) - n_thought
-                    asked = replace(
-                        query, tokens=prompt.tokens, question=place, n_weighed=n_weighed
-                    )
-                    queries.append(asked)
+                    queries.append(replace(asked, n_weighed=n_weighed))
                 n_same = n_common(query.tokens, prompts[0].tokens)
                 state = read() if 2 * n_same > n_token else None  # of long chats it is large
                 self._neutral[key] = yield from self.added_together(queries, rows, state)
