@@ -6,20 +6,23 @@ import re
 import subprocess
 import sys
 import tokenize
+from collections.abc import Iterable
 from pathlib import Path
 
 PACKAGE = "qaflora_edge"
 LONG = 35  # words; no sentence for people has more
-LIMITS = {
-    "lines of the package": 29_067,
+ROOM = 1.05  # the tests allow so many times a budget: who adds an option need not delete one first
+BUDGETS = {
+    "tokens of code of the package": 178_000,
+    "lines of its longest module": 900,
     "tokens a line of code": 8.5,
-    "modules": 134,
+    "modules": 140,
     "modules that Engine imports": 45,
-    "lines that Engine imports": 8_000,
-    "lines of tests": 28_000,
-    "lines of the page": 2_400,
+    "tokens that Engine imports": 45_000,
+    "tokens of code of tests": 229_000,
+    "lines of the page": 2_600,
     "lines that patches add": 250,
-    "lines of patches/src": 5_600,
+    "lines of patches/src": 5_800,
     "words of README": 900,
     "words of CONTRIBUTING": 900,
     "words of docs": 26_000,
@@ -48,13 +51,15 @@ def figures(checkout: Path) -> dict[str, float]:
         if path.suffix in {".js", ".css", ".html"}
     ]
     native = [path for path in (checkout / "patches/src").rglob("*") if path.is_file()]
+    n_token, n_line_of_code = n_token_and_line(files)
     return {
-        "lines of the package": sum(map(n_line, files)),
-        "tokens a line of code": density(files),
+        "tokens of code of the package": n_token,
+        "lines of its longest module": max(map(n_line, files)),
+        "tokens a line of code": round(n_token / n_line_of_code, 1),
         "modules": len(files),
         "modules that Engine imports": len(engine),
-        "lines that Engine imports": sum(map(n_line, engine)),
-        "lines of tests": sum(map(n_line, (checkout / "tests").rglob("*.py"))),
+        "tokens that Engine imports": n_token_and_line(engine)[0],
+        "tokens of code of tests": n_token_and_line((checkout / "tests").rglob("*.py"))[0],
         "lines of the page": sum(map(n_line, page)),
         "lines that patches add": sum(map(n_added, (checkout / "patches").glob("*.patch"))),
         "lines of patches/src": sum(map(n_line, native)),
@@ -62,11 +67,10 @@ def figures(checkout: Path) -> dict[str, float]:
     }
 
 
-def density(files: list[Path]) -> float:
-    """Tokens a line of code of some files, to one decimal place."""
-    counts = [n_token(path) for path in files]
-    n_all = sum(tokens for tokens, _ in counts)
-    return round(n_all / sum(lines for _, lines in counts), 1)
+def n_token_and_line(paths: Iterable[Path]) -> tuple[int, int]:
+    """Tokens of code in some files, and the lines that have one."""
+    counts = [n_token(path) for path in paths]
+    return sum(tokens for tokens, _ in counts), sum(lines for _, lines in counts)
 
 
 def n_token(path: Path) -> tuple[int, int]:
@@ -136,5 +140,5 @@ def imported(module: str) -> set[Path]:
 if __name__ == "__main__":
     checkout = Path(sys.argv[1]) if sys.argv[1:] else Path(__file__).resolve().parents[1]
     for name, value in figures(checkout).items():
-        over = "  over" if value > LIMITS[name] else ""
-        print(f"{name:30} {value:8,} {LIMITS[name]:8,}{over}")
+        over = "  over" if value > BUDGETS[name] else ""
+        print(f"{name:30} {value:8,} {BUDGETS[name]:8,}{over}")
