@@ -1,22 +1,26 @@
 """Make the pictures of the page in docs/images: a mix that is opened, and two versions.
 
-    python benchmarks/page_pictures.py http://127.0.0.1:8080/
+    python benchmarks/page_pictures.py http://127.0.0.1:8080/     of `qaflora serve demo`
+    python benchmarks/page_pictures.py --states FOLDER            six states, to look at
 
-It asks `qaflora serve demo`, and needs chromium and chromedriver.
+The states are of a server with given answers, at 390 and 1,280 pixels, light and dark. Both need
+chromium and chromedriver.
 """
 
 import argparse
 import base64
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(CHECKOUT / "tests"))
 
+import scripted_server  # noqa: E402
 from browser import Browser, browser  # noqa: E402
-from desk import Desk  # noqa: E402
+from desk import ENTER, Desk, desk_at  # noqa: E402
 from scripted_server import Script  # noqa: E402
 
 IMAGES = CHECKOUT / "docs/images"
@@ -37,7 +41,7 @@ def show(window: Browser, address: str, width: int, height: int, *, is_dark: boo
     return desk
 
 
-def take(window: Browser, name: str) -> None:
+def take(window: Browser, path: Path) -> None:
     """Write what the window shows, but for the speed, which is that of a busy machine."""
     window.run(
         "document.activeElement.blur(); document.getElementById('panel').scrollTo(0, 0);"
@@ -46,7 +50,7 @@ def take(window: Browser, name: str) -> None:
     metrics: dict[str, Any] = window.run("return {width: innerWidth, height: innerHeight}")
     clip = {"x": 0, "y": window.run("return scrollY"), "scale": 1.5, **metrics}
     picture = window.command("Page.captureScreenshot", format="png", clip=clip)
-    (IMAGES / name).write_bytes(base64.b64decode(picture["data"]))
+    path.write_bytes(base64.b64decode(picture["data"]))
 
 
 def take_versions(window: Browser, address: str, width: int, height: int, name: str) -> None:
@@ -56,7 +60,7 @@ def take_versions(window: Browser, address: str, width: int, height: int, name: 
     desk.ask(FACT)
     desk.ask_again("base")
     window.run("scrollTo(0, 0)")
-    take(window, name)
+    take(window, IMAGES / name)
 
 
 def main(address: str) -> None:
@@ -65,14 +69,91 @@ def main(address: str) -> None:
             desk = show(window, address, 1100, 800, is_dark=is_dark)
             desk.ask(SUM)
             desk.click("button.mix")
-            take(window, f"page-{name}.png")
+            take(window, IMAGES / f"page-{name}.png")
         take_versions(window, address, 1100, 620, "versions-light.png")
         take_versions(window, address, 390, 844, "versions-phone.png")
         show(window, address, 390, 844)
-        take(window, "page-phone.png")
+        take(window, IMAGES / "page-phone.png")
+
+
+def begin(desk: Desk) -> None:
+    """Before the first question."""
+
+
+def mix(desk: Desk) -> None:
+    desk.ask()
+    desk.click("button.mix")
+
+
+def relay(desk: Desk) -> None:
+    """A draft that is written, above an answer whose draft is opened."""
+    names = scripted_server.ADAPTERS["demo"]
+    weights = dict.fromkeys(names, 0.0) | {"es": 1.0}
+    reasons = {"scores": {"answer": 0.5, "question": 1.9}, "thresholds": {"answer": 1.5}}
+    why = dict.fromkeys(names, reasons | {"taken_as": ""})
+    desk.script.weights = weights
+    desk.script.why = {"because": "es writes what math drafts: math is surer of it.", "why": why}
+    draft = "There are 12 x 4 - 6 = 42 rolls left when the day ends."
+    desk.script.relay = {"knower": "math", "writer": "es", "draft": draft, "draft_tokens": 19}
+    desk.ask("¿Cuántos panes quedan?")
+    desk.click("button.mix")
+    desk.script.pause_s = 0.2
+    desk.type("¿Y mañana?")
+    desk.window.press(ENTER)
+    desk.window.until(
+        "return document.querySelector('.turn:last-child .draft').innerText.length > 50"
+    )
+
+
+def versions(desk: Desk) -> None:
+    desk.ask()
+    desk.ask_again("static")
+    desk.click(".another")
+
+
+def many(desk: Desk) -> None:
+    """64 adapters in the settings."""
+    desk.set("#adapter-filter", "4")
+    is_open = "return document.getElementById('panel').checkVisibility()"
+    if not desk.window.run(is_open):
+        desk.click("#open-panel")
+
+
+MANY = {"demo": ("es", *(f"subject-{i}" for i in range(1, 64)))}
+STATES: dict[str, Callable[[Desk], None]] = {
+    "begin": begin,
+    "mix": mix,
+    "relay": relay,
+    "versions": versions,
+    "many": many,
+}
+
+
+def take_states(folder: Path) -> None:
+    """Picture every state of the page at two widths, light and dark."""
+    folder.mkdir(parents=True, exist_ok=True)
+    few = dict(scripted_server.ADAPTERS)
+    with tempfile.TemporaryDirectory() as place, browser(Path(place)) as window:
+        for is_dark in (False, True):
+            window.prefer(is_dark=is_dark)
+            for width in (390, 1280):
+                for name, prepare in STATES.items():
+                    scripted_server.ADAPTERS.clear()
+                    scripted_server.ADAPTERS.update(MANY if name == "many" else few)
+                    with desk_at(window, width) as desk:
+                        prepare(desk)
+                        kind = "dark" if is_dark else "light"
+                        take(window, folder / f"{name}-{width}-{kind}.png")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("address", metavar="URL")
-    main(parser.parse_args().address)
+    parser.add_argument("address", metavar="URL", nargs="?")
+    parser.add_argument("--states", metavar="FOLDER", type=Path)
+    options = parser.parse_args()
+    if options.states:
+        take_states(options.states)
+    elif options.address:
+        main(options.address)
+    else:
+        parser.error("give a URL, or --states FOLDER")

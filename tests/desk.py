@@ -63,11 +63,9 @@ class Desk:
 
     def ask_again(self, strategy: str) -> None:
         """Ask for a version of the last answer under a strategy, by the name that is shown."""
-        summary = "[...document.querySelectorAll('.another')].at(-1).querySelector('summary')"
-        self.window.run(f"{summary}.click()")
-        self.window.until("return document.querySelector('.another[open] .chip')")
         self.window.run(
-            "[...document.querySelectorAll('.another[open] .chip')]"
+            "[...document.querySelectorAll('.another')].at(-1).click();"
+            "[...document.querySelectorAll('.ways:not([hidden]) .chip')]"
             ".find(e => e.textContent === arguments[0]).click()",
             strategy,
         )

@@ -6,6 +6,7 @@ It speaks as `qaflora serve` does where the page listens, and keeps what the pag
 import asyncio
 import contextlib
 import json
+import re
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,6 +38,9 @@ class Script:
     documents  name -> text of a file that it can read
     thought  what comes before each
     why      what decided: `because` and `why` of a mix
+    relay    of a mix: knower, writer and draft, which is told by pieces before the answer
+    reason   why an answer ends
+    probe_ms  how long it says that it weighed
     pieces   how many letters come at once, and how long it waits before the next
     progress  the `prompt_progress` that it tells before probe_s
     key      what it asks for, if anything
@@ -49,9 +53,12 @@ class Script:
     thought: str = ""
     weights: dict[str, float] | None = None
     why: dict[str, Any] = field(default_factory=dict)
+    relay: dict[str, Any] | None = None
+    reason: str = "stop"
     piece_chars: int = 7
     pause_s: float = 0.0
     probe_s: float = 0.0
+    probe_ms: float = 379.4
     progress: dict[str, Any] | None = None
     key: str = ""
     refusal: tuple[int, str, dict[str, str]] | None = None
@@ -90,7 +97,7 @@ def fusion_of(script: Script, body: dict[str, Any]) -> dict[str, Any]:
     else:
         rows = layers(names, strategy)
     means = {name: sum(row) / N_LAYER for name, row in zip(names, rows, strict=True)}
-    found = {"strategy": strategy, "probe_ms": 379.4, "weights": means, **script.why}
+    found = {"strategy": strategy, "probe_ms": script.probe_ms, "weights": means, **script.why}
     return found | (
         {"layers": dict(zip(names, rows, strict=True))} if wanted.get("return") == "layers" else {}
     )
@@ -145,7 +152,15 @@ def app(script: Script) -> Starlette:
                 yield event([], prompt_progress=script.progress)
             await asyncio.sleep(script.probe_s)
             fusion = fusion_of(script, body)
-            yield event(delta({"role": "assistant"}), fusion=fusion)
+            if script.relay is None:
+                yield event(delta({"role": "assistant"}), fusion=fusion)
+            else:
+                begun = fusion | {"relay": script.relay | {"draft": ""}}
+                for word in re.findall(r"\S+\s*", script.relay["draft"]):
+                    yield event(delta({}), fusion=begun | {"draft": word})
+                    begun = {}
+                    await asyncio.sleep(script.pause_s)
+                fusion["relay"] = script.relay
             text = script.answers.get(body["messages"][-1]["content"], "An answer.")
             text = text.replace("{strategy}", fusion["strategy"])
             for letter in script.thought:
@@ -154,7 +169,7 @@ def app(script: Script) -> Starlette:
                 yield event(delta({"content": text[start : start + script.piece_chars]}))
                 await asyncio.sleep(script.pause_s)
             if not script.is_broken:
-                yield event(delta({}, "stop"))
+                yield event(delta({}, script.reason))
                 usage = {"prompt_tokens": 42, "completion_tokens": len(text) // 4}
                 yield event([], usage=usage, fusion=fusion, timings={"tokens_per_second": 22.14})
                 yield "data: [DONE]\n\n"

@@ -50,7 +50,7 @@ def client() -> TestClient:
 def test_page_is_one_small_text_that_asks_for_nothing(client) -> None:
     reply = client.get("/")
     assert (reply.status_code, reply.headers["content-type"]) == (200, "text/html; charset=utf-8")
-    assert len(reply.content) < 120_000
+    assert len(reply.content) < 140_000
     for tag, attributes in Page(reply.text).tags:
         assert tag not in ("img", "iframe", "object", "embed", "base")
         assert not {"src", "action", "srcset", "style"} & attributes.keys()

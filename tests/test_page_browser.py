@@ -6,7 +6,7 @@ from pathlib import Path
 import axe
 import pytest
 from bundles import qaflora
-from desk import ANSWER, ENTER, ESCAPE, NEEDS_CHROMIUM, QUESTION, UP, Desk, desk_at
+from desk import ANSWER, ENTER, ESCAPE, NEEDS_CHROMIUM, QUESTION, TAB, UP, Desk, desk_at
 from patience import wait_until
 from scripted_server import N_LAYER, SHA256, layers
 
@@ -87,7 +87,7 @@ def test_the_mix_is_a_bar_that_opens_into_layers(desk) -> None:
 def test_strategy_adapters_and_other_settings_go_into_the_request(desk) -> None:
     options = desk.texts("#strategy option")
     assert options == [
-        *("the bundle's own (qa-flora)", "qa-flora", "spectr", "static", "base"),
+        *("the bundle's own (qa-flora)", "spectr", "static", "base"),
         *("manual", "only math", "only es", "only med"),
     ]
     desk.set("#strategy", "spectr")
@@ -106,6 +106,7 @@ def test_strategy_adapters_and_other_settings_go_into_the_request(desk) -> None:
     for number in (1, 3):
         desk.set(f"li:nth-child({number}) input[type=checkbox]", False)
     assert desk.window.run("return document.activeElement.id") == "use-med"
+    assert desk.text(".field legend") == "Adapters in use: 0 of 3"
     assert desk.texts(".adapters + .hint") == ["None is ticked: the base answers alone."]
     desk.ask()
     assert desk.script.asked[-1]["fusion"] == {"return": "layers", "strategy": "base"}
@@ -198,19 +199,128 @@ def test_versions_stand_side_by_side(desk) -> None:
     assert desk.texts(".turn:first-child .markdown") == ["By static."]
 
 
-def test_of_many_adapters_the_first_five_are_shown(desk, monkeypatch) -> None:
-    monkeypatch.setattr("scripted_server.ADAPTERS", {"demo": [f"a{i}" for i in range(64)]})
+def test_every_strategy_is_offered_once_below_the_button(desk) -> None:
+    desk.ask()
+    desk.window.run("document.querySelector('.another').focus()")
+    place = "return document.activeElement.getBoundingClientRect().left"
+    before = desk.window.run(place)
+    desk.window.press(ENTER)
+    names = ["the bundle's own (qa-flora)", "spectr", "static", "base", "manual"]
+    assert desk.texts(".ways .chip") == [*names, "only math", "only es", "only med"]
+    assert desk.window.run(place) == before
+    assert desk.window.run(
+        "const [ways, box] = ['.ways', '.box'].map(e => document.querySelector(e));"
+        "return ways.getBoundingClientRect().bottom <= box.getBoundingClientRect().top"
+    )
+    desk.window.press(TAB, ESCAPE)
+    assert desk.texts(".ways:not([hidden])") == []
+    assert desk.window.run("return document.activeElement.textContent") == "Another version"
+
+
+def many(n: int = 64) -> dict[str, list[str]]:
+    return {"demo": [f"a{i}" for i in range(n)]}
+
+
+def test_of_many_adapters_the_first_five_are_offered(desk, monkeypatch) -> None:
+    monkeypatch.setattr("scripted_server.ADAPTERS", many())
     desk.reload()
     desk.ask()
-    desk.click(".another summary")
-    desk.window.until("return document.querySelector('.another[open] .chip')")
-    ways = ["the bundle's own (qa-flora)", "qa-flora", "spectr", "static", "base", "manual"]
+    desk.click(".another")
+    ways = ["the bundle's own (qa-flora)", "spectr", "static", "base", "manual"]
     ways += [f"only a{i}" for i in range(5)]
-    assert desk.texts(".another .chip") == [*ways, "59 others"]
-    assert desk.texts("#strategy option")[:11] == ways
-    assert desk.texts("#panel summary") == ["59 others"]
-    desk.click(".another .chip:last-child")
-    assert desk.texts(".another .chip")[-1] == "only a63"
+    assert desk.texts(".ways .chip") == [*ways, "59 others"]
+    desk.click(".ways .chip:last-child")
+    assert desk.texts(".ways .chip")[-1] == "only a63"
+
+
+def test_many_adapters_are_filtered_and_ticked_together(desk, monkeypatch) -> None:
+    monkeypatch.setattr("scripted_server.ADAPTERS", {"demo": [*many(63)["demo"], "es"]})
+    desk.reload()
+    shown = ".adapters li:not([hidden]) bdi"
+    assert len(desk.texts(shown)) == 64
+    none, every = ".field > .chips :last-child", ".field > .chips :first-child"
+    desk.click(none)
+    desk.set("#adapter-filter", "span")  # of its description
+    assert desk.texts(shown) == ["es"]
+    assert desk.text(".adapters .hint") == "Spanish"
+    desk.click(every)
+    desk.set("#adapter-filter", "a6")
+    assert desk.texts(shown) == ["a6", "a60", "a61", "a62"]
+    desk.set("#use-a60", True)
+    assert desk.window.run("return document.activeElement.id") == "use-a60"
+    assert desk.text("fieldset legend") == "Adapters in use: 2 of 64"
+    desk.ask()
+    assert desk.script.asked[-1]["fusion"]["adapters"] == ["a60", "es"]
+    desk.set("#adapter-filter", "")
+    desk.click(every)
+    desk.ask()
+    assert "adapters" not in desk.script.asked[-1]["fusion"]
+
+
+def test_how_long_many_adapters_are_weighed_is_said_before(desk, monkeypatch) -> None:
+    monkeypatch.setattr("scripted_server.ADAPTERS", many())
+    desk.reload()
+    asked = "Before each answer the {} adapters in use are asked one by one: {}."
+    hint = "#panel .weighing"
+    assert desk.text(hint).startswith(asked.format(64, "that may take long"))
+    desk.script.probe_ms = 25_600
+    desk.ask()
+    assert desk.text(hint).startswith(asked.format(64, "about 25.6 s, by the last answer"))
+    for number in range(32):
+        desk.set(f"#use-a{number}", False)
+    assert desk.text(hint).startswith(asked.format(32, "about 12.8 s, by the last answer"))
+    desk.set("#strategy", "spectr")
+    assert desk.texts(f"{hint}:not([hidden])") == []
+
+
+def test_a_relay_is_drawn_as_two_who_take_turns(desk) -> None:
+    desk.script.weights = {"math": 0.0, "es": 1.0, "med": 0.0}
+    reasons = {"scores": {"answer": 0.5}, "thresholds": {"answer": 1.5}, "taken_as": ""}
+    desk.script.why = {"because": "So.", "why": dict.fromkeys(desk.script.weights, reasons)}
+    relay = {"knower": "math", "writer": "es", "draft": "It is <b>42</b>, I say."}
+    desk.script.relay = relay | {"draft_tokens": 9, "draft_ms": 320.0}
+    desk.script.pause_s = 0.4
+    desk.type(QUESTION)
+    desk.window.press(ENTER)
+    draft = ".draft:not([hidden]) div"
+    desk.window.until(
+        f"return document.querySelector('{draft}')?.textContent === 'It is <b>42</b>, '"
+    )
+    assert desk.texts(".draft p, .note") == ["Draft of math · 9 tokens · 320 ms", "math drafts"]
+    assert desk.text(".markdown") == ""
+    desk.script.pause_s = 0.0
+    desk.wait()
+    assert desk.texts(".draft:not([hidden])") == []
+    assert desk.texts(".mix .entry") == ["math\ndrafts", "es\nwrites"]
+    hues = (
+        "[...document.querySelectorAll('.bar > span')].map(e => [e.className, e.offsetWidth > 50])"
+    )
+    assert desk.window.run(f"return {hues}") == [["hue-0", True], ["hue-1", True]]
+    lines = "[...document.querySelectorAll('.line > *')].map(e => e.getBoundingClientRect().top)"
+    assert (
+        desk.window.run(f"const tops = {lines}; return Math.max(...tops) - Math.min(...tops)") < 8
+    )
+    desk.click("button.mix")
+    assert desk.text(draft) == "It is <b>42</b>, I say."
+    rows = [row.split() for row in desk.texts(".reasons tr")]
+    assert rows[:4] == [
+        ["adapter", "part", "answer"],
+        *(["math", "drafts", "0.50"], ["es", "writes", "0.50"], ["med", "-", "0.50"]),
+    ]
+
+
+def test_what_is_expected_while_drafts_decide_is_called_a_draft(desk) -> None:
+    desk.script.probe_s = 60
+    step = {"stage": "drafting", "total": 1, "processed": 0, "time_ms": 900.0}
+    desk.script.progress = step | {"expected": "It is 41."}
+    desk.type(QUESTION)
+    desk.window.press(ENTER)
+    desk.window.until("return document.querySelector('.draft:not([hidden])')")
+    assert desk.texts(".draft p, .draft div") == ["Draft, not decided yet", "It is 41."]
+    assert desk.texts(".note, .markdown") == ["", "Drafting"]
+    desk.window.press(ESCAPE)
+    desk.wait()
+    assert desk.texts(".draft:not([hidden])") == []
 
 
 def test_the_better_answer_goes_on_and_into_a_task(desk, made, tmp_path) -> None:
@@ -302,7 +412,7 @@ def test_what_a_long_prompt_waits_for_is_shown(desk) -> None:
     desk.script.progress = {"stage": "weighing", "total": 300, "processed": 101, "time_ms": 2500.0}
     desk.type(QUESTION)
     desk.window.press(ENTER)
-    shown = "Weighing the adapters 33 %"
+    shown = "Weighing the adapters 33 %, 5 s more"
     desk.window.until(f"return document.querySelector('.note')?.innerText === {shown!r}")
     desk.window.press(ESCAPE)
     desk.wait()

@@ -21,6 +21,23 @@ const facts = (answer, isNamed) => [
   answer.timings?.tokens_per_second ? `${answer.timings.tokens_per_second.toFixed(1)} tokens/s` : "",
 ].filter(Boolean).join(" · ");
 
+const draftTitle = ({ knower, draft_tokens, draft_ms }) => [
+  `Draft of ${knower}`, draft_tokens ? `${draft_tokens} tokens` : "", draft_ms ? duration(draft_ms) : "",
+].filter(Boolean).join(" · ");
+
+// What an answer waits for, with how far that is and how long it will take where that is long.
+const waitingText = ({ strategy, fusion, text: begun }, progress) => {
+  if (begun) return "Going on";
+  if (fusion?.relay) return `${fusion.relay.knower} drafts`;
+  if (progress?.stage === "drafting") return "Drafting";
+  const isWeighing = progress ? progress.stage === "weighing" : !fusion && isProbed(strategy);
+  const text = isWeighing ? "Weighing the adapters" : STATES.waiting;
+  if (!progress || progress.time_ms < PATIENCE_MS) return text;
+  const { processed, total, time_ms } = progress, left_ms = processed ? time_ms * (total - processed) / processed : 0;
+  const left = left_ms >= PATIENCE_MS ? `, ${Math.round(left_ms / 1000)} s more` : "";
+  return `${text} ${Math.floor(100 * processed / total)} %${left}`;
+};
+
 const isRunning = answer => ["waiting", "writing"].includes(answer.state);
 
 // A thought before an answer, folded. What a model thinks is plain text.
@@ -41,7 +58,7 @@ const answerView = (answer, adapters) => {
   let isNamed = false; // next to another
   const head = el("h2", { className: "answer-head" });
   const mix = el("div", { className: "mix-place" }), thought = thoughtView(answer);
-  const draft = el("div", { dir: "auto" }); // of a relay
+  const draft = draftView(adapters);
   const body = markdownView(text => {
     if (text && isRunning(answer)) byId("spoken").append(el("p", {}, text));
   });
@@ -49,25 +66,29 @@ const answerView = (answer, adapters) => {
   const actions = el("div", { className: "actions" });
   const about = el("span", { className: "facts" });
   const element = el("article", { className: "answer", "aria-label": "Answer" },
-    head, mix, thought.element, body.element, note, el("div", { className: "foot" }, actions, about));
+    head, mix, draft.element, thought.element, body.element, note, el("div", { className: "foot" }, actions, about));
   const copying = copyButton("Copy the answer", () => answer.text);
   actions.append(copying);
+
+  // The draft of a relay, or what will be the answer unless other drafts decide: seen until the answer begins.
+  const showDraft = expected => {
+    const { relay } = answer.fusion ?? {}, isDrafting = isRunning(answer) && !answer.text;
+    if (relay) draft.show(draftTitle(relay), relay.draft ?? "", relay.knower);
+    else draft.show("Draft, not decided yet", expected ?? "", "");
+    draft.element.hidden = relay ? !isDrafting && !draft.isOpened : !isDrafting || !expected;
+  };
 
   // progress  what the server told last of weighing and reading, at first nothing
   const update = progress => {
     if (answer.fusion && !mix.childElementCount) {
-      if (answer.fusion.relay) mix.append(relayView(answer.fusion.relay, adapters, draft));
-      mix.append(mixView(answer.fusion, adapters));
+      mix.append(mixView(answer.fusion, adapters, draft));
     }
-    draft.textContent = answer.fusion?.relay?.draft ?? "";
+    showDraft(progress?.expected);
     thought.update();
     head.hidden = !isNamed;
     head.textContent = strategyName(titleOf(answer));
     copying.hidden = !answer.text;
-    const isWeighing = progress ? progress.stage === "weighing" : !answer.fusion && isProbed(answer.strategy);
-    const done = progress?.time_ms >= PATIENCE_MS ? ` ${Math.floor(100 * progress.processed / progress.total)} %` : "";
-    const waiting = progress?.expected || (isWeighing ? "Weighing the adapters" : STATES.waiting) + done;
-    note.textContent = answer.error || (answer.state === "waiting" ? waiting : STATES[answer.state]);
+    note.textContent = answer.error || (answer.state === "waiting" ? waitingText(answer, progress) : STATES[answer.state]);
     note.classList.toggle("trouble", Boolean(answer.error));
     note.hidden = !note.textContent;
     element.dataset.state = answer.state;

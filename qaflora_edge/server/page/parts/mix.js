@@ -27,36 +27,60 @@ const spokeText = weights => {
   return [...shown.map(([name, weight]) => name === "base" ? name : `${name} ${weightText(weight)}`), ...othersText(parts, shown)].join(" · ");
 };
 
-// A relay: who drafted and who wrote, with the draft, an element, folded.
-const relayView = ({ knower, writer }, adapters, draft) => el("details", { className: "thought relay" },
-  el("summary", {}, el("span", { className: "legend" }, entry(knower, adapters), " → ", entry(writer, adapters)), " ", el("span", { className: "unseen" }, "Draft")),
-  draft);
+// A draft: dimmed and named, so that nobody takes it for the answer.
+const draftView = adapters => {
+  const title = el("p", { className: "facts" }), text = el("div", { dir: "auto" });
+  const element = el("div", { className: "draft", id: unique("draft"), hidden: true }, title, text);
+  const show = (heading, said, name) => {
+    element.className = `draft ${hueOf(name, adapters)}`;
+    title.textContent = heading;
+    text.textContent = said;
+  };
+  return { element, show, isOpened: false };
+};
 
-// fusion: {strategy, weights: {name: mean}, layers: {name: [n_layer]}, and where no layer differs
-// because, why: {name: {scores: {place: number}, thresholds, taken_as}}}; adapters: all of the bundle
-const mixView = (fusion, adapters) => {
-  const names = Object.keys(fusion.weights), parts = whoSpoke(fusion.weights), isBase = parts.every(([name]) => name === "base");
-  const rest = ["base", Math.max(0, 1 - sum(parts.map(([, weight]) => weight)))]; // of the bar
-  const bar = el("span", { className: "bar" }, ...[...parts, rest].map(([name, weight]) => {
-    const part = el("span", { className: hueOf(name, adapters) });
-    part.style.flexGrow = Math.abs(weight);
-    return part;
-  }));
+const shareOf = (name, adapters, weight) => {
+  const part = el("span", { className: hueOf(name, adapters) });
+  part.style.flexGrow = Math.abs(weight);
+  return part;
+};
+
+// [bar, legend] of the adapters' shares, and of what is left to the base.
+const sharesDrawn = (weights, adapters) => {
+  const parts = whoSpoke(weights), isBase = parts.every(([name]) => name === "base");
+  const rest = Math.max(0, 1 - sum(parts.map(([, weight]) => weight)));
+  const bar = [...parts, ["base", rest]].map(([name, weight]) => shareOf(name, adapters, weight));
   const named = parts.length > N_ALL ? parts.slice(0, N_TOP) : parts;
-  const legend = el("span", { className: "legend" }, ...named.flatMap(([name, weight]) => [
-    entry(name, adapters, " ", isBase ? "" : el("b", {}, weightText(weight))), " "]), ...othersText(parts, named));
+  const legend = named.flatMap(([name, weight]) => [entry(name, adapters, " ", isBase ? "" : el("b", {}, weightText(weight))), " "]);
+  return [el("span", { className: "bar" }, ...bar), el("span", { className: "legend" }, ...legend, ...othersText(parts, named))];
+};
+
+// The same of a relay: its knower drafts, and its writer answers with the draft in view.
+const relayDrawn = ({ knower, writer }, adapters) => [
+  el("span", { className: "bar relay" }, shareOf(knower, adapters, 1), shareOf(writer, adapters, 1)),
+  el("span", { className: "legend" }, entry(knower, adapters, " ", el("b", {}, "drafts")), el("span", {}, "→"), entry(writer, adapters, " ", el("b", {}, "writes"))),
+];
+
+// fusion: {strategy, weights: {name: mean}, layers: {name: [n_layer]}, of a relay {relay}, and where no layer differs
+// because, why: {name: {scores: {place: number}, thresholds, taken_as}}}; adapters: all of the bundle
+// draft: a draftView that opens with it
+const mixView = (fusion, adapters, draft) => {
+  const { relay } = fusion, names = Object.keys(fusion.weights), isBase = whoSpoke(fusion.weights).every(([name]) => name === "base");
+  const [bar, legend] = relay ? relayDrawn(relay, adapters) : sharesDrawn(fusion.weights, adapters);
   const rows = Object.values(fusion.layers ?? {}), isLayered = rows.some(row => row.some(weight => weight !== row[0]));
-  const isTold = names.length > 0 && names.every(name => fusion.why?.[name]);
-  if (isBase && !isTold || !rows.length) return el("div", { className: "mix", role: "img", "aria-label": `Mix: ${spokeText(fusion.weights)}` },
+  const isTold = names.length > 0 && names.every(name => fusion.why?.[name]), hasReasons = rows.length > 0 && (isTold || !isBase);
+  if (!hasReasons && !relay) return el("div", { className: "mix", role: "img", "aria-label": `Mix: ${spokeText(fusion.weights)}` },
     bar, el("span", { className: "line" }, legend));
 
   const map = el("div", { className: "map", id: unique("map"), hidden: true });
-  const title = isLayered ? "Weights by layer" : "Why this mix";
+  const title = relay ? "The draft, and why" : isLayered ? "Weights by layer" : "Why this mix";
   const toggle = el("button", {
-    type: "button", className: "mix", title, "aria-expanded": "false", "aria-controls": map.id,
+    type: "button", className: "mix", title, "aria-expanded": "false", "aria-controls": `${map.id} ${draft.element.id}`,
     onclick: () => {
-      if (!map.childElementCount) map.append(...(isLayered ? heatmap(names, fusion, adapters) : reasonTable(names, fusion)));
+      if (!map.childElementCount && hasReasons) map.append(...(isLayered ? heatmap(names, fusion, adapters) : reasonTable(names, fusion)));
       map.hidden = !map.hidden;
+      draft.isOpened = !map.hidden;
+      draft.element.hidden = map.hidden || !relay;
       toggle.setAttribute("aria-expanded", String(!map.hidden));
     },
   }, bar, el("span", { className: "line" }, legend, el("span", { className: "unseen" }, title), drawn("open")));
@@ -65,8 +89,10 @@ const mixView = (fusion, adapters) => {
 
 // What decided, as `qaflora weights` prints it; the weights alone where nothing was measured.
 const UNMEASURED = { scores: {}, thresholds: {}, taken_as: "" };
-const reasonTable = (names, { because, weights, why }) => {
-  const shown = topOf(names, { weights, why });
+const reasonTable = (names, { because, weights, why, relay }) => {
+  const parts = relay ? [[relay.knower, "drafts"], [relay.writer, "writes"]] : []; // which no weight says
+  const partOf = name => parts.filter(([other]) => other === name).map(([, part]) => part).join(", ") || "-";
+  const shown = topOf(names, { weights: relay ? { ...weights, [relay.knower]: 1 } : weights, why });
   const reason = name => why?.[name] ?? UNMEASURED, { scores, thresholds } = reason(names[0]), places = Object.keys(scores);
   const needed = Object.keys(thresholds).length, isTaken = names.some(name => reason(name).taken_as);
   const number = value => value === undefined ? "" : needed ? value.toFixed(2) : String(Number(value.toPrecision(3)));
@@ -75,8 +101,8 @@ const reasonTable = (names, { because, weights, why }) => {
   return [
     ...(because ? [el("p", { className: "why" }, because)] : []),
     el("div", { className: "wide" }, el("table", { className: "reasons" },
-      row("adapter", "weight", ...places, ...(isTaken ? ["taken as"] : [])),
-      ...shown.map(name => line(name, weights[name].toFixed(2), reason(name).scores, ...(isTaken ? [reason(name).taken_as || "-"] : []))),
+      row("adapter", relay ? "part" : "weight", ...places, ...(isTaken ? ["taken as"] : [])),
+      ...shown.map(name => line(name, relay ? partOf(name) : weights[name].toFixed(2), reason(name).scores, ...(isTaken ? [reason(name).taken_as || "-"] : []))),
       ...othersText(names, shown).map(text => row(text)),
       ...(needed ? [line("threshold", "", thresholds)] : []))),
   ];

@@ -12,29 +12,57 @@ const readModels = models => {
 };
 
 const adaptersOf = bundle => bundles.get(bundle)?.adapters ?? [];
-const ownName = () => {
-  const own = bundles.get(settings.bundle).meta.strategy;
-  return own ? `the bundle's own (${own})` : "the bundle's own";
-};
+const ownStrategy = () => bundles.get(settings.bundle)?.meta.strategy ?? "";
+const ownName = () => ownStrategy() ? `the bundle's own (${ownStrategy()})` : "the bundle's own";
 const isSingle = strategy => strategy.startsWith("single:");
 const strategyName = strategy => isSingle(strategy) ? `only ${strategy.slice(7)}` : strategy;
+const helpOf = strategy => {
+  const [name] = (strategy || ownStrategy()).split(":");
+  return Object.hasOwn(helps, name) ? helps[name] : { help: "", is_each: false };
+};
 const strategyHelp = strategy => {
-  const own = strategy || bundles.get(settings.bundle).meta.strategy || "";
-  const help = helps[own.split(":")[0]] ?? "";
+  const { help } = helpOf(strategy);
   return help && `${help[0].toUpperCase()}${help.slice(1)}.`;
+};
+
+// Where many adapters are asked one by one before an answer: how long that will take, as far as it is known.
+const LONG_MS = 3000;
+const weighingHint = strategy => {
+  const { is_each } = helpOf(strategy), n = adaptersInUse().length, each_ms = settings.weighed[settings.bundle];
+  if (!is_each || n < 2 || (each_ms ? n * each_ms < LONG_MS : n <= N_ALL)) return "";
+  const time = each_ms ? `about ${duration(n * each_ms)}, by the last answer` : "that may take long";
+  return `Before each answer the ${n} adapters in use are asked one by one: ${time}. Take fewer, or another strategy.`;
+};
+const noteWeighing = ({ model, strategy, fusion }) => {
+  const n = Object.keys(fusion?.weights ?? {}).length;
+  if (!n || !fusion.probe_ms || !helpOf(strategy).is_each) return;
+  settings.weighed[model] = fusion.probe_ms / n;
+  keep();
+  drawWeighing();
+};
+// Wherever the page says it.
+const drawWeighing = () => {
+  for (const hint of document.querySelectorAll(".weighing")) {
+    hint.textContent = weighingHint(settings.strategy);
+    hint.hidden = !hint.textContent;
+  }
+};
+
+const adaptersInUse = () => {
+  const off = settings.off[settings.bundle] ?? [];
+  return adaptersOf(settings.bundle).filter(name => !off.includes(name));
 };
 
 // What a question asks of the server under one strategy.
 const requestOf = strategy => {
-  const { bundle } = settings, off = settings.off[bundle] ?? [], fusion = { return: "layers" };
-  const names = adaptersOf(bundle);
+  const { bundle } = settings, fusion = { return: "layers" }, names = adaptersOf(bundle), used = adaptersInUse();
   if (strategy === "manual") {
     fusion.weights = Object.fromEntries(names.map(name => [name, weightOf(name)]));
-  } else if (isChosen(strategy) && names.length && off.length === names.length) {
+  } else if (isChosen(strategy) && names.length && !used.length) {
     fusion.strategy = "base"; // none is ticked
   } else {
     if (strategy) fusion.strategy = strategy;
-    if (isChosen(strategy) && off.length) fusion.adapters = names.filter(name => !off.includes(name));
+    if (isChosen(strategy) && used.length < names.length) fusion.adapters = used;
   }
   const request = { model: bundle, fusion };
   for (const name of ["temperature", "max_tokens", "seed"]) {
@@ -69,9 +97,9 @@ const numberField = (label, name, properties, hint) => field(label, el("input", 
   },
 }), hint);
 
-// All that the bundle can be asked under: its own first, single adapters last.
+// All that the bundle can be asked under, each once: its own first, single adapters last.
 const strategyNames = () => {
-  const names = bundles.get(settings.bundle)?.strategies ?? [];
+  const names = (bundles.get(settings.bundle)?.strategies ?? []).filter(name => name !== ownStrategy());
   const manual = adaptersOf(settings.bundle).length ? ["manual"] : [];
   return ["", ...names.filter(name => !isSingle(name)), ...manual, ...names.filter(isSingle)];
 };
@@ -85,32 +113,77 @@ const strategySelect = () => {
   return select;
 };
 
-const adapterRow = (name, isManual) => {
-  const { bundle } = settings, names = adaptersOf(bundle), off = settings.off[bundle] ?? [];
-  const sign = el("i", { className: hue(name, names) }), title = el("bdi", {}, name);
-  if (!isManual) {
-    const box = el("input", {
-      type: "checkbox", checked: !off.includes(name), id: `use-${name}`,
-      onchange: () => {
-        settings.off[bundle] = names.filter(each => each === name ? !box.checked : off.includes(each));
-        keep();
-        drawPanel();
-      },
-    });
-    const remove = takesAdapters() ? confirmed(button(`Remove ${name}`, "close", () => {}), "Really?", () => removeAdapter(name)) : null;
-    return el("li", {}, el("label", { className: "adapter" }, box, sign, title), remove);
-  }
+// An adapter's name, and what it is for.
+const adapterTitle = (name, names) => {
+  const about = bundles.get(settings.bundle).meta.descriptions?.[name] ?? "";
+  return [el("i", { className: hue(name, names) }),
+    el("span", { className: "title" }, el("bdi", {}, name), ...(about ? [el("span", { className: "hint", dir: "auto", title: about }, about)] : []))];
+};
+
+// changed: called when it was ticked or not
+const adapterBox = (name, names, changed) => {
+  const box = el("input", {
+    type: "checkbox", checked: adaptersInUse().includes(name), id: `use-${name}`,
+    onchange: () => { use([name], box.checked); changed(); },
+  });
+  const remove = takesAdapters() ? confirmed(button(`Remove ${name}`, "close", () => {}), "Really?", () => removeAdapter(name)) : null;
+  return el("li", {}, el("label", { className: "adapter" }, box, ...adapterTitle(name, names)), remove);
+};
+
+const use = (some, isUsed) => {
+  const { bundle } = settings, off = settings.off[bundle] ?? [];
+  settings.off[bundle] = adaptersOf(bundle).filter(name => some.includes(name) ? !isUsed : off.includes(name));
+  keep();
+};
+
+const adapterSlider = (name, names) => {
   const shown = el("output", {}, weightOf(name).toFixed(2));
   const slider = el("input", {
     type: "range", min: 0, max: 1.5, step: 0.05, value: weightOf(name), id: unique("weight"),
     oninput: () => {
-      (settings.weights[bundle] ??= {})[name] = Number(slider.value);
+      (settings.weights[settings.bundle] ??= {})[name] = Number(slider.value);
       shown.textContent = Number(slider.value).toFixed(2);
       keep();
     },
   });
   shown.htmlFor = slider.id;
-  return el("li", {}, el("label", { className: "adapter", htmlFor: slider.id }, sign, title, shown), slider);
+  return el("li", {}, el("label", { className: "adapter", htmlFor: slider.id }, ...adapterTitle(name, names), shown), slider);
+};
+
+let adapterFilter = ""; // by which many adapters are looked through
+const N_UNFILTERED = 8;
+
+// The adapters with their boxes or weights; of many those that a text is found in.
+const adapterList = (names, isManual) => {
+  const { descriptions = {} } = bundles.get(settings.bundle).meta, isFiltered = names.length > N_UNFILTERED;
+  const filter = el("input", { type: "search", value: isFiltered ? adapterFilter : "", id: "adapter-filter", placeholder: `Filter ${names.length} adapters`, "aria-label": "Filter the adapters", autocomplete: "off", oninput: () => { adapterFilter = filter.value; look(); } });
+  const isShown = name => `${name} ${descriptions[name] ?? ""}`.toLowerCase().includes(filter.value.trim().toLowerCase());
+  const rows = new Map(names.map(name => [name, isManual ? adapterSlider(name, names) : adapterBox(name, names, () => tell())]));
+  const legend = el("legend"), hint = el("p", { className: "hint" });
+  const tell = () => {
+    const n = adaptersInUse().length;
+    legend.textContent = isManual ? "Weights" : `Adapters in use: ${n} of ${names.length}`;
+    hint.textContent = !names.some(isShown) ? "No adapter is found." : isManual || n ? "" : "None is ticked: the base answers alone.";
+    hint.hidden = !hint.textContent;
+    drawWeighing();
+  };
+  const look = () => {
+    for (const [name, row] of rows) row.hidden = !isShown(name);
+    tell();
+  };
+  const useShown = isUsed => {
+    use(names.filter(isShown), isUsed);
+    for (const [name, row] of rows) row.querySelector("input").checked = adaptersInUse().includes(name);
+    tell();
+  };
+  const choose = (text, isUsed) => el("button", {
+    type: "button", className: "chip", title: isFiltered ? "Of those that are shown" : "", onclick: () => useShown(isUsed),
+  }, text);
+  look();
+  return el("fieldset", { className: "field" }, legend,
+    ...(isFiltered ? [filter] : []),
+    ...(isManual || names.length < 2 ? [] : [el("div", { className: "chips" }, choose("All", true), choose("None", false))]),
+    el("ul", { className: "adapters" }, ...rows.values()), hint);
 };
 
 const drawPanel = () => {
@@ -118,8 +191,7 @@ const drawPanel = () => {
   const names = adaptersOf(settings.bundle);
   const strategy = strategySelect(), isManual = settings.strategy === "manual";
   const isMixed = names.length && (isManual || isChosen(settings.strategy));
-  const label = isManual ? "Weights" : "Adapters in use";
-  const lists = isMixed ? [adapterList(label, names, isManual)] : [];
+  const lists = isMixed ? [adapterList(names, isManual)] : [];
   const system = el("textarea", {
     rows: 3, value: settings.system, dir: "auto", id: "system",
     oninput: () => { settings.system = system.value; keep(); grow(system); },
@@ -127,6 +199,7 @@ const drawPanel = () => {
   panel.replaceChildren(
     el("div", { className: "panel-head" }, el("h2", {}, "Settings"), button("Close the settings", "close", () => openPanel(false), "quiet close-panel")),
     field("Strategy", strategy, strategyHelp(settings.strategy)),
+    el("p", { className: "hint weighing", role: "status" }),
     ...lists,
     ...(takesAdapters() ? [adapterField()] : []),
     field("System prompt", system),
@@ -134,21 +207,8 @@ const drawPanel = () => {
       numberField("Temperature", "temperature", { min: 0, max: 2, step: 0.05, placeholder: "default", id: "temperature" }),
       numberField("Longest answer", "max_tokens", { min: 1, step: 1, placeholder: "default", id: "max-tokens" }),
       numberField("Seed", "seed", { min: 0, step: 1, placeholder: "default", id: "seed" })));
+  drawWeighing();
   if (focused && focused !== document.activeElement?.id) byId(focused)?.focus();
-};
-
-let isOpen = false; // the list of those that are not among the first
-const adapterList = (label, names, isManual) => {
-  const isNone = !isManual && (settings.off[settings.bundle] ?? []).length === names.length;
-  const rows = names.map(name => adapterRow(name, isManual));
-  const rest = names.length > N_ALL ? rows.splice(N_TOP) : [];
-  const others = el("details", { open: isOpen, ontoggle: () => { isOpen = others.open; } },
-    el("summary", {}, `${rest.length} others`), el("ul", { className: "adapters" }, ...rest));
-  return el("fieldset", { className: "field" },
-    el("legend", {}, label),
-    el("ul", { className: "adapters" }, ...rows),
-    ...(rest.length ? [others] : []),
-    ...(isNone ? [el("p", { className: "hint" }, "None is ticked: the base answers alone.")] : []));
 };
 
 // On a narrow window the panel lies over the page, which waits meanwhile.

@@ -5,7 +5,7 @@ const REASONS = ["stop", "length", "cancelled"];
 
 const strategyText = () => {
   const { bundle, strategy } = settings;
-  if (strategy !== "manual") return strategy || bundles.get(bundle).meta.strategy;
+  if (strategy !== "manual") return strategy || ownStrategy();
   return `manual:${adaptersOf(bundle).map(name => `${name}=${weightOf(name)}`).join(",")}`;
 };
 
@@ -15,7 +15,7 @@ const answerMessage = ({ model, strategy, thought, text, state, fusion, usage, t
 });
 
 const asSession = () => {
-  const { bundle, system } = settings, names = adaptersOf(bundle), off = settings.off[bundle] ?? [];
+  const { bundle, system } = settings, names = adaptersOf(bundle);
   const { sha256 = {} } = bundles.get(bundle).meta;
   const messages = system.trim() ? [{ role: "system", content: system }] : [];
   for (const turn of chat.turns.filter(each => chosenAnswer(each).text)) {
@@ -28,7 +28,7 @@ const asSession = () => {
     format: SESSION_FORMAT,
     bundle: { name: bundle, base_sha256: sha256.base ?? "", adapters: sha256.adapters ?? {} },
     strategy: strategyText(),
-    adapters: isChosen(settings.strategy) ? names.filter(name => !off.includes(name)) : names,
+    adapters: isChosen(settings.strategy) ? adaptersInUse() : names,
     messages,
   }, null, 1)}\n`;
 };

@@ -21,6 +21,7 @@ const settings = read(forBrowser, "settings", {
   bundle: "", strategy: "", system: "", temperature: "", max_tokens: "", seed: "",
   isKeeping: true, // whether chats go into the database
   off: {}, // bundle -> names of adapters that are not in use
+  weighed: {}, // bundle -> milliseconds that an adapter took, where each was asked
   weights: {}, // bundle -> adapter -> weight, of the strategy "manual"
 });
 

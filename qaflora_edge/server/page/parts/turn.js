@@ -96,8 +96,8 @@ const turnView = (turn, on) => {
   };
 
   const retry = button("Ask again, with the settings as they are now", "retry", () => on.ask(made, settings.strategy));
-  const ways = el("div", { className: "chips" });
-  const way = strategy => el("button", { type: "button", className: "chip", onclick: () => { another.open = false; on.ask(made, strategy); } }, strategyLabel(strategy));
+  const ways = el("div", { className: "chips ways", id: unique("ways"), role: "group", "aria-label": "Another version", hidden: true });
+  const way = strategy => el("button", { type: "button", className: "chip", onclick: () => { openWays(false); on.ask(made, strategy); } }, strategyLabel(strategy));
   const offer = () => {
     const names = strategyNames();
     const n_single = names.filter(isSingle).length;
@@ -105,8 +105,22 @@ const turnView = (turn, on) => {
     ways.replaceChildren(...names.map(way));
     if (rest.length) ways.append(el("button", { type: "button", className: "chip", onclick: event => event.target.replaceWith(...rest.map(way)) }, `${rest.length} others`));
   };
-  const another = el("details", { className: "another", ontoggle: offer }, el("summary", {}, "Another version"), ways);
-  const versions = el("div", { className: "versions" }, retry, chips, another);
+  const openWays = isOpen => {
+    if (isOpen) offer();
+    ways.hidden = !isOpen;
+    another.setAttribute("aria-expanded", String(isOpen));
+    if (isOpen) ways.scrollIntoView({ block: "nearest" });
+  };
+  const another = el("button", {
+    type: "button", className: "quiet another", "aria-expanded": "false", "aria-controls": ways.id, onclick: () => openWays(ways.hidden),
+  }, "Another version", drawn("open"));
+  const leaveWays = event => {
+    if (event.key !== "Escape" || ways.hidden) return;
+    event.stopPropagation();
+    openWays(false);
+    another.focus();
+  };
+  const versions = el("div", { className: "versions", onkeydown: leaveWays }, retry, chips, another, ways);
   element.append(question, answers, versions);
   turn.answers.forEach(append);
   show();
