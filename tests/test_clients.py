@@ -1,4 +1,4 @@
-"""Other programs and libraries that speak OpenAI's API, against a server that listens.
+"""Other programs and libraries that speak OpenAI's or Anthropic's API, against a real server.
 
 `make test-clients` installs them; without them, but for the package openai, tests are skipped.
 """
@@ -19,6 +19,7 @@ from openai import OpenAI
 from patience import python
 from pydantic import BaseModel
 from serving import ENGINE, listening
+from test_thoughts import CALL, speaking
 from tiny import EOS, QWEN, constant_logits
 
 from qaflora_edge import Engine
@@ -200,6 +201,80 @@ def test_litellm(url, alone, monkeypatch) -> None:
         litellm.completion(model="openai/other", **asked)
     with pytest.raises(litellm.AuthenticationError):
         litellm.completion(model="openai/tiny", **{**asked, "api_key": "another-key"})
+
+
+@needs("anthropic")
+def test_anthropic(served, alone) -> None:
+    import anthropic
+
+    turn = {"name": "weather", "input_schema": FORM}
+    asked: Any = {"model": "tiny", "messages": USER, "max_tokens": 12}
+    with (
+        listening(served.folder, api_key=KEY) as url,
+        anthropic.Anthropic(base_url=url, api_key=KEY, max_retries=0) as client,
+        anthropic.Anthropic(base_url=url, api_key="another-key", max_retries=0) as stranger,
+    ):
+        found = client.messages.create(**asked, system="Be short.")
+        told = [{"role": "system", "content": "Be short."}, *USER]
+        text = alone.chat(told, max_tokens=12).choices[0].message.content
+        assert [block.text for block in found.content if block.type == "text"] == [text]
+        assert found.stop_reason == "max_tokens"
+        with client.messages.stream(**asked, system="Be short.") as stream:
+            assert "".join(stream.text_stream) == text
+            whole = stream.get_final_message()
+        assert whole.usage.output_tokens == found.usage.output_tokens == 12
+        counted = client.messages.count_tokens(model="tiny", messages=USER, system="Be short.")
+        usage = whole.usage
+        assert counted.input_tokens == usage.input_tokens + (usage.cache_read_input_tokens or 0)
+
+        tools: Any = {"tools": [turn], "tool_choice": {"type": "any"}, "max_tokens": 200}
+        with client.messages.stream(**{**asked, **tools}) as stream:
+            called = stream.get_final_message()
+        (call,) = called.content
+        assert call.type == "tool_use"
+        assert (call.input["place"] in ("Rome", "Oslo"), called.stop_reason) == (True, "tool_use")
+        result: Any = {"type": "tool_result", "tool_use_id": call.id, "content": "warm"}
+        again: Any = [*USER, called.to_param(), {"role": "user", "content": [result]}]
+        after = client.messages.create(**{**asked, **tools, "messages": again})
+        assert after.content[0].type == "tool_use"
+
+        image: Any = {"type": "image", "source": {"type": "url", "url": "http://localhost/a"}}
+        with pytest.raises(anthropic.BadRequestError, match=r"content\[0\]\.type is 'image'"):
+            client.messages.create(**{**asked, "messages": [{"role": "user", "content": [image]}]})
+        with pytest.raises(anthropic.NotFoundError):
+            client.messages.create(**{**asked, "model": "other"})
+        with pytest.raises(anthropic.AuthenticationError):
+            stranger.messages.create(**asked)
+
+
+@needs("pydantic_ai")
+def test_an_agent_of_anthropics_api(tmp_path) -> None:
+    """An agent calls a tool, reads its result and answers; whole and as a stream."""
+    from anthropic import AsyncAnthropic
+    from pydantic_ai import Agent
+    from pydantic_ai.models.anthropic import AnthropicModel
+    from pydantic_ai.providers.anthropic import AnthropicProvider
+
+    template = QWEN + "{% if messages[-1].role == 'tool' %}<told>{% endif %}"
+    place = speaking(tmp_path, (CALL, EOS, "<told>", "At noon."), template)
+    asked_for: list[str] = []
+
+    def time() -> str:
+        """Tell the time."""
+        asked_for.append("time")
+        return "12:00"
+
+    async def answers(url: str) -> list[str]:
+        async with AsyncAnthropic(base_url=url, api_key=KEY, max_retries=0) as client:
+            provider = AnthropicProvider(anthropic_client=client)
+            agent = Agent(AnthropicModel("speaking", provider=provider), tools=[time])
+            whole = await agent.run("the thing?")
+            async with agent.run_stream("the thing?") as streamed:
+                return [whole.output, await streamed.get_output()]
+
+    with listening(place, api_key=KEY) as url:
+        assert asyncio.run(answers(url)) == ["At noon.", "At noon."]
+    assert asked_for == ["time", "time"]
 
 
 @needs("llm")

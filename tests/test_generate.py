@@ -17,7 +17,7 @@ def feed(stops: tuple[str, ...], pieces: list[str]) -> tuple[list[str], bool]:
     text, shown = TextDecoder(stops), []
     for piece in pieces:
         shown.append(text.feed(piece.encode()))
-        if text.is_stopped:
+        if text.stop is not None:
             return shown, True
     return [*shown, text.flush()], False
 

@@ -28,9 +28,14 @@ TOOL = {"type": "function", "function": {"name": "time", "parameters": {"type": 
 
 
 def speaking(place: Path, words: tuple[str, ...], template: str) -> Path:
-    """A base that says these words, each a token, after "\\n", whatever it was asked."""
+    """A base that says these words, each a token, after "\\n", whatever it was asked.
+
+    Where EOS is one of them, an answer ends there, and a prompt that ends with the next has others.
+    """
     options: dict[str, Any] = {"n_layer": 1, "tied": False, "chat_template": template}
-    options |= {"n_ctx": 1024, "user_defined": (*dict.fromkeys((*TAGS, *words)),)}
+    spelt = dict.fromkeys((*TAGS, *words))
+    spelt.pop(EOS, None)
+    options |= {"n_ctx": 1024, "user_defined": (*spelt,)}
     base = write_tiny_base(place / "speaking.gguf", **options)
     rows = {name: np.zeros_like(base.tensors[name]) for name in base.tensors if "_" in name}
     rows |= {name: np.ones_like(each) for name, each in base.tensors.items() if "norm" in name}

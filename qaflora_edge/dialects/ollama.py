@@ -1,6 +1,5 @@
 """Ollama's chats and texts."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
@@ -113,18 +112,9 @@ def _call(index: int, call: Object) -> Json:
     function = {
         "index": index,
         "name": call["function"]["name"],
-        "arguments": _arguments(call) or {},
+        "arguments": openai_chat.arguments_of(call) or {},
     }
     return {"id": call["id"], "function": function}
-
-
-def _arguments(call: Object) -> Json | None:
-    """Read a call's arguments; None where they are cut, or no object."""
-    try:
-        arguments = json.loads(call["function"]["arguments"])
-    except (ValueError, RecursionError):
-        return None
-    return arguments if isinstance(arguments, dict) else None
 
 
 def _parts(answer: Generation) -> Iterator[Part]:
@@ -137,7 +127,7 @@ def _parts(answer: Generation) -> Iterator[Part]:
             add_part(calls, call)
         if part:
             yield part
-    if calls and _arguments(calls[-1]) is None:
+    if calls and openai_chat.arguments_of(calls[-1]) is None:
         calls.pop()  # it is cut
     if calls:
         yield {"tool_calls": calls}

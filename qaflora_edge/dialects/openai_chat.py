@@ -1,6 +1,7 @@
 """OpenAI's chat completions."""
 
 import itertools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -134,6 +135,15 @@ SHAPE = Shape("chatcmpl", "chat.completion", "chat.completion.chunk", _whole, _c
 def answer_parts(generation: Generation) -> "Iterator[str | CallPart]":
     """Yield an answer's text, and its calls of tools in parts."""
     return generation.calls.read(generation) if generation.calls else generation
+
+
+def arguments_of(call: Object) -> Json | None:
+    """Read a call's arguments; None where they are cut, or no object."""
+    try:
+        arguments = json.loads(call["function"]["arguments"])
+    except (ValueError, RecursionError):
+        return None
+    return arguments if isinstance(arguments, dict) else None
 
 
 def _reason(generation: Generation, *, is_call: bool) -> str | None:

@@ -113,6 +113,11 @@ class Generation(Iterator[str]):
         return self._sequence.finish_reason
 
     @property
+    def stop(self) -> str | None:
+        """Give the stop text that ended it; None where nothing or something else did."""
+        return self._sequence.text.stop
+
+    @property
     def is_whole(self) -> bool:
         """Tell whether its grammar is satisfied; False when "length" cut it before."""
         return self._sequence.is_whole

@@ -272,7 +272,7 @@ class RunningSequence:
         elif was_thought and self.logprobs:  # it may begin with the end of the tag
             self.logprobs[-1] = replace(self.logprobs[-1], n_shown=self.text.n_byte)
         self._lead_thought()
-        if self.text.is_stopped:
+        if self.text.stop is not None:
             self.finish("stop")
         elif len(self.answer) >= self.n_max:
             self.finish("length")
@@ -328,6 +328,7 @@ class TextDecoder:
     split    takes a thought out; stop texts are looked for in the answer alone
     thought  attribute: what may be shown now of the thought
     n_byte   attribute: bytes of the answer in what was fed last
+    stop     attribute: the stop text that came; None: none yet
     """
 
     def __init__(self, stops: Sequence[str], split: "ThoughtSplitter | None" = None) -> None:
@@ -337,18 +338,18 @@ class TextDecoder:
         self._held = ""
         self.thought = ""
         self.n_byte = 0
-        self.is_stopped = False
+        self.stop: str | None = None
 
     def feed(self, data: bytes) -> str:
         """Give the text that may be shown now: what can no longer begin a stop text."""
         self.thought, text = self._split.feed(self._decoder.decode(data))
         self.n_byte = len(text.encode())
         held = self._held + text
-        places = [held.find(stop) for stop in self._stops if stop in held]
-        if places:
+        stops = [stop for stop in self._stops if stop in held]
+        if stops:
             self._held = ""
-            self.is_stopped = True
-            return held[: min(places)]
+            self.stop = min(stops, key=held.find)
+            return held[: held.find(self.stop)]
         n_shown = len(held) - _n_begun(held, self._stops)
         self._held = held[n_shown:]
         return held[:n_shown]

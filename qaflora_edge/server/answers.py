@@ -3,6 +3,7 @@
 import base64
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ from starlette.requests import Request
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.ask import Ask
-from qaflora_edge.dialects import decisions, openai_chat, openai_responses, texts
+from qaflora_edge.dialects import anthropic, decisions, openai_chat, openai_responses, texts
 from qaflora_edge.dialects.shapes import Extras, choices_of
 from qaflora_edge.dialects.texts import several
 from qaflora_edge.engine import Engine
@@ -22,6 +23,7 @@ from qaflora_edge.server import bodies
 from qaflora_edge.server.receive import Call, read_call
 from qaflora_edge.server.respond import (
     CHUNKS,
+    MESSAGE_EVENTS,
     NAMED_EVENTS,
     Computed,
     answered,
@@ -80,6 +82,35 @@ async def responses(request: Request) -> Computed:
                 yield last["response"]
 
     return answered(call, [ask], events, wire=NAMED_EVENTS)
+
+
+async def messages(request: Request) -> Computed:
+    """Answer as a message, in the shape of Anthropic."""
+    call = await read_call(request, anthropic.MessagesBody)
+    ask = anthropic.ask(call.body, call.defaults)
+    head = anthropic.head_of(call.model)
+
+    def events(answers: Iterator[Generation], extras: Extras) -> Iterator[Any]:
+        extras = replace(extras, drafts_are_thoughts=anthropic.wants_thoughts(call.body))
+        for answer in answers:
+            if call.body.stream:
+                yield from anthropic.events(head, answer, extras)
+            else:
+                yield anthropic.message(head, answer, extras)
+
+    return answered(call, [ask], events, wire=MESSAGE_EVENTS)
+
+
+async def count_tokens(request: Request) -> Computed:
+    """Count the tokens of a message's prompt, in the shape of Anthropic."""
+    call = await read_call(request, anthropic.TokensBody)
+    chat = anthropic.conversation(call.body)
+
+    def compute(engine: Engine, out: Computed) -> None:
+        prompt = engine.read(chat)
+        out.send({"input_tokens": len(prompt.tokens)})
+
+    return Computed(call, compute, is_light=True)
 
 
 async def embeddings(request: Request) -> Computed:

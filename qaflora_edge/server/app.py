@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from qaflora_edge import __version__
+from qaflora_edge.dialects import anthropic
 from qaflora_edge.errors import QafloraError
 from qaflora_edge.server import answers, bodies, ollama, uploads
 from qaflora_edge.server.metrics import Metrics, Recorder
@@ -253,10 +254,12 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 # (path, route, body): POST with a body, else GET. The route's docstring is its summary.
-API: tuple[tuple[str, Any, type[bodies.Body] | None], ...] = (
+API: tuple[tuple[str, Any, type[bodies.AnyBody] | None], ...] = (
     ("/v1/chat/completions", answers.chat_completions, bodies.ChatBody),
     ("/v1/completions", answers.completions, bodies.TextBody),
     ("/v1/responses", answers.responses, bodies.ResponsesBody),
+    ("/v1/messages", answers.messages, anthropic.MessagesBody),
+    ("/v1/messages/count_tokens", answers.count_tokens, anthropic.TokensBody),
     ("/v1/weights", answers.weights, bodies.WeightsBody),
     ("/v1/systemone", answers.systemone, bodies.SystemOneBody),
     ("/v1/embeddings", answers.embeddings, bodies.EmbeddingsBody),

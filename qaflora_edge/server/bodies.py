@@ -4,9 +4,12 @@ The models are the one source of both. A field's `title` says what it has to be,
 Sampling options come from `config`, with their ranges.
 """
 
+import re
 from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
+import msgspec
+import msgspec.inspect
 from pydantic import (
     BaseModel,
     Field,
@@ -20,6 +23,7 @@ from pydantic.json_schema import models_json_schema
 from qaflora_edge import __version__
 from qaflora_edge.bundles import modelfile
 from qaflora_edge.config import Option, in_group
+from qaflora_edge.dialects.anthropic import TokensBody
 from qaflora_edge.dialects.options import MAX_WEIGHT, RANGE
 from qaflora_edge.errors import OptionError, wrong_field
 from qaflora_edge.formats.bundle import NAME_PATTERN, NAME_RULE
@@ -377,16 +381,25 @@ class DetokenizeBody(Body):
     )
 
 
-def as_mapping(body: BaseModel) -> Json:
+AnyBody = Body | TokensBody
+
+
+def as_mapping(body: AnyBody) -> Json:
     """Give the fields that a body has, as dialects read them; null stands for nothing."""
-    return body.model_dump(exclude_none=True)
+    if isinstance(body, Body):
+        return body.model_dump(exclude_none=True)
+    fields: Json = msgspec.to_builtins(body)
+    weighed = checked(Weighed, {"fusion": fields.pop("fusion", None)})
+    return fields | weighed.model_dump(exclude_none=True)
 
 
-B = TypeVar("B", bound=Body)
+B = TypeVar("B", bound=AnyBody)
 
 
 def checked(kind: type[B], fields: Json) -> B:
     """Return the body that has these fields. Raises OptionError, or Refusal for an unknown one."""
+    if issubclass(kind, TokensBody):
+        return _converted(kind, fields)
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
@@ -418,6 +431,48 @@ def _refusal(kind: type[BaseModel] | None, error: Object, value: Any) -> Refusal
     return wrong_field(".".join(names), value, expected)
 
 
+# What msgspec says of a value: what is wrong, and at which path.
+_WRONG = re.compile(r"(?P<what>.*?)(?:, got .*?)?(?: - at `\$\.?(?P<path>.*)`)?", re.DOTALL)
+_MISSING = re.compile(r"Object missing required field `(.*)`")
+_KEY = re.compile(r"[^].[]+")
+
+
+def _converted(kind: type[B], fields: Json) -> B:
+    try:
+        return msgspec.convert(fields, kind)
+    except msgspec.ValidationError as error:
+        match = _WRONG.fullmatch(str(error))
+        assert match is not None
+        what = match["what"]
+        path = match["path"] or ""
+        if missing := _MISSING.fullmatch(what):
+            path = f"{path}.{missing[1]}".removeprefix(".")
+        value: Any = fields
+        for key in _KEY.findall(path):
+            value = value[int(key)] if isinstance(value, list) else value.get(key)
+        expected = _values_at(msgspec.inspect.type_info(kind), path)
+        raise wrong_field(path, value, expected or what.removeprefix("Expected ")) from None
+
+
+def _values_at(node: msgspec.inspect.Type, path: str) -> str:
+    """List the values that a place may have; "" where they are too many."""
+    for key in _KEY.findall(path):
+        members = getattr(node, "types", (node,))
+        structs = [member for member in members if isinstance(member, msgspec.inspect.StructType)]
+        fields = {field.encode_name: field.type for struct in structs for field in struct.fields}
+        if key in fields:
+            node = fields[key]
+        elif key.isdecimal():
+            node = next(member.item_type for member in members if hasattr(member, "item_type"))
+        else:
+            return "one of " + ", ".join(str(struct.tag) for struct in structs)
+        node = getattr(node, "type", node)  # without its limits
+    values: list[str] = []
+    for member in getattr(node, "types", (node,)):
+        values += getattr(member, "values", ())
+    return "one of " + ", ".join(values) if values else ""
+
+
 _TEXT_OR_NULL = {"type": ["string", "null"]}
 _ERROR = {  # as OpenAI words it
     "type": "object",
@@ -438,20 +493,25 @@ _LISTS = ("/lora-adapters", "/slots", "/embedding")  # paths whose answer is a l
 _OF_A_MODEL = ("/lora-adapters", "/props", "/slots")  # paths that take ?model=
 
 
-def describe(paths: Iterable[tuple[str, str, type[Body] | None]]) -> Json:
+def describe(paths: Iterable[tuple[str, str, type[AnyBody] | None]]) -> Json:
     """Describe a server in OpenAPI 3.1.
 
     paths  (path, summary, body, or None for GET)
     """
     operations = {}
     kinds: list[Any] = []
+    structs: list[Any] = []
     for path, summary, kind in paths:
         if kind is None:
             operations[path] = {"get": _read(path, summary)}
         else:
             operations[path] = {"post": _asked(path, summary, kind)}
-            kinds.append((kind, "validation"))
+            if issubclass(kind, Body):
+                kinds.append((kind, "validation"))
+            else:
+                structs.append(kind)
     _, described = models_json_schema(kinds, ref_template="#/components/schemas/{model}")
+    _, more = msgspec.json.schema_components(structs, ref_template="#/components/schemas/{name}")
     keys = {
         "key": {"type": "http", "scheme": "bearer"},
         "x_api_key": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
@@ -460,7 +520,7 @@ def describe(paths: Iterable[tuple[str, str, type[Body] | None]]) -> Json:
         "openapi": "3.1.0",
         "info": {"title": "qaflora serve", "version": __version__},
         "security": [{name: []} for name in keys],
-        "components": {"schemas": described["$defs"], "securitySchemes": keys},
+        "components": {"schemas": described["$defs"] | more, "securitySchemes": keys},
         "paths": operations,
     }
 
@@ -478,7 +538,7 @@ def _operation(path: str, summary: str, stream_media: str = "") -> Json:
     return {"summary": summary, "responses": {"200": answer, "4XX": _FAILED, "5XX": _FAILED}}
 
 
-def _asked(path: str, summary: str, kind: type[Body]) -> Json:
+def _asked(path: str, summary: str, kind: type[AnyBody]) -> Json:
     operation = _operation(path, summary, kind.stream_media)
     schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
     content = {"application/json": {"schema": schema}}

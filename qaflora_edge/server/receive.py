@@ -25,7 +25,7 @@ BODY_S = 60.0  # the longest that a body may take to come
 SLOW_S = 10.0  # and where others wait for it, the longest before it keeps this pace:
 BYTES_PER_S = 64 << 10
 
-B = TypeVar("B", bound=bodies.Body)
+B = TypeVar("B", bound=bodies.AnyBody)
 
 
 class Places:

@@ -6,6 +6,18 @@ from qaflora_edge import errors
 from qaflora_edge.formats.inputs import Json
 
 RETRY_AFTER_S = 2
+MESSAGES = "/v1/messages"
+# How Anthropic's API calls what a status says.
+_ANTHROPIC = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    500: "api_error",
+    503: "overloaded_error",
+    507: "api_error",
+}
 Fields = tuple[str, ...]
 _TEXTS: Fields = ("messages", "input", "prompt", "tokens", "content")
 _FORMS: Fields = ("grammar", "json_schema", "response_format", "tools", "text")
@@ -51,6 +63,9 @@ class Refusal(Exception):
         """Return what is told at a path: in Ollama's its message alone."""
         if path.startswith("/api/"):
             return {"error": str(self)}
+        if path.startswith(MESSAGES):
+            kind = _ANTHROPIC.get(self.status, "invalid_request_error")
+            return {"type": "error", "error": {"type": kind, "message": str(self)}}
         return self.body
 
 

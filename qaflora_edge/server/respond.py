@@ -81,6 +81,8 @@ def _line(value: Any) -> bytes:
 
 EVENTS = Wire("text/event-stream; charset=utf-8", _event, ping=b": ping\n\n")
 NAMED_EVENTS = replace(EVENTS, part=_named_event)  # of responses
+_PING = b'event: ping\ndata: {"type": "ping"}\n\n'
+MESSAGE_EVENTS = replace(NAMED_EVENTS, ping=_PING)  # Anthropic's
 CHUNKS = replace(EVENTS, done=b"data: [DONE]\n\n")  # of chats and texts
 LINES = Wire("application/x-ndjson", _line, whole=_line)  # Ollama's
 

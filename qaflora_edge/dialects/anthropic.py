@@ -1,0 +1,390 @@
+"""Anthropic's messages: their bodies, and a generation as a message or its events."""
+
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal
+
+from msgspec import Meta, Struct
+
+from qaflora_edge.ask import Ask, Chat, Tools
+from qaflora_edge.dialects import openai_chat
+from qaflora_edge.dialects.options import chosen_tools, thinking
+from qaflora_edge.dialects.shapes import NOTHING, Extras
+from qaflora_edge.errors import wrong_field
+from qaflora_edge.formats.inputs import Json
+from qaflora_edge.inference.generation import Generation
+from qaflora_edge.prompt.calls import CallPart
+
+MAX_MESSAGES = 2048
+MAX_TOOLS = 128
+MAX_STOPS = 16
+
+
+class TextBlock(Struct, tag="text"):
+    """Hold a text."""
+
+    text: str
+
+
+class ThinkingBlock(Struct, tag="thinking"):
+    """Hold a thought of an earlier answer."""
+
+    thinking: str
+
+
+class RedactedThinkingBlock(Struct, tag="redacted_thinking"):
+    """Hold a thought that only their own models can read."""
+
+
+class ToolUseBlock(Struct, tag="tool_use"):
+    """Hold a call of a tool in an earlier answer."""
+
+    id: str
+    name: str
+    input: dict[str, Any]
+
+
+class ToolResultBlock(Struct, tag="tool_result"):
+    """Hold what a tool gave."""
+
+    tool_use_id: str
+    content: str | list[TextBlock] | None = None
+
+
+Block = TextBlock | ThinkingBlock | RedactedThinkingBlock | ToolUseBlock | ToolResultBlock
+
+
+class Message(Struct):
+    """Hold a turn: a text, or blocks."""
+
+    role: Literal["user", "assistant", "system"]
+    content: str | list[Block]
+
+
+class Tool(Struct):
+    """Describe a tool of the client; those of their server are of other types."""
+
+    name: str
+    input_schema: dict[str, Any]
+    description: str | None = None
+    type: Literal["custom"] | None = None
+
+
+class ToolChoice(Struct):
+    """Say whether a tool may or has to be called."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class Thinking(Struct):
+    """Say whether to think first: any type but `disabled` does."""
+
+    type: str
+    budget_tokens: Annotated[int, Meta(ge=0)] | None = None
+
+
+class OutputFormat(Struct):
+    """Give the schema of an answer."""
+
+    type: Literal["json_schema"]
+    schema: dict[str, Any]
+
+
+class OutputConfig(Struct):
+    """Say how an answer is written; their `effort` has no effect."""
+
+    format: OutputFormat | None = None
+
+
+class TokensBody(Struct, kw_only=True):
+    """Ask /v1/messages/count_tokens."""
+
+    stream_media: ClassVar[str] = ""
+    model: str | None = None
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
+    system: str | list[TextBlock] | None = None
+    tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    thinking: Thinking | None = None
+
+
+class MessagesBody(TokensBody, kw_only=True):
+    """Ask /v1/messages."""
+
+    stream_media: ClassVar[str] = "text/event-stream"
+    max_tokens: Annotated[int, Meta(ge=0)]
+    stream: bool | None = None
+    stop_sequences: (
+        Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(max_length=MAX_STOPS)] | None
+    ) = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    output_config: OutputConfig | None = None
+    fusion: dict[str, Any] | None = None
+
+
+def ask(body: MessagesBody, defaults: Ask) -> Ask:
+    """Read a body; the defaults hold where it says nothing."""
+    options: Json = {
+        "max_tokens": body.max_tokens,
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "top_k": body.top_k,
+        "stop": body.stop_sequences,
+    }
+    if body.thinking is not None:
+        options["reasoning_budget"] = body.thinking.budget_tokens
+    given = {name: value for name, value in options.items() if value is not None}
+    schema: Any = defaults.json_schema
+    if body.output_config is not None and body.output_config.format is not None:
+        schema = body.output_config.format.schema
+    return replace(
+        defaults,
+        prompt=conversation(body),
+        sampling=defaults.sampling.updated(given),
+        json_schema=schema,
+    )
+
+
+def conversation(body: TokensBody) -> Chat:
+    """Read the messages and the tools, in OpenAI's shape."""
+    messages: list[Json] = []
+    if body.system:
+        messages.append({"role": "system", "content": _joined(body.system)})
+    for number, message in enumerate(body.messages):
+        if isinstance(message.content, str):
+            messages.append({"role": message.role, "content": message.content})
+        elif message.role == "assistant":
+            messages.append(_answer(number, message.content))
+        else:
+            messages += _turns(number, message.role, message.content)
+    variables = None
+    if body.thinking is not None:
+        variables = thinking(wants_thoughts(body))
+    return Chat(messages, _tools(body), chat_template_kwargs=variables)
+
+
+def wants_thoughts(body: TokensBody) -> bool:
+    """Tell whether a body asks for thoughts."""
+    return body.thinking is not None and body.thinking.type != "disabled"
+
+
+def _joined(content: str | Iterable[TextBlock] | None) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "".join(block.text for block in content)
+
+
+def _answer(number: int, blocks: Sequence[Block]) -> Json:
+    texts = []
+    thoughts = []
+    calls = []
+    for i, block in enumerate(blocks):
+        match block:
+            case TextBlock(text=text):
+                texts.append(text)
+            case ThinkingBlock(thinking=thought):
+                thoughts.append(thought)
+            case ToolUseBlock(id=call_id, name=name, input=arguments):
+                function = {"name": name, "arguments": arguments}
+                calls.append({"id": call_id, "type": "function", "function": function})
+            case RedactedThinkingBlock():
+                pass
+            case _:
+                raise _misplaced(number, i, block, "an assistant")
+    message: Json = {"role": "assistant", "content": "".join(texts)}
+    if thoughts:
+        message["reasoning_content"] = "".join(thoughts)
+    if calls:
+        message["tool_calls"] = calls
+    return message
+
+
+def _turns(number: int, role: str, blocks: Sequence[Block]) -> list[Json]:
+    """Read a user's blocks: texts in a row are one message, and each result of a tool is one."""
+    turns: list[Json] = []
+    for i, block in enumerate(blocks):
+        match block:
+            case TextBlock(text=text):
+                if not turns or turns[-1]["role"] != role:
+                    turns.append({"role": role, "content": ""})
+                turns[-1]["content"] += text
+            case ToolResultBlock(tool_use_id=call_id, content=content):
+                result = {"role": "tool", "tool_call_id": call_id, "content": _joined(content)}
+                turns.append(result)
+            case _:
+                raise _misplaced(number, i, block, f"a {role}")
+    return turns
+
+
+def _misplaced(number: int, i: int, block: Block, who: str) -> Exception:
+    kind = block.__struct_config__.tag
+    return wrong_field(f"messages[{number}].content[{i}].type", kind, f"a block of {who}")
+
+
+def _tools(body: TokensBody) -> Tools | None:
+    tools = []
+    for tool in body.tools or ():
+        function = {
+            "name": tool.name,
+            "description": tool.description,
+            "parameters": tool.input_schema,
+        }
+        tools.append({"type": "function", "function": function})
+    choice = body.tool_choice
+    if choice is None:
+        return chosen_tools(tools, None)
+    names = [tool.name for tool in body.tools or ()]
+    chosen: Any = choice.type
+    if choice.type == "tool":
+        if choice.name not in names:
+            raise wrong_field("tool_choice.name", choice.name, f"the name of a tool: {names}")
+        chosen = {"type": "function", "function": {"name": choice.name}}
+    elif choice.type == "any":
+        if not names:
+            raise wrong_field("tool_choice.type", "any", "tools to choose from")
+        chosen = "required"
+    return chosen_tools(tools, chosen, not choice.disable_parallel_tool_use)
+
+
+def head_of(model_name: str) -> Json:
+    """Make a message that is in progress."""
+    return {
+        "id": f"msg_{uuid.uuid4().hex}",
+        "type": "message",
+        "role": "assistant",
+        "model": model_name,
+        "content": [],
+        "stop_reason": None,
+        "stop_sequence": None,
+    }
+
+
+def message(head: Json, generation: Generation, extras: Extras = NOTHING) -> Json:
+    """Make the whole message of an answer.
+
+    head  see head_of
+    """
+    choice = openai_chat.SHAPE.choice(generation)
+    content: list[Json] = []
+    thought = extras.thought_of(generation) or generation.reasoning
+    if thought:
+        content.append(_thinking_block(thought))
+    calls = choice["message"].get("tool_calls", ())
+    text = choice["message"]["content"]
+    if text or not calls:
+        content.append({"type": "text", "text": text})
+    for call in calls:
+        arguments = openai_chat.arguments_of(call) or {}
+        content.append(_tool_block(call) | {"input": arguments})
+    fields = {"content": content, "usage": _usage(generation)}
+    return head | fields | _stop(generation, is_call=bool(calls)) | extras.end(generation)
+
+
+def events(head: Json, generation: Generation, extras: Extras = NOTHING) -> Iterator[Json]:
+    """Yield an answer as events. Pieces of a relay's draft stand in pings, which clients skip."""
+    begun = head | {"usage": _usage(generation)} | extras.mix(generation.fusion)
+    yield {"type": "message_start", "message": begun}
+    blocks = _Blocks()
+    for thought, draft in extras.drafting(generation):
+        if thought:
+            yield from blocks.thought(thought)
+        else:
+            yield {"type": "ping", "fusion": draft}
+    for thought in generation.thoughts():
+        yield from blocks.thought(thought)
+    is_call = False
+    for part in openai_chat.answer_parts(generation):
+        if isinstance(part, str):
+            yield from blocks.text(part)
+        else:
+            is_call = True
+            yield from blocks.call(part)
+    if blocks.n_begun == 0:
+        yield from blocks.text("")
+    yield from blocks.close()
+    end = {"type": "message_delta", "delta": _stop(generation, is_call=is_call)}
+    yield end | {"usage": _usage(generation)} | extras.end(generation)
+    yield {"type": "message_stop"}
+
+
+def _usage(generation: Generation) -> Json:
+    return {
+        "input_tokens": generation.n_prompt - generation.n_cached,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": generation.n_cached,
+        "output_tokens": generation.n_draft + generation.n_completion,
+    }
+
+
+def _stop(generation: Generation, *, is_call: bool) -> Json:
+    """Say why an answer ended; their word for the time limit is that for length."""
+    reason = "end_turn"
+    stop = None
+    if generation.finish_reason != "stop":
+        reason = "max_tokens"
+    elif is_call:
+        reason = "tool_use"
+    elif generation.stop is not None:
+        reason = "stop_sequence"
+        stop = generation.stop
+    return {"stop_reason": reason, "stop_sequence": stop}
+
+
+def _thinking_block(thought: str) -> Json:
+    return {"type": "thinking", "thinking": thought, "signature": ""}
+
+
+def _tool_block(call: CallPart) -> Json:
+    name = call["function"]["name"]
+    return {"type": "tool_use", "id": call["id"], "name": name, "input": {}}
+
+
+class _Blocks:
+    """Write the events of an answer's blocks, one after another.
+
+    n_begun  blocks that have begun; the last is open
+    """
+
+    def __init__(self) -> None:
+        self.n_begun = 0
+        self._open = ""  # the type of that one
+
+    def thought(self, piece: str) -> Iterator[Json]:
+        if self._open != "thinking":
+            yield from self._begin(_thinking_block(""))
+        yield self._event("delta", delta={"type": "thinking_delta", "thinking": piece})
+
+    def text(self, piece: str) -> Iterator[Json]:
+        if self._open != "text":
+            yield from self._begin({"type": "text", "text": ""})
+        yield self._event("delta", delta={"type": "text_delta", "text": piece})
+
+    def call(self, part: CallPart) -> Iterator[Json]:
+        if "id" in part:
+            yield from self._begin(_tool_block(part))
+        arguments = part["function"]["arguments"]
+        if arguments:
+            yield self._event(
+                "delta", delta={"type": "input_json_delta", "partial_json": arguments}
+            )
+
+    def close(self) -> Iterator[Json]:
+        """End the last block, if there is one."""
+        if self._open:
+            yield self._event("stop")
+        self._open = ""
+
+    def _begin(self, block: Json) -> Iterator[Json]:
+        yield from self.close()
+        self._open = block["type"]
+        self.n_begun += 1
+        yield self._event("start", content_block=block)
+
+    def _event(self, what: str, **fields: Any) -> Json:
+        event = {"type": f"content_block_{what}", "index": self.n_begun - 1}
+        return event | fields
