@@ -17,6 +17,7 @@ from qaflora_edge.bundles import edit as measure
 from qaflora_edge.bundles.create import create_bundle
 from qaflora_edge.bundles.edit import add_adapters, calibrate
 from qaflora_edge.cli import main
+from qaflora_edge.formats.inputs import checksum
 
 # Measuring with all of them takes seconds.
 NEUTRAL = {
@@ -63,6 +64,7 @@ def make_bundle(place: Path, *, calibrate: bool = False, **base_options: Any) ->
     text = (place / "bundle" / "bundle.json").read_text(encoding="utf-8")
     text = text.replace(str(origin.resolve()), str(place.resolve()))
     (place / "bundle" / "bundle.json").write_text(text, encoding="utf-8")
+    checksum(place / "base.gguf")  # as create_bundle does: it lies outside of the bundle
     return TinyBundle(
         place / "bundle",
         replace(first.base, path=place / "base.gguf"),

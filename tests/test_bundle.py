@@ -6,6 +6,7 @@ import operator
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from qaflora_edge import Engine, QafloraError, errors
 from qaflora_edge.bundles import open as bundle_open
 from qaflora_edge.bundles import source
 from qaflora_edge.bundles.create import create_bundle
-from qaflora_edge.bundles.edit import calibrate, remove_adapter
+from qaflora_edge.bundles.edit import calibrate, remove_adapter, set_base
 from qaflora_edge.bundles.open import load_bundle, verify_bundle
 from qaflora_edge.cli.bundle import describe
 from qaflora_edge.config import LENSES
@@ -37,6 +38,7 @@ from qaflora_edge.formats import adapter as adapter_gguf
 from qaflora_edge.formats import inputs
 from qaflora_edge.formats import names as registry
 from qaflora_edge.formats.gguf import GgufCursor
+from qaflora_edge.formats.inputs import shown
 from qaflora_edge.inference import core
 
 Raw = dict[str, Any]
@@ -48,6 +50,15 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 @pytest.fixture
 def made(tmp_path) -> TinyBundle:
     return make_bundle(tmp_path)
+
+
+@pytest.fixture
+def carried(made) -> TinyBundle:
+    """A bundle with its base inside; nothing is remembered of its files."""
+    path = made.folder / "base.gguf"
+    made.base.path.rename(path)
+    rewrite(made.folder, sets("base", file="base.gguf"))
+    return replace(made, base=replace(made.base, path=path))
 
 
 def sha256(path: Path) -> str:
@@ -81,6 +92,7 @@ def test_bundle_json_records_what_the_files_are(made) -> None:
 
 
 def test_typical_divergences_are_the_engines(calibrated) -> None:
+    inputs.checksum(calibrated.base.path)  # it was made under another cache
     bundle = load_bundle(calibrated.folder)
     with Engine(base=bundle.base_path, adapters=bundle.adapter_paths, n_ctx=512) as engine:
         measured = engine.typical_divergence(NEUTRAL["prompts"])
@@ -210,9 +222,9 @@ def test_changed_adapter_is_refused(made) -> None:
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     before = snapshot(made.folder.parent)
     assert refused(errors.ChecksumError, load_bundle, made.folder) == (
-        f"The adapter es is not the file that was recorded: {path} has {len(data)} bytes and the "
-        f"SHA-256 {sha256(path)}, expected {len(data)} and {recorded} as "
-        f"{made.folder / 'bundle.json'} says. Copy the bundle again."
+        f"The adapter es is not the file that was recorded: {path} has the SHA-256 "
+        f"{sha256(path)}, expected {recorded} as {made.folder / 'bundle.json'} says. Copy the "
+        "bundle again."
     )
     assert snapshot(made.folder.parent) == before
 
@@ -301,6 +313,77 @@ def test_paths_stay_inside_the_bundle(made) -> None:
         load_bundle(made.folder)
 
 
+def foreign(made: TinyBundle, kind: str) -> Path:
+    """Let a bundle name a base outside of it that is the recorded one, and was never hashed."""
+    other = made.folder.parent / "other.gguf"
+    made.base.path.rename(other)
+    file = {"absolute": str(other), "climbing": "../other.gguf", "link": "base.gguf"}[kind]
+    if kind == "link":
+        (made.folder / file).symlink_to(other)
+    rewrite(made.folder, sets("base", file=file))
+    return other
+
+
+@pytest.mark.parametrize("kind", ["absolute", "climbing", "link"])
+def test_a_base_elsewhere_is_read_only_where_somebody_named_it(made, monkeypatch, kind) -> None:
+    """bundle.json may be anybody's: the file it names is not even looked at."""
+    other = foreign(made, kind)
+    file = bundle_json(made.folder)["base"]["file"]
+    looked: list[str] = []
+    isfile = os.path.isfile
+    monkeypatch.setattr(os.path, "isfile", lambda path: looked.append(str(path)) or isfile(path))
+    told = refused(errors.BundleError, load_bundle, made.folder)
+    assert told == (
+        f"Cannot open the bundle {made.folder}: its base (llama, {other.stat().st_size} bytes) is "
+        f'not here; "{file}" lies outside of the bundle and was never named here; name it with '
+        f"`qaflora bundle base {made.folder} FILE` (its SHA-256 is {sha256(other)})."
+    )
+    assert not [path for path in looked if path.endswith(file)]
+    other.unlink()
+    assert refused(errors.BundleError, load_bundle, made.folder) == told
+    assert f"not here: {shown(file)} lies outside" in describe(made.folder)
+
+
+@pytest.mark.parametrize("kind", ["absolute", "climbing", "link"])
+def test_a_bundle_made_here_finds_its_base_outside(made, kind) -> None:
+    other = foreign(made, kind)
+    assert inputs.checksum(other)  # as create_bundle did in every version
+    assert load_bundle(made.folder).base_path.samefile(other)
+    os.utime(other, ns=(1, 1))
+    assert load_bundle(made.folder).base_path.samefile(other)
+
+
+def test_a_base_that_is_named_opens(made) -> None:
+    other = foreign(made, "absolute")
+    set_base(made.folder, other)
+    assert load_bundle(made.folder).base_path == other
+
+
+def test_a_file_of_another_size_is_not_read(carried, hashed) -> None:
+    path = carried.base.path
+    size = path.stat().st_size
+    os.truncate(path, 300 << 30)
+    assert refused(errors.ChecksumError, load_bundle, carried.folder) == (
+        f"The base is not the file that was recorded: {path} has {300 << 30} bytes, expected "
+        f"{size} as {carried.folder / 'bundle.json'} says. Give the file that the bundle was made "
+        "with; adapters fit no other."
+    )
+    assert hashed == []
+
+
+def test_a_file_that_is_all_hole_is_refused_at_once(carried) -> None:
+    """Its size may be the recorded one, and hashing it would take minutes."""
+    path = carried.base.path
+    os.truncate(path, 300 << 30)
+    n_stored = path.stat().st_blocks * 512
+    rewrite(carried.folder, sets("base", size_bytes=300 << 30))
+    assert refused(errors.InputFileError, load_bundle, carried.folder) == (
+        f"Cannot read {path}: opening or reading it failed: only {n_stored} of its {300 << 30} "
+        "bytes are on the disk, the others are a hole; expected a whole file. Check that it "
+        "exists and that you may read it."
+    )
+
+
 @pytest.fixture
 def hashed(monkeypatch) -> list[str]:
     """The names of files that were hashed while checking records."""
@@ -318,7 +401,7 @@ def hashed(monkeypatch) -> list[str]:
 ALL = ["base.gguf", "math.gguf", "es.gguf"]
 
 
-def test_a_file_that_changes_while_it_is_hashed_is_refused(made, monkeypatch) -> None:
+def test_a_file_that_changes_while_it_is_hashed_is_refused(carried, monkeypatch) -> None:
     original = inputs.sha256_file
 
     def replace_after(path: Path) -> str:
@@ -329,9 +412,9 @@ def test_a_file_that_changes_while_it_is_hashed_is_refused(made, monkeypatch) ->
         return found
 
     monkeypatch.setattr(inputs, "sha256_file", replace_after)
-    assert refused(errors.ChecksumError, load_bundle, made.folder) == (
-        f"Cannot read {made.base.path}: it changed while it was read; expected a file that stays "
-        "as it is. Try again."
+    assert refused(errors.ChecksumError, load_bundle, carried.folder) == (
+        f"Cannot read {carried.base.path}: it changed while it was read; expected a file that "
+        "stays as it is. Try again."
     )
 
 
@@ -369,35 +452,35 @@ def test_a_bundle_that_is_edited_while_it_is_opened_is_read_again(
 
 
 @pytest.mark.parametrize("content", [b"", b"1", b"[" * 100_000])
-def test_broken_memory_means_hashing_again(made, hashed, content) -> None:
-    load_bundle(made.folder)
+def test_broken_memory_means_hashing_again(carried, hashed, content) -> None:
+    load_bundle(carried.folder)
     memory = Path(os.environ["QAFLORA_CACHE"]) / "checked.json"
     assert memory.exists()
     memory.write_bytes(content)
-    load_bundle(made.folder)
+    load_bundle(carried.folder)
     assert hashed == ALL * 2
 
 
-def test_what_is_remembered_is_read_once_for_all_files(made) -> None:
-    load_bundle(made.folder)
+def test_what_is_remembered_is_read_once_for_all_files(carried) -> None:
+    load_bundle(carried.folder)
     inputs._parsed_memory.cache_clear()
-    load_bundle(made.folder)
+    load_bundle(carried.folder)
     assert inputs._parsed_memory.cache_info().misses == 1
 
 
 def test_a_file_is_hashed_and_its_values_are_checked_once_for_each_state(
-    made, hashed, monkeypatch
+    carried, hashed, monkeypatch
 ) -> None:
     checked: list[str] = []
     monkeypatch.setattr(adapter_gguf, "check_values", lambda info: checked.append(info.path.name))
     for _ in range(2):
-        load_bundle(made.folder)
+        load_bundle(carried.folder)
         assert (hashed, sorted(checked)) == (ALL, sorted(ALL[1:]))
-    verify_bundle(made.folder)
+    verify_bundle(carried.folder)
     assert (hashed, sorted(checked)) == (ALL * 2, sorted(ALL[1:] * 2))
-    for path in (made.base.path, made.folder / "adapters/es.gguf"):
+    for path in (carried.base.path, carried.folder / "adapters/es.gguf"):
         os.utime(path, ns=(1, 1))
-    load_bundle(made.folder)
+    load_bundle(carried.folder)
     assert (hashed[6:], checked[4:]) == (["base.gguf", "es.gguf"], ["es.gguf"])
 
 

@@ -24,7 +24,7 @@ from qaflora_edge.errors import BundleError, OutputFileError
 from qaflora_edge.files import AnyPath, atomic_folder, cache_dir, cache_lock, make_folder, readable
 from qaflora_edge.formats.bundle import BUNDLE_FILE, FORMAT, read_bundle_text
 from qaflora_edge.formats.gguf import read_gguf_header
-from qaflora_edge.formats.inputs import Json, Object, file_state
+from qaflora_edge.formats.inputs import Json, Object, checksum, file_state
 from qaflora_edge.peft.folder import adapter_files, adapter_folder
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing import numbers
@@ -154,7 +154,9 @@ def cached_bundle(base: Path, adapters: Sequence[tuple[str, str]], progress: Tel
     folder = cache_dir() / "mixes" / key / base.stem
     make_folder(folder.parent, "the environment variable QAFLORA_CACHE")
     with cache_lock(f"mix {key}"):
-        if not folder.exists():
+        if folder.exists():
+            checksum(base)  # it lies outside of the bundle, and may be forgotten
+        else:
             part = folder.with_name(f"{base.stem}.part")  # may be left by a run that was ended
             shutil.rmtree(part, ignore_errors=True)
             create_bundle(part, base, adapters, name=base.stem, progress=progress)

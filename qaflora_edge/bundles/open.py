@@ -22,9 +22,18 @@ from qaflora_edge.formats.bundle import (
     adapter_paths,
     is_base,
     read_bundle_text,
+    safe_join,
 )
 from qaflora_edge.formats.gguf import GgufHeader, read_gguf_header
-from qaflora_edge.formats.inputs import FileState, check_file, file_state, passed, remember_passed
+from qaflora_edge.formats.inputs import (
+    FileState,
+    check_file,
+    file_state,
+    is_remembered,
+    passed,
+    remember_passed,
+    shown,
+)
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing.weigher import Known, known_of
 
@@ -181,12 +190,15 @@ def verify_bundle(folder: Path, progress: Tell = silent) -> Opened:
 
 
 def recorded_base(folder: Path, base: BaseRecord) -> Path | None:
-    """Find the base where bundle.json says, else where `qaflora pull` puts it, else None."""
+    """Find the base where bundle.json says, else where `qaflora pull` puts it, else None.
+
+    A file outside of the bundle is looked at only where a command hashed it on this machine and
+    found the recorded SHA-256, as `create` and `base` do: bundle.json may come from anybody.
+    """
     from qaflora_edge.formats.names import pulled_model
 
-    with suppress(ValueError, OSError):  # a name that no file can have
-        if base.file and (folder / base.file).is_file():  # an absolute file stays absolute
-            return folder / base.file
+    if base.file and may_be_read(folder, base) and os.path.isfile(folder / base.file):
+        return folder / base.file  # an absolute file stays absolute
     if base.hub:
         from qaflora_edge.hub import pulled_path
 
@@ -196,9 +208,22 @@ def recorded_base(folder: Path, base: BaseRecord) -> Path | None:
     return pulled_model(base.registry) if base.registry else None
 
 
+def may_be_read(folder: Path, base: BaseRecord) -> bool:
+    """Tell whether `base.file` lies in the bundle's folder, or was named on this machine."""
+    file = base.file or ""
+    with suppress(BundleError):
+        safe_join(folder, file)
+        return True
+    return is_remembered(folder / file, base.sha256)
+
+
 def how_to_get_base(folder: Path, base: BaseRecord) -> str:
     """Say which command finds a base that is not here."""
-    looked = f"{folder / base.file} does not exist; " if base.file else ""
+    looked = ""
+    if base.file and may_be_read(folder, base):
+        looked = f"{folder / base.file} does not exist; "
+    elif base.file:
+        looked = f"{shown(base.file)} lies outside of the bundle and was never named here; "
     name = base.registry or base.hub
     pull = f"fetch it with `qaflora pull {name}`, or " if name else ""
     named = f"name it with `qaflora bundle base {folder} FILE` (its SHA-256 is {base.sha256})"

@@ -2,7 +2,8 @@
 
 A file is hashed, and its values are checked, once per size and time of change. The cache folder
 remembers that; without it both are done again. A program that sets a file's time back hides its
-change from the memory, not from `qaflora bundle verify`.
+change from the memory, not from `qaflora bundle verify`. The memory also tells which bases outside
+of bundles somebody named on this machine: see bundles.open.
 """
 
 import contextlib
@@ -21,7 +22,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from qaflora_edge import __version__
 from qaflora_edge.errors import ChecksumError, InputFileError, QafloraError, changed_file, os_errors
-from qaflora_edge.files import AnyPath, cache_dir, kind_of, package_data, write_text_atomic
+from qaflora_edge.files import (
+    AnyPath,
+    cache_dir,
+    cache_lock,
+    kind_of,
+    package_data,
+    write_text_atomic,
+)
 
 if TYPE_CHECKING:
     from qaflora_edge.formats.bundle import AdapterRecord, BaseRecord
@@ -33,6 +41,8 @@ FileState = tuple[int, int]  # bytes, and the time of the last change in ns
 MAX_JSON_VALUES = 1 << 20  # a little text such as "[[],[]]" becomes much memory
 MAX_JSON_DEPTH = 64
 MAX_SHOWN_CHARS = 80
+MIN_HOLLOW_BYTES = 64 << 20  # a file system may keep a small file elsewhere than in blocks
+MIN_STORED = 1 / 8  # of a file's bytes; a compressing file system stores more of any weights
 MEMORY_FILE = "checked.json"
 MAX_REMEMBERED = 10_000
 _LFS_START = b"version https://git-lfs.github.com/spec/"
@@ -212,9 +222,26 @@ def read_json_file(path: Path, most: int, kind: type[QafloraError], advice: str)
 
 
 def sha256_file(path: AnyPath) -> str:
-    """Hash a file. Raises InputFileError when it cannot be read."""
+    """Hash a file. Raises InputFileError when it cannot be read, or is nearly all holes."""
     with reading(path), open_input(path) as file:
+        _check_stored(file)
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_stored(file: BufferedReader) -> None:
+    """Refuse a file of hundreds of GB that takes no room on the disk: reading it takes minutes."""
+    status = os.fstat(file.fileno())
+    if status.st_size < MIN_HOLLOW_BYTES or not hasattr(os, "SEEK_HOLE"):
+        return
+    n_stored = status.st_blocks * 512
+    if n_stored >= status.st_size * MIN_STORED:
+        return
+    # A file system that counts no blocks knows no holes either: the end is the first.
+    has_hole = os.lseek(file.fileno(), 0, os.SEEK_HOLE) < status.st_size
+    os.lseek(file.fileno(), 0, os.SEEK_SET)
+    if has_hole:
+        found = f"{n_stored} of its {status.st_size} bytes are on the disk"
+        raise OSError(errno.EINVAL, f"only {found}, the others are a hole; expected a whole file")
 
 
 def check_file(
@@ -225,15 +252,21 @@ def check_file(
     where        names the bundle.json of the record
     always_hash  hash it even when its hash is remembered
 
-    Raises ChecksumError for another hash or a changed file, InputFileError for an unreadable one.
+    Raises ChecksumError for another size or hash or a changed file, InputFileError for an
+    unreadable one. A file of another size is not read.
     """
     state = file_state(path)
+    failure = f"{record.title} is not the file that was recorded: {path} has"
+    if record.size_bytes not in (None, state[0]):
+        raise ChecksumError(
+            f"{failure} {state[0]} bytes, expected {record.size_bytes} as {where} says. "
+            f"{record.advice}"
+        )
     digest = checksum(path, always_hash=always_hash)
     if digest != record.sha256:
         raise ChecksumError(
-            f"{record.title} is not the file that was recorded: {path} has {state[0]} bytes and "
-            f"the SHA-256 {digest}, expected {record.size_bytes or 'some'} and {record.sha256} as "
-            f"{where} says. {record.advice}"
+            f"{failure} the SHA-256 {digest}, expected {record.sha256} as {where} says. "
+            f"{record.advice}"
         )
     return state
 
@@ -266,6 +299,14 @@ def checksum(path: Path, *, always_hash: bool = False) -> str:
     check_unchanged({path: state})
     _remember({key: [*state, sha256]})
     return sha256
+
+
+def is_remembered(path: Path, sha256: str) -> bool:
+    """Tell whether a file was hashed here before and had this SHA-256; the file is not read."""
+    with contextlib.suppress(OSError, ValueError):  # a name that no file can have
+        remembered = _read_memory().get(os.path.realpath(path), [])
+        return remembered[2:] == [sha256]
+    return False
 
 
 def passed(states: Mapping[Path, FileState], base: Path) -> set[Path]:
@@ -303,8 +344,7 @@ def _parsed_memory(path: Path, _inode: int, _changed_ns: int) -> dict[str, list[
 
 
 def _remember(entries: dict[str, list[Any]]) -> None:
-    memory = _read_memory() | entries
-    newest = dict(list(memory.items())[-MAX_REMEMBERED:])
-    with contextlib.suppress(OSError, QafloraError):
-        cache_dir().mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError, QafloraError), cache_lock(MEMORY_FILE):
+        memory = _read_memory() | entries
+        newest = dict(list(memory.items())[-MAX_REMEMBERED:])
         write_text_atomic(cache_dir() / MEMORY_FILE, json.dumps(newest, indent=0) + "\n")
