@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,23 @@ def test_a_wrong_modelfile_is_refused(sources, text, message) -> None:
     (place / "lone").mkdir()
     (place / "lone" / "a.safetensors").write_bytes(b"")
     assert message in refused(InputFileError, lambda: read_modelfile(written(place, text)))
+
+
+def test_a_text_of_a_mebibyte_is_read_at_once(sources) -> None:
+    """It took a minute: each line was put behind all that came before."""
+    lines = ["Sell rugs.", "", "x"] + ["a"] * 500_000
+    text = "\n".join(lines)
+    path = written(sources.base.path.parent, f'FROM base.gguf\nSYSTEM """{text}"""\n')
+    begin_s = time.process_time()
+    assert read_modelfile(path).system == text
+    assert time.process_time() - begin_s < 10
+
+
+def test_a_modelfile_of_many_commands_is_refused(sources) -> None:
+    path = written(sources.base.path.parent, "FROM base.gguf\n" + "LICENSE a\n" * 100_000)
+    assert refused(InputFileError, lambda: read_modelfile(path)) == (
+        f"{path}: there are 100000 commands beside FROM, expected at most 1024. Leave some out."
+    )
 
 
 def test_bytes_that_are_no_text_are_refused(sources) -> None:

@@ -20,6 +20,7 @@ from qaflora_edge.formats.inputs import read_input, read_json_file, reading
 from qaflora_edge.formats.names import CONFIG_FILE, load_registry, parse_hub_ref
 
 MAX_BYTES = 1 << 20  # of a Modelfile, a manifest, or a text in a model
+MAX_COMMANDS = 1024  # a bundle has at most 256 adapters, and as many examples
 COMMANDS = ("FROM", "ADAPTER", "SYSTEM", "PARAMETER", "LICENSE", "MESSAGE")
 ROLES = ("system", "user", "assistant")
 _OF_BASE = ("TEMPLATE", "RENDERER", "PARSER")
@@ -93,6 +94,12 @@ def read_modelfile(path: Path) -> Modelfile:
         except QafloraError as problem:
             problems.append(f"{path}:{froms[0].line}: {problem}")
     for group in (inherited, commands):
+        if len(group) > MAX_COMMANDS:
+            problems.append(
+                f"{path}: there are {len(group)} commands beside FROM, expected at most "
+                f"{MAX_COMMANDS}. Leave some out."
+            )
+            break
         part = Modelfile()
         for command in group:
             try:
@@ -136,15 +143,18 @@ def _commands(path: Path, text: str) -> Iterator[Command]:
                 f"of {', '.join(COMMANDS)}. A text of several lines stands between "
                 'three quotation marks, """.'
             )
-        while (whole := _unquoted(value)) is None:
+        mark = _quotation_mark(value)
+        text_lines = [value.removeprefix(mark)]
+        while mark and not text_lines[-1].rstrip().endswith(mark):
             _, more = next(lines, (0, None))
             if more is None:
                 raise InputFileError(
                     f"{path}:{number}: the text of {name} never ends; expected the quotation "
                     "marks with which it begins at its end too. Add them."
                 )
-            value = f"{value}\n{more}".strip()
-        yield Command(number, name, whole.strip(), argument.lower())
+            text_lines.append(more)
+        text_lines[-1] = text_lines[-1].rstrip().removesuffix(mark)
+        yield Command(number, name, "\n".join(text_lines).strip(), argument.lower())
 
 
 def _word(text: str) -> tuple[str, str]:
@@ -152,13 +162,12 @@ def _word(text: str) -> tuple[str, str]:
     return word, rest.strip()
 
 
-def _unquoted(value: str) -> str | None:
-    """Take quotation marks off a value; None where those at its end are missing."""
+def _quotation_mark(value: str) -> str:
+    """Give the marks with which a text begins, one or three, or nothing."""
     for mark in ('"""', '"'):
         if value.startswith(mark):
-            is_whole = len(value) >= 2 * len(mark) and value.endswith(mark)
-            return value[len(mark) : -len(mark)] if is_whole else None
-    return value
+            return mark
+    return ""
 
 
 def _take(part: Modelfile, command: Command, path: Path, froms: Sequence[Command]) -> None:
