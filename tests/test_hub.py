@@ -13,6 +13,7 @@ from refusals import refused
 
 from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.errors import BundleError, DownloadError, RegistryError
+from qaflora_edge.formats.inputs import checksum
 from qaflora_edge.formats.names import HubRef, from_address, parse_hub_ref
 from qaflora_edge.hub import ADVICE, fetch_hub, named_bundles, pulled_bundles, pulled_path
 
@@ -77,7 +78,9 @@ def test_other_forms_are_refused(text) -> None:
     )
 
 
-def test_a_pulled_bundle_is_used_in_the_cache_that_other_tools_share(hub, hub_cache, files) -> None:
+def test_a_pulled_bundle_is_used_in_the_cache_that_other_tools_share(
+    hub, hub_cache, files, made
+) -> None:
     from huggingface_hub import hf_hub_download
 
     folder = fetch_hub("owner/bundle")
@@ -85,6 +88,7 @@ def test_a_pulled_bundle_is_used_in_the_cache_that_other_tools_share(hub, hub_ca
     assert folder == hub_cache / REPO_DIR / "snapshots" / commit
     wanted = {name: content for name, content in files.items() if name not in (PICTURE, "old.gguf")}
     assert folder_files(folder) == wanted
+    checksum(made.base.path)  # it was made under another cache
     assert set(load_bundle(folder).adapter_paths) == {"math", "es"}
 
     hub.put("owner/theirs", files)
