@@ -77,6 +77,7 @@ python3Packages.buildPythonApplication {
     threadpoolctl
     tqdm
     # for `qaflora serve`
+    msgspec
     prometheus-client
     pydantic
     pypdf
