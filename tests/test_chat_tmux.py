@@ -26,6 +26,7 @@ def opened(tmp_path) -> Iterator[Open]:
         def open_chat(
             folder: Path,
             *args: str,
+            verb: str = "chat",
             answer: str | None = ANSWER,
             columns: int = 80,
             rows: int = 24,
@@ -34,7 +35,7 @@ def opened(tmp_path) -> Iterator[Open]:
             """answer  what the model is made to say, or None: what it says by itself"""
             real = (sys.executable, "-m", "qaflora_edge")
             window = Window(
-                [*(real if answer is None else (*SCRIPTED, answer)), "chat", str(folder), *args],
+                [*(real if answer is None else (*SCRIPTED, answer)), verb, str(folder), *args],
                 columns=columns,
                 rows=rows,
                 env={
@@ -50,6 +51,13 @@ def opened(tmp_path) -> Iterator[Open]:
             return window
 
         yield open_chat
+
+
+def test_run_without_a_prompt_opens_a_chat(opened, made) -> None:
+    window = opened(made.folder, "--temp", "0.5", verb="run")
+    window.type("/set temp")
+    window.key("Enter")
+    window.wait_for("temp 0.5")
 
 
 def test_a_chat_from_its_first_question_to_its_end(opened, made, tmp_path) -> None:

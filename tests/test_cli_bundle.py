@@ -1,6 +1,7 @@
 """qaflora bundle create, show, verify, and qaflora convert"""
 
 import json
+from pathlib import Path
 
 import pytest
 from bundles import TinyBundle, bundle_json, make_bundle, make_sources, qaflora, rewrite, said_by
@@ -25,6 +26,18 @@ def test_create_makes_a_calibrated_bundle(tmp_path) -> None:
     )
     known = load_bundle(made.folder).known
     assert (known.strategy, set(known.typical)) == ("two-place", {"math", "es"})
+
+
+def test_an_interrupted_create_says_how_to_measure_for_its_strategy(tmp_path, monkeypatch) -> None:
+    def interrupted(folder: Path, *args: object, **options: object) -> None:
+        folder.mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qaflora_edge.bundles.create.create_bundle", interrupted)
+    words = ("--base", "b.gguf", "--adapter", "a=a.gguf", "--strategy", "relay")
+    result = qaflora("bundle", "create", tmp_path / "mine", *words)
+    assert result.exit_code == 130
+    assert f"`qaflora bundle calibrate {tmp_path / 'mine'} --strategy relay` does." in result.stderr
 
 
 def test_create_records_what_it_is_told(tmp_path) -> None:

@@ -19,9 +19,10 @@ from test_cli_main import STOPPED_WHILE_ANSWERING
 
 from qaflora_edge import Engine
 from qaflora_edge.bundles.create import create_bundle
-from qaflora_edge.cli.chat.commands import COMMANDS
+from qaflora_edge.cli.chat.commands import COMMANDS, completions
 from qaflora_edge.cli.chat.view import parse_markdown, split_closed
 from qaflora_edge.config import in_group
+from qaflora_edge.show.text import visible
 
 REPEAT_PENALTY = in_group("sampling")["repeat_penalty"].defaults["chat"]
 GREEDY = ("--temp", "0", "--max-tokens", "6")
@@ -162,10 +163,13 @@ def test_switched_off_adapters_are_as_if_they_were_not_there(made, tmp_path) -> 
     result = chat(made.folder, "/adapters off", "/adapters on", "the thing", "/adapters")
     assert result.stdout == as_lines(answers(made.folder, "the thing"))
     assert " in the last answer" in result.stderr
+    only = chat(made.folder, "/adapters only es", "the thing")
+    assert only.stdout == as_lines(answers(tmp_path / "es", "the thing"))
 
 
 FAILING = [
-    ("/adapters of math", "/adapters of is no choice; expected /adapters [on|off [NAME ...]]."),
+    ("/adapters of x", "/adapters of is no choice; expected /adapters [on|off|only [NAME ...]]."),
+    ("/adapters only", "/adapters only is no choice; expected /adapters [on|off|only [NAME ...]]"),
     ("/adapters off law", "The adapter 'law' is not loaded; expected names out of: math, es."),
     ("/strategy best", "Strategy 'best' is not known; expected one of two-place, "),
     ("/strategy calibrated", "Strategy calibrated needs typical values"),
@@ -246,7 +250,8 @@ def test_a_saved_chat_goes_on_where_it_was(made, tmp_path) -> None:
     document = json.loads(path.read_text(encoding="utf-8"))
     assert [message["role"] for message in document["messages"]] == ["system", "user", "assistant"]
     loaded = chat(made.folder, f"/load {path}", "and then")
-    assert f"[1 turn loaded from {path}]" in loaded.stderr
+    shown = f"[system prompt: on a ring]\n> the thing\n{visible(saved.stdout)}"
+    assert f"[1 turn loaded from {path}]\n{shown}" in loaded.stderr
     assert saved.stdout + loaded.stdout == whole.stdout
     option = chat(made.folder, "and then", args=(*GREEDY, "--load", str(path)))
     assert option.stdout == loaded.stdout
@@ -284,6 +289,21 @@ def test_clear_forgets_the_conversation_alone(made) -> None:
     assert "[the conversation is forgotten]" in result.stderr
     expected = answers(made.folder, "the thing", system="on a ring")
     assert result.stdout.splitlines()[1:] == as_lines(expected).splitlines()
+
+
+def test_many_adapters_that_are_read_one_by_one_are_told(made, monkeypatch) -> None:
+    monkeypatch.setattr("qaflora_edge.cli.options.N_SLOW", 1)
+    told = "qa-flora reads each prompt 3 times, under the base and under each adapter; two-place"
+    result = chat(made.folder, "/strategy static", "/strategy qa-flora")
+    assert result.stderr.startswith(f"[{told} reads it once]\n[strategy static]\n")
+    assert f"[strategy qa-flora; {told}" in result.stderr
+
+
+def test_a_command_that_takes_words_is_completed_with_a_space(made) -> None:
+    with Engine(made.folder, threads=1) as engine:
+        assert list(completions("/strat", engine)) == ["/strategy "]
+        assert list(completions("/und", engine)) == ["/undo"]
+        assert list(completions("/adapters o", engine)) == ["on", "off", "only"]
 
 
 def test_a_message_that_is_no_utf8_is_told_and_the_chat_goes_on(made) -> None:

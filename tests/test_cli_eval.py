@@ -138,6 +138,13 @@ def test_table_and_json_show_every_item(calibrated, tmp_path) -> None:
     lines = result.stdout.splitlines()
     assert lines[0] == "sums: number, points"
     assert [line.split()[0] for line in lines[2:4]] == ["static", "qa-flora"]
+    assert lines[1].split() == [
+        "score,",
+        "points",
+        "over",
+        "static",
+        "items",
+    ]  # no single was asked
 
 
 @pytest.mark.parametrize(

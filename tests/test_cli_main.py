@@ -104,6 +104,13 @@ def test_an_unknown_name_is_told_what_is_accepted_and_the_nearest() -> None:
     assert stderr.endswith("Did you mean smollm2-135m-instruct?\n")
 
 
+def test_the_nearest_name_may_be_a_bundle_of_the_working_folder(made, monkeypatch) -> None:
+    monkeypatch.chdir(made.folder.parent)
+    name = made.folder.name
+    said = said_by(qaflora("run", f"{name[:-1]}{name[-1]}{name[-1]}", "hi"), 1)
+    assert said.endswith(f"Did you mean {name}?\n")
+
+
 def test_a_prompt_without_quotes_is_told() -> None:
     stderr = said_by(qaflora("run", "DIR", "how", "are", "you"), 2)
     assert 'quote a prompt of several words: "how are you".' in stderr

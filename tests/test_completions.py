@@ -561,6 +561,11 @@ def test_openais_options_that_change_nothing_are_taken(engine) -> None:
     assert text(max_tokens=4, **hints) == expected  # this base does not think
 
 
+def test_a_refused_option_of_completions_is_said_to_be_theirs(client) -> None:
+    response = client.post("/v1/completions", json={"prompt": "a", "suffix": "b"})
+    assert response.json()["error"]["message"].startswith("Option suffix of completions is 'b'")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -67,6 +67,13 @@ def holding(*entries: bytes) -> bytes:
     return make(ARCH, entries=entries, data=bytes(64))
 
 
+def test_a_name_lacks_the_format_that_the_file_does_not_have(tmp_path) -> None:
+    named = field("general.name", 8, text("Qwen2.5 Coder 1.5B Instruct AWQ"))
+    path = tmp_path / "base.gguf"
+    path.write_bytes(make(ARCH, named))
+    assert read_gguf_header(path).name == "Qwen2.5 Coder 1.5B Instruct"
+
+
 @pytest.mark.parametrize(
     ("arch", "dtype"), [("llama", "f32"), ("qwen2", "f16"), ("gemma3", "bf16"), ("llama", "q8_0")]
 )

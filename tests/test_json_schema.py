@@ -161,7 +161,7 @@ def test_what_the_library_would_pass_over_is_refused(schema, place, found) -> No
 def test_refusal_of_the_library_is_told(schema, reason) -> None:
     told = refused(GrammarError, schema_grammar, schema)
     assert told.startswith(f"The JSON schema cannot be followed: {reason}")
-    assert told.endswith(". Write it more simply.")
+    assert told.endswith(". Correct it, or write it more simply.")
 
 
 def test_what_is_no_json_is_refused() -> None:

@@ -154,14 +154,16 @@ def test_the_base_has_its_share_of_the_bar(desk) -> None:
 
 
 def test_a_formula_is_drawn_and_read_aloud(desk) -> None:
-    desk.script.answers["?"] = "It is \\(\\frac{1}{2}\\).\n\n\\[x_1\\]\n\nOr $5 and $10.\n#### 72"
+    desk.script.answers["?"] = (
+        "It is \\(\\frac{1}{2}\\).\n\n\\[x_1\\]\n\nOr $5 and $10.\n#### 72\n####"
+    )
     desk.ask("?")
     assert desk.window.run(
         "const [over] = document.querySelectorAll('.markdown mfrac');"
         "const [top, bottom] = [...over.children].map(e => e.getBoundingClientRect());"
         "return over.namespaceURI.endsWith('MathML') && top.bottom <= bottom.top + 3"
     )
-    assert desk.texts(".markdown p")[-2:] == ["Or $5 and $10.", "72"]
+    assert desk.texts(".markdown p")[-3:] == ["Or $5 and $10.", "72", ""]
     assert desk.text("#spoken").startswith("It is \\frac{1}{2}.")
 
 

@@ -299,6 +299,11 @@ LONG_TEXT = "y" * 200_000
 REFUSED = [
     ({"messages": []}, "messages", "The field messages is [], expected a list of messages"),
     ({"messages": [{}]}, "messages", "Message 0 has role = None, expected a text, as in {"),
+    (
+        {"messages": [{"role": "robot", "content": "a"}]},
+        "messages",
+        "Message 0 has role = 'robot', expected one of system, developer, user, assistant, tool,",
+    ),
     ({"messages": USER * 2049}, "messages", "The field messages is [{'role': 'user', 'con"),
     ({"stop": [""]}, "stop", "The field stop is [''], expected a text or 1 to 16 texts,"),
     ({"n": 17}, "n", "The field n is 17, expected a number of answers from 1 to 16."),

@@ -10,6 +10,7 @@ from rich.cells import cell_len
 
 from qaflora_edge.show import text as show
 from qaflora_edge.show.picture import picture
+from qaflora_edge.weighing.drafted import Draft, Relay
 from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.strategy import Reason
 
@@ -65,6 +66,13 @@ def test_of_many_adapters_the_heaviest_are_named() -> None:
     lines = printed(layered)
     assert [line.split()[0] for line in lines if line.startswith("a")][1:] == [*names[59:]]
     assert "59 others" in [line.strip() for line in lines]
+
+
+def test_a_relay_shows_who_knows_and_who_writes() -> None:
+    reasons = {name: Reason({"answer": 2.0}, {"answer": 1.25}) for name in ("math", "es")}
+    draft = Draft("math", (), "", (), is_whole=True)
+    mix = replace(exact([0.0], [1.0]), why=reasons, relay=Relay("math", "es", draft))
+    assert [row[-1] for row in show.reason_rows(mix)[:3]] == ["taken as", "knower", "writer"]
 
 
 @pytest.mark.parametrize(("width", "encoding"), [(40, "ascii"), (79, "utf-8"), (200, "utf-8")])

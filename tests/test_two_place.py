@@ -238,7 +238,7 @@ CASES = [
     ([3.1, 0.2, 0.1, 0], [0.4, 2.2, 0.1, 0],
      f"math: 3.1 {SAYS} es: 2.2 in the question. The others are typical."),
     ([2.75, 0, 2.6], [0, 0.9, 0], f"math: 2.8 {SAYS} The others are lower."),
-    ([0.25, 1.24], [0, 9], f"{BASE} (es most: 1.24, needed: above 2.5)."),
+    ([0.25, 1.24], [0, 9], f"{BASE} (es most: 1.24, needed: above 1.25)."),
     ([0.25, 2.4], [0, 9], "The base answers alone: it is sure of its answer (es most: 2.40)."),
     ([3], [9], "math is the only adapter in use."),
 ]

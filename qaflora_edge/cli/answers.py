@@ -90,7 +90,10 @@ def summary_line(answer: "Generation") -> str:
     if answer.n_draft:
         parts.append(f"draft {answer.n_draft} tokens")
     parts.append(f"prefill {timings.prefill_ms:.0f} ms")
-    parts.append(f"{answer.n_completion} tokens at {timings.tokens_per_second:.1f} tok/s")
+    tokens = f"{answer.n_completion} tokens"
+    if timings.n_decoded:  # none where the draft is the answer
+        tokens += f" at {timings.tokens_per_second:.1f} tok/s"
+    parts.append(tokens)
     parts += thought_parts(answer)
     if answer.finish_reason == "length":
         parts.append("cut at the limit of tokens")

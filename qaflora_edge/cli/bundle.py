@@ -134,7 +134,8 @@ def create(
             create_bundle(folder, source, pairs, progress=progress, **options)
     except BaseException:
         if folder.is_dir() and not is_there:
-            finish = f"qaflora bundle calibrate {folder} --strategy two-place"
+            strategy = options["strategy"] or "two-place"
+            finish = f"qaflora bundle calibrate {folder} --strategy {strategy}"
             say(f"{folder} works, but is not measured; `{finish}` does.")
         raise
     weighed = f"weighed by {_strategy(folder)}"
@@ -284,17 +285,19 @@ def describe(folder: Path) -> str:
     """Give a bundle's description as lines to read; its files need not be there."""
     from qaflora_edge.bundles.open import how_to_get_base, recorded_base
     from qaflora_edge.formats.bundle import read_bundle_text
+    from qaflora_edge.formats.gguf import plain_name
     from qaflora_edge.weighing.weigher import known_of
 
     text = read_bundle_text(folder)
     base = text.base
     known = known_of(text)
+    base_name = plain_name(base.name or base.architecture)
     sampling = ", ".join(f"{name} {value}" for name, value in text.sampling.items())
     where = recorded_base(folder, base) or f"not here: {how_to_get_base(folder, base)}"
     lines = [
         f"{text.name or folder.name}" + (f": {text.description}" if text.description else ""),
         f"licence    {text.license or 'not stated'}",
-        f"base       {base.name or base.architecture}, {base.n_layer} layers, {base.n_embd} wide, "
+        f"base       {base_name}, {base.n_layer} layers, {base.n_embd} wide, "
         f"{base.size_bytes / 1e6:.0f} MB",
         f"           {where}",
         f"fusion     {known.strategy}, lens {known.lens}, pool {known.pool}",

@@ -187,6 +187,18 @@ def _print_tables(results: "Sequence[Cell]") -> None:
         for strategy, (score, *gains) in rows(group).items():
             texts = [estimate(gain, group[0].unit, is_difference=True) for gain in gains]
             lines.append([strategy, estimate(score, group[0].unit), *texts, str(score.n_item)])
-        shown = [[crop(text, 200) for text in line] for line in lines]
+        shown = [[crop(text, 200) for text in line] for line in _without_empty(lines)]
         click.echo("\n".join([crop(title, 200), *columns(shown), ""]))
     click.echo(NOTES)
+
+
+def _without_empty(lines: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Leave out the columns that have no value: there was nothing to compare with."""
+    from qaflora_edge.evaluation.table import NONE
+
+    heads, *others = lines
+    kept = []
+    for column in range(len(heads)):
+        if any(line[column] != NONE for line in others):
+            kept.append(column)
+    return [[line[column] for column in kept] for line in lines]

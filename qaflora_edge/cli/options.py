@@ -108,6 +108,8 @@ def _items(values: Callable[[], Iterable[str]], word: str) -> list[Any]:
     return []
 
 
+N_SLOW = 16  # adapters; weighing more of them one by one takes seconds
+
 # Keywords of click.argument for DIR.
 BUNDLE: Keywords = {"metavar": "DIR", "shell_complete": complete_bundle}
 bundle_argument = click.argument("bundle", **BUNDLE)
@@ -347,6 +349,10 @@ class _Command(click.Command):
             return ADVANCED
         return self._sections.get(param.name or "", SECTIONS[0])
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[ARGUMENTS] = list(args)
+        return super().parse_args(ctx, args)
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         rows: dict[str, Pairs] = {name: [] for name in SECTIONS}
         for param in self.get_params(ctx):
@@ -375,6 +381,7 @@ def _show_all(ctx: click.Context, param: click.Parameter, value: bool) -> None:
         ctx.exit()
 
 
+ARGUMENTS = "qaflora.arguments"  # of ctx.meta: what was typed behind the verb
 _ALL = "qaflora.help_all"
 _HELP_ALL = click.Option(
     ["--help-all"],
@@ -408,7 +415,7 @@ def bundle_folder(text: str) -> Path:
     if os.path.exists(folder):
         refuse_adapter(folder)
         return folder
-    from qaflora_edge.hub import named_bundles, pulled_path
+    from qaflora_edge.hub import bundles_in, named_bundles, pulled_path
 
     if named := named_bundles().get(text):
         return named
@@ -420,7 +427,8 @@ def bundle_folder(text: str) -> Path:
     except RegistryError:
         if folder.name != text:
             return folder  # a path: reported as the missing folder that it is
-        names = [*named_bundles(), *registry.load_registry()]
+        here = [path.name for path in bundles_in(Path())]
+        names = [*here, *named_bundles(), *registry.load_registry()]
         near = nearest(text, names)
         advice = "See `qaflora --help`."
         if near:
@@ -503,7 +511,24 @@ def open_engine(
 
     folder = bundle_folder(bundle)
     with contextlib.nullcontext() if is_quiet else waiting(f"Loading {folder}"):
-        return Engine(folder, **options.engine | changes)
+        engine = Engine(folder, **options.engine | changes)
+    if warning := slow_weighing(engine):
+        say(f"[{warning}]")
+    return engine
+
+
+def slow_weighing(engine: "Engine") -> str:
+    """Say so where the strategy reads each prompt once for every adapter, and these are many."""
+    from qaflora_edge.weighing.strategy import find_strategy
+
+    strategy = find_strategy(engine.strategy.partition(":")[0])
+    n_adapter = len(engine.adapters)
+    if strategy is None or not strategy.reads_each or n_adapter <= N_SLOW:
+        return ""
+    return (
+        f"{engine.strategy} reads each prompt {n_adapter + 1} times, under the base and under each "
+        "adapter; two-place reads it once"
+    )
 
 
 def read_prompt(text: str) -> str:

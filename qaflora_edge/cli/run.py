@@ -1,5 +1,6 @@
 """qaflora run"""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -85,7 +86,7 @@ def run(
     """Answer a prompt with the weighed adapters.
 
     The answer goes to stdout as it is generated, everything else to stderr. PROMPT `-` reads
-    stdin; a pipe's text follows a PROMPT.
+    stdin; a pipe's text follows a PROMPT. Without one a terminal opens `qaflora chat`.
     """
     if schema_path is not None and grammar_path is not None:
         raise click.UsageError("Give --json-schema or --grammar, not both.")
@@ -96,7 +97,10 @@ def run(
         raise click.UsageError("--system needs the chat template, which --raw-prompt leaves out.")
     is_asked = prompts_path is not None or "-" in (prompt, file, schema_path, grammar_path)
     piped = "" if is_asked else read_piped()
-    if (prompt is None and file is None and not piped) == (prompts_path is None):
+    is_nothing_asked = prompt is None and file is None and not piped
+    if is_nothing_asked and prompts_path is None and _is_on_terminal():
+        return _chat()
+    if is_nothing_asked == (prompts_path is None):
         raise click.UsageError("Give PROMPT, -f FILE or text on stdin, or else --prompts FILE.")
     if out is not None and prompts_path is None:
         raise click.UsageError("-o is for the answers to --prompts FILE.")
@@ -126,6 +130,24 @@ def run(
             click.echo(answers.summary_line(answer), err=True)
     if not answer.is_whole:
         raise answers.incomplete(answer)
+
+
+def _is_on_terminal() -> bool:
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def _chat() -> None:
+    """Open `qaflora chat` with the arguments of this command. Raises UsageError as it does."""
+    from qaflora_edge.cli.settings import file_defaults
+
+    root = click.get_current_context().find_root()
+    arguments = click.get_current_context().meta[cli.ARGUMENTS]
+    assert isinstance(root.command, click.Group)
+    chat = root.command.get_command(root, "chat")
+    assert chat is not None
+    root.default_map = {"chat": file_defaults("chat")}
+    with chat.make_context("chat", list(arguments), parent=root) as ctx:
+        chat.invoke(ctx)
 
 
 def _read_grammar(schema_path: str | None, grammar_path: str | None) -> "Grammar | None":

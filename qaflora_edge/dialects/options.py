@@ -35,12 +35,14 @@ RANGE = f"from {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}"
 _NO_THOUGHT = ("none", "minimal")
 
 
-def sampling_of(body: Object, defaults: Sampling) -> Sampling:
+def sampling_of(body: Object, defaults: Sampling, method: str = "chat") -> Sampling:
     """Read how tokens are chosen; the defaults hold where a body says nothing, or null.
 
     Of two names of one option OpenAI's newer one counts.
+
+    method  whose body it is, for messages
     """
-    check_off("chat", body, FIXED)
+    check_off(method, body, FIXED)
     options = {}
     for name, option in SAMPLING.items():
         if body.get(name) is not None:

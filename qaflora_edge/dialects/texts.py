@@ -27,7 +27,7 @@ def several(value: Any) -> list[Any]:
 def asks(body: Object, defaults: Ask) -> list[Ask]:
     """Read a body: an Ask for each of its prompts; see openai_chat.ask."""
     options = dict(body) | {"logprobs": None, "top_logprobs": None}  # others than those of chats
-    sampling = sampling_of(options, defaults.sampling)
+    sampling = sampling_of(options, defaults.sampling, "completions")
     n_token = N_ANSWER if sampling.max_tokens is None else sampling.max_tokens
     common = replace(
         defaults,
@@ -109,7 +109,7 @@ def ask_infill(body: Object, defaults: Ask) -> Ask:
 
 def _asked(body: Object, question: Question, defaults: Ask) -> Ask:
     options = dict(body) | {"top_logprobs": None}
-    sampling = sampling_of(options, defaults.sampling)
+    sampling = sampling_of(options, defaults.sampling, "completions")
     n_predict = body.get("n_predict")
     if n_predict is not None:
         sampling = replace(sampling, max_tokens=None if n_predict < 0 else n_predict)

@@ -116,8 +116,31 @@ def _is_same(text: str, answer: Any) -> bool:
 
 
 def _has(text: str, answer: Any) -> bool:
+    """Tell whether a text has an answer, as whole words and numbers."""
     sought = _plain(answer).casefold()
-    return sought in _plain(text).casefold()
+    searched = _plain(text).casefold()
+    inside = _inside_words(searched)
+    start = searched.find(sought)
+    while start >= 0:
+        end = start + len(sought)
+        if inside.isdisjoint((start, end)):
+            return True
+        start = searched.find(sought, start + 1)
+    return False
+
+
+def _inside_words(text: str) -> set[int]:
+    """Find the places between two signs of one number, or of one word.
+
+    Letters without a small form, as those of Chinese, make no words: no spaces divide them.
+    """
+    inside: set[int] = set()
+    for number in _DIGITS.finditer(text):
+        inside.update(range(number.start() + 1, number.end()))
+    for place in range(1, len(text)):
+        if text[place - 1].islower() and text[place].islower():
+            inside.add(place)
+    return inside
 
 
 def is_same_json(text: str, value: Any) -> bool:
@@ -184,6 +207,8 @@ _METRICS = (
     Metric("loss", loss, "continuation", _check_loss, is_likelihood=True),
 )
 BUILT_IN = {metric.name: metric for metric in _METRICS}
+
+_DIGITS = re.compile(r"\d+(?:[.,]\d+)*")  # of one number, in any script
 
 # the number that an answer ends with, as people of many languages write numbers
 _GAP = "[ \u00a0\u2009\u202f]"  # between thousands, or between two numbers

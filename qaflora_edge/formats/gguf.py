@@ -7,6 +7,7 @@ The file is not mapped: a mapped file that someone shortens would end the proces
 
 import math
 import os
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -250,6 +251,14 @@ class GgufCursor:
                 self.fail(f"the end of tensor {info.name!r}", f"byte {end}", expected)
 
 
+_OTHER_FORMAT = re.compile(r"[ _-](AWQ|GPTQ)(?![A-Za-z])", re.IGNORECASE)
+
+
+def plain_name(name: str) -> str:
+    """Give a model's name without the format of the weights that its GGUF was made from."""
+    return _OTHER_FORMAT.sub("", name)
+
+
 @dataclass(frozen=True)
 class GgufHeader:
     """The header of a GGUF file, checked against the file's size."""
@@ -263,7 +272,7 @@ class GgufHeader:
     @property
     def name(self) -> str | None:
         name = self.metadata.get("general.name")
-        return name if isinstance(name, str) and name.strip() else None
+        return plain_name(name) if isinstance(name, str) and name.strip() else None
 
     @property
     def n_layer(self) -> int:

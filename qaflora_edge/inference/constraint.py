@@ -235,7 +235,9 @@ def lark_grammar(text: str, source: str) -> Grammar:
         return Grammar(text, source)
     is_empty = mask and (_is_dead(matcher) or not matcher.is_error())
     reason = "nothing can be written under it" if is_empty else _said(matcher.get_error())
-    raise GrammarError(f"{source} cannot be followed: {reason}. Write it more simply.")
+    raise GrammarError(
+        f"{source} cannot be followed: {reason}. Correct it, or write it more simply."
+    )
 
 
 def _is_dead(matcher: "LLMatcher") -> bool:

@@ -10,6 +10,7 @@ from qaflora_edge.errors import ModalityError, OptionError, PromptError
 from qaflora_edge.formats.inputs import Json, Object
 
 Message = Object
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
 def begin_with(
@@ -48,6 +49,8 @@ def _checked(i: int, message: Message) -> Json:
     role = checked.get("role")
     if not isinstance(role, str):
         raise _wrong(i, "has role =", role)
+    if role not in ROLES:
+        raise _wrong(i, "has role =", role, f"one of {', '.join(ROLES)}")
     if role == "developer":
         checked["role"] = "system"
     content = checked.get("content")

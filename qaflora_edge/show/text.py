@@ -181,13 +181,22 @@ def reason_rows(fusion: "FusionWeights") -> list[list[str]]:
         for row, reason in zip(rows, reasons, strict=True):
             score = reason.scores[place]
             row.append(f"{score:{digits}}")
-    if any(reason.taken_as for reason in reasons):
+    parts = _parts(fusion)
+    if parts:
         heads.append("taken as")
-        for row, reason in zip(rows, reasons, strict=True):
-            row.append(reason.taken_as or "-")
+        for row, index in zip(rows, shown, strict=True):
+            row.append(parts.get(fusion.adapters[index], "-"))
     if thresholds:
         last_rows.append(last_row)
     return [heads, *rows, *last_rows]
+
+
+def _parts(fusion: "FusionWeights") -> dict[str, str]:
+    """Map adapters to what they were taken for, where they were: a place, or a part of a relay."""
+    relay = fusion.relay
+    if relay is not None:
+        return {relay.knower: "knower", relay.writer: "writer"}
+    return {name: reason.taken_as for name, reason in fusion.why.items() if reason.taken_as}
 
 
 def facts(fusion: "FusionWeights") -> str:

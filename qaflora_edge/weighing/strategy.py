@@ -228,6 +228,11 @@ class Strategy:
         """
         raise NotImplementedError
 
+    @property
+    def reads_each(self) -> bool:
+        """Whether each adapter reads the prompt, as well as the base."""
+        return self.is_probed and bool(self.measured.reads)
+
     def measured_under(self, options: str) -> Measured:
         """Say how its measure is shown under options, as they stand behind the colon."""
         return self.measured

@@ -73,15 +73,19 @@ class TwoPlace(Strategy):
         scores = _scores(query, last, question)
         first_scores = next(iter(scores.values()))  # [n_adapter]
         is_familiar = False
-        if options["abstain"] != "never":
-            asked = options["abstain"]
+        asked = options["abstain"]
+        if asked != "never":
             options["abstain"] *= _caution(query, probe)
             is_familiar = query.is_chat and first_scores.max() > asked
         if query.is_chat:
             weights, taken = pair(scores["answer"], scores["question"], options)
         else:
             weights, taken = single(scores["text"], options)
-        reasons, because = _told(query.adapters, scores, taken, options, is_familiar=is_familiar)
+        if not query.is_chat:
+            asked = options["abstain"]
+        reasons, because = _told(
+            query.adapters, scores, taken, options, asked=asked, is_familiar=is_familiar
+        )
         by_layer = np.repeat(weights[:, None], query.n_layer, axis=1)
         return Mix(by_layer, last, reasons, because)
 
@@ -162,11 +166,13 @@ def _told(
     taken: Taken,
     options: Options,
     *,
+    asked: float | str,
     is_familiar: bool,
 ) -> tuple[dict[str, Reason], str]:
     """Give each adapter's numbers, and say in words what decided.
 
     scores  place -> [n_adapter], how unusual each adapter is there; the answer's first
+    asked   score that the first needs, where the question surprises the base
     is_familiar  whether the first would do for a question that surprises the base more
     """
     limits = {
@@ -179,15 +185,14 @@ def _told(
     for i, name in enumerate(names):
         numbers = {place: float(score[i]) for place, score in scores.items()}
         reasons[name] = Reason(numbers, needed, taken.get(i, ""))
-    place, highest = next(iter(scores.items()))
+    highest = next(iter(scores.values()))  # [n_adapter]
     first = int(highest.argmax())
     if not taken:
         most = f"{names[first]} most: {highest[first]:.2f}"
         if is_familiar:
             return reasons, f"The base answers alone: it is sure of its answer ({most})."
         return reasons, (
-            "The base answers alone: no adapter stands out "
-            f"({most}, needed: above {needed[place]:.3g})."
+            f"The base answers alone: no adapter stands out ({most}, needed: above {asked})."
         )
     said = [f"{names[first]}: {highest[first]:.1f} standard deviations above its typical prompt."]
     for i, its_place in taken.items():

@@ -24,12 +24,13 @@ if TYPE_CHECKING:
     from qaflora_edge.weighing.numbers import FusionWeights
 
 LEAVING = ("exit", "quit", "/exit", "/quit", "/bye")
+N_RECALLED = 3  # turns of a loaded conversation that are shown
 _MESSAGE = ("message", "for example with iconv")
 
 
 @cli.command(
     "qaflora chat demo",
-    "qaflora chat demo --strategy calibrated --temp 0",
+    "qaflora chat demo --strategy relay --temp 0",
     'qaflora chat demo --system "Answer in one sentence." --load talk.json',
 )
 @cli.bundle_argument
@@ -228,6 +229,14 @@ class Chat:
         self.conversation = loaded
         self.fusion = None
         self.view.note(f"{self.turns} loaded from {path}")
+        if loaded.system is not None:
+            self.view.note(f"system prompt: {loaded.system}")
+        n_before = loaded.n_turn - N_RECALLED
+        if n_before > 0:
+            self.view.note(f"{n_before} earlier {'turn' if n_before == 1 else 'turns'}")
+        for message in loaded.said[-2 * N_RECALLED :]:
+            mark = "> " if message["role"] == "user" else ""
+            self.view.recall(mark + message["content"])
 
     @property
     def turns(self) -> str:

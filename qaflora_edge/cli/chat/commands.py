@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qaflora_edge.cli.options import slow_weighing
 from qaflora_edge.cli.progress import waiting
 from qaflora_edge.config import expanded, in_group
 from qaflora_edge.errors import QafloraError, nearest
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
 
 Command = Callable[["Chat", str], None]
+ADAPTERS = ("on", "off", "only")  # what /adapters does with names
 KEYS = "Enter: send; Alt-Enter: new line; Ctrl-C: stop an answer; Ctrl-D: leave"
 
 # Command -> its function, whose docstring is the help, and what follows its name.
@@ -62,13 +64,15 @@ def completions(text: str, engine: "Engine") -> Iterator[str]:
     words = text.split(" ")
     command = words[0]
     if len(words) == 1:
-        candidates = [f"/{name}" for name in COMMANDS]
+        candidates = [
+            f"/{name} " if follows else f"/{name}" for name, (_, follows) in COMMANDS.items()
+        ]
     elif command == "/adapters" and len(words) > 2:
         candidates = [name for name in engine.loaded_adapters if name not in words[2:-1]]
     elif len(words) > 2:
         candidates = []
     else:
-        arguments = {"/strategy": engine.strategies, "/set": SAMPLING, "/adapters": ("on", "off")}
+        arguments = {"/strategy": engine.strategies, "/set": SAMPLING, "/adapters": ADAPTERS}
         arguments["/drop"] = engine.loaded_adapters
         candidates = list(arguments.get(command, ()))
     yield from (candidate for candidate in candidates if candidate.startswith(words[-1]))
@@ -83,14 +87,14 @@ def weights(chat: "Chat", argument: str) -> None:
         chat.view.weights(chat.fusion)
 
 
-@_command("[on|off [NAME ...]]")
+@_command("[on|off|only [NAME ...]]")
 def adapters(chat: "Chat", argument: str) -> None:
-    """List the adapters, or switch some on or off; without names all."""
+    """List the adapters, or switch some on or off, without names all; only: no others."""
     engine = chat.engine
     action, *names = argument.split() or [""]
-    if action not in ("", "on", "off"):
+    if action not in ("", *ADAPTERS) or (action == "only" and not names):
         raise click.UsageError(
-            f"/adapters {action} is no choice; expected /adapters [on|off [NAME ...]]."
+            f"/adapters {action} is no choice; expected /adapters [on|off|only [NAME ...]]."
         )
     loaded = set(engine.loaded_adapters)
     in_use = set(engine.adapters)
@@ -99,6 +103,8 @@ def adapters(chat: "Chat", argument: str) -> None:
         engine.use_adapters(sorted(in_use | chosen))
     elif action == "off":
         engine.use_adapters(sorted(in_use - chosen | chosen - loaded))  # refuses unknown names
+    elif action == "only":
+        engine.use_adapters(names)
     means = {} if chat.fusion is None else chat.fusion.means
     rows = []
     width = max(map(len, engine.loaded_adapters), default=0)
@@ -136,7 +142,7 @@ def strategy(chat: "Chat", argument: str) -> None:
         followed = {text.partition(":")[0] for text in chat.engine.strategies} | {"manual"}
         rows = [(each.usage, each.help) for each in strategies() if each.name in followed]
         chat.view.show(_table(rows))
-    chat.view.note(f"strategy {chat.engine.strategy}")
+    chat.view.note(f"strategy {chat.engine.strategy}", *_slow(chat))
 
 
 @_command("[TEXT]")
@@ -221,6 +227,11 @@ def help_(chat: "Chat", argument: str) -> None:
         ("//TEXT", "Send a message that begins with one slash."),
     ]
     chat.view.show(f"{_table(rows)}\n\n{KEYS}")
+
+
+def _slow(chat: "Chat") -> list[str]:
+    warning = slow_weighing(chat.engine)
+    return [warning] if warning else []
 
 
 def _table(rows: list[tuple[str, str]]) -> str:

@@ -70,6 +70,10 @@ class View:
     def show(self, text: str) -> None:
         click.echo(text, err=True, color=False)
 
+    def recall(self, text: str) -> None:
+        """Show a message of a conversation that goes on."""
+        self.show(visible(text))
+
     def status(self, parts: Sequence[str], fusion: "FusionWeights") -> None:
         self.note(*parts, who_spoke(fusion))
 

@@ -10,7 +10,7 @@ const MAX_OPEN = 100; // runs of stars that wait for their end
 
 const FENCE = /^ {0,3}(`{3,}(?=[^`]*$)|~{3,})[ \t]*(\S*)/;
 const HEADING = /^ {0,3}(?!####(?: [^\p{L}]*)?$)(#{1,6})(?=[ \t]|$)(.*)$/u;
-const RESULT = /^ {0,3}#### ([^\p{L}]*)$/u; // as GSM8K ends an answer: no heading
+const RESULT = /^ {0,3}####(?: ([^\p{L}]*))?$/u; // as GSM8K ends an answer: no heading
 const RULE = /^ {0,3}([-*_])[ \t]*(?:\1[ \t]*){2,}$/;
 const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^( {0,3})([-+*]|\d{1,9}[.)])( *)(.*)$/;
@@ -140,7 +140,7 @@ const blockAt = (lines, at, depth) => {
   const heading = HEADING.exec(line);
   if (heading) return [[`h${heading[1].length}`, {}, inline(heading[2].trim().replace(/(^|[ \t])#+$/, "").trim())], at + 1];
   const result = RESULT.exec(line);
-  if (result) return [["p", {}, [["strong", {}, inline(result[1].trim())]]], at + 1];
+  if (result) return [["p", {}, [["strong", {}, inline((result[1] || "").trim())]]], at + 1];
   if (RULE.test(line)) return [["hr", {}, []], at + 1];
   if (depth < MAX_NESTED && QUOTE.test(line)) {
     const [own, next] = gathered(lines, at, each => QUOTE.test(each) ? each.replace(QUOTE, "") : null);
