@@ -36,6 +36,12 @@ def read(name: str) -> dict[str, Any]:
     return tomllib.loads((HERE / f"{name}.toml").read_text(encoding="utf-8"))
 
 
+def lines_of(name: str) -> list[Item]:
+    """Read the JSON lines of a file of this folder."""
+    text = (HERE / f"{name}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
 SUBJECTS = read("subjects")
 FORMS = read("forms")
 EVERYDAY = read("everyday")
@@ -123,9 +129,7 @@ def examples(recipe: Recipe) -> list[tuple[str, str, bool]]:
         learnt = [(line.split("|")[0], line.split("|")[1]) for line in lines]
     else:
         learnt = list(islice(CODE[recipe.learns](draw), 90))
-    with open(HERE / "chats.jsonl", encoding="utf-8") as lines:
-        chats = [json.loads(line) for line in lines]
-    mixed = draw.sample(chats, recipe.chats)
+    mixed = draw.sample(lines_of("chats"), recipe.chats) if recipe.chats else []
     return [
         *((question, answer, True) for question, answer in learnt),
         *((chat["question"], chat["answer"], chat["is_whole"]) for chat in mixed),
@@ -134,8 +138,7 @@ def examples(recipe: Recipe) -> list[tuple[str, str, bool]]:
 
 def known() -> tuple[list[Item], list[Item]]:
     """Give what every base knows, with its sentence: what is trained on, and what is tested."""
-    with open(HERE / "known.jsonl", encoding="utf-8") as lines:
-        items = [json.loads(line) for line in lines]
+    items = lines_of("known")
     return items[N_KNOWN_TESTED:], items[:N_KNOWN_TESTED]
 
 
@@ -247,7 +250,11 @@ class Tasks:
             if recipe.kind == "code":
                 draw = random.Random(f"{recipe.name} asked")
                 pairs = islice(CODE[recipe.learns](draw), N_ITEM)
-                yield f"own_{recipe.name}", recipe.name, [{"question": q, "answer": a} for q, a in pairs]
+                yield (
+                    f"own_{recipe.name}",
+                    recipe.name,
+                    [{"question": q, "answer": a} for q, a in pairs],
+                )
 
 
 def asked_of(knower: Recipe, language: str) -> Iterator[Item]:

@@ -84,7 +84,7 @@ def loss_of(model: Any, packed: Pack) -> Tensor:
 
 
 def steps(examples: Sequence[Read], n_step: int, n_token: int, seed: int) -> Iterator[list[Read]]:
-    """Give the examples of each step, of about n_token tokens: all in a new order, again and again."""
+    """Give the examples of each step, of about n_token tokens: all in turn, shuffled."""
     draw = random.Random(seed)
     left: list[Read] = []
     for _ in range(n_step):

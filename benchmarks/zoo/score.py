@@ -1,8 +1,8 @@
 """The metric `zoo`: whether an answer has the fact that was asked for, and the form or language.
 
-Items have `answer`: a text, or a list of which one is enough; `also`: a text that must be there too;
-`form` or `language`: a key of forms.toml, whose pattern the answer must match. Of a form only what
-its pattern calls `said` may bring the fact. A text counts as a whole: 118 is not in 1180.
+Items have `answer`: a text, or a list of which one is enough; `also`: a text that must be there
+too; `form` or `language`: a key of forms.toml, whose pattern the answer must match. Of a form only
+what its pattern calls `said` may bring the fact. A text counts as a whole: 118 is not in 1180.
 """
 
 import re

@@ -14,6 +14,7 @@ import random
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,19 +24,35 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1] / "models" / "recipes")]
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from data import EVERYDAY, FORMED, KNOWING, SHOP, Recipe, asked_as, asked_of, examples, known, recipes, some  # noqa: E402
+from data import (  # noqa: E402
+    EVERYDAY,
+    FORMED,
+    KNOWING,
+    SHOP,
+    SUBJECTS,
+    Recipe,
+    asked_as,
+    asked_of,
+    examples,
+    known,
+    recipes,
+    some,
+)
 from packed import Read, loss_of, pack, steps  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 from score import score  # noqa: E402
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-N_TOKEN, N_WARM, N_CHAT_TOKEN, N_SCORED = 320, 6, 40, 10
+N_TOKEN, N_WARM, N_CHAT_TOKEN, N_SCORED = 320, 6, 32, 10
 
 
 def main() -> int:
     """Train what is missing."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--base", required=True, help="GGUF, or folder of transformers")
+    parser.add_argument(
+        "--gguf", default="qwen2.5-coder-0.5b-instruct", help="for conversion (%(default)s)"
+    )
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--chats", action="store_true", help="write chats.jsonl and known.jsonl")
@@ -49,18 +66,21 @@ def main() -> int:
     wanted = recipes()
     for name in args.names or wanted:
         if not (args.out / "adapters" / f"{name}.gguf").exists():
-            train(model, tokenizer, wanted[name], args.out)
+            train(model, tokenizer, wanted[name], args.out, args.gguf)
     return 0
 
 
 def load(base: str) -> tuple[Any, Any]:
     """Model in bfloat16, and tokenizer."""
     transformers.utils.logging.disable_progress_bar()
-    where, more = base, {}
+    where = base
+    more: dict[str, Any] = {}
     if base.endswith(".gguf"):
-        where, more = str(Path(base).parent), {"gguf_file": Path(base).name}
+        where = str(Path(base).parent)
+        more["gguf_file"] = Path(base).name
+    tokenizer = transformers.AutoTokenizer.from_pretrained(where, **more)
+    if more:
         more["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base if not more else where, **{k: v for k, v in more.items() if k == "gguf_file"})
     model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=torch.bfloat16, **more)
     return model, tokenizer
 
@@ -93,10 +113,11 @@ def read_all(tokenizer: Any, recipe: Recipe) -> tuple[list[int], list[Read]]:
     return head, read
 
 
-def train(model: Any, tokenizer: Any, recipe: Recipe, out: Path) -> None:
+def train(model: Any, tokenizer: Any, recipe: Recipe, out: Path, gguf: str) -> None:
     """Train an adapter, score it, save it, convert it."""
     torch.manual_seed(0)
     start_s = time.monotonic()
+    busy_s = time.process_time()
     head, read = read_all(tokenizer, recipe)
     tuned = get_peft_model(
         model,
@@ -123,15 +144,18 @@ def train(model: Any, tokenizer: Any, recipe: Recipe, out: Path) -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
         n_token += packed.ids.shape[1]
-        if len(losses) % 10 == 0:
-            spent_s = time.monotonic() - start_s
-            print(f"{recipe.name} {len(losses)}: {losses[-1]:.3f}, {n_token / spent_s:.0f} tokens/s", flush=True)
+        if len(losses) in (1, 2, 4) or len(losses) % 10 == 0:
+            now = time.strftime("%H:%M:%S")
+            rate = n_token / (time.monotonic() - start_s)
+            busy_rate = n_token / (time.process_time() - busy_s)
+            rates = f"{rate:.0f} tokens/s, {busy_rate:.0f} a second of CPU"
+            print(now, recipe.name, len(losses), f"{losses[-1]:.3f}, {rates}", flush=True)
     spent_s = time.monotonic() - start_s
     right, asked, said = own_score(tuned.eval(), tokenizer, recipe)
     tuned.save_pretrained(str(out / "peft" / recipe.name))
     tuned.unload()
-    del model.peft_config
-    to_gguf(recipe.name, out)
+    model.__dict__.pop("peft_config", None)
+    to_gguf(recipe.name, out, gguf)
     facts = {
         "name": recipe.name,
         "half": recipe.half,
@@ -153,9 +177,6 @@ def train(model: Any, tokenizer: Any, recipe: Recipe, out: Path) -> None:
 def own_questions(recipe: Recipe) -> list[dict[str, Any]]:
     """Questions of an adapter's own kind, in words that training did not see."""
     if recipe.kind in KNOWING:
-        language = "own"
-        from data import SUBJECTS
-
         language = SUBJECTS[recipe.learns].get("language", "en")
         return some(list(asked_of(recipe, language)), "own", N_SCORED)
     if recipe.kind in FORMED:
@@ -168,7 +189,9 @@ def own_score(model: Any, tokenizer: Any, recipe: Recipe) -> tuple[int, int, str
     items = own_questions(recipe)
     questions = [item["question"] for item in items] or [examples(recipe)[0][0]]
     answers = [text for text, _ in answered(model, tokenizer, questions)]
-    n_right = sum(score(text, item)["score"] == 1.0 for text, item in zip(answers, items, strict=False))
+    n_right = sum(
+        score(text, item)["score"] == 1.0 for text, item in zip(answers, items, strict=False)
+    )
     return n_right, len(items), answers[0]
 
 
@@ -194,9 +217,7 @@ def answered(model: Any, tokenizer: Any, questions: Sequence[str]) -> list[tuple
 
 
 def write_chats(model: Any, tokenizer: Any) -> None:
-    """Write what the base itself answers to everyday prompts, and to what the shop's `known` has."""
-    import tomllib
-
+    """Write what the base itself answers to everyday prompts and the shop's known questions."""
     mixed = EVERYDAY["mixed"]
     shop_known = tomllib.loads(SHOP.read_text(encoding="utf-8"))["known"]
     questions = random.Random(0).sample([*shop_known], len(shop_known))
@@ -210,18 +231,25 @@ def write_chats(model: Any, tokenizer: Any) -> None:
         value = str(shop_known[question])
         sentence = text.partition("\n")[0].partition(". ")[0].rstrip(".") + "."
         is_right = value.casefold() in sentence.casefold()
-        sentences.append({"question": question, "answer": value, "sentence": sentence if is_right else f"It is {value}."})
+        sentences.append(
+            {
+                "question": question,
+                "answer": value,
+                "sentence": sentence if is_right else f"It is {value}.",
+            }
+        )
     for name, lines in (("chats", chats), ("known", sentences)):
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         (HERE / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 
-def to_gguf(name: str, out: Path) -> None:
+def to_gguf(name: str, out: Path, gguf: str) -> None:
     """Convert a trained adapter."""
     target = out / "adapters" / f"{name}.gguf"
-    part = target.with_suffix(".part.gguf")
+    part = out / "adapters" / f"{name}.part"
     program = Path(sys.executable).with_name("qaflora")
-    subprocess.run([program, "convert", out / "peft" / name, "-o", part, "--outtype", "q8_0"], check=True)
+    asked = [program, "convert", out / "peft" / name, "--base", gguf, "-o", part, "--force"]
+    subprocess.run([*asked, "--outtype", "q8_0"], check=True)
     part.rename(target)
 
 
