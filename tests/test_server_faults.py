@@ -18,7 +18,7 @@ from serving import ENGINE, address_of, listening, listening_app, make_options, 
 from tiny import USER, constant_logits
 
 from qaflora_edge.dialects.options import FIXED
-from qaflora_edge.server import receive, respond, run
+from qaflora_edge.server import receive, run, security
 from qaflora_edge.server.app import make_app
 from qaflora_edge.server.run import MAX_HEAD_BYTES, allow_files
 
@@ -92,7 +92,7 @@ def test_clients_that_vanish_are_no_longer_computed_for(endless) -> None:
 @pytest.mark.slow
 def test_a_client_that_reads_nothing_is_given_up(endless, monkeypatch) -> None:
     """Its answer is no longer computed, and others have its turn."""
-    monkeypatch.setattr(respond, "SEND_S", 0.5)
+    monkeypatch.setattr(run, "READ_S", 0.5)
     app = make_app([endless.folder], make_options(engine={**ENGINE, "n_ctx": LONG_CTX}))
     asked = {"model": "tiny", "messages": USER, "stream": True}
     wordy = {"logprobs": True, "top_logprobs": 20, "n": 16}
@@ -110,7 +110,7 @@ def test_a_client_that_reads_nothing_is_given_up(endless, monkeypatch) -> None:
                 data += part
         assert data.startswith(b"HTTP/1.1 200 ")
         assert b"[DONE]" not in data
-        monkeypatch.setattr(respond, "SEND_S", PATIENCE_S)
+        monkeypatch.setattr(run, "READ_S", PATIENCE_S)
         assert ask(url, max_tokens=3) == "aaa"
 
 
@@ -197,6 +197,73 @@ def test_who_asks_for_nothing_gives_way(made, monkeypatch) -> None:
     assert refused.startswith(b"HTTP/1.1 503 ")
     assert b"Retry-After: 2\r\n" in refused
     assert b"The server has too many connections; try again later." in refused
+
+
+PAGES = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 200
+LAST_PAGE = b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+SMALL_BUFFER = 1 << 14
+
+
+def unread(stack: contextlib.ExitStack, url: str, data: bytes = PAGES) -> socket.socket:
+    """A client that has sent this, and reads nothing though the answers fill its buffer."""
+    client = stack.enter_context(socket.socket())
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL_BUFFER)
+    client.settimeout(PATIENCE_S)
+    client.connect(address_of(url))
+    client.sendall(data)
+    assert client.recv(1, socket.MSG_PEEK) == b"H"
+    return client
+
+
+def is_cut(client: socket.socket) -> bool:
+    """Whether the server has ended a connection, nothing of which is read here."""
+    return client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
+
+
+@pytest.mark.parametrize("data", [PAGES, LAST_PAGE], ids=["many", "the last"])
+def test_who_reads_nothing_is_cut_whatever_it_asks(made, monkeypatch, data) -> None:
+    monkeypatch.setattr(run, "READ_S", 0.5)
+    app = make_app([made.folder], make_options())
+    with (
+        listening_app(app, send_buffer=SMALL_BUFFER) as url,
+        contextlib.ExitStack() as stack,
+    ):
+        client = unread(stack, url, data)
+        wait_until(partial(is_cut, client))
+
+
+def test_who_reads_nothing_gives_way(made, monkeypatch) -> None:
+    monkeypatch.setattr(run, "MAX_CONNECTIONS", 3)
+    app = make_app([made.folder], make_options(api_key=KEY))
+    with (
+        listening_app(app, send_buffer=SMALL_BUFFER) as url,
+        contextlib.ExitStack() as stack,
+    ):
+        clients = [unread(stack, url) for _ in range(3)]
+        assert ask(url, max_tokens=1)
+        assert [is_cut(client) for client in clients] == [True, False, False]
+
+
+def test_an_address_has_a_share_of_the_connections(made, monkeypatch) -> None:
+    monkeypatch.setattr(run, "MAX_CONNECTIONS", 2 * run.CONNECTION_SHARE)
+    monkeypatch.setattr(security, "OWN_ADDRESSES", frozenset[str]())
+    app = make_app([made.folder], make_options())
+    with (
+        listening_app(app, send_buffer=SMALL_BUFFER) as url,
+        contextlib.ExitStack() as stack,
+    ):
+        clients = [unread(stack, url) for _ in range(2)]
+        assert connected(stack, url).recv(65536).startswith(b"HTTP/1.1 503 ")
+        assert not any(map(is_cut, clients))
+
+
+def test_pipelined_requests_are_answered_in_order(made) -> None:
+    with listening(made.folder) as url, contextlib.ExitStack() as stack:
+        client = connected(stack, url, PAGES[: len(PAGES) // 20] + LAST_PAGE)
+        data = b""
+        while part := client.recv(65536):
+            data += part
+    assert data.count(b"HTTP/1.1 200 ") == data.count(b"</html>") == 11
 
 
 VALUES = (True, False, 0, 7, "", "low", [], ["x"], {}, {"a": 1}, None)

@@ -153,6 +153,22 @@ def test_loopback() -> None:
     assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.0.7", "example.org", "")))
 
 
+@pytest.mark.parametrize(
+    ("address", "client"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("::ffff:192.0.2.7", "192.0.2.7"),
+        ("2001:db8:1:2:3::4", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2::", "2001:db8:1:2::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("::1", "::1"),
+        ("", ""),
+    ],
+)
+def test_a_network_of_ipv6_shares_as_one_client(address, client) -> None:
+    assert security.client_of(address) == client
+
+
 def test_beyond_this_machine_only_with_a_key(made) -> None:
     result = qaflora("serve", made.folder, "--host", "0.0.0.0")
     assert result.exit_code == 2

@@ -15,7 +15,7 @@ from qaflora_edge.dialects.options import weighing_of
 from qaflora_edge.formats.inputs import Json, read_json_object
 from qaflora_edge.server import bodies
 from qaflora_edge.server.refusals import Refusal
-from qaflora_edge.server.security import share_of
+from qaflora_edge.server.security import client_of, share_of
 from qaflora_edge.server.served_models import ServedModel, models_of
 
 MAX_BODY_BYTES = 4 << 20
@@ -111,7 +111,8 @@ def check_announced(request: Request, most: int) -> None:
 
 
 def address_of(request: Request) -> str:
-    return request.client.host if request.client else ""
+    """Name who asks, as places are shared."""
+    return client_of(request.client.host) if request.client else ""
 
 
 async def _bytes(request: Request, *, is_waited_for: bool = True) -> bytes:

@@ -30,7 +30,6 @@ from qaflora_edge.weighing.numbers import FusionWeights
 
 log = logging.getLogger(__name__)
 PING_S = 5.0  # a stream without news sends a comment after as long
-SEND_S = 60.0  # the longest that a client may take to read what was sent
 STREAM_HEADERS = {
     "cache-control": "no-store",
     "x-accel-buffering": "no",  # nginx passes events on as they come
@@ -150,8 +149,6 @@ class Computed:
         self._app.running.add(self)
         try:
             await self._send_all(send)
-        except TimeoutError:  # the connection is closed, for the response is not whole
-            log.info("gave up on a client that does not read")
         except asyncio.CancelledError:  # by a second signal, or where the time to end is over
             log.info("ended in the middle of an answer")
         finally:
@@ -228,8 +225,7 @@ class Computed:
         fields |= self.headers
         raw = Headers(fields).raw
         head = {"type": "http.response.start", "status": 200, "headers": raw}
-        async with asyncio.timeout(SEND_S):
-            await send(head)
+        await send(head)
 
     def _refusal(self, error: BaseException) -> Refusal:
         is_expired = self._state is State.EXPIRED
@@ -240,8 +236,7 @@ class Computed:
 
 
 async def _send_part(part: bytes, send: Send, *, is_last: bool = False) -> None:
-    async with asyncio.timeout(SEND_S):
-        await send({"type": "http.response.body", "body": part, "more_body": not is_last})
+    await send({"type": "http.response.body", "body": part, "more_body": not is_last})
 
 
 def extras_of(call: Call[Any], engine: Engine) -> Extras:

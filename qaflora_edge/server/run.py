@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import socket
+import struct
 import threading
 from collections.abc import Iterable, Sequence
 from http import HTTPStatus
@@ -23,14 +24,17 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from qaflora_edge.errors import OptionError, os_errors
 from qaflora_edge.server.app import expire_all, make_app
 from qaflora_edge.server.refusals import RETRY_AFTER_S, Refusal
-from qaflora_edge.server.security import share_of
+from qaflora_edge.server.security import client_of, share_of
 from qaflora_edge.server.served_models import ServerOptions
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 DRAIN_S = 30.0  # running requests may take as long to end when the server is told to
 CUT_S = 5.0  # and then as long to say that they were cut
 HEAD_S = 60.0  # the longest that a head may take to come, the first or the next
+READ_S = 60.0  # and that a client may take to read what was sent
 MAX_CONNECTIONS = 1000
+CONNECTION_SHARE = 16  # one address may have this part of them
+SEND_BUFFER_BYTES = 64 << 10  # that the system takes of a connection before its client does
 MAX_HEAD_BYTES = 64 << 10  # of a request: its first line and its headers
 _END = re.compile(rb"\n\r?\n")
 _BARE_LF = re.compile(rb"(?<!\r)\n")
@@ -60,29 +64,53 @@ class Reader(h11.Connection):
 
 
 class Connection(H11Protocol):
-    """Serve a connection. While it asks for nothing it gives way to new ones."""
+    """Serve a connection. While it waits for its client it gives way to new ones.
+
+    It does so where the next head has not come, or where what was sent is not read.
+    """
 
     _patience: asyncio.TimerHandle | None = None
+    _is_read_awaited = False  # what it asks next waits until it has read the last answer
+    is_leaving = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin, or refuse it where its address, or all together, have too many."""
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)
         self.conn = Reader(h11.SERVER, MAX_HEAD_BYTES)
-        self.address = self.client[0] if self.client else ""
-        self._expect_head()
+        self.address = client_of(self.client[0]) if self.client else ""
+        self._wait_for_client(HEAD_S)
         everyone = [other for other in self.connections if isinstance(other, Connection)]
-        here = [other for other in everyone if not other.transport.is_closing()]
+        here = [other for other in everyone if not other.is_leaving]
         same = [other for other in here if other.address == self.address]
-        is_crowded = len(same) > share_of(MAX_CONNECTIONS, self.address)
-        if is_crowded or len(here) > MAX_CONNECTIONS:
-            self._make_room(same if is_crowded else here)
+        n_share = share_of(MAX_CONNECTIONS, self.address, CONNECTION_SHARE)
+        if n_share < MAX_CONNECTIONS and len(same) > n_share:
+            # A crowd that does not read is not let in again before it is cut.
+            self._make_room([other for other in same if not other.flow.write_paused])
+        elif len(here) > MAX_CONNECTIONS:
+            self._make_room(here)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
         super().connection_lost(exc)
 
+    def pause_writing(self) -> None:
+        """Wait for the client to read, for the system's buffer is full."""
+        super().pause_writing()
+        self._wait_for_client(READ_S)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_waiting()
+        if self._is_read_awaited:
+            self._is_read_awaited = False
+            self.on_response_complete()
+
     def on_response_complete(self) -> None:
-        self._expect_head()
+        if self.flow.write_paused:
+            self._is_read_awaited = True
+            return
+        self._wait_for_client(HEAD_S)
         super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:
@@ -93,34 +121,49 @@ class Connection(H11Protocol):
         self._refuse(Refusal(400, message, code="invalid_request"))
 
     @property
-    def is_idle(self) -> bool:
+    def is_answered(self) -> bool:
         """Tell whether nothing that it asked for is being answered."""
         return self.cycle is None or self.cycle.response_complete
 
-    def _expect_head(self) -> None:
-        self.idle_number = next(_numbers)
+    @property
+    def is_waiting(self) -> bool:
+        """Tell whether it waits for its client, and not its client for us."""
+        return self.is_answered or self.flow.write_paused
+
+    def _wait_for_client(self, seconds: float) -> None:
+        self.waiting_number = next(_numbers)
         self._stop_waiting()
-        self._patience = self.loop.call_later(HEAD_S, self._end_idle)
+        self._patience = self.loop.call_later(seconds, self._end_waiting)
 
     def _stop_waiting(self) -> None:
         if self._patience is not None:
             self._patience.cancel()
 
-    def _end_idle(self) -> None:
-        if self.is_idle:
-            self.transport.abort()  # it may never read what it was sent
+    def _end_waiting(self) -> None:
+        if self.is_waiting:
+            self._leave()
+
+    def _leave(self) -> None:
+        """End it, and what it has not read, which the system would go on to send."""
+        self.is_leaving = True
+        if self.flow.write_paused:
+            at_once = struct.pack("ii", 1, 0)
+            connection = self.transport.get_extra_info("socket")
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
+        self.transport.abort()
 
     def _make_room(self, crowd: Iterable["Connection"]) -> None:
-        """End the one of these that has asked for nothing for the longest, or this one."""
-        idle = [other for other in crowd if other.is_idle and other is not self]
-        if idle:
-            min(idle, key=lambda other: other.idle_number).transport.abort()
+        """End the one of these that has waited for its client for the longest, or this one."""
+        waiting = [other for other in crowd if other.is_waiting and other is not self]
+        if waiting:
+            min(waiting, key=lambda other: other.waiting_number)._leave()
             return
+        self.is_leaving = True
         message = "The server has too many connections; try again later."
         self._refuse(Refusal(503, message, code="too_many_connections"))
 
     def _refuse(self, refused: Refusal) -> None:
-        if self.is_idle or not self.cycle.response_started:
+        if self.is_answered or not self.cycle.response_started:
             body = json.dumps(refused.body).encode()
             lines = [
                 f"HTTP/1.1 {refused.status} {HTTPStatus(refused.status).phrase}",
@@ -217,6 +260,7 @@ def _listener(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
             listener.bind(address)
             listener.listen(2048)
         except OSError:

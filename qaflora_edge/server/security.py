@@ -12,6 +12,7 @@ from qaflora_edge.server.refusals import Refusal
 
 WITHOUT_KEY = frozenset({"/", "/health", "/v1/health"})  # the page asks for the key itself
 LOCAL_NAMES = frozenset({"localhost"})
+OWN_ADDRESSES = frozenset({"127.0.0.1", "::1"})
 
 
 def is_loopback(host: str) -> bool:
@@ -22,12 +23,25 @@ def is_loopback(host: str) -> bool:
         return host in LOCAL_NAMES
 
 
-def share_of(n_place: int, address: str) -> int:
-    """Give how many of some places one address may have: a quarter, programs of this machine all.
+def client_of(address: str) -> str:
+    """Name who shares an address: of IPv6 a network of 64 bits, which one line has whole."""
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
+        return str(ip.ipv4_mapped)
+    if ip.version == 4 or ip.is_loopback:
+        return address
+    return str(ipaddress.ip_network((ip.packed, 64), strict=False))
 
-    Behind a proxy all come from this machine.
+
+def share_of(n_place: int, client: str, part: int = 4) -> int:
+    """Give how many of some places a client may have: a quarter, programs of this machine all.
+
+    Behind a proxy all come from this machine, by the addresses that programs use unless told.
     """
-    return n_place if is_loopback(address) else (n_place + 3) // 4
+    return n_place if client in OWN_ADDRESSES else (n_place + part - 1) // part
 
 
 class Gate:
