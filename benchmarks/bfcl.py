@@ -21,7 +21,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from qaflora_edge import Engine
-from qaflora_edge.weighing.numbers import FusionWeights
+from qaflora_edge.weighing.plan import FusionWeights
 
 CATEGORIES = {"simple_python": "one tool", "multiple": "several tools"}
 TOOL_CHOICES = ("auto", "required")

@@ -27,7 +27,7 @@ from lorahub import HALVES, choose, read_examples
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, GgufConfig
 
-from qaflora_edge import Engine, FusionWeights
+from qaflora_edge import Engine, FusionWeights, Plan
 from qaflora_edge.bundles.open import Opened, load_bundle
 from qaflora_edge.evaluation.metrics import listed
 from qaflora_edge.evaluation.run import asked_fields, header, score_fields, task_prompt
@@ -215,7 +215,7 @@ def evaluate(flow: Flow, engine: Engine, task: Task, index: int) -> dict[str, An
         n_most = task.max_tokens or 512
         text, n_token, reason, means = generated(flow, engine, prompt, n_most)
         found = score_fields(task, item, text)
-    fusion = FusionWeights(engine.adapters, means, None, STRATEGY)
+    fusion = FusionWeights(engine.adapters, Plan.mix(means), STRATEGY)
     return {
         **asked_fields(task, index, STRATEGY),
         "weights": fusion.means,

@@ -34,7 +34,7 @@ import code_metric
 import numpy as np
 from nine_cells import CODE, halves, read
 
-from qaflora_edge import Engine, FusionWeights
+from qaflora_edge import Engine, FusionWeights, Generation, Plan
 from qaflora_edge.ask import Sampling
 from qaflora_edge.evaluation.metrics import metrics
 from qaflora_edge.inference.sampler import Sampler
@@ -157,8 +157,9 @@ def begin(engine: Engine, job: Job, **options: Any) -> Any:
     """Begin a greedy answer to a prompt whose first n_base tokens the base prefills."""
     sampling = Sampling().updated(options)
     request = Request(tuple(job.tokens), job.weights, sampling, engine.adapters, job.n_base)
-    fusion = FusionWeights(engine.adapters, job.weights)
-    return engine._core.begin(request, Sampler(engine._model, sampling), fusion)
+    fusion = FusionWeights(engine.adapters, Plan.mix(job.weights))
+    sequence = engine._core.begin(request, Sampler(engine._model, sampling))
+    return Generation(engine._core, fusion, sequence)
 
 
 def score_texts(engine: Engine, job: Job, texts: Sequence[str]) -> list[list[float]]:

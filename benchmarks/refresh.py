@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from qaflora_edge import Engine, FusionWeights
+from qaflora_edge import Engine, FusionWeights, Plan
+from qaflora_edge.answering.generation import Generation
 from qaflora_edge.evaluation.run import asked_fields, header, score_fields, task_prompt
 from qaflora_edge.evaluation.tasks import kept_results, read_task
-from qaflora_edge.inference.generation import Generation
 
 
 class Answer:
@@ -87,7 +87,7 @@ def main() -> None:
             answers = answers_of(engine, prompts, every=args.every, n_most=task.max_tokens or 256)
             for item, answer in zip(left, answers, strict=True):
                 means = np.mean([fusion.weights for fusion in answer.fusions], axis=0)
-                fusion = FusionWeights(engine.adapters, means, None, strategy)
+                fusion = FusionWeights(engine.adapters, Plan.mix(means), strategy)
                 pieces = map(engine._model.piece, answer.tokens[len(answer.prompt) :])
                 text = b"".join(pieces).decode("utf-8", "replace")
                 found = score_fields(task, task.items[item], text)

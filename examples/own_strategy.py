@@ -3,17 +3,17 @@
 python examples/own_strategy.py run demo "Name a fruit." --strategy sharper
 """
 
-from qaflora_edge import Mix, Strategy, register_strategy
+from qaflora_edge import Plan, Strategy, register_strategy
 from qaflora_edge.cli import main
 
 
 class Sharper(Strategy):
     name = "sharper"
 
-    def weigh(self, query, probe, argument):
-        divergence = probe.divergence()  # [n_adapter, n_layer], in nats
+    def plan(self, reading):
+        divergence = reading.divergence()  # [n_adapter, n_layer], in nats
         power = (divergence + 1e-30) ** 2  # 1/k where no adapter moves a layer
-        return Mix(power / power.sum(axis=0), divergence)
+        return Plan.mix(power / power.sum(axis=0), divergence)
 
 
 register_strategy(Sharper())

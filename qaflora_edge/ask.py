@@ -15,7 +15,7 @@ from qaflora_edge.progress import Tell, silent
 
 if TYPE_CHECKING:
     from qaflora_edge.prompt.calls import Calls
-    from qaflora_edge.weighing.numbers import FusionWeights
+    from qaflora_edge.weighing.plan import FusionWeights
     from qaflora_edge.weighing.weigher import Weights
 
 
@@ -120,22 +120,16 @@ class Weighing:
     by        weights, or a strategy; None: the Engine's
     adapters  those to weigh; None: those in use
     prefill   who prefills the prompt, of config.PREFILLS; None: the Engine's
-    relays    False: one mix answers, where the strategy would let one draft and another write
+    drafts    False: one mix answers, where the strategy would let one draft and another write
     """
 
     by: "Weights" = None
     adapters: Sequence[str] | None = None
     prefill: str | None = None
-    relays: bool = True
+    drafts: bool = True
 
     def __post_init__(self) -> None:
         check("weighing", {"prefill": self.prefill})
-
-    def by_for(self, strategy: str) -> "Weights":
-        """Give weights or a strategy, where the Engine's is this one."""
-        by = strategy if self.by is None else self.by
-        is_relay = isinstance(by, str) and by.partition(":")[0] == "relay"
-        return "two-place" if is_relay and not self.relays else self.by
 
 
 @dataclass(frozen=True)

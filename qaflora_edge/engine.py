@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import numpy as np
 
+from qaflora_edge.answering.generation import Generation, failed
 from qaflora_edge.arrays import F32
 from qaflora_edge.ask import Ask, Chat, Plain, Prompt, Question, Tools, asked, one_of
-from qaflora_edge.backend.batch import n_common
 from qaflora_edge.backend.context import trim
 from qaflora_edge.backend.model import Model, shared_model
 from qaflora_edge.bundles.open import Begin, Opened, load_bundle
@@ -25,19 +25,15 @@ from qaflora_edge.config import MAX_SEED, check
 from qaflora_edge.errors import OptionError, QafloraError, StrategyError, wrong_option
 from qaflora_edge.files import AnyPath
 from qaflora_edge.formats.gguf import GgufHeader
-from qaflora_edge.inference.core import Core, Probes, check_process
-from qaflora_edge.inference.generation import Generation
-from qaflora_edge.inference.sampler import Sampler
-from qaflora_edge.inference.sequence import Request, RunningSequence, Written
+from qaflora_edge.inference.core import Core, check_process
 from qaflora_edge.progress import Tell, TellCount, silent
-from qaflora_edge.weighing.drafted import DRAFT_TOKENS, Relay
-from qaflora_edge.weighing.numbers import FusionWeights, alone_weights
+from qaflora_edge.weighing.plan import FusionWeights
 from qaflora_edge.weighing.strategy import Query
 from qaflora_edge.weighing.weigher import Weigher, Weights
 
 if TYPE_CHECKING:
+    from qaflora_edge.answering.decide import Decision
     from qaflora_edge.formats.adapter import AdapterInfo
-    from qaflora_edge.inference.decision import Decision
     from qaflora_edge.prompt.calls import Calls
     from qaflora_edge.prompt.tokens import Reader
     from qaflora_edge.weighing.adapter_inputs import AttentionSizes
@@ -396,6 +392,7 @@ class Engine:
 
         Returns FusionWeights, weights float32 [n_adapter, n_layer], or a list of them.
         """
+        from qaflora_edge.answering.reading import PromptReading
         from qaflora_edge.prompt.messages import are_many, as_turn, whole
 
         is_plain = raw or parse_special
@@ -403,8 +400,11 @@ class Engine:
         def weigh(one: Any) -> FusionWeights:
             with self._core.call():
                 read = self.read(as_turn(one, is_plain=is_plain), parse_special=parse_special)
-                probe = Probes(self._core, self._core.cancellation(cancel))
-                return _weigh(self._using(adapters), strategy, read, probe)
+                weigher = self._using(adapters)
+                choice = weigher.chosen(strategy)
+                query = weigher.query(read, choice)
+                with PromptReading(self._core, query, self._core.cancellation(cancel)) as reading:
+                    return weigher.weigh(choice, reading)
 
         prompt = whole(prompt)
         return [weigh(one) for one in prompt] if are_many(prompt) else weigh(prompt)
@@ -462,39 +462,19 @@ class Engine:
 
         Raises PromptError when a continuation is empty, or too long for n_ctx with its prompt.
         """
+        from qaflora_edge.answering.score import score as scored
         from qaflora_edge.prompt.messages import are_many, paired, whole
 
         prompt = whole(prompt)
         continuation = whole(continuation)
         by = one_of(weights, strategy)
         with self._core.call():
-            cancellation = self._core.cancellation()
-            probes = Probes(self._core, cancellation)
-            requests: dict[tuple[int, ...], Request] = {}
-            items = []
+            pairs = []
             for question, text in paired(prompt, continuation):
                 read = self.read(question, parse_special=parse_special)
-                tokens = self._reader().continuation(read, text)
-                if read.tokens not in requests:
-                    requests[read.tokens] = self._scored(by, read, probes, len(tokens))
-                items.append((requests[read.tokens], tokens))
-            scores = self._core.run(self._core.scorer.score(items), cancellation, kind="score")
+                pairs.append((read, self._reader().continuation(read, text)))
+            scores = scored(self._core, self.weigher, by, pairs)
         return scores if are_many(prompt) else scores[0]
-
-    def _scored(self, by: Weights, prompt: Prompt, probes: Probes, n_after: int) -> Request:
-        """Weigh a prompt after which n_after tokens are scored; a relay's knower drafts first."""
-        fusion = _weigh(self.weigher, by, prompt, probes)
-        relay = fusion.relay
-        if relay is not None and not relay.is_drafted:
-            tokens = tuple(self._asked_of_knower(prompt, relay))
-            query = replace(self.weigher.query(prompt), tokens=tokens)
-            (draft,) = probes(query).drafts([relay.knower], DRAFT_TOKENS)
-            fusion = replace(fusion, relay=replace(relay, draft=draft, is_drafted=True))
-        read = self._with_draft(prompt, fusion, self.n_ctx - n_after)
-        n_base = _n_base(self.weigher, by, prompt, read)
-        return Request(
-            read.tokens, self._core.all_weights(fusion.adapters, fusion.weights), n_base=n_base
-        )
 
     @_steady
     def decide(
@@ -515,7 +495,7 @@ class Engine:
 
         Raises ChatTemplateError for a base without a chat template, OptionError for wrong choices.
         """
-        from qaflora_edge.inference.decision import decide
+        from qaflora_edge.answering.decide import decide
 
         with self._core.call():
             return decide(
@@ -538,14 +518,14 @@ class Engine:
         turns: Sequence[str] = (),
         exchanges: Sequence[Sequence[Any]] = (),
     ) -> dict[str, dict[str, Any]]:
-        """Measure each adapter against itself, for strategies; see inference.typical.measure.
+        """Measure each adapter against itself, for strategies; see answering.typical.measure.
 
         prompts   neutral texts; in chat form when the base has a template, and as text
         turns     short turns, such as greetings: chats for EXTENTS alone
         exchanges  conversations that end with an answer; behind one each text is a later turn too
         progress  called with (prompts read, those in all); each is read several times
         """
-        from qaflora_edge.inference.typical import measure
+        from qaflora_edge.answering.typical import measure
         from qaflora_edge.prompt.messages import as_turn
 
         with self._core.call():
@@ -595,7 +575,7 @@ class Engine:
         The prompt is weighed before this returns. KV state is reused where prefill would compute
         the same bits: of what the base prefills, and of prompts under the same weights.
         """
-        return self._begin(self._read(ask))
+        return self._answer(self._read(ask))
 
     @_steady
     def submit_all(self, ask: Ask) -> Iterator[Generation]:
@@ -609,7 +589,7 @@ class Engine:
             if first is not None:
                 sampling = replace(ask.sampling, seed=(first + i) % MAX_SEED)
                 ask = replace(ask, sampling=sampling)
-            answer = self._begin(ask)
+            answer = self._answer(ask)
             yield answer
             answer.wait_for_draft()  # which all share
             if answer.is_cancelled:
@@ -635,19 +615,27 @@ class Engine:
                 return
             with self._core.call():
                 self._core.loop.drive(
-                    lambda: any([answer.advance() for answer in running.values()])
+                    lambda: any(answer.is_step_done for answer in running.values())
                 )
+            for answer in running.values():
+                answer.go_on()
             for index in [i for i, answer in running.items() if answer.is_done]:
                 yield index, running.pop(index)
 
     def _started(self, ask: Ask | QafloraError) -> Generation:
         """Begin one of many; its errors end itself alone."""
         if isinstance(ask, QafloraError):
-            return self._core.failed(ask)
+            return failed(self._core, ask)
         try:
-            return self._begin(self._read(replace(ask, waits=False)))
+            return self._answer(self._read(replace(ask, waits=False)))
         except QafloraError as error:
-            return self._core.failed(error)
+            return failed(self._core, error)
+
+    def _answer(self, ask: Ask) -> Generation:
+        from qaflora_edge.answering.answer import answer
+
+        with self._core.call():
+            return answer(self._core, self._using(ask.weighing.adapters), ask)
 
     def _read(self, ask: Ask) -> Ask:
         sampling = ask.sampling
@@ -667,94 +655,6 @@ class Engine:
         return replace(
             ask, prompt=prompt, sampling=sampling, json_schema=None, parse_special=is_special
         )
-
-    def _begin(self, ask: Ask) -> Generation:
-        assert isinstance(ask.prompt, Prompt)
-        prompt = ask.prompt
-        sampling = ask.sampling
-        prefill = ask.weighing.prefill
-        with self._core.call():
-            cancellation = self._core.cancellation(ask.cancel)
-            weigher = self._using(ask.weighing.adapters)
-            weights = ask.weighing.by_for(weigher.known.strategy)
-            n_base = weigher.n_base(weights, prompt, prefill)
-            n_answer = sampling.max_tokens if n_base else 0
-            by = weigher.known.strategy if weights is None else weights
-            may_draft = isinstance(by, str) and by.startswith("relay")
-            if n_answer is not None and may_draft:
-                n_answer = max(n_answer, DRAFT_TOKENS)  # who drafts may go on in the same slot
-            probes = Probes(self._core, cancellation, ask.on_progress, n_answer, ask.on_draft)
-            sampler = Sampler(self._model, sampling)  # a bad grammar is refused before the work
-
-            def begin(
-                fusion: FusionWeights,
-                weighed: RunningSequence | None = None,
-                written: Written | None = None,
-            ) -> RunningSequence:
-                read = self._with_draft(prompt, fusion, self.n_ctx)
-                request = Request(
-                    read.tokens,
-                    self._core.all_weights(fusion.adapters, fusion.weights),
-                    sampling,
-                    fusion.adapters,
-                    _n_base(weigher, weights, prompt, read, prefill),
-                    thinking=None if ask.parse_special else prompt.thinking,
-                    cancellation=cancellation,
-                )
-                return self._core.begin(
-                    request, sampler, begun=fusion.begun, weighed=weighed, written=written
-                )
-
-            try:
-                fusion = weigher.weigh(weights, prompt, probes)
-                relay = fusion.relay
-                weighed = probes.weighed if n_base else None
-                is_other = relay is not None and (relay.is_drafted or relay.is_in_words)
-                if weighed is None or is_other:
-                    probes.end()  # the prompt that is answered is another one
-                    weighed = None
-                if relay is None or relay.is_drafted:
-                    written = None if weighed is None else probes.written(fusion.weights)
-                    answer = self._core.generation(begin(fusion, weighed, written), fusion)
-                else:
-                    alone = alone_weights(relay.knower, fusion.adapters, self.n_layer)
-                    written = None if weighed is None else probes.written(alone)
-                    tokens = self._asked_of_knower(prompt, relay)
-                    answer = self._core.relayed(
-                        tokens, fusion, cancellation, weighed, written, begin
-                    )
-            except BaseException:
-                probes.end()
-                raise
-            answer.calls = prompt.calls
-            ask.on_weights(fusion)
-            if ask.waits:
-                answer.wait_for_prompt(ask.on_progress)
-            return answer
-
-    def _asked_of_knower(self, prompt: Prompt, relay: Relay) -> Sequence[int]:
-        if not relay.is_in_words:
-            return prompt.tokens
-        from qaflora_edge.inference.drafts import in_words
-
-        return in_words(self._model, prompt.tokens, prompt.question, self.n_ctx)
-
-    def _with_draft(self, prompt: Prompt, fusion: FusionWeights, n_ctx: int) -> Prompt:
-        """Give the prompt of who answers: that of the caller, or with another's draft in it."""
-        if fusion.relay is None or prompt.question is None:
-            return prompt
-        from qaflora_edge.inference.drafts import with_draft
-
-        relay = fusion.relay
-        tokens = with_draft(
-            self._model,
-            prompt.tokens,
-            prompt.question,
-            relay.draft,
-            n_ctx,
-            is_behind=relay.is_behind,
-        )
-        return replace(prompt, tokens=tuple(tokens))
 
     def generate(self, prompt: Plain, **options: Any) -> Generation:
         """Answer a prompt: an iterator over pieces of text, greedy unless temperature > 0.
@@ -845,34 +745,13 @@ def _one_of_many(
         return error
 
 
-def _n_base(
-    weigher: Weigher, weights: Weights, asked: Prompt, read: Prompt, prefill: str | None = None
-) -> int:
-    """Count the tokens that the base prefills; a writer reads a draft itself, and what follows.
-
-    asked, read  the prompt without the draft, and as it is prefilled
-    """
-    n_base = weigher.n_base(weights, read, prefill)
-    if read.tokens == asked.tokens:
-        return n_base
-    return min(n_base, n_common(asked.tokens, read.tokens))
-
-
-def _weigh(weigher: Weigher, weights: Weights, prompt: Prompt, probes: Probes) -> FusionWeights:
-    """Weigh a prompt that is not answered, and free the slot that it was weighed in."""
-    try:
-        return weigher.weigh(weights, prompt, probes)
-    finally:
-        probes.end()
-
-
 def _read_ahead(weigher: Weigher, infos: "Iterable[AdapterInfo]") -> "list[AttentionSizes]":
     """Read what a first chat needs: templates' code, and for two-place the adapters' matrices."""
     from qaflora_edge.weighing.adapter_inputs import AttentionSizes
 
     import_module("qaflora_edge.prompt.tokens")
-    is_measured = weigher.known.strategy.startswith(("two-place", "relay"))
-    needed = infos if is_measured else ()
+    strategy = weigher.strategy_of(None)
+    needed = infos if strategy is not None and strategy.reads_added else ()
     return [AttentionSizes(info, weigher.n_layer) for info in needed]
 
 

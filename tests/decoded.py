@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from qaflora_edge import Engine
+from qaflora_edge.answering.reading import PromptReading
 from qaflora_edge.ask import Prompt
 from qaflora_edge.backend.batch import Span
 from qaflora_edge.backend.context import Context
-from qaflora_edge.inference.core import Probes
 
 
 def count_decoded(monkeypatch: pytest.MonkeyPatch, *, first_only: bool = False) -> list[int]:
@@ -29,13 +29,13 @@ def count_decoded(monkeypatch: pytest.MonkeyPatch, *, first_only: bool = False) 
 def probe(
     engine: Engine, tokens: Sequence[int], span: tuple[int, int] | None = None, **facts: bool
 ) -> Any:
-    """The probe of a query, whose question stands at the span; it keeps no slot."""
+    """The reading of a query, whose question stands at the span; it keeps no slot."""
     query = engine.weigher.query(Prompt(tuple(tokens)))
     query = replace(query, question=span or (0, len(tokens)), **facts)
-    return OfOneMeasure(engine._core, engine._core.cancellation())(query)
+    return OfOneMeasure(engine._core, query, engine._core.cancellation())
 
 
-class OfOneMeasure(Probes):
+class OfOneMeasure(PromptReading):
     """Free the slot after each measure: tests do not answer."""
 
     def _listen(self, listener: Any) -> Any:

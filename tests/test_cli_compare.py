@@ -12,7 +12,7 @@ from rich.cells import cell_len
 
 from qaflora_edge import Engine
 from qaflora_edge.cli.compare import Answer, expand, table
-from qaflora_edge.weighing.numbers import FusionWeights
+from qaflora_edge.weighing.plan import FusionWeights, Plan
 
 PROMPT = "the thing on a ring"
 EVIL = "<script>alert(1)</script>\x1b[2J\x1b]0;title\x07<img src=x onerror=alert(1)>"
@@ -68,7 +68,7 @@ def test_unknown_strategy_fails_before_any_answer(made) -> None:
 
 def answer(text: str) -> Answer:
     weights = np.full((2, 3), 0.5, dtype=np.float32)
-    fusion = FusionWeights(("math", EVIL), weights, None, "qa-flora")
+    fusion = FusionWeights(("math", EVIL), Plan.mix(weights), "qa-flora")
     return "qa-flora", fusion, {"text": text, "finish_reason": "stop"}
 
 

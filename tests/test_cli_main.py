@@ -170,7 +170,7 @@ def test_what_no_file_reports_itself_is_no_traceback(error, message, monkeypatch
 
 STOPPED_WHILE_ANSWERING = """
 import os, signal, sys
-from qaflora_edge.inference.generation import Generation
+from qaflora_edge.answering.generation import Generation
 from qaflora_edge.cli import main
 
 next_piece = Generation.__next__

@@ -10,8 +10,8 @@ from bundles import qaflora
 from refusals import refused
 
 from qaflora_edge import Engine
+from qaflora_edge.answering.decide import Decision
 from qaflora_edge.errors import OptionError, PromptError
-from qaflora_edge.inference.decision import Decision
 
 QUESTION = "the thing on a ring?"
 CHOICES = ("yes", "a whole ring", "no")
@@ -49,7 +49,7 @@ def test_one_strategy_and_messages(alone) -> None:
     np.testing.assert_allclose(found.probabilities, expected(alone, "base"), rtol=1e-5)
     assert (found.fusion.strategy, found.by_adapter) == ("base", {})
     found = alone.decide(messages, CHOICES, strategy="relay")  # nothing is decoded
-    assert (found.fusion.strategy, found.fusion.relay) == ("two-place", None)
+    assert (found.fusion.strategy, found.fusion.plan.drafting) == ("two-place", None)
 
 
 def test_what_a_choice_means_is_listed_with_it(alone) -> None:

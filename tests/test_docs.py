@@ -189,8 +189,8 @@ def test_the_demo_answers_rightly_with_the_mix_that_it_names(
             strategy = each.ways.partition(",")[0] or None
             answer = engine.generate(tokens, max_tokens=160, strategy=strategy)
             assert each.right in answer.text()
-            if (relay := answer.fusion.relay) is not None:
-                assert (relay.knower, relay.writer) == each.mix
+            if (step := answer.fusion.plan.drafting) is not None:
+                assert (step.knower, answer.fusion.writer) == each.mix
                 continue
             means = zip(engine.adapters, answer.fusion.weights.mean(axis=1), strict=True)
             assert {name for name, mean in means if mean} == {*each.mix}

@@ -15,7 +15,7 @@ from patience import PATIENCE_S, wait_until
 from refusals import refused
 from tiny import write_tiny_adapter, write_tiny_base, write_tiny_peft
 
-from qaflora_edge import Engine, FusionWeights, QafloraError
+from qaflora_edge import Engine, FusionWeights, Plan, QafloraError
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.bundles import source
@@ -112,7 +112,7 @@ def test_engine_in_a_cycle_frees_contexts_before_the_model(base, monkeypatch) ->
 def test_bad_weights_are_refused(engine) -> None:
     with pytest.raises(StrategyError, match="The adapter 'fr' is not loaded"):
         engine.hidden_states(PROMPT, adapter="fr")
-    other = FusionWeights(("x",), np.zeros((1, 3), np.float32))
+    other = FusionWeights(("x",), Plan.mix(np.zeros((1, 3), np.float32)))
     with pytest.raises(StrategyError, match="The weights are for the adapters x, loaded are math"):
         engine.logits(PROMPT, weights=other)
 

@@ -1,11 +1,12 @@
 """The example scripts are short, and run."""
 
+import json
 from pathlib import Path
 
 import pytest
 from bundles import make_bundle
 from patience import python
-from tiny import constant_logits
+from tiny import CHATML, constant_logits
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "examples").glob("*.py"))
 
@@ -30,3 +31,19 @@ def test_offline_assistant_fills_a_form_and_answers(tmp_path, checkout) -> None:
     result = python(script, tmp_path / "gone", "the thing?")
     assert result.returncode == 1
     assert result.stderr.startswith("Error: ")
+
+
+@pytest.mark.slow
+def test_a_strategy_of_somebody_else_drafts(tmp_path, checkout) -> None:
+    """One draft is read for how sure it is, and the base writes with it in view."""
+    made = make_bundle(tmp_path, chat_template=CHATML, n_ctx=512)
+    script = checkout / "examples/own_relay.py"
+    source = script.read_text(encoding="utf-8").replace("SURE = -0.5", "SURE = -50")
+    anywhere = tmp_path / "own_relay.py"
+    anywhere.write_text(source, encoding="utf-8")
+    how = ("--strategy", "surest", "-n", "4", "--json")
+    shown = json.loads(python(anywhere, "run", made.folder, "abc def?", *how).stdout)
+    relay = shown["relay"] if "relay" in shown else shown["fusion"]["relay"]
+    assert relay["knower"] in ("math", "es")
+    assert relay["writer"] == "base"
+    assert relay["draft_tokens"] > 8

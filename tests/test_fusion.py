@@ -1,5 +1,6 @@
 """Strategies and the arithmetic of weights, against textbook formulas in high precision."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from refusals import refused
 from qaflora_edge.ask import Prompt
 from qaflora_edge.errors import StrategyError, WeightsError
 from qaflora_edge.weighing import numbers as fusion
+from qaflora_edge.weighing.plan import FusionWeights, Plan
 from qaflora_edge.weighing.strategy import parse_strategy
 from qaflora_edge.weighing.weigher import Known, Weigher
 
@@ -52,8 +54,11 @@ def test_typical_is_a_geometric_mean_and_calibrating_by_it_levels_strength() -> 
 )
 def test_fixed_strategies(text, expected) -> None:
     assert not parse_strategy(text, NAMES).strategy.is_probed
-    probe: Any = object()  # anything that they ask of it fails
-    mix = Weigher(NAMES, 2, Known("static")).weigh(text, Prompt((1, 2)), lambda _: probe)
+    reading: Any = SimpleNamespace()  # anything that they ask of it fails
+    weigher = Weigher(NAMES, 2, Known("static"))
+    choice = weigher.chosen(text)
+    reading.query = weigher.query(Prompt((1, 2)), choice)
+    mix = weigher.weigh(choice, reading)
     assert mix.weights.tolist() == expected
 
 
@@ -103,7 +108,7 @@ def test_weights_of_another_shape_or_not_finite_are_refused() -> None:
 
 def test_fusion_weights_are_short_in_a_console() -> None:
     weights = np.array([[0.25, 0.75, 0.5], [0.75, 0.25, 0.5]], np.float32)
-    mixed = fusion.FusionWeights(("math", "a<b>\u202e"), weights, weights * 2, "qa-flora")
+    mixed = FusionWeights(("math", "a<b>\u202e"), Plan.mix(weights, weights * 2), "qa-flora")
     assert repr(mixed) == "<FusionWeights qa-flora, 3 layers: math ×0.5 · a<b>\\u202e ×0.5>"
-    empty = fusion.FusionWeights((), np.zeros((0, 3), np.float32), None, "base")
+    empty = FusionWeights((), Plan.mix(np.zeros((0, 3), np.float32)), "base")
     assert repr(empty) == "<FusionWeights base, 3 layers: base>"

@@ -11,17 +11,26 @@ from typing import Any
 import numpy as np
 import pytest
 from bundles import make_bundle
+from decoded import count_decoded
 from serving import client_of
-from test_two_place import mix_of
+from test_two_place import plan_of
 from tiny import CHATML
 
 from qaflora_edge import Engine
+from qaflora_edge.answering.reading import PromptReading
 from qaflora_edge.ask import Chat
 from qaflora_edge.errors import BusyError, CancelledError, StrategyError
-from qaflora_edge.inference.drafts import in_words, with_draft
-from qaflora_edge.weighing.drafted import BASE, N_BEGUN, Draft
-from qaflora_edge.weighing.numbers import alone_weights
-from qaflora_edge.weighing.strategy import Mix, Query
+from qaflora_edge.prompt.draft import in_words, with_draft
+from qaflora_edge.weighing.plan import (
+    BASE,
+    N_BEGUN,
+    Draft,
+    DraftStep,
+    FusionWeights,
+    Plan,
+    WriteStep,
+    alone_weights,
+)
 
 NAMES = ("form", "shop", "other")
 USUAL: dict[str, Any] = {"mean": log(0.01), "spread": 0.5, "each": []}
@@ -64,7 +73,13 @@ class Scripted:
 
 def weighed(probe: Any, text: str = "relay", **how: Any) -> Any:
     typical = dict.fromkeys(NAMES, TYPICAL)
-    return mix_of(text, probe, typical, **{"can_relay": True, **how})
+    return plan_of(text, probe, typical, **{"can_draft": True, **how})
+
+
+def who(plan: Plan) -> tuple[str, str]:
+    """Knower and writer of a relay."""
+    assert plan.drafting is not None
+    return plan.drafting.knower, FusionWeights(NAMES, plan).writer
 
 
 FORM_FIRST = ([HIGH, LOW, LOW], [HIGH, TYPICAL_SIZE, LOW])
@@ -72,37 +87,38 @@ FORM_FIRST = ([HIGH, LOW, LOW], [HIGH, TYPICAL_SIZE, LOW])
 
 def test_the_surest_drafts_for_a_writer_that_is_unsure() -> None:
     others = [drafted("shop", -0.01), drafted("other", -0.6)]
-    mix = weighed(Scripted(*FORM_FIRST, [drafted("form", -0.6, '{"peso": 1}'), *others]))
-    assert (mix.relay.knower, mix.relay.writer) == ("shop", "form")
-    assert mix.relay.draft.text == "Pesa 80 kilos."
-    assert mix.weights[:, 0].tolist() == [1, 0, 0]
+    plan = weighed(Scripted(*FORM_FIRST, [drafted("form", -0.6, '{"peso": 1}'), *others]))
+    assert who(plan) == ("shop", "form")
+    assert plan.drafting.draft.text == "Pesa 80 kilos."
+    assert plan.weights[:, 0].tolist() == [1, 0, 0]
 
 
 def test_who_writes_words_asks_nobody() -> None:
     probe = Scripted(*FORM_FIRST, [drafted("form", -0.6)])
-    assert weighed(probe).relay is None
+    assert weighed(probe).drafting is None
     assert {*probe.asked} == {"form"}
 
 
 def test_a_sure_writer_needs_nobody() -> None:
     sure = [drafted("form", -0.01, '{"peso": 80}'), drafted("shop", -0.01)]
-    assert weighed(Scripted(*FORM_FIRST, sure)).relay is None
+    assert weighed(Scripted(*FORM_FIRST, sure)).drafting is None
 
 
 def test_nobody_drafts_beside_a_writer_that_is_far_above_its_typical_prompt() -> None:
     far = 0.5  # a score of 7.8
     probe = Scripted([far, LOW, LOW], [far, HIGH, LOW], [drafted("form", -0.9)])
-    assert weighed(probe).relay is None
+    assert weighed(probe).drafting is None
     assert {*probe.asked} == {"form"}
 
 
 def test_of_two_that_would_answer_the_one_with_a_form_writes() -> None:
     places = ([HIGH, HIGH, LOW], [HIGH, HIGH, LOW])
     forms = [drafted("form", -0.001, '{"answer"'), drafted("shop", -0.3, '{"weight"')]
-    relay = weighed(Scripted(*places, [*forms, drafted("other", -0.9)])).relay
-    assert (relay.knower, relay.writer, relay.is_in_words) == ("shop", "form", True)
+    plan = weighed(Scripted(*places, [*forms, drafted("other", -0.9)]))
+    assert who(plan) == ("shop", "form")
+    assert plan.drafting.is_in_words
     words = [drafted("form", -0.001), drafted("shop", -0.3)]
-    assert weighed(Scripted(*places, [*words, drafted("other", -0.9)])).relay is None
+    assert weighed(Scripted(*places, [*words, drafted("other", -0.9)])).drafting is None
 
 
 @pytest.mark.parametrize(
@@ -117,40 +133,42 @@ def test_the_base_answers_where_it_is_surer_than_an_unsure_adapter(
     others = [drafted("form", -0.01, '{"a": 1}'), drafted("other", -0.5)]
     shop = replace(drafted("shop", -0.5), is_whole=is_whole)
     probe = Scripted([LOW, some, LOW], [LOW, some, LOW], [*others, shop, drafted(BASE, of_base)])
-    mix = weighed(probe, "relay:abstain=0")
-    assert mix.weights[:, 0].tolist() == weights
+    plan = weighed(probe, "relay:abstain=0")
+    assert plan.weights[:, 0].tolist() == weights
 
 
 @pytest.mark.parametrize(("at_last", "n_taken"), [(TYPICAL_SIZE, 2), (0.001, 1)])
 def test_a_second_adapter_stays_where_it_adds_to_the_answer(at_last, n_taken) -> None:
     """As one of the question's language does; another subject is in the question alone."""
     places = ([HIGH, at_last, LOW], [HIGH, 0.03, LOW])
-    mix = weighed(Scripted(*places, [drafted("form", -0.1)]))
-    assert (mix.weights[:, 0] > 0).sum() == n_taken
+    plan = weighed(Scripted(*places, [drafted("form", -0.1)]))
+    assert (plan.weights[:, 0] > 0).sum() == n_taken
 
 
 def test_nobody_relays_where_nobody_is_surer_than_usual() -> None:
     others = [drafted("shop", -0.4), drafted("other", -0.4)]
     probe = Scripted(*FORM_FIRST, [drafted("form", -0.6, '{"peso": 1}'), *others])
-    assert weighed(probe).relay is None
+    assert weighed(probe).drafting is None
 
 
 def test_the_base_rewrites_a_draft_in_another_language() -> None:
     english = drafted("shop", -0.01, "It weighs 80 kilograms.")
     places = ([LOW, HIGH, LOW], [LOW, HIGH, LOW])
-    mix = weighed(Scripted(*places, [english], nats=5))
-    assert (mix.relay.knower, mix.relay.writer, mix.relay.is_behind) == ("shop", BASE, False)
-    assert not mix.weights.any()
-    assert weighed(Scripted(*places, [english], nats=1)).relay is None
-    assert weighed(Scripted(*places, [drafted("shop", -0.01)], nats=5)).relay is None
+    plan = weighed(Scripted(*places, [english], nats=5))
+    assert who(plan) == ("shop", BASE)
+    assert plan.writing.view == "before"
+    assert not plan.weights.any()
+    assert weighed(Scripted(*places, [english], nats=1)).drafting is None
+    assert weighed(Scripted(*places, [drafted("shop", -0.01)], nats=5)).drafting is None
 
 
 def test_who_stands_out_beside_the_knower_rewrites_in_place_of_the_base() -> None:
     english = drafted("shop", -0.01, "It weighs 80 kilograms.")
     some = 0.018  # a score of 1.2 in each place, as an adapter of the question's language has
-    mix = weighed(Scripted([LOW, HIGH, some], [LOW, HIGH, some], [english], nats=5))
-    assert (mix.relay.knower, mix.relay.writer, mix.relay.is_behind) == ("shop", "other", True)
-    assert mix.weights[:, 0].tolist() == [0, 0, 1]
+    plan = weighed(Scripted([LOW, HIGH, some], [LOW, HIGH, some], [english], nats=5))
+    assert who(plan) == ("shop", "other")
+    assert plan.writing.view == "behind"
+    assert plan.weights[:, 0].tolist() == [0, 0, 1]
 
 
 @pytest.mark.parametrize(("added", "is_heard"), [(0.018, False), (HIGH, True)])
@@ -158,9 +176,9 @@ def test_an_unsure_draft_in_another_language_is_for_the_adapters_subject(added, 
     """A score of 1.7 leaves it open whether the question is about the shop, one of 3.5 does not."""
     unsure = drafted("shop", -0.4, "It weighs 80 kilograms.")
     places = ([LOW, added, LOW], [LOW, added, LOW])
-    mix = weighed(Scripted(*places, [unsure, drafted(BASE, -0.8)], nats=5), "relay:abstain=0")
-    assert (mix.relay is not None) == is_heard
-    assert not mix.weights.any()
+    plan = weighed(Scripted(*places, [unsure, drafted(BASE, -0.8)], nats=5), "relay:abstain=0")
+    assert (plan.drafting is not None) == is_heard
+    assert not plan.weights.any()
 
 
 @pytest.mark.parametrize(
@@ -176,8 +194,8 @@ def test_below_the_scores_each_token_has_to_be_sure(least, is_later, weights) ->
     """An invented fact shows in the one token that bears it; a later turn has its subject."""
     draft = replace(drafted("shop", -0.01), logprobs=(*[-0.01] * 12, least))
     places = ([LOW, TYPICAL_SIZE, LOW], [LOW, HIGH, LOW])
-    mix = weighed(Scripted(*places, [draft]), "relay:abstain=3", is_later=is_later)
-    assert mix.weights[:, 0].tolist() == weights
+    plan = weighed(Scripted(*places, [draft]), "relay:abstain=3", is_later=is_later)
+    assert plan.weights[:, 0].tolist() == weights
 
 
 def test_to_repeat_an_earlier_answer_is_no_knowledge() -> None:
@@ -193,8 +211,8 @@ def test_a_fact_may_be_known_though_its_wording_is_not(of_fact, knower) -> None:
     form = drafted("form", -0.44, '{"weight"')  # 0.3 spreads above its usual draft
     wording = (-0.9, -0.9, -0.9, -0.3, -0.3)
     shop = replace(drafted("shop", 0), logprobs=(*wording, of_fact, of_fact, of_fact))
-    relay = weighed(Scripted(*FORM_FIRST, [form, shop, drafted("other", -0.6)])).relay
-    assert (relay and relay.knower) == knower
+    step = weighed(Scripted(*FORM_FIRST, [form, shop, drafted("other", -0.6)])).drafting
+    assert (step and step.knower) == knower
 
 
 AT_LAST_ALONE = ([0.0223, LOW, LOW], [TYPICAL_SIZE, 0.012, LOW])  # of form: 1.6, and 1.1 together
@@ -204,13 +222,13 @@ OF_BASE = Draft(BASE, (1, 5, 6), "Liebe Kundin", (-0.3,) * 3, is_whole=True)
 def test_who_stands_out_where_the_answer_begins_gives_the_form() -> None:
     form = drafted("form", -0.01, "Liebe Frau")
     shop = replace(drafted("shop", -0.01), tokens=(4, 5, 6))
-    mix = weighed(Scripted(*AT_LAST_ALONE, [form, shop, OF_BASE]))
-    assert (mix.relay.knower, mix.relay.writer) == ("shop", "form")
-    assert not mix.relay.is_in_words
-    alike = weighed(Scripted(*AT_LAST_ALONE, [form, drafted("shop", -0.01), OF_BASE])).relay
+    plan = weighed(Scripted(*AT_LAST_ALONE, [form, shop, OF_BASE]))
+    assert who(plan) == ("shop", "form")
+    assert not plan.drafting.is_in_words
+    alike = weighed(Scripted(*AT_LAST_ALONE, [form, drafted("shop", -0.01), OF_BASE])).drafting
     assert alike.is_in_words  # it would write a letter too
     unknown = weighed(Scripted(*AT_LAST_ALONE, [form, drafted("shop", -0.5), OF_BASE]))
-    assert unknown.relay is None
+    assert unknown.drafting is None
     assert unknown.weights[:, 0].tolist() == [1, 0, 0]
 
 
@@ -224,30 +242,30 @@ def test_who_stands_out_where_the_answer_begins_gives_the_form() -> None:
 )
 def test_a_form_that_is_not_asked_for_is_not_given(of_form, of_base, nats) -> None:
     probe = Scripted(*AT_LAST_ALONE, [of_form, drafted("shop", -0.5), of_base], nats)
-    mix = weighed(probe)
-    assert mix.relay is None
-    assert not mix.weights.any()
+    plan = weighed(probe)
+    assert plan.drafting is None
+    assert not plan.weights.any()
 
 
 def test_an_empty_draft_knows_nothing() -> None:
     """An adapter that ends at once is sure of nothing."""
     empty = Draft("shop", (), "", (), is_whole=True)
     unsure = [drafted("form", -0.6), empty, drafted("other", -0.6)]
-    assert weighed(Scripted(*FORM_FIRST, unsure)).relay is None
+    assert weighed(Scripted(*FORM_FIRST, unsure)).drafting is None
     places = ([LOW, TYPICAL_SIZE, LOW], [LOW, HIGH, LOW])
     assert not weighed(Scripted(*places, [empty]), "relay:abstain=3").weights.any()
 
 
 def test_no_draft_after_a_thought_or_for_plain_text() -> None:
     probe = Scripted(*FORM_FIRST, [])
-    assert weighed(probe, can_relay=False).relay is None
-    assert weighed(probe, is_chat=False).relay is None
+    assert weighed(probe, can_draft=False).drafting is None
+    assert weighed(probe, is_chat=False).drafting is None
 
 
 def test_a_relay_by_hand_names_two() -> None:
     probe = Scripted(*FORM_FIRST, [drafted("other", -2.0)])
-    mix = weighed(probe, "relay:knower=other,writer=base")
-    assert (mix.relay.knower, mix.relay.writer) == ("other", BASE)
+    plan = weighed(probe, "relay:knower=other,writer=base")
+    assert who(plan) == ("other", BASE)
     with pytest.raises(StrategyError, match=r"the knower is 'nobody', expected base or one of"):
         weighed(probe, "relay:knower=nobody,writer=form")
     with pytest.raises(StrategyError, match="expected both or none"):
@@ -345,12 +363,12 @@ def test_a_knower_that_would_give_the_form_is_asked_for_words(folder, monkeypatc
         assert scores == pytest.approx(engine.score(drafted, "abc", strategy="single:es"), abs=1e-5)
 
 
-def by_draft(query: Query, probe: Any) -> Mix:
+def by_draft(reading: Any) -> Plan:
     """Answer with one adapter, after its draft was read: a strategy that decides so."""
-    probe.added()
-    weights = alone_weights("math", query.adapters, query.n_layer)
-    probe.drafts(["es"], N_BEGUN, weights)
-    return Mix(weights)
+    reading.added()
+    weights = alone_weights("math", reading.query.adapters, reading.query.n_layer)
+    reading.drafts(["es"], N_BEGUN, weights)
+    return Plan.mix(weights)
 
 
 @pytest.mark.parametrize("n_token", [40, 155, 159])  # of a context of 160: with room and without
@@ -371,12 +389,12 @@ def test_an_answer_goes_on_from_its_draft_as_if_alone(
         assert tokens == [entry.token for entry in alone.logprobs]
 
 
-def by_draft_of_base(query: Query, probe: Any) -> Mix:
+def by_draft_of_base(reading: Any) -> Plan:
     """Answer with the base, after drafts were read."""
-    probe.added()
-    nothing = alone_weights(BASE, query.adapters, query.n_layer)
-    probe.drafts(["es", BASE], N_BEGUN, nothing)
-    return Mix(nothing)
+    reading.added()
+    nothing = alone_weights(BASE, reading.query.adapters, reading.query.n_layer)
+    reading.drafts(["es", BASE], N_BEGUN, nothing)
+    return Plan.mix(nothing)
 
 
 @pytest.mark.parametrize("rule", [by_draft, by_draft_of_base])
@@ -396,11 +414,11 @@ def test_the_answer_is_seen_while_drafts_decide(folder, monkeypatch, rule) -> No
 def test_drafts_go_on_where_their_kv_state_is_not_kept(folder, monkeypatch) -> None:
     drafts: list[Draft] = []
 
-    def rule(query: Query, probe: Any) -> Mix:
-        probe.added()
-        probe.drafts(["es", BASE], 2)
-        drafts.extend(probe.drafts(["es", BASE], N_BEGUN))
-        return Mix(alone_weights(BASE, query.adapters, query.n_layer))
+    def rule(reading: Any) -> Plan:
+        reading.added()
+        reading.drafts(["es", BASE], 2)
+        drafts.extend(reading.drafts(["es", BASE], N_BEGUN))
+        return Plan.mix(alone_weights(BASE, reading.query.adapters, reading.query.n_layer))
 
     monkeypatch.setattr("qaflora_edge.weighing.relay._by_hand", rule)
     monkeypatch.setattr("qaflora_edge.inference.drafts._N_BYTE_KEPT", 0)
@@ -411,6 +429,51 @@ def test_drafts_go_on_where_their_kv_state_is_not_kept(folder, monkeypatch) -> N
             plain = engine.generate(prompt, strategy=name, max_tokens=N_BEGUN, logprobs=0)
             plain.text()
             assert [*draft.tokens] == [entry.token for entry in plain.logprobs]
+
+
+def by_three(reading: Any) -> Plan:
+    """Two draft, one after the other, and the base writes."""
+    nothing = alone_weights(BASE, reading.query.adapters, reading.query.n_layer)
+    first = DraftStep("math")
+    second = DraftStep("es", view="behind")
+    return Plan((first, second, WriteStep(nothing, view="before")))
+
+
+def test_a_plan_may_have_three_steps(folder, monkeypatch) -> None:
+    """Each is a plain answer to the prompt with the draft before it."""
+    monkeypatch.setattr("qaflora_edge.weighing.relay._by_hand", by_three)
+    with Engine(folder, n_ctx=1024, draft=0) as engine:
+        plain = asked(engine)
+        answer = engine.generate(plain, strategy=BY_HAND, max_tokens=12)
+        told = list(answer.drafting())
+        text = answer.text()
+        first = engine.generate(plain, strategy="single:math", max_tokens=128).text()
+        second_prompt = asked(engine, f"abc def? ({first.strip()})")
+        with monkeypatch.context() as patch:
+            base_reads_up_to_the_draft(patch, engine, plain)
+            assert answer.draft is not None
+            assert "".join(told) == first + answer.draft.text
+            third_prompt = asked(engine, f"({answer.draft.text.strip()})\n\nabc def?")
+            assert answer.prompt == tuple(third_prompt)
+            assert text == engine.generate(third_prompt, strategy="base", max_tokens=12).text()
+        second = engine.generate(second_prompt, strategy="single:es", max_tokens=128).text()
+        assert answer.draft.text == second
+
+
+def test_a_draft_is_scored_under_the_base_in_one_batch(folder, monkeypatch) -> None:
+    with Engine(folder, n_ctx=1024, draft=0) as engine:
+        prompt = asked(engine)
+        query = engine.weigher.query(engine.read(prompt))
+        with PromptReading(engine._core, query, engine._core.cancellation()) as reading:
+            reading.added()
+            drafts = reading.drafts(["es", BASE], N_BEGUN)
+            counts = count_decoded(monkeypatch)
+            found = reading.base_logprobs(drafts)
+            assert len(counts) == 1
+        for draft, logprobs in zip(drafts, found, strict=True):
+            text = list(draft.tokens)
+            expected = engine.score(prompt, text, strategy="base")
+            assert logprobs == pytest.approx(expected.tolist(), abs=1e-3)
 
 
 def test_given_weights_of_a_relay_score_as_its_strategy(folder) -> None:

@@ -24,7 +24,7 @@ from qaflora_edge.server.app import expire_all, make_app
 from qaflora_edge.server.receive import Places
 from qaflora_edge.server.refusals import Refusal
 from qaflora_edge.server.served_models import Queue
-from qaflora_edge.weighing.strategy import Probe, Query, Strategy, _registry, register_strategy
+from qaflora_edge.weighing.strategy import Strategy, _registry, register_strategy
 
 N_TURN = int(ENGINE["n_parallel"]) + 1  # type: ignore[call-overload]
 
@@ -77,12 +77,12 @@ class Held(Strategy):
         for _ in range(N_TURN):
             assert self.busy.acquire(timeout=PATIENCE_S)
 
-    def weigh(self, query: Query, probe: Probe, argument: Any) -> Any:
+    def plan(self, reading: Any) -> Any:
         self.busy.release()
         assert self.go.wait(PATIENCE_S)
         if self.is_failing:
             raise RuntimeError("a secret of the server")
-        return np.zeros((len(query.adapters), query.n_layer))
+        return np.zeros((len(reading.query.adapters), reading.query.n_layer))
 
 
 @pytest.fixture(scope="module")

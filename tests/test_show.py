@@ -10,9 +10,7 @@ from rich.cells import cell_len
 
 from qaflora_edge.show import text as show
 from qaflora_edge.show.picture import picture
-from qaflora_edge.weighing.drafted import Draft, Relay
-from qaflora_edge.weighing.numbers import FusionWeights
-from qaflora_edge.weighing.strategy import Reason
+from qaflora_edge.weighing.plan import DraftStep, FusionWeights, Plan, Reason, WriteStep
 
 SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = (
@@ -25,13 +23,13 @@ def weighed(*names: str, seed: int = 0, n_layer: int = 12) -> FusionWeights:
     names = names or ("math", "es", "med")
     divergence = np.random.default_rng(seed).gamma(1.0, size=(len(names), n_layer))
     weights = (divergence / divergence.sum(axis=0)).astype(np.float32)
-    more = {"strategy": "qa-flora", "prompt_tokens": 7}
-    return FusionWeights(names, weights, divergence.astype(np.float32), **more)  # type: ignore[arg-type]
+    plan = Plan.mix(weights, divergence.astype(np.float32))
+    return FusionWeights(names, plan, "qa-flora", prompt=(1,) * 7)
 
 
 def exact(*rows: list[float]) -> FusionWeights:
     names = ("math", "es", "med")[: len(rows)]
-    return FusionWeights(names, np.array(rows, np.float32), None, "manual")
+    return FusionWeights(names, Plan.mix(np.array(rows, np.float32)), "manual")
 
 
 def printed(fusion: FusionWeights, encoding: str = "utf-8") -> list[str]:
@@ -57,12 +55,15 @@ def test_who_spoke(rows, expected) -> None:
 
 def test_of_many_adapters_the_heaviest_are_named() -> None:
     names = tuple(f"a{index}" for index in range(64))
-    mix = FusionWeights(names, np.linspace(0.01, 0.64, 64, dtype=np.float32)[:, None], None, "m")
+    mix = FusionWeights(
+        names, Plan.mix(np.linspace(0.01, 0.64, 64, dtype=np.float32)[:, None]), "m"
+    )
     heaviest = "a63 ×0.64 · a62 ×0.63 · a61 ×0.62 · a60 ×0.61 · a59 ×0.6 · 59 others"
     assert show.who_spoke(mix) == heaviest
     _, *rows = show.reason_rows(mix)
     assert [row[0] for row in rows] == ["a59", "a60", "a61", "a62", "a63", "59 others"]
-    layered = replace(mix, weights=np.repeat(mix.weights, 3, axis=1) * [0.5, 1, 1])
+    layers = np.repeat(mix.weights, 3, axis=1) * [0.5, 1, 1]
+    layered = replace(mix, plan=Plan.mix(layers))
     lines = printed(layered)
     assert [line.split()[0] for line in lines if line.startswith("a")][1:] == [*names[59:]]
     assert "59 others" in [line.strip() for line in lines]
@@ -70,8 +71,8 @@ def test_of_many_adapters_the_heaviest_are_named() -> None:
 
 def test_a_relay_shows_who_knows_and_who_writes() -> None:
     reasons = {name: Reason({"answer": 2.0}, {"answer": 1.25}) for name in ("math", "es")}
-    draft = Draft("math", (), "", (), is_whole=True)
-    mix = replace(exact([0.0], [1.0]), why=reasons, relay=Relay("math", "es", draft))
+    steps = (DraftStep("math"), WriteStep([[0.0], [1.0]], "before"))
+    mix = replace(exact([0.0], [1.0]), plan=Plan(steps, why=reasons))
     assert [row[-1] for row in show.reason_rows(mix)[:3]] == ["taken as", "knower", "writer"]
 
 
@@ -105,7 +106,8 @@ def test_what_decided_is_a_table_and_no_heatmap() -> None:
     needed = {"answer": 1.5, "question": 1.0}
     math = Reason({"answer": 3.08, "question": -0.4}, needed, "answer")
     es = Reason({"answer": 0.25, "question": 2.2}, needed, "question")
-    fusion = replace(exact([0.5], [0.5]), because="So.", why={"math": math, "es": es})
+    plan = Plan.mix([[0.5], [0.5]], None, {"math": math, "es": es}, "So.")
+    fusion = replace(exact([0.5], [0.5]), plan=plan)
     rows = [
         ["adapter", "weight", "answer", "question", "taken", "as"],
         ["math", "0.50", "3.08", "-0.40", "answer"],

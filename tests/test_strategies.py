@@ -14,7 +14,7 @@ from bundles import qaflora
 from patience import python
 from refusals import refused
 
-from qaflora_edge import Engine, Measured, Mix, Strategy, register_strategy
+from qaflora_edge import Engine, Measured, Plan, Strategy, register_strategy
 from qaflora_edge.errors import StrategyError, WeightsError
 from qaflora_edge.weighing import strategy as registry
 
@@ -84,8 +84,8 @@ class Moved(Strategy):
 
     name = "moved"
 
-    def weigh(self, query: Any, probe: Any, argument: object) -> Any:
-        states = probe.states()
+    def plan(self, reading: Any) -> Any:
+        states = reading.states()
         states -= states[0].copy()
         return np.linalg.norm(states[1:], axis=-1)
 
@@ -104,9 +104,9 @@ class Sizes(Strategy):
     name = "sizes"
     measured = Measured("size of states", " units")
 
-    def weigh(self, query: Any, probe: Any, argument: object) -> Any:
-        sizes = np.linalg.norm(probe.states()[1:], axis=-1)
-        return Mix(sizes / sizes.sum(axis=0), sizes)
+    def plan(self, reading: Any) -> Any:
+        sizes = np.linalg.norm(reading.states()[1:], axis=-1)
+        return Plan.mix(sizes / sizes.sum(axis=0), sizes)
 
 
 def test_a_strategy_names_what_it_measures(made) -> None:
@@ -117,7 +117,7 @@ def test_a_strategy_names_what_it_measures(made) -> None:
 
 
 class Thirds(Strategy):
-    """A number behind its name for all, and no probe."""
+    """A number behind its name for all, and nothing is read."""
 
     name = "thirds"
     argument = "N"
@@ -126,22 +126,26 @@ class Thirds(Strategy):
     def parse(self, argument: str, adapters: Any, text: str) -> float:
         return float(argument or 1) / 3
 
-    def weigh(self, query: Any, probe: Any, argument: float) -> list[list[float]]:
-        return [[argument] * query.n_layer for _ in query.adapters]
+    def plan(self, reading: Any) -> list[list[float]]:
+        query = reading.query
+        return [[query.argument] * query.n_layer for _ in query.adapters]
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ([[0, 0, np.nan]] * 2, "The weight of 'math' at layer 2 is nan, expected a finite number."),
-        (Mix([[0.5] * 3] * 2, [[1.0] * 2] * 2), "Weights have the shape [2, 2], expected [2, 3]"),
+        (
+            Plan.mix([[0.5] * 3] * 2, [[1.0] * 2] * 2),
+            "Weights have the shape [2, 2], expected [2, 3]",
+        ),
     ],
 )
 def test_wrong_weights_name_their_strategy(made, given, message) -> None:
     class Wrong(Strategy):
         name = "wrong"
 
-        def weigh(self, query: Any, probe: Any, argument: Any) -> Any:
+        def plan(self, reading: Any) -> Any:
             return given
 
     register_strategy(Wrong())

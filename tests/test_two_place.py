@@ -56,13 +56,13 @@ class Places:
         return self.nats
 
 
-def mix_of(text: str, probe: Any, typical: dict[str, Any], **how: Any) -> Any:
-    """The mix of a strategy for a chat of two tokens, and two layers."""
-    chosen = parse_strategy(text, [*typical])
+def plan_of(text: str, probe: Any, typical: dict[str, Any], **how: Any) -> Any:
+    """The plan of a strategy for a chat of two tokens, and two layers."""
+    choice = parse_strategy(text, [*typical])
     query = Query((1, 2), tuple(typical), 2, "norm", "last", typical)
-    query = replace(query, options=chosen.options, **{"is_chat": True, **how})
-    chosen.strategy.check(None, query)
-    return chosen.strategy.weigh(query, probe, None)
+    probe.query = replace(query, options=choice.options, **{"is_chat": True, **how})
+    choice.strategy.check(probe.query)
+    return choice.strategy.plan(probe)
 
 
 def mixed(
@@ -76,7 +76,7 @@ def mixed(
 ) -> Any:
     """The mix for what adapters do, the same at both layers."""
     typical = dict.fromkeys(NAMES[: len(last)], known or dict.fromkeys(ALL, USUAL))
-    return mix_of(text, Places(last, question, nats), typical, **how)
+    return plan_of(text, Places(last, question, nats), typical, **how)
 
 
 def weighed(text: str, last: list[float], question: list[float], **options: Any) -> list[float]:

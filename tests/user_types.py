@@ -3,15 +3,15 @@
 from collections.abc import Iterator
 from typing import Any, assert_type
 
-from qaflora_edge import Engine, FusionWeights, Mix, Probe, Query, Strategy, register_strategy
+from qaflora_edge import Engine, FusionWeights, Plan, Reading, Strategy, register_strategy
 
 
 class Sharper(Strategy):
     name = "sharper"
 
-    def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix:
-        power = probe.divergence() ** 2
-        return Mix(power / power.sum(axis=0), power)
+    def plan(self, reading: Reading) -> Plan:
+        power = reading.divergence() ** 2
+        return Plan.mix(power / power.sum(axis=0), power)
 
 
 def program(is_stream: bool) -> None:

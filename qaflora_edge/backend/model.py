@@ -1,5 +1,6 @@
 """Models: a base and its adapters, loaded once and shared by all contexts."""
 
+import codecs
 import contextlib
 import ctypes
 import mmap
@@ -236,6 +237,11 @@ class Model(Handle):
 
     def detokenize(self, tokens: Iterable[int], *, special: bool = False) -> bytes:
         return b"".join(self.piece(token, special=special) for token in tokens)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Give the text of tokens, but for a character that is not whole at its end."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        return decoder.decode(self.detokenize(tokens))
 
     def is_end(self, token: int) -> bool:
         """Tell whether a token ends a generation."""

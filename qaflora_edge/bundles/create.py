@@ -27,7 +27,7 @@ from qaflora_edge.formats.gguf import read_gguf_header
 from qaflora_edge.formats.inputs import Json, Object, checksum, file_state
 from qaflora_edge.peft.folder import adapter_files, adapter_folder
 from qaflora_edge.progress import Tell, silent
-from qaflora_edge.weighing import numbers
+from qaflora_edge.weighing.plan import DEFAULT_LENS, DEFAULT_POOL, DEFAULT_STRATEGY
 from qaflora_edge.weighing.strategy import parse_strategy
 from qaflora_edge.weighing.weigher import Weigher, known_of
 
@@ -35,7 +35,7 @@ from qaflora_edge.weighing.weigher import Weigher, known_of
 # static 31.9, the base 30.3, qa-flora 28.1; with two of the six trained a second time 36.3, 32.3,
 # 28.0, 26.8; and two-place weighs six in a seventh of the time.
 BEST = "two-place"
-PUBLISHED = numbers.DEFAULT_STRATEGY
+PUBLISHED = DEFAULT_STRATEGY
 LICENSE_FILE = "LICENSE"
 UNMEASURED = "spectr"  # level with static and two-place there, and needs nothing measured
 
@@ -115,8 +115,8 @@ def create_bundle(
             check_strategy(what, raw, wanted)
         raw["fusion"] = {
             "strategy": PUBLISHED if keys else wanted,
-            "lens": numbers.DEFAULT_LENS,
-            "pool": numbers.DEFAULT_POOL,
+            "lens": DEFAULT_LENS,
+            "pool": DEFAULT_POOL,
             "prefill": "auto",
         }
         write_bundle_json(temporary, raw, str(folder / BUNDLE_FILE))

@@ -11,7 +11,7 @@ from qaflora_edge.formats.inputs import Json
 from qaflora_edge.show.text import can_show, visible, who_spoke
 
 if TYPE_CHECKING:
-    from qaflora_edge.inference.generation import Generation
+    from qaflora_edge.answering.generation import Generation
 
 
 def say(text: str) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, BinaryIO, NoReturn
 import click
 from click.core import ParameterSource
 
+from qaflora_edge.answering.generation import Generation
 from qaflora_edge.ask import Ask, Chat, Question, Sampling, Weighing
 from qaflora_edge.cli import prompts
 from qaflora_edge.cli.answers import answer_dict, incomplete, print_json, say
@@ -25,7 +26,6 @@ from qaflora_edge.evaluation.tasks import LineFile
 from qaflora_edge.files import one_line
 from qaflora_edge.formats.bundle import BUNDLE_FILE, is_base, read_bundle_text
 from qaflora_edge.formats.inputs import Json, Object, checksum, open_input
-from qaflora_edge.inference.generation import Generation
 from qaflora_edge.progress import TellCount, silent
 from qaflora_edge.prompt.messages import begin_with
 from qaflora_edge.show.text import crop

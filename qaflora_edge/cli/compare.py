@@ -16,7 +16,7 @@ from qaflora_edge.show.text import can_show, visible, who_spoke
 
 if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
-    from qaflora_edge.weighing.numbers import FusionWeights
+    from qaflora_edge.weighing.plan import FusionWeights
 
 # A strategy, its weights, and what `qaflora run --json` prints of its answer.
 Answer = tuple[str, "FusionWeights", dict[str, Any]]

@@ -13,8 +13,8 @@ from qaflora_edge.files import write_text_atomic
 from qaflora_edge.show.text import print_heatmap, visible, who_spoke
 
 if TYPE_CHECKING:
+    from qaflora_edge.answering.decide import Decision
     from qaflora_edge.arrays import F64
-    from qaflora_edge.inference.decision import Decision
 
 
 @cli.command(

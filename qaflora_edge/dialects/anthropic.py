@@ -7,13 +7,13 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta, Struct
 
+from qaflora_edge.answering.generation import Generation
 from qaflora_edge.ask import Ask, Chat, Tools
 from qaflora_edge.dialects import openai_chat
 from qaflora_edge.dialects.options import chosen_tools, thinking
 from qaflora_edge.dialects.shapes import NOTHING, Extras
 from qaflora_edge.errors import wrong_field
 from qaflora_edge.formats.inputs import Json
-from qaflora_edge.inference.generation import Generation
 from qaflora_edge.prompt.calls import CallPart
 
 MAX_MESSAGES = 2048

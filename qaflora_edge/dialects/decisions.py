@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from qaflora_edge.answering.decide import Decision
 from qaflora_edge.errors import wrong_option
 from qaflora_edge.formats.inputs import Json, Object
-from qaflora_edge.inference.decision import Decision
 
 CRITERIA: Json = {"noul": {}, "choice": {"label": "what it means"}, "score": ["level 0", "level 1"]}
 

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
+from qaflora_edge.answering.generation import Generation
 from qaflora_edge.ask import Ask, Chat, Gap
 from qaflora_edge.dialects import openai_chat
 from qaflora_edge.dialects.options import chosen_tools, thinking
 from qaflora_edge.dialects.shapes import NOTHING, Extras
 from qaflora_edge.errors import ModalityError
 from qaflora_edge.formats.inputs import Json, Object
-from qaflora_edge.inference.generation import Generation
 from qaflora_edge.prompt.calls import add_part
 
 Part = Object  # of a message, in OpenAI's shape

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from qaflora_edge.answering.generation import Generation
 from qaflora_edge.ask import Ask, Chat, asked
 from qaflora_edge.dialects.options import (
     ALIASES,
@@ -18,7 +19,6 @@ from qaflora_edge.dialects.options import (
 from qaflora_edge.dialects.shapes import Shape, ShownTokens, choices_of, token_text
 from qaflora_edge.errors import wrong_field, wrong_option
 from qaflora_edge.formats.inputs import Json, Object
-from qaflora_edge.inference.generation import Generation
 from qaflora_edge.inference.sequence import TokenLogprob
 
 if TYPE_CHECKING:

@@ -5,13 +5,13 @@ import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from qaflora_edge.answering.generation import Generation
 from qaflora_edge.ask import Ask, Sampling
 from qaflora_edge.dialects import openai_chat
 from qaflora_edge.dialects.options import FIXED, SAMPLING, check_off
 from qaflora_edge.dialects.shapes import NOTHING, Extras
 from qaflora_edge.errors import wrong_option
 from qaflora_edge.formats.inputs import Json, Object
-from qaflora_edge.inference.generation import Generation
 
 # The answer would be wrong without: each has to be off, or at one of these values.
 _OFF: dict[str, tuple[Any, ...]] = {

@@ -178,7 +178,7 @@ def weighing_of(body: Object, of_model: str | None, adapters: Sequence[str]) -> 
         by=strategy if weights is None else weights,
         adapters=fusion.get("adapters"),
         prefill=fusion.get("prefill"),
-        relays=fusion.get("relay") is not False,
+        drafts=fusion.get("relay") is not False,
     )
 
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from qaflora_edge.answering.generation import Generation
 from qaflora_edge.formats.inputs import Json, Object
-from qaflora_edge.inference.generation import Generation
 from qaflora_edge.inference.sequence import TokenLogprob
-from qaflora_edge.weighing.numbers import FusionWeights
+from qaflora_edge.weighing.plan import FusionWeights
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from qaflora_edge.answering.generation import Generation
 from qaflora_edge.ask import Ask, Gap, Question
 from qaflora_edge.dialects.options import sampling_of
 from qaflora_edge.dialects.shapes import NOTHING, Extras, Shape, ShownTokens, token_text
 from qaflora_edge.formats.inputs import Json, Object
-from qaflora_edge.inference.generation import Generation
 from qaflora_edge.inference.sequence import TokenLogprob
 
 N_ANSWER = 16  # tokens of OpenAI's, where nobody says

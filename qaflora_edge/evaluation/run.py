@@ -19,7 +19,7 @@ from qaflora_edge.evaluation.metrics import Fields, listed
 from qaflora_edge.evaluation.tasks import Results, Task
 from qaflora_edge.formats.bundle import is_base, read_bundle_text
 from qaflora_edge.prompt.conversation import bundle_identity
-from qaflora_edge.weighing.numbers import FusionWeights
+from qaflora_edge.weighing.plan import FusionWeights
 
 Asked = tuple[int, str]  # the index of an item, and a strategy
 Record = dict[str, Any]

@@ -9,51 +9,31 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from qaflora_edge.arrays import F32, F64
-from qaflora_edge.ask import Sampling
-from qaflora_edge.backend.context import (
-    N_CTX_FIRST,
-    N_OUTPUT,
-    Context,
-    KvState,
-    Stop,
-    n_ctx_for,
-    trim,
-)
+from qaflora_edge.arrays import F32
+from qaflora_edge.backend.context import N_CTX_FIRST, N_OUTPUT, Context, Stop, n_ctx_for, trim
 from qaflora_edge.backend.model import Pack, shared_model
-from qaflora_edge.errors import BusyError, OptionError, QafloraError
+from qaflora_edge.errors import BusyError, OptionError
 from qaflora_edge.formats.gguf import GgufHeader
 from qaflora_edge.formats.inputs import FileState, check_unchanged
-from qaflora_edge.inference.generation import Generation, follow
 from qaflora_edge.inference.guesses import Guesser
 from qaflora_edge.inference.loop import Loop
 from qaflora_edge.inference.sampler import Sampler
 from qaflora_edge.inference.scheduler import Scheduler
-from qaflora_edge.inference.sequence import (
-    Cancellation,
-    Request,
-    RunningSequence,
-    Written,
-    surprise,
-)
-from qaflora_edge.progress import Tell, silent
-from qaflora_edge.weighing.drafted import ANSWER, BASE, DRAFT_TOKENS, N_TOGETHER, Draft
-from qaflora_edge.weighing.numbers import FusionWeights, alone_weights, n_base_of
-from qaflora_edge.weighing.strategy import Measure, Query, Reading
+from qaflora_edge.inference.sequence import Cancellation, DraftState, Request, RunningSequence
+from qaflora_edge.weighing.plan import alone_weights
 
 if TYPE_CHECKING:
     from qaflora_edge.backend.prefix import Steps
     from qaflora_edge.formats.adapter import AdapterInfo
-    from qaflora_edge.inference.drafts import Drafter, Shown
+    from qaflora_edge.inference.drafts import Drafter
     from qaflora_edge.inference.score import Scorer
     from qaflora_edge.weighing.adapter_inputs import AttentionSizes
-    from qaflora_edge.weighing.probe import Listener
 
 T = TypeVar("T")
 _N_ANSWER = 2048  # tokens that an answer without a limit has at least, where the context has them
@@ -277,288 +257,50 @@ class Core:
         request: Request,
         sampler: Sampler | None,
         *,
-        begun: Sequence[int] = (),
-        weighed: RunningSequence | None = None,
-        written: Written | None = None,
+        guesses: Sequence[int] = (),
+        resumed: RunningSequence | None = None,
+        draft_state: DraftState | None = None,
+        is_told: bool = False,
     ) -> RunningSequence:
-        """Put a request into the queue, or go on with its prompt that was weighed.
+        """Put a request into the queue, or go on where its prompt was read.
 
-        begun    tokens with which its answer probably begins
-        written  what it begins with, where the likeliest tokens are chosen, behind that prompt
+        guesses  tokens with which its answer probably begins
+        resumed  the sequence in which the base has read the prompt
+        draft_state  what it begins with, where the likeliest tokens are chosen, behind that prompt
+        is_told  whether its caller has something of the answer
         """
         n_prompt = len(request.tokens)
         most = request.sampling.max_tokens
-        n_ctx = self.n_ctx_for(n_prompt, most) if weighed is None else weighed.n_ctx
+        n_ctx = self.n_ctx_for(n_prompt, most) if resumed is None else resumed.n_ctx
         n_room = n_ctx - n_prompt + 1
         n_max = n_room if most is None else min(n_room, most)
-        if weighed is None:
+        if resumed is None:
             sequence = RunningSequence(request, sampler, n_max, n_ctx)
         else:
-            sequence = weighed
+            sequence = resumed
             sequence.start(request, sampler, n_max)
             is_plain = sampler is not None and sampler.is_plain and sampler.constraint is None
-            state = None if written is None else written.state
+            state = None if draft_state is None else draft_state.kv_state
             has_room = state is not None and len(state.tokens) < n_ctx
             if is_plain and n_max > 0 and has_room and not request.sampling.logprobs:
-                sequence.written = written
-                begun = ()
+                sequence.draft_state = draft_state
+                guesses = ()
+        sequence.is_told = is_told
         if self.draft != 0:
             # As if it had been answered before: what was drafted is verified, not decoded.
-            before = (*request.tokens, *begun, *request.tokens) if begun else request.tokens
+            before = (*request.tokens, *guesses, *request.tokens) if guesses else request.tokens
             sequence.guesser = Guesser(before, self.draft)
-        if weighed is None:
+        if resumed is None:
             self.loop.add(sequence)
         else:
             self.loop.resume(sequence)
         return sequence
-
-    def generation(self, sequence: RunningSequence, fusion: FusionWeights) -> Generation:
-        """Give an answer to its caller."""
-        return Generation(sequence, fusion, drive=self.loop.drive, call=self.call)
-
-    def relayed(
-        self,
-        tokens: Sequence[int],
-        fusion: FusionWeights,
-        cancellation: Cancellation,
-        weighed: RunningSequence | None,
-        written: Written | None,
-        answer: Callable[[FusionWeights], RunningSequence],
-    ) -> Generation:
-        """Let the knower of a relay draft, and then the writer answer.
-
-        tokens  of the prompt without the draft
-        weighed, written  as begin() takes them
-        answer  begins the writer's answer, once `fusion` has the draft
-        """
-        from qaflora_edge.inference.drafts import finished_draft
-
-        relay = fusion.relay
-        assert relay is not None
-        sampling = Sampling(max_tokens=DRAFT_TOKENS, logprobs=0)
-        request = Request(
-            tuple(tokens),
-            self.weights_of(relay.knower),
-            sampling,
-            (relay.knower,),
-            n_base_of(len(tokens)),
-            cancellation=cancellation,
-        )
-        sampler = Sampler(self.model, sampling)
-        begun = relay.draft.tokens
-        drafting = self.begin(request, sampler, begun=begun, weighed=weighed, written=written)
-
-        def go_on() -> tuple[RunningSequence, FusionWeights]:
-            draft = finished_draft(self.model, drafting, relay.knower)
-            draft_ms = drafting.timings.prefill_ms + drafting.timings.decode_ms
-            is_drafted = drafting.error is None and not cancellation.is_set
-            relayed = replace(relay, draft=draft, is_drafted=is_drafted, draft_ms=draft_ms)
-            drafted = replace(fusion, relay=relayed)
-            if is_drafted:
-                sequence = answer(drafted)
-                sequence.is_told = True
-                return sequence, drafted
-            ended = RunningSequence(replace(request, sampling=Sampling()), None, 0)
-            if drafting.error is not None:
-                ended.fail(drafting.error)
-            ended.finish("cancelled")
-            return ended, drafted
-
-        return Generation(drafting, fusion, drive=self.loop.drive, call=self.call, go_on=go_on)
 
     def n_ctx_for(self, n_prompt: int, n_answer: int | None) -> int:
         """Size a slot for a prompt and an answer; None: without a limit."""
         if n_answer is None:
             n_answer = _N_ANSWER
         return min(self.n_ctx, max(self._n_first, n_ctx_for(n_prompt + n_answer)))
-
-    def failed(self, error: QafloraError) -> Generation:
-        """Make an answer that failed before its request was made."""
-        nothing = np.zeros((0, self.model.n_layer), np.float32)
-        sequence = RunningSequence(Request((), nothing), None, 0)
-        sequence.fail(error)
-        return self.generation(sequence, FusionWeights((), nothing))
-
-
-class Probes:
-    """Measure queries for one call of an Engine, one after the other: see strategy.Probe.
-
-    tell      called with "weighing", how many tokens are done, and how many there are
-    n_answer  tokens of the answer that the base's prefill goes on to; None: no limit
-    on_draft  called with the text so far of what is answered unless drafts decide otherwise
-    query     attribute: what is measured
-    weighed   attribute: the last query's sequence, whose slot is kept for begin(), or until end()
-    """
-
-    def __init__(
-        self,
-        core: Core,
-        cancellation: Cancellation,
-        tell: Tell = silent,
-        n_answer: int | None = 0,
-        on_draft: Callable[[str], Any] = silent,
-    ) -> None:
-        self._core = core
-        self._cancellation = cancellation
-        self._tell = tell
-        self._n_answer = n_answer
-        self._on_draft = on_draft
-        self.weighed: RunningSequence | None = None
-        self._written: dict[str, Written] = {}
-        self._heard: Listener | None = None  # of the query, once a listener has it
-
-    def __call__(self, query: Query) -> Self:
-        """Measure this query from now on; the slot of the one before is free."""
-        self.end()
-        self.query = query
-        self._written = {}
-        self._heard = None
-        self._rows = self._core.rows(query.adapters)
-        self._tokens = query.tokens[: query.n_weighed]
-        return self
-
-    def divergence(self, measure: Measure = "kl") -> F64:
-        query = self.query
-        measured = partial(self._core.prober.divergence, self._tokens, self._rows, measure)
-        return self._run(measured(query.lens, query.pool, query.question))
-
-    def states(self) -> F32:
-        query = self.query
-        steps = self._core.prober.states(self._tokens, self._rows, query.pool, query.question)
-        return np.array(self._run(steps))
-
-    def embedding(self) -> F32:
-        return np.array(self._run(self._core.prober.mean_states(self._tokens))[-1])
-
-    def added(self) -> F64:
-        query = self.query
-        n_scored = N_OUTPUT * query.is_chat
-        end = len(self._tokens)
-        listener = self._core.prober.added(self._rows, query.question, end, n_scored)
-        return np.array(self._listen(listener))
-
-    def neutral(self) -> F64:
-        steps = self._core.prober.neutral(self.query, self._rows, self._read_again)
-        return np.array(self._core.run(steps, self._cancellation))
-
-    def surprise(self) -> float:
-        return self._after_added().nats
-
-    def question(self) -> str:
-        start, end = self.query.question
-        data = self._core.model.detokenize(self.query.tokens[start:end])
-        return data.decode("utf-8", "replace")
-
-    def unexpected(self, token: int) -> float:
-        next_logits = self._after_added().next_logits
-        assert next_logits is not None
-        return surprise(next_logits, token)
-
-    def _after_added(self) -> "Listener":
-        if self._heard is None:
-            self.added()
-        assert self._heard is not None
-        return self._heard
-
-    def routing(self, reading: Reading) -> tuple[F64, F64]:
-        found: tuple[F64, F64] = self._listen(self._core.prober.routing(self._rows, reading))
-        return found
-
-    def norms(self) -> F64:
-        n_token = len(self._tokens)
-        return np.array(self._listen(self._core.prober.norms(self._rows, n_token)))
-
-    def _run(self, steps: "Steps[T]") -> T:
-        n_token = len(self.query.tokens)
-        return self._core.run(
-            steps, self._cancellation, lambda n_done: self._tell("weighing", n_done, n_token)
-        )
-
-    def _listen(self, listener: "Listener") -> Any:
-        self.end()
-        self._heard = listener
-        core = self._core
-        tokens = self.query.tokens
-        nothing = np.zeros((len(core.adapters), core.model.n_layer), np.float32)
-        n_base = n_base_of(len(tokens))
-        request = Request(tokens, nothing, n_base=n_base, cancellation=self._cancellation)
-        n_ctx = core.n_ctx_for(len(tokens), self._n_answer)
-        sequence = RunningSequence(request, None, 0, n_ctx, listener)
-        core.loop.add(sequence)
-        try:
-            follow(core.loop.drive, sequence, partial(self._tell, "weighing"))
-        except BaseException:
-            self._cancellation.set()
-            core.loop.drive(lambda: sequence.is_done)
-            raise
-        if sequence.error is not None:
-            raise sequence.error
-        self.weighed = sequence
-        return listener.result()
-
-    def drafts(
-        self, names: Iterable[str], n_token: int, answer: F32 | None = None
-    ) -> "list[Draft]":
-        from qaflora_edge.inference.drafts import Shown
-
-        names = list(names)
-        core = self._core
-        asked = {name: core.weights_of(name) for name in names}
-        answering = None  # whose draft the answer begins with, if these stay the weights
-        if answer is not None:
-            weights = core.all_weights(self.query.adapters, answer)
-            answering = ANSWER if weights.any() else BASE
-            for name, other in asked.items():
-                if (weights == other).all():
-                    answering = name
-                    break
-            asked[answering] = weights
-        missing = {
-            name: weights
-            for name, weights in asked.items()
-            if name not in self._written or not self._written[name].draft.has(n_token)
-        }
-        tokens = self.query.tokens
-        request = Request(tokens, core.weights_of(BASE), n_base=n_base_of(len(tokens)))
-        after_prompt = None if self._heard is None else self._heard.next_logits
-        left = sorted(missing, key=lambda name: name != answering)
-        for at in range(0, len(left), N_TOGETHER):
-            together = {name: missing[name] for name in left[at : at + N_TOGETHER]}
-            shown = Shown()
-            steps = core.drafter.draft(
-                request, together, self._written, n_token, self._read_again, after_prompt, shown
-            )
-            tell = partial(self._show, shown) if left[at] == answering else None
-            for written in core.run(steps, self._cancellation, tell, kind="draft"):
-                self._written[written.draft.adapter] = written
-        return [self._written[name].draft for name in names]
-
-    def _show(self, shown: "Shown", n_token: int) -> None:
-        from qaflora_edge.inference.drafts import text_of
-
-        self._on_draft(text_of(self._core.model, shown.tokens[:n_token]))
-
-    def written(self, weights: F32) -> Written | None:
-        """Give the draft under these weights, with which an answer begins, if there is one.
-
-        weights  [n_adapter, n_layer] of the query's adapters
-        """
-        wanted = self._core.all_weights(self.query.adapters, weights)
-        for written in self._written.values():
-            if written.state is not None and (written.weights == wanted).all():
-                return written
-        return None
-
-    def _read_again(self) -> KvState | None:
-        if self.weighed is None or self.weighed.slot is None:
-            return None
-        return self._core.context.kv_state_of(self.weighed.slot)
-
-    def end(self) -> None:
-        """Free the slot that is kept."""
-        if self.weighed is not None:
-            self._core.loop.end(self.weighed)
-            self.weighed = None
 
 
 def check_process() -> None:

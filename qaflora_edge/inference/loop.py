@@ -121,6 +121,25 @@ class Loop:
                     self._driver = Driver.NOBODY
                     self._turn.notify_all()
 
+    def follow(self, sequence: RunningSequence, tell: Callable[[int, int], Any]) -> None:
+        """Compute until a prompt is prefilled; tell how many tokens are done, and those in all."""
+        n_told = 0
+
+        def n_read() -> int:
+            return min(sequence.n_past, sequence.n_prompt)  # it may be answered already
+
+        def is_read() -> bool:
+            return sequence.is_done or sequence.n_past >= sequence.n_prompt
+
+        def has_more() -> bool:
+            return is_read() or n_read() > n_told
+
+        while not is_read():
+            tell(n_told, sequence.n_prompt)
+            self.drive(has_more)
+            n_told = n_read()
+        tell(n_read(), sequence.n_prompt)
+
     def run_forever(self) -> None:
         """Compute whatever is asked for, until close() or leave(); other threads only wait.
 

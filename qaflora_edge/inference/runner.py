@@ -16,9 +16,9 @@ from qaflora_edge.inference.guesses import guess_together
 from qaflora_edge.inference.sampler import no_numbers
 from qaflora_edge.inference.scheduler import Slot, Step
 from qaflora_edge.inference.sequence import (
+    DraftState,
     RunningSequence,
     TokenLogprob,
-    Written,
     surprise,
     token_logprob,
 )
@@ -108,8 +108,8 @@ class Runner:
 
     def _prefill(self, sequence: RunningSequence, slot: Slot, n: int) -> None:
         """Compute one chunk: the scheduler's turns drive it, not the loop of prefix.prefill."""
-        if sequence.written is not None:
-            self._take_over(sequence, slot, sequence.written)
+        if sequence.draft_state is not None:
+            self._take_over(sequence, slot, sequence.draft_state)
             return
         start = sequence.n_past
         listener = sequence.listener
@@ -159,18 +159,18 @@ class Runner:
             if listener is None:
                 self._begin(sequence, last_row)
 
-    def _take_over(self, sequence: RunningSequence, slot: Slot, written: Written) -> None:
+    def _take_over(self, sequence: RunningSequence, slot: Slot, state: DraftState) -> None:
         """Begin an answer with what was drafted of it: as if it had been computed here."""
-        draft = written.draft
-        assert written.state is not None
-        sequence.written = None
+        draft = state.draft
+        assert state.kv_state is not None
+        sequence.draft_state = None
         try:
-            self.context.load_sequence(slot.number, written.state)
+            self.context.load_sequence(slot.number, state.kv_state)
         except BackendError:  # another shape: the prompt is prefilled, as without a draft
             sequence.n_past = 0
             slot.hold(sequence, 0)
             return
-        sequence.n_past = len(written.state.tokens)
+        sequence.n_past = len(state.kv_state.tokens)
         for token, logprob in zip(draft.tokens, draft.logprobs, strict=True):
             data = self.vocabulary.piece(token)
             if sequence.request.sampling.logprobs is not None:

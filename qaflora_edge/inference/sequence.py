@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from qaflora_edge.backend.context import KvState
     from qaflora_edge.inference.guesses import Guesser
     from qaflora_edge.inference.sampler import Sampler
-    from qaflora_edge.weighing.drafted import Draft
+    from qaflora_edge.weighing.plan import Draft
     from qaflora_edge.weighing.probe import Listener
 
 _numbers = itertools.count(1)
@@ -149,17 +149,17 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True)
-class Written:
+class DraftState:
     """Hold an answer's beginning that was drafted elsewhere, under the same weights.
 
     weights  float32 [n_adapter, n_layer], of all loaded adapters
-    state  KV state of the prompt and of the draft, but for its last token unless that is whole;
-           None where it would take much memory
+    kv_state  of the prompt and of the draft, but for its last token unless that is whole; None
+              where it would take much memory
     """
 
     draft: "Draft"
     weights: F32
-    state: "KvState | None"
+    kv_state: "KvState | None"
 
 
 class State(Enum):
@@ -183,7 +183,7 @@ class RunningSequence:
     slot        of the context, None while it waits or once it is done
     n_past      tokens of prompt and answer with KV state in the slot
     n_cached    tokens of the prompt that had KV state when it got the slot
-    written     the beginning of its answer, where that need not be computed
+    draft_state  the beginning of its answer, where that need not be computed
     is_told     whether its caller has something of it: cancelled, it ends and does not fail
     pieces      text not yet taken, each with the number of answer tokens until there, and whether
                 it is of the thought
@@ -223,7 +223,7 @@ class RunningSequence:
         self.sampler = sampler
         self.n_max = n_max
         self.guesser: Guesser | None = None
-        self.written: Written | None = None
+        self.draft_state: DraftState | None = None
         self.is_told = False
         thinking = request.thinking
         has_grammar = request.sampling.grammar is not None

@@ -9,6 +9,7 @@ from typing import Any
 
 from starlette.requests import Request
 
+from qaflora_edge.answering.generation import Generation
 from qaflora_edge.arrays import F32
 from qaflora_edge.ask import Ask
 from qaflora_edge.dialects import anthropic, decisions, openai_chat, openai_responses, texts
@@ -17,7 +18,6 @@ from qaflora_edge.dialects.texts import several
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import wrong_field
 from qaflora_edge.formats.inputs import Json
-from qaflora_edge.inference.generation import Generation
 from qaflora_edge.prompt.tokens import checked_tokens
 from qaflora_edge.server import bodies
 from qaflora_edge.server.receive import Call, read_call
@@ -194,7 +194,7 @@ async def weights(request: Request) -> Computed:
 
 
 def _strategy_of(call: Call[Any]) -> str | None:
-    strategy = call.defaults.weighing.by_for(call.served.weigher.known.strategy)
+    strategy = call.served.weigher.by_of(call.defaults.weighing)
     if strategy is None or isinstance(strategy, str):
         return strategy
     name = "lora"

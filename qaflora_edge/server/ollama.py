@@ -11,12 +11,12 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from qaflora_edge.answering.generation import Generation
 from qaflora_edge.arrays import F32
 from qaflora_edge.ask import Ask
 from qaflora_edge.dialects import ollama
 from qaflora_edge.dialects.texts import several
 from qaflora_edge.engine import Engine
-from qaflora_edge.inference.generation import Generation
 from qaflora_edge.prompt.calls import call_format
 from qaflora_edge.prompt.tokens import infill_marks, thought_tags
 from qaflora_edge.server import bodies
@@ -181,10 +181,10 @@ def _answered(call: Call[Any], ask: Ask | None, fields: ollama.Fields) -> Comput
 def _counts(facts: Mapping[str, Any], answer: Generation) -> dict[str, int]:
     """Count tokens and nanoseconds as Ollama does; a relay's draft was generated too."""
     times = answer.timings
-    relay = answer.fusion.relay
+    step = answer.fusion.plan.drafting
     draft_ms = 0.0
-    if relay is not None:
-        draft_ms = relay.draft_ms
+    if step is not None:
+        draft_ms = step.draft_ms
     spent_s = time.perf_counter() - facts["start_s"]
     return {
         "total_duration": int(1e9 * spent_s),

@@ -17,16 +17,16 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
+from qaflora_edge.answering.generation import Generation
 from qaflora_edge.ask import Ask
 from qaflora_edge.dialects.options import wants_thoughts
 from qaflora_edge.dialects.shapes import Extras
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import CancelledError
 from qaflora_edge.formats.inputs import Json
-from qaflora_edge.inference.generation import Generation
 from qaflora_edge.server.receive import Call, address_of
 from qaflora_edge.server.refusals import Refusal, refusal
-from qaflora_edge.weighing.numbers import FusionWeights
+from qaflora_edge.weighing.plan import FusionWeights
 
 log = logging.getLogger(__name__)
 PING_S = 5.0  # a stream without news sends a comment after as long

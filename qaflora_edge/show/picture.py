@@ -10,7 +10,7 @@ from xml.etree.ElementTree import Element, SubElement, tostring
 from qaflora_edge.show.text import TICK, below_zero, crop, facts, reason_rows, scale, spelt
 
 if TYPE_CHECKING:
-    from qaflora_edge.weighing.numbers import FusionWeights
+    from qaflora_edge.weighing.plan import FusionWeights
 
 # Pixels.
 CELL_WIDTH = 18

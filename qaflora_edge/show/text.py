@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from qaflora_edge.weighing.numbers import FusionWeights
+    from qaflora_edge.weighing.plan import FusionWeights
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 ASCII_BLOCKS = ".:=+x*#@"
@@ -104,9 +104,9 @@ def who_spoke(fusion: "FusionWeights") -> str:
 
     As in `math ×1 · es ×0.5`, or `base`; of a relay `company → json`.
     """
-    relay = fusion.relay
-    if relay is not None:
-        return f"{spelt(relay.knower)} → {spelt(relay.writer)}"
+    step = fusion.plan.drafting
+    if step is not None:
+        return f"{spelt(step.knower)} → {spelt(fusion.writer)}"
     parts = []
     for name, mean in sorted(fusion.means.items(), key=itemgetter(1), reverse=True):
         weight = round(mean, 2)
@@ -193,9 +193,9 @@ def reason_rows(fusion: "FusionWeights") -> list[list[str]]:
 
 def _parts(fusion: "FusionWeights") -> dict[str, str]:
     """Map adapters to what they were taken for, where they were: a place, or a part of a relay."""
-    relay = fusion.relay
-    if relay is not None:
-        return {relay.knower: "knower", relay.writer: "writer"}
+    step = fusion.plan.drafting
+    if step is not None:
+        return {step.knower: "knower", fusion.writer: "writer"}
     return {name: reason.taken_as for name, reason in fusion.why.items() if reason.taken_as}
 
 

@@ -14,7 +14,7 @@ from qaflora_edge.errors import StrategyError
 from qaflora_edge.formats.adapter import AdapterInfo, read_pair
 from qaflora_edge.formats.inputs import open_input, reading
 from qaflora_edge.weighing.numbers import softmax
-from qaflora_edge.weighing.strategy import KINDS, QUERIES, Reading
+from qaflora_edge.weighing.strategy import KINDS, QUERIES, Routing
 
 _limiting = threading.Lock()  # limits are the whole process's
 
@@ -59,23 +59,23 @@ def _direction(matrix: F64) -> F64:
 class AttentionInputs:
     """Read attention projections that all adapters adapt, for `arrow` and `spectr`.
 
-    reading   "arrow": one direction of each module; "spectr": all, with their scales
+    routing   "arrow": one direction of each module; "spectr": all, with their scales
 
     Raises StrategyError when the adapters have no such module in common.
     """
 
     @_on_one_thread()
-    def __init__(self, infos: Sequence[AdapterInfo], n_layer: int, reading: Reading) -> None:
+    def __init__(self, infos: Sequence[AdapterInfo], n_layer: int, routing: Routing) -> None:
         self._modules: dict[int, list[list[F64]]] = {}  # layer -> module -> adapter -> [n, n_embd]
         for layer in range(n_layer):
             for name in _common(infos, layer, KINDS):
                 matrices = [_matrix(*read_pair(info, name)) for info in infos]
-                if reading == "arrow":
+                if routing == "arrow":
                     matrices = list(map(_direction, matrices))
                 self._modules.setdefault(layer, []).append(matrices)
         if not self._modules:
             raise StrategyError(
-                f"Strategy {reading} compares what adapters read at the attention's projections, "
+                f"Strategy {routing} compares what adapters read at the attention's projections, "
                 f"but no block has one ({', '.join(KINDS)}) that all of them adapt; use another "
                 "strategy."
             )

@@ -3,125 +3,18 @@
 The method is qa-FLoRA (AAAI 2026, arXiv 2512.11366). Divergences come out of the quantised head.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from qaflora_edge.arrays import F32, F64
 from qaflora_edge.errors import WeightsError
-from qaflora_edge.formats.inputs import Json
-from qaflora_edge.weighing.drafted import BASE
-
-if TYPE_CHECKING:
-    from qaflora_edge.weighing.drafted import Relay
-    from qaflora_edge.weighing.strategy import Measured, Reason
-
-DEFAULT_STRATEGY = "qa-flora"
-DEFAULT_LENS = "norm"
-DEFAULT_POOL = "last"
 
 N_TAIL = 16  # tokens of a prompt that the mix reads, where the base prefills the others
 # Below this nothing in float32 states is an adapter's effect; the formula itself keeps its digits.
 DIVERGENCE_FLOOR = 1e-30
 _TYPICAL_EPS = 1e-12  # nats, see typical_divergence
-
-
-@dataclass(frozen=True)
-class FusionWeights:
-    """Hold what adapters weigh for one query, and the measure behind it.
-
-    adapters       names, in the order of the first axis
-    weights        float32 [n_adapter, n_layer]
-    divergence     float32 [n_adapter, n_layer] in the strategy's measure (KL in nats), or None
-    prompt_tokens  tokens of the query
-    probe_ms       time of the probe in milliseconds, 0 without one
-    because, why   what decided where no layer differs: in words, and by adapter
-    relay          who drafts, where these are the weights of who writes; else None
-    begun          tokens with which a greedy answer begins, where a draft told: guesses
-    """
-
-    adapters: tuple[str, ...]
-    weights: F32
-    divergence: F32 | None = None
-    strategy: str = "manual"
-    lens: str = DEFAULT_LENS
-    pool: str = DEFAULT_POOL
-    prompt_tokens: int = 0
-    probe_ms: float = 0.0
-    because: str = ""
-    why: "Mapping[str, Reason]" = field(default_factory=dict)
-    relay: "Relay | None" = None
-    begun: tuple[int, ...] = ()
-
-    def to_dict(self) -> Json:
-        """Give the object that `qaflora weights --json` prints."""
-        divergence = None
-        if self.divergence is not None:
-            divergence = self.divergence.tolist()
-        fields = {
-            "adapters": list(self.adapters),
-            "strategy": self.strategy,
-            "lens": self.lens,
-            "pool": self.pool,
-            "n_layer": int(self.weights.shape[1]),
-            "prompt_tokens": self.prompt_tokens,
-            "divergence": divergence,
-            "weights": self.weights.tolist(),
-            "probe_ms": round(self.probe_ms, 3),
-        }
-        return fields | self.why_dict() | self.relay_dict()
-
-    def relay_dict(self) -> Json:
-        """Give `relay` for JSON: knower, writer, draft and how sure each was; else nothing."""
-        if self.relay is None:
-            return {}
-        relay = self.relay
-        sureness = {name: round(mean, 4) for name, mean in relay.sureness.items()}
-        fields = {
-            "knower": relay.knower,
-            "writer": relay.writer,
-            "draft": relay.draft.text,
-            "draft_tokens": len(relay.draft.tokens),
-            "draft_ms": round(relay.draft_ms, 3),
-            "sureness": sureness,
-        }
-        return {"relay": fields}
-
-    def why_dict(self) -> Json:
-        """Give `because` and `why` for JSON; nothing where there are none."""
-        if not self.because:
-            return {}
-        reasons = {name: asdict(reason) for name, reason in self.why.items()}
-        return {"because": self.because, "why": reasons}
-
-    @property
-    def measured(self) -> "Measured":
-        """Give name and unit of `divergence`: what the strategy measures."""
-        from qaflora_edge.weighing.strategy import measured_by
-
-        return measured_by(self.strategy)
-
-    @property
-    def means(self) -> dict[str, float]:
-        """Map each adapter to its mean weight over layers."""
-        means = self.weights.mean(axis=1)
-        return {name: float(mean) for name, mean in zip(self.adapters, means, strict=True)}
-
-    @property
-    def chosen(self) -> tuple[str, ...]:
-        """Name the adapters with a mean weight above 0, heaviest first."""
-        means = self.means
-        heaviest_first = sorted(means, key=means.__getitem__, reverse=True)
-        return tuple(name for name in heaviest_first if means[name] > 0)
-
-    def __repr__(self) -> str:
-        from qaflora_edge.show.text import who_spoke
-
-        n_layer = self.weights.shape[1]
-        return f"<FusionWeights {self.strategy}, {n_layer} layers: {who_spoke(self)}>"
 
 
 def check_weights(
@@ -160,14 +53,6 @@ def n_base_of(n_prompt: int) -> int:
     The mix reads the last ones: benchmarks/one_reading.py compares other numbers of them.
     """
     return max(0, n_prompt - N_TAIL)
-
-
-def alone_weights(name: str, adapters: Sequence[str], n_layer: int) -> F32:
-    """Give float32 [n_adapter, n_layer] of one adapter at 1, or of BASE."""
-    weights = np.zeros((len(adapters), n_layer), np.float32)
-    if name != BASE:
-        weights[adapters.index(name)] = 1
-    return weights
 
 
 def normalise(divergence: ArrayLike) -> F32:

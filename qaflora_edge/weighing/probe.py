@@ -28,7 +28,7 @@ from qaflora_edge.weighing.adapter_inputs import (
     QueryProjections,
     sums_of,
 )
-from qaflora_edge.weighing.strategy import Measure, Query, Reading, Span
+from qaflora_edge.weighing.strategy import Measure, Query, Routing, Span
 
 T = TypeVar("T")
 Ids = Sequence[int]  # of tokens
@@ -225,9 +225,9 @@ class Prober:
         infos = [self._infos[row] for row in rows]
         return QueryProjections(infos, self._model.n_layer)
 
-    def _read_attention(self, rows: RowKey, reading: Reading) -> AttentionInputs:
+    def _read_attention(self, rows: RowKey, routing: Routing) -> AttentionInputs:
         infos = [self._infos[row] for row in rows]
-        return AttentionInputs(infos, self._model.n_layer, reading)
+        return AttentionInputs(infos, self._model.n_layer, routing)
 
     def _read_sizes(self, row: int) -> AttentionSizes:
         return AttentionSizes(self._infos[row], self._model.n_layer)
@@ -242,13 +242,13 @@ class Prober:
     def norms(self, rows: Rows, n_token: int) -> Listener:
         """Measure what each adapter adds to a late query projection: float64 [n_row].
 
-        Raises as strategy.Probe.norms does.
+        Raises as strategy.Reading.norms does.
         """
         return _Norms(self._queries(tuple(rows)), n_token)
 
-    def routing(self, rows: Rows, reading: Reading) -> Listener:
-        """Compute what strategy.Probe.routing gives, and raise as it does."""
-        return _Routing(self._attention(tuple(rows), reading))
+    def routing(self, rows: Rows, routing: Routing) -> Listener:
+        """Compute what strategy.Reading.routing gives, and raise as it does."""
+        return _Routing(self._attention(tuple(rows), routing))
 
     def added(self, rows: Rows, span: Span, end: int, n_scored: int = 0) -> Listener:
         """Measure what each adapter would add to q, k and v in two places: [2, n_row, n_layer].
@@ -330,7 +330,7 @@ class Prober:
         return np.stack(results, axis=1)
 
     def neutral(self, query: Query, rows: Rows, read: Callable[[], KvState | None]) -> Steps[F64]:
-        """Measure what strategy.Probe.neutral gives: once behind each of the last system prompts.
+        """Measure what strategy.Reading.neutral gives: once behind each of the last system prompts.
 
         read  gives the base's KV state of the query, where it is known
         """

@@ -9,13 +9,22 @@ neutral prompts knows something. docs/strategies.md has the rule in words.
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.config import Option
 from qaflora_edge.errors import StrategyError
-from qaflora_edge.weighing.drafted import BASE, N_BEGUN, UNSURE, Draft, Relay
-from qaflora_edge.weighing.strategy import Mix, Probe, Query
+from qaflora_edge.weighing.plan import (
+    BASE,
+    N_BEGUN,
+    UNSURE,
+    Draft,
+    DraftStep,
+    Plan,
+    View,
+    WriteStep,
+    alone_weights,
+)
+from qaflora_edge.weighing.strategy import Query, Reading
 from qaflora_edge.weighing.two_place import TWO_PLACE_OPTIONS, TwoPlace
 
 ALONE = 5.0  # score `answer` above which an adapter answers, and no other may give a form
@@ -62,8 +71,10 @@ class RelayStrategy(TwoPlace):
     help = "two-place, and where one adapter knows and another writes: one after the other"
     options = _OPTIONS
     needs_typical = (*TwoPlace.needs_typical, SURENESS)
+    drafts = True
+    undrafted = "two-place"
 
-    def check(self, argument: Any, query: Query) -> None:
+    def check(self, query: Query) -> None:
         for role in ("knower", "writer"):
             name = query.options.get(role, BASE)
             if name != BASE and name not in query.adapters:
@@ -74,62 +85,61 @@ class RelayStrategy(TwoPlace):
         if ("knower" in query.options) != ("writer" in query.options):
             raise StrategyError("Strategy relay has a knower or a writer, expected both or none.")
         if "knower" not in query.options:
-            super().check(argument, query)
+            super().check(query)
 
-    def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix:
+    def plan(self, reading: Reading) -> Plan:
+        query = reading.query
         if "knower" in query.options:
-            if not query.is_chat or not query.can_relay:
+            if not query.is_chat or not query.can_draft:
                 raise StrategyError(
                     "Strategy relay with a knower and a writer got plain text, or a base that "
                     "thinks, expected a chat whose answer begins at once; use another strategy."
                 )
-            return _by_hand(query, probe)
-        mix = super().weigh(query, probe, argument)
-        if not query.is_chat or not query.can_relay or len(query.adapters) < 2:
-            return mix
-        return _relayed(query, probe, mix)
+            return _by_hand(reading)
+        plan = super().plan(reading)
+        if not query.is_chat or not query.can_draft or len(query.adapters) < 2:
+            return plan
+        return _relayed(query, reading, plan)
 
 
-def _relayed(query: Query, probe: Probe, mix: Mix) -> Mix:
-    writer = _heaviest(query, mix)
+def _relayed(query: Query, reading: Reading, plan: Plan) -> Plan:
+    writer = _heaviest(query, plan)
     if writer is not None:
-        mix = _without_needless(query, mix, writer)
-    form = _proposed_form(query, mix)
+        plan = _without_needless(query, plan, writer)
+    form = _proposed_form(query, plan)
     strength = 0.0
     if writer is not None:
-        strength = mix.why[writer].scores["answer"]
+        strength = plan.why[writer].scores["answer"]
     most = ALONE  # strength of a writer beside which a form is looked for
     if form == writer:
         most = ANSWERS
     if form is not None and strength <= most:
-        formed = _in_form(query, probe, mix, form)
+        formed = _in_form(query, reading, plan, form)
         if formed is not None:
             return formed
     if writer is None:
-        return _despite_the_scores(query, probe, mix)
-    (opening,) = probe.drafts([writer], N_OPENING, _weights(mix))
-    asked = [writer, *_knowers(query, mix, opening)]
+        return _despite_the_scores(query, reading, plan)
+    (opening,) = reading.drafts([writer], N_OPENING, _weights(plan))
+    asked = [writer, *_knowers(query, plan, opening)]
     if strength < STRONG:
         asked.append(BASE)
-    begun = probe.drafts(asked, N_BEGUN, _weights(mix))
+    begun = reading.drafts(asked, N_BEGUN, _weights(plan))
     drafts = {draft.adapter: draft for draft in begun}
     sureness = _sureness(drafts)
-    both = _both_answer(mix, drafts)
+    both = _both_answer(plan, drafts)
     if both is not None:
-        relay = _relay(query, probe, *both, sureness)
-        return replace(mix, weights=_alone(query, both[1]), relay=relay, because=_said(relay))
+        return _relay(reading, plan, *both, sureness)
     knower = _surest(query, drafts, writer)
     if knower is not None and _knows_more(query, drafts[knower], drafts[writer]):
-        relay = _relay(query, probe, knower, writer, sureness)
-        return replace(mix, weights=_alone(query, writer), relay=relay, because=_said(relay))
-    because = _why_the_base(query, probe, drafts, writer)
+        return _relay(reading, plan, knower, writer, sureness)
+    because = _why_the_base(query, reading, drafts, writer)
     if because:
-        of_base = replace(mix, weights=_alone(query, BASE), because=because)
-        return _despite_the_scores(query, probe, of_base)
-    return _rewritten(query, probe, mix, writer, sureness)
+        of_base = _answered_by(query, plan, BASE, because)
+        return _despite_the_scores(query, reading, of_base)
+    return _rewritten(query, reading, plan, writer, sureness)
 
 
-def _why_the_base(query: Query, probe: Probe, drafts: Mapping[str, Draft], writer: str) -> str:
+def _why_the_base(query: Query, reading: Reading, drafts: Mapping[str, Draft], writer: str) -> str:
     """Say why the base answers in place of an adapter, where it drafts as well; else "".
 
     A short answer states a fact, and one that is made up has a token that its adapter is unsure of.
@@ -137,10 +147,10 @@ def _why_the_base(query: Query, probe: Probe, drafts: Mapping[str, Draft], write
     if BASE not in drafts:
         return ""
     draft = drafts[writer]
-    is_foreign = _is_foreign(draft.text, probe.question())
+    is_foreign = _is_foreign(draft.text, reading.question())
     is_unsure = min(draft.logprobs[:N_BEGUN], default=0.0) < SURE_OF_EACH
     if is_unsure and _is_prose(draft) and not is_foreign:
-        (longer,) = probe.drafts([writer], N_SHORT)
+        (longer,) = reading.drafts([writer], N_SHORT)
         if longer.is_whole:
             return f"The base answers alone: {writer} is unsure of its short answer."
     is_sure = _is_sure(query, draft)
@@ -154,49 +164,49 @@ def _why_the_base(query: Query, probe: Probe, drafts: Mapping[str, Draft], write
     return f"The base answers alone: it is surer of its draft ({numbers})."
 
 
-def _without_needless(query: Query, mix: Mix, first: str) -> Mix:
+def _without_needless(query: Query, plan: Plan, first: str) -> Plan:
     """Leave out a second adapter that adds nothing where the answer begins.
 
     One that would answer too is another knower, or another form: a sum would spoil both.
     """
     for name in query.adapters:
-        is_language = SPEAKS < mix.why[name].scores["answer"] < ANSWERS
-        if name != first and mix.why[name].taken_as and not is_language:
-            return _alone_in(query, mix, first)
-    return mix
+        is_language = SPEAKS < plan.why[name].scores["answer"] < ANSWERS
+        if name != first and plan.why[name].taken_as and not is_language:
+            return _alone_in(query, plan, first)
+    return plan
 
 
-def _alone_in(query: Query, mix: Mix, name: str) -> Mix:
-    """Let one adapter of a mix answer alone."""
+def _alone_in(query: Query, plan: Plan, name: str) -> Plan:
+    """Let one adapter of a plan answer alone."""
     why = {
         other: reason if other == name else replace(reason, taken_as="")
-        for other, reason in mix.why.items()
+        for other, reason in plan.why.items()
     }
-    score = mix.why[name].scores["answer"]
+    score = plan.why[name].scores["answer"]
     because = f"{name}: {score:.1f} standard deviations above its typical prompt. It answers alone."
-    return replace(mix, weights=_alone(query, name), why=why, because=because)
+    return replace(_answered_by(query, plan, name, because), why=why)
 
 
-def _knowers(query: Query, mix: Mix, opening: Draft) -> list[str]:
+def _knowers(query: Query, plan: Plan, opening: Draft) -> list[str]:
     """Name who drafts beside who writes: where that one gives a form, or another would answer."""
-    others = _may_know(query, mix, opening.adapter)
+    others = _may_know(query, plan, opening.adapter)
     if _is_prose(opening):
-        others = [name for name in others if _answers(mix, name)]
+        others = [name for name in others if _answers(plan, name)]
     return others[:N_CANDIDATE]
 
 
-def _may_know(query: Query, mix: Mix, writer: str) -> list[str]:
+def _may_know(query: Query, plan: Plan, writer: str) -> list[str]:
     others = [
         name
-        for name in _by_question(query, mix)
-        if name != writer and mix.why[name].scores["question"] > MAY_KNOW
+        for name in _by_question(query, plan)
+        if name != writer and plan.why[name].scores["question"] > MAY_KNOW
     ]
-    return sorted(others, key=lambda name: not _answers(mix, name))
+    return sorted(others, key=lambda name: not _answers(plan, name))
 
 
-def _by_question(query: Query, mix: Mix) -> list[str]:
+def _by_question(query: Query, plan: Plan) -> list[str]:
     """Order adapters by their score in the question, the highest first."""
-    return sorted(query.adapters, key=lambda name: -mix.why[name].scores["question"])
+    return sorted(query.adapters, key=lambda name: -plan.why[name].scores["question"])
 
 
 def _surest(query: Query, drafts: Mapping[str, Draft], writer: str) -> str | None:
@@ -227,7 +237,7 @@ def _is_sure_of_fact(draft: Draft) -> bool:
     return min(behind, default=UNSURE) > SURE_OF_EACH
 
 
-def _proposed_form(query: Query, mix: Mix) -> str | None:
+def _proposed_form(query: Query, plan: Plan) -> str | None:
     """Name an adapter that stands out where the answer begins, and not in the question.
 
     So does one that gives a form, whatever is asked: both places together may hide it.
@@ -236,67 +246,67 @@ def _proposed_form(query: Query, mix: Mix) -> str | None:
 
     from qaflora_edge.weighing.calibration import unusual
 
-    assert mix.divergence is not None  # what is added at the last token
+    assert plan.divergence is not None  # what is added at the last token
     at_last = _AT_LAST[query.is_later]
-    scores = unusual(query, {at_last: np.asarray(mix.divergence, np.float64)})  # [n_adapter]
+    scores = unusual(query, {at_last: np.asarray(plan.divergence, np.float64)})  # [n_adapter]
     highest = int(scores.argmax())
     name = query.adapters[highest]
-    lead = scores[highest] - mix.why[name].scores["question"]
+    lead = scores[highest] - plan.why[name].scores["question"]
     return name if min(scores[highest], lead) >= FORM else None
 
 
-def _in_form(query: Query, probe: Probe, mix: Mix, form: str) -> Mix | None:
+def _in_form(query: Query, reading: Reading, plan: Plan, form: str) -> Plan | None:
     """Let an adapter write in its form, where its draft shows that the form is wanted.
 
     It is sure of the draft, the base would begin so too, and yet would write something else.
     """
-    knowers = _may_know(query, mix, form)[:N_CANDIDATE]
-    begun = probe.drafts([form, *knowers, BASE], N_BEGUN, _weights(mix))
+    knowers = _may_know(query, plan, form)[:N_CANDIDATE]
+    begun = reading.drafts([form, *knowers, BASE], N_BEGUN, _weights(plan))
     drafts = {draft.adapter: draft for draft in begun}
     draft = drafts[form]
     is_other = draft.tokens and draft.tokens != drafts[BASE].tokens
     if not is_other or not _is_sure(query, draft):
         return None
-    if probe.unexpected(draft.tokens[0]) > FOREIGN:
+    if reading.unexpected(draft.tokens[0]) > FOREIGN:
         return None
     sureness = _sureness(drafts)
-    strong = [name for name in knowers if _answers(mix, name)]
+    strong = [name for name in knowers if _answers(plan, name)]
     knower = _surest(query, drafts, form)
     is_known = knower is not None and _is_sure(query, drafts[knower])
     if strong:
         knower = strong[0]
         is_known = True
-    mix = replace(mix, weights=_alone(query, form), begun=draft.tokens)
+    because = f"{form} stands out where the answer begins."
+    plan = _answered_by(query, plan, form, because, draft.tokens)
     if knower is None or not is_known:
-        return replace(mix, because=f"{form} stands out where the answer begins.")
-    relay = _relay(query, probe, knower, form, sureness, draft.tokens[:1])
-    return replace(mix, relay=relay, because=_said(relay))
+        return plan
+    return _relay(reading, plan, knower, form, sureness, draft.tokens)
 
 
-def _despite_the_scores(query: Query, probe: Probe, mix: Mix) -> Mix:
+def _despite_the_scores(query: Query, reading: Reading, plan: Plan) -> Plan:
     """Take an adapter that the scores leave out, where it is sure of each token of its draft.
 
     One that makes up an answer is unsure of the token that bears the fact.
     """
-    by_question = _by_question(query, mix)
-    by_answer = max(query.adapters, key=lambda name: mix.why[name].scores["answer"])
+    by_question = _by_question(query, plan)
+    by_answer = max(query.adapters, key=lambda name: plan.why[name].scores["answer"])
     proposed = [
         name
         for name in {by_answer: None, by_question[0]: None}
-        if mix.why[name].scores["question"] > PROPOSED
+        if plan.why[name].scores["question"] > PROPOSED
     ]
-    drafts = probe.drafts(proposed, N_BEGUN, _weights(mix)) if proposed else []
+    drafts = reading.drafts(proposed, N_BEGUN, _weights(plan)) if proposed else []
     least = SURE_LATER if query.is_later else SURE_OF_EACH
     for draft in drafts:
         knows = _is_prose(draft) and _is_sure(query, draft) and not _repeats(query, draft)
-        if knows and _is_sure_of_each(probe, draft, least):
+        if knows and _is_sure_of_each(reading, draft, least):
             name = draft.adapter
-            taken = replace(mix, weights=_alone(query, name))
-            return _rewritten(query, probe, taken, name, _sureness({name: draft}))
-    return mix
+            taken = _answered_by(query, plan, name, plan.because)
+            return _rewritten(query, reading, taken, name, _sureness({name: draft}))
+    return plan
 
 
-def _both_answer(mix: Mix, drafts: Mapping[str, Draft]) -> tuple[str, str] | None:
+def _both_answer(plan: Plan, drafts: Mapping[str, Draft]) -> tuple[str, str] | None:
     """Name a knower and a writer, where two adapters would answer, and one of them gives a form.
 
     Who is surest of the first token gives it.
@@ -304,19 +314,19 @@ def _both_answer(mix: Mix, drafts: Mapping[str, Draft]) -> tuple[str, str] | Non
     strong = [
         draft
         for name, draft in drafts.items()
-        if draft.tokens and name != BASE and _answers(mix, name)
+        if draft.tokens and name != BASE and _answers(plan, name)
     ]
     forms = [draft for draft in strong if draft.text.lstrip().startswith(_MARKUP)]
     if len(strong) < 2 or not forms:
         return None
     writer = max(forms, key=lambda draft: draft.logprobs[0])
     others = [draft.adapter for draft in strong if draft is not writer]
-    knower = max(others, key=lambda name: mix.why[name].scores["answer"])
+    knower = max(others, key=lambda name: plan.why[name].scores["answer"])
     return knower, writer.adapter
 
 
-def _answers(mix: Mix, name: str) -> bool:
-    return mix.why[name].scores["answer"] >= ANSWERS
+def _answers(plan: Plan, name: str) -> bool:
+    return plan.why[name].scores["answer"] >= ANSWERS
 
 
 def _repeats(query: Query, draft: Draft) -> bool:
@@ -326,7 +336,7 @@ def _repeats(query: Query, draft: Draft) -> bool:
     return any(query.tokens[at : at + n_token] == draft.tokens for at in starts)
 
 
-def _is_sure_of_each(probe: Probe, draft: Draft, least: float) -> bool:
+def _is_sure_of_each(reading: Reading, draft: Draft, least: float) -> bool:
     """Tell whether a draft is a short answer, and its adapter sure of each token of it.
 
     least  nats that each token is above
@@ -338,40 +348,40 @@ def _is_sure_of_each(probe: Probe, draft: Draft, least: float) -> bool:
         n_token *= 2
         if n_token > N_FACT:
             return False
-        (draft,) = probe.drafts([draft.adapter], n_token)
+        (draft,) = reading.drafts([draft.adapter], n_token)
     return False
 
 
 def _rewritten(
-    query: Query, probe: Probe, mix: Mix, knower: str, sureness: Mapping[str, float]
-) -> Mix:
+    query: Query, reading: Reading, plan: Plan, knower: str, sureness: Mapping[str, float]
+) -> Plan:
     """Let another write, in the question's language, what an adapter drafts in English.
 
     The base answers alone where the adapter is unsure of its draft, unless the question is surely
     the adapter's subject: the base would make up an answer as well.
 
-    mix  the knower's, which stays where nothing is rewritten
+    plan  the knower's, which stays where nothing is rewritten
     """
-    (begun,) = probe.drafts([knower], N_BEGUN)
-    is_foreign = begun.tokens and _is_foreign(begun.text, probe.question())
-    if not is_foreign or probe.unexpected(begun.tokens[0]) < FOREIGN:
-        return replace(mix, begun=begun.tokens)
-    is_its_subject = mix.why[knower].scores["answer"] >= SUBJECT
+    (begun,) = reading.drafts([knower], N_BEGUN)
+    is_foreign = begun.tokens and _is_foreign(begun.text, reading.question())
+    if not is_foreign or reading.unexpected(begun.tokens[0]) < FOREIGN:
+        writing = replace(plan.writing, guesses=begun.tokens)
+        return replace(plan, steps=(writing,))
+    is_its_subject = plan.why[knower].scores["answer"] >= SUBJECT
     if not is_its_subject and not _is_known(query, begun):
         numbers = f"{begun.sureness(N_BEGUN):.2f} nats a token"
         because = f"The base answers alone: {knower} is unsure of its draft ({numbers})."
-        return replace(mix, weights=_alone(query, BASE), because=because)
-    writer = _speaker(query, mix, knower)
-    relay = _relay(query, probe, knower, writer, sureness)
-    relay = replace(relay, is_behind=writer != BASE)
-    return replace(mix, weights=_alone(query, writer), relay=relay, because=_said(relay))
+        return _answered_by(query, plan, BASE, because)
+    writer = _speaker(query, plan, knower)
+    view: View = "before" if writer == BASE else "behind"
+    return _relay(reading, plan, knower, writer, sureness, view=view)
 
 
-def _speaker(query: Query, mix: Mix, knower: str) -> str:
+def _speaker(query: Query, plan: Plan, knower: str) -> str:
     """Name the adapter of the question's language, which stands out beside the knower, or base."""
     others = [name for name in query.adapters if name != knower]
-    highest = max(others, key=lambda name: mix.why[name].scores["answer"])
-    if mix.why[highest].scores["answer"] < LANGUAGE:
+    highest = max(others, key=lambda name: plan.why[name].scores["answer"])
+    if plan.why[highest].scores["answer"] < LANGUAGE:
         return BASE
     return highest
 
@@ -390,42 +400,50 @@ def _is_foreign(draft: str, question: str) -> bool:
     return bool(_ENGLISH.search(draft)) and not _ENGLISH.search(question)
 
 
-def _by_hand(query: Query, probe: Probe) -> Mix:
+def _by_hand(reading: Reading) -> Plan:
+    query = reading.query
     knower = query.options["knower"]
     writer = query.options["writer"]
-    (draft,) = probe.drafts([knower], N_BEGUN)
+    (draft,) = reading.drafts([knower], N_BEGUN)
     sureness = {knower: draft.sureness(N_BEGUN)}
-    relay = _relay(query, probe, knower, writer, sureness)
-    return Mix(_alone(query, writer), relay=relay, because=_said(relay))
+    nothing = Plan.mix(_alone(query, BASE))
+    return _relay(reading, nothing, knower, writer, sureness)
+
+
+def _answered_by(
+    query: Query, plan: Plan, name: str, because: str, guesses: tuple[int, ...] = ()
+) -> Plan:
+    """Let one adapter, or the base, answer alone."""
+    step = WriteStep(_alone(query, name), guesses=guesses)
+    return replace(plan, steps=(step,), because=because)
 
 
 def _relay(
-    query: Query,
-    probe: Probe,
+    reading: Reading,
+    plan: Plan,
     knower: str,
     writer: str,
     sureness: Mapping[str, float],
-    opening: tuple[int, ...] = (),
-) -> Relay:
+    form: tuple[int, ...] = (),
+    *,
+    view: View = "before",
+) -> Plan:
     """Relay between two; a knower that would take the writer's form is asked for words.
 
-    opening  the first token of that form; none: markup tells it
+    form  tokens with which the writer would answer alone, in its form; none: markup tells a form
     """
-    (draft,) = probe.drafts([knower], N_BEGUN)
-    takes_form = draft.tokens[:1] == opening if opening else not _is_prose(draft)
-    relay = Relay(knower, writer, draft, draft.is_whole, sureness=sureness, prompt=query.tokens)
-    if not draft.tokens or not takes_form:
-        return relay
-    nothing = replace(draft, tokens=(), text="", logprobs=(), is_whole=False)
-    return replace(relay, draft=nothing, is_drafted=False, is_in_words=True)
-
-
-def _said(relay: Relay) -> str:
-    numbers = ", ".join(f"{name} {mean:.2f}" for name, mean in relay.sureness.items())
-    return (
-        f"{relay.knower} drafts, {relay.writer} writes with the draft in view "
+    (draft,) = reading.drafts([knower], N_BEGUN)
+    takes_form = draft.tokens[:1] == form[:1] if form else not _is_prose(draft)
+    drafting = DraftStep(knower, draft=draft, is_done=draft.is_whole)
+    if draft.tokens and takes_form:
+        drafting = DraftStep(knower, is_in_words=True)
+    writing = WriteStep(_alone(reading.query, writer), view, form)
+    numbers = ", ".join(f"{name} {mean:.2f}" for name, mean in sureness.items())
+    because = (
+        f"{knower} drafts, {writer} writes with the draft in view "
         f"(nats a token of drafts: {numbers})."
     )
+    return replace(plan, steps=(drafting, writing), because=because, sureness=sureness)
 
 
 def _unusual(query: Query, draft: Draft) -> float:
@@ -444,25 +462,23 @@ def _sureness(drafts: Mapping[str, Draft]) -> dict[str, float]:
     return {name: draft.sureness(N_BEGUN) for name, draft in drafts.items()}
 
 
-def _weights(mix: Mix) -> F32:
+def _weights(plan: Plan) -> F32:
     """Give the weights [n_adapter, n_layer] of an answer that nobody relays."""
     import numpy as np
 
-    return np.asarray(mix.weights, np.float32)
+    return np.asarray(plan.weights, np.float32)
 
 
-def _heaviest(query: Query, mix: Mix) -> str | None:
+def _heaviest(query: Query, plan: Plan) -> str | None:
     """Name the adapter with the largest weight; None where the base answers alone."""
     import numpy as np
 
-    means = np.asarray(mix.weights).mean(axis=1)
+    means = np.asarray(plan.weights).mean(axis=1)
     return query.adapters[int(means.argmax())] if means.max() > 0 else None
 
 
 def _alone(query: Query, name: str) -> F32:
     """Give weights [n_adapter, n_layer] of one adapter at 1, or of the base."""
-    from qaflora_edge.weighing.numbers import alone_weights
-
     return alone_weights(name, query.adapters, query.n_layer)
 
 

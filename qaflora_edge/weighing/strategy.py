@@ -19,10 +19,10 @@ from qaflora_edge.config import SHAPING, Option
 from qaflora_edge.errors import StrategyError, nearest
 
 if TYPE_CHECKING:
-    from qaflora_edge.weighing.drafted import Draft, Relay
+    from qaflora_edge.weighing.plan import Draft, Plan
 
 Measure = Literal["kl", "cosine", "euclidean"]
-Reading = Literal["arrow", "spectr"]
+Routing = Literal["arrow", "spectr"]
 
 QUERIES = ("attn_q", "attn_qkv")
 KINDS = ("attn_q", "attn_k", "attn_v", "attn_qkv")  # modules with the same input
@@ -52,10 +52,11 @@ class Query:
     lens      "norm" or "raw", pool "last" or "question": see `qaflora weights --help`
     typical   adapter -> typical values by calibration.KEYS, where the bundle has them
     centroids adapter -> float32 [n_embd], mean embedding of its sample texts
+    argument  what parse() of the strategy gave
     options   the strategy's own options, as given
     question  span of the question's tokens: the last user turn of a chat prompt, else all tokens
     is_chat   whether the prompt is in chat form, is_later: with another user turn before it
-    can_relay whether another may write with a draft in view: not after a thought
+    can_draft whether another may write with a draft in view: not after a thought
     n_weighed  tokens before a thought that the chat template began: with it and without it the
               weights are the same; None: all
     neutral   see Prompt
@@ -68,17 +69,23 @@ class Query:
     pool: str
     typical: Typical
     centroids: Mapping[str, F32] = field(default_factory=dict)
+    argument: Any = None
     options: Options = field(default_factory=dict)
     question: Span = (0, 0)
     is_chat: bool = False
     is_later: bool = False
-    can_relay: bool = False
+    can_draft: bool = False
     n_weighed: int | None = None
     neutral: tuple[tuple[Prompt, Prompt], ...] = field(default=(), repr=False)
 
 
-class Probe(Protocol):
-    """Measure a query for its strategy; each measure is computed once."""
+class Reading(Protocol):
+    """Read a query for its strategy; each thing is computed once, when it is asked for.
+
+    query  attribute: what is asked, and what is known of the adapters
+    """
+
+    query: Query
 
     def divergence(self, measure: Measure = "kl") -> F64:
         """Measure how far each adapter moves the base: float64 [n_adapter, n_layer], >= 0.
@@ -107,6 +114,9 @@ class Probe(Protocol):
     def question(self) -> str:
         """Give the question's text."""
 
+    def next_logits(self) -> F32:
+        """Give the base's logits behind the prompt: float32 [n_vocab], once added() is known."""
+
     def unexpected(self, token: int) -> float:
         """Give -log p, in nats, of a token as the base's answer's first, once added() is known."""
 
@@ -120,6 +130,9 @@ class Probe(Protocol):
                  so that it need not begin again if these stay the weights
         """
 
+    def base_logprobs(self, drafts: "Sequence[Draft]") -> list[tuple[float, ...]]:
+        """Give log p, in nats, of each token of some drafts as the base's: all in one batch."""
+
     def embedding(self) -> F32:
         """Average the base's state after its last block over tokens: float32 [n_embd]."""
 
@@ -129,7 +142,7 @@ class Probe(Protocol):
         Raises StrategyError when the adapters have no query projection in common.
         """
 
-    def routing(self, reading: Reading) -> tuple[F64, F64]:
+    def routing(self, routing: Routing) -> tuple[F64, F64]:
         """Compute Arrow's or SpectR's weights and their measure, means over tokens and modules.
 
         returns  two float64 [n_adapter, n_layer], in one pass of the base
@@ -155,45 +168,23 @@ class Measured:
 ADDED = Measured("added to q, k, v")
 
 
-@dataclass(frozen=True)
-class Reason:
-    """Hold what decided about an adapter, by place, and the place it is taken for, or ""."""
-
-    scores: Mapping[str, float]
-    thresholds: Mapping[str, float] = field(default_factory=dict)
-    taken_as: str = ""
-
-
-@dataclass(frozen=True)
-class Mix:
-    """Hold weights, their measure, both [n_adapter, n_layer], and what decided for all layers.
-
-    relay  who drafts, where the weights are the writer's
-    begun  tokens with which a greedy answer under these weights begins, where a draft told
-    """
-
-    weights: ArrayLike
-    divergence: ArrayLike | None = None
-    why: Mapping[str, Reason] = field(default_factory=dict)
-    because: str = ""
-    relay: "Relay | None" = None
-    begun: tuple[int, ...] = ()
-
-
 class Strategy:
-    """Weigh adapters for a query. Subclass it, and give an object to register_strategy.
+    """Plan how a query is answered. Subclass it, and give an object to register_strategy.
 
     name      as in `--strategy NAME`: small letters, digits and hyphens
     help      half a sentence on what it does
     argument  what follows a colon, as NAME in single:NAME; "" when nothing may
     needs_argument  whether it has to be given
-    is_probed whether weigh() asks the probe, so that weights differ from query to query
+    is_probed whether plan() reads the query, so that weights differ from query to query
     options   what follows the colon else, as in qa-flora:power=2, if it is probed. Those of
-              SHAPING change the result of weigh(); its own are in query.options.
+              SHAPING change the weights of plan(); its own are in query.options.
     needs_typical   what it needs of each adapter in query.typical, of calibration.KEYS
     compares  kinds of modules, such as attn_q; the adapters need one in common
     is_base_prefilled  whether the base prefills a chat prompt where prefill is "auto"
-    measured  the divergence of its Mix
+    reads_added  whether it reads added(): matrices of adapters are read while the base loads
+    drafts    whether its plans may draft: a slot gets room for that
+    undrafted  the strategy in its place where nothing may be drafted; "": its own last step
+    measured  the divergence of its plans
     is_baseline  whether it is there to compare with: help and completion do not name it
     """
 
@@ -206,11 +197,14 @@ class Strategy:
     needs_typical: ClassVar[tuple[str, ...]] = ()
     compares: ClassVar[tuple[str, ...]] = ()
     is_base_prefilled: ClassVar[bool] = False
+    reads_added: ClassVar[bool] = False
+    drafts: ClassVar[bool] = False
+    undrafted: ClassVar[str] = ""
     measured: ClassVar[Measured] = Measured("divergence", reads=("lens", "pool"))
     is_baseline: ClassVar[bool] = False
 
     def parse(self, argument: str, adapters: Sequence[str], text: str) -> Any:
-        """Read the text after the colon ("" without one), options apart, for weigh().
+        """Read the text after the colon ("" without one), options apart: query.argument.
 
         text  the whole strategy, for messages
 
@@ -218,13 +212,13 @@ class Strategy:
         """
         return argument
 
-    def check(self, argument: Any, query: Query) -> None:
-        """Raise StrategyError where a query of this kind, tokens apart, cannot be weighed."""
+    def check(self, query: Query) -> None:
+        """Raise StrategyError where such a query, tokens apart, cannot be weighed."""
 
-    def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix | ArrayLike:
-        """Give weights [n_adapter, n_layer], any finite numbers, or a Mix with their measure.
+    def plan(self, reading: Reading) -> "Plan | ArrayLike":
+        """Give weights [n_adapter, n_layer], any finite numbers, or a Plan.
 
-        The same query must get the same weights. Any thread may call.
+        The same query must get the same plan. Any thread may call.
         """
         raise NotImplementedError
 
@@ -247,12 +241,12 @@ class Strategy:
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """Hold a parsed strategy; options are the given ones."""
+class Choice:
+    """Hold a strategy with what follows its name; options are the given ones."""
 
     text: str
     strategy: Strategy
-    argument: Any
+    argument: Any = None
     options: Options = field(default_factory=dict)
 
 
@@ -265,15 +259,15 @@ def register_strategy(strategy: Strategy) -> None:
     Packages offer theirs by an entry point in the group `qaflora_edge.strategies` that names a
     Strategy object. One of the same class replaces the one before: a notebook cell can run again.
 
-    Raises StrategyError for a wrong or taken name, or an object without weigh().
+    Raises StrategyError for a wrong or taken name, or an object without plan().
     """
     name = str(getattr(strategy, "name", None))
     _load_built_in(name)
-    is_one = isinstance(strategy, Strategy) and type(strategy).weigh is not Strategy.weigh
+    is_one = isinstance(strategy, Strategy) and type(strategy).plan is not Strategy.plan
     if not is_one or not _NAME.fullmatch(name):
         raise StrategyError(
             f"The strategy {name!r} is {strategy!r}, expected an object of a subclass of "
-            "qaflora_edge.Strategy that defines weigh(). Its name has small letters, digits and "
+            "qaflora_edge.Strategy that defines plan(). Its name has small letters, digits and "
             "hyphens, at most 40, and begins with a letter."
         )
     if name in HIDDEN:
@@ -324,7 +318,7 @@ def _whole(text: str) -> str:
     return _OLD_NAMES[name] + ("," if colon else "") + options
 
 
-def parse_strategy(text: str, adapters: Sequence[str]) -> Chosen:
+def parse_strategy(text: str, adapters: Sequence[str]) -> Choice:
     """Parse a strategy, as in single:NAME or qa-flora:power=2.
 
     Raises StrategyError for what is not known, WeightsError for a weight that is not finite.
@@ -338,11 +332,11 @@ def parse_strategy(text: str, adapters: Sequence[str]) -> Chosen:
         raise _unknown(text, usages.get(near) or near)
     if strategy.is_probed and argument and not strategy.argument:
         options = read_options(argument, strategy.options, text)
-        return Chosen(text, strategy, strategy.parse("", adapters, text), options)
+        return Choice(text, strategy, strategy.parse("", adapters, text), options)
     has_argument = bool(argument and strategy.argument)
     if has_argument != bool(colon or strategy.needs_argument):
         raise _unknown(text)
-    return Chosen(text, strategy, strategy.parse(argument, adapters, text))
+    return Choice(text, strategy, strategy.parse(argument, adapters, text))
 
 
 def _unknown(text: str, near: str = "") -> StrategyError:

@@ -7,12 +7,13 @@ and perhaps another in the question.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from qaflora_edge.arrays import F32, F64
 from qaflora_edge.config import Option
 from qaflora_edge.errors import StrategyError
-from qaflora_edge.weighing.strategy import ADDED, Mix, Options, Probe, Query, Reason, Strategy
+from qaflora_edge.weighing.plan import Plan, Reason
+from qaflora_edge.weighing.strategy import ADDED, Options, Query, Reading, Strategy
 
 Taken = dict[int, str]  # adapter's index -> the place that it is taken for, the answer first
 FIRST, LATER = ("added_last", "added_question"), ("later_last", "later_question")
@@ -42,9 +43,10 @@ class TwoPlace(Strategy):
     options: ClassVar[tuple[Option, ...]] = TWO_PLACE_OPTIONS
     measured = ADDED
     is_base_prefilled = True
+    reads_added = True
     needs_typical: ClassVar[tuple[str, ...]] = (*FIRST, "added_text", *LATER)
 
-    def check(self, argument: Any, query: Query) -> None:
+    def check(self, query: Query) -> None:
         from qaflora_edge.weighing.calibration import adds_nothing, check_typical
 
         check_typical(self.name, query, self.needs_typical)
@@ -56,26 +58,27 @@ class TwoPlace(Strategy):
                 "it out."
             )
 
-    def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix:
+    def plan(self, reading: Reading) -> Plan:
         import numpy as np
 
         from qaflora_edge.weighing.calibration import without_system
 
+        query = reading.query
         options = {option.name: option.default for option in self.options}
         options |= query.options
         if len(query.adapters) == 1 and "abstain" not in query.options:
             whole = np.full((1, query.n_layer), options["answer"])
-            return Mix(whole, because=f"{query.adapters[0]} is the only adapter in use.")
-        added = probe.added()
+            return Plan.mix(whole, because=f"{query.adapters[0]} is the only adapter in use.")
+        added = reading.added()
         if query.neutral:
-            added = without_system(query, added, _places(query), probe.neutral())
+            added = without_system(query, added, _places(query), reading.neutral())
         last, question = added
         scores = _scores(query, last, question)
         first_scores = next(iter(scores.values()))  # [n_adapter]
         is_familiar = False
         asked = options["abstain"]
         if asked != "never":
-            options["abstain"] *= _caution(query, probe)
+            options["abstain"] *= _caution(reading)
             is_familiar = query.is_chat and first_scores.max() > asked
         if query.is_chat:
             weights, taken = pair(scores["answer"], scores["question"], options)
@@ -87,7 +90,7 @@ class TwoPlace(Strategy):
             query.adapters, scores, taken, options, asked=asked, is_familiar=is_familiar
         )
         by_layer = np.repeat(weights[:, None], query.n_layer, axis=1)
-        return Mix(by_layer, last, reasons, because)
+        return Plan.mix(by_layer, last, reasons, because)
 
 
 STRATEGIES = (TwoPlace(),)
@@ -114,11 +117,11 @@ def _scores(query: Query, last: F64, question: F64) -> dict[str, F64]:
     }
 
 
-def _caution(query: Query, probe: Probe) -> float:
+def _caution(reading: Reading) -> float:
     """Say how many times the threshold a first adapter needs: more where the base is at home."""
-    if not query.is_chat:
+    if not reading.query.is_chat:
         return TEXT
-    nats = max(probe.surprise(), LEAST_SURPRISE)
+    nats = max(reading.surprise(), LEAST_SURPRISE)
     return max(1.0, FAMILIAR / nats)
 
 

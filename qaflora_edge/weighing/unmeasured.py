@@ -4,20 +4,18 @@ And those that do not look at the query: `static`, `single`, `manual` and `base`
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.config import PROBING, SHAPING, Option
 from qaflora_edge.errors import StrategyError, WeightsError
+from qaflora_edge.weighing.plan import Plan
 from qaflora_edge.weighing.strategy import (
     ADDED,
     KINDS,
     Measure,
     Measured,
-    Mix,
-    Probe,
-    Query,
     Reading,
+    Routing,
     Strategy,
 )
 
@@ -47,12 +45,12 @@ class QaFlora(Strategy):
     measured = DISTANCES["kl"]
     options = (*SHAPING, *PROBING, DISTANCE)
 
-    def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix:
+    def plan(self, reading: Reading) -> Plan:
         from qaflora_edge.weighing.numbers import normalise
 
-        distance: Measure = query.options.get("distance", "kl")
-        divergence = probe.divergence(distance)
-        return Mix(normalise(divergence), divergence)
+        distance: Measure = reading.query.options.get("distance", "kl")
+        divergence = reading.divergence(distance)
+        return Plan.mix(normalise(divergence), divergence)
 
     def measured_under(self, options: str) -> Measured:
         for distance, measured in DISTANCES.items():
@@ -67,11 +65,12 @@ class Spectral(Strategy):
     x is the base's input of q, k and v. The published methods mix at each token, we once an answer.
     """
 
-    reading: Reading
+    routing: Routing
     compares = KINDS
 
-    def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix:
-        return Mix(*probe.routing(self.reading))
+    def plan(self, reading: Reading) -> Plan:
+        weights, sizes = reading.routing(self.routing)
+        return Plan.mix(weights, sizes)
 
 
 class SpectR(Spectral):
@@ -79,7 +78,7 @@ class SpectR(Spectral):
 
     name = "spectr"
     help = "by the size of what each adapter adds to the attention's projections"
-    reading = "spectr"
+    routing = "spectr"
     measured = ADDED
 
 
@@ -91,10 +90,12 @@ class _Fixed(Strategy):
     def parse(self, argument: str, adapters: Sequence[str], text: str) -> dict[str, float]:
         return {}
 
-    def weigh(self, query: Query, probe: Probe, argument: Mapping[str, float]) -> F32:
+    def plan(self, reading: Reading) -> F32:
         import numpy as np
 
-        weights = [argument.get(name, 0.0) for name in query.adapters]
+        query = reading.query
+        by_name: Mapping[str, float] = query.argument
+        weights = [by_name.get(name, 0.0) for name in query.adapters]
         column = np.array(weights, np.float32)[:, None]
         return np.repeat(column, query.n_layer, axis=1)
 

@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -11,20 +11,26 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from qaflora_edge.arrays import F32
-from qaflora_edge.ask import Prompt
+from qaflora_edge.ask import Prompt, Weighing
 from qaflora_edge.config import LENSES, POOLS, PREFILLS
 from qaflora_edge.errors import QafloraError, StrategyError
 from qaflora_edge.formats.bundle import BundleText, wrong_bundle
 from qaflora_edge.formats.inputs import WrongField, shown
 from qaflora_edge.weighing import numbers
-from qaflora_edge.weighing.numbers import FusionWeights, normalise
-from qaflora_edge.weighing.strategy import (
-    Chosen,
-    Mix,
-    Options,
-    Probe,
-    Query,
+from qaflora_edge.weighing.numbers import normalise
+from qaflora_edge.weighing.plan import (
+    DEFAULT_LENS,
+    DEFAULT_POOL,
+    DEFAULT_STRATEGY,
+    FusionWeights,
+    Plan,
     Reason,
+)
+from qaflora_edge.weighing.strategy import (
+    Choice,
+    Options,
+    Query,
+    Reading,
     Strategy,
     Typical,
     find_strategy,
@@ -43,9 +49,9 @@ class Known:
     typical, centroids  see Query
     """
 
-    strategy: str = numbers.DEFAULT_STRATEGY
-    lens: str = numbers.DEFAULT_LENS
-    pool: str = numbers.DEFAULT_POOL
+    strategy: str = DEFAULT_STRATEGY
+    lens: str = DEFAULT_LENS
+    pool: str = DEFAULT_POOL
     prefill: str = "auto"
     typical: Typical = field(default_factory=dict, repr=False)
     centroids: Mapping[str, F32] = field(default_factory=dict, repr=False)
@@ -117,12 +123,30 @@ class Weigher:
         _check_one_of("prefill", known.prefill, PREFILLS)
         self.parse(known.strategy)
 
-    def parse(self, text: str) -> Chosen:
+    def parse(self, text: str) -> Choice:
         """Parse a strategy. Raises StrategyError if it is unknown or cannot be followed here."""
-        chosen = parse_strategy(text, self.adapters)
-        query = self.query(Prompt(()), chosen)
-        chosen.strategy.check(chosen.argument, query)
-        return chosen
+        choice = parse_strategy(text, self.adapters)
+        choice.strategy.check(self.query(Prompt(()), choice))
+        return choice
+
+    def strategy_of(self, by: Weights) -> Strategy | None:
+        """Find the strategy that weights are given by, or were; None where numbers are given."""
+        if isinstance(by, FusionWeights):
+            by = by.strategy
+        if isinstance(by, Mapping) and not by:
+            by = "base"
+        if not isinstance(by, str | None):
+            return None
+        name, _, _ = (by or self.known.strategy).partition(":")
+        return find_strategy(name)
+
+    def by_of(self, weighing: Weighing) -> Weights:
+        """Give weights or a strategy: another one where it drafts, and nothing may be drafted."""
+        by = weighing.by
+        if weighing.drafts or not isinstance(by, str | None):
+            return by
+        strategy = self.strategy_of(by)
+        return (strategy and strategy.undrafted) or by
 
     @property
     def followed(self) -> tuple[str, ...]:
@@ -156,9 +180,13 @@ class Weigher:
         shared = set(strategy.compares).intersection(*targets)
         return bool(shared) or not strategy.compares
 
-    def query(self, prompt: Prompt, chosen: Chosen | None = None) -> Query:
-        """Make a query from a prompt, these defaults and the strategy's options."""
-        options = {} if chosen is None else chosen.options
+    def query(self, prompt: Prompt, choice: Choice | FusionWeights | None = None) -> Query:
+        """Make a query from a prompt, these defaults, and what follows the strategy's name."""
+        argument = None
+        options: Options = {}
+        if isinstance(choice, Choice):
+            argument = choice.argument
+            options = choice.options
         n_token = len(prompt.tokens)
         thinking = prompt.thinking
         n_weighed = n_token if thinking is None else thinking.n_weighed
@@ -171,103 +199,101 @@ class Weigher:
             pool=options.get("pool", self.known.pool),
             typical=self.known.typical,
             centroids=self.known.centroids,
+            argument=argument,
             options=options,
             question=prompt.question or (0, n_token),
             is_chat=is_chat,
             is_later=prompt.is_later,
-            can_relay=is_chat and thinking is None,
+            can_draft=is_chat and thinking is None,
             n_weighed=n_weighed,
             neutral=prompt.neutral,
         )
 
-    def n_base(self, weights: Weights, prompt: Prompt, prefill: str | None = None) -> int:
-        """Count the tokens of a prompt that the base prefills: all but the last few, or none.
+    def is_read_by_base(self, by: Weights, prompt: Prompt, prefill: str | None = None) -> bool:
+        """Tell whether the base prefills a prompt, all but the last few tokens.
 
-        weights  as weigh() takes them
+        by       as weigh() takes it
         prefill  of config.PREFILLS, or None: the default
         """
         how = prefill or self.known.prefill
-        if isinstance(weights, FusionWeights):
-            weights = weights.strategy
-        if isinstance(weights, Mapping) and not weights:
-            weights = "base"
-        if how == "auto" and isinstance(weights, str | None) and prompt.question:
-            name, _, _ = (weights or self.known.strategy).partition(":")
-            strategy = find_strategy(name)
+        if how == "auto" and prompt.question:
+            strategy = self.strategy_of(by)
             if strategy is not None and strategy.is_base_prefilled:
                 how = "base"
-        if how != "base" or not self.adapters:
-            return 0
-        return numbers.n_base_of(len(prompt.tokens))
+        return how == "base" and bool(self.adapters)
 
-    def weigh(
-        self, weights: Weights, prompt: Prompt, probe: Callable[[Query], Probe]
-    ) -> FusionWeights:
-        """Weigh a query by a strategy, or take given weights.
+    def chosen(self, by: Weights) -> Choice | FusionWeights:
+        """Parse a strategy, or check given weights.
 
-        weights  None (the default strategy), a strategy name, FusionWeights, a mapping from
-                 adapter names to numbers, or an array [n_adapter, n_layer]
-        probe    makes the probe of a query
+        by  None (the default strategy), a strategy's name, FusionWeights, a mapping from adapter
+            names to numbers, or an array [n_adapter, n_layer]
         """
-        if isinstance(weights, FusionWeights):
-            return self._weighed_before(weights, prompt)
-        if isinstance(weights, Mapping):
-            pairs = [f"{name}={weight}" for name, weight in weights.items()]
-            weights = f"manual:{','.join(pairs)}" if pairs else "base"
-        if weights is not None and not isinstance(weights, str):
-            return self._fusion(Mix(weights), "manual", self.query(prompt))
-        chosen = self.parse(weights or self.known.strategy)
-        strategy = chosen.strategy
-        query = self.query(prompt, chosen)
-        if not self.adapters:
-            nothing = np.zeros((0, self.n_layer))
-            return self._fusion(Mix(nothing), chosen.text, query)
-        start_s = time.perf_counter()
-        mix = strategy.weigh(query, probe(query), chosen.argument)
-        seconds = time.perf_counter() - start_s
-        probe_ms = 1e3 * seconds if strategy.is_probed else 0.0
-        if not isinstance(mix, Mix):
-            mix = Mix(mix)
-        source = f"Strategy {chosen.text!r}: "
-        fusion = self._fusion(mix, chosen.text, query, probe_ms, source=source)
-        weights = shaped(fusion.weights, chosen.options, source)
-        return _with_reasons(replace(fusion, weights=weights))
+        if isinstance(by, FusionWeights):
+            return self._given(by)
+        if isinstance(by, Mapping):
+            pairs = [f"{name}={weight}" for name, weight in by.items()]
+            by = f"manual:{','.join(pairs)}" if pairs else "base"
+        if by is not None and not isinstance(by, str):
+            return FusionWeights(self.adapters, Plan.mix(self._checked(by)))
+        return self.parse(by or self.known.strategy)
 
-    def _weighed_before(self, fusion: FusionWeights, prompt: Prompt) -> FusionWeights:
+    def weigh(self, choice: Choice | FusionWeights, reading: Reading) -> FusionWeights:
+        """Plan how a query is answered, by a strategy or under given weights."""
+        query = reading.query
+        if isinstance(choice, FusionWeights):
+            return _for_query(choice, query)
+        strategy = choice.strategy
+        start_s = time.perf_counter()
+        plan: Any = Plan.mix(np.zeros((0, self.n_layer)))
+        if self.adapters:
+            plan = strategy.plan(reading)
+        probe_ms = 0.0
+        if strategy.is_probed and self.adapters:
+            probe_ms = 1e3 * (time.perf_counter() - start_s)
+        if not isinstance(plan, Plan):
+            plan = Plan.mix(plan)
+        fusion = FusionWeights(
+            adapters=self.adapters,
+            plan=self._shaped(plan, choice),
+            strategy=choice.text,
+            lens=query.lens,
+            pool=query.pool,
+            prompt=query.tokens,
+            probe_ms=probe_ms,
+        )
+        return _with_reasons(fusion)
+
+    def _shaped(self, plan: Plan, choice: Choice) -> Plan:
+        """Check a plan's arrays, and shape its weights as the strategy's options ask for."""
+        source = f"Strategy {choice.text!r}: "
+        divergence = None
+        if plan.divergence is not None:
+            divergence = self._checked(plan.divergence, source)
+        weights = self._checked(plan.weights, source)
+        options = choice.options if self.adapters else {}
+        writing = replace(plan.writing, weights=shaped(weights, options, source))
+        return replace(plan, steps=(*plan.steps[:-1], writing), divergence=divergence)
+
+    def _given(self, fusion: FusionWeights) -> FusionWeights:
         if fusion.adapters != self.adapters:
             raise StrategyError(
                 f"The weights are for the adapters {', '.join(fusion.adapters)}, loaded are "
                 f"{', '.join(self.adapters)}; weigh the prompt with this Engine."
             )
         self._checked(fusion.weights)
-        relay = fusion.relay
-        if relay is not None and relay.prompt != prompt.tokens:
-            return replace(fusion, relay=None)  # another prompt's draft
         return fusion
 
     def _checked(self, weights: ArrayLike, source: str = "") -> F32:
         return numbers.check_weights(weights, self.adapters, self.n_layer, source=source)
 
-    def _fusion(
-        self, mix: Mix, strategy: str, query: Query, probe_ms: float = 0.0, *, source: str = ""
-    ) -> FusionWeights:
-        divergence = None
-        if mix.divergence is not None:
-            divergence = self._checked(mix.divergence, source)
-        return FusionWeights(
-            adapters=self.adapters,
-            weights=self._checked(mix.weights, source),
-            divergence=divergence,
-            strategy=strategy,
-            lens=query.lens,
-            pool=query.pool,
-            prompt_tokens=len(query.tokens),
-            probe_ms=probe_ms,
-            because=mix.because,
-            why=mix.why,
-            relay=mix.relay,
-            begun=mix.begun,
-        )
+
+def _for_query(fusion: FusionWeights, query: Query) -> FusionWeights:
+    """Take weights that were given; their drafts are for one prompt alone."""
+    if not fusion.prompt:
+        return replace(fusion, lens=query.lens, pool=query.pool, prompt=query.tokens)
+    if fusion.prompt == query.tokens:
+        return fusion
+    return replace(fusion, plan=fusion.plan.undrafted())
 
 
 def _with_reasons(fusion: FusionWeights) -> FusionWeights:
@@ -286,7 +312,7 @@ def _with_reasons(fusion: FusionWeights) -> FusionWeights:
     highest = max(scores)
     who = fusion.adapters[scores.index(highest)]
     because = f"{who}: {name} {highest:.3g}, the highest."
-    return replace(fusion, because=because, why=reasons)
+    return replace(fusion, plan=replace(fusion.plan, because=because, why=reasons))
 
 
 def _check_one_of(what: str, value: str, choices: Sequence[str]) -> None:

@@ -17,11 +17,11 @@ from qaflora_edge.errors import CancelledError, PromptError, QafloraError
 from qaflora_edge.prompt import conversation
 
 if TYPE_CHECKING:
+    from qaflora_edge.answering.generation import Generation
     from qaflora_edge.cli.chat.input import TerminalInput
     from qaflora_edge.cli.chat.view import View
     from qaflora_edge.engine import Engine
-    from qaflora_edge.inference.generation import Generation
-    from qaflora_edge.weighing.numbers import FusionWeights
+    from qaflora_edge.weighing.plan import FusionWeights
 
 LEAVING = ("exit", "quit", "/exit", "/quit", "/bye")
 N_RECALLED = 3  # turns of a loaded conversation that are shown

@@ -14,7 +14,7 @@ from qaflora_edge.show.text import can_show, visible, who_spoke
 if TYPE_CHECKING:
     from markdown_it.token import Token
 
-    from qaflora_edge.weighing.numbers import FusionWeights
+    from qaflora_edge.weighing.plan import FusionWeights
 
 _WAIT_S = 0.4  # nothing is said about a shorter wait
 _REDRAW_S = 0.05  # between two redraws

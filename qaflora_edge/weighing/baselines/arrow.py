@@ -10,7 +10,7 @@ class Arrow(Spectral):
     name = "arrow"
     is_baseline = True
     help = "by how much of the query lies in the direction that each adapter amplifies most"
-    reading = "arrow"
+    routing = "arrow"
     measured = Measured("along its direction")
 
 

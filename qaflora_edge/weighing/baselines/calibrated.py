@@ -1,9 +1,8 @@
 """The strategy `calibrated`: divergences relative to what is typical of each adapter."""
 
-from typing import Any
-
 from qaflora_edge.config import PROBING, SHAPING
-from qaflora_edge.weighing.strategy import Mix, Probe, Query, Strategy
+from qaflora_edge.weighing.plan import Plan
+from qaflora_edge.weighing.strategy import Query, Reading, Strategy
 from qaflora_edge.weighing.unmeasured import DISTANCES
 
 
@@ -20,20 +19,21 @@ class Calibrated(Strategy):
     options = (*SHAPING, *PROBING)
     needs_typical = ("norm", "raw", "question_norm", "question_raw")  # any lens, any pool
 
-    def check(self, argument: Any, query: Query) -> None:
+    def check(self, query: Query) -> None:
         from qaflora_edge.weighing.calibration import check_typical
 
         place = "" if query.pool == "last" else f" at pool {query.pool}"
         check_typical(self.name, query, [_key(query)], f"with lens {query.lens}{place}")
 
-    def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix:
+    def plan(self, reading: Reading) -> Plan:
         from qaflora_edge.weighing import numbers
 
-        divergence = probe.divergence()
+        query = reading.query
+        divergence = reading.divergence()
         key = _key(query)
         typical = [query.typical[name][key] for name in query.adapters]
         relative = numbers.calibrate(divergence, typical)
-        return Mix(numbers.normalise(relative), divergence)
+        return Plan.mix(numbers.normalise(relative), divergence)
 
 
 def _key(query: Query) -> str:

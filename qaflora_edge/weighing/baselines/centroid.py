@@ -2,11 +2,11 @@
 
 import base64
 import binascii
-from typing import Any
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.errors import StrategyError
-from qaflora_edge.weighing.strategy import Measured, Mix, Probe, Query, Strategy
+from qaflora_edge.weighing.plan import Plan
+from qaflora_edge.weighing.strategy import Measured, Query, Reading, Strategy
 
 TEMPERATURE = 0.01  # of DAM's own experiments (its README, --router_temp)
 
@@ -23,7 +23,7 @@ class Centroid(Strategy):
     help = "by how near the query is to sample texts of each adapter (`qaflora bundle samples`)"
     measured = Measured("similarity")
 
-    def check(self, argument: Any, query: Query) -> None:
+    def check(self, query: Query) -> None:
         missing = [name for name in query.adapters if name not in query.centroids]
         if missing:
             raise StrategyError(
@@ -31,21 +31,21 @@ class Centroid(Strategy):
                 f"{', '.join(missing)}; give them with `qaflora bundle samples DIR ADAPTER FILE`."
             )
 
-    def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix:
+    def plan(self, reading: Reading) -> Plan:
         import numpy as np
 
         from qaflora_edge.weighing.numbers import softmax
 
-        embedding = probe.embedding().astype(np.float64)  # [n_embd]
+        query = reading.query
+        embedding = reading.embedding().astype(np.float64)  # [n_embd]
         rows = [query.centroids[name] for name in query.adapters]
         centroids = np.array(rows, np.float64)  # [n_adapter, n_embd]
         lengths = np.linalg.norm(centroids, axis=-1) * np.linalg.norm(embedding)
         similarity = centroids @ embedding / lengths  # [n_adapter]
         weights = softmax(similarity / TEMPERATURE)
         shape = (len(weights), query.n_layer)
-        return Mix(
-            np.broadcast_to(weights[:, None], shape), np.broadcast_to(similarity[:, None], shape)
-        )
+        by_layer = np.broadcast_to(weights[:, None], shape)
+        return Plan.mix(by_layer, np.broadcast_to(similarity[:, None], shape))
 
 
 STRATEGY = Centroid()

@@ -1,8 +1,7 @@
 """The strategy `norm`: what an adapter adds to a late query projection."""
 
-from typing import Any
-
-from qaflora_edge.weighing.strategy import QUERIES, Measured, Mix, Probe, Query, Strategy
+from qaflora_edge.weighing.plan import Plan
+from qaflora_edge.weighing.strategy import QUERIES, Measured, Reading, Strategy
 
 
 class Norm(Strategy):
@@ -14,14 +13,14 @@ class Norm(Strategy):
     measured = Measured("added to q")
     compares = QUERIES
 
-    def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix:
+    def plan(self, reading: Reading) -> Plan:
         import numpy as np
 
         from qaflora_edge.weighing.numbers import normalise
 
-        norms = probe.norms()  # [n_adapter]
-        norms = np.repeat(norms[:, None], query.n_layer, axis=1)
-        return Mix(normalise(norms), norms)
+        norms = reading.norms()  # [n_adapter]
+        norms = np.repeat(norms[:, None], reading.query.n_layer, axis=1)
+        return Plan.mix(normalise(norms), norms)
 
 
 STRATEGY = Norm()

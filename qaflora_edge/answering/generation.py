@@ -2,43 +2,29 @@
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from qaflora_edge.arrays import F32
+from qaflora_edge.ask import Sampling
 from qaflora_edge.errors import QafloraError
-from qaflora_edge.inference.sequence import Cancellation, RunningSequence, Timings, TokenLogprob
+from qaflora_edge.inference.sequence import (
+    Cancellation,
+    Request,
+    RunningSequence,
+    Timings,
+    TokenLogprob,
+)
 from qaflora_edge.progress import Tell, silent
-from qaflora_edge.weighing.numbers import FusionWeights
+from qaflora_edge.weighing.plan import Draft, DraftStep, FusionWeights, Plan
 
 if TYPE_CHECKING:
+    from qaflora_edge.answering.answer import Writing
+    from qaflora_edge.inference.core import Core
     from qaflora_edge.prompt.calls import Calls
-    from qaflora_edge.weighing.drafted import Draft
-
-
-def follow(
-    drive: Callable[[Callable[[], bool]], None],
-    sequence: RunningSequence,
-    tell: Callable[[int, int], Any],
-) -> None:
-    """Compute until a prompt is prefilled; tell how many tokens are done, and how many it has."""
-    n_told = 0
-
-    def n_read() -> int:
-        return min(sequence.n_past, sequence.n_prompt)  # it may be answered already
-
-    def is_read() -> bool:
-        return sequence.is_done or sequence.n_past >= sequence.n_prompt
-
-    def has_more() -> bool:
-        return is_read() or n_read() > n_told
-
-    while not is_read():
-        tell(n_told, sequence.n_prompt)
-        drive(has_more)
-        n_told = n_read()
-    tell(n_read(), sequence.n_prompt)
 
 
 class Generation(Iterator[str]):
@@ -47,31 +33,33 @@ class Generation(Iterator[str]):
     An answer that is dropped before its end is cancelled. One that is kept goes on while other
     calls of its Engine compute, and its pieces wait.
 
-    fusion     the weights of prefill and answer
-    go_on      of a relay, whose draft is `sequence` at first: gives the writer's answer, and its
-               weights with the draft, once that has ended
+    Its plan may have several steps: where one has ended, the next begins when the caller asks for
+    more, in the caller's thread.
+
+    fusion     the weights of prefill and answer, and the plan with what was drafted so far
+    sequence   of the first step that was not done
+    writing    begins the other steps; None: there are none
     reasoning  attribute: what was taken of the thought before the answer
     calls      attribute: how it may call tools; None: the base was told of none
     """
 
     def __init__(
         self,
-        sequence: RunningSequence,
+        core: "Core",
         fusion: FusionWeights,
-        *,
-        drive: Callable[[Callable[[], bool]], None],
-        call: Callable[[], AbstractContextManager[Any]],
-        go_on: Callable[[], tuple[RunningSequence, FusionWeights]] | None = None,
+        sequence: RunningSequence,
+        writing: "Writing | None" = None,
     ) -> None:
-        self._sequence = sequence
+        self._core: Core | None = core
         self.fusion = fusion
-        self._drive = drive
-        self._call = call
+        self._sequence = sequence
+        self._writing = writing
         self.reasoning = ""  # what was taken of the thought
-        self.calls: Calls | None = None
+        self.calls: Calls | None = None if writing is None else writing.prompt.calls
         self._n_taken = 0  # tokens of the answer until the last piece that was taken
-        self._go_on = go_on
-        self._drafted = sequence if go_on else None  # by which a relay's draft is told
+        self._is_drafting = fusion.plan.n_done + 1 < len(fusion.plan.steps)
+        self._draft_sequences: list[RunningSequence] = []  # whose pieces may wait
+        self._note_draft()
         self._is_draft_told = False
         sequence.timings.probe_ms = fusion.probe_ms
         weakref.finalize(self, Cancellation.set, sequence.request.cancellation).atexit = False
@@ -79,23 +67,64 @@ class Generation(Iterator[str]):
     @property
     def is_done(self) -> bool:
         """Tell whether all of it is computed; pieces may still wait to be taken."""
-        return not self.is_drafting and self._sequence.is_done
+        return not self._is_drafting and self._sequence.is_done
 
     @property
     def is_drafting(self) -> bool:
-        """Tell whether the knower of a relay drafts, or waits for its turn."""
-        return self._go_on is not None
+        """Tell whether a step before the last is computed, or waits for its turn."""
+        return self._is_drafting
 
-    def advance(self) -> bool:
-        """Begin a writer's answer where its draft has ended; tell whether all is computed.
+    @property
+    def is_step_done(self) -> bool:
+        """Tell whether what is computed now has ended: go_on() begins what comes next."""
+        return self._sequence.is_done
 
-        It holds the loop's lock: it is called as a condition of Loop.drive alone.
-        """
-        if self._go_on is not None and self._sequence.is_done:
-            self._sequence, self.fusion = self._go_on()
-            self._sequence.timings.probe_ms = self.fusion.probe_ms
-            self._go_on = None
-        return self.is_done
+    def go_on(self) -> None:
+        """Begin the next step of the plan where a draft has ended."""
+        if not self._is_drafting or not self._sequence.is_done:
+            return
+        assert self._core is not None
+        assert self._writing is not None
+        sequence = self._sequence
+        with self._core.call():
+            step = self._drafted_step(self._core.model.text)
+            plan = self.fusion.plan
+            plan = plan.with_step(plan.n_done, step)
+            self.fusion = replace(self.fusion, plan=plan)
+            if step.is_done:
+                self._sequence = self._writing.begin(self.fusion)
+                self._is_drafting = plan.n_done + 1 < len(plan.steps)
+                self._note_draft()
+            else:
+                self._sequence = _ended(sequence.request, sequence.error)
+                self._is_drafting = False
+        self._sequence.timings.probe_ms = self.fusion.probe_ms
+
+    def _note_draft(self) -> None:
+        if self._is_drafting:
+            self._draft_sequences.append(self._sequence)
+
+    def _drafted_step(self, text: Callable[[list[int]], str]) -> DraftStep:
+        """Give the step that has ended, with its draft; text: gives that of tokens."""
+        plan = self.fusion.plan
+        step = plan.steps[plan.n_done]
+        assert isinstance(step, DraftStep)
+        sequence = self._sequence
+        draft = Draft(
+            adapter=step.knower,
+            tokens=tuple(sequence.answer),
+            text=text(sequence.answer),
+            logprobs=tuple(entry.logprob for entry in sequence.logprobs),
+            is_whole=sequence.finish_reason == "stop",
+        )
+        is_done = sequence.error is None and not sequence.is_cancelled
+        draft_ms = sequence.timings.prefill_ms + sequence.timings.decode_ms
+        return replace(step, draft=draft, is_done=is_done, draft_ms=draft_ms)
+
+    def _drive(self, is_ready: Callable[[], bool]) -> None:
+        if self._core is not None:
+            with self._core.call():
+                self._core.loop.drive(is_ready)
 
     @property
     def is_cancelled(self) -> bool:
@@ -145,14 +174,16 @@ class Generation(Iterator[str]):
         return self._sequence.n_cached
 
     @property
-    def draft(self) -> "Draft | None":
+    def draft(self) -> Draft | None:
         """Give the draft that the answer is written from, where there is one, as far as it is."""
-        return None if self.fusion.relay is None else self.fusion.relay.draft
+        step = self.fusion.plan.drafting
+        return None if step is None else step.draft
 
     @property
     def n_draft(self) -> int:
         """Count the tokens of the draft, which were generated too."""
-        return 0 if self.draft is None else len(self.draft.tokens)
+        steps = [step for step in self.fusion.plan.steps if isinstance(step, DraftStep)]
+        return sum(len(step.guesses) for step in steps)
 
     @property
     def n_completion(self) -> int:
@@ -178,8 +209,8 @@ class Generation(Iterator[str]):
     @property
     def prompt_logits(self) -> F32:
         """Give float32 [n_vocab] after the prompt, where max_tokens is 0."""
-        with self._call():
-            self._drive(self.advance)
+        self.wait_for_draft()
+        self._drive(lambda: self.is_step_done)
         if self._sequence.error is not None:
             raise self._sequence.error
         assert self._sequence.logits is not None
@@ -192,8 +223,8 @@ class Generation(Iterator[str]):
         if sequence.pieces:
             piece, self._n_taken, _ = sequence.pieces.popleft()
             return piece
-        self._drive = silent  # contexts of replaced adapters are freed
-        self._call = nullcontext
+        self._core = None  # contexts of replaced adapters are freed
+        self._writing = None
         if sequence.error is not None:
             raise sequence.error
         raise StopIteration
@@ -203,30 +234,31 @@ class Generation(Iterator[str]):
 
         Iterating over the answer skips it. Either way `draft` has it.
         """
-        drafted = self._drafted
-        if drafted is None:
-            if self.draft is not None and not self._is_draft_told:
-                self._is_draft_told = True
-                yield self.draft.text
-            return
-        while True:
-            self._wait_for_piece(drafted)
-            if not drafted.pieces:
-                break
-            piece, _, _ = drafted.pieces.popleft()
-            yield piece
-        self.wait_for_draft()
+        sequences = self._draft_sequences
+        if not sequences and self.draft is not None and not self._is_draft_told:
+            self._is_draft_told = True
+            yield self.draft.text
+        at = 0
+        while at < len(sequences):
+            sequence = sequences[at]
+            self._wait_for_piece(sequence)
+            while sequence.pieces:
+                piece, _, _ = sequence.pieces.popleft()
+                yield piece
+                self._wait_for_piece(sequence)
+            if sequence is self._sequence:
+                self.go_on()  # to another draft, perhaps
+            at += 1
 
     def _wait_for_piece(self, sequence: RunningSequence) -> None:
         if not sequence.pieces and not sequence.is_done:
-            with self._call():
-                self._drive(lambda: bool(sequence.pieces) or sequence.is_done)
+            self._drive(lambda: bool(sequence.pieces) or sequence.is_done)
 
     def wait_for_draft(self) -> None:
-        """Compute until a relay's draft is whole; without one do nothing."""
-        if self.is_drafting:
-            with self._call():
-                self._drive(lambda: self.advance() or not self.is_drafting)
+        """Compute until the plan's last step begins."""
+        while self._is_drafting:
+            self._drive(lambda: self.is_step_done)
+            self.go_on()
 
     def thoughts(self) -> Iterator[str]:
         """Iterate over what is left of the thought before the answer, in pieces of text.
@@ -250,7 +282,8 @@ class Generation(Iterator[str]):
         tell  called with "reading", how many tokens are done, and how many there are
         """
         sequence = self._sequence
-        follow(self._drive, sequence, partial(tell, "reading"))
+        if self._core is not None:
+            self._core.loop.follow(sequence, partial(tell, "reading"))
         if sequence.error is not None and not sequence.answer:
             raise sequence.error
 
@@ -271,3 +304,19 @@ class Generation(Iterator[str]):
             "completion_tokens": n_generated,
             "total_tokens": self.n_prompt + n_generated,
         }
+
+
+def failed(core: "Core", error: QafloraError) -> Generation:
+    """Make an answer that failed before its request was made."""
+    nothing = np.zeros((0, core.model.n_layer), np.float32)
+    fusion = FusionWeights((), Plan.mix(nothing))
+    return Generation(core, fusion, _ended(Request((), nothing), error))
+
+
+def _ended(request: Request, error: QafloraError | None) -> RunningSequence:
+    """Make a sequence without an answer: it has failed, or else is cancelled."""
+    sequence = RunningSequence(replace(request, sampling=Sampling()), None, 0)
+    if error is not None:
+        sequence.fail(error)
+    sequence.finish("cancelled")
+    return sequence

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from qaflora_edge.answering.reading import PromptReading
 from qaflora_edge.arrays import F64
-from qaflora_edge.inference.core import Core, Probes
+from qaflora_edge.inference.core import Core
 from qaflora_edge.progress import TellCount
 from qaflora_edge.weighing.calibration import EXTENTS, KEYS, LAYERS, SURENESS, typical_of
-from qaflora_edge.weighing.drafted import N_BEGUN
+from qaflora_edge.weighing.plan import N_BEGUN
 from qaflora_edge.weighing.strategy import Query
 
 _N_DRAFTED = 16  # neutral prompts that each adapter drafts an answer to
@@ -59,22 +60,22 @@ def measure(
         measured["added_last"], measured["added_question"] = first
         measured["added_text"], _ = text
         measured["later_last"], measured["later_question"] = later_turns
-    probe = Probes(core, cancellation)
     if SURENESS in keys and later:  # there is a chat template
         sampled = chats[:: max(1, len(chats) // _N_DRAFTED)]
-        measured[SURENESS] = [_sureness(probe(chat)) for chat in sampled]
+        readings = [PromptReading(core, chat, cancellation) for chat in sampled]
+        measured[SURENESS] = [_sureness(reading) for reading in readings]
     if layers:
         measured |= {key: [] for key in layers}
         for n_read, chat in enumerate(chats[: len(plain)], n_extent + 1):
             for key in layers:
                 pool = "question" if key.startswith("question_") else "answer"
                 query = replace(chat, lens=key.removeprefix("question_"), pool=pool)
-                measured[key].append(probe(query).divergence())
+                measured[key].append(PromptReading(core, query, cancellation).divergence())
             tell(n_read, n_all)
     return typical_of(measured, adapters)
 
 
-def _sureness(probe: Probes) -> F64:
+def _sureness(reading: PromptReading) -> F64:
     """Tell how sure each adapter is of its own draft: float64 [n_adapter], in nats a token."""
-    drafts = probe.drafts(probe.query.adapters, N_BEGUN)
+    drafts = reading.drafts(reading.query.adapters, N_BEGUN)
     return np.array([draft.sureness(N_BEGUN) for draft in drafts])

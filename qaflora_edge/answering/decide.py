@@ -6,14 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qaflora_edge.answering.reading import PromptReading
 from qaflora_edge.arrays import F64
 from qaflora_edge.ask import Chat, Weighing
 from qaflora_edge.errors import PromptError, wrong_option
 from qaflora_edge.formats.inputs import Json
-from qaflora_edge.inference.core import Core, Probes
+from qaflora_edge.inference.core import Core
 from qaflora_edge.inference.sequence import Cancellation, Request
-from qaflora_edge.weighing.numbers import FusionWeights
-from qaflora_edge.weighing.weigher import Weigher
+from qaflora_edge.weighing.numbers import n_base_of
+from qaflora_edge.weighing.plan import FusionWeights
+from qaflora_edge.weighing.weigher import Weigher, Weights
 
 if TYPE_CHECKING:
     from qaflora_edge.prompt.tokens import Reader
@@ -91,10 +93,8 @@ def decide(
     end = core.model._lib.llama_vocab_eot(core.model.vocab)
     if end >= 0:
         texts = [(*text, end) for text in texts]
-    probe = Probes(core, cancellation)
-    # As relay weighs, but it decodes nothing.
-    chosen = Weighing(strategy, relays=False).by_for(weigher.known.strategy)
-    mixes = {"": chosen}
+    # As the strategy weighs, but it decodes nothing.
+    mixes: dict[str, Weights] = {"": weigher.by_of(Weighing(strategy, drafts=False))}
     if compare:
         mixes["base"] = "base"
         for name in weigher.adapters:
@@ -107,15 +107,15 @@ def decide(
         remembered.clear()
     unasked = dict(remembered)  # other calls may clear it meanwhile
     for name, by in mixes.items():
-        try:
-            fusion = weigher.weigh(by, question, probe)  # a list would look like a form
-        finally:
-            probe.end()
+        choice = weigher.chosen(by)
+        query = weigher.query(question, choice)  # a list would look like a form
+        with PromptReading(core, query, cancellation) as reading:
+            fusion = weigher.weigh(choice, reading)
         fusions[name] = fusion
         weights = core.all_weights(weigher.adapters, fusion.weights)
-        n_base = weigher.n_base(by, listed)
+        n_base = n_base_of(len(listed.tokens)) if weigher.is_read_by_base(by, listed) else 0
         requests[name] = Request(listed.tokens, weights, n_base=n_base)
-        n_base = weigher.n_base(by, blank)
+        n_base = n_base_of(len(blank.tokens)) if weigher.is_read_by_base(by, blank) else 0
         key = (blank.tokens, weights.tobytes(), n_base, tuple(texts))
         blank_keys[name] = key
         if key not in unasked:

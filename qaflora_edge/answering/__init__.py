@@ -1,0 +1,1 @@
+"""How a question is answered: its prompt is read, a strategy plans, and the plan is written."""

@@ -1,0 +1,246 @@
+"""A reading: what is measured of one prompt, each thing once, when a strategy asks for it."""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+import numpy as np
+
+from qaflora_edge.arrays import F32, F64
+from qaflora_edge.backend.context import N_OUTPUT, KvState
+from qaflora_edge.inference.sequence import (
+    Cancellation,
+    DraftState,
+    Request,
+    RunningSequence,
+    surprise,
+)
+from qaflora_edge.progress import Tell, silent
+from qaflora_edge.weighing.numbers import n_base_of
+from qaflora_edge.weighing.plan import BASE, Draft
+from qaflora_edge.weighing.strategy import Measure, Query, Reading, Routing
+
+if TYPE_CHECKING:
+    from qaflora_edge.backend.prefix import Steps
+    from qaflora_edge.inference.core import Core
+    from qaflora_edge.inference.drafts import DraftSoFar
+    from qaflora_edge.weighing.probe import Listener
+
+T = TypeVar("T")
+_ANSWER = ""  # in place of a name: the draft under the weights of the answer
+
+
+class PromptReading(Reading):
+    """Read one prompt for a strategy: see weighing.strategy.Reading.
+
+    The base's pass over it keeps its slot, for who writes there: until take(), or the block's end.
+
+    tell      called with "weighing", how many tokens are done, and how many there are
+    n_answer  tokens of the answer that the slot gets room for; None: no limit
+    on_draft  called with the text so far of what is answered unless drafts decide otherwise
+    """
+
+    def __init__(
+        self,
+        core: "Core",
+        query: Query,
+        cancellation: Cancellation,
+        *,
+        tell: Tell = silent,
+        n_answer: int | None = 0,
+        on_draft: Callable[[str], Any] = silent,
+    ) -> None:
+        self.query = query
+        self._core = core
+        self._cancellation = cancellation
+        self._tell = tell
+        self._n_answer = n_answer
+        self._on_draft = on_draft
+        self._rows = core.rows(query.adapters)
+        self._tokens = query.tokens[: query.n_weighed]
+        self._sequence: RunningSequence | None = None  # that the base reads the prompt in
+        self._listener: Listener | None = None  # that heard it
+        self._drafts: dict[str, DraftState] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Free the slot that is kept."""
+        if self._sequence is not None:
+            self._core.loop.end(self._sequence)
+            self._sequence = None
+
+    def take(self) -> RunningSequence | None:
+        """Hand over the sequence in which the base has read the prompt, if there is one."""
+        sequence = self._sequence
+        self._sequence = None
+        return sequence
+
+    def divergence(self, measure: Measure = "kl") -> F64:
+        query = self.query
+        measured = partial(self._core.prober.divergence, self._tokens, self._rows, measure)
+        return self._run(measured(query.lens, query.pool, query.question))
+
+    def states(self) -> F32:
+        query = self.query
+        steps = self._core.prober.states(self._tokens, self._rows, query.pool, query.question)
+        return np.array(self._run(steps))
+
+    def embedding(self) -> F32:
+        return np.array(self._run(self._core.prober.mean_states(self._tokens))[-1])
+
+    def added(self) -> F64:
+        return np.array(self._added[0])
+
+    def surprise(self) -> float:
+        return self._added[1].nats
+
+    def next_logits(self) -> F32:
+        next_logits = self._added[1].next_logits
+        assert next_logits is not None
+        return next_logits
+
+    @cached_property
+    def _added(self) -> "tuple[F64, Listener]":
+        query = self.query
+        n_scored = N_OUTPUT * query.is_chat
+        end = len(self._tokens)
+        listener = self._core.prober.added(self._rows, query.question, end, n_scored)
+        return self._listen(listener), listener
+
+    def neutral(self) -> F64:
+        steps = self._core.prober.neutral(self.query, self._rows, self._kv_state)
+        return np.array(self._core.run(steps, self._cancellation))
+
+    def question(self) -> str:
+        start, end = self.query.question
+        data = self._core.model.detokenize(self.query.tokens[start:end])
+        return data.decode("utf-8", "replace")
+
+    def unexpected(self, token: int) -> float:
+        return surprise(self.next_logits(), token)
+
+    def routing(self, routing: Routing) -> tuple[F64, F64]:
+        result: tuple[F64, F64] = self._listen(self._core.prober.routing(self._rows, routing))
+        return result
+
+    def norms(self) -> F64:
+        n_token = len(self._tokens)
+        return np.array(self._listen(self._core.prober.norms(self._rows, n_token)))
+
+    def drafts(
+        self, names: Iterable[str], n_token: int, answer: F32 | None = None
+    ) -> "list[Draft]":
+        from qaflora_edge.inference.drafts import N_TOGETHER, DraftSoFar
+
+        names = list(names)
+        core = self._core
+        wanted = {name: core.weights_of(name) for name in names}
+        answering = None  # whose draft the answer begins with, if these stay the weights
+        if answer is not None:
+            weights = core.all_weights(self.query.adapters, answer)
+            answering = self._name_of(weights, wanted)
+            wanted[answering] = weights
+        missing = {
+            name: weights
+            for name, weights in wanted.items()
+            if name not in self._drafts or not self._drafts[name].draft.has(n_token)
+        }
+        left = sorted(missing, key=lambda name: name != answering)
+        for at in range(0, len(left), N_TOGETHER):
+            together = {name: missing[name] for name in left[at : at + N_TOGETHER]}
+            first = DraftSoFar()
+            steps = core.drafter.draft(
+                self._by_base,
+                together,
+                self._drafts,
+                n_token,
+                self._kv_state,
+                self._logits_heard,
+                first,
+            )
+            tell = partial(self._show, first) if left[at] == answering else None
+            for state in core.run(steps, self._cancellation, tell, kind="draft"):
+                self._drafts[state.draft.adapter] = state
+        return [self._drafts[name].draft for name in names]
+
+    def base_logprobs(self, drafts: Sequence[Draft]) -> list[tuple[float, ...]]:
+        texts = [draft.tokens for draft in drafts if draft.tokens]
+        scores: list[tuple[float, ...]] = []
+        from qaflora_edge.inference.drafts import N_TOGETHER
+
+        for at in range(0, len(texts), N_TOGETHER):
+            steps = self._core.drafter.score(
+                self._by_base, texts[at : at + N_TOGETHER], self._kv_state, self._logits_heard
+            )
+            scores += self._core.run(steps, self._cancellation, kind="draft")
+        scored = iter(scores)
+        return [next(scored) if draft.tokens else () for draft in drafts]
+
+    def draft_state(self, weights: F32) -> DraftState | None:
+        """Give the draft under these weights, with which an answer begins, if there is one.
+
+        weights  [n_adapter, n_layer] of all loaded adapters
+        """
+        for state in self._drafts.values():
+            if state.kv_state is not None and (state.weights == weights).all():
+                return state
+        return None
+
+    def _name_of(self, weights: F32, wanted: dict[str, F32]) -> str:
+        for name, other in wanted.items():
+            if (weights == other).all():
+                return name
+        return _ANSWER if weights.any() else BASE
+
+    @cached_property
+    def _by_base(self) -> Request:
+        tokens = self.query.tokens
+        return Request(tokens, self._core.weights_of(BASE), n_base=n_base_of(len(tokens)))
+
+    @property
+    def _logits_heard(self) -> F32 | None:
+        return None if self._listener is None else self._listener.next_logits
+
+    def _show(self, first: "DraftSoFar", n_token: int) -> None:
+        self._on_draft(self._core.model.text(first.tokens[:n_token]))
+
+    def _kv_state(self) -> KvState | None:
+        if self._sequence is None or self._sequence.slot is None:
+            return None
+        return self._core.context.kv_state_of(self._sequence.slot)
+
+    def _run(self, steps: "Steps[T]") -> T:
+        n_token = len(self.query.tokens)
+        return self._core.run(
+            steps, self._cancellation, lambda n_done: self._tell("weighing", n_done, n_token)
+        )
+
+    def _listen(self, listener: "Listener") -> Any:
+        """Let the base read the prompt in a slot of answers, where a listener hears it."""
+        self.end()
+        self._listener = listener
+        core = self._core
+        n_ctx = core.n_ctx_for(len(self.query.tokens), self._n_answer)
+        request = Request(
+            self.query.tokens,
+            np.zeros((len(core.adapters), core.model.n_layer), np.float32),
+            n_base=self._by_base.n_base,
+            cancellation=self._cancellation,
+        )
+        sequence = RunningSequence(request, None, 0, n_ctx, listener)
+        core.loop.add(sequence)
+        try:
+            core.loop.follow(sequence, partial(self._tell, "weighing"))
+        except BaseException:
+            self._cancellation.set()
+            core.loop.drive(lambda: sequence.is_done)
+            raise
+        if sequence.error is not None:
+            raise sequence.error
+        self._sequence = sequence
+        return listener.result()

@@ -1,0 +1,307 @@
+"""A plan: how one question is answered, in steps that are data.
+
+A strategy makes it. Most have one step, which writes the answer under some weights. A relay has
+two: an adapter drafts, and another writes with the draft in view.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Literal, Self
+
+from qaflora_edge.arrays import F32, ArrayLike
+
+if TYPE_CHECKING:
+    from qaflora_edge.formats.inputs import Json
+    from qaflora_edge.weighing.strategy import Measured
+
+BASE = "base"  # in place of an adapter's name, where the base alone is meant
+UNSURE = -100.0  # nats a token, of an empty draft
+DRAFT_TOKENS = 128  # of the longest draft
+N_BEGUN = 8  # tokens of a draft that tell how sure its adapter is
+DEFAULT_STRATEGY = "qa-flora"
+DEFAULT_LENS = "norm"
+DEFAULT_POOL = "last"
+
+View = Literal["", "before", "behind"]  # where a draft stands from the question; "": nowhere
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Hold what one adapter alone, or the base, answers to a query: greedy, the base prefills.
+
+    adapter   its name, or BASE
+    tokens    ids, at most DRAFT_TOKENS
+    text      of them
+    logprobs  of each token, in nats
+    is_whole  whether it ended by itself
+    """
+
+    adapter: str
+    tokens: tuple[int, ...]
+    text: str
+    logprobs: tuple[float, ...]
+    is_whole: bool
+
+    def has(self, n_token: int) -> bool:
+        """Tell whether it is whole, or has so many tokens."""
+        return self.is_whole or len(self.tokens) >= n_token
+
+    def sureness(self, n_token: int) -> float:
+        """Average the log-probability of its first n_token tokens, in nats; an empty one has none.
+
+        returns  at most 0, and UNSURE where there are no tokens
+        """
+        first = self.logprobs[:n_token]
+        return sum(first) / len(first) if first else UNSURE
+
+
+@dataclass(frozen=True)
+class DraftStep:
+    """Let one adapter alone, or the base, draft: its text is for the steps that follow.
+
+    knower  its name, or BASE
+    is_in_words  ask it to answer in words, behind the question
+    view    where it sees the draft of the step before
+    draft   what there is of it; None: nothing
+    is_done  whether that is all
+    draft_ms  time of what was drafted once the plan was made
+    """
+
+    knower: str
+    is_in_words: bool = False
+    view: View = ""
+    draft: Draft | None = None
+    is_done: bool = False
+    draft_ms: float = 0.0
+
+    @property
+    def guesses(self) -> tuple[int, ...]:
+        """Give the tokens with which the draft probably begins."""
+        return () if self.draft is None else self.draft.tokens
+
+
+@dataclass(frozen=True)
+class WriteStep:
+    """Write the answer.
+
+    weights  [n_adapter, n_layer]
+    view     where the draft of the step before stands
+    guesses  tokens with which a greedy answer probably begins, where a draft told
+    """
+
+    weights: ArrayLike
+    view: View = ""
+    guesses: tuple[int, ...] = ()
+
+
+Step = DraftStep | WriteStep
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Hold what decided about an adapter, by place, and the place it is taken for, or ""."""
+
+    scores: Mapping[str, float]
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+    taken_as: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Say how a question is answered, and why.
+
+    steps       drafts, and the last one, which writes
+    divergence  [n_adapter, n_layer] in the strategy's measure, or None
+    why, because  what decided, for all layers: by adapter, and in words
+    sureness    adapter -> mean log-probability of its draft's first tokens, in nats
+    """
+
+    steps: tuple[Step, ...]
+    divergence: ArrayLike | None = None
+    why: Mapping[str, Reason] = field(default_factory=dict)
+    because: str = ""
+    sureness: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def mix(
+        cls,
+        weights: ArrayLike,
+        divergence: ArrayLike | None = None,
+        why: Mapping[str, Reason] | None = None,
+        because: str = "",
+    ) -> Self:
+        """Answer in one step under weights [n_adapter, n_layer]."""
+        return cls((WriteStep(weights),), divergence, why or {}, because)
+
+    @property
+    def writing(self) -> WriteStep:
+        """Give the last step."""
+        last = self.steps[-1]
+        assert isinstance(last, WriteStep), "the last step of a plan is a WriteStep"
+        return last
+
+    @property
+    def weights(self) -> ArrayLike:
+        """Give the weights [n_adapter, n_layer] of the answer."""
+        return self.writing.weights
+
+    @property
+    def drafting(self) -> DraftStep | None:
+        """Give the last step that drafts, where there is one."""
+        for step in reversed(self.steps):
+            if isinstance(step, DraftStep):
+                return step
+        return None
+
+    @property
+    def n_done(self) -> int:
+        """Count the steps at the beginning that are done: drafts that are there."""
+        n_done = 0
+        for step in self.steps:
+            if not isinstance(step, DraftStep) or not step.is_done:
+                break
+            n_done += 1
+        return n_done
+
+    def draft_before(self, at: int) -> Draft | None:
+        """Give the draft that the step of this number may see."""
+        before = self.steps[at - 1] if at else None
+        return before.draft if isinstance(before, DraftStep) else None
+
+    def with_step(self, at: int, step: Step) -> Self:
+        return replace(self, steps=(*self.steps[:at], step, *self.steps[at + 1 :]))
+
+    def undrafted(self) -> Self:
+        """Give the same without drafts: who writes answers alone."""
+        return replace(self, steps=(replace(self.writing, view=""),), sureness={})
+
+
+@dataclass(frozen=True)
+class FusionWeights:
+    """Hold what adapters weigh for one query, and the plan that the weights are part of.
+
+    adapters  names, in the order of the first axis
+    plan      of checked arrays: float32 [n_adapter, n_layer]
+    prompt    ids of the query; the plan's drafts are for no other
+    probe_ms  time of reading and planning in milliseconds, 0 where nothing is read
+    """
+
+    adapters: tuple[str, ...]
+    plan: Plan
+    strategy: str = "manual"
+    lens: str = DEFAULT_LENS
+    pool: str = DEFAULT_POOL
+    prompt: tuple[int, ...] = field(default=(), repr=False)
+    probe_ms: float = 0.0
+
+    @property
+    def weights(self) -> F32:
+        """Give the weights of the answer: float32 [n_adapter, n_layer]."""
+        import numpy as np
+
+        return np.asarray(self.plan.weights, np.float32)
+
+    @property
+    def divergence(self) -> F32 | None:
+        """Give the strategy's measure (KL in nats): float32 [n_adapter, n_layer], or None."""
+        import numpy as np
+
+        measured = self.plan.divergence
+        return None if measured is None else np.asarray(measured, np.float32)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Count the tokens of the query."""
+        return len(self.prompt)
+
+    @property
+    def because(self) -> str:
+        """Say in words what decided; "" where layers differ."""
+        return self.plan.because
+
+    @property
+    def why(self) -> Mapping[str, Reason]:
+        """Say by adapter what decided; nothing where layers differ."""
+        return self.plan.why
+
+    @property
+    def measured(self) -> "Measured":
+        """Give name and unit of `divergence`: what the strategy measures."""
+        from qaflora_edge.weighing.strategy import measured_by
+
+        return measured_by(self.strategy)
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Map each adapter to its mean weight over layers."""
+        means = self.weights.mean(axis=1)
+        return {name: float(mean) for name, mean in zip(self.adapters, means, strict=True)}
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """Name the adapters with a mean weight above 0, heaviest first."""
+        means = self.means
+        heaviest_first = sorted(means, key=means.__getitem__, reverse=True)
+        return tuple(name for name in heaviest_first if means[name] > 0)
+
+    @property
+    def writer(self) -> str:
+        """Name the heaviest adapter, or BASE where none weighs anything."""
+        chosen = self.chosen
+        return chosen[0] if chosen else BASE
+
+    def to_dict(self) -> "Json":
+        """Give the object that `qaflora weights --json` prints."""
+        divergence = None
+        if self.divergence is not None:
+            divergence = self.divergence.tolist()
+        fields = {
+            "adapters": list(self.adapters),
+            "strategy": self.strategy,
+            "lens": self.lens,
+            "pool": self.pool,
+            "n_layer": int(self.weights.shape[1]),
+            "prompt_tokens": self.prompt_tokens,
+            "divergence": divergence,
+            "weights": self.weights.tolist(),
+            "probe_ms": round(self.probe_ms, 3),
+        }
+        return fields | self.why_dict() | self.relay_dict()
+
+    def relay_dict(self) -> "Json":
+        """Give `relay` for JSON: knower, writer, draft and how sure each was; else nothing."""
+        step = self.plan.drafting
+        if step is None:
+            return {}
+        fields = {
+            "knower": step.knower,
+            "writer": self.writer,
+            "draft": "" if step.draft is None else step.draft.text,
+            "draft_tokens": len(step.guesses),
+            "draft_ms": round(step.draft_ms, 3),
+            "sureness": {name: round(mean, 4) for name, mean in self.plan.sureness.items()},
+        }
+        return {"relay": fields}
+
+    def why_dict(self) -> "Json":
+        """Give `because` and `why` for JSON; nothing where there are none."""
+        if not self.because:
+            return {}
+        reasons = {name: asdict(reason) for name, reason in self.why.items()}
+        return {"because": self.because, "why": reasons}
+
+    def __repr__(self) -> str:
+        from qaflora_edge.show.text import who_spoke
+
+        n_layer = self.weights.shape[1]
+        return f"<FusionWeights {self.strategy}, {n_layer} layers: {who_spoke(self)}>"
+
+
+def alone_weights(name: str, adapters: tuple[str, ...], n_layer: int) -> F32:
+    """Give float32 [n_adapter, n_layer] of one adapter at 1, or of BASE."""
+    import numpy as np
+
+    weights = np.zeros((len(adapters), n_layer), np.float32)
+    if name != BASE:
+        weights[adapters.index(name)] = 1
+    return weights
