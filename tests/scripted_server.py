@@ -87,7 +87,9 @@ def fusion_of(script: Script, body: dict[str, Any]) -> dict[str, Any]:
     strategy = wanted.get("strategy", "qa-flora")
     names = wanted.get("adapters", list(ADAPTERS[body["model"]]))
     given = wanted.get("weights") or script.weights
-    if given is not None:
+    if isinstance(given, list):
+        strategy, rows = "manual", given
+    elif given is not None:
         strategy, rows = "manual", [[w] * N_LAYER for w in given.values()]
         names = list(given)
     elif strategy == "base":
@@ -98,9 +100,9 @@ def fusion_of(script: Script, body: dict[str, Any]) -> dict[str, Any]:
         rows = layers(names, strategy)
     means = {name: sum(row) / N_LAYER for name, row in zip(names, rows, strict=True)}
     found = {"strategy": strategy, "probe_ms": script.probe_ms, "weights": means, **script.why}
-    return found | (
-        {"layers": dict(zip(names, rows, strict=True))} if wanted.get("return") == "layers" else {}
-    )
+    if wanted.get("return") == "layers":
+        found["layers"] = dict(zip(names, rows, strict=True))
+    return found
 
 
 def app(script: Script) -> Starlette:
@@ -152,6 +154,9 @@ def app(script: Script) -> Starlette:
                 yield event([], prompt_progress=script.progress)
             await asyncio.sleep(script.probe_s)
             fusion = fusion_of(script, body)
+            strategy = fusion["strategy"]
+            if body["fusion"].get("return") == "none":
+                fusion = {}
             if script.relay is None:
                 yield event(delta({"role": "assistant"}), fusion=fusion)
             else:
@@ -162,7 +167,7 @@ def app(script: Script) -> Starlette:
                     await asyncio.sleep(script.pause_s)
                 fusion["relay"] = script.relay
             text = script.answers.get(body["messages"][-1]["content"], "An answer.")
-            text = text.replace("{strategy}", fusion["strategy"])
+            text = text.replace("{strategy}", strategy)
             for letter in script.thought:
                 yield event(delta({"reasoning_content": letter}))
             for start in range(0, len(text), script.piece_chars):

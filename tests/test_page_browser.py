@@ -438,6 +438,86 @@ def test_edit_asks_again_and_forgets_what_came_after(desk) -> None:
     assert desk.window.run("return document.activeElement.value") == "zwei"
 
 
+def test_an_answer_is_edited_and_the_chat_goes_on_with_it(desk) -> None:
+    desk.ask()
+    desk.click("[title='Edit the answer']")
+    assert desk.window.run("return document.activeElement.value") == ANSWER
+    desk.window.press(ESCAPE)
+    assert desk.window.run("return document.activeElement.title") == "Edit the answer"
+    assert "42" in desk.text(".markdown")
+    desk.click("[title='Edit the answer']")
+    desk.set(".answer textarea", "**41** <b>rolls")
+    desk.window.run("document.querySelector('.answer textarea').focus()")
+    desk.window.press(TAB, TAB, ENTER)
+    assert desk.text(".markdown") == "41 <b>rolls"
+    assert "edited" in desk.text(".foot .facts")
+    assert desk.window.run("return document.querySelector('.editor').checkVisibility()") is False
+    desk.ask("Sure?")
+    assert desk.script.asked[-1]["messages"][1]["content"] == "**41** <b>rolls"
+    desk.reload()
+    desk.wait_for_texts()
+    assert desk.texts(".markdown strong") == ["41"]
+
+
+def test_a_cut_answer_goes_on_under_its_mix(desk) -> None:
+    desk.script.answers |= {QUESTION: "There are **4", "There are **4": "2** rolls."}
+    desk.script.reason = "length"
+    desk.set("#strategy", "spectr")
+    desk.set("#max-tokens", "7")
+    desk.ask()
+    [kept] = desk.kept()
+    fusion = kept["turns"][0]["answers"][0]["fusion"]
+    desk.set("#strategy", "base")
+    desk.script.reason = "stop"
+    desk.click(".more:not([hidden])")
+    desk.wait()
+    assert desk.texts(".markdown p, .markdown strong") == ["There are 42 rolls.", "42"]
+    assert desk.texts(".note:not([hidden]), .more:not([hidden])") == []
+    asked = desk.script.asked[-1]
+    assert [each["content"] for each in asked["messages"]] == [QUESTION, "There are **4"]
+    assert asked["max_tokens"] == 7
+    names = ["math", "es", "med"]
+    rows = [fusion["layers"][name] for name in names]
+    assert asked["fusion"] == {"adapters": names, "weights": rows, "return": "none"}
+    assert desk.text(".foot .facts").startswith("spectr · weighed in 379 ms · 5 tokens")
+    assert desk.kept()[0]["turns"][0]["answers"][0]["fusion"] == fusion
+
+
+def test_the_writer_of_a_relay_goes_on_with_the_draft_in_view(desk) -> None:
+    desk.script.weights = {"math": 0.0, "es": 1.0, "med": 0.0}
+    desk.script.relay = {"knower": "math", "writer": "es", "draft": "It is 42."}
+    desk.script.reason = "length"
+    desk.ask()
+    desk.click(".more:not([hidden])")
+    desk.wait()
+    messages = desk.script.asked[-1]["messages"]
+    assert messages[0]["content"] == f"(It is 42.)\n\n{QUESTION}"
+    desk.ask("Sure?")
+    assert desk.script.asked[-1]["messages"][0]["content"] == QUESTION
+
+
+def test_system_prompts_are_kept_under_names(desk) -> None:
+    for name, text in (("short", "Be short."), ("<b>", "Be bold.")):
+        desk.set("#system", text)
+        desk.click("details.hint summary")
+        desk.window.run("document.getElementById('preset-name').focus()")
+        desk.window.command("Input.insertText", text=name)
+        desk.window.press(ENTER)
+        desk.window.until(f"return document.getElementById('preset').value === {name!r}")
+    desk.reload()
+    assert desk.texts("#preset option") == ["Another prompt", "short", "<b>"]
+    desk.set("#preset", "short")
+    desk.ask()
+    assert desk.script.asked[-1]["messages"][0]["content"] == "Be short."
+    desk.set("#system", "Be short. Or not.")
+    assert desk.window.run("return document.getElementById('preset').value") == ""
+    desk.set("#preset", "<b>")
+    for _ in range(2):  # the second press means it
+        desk.click("[title='Delete this system prompt']")
+    assert desk.texts("#preset option") == ["Another prompt", "short"]
+    assert desk.window.run("return document.getElementById('system').value") == "Be bold."
+
+
 def test_a_reload_keeps_the_chat_and_new_chat_ends_it(desk) -> None:
     desk.set("#system", "Be short.")
     desk.ask()

@@ -68,6 +68,23 @@ def test_text_and_weights_are_those_of_the_engine_alone(desk, calibrated) -> Non
     assert desk.window.log() == []
 
 
+def test_an_edited_answer_goes_on_as_that_of_the_engine_alone(desk, calibrated) -> None:
+    desk.set("#strategy", "spectr")
+    desk.ask(QUESTION)
+    desk.click("[title='Edit the answer']")
+    desk.set(".answer textarea", "The thing is")
+    desk.click(".editor .main")
+    desk.click(".more")
+    desk.wait()
+    [answer] = desk.kept()[0]["turns"][0]["answers"]
+    messages = [*MESSAGES, {"role": "assistant", "content": "The thing is"}]
+    rows = [answer["fusion"]["layers"][name] for name in ("math", "es")]
+    with Engine(calibrated.folder, **ENGINE) as engine:  # type: ignore[arg-type]
+        more = engine.chat(messages, weights=rows, max_tokens=12, temperature=0)
+    assert answer["text"] == "The thing is" + more["choices"][0]["message"]["content"]
+    assert desk.window.log() == []
+
+
 def test_adapters_that_are_dropped_take_part(desk, calibrated) -> None:
     def drop(path: Path, selector: str) -> str:
         data = {"items": [], "files": [str(path)], "dragOperationsMask": 1}

@@ -17,7 +17,7 @@ from qaflora_edge.weighing.strategy import strategies
 # In this order: each uses what stands before it.
 SCRIPTS = (
     *("elements", "icons", "store", "database", "kept", "server", "latex", "markdown", "answered"),
-    *("mix", "documents", "answer", "turn", "adapters", "panel", "download", "session"),
+    *("mix", "documents", "answer", "turn", "adapters", "presets", "panel", "download", "session"),
     *("chats", "chat"),
 )
 

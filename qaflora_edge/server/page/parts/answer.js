@@ -17,7 +17,7 @@ const duration = ms => ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFix
 const facts = (answer, isNamed) => [
   isNamed ? "" : titleOf(answer),
   answer.fusion?.probe_ms ? `weighed in ${duration(answer.fusion.probe_ms)}` : "",
-  answer.usage ? `${answer.usage.completion_tokens} tokens` : "",
+  answer.isEdited ? "edited" : answer.usage ? `${answer.usage.completion_tokens} tokens` : "",
   answer.timings?.tokens_per_second ? `${answer.timings.tokens_per_second.toFixed(1)} tokens/s` : "",
 ].filter(Boolean).join(" · ");
 
@@ -52,9 +52,10 @@ const thoughtView = answer => {
   return { element, update, feed: more => { answer.thought = (answer.thought ?? "") + more; text.append(more); } };
 };
 
-// answer   {model, strategy, thought, text, state, error, fusion, usage, timings}
+// answer   {model, strategy, thought, text, state, isEdited, error, fusion, usage, timings}
 // adapters all names of its bundle
-const answerView = (answer, adapters) => {
+// on       {change(), goOn()}: it was edited, it is to go on from where it ends
+const answerView = (answer, adapters, on) => {
   let isNamed = false; // next to another
   const head = el("h2", { className: "answer-head" });
   const mix = el("div", { className: "mix-place" }), thought = thoughtView(answer);
@@ -63,12 +64,32 @@ const answerView = (answer, adapters) => {
     if (text && isRunning(answer)) byId("spoken").append(el("p", {}, text));
   });
   const note = el("p", { className: "note" });
-  const actions = el("div", { className: "actions" });
+  const actions = el("div", { className: "actions" }), editPlace = el("div");
+  const more = el("button", { type: "button", className: "chip more", title: "Go on from the end, under the same mix", onclick: () => on.goOn() }, "Continue");
   const about = el("span", { className: "facts" });
   const element = el("article", { className: "answer", "aria-label": "Answer" },
-    head, mix, draft.element, thought.element, body.element, note, el("div", { className: "foot" }, actions, about));
+    head, mix, draft.element, thought.element, body.element, editPlace, note, more, el("div", { className: "foot" }, actions, about));
   const copying = copyButton("Copy the answer", () => answer.text);
-  actions.append(copying);
+  const leave = () => {
+    element.classList.remove("is-edited");
+    editing.focus();
+  };
+  const edit = () => {
+    const editor = editorOf({ label: "Edit the answer", text: answer.text, act: "Save", isSent: event => event.key === "Enter" && event.ctrlKey, leave, save });
+    editPlace.replaceChildren(editor.element);
+    element.classList.add("is-edited");
+    editor.begin();
+  };
+  const save = text => {
+    answer.isEdited ||= text !== answer.text;
+    answer.text = text;
+    body.restart(text);
+    body.finish();
+    leave();
+    on.change();
+  };
+  const editing = button("Edit the answer", "edit", edit);
+  actions.append(copying, editing);
 
   // The draft of a relay, or what will be the answer unless other drafts decide: seen until the answer begins.
   const showDraft = expected => {
@@ -87,7 +108,8 @@ const answerView = (answer, adapters) => {
     thought.update();
     head.hidden = !isNamed;
     head.textContent = strategyName(titleOf(answer));
-    copying.hidden = !answer.text;
+    copying.hidden = editing.hidden = !answer.text;
+    more.hidden = !answer.text || answer.state === "stop" && !answer.isEdited;
     note.textContent = answer.error || (answer.state === "waiting" ? waitingText(answer, progress) : STATES[answer.state]);
     note.classList.toggle("trouble", Boolean(answer.error));
     note.hidden = !note.textContent;
@@ -100,12 +122,21 @@ const answerView = (answer, adapters) => {
     body.feed(answer.text);
     body.finish();
   }
-  return { answer, element, body, thought, actions, update, setNamed: is => { isNamed = is; update(); } };
+  const restart = () => {
+    body.restart(answer.text);
+    answer.state = "waiting";
+    answer.error = undefined;
+    update();
+  };
+  return {
+    answer, element, body, thought, actions, update, restart,
+    setNamed: is => { isNamed = is; update(); }, setBusy: isBusy => { more.disabled = isBusy; },
+  };
 };
 
 // Ask, and fill an answer as it comes. Never throws: what went wrong is the answer's.
 const fill = async (view, request, signal) => {
-  const { answer, body, thought } = view;
+  const { answer, body, thought } = view, n_before = answer.usage?.completion_tokens ?? 0; // of one that goes on
   let state;
   try {
     const response = await call("v1/chat/completions", {
@@ -118,7 +149,7 @@ const fill = async (view, request, signal) => {
         const { relay } = answer.fusion;
         relay.draft = fusion.strategy ? fusion.draft : relay.draft + fusion.draft;
       }
-      if (chunk.usage) answer.usage = chunk.usage;
+      if (chunk.usage) answer.usage = { ...chunk.usage, completion_tokens: n_before + chunk.usage.completion_tokens };
       if (chunk.timings) answer.timings = chunk.timings;
       const choice = chunk.choices?.[0];
       if (choice?.delta?.reasoning_content) {

@@ -109,5 +109,10 @@ const markdownView = onSettled => {
       timer ||= setTimeout(draw, Math.max(REDRAW_MS, LOAD * drawn_ms), false);
     },
     finish: () => draw(true),
+    restart: text => {
+      settled.replaceChildren();
+      rest = text;
+      draw(false);
+    },
   };
 };

@@ -30,7 +30,7 @@ const drawState = () => {
 };
 
 const append = turn => {
-  const view = turnView(turn, { edit: editTurn, ask: answerTurn, change: () => { drawState(); keepChat(); } });
+  const view = turnView(turn, { edit: editTurn, ask: answerTurn, goOn, change: () => { drawState(); keepChat(); } });
   views.push(view);
   byId("turns").append(view.element);
   return view;
@@ -55,13 +55,26 @@ const showChat = next => {
 
 const newSeed = () => Math.floor(Math.random() * 2 ** 31);
 // Ask for one more version of a turn. Those under different strategies draw alike, unless the settings have a seed.
-const answerTurn = async (view, strategy) => {
+const answerTurn = (view, strategy) => {
   if (running) return;
-  const { turn } = view, own = chat, control = new AbortController();
-  const messages = [...messagesBefore(chat.turns.indexOf(turn)), { role: "user", content: contentOf(turn) }];
+  const { turn } = view;
   const isAgain = turn.answers.some(answer => answer.strategy === strategy && answer.text);
   const seed = isAgain ? newSeed() : turn.seed ??= newSeed();
-  const version = view.add(newAnswer(strategy));
+  const messages = [...messagesBefore(chat.turns.indexOf(turn)), { role: "user", content: contentOf(turn) }];
+  return run(view, view.add(newAnswer(strategy)), { seed, ...requestOf(strategy), messages });
+};
+
+// Let an answer go on from where it ends.
+const goOn = (view, version) => {
+  if (running) return;
+  const { turn } = view, { answer } = version;
+  const messages = [...messagesBefore(chat.turns.indexOf(turn)), ...messagesToGoOn(turn, answer)];
+  version.restart();
+  run(view, version, { seed: newSeed(), ...requestToGoOn(answer), messages });
+};
+
+const run = async (view, version, request) => {
+  const own = chat, control = new AbortController();
   running = control;
   isFollowing = view === views.at(-1);
   byId("spoken").replaceChildren();
@@ -71,7 +84,7 @@ const answerTurn = async (view, strategy) => {
   if (isFollowing) scrollDown();
   say("The question is read.");
   question.focus();
-  await fill(version, { seed, ...requestOf(strategy), messages }, control.signal);
+  await fill(version, request, control.signal);
   noteWeighing(version.answer);
   keepChat(own);
   if (running !== control) return; // another chat is shown

@@ -18,6 +18,12 @@ const messagesBefore = end => {
   return messages;
 };
 
+// The last messages of an answer that goes on. A relay's writer has the draft in view again, where the server puts it.
+const messagesToGoOn = (turn, { text, fusion }) => {
+  const draft = fusion?.relay?.draft, asked = contentOf(turn);
+  return [{ role: "user", content: draft ? `(${draft})\n\n${asked}` : asked }, { role: "assistant", content: text }];
+};
+
 // Judgements are items of the metric "choice": is the better answer the likelier one under a strategy?
 const JUDGED = { task: { name: "judged", metric: "choice" } };
 const isJudged = ({ judged = [] }, better, worse) =>

@@ -68,6 +68,20 @@ const copyButton = (label, text) => {
   return made;
 };
 
+// A text that is changed in place, as an element. isSent: whether a key saves it
+const editorOf = ({ label, text, act, isSent, save, leave }) => {
+  const area = el("textarea", { rows: 1, value: text, dir: "auto", "aria-label": label, oninput: () => grow(area) });
+  const saveText = () => { if (area.value.trim()) save(area.value.trim()); };
+  area.addEventListener("keydown", event => {
+    if (event.key === "Escape") { event.stopPropagation(); leave(); }
+    if (isSent(event)) { event.preventDefault(); saveText(); }
+  });
+  const element = el("div", { className: "editor" }, area, el("div", { className: "row" },
+    el("button", { type: "button", onclick: leave }, "Cancel"),
+    el("button", { type: "button", className: "main", onclick: saveText }, act)));
+  return { element, begin: () => { grow(area); area.focus(); } };
+};
+
 // A text area that is as high as its text, up to what its style allows.
 const grow = area => {
   area.style.height = "auto";

@@ -1,5 +1,5 @@
 // The chat of this tab, and where it is kept: in the database, and in the tab until that is done.
-// turns: [{question, answers: [{model, strategy, thought, text, state, error, fusion, usage, timings}], chosen}]
+// turns: [{question, answers: [{model, strategy, thought, text, state, isEdited, error, fusion, usage, timings}], chosen}]
 // revision, written: the last change, and the last one that the database has
 const newChat = (turns = []) => ({ id: newId(), revision: "", written: "", turns });
 

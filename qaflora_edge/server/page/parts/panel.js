@@ -71,6 +71,14 @@ const requestOf = strategy => {
   return request;
 };
 
+// What an answer asks for that goes on: the mix that it has, which is weighed anew only where that is not known.
+const requestToGoOn = ({ model, strategy, fusion }) => {
+  const { layers = {} } = fusion ?? {}, names = adaptersOf(model).filter(name => Object.hasOwn(layers, name));
+  const request = { ...requestOf(strategy), model };
+  if (!names.length || names.length < Object.keys(layers).length) return request;
+  return { ...request, fusion: { adapters: names, weights: names.map(name => layers[name]), return: "none" } };
+};
+
 // Whether a strategy mixes the adapters that are ticked.
 const isChosen = strategy => strategy !== "manual" && strategy !== "base" && !isSingle(strategy);
 // Whether it weighs them anew for each question.
@@ -194,15 +202,17 @@ const drawPanel = () => {
   const lists = isMixed ? [adapterList(names, isManual)] : [];
   const system = el("textarea", {
     rows: 3, value: settings.system, dir: "auto", id: "system",
-    oninput: () => { settings.system = system.value; keep(); grow(system); },
+    oninput: () => { settings.system = system.value; keep(); grow(system); presets.draw(); },
   });
+  const presets = presetsField(), systemField = field("System prompt", system);
+  system.after(presets.element);
   panel.replaceChildren(
     el("div", { className: "panel-head" }, el("h2", {}, "Settings"), button("Close the settings", "close", () => openPanel(false), "quiet close-panel")),
     field("Strategy", strategy, strategyHelp(settings.strategy)),
     el("p", { className: "hint weighing", role: "status" }),
     ...lists,
     ...(takesAdapters() ? [adapterField()] : []),
-    field("System prompt", system),
+    systemField,
     el("div", { className: "numbers" },
       numberField("Temperature", "temperature", { min: 0, max: 2, step: 0.05, placeholder: "default", id: "temperature" }),
       numberField("Longest answer", "max_tokens", { min: 1, step: 1, placeholder: "default", id: "max-tokens" }),

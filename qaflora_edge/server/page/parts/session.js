@@ -9,9 +9,9 @@ const strategyText = () => {
   return `manual:${adaptersOf(bundle).map(name => `${name}=${weightOf(name)}`).join(",")}`;
 };
 
-const answerMessage = ({ model, strategy, thought, text, state, fusion, usage, timings }) => ({
+const answerMessage = ({ model, strategy, thought, text, state, isEdited, fusion, usage, timings }) => ({
   role: "assistant", content: text, reasoning_content: thought, finish_reason: REASONS.includes(state) ? state : "cancelled",
-  model, strategy, fusion, usage, timings,
+  model, strategy, edited: isEdited, fusion, usage, timings,
 });
 
 const asSession = () => {
@@ -49,6 +49,7 @@ const answerOf = (message, bundle) => ({
   text: message.content,
   ...(isText(message.reasoning_content) ? { thought: message.reasoning_content } : {}),
   state: message.finish_reason ?? "stop",
+  ...(message.edited === true ? { isEdited: true } : {}),
   fusion: isMix(message.fusion) ? message.fusion : undefined,
   ...(Number.isFinite(message.usage?.completion_tokens) ? { usage: { completion_tokens: message.usage.completion_tokens } } : {}),
   ...(Number.isFinite(message.timings?.tokens_per_second) ? { timings: { tokens_per_second: message.timings.tokens_per_second } } : {}),

@@ -1,5 +1,5 @@
 // A question with its versions: answers under several strategies, of which one or two are shown.
-// on: {edit(turn, text), ask(view, strategy), change()}
+// on: {edit(turn, text), ask(view, strategy), goOn(view, version), change()}
 const turnView = (turn, on) => {
   const element = el("section", { className: "turn", "aria-label": "Question and answer" });
   const question = el("div", { className: "question" });
@@ -15,21 +15,15 @@ const turnView = (turn, on) => {
   };
 
   const edit = () => {
-    const area = el("textarea", { rows: 1, value: turn.question, dir: "auto", "aria-label": "Edit the question", oninput: () => grow(area) });
     const leave = () => {
       show();
       question.querySelector(".actions button:last-child").focus();
     };
-    const send = () => { if (area.value.trim()) on.edit(turn, area.value.trim()); };
-    area.addEventListener("keydown", event => {
-      if (event.key === "Escape") { event.stopPropagation(); leave(); }
-      if (isSending(event)) { event.preventDefault(); send(); }
+    const editor = editorOf({
+      label: "Edit the question", text: turn.question, act: "Ask again", isSent: isSending, leave, save: text => on.edit(turn, text),
     });
-    question.replaceChildren(area, el("div", { className: "row" },
-      el("button", { type: "button", onclick: leave }, "Cancel"),
-      el("button", { type: "button", className: "main", onclick: send }, "Ask again")));
-    grow(area);
-    area.focus();
+    question.replaceChildren(editor.element);
+    editor.begin();
   };
 
   // The chosen version, with which the chat goes on, and the one beside it.
@@ -72,7 +66,9 @@ const turnView = (turn, on) => {
   };
 
   const append = answer => {
-    const view = answerView(answer, adaptersOf(answer.model)), index = views.length;
+    const index = views.length, view = answerView(answer, adaptersOf(answer.model), {
+      change: () => { draw(); on.change(); }, goOn: () => on.goOn(made, view),
+    });
     view.chip = el("button", { type: "button", className: "chip", onclick: () => toggle(index) });
     view.better = el("button", { type: "button", className: "chip", onclick: () => judge(index) }, "This one was better");
     view.actions.append(view.better);
@@ -125,7 +121,10 @@ const turnView = (turn, on) => {
   turn.answers.forEach(append);
   show();
   draw();
-  const made = { turn, element, add, draw, edit, setBusy: isBusy => { versions.inert = isBusy; } };
+  const made = { turn, element, add, draw, edit, setBusy: isBusy => {
+    versions.inert = isBusy;
+    views.forEach(view => view.setBusy(isBusy));
+  } };
   return made;
 };
 
