@@ -8,10 +8,12 @@ an address of its own to the server; nothing else is asked. Needs Linux.
 unread  1,100 connections from five addresses pipeline `GET /` 200 times and read nothing. One that
         is cut, or refused, comes again ten seconds later.
 proxied  the same from 127.0.0.1, the address of a proxy, which has no share
+bodies  160 connections with a key begin bodies of 4 MB, and send no more than 64 kB
 
-A user asks for a chat every second, on a new connection: alone at first, then beside the attack.
-Prints a list in JSON. Ends with status 1 where a chat is refused, where the median chat begins more
-than --late-s after its usual time, or where the server keeps a connection for more than --held-s.
+A user asks for a chat every second, on a new connection, and beside bodies for the tokens of a text
+of 100 kB: alone at first, then beside the attack.
+Prints a list in JSON. Ends with status 1 where a user is refused, where the median request begins
+more than --late-s after its usual time, or where a connection is kept for more than --held-s.
 """
 
 import argparse
@@ -27,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -36,11 +38,10 @@ from server_process import started
 
 CHAT = "/v1/chat/completions"
 KEY = "a-key-of-the-attacked"
-N_USUAL = 10  # chats before an attack
+N_USUAL = 10  # requests before an attack
 PATIENCE_S = 120.0
 AGAIN_S = 10.0
-STRANGERS = [f"127.0.0.{number}" for number in range(2, 7)]
-PROXY = ["127.0.0.1"]
+STRANGERS = tuple(f"127.0.0.{number}" for number in range(2, 7))
 
 
 @dataclass
@@ -55,18 +56,71 @@ class Attack:
     held_s: float = 0.0
 
 
+def request_bytes(method: str, path: str, body: bytes = b"", n_announced: int = 0) -> bytes:
+    head = [f"{method} {path} HTTP/1.1", "Host: localhost", f"Authorization: Bearer {KEY}"]
+    head.append(f"Content-Length: {n_announced or len(body)}")
+    if n_announced:
+        head.append("Connection: close")
+    return "\r\n".join([*head, "", ""]).encode() + body
+
+
+def ask_chat(port: int) -> float:
+    """Return the seconds until a chat begins. Raises OSError where it is refused."""
+    messages = [{"role": "user", "content": "the cat"}]
+    return asked_s(port, CHAT, {"messages": messages, "max_tokens": 2, "stream": True})
+
+
+def ask_tokens(port: int) -> float:
+    """Return the seconds until the tokens of a text of 100 kB are there."""
+    return asked_s(port, "/tokenize", {"content": "the cat " * 12_500})
+
+
+def asked_s(port: int, path: str, body: object) -> float:
+    headers = {"Authorization": f"Bearer {KEY}"}
+    client = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
+    start_s = time.monotonic()
+    with contextlib.closing(client):
+        client.request("POST", path, json.dumps(body), headers)
+        response = client.getresponse()
+        if response.status != 200:
+            raise OSError(f"status {response.status}")
+        response.readline()
+        seconds = time.monotonic() - start_s
+        response.read()
+    return seconds
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Say what an attack sends from which addresses, and what the user asks for beside it."""
+
+    data: bytes
+    n_connection: int
+    addresses: Sequence[str] = STRANGERS
+    ask: Callable[[int], float] = ask_chat
+
+
+PAGES = 200 * request_bytes("GET", "/")
+SLOW_BODY = request_bytes("POST", "/tokenize", b"a" * 64_000, 4_000_000)
+PLANS = {
+    "unread": Plan(PAGES, 1100),
+    "proxied": Plan(PAGES, 1100, addresses=("127.0.0.1",)),
+    "bodies": Plan(SLOW_BODY, 160, ask=ask_tokens),
+}
+
+
 class Crowd:
     """Hold connections that send what they have, and read nothing."""
 
-    def __init__(self, port: int, data: bytes, n_connection: int, addresses: Sequence[str]) -> None:
+    def __init__(self, port: int, plan: Plan) -> None:
         self._port = port
-        self._addresses = addresses
-        self._data = data
+        self._addresses = plan.addresses
+        self._data = plan.data
         self._poll = select.epoll()
         self._clients: dict[int, socket.socket] = {}
         self._opened_s: dict[int, float] = {}
         self._rest: dict[int, bytes] = {}
-        self._next_s = deque([0.0] * n_connection)  # when those that are not there come
+        self._next_s = deque([0.0] * plan.n_connection)  # when those that are not there come
         self.attack = Attack()
 
     def run(self, until_s: float) -> None:
@@ -91,11 +145,11 @@ class Crowd:
         self._clients[number] = client
         self._opened_s[number] = time.monotonic()
         self._rest[number] = self._data
-        self._poll.register(number, select.EPOLLOUT)
+        self._poll.register(number, select.EPOLLOUT | select.EPOLLRDHUP)
         self.attack.n_opened += 1
 
     def _go_on(self, number: int, event: int) -> None:
-        if event & (select.EPOLLHUP | select.EPOLLERR):
+        if event & (select.EPOLLHUP | select.EPOLLERR | select.EPOLLRDHUP):
             self.attack.n_cut += 1
             self._close(number)
             return
@@ -106,7 +160,7 @@ class Crowd:
             return
         self._rest[number] = self._rest[number][n_sent:]
         if not self._rest[number]:
-            self._poll.modify(number, 0)
+            self._poll.modify(number, select.EPOLLRDHUP)
 
     def _close(self, number: int) -> None:
         held_s = time.monotonic() - self._opened_s.pop(number)
@@ -116,37 +170,17 @@ class Crowd:
         self._clients.pop(number).close()
 
 
-def unread(port: int, addresses: Sequence[str], seconds: float, pipe: Connection) -> None:
-    crowd = Crowd(port, 200 * b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", 1100, addresses)
+def attack(plan: Plan, port: int, seconds: float, pipe: Connection) -> None:
+    crowd = Crowd(port, plan)
     crowd.run(time.monotonic() + seconds)
     pipe.send(crowd.attack)
 
 
-ATTACKS = {"unread": (unread, STRANGERS), "proxied": (unread, PROXY)}
-
-
-def first_event_s(port: int) -> float:
-    """Return the seconds until a chat begins. Raises OSError where it is refused."""
-    body = {"messages": [{"role": "user", "content": "the cat"}], "max_tokens": 2, "stream": True}
-    headers = {"Authorization": f"Bearer {KEY}"}
-    client = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
-    start_s = time.monotonic()
-    with contextlib.closing(client):
-        client.request("POST", CHAT, json.dumps(body), headers)
-        response = client.getresponse()
-        if response.status != 200:
-            raise OSError(f"status {response.status}")
-        response.readline()
-        seconds = time.monotonic() - start_s
-        response.read()
-    return seconds
-
-
 @dataclass
 class Outcome:
-    """Say how chats went beside an attack; times are seconds until they began.
+    """Say how a user's requests went beside an attack; times are seconds.
 
-    server_cpu_s  processor time that the server used meanwhile, chats included
+    server_cpu_s  processor time that the server used meanwhile, these included
     """
 
     attack: str
@@ -154,7 +188,7 @@ class Outcome:
     usual_longest_s: float
     median_s: float
     longest_s: float
-    n_chat: int
+    n_asked: int
     errors: list[str]
     server_cpu_s: float
     crowd: Attack
@@ -168,18 +202,18 @@ def cpu_s(pid: int) -> float:
 
 
 def outcome_of(name: str, server: int, port: int, seconds: float) -> Outcome:
-    usual = [first_event_s(port) for _ in range(N_USUAL)]
+    plan = PLANS[name]
+    usual = [plan.ask(port) for _ in range(N_USUAL)]
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    attack, addresses = ATTACKS[name]
-    attacker = context.Process(target=attack, args=(port, addresses, seconds, there))
+    attacker = context.Process(target=attack, args=(plan, port, seconds, there))
     before_s = cpu_s(server)
     attacker.start()
     times: list[float] = []
     errors: list[str] = []
     while attacker.is_alive() and not here.poll():
         try:
-            times.append(first_event_s(port))
+            times.append(plan.ask(port))
         except (OSError, http.client.HTTPException) as error:
             errors.append(repr(error))
         time.sleep(1)
@@ -192,7 +226,7 @@ def outcome_of(name: str, server: int, port: int, seconds: float) -> Outcome:
         usual_longest_s=round(max(usual), 3),
         median_s=round(statistics.median(times or [PATIENCE_S]), 3),
         longest_s=round(max(times, default=PATIENCE_S), 3),
-        n_chat=len(times),
+        n_asked=len(times),
         errors=errors[:5] + [f"{len(errors)} in all"] * bool(errors),
         server_cpu_s=server_cpu_s,
         crowd=crowd,
@@ -203,7 +237,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundle", metavar="BUNDLE")
     parser.add_argument("--seconds", type=float, default=90, help="of each attack")
-    parser.add_argument("--only", choices=ATTACKS, action="append")
+    parser.add_argument("--only", choices=PLANS, action="append")
     parser.add_argument("--late-s", type=float, default=1.0)
     parser.add_argument("--held-s", type=float, default=65.0)
     options, of_serve = parser.parse_known_args()
@@ -214,7 +248,7 @@ def main() -> None:
         tempfile.TemporaryDirectory(prefix="qaflora-attacks-") as folder,
         started(command, Path(folder) / "log") as (server, port),
     ):
-        for name in options.only or ATTACKS:
+        for name in options.only or PLANS:
             outcomes.append(outcome_of(name, server.pid, port, options.seconds))
     print(json.dumps([asdict(outcome) for outcome in outcomes], indent=1))
     is_late = any(each.median_s > each.usual_s + options.late_s for each in outcomes)

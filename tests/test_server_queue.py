@@ -248,40 +248,82 @@ def test_token_ids_wait_for_no_answer(bundle, held) -> None:
     assert (tokens.json(), text.json()) == ({"tokens": [65]}, {"content": "A"})
 
 
-def test_few_large_bodies_are_read_at_a_time_and_none_slowly(bundle, monkeypatch) -> None:
-    monkeypatch.setattr(app, "MAX_LARGE_BODIES", 1)
+LARGE = {"content": "a" * 100_000}
+HEAD_OF_LARGE = "POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n"
+
+
+def test_nobody_waits_for_bodies_that_do_not_come(bundle, monkeypatch) -> None:
+    monkeypatch.setattr(receive, "SLOW_S", PATIENCE_S)
+    monkeypatch.setattr(receive, "BODY_S", PATIENCE_S)
+    with listening(bundle) as address, contextlib.ExitStack() as stack:
+        for _ in range(20):
+            client = socket.create_connection(address_of(address), PATIENCE_S)
+            stack.enter_context(client)
+            client.sendall(HEAD_OF_LARGE.encode())
+        whole = httpx.post(f"{address}/tokenize", json=LARGE, timeout=60)
+    assert whole.status_code == 200
+
+
+def test_a_large_body_keeps_a_pace(bundle, monkeypatch) -> None:
     monkeypatch.setattr(receive, "SLOW_S", 1.0)
-    head = "POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n"
-    with listening(bundle) as address:
-        url, large, small = f"{address}/tokenize", "a" * 100_000, "a" * 10
-        with socket.create_connection(address_of(address), PATIENCE_S) as connection:
-            connection.sendall(head.encode())
-            with pytest.raises(httpx.ReadTimeout):
-                httpx.post(url, json={"content": large}, timeout=0.3)
-            assert httpx.post(url, json={"content": small}, timeout=PATIENCE_S).status_code == 200
-            assert httpx.post(url, json={"content": large}, timeout=PATIENCE_S).status_code == 200
-            late = connection.recv(65536)
+    with (
+        listening(bundle) as address,
+        socket.create_connection(address_of(address), PATIENCE_S) as client,
+    ):
+        client.sendall(HEAD_OF_LARGE.encode())
+        late = b""
+        while not late.endswith(b"}"):
+            late += client.recv(65536)
     assert late.startswith(b"HTTP/1.1 408 ")
     assert b"within 60 s, at 65536 bytes a second after the first 1 s." in late
 
 
-def test_an_address_has_a_quarter_of_the_places() -> None:
+def test_bodies_that_hold_all_room_keep_out_large_ones_alone(bundle, monkeypatch) -> None:
+    monkeypatch.setattr(app, "MAX_HELD_BYTES", 150_000)
+    monkeypatch.setattr(receive, "SLOW_S", PATIENCE_S)
+    with listening(bundle) as address:
+        url = f"{address}/tokenize"
+        answers = []
+
+        def is_refused() -> bool:
+            answers.append(httpx.post(url, json=LARGE, timeout=PATIENCE_S))
+            return answers[-1].status_code == 503
+
+        with socket.create_connection(address_of(address), PATIENCE_S) as client:
+            client.sendall(HEAD_OF_LARGE.encode() + b"a" * 100_000)
+            wait_until(is_refused)
+            assert answers[-1].headers["retry-after"] == "2"
+            assert answers[-1].json()["error"]["code"] == "too_many_bodies"
+            small = httpx.post(url, json={"content": "a"}, timeout=PATIENCE_S)
+            assert small.status_code == 200
+        wait_until(lambda: not is_refused())
+        assert answers[-1].status_code == 200
+
+
+def test_an_address_has_a_quarter_of_the_places_and_few_wait(monkeypatch) -> None:
+    monkeypatch.setattr(receive, "WAIT_S", 0.05)
     held = Counter[str]()
+    refused = Counter[str]()
 
     async def play() -> None:
         places, is_over = Places(8), asyncio.Event()
 
         async def hold(address: str) -> None:
-            async with places.place(address):
-                held[address] += 1
-                await is_over.wait()
+            try:
+                async with places.place(address):
+                    held[address] += 1
+                    await is_over.wait()
+            except Refusal:
+                refused[address] += 1
 
         addresses = ["10.0.0.1"] * 9 + ["10.0.0.2"] * 3 + ["127.0.0.1"] * 9
         tasks = [asyncio.create_task(hold(address)) for address in addresses]
         await asyncio.sleep(0.01)
         assert held == {"10.0.0.1": 2, "10.0.0.2": 2, "127.0.0.1": 4}
+        assert refused == {"10.0.0.1": 5}  # two of its wait
+        await asyncio.sleep(0.1)
+        assert refused == {"10.0.0.1": 7, "10.0.0.2": 1, "127.0.0.1": 5}
         is_over.set()
         await asyncio.gather(*tasks)
-        assert held == Counter(addresses)
 
     asyncio.run(play())

@@ -24,7 +24,7 @@ from qaflora_edge.errors import QafloraError
 from qaflora_edge.server import answers, bodies, ollama, uploads
 from qaflora_edge.server.metrics import Metrics, Recorder
 from qaflora_edge.server.page import page
-from qaflora_edge.server.receive import MAX_LARGE_BODIES, Places
+from qaflora_edge.server.receive import MAX_HELD_BYTES, MAX_LARGE_BODIES, BodyRoom, Places
 from qaflora_edge.server.refusals import Refusal, refusal
 from qaflora_edge.server.respond import State
 from qaflora_edge.server.security import Gate, Lock
@@ -87,7 +87,8 @@ def make_app(places: Iterable[Path], options: ServerOptions) -> Starlette:
     if options.adapters is not None:
         uploads.remove_old_uploads(options.adapters)
     app.state.changing = asyncio.Lock()
-    app.state.large_bodies = Places(MAX_LARGE_BODIES)
+    app.state.body_room = BodyRoom(MAX_HELD_BYTES)
+    app.state.large_bodies = asyncio.Semaphore(MAX_LARGE_BODIES)
     app.state.on_ready = lambda: None
     return app
 

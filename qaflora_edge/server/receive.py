@@ -1,8 +1,9 @@
 """Receive a call: its body, how large it may be and how long it may take, and whom it asks."""
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Generic, TypeVar
@@ -20,31 +21,67 @@ from qaflora_edge.server.served_models import ServedModel, models_of
 
 MAX_BODY_BYTES = 4 << 20
 MAX_SMALL_BYTES = 64 << 10  # of a body that does not wait to be received
-MAX_LARGE_BODIES = 8  # received and parsed at the same time
+MAX_HELD_BYTES = 64 << 20  # of bodies that are large, received and not parsed
+MAX_LARGE_BODIES = 8  # parsed at the same time
+MAX_WAITING = 8  # for places of a kind
+WAIT_S = 60.0  # the longest that they wait
 BODY_S = 60.0  # the longest that a body may take to come
-SLOW_S = 10.0  # and where others wait for it, the longest before it keeps this pace:
+SLOW_S = 10.0  # and where it takes room from others, the longest before it keeps this pace:
 BYTES_PER_S = 64 << 10
 
 B = TypeVar("B", bound=bodies.AnyBody)
 
 
 class Places:
-    """Let so many hold a place at a time.
+    """Let so many hold a place at a time, and few wait for one.
 
     Those of one address wait for its share of the places before they wait with others.
     """
 
     def __init__(self, n_place: int) -> None:
         self._n_place = n_place
+        self._waiting = Counter[str]()
         self._all = asyncio.Semaphore(n_place)
         self._shares = WeakValueDictionary[str, asyncio.Semaphore]()  # of those who are here
 
     @asynccontextmanager
     async def place(self, address: str) -> AsyncIterator[None]:
+        """Hold a place. Raises Refusal where too many wait for one, or it takes too long."""
+        n_mine = self._waiting[address]
+        if self._waiting.total() >= MAX_WAITING or n_mine >= share_of(MAX_WAITING, address):
+            raise _busy()
         share = self._shares.get(address) or asyncio.Semaphore(share_of(self._n_place, address))
         self._shares[address] = share
-        async with share, self._all:
+        async with AsyncExitStack() as held:
+            self._waiting[address] += 1
+            try:
+                async with asyncio.timeout(WAIT_S):
+                    await held.enter_async_context(share)
+                    await held.enter_async_context(self._all)
+            except TimeoutError as error:
+                raise _busy() from error
+            finally:
+                self._waiting -= Counter([address])
             yield
+
+
+class BodyRoom:
+    """Bound the bytes of large bodies that have come and are not parsed; nobody waits for room."""
+
+    def __init__(self, n_most: int) -> None:
+        self._n_most = n_most
+        self._held = Counter[str]()
+
+    def take(self, address: str, n_byte: int) -> None:
+        """Hold what has come. Raises Refusal where all hold too much, or this address does."""
+        n_mine = self._held[address] + n_byte
+        n_all = self._held.total() + n_byte
+        if n_all > self._n_most or n_mine > share_of(self._n_most, address):
+            raise _busy()
+        self._held[address] = n_mine
+
+    def free(self, address: str, n_byte: int) -> None:
+        self._held -= Counter({address: n_byte})
 
 
 @dataclass(frozen=True)
@@ -84,15 +121,28 @@ async def read(request: Request, kind: type[B]) -> B:
     n_byte = request.headers.get("content-length", "")
     if not n_byte.isdecimal() or int(n_byte) > MAX_SMALL_BYTES:
         return await _read_large(request, kind)
-    data = await _bytes(request, is_waited_for=False)
-    return _parsed(kind, data)
+    data = bytearray()
+    await receive(request, data.extend, MAX_BODY_BYTES, BODY_S, is_waited_for=False)
+    return _parsed(kind, bytes(data))
 
 
 async def _read_large(request: Request, kind: type[B]) -> B:
     check_announced(request, MAX_BODY_BYTES)
-    async with request.app.state.large_bodies.place(address_of(request)):
-        data = await _bytes(request)
-        return await asyncio.to_thread(_parsed, kind, data)
+    state = request.app.state
+    room: BodyRoom = state.body_room
+    address = address_of(request)
+    data = bytearray()
+
+    def hold(part: bytes) -> None:
+        room.take(address, len(part))
+        data.extend(part)
+
+    try:
+        await receive(request, hold, MAX_BODY_BYTES, BODY_S)
+        async with state.large_bodies:
+            return await asyncio.to_thread(_parsed, kind, bytes(data))
+    finally:
+        room.free(address, len(data))
 
 
 def _parsed(kind: type[B], data: bytes) -> B:
@@ -115,12 +165,6 @@ def address_of(request: Request) -> str:
     return client_of(request.client.host) if request.client else ""
 
 
-async def _bytes(request: Request, *, is_waited_for: bool = True) -> bytes:
-    data = bytearray()
-    await receive(request, data.extend, MAX_BODY_BYTES, BODY_S, is_waited_for=is_waited_for)
-    return bytes(data)
-
-
 async def receive(
     request: Request,
     take: Callable[[bytes], object],
@@ -131,7 +175,7 @@ async def receive(
 ) -> None:
     """Hand on a body of at most so many bytes as it comes.
 
-    is_waited_for  it has one of few places, so it has to keep a pace
+    is_waited_for  it has one of few places, or room for few, so it has to keep a pace
     """
     n_byte = 0
     start_s = asyncio.get_running_loop().time()
@@ -154,6 +198,11 @@ async def receive(
         raise Refusal(408, message, code="request_timeout") from error
     except ClientDisconnect as error:
         raise Refusal(400, "The body was not sent to its end.") from error
+
+
+def _busy() -> Refusal:
+    message = "The server receives as much as it can; try again later."
+    return Refusal(503, message, code="too_many_bodies")
 
 
 def _too_large(most: int) -> Refusal:
