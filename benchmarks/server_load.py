@@ -47,14 +47,13 @@ STRATEGIES = ("two-place", "relay", "static", "qa-flora", "cosine", "base")
 CATS = "the cat"
 ADAPTER = "more.gguf"
 ASKED = [{"role": "user", "content": CATS}]
-QUESTIONS = {"q": {"type": "noul", "instructions": "Is it a cat?"}}
 ADD = "/v1/load_lora_adapter"
 REMOVE = "/v1/unload_lora_adapter"
 # Every other path of docs/server.md.
 READ = (
     *("/health", "/v1/health", "/v1/models", "/models", "/metrics", "/openapi.json", "/"),
     "/v1/models/{model}",
-    *("/props", "/slots", "/lora-adapters", "/api/tags", "/api/ps", "/api/version"),
+    *("/props", "/lora-adapters", "/api/tags", "/api/ps", "/api/version"),
 )
 ASK: dict[str, dict[str, Any]] = {
     "/v1/weights": {"prompt": CATS},
@@ -64,10 +63,8 @@ ASK: dict[str, dict[str, Any]] = {
     "/infill": {"input_prefix": "def f():", "input_suffix": "return 1", "n_predict": 4},
     "/chat/completions": {"messages": ASKED, "max_tokens": 4},
     "/v1/responses": {"input": CATS, "max_output_tokens": 16},
-    "/v1/systemone": {"state": CATS, "questions": QUESTIONS},
     "/v1/embeddings": {"input": CATS},
     "/embeddings": {"input": CATS},
-    "/embedding": {"content": CATS},
     "/api/embeddings": {"prompt": CATS},
     "/api/embed": {"input": CATS},
     "/api/chat": {"messages": ASKED, "options": {"num_predict": 4}},

@@ -52,8 +52,7 @@ def test_variables_that_are_no_settings_are_named(monkeypatch) -> None:
     result = qaflora("settings", "--json")
     told = "Note: the variable QAFLORA_TEMPERATURE is no setting, and is not read.\n"
     assert result.stderr == told
-    shown = json.loads(result.stdout)["settings"]["run.stop"]
-    assert shown == {"value": "x", "from": "QAFLORA_RUN_STOP"}
+    assert json.loads(result.stdout)["settings"]["QAFLORA_RUN_STOP"] == "x"
 
 
 WRONG = [
@@ -95,35 +94,16 @@ def test_wrong_variable_is_named(monkeypatch) -> None:
     )
 
 
-def test_settings_are_shown_with_their_origin(config, monkeypatch) -> None:
-    config.write_text('lens = "raw"\n[convert]\nouttype = "f32"\n', encoding="utf-8")
+def test_settings_are_shown_by_key_and_variable(config, monkeypatch) -> None:
+    config.write_text('lens = "raw"\n[serve]\napi_key = "abc"\nport = 1\n', encoding="utf-8")
     monkeypatch.setenv("QAFLORA_THREADS", "3")
     shown = json.loads(qaflora("settings", "--json").stdout)
     assert (shown["file"], shown["exists"]) == (str(config), True)
-    for key, value, origin in (
-        ("lens", "raw", str(config)),
-        ("convert.outtype", "f32", str(config)),
-        ("threads", "3", "QAFLORA_THREADS"),
-    ):
-        assert shown["settings"][key] == {"value": value, "from": origin}
-    assert shown["settings"]["QAFLORA_CONFIG"]["value"] == str(config)
-    assert "ctx" not in shown["settings"]
-    lines = qaflora("settings").stdout.splitlines()
-    assert lines[0] == str(config)
-    assert [line.split() for line in lines if line.startswith(("lens", "threads", "ctx"))] == [
-        ["lens", '"raw"', "the", "file"],
-        ["threads", '"3"', "QAFLORA_THREADS"],
-    ]
-    every = qaflora("settings", "--all").stdout.splitlines()
-    assert ["ctx", "-", "default"] in [line.split() for line in every]
-
-
-def test_secrets_are_not_shown(config) -> None:
-    config.write_text('threads = 2\n[serve]\napi_key = "abc"\nport = 1\n', encoding="utf-8")
-    result = qaflora("settings", "--json")
-    shown = json.loads(result.stdout)
-    assert shown["settings"]["serve.api_key"]["value"] == "(secret)"
-    assert "abc" not in result.stdout + qaflora("settings").stdout
+    told = {"lens": "raw", "serve.api_key": "(secret)", "serve.port": 1, "QAFLORA_THREADS": "3"}
+    assert shown["settings"].items() >= told.items()
+    lines = [line.split() for line in qaflora("settings").stdout.splitlines()]
+    assert lines[0] == [str(config)]
+    assert ["serve.api_key", '"(secret)"'] in lines
 
 
 def expected_table() -> str:

@@ -1,4 +1,4 @@
-"""Decisions: Engine.decide, qaflora decide and POST /v1/systemone."""
+"""Decisions: Engine.decide and qaflora decide."""
 
 import json
 from functools import partial
@@ -100,48 +100,6 @@ def test_the_command_prints_what_the_engine_decides(calibrated, alone) -> None:
     lines = result.stdout.splitlines()
     assert [line.split(":")[0] for line in lines[1:]] == ["  base", "  math", "  es"]
     assert "   [math ×" in lines[0]
-
-
-STATE = {"ring": "the thing"}
-QUESTIONS: dict[str, dict[str, Any]] = {
-    "urgent": {"type": "noul", "instructions": "a?", "criteria": {"true": "on a ring"}},
-    "team": {"type": "choice", "instructions": "who?", "criteria": {"a": "b", "c": None}},
-    "level": {"type": "score", "instructions": "far?", "criteria": ["on", "in", "a"]},
-}
-
-
-def test_systemone_answers_each_question(client, alone) -> None:
-    body = {"model": "jev-latest", "state": STATE, "questions": QUESTIONS}
-    found = client.post("/v1/systemone", json=body).json()
-    answers = found["answers"]
-    who = alone.decide('{"ring": "the thing"}\n\nwho?', {"a": "b", "c": ""})
-    team = answers["team"]
-    assert (team["type"], team["choice"]) == ("choice", who.choice)
-    np.testing.assert_allclose([*team["probabilities"].values()], who.probabilities, atol=1e-5)
-    peak = max(team["probabilities"].values())
-    assert team["confidence"] == pytest.approx(2 * peak - 1, abs=1e-5)
-    urgent = alone.decide('{"ring": "the thing"}\n\na?', {"yes": "on a ring", "no": ""})
-    assert answers["urgent"]["noul"] == pytest.approx(urgent.probabilities[0], abs=1e-5)
-    level = answers["level"]
-    assert level["legend"] == {"0": "on", "1": "in", "2": "a"}
-    of_level = np.array([*level["probabilities"].values()])
-    assert level["score"] == pytest.approx(float(np.arange(3) @ of_level), abs=1e-5)
-    assert found["usage"]["output_tokens"] == 0
-
-
-@pytest.mark.parametrize(
-    ("questions", "param"),
-    [
-        ({}, "questions"),
-        ({"a": {"type": "box"}}, "questions.a"),
-        ({"a": {"type": "choice", "criteria": []}}, "questions.a.criteria"),
-        ({"a": {"type": "score", "criteria": {"x": "y"}}}, "questions.a.criteria"),
-        ({"a": {"type": "choice", "criteria": {"": "x"}}}, "choices"),
-    ],
-)
-def test_wrong_questions_are_400(client, questions, param) -> None:
-    response = client.post("/v1/systemone", json={"state": "a", "questions": questions})
-    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
 
 
 def test_choices_after_no_question_are_scored_once(alone, monkeypatch) -> None:

@@ -420,15 +420,11 @@ def test_other_paths_that_clients_try(client, alone) -> None:
     body = {"messages": USER, "max_tokens": 1}
     assert answer(client, "/chat/completions", **body)["object"] == "chat.completion"
     state = alone.embed("the thing?")
-    [found] = client.post("/embedding", json={"content": "the thing?"}).json()
-    np.testing.assert_allclose(found["embedding"][0], state, atol=1e-6)
     found = answer(client, "/api/embeddings", model="tiny", prompt="the thing?")
     np.testing.assert_allclose(found["embedding"], state, atol=1e-6)
     props = client.get("/props").json()
     assert props["chat_template"] == alone._model.chat_template
     assert (props["total_slots"], props["default_generation_settings"]["n_ctx"]) == (3, 512)
-    slots = client.get("/slots?model=tiny").json()
-    assert [(slot["id"], slot["is_processing"]) for slot in slots] == [(i, False) for i in range(3)]
     message = client.post(CHAT, json={"model": "x"} | body).json()["error"]["message"]
     assert message == "The model is 'x', expected one of tiny, tiny:base."
 

@@ -93,7 +93,7 @@ def test_the_hub_has_a_limit(client, hub, monkeypatch) -> None:
 
 def test_a_change_keeps_no_slot_busy(client) -> None:
     change(client, "unload", "es")
-    assert not any(slot["is_processing"] for slot in client.get("/slots").json())
+    assert not any(model.n_user for model in client.app.state.models.by_name.values())
 
 
 def test_paths_stay_in_the_folder(client, folder, made) -> None:

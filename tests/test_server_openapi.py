@@ -76,7 +76,6 @@ def test_answers_are_as_described(client, document) -> None:
         ("/v1/models/tiny", None),
         ("/health", None),
         ("/props", None),
-        ("/slots", None),
     ):
         whole = {"model": "tiny", **body} if body else None
         response = client.post(path, json=whole) if whole else client.get(path)

@@ -6,7 +6,7 @@ defaults, and those over what is built in.
 
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import click
@@ -121,15 +121,10 @@ def file_settings() -> Table:
     path = settings_path()
     settings = read_settings()
     options = _OPTIONS | _OF_COMMANDS
-    values = {}  # by key; those of tables as run.temp
-    for key, value in settings.items():
-        if key not in TABLES:
-            values[key] = value
-        elif isinstance(value, dict):
-            values |= {f"{key}.{name}": item for name, item in value.items()}
-        else:
-            raise wrong_value(path, key, value, f"a table, as in [{key}]")
-    for name, value in values.items():
+    for key in settings.keys() & {*TABLES}:
+        if not isinstance(settings[key], dict):
+            raise wrong_value(path, key, settings[key], f"a table, as in [{key}]")
+    for name, value in _by_key(settings).items():
         option = options.get(name)
         if option is not None and not option.fits(value):
             shown = SECRET if option.is_secret else value
@@ -139,6 +134,17 @@ def file_settings() -> Table:
             alike = [other for other in options if other.rpartition(".")[0] == table]
             raise unknown_key(path, name, alike if table else [*alike, *LIBRARY_KEYS, *TABLES])
     return settings
+
+
+def _by_key(settings: Table) -> Table:
+    """Give values by their keys; those of tables as run.temp."""
+    values: Table = {}
+    for key, value in settings.items():
+        if key in TABLES:
+            values |= {f"{key}.{name}": item for name, item in value.items()}
+        else:
+            values[key] = value
+    return values
 
 
 def file_defaults(verb: str) -> Table:
@@ -169,51 +175,29 @@ def shared_settings(table: str) -> SharedOptions:
     return chosen
 
 
-def origin(row: Setting, settings: Table) -> tuple[Any, str]:
-    """Find the value of a setting and where it comes from: a variable, the file, or `default`.
-
-    settings  what the file says, as file_settings gives it
-    """
-    table, _, key = (row.key or "").rpartition(".")
-    value = (settings.get(table, {}) if table else settings).get(key)
-    source = "default" if value is None else str(settings_path())
-    if variable := next(filter(os.environ.get, row.variables), None):
-        value = os.environ[variable]
-        source = variable
-    return SECRET if row.is_secret and value is not None else value, source
-
-
 @command("qaflora settings", "QAFLORA_THREADS=2 qaflora settings --json")
-@click.option("--all", "is_all", is_flag=True, help="Show what is not set too.")
-@json_option("Print one JSON object, setting by setting.")
-def settings(is_all: bool, as_json: bool) -> None:
-    """Show what is set by environment and settings file.
-
-    Names each setting that is set, with its value and where that comes from.
-    """
+@json_option("Print one JSON object.")
+def settings(as_json: bool) -> None:
+    """Show what is set, by keys of the settings file and by variables of the environment."""
     path = settings_path()
-    in_file = file_settings()
-    every = all_settings()
+    in_file = _by_key(file_settings())
     of_commands = [_setting(key, option) for key, option in _OF_COMMANDS.items()]
-    names = {variable for row in (*every, *of_commands) for variable in row.variables}
+    values: dict[str, Any] = {}
+    names: set[str] = set()
+    for row in (*all_settings(), *of_commands):
+        names.update(row.variables)
+        said = {row.key: in_file[row.key]} if row.key in in_file else {}
+        said |= {name: os.environ[name] for name in row.variables if os.environ.get(name)}
+        values |= dict.fromkeys(said, SECRET) if row.is_secret else said
     for name in sorted(os.environ.keys() - names):
         if name.startswith(PREFIX):
             say(f"Note: the variable {name} is no setting, and is not read.")
-    if not is_all:
-        every += [replace(row, variables=row.variables[:1]) for row in of_commands]
-    entries = {}
-    for row in every:
-        value, source = origin(row, in_file)
-        if is_all or source != "default":
-            entries[row.key or row.variables[0]] = {"value": value, "from": source}
     if as_json:
-        print_json({"file": str(path), "exists": path.is_file(), "settings": entries})
+        print_json({"file": str(path), "exists": path.is_file(), "settings": values})
         return
     click.echo(f"{path}{'' if path.is_file() else ' (does not exist)'}")
-    for name, entry in entries.items():
-        shown = "-" if entry["value"] is None else json.dumps(entry["value"], ensure_ascii=False)
-        where = "the file" if entry["from"] == str(path) else entry["from"]
-        click.echo(f"{name:<22} {shown:<24} {where}")
+    for name, value in values.items():
+        click.echo(f"{name:<22} {json.dumps(value, ensure_ascii=False)}")
 
 
 @command(

@@ -1,7 +1,6 @@
 """Routes that take a body: chats, texts, weights and tokens."""
 
 import base64
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -12,12 +11,11 @@ from starlette.requests import Request
 from qaflora_edge.answering.generation import Generation
 from qaflora_edge.arrays import F32
 from qaflora_edge.ask import Ask
-from qaflora_edge.dialects import anthropic, decisions, openai_chat, openai_responses, texts
+from qaflora_edge.dialects import anthropic, openai_chat, openai_responses, texts
 from qaflora_edge.dialects.shapes import Extras, choices_of
 from qaflora_edge.dialects.texts import several
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import wrong_field
-from qaflora_edge.formats.inputs import Json
 from qaflora_edge.prompt.tokens import checked_tokens
 from qaflora_edge.server import bodies
 from qaflora_edge.server.receive import Call, read_call
@@ -131,17 +129,6 @@ async def embeddings(request: Request) -> Computed:
     return embedded(call, several(call.body.input), written)
 
 
-async def embedding(request: Request) -> Computed:
-    """Embed texts, in the shape of llama-server."""
-    call = await read_call(request, bodies.EmbeddingBody)
-
-    def written(states: list[F32], n_token: int) -> Any:
-        listed = [[state.tolist()] for state in states]
-        return [{"index": i, "embedding": rows} for i, rows in enumerate(listed)]
-
-    return embedded(call, several(call.body.content), written)
-
-
 def embedded(
     call: Call[Any], texts: Iterable[str | list[int]], written: Callable[[list[F32], int], Any]
 ) -> Computed:
@@ -201,39 +188,6 @@ def _strategy_of(call: Call[Any]) -> str | None:
     if call.body.lora is None:
         name = "fusion.weights"
     raise wrong_field(name, strategy, "a strategy")
-
-
-async def systemone(request: Request) -> Computed:
-    """Decide typed questions about a state."""
-    call = await read_call(request, bodies.SystemOneBody)
-    adapters = call.defaults.weighing.adapters
-    strategy = _strategy_of(call)
-    questions = {}
-    for name, question in call.body.questions.items():
-        questions[name] = decisions.read_question(name, call.body.state, question)
-
-    def compute(engine: Engine, out: Computed) -> None:
-        answers: Json = {}
-        n_token = 0
-        extras = extras_of(call, engine)
-        for name, (text, choices) in questions.items():
-            decision = engine.decide(
-                text, choices, strategy=strategy, adapters=adapters, cancel=out.cancel
-            )
-            n_token += decision.n_prompt
-            note_mix(decision.fusion, out, extras)
-            answer = decisions.answer(call.body.questions[name], decision)
-            answers[name] = answer | extras.mix(decision.fusion)
-        out.facts["prompt_tokens"] = n_token
-        whole = {
-            "id": f"req_{uuid.uuid4().hex}",
-            "model": call.model,
-            "answers": answers,
-            "usage": {"input_tokens": n_token, "output_tokens": 0},
-        }
-        out.send(whole)
-
-    return Computed(call, compute)
 
 
 async def tokenize(request: Request) -> Computed:

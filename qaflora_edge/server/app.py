@@ -30,7 +30,6 @@ from qaflora_edge.server.respond import State
 from qaflora_edge.server.security import Gate, Lock
 from qaflora_edge.server.served_models import (
     N_LIGHT,
-    ServedModel,
     ServedModels,
     ServerOptions,
     models_of,
@@ -192,7 +191,9 @@ async def lora_adapters(request: Request) -> Response:
 
 async def props(request: Request) -> Response:
     """Tell the properties of a model as llama-server does."""
-    model, states = _slots(request)
+    state = request.app.state
+    model, _ = state.models.find(request.query_params.get("model"))
+    n_ctx = state.models.card(model.name)["meta"]["n_ctx"]
     sampling = {}
     for name, value in vars(model.sampling).items():
         if value is not None:
@@ -201,32 +202,14 @@ async def props(request: Request) -> Response:
     if model.engine:
         template = model.engine.chat_template
     properties = {
-        "default_generation_settings": {"n_ctx": states[0]["n_ctx"], "params": sampling},
-        "total_slots": len(states),
+        "default_generation_settings": {"n_ctx": n_ctx, "params": sampling},
+        "total_slots": int(state.options.engine.get("n_parallel", 1)),
         "model_alias": model.name,
         "chat_template": template or "",
         "modalities": {"vision": False, "audio": False},
         "build_info": f"qaflora-edge {__version__}",
     }
     return JSONResponse(properties)
-
-
-async def slots(request: Request) -> Response:
-    """Tell which slots of a model compute, as llama-server does; no prompt is shown."""
-    _, states = _slots(request)
-    return JSONResponse(states)
-
-
-def _slots(request: Request) -> tuple[ServedModel, list[dict[str, Any]]]:
-    state = request.app.state
-    model, _ = state.models.find(request.query_params.get("model"))
-    n_ctx = state.models.card(model.name)["meta"]["n_ctx"]
-    n_slot = int(state.options.engine.get("n_parallel", 1))
-    slots = []
-    for slot in range(n_slot):
-        is_used = slot < model.n_user
-        slots.append({"id": slot, "n_ctx": n_ctx, "is_processing": is_used})
-    return model, slots
 
 
 async def not_here(request: Request) -> Response:
@@ -262,10 +245,8 @@ API: tuple[tuple[str, Any, type[bodies.AnyBody] | None], ...] = (
     ("/v1/messages", answers.messages, anthropic.MessagesBody),
     ("/v1/messages/count_tokens", answers.count_tokens, anthropic.TokensBody),
     ("/v1/weights", answers.weights, bodies.WeightsBody),
-    ("/v1/systemone", answers.systemone, bodies.SystemOneBody),
     ("/v1/embeddings", answers.embeddings, bodies.EmbeddingsBody),
     ("/completion", answers.completion, bodies.CompletionBody),
-    ("/embedding", answers.embedding, bodies.EmbeddingBody),
     ("/infill", answers.infill, bodies.InfillBody),
     ("/api/chat", ollama.chat, bodies.OllamaChatBody),
     ("/api/generate", ollama.generate, bodies.OllamaTextBody),
@@ -284,7 +265,6 @@ API: tuple[tuple[str, Any, type[bodies.AnyBody] | None], ...] = (
     ("/v1/models/{model:path}", model, None),
     ("/lora-adapters", lora_adapters, None),
     ("/props", props, None),
-    ("/slots", slots, None),
     ("/health", health, None),
     ("/metrics", metrics, None),
     ("/openapi.json", openapi, None),

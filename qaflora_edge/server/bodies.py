@@ -15,7 +15,6 @@ from pydantic import (
     Field,
     ValidationError,
     create_model,
-    field_validator,
     model_validator,
 )
 from pydantic.json_schema import models_json_schema
@@ -233,12 +232,6 @@ class EmbeddingsBody(Body):
     encoding_format: Literal["float", "base64"] | None = unset("float or base64")
 
 
-class EmbeddingBody(Body):
-    """Ask /embedding."""
-
-    content: Embedded
-
-
 class ResponsesBody(Tooled):
     """Ask /v1/responses."""
 
@@ -257,20 +250,6 @@ class WeightsBody(Weighed):
     prompt: Text | Tokens | None = unset("a text or token ids")
     messages: Messages | None = None
     raw: Flag = None
-
-
-class SystemOneBody(Weighed):
-    """Ask /v1/systemone; its clients' own models, jev-..., stand for the only one here."""
-
-    state: Any = Field(title="a text, an object or a list")
-    questions: Annotated[dict[Text, Any], Field(min_length=1, max_length=MAX_PROMPTS)] = Field(
-        title=f"an object of 1 to {MAX_PROMPTS} questions"
-    )
-
-    @field_validator("model")
-    @classmethod
-    def _of_their_clients(cls, model: str | None) -> str | None:
-        return None if model and model.startswith("jev-") else model
 
 
 class AdapterBody(Body):
@@ -489,8 +468,6 @@ _FAILED = {
     "description": "`param` names the field that is wrong; Retry-After when to come again",
     "content": {"application/json": {"schema": _FAILURE}},
 }
-_LISTS = ("/lora-adapters", "/slots", "/embedding")  # paths whose answer is a list
-_OF_A_MODEL = ("/lora-adapters", "/props", "/slots")  # paths that take ?model=
 
 
 def describe(paths: Iterable[tuple[str, str, type[AnyBody] | None]]) -> Json:
@@ -527,7 +504,7 @@ def describe(paths: Iterable[tuple[str, str, type[AnyBody] | None]]) -> Json:
 
 def _operation(path: str, summary: str, stream_media: str = "") -> Json:
     media = "application/json"
-    schema = {"type": "array" if path in _LISTS else "object"}
+    schema = {"type": "array" if path == "/lora-adapters" else "object"}
     if path == "/metrics" or path.endswith("load_lora_adapter"):
         media = "text/plain"
         schema = {"type": "string"}
@@ -555,6 +532,6 @@ def _read(path: str, summary: str) -> Json:
         operation["security"] = []
     elif "{model}" in path:
         operation["parameters"] = [model | {"in": "path", "required": True}]
-    elif path in _OF_A_MODEL:
+    elif path in ("/lora-adapters", "/props"):
         operation["parameters"] = [model]
     return operation
