@@ -34,7 +34,7 @@ OUT_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 34 / 32}
 CHILD = """
 import os, json, re, resource, sys, time
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as `qaflora convert` does
-import fastjsonschema, filelock, gguf  # imported late: they belong to the floor
+import filelock, gguf, msgspec  # imported late: they belong to the floor
 gguf.GGUFWriter  # the package runs when a name of it is asked for
 from qaflora_edge.convert.adapter import convert_adapter
 def peak():

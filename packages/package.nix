@@ -62,13 +62,13 @@ python3Packages.buildPythonApplication {
   ]
   ++ (with python3Packages; [
     click
-    fastjsonschema
     filelock
     gguf
     huggingface-hub
     jinja2
     llguidance
     markdown-it-py
+    msgspec
     numpy
     platformdirs
     prompt-toolkit
@@ -77,7 +77,6 @@ python3Packages.buildPythonApplication {
     threadpoolctl
     tqdm
     # for `qaflora serve`
-    msgspec
     prometheus-client
     pydantic
     pypdf

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import numpy as np
+from msgspec import structs
 
 from qaflora_edge.answering.generation import Generation, failed
 from qaflora_edge.arrays import F32
@@ -157,7 +158,8 @@ class Engine:
     def _start(self, chosen: Mapping[str, str | None], opened: Opened) -> None:
         self.opened = opened  # the facts of the bundle's files
         self.system = opened.text.system if opened.text else ""
-        self.examples = opened.text.examples if opened.text else ()
+        examples = opened.text.examples if opened.text else ()
+        self.examples = tuple(structs.asdict(message) for message in examples)
         # A base alone chooses its strategy when it gets its first adapter.
         is_alone = opened.text is None and not opened.adapters
         self._chooses = chosen["strategy"] is None and is_alone

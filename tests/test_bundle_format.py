@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
+import msgspec
 import numpy as np
 import pytest
 from bundles import bundle_json
 
 from qaflora_edge.errors import BundleError
-from qaflora_edge.files import package_data
-from qaflora_edge.formats.bundle import is_inside, parse_bundle
+from qaflora_edge.formats.bundle import BundleFields, is_inside, parse_bundle
 from qaflora_edge.weighing.weigher import known_of
 
 Raw = dict[str, Any]
@@ -35,7 +35,7 @@ VALUES = (
 
 @pytest.fixture(scope="module")
 def validator() -> Any:
-    schema = json.loads(package_data("data/bundle.schema.json").read_text(encoding="utf-8"))
+    schema = msgspec.json.schema(BundleFields)
     jsonschema.Draft202012Validator.check_schema(schema)
     return jsonschema.Draft202012Validator(schema)
 

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import msgspec
 import pytest
 from refusals import refused
 
 from qaflora_edge.errors import OutputFileError, PromptError, SessionFileError
-from qaflora_edge.files import package_data
 from qaflora_edge.prompt.conversation import (
     MAX_SESSION_BYTES,
     Conversation,
     Message,
+    Session,
     load_session,
     save_session,
 )
@@ -91,7 +92,7 @@ def test_a_saved_session_comes_back(path, system) -> None:
 def test_the_format_is_as_documented(path) -> None:
     save(path, TALK)
     document = json.loads(path.read_text(encoding="utf-8"))
-    schema = json.loads(package_data("data/session.schema.json").read_text(encoding="utf-8"))
+    schema = msgspec.json.schema(Session)
     jsonschema.validate(document, schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({**document, "messages": [{"role": "user"}]}, schema)

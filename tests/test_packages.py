@@ -8,15 +8,14 @@ import yaml
 
 import qaflora_edge
 
-OTHER_NAMES = {"python-fastjsonschema": "fastjsonschema"}  # of conda-forge's packages
 
 
 def bounds(requirements: list[str]) -> dict[str, str]:
-    """Name -> versions, without a marker and with names as the package index has them."""
+    """Name -> versions, without a marker."""
     found = {}
     for text in requirements:
         name, versions = re.findall(r"([\w-]+)([^;]*)", text)[0]
-        found[OTHER_NAMES.get(name, name.replace("_", "-"))] = versions.strip()
+        found[name.replace("_", "-")] = versions.strip()
     return found
 
 

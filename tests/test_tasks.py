@@ -84,7 +84,7 @@ CHOICE = {"question": "a", "choices": ["b", "c"], "answer": 0}
 HOSTILE: list[tuple[list[Any], str]] = [
     ([], ": it has no item, expected lines such as"),
     (['{"question": "\\ud800", "answer": 1}'], "line 1: it is no JSON object (it has half of a"),
-    ([{"task": {}, "x": 1}, SUM], 'field data is {"task": {}, "x": 1}, expected nothing but'),
+    ([{"task": {}, "x": 1}, SUM], "field x is 1, expected one of task"),
     ([SUM, {"task": {}}], "line 2: field question is missing, expected a text that is not blank"),
     ([{"task": {"metric": "bleu"}}, SUM], 'field metric is "bleu", expected one of number, exact'),
     ([{"task": {"name": "a b"}}, SUM], 'field task.name is "a b", expected 1 to 64 letters'),

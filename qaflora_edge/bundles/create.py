@@ -198,7 +198,7 @@ def with_adapter(
     adapters = dict(opened.adapters)
     adapters.update(alone.adapters)
     both = replace(opened, adapters=adapters, states=states)
-    fusion: Json = dict(opened.text.fusion) if opened.text else {}
+    fusion: Json = dict(opened.text.raw.get("fusion", {})) if opened.text else {}
     typical = {}
     for known_name, values in opened.known.typical.items():
         if known_name in opened.adapters:  # one that was removed may have had the new one's name

@@ -4,7 +4,7 @@
     {"question": "What is 2 + 3?", "answer": 5}
 
 A task is one JSON object a line. Without the first line the fields of the items decide. Every line
-is checked before anything is asked; `data/task.schema.json` lists what the first may say.
+is checked before anything is asked; `Header` lists what the first may say.
 
     {"eval": 1, "version": "...", "bundle": "...", "base": {...}, "adapters": [...], ...}
     {"task": "math_es", "item": 0, "strategy": "static", "score": 1.0, "answer": "...", ...}
@@ -22,7 +22,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta, Struct, structs
 
 from qaflora_edge.ask import Chat
 from qaflora_edge.errors import (
@@ -35,11 +37,12 @@ from qaflora_edge.errors import (
 )
 from qaflora_edge.evaluation.metrics import BUILT_IN, Fields, Metric, is_text, metrics
 from qaflora_edge.files import cache_lock
+from qaflora_edge.formats.bundle import Filled, Name
 from qaflora_edge.formats.inputs import (
     Json,
     WrongField,
-    check_schema,
     open_input,
+    read_as,
     read_json_object,
     shortened,
     shown,
@@ -50,28 +53,51 @@ ASKED = ("messages", "question", "prompt")
 ADVICE = "Correct the file; docs/evaluate.md says what it may have."
 
 
-@dataclass(frozen=True)
-class Task:
-    """Items, and how they are asked and scored.
+class Header(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the items of a task are asked and scored.
 
-    items            the fields of each, as its line has them
+    name, metric     empty: by the file's name and the items
     template         text with names of an item's fields in braces; None: the question as it is
     raw_prompt       no chat template, whatever the options say
     max_tokens, stop  None: the options say
     language, domain  of the questions; adapters are named like them
     """
 
-    name: str
-    metric: str
+    name: Name = ""
+    metric: str = ""
+    system: Filled | None = None
+    template: Filled | None = None
+    raw_prompt: bool = False
+    max_tokens: (
+        Annotated[int, Meta(title="a whole number from 1 to 1000000", ge=1, le=1_000_000)] | None
+    ) = None
+    stop: (
+        Annotated[
+            list[
+                Annotated[
+                    str,
+                    Meta(title="a text of 1 to 1000 characters", min_length=1, max_length=1000),
+                ]
+            ],
+            Meta(title="a list of at most 100 texts that are not empty", max_length=100),
+        ]
+        | None
+    ) = None
+    language: Filled | None = None
+    domain: Filled | None = None
+
+
+class FirstLine(Struct, frozen=True, forbid_unknown_fields=True):
+    """The first line of a task, where it has one."""
+
+    task: Header
+
+
+class Task(Header, frozen=True, kw_only=True):
+    """Items, each with the fields that its line has, and how they are asked and scored."""
+
     sha256: str
     items: Sequence[Fields]
-    system: str | None = None
-    template: str | None = None
-    raw_prompt: bool = False
-    max_tokens: int | None = None
-    stop: Sequence[str] | None = None
-    language: str | None = None
-    domain: str | None = None
 
     @property
     def by(self) -> Metric:
@@ -113,19 +139,19 @@ def read_task(path: str | Path) -> Task:
         data = file.read().removeprefix(codecs.BOM_UTF8)
     where = str(path)
     lines = list(json_lines(data, where, _wrong))
-    header = {}
+    header = Header()
     try:
         if lines and "task" in lines[0][1]:
             where, first = lines.pop(0)
-            check_schema(first, "task")
-            header = dict(first["task"])
+            header = read_as(FirstLine, first).task
         items = [item for _, item in lines]
         if not items:
             expected = 'lines such as {"question": ..., "answer": ...}'
             raise _wrong(str(path), f"it has no item, expected {expected}")
-        header.setdefault("name", Path(path).name.removesuffix(".jsonl"))
-        header.setdefault("metric", _metric_of(items))
-        task = Task(sha256=hashlib.sha256(data).hexdigest(), items=items, **header)
+        fields = structs.asdict(header)
+        fields["name"] = header.name or Path(path).name.removesuffix(".jsonl")
+        fields["metric"] = header.metric or _metric_of(items)
+        task = Task(sha256=hashlib.sha256(data).hexdigest(), items=items, **fields)
         if task.metric not in metrics():
             raise WrongField("metric", shown(task.metric), f"one of {', '.join(metrics())}")
         for line in lines:

@@ -1,15 +1,17 @@
 """bundle.json: read, parsed and checked; and the files that it names, kept inside its folder.
 
-Format "qaflora-bundle/1". The text may come from anywhere. `data/bundle.schema.json` lists the
-fields; rules between fields stand here. Unknown keys are kept in `raw`.
+Format "qaflora-bundle/1". The text may come from anywhere. `BundleFields` lists the fields; rules
+between them stand in `_check_between_fields`. Unknown keys are kept in `raw`.
 """
 
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+import sys
+from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
-from typing import TypeVar
+from typing import Annotated, Any, ClassVar, Literal
+
+from msgspec import Meta, Struct, field, structs
 
 from qaflora_edge.config import in_group
 from qaflora_edge.errors import BundleError, os_errors
@@ -17,8 +19,8 @@ from qaflora_edge.files import what_is_at
 from qaflora_edge.formats.inputs import (
     Object,
     WrongField,
-    check_schema,
     open_input,
+    read_as,
     read_json_object,
     shortened,
     shown,
@@ -29,78 +31,212 @@ BUNDLE_FILE = "bundle.json"
 MAX_BUNDLE_BYTES = 8 << 20
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 NAME_RULE = "1 to 64 letters, digits, '.', '_' or '-', beginning with a letter or digit"
-
+MAX_TEXT = 100_000  # characters
+_LARGEST = sys.float_info.max
 _PER_LAYER = ("norm", "raw", "question_norm", "question_raw")  # lists of fusion.typical
 _ADVICE = "Correct the file, or create the bundle again with `qaflora bundle create`."
+_ONE_LINE = r"^(?![\s\S]*\n)"
+_HUB = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
-Record = TypeVar("Record")
+Text = Annotated[str, Meta(title=f"a text of at most {MAX_TEXT} characters", max_length=MAX_TEXT)]
+Filled = Annotated[
+    str,
+    Meta(
+        title=f"a text of 1 to {MAX_TEXT} characters that is not blank",
+        max_length=MAX_TEXT,
+        pattern=r"\S",
+    ),
+]
+Name = Annotated[str, Meta(title=NAME_RULE, pattern=f"{_ONE_LINE}{NAME_PATTERN.pattern}$")]
+Count = Annotated[int, Meta(title=f"a whole number from 1 to {2**62}", ge=1, le=2**62)]
+Finite = Annotated[float, Meta(title="a finite number", ge=-_LARGEST, le=_LARGEST)]
+Positive = Annotated[float, Meta(title="a finite number above 0", gt=0, le=_LARGEST)]
+Layers = Annotated[
+    list[Positive],
+    Meta(title="a list of 1 to 1024 numbers, one per layer", min_length=1, max_length=1024),
+]
+Sha256 = Annotated[str, Meta(title="64 digits 0-9a-f", pattern=_ONE_LINE + "[0-9a-f]{64}$")]
+Hub = Annotated[
+    str,
+    Meta(
+        title="a Hub reference: owner/name or owner/name/file.gguf, with @revision or without",
+        max_length=MAX_TEXT,
+        pattern=r"^(?!([\s\S]*[/@])?\.{0,2}([/@]|(?![\s\S])))"
+        rf"{_HUB}/{_HUB}(/[^@\\]+\.gguf)?(@[A-Za-z0-9._/-]+)?(?![\s\S])",
+    ),
+]
+Inside = Annotated[
+    str,
+    Meta(
+        title="a relative path to a file inside the bundle's folder, without '..', and not "
+        "beginning with '~' or 'file:'",
+        max_length=MAX_TEXT,
+        pattern=r"^(?![/\\~])(?![Ff][Ii][Ll][Ee]:)(?![^/\\]:)"
+        r"(?!([\s\S]*[/\\])?\.\.([/\\]|$))(?![\s\S]*\u0000)[\s\S]*\S",
+    ),
+]
+Place = Annotated[
+    str,
+    Meta(
+        title="a text that is not blank and does not begin with '~' or 'file:'",
+        max_length=MAX_TEXT,
+        pattern=r"^(?!~)(?![Ff][Ii][Ll][Ee]:)[\s\S]*\S",
+    ),
+]
+Registry = Annotated[Name, Meta(title="a name of the registry (see `qaflora models`)")]
 
 
-@dataclass(frozen=True)
-class BaseRecord:
-    """Which base a bundle is for, and where to look for it."""
+class BaseRecord(Struct, frozen=True, kw_only=True):
+    """Which base a bundle is for, and where to look for it.
 
-    architecture: str
-    n_layer: int
-    n_embd: int
-    n_vocab: int
-    sha256: str
-    size_bytes: int
-    file: str | None = None
-    registry: str | None = None
-    hub: str | None = None
-    name: str = ""
+    name  what the base's file calls itself
+    file  where it lies: absolute, or relative to the bundle's folder
+    """
 
-    title = "The base"
-    advice = "Give the file that the bundle was made with; adapters fit no other."
+    architecture: Filled
+    n_layer: Annotated[int, Meta(title="a whole number from 1 to 1024", ge=1, le=1024)]
+    n_embd: Count
+    n_vocab: Count
+    sha256: Sha256
+    size_bytes: Count
+    file: Place | None = None
+    registry: Registry | None = None
+    hub: Hub | None = None
+    name: Text = ""
+
+    title: ClassVar[str] = "The base"
+    advice: ClassVar[str] = "Give the file that the bundle was made with; adapters fit no other."
 
 
-@dataclass(frozen=True)
-class AdapterRecord:
-    """One adapter file of a bundle; size_bytes is None where it was not recorded."""
+class AdapterRecord(Struct, frozen=True, kw_only=True):
+    """One adapter file of a bundle.
 
-    name: str
-    file: str
-    sha256: str
-    rank: int
-    alpha: float
-    targets: Sequence[str]
-    size_bytes: int | None = None
-    source: str = ""
-    license: str = ""
-    description: str = ""
-    hub: str | None = None
+    size_bytes  None where it was not recorded
+    rank        the largest of its modules
+    targets     kinds of modules, as attn_q or ffn_down
+    """
 
-    advice = "Copy the bundle again."
+    name: Name
+    file: Inside
+    sha256: Sha256
+    rank: Count
+    alpha: Finite
+    targets: Annotated[list[str], Meta(title="a list of at most 1024 texts", max_length=1024)]
+    size_bytes: Count | None = None
+    source: Text = ""
+    license: Text = ""
+    description: Text = ""
+    hub: Hub | None = None
+
+    advice: ClassVar[str] = "Copy the bundle again."
 
     @property
     def title(self) -> str:
         return f"The adapter {self.name}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class BundleText:
-    """What bundle.json says.
+class Usual(Struct, frozen=True, kw_only=True):
+    """What is usual of a number, and how many spreads each prompt was above its mean."""
 
-    fusion   defaults of an Engine and measurements, as they stand in the file
-    system   system message of conversations that have none, or empty
-    examples  messages with which every conversation begins, behind the system's
-    questions  that the page suggests
-    sampling  option -> value, where a command or request says nothing
-    where    names the file in messages
-    raw      the whole object, unknown keys included
+    mean: Finite
+    spread: Positive
+    each: Annotated[
+        list[Annotated[float, Meta(title="a number from -1000 to 1000", ge=-1000, le=1000)]],
+        Meta(title="a list of up to 1024 numbers, one per prompt", max_length=1024),
+    ] = []
+
+
+class TypicalRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What is usual of one adapter: docs/bundle-format.md."""
+
+    raw: Layers | None = None
+    norm: Layers | None = None
+    question_raw: Layers | None = None
+    question_norm: Layers | None = None
+    added_last: Usual | None = None
+    added_question: Usual | None = None
+    added_text: Usual | None = None
+    later_last: Usual | None = None
+    later_question: Usual | None = None
+
+
+class Samples(Struct, frozen=True, kw_only=True):
+    """What was kept of an adapter's sample texts.
+
+    embedding  the mean of theirs, float32 [n_embd], little-endian, in base64
+    sha256     of the texts in UTF-8, each followed by a line feed
     """
 
-    name: str = ""
-    description: str = ""
-    license: str = ""
+    embedding: Annotated[
+        str,
+        Meta(
+            title="the mean embedding of the texts, n_embd little-endian float32 numbers in base64",
+            max_length=1_000_000,
+            pattern=_ONE_LINE + "[A-Za-z0-9+/]+={0,2}$",
+        ),
+    ]
+    n_text: Count | None = None
+    sha256: Sha256 | None = None
+
+
+class Fusion(Struct, frozen=True, kw_only=True):
+    """Defaults of an Engine, and measurements by adapter.
+
+    pool  older bundles may have "mean", which is read as "last"
+    """
+
+    strategy: Filled | None = None
+    lens: Literal["norm", "raw"] | None = None
+    prefill: Literal["auto", "base", "mix"] = "mix"  # an older bundle answers as before
+    pool: Literal["last", "question", "mean"] | None = None
+    typical: dict[str, TypicalRecord] = {}
+    samples: dict[str, Samples] = {}
+
+
+class Example(Struct, frozen=True, kw_only=True):
+    """A message with which every conversation begins."""
+
+    role: Literal["user", "assistant"]
+    content: Text
+
+
+class BundleFields(Struct, frozen=True, kw_only=True):
+    """The fields of bundle.json; others are kept.
+
+    system    system message of conversations that have none, or empty
+    examples  messages with which every conversation begins, behind the system's
+    questions  that the page suggests before the first one; it shows three
+    sampling  option -> value, where a command or request says nothing
+    """
+
+    format: Annotated[
+        Literal["qaflora-bundle/1"],
+        Meta(title=f'"{FORMAT}" (another format needs another qaflora-edge)'),
+    ]
+    name: Text = ""
+    description: Text = ""
+    license: Text = ""
+    system: Text = ""
+    questions: Annotated[list[Text], Meta(title="a list of at most 16 texts", max_length=16)] = []
+    examples: Annotated[
+        list[Annotated[Example, Meta(title="an object with role and content")]],
+        Meta(title="a list of at most 256 messages", max_length=256),
+    ] = []
+    sampling: Annotated[dict[str, Any], Meta(title="an object of sampling options")] = {}
     base: BaseRecord
-    adapters: tuple[AdapterRecord, ...]
-    fusion: Object = field(default_factory=dict)
-    system: str = ""
-    examples: Sequence[Mapping[str, str]] = ()
-    questions: Sequence[str] = ()
-    sampling: Object = field(default_factory=dict)
+    adapters: Annotated[
+        list[AdapterRecord], Meta(title="a list of at most 256 objects", max_length=256)
+    ]
+    fusion: Fusion = field(default_factory=Fusion)
+
+
+class BundleText(BundleFields, frozen=True, kw_only=True):
+    """What bundle.json says.
+
+    where  names the file in messages
+    raw    the whole object, unknown keys included
+    """
+
     where: str
     raw: Object
 
@@ -204,10 +340,8 @@ def parse_bundle(data: bytes, where: str) -> BundleText:
             f"Cannot read {where}: it is not a JSON object in UTF-8 ({error}). {_ADVICE}"
         ) from error
     try:
-        check_schema(raw, "bundle")
-        adapters = tuple(_record(AdapterRecord, adapter) for adapter in raw["adapters"])
-        read = {"base": _record(BaseRecord, raw["base"]), "adapters": adapters}
-        text = _record(BundleText, raw | read | {"where": where, "raw": raw})
+        fields = read_as(BundleFields, raw)
+        text = BundleText(**structs.asdict(fields), where=where, raw=raw)
         _check_between_fields(text)
     except WrongField as problem:
         raise wrong_bundle(where, problem) from problem
@@ -226,22 +360,18 @@ def packed_files(text: BundleText) -> tuple[str, ...]:
     return tuple(files)
 
 
-def _record(kind: type[Record], raw: Object) -> Record:
-    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    return kind(**{name: raw[name] for name in names if name in raw})
-
-
 def _check_between_fields(text: BundleText) -> None:
     names = [adapter.name for adapter in text.adapters]
     for index, name in enumerate(names):
         if name.lower() in map(str.lower, names[:index]):
             place = f"adapters[{index}].name"
             raise WrongField(place, shown(name), "a name that no other adapter has")
-    for key in ("typical", "samples"):
-        for name, value in text.fusion.get(key, {}).items():
-            if name not in names:
-                expected = f"only adapters of this bundle ({', '.join(names)})"
-                raise WrongField(shortened(f"fusion.{key}.{name}"), shown(value), expected)
+    measured: dict[str, Mapping[str, object]] = {"typical": text.fusion.typical, "samples": text.fusion.samples}
+    for key, by_name in measured.items():
+        for name in by_name.keys() - {*names}:
+            expected = f"only adapters of this bundle ({', '.join(names)})"
+            value = text.raw["fusion"][key][name]
+            raise WrongField(shortened(f"fusion.{key}.{name}"), shown(value), expected)
     options = in_group("sampling")
     for name, value in text.sampling.items():
         if name not in options:
@@ -249,9 +379,10 @@ def _check_between_fields(text: BundleText) -> None:
         if not options[name].fits(value):
             raise WrongField(f"sampling.{name}", shown(value), options[name].expected)
     n_layer = text.base.n_layer
-    for name, typical in text.fusion.get("typical", {}).items():
+    for name, typical in text.fusion.typical.items():
         for key in _PER_LAYER:
-            if key in typical and len(typical[key]) != n_layer:
-                found = f"a list of {len(typical[key])}"
+            layers = getattr(typical, key)
+            if layers is not None and len(layers) != n_layer:
+                found = f"a list of {len(layers)}"
                 expected = f"{n_layer} numbers, one per layer"
                 raise WrongField(f"fusion.typical.{name}.{key}", found, expected)

@@ -13,23 +13,29 @@ import json
 import math
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from functools import cache, lru_cache
+from functools import lru_cache
 from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from types import UnionType
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    BinaryIO,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+)
+
+import msgspec
 
 from qaflora_edge import __version__
 from qaflora_edge.errors import ChecksumError, InputFileError, QafloraError, changed_file, os_errors
-from qaflora_edge.files import (
-    AnyPath,
-    cache_dir,
-    cache_lock,
-    kind_of,
-    package_data,
-    write_text_atomic,
-)
+from qaflora_edge.files import AnyPath, cache_dir, cache_lock, kind_of, write_text_atomic
 
 if TYPE_CHECKING:
     from qaflora_edge.formats.bundle import AdapterRecord, BaseRecord
@@ -46,7 +52,15 @@ MIN_STORED = 1 / 8  # of a file's bytes; a compressing file system stores more o
 MEMORY_FILE = "checked.json"
 MAX_REMEMBERED = 10_000
 _LFS_START = b"version https://git-lfs.github.com/spec/"
-_KINDS = {"object": "an object", "array": "a list"}
+_WORDS: dict[Any, str] = {
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+}
+T = TypeVar("T")
 
 
 def read_json_object(data: bytes) -> Json:
@@ -104,43 +118,93 @@ def _check_depth(value: object, left: int) -> None:
 
 
 class WrongField(ValueError):
-    """A field that is not what it should be; the reader adds which file it is in."""
+    """A field that is not what it should be; the reader adds which file it is in.
 
-    def __init__(self, name: str, found: str, expected: str) -> None:
-        super().__init__(f"field {name} is {found}, expected {expected}")
-
-
-def check_schema(document: object, name: str) -> None:
-    """Check a document by `data/NAME.schema.json`, the only list of its fields.
-
-    Raises WrongField for the first difference. What a field should be is said by its title there.
+    place     of the field, as adapters[0].name
+    found     what is there, shown
+    expected  in words
+    value     what is there; None: nothing
     """
-    from fastjsonschema import JsonSchemaValueException
 
-    schema, check = _load(name)
+    def __init__(self, place: str, found: str, expected: str, value: object = None) -> None:
+        super().__init__(f"field {place} is {found}, expected {expected}")
+        self.place = place
+        self.expected = expected
+        self.value = value
+
+
+class UnknownField(WrongField):
+    """A field that does not exist, where others are refused; `expected` lists those that do."""
+
+
+def read_as(kind: type[T], document: object, place: str = "") -> T:
+    """Read a document as a typed struct, the only list of its fields.
+
+    What a field should be is said by the title of its type.
+
+    Raises WrongField for the first difference.
+    """
     try:
-        check(document)
-    except JsonSchemaValueException as error:
-        definition = error.definition
-        place = error.name
-        found = shown(error.value)
-        if error.rule == "required":
-            key = next(key for key in error.rule_definition if key not in error.value)
-            place = f"{place}.{key}"
-            found = "missing"
-            definition = definition["properties"][key]
-            if "$ref" in definition:
-                definition = schema["$defs"][definition["$ref"].rpartition("/")[2]]
-        expected = definition.get("title") or _KINDS[definition["type"]]
-        raise WrongField(shortened(place.removeprefix("data.")), found, expected) from None
+        return msgspec.convert(document, kind)
+    except msgspec.ValidationError:
+        raise _difference(kind, document, place) from None
 
 
-@cache
-def _load(name: str) -> tuple[Json, Callable[[object], object]]:
-    import fastjsonschema
+def _difference(kind: Any, value: Any, place: str) -> WrongField:
+    """Find the first part of a value that is not as its type says: at last the value itself."""
+    members = [kind]
+    for member in members:
+        origin = get_origin(member)
+        parts: Iterable[tuple[str, Any, Any]] = ()
+        if origin is Annotated:
+            members.append(get_args(member)[0])
+        elif origin in (Union, UnionType):
+            members += get_args(member)
+        elif origin is dict and isinstance(value, dict):
+            of_items = get_args(member)[1]
+            parts = [(f"{place}.{key}", of_items, item) for key, item in value.items()]
+        elif origin is list and isinstance(value, list):
+            (of_items,) = get_args(member)
+            parts = [(f"{place}[{at}]", of_items, item) for at, item in enumerate(value)]
+        elif is_struct(member) and isinstance(value, dict):
+            parts = _fields(member, value, f"{place}." if place else "")
+        for part_place, part_kind, part in parts:
+            try:
+                msgspec.convert(part, part_kind)
+            except msgspec.ValidationError:
+                return _difference(part_kind, part, part_place)
+    return WrongField(shortened(place), shown(value), expected_of(kind), value)
 
-    schema = json.loads(package_data(f"data/{name}.schema.json").read_text(encoding="utf-8"))
-    return schema, fastjsonschema.compile(schema, use_default=False)
+
+def _fields(kind: type[msgspec.Struct], value: Json, before: str) -> Iterator[tuple[str, Any, Any]]:
+    fields = {field.encode_name: field for field in msgspec.structs.fields(kind)}
+    for name, field in fields.items():
+        if name in value:
+            yield before + name, field.type, value[name]
+        elif field.required:
+            raise WrongField(before + name, "missing", expected_of(field.type))
+    for name in value.keys() - fields.keys():
+        if kind.__struct_config__.forbid_unknown_fields:
+            place = shortened(before + name)
+            raise UnknownField(place, shown(value[name]), f"one of {', '.join(fields)}")
+
+
+def is_struct(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
+
+
+def expected_of(kind: Any) -> str:
+    """Say in words what a value of a type is: by the title of the type, if it has one."""
+    origin = get_origin(kind)
+    if origin is Annotated:
+        inner, *metas = get_args(kind)
+        titles = [meta.title for meta in metas if meta.title]
+        return titles[-1] if titles else expected_of(inner)
+    if origin in (Union, UnionType):
+        return expected_of(get_args(kind)[0])
+    if origin is Literal:
+        return f"one of {', '.join(get_args(kind))}"
+    return "an object" if is_struct(kind) else _WORDS[origin or kind]
 
 
 def shown(value: object) -> str:

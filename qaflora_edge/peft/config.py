@@ -11,7 +11,9 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
 
 from qaflora_edge.errors import PeftConfigError, UnsupportedAdapterError
 from qaflora_edge.files import package_data
@@ -19,7 +21,8 @@ from qaflora_edge.formats.inputs import (
     Json,
     Object,
     WrongField,
-    check_schema,
+    expected_of,
+    read_as,
     read_json_file,
     shown,
 )
@@ -41,6 +44,65 @@ _UNBOUNDED = re.compile(r"[*+{]")
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
 _IN_BRACKETS = re.compile(r"\[\^?\]?[^\]]*\]")
 Rule = Collection[str] | str  # modules, by names or ends of names, or one expression
+
+
+Rank = Annotated[int, Meta(title="a whole number from 1 to 16384", ge=1, le=16384)]
+# From 1e-30 up or down; zero is refused apart.
+Alpha = Annotated[
+    float, Meta(title="a number from 1e-30 to 1e+30, or minus such", ge=-1e30, le=1e30)
+]
+LEAST_ALPHA = 1e-30
+ModuleName = Annotated[str, Meta(title="a name")]
+Names = Annotated[
+    str | Annotated[list[ModuleName], Meta(max_length=65536)] | None,
+    Meta(title="a text or a list of names"),
+]
+Layer = Annotated[int, Meta(title="a layer")]
+OBJECT_OF_PATTERNS = Meta(title="an object of up to 16384 patterns", max_length=16384)
+
+
+class PeftFields(Struct, frozen=True, kw_only=True):
+    """What is read of PEFT's adapter_config.json; the defaults are PEFT's own."""
+
+    peft_type: Annotated[str, Meta(title='"LORA"')]
+    r: Rank = 8
+    lora_alpha: Alpha = 8.0
+    use_rslora: bool | None = None
+    ensure_weight_tying: bool | None = None
+    rank_pattern: Annotated[dict[str, Rank], OBJECT_OF_PATTERNS] | None = None
+    alpha_pattern: Annotated[dict[str, Alpha], OBJECT_OF_PATTERNS] | None = None
+    target_modules: Names = None
+    exclude_modules: Names = None
+    layers_pattern: Names = None
+    target_parameters: (
+        Annotated[list[ModuleName], Meta(title="a list of names", max_length=65536)] | None
+    ) = None
+    layers_to_transform: Annotated[
+        Layer | Annotated[list[Layer], Meta(max_length=65536)] | None,
+        Meta(title="a layer or a list of layers"),
+    ] = None
+    bias: Annotated[
+        Literal["none", "all", "lora_only", ""] | None, Meta(title="'none', 'all' or 'lora_only'")
+    ] = None
+    base_model_name_or_path: ModuleName | None = None
+    peft_version: ModuleName | None = None
+
+
+class MlxParameters(Struct, frozen=True, kw_only=True):
+    """The object lora_parameters of MLX's adapter_config.json."""
+
+    rank: Rank
+    scale: Alpha
+    keys: Names = None
+    alpha: Any = None
+
+
+class MlxFields(Struct, frozen=True, kw_only=True):
+    """What is read of MLX's adapter_config.json."""
+
+    lora_parameters: Annotated[MlxParameters, Meta(title="an object with rank and scale")]
+    fine_tune_type: Annotated[Literal["lora"], Meta(title="'lora'")] | None = None
+    model: ModuleName | None = None
 
 
 @dataclass(frozen=True)
@@ -147,10 +209,11 @@ def parse_config(path: Path, fields: Object) -> PeftConfig:
     else:
         _refuse_peft(path, fields)
     try:
-        check_schema(fields, "mlx" if was_mlx else "peft")
+        if was_mlx:
+            return _mlx_config(path, read_as(MlxFields, fields))
+        return _peft_config(path, read_as(PeftFields, fields))
     except WrongField as error:
         raise _wrong(path, str(error)) from error
-    return _mlx_config(path, fields) if was_mlx else _peft_config(path, fields)
 
 
 def _wrong(path: Path, what: str) -> PeftConfigError:
@@ -184,31 +247,43 @@ def _refuse_peft(path: Path, fields: Object) -> None:
         )
 
 
-def _peft_config(path: Path, fields: Object) -> PeftConfig:
+def _peft_config(path: Path, fields: PeftFields) -> PeftConfig:
     # fan_in_fan_out: the base's weight is stored as [n_in, n_out], as Conv1D of GPT-2 does; PEFT
     # 0.21 corrects it by the layer (lora/layer.py dispatch_default). A and B are as for a linear
     # layer all the same, and a GGUF holds every weight as [n_out, n_in].
-    ranks, alphas = (fields.get(f"{what}_pattern") or {} for what in ("rank", "alpha"))
+    ranks = fields.rank_pattern or {}
+    alphas = fields.alpha_pattern or {}
     for key in (*ranks, *alphas):
         _check_key(path, key)
-    layers = () if fields.get("layers_pattern") else fields.get("layers_to_transform") or ()
-    layers = [layers] if isinstance(layers, int) else layers
+    _check_alpha("lora_alpha", fields.lora_alpha)
+    for key, alpha in alphas.items():
+        _check_alpha(f"alpha_pattern.{key}", alpha)
+    layers = fields.layers_to_transform or []
+    if fields.layers_pattern:
+        layers = []
+    if isinstance(layers, int):
+        layers = [layers]
     return PeftConfig(
         path=path,
-        rank=int(fields.get("r", 8)),  # the defaults are PEFT's own
-        alpha=float(fields.get("lora_alpha", 8)),
-        use_rslora=bool(fields.get("use_rslora")),
-        rank_pattern={key: int(rank) for key, rank in ranks.items()},
-        alpha_pattern={key: float(alpha) for key, alpha in alphas.items()},
-        targets=_names_of(fields.get("target_modules")),
-        excluded=_names_of(fields.get("exclude_modules")),
+        rank=fields.r,
+        alpha=fields.lora_alpha,
+        use_rslora=bool(fields.use_rslora),
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        targets=_names_of(fields.target_modules),
+        excluded=_names_of(fields.exclude_modules),
         layers=frozenset(layers),
-        parameters=tuple(fields.get("target_parameters") or ()),
-        bias=fields.get("bias") or "none",
-        ties_weights=bool(fields.get("ensure_weight_tying")),
-        base_name=fields.get("base_model_name_or_path"),
-        version=fields.get("peft_version"),
+        parameters=tuple(fields.target_parameters or ()),
+        bias=fields.bias or "none",
+        ties_weights=bool(fields.ensure_weight_tying),
+        base_name=fields.base_model_name_or_path,
+        version=fields.peft_version,
     )
+
+
+def _check_alpha(field: str, alpha: float) -> None:
+    if abs(alpha) < LEAST_ALPHA:
+        raise WrongField(field, f"{alpha:g}", expected_of(Alpha))
 
 
 def _names_of(value: Any) -> Rule | None:
@@ -241,14 +316,16 @@ def _refuse_mlx(path: Path, fields: Object) -> None:
         )
 
 
-def _mlx_config(path: Path, fields: Object) -> PeftConfig:
+def _mlx_config(path: Path, fields: MlxFields) -> PeftConfig:
     """MLX's scale is the factor of B A, whatever the rank."""
-    parameters = fields["lora_parameters"]
-    rank, scale, alpha = (parameters.get(key) for key in ("rank", "scale", "alpha"))
+    parameters = fields.lora_parameters
+    rank = parameters.rank
+    alpha = parameters.alpha
+    _check_alpha("lora_parameters.scale", parameters.scale)
     # Before mlx-lm 57b16724, June 2024, the factor was scale * alpha / rank. Later versions ignore
     # alpha, but wrote their default of 16 until 191d81d1, April 2025. fine_tune_type came in
     # September 2024: a config without it may be of either kind.
-    if "fine_tune_type" not in fields and alpha is not None and alpha != rank:
+    if fields.fine_tune_type is None and alpha not in (None, rank):
         raise PeftConfigError(
             f"Cannot use {path}: lora_parameters.alpha is {shown(alpha)} with a scale; MLX used it "
             f"until June 2024 and ignores it since, and without fine_tune_type the scale cannot be "
@@ -257,11 +334,11 @@ def _mlx_config(path: Path, fields: Object) -> PeftConfig:
         )
     return PeftConfig(
         path=path,
-        rank=int(rank),
-        alpha=float(scale * rank),
-        targets=_names_of(parameters.get("keys")),
-        base_name=fields.get("model"),
-        mlx_scale=float(scale),
+        rank=rank,
+        alpha=parameters.scale * rank,
+        targets=_names_of(parameters.keys),
+        base_name=fields.model,
+        mlx_scale=parameters.scale,
     )
 
 

@@ -1,7 +1,7 @@
 """Conversations as data: what is asked, undone, cut to a context, saved and loaded.
 
-A session file is versioned JSON, and may come from anywhere; data/session.schema.json and
-docs/chat.md have its format. Loading takes the messages alone.
+A session file is versioned JSON, and may come from anywhere; `Session` and docs/chat.md have its
+format. Loading takes the messages alone.
 """
 
 import json
@@ -9,7 +9,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
 
 from qaflora_edge.errors import OutputFileError, PromptError, SessionFileError
 from qaflora_edge.files import atomic_path, readable
@@ -17,8 +20,8 @@ from qaflora_edge.formats.bundle import is_base, read_bundle_text
 from qaflora_edge.formats.inputs import (
     Json,
     WrongField,
-    check_schema,
     checksum,
+    read_as,
     read_input,
     read_json_object,
     shown,
@@ -27,6 +30,36 @@ from qaflora_edge.formats.inputs import (
 Message = dict[str, str]
 FORMAT = "qaflora-session/1"
 MAX_SESSION_BYTES = 16 << 20
+
+
+class SaidMessage(Struct, kw_only=True, omit_defaults=True):
+    """A message of a session file; finish_reason is of an answer, "stop" when missing."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+    finish_reason: Literal["stop", "length", "cancelled"] | None = None
+
+
+class BundleIdentity(Struct, kw_only=True):
+    """Which bundle answered; adapters: name -> SHA-256 of its file."""
+
+    name: str
+    base_sha256: str
+    adapters: dict[str, str]
+
+
+class Session(Struct, kw_only=True):
+    """The fields of a session file; others are ignored.
+
+    adapters  those in use
+    messages  after an optional one of the system a user's and an assistant's in turns
+    """
+
+    format: Annotated[Literal["qaflora-session/1"], Meta(title=f'"{FORMAT}"')]
+    bundle: BundleIdentity
+    strategy: str
+    adapters: list[str]
+    messages: list[SaidMessage]
 
 
 @dataclass
@@ -127,8 +160,8 @@ def load_session(path: Path) -> Conversation:
     """Read the conversation of a session file. Raises SessionFileError when it holds none."""
     try:
         document = read_json_object(read_input(path, MAX_SESSION_BYTES))
-        check_schema(document, "session")
-        messages = document["messages"]
+        session = read_as(Session, document)
+        messages: list[Message] = msgspec.to_builtins(session.messages)
         system = None
         if messages and messages[0]["role"] == "system":
             system = messages.pop(0)["content"]

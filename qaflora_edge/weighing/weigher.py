@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
+import msgspec
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -70,21 +71,19 @@ def known_of(text: BundleText | None) -> Known:
     if text is None:
         return Known()
     fusion = text.fusion
-    strategy = fusion.get("strategy")
+    strategy = fusion.strategy
     if strategy and re.fullmatch(r"norm:[1-9]\d*", strategy):  # of 0.1
         strategy = strategy.replace(":", ":top=")
-    pool = fusion.get("pool")
-    if pool == "mean":  # of 0.1 too
-        pool = None
-    prefill = fusion.get("prefill", "mix")  # an older bundle answers as before
-    known = Known().under(strategy=strategy, lens=fusion.get("lens"), pool=pool, prefill=prefill)
+    pool = None if fusion.pool == "mean" else fusion.pool  # of 0.1 too
+    options = {"lens": fusion.lens, "pool": pool, "prefill": fusion.prefill}
+    known = Known().under(strategy=strategy, **options)
     try:
         parse_strategy(known.strategy, [adapter.name for adapter in text.adapters])
     except QafloraError as error:
         expected = f"a strategy for these adapters ({error})"
         wrong = WrongField("fusion.strategy", shown(known.strategy), expected)
         raise wrong_bundle(text.where, wrong) from error
-    typical = fusion.get("typical", {})
+    typical = msgspec.to_builtins(fusion.typical)
     return replace(known, typical=typical, centroids=_centroids(text))
 
 
@@ -92,11 +91,11 @@ def _centroids(text: BundleText) -> dict[str, F32]:
     """Read the mean embeddings [n_embd] of adapters' sample texts, as far as there are some."""
     centroids = {}
     n_embd = text.base.n_embd
-    for name, record in text.fusion.get("samples", {}).items():
+    for name, record in text.fusion.samples.items():
         from qaflora_edge.weighing.baselines.centroid import parse_centroid
 
         try:
-            centroids[name] = parse_centroid(record["embedding"], n_embd)
+            centroids[name] = parse_centroid(record.embedding, n_embd)
         except ValueError as error:
             expected = f"base64 of {n_embd} finite float32 numbers, not all 0"
             wrong = WrongField(f"fusion.samples.{name}.embedding", str(error), expected)
