@@ -78,7 +78,6 @@ python3Packages.buildPythonApplication {
     tqdm
     # for `qaflora serve`
     prometheus-client
-    pydantic
     pypdf
     starlette
     uvicorn

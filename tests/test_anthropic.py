@@ -209,11 +209,11 @@ def test_thoughts_and_calls_are_blocks(tmp_path) -> None:
             {"messages": [{"role": "user", "content": [{"type": "thinking", "thinking": ""}]}]},
             "The field messages[0].content[0].type is 'thinking', expected a block of a user",
         ),
-        ({"max_tokens": None}, "The field max_tokens is None, expected `int`."),
-        ({"messages": []}, "The field messages is [], expected `array` of length >= 1."),
+        ({"max_tokens": None}, "The field max_tokens is None, expected a whole number."),
+        ({"messages": []}, "The field messages is [], expected a list of messages"),
         (
             {"messages": [{"role": "tool", "content": "a"}]},
-            "The field messages[0].role is 'tool', expected one of assistant, system, user.",
+            "The field messages[0].role is 'tool', expected one of user, assistant, system.",
         ),
         (
             {"tools": [{"type": "web_search_20250305", "name": "web_search"}]},

@@ -8,11 +8,10 @@ from tiny import USER
 
 from qaflora_edge.ask import Ask, Chat, Sampling, Weighing
 from qaflora_edge.dialects import ollama, openai_chat, openai_responses, texts
-from qaflora_edge.dialects.options import weighing_of
+from qaflora_edge.dialects.options import Weighed, read_body, weighing_of
 from qaflora_edge.errors import OptionError
 
 DEFAULTS = Ask((), Weighing("static"), Sampling(temperature=0.5, seed=3))
-OLLAMA: dict[str, Any] = {"messages": USER, "format": ""}
 
 
 class Spoken(SimpleNamespace):
@@ -34,16 +33,18 @@ class Spoken(SimpleNamespace):
 
 def test_one_question_is_one_ask_in_every_dialect() -> None:
     expected = Ask(Chat(USER), Weighing("static"), Sampling(9, 0.5, seed=3))
-    assert openai_chat.ask({"messages": USER, "max_tokens": 9}, DEFAULTS) == expected
-    body = {"input": "the thing?", "max_output_tokens": 9}
-    assert openai_responses.ask(body, DEFAULTS) == expected
-    assert ollama.ask_chat({**OLLAMA, "options": {"num_predict": 9}}, DEFAULTS) == expected
+    chat = openai_chat.ChatBody(messages=USER, max_tokens=9)
+    assert openai_chat.ask(chat, DEFAULTS) == expected
+    response = openai_responses.ResponsesBody(input="the thing?", max_output_tokens=9)
+    assert openai_responses.ask(response, DEFAULTS) == expected
+    theirs = ollama.OllamaChatBody(model="", messages=USER, options={"num_predict": 9})
+    assert ollama.ask_chat(theirs, DEFAULTS) == expected
 
 
 def test_texts_are_taken_as_they_are() -> None:
     for ask in (
-        *texts.asks({"prompt": ["a", [5]]}, DEFAULTS),
-        texts.ask({"prompt": "a", "n_predict": 16}, DEFAULTS),
+        *texts.asks(texts.TextBody(prompt=["a", [5]]), DEFAULTS),
+        texts.ask(texts.CompletionBody(prompt="a", n_predict=16), DEFAULTS),
     ):
         assert (ask.parse_special, ask.sampling.max_tokens, ask.sampling.seed) == (True, 16, 3)
 
@@ -55,7 +56,7 @@ def test_an_answer_in_every_dialect() -> None:
     assert deltas == [{"role": "assistant"}, *told, {}]
     lines = ollama.events({}, ollama.text_fields, True, lambda _: {"eval_count": 2}, [answer])
     assert [line["response"] for line in lines] == ["", "Yes", ".", ""]
-    events = texts.events({"stream": True}, "tiny", [answer])
+    events = texts.events(texts.CompletionBody(prompt="a", stream=True), "tiny", [answer])
     assert [event["content"] for event in events] == ["Yes", ".", ""]
 
 
@@ -72,5 +73,5 @@ def test_an_answer_in_every_dialect() -> None:
 )
 def test_weights_that_contradict_or_are_too_large_are_refused(body, field) -> None:
     with pytest.raises(OptionError, match=f"^The field {field} is ") as caught:
-        weighing_of(body, None, ("math", "es"))
+        weighing_of(read_body(Weighed, body), None, ("math", "es"))
     assert caught.value.option == field

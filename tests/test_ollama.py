@@ -196,7 +196,7 @@ def test_infill(client, served, alone) -> None:
         late = {**body, "n_predict": 200, "t_max_predict_ms": 1, "logit_bias": lines}
         assert 0 < http.post("/infill", json=late).json()["tokens_predicted"] < 200
         wrong = http.post("/infill", json={**body, "input_extra": [[None]]}).json()["error"]
-        assert (wrong["param"], wrong["code"]) == ("input_extra", "invalid_value")
+        assert (wrong["param"], wrong["code"]) == ("input_extra[0]", "invalid_value")
         # What the context cannot hold: files, then the prefix's beginning and the suffix's end.
         body |= {"input_prefix": "the " * 2000, "input_suffix": ") " * 2000, "input_extra": extra}
         cut = http.post("/infill", json=body).json()

@@ -9,7 +9,6 @@ import yaml
 import qaflora_edge
 
 
-
 def bounds(requirements: list[str]) -> dict[str, str]:
     """Name -> versions, without a marker."""
     found = {}

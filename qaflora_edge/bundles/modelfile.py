@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qaflora_edge.config import expanded, in_group
+from qaflora_edge.dialects.ollama import OF_OLLAMA
 from qaflora_edge.errors import InputFileError, QafloraError
 from qaflora_edge.files import AnyPath, what_is_at
 from qaflora_edge.formats.bundle import NAME_PATTERN
@@ -31,10 +32,7 @@ _IDLE = frozenset(
     mirostat_tau mirostat_eta""".split()  # noqa: SIM905
 )
 # Parameters that are options of sampling; num_predict is called max_tokens there.
-SAMPLING = tuple(
-    """temperature top_k top_p min_p seed stop repeat_penalty presence_penalty frequency_penalty
-    num_predict""".split()  # noqa: SIM905
-)
+SAMPLING = (*OF_OLLAMA, "num_predict")
 _SIGNED = ("seed", "top_k", "num_predict")  # a number below 0 leaves them open
 _PART = re.compile(r"\w[\w.-]*", re.ASCII)  # of a model's name
 _LAYERS = ("model", "adapter", "system", "license", "params", "messages")

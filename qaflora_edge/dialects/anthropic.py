@@ -3,22 +3,27 @@
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
 from qaflora_edge.answering.generation import Generation
 from qaflora_edge.ask import Ask, Chat, Tools
 from qaflora_edge.dialects import openai_chat
-from qaflora_edge.dialects.options import chosen_tools, thinking
+from qaflora_edge.dialects.options import (
+    MAX_MESSAGES,
+    MAX_STOPS,
+    MAX_TOOLS,
+    Flag,
+    Text,
+    Weighed,
+    chosen_tools,
+    thinking,
+)
 from qaflora_edge.dialects.shapes import NOTHING, Extras
 from qaflora_edge.errors import wrong_field
 from qaflora_edge.formats.inputs import Json
 from qaflora_edge.prompt.calls import CallPart
-
-MAX_MESSAGES = 2048
-MAX_TOOLS = 128
-MAX_STOPS = 16
 
 
 class TextBlock(Struct, tag="text"):
@@ -62,13 +67,13 @@ class Message(Struct):
     content: str | list[Block]
 
 
-class Tool(Struct):
+class Tool(Struct, kw_only=True):
     """Describe a tool of the client; those of their server are of other types."""
 
+    type: Literal["custom"] | None = None
     name: str
     input_schema: dict[str, Any]
     description: str | None = None
-    type: Literal["custom"] | None = None
 
 
 class ToolChoice(Struct):
@@ -99,32 +104,42 @@ class OutputConfig(Struct):
     format: OutputFormat | None = None
 
 
-class TokensBody(Struct, kw_only=True):
+class TokensBody(Weighed, frozen=True, kw_only=True):
     """Ask /v1/messages/count_tokens."""
 
-    stream_media: ClassVar[str] = ""
-    model: str | None = None
-    messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[
+        list[Message],
+        Meta(
+            title=f"a list of messages, {MAX_MESSAGES} at most",
+            min_length=1,
+            max_length=MAX_MESSAGES,
+        ),
+    ]
     system: str | list[TextBlock] | None = None
     tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
 
+    @property
+    def effort(self) -> bool | None:
+        return None if self.thinking is None else self.thinking.type != "disabled"
 
-class MessagesBody(TokensBody, kw_only=True):
+
+class MessagesBody(TokensBody, frozen=True, kw_only=True):
     """Ask /v1/messages."""
 
-    stream_media: ClassVar[str] = "text/event-stream"
+    stream_media = "text/event-stream"
     max_tokens: Annotated[int, Meta(ge=0)]
-    stream: bool | None = None
-    stop_sequences: (
-        Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(max_length=MAX_STOPS)] | None
-    ) = None
+    stream: Flag = None
+    stop_sequences: Annotated[list[Text], Meta(max_length=MAX_STOPS)] | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
     output_config: OutputConfig | None = None
-    fusion: dict[str, Any] | None = None
+
+    @property
+    def is_stream(self) -> bool:
+        return bool(self.stream)
 
 
 def ask(body: MessagesBody, defaults: Ask) -> Ask:
@@ -162,15 +177,8 @@ def conversation(body: TokensBody) -> Chat:
             messages.append(_answer(number, message.content))
         else:
             messages += _turns(number, message.role, message.content)
-    variables = None
-    if body.thinking is not None:
-        variables = thinking(wants_thoughts(body))
+    variables = None if body.effort is None else thinking(body.effort)
     return Chat(messages, _tools(body), chat_template_kwargs=variables)
-
-
-def wants_thoughts(body: TokensBody) -> bool:
-    """Tell whether a body asks for thoughts."""
-    return body.thinking is not None and body.thinking.type != "disabled"
 
 
 def _joined(content: str | Iterable[TextBlock] | None) -> str:

@@ -2,64 +2,154 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, defstruct
 
 from qaflora_edge.answering.generation import Generation
 from qaflora_edge.ask import Ask, Chat, Gap
+from qaflora_edge.config import in_group
 from qaflora_edge.dialects import openai_chat
-from qaflora_edge.dialects.options import chosen_tools, thinking
+from qaflora_edge.dialects.options import (
+    Flag,
+    MessageList,
+    ToolList,
+    Weighed,
+    chosen_tools,
+    option_field,
+    read_body,
+    thinking,
+)
 from qaflora_edge.dialects.shapes import NOTHING, Extras
 from qaflora_edge.errors import ModalityError
 from qaflora_edge.formats.inputs import Json, Object
 from qaflora_edge.prompt.calls import add_part
 
+# Options that are called as ours are.
+OF_OLLAMA = (
+    *("temperature", "top_k", "top_p", "min_p", "seed", "stop"),
+    *("repeat_penalty", "presence_penalty", "frequency_penalty"),
+)
 Part = Object  # of a message, in OpenAI's shape
 Fields = Callable[[Part], Json]  # a part in Ollama's
 Times = Callable[[Generation], dict[str, int]]
 
 
-def ask_chat(body: Object, defaults: Ask) -> Ask | None:
+class OllamaBody(Weighed, frozen=True, kw_only=True):
+    """Ask in Ollama's shape: sampling options apart, and a stream unless `stream` is false.
+
+    options  see OllamaOptions
+    """
+
+    stream_media = "application/x-ndjson"
+    model: Annotated[str, Meta(min_length=1, title="a model that GET /api/tags lists")]
+    options: Annotated[Json | None, Meta(title='an object, as in {"temperature": 0}')] = None
+    stream: Flag = None
+    think: Annotated[
+        bool | str | None, Meta(title="true, false, or a text such as none or high")
+    ] = None
+    format: Annotated[Json | Literal["", "json"] | None, Meta(title="json, or a JSON schema")] = (
+        None
+    )
+    keep_alive: Any = None
+
+    @property
+    def is_stream(self) -> bool:
+        return self.stream is not False
+
+    @property
+    def effort(self) -> str | bool | None:
+        return self.think
+
+
+class OllamaChatBody(OllamaBody, frozen=True, kw_only=True):
+    """Ask /api/chat."""
+
+    messages: MessageList | None = None
+    tools: ToolList = None
+
+
+class OllamaTextBody(OllamaBody, frozen=True, kw_only=True):
+    """Ask /api/generate."""
+
+    prompt: str | None = None
+    suffix: str | None = None
+    system: str | None = None
+    raw: Flag = None
+    images: list[str] | None = None
+
+
+_Options: Any = defstruct(
+    "_Options",
+    [option_field(name, in_group("sampling")[name]) for name in OF_OLLAMA],
+    frozen=True,
+    kw_only=True,
+)
+
+
+class OllamaOptions(_Options, frozen=True, kw_only=True):  # type: ignore[misc, call-arg]
+    """Say how Ollama's clients sample."""
+
+    num_predict: Annotated[
+        int | None, Meta(title="a number of tokens, 0 or less for as many as there is room for")
+    ] = None
+
+
+def ask_chat(body: OllamaChatBody, defaults: Ask) -> Ask | None:
     """Read a body of /api/chat; None without messages. See openai_chat.ask."""
-    messages = chat_messages(body["messages"])
+    messages = chat_messages(body.messages or ())
     if not messages:
         return None
-    tools = chosen_tools(body.get("tools"), None)
-    chat = Chat(messages, tools, chat_template_kwargs=_variables(body))
+    chat = Chat(messages, chosen_tools(body.tools, None), chat_template_kwargs=_variables(body))
     return replace(_answered(body, defaults), prompt=chat)
 
 
-def ask_text(body: Object, defaults: Ask) -> Ask | None:
+def ask_text(body: OllamaTextBody, defaults: Ask) -> Ask | None:
     """Read a body of /api/generate; None without a text."""
-    if body["images"]:
+    if body.images:
         raise _has_images("The request")
-    text = body["prompt"]
-    suffix = body["suffix"]
-    if not (text or suffix):
+    text = body.prompt or ""
+    if not (text or body.suffix):
         return None
     question = replace(_answered(body, defaults), prompt=text, parse_special=True)
-    if suffix:
-        gap = Gap(text, suffix, n_answer=question.sampling.max_tokens or 0)
+    if body.suffix:
+        gap = Gap(text, body.suffix, n_answer=question.sampling.max_tokens or 0)
         return replace(question, prompt=gap)
-    if body.get("raw"):
+    if body.raw:
         return question
     messages = [{"role": "user", "content": text}]
-    if body["system"]:
-        messages.insert(0, {"role": "system", "content": body["system"]})
+    if body.system:
+        messages.insert(0, {"role": "system", "content": body.system})
     chat = Chat(messages, chat_template_kwargs=_variables(body), untemplated=text)
     return replace(question, prompt=chat)
 
 
-def _answered(body: Object, defaults: Ask) -> Ask:
-    options = dict(body.get("options") or {})
-    n_predict = options.pop("num_predict", -1)
-    if n_predict > 0:
-        options["max_tokens"] = n_predict
-    form = body["format"]
-    schema = {"type": "object"} if form == "json" else form or None
-    return replace(defaults, sampling=defaults.sampling.updated(options), json_schema=schema)
+def _answered(body: OllamaBody, defaults: Ask) -> Ask:
+    options = _options(body.options or {})
+    sampling = {name: getattr(options, name) for name in OF_OLLAMA}
+    if options.num_predict is not None and options.num_predict > 0:
+        sampling["max_tokens"] = options.num_predict
+    given = {name: value for name, value in sampling.items() if value is not None}
+    schema = {"type": "object"} if body.format == "json" else body.format or None
+    return replace(defaults, sampling=defaults.sampling.updated(given), json_schema=schema)
 
 
-def _variables(body: Object) -> Json | None:
-    return None if body.get("think") is None else thinking(body["think"])
+def _options(given: Json) -> OllamaOptions:
+    """Read options: -1 is what nobody asked for, and a whole number may be 3.0."""
+    ours: Json = {}
+    for name, value in given.items():
+        is_whole = isinstance(value, float) and value.is_integer()
+        number = int(value) if is_whole else value
+        if (name, number) not in (("seed", -1), ("top_k", -1), ("repeat_penalty", 0)):
+            ours[name] = number
+    if isinstance(stops := ours.pop("stop", None), list):
+        stops = [text for text in stops if text != ""] or None
+    ours["stop"] = stops
+    return read_body(OllamaOptions, ours, "options")
+
+
+def _variables(body: OllamaBody) -> Json | None:
+    return None if body.think is None else thinking(body.think)
 
 
 def _has_images(who: str) -> ModalityError:

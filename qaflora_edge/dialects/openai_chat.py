@@ -4,15 +4,23 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from msgspec import Meta, structs
 
 from qaflora_edge.answering.generation import Generation
 from qaflora_edge.ask import Ask, Chat, asked
 from qaflora_edge.dialects.options import (
-    ALIASES,
     FIXED,
     UNUSED,
+    Flag,
+    Messages,
+    NTop,
+    StreamOptions,
+    Tooled,
+    check_off,
     chosen_tools,
+    n_logprob,
     sampling_of,
     thinking,
 )
@@ -24,20 +32,52 @@ from qaflora_edge.inference.sequence import TokenLogprob
 if TYPE_CHECKING:
     from qaflora_edge.prompt.calls import CallPart
 
-_FIELDS = frozenset(
-    {"n", "tools", "tool_choice", "parallel_tool_calls", "response_format", "reasoning_effort"}
-    | {"continue_final_message", "add_generation_prompt", "chat_template_kwargs"}
-    | {"logprobs", "top_logprobs", *ALIASES, *FIXED, *UNUSED}
-)
+
+class ChatBody(Tooled, frozen=True, kw_only=True):
+    """Ask /v1/chat/completions."""
+
+    messages: Messages
+    continue_final_message: Flag = None
+    add_generation_prompt: Flag = None
+    chat_template_kwargs: Annotated[
+        Json | None, Meta(title='an object, as in {"enable_thinking": false}')
+    ] = None
+    reasoning_effort: Annotated[str | None, Meta(title="a text such as none, low or high")] = None
+    logprobs: Flag = None
+    top_logprobs: NTop | None = None
+    response_format: Annotated[
+        Json | None, Meta(title='an object, as in {"type": "json_object"}')
+    ] = None
+
+    @property
+    def effort(self) -> str | None:
+        return self.reasoning_effort
 
 
-def ask(body: Object, defaults: Ask) -> Ask:
+class TemplateBody(ChatBody, frozen=True, kw_only=True):
+    """Ask /apply-template, which answers with one text."""
+
+    stream_media = ""
+
+    @property
+    def is_stream(self) -> bool:
+        return False
+
+
+# Of Engine.chat: the fields of a body, but for those of requests alone.
+_FIELDS = {field.name for field in structs.fields(ChatBody)} - {
+    *("model", "fusion", "lora", "verbose", "stream", "stream_options", "return_progress")
+}
+
+
+def ask(body: ChatBody, defaults: Ask) -> Ask:
     """Read a body.
 
     defaults  hold where it says nothing: how tokens are chosen, who is weighed
     """
-    schema = response_schema(body.get("response_format"))
-    own_schema = body.get("json_schema")  # llama-server's field
+    check_off("chat", body, FIXED)
+    schema = response_schema(body.response_format)
+    own_schema = body.json_schema  # llama-server's field
     if schema is not None and own_schema is not None:
         raise wrong_field("json_schema", own_schema, "nothing next to response_format")
     if schema is None:
@@ -45,23 +85,24 @@ def ask(body: Object, defaults: Ask) -> Ask:
     return replace(
         defaults,
         prompt=conversation(body),
-        sampling=sampling_of(body, defaults.sampling),
+        sampling=sampling_of(
+            body, defaults.sampling, logprobs=n_logprob(body.logprobs, body.top_logprobs)
+        ),
         json_schema=defaults.json_schema if schema is None else schema,
-        n=body.get("n", 1),
+        n=1 if body.n is None else body.n,
     )
 
 
-def conversation(body: Object) -> Chat:
+def conversation(body: ChatBody) -> Chat:
     """Read the messages, the tools, and what the chat template is told."""
-    variables = body.get("chat_template_kwargs")
-    effort = body.get("reasoning_effort")
-    if effort is not None and isinstance(variables, Mapping | None):
-        variables = thinking(effort) | dict(variables or {})
+    variables = body.chat_template_kwargs
+    if body.reasoning_effort is not None and isinstance(variables, Mapping | None):
+        variables = thinking(body.reasoning_effort) | dict(variables or {})
     return Chat(
-        body["messages"],
-        chosen_tools(body.get("tools"), body.get("tool_choice"), body.get("parallel_tool_calls")),
-        continue_final_message=body.get("continue_final_message"),
-        add_generation_prompt=body.get("add_generation_prompt"),
+        body.messages,
+        chosen_tools(body.tools, body.tool_choice, body.parallel_tool_calls),
+        continue_final_message=body.continue_final_message,
+        add_generation_prompt=body.add_generation_prompt,
         chat_template_kwargs=variables,
     )
 
@@ -198,13 +239,15 @@ def answer_chat(
         raise wrong_option(
             "stream_options", stream_options, "an object such as {'include_usage': True}"
         )
-    body: Json = {"messages": messages, "stream": stream, "stream_options": stream_options}
+    has_usage = bool(stream_options and stream_options.get("include_usage"))
+    fields: Json = {"messages": messages, "stream": stream}
     keywords = {}  # of Engine.generate
     for name, value in options.items():
         if name in _FIELDS:
-            body[name] = value
-        elif value is not None:
+            fields[name] = value
+        elif value is not None and name not in UNUSED:
             keywords[name] = value
+    body = ChatBody(stream_options=StreamOptions(include_usage=has_usage), **fields)
     question = ask(body, asked((), **keywords))
     answers = engine.submit_all(question)
     answers = itertools.chain([next(answers)], answers)

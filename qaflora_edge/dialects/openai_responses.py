@@ -2,24 +2,71 @@
 
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
 
 from qaflora_edge.answering.generation import Generation
 from qaflora_edge.ask import Ask, Sampling
 from qaflora_edge.dialects import openai_chat
-from qaflora_edge.dialects.options import FIXED, SAMPLING, check_off
+from qaflora_edge.dialects.options import FIXED, SAMPLING, Count, Text, Tooled, check_off
 from qaflora_edge.dialects.shapes import NOTHING, Extras
-from qaflora_edge.errors import wrong_option
 from qaflora_edge.formats.inputs import Json, Object
+
+
+class TextForm(Struct, frozen=True):
+    """Say what text an answer is."""
+
+    format: Json | None = None
+
+
+class Reasoning(Struct, frozen=True):
+    """Say how long to think."""
+
+    effort: str | None = None
+
+
+class Item(Struct, frozen=True):
+    """Hold a part of a conversation: a message, a call of a tool, or what it gave."""
+
+    type: Literal["message", "function_call", "function_call_output", "reasoning"] = "message"
+    role: str | None = None
+    content: str | list[Any] | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str = "{}"
+    output: str | list[Any] | None = None
+
+
+class ResponsesBody(Tooled, frozen=True, kw_only=True):
+    """Ask /v1/responses; the fields without a type have to be off, see _OFF."""
+
+    input: Annotated[
+        Text | Annotated[list[Item], Meta(min_length=1)], Meta(title="a text or a list of items")
+    ]
+    instructions: str | None = None
+    max_output_tokens: Count | None = None
+    text: Annotated[
+        TextForm | None, Meta(title='an object such as {"format": {"type": "text"}}')
+    ] = None
+    reasoning: Annotated[Reasoning | None, Meta(title='an object such as {"effort": "low"}')] = None
+    logprobs: Any = None
+    top_logprobs: Any = None
+    previous_response_id: Any = None
+    conversation: Any = None
+    prompt: Any = None
+    background: Any = None
+    response_format: Any = None
+
 
 # The answer would be wrong without: each has to be off, or at one of these values.
 _OFF: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("previous_response_id", "conversation", "prompt", "background"), ()),
     **dict.fromkeys(("top_logprobs", "logprobs", "response_format", "json_schema"), ()),
     "n": (1,),
+    **FIXED,
 }
-_AS_IN_CHATS = (*SAMPLING, *FIXED, "tools", "tool_choice", "parallel_tool_calls")
 # Fields that a response must have. They repeat nothing of the request.
 _CONSTANT: Json = {
     "object": "response",
@@ -39,50 +86,44 @@ _CONSTANT: Json = {
 }
 
 
-def ask(body: Object, defaults: Ask) -> Ask:
+def ask(body: ResponsesBody, defaults: Ask) -> Ask:
     """Read a body as a chat's: see openai_chat.ask."""
     check_off("responses", body, _OFF)
-    messages = _messages(body["input"])
-    if (instructions := body.get("instructions")) is not None:
-        messages.insert(0, {"role": "system", "content": instructions})
-    chat: Json = {name: body[name] for name in _AS_IN_CHATS if name in body}
-    chat["messages"] = messages
-    text = body.get("text") or {}
-    chat["response_format"] = text.get("format")
-    reasoning = body.get("reasoning") or {}
-    chat["reasoning_effort"] = reasoning.get("effort")
-    if (n_token := body.get("max_output_tokens")) is not None:
-        chat["max_tokens"] = n_token
-        chat["max_completion_tokens"] = None
+    messages = _messages(body.input)
+    if body.instructions is not None:
+        messages.insert(0, {"role": "system", "content": body.instructions})
+    sampling = {name: getattr(body, name) for name in SAMPLING}
+    if body.max_output_tokens is not None:
+        sampling["max_tokens"] = body.max_output_tokens
+        sampling["max_completion_tokens"] = None
+    chat = openai_chat.ChatBody(
+        messages=messages,
+        tools=body.tools,
+        tool_choice=body.tool_choice,
+        parallel_tool_calls=body.parallel_tool_calls,
+        response_format=body.text.format if body.text else None,
+        reasoning_effort=body.reasoning.effort if body.reasoning else None,
+        **sampling,
+    )
     return openai_chat.ask(chat, defaults)
 
 
-def _messages(items: Any) -> list[Json]:
+def _messages(items: str | list[Item]) -> list[Json]:
     if isinstance(items, str):
         return [{"role": "user", "content": items}]
     messages: list[Json] = []
     for item in items:
-        match item:
-            case {"type": "function_call"}:
-                last: Json = {}
-                if messages:
-                    last = messages[-1]
-                if last.get("role") != "assistant":
-                    last = {"role": "assistant", "content": None}
-                    messages.append(last)
-                function = {"name": item.get("name"), "arguments": item.get("arguments", "{}")}
-                call = {"id": item.get("call_id"), "type": "function", "function": function}
-                last.setdefault("tool_calls", []).append(call)
-            case {"type": "function_call_output"}:
-                message = {"role": "tool", "tool_call_id": item.get("call_id")}
-                message["content"] = item.get("output")
-                messages.append(message)
-            case {"type": "reasoning"}:
-                pass
-            case Mapping() if item.get("type", "message") == "message":
-                messages.append({"role": item.get("role"), "content": item.get("content")})
-            case _:
-                raise wrong_option("input", item, "items of the types message and function_call")
+        if item.type == "message":
+            messages.append({"role": item.role, "content": item.content})
+        elif item.type == "function_call":
+            if not messages or messages[-1]["role"] != "assistant":
+                messages.append({"role": "assistant", "content": None})
+            function = {"name": item.name, "arguments": item.arguments}
+            call = {"id": item.call_id, "type": "function", "function": function}
+            messages[-1].setdefault("tool_calls", []).append(call)
+        elif item.type == "function_call_output":
+            output = {"role": "tool", "tool_call_id": item.call_id, "content": item.output}
+            messages.append(output)
     return messages
 
 

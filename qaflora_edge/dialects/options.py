@@ -1,14 +1,29 @@
-"""Options of requests: renamed, taken without effect, or refused by name; tools and weighing."""
+"""What bodies of requests share: types of fields, who is weighed, how tokens are chosen, tools.
+
+A body is a typed struct, declared in its dialect. A title says what a field has to be, in messages
+and in OpenAPI. Sampling options come from `config`, with their ranges. null stands for nothing.
+"""
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct, defstruct, field
 
 from qaflora_edge.ask import Sampling, Tools, Weighing
-from qaflora_edge.config import in_group
+from qaflora_edge.config import Option, in_group
 from qaflora_edge.errors import OptionError, wrong_field, wrong_option
-from qaflora_edge.formats.inputs import Json, Object
+from qaflora_edge.formats.inputs import Json, UnknownField, WrongField, read_as
 from qaflora_edge.weighing.strategy import parse_strategy
+
+MAX_MESSAGES = 2048
+MAX_PROMPTS = 64
+MAX_TOOLS = 128
+MAX_CHOICES = 16  # answers of one request
+MAX_STOPS = 16
+MAX_WEIGHT = 100.0  # of a request, up or down: states overflow at some number beyond
+RANGE = f"from {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}"
 
 # Of OpenAI's chat completions: the answer is right without.
 UNUSED = frozenset(
@@ -30,30 +45,187 @@ ALIASES = {
 }
 # Field -> option; `logprobs` is another one here.
 SAMPLING = {name: name for name in in_group("sampling") if name != "logprobs"} | ALIASES
-MAX_WEIGHT = 100.0  # of a request, up or down: states overflow at some number beyond
-RANGE = f"from {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}"
 _NO_THOUGHT = ("none", "minimal")
 
+Text = Annotated[str, Meta(title="a text that is not empty", min_length=1)]
+Count = Annotated[int, Meta(title="a whole number from 0 up", ge=0)]
+Tokens = Annotated[list[Count], Meta(min_length=1)]
+NTop = Annotated[int, Meta(title="a number of tokens from 0 to 20", ge=0, le=20)]
+OnePrompt = Annotated[Text | Count | Tokens, Meta(title="a text, a token id, or a list of ids")]
+Prompts = Text | Annotated[list[OnePrompt], Meta(min_length=1)]
+Flag = bool | None
+_MESSAGE: Json = {
+    "type": "object",
+    "required": ["role"],
+    "properties": {"role": {"type": "string"}, "content": {"type": ["string", "array", "null"]}},
+}
+MessageList = Annotated[
+    list[Json], Meta(max_length=MAX_MESSAGES, extra_json_schema={"items": _MESSAGE})
+]
+Messages = Annotated[
+    MessageList, Meta(min_length=1, title=f"a list of messages, {MAX_MESSAGES} at most")
+]
+ToolList = (
+    Annotated[list[Any], Meta(title=f"a list of {MAX_TOOLS} tools at most", max_length=MAX_TOOLS)]
+    | None
+)
 
-def sampling_of(body: Object, defaults: Sampling, method: str = "chat") -> Sampling:
+
+class Body(Struct, frozen=True, kw_only=True):
+    """Ask a model; a stream of its answer, where it has one, is of some media type."""
+
+    stream_media: ClassVar[str] = ""
+    model: Annotated[str | None, Meta(title="a model that GET /v1/models lists")] = None
+
+    @property
+    def is_stream(self) -> bool:
+        return False
+
+
+class Fusion(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Say how a request is weighed, and what the answer tells of it."""
+
+    strategy: Annotated[Text | None, Meta(title="the name of a strategy")] = None
+    adapters: Annotated[list[str] | None, Meta(title="names of adapters")] = None
+    weights: Annotated[
+        Json | list[list[Any]] | None,
+        Meta(
+            title=f'weights {RANGE} by name, as in {{"math": 0.7}}, or [n_adapter][n_layer] numbers'
+        ),
+    ] = None
+    prefill: Literal["auto", "base", "mix"] | None = None
+    relay: Flag = None
+    returned: Annotated[
+        Literal["summary", "why", "layers", "none"] | None,
+        Meta(title="one of summary, why, layers, none"),
+    ] = field(default=None, name="return")
+
+
+class Scale(Struct, frozen=True):
+    """Give an adapter a weight, as an entry of llama-server's `lora`."""
+
+    id: Count
+    scale: Annotated[float, Meta(ge=-MAX_WEIGHT, le=MAX_WEIGHT)]
+
+
+class Weighed(Body, frozen=True, kw_only=True):
+    """Ask for something that is weighed."""
+
+    fusion: Annotated[Fusion | None, Meta(title='an object, as in {"strategy": "calibrated"}')] = (
+        None
+    )
+    lora: Annotated[
+        list[Scale] | None,
+        Meta(title=f'a list such as [{{"id": 0, "scale": 0.5}}] with scales {RANGE}'),
+    ] = None
+    verbose: Flag = None
+
+    @property
+    def effort(self) -> str | bool | None:
+        """How long the base is asked to think, where a body says it."""
+        return None
+
+
+class StreamOptions(Struct, frozen=True):
+    """Say what a stream ends with."""
+
+    include_usage: Flag = None
+
+
+def option_field(name: str, option: Option) -> tuple[str, Any, None]:
+    """Declare an option of `config` as a field; null stands for the default."""
+    title = option.expected
+    kind: Any
+    if option.kind is tuple:
+        kind = Text | Annotated[list[Text], Meta(min_length=1, max_length=MAX_STOPS)]
+        title = f"a text or 1 to {MAX_STOPS} texts, none empty"
+    elif option.kind is dict:  # the Engine checks its items
+        kind = Json
+    else:
+        limits = {"gt" if option.is_open else "ge": option.low, "le": option.high}
+        given: Json = {name: limit for name, limit in limits.items() if limit is not None}
+        kind = Annotated[option.kind, Meta(**given)]
+    return name, Annotated[kind | None, Meta(title=title, description=option.help)], None
+
+
+if TYPE_CHECKING:
+    Sampled = Weighed  # sampling_of and check_off read its fields by their names
+else:
+    _OPTIONS = in_group("sampling")
+    Sampled = defstruct(
+        "Sampled",
+        [
+            *(option_field(name, _OPTIONS[option]) for name, option in SAMPLING.items()),
+            *((name, Any, None) for name in FIXED),
+        ],
+        bases=(Weighed,),
+        frozen=True,
+        kw_only=True,
+    )
+
+
+class Answered(Sampled, frozen=True, kw_only=True):
+    """Ask for answers: how they are sampled, and how they are sent."""
+
+    stream_media = "text/event-stream"
+    n: (
+        Annotated[
+            int, Meta(title=f"a number of answers from 1 to {MAX_CHOICES}", ge=1, le=MAX_CHOICES)
+        ]
+        | None
+    ) = None
+    stream: Flag = None
+    stream_options: Annotated[
+        StreamOptions | None, Meta(title='an object, as in {"include_usage": true}')
+    ] = None
+    return_progress: Flag = None
+    json_schema: Annotated[Json | bool | None, Meta(title="a JSON schema")] = None
+
+    @property
+    def is_stream(self) -> bool:
+        return bool(self.stream)
+
+
+class Tooled(Answered, frozen=True, kw_only=True):
+    """Ask for answers that may call tools."""
+
+    tools: ToolList = None
+    tool_choice: str | Json | None = None
+    parallel_tool_calls: Flag = None
+
+
+T = TypeVar("T")
+
+
+def read_body(kind: type[T], fields: object, place: str = "") -> T:
+    """Read a body, or the part of it at a place.
+
+    Raises UnknownField for a field that does not exist, where that matters, else OptionError.
+    """
+    try:
+        return read_as(kind, fields, place)
+    except UnknownField:
+        raise
+    except WrongField as error:
+        raise wrong_field(error.place, error.value, error.expected) from None
+
+
+def sampling_of(body: Body, defaults: Sampling, **more: Any) -> Sampling:
     """Read how tokens are chosen; the defaults hold where a body says nothing, or null.
 
-    Of two names of one option OpenAI's newer one counts.
+    more  options that a body says in another way; None: nothing
 
-    method  whose body it is, for messages
+    Of two names of one option OpenAI's newer one counts.
     """
-    check_off(method, body, FIXED)
     options = {}
     for name, option in SAMPLING.items():
-        if body.get(name) is not None:
-            options[option] = body[name]
-    n_top = _n_logprob(body.get("logprobs"), body.get("top_logprobs"))
-    if n_top is not None:
-        options["logprobs"] = n_top
+        if getattr(body, name) is not None:
+            options[option] = getattr(body, name)
+    options |= {option: value for option, value in more.items() if value is not None}
     return defaults.updated(options)
 
 
-def _n_logprob(is_wanted: Any, n_top: Any) -> int | None:
+def n_logprob(is_wanted: Any, n_top: Any) -> int | None:
     """Return OpenAI's `logprobs` and `top_logprobs` as one option; the second implies the first."""
     if not isinstance(is_wanted, bool | None):
         raise wrong_option("logprobs", is_wanted, "true or false")
@@ -65,13 +237,13 @@ def _n_logprob(is_wanted: Any, n_top: Any) -> int | None:
     return n_top or 0
 
 
-def check_off(method: str, body: Object, fixed: Mapping[str, tuple[Any, ...]]) -> None:
+def check_off(method: str, body: Body, fixed: Mapping[str, tuple[Any, ...]]) -> None:
     """Raise OptionError for an option of `fixed` that asks for something which cannot be done.
 
     An option is off when it is None, False, 0, -1 or empty, or has a value of `fixed`.
     """
     for name, harmless in fixed.items():
-        value = body.get(name)
+        value = getattr(body, name)
         if value and value not in (-1, *harmless):
             raise OptionError(
                 f"Option {name} of {method} is {value!r:.200}, expected nothing: it cannot be "
@@ -150,19 +322,18 @@ def _function(tool: Any) -> Any:
     return tool.get("function", flat)
 
 
-def weighing_of(body: Object, of_model: str | None, adapters: Sequence[str]) -> Weighing:
+def weighing_of(body: Weighed, of_model: str | None, adapters: Sequence[str]) -> Weighing:
     """Combine the fields `fusion` and `lora` with the strategy that the model id names."""
-    fusion = body.get("fusion") or {}
-    weights = fusion.get("weights")
+    fusion = body.fusion or Fusion()
+    weights = fusion.weights
     field = "fusion.weights"
-    lora = body.get("lora")
-    if lora is not None:
-        if weights is not None or any(scale["id"] >= len(adapters) for scale in lora):
+    if body.lora is not None:
+        if weights is not None or any(scale.id >= len(adapters) for scale in body.lora):
             expected = f"ids below {len(adapters)}, and no fusion.weights"
-            raise wrong_field("lora", lora, expected)
-        weights = {adapters[scale["id"]]: scale["scale"] for scale in lora}
+            raise wrong_field("lora", msgspec.to_builtins(body.lora), expected)
+        weights = {adapters[scale.id]: scale.scale for scale in body.lora}
         field = "lora"
-    strategy = fusion.get("strategy") or of_model
+    strategy = fusion.strategy or of_model
     if of_model not in (None, strategy):
         expected = f"{of_model}, as the model says, or nothing"
         raise wrong_field("fusion.strategy", strategy, expected)
@@ -176,9 +347,9 @@ def weighing_of(body: Object, of_model: str | None, adapters: Sequence[str]) -> 
         _check_range("fusion.strategy", strategy, by_name.values())
     return Weighing(
         by=strategy if weights is None else weights,
-        adapters=fusion.get("adapters"),
-        prefill=fusion.get("prefill"),
-        drafts=fusion.get("relay") is not False,
+        adapters=fusion.adapters,
+        prefill=fusion.prefill,
+        drafts=fusion.relay is not False,
     )
 
 

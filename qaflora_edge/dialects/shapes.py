@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from qaflora_edge.answering.generation import Generation
-from qaflora_edge.formats.inputs import Json, Object
+from qaflora_edge.dialects.options import Answered
+from qaflora_edge.formats.inputs import Json
 from qaflora_edge.inference.sequence import TokenLogprob
 from qaflora_edge.weighing.plan import FusionWeights
 
@@ -191,18 +192,16 @@ class Choices:
         return self.head | {"choices": [], "prompt_progress": progress}
 
 
-def choices_of(body: Object, model_name: str, shape: Shape) -> Choices:
+def choices_of(body: Answered, model_name: str, shape: Shape) -> Choices:
     """Read how the answers to a body are written."""
-    is_stream = bool(body.get("stream"))
-    stream_options = body.get("stream_options") or {}
     head = {
         "id": f"{shape.prefix}-{uuid.uuid4()}",
-        "object": shape.chunk if is_stream else shape.kind,
+        "object": shape.chunk if body.is_stream else shape.kind,
         "created": int(time.time()),
         "model": model_name,
     }
-    has_usage = bool(stream_options.get("include_usage"))
-    return Choices(head, shape, body.get("n", 1), is_stream, has_usage)
+    has_usage = bool(body.stream_options and body.stream_options.include_usage)
+    return Choices(head, shape, body.n or 1, body.is_stream, has_usage)
 
 
 def _choice(index: int, choice: Json, extras: Extras) -> Json:

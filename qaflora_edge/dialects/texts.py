@@ -5,38 +5,109 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
 
 from qaflora_edge.answering.generation import Generation
 from qaflora_edge.ask import Ask, Gap, Question
-from qaflora_edge.dialects.options import sampling_of
+from qaflora_edge.dialects.options import (
+    FIXED,
+    MAX_PROMPTS,
+    Answered,
+    Count,
+    NTop,
+    Prompts,
+    Text,
+    Tokens,
+    check_off,
+    sampling_of,
+)
 from qaflora_edge.dialects.shapes import NOTHING, Extras, Shape, ShownTokens, token_text
-from qaflora_edge.formats.inputs import Json, Object
+from qaflora_edge.errors import wrong_field
+from qaflora_edge.formats.inputs import Json
 from qaflora_edge.inference.sequence import TokenLogprob
 
 N_ANSWER = 16  # tokens of OpenAI's, where nobody says
 
 
-def several(value: Any) -> list[Any]:
+_PROMPTS = "a text, a list of token ids, or a list of these, {} at most"
+
+
+class TextBody(Answered, frozen=True, kw_only=True):
+    """Ask /v1/completions."""
+
+    prompt: Annotated[Prompts, Meta(title=_PROMPTS.format(MAX_PROMPTS))]
+    logprobs: NTop | None = None
+
+
+class CompletionBody(Answered, frozen=True, kw_only=True):
+    """Ask /completion."""
+
+    prompt: Annotated[Text | Tokens, Meta(title="a text or a list of token ids")]
+    n_predict: (
+        Annotated[
+            int, Meta(title="a number of tokens, or -1 for as many as there is room for", ge=-1)
+        ]
+        | None
+    ) = None
+    n: Annotated[Literal[1] | None, Meta(title="1: this path gives one answer")] = None
+    t_max_predict_ms: Annotated[
+        Count | None, Meta(title="milliseconds after which the answer ends with its line")
+    ] = None
+
+
+class ExtraFile(Struct, frozen=True):
+    """Name another file, and give its text."""
+
+    filename: str = "file"
+    text: str = ""
+
+
+class InfillBody(CompletionBody, frozen=True, kw_only=True):
+    """Ask /infill."""
+
+    input_prefix: Annotated[str, Meta(title="the text before the gap")] = ""
+    input_suffix: Annotated[str, Meta(title="the text after the gap")] = ""
+    input_extra: (
+        Annotated[
+            list[ExtraFile],
+            Meta(
+                title='a list such as [{"filename": "a.py", "text": "..."}]', max_length=MAX_PROMPTS
+            ),
+        ]
+        | None
+    ) = None
+    prompt: Annotated[str, Meta(title="what the gap begins with")] = ""
+    n_prompt: (
+        Annotated[int, Meta(title="the most tokens of the prompt, 1 or more", ge=1)] | None
+    ) = None
+
+
+def several(field: str, value: Any, most: int) -> list[Any]:
     """List the texts, or token ids, of a field that holds one of them or several."""
-    is_text = isinstance(value, str)
-    is_ids = not is_text and len(value) > 0 and isinstance(value[0], int)
-    return [value] if is_text or is_ids else value
+    is_ids = len(value) > 0 and all(isinstance(item, int) for item in value)
+    if isinstance(value, str) or is_ids:
+        return [value]
+    if len(value) > most or any(item == "" or isinstance(item, int) for item in value):
+        raise wrong_field(field, value, _PROMPTS.format(most))
+    return list(value)
 
 
-def asks(body: Object, defaults: Ask) -> list[Ask]:
+def asks(body: TextBody, defaults: Ask) -> list[Ask]:
     """Read a body: an Ask for each of its prompts; see openai_chat.ask."""
-    options = dict(body) | {"logprobs": None, "top_logprobs": None}  # others than those of chats
-    sampling = sampling_of(options, defaults.sampling, "completions")
+    check_off("completions", body, FIXED)
+    sampling = sampling_of(body, defaults.sampling)
     n_token = N_ANSWER if sampling.max_tokens is None else sampling.max_tokens
     common = replace(
         defaults,
-        sampling=replace(sampling, max_tokens=n_token, logprobs=body.get("logprobs")),
-        json_schema=body.get("json_schema"),
-        n=body.get("n", 1),
+        sampling=replace(sampling, max_tokens=n_token, logprobs=body.logprobs),
+        json_schema=body.json_schema,
+        n=1 if body.n is None else body.n,
         parse_special=True,
     )
-    return [replace(common, prompt=prompt) for prompt in several(body["prompt"])]
+    prompts = several("prompt", body.prompt, MAX_PROMPTS)
+    return [replace(common, prompt=prompt) for prompt in prompts]
 
 
 def _choice_of(text: str, logprobs: Any, finish_reason: str | None) -> Json:
@@ -88,46 +159,42 @@ def text_logprobs(entries: Sequence[TokenLogprob] | None, offset: int) -> Any:
     }
 
 
-def ask(body: Object, defaults: Ask) -> Ask:
+def ask(body: CompletionBody, defaults: Ask) -> Ask:
     """Read a body of /completion; see openai_chat.ask."""
-    return _asked(body, body["prompt"], defaults)
+    return _asked(body, body.prompt, defaults)
 
 
-def ask_infill(body: Object, defaults: Ask) -> Ask:
+def ask_infill(body: InfillBody, defaults: Ask) -> Ask:
     """Read a body of /infill."""
-    files = [(file["filename"], file["text"]) for file in body.get("input_extra") or ()]
-    gap = Gap(
-        body["input_prefix"] + body["prompt"],
-        body["input_suffix"],
-        files,
-        n_answer=body.get("n_predict") or 0,
-    )
-    if n_prompt := body.get("n_prompt"):
-        gap = replace(gap, n_prompt=n_prompt)
+    files = [(file.filename, file.text) for file in body.input_extra or ()]
+    prefix = body.input_prefix + body.prompt
+    gap = Gap(prefix, body.input_suffix, files, n_answer=body.n_predict or 0)
+    if body.n_prompt is not None:
+        gap = replace(gap, n_prompt=body.n_prompt)
     return _asked(body, gap, defaults)
 
 
-def _asked(body: Object, question: Question, defaults: Ask) -> Ask:
-    options = dict(body) | {"top_logprobs": None}
-    sampling = sampling_of(options, defaults.sampling, "completions")
-    n_predict = body.get("n_predict")
-    if n_predict is not None:
-        sampling = replace(sampling, max_tokens=None if n_predict < 0 else n_predict)
+def _asked(body: CompletionBody, question: Question, defaults: Ask) -> Ask:
+    check_off("completions", body, FIXED)
+    sampling = sampling_of(body, defaults.sampling)
+    if body.n_predict is not None:
+        n_token = None if body.n_predict < 0 else body.n_predict
+        sampling = replace(sampling, max_tokens=n_token)
     return replace(
         defaults,
         prompt=question,
         sampling=sampling,
-        json_schema=body.get("json_schema"),
+        json_schema=body.json_schema,
         parse_special=True,
     )
 
 
 def events(
-    body: Object, model_name: str, answers: Iterable[Generation], extras: Extras = NOTHING
+    body: CompletionBody, model_name: str, answers: Iterable[Generation], extras: Extras = NOTHING
 ) -> Iterator[Json]:
     """Yield answers as events; the last of each is all that is told without a stream."""
-    is_stream = bool(body.get("stream"))
-    limit_ms = body.get("t_max_predict_ms") or math.inf
+    is_stream = body.is_stream
+    limit_ms = body.t_max_predict_ms or math.inf
     for answer in answers:
         start_s = time.perf_counter()
         text = ""

@@ -366,7 +366,10 @@ def _check_between_fields(text: BundleText) -> None:
         if name.lower() in map(str.lower, names[:index]):
             place = f"adapters[{index}].name"
             raise WrongField(place, shown(name), "a name that no other adapter has")
-    measured: dict[str, Mapping[str, object]] = {"typical": text.fusion.typical, "samples": text.fusion.samples}
+    measured: dict[str, Mapping[str, object]] = {
+        "typical": text.fusion.typical,
+        "samples": text.fusion.samples,
+    }
     for key, by_name in measured.items():
         for name in by_name.keys() - {*names}:
             expected = f"only adapters of this bundle ({', '.join(names)})"

@@ -140,7 +140,8 @@ class UnknownField(WrongField):
 def read_as(kind: type[T], document: object, place: str = "") -> T:
     """Read a document as a typed struct, the only list of its fields.
 
-    What a field should be is said by the title of its type.
+    What a field should be is said by the title of its type. Structs of a union are told apart by
+    `type`.
 
     Raises WrongField for the first difference.
     """
@@ -153,6 +154,7 @@ def read_as(kind: type[T], document: object, place: str = "") -> T:
 def _difference(kind: Any, value: Any, place: str) -> WrongField:
     """Find the first part of a value that is not as its type says: at last the value itself."""
     members = [kind]
+    tags: list[str] = []
     for member in members:
         origin = get_origin(member)
         parts: Iterable[tuple[str, Any, Any]] = ()
@@ -167,12 +169,20 @@ def _difference(kind: Any, value: Any, place: str) -> WrongField:
             (of_items,) = get_args(member)
             parts = [(f"{place}[{at}]", of_items, item) for at, item in enumerate(value)]
         elif is_struct(member) and isinstance(value, dict):
-            parts = _fields(member, value, f"{place}." if place else "")
+            config = member.__struct_config__
+            before = f"{place}." if place else ""
+            if config.tag is None or value.get(config.tag_field) == config.tag:
+                parts = _fields(member, value, before)
+            else:
+                tags.append(config.tag)
         for part_place, part_kind, part in parts:
             try:
                 msgspec.convert(part, part_kind)
             except msgspec.ValidationError:
                 return _difference(part_kind, part, part_place)
+    if tags:
+        tag = value.get("type")
+        return WrongField(f"{place}.type", shown(tag), f"one of {', '.join(tags)}", tag)
     return WrongField(shortened(place), shown(value), expected_of(kind), value)
 
 

@@ -2,7 +2,6 @@
 
 import base64
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -33,47 +32,46 @@ from qaflora_edge.server.respond import (
 
 async def chat_completions(request: Request) -> Computed:
     """Answer a conversation."""
-    call = await read_call(request, bodies.ChatBody)
-    ask = openai_chat.ask(call.fields, call.defaults)
-    choices = choices_of(call.fields, call.model, openai_chat.SHAPE)
+    call = await read_call(request, openai_chat.ChatBody)
+    ask = openai_chat.ask(call.body, call.defaults)
+    choices = choices_of(call.body, call.model, openai_chat.SHAPE)
     return answered(call, [ask], choices.events, wire=CHUNKS, progress=choices.progress)
 
 
 async def completions(request: Request) -> Computed:
     """Go on with a text."""
-    call = await read_call(request, bodies.TextBody)
-    asks = texts.asks(call.fields, call.defaults)
-    choices = choices_of(call.fields, call.model, texts.SHAPE)
+    call = await read_call(request, texts.TextBody)
+    asks = texts.asks(call.body, call.defaults)
+    choices = choices_of(call.body, call.model, texts.SHAPE)
     return answered(call, asks, choices.events, wire=CHUNKS, progress=choices.progress)
 
 
 async def completion(request: Request) -> Computed:
     """Go on with a text, in the shape of llama-server."""
-    call = await read_call(request, bodies.CompletionBody)
-    return _completed(call, texts.ask(call.fields, call.defaults))
+    call = await read_call(request, texts.CompletionBody)
+    return _completed(call, texts.ask(call.body, call.defaults))
 
 
 async def infill(request: Request) -> Computed:
     """Fill a gap in code, in the shape of llama-server."""
-    call = await read_call(request, bodies.InfillBody)
-    return _completed(call, texts.ask_infill(call.fields, call.defaults))
+    call = await read_call(request, texts.InfillBody)
+    return _completed(call, texts.ask_infill(call.body, call.defaults))
 
 
 def _completed(call: Call[Any], ask: Ask) -> Computed:
-    return answered(call, [ask], partial(texts.events, call.fields, call.model))
+    return answered(call, [ask], partial(texts.events, call.body, call.model))
 
 
 async def responses(request: Request) -> Computed:
     """Answer as a response."""
-    call = await read_call(request, bodies.ResponsesBody)
-    ask = openai_responses.ask(call.fields, call.defaults)
+    call = await read_call(request, openai_responses.ResponsesBody)
+    ask = openai_responses.ask(call.body, call.defaults)
     head = openai_responses.head_of(call.model, ask.sampling)
-    is_stream = bool(call.body.stream)
 
     def events(answers: Iterator[Generation], extras: Extras) -> Iterator[Any]:
         for answer in answers:
             events = openai_responses.events(head, answer, extras)
-            if is_stream:
+            if call.body.is_stream:
                 yield from events
             else:
                 *_, last = events
@@ -89,9 +87,8 @@ async def messages(request: Request) -> Computed:
     head = anthropic.head_of(call.model)
 
     def events(answers: Iterator[Generation], extras: Extras) -> Iterator[Any]:
-        extras = replace(extras, drafts_are_thoughts=anthropic.wants_thoughts(call.body))
         for answer in answers:
-            if call.body.stream:
+            if call.body.is_stream:
                 yield from anthropic.events(head, answer, extras)
             else:
                 yield anthropic.message(head, answer, extras)
@@ -126,7 +123,7 @@ async def embeddings(request: Request) -> Computed:
         usage = {"prompt_tokens": n_token, "total_tokens": n_token}
         return {"object": "list", "data": listed, "model": call.model, "usage": usage}
 
-    return embedded(call, several(call.body.input), written)
+    return embedded(call, several("input", call.body.input, bodies.MAX_EMBEDDED), written)
 
 
 def embedded(
@@ -149,8 +146,8 @@ def embedded(
 
 async def apply_template(request: Request) -> Computed:
     """Show the prompt that a conversation becomes."""
-    call = await read_call(request, bodies.TemplateBody)
-    chat = openai_chat.conversation(call.fields)
+    call = await read_call(request, openai_chat.TemplateBody)
+    chat = openai_chat.conversation(call.body)
 
     def compute(engine: Engine, out: Computed) -> None:
         tokens = engine.read(chat).tokens

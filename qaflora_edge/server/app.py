@@ -19,7 +19,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from qaflora_edge import __version__
-from qaflora_edge.dialects import anthropic
+from qaflora_edge.dialects import anthropic, openai_chat, openai_responses, texts
+from qaflora_edge.dialects import ollama as ollama_dialect
+from qaflora_edge.dialects.options import Body
 from qaflora_edge.errors import QafloraError
 from qaflora_edge.server import answers, bodies, ollama, uploads
 from qaflora_edge.server.metrics import Metrics, Recorder
@@ -238,25 +240,25 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 # (path, route, body): POST with a body, else GET. The route's docstring is its summary.
-API: tuple[tuple[str, Any, type[bodies.AnyBody] | None], ...] = (
-    ("/v1/chat/completions", answers.chat_completions, bodies.ChatBody),
-    ("/v1/completions", answers.completions, bodies.TextBody),
-    ("/v1/responses", answers.responses, bodies.ResponsesBody),
+API: tuple[tuple[str, Any, type[Body] | None], ...] = (
+    ("/v1/chat/completions", answers.chat_completions, openai_chat.ChatBody),
+    ("/v1/completions", answers.completions, texts.TextBody),
+    ("/v1/responses", answers.responses, openai_responses.ResponsesBody),
     ("/v1/messages", answers.messages, anthropic.MessagesBody),
     ("/v1/messages/count_tokens", answers.count_tokens, anthropic.TokensBody),
     ("/v1/weights", answers.weights, bodies.WeightsBody),
     ("/v1/embeddings", answers.embeddings, bodies.EmbeddingsBody),
-    ("/completion", answers.completion, bodies.CompletionBody),
-    ("/infill", answers.infill, bodies.InfillBody),
-    ("/api/chat", ollama.chat, bodies.OllamaChatBody),
-    ("/api/generate", ollama.generate, bodies.OllamaTextBody),
+    ("/completion", answers.completion, texts.CompletionBody),
+    ("/infill", answers.infill, texts.InfillBody),
+    ("/api/chat", ollama.chat, ollama_dialect.OllamaChatBody),
+    ("/api/generate", ollama.generate, ollama_dialect.OllamaTextBody),
     ("/api/show", ollama.show, bodies.ShowBody),
     ("/api/embed", ollama.embed, bodies.EmbedBody),
     ("/api/embeddings", ollama.embeddings, bodies.OldEmbedBody),
     ("/api/tags", ollama.tags, None),
     ("/api/ps", ollama.ps, None),
     ("/api/version", ollama.version, None),
-    ("/apply-template", answers.apply_template, bodies.TemplateBody),
+    ("/apply-template", answers.apply_template, openai_chat.TemplateBody),
     ("/tokenize", answers.tokenize, bodies.TokenizeBody),
     ("/detokenize", answers.detokenize, bodies.DetokenizeBody),
     ("/v1/load_lora_adapter", uploads.load, bodies.AdapterBody),

@@ -115,15 +115,15 @@ async def show(request: Request) -> Computed:
 
 async def chat(request: Request) -> Computed | Response:
     """Answer a conversation, in the shape of Ollama."""
-    call = await read_call(request, bodies.OllamaChatBody)
-    ask = ollama.ask_chat(call.fields, call.defaults)
+    call = await read_call(request, ollama.OllamaChatBody)
+    ask = ollama.ask_chat(call.body, call.defaults)
     return _answered(call, ask, ollama.chat_fields)
 
 
 async def generate(request: Request) -> Computed | Response:
     """Answer a text, or go on with it, in the shape of Ollama."""
-    call = await read_call(request, bodies.OllamaTextBody)
-    ask = ollama.ask_text(call.fields, call.defaults)
+    call = await read_call(request, ollama.OllamaTextBody)
+    ask = ollama.ask_text(call.body, call.defaults)
     return _answered(call, ask, ollama.text_fields)
 
 
@@ -135,7 +135,7 @@ async def embed(request: Request) -> Computed:
         listed = [state.tolist() for state in states]
         return {"model": call.body.model, "embeddings": listed, "prompt_eval_count": n_token}
 
-    return embedded(call, several(call.body.input), written)
+    return embedded(call, several("input", call.body.input, bodies.MAX_EMBEDDED), written)
 
 
 async def embeddings(request: Request) -> Computed:
@@ -162,7 +162,7 @@ def _answered(call: Call[Any], ask: Ask | None, fields: ollama.Fields) -> Comput
     head = {"model": call.body.model, "created_at": _written(time.time())}
     if ask is not None:
         times = partial(_counts, call.request.scope["qaflora"])
-        events = partial(ollama.events, head, fields, call.body.stream, times)
+        events = partial(ollama.events, head, fields, call.body.is_stream, times)
         return answered(call, [ask], events, wire=LINES)
     nothing = head | fields({})
     nothing["done"] = True

@@ -12,9 +12,8 @@ from weakref import WeakValueDictionary
 from starlette.requests import ClientDisconnect, Request
 
 from qaflora_edge.ask import Ask
-from qaflora_edge.dialects.options import weighing_of
-from qaflora_edge.formats.inputs import Json, read_json_object
-from qaflora_edge.server import bodies
+from qaflora_edge.dialects.options import Body, Weighed, read_body, weighing_of
+from qaflora_edge.formats.inputs import UnknownField, read_json_object
 from qaflora_edge.server.refusals import Refusal
 from qaflora_edge.server.security import client_of, share_of
 from qaflora_edge.server.served_models import ServedModel, models_of
@@ -29,7 +28,7 @@ BODY_S = 60.0  # the longest that a body may take to come
 SLOW_S = 10.0  # and where it takes room from others, the longest before it keeps this pace:
 BYTES_PER_S = 64 << 10
 
-B = TypeVar("B", bound=bodies.AnyBody)
+B = TypeVar("B", bound=Body)
 
 
 class Places:
@@ -98,14 +97,10 @@ class Call(Generic[B]):
         return self.body.model or self.served.name
 
     @cached_property
-    def fields(self) -> Json:
-        """Give the body as dialects read it."""
-        return bodies.as_mapping(self.body)
-
-    @cached_property
     def defaults(self) -> Ask:
         """Say what holds where the body says nothing, and who is weighed."""
-        weighing = weighing_of(self.fields, self.strategy, self.served.weigher.adapters)
+        assert isinstance(self.body, Weighed)
+        weighing = weighing_of(self.body, self.strategy, self.served.weigher.adapters)
         return Ask((), weighing, self.served.sampling)
 
 
@@ -150,7 +145,11 @@ def _parsed(kind: type[B], data: bytes) -> B:
         fields = read_json_object(data)
     except ValueError as error:  # errors of JSON and UTF-8 too
         raise Refusal(400, f"The body is no JSON object in UTF-8: {error}.") from error
-    return bodies.checked(kind, fields)
+    try:
+        return read_body(kind, fields)
+    except UnknownField as error:
+        message = f"The field {error.place} does not exist, expected {error.expected}."
+        raise Refusal(400, message, param=error.place, code="unknown_field") from error
 
 
 def check_announced(request: Request, most: int) -> None:

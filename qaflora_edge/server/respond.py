@@ -116,7 +116,7 @@ class Computed:
         self._app = call.request.app.state
         self._compute = compute
         self._wire = wire
-        self._is_stream = bool(call.fields.get("stream"))
+        self._is_stream = call.body.is_stream
         self._slots = self._app.models.light_slots if is_light else call.served.slots
         self._state = State.WAITING
         self.facts: Json = call.request.scope["qaflora"]
@@ -241,10 +241,10 @@ async def _send_part(part: bytes, send: Send, *, is_last: bool = False) -> None:
 
 def extras_of(call: Call[Any], engine: Engine) -> Extras:
     """Say what answers to a call tell besides."""
-    fusion = call.fields.get("fusion", {})
-    spell = partial(spelt, engine) if call.fields.get("verbose") else None
-    effort = call.fields.get("reasoning_effort", call.fields.get("think"))
-    return Extras(fusion.get("returned", "summary"), spell, wants_thoughts(effort))
+    body = call.body
+    returned = body.fusion.returned if body.fusion else None
+    spell = partial(spelt, engine) if body.verbose else None
+    return Extras(returned or "summary", spell, wants_thoughts(body.effort))
 
 
 def answered(
@@ -261,12 +261,13 @@ def answered(
     progress  for a stream with `return_progress`: makes what it sends while one prompt is
               prefilled, of the stage, its tokens done and all, seconds, and the expected answer
     """
-    is_told = call.fields.get("return_progress") and call.fields.get("stream")
+    is_told = progress is not None and call.body.return_progress and call.body.is_stream
 
     def compute(engine: Engine, out: Computed) -> None:
         extras = extras_of(call, engine)
         watched = [replace(ask, cancel=out.cancel) for ask in asks]
-        if progress is not None and is_told and len(watched) == 1:
+        if is_told and len(watched) == 1:
+            assert progress is not None
             teller = _Progress(progress, out)
             (ask,) = watched
             watched = [replace(ask, on_progress=teller.tell, on_draft=teller.expected)]

@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from qaflora_edge.convert.adapter import convert_adapter
+from qaflora_edge.dialects.options import read_body
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import BusyError, DownloadError, InputFileError, QafloraError, is_disk_full
 from qaflora_edge.formats.document import MAX_BYTES, document_text
@@ -23,7 +24,7 @@ from qaflora_edge.formats.names import CONFIG_FILE, WEIGHTS_FILE
 from qaflora_edge.hub import fetch_hub
 from qaflora_edge.peft.folder import adapter_files, adapter_folder
 from qaflora_edge.progress import Tell
-from qaflora_edge.server.bodies import AdapterBody, checked
+from qaflora_edge.server.bodies import AdapterBody
 from qaflora_edge.server.receive import address_of, check_announced, read, receive
 from qaflora_edge.server.refusals import Refusal
 from qaflora_edge.server.served_models import models_of
@@ -137,7 +138,7 @@ async def unload(request: Request) -> Response:
 async def upload(request: Request) -> Response:
     """Add an adapter that the page sends: a GGUF, or adapter_config.json and then the weights."""
     folder = _allowed(request)
-    body = checked(AdapterBody, dict(request.query_params))
+    body = read_body(AdapterBody, dict(request.query_params))
     state = request.app.state
     served, _ = state.models.find(body.model)
     check_announced(request, MAX_UPLOAD_BYTES)
