@@ -49,6 +49,8 @@ class Prompt:
     calls     how it calls the tools that it was told of; None: it was told of none
     neutral   neutral prompts, each as usual, and behind this one's system prompt; none where this
               one begins as usual
+    n_weighed tokens up to where the question's answer began, if tools have given results since:
+              they are no question; None: nothing has
     """
 
     tokens: tuple[int, ...]
@@ -57,6 +59,7 @@ class Prompt:
     thinking: Thinking | None = None
     calls: "Calls | None" = None
     neutral: tuple[tuple["Prompt", "Prompt"], ...] = field(default=(), repr=False)
+    n_weighed: int | None = None
 
 
 @dataclass(frozen=True)

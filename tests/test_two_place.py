@@ -12,8 +12,9 @@ import tiny
 from bundles import make_bundle, rewrite
 from decoded import count_decoded, probe
 from refusals import refused
+from tiny import QWEN
 
-from qaflora_edge import Engine
+from qaflora_edge import Engine, FusionWeights
 from qaflora_edge.ask import Chat, Prompt
 from qaflora_edge.backend.batch import n_common
 from qaflora_edge.backend.context import Context
@@ -167,6 +168,32 @@ def test_neutral_prompts_are_read_behind_each_system_prompt_once(calibrated, mon
         assert not engine.read(Chat([turn])).neutral
         engine.system = system["content"]  # as if the bundle had it
         assert not engine.read(Chat([turn])).neutral
+
+
+def test_behind_a_tools_result_the_mix_is_that_of_the_question(tmp_path, monkeypatch) -> None:
+    template = QWEN.replace("{{ m.role }}", "{{ 'user' if m.role == 'tool' else m.role }}")
+    made = make_bundle(tmp_path, calibrate=True, chat_template=template, n_ctx=1024)
+    function = {"name": "time", "arguments": {}}
+    calls = [{"id": "1", "type": "function", "function": function}]
+    called = {"role": "assistant", "content": "the ", "tool_calls": calls}
+    result = {"role": "tool", "tool_call_id": "1", "content": '{"ring": "in the air"}'}
+    asked: list[Any] = [{"role": "user", "content": "the thing on a ring"}]
+    mixes: list[FusionWeights] = []
+    tools = [{"type": "function", "function": {"name": "time"}}]
+    options: Any = {"tools": tools, "max_tokens": 1, "strategy": "two-place:abstain=never"}
+    with Engine(made.folder, n_ctx=1024) as engine:
+        n_before = engine.chat(asked, **options, on_weights=mixes.append).usage.prompt_tokens
+        counts = count_decoded(monkeypatch)
+        for messages in ([*asked, called, result], [*asked, called, result, called, result]):
+            del counts[:]
+            usage = engine.chat(messages, **options, on_weights=mixes.append).usage
+            # The question is not read again: only what is new, and the rows that a mix reads.
+            assert sum(counts) <= usage.prompt_tokens - n_before + 3 * 16
+            n_before = usage.prompt_tokens
+    first, *later = mixes
+    for mix in later:
+        assert mix.why == first.why
+        np.testing.assert_array_equal(mix.weights, first.weights)
 
 
 def test_what_raises_all_adapters_is_no_surprise() -> None:

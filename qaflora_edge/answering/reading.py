@@ -109,7 +109,7 @@ class PromptReading(Reading):
         query = self.query
         n_scored = N_OUTPUT * query.is_chat
         end = len(self._tokens)
-        listener = self._core.prober.added(self._rows, query.question, end, n_scored)
+        listener = self._core.prober.added(self._rows, query.question, end, n_scored, query.tokens)
         return self._listen(listener), listener
 
     def neutral(self) -> F64:

@@ -290,7 +290,8 @@ def message(head: Json, generation: Generation, extras: Extras = NOTHING) -> Jso
         arguments = openai_chat.arguments_of(call) or {}
         content.append(_tool_block(call) | {"input": arguments})
     fields = {"content": content, "usage": _usage(generation)}
-    return head | fields | _stop(generation, is_call=bool(calls)) | extras.end(generation)
+    stop = _stop(generation, is_call=bool(calls))
+    return head | fields | stop | extras.mix(generation.fusion)
 
 
 def events(head: Json, generation: Generation, extras: Extras = NOTHING) -> Iterator[Json]:
@@ -316,7 +317,7 @@ def events(head: Json, generation: Generation, extras: Extras = NOTHING) -> Iter
         yield from blocks.text("")
     yield from blocks.close()
     end = {"type": "message_delta", "delta": _stop(generation, is_call=is_call)}
-    yield end | {"usage": _usage(generation)} | extras.end(generation)
+    yield end | {"usage": _usage(generation)} | extras.mix(generation.fusion)
     yield {"type": "message_stop"}
 
 

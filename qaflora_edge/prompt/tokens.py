@@ -59,14 +59,20 @@ class Reader:
         if isinstance(question, Prompt):
             return question
         tokens = self.tokens(question, parse_special)
-        place = find_question(self.model, tokens)
+        n_weighed = None
+        asked = _without_results(question)
+        if asked is not None:
+            n_weighed = n_common(self.tokens(asked), tokens)
+        place = find_question(self.model, tokens[:n_weighed])
         if place is None:
             return Prompt(tuple(tokens))
         start, end, is_later = place
         thinking = _thinking_after(self.model, tokens, end)
         n_before = _n_before_turns(self.model, tokens)
         neutral = self._neutral(tuple(tokens[:n_before]))
-        return Prompt(tuple(tokens), (start, end), is_later, thinking, neutral=neutral)
+        return Prompt(
+            tuple(tokens), (start, end), is_later, thinking, neutral=neutral, n_weighed=n_weighed
+        )
 
     def _neutral(self, system: tuple[int, ...]) -> tuple[tuple[Prompt, Prompt], ...]:
         """Pair neutral prompts, as usual and behind a system prompt that is not the usual one."""
@@ -109,6 +115,24 @@ class Reader:
         what = "prompt with its continuation"
         checked_tokens(self.model, [*prompt.tokens, *tokens], self.n_ctx, what)
         return tuple(tokens)
+
+
+def _without_results(question: Question) -> Chat | None:
+    """Give a conversation up to the question that tools gave results for; None: none did.
+
+    Many templates write a result as a user's turn. It would be weighed as a question, and JSON in
+    it would take an adapter that writes JSON.
+    """
+    if not isinstance(question, Chat):
+        return None
+    messages = list(question.messages)
+    roles = [message.get("role") for message in messages]
+    results = 0
+    while roles and roles[-1] != "user":
+        results += roles.pop() == "tool"
+    if not results or not roles:
+        return None
+    return replace(question, messages=messages[: len(roles)], continue_final_message=False)
 
 
 def chat_tokens(

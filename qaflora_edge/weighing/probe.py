@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -21,6 +22,7 @@ from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.prefix import GrowingContext, Prefixes, Steps, prefill, wiped_on_failure
 from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.adapter import AdapterInfo, read_adapter_gguf
+from qaflora_edge.progress import silent
 from qaflora_edge.weighing import numbers
 from qaflora_edge.weighing.adapter_inputs import (
     AttentionInputs,
@@ -37,6 +39,7 @@ RowKey = tuple[int, ...]  # the same
 PLACES = ("answer", "question")  # the last token, where the answer begins; the question's mean
 _N_BLOCK = 64  # tokens of a question that are summed together
 _N_NEUTRAL = 64  # system prompts that are remembered
+_N_HEARD = 64  # questions that are, for prompts that go on behind them
 _N_TOGETHER = 8  # short queries of one batch: the base's matrices are read once for all
 
 
@@ -130,9 +133,15 @@ class _Added(Listener):
     """
 
     def __init__(
-        self, sizes: Sequence[AttentionSizes], question: Span, end: int, threads: Executor
+        self,
+        sizes: Sequence[AttentionSizes],
+        question: Span,
+        end: int,
+        threads: Executor,
+        remember: Callable[[F64, float], object],
     ) -> None:
         self._sizes = sizes
+        self._remember = remember
         self.start, self._stop = question
         self._end = end
         self._threads = threads
@@ -173,7 +182,24 @@ class _Added(Listener):
             for sizes, of_modules in zip(self._sizes, place, strict=True):
                 by_row.append(sizes.of_layers(of_modules))
             by_place.append(by_row)
-        return np.array(by_place)
+        result = np.array(by_place)
+        self._remember(result, self.nats)
+        return result
+
+
+class _Remembered(Listener):
+    """Give what was heard of a question before: of this prompt nothing has to be read for it."""
+
+    def __init__(self, n_token: int, result: F64, nats: float) -> None:
+        self.start = n_token - 1
+        self.nats = nats
+        self._result = result
+
+    def take(self, at: int, inputs: F32) -> None:
+        pass
+
+    def result(self) -> F64:
+        return self._result
 
 
 class Prober:
@@ -220,6 +246,8 @@ class Prober:
         self._n_exact: int | None = None  # tokens held in the cuts of a whole prompt; None: all
         self._last: tuple[_Measured, F32] | None = None
         self._neutral: dict[tuple[Any, ...], F64] = {}  # the oldest first
+        self._heard: dict[tuple[Any, ...], tuple[F64, float]] = {}  # likewise, of added()
+        self._remembering = Lock()
 
     def _read_queries(self, rows: RowKey) -> QueryProjections:
         infos = [self._infos[row] for row in rows]
@@ -250,20 +278,33 @@ class Prober:
         """Compute what strategy.Reading.routing gives, and raise as it does."""
         return _Routing(self._attention(tuple(rows), routing))
 
-    def added(self, rows: Rows, span: Span, end: int, n_scored: int = 0) -> Listener:
+    def added(
+        self, rows: Rows, span: Span, end: int, n_scored: int = 0, tokens: Ids = ()
+    ) -> Listener:
         """Measure what each adapter would add to q, k and v in two places: [2, n_row, n_layer].
 
         span  where the question's tokens stand
         end   tokens of the prompt that are weighed
         n_scored  most tokens of the question, after its first, that the base is asked about
+        tokens  of the prompt: one that only goes on after `end` is not measured again
         """
+        key = (tuple(rows), span, n_scored, tuple(tokens[:end]))
+        if end < len(tokens) and key in self._heard:
+            return _Remembered(len(tokens), *self._heard[key])
         sizes = [self._sizes(row) for row in rows]
-        listener = _Added(sizes, span, end, self._threads)
+        remember = partial(self._remember, key) if tokens else silent
+        listener = _Added(sizes, span, end, self._threads, remember)
         start, stop = span
         last_scored = min(start + n_scored, stop - 1)
         listener.scored = range(start, last_scored)
         listener.hears_next = n_scored > 0
         return listener
+
+    def _remember(self, key: tuple[Any, ...], result: F64, nats: float) -> None:
+        with self._remembering:  # callers have threads of their own
+            self._heard[key] = result, nats
+            while len(self._heard) > _N_HEARD:
+                del self._heard[next(iter(self._heard))]
 
     def mean_states(self, tokens: Ids, n_skipped: int = 0) -> Steps[F32]:
         """Average the states after each block over tokens: float32 [n_layer, n_embd].
@@ -335,16 +376,15 @@ class Prober:
         read  gives the base's KV state of the query, where it is known
         """
         n_token = len(query.tokens)
-        n_thought = n_token - (query.n_weighed or n_token)  # tokens that begin one, at the end
         measured = []
         for prompts in zip(*query.neutral, strict=True):  # all as usual, then all behind it
-            key = (tuple(rows), n_thought, prompts[0].tokens)
+            key = (tuple(rows), query.n_thought, prompts[0].tokens)
             if key not in self._neutral:
                 queries = []
                 for prompt in prompts:
                     assert prompt.question is not None
                     asked = replace(query, tokens=prompt.tokens, question=prompt.question)
-                    n_weighed = len(prompt.tokens) - n_thought
+                    n_weighed = len(prompt.tokens) - query.n_thought
                     queries.append(replace(asked, n_weighed=n_weighed))
                 n_same = n_common(query.tokens, prompts[0].tokens)
                 state = read() if 2 * n_same > n_token else None  # of long chats it is large

@@ -97,7 +97,7 @@ class RelayStrategy(TwoPlace):
                 )
             return _by_hand(reading)
         plan = super().plan(reading)
-        if not query.is_chat or not query.can_draft or len(query.adapters) < 2:
+        if not query.is_chat or not query.can_draft or query.has_results or len(query.adapters) < 2:
             return plan
         return _relayed(query, reading, plan)
 

@@ -57,8 +57,9 @@ class Query:
     question  span of the question's tokens: the last user turn of a chat prompt, else all tokens
     is_chat   whether the prompt is in chat form, is_later: with another user turn before it
     can_draft whether another may write with a draft in view: not after a thought
-    n_weighed  tokens before a thought that the chat template began: with it and without it the
-              weights are the same; None: all
+    n_weighed  tokens before a thought that the chat template began, or before calls of tools: with
+              them and without them the weights are the same; None: all
+    n_thought  tokens at its end that begin a thought
     neutral   see Prompt
     """
 
@@ -76,7 +77,14 @@ class Query:
     is_later: bool = False
     can_draft: bool = False
     n_weighed: int | None = None
+    n_thought: int = 0
     neutral: tuple[tuple[Prompt, Prompt], ...] = field(default=(), repr=False)
+
+    @property
+    def has_results(self) -> bool:
+        """Tell whether tools have given results since the question."""
+        n_weighed = len(self.tokens) if self.n_weighed is None else self.n_weighed
+        return n_weighed + self.n_thought < len(self.tokens)
 
 
 class Reading(Protocol):

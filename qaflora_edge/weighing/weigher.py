@@ -188,7 +188,8 @@ class Weigher:
             options = choice.options
         n_token = len(prompt.tokens)
         thinking = prompt.thinking
-        n_weighed = n_token if thinking is None else thinking.n_weighed
+        n_thought = 0 if thinking is None else n_token - thinking.n_weighed
+        n_weighed = prompt.n_weighed or n_token - n_thought
         is_chat = prompt.question is not None
         return Query(
             tokens=prompt.tokens,
@@ -205,6 +206,7 @@ class Weigher:
             is_later=prompt.is_later,
             can_draft=is_chat and thinking is None,
             n_weighed=n_weighed,
+            n_thought=n_thought,
             neutral=prompt.neutral,
         )
 
