@@ -1,7 +1,7 @@
 """Make the pictures of the page in docs/images: a mix that is opened, and two versions.
 
     python benchmarks/page_pictures.py http://127.0.0.1:8080/     of `qaflora serve demo`
-    python benchmarks/page_pictures.py --states FOLDER            six states, to look at
+    python benchmarks/page_pictures.py --states FOLDER            states to look at
 
 The states are of a server with given answers, at 390 and 1,280 pixels, light and dark. Both need
 chromium and chromedriver.
@@ -119,6 +119,31 @@ def many(desk: Desk) -> None:
         desk.click("#open-panel")
 
 
+def chats(desk: Desk) -> None:
+    """Kept chats, the last with an answer that was cut."""
+    for text in ("Write a letter to the bakery, and be polite", "Plan a week in Lisbon"):
+        desk.ask(text)
+        desk.click("#new")
+    desk.script.answers["Tell me of dragons"] = "Once upon a time a **dragon** lived in the"
+    desk.script.reason = "length"
+    desk.set("#system", "Tell stories for children.")
+    desk.ask("Tell me of dragons")
+    is_open = "return document.getElementById('chats').checkVisibility()"
+    if not desk.window.run(is_open):
+        desk.click("#open-chats")
+
+
+def edit(desk: Desk) -> None:
+    """An answer that is being changed, under a system prompt that is kept."""
+    desk.window.run(
+        "localStorage.setItem('settings', JSON.stringify("
+        "{presets: [{name: 'Short', text: 'Be short.'}], system: 'Be short.'}))"
+    )
+    desk.reload()
+    desk.ask()
+    desk.click("[title='Edit the answer']")
+
+
 MANY = {"demo": ("es", *(f"subject-{i}" for i in range(1, 64)))}
 STATES: dict[str, Callable[[Desk], None]] = {
     "begin": begin,
@@ -126,6 +151,8 @@ STATES: dict[str, Callable[[Desk], None]] = {
     "relay": relay,
     "versions": versions,
     "many": many,
+    "chats": chats,
+    "edit": edit,
 }
 
 

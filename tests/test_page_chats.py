@@ -7,7 +7,8 @@ pytestmark = NEEDS_CHROMIUM
 
 
 def listed(desk: Desk, n: int) -> list[str]:
-    desk.click("#open-chats")
+    if not desk.window.run("return document.body.classList.contains('has-chats')"):
+        desk.click("#open-chats")
     desk.window.until("return document.querySelectorAll('.past').length === arguments[0]", n)
     return desk.texts(".past bdi")
 
@@ -18,8 +19,8 @@ def test_past_chats_are_opened_and_go_on(desk) -> None:
         desk.ask(question)
     assert listed(desk, 2) == ["two lines", "one"]
     desk.click("li:nth-child(2) > .past")
-    desk.window.until("return !document.querySelector('dialog[open]')")
-    assert desk.texts(".said") == ["one"]
+    desk.window.until("return document.querySelector('.said').innerText === 'one'")
+    assert desk.texts(".past[aria-current=true]") == ["one"]
     desk.ask("again")
     desk.window.open(f"{desk.address}?new-tab")
     desk.window.until("return document.querySelectorAll('.turn').length")
@@ -29,13 +30,47 @@ def test_past_chats_are_opened_and_go_on(desk) -> None:
     assert desk.window.log() == []
 
 
+def test_chats_are_in_view_and_found_by_their_words(desk) -> None:
+    desk.script.answers["two"] = "It is a <b>Dragon</b>."
+    desk.open(1280)
+    for question in ("one", "two", "three"):
+        desk.click("#new")
+        desk.ask(question)
+    desk.window.until("return document.querySelectorAll('.past').length === 3")
+    assert desk.texts(".chats-list h3") == ["Today"]
+    assert desk.window.run("return document.querySelector('.past').checkVisibility()")
+    for words, found in (("dragon IT", ["two"]), ("thr", ["three"]), ("nothing so", [])):
+        desk.set("#chats-search", words)
+        assert desk.texts(".past") == found
+    assert desk.text("#chats-note") == "No chat has these words."
+    desk.set("#chats-search", "")
+    assert desk.texts(".past") == ["three", "two", "one"]
+    desk.click("#open-chats")
+    desk.reload()
+    assert desk.window.run("return document.getElementById('chats').checkVisibility()") is False
+    assert desk.window.log() == []
+
+
+def test_a_telephone_closes_the_list_for_the_chat_that_is_opened(desk) -> None:
+    desk.open(390)
+    desk.ask("one")
+    desk.click("#new")
+    desk.ask("two")
+    desk.click("#open-chats")
+    assert desk.window.run("return document.activeElement.id") == "close-chats"
+    desk.window.until("return document.querySelectorAll('.past').length === 2")
+    desk.click("li:nth-child(2) > .past")
+    desk.window.until("return document.querySelector('.said').innerText === 'one'")
+    assert desk.window.run("return document.getElementById('chats').checkVisibility()") is False
+
+
 def test_chats_are_deleted(desk) -> None:
     for question in ("one", "two", "three"):
         desk.click("#new")
         desk.ask(question)
     listed(desk, 3)
     desk.click("#chats-list li:nth-child(2) > :last-child")
-    assert desk.texts("#chats-list li > :last-child") == ["Delete", "Really?", "Delete"]
+    assert desk.texts("#chats-list li > :last-child") == ["", "Really?", ""]
     desk.click("#chats-list li:nth-child(2) > :last-child")
     desk.window.until("return document.querySelectorAll('.past').length === 2")
     assert desk.texts(".past bdi") == ["three", "one"]

@@ -48,6 +48,7 @@ const showChat = next => {
   adopt(next);
   fail("");
   chat.turns.forEach(append);
+  drawChats();
   drawState();
   scrollDown();
   question.focus();
@@ -177,12 +178,9 @@ byId("new").onclick = beginChat;
 
 addEventListener("keydown", event => {
   if (event.key !== "Escape" || document.querySelector("dialog[open], :popover-open")) return;
-  if (!byId("shade").hidden) openPanel(false);
+  if (!byId("shade").hidden) closePanels();
   else stop();
 });
-byId("open-panel").onclick = () => openPanel(!document.body.classList.contains("has-panel"));
-byId("shade").onclick = () => openPanel(false);
-isNarrow.addEventListener("change", () => openPanel(!isNarrow.matches));
 
 const drawEmpty = () => {
   const names = adaptersOf(settings.bundle), shown = names.length > N_ALL ? names.slice(0, N_TOP) : names;
@@ -202,12 +200,12 @@ const drawEmpty = () => {
 };
 
 const start = async () => {
-  for (const [id, icon] of [["attach", "attach"], ["new", "plus"], ["open-chats", "chats"], ["save", "download"], ["open-panel", "sliders"]]) {
+  for (const [id, icon] of [["attach", "attach"], ["new", "plus"], ["open-chats", "chats"], ["close-chats", "close"], ["save", "download"], ["open-panel", "sliders"]]) {
     byId(id).append(drawn(icon));
     byId(id).setAttribute("aria-label", byId(id).title);
   }
   drawState();
-  openPanel(!isNarrow.matches);
+  openPanels();
   const reading = readChat();
   try {
     const models = (await (await call("v1/models")).json()).data;
@@ -225,6 +223,7 @@ const start = async () => {
   drawPanel();
   drawEmpty();
   chat.turns.forEach(append);
+  tried(readChats);
   drawState();
   scrollDown();
   if (!isNarrow.matches) question.focus();

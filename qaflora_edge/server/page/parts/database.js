@@ -23,17 +23,22 @@ const withChats = async (mode, ask) => {
 const newId = () => crypto.getRandomValues(new Uint32Array(4)).join("-");
 
 // Write a chat. One that another tab has changed since stays, and this one gets a new id.
-const putChat = chat => withChats("readwrite", store => {
-  const request = store.get(chat.id);
-  request.onsuccess = () => {
-    const { revision } = request.result ?? chat;
-    if (revision !== chat.revision && revision !== chat.written) chat.id = newId();
-    chat.written = chat.revision;
-    const title = chat.turns[0].question.replace(/\s+/g, " ").slice(0, 100);
-    store.put({ id: chat.id, revision: chat.revision, time: Date.now(), title, turns: chat.turns });
-  };
-  return request;
-});
+const putChat = async chat => {
+  let stored;
+  await withChats("readwrite", store => {
+    const request = store.get(chat.id);
+    request.onsuccess = () => {
+      const { revision } = request.result ?? chat;
+      if (revision !== chat.revision && revision !== chat.written) chat.id = newId();
+      chat.written = chat.revision;
+      const title = chat.turns[0].question.replace(/\s+/g, " ").slice(0, 100);
+      stored = { id: chat.id, revision: chat.revision, time: Date.now(), title, turns: chat.turns };
+      store.put(stored);
+    };
+    return request;
+  });
+  return stored;
+};
 
 const getChat = id => withChats("readonly", store => store.get(id));
 const listChats = async () => (await withChats("readonly", store => store.getAll())).sort((one, other) => other.time - one.time);

@@ -35,8 +35,9 @@ const writeChat = async own => {
     return;
   }
   try {
-    await putChat(own);
+    const stored = await putChat(own);
     if (own === chat) keepInTab({ id: own.id });
+    noteKept(stored);
   } catch (error) {
     tellOnce(`The browser keeps no chats of this page: ${error.message.replace(/\.?$/, ".")} This one lives in its tab; save it as a file.`);
   }

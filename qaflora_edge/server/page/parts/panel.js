@@ -207,7 +207,7 @@ const drawPanel = () => {
   const presets = presetsField(), systemField = field("System prompt", system);
   system.after(presets.element);
   panel.replaceChildren(
-    el("div", { className: "panel-head" }, el("h2", {}, "Settings"), button("Close the settings", "close", () => openPanel(false), "quiet close-panel")),
+    el("div", { className: "panel-head" }, el("h2", {}, "Settings"), button("Close the settings", "close", closePanels, "quiet close-panel")),
     field("Strategy", strategy, strategyHelp(settings.strategy)),
     el("p", { className: "hint weighing", role: "status" }),
     ...lists,
@@ -221,14 +221,32 @@ const drawPanel = () => {
   if (focused && focused !== document.activeElement?.id) byId(focused)?.focus();
 };
 
-// On a narrow window the panel lies over the page, which waits meanwhile.
-const isNarrow = matchMedia("(max-width: 899px)");
-const openPanel = isOpen => {
-  const isOver = isOpen && isNarrow.matches;
-  document.body.classList.toggle("has-panel", isOpen);
-  byId("open-panel").setAttribute("aria-expanded", String(isOpen));
+// Two panels stand beside the conversation. On a narrow window one lies over it, and the conversation waits.
+const isNarrow = matchMedia("(max-width: 899px)"), isWide = matchMedia("(min-width: 1200px)");
+const PANELS = ["chats", "panel"];
+const isPanelOpen = id => document.body.classList.contains(`has-${id}`);
+const openPanel = (id, isOpen) => {
+  const isOver = isOpen && isNarrow.matches, opener = byId(`open-${id}`);
+  document.body.classList.toggle(`has-${id}`, isOpen);
+  opener.setAttribute("aria-expanded", String(isOpen));
   byId("shade").hidden = !isOver;
   for (const part of [document.querySelector(".talk"), document.querySelector(".top")]) part.inert = isOver;
-  if (isOver) byId("panel").querySelector("button").focus();
-  else if (byId("panel").contains(document.activeElement)) byId("open-panel").focus();
+  if (isOver) byId(id).querySelector("button").focus();
+  else if (byId(id).contains(document.activeElement)) opener.focus();
 };
+const closePanels = () => PANELS.filter(isPanelOpen).forEach(id => openPanel(id, false));
+// As this browser had them, where the window has room.
+const openPanels = () => {
+  closePanels();
+  openPanel("panel", !isNarrow.matches && settings.panels.panel);
+  openPanel("chats", isWide.matches && settings.panels.chats);
+};
+for (const id of PANELS) byId(`open-${id}`).onclick = () => {
+  openPanel(id, !isPanelOpen(id));
+  if (isNarrow.matches) return;
+  settings.panels[id] = isPanelOpen(id);
+  keep();
+};
+byId("shade").onclick = closePanels;
+byId("close-chats").onclick = closePanels;
+isNarrow.addEventListener("change", openPanels);
