@@ -3,18 +3,21 @@
 
 #include "qaflora-context.h"
 #include "qaflora-error.h"
+#include "qaflora-memory.h"
 
 #include "llama-context.h"
 #include "llama-model.h"
 
 #include <algorithm>
 #include <cmath>
+#include <new>
 
 #ifndef QAFLORA_BUILD_INFO
 #error "QAFLORA_BUILD_INFO must name the llama.cpp commit and the patches"
 #endif
 
 int32_t qaflora_abi_version(void) {
+    qaflora_ask_for_exceptions(); // whoever uses the library asks this first
     return QAFLORA_ABI_VERSION;
 }
 
@@ -92,9 +95,24 @@ llama_context * qaflora_context_init(llama_model * model, const llama_context_pa
         return ctx;
     } catch (const std::exception & err) {
         g_pending.reset();
-        qaflora_set_error(err.what());
+        qaflora_explain(err);
         return nullptr;
     }
+}
+
+int32_t qaflora_decode(llama_context * ctx, const llama_batch * batch) {
+    const int32_t no_memory = -2; // as llama_decode says it
+    const uint64_t n_failed = qaflora_n_failed_op();
+    try {
+        const int32_t res = llama_decode(ctx, *batch);
+        if (res != 0 || qaflora_n_failed_op() == n_failed) {
+            return res;
+        }
+        qaflora_explain(std::bad_alloc());
+    } catch (const std::exception & err) {
+        qaflora_explain(err);
+    }
+    return no_memory;
 }
 
 // weights and states

@@ -3,6 +3,7 @@
 #include "qaflora-cpu-ops.h"
 
 #include "qaflora-cpu-store.h"
+#include "qaflora-memory.h"
 
 #include "ggml.h"
 
@@ -62,7 +63,7 @@ static std::vector<int32_t> pairs_by_expert(const ggml_tensor * experts, int64_t
     return pairs;
 }
 
-void qaflora_op_delta_experts(ggml_tensor * dst, int ith, int nth, void * userdata) {
+static void delta_experts(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const auto & m = *(const qaflora_cpu_module *) userdata;
     const ggml_tensor * y       = dst->src[0];
     const ggml_tensor * x       = dst->src[1];
@@ -91,6 +92,10 @@ void qaflora_op_delta_experts(ggml_tensor * dst, int ith, int nth, void * userda
         m.kernels->rank_product(p, rows, xi, t.data(), 0, 1);
         m.kernels->add_delta(d, rows, t.data(), yi, (float *) ((char *) dst->data + row*dst->nb[2] + place*dst->nb[1]), 0, 0, 1);
     }
+}
+
+void qaflora_op_delta_experts(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    qaflora_compute([&] { delta_experts(dst, ith, nth, userdata); });
 }
 
 // y of a differential product may have rows more: the rest of base rows that were split. Returns how many it has apart from them.
@@ -149,7 +154,7 @@ void qaflora_op_round(ggml_tensor * dst, int ith, int nth, void * userdata) {
     ((const qaflora_kernels *) userdata)->matmul_round((const float *) x->data, ggml_nrows(x), x->ne[0], dst->data, ith, nth);
 }
 
-void qaflora_op_matmul(ggml_tensor * dst, int ith, int nth, void * userdata) {
+static void matmul(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const auto & kernels = *(const qaflora_kernels *) userdata;
     const qaflora_matrix m = qaflora_matrix_of(dst->src[1]);
     const int64_t n_out   = dst->ne[0];
@@ -158,6 +163,10 @@ void qaflora_op_matmul(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const int64_t end     = std::min(n_out, n_panel*(ith + 1)/nth*QAFLORA_PANEL);
     const std::unique_ptr<uint8_t[]> room(new uint8_t[kernels.matmul_room_size(m.n_in)]); // 0.6 MB for 8B: not zeroed
     kernels.matmul(m, begin, end, dst->src[0]->data, dst->ne[1], (float *) dst->data + begin, n_out, room.get());
+}
+
+void qaflora_op_matmul(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    qaflora_compute([&] { matmul(dst, ith, nth, userdata); });
 }
 
 void qaflora_op_subtract_base(ggml_tensor * dst, int ith, int nth, void * userdata) {
@@ -186,7 +195,7 @@ int64_t qaflora_n_split(const qaflora_cpu_difference & how, int64_t slot, int64_
     return std::min<int64_t>(n_base, slot == 0 ? how.n_split : 1);
 }
 
-void qaflora_op_coarsest_rows(ggml_tensor * dst, int ith, int nth, void * userdata) {
+static void coarsest_rows(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const auto & diff = *(const qaflora_cpu_difference *) userdata;
     const ggml_tensor * src = dst->src[0];
     const int64_t n      = src->ne[0];
@@ -217,4 +226,8 @@ void qaflora_op_coarsest_rows(ggml_tensor * dst, int ith, int nth, void * userda
             ((int32_t *) dst->data)[(is == 0 ? 0 : n_first + (is - 1)*n_other) + i] = power[i].second;
         }
     }
+}
+
+void qaflora_op_coarsest_rows(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    qaflora_compute([&] { coarsest_rows(dst, ith, nth, userdata); });
 }

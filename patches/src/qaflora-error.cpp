@@ -4,16 +4,22 @@
 
 #include <cstdarg>
 #include <cstdio>
+#include <new>
 #include <stdexcept>
 
-static thread_local std::string g_error;
+// room for a sentence: setting it must not ask for memory
+static thread_local char g_error[1024] = "";
+
+void qaflora_set_error(const char * message) {
+    snprintf(g_error, sizeof(g_error), "%s", message);
+}
 
 void qaflora_set_error(const std::string & message) {
-    g_error = message;
+    qaflora_set_error(message.c_str());
 }
 
 const char * qaflora_last_error(void) {
-    return g_error.c_str();
+    return g_error;
 }
 
 std::string qaflora_format(const char * fmt, ...) {
@@ -27,4 +33,10 @@ std::string qaflora_format(const char * fmt, ...) {
 
 void qaflora_fail(const std::string & message) {
     throw std::runtime_error(message);
+}
+
+void qaflora_explain(const std::exception & err) {
+    const bool is_memory = dynamic_cast<const std::bad_alloc *>(&err);
+    qaflora_set_error(is_memory ? "there is not enough memory; close other programs, or take a smaller context, fewer adapters or a smaller base"
+                                : err.what());
 }

@@ -5,8 +5,12 @@
 #include <exception>
 #include <string>
 
-// sets qaflora_last_error()
+// sets qaflora_last_error(), without asking for memory
+void qaflora_set_error(const char * message);
 void qaflora_set_error(const std::string & message);
+
+// sets it to what an exception says
+void qaflora_explain(const std::exception & err);
 
 // format like printf into a std::string
 std::string qaflora_format(const char * fmt, ...);
@@ -19,7 +23,7 @@ template <typename F> auto qaflora_guarded(F call) -> decltype(call()) {
     try {
         return call();
     } catch (const std::exception & err) {
-        qaflora_set_error(err.what());
+        qaflora_explain(err);
         return {};
     }
 }

@@ -14,7 +14,6 @@
 #include <cstring>
 #include <functional>
 #include <stdexcept>
-#include <system_error>
 #include <thread>
 
 // logits and rows held at once: they bound the memory of the lens for any vocabulary and depth
@@ -52,8 +51,8 @@ static void run_parallel(int n_threads, int32_t n_task, const std::function<void
         for (; ith < n_threads; ++ith) {
             threads.emplace_back(work, ith);
         }
-    } catch (const std::system_error &) {
-        // no more threads to be had: those that there are do its share
+    } catch (const std::exception &) {
+        // no more threads, or memory for them, to be had: those that there are do its share
     }
     work(0);
     for (auto & t : threads) {

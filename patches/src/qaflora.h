@@ -86,6 +86,9 @@ LLAMA_API int32_t               qaflora_pack_n_alike(const struct qaflora_pack *
 LLAMA_API struct llama_context * qaflora_context_init(struct llama_model * model, const struct llama_context_params * params,
                                                       struct qaflora_pack * pack, uint32_t flags);
 
+// llama_decode, which also returns -2, with qaflora_last_error(), where memory ran out in the middle.
+LLAMA_API int32_t qaflora_decode(struct llama_context * ctx, const struct llama_batch * batch);
+
 // weights [n_adapter, n_layer] of one sequence, used from the next llama_decode on. Returns 1 on success.
 LLAMA_API int32_t qaflora_set_weights(struct llama_context * ctx, llama_seq_id seq_id, const float * weights, int64_t n_weight);
 

@@ -352,7 +352,7 @@ class Context(library.Handle):
         assert batch.n_token <= self._n_batch, (batch.n_token, self._n_batch)
         assert batch.n_output <= self._n_output, (batch.n_output, self._n_output)
         assert max(span.seq for span in spans) < self.n_seq, spans
-        code = self._lib.llama_decode(self._pointer, batch.struct)
+        code = self._functions.decode(self._pointer, ctypes.byref(batch.struct))
         if code == 0:
             for span in spans:
                 self.tokens[span.seq][span.start :] = span.tokens

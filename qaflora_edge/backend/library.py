@@ -49,6 +49,7 @@ _PROTOTYPES: dict[str, Prototype] = {
     "pack_first_layer": (_INT, [_HANDLE, _INT]),
     "pack_n_alike": (_INT, [_HANDLE]),
     "context_init": (_HANDLE, [_HANDLE, _HANDLE, _HANDLE, ctypes.c_uint32]),
+    "decode": (_INT, [_HANDLE, _HANDLE]),
     "set_weights": (_INT, [_HANDLE, _INT, _ARRAY, _LONG]),
     "capture_begin": (_INT, [_HANDLE, _INT]),
     "get_states": (_INT, [_HANDLE, _INT, _ARRAY, _LONG]),
