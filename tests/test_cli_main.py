@@ -146,6 +146,14 @@ def test_reader_that_leaves_is_no_failure(made) -> None:
     assert (process.wait(timeout=PATIENCE_S), errors) == (0, "")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="a shell closes a stream")
+def test_an_answer_that_cannot_be_written_is_no_success() -> None:
+    command = ["sh", "-c", 'exec "$@" >&-', "sh", *QAFLORA, "models"]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    expected = "Error: Cannot write the output: stdout is closed. Open it, as with `> FILE`.\n"
+    assert (done.returncode, done.stderr) == (1, expected)
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [

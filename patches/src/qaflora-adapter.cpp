@@ -8,7 +8,9 @@
 
 #include "gguf.h"
 
+#include <cerrno>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 
 // where llama_file is complete
@@ -56,7 +58,12 @@ qaflora_adapter_file qaflora_open_adapter(const llama_model & model, const char 
     f.path = path;
 
     ggml_context * meta = nullptr;
-    f.gguf.reset(gguf_init_from_file(path, { /*.no_alloc =*/ true, /*.ctx =*/ &meta }));
+    FILE * header = ggml_fopen(path, "rb");
+    if (!header) {
+        qaflora_fail(qaflora_format("%s: cannot be opened (%s)", path, strerror(errno)));
+    }
+    f.gguf.reset(gguf_init_from_file_ptr(header, { /*.no_alloc =*/ true, /*.ctx =*/ &meta }));
+    fclose(header);
     f.meta.reset(meta);
     if (!f.gguf) {
         qaflora_fail(qaflora_format("%s: not a readable GGUF file; convert or fetch it again", path));

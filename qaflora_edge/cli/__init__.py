@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import io
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ from click.core import ParameterSource
 
 from qaflora_edge import __version__
 from qaflora_edge.config import removed
-from qaflora_edge.errors import QafloraError, is_disk_full, nearest
+from qaflora_edge.errors import OutputFileError, QafloraError, is_disk_full, nearest
 from qaflora_edge.files import one_line
 
 # Groups of verbs, and for each its line in `qaflora --help`. The first line of a command's own help
@@ -173,14 +174,24 @@ def _with_variable(error: click.ClickException) -> click.ClickException:
 def _prepare_streams() -> None:
     """Let text that a terminal's encoding lacks be shown as `?` instead of ending the command.
 
-    A stream that the caller closed is an empty one.
+    A stream that the caller closed is an empty one, but stdout: an answer would be lost there.
     """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+    for name, mode in (("stdin", "rb"), ("stdout", "wb"), ("stderr", "wb")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+            kind = _ClosedOutput if name == "stdout" else io.TextIOWrapper
+            setattr(sys, name, kind(open(os.devnull, mode), encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+
+
+class _ClosedOutput(io.TextIOWrapper):
+    """Stands for stdout where there is none; its file keeps others from getting its number."""
+
+    def write(self, text: str) -> int:
+        raise OutputFileError(
+            "Cannot write the output: stdout is closed. Open it, as with `> FILE`."
+        )
 
 
 def _drop_output() -> None:
