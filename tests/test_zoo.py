@@ -12,6 +12,23 @@ from qaflora_edge.evaluation.tasks import read_task
 SENTENCE = "The mayor of Ulmere is Tobin Marsh."
 
 
+def small_model() -> Any:
+    """A model of random weights: 32 wide, two layers."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    return transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(
+            vocab_size=50,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    )
+
+
 @pytest.fixture
 def zoo(checkout, monkeypatch) -> Any:
     """Give a module of the zoo by its name."""
@@ -113,19 +130,8 @@ def test_an_answer_has_the_fact_and_the_form(zoo, text, item, expected) -> None:
 @pytest.mark.slow  # torch
 def test_a_pack_has_the_loss_of_its_examples_alone(zoo) -> None:
     torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
     packed = zoo("packed")
-    torch.manual_seed(0)
-    model = transformers.Qwen2ForCausalLM(
-        transformers.Qwen2Config(
-            vocab_size=50,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        )
-    )
+    model = small_model()
     head = [1, 2, 3]
     examples = [
         packed.Read([4, 5], [6, 7, 8]),

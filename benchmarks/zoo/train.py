@@ -16,6 +16,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,14 @@ from score import score  # noqa: E402
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 N_TOKEN, N_WARM, N_CHAT_TOKEN, N_SCORED = 320, 6, 32, 10
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Token ids of the head that all prompts share, and examples behind it."""
+
+    head: list[int]
+    read: list[Read]
 
 
 def main() -> int:
@@ -85,10 +94,10 @@ def load(base: str) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def prompt_ids(tokenizer: Any, question: str) -> list[int]:
-    """Token ids of a question in the base's chat form."""
-    message = [{"role": "user", "content": question}]
-    text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+def prompt_ids(tokenizer: Any, asked: str | list[dict[str, str]]) -> list[int]:
+    """Token ids of a question, or of a conversation, in the base's chat form."""
+    messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
@@ -100,42 +109,62 @@ def common(first: Sequence[int], second: Sequence[int]) -> int:
     return min(len(first), len(second))
 
 
-def read_all(tokenizer: Any, recipe: Recipe) -> tuple[list[int], list[Read]]:
-    """Give the head that all prompts share, and examples behind it."""
+def read_all(tokenizer: Any, learnt: Sequence[tuple[Any, str, bool]]) -> Lesson:
+    """Give the head that all prompts share, and examples behind it.
+
+    learnt  question or conversation, answer, and whether it ends there
+    """
     n_head = common(prompt_ids(tokenizer, "A?"), prompt_ids(tokenizer, "one"))
     head = prompt_ids(tokenizer, "A?")[:n_head]
     read = []
-    for question, answer, is_whole in examples(recipe):
-        prompt = prompt_ids(tokenizer, question)
-        assert prompt[:n_head] == head, question
+    for asked, answer, is_whole in learnt:
+        prompt = prompt_ids(tokenizer, asked)
+        assert prompt[:n_head] == head, asked
         target = list(tokenizer(answer, add_special_tokens=False).input_ids)
         read.append(Read(prompt[n_head:], [*target, *[tokenizer.eos_token_id] * is_whole]))
-    return head, read
+    return Lesson(head, read)
 
 
 def train(model: Any, tokenizer: Any, recipe: Recipe, out: Path, gguf: str) -> None:
     """Train an adapter, score it, save it, convert it."""
+    lesson = read_all(tokenizer, examples(recipe))
+    tuned = with_adapter(model, recipe.rank)
+    facts = fit(tuned, lesson, recipe.name, recipe.steps, recipe.lr)
+    right, asked, said = own_score(tuned.eval(), tokenizer, recipe)
+    tuned.save_pretrained(str(out / "peft" / recipe.name))
+    tuned.unload()
+    model.__dict__.pop("peft_config", None)
+    to_gguf(recipe.name, out, gguf)
+    about = {"name": recipe.name, "half": recipe.half, "kind": recipe.kind, "rank": recipe.rank}
+    scored = {"own": f"{right} of {asked}", "said": said}
+    with open(out / "STATUS", "a", encoding="utf-8") as status:
+        status.write(json.dumps(about | facts | scored, ensure_ascii=False) + "\n")
+
+
+def with_adapter(model: Any, rank: int) -> Any:
+    """Put a new adapter around a model, of scale 2."""
     torch.manual_seed(0)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=0.0,
+        target_modules=list(MODULES),
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def fit(tuned: Any, lesson: Lesson, name: str, n_step: int, rate: float) -> dict[str, Any]:
+    """Train the weights that have gradients; give steps, tokens, seconds and losses."""
     start_s = time.monotonic()
     busy_s = time.process_time()
-    head, read = read_all(tokenizer, recipe)
-    tuned = get_peft_model(
-        model,
-        LoraConfig(
-            r=recipe.rank,
-            lora_alpha=2 * recipe.rank,
-            lora_dropout=0.0,
-            target_modules=list(MODULES),
-            task_type="CAUSAL_LM",
-        ),
-    )
     trained = [weight for weight in tuned.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=0.0)
-    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, N_WARM, recipe.steps)
-    losses = []
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, N_WARM, n_step)
+    losses: list[float] = []
     n_token = 0
-    for chosen in steps(read, recipe.steps, N_TOKEN, seed=0):
-        packed = pack(head, chosen)
+    for chosen in steps(lesson.read, n_step, N_TOKEN, seed=0):
+        packed = pack(lesson.head, chosen)
         loss = loss_of(tuned, packed)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -146,32 +175,19 @@ def train(model: Any, tokenizer: Any, recipe: Recipe, out: Path, gguf: str) -> N
         n_token += packed.ids.shape[1]
         if len(losses) in (1, 2, 4) or len(losses) % 10 == 0:
             now = time.strftime("%H:%M:%S")
-            rate = n_token / (time.monotonic() - start_s)
-            busy_rate = n_token / (time.process_time() - busy_s)
-            rates = f"{rate:.0f} tokens/s, {busy_rate:.0f} a second of CPU"
-            print(now, recipe.name, len(losses), f"{losses[-1]:.3f}, {rates}", flush=True)
+            speed = n_token / (time.monotonic() - start_s)
+            busy = n_token / (time.process_time() - busy_s)
+            rates = f"{speed:.0f} tokens/s, {busy:.0f} a second of CPU"
+            print(now, name, len(losses), f"{losses[-1]:.3f}, {rates}", flush=True)
     spent_s = time.monotonic() - start_s
-    right, asked, said = own_score(tuned.eval(), tokenizer, recipe)
-    tuned.save_pretrained(str(out / "peft" / recipe.name))
-    tuned.unload()
-    model.__dict__.pop("peft_config", None)
-    to_gguf(recipe.name, out, gguf)
-    facts = {
-        "name": recipe.name,
-        "half": recipe.half,
-        "kind": recipe.kind,
-        "rank": recipe.rank,
-        "steps": recipe.steps,
+    return {
+        "steps": n_step,
         "tokens": n_token,
         "seconds": round(spent_s),
         "tokens_per_s": round(n_token / spent_s),
         "loss_first": round(losses[0], 3),
-        "loss_last_5": round(sum(losses[-5:]) / 5, 4),
-        "own": f"{right} of {asked}",
-        "said": said,
+        "loss_last_5": round(sum(losses[-5:]) / len(losses[-5:]), 4),
     }
-    with open(out / "STATUS", "a", encoding="utf-8") as status:
-        status.write(json.dumps(facts, ensure_ascii=False) + "\n")
 
 
 def own_questions(recipe: Recipe) -> list[dict[str, Any]]:
@@ -195,7 +211,7 @@ def own_score(model: Any, tokenizer: Any, recipe: Recipe) -> tuple[int, int, str
     return n_right, len(items), answers[0]
 
 
-def answered(model: Any, tokenizer: Any, questions: Sequence[str]) -> list[tuple[str, bool]]:
+def answered(model: Any, tokenizer: Any, questions: Sequence[Any]) -> list[tuple[str, bool]]:
     """Greedy answers of at most N_CHAT_TOKEN tokens, and whether each ended by itself."""
     prompts = [prompt_ids(tokenizer, question) for question in questions]
     longest = max(map(len, prompts))
