@@ -10,6 +10,7 @@
 # make test-tsan      random schedules and threads with the thread sanitizer
 # make test-clients   the server with other people's clients, in an environment of its own
 # make pin-clients    the newest versions of those clients, for .ci/clients.txt
+# make lock           the newest versions of what tests and the container install, with hashes
 # make fuzz MINUTES=5 damaged files for every reader
 # make cuda-build     CUDA, where nvcc is: compiled, installed beside the wheel of dist/ and loaded, not run
 #
@@ -29,7 +30,7 @@
 # make attack-server  hostile clients on `qaflora serve`, and a user beside them
 # make bench-convert  seconds and peak memory of converting an adapter of an 8B model
 #
-# Each makes what is missing and repeats nothing. Options for llama.cpp go in CMAKE_ARGS, such as
+# Each makes what is missing and repeats nothing; LOCKED=1 installs by hashes into a new environment. Options for llama.cpp go in CMAKE_ARGS, such as
 # `make demo CMAKE_ARGS=-DGGML_CUDA=on`.
 
 PYTHON ?= python3
@@ -45,7 +46,7 @@ PACKAGE_FILES := pyproject.toml CMakeLists.txt models/registry.json \
 .PHONY: help demo test test-fast test-rpc test-vulkan vulkan-tests cuda-build cuda-tests test-asan asan-tests \
     test-tsan tsan-tests test-clients clients-tests pin-clients sdist release release-backend test-release release-tests test-aarch64 \
     test-windows test-container \
-    fuzz bench-server load-server attack-server bench-convert lint convert-table eval-report eval-smoke clean FORCE
+    lock fuzz bench-server load-server attack-server bench-convert lint convert-table eval-report eval-smoke clean FORCE
 
 # A wheel in dist/ that fits this machine and is newer than the sources spares the compiler.
 # Qwen2.5-Coder-0.5B (491 MB) with the six adapters of demo/; `make demo SMALL=1` is SmolLM2 (98 MB) with three.
@@ -190,6 +191,7 @@ release: sdist
 	CMAKE_ARGS="$(RELEASE_ARGS) $(CMAKE_ARGS)" $(PIP) wheel --no-deps --config-settings build-dir='$(RELEASE)/{wheel_tag}' \
 	    --wheel-dir $(RELEASE)/wheels .
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --lib-sdir /lib $(AUDIT) --wheel-dir dist $(RELEASE)/wheels/qaflora_edge-*_$(ARCH).whl
+	cp packages/container.lock dist/
 	$(SUMS)
 
 # A GPU's backend as a wheel of its own, `make release-backend BACKEND=vulkan` or cuda: installed beside
@@ -259,6 +261,14 @@ test-container:
 	rm -rf --one-file-system $(CONTAINER)
 	$(PYTHON) packages/container.py $(CONTAINER) $(CONTAINER_ARGS)
 
+# The binding is not in them: patches/UPSTREAM has its hash.
+LOCKING := --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate \
+    --no-emit-package llama-cpp-python --upgrade
+lock: $(DONE)/venv
+	$(PIP) install 'uv>=0.8'
+	$(BIN)/uv pip compile pyproject.toml $(LOCKING) --extra server --output-file packages/container.lock
+	$(BIN)/uv pip compile pyproject.toml $(LOCKING) --extra server --extra test --output-file requirements.lock
+
 # Cases are spread over the readers. `make fuzz MINUTES=1 TARGETS="peft convert"` names some.
 MINUTES ?= 5
 fuzz: $(DONE)/package
@@ -321,6 +331,7 @@ $(DONE)/venv:
 	    { echo "qaflora-edge needs Python 3.11 or newer; name one with 'make PYTHON=...'." >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	$(PIP) install 'filelock>=3.20.1' 'platformdirs>=4.3'  # for patches/prepare.py
+	$(if $(LOCKED),$(PIP) install --require-hashes --requirement requirements.lock)
 	@mkdir -p $(DONE) && touch $@
 
 # The pure-Python binding, from the archive that the patched source comes from as well. Without

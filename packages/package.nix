@@ -64,6 +64,7 @@ python3Packages.buildPythonApplication {
     click
     filelock
     gguf
+    h11
     huggingface-hub
     jinja2
     llguidance

@@ -2,11 +2,14 @@
 
 import re
 import tomllib
+from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 import qaflora_edge
+from qaflora_edge.backend import library
 
 
 def bounds(requirements: list[str]) -> dict[str, str]:
@@ -42,3 +45,65 @@ def test_derivation_of_nix(checkout, wanted) -> None:
     assert {*re.findall(r"^    ([\w-]+)$", build, re.MULTILINE)} >= wanted["host"].keys()
     names = {*re.findall(r"^    ([\w-]+)$", run, re.MULTILINE)}
     assert names | {"python"} == wanted["run"].keys()
+
+
+LOCKED = re.compile(
+    r"^([a-z0-9-]+)==(\S+)(?: ; .*?)?((?: \\\n    --hash=sha256:[0-9a-f]{64})+)$", re.MULTILINE
+)
+BINDING = "llama-cpp-python"  # patches/UPSTREAM has its hash
+
+
+def locked(path: Path) -> dict[str, list[str]]:
+    """Name -> versions; each line of the file belongs to one, and each has hashes."""
+    text = path.read_text("utf-8")
+    assert LOCKED.sub("", text).strip() == ""
+    found: dict[str, list[str]] = {}
+    for name, version, _ in LOCKED.findall(text):
+        found.setdefault(name, []).append(version)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("file", "extras"),
+    [("requirements.lock", ["server", "test"]), ("packages/container.lock", ["server"])],
+)
+def test_a_lock_has_what_is_asked_for(checkout, file, extras) -> None:
+    project = tomllib.loads((checkout / "pyproject.toml").read_text("utf-8"))["project"]
+    wanted = [*project["dependencies"]]
+    for extra in extras:
+        wanted += project["optional-dependencies"][extra]
+    versions = locked(checkout / file)
+    for requirement in map(Requirement, wanted):
+        if requirement.name != BINDING:
+            fitting = [*requirement.specifier.filter(versions[requirement.name])]
+            assert fitting == versions[requirement.name], requirement.name
+
+
+@pytest.mark.parametrize("name", ["uvicorn", "h11"])
+def test_the_newest_series_that_we_derive_from_is_locked(checkout, name, wanted) -> None:
+    """Tests run with the lock: the newest that is allowed passes, and the next is not allowed."""
+    (version,) = locked(checkout / "requirements.lock")[name]
+    first, second, *_ = map(int, version.split("."))
+    allowed = Requirement(f"{name}{wanted['run'][name]}").specifier
+    assert version in allowed
+    assert f"{first}.{second + 1}.0" not in allowed
+
+
+def test_actions_are_named_by_commit(checkout) -> None:
+    for path in (checkout / ".github" / "workflows").glob("*.yml"):
+        used = re.findall(r"uses: (\S+)", path.read_text("utf-8"))
+        assert used
+        assert [name for name in used if not re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", name)] == []
+
+
+def test_licences_of_others_come_with_the_library() -> None:
+    folder = library.library_dir().parent / "licenses"
+    holders = {
+        "llama.cpp.txt": "The ggml authors",
+        "jsonhpp.txt": "Niels Lohmann",
+        "sgemm.txt": "Mozilla Foundation",
+    }
+    for name, holder in holders.items():
+        text = (folder / name).read_text("utf-8")
+        assert holder in text
+        assert "Permission is hereby granted" in text
