@@ -6,7 +6,7 @@ python examples/own_relay.py run demo "What is the extension of the Cork shop?" 
 from qaflora_edge import DraftStep, Plan, Strategy, WriteStep, register_strategy
 from qaflora_edge.cli import main
 
-SURE = -0.5  # nats a token of a draft
+SURE = -0.5  # nats of a draft's least sure token
 
 
 class Surest(Strategy):
@@ -21,13 +21,13 @@ class Surest(Strategy):
         if not query.can_draft:
             return nobody
         drafts = reading.drafts(query.adapters, 8)
-        sureness = {draft.adapter: draft.sureness(8) for draft in drafts}
-        best = max(drafts, key=lambda draft: sureness[draft.adapter])
-        if sureness[best.adapter] < SURE:
+        least = {draft.adapter: min(draft.logprobs, default=SURE) for draft in drafts}
+        best = max(drafts, key=lambda draft: least[draft.adapter])
+        if least[best.adapter] <= SURE:
             return nobody
         drafting = DraftStep(best.adapter, draft=best, is_done=best.is_whole)
         writing = WriteStep(nobody, view="before")
-        return Plan((drafting, writing), because=f"{best.adapter} drafts.", sureness=sureness)
+        return Plan((drafting, writing), because=f"{best.adapter} drafts.")
 
 
 register_strategy(Surest())

@@ -10,8 +10,7 @@ from qaflora_edge.answering.reading import PromptReading
 from qaflora_edge.arrays import F64
 from qaflora_edge.inference.core import Core
 from qaflora_edge.progress import TellCount
-from qaflora_edge.weighing.calibration import EXTENTS, KEYS, LAYERS, SURENESS, typical_of
-from qaflora_edge.weighing.plan import N_BEGUN
+from qaflora_edge.weighing.calibration import EXTENTS, KEYS, LAYERS, OPENING, typical_of
 from qaflora_edge.weighing.strategy import Query
 
 _N_DRAFTED = 16  # neutral prompts that each adapter drafts an answer to
@@ -60,10 +59,12 @@ def measure(
         measured["added_last"], measured["added_question"] = first
         measured["added_text"], _ = text
         measured["later_last"], measured["later_question"] = later_turns
-    if SURENESS in keys and later:  # there is a chat template
+    if OPENING in keys and later:  # there is a chat template
         sampled = chats[:: max(1, len(chats) // _N_DRAFTED)]
-        readings = [PromptReading(core, chat, cancellation) for chat in sampled]
-        measured[SURENESS] = [_sureness(reading) for reading in readings]
+        measured[OPENING] = []
+        for chat in sampled:
+            with PromptReading(core, chat, cancellation) as reading:
+                measured[OPENING].append(_opening(reading))
     if layers:
         measured |= {key: [] for key in layers}
         for n_read, chat in enumerate(chats[: len(plain)], n_extent + 1):
@@ -75,7 +76,11 @@ def measure(
     return typical_of(measured, adapters)
 
 
-def _sureness(reading: PromptReading) -> F64:
-    """Tell how sure each adapter is of its own draft: float64 [n_adapter], in nats a token."""
-    drafts = reading.drafts(reading.query.adapters, N_BEGUN)
-    return np.array([draft.sureness(N_BEGUN) for draft in drafts])
+def _opening(reading: PromptReading) -> F64:
+    """Give log p, in nats, of each adapter's first token as the base's: float64 [n_adapter]."""
+    nats = []
+    for draft in reading.drafts(reading.query.adapters, 1):
+        # A draft without a token ends at once, which tells nothing of a form.
+        first = draft.tokens[0] if draft.tokens else None
+        nats.append(0.0 if first is None else -reading.unexpected(first))
+    return np.array(nats)

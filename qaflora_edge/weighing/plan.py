@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     from qaflora_edge.weighing.strategy import Measured
 
 BASE = "base"  # in place of an adapter's name, where the base alone is meant
-UNSURE = -100.0  # nats a token, of an empty draft
 DRAFT_TOKENS = 128  # of the longest draft
-N_BEGUN = 8  # tokens of a draft that tell how sure its adapter is
 DEFAULT_STRATEGY = "qa-flora"
 DEFAULT_LENS = "norm"
 DEFAULT_POOL = "last"
@@ -45,14 +43,6 @@ class Draft:
     def has(self, n_token: int) -> bool:
         """Tell whether it is whole, or has so many tokens."""
         return self.is_whole or len(self.tokens) >= n_token
-
-    def sureness(self, n_token: int) -> float:
-        """Average the log-probability of its first n_token tokens, in nats; an empty one has none.
-
-        returns  at most 0, and UNSURE where there are no tokens
-        """
-        first = self.logprobs[:n_token]
-        return sum(first) / len(first) if first else UNSURE
 
 
 @dataclass(frozen=True)
@@ -113,14 +103,14 @@ class Plan:
     steps       drafts, and the last one, which writes
     divergence  [n_adapter, n_layer] in the strategy's measure, or None
     why, because  what decided, for all layers: by adapter, and in words
-    sureness    adapter -> mean log-probability of its draft's first tokens, in nats
+    known       adapter -> probability that what it drafts is right, where drafts were read
     """
 
     steps: tuple[Step, ...]
     divergence: ArrayLike | None = None
     why: Mapping[str, Reason] = field(default_factory=dict)
     because: str = ""
-    sureness: Mapping[str, float] = field(default_factory=dict)
+    known: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def mix(
@@ -173,7 +163,7 @@ class Plan:
 
     def undrafted(self) -> Self:
         """Give the same without drafts: who writes answers alone."""
-        return replace(self, steps=(replace(self.writing, view=""),), sureness={})
+        return replace(self, steps=(replace(self.writing, view=""),))
 
 
 @dataclass(frozen=True)
@@ -266,7 +256,7 @@ class FusionWeights:
             "weights": self.weights.tolist(),
             "probe_ms": round(self.probe_ms, 3),
         }
-        return fields | self.why_dict() | self.relay_dict()
+        return fields | self.why_dict() | self.relay_dict() | self.sure_dict()
 
     def relay_dict(self) -> "Json":
         """Give `relay` for JSON: knower, writer, draft and how sure each was; else nothing."""
@@ -279,9 +269,19 @@ class FusionWeights:
             "draft": "" if step.draft is None else step.draft.text,
             "draft_tokens": len(step.guesses),
             "draft_ms": round(step.draft_ms, 3),
-            "sureness": {name: round(mean, 4) for name, mean in self.plan.sureness.items()},
         }
         return {"relay": fields}
+
+    @property
+    def sure(self) -> float | None:
+        """Give the probability that the answer is right; None where no draft told."""
+        drafting = self.plan.drafting
+        speaker = self.writer if drafting is None else drafting.knower
+        return self.plan.known.get(speaker)
+
+    def sure_dict(self) -> "Json":
+        """Give `sure` for JSON; nothing where no draft told."""
+        return {} if self.sure is None else {"sure": round(self.sure, 3)}
 
     def why_dict(self) -> "Json":
         """Give `because` and `why` for JSON; nothing where there are none."""
