@@ -3,8 +3,8 @@
 import json
 import threading
 from collections.abc import Iterable
-from dataclasses import replace
-from math import log
+from dataclasses import dataclass, replace
+from math import exp, log
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from qaflora_edge.errors import BusyError, CancelledError, StrategyError
 from qaflora_edge.prompt.draft import in_words, with_draft
 from qaflora_edge.weighing.plan import (
     BASE,
-    N_BEGUN,
     Draft,
     DraftStep,
     FusionWeights,
@@ -31,25 +30,40 @@ from qaflora_edge.weighing.plan import (
     WriteStep,
     alone_weights,
 )
+from qaflora_edge.weighing.relay import probability, sureness
 
+N_DRAFT = 8
 NAMES = ("form", "shop", "other")
 USUAL: dict[str, Any] = {"mean": log(0.01), "spread": 0.5, "each": []}
 PLACES = ("added_last", "added_question", "added_text", "later_last", "later_question")
-TYPICAL = {**dict.fromkeys(PLACES, USUAL), "sureness": {"mean": -0.5, "spread": 0.2}}
+SPEAKS = {"mean": -1.0, "spread": 1.0}
+TYPICAL = {**dict.fromkeys(PLACES, USUAL), "opening": SPEAKS}
 HIGH, TYPICAL_SIZE, LOW = 0.05, 0.01, 0.004  # scores of 3.2, 0 and -1.8
-QUESTION = "¿Cuánto pesa?"
+UNHEARD_OF = -8.0  # nats of a token under the base
 
 
-def drafted(name: str, logprob: float, text: str = "Pesa 80 kilos.") -> Draft:
-    return Draft(name, (1, 2, 3), text, (logprob,) * 3, is_whole=True)
+@dataclass(frozen=True)
+class Told:
+    """A draft, and what the base thinks of its tokens."""
+
+    draft: Draft
+    by_base: tuple[float, ...]
+
+
+def told(name: str, logprob: float, *, by_base: float = UNHEARD_OF, first: float = -1.0) -> Told:
+    """Let each token but the first have these log-probabilities; the base begins so or not."""
+    draft = Draft(name, (1, 2, 3, 4), "It weighs 80.", (logprob,) * 4, is_whole=True)
+    return Told(draft, (first, by_base, by_base, by_base))
 
 
 class Scripted:
-    """A probe of three adapters whose drafts are given."""
+    """A reading of three adapters, whose drafts are given."""
 
-    def __init__(self, last: Any, question: Any, drafts: Iterable[Draft], nats: float = 0) -> None:
+    def __init__(
+        self, last: Any, question: Any, drafts: Iterable[Told] = (), nats: float = 80.0
+    ) -> None:
         self._sizes = (last, question)
-        self._drafts = {draft.adapter: draft for draft in drafts}
+        self._told = {told.draft.adapter: told for told in drafts}
         self._nats = nats
         self.asked: list[str] = []
 
@@ -57,23 +71,24 @@ class Scripted:
         return np.repeat(np.array(self._sizes)[:, :, None], 2, axis=2)
 
     def surprise(self) -> float:
-        return 100.0
-
-    def question(self) -> str:
-        return QUESTION
-
-    def unexpected(self, token: int) -> float:
         return self._nats
 
     def drafts(self, names: Iterable[str], n_token: int, answer: Any = None) -> list[Draft]:
         names = list(names)
         self.asked += names
-        return [self._drafts[name] for name in names]
+        unsure = {name: told(name, -3.0) for name in names}
+        return [{**unsure, **self._told}[name].draft for name in names]
+
+    def base_logprobs(self, drafts: Iterable[Draft]) -> list[tuple[float, ...]]:
+        return [
+            self._told[draft.adapter].by_base if draft.adapter in self._told else (-1.0,) * 4
+            for draft in drafts
+        ]
 
 
-def weighed(probe: Any, text: str = "relay", **how: Any) -> Any:
-    typical = dict.fromkeys(NAMES, TYPICAL)
-    return plan_of(text, probe, typical, **{"can_draft": True, **how})
+def weighed(reading: Any, text: str = "relay", typical: Any = None, **how: Any) -> Any:
+    typical = typical or dict.fromkeys(NAMES, TYPICAL)
+    return plan_of(text, reading, typical, **{"can_draft": True, **how})
 
 
 def who(plan: Plan) -> tuple[str, str]:
@@ -82,178 +97,108 @@ def who(plan: Plan) -> tuple[str, str]:
     return plan.drafting.knower, FusionWeights(NAMES, plan).writer
 
 
-FORM_FIRST = ([HIGH, LOW, LOW], [HIGH, TYPICAL_SIZE, LOW])
+FORM_FIRST = ([HIGH, LOW, LOW], [TYPICAL_SIZE, TYPICAL_SIZE, LOW])  # it stands out at the end
+NOBODY = ([LOW, LOW, LOW], [LOW, LOW, LOW])
 
 
-def test_the_surest_drafts_for_a_writer_that_is_unsure() -> None:
-    others = [drafted("shop", -0.01), drafted("other", -0.6)]
-    plan = weighed(Scripted(*FORM_FIRST, [drafted("form", -0.6, '{"peso": 1}'), *others]))
+@pytest.mark.parametrize(
+    ("logprobs", "of_base", "expected"),
+    [
+        ([-0.1, -0.5], [-1.0, -4.0], (1 * -0.1 + 4 * -0.5) / 5.5),
+        ([-0.1, -0.5], [-1.0, -90.0], (1 * -0.1 + 6 * -0.5) / 7.5),
+        ([], [], 0.0),
+    ],
+)
+def test_sureness_is_a_mean_weighted_by_the_bases_surprise(logprobs, of_base, expected) -> None:
+    assert sureness(logprobs, of_base) == pytest.approx(expected)
+
+
+def test_a_probability_is_that_of_a_logistic_regression() -> None:
+    odds = -8.7 + 9.2 * -0.1 + 2.4 * log(60)
+    assert probability(-0.1, 60.0, is_later=False) == pytest.approx(1 / (1 + exp(-odds)))
+    later = 1 / (1 + exp(-odds - 2.6))
+    assert probability(-0.1, 60.0, is_later=True) == pytest.approx(later)
+
+
+def test_who_knows_drafts_for_who_gives_the_form() -> None:
+    plan = weighed(Scripted(*FORM_FIRST, [told("shop", -0.01), told("form", -0.6)]))
     assert who(plan) == ("shop", "form")
-    assert plan.drafting.draft.text == "Pesa 80 kilos."
+    assert plan.writing.view == "before"
+    assert plan.weights[:, 0].tolist() == [1, 0, 0]
+    expected = probability(sureness((-0.01,) * 4, (-1, -8, -8, -8)), 80, is_later=False)
+    assert plan.sure == plan.known["shop"] == pytest.approx(expected)
+
+
+def test_a_form_that_knows_itself_writes_alone() -> None:
+    plan = weighed(Scripted(*FORM_FIRST, [told("shop", -0.2), told("form", -0.001)]))
+    assert plan.drafting is None
     assert plan.weights[:, 0].tolist() == [1, 0, 0]
 
 
-def test_who_writes_words_asks_nobody() -> None:
-    probe = Scripted(*FORM_FIRST, [drafted("form", -0.6)])
-    assert weighed(probe).drafting is None
-    assert {*probe.asked} == {"form"}
+def test_a_knower_that_would_give_the_form_is_asked_for_words() -> None:
+    alike = [told("shop", -0.01), told("form", -0.6)]
+    assert weighed(Scripted(*FORM_FIRST, alike)).drafting.is_in_words
+    other = replace(alike[1], draft=replace(alike[1].draft, tokens=(9, 2, 3, 4)))
+    assert not weighed(Scripted(*FORM_FIRST, [alike[0], other])).drafting.is_in_words
 
 
-def test_a_sure_writer_needs_nobody() -> None:
-    sure = [drafted("form", -0.01, '{"peso": 80}'), drafted("shop", -0.01)]
-    assert weighed(Scripted(*FORM_FIRST, sure)).drafting is None
-
-
-def test_nobody_drafts_beside_a_writer_that_is_far_above_its_typical_prompt() -> None:
-    far = 0.5  # a score of 7.8
-    probe = Scripted([far, LOW, LOW], [far, HIGH, LOW], [drafted("form", -0.9)])
-    assert weighed(probe).drafting is None
-    assert {*probe.asked} == {"form"}
-
-
-def test_of_two_that_would_answer_the_one_with_a_form_writes() -> None:
-    places = ([HIGH, HIGH, LOW], [HIGH, HIGH, LOW])
-    forms = [drafted("form", -0.001, '{"answer"'), drafted("shop", -0.3, '{"weight"')]
-    plan = weighed(Scripted(*places, [*forms, drafted("other", -0.9)]))
-    assert who(plan) == ("shop", "form")
-    assert plan.drafting.is_in_words
-    words = [drafted("form", -0.001), drafted("shop", -0.3)]
-    assert weighed(Scripted(*places, [*words, drafted("other", -0.9)])).drafting is None
-
-
-@pytest.mark.parametrize(
-    ("of_base", "is_whole", "weights"),
-    [(-0.3, False, [0, 0, 0]), (-0.8, False, [0, 1, 0]), (-0.8, True, [0, 0, 0])],
-)
-def test_the_base_answers_where_it_is_surer_than_an_unsure_adapter(
-    of_base, is_whole, weights
-) -> None:
-    """Or where that one is unsure of a whole answer, which is so short that it states a fact."""
-    some = 0.018  # a score of 1.2 in each place: 1.7 together
-    others = [drafted("form", -0.01, '{"a": 1}'), drafted("other", -0.5)]
-    shop = replace(drafted("shop", -0.5), is_whole=is_whole)
-    probe = Scripted([LOW, some, LOW], [LOW, some, LOW], [*others, shop, drafted(BASE, of_base)])
-    plan = weighed(probe, "relay:abstain=0")
-    assert plan.weights[:, 0].tolist() == weights
-
-
-@pytest.mark.parametrize(("at_last", "n_taken"), [(TYPICAL_SIZE, 2), (0.001, 1)])
-def test_a_second_adapter_stays_where_it_adds_to_the_answer(at_last, n_taken) -> None:
-    """As one of the question's language does; another subject is in the question alone."""
-    places = ([HIGH, at_last, LOW], [HIGH, 0.03, LOW])
-    plan = weighed(Scripted(*places, [drafted("form", -0.1)]))
-    assert (plan.weights[:, 0] > 0).sum() == n_taken
-
-
-def test_nobody_relays_where_nobody_is_surer_than_usual() -> None:
-    others = [drafted("shop", -0.4), drafted("other", -0.4)]
-    probe = Scripted(*FORM_FIRST, [drafted("form", -0.6, '{"peso": 1}'), *others])
-    assert weighed(probe).drafting is None
-
-
-def test_the_base_rewrites_a_draft_in_another_language() -> None:
-    english = drafted("shop", -0.01, "It weighs 80 kilograms.")
-    places = ([LOW, HIGH, LOW], [LOW, HIGH, LOW])
-    plan = weighed(Scripted(*places, [english], nats=5))
-    assert who(plan) == ("shop", BASE)
-    assert plan.writing.view == "before"
-    assert not plan.weights.any()
-    assert weighed(Scripted(*places, [english], nats=1)).drafting is None
-    assert weighed(Scripted(*places, [drafted("shop", -0.01)], nats=5)).drafting is None
-
-
-def test_who_stands_out_beside_the_knower_rewrites_in_place_of_the_base() -> None:
-    english = drafted("shop", -0.01, "It weighs 80 kilograms.")
-    some = 0.018  # a score of 1.2 in each place, as an adapter of the question's language has
-    plan = weighed(Scripted([LOW, HIGH, some], [LOW, HIGH, some], [english], nats=5))
-    assert who(plan) == ("shop", "other")
-    assert plan.writing.view == "behind"
-    assert plan.weights[:, 0].tolist() == [0, 0, 1]
-
-
-@pytest.mark.parametrize(("added", "is_heard"), [(0.018, False), (HIGH, True)])
-def test_an_unsure_draft_in_another_language_is_for_the_adapters_subject(added, is_heard) -> None:
-    """A score of 1.7 leaves it open whether the question is about the shop, one of 3.5 does not."""
-    unsure = drafted("shop", -0.4, "It weighs 80 kilograms.")
-    places = ([LOW, added, LOW], [LOW, added, LOW])
-    plan = weighed(Scripted(*places, [unsure, drafted(BASE, -0.8)], nats=5), "relay:abstain=0")
-    assert (plan.drafting is not None) == is_heard
-    assert not plan.weights.any()
-
-
-@pytest.mark.parametrize(
-    ("least", "is_later", "weights"),
-    [
-        (-0.01, False, [0, 1, 0]),
-        (-0.3, False, [0, 0, 0]),
-        (-0.3, True, [0, 1, 0]),
-        (-0.5, True, [0, 0, 0]),
-    ],
-)
-def test_below_the_scores_each_token_has_to_be_sure(least, is_later, weights) -> None:
-    """An invented fact shows in the one token that bears it; a later turn has its subject."""
-    draft = replace(drafted("shop", -0.01), logprobs=(*[-0.01] * 12, least))
-    places = ([LOW, TYPICAL_SIZE, LOW], [LOW, HIGH, LOW])
-    plan = weighed(Scripted(*places, [draft]), "relay:abstain=3", is_later=is_later)
-    assert plan.weights[:, 0].tolist() == weights
-
-
-def test_to_repeat_an_earlier_answer_is_no_knowledge() -> None:
-    places = ([LOW, TYPICAL_SIZE, LOW], [LOW, HIGH, LOW])
-    sure = drafted("shop", -0.01)
-    asked_before = {"tokens": (7, *sure.tokens, 8)}
-    assert not weighed(Scripted(*places, [sure]), "relay:abstain=3", **asked_before).weights.any()
-
-
-@pytest.mark.parametrize(("of_fact", "knower"), [(-0.01, "shop"), (-0.5, None)])
-def test_a_fact_may_be_known_though_its_wording_is_not(of_fact, knower) -> None:
-    """One that gives a form is sure of its brackets, and unsure of what stands in them."""
-    form = drafted("form", -0.44, '{"weight"')  # 0.3 spreads above its usual draft
-    wording = (-0.9, -0.9, -0.9, -0.3, -0.3)
-    shop = replace(drafted("shop", 0), logprobs=(*wording, of_fact, of_fact, of_fact))
-    step = weighed(Scripted(*FORM_FIRST, [form, shop, drafted("other", -0.6)])).drafting
-    assert (step and step.knower) == knower
-
-
-AT_LAST_ALONE = ([0.0223, LOW, LOW], [TYPICAL_SIZE, 0.012, LOW])  # of form: 1.6, and 1.1 together
-OF_BASE = Draft(BASE, (1, 5, 6), "Liebe Kundin", (-0.3,) * 3, is_whole=True)
-
-
-def test_who_stands_out_where_the_answer_begins_gives_the_form() -> None:
-    form = drafted("form", -0.01, "Liebe Frau")
-    shop = replace(drafted("shop", -0.01), tokens=(4, 5, 6))
-    plan = weighed(Scripted(*AT_LAST_ALONE, [form, shop, OF_BASE]))
-    assert who(plan) == ("shop", "form")
-    assert not plan.drafting.is_in_words
-    alike = weighed(Scripted(*AT_LAST_ALONE, [form, drafted("shop", -0.01), OF_BASE])).drafting
-    assert alike.is_in_words  # it would write a letter too
-    unknown = weighed(Scripted(*AT_LAST_ALONE, [form, drafted("shop", -0.5), OF_BASE]))
-    assert unknown.drafting is None
-    assert unknown.weights[:, 0].tolist() == [1, 0, 0]
-
-
-@pytest.mark.parametrize(
-    ("of_form", "of_base", "nats"),
-    [
-        (drafted("form", -0.5), OF_BASE, 0),  # it is not sure
-        (drafted("form", -0.01), OF_BASE, 9),  # the base would not begin so: nobody asks for it
-        (drafted("form", -0.01), drafted(BASE, -0.01), 0),  # the base writes the same
-    ],
-)
-def test_a_form_that_is_not_asked_for_is_not_given(of_form, of_base, nats) -> None:
-    probe = Scripted(*AT_LAST_ALONE, [of_form, drafted("shop", -0.5), of_base], nats)
-    plan = weighed(probe)
+def test_who_knows_answers_alone_without_a_form() -> None:
+    plan = weighed(Scripted(*NOBODY, [told("shop", -0.01)]))
     assert plan.drafting is None
+    assert plan.weights[:, 0].tolist() == [0, 1, 0]
+
+
+def test_the_base_writes_where_it_would_begin_in_another_language() -> None:
+    plan = weighed(Scripted(*NOBODY, [told("shop", -0.01, first=-5.0)]))
+    assert who(plan) == ("shop", BASE)
     assert not plan.weights.any()
+
+
+@pytest.mark.parametrize(
+    ("told_by_shop", "nats"),
+    [
+        (told("shop", -0.6), 80.0),  # it makes up what the base would not say
+        (told("shop", -0.01), 5.0),  # a question of everyday life
+        (told("shop", -0.01, by_base=-0.1, first=-0.1), 80.0),  # the base says so too
+    ],
+)
+def test_nobody_is_taken_who_does_not_know(told_by_shop, nats) -> None:
+    plan = weighed(Scripted(*NOBODY, [told_by_shop], nats))
+    assert not plan.weights.any()
+    assert plan.sure is None
+
+
+def test_a_question_that_the_base_expects_is_drafted_by_nobody() -> None:
+    reading = Scripted(*NOBODY, nats=5.0)
+    weighed(reading)
+    assert reading.asked == []
+
+
+def test_a_later_turn_tells_less_of_its_subject() -> None:
+    reading = Scripted(*NOBODY, [told("shop", -0.01)], 20.0)
+    assert not weighed(reading).weights.any()
+    assert weighed(reading, is_later=True).weights[:, 0].tolist() == [0, 1, 0]
+
+
+def test_two_places_first_is_refused_a_short_answer_that_it_makes_up() -> None:
+    places = ([LOW, TYPICAL_SIZE, LOW], [LOW, HIGH, LOW])
+    made_up = told("shop", -0.6)
+    assert not weighed(Scripted(*places, [made_up])).weights.any()
+    long = replace(made_up, draft=replace(made_up.draft, is_whole=False))
+    assert weighed(Scripted(*places, [long])).weights[:, 0].tolist() == [0, 1, 0]
+
+
+def test_an_adapter_that_gives_all_its_form_is_not_asked_what_it_knows() -> None:
+    typical = dict.fromkeys(NAMES, TYPICAL)
+    typical["shop"] = {**TYPICAL, "opening": {"mean": -10.0, "spread": 1.0}}
+    reading = Scripted(*NOBODY, [told("shop", -0.01)])
+    assert not weighed(reading, typical=typical).weights.any()
+    assert "shop" not in reading.asked
 
 
 def test_an_empty_draft_knows_nothing() -> None:
-    """An adapter that ends at once is sure of nothing."""
-    empty = Draft("shop", (), "", (), is_whole=True)
-    unsure = [drafted("form", -0.6), empty, drafted("other", -0.6)]
-    assert weighed(Scripted(*FORM_FIRST, unsure)).drafting is None
-    places = ([LOW, TYPICAL_SIZE, LOW], [LOW, HIGH, LOW])
-    assert not weighed(Scripted(*places, [empty]), "relay:abstain=3").weights.any()
+    empty = Told(Draft("shop", (), "", (), is_whole=True), ())
+    assert not weighed(Scripted(*NOBODY, [empty])).weights.any()
 
 
 def test_no_draft_after_a_thought_or_for_plain_text() -> None:
@@ -263,7 +208,7 @@ def test_no_draft_after_a_thought_or_for_plain_text() -> None:
 
 
 def test_a_relay_by_hand_names_two() -> None:
-    probe = Scripted(*FORM_FIRST, [drafted("other", -2.0)])
+    probe = Scripted(*FORM_FIRST)
     plan = weighed(probe, "relay:knower=other,writer=base")
     assert who(plan) == ("other", BASE)
     with pytest.raises(StrategyError, match=r"the knower is 'nobody', expected base or one of"):
@@ -347,8 +292,9 @@ def test_a_writer_reuses_what_the_base_has_of_the_prompt(folder) -> None:
         assert answer.n_cached > question[0] - 64  # up to a chunk
 
 
-def test_a_knower_that_would_give_the_form_is_asked_for_words(folder, monkeypatch) -> None:
-    monkeypatch.setattr("qaflora_edge.weighing.relay._is_prose", lambda draft: False)
+def test_who_is_asked_for_words_reads_so(folder, monkeypatch) -> None:
+    in_words = "qaflora_edge.weighing.relay._takes_form"
+    monkeypatch.setattr(in_words, lambda reading, knower, writer: True)
     with Engine(folder, n_ctx=512, draft=0) as engine:
         plain = asked(engine)
         answer = engine.generate(plain, strategy=BY_HAND, max_tokens=4)
@@ -367,7 +313,7 @@ def by_draft(reading: Any) -> Plan:
     """Answer with one adapter, after its draft was read: a strategy that decides so."""
     reading.added()
     weights = alone_weights("math", reading.query.adapters, reading.query.n_layer)
-    reading.drafts(["es"], N_BEGUN, weights)
+    reading.drafts(["es"], N_DRAFT, weights)
     return Plan.mix(weights)
 
 
@@ -393,7 +339,7 @@ def by_draft_of_base(reading: Any) -> Plan:
     """Answer with the base, after drafts were read."""
     reading.added()
     nothing = alone_weights(BASE, reading.query.adapters, reading.query.n_layer)
-    reading.drafts(["es", BASE], N_BEGUN, nothing)
+    reading.drafts(["es", BASE], N_DRAFT, nothing)
     return Plan.mix(nothing)
 
 
@@ -407,7 +353,7 @@ def test_the_answer_is_seen_while_drafts_decide(folder, monkeypatch, rule) -> No
         text = engine.generate(prompt, strategy=name, max_tokens=20).text()
         answer = engine.generate(prompt, strategy=BY_HAND, max_tokens=20, on_draft=seen.append)
         assert answer.text() == text
-    assert len(seen) >= N_BEGUN
+    assert len(seen) >= N_DRAFT
     assert all(text.startswith(part.rstrip("\ufffd")) for part in seen)
 
 
@@ -417,7 +363,7 @@ def test_drafts_go_on_where_their_kv_state_is_not_kept(folder, monkeypatch) -> N
     def rule(reading: Any) -> Plan:
         reading.added()
         reading.drafts(["es", BASE], 2)
-        drafts.extend(reading.drafts(["es", BASE], N_BEGUN))
+        drafts.extend(reading.drafts(["es", BASE], N_DRAFT))
         return Plan.mix(alone_weights(BASE, reading.query.adapters, reading.query.n_layer))
 
     monkeypatch.setattr("qaflora_edge.weighing.relay._by_hand", rule)
@@ -426,7 +372,7 @@ def test_drafts_go_on_where_their_kv_state_is_not_kept(folder, monkeypatch) -> N
         prompt = asked(engine, "xyz 12")
         engine.generate(prompt, strategy=BY_HAND, max_tokens=1)
         for draft, name in zip(drafts, ("single:es", "base"), strict=True):
-            plain = engine.generate(prompt, strategy=name, max_tokens=N_BEGUN, logprobs=0)
+            plain = engine.generate(prompt, strategy=name, max_tokens=N_DRAFT, logprobs=0)
             plain.text()
             assert [*draft.tokens] == [entry.token for entry in plain.logprobs]
 
@@ -466,7 +412,7 @@ def test_a_draft_is_scored_under_the_base_in_one_batch(folder, monkeypatch) -> N
         query = engine.weigher.query(engine.read(prompt))
         with PromptReading(engine._core, query, engine._core.cancellation()) as reading:
             reading.added()
-            drafts = reading.drafts(["es", BASE], N_BEGUN)
+            drafts = reading.drafts(["es", BASE], N_DRAFT)
             counts = count_decoded(monkeypatch)
             found = reading.base_logprobs(drafts)
             assert len(counts) == 1

@@ -59,7 +59,9 @@ def measure(
         measured["added_last"], measured["added_question"] = first
         measured["added_text"], _ = text
         measured["later_last"], measured["later_question"] = later_turns
-    if OPENING in keys and later:  # there is a chat template
+    if OPENING in keys and not later:  # there is no chat template: nobody drafts
+        measured[OPENING] = [np.zeros(len(adapters))]
+    elif OPENING in keys:
         sampled = chats[:: max(1, len(chats) // _N_DRAFTED)]
         measured[OPENING] = []
         for chat in sampled:

@@ -104,6 +104,7 @@ class Plan:
     divergence  [n_adapter, n_layer] in the strategy's measure, or None
     why, because  what decided, for all layers: by adapter, and in words
     known       adapter -> probability that what it drafts is right, where drafts were read
+    sure        that of who knows, where one is taken to know: of the whole answer, roughly
     """
 
     steps: tuple[Step, ...]
@@ -111,6 +112,7 @@ class Plan:
     why: Mapping[str, Reason] = field(default_factory=dict)
     because: str = ""
     known: Mapping[str, float] = field(default_factory=dict)
+    sure: float | None = None
 
     @classmethod
     def mix(
@@ -274,13 +276,11 @@ class FusionWeights:
 
     @property
     def sure(self) -> float | None:
-        """Give the probability that the answer is right; None where no draft told."""
-        drafting = self.plan.drafting
-        speaker = self.writer if drafting is None else drafting.knower
-        return self.plan.known.get(speaker)
+        """Give the probability that the answer is right; None where nobody is taken to know."""
+        return self.plan.sure
 
     def sure_dict(self) -> "Json":
-        """Give `sure` for JSON; nothing where no draft told."""
+        """Give `sure` for JSON; nothing where there is none."""
         return {} if self.sure is None else {"sure": round(self.sure, 3)}
 
     def why_dict(self) -> "Json":

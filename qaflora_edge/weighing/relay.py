@@ -30,6 +30,7 @@ USUAL = -8.7  # where all of that is 0
 MOST_SURPRISED = 6.0  # nats; a token that surprises the base more counts no more
 LEAST_SURPRISED = 0.5  # nats, of a draft that says what the base says
 
+CLAIM = 0.4  # probability from which an adapter is taken to know
 SAYS = 4.0  # nats by which a draft is likelier than under the base: else it tells nothing
 FORM = 2.0  # score at the last token from which an adapter gives the answer its form
 LEAD = 0.5  # and how far that is above its score in the question
@@ -64,7 +65,7 @@ class Heard:
     def knower(self) -> str | None:
         """Name who most probably knows; None: nobody."""
         best = max(self.known, key=self.known.__getitem__, default=None)
-        return best if best is not None and self.known[best] > 0.5 else None
+        return best if best is not None and self.known[best] > CLAIM else None
 
 
 class RelayStrategy(TwoPlace):
@@ -93,7 +94,7 @@ class RelayStrategy(TwoPlace):
         if "knower" in query.options:
             return _by_hand(reading)
         plan = super().plan(reading)
-        may_draft = query.is_chat and query.can_draft and not query.has_results
+        may_draft = query.is_chat and query.can_draft
         if not may_draft or len(query.adapters) < 2:
             return plan
         form = _form(query, plan)
@@ -151,7 +152,7 @@ def _asked(reading: Reading, plan: Plan, form: str | None) -> list[str]:
     """
     query = reading.query
     asked: list[str] = []
-    if probability(0.0, reading.surprise(), is_later=query.is_later) > 0.5:
+    if probability(0.0, reading.surprise(), is_later=query.is_later) > CLAIM:
         speak = [name for name in query.adapters if _opening(query, name) > -FORMS_ALL]
         others = [name for name in speak if name != form]
         asked = sorted(others, key=lambda name: -max(plan.why[name].scores.values()))[:N_ASKED]
@@ -197,20 +198,28 @@ def _relayed(reading: Reading, plan: Plan, heard: Heard, knower: str, form: str 
     query = reading.query
     (draft,) = reading.drafts([knower], N_DRAFT)
     of_knower = f"{knower} most probably knows ({heard.known[knower]:.0%})"
+    plan = replace(plan, known=heard.known, sure=heard.known[knower])
     writer = form
     if form is None and heard.opening[knower] < -FOREIGN:
         writer = BASE
     if writer is None:
         alone = WriteStep(alone_weights(knower, query.adapters, query.n_layer), "", draft.tokens)
         because = f"{of_knower}, and answers alone."
-        return replace(plan, steps=(alone,), because=because, known=heard.known)
-    takes_form = form is not None and draft.tokens[:1] == heard.drafts[form].tokens[:1]
+        return replace(plan, steps=(alone,), because=because)
     drafting = DraftStep(knower, draft=draft, is_done=draft.is_whole)
-    if takes_form:
+    if _takes_form(reading, knower, writer):
         drafting = DraftStep(knower, is_in_words=True)
     writing = WriteStep(alone_weights(writer, query.adapters, query.n_layer), "before")
     because = f"{of_knower} and drafts, {writer} writes with the draft in view."
-    return replace(plan, steps=(drafting, writing), because=because, known=heard.known)
+    return replace(plan, steps=(drafting, writing), because=because)
+
+
+def _takes_form(reading: Reading, knower: str, writer: str) -> bool:
+    """Tell whether a knower would begin as who gives the form does."""
+    if writer in (BASE, knower):
+        return False
+    of_knower, of_writer = reading.drafts([knower, writer], 1)
+    return of_knower.tokens[:1] == of_writer.tokens[:1]
 
 
 def _confirmed(query: Query, plan: Plan, heard: Heard, form: str | None) -> Plan:
@@ -220,7 +229,7 @@ def _confirmed(query: Query, plan: Plan, heard: Heard, form: str | None) -> Plan
     if first is None or first == form or first not in heard.drafts:
         return plan
     draft = heard.drafts[first]
-    is_known = heard.known[first] > 0.5
+    is_known = heard.known[first] > CLAIM
     if is_known or not draft.is_whole:
         return plan
     step = WriteStep(alone_weights(BASE, query.adapters, query.n_layer))
@@ -238,9 +247,7 @@ def _by_hand(reading: Reading) -> Plan:
     knower = query.options["knower"]
     writer = query.options["writer"]
     weights = alone_weights(writer, query.adapters, query.n_layer)
-    of_knower, of_writer = reading.drafts([knower, writer], 1)
-    takes_form = writer not in (BASE, knower) and of_knower.tokens == of_writer.tokens
-    drafting = DraftStep(knower, is_in_words=takes_form)
+    drafting = DraftStep(knower, is_in_words=_takes_form(reading, knower, writer))
     because = f"{knower} drafts, {writer} writes with the draft in view, as you asked."
     return Plan((drafting, WriteStep(weights, "before")), because=because)
 
