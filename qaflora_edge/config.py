@@ -150,7 +150,8 @@ OPTIONS = (
            unset="the bundle's, else norm"),
     Option("prefill", str, None, "engine weighing", "--prefill", choices=PREFILLS,
            help="Let the base prefill prompts, or the mix that answers. What the base prefills "
-           "serves every mix. auto: the base for chats under two-place or single, else the mix.",
+           "serves every mix. auto: the base for chats under relay, two-place and single, else "
+            "the mix.",
            unset="the bundle's, else auto"),
     Option("pool", str, None, "engine weighing", "--pool", choices=POOLS,
            help="Weigh by the last token of the prompt, or by the mean of the question's tokens: "

@@ -259,7 +259,7 @@ class Engine:
         path  an adapter GGUF, which has to stay there; a PEFT folder, which is converted into the
               cache; or the Hub's owner/name
 
-        It is measured for the strategy and, where that can be followed, two-place. What has begun
+        It is measured for the strategy and, where that can be followed, relay. What has begun
         keeps its adapters, and its contexts in memory, to its end. A failure changes nothing.
         """
         from qaflora_edge.bundles.create import BEST, with_adapter

@@ -22,10 +22,10 @@ def create(made: TinyBundle, *more: object) -> Result:
 def test_create_makes_a_calibrated_bundle(tmp_path) -> None:
     made = make_sources(tmp_path)
     assert said_by(create(made)) == (
-        f"Created the bundle {made.folder}, weighed by two-place. Try: qaflora chat {made.folder}\n"
+        f"Created the bundle {made.folder}, weighed by relay. Try: qaflora chat {made.folder}\n"
     )
     known = load_bundle(made.folder).known
-    assert (known.strategy, set(known.typical)) == ("two-place", {"math", "es"})
+    assert (known.strategy, set(known.typical)) == ("relay", {"math", "es"})
 
 
 def test_an_interrupted_create_says_how_to_measure_for_its_strategy(tmp_path, monkeypatch) -> None:

@@ -298,7 +298,7 @@ def test_new_bundles_are_weighed_by_it_where_it_has_something_to_go_by(
             engine.weights("the thing")
             return engine.strategy
 
-    assert strategy_of(es, one_layer.path) == "two-place"
+    assert strategy_of(es, one_layer.path) == "relay"
     assert strategy_of(es, engine=None) == "qa-flora"
     assert strategy_of(es, mlp.path) == "qa-flora"
     assert strategy_of(es, strategy="static") == "static"

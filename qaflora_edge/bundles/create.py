@@ -31,7 +31,8 @@ from qaflora_edge.weighing.plan import DEFAULT_LENS, DEFAULT_POOL, DEFAULT_STRAT
 from qaflora_edge.weighing.strategy import parse_strategy
 from qaflora_edge.weighing.weigher import Weigher, known_of
 
-# Right answers of 100 over nine cells, six adapters loaded (docs/results.md): two-place 38.0,
+# It finds who knows for who writes (docs/results.md). Without drafts it is two-place: right
+# answers of 100 over nine cells, six adapters loaded: two-place 38.0,
 # static 31.9, the base 30.3, qa-flora 28.1; with two of the six trained a second time 36.3, 32.3,
 # 28.0, 26.8; and two-place weighs six in a seventh of the time.
 BEST = "relay"

@@ -86,7 +86,7 @@ _calibrate = click.option(
 @_outtype
 @click.option(
     "--strategy",
-    help="Used by default.  [default: two-place; qa-flora with --no-calibrate, or where an "
+    help="Used by default.  [default: relay; qa-flora with --no-calibrate, or where an "
     "adapter adapts none of q, k, v]",
 )
 @_calibrate
@@ -134,7 +134,9 @@ def create(
             create_bundle(folder, source, pairs, progress=progress, **options)
     except BaseException:
         if folder.is_dir() and not is_there:
-            strategy = options["strategy"] or "two-place"
+            from qaflora_edge.bundles.create import BEST
+
+            strategy = options["strategy"] or BEST
             finish = f"qaflora bundle calibrate {folder} --strategy {strategy}"
             say(f"{folder} works, but is not measured; `{finish}` does.")
         raise
@@ -219,13 +221,13 @@ def base(folder: Path, base: str) -> None:
 
 @cli.command(
     "qaflora bundle calibrate my-bundle",
-    "qaflora bundle calibrate my-bundle --strategy two-place",
+    "qaflora bundle calibrate my-bundle --strategy relay",
     group=bundle,
 )
 @_folder
 @_from_now_on
 def calibrate(folder: Path, strategy: str | None) -> None:
-    """Measure what is typical of each adapter, for two-place and calibrated.
+    """Measure what is typical of each adapter, for relay, two-place and calibrated.
 
     --strategy makes one the default and measures what it needs: for two-place passes of the base
     alone. Without it all is measured.

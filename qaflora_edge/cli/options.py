@@ -323,7 +323,7 @@ def _with_adapters(adapters: Sequence[tuple[str, str]], base: str, *others: str)
     words = ["qaflora", "bundle", "create", "my-bundle", "--base", base]
     for name, path in adapters:
         words += ["--adapter", f"{name}={path}"]
-    say(f"To keep these adapters, measured for two-place: {shlex.join(words)}")
+    say(f"To keep these adapters, measured for relay: {shlex.join(words)}")
     return str(folder)
 
 

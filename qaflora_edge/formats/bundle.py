@@ -158,6 +158,7 @@ class TypicalRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
     added_text: Usual | None = None
     later_last: Usual | None = None
     later_question: Usual | None = None
+    opening: Usual | None = None
 
 
 class Samples(Struct, frozen=True, kw_only=True):
