@@ -30,7 +30,7 @@ from qaflora_edge.weighing.plan import (
     WriteStep,
     alone_weights,
 )
-from qaflora_edge.weighing.relay import probability, sureness
+from qaflora_edge.weighing.relay import log_odds, probability, sureness
 
 N_DRAFT = 8
 NAMES = ("form", "shop", "other")
@@ -115,9 +115,9 @@ def test_sureness_is_a_mean_weighted_by_the_bases_surprise(logprobs, of_base, ex
 
 def test_a_probability_is_that_of_a_logistic_regression() -> None:
     odds = -8.7 + 9.2 * -0.1 + 2.4 * log(60)
-    assert probability(-0.1, 60.0, is_later=False) == pytest.approx(1 / (1 + exp(-odds)))
-    later = 1 / (1 + exp(-odds - 2.6))
-    assert probability(-0.1, 60.0, is_later=True) == pytest.approx(later)
+    assert log_odds(-0.1, 60.0, is_later=False) == pytest.approx(odds)
+    assert log_odds(-0.1, 60.0, is_later=True) == pytest.approx(odds + 2.6)
+    assert probability(odds) == pytest.approx(1 / (1 + exp(-odds)))
 
 
 def test_who_knows_drafts_for_who_gives_the_form() -> None:
@@ -125,7 +125,8 @@ def test_who_knows_drafts_for_who_gives_the_form() -> None:
     assert who(plan) == ("shop", "form")
     assert plan.writing.view == "before"
     assert plan.weights[:, 0].tolist() == [1, 0, 0]
-    expected = probability(sureness((-0.01,) * 4, (-1, -8, -8, -8)), 80, is_later=False)
+    sure = sureness((-0.01,) * 4, (-1, -8, -8, -8))
+    expected = probability(log_odds(sure, 80, is_later=False))
     assert plan.sure == plan.known["shop"] == pytest.approx(expected)
 
 
@@ -175,9 +176,21 @@ def test_a_question_that_the_base_expects_is_drafted_by_nobody() -> None:
 
 
 def test_a_later_turn_tells_less_of_its_subject() -> None:
-    reading = Scripted(*NOBODY, [told("shop", -0.01)], 20.0)
-    assert not weighed(reading).weights.any()
-    assert weighed(reading, is_later=True).weights[:, 0].tolist() == [0, 1, 0]
+    of_shop = ([LOW, LOW, LOW], [LOW, HIGH, LOW])
+    sure = [told("shop", -0.01)]
+    never = "relay:abstain=16"  # two-place takes nobody
+    assert not weighed(Scripted(*of_shop, sure, 20.0), never).weights.any()
+    later = weighed(Scripted(*of_shop, sure, 20.0), never, is_later=True)
+    assert later.weights[:, 0].tolist() == [0, 1, 0]
+    assert not weighed(Scripted(*NOBODY, sure, 20.0), is_later=True).weights.any()
+
+
+def test_of_two_that_know_the_one_answers_whose_subject_is_asked_about() -> None:
+    of_shop = ([LOW, LOW, LOW], [LOW, HIGH, LOW])
+    both = [told("shop", -0.05), told("other", -0.01)]
+    plan = weighed(Scripted(*of_shop, both), "relay:abstain=16")
+    assert plan.weights[:, 0].tolist() == [0, 1, 0]
+    assert weighed(Scripted(*NOBODY, both)).weights[:, 0].tolist() == [0, 0, 1]
 
 
 def test_two_places_first_is_refused_a_short_answer_that_it_makes_up() -> None:

@@ -25,15 +25,17 @@ N_ASKED = 4  # adapters that draft, beside two-place's first and who gives a for
 # A logistic regression over drafts of adapters that know, and of those that make answers up.
 SURE = 9.2  # log-odds for each nat of sureness()
 SURPRISING = 2.4  # for each e-fold of what the question surprises the base by
-LATER = 2.6  # in a later turn, whose words tell less of its subject
+LATER = 2.6  # in a later turn of the adapter's subject, whose words surprise less
+AMONG = 0.8  # for each spread of the score in the question, among those who know
 USUAL = -8.7  # where all of that is 0
 MOST_SURPRISED = 6.0  # nats; a token that surprises the base more counts no more
 LEAST_SURPRISED = 0.5  # nats, of a draft that says what the base says
 
 CLAIM = 0.4  # probability from which an adapter is taken to know
 SAYS = 4.0  # nats by which a draft is likelier than under the base: else it tells nothing
-FORM = 2.0  # score at the last token from which an adapter gives the answer its form
-LEAD = 0.5  # and how far that is above its score in the question
+STANDS_OUT = 2.0  # score at the last token from which an adapter gives the answer its form, and
+# in the question from which a later turn is of its subject
+LEAD = 0.5  # how far who gives a form is above its score in the question
 FOREIGN = 3.5  # nats: the base would not begin an answer so, but in another language
 FORMS_ALL = 7.0  # nats by which answers to everyday prompts begin as the base's never do
 
@@ -55,17 +57,13 @@ class Heard:
     drafts   adapter -> its draft
     known    adapter -> probability that its draft is right
     opening  adapter -> log p, in nats, of its draft's first token as the base's
+    knower   who knows; None: nobody
     """
 
     drafts: Mapping[str, Draft] = field(default_factory=dict)
     known: Mapping[str, float] = field(default_factory=dict)
     opening: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def knower(self) -> str | None:
-        """Name who most probably knows; None: nobody."""
-        best = max(self.known, key=self.known.__getitem__, default=None)
-        return best if best is not None and self.known[best] > CLAIM else None
+    knower: str | None = None
 
 
 class RelayStrategy(TwoPlace):
@@ -94,7 +92,7 @@ class RelayStrategy(TwoPlace):
         if "knower" in query.options:
             return _by_hand(reading)
         plan = super().plan(reading)
-        may_draft = query.is_chat and query.can_draft
+        may_draft = query.is_chat and query.can_draft and not query.has_results
         if not may_draft or len(query.adapters) < 2:
             return plan
         form = _form(query, plan)
@@ -118,14 +116,18 @@ def sureness(logprobs: Sequence[float], of_base: Sequence[float]) -> float:
     return weighted / (sum(surprises) + LEAST_SURPRISED)
 
 
-def probability(sure: float, nats: float, *, is_later: bool) -> float:
-    """Tell how probable it is that a draft is right.
+def log_odds(sure: float, nats: float, *, is_later: bool) -> float:
+    """Tell how probable it is that a draft is right, as the logarithm of p / (1 - p).
 
     sure      as sureness() gives it
     nats      by which the question surprises the base
-    is_later  whether it is asked in a later turn
+    is_later  whether it is asked in a later turn of the adapter's subject
     """
-    odds = USUAL + SURE * sure + SURPRISING * log(max(nats, 1.0)) + LATER * is_later
+    return USUAL + SURE * sure + SURPRISING * log(max(nats, 1.0)) + LATER * is_later
+
+
+def probability(odds: float) -> float:
+    """Give p of log(p / (1 - p))."""
     return 1.0 / (1.0 + exp(-odds))
 
 
@@ -141,7 +143,11 @@ def _form(query: Query, plan: Plan) -> str | None:
     highest = int(scores.argmax())
     name = query.adapters[highest]
     lead = scores[highest] - plan.why[name].scores["question"]
-    return name if scores[highest] >= FORM and lead >= LEAD else None
+    return name if scores[highest] >= STANDS_OUT and lead >= LEAD else None
+
+
+def _is_later(query: Query, plan: Plan, name: str) -> bool:
+    return query.is_later and plan.why[name].scores["question"] >= STANDS_OUT
 
 
 def _asked(reading: Reading, plan: Plan, form: str | None) -> list[str]:
@@ -151,16 +157,18 @@ def _asked(reading: Reading, plan: Plan, form: str | None) -> list[str]:
     too, because it may know the answer itself.
     """
     query = reading.query
+    nats = reading.surprise()
     asked: list[str] = []
-    if probability(0.0, reading.surprise(), is_later=query.is_later) > CLAIM:
-        speak = [name for name in query.adapters if _opening(query, name) > -FORMS_ALL]
-        others = [name for name in speak if name != form]
-        asked = sorted(others, key=lambda name: -max(plan.why[name].scores.values()))[:N_ASKED]
-    first = _heaviest(query, plan)
-    for name in (first, form):
-        is_needed = asked or name != form
-        if name is not None and is_needed and name not in asked:
+    for name in sorted(query.adapters, key=lambda name: -max(plan.why[name].scores.values())):
+        best = log_odds(0.0, nats, is_later=_is_later(query, plan, name))
+        is_form = name == form or _opening(query, name) < -FORMS_ALL
+        if probability(best) > CLAIM and not is_form and len(asked) < N_ASKED:
             asked.append(name)
+    if form is not None and asked:
+        asked.append(form)
+    first = _heaviest(query, plan)
+    if first is not None and first != form and first not in asked:
+        asked.append(first)
     return asked
 
 
@@ -174,15 +182,20 @@ def _heard(reading: Reading, plan: Plan, asked: Iterable[str]) -> Heard:
     nats = reading.surprise()
     known = {}
     opening = {}
+    ranks = {}  # of those who know
     for draft, of_base in zip(drafts, by_base, strict=True):
-        opening[draft.adapter] = of_base[0] if of_base else 0.0
-        gain = sum(draft.logprobs) - sum(of_base)
-        if gain < SAYS:
-            known[draft.adapter] = 0.0
+        name = draft.adapter
+        opening[name] = of_base[0] if of_base else 0.0
+        known[name] = 0.0
+        if sum(draft.logprobs) - sum(of_base) < SAYS:
             continue
         sure = sureness(draft.logprobs, of_base)
-        known[draft.adapter] = probability(sure, nats, is_later=query.is_later)
-    return Heard({draft.adapter: draft for draft in drafts}, known, opening)
+        odds = log_odds(sure, nats, is_later=_is_later(query, plan, name))
+        known[name] = probability(odds)
+        if known[name] > CLAIM:
+            ranks[name] = odds + AMONG * plan.why[name].scores["question"]
+    knower = max(ranks, key=ranks.__getitem__, default=None)
+    return Heard({draft.adapter: draft for draft in drafts}, known, opening, knower)
 
 
 def _first(draft: Draft) -> Draft:
