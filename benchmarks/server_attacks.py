@@ -9,9 +9,10 @@ unread  1,100 connections from five addresses pipeline `GET /` 200 times and rea
         is cut, or refused, comes again ten seconds later.
 proxied  the same from 127.0.0.1, the address of a proxy, which has no share
 bodies  160 connections with a key begin bodies of 4 MB, and send no more than 64 kB
+tokens  8 connections with a key ask for the tokens of 300,000 control tokens
 
-A user asks for a chat every second, on a new connection, and beside bodies for the tokens of a text
-of 100 kB: alone at first, then beside the attack.
+A user asks for a chat every second, on a new connection, and beside the last two for the tokens of
+a text of 20 kB: alone at first, then beside the attack.
 Prints a list in JSON. Ends with status 1 where a user is refused, where the median request begins
 more than --late-s after its usual time, or where a connection is kept for more than --held-s.
 """
@@ -71,8 +72,8 @@ def ask_chat(port: int) -> float:
 
 
 def ask_tokens(port: int) -> float:
-    """Return the seconds until the tokens of a text of 100 kB are there."""
-    return asked_s(port, "/tokenize", {"content": "the cat " * 12_500})
+    """Return the seconds until the tokens of a text are there."""
+    return asked_s(port, "/tokenize", {"content": "the cat " * 2_500})
 
 
 def asked_s(port: int, path: str, body: object) -> float:
@@ -102,10 +103,13 @@ class Plan:
 
 PAGES = 200 * request_bytes("GET", "/")
 SLOW_BODY = request_bytes("POST", "/tokenize", b"a" * 64_000, 4_000_000)
+CONTROL_TEXT = json.dumps({"content": "<|im_end|>" * 300_000}).encode()
+CONTROL_TOKENS = request_bytes("POST", "/tokenize", CONTROL_TEXT)
 PLANS = {
     "unread": Plan(PAGES, 1100),
     "proxied": Plan(PAGES, 1100, addresses=("127.0.0.1",)),
     "bodies": Plan(SLOW_BODY, 160, ask=ask_tokens),
+    "tokens": Plan(CONTROL_TOKENS, 8, ask=ask_tokens),
 }
 
 

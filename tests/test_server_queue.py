@@ -18,7 +18,9 @@ from bundles import make_bundle
 from patience import PATIENCE_S, wait_until
 from serving import ENGINE, address_of, error_of, listening, listening_app, make_options, metric
 
+from qaflora_edge.backend import model
 from qaflora_edge.backend.context import Context
+from qaflora_edge.backend.model import Model
 from qaflora_edge.server import app, receive, respond
 from qaflora_edge.server.app import expire_all, make_app
 from qaflora_edge.server.receive import Places
@@ -248,7 +250,53 @@ def test_token_ids_wait_for_no_answer(bundle, held) -> None:
     assert (tokens.json(), text.json()) == ({"tokens": [65]}, {"content": "A"})
 
 
-LARGE = {"content": "a" * 100_000}
+CONTROL = "<|im_end|>"
+
+
+def test_what_cannot_fit_a_context_is_not_split_to_its_end(bundle, monkeypatch) -> None:
+    n_split = Counter[str]()
+    split = Model._split
+
+    def noting(self: Model, text: str, *how: bool) -> list[int]:
+        n_split["characters"] += len(text)
+        return split(self, text, *how)
+
+    monkeypatch.setattr(Model, "_split", noting)
+    with listening(bundle) as address:
+        text = CONTROL * 100_000
+        answer = httpx.post(f"{address}/tokenize", json={"content": text}, timeout=PATIENCE_S)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert n_split["characters"] < len(text) / 4
+
+
+@pytest.mark.parametrize("is_gone", [False, True], ids=["late", "gone"])
+def test_token_ids_end_with_their_time_or_their_client(bundle, monkeypatch, is_gone) -> None:
+    split = Model._split
+    n_split = Counter[str]()
+
+    def slow(self: Model, text: str, *how: bool) -> list[int]:
+        n_split["blocks"] += 1
+        time.sleep(0.1)
+        return split(self, text, *how)
+
+    monkeypatch.setattr(model, "_BLOCK", len(CONTROL))
+    monkeypatch.setattr(respond, "LIGHT_S", PATIENCE_S if is_gone else 0.2)
+    app = make_app([bundle], make_options())
+    body = {"content": CONTROL * 500}
+    with listening_app(app) as address:
+        monkeypatch.setattr(Model, "_split", slow)
+        url = f"{address}/tokenize"
+        if is_gone:
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(url, json=body, timeout=0.3)
+        else:
+            late = httpx.post(url, json=body, timeout=PATIENCE_S)
+            assert (late.status_code, late.json()["error"]["code"]) == (503, "timeout")
+        wait_until(lambda: not app.state.running)
+    assert n_split["blocks"] < 500
+
+
+LARGE = {"content": "a", "user": "a" * 100_000}
 HEAD_OF_LARGE = "POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n"
 
 

@@ -1,6 +1,7 @@
 """What a person types never becomes a control token, whatever the template does with it."""
 
 import json
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ from refusals import refused
 from tiny import CHATML, CONTROLS, write_tiny_base
 
 from qaflora_edge.ask import Chat
+from qaflora_edge.backend import model as model_module
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import PromptError
 from qaflora_edge.formats.base import read_base
@@ -161,3 +163,32 @@ def test_message_without_end_is_refused(model) -> None:
     assert refused(PromptError, run, model, CHATML, "a", extra=deep) == (
         "A message has more than 32 lists and objects in each other; make it flatter."
     )
+
+
+@pytest.mark.parametrize("parse_special", [False, True])
+@pytest.mark.parametrize("add_special", [False, True])
+def test_a_text_in_blocks_has_the_tokens_of_the_whole(
+    model, monkeypatch, parse_special, add_special
+) -> None:
+    """llama_tokenize, given all at once, is the oracle."""
+    draw = random.Random(1)
+    words = [*CONTROLS, "<tool_call>", "<b>", "\n\n", "  ", " ", "\n", "the", "<|", "|>", "í", "a"]
+    monkeypatch.setattr(model_module, "_BLOCK", 40)
+    for _ in range(200):
+        text = "".join(draw.choice(words) for _ in range(draw.randint(1, 60)))
+        how = {"add_special": add_special, "parse_special": parse_special}
+        assert model.tokenize(text, **how) == model._split(text, *how.values())
+
+
+def test_many_control_tokens_are_split_in_blocks(model, monkeypatch) -> None:
+    """llama.cpp takes time by the square of those that it is given at once."""
+    sizes = []
+    split = model._split
+
+    def noting(text: str, *how: bool) -> list[int]:
+        sizes.append(len(text))
+        return split(text, *how)
+
+    monkeypatch.setattr(model, "_split", noting)
+    assert len(model.tokenize(CONTROLS[1] * 20_000, parse_special=True)) == 20_000
+    assert max(sizes) <= model_module._BLOCK

@@ -6,7 +6,7 @@ import ctypes
 import mmap
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,13 +17,24 @@ from gguf.constants import GGMLQuantizationType as Type
 
 from qaflora_edge.backend.library import Handle, forget_logged, last_error, load, logged
 from qaflora_edge.config import ADAPTER_TYPES
-from qaflora_edge.errors import BackendError, GgufFileError, PromptError, os_errors
+from qaflora_edge.errors import (
+    BackendError,
+    CancelledError,
+    ContextError,
+    GgufFileError,
+    PromptError,
+    os_errors,
+)
 from qaflora_edge.files import AnyPath
 from qaflora_edge.formats.gguf import GgufHeader
 
 PLACING = ("gpu_layers", "rpc", "tensor_split")  # options that say where layers go
 _MULTIPLIED = {Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q8_0, Type.Q4_K, Type.Q5_K, Type.Q6_K}
 _VOCAB_TYPE_NONE = 0
+_CUT_TYPES = (1, 2)  # SentencePiece and BPE split what is between special tokens for itself
+_BLOCK = 1 << 14  # characters of a text that are split at once, where it can be cut
+_LARGE_BLOCK = 1 << 16  # and that are tried before more is
+_CUT_WORDS = 16  # tokens that a try may have more, where it ends in a word
 # llama.h enum llama_token_attr
 _UNKNOWN_OR_CONTROL = 1 << 0 | 1 << 3
 _USER_DEFINED = 1 << 4
@@ -98,6 +109,7 @@ class Model(Handle):
         template = self._lib.llama_model_chat_template(self._pointer, None)
         self.chat_template = template.decode("utf-8", "replace") if template else None
         self._is_end: dict[int, bool] = {}
+        self._marks_found: dict[bool, tuple[str, ...]] = {}
         self._named: set[int] = set()  # tokens that fields of the file name
         for key, value in base.metadata.items():
             if key.endswith("_token_id") and isinstance(value, int):
@@ -184,12 +196,38 @@ class Model(Handle):
         return max(sizes)
 
     def tokenize(
-        self, text: str, *, add_special: bool = False, parse_special: bool = False
+        self,
+        text: str,
+        *,
+        add_special: bool = False,
+        parse_special: bool = False,
+        n_most: int | None = None,
+        cancel: threading.Event | None = None,
     ) -> list[int]:
         """Turn text into token ids; add_special adds BOS where the vocabulary asks for it.
 
+        n_most  ends it with ContextError where there is more text after more tokens
+        cancel  ends it with CancelledError once it is set
+
         Raises PromptError for text with lone surrogates.
         """
+        if len(text) <= _BLOCK:
+            return self._split(text, add_special, parse_special)
+        # A text of no letters has what add_special adds: BOS, and at the end what few bases have.
+        around = self._split("", add_special, False)
+        n_before = int(self._lib.llama_vocab_get_add_bos(self.vocab))
+        tokens = around[:n_before]
+        for block in self._blocks(text, parse_special):
+            _check_going_on(len(tokens), n_most, cancel)
+            n_tried = _LARGE_BLOCK
+            while n_most is not None and n_tried < len(block):
+                part = self._split(block[:n_tried], False, parse_special)
+                _check_going_on(len(tokens) + len(part), n_most, cancel)
+                n_tried *= 4
+            tokens += self._split(block, False, parse_special)
+        return tokens + around[n_before:]
+
+    def _split(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
         try:
             data = text.encode("utf-8")
         except UnicodeEncodeError as err:
@@ -206,6 +244,58 @@ class Model(Handle):
             if n >= 0:
                 return list(tokens[:n])
             size = -n
+
+    def _blocks(self, text: str, parse_special: bool) -> Iterator[str]:
+        """Cut a text behind special tokens, so that its blocks together have the same tokens.
+
+        llama.cpp takes time by the square of the special tokens that it is given at once.
+        """
+        marks: Sequence[str] = ()
+        if len(text) > _BLOCK and self._lib.llama_vocab_type(self.vocab) in _CUT_TYPES:
+            marks = [mark for mark in self._marks(parse_special) if mark in text]
+        start = 0
+        while marks and len(text) - start > _BLOCK:
+            end = 0
+            for mark in marks:
+                at = text.rfind(mark, start, start + _BLOCK)
+                if at >= 0:
+                    end = max(end, at + len(mark))
+                if end > start + _BLOCK // 2:
+                    break
+            if end <= start:
+                ends = []
+                for mark in marks:
+                    at = text.find(mark, start)
+                    if at >= 0:
+                        ends.append(at + len(mark))
+                if not ends:
+                    break
+                end = min(ends)
+            yield text[start:end]
+            start = end
+        yield text[start:]
+
+    def _marks(self, parse_special: bool) -> tuple[str, ...]:
+        """List special tokens that are found wherever they stand: none may overlap with them."""
+        if parse_special not in self._marks_found:
+            texts = [token.text for token in self.special_tokens if token.text]
+            beginnings = {text[:n] for text in texts for n in range(1, len(text))}
+            ends = {text[n:] for text in texts for n in range(1, len(text))}
+            joined = "\0".join(texts)
+            marks = []
+            for token in self.special_tokens:
+                text = token.text
+                is_parsed = parse_special if token.is_parsed_on_demand else not token.is_control
+                is_plain = text.isascii() and text == text.strip()
+                if not is_parsed or token.strips_right or not is_plain:
+                    continue
+                heads = {text[:n] for n in range(1, len(text))}
+                tails = {text[n:] for n in range(1, len(text))}
+                is_apart = heads.isdisjoint(ends) and tails.isdisjoint(beginnings)
+                if is_apart and joined.count(text) == 1:
+                    marks.append(text)
+            self._marks_found[parse_special] = tuple(marks)
+        return self._marks_found[parse_special]
 
     def tokenize_inside(self, text: str) -> list[int]:
         """Turn text into token ids as within another: SentencePiece puts no space before it."""
@@ -248,6 +338,16 @@ class Model(Handle):
         if token not in self._is_end:
             self._is_end[token] = bool(self._lib.llama_vocab_is_eog(self.vocab, token))
         return self._is_end[token]
+
+
+def _check_going_on(n_token: int, n_most: int | None, cancel: threading.Event | None) -> None:
+    if cancel is not None and cancel.is_set():
+        raise CancelledError("The text was not split to its end: it was cancelled.")
+    if n_most is not None and n_token > n_most + _CUT_WORDS:
+        raise ContextError(
+            f"The text has more than {n_most} tokens, the context; shorten it, or raise the "
+            "context (--ctx, n_ctx)."
+        )
 
 
 _sharing = threading.RLock()  # a garbage collector may close one in the middle

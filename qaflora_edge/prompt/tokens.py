@@ -93,7 +93,9 @@ class Reader:
             if not question:
                 raise PromptError("The prompt is empty; give at least one character.")
             check_size(self.model, [question], self.n_ctx)
-            tokens = self.model.tokenize(question, add_special=True, parse_special=parse_special)
+            tokens = self.model.tokenize(
+                question, add_special=True, parse_special=parse_special, n_most=self.n_ctx
+            )
         elif isinstance(question, Chat):
             messages = begin_with(self.system, question.messages, self.examples)
             chat = replace(question, messages=messages)
@@ -187,7 +189,7 @@ def chat_tokens(
             f"The chat template of {model.path.name} refused the conversation: {_reason(err)}. "
             "Give the prompt as plain text (--raw-prompt), or change the messages."
         ) from err
-    tokens = typed.tokens(text)
+    tokens = typed.tokens(text, n_ctx)
     bos = model._lib.llama_vocab_bos(model.vocab)
     if model._lib.llama_vocab_get_add_bos(model.vocab) and tokens[:1] != [bos]:
         tokens.insert(0, bos)

@@ -64,8 +64,8 @@ class TypedText:
             return list(map(mark, value))
         return value
 
-    def tokens(self, text: str) -> list[int]:
-        """Token ids of a rendered text with marks."""
+    def tokens(self, text: str, n_most: int) -> list[int]:
+        """Token ids of a rendered text with marks; see Model.tokenize."""
         parts = text.replace(_escaped(self._mark), self._mark).split(self._mark)
         plain = "".join(parts)
         typed = []
@@ -83,7 +83,7 @@ class TypedText:
             places = _places(plain, token.text, 0, len(plain))
             if any(is_typed(at, token) for at in places):
                 return self._apart(plain, is_typed)
-        return self._model.tokenize(plain, parse_special=True)
+        return self._model.tokenize(plain, parse_special=True, n_most=n_most)
 
     def _apart(self, plain: str, is_typed: Any) -> list[int]:
         """As llama.cpp parses special tokens (0c1e5709, llama-vocab.cpp tokenizer_st_partition).

@@ -14,8 +14,8 @@ from qaflora_edge.dialects import anthropic, openai_chat, openai_responses, text
 from qaflora_edge.dialects.shapes import Extras, choices_of
 from qaflora_edge.dialects.texts import several
 from qaflora_edge.engine import Engine
-from qaflora_edge.errors import wrong_field
-from qaflora_edge.prompt.tokens import checked_tokens
+from qaflora_edge.errors import CancelledError, wrong_field
+from qaflora_edge.prompt.tokens import check_size, checked_tokens
 from qaflora_edge.server import bodies
 from qaflora_edge.server.receive import Call, read_call
 from qaflora_edge.server.respond import (
@@ -28,6 +28,8 @@ from qaflora_edge.server.respond import (
     note_mix,
     spelt,
 )
+
+N_AT_ONCE = 4096  # tokens that are written before a client may have gone
 
 
 async def chat_completions(request: Request) -> Computed:
@@ -195,9 +197,16 @@ async def tokenize(request: Request) -> Computed:
 
     def compute(engine: Engine, out: Computed) -> None:
         with engine.model() as model:
+            check_size(model, [body.content], engine.n_ctx)
             tokens = model.tokenize(
-                body.content, add_special=bool(body.add_special), parse_special=is_parsed
+                body.content,
+                add_special=bool(body.add_special),
+                parse_special=is_parsed,
+                n_most=engine.n_ctx,
+                cancel=out.cancel,
             )
+            if tokens:
+                checked_tokens(model, tokens, engine.n_ctx)
         out.send({"tokens": tokens})
 
     return Computed(call, compute, is_light=True)
@@ -212,8 +221,14 @@ async def detokenize(request: Request) -> Computed:
         text = ""
         if tokens:
             with engine.model() as model:
-                checked = checked_tokens(model, tokens, bodies.MAX_TOKENS)
-            text = spelt(engine, checked)
+                checked_tokens(model, tokens, bodies.MAX_TOKENS)
+                data = bytearray()
+                for start in range(0, len(tokens), N_AT_ONCE):
+                    if out.cancel.is_set():
+                        raise CancelledError("The tokens were not written to their end.")
+                    part = tokens[start : start + N_AT_ONCE]
+                    data += model.detokenize(part, special=True)
+            text = data.decode("utf-8", "replace")
         out.send({"content": text})
 
     return Computed(call, compute, is_light=True)

@@ -29,6 +29,7 @@ from qaflora_edge.server.refusals import Refusal, refusal
 from qaflora_edge.weighing.plan import FusionWeights
 
 log = logging.getLogger(__name__)
+LIGHT_S = 10.0  # the longest that what takes no step of an Engine is computed
 PING_S = 5.0  # a stream without news sends a comment after as long
 STREAM_HEADERS = {
     "cache-control": "no-store",
@@ -104,7 +105,8 @@ class Computed:
     """Answer a call: a stream where the body has `stream`, else one JSON text.
 
     compute   called in a thread; it sets `headers`, then hands on the answer by `send`
-    is_light  it takes no step of the Engine, and does not wait for a slot of answers
+    is_light  it takes no step of the Engine, and does not wait for a slot of answers; it ends
+              within LIGHT_S
     facts     for the log and the metrics
     cancel    set when the answer is no longer wanted
     """
@@ -117,12 +119,14 @@ class Computed:
         self._compute = compute
         self._wire = wire
         self._is_stream = call.body.is_stream
+        self._is_light = is_light
         self._slots = self._app.models.light_slots if is_light else call.served.slots
         self._state = State.WAITING
         self.facts: Json = call.request.scope["qaflora"]
         self.facts["model"] = call.served.name
         self.headers: dict[str, str] = {}
         self.cancel = threading.Event()
+        self._expiry: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self._parts = asyncio.Queue[Part]()
 
@@ -143,9 +147,9 @@ class Computed:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, as an ASGI application."""
+        self._expire_in(self._app.options.timeout_s)
         self._producer = asyncio.create_task(self._produce())
         watcher = asyncio.create_task(self._watch(receive))
-        expiry = self._loop.call_later(self._app.options.timeout_s, self.stop, State.EXPIRED)
         self._app.running.add(self)
         try:
             await self._send_all(send)
@@ -153,10 +157,16 @@ class Computed:
             log.info("ended in the middle of an answer")
         finally:
             self._app.running.discard(self)
-            expiry.cancel()
+            if self._expiry is not None:
+                self._expiry.cancel()
             self.stop()
             watcher.cancel()
             await asyncio.gather(self._producer, watcher, return_exceptions=True)
+
+    def _expire_in(self, seconds: float) -> None:
+        if self._expiry is not None:
+            self._expiry.cancel()
+        self._expiry = self._loop.call_later(seconds, self.stop, State.EXPIRED)
 
     async def _produce(self) -> None:
         start = time.perf_counter()
@@ -167,6 +177,8 @@ class Computed:
             async with slot, models.engine(self._call.served) as engine:
                 self.facts["wait_ms"] = 1e3 * (time.perf_counter() - start)
                 self._state = State.COMPUTING
+                if self._is_light:
+                    self._expire_in(LIGHT_S)
                 await asyncio.to_thread(self._compute, engine, self)
         except asyncio.CancelledError:
             end = CancelledError("The request was ended before it began.")
