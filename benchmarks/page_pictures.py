@@ -48,7 +48,7 @@ def take(window: Browser, path: Path) -> None:
         "for (const each of document.querySelectorAll('.foot .facts')) each.hidden = true"
     )
     metrics: dict[str, Any] = window.run("return {width: innerWidth, height: innerHeight}")
-    clip = {"x": 0, "y": window.run("return scrollY"), "scale": 1.5, **metrics}
+    clip = {"x": 0, "y": window.run("return scrollY"), "scale": 1.25, **metrics}
     picture = window.command("Page.captureScreenshot", format="png", clip=clip)
     path.write_bytes(base64.b64decode(picture["data"]))
 
@@ -66,7 +66,7 @@ def take_versions(window: Browser, address: str, width: int, height: int, name: 
 def main(address: str) -> None:
     with tempfile.TemporaryDirectory() as place, browser(Path(place)) as window:
         for name, is_dark in (("light", False), ("dark", True)):
-            desk = show(window, address, 1100, 800, is_dark=is_dark)
+            desk = show(window, address, 1280, 800, is_dark=is_dark)
             desk.ask(SUM)
             desk.click("button.mix")
             take(window, IMAGES / f"page-{name}.png")
