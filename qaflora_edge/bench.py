@@ -63,6 +63,7 @@ class StockContext(Context):
     ) -> None:
         self._model = model
         self._lib = model._lib
+        self._functions = model._functions
         params = context_params(model, n_token=n_ctx, **options)
         self._pointer = self._lib.llama_init_from_model(model._pointer, params) or None
         if self._pointer is None:

@@ -11,7 +11,8 @@ import pytest
 from bundles import bundle_json
 
 from qaflora_edge.errors import BundleError
-from qaflora_edge.formats.bundle import BundleFields, parse_bundle
+from qaflora_edge.formats.bundle import BundleFields, TypicalRecord, parse_bundle
+from qaflora_edge.weighing.calibration import KEYS
 from qaflora_edge.weighing.weigher import known_of
 
 Raw = dict[str, Any]
@@ -80,3 +81,7 @@ def test_what_older_bundles_have_is_kept_and_ignored(raw) -> None:
     text = read(document)
     assert text.raw == document
     assert (known_of(text).pool, known_of(text).strategy) == ("last", "norm:top=2")
+
+
+def test_all_that_calibration_measures_is_read() -> None:
+    assert {*TypicalRecord.__struct_fields__} == {*KEYS}
