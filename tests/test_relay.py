@@ -209,6 +209,14 @@ def test_an_adapter_that_gives_all_its_form_is_not_asked_what_it_knows() -> None
     assert "shop" not in reading.asked
 
 
+def test_a_second_form_is_not_asked_what_it_knows() -> None:
+    """Two stand out at the last token, and one is asked for: the other is as sure of its form."""
+    places = ([HIGH, 0.03, LOW], [TYPICAL_SIZE, TYPICAL_SIZE, LOW])
+    reading = Scripted(*places, [told("form", -0.3), told("shop", -0.01)])
+    assert weighed(reading).drafting is None
+    assert "shop" not in reading.asked
+
+
 def test_an_empty_draft_knows_nothing() -> None:
     empty = Told(Draft("shop", (), "", (), is_whole=True), ())
     assert not weighed(Scripted(*NOBODY, [empty])).weights.any()

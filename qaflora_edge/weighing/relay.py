@@ -95,8 +95,8 @@ class RelayStrategy(TwoPlace):
         may_draft = query.is_chat and query.can_draft and not query.has_results
         if not may_draft or len(query.adapters) < 2:
             return plan
-        form = _form(query, plan)
-        asked = _asked(reading, plan, form)
+        form, forms = _forms(query, plan)
+        asked = _asked(reading, plan, form, forms)
         heard = _heard(reading, plan, asked)
         knower = heard.knower
         if knower is not None and knower != form:
@@ -131,8 +131,11 @@ def probability(odds: float) -> float:
     return 1.0 / (1.0 + exp(-odds))
 
 
-def _form(query: Query, plan: Plan) -> str | None:
-    """Name the adapter that stands out where the answer begins, and not in the question."""
+def _forms(query: Query, plan: Plan) -> tuple[str | None, set[str]]:
+    """Name who gives the answer its form, if one does; and all who stand out where it begins.
+
+    They stand out there more than in the question. The highest of all gives the form.
+    """
     import numpy as np
 
     from qaflora_edge.weighing.calibration import unusual
@@ -140,28 +143,31 @@ def _form(query: Query, plan: Plan) -> str | None:
     assert plan.divergence is not None  # what is added at the last token
     at_last = _AT_LAST[query.is_later]
     scores = unusual(query, {at_last: np.asarray(plan.divergence, np.float64)})  # [n_adapter]
-    highest = int(scores.argmax())
-    name = query.adapters[highest]
-    lead = scores[highest] - plan.why[name].scores["question"]
-    return name if scores[highest] >= STANDS_OUT and lead >= LEAD else None
+    forms = set()
+    for name, score in zip(query.adapters, scores, strict=True):
+        lead = score - plan.why[name].scores["question"]
+        if score >= STANDS_OUT and lead >= LEAD:
+            forms.add(name)
+    highest = query.adapters[int(scores.argmax())]
+    return (highest if highest in forms else None), forms
 
 
 def _is_later(query: Query, plan: Plan, name: str) -> bool:
     return query.is_later and plan.why[name].scores["question"] >= STANDS_OUT
 
 
-def _asked(reading: Reading, plan: Plan, form: str | None) -> list[str]:
+def _asked(reading: Reading, plan: Plan, form: str | None, forms: set[str]) -> list[str]:
     """Name who drafts: who may know, if anybody can, and two-place's first.
 
-    An adapter that gives everything its form says little; one that is asked for its form drafts
-    too, because it may know the answer itself.
+    An adapter that gives its form, whatever is asked or now, says little. The one that is asked for
+    drafts all the same, because it may know the answer itself.
     """
     query = reading.query
     nats = reading.surprise()
     asked: list[str] = []
     for name in sorted(query.adapters, key=lambda name: -max(plan.why[name].scores.values())):
         best = log_odds(0.0, nats, is_later=_is_later(query, plan, name))
-        is_form = name == form or _opening(query, name) < -FORMS_ALL
+        is_form = name in forms or _opening(query, name) < -FORMS_ALL
         if probability(best) > CLAIM and not is_form and len(asked) < N_ASKED:
             asked.append(name)
     if form is not None and asked:
