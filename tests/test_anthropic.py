@@ -209,7 +209,7 @@ def test_thoughts_and_calls_are_blocks(tmp_path) -> None:
             {"messages": [{"role": "user", "content": [{"type": "thinking", "thinking": ""}]}]},
             "The field messages[0].content[0].type is 'thinking', expected a block of a user",
         ),
-        ({"max_tokens": None}, "The field max_tokens is None, expected a whole number."),
+        ({"max_tokens": None}, "The field max_tokens is None, expected a whole number from 0 up."),
         ({"messages": []}, "The field messages is [], expected a list of messages"),
         (
             {"messages": [{"role": "tool", "content": "a"}]},

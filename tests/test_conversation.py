@@ -6,8 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import jsonschema
-import msgspec
 import pytest
 from refusals import refused
 
@@ -16,7 +14,6 @@ from qaflora_edge.prompt.conversation import (
     MAX_SESSION_BYTES,
     Conversation,
     Message,
-    Session,
     load_session,
     save_session,
 )
@@ -92,10 +89,6 @@ def test_a_saved_session_comes_back(path, system) -> None:
 def test_the_format_is_as_documented(path) -> None:
     save(path, TALK)
     document = json.loads(path.read_text(encoding="utf-8"))
-    schema = msgspec.json.schema(Session)
-    jsonschema.validate(document, schema)
-    with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate({**document, "messages": [{"role": "user"}]}, schema)
     assert document["format"] == "qaflora-session/1"
     assert document["bundle"] == IDENTITY
     if os.name == "posix":
@@ -137,10 +130,13 @@ ANSWER = {"role": "assistant", "content": "ho", "finish_reason": "stop"}
 HOSTILE = {
     "too large": (b" " * (MAX_SESSION_BYTES + 1), f"it has more than {MAX_SESSION_BYTES} bytes"),
     "another version": (changed(format="qaflora-session/2"), 'is "qaflora-session/2", expected'),
-    "adapters in use": (changed(adapters=[1]), "field adapters[0] is 1, expected a text"),
     "a system prompt in between": (
         changed(messages=[USER, ANSWER, {"role": "system", "content": "obey"}]),
         'field messages is a list of ["user", "assistant", "system"], expected a user\'s and an',
+    ),
+    "a message without a text": (
+        changed(messages=[{"role": "user"}]),
+        "field messages[0].content is missing, expected a text",
     ),
     "half a character": (
         changed(messages=[{"role": "user", "content": "\ud800"}, ANSWER]),

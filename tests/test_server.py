@@ -329,6 +329,11 @@ REFUSED = [
     ),
     ({"fusion": {"adapters": ["x"]}}, "fusion", ""),
     ({"fusion": {"weights": [[1]]}}, "fusion", "Weights have the shape [1, 1], expected [2,"),
+    (
+        {"lora": [{"id": 0, "scale": 200}]},
+        "lora[0].scale",
+        "The field lora[0].scale is 200, expected a number from -100 to 100.",
+    ),
     ({"lora": [{"id": 2, "scale": 1}]}, "lora", "The field lora is [{'id': 2, 'scale': 1.0}]"),
     (
         {"json_schema": {}, "response_format": {"type": "json_object"}},

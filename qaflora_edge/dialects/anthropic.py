@@ -14,6 +14,7 @@ from qaflora_edge.dialects.options import (
     MAX_MESSAGES,
     MAX_STOPS,
     MAX_TOOLS,
+    Count,
     Flag,
     Text,
     Weighed,
@@ -88,7 +89,7 @@ class Thinking(Struct):
     """Say whether to think first: any type but `disabled` does."""
 
     type: str
-    budget_tokens: Annotated[int, Meta(ge=0)] | None = None
+    budget_tokens: Count | None = None
 
 
 class OutputFormat(Struct):
@@ -116,7 +117,12 @@ class TokensBody(Weighed, frozen=True, kw_only=True):
         ),
     ]
     system: str | list[TextBlock] | None = None
-    tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
+    tools: (
+        Annotated[
+            list[Tool], Meta(title=f"a list of {MAX_TOOLS} tools at most", max_length=MAX_TOOLS)
+        ]
+        | None
+    ) = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
 
@@ -129,9 +135,14 @@ class MessagesBody(TokensBody, frozen=True, kw_only=True):
     """Ask /v1/messages."""
 
     stream_media = "text/event-stream"
-    max_tokens: Annotated[int, Meta(ge=0)]
+    max_tokens: Count
     stream: Flag = None
-    stop_sequences: Annotated[list[Text], Meta(max_length=MAX_STOPS)] | None = None
+    stop_sequences: (
+        Annotated[
+            list[Text], Meta(title=f"a list of {MAX_STOPS} texts at most", max_length=MAX_STOPS)
+        ]
+        | None
+    ) = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None

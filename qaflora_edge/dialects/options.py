@@ -105,7 +105,7 @@ class Scale(Struct, frozen=True):
     """Give an adapter a weight, as an entry of llama-server's `lora`."""
 
     id: Count
-    scale: Annotated[float, Meta(ge=-MAX_WEIGHT, le=MAX_WEIGHT)]
+    scale: Annotated[float, Meta(title=f"a number {RANGE}", ge=-MAX_WEIGHT, le=MAX_WEIGHT)]
 
 
 class Weighed(Body, frozen=True, kw_only=True):

@@ -53,10 +53,7 @@ Alpha = Annotated[
 ]
 LEAST_ALPHA = 1e-30
 ModuleName = Annotated[str, Meta(title="a name")]
-Names = Annotated[
-    str | Annotated[list[ModuleName], Meta(max_length=65536)] | None,
-    Meta(title="a text or a list of names"),
-]
+Names = Annotated[str | list[ModuleName] | None, Meta(title="a text or a list of names")]
 Layer = Annotated[int, Meta(title="a layer")]
 OBJECT_OF_PATTERNS = Meta(title="an object of up to 16384 patterns", max_length=16384)
 
@@ -74,12 +71,9 @@ class PeftFields(Struct, frozen=True, kw_only=True):
     target_modules: Names = None
     exclude_modules: Names = None
     layers_pattern: Names = None
-    target_parameters: (
-        Annotated[list[ModuleName], Meta(title="a list of names", max_length=65536)] | None
-    ) = None
+    target_parameters: Annotated[list[ModuleName], Meta(title="a list of names")] | None = None
     layers_to_transform: Annotated[
-        Layer | Annotated[list[Layer], Meta(max_length=65536)] | None,
-        Meta(title="a layer or a list of layers"),
+        Layer | list[Layer] | None, Meta(title="a layer or a list of layers")
     ] = None
     bias: Annotated[
         Literal["none", "all", "lora_only", ""] | None, Meta(title="'none', 'all' or 'lora_only'")

@@ -1,7 +1,7 @@
 """Conversations as data: what is asked, undone, cut to a context, saved and loaded.
 
-A session file is versioned JSON, and may come from anywhere; `Session` and docs/chat.md have its
-format. Loading takes the messages alone.
+A session file is versioned JSON, and may come from anywhere; docs/chat.md has its format.
+Loading takes the messages alone.
 """
 
 import json
@@ -40,25 +40,13 @@ class SaidMessage(Struct, kw_only=True, omit_defaults=True):
     finish_reason: Literal["stop", "length", "cancelled"] | None = None
 
 
-class BundleIdentity(Struct, kw_only=True):
-    """Which bundle answered; adapters: name -> SHA-256 of its file."""
-
-    name: str
-    base_sha256: str
-    adapters: dict[str, str]
-
-
 class Session(Struct, kw_only=True):
-    """The fields of a session file; others are ignored.
+    """The fields that are read of a session file.
 
-    adapters  those in use
     messages  after an optional one of the system a user's and an assistant's in turns
     """
 
     format: Annotated[Literal["qaflora-session/1"], Meta(title=f'"{FORMAT}"')]
-    bundle: BundleIdentity
-    strategy: str
-    adapters: list[str]
     messages: list[SaidMessage]
 
 
