@@ -59,15 +59,6 @@ def test_our_server_keeps_requests_with_other_weights_apart(tmp_path) -> None:
     assert said.count("PASS") == 8
 
 
-def test_prompts_of_each_kind_are_answered_with_guesses_and_without(tmp_path) -> None:
-    made = make_bundle(tmp_path, n_ctx=4096)
-    few = ("--repeat", 1, "--max-tokens", 4, "--draft", 3, "--strategy", "static")
-    rows = [json.loads(line) for line in script("guesses", made.folder, *few).splitlines()]
-    kinds = ["edit", "extract", "correct", "prose", "prose, 2 callers"]
-    assert [row["name"] for row in rows] == kinds
-    assert {*rows[0]} == {"name", "runs", "tokens_per_second", "of_plain", "accepted"}
-
-
 def test_code_is_scored_by_its_tests(made, tmp_path) -> None:
     item = {"prompt": "def f():\n", "entry_point": "f", "test": "assert f() is None"}
     path, out = write(tmp_path / "code.jsonl", item), tmp_path / "r.jsonl"
@@ -75,20 +66,6 @@ def test_code_is_scored_by_its_tests(made, tmp_path) -> None:
     _, found = lines(out)
     assert (found["score"] == 1) is (found["failure"] == "")
     assert isinstance(found["isolated"], list)
-
-
-def test_busy_decodes_alone_and_next_to_another(made) -> None:
-    assert "next to another" in script("busy", made.folder, "--repeat", 1)
-
-
-def test_lorahub_gives_a_manual_mix(made, tmp_path) -> None:
-    items = [{"question": f"thing {i}", "answer": i, "continuation": " on a ring"} for i in "12"]
-    path = write(tmp_path / "t.jsonl", *items)
-    words = ("--adapters", "math", "--budget", 3, "--examples", 2)
-    *tried, mix = script("lorahub", made.folder, path, *words).splitlines()
-    assert [line.partition(" at ")[2] for line in tried] == ["0.000", "-1.500", "1.500"]
-    with Engine(made.folder, strategy=mix, n_ctx=256) as engine:
-        assert {*engine.weights("thing").weights[0]} <= {-1.5, 0.0, 1.5}
 
 
 def test_lora_flow_starts_as_the_static_mix(made, tmp_path) -> None:
@@ -102,42 +79,6 @@ def test_lora_flow_starts_as_the_static_mix(made, tmp_path) -> None:
         tokens = engine.chat_tokens([{"role": "user", "content": item["question"]}])
         expected = -float(engine.score(tokens, item["continuation"]).mean())
     assert found["score"] == pytest.approx(expected, abs=1e-4)
-
-
-def test_refresh_weighs_every_few_tokens(made, tmp_path) -> None:
-    items = ({"question": q, "answer": 1} for q in "abc")
-    path = write(tmp_path / "t.jsonl", {"task": {"max_tokens": 12}}, *items)
-    out = tmp_path / "r.jsonl"
-    script("refresh", made.folder, path, "-o", out, "--every", 5, "--half", "dev")
-    _, *found = lines(out)
-    assert [record["item"] for record in found] == [0, 2]
-    assert max(record["n_token"] for record in found) > 5
-
-
-def test_tasks_of_the_nine_cells_can_be_read(tmp_path) -> None:
-    made = {
-        "math": {"question": "2 + 3?", "answer": "5"},
-        "code": {
-            "task_id": "p/0",
-            "prompt": "def add(a, b):\n",
-            "entry_point": "add",
-            "test": "assert add",
-            "canonical_solution": "    return a + b\n\n",
-        },
-        "medical": {"question": "Which?", "choices": ["one", "two"], "answer": 1},
-    }
-    for name, item in made.items():
-        for language in ("es", "ru", "zh"):
-            write(tmp_path / f"{name}_{language}.jsonl", item)
-    sentence = {"es": "uno dos tres cuatro", "ru": "раз два три", "zh": "一二三四五"}
-    write(tmp_path / "medical_sentences.jsonl", sentence)
-    script("nine_cells", tmp_path, tmp_path / "out", "--answers")
-    found = {path.stem: path.read_text("utf-8") for path in (tmp_path / "out").iterdir()}
-    assert len(found) == 12
-    items = {name: json.loads(text.splitlines()[1]) for name, text in found.items()}
-    assert items["math_ru"]["continuation"] == "Ответ: 5"
-    assert items["code_es"]["continuation"].endswith("    return a + b\n```")
-    assert items["medical_text_zh"] == {"prompt": "一二", "continuation": "三四五"}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from Linux's /proc")
