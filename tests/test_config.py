@@ -18,6 +18,8 @@ from qaflora_edge.cli import main
 from qaflora_edge.cli.options import SharedOptions
 from qaflora_edge.cli.settings import SHARED_TABLES, file_settings, shared_settings
 from qaflora_edge.config import OPTIONS, SHARED, Option, in_group, shared_by
+from qaflora_edge.dialects.options import read_body
+from qaflora_edge.dialects.texts import TextBody
 from qaflora_edge.errors import OptionError, SettingsError
 
 BY_NAME = {option.name: option for option in OPTIONS}
@@ -87,6 +89,8 @@ def refusals(
         refused[group] = fails(OptionError, config.check, group, {option.name: value})
     if "sampling" in option.groups:
         refused["sampling"] = fails(OptionError, Sampling().updated, {option.name: value})
+        body = {"prompt": "a", option.name: value}
+        refused["HTTP"] = fails(OptionError, read_body, TextBody, body)
     return refused
 
 
