@@ -6,7 +6,8 @@ Nothing of the package is used here: what a file may hold is not taken from its 
 import json
 import random
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 Case = dict[str, bytes]  # name in the folder -> content
@@ -36,7 +37,14 @@ def mutate(case: Mapping[str, bytes], rng: random.Random) -> Case:
 
 
 def _damage_file(name: str, data: bytes, rng: random.Random) -> bytes:
-    ways = {"json": damage_json, "safetensors": damage_safetensors, "gguf": damage_gguf}
+    ways = {
+        "json": damage_json,
+        "safetensors": damage_safetensors,
+        "gguf": damage_gguf,
+        "pdf": partial(damage_words, words=PDF_WORDS),
+        "jinja": partial(damage_words, words=JINJA_WORDS),
+        "Modelfile": partial(damage_words, words=MODELFILE_WORDS),
+    }
     by_structure = ways.get(name.rpartition(".")[2])
     if by_structure is not None and rng.random() < 0.8:
         try:
@@ -66,6 +74,57 @@ def damage_bytes(data: bytes, rng: random.Random) -> bytes:
     else:
         raw[at:at] = rng.randbytes(rng.randint(1, 9))
     return bytes(raw)
+
+
+PDF_WORDS = (
+    *(b"/Filter/FlateDecode", b"/Filter[/ASCIIHexDecode/FlateDecode]", b"/Length 99999999999"),
+    *(b"/Kids[2 0 R]", b"/Count -1", b"/Parent 3 0 R", b"/Prev 0", b"/Encrypt 4 0 R", b"<<", b">>"),
+    *(b"stream\n", b"endobj\n", b"1 0 obj\n", b"[" * 999, b"(", b" 0 R", b"BT", b"Tj", b"-"),
+    *(
+        b"/ToUnicode 4 0 R",
+        b"/Type0",
+        b"/Identity-H",
+        b"/ObjStm",
+        b"/XRef",
+        b"99999999999999999999",
+    ),
+)
+JINJA_WORDS = (
+    *(b"{% for x in range(10**9) %}", b"{% endfor %}", b"{{ messages * 10**9 }}", b"{% if x %}"),
+    *(
+        b"{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+        b"{{ ().__class__ }}",
+        b"|replace('','x')",
+    ),
+    *(b"{% set x = x ~ x %}", b"|tojson", b"|join('x' * 10**8)", b"{{ '%99999999d' % 1 }}", b"-%}"),
+    *(
+        b"{{ 9 ** 9 ** 9 }}",
+        b"{% generation %}",
+        b"{{ [1] * 10**12 }}",
+        b"|list|sort",
+        b"{{",
+        b"}}",
+    ),
+    *(
+        b"{{ cycler.__init__.__globals__ }}",
+        b"{{ 'x'.format(x) }}",
+        b"{% include 'x' %}",
+        b"[::-1]",
+    ),
+)
+MODELFILE_WORDS = (
+    *(b'"""', b'"', b"\n", b"FROM ", b"FROM ../../x:y\n", b"ADAPTER ", b"SYSTEM ", b"TEMPLATE x\n"),
+    *(b"MESSAGE user ", b"MESSAGE robot x\n", b"PARAMETER stop ", b"PARAMETER seed 1e999\n"),
+    *(b"PARAMETER temperature nan\n", b"LICENSE ", b"#", b"\xff\xfe", b"\0", b"~root/x", b"/etc\n"),
+)
+
+
+def damage_words(data: bytes, rng: random.Random, words: Sequence[bytes]) -> bytes:
+    """Put a word of the format anywhere, or repeat a piece many times."""
+    at = rng.randrange(len(data) + 1)
+    if rng.random() < 0.2:
+        return data[:at] + data[at : at + 40] * rng.choice((2, 50, 2000)) + data[at:]
+    return data[:at] + rng.choice(words) + data[at:]
 
 
 def damage_json(data: bytes, rng: random.Random) -> bytes:

@@ -4,7 +4,9 @@ A check returns when the reader accepted a case and raises a QafloraError when i
 Whatever else it raises is a finding, as are a crash, a hang and too much memory.
 """
 
+import base64
 import json
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
@@ -15,15 +17,20 @@ import numpy as np
 import tiny
 
 from fuzz.mutate import Case
+from qaflora_edge.ask import Ask
+from qaflora_edge.bundles.modelfile import read_modelfile
 from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.convert.adapter import convert_adapter
+from qaflora_edge.errors import ChatTemplateError, InputFileError
 from qaflora_edge.formats.adapter import check_adapter, read_adapter_gguf, read_pair
+from qaflora_edge.formats.document import document_text, read_pdf
 from qaflora_edge.formats.gguf import read_gguf_header, read_values
 from qaflora_edge.inference.constraint import schema_grammar
 from qaflora_edge.peft.config import parse_config, read_fields
 from qaflora_edge.peft.folder import read_peft
 from qaflora_edge.peft.modules import read_safetensors
 from qaflora_edge.prompt.conversation import load_session
+from qaflora_edge.prompt.template import render
 
 MODULES = ("model.layers.0.self_attn.q_proj", "a" * 60 + "b", "lm_head")
 SMALL = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_head_kv": 1, "n_ff": 32}
@@ -228,6 +235,125 @@ def _bundles(place: Path) -> list[Case]:
     return [{**read_case(place / "bundle"), "bundle.json": json.dumps(text).encode()}]
 
 
+def _modelfiles(place: Path) -> list[Case]:
+    base = _base(place)
+    adapter = tiny.write_tiny_adapter(place / "es.gguf", base, layers=(0,), targets=("attn_q",))
+    text = f"""# mine
+FROM {base.path}
+ADAPTER {adapter.path}
+SYSTEM \"\"\"
+You sell rugs.
+
+Be short.\"\"\"
+PARAMETER temperature 0.5
+PARAMETER stop "###"
+PARAMETER num_predict -1
+PARAMETER num_ctx 4096
+LICENSE MIT
+MESSAGE user "Is Toronto in Canada?"
+MESSAGE assistant yes
+"""
+    return [{"Modelfile": text.encode()}, {"Modelfile": text.encode("utf-16")}]
+
+
+def pdf(objects: list[bytes]) -> bytes:
+    """Put a PDF together, with its table of places."""
+    data = b"%PDF-1.7\n"
+    places = []
+    for number, content in enumerate(objects, 1):
+        places.append(len(data))
+        data += b"%d 0 obj\n%s\nendobj\n" % (number, content)
+    begin = len(data)
+    data += b"xref\n0 %d\n0000000000 65535 f \n" % (len(objects) + 1)
+    data += b"".join(b"%010d 00000 n \n" % place for place in places)
+    trailer = b"<</Size %d/Root 1 0 R>>" % (len(objects) + 1)
+    return data + b"trailer\n%s\nstartxref\n%d\n%%%%EOF\n" % (trailer, begin)
+
+
+def _documents(place: Path) -> list[Case]:
+    """Texts, and PDFs with a stream as it is, packed, spelt out, and with a table of characters."""
+    shown = b"BT /F1 12 Tf 72 720 Td (The thing on a ring) Tj 0 -14 Td [(of) -250 (two)] TJ ET"
+    packed = zlib.compress(shown)
+    table = (
+        b"begincmap 1 beginbfrange <41> <5A> <0041> endbfrange 1 beginbfchar <61> <0061> endbfchar"
+    )
+    streams = {
+        b"": shown,
+        b"/Filter/FlateDecode": packed,
+        b"/Filter/ASCIIHexDecode": shown.hex().encode() + b">",
+        b"/Filter[/ASCII85Decode/FlateDecode]": base64.a85encode(packed) + b"~>",
+    }
+    cases: list[Case] = [{"a.txt": b"The thing.\r\n"}, {"a.txt": "wide é".encode("utf-16")}]
+    for keys, stream in streams.items():
+        objects = [
+            b"<</Type/Catalog/Pages 2 0 R>>",
+            b"<</Type/Pages/Kids[3 0 R]/Count 1>>",
+            b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 612 792]/Contents 4 0 R"
+            b"/Resources<</Font<</F1 5 0 R>>>>>>",
+            b"<</Length %d%s>>\nstream\n%s\nendstream" % (len(stream), keys, stream),
+            b"<</Type/Font/Subtype/TrueType/BaseFont/X/Encoding/WinAnsiEncoding/ToUnicode 6 0 R>>",
+            b"<</Length %d>>\nstream\n%s\nendstream" % (len(table), table),
+        ]
+        cases.append({"a.pdf": pdf(objects)})
+    return cases
+
+
+def _templates(place: Path) -> list[Case]:
+    return [{"a.jinja": text.encode()} for text in (tiny.CHATML, tiny.QWEN)]
+
+
+TOOL = {
+    "type": "function",
+    "function": {"name": "look", "description": "Look.", "parameters": {"type": "object"}},
+}
+SAID = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+WEIGHED = {"model": "m", "fusion": {"strategy": "static", "weights": {"math": 0.5}}, "seed": 1}
+BODIES: Mapping[str, Mapping[str, Any]] = {
+    "chat": {
+        **WEIGHED,
+        "messages": [*SAID, {"role": "assistant", "content": "A"}, {"role": "user", "content": []}],
+        "tools": [TOOL],
+        "tool_choice": "auto",
+        "response_format": {"type": "json_object"},
+        "logit_bias": {"5": 1.5},
+        "stop": ["x"],
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "max_tokens": 4,
+    },
+    "text": {**WEIGHED, "prompt": ["a", "b"], "n": 2, "logprobs": 1, "echo": False},
+    "completion": {**WEIGHED, "prompt": [1, 2, 3], "n_predict": 4, "lora": [{"id": 0, "scale": 1}]},
+    "infill": {"input_prefix": "def f(", "input_suffix": "return", "n_predict": 4},
+    "responses": {
+        **WEIGHED,
+        "input": [{"role": "user", "content": [{"type": "input_text", "text": "Hi"}]}],
+        "instructions": "Be brief.",
+        "text": {"format": {"type": "text"}},
+        "reasoning": {"effort": "low"},
+    },
+    "messages": {
+        "model": "m",
+        "max_tokens": 4,
+        "system": [{"type": "text", "text": "Be brief."}],
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}],
+        "tools": [{"name": "look", "description": "Look.", "input_schema": {"type": "object"}}],
+        "stop_sequences": ["x"],
+    },
+    "ollama": {
+        "model": "m",
+        "messages": SAID,
+        "options": {"num_predict": 4, "temperature": 0.5, "stop": ["x"]},
+        "format": "json",
+        "think": False,
+    },
+    "generate": {"model": "m", "prompt": "Hi", "system": "Be brief.", "options": {"top_k": 3}},
+}
+
+
+def _bodies(place: Path) -> list[Case]:
+    return [{f"{name}.json": json.dumps(body).encode()} for name, body in BODIES.items()]
+
+
 # --- checks ---------------------------------------------------------------------------------
 
 
@@ -329,7 +455,65 @@ def _check_expert_pefts(folder: Path, place: Path) -> None:
     _check_convert(folder, place, "mixture.gguf")
 
 
+def _check_modelfile(folder: Path, place: Path) -> None:
+    modelfile = read_modelfile(folder / "Modelfile")
+    assert len(modelfile.adapters) <= 256 * 4
+
+
+def _check_document(folder: Path, place: Path) -> None:
+    """A PDF is read in this process: in that of its own nothing would be seen."""
+    for path in folder.glob("a.*"):
+        data = path.read_bytes()
+        if path.suffix == ".txt":
+            document_text(path.name, data)
+            continue
+        answer = read_pdf(data)
+        if "text" not in answer:
+            raise InputFileError(answer["fault"])
+        json.dumps(answer).encode()
+
+
+def _check_template(folder: Path, place: Path) -> None:
+    """A template may fail in any way, but within its budget, and it gives a text."""
+    text = (folder / "a.jinja").read_bytes().decode("utf-8", "replace")
+    messages = [*SAID, {"role": "assistant", "content": "A"}]
+    try:
+        rendered = render(text, bos_token="<s>", eos_token="</s>", messages=messages, tools=[TOOL])
+    except Exception as error:
+        raise ChatTemplateError(f"{type(error).__name__}: {error}") from error
+    assert isinstance(rendered, str)
+
+
+def _check_bodies(folder: Path, place: Path) -> None:
+    """A body of a request is refused by its field, or becomes an Ask."""
+    from qaflora_edge.dialects import anthropic, ollama, openai_chat, openai_responses, texts
+    from qaflora_edge.server.receive import _parsed
+    from qaflora_edge.server.refusals import Refusal
+
+    readers: dict[str, tuple[Any, Callable[[Any, Ask], object]]] = {
+        "chat": (openai_chat.ChatBody, openai_chat.ask),
+        "text": (texts.TextBody, texts.asks),
+        "completion": (texts.CompletionBody, texts.ask),
+        "infill": (texts.InfillBody, texts.ask_infill),
+        "responses": (openai_responses.ResponsesBody, openai_responses.ask),
+        "messages": (anthropic.MessagesBody, anthropic.ask),
+        "ollama": (ollama.OllamaChatBody, ollama.ask_chat),
+        "generate": (ollama.OllamaTextBody, ollama.ask_text),
+    }
+    for path in folder.glob("*.json"):
+        kind, ask = readers[path.stem]
+        try:
+            body = _parsed(kind, path.read_bytes())
+        except Refusal as refusal:
+            raise InputFileError(str(refusal)) from refusal
+        ask(body, Ask(()))
+
+
 TARGETS: Mapping[str, Target] = {
+    "modelfile": Target(_modelfiles, _check_modelfile),
+    "document": Target(_documents, _check_document),
+    "template": Target(_templates, _check_template),
+    "bodies": Target(_bodies, _check_bodies),
     "safetensors": Target(partial(_parts_of_pefts, ".safetensors"), _check_safetensors),
     "config": Target(partial(_parts_of_pefts, ".json"), _check_config),
     "peft": Target(_pefts, _check_peft),
