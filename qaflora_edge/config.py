@@ -273,7 +273,8 @@ OWN_OPTIONS = {
         Option("allow_host", tuple, flag="--allow-host", metavar="NAME",
                help="Take requests to this host name, such as a proxy's; repeatable."),
         Option("insecure", bool, False, flag="--insecure/--no-insecure",
-               help="Serve beyond this machine without an API key."),
+               help="Serve beyond this machine without an API key: whoever reaches it may ask, by "
+               "an address, this machine's name or --allow-host. With a key any name does."),
     ),
     "worker": (
         Option("host", str, "127.0.0.1", flag="--host", section="Options", metavar="ADDRESS",

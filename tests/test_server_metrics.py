@@ -10,6 +10,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving import client_of, error_of
 from starlette.testclient import TestClient
 
+from qaflora_edge.server.metrics import _line
+
 CHAT = "/v1/chat/completions"
 SECRET = "the thing that nobody is to know"
 BODY = {"model": "tiny:static", "messages": [{"role": "user", "content": SECRET}], "max_tokens": 3}
@@ -68,6 +70,13 @@ def test_a_request_is_a_line_without_what_was_asked(client, caplog) -> None:
     assert len(lines) == 3
     assert not any("\n" in line or "\r" in line for line in lines)
     assert SECRET not in caplog.text
+
+
+def test_no_client_forges_a_field_of_the_log() -> None:
+    scope = {"client": ("10.0.0.1 GET / 200", 0), "method": "GET /x 200 " + "x" * 1000}
+    line = _line({**scope, "path": "/a 200 1ms model=b\n"}, 404, {"whole_ms": 1.0})
+    assert len(line.split()) == 5
+    assert len(line) < 500
 
 
 def test_what_fails_is_told_to_the_log_and_not_to_who_asked(client, caplog, monkeypatch) -> None:

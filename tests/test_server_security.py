@@ -9,7 +9,7 @@ from serving import client_of, error_of
 from starlette.testclient import TestClient
 
 from qaflora_edge.cli import main
-from qaflora_edge.server import security
+from qaflora_edge.server import run, security
 from qaflora_edge.server.security import is_loopback
 
 KEY = "correct-horse"
@@ -80,6 +80,7 @@ OUR_HOSTS = ("localhost", "LOCALHOST:1", "127.0.0.1:8080", "[::1]:8080", "192.16
 FOREIGN_HOSTS = (
     *("evil.example", "localhost.evil.example", "127.0.0.1.evil.example:8080", "[::1", ""),
     *("evil.example:localhost", "evil@localhost.example"),
+    *("[::1].evil.example", "[::1]evil", "[::1]:80.evil.example", "localhost:80:80", "[localhost]"),
 )
 
 
@@ -176,6 +177,18 @@ def test_beyond_this_machine_only_with_a_key(made) -> None:
         "Error: --host 0.0.0.0 can be reached from other machines, and there is no API key. Set "
         "QAFLORA_API_KEY, or say --insecure if everyone may use it."
     )
+
+
+@pytest.mark.parametrize(("key", "is_checked"), [(None, True), (KEY, False)])
+def test_beyond_this_machine_hosts_are_checked_without_a_key(
+    made, monkeypatch, key, is_checked
+) -> None:
+    served = []
+    monkeypatch.setattr(run, "run", lambda *words: served.append(words[-1]))
+    words = ["serve", str(made.folder), "--host", "0.0.0.0", "--insecure"]
+    env = {"QAFLORA_API_KEY": key} if key else {}
+    assert CliRunner().invoke(main, words, env=env).exit_code == 0
+    assert (served[0].hosts is not None) == is_checked
 
 
 @pytest.mark.parametrize("key", ["short", "with a space", "schlüssel", "x" * 7, "tab\tinside"])

@@ -97,10 +97,9 @@ def _line(scope: Scope, status: int, facts: Mapping[str, Any]) -> str:
     client = "-"
     if scope.get("client"):
         host, _ = scope["client"]
-        client = ascii(host)[1:-1]
+        client = _field(host)
     whole = f"{facts['whole_ms']:.1f}ms"
-    path = ascii(scope["path"][:100])[1:-1]
-    parts = [client, scope["method"], path, str(status), whole]
+    parts = [client, _field(scope["method"]), _field(scope["path"]), str(status), whole]
     for name in _SHOWN:
         value = facts.get(name)
         if isinstance(value, float):
@@ -108,3 +107,8 @@ def _line(scope: Scope, status: int, facts: Mapping[str, Any]) -> str:
         elif value is not None:
             parts.append(f"{name}={value}")
     return " ".join(parts)
+
+
+def _field(text: str) -> str:
+    """Write what others chose as one field of a line, cut to a hundred characters."""
+    return ascii(text[:100])[1:-1].replace(" ", "\\x20")

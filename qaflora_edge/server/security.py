@@ -2,8 +2,8 @@
 
 import hmac
 import ipaddress
+import re
 from functools import partial
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -12,6 +12,7 @@ from qaflora_edge.server.refusals import Refusal
 
 WITHOUT_KEY = frozenset({"/", "/health", "/v1/health"})  # the page asks for the key itself
 LOCAL_NAMES = frozenset({"localhost"})
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:@/\s]+)(?::[0-9]*)?")
 OWN_ADDRESSES = frozenset({"127.0.0.1", "::1"})
 
 
@@ -92,12 +93,12 @@ async def _send_guarded(send: Send, message: Message) -> None:
 
 def is_known(host: str, names: frozenset[str]) -> bool:
     """Tell whether a Host is one of our names, or an address, which no other name can be."""
-    try:
-        name = urlsplit(f"//{host}").hostname
-    except ValueError:
+    match = _HOST.fullmatch(host)
+    if match is None:
         return False
+    name = match[1].strip("[]").lower()
     try:
-        ipaddress.ip_address(name or "")
+        ipaddress.ip_address(name)
     except ValueError:
         return name in names
     return True
