@@ -101,14 +101,13 @@ const answerView = (answer, adapters, on) => {
 
   // progress  what the server told last of weighing and reading, at first nothing
   const update = progress => {
-    if (answer.fusion && !mix.childElementCount) {
-      mix.append(mixView(answer.fusion, adapters, draft));
-    }
+    if (answer.fusion && !mix.childElementCount) mix.append(mixView(answer.fusion, adapters, draft));
     showDraft(progress?.expected);
     thought.update();
     head.hidden = !isNamed;
     head.textContent = strategyName(titleOf(answer));
-    copying.hidden = editing.hidden = !answer.text;
+    copying.hidden = !answer.text;
+    editing.hidden = !answer.text;
     more.hidden = !answer.text || answer.state === "stop" && !answer.isEdited;
     note.textContent = answer.error || (answer.state === "waiting" ? waitingText(answer, progress) : STATES[answer.state]);
     note.classList.toggle("trouble", Boolean(answer.error));

@@ -36,7 +36,7 @@ const keptRow = ({ id, time, title }) => el("li", {},
 const DAYS = ["Today", "Yesterday", "Last seven days", "Older"];
 const dayOf = time => {
   const midnight = new Date().setHours(0, 0, 0, 0), n_day = Math.ceil((midnight - time) / 86_400_000);
-  return DAYS[n_day <= 0 ? 0 : n_day === 1 ? 1 : n_day <= 7 ? 2 : 3];
+  return DAYS[[0, 1, 7, Infinity].findIndex(most => n_day <= most)];
 };
 
 // The list stays as it is where it shows the same, so that nobody loses their place in it.
@@ -45,7 +45,8 @@ const drawChats = () => {
   const found = summaries.filter(({ title, text }) => words.every(word => text.includes(word) || title.toLowerCase().includes(word)));
   const shown = JSON.stringify([chat.id, ...found.map(({ id, title }) => [id, title])]);
   byId("chats-note").textContent = found.length ? "Only this browser has them." : summaries.length ? "No chat has these words." : "None is kept.";
-  search.hidden = deleteAll.hidden = !summaries.length;
+  search.hidden = !summaries.length;
+  deleteAll.hidden = !summaries.length;
   if (shown === drawnChats) return;
   drawnChats = shown;
   const days = DAYS.map(day => [day, found.filter(({ time }) => dayOf(time) === day)]).filter(([, some]) => some.length);
@@ -72,7 +73,8 @@ const tried = async act => {
   } catch (error) {
     byId("chats-list").replaceChildren();
     byId("chats-note").textContent = `The browser keeps no chats of this page: ${error.message}`;
-    search.hidden = deleteAll.hidden = true;
+    search.hidden = true;
+    deleteAll.hidden = true;
   }
 };
 
