@@ -173,8 +173,8 @@ sdist: $(DONE)/release-tools
 	cp $(BUILD)/binding/*.whl dist/
 	$(SUMS)
 
-# Wheels of this package and of its binding, in dist/. What they need of the system is found and
-# written into their names by auditwheel. For another ARCH than this machine's, Debian's compiler for it
+# The wheel of this package, with its binding inside, in dist/: `pip install FILE` needs nothing else there. What it needs of the system is found and
+# written into its name by auditwheel. For another ARCH than this machine's, Debian's compiler for it
 # is used.
 ARCH ?= $(shell uname -m)
 RELEASE := $(BUILD)/release/$(ARCH)
@@ -191,6 +191,7 @@ release: sdist
 	CMAKE_ARGS="$(RELEASE_ARGS) $(CMAKE_ARGS)" $(PIP) wheel --no-deps --config-settings build-dir='$(RELEASE)/{wheel_tag}' \
 	    --wheel-dir $(RELEASE)/wheels .
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --lib-sdir /lib $(AUDIT) --wheel-dir dist $(RELEASE)/wheels/qaflora_edge-*_$(ARCH).whl
+	$(BIN)/python packages/with_binding.py dist/qaflora_edge-*_$(ARCH).whl dist/llama_cpp_python-*.whl
 	cp packages/container.lock dist/
 	$(SUMS)
 
@@ -221,8 +222,8 @@ test-release:
 
 X86_MODELS ?= max Nehalem Westmere IvyBridge Haswell Skylake-Server SapphireRapids EPYC
 release-tests: $(DONE)/pytest
-	$(PIP) install --only-binary :all: --force-reinstall --no-index --no-deps --find-links dist qaflora-edge
-	$(PIP) install --only-binary :all: --find-links dist qaflora-edge
+	$(PIP) install --no-index --no-deps --force-reinstall dist/qaflora_edge-*_$(ARCH).whl
+	$(PIP) install --only-binary :all: dist/qaflora_edge-*_$(ARCH).whl
 	PYTHONPATH=tests $(BIN)/python -P tests/every_cpu.py $(BIN)/python
 	$(BIN)/pytest tests/test_native.py tests/test_backend.py tests/test_experts.py tests/test_probe.py
 	@if [ "$$(uname -m)" = x86_64 ] && command -v qemu-x86_64; then \
@@ -237,7 +238,7 @@ test-aarch64: AARCH64_MODELS ?= max cortex-a53 cortex-a72 neoverse-n1
 test-aarch64: $(DONE)/package
 	@ls dist/qaflora_edge-*_aarch64.whl || { echo "There is no such wheel; make it with 'make release ARCH=aarch64'." >&2; exit 1; }
 	.ci/emulated-python aarch64 .venv-aarch64
-	$(PIP) --python $(AARCH64)/python install --only-binary :all: --find-links dist 'pytest>=8.2' dist/qaflora_edge-*_aarch64.whl
+	$(PIP) --python $(AARCH64)/python install --only-binary :all: 'pytest>=8.2' dist/qaflora_edge-*_aarch64.whl
 	PYTHONPATH=tests $(BIN)/python -P packages/cross.py aarch64 dist/qaflora_edge-*_aarch64.whl .venv-aarch64/root $(AARCH64_MODELS)
 	PYTHONPATH=tests $(AARCH64)/python -P tests/every_cpu.py $(AARCH64)/python --cpu $(AARCH64_MODELS)
 	PYTHONPATH=tests $(AARCH64)/python -P tests/every_cpu.py $(AARCH64)/python

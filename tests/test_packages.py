@@ -1,7 +1,12 @@
 """Recipes of package managers ask for what pyproject.toml asks for."""
 
+import base64
+import hashlib
 import re
+import subprocess
+import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -107,3 +112,36 @@ def test_licences_of_others_come_with_the_library() -> None:
         text = (folder / name).read_text("utf-8")
         assert holder in text
         assert "Permission is hereby granted" in text
+
+
+def write_wheel(path: Path, requirement: str, **files: str) -> Path:
+    """Write a pure wheel of version 1.0: distribution and requirement, names with __ for /."""
+    name = path.name.partition("-")[0]
+    info = f"{name}-1.0.dist-info"
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\nRequires-Dist: {requirement}\n"
+    with zipfile.ZipFile(path, "w") as archive:
+        for place, text in files.items():
+            archive.writestr(place.replace("__", "/") + ".py", text)
+        archive.writestr(f"{info}/METADATA", metadata)
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: x\n")
+        archive.writestr(f"{info}/RECORD", "")
+    return path
+
+
+def test_a_wheel_with_its_binding_needs_no_other_file(checkout, tmp_path) -> None:
+    wheel = write_wheel(tmp_path / "ours-1.0-x.whl", "llama-cpp-python==1.0", ours__a="A = 1")
+    names = {"llama_cpp__llama_cpp": "B = 2", "llama_cpp__server__app": "C = 3"}
+    binding = write_wheel(tmp_path / "bound-1.0-x.whl", "typing-extensions>=4.5.0", **names)
+    script = checkout / "packages" / "with_binding.py"
+    subprocess.run([sys.executable, script, wheel, binding], check=True)
+    with zipfile.ZipFile(wheel) as archive:
+        texts = {name: archive.read(name).decode() for name in archive.namelist()}
+    assert texts["qaflora_edge/binding/llama_cpp/llama_cpp.py"] == "B = 2"
+    assert texts["ours/a.py"] == "A = 1"
+    assert "Requires-Dist: typing-extensions>=4.5.0\n" in texts["ours-1.0.dist-info/METADATA"]
+    assert not [text for text in texts.values() if "llama-cpp-python" in text]
+    assert "server" not in " ".join(texts)
+    record = texts.pop("ours-1.0.dist-info/RECORD")
+    for name, text in texts.items():
+        digest = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{name},sha256={digest.rstrip('=')},{len(text.encode())}\n" in record

@@ -77,6 +77,9 @@ _GGML: dict[str, Prototype] = {
 }
 
 
+BINDING = Path(__file__).parents[1] / "binding"  # in wheels of a release: packages/with_binding.py
+
+
 def library_dir() -> Path:
     """Find the folder of the patched library: QAFLORA_LIB_PATH, else the package's lib/.
 
@@ -96,6 +99,8 @@ def library_dir() -> Path:
 
 
 def _import_binding(folder: Path) -> ModuleType:
+    if BINDING.is_dir():
+        sys.path.insert(0, str(BINDING))
     try:
         defer("llama_cpp", _keep_log)  # its classes take 60 ms, and set a log of their own
         with _variables(LLAMA_CPP_LIB_PATH=str(folder)):
@@ -106,6 +111,9 @@ def _import_binding(folder: Path) -> ModuleType:
             f"({err}); {_INSTALL_ADVICE} and its dependencies, or set QAFLORA_LIB_PATH to the "
             "folder that holds it."
         ) from err
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(str(BINDING))
 
 
 @contextlib.contextmanager

@@ -89,7 +89,10 @@ def _version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return None
+        from qaflora_edge.backend.library import BINDING
+
+        inside = importlib.metadata.distributions(name=name, path=[str(BINDING)])
+        return next((distribution.version for distribution in inside), None)
 
 
 def _device(ggml: Any, device: int) -> Json:
