@@ -18,7 +18,15 @@ pytestmark = pytest.mark.slow  # a Python for each script, and torch
 CHECKOUT = Path(__file__).resolve().parents[1]
 BENCHMARKS = CHECKOUT / "benchmarks"
 # Files that another script uses.
-PARTS = {"sandbox", "sandbox_child", "server_process", "llama_server", "lora_flow", "charts"}
+PARTS = {
+    "as_peft",
+    "sandbox",
+    "sandbox_child",
+    "server_process",
+    "llama_server",
+    "lora_flow",
+    "charts",
+}
 SCRIPTS = [path.stem for path in BENCHMARKS.glob("*.py") if path.stem not in PARTS]
 MAX_BYTES = 8_000_000
 
