@@ -1,4 +1,9 @@
-"""README and docs/ as they stand: every command and script of them is run."""
+"""README, docs/ and --help as they stand: every command and script of them is run.
+
+Pages that show what a command prints are run with the checkout's `demo` and `models/demo`, where
+their bases were pulled, and what is printed is compared. Others, and the examples of --help, are
+run with tiny bundles of which the same is measured: a command has to work on a fresh clone.
+"""
 
 import os
 import re
@@ -6,18 +11,19 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
 import tiny
-from pages import RUN, Block, escaped_commands, page_paths, read_blocks
+from bundles import bundle_json
+from pages import RUN, Block, differences, escaped_commands, page_paths, read_blocks
 from patience import PATIENCE_S
 
 import qaflora_edge
 from qaflora_edge import Engine
 from qaflora_edge.bundles.create import create_bundle
-from qaflora_edge.bundles.edit import calibrate
 from qaflora_edge.cli import VERBS, main
 from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.files import cache_dir
@@ -41,33 +47,92 @@ def page_id(page: Path) -> str:
 LIKELY = {'"': 20.0, "}": 15.0, ",": 14.0}
 
 
+NAMES = ("math", "es", "med", "company", "json")  # of adapters that pages and help name
+QUESTION = '{"question": "What is 3 times 4?", "answer": 12}\n'
+FILES = {  # that examples of --help name
+    "sums.jsonl": QUESTION,
+    "chat.jsonl": QUESTION,
+    "questions.jsonl": '{"prompt": "Name a fruit."}\n',
+    "preguntas.jsonl": '{"prompt": "¿Qué es un río?"}\n',
+    "questions.txt": PROMPTS,
+    "tickets.txt": PROMPTS,
+    "prompts.txt": PROMPTS,
+    "talk.json": '{"format": "qaflora-session/1", "messages": []}\n',
+    "Modelfile": "FROM ./base.gguf\nADAPTER ./adapter.gguf\n",
+}
+# Begins of examples that are not run, and why.
+NOT_RUN = {
+    "qaflora serve": "it serves until it is ended",
+    "QAFLORA_API_KEY=": "it serves until it is ended",
+    "qaflora worker": "it serves until it is ended",
+    "qaflora run demo --rpc": "it needs workers",
+    "qaflora pull": "it needs the Hub",
+    "qaflora remove": "it would remove what other tests read",
+    "qaflora bench": "it takes minutes",
+    "qaflora bundle add my-bundle law=owner": "it needs the Hub",
+    "qaflora bundle base": "it needs the Hub, or a base in the home folder",
+}
+N_TOKEN = "24"  # of an answer, where neither a command nor what is printed below it says more
+
+
 @pytest.fixture(scope="session")
 def material(tmp_path_factory) -> Path:
-    """What the commands of the pages find: a bundle, a base, adapters and prompts, all tiny."""
+    """What the commands find: bundles, and a base, adapters and prompts that are tiny."""
     folder = tmp_path_factory.mktemp("pages")
     bias = tiny.constant_logits(lambda token: LIKELY.get(token, 0.0))["output.bias"]
     options = {"n_ctx": 1024, "replace": {"output.bias": bias}}
     base = tiny.write_tiny_base(folder / "base.gguf", "qwen2", **options)
-    for seed, name in enumerate(("math", "es", "med")):
+    for seed, name in enumerate(NAMES):
         tiny.write_tiny_peft(folder / "peft" / name, base, seed=seed)
     convert_adapter(folder / "peft/math", base.path, folder / "adapter.gguf")
-    adapters = {name: folder / "peft" / name for name in ("math", "es", "med")}
+    shutil.copy(folder / "adapter.gguf", folder / "es.gguf")
+    shutil.copytree(folder / "peft/math", folder / "my-peft-adapter")
     (folder / "models").mkdir()
-    create_bundle(folder / "models/demo", base.path, adapters, engine=Engine, name="demo")
-    calibrate(folder / "models/demo", Engine)
-    shutil.copytree(folder / "models/demo", folder / "demo")
-    (folder / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
+    adapters = {name: folder / "peft" / name for name in NAMES}
+    tiny_demo = folder / "models/demo"
+    create_bundle(tiny_demo, base.path, adapters, engine=Engine, name="demo")
+    shutil.copytree(tiny_demo, folder / "demo")
+    for name, text in FILES.items():
+        (folder / name).write_text(text, encoding="utf-8")
     return folder
 
 
 @pytest.fixture
 def scratch(tmp_path, material) -> Path:
     """A folder of its own for the blocks of one page."""
-    return shutil.copytree(material, tmp_path / "page", symlinks=True)
+    return shutil.copytree(material, tmp_path / "page", copy_function=os.link)
 
 
-def run_block(block: Block, folder: Path, home: Path) -> subprocess.CompletedProcess[str]:
-    """Run a block as a user would, with a home of its own and no network."""
+def test_the_tiny_demo_is_measured_as_that_of_a_clone_is(material) -> None:
+    ours, theirs = (bundle_json(place / "demo")["fusion"] for place in (material, CHECKOUT))
+    assert ours["typical"]["math"].keys() == theirs["typical"]["math"].keys()
+    assert ours["strategy"] == theirs["strategy"]
+
+
+def put_real_demos(folder: Path) -> None:
+    """Put the checkout's bundles in place of the tiny ones."""
+    for name in ("demo", "models/demo"):
+        shutil.rmtree(folder / name)
+        shutil.copytree(CHECKOUT / name, folder / name)
+
+
+def put_real_adapters(folder: Path, base: Path) -> None:
+    """Put the demo's base, and two of its adapters as PEFT folders, in place of the tiny ones."""
+    (folder / "base.gguf").unlink()
+    (folder / "base.gguf").symlink_to(base)
+    write_peft = runpy.run_path(str(CHECKOUT / "benchmarks/as_peft.py"))["write_peft"]
+    for name in ("math", "es"):
+        shutil.rmtree(folder / "peft" / name)
+        write_peft(CHECKOUT / f"demo/adapters/{name}.gguf", folder / "peft" / name)
+
+
+def run_block(
+    block: Block, folder: Path, home: Path, **settings: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a block as a user would, with a home of its own and no network.
+
+    What it prints stands in stdout, in the order in which a terminal shows it.
+    """
     home.mkdir(exist_ok=True)
     names = ("QAFLORA_", "HF_", "LLM_", "XDG_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(names)}
@@ -77,6 +142,7 @@ def run_block(block: Block, folder: Path, home: Path) -> subprocess.CompletedPro
         "QAFLORA_CACHE": str(cache_dir()),
         "HF_HUB_OFFLINE": "1",
         "TERM": "dumb",
+        **settings,
     }
     script = home / f"block-{block.line}"
     script.write_text(block.text, encoding="utf-8")
@@ -86,7 +152,8 @@ def run_block(block: Block, folder: Path, home: Path) -> subprocess.CompletedPro
         cwd=folder,
         env=environment,
         stdin=subprocess.DEVNULL,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         timeout=PATIENCE_S,
     )
@@ -99,11 +166,61 @@ def runnable(page: Path) -> list[Block]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=page_id)
-def test_blocks_of_the_page_run(page, scratch, tmp_path) -> None:
-    """With a tiny bundle; test_transcript types the same commands on the real one."""
+def test_blocks_of_the_page_run_and_print_what_stands_below(page, scratch, tmp_path) -> None:
+    base = pulled_model(DEMO["QWEN"].base)
+    is_compared = base is not None and any(block.output for block in runnable(page))
+    if is_compared:
+        put_real_demos(scratch)
+    if is_compared and page.name == "README.md":
+        put_real_adapters(scratch, base)
+    settings = {} if is_compared else {"QAFLORA_MAX_TOKENS": N_TOKEN}
     for block in runnable(page):
-        done = run_block(block, scratch, tmp_path / "home")
-        assert done.returncode == 0, f"{page.name}:{block.line}: {done.stdout}\n{done.stderr}"
+        done = run_block(block, scratch, tmp_path / "home", **settings)
+        where = f"{page.name}:{block.line}"
+        assert done.returncode == 0, f"{where}: {done.stdout}"
+        if block.output and is_compared:
+            assert differences(block.output, done.stdout) == [], f"{where} prints\n{done.stdout}"
+
+
+def examples(command: click.Command, words: str) -> Iterator[tuple[str, str]]:
+    """Walk through the commands: `qaflora ...` and each example of its help."""
+    text = (command.epilog or "").replace("\\\n", " ")
+    for line in text.splitlines():
+        if re.match(r"  (\w.* )?qaflora ", line):
+            yield words, " ".join(line.split())
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            inner = command.get_command(context, name)
+            assert inner is not None
+            yield from examples(inner, f"{words} {name}")
+
+
+EXAMPLES = [
+    pytest.param(words, example, id=example[:60])
+    for words, example in examples(main, "qaflora")
+    if not example.startswith(tuple(NOT_RUN))
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("words", "example"), EXAMPLES)
+def test_examples_of_help_run(words, example, scratch, tmp_path) -> None:
+    before = "mkdir -p ~/.config/fish/completions ~/.local/share/bash-completion/completions\n"
+    before += "git init --quiet .\n"
+    if "my-bundle" in example and words != "qaflora bundle create":
+        before += "qaflora bundle create my-bundle --base base.gguf --adapter math=peft/math"
+        before += " --adapter es=es.gguf --no-calibrate\n"
+    if words == "qaflora bundle remove":
+        before += "qaflora bundle add my-bundle med=peft/med --no-calibrate\n"
+    block = Block(0, "sh", before + example, None)
+    done = run_block(block, scratch, tmp_path / "home", QAFLORA_MAX_TOKENS=N_TOKEN)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("begin", NOT_RUN)
+def test_every_reason_not_to_run_an_example_is_needed(begin) -> None:
+    assert any(example.startswith(begin) for _, example in examples(main, "qaflora"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
