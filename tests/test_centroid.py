@@ -16,7 +16,7 @@ from qaflora_edge.bundles.edit import set_samples
 from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.cli.bundle import describe
 from qaflora_edge.errors import BundleError, PromptError, StrategyError
-from qaflora_edge.weighing.baselines.centroid import centroid_text, parse_centroid
+from qaflora_edge.weighing.published.centroid import centroid_text, parse_centroid
 
 SAMPLES = {"math": ["one ring and ten", "three in all"], "es": ["the rain", "an hour", "on time"]}
 QUERY = "in the rain"

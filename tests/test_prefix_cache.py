@@ -16,7 +16,7 @@ from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.prefix import Prefixes
 from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.base import read_base
-from qaflora_edge.weighing.probe import PLACES, Prober
+from qaflora_edge.weighing.published.prober import PLACES, Prober
 
 MIB = 1 << 20
 

@@ -16,7 +16,7 @@ from qaflora_edge import Engine
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.errors import BackendError, StrategyError
 from qaflora_edge.formats.base import read_base
-from qaflora_edge.weighing.probe import PLACES, Prober
+from qaflora_edge.weighing.published.prober import PLACES, Prober
 
 EXACT = {"kv_type": "f32", "flash_attn": False, "threads": 2}
 TOKENS = np.random.default_rng(3).integers(0, 256, 60).tolist()

@@ -15,7 +15,7 @@ from qaflora_edge.ask import Chat
 from qaflora_edge.backend.model import Model
 from qaflora_edge.formats.base import read_base
 from qaflora_edge.prompt.tokens import chat_tokens, find_question
-from qaflora_edge.weighing.probe import PLACES
+from qaflora_edge.weighing.published.prober import PLACES
 
 EXACT: dict[str, Any] = {"kv_type": "f32", "flash_attn": False}
 QUESTION = "the king is in the air"

@@ -19,7 +19,7 @@ from qaflora_edge.errors import BackendError, CancelledError
 from qaflora_edge.inference.loop import Loop
 from qaflora_edge.inference.scheduler import Scheduler, Slot
 from qaflora_edge.inference.sequence import Request, RunningSequence, State
-from qaflora_edge.weighing.probe import Listener
+from qaflora_edge.weighing.added import Listener
 
 CHUNKS = Chunks(6, 3, 3, lambda token: token == 0)  # 8 tokens at most
 END = 255

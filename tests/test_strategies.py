@@ -50,7 +50,7 @@ def test_baselines_are_imported_when_they_are_named_and_stand_in_no_help() -> No
         "from qaflora_edge.weighing.strategy import BASELINES, find_strategy, offered\n"
         "print(*(each.name for each in offered()))\n"
         "for name in BASELINES:\n"
-        "    module = f'qaflora_edge.weighing.baselines.{name}'\n"
+        "    module = f'qaflora_edge.weighing.published.{name}'\n"
         "    print(module in sys.modules, find_strategy(name).name, module in sys.modules)\n"
     )
     done = python("-c", code, check=True)

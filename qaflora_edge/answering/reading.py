@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qaflora_edge.backend.prefix import Steps
     from qaflora_edge.inference.core import Core
     from qaflora_edge.inference.drafts import DraftSoFar
-    from qaflora_edge.weighing.probe import Listener
+    from qaflora_edge.weighing.added import Listener
 
 T = TypeVar("T")
 _ANSWER = ""  # in place of a name: the draft under the weights of the answer
@@ -109,12 +109,14 @@ class PromptReading(Reading):
         query = self.query
         n_scored = N_OUTPUT * query.is_chat
         end = len(self._tokens)
-        listener = self._core.prober.added(self._rows, query.question, end, n_scored, query.tokens)
+        listener = self._core.added.listener(
+            self._rows, query.question, end, n_scored, query.tokens
+        )
         return self._listen(listener), listener
 
     def neutral(self) -> F64:
-        steps = self._core.prober.neutral(self.query, self._rows, self._kv_state)
-        return np.array(self._core.run(steps, self._cancellation))
+        steps = self._core.added.neutral(self.query, self._rows, self._kv_state)
+        return np.array(self._core.run(steps, self._cancellation, kind="branch"))
 
     def question(self) -> str:
         start, end = self.query.question
@@ -164,22 +166,15 @@ class PromptReading(Reading):
                 first,
             )
             tell = partial(self._show, first) if left[at] == answering else None
-            for state in core.run(steps, self._cancellation, tell, kind="draft"):
+            for state in core.run(steps, self._cancellation, tell, kind="branch"):
                 self._drafts[state.draft.adapter] = state
         return [self._drafts[name].draft for name in names]
 
     def base_logprobs(self, drafts: Sequence[Draft]) -> list[tuple[float, ...]]:
-        texts = [draft.tokens for draft in drafts if draft.tokens]
-        scores: list[tuple[float, ...]] = []
-        from qaflora_edge.inference.drafts import N_TOGETHER
-
-        for at in range(0, len(texts), N_TOGETHER):
-            steps = self._core.drafter.score(
-                self._by_base, texts[at : at + N_TOGETHER], self._kv_state, self._logits_heard
-            )
-            scores += self._core.run(steps, self._cancellation, kind="draft")
-        scored = iter(scores)
-        return [next(scored) if draft.tokens else () for draft in drafts]
+        items = [(self._by_base, draft.tokens) for draft in drafts]
+        steps = self._core.scorer.score(items, self._kv_state)
+        scores = self._core.run(steps, self._cancellation, kind="branch")
+        return [tuple(logprobs.tolist()) for logprobs in scores]
 
     def draft_state(self, weights: F32) -> DraftState | None:
         """Give the draft under these weights, with which an answer begins, if there is one.

@@ -30,7 +30,7 @@ def score(
         if prompt.tokens not in requests:
             requests[prompt.tokens] = _request(core, weigher, by, prompt, len(tokens), cancellation)
         items.append((requests[prompt.tokens], tokens))
-    return core.run(core.scorer.score(items), cancellation, kind="score")
+    return core.run(core.scorer.score(items), cancellation, kind="branch")
 
 
 def _request(

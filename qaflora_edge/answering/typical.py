@@ -51,8 +51,8 @@ def measure(
             def tell_group(n_read: int, n_before: int = n_before) -> None:
                 tell(n_before + n_read, n_all)
 
-            steps = core.prober.added_together(group, rows)
-            extents.append(core.run(steps, cancellation, tell_group))
+            steps = core.added.together(group, rows)
+            extents.append(core.run(steps, cancellation, tell_group, kind="branch"))
             n_before += len(group)
         first, text, *behind = extents
         later_turns = np.concatenate(behind or [first], axis=1)

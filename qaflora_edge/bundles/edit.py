@@ -31,8 +31,8 @@ from qaflora_edge.formats.bundle import (
 from qaflora_edge.formats.inputs import Json, Object, check_file
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.prompt.neutral import neutral
-from qaflora_edge.weighing.baselines.centroid import centroid_text
 from qaflora_edge.weighing.calibration import KEYS
+from qaflora_edge.weighing.published.centroid import centroid_text
 from qaflora_edge.weighing.strategy import parse_strategy
 from qaflora_edge.weighing.weigher import Known, Weigher, known_of
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from qaflora_edge.inference.drafts import Drafter
     from qaflora_edge.inference.score import Scorer
     from qaflora_edge.weighing.adapter_inputs import AttentionSizes
+    from qaflora_edge.weighing.published.prober import Prober
 
 T = TypeVar("T")
 _N_ANSWER = 2048  # tokens that an answer without a limit has at least, where the context has them
@@ -86,6 +87,8 @@ class Core:
         resources.callback(trim)
         weakref.finalize(self, resources.close).atexit = False
         infos = [*adapters.values()]
+        self._infos = infos
+        self._n_prefix_byte = prefix_cache << 20
         try:
             model = enter(shared_model(base, placing))
             self.model = model
@@ -108,23 +111,17 @@ class Core:
             self._is_exact = context.is_flash_off and has_alike  # see Chunks
             self.draft = self._drafts(draft)
             check_unchanged(states)  # llama.cpp opened the files by name, after the checks
-            from qaflora_edge.backend.prefix import Prefixes
-            from qaflora_edge.weighing.probe import Prober
+            from qaflora_edge.backend.branches import Branches
+            from qaflora_edge.weighing.added import Added
 
             # Of contexts whose KV states go from one to the other: with flash, or all without.
-            self._alike = dict(options)
+            alike = dict(options)
             if model.is_on_cpu:
-                self._alike["flash_attn"] = not context.is_flash_off
-            prober = Prober(
-                model,
-                self.pack,
-                options,
-                alike=self._alike,
-                infos=infos,
-                sizes=sizes(),
-                prefixes=Prefixes(prefix_cache << 20),
-            )
-            self.prober = enter(closing(prober))
+                alike["flash_attn"] = not context.is_flash_off
+            self.branches = Branches(model, self.pack, alike)
+            enter(closing(self.branches))
+            added = Added(self.branches, infos, sizes(), model.n_layer, options["threads"])
+            self.added = enter(closing(added))
             # Nothing here refers to this Core: a circle would keep it alive.
             chunks = replace(context.chunks(), is_exact=self._is_exact)
             scheduler = Scheduler(n_parallel + 1, chunks, n_parallel)
@@ -134,22 +131,29 @@ class Core:
             raise
 
     @cached_property
+    def prober(self) -> "Prober":
+        """Measure with each adapter alone; only qa-flora and its kin make it."""
+        from qaflora_edge.backend.prefix import Prefixes
+        from qaflora_edge.weighing.published.prober import Prober
+
+        prefixes = Prefixes(self._n_prefix_byte)
+        prober = Prober(self.model, self.pack, self.options, infos=self._infos, prefixes=prefixes)
+        self._resources.callback(prober.close)
+        return prober
+
+    @cached_property
     def scorer(self) -> "Scorer":
         """Score continuations; the first call makes it."""
         from qaflora_edge.inference.score import Scorer
 
-        scorer = Scorer(self.model, self.pack, self.options)
-        self._resources.callback(scorer.close)
-        return scorer
+        return Scorer(self.branches)
 
     @cached_property
     def drafter(self) -> "Drafter":
         """Decode drafts; only a strategy that reads some makes it."""
         from qaflora_edge.inference.drafts import Drafter
 
-        drafter = Drafter(self.model, self.pack, self._alike)
-        self._resources.callback(drafter.close)
-        return drafter
+        return Drafter(self.model, self.branches)
 
     def _drafts(self, asked: int | str) -> int | None:
         """Give the most tokens of a guess, 0 for none, None for as many as pay.

@@ -1,27 +1,21 @@
 """Drafts: answers of single adapters, or the base, that a strategy reads before it decides."""
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.backend.batch import Span
+from qaflora_edge.backend.branches import Branches
 from qaflora_edge.backend.context import Context, KvState
-from qaflora_edge.backend.model import Model, Pack
-from qaflora_edge.backend.prefix import GrowingContext, Steps, prefill, wiped_on_failure
-from qaflora_edge.errors import BackendError
+from qaflora_edge.backend.model import Model
+from qaflora_edge.backend.prefix import Steps, prefill
 from qaflora_edge.inference.sampler import no_numbers
 from qaflora_edge.inference.sequence import DraftState, Request, surprise
 from qaflora_edge.weighing.plan import BASE, Draft
 
 N_TOGETHER = 7  # drafts of one batch
-_N_SEQ = 1 + N_TOGETHER  # and the base's prompt
-_N_OUTPUT = 64  # rows with logits in a batch: their memory is n_vocab each
 _N_AT_ONCE = 2  # drafts of a batch; of more, the first begins before the others: it is shown
 _N_BYTE_KEPT = 64 << 20  # of the largest KV state that goes on as an answer
-_N_CTX_KEPT = 4096  # tokens of the largest context that is kept between queries
 
 
 @dataclass
@@ -69,15 +63,12 @@ class DraftSoFar:
 class Drafter:
     """Decode drafts of one prompt together: greedy, each under one adapter at weight 1.
 
-    The base prefills the prompt but for its end. All drafts share that KV state, in a context that
-    the first query opens.
+    The base prefills the prompt but for its end. All drafts are branches of it.
     """
 
-    def __init__(self, model: Model, pack: Pack, options: dict[str, Any]) -> None:
+    def __init__(self, model: Model, branches: Branches) -> None:
         self._model = model
-        shape: Any = {"n_seq": _N_SEQ, "n_output": _N_OUTPUT, "is_unified": True}
-        self._contexts = GrowingContext(partial(Context, model, pack, **shape, **options))
-        self.close = self._contexts.close
+        self._branches = branches
 
     def draft(
         self,
@@ -107,75 +98,30 @@ class Drafter:
         n_copied = sum(name in begun and begun[name].kv_state is not None for name in weights)
         n_longest = n_tail + 2 * n_token  # the first goes on while the others catch up
         n_most = (1 + n_copied) * n_prompt + len(weights) * n_longest
-        context = self._contexts.for_query(n_most)
         rows = []
         for seq, name in enumerate(weights, start=1):
             unread = list(request.tokens[request.n_base :])
             rows.append(_Row(seq, name, weights[name], unread))
-        try:
-            with wiped_on_failure(context):
-                if (state := read()) is not None:
-                    with contextlib.suppress(BackendError):  # another shape: it is prefilled
-                        context.load_kv_state(state)
-                is_whole = len(context.tokens[0]) == n_prompt
-                for row in rows:
-                    is_new = row.name not in begun
-                    if row.name == BASE and is_new and is_whole and after_prompt is not None:
-                        context.copy(0, row.seq)
-                        row.choose(self._model, after_prompt)
-                n_held = context.keep(request.n_base, 0)
-                if n_held < request.n_base:
-                    for _ in prefill(context, request.tokens, n_held, "none", n_tail=n_tail):
-                        yield None  # tokens of a draft are counted, not those of the prompt
-                for row in rows:
-                    _begin(context, row, begun.get(row.name))
-                first.tokens = rows[0].tokens
-                yield len(first.tokens)
-                if len(rows) > _N_AT_ONCE and rows[0].name not in begun:
-                    yield from self._decode(context, rows[:1], 1)
-                yield from self._decode(context, rows, n_token)
-                drafts = [self._state_of(context, row) for row in rows]
-            context.clear()
-        finally:
-            if context.n_ctx > _N_CTX_KEPT:
-                self._contexts.close()
-        return drafts
-
-    def score(
-        self,
-        request: Request,
-        texts: Sequence[Sequence[int]],
-        read: Callable[[], KvState | None],
-        after_prompt: F32 | None,
-    ) -> Steps[list[tuple[float, ...]]]:
-        """Give log p, in nats, of each token of some texts as the base's answer: in one batch.
-
-        request, read, after_prompt  as draft() takes them
-        texts  ids of each; N_TOGETHER at most
-        """
-        n_prompt = len(request.tokens)
-        n_longest = max(map(len, texts))
-        context = self._contexts.for_query(n_prompt + len(texts) * (n_longest + 1))
-        with wiped_on_failure(context):
-            if (state := read()) is not None:
-                with contextlib.suppress(BackendError):
-                    context.load_kv_state(state)
+        with self._branches.context(n_most, read()) as context:
             context.set_weights(request.weights)
-            n_held = context.keep(n_prompt if after_prompt is not None else 0, 0)
-            if n_held < n_prompt:
-                yield from prefill(context, request.tokens, 0, "last")
-                after_prompt = context.logits(0)
-            assert after_prompt is not None
-            scores = [[-surprise(after_prompt, text[0])] for text in texts]
-            for seq in range(1, 1 + len(texts)):
-                context.copy(0, seq)
-                context.set_weights(request.weights, seq=seq)
-            n_each = _N_OUTPUT // len(texts)  # tokens of each text in a batch
-            for at in range(0, n_longest - 1, n_each):
-                yield None
-                _score_piece(context, texts, scores, n_prompt, at, n_each)
-        context.clear()
-        return [tuple(logprobs) for logprobs in scores]
+            is_whole = len(context.tokens[0]) == n_prompt
+            for row in rows:
+                is_new = row.name not in begun
+                if row.name == BASE and is_new and is_whole and after_prompt is not None:
+                    context.copy(0, row.seq)
+                    row.choose(self._model, after_prompt)
+            n_held = context.keep(request.n_base, 0)
+            if n_held < request.n_base:
+                for _ in prefill(context, request.tokens, n_held, "none", n_tail=n_tail):
+                    yield None  # tokens of a draft are counted, not those of the prompt
+            for row in rows:
+                _begin(context, row, begun.get(row.name))
+            first.tokens = rows[0].tokens
+            yield len(first.tokens)
+            if len(rows) > _N_AT_ONCE and rows[0].name not in begun:
+                yield from self._decode(context, rows[:1], 1)
+            yield from self._decode(context, rows, n_token)
+            return [self._state_of(context, row) for row in rows]
 
     def _decode(self, context: Context, rows: Sequence[_Row], n_token: int) -> Steps[None]:
         """Decode until each draft has n_token tokens, or is whole.
@@ -211,26 +157,3 @@ def _begin(context: Context, row: _Row, begun: DraftState | None) -> None:
     elif not context.tokens[row.seq]:
         context.copy(0, row.seq)
         row.unread += row.tokens
-
-
-def _score_piece(
-    context: Context,
-    texts: Sequence[Sequence[int]],
-    scores: list[list[float]],
-    n_prompt: int,
-    at: int,
-    n_each: int,
-) -> None:
-    """Score what follows n_each tokens from `at` on, of each text that has more."""
-    spans = []
-    for seq, text in enumerate(texts, start=1):
-        tokens = text[at : min(at + n_each, len(text) - 1)]
-        if tokens:
-            spans.append(Span(seq, tokens, n_prompt + at, "all"))
-    last_rows = context.decode_spans(spans)
-    for span, last_row in zip(spans, last_rows, strict=True):
-        text = texts[span.seq - 1]
-        first_row = last_row + 1 - len(span.tokens)
-        for n in range(len(span.tokens)):
-            logits = context.logits_view(first_row + n)
-            scores[span.seq - 1].append(-surprise(logits, text[at + n + 1]))

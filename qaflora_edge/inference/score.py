@@ -1,6 +1,6 @@
 """Scoring: log-probabilities of continuations, many in one batch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -9,16 +9,14 @@ import numpy as np
 
 from qaflora_edge.arrays import F32, F64
 from qaflora_edge.backend.batch import Span
-from qaflora_edge.backend.context import Context
-from qaflora_edge.backend.model import Model, Pack
-from qaflora_edge.backend.prefix import GrowingContext, Steps, prefill, wiped_on_failure
+from qaflora_edge.backend.branches import N_BRANCH, N_OUTPUT, Branches
+from qaflora_edge.backend.context import Context, KvState
+from qaflora_edge.backend.prefix import Steps, prefill
 from qaflora_edge.inference.sampler import no_numbers
 from qaflora_edge.inference.sequence import Request, log_softmax
 
 Tokens = tuple[int, ...]
 Item = tuple[Request, Tokens]  # a prompt with its weights, and a continuation
-_N_SEQ = 32  # continuations of one prompt in a batch, the prompt itself included
-_N_OUTPUT = 64  # rows of logits in a batch: their memory is n_vocab each
 
 
 class _Continuation(NamedTuple):
@@ -34,19 +32,18 @@ class _Row(NamedTuple):
 
 
 class Scorer:
-    """Compute log-probabilities in a context that the first continuation opens.
+    """Compute log-probabilities of continuations in branches of their prompt, under its weights."""
 
-    Continuations of one request, a prompt with its weights, share its KV state.
-    """
-
-    def __init__(self, model: Model, pack: Pack, options: dict[str, Any]) -> None:
-        make = partial(Context, model, pack, n_seq=_N_SEQ, n_output=_N_OUTPUT, is_unified=True)
-        self._contexts = GrowingContext(partial(make, **options))
-        self.close = self._contexts.close
+    def __init__(self, branches: Branches) -> None:
+        self._branches = branches
         self.remembered: dict[Any, F64] = {}  # of decisions: what choices have after no question
 
-    def score(self, items: Sequence[Item]) -> Steps[list[F32]]:
+    def score(
+        self, items: Sequence[Item], read: Callable[[], KvState | None] = lambda: None
+    ) -> Steps[list[F32]]:
         """Give log-probabilities in nats of each item's continuation: float32 [n_token] each.
+
+        read  gives the base's KV state of the prompt, where all have one and it is known
 
         Yields between micro-batches. Raises BackendError when one is NaN.
         """
@@ -58,35 +55,36 @@ class Scorer:
             if tokens:
                 continuations = by_request.setdefault(request, [])
                 continuations.append(_Continuation(tokens, logprobs))
-        n_together = _N_SEQ - 1
         for request, continuations in by_request.items():
-            for at in range(0, len(continuations), n_together):
-                yield from self._score_group(request, continuations[at : at + n_together])
+            for at in range(0, len(continuations), N_BRANCH):
+                group = continuations[at : at + N_BRANCH]
+                yield from self._score_group(request, group, read())
         return results
 
-    def _score_group(self, request: Request, group: Sequence[_Continuation]) -> Steps[None]:
-        """Score some continuations of a prompt, and leave the context empty."""
+    def _score_group(
+        self, request: Request, group: Sequence[_Continuation], state: KvState | None
+    ) -> Steps[None]:
+        """Score some continuations of a prompt."""
         n_token = len(request.tokens) + sum(len(continuation.tokens) for continuation in group)
-        context = self._contexts.for_query(n_token)
-        with wiped_on_failure(context):
+        with self._branches.context(n_token, state) as context:
             yield from _prefill_prompt(context, request)
             rows = _branch(context, request, group)
-            for at in range(0, len(rows), _N_OUTPUT):
-                _score_rows(context, request, group, rows[at : at + _N_OUTPUT])
+            for at in range(0, len(rows), N_OUTPUT):
+                _score_rows(context, request, group, rows[at : at + N_OUTPUT])
                 yield None
             for continuation in group:
                 if np.isnan(continuation.logprobs).any():
                     raise no_numbers("The log-probabilities of a continuation")
-        context.clear()
 
 
 def _prefill_prompt(context: Context, request: Request) -> Steps[None]:
     """Prefill a prompt in sequence 0: what the base reads of it, and the rest under the mix."""
     n_base = request.n_base
     read = partial(prefill, context, request.tokens, n_tail=request.n_tail)
-    if n_base:
+    n_held = context.keep(n_base, 0)
+    if n_held < n_base:
         context.set_weights(request.next_weights(0))
-        yield from read(0, "none")
+        yield from read(n_held, "none")
         yield None
     context.set_weights(request.weights)
     yield from read(n_base, "last")

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from qaflora_edge.backend.context import KvState
     from qaflora_edge.inference.guesses import Guesser
     from qaflora_edge.inference.sampler import Sampler
+    from qaflora_edge.weighing.added import Listener
     from qaflora_edge.weighing.plan import Draft
-    from qaflora_edge.weighing.probe import Listener
 
 _numbers = itertools.count(1)
 

@@ -10,11 +10,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from qaflora_edge.arrays import F32, F64
-from qaflora_edge.errors import StrategyError
 from qaflora_edge.formats.adapter import AdapterInfo, read_pair
 from qaflora_edge.formats.inputs import open_input, reading
-from qaflora_edge.weighing.numbers import softmax
-from qaflora_edge.weighing.strategy import KINDS, QUERIES, Routing
+from qaflora_edge.weighing.strategy import KINDS
 
 _limiting = threading.Lock()  # limits are the whole process's
 
@@ -27,13 +25,14 @@ def _thread_pools() -> Any:
 
 
 @contextmanager
-def _on_one_thread() -> Iterator[None]:
+def on_one_thread() -> Iterator[None]:
     """Keep BLAS to one thread: OpenBLAS's others spin, and keep cores from the next decode."""
     with _limiting, _thread_pools().limit(limits=1, user_api="blas"):
         yield
 
 
-def _common(infos: Sequence[AdapterInfo], layer: int, kinds: Sequence[str]) -> list[str]:
+def shared_modules(infos: Sequence[AdapterInfo], layer: int, kinds: Sequence[str]) -> list[str]:
+    """Name the modules of these kinds in a layer that all adapters adapt."""
     common = []
     for kind in kinds:
         name = f"blk.{layer}.{kind}.weight"
@@ -42,72 +41,12 @@ def _common(infos: Sequence[AdapterInfo], layer: int, kinds: Sequence[str]) -> l
     return common
 
 
-def _matrix(a: F32, b: F32, scale: float) -> F64:
+def module_matrix(a: F32, b: F32, scale: float) -> F64:
     """Give a module as P [n, n_embd] with |P x| = |scale B A x| for every x; n is at most rank."""
     wide_a = np.asarray(a, np.float64)
     wide_b = np.asarray(b, np.float64)
     r = np.linalg.qr(wide_b, mode="r")  # B = QR, and |QRx| = |Rx|
     return np.asarray(scale * (r @ wide_a))
-
-
-def _direction(matrix: F64) -> F64:
-    """Give the unit vector v with the largest |P v|, up to its sign: [1, n_embd]."""
-    _, _, right = np.linalg.svd(matrix, full_matrices=False)
-    return np.asarray(right[:1])
-
-
-class AttentionInputs:
-    """Read attention projections that all adapters adapt, for `arrow` and `spectr`.
-
-    routing   "arrow": one direction of each module; "spectr": all, with their scales
-
-    Raises StrategyError when the adapters have no such module in common.
-    """
-
-    @_on_one_thread()
-    def __init__(self, infos: Sequence[AdapterInfo], n_layer: int, routing: Routing) -> None:
-        self._modules: dict[int, list[list[F64]]] = {}  # layer -> module -> adapter -> [n, n_embd]
-        for layer in range(n_layer):
-            for name in _common(infos, layer, KINDS):
-                matrices = [_matrix(*read_pair(info, name)) for info in infos]
-                if routing == "arrow":
-                    matrices = list(map(_direction, matrices))
-                self._modules.setdefault(layer, []).append(matrices)
-        if not self._modules:
-            raise StrategyError(
-                f"Strategy {routing} compares what adapters read at the attention's projections, "
-                f"but no block has one ({', '.join(KINDS)}) that all of them adapt; use another "
-                "strategy."
-            )
-        self._n_layer = n_layer
-        self._n_adapter = len(infos)
-
-    @_on_one_thread()
-    def sums(self, inputs: F32) -> F64:
-        """Sum each layer's weights and their measure over tokens.
-
-        inputs   [n_token, n_layer, n_embd]  x of the projections
-        returns  float64 [2, n_adapter, n_layer], means over a layer's modules; a layer without any
-                 gets the mean over the others
-        """
-        sums = np.zeros((2, self._n_adapter, self._n_layer))
-        weights, measure = sums
-        for layer, modules in self._modules.items():
-            x = inputs[:, layer].astype(np.float64)  # [n_token, n_embd]
-            n_module = len(modules)
-            for matrices in modules:
-                rows = []
-                for matrix in matrices:
-                    output = x @ matrix.T
-                    rows.append(np.linalg.norm(output, axis=1))
-                sizes = np.stack(rows)  # [n_adapter, n_token]
-                shares = softmax(sizes)
-                weights[:, layer] += shares.sum(axis=1) / n_module
-                measure[:, layer] += sizes.sum(axis=1) / n_module
-        read = list(self._modules)
-        others = [layer for layer in range(self._n_layer) if layer not in self._modules]
-        sums[:, :, others] = sums[:, :, read].mean(axis=2, keepdims=True)
-        return sums
 
 
 class AttentionSizes:
@@ -116,7 +55,7 @@ class AttentionSizes:
     Its sizes do not depend on other adapters, so that typical ones can be stored.
     """
 
-    @_on_one_thread()
+    @on_one_thread()
     def __init__(self, info: AdapterInfo, n_layer: int) -> None:
         self._n_layer = n_layer
         # layer -> its modules' matrices side by side [n_embd, n], where each begins
@@ -130,8 +69,8 @@ class AttentionSizes:
         matrices = []
         starts = []
         n_row = 0
-        for name in _common([info], layer, KINDS):
-            matrix = _matrix(*read_pair(info, name, file))
+        for name in shared_modules([info], layer, KINDS):
+            matrix = module_matrix(*read_pair(info, name, file))
             if matrix.any():
                 matrices.append(matrix)
                 starts.append(n_row)
@@ -165,41 +104,7 @@ class AttentionSizes:
         return means
 
 
-@_on_one_thread()
+@on_one_thread()
 def sums_of(adapters: Sequence[AttentionSizes], inputs: F32, threads: Executor) -> list[F64]:
     """Sum for each adapter, in parallel threads."""
     return list(threads.map(lambda adapter: adapter.sums(inputs), adapters))
-
-
-class QueryProjections:
-    """Read the query projection of the last block that all adapters adapt, for `norm`.
-
-    Raises StrategyError when there is no such block.
-    """
-
-    @_on_one_thread()
-    def __init__(self, infos: Sequence[AdapterInfo], n_layer: int) -> None:
-        common = []
-        for layer in range(n_layer):
-            for name in _common(infos, layer, QUERIES):
-                common.append((layer, name))
-        if not common:
-            queries = set(QUERIES)
-            lacking = [str(info.path) for info in infos if queries.isdisjoint(info.targets)]
-            raise StrategyError(
-                "Strategy norm compares what adapters add to one query projection, but no block's "
-                f"is adapted by all of them ({', '.join(lacking) or 'they adapt different blocks'})"
-                "; use another strategy."
-            )
-        self._layer, name = common[-1]
-        self._matrices = [_matrix(*read_pair(info, name)) for info in infos]
-
-    @_on_one_thread()
-    def norms(self, inputs: F32) -> F64:
-        """Compute |scale B A x| of each adapter: float64 [n_adapter].
-
-        inputs  [n_layer, n_embd]  x at every layer
-        """
-        x = inputs[self._layer].astype(np.float64)
-        sizes = [np.linalg.norm(matrix @ x) for matrix in self._matrices]
-        return np.array(sizes)

@@ -34,10 +34,18 @@ Typical = Mapping[str, Mapping[str, Any]]
 Options = Mapping[str, Any]  # of a strategy: name -> value
 
 ENTRY_POINTS = "qaflora_edge.strategies"  # the group in which packages offer theirs
-_BUILT_IN = ("two-place", "relay", "qa-flora", "spectr", "static", "single", "manual", "base")
-_MODULES = {"two-place": "two_place", "relay": "relay"}  # the others are in `unmeasured`
-# Modules of baselines/; names of strategies that are options now.
-BASELINES = ("calibrated", "norm", "centroid", "arrow")
+# Where each strategy of the package is.
+_BUILT_IN = {
+    "two-place": "two_place",
+    "relay": "relay",
+    "qa-flora": "published.qa_flora",
+    "spectr": "published.spectr",
+    "static": "fixed",
+    "single": "fixed",
+    "manual": "fixed",
+    "base": "fixed",
+}
+BASELINES = ("calibrated", "norm", "centroid", "arrow")  # in published/, and in no help
 _OLD_NAMES = {name: f"qa-flora:distance={name}" for name in ("cosine", "euclidean")}
 HIDDEN = (*BASELINES, *_OLD_NAMES)  # that work where they are named, and are listed nowhere
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
@@ -313,7 +321,7 @@ def find_strategy(name: str) -> Strategy | None:
     """Find a strategy by name, and import what it needs."""
     _load_built_in(name)
     if name in BASELINES and name not in _registry:
-        _registry[name] = import_module(f"qaflora_edge.weighing.baselines.{name}").STRATEGY
+        _load(f"published.{name}")
     if name not in _registry:
         _load_entry_points()
     return _registry.get(name)
@@ -402,9 +410,13 @@ def measured_by(text: str) -> Measured:
 
 def _load_built_in(name: str) -> None:
     if name in _BUILT_IN and name not in _registry:
-        module = import_module(f"qaflora_edge.weighing.{_MODULES.get(name, 'unmeasured')}")
-        for strategy in module.STRATEGIES:
-            _registry.setdefault(strategy.name, strategy)
+        _load(_BUILT_IN[name])
+
+
+def _load(module_name: str) -> None:
+    module = import_module(f"qaflora_edge.weighing.{module_name}")
+    for strategy in module.STRATEGIES:
+        _registry.setdefault(strategy.name, strategy)
 
 
 @cache

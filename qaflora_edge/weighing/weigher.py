@@ -92,7 +92,7 @@ def _centroids(text: BundleText) -> dict[str, F32]:
     centroids = {}
     n_embd = text.base.n_embd
     for name, record in text.fusion.samples.items():
-        from qaflora_edge.weighing.baselines.centroid import parse_centroid
+        from qaflora_edge.weighing.published.centroid import parse_centroid
 
         try:
             centroids[name] = parse_centroid(record.embedding, n_embd)

@@ -1,7 +1,7 @@
 """The strategy `arrow`: the direction that an adapter amplifies most."""
 
+from qaflora_edge.weighing.published.spectr import Spectral
 from qaflora_edge.weighing.strategy import Measured
-from qaflora_edge.weighing.unmeasured import Spectral
 
 
 class Arrow(Spectral):
@@ -14,4 +14,4 @@ class Arrow(Spectral):
     measured = Measured("along its direction")
 
 
-STRATEGY = Arrow()
+STRATEGIES = (Arrow(),)

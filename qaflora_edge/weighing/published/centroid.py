@@ -48,7 +48,7 @@ class Centroid(Strategy):
         return Plan.mix(by_layer, np.broadcast_to(similarity[:, None], shape))
 
 
-STRATEGY = Centroid()
+STRATEGIES = (Centroid(),)
 
 
 def centroid_text(centroid: F32) -> str:

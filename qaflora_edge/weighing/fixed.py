@@ -1,85 +1,12 @@
-"""Strategies that need nothing measured: `qa-flora`, the published method, and `spectr`.
-
-And those that do not look at the query: `static`, `single`, `manual` and `base`.
-"""
+"""Strategies that do not look at the query: `static`, `single`, `manual` and `base`."""
 
 from collections.abc import Mapping, Sequence
 
 from qaflora_edge.arrays import F32
-from qaflora_edge.config import PROBING, SHAPING, Option
 from qaflora_edge.errors import StrategyError, WeightsError
-from qaflora_edge.weighing.plan import Plan
-from qaflora_edge.weighing.strategy import (
-    ADDED,
-    KINDS,
-    Measure,
-    Measured,
-    Reading,
-    Routing,
-    Strategy,
-)
+from qaflora_edge.weighing.strategy import Reading, Strategy
 
 _LARGEST = 3.4028234663852886e38  # of float32
-DISTANCE = Option(
-    "distance",
-    str,
-    "kl",
-    choices=("kl", "cosine", "euclidean"),
-    help="how far an adapter moves the base: KL of next tokens, or a distance of hidden states",
-)
-DISTANCES = {
-    "kl": Measured("divergence", " nats", ("lens", "pool")),
-    "cosine": Measured("cosine distance", reads=("pool",)),
-    "euclidean": Measured("distance", reads=("pool",)),
-}
-
-
-class QaFlora(Strategy):
-    """Weigh each adapter by its share of a layer's divergence (qa-FLoRA, arXiv 2512.11366).
-
-    It is KL(base || adapter) of next tokens; the paper's ablations are distances of hidden states.
-    """
-
-    name = "qa-flora"
-    help = "by the KL of the base's next-token distribution to the adapter's (the published method)"
-    measured = DISTANCES["kl"]
-    options = (*SHAPING, *PROBING, DISTANCE)
-
-    def plan(self, reading: Reading) -> Plan:
-        from qaflora_edge.weighing.numbers import normalise
-
-        distance: Measure = reading.query.options.get("distance", "kl")
-        divergence = reading.divergence(distance)
-        return Plan.mix(normalise(divergence), divergence)
-
-    def measured_under(self, options: str) -> Measured:
-        for distance, measured in DISTANCES.items():
-            if f"distance={distance}" in options.split(","):
-                return measured
-        return self.measured
-
-
-class Spectral(Strategy):
-    """Weigh by the mean over tokens and modules of softmax over the adapters of a size.
-
-    x is the base's input of q, k and v. The published methods mix at each token, we once an answer.
-    """
-
-    routing: Routing
-    compares = KINDS
-
-    def plan(self, reading: Reading) -> Plan:
-        weights, sizes = reading.routing(self.routing)
-        return Plan.mix(weights, sizes)
-
-
-class SpectR(Spectral):
-    """Weigh by |scale B A x| (SpectR, arXiv 2504.03454)."""
-
-    name = "spectr"
-    help = "by the size of what each adapter adds to the attention's projections"
-    routing = "spectr"
-    measured = ADDED
 
 
 class _Fixed(Strategy):
@@ -160,7 +87,7 @@ class Base(_Fixed):
     is_base_prefilled = True
 
 
-STRATEGIES = (QaFlora(), SpectR(), Static(), Single(), Manual(), Base())
+STRATEGIES = (Static(), Single(), Manual(), Base())
 
 
 def _checked(name: str, adapters: Sequence[str], where: str) -> str:

@@ -23,4 +23,4 @@ class Norm(Strategy):
         return Plan.mix(normalise(norms), norms)
 
 
-STRATEGY = Norm()
+STRATEGIES = (Norm(),)

@@ -2,8 +2,8 @@
 
 from qaflora_edge.config import PROBING, SHAPING
 from qaflora_edge.weighing.plan import Plan
+from qaflora_edge.weighing.published.qa_flora import DISTANCES
 from qaflora_edge.weighing.strategy import Query, Reading, Strategy
-from qaflora_edge.weighing.unmeasured import DISTANCES
 
 
 class Calibrated(Strategy):
@@ -43,4 +43,4 @@ def _key(query: Query) -> str:
     return f"question_{query.lens}"
 
 
-STRATEGY = Calibrated()
+STRATEGIES = (Calibrated(),)
