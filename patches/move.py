@@ -25,12 +25,11 @@ from pathlib import Path, PurePosixPath
 
 import prepare
 import strict
-from prepare import PATCHES, Pin
+from prepare import PATCHES, Pin, sha256_file
 from strict import PrepareError
 
 from qaflora_edge.errors import QafloraError
 from qaflora_edge.files import cache_dir, write_text_atomic
-from qaflora_edge.formats.inputs import sha256_file
 
 CHECKOUT = PATCHES.parent
 # Beside what a build reads, what comments and conversion follow.

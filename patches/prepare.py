@@ -34,7 +34,6 @@ from strict import PrepareError  # noqa: E402
 
 from qaflora_edge.errors import QafloraError  # noqa: E402
 from qaflora_edge.files import cache_dir, write_text_atomic  # noqa: E402
-from qaflora_edge.formats.inputs import sha256_file  # noqa: E402
 
 STAMP = ".qaflora-stamp.json"
 # What a build of the libraries reads; tests, tools, models and documents stay in the archive.
@@ -114,6 +113,15 @@ def find_archive(pin: Pin, cache: Path) -> Path:
         return archive
     download_archive(pin, archive)
     return archive
+
+
+def sha256_file(path: Path) -> str:
+    """Hash a file with what is there before anything is installed. Raises PrepareError."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise PrepareError(f"The file {path} cannot be read: {error.strerror}.") from error
 
 
 def check_archive(pin: Pin, archive: Path, advice: str) -> None:
