@@ -12,8 +12,6 @@ from bundles import make_bundle
 from made_results import lines
 from serving import ENGINE, listening
 
-from qaflora_edge import Engine
-
 pytestmark = pytest.mark.slow  # a Python for each script, and torch
 CHECKOUT = Path(__file__).resolve().parents[1]
 BENCHMARKS = CHECKOUT / "benchmarks"
@@ -74,19 +72,6 @@ def test_code_is_scored_by_its_tests(made, tmp_path) -> None:
     _, found = lines(out)
     assert (found["score"] == 1) is (found["failure"] == "")
     assert isinstance(found["isolated"], list)
-
-
-def test_lora_flow_starts_as_the_static_mix(made, tmp_path) -> None:
-    pytest.importorskip("torch")
-    pytest.importorskip("transformers")
-    item = {"question": "one and two", "continuation": "three"}
-    path, out = write(tmp_path / "t.jsonl", item), tmp_path / "r.jsonl"
-    script("lora_flow", made.folder, path, path, "-o", out, "--epochs", 0)
-    _, found = lines(out)
-    with Engine(made.folder, strategy="static", kv_type="f32", flash_attn=False) as engine:
-        tokens = engine.chat_tokens([{"role": "user", "content": item["question"]}])
-        expected = -float(engine.score(tokens, item["continuation"]).mean())
-    assert found["score"] == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from Linux's /proc")
