@@ -750,6 +750,12 @@ def test_a_phone_shows_everything_without_scrolling_sideways(desk) -> None:
     for place in (1, 2):
         desk.click(f".answer:nth-child({place}) button.mix")
     assert desk.window.run(wide) == 360
+    n_top = desk.window.run(  # of the cells of each row of the heatmaps
+        "const topsOf = row => [...row.children].filter(cell => cell.checkVisibility())"
+        ".map(cell => cell.getBoundingClientRect().top);"
+        "return [...document.querySelectorAll('.grid > div')].map(row => new Set(topsOf(row)).size)"
+    )
+    assert {*n_top} == {1}
     assert desk.window.run("return document.getElementById('panel').checkVisibility()") is False
     desk.click("#open-panel")
     assert desk.window.run("return document.getElementById('panel').checkVisibility()")
