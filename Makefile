@@ -1,4 +1,4 @@
-# make demo           set up, fetch the base of demo/ (491 MB), ask four questions; SMALL=1: the small base, 98 MB
+# make demo           set up, fetch the base of demo/ (491 MB), ask five questions; SMALL=1: the small base, 98 MB
 # make test           set up, and all tests: under five minutes on two cores
 # make test-fast      those that are not marked slow: a minute, for daily work
 # make lint           ruff check, ruff format --check, mypy

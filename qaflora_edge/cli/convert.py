@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @cli.command(
     "qaflora convert my-peft-adapter --base base.gguf",
-    "qaflora convert my-peft-adapter --base base.gguf -o adapter.gguf --verify",
+    "qaflora convert my-peft-adapter --base base.gguf -o math.gguf --verify",
 )
 @click.argument("peft_dir")
 @click.option(
