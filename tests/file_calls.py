@@ -139,8 +139,7 @@ def state_of(place: Path) -> str:
 ACTIONS: dict[str, Callable[[Path], str]] = {
     "create": lambda place: command(
         *("bundle", "create", place / "new", "--base", place / "bundle" / "base.gguf"),
-        *("--adapter", f"a={place / 'peft'}", "--adapter", f"b={place / 'es.gguf'}"),
-        "--no-calibrate",
+        *("--adapter", f"a={place / 'peft'}", "--no-calibrate"),
     ),
     "add": lambda place: command(
         *("bundle", "add", place / "bundle", f"c={place / 'peft'}", "--no-calibrate")

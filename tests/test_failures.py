@@ -1,6 +1,7 @@
 """Failures one after the other: memory, system calls, what a crash loses. Each ends in words."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -33,7 +34,8 @@ def preloaded(place: Path, source: str) -> str:
 
 def counted(program: str, *words: object, **env: str) -> dict[str, dict[str, int]]:
     """Run a program of tests/ and give the counts that it prints."""
-    result = python(TESTS / program, *words, env=env)
+    places = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    result = python(TESTS / program, *words, env={"PYTHONPATH": os.pathsep.join(places), **env})
     assert result.returncode == 0, result.stderr[-3000:]
     counts: dict[str, dict[str, int]] = json.loads(result.stdout)
     return counts
