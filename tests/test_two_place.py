@@ -15,15 +15,17 @@ from refusals import refused
 from tiny import QWEN
 
 from qaflora_edge import Engine, FusionWeights
-from qaflora_edge.ask import Chat, Prompt
+from qaflora_edge.ask import Chat, Prompt, Tools
 from qaflora_edge.backend.batch import n_common
 from qaflora_edge.backend.context import Context
 from qaflora_edge.bundles.create import create_bundle
 from qaflora_edge.bundles.edit import calibrate, neutral
 from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.errors import QafloraError, StrategyError
+from qaflora_edge.prompt.calls import calls_of
 from qaflora_edge.prompt.neutral import neutral as all_neutral
 from qaflora_edge.weighing.calibration import KEYS
+from qaflora_edge.weighing.plan import Draft
 from qaflora_edge.weighing.strategy import Query, parse_strategy
 
 NAMES = ("math", "es", "med", "ru")
@@ -194,6 +196,31 @@ def test_behind_a_tools_result_the_mix_is_that_of_the_question(tmp_path, monkeyp
     for mix in later:
         assert mix.why == first.why
         np.testing.assert_array_equal(mix.weights, first.weights)
+
+
+@pytest.mark.parametrize(
+    ("of_mix", "of_base", "is_mixed"),
+    [
+        ('{"name": "time"', "Noon", False),
+        ('```json\n{ "name"', "It is <tool_call>", False),
+        ("<tool_call>", "<tool_call>", True),
+        ("Noon", "<tool_call>", True),
+        ('{"answer": "noon"', "Noon", True),
+    ],
+)
+def test_a_tool_is_called_where_the_base_would_call_one(of_mix, of_base, is_mixed) -> None:
+    class Drafting(Places):
+        def drafts(self, names: Sequence[str], n_token: int, answer: Any) -> list[Draft]:
+            texts = dict(zip(names, (of_mix, of_base), strict=True))
+            return [Draft(name, (1,), text, (0.0,), False) for name, text in texts.items()]
+
+    tool = {"type": "function", "function": {"name": "time"}}
+    calls = calls_of(QWEN, Tools([tool]))
+    typical = dict.fromkeys(NAMES[:2], dict.fromkeys(ALL, USUAL))
+    places = Drafting([at(3.0), at(0.0)], [at(3.0), at(0.0)], 25)
+    plan = plan_of("two-place", places, typical, calls=calls, can_draft=True)
+    assert bool(plan.weights.any()) is is_mixed
+    assert ("would call a tool" in plan.because) is not is_mixed
 
 
 def test_what_raises_all_adapters_is_no_surprise() -> None:

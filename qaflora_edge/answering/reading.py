@@ -17,7 +17,7 @@ from qaflora_edge.inference.sequence import (
 )
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing.numbers import n_base_of
-from qaflora_edge.weighing.plan import BASE, Draft
+from qaflora_edge.weighing.plan import ANSWER, BASE, Draft
 from qaflora_edge.weighing.strategy import Measure, Query, Reading, Routing
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from qaflora_edge.weighing.added import Listener
 
 T = TypeVar("T")
-_ANSWER = ""  # in place of a name: the draft under the weights of the answer
 
 
 class PromptReading(Reading):
@@ -141,8 +140,8 @@ class PromptReading(Reading):
 
         names = list(names)
         core = self._core
-        wanted = {name: core.weights_of(name) for name in names}
-        answering = None  # whose draft the answer begins with, if these stay the weights
+        wanted = {name: core.weights_of(name) for name in names if name != ANSWER}
+        answering = ""  # whose draft the answer begins with, if these stay the weights
         if answer is not None:
             weights = core.all_weights(self.query.adapters, answer)
             answering = self._name_of(weights, wanted)
@@ -168,7 +167,7 @@ class PromptReading(Reading):
             tell = partial(self._show, first) if left[at] == answering else None
             for state in core.run(steps, self._cancellation, tell, kind="branch"):
                 self._drafts[state.draft.adapter] = state
-        return [self._drafts[name].draft for name in names]
+        return [self._drafts[answering if name == ANSWER else name].draft for name in names]
 
     def base_logprobs(self, drafts: Sequence[Draft]) -> list[tuple[float, ...]]:
         items = [(self._by_base, draft.tokens) for draft in drafts]
@@ -190,7 +189,7 @@ class PromptReading(Reading):
         for name, other in wanted.items():
             if (weights == other).all():
                 return name
-        return _ANSWER if weights.any() else BASE
+        return ANSWER if weights.any() else BASE
 
     @cached_property
     def _by_base(self) -> Request:

@@ -212,6 +212,13 @@ class Calls:
             forms = [(begin, {"anyOf": calls}, end)]
         return framed_grammar(forms, source="The parameters of tools")
 
+    def begins(self, text: str) -> bool:
+        """Tell whether an answer that begins so begins with a call."""
+        begun = "".join(text.split())
+        begun = begun.removeprefix("```json").removeprefix("```")
+        marks = ["".join(mark.split()) for mark in self.format.marks]
+        return begun.startswith((*marks, _BARE))
+
     def read(self, pieces: Iterable[str]) -> Iterator[str | CallPart]:
         """Yield an answer's text until a call begins, then calls as they are written.
 

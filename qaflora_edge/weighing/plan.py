@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from qaflora_edge.weighing.strategy import Measured
 
 BASE = "base"  # in place of an adapter's name, where the base alone is meant
+ANSWER = ""  # the same, where the weights of the answer are
 DRAFT_TOKENS = 128  # of the longest draft
 DEFAULT_STRATEGY = "qa-flora"
 DEFAULT_LENS = "norm"

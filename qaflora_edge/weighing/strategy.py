@@ -19,6 +19,7 @@ from qaflora_edge.config import SHAPING, Option
 from qaflora_edge.errors import StrategyError, nearest
 
 if TYPE_CHECKING:
+    from qaflora_edge.prompt.calls import Calls
     from qaflora_edge.weighing.plan import Draft, Plan
 
 Measure = Literal["kl", "cosine", "euclidean"]
@@ -68,6 +69,7 @@ class Query:
     n_weighed  tokens before a thought that the chat template began, or before calls of tools: with
               them and without them the weights are the same; None: all
     n_thought  tokens at its end that begin a thought
+    calls     how tools may be called, where the answer is free to; None: it is not
     neutral   see Prompt
     """
 
@@ -86,6 +88,7 @@ class Query:
     can_draft: bool = False
     n_weighed: int | None = None
     n_thought: int = 0
+    calls: "Calls | None" = None
     neutral: tuple[tuple[Prompt, Prompt], ...] = field(default=(), repr=False)
 
     @property
@@ -139,11 +142,11 @@ class Reading(Protocol):
     def drafts(
         self, names: Iterable[str], n_token: int, answer: F32 | None = None
     ) -> "list[Draft]":
-        """Let adapters, or BASE, answer the query, each alone and all in one batch.
+        """Let adapters, BASE or ANSWER answer the query, each alone and all in one batch.
 
         n_token  each draft has so many tokens, or is whole; one that was begun before goes on
-        answer   weights [n_adapter, n_layer]: begin the answer under them too, in the same batch,
-                 so that it need not begin again if these stay the weights
+        answer   weights [n_adapter, n_layer], for ANSWER: begin the answer under them too, in the
+                 same batch, so that it need not begin again if these stay the weights
         """
 
     def base_logprobs(self, drafts: "Sequence[Draft]") -> list[tuple[float, ...]]:

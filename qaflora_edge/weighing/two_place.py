@@ -7,12 +7,13 @@ and perhaps another in the question.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 from qaflora_edge.arrays import F32, F64
 from qaflora_edge.config import Option
 from qaflora_edge.errors import StrategyError
-from qaflora_edge.weighing.plan import Plan, Reason
+from qaflora_edge.weighing.plan import ANSWER, BASE, Plan, Reason
 from qaflora_edge.weighing.strategy import ADDED, Options, Query, Reading, Strategy
 
 Taken = dict[int, str]  # adapter's index -> the place that it is taken for, the answer first
@@ -20,6 +21,7 @@ FIRST, LATER = ("added_last", "added_question"), ("later_last", "later_question"
 STANDS_OUT = 1.25  # standard deviations
 LEAST_SURPRISE = 10  # nats; below, a threshold says no more
 TEXT = 2  # times the threshold, for plain text: it is heard in one place alone
+N_OPENING = 8  # tokens of a draft that tell whether it begins with a call of a tool
 FAMILIAR = 50  # nats; where a question surprises the base by half of it, a score has to be double
 
 # fmt: off
@@ -90,10 +92,26 @@ class TwoPlace(Strategy):
             query.adapters, scores, taken, options, asked=asked, is_familiar=is_familiar
         )
         by_layer = np.repeat(weights[:, None], query.n_layer, axis=1)
+        if taken and asked != "never" and _calls_alone(reading, by_layer):
+            by_layer = np.zeros_like(by_layer)
+            reasons = {name: replace(reason, taken_as="") for name, reason in reasons.items()}
+            because = "The base answers alone: the mix would call a tool, and the base would not."
         return Plan.mix(by_layer, last, reasons, because)
 
 
 STRATEGIES = (TwoPlace(),)
+
+
+def _calls_alone(reading: Reading, weights: F32) -> bool:
+    """Tell whether the mix would begin with a call of a tool, and the base would not.
+
+    weights  [n_adapter, n_layer] of the mix
+    """
+    calls = reading.query.calls
+    if calls is None or not reading.query.can_draft:
+        return False
+    of_mix, of_base = reading.drafts([ANSWER, BASE], N_OPENING, weights)
+    return calls.begins(of_mix.text) and not calls.begins(of_base.text)
 
 
 def _places(query: Query) -> tuple[str, str]:

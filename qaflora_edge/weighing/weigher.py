@@ -191,6 +191,7 @@ class Weigher:
         n_thought = 0 if thinking is None else n_token - thinking.n_weighed
         n_weighed = prompt.n_weighed or n_token - n_thought
         is_chat = prompt.question is not None
+        calls = prompt.calls
         return Query(
             tokens=prompt.tokens,
             adapters=self.adapters,
@@ -207,6 +208,7 @@ class Weigher:
             can_draft=is_chat and thinking is None,
             n_weighed=n_weighed,
             n_thought=n_thought,
+            calls=None if calls is None or calls.tools.required else calls,
             neutral=prompt.neutral,
         )
 
