@@ -178,7 +178,7 @@ def shared_settings(table: str) -> SharedOptions:
 @command("qaflora settings", "QAFLORA_THREADS=2 qaflora settings --json")
 @json_option("Print one JSON object.")
 def settings(as_json: bool) -> None:
-    """Show what is set, by keys of the settings file and by variables of the environment."""
+    """Show what is set by environment and settings file."""
     path = settings_path()
     in_file = _by_key(file_settings())
     of_commands = [_setting(key, option) for key, option in _OF_COMMANDS.items()]
