@@ -17,8 +17,8 @@ from qaflora_edge.backend.batch import Chunks, Span
 from qaflora_edge.backend.context import Stop
 from qaflora_edge.errors import BackendError, CancelledError
 from qaflora_edge.inference.loop import Loop
-from qaflora_edge.inference.scheduler import Scheduler, Slot
-from qaflora_edge.inference.sequence import Request, RunningSequence, State
+from qaflora_edge.inference.scheduler import Job, Scheduler, Slot
+from qaflora_edge.inference.sequence import Cancellation, Request, RunningSequence, State
 from qaflora_edge.weighing.added import Listener
 
 CHUNKS = Chunks(6, 3, 3, lambda token: token == 0)  # 8 tokens at most
@@ -164,6 +164,26 @@ def test_the_newest_waits_when_all_slots_are_taken_and_fails_nobody() -> None:
     assert [answer.answer for answer in answers] == [alone([i, i + 1], n=3 + i) for i in range(7)]
 
 
+def test_what_a_call_begins_later_comes_before_calls_that_came_after() -> None:
+    """The next step of a relay does not wait for a slot behind others."""
+    bench = Bench(1)
+    draft = bench.add([1, 2], n=2)
+    other = bench.add([3, 4], n=2)
+    answer = bench.add([5, 6], n=2, cancellation=draft.request.cancellation)
+    bench.finish(answer)
+    assert (draft.is_done, other.is_done) == (True, False)
+
+
+def test_jobs_of_calls_are_in_the_order_of_calls() -> None:
+    scheduler = Scheduler(1, CHUNKS)
+    first, second = Cancellation(), Cancellation()
+    nothing: Any = iter(())
+    scheduler.jobs.extend([Job("probe", nothing, second), Job("probe", nothing, first)])
+    job = scheduler.step().job
+    assert job is not None
+    assert job.cancellation is first
+
+
 def test_one_that_fails_ends_alone() -> None:
     bench = Bench(3)
     good = [bench.add([1, 2], n=9), bench.add([3, 4], n=9)]
@@ -222,6 +242,7 @@ def test_what_the_base_reads_is_one_chunk_and_shared_token_by_token_where_that_i
 class CountedJob:
     def __init__(self, n: int, kind: str = "probe") -> None:
         self.n_left, self.kind = n, kind
+        self.cancellation = Cancellation()
 
     @property
     def is_done(self) -> bool:

@@ -188,6 +188,22 @@ def test_the_time_of_a_request_has_an_end(bundle, held) -> None:
         assert {answer.json()["error"]["code"] for answer in answers} == {"timeout"}
 
 
+def test_the_time_of_a_request_begins_again_with_its_slot(bundle, held, monkeypatch) -> None:
+    begun = []
+    expire_in = respond.Computed._expire_in
+
+    def noting(self: respond.Computed, seconds: float) -> None:
+        begun.append((self._state, seconds))
+        expire_in(self, seconds)
+
+    monkeypatch.setattr(respond.Computed, "_expire_in", noting)
+    held.go.set()
+    with listening(bundle, timeout_s=300.0) as address:
+        url = f"{address}/v1/chat/completions"
+        assert httpx.post(url, json=body_of(), timeout=PATIENCE_S).status_code == 200
+    assert begun == [(respond.State.WAITING, 300.0), (respond.State.COMPUTING, 300.0)]
+
+
 @pytest.fixture
 def decodes(monkeypatch) -> list[float]:
     """When something was decoded; each takes 20 ms at least."""

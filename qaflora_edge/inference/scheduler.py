@@ -157,6 +157,8 @@ class Step:
 class Scheduler:
     """Serve requests in order of arrival: for slots, for prefill, and for jobs.
 
+    What a call begins later, such as the next step of a relay, comes before calls that came after.
+
     n_slot  sequences of the context
     n_running  requests that are decoded together, by default n_slot
     chunks  how prompts are cut into chunks. A step prefills one chunk of a long prompt, or several
@@ -217,8 +219,9 @@ class Scheduler:
         prefills = self._prefills(running)
         if self.jobs and (self._is_jobs_turn or not prefills):
             # Kinds alternate: a long job of one kind does not block another kind.
-            others = (job for job in self.jobs if job.kind != self._last_kind)
-            step.job = next(others, self.jobs[0])
+            jobs = sorted(self.jobs, key=lambda job: job.cancellation.number)
+            others = (job for job in jobs if job.kind != self._last_kind)
+            step.job = next(others, jobs[0])
             self._last_kind = step.job.kind
             self._is_jobs_turn = False
             return step
@@ -245,13 +248,13 @@ class Scheduler:
     def _prefills(self, running: list[RunningSequence]) -> list[RunningSequence]:
         """List what is prefilled in this step: a long prompt, or short ones in order of arrival."""
         prefills = [sequence for sequence in running if sequence.state is State.PREFILL]
-        prefills.sort(key=lambda sequence: sequence.number)
+        prefills.sort(key=lambda sequence: sequence.arrival)
         long = [sequence for sequence in prefills if self._is_long(sequence)]
         short = [sequence for sequence in prefills if sequence not in long]
         has_others = bool(self.jobs) or len(running) > len(long)
         if not long or (has_others and self._owed_ms > 0):
             return short
-        if short and short[0].number < long[0].number:
+        if short and short[0].arrival < long[0].arrival:
             return short
         self._is_shortest_turn = not self._is_shortest_turn
         chosen = min(long, key=_n_new) if self._is_shortest_turn else long[0]
@@ -259,7 +262,7 @@ class Scheduler:
 
     def _admit(self, step: Step) -> None:
         """Give slots in the order of arrival; who waits for a prompt to reuse lets others pass."""
-        for sequence in [*self.waiting]:
+        for sequence in sorted(self.waiting, key=lambda sequence: sequence.arrival):
             if len(self.running) >= self.n_running:
                 return
             free = [slot for slot in self.slots if slot.sequence is None]

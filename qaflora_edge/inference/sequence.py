@@ -30,9 +30,13 @@ _numbers = itertools.count(1)
 
 
 class Cancellation:
-    """Tell whether a call was told to end: by set(), or an event of the caller."""
+    """Tell whether a call was told to end: by set(), or an event of the caller.
+
+    number  attribute: in the order that calls came, whatever they begin later
+    """
 
     def __init__(self, event: threading.Event | None = None) -> None:
+        self.number = next(_numbers)
         self._is_set = False
         self._event = event
 
@@ -233,6 +237,11 @@ class RunningSequence:
         self._n_open = 0  # tokens since the thought began
         self._is_closing = False  # it ends
         self._lead_thought()
+
+    @property
+    def arrival(self) -> tuple[int, int]:
+        """Give its place in the order of arrival: of its call, then among that call's."""
+        return self.request.cancellation.number, self.number
 
     @property
     def n_prompt(self) -> int:

@@ -177,8 +177,8 @@ class Computed:
             async with slot, models.engine(self._call.served) as engine:
                 self.facts["wait_ms"] = 1e3 * (time.perf_counter() - start)
                 self._state = State.COMPUTING
-                if self._is_light:
-                    self._expire_in(LIGHT_S)
+                # What it waited for others does not count.
+                self._expire_in(LIGHT_S if self._is_light else self._app.options.timeout_s)
                 await asyncio.to_thread(self._compute, engine, self)
         except asyncio.CancelledError:
             end = CancelledError("The request was ended before it began.")
