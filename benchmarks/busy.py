@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     args = parser.parse_args()
     command = [sys.executable, "-c", RIVAL, args.bundle]
-    with Engine(args.bundle, strategy="static", n_ctx=256, draft=0) as engine:
+    with Engine(args.bundle, strategy="static", n_ctx=256, guesses=0) as engine:
         median_speed(engine, 1)
         alone = median_speed(engine, args.repeat)
         with subprocess.Popen(command, stdout=subprocess.PIPE) as rival:

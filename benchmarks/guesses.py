@@ -30,8 +30,8 @@ def answer(engine: Engine, kind: str, n: int, max_tokens: int, turn: int) -> Run
     timings = [generation.timings for _, generation in answers]
     start_s = max(times.token_s[0] for times in timings)  # all have begun
     later = [at for times in timings for at in times.token_s if at > start_s]
-    n_guessed = sum(times.draft_n for times in timings)
-    n_right = sum(times.draft_n_accepted for times in timings)
+    n_guessed = sum(times.guessed_n for times in timings)
+    n_right = sum(times.guessed_n_right for times in timings)
     return {
         "tokens_per_second": len(later) / (max(later) - start_s),
         "accepted": n_right / max(1, n_guessed),
@@ -60,16 +60,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("bundle")
     parser.add_argument("--strategy")
-    parser.add_argument("--draft", default="auto", help="guesses at most; auto: as many as pay")
+    parser.add_argument("--guesses", default="auto", help="guesses at most; auto: as many as pay")
     parser.add_argument("--callers", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--max-tokens", type=int, default=64)
     args = parser.parse_args()
-    n_guess = args.draft if args.draft == "auto" else int(args.draft)
+    n_guess = args.guesses if args.guesses == "auto" else int(args.guesses)
     options = {"strategy": args.strategy, "n_parallel": args.callers}
     with (
-        Engine(args.bundle, draft=n_guess, **options) as draft,
-        Engine(args.bundle, draft=0, **options) as plain,
+        Engine(args.bundle, guesses=n_guess, **options) as draft,
+        Engine(args.bundle, guesses=0, **options) as plain,
     ):
         engines = {"draft": draft, "plain": plain}
         for row in measure(engines, args.callers, args.repeat, args.max_tokens):

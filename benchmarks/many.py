@@ -35,10 +35,10 @@ def measure(bundle: Path) -> dict[str, float]:
     for _ in range(N_RUN):
         begin = time.perf_counter()
         begin_cpu = time.process_time()
-        with Engine(bundle, draft=0):
+        with Engine(bundle, guesses=0):
             open_s.append(time.perf_counter() - begin)
             open_cpu_s.append(time.process_time() - begin_cpu)
-    with Engine(bundle, draft=0) as engine:
+    with Engine(bundle, guesses=0) as engine:
         engine.weights("Hello")
         weigh_ms = [engine.weights(question).probe_ms for question in QUESTIONS]
         with engine.model() as model:

@@ -55,6 +55,7 @@ class Option:
     aliases   other names in OpenAI's calls
     variable  a further variable of the environment that sets it
     is_secret whether its value is not to be shown
+    old_flag  what it was called before, which still works
     """
 
     name: str
@@ -77,6 +78,7 @@ class Option:
     aliases: tuple[str, ...] = ()
     variable: str = ""
     is_secret: bool = False
+    old_flag: str = ""
 
     @property
     def key(self) -> str:
@@ -160,7 +162,8 @@ OPTIONS = (
            noun="a number of MiB", metavar="MIB",
            help="Keep so much KV state of the probe, so that prompts which begin alike are weighed "
            "sooner; 0 keeps the last prompt only."),
-    Option("draft", int, "auto", "engine", "--draft", low=0, high=15, words=("auto",),
+    Option("guesses", int, "auto", "engine", "--guesses", old_flag="--draft",
+           low=0, high=15, words=("auto",),
            metavar="auto|N", noun="a number of tokens",
            help="Guess at most N tokens of an answer from the prompt and the answer so far, and "
            "verify them in one pass. auto: as many as pay; 0: none."),

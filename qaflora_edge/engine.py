@@ -70,7 +70,7 @@ class Engine:
     flash_attn  True or False; None: on where it is quicker (docs/performance.md)
     strategy, lens, pool, prefill  by default the bundle's; see `qaflora run --help-all`
     prefix_cache  MiB for the probe's KV states of earlier prompts, for prompts that begin alike
-    draft     guess at most so many tokens from what stands before, and verify them in one pass;
+    guesses   guess at most so many tokens from what stands before, and verify them in one pass;
               "auto": as many as pay, where answers stay the same bits; 0: none
     seed      of sampled answers, when a call gives none
     reasoning  "on" or "off": ask the chat template for a thought before each answer, or for none
@@ -98,7 +98,7 @@ class Engine:
         pool: str | None = None,
         prefill: str | None = None,
         prefix_cache: int = 128,
-        draft: int | str = "auto",
+        guesses: int | str = "auto",
         seed: int | None = None,
         reasoning: str = "auto",
         **unknown: Any,
@@ -112,7 +112,7 @@ class Engine:
             "flash_attn": flash_attn,
             "adapter_type": adapter_type,
             "prefix_cache": prefix_cache,
-            "draft": draft,
+            "guesses": unknown.pop("draft", guesses),  # its name before
         }
         check("engine", unknown | options | placing | {"seed": seed, "reasoning": reasoning})
         check_process()

@@ -31,7 +31,7 @@ def made(tmp_path_factory) -> TinyBundle:
 
 @pytest.fixture
 def engine(made) -> Iterator[Engine]:
-    with Engine(made.folder, threads=1, draft=0) as engine:
+    with Engine(made.folder, threads=1, guesses=0) as engine:
         yield engine
 
 

@@ -53,7 +53,7 @@ def test_json_is_the_contract(made) -> None:
     assert shown["fusion"]["adapters"] == ["math", "es"]
     assert shown["fusion"]["prompt_tokens"] == n_prompt
     times = ["probe_ms", "prefill_ms", "decode_ms", "tokens_per_second"]
-    assert list(shown["timings"]) == [*times, "draft_n", "draft_n_accepted"]
+    assert list(shown["timings"]) == [*times, "guessed_n", "guessed_n_right"]
     assert min(shown["timings"][name] for name in times) > 0
     assert set(shown) == {"text", "finish_reason", "usage", "fusion", "timings"}
 

@@ -71,12 +71,12 @@ def test_answers_are_the_same_bits_with_guesses_and_without(checkout, folder) ->
     ]
     options: dict[str, Any] = {"n_parallel": 4, "n_ctx": 256, "threads": 1}
     with (
-        Engine(checkout / folder, draft=0, **options) as plain,
-        Engine(checkout / folder, draft=15, **options) as drafting,
+        Engine(checkout / folder, guesses=0, **options) as plain,
+        Engine(checkout / folder, guesses=15, **options) as drafting,
         Engine(checkout / folder, **options) as automatic,
     ):
         if drafting._core.pack.n_alike < 16:
-            assert automatic._core.draft == 0
+            assert automatic._core.n_guess == 0
             pytest.skip("this processor computes few rows otherwise than one")
         tokens = plain.chat_tokens([{"role": "user", "content": COPY}])
         names = plain.adapters
@@ -93,7 +93,7 @@ def test_answers_are_the_same_bits_with_guesses_and_without(checkout, folder) ->
                 for _, answer in sorted(engine.generate_many(group, max_tokens=40))
             ]
             found = [(answer.text(), answer.logprobs, answer.finish_reason) for answer in answers]
-            return found, sum(answer.timings.draft_n_accepted for answer in answers)
+            return found, sum(answer.timings.guessed_n_right for answer in answers)
 
         expected, none = answered(plain, is_together=False)
         assert none == 0
@@ -126,9 +126,10 @@ def test_the_base_reads_a_prompt_to_the_same_bits_however_it_is_cut(checkout, fo
             assert read(*cuts) == expected
 
 
-def test_a_base_that_cannot_forget_a_guess_drafts_none(tmp_path) -> None:
+@pytest.mark.parametrize("name", ["guesses", "draft"])  # its name before
+def test_a_base_that_cannot_forget_a_guess_guesses_none(tmp_path, name) -> None:
     base = write_tiny_base(tmp_path / "base.gguf", "gemma3", window=16).path
     with Engine(base=base, adapters={}) as engine:
-        assert engine._core.draft == 0
-    with pytest.raises(OptionError, match="Option draft is 4, expected 0: the base"):
-        Engine(base=base, adapters={}, draft=4)
+        assert engine._core.n_guess == 0
+    with pytest.raises(OptionError, match="Option guesses is 4, expected 0: the base"):
+        Engine(base=base, adapters={}, **{name: 4})

@@ -279,7 +279,7 @@ def test_a_relay_is_two_plain_answers_with_the_stated_prompts(
 
     The base prefills what is before it; the writer reads the rest itself.
     """
-    with Engine(folder, n_ctx=1024, n_parallel=n_parallel, draft=0) as engine:
+    with Engine(folder, n_ctx=1024, n_parallel=n_parallel, guesses=0) as engine:
         plain = asked(engine)
         answer = engine.generate(plain, strategy=BY_HAND, max_tokens=12)
         text = answer.text()
@@ -316,7 +316,7 @@ def test_a_writer_reuses_what_the_base_has_of_the_prompt(folder) -> None:
 def test_who_is_asked_for_words_reads_so(folder, monkeypatch) -> None:
     in_words = "qaflora_edge.weighing.relay._takes_form"
     monkeypatch.setattr(in_words, lambda reading, knower, writer: True)
-    with Engine(folder, n_ctx=512, draft=0) as engine:
+    with Engine(folder, n_ctx=512, guesses=0) as engine:
         plain = asked(engine)
         answer = engine.generate(plain, strategy=BY_HAND, max_tokens=4)
         answer.text()
@@ -345,7 +345,7 @@ def test_an_answer_goes_on_from_its_draft_as_if_alone(
 ) -> None:
     monkeypatch.setattr("qaflora_edge.weighing.relay._by_hand", by_draft)
     options = {"max_tokens": 20, **options}
-    with Engine(folder, n_ctx=160, draft=0) as engine:
+    with Engine(folder, n_ctx=160, guesses=0) as engine:
         n_around = len(asked(engine, ""))
         prompt = asked(engine, "a" * (n_token - n_around))
         alone = engine.generate(prompt, strategy="single:math", **options)
@@ -368,7 +368,7 @@ def by_draft_of_base(reading: Any) -> Plan:
 def test_the_answer_is_seen_while_drafts_decide(folder, monkeypatch, rule) -> None:
     monkeypatch.setattr("qaflora_edge.weighing.relay._by_hand", rule)
     seen: list[str] = []
-    with Engine(folder, n_ctx=512, draft=0) as engine:
+    with Engine(folder, n_ctx=512, guesses=0) as engine:
         prompt = asked(engine)
         name = "base" if rule is by_draft_of_base else "single:math"
         text = engine.generate(prompt, strategy=name, max_tokens=20).text()
@@ -389,7 +389,7 @@ def test_drafts_go_on_where_their_kv_state_is_not_kept(folder, monkeypatch) -> N
 
     monkeypatch.setattr("qaflora_edge.weighing.relay._by_hand", rule)
     monkeypatch.setattr("qaflora_edge.inference.drafts._N_BYTE_KEPT", 0)
-    with Engine(folder, n_ctx=512, draft=0) as engine:
+    with Engine(folder, n_ctx=512, guesses=0) as engine:
         prompt = asked(engine, "xyz 12")
         engine.generate(prompt, strategy=BY_HAND, max_tokens=1)
         for draft, name in zip(drafts, ("single:es", "base"), strict=True):
@@ -409,7 +409,7 @@ def by_three(reading: Any) -> Plan:
 def test_a_plan_may_have_three_steps(folder, monkeypatch) -> None:
     """Each is a plain answer to the prompt with the draft before it."""
     monkeypatch.setattr("qaflora_edge.weighing.relay._by_hand", by_three)
-    with Engine(folder, n_ctx=1024, draft=0) as engine:
+    with Engine(folder, n_ctx=1024, guesses=0) as engine:
         plain = asked(engine)
         answer = engine.generate(plain, strategy=BY_HAND, max_tokens=12)
         told = list(answer.drafting())
@@ -428,7 +428,7 @@ def test_a_plan_may_have_three_steps(folder, monkeypatch) -> None:
 
 
 def test_a_draft_is_scored_under_the_base_in_one_batch(folder, monkeypatch) -> None:
-    with Engine(folder, n_ctx=1024, draft=0) as engine:
+    with Engine(folder, n_ctx=1024, guesses=0) as engine:
         prompt = asked(engine)
         query = engine.weigher.query(engine.read(prompt))
         with PromptReading(engine._core, query, engine._core.cancellation()) as reading:
@@ -471,7 +471,7 @@ def test_weights_of_another_prompt_bring_no_draft(folder) -> None:
 
 
 def test_a_draft_leaves_room_and_stays_text(folder) -> None:
-    with Engine(folder, n_ctx=160, draft=0) as engine:
+    with Engine(folder, n_ctx=160, guesses=0) as engine:
         prompt = asked(engine, "a" * 60)
         answer = engine.generate(prompt, strategy=BY_HAND, max_tokens=8)
         answer.text()

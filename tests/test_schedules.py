@@ -128,7 +128,7 @@ def test_answers_in_company_are_those_alone(parts, alone, arch, noted, monkeypat
     monkeypatch.setattr("qaflora_edge.inference.guesses._ORDERS", (1,))  # many wrong guesses
     draft = 0 if arch == "gemma3" else 3
     n_compared = n_logits = 0
-    with Engine(**parts | {"n_parallel": 4, "draft": draft}) as together:
+    with Engine(**parts | {"n_parallel": 4, "guesses": draft}) as together:
         for seed in range(N_SCHEDULE // 2):  # of each architecture
             rng = random.Random(seed)
             done: list[Call] = []

@@ -42,7 +42,7 @@ def bundle(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("n_parallel", [1, 4])
 def test_a_token_takes_as_long_in_every_thread(bundle, n_parallel) -> None:
     """Twice is generous: one caller of a second thread once took 2.5 times as long."""
-    with Engine(bundle, n_ctx=256, n_parallel=n_parallel, threads=2, draft=0) as engine:
+    with Engine(bundle, n_ctx=256, n_parallel=n_parallel, threads=2, guesses=0) as engine:
         median_ms(engine)
         for _ in range(3):  # other programs may take the processor in between
             first = median_ms(engine)

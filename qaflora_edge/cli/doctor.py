@@ -16,7 +16,7 @@ from qaflora_edge.errors import LibraryError
 from qaflora_edge.formats.inputs import Json
 
 PACKAGES = ("llama-cpp-python", "numpy", "gguf", "huggingface-hub", "click")
-# What --draft auto does: whether kernels multiply a row alone as they do in company.
+# What --guesses auto does: whether kernels multiply a row alone as they do in company.
 _GUESSES = {
     True: "tokens are guessed for bases in Q4_0, Q4_1, Q5_0, Q8_0, Q4_K, Q5_K and Q6_K",
     False: "no tokens are guessed, as these do not multiply one row and several alike",

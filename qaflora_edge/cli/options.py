@@ -208,7 +208,7 @@ def click_option(option: Option, command: str) -> Decorator:
         unset = ""
     has_words = unset or option.kind is bool
     return click.option(
-        *filter(None, (option.flag, option.short)),
+        *filter(None, (option.flag, option.short, option.old_flag)),
         cls=_Option,
         declared=option,
         unset=unset,

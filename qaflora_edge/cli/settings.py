@@ -64,6 +64,9 @@ def variables(key: str, table: str) -> tuple[str, ...]:
         names.append(option.variable)
     if key in SHARED:
         names.append(f"{PREFIX}{key}".upper())
+        old_key = SHARED[key].old_flag.removeprefix("--")
+        if old_key:
+            names.append(f"{PREFIX}{old_key}".upper())
     return tuple(names)
 
 

@@ -88,6 +88,8 @@ def timings(answer: Generation) -> dict[str, float]:
     times["prompt_ms"] = prompt_ms
     times["prompt_per_second"] = round(1e3 * n_read / prompt_ms, 3) if prompt_ms else 0.0
     times["predicted_n"] = answer.n_completion
+    times["draft_n"] = times["guessed_n"]
+    times["draft_n_accepted"] = times["guessed_n_right"]
     times["predicted_ms"] = times["decode_ms"]
     times["predicted_per_second"] = times["tokens_per_second"]
     return times

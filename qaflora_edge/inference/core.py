@@ -66,7 +66,7 @@ class Core:
         n_ctx: int | None,
         n_parallel: int,
         adapter_type: str,
-        draft: int | str,
+        guesses: int | str,
         placing: Mapping[str, Any],
         prefix_cache: int,
         sizes: Callable[[], Sequence["AttentionSizes"]],
@@ -109,7 +109,7 @@ class Core:
             self.context = context
             has_alike = self.pack.n_alike >= N_OUTPUT and not model.is_recurrent
             self._is_exact = context.is_flash_off and has_alike  # see Chunks
-            self.draft = self._drafts(draft)
+            self.n_guess = self._n_guess(guesses)
             check_unchanged(states)  # llama.cpp opened the files by name, after the checks
             from qaflora_edge.backend.branches import Branches
             from qaflora_edge.weighing.added import Added
@@ -155,7 +155,7 @@ class Core:
 
         return Drafter(self.model, self.branches)
 
-    def _drafts(self, asked: int | str) -> int | None:
+    def _n_guess(self, asked: int | str) -> int | None:
         """Give the most tokens of a guess, 0 for none, None for as many as pay.
 
         Where nothing is asked for, none are guessed that would change an answer's rounding.
@@ -165,8 +165,8 @@ class Core:
             return None if can_forget and self._is_exact else 0
         if asked and not can_forget:
             raise OptionError(
-                f"Option draft is {asked}, expected 0: the base {self.model.name} has states that "
-                "cannot forget a wrong guess."
+                f"Option guesses is {asked}, expected 0: the base {self.model.name} has states "
+                "that cannot forget a wrong guess."
             )
         return int(asked)
 
@@ -290,10 +290,10 @@ class Core:
                 sequence.draft_state = draft_state
                 guesses = ()
         sequence.is_told = is_told
-        if self.draft != 0:
+        if self.n_guess != 0:
             # As if it had been answered before: what was drafted is verified, not decoded.
             before = (*request.tokens, *guesses, *request.tokens) if guesses else request.tokens
-            sequence.guesser = Guesser(before, self.draft)
+            sequence.guesser = Guesser(before, self.n_guess)
         if resumed is None:
             self.loop.add(sequence)
         else:

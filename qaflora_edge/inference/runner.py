@@ -241,8 +241,8 @@ class Runner:
             n_guessed = len(span.tokens) - 1
             n_right = sequence.n_past - n_before - 1
             sequence.guesser.learn(n_guessed, n_right, n_sequence)
-            sequence.timings.draft_n += n_guessed
-            sequence.timings.draft_n_accepted += n_right
+            sequence.timings.guessed_n += n_guessed
+            sequence.timings.guessed_n_right += n_right
 
     def _decode_apart(
         self, group: Sequence[RunningSequence], slots: Sequence[Slot], error: BackendError

@@ -107,7 +107,7 @@ class Timings:
     """Count milliseconds; prefill_ms and decode_ms include concurrent work for other requests.
 
     n_decoded  tokens decoded after the first
-    draft_n, draft_n_accepted  tokens that were guessed, and those of them that were right
+    guessed_n, guessed_n_right  tokens that were guessed, and those of them that were right
     token_s    when each token of the answer was chosen, by time.perf_counter()
     """
 
@@ -115,8 +115,8 @@ class Timings:
     prefill_ms: float = 0.0
     decode_ms: float = 0.0
     n_decoded: int = 0
-    draft_n: int = 0
-    draft_n_accepted: int = 0
+    guessed_n: int = 0
+    guessed_n_right: int = 0
     token_s: list[float] = field(default_factory=list, repr=False)
 
     @property
@@ -130,8 +130,8 @@ class Timings:
             "prefill_ms": round(self.prefill_ms, 3),
             "decode_ms": round(self.decode_ms, 3),
             "tokens_per_second": round(self.tokens_per_second, 3),
-            "draft_n": self.draft_n,
-            "draft_n_accepted": self.draft_n_accepted,
+            "guessed_n": self.guessed_n,
+            "guessed_n_right": self.guessed_n_right,
         }
 
 
