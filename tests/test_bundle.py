@@ -335,8 +335,8 @@ def test_a_base_elsewhere_is_read_only_where_somebody_named_it(made, monkeypatch
     told = refused(errors.BundleError, load_bundle, made.folder)
     assert told == (
         f"Cannot open the bundle {made.folder}: its base (llama, {other.stat().st_size} bytes) is "
-        f'not here; "{file}" lies outside of the bundle and was never named here; name it with '
-        f"`qaflora bundle base {made.folder} FILE` (its SHA-256 is {sha256(other)})."
+        f"not here; {shown(file)} lies outside of the bundle and was never named here; name it "
+        f"with `qaflora bundle base {made.folder} FILE` (its SHA-256 is {sha256(other)})."
     )
     assert not [path for path in looked if path.endswith(file)]
     other.unlink()
