@@ -27,6 +27,7 @@
 # make eval-smoke     every path of `qaflora eval` on ten items of benchmarks/smoke/
 # make bench-server   `qaflora serve` beside llama.cpp's server: tokens/s and waiting times of 1 to 16 users
 # make load-server    ten minutes of mixed load on `qaflora serve`
+# make fair-server    sixteen users of two bundles for ten minutes: who waits for how long
 # make attack-server  hostile clients on `qaflora serve`, and a user beside them
 # make bench-convert  seconds and peak memory of converting an adapter of an 8B model
 #
@@ -46,7 +47,7 @@ PACKAGE_FILES := pyproject.toml CMakeLists.txt models/registry.json \
 .PHONY: help demo test test-fast test-rpc test-vulkan vulkan-tests cuda-build cuda-tests test-asan asan-tests \
     test-tsan tsan-tests test-clients clients-tests pin-clients sdist release release-backend test-release release-tests test-aarch64 \
     test-windows test-container \
-    lock fuzz bench-server load-server attack-server bench-convert lint convert-table eval-report eval-smoke clean FORCE
+    lock fuzz bench-server load-server fair-server attack-server bench-convert lint convert-table eval-report eval-smoke clean FORCE
 
 # A wheel in dist/ that fits this machine and is newer than the sources spares the compiler.
 # Qwen2.5-Coder-0.5B (491 MB) with the six adapters of demo/; `make demo SMALL=1` is SmolLM2 (98 MB) with three.
@@ -289,6 +290,11 @@ load-server: $(DONE)/package
 	$(BIN)/qaflora pull smollm2-135m-instruct
 	$(BIN)/python benchmarks/server_load.py demo models/demo --minutes $(LOAD_MINUTES) \
 	    --adapter models/demo/adapters/med.gguf
+
+# Sixteen users of two bundles, one of them with a prompt of 30,000 tokens.
+fair-server: $(DONE)/package
+	$(BIN)/qaflora pull qwen2.5-coder-0.5b-instruct
+	$(BIN)/python benchmarks/server_fair.py demo --minutes $(LOAD_MINUTES)
 
 # Hostile clients of this machine, and how long a user with a key waits beside them.
 attack-server: $(DONE)/package

@@ -3,9 +3,9 @@
     python benchmarks/server_fair.py BUNDLE [--minutes 10]
 
 Options that it does not have go to `qaflora serve`. Two copies of the bundle are served, over one
-base. Each has the same users but one, who ask one thing after the other: chats, relays, a JSON
-schema, two answers at once, embeddings, a gap in code, prompts of about 1,700 tokens. The first
-copy has a prompt of about 30,000 tokens in place of the gap.
+base. Each has the same users but one, who ask one thing after the other until one fails: chats,
+relays, a JSON schema, two answers at once, embeddings, a gap in code, prompts of some 1,700 tokens.
+The first copy has a prompt of about 30,000 tokens in place of the gap.
 
 Prints a line for each minute: answers of each kind, and resident memory. Then one JSON object, with
 seconds of each kind. Ends with status 1 where an answer fails or the long prompt does not end,
@@ -97,7 +97,7 @@ class User:
             status = self._ask(path, body | {"model": model})
             end_s = time.monotonic()
             self._note(Answer(self._kind, self._model, status, end_s, end_s - start_s))
-            if self._kind == "long":
+            if self._kind == "long" or status != 200:
                 return
 
     def _ask(self, path: str, body: Body) -> int:
