@@ -14,10 +14,10 @@ from tiny import F32, F64, TinyAdapter, TinyBase, write_tiny_adapter, write_tiny
 
 from qaflora_edge import Engine, QafloraError
 from qaflora_edge.backend.batch import chunks_of
+from qaflora_edge.backend.branches import N_BRANCH, N_OUTPUT
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import BackendError, ContextError, OptionError, PromptError, WeightsError
 from qaflora_edge.formats.base import read_base
-from qaflora_edge.inference.score import _N_OUTPUT, _N_SEQ
 
 Parts = tuple[TinyBase, dict[str, TinyAdapter]]
 # F32 everywhere: log-probabilities of sums in another order, and of adapters that are merged.
@@ -78,7 +78,7 @@ def stock_score(
 
 @pytest.mark.parametrize("weights", ["qa-flora", "given"])
 @pytest.mark.parametrize(
-    "sizes", [(1, 1), (7, 3), (N_PIECE + 5, _N_OUTPUT), (20, _N_OUTPUT + 1), (3, 3 * _N_OUTPUT + 7)]
+    "sizes", [(1, 1), (7, 3), (N_PIECE + 5, N_OUTPUT), (20, N_OUTPUT + 1), (3, 3 * N_OUTPUT + 7)]
 )
 def test_scores_are_those_of_a_merged_base(tmp_path, parts, engine, weights, sizes) -> None:
     prompt, continuation = drawn(sizes[0]), drawn(sizes[1], seed=1)
@@ -96,7 +96,7 @@ def test_scores_are_those_of_a_merged_base(tmp_path, parts, engine, weights, siz
 
 def test_scores_of_lists_are_those_one_by_one(alone) -> None:
     """More continuations of a prompt than a batch has sequences, and other prompts between."""
-    prompts = [drawn(5)] * (_N_SEQ + 6)
+    prompts = [drawn(5)] * ((1 + N_BRANCH) + 6)
     prompts[3:3] = [drawn(8, seed=1), drawn(N_PIECE + 1, seed=2)]
     prompts.append(drawn(8, seed=1))
     continuations = [drawn(1 + i % 9 + 70 * (i == 4), seed=i) for i in range(len(prompts))]
