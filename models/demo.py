@@ -26,16 +26,12 @@ MAX_TOKENS = 160
 
 @dataclass(frozen=True)
 class Question:
-    """`right` is in a right answer, and `mix` are the adapters that should give it.
-
-    ways  in place of the demo's
-    """
+    """`right` is in a right answer, and `mix` are the adapters that should give it."""
 
     about: str
     text: str
     right: str
     mix: tuple[str, ...] = ()
-    ways: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,10 +49,11 @@ class Demo:
 QWEN = Demo(
     base="qwen2.5-coder-0.5b-instruct",
     bundle="demo",
-    ways="two-place,base",
+    ways="relay,two-place,base",
     opening="One base of 0.5 billion parameters and six adapters (math, es, ru, zh, the facts of\n"
     "a made-up shop, json), trained for minutes each. Nobody says which ones a question needs.",
-    closing="`two-place` is the mix, `base` the base alone. Why this mix:\n"
+    closing="`relay` is the mix, `two-place` the same without drafts, `base` the base alone.\n"
+    "Why this mix:\n"
     '    qaflora weights demo "QUESTION"\n'
     "Your own questions:\n"
     "    qaflora chat demo",
@@ -79,7 +76,7 @@ QWEN = Demo(
             "A fact of the shop, as JSON",
             "Answer as JSON: What is the extension of the Cork shop?",
             "934",
-            ("json", "company"),
+            ("company", "json"),
         ),
         Question(
             "A general question, left to the base",
@@ -91,7 +88,6 @@ QWEN = Demo(
             "Responde en JSON: ¿Cuánto pesa la mesa Brezo?",
             "71",
             ("company", "json"),
-            ways="relay,two-place,base",
         ),
     ),
 )
@@ -134,7 +130,7 @@ def main() -> None:
     # One answer at a time: rounded as `qaflora run` does.
     with Engine(CHECKOUT / demo.bundle, n_ctx=1024, n_parallel=1) as engine:
         for question in demo.questions:
-            show(engine, question, question.ways or demo.ways)
+            show(engine, question, demo.ways)
     click.echo(f"\n{demo.closing}")
 
 

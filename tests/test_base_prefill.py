@@ -103,16 +103,16 @@ def test_auto_is_the_base_for_chats_under_two_place_alone(engine) -> None:
 
     engine.use_strategy("two-place")
 
-    def n_base(weights: Any, tokens: list[int], prefill: str | None = None) -> int:
-        return engine.weigher.n_base(weights, engine.read(tokens), prefill)
+    def is_by_base(weights: Any, tokens: list[int], prefill: str | None = None) -> bool:
+        return engine.weigher.is_read_by_base(weights, engine.read(tokens), prefill)
 
-    assert n_base(None, chat) == n_base("two-place:second=2", chat) == len(chat) - N_TAIL
-    assert n_base("base", chat) == n_base({}, chat) == len(chat) - N_TAIL
-    assert n_base(engine.weights(chat), chat) == len(chat) - N_TAIL
+    for weights in (None, "two-place:second=2", "base", {}, engine.weights(chat)):
+        assert is_by_base(weights, chat)
     for weights in ("static", "qa-flora", {"es": 1}, np.zeros((2, engine.n_layer))):
-        assert n_base(weights, chat) == 0
-        assert n_base(weights, chat, "base") == len(chat) - N_TAIL
-    assert n_base(None, text) == n_base(None, chat, "mix") == 0
+        assert not is_by_base(weights, chat)
+        assert is_by_base(weights, chat, "base")
+    assert not is_by_base(None, text)
+    assert not is_by_base(None, chat, "mix")
     with pytest.raises(OptionError, match="prefill is 'all', expected one of auto, base, mix"):
         engine.generate(chat, prefill="all")
 
@@ -138,13 +138,13 @@ def test_where_the_mix_prefills_the_base_keeps_its_own_state(engine, monkeypatch
 def test_a_failure_between_weighing_and_answer_frees_the_slot(engine, monkeypatch) -> None:
     expected = heard(engine, [STORY], MIXED)
 
-    def fails(_: Any, query: Any, probe: Any, argument: Any) -> None:
-        probe.added()
-        probe.norms()
+    def fails(_: Any, reading: Any) -> None:
+        reading.added()
+        reading.norms()
         raise RuntimeError("after measuring")
 
     with monkeypatch.context() as patch:
-        patch.setattr(TwoPlace, "weigh", fails)
+        patch.setattr(TwoPlace, "plan", fails)
         with pytest.raises(RuntimeError, match="after measuring"):
             heard(engine, [STORY], MIXED)
     assert engine._core.loop._scheduler.running == []

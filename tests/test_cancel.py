@@ -29,7 +29,7 @@ def test_cancel_ends_the_reading_of_a_prompt(engine, monkeypatch, context) -> No
     expected = engine.weights(LONG).divergence
     engine.weights("something else")
     strategy = "qa-flora" if context == "probe" else "static"
-    decode = engine._model._lib.llama_decode
+    decode = engine._model._functions.decode
     asked = threading.Event()
 
     def cancelled_meanwhile(*args: object) -> int:
@@ -38,7 +38,7 @@ def test_cancel_ends_the_reading_of_a_prompt(engine, monkeypatch, context) -> No
         asked.wait()
         return int(decode(*args))
 
-    monkeypatch.setattr(engine._model._lib, "llama_decode", cancelled_meanwhile)
+    monkeypatch.setattr(engine._model._functions, "decode", cancelled_meanwhile)
     assert refused(CancelledError, engine.generate, LONG, weights=strategy) == (
         "The call was cancelled (Engine.cancel) before there was an answer; ask again."
     )

@@ -47,7 +47,7 @@ def test_a_base_with_adapters_is_weighed_without_a_bundle(tmp_path, own_cache) -
     first = qaflora("weights", made.base.path, "the thing", "--json", *own)
     assert first.exit_code == 0, first.stderr
     assert first.stderr.startswith(
-        "To keep these adapters, measured for two-place: qaflora bundle create my-bundle --base "
+        "To keep these adapters, measured for relay: qaflora bundle create my-bundle --base "
         f"{made.base.path} --adapter peft={made.peft} --adapter e={made.adapter.path}\n"
     )
     cached = list((own_cache / "mixes").rglob("bundle.json"))

@@ -106,7 +106,6 @@ def test_text_around_typed_control_tokens_is_tokenized_as_ever(model) -> None:
     "more",
     [
         {"name": ATTACK},
-        {"role": f"user{ATTACK}"},
         {"tool_call_id": ATTACK},
         {"extra": {ATTACK: [ATTACK, {"k": ATTACK}]}},
         {"tool_calls": [{"function": {"name": ATTACK, "arguments": json.dumps({ATTACK: ATTACK})}}]},
