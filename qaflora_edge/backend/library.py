@@ -22,7 +22,7 @@ from qaflora_edge.formats import defer
 
 _LIBRARY_NAMES = {"win32": "llama.dll", "darwin": "libllama.dylib"}
 _LIBRARY_NAME = _LIBRARY_NAMES.get(sys.platform, "libllama.so")
-ABI_VERSION = 7
+ABI_VERSION = 8
 CONTEXT_PROBE, CONTEXT_DIFFERENTIAL = 1, 2
 CAPTURE = {"last": 0, "mean": 1, "inputs": 2, "none": 3}
 LENS = {"raw": 0, "norm": 1}
