@@ -281,7 +281,7 @@ def test_a_relay_is_drawn_as_two_who_take_turns(desk) -> None:
     desk.script.why = {"because": "So.", "why": dict.fromkeys(desk.script.weights, reasons)}
     relay = {"knower": "math", "writer": "es", "draft": "It is <b>42</b>, I say."}
     desk.script.relay = relay | {"draft_tokens": 9, "draft_ms": 320.0}
-    desk.script.pause_s = 0.4
+    desk.script.pause_s = 2.0  # long enough to be seen on a busy machine
     desk.type(QUESTION)
     desk.window.press(ENTER)
     draft = ".draft:not([hidden]) div"
