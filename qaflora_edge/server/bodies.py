@@ -98,7 +98,13 @@ _ERROR = {  # as OpenAI words it
         "code": _TEXT_OR_NULL,
     },
 }
-_FAILURE = {"properties": {"error": {"anyOf": [_ERROR, {"type": "string"}]}}}  # Ollama's is a text
+# Anthropic's has two fields, Ollama's is a text.
+_ERROR_OF_MESSAGES = {
+    "type": "object",
+    "required": ["message", "type"],
+    "properties": {"message": {"type": "string"}, "type": {"type": "string"}},
+}
+_FAILURE = {"properties": {"error": {"anyOf": [_ERROR, _ERROR_OF_MESSAGES, {"type": "string"}]}}}
 _FAILED = {
     "description": "`param` names the field that is wrong; Retry-After when to come again",
     "content": {"application/json": {"schema": _FAILURE}},
