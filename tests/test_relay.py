@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import exp, log
 from pathlib import Path
@@ -442,6 +443,32 @@ def test_a_draft_is_scored_under_the_base_in_one_batch(folder, monkeypatch) -> N
             text = list(draft.tokens)
             expected = engine.score(prompt, text, strategy="base")
             assert logprobs == pytest.approx(expected.tolist(), abs=1e-3)
+
+
+def test_a_prompt_that_is_read_does_not_hold_up_another(folder, monkeypatch) -> None:
+    """A lock of all readings would: functools.cached_property has one before Python 3.12."""
+    second_is_read = threading.Event()
+    listen = PromptReading._listen
+
+    def waiting(self: PromptReading, listener: Any) -> Any:
+        if self.query.options.get("first"):
+            assert second_is_read.wait(20), "the second reading waits for the first"
+        return listen(self, listener)
+
+    monkeypatch.setattr(PromptReading, "_listen", waiting)
+    with Engine(folder, n_ctx=512) as engine, ThreadPoolExecutor() as threads:
+        query = engine.weigher.query(engine.read(asked(engine)))
+
+        def surprise_of(options: dict[str, Any]) -> float:
+            cancellation = engine._core.cancellation()
+            with PromptReading(engine._core, replace(query, options=options), cancellation) as it:
+                return it.surprise()
+
+        first = threads.submit(surprise_of, {"first": True})
+        second = threads.submit(surprise_of, {})
+        expected = second.result(20)
+        second_is_read.set()
+        assert first.result(20) == expected
 
 
 def test_given_weights_of_a_relay_score_as_its_strategy(folder) -> None:

@@ -1,7 +1,7 @@
 """A reading: what is measured of one prompt, each thing once, when a strategy asks for it."""
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
@@ -59,6 +59,9 @@ class PromptReading(Reading):
         self._tokens = query.tokens[: query.n_weighed]
         self._sequence: RunningSequence | None = None  # that the base reads the prompt in
         self._listener: Listener | None = None  # that heard it
+        self._added: tuple[F64, Listener] | None = None  # what it heard
+        n_base = n_base_of(len(query.tokens))
+        self._by_base = Request(query.tokens, core.weights_of(BASE), n_base=n_base)
         self._drafts: dict[str, DraftState] = {}
 
     def __enter__(self) -> Self:
@@ -93,18 +96,27 @@ class PromptReading(Reading):
         return np.array(self._run(self._core.prober.mean_states(self._tokens))[-1])
 
     def added(self) -> F64:
-        return np.array(self._added[0])
+        return np.array(self._heard()[0])
 
     def surprise(self) -> float:
-        return self._added[1].nats
+        return self._heard()[1].nats
 
     def next_logits(self) -> F32:
-        next_logits = self._added[1].next_logits
+        next_logits = self._heard()[1].next_logits
         assert next_logits is not None
         return next_logits
 
-    @cached_property
-    def _added(self) -> "tuple[F64, Listener]":
+    def _heard(self) -> "tuple[F64, Listener]":
+        """Let the base read the prompt, once, and give what was heard of each adapter.
+
+        No cached_property: before Python 3.12 it has one lock for all objects of a class, so that
+        every prompt would wait for the one that is read.
+        """
+        if self._added is None:
+            self._added = self._hear()
+        return self._added
+
+    def _hear(self) -> "tuple[F64, Listener]":
         query = self.query
         n_scored = N_OUTPUT * query.is_chat
         end = len(self._tokens)
@@ -190,11 +202,6 @@ class PromptReading(Reading):
             if (weights == other).all():
                 return name
         return ANSWER if weights.any() else BASE
-
-    @cached_property
-    def _by_base(self) -> Request:
-        tokens = self.query.tokens
-        return Request(tokens, self._core.weights_of(BASE), n_base=n_base_of(len(tokens)))
 
     @property
     def _logits_heard(self) -> F32 | None:
