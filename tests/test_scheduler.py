@@ -184,6 +184,20 @@ def test_jobs_of_calls_are_in_the_order_of_calls() -> None:
     assert job.cancellation is first
 
 
+def test_a_job_that_has_begun_is_not_interrupted_by_one_of_its_kind() -> None:
+    """They share a context: two at once would read each other's KV state."""
+    scheduler = Scheduler(1, CHUNKS)
+    first, second = Cancellation(), Cancellation()
+    nothing: Any = iter(())
+    begun, other = Job("branch", nothing, second), Job("probe", nothing, second)
+    scheduler.jobs.append(begun)
+    assert scheduler.step().job is begun
+    scheduler.jobs.append(Job("branch", nothing, first))
+    assert scheduler.step().job is begun
+    scheduler.jobs.append(other)
+    assert [scheduler.step().job for _ in range(4)] == [other, begun, other, begun]
+
+
 def test_one_that_fails_ends_alone() -> None:
     bench = Bench(3)
     good = [bench.add([1, 2], n=9), bench.add([3, 4], n=9)]
@@ -249,6 +263,7 @@ class CountedJob:
         return self.n_left == 0
 
     is_cancelled = False
+    is_begun = False
 
 
 def test_jobs_and_prefill_take_turns_and_decoding_stops_for_neither() -> None:

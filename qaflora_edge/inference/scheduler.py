@@ -16,6 +16,7 @@ class Job:
 
     kind    jobs of one kind share contexts, and run one after the other
     n_done  the last number that the generator yielded
+    is_begun  whether a step had it: no other of its kind may use their contexts until it is done
     """
 
     kind: str
@@ -23,6 +24,7 @@ class Job:
     cancellation: Cancellation
     is_done: bool = False
     n_done: int = 0
+    is_begun: bool = False
     result: Any = None
     error: BaseException | None = None
 
@@ -218,10 +220,8 @@ class Scheduler:
         step.decode = [sequence for sequence in running if sequence.state is State.DECODE]
         prefills = self._prefills(running)
         if self.jobs and (self._is_jobs_turn or not prefills):
-            # Kinds alternate: a long job of one kind does not block another kind.
-            jobs = sorted(self.jobs, key=lambda job: job.cancellation.number)
-            others = (job for job in jobs if job.kind != self._last_kind)
-            step.job = next(others, jobs[0])
+            step.job = self._next_job()
+            step.job.is_begun = True
             self._last_kind = step.job.kind
             self._is_jobs_turn = False
             return step
@@ -235,6 +235,15 @@ class Scheduler:
                 break
             step.prefill.append((sequence, n))
         return step
+
+    def _next_job(self) -> Job:
+        """Choose one that has begun, else of the earliest call, in turn with jobs of other kinds.
+
+        So a long job of one kind does not block another kind, and none of its own interrupts it.
+        """
+        jobs = sorted(self.jobs, key=lambda job: (not job.is_begun, job.cancellation.number))
+        others = (job for job in jobs if job.kind != self._last_kind)
+        return next(others, jobs[0])
 
     def note(self, step: Step, ms: float) -> None:
         is_long = any(self._is_long(sequence) for sequence, _ in step.prefill)
