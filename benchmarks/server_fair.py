@@ -34,6 +34,7 @@ from server_load import memory_mb, renamed
 from server_process import started
 
 CHAT = "/v1/chat/completions"
+NO_ANSWER = 0  # in place of a status, where the server ended the connection
 LONG_WAIT_S = 1800.0  # of a client; the server's --timeout counts before
 WORDS = ("the", "river", "cat", "why", "seven", "window", "paints", "a", "quiet", "letter")
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
@@ -102,10 +103,13 @@ class User:
 
     def _ask(self, path: str, body: Body) -> int:
         client = http.client.HTTPConnection("127.0.0.1", self._port, timeout=LONG_WAIT_S)
-        with contextlib.closing(client):
-            client.request("POST", path, json.dumps(body))
-            response = client.getresponse()
-            response.read()
+        try:
+            with contextlib.closing(client):
+                client.request("POST", path, json.dumps(body))
+                response = client.getresponse()
+                response.read()
+        except (OSError, http.client.HTTPException):
+            return NO_ANSWER
         return response.status
 
 

@@ -349,6 +349,7 @@ class Context(library.Handle):
         """
         batch = Batch(self._lib, spans)
         # Else it would end the process in llama.cpp.
+        assert self._pointer is not None, "the context is closed"
         assert batch.n_token <= self._n_batch, (batch.n_token, self._n_batch)
         assert batch.n_output <= self._n_output, (batch.n_output, self._n_output)
         assert max(span.seq for span in spans) < self.n_seq, spans
