@@ -264,7 +264,7 @@ OWN_OPTIONS = {
                help="Keep so many bundles open; close the one not used for the longest."),
         Option("timeout", float, 600.0, flag="--timeout", low=0, is_open=True, high=1e6,
                noun="a number of seconds",
-               help="End a request after so many seconds; its answer is cut then."),
+               help="End what was computed for so many seconds; its answer is cut then."),
         Option("ttl", float, flag="--ttl", low=0, is_open=True, high=1e8, unset="never",
                noun="a number of seconds",
                help="Close a bundle unused for so long; the next request opens it."),

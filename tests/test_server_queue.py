@@ -204,6 +204,22 @@ def test_the_time_of_a_request_begins_again_with_its_slot(bundle, held, monkeypa
     assert begun == [(respond.State.WAITING, 300.0), (respond.State.COMPUTING, 300.0)]
 
 
+@pytest.mark.parametrize(("computed_s", "status"), [(299.0, 200), (300.0, 503)])
+def test_the_time_of_a_request_is_what_was_computed_for_it(
+    bundle, held, computed_s, status
+) -> None:
+    """Else a long prompt that takes turns with others ends before it is prefilled."""
+    app = make_app([bundle], make_options(timeout_s=300.0))
+    with listening_app(app) as address, asking(f"{address}/v1/chat/completions", 1) as answers:
+        assert held.busy.acquire(timeout=PATIENCE_S)
+        (call,) = app.state.running
+        call.cancel.computed_s = computed_s
+        call._loop.call_soon_threadsafe(call._expire)
+        held.go.set()
+    assert answers[0].status_code == status
+    assert (call.cancel.computed_s > computed_s) == (status == 200)
+
+
 @pytest.fixture
 def decodes(monkeypatch) -> list[float]:
     """When something was decoded; each takes 20 ms at least."""

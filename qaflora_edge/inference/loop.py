@@ -219,6 +219,7 @@ class Loop:
             raise
         finally:
             ms = 1e3 * (time.perf_counter() - start)
+            step.count(1e-3 * ms)
             self._turn.acquire()
             self._now = ()
         if step.is_empty:

@@ -155,6 +155,15 @@ class Step:
         """Tell whether nothing is computed: one who is owed time waits for weights."""
         return not (self.decode or self.prefill or self.job)
 
+    def count(self, seconds: float) -> None:
+        """Note how long it took, for each call that it computed for."""
+        sequences = [*self.decode, *(sequence for sequence, _ in self.prefill)]
+        calls = {sequence.request.cancellation for sequence in sequences}
+        if self.job is not None:
+            calls.add(self.job.cancellation)
+        for call in calls:
+            call.count(seconds)
+
 
 class Scheduler:
     """Serve requests in order of arrival: for slots, for prefill, and for jobs.

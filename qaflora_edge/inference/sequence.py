@@ -29,6 +29,17 @@ if TYPE_CHECKING:
 _numbers = itertools.count(1)
 
 
+class CallEvent(threading.Event):
+    """End a call when it is set, and count the seconds of the steps that computed for it.
+
+    What the call waited for others is not among them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.computed_s = 0.0
+
+
 class Cancellation:
     """Tell whether a call was told to end: by set(), or an event of the caller.
 
@@ -46,6 +57,11 @@ class Cancellation:
 
     def set(self) -> None:
         self._is_set = True
+
+    def count(self, seconds: float) -> None:
+        """Note that a step computed for this call."""
+        if isinstance(self._event, CallEvent):
+            self._event.computed_s += seconds
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,6 @@ How a stream is written is a Wire; a dialect says which.
 import asyncio
 import json
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,12 +23,14 @@ from qaflora_edge.dialects.shapes import Extras
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import CancelledError
 from qaflora_edge.formats.inputs import Json
+from qaflora_edge.inference.sequence import CallEvent
 from qaflora_edge.server.receive import Call, address_of
 from qaflora_edge.server.refusals import Refusal, refusal
 from qaflora_edge.weighing.plan import FusionWeights
 
 log = logging.getLogger(__name__)
 LIGHT_S = 10.0  # the longest that what takes no step of an Engine is computed
+LEAST_LEFT_S = 0.01  # of a call's time that a timer waits for
 PING_S = 5.0  # a stream without news sends a comment after as long
 STREAM_HEADERS = {
     "cache-control": "no-store",
@@ -125,7 +126,7 @@ class Computed:
         self.facts: Json = call.request.scope["qaflora"]
         self.facts["model"] = call.served.name
         self.headers: dict[str, str] = {}
-        self.cancel = threading.Event()
+        self.cancel = CallEvent()
         self._expiry: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self._parts = asyncio.Queue[Part]()
@@ -166,7 +167,17 @@ class Computed:
     def _expire_in(self, seconds: float) -> None:
         if self._expiry is not None:
             self._expiry.cancel()
-        self._expiry = self._loop.call_later(seconds, self.stop, State.EXPIRED)
+        self._expiry = self._loop.call_later(seconds, self._expire)
+
+    def _expire(self) -> None:
+        """End it, unless time is left because the Engine computed for others meanwhile."""
+        left_s = 0.0
+        if self._state is State.COMPUTING and not self._is_light:
+            left_s = self._app.options.timeout_s - self.cancel.computed_s
+        if left_s > LEAST_LEFT_S:
+            self._expire_in(left_s)
+        else:
+            self.stop(State.EXPIRED)
 
     async def _produce(self) -> None:
         start = time.perf_counter()
@@ -177,7 +188,6 @@ class Computed:
             async with slot, models.engine(self._call.served) as engine:
                 self.facts["wait_ms"] = 1e3 * (time.perf_counter() - start)
                 self._state = State.COMPUTING
-                # What it waited for others does not count.
                 self._expire_in(LIGHT_S if self._is_light else self._app.options.timeout_s)
                 await asyncio.to_thread(self._compute, engine, self)
         except asyncio.CancelledError:
