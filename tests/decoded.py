@@ -30,7 +30,7 @@ def probe(
     engine: Engine, tokens: Sequence[int], span: tuple[int, int] | None = None, **facts: bool
 ) -> Any:
     """The reading of a query, whose question stands at the span; it keeps no slot."""
-    query = engine.weigher.query(Prompt(tuple(tokens)))
+    query = engine.memory.current.weigher.query(Prompt(tuple(tokens)))
     query = replace(query, question=span or (0, len(tokens)), **facts)
     return OfOneMeasure(engine._core, query, engine._core.cancellation())
 

@@ -11,6 +11,7 @@ from decoded import count_decoded
 from tiny import write_tiny_adapters, write_tiny_base
 
 from qaflora_edge import Engine
+from qaflora_edge.ask import Weighing
 from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.errors import BundleError, CancelledError, OptionError
 from qaflora_edge.weighing.numbers import N_TAIL
@@ -104,7 +105,8 @@ def test_auto_is_the_base_for_chats_under_two_place_alone(engine) -> None:
     engine.use_strategy("two-place")
 
     def is_by_base(weights: Any, tokens: list[int], prefill: str | None = None) -> bool:
-        return engine.weigher.is_read_by_base(weights, engine.read(tokens), prefill)
+        weighing = Weighing(weights, prefill=prefill)
+        return engine.memory.current.weigher.choice(engine.read(tokens), weighing).is_read_by_base
 
     for weights in (None, "two-place:second=2", "base", {}, engine.weights(chat)):
         assert is_by_base(weights, chat)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from refusals import refused
 
-from qaflora_edge.ask import Prompt
+from qaflora_edge.ask import Prompt, Weighing
 from qaflora_edge.errors import StrategyError, WeightsError
 from qaflora_edge.weighing import numbers as fusion
 from qaflora_edge.weighing.plan import FusionWeights, Plan
@@ -56,9 +56,9 @@ def test_fixed_strategies(text, expected) -> None:
     assert not parse_strategy(text, NAMES).strategy.is_probed
     reading: Any = SimpleNamespace()  # anything that they ask of it fails
     weigher = Weigher(NAMES, 2, Known("static"))
-    choice = weigher.chosen(text)
-    reading.query = weigher.query(Prompt((1, 2)), choice)
-    mix = weigher.weigh(choice, reading)
+    choice = weigher.choice(Prompt((1, 2)), Weighing(text))
+    reading.query = choice.query
+    mix = choice.weigh(reading)
     assert mix.weights.tolist() == expected
 
 

@@ -109,7 +109,7 @@ def test_hundred_changes_under_load_change_no_answer_and_leave_nothing(tmp_path)
                 engine.remove_adapter("new")
             is_over.set()
         assert min(each.result() for each in asking) > 0
-        assert engine._all_cores() == [engine._core]
+        assert engine.memory.cores() == [engine._core]
         return resident_bytes()
 
     with Engine(base=base.path, adapters=adapters, n_ctx=128, threads=1, n_parallel=4) as engine:

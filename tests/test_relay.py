@@ -431,7 +431,7 @@ def test_a_plan_may_have_three_steps(folder, monkeypatch) -> None:
 def test_a_draft_is_scored_under_the_base_in_one_batch(folder, monkeypatch) -> None:
     with Engine(folder, n_ctx=1024, guesses=0) as engine:
         prompt = asked(engine)
-        query = engine.weigher.query(engine.read(prompt))
+        query = engine.memory.current.weigher.query(engine.read(prompt))
         with PromptReading(engine._core, query, engine._core.cancellation()) as reading:
             reading.added()
             drafts = reading.drafts(["es", BASE], N_DRAFT)

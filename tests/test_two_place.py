@@ -168,8 +168,8 @@ def test_neutral_prompts_are_read_behind_each_system_prompt_once(calibrated, mon
         assert sum(counts) == len(other.tokens) + n_neutral
 
         assert not engine.read(Chat([turn])).neutral
-        engine.system = system["content"]  # as if the bundle had it
-        assert not engine.read(Chat([turn])).neutral
+        reader = replace(engine.memory.current.reader, system=system["content"])
+        assert not reader.read(Chat([turn])).neutral  # as if the bundle had it
 
 
 def test_behind_a_tools_result_the_mix_is_that_of_the_question(tmp_path, monkeypatch) -> None:

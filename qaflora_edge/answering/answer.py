@@ -1,64 +1,176 @@
 """An answer: the prompt is read, the strategy plans, and the plan is written."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qaflora_edge.answering.generation import Generation
+from qaflora_edge.answering.adapter_set import AdapterSet
+from qaflora_edge.answering.generation import Generation, failed
 from qaflora_edge.answering.reading import PromptReading
-from qaflora_edge.ask import Ask, Prompt, Sampling
+from qaflora_edge.arrays import F32
+from qaflora_edge.ask import Ask, Chat, Prompt, Sampling, Weighing
 from qaflora_edge.backend.batch import n_common
+from qaflora_edge.config import MAX_SEED
+from qaflora_edge.errors import QafloraError
 from qaflora_edge.inference.sampler import Sampler
 from qaflora_edge.inference.sequence import Cancellation, Request, RunningSequence
+from qaflora_edge.progress import silent
 from qaflora_edge.weighing import numbers
 from qaflora_edge.weighing.plan import DRAFT_TOKENS, Draft, DraftStep, FusionWeights, Step
-from qaflora_edge.weighing.strategy import Choice
+from qaflora_edge.weighing.weigher import Choice
 
 if TYPE_CHECKING:
     from qaflora_edge.inference.core import Core
-    from qaflora_edge.weighing.weigher import Weigher
+    from qaflora_edge.prompt.calls import Calls
 
 
-def answer(core: "Core", weigher: "Weigher", ask: Ask) -> Generation:
-    """Answer what is asked, with the prompt as the base reads it."""
-    prompt = ask.prompt
-    assert isinstance(prompt, Prompt)
-    by = weigher.by_of(ask.weighing)
-    choice = weigher.chosen(by)
-    writing = Writing(
-        core,
-        prompt,
-        ask.sampling,
-        Sampler(core.model, ask.sampling),  # a bad grammar is refused before the work
-        core.cancellation(ask.cancel),
-        is_read_by_base=weigher.is_read_by_base(by, prompt, ask.weighing.prefill),
-        keeps_thoughts=not ask.parse_special,
+def read(adapters: AdapterSet, ask: Ask) -> Ask:
+    """Turn what is asked into tokens, and all that binds its answer into one grammar."""
+    sampling = ask.sampling
+    if sampling.seed is None and adapters.seed is not None:
+        sampling = replace(sampling, seed=adapters.seed)
+    tools = ask.prompt.tools if isinstance(ask.prompt, Chat) else None
+    calls: Calls | None = None
+    if tools or ask.json_schema is not None or sampling.grammar is not None:
+        from qaflora_edge.prompt.calls import bound, calls_of
+
+        calls = calls_of(adapters.core.model.chat_template, tools)
+        sampling = bound(sampling, ask.json_schema, calls)
+    prompt = adapters.reader.read(ask.prompt, ask.parse_special)
+    if calls is not None:
+        prompt = replace(prompt, calls=calls)
+    is_special = ask.parse_special and not isinstance(ask.prompt, Chat)
+    return replace(
+        ask, prompt=prompt, sampling=sampling, json_schema=None, parse_special=is_special
     )
-    reading = PromptReading(
-        core,
-        weigher.query(prompt, choice),
-        writing.cancellation,
-        tell=ask.on_progress,
-        n_answer=_n_room(choice, writing),
-        on_draft=ask.on_draft,
-    )
-    with reading:
-        fusion = weigher.weigh(choice, reading)
-        if not ask.weighing.drafts:
-            fusion = replace(fusion, plan=fusion.plan.undrafted())
-        sequence = writing.begin(fusion, reading)
-    generation = Generation(core, fusion, sequence, writing)
-    ask.on_weights(fusion)
-    if ask.waits:
-        generation.wait_for_prompt(ask.on_progress)
-    return generation
 
 
-def _n_room(choice: Choice | FusionWeights, writing: "Writing") -> int | None:
+def answer(adapters: AdapterSet, ask: Ask) -> Generation:
+    """Answer what is asked, once, as Engine.submit does."""
+    with adapters.core.call():
+        return _answer(adapters, read(adapters, ask))
+
+
+def _answer(adapters: AdapterSet, ask: Ask) -> Generation:
+    """Answer what is asked with the prompt as the base reads it."""
+    core = adapters.core
+    with core.call():
+        prompt = ask.prompt
+        assert isinstance(prompt, Prompt)
+        choice = adapters.weigher.choice(prompt, ask.weighing)
+        sampler = Sampler(core.model, ask.sampling)  # a bad grammar is refused before the work
+        cancellation = core.cancellation(ask.cancel)
+        writing = Writing(core, ask, sampler, cancellation, choice.is_read_by_base)
+        reading = PromptReading(
+            core,
+            choice.query,
+            cancellation,
+            tell=ask.on_progress,
+            n_answer=_n_room(choice, ask.sampling),
+            on_draft=ask.on_draft,
+        )
+        with reading:
+            fusion = choice.weigh(reading)
+            sequence = writing.begin(fusion, reading)
+        generation = Generation(core, fusion, sequence, writing)
+        ask.on_weights(fusion)
+        if ask.waits:
+            generation.wait_for_prompt(ask.on_progress)
+        return generation
+
+
+def answers(adapters: AdapterSet, ask: Ask) -> Iterator[Generation]:
+    """Answer what is asked `ask.n` times, as Engine.submit_all does."""
+    with adapters.core.call():
+        ask = read(adapters, ask)
+    first = ask.sampling.seed
+    for i in range(ask.n):
+        if first is not None:
+            sampling = replace(ask.sampling, seed=(first + i) % MAX_SEED)
+            ask = replace(ask, sampling=sampling)
+        generation = _answer(adapters, ask)
+        yield generation
+        generation.wait_for_draft()  # which all share
+        if generation.is_cancelled:
+            return
+        weighing = replace(ask.weighing, by=replace(generation.fusion, probe_ms=0.0))
+        ask = replace(ask, weighing=weighing, on_weights=silent, on_progress=silent)
+
+
+def answer_many(
+    adapters: AdapterSet, asks: Iterable[Ask | QafloraError], n_parallel: int
+) -> Iterator[tuple[int, Generation]]:
+    """Answer what is asked, n_parallel of it together, as Engine.submit_many does."""
+    core = adapters.core
+    source = enumerate(asks)
+    running: dict[int, Generation] = {}
+    cancellation = core.cancellation()
+    while True:
+        # One more than fit: it is weighed while the others are decoded.
+        n_more = 0 if cancellation.is_set else n_parallel + 1 - len(running)
+        for index, ask in itertools.islice(source, n_more):
+            running[index] = _begun(adapters, ask)
+        if not running:
+            return
+        with core.call():
+            core.loop.drive(lambda: any(one.is_step_done for one in running.values()))
+        for generation in running.values():
+            generation.go_on()
+        for index in [i for i, generation in running.items() if generation.is_done]:
+            yield index, running.pop(index)
+
+
+def _begun(adapters: AdapterSet, ask: Ask | QafloraError) -> Generation:
+    """Begin one of many; its errors end itself alone."""
+    if isinstance(ask, QafloraError):
+        return failed(adapters.core, ask)
+    try:
+        return answer(adapters, replace(ask, waits=False))
+    except QafloraError as error:
+        return failed(adapters.core, error)
+
+
+def score(
+    adapters: AdapterSet, weighing: Weighing, pairs: Sequence[tuple[Prompt, tuple[int, ...]]]
+) -> list[F32]:
+    """Score each prompt's continuation as Engine.score does: float32 [n_token] each, in nats."""
+    core = adapters.core
+    cancellation = core.cancellation()
+    requests: dict[tuple[int, ...], Request] = {}
+    items = []
+    for prompt, tokens in pairs:
+        if prompt.tokens not in requests:
+            choice = adapters.weigher.choice(prompt, weighing)
+            requests[prompt.tokens] = _scored(core, choice, prompt, len(tokens), cancellation)
+        items.append((requests[prompt.tokens], tokens))
+    return core.run(core.scorer.score(items), cancellation, kind="branch")
+
+
+def _scored(
+    core: "Core", choice: Choice, prompt: Prompt, n_after: int, cancellation: Cancellation
+) -> Request:
+    """Plan for a prompt after which n_after tokens are scored; drafts are written first."""
+    with PromptReading(core, choice.query, cancellation) as reading:
+        fusion = choice.weigh(reading)
+    draft = None
+    for step in fusion.plan.steps:
+        tokens = prompt_of(core, prompt, step, draft, n_after)
+        if isinstance(step, DraftStep):
+            draft = step.draft
+            if not step.is_done:
+                query = replace(choice.query, tokens=tokens)
+                drafting = PromptReading(core, query, cancellation)
+                (draft,) = drafting.drafts([step.knower], DRAFT_TOKENS)
+    n_base = n_base_of(prompt.tokens, tokens) if choice.is_read_by_base else 0
+    weights = core.all_weights(fusion.adapters, fusion.weights)
+    return Request(tokens, weights, n_base=n_base)
+
+
+def _n_room(choice: Choice, sampling: Sampling) -> int | None:
     """Count the tokens that may follow where the prompt is read; None: no limit."""
-    n_room = writing.sampling.max_tokens if writing.is_read_by_base else 0
-    drafts = isinstance(choice, Choice) and choice.strategy.drafts
-    if n_room is not None and drafts:
+    n_room = sampling.max_tokens if choice.is_read_by_base else 0
+    if n_room is not None and choice.drafts:
         n_room = max(n_room, DRAFT_TOKENS)  # who drafts may go on in the same slot
     return n_room
 
@@ -67,19 +179,22 @@ def _n_room(choice: Choice | FusionWeights, writing: "Writing") -> int | None:
 class Writing:
     """Begin the steps of one answer's plan.
 
-    prompt   the caller's
-    sampling, sampler  of the answer; drafts are greedy
+    ask      with its prompt as the base reads it
+    sampler  of the answer; drafts are greedy
     is_read_by_base  whether the base prefills the answer's prompt
-    keeps_thoughts  whether a thought is kept apart from the answer
     """
 
     core: "Core"
-    prompt: Prompt
-    sampling: Sampling
+    ask: Ask
     sampler: Sampler
     cancellation: Cancellation
     is_read_by_base: bool
-    keeps_thoughts: bool
+
+    @property
+    def prompt(self) -> Prompt:
+        prompt = self.ask.prompt
+        assert isinstance(prompt, Prompt)
+        return prompt
 
     def begin(self, fusion: FusionWeights, reading: PromptReading | None = None) -> RunningSequence:
         """Begin the first step that is not done.
@@ -125,10 +240,10 @@ class Writing:
         return Request(
             tokens,
             self.core.all_weights(fusion.adapters, fusion.weights),
-            self.sampling,
+            self.ask.sampling,
             fusion.adapters,
             n_base_of(self.prompt.tokens, tokens) if self.is_read_by_base else 0,
-            self.prompt.thinking if self.keeps_thoughts else None,
+            None if self.ask.parse_special else self.prompt.thinking,
             self.cancellation,
         )
 

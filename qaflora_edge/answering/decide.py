@@ -1,24 +1,20 @@
 """Decisions: how a question lists its choices, and what their log-probabilities say."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
+from qaflora_edge.answering.adapter_set import AdapterSet
 from qaflora_edge.answering.reading import PromptReading
 from qaflora_edge.arrays import F64
 from qaflora_edge.ask import Chat, Weighing
 from qaflora_edge.errors import PromptError, wrong_option
 from qaflora_edge.formats.inputs import Json
-from qaflora_edge.inference.core import Core
 from qaflora_edge.inference.sequence import Cancellation, Request
 from qaflora_edge.weighing.numbers import n_base_of
 from qaflora_edge.weighing.plan import FusionWeights
-from qaflora_edge.weighing.weigher import Weigher, Weights
-
-if TYPE_CHECKING:
-    from qaflora_edge.prompt.tokens import Reader
 
 MAX_CHOICES = 255
 MAX_REMEMBERED = 64  # lists of choices after no question, under a mix
@@ -72,17 +68,18 @@ class Decision:
 
 
 def decide(
-    core: Core,
-    reader: "Reader",
-    weigher: Weigher,
+    adapters: AdapterSet,
     prompt: Any,
     choices: Iterable[str] | Mapping[str, str],
-    strategy: str | None,
+    weighing: Weighing,
     *,
     compare: bool,
     cancellation: Cancellation,
 ) -> Decision:
     """Decide as Engine.decide does: all mixes score all choices in one call."""
+    core = adapters.core
+    reader = adapters.reader
+    weigher = adapters.weigher.using(weighing.adapters)
     named = checked_choices(choices)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     nothing = [{"role": "user", "content": _NOTHING}]
@@ -94,11 +91,11 @@ def decide(
     if end >= 0:
         texts = [(*text, end) for text in texts]
     # As the strategy weighs, but it decodes nothing.
-    mixes: dict[str, Weights] = {"": weigher.by_of(Weighing(strategy, drafts=False))}
+    mixes = {"": replace(weighing, drafts=False)}
     if compare:
-        mixes["base"] = "base"
+        mixes["base"] = Weighing("base")
         for name in weigher.adapters:
-            mixes[name] = f"single:{name}"
+            mixes[name] = Weighing(f"single:{name}")
     fusions = {}
     requests: dict[Any, Request] = {}  # of a mix, and of a blank that is not remembered
     blank_keys = {}
@@ -106,16 +103,15 @@ def decide(
     if len(remembered) > MAX_REMEMBERED:
         remembered.clear()
     unasked = dict(remembered)  # other calls may clear it meanwhile
-    for name, by in mixes.items():
-        choice = weigher.chosen(by)
-        query = weigher.query(question, choice)  # a list would look like a form
-        with PromptReading(core, query, cancellation) as reading:
-            fusion = weigher.weigh(choice, reading)
+    for name, mix in mixes.items():
+        choice = weigher.choice(question, mix)  # a list would look like a form
+        with PromptReading(core, choice.query, cancellation) as reading:
+            fusion = choice.weigh(reading)
         fusions[name] = fusion
         weights = core.all_weights(weigher.adapters, fusion.weights)
-        n_base = n_base_of(len(listed.tokens)) if weigher.is_read_by_base(by, listed) else 0
+        n_base = n_base_of(len(listed.tokens)) if choice.is_read_by_base else 0
         requests[name] = Request(listed.tokens, weights, n_base=n_base)
-        n_base = n_base_of(len(blank.tokens)) if weigher.is_read_by_base(by, blank) else 0
+        n_base = n_base_of(len(blank.tokens)) if choice.is_read_by_base else 0
         key = (blank.tokens, weights.tobytes(), n_base, tuple(texts))
         blank_keys[name] = key
         if key not in unasked:

@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from qaflora_edge.answering.adapter_set import AdapterSet
 from qaflora_edge.answering.reading import PromptReading
 from qaflora_edge.arrays import F64
-from qaflora_edge.inference.core import Core
+from qaflora_edge.ask import Chat, Question
 from qaflora_edge.progress import TellCount
+from qaflora_edge.prompt.messages import as_turn
 from qaflora_edge.weighing.calibration import EXTENTS, KEYS, LAYERS, OPENING, typical_of
 from qaflora_edge.weighing.strategy import Query
 
@@ -17,24 +19,35 @@ _N_DRAFTED = 16  # neutral prompts that each adapter drafts an answer to
 
 
 def measure(
-    core: Core,
-    chats: Sequence[Query],
-    plain: Sequence[Query],
-    later: Sequence[Sequence[Query]],
+    adapters: AdapterSet,
+    prompts: Sequence[str],
+    turns: Sequence[str],
+    exchanges: Sequence[Sequence[Any]],
     keys: Collection[str] | None,
     tell: TellCount,
 ) -> dict[str, dict[str, Any]]:
-    """Measure each adapter in use: adapter -> one of calibration.KEYS -> numbers.
+    """Measure each adapter in use as Engine.typical_divergence does.
 
-    chats  neutral prompts as first turns: those of `plain`, then short turns
-    plain  neutral prompts as text
-    later  as later turns, a group for each exchange before them
-    keys   what to measure; None: all
-    tell   called with (prompts read, those in all)
+    keys  what to measure, of calibration.KEYS; None: all
+    tell  called with (prompts read, those in all)
     """
+
+    def query(question: Question) -> Query:
+        return adapters.weigher.query(adapters.reader.read(question))
+
     keys = KEYS if keys is None else keys
+    core = adapters.core
     cancellation = core.cancellation()
-    adapters = chats[0].adapters
+    names = adapters.weigher.adapters
+    texts = (*prompts, *turns)
+    exchanges = exchanges[: len(texts)] if core.model.chat_template else ()
+    later = []  # texts as later turns, a group for each exchange before them
+    for at, exchange in enumerate(exchanges):
+        turn_texts = texts[at :: len(exchanges)]
+        behind = [[*exchange, {"role": "user", "content": text}] for text in turn_texts]
+        later.append([query(Chat(messages)) for messages in behind])
+    chats = [query(as_turn(text)) for text in texts]
+    plain = [query(text) for text in prompts]
     layers = [key for key in LAYERS if key in keys]
     groups = [chats, plain, *later]
     n_extent = 0
@@ -43,7 +56,7 @@ def measure(
     n_all = n_extent + (len(plain) if layers else 0)
     measured = {}
     if n_extent:
-        rows = core.rows(adapters)
+        rows = core.rows(names)
         n_before = 0
         extents: list[F64] = []  # of each group [2, n_prompt, n_adapter, n_layer]
         for group in groups:
@@ -54,13 +67,13 @@ def measure(
             steps = core.added.together(group, rows)
             extents.append(core.run(steps, cancellation, tell_group, kind="branch"))
             n_before += len(group)
-        first, text, *behind = extents
-        later_turns = np.concatenate(behind or [first], axis=1)
+        first, text, *others = extents
+        later_turns = np.concatenate(others or [first], axis=1)
         measured["added_last"], measured["added_question"] = first
         measured["added_text"], _ = text
         measured["later_last"], measured["later_question"] = later_turns
     if OPENING in keys and not later:  # there is no chat template: nobody drafts
-        measured[OPENING] = [np.zeros(len(adapters))]
+        measured[OPENING] = [np.zeros(len(names))]
     elif OPENING in keys:
         sampled = chats[:: max(1, len(chats) // _N_DRAFTED)]
         measured[OPENING] = []
@@ -75,7 +88,7 @@ def measure(
                 query = replace(chat, lens=key.removeprefix("question_"), pool=pool)
                 measured[key].append(PromptReading(core, query, cancellation).divergence())
             tell(n_read, n_all)
-    return typical_of(measured, adapters)
+    return typical_of(measured, names)
 
 
 def _opening(reading: PromptReading) -> F64:

@@ -121,7 +121,7 @@ def eval(
 
 
 def _option_facts(engine: "Engine", options: cli.SharedOptions) -> dict[str, Any]:
-    known = engine.weigher.known
+    known = engine.memory.current.weigher.known
     facts: dict[str, Any] = {
         "lens": known.lens,
         "pool": known.pool,

@@ -166,7 +166,7 @@ async def _uploaded(request: Request, body: AdapterBody, folder: Path) -> tuple[
     def add(engine: Engine, tell: Tell) -> None:
         if n_config:
             (place / CONFIG_FILE).write_bytes(config)
-            convert_adapter(place, engine.opened.header, gguf, name=body.lora_name)
+            convert_adapter(place, engine.memory.files.header, gguf, name=body.lora_name)
         engine.add_adapter(body.lora_name, gguf, tell)
 
     try:
@@ -250,13 +250,13 @@ async def _changed(
 
     def changed(engine: Engine) -> dict[str, str]:
         work(engine, tell)
-        paths = engine.opened.adapter_paths
+        paths = engine.memory.files.adapter_paths
         return {name: checksum(path) for name, path in paths.items()}
 
     with _refused(state.progress, body.lora_name, shown_from):
         async with state.changing, state.models.engine(served) as engine:
             hashes = await asyncio.to_thread(changed, engine)
-    served.weigher = engine.weigher
+    served.weigher = engine.memory.current.weigher
     served.strategies = engine.strategies
     served.sha256 = dict(served.sha256) | {"adapters": hashes}
     served.is_changed = True  # it stays open

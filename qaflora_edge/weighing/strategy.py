@@ -260,7 +260,7 @@ class Strategy:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ParsedStrategy:
     """Hold a strategy with what follows its name; options are the given ones."""
 
     text: str
@@ -337,7 +337,7 @@ def _whole(text: str) -> str:
     return _OLD_NAMES[name] + ("," if colon else "") + options
 
 
-def parse_strategy(text: str, adapters: Sequence[str]) -> Choice:
+def parse_strategy(text: str, adapters: Sequence[str]) -> ParsedStrategy:
     """Parse a strategy, as in single:NAME or qa-flora:power=2.
 
     Raises StrategyError for what is not known, WeightsError for a weight that is not finite.
@@ -351,11 +351,11 @@ def parse_strategy(text: str, adapters: Sequence[str]) -> Choice:
         raise _unknown(text, usages.get(near) or near)
     if strategy.is_probed and argument and not strategy.argument:
         options = read_options(argument, strategy.options, text)
-        return Choice(text, strategy, strategy.parse("", adapters, text), options)
+        return ParsedStrategy(text, strategy, strategy.parse("", adapters, text), options)
     has_argument = bool(argument and strategy.argument)
     if has_argument != bool(colon or strategy.needs_argument):
         raise _unknown(text)
-    return Choice(text, strategy, strategy.parse(argument, adapters, text))
+    return ParsedStrategy(text, strategy, strategy.parse(argument, adapters, text))
 
 
 def _unknown(text: str, near: str = "") -> StrategyError:

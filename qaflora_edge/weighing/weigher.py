@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from qaflora_edge.arrays import F32
 from qaflora_edge.ask import Prompt, Weighing
 from qaflora_edge.config import LENSES, POOLS, PREFILLS
-from qaflora_edge.errors import QafloraError, StrategyError
+from qaflora_edge.errors import QafloraError, StrategyError, wrong_option
 from qaflora_edge.formats.bundle import BundleText, wrong_bundle
 from qaflora_edge.formats.inputs import WrongField, shown
 from qaflora_edge.weighing import numbers
@@ -28,8 +28,8 @@ from qaflora_edge.weighing.plan import (
     Reason,
 )
 from qaflora_edge.weighing.strategy import (
-    Choice,
     Options,
+    ParsedStrategy,
     Query,
     Reading,
     Strategy,
@@ -104,10 +104,82 @@ def _centroids(text: BundleText) -> dict[str, F32]:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """Hold what weighs one prompt: a strategy, or weights that were given.
+
+    query     the prompt, and what is known of the adapters
+    parsed    the strategy with its options; None where weights are given
+    given     those; None where a strategy plans
+    is_read_by_base  whether the base prefills the prompt, all but the last few tokens
+    may_draft  False: who writes answers alone
+    """
+
+    query: Query
+    parsed: ParsedStrategy | None
+    given: FusionWeights | None
+    is_read_by_base: bool
+    may_draft: bool
+
+    @property
+    def drafts(self) -> bool:
+        """Tell whether its plan may draft."""
+        return self.parsed is not None and self.parsed.strategy.drafts
+
+    def weigh(self, reading: Reading) -> FusionWeights:
+        """Plan how the query is answered."""
+        fusion = (
+            self._planned(reading) if self.given is None else _for_query(self.given, self.query)
+        )
+        if self.may_draft:
+            return fusion
+        return replace(fusion, plan=fusion.plan.undrafted())
+
+    def _planned(self, reading: Reading) -> FusionWeights:
+        parsed = self.parsed
+        assert parsed is not None
+        query = self.query
+        start_s = time.perf_counter()
+        plan: Any = Plan.mix(np.zeros((0, query.n_layer)))
+        if query.adapters:
+            plan = parsed.strategy.plan(reading)
+        probe_ms = 0.0
+        if parsed.strategy.is_probed and query.adapters:
+            probe_ms = 1e3 * (time.perf_counter() - start_s)
+        if not isinstance(plan, Plan):
+            plan = Plan.mix(plan)
+        fusion = FusionWeights(
+            adapters=query.adapters,
+            plan=_checked(plan, parsed, query),
+            strategy=parsed.text,
+            lens=query.lens,
+            pool=query.pool,
+            prompt=query.tokens,
+            probe_ms=probe_ms,
+        )
+        return _with_reasons(fusion)
+
+
+def _checked(plan: Plan, parsed: ParsedStrategy, query: Query) -> Plan:
+    """Check a plan's arrays, and shape its weights as the strategy's options ask for."""
+    source = f"Strategy {parsed.text!r}: "
+
+    def check(array: ArrayLike) -> F32:
+        return numbers.check_weights(array, query.adapters, query.n_layer, source=source)
+
+    divergence = None
+    if plan.divergence is not None:
+        divergence = check(plan.divergence)
+    weights = check(plan.weights)
+    options = parsed.options if query.adapters else {}
+    writing = replace(plan.writing, weights=shaped(weights, options, source))
+    return replace(plan, steps=(*plan.steps[:-1], writing), divergence=divergence)
+
+
+@dataclass(frozen=True)
 class Weigher:
     """Weigh for an Engine, by the adapters in use, defaults, and facts of each adapter.
 
-    targets  adapter -> kinds of modules that it adapts, where known
+    targets  adapter -> kinds of modules that it adapts, of all that are loaded
     """
 
     adapters: tuple[str, ...]
@@ -122,11 +194,25 @@ class Weigher:
         _check_one_of("prefill", known.prefill, PREFILLS)
         self.parse(known.strategy)
 
-    def parse(self, text: str) -> Choice:
+    def using(self, names: Sequence[str] | None) -> Self:
+        """Weigh these adapters alone, of those that are loaded; None: as they are.
+
+        Raises OptionError, or StrategyError for an unknown name.
+        """
+        if names is None:
+            return self
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            raise wrong_option("adapters", names, "a list of their names")
+        for name in names:
+            if name not in self.targets:
+                raise not_loaded(name, self.targets)
+        return replace(self, adapters=tuple(name for name in self.targets if name in names))
+
+    def parse(self, text: str) -> ParsedStrategy:
         """Parse a strategy. Raises StrategyError if it is unknown or cannot be followed here."""
-        choice = parse_strategy(text, self.adapters)
-        choice.strategy.check(self.query(Prompt(()), choice))
-        return choice
+        parsed = parse_strategy(text, self.adapters)
+        parsed.strategy.check(self.query(Prompt(()), parsed))
+        return parsed
 
     def strategy_of(self, by: Weights) -> Strategy | None:
         """Find the strategy that weights are given by, or were; None where numbers are given."""
@@ -179,13 +265,13 @@ class Weigher:
         shared = set(strategy.compares).intersection(*targets)
         return bool(shared) or not strategy.compares
 
-    def query(self, prompt: Prompt, choice: Choice | FusionWeights | None = None) -> Query:
+    def query(self, prompt: Prompt, parsed: ParsedStrategy | None = None) -> Query:
         """Make a query from a prompt, these defaults, and what follows the strategy's name."""
         argument = None
         options: Options = {}
-        if isinstance(choice, Choice):
-            argument = choice.argument
-            options = choice.options
+        if parsed is not None:
+            argument = parsed.argument
+            options = parsed.options
         n_token = len(prompt.tokens)
         thinking = prompt.thinking
         n_thought = 0 if thinking is None else n_token - thinking.n_weighed
@@ -212,82 +298,51 @@ class Weigher:
             neutral=prompt.neutral,
         )
 
-    def is_read_by_base(self, by: Weights, prompt: Prompt, prefill: str | None = None) -> bool:
-        """Tell whether the base prefills a prompt, all but the last few tokens.
+    def choice(self, prompt: Prompt, weighing: Weighing) -> Choice:
+        """Find what weighs a prompt, and check it.
 
-        by       as weigh() takes it
-        prefill  of config.PREFILLS, or None: the default
+        weighing.by  None (the default strategy), a strategy's name, FusionWeights, a mapping from
+                     adapter names to numbers, or an array [n_adapter, n_layer]
+
+        Raises StrategyError or WeightsError.
         """
-        how = prefill or self.known.prefill
-        if how == "auto" and prompt.question:
-            strategy = self.strategy_of(by)
-            if strategy is not None and strategy.is_base_prefilled:
-                how = "base"
-        return how == "base" and bool(self.adapters)
+        if weighing.adapters is not None:
+            weigher = self.using(weighing.adapters)
+            return weigher.choice(prompt, replace(weighing, adapters=None))
+        by = self.by_of(weighing)
+        strategy = self.strategy_of(by)
+        how = weighing.prefill or self.known.prefill
+        if how == "auto" and prompt.question and strategy and strategy.is_base_prefilled:
+            how = "base"
+        given = self._given(by)
+        parsed = None
+        if given is None:
+            parsed = self.parse(self.text_of(by))
+        query = self.query(prompt, parsed)
+        is_read_by_base = how == "base" and bool(self.adapters)
+        return Choice(query, parsed, given, is_read_by_base, weighing.drafts)
 
-    def chosen(self, by: Weights) -> Choice | FusionWeights:
-        """Parse a strategy, or check given weights.
+    def text_of(self, by: Weights) -> str:
+        """Write how a strategy is named, or numbers by name as the strategy `manual`."""
+        if not isinstance(by, Mapping):
+            return by or self.known.strategy
+        pairs = [f"{name}={weight}" for name, weight in by.items()]
+        return f"manual:{','.join(pairs)}" if pairs else "base"
 
-        by  None (the default strategy), a strategy's name, FusionWeights, a mapping from adapter
-            names to numbers, or an array [n_adapter, n_layer]
-        """
-        if isinstance(by, FusionWeights):
-            return self._given(by)
-        if isinstance(by, Mapping):
-            pairs = [f"{name}={weight}" for name, weight in by.items()]
-            by = f"manual:{','.join(pairs)}" if pairs else "base"
-        if by is not None and not isinstance(by, str):
-            return FusionWeights(self.adapters, Plan.mix(self._checked(by)))
-        return self.parse(by or self.known.strategy)
-
-    def weigh(self, choice: Choice | FusionWeights, reading: Reading) -> FusionWeights:
-        """Plan how a query is answered, by a strategy or under given weights."""
-        query = reading.query
-        if isinstance(choice, FusionWeights):
-            return _for_query(choice, query)
-        strategy = choice.strategy
-        start_s = time.perf_counter()
-        plan: Any = Plan.mix(np.zeros((0, self.n_layer)))
-        if self.adapters:
-            plan = strategy.plan(reading)
-        probe_ms = 0.0
-        if strategy.is_probed and self.adapters:
-            probe_ms = 1e3 * (time.perf_counter() - start_s)
-        if not isinstance(plan, Plan):
-            plan = Plan.mix(plan)
-        fusion = FusionWeights(
-            adapters=self.adapters,
-            plan=self._shaped(plan, choice),
-            strategy=choice.text,
-            lens=query.lens,
-            pool=query.pool,
-            prompt=query.tokens,
-            probe_ms=probe_ms,
-        )
-        return _with_reasons(fusion)
-
-    def _shaped(self, plan: Plan, choice: Choice) -> Plan:
-        """Check a plan's arrays, and shape its weights as the strategy's options ask for."""
-        source = f"Strategy {choice.text!r}: "
-        divergence = None
-        if plan.divergence is not None:
-            divergence = self._checked(plan.divergence, source)
-        weights = self._checked(plan.weights, source)
-        options = choice.options if self.adapters else {}
-        writing = replace(plan.writing, weights=shaped(weights, options, source))
-        return replace(plan, steps=(*plan.steps[:-1], writing), divergence=divergence)
-
-    def _given(self, fusion: FusionWeights) -> FusionWeights:
-        if fusion.adapters != self.adapters:
+    def _given(self, by: Weights) -> FusionWeights | None:
+        """Check weights that are given for each layer; None: they are not."""
+        if by is None or isinstance(by, str | Mapping):
+            return None
+        if not isinstance(by, FusionWeights):
+            weights = numbers.check_weights(by, self.adapters, self.n_layer)
+            return FusionWeights(self.adapters, Plan.mix(weights))
+        if by.adapters != self.adapters:
             raise StrategyError(
-                f"The weights are for the adapters {', '.join(fusion.adapters)}, loaded are "
+                f"The weights are for the adapters {', '.join(by.adapters)}, loaded are "
                 f"{', '.join(self.adapters)}; weigh the prompt with this Engine."
             )
-        self._checked(fusion.weights)
-        return fusion
-
-    def _checked(self, weights: ArrayLike, source: str = "") -> F32:
-        return numbers.check_weights(weights, self.adapters, self.n_layer, source=source)
+        numbers.check_weights(by.weights, self.adapters, self.n_layer)
+        return by
 
 
 def _for_query(fusion: FusionWeights, query: Query) -> FusionWeights:
@@ -316,6 +371,13 @@ def _with_reasons(fusion: FusionWeights) -> FusionWeights:
     who = fusion.adapters[scores.index(highest)]
     because = f"{who}: {name} {highest:.3g}, the highest."
     return replace(fusion, plan=replace(fusion.plan, because=because, why=reasons))
+
+
+def not_loaded(name: str, loaded: Iterable[str]) -> StrategyError:
+    return StrategyError(
+        f"The adapter {name!r} is not loaded; expected names out of: "
+        f"{', '.join(loaded) or 'none is loaded'}."
+    )
 
 
 def _check_one_of(what: str, value: str, choices: Sequence[str]) -> None:

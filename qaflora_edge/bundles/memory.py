@@ -1,0 +1,202 @@
+"""A bundle in memory: it is opened once, and its adapters come and go while calls run."""
+
+import threading
+import weakref
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from msgspec import structs
+
+from qaflora_edge.answering.adapter_set import AdapterSet
+from qaflora_edge.backend.context import trim
+from qaflora_edge.backend.model import Model, shared_model
+from qaflora_edge.bundles.open import Begin, Opened, load_bundle
+from qaflora_edge.errors import QafloraError
+from qaflora_edge.files import AnyPath
+from qaflora_edge.formats.gguf import GgufHeader
+from qaflora_edge.inference.core import Core
+from qaflora_edge.progress import Tell
+from qaflora_edge.weighing.weigher import Weigher, not_loaded
+
+if TYPE_CHECKING:
+    from qaflora_edge.bundles.edit import OpenEngine
+    from qaflora_edge.formats.adapter import AdapterInfo
+    from qaflora_edge.weighing.adapter_inputs import AttentionSizes
+
+
+class BundleMemory:
+    """Keep a base and its adapters in memory.
+
+    options  of every Core
+    current  attribute: what calls use that begin now; those that have begun keep theirs
+    files    attribute: facts of the files
+    """
+
+    current: AdapterSet
+    files: Opened
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self._options = options
+        self._changing = threading.Lock()
+        self._cores: list[weakref.ref[Core]] = []  # also those that answer their last requests
+
+    def open(
+        self,
+        place: Path,
+        adapters: Mapping[str, Path] | None,
+        defaults: Mapping[str, str | None],
+        *,
+        reasoning: str,
+        seed: int | None,
+    ) -> None:
+        """Open a bundle, or a base and adapters, as load_bundle takes them.
+
+        defaults  strategy, lens, pool and prefill; None: the bundle's
+        """
+
+        def use(opened: Opened) -> None:
+            # A base alone chooses its strategy when it gets its first adapter.
+            is_alone = opened.text is None and not opened.adapters
+            self._chooses = defaults["strategy"] is None and is_alone
+            weigher = Weigher(
+                adapters=tuple(opened.adapters),
+                n_layer=opened.header.n_layer,
+                known=opened.known.under(**defaults),
+                targets={name: info.targets for name, info in opened.adapters.items()},
+            )
+            core = self._open_core(opened, weigher)
+            from qaflora_edge.prompt.tokens import Reader  # as a thread has imported it
+
+            system = opened.text.system if opened.text else None
+            messages = opened.text.examples if opened.text else ()
+            examples = tuple(structs.asdict(message) for message in messages)
+            reader = Reader(core.model, core.n_ctx, system or None, examples, reasoning)
+            self.current = AdapterSet(core, weigher, reader, seed)
+
+        with self._loading() as begin:
+            self.files = load_bundle(place, adapters, begin=begin, use=use)
+        self._cores = [weakref.ref(self.current.core)]
+
+    @contextmanager
+    def _loading(self) -> Iterator[Begin]:
+        """Give what lets the library load a base, in a thread, while adapters are read."""
+        placing = self._options["placing"]
+        loading: list[Future[Model]] = []
+
+        def begin(header: GgufHeader) -> None:
+            if placing["rpc"] is None:  # a worker that is silent is waited for once
+                loading.append(thread.submit(shared_model, header, placing))
+
+        with ThreadPoolExecutor(1) as thread:
+            try:
+                yield begin
+            finally:
+                for model in loading:
+                    with suppress(QafloraError):  # which opening meets too
+                        model.result().close()
+
+    def _open_core(self, opened: Opened, weigher: Weigher) -> Core:
+        infos = opened.adapters.values()
+        paths = (opened.base_path, *(info.path for info in infos))
+        states = {path: opened.states[path] for path in paths}
+        with ThreadPoolExecutor(1) as thread:  # while the library loads the base
+            sizes = thread.submit(_read_ahead, weigher, infos).result
+            return Core(opened.header, opened.adapters, states, sizes=sizes, **self._options)
+
+    def cores(self) -> list[Core]:
+        """List those that compute, or answer their last requests."""
+        return [core for reference in self._cores if (core := reference())]
+
+    def close(self) -> None:
+        """Free all of it. A second call does nothing; raises BusyError within a call."""
+        while cores := [core for core in self.cores() if not core.is_closed]:
+            for core in cores:
+                core.close()
+
+    def run_forever(self) -> None:
+        """Compute what other threads ask for, until close()."""
+        core = None
+        while core is not self.current.core:  # until close(), once for each set of adapters
+            core = self.current.core
+            with core.call():
+                core.loop.run_forever()
+
+    def add_adapter(
+        self, name: str | None, path: AnyPath, engine: "OpenEngine", progress: Tell
+    ) -> str:
+        """Load an adapter as Engine.add_adapter does.
+
+        engine  opens one that measures it
+        """
+        from qaflora_edge.bundles.create import BEST, with_adapter
+        from qaflora_edge.bundles.source import find_adapter
+
+        source = find_adapter(path)  # other changes do not wait for what the Hub sends
+        with self._changing:
+            weigher = self.current.weigher
+            strategies = {weigher.known.strategy, *{BEST}.intersection(weigher.followed)}
+            opened = with_adapter(self.files, source, name, engine, strategies, progress)
+            *_, name = opened.adapters
+            self._change(opened, {*weigher.adapters, name})
+        return name
+
+    def remove_adapter(self, name: str) -> None:
+        """Unload an adapter. Raises StrategyError."""
+        with self._changing:
+            if name not in self.files.adapters:
+                raise not_loaded(name, self.files.adapters)
+            left = {other: info for other, info in self.files.adapters.items() if other != name}
+            self._change(replace(self.files, adapters=left), self.current.weigher.adapters)
+
+    def _change(self, opened: Opened, used: Collection[str]) -> None:
+        from qaflora_edge.bundles.create import UNMEASURED
+
+        old = self.current
+        known = old.weigher.known
+        left = opened.adapters.keys() & known.centroids.keys()
+        centroids = {name: known.centroids[name] for name in left}
+        weigher = replace(
+            old.weigher,
+            adapters=tuple(name for name in opened.adapters if name in used),
+            known=replace(known, typical=opened.known.typical, centroids=centroids),
+            targets={name: info.targets for name, info in opened.adapters.items()},
+        )
+        if self._chooses and UNMEASURED in weigher.followed:
+            weigher = replace(weigher, known=replace(weigher.known, strategy=UNMEASURED))
+        core = self._open_core(opened, weigher)
+        core.n_ctx = old.core.n_ctx  # as much memory was free at first
+        with old.core.call():  # raises BusyError after close()
+            self._cores = [weakref.ref(kept) for kept in (*self.cores(), core)]
+            self.files = opened
+            self._chooses = False
+            self.current = replace(old, core=core, weigher=weigher)
+        old.core.loop.leave()
+        trim()  # measuring frees much in this thread
+
+    def use_adapters(self, names: Sequence[str]) -> None:
+        """Weigh only these adapters from now on. Raises StrategyError."""
+        with self._changing, self.current.core.call():
+            self.current = replace(self.current, weigher=self.current.weigher.using(names))
+
+    def use_strategy(self, strategy: str) -> None:
+        """Weigh by this strategy where a call names none. Raises StrategyError."""
+        with self._changing, self.current.core.call():
+            weigher = self.current.weigher
+            weigher = replace(weigher, known=replace(weigher.known, strategy=strategy))
+            self.current = replace(self.current, weigher=weigher)
+            self._chooses = False
+
+
+def _read_ahead(weigher: Weigher, infos: "Iterable[AdapterInfo]") -> "list[AttentionSizes]":
+    """Read what a first chat needs: templates' code, and for two-place the adapters' matrices."""
+    from qaflora_edge.weighing.adapter_inputs import AttentionSizes
+
+    import_module("qaflora_edge.prompt.tokens")
+    strategy = weigher.strategy_of(None)
+    needed = infos if strategy is not None and strategy.reads_added else ()
+    return [AttentionSizes(info, weigher.n_layer) for info in needed]
