@@ -321,9 +321,9 @@ OWN = {
 WITHOUT = {
     "serve": "raw_prompt",
     "chat": "n_parallel",
-    "weights": "sampling n_parallel draft reasoning",
-    "decide": "sampling n_parallel draft reasoning raw_prompt",
-    "export": "sampling n_parallel draft prefill reasoning",
+    "weights": "sampling n_parallel guesses reasoning",
+    "decide": "sampling n_parallel guesses reasoning raw_prompt",
+    "export": "sampling n_parallel guesses prefill reasoning",
     "bench": "n_ctx n_parallel raw_prompt temperature top_p top_k min_p repeat_penalty stop "
     "presence_penalty frequency_penalty reasoning reasoning_budget",
 }
@@ -431,6 +431,12 @@ def unknown_key(path: Path, key: str, known: Iterable[str]) -> SettingsError:
     """The error for a key that is no setting, with the nearest one that is."""
     if instead := removed(key.rpartition(".")[2]):
         return SettingsError(f"Cannot use the settings in {path}: {instead} Remove the key {key}.")
+    for option in OPTIONS:
+        if option.old_flag and key.rpartition(".")[2] == option.old_flag.removeprefix("--"):
+            raise SettingsError(
+                f"Cannot use the settings in {path}: the key {key} is called {option.key} now. "
+                f"Write {option.key} in its place."
+            )
     names = sorted(known)
     near = nearest(key, names)
     meant = f"Did you mean {near}? Correct the key" if near else "Correct the key"

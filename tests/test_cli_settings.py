@@ -64,6 +64,11 @@ WRONG = [
     ),
     ("[weights]\ntemp = 1", "there is no key 'weights.temp' here, expected one of weights.", ""),
     ("[zzzz]\nx = 1", "there is no key 'zzzz' here", ". Correct the key, or remove it."),
+    (
+        "[run]\ndraft = 3",
+        "the key run.draft is called guesses now. Write guesses in its place.",
+        "",
+    ),
     ("chat = 3", "the key chat is 3, expected a table, as in [chat]. ", "Correct it"),
     ("temp = nan", "the key temp is nan, expected a number from 0 up", ""),
     ('raw_prompt = "yes"', "the key raw_prompt is 'yes', expected true or false", ""),
