@@ -13,10 +13,9 @@ from tiny import EOS, F32, TinyBase, write_tiny_adapters, write_tiny_base
 
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
-from qaflora_edge.backend.prefix import Prefixes
 from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.base import read_base
-from qaflora_edge.weighing.published.prober import PLACES, Prober
+from qaflora_edge.weighing.published.prober import PLACES, Prefixes, Prober
 
 MIB = 1 << 20
 
@@ -89,7 +88,7 @@ def test_what_is_kept_changes_no_bit(base, loaded) -> None:
         [*drawn(300, 12)[:250], *drawn(40, 13)],
     ]
     options = {"kv_type": "q8_0", "flash_attn": True, "threads": 1}
-    sharing = Prober(*loaded, options, prefixes=Prefixes(64 * MIB))
+    sharing = Prober(*loaded, options, n_prefix_byte=64 * MIB)
     n_read = [
         n_read_for(partial(states, tokens=prompt), sharing, loaded, options) for prompt in prompts
     ]
@@ -102,7 +101,7 @@ def test_what_is_kept_changes_no_bit(base, loaded) -> None:
 
 
 def test_adapters_in_use_are_kept_apart(base, loaded) -> None:
-    sharing = Prober(*loaded, {"threads": 1}, prefixes=Prefixes(64 * MIB))
+    sharing = Prober(*loaded, {"threads": 1}, n_prefix_byte=64 * MIB)
     system = drawn(200, 1)
     for seed, rows in enumerate([(0, 1, 2), (0, 2), (1,), (), (0, 1, 2), (0, 2), (1,)]):
         prompt = Chats(base).prompt(system, drawn(30, seed))
@@ -158,7 +157,7 @@ def test_a_question_that_is_read_in_two_places_goes_on_too(base, loaded) -> None
     asked = [[*head, *drawn(20 + i, 30 + i), end, *answer_opens] for i in range(3)]
     turn = [*asked[2], *drawn(70, 50), end, *question_opens, *drawn(25, 51), end, *answer_opens]
     other = [*drawn(150, 60), end, *question_opens, *drawn(30, 61), end, *answer_opens]
-    sharing = Prober(*loaded, {"threads": 1}, prefixes=Prefixes(64 * MIB))
+    sharing = Prober(*loaded, {"threads": 1}, n_prefix_byte=64 * MIB)
     n_read = []
     for prompt in (asked[0], asked[1], other, asked[2], turn, asked[0]):
         starts = [i for i in range(3, len(prompt)) if prompt[i - 3 : i] == question_opens]

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qaflora_edge.answering.adapter_set import AdapterSet
 from qaflora_edge.answering.generation import Generation, failed
 from qaflora_edge.answering.reading import PromptReading
 from qaflora_edge.arrays import F32
@@ -21,11 +20,12 @@ from qaflora_edge.weighing.plan import DRAFT_TOKENS, Draft, DraftStep, FusionWei
 from qaflora_edge.weighing.weigher import Choice
 
 if TYPE_CHECKING:
+    from qaflora_edge.bundles.memory import AdapterSet
     from qaflora_edge.inference.core import Core
     from qaflora_edge.prompt.calls import Calls
 
 
-def read(adapters: AdapterSet, ask: Ask) -> Ask:
+def read(adapters: "AdapterSet", ask: Ask) -> Ask:
     """Turn what is asked into tokens, and all that binds its answer into one grammar."""
     sampling = ask.sampling
     if sampling.seed is None and adapters.seed is not None:
@@ -46,13 +46,13 @@ def read(adapters: AdapterSet, ask: Ask) -> Ask:
     )
 
 
-def answer(adapters: AdapterSet, ask: Ask) -> Generation:
+def answer(adapters: "AdapterSet", ask: Ask) -> Generation:
     """Answer what is asked, once, as Engine.submit does."""
     with adapters.core.call():
         return _answer(adapters, read(adapters, ask))
 
 
-def _answer(adapters: AdapterSet, ask: Ask) -> Generation:
+def _answer(adapters: "AdapterSet", ask: Ask) -> Generation:
     """Answer what is asked with the prompt as the base reads it."""
     core = adapters.core
     with core.call():
@@ -80,7 +80,7 @@ def _answer(adapters: AdapterSet, ask: Ask) -> Generation:
         return generation
 
 
-def answers(adapters: AdapterSet, ask: Ask) -> Iterator[Generation]:
+def answers(adapters: "AdapterSet", ask: Ask) -> Iterator[Generation]:
     """Answer what is asked `ask.n` times, as Engine.submit_all does."""
     with adapters.core.call():
         ask = read(adapters, ask)
@@ -99,7 +99,7 @@ def answers(adapters: AdapterSet, ask: Ask) -> Iterator[Generation]:
 
 
 def answer_many(
-    adapters: AdapterSet, asks: Iterable[Ask | QafloraError], n_parallel: int
+    adapters: "AdapterSet", asks: Iterable[Ask | QafloraError], n_parallel: int
 ) -> Iterator[tuple[int, Generation]]:
     """Answer what is asked, n_parallel of it together, as Engine.submit_many does."""
     core = adapters.core
@@ -121,7 +121,7 @@ def answer_many(
             yield index, running.pop(index)
 
 
-def _begun(adapters: AdapterSet, ask: Ask | QafloraError) -> Generation:
+def _begun(adapters: "AdapterSet", ask: Ask | QafloraError) -> Generation:
     """Begin one of many; its errors end itself alone."""
     if isinstance(ask, QafloraError):
         return failed(adapters.core, ask)
@@ -132,7 +132,7 @@ def _begun(adapters: AdapterSet, ask: Ask | QafloraError) -> Generation:
 
 
 def score(
-    adapters: AdapterSet, weighing: Weighing, pairs: Sequence[tuple[Prompt, tuple[int, ...]]]
+    adapters: "AdapterSet", weighing: Weighing, pairs: Sequence[tuple[Prompt, tuple[int, ...]]]
 ) -> list[F32]:
     """Score each prompt's continuation as Engine.score does: float32 [n_token] each, in nats."""
     core = adapters.core

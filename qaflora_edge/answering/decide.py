@@ -2,11 +2,10 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qaflora_edge.answering.adapter_set import AdapterSet
 from qaflora_edge.answering.reading import PromptReading
 from qaflora_edge.arrays import F64
 from qaflora_edge.ask import Chat, Weighing
@@ -15,6 +14,9 @@ from qaflora_edge.formats.inputs import Json
 from qaflora_edge.inference.sequence import Cancellation, Request
 from qaflora_edge.weighing.numbers import n_base_of
 from qaflora_edge.weighing.plan import FusionWeights
+
+if TYPE_CHECKING:
+    from qaflora_edge.bundles.memory import AdapterSet
 
 MAX_CHOICES = 255
 MAX_REMEMBERED = 64  # lists of choices after no question, under a mix
@@ -68,7 +70,7 @@ class Decision:
 
 
 def decide(
-    adapters: AdapterSet,
+    adapters: "AdapterSet",
     prompt: Any,
     choices: Iterable[str] | Mapping[str, str],
     weighing: Weighing,

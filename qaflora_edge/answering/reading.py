@@ -21,7 +21,7 @@ from qaflora_edge.weighing.plan import ANSWER, BASE, Draft
 from qaflora_edge.weighing.strategy import Measure, Query, Reading, Routing
 
 if TYPE_CHECKING:
-    from qaflora_edge.backend.prefix import Steps
+    from qaflora_edge.backend.branches import Steps
     from qaflora_edge.inference.core import Core
     from qaflora_edge.inference.drafts import DraftSoFar
     from qaflora_edge.weighing.added import Listener

@@ -2,11 +2,10 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qaflora_edge.answering.adapter_set import AdapterSet
 from qaflora_edge.answering.reading import PromptReading
 from qaflora_edge.arrays import F64
 from qaflora_edge.ask import Chat, Question
@@ -15,11 +14,14 @@ from qaflora_edge.prompt.messages import as_turn
 from qaflora_edge.weighing.calibration import EXTENTS, KEYS, LAYERS, OPENING, typical_of
 from qaflora_edge.weighing.strategy import Query
 
+if TYPE_CHECKING:
+    from qaflora_edge.bundles.memory import AdapterSet
+
 _N_DRAFTED = 16  # neutral prompts that each adapter drafts an answer to
 
 
 def measure(
-    adapters: AdapterSet,
+    adapters: "AdapterSet",
     prompts: Sequence[str],
     turns: Sequence[str],
     exchanges: Sequence[Sequence[Any]],

@@ -5,14 +5,13 @@ import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
 
-from qaflora_edge.answering.adapter_set import AdapterSet
 from qaflora_edge.backend.context import trim
 from qaflora_edge.backend.model import Model, shared_model
 from qaflora_edge.bundles.open import Begin, Opened, load_bundle
@@ -26,7 +25,24 @@ from qaflora_edge.weighing.weigher import Weigher, not_loaded
 if TYPE_CHECKING:
     from qaflora_edge.bundles.edit import OpenEngine
     from qaflora_edge.formats.adapter import AdapterInfo
+    from qaflora_edge.prompt.tokens import Reader
     from qaflora_edge.weighing.adapter_inputs import AttentionSizes
+
+
+@dataclass(frozen=True)
+class AdapterSet:
+    """Hold a base with adapters in memory: what a call uses from its begin to its end.
+
+    core     computes with them
+    weigher  knows the adapters in use, and the defaults
+    reader   turns what is asked into tokens
+    seed     of sampled answers, when a call gives none
+    """
+
+    core: Core
+    weigher: Weigher
+    reader: "Reader"
+    seed: int | None
 
 
 class BundleMemory:

@@ -29,7 +29,7 @@ from qaflora_edge.inference.sequence import Cancellation, DraftState, Request, R
 from qaflora_edge.weighing.plan import alone_weights
 
 if TYPE_CHECKING:
-    from qaflora_edge.backend.prefix import Steps
+    from qaflora_edge.backend.branches import Steps
     from qaflora_edge.formats.adapter import AdapterInfo
     from qaflora_edge.inference.drafts import Drafter
     from qaflora_edge.inference.score import Scorer
@@ -133,11 +133,12 @@ class Core:
     @cached_property
     def prober(self) -> "Prober":
         """Measure with each adapter alone; only qa-flora and its kin make it."""
-        from qaflora_edge.backend.prefix import Prefixes
         from qaflora_edge.weighing.published.prober import Prober
 
-        prefixes = Prefixes(self._n_prefix_byte)
-        prober = Prober(self.model, self.pack, self.options, infos=self._infos, prefixes=prefixes)
+        n_byte = self._n_prefix_byte
+        prober = Prober(
+            self.model, self.pack, self.options, infos=self._infos, n_prefix_byte=n_byte
+        )
         self._resources.callback(prober.close)
         return prober
 

@@ -5,10 +5,9 @@ from dataclasses import dataclass, field
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.backend.batch import Span
-from qaflora_edge.backend.branches import Branches
+from qaflora_edge.backend.branches import Branches, Steps, prefill
 from qaflora_edge.backend.context import Context, KvState
 from qaflora_edge.backend.model import Model
-from qaflora_edge.backend.prefix import Steps, prefill
 from qaflora_edge.inference.sampler import no_numbers
 from qaflora_edge.inference.sequence import DraftState, Request, surprise
 from qaflora_edge.weighing.plan import BASE, Draft

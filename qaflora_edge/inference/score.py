@@ -9,9 +9,8 @@ import numpy as np
 
 from qaflora_edge.arrays import F32, F64
 from qaflora_edge.backend.batch import Span
-from qaflora_edge.backend.branches import N_BRANCH, N_OUTPUT, Branches
+from qaflora_edge.backend.branches import N_BRANCH, N_OUTPUT, Branches, Steps, prefill
 from qaflora_edge.backend.context import Context, KvState
-from qaflora_edge.backend.prefix import Steps, prefill
 from qaflora_edge.inference.sampler import no_numbers
 from qaflora_edge.inference.sequence import Request, log_softmax
 

@@ -12,9 +12,8 @@ import numpy as np
 from qaflora_edge.arrays import F32, F64
 from qaflora_edge.backend.batch import Span as Tokens
 from qaflora_edge.backend.batch import n_common
-from qaflora_edge.backend.branches import Branches
+from qaflora_edge.backend.branches import Branches, Steps, prefill
 from qaflora_edge.backend.context import KvState, default_threads
-from qaflora_edge.backend.prefix import Steps, prefill
 from qaflora_edge.formats.adapter import AdapterInfo
 from qaflora_edge.progress import silent
 from qaflora_edge.weighing.adapter_inputs import AttentionSizes, sums_of
