@@ -92,7 +92,7 @@ class Engine:
         check_process()
         place, paths = _places(bundle, base, adapters)
         self.n_parallel = n_parallel
-        self._placing = placing | {"threads": threads}
+        self._placing: dict[str, Any] = placing | {"threads": threads}
         self.memory = BundleMemory(options | {"placing": placing})
         self.memory.open(
             place,

@@ -34,7 +34,7 @@ def measure(
     tell  called with (prompts read, those in all)
     """
 
-    def query(question: Question) -> Query:
+    def queried(question: Question) -> Query:
         return adapters.weigher.query(adapters.reader.read(question))
 
     keys = KEYS if keys is None else keys
@@ -47,9 +47,9 @@ def measure(
     for at, exchange in enumerate(exchanges):
         turn_texts = texts[at :: len(exchanges)]
         behind = [[*exchange, {"role": "user", "content": text}] for text in turn_texts]
-        later.append([query(Chat(messages)) for messages in behind])
-    chats = [query(as_turn(text)) for text in texts]
-    plain = [query(text) for text in prompts]
+        later.append([queried(Chat(messages)) for messages in behind])
+    chats = [queried(as_turn(text)) for text in texts]
+    plain = [queried(text) for text in prompts]
     layers = [key for key in LAYERS if key in keys]
     groups = [chats, plain, *later]
     n_extent = 0

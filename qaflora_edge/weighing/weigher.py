@@ -314,25 +314,20 @@ class Weigher:
         how = weighing.prefill or self.known.prefill
         if how == "auto" and prompt.question and strategy and strategy.is_base_prefilled:
             how = "base"
-        given = self._given(by)
+        if isinstance(by, Mapping):
+            by = _manual(by)
         parsed = None
-        if given is None:
-            parsed = self.parse(self.text_of(by))
+        given = None
+        if by is None or isinstance(by, str):
+            parsed = self.parse(by or self.known.strategy)
+        else:
+            given = self._given(by)
         query = self.query(prompt, parsed)
         is_read_by_base = how == "base" and bool(self.adapters)
         return Choice(query, parsed, given, is_read_by_base, weighing.drafts)
 
-    def text_of(self, by: Weights) -> str:
-        """Write how a strategy is named, or numbers by name as the strategy `manual`."""
-        if not isinstance(by, Mapping):
-            return by or self.known.strategy
-        pairs = [f"{name}={weight}" for name, weight in by.items()]
-        return f"manual:{','.join(pairs)}" if pairs else "base"
-
-    def _given(self, by: Weights) -> FusionWeights | None:
-        """Check weights that are given for each layer; None: they are not."""
-        if by is None or isinstance(by, str | Mapping):
-            return None
+    def _given(self, by: FusionWeights | ArrayLike) -> FusionWeights:
+        """Check weights that are given for each layer."""
         if not isinstance(by, FusionWeights):
             weights = numbers.check_weights(by, self.adapters, self.n_layer)
             return FusionWeights(self.adapters, Plan.mix(weights))
@@ -343,6 +338,12 @@ class Weigher:
             )
         numbers.check_weights(by.weights, self.adapters, self.n_layer)
         return by
+
+
+def _manual(weights: Mapping[str, float]) -> str:
+    """Write weights by name as a strategy."""
+    pairs = [f"{name}={weight}" for name, weight in weights.items()]
+    return f"manual:{','.join(pairs)}" if pairs else "base"
 
 
 def _for_query(fusion: FusionWeights, query: Query) -> FusionWeights:
