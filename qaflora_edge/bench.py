@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from qaflora_edge.backend import prefix
+from qaflora_edge.backend import branches
 from qaflora_edge.backend.context import Context, context_params
 from qaflora_edge.backend.library import logged
 from qaflora_edge.backend.model import PLACING, Model, Pack
@@ -185,7 +185,7 @@ def prefill(context: Context, tokens: Sequence[int]) -> None:
     if isinstance(context, StockContext):
         context.decode(tokens)
         return
-    for _ in prefix.prefill(context, tokens, 0, "last"):
+    for _ in branches.prefill(context, tokens, 0, "last"):
         pass
 
 

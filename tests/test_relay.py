@@ -457,7 +457,7 @@ def test_a_prompt_that_is_read_does_not_hold_up_another(folder, monkeypatch) -> 
 
     monkeypatch.setattr(PromptReading, "_listen", waiting)
     with Engine(folder, n_ctx=512) as engine, ThreadPoolExecutor() as threads:
-        query = engine.weigher.query(engine.read(asked(engine)))
+        query = engine.memory.current.weigher.query(engine.read(asked(engine)))
 
         def surprise_of(options: dict[str, Any]) -> float:
             cancellation = engine._core.cancellation()

@@ -107,7 +107,7 @@ class Runner:
             self._cut.add(sequence.number)
 
     def _prefill(self, sequence: RunningSequence, slot: Slot, n: int) -> None:
-        """Compute one chunk: the scheduler's turns drive it, not the loop of prefix.prefill."""
+        """Compute one chunk: the scheduler's turns drive it, not the loop of branches.prefill."""
         if sequence.draft_state is not None:
             self._take_over(sequence, slot, sequence.draft_state)
             return
