@@ -144,7 +144,7 @@ tsan-tests: $(DONE)/package $(DONE)/pytest
 
 # Other people's clients of the server need much that they share with nobody: an environment of its
 # own, over the same build; then llama.cpp's own tests of its server, but for those that
-# tests/llama_server_tests.py names. CASES are those that schemathesis makes by chance for each
+# benchmarks/llama_server_tests.py names. CASES are those that schemathesis makes by chance for each
 # operation, beside some 1,700 of boundary values: more than 5,000 in all.
 CASES ?= 720
 test-clients:
@@ -159,7 +159,7 @@ pin-clients:
 
 clients-tests: $(DONE)/clients
 	QAFLORA_TEST_CASES=$(CASES) $(BIN)/pytest tests/test_clients.py
-	$(BIN)/python tests/llama_server_tests.py $(BUILD)/llama-server
+	$(BIN)/python benchmarks/llama_server_tests.py $(BUILD)/llama-server
 
 SUMS := cd dist && sha256sum *.[tw]* > SHA256SUMS
 

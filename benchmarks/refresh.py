@@ -74,9 +74,7 @@ def main() -> None:
         raise SystemExit(f"{args.task} has texts to stop at, which are not looked for here.")
     strategy = f"{args.strategy}, each {args.every}"
     items = range(args.half == "test", len(task.items), 2)[: args.limit]
-    with Engine(
-        args.bundle, strategy=args.strategy, n_ctx=2048, n_parallel=16, prefix_cache=1024
-    ) as engine:
+    with Engine(args.bundle, strategy=args.strategy, n_ctx=2048, n_parallel=16) as engine:
         if args.adapters:
             engine.use_adapters(args.adapters.split(","))
         told = {"every": args.every, "n_ctx": 2048}

@@ -12,7 +12,7 @@ STRATEGIES. Before, each probe was asked alone, and every model has had a prompt
 and a grammar.
 
 After each minute all wait until nothing runs, and the memory is read, less what the server then
-keeps of prompts (--prefix-cache): that is bounded, and changes with each prompt. Prints one JSON
+keeps of prompts: that is bounded, and changes with each prompt. Prints one JSON
 object. Ends with status 1 where a probe's answer or log-probabilities differ from those given
 alone, an answer is none that is expected, a path was never asked, or memory has grown by more than
 --limit-mb from the first of these rests to the last.

@@ -101,7 +101,7 @@ def measure(
 ) -> str:
     """A row: seconds and bytes to open, bytes of three tokens and first one, then of each token."""
     start = time.perf_counter()
-    options = {"rpc": rpc, "threads": 1, "n_ctx": 512, "prefix_cache": 0}
+    options = {"rpc": rpc, "threads": 1, "n_ctx": 512}
     with Engine(bundle, flash_attn=flash_attn, **options) as engine:
         opened_s, opened = time.perf_counter() - start, counts[0][0]
         firsts, rates, sizes, asked = [], [], [], []

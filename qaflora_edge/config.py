@@ -158,10 +158,6 @@ OPTIONS = (
     Option("pool", str, None, "engine weighing", "--pool", choices=POOLS,
            help="Weigh by the last token of the prompt, or by the mean of the question's tokens: "
            "the last user turn without its template.", unset="the bundle's, else last"),
-    Option("prefix_cache", int, 128, "engine", "--prefix-cache", low=0, high=2**20,
-           noun="a number of MiB", metavar="MIB",
-           help="Keep so much KV state of the probe, so that prompts which begin alike are weighed "
-           "sooner; 0 keeps the last prompt only."),
     Option("guesses", int, "auto", "engine", "--guesses", old_flag="--draft",
            low=0, high=15, words=("auto",),
            metavar="auto|N", noun="a number of tokens",

@@ -43,7 +43,6 @@ class Engine:
               and cost); auto: as their files have them
     flash_attn  True or False; None: on where it is quicker (docs/performance.md)
     strategy, lens, pool, prefill  by default the bundle's; see `qaflora run --help-all`
-    prefix_cache  MiB for the probe's KV states of earlier prompts, for prompts that begin alike
     guesses   guess at most so many tokens from what stands before, and verify them in one pass;
               "auto": as many as pay, where answers stay the same bits; 0: none
     seed      of sampled answers, when a call gives none
@@ -71,7 +70,6 @@ class Engine:
         lens: str | None = None,
         pool: str | None = None,
         prefill: str | None = None,
-        prefix_cache: int = 128,
         guesses: int | str = "auto",
         seed: int | None = None,
         reasoning: str = "auto",
@@ -85,7 +83,6 @@ class Engine:
             "kv_type": kv_type,
             "flash_attn": flash_attn,
             "adapter_type": adapter_type,
-            "prefix_cache": prefix_cache,
             "guesses": unknown.pop("draft", guesses),  # its name before
         }
         check("engine", unknown | options | placing | {"seed": seed, "reasoning": reasoning})
@@ -179,7 +176,7 @@ class Engine:
 
     @property
     def prefix_cache_bytes(self) -> int:
-        """Give the size of the cached prefixes, at most `prefix_cache`: see Engine."""
+        """Give the size of the cached prefixes, which qa-flora and its kin keep."""
         return self._core.prober.prefixes.n_byte
 
     def add_adapter(self, name: str | None, path: AnyPath, progress: Tell = silent) -> str:

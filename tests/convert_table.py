@@ -25,10 +25,9 @@ from tiny import F32
 from qaflora_edge import Engine
 from qaflora_edge.backend.model import Model
 from qaflora_edge.convert.adapter import convert_adapter
-from qaflora_edge.convert.layouts import REFUSED as WHY_REFUSED
 from qaflora_edge.errors import BackendError, StrategyError, UnsupportedAdapterError
 from qaflora_edge.files import cache_dir
-from qaflora_edge.formats.base import REASONS, read_base
+from qaflora_edge.formats.base import read_base
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "architectures.md"
 STORE = Path(__file__).with_name("findings.json")
@@ -213,14 +212,10 @@ def page(text: str) -> str:
     models: dict[str, list[str]] = {}
     for family in FAMILIES.values():
         models.setdefault(f"`{family.arch}`", []).append(family.name)
-    refused: dict[str, list[str]] = {why: [] for why in REASONS.values()}
-    for architecture, why in WHY_REFUSED.items():
-        refused[why].append(architecture)
     parts: dict[str, Mapping[str, Iterable[str]]] = {
         "architectures": models,
         "exceptions": exceptions("architectures"),
         "experts": {"stacked: exact": [each.name for each in MIXTURES], **exceptions("experts")},
-        "refused": refused,
     }
     for name, rows in parts.items():
         made = "".join(f"| {what} | {'; '.join(names)} |\n" for what, names in rows.items())

@@ -33,7 +33,6 @@ GOOD_AND_BAD: Mapping[str, tuple[list[Any], list[Any]]] = {
     "pool": (["last", "question"], ["mean"]),
     "kv_type": (["f16", "f32", "q8_0"], ["q4"]),
     "adapter_type": (["auto", "q8_0", "q4_0"], ["f16"]),
-    "prefix_cache": ([0, 1, 2**20], [-1, 2**20 + 1]),
     "guesses": (["auto", 0, 15], [-1, 16, "off"]),
     "n_ctx": ([1, 16777216], [0, 16777217]),
     "n_parallel": ([1, 256], [0, 257]),

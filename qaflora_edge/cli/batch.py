@@ -46,7 +46,7 @@ for _option in (
         _OPTIONS[_name] = _option
 _KEYS = _OPTIONS.keys() | {"prompt", "messages", "id", "json_schema"}
 # Options that change only the last digits of an answer.
-_NO_MATTER = ("n_parallel", "threads", "gpu_layers", "rpc", "tensor_split", "prefix_cache")
+_NO_MATTER = ("n_parallel", "threads", "gpu_layers", "rpc", "tensor_split")
 _BEGIN = b'{"index": '  # of every line that is written
 
 

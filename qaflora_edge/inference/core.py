@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _N_ANSWER = 2048  # tokens that an answer without a limit has at least, where the context has them
+_N_PREFIX_BYTE = 128 << 20  # of KV states that qa-flora and its kin keep of earlier prompts
 _process: int | None = None  # in which the library computed first
 
 
@@ -68,7 +69,6 @@ class Core:
         adapter_type: str,
         guesses: int | str,
         placing: Mapping[str, Any],
-        prefix_cache: int,
         sizes: Callable[[], Sequence["AttentionSizes"]],
         **options: Any,
     ) -> None:
@@ -88,7 +88,6 @@ class Core:
         weakref.finalize(self, resources.close).atexit = False
         infos = [*adapters.values()]
         self._infos = infos
-        self._n_prefix_byte = prefix_cache << 20
         try:
             model = enter(shared_model(base, placing))
             self.model = model
@@ -135,9 +134,12 @@ class Core:
         """Measure with each adapter alone; only qa-flora and its kin make it."""
         from qaflora_edge.weighing.published.prober import Prober
 
-        n_byte = self._n_prefix_byte
         prober = Prober(
-            self.model, self.pack, self.options, infos=self._infos, n_prefix_byte=n_byte
+            self.model,
+            self.pack,
+            self.options,
+            infos=self._infos,
+            n_prefix_byte=_N_PREFIX_BYTE,
         )
         self._resources.callback(prober.close)
         return prober

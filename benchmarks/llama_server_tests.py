@@ -1,13 +1,13 @@
 """Run llama.cpp's own tests of its server against ours: a plugin of their pytest, and a starter.
 
-    python tests/llama_server_tests.py FOLDER [--write] [pytest's options]
+    python benchmarks/llama_server_tests.py FOLDER [--write] [pytest's options]
 
-FOLDER gets the pinned source (benchmarks/llama_server.py unpacks it). Their class that starts
+FOLDER gets the pinned source (llama_server.py unpacks it). Their class that starts
 llama-server starts our app in a thread instead; their options become ours. Models of the Hub become
 a tiny base that ends texts soon, with the same chat template; their adapter becomes one made here.
 Two things are given way to: paths without /v1, and model names that we do not have. NOT_OURS, a
-file beside this one, says which tests are left out, and why. The table of docs/server.md has to say
-what was counted; --write writes it there.
+file beside this one, says which tests are left out, and why. The table in results/ has to say what
+was counted; --write writes it there.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).resolve().parent
-PAGE = TESTS.parent / "docs" / "server.md"
-MARKS = ("<!-- llama-server's tests: begin -->\n", "<!-- llama-server's tests: end -->")
+HERE = Path(__file__).resolve().parent
+PAGE = HERE / "results" / "llama-server-tests.md"
+HEAD = "# Tests of llama-server that pass here\n"
 # Reason, as the table has it -> what it means, and its tests: FILE, FILE.FUNCTION, or with the
 # beginning of its parameters; * is any text.
-NOT_OURS: dict[str, Any] = json.loads((TESTS / "llama_server_tests.json").read_text("utf-8"))
+NOT_OURS: dict[str, Any] = json.loads((HERE / "llama_server_tests.json").read_text("utf-8"))
 
 
 sys.modules["wget"] = wget = types.ModuleType("wget")  # with it they would fetch models
@@ -213,12 +213,11 @@ def table(counts: dict[str, dict[str, int]]) -> str:
             lines.append(f"| {name} | {n_test} | {n_passed} | {n_skipped} | {whys} |")
         total.update(found)
     means = [f"* **{why}**: {each['means']}." for why, each in NOT_OURS.items()]
-    return "\n".join([*lines, "", *means, "", ""])
+    return "\n".join([*lines, "", *means, ""])
 
 
 def main() -> int:
     folder, *more = sys.argv[1:]
-    sys.path.insert(0, str(TESTS.parent / "benchmarks"))
     from llama_server import unpack
 
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -226,18 +225,17 @@ def main() -> int:
     found = Path(folder).resolve() / "counts.json"
     options = [each for each in more if each != "--write"]
     command = [sys.executable, "-m", "pytest", "-p", "llama_server_tests", "-p", "no:cacheprovider"]
-    paths = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join(
+        [str(HERE), str(HERE.parent / "tests"), os.environ.get("PYTHONPATH", "")]
+    )
     environment = {**os.environ, "PYTHONPATH": paths, "QAFLORA_COUNTS": str(found)}
     done = subprocess.run([*command, *(options or ["-q", "unit"])], cwd=theirs, env=environment)
     if done.returncode or options:
         return done.returncode
-    page = PAGE.read_text(encoding="utf-8")
-    before, rest = page.split(MARKS[0])
-    old, after = rest.split(MARKS[1])
-    new = table(json.loads(found.read_text(encoding="utf-8")))
+    new = HEAD + table(json.loads(found.read_text(encoding="utf-8")))
     if "--write" in more:
-        PAGE.write_text(before + MARKS[0] + new + MARKS[1] + after, encoding="utf-8")
-    elif new != old:
+        PAGE.write_text(new, encoding="utf-8")
+    elif new != PAGE.read_text(encoding="utf-8"):
         print(f"{PAGE} has another table than was counted; --write writes this one:\n{new}")
         return 1
     return 0
