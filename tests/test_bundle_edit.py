@@ -21,7 +21,7 @@ from qaflora_edge.bundles.open import load_bundle, verify_bundle
 from qaflora_edge.formats.adapter import read_adapter_gguf
 from qaflora_edge.formats.gguf import read_gguf_header
 from qaflora_edge.hub import fetch_hub
-from qaflora_edge.weighing.calibration import EXTENTS, LAYERS, OPENING
+from qaflora_edge.weighing.calibration import DRAFTED, EXTENTS, LAYERS
 
 Raw = dict[str, Any]
 TYPICAL = {
@@ -209,13 +209,14 @@ def test_calibrating_measures_what_is_missing(made, tmp_path) -> None:
     adapters = {"math": made.peft, "es": made.adapter.path}
     new = create_bundle(tmp_path / "new", made.base.path, adapters, engine=Engine)
     some = bundle_json(new)["fusion"]["typical"]
-    needed = {name: {*EXTENTS, OPENING} for name in adapters}  # all that relay needs
+    needed = {name: {*EXTENTS, *DRAFTED} for name in adapters}  # all that relay needs
     assert {name: set(values) for name, values in some.items()} == needed
     assert calibrate(new, Engine)  # all that others need
     anew = bundle_json(new)["fusion"]
     for name in adapters:  # decoded next to others, a draft is rounded in other ways
-        opening = after["typical"][name].pop("opening")
-        assert anew["typical"][name].pop("opening") == pytest.approx(opening, abs=1e-3)
+        for key in DRAFTED:
+            drafted = after["typical"][name].pop(key)
+            assert anew["typical"][name].pop(key) == pytest.approx(drafted, abs=1e-3)
     assert anew == {**after, "strategy": "relay"}
     before = snapshot(made.folder)
     assert not calibrate(made.folder, Engine)

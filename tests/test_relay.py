@@ -38,7 +38,7 @@ NAMES = ("form", "shop", "other")
 USUAL: dict[str, Any] = {"mean": log(0.01), "spread": 0.5, "each": []}
 PLACES = ("added_last", "added_question", "added_text", "later_last", "later_question")
 SPEAKS = {"mean": -1.0, "spread": 1.0}
-TYPICAL = {**dict.fromkeys(PLACES, USUAL), "opening": SPEAKS}
+TYPICAL = {**dict.fromkeys(PLACES, USUAL), "opening": SPEAKS, "sureness": SPEAKS}
 HIGH, TYPICAL_SIZE, LOW = 0.05, 0.01, 0.004  # scores of 3.2, 0 and -1.8
 UNHEARD_OF = -8.0  # nats of a token under the base
 
@@ -192,6 +192,14 @@ def test_of_two_that_know_the_one_answers_whose_subject_is_asked_about() -> None
     plan = weighed(Scripted(*of_shop, both), "relay:abstain=16")
     assert plan.weights[:, 0].tolist() == [0, 1, 0]
     assert weighed(Scripted(*NOBODY, both)).weights[:, 0].tolist() == [0, 0, 1]
+
+
+def test_of_two_that_know_the_one_answers_that_is_not_always_so_sure() -> None:
+    typical = dict.fromkeys(NAMES, TYPICAL)
+    typical["other"] = {**TYPICAL, "sureness": {"mean": -0.1, "spread": 0.5}}
+    both = [told("shop", -0.05), told("other", -0.01)]
+    plan = weighed(Scripted(*NOBODY, both), typical=typical)
+    assert plan.weights[:, 0].tolist() == [0, 1, 0]
 
 
 def test_two_places_first_is_refused_a_short_answer_that_it_makes_up() -> None:

@@ -11,7 +11,8 @@ from qaflora_edge.arrays import F64
 from qaflora_edge.ask import Chat, Question
 from qaflora_edge.progress import TellCount
 from qaflora_edge.prompt.messages import as_turn
-from qaflora_edge.weighing.calibration import EXTENTS, KEYS, LAYERS, OPENING, typical_of
+from qaflora_edge.weighing.calibration import DRAFTED, EXTENTS, KEYS, LAYERS, typical_of
+from qaflora_edge.weighing.relay import N_DRAFT, sureness
 from qaflora_edge.weighing.strategy import Query
 
 if TYPE_CHECKING:
@@ -74,14 +75,15 @@ def measure(
         measured["added_last"], measured["added_question"] = first
         measured["added_text"], _ = text
         measured["later_last"], measured["later_question"] = later_turns
-    if OPENING in keys and not later:  # there is no chat template: nobody drafts
-        measured[OPENING] = [np.zeros(len(names))]
-    elif OPENING in keys:
-        sampled = chats[:: max(1, len(chats) // _N_DRAFTED)]
-        measured[OPENING] = []
-        for chat in sampled:
+    drafted = [key for key in DRAFTED if key in keys]
+    if drafted and not later:  # there is no chat template: nobody drafts
+        measured |= {key: [np.zeros(len(names))] for key in drafted}
+    elif drafted:
+        by_prompt = []
+        for chat in chats[:: max(1, len(chats) // _N_DRAFTED)]:
             with PromptReading(core, chat, cancellation) as reading:
-                measured[OPENING].append(_opening(reading))
+                by_prompt.append(_drafted(reading))
+        measured |= {key: [of_prompt[key] for of_prompt in by_prompt] for key in drafted}
     if layers:
         measured |= {key: [] for key in layers}
         for n_read, chat in enumerate(chats[: len(plain)], n_extent + 1):
@@ -93,11 +95,13 @@ def measure(
     return typical_of(measured, names)
 
 
-def _opening(reading: PromptReading) -> F64:
-    """Give log p, in nats, of each adapter's first token as the base's: float64 [n_adapter]."""
-    nats = []
-    for draft in reading.drafts(reading.query.adapters, 1):
+def _drafted(reading: PromptReading) -> dict[str, F64]:
+    """Give DRAFTED of each adapter's own draft: float64 [n_adapter] each, in nats."""
+    drafts = reading.drafts(reading.query.adapters, N_DRAFT)
+    openings = []
+    sure = []
+    for draft, of_base in zip(drafts, reading.base_logprobs(drafts), strict=True):
         # A draft without a token ends at once, which tells nothing of a form.
-        first = draft.tokens[0] if draft.tokens else None
-        nats.append(0.0 if first is None else -reading.unexpected(first))
-    return np.array(nats)
+        openings.append(of_base[0] if of_base else 0.0)
+        sure.append(sureness(draft.logprobs, of_base))
+    return {"opening": np.array(openings), "sureness": np.array(sure)}

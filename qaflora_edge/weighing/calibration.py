@@ -18,9 +18,10 @@ LAYERS = (*LENSES, *(f"question_{lens}" for lens in LENSES))
 # by passes of the base alone: at the last token and in the question of a first turn, at the last
 # token of plain text, and at both places of a later turn.
 EXTENTS = ("added_last", "added_question", "added_text", "later_last", "later_question")
-# Mean and spread over neutral chats of the base's log p of the token that an adapter begins with.
-OPENING = "opening"
-KEYS = (*LAYERS, *EXTENTS, OPENING)
+# Mean and spread over neutral chats, of drafts: the log p, as the base's, of the token that an adapter
+# begins with, and how sure it is of its words (relay.sureness).
+DRAFTED = ("opening", "sureness")
+KEYS = (*LAYERS, *EXTENTS, *DRAFTED)
 
 _EPS = 1e-12  # added before a logarithm; layers of 0 change no surprise
 _COPY = 0.85  # correlation of versions of one adapter: .9 and above; of others .73 and below
@@ -175,15 +176,15 @@ def adds_nothing(typical: Mapping[str, Mapping[str, float]]) -> bool:
 def typical_of(measured: Mapping[str, Sequence[F64]], adapters: Sequence[str]) -> dict[str, Json]:
     """Sum up what was measured of each adapter over neutral prompts.
 
-    measured  one of KEYS -> of each prompt float64 [n_adapter, n_layer]; of OPENING [n_adapter]
+    measured  one of KEYS -> of each prompt float64 [n_adapter, n_layer]; of DRAFTED [n_adapter]
     returns   adapter -> one of KEYS -> a list of n_layer numbers, or mean and spread, and each
     """
     typical = {}
     for key, values in measured.items():
         if key in EXTENTS:
             typical[key] = _mean_and_spread(values)
-        elif key == OPENING:
-            typical[key] = _typical_opening(np.stack(values))
+        elif key in DRAFTED:
+            typical[key] = _typical_drafts(np.stack(values))
         else:
             typical[key] = typical_divergence(values).tolist()
     by_adapter: dict[str, Json] = {}
@@ -192,11 +193,11 @@ def typical_of(measured: Mapping[str, Sequence[F64]], adapters: Sequence[str]) -
     return by_adapter
 
 
-def _typical_opening(openings: F64) -> list[dict[str, float]]:
-    """Give mean and spread of each adapter's openings [n_prompt, n_adapter], in nats."""
+def _typical_drafts(nats: F64) -> list[dict[str, float]]:
+    """Give mean and spread of one of DRAFTED [n_prompt, n_adapter], in nats."""
     # Who shares a batch with a draft moves the last digits of its logits.
-    means = np.round(openings.mean(axis=0), 4)  # [n_adapter]
-    spreads = np.maximum(openings.std(axis=0), _SPREAD_MIN)
+    means = np.round(nats.mean(axis=0), 4)  # [n_adapter]
+    spreads = np.maximum(nats.std(axis=0), _SPREAD_MIN)
     spreads = np.round(spreads, 4)
     typical = []
     for mean, spread in zip(means.tolist(), spreads.tolist(), strict=True):

@@ -17,7 +17,7 @@ from qaflora_edge.weighing.plan import BASE, Draft, DraftStep, Plan, WriteStep, 
 from qaflora_edge.weighing.strategy import Query, Reading
 from qaflora_edge.weighing.two_place import TWO_PLACE_OPTIONS, TwoPlace
 
-OPENING = "opening"  # of calibration.KEYS
+OPENING, SURENESS = DRAFTED = "opening", "sureness"  # of calibration.KEYS
 
 N_DRAFT = 14  # tokens of a draft that tell whether its adapter knows
 N_ASKED = 4  # adapters that draft, beside two-place's first and who gives a form
@@ -26,12 +26,12 @@ N_ASKED = 4  # adapters that draft, beside two-place's first and who gives a for
 SURE = 9.2  # log-odds for each nat of sureness()
 SURPRISING = 2.4  # for each e-fold of what the question surprises the base by
 LATER = 2.6  # in a later turn of the adapter's subject, whose words surprise less
-AMONG = 0.8  # for each spread of the score in the question, among those who know
 USUAL = -8.7  # where all of that is 0
 MOST_SURPRISED = 6.0  # nats; a token that surprises the base more counts no more
 LEAST_SURPRISED = 0.5  # nats, of a draft that says what the base says
 
-CLAIM = 0.4  # probability from which an adapter is taken to know
+CLAIM = 0.4  # probability from which an adapter may know
+AMONG = 0.25  # of the score in the question, beside how unusually sure one is, where several may
 SAYS = 4.0  # nats by which a draft is likelier than under the base: else it tells nothing
 STANDS_OUT = 2.0  # score at the last token from which an adapter gives the answer its form, and
 # in the question from which a later turn is of its subject
@@ -70,7 +70,7 @@ class RelayStrategy(TwoPlace):
     name = "relay"
     help = "two-place, and where one adapter knows and another writes: one after the other"
     options = _OPTIONS
-    needs_typical = (*TwoPlace.needs_typical, OPENING)
+    needs_typical = (*TwoPlace.needs_typical, *DRAFTED)
     drafts = True
     undrafted = "two-place"
 
@@ -199,9 +199,19 @@ def _heard(reading: Reading, plan: Plan, asked: Iterable[str]) -> Heard:
         odds = log_odds(sure, nats, is_later=_is_later(query, plan, name))
         known[name] = probability(odds)
         if known[name] > CLAIM:
-            ranks[name] = odds + AMONG * plan.why[name].scores["question"]
+            ranks[name] = _unusually_sure(query, name, sure)
+            ranks[name] += AMONG * plan.why[name].scores["question"]
     knower = max(ranks, key=ranks.__getitem__, default=None)
     return Heard({draft.adapter: draft for draft in drafts}, known, opening, knower)
+
+
+def _unusually_sure(query: Query, name: str, sure: float) -> float:
+    """Tell how far an adapter is surer than of everyday answers, in standard deviations.
+
+    One that was trained for too long is sure of whatever it makes up.
+    """
+    typical = query.typical[name][SURENESS]
+    return float((sure - typical["mean"]) / typical["spread"])
 
 
 def _first(draft: Draft) -> Draft:
