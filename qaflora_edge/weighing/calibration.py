@@ -18,8 +18,8 @@ LAYERS = (*LENSES, *(f"question_{lens}" for lens in LENSES))
 # by passes of the base alone: at the last token and in the question of a first turn, at the last
 # token of plain text, and at both places of a later turn.
 EXTENTS = ("added_last", "added_question", "added_text", "later_last", "later_question")
-# Mean and spread over neutral chats, of drafts: the log p, as the base's, of the token that an adapter
-# begins with, and how sure it is of its words (relay.sureness).
+# Mean and spread over neutral chats, of drafts: the base's log p of an adapter's first token, and
+# how sure an adapter is of its words (relay.sureness).
 DRAFTED = ("opening", "sureness")
 KEYS = (*LAYERS, *EXTENTS, *DRAFTED)
 
