@@ -97,7 +97,7 @@ class RelayStrategy(TwoPlace):
             return plan
         form, forms = _forms(query, plan)
         asked = _asked(reading, plan, form, forms)
-        heard = _heard(reading, plan, asked)
+        heard = _heard(reading, plan, asked, form)
         knower = heard.knower
         if knower is not None and knower != form:
             return _relayed(reading, plan, heard, knower, form)
@@ -178,7 +178,7 @@ def _asked(reading: Reading, plan: Plan, form: str | None, forms: set[str]) -> l
     return asked
 
 
-def _heard(reading: Reading, plan: Plan, asked: Iterable[str]) -> Heard:
+def _heard(reading: Reading, plan: Plan, asked: Iterable[str], form: str | None) -> Heard:
     names = list(asked)
     if not names:
         return Heard()
@@ -188,7 +188,7 @@ def _heard(reading: Reading, plan: Plan, asked: Iterable[str]) -> Heard:
     nats = reading.surprise()
     known = {}
     opening = {}
-    ranks = {}  # of those who know
+    ranks = {}  # of those who may know
     for draft, of_base in zip(drafts, by_base, strict=True):
         name = draft.adapter
         opening[name] = of_base[0] if of_base else 0.0
@@ -201,7 +201,11 @@ def _heard(reading: Reading, plan: Plan, asked: Iterable[str]) -> Heard:
         if known[name] > CLAIM:
             ranks[name] = _unusually_sure(query, name, sure)
             ranks[name] += AMONG * plan.why[name].scores["question"]
-    knower = max(ranks, key=ranks.__getitem__, default=None)
+    # Who gives a form is unusually sure of that, so it has to be surer than others of what it says.
+    others = [name for name in ranks if name != form]
+    knower = max(others, key=ranks.__getitem__, default=None)
+    if form in ranks and (knower is None or known[form] > known[knower]):
+        knower = form
     return Heard({draft.adapter: draft for draft in drafts}, known, opening, knower)
 
 
