@@ -20,7 +20,7 @@ from qaflora_edge.weighing.two_place import TWO_PLACE_OPTIONS, TwoPlace
 OPENING, SURENESS = DRAFTED = "opening", "sureness"  # of calibration.KEYS
 
 N_DRAFT = 14  # tokens of a draft that tell whether its adapter knows
-N_ASKED = 4  # adapters that draft, beside two-place's first and who gives a form
+N_ASKED = 5  # adapters that draft, beside two-place's first and who gives a form: one batch
 
 # A logistic regression over drafts of adapters that know, and of those that make answers up.
 SURE = 9.2  # log-odds for each nat of sureness()
