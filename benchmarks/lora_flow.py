@@ -28,7 +28,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, GgufConfig
 
 from qaflora_edge import Engine, FusionWeights, Plan
-from qaflora_edge.bundles.open import Opened, load_bundle
+from qaflora_edge.bundles.open import BundleFiles, load_bundle
 from qaflora_edge.evaluation.metrics import listed
 from qaflora_edge.evaluation.run import asked_fields, header, score_fields, task_prompt
 from qaflora_edge.evaluation.tasks import Task, kept_results, read_task
@@ -95,7 +95,7 @@ class Flow:
     device: str
 
     @classmethod
-    def load(cls, bundle: Opened, adapters: Sequence[str], device: str) -> Flow:
+    def load(cls, bundle: BundleFiles, adapters: Sequence[str], device: str) -> Flow:
         """The bundle's base and adapters, with gates that mix them alike."""
         header = bundle.header
         if header.architecture not in ("llama", "qwen2"):

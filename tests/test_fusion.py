@@ -12,7 +12,7 @@ from qaflora_edge.errors import StrategyError, WeightsError
 from qaflora_edge.weighing import numbers as fusion
 from qaflora_edge.weighing.plan import FusionWeights, Plan
 from qaflora_edge.weighing.strategy import parse_strategy
-from qaflora_edge.weighing.weigher import Known, Weigher
+from qaflora_edge.weighing.weigher import Weigher, WeighingFacts
 
 NAMES = ("math", "es")
 
@@ -55,7 +55,7 @@ def test_typical_is_a_geometric_mean_and_calibrating_by_it_levels_strength() -> 
 def test_fixed_strategies(text, expected) -> None:
     assert not parse_strategy(text, NAMES).strategy.is_probed
     reading: Any = SimpleNamespace()  # anything that they ask of it fails
-    weigher = Weigher(NAMES, 2, Known("static"))
+    weigher = Weigher(NAMES, 2, WeighingFacts("static"))
     choice = weigher.choice(Prompt((1, 2)), Weighing(text))
     reading.query = choice.query
     mix = choice.weigh(reading)

@@ -19,7 +19,7 @@ from qaflora_edge.bundles.edit import (
     set_default,
     write_bundle_json,
 )
-from qaflora_edge.bundles.open import Opened, load_bundle
+from qaflora_edge.bundles.open import BundleFiles, load_bundle
 from qaflora_edge.errors import BundleError, OutputFileError
 from qaflora_edge.files import AnyPath, atomic_folder, cache_dir, cache_lock, make_folder, readable
 from qaflora_edge.formats.bundle import BUNDLE_FILE, FORMAT, read_bundle_text
@@ -172,13 +172,13 @@ def cached_bundle(base: Path, adapters: Sequence[tuple[str, str]], progress: Tel
 
 
 def with_adapter(
-    opened: Opened,
+    opened: BundleFiles,
     adapter: source.AdapterSource,
     name: str | None,
     engine: OpenEngine,
     strategies: Iterable[str],
     progress: Tell = silent,
-) -> Opened:
+) -> BundleFiles:
     """Add an adapter, as the last one, to what is open; no bundle changes.
 
     name        as Engine.add_adapter takes it

@@ -34,7 +34,7 @@ from qaflora_edge.prompt.neutral import neutral
 from qaflora_edge.weighing.calibration import KEYS
 from qaflora_edge.weighing.published.centroid import centroid_text
 from qaflora_edge.weighing.strategy import parse_strategy
-from qaflora_edge.weighing.weigher import Known, Weigher, known_of
+from qaflora_edge.weighing.weigher import Weigher, WeighingFacts, known_of
 
 SAMPLE_CTX = 2048  # tokens of one sample text
 _OF_ADAPTERS = ("typical", "samples")  # of fusion: adapter -> what is measured of it
@@ -317,7 +317,7 @@ def check_strategy(what: str, raw: Object, strategy: str) -> None:
     if not parse_strategy(strategy, names).strategy.needs_typical:
         return
     typical = raw.get("fusion", {}).get("typical", {})
-    known = Known(strategy=strategy, typical=typical)
+    known = WeighingFacts(strategy=strategy, typical=typical)
     try:
         Weigher(names, raw["base"]["n_layer"], known)
     except StrategyError as error:

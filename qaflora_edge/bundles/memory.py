@@ -14,7 +14,7 @@ from msgspec import structs
 
 from qaflora_edge.backend.context import trim
 from qaflora_edge.backend.model import Model, shared_model
-from qaflora_edge.bundles.open import Begin, Opened, load_bundle
+from qaflora_edge.bundles.open import Begin, BundleFiles, load_bundle
 from qaflora_edge.errors import QafloraError
 from qaflora_edge.files import AnyPath
 from qaflora_edge.formats.gguf import GgufHeader
@@ -54,7 +54,7 @@ class BundleMemory:
     """
 
     current: AdapterSet
-    files: Opened
+    files: BundleFiles
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self._options = options
@@ -75,7 +75,7 @@ class BundleMemory:
         defaults  strategy, lens, pool and prefill; None: the bundle's
         """
 
-        def use(opened: Opened) -> None:
+        def use(opened: BundleFiles) -> None:
             # A base alone chooses its strategy when it gets its first adapter.
             is_alone = opened.text is None and not opened.adapters
             self._chooses = defaults["strategy"] is None and is_alone
@@ -116,7 +116,7 @@ class BundleMemory:
                     with suppress(QafloraError):  # which opening meets too
                         model.result().close()
 
-    def _open_core(self, opened: Opened, weigher: Weigher) -> Core:
+    def _open_core(self, opened: BundleFiles, weigher: Weigher) -> Core:
         infos = opened.adapters.values()
         paths = (opened.base_path, *(info.path for info in infos))
         states = {path: opened.states[path] for path in paths}
@@ -169,7 +169,7 @@ class BundleMemory:
             left = {other: info for other, info in self.files.adapters.items() if other != name}
             self._change(replace(self.files, adapters=left), self.current.weigher.adapters)
 
-    def _change(self, opened: Opened, used: Collection[str]) -> None:
+    def _change(self, opened: BundleFiles, used: Collection[str]) -> None:
         from qaflora_edge.bundles.create import UNMEASURED
 
         old = self.current

@@ -35,7 +35,7 @@ from qaflora_edge.formats.inputs import (
     shown,
 )
 from qaflora_edge.progress import Tell, silent
-from qaflora_edge.weighing.weigher import Known, known_of
+from qaflora_edge.weighing.weigher import WeighingFacts, known_of
 
 if TYPE_CHECKING:
     from qaflora_edge.formats.adapter import AdapterInfo
@@ -55,7 +55,7 @@ class Files:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Opened:
+class BundleFiles:
     """A base and its adapters, each parsed and checked once.
 
     place     folder of the bundle, or the base's file
@@ -70,7 +70,7 @@ class Opened:
     header: GgufHeader = field(repr=False)
     adapters: "Mapping[str, AdapterInfo]" = field(repr=False)
     states: Mapping[Path, FileState] = field(repr=False)
-    known: Known
+    known: WeighingFacts
     text: BundleText | None = field(repr=False)
 
     @property
@@ -89,8 +89,8 @@ def load_bundle(
     always_hash: bool = False,
     progress: Tell = silent,
     begin: Begin = lambda header: None,
-    use: Callable[[Opened], None] = lambda opened: None,
-) -> Opened:
+    use: Callable[[BundleFiles], None] = lambda opened: None,
+) -> BundleFiles:
     """Read a base and adapters; compare the files of a bundle with their records.
 
     A bundle that is edited meanwhile is read again: files of one state belong together.
@@ -160,7 +160,7 @@ def _check_files(files: Files, always_hash: bool, progress: Tell) -> dict[Path, 
 
 def _read_files(
     files: Files, states: Mapping[Path, FileState], known_good: Collection[Path], begin: Begin
-) -> Opened:
+) -> BundleFiles:
     """Read headers, and check them and values; files that are known good passed it all before."""
     from qaflora_edge.formats.adapter import read_adapter
     from qaflora_edge.formats.base import check_base, check_record
@@ -174,7 +174,7 @@ def _read_files(
     for name, path in files.adapters.items():
         adapter = read_gguf_header(path)
         infos[name] = read_adapter(adapter, header, checks_values=path not in known_good)
-    return Opened(
+    return BundleFiles(
         place=files.place,
         header=header,
         adapters=infos,
@@ -184,7 +184,7 @@ def _read_files(
     )
 
 
-def verify_bundle(folder: Path, progress: Tell = silent) -> Opened:
+def verify_bundle(folder: Path, progress: Tell = silent) -> BundleFiles:
     """Load a bundle and hash all of its files again, the base included."""
     return load_bundle(folder, always_hash=True, progress=progress)
 

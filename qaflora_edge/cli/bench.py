@@ -23,7 +23,7 @@ from qaflora_edge.formats.inputs import Json
 from qaflora_edge.show.text import columns
 
 if TYPE_CHECKING:
-    from qaflora_edge.bundles.open import Opened
+    from qaflora_edge.bundles.open import BundleFiles
 
 PARTS = ("callers", "decide", "decode", "ttft")
 Row = Mapping[str, Any]
@@ -104,7 +104,9 @@ def bench(
         click.echo("\n".join(_table(result)))
 
 
-def _measured(loaded: "Opened", options: SharedOptions, only: Sequence[str], sizes: Json) -> Json:
+def _measured(
+    loaded: "BundleFiles", options: SharedOptions, only: Sequence[str], sizes: Json
+) -> Json:
     import qaflora_edge.bench as parts
     from qaflora_edge.engine import Engine
 
@@ -134,7 +136,7 @@ def _measured(loaded: "Opened", options: SharedOptions, only: Sequence[str], siz
     return measured
 
 
-def _facts(loaded: "Opened", options: SharedOptions) -> Json:
+def _facts(loaded: "BundleFiles", options: SharedOptions) -> Json:
     from qaflora_edge.backend.context import default_threads
     from qaflora_edge.cli.doctor import cpu_name, library_facts, package_facts
 

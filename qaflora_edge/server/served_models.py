@@ -23,7 +23,7 @@ from qaflora_edge.formats.inputs import Json, Object
 from qaflora_edge.server.refusals import Refusal
 from qaflora_edge.server.security import share_of
 from qaflora_edge.weighing.strategy import HIDDEN
-from qaflora_edge.weighing.weigher import Known, Weigher, known_of
+from qaflora_edge.weighing.weigher import Weigher, WeighingFacts, known_of
 
 log = logging.getLogger(__name__)
 N_LIGHT = 2  # requests that take no step of an Engine, computed at once
@@ -184,7 +184,7 @@ class ServedModels:
             header = read_gguf_header(place)
             name = place.stem
             n_layer = header.n_layer
-            known = Known()
+            known = WeighingFacts()
             family = header.architecture
             n_byte = place.stat().st_size
         else:

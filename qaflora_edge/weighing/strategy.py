@@ -46,7 +46,12 @@ _BUILT_IN = {
     "manual": "fixed",
     "base": "fixed",
 }
-BASELINES = ("calibrated", "norm", "centroid", "arrow")  # in published/, and in no help
+BASELINES = {  # in no help
+    "calibrated": "published.qa_flora",
+    "norm": "published.spectr",
+    "centroid": "published.centroid",
+    "arrow": "published.spectr",
+}
 _OLD_NAMES = {name: f"qa-flora:distance={name}" for name in ("cosine", "euclidean")}
 HIDDEN = (*BASELINES, *_OLD_NAMES)  # that work where they are named, and are listed nowhere
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
@@ -306,7 +311,7 @@ def _class_of(strategy: Strategy) -> str:
 def strategies() -> list[Strategy]:
     """List the strategies of the package, then others in order of registration.
 
-    Those of BASELINES are there once they were named.
+    Those of BASELINES are there once their module was loaded.
     """
     for name in _BUILT_IN:
         _load_built_in(name)
@@ -324,7 +329,7 @@ def find_strategy(name: str) -> Strategy | None:
     """Find a strategy by name, and import what it needs."""
     _load_built_in(name)
     if name in BASELINES and name not in _registry:
-        _load(f"published.{name}")
+        _load(BASELINES[name])
     if name not in _registry:
         _load_entry_points()
     return _registry.get(name)

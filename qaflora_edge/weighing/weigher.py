@@ -43,7 +43,7 @@ Weights = FusionWeights | Mapping[str, float] | ArrayLike | str | None
 
 
 @dataclass(frozen=True)
-class Known:
+class WeighingFacts:
     """Hold a bundle's defaults of weighing, and measurements of its adapters.
 
     prefill  who prefills prompts, of config.PREFILLS
@@ -63,20 +63,20 @@ class Known:
         return replace(self, **chosen)
 
 
-def known_of(text: BundleText | None) -> Known:
+def known_of(text: BundleText | None) -> WeighingFacts:
     """Collect what a bundle says of weighing; None: the defaults.
 
     Raises BundleError for a strategy that is not for its adapters, or a damaged sample embedding.
     """
     if text is None:
-        return Known()
+        return WeighingFacts()
     fusion = text.fusion
     strategy = fusion.strategy
     if strategy and re.fullmatch(r"norm:[1-9]\d*", strategy):  # of 0.1
         strategy = strategy.replace(":", ":top=")
     pool = None if fusion.pool == "mean" else fusion.pool  # of 0.1 too
     options = {"lens": fusion.lens, "pool": pool, "prefill": fusion.prefill}
-    known = Known().under(strategy=strategy, **options)
+    known = WeighingFacts().under(strategy=strategy, **options)
     try:
         parse_strategy(known.strategy, [adapter.name for adapter in text.adapters])
     except QafloraError as error:
@@ -184,7 +184,7 @@ class Weigher:
 
     adapters: tuple[str, ...]
     n_layer: int
-    known: Known = Known()
+    known: WeighingFacts = WeighingFacts()
     targets: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

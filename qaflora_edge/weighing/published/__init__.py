@@ -1,1 +1,1 @@
-"""The paper's method and its kin: a module for each, imported when it is named."""
+"""The paper's method and its kin, imported when they are named."""

@@ -1,7 +1,15 @@
-"""The strategy `spectr`, and what it has in common with `arrow`."""
+"""The strategies `spectr`, `arrow` and `norm`: sizes at projections, in one pass of the base."""
 
 from qaflora_edge.weighing.plan import Plan
-from qaflora_edge.weighing.strategy import ADDED, KINDS, Reading, Routing, Strategy
+from qaflora_edge.weighing.strategy import (
+    ADDED,
+    KINDS,
+    QUERIES,
+    Measured,
+    Reading,
+    Routing,
+    Strategy,
+)
 
 
 class Spectral(Strategy):
@@ -27,4 +35,33 @@ class SpectR(Spectral):
     measured = ADDED
 
 
-STRATEGIES = (SpectR(),)
+class Arrow(Spectral):
+    """Weigh by |v . x|, v the top right-singular vector of B A (Arrow, arXiv 2405.11157)."""
+
+    name = "arrow"
+    is_baseline = True
+    help = "by how much of the query lies in the direction that each adapter amplifies most"
+    routing = "arrow"
+    measured = Measured("along its direction")
+
+
+class Norm(Strategy):
+    """Weigh by shares of |scale B A x| at a late query projection (LoGo, arXiv 2511.07129)."""
+
+    name = "norm"
+    is_baseline = True
+    help = "by what the adapter adds to a late query projection, one weight for all layers"
+    measured = Measured("added to q")
+    compares = QUERIES
+
+    def plan(self, reading: Reading) -> Plan:
+        import numpy as np
+
+        from qaflora_edge.weighing.numbers import normalise
+
+        norms = reading.norms()  # [n_adapter]
+        norms = np.repeat(norms[:, None], reading.query.n_layer, axis=1)
+        return Plan.mix(normalise(norms), norms)
+
+
+STRATEGIES = (SpectR(), Arrow(), Norm())
