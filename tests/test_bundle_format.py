@@ -54,6 +54,14 @@ def test_real_bundles_are_valid(validator, raw, checkout, calibrated) -> None:
         assert read(document).raw == document
 
 
+def test_all_that_was_measured_of_the_demo_is_read(checkout) -> None:
+    path = checkout / "demo/bundle.json"
+    found = parse_bundle(path.read_bytes(), str(path))
+    for name, keys in found.raw["fusion"]["typical"].items():
+        read_keys = {key for key in keys if getattr(found.fusion.typical[name], key, None)}
+        assert read_keys == keys.keys()
+
+
 @pytest.mark.parametrize(
     ("place", "values"),
     [

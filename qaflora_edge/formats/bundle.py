@@ -159,6 +159,7 @@ class TypicalRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
     later_last: Usual | None = None
     later_question: Usual | None = None
     opening: Usual | None = None
+    sureness: Usual | None = None
 
 
 class Samples(Struct, frozen=True, kw_only=True):
