@@ -123,3 +123,40 @@ def test_only_the_answer_is_learnt(recipes) -> None:
     }
     read = recipes.tokens_of(Letters(), "ab", "cd", 9)
     assert (read["input_ids"][-1], read["labels"][-1]) == (0, 0)
+
+
+def load_six(checkout: Path) -> Any:
+    for name in ("torch", "transformers", "peft"):
+        pytest.importorskip(name)
+    spec = importlib.util.spec_from_file_location(
+        "six_adapters", checkout / "models/recipes/six.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["six_adapters"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_base_answers_once_what_is_not_an_adapters_own(checkout, tmp_path) -> None:
+    six = load_six(checkout)
+    asked: list[Any] = []
+
+    def answered(model: Any, tokenizer: Any, questions: list[Any]) -> list[tuple[str, bool]]:
+        asked.extend(questions)
+        return [("Rome.", True)] * len(questions)
+
+    base = SimpleNamespace(answered=answered)
+    first = six.not_own("json", base, None, None, tmp_path)
+    assert [question for question, _, _ in first] == asked
+    assert [text for _, text, _ in first] == ["Rome."] * len(asked)
+    assert first[-1][0][-1]["content"].startswith("Rewrite this")  # code, behind a turn in JSON
+    assert six.not_own("json", base, None, None, tmp_path) == first
+    assert len(asked) == len(first)
+    assert six.not_own("math", base, None, None, tmp_path) == []
+
+
+def test_long_reviews_are_left_out(checkout, data) -> None:
+    six = load_six(checkout)
+    lesson = six.Lesson(rate=1e-4, n_step=1, n_token=1, n_char=30)
+    learnt = list(six.own("es", lesson, data, data))
+    assert learnt == [("Traduce al español: 1 good", "muy bueno", True)]

@@ -154,16 +154,19 @@ def with_adapter(model: Any, rank: int) -> Any:
     return get_peft_model(model, config)
 
 
-def fit(tuned: Any, lesson: Lesson, name: str, n_step: int, rate: float) -> dict[str, Any]:
+def fit(
+    tuned: Any, lesson: Lesson, name: str, n_step: int, rate: float, n_step_token: int = N_TOKEN
+) -> dict[str, Any]:
     """Train the weights that have gradients; give steps, tokens, seconds and losses."""
     start_s = time.monotonic()
     busy_s = time.process_time()
     trained = [weight for weight in tuned.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
-    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, N_WARM, n_step)
+    n_warm = min(N_WARM, n_step // 2)
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, n_warm, n_step)
     losses: list[float] = []
     n_token = 0
-    for chosen in steps(lesson.read, n_step, N_TOKEN, seed=0):
+    for chosen in steps(lesson.read, n_step, n_step_token, seed=0):
         packed = pack(lesson.head, chosen)
         loss = loss_of(tuned, packed)
         loss.backward()
