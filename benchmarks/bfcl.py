@@ -94,7 +94,10 @@ def read_questions(category: str, every: int) -> list[Question]:
             answers[line["id"]] = line["ground_truth"]
     questions = []
     for line in read_lines(data / name)[:: every * SPARSE.get(category, 1)]:
-        functions = line.get("function") or functions_of(data, line["involved_classes"])
+        if "function" in line:
+            functions = line["function"]  # none, in a row or two
+        else:
+            functions = functions_of(data, line["involved_classes"])
         question = Question(
             id=line["id"],
             category=category,

@@ -123,13 +123,16 @@ class Weighing:
     by        weights, or a strategy; None: the Engine's
     adapters  those to weigh; None: those in use
     prefill   who prefills the prompt, of config.PREFILLS; None: the Engine's
-    drafts    False: one mix answers, where the strategy would let one draft and another write
+    relays    False: one mix answers, where the strategy would let one draft and another write
+    drafts    whether who answers drafts, unbound, before an answer that a grammar binds; None: an
+              adapter does, the base does not
     """
 
     by: "Weights" = None
     adapters: Sequence[str] | None = None
     prefill: str | None = None
-    drafts: bool = True
+    relays: bool = True
+    drafts: bool | None = None
 
     def __post_init__(self) -> None:
         check("weighing", {"prefill": self.prefill})
@@ -227,6 +230,7 @@ def asked(
     strategy: str | None = None,
     adapters: Sequence[str] | None = None,
     prefill: str | None = None,
+    draft: bool | None = None,
     json_schema: Mapping[str, Any] | bool | None = None,
     n: int = 1,
     parse_special: bool = False,
@@ -240,7 +244,7 @@ def asked(
     """Make an Ask of the keywords of Engine.generate."""
     return Ask(
         prompt,
-        Weighing(one_of(weights, strategy), adapters, prefill),
+        Weighing(one_of(weights, strategy), adapters, prefill, drafts=draft),
         Sampling().updated(sampling),
         json_schema,
         n,

@@ -1,9 +1,15 @@
-"""An answer: the prompt is read, the strategy plans, and the plan is written."""
+"""An answer: the prompt is read, the strategy plans, and the plan is written.
+
+A grammar takes from a small model what it reasons with: it may not write the words that come before
+a number. So who answers under one drafts first, unbound, and writes with the draft in view.
+"""
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from qaflora_edge.answering.generation import Generation, failed
 from qaflora_edge.answering.reading import PromptReading
@@ -16,13 +22,24 @@ from qaflora_edge.inference.sampler import Sampler
 from qaflora_edge.inference.sequence import Cancellation, Request, RunningSequence
 from qaflora_edge.progress import silent
 from qaflora_edge.weighing import numbers
-from qaflora_edge.weighing.plan import DRAFT_TOKENS, Draft, DraftStep, FusionWeights, Step
+from qaflora_edge.weighing.plan import (
+    ANSWER,
+    DRAFT_TOKENS,
+    Draft,
+    DraftStep,
+    FusionWeights,
+    Plan,
+    Step,
+)
+from qaflora_edge.weighing.strategy import Query, Reading
 from qaflora_edge.weighing.weigher import Choice
 
 if TYPE_CHECKING:
     from qaflora_edge.bundles.memory import AdapterSet
     from qaflora_edge.inference.core import Core
     from qaflora_edge.prompt.calls import Calls
+
+N_OPENING = 8  # tokens that tell whether an answer has its form by itself
 
 
 def read(adapters: "AdapterSet", ask: Ask) -> Ask:
@@ -67,17 +84,49 @@ def _answer(adapters: "AdapterSet", ask: Ask) -> Generation:
             choice.query,
             cancellation,
             tell=ask.on_progress,
-            n_answer=_n_room(choice, ask.sampling),
+            n_answer=_n_room(choice, writing),
             on_draft=ask.on_draft,
         )
         with reading:
             fusion = choice.weigh(reading)
+            if sampler.constraint and _may_draft(fusion.plan, choice.query, ask.weighing.drafts):
+                fusion = drafted_first(fusion, reading, writing.fits)
             sequence = writing.begin(fusion, reading)
         generation = Generation(core, fusion, sequence, writing)
         ask.on_weights(fusion)
         if ask.waits:
             generation.wait_for_prompt(ask.on_progress)
         return generation
+
+
+def _may_draft(plan: Plan, query: Query, wanted: bool | None) -> bool:
+    """Tell whether who answers drafts, if it would not write the form by itself.
+
+    wanted  None: an adapter does, the base does not, which drafts at length and loses details
+
+    Nobody drafts twice. A draft fits no plain text, no thought and no tool's result.
+    """
+    if wanted is None:
+        wanted = bool(np.any(plan.weights))
+    may = query.is_chat and query.can_draft and not query.has_results
+    return wanted and may and plan.drafting is None
+
+
+def drafted_first(
+    fusion: FusionWeights, reading: Reading, fits: Callable[[str], bool]
+) -> FusionWeights:
+    """Let who answers draft before it writes, unless its own form fits.
+
+    fits  tells whether an answer that begins with a text has the form that binds it
+    """
+    plan = fusion.plan
+    weights = fusion.weights
+    (own,) = reading.drafts([ANSWER], N_OPENING, weights)
+    if fits(own.text):
+        return fusion
+    drafting = DraftStep(fusion.writer, mix=weights, draft=own, is_done=own.is_whole)
+    writing = replace(plan.writing, view="before", guesses=())
+    return replace(fusion, plan=replace(plan, steps=(drafting, writing)))
 
 
 def answers(adapters: "AdapterSet", ask: Ask) -> Iterator[Generation]:
@@ -94,7 +143,8 @@ def answers(adapters: "AdapterSet", ask: Ask) -> Iterator[Generation]:
         generation.wait_for_draft()  # which all share
         if generation.is_cancelled:
             return
-        weighing = replace(ask.weighing, by=replace(generation.fusion, probe_ms=0.0))
+        by = replace(generation.fusion, probe_ms=0.0)
+        weighing = replace(ask.weighing, by=by, drafts=False)
         ask = replace(ask, weighing=weighing, on_weights=silent, on_progress=silent)
 
 
@@ -167,10 +217,10 @@ def _scored(
     return Request(tokens, weights, n_base=n_base)
 
 
-def _n_room(choice: Choice, sampling: Sampling) -> int | None:
+def _n_room(choice: Choice, writing: "Writing") -> int | None:
     """Count the tokens that may follow where the prompt is read; None: no limit."""
-    n_room = sampling.max_tokens if choice.is_read_by_base else 0
-    if n_room is not None and choice.drafts:
+    n_room = writing.ask.sampling.max_tokens if choice.is_read_by_base else 0
+    if n_room is not None and (choice.drafts or writing.sampler.constraint):
         n_room = max(n_room, DRAFT_TOKENS)  # who drafts may go on in the same slot
     return n_room
 
@@ -195,6 +245,15 @@ class Writing:
         prompt = self.ask.prompt
         assert isinstance(prompt, Prompt)
         return prompt
+
+    def fits(self, text: str) -> bool:
+        """Tell whether an answer that begins so, unbound, has the form that binds it."""
+        calls = self.prompt.calls
+        if calls is not None and calls.begins(text):
+            return True
+        begun = text.lstrip().removeprefix("```json").removeprefix("```")
+        assert self.sampler.constraint is not None
+        return self.sampler.constraint.may_begin(begun.lstrip())
 
     def begin(self, fusion: FusionWeights, reading: PromptReading | None = None) -> RunningSequence:
         """Begin the first step that is not done.
@@ -229,9 +288,12 @@ class Writing:
     def _request(self, fusion: FusionWeights, step: Step, draft: Draft | None) -> Request:
         tokens = prompt_of(self.core, self.prompt, step, draft)
         if isinstance(step, DraftStep):
+            weights = self.core.weights_of(step.knower)
+            if step.mix is not None:
+                weights = self.core.all_weights(fusion.adapters, step.mix)
             return Request(
                 tokens,
-                self.core.weights_of(step.knower),
+                weights,
                 Sampling(max_tokens=DRAFT_TOKENS, logprobs=0),
                 (step.knower,),
                 numbers.n_base_of(len(tokens)),

@@ -93,7 +93,7 @@ def decide(
     if end >= 0:
         texts = [(*text, end) for text in texts]
     # As the strategy weighs, but it decodes nothing.
-    mixes = {"": replace(weighing, drafts=False)}
+    mixes = {"": replace(weighing, relays=False)}
     if compare:
         mixes["base"] = Weighing("base")
         for name in weigher.adapters:

@@ -198,9 +198,12 @@ class PromptReading(Reading):
         return None
 
     def _name_of(self, weights: F32, wanted: dict[str, F32]) -> str:
-        for name, other in wanted.items():
+        """Name who drafts under the answer's weights; ANSWER has the draft of one mix alone."""
+        drafted = {name: state.weights for name, state in self._drafts.items()}
+        for name, other in (wanted | drafted).items():
             if (weights == other).all():
                 return name
+        self._drafts.pop(ANSWER, None)
         return ANSWER if weights.any() else BASE
 
     @property

@@ -69,7 +69,7 @@ def to_ask(line: Object, defaults: Defaults) -> Ask:
     is_raw = options.pop("raw_prompt", defaults.raw_prompt) and system is None
     ask = defaults.ask
     if (strategy := options.pop("strategy", None)) is not None:
-        ask = replace(ask, weighing=Weighing(strategy))
+        ask = replace(ask, weighing=replace(ask.weighing, by=strategy))
     schema = line.get("json_schema")
     if schema is not None:  # the defaults of the command are meant for prose
         options.setdefault("stop", ())
@@ -259,6 +259,7 @@ def answer_file(
     sampling: Sampling,
     system: str | None,
     as_json: bool,
+    no_draft: bool,
 ) -> NoReturn:
     """Answer the requests of a file (`-` is stdin), and leave; with 1 where some failed.
 
@@ -269,8 +270,9 @@ def answer_file(
     if ctx.get_parameter_source("parallel") is ParameterSource.DEFAULT:
         options.parallel = PARALLEL
     file = None if out is None else LineFile(out, "answers")
-    key = _key(bundle, options, sampling, system, as_json)
-    ask = Ask((), Weighing(options.strategy), sampling)
+    key = _key(bundle, options, sampling, system, as_json, no_draft)
+    weighing = Weighing(options.strategy, drafts=False if no_draft else None)
+    ask = Ask((), weighing, sampling)
     defaults = Defaults(ask, system, options.raw_prompt)
     job = _Job(path, file, key, defaults, as_json)
     start_s = time.perf_counter()
@@ -298,7 +300,7 @@ def answer_file(
 
 
 def _key(
-    bundle: str, options: SharedOptions, sampling: Sampling, system: str | None, as_json: bool
+    bundle: str, options: SharedOptions, sampling: Sampling, system: str | None, *flags: bool
 ) -> str:
     """Equal where the bundle and all options are that decide an answer."""
     place = bundle_folder(bundle)
@@ -308,7 +310,7 @@ def _key(
     engine = {name: value for name, value in options.engine.items() if name not in _NO_MATTER}
     chosen = {name: getattr(sampling, name) for name in options.keywords("sampling")}
     chosen["grammar"] = sampling.grammar
-    facts = [checksum(place), engine, options.raw_prompt, chosen, system, as_json]
+    facts = [checksum(place), engine, options.raw_prompt, chosen, system, *flags]
     facts_json = json.dumps(facts, sort_keys=True)
     return hashlib.sha256(facts_json.encode()).hexdigest()[:12]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qaflora_edge.ask import Ask
+from qaflora_edge.ask import Ask, Weighing
 from qaflora_edge.cli import answers
 from qaflora_edge.cli import options as cli
 from qaflora_edge.cli.progress import waiting
@@ -28,7 +28,7 @@ def _one_prompt(ctx: click.Context, param: click.Parameter, words: tuple[str, ..
     'git diff | qaflora run demo "What does this change?"',
     "qaflora run demo --prompts questions.jsonl -o answers.jsonl",
     sections={"file": "Prompt", "prompts_path": "Prompt"}
-    | dict.fromkeys(("as_json", "schema_path", "grammar_path", "out"), "Answer"),
+    | dict.fromkeys(("as_json", "schema_path", "grammar_path", "no_draft", "out"), "Answer"),
 )
 @click.argument("bundle", **cli.BUNDLE)
 @click.argument("prompt", nargs=-1, metavar="[PROMPT]", callback=_one_prompt)
@@ -71,6 +71,12 @@ def _one_prompt(ctx: click.Context, param: click.Parameter, words: tuple[str, ..
     metavar="FILE",
     help="Answer under the grammar in FILE, in GBNF. That is llama.cpp's notation.",
 )
+@click.option(
+    "--no-draft",
+    is_flag=True,
+    help="Answer under the schema or grammar at once. Else an adapter drafts in words before, "
+    "where it would not begin so by itself.",
+)
 def run(
     bundle: str,
     prompt: str | None,
@@ -81,6 +87,7 @@ def run(
     as_json: bool,
     schema_path: str | None,
     grammar_path: str | None,
+    no_draft: bool,
     options: cli.SharedOptions,
 ) -> None:
     """Answer a prompt with the weighed adapters.
@@ -115,8 +122,9 @@ def run(
     if prompts_path is not None:
         from qaflora_edge.cli.batch import answer_file
 
-        answer_file(bundle, prompts_path, out, options, sampling, system, as_json)
-    ask = Ask(cli.question(text, options, system), sampling=sampling)
+        answer_file(bundle, prompts_path, out, options, sampling, system, as_json, no_draft)
+    weighing = Weighing(drafts=False if no_draft else None)
+    ask = Ask(cli.question(text, options, system), weighing, sampling)
     with cli.open_engine(bundle, options) as engine:
         with waiting("Weighing the adapters, then prefill") as line:
             ask = replace(ask, on_progress=line.tell, on_draft=line.expected)

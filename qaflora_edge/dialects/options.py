@@ -95,6 +95,7 @@ class Fusion(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = None
     prefill: Literal["auto", "base", "mix"] | None = None
     relay: Flag = None
+    draft: Flag = None
     returned: Annotated[
         Literal["summary", "why", "layers", "none"] | None,
         Meta(title="one of summary, why, layers, none"),
@@ -349,7 +350,8 @@ def weighing_of(body: Weighed, of_model: str | None, adapters: Sequence[str]) ->
         by=strategy if weights is None else weights,
         adapters=fusion.adapters,
         prefill=fusion.prefill,
-        drafts=fusion.relay is not False,
+        relays=fusion.relay is not False,
+        drafts=fusion.draft,
     )
 
 

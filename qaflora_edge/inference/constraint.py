@@ -130,6 +130,11 @@ class Constraint:
         """Tell whether the answer so far is whole."""
         return self._matcher.is_accepting()
 
+    def may_begin(self, text: str) -> bool:
+        """Tell whether what follows may begin with a text."""
+        tokens = self._tokenizer.tokenize_str(text)
+        return self._matcher.validate_tokens(tokens) == len(tokens)
+
     def _check(self) -> None:
         if self._matcher.is_error() and not _is_dead(self._matcher):
             raise GrammarError(

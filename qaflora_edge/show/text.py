@@ -105,7 +105,7 @@ def who_spoke(fusion: "FusionWeights") -> str:
     As in `math ×1 · es ×0.5`, or `base`; of a relay `company → json`.
     """
     step = fusion.plan.drafting
-    if step is not None:
+    if step is not None and step.mix is None:
         return f"{spelt(step.knower)} → {spelt(fusion.writer)}"
     parts = []
     for name, mean in sorted(fusion.means.items(), key=itemgetter(1), reverse=True):

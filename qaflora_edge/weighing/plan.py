@@ -50,7 +50,8 @@ class Draft:
 class DraftStep:
     """Let one adapter alone, or the base, draft: its text is for the steps that follow.
 
-    knower  its name, or BASE
+    knower  its name, or BASE; of a mix the heaviest
+    mix     [n_adapter, n_layer], where a mix drafts; None: the knower alone
     is_in_words  ask it to answer in words, behind the question
     view    where it sees the draft of the step before
     draft   what there is of it; None: nothing
@@ -59,6 +60,7 @@ class DraftStep:
     """
 
     knower: str
+    mix: ArrayLike | None = None
     is_in_words: bool = False
     view: View = ""
     draft: Draft | None = None

@@ -111,14 +111,14 @@ class Choice:
     parsed    the strategy with its options; None where weights are given
     given     those; None where a strategy plans
     is_read_by_base  whether the base prefills the prompt, all but the last few tokens
-    may_draft  False: who writes answers alone
+    may_relay  False: who writes answers alone
     """
 
     query: Query
     parsed: ParsedStrategy | None
     given: FusionWeights | None
     is_read_by_base: bool
-    may_draft: bool
+    may_relay: bool
 
     @property
     def drafts(self) -> bool:
@@ -130,7 +130,7 @@ class Choice:
         fusion = (
             self._planned(reading) if self.given is None else _for_query(self.given, self.query)
         )
-        if self.may_draft:
+        if self.may_relay:
             return fusion
         return replace(fusion, plan=fusion.plan.undrafted())
 
@@ -226,9 +226,9 @@ class Weigher:
         return find_strategy(name)
 
     def by_of(self, weighing: Weighing) -> Weights:
-        """Give weights or a strategy: another one where it drafts, and nothing may be drafted."""
+        """Give weights or a strategy: another one where it drafts, and nobody may relay."""
         by = weighing.by
-        if weighing.drafts or not isinstance(by, str | None):
+        if weighing.relays or not isinstance(by, str | None):
             return by
         strategy = self.strategy_of(by)
         return (strategy and strategy.undrafted) or by
@@ -324,7 +324,7 @@ class Weigher:
             given = self._given(by)
         query = self.query(prompt, parsed)
         is_read_by_base = how == "base" and bool(self.adapters)
-        return Choice(query, parsed, given, is_read_by_base, weighing.drafts)
+        return Choice(query, parsed, given, is_read_by_base, weighing.relays)
 
     def _given(self, by: FusionWeights | ArrayLike) -> FusionWeights:
         """Check weights that are given for each layer."""
