@@ -225,10 +225,10 @@ X86_MODELS ?= max Nehalem Westmere IvyBridge Haswell Skylake-Server SapphireRapi
 release-tests: $(DONE)/pytest
 	$(PIP) install --no-index --no-deps --force-reinstall dist/qaflora_edge-*_$(ARCH).whl
 	$(PIP) install --only-binary :all: dist/qaflora_edge-*_$(ARCH).whl
-	PYTHONPATH=tests $(BIN)/python -P tests/every_cpu.py $(BIN)/python
+	PYTHONPATH=tests $(BIN)/python -P packages/every_cpu.py $(BIN)/python
 	$(BIN)/pytest tests/test_native.py tests/test_backend.py tests/test_experts.py tests/test_probe.py
 	@if [ "$$(uname -m)" = x86_64 ] && command -v qemu-x86_64; then \
-	    PYTHONPATH=tests $(BIN)/python -P tests/every_cpu.py qemu-x86_64 $(BIN)/python --cpu $(X86_MODELS); fi
+	    PYTHONPATH=tests $(BIN)/python -P packages/every_cpu.py qemu-x86_64 $(BIN)/python --cpu $(X86_MODELS); fi
 
 # The wheel of dist/ for aarch64 on another machine: under qemu-user, with Debian's Python for it. An
 # emulated processor is 20 to 50 times slower than this one.
@@ -241,8 +241,8 @@ test-aarch64: $(DONE)/package
 	.ci/emulated-python aarch64 .venv-aarch64
 	$(PIP) --python $(AARCH64)/python install --only-binary :all: 'pytest>=8.2' dist/qaflora_edge-*_aarch64.whl
 	PYTHONPATH=tests $(BIN)/python -P packages/cross.py aarch64 dist/qaflora_edge-*_aarch64.whl .venv-aarch64/root $(AARCH64_MODELS)
-	PYTHONPATH=tests $(AARCH64)/python -P tests/every_cpu.py $(AARCH64)/python --cpu $(AARCH64_MODELS)
-	PYTHONPATH=tests $(AARCH64)/python -P tests/every_cpu.py $(AARCH64)/python
+	PYTHONPATH=tests $(AARCH64)/python -P packages/every_cpu.py $(AARCH64)/python --cpu $(AARCH64_MODELS)
+	PYTHONPATH=tests $(AARCH64)/python -P packages/every_cpu.py $(AARCH64)/python
 	$(AARCH64)/pytest -m "not slow" tests/test_native.py tests/test_backend.py tests/test_experts.py tests/test_probe.py
 
 # A wheel for Windows, with Debian's g++-mingw-w64-x86-64-posix, and its libraries under wine: logits beside

@@ -1,7 +1,7 @@
 """One wheel on many processors: which of its files each loads, and whether all answer alike.
 
-    python tests/every_cpu.py PYTHON...     each backend that this processor runs, alone
-    python tests/every_cpu.py PYTHON... --cpu MODEL...     each of qemu-user's processors
+    python packages/every_cpu.py PYTHON...     each backend that this processor runs, alone
+    python packages/every_cpu.py PYTHON... --cpu MODEL...     each of qemu-user's processors
 
 PYTHON is the command of a Python that has the wheel; with --cpu it is one that qemu-user runs, such
 as `qemu-x86_64 python`. The first answer is what others are compared with. Prints a table; fails

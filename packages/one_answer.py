@@ -1,6 +1,6 @@
 """Weigh and answer once, and say what computed it: `every_cpu.py` runs this on each processor.
 
-    python tests/one_answer.py BASE QUANTISED NAME=ADAPTER...
+    python packages/one_answer.py BASE QUANTISED NAME=ADAPTER...
 
 Prints JSON: `backend`, the file of ggml's CPU backend; `kernels`, those of adapters; `weights`
 [n_adapter, n_layer]; `logits` [n_step, n_vocab] of greedy steps under them, and `tokens` [n_step];
