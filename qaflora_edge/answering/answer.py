@@ -290,7 +290,7 @@ class Writing:
         if isinstance(step, DraftStep):
             weights = self.core.weights_of(step.knower)
             if step.mix is not None:
-                weights = self.core.all_weights(fusion.adapters, step.mix)
+                weights = self.core.all_weights(fusion.adapters, np.asarray(step.mix, np.float32))
             return Request(
                 tokens,
                 weights,
