@@ -10,6 +10,7 @@ file beside this one, says which tests are left out, and why. The table in resul
 was counted; --write writes it there.
 """
 
+import argparse
 import contextlib
 import json
 import os
@@ -217,13 +218,15 @@ def table(counts: dict[str, dict[str, int]]) -> str:
 
 
 def main() -> int:
-    folder, *more = sys.argv[1:]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    parser.add_argument("--write", action="store_true", help="write the table that was counted")
+    asked, options = parser.parse_known_args()
     from llama_server import unpack
 
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    theirs = unpack(Path(folder)).resolve() / "tools" / "server" / "tests"
-    found = Path(folder).resolve() / "counts.json"
-    options = [each for each in more if each != "--write"]
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    theirs = unpack(asked.folder).resolve() / "tools" / "server" / "tests"
+    found = asked.folder.resolve() / "counts.json"
     command = [sys.executable, "-m", "pytest", "-p", "llama_server_tests", "-p", "no:cacheprovider"]
     paths = os.pathsep.join(
         [str(HERE), str(HERE.parent / "tests"), os.environ.get("PYTHONPATH", "")]
@@ -233,7 +236,7 @@ def main() -> int:
     if done.returncode or options:
         return done.returncode
     new = HEAD + table(json.loads(found.read_text(encoding="utf-8")))
-    if "--write" in more:
+    if asked.write:
         PAGE.write_text(new, encoding="utf-8")
     elif new != PAGE.read_text(encoding="utf-8"):
         print(f"{PAGE} has another table than was counted; --write writes this one:\n{new}")

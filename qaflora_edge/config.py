@@ -197,7 +197,7 @@ OPTIONS = (
                      "bench": 64}),
     Option("temperature", float, 0.0, "sampling", "--temp", section="Answer", low=0,
            defaults={"chat": 0.2, "serve": 0.2},  # small bases err soon above
-           help="Sample at this temperature; 0 is greedy."),
+           help="Sample at temperature X; 0 is greedy."),
     Option("top_p", float, 0.95, "sampling", "--top-p", low=0, high=1,
            help="Sample from the likeliest tokens that make up this much; 1 is all."),
     Option("top_k", int, 0, "sampling", "--top-k", low=0, high=2**31 - 1, noun=_TOKENS,

@@ -74,8 +74,7 @@ def _one_prompt(ctx: click.Context, param: click.Parameter, words: tuple[str, ..
 @click.option(
     "--no-draft",
     is_flag=True,
-    help="Answer under the schema or grammar at once. Else an adapter drafts in words before, "
-    "where it would not begin so by itself.",
+    help="Answer under them at once, with no draft.",
 )
 def run(
     bundle: str,
