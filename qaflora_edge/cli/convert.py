@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 @click.option(
     "--verify",
     is_flag=True,
-    help="Read the file back, compare the delta of each module with the source, and report the "
+    help="Read the file back, compare A and B of each module with the source, and report the "
     "largest difference; --json has it for each module. The file is kept only if rounding to its "
     "type explains them all.",
 )

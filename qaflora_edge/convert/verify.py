@@ -1,8 +1,8 @@
 """Verify a conversion: does the file that was written say what the PEFT adapter says?
 
-The delta `scale * B A` of each module is computed twice in float64, from the source and from the
-file as a runtime reads it, and compared entry by entry, a tile at a time. Of the code that converts
-only the order of rows and columns is taken, which the tests compare with transformers and peft.
+A and B of each module are read from the source, and from the file as a runtime reads it, and
+compared entry by entry; scales are compared in B. Of the code that converts only the order of rows
+and columns is taken, which the tests compare with transformers and peft.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,32 +12,29 @@ from pathlib import Path
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
-from qaflora_edge.arrays import F32, F64
+from qaflora_edge.arrays import F32
 from qaflora_edge.convert.layouts import Index
 from qaflora_edge.convert.plan import Planned, PlannedModule, SingleExperts
 from qaflora_edge.errors import ConversionError
 from qaflora_edge.formats.adapter import AdapterInfo, read_adapter_gguf, read_pair
 from qaflora_edge.progress import TellBytes, silent
 
-# Of a delta that are in memory.
-TILE_ROWS = 128
-TILE_COLUMNS = 128  # whole blocks of 8 bits
 FLOAT32_ROUNDING = 2.0**-22  # of alpha, of the factor in B and of their product, with room
 # The largest error of rounding a value, relative to it, and the smallest for tiny ones.
 _ROUNDING = {
     GGMLQuantizationType.F32: (0.0, 0.0),
     GGMLQuantizationType.F16: (2.0**-11, 2.0**-25),
     GGMLQuantizationType.BF16: (2.0**-8, 2.0**-134),
+    # Of a block's largest: half a step of 1/127, and a step that is itself rounded to float16.
+    GGMLQuantizationType.Q8_0: (0.5 / 127 + 2.0**-11, 127 * 2.0**-25),
 }
-# Half a step of 1/127 of the block's largest, and a step that is itself rounded to float16.
-_Q8_0_ROUNDING = (0.5 / 127 + 2.0**-11, 127 * 2.0**-25)
 
 
 @dataclass(frozen=True)
 class ModuleCheck:
     """How far one module of the file is from its source.
 
-    largest_difference  of an entry of the delta
+    largest_difference  of an entry of A or B
     of_allowed          the largest difference relative to what rounding explains; above 1 is wrong
     """
 
@@ -62,13 +59,6 @@ class Delta:
     left: F32
     right: F32
     scale: float
-
-    def rows(self, part: slice) -> F64:
-        """Give some rows of the left, with the scale."""
-        return self.scale * self.left[part].astype(np.float64)
-
-    def columns(self, part: slice) -> F64:
-        return self.right[:, part].astype(np.float64)
 
 
 def verify_conversion(
@@ -115,93 +105,46 @@ def verify_conversion(
 
 
 def _check_module(info: AdapterInfo, module: Planned) -> ModuleCheck:
-    scale = info.alpha / info.ranks[module.base_name]
-    largest = np.zeros(2)  # the largest difference, and share of what is allowed
-    sources = source_deltas(module)
-    in_file = stored_deltas(info, module)
-    for source, stored in zip(sources, in_file, strict=True):
-        allowed = _allowed(source, info, module, scale)
-        largest = np.maximum(largest, _compare(source, stored, allowed))  # it keeps NaN
-    difference, of_allowed = largest.tolist()
-    return ModuleCheck(module.name, module.base_name, difference, of_allowed)
-
-
-def _compare(source: Delta, stored: Delta, allowed: F64) -> F64:
-    """Compare two deltas: the largest difference, and its largest share of `allowed`.
-
-    allowed  [n_out]  what an entry of a row may differ by
-    returns  [2]
-    """
-    largest = np.zeros(2)
-    n_row = len(source.left)
-    n_column = source.right.shape[1]
-    for columns in _tiles(n_column, TILE_COLUMNS):
-        right = source.columns(columns)
-        stored_right = stored.columns(columns)
-        for rows in _tiles(n_row, TILE_ROWS):
-            with np.errstate(all="ignore"):  # a file that is wrong may hold anything
-                difference = stored.rows(rows) @ stored_right  # [tile rows, tile columns]
-                difference -= source.rows(rows) @ right
-                np.abs(difference, out=difference)
-                by_row = difference.max(axis=1)
-                ratio = by_row / allowed[rows]
-                share = np.where(by_row == 0, 0.0, ratio)
-            of_tile = (by_row.max(), share.max())
-            largest = np.maximum(largest, of_tile)
-    return largest
-
-
-def _allowed(source: Delta, info: AdapterInfo, module: Planned, scale: float) -> F64:
-    """Bound the change of each row of a delta by rounding its two sides to the file's types.
-
-    scale    of the file, which its left is stored without
-    returns  [n_out]  the largest change of an entry of the row
-    """
     kind_a = info.tensors[f"{module.base_name}.lora_a"].ggml_type
     kind_b = info.tensors[f"{module.base_name}.lora_b"].ggml_type
     # Blocks of 8 bits lie along the rows of the file: the ranks of an embedding's A and of B.
     is_embedding = isinstance(module, PlannedModule) and module.source.is_embedding
-    axis = 1
-    if is_embedding:
-        axis = 0
-    n_row = len(source.left)
-    rank, n_column = source.right.shape
-    size_right = np.zeros(rank)  # the largest of each rank
-    error_right = np.zeros(rank)
-    for columns in _tiles(n_column, TILE_COLUMNS):
-        right = source.columns(columns)
-        errors = _rounding(right, kind_a, axis)
-        size = np.abs(right).max(axis=1)
-        size_right = np.maximum(size_right, size)
-        error = errors.max(axis=1)
-        error_right = np.maximum(error_right, error)
-    allowed = np.empty(n_row)
-    for rows in _tiles(n_row, TILE_ROWS):
-        left = source.rows(rows) / scale
-        error_left = _rounding(left, kind_b, axis=1)
-        size_left = np.abs(left) + error_left
-        by_right = size_left @ error_right
-        by_left = error_left @ size_right
-        allowed[rows] = abs(scale) * (by_right + by_left)
-    return allowed
+    axis_a = 0 if is_embedding else 1
+    difference = 0.0
+    of_allowed = 0.0
+    sources = source_deltas(module)
+    in_file = stored_deltas(info, module)
+    for source, stored in zip(sources, in_file, strict=True):
+        left = source.left * np.float32(source.scale / stored.scale)
+        of_a = _compare(source.right, stored.right, kind_a, axis_a)
+        of_b = _compare(left, stored.left, kind_b, 1)
+        largest = np.maximum(of_a, of_b)  # it keeps NaN
+        difference, of_allowed = np.maximum(largest, (difference, of_allowed)).tolist()
+    return ModuleCheck(module.name, module.base_name, difference, of_allowed)
 
 
-def _tiles(n: int, n_tile: int) -> Iterator[slice]:
-    for begin in range(0, n, n_tile):
-        yield slice(begin, begin + n_tile)
+def _compare(
+    source: F32, stored: F32, kind: GGMLQuantizationType, axis: int
+) -> tuple[float, float]:
+    """Compare a side: the largest difference, and the largest share of what rounding explains.
 
-
-def _rounding(values: F64, kind: GGMLQuantizationType, axis: int) -> F64:
-    """returns  [*values.shape]  the largest error of storing each value as `kind`"""
-    size = np.abs(values)
+    source  [n, m]       to be stored as `kind`
+    stored  [n.., m..]   what is beyond the source has to be 0: experts are filled up to one rank
+    axis    along which blocks of 8 bits lie
+    """
+    expected = np.zeros_like(stored)
+    n_row, n_column = source.shape
+    expected[:n_row, :n_column] = source
+    relative, smallest = _ROUNDING[kind]
+    size = np.abs(expected)
+    rounded = size
     if kind == GGMLQuantizationType.Q8_0:
-        relative, smallest = _Q8_0_ROUNDING
-        largest = size.max(axis=axis, keepdims=True)
-        rounded = np.broadcast_to(largest, size.shape) * relative
-    else:
-        relative, smallest = _ROUNDING[kind]
-        rounded = size * relative
-    return rounded + smallest + size * FLOAT32_ROUNDING
+        rounded = size.max(axis=axis, keepdims=True)
+    allowed = rounded * relative + smallest + size * FLOAT32_ROUNDING
+    with np.errstate(all="ignore"):  # a file that is wrong may hold anything
+        difference = np.abs(stored - expected)
+        share = np.where(difference == 0, 0.0, difference / allowed)
+    return float(difference.max()), float(share.max())
 
 
 def source_deltas(module: Planned) -> Iterator[Delta]:
