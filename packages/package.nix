@@ -73,6 +73,7 @@ python3Packages.buildPythonApplication {
     numpy
     platformdirs
     prompt-toolkit
+    regex
     rich
     safetensors
     threadpoolctl

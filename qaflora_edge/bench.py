@@ -1,4 +1,4 @@
-"""The parts of `qaflora bench`: decode, ttft, decide, callers.
+"""The parts of `qaflora bench`: decode, ttft, callers.
 
 Contestants run in turn within a round, on a prompt that no round had before; each contestant of
 ttft has its own. A first round is thrown away. Ratios are taken within a round, then the median.
@@ -165,14 +165,10 @@ class Rig(contextlib.ExitStack):
         prompt = self._start + tokens
         return prompt[:n_token]
 
-    def draw_text(self, n_token: int) -> str:
-        tokens = self.draw(n_token)
-        data = self.model.detokenize(tokens)
-        return data.decode("utf-8", "replace")
-
     def draw_chat(self, engine: Engine, n_token: int) -> list[int]:
         """Draw a user turn of so many tokens, in the form of a chat where the base has one."""
-        text = self.draw_text(n_token)
+        tokens = self.draw(n_token)
+        text = self.model.detokenize(tokens).decode("utf-8", "replace")
         if not engine.has_chat_template:
             return engine.tokenize(text)
         message = {"role": "user", "content": text}
@@ -305,40 +301,6 @@ def measure_first_token(rig: Rig, engine: Engine, plan: Plan, tell: Tell) -> Ite
         row: Row = {"prompt_tokens": length, "name": name, "runs": its_runs}
         plain = runs[length, "plain"]
         row |= compared("ttft_ms", its_runs, of_plain=plain)
-        yield row
-
-
-def measure_decisions(rig: Rig, engine: Engine, plan: Plan, tell: Tell) -> Iterator[Row]:
-    """Choose one of some numbers for a text, alone and for eight callers at once."""
-
-    def run(length: int, strategy: str, n_choice: int, n_caller: int, _turn: int) -> Run:
-        texts = [rig.draw_text(length) for _ in range(n_caller)]
-        choices = [str(number) for number in range(n_choice)]
-        start = time.perf_counter()
-        with ThreadPoolExecutor(n_caller) as callers:
-            decide = partial(engine.decide, choices=choices, strategy=strategy)
-            decisions = callers.map(decide, texts)
-            list(decisions)  # raises what one raised
-        seconds = time.perf_counter() - start
-        return {"decisions_per_second": n_caller / seconds}
-
-    ours = engine.strategy
-    cases = {
-        "base": ("base", 4, 1),
-        ours: (ours, 4, 1),
-        f"{ours}, 16 choices": (ours, 16, 1),
-        f"{ours}, 8 at once": (ours, 4, 8),
-    }
-    contestants = {}
-    for length in plan.prompt_tokens:
-        for name, case in cases.items():
-            contestants[length, name] = partial(run, length, *case)
-    runs = take_turns(contestants, plan.repeat, partial(tell, "decide"))
-    for length, name in contestants:
-        its_runs = runs[length, name]
-        row: Row = {"prompt_tokens": length, "name": name, "runs": its_runs}
-        of_base = runs[length, "base"]
-        row |= compared("decisions_per_second", its_runs, of_base=of_base)
         yield row
 
 

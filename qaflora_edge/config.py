@@ -5,7 +5,6 @@ Of the file, `cli.settings` checks the options; `cache` and `bundles` are the li
 """
 
 import contextlib
-import json
 import os
 import re
 import sys
@@ -16,7 +15,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from qaflora_edge.errors import OptionError, SettingsError, nearest, wrong_option
+from qaflora_edge.errors import SettingsError, nearest, wrong_option
 
 MAX_CTX = 2**24  # tokens; some sequences of so many still fit llama.cpp's 32-bit counts
 MAX_PARALLEL = 256  # sequences of one context: llama-cparams.h LLAMA_MAX_SEQ
@@ -331,13 +330,6 @@ def shared_by(command: str) -> dict[str, Option]:
     return {k: o for k, o in SHARED.items() if not without & {o.name, *o.groups.split()}}
 
 
-def removed(name: str) -> str | None:
-    """What to do instead of a verb, flag, setting or keyword of 0.1 that was removed, if it was."""
-    path = Path(__file__).with_name("data") / "removed.json"
-    advice: dict[str, str] = json.loads(path.read_text("utf-8"))
-    return advice.get(name.removeprefix("--").removeprefix("no-").replace("-", "_"))
-
-
 def in_group(group: str) -> dict[str, Option]:
     """The options that something takes, by their names."""
     return {option.name: option for option in OPTIONS if group in option.groups.split()}
@@ -348,8 +340,6 @@ def check(group: str, values: Mapping[str, Any]) -> None:
     options = in_group(group)
     for name, value in values.items():
         if name not in options:
-            if instead := removed(name):
-                raise OptionError(instead)
             raise wrong_option(name, value, f"no such option; {group} takes {', '.join(options)}")
         option = options[name]
         if not (value is None and option.default is None) and not option.fits(value):
@@ -425,8 +415,6 @@ def wrong_value(path: Path, key: str, found: object, expected: str) -> SettingsE
 
 def unknown_key(path: Path, key: str, known: Iterable[str]) -> SettingsError:
     """The error for a key that is no setting, with the nearest one that is."""
-    if instead := removed(key.rpartition(".")[2]):
-        return SettingsError(f"Cannot use the settings in {path}: {instead} Remove the key {key}.")
     for option in OPTIONS:
         if option.old_flag and key.rpartition(".")[2] == option.old_flag.removeprefix("--"):
             raise SettingsError(

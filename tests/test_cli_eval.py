@@ -151,8 +151,6 @@ def test_table_and_json_show_every_item(calibrated, tmp_path) -> None:
     "case",
     [
         (("--json", "/nowhere/r.json"), 1, "the folder /nowhere does not take a new file"),
-        (("--html", "r.html"), 2, "The option html is gone; --json has all"),
-        (("--min-weight", "1"), 2, "The option min_weight is gone; use a strategy option such"),
         (("-o", "r.jsonl", "--json", "./r.jsonl"), 2, "r.jsonl is named twice; give each FILE a"),
         (("sums.jsonl",), 2, "Two tasks have one name: sums, sums, expected different ones"),
     ],

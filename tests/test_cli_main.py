@@ -214,9 +214,3 @@ def test_names_in_a_file_cannot_command_the_terminal(made, tmp_path) -> None:
     assert result.exit_code == 1
     assert "x\\x1b]0;title\\x07\\u202e .weight" in result.stderr
     assert all(char.isprintable() for char in result.stderr.rstrip("\n"))
-
-
-def test_a_removed_command_says_what_to_do_instead() -> None:
-    result = qaflora("push", "my-bundle", "me/mine")
-    assert result.exit_code == 2
-    assert "`qaflora push` is gone; `hf upload OWNER/NAME PATH` does the same" in result.stderr

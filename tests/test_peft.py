@@ -1,7 +1,6 @@
 """The PEFT reader, against PEFT itself and against damaged or richer adapters."""
 
 import json
-import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -359,7 +358,6 @@ def test_of_checkpoints_the_last_is_suggested(tmp_path) -> None:
 
 RANKS = "a whole number from 1 to 16384"
 ALPHAS = "a number from 1e-30 to 1e+30, or minus such"
-REGEX = "up to 256 characters, no repeated group, and few repeats and alternatives"
 FIELDS: list[tuple[dict[str, Any], str, str, str]] = [
     ({"peft_type": None}, "field peft_type", "null", '"LORA"'),
     ({"r": 0}, "field r", "0", RANKS),
@@ -369,12 +367,10 @@ FIELDS: list[tuple[dict[str, Any], str, str, str]] = [
     ({"use_rslora": "yes"}, "field use_rslora", '"yes"', "true or false"),
     ({"rank_pattern": [1]}, "field rank_pattern", "[1]", "an object of up to 16384 patterns"),
     ({"alpha_pattern": {"q": "x"}}, "field alpha_pattern.q", '"x"', ALPHAS),
-    ({"rank_pattern": {"(a+)+": 1}}, "a pattern", '"(a+)+"', REGEX),
-    ({"rank_pattern": {".*.*.*.*": 1}}, "a pattern", '".*.*.*.*"', REGEX),
     ({"alpha_pattern": {"[": 1}}, "a pattern", '"["',
-     "a regular expression (unterminated character set at position 0)"),
-    ({"rank_pattern": {"(a|aa)" * 30: 1}}, "a pattern",
-     f'"{"(a|aa)" * 30}'[:77] + "...", REGEX),
+     "a regular expression (unterminated character set at position 1)"),
+    ({"rank_pattern": {"a" * 257: 1}}, "a pattern", f'"{"a" * 257}'[:77] + "...",
+     "up to 256 characters"),
     ({"target_modules": [3]}, "field target_modules[0]", "3", "a name"),
     ({"layers_to_transform": [0.5]}, "field layers_to_transform[0]", "0.5", "a layer"),
     ({"bias": "some"}, "field bias", '"some"', "'none', 'all' or 'lora_only'"),
@@ -410,22 +406,19 @@ def test_config_that_is_no_json_object_is_refused(tmp_path, content, reason) -> 
     )
 
 
-def test_patterns_that_take_long_with_many_modules_are_refused(tmp_path) -> None:
+def test_patterns_that_take_long_are_refused(tmp_path, monkeypatch) -> None:
     a, b = np.ones((4, 8), np.float32), np.ones((8, 4), np.float32)
-    tensors = {}
-    for layer in range(100):
-        name = f"base_model.model.{'a' * 150}.{layer}.q_proj"
-        tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
-    slow = "(a|aa)(a|aa)(a|aa).*a.*a.*x"
-    folder = write_pair(tmp_path / "a", tensors, rank_pattern={slow: 4})
-    told = refused(PeftConfigError, read_peft, folder)
-    steps = 8 * math.comb(160 + 4, 4) * 100
-    assert told == (
-        f"Cannot use {folder / 'adapter_config.json'}: matching its patterns with 100 modules "
-        f"takes up to {steps} steps; expected at most {1 << 31}. Write the patterns with fewer "
-        "repeats and alternatives, or save the adapter again."
+    name = "a" * 150
+    module = f"base_model.model.{name}"
+    tensors = {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+    monkeypatch.setattr("qaflora_edge.peft.config._Clock.left_s", 0.05)
+    folder = write_pair(tmp_path / "a", tensors, rank_pattern={"(a|aa)+$b": 4})
+    assert refused(PeftConfigError, read_peft, folder) == (
+        f"Cannot use {folder / 'adapter_config.json'}: matching its patterns with its modules "
+        f"takes more than 5 s, expected less; it ended at {name} with (.*\\.)?((a|aa)+$b). "
+        "Write the patterns with fewer repeats and alternatives, or save the adapter again."
     )
-    assert len(read_peft(write_pair(folder, tensors, rank_pattern={".*a.*x": 4})).modules) == 100
+    assert len(read_peft(write_pair(folder, tensors, rank_pattern={".*a.*x": 4})).modules) == 1
 
 
 def test_adapter_without_lora_is_refused(tmp_path) -> None:

@@ -13,7 +13,6 @@ import click
 from click.core import ParameterSource
 
 from qaflora_edge import __version__
-from qaflora_edge.config import removed
 from qaflora_edge.errors import OutputFileError, QafloraError, is_disk_full, nearest
 from qaflora_edge.files import one_line
 
@@ -94,8 +93,6 @@ class VerbGroup(click.Group):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
-            if instead := removed(args[0]):
-                raise click.UsageError(instead, ctx) from error
             near = nearest(args[0], VERBS)
             hint = f" Did you mean {near!r}?" if near else ""
             raise click.UsageError(f"{error.message}{hint}", ctx) from error
@@ -126,10 +123,6 @@ class VerbGroup(click.Group):
             code = super().main(*args, **kwargs)
         except QafloraError as error:
             _fail(str(error))
-        except click.NoSuchOption as error:
-            instead = removed(error.option_name)
-            (click.UsageError(instead, error.ctx) if instead else error).show()
-            sys.exit(error.exit_code)
         except click.ClickException as error:
             _with_variable(error).show()
             sys.exit(error.exit_code)

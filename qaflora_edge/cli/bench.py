@@ -25,7 +25,7 @@ from qaflora_edge.show.text import columns
 if TYPE_CHECKING:
     from qaflora_edge.bundles.open import BundleFiles
 
-PARTS = ("callers", "decide", "decode", "ttft")
+PARTS = ("callers", "decode", "ttft")
 Row = Mapping[str, Any]
 
 
@@ -79,7 +79,7 @@ def bench(
     llama_set_adapters_lora (stock), and of as many fused by us; each at weight 1/k. ttft: the time
     to the first token under several strategies, each with a prompt of its own, as a multiple of
     the base's prefill (plain). callers: decoding for --callers at once, each with a mix of
-    its own, next to the base in one batch. decide: decisions a second, of four choices.
+    its own, next to the base in one batch.
     """
     from qaflora_edge.bundles.open import load_bundle
 
@@ -125,9 +125,6 @@ def _measured(
             with alone as base, Engine(loaded.place, **many) as ours:
                 both = {"base": base, "ours": ours}
                 measured["callers"] = [*parts.measure_callers(rig, both, plan, tell)]
-        if "decide" in only and rig.model.chat_template:
-            with Engine(loaded.place, **engine_options) as engine:
-                measured["decide"] = [*parts.measure_decisions(rig, engine, plan, tell)]
         if "decode" in only:
             measured["decode"] = [*parts.measure_decode(rig, plan, tell)]
         if "ttft" in only:

@@ -10,7 +10,7 @@ from qaflora_edge.cli.answers import print_json
 from qaflora_edge.cli.prompts import read_prompts
 from qaflora_edge.errors import OutputFileError
 from qaflora_edge.files import write_text_atomic
-from qaflora_edge.show.text import print_heatmap, visible, who_spoke
+from qaflora_edge.show.text import picture, print_heatmap, visible, who_spoke
 
 if TYPE_CHECKING:
     from qaflora_edge.answering.decide import Decision
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 @cli.json_option()
 @click.option(
     "--plot",
-    help="Draw the weights to FILE.svg. A browser shows it, and a cell's numbers where one points "
-    "at it.",
+    help="Draw what is printed to FILE.svg, which a browser shows.",
     **cli.out_file(".svg"),
 )
 @cli.shared_options
@@ -53,8 +52,6 @@ def weights(
     else:
         print_heatmap(fusion)
     if plot is not None:
-        from qaflora_edge.show.picture import picture
-
         write_text_atomic(plot, picture(fusion, text, subject(bundle)))
 
 

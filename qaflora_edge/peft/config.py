@@ -1,18 +1,20 @@
 """adapter_config.json of PEFT or MLX: rank and scale of each module, and what is refused.
 
-What a plain LoRA cannot represent is refused by its own name. Patterns take bounded time.
+What a plain LoRA cannot represent is refused by its own name. Patterns take bounded time: `regex`
+is `re` with a time limit.
 """
 
 import contextlib
 import functools
 import json
 import math
-import re
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
+import regex
 from msgspec import Meta, Struct
 
 from qaflora_edge.errors import PeftConfigError, UnsupportedAdapterError
@@ -24,14 +26,15 @@ from qaflora_edge.formats.inputs import (
     expected_of,
     read_as,
     read_json_file,
+    shortened,
     shown,
 )
 from qaflora_edge.formats.names import CONFIG_FILE
 
 MAX_CONFIG_BYTES = 1 << 22
 MAX_PATTERN_LENGTH = 256
-MAX_STEPS = 1 << 27  # to match a pattern with a long name: three unbounded repeats, 46 choices
-MAX_WORK = 1 << 31  # steps to match all patterns with all modules; half a minute
+MATCH_S = 5.0  # of the processor, to match all patterns with all modules
+LEAST_S = 1e-3  # that a match may take
 MERGE = "Merge the adapter into its base, or train a plain LoRA."
 CONVERT = "Save it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)."
 # Named initialisations that leave the base as it is; others subtract their start from the base.
@@ -40,11 +43,8 @@ PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 # peft/utils/peft_types.py): why, and what to do. Tensors: a pattern of the name -> what it is.
 REFUSED: Object = json.loads(package_data("data/refused.json").read_text("utf-8"))
 _OTHER_TYPE = ("only LoRA can be represented", MERGE)
-_UNBOUNDED = re.compile(r"[*+{]")
-_REPEATED_GROUP = re.compile(r"\)[*+{]")
-_IN_BRACKETS = re.compile(r"\[\^?\]?[^\]]*\]")
-Rule = Collection[str] | str  # modules, by names or ends of names, or one expression
-
+# Modules, by names or ends of names, or by one expression.
+Rule: TypeAlias = Collection[str] | regex.Pattern[str]
 
 Rank = Annotated[int, Meta(title="a whole number from 1 to 16384", ge=1, le=16384)]
 # From 1e-30 up or down; zero is refused apart.
@@ -99,6 +99,19 @@ class MlxFields(Struct, frozen=True, kw_only=True):
     model: ModuleName | None = None
 
 
+class _Clock:
+    """Bound the time that patterns of one config take."""
+
+    left_s = MATCH_S
+
+    def matches(self, pattern: regex.Pattern[str], text: str) -> bool:
+        """Match a whole text. Raises TimeoutError."""
+        start_s = time.thread_time()
+        match = pattern.fullmatch(text, timeout=max(LEAST_S, self.left_s))
+        self.left_s -= time.thread_time() - start_s
+        return match is not None
+
+
 @dataclass(frozen=True)
 class PeftConfig:
     """What decides the size and the scale of each module of a LoRA.
@@ -110,6 +123,7 @@ class PeftConfig:
     bias        "none", or which of the base's biases were trained, if it has any
     version     of the PEFT that wrote it, if it says so
     mlx_scale   the scale of every module where MLX wrote the folder; None: PEFT did
+    clock       of all its patterns
     """
 
     path: Path
@@ -127,31 +141,46 @@ class PeftConfig:
     base_name: str | None = None
     version: str | None = None
     mlx_scale: float | None = None
+    clock: _Clock = field(default_factory=_Clock, repr=False, compare=False)
 
     def rank_of(self, module: str) -> int:
-        return self.rank_pattern.get(_matching_key(self.rank_pattern, module), self.rank)
+        key = self._matching_key(self.rank_pattern, module)
+        return self.rank_pattern.get(key, self.rank)
 
     def scale_of(self, module: str) -> float:
         """Give alpha/rank, or alpha/sqrt(rank) for rsLoRA."""
         if self.mlx_scale is not None:
             return self.mlx_scale
         rank = self.rank_of(module)
-        alpha = self.alpha_pattern.get(_matching_key(self.alpha_pattern, module), self.alpha)
+        key = self._matching_key(self.alpha_pattern, module)
+        alpha = self.alpha_pattern.get(key, self.alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
-    def check_modules(self, modules: Collection[str]) -> None:
-        """Refuse patterns that would take very long to match with these modules."""
-        n_char = max(map(len, modules), default=0)
-        keys = (*self.rank_pattern, *self.alpha_pattern)
-        work = sum(_match_work(key, n_char, n_repeat=1) for key in keys)
-        rules = (self.targets, self.excluded)
-        work += sum(_match_work(rule, n_char) for rule in rules if isinstance(rule, str))
-        if work * len(modules) > MAX_WORK:
+    def _matches(self, pattern: regex.Pattern[str], module: str) -> bool:
+        try:
+            return self.clock.matches(pattern, module)
+        except TimeoutError as error:
             raise PeftConfigError(
-                f"Cannot use {self.path}: matching its patterns with {len(modules)} modules takes "
-                f"up to {work * len(modules)} steps; expected at most {MAX_WORK}. Write the "
-                "patterns with fewer repeats and alternatives, or save the adapter again."
-            )
+                f"Cannot use {self.path}: matching its patterns with its modules takes more than "
+                f"{MATCH_S:g} s, expected less; it ended at {module} with "
+                f"{shortened(pattern.pattern)}. Write the patterns with fewer repeats and "
+                "alternatives, or save the adapter again."
+            ) from error
+
+    def _is_in(self, rule: Rule, module: str) -> bool:
+        if isinstance(rule, regex.Pattern):
+            return self._matches(rule, module)
+        return is_named(rule, module)
+
+    def _matching_key(self, patterns: Mapping[str, object], module: str) -> str:
+        """Give the first key that matches the module's name or the end of it at a dot.
+
+        As PEFT 0.21 does, peft/utils/other.py get_pattern_key.
+        """
+        for key in patterns:
+            if self._matches(_compile_key(key), module):
+                return key
+        return module
 
     def mismatch(self, found: str) -> PeftConfigError:
         """Make the error of a config that says something else than the tensors."""
@@ -161,15 +190,14 @@ class PeftConfig:
     def check_target(self, module: str) -> None:
         """Refuse a module that has tensors but is not adapted by the config.
 
-        As PEFT 0.21 does, peft/tuners/tuners_utils.py check_target_module_exists, but where an
-        expression takes long the tensors decide.
+        As PEFT 0.21 does, peft/tuners/tuners_utils.py check_target_module_exists.
         """
         targets = self.targets or {module}
-        layer = re.match(r".*?\.[^.]*\.(\d+)\.", module)
+        layer = regex.match(r".*?\.[^.]*\.(\d+)\.", module)
         is_in_layers = not self.layers or (layer is not None and int(layer[1]) in self.layers)
-        is_free = isinstance(targets, str) or module in targets or is_in_layers
-        is_in = is_free and is_named(targets, module)
-        if not is_in or is_named(self.excluded or (), module):
+        is_free = isinstance(targets, regex.Pattern) or module in targets or is_in_layers
+        is_in = is_free and self._is_in(targets, module)
+        if not is_in or self._is_in(self.excluded or (), module):
             names = "target_modules, exclude_modules and layers_to_transform do"
             name = names if self.mlx_scale is None else "lora_parameters.keys does"
             raise self.mismatch(
@@ -281,19 +309,18 @@ def _check_alpha(field: str, alpha: float) -> None:
 
 
 def _names_of(value: Any) -> Rule | None:
-    """Give names of modules or an expression for them; None for nothing, or what takes long."""
+    """Give names of modules or an expression for them; None for nothing, or what is none."""
     if isinstance(value, str):
-        if value.lower() != "all-linear" and _is_bounded(value):
-            with contextlib.suppress(re.error, RecursionError, OverflowError):
-                return re.compile(value).pattern
+        if value.lower() != "all-linear" and len(value) <= MAX_PATTERN_LENGTH:
+            with contextlib.suppress(regex.error, RecursionError, OverflowError):
+                expression: Rule = regex.compile(value)
+                return expression
         return None
     return frozenset(value) if value else None
 
 
-def is_named(targets: Rule, module: str) -> bool:
-    """Tell whether a target is the module's name, or the end of it at a dot, or matches it."""
-    if isinstance(targets, str):
-        return bool(re.fullmatch(targets, module))
+def is_named(targets: Collection[str], module: str) -> bool:
+    """Tell whether a target is the module's name, or the end of it at a dot."""
     parts = module.split(".")
     return any(".".join(parts[begin:]) in targets for begin in range(len(parts)))
 
@@ -337,67 +364,19 @@ def _mlx_config(path: Path, fields: MlxFields) -> PeftConfig:
 
 
 def _check_key(path: Path, key: str) -> None:
-    """Refuse a key of rank_pattern or alpha_pattern that is no expression, or takes long."""
-    if not _is_bounded(key):
-        raise _wrong(
-            path,
-            f"a pattern is {shown(key)}, expected up to {MAX_PATTERN_LENGTH} characters, no "
-            "repeated group, and few repeats and alternatives",
-        )
+    """Refuse a key of rank_pattern or alpha_pattern that is no expression, or long."""
+    if len(key) > MAX_PATTERN_LENGTH:
+        expected = f"up to {MAX_PATTERN_LENGTH} characters"
+        raise _wrong(path, f"a pattern is {shown(key)}, expected {expected}")
     try:
-        re.compile(key)  # alone first, for the position in the message
+        regex.compile(key)  # alone first, for the position in the message
         _compile_key(key)
-    except (re.error, RecursionError, OverflowError) as error:
+    except (regex.error, RecursionError, OverflowError) as error:
         raise _wrong(
             path, f"a pattern is {shown(key)}, expected a regular expression ({error})"
         ) from error
 
 
 @functools.lru_cache(maxsize=1 << 14)  # patterns
-def _compile_key(key: str) -> re.Pattern[str]:
-    return re.compile(rf"(.*\.)?({key})$")
-
-
-def _is_bounded(pattern: str) -> bool:
-    """Tell whether matching takes few steps; with a repeated group they may be exponential."""
-    is_short = len(pattern) <= MAX_PATTERN_LENGTH and not _REPEATED_GROUP.search(_plain(pattern))
-    return is_short and _match_work(pattern, MAX_PATTERN_LENGTH) <= MAX_STEPS
-
-
-def _matching_key(patterns: Mapping[str, object], module: str) -> str:
-    """Give the first key that matches the module's name or the end of it at a dot.
-
-    As PEFT 0.21 does, peft/utils/other.py get_pattern_key.
-    """
-    return next((key for key in patterns if _compile_key(key).match(module)), module)
-
-
-def _match_work(pattern: str, n_char: int, *, n_repeat: int = 0) -> int:
-    """Bound the steps of matching a bounded pattern with a name: choices times places of repeats.
-
-    n_repeat  unbounded repeats that are put around the pattern
-    """
-    plain = _plain(pattern)
-    n_repeat += len(_UNBOUNDED.findall(plain))
-    return _n_choice(plain) * math.comb(n_char + n_repeat, n_repeat)
-
-
-def _plain(pattern: str) -> str:
-    """Put a dot in place of escaped signs and of sets, whose signs have no meaning."""
-    return _IN_BRACKETS.sub(".", re.sub(r"\\.", ".", pattern, flags=re.DOTALL))
-
-
-def _n_choice(plain: str) -> int:
-    """Multiply the alternatives of each group, and two for each optional part."""
-    n_choice = 1
-    open_groups = [1]
-    for before, sign in zip(" " + plain, plain, strict=False):
-        if sign == "(":
-            open_groups.append(1)
-        elif sign == "|":
-            open_groups[-1] += 1
-        elif sign == ")" and len(open_groups) > 1:
-            n_choice *= open_groups.pop()
-        elif sign == "?" and before not in "(*+?}":
-            n_choice *= 2
-    return n_choice * math.prod(open_groups)
+def _compile_key(key: str) -> regex.Pattern[str]:
+    return regex.compile(rf"(.*\.)?({key})")

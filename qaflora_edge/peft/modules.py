@@ -168,7 +168,6 @@ def make_modules(config: PeftConfig, tensors: Mapping[str, StoredTensor]) -> dic
             f"Cannot use the adapter {config.path.parent}: its weights hold no lora_{sides[0]} or "
             f"lora_{sides[1]}; expected a trained LoRA. Save the adapter again."
         )
-    config.check_modules(pairs)
     parameters = _parameter_names(config, pairs)
     modules = {}
     for name, pair in pairs.items():

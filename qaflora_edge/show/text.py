@@ -1,6 +1,8 @@
 """Text made safe for a terminal, a page or a picture; weights in words and as a heatmap."""
 
+import io
 import math
+import re
 import sys
 import unicodedata
 from bisect import bisect
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from typing import TextIO
 
+    from rich.console import Console
     from rich.table import Table
 
     from qaflora_edge.weighing.plan import FusionWeights
@@ -22,6 +25,7 @@ EQUAL = 1e-6  # weights are shares in float32: closer ones are one weight
 TICK = 5  # a label at every fifth layer
 NAME_MAX = 20  # columns of a terminal
 CELL_MAX = 3  # columns of a terminal
+LABEL_MAX = 100  # characters of a label of a picture
 N_ALL = 12  # adapters that are all shown; of more, the first N_TOP
 N_TOP = 5
 CHARS_MAX = 2000  # of a label that are looked at: no picture has room for more
@@ -252,6 +256,27 @@ def print_heatmap(
     blocks = ASCII_BLOCKS
     if can_show(f"{BLOCKS}·", stream.encoding):
         blocks = BLOCKS
+    _print(fusion, console, blocks)
+
+
+def picture(fusion: "FusionWeights", label: str, subject: str) -> str:
+    """Draw an SVG file of what the terminal shows; nothing in it asks a host or runs.
+
+    label    of the query
+    subject  names of bundle and base, which stand above
+    """
+    from rich.console import Console
+
+    n_layer = fusion.weights.shape[1]
+    width = max(LABEL_MAX, NAME_MAX + CELL_MAX * n_layer + 25)
+    console = Console(file=io.StringIO(), record=True, width=width, highlight=False, markup=False)
+    console.print(crop(label, LABEL_MAX))
+    _print(fusion, console, BLOCKS)
+    drawn = console.export_svg(title=crop(subject, LABEL_MAX))
+    return re.sub(r"@font-face \{.*?\}", "", drawn, count=2, flags=re.DOTALL)
+
+
+def _print(fusion: "FusionWeights", console: "Console", blocks: str) -> None:
     console.print(visible(who_spoke(fusion)))
     reason = why(fusion)
     if reason:
