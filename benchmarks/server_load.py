@@ -306,10 +306,9 @@ def main() -> None:
             calls += [partial(client.run_probes, alone, until) for client in clients[n:]]
             all_at_once(calls)
             clients[0].rest()
-            kept_mb = clients[0].metric("prefix_cache_bytes") / 1e6
-            own_mb = memory_mb("RssAnon", process.pid) - kept_mb
+            own_mb = memory_mb("RssAnon", process.pid)
             rss_mb = memory_mb("VmRSS", process.pid)
-            found = {"own_mb": own_mb, "kept_mb": kept_mb, "rss_mb": rss_mb}
+            found = {"own_mb": own_mb, "rss_mb": rss_mb}
             rests.append({name: round(value, 1) for name, value in found.items()})
             print(rests[-1], file=sys.stderr, flush=True)
     seen: Counter[str] = sum((client.seen for client in clients), Counter())

@@ -174,11 +174,6 @@ class Engine:
         """Name every strategy that needs no argument and can be followed here."""
         return self.memory.current.weigher.followed
 
-    @property
-    def prefix_cache_bytes(self) -> int:
-        """Give the size of the cached prefixes, which qa-flora and its kin keep."""
-        return self._core.prober.prefixes.n_byte
-
     def add_adapter(self, name: str | None, path: AnyPath, progress: Tell = silent) -> str:
         """Load an adapter, which takes part from the next call on, and give its name.
 

@@ -76,10 +76,6 @@ class KvState:
     def tokens(self) -> list[int]:
         return self.sequences[0][1]
 
-    @property
-    def n_byte(self) -> int:
-        return sum(data.size for *_, data in self.sequences)
-
 
 class Context(library.Handle):
     """Run sequences of one base with one pack, each under its own weights, 0 at first.
@@ -226,11 +222,6 @@ class Context(library.Handle):
     def kv_state_of(self, seq: int) -> KvState:
         """Copy the KV state of one sequence, as the first of another context."""
         return KvState([(0, list(self.tokens[seq]), self._sequence(seq))])
-
-    @property
-    def n_kv_byte(self) -> int:
-        sizes = [self.n_byte_of(seq) for seq, tokens in enumerate(self.tokens) if tokens]
-        return sum(sizes)
 
     def load_kv_state(self, state: KvState) -> None:
         """Replace the KV state by another context's, prefilled under the weights that are set here.

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _N_ANSWER = 2048  # tokens that an answer without a limit has at least, where the context has them
-_N_PREFIX_BYTE = 128 << 20  # of KV states that qa-flora and its kin keep of earlier prompts
 _process: int | None = None  # in which the library computed first
 
 
@@ -139,7 +138,6 @@ class Core:
             self.pack,
             self.options,
             infos=self._infos,
-            n_prefix_byte=_N_PREFIX_BYTE,
         )
         self._resources.callback(prober.close)
         return prober

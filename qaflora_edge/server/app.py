@@ -147,14 +147,8 @@ async def metrics(request: Request) -> Response:
     n_waiting = state.models.queue.waiting.total()
     gauges.waiting.set(n_waiting)
     gauges.running.set(len(state.running) - n_waiting)
-    n_loaded = 0
-    n_byte = 0
-    for model in state.models.by_name.values():
-        if model.engine:
-            n_loaded += 1
-            n_byte += model.engine.prefix_cache_bytes
-    gauges.loaded.set(n_loaded)
-    gauges.prefix_cache.set(n_byte)
+    loaded = [model for model in state.models.by_name.values() if model.engine]
+    gauges.loaded.set(len(loaded))
     text = generate_latest(gauges.registry)
     return Response(text, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 

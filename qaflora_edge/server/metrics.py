@@ -24,7 +24,6 @@ class Metrics:
         self.running = self._new(Gauge, "requests_running", "Requests that are computed now.")
         self.waiting = self._new(Gauge, "requests_waiting", "Requests that wait for a slot.")
         self.loaded = self._new(Gauge, "bundles_loaded", "Bundles that are open.")
-        self.prefix_cache = self._new(Gauge, "prefix_cache_bytes", "KV states kept of prompts.")
         of_prompts = self._new(Counter, "prompt_tokens", "Tokens of prompts.", "model")
         of_answers = self._new(Counter, "completion_tokens", "Tokens of answers.", "model")
         self._tokens = {"prompt_tokens": of_prompts, "completion_tokens": of_answers}

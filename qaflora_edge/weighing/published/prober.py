@@ -3,7 +3,7 @@
 Work is cut at micro-batches: a generator yields between them, for its driver's other requests.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 
 from qaflora_edge.arrays import F32, F64
-from qaflora_edge.backend.batch import Chunks
 from qaflora_edge.backend.branches import GrowingContext, Ids, Steps, prefill, wiped_on_failure
-from qaflora_edge.backend.context import Context, KvState, n_ctx_for
+from qaflora_edge.backend.context import Context, n_ctx_for
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.adapter import AdapterInfo, read_adapter_gguf
@@ -25,7 +24,6 @@ from qaflora_edge.weighing.strategy import Measure, Routing, Span
 
 Rows = Sequence[int]  # numbers of adapters
 RowKey = tuple[int, ...]  # the same
-_N_WORTH = 64  # tokens; to prefill fewer again is as quick as to keep them
 PLACES = ("answer", "question")  # the last token, where the answer begins; the question's mean
 
 
@@ -88,92 +86,13 @@ class _Routing(Listener):
         return weights, sizes
 
 
-class Prefixes:
-    """Cache KV states of prefilled prompts; the least recently used one is dropped first.
-
-    n_byte  limit of all states together; 0 keeps none
-
-    key, in all methods: stands for a state's sequences, of contexts that were made alike.
-    """
-
-    def __init__(self, n_byte: int) -> None:
-        self._n_most = n_byte
-        self._entries: list[tuple[Hashable, KvState]] = []  # the most recently used one last
-
-    @property
-    def n_byte(self) -> int:
-        return sum(state.n_byte for _, state in self._entries)
-
-    def go_on(
-        self,
-        context: Context,
-        key: Hashable,
-        tokens: Ids,
-        chunks: Chunks,
-        *,
-        n_exact: int | None = None,
-        n_after: int = 0,
-    ) -> int:
-        """Reuse the KV state of a prompt's beginning, from this context or another prompt.
-
-        n_exact  tokens that the context holds in the chunks of a whole prompt; by default all
-        n_after  tokens that will follow the prompt in any case
-        returns  how many tokens are held: up to where both prompts have the same chunks, so that
-                 the rest comes out the same bits as in a prefill of all
-        """
-        read = context.tokens[0][:n_exact]
-        n_held = chunks.n_shared(read, tokens, n_after)
-        n_kept = 0  # tokens of the best state that is kept
-        best = -1
-        for index, (other_key, state) in enumerate(self._entries):
-            if other_key != key:
-                continue
-            n_shared = chunks.n_shared(state.tokens, tokens, n_after)
-            if n_shared > n_kept:
-                n_kept = n_shared
-                best = index
-        if n_kept:
-            self._entries.append(self._entries.pop(best))
-        if n_kept < n_held + _N_WORTH:
-            if len(read) >= n_held + _N_WORTH:
-                self.keep(key, context, n_exact)
-            return context.keep_first(n_held)
-        _, state = self._entries[-1]
-        self.keep(key, context, n_exact)
-        context.load_kv_state(state)
-        return context.keep_first(n_kept)
-
-    def keep(self, key: Hashable, context: Context, n_exact: int | None = None) -> None:
-        """Keep a copy of a context's KV state, cut to n_exact tokens.
-
-        States that it contains are dropped, and the oldest ones beyond the limit.
-        """
-        if n_exact is not None and len(context.tokens[0]) > n_exact:
-            context.keep_first(n_exact)
-        if not context.tokens[0] or context.n_kv_byte > self._n_most:
-            return
-        state = context.kv_state()
-        chunks = context.chunks(len(state.sequences))
-        kept = []
-        for other_key, other in self._entries:
-            n_shared = chunks.n_shared(state.tokens, other.tokens, n_after=1)
-            is_contained = n_shared == len(other.tokens)
-            if other_key != key or not is_contained:
-                kept.append((other_key, other))
-        kept.append((key, state))
-        self._entries = kept
-        while self.n_byte > self._n_most:
-            del self._entries[0]
-
-
 class Prober:
     """Measure with sequences of one context: the base, then each adapter alone at weight 1.
 
-    infos     the adapters' facts, where they were read before
-    n_prefix_byte  of the prefix cache; 0: only the last query's KV state is reused
+    infos  the adapters' facts, where they were read before
 
-    Two measures of one query in turn cost one pass. Listeners and mean_states() measure with the
-    base alone: one pass, however many adapters there are.
+    The last query's KV state is reused. Two measures of one query in turn cost one pass. Listeners
+    and mean_states() measure with the base alone: one pass, however many adapters there are.
 
     rows, in all methods: which adapters of the pack are measured, in ascending order.
     """
@@ -185,9 +104,7 @@ class Prober:
         options: dict[str, Any],
         *,
         infos: Sequence[AdapterInfo] | None = None,
-        n_prefix_byte: int = 0,
     ) -> None:
-        self.prefixes = Prefixes(n_prefix_byte)
         self._model = model
         self._pack = pack
         self._options = options
@@ -277,7 +194,6 @@ class Prober:
         context = self._contexts.for_query(len(asked.tokens))
         with wiped_on_failure(context):
             if asked.rows != self._rows:
-                self.prefixes.keep(self._rows, context, self._n_exact)
                 context.clear()
                 self._rows = ()  # right at any interruption: the base has no weights
                 self._set_weights(context, asked.rows)
@@ -328,10 +244,11 @@ class Prober:
         return np.stack([last, question])
 
     def _reuse(self, context: Context, tokens: Ids, n_after: int = 0) -> int:
+        """Keep what the last query begins alike: as many tokens as come out the same bits."""
         chunks = context.chunks(1 + len(self._rows))
-        return self.prefixes.go_on(
-            context, self._rows, tokens, chunks, n_exact=self._n_exact, n_after=n_after
-        )
+        held = context.tokens[0][: self._n_exact]
+        n_shared = chunks.n_shared(held, tokens, n_after)
+        return context.keep_first(n_shared)
 
     def _states(self, context: Context) -> F32:
         order = self._in_order(self._rows)
