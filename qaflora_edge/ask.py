@@ -1,6 +1,6 @@
 """What a caller wants: a prompt, who answers it, how, and how tokens are chosen.
 
-Every edge makes an Ask: commands, `llm`, evaluation, each dialect of HTTP, and the keywords of
+Every edge makes an Ask: commands, evaluation, each dialect of HTTP, and the keywords of
 Engine. Its values are checked here, once, by `config`.
 """
 

@@ -1,6 +1,6 @@
 """Every option, declared once; and the user's settings file.
 
-Commands, settings, `llm`, Python calls, server requests and docs/settings.md are made from it.
+Commands, settings, Python calls, server requests and docs/settings.md are made from it.
 Of the file, `cli.settings` checks the options; `cache` and `bundles` are the library's as well.
 """
 
@@ -192,7 +192,7 @@ OPTIONS = (
            help="Give each worker and then each GPU this share of the layers."),
     Option("max_tokens", int, None, "sampling", "--max-tokens", "-n", "Answer", low=0, noun=_TOKENS,
            help="Generate at most so many tokens.", aliases=("max_completion_tokens",),
-           defaults={"run": 512, "chat": 512, "llm": 512, "eval": 512, "compare": 256,
+           defaults={"run": 512, "chat": 512, "eval": 512, "compare": 256,
                      "bench": 64}),
     Option("temperature", float, 0.0, "sampling", "--temp", section="Answer", low=0,
            defaults={"chat": 0.2, "serve": 0.2},  # small bases err soon above

@@ -83,11 +83,6 @@ def named_bundles() -> dict[str, Path]:
     return by_name
 
 
-def pulled_bundles() -> dict[str, Path]:
-    """Map owner/name to every complete bundle that `qaflora pull` has fetched."""
-    return {name: path for name, path, _ in pulled() if is_bundle(path)}
-
-
 def hub_cache_dir() -> Path:
     """Name the folder that the Hub's own library caches in."""
     from huggingface_hub import constants

@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import click
 import tiny
 from click.testing import CliRunner, Result
 
@@ -17,6 +18,8 @@ from qaflora_edge.bundles import edit as measure
 from qaflora_edge.bundles.create import create_bundle
 from qaflora_edge.bundles.edit import add_adapters, calibrate
 from qaflora_edge.cli import main
+from qaflora_edge.cli.options import SharedOptions, shared_options
+from qaflora_edge.cli.settings import attach_variables, file_defaults
 from qaflora_edge.formats.inputs import checksum
 
 # Measuring with all of them takes seconds.
@@ -125,3 +128,17 @@ def snapshot(folder: Path) -> dict[str, str]:
         else ""
         for path in sorted(folder.rglob("*"))
     }
+
+
+def shared_settings(table: str) -> SharedOptions:
+    """The shared options as environment and file set them, without a command line."""
+
+    def nothing(options: SharedOptions) -> SharedOptions:
+        return options
+
+    nothing.__name__ = table
+    taking = click.command()(shared_options(nothing))
+    attach_variables(table, taking)
+    with taking.make_context(table, [], default_map=file_defaults(table)) as context:
+        chosen: SharedOptions = taking.invoke(context)
+    return chosen

@@ -16,7 +16,7 @@ FENCE = re.compile(r"^ *```(?P<language>\S*)\s*$")
 NOT_RUN = re.compile(r"^<!-- not run: (?P<reason>\S.*?) -->$")
 SHELLS = ("bash", "shell", "console", "zsh", "fish", "powershell", "sh-session", "")
 # What a command looks like where only samples are allowed.
-COMMAND = re.compile(r"^\s*(\$ |[A-Z_]+=\S+ )?(qaflora|make|pip|python3?|apt-get|git|llm) +[a-z'-]")
+COMMAND = re.compile(r"^\s*(\$ |[A-Z_]+=\S+ )?(qaflora|make|pip|python3?|apt-get|git) +[a-z'-]")
 
 
 @dataclass(frozen=True)

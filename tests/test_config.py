@@ -1,4 +1,4 @@
-"""Options are the same on the command line, in the settings, in `llm` and in Python."""
+"""Options are the same on the command line, in the settings and in Python."""
 
 import inspect
 import os
@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 import pytest
+from bundles import shared_settings
 from click.testing import CliRunner
 from refusals import refused
 
@@ -16,14 +17,14 @@ from qaflora_edge import Engine, config
 from qaflora_edge.ask import Sampling
 from qaflora_edge.cli import main
 from qaflora_edge.cli.options import SharedOptions
-from qaflora_edge.cli.settings import SHARED_TABLES, file_settings, shared_settings
+from qaflora_edge.cli.settings import SHARED_TABLES, file_settings
 from qaflora_edge.config import OPTIONS, SHARED, Option, in_group, shared_by
 from qaflora_edge.dialects.options import read_body
 from qaflora_edge.dialects.texts import TextBody
 from qaflora_edge.errors import OptionError, SettingsError
 
 BY_NAME = {option.name: option for option in OPTIONS}
-COMMANDS = [table for table in SHARED_TABLES if table != "llm"]
+COMMANDS = SHARED_TABLES
 NEEDED = {"compare": ["QUESTION"], "eval": ["TASK"], "export": ["-o", "OUT"], "weights": ["PROMPT"]}
 # Values at the ends of each range, and beyond them.
 GOOD_AND_BAD: Mapping[str, tuple[list[Any], list[Any]]] = {
@@ -105,24 +106,6 @@ def find_command(verb: str) -> click.Command:
     command = main.get_command(click.Context(main), verb)
     assert command is not None
     return command
-
-
-def test_options_and_ranges_of_llm() -> None:
-    pytest.importorskip("llm", reason="the extra llm is not installed")
-    from pydantic import ValidationError
-
-    from qaflora_edge.llm_plugin import BundleModel
-
-    taken = set(BundleModel.Options.model_fields)
-    in_calls = {"grammar", "logit_bias", "logprobs"}
-    assert taken == in_group("weighing").keys() | in_group("sampling").keys() - in_calls
-    for name in taken - {"stop"}:
-        for is_good, values in zip((True, False), GOOD_AND_BAD[name], strict=True):
-            for value in values:
-                is_refused = fails(ValidationError, BundleModel.Options, **{name: value})
-                assert is_refused is not is_good, (name, value)
-    assert BundleModel.Options(stop="x").model_dump(exclude_none=True) == {"stop": "x"}
-    assert fails(ValidationError, BundleModel.Options, stop="")
 
 
 def python_defaults(call: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.errors import BundleError, DownloadError, RegistryError
 from qaflora_edge.formats.inputs import checksum
 from qaflora_edge.formats.names import HubRef, from_address, parse_hub_ref
-from qaflora_edge.hub import ADVICE, fetch_hub, named_bundles, pulled_bundles, pulled_path
+from qaflora_edge.hub import ADVICE, fetch_hub, named_bundles, pulled, pulled_path
 
 PICTURE = "training/curve.png"
 REPO_DIR = "models--owner--bundle"
@@ -95,7 +95,7 @@ def test_a_pulled_bundle_is_used_in_the_cache_that_other_tools_share(
     for name in ("bundle.json", "adapters/math.gguf"):
         hf_hub_download("owner/theirs", name)
     assert pulled_path("owner/theirs") is None  # one adapter is not here yet
-    assert pulled_bundles() == {"owner/bundle": folder}
+    assert ("owner/bundle", folder) in [each[:2] for each in pulled()]
     hf_hub_download("owner/theirs", "adapters/es.gguf")
     hub.requests.clear()
     assert load_bundle(fetch_hub("owner/theirs")).adapter_paths
@@ -143,7 +143,7 @@ def test_a_peft_adapter_is_a_folder(hub, made) -> None:
     hub.put("owner/math", files | {"optimizer.pt": b"x", "checkpoint-1/adapter_config.json": b""})
     folder = fetch_hub("owner/math")
     assert folder_files(folder) == files
-    assert (pulled_path("owner/math"), pulled_bundles()) == (folder, {})
+    assert pulled_path("owner/math") == folder
     (folder / "adapter_model.safetensors").unlink()
     assert pulled_path("owner/math") is None
 

@@ -44,7 +44,7 @@ def test_what_is_imported_is_a_dependency() -> None:
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     groups = (project["dependencies"], *project["optional-dependencies"].values())
     named = {re.split(r"[\[<>=;]", line)[0] for group in groups for line in group}
-    # In those of starlette, uvicorn, jinja2 and llm.
+    # In those of starlette, uvicorn, jinja2 and openai.
     named |= {"anyio", "h11", "markupsafe", "pydantic"}
     text = "\n".join(path.read_text(encoding="utf-8") for path in EVERY.values())
     roots = set(re.findall(r"^ *(?:import|from) (\w+)(?:\.\w+)*(?: import | as |$)", text, re.M))

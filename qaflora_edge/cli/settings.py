@@ -6,14 +6,12 @@ defaults, and those over what is built in.
 
 import json
 import os
-from dataclasses import dataclass
-from typing import Any
 
 import click
 from click.shell_completion import get_completion_class
 
 from qaflora_edge.cli.answers import print_json, say
-from qaflora_edge.cli.options import SharedOptions, command, json_option, meaning, shared_options
+from qaflora_edge.cli.options import command, json_option
 from qaflora_edge.config import (
     LIBRARY_KEYS,
     OWN,
@@ -28,32 +26,23 @@ from qaflora_edge.config import (
 )
 
 PREFIX = "QAFLORA_"
+# Variables that no option has: those of keys of the library, and those without a key.
+OTHERS = {f"{PREFIX}{key}".upper() for key in LIBRARY_KEYS}
+OTHERS |= {
+    f"{PREFIX}{name}"
+    for name in ("CONFIG", "LIB_PATH", "CPU_KERNELS", "RPC_TIMEOUT", "SOURCE_ARCHIVE")
+}
 SECRET = "(secret)"  # shown instead of a value that is one
-# Tables that take the shared options; `llm` is the plugin for the program of that name.
-SHARED_TABLES = ("run", "chat", "compare", "eval", "weights", "export", "bench", "serve", "llm")
+# Tables that take the shared options.
+SHARED_TABLES = ("run", "chat", "compare", "eval", "weights", "export", "bench", "serve")
 TABLES = tuple(dict.fromkeys((*SHARED_TABLES, *OWN)))
 # Options by their keys in the file: those of the documents, and shared ones for one command alone.
-_OPTIONS = dict(SHARED)
+OPTIONS = dict(SHARED)
 for _table, _own in OWN.items():
-    _OPTIONS |= {f"{_table}.{key}": option for key, option in _own.items()}
-_OF_COMMANDS: dict[str, Option] = {}
+    OPTIONS |= {f"{_table}.{key}": option for key, option in _own.items()}
+OF_COMMANDS: dict[str, Option] = {}
 for _table in SHARED_TABLES:
-    _OF_COMMANDS |= {f"{_table}.{key}": option for key, option in shared_by(_table).items()}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One row of the table.
-
-    key        its name in the settings file, None when the environment alone sets it
-    variables  of the environment, the first that is set wins
-    """
-
-    key: str | None
-    variables: tuple[str, ...]
-    kind: str
-    meaning: str
-    is_secret: bool = False
+    OF_COMMANDS |= {f"{_table}.{key}": option for key, option in shared_by(_table).items()}
 
 
 def variables(key: str, table: str) -> tuple[str, ...]:
@@ -70,49 +59,6 @@ def variables(key: str, table: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-# Kind and meaning of what no command takes: by keys of the file, and by variables alone.
-_OF_LIBRARY = {
-    "cache": ("a folder", "Where downloads are kept."),
-    "bundles": (
-        "a list of folders",
-        "Bundles, or folders of bundles, that can be used by name; in the environment separated "
-        "as in PATH.",
-    ),
-}
-_OF_ENVIRONMENT = {
-    "QAFLORA_CONFIG": ("a file", "The settings file to read instead of the usual."),
-    "QAFLORA_LIB_PATH": ("a folder", "The native library to load instead of the package's own."),
-    "QAFLORA_CPU_KERNELS": (
-        "avx512vnni, avxvnni, avx512, avx2, i8mm, dotprod, neon, portable or ggml",
-        "Kernels for adapters on the CPU, for comparisons; ggml is its own operations.",
-    ),
-    "QAFLORA_RPC_TIMEOUT": (
-        "a number of seconds from 0 to 999999",
-        "A worker of --rpc that sends nothing for so long while it is waited for is lost; 60 if "
-        "not set, 0 waits without end.",
-    ),
-    "QAFLORA_SOURCE_ARCHIVE": (
-        "a file",
-        "llama.cpp's source for the build, instead of fetching it.",
-    ),
-}
-
-
-def all_settings() -> list[Setting]:
-    """List every setting, in the order of the documents: the table of docs/settings.md."""
-    return [
-        *(Setting(k, (f"{PREFIX}{k}".upper(),), *said) for k, said in _OF_LIBRARY.items()),
-        *(_setting(key, option) for key, option in _OPTIONS.items()),
-        *(Setting(None, (name,), *said) for name, said in _OF_ENVIRONMENT.items()),
-    ]
-
-
-def _setting(name: str, option: Option) -> Setting:
-    table, _, key = name.rpartition(".")
-    kind = option.expected + ("; in the environment one text" if option.kind is tuple else "")
-    return Setting(name, variables(key, table), kind, meaning(option), option.is_secret)
-
-
 def table_options(table: str) -> dict[str, Option]:
     """The options that a table of the settings file may set, by their keys."""
     shared = shared_by(table) if table in SHARED_TABLES else {}
@@ -123,7 +69,7 @@ def file_settings() -> Table:
     """Read the settings file, and check all keys and values. Raises SettingsError."""
     path = settings_path()
     settings = read_settings()
-    options = _OPTIONS | _OF_COMMANDS
+    options = OPTIONS | OF_COMMANDS
     for key in settings.keys() & {*TABLES}:
         if not isinstance(settings[key], dict):
             raise wrong_value(path, key, settings[key], f"a table, as in [{key}]")
@@ -164,36 +110,24 @@ def attach_variables(verb: str, command: click.Command) -> None:
             param.envvar = list(variables(param.name, verb))
 
 
-def shared_settings(table: str) -> SharedOptions:
-    """The shared options as environment and file set them, without a command line."""
-
-    def nothing(options: SharedOptions) -> SharedOptions:
-        return options
-
-    nothing.__name__ = table
-    taking = click.command()(shared_options(nothing))
-    attach_variables(table, taking)
-    with taking.make_context(table, [], default_map=file_defaults(table)) as context:
-        chosen: SharedOptions = taking.invoke(context)
-    return chosen
-
-
 @command("qaflora settings", "QAFLORA_THREADS=2 qaflora settings --json")
 @json_option("Print one JSON object.")
 def settings(as_json: bool) -> None:
     """Show what is set by environment and settings file."""
     path = settings_path()
-    in_file = _by_key(file_settings())
-    of_commands = [_setting(key, option) for key, option in _OF_COMMANDS.items()]
-    values: dict[str, Any] = {}
-    names: set[str] = set()
-    for row in (*all_settings(), *of_commands):
-        names.update(row.variables)
-        said = {row.key: in_file[row.key]} if row.key in in_file else {}
-        said |= {name: os.environ[name] for name in row.variables if os.environ.get(name)}
-        values |= dict.fromkeys(said, SECRET) if row.is_secret else said
-    for name in sorted(os.environ.keys() - names):
-        if name.startswith(PREFIX):
+    values = _by_key(file_settings())
+    names = set(OTHERS)
+    for name, option in (OPTIONS | OF_COMMANDS).items():
+        table, _, key = name.rpartition(".")
+        of_option = variables(key, table)
+        names.update(of_option)
+        if option.is_secret:
+            said = [each for each in (name, *of_option) if {**os.environ, **values}.get(each)]
+            values |= dict.fromkeys(said, SECRET)
+    for name in sorted(os.environ):
+        if name in names and os.environ[name]:
+            values.setdefault(name, os.environ[name])
+        elif name.startswith(PREFIX) and name not in names:
             say(f"Note: the variable {name} is no setting, and is not read.")
     if as_json:
         print_json({"file": str(path), "exists": path.is_file(), "settings": values})
