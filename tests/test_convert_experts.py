@@ -159,13 +159,8 @@ def test_mistake_is_found(tmp_path, monkeypatch) -> None:
     base = write_base(tmp_path / "base.gguf")
     pairs = {EXPERTS: stacked_pair(N_EMBD, 2 * N_FF)}
     folder = write_pairs_of_peft(tmp_path / "a", pairs, **GATE_UP)
-    right = StackedExperts.slices
-
-    def wrong(self: StackedExperts, side: str) -> Any:
-        places, values = zip(*right(self, side), strict=True)
-        return zip(places, values[::-1], strict=True)
-
-    monkeypatch.setattr(StackedExperts, "slices", wrong)
+    right = StackedExperts.values
+    monkeypatch.setattr(StackedExperts, "values", lambda self, side: right(self, side)[::-1])
     with pytest.raises(ConversionError, match=r"2 of 2 modules differ .* \(blk\.0\.ffn_"):
         convert(folder, base)
 

@@ -81,8 +81,8 @@ def test_mistake_is_found_and_the_older_file_kept(tmp_path, monkeypatch, mistake
     folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj", "up_proj"], layers=[0])
     original = convert.encoded_tensor
 
-    def wrong(module: PlannedModule, side: str, wanted: Any, buffer: Any) -> Any:
-        encoded = original(module, side, wanted, buffer)
+    def wrong(module: PlannedModule, side: str, wanted: Any) -> Any:
+        encoded = original(module, side, wanted)
         if module.kind != "attn_q" or side != wrong_side:
             return encoded
         kind = stored_type(module.shape(side)[-1], wanted)

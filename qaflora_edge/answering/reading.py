@@ -13,7 +13,6 @@ from qaflora_edge.inference.sequence import (
     DraftState,
     Request,
     RunningSequence,
-    surprise,
 )
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing.numbers import n_base_of
@@ -133,9 +132,6 @@ class PromptReading(Reading):
         start, end = self.query.question
         data = self._core.model.detokenize(self.query.tokens[start:end])
         return data.decode("utf-8", "replace")
-
-    def unexpected(self, token: int) -> float:
-        return surprise(self.next_logits(), token)
 
     def routing(self, routing: Routing) -> tuple[F64, F64]:
         result: tuple[F64, F64] = self._listen(self._core.prober.routing(self._rows, routing))

@@ -1,8 +1,7 @@
 """Write adapter GGUFs, which stock llama.cpp loads too: of a PEFT folder, or of a mix.
 
 `plan` says where each module goes; here values are scaled, put in the base's order, encoded and
-written. They go from the source to the encoded tensor by slices of rows: one encoded tensor is in
-memory at a time, and of its source no more than a slice.
+written, one tensor at a time.
 """
 
 import math
@@ -145,22 +144,20 @@ def write_tensors(
     tell: TellBytes,
 ) -> None:
     """Write the header and all values, with one encoded tensor in memory at a time."""
-    sizes = []
     for module in modules:
         for side in "ab":
             shape = module.shape(side)
             kind = stored_type(shape[-1], wanted)
-            sizes.append(stored_bytes(module, side, wanted))
+            n_byte = math.prod(gguf.quant_shape_to_byte_shape(shape, kind))
             tensor = f"{module.base_name}.lora_{side}"
-            writer.add_tensor_info(tensor, shape, np.dtype(np.float32), sizes[-1], kind)
+            writer.add_tensor_info(tensor, shape, np.dtype(np.float32), n_byte, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     (file,) = writer.fout
-    buffer = np.empty(max(sizes), np.uint8)
     for index, module in enumerate(modules):
         for side in "ab":
-            data = encoded_tensor(module, side, wanted, buffer)
+            data = encoded_tensor(module, side, wanted)
             # gguf's write_tensor_data uses numpy's tofile, which is silent about a full disk when
             # it has a few kilobytes to write.
             writer.write_padding(file, file.tell())
@@ -176,45 +173,32 @@ def stored_type(n_row: int, wanted: GGMLQuantizationType) -> GGMLQuantizationTyp
     return wanted
 
 
-def stored_bytes(module: Written, side: str, wanted: GGMLQuantizationType) -> int:
-    """Give the size of lora_a or lora_b in the file."""
-    shape = module.shape(side)
-    return math.prod(gguf.quant_shape_to_byte_shape(shape, stored_type(shape[-1], wanted)))
+def encoded_tensor(module: Written, side: str, wanted: GGMLQuantizationType) -> NDArray[Any]:
+    """Read and encode lora_a or lora_b of a module.
 
-
-def encoded_tensor(
-    module: Written, side: str, wanted: GGMLQuantizationType, buffer: NDArray[np.uint8]
-) -> NDArray[Any]:
-    """Read, turn and encode lora_a or lora_b of a module.
-
-    buffer   [stored_bytes or more]  is used again for each tensor, so that memory stays whole
-    returns  [n_row, n]  floats, or the bytes of their blocks, as the file holds them; in `buffer`.
-             Of experts, the rows of all of them
+    returns  [n_row, n]  floats, or the bytes of their blocks, as the file holds them. Of experts,
+             the rows of all of them
 
     Raises UnsupportedAdapterError for values that the type cannot hold.
     """
-    shape = module.shape(side)
-    kind = stored_type(shape[-1], wanted)
-    raw = buffer[: stored_bytes(module, side, wanted)]
-    n_row = math.prod(shape[:-1])
-    encoded = raw.view(_FLOATS.get(kind, np.uint8)).reshape(n_row, -1)
-    largest = 0.0
     with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite is found below
-        for place, values in module.slices(side):
-            highest = float(values.max(initial=0))
-            lowest = float(values.min(initial=0))
-            largest = max(largest, highest, -lowest)
-            if kind not in _FLOATS:
-                # As one row: gguf steps over rows in Python, and blocks are the same either way.
-                flat = np.ascontiguousarray(values).reshape(1, -1)
-                values = gguf.quants.quantize(flat, kind).reshape(len(values), -1)
-            encoded[place] = values
+        values = module.values(side)
+    kind = stored_type(values.shape[-1], wanted)
+    highest = float(values.max(initial=0))
+    lowest = float(values.min(initial=0))
+    largest = max(highest, -lowest)
     if largest > LARGEST_VALUE[kind]:
         raise UnsupportedAdapterError(
             f"Cannot convert module {module.name} of {module.path}: the largest value of "
             f"lora_{side.upper()} is {largest:g}, more than {kind.name} holds. "
             "Choose output type f32, or check the adapter's alpha."
         )
+    rows = values.reshape(-1, values.shape[-1])
+    if kind in _FLOATS:
+        return rows.astype(_FLOATS[kind])
+    # As one row: gguf steps over rows in Python, and blocks are the same either way.
+    flat = np.ascontiguousarray(rows).reshape(1, -1)
+    encoded: NDArray[Any] = gguf.quants.quantize(flat, kind).reshape(len(rows), -1)
     return encoded
 
 

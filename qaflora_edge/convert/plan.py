@@ -8,7 +8,7 @@ for each of gate, up and down (`switch_mlp.gate_proj`).
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,6 @@ from qaflora_edge.formats.base import ARCH_FACTS
 from qaflora_edge.formats.gguf import GgufHeader
 from qaflora_edge.peft.folder import PeftAdapter
 from qaflora_edge.peft.modules import PeftModule
-
-SLICE_VALUES = 1 << 14  # that are turned and encoded at a time
-Slices = Iterator[tuple[Any, F32]]  # the place of some rows in a matrix, and the rows
 
 
 @dataclass(frozen=True)
@@ -83,23 +80,19 @@ class PlannedModule(Target):
             return self.source.n_in, self.rank
         return self.rank, self.source.n_in
 
-    def slices(self, side: str) -> Slices:
-        """Read lora_a or lora_b by slices of rows: their places in the file, and [some rows, n]."""
-        values = self.source.read_a() if side == "a" else self.source.read_b()
-        if side == "a" and self.source.is_embedding:
-            values = values.T
-        n_row = self.shape(side)[0]
-        n_row_of_slice = max(1, SLICE_VALUES // values.shape[1])
-        for begin in range(0, n_row, n_row_of_slice):
-            place = slice(begin, begin + n_row_of_slice)
-            if side == "b":
-                rows = place if self.rows is None else self.rows[place]
-                part = _scaled(values[rows], self.factor)
-            else:
-                part = values[place]
-                if self.columns is not None:
-                    part = part[:, self.columns]
-            yield place, part
+    def values(self, side: str) -> F32:
+        """Read lora_a or lora_b as the file holds it: of its shape."""
+        if side == "b":
+            values = self.source.read_b()
+            if self.rows is not None:
+                values = values[self.rows]
+            return _scaled(values, self.factor)
+        values = self.source.read_a()
+        if self.source.is_embedding:
+            return values.T
+        if self.columns is not None:
+            values = values[:, self.columns]
+        return values
 
 
 @dataclass(frozen=True)
@@ -127,17 +120,14 @@ class SingleExperts(_Experts):
 
     experts: Mapping[int, tuple[PeftModule, float]]
 
-    def slices(self, side: str) -> Slices:
-        _, n_row, n_column = self.shape(side)
-        for expert in range(self.n_expert):
-            values = np.zeros((n_row, n_column), np.float32)
-            if expert in self.experts:
-                module, factor = self.experts[expert]
-                if side == "a":
-                    values[: module.rank] = module.read_a()
-                else:
-                    values[:, : module.rank] = _scaled(module.read_b(), factor)
-            yield slice(expert * n_row, (expert + 1) * n_row), values
+    def values(self, side: str) -> F32:
+        values = np.zeros(self.shape(side), np.float32)
+        for expert, (module, factor) in self.experts.items():
+            if side == "a":
+                values[expert, : module.rank] = module.read_a()
+            else:
+                values[expert, :, : module.rank] = _scaled(module.read_b(), factor)
+        return values
 
 
 @dataclass(frozen=True)
@@ -152,7 +142,7 @@ class StackedExperts(_Experts):
     rows: Index | None
     is_swapped: bool
 
-    def slices(self, side: str) -> Slices:
+    def values(self, side: str) -> F32:
         is_from_a = (side == "a") != self.is_swapped
         if is_from_a:
             stacked = self.source.read_a().reshape(self.n_expert, self.rank, -1)
@@ -161,14 +151,13 @@ class StackedExperts(_Experts):
         else:  # the experts lie side by side in each rank
             side_by_side = self.source.read_b().reshape(-1, self.rank, self.n_expert)
             stacked = np.moveaxis(side_by_side, 2, 0)
-        n_row = self.shape(side)[1]
-        for expert, values in enumerate(stacked):
-            matrix = values.T if self.is_swapped else values
-            if side == "b" and self.rows is not None:
-                matrix = matrix[self.rows]
-            if side == "b":
-                matrix = _scaled(matrix, self.factor)
-            yield slice(expert * n_row, (expert + 1) * n_row), matrix
+        if self.is_swapped:
+            stacked = stacked.swapaxes(1, 2)
+        if side == "a":
+            return stacked
+        if self.rows is not None:
+            stacked = stacked[:, self.rows]
+        return _scaled(stacked, self.factor)
 
 
 @dataclass(frozen=True)
@@ -182,13 +171,9 @@ class MixedModule:
     b: F32
 
     def shape(self, side: str) -> tuple[int, ...]:
-        return self._values(side).shape
+        return self.values(side).shape
 
-    def slices(self, side: str) -> Slices:
-        values = self._values(side)
-        yield slice(None), values.reshape(-1, values.shape[-1])
-
-    def _values(self, side: str) -> F32:
+    def values(self, side: str) -> F32:
         return self.a if side == "a" else self.b
 
 

@@ -5,8 +5,7 @@ import math
 import re
 import sys
 import unicodedata
-from bisect import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import zip_longest
 from operator import itemgetter
 from typing import TYPE_CHECKING
@@ -28,7 +27,7 @@ CELL_MAX = 3  # columns of a terminal
 LABEL_MAX = 100  # characters of a label of a picture
 N_ALL = 12  # adapters that are all shown; of more, the first N_TOP
 N_TOP = 5
-CHARS_MAX = 2000  # of a label that are looked at: no picture has room for more
+CHARS_MAX = 2000  # of a text to crop that are looked at: no line has room for more
 # They turn the direction of what follows: "\u202etxt.exe" would read as "exe.txt".
 _TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
@@ -85,22 +84,13 @@ def spelt(text: str) -> str:
     return "".join(chars)
 
 
-def crop(text: str, width: float, measure: Callable[[str], float] = len) -> str:
-    """Put a text on one line, and cut it with a sign where it is wider than `width`.
-
-    measure  the width of a text; it may not shrink when the text grows
-    """
+def crop(text: str, width: int) -> str:
+    """Put a text on one line, and cut it with a sign where it has more characters than `width`."""
     words = text[: 2 * CHARS_MAX].split()
-    line = spelt(" ".join(words))[:CHARS_MAX]
-    if measure(line) <= width:
+    line = spelt(" ".join(words))
+    if len(line) <= width:
         return line
-
-    def is_too_wide(n_char: int) -> bool:
-        return measure(f"{line[:n_char]}…") > width
-
-    ends = range(1, len(line) + 1)
-    n_char = bisect(ends, False, key=is_too_wide)
-    return f"{line[:n_char].rstrip()}…"
+    return f"{line[: width - 1].rstrip()}…"
 
 
 def who_spoke(fusion: "FusionWeights") -> str:
@@ -233,14 +223,6 @@ def scale(fusion: "FusionWeights") -> tuple[float, float]:
     return n_step_low / step, n_step_high / step
 
 
-def below_zero(fusion: "FusionWeights", sign: str) -> str:
-    """Explain the sign of weights below 0; nothing where there are none."""
-    lowest = float(fusion.weights.min(initial=0.0))
-    if lowest >= 0:
-        return ""
-    return f"; {sign} below 0, down to {lowest:.3g}"
-
-
 def print_heatmap(
     fusion: "FusionWeights", stream: "TextIO | None" = None, *, is_plain: bool = False
 ) -> None:
@@ -296,7 +278,8 @@ def _print(fusion: "FusionWeights", console: "Console", blocks: str) -> None:
     console.print()
     if not rows:
         low, high = scale(fusion)
-        below = below_zero(fusion, "-")
+        lowest = float(fusion.weights.min(initial=0.0))
+        below = f"; - below 0, down to {lowest:.3g}" if lowest < 0 else ""
         last = fusion.weights.shape[1] - 1
         console.print(f"weight {low:g} {blocks} {high:g}{below}; layers 0 to {last}")
     console.print(visible(facts(fusion)), style="dim")

@@ -141,9 +141,6 @@ class Reading(Protocol):
     def next_logits(self) -> F32:
         """Give the base's logits behind the prompt: float32 [n_vocab], once added() is known."""
 
-    def unexpected(self, token: int) -> float:
-        """Give -log p, in nats, of a token as the base's answer's first, once added() is known."""
-
     def drafts(
         self, names: Iterable[str], n_token: int, answer: F32 | None = None
     ) -> "list[Draft]":
