@@ -1,10 +1,6 @@
-"""Strategies of a program's own: by register_strategy, and by a package's entry point."""
+"""Strategies of a program's own, by register_strategy."""
 
-import importlib.metadata
 import json
-import sys
-from collections.abc import Iterator
-from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +19,10 @@ PROMPT = "the thing on a ring"
 
 
 @pytest.fixture(autouse=True)
-def own_registry(monkeypatch) -> Iterator[None]:
+def own_registry(monkeypatch) -> None:
     """What a test registers, others do not see."""
     registry.strategies()
     monkeypatch.setattr(registry, "_registry", dict(registry._registry))
-    yield
-    registry._load_entry_points.cache_clear()
 
 
 def script(*words: object) -> str:
@@ -171,51 +165,3 @@ class Taken(Thirds):
 )
 def test_what_is_no_strategy_is_refused(strategy, message) -> None:
     assert message in refused(StrategyError, register_strategy, strategy)
-
-
-@pytest.fixture
-def offered(monkeypatch) -> list[EntryPoint]:
-    """What the packages of this machine offer."""
-    found: list[EntryPoint] = []
-
-    def entry_points(*, group: str) -> list[EntryPoint]:
-        assert group == "qaflora_edge.strategies"
-        return found
-
-    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
-    monkeypatch.setitem(sys.modules, "their_package", sys.modules[__name__])
-    registry._load_entry_points.cache_clear()
-    return found
-
-
-def point(value: str) -> EntryPoint:
-    return EntryPoint("any", value, "qaflora_edge.strategies")
-
-
-SOME_STRATEGY = Thirds()
-
-
-def test_a_package_offers_a_strategy(made, offered) -> None:
-    offered.append(point("their_package:SOME_STRATEGY"))
-    shown = qaflora("weights", made.folder, "a", "--json", "--strategy", "thirds").stdout
-    np.testing.assert_allclose(json.loads(shown)["weights"], np.full((2, 3), 1 / 3), rtol=1e-6)
-    assert " or thirds[:N]." in " ".join(qaflora("run", "--help").stdout.split())
-
-
-@pytest.mark.parametrize(
-    ("value", "reason"),
-    [
-        ("not_there_at_all:STRATEGY", "No module named 'not_there_at_all'"),
-        ("their_package:Thirds", "expected an object of a subclass of qaflora_edge.Strategy"),
-    ],
-)
-def test_a_broken_package_is_named(made, offered, value, reason) -> None:
-    offered += [point("their_package:SOME_STRATEGY"), point(value)]
-    for _ in range(2):  # the one before it is no trouble the second time
-        told = refused(StrategyError, registry.parse_strategy, "best", ("math",))
-        assert f"'any' of the entry point {value} cannot be used: " in told
-        assert reason in told
-        assert told.endswith("Correct or remove its package.")
-    assert registry.parse_strategy("static", ("math",)).text == "static"  # ours need no package
-    result = qaflora("weights", made.folder, "a", "--strategy", "best")
-    assert (result.exit_code, result.stderr) == (1, f"Error: {told}\n")

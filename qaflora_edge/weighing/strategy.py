@@ -1,7 +1,7 @@
 """Strategies and their registry.
 
 A strategy is one object: its name, a word of help, and how it turns a query into weights. Those of
-the package, of other packages and of a program have the same standing in one registry.
+the package and of a program have the same standing in one registry.
 
 Help texts and completion name strategies, so modules of strategies import numpy in functions.
 """
@@ -9,7 +9,6 @@ Help texts and completion name strategies, so modules of strategies import numpy
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -34,7 +33,6 @@ Span = tuple[int, int]  # begin and end of a part of a prompt
 Typical = Mapping[str, Mapping[str, Any]]
 Options = Mapping[str, Any]  # of a strategy: name -> value
 
-ENTRY_POINTS = "qaflora_edge.strategies"  # the group in which packages offer theirs
 # Where each strategy of the package is.
 _BUILT_IN = {
     "two-place": "two_place",
@@ -277,8 +275,7 @@ _registry: dict[str, Strategy] = {}
 def register_strategy(strategy: Strategy) -> None:
     """Add a strategy to this process, for use wherever a strategy is named.
 
-    Packages offer theirs by an entry point in the group `qaflora_edge.strategies` that names a
-    Strategy object. One of the same class replaces the one before: a notebook cell can run again.
+    One of the same class replaces the one before: a notebook cell can run again.
 
     Raises StrategyError for a wrong or taken name, or an object without plan().
     """
@@ -312,7 +309,6 @@ def strategies() -> list[Strategy]:
     """
     for name in _BUILT_IN:
         _load_built_in(name)
-    _load_entry_points()
     others = [strategy for name, strategy in _registry.items() if name not in _BUILT_IN]
     return [_registry[name] for name in _BUILT_IN] + others
 
@@ -327,8 +323,6 @@ def find_strategy(name: str) -> Strategy | None:
     _load_built_in(name)
     if name in BASELINES and name not in _registry:
         _load(BASELINES[name])
-    if name not in _registry:
-        _load_entry_points()
     return _registry.get(name)
 
 
@@ -422,17 +416,3 @@ def _load(module_name: str) -> None:
     module = import_module(f"qaflora_edge.weighing.{module_name}")
     for strategy in module.STRATEGIES:
         _registry.setdefault(strategy.name, strategy)
-
-
-@cache
-def _load_entry_points() -> None:
-    from importlib.metadata import entry_points  # slow to import
-
-    for point in entry_points(group=ENTRY_POINTS):
-        try:
-            register_strategy(point.load())
-        except Exception as error:  # another package's code: anything may come
-            raise StrategyError(
-                f"The strategy {point.name!r} of the entry point {point.value} cannot be used: "
-                f"{error}. Correct or remove its package."
-            ) from error
