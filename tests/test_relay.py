@@ -61,11 +61,17 @@ class Scripted:
     """A reading of three adapters, whose drafts are given."""
 
     def __init__(
-        self, last: Any, question: Any, drafts: Iterable[Told] = (), nats: float = 80.0
+        self,
+        last: Any,
+        question: Any,
+        drafts: Iterable[Told] = (),
+        nats: float = 80.0,
+        earlier: float = 0.0,
     ) -> None:
         self._sizes = (last, question)
         self._told = {told.draft.adapter: told for told in drafts}
         self._nats = nats
+        self._earlier = earlier
         self.asked: list[str] = []
 
     def added(self) -> Any:
@@ -73,6 +79,9 @@ class Scripted:
 
     def surprise(self) -> float:
         return self._nats
+
+    def earlier_surprise(self) -> float:
+        return self._earlier
 
     def drafts(self, names: Iterable[str], n_token: int, answer: Any = None) -> list[Draft]:
         names = list(names)
@@ -116,8 +125,7 @@ def test_sureness_is_a_mean_weighted_by_the_bases_surprise(logprobs, of_base, ex
 
 def test_a_probability_is_that_of_a_logistic_regression() -> None:
     odds = -8.7 + 9.2 * -0.1 + 2.4 * log(60)
-    assert log_odds(-0.1, 60.0, is_later=False) == pytest.approx(odds)
-    assert log_odds(-0.1, 60.0, is_later=True) == pytest.approx(odds + 2.6)
+    assert log_odds(-0.1, 60.0) == pytest.approx(odds)
     assert probability(odds) == pytest.approx(1 / (1 + exp(-odds)))
 
 
@@ -127,7 +135,7 @@ def test_who_knows_drafts_for_who_gives_the_form() -> None:
     assert plan.writing.view == "before"
     assert plan.weights[:, 0].tolist() == [1, 0, 0]
     sure = sureness((-0.01,) * 4, (-1, -8, -8, -8))
-    expected = probability(log_odds(sure, 80, is_later=False))
+    expected = probability(log_odds(sure, 80))
     assert plan.sure == plan.known["shop"] == pytest.approx(expected)
 
 
@@ -176,14 +184,24 @@ def test_a_question_that_the_base_expects_is_drafted_by_nobody() -> None:
     assert reading.asked == []
 
 
-def test_a_later_turn_tells_less_of_its_subject() -> None:
-    of_shop = ([LOW, LOW, LOW], [LOW, HIGH, LOW])
+def test_a_later_turn_surprises_as_much_as_what_was_asked_before() -> None:
     sure = [told("shop", -0.01)]
-    never = "relay:abstain=16"  # two-place takes nobody
-    assert not weighed(Scripted(*of_shop, sure, 20.0), never).weights.any()
-    later = weighed(Scripted(*of_shop, sure, 20.0), never, is_later=True)
-    assert later.weights[:, 0].tolist() == [0, 1, 0]
-    assert not weighed(Scripted(*NOBODY, sure, 20.0), is_later=True).weights.any()
+    follow_up = Scripted(*NOBODY, sure, nats=5.0, earlier=80.0)
+    assert weighed(follow_up, is_later=True).weights[:, 0].tolist() == [0, 1, 0]
+    assert not weighed(Scripted(*NOBODY, sure, 5.0, earlier=10.0), is_later=True).weights.any()
+
+
+def test_who_stands_out_but_begins_as_the_base_would_gives_no_form() -> None:
+    usual = told("form", -0.6, by_base=-0.9)
+    plan = weighed(Scripted(*FORM_FIRST, [told("shop", -0.01), usual]))
+    assert plan.drafting is None
+    assert plan.weights[:, 0].tolist() == [0, 1, 0]
+
+
+def test_of_two_forms_the_one_is_given_that_surprises_the_base_less() -> None:
+    places = ([HIGH, LOW, HIGH], [TYPICAL_SIZE, TYPICAL_SIZE, TYPICAL_SIZE])
+    drafts = [told("shop", -0.01), told("form", -0.6, by_base=-20.0), told("other", -0.6)]
+    assert who(weighed(Scripted(*places, drafts))) == ("shop", "other")
 
 
 def test_of_two_that_know_the_one_answers_whose_subject_is_asked_about() -> None:
@@ -202,11 +220,14 @@ def test_of_two_that_know_the_one_answers_that_is_not_always_so_sure() -> None:
     assert plan.weights[:, 0].tolist() == [0, 1, 0]
 
 
-def test_two_places_first_is_refused_a_short_answer_that_it_makes_up() -> None:
+def test_two_places_first_is_refused_an_answer_that_it_makes_up() -> None:
     places = ([LOW, TYPICAL_SIZE, LOW], [LOW, HIGH, LOW])
     made_up = told("shop", -0.6)
     assert not weighed(Scripted(*places, [made_up])).weights.any()
     long = replace(made_up, draft=replace(made_up.draft, is_whole=False))
+    assert not weighed(Scripted(*places, [long])).weights.any()
+    perhaps = told("shop", -0.25)  # a long answer of which it is not so unsure
+    long = replace(perhaps, draft=replace(perhaps.draft, is_whole=False))
     assert weighed(Scripted(*places, [long])).weights[:, 0].tolist() == [0, 1, 0]
 
 
@@ -218,12 +239,11 @@ def test_an_adapter_that_gives_all_its_form_is_not_asked_what_it_knows() -> None
     assert "shop" not in reading.asked
 
 
-def test_a_second_form_is_not_asked_what_it_knows() -> None:
+def test_a_second_form_knows_nothing() -> None:
     """Two stand out at the last token, and one is asked for: the other is as sure of its form."""
     places = ([HIGH, 0.03, LOW], [TYPICAL_SIZE, TYPICAL_SIZE, LOW])
     reading = Scripted(*places, [told("form", -0.3), told("shop", -0.01)])
     assert weighed(reading).drafting is None
-    assert "shop" not in reading.asked
 
 
 def test_an_empty_draft_knows_nothing() -> None:
@@ -278,6 +298,21 @@ def base_reads_up_to_the_draft(
     assert question is not None
     n_before = question[0]
     monkeypatch.setattr("qaflora_edge.weighing.numbers.n_base_of", lambda n_token: n_before)
+
+
+def test_an_earlier_question_surprises_as_when_it_was_asked(folder) -> None:
+    """The base hears the one while it reads the prompt, and scores the other in a branch."""
+    first = [{"role": "user", "content": "abc def ghi jkl mno pqr stu?"}]
+    turns = [{"role": "assistant", "content": "abc"}, {"role": "user", "content": "def?"}]
+    with Engine(folder, n_ctx=1024) as engine:
+        nats = []
+        for messages in (first, first + turns):
+            query = engine.memory.current.weigher.query(engine.read(Chat(messages)))
+            with PromptReading(engine._core, query, engine._core.cancellation()) as reading:
+                nats.append((reading.surprise(), reading.earlier_surprise()))
+        (asked_now, nothing), (_, asked_before) = nats
+        assert asked_before == pytest.approx(asked_now, rel=1e-3)
+        assert nothing == 0.0
 
 
 @pytest.mark.parametrize("n_parallel", [1, 3])

@@ -15,6 +15,7 @@ from qaflora_edge.inference.sequence import (
     RunningSequence,
 )
 from qaflora_edge.progress import Tell, silent
+from qaflora_edge.prompt.tokens import earlier_questions
 from qaflora_edge.weighing.numbers import n_base_of
 from qaflora_edge.weighing.plan import ANSWER, BASE, Draft
 from qaflora_edge.weighing.strategy import Measure, Query, Reading, Routing
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from qaflora_edge.backend.branches import Steps
     from qaflora_edge.inference.core import Core
     from qaflora_edge.inference.drafts import DraftSoFar
+    from qaflora_edge.inference.score import Item
     from qaflora_edge.weighing.added import Listener
 
 T = TypeVar("T")
@@ -99,6 +101,16 @@ class PromptReading(Reading):
 
     def surprise(self) -> float:
         return self._heard()[1].nats
+
+    def earlier_surprise(self) -> float:
+        items = []
+        for start, end in earlier_questions(self._core.model, self._tokens):
+            first = start + 1
+            read = self._tokens[:first]
+            request = Request(read, self._by_base.weights, n_base=n_base_of(first))
+            items.append((request, self._tokens[first : min(first + N_OUTPUT, end)]))
+        scores = self._scores(items)
+        return max((-sum(logprobs) for logprobs in scores), default=0.0)
 
     def next_logits(self) -> F32:
         next_logits = self._heard()[1].next_logits
@@ -178,7 +190,10 @@ class PromptReading(Reading):
         return [self._drafts[answering if name == ANSWER else name].draft for name in names]
 
     def base_logprobs(self, drafts: Sequence[Draft]) -> list[tuple[float, ...]]:
-        items = [(self._by_base, draft.tokens) for draft in drafts]
+        return self._scores([(self._by_base, draft.tokens) for draft in drafts])
+
+    def _scores(self, items: "Sequence[Item]") -> list[tuple[float, ...]]:
+        """Give log p, in nats, of each token of some continuations."""
         steps = self._core.scorer.score(items, self._kv_state)
         scores = self._core.run(steps, self._cancellation, kind="branch")
         return [tuple(logprobs.tolist()) for logprobs in scores]

@@ -30,6 +30,7 @@ from qaflora_edge.prompt.neutral import behind_system, few
 from qaflora_edge.prompt.typed import TypedText
 
 _PIECE_BYTES = 16  # of a token; most are shorter
+N_EARLIER = 3  # user turns before the last one, that tell of a conversation's subject
 _LEAST_ANSWER = 128  # tokens that the prompt of a gap leaves for the answer
 INFILL_PARTS = ("pre", "suf", "mid", "rep", "sep")  # marks of prefix, suffix, gap, project, file
 
@@ -310,6 +311,19 @@ def find_question(model: Model, tokens: Sequence[int]) -> tuple[int, int, bool] 
         end += 1
     is_later = _last_place(head, tokens[:at]) is not None
     return (start, end, is_later) if start < end else None
+
+
+def earlier_questions(model: Model, tokens: Sequence[int]) -> list[tuple[int, int]]:
+    """Find where the texts of N_EARLIER user turns before the last one begin and end."""
+    head, blanks = _opening(model)
+    spans: list[tuple[int, int]] = []
+    place = find_question(model, tokens)
+    while place is not None and place[2] and len(spans) < N_EARLIER:
+        n_before = place[0] - len(head) - len(blanks)
+        place = find_question(model, tokens[:n_before])
+        if place is not None:
+            spans.append(place[:2])
+    return spans
 
 
 @lru_cache(4)

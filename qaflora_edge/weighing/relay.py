@@ -20,22 +20,27 @@ from qaflora_edge.weighing.two_place import TWO_PLACE_OPTIONS, TwoPlace
 OPENING, SURENESS = DRAFTED = "opening", "sureness"  # of calibration.KEYS
 
 N_DRAFT = 14  # tokens of a draft that tell whether its adapter knows
-N_ASKED = 5  # adapters that draft, beside two-place's first and who gives a form: one batch
+N_ASKED = 5  # adapters that draft, beside two-place's first and who may give a form
+N_FORM = 2  # adapters that may give it
 
 # A logistic regression over drafts of adapters that know, and of those that make answers up.
 SURE = 9.2  # log-odds for each nat of sureness()
 SURPRISING = 2.4  # for each e-fold of what the question surprises the base by
-LATER = 2.6  # in a later turn of the adapter's subject, whose words surprise less
 USUAL = -8.7  # where all of that is 0
 MOST_SURPRISED = 6.0  # nats; a token that surprises the base more counts no more
 LEAST_SURPRISED = 0.5  # nats, of a draft that says what the base says
 
 CLAIM = 0.4  # probability from which an adapter may know
 AMONG = 0.25  # of the score in the question, beside how unusually sure one is, where several may
+UNSURE = 0.2  # probability up to which two-place's first most probably makes its answer up
 SAYS = 4.0  # nats by which a draft is likelier than under the base: else it tells nothing
-STANDS_OUT = 2.0  # score at the last token from which an adapter gives the answer its form, and
-# in the question from which a later turn is of its subject
-LEAD = 0.5  # how far who gives a form is above its score in the question
+
+STANDS_OUT = 1.2  # score at the last token from which an adapter may give the answer its form
+LEAD = 0.5  # how far that score is above the one in the question
+N_OPENING = 3  # tokens in which a form begins
+ODD = 2.5  # nats by which one of them surprises the base, at least
+TOO_ODD = 0.12  # of these nats, taken from the score: a form that nobody asked for is odder
+FORM = 0.6  # what has to be left of it
 FOREIGN = 3.5  # nats: the base would not begin an answer so, but in another language
 FORMS_ALL = 7.0  # nats by which answers to everyday prompts begin as the base's never do
 
@@ -55,15 +60,21 @@ class Heard:
     """Hold what the drafts of one query tell.
 
     drafts   adapter -> its draft
+    by_base  adapter -> log p, in nats, of its draft's tokens as the base's
     known    adapter -> probability that its draft is right
-    opening  adapter -> log p, in nats, of its draft's first token as the base's
+    form     who gives the answer its form; None: nobody
     knower   who knows; None: nobody
     """
 
     drafts: Mapping[str, Draft] = field(default_factory=dict)
+    by_base: Mapping[str, Sequence[float]] = field(default_factory=dict)
     known: Mapping[str, float] = field(default_factory=dict)
-    opening: Mapping[str, float] = field(default_factory=dict)
+    form: str | None = None
     knower: str | None = None
+
+    def says(self, name: str) -> bool:
+        """Tell whether an adapter says what the base would not."""
+        return sum(self.drafts[name].logprobs) - sum(self.by_base[name]) >= SAYS
 
 
 class RelayStrategy(TwoPlace):
@@ -95,13 +106,15 @@ class RelayStrategy(TwoPlace):
         may_draft = query.is_chat and query.can_draft and not query.has_results
         if not may_draft or len(query.adapters) < 2:
             return plan
-        form, forms = _forms(query, plan)
-        asked = _asked(reading, plan, form, forms)
-        heard = _heard(reading, plan, asked, form)
-        knower = heard.knower
-        if knower is not None and knower != form:
-            return _relayed(reading, plan, heard, knower, form)
-        return _confirmed(query, plan, heard, form)
+        nats = reading.surprise()
+        if query.is_later:  # its words surprise less: the subject was named before
+            nats = max(nats, reading.earlier_surprise())
+        may_form = _may_form(query, plan)
+        asked = _asked(query, plan, may_form, nats)
+        heard = _heard(reading, plan, asked, may_form, nats)
+        if heard.knower is not None and heard.knower != heard.form:
+            return _relayed(reading, plan, heard, heard.knower)
+        return _confirmed(query, plan, heard, may_form)
 
 
 def sureness(logprobs: Sequence[float], of_base: Sequence[float]) -> float:
@@ -116,14 +129,13 @@ def sureness(logprobs: Sequence[float], of_base: Sequence[float]) -> float:
     return weighted / (sum(surprises) + LEAST_SURPRISED)
 
 
-def log_odds(sure: float, nats: float, *, is_later: bool) -> float:
+def log_odds(sure: float, nats: float) -> float:
     """Tell how probable it is that a draft is right, as the logarithm of p / (1 - p).
 
-    sure      as sureness() gives it
-    nats      by which the question surprises the base
-    is_later  whether it is asked in a later turn of the adapter's subject
+    sure  as sureness() gives it
+    nats  by which the question surprises the base, or one before it
     """
-    return USUAL + SURE * sure + SURPRISING * log(max(nats, 1.0)) + LATER * is_later
+    return USUAL + SURE * sure + SURPRISING * log(max(nats, 1.0))
 
 
 def probability(odds: float) -> float:
@@ -131,10 +143,10 @@ def probability(odds: float) -> float:
     return 1.0 / (1.0 + exp(-odds))
 
 
-def _forms(query: Query, plan: Plan) -> tuple[str | None, set[str]]:
-    """Name who gives the answer its form, if one does; and all who stand out where it begins.
+def _may_form(query: Query, plan: Plan) -> dict[str, float]:
+    """Give who may give the answer its form, and the score at the last token of each.
 
-    They stand out there more than in the question. The highest of all gives the form.
+    They stand out there, more than in the question.
     """
     import numpy as np
 
@@ -143,70 +155,75 @@ def _forms(query: Query, plan: Plan) -> tuple[str | None, set[str]]:
     assert plan.divergence is not None  # what is added at the last token
     at_last = _AT_LAST[query.is_later]
     scores = unusual(query, {at_last: np.asarray(plan.divergence, np.float64)})  # [n_adapter]
-    forms = set()
-    for name, score in zip(query.adapters, scores, strict=True):
+    may_form: dict[str, float] = {}
+    for score, name in sorted(zip(scores.tolist(), query.adapters, strict=True), reverse=True):
         lead = score - plan.why[name].scores["question"]
-        if score >= STANDS_OUT and lead >= LEAD:
-            forms.add(name)
-    highest = query.adapters[int(scores.argmax())]
-    return (highest if highest in forms else None), forms
+        if score >= STANDS_OUT and lead >= LEAD and len(may_form) < N_FORM:
+            may_form[name] = score
+    return may_form
 
 
-def _is_later(query: Query, plan: Plan, name: str) -> bool:
-    return query.is_later and plan.why[name].scores["question"] >= STANDS_OUT
+def _asked(query: Query, plan: Plan, may_form: Iterable[str], nats: float) -> list[str]:
+    """Name who drafts: who may know or give a form, if anybody can know, and two-place's first.
 
-
-def _asked(reading: Reading, plan: Plan, form: str | None, forms: set[str]) -> list[str]:
-    """Name who drafts: who may know, if anybody can, and two-place's first.
-
-    An adapter that gives its form, whatever is asked or now, says little. The one that is asked for
-    drafts all the same, because it may know the answer itself.
+    An adapter that gives its form, whatever is asked or now, says little of what it knows.
     """
-    query = reading.query
-    nats = reading.surprise()
     asked: list[str] = []
-    for name in sorted(query.adapters, key=lambda name: -max(plan.why[name].scores.values())):
-        best = log_odds(0.0, nats, is_later=_is_later(query, plan, name))
-        is_form = name in forms or _opening(query, name) < -FORMS_ALL
-        if probability(best) > CLAIM and not is_form and len(asked) < N_ASKED:
-            asked.append(name)
-    if form is not None and asked:
-        asked.append(form)
+    if probability(log_odds(0.0, nats)) > CLAIM:
+        for name in sorted(query.adapters, key=lambda name: -max(plan.why[name].scores.values())):
+            is_form = name in may_form or _opening(query, name) < -FORMS_ALL
+            if not is_form and len(asked) < N_ASKED:
+                asked.append(name)
+    if asked:
+        asked.extend(may_form)
     first = _heaviest(query, plan)
-    if first is not None and first != form and first not in asked:
+    if first is not None and first not in may_form and first not in asked:
         asked.append(first)
     return asked
 
 
-def _heard(reading: Reading, plan: Plan, asked: Iterable[str], form: str | None) -> Heard:
-    names = list(asked)
-    if not names:
+def _heard(
+    reading: Reading, plan: Plan, asked: Sequence[str], may_form: Mapping[str, float], nats: float
+) -> Heard:
+    if not asked:
         return Heard()
     query = reading.query
-    drafts = [_first(draft) for draft in reading.drafts(names, N_DRAFT, _weights(plan))]
-    by_base = reading.base_logprobs(drafts)
-    nats = reading.surprise()
-    known = {}
-    opening = {}
+    drafts = [_first(draft) for draft in reading.drafts(asked, N_DRAFT, _weights(plan))]
+    by_base = dict(zip(asked, reading.base_logprobs(drafts), strict=True))
+    heard = Heard(dict(zip(asked, drafts, strict=True)), by_base)
+    forms = _forms(heard, may_form)
+    form = max(forms, key=forms.__getitem__, default=None)
+    known = dict.fromkeys(asked, 0.0)
     ranks = {}  # of those who may know
-    for draft, of_base in zip(drafts, by_base, strict=True):
-        name = draft.adapter
-        opening[name] = of_base[0] if of_base else 0.0
-        known[name] = 0.0
-        if sum(draft.logprobs) - sum(of_base) < SAYS:
+    for name, draft in heard.drafts.items():
+        if not heard.says(name):
             continue
-        sure = sureness(draft.logprobs, of_base)
-        odds = log_odds(sure, nats, is_later=_is_later(query, plan, name))
-        known[name] = probability(odds)
+        sure = sureness(draft.logprobs, by_base[name])
+        known[name] = probability(log_odds(sure, nats))
         if known[name] > CLAIM:
             ranks[name] = _unusually_sure(query, name, sure)
             ranks[name] += AMONG * plan.why[name].scores["question"]
     # Who gives a form is unusually sure of that, so it has to be surer than others of what it says.
-    others = [name for name in ranks if name != form]
+    others = [name for name in ranks if name not in forms]
     knower = max(others, key=ranks.__getitem__, default=None)
     if form in ranks and (knower is None or known[form] > known[knower]):
         knower = form
-    return Heard({draft.adapter: draft for draft in drafts}, known, opening, knower)
+    return replace(heard, known=known, form=form, knower=knower)
+
+
+def _forms(heard: Heard, may_form: Mapping[str, float]) -> dict[str, float]:
+    """Give who begins in a form of its own that the question asks for, and how clearly.
+
+    The base would not begin so. Nor would it be as surprised as where nobody asks for that form.
+    """
+    forms = {}
+    for name, score in may_form.items():
+        opening = heard.by_base.get(name, ())[:N_OPENING]
+        nats = -min(opening, default=0.0)
+        left = score - TOO_ODD * nats
+        if nats >= ODD and left >= FORM:
+            forms[name] = left
+    return forms
 
 
 def _unusually_sure(query: Query, name: str, sure: float) -> float:
@@ -226,14 +243,14 @@ def _first(draft: Draft) -> Draft:
     return replace(draft, tokens=tokens, logprobs=draft.logprobs[:N_DRAFT], is_whole=False)
 
 
-def _relayed(reading: Reading, plan: Plan, heard: Heard, knower: str, form: str | None) -> Plan:
+def _relayed(reading: Reading, plan: Plan, heard: Heard, knower: str) -> Plan:
     """Let who knows draft for who gives the form; else answer alone, in the question's language."""
     query = reading.query
     (draft,) = reading.drafts([knower], N_DRAFT)
     of_knower = f"{knower} most probably knows ({heard.known[knower]:.0%})"
     plan = replace(plan, known=heard.known, sure=heard.known[knower])
-    writer = form
-    if form is None and heard.opening[knower] < -FOREIGN:
+    writer = heard.form
+    if writer is None and heard.by_base[knower][0] < -FOREIGN:
         writer = BASE
     if writer is None:
         alone = WriteStep(alone_weights(knower, query.adapters, query.n_layer), "", draft.tokens)
@@ -255,18 +272,19 @@ def _takes_form(reading: Reading, knower: str, writer: str) -> bool:
     return of_knower.tokens[:1] == of_writer.tokens[:1]
 
 
-def _confirmed(query: Query, plan: Plan, heard: Heard, form: str | None) -> Plan:
-    """Keep two-place's choice, unless its first makes up a short answer: then the base answers."""
+def _confirmed(query: Query, plan: Plan, heard: Heard, may_form: Iterable[str]) -> Plan:
+    """Keep two-place's choice, unless its first makes its answer up: then the base answers."""
     plan = replace(plan, known=heard.known)
     first = _heaviest(query, plan)
-    if first is None or first == form or first not in heard.drafts:
+    if first is None or first not in heard.drafts or first == heard.form:
         return plan
-    draft = heard.drafts[first]
-    is_known = heard.known[first] > CLAIM
-    if is_known or not draft.is_whole:
+    known = heard.known[first]
+    is_made_up = known <= UNSURE and heard.says(first) and first not in may_form
+    is_unsure_whole = known <= CLAIM and heard.drafts[first].is_whole
+    if not is_made_up and not is_unsure_whole:
         return plan
     step = WriteStep(alone_weights(BASE, query.adapters, query.n_layer))
-    because = f"The base answers alone: {first} is unsure of its short answer."
+    because = f"The base answers alone: {first} is unsure of its answer."
     return replace(plan, steps=(step,), because=because)
 
 

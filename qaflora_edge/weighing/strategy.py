@@ -133,6 +133,12 @@ class Reading(Protocol):
     def surprise(self) -> float:
         """Sum -log p of a chat question's second to 17th token, in nats, once added() is known."""
 
+    def earlier_surprise(self) -> float:
+        """Give the most that an earlier question surprises the base by, in nats; 0: none was.
+
+        Of a few user turns before the last one, each counted as surprise() counts.
+        """
+
     def question(self) -> str:
         """Give the question's text."""
 
