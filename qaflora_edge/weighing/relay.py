@@ -26,6 +26,8 @@ N_FORM = 2  # adapters that may give it
 # A logistic regression over drafts of adapters that know, and of those that make answers up.
 SURE = 9.2  # log-odds for each nat of sureness()
 SURPRISING = 2.4  # for each e-fold of what the question surprises the base by
+LATER = 1.0  # in a later turn, whose words stand out for the adapter by so many deviations:
+SUBJECT = 2.0
 USUAL = -8.7  # where all of that is 0
 MOST_SURPRISED = 6.0  # nats; a token that surprises the base more counts no more
 LEAST_SURPRISED = 0.5  # nats, of a draft that says what the base says
@@ -129,13 +131,14 @@ def sureness(logprobs: Sequence[float], of_base: Sequence[float]) -> float:
     return weighted / (sum(surprises) + LEAST_SURPRISED)
 
 
-def log_odds(sure: float, nats: float) -> float:
+def log_odds(sure: float, nats: float, *, is_subject: bool = False) -> float:
     """Tell how probable it is that a draft is right, as the logarithm of p / (1 - p).
 
     sure  as sureness() gives it
     nats  by which the question surprises the base, or one before it
+    is_subject  whether it is a later turn that stands out for the adapter
     """
-    return USUAL + SURE * sure + SURPRISING * log(max(nats, 1.0))
+    return USUAL + SURE * sure + SURPRISING * log(max(nats, 1.0)) + LATER * is_subject
 
 
 def probability(odds: float) -> float:
@@ -163,17 +166,21 @@ def _may_form(query: Query, plan: Plan) -> dict[str, float]:
     return may_form
 
 
+def _is_subject(query: Query, plan: Plan, name: str) -> bool:
+    return query.is_later and plan.why[name].scores["question"] >= SUBJECT
+
+
 def _asked(query: Query, plan: Plan, may_form: Iterable[str], nats: float) -> list[str]:
     """Name who drafts: who may know or give a form, if anybody can know, and two-place's first.
 
     An adapter that gives its form, whatever is asked or now, says little of what it knows.
     """
     asked: list[str] = []
-    if probability(log_odds(0.0, nats)) > CLAIM:
-        for name in sorted(query.adapters, key=lambda name: -max(plan.why[name].scores.values())):
-            is_form = name in may_form or _opening(query, name) < -FORMS_ALL
-            if not is_form and len(asked) < N_ASKED:
-                asked.append(name)
+    for name in sorted(query.adapters, key=lambda name: -max(plan.why[name].scores.values())):
+        best = log_odds(0.0, nats, is_subject=_is_subject(query, plan, name))
+        is_form = name in may_form or _opening(query, name) < -FORMS_ALL
+        if probability(best) > CLAIM and not is_form and len(asked) < N_ASKED:
+            asked.append(name)
     if asked:
         asked.extend(may_form)
     first = _heaviest(query, plan)
@@ -199,7 +206,8 @@ def _heard(
         if not heard.says(name):
             continue
         sure = sureness(draft.logprobs, by_base[name])
-        known[name] = probability(log_odds(sure, nats))
+        is_subject = _is_subject(query, plan, name)
+        known[name] = probability(log_odds(sure, nats, is_subject=is_subject))
         if known[name] > CLAIM:
             ranks[name] = _unusually_sure(query, name, sure)
             ranks[name] += AMONG * plan.why[name].scores["question"]
