@@ -22,7 +22,7 @@ from qaflora_edge.bundles.create import create_bundle
 from qaflora_edge.cli.chat.commands import COMMANDS, completions
 from qaflora_edge.cli.chat.view import parse_markdown, split_closed
 from qaflora_edge.config import in_group
-from qaflora_edge.show.text import visible
+from qaflora_edge.show import visible
 
 REPEAT_PENALTY = in_group("sampling")["repeat_penalty"].defaults["chat"]
 GREEDY = ("--temp", "0", "--max-tokens", "6")

@@ -15,7 +15,7 @@ from tiny import F64, write_pairs_of_peft
 from qaflora_edge.convert import plan
 from qaflora_edge.convert.adapter import ConvertedAdapter, convert_adapter
 from qaflora_edge.convert.layouts import MIXTURES
-from qaflora_edge.convert.plan import StackedExperts
+from qaflora_edge.convert.planned import StackedExperts
 from qaflora_edge.errors import (
     AdapterMismatchError,
     ConversionError,

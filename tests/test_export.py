@@ -11,11 +11,11 @@ from tiny import F32
 
 from qaflora_edge import Engine
 from qaflora_edge.convert.adapter import mix_modules, write_mix
-from qaflora_edge.convert.plan import MixedModule
+from qaflora_edge.convert.planned import MixedModule
 from qaflora_edge.formats.adapter import read_adapter
 from qaflora_edge.formats.base import read_base
 from qaflora_edge.formats.gguf import GgufHeader, read_gguf_header
-from qaflora_edge.show.text import who_spoke
+from qaflora_edge.show import who_spoke
 
 OUTSIDE = ("token_embd", "output")
 PROJECTIONS = (*tiny.STEMS, *OUTSIDE)

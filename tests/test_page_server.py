@@ -9,7 +9,7 @@ from scripted_server import Script
 from serving import ENGINE, listening
 
 from qaflora_edge import Engine
-from qaflora_edge.show.text import reason_rows, who_spoke
+from qaflora_edge.show import reason_rows, who_spoke
 
 pytestmark = NEEDS_CHROMIUM
 

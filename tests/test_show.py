@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.cells import cell_len
 
-from qaflora_edge.show import text as show
+from qaflora_edge import show
 from qaflora_edge.weighing.plan import DraftStep, FusionWeights, Plan, Reason, WriteStep
 
 SVG = "{http://www.w3.org/2000/svg}"

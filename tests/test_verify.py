@@ -11,7 +11,8 @@ from refusals import refused
 
 from qaflora_edge.convert import adapter as convert
 from qaflora_edge.convert.adapter import convert_adapter, stored_type
-from qaflora_edge.convert.plan import PlannedModule, plan_modules
+from qaflora_edge.convert.plan import plan_modules
+from qaflora_edge.convert.planned import PlannedModule
 from qaflora_edge.convert.verify import verify_conversion
 from qaflora_edge.errors import ConversionError
 from qaflora_edge.formats.gguf import read_gguf_header

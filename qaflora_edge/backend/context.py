@@ -6,7 +6,6 @@ Nothing here knows of strategies or bundles.
 import contextlib
 import ctypes
 import mmap
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from qaflora_edge.arrays import F32, F64
 from qaflora_edge.backend import library
 from qaflora_edge.backend.batch import N_SHALLOW, Batch, Chunks, Outputs, Span, chunks_of, n_ubatch
+from qaflora_edge.backend.library import default_threads
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.config import KV_TYPES, MAX_CTX
 from qaflora_edge.errors import BackendError, CancelledError
@@ -429,15 +429,6 @@ class Context(library.Handle):
         return int(self._lib.llama_sampler_sample(sampler, self._pointer, row))
 
 
-def trim() -> None:
-    """Let glibc give back what was freed: heaps of several threads would keep most of it."""
-    if sys.platform != "linux":
-        return
-    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if malloc_trim is not None:
-        malloc_trim(0)
-
-
 def cancelled() -> CancelledError:
     return CancelledError(
         "The call was cancelled (Engine.cancel) before there was an answer; ask again."
@@ -503,14 +494,3 @@ def context_params(
     params.kv_unified = is_unified
     params.no_perf = False
     return params
-
-
-def default_threads() -> int:
-    """Count the cores that this process may use, and no more than OMP_NUM_THREADS says."""
-    if hasattr(os, "sched_getaffinity"):
-        n_core = len(os.sched_getaffinity(0))
-    else:
-        n_core = os.cpu_count() or 1
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    limit = int(asked) if asked.isdecimal() else n_core
-    return max(1, min(n_core, limit))

@@ -230,6 +230,26 @@ def forget_logged() -> None:
     _errors.clear()
 
 
+def default_threads() -> int:
+    """Count the cores that this process may use, and no more than OMP_NUM_THREADS says."""
+    if hasattr(os, "sched_getaffinity"):
+        n_core = len(os.sched_getaffinity(0))
+    else:
+        n_core = os.cpu_count() or 1
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    limit = int(asked) if asked.isdecimal() else n_core
+    return max(1, min(n_core, limit))
+
+
+def trim() -> None:
+    """Let glibc give back what was freed: heaps of several threads would keep most of it."""
+    if sys.platform != "linux":
+        return
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
 class Handle:
     """Free a resource of the library once, by close().
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
 
-from qaflora_edge.backend.context import trim
+from qaflora_edge.backend.library import trim
 from qaflora_edge.backend.model import Model, shared_model
 from qaflora_edge.bundles.open import Begin, BundleFiles, load_bundle
 from qaflora_edge.errors import QafloraError

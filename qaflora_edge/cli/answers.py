@@ -8,7 +8,7 @@ import click
 
 from qaflora_edge.errors import IncompleteAnswerError
 from qaflora_edge.formats.inputs import Json
-from qaflora_edge.show.text import can_show, visible, who_spoke
+from qaflora_edge.show import can_show, visible, who_spoke
 
 if TYPE_CHECKING:
     from qaflora_edge.answering.generation import Generation

@@ -18,7 +18,8 @@ from qaflora_edge.answering.generation import Generation
 from qaflora_edge.ask import Ask, Chat, Question, Sampling, Weighing
 from qaflora_edge.cli import prompts
 from qaflora_edge.cli.answers import answer_dict, incomplete, print_json, say
-from qaflora_edge.cli.options import SharedOptions, bundle_folder, check_outputs, open_engine
+from qaflora_edge.cli.options import SharedOptions, check_outputs, open_engine
+from qaflora_edge.cli.places import bundle_folder
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.config import OWN, SHARED, Option, in_group
 from qaflora_edge.errors import OptionError, QafloraError, wrong_option
@@ -28,7 +29,7 @@ from qaflora_edge.formats.bundle import BUNDLE_FILE, is_base, read_bundle_text
 from qaflora_edge.formats.inputs import Json, Object, checksum, open_input
 from qaflora_edge.progress import TellCount, silent
 from qaflora_edge.prompt.messages import begin_with
-from qaflora_edge.show.text import crop
+from qaflora_edge.show import crop
 
 if TYPE_CHECKING:
     from qaflora_edge.engine import Engine

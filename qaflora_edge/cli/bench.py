@@ -11,16 +11,16 @@ from qaflora_edge.cli.options import (
     Decorator,
     SharedOptions,
     bundle_argument,
-    bundle_folder,
     command,
     json_option,
     shared_options,
 )
+from qaflora_edge.cli.places import bundle_folder
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.config import MAX_PARALLEL
 from qaflora_edge.errors import BundleError, OptionError
 from qaflora_edge.formats.inputs import Json
-from qaflora_edge.show.text import columns
+from qaflora_edge.show import columns
 
 if TYPE_CHECKING:
     from qaflora_edge.bundles.open import BundleFiles
@@ -134,7 +134,7 @@ def _measured(
 
 
 def _facts(loaded: "BundleFiles", options: SharedOptions) -> Json:
-    from qaflora_edge.backend.context import default_threads
+    from qaflora_edge.backend.library import default_threads
     from qaflora_edge.cli.doctor import cpu_name, library_facts, package_facts
 
     adapters = []

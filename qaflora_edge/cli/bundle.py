@@ -10,11 +10,12 @@ import click
 
 from qaflora_edge.cli import options as cli
 from qaflora_edge.cli.answers import print_json, say
+from qaflora_edge.cli.places import bundle_folder, missing_base
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.cli.prompts import read_text
 from qaflora_edge.config import ADAPTER, OWN
 from qaflora_edge.files import AnyPath, one_line
-from qaflora_edge.show.text import N_ALL, N_TOP, others
+from qaflora_edge.show import N_ALL, N_TOP, others
 
 if TYPE_CHECKING:
     from qaflora_edge.bundles.modelfile import Modelfile
@@ -32,7 +33,7 @@ def _pairs(ctx: click.Context, param: click.Parameter, values: Any) -> cli.Pairs
     return cli.adapter_pairs(values)
 
 
-_FOLDER = cli.BUNDLE | {"callback": lambda ctx, param, value: cli.bundle_folder(value)}
+_FOLDER = cli.BUNDLE | {"callback": lambda ctx, param, value: bundle_folder(value)}
 _folder = click.argument("folder", **_FOLDER)
 _adapters: dict[str, Any] = {"multiple": True, "metavar": ADAPTER.metavar, "callback": _pairs}
 _outtype = cli.click_option(replace(OWN["convert"]["outtype"], help="Convert to this type."), "")
@@ -122,7 +123,7 @@ def create(
     elif not adapters:
         raise click.UsageError("Missing option '--adapter' or '--modelfile'.")
     elif base is None:
-        raise cli.missing_base([path for _, path in adapters])
+        raise missing_base([path for _, path in adapters])
     else:
         source = base
     if system_path is not None:

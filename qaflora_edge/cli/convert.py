@@ -13,6 +13,7 @@ import click
 
 from qaflora_edge.cli import options as cli
 from qaflora_edge.cli.answers import print_json, say
+from qaflora_edge.cli.places import bundle_folder, missing_base
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.errors import ConversionError, OutputFileError
 from qaflora_edge.files import atomic_path, what_is_at
@@ -81,7 +82,7 @@ def convert(
             "replace it with --force."
         )
     if base is None:
-        raise cli.missing_base([peft_dir])
+        raise missing_base([peft_dir])
     label = "Converting and verifying" if verify else "Converting"
     try:
         with progress_bars() as tell:
@@ -153,14 +154,14 @@ def export(
     """
     from qaflora_edge.bundles.open import load_bundle
     from qaflora_edge.convert.adapter import mix_modules, write_mix
-    from qaflora_edge.show.text import who_spoke
+    from qaflora_edge.show import who_spoke
     from qaflora_edge.weighing.strategy import parse_strategy
 
     if os.path.lexists(output):
         raise OutputFileError(
             f"Cannot write {output}: it {what_is_at(output)} already. Choose another name."
         )
-    opened = load_bundle(cli.bundle_folder(bundle))
+    opened = load_bundle(bundle_folder(bundle))
     strategy = options.strategy or opened.known.strategy
     if prompt is None and parse_strategy(strategy, [*opened.adapters]).strategy.is_probed:
         raise click.UsageError(

@@ -12,6 +12,7 @@ import click
 from qaflora_edge.cli import options as cli
 from qaflora_edge.cli.answers import print_json, say
 from qaflora_edge.cli.compare import expand
+from qaflora_edge.cli.places import bundle_folder
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.files import one_line, write_text_atomic
 
@@ -83,7 +84,7 @@ def eval(
     from qaflora_edge.evaluation.tasks import kept_results, read_task
 
     cli.check_outputs((out, None if json_path == "-" else json_path), paths, added_to=out)
-    folder = cli.bundle_folder(bundle)
+    folder = bundle_folder(bundle)
     if save:
         with editing(folder):  # says now what it would say at the end
             pass
@@ -172,7 +173,7 @@ def _show(results: "Results", json_path: str | None) -> None:
 
 def _print_tables(results: "Sequence[Cell]") -> None:
     from qaflora_edge.evaluation.table import NATS, POINTS, estimate, heads, rows
-    from qaflora_edge.show.text import columns, crop
+    from qaflora_edge.show import columns, crop
 
     tables = []
     for cell in results:

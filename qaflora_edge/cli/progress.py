@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from qaflora_edge.progress import Tell, silent
-from qaflora_edge.show.text import visible
+from qaflora_edge.show import visible
 
 if TYPE_CHECKING:
     from rich.status import Status

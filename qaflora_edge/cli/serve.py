@@ -8,6 +8,7 @@ import socket
 import click
 
 from qaflora_edge.cli import options as cli
+from qaflora_edge.cli.places import bundle_folder
 from qaflora_edge.config import expanded
 from qaflora_edge.errors import OptionError, WorkerError
 from qaflora_edge.files import make_folder, what_is_at
@@ -69,7 +70,7 @@ def serve(
     names = LOCAL_NAMES | {name.lower() for name in own_names}
     is_open = api_key is not None and not is_loopback(host)
     run(
-        [cli.bundle_folder(bundle) for bundle in bundles],
+        [bundle_folder(bundle) for bundle in bundles],
         host,
         port,
         ServerOptions(
@@ -114,8 +115,8 @@ def worker(host: str, port: int, cache: str | None, threads: int | None, insecur
     folder = None if cache is None else expanded(cache)
     if folder is not None:
         make_folder(folder, "--cache")
-    from qaflora_edge.backend.context import default_threads
     from qaflora_edge.backend.devices import serve
+    from qaflora_edge.backend.library import default_threads
 
     for number in (signal.SIGINT, signal.SIGTERM):  # no handler of Python runs meanwhile
         signal.signal(number, signal.SIG_DFL)

@@ -7,10 +7,11 @@ import click
 
 from qaflora_edge.cli import options as cli
 from qaflora_edge.cli.answers import print_json
+from qaflora_edge.cli.places import bundle_folder
 from qaflora_edge.cli.prompts import read_prompts
 from qaflora_edge.errors import OutputFileError
 from qaflora_edge.files import write_text_atomic
-from qaflora_edge.show.text import picture, print_heatmap, visible, who_spoke
+from qaflora_edge.show import picture, print_heatmap, visible, who_spoke
 
 if TYPE_CHECKING:
     from qaflora_edge.answering.decide import Decision
@@ -59,7 +60,7 @@ def subject(bundle: str) -> str:
     """The names of a bundle and its base, which stand above a picture."""
     from qaflora_edge.formats.bundle import is_base, read_bundle_text
 
-    folder = cli.bundle_folder(bundle)
+    folder = bundle_folder(bundle)
     if is_base(folder):
         return folder.name
     text = read_bundle_text(folder)

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from qaflora_edge import config
 from qaflora_edge.arrays import F32
-from qaflora_edge.convert.plan import MixedModule, Written, plan_modules
+from qaflora_edge.convert.plan import plan_modules
+from qaflora_edge.convert.planned import MixedModule, Written
 from qaflora_edge.convert.verify import ModuleCheck, verify_conversion
 from qaflora_edge.errors import OptionError, OutputFileError, UnsupportedAdapterError, WeightsError
 from qaflora_edge.files import AnyPath, atomic_path, readable

@@ -14,7 +14,7 @@ from gguf.constants import GGMLQuantizationType
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.convert.layouts import Index
-from qaflora_edge.convert.plan import Planned, PlannedModule, SingleExperts
+from qaflora_edge.convert.planned import Planned, PlannedModule, SingleExperts
 from qaflora_edge.errors import ConversionError
 from qaflora_edge.formats.adapter import AdapterInfo, read_adapter_gguf, read_pair
 from qaflora_edge.progress import TellBytes, silent

@@ -9,7 +9,8 @@ import numpy as np
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.backend.batch import Outputs, Span
-from qaflora_edge.backend.context import Context, trim
+from qaflora_edge.backend.context import Context
+from qaflora_edge.backend.library import trim
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import BackendError, CancelledError, QafloraError
 from qaflora_edge.inference.guesses import guess_together

@@ -29,10 +29,8 @@ from qaflora_edge.prompt.messages import Message, begin_with, checked_messages
 from qaflora_edge.prompt.neutral import behind_system, few
 from qaflora_edge.prompt.typed import TypedText
 
-_PIECE_BYTES = 16  # of a token; most are shorter
+PIECE_BYTES = 16  # of a token; most are shorter
 N_EARLIER = 3  # user turns before the last one, that tell of a conversation's subject
-_LEAST_ANSWER = 128  # tokens that the prompt of a gap leaves for the answer
-INFILL_PARTS = ("pre", "suf", "mid", "rep", "sep")  # marks of prefix, suffix, gap, project, file
 
 Tags = tuple[str, str]  # around a thought
 _TAGS: tuple[Tags, ...] = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
@@ -102,6 +100,8 @@ class Reader:
             chat = replace(question, messages=messages)
             tokens = chat_tokens(self.model, chat, n_ctx=self.n_ctx, reasoning=self.reasoning)
         elif isinstance(question, Gap):
+            from qaflora_edge.prompt.infill import infill_tokens
+
             tokens = infill_tokens(self.model, question, self.n_ctx)
         else:
             tokens = token_ids(question)
@@ -442,66 +442,10 @@ def _thinking_after(model: Model, tokens: Sequence[int], end: int) -> Thinking |
     return Thinking(begin_tag, end_tag, is_open, n_weighed, closing, tag_tokens)
 
 
-def infill_marks(model: Model) -> list[int] | None:
-    """Give the ids of a base's tokens for INFILL_PARTS, -1 for a missing one; None: it has none."""
-    marks = []
-    for part in INFILL_PARTS:
-        mark_of = getattr(model._lib, f"llama_vocab_fim_{part}")
-        marks.append(mark_of(model.vocab))
-    return None if min(marks[:3]) < 0 else marks
-
-
-def infill_tokens(model: Model, gap: Gap, n_ctx: int) -> list[int]:
-    """Make the prompt for what stands between a prefix and a suffix, as Qwen2.5-Coder knows it.
-
-    What n_ctx tokens cannot hold is left out: the other files first, then the prefix's beginning
-    and the suffix's end. Raises PromptError for a base that was not trained for it.
-    """
-    marks = infill_marks(model)
-    if marks is None:
-        raise PromptError(
-            f"The base {model.name} has no tokens for infill, expected those that Qwen2.5-Coder "
-            "and other bases for code have (fim_pre, fim_suf, fim_mid); use such a base."
-        )
-    pre, suf, mid, rep, sep = ([mark] if mark >= 0 else [] for mark in marks)
-
-    def tokens(text: str) -> list[int]:
-        return model.tokenize(text)
-
-    n_char = gap.n_prompt * _PIECE_BYTES
-    before = tokens(gap.prefix[-n_char:])
-    after = tokens(gap.suffix[:n_char])
-    others = []
-    if gap.files and rep:
-        others += rep
-        others += tokens("project\n")
-    for name, text in gap.files:
-        others += sep
-        others += tokens(f"{name}\n{text[-n_char:]}\n")
-    if gap.files and sep:  # the name of this one is not known
-        others += sep
-        others += tokens("file\n")
-    begin = []
-    if model._lib.llama_vocab_get_add_bos(model.vocab):
-        begin.append(model._lib.llama_vocab_bos(model.vocab))
-    n_answer = min(max(gap.n_answer, _LEAST_ANSWER), n_ctx // 2)
-    n_most = min(gap.n_prompt, n_ctx - n_answer)
-    n_room = max(0, n_most - len(begin) - 3)
-    n_after = max(n_room // 4, n_room - len(before))
-    after = after[:n_after]
-    n_room -= len(after)
-    n_cut = max(0, len(before) - n_room)
-    before = before[n_cut:]
-    n_room -= len(before)
-    n_cut = max(0, len(others) - n_room)
-    others = others[n_cut:]
-    return [*begin, *others, *pre, *before, *suf, *after, *mid]
-
-
 def check_size(model: Model, texts: Iterable[str], n_ctx: int) -> None:
     """Raise ContextError for texts that cannot fit; cutting megabytes into tokens takes seconds."""
     size = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
-    if size > n_ctx * _PIECE_BYTES and size > n_ctx * model.longest_piece:
+    if size > n_ctx * PIECE_BYTES and size > n_ctx * model.longest_piece:
         raise ContextError(
             f"The prompt has {size} bytes, more than the context of {n_ctx} tokens can hold; "
             "shorten it, or raise the context (--ctx, n_ctx)."

@@ -18,7 +18,8 @@ from qaflora_edge.dialects import ollama
 from qaflora_edge.dialects.texts import several
 from qaflora_edge.engine import Engine
 from qaflora_edge.prompt.calls import call_format
-from qaflora_edge.prompt.tokens import infill_marks, thought_tags
+from qaflora_edge.prompt.infill import infill_marks
+from qaflora_edge.prompt.tokens import thought_tags
 from qaflora_edge.server import bodies
 from qaflora_edge.server.answers import embedded
 from qaflora_edge.server.receive import Call, read, read_call

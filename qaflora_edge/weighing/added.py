@@ -13,7 +13,8 @@ from qaflora_edge.arrays import F32, F64
 from qaflora_edge.backend.batch import Span as Tokens
 from qaflora_edge.backend.batch import n_common
 from qaflora_edge.backend.branches import Branches, Steps, prefill
-from qaflora_edge.backend.context import KvState, default_threads
+from qaflora_edge.backend.context import KvState
+from qaflora_edge.backend.library import default_threads
 from qaflora_edge.formats.adapter import AdapterInfo
 from qaflora_edge.progress import silent
 from qaflora_edge.weighing.adapter_inputs import AttentionSizes, sums_of

@@ -294,7 +294,7 @@ class FusionWeights:
         return {"because": self.because, "why": reasons}
 
     def __repr__(self) -> str:
-        from qaflora_edge.show.text import who_spoke
+        from qaflora_edge.show import who_spoke
 
         n_layer = self.weights.shape[1]
         return f"<FusionWeights {self.strategy}, {n_layer} layers: {who_spoke(self)}>"

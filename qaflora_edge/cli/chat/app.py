@@ -13,6 +13,7 @@ import click
 from qaflora_edge.ask import Ask
 from qaflora_edge.cli import options as cli
 from qaflora_edge.cli.answers import thought_parts
+from qaflora_edge.cli.places import bundle_folder
 from qaflora_edge.errors import CancelledError, PromptError, QafloraError
 from qaflora_edge.prompt import conversation
 
@@ -57,7 +58,7 @@ def chat(
     """
     from qaflora_edge.cli.chat.view import TerminalView, View
 
-    folder = cli.bundle_folder(bundle)
+    folder = bundle_folder(bundle)
     is_dumb = os.environ.get("TERM", "").lower() in ("", "dumb", "unknown") and os.name != "nt"
     is_plain = plain or is_dumb or not (sys.stdin.isatty() and sys.stdout.isatty())
     with cli.open_engine(bundle, options, is_quiet=is_plain, n_parallel=1) as engine:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qaflora_edge.files import one_line
-from qaflora_edge.show.text import can_show, visible, who_spoke
+from qaflora_edge.show import can_show, visible, who_spoke
 
 if TYPE_CHECKING:
     from markdown_it.token import Token
@@ -78,7 +78,7 @@ class View:
         self.note(*parts, who_spoke(fusion))
 
     def weights(self, fusion: "FusionWeights") -> None:
-        from qaflora_edge.show.text import print_heatmap
+        from qaflora_edge.show import print_heatmap
 
         print_heatmap(fusion, sys.stderr, is_plain=self._is_plain)
 

@@ -1,1 +1,0 @@
-"""Text made safe for a screen or a page, and pictures of weights."""
