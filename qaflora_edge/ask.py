@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from qaflora_edge.config import DEFAULTS, check
-from qaflora_edge.errors import OptionError, wrong_option
+from qaflora_edge.errors import OptionError, QafloraError, wrong_option
 from qaflora_edge.progress import Tell, silent
 
 if TYPE_CHECKING:
@@ -262,3 +262,21 @@ def one_of(weights: Any, strategy: str | None) -> Any:
     if weights is not None and strategy is not None:
         raise OptionError(f"Options strategy={strategy!r} and weights are given, expected one.")
     return weights if strategy is None else strategy
+
+
+def asked_by(request: Plain | Mapping[str, Any], options: Mapping[str, Any]) -> Ask | QafloraError:
+    """Make an Ask of one request of Engine.generate_many, or give what is wrong with it."""
+    try:
+        if not isinstance(request, Mapping):
+            return asked(request, **options)
+        keywords = dict(options) | dict(request)
+        prompt = keywords.pop("prompt", None)
+        messages = keywords.pop("messages", None)
+        if (prompt is None) == (messages is None):
+            raise OptionError(
+                f"A request has {', '.join(map(str, request)) or 'nothing'}, expected either "
+                "prompt or messages, and options of generate."
+            )
+        return asked(Chat(messages) if prompt is None else prompt, **keywords)
+    except QafloraError as error:
+        return error

@@ -1,24 +1,34 @@
 """Engine: weigh adapters for a query, and answer it with the weighed mix."""
 
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from qaflora_edge.answering.generation import Generation
 from qaflora_edge.arrays import F32
-from qaflora_edge.ask import Ask, Chat, Plain, Prompt, Question, Tools, Weighing, asked, one_of
+from qaflora_edge.ask import (
+    Ask,
+    Chat,
+    Plain,
+    Prompt,
+    Question,
+    Tools,
+    Weighing,
+    asked,
+    asked_by,
+    one_of,
+)
 from qaflora_edge.backend.model import Model
-from qaflora_edge.bundles.memory import BundleMemory
+from qaflora_edge.bundles.memory import BundleMemory, places_of
 from qaflora_edge.config import check
 from qaflora_edge.errors import OptionError, QafloraError
 from qaflora_edge.files import AnyPath
 from qaflora_edge.inference.core import Core, check_process
-from qaflora_edge.progress import Tell, TellCount, silent
+from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing.weigher import Weights, not_loaded
 
 if TYPE_CHECKING:
@@ -87,7 +97,7 @@ class Engine:
         }
         check("engine", unknown | options | placing | {"seed": seed, "reasoning": reasoning})
         check_process()
-        place, paths = _places(bundle, base, adapters)
+        place, paths = places_of(bundle, base, adapters)
         self.n_parallel = n_parallel
         self._placing: dict[str, Any] = placing | {"threads": threads}
         self.memory = BundleMemory(options | {"placing": placing})
@@ -368,27 +378,6 @@ class Engine:
                 cancellation=current.core.cancellation(cancel),
             )
 
-    def typical_divergence(
-        self,
-        prompts: Sequence[str],
-        progress: TellCount | None = None,
-        keys: Collection[str] | None = None,
-        turns: Sequence[str] = (),
-        exchanges: Sequence[Sequence[Any]] = (),
-    ) -> dict[str, dict[str, Any]]:
-        """Measure each adapter against itself, for strategies; see answering.typical.measure.
-
-        prompts   neutral texts; in chat form when the base has a template, and as text
-        turns     short turns, such as greetings: chats for EXTENTS alone
-        exchanges  conversations that end with an answer; behind one each text is a later turn too
-        progress  called with (prompts read, those in all); each is read several times
-        """
-        from qaflora_edge.answering.typical import measure
-
-        current = self.memory.current
-        with current.core.call():
-            return measure(current, prompts, turns, exchanges, keys, progress or silent)
-
     def embedding(self, prompt: Any) -> F32:
         """Average the base's last states over a prompt, as `weights` takes it: float32 [n_embd]."""
         from qaflora_edge.prompt.messages import as_turn
@@ -479,7 +468,7 @@ class Engine:
                 f"generate_many got the one request {requests!r:.100}, expected several; give a "
                 "list of them."
             )
-        return self.submit_many(_one_of_many(request, options) for request in requests)
+        return self.submit_many(asked_by(request, options) for request in requests)
 
     def chat(self, messages: Sequence[Any], *, stream: bool = False, **options: Any) -> Any:
         """Answer a conversation in OpenAI's shape: a dict, or chunks with stream=True.
@@ -499,35 +488,3 @@ class Engine:
         from qaflora_edge.dialects.openai_chat import answer_chat
 
         return answer_chat(self, messages, stream=stream, **options)
-
-
-def _places(
-    bundle: AnyPath | None, base: AnyPath | None, adapters: Mapping[str, AnyPath] | None
-) -> tuple[Path, dict[str, Path] | None]:
-    """Give the bundle, or the base and its adapters, as load_bundle takes them."""
-    if bundle is not None and (base is not None or adapters is not None):
-        raise OptionError("Engine got a bundle and also base or adapters; give one of them.")
-    if bundle is not None:
-        return Path(bundle), None
-    if base is None:
-        raise OptionError("Engine needs a bundle folder, or base= and adapters=.")
-    return Path(base), {name: Path(path) for name, path in (adapters or {}).items()}
-
-
-def _one_of_many(
-    request: Plain | Mapping[str, Any], options: Mapping[str, Any]
-) -> Ask | QafloraError:
-    try:
-        if not isinstance(request, Mapping):
-            return asked(request, **options)
-        keywords = dict(options) | dict(request)
-        prompt = keywords.pop("prompt", None)
-        messages = keywords.pop("messages", None)
-        if (prompt is None) == (messages is None):
-            raise OptionError(
-                f"A request has {', '.join(map(str, request)) or 'nothing'}, expected either "
-                "prompt or messages, and options of generate."
-            )
-        return asked(Chat(messages) if prompt is None else prompt, **keywords)
-    except QafloraError as error:
-        return error

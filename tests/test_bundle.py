@@ -27,6 +27,7 @@ from patience import python
 from refusals import refused
 
 from qaflora_edge import Engine, QafloraError, errors
+from qaflora_edge.answering.typical import measure
 from qaflora_edge.bundles import open as bundle_open
 from qaflora_edge.bundles import source
 from qaflora_edge.bundles.create import create_bundle
@@ -95,7 +96,7 @@ def test_typical_divergences_are_the_engines(calibrated) -> None:
     inputs.checksum(calibrated.base.path)  # it was made under another cache
     bundle = load_bundle(calibrated.folder)
     with Engine(base=bundle.base_path, adapters=bundle.adapter_paths, n_ctx=512) as engine:
-        measured = engine.typical_divergence(NEUTRAL["prompts"])
+        measured = measure(engine.memory.current, NEUTRAL["prompts"])
     for name in ("math", "es"):
         for lens in LENSES:
             typical = bundle.known.typical[name][lens]

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +15,7 @@ from bundles import add_adapter, bundle_json, rewrite, snapshot
 from refusals import refused
 
 from qaflora_edge import Engine, QafloraError, errors
+from qaflora_edge.bundles import edit
 from qaflora_edge.bundles.create import create_bundle
 from qaflora_edge.bundles.edit import add_adapters, calibrate, remove_adapter, set_base
 from qaflora_edge.bundles.open import load_bundle, verify_bundle
@@ -59,15 +60,17 @@ def test_added_adapters_are_as_if_created_with_them(made, tmp_path) -> None:
     }
 
 
-def test_adding_keeps_true_measurements_and_drops_others(made) -> None:
+def test_adding_keeps_true_measurements_and_drops_others(made, monkeypatch) -> None:
     measured: list[set[str]] = []
 
     @contextmanager
     def engine(base: Path, adapters: dict[str, Path], **shape: int) -> Iterator[Any]:
         measured.append(set(adapters))
         assert all(path.is_file() for path in adapters.values())
-        yield SimpleNamespace(typical_divergence=lambda *_, **__: dict.fromkeys(adapters, TYPICAL))
+        current = SimpleNamespace(core=SimpleNamespace(call=nullcontext), names=adapters)
+        yield SimpleNamespace(memory=SimpleNamespace(current=current))
 
+    monkeypatch.setattr(edit, "measure", lambda of, *_: dict.fromkeys(of.names, TYPICAL))
     add_adapter(made.folder, "a", made.adapter.path, engine=engine, strategy="two-place")
     add_adapter(made.folder, "b", made.adapter.path, engine=engine)
     set_fusion(made.folder, typical_prompts={"sha256": "0" * 64, "n_prompt": 3})

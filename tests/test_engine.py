@@ -16,6 +16,7 @@ from refusals import refused
 from tiny import write_tiny_adapter, write_tiny_base, write_tiny_peft
 
 from qaflora_edge import Engine, FusionWeights, Plan, QafloraError
+from qaflora_edge.answering.typical import measure
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.bundles import source
@@ -71,7 +72,7 @@ def test_logits_take_weights_in_every_form(engine) -> None:
 def test_typical_divergence_is_measured_per_adapter_lens_and_layer(engine, base) -> None:
     done = []
     texts = ["the", "air is"]
-    typical = engine.typical_divergence(texts, progress=lambda i, n: done.append((i, n)))
+    typical = measure(engine.memory.current, texts, tell=lambda i, n: done.append((i, n)))
     assert done == sorted(done)
     assert done[-1] == (6, 6)  # each as a chat for two measures, and as text
     queries = [engine.chat_tokens([{"role": "user", "content": text}]) for text in texts]

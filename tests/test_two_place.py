@@ -15,6 +15,7 @@ from refusals import refused
 from tiny import QWEN
 
 from qaflora_edge import Engine, FusionWeights
+from qaflora_edge.answering.typical import measure
 from qaflora_edge.ask import Chat, Prompt, Tools
 from qaflora_edge.backend.batch import n_common
 from qaflora_edge.backend.context import Context
@@ -412,7 +413,7 @@ def test_prompts_are_measured_in_one_batch(calibrated, monkeypatch) -> None:
         )
         plain = [engine.tokenize(text) for text in prompts]
         counts = count_decoded(monkeypatch)
-        engine.typical_divergence(prompts, keys=PLACES, turns=turns, exchanges=[before])
+        measure(engine.memory.current, prompts, turns, [before], PLACES)
     n_same, n_later = (min(n_common(c[0], chat) for chat in c) for c in (chats, later))
     assert n_same == 5 < n_later
     read = [sum(len(chat) - n for chat in c) for c, n in ((chats, n_same), (later, n_later))]

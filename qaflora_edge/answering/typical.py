@@ -9,7 +9,7 @@ import numpy as np
 from qaflora_edge.answering.reading import PromptReading
 from qaflora_edge.arrays import F64
 from qaflora_edge.ask import Chat, Question
-from qaflora_edge.progress import TellCount
+from qaflora_edge.progress import TellCount, silent
 from qaflora_edge.prompt.messages import as_turn
 from qaflora_edge.weighing.calibration import DRAFTED, EXTENTS, KEYS, LAYERS, typical_of
 from qaflora_edge.weighing.relay import N_DRAFT, sureness
@@ -24,21 +24,24 @@ _N_DRAFTED = 16  # neutral prompts that each adapter drafts an answer to
 def measure(
     adapters: "AdapterSet",
     prompts: Sequence[str],
-    turns: Sequence[str],
-    exchanges: Sequence[Sequence[Any]],
-    keys: Collection[str] | None,
-    tell: TellCount,
+    turns: Sequence[str] = (),
+    exchanges: Sequence[Sequence[Any]] = (),
+    keys: Collection[str] | None = None,
+    tell: TellCount = silent,
 ) -> dict[str, dict[str, Any]]:
-    """Measure each adapter in use as Engine.typical_divergence does.
+    """Measure each adapter in use against itself, for strategies.
 
-    keys  what to measure, of calibration.KEYS; None: all
-    tell  called with (prompts read, those in all)
+    prompts    neutral texts; in chat form when the base has a template, and as text
+    turns      short turns, such as greetings: chats for EXTENTS alone
+    exchanges  conversations that end with an answer; behind one each text is a later turn too
+    keys       what to measure, of calibration.KEYS; None: all
+    tell       called with (prompts read, those in all); each is read several times
     """
+    keys = KEYS if keys is None else keys
 
     def queried(question: Question) -> Query:
         return adapters.weigher.query(adapters.reader.read(question))
 
-    keys = KEYS if keys is None else keys
     core = adapters.core
     cancellation = core.cancellation()
     names = adapters.weigher.adapters

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from qaflora_edge.answering.typical import measure
 from qaflora_edge.arrays import F32
 from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.bundles.source import check_names, find_base, put_adapters
@@ -289,13 +290,16 @@ def measure_typical(
         with engine(base=base_path, adapters=adapters, n_ctx=CALIBRATION_CTX) as opened:
             tell(OPENING, 1, 1)
             tell(ONCE, 0, 1)
-            measured = opened.typical_divergence(
-                prompts,
-                lambda done, total: tell(ONCE, done, total),
-                keys=lacking_keys,
-                turns=turns,
-                exchanges=exchanges,
-            )
+            current = opened.memory.current
+            with current.core.call():
+                measured = measure(
+                    current,
+                    prompts,
+                    turns,
+                    exchanges,
+                    lacking_keys,
+                    lambda done, total: tell(ONCE, done, total),
+                )
         for name, values in measured.items():
             typical[name] = typical.get(name, {}) | values
         fusion["typical"] = typical

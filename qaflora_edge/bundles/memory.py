@@ -15,7 +15,7 @@ from msgspec import structs
 from qaflora_edge.backend.library import trim
 from qaflora_edge.backend.model import Model, shared_model
 from qaflora_edge.bundles.open import Begin, BundleFiles, load_bundle
-from qaflora_edge.errors import QafloraError
+from qaflora_edge.errors import OptionError, QafloraError
 from qaflora_edge.files import AnyPath
 from qaflora_edge.formats.gguf import GgufHeader
 from qaflora_edge.inference.core import Core
@@ -206,6 +206,19 @@ class BundleMemory:
             weigher = replace(weigher, known=replace(weigher.known, strategy=strategy))
             self.current = replace(self.current, weigher=weigher)
             self._chooses = False
+
+
+def places_of(
+    bundle: AnyPath | None, base: AnyPath | None, adapters: Mapping[str, AnyPath] | None
+) -> tuple[Path, dict[str, Path] | None]:
+    """Give the bundle, or the base and its adapters, as load_bundle takes them."""
+    if bundle is not None and (base is not None or adapters is not None):
+        raise OptionError("Engine got a bundle and also base or adapters; give one of them.")
+    if bundle is not None:
+        return Path(bundle), None
+    if base is None:
+        raise OptionError("Engine needs a bundle folder, or base= and adapters=.")
+    return Path(base), {name: Path(path) for name, path in (adapters or {}).items()}
 
 
 def _read_ahead(weigher: Weigher, infos: "Iterable[AdapterInfo]") -> "list[AttentionSizes]":
