@@ -39,6 +39,7 @@ LARGEST_VALUE = {
     GGMLQuantizationType.Q8_0: 127 * 65504.0,  # 8-bit numbers times a float16
 }
 _Q8_0_BLOCK = 32
+_N_TOGETHER = 1 << 14  # values that are quantised at once, whole blocks
 _FLOATS = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
 
 
@@ -199,8 +200,11 @@ def encoded_tensor(module: Written, side: str, wanted: GGMLQuantizationType) -> 
         return rows.astype(_FLOATS[kind])
     # As one row: gguf steps over rows in Python, and blocks are the same either way.
     flat = np.ascontiguousarray(rows).reshape(1, -1)
-    encoded: NDArray[Any] = gguf.quants.quantize(flat, kind).reshape(len(rows), -1)
-    return encoded
+    parts = []
+    for begin in range(0, flat.size, _N_TOGETHER):
+        part = flat[:, begin : begin + _N_TOGETHER]
+        parts.append(gguf.quants.quantize(part, kind))
+    return np.concatenate(parts, axis=1).reshape(len(rows), -1)
 
 
 _LAYERS = {EMBEDDING: 0, HEAD: -1}  # which layer's weights count for tensors of none

@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
-from qaflora_edge.arrays import F32
+from qaflora_edge.arrays import F32, F64
 from qaflora_edge.convert.layouts import Index
 from qaflora_edge.convert.planned import Planned, PlannedModule, SingleExperts
 from qaflora_edge.errors import ConversionError
 from qaflora_edge.formats.adapter import AdapterInfo, read_adapter_gguf, read_pair
 from qaflora_edge.progress import TellBytes, silent
 
+TILE = 256  # rows and columns that are compared at once: whole blocks of 8 bits
 FLOAT32_ROUNDING = 2.0**-22  # of alpha, of the factor in B and of their product, with room
 # The largest error of rounding a value, relative to it, and the smallest for tiny ones.
 _ROUNDING = {
@@ -110,41 +111,50 @@ def _check_module(info: AdapterInfo, module: Planned) -> ModuleCheck:
     # Blocks of 8 bits lie along the rows of the file: the ranks of an embedding's A and of B.
     is_embedding = isinstance(module, PlannedModule) and module.source.is_embedding
     axis_a = 0 if is_embedding else 1
-    difference = 0.0
-    of_allowed = 0.0
+    largest = np.zeros(2)
     sources = source_deltas(module)
     in_file = stored_deltas(info, module)
     for source, stored in zip(sources, in_file, strict=True):
-        left = source.left * np.float32(source.scale / stored.scale)
-        of_a = _compare(source.right, stored.right, kind_a, axis_a)
-        of_b = _compare(left, stored.left, kind_b, 1)
-        largest = np.maximum(of_a, of_b)  # it keeps NaN
-        difference, of_allowed = np.maximum(largest, (difference, of_allowed)).tolist()
+        of_a = _compare(source.right, stored.right, 1.0, kind_a, axis_a)
+        of_b = _compare(source.left, stored.left, source.scale / stored.scale, kind_b, 1)
+        largest = np.maximum(largest, np.maximum(of_a, of_b))  # it keeps NaN
+    difference, of_allowed = largest.tolist()
     return ModuleCheck(module.name, module.base_name, difference, of_allowed)
 
 
-def _compare(
-    source: F32, stored: F32, kind: GGMLQuantizationType, axis: int
-) -> tuple[float, float]:
+def _compare(source: F32, stored: F32, scale: float, kind: GGMLQuantizationType, axis: int) -> F64:
     """Compare a side: the largest difference, and the largest share of what rounding explains.
 
-    source  [n, m]       to be stored as `kind`
-    stored  [n.., m..]   what is beyond the source has to be 0: experts are filled up to one rank
-    axis    along which blocks of 8 bits lie
+    source   [n, m]       times `scale` to be stored as `kind`
+    stored   [n.., m..]   what is beyond the source has to be 0: experts are filled up to one rank
+    axis     along which blocks of 8 bits lie
+    returns  [2]
     """
-    expected = np.zeros_like(stored)
-    n_row, n_column = source.shape
-    expected[:n_row, :n_column] = source
+    largest = np.zeros(2)
     relative, smallest = _ROUNDING[kind]
-    size = np.abs(expected)
-    rounded = size
-    if kind == GGMLQuantizationType.Q8_0:
-        rounded = size.max(axis=axis, keepdims=True)
-    allowed = rounded * relative + smallest + size * FLOAT32_ROUNDING
-    with np.errstate(all="ignore"):  # a file that is wrong may hold anything
-        difference = np.abs(stored - expected)
-        share = np.where(difference == 0, 0.0, difference / allowed)
-    return float(difference.max()), float(share.max())
+    for place in _tiles(stored):
+        found = stored[place]
+        part = source[place]
+        n_row, n_column = part.shape
+        expected = np.zeros_like(found)
+        expected[:n_row, :n_column] = part * np.float32(scale)
+        size = np.abs(expected)
+        rounded = size
+        if kind == GGMLQuantizationType.Q8_0:
+            rounded = size.max(axis=axis, keepdims=True)
+        allowed = rounded * relative + smallest + size * FLOAT32_ROUNDING
+        with np.errstate(all="ignore"):  # a file that is wrong may hold anything
+            difference = np.abs(found - expected)
+            share = np.where(difference == 0, 0.0, difference / allowed)
+        largest = np.maximum(largest, (difference.max(), share.max()))
+    return largest
+
+
+def _tiles(values: F32) -> Iterator[tuple[slice, slice]]:
+    n_row, n_column = values.shape
+    for row in range(0, n_row, TILE):
+        for column in range(0, n_column, TILE):
+            yield slice(row, row + TILE), slice(column, column + TILE)
 
 
 def source_deltas(module: Planned) -> Iterator[Delta]:

@@ -33,7 +33,7 @@ from qaflora_edge.formats.names import CONFIG_FILE
 
 MAX_CONFIG_BYTES = 1 << 22
 MAX_PATTERN_LENGTH = 256
-MATCH_S = 5.0  # of the processor, to match all patterns with all modules
+MATCH_S = 1.0  # of the processor, to match all patterns with all modules
 LEAST_S = 1e-3  # that a match may take
 MERGE = "Merge the adapter into its base, or train a plain LoRA."
 CONVERT = "Save it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)."
