@@ -140,7 +140,7 @@ def summary_of(answers: list[Answer], memory: list[float]) -> dict[str, Any]:
         "chat_p95_to_median": round(percentile(times["chat"], 0.95) / chat_s, 2),
         "answers": per_model,
         "copies_factor": round(max(per_model.values()) / min(per_model.values()), 2),
-        "long_prompt_ended": "long" in times,
+        "long_prompt_ended": any(each.kind == "long" and each.status == 200 for each in answers),
         "grown_mb": round(memory[-1] - memory[min(1, len(memory) - 1)], 1),
     }
 

@@ -18,9 +18,12 @@ from bundles import make_bundle
 from patience import PATIENCE_S, wait_until
 from serving import ENGINE, address_of, error_of, listening, listening_app, make_options, metric
 
+from qaflora_edge import Engine
 from qaflora_edge.backend import model
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model
+from qaflora_edge.inference.loop import COMPUTING
+from qaflora_edge.inference.sequence import CallEvent
 from qaflora_edge.server import app, receive, respond
 from qaflora_edge.server.app import expire_all, make_app
 from qaflora_edge.server.receive import Places
@@ -218,6 +221,20 @@ def test_the_time_of_a_request_is_what_was_computed_for_it(
         held.go.set()
     assert answers[0].status_code == status
     assert (call.cancel.computed_s > computed_s) == (status == 200)
+
+
+@pytest.mark.parametrize("n_other", [0, 1, 3])
+def test_steps_of_other_bundles_at_the_same_time_take_their_share(bundle, n_other) -> None:
+    call = CallEvent()
+    COMPUTING.add(n_other)  # loops that compute as long as this one does
+    try:
+        with Engine(bundle, n_ctx=256) as engine:
+            answer = engine.generate("abc", strategy="base", max_tokens=8, cancel=call)
+            answer.text()
+    finally:
+        COMPUTING.add(-n_other)
+    seconds = 1e-3 * (answer.timings.prefill_ms + answer.timings.decode_ms)
+    assert call.computed_s == pytest.approx(seconds / (1 + n_other))
 
 
 @pytest.fixture

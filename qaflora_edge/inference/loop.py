@@ -18,6 +18,23 @@ _PAUSE_S = 0.005
 _UNUSED_S = 300.0  # after which memory that no request has needed is given back
 
 
+class Computing:
+    """Count the loops of this process that compute a step now: they share its cores."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._n = 0
+
+    def add(self, n: int) -> int:
+        """Add to the number, and give it."""
+        with self._lock:
+            self._n += n
+            return self._n
+
+
+COMPUTING = Computing()
+
+
 class Driver(Enum):
     """Name who computes: nobody now, a caller that waits, or the thread in run_forever."""
 
@@ -206,6 +223,7 @@ class Loop:
         decoded = step.decode
         self._turn.release()
         start = time.perf_counter()
+        n_computing = COMPUTING.add(1)
         try:
             self._runner.run(step, self._scheduler.slots)
             if step.job is not None:
@@ -219,7 +237,8 @@ class Loop:
             raise
         finally:
             ms = 1e3 * (time.perf_counter() - start)
-            step.count(1e-3 * ms)
+            n_mean = (n_computing + COMPUTING.add(-1) + 1) / 2
+            step.count(1e-3 * ms / n_mean)
             self._turn.acquire()
             self._now = ()
         if step.is_empty:

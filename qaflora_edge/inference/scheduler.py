@@ -156,7 +156,7 @@ class Step:
         return not (self.decode or self.prefill or self.job)
 
     def count(self, seconds: float) -> None:
-        """Note how long it took, for each call that it computed for."""
+        """Note how long it took, or its share of that time, for each call that it computed for."""
         sequences = [*self.decode, *(sequence for sequence, _ in self.prefill)]
         calls = {sequence.request.cancellation for sequence in sequences}
         if self.job is not None:
