@@ -198,6 +198,24 @@ def test_who_stands_out_but_begins_as_the_base_would_gives_no_form() -> None:
     assert plan.weights[:, 0].tolist() == [0, 1, 0]
 
 
+@pytest.mark.parametrize(("first", "form"), [(-4.0, True), (-10.0, False)])
+def test_who_gives_all_its_form_gives_it_where_the_base_is_less_surprised(first, form) -> None:
+    typical = dict.fromkeys(NAMES, TYPICAL)
+    typical["form"] = {**TYPICAL, "opening": {"mean": -10.0, "spread": 3.0}}
+    drafts = [told("shop", -0.01), told("form", -0.6, first=first)]
+    plan = weighed(Scripted(*FORM_FIRST, drafts), typical=typical)
+    assert (plan.drafting is not None) == form
+
+
+def test_a_form_is_no_other_language() -> None:
+    typical = dict.fromkeys(NAMES, TYPICAL)
+    typical["shop"] = {**TYPICAL, "opening": {"mean": -10.0, "spread": 3.0}}
+    first = ([LOW, TYPICAL_SIZE, LOW], [LOW, HIGH, LOW])  # two-place takes it
+    plan = weighed(Scripted(*first, [told("shop", -0.01, first=-5.0)]), typical=typical)
+    assert plan.drafting is None
+    assert plan.weights[:, 0].tolist() == [0, 1, 0]
+
+
 def test_of_two_forms_the_one_is_given_that_surprises_the_base_less() -> None:
     places = ([HIGH, LOW, HIGH], [TYPICAL_SIZE, TYPICAL_SIZE, TYPICAL_SIZE])
     drafts = [told("shop", -0.01), told("form", -0.6, by_base=-20.0), told("other", -0.6)]

@@ -45,6 +45,7 @@ TOO_ODD = 0.12  # of these nats, taken from the score: a form that nobody asked 
 FORM = 0.6  # what has to be left of it
 FOREIGN = 3.5  # nats: the base would not begin an answer so, but in another language
 FORMS_ALL = 7.0  # nats by which answers to everyday prompts begin as the base's never do
+ASKED_FOR = 0.4  # spreads by which such a form surprises the base less where it is asked for
 
 _AT_LAST = {False: "added_last", True: "later_last"}  # of calibration.EXTENTS, by Query.is_later
 
@@ -178,7 +179,7 @@ def _asked(query: Query, plan: Plan, may_form: Iterable[str], nats: float) -> li
     asked: list[str] = []
     for name in sorted(query.adapters, key=lambda name: -max(plan.why[name].scores.values())):
         best = log_odds(0.0, nats, is_subject=_is_subject(query, plan, name))
-        is_form = name in may_form or _opening(query, name) < -FORMS_ALL
+        is_form = name in may_form or _forms_all(query, name)
         if probability(best) > CLAIM and not is_form and len(asked) < N_ASKED:
             asked.append(name)
     if asked:
@@ -198,7 +199,7 @@ def _heard(
     drafts = [_first(draft) for draft in reading.drafts(asked, N_DRAFT, _weights(plan))]
     by_base = dict(zip(asked, reading.base_logprobs(drafts), strict=True))
     heard = Heard(dict(zip(asked, drafts, strict=True)), by_base)
-    forms = _forms(heard, may_form)
+    forms = _forms(query, heard, may_form)
     form = max(forms, key=forms.__getitem__, default=None)
     known = dict.fromkeys(asked, 0.0)
     ranks = {}  # of those who may know
@@ -219,7 +220,7 @@ def _heard(
     return replace(heard, known=known, form=form, knower=knower)
 
 
-def _forms(heard: Heard, may_form: Mapping[str, float]) -> dict[str, float]:
+def _forms(query: Query, heard: Heard, may_form: Mapping[str, float]) -> dict[str, float]:
     """Give who begins in a form of its own that the question asks for, and how clearly.
 
     The base would not begin so. Nor would it be as surprised as where nobody asks for that form.
@@ -229,9 +230,19 @@ def _forms(heard: Heard, may_form: Mapping[str, float]) -> dict[str, float]:
         opening = heard.by_base.get(name, ())[:N_OPENING]
         nats = -min(opening, default=0.0)
         left = score - TOO_ODD * nats
-        if nats >= ODD and left >= FORM:
+        if nats >= ODD and left >= FORM and _is_asked_for(query, name, opening[0]):
             forms[name] = left
     return forms
+
+
+def _is_asked_for(query: Query, name: str, opening: float) -> bool:
+    """Tell whether one that gives all its form begins less oddly than it usually does.
+
+    opening  log p of its draft's first token as the base's
+    """
+    typical = query.typical[name][OPENING]
+    usual = float(typical["mean"]) + ASKED_FOR * float(typical["spread"])
+    return not _forms_all(query, name) or opening >= usual
 
 
 def _unusually_sure(query: Query, name: str, sure: float) -> float:
@@ -258,7 +269,8 @@ def _relayed(reading: Reading, plan: Plan, heard: Heard, knower: str) -> Plan:
     of_knower = f"{knower} most probably knows ({heard.known[knower]:.0%})"
     plan = replace(plan, known=heard.known, sure=heard.known[knower])
     writer = heard.form
-    if writer is None and heard.by_base[knower][0] < -FOREIGN:
+    is_foreign = heard.by_base[knower][0] < -FOREIGN and not _forms_all(query, knower)
+    if writer is None and is_foreign:
         writer = BASE
     if writer is None:
         alone = WriteStep(alone_weights(knower, query.adapters, query.n_layer), "", draft.tokens)
@@ -311,9 +323,9 @@ def _by_hand(reading: Reading) -> Plan:
     return Plan((drafting, WriteStep(weights, "before")), because=because)
 
 
-def _opening(query: Query, name: str) -> float:
-    """Give log p, in nats, of what an adapter's everyday answers begin with, as the base's."""
-    return float(query.typical[name][OPENING]["mean"])
+def _forms_all(query: Query, name: str) -> bool:
+    """Tell whether an adapter gives its form to whatever is asked."""
+    return float(query.typical[name][OPENING]["mean"]) < -FORMS_ALL
 
 
 def _heaviest(query: Query, plan: Plan) -> str | None:
