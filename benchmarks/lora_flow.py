@@ -23,6 +23,7 @@ from typing import Any
 import code_metric
 import numpy as np
 import torch
+from as_peft import MODULES
 from lorahub import HALVES, choose, read_examples
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, GgufConfig
@@ -35,15 +36,6 @@ from qaflora_edge.evaluation.tasks import Task, kept_results, read_task
 from qaflora_edge.formats.adapter import read_pair
 
 STRATEGY = "lora-flow"
-MODULES = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 
 
 class Gate(torch.nn.Module):
