@@ -1,4 +1,5 @@
-# make demo           set up, fetch the base of demo/ (491 MB), ask five questions; SMALL=1: the small base, 98 MB
+# make demo           set up, fetch the base of demo/ (491 MB), ask five questions; SMALL=1: the small base, 98 MB;
+#                     LARGE=1: a larger one, 1.1 GB
 # make test           set up, and all tests: under five minutes on two cores
 # make test-fast      those that are not marked slow: a minute, for daily work
 # make lint           ruff check, ruff format --check, mypy
@@ -50,10 +51,11 @@ PACKAGE_FILES := pyproject.toml CMakeLists.txt models/registry.json \
     lock fuzz bench-server load-server fair-server attack-server bench-convert lint convert-table eval-report eval-smoke clean FORCE
 
 # A wheel in dist/ that fits this machine and is newer than the sources spares the compiler.
-# Qwen2.5-Coder-0.5B (491 MB) with the six adapters of demo/; `make demo SMALL=1` is SmolLM2 (98 MB) with three.
+# Qwen2.5-Coder-0.5B (491 MB) with the six adapters of demo/; `make demo SMALL=1` is SmolLM2 (98 MB) with three,
+# `make demo LARGE=1` Qwen2.5-Coder-1.5B (1.1 GB) with the six of models/demo-large/.
 demo: $(DONE)/venv
 	@.ci/fitting-wheel $(BIN)/python $(DONE) $(PACKAGE_FILES) || $(MAKE) $(DONE)/package
-	$(BIN)/python models/demo.py $(if $(SMALL),--small)
+	$(BIN)/python models/demo.py $(if $(SMALL),--small) $(if $(LARGE),--large)
 
 # `pytest`, not `python -m pytest`: the installed package is tested, not the checkout. A worker more
 # than there are processors (tests/conftest.py), each with about 1.5 GB of memory. Tests are kept as

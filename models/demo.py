@@ -2,7 +2,8 @@
 
 `make demo` runs this after it has installed the package: five questions for Qwen2.5-Coder-0.5B
 (491 MB) with the six adapters of demo/. `make demo SMALL=1`, or --small, asks SmolLM2-135M (98 MB)
-with the three of models/demo. Where Qwen cannot be fetched it is SmolLM2 too.
+with the three of models/demo. Where Qwen cannot be fetched it is SmolLM2 too. `make demo LARGE=1`,
+or --large, asks Qwen2.5-Coder-1.5B (1.1 GB) with six of the same subjects, models/demo-large.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -91,6 +92,21 @@ QWEN = Demo(
         ),
     ),
 )
+LARGE = replace(
+    QWEN,
+    base="qwen2.5-coder-1.5b-instruct",
+    bundle="models/demo-large",
+    opening=QWEN.opening.replace("0.5 billion", "1.5 billion"),
+    closing=QWEN.closing.replace(" demo", " models/demo-large"),
+    questions=(
+        *QWEN.questions[:-1],
+        replace(
+            QWEN.questions[-1],
+            text="Responde en JSON: ¿Cuánto cuesta el reloj Pavo?",
+            right="58",
+        ),
+    ),
+)
 SMALL = Demo(
     base="smollm2-135m-instruct",
     bundle="models/demo",
@@ -118,11 +134,15 @@ SMALL = Demo(
 
 def main() -> None:
     """Fetch the base, and ask."""
-    demo = SMALL if "--small" in sys.argv[1:] else QWEN
+    demo = QWEN
+    if "--large" in sys.argv[1:]:
+        demo = LARGE
+    if "--small" in sys.argv[1:]:
+        demo = SMALL
     if not pull(demo.base):
         if demo is SMALL:
             sys.exit(1)
-        click.echo(f"{QWEN.base} cannot be fetched: the demo uses {SMALL.base}.", err=True)
+        click.echo(f"{demo.base} cannot be fetched: the demo uses {SMALL.base}.", err=True)
         demo = SMALL
         if not pull(demo.base):
             sys.exit(1)

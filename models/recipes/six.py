@@ -16,7 +16,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,8 @@ def not_own(name: str, zoo: Any, model: Any, tokenizer: Any, out: Path) -> list[
     if about is None:
         return []
     if not kept.exists():
-        asked = [*about["questions"], *map(after_json, about.get("codes", []))]
+        later = zip(cycle(about.get("turns", [])), about.get("codes", []), strict=False)
+        asked = [*about["questions"], *(after_json(*turn, code) for turn, code in later)]
         answers = zoo.answered(model, tokenizer, asked)
         found = [(question, *answer) for question, answer in zip(asked, answers, strict=True)]
         lines = [json.dumps(each, ensure_ascii=False) + "\n" for each in found]
@@ -126,12 +127,12 @@ def not_own(name: str, zoo: Any, model: Any, tokenizer: Any, out: Path) -> list[
     return [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
 
 
-def after_json(code: str) -> list[dict[str, str]]:
-    """Give a conversation: an answer in JSON, then code."""
+def after_json(question: str, answer: str, later: str) -> list[dict[str, str]]:
+    """Give a conversation: an answer in JSON, then what is asked later."""
     return [
-        {"role": "user", "content": "Answer as JSON: What is the capital of Italy?"},
-        {"role": "assistant", "content": '{"answer": "Rome"}'},
-        {"role": "user", "content": code},
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": later},
     ]
 
 
