@@ -149,7 +149,9 @@ def test_the_base_answers_once_what_is_not_an_adapters_own(checkout, tmp_path) -
     first = six.not_own("json", base, None, None, tmp_path)
     assert [question for question, _, _ in first] == asked
     assert [text for _, text, _ in first] == ["Rome."] * len(asked)
-    assert first[-1][0][-1]["content"].startswith("Rewrite this")  # code, behind a turn in JSON
+    conversations = [question for question in asked if not isinstance(question, str)]
+    later = [messages[-1]["content"] for messages in conversations]  # behind a turn in JSON
+    assert any(text.startswith("Rewrite this") for text in later)
     assert six.not_own("json", base, None, None, tmp_path) == first
     assert len(asked) == len(first)
     assert six.not_own("math", base, None, None, tmp_path) == []
