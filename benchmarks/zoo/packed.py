@@ -69,8 +69,8 @@ def pack(head: Sequence[int], examples: Sequence[Read]) -> Pack:
     )
 
 
-def loss_of(model: Any, packed: Pack) -> Tensor:
-    """Mean nats of a learnt token. model: of transformers, with or without PEFT around it."""
+def nats_of(model: Any, packed: Pack) -> Tensor:
+    """Nats of each learnt token. model: of transformers, with or without PEFT around it."""
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     with torch.autocast("cpu", torch.bfloat16):
         states = causal.model(
@@ -80,7 +80,12 @@ def loss_of(model: Any, packed: Pack) -> Tensor:
             use_cache=False,
         ).last_hidden_state
         logits = causal.lm_head(states[0, packed.before])
-    return cross_entropy(logits.float(), packed.learnt)
+    return cross_entropy(logits.float(), packed.learnt, reduction="none")
+
+
+def loss_of(model: Any, packed: Pack) -> Tensor:
+    """Mean nats of a learnt token."""
+    return nats_of(model, packed).mean()
 
 
 def steps(examples: Sequence[Read], n_step: int, n_token: int, seed: int) -> Iterator[list[Read]]:

@@ -24,7 +24,6 @@ import six
 import torch
 import transformers
 from peft import PeftModel
-from torch.nn.functional import cross_entropy
 
 SHARE = 1 / 3  # of the tokens of a step, that are near questions
 LEAST = 0.1  # of the mean loss, that is added to each: what is learnt is still drawn
@@ -148,24 +147,15 @@ def nats_of(
     tuned: Any, head: Sequence[int], pools: Sequence[Pool], drawn: Sequence[Sequence[int]]
 ) -> tuple[list[torch.Tensor], int]:
     """Give the nats of each learnt token, by example, and how many tokens were read."""
-    from packed import pack
+    import packed
 
     examples = [
         pool.read[place] for pool, places in zip(pools, drawn, strict=True) for place in places
     ]
-    packed = pack(head, examples)
-    causal = tuned.get_base_model()
-    with torch.autocast("cpu", torch.bfloat16):
-        states = causal.model(
-            input_ids=packed.ids,
-            attention_mask=packed.sees,
-            position_ids=packed.places,
-            use_cache=False,
-        ).last_hidden_state
-        logits = causal.lm_head(states[0, packed.before])
-    nats = cross_entropy(logits.float(), packed.learnt, reduction="none")
+    together = packed.pack(head, examples)
+    nats = packed.nats_of(tuned, together)
     lengths = [len(example.answer) for example in examples]
-    return list(nats.split(lengths)), packed.ids.shape[1]
+    return list(nats.split(lengths)), together.ids.shape[1]
 
 
 def keep(
