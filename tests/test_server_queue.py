@@ -217,7 +217,10 @@ def test_the_time_of_a_request_is_what_was_computed_for_it(
         assert held.busy.acquire(timeout=PATIENCE_S)
         (call,) = app.state.running
         call.cancel.computed_s = computed_s
+        is_checked = threading.Event()
         call._loop.call_soon_threadsafe(call._expire)
+        call._loop.call_soon_threadsafe(is_checked.set)
+        assert is_checked.wait(PATIENCE_S)
         held.go.set()
     assert answers[0].status_code == status
     assert (call.cancel.computed_s > computed_s) == (status == 200)
