@@ -72,6 +72,7 @@ class Scripted:
         self._told = {told.draft.adapter: told for told in drafts}
         self._nats = nats
         self._earlier = earlier
+        self.n_earlier = 0
         self.asked: list[str] = []
 
     def added(self) -> Any:
@@ -81,6 +82,7 @@ class Scripted:
         return self._nats
 
     def earlier_surprise(self) -> float:
+        self.n_earlier += 1
         return self._earlier
 
     def drafts(self, names: Iterable[str], n_token: int, answer: Any = None) -> list[Draft]:
@@ -185,10 +187,15 @@ def test_a_question_that_the_base_expects_is_drafted_by_nobody() -> None:
 
 
 def test_a_later_turn_surprises_as_much_as_what_was_asked_before() -> None:
-    sure = [told("shop", -0.01)]
-    follow_up = Scripted(*NOBODY, sure, nats=5.0, earlier=80.0)
-    assert weighed(follow_up, is_later=True).weights[:, 0].tolist() == [0, 1, 0]
-    assert not weighed(Scripted(*NOBODY, sure, 5.0, earlier=10.0), is_later=True).weights.any()
+    of_shop = ([LOW, LOW, LOW], [LOW, HIGH, LOW])
+    for places, earlier, told_of in (
+        (of_shop, 80.0, (1, 1)),
+        (of_shop, 10.0, (0, 1)),
+        (NOBODY, 80.0, (0, 0)),
+    ):
+        reading = Scripted(*places, [told("shop", -0.01)], 5.0, earlier)
+        plan = weighed(reading, "relay:abstain=16", is_later=True)
+        assert (plan.weights[1, 0], reading.n_earlier) == told_of  # read where a subject goes on
 
 
 def test_who_stands_out_but_begins_as_the_base_would_gives_no_form() -> None:
@@ -198,12 +205,17 @@ def test_who_stands_out_but_begins_as_the_base_would_gives_no_form() -> None:
     assert plan.weights[:, 0].tolist() == [0, 1, 0]
 
 
-@pytest.mark.parametrize(("first", "form"), [(-4.0, True), (-10.0, False)])
-def test_who_gives_all_its_form_gives_it_where_the_base_is_less_surprised(first, form) -> None:
+@pytest.mark.parametrize(
+    ("usually", "now", "form"), [(-10.0, -4.0, True), (-10.0, -10.0, False), (-1.0, -4.0, False)]
+)
+def test_who_gives_all_its_form_gives_it_where_the_base_is_less_surprised(
+    usually, now, form
+) -> None:
+    """It may stand out in the question too."""
     typical = dict.fromkeys(NAMES, TYPICAL)
-    typical["form"] = {**TYPICAL, "opening": {"mean": -10.0, "spread": 3.0}}
-    drafts = [told("shop", -0.01), told("form", -0.6, first=first)]
-    plan = weighed(Scripted(*FORM_FIRST, drafts), typical=typical)
+    typical["form"] = {**TYPICAL, "opening": {**SPEAKS, "mean": usually}}
+    drafts = [told("shop", -0.01), told("form", -0.6, first=now)]
+    plan = weighed(Scripted([HIGH, LOW, LOW], [HIGH, LOW, LOW], drafts), typical=typical)
     assert (plan.drafting is not None) == form
 
 
@@ -216,9 +228,9 @@ def test_a_form_is_no_other_language() -> None:
     assert plan.weights[:, 0].tolist() == [0, 1, 0]
 
 
-def test_of_two_forms_the_one_is_given_that_surprises_the_base_less() -> None:
-    places = ([HIGH, LOW, HIGH], [TYPICAL_SIZE, TYPICAL_SIZE, TYPICAL_SIZE])
-    drafts = [told("shop", -0.01), told("form", -0.6, by_base=-20.0), told("other", -0.6)]
+def test_of_two_forms_the_one_is_given_that_stands_out_more() -> None:
+    places = ([0.03, LOW, HIGH], [TYPICAL_SIZE, TYPICAL_SIZE, TYPICAL_SIZE])
+    drafts = [told("shop", -0.01), told("form", -0.6), told("other", -0.6)]
     assert who(weighed(Scripted(*places, drafts))) == ("shop", "other")
 
 

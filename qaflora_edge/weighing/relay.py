@@ -15,37 +15,28 @@ from qaflora_edge.config import Option
 from qaflora_edge.errors import StrategyError
 from qaflora_edge.weighing.plan import BASE, Draft, DraftStep, Plan, WriteStep, alone_weights
 from qaflora_edge.weighing.strategy import Query, Reading
-from qaflora_edge.weighing.two_place import TWO_PLACE_OPTIONS, TwoPlace
+from qaflora_edge.weighing.two_place import STANDS_OUT, TWO_PLACE_OPTIONS, TwoPlace
 
 OPENING, SURENESS = DRAFTED = "opening", "sureness"  # of calibration.KEYS
 
 N_DRAFT = 14  # tokens of a draft that tell whether its adapter knows
-N_ASKED = 5  # adapters that draft, beside two-place's first and who may give a form
-N_FORM = 2  # adapters that may give it
+N_ASKED = 5  # adapters that draft because they may know, and as many that may give a form
+N_OPENING = 3  # tokens in which a form begins
 
 # A logistic regression over drafts of adapters that know, and of those that make answers up.
 SURE = 9.2  # log-odds for each nat of sureness()
 SURPRISING = 2.4  # for each e-fold of what the question surprises the base by
-LATER = 1.0  # in a later turn, whose words stand out for the adapter by so many deviations:
+LATER = 0.7  # in a later turn, whose words stand out for the adapter by so many deviations:
 SUBJECT = 2.0
 USUAL = -8.7  # where all of that is 0
 MOST_SURPRISED = 6.0  # nats; a token that surprises the base more counts no more
 LEAST_SURPRISED = 0.5  # nats, of a draft that says what the base says
 
-CLAIM = 0.4  # probability from which an adapter may know
+CLAIM = 0.4  # probability from which an adapter may know; up to half of it, it makes things up
 AMONG = 0.25  # of the score in the question, beside how unusually sure one is, where several may
-UNSURE = 0.2  # probability up to which two-place's first most probably makes its answer up
-SAYS = 4.0  # nats by which a draft is likelier than under the base: else it tells nothing
-
-STANDS_OUT = 1.2  # score at the last token from which an adapter may give the answer its form
-LEAD = 0.5  # how far that score is above the one in the question
-N_OPENING = 3  # tokens in which a form begins
-ODD = 2.5  # nats by which one of them surprises the base, at least
-TOO_ODD = 0.12  # of these nats, taken from the score: a form that nobody asked for is odder
-FORM = 0.6  # what has to be left of it
-FOREIGN = 3.5  # nats: the base would not begin an answer so, but in another language
+SURPRISED = 3.5  # nats from which an adapter, a form or a language is not the base's
 FORMS_ALL = 7.0  # nats by which answers to everyday prompts begin as the base's never do
-ASKED_FOR = 0.4  # spreads by which such a form surprises the base less where it is asked for
+MARGIN = 0.5  # spreads by which a place, or an opening, differs from another
 
 _AT_LAST = {False: "added_last", True: "later_last"}  # of calibration.EXTENTS, by Query.is_later
 
@@ -77,7 +68,7 @@ class Heard:
 
     def says(self, name: str) -> bool:
         """Tell whether an adapter says what the base would not."""
-        return sum(self.drafts[name].logprobs) - sum(self.by_base[name]) >= SAYS
+        return sum(self.drafts[name].logprobs) - sum(self.by_base[name]) >= SURPRISED
 
 
 class RelayStrategy(TwoPlace):
@@ -109,12 +100,10 @@ class RelayStrategy(TwoPlace):
         may_draft = query.is_chat and query.can_draft and not query.has_results
         if not may_draft or len(query.adapters) < 2:
             return plan
-        nats = reading.surprise()
-        if query.is_later:  # its words surprise less: the subject was named before
-            nats = max(nats, reading.earlier_surprise())
+        odds = _odds(reading, plan)
         may_form = _may_form(query, plan)
-        asked = _asked(query, plan, may_form, nats)
-        heard = _heard(reading, plan, asked, may_form, nats)
+        asked = _asked(query, plan, may_form, odds)
+        heard = _heard(reading, plan, asked, may_form, odds)
         if heard.knower is not None and heard.knower != heard.form:
             return _relayed(reading, plan, heard, heard.knower)
         return _confirmed(query, plan, heard, may_form)
@@ -147,10 +136,25 @@ def probability(odds: float) -> float:
     return 1.0 / (1.0 + exp(-odds))
 
 
+def _odds(reading: Reading, plan: Plan) -> dict[str, float]:
+    """Give the log-odds of each adapter that it knows, if it is sure of its draft.
+
+    A later turn about its subject surprises as much as what was asked before.
+    """
+    query = reading.query
+    scores = {name: plan.why[name].scores["question"] for name in query.adapters}
+    subjects = [name for name in scores if query.is_later and scores[name] >= SUBJECT]
+    odds = dict.fromkeys(scores, log_odds(0.0, reading.surprise()))
+    if subjects:
+        nats = max(reading.surprise(), reading.earlier_surprise())
+        odds |= dict.fromkeys(subjects, log_odds(0.0, nats, is_subject=True))
+    return odds
+
+
 def _may_form(query: Query, plan: Plan) -> dict[str, float]:
     """Give who may give the answer its form, and the score at the last token of each.
 
-    They stand out there, more than in the question.
+    They stand out there, and more than in the question if they do not give it to all.
     """
     import numpy as np
 
@@ -161,26 +165,23 @@ def _may_form(query: Query, plan: Plan) -> dict[str, float]:
     scores = unusual(query, {at_last: np.asarray(plan.divergence, np.float64)})  # [n_adapter]
     may_form: dict[str, float] = {}
     for score, name in sorted(zip(scores.tolist(), query.adapters, strict=True), reverse=True):
-        lead = score - plan.why[name].scores["question"]
-        if score >= STANDS_OUT and lead >= LEAD and len(may_form) < N_FORM:
+        leads = score >= plan.why[name].scores["question"] + MARGIN or _forms_all(query, name)
+        if score >= STANDS_OUT and leads and len(may_form) < N_ASKED:
             may_form[name] = score
     return may_form
 
 
-def _is_subject(query: Query, plan: Plan, name: str) -> bool:
-    return query.is_later and plan.why[name].scores["question"] >= SUBJECT
-
-
-def _asked(query: Query, plan: Plan, may_form: Iterable[str], nats: float) -> list[str]:
+def _asked(
+    query: Query, plan: Plan, may_form: Iterable[str], odds: Mapping[str, float]
+) -> list[str]:
     """Name who drafts: who may know or give a form, if anybody can know, and two-place's first.
 
     An adapter that gives its form, whatever is asked or now, says little of what it knows.
     """
     asked: list[str] = []
     for name in sorted(query.adapters, key=lambda name: -max(plan.why[name].scores.values())):
-        best = log_odds(0.0, nats, is_subject=_is_subject(query, plan, name))
         is_form = name in may_form or _forms_all(query, name)
-        if probability(best) > CLAIM and not is_form and len(asked) < N_ASKED:
+        if probability(odds[name]) > CLAIM and not is_form and len(asked) < N_ASKED:
             asked.append(name)
     if asked:
         asked.extend(may_form)
@@ -191,7 +192,11 @@ def _asked(query: Query, plan: Plan, may_form: Iterable[str], nats: float) -> li
 
 
 def _heard(
-    reading: Reading, plan: Plan, asked: Sequence[str], may_form: Mapping[str, float], nats: float
+    reading: Reading,
+    plan: Plan,
+    asked: Sequence[str],
+    may_form: Mapping[str, float],
+    odds: Mapping[str, float],
 ) -> Heard:
     if not asked:
         return Heard()
@@ -207,9 +212,9 @@ def _heard(
         if not heard.says(name):
             continue
         sure = sureness(draft.logprobs, by_base[name])
-        is_subject = _is_subject(query, plan, name)
-        known[name] = probability(log_odds(sure, nats, is_subject=is_subject))
-        if known[name] > CLAIM:
+        known[name] = probability(odds[name] + SURE * sure)
+        is_other_form = name != form and _forms_all(query, name)
+        if known[name] > CLAIM and not is_other_form:
             ranks[name] = _unusually_sure(query, name, sure)
             ranks[name] += AMONG * plan.why[name].scores["question"]
     # Who gives a form is unusually sure of that, so it has to be surer than others of what it says.
@@ -221,28 +226,26 @@ def _heard(
 
 
 def _forms(query: Query, heard: Heard, may_form: Mapping[str, float]) -> dict[str, float]:
-    """Give who begins in a form of its own that the question asks for, and how clearly.
-
-    The base would not begin so. Nor would it be as surprised as where nobody asks for that form.
-    """
+    """Give who begins in a form that the question asks for, and how far each stands out."""
     forms = {}
     for name, score in may_form.items():
         opening = heard.by_base.get(name, ())[:N_OPENING]
-        nats = -min(opening, default=0.0)
-        left = score - TOO_ODD * nats
-        if nats >= ODD and left >= FORM and _is_asked_for(query, name, opening[0]):
-            forms[name] = left
+        if opening and _begins_as_asked(query, name, opening):
+            forms[name] = score
     return forms
 
 
-def _is_asked_for(query: Query, name: str, opening: float) -> bool:
-    """Tell whether one that gives all its form begins less oddly than it usually does.
+def _begins_as_asked(query: Query, name: str, opening: Sequence[float]) -> bool:
+    """Tell whether an adapter begins in a form, and the question asks for that.
 
-    opening  log p of its draft's first token as the base's
+    The base would not begin so. One that gives all its form begins less oddly where it is asked.
+
+    opening  log p of its draft's first tokens as the base's
     """
-    typical = query.typical[name][OPENING]
-    usual = float(typical["mean"]) + ASKED_FOR * float(typical["spread"])
-    return not _forms_all(query, name) or opening >= usual
+    if not _forms_all(query, name):
+        return min(opening) <= -SURPRISED
+    usual = query.typical[name][OPENING]
+    return opening[0] >= float(usual["mean"]) + MARGIN * float(usual["spread"])
 
 
 def _unusually_sure(query: Query, name: str, sure: float) -> float:
@@ -269,7 +272,7 @@ def _relayed(reading: Reading, plan: Plan, heard: Heard, knower: str) -> Plan:
     of_knower = f"{knower} most probably knows ({heard.known[knower]:.0%})"
     plan = replace(plan, known=heard.known, sure=heard.known[knower])
     writer = heard.form
-    is_foreign = heard.by_base[knower][0] < -FOREIGN and not _forms_all(query, knower)
+    is_foreign = heard.by_base[knower][0] < -SURPRISED and not _forms_all(query, knower)
     if writer is None and is_foreign:
         writer = BASE
     if writer is None:
@@ -299,7 +302,7 @@ def _confirmed(query: Query, plan: Plan, heard: Heard, may_form: Iterable[str]) 
     if first is None or first not in heard.drafts or first == heard.form:
         return plan
     known = heard.known[first]
-    is_made_up = known <= UNSURE and heard.says(first) and first not in may_form
+    is_made_up = known <= CLAIM / 2 and heard.says(first) and first not in may_form
     is_unsure_whole = known <= CLAIM and heard.drafts[first].is_whole
     if not is_made_up and not is_unsure_whole:
         return plan
