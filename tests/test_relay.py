@@ -206,16 +206,14 @@ def test_who_stands_out_but_begins_as_the_base_would_gives_no_form() -> None:
 
 
 @pytest.mark.parametrize(
-    ("usually", "now", "form"), [(-10.0, -4.0, True), (-10.0, -10.0, False), (-1.0, -4.0, False)]
+    ("size", "now", "form"), [(HIGH, -4.0, True), (HIGH, -10.0, False), (0.03, -4.0, False)]
 )
-def test_who_gives_all_its_form_gives_it_where_the_base_is_less_surprised(
-    usually, now, form
-) -> None:
-    """It may stand out in the question too."""
+def test_who_gives_all_its_form_gives_it_where_the_base_is_less_surprised(size, now, form) -> None:
+    """It may stand out in the question too, if it does so far enough."""
     typical = dict.fromkeys(NAMES, TYPICAL)
-    typical["form"] = {**TYPICAL, "opening": {**SPEAKS, "mean": usually}}
+    typical["form"] = {**TYPICAL, "opening": {**SPEAKS, "mean": -10.0}}
     drafts = [told("shop", -0.01), told("form", -0.6, first=now)]
-    plan = weighed(Scripted([HIGH, LOW, LOW], [HIGH, LOW, LOW], drafts), typical=typical)
+    plan = weighed(Scripted([size, LOW, LOW], [size, LOW, LOW], drafts), typical=typical)
     assert (plan.drafting is not None) == form
 
 

@@ -154,7 +154,7 @@ def _odds(reading: Reading, plan: Plan) -> dict[str, float]:
 def _may_form(query: Query, plan: Plan) -> dict[str, float]:
     """Give who may give the answer its form, and the score at the last token of each.
 
-    They stand out there, and more than in the question if they do not give it to all.
+    They stand out there, and more than in the question, or twice as far.
     """
     import numpy as np
 
@@ -165,8 +165,8 @@ def _may_form(query: Query, plan: Plan) -> dict[str, float]:
     scores = unusual(query, {at_last: np.asarray(plan.divergence, np.float64)})  # [n_adapter]
     may_form: dict[str, float] = {}
     for score, name in sorted(zip(scores.tolist(), query.adapters, strict=True), reverse=True):
-        leads = score >= plan.why[name].scores["question"] + MARGIN or _forms_all(query, name)
-        if score >= STANDS_OUT and leads and len(may_form) < N_ASKED:
+        leading = min(plan.why[name].scores["question"] + MARGIN, 2 * STANDS_OUT)
+        if score >= max(STANDS_OUT, leading) and len(may_form) < N_ASKED:
             may_form[name] = score
     return may_form
 
