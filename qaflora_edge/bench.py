@@ -1,4 +1,4 @@
-"""The parts of `qaflora bench`: decode, ttft, callers.
+"""The parts of `qaflora bench`: decode, ttft.
 
 Contestants run in turn within a round, on a prompt that no round had before; each contestant of
 ttft has its own. A first round is thrown away. Ratios are taken within a round, then the median.
@@ -10,7 +10,6 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
@@ -25,7 +24,7 @@ from qaflora_edge.backend.context import Context, context_params
 from qaflora_edge.backend.library import logged
 from qaflora_edge.backend.model import PLACING, Model, Pack
 from qaflora_edge.engine import Engine
-from qaflora_edge.errors import BackendError, OptionError
+from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.base import read_base
 from qaflora_edge.progress import Tell, TellCount
 from qaflora_edge.prompt.neutral import neutral
@@ -46,7 +45,6 @@ class Plan:
     k: tuple[int, ...]
     prompt_tokens: tuple[int, ...]
     max_tokens: int
-    callers: tuple[int, ...]
 
 
 class StockContext(Context):
@@ -95,7 +93,6 @@ class Rig(contextlib.ExitStack):
     adapters  for more than these each is loaded again, and costs what another adapter would
     options   keywords of Engine; llama.cpp's own adapters keep the types of their files
     seed      of the prompts
-    ends      attribute: the tokens that end an answer
     """
 
     def __init__(
@@ -115,8 +112,6 @@ class Rig(contextlib.ExitStack):
         self._n_drawn = 0
         no_text = self.model.tokenize("", add_special=True)
         self._start = no_text[:1]
-        tokens = range(self.model.n_vocab)
-        self.ends = list(filter(self.model.is_end, tokens))
 
     def stock(self, k: int, n_ctx: int) -> StockContext:
         """Set up k adapters at scale 1/k through llama_set_adapters_lora; 0 for the base alone."""
@@ -302,89 +297,3 @@ def measure_first_token(rig: Rig, engine: Engine, plan: Plan, tell: Tell) -> Ite
         plain = runs[length, "plain"]
         row |= compared("ttft_ms", its_runs, of_plain=plain)
         yield row
-
-
-def measure_callers(
-    rig: Rig, engines: Mapping[str, Engine], plan: Plan, tell: Tell
-) -> Iterator[Row]:
-    """Decode for some callers at once, each with a mix of its own, next to the base alone.
-
-    engines  "base" and "ours", for as many callers as the plan has at most
-
-    Callers compute in a second thread, as in a server; `decode` is llama.cpp's in the first.
-    """
-    length = min(plan.prompt_tokens)
-    most = max(plan.callers)
-    ours = engines["ours"]
-    alphas = np.ones(len(ours.adapters))
-    random_state = np.random.default_rng(0)
-    shares = random_state.dirichlet(alphas, (most, ours.n_layer))
-    weights = shares.transpose(0, 2, 1)  # [caller, n_adapter, n_layer]
-    mixes: dict[str, Any] = {"base": [None] * most, "ours": weights.astype(np.float32)}
-    never_end = dict.fromkeys(rig.ends, -100.0)
-    prompts = []  # [round][caller], of different lengths
-    for _ in range(1 + plan.repeat):
-        lengths = range(length, length + most)
-        prompts.append([rig.draw(n_token) for n_token in lengths])
-
-    def run(n: int, way: str, turn: int) -> Run:
-        requests = []
-        of_turn = prompts[turn][:n]
-        for prompt, mix in zip(of_turn, mixes[way], strict=False):
-            request = {"prompt": prompt, "weights": mix}
-            requests.append(request)
-        answers = engines[way].generate_many(
-            requests, max_tokens=plan.max_tokens, logit_bias=never_end
-        )
-        times = [answer.timings.token_s for _, answer in answers]
-        return {"tokens_per_second": _speed(times)}
-
-    n_ctx = length + plan.max_tokens
-    plain = rig.stock(0, n_ctx)
-    drawn = [rig.draw(n_ctx) for _ in prompts]
-
-    def decode(turn: int) -> Run:
-        figures = _decode(plain, drawn, length, turn)
-        return {"tokens_per_second": figures["decode_tokens_per_second"]}
-
-    contestants: dict[tuple[int, str], Measure] = {(1, "decode"): decode}
-    with ThreadPoolExecutor(1) as thread:
-
-        def run_in_thread(n: int, way: str, turn: int) -> Run:
-            running = thread.submit(run, n, way, turn)
-            return running.result()
-
-        for n in plan.callers:
-            for way in mixes:
-                contestants[n, way] = partial(run_in_thread, n, way)
-        runs = take_turns(contestants, plan.repeat, partial(tell, "callers"))
-    alone = runs.pop((1, "decode"))
-    decoded: Row = {"name": "decode", "runs": alone}
-    decoded |= compared("tokens_per_second", alone)
-    yield decoded
-    fewest = min(plan.callers)
-    for n, way in runs:
-        others = {}
-        if way != "base":
-            others["of_base"] = runs[n, "base"]
-        others["of_decode"] = alone
-        others["of_fewest"] = runs[fewest, way]
-        its_runs = runs[n, way]
-        row: Row = {"name": f"{n} {way}", "runs": its_runs}
-        row |= compared("tokens_per_second", its_runs, **others)
-        yield row
-
-
-def _speed(times: Sequence[Sequence[float]]) -> float:
-    """Tokens a second from when all are decoded together until the first one has ended."""
-    start = max(caller[0] for caller in times)
-    first = min(times, key=lambda caller: caller[-1])
-    n_step = sum(at > start for at in first)
-    if not n_step:
-        raise OptionError(
-            f"The part callers found an answer that ended before all of {len(times)} callers had "
-            "begun, expected that all are decoded together. Raise --max-tokens, lower --callers, "
-            "or leave out callers with --only."
-        )
-    seconds = first[-1] - start
-    return n_step * len(times) / seconds

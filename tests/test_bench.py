@@ -14,7 +14,7 @@ from click.testing import Result
 from qaflora_edge.bench import Rig, compared, prefill, take_turns
 
 SMALL = ("--repeat", "3", "--prompt-tokens", "40,20", "--max-tokens", "6", "--threads", "1")
-SIZES = ("--k", "1,3", "--callers", "3,1", "--only", "callers,decode,ttft")
+SIZES = ("--k", "1,3", "--only", "decode,ttft")
 FACTS = ("llama_n_ctx", "llama_n_batch", "llama_n_seq_max", "llama_n_threads")
 
 
@@ -66,11 +66,7 @@ def test_every_part_has_its_contestants(shown) -> None:
     decode = {row["name"]: row for row in shown["decode"]}
     assert decode.keys() == {"base", "stock k=1", "ours k=1", "stock k=3", "ours k=3"}
     assert {"decode_of_base", "prefill_of_stock"} < decode["ours k=3"].keys()
-    callers = {row["name"]: row for row in shown["callers"]}
-    assert callers.keys() == {"decode", "3 base", "3 ours", "1 base", "1 ours"}
-    assert {"of_decode", "of_fewest", "of_base"} < callers["3 ours"].keys()
-    parts = ("ttft", "decode", "callers")
-    assert {len(row["runs"]) for part in parts for row in shown[part]} == {3}
+    assert {len(row["runs"]) for part in ("ttft", "decode") for row in shown[part]} == {3}
 
 
 @pytest.mark.slow
@@ -78,7 +74,7 @@ def test_table_to_read(made) -> None:
     result = bench(made, *SMALL, *SIZES)
     assert (result.exit_code, result.stderr) == (0, "")
     for text in ("adapters: math (rank 4, F16), es (rank 8, F32)", "ours k=3", "stock k=3",
-                 "ttft, prompt 40 tokens", "3 ours"):  # fmt: skip
+                 "ttft, prompt 40 tokens"):  # fmt: skip
         assert text in result.stdout
 
 
@@ -102,7 +98,7 @@ def test_stock_scales_do_what_our_weights_do(rig) -> None:
     ("args", "code", "expected"),
     [
         (("--k", "0"), 2, "'0' is not a number from 1 to 255."),
-        (("--only", "speed"), 2, "is not one of callers, decode, ttft."),
+        (("--only", "speed"), 2, "is not one of decode, ttft."),
         (("--max-tokens", "1"), 1, "Option --max-tokens is 1, expected at least 2: decoding is "
          "measured after the first token. Raise it."),
     ],

@@ -17,7 +17,6 @@ from qaflora_edge.cli.options import (
 )
 from qaflora_edge.cli.places import bundle_folder
 from qaflora_edge.cli.progress import progress_bars
-from qaflora_edge.config import MAX_PARALLEL
 from qaflora_edge.errors import BundleError, OptionError
 from qaflora_edge.formats.inputs import Json
 from qaflora_edge.show import columns
@@ -25,7 +24,7 @@ from qaflora_edge.show import columns
 if TYPE_CHECKING:
     from qaflora_edge.bundles.open import BundleFiles
 
-PARTS = ("callers", "decode", "ttft")
+PARTS = ("decode", "ttft")
 Row = Mapping[str, Any]
 
 
@@ -59,7 +58,6 @@ def _listed(flag: str, allowed: Sequence[Any], default: str, help: str) -> Decor
     "again; each copy costs what another adapter would.",
 )
 @_listed("--prompt-tokens", range(1, 1 << 24), "42,512", "Tokens of the prompt.")
-@_listed("--callers", range(1, MAX_PARALLEL + 1), "1,2,4,8,16", "Callers at once.")
 @click.option(
     "--repeat",
     type=click.IntRange(min=1),
@@ -78,8 +76,7 @@ def bench(
     decode: prefill and decoding of the base as llama.cpp runs it, of --k adapters through
     llama_set_adapters_lora (stock), and of as many fused by us; each at weight 1/k. ttft: the time
     to the first token under several strategies, each with a prompt of its own, as a multiple of
-    the base's prefill (plain). callers: decoding for --callers at once, each with a mix of
-    its own, next to the base in one batch.
+    the base's prefill (plain).
     """
     from qaflora_edge.bundles.open import load_bundle
 
@@ -96,7 +93,6 @@ def bench(
         )
     sizes |= {"max_tokens": options.max_tokens}
     measured = _measured(loaded, options, only, sizes)
-    del sizes["callers"]  # the rows of that part have the numbers
     result = _facts(loaded, options) | sizes | measured
     if as_json:
         print_json(result)
@@ -112,19 +108,12 @@ def _measured(
 
     plan = parts.Plan(**sizes)
     longest = max(plan.prompt_tokens)
-    most = max(plan.callers)
-    n_ctx = longest + most + plan.max_tokens + 256  # a template
+    n_ctx = longest + plan.max_tokens + 256  # a template
     engine_options = options.engine | {"n_ctx": n_ctx}
     adapters = list(loaded.adapter_paths.values())
     measured = {}
     rig = parts.Rig(loaded.base_path, adapters, engine_options, options.seed or 0)
     with rig, progress_bars() as tell:
-        if "callers" in only:
-            many = engine_options | {"n_parallel": most}
-            alone = Engine(base=loaded.base_path, **many | {"strategy": None})
-            with alone as base, Engine(loaded.place, **many) as ours:
-                both = {"base": base, "ours": ours}
-                measured["callers"] = [*parts.measure_callers(rig, both, plan, tell)]
         if "decode" in only:
             measured["decode"] = [*parts.measure_decode(rig, plan, tell)]
         if "ttft" in only:
