@@ -84,8 +84,6 @@ def pytest_sessionstart(session: Any) -> None:
             running.pop(server).close()
 
     def make_request(server: Any, method: str, path: str, data: Any = None, *more: Any, **how: Any):
-        if server.debug and isinstance(data, dict):  # --verbose
-            data = {"verbose": True, **data}
         if server.reasoning:  # --reasoning
             data = {"chat_template_kwargs": {"enable_thinking": server.reasoning != "off"}, **data}
         return asked(server, method, path, data, *more, **how)

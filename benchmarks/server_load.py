@@ -70,9 +70,7 @@ ASK: dict[str, dict[str, Any]] = {
     "/api/chat": {"messages": ASKED, "options": {"num_predict": 4}},
     "/api/generate": {"prompt": CATS, "options": {"num_predict": 4}},
     "/api/show": {},
-    "/apply-template": {"messages": ASKED},
     "/tokenize": {"content": CATS},
-    "/detokenize": {"tokens": [1, 2, 3]},
 }
 PATHS = {*READ, *ASK, CHAT, ADD, REMOVE}
 

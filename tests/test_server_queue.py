@@ -297,9 +297,8 @@ def test_token_ids_wait_for_no_answer(bundle, held) -> None:
     ):
         held.wait_for_turns()
         tokens = httpx.post(f"{address}/tokenize", json={"content": "A"}, timeout=PATIENCE_S)
-        text = httpx.post(f"{address}/detokenize", json=tokens.json(), timeout=PATIENCE_S)
         held.go.set()
-    assert (tokens.json(), text.json()) == ({"tokens": [65]}, {"content": "A"})
+    assert tokens.json() == {"tokens": [65]}
 
 
 CONTROL = "<|im_end|>"

@@ -54,19 +54,9 @@ class ChatBody(Tooled, frozen=True, kw_only=True):
         return self.reasoning_effort
 
 
-class TemplateBody(ChatBody, frozen=True, kw_only=True):
-    """Ask /apply-template, which answers with one text."""
-
-    stream_media = ""
-
-    @property
-    def is_stream(self) -> bool:
-        return False
-
-
 # Of Engine.chat: the fields of a body, but for those of requests alone.
 _FIELDS = {field.name for field in structs.fields(ChatBody)} - {
-    *("model", "fusion", "lora", "verbose", "stream", "stream_options", "return_progress")
+    *("model", "fusion", "lora", "stream", "stream_options", "return_progress")
 }
 
 

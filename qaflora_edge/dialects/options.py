@@ -119,7 +119,6 @@ class Weighed(Body, frozen=True, kw_only=True):
         list[Scale] | None,
         Meta(title=f'a list such as [{{"id": 0, "scale": 0.5}}] with scales {RANGE}'),
     ] = None
-    verbose: Flag = None
 
     @property
     def effort(self) -> str | bool | None:

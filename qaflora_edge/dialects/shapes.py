@@ -18,13 +18,11 @@ class Extras:
     """Say what answers tell besides their dialect's fields.
 
     returned  how much of the mix: summary, why, layers or none
-    spell     writes tokens for `__verbose`; None: nobody asked
     drafts_are_thoughts  a relay's draft is told as a thought; else in the field `fusion`
     is_python  for Engine.chat: no times, and a cut answer is not called one of full length
     """
 
     returned: str = "summary"
-    spell: Callable[[Sequence[int]], str] | None = None
     drafts_are_thoughts: bool = False
     is_python: bool = False
 
@@ -65,8 +63,6 @@ class Extras:
         end = self.mix(first.fusion)
         if not self.is_python:
             end["timings"] = timings(first)
-        if self.spell is not None:
-            end["__verbose"] = {"prompt": self.spell(first.prompt)}
         return end
 
     def reason(self, finish_reason: str | None) -> str | None:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from functools import partial
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -261,12 +260,11 @@ async def _send_part(part: bytes, send: Send, *, is_last: bool = False) -> None:
     await send({"type": "http.response.body", "body": part, "more_body": not is_last})
 
 
-def extras_of(call: Call[Any], engine: Engine) -> Extras:
+def extras_of(call: Call[Any]) -> Extras:
     """Say what answers to a call tell besides."""
     body = call.body
     returned = body.fusion.returned if body.fusion else None
-    spell = partial(spelt, engine) if body.verbose else None
-    return Extras(returned or "summary", spell, wants_thoughts(body.effort))
+    return Extras(returned or "summary", wants_thoughts(body.effort))
 
 
 def answered(
@@ -286,7 +284,7 @@ def answered(
     is_told = progress is not None and call.body.return_progress and call.body.is_stream
 
     def compute(engine: Engine, out: Computed) -> None:
-        extras = extras_of(call, engine)
+        extras = extras_of(call)
         watched = [replace(ask, cancel=out.cancel) for ask in asks]
         if is_told and len(watched) == 1:
             assert progress is not None
@@ -361,9 +359,3 @@ class _Progress:
     def _send(self, stage: str, n_done: int, n_token: int, expected: str | None) -> None:
         seconds = time.perf_counter() - self._start_s
         self._out.send(self._make(stage, n_done, n_token, seconds, expected))
-
-
-def spelt(engine: Engine, tokens: Iterable[int]) -> str:
-    """Give the text of tokens, with control tokens."""
-    with engine.model() as model:
-        return model.detokenize(tokens, special=True).decode("utf-8", "replace")
