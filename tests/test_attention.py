@@ -1,15 +1,18 @@
-"""Attention as patched: tiles of any number of rows, heads that share keys; where it is used."""
+"""Attention, our own and as patched: tiles of any number of rows, heads that share keys; where."""
 
 import ctypes
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from stock import StockContext
 from tiny import F32, F64, write_tiny_base
 
 from qaflora_edge.backend.context import Context, context_params
 from qaflora_edge.backend.library import library_dir
 from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.base import read_base
 
 TYPE_F32, TYPE_F16 = 0, 1  # of enum ggml_type
@@ -155,6 +158,37 @@ def test_a_token_alone_is_read_as_one_of_many(tmp_path, heads, arch) -> None:
         # Sums of F32 in another order; numbers that are rounded on the way there may be the next.
         atol = 1e-5 if kv_type == "f32" else 5e-3
         np.testing.assert_allclose(alone, whole, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("kernels", ["avx512", "avx2"])
+@pytest.mark.parametrize("arch", ["qwen2", "gemma3"])
+def test_attention_of_our_own_is_that_of_llama_cpp(tmp_path, monkeypatch, arch, kernels) -> None:
+    """Over tiles of keys that are whole, cut, and left out by a window; rows of one token, or more.
+
+    Oracle: a context of llama.cpp's own, which multiplies with keys and values otherwise.
+    """
+    monkeypatch.setenv("QAFLORA_CPU_KERNELS", kernels)
+    shape = {"n_embd": 576, "n_head": 12, "n_head_kv": 2}  # of 48 numbers
+    base = write_tiny_base(tmp_path / "base.gguf", arch, window=90, **shape)
+    tokens = np.random.default_rng(5).integers(32, 127, 203).tolist()
+    model = Model(read_base(base.path))
+    try:
+        pack = Pack(model, [])
+    except BackendError as error:
+        pytest.skip(str(error))
+    assert context_params(model, n_token=2**20).flash_attn_type == 0  # no scores are kept
+    cuts = list(pairwise((0, *range(70, 204))))
+    stock = StockContext(model)
+    expected = [stock.decode(tokens[at:end]) for at, end in cuts]
+    stock.close()
+    for kv_type, atol in {"f32": 1e-3, "f16": 1e-2}.items():  # of logits of 1 to 9
+        with Context(model, pack, n_ctx=256, kv_type=kv_type, flash_attn=False) as context:
+            for cut, logits in zip(cuts, expected, strict=True):
+                context.decode(tokens[slice(*cut)], start=cut[0])
+                np.testing.assert_allclose(context.logits(), logits, atol=atol, rtol=0)
+            context.clear()
+            context.decode(tokens)
+            np.testing.assert_allclose(context.logits(), expected[-1], atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize(

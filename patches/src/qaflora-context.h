@@ -27,6 +27,8 @@ struct qaflora_context {
     std::vector<int64_t>             n_row;  // [n_seq_max] rows seen
     std::vector<std::vector<float>>  inputs; // [n_seq_max][n_row*n_layer*n_embd] of the query projections
 
+    std::vector<qaflora_cpu_attention> attention; // [n_layer], that graphs refer to
+
     qaflora_stats stats = {};
     std::vector<bool> module_used; // [n_module] whether a graph multiplied with it
     int32_t       n_captured = 0; // blocks whose output the last graph captures

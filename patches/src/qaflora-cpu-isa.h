@@ -19,6 +19,7 @@ const qaflora_kernels * QAFLORA_KERNELS_OF(QAFLORA_ISA)() { return nullptr; }
 #else
 
 #include "qaflora-cpu-accumulate.h"
+#include "qaflora-cpu-attend.h"
 #include "qaflora-cpu-delta.h"
 #include "qaflora-cpu-difference.h"
 #include "qaflora-cpu-matmul.h"
@@ -28,7 +29,7 @@ const qaflora_kernels * QAFLORA_KERNELS_OF(QAFLORA_ISA)() {
     using namespace QAFLORA_ISA;
     static const qaflora_kernels kernels = {
         QAFLORA_ISA_NAME, rank_product, add_delta, subtract_base, rounding_power, split, add_rows,
-        matmul_rounded_size, matmul_room_size, matmul_round, matmul, accumulate
+        matmul_rounded_size, matmul_room_size, matmul_round, matmul, attend_room_size, attend, accumulate
     };
     return &kernels;
 }

@@ -169,6 +169,25 @@ void qaflora_op_matmul(ggml_tensor * dst, int ith, int nth, void * userdata) {
     qaflora_compute([&] { matmul(dst, ith, nth, userdata); });
 }
 
+static qaflora_strided strided(const ggml_tensor * t) {
+    return { (const uint8_t *) t->data, t->nb[3], t->nb[2], t->nb[1] };
+}
+
+static void attend(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    const auto & how = *(const qaflora_cpu_attention *) userdata;
+    const ggml_tensor * q = dst->src[0];
+    const ggml_tensor * k = dst->src[1];
+    const ggml_tensor * v = dst->src[2];
+    const qaflora_attention a = { strided(q), strided(k), strided(v), strided(dst->src[3]), (float *) dst->data,
+                                  q->ne[3], q->ne[2], k->ne[2], q->ne[1], k->ne[1], k->ne[0], v->ne[1], how.scale, k->type == GGML_TYPE_F16 };
+    const std::unique_ptr<uint8_t[]> room(new uint8_t[how.kernels->attend_room_size(a)]);
+    how.kernels->attend(a, room.get(), ith, nth);
+}
+
+void qaflora_op_attend(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    qaflora_compute([&] { attend(dst, ith, nth, userdata); });
+}
+
 void qaflora_op_subtract_base(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const auto & diff = *(const qaflora_cpu_difference *) userdata;
     const ggml_tensor * src  = dst->src[0];

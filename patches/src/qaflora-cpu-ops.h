@@ -37,6 +37,12 @@ struct qaflora_cpu_difference {
     int64_t n_split = 0; // rows of the base that are split
 };
 
+// what attention of a layer is computed with
+struct qaflora_cpu_attention {
+    const struct qaflora_kernels * kernels = nullptr;
+    float scale = 1.0f;
+};
+
 // w as matmul() takes it, of type OTHER if it does not
 qaflora_matrix qaflora_matrix_of(const ggml_tensor * w);
 
@@ -49,6 +55,8 @@ qaflora_matrix qaflora_matrix_of(const ggml_tensor * w);
 //            rows I32 [n]: then y has n rows more, to be added to these. y may have fewer slots: the others get the base's rows
 //   round: x [n_row, n_in]; dst matmul_rounded_size() bytes. userdata qaflora_kernels
 //   matmul: what round made, w [n_out, n_in]; dst [n_row, n_out]. userdata qaflora_kernels
+//   attend: q, k, v, mask as ggml_flash_attn_ext takes them, but v with keys first; dst [n_token, n_head*n_value_dim], the tokens of
+//            all streams. userdata qaflora_cpu_attention
 //   subtract_base: x, rows or none. userdata qaflora_cpu_difference
 //   coarsest_rows: x [n_slot, n_base, n_in]; dst I32: rows whose rounding loses most, qaflora_n_split() of each slot.
 //            userdata qaflora_cpu_difference
@@ -59,6 +67,7 @@ void qaflora_op_delta_differential(ggml_tensor * dst, int ith, int nth, void * u
 void qaflora_op_base_differential (ggml_tensor * dst, int ith, int nth, void * userdata);
 void qaflora_op_round             (ggml_tensor * dst, int ith, int nth, void * userdata);
 void qaflora_op_matmul            (ggml_tensor * dst, int ith, int nth, void * userdata);
+void qaflora_op_attend            (ggml_tensor * dst, int ith, int nth, void * userdata);
 void qaflora_op_subtract_base     (ggml_tensor * dst, int ith, int nth, void * userdata);
 int64_t qaflora_n_split(const qaflora_cpu_difference & how, int64_t slot, int64_t n_base); // of n_base rows
 void qaflora_op_coarsest_rows     (ggml_tensor * dst, int ith, int nth, void * userdata);

@@ -46,7 +46,17 @@ static inline vec   v_load_i4(const uint8_t * p, int o) {
 }
 static inline float f16_to_f32(uint16_t h)       { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h))); }
 
-enum { DOT_ROWS = 4, SUM_ROWS = 8, MIX_ROWS = 6, MIX_DOT_F32 = DOT_ROWS };
+// x[0] y[0] x[1] y[1] ..: its first half and its second
+static inline void  v_interleave(vec x, vec y, vec & first, vec & second) {
+    first  = _mm512_permutex2var_ps(x, _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), y);
+    second = _mm512_permutex2var_ps(x, _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31), y);
+}
+static inline vec   v_max(vec x, vec y)          { return _mm512_max_ps(x, y); }
+static inline float v_top(vec x)                 { return _mm512_reduce_max_ps(x); }
+static inline vec   v_round(vec x)               { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline vec   v_scale_2(vec x, vec n)      { return _mm512_scalef_ps(x, n); }
+
+enum { DOT_ROWS = 4, SUM_ROWS = 8, MIX_ROWS = 6, MIX_DOT_F32 = DOT_ROWS, ATTEND_VECS = 4 };
 
 #elif defined(__AVX2__)
 
@@ -76,7 +86,26 @@ static inline vec   v_load_i4(const uint8_t * p, int o) {
 }
 static inline float f16_to_f32(uint16_t h)       { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h))); }
 
-enum { DOT_ROWS = 2, SUM_ROWS = 2, MIX_ROWS = 3, MIX_DOT_F32 = DOT_ROWS };
+static inline void  v_interleave(vec x, vec y, vec & first, vec & second) {
+    const vec low  = _mm256_unpacklo_ps(x, y); // of each half
+    const vec high = _mm256_unpackhi_ps(x, y);
+    first  = _mm256_permute2f128_ps(low, high, 0x20);
+    second = _mm256_permute2f128_ps(low, high, 0x31);
+}
+static inline vec   v_max(vec x, vec y)          { return _mm256_max_ps(x, y); }
+static inline float v_top(vec x) {
+    __m128 s = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+static inline vec   v_round(vec x)               { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// x 2^n for whole n, 0 below 2^-126
+static inline vec   v_scale_2(vec x, vec n) {
+    const __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+    return _mm256_and_ps(_mm256_mul_ps(x, _mm256_castsi256_ps(bits)), _mm256_cmp_ps(n, _mm256_set1_ps(-126.0f), _CMP_GE_OQ));
+}
+
+enum { DOT_ROWS = 2, SUM_ROWS = 2, MIX_ROWS = 3, MIX_DOT_F32 = DOT_ROWS, ATTEND_VECS = 2 };
 
 #elif defined(__ARM_NEON) && defined(__aarch64__)
 
@@ -162,10 +191,12 @@ enum { PREFETCH = 4096 };
 #if defined(__GNUC__)
 #define V_INLINE inline __attribute__((always_inline))
 static inline void v_prefetch(const void * p)        { __builtin_prefetch((const char *) p + PREFETCH); }
+static inline void v_prefetch_first(const void * p)  { __builtin_prefetch(p); }
 static inline void v_prefetch_second(const void * p) { __builtin_prefetch(p, 0, 2); } // not into the smallest cache
 #elif defined(__AVX2__)
 #define V_INLINE __forceinline
 static inline void v_prefetch(const void * p)        { _mm_prefetch((const char *) p + PREFETCH, _MM_HINT_T0); }
+static inline void v_prefetch_first(const void * p)  { _mm_prefetch((const char *) p, _MM_HINT_T0); }
 static inline void v_prefetch_second(const void * p) { _mm_prefetch((const char *) p, _MM_HINT_T1); }
 #else
 static inline void v_prefetch(const void *)          {}

@@ -14,6 +14,9 @@ struct qaflora_divergence_sums;
 // up to so many rows of a slot get the same bits as each gets alone
 #define QAFLORA_FEW 16
 
+// n_key, n_key_dim and n_value_dim of attention are multiples of it
+#define QAFLORA_ATTENTION_UNIT 16
+
 // how the numbers of A or B are stored
 enum qaflora_cpu_type {
     QAFLORA_CPU_F32,
@@ -85,6 +88,24 @@ struct qaflora_delta {
     int64_t n_rank    = 0; // columns of t
 };
 
+// [n_stream, n_head, n_row, ..], a row's numbers beside each other; strides in bytes
+struct qaflora_strided {
+    const uint8_t * data;
+    size_t stream, head, row;
+};
+
+// attention of one layer
+struct qaflora_attention {
+    qaflora_strided q;    // F32 [n_stream, n_head, n_token, n_key_dim]
+    qaflora_strided k;    // [n_stream, n_kv_head, n_key, n_key_dim]
+    qaflora_strided v;    // [n_stream, n_kv_head, n_value_dim, n_key]
+    qaflora_strided mask; // F32 [n_stream, 1, n_token, n_key], added to scores
+    float *      y;    // [n_stream, n_token, n_head, n_value_dim]
+    int64_t n_stream, n_head, n_kv_head, n_token, n_key, n_key_dim, n_value_dim;
+    float   scale;
+    bool    is_f16;    // k and v, which are F32 else
+};
+
 // The functions below, for one instruction set. Thread ith of nth does its share.
 struct qaflora_kernels {
     const char * name;
@@ -115,6 +136,12 @@ struct qaflora_kernels {
     size_t (*matmul_room_size)(int64_t n_in);
     void   (*matmul_round)(const float * x, int64_t n_row, int64_t n_in, void * rounded, int ith, int nth);
     void   (*matmul)(const qaflora_matrix & m, int64_t begin, int64_t end, const void * rounded, int64_t n_row, float * y, int64_t stride, void * room);
+
+    // Attention; null where this instruction set has nothing quicker than ggml. All three sizes are multiples of QAFLORA_ATTENTION_UNIT.
+    // What comes out of a row does not depend on which other rows and streams there are, nor on keys that its mask leaves out.
+    // Each thread has attend_room_size() bytes to work in.
+    size_t (*attend_room_size)(const qaflora_attention & a);
+    void   (*attend)(const qaflora_attention & a, void * room, int ith, int nth);
 
     // one more slice of a vocabulary: logits of the base z [n], their differences d [n_adapter, stride]; p [n] is room to work in
     void (*accumulate)(qaflora_divergence_sums & sums, int64_t n_adapter, const float * z, const float * d, int64_t stride, int64_t n, double * p);

@@ -41,6 +41,11 @@ ggml_tensor * qaflora_mm_id_delta(const llm_graph_context & gctx, ggml_tensor * 
 // the same for the token embedding: res [n_embd, n_token]
 ggml_tensor * qaflora_embd_delta(const llm_graph_context & gctx, ggml_tensor * w, ggml_tensor * tokens, ggml_tensor * res);
 
+// Attention of q [n_key_dim, n_token, n_head, n_stream] over the cache's k [n_key_dim, n_key, n_kv_head, n_stream] and v [n_key,
+// n_value_dim, n_kv_head, n_stream] with a mask [n_key, n_token, 1, n_stream]: [n_value_dim*n_head, n_token*n_stream], or null
+// where llama.cpp is to compute it. Whether that depends on the model and its place alone: see qaflora_has_attention().
+ggml_tensor * qaflora_attend(const llm_graph_context & gctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * mask, float scale, int32_t il);
+
 // keeps cur if it is a block's output and states are captured
 void qaflora_capture_block(const llm_graph_context & gctx, ggml_tensor * cur, const char * name, int il);
 

@@ -10,7 +10,7 @@
 
 #include <stdint.h>
 
-#define QAFLORA_ABI_VERSION 8
+#define QAFLORA_ABI_VERSION 9
 
 #ifdef __cplusplus
 extern "C" {
@@ -49,6 +49,10 @@ LLAMA_API const char * qaflora_last_error (void); // of the calling thread, neve
 // Whether to load models with use_extra_bufts false: 1 where the CPU's kernels multiply matrices as files store them. Rearranged
 // by llama.cpp, for AMX too, some are multiplied otherwise alone than in company, and lie in memory twice.
 LLAMA_API int32_t      qaflora_has_products(void);
+
+// Whether attention of this model over a cache in memory, in F16 or F32 and without flash attention, is that of the CPU's kernels: 1,
+// and its scores need no memory.
+LLAMA_API int32_t      qaflora_has_attention(const struct llama_model * model);
 
 // the CPU's kernels that adapters are computed with, "ggml" for llama.cpp's own; null, with qaflora_last_error(), for unknown ones
 LLAMA_API const char * qaflora_kernels_name(void);

@@ -89,6 +89,7 @@ def n_common(a: Sequence[int], b: Sequence[int]) -> int:
 # tiles cost the least for each row, and so many rows are worth reading the base's matrices for.
 N_TILE = 64
 N_SHALLOW = 2048  # tokens, from where on attention takes a CPU more and more of a chunk's time
+N_SHALLOW_OWN = 4096  # the same where it is our own, in a third of the time
 _N_ROW_LEAST = 16  # of a chunk: fewer take as long for each row as decoding does
 _N_OPENING = 16  # tokens of a chat template behind the last message, at most
 _N_AT_ONCE = 256  # rows of all sequences; twice as many were no faster and take more memory

@@ -16,7 +16,16 @@ from numpy.typing import NDArray
 
 from qaflora_edge.arrays import F32, F64
 from qaflora_edge.backend import library
-from qaflora_edge.backend.batch import N_SHALLOW, Batch, Chunks, Outputs, Span, chunks_of, n_ubatch
+from qaflora_edge.backend.batch import (
+    N_SHALLOW,
+    N_SHALLOW_OWN,
+    Batch,
+    Chunks,
+    Outputs,
+    Span,
+    chunks_of,
+    n_ubatch,
+)
 from qaflora_edge.backend.library import default_threads
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.config import KV_TYPES, MAX_CTX
@@ -177,7 +186,9 @@ class Context(library.Handle):
 
     def chunks(self, n_seq: int = 1) -> Chunks:
         """Choose how a prompt is cut that n_seq sequences prefill together."""
-        n_shallow = N_SHALLOW if self._model.is_on_cpu else MAX_CTX
+        n_shallow = MAX_CTX
+        if self._model.is_on_cpu:
+            n_shallow = N_SHALLOW_OWN if self._model.has_attention else N_SHALLOW
         return chunks_of(n_seq, self._model.is_end, n_shallow=n_shallow)
 
     def clear(self, seq: int | None = None, *, is_zeroed: bool = False) -> None:
@@ -471,8 +482,9 @@ def context_params(
     flash_attn  None: where it is quicker on the CPU; else llama.cpp looks at what the device can
 
     On the CPU flash attention computes tiles of many rows: quick for prefill, and slow for the
-    single rows of decoding, the slower the longer the context. Without it all scores of a chunk
-    are in memory at once, and values cannot be quantised. Scoring computes as answers do.
+    single rows of decoding, the slower the longer the context. Without it values cannot be
+    quantised, and where attention is llama.cpp's, all scores of a chunk are in memory at once.
+    Scoring computes as answers do.
     """
     library.forget_logged()
     params = model._lib.llama_context_default_params()
@@ -487,7 +499,7 @@ def context_params(
     params.type_v = KV_TYPES[kv_type]
     if flash_attn is None and model.is_on_cpu:
         n_ctx = n_token if is_unified else n_token // n_seq
-        scores_bytes = 4 * model.n_head * n_ctx * n_ubatch()
+        scores_bytes = 0 if model.has_attention else 4 * model.n_head * n_ctx * n_ubatch()
         is_slow = not is_probe and kv_type in ("f16", "f32")
         flash_attn = not is_slow or scores_bytes > _MAX_SCORES_BYTES
     params.flash_attn_type = _FLASH_ATTN_AUTO if flash_attn is None else int(flash_attn)

@@ -261,7 +261,7 @@ def automatic_ctx(model: "Model", base: "GgufHeader", kv_type: str, n_seq: int) 
         elif kind == "attn_qkv":
             n_value += tensor.shape[0] - base.n_embd
     kv_bytes = n_value * _VALUE_BYTES[kv_type]
-    score_bytes = 4 * model.n_head * n_ubatch()
+    score_bytes = 0 if model.has_attention else 4 * model.n_head * n_ubatch()
     token_bytes = (n_seq + 1) * kv_bytes + score_bytes
     free_bytes = _free_bytes() - base.path.stat().st_size
     n_fit = free_bytes / 2 / max(1, token_bytes)

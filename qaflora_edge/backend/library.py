@@ -22,7 +22,7 @@ from qaflora_edge.formats import defer
 
 _LIBRARY_NAMES = {"win32": "llama.dll", "darwin": "libllama.dylib"}
 _LIBRARY_NAME = _LIBRARY_NAMES.get(sys.platform, "libllama.so")
-ABI_VERSION = 8
+ABI_VERSION = 9
 CONTEXT_PROBE, CONTEXT_DIFFERENTIAL = 1, 2
 CAPTURE = {"last": 0, "mean": 1, "inputs": 2, "none": 3}
 LENS = {"raw": 0, "norm": 1}
@@ -43,6 +43,7 @@ _PROTOTYPES: dict[str, Prototype] = {
     "build_info": (_TEXT, []),
     "last_error": (_TEXT, []),
     "has_products": (_INT, []),
+    "has_attention": (_INT, [_HANDLE]),
     "vocab_attributes": (None, [_HANDLE, _INT, _ARRAY]),
     "pack_init": (_HANDLE, [_HANDLE, _TEXTS, _INT, _INT]),
     "pack_free": (None, [_HANDLE]),

@@ -120,6 +120,8 @@ class Model(Handle):
         self.n_vocab: int = self._lib.llama_vocab_n_tokens(self.vocab)
         self.n_head: int = self._lib.llama_model_n_head(self._pointer)
         self.n_ctx_train: int = self._lib.llama_model_n_ctx_train(self._pointer)
+        has_attention = self._functions.has_attention(self._pointer)
+        self.has_attention = bool(has_attention) and self.is_on_cpu  # whose scores need no memory
         is_recurrent = self._lib.llama_model_is_recurrent(self._pointer)
         self.is_recurrent = bool(is_recurrent or self._lib.llama_model_is_hybrid(self._pointer))
         self.n_swa: int = self._lib.llama_model_n_swa(self._pointer)  # 0: attention sees all
