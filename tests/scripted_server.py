@@ -40,6 +40,7 @@ class Script:
     why      what decided: `because` and `why` of a mix
     relay    of a mix: knower, writer and draft, which is told by pieces before the answer
     reason   why an answer ends
+    probe_ms  how long it says that it weighed
     pieces   how many letters come at once, and how long it waits before the next
     progress  the `prompt_progress` that it tells before probe_s
     key      what it asks for, if anything
@@ -57,6 +58,7 @@ class Script:
     piece_chars: int = 7
     pause_s: float = 0.0
     probe_s: float = 0.0
+    probe_ms: float = 379.4
     progress: dict[str, Any] | None = None
     key: str = ""
     refusal: tuple[int, str, dict[str, str]] | None = None
@@ -97,7 +99,7 @@ def fusion_of(script: Script, body: dict[str, Any]) -> dict[str, Any]:
     else:
         rows = layers(names, strategy)
     means = {name: sum(row) / N_LAYER for name, row in zip(names, rows, strict=True)}
-    found = {"strategy": strategy, "probe_ms": 379.4, "weights": means, **script.why}
+    found = {"strategy": strategy, "probe_ms": script.probe_ms, "weights": means, **script.why}
     if wanted.get("return") == "layers":
         found["layers"] = dict(zip(names, rows, strict=True))
     return found

@@ -259,6 +259,22 @@ def test_many_adapters_are_filtered_and_ticked_together(desk, monkeypatch) -> No
     assert "adapters" not in desk.script.asked[-1]["fusion"]
 
 
+def test_how_long_many_adapters_are_weighed_is_said_before(desk, monkeypatch) -> None:
+    monkeypatch.setattr("scripted_server.ADAPTERS", many())
+    desk.reload()
+    asked = "Before each answer the {} adapters in use are asked one by one: {}."
+    hint = "#panel .weighing"
+    assert desk.text(hint).startswith(asked.format(64, "that may take long"))
+    desk.script.probe_ms = 25_600
+    desk.ask()
+    assert desk.text(hint).startswith(asked.format(64, "about 25.6 s, by the last answer"))
+    for number in range(32):
+        desk.set(f"#use-a{number}", False)
+    assert desk.text(hint).startswith(asked.format(32, "about 12.8 s, by the last answer"))
+    desk.set("#strategy", "spectr")
+    assert desk.texts(f"{hint}:not([hidden])") == []
+
+
 def test_a_relay_is_drawn_as_two_who_take_turns(desk) -> None:
     desk.script.weights = {"math": 0.0, "es": 1.0, "med": 0.0}
     reasons = {"scores": {"answer": 0.5}, "thresholds": {"answer": 1.5}, "taken_as": ""}
@@ -478,6 +494,28 @@ def test_the_writer_of_a_relay_goes_on_with_the_draft_in_view(desk) -> None:
     assert messages[0]["content"] == f"(It is 42.)\n\n{QUESTION}"
     desk.ask("Sure?")
     assert desk.script.asked[-1]["messages"][0]["content"] == QUESTION
+
+
+def test_system_prompts_are_kept_under_names(desk) -> None:
+    for name, text in (("short", "Be short."), ("<b>", "Be bold.")):
+        desk.set("#system", text)
+        desk.click("details.hint summary")
+        desk.window.run("document.getElementById('preset-name').focus()")
+        desk.window.command("Input.insertText", text=name)
+        desk.window.press(ENTER)
+        desk.window.until(f"return document.getElementById('preset').value === {name!r}")
+    desk.reload()
+    assert desk.texts("#preset option") == ["Another prompt", "short", "<b>"]
+    desk.set("#preset", "short")
+    desk.ask()
+    assert desk.script.asked[-1]["messages"][0]["content"] == "Be short."
+    desk.set("#system", "Be short. Or not.")
+    assert desk.window.run("return document.getElementById('preset').value") == ""
+    desk.set("#preset", "<b>")
+    for _ in range(2):  # the second press means it
+        desk.click("[title='Delete this system prompt']")
+    assert desk.texts("#preset option") == ["Another prompt", "short"]
+    assert desk.window.run("return document.getElementById('system').value") == "Be bold."
 
 
 def test_a_reload_keeps_the_chat_and_new_chat_ends_it(desk) -> None:

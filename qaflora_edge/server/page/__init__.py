@@ -11,12 +11,13 @@ import json
 from functools import cache
 from importlib.resources import files
 
+from qaflora_edge.formats.inputs import Json
 from qaflora_edge.weighing.strategy import strategies
 
 # In this order: each uses what stands before it.
 SCRIPTS = (
     *("elements", "icons", "store", "database", "kept", "server", "latex", "markdown", "answered"),
-    *("mix", "documents", "answer", "turn", "adapters", "panel", "download", "session"),
+    *("mix", "documents", "answer", "turn", "adapters", "presets", "panel", "download", "session"),
     *("chats", "chat"),
 )
 
@@ -26,10 +27,9 @@ def page() -> tuple[bytes, dict[str, str]]:
     """Return the page in UTF-8, and its headers."""
     style = _part("page.css")
     script = '"use strict";\n{\n' + "".join(_part(f"{name}.js") for name in SCRIPTS) + "}\n"
-    helps = {strategy.name: strategy.help for strategy in strategies()}
-    helps_json = json.dumps(helps).replace("<", "\\u003c")
+    helps = json.dumps(_helps()).replace("<", "\\u003c")
     html = _part("page.html")
-    for mark, text in (("style", style), ("helps", helps_json), ("script", script)):
+    for mark, text in (("style", style), ("helps", helps), ("script", script)):
         before, after = html.split(f"/* {mark} */")
         html = before + text + after
     policy = (
@@ -46,6 +46,15 @@ def page() -> tuple[bytes, dict[str, str]]:
         "Cache-Control": "no-cache",
     }
     return html.encode(), headers
+
+
+def _helps() -> Json:
+    """Say of each strategy what it does, and whether it asks every adapter for itself."""
+    helps = {}
+    for strategy in strategies():
+        is_each = strategy.is_probed and strategy.measured.name == "divergence"
+        helps[strategy.name] = {"help": strategy.help, "is_each": is_each}
+    return helps
 
 
 def _part(name: str) -> str:

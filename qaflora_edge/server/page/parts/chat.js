@@ -86,6 +86,7 @@ const run = async (view, version, request) => {
   say("The question is read.");
   question.focus();
   await fill(version, request, control.signal);
+  noteWeighing(version.answer);
   keepChat(own);
   if (running !== control) return; // another chat is shown
   running = null;
@@ -190,10 +191,12 @@ const drawEmpty = () => {
     el("p", {}, names.length
       ? "These adapters are weighed for every question. The bar above an answer shows its mix; open it to see why."
       : "A base without adapters."),
+    el("p", { className: "hint weighing" }),
     el("ul", { className: "about" },
       ...shown.map(name => el("li", {}, entry(name, names), " ", descriptions[name] ?? "")),
       ...othersText(names, shown).map(text => el("li", {}, text))),
     el("div", { className: "chips" }, ...questions.slice(0, 3).map(suggested)));
+  drawWeighing();
 };
 
 const start = async () => {

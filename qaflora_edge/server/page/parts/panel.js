@@ -16,9 +16,36 @@ const ownStrategy = () => bundles.get(settings.bundle)?.meta.strategy ?? "";
 const ownName = () => ownStrategy() ? `the bundle's own (${ownStrategy()})` : "the bundle's own";
 const isSingle = strategy => strategy.startsWith("single:");
 const strategyName = strategy => isSingle(strategy) ? `only ${strategy.slice(7)}` : strategy;
+const helpOf = strategy => {
+  const [name] = (strategy || ownStrategy()).split(":");
+  return Object.hasOwn(helps, name) ? helps[name] : { help: "", is_each: false };
+};
 const strategyHelp = strategy => {
-  const [name] = (strategy || ownStrategy()).split(":"), help = Object.hasOwn(helps, name) ? helps[name] : "";
+  const { help } = helpOf(strategy);
   return help && `${help[0].toUpperCase()}${help.slice(1)}.`;
+};
+
+// Where many adapters are asked one by one before an answer: how long that will take, as far as it is known.
+const LONG_MS = 3000;
+const weighingHint = strategy => {
+  const { is_each } = helpOf(strategy), n = adaptersInUse().length, each_ms = settings.weighed[settings.bundle];
+  if (!is_each || n < 2 || (each_ms ? n * each_ms < LONG_MS : n <= N_ALL)) return "";
+  const time = each_ms ? `about ${duration(n * each_ms)}, by the last answer` : "that may take long";
+  return `Before each answer the ${n} adapters in use are asked one by one: ${time}. Take fewer, or another strategy.`;
+};
+const noteWeighing = ({ model, strategy, fusion }) => {
+  const n = Object.keys(fusion?.weights ?? {}).length;
+  if (!n || !fusion.probe_ms || !helpOf(strategy).is_each) return;
+  settings.weighed[model] = fusion.probe_ms / n;
+  keep();
+  drawWeighing();
+};
+// Wherever the page says it.
+const drawWeighing = () => {
+  for (const hint of document.querySelectorAll(".weighing")) {
+    hint.textContent = weighingHint(settings.strategy);
+    hint.hidden = !hint.textContent;
+  }
 };
 
 const adaptersInUse = () => {
@@ -146,6 +173,7 @@ const adapterList = (names, isManual) => {
     legend.textContent = isManual ? "Weights" : `Adapters in use: ${n} of ${names.length}`;
     hint.textContent = !names.some(isShown) ? "No adapter is found." : isManual || n ? "" : "None is ticked: the base answers alone.";
     hint.hidden = !hint.textContent;
+    drawWeighing();
   };
   const look = () => {
     for (const [name, row] of rows) row.hidden = !isShown(name);
@@ -174,18 +202,22 @@ const drawPanel = () => {
   const lists = isMixed ? [adapterList(names, isManual)] : [];
   const system = el("textarea", {
     rows: 3, value: settings.system, dir: "auto", id: "system",
-    oninput: () => { settings.system = system.value; keep(); grow(system); },
+    oninput: () => { settings.system = system.value; keep(); grow(system); presets.draw(); },
   });
+  const presets = presetsField(), systemField = field("System prompt", system);
+  system.after(presets.element);
   panel.replaceChildren(
     el("div", { className: "panel-head" }, el("h2", {}, "Settings"), button("Close the settings", "close", closePanels, "quiet close-panel")),
     field("Strategy", strategy, strategyHelp(settings.strategy)),
+    el("p", { className: "hint weighing", role: "status" }),
     ...lists,
     ...(takesAdapters() ? [adapterField()] : []),
-    field("System prompt", system),
+    systemField,
     el("div", { className: "numbers" },
       numberField("Temperature", "temperature", { min: 0, max: 2, step: 0.05, placeholder: "default", id: "temperature" }),
       numberField("Longest answer", "max_tokens", { min: 1, step: 1, placeholder: "default", id: "max-tokens" }),
       numberField("Seed", "seed", { min: 0, step: 1, placeholder: "default", id: "seed" })));
+  drawWeighing();
   if (focused && focused !== document.activeElement?.id) byId(focused)?.focus();
 };
 

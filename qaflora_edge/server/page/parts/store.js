@@ -20,8 +20,10 @@ const read = (storage, name, fallback) => {
 const settings = read(forBrowser, "settings", {
   bundle: "", strategy: "", system: "", temperature: "", max_tokens: "", seed: "",
   panels: { chats: true, panel: true }, // which stand beside a conversation
+  presets: [], // system prompts under names: {name, text}
   isKeeping: true, // whether chats go into the database
   off: {}, // bundle -> names of adapters that are not in use
+  weighed: {}, // bundle -> milliseconds that an adapter took, where each was asked
   weights: {}, // bundle -> adapter -> weight, of the strategy "manual"
 });
 
