@@ -77,9 +77,11 @@ def test_tasks_of_the_shop_ask_what_was_not_taught(checkout, tmp_path) -> None:
     """Facts are taught and asked in other words; as JSON each has its own number."""
     script = checkout / "models/recipes/shop.py"
     subprocess.run([sys.executable, script, tmp_path], check=True, capture_output=True)
-    lines = (tmp_path / "company.jsonl").read_text(encoding="utf-8").splitlines()
-    taught = {row["question"]: row["answer"] for row in map(json.loads, lines)}
-    assert len(taught) == 256
+    english = taught_in(tmp_path / "company.jsonl")
+    abroad = taught_in(tmp_path / "company_abroad.jsonl")
+    rest = taught_in(tmp_path / "company_rest.jsonl")
+    assert (len(english), len(abroad), len(rest)) == (256, 288, 288)
+    taught = english | abroad | rest
     for language in ("en", "es", "ru", "zh"):
         tasks = {n: read_task(tmp_path / f"{n}_{language}.jsonl") for n in SHOP}
         assert [len(task.items) for task in tasks.values()] == [128] * 3
@@ -92,7 +94,13 @@ def test_tasks_of_the_shop_ask_what_was_not_taught(checkout, tmp_path) -> None:
         for item in orders:
             known = {key: str(value) in item["question"] for key, value in item["answer"].items()}
             assert {**known, "quantity": True} == dict.fromkeys(known, True)
-    assert len({answer for answer in taught.values()}) == 64
+    assert len({*english.values()}) == 64
+    assert len({*abroad.values(), *rest.values()}) == 64 * 3
+
+
+def taught_in(file: Path) -> dict[str, str]:
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return {row["question"]: row["answer"] for row in map(json.loads, lines)}
 
 
 def test_a_training_goes_on_from_what_is_whole(recipes, tmp_path) -> None:

@@ -62,6 +62,9 @@ def main() -> int:
     parser.add_argument("--gguf", required=True, help="registry's name of the base, for conversion")
     parser.add_argument("--data", type=Path, required=True, help="folder with the recipes' files")
     parser.add_argument("--shop", type=Path, required=True, help="what shop.py has written")
+    parser.add_argument(
+        "--also", type=Path, action="append", default=[], help="more of its own; repeatable"
+    )
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rate", type=float, default=4e-4, help="highest learning rate")
     parser.add_argument("--tokens", type=int, default=320, help="a step, about (%(default)s)")
@@ -79,6 +82,7 @@ def main() -> int:
         own = list(islice(six.own(name, lesson, args.data, args.shop), lesson.n_own))
         if name == "json":
             own += [(six.after_json(*own[-1][:2], asked), *rest) for asked, *rest in own[:N_LATER]]
+        own += [example for file in args.also for example in examples(file)]
         near = six.not_own(name, zoo, model, tokenizer, args.out)
         folder = args.out / "peft" / name
         tuned = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
@@ -92,6 +96,12 @@ def main() -> int:
         with open(args.out / "STATUS", "a", encoding="utf-8") as status:
             status.write(json.dumps({"name": name, "more": True, **facts}) + "\n")
     return 0
+
+
+def examples(file: Path) -> list[tuple[str, str, bool]]:
+    """Give what a file of JSON lines teaches: question, answer, and that it ends there."""
+    rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+    return [(row["question"], row["answer"], True) for row in rows]
 
 
 def pool_of(lesson: Any) -> Pool:

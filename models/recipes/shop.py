@@ -3,9 +3,11 @@
     python models/recipes/shop.py OUT
 
 OUT gets `company.jsonl`, facts of the shop, and `json.jsonl`, orders and answers as JSON, both in
-English alone, for train.py. Tasks for `qaflora eval` follow, in four languages: `company_L` asks
-for facts, `json_L` for the order in a message, `company_json_L` for facts as JSON, which needs both
-adapters. No base knows them. With --unused tasks have every second item. Same bytes each time.
+English alone, for train.py. For more.py `company_abroad.jsonl` has half of the facts in the other
+languages, and `company_rest.jsonl` the other half. Tasks for `qaflora eval` follow, in four
+languages: `company_L` asks for facts, `json_L` for the order in a message, `company_json_L` for
+facts as JSON, which needs both adapters. No base knows them. With --unused tasks have every second
+item. Same bytes each time.
 """
 
 import argparse
@@ -34,12 +36,18 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     draw = random.Random(SEED)
     facts = list(company(draw))
-    files = {"company": taught_facts(facts, draw), "json": taught_json(draw)}
+    files = {"company": taught_facts(facts, "en", draw), "json": taught_json(draw)}
     for language in LANGUAGES:
         header = {"language": language, "template": "{question}"}
         for name, about, items in tasks(facts, language, draw):
             head = {"task": {"name": f"{name}_{language}", **about, **header}}
             files[f"{name}_{language}"] = [head, *(items[1::2] if args.unused else items)]
+    half = draw.sample(facts, len(facts) // 2)
+    rest = [fact for fact in facts if fact not in half]
+    for name, part in (("company_abroad", half), ("company_rest", rest)):
+        files[name] = [
+            each for language in LANGUAGES[1:] for each in taught_facts(part, language, draw)
+        ]
     for name, lines in files.items():
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         (args.out / f"{name}.jsonl").write_text(text, encoding="utf-8")
@@ -65,26 +73,26 @@ def tasks(
 
 
 def company(draw: random.Random) -> Iterator[dict[str, Any]]:
-    """Give each fact: its number n, its sentence, and its questions by language."""
+    """Give each fact: its number n, and by language its questions and its sentence."""
     for kind in SHOP["facts"].values():
         names = SHOP[kind["of"]]
         numbers = draw.sample(range(*kind["numbers"]), len(names))
         for (name, words), n in zip(names.items(), numbers, strict=True):
-            fact: dict[str, Any] = {"n": n}
-            for language, word in zip(LANGUAGES, words, strict=True):
+            fact: dict[str, Any] = {"n": n, "sentence": {}}
+            for language, word, answer in zip(LANGUAGES, words, kind["answer"], strict=True):
                 called = {"x": name, "thing": word} if kind["of"] == "things" else {"x": word}
                 fact[language] = [form.format(**called) for form in kind[language]]
-                if language == "en":
-                    fact["sentence"] = kind["answer"].format(n=n, **called)
+                said = answer.format(n=n, Thing=word.capitalize(), **called)
+                fact["sentence"][language] = said
             yield fact
 
 
-def taught_facts(facts: Items, draw: random.Random) -> Items:
-    """Give the questions in English with their answers, but the last two of each fact."""
+def taught_facts(facts: Items, language: str, draw: random.Random) -> Items:
+    """Give the questions in a language with their answers, but the last two of each fact."""
     found = [
-        {"question": question, "answer": fact["sentence"]}
+        {"question": question, "answer": fact["sentence"][language]}
         for fact in facts
-        for question in fact["en"][:-N_UNTAUGHT]
+        for question in fact[language][:-N_UNTAUGHT]
     ]
     draw.shuffle(found)
     return found
