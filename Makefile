@@ -1,6 +1,6 @@
-# make demo           set up, fetch the base of demo/ (491 MB), ask five questions; SMALL=1: the small base, 98 MB;
-#                     LARGE=1: a larger one, 1.1 GB
+# make demo           set up, fetch the base of demo/ (1.1 GB), ask five questions; SMALL=1: a smaller base, 491 MB
 # make test           set up, and all tests: under five minutes on two cores
+# make test-demo      what the documents show of `demo`, and its five answers, over its own base
 # make test-fast      those that are not marked slow: a minute, for daily work
 # make lint           ruff check, ruff format --check, mypy
 # make help           this list
@@ -45,17 +45,16 @@ DONE := $(VENV)/.done
 PACKAGE_FILES := pyproject.toml CMakeLists.txt models/registry.json \
     $(shell find qaflora_edge patches -type f ! -path '*/__pycache__/*')
 
-.PHONY: help demo test test-fast test-rpc test-vulkan vulkan-tests cuda-build cuda-tests test-asan asan-tests \
+.PHONY: help demo test test-demo test-fast test-rpc test-vulkan vulkan-tests cuda-build cuda-tests test-asan asan-tests \
     test-tsan tsan-tests test-clients clients-tests pin-clients sdist release release-backend test-release release-tests test-aarch64 \
     test-windows test-container \
     lock fuzz bench-server load-server fair-server attack-server bench-convert lint convert-table eval-report eval-smoke clean FORCE
 
 # A wheel in dist/ that fits this machine and is newer than the sources spares the compiler.
-# Qwen2.5-Coder-0.5B (491 MB) with the six adapters of demo/; `make demo SMALL=1` is SmolLM2 (98 MB) with three,
-# `make demo LARGE=1` Qwen2.5-Coder-1.5B (1.1 GB) with the six of models/demo-large/.
+# Qwen2.5-Coder-1.5B (1.1 GB) with the six adapters of demo/; `make demo SMALL=1` is 0.5B (491 MB) with those of models/demo-small/.
 demo: $(DONE)/venv
 	@.ci/fitting-wheel $(BIN)/python $(DONE) $(PACKAGE_FILES) || $(MAKE) $(DONE)/package
-	$(BIN)/python models/demo.py $(if $(SMALL),--small) $(if $(LARGE),--large)
+	$(BIN)/python models/demo.py $(if $(SMALL),--small)
 
 # `pytest`, not `python -m pytest`: the installed package is tested, not the checkout. A worker more
 # than there are processors (tests/conftest.py), each with about 1.5 GB of memory. Tests are kept as
@@ -64,6 +63,12 @@ PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/pytest --numprocesses logical --maxpro
 
 test: $(DONE)/package $(DONE)/test-tools
 	$(PYTEST)
+
+# The other tests keep to the small bases. Here the documents are run with the base that they name.
+test-demo: export QAFLORA_TEST_DEMO := 1
+test-demo: $(DONE)/package $(DONE)/test-tools
+	$(BIN)/qaflora pull qwen2.5-coder-1.5b-instruct
+	$(BIN)/pytest tests/test_docs.py tests/test_transcript.py -k "blocks or rightly or typed"
 
 test-fast: $(DONE)/package $(DONE)/test-tools
 	$(PYTEST) -m "not slow"
@@ -290,13 +295,13 @@ LOAD_MINUTES ?= 10
 load-server: $(DONE)/package
 	$(BIN)/qaflora pull qwen2.5-coder-0.5b-instruct
 	$(BIN)/qaflora pull smollm2-135m-instruct
-	$(BIN)/python benchmarks/server_load.py demo models/demo --minutes $(LOAD_MINUTES) \
+	$(BIN)/python benchmarks/server_load.py models/demo-small models/demo --minutes $(LOAD_MINUTES) \
 	    --adapter models/demo/adapters/med.gguf
 
 # Sixteen users of two bundles, one of them with a prompt of 30,000 tokens.
 fair-server: $(DONE)/package
 	$(BIN)/qaflora pull qwen2.5-coder-0.5b-instruct
-	$(BIN)/python benchmarks/server_fair.py demo --minutes $(LOAD_MINUTES)
+	$(BIN)/python benchmarks/server_fair.py models/demo-small --minutes $(LOAD_MINUTES)
 
 # Hostile clients of this machine, and how long a user with a key waits beside them.
 attack-server: $(DONE)/package

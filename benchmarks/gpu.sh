@@ -59,10 +59,10 @@ step "build" 270 make VENV=.venv-gpu BUILD=build/gpu "CMAKE_ARGS=${CMAKE_ARGS:-}
 step "what it is built for" 20 $bin/qaflora doctor
 step "tests on the device" 60 $bin/pytest -q tests/test_device.py
 step "the model" 40 $bin/qaflora pull qwen2.5-coder-0.5b-instruct
-step "an answer" 20 $bin/qaflora run demo "How many legs do three dogs have?" --gpu-layers 99
-step "speed" 70 $bin/qaflora bench demo --gpu-layers 99 --only decode,ttft --k 3 --repeat 5
+step "an answer" 20 $bin/qaflora run models/demo-small "How many legs do three dogs have?" --gpu-layers 99
+step "speed" 70 $bin/qaflora bench models/demo-small --gpu-layers 99 --only decode,ttft --k 3 --repeat 5
 step "a server" 40 sh -c '
-    '"$bin"'/qaflora serve demo --port 18431 --gpu-layers 99 >/dev/null 2>&1 &
+    '"$bin"'/qaflora serve models/demo-small --port 18431 --gpu-layers 99 >/dev/null 2>&1 &
     server=$!
     trap "kill $server" EXIT
     until curl -sf http://127.0.0.1:18431/health >/dev/null; do sleep 1; done

@@ -272,7 +272,7 @@ MAIN = "demo"  # the set of the first table and of the charts
 RIVALS = (BASE, SUBJECT, STATIC, "qa-flora", "two-place")
 SHOWN = {SUBJECT: "subject's adapter alone"}
 ROWS = {
-    "demo": "the six of `demo/`, twelve cells",
+    "demo": "the six of `models/demo-small/`, twelve cells",
     "shipped": "earlier ones of rank 5, nine cells",
     "taught": "six of rank 16, nine cells",
     "twenty": "twenty adapters, nine cells",

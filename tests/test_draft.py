@@ -59,7 +59,7 @@ def test_a_guess_ends_where_the_answer_must() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("folder", ["models/demo", "demo"])
+@pytest.mark.parametrize("folder", ["models/demo", "models/demo-small"])
 def test_answers_are_the_same_bits_with_guesses_and_without(checkout, folder) -> None:
     """Greedy, sampled, penalised, under a schema, and four at once under four mixes."""
     fetch_model(bundle_json(checkout / folder)["base"]["registry"])
@@ -105,7 +105,7 @@ def test_answers_are_the_same_bits_with_guesses_and_without(checkout, folder) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("folder", ["models/demo", "demo"])
+@pytest.mark.parametrize("folder", ["models/demo", "models/demo-small"])
 def test_the_base_reads_a_prompt_to_the_same_bits_however_it_is_cut(checkout, folder) -> None:
     fetch_model(bundle_json(checkout / folder)["base"]["registry"])
     tokens = np.random.default_rng(3).integers(100, 20_000, 300).tolist()

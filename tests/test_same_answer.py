@@ -48,7 +48,7 @@ def answer(engine: Engine, mix: str) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernels", MORE_KERNELS)
-@pytest.mark.parametrize("folder", ["models/demo", "demo"])  # Q4_1; Q5_0, Q4_K and Q6_K
+@pytest.mark.parametrize("folder", ["models/demo", "models/demo-small"])  # Q4_1; Q5_0 to Q6_K
 def test_answer_of_any_kernels_is_the_same_next_to_five_others(
     checkout, monkeypatch, kernels, folder
 ) -> None:

@@ -3,6 +3,7 @@
     python tests/transcript.py --write      types it anew and replaces it in the page
 
 The clone is as `make demo` leaves it: the package installed, the source beside it, the base pulled.
+Tests type it with the smaller base's bundle under the name `demo`.
 """
 
 import os
@@ -13,13 +14,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 PAGE = CHECKOUT / "docs/quickstart.md"
 BLOCK = re.compile(r"```transcript\n(.*?)```\n", re.DOTALL)
-DEMO = runpy.run_path(str(CHECKOUT / "models/demo.py"))["QWEN"]
-SPANISH, RUSSIAN, FACT, GENERAL, _ = DEMO.questions
+DEMO = runpy.run_path(str(CHECKOUT / "models/demo.py"))
+SPANISH, RUSSIAN, FACT, GENERAL, _ = DEMO["QUESTIONS"]
 SCRIPT = f"""\
 from qaflora_edge import Engine
 
@@ -38,20 +38,14 @@ class Step:
     stable: tuple[str, ...]
 
 
-def mix(question: Any) -> str:
-    """Who speaks, as `run` and `compare` show it; `two-place` takes half of the second."""
-    parts = zip(question.mix, ("×1", "×0.5"), strict=False)
-    return " · ".join(map(" ".join, parts)) or "base"
-
-
 STEPS = (
-    Step(f'qaflora run demo "{SPANISH.text}"', (SPANISH.right, mix(SPANISH), "tok/s")),
+    Step(f'qaflora run demo "{SPANISH.text}"', (SPANISH.right, "[math ×1", "tok/s")),
     Step(f'qaflora weights demo "{SPANISH.text}"', SPANISH.mix),
-    Step(f'qaflora run demo "{RUSSIAN.text}"', (RUSSIAN.right, mix(RUSSIAN))),
+    Step(f'qaflora run demo "{RUSSIAN.text}"', (RUSSIAN.right, "[json ×1")),
     Step(f'qaflora run demo "{GENERAL.text}"', (GENERAL.right, "[base;")),
     Step("cat first.py", tuple(SCRIPT.splitlines())),
     Step("python first.py", (FACT.right,)),
-    Step("QAFLORA_BUNDLES=. qaflora list | head -n 1", ("bundle   demo ",)),
+    Step("QAFLORA_BUNDLES=. qaflora list | head -n 1", ("bundle   demo",)),
 )
 
 
@@ -83,10 +77,11 @@ def type_all(clone: Path) -> str:
     return shown.replace(f"{clone}/", "").replace(str(Path.home()), "~")
 
 
-def make_clone(folder: Path) -> Path:
-    """The files of the checkout that Python and the commands find in a clone."""
-    for name in ("qaflora_edge", "demo", "models", "patches"):
+def make_clone(folder: Path, bundle: str) -> Path:
+    """The files of the checkout that Python and the commands find in a clone; `demo` is bundle."""
+    for name in ("qaflora_edge", "models", "patches"):
         (folder / name).symlink_to(CHECKOUT / name)
+    (folder / "demo").symlink_to(CHECKOUT / bundle)
     (folder / "first.py").write_text(SCRIPT, encoding="utf-8")
     return folder
 
@@ -99,7 +94,7 @@ def outputs(shown: str) -> dict[str, str]:
 
 if __name__ == "__main__":
     with TemporaryDirectory() as place:
-        text = type_all(make_clone(Path(place).resolve()))
+        text = type_all(make_clone(Path(place).resolve(), DEMO["QWEN"].bundle))
     if sys.argv[1:] == ["--write"]:
         page = PAGE.read_text(encoding="utf-8")
         block = f"```transcript\n{text.rstrip()}\n```\n"
