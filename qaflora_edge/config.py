@@ -1,6 +1,7 @@
 """Every option, declared once; and the user's settings file.
 
-Commands, settings, Python calls, server requests and docs/settings.md are made from it.
+Commands, settings, Python calls, server requests and docs/settings.md are made from it. What one
+command has besides stands in `cli.own_options`.
 Of the file, `cli.settings` checks the options; `cache` and `bundles` are the library's as well.
 """
 
@@ -10,7 +11,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -226,71 +227,6 @@ OPTIONS = (
     Option("n", int, 1, "answers", low=1, noun="a number of answers", help="Give so many answers."),
 )
 SHARED = {option.key: option for option in OPTIONS if option.flag}
-# Adapters for a base alone: of every command that takes the shared options, and no setting.
-ADAPTER = Option("adapter", tuple, flag="--adapter", section="Mix", metavar="[NAME=]PATH",
-                 help="Weigh this adapter on a base alone; repeatable. PATH is a PEFT folder, an "
-                 "adapter .gguf or the Hub's owner/name, and is converted once, into the cache. "
-                 "NAME is the folder's or file's unless given.")
-_OUTTYPE = Option("outtype", str, "f16", flag="--outtype", section="Options", choices=OUTTYPES,
-                  help="Store tensors of adapters in this type.")
-# What one command has besides, and can be set.
-OWN_OPTIONS = {
-    "run": (
-        Option("system", str, flag="--system", short="-s", section="Prompt", metavar="TEXT",
-               help="Say this first, as the system's message."),
-    ),
-    "chat": (
-        Option("system", str, flag="--system", short="-s", section="Prompt", metavar="TEXT",
-               help="Begin with this system prompt; /system changes it."),
-        Option("plain", bool, False, flag="--plain/--no-plain", unset="so off a terminal",
-               help="No escape codes, no line editing, no rendered Markdown."),
-    ),
-    "serve": (
-        Option("host", str, "127.0.0.1", flag="--host", section="Server", metavar="ADDRESS",
-               help="Listen here; 0.0.0.0 is every address of this machine."),
-        Option("port", int, 8080, flag="--port", section="Server", low=0, high=65535,
-               noun="a number of a port", help="Listen here; 0 chooses a free one."),
-        Option("api_key", str, flag="--api-key", section="Server", metavar="KEY",
-               variable="QAFLORA_API_KEY", is_secret=True, unset="none",
-               help="Require this key of each request; better set the variable."),
-        Option("max_queue", int, 64, flag="--max-queue", low=0, high=100_000,
-               noun="a number of requests", help="Let so many requests wait, and refuse others."),
-        Option("max_models", int, flag="--max-models", low=1, noun="a number", unset="all",
-               help="Keep so many bundles open; close the one not used for the longest."),
-        Option("timeout", float, 600.0, flag="--timeout", low=0, is_open=True, high=1e6,
-               noun="a number of seconds",
-               help="End what was computed for so many seconds; its answer is cut then."),
-        Option("ttl", float, flag="--ttl", low=0, is_open=True, high=1e8, unset="never",
-               noun="a number of seconds",
-               help="Close a bundle unused for so long; the next request opens it."),
-        Option("cors_origin", tuple, flag="--cors-origin", metavar="ORIGIN",
-               help="Let pages of this origin ask, such as https://example.org; repeatable."),
-        Option("allow_adapters", str, flag="--allow-adapters", metavar="FOLDER", unset="none",
-               help="Let clients and the page add adapters out of this folder, and remove them. "
-               "What the page uploads is kept in it until the server ends."),
-        Option("allow_host", tuple, flag="--allow-host", metavar="NAME",
-               help="Take requests to this host name, such as a proxy's; repeatable."),
-        Option("insecure", bool, False, flag="--insecure/--no-insecure",
-               help="Serve beyond this machine without an API key: whoever reaches it may ask, by "
-               "an address, this machine's name or --allow-host. With a key any name does."),
-    ),
-    "worker": (
-        Option("host", str, "127.0.0.1", flag="--host", section="Options", metavar="ADDRESS",
-               help="Listen at this IPv4 address; 0.0.0.0 is every one of this machine."),
-        Option("port", int, 50052, flag="--port", section="Options", low=1, high=65535,
-               noun="a number of a port", help="Listen here."),
-        Option("cache", str, flag="--cache", section="Options", metavar="DIR", unset="none",
-               help="Keep large tensors of clients in this folder, so that they are sent once. "
-               "Nothing in it is ever removed."),
-        replace(SHARED["threads"], section="Options"),
-        Option("insecure", bool, False, flag="--insecure/--no-insecure",
-               section="Options",
-               help="Listen beyond this machine. Whoever reaches the port may read and write what "
-               "is there, and nothing is encrypted."),
-    ),
-    "convert": (_OUTTYPE,),
-    "export": (_OUTTYPE,),
-}
 # Options of strategies that probe, as in calibrated:power=2,total=1.5; done in this order.
 SHAPING = (
     Option("power", float, 1.0, low=0, is_open=True, high=16, metavar="P",
@@ -309,25 +245,6 @@ PROBING = (
 )
 # fmt: on
 DEFAULTS: dict[str, Any] = {option.name: option.default for option in OPTIONS}  # in Python
-OWN = {
-    command: {option.key: option for option in options} for command, options in OWN_OPTIONS.items()
-}
-# Command -> groups and names of shared options that would have no effect there, apart by spaces.
-WITHOUT = {
-    "serve": "raw_prompt",
-    "chat": "n_parallel",
-    "weights": "sampling n_parallel guesses reasoning",
-    "decide": "sampling n_parallel guesses reasoning raw_prompt",
-    "export": "sampling n_parallel guesses prefill reasoning",
-    "bench": "n_ctx n_parallel raw_prompt temperature top_p top_k min_p repeat_penalty stop "
-    "presence_penalty frequency_penalty reasoning reasoning_budget",
-}
-
-
-def shared_by(command: str) -> dict[str, Option]:
-    """The shared options that have an effect for a command, by their keys."""
-    without = set(WITHOUT.get(command, "").split())
-    return {k: o for k, o in SHARED.items() if not without & {o.name, *o.groups.split()}}
 
 
 def in_group(group: str) -> dict[str, Option]:

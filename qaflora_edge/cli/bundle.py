@@ -10,10 +10,10 @@ import click
 
 from qaflora_edge.cli import options as cli
 from qaflora_edge.cli.answers import print_json, say
+from qaflora_edge.cli.own_options import ADAPTER, OWN
 from qaflora_edge.cli.places import bundle_folder, missing_base
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.cli.prompts import read_text
-from qaflora_edge.config import ADAPTER, OWN
 from qaflora_edge.files import AnyPath, one_line
 from qaflora_edge.show import N_ALL, N_TOP, others
 

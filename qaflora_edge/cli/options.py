@@ -17,19 +17,11 @@ from click.shell_completion import CompletionItem
 
 from qaflora_edge.ask import Chat, Question, Sampling
 from qaflora_edge.cli.answers import say
+from qaflora_edge.cli.own_options import ADAPTER, OWN, shared_by
 from qaflora_edge.cli.places import bundle_folder
 from qaflora_edge.cli.progress import progress_bars, waiting
 from qaflora_edge.cli.prompts import read_message
-from qaflora_edge.config import (
-    ADAPTER,
-    ADVANCED,
-    OWN,
-    SECTIONS,
-    Option,
-    expanded,
-    in_group,
-    shared_by,
-)
+from qaflora_edge.config import ADVANCED, SECTIONS, Option, expanded, in_group
 from qaflora_edge.errors import PromptError, QafloraError
 from qaflora_edge.files import check_takes_file
 

@@ -12,15 +12,14 @@ from click.shell_completion import get_completion_class
 
 from qaflora_edge.cli.answers import print_json, say
 from qaflora_edge.cli.options import command, json_option
+from qaflora_edge.cli.own_options import OWN, shared_by
 from qaflora_edge.config import (
     LIBRARY_KEYS,
-    OWN,
     SHARED,
     Option,
     Table,
     read_settings,
     settings_path,
-    shared_by,
     unknown_key,
     wrong_value,
 )
