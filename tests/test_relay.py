@@ -18,10 +18,10 @@ from test_two_place import plan_of
 from tiny import CHATML
 
 from qaflora_edge import Engine
+from qaflora_edge.answering.answer import in_words, with_draft
 from qaflora_edge.answering.reading import PromptReading
 from qaflora_edge.ask import Chat
 from qaflora_edge.errors import BusyError, CancelledError, StrategyError
-from qaflora_edge.prompt.draft import in_words, with_draft
 from qaflora_edge.weighing.plan import (
     BASE,
     Draft,
@@ -474,7 +474,7 @@ def by_three(reading: Any) -> Plan:
     """Two draft, one after the other, and the base writes."""
     nothing = alone_weights(BASE, reading.query.adapters, reading.query.n_layer)
     first = DraftStep("math")
-    second = DraftStep("es", view="behind")
+    second = DraftStep("es", view="before")
     return Plan((first, second, WriteStep(nothing, view="before")))
 
 
@@ -487,7 +487,7 @@ def test_a_plan_may_have_three_steps(folder, monkeypatch) -> None:
         told = list(answer.drafting())
         text = answer.text()
         first = engine.generate(plain, strategy="single:math", max_tokens=128).text()
-        second_prompt = asked(engine, f"abc def? ({first.strip()})")
+        second_prompt = asked(engine, f"({first.strip()})\n\nabc def?")
         with monkeypatch.context() as patch:
             base_reads_up_to_the_draft(patch, engine, plain)
             assert answer.draft is not None
@@ -650,11 +650,9 @@ def test_a_prompt_with_a_draft_reads_as_if_it_had_been_asked(tmp_path, spm) -> N
         draft = Draft("math", tuple(engine.tokenize("foo")), "foo", (), True)
         inside = (engine._model, prompt.tokens, prompt.question, draft, 512)
         before = engine._model.detokenize(with_draft(*inside)).decode()
-        behind = engine._model.detokenize(with_draft(*inside, is_behind=True)).decode()
         words = in_words(engine._model, prompt.tokens, prompt.question, 512)
         plain = engine._model.detokenize(prompt.tokens).decode()
         said = engine._model.detokenize(draft.tokens).decode().strip()
         assert before == plain.replace("the cat?", f"({said})\n\nthe cat?")
-        assert behind == plain.replace("the cat?", f"the cat? ({said})")
         asked = engine._model.detokenize(words).decode()
         assert asked == plain.replace("the cat?", "the cat? Answer in words.")

@@ -16,6 +16,7 @@ from qaflora_edge.answering.reading import PromptReading
 from qaflora_edge.arrays import F32
 from qaflora_edge.ask import Ask, Chat, Prompt, Sampling, Weighing
 from qaflora_edge.backend.batch import n_common
+from qaflora_edge.backend.model import Model
 from qaflora_edge.config import MAX_SEED
 from qaflora_edge.errors import QafloraError
 from qaflora_edge.inference.sampler import Sampler
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from qaflora_edge.prompt.calls import Calls
 
 N_OPENING = 8  # tokens that tell whether an answer has its form by itself
+IN_WORDS = " Answer in words."  # behind the question to a knower
+_N_AROUND = 8  # tokens around a draft, at most
 
 
 def read(adapters: "AdapterSet", ask: Ask) -> Ask:
@@ -321,16 +324,57 @@ def prompt_of(
     tokens: Sequence[int] = prompt.tokens
     n_ctx = core.n_ctx - n_after
     if isinstance(step, DraftStep) and step.is_in_words:
-        from qaflora_edge.prompt.draft import in_words
-
         tokens = in_words(core.model, tokens, prompt.question, n_ctx)
     if step.view and draft is not None:
-        from qaflora_edge.prompt.draft import with_draft
-
-        tokens = with_draft(
-            core.model, tokens, prompt.question, draft, n_ctx, is_behind=step.view == "behind"
-        )
+        tokens = with_draft(core.model, tokens, prompt.question, draft, n_ctx)
     return tuple(tokens)
+
+
+def in_words(
+    model: Model, tokens: Sequence[int], question: tuple[int, int] | None, n_ctx: int
+) -> Sequence[int]:
+    """Ask for an answer in words, behind the question of a prompt, where there is room."""
+    told = model.tokenize_inside(IN_WORDS)
+    if question is None or len(tokens) + len(told) >= n_ctx:
+        return tokens
+    _, end = question
+    return [*tokens[:end], *told, *tokens[end:]]
+
+
+def with_draft(
+    model: Model,
+    tokens: Sequence[int],
+    question: tuple[int, int] | None,
+    draft: Draft,
+    n_ctx: int,
+) -> Sequence[int]:
+    """Put a draft in parentheses before the question, as if it had been asked so.
+
+    tokens    of the prompt
+    question  begin and end of the question in it, as prompt.tokens.find_question gives them
+    n_ctx     tokens of the context; a draft takes half of what is free there, at most
+
+    The base answers in the language that comes last, and forms copy a draft that comes first more
+    often.
+
+    A control token that is spelt out in the draft stays text. Without room, or words, the prompt
+    stays as it is.
+    """
+    if question is None:
+        return tokens
+    start, end = question
+    n_room = (n_ctx - len(tokens)) // 2
+    said = model.text(draft.tokens[: max(0, n_room)]).strip()
+    if not said:
+        return tokens
+    asked = model.detokenize(tokens[start:end]).decode("utf-8", "replace")
+    words = asked.lstrip(" ")
+    space = asked[: len(asked) - len(words)]  # SentencePiece's first word brings its own
+    told = model.tokenize_inside(f"{space}({said})\n\n{words}")
+    prompt = [*tokens[:start], *told, *tokens[end:]]
+    n_more = len(prompt) - len(tokens)  # bytes that are no text become more tokens
+    has_room = n_more <= n_room + _N_AROUND and len(prompt) < n_ctx
+    return prompt if has_room else tokens
 
 
 def n_base_of(asked: Sequence[int], read: Sequence[int]) -> int:

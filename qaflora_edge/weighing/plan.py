@@ -21,7 +21,7 @@ DEFAULT_STRATEGY = "qa-flora"
 DEFAULT_LENS = "norm"
 DEFAULT_POOL = "last"
 
-View = Literal["", "before", "behind"]  # where a draft stands from the question; "": nowhere
+View = Literal["", "before"]  # where a draft stands from the question; "": nowhere
 
 
 @dataclass(frozen=True)
