@@ -49,8 +49,8 @@ class Sampler:
         if sampling.grammar is not None:
             from qaflora_edge.inference import constraint
 
-            grammar = constraint.chosen_grammar(sampling.grammar)
-            self.constraint = constraint.Constraint(model, grammar)
+            assert isinstance(sampling.grammar, constraint.Grammar)
+            self.constraint = constraint.Constraint(model, sampling.grammar)
 
     def _links(self, sampling: Sampling) -> Iterator[Any]:
         """Make the samplers of the chain; llama.cpp makes empty ones of what changes nothing."""
