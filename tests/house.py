@@ -18,7 +18,7 @@ BUDGETS = {
     "tokens a line of code": 8.5,
     "modules": 140,
     "modules that Engine imports": 45,
-    "tokens that Engine imports": 46_000,
+    "tokens that Engine imports": 45_000,
     "tokens of code of tests": 231_100,  # 210,000 is asked
     "lines of the page": 2_600,
     "lines that patches add": 250,
