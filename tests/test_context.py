@@ -155,11 +155,14 @@ def test_a_context_that_cannot_grow_says_why(made, fixed, monkeypatch) -> None:
 
 
 def test_memory_and_rope_limit_the_context(made, monkeypatch) -> None:
-    base, model = read_base(made.base.path), SimpleNamespace(n_ctx_train=1 << 17, n_head=28)
+    base = read_base(made.base.path)
+    model = SimpleNamespace(n_ctx_train=1 << 17, n_head=28, has_attention=False)
     limit = partial(devices.automatic_ctx, model, kv_type="f32")
     monkeypatch.setattr(devices, "_free_bytes", lambda: 1 << 30)
     # bytes of a token: K and V of 2 heads of 16 numbers, twice; and 319 rows of scores
     assert limit(base, n_seq=1) == (2**30 - base.size_bytes) // 2 // (2 * 256 + 4 * 28 * 319)
+    model.has_attention = True  # which keeps no scores
+    assert limit(base, n_seq=1) == 1 << 17
     assert limit(base, n_seq=999) == 4096
     base = replace(base, tensors={**base.tensors, "rope_factors_long.weight": None})
     base.metadata[f"{base.architecture}.rope.scaling.original_context_length"] = 2048
