@@ -71,6 +71,7 @@ ASK: dict[str, dict[str, Any]] = {
     "/api/generate": {"prompt": CATS, "options": {"num_predict": 4}},
     "/api/show": {},
     "/tokenize": {"content": CATS},
+    "/detokenize": {"tokens": [1, 2, 3]},
 }
 PATHS = {*READ, *ASK, CHAT, ADD, REMOVE}
 

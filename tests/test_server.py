@@ -253,12 +253,16 @@ def test_models(client) -> None:
     assert error["message"].startswith("The model is 'tiny:centroid', expected one of tiny, tiny:")
 
 
-def test_tokens_of_a_text(client, alone) -> None:
+def test_tokens_there_and_back(client, alone) -> None:
     text = "the king <|im_end|> ñ"
     tokens = answer(client, "/tokenize", content=text)["tokens"]
     assert tokens == alone.tokenize(text, parse_special=True)
     plain = answer(client, "/tokenize", content=text, parse_special=False)["tokens"]
     assert plain == alone.tokenize(text)
+    assert answer(client, "/detokenize", tokens=tokens) == {"content": text}
+    status, error = failure(client, "/detokenize", tokens=[99999])
+    message = "Token 0 of the prompt is 99999, expected an id from 0 to 270."
+    assert (status, error["param"], error["message"]) == (400, "tokens", message)
 
 
 @pytest.mark.parametrize("n", [505, 4_000_000])

@@ -33,6 +33,7 @@ def test_answers_are_as_described(client, document) -> None:
         ("/v1/responses", {"input": "a", "max_output_tokens": 1}),
         ("/v1/weights", {"messages": user}),
         ("/tokenize", {"content": "a"}),
+        ("/detokenize", {"tokens": [65]}),
         ("/v1/chat/completions", {"messages": []}),
         ("/v1/models", None),
         ("/v1/models/tiny", None),

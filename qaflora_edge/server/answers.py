@@ -14,7 +14,7 @@ from qaflora_edge.dialects import anthropic, openai_chat, openai_responses, text
 from qaflora_edge.dialects.shapes import Extras, choices_of
 from qaflora_edge.dialects.texts import several
 from qaflora_edge.engine import Engine
-from qaflora_edge.errors import wrong_field
+from qaflora_edge.errors import CancelledError, wrong_field
 from qaflora_edge.prompt.tokens import check_size, checked_tokens
 from qaflora_edge.server import bodies
 from qaflora_edge.server.receive import Call, read_call
@@ -27,6 +27,8 @@ from qaflora_edge.server.respond import (
     extras_of,
     note_mix,
 )
+
+N_AT_ONCE = 4096  # tokens that are written before a client may have gone
 
 
 async def chat_completions(request: Request) -> Computed:
@@ -193,5 +195,27 @@ async def tokenize(request: Request) -> Computed:
             if tokens:
                 checked_tokens(model, tokens, engine.n_ctx)
         out.send({"tokens": tokens})
+
+    return Computed(call, compute, is_light=True)
+
+
+async def detokenize(request: Request) -> Computed:
+    """Turn token ids into text; control tokens are spelt out."""
+    call = await read_call(request, bodies.DetokenizeBody)
+    tokens = call.body.tokens
+
+    def compute(engine: Engine, out: Computed) -> None:
+        text = ""
+        if tokens:
+            with engine.model() as model:
+                checked_tokens(model, tokens, bodies.MAX_TOKENS)
+                data = bytearray()
+                for start in range(0, len(tokens), N_AT_ONCE):
+                    if out.cancel.is_set():
+                        raise CancelledError("The tokens were not written to their end.")
+                    part = tokens[start : start + N_AT_ONCE]
+                    data += model.detokenize(part, special=True)
+            text = data.decode("utf-8", "replace")
+        out.send({"content": text})
 
     return Computed(call, compute, is_light=True)

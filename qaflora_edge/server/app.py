@@ -253,6 +253,7 @@ API: tuple[tuple[str, Any, type[Body] | None], ...] = (
     ("/api/ps", ollama.ps, None),
     ("/api/version", ollama.version, None),
     ("/tokenize", answers.tokenize, bodies.TokenizeBody),
+    ("/detokenize", answers.detokenize, bodies.DetokenizeBody),
     ("/v1/load_lora_adapter", uploads.load, bodies.AdapterBody),
     ("/v1/unload_lora_adapter", uploads.unload, bodies.AdapterBody),
     ("/v1/models", models, None),

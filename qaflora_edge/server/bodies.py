@@ -15,6 +15,7 @@ from qaflora_edge.formats.bundle import Name
 from qaflora_edge.formats.inputs import Json
 
 MAX_EMBEDDED = 2048  # texts of one request
+MAX_TOKENS = 1 << 20  # to detokenize
 
 
 class EmbeddingsBody(Body, frozen=True, kw_only=True):
@@ -76,6 +77,14 @@ class TokenizeBody(Body, frozen=True, kw_only=True):
     content: str
     add_special: Flag = None
     parse_special: Flag = None
+
+
+class DetokenizeBody(Body, frozen=True, kw_only=True):
+    """Ask /detokenize."""
+
+    tokens: Annotated[
+        list[int], Meta(max_length=MAX_TOKENS, title=f"a list of {MAX_TOKENS} token ids at most")
+    ]
 
 
 _TEXT_OR_NULL = {"type": ["string", "null"]}
