@@ -10,6 +10,8 @@ from itertools import zip_longest
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
+from qaflora_edge.weighing.plan import LEAST_SURE
+
 if TYPE_CHECKING:
     from typing import TextIO
 
@@ -111,6 +113,12 @@ def who_spoke(fusion: "FusionWeights") -> str:
     return " · ".join(parts) or "base"
 
 
+def doubts(fusion: "FusionWeights") -> list[str]:
+    """Say that an answer may be made up, where an adapter is not sure of it; else nothing."""
+    sure = fusion.sure
+    return [] if sure is None or sure >= LEAST_SURE else ["may be made up"]
+
+
 def others(n_adapter: int) -> list[str]:
     """Say how many adapters are not shown; nothing where all are."""
     return [f"{n_adapter} others"] if n_adapter else []
@@ -202,6 +210,7 @@ def facts(fusion: "FusionWeights") -> str:
     parts.append(f"{fusion.prompt_tokens} prompt tokens")
     if fusion.probe_ms > 0:
         parts.append(f"probe {fusion.probe_ms:.0f} ms")
+    parts += doubts(fusion)
     return ", ".join(parts)
 
 

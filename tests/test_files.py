@@ -1,6 +1,5 @@
 """Whole files, whatever interrupts their writers, and paths that stay inside."""
 
-import errno
 import os
 import time
 from pathlib import Path
@@ -61,26 +60,6 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path) -> None:
     write_text_atomic(tmp_path / "a", "whole")
     kept = [young, other, link, tmp_path / "a", tmp_path / "mine"]
     assert sorted(tmp_path.iterdir()) == sorted(kept)
-
-
-@pytest.mark.parametrize("function", ["fsync", "replace"])
-@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
-def test_failure_at_the_end_keeps_the_old_file(tmp_path, monkeypatch, function, code) -> None:
-    out = tmp_path / "math.gguf"
-    out.write_text("old")
-
-    def fail(*_: object) -> None:
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(files.os, function, fail)
-    assert refused(OutputFileError, write_text_atomic, out, "new") == (
-        f"Cannot write {out}: the disk is full. Free some space and try again."
-        if code == errno.ENOSPC
-        else f"Cannot write {out}: {os.strerror(code)}. Check the disk and that you may write to "
-        f"{out.parent}; what was there is unchanged."
-    )
-    assert out.read_text() == "old"
-    assert os.listdir(out.parent) == ["math.gguf"]
 
 
 def test_atomic_path_names_a_missing_folder(tmp_path) -> None:

@@ -22,6 +22,7 @@ from qaflora_edge.answering.answer import in_words, with_draft
 from qaflora_edge.answering.reading import PromptReading
 from qaflora_edge.ask import Chat
 from qaflora_edge.errors import BusyError, CancelledError, StrategyError
+from qaflora_edge.show import doubts
 from qaflora_edge.weighing.plan import (
     BASE,
     Draft,
@@ -31,7 +32,7 @@ from qaflora_edge.weighing.plan import (
     WriteStep,
     alone_weights,
 )
-from qaflora_edge.weighing.relay import log_odds, probability, sureness
+from qaflora_edge.weighing.relay import log_odds, probability, sureness, told_probability
 
 N_DRAFT = 8
 NAMES = ("form", "shop", "other")
@@ -131,6 +132,16 @@ def test_a_probability_is_that_of_a_logistic_regression() -> None:
     assert probability(odds) == pytest.approx(1 / (1 + exp(-odds)))
 
 
+def test_what_is_told_is_a_logistic_regression_of_that() -> None:
+    assert told_probability(0.9) == pytest.approx(probability(2.1 * log(9) - 1.0))
+
+
+@pytest.mark.parametrize(("sure", "mark"), [(None, []), (0.51, []), (0.49, ["may be made up"])])
+def test_an_answer_of_which_nobody_is_sure_is_marked(sure, mark) -> None:
+    plan = replace(Plan.mix(np.ones((1, 2))), sure=sure)
+    assert doubts(FusionWeights(("shop",), plan)) == mark
+
+
 def test_who_knows_drafts_for_who_gives_the_form() -> None:
     plan = weighed(Scripted(*FORM_FIRST, [told("shop", -0.01), told("form", -0.6)]))
     assert who(plan) == ("shop", "form")
@@ -138,7 +149,8 @@ def test_who_knows_drafts_for_who_gives_the_form() -> None:
     assert plan.weights[:, 0].tolist() == [1, 0, 0]
     sure = sureness((-0.01,) * 4, (-1, -8, -8, -8))
     expected = probability(log_odds(sure, 80))
-    assert plan.sure == plan.known["shop"] == pytest.approx(expected)
+    assert plan.known["shop"] == pytest.approx(expected)
+    assert plan.sure == told_probability(expected)
 
 
 def test_a_form_that_knows_itself_writes_alone() -> None:
@@ -256,7 +268,9 @@ def test_two_places_first_is_refused_an_answer_that_it_makes_up() -> None:
     assert not weighed(Scripted(*places, [long])).weights.any()
     perhaps = told("shop", -0.25)  # a long answer of which it is not so unsure
     long = replace(perhaps, draft=replace(perhaps.draft, is_whole=False))
-    assert weighed(Scripted(*places, [long])).weights[:, 0].tolist() == [0, 1, 0]
+    plan = weighed(Scripted(*places, [long]))
+    assert plan.weights[:, 0].tolist() == [0, 1, 0]
+    assert plan.sure == told_probability(plan.known["shop"])
 
 
 def test_an_adapter_that_gives_all_its_form_is_not_asked_what_it_knows() -> None:

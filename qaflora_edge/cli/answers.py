@@ -8,7 +8,7 @@ import click
 
 from qaflora_edge.errors import IncompleteAnswerError
 from qaflora_edge.formats.inputs import Json
-from qaflora_edge.show import can_show, visible, who_spoke
+from qaflora_edge.show import can_show, doubts, visible, who_spoke
 
 if TYPE_CHECKING:
     from qaflora_edge.answering.generation import Generation
@@ -86,7 +86,7 @@ def thought_parts(answer: "Generation") -> list[str]:
 def summary_line(answer: "Generation") -> str:
     """Mix, times and the reason of the end, in one line."""
     timings = answer.timings
-    parts = [who_spoke(answer.fusion), f"probe {timings.probe_ms:.0f} ms"]
+    parts = [who_spoke(answer.fusion), *doubts(answer.fusion), f"probe {timings.probe_ms:.0f} ms"]
     if answer.n_draft:
         parts.append(f"draft {answer.n_draft} tokens")
     parts.append(f"prefill {timings.prefill_ms:.0f} ms")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 BASE = "base"  # in place of an adapter's name, where the base alone is meant
 ANSWER = ""  # the same, where the weights of the answer are
 DRAFT_TOKENS = 128  # of the longest draft
+LEAST_SURE = 0.5  # an answer below may be made up
 DEFAULT_STRATEGY = "qa-flora"
 DEFAULT_LENS = "norm"
 DEFAULT_POOL = "last"
@@ -107,7 +108,7 @@ class Plan:
     divergence  [n_adapter, n_layer] in the strategy's measure, or None
     why, because  what decided, for all layers: by adapter, and in words
     known       adapter -> probability that what it drafts is right, where drafts were read
-    sure        that of who knows, where one is taken to know: of the whole answer, roughly
+    sure        probability that what an adapter says is right, where its draft was read
     """
 
     steps: tuple[Step, ...]
@@ -279,7 +280,7 @@ class FusionWeights:
 
     @property
     def sure(self) -> float | None:
-        """Give the probability that the answer is right; None where nobody is taken to know."""
+        """Give the probability that the answer is right; None where no draft tells."""
         return self.plan.sure
 
     def sure_dict(self) -> "Json":

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import exp, log
 
-from qaflora_edge.arrays import F32
 from qaflora_edge.config import Option
 from qaflora_edge.errors import StrategyError
 from qaflora_edge.weighing.plan import BASE, Draft, DraftStep, Plan, WriteStep, alone_weights
@@ -31,6 +30,10 @@ SUBJECT = 2.0
 USUAL = -8.7  # where all of that is 0
 MOST_SURPRISED = 6.0  # nats; a token that surprises the base more counts no more
 LEAST_SURPRISED = 0.5  # nats, of a draft that says what the base says
+
+# What is told of an answer: of the drafts that are taken, log-odds are too close to 0.
+TOLD = 2.1  # for each one of the log-odds
+TOLD_AT_0 = -1.0
 
 CLAIM = 0.4  # probability from which an adapter may know; up to half of it, it makes things up
 AMONG = 0.25  # of the score in the question, beside how unusually sure one is, where several may
@@ -136,6 +139,16 @@ def probability(odds: float) -> float:
     return 1.0 / (1.0 + exp(-odds))
 
 
+def told_probability(known: float) -> float:
+    """Give the probability that the draft of an adapter is right that was taken to know.
+
+    Of several the surest is taken, so that it is wrong more often than one draft alone.
+
+    known  the probability of its draft alone, above 0 and below 1
+    """
+    return probability(TOLD * log(known / (1.0 - known)) + TOLD_AT_0)
+
+
 def _odds(reading: Reading, plan: Plan) -> dict[str, float]:
     """Give the log-odds of each adapter that it knows, if it is sure of its draft.
 
@@ -201,7 +214,10 @@ def _heard(
     if not asked:
         return Heard()
     query = reading.query
-    drafts = [_first(draft) for draft in reading.drafts(asked, N_DRAFT, _weights(plan))]
+    import numpy as np
+
+    weights = np.asarray(plan.weights, np.float32)
+    drafts = [_first(draft) for draft in reading.drafts(asked, N_DRAFT, weights)]
     by_base = dict(zip(asked, reading.base_logprobs(drafts), strict=True))
     heard = Heard(dict(zip(asked, drafts, strict=True)), by_base)
     forms = _forms(query, heard, may_form)
@@ -270,15 +286,15 @@ def _relayed(reading: Reading, plan: Plan, heard: Heard, knower: str) -> Plan:
     query = reading.query
     (draft,) = reading.drafts([knower], N_DRAFT)
     of_knower = f"{knower} most probably knows ({heard.known[knower]:.0%})"
-    plan = replace(plan, known=heard.known, sure=heard.known[knower])
+    plan = replace(plan, known=heard.known, sure=told_probability(heard.known[knower]))
     writer = heard.form
     is_foreign = heard.by_base[knower][0] < -SURPRISED and not _forms_all(query, knower)
     if writer is None and is_foreign:
         writer = BASE
     if writer is None:
-        alone = WriteStep(alone_weights(knower, query.adapters, query.n_layer), "", draft.tokens)
+        weights = alone_weights(knower, query.adapters, query.n_layer)
         because = f"{of_knower}, and answers alone."
-        return replace(plan, steps=(alone,), because=because)
+        return replace(plan, steps=(WriteStep(weights, "", draft.tokens),), because=because)
     drafting = DraftStep(knower, draft=draft, is_done=draft.is_whole)
     if _takes_form(reading, knower, writer):
         drafting = DraftStep(knower, is_in_words=True)
@@ -302,10 +318,11 @@ def _confirmed(query: Query, plan: Plan, heard: Heard, may_form: Iterable[str]) 
     if first is None or first not in heard.drafts or first == heard.form:
         return plan
     known = heard.known[first]
-    is_made_up = known <= CLAIM / 2 and heard.says(first) and first not in may_form
+    is_own = heard.says(first) and first not in may_form
+    is_made_up = is_own and known <= CLAIM / 2
     is_unsure_whole = known <= CLAIM and heard.drafts[first].is_whole
     if not is_made_up and not is_unsure_whole:
-        return plan
+        return replace(plan, sure=told_probability(known)) if is_own else plan
     step = WriteStep(alone_weights(BASE, query.adapters, query.n_layer))
     because = f"The base answers alone: {first} is unsure of its answer."
     return replace(plan, steps=(step,), because=because)
@@ -337,13 +354,6 @@ def _heaviest(query: Query, plan: Plan) -> str | None:
 
     means = np.asarray(plan.weights).mean(axis=1)
     return query.adapters[int(means.argmax())] if means.max() > 0 else None
-
-
-def _weights(plan: Plan) -> F32:
-    """Give the weights [n_adapter, n_layer] of an answer that nobody relays."""
-    import numpy as np
-
-    return np.asarray(plan.weights, np.float32)
 
 
 STRATEGIES = (RelayStrategy(),)

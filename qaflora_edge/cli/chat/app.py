@@ -16,6 +16,7 @@ from qaflora_edge.cli.answers import thought_parts
 from qaflora_edge.cli.places import bundle_folder
 from qaflora_edge.errors import CancelledError, PromptError, QafloraError
 from qaflora_edge.prompt import conversation
+from qaflora_edge.show import doubts
 
 if TYPE_CHECKING:
     from qaflora_edge.answering.generation import Generation
@@ -259,7 +260,7 @@ def _read(typed: "PlainInput | TerminalInput") -> str | None:
 def _status(generation: "Generation", reason: str) -> list[str]:
     timings = generation.timings
     ends = {"cancelled": ["stopped"], "length": ["cut at the limit of tokens"]}
-    parts = [*thought_parts(generation), *ends.get(reason, [])]
+    parts = [*doubts(generation.fusion), *thought_parts(generation), *ends.get(reason, [])]
     if timings.n_decoded:
         parts.append(f"{timings.tokens_per_second:.1f} tok/s")
     return [*parts, f"first token {(timings.probe_ms + timings.prefill_ms) / 1e3:.2f} s"]

@@ -61,7 +61,11 @@ const relayDrawn = ({ knower, writer }, adapters) => [
   el("span", { className: "legend" }, entry(knower, adapters, " ", el("b", {}, "drafts")), el("span", {}, "→"), entry(writer, adapters, " ", el("b", {}, "writes"))),
 ];
 
-// fusion: {strategy, weights: {name: mean}, layers: {name: [n_layer]}, of a relay {relay}, and where no layer differs
+// Of an answer that an adapter is not sure of.
+const LEAST_SURE = .5;
+const doubts = ({ sure }) => sure < LEAST_SURE ? [el("b", { className: "doubt", title: `${Math.round(100 * sure)} % sure` }, "may be made up")] : [];
+
+// fusion: {strategy, weights: {name: mean}, layers: {name: [n_layer]}, of a relay {relay}, of a draft that was read {sure}, and where no layer differs
 // because, why: {name: {scores: {place: number}, thresholds, taken_as}}}; adapters: all of the bundle
 // draft: a draftView that opens with it
 const mixView = (fusion, adapters, draft) => {
@@ -70,7 +74,7 @@ const mixView = (fusion, adapters, draft) => {
   const rows = Object.values(fusion.layers ?? {}), isLayered = rows.some(row => row.some(weight => weight !== row[0]));
   const isTold = names.length > 0 && names.every(name => fusion.why?.[name]), hasReasons = rows.length > 0 && (isTold || !isBase);
   if (!hasReasons && !relay) return el("div", { className: "mix", role: "img", "aria-label": `Mix: ${spokeText(fusion.weights)}` },
-    bar, el("span", { className: "line" }, legend));
+    bar, el("span", { className: "line" }, legend, ...doubts(fusion)));
 
   const map = el("div", { className: "map", id: unique("map"), hidden: true });
   const title = relay ? "The draft, and why" : isLayered ? "Weights by layer" : "Why this mix";
@@ -83,7 +87,7 @@ const mixView = (fusion, adapters, draft) => {
       draft.element.hidden = map.hidden || !relay;
       toggle.setAttribute("aria-expanded", String(!map.hidden));
     },
-  }, bar, el("span", { className: "line" }, legend, el("span", { className: "unseen" }, title), drawn("open")));
+  }, bar, el("span", { className: "line" }, legend, ...doubts(fusion), el("span", { className: "unseen" }, title), drawn("open")));
   return el("div", {}, toggle, map);
 };
 
