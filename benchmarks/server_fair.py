@@ -11,7 +11,8 @@ Prints a line for each minute: answers of each kind, and resident memory. Then o
 seconds of each kind. Ends with status 1 where an answer fails or the long prompt does not end,
 relay's median is above 2.5 of a chat's, a chat's 95th percentile above 4 of its median, one copy's
 like users have more than 1.5 times the answers of the other's, or memory after the second minute
-grows by more than 150 MB.
+grows by more than 150 MB. Keys and values of the long prompt are not counted there: its client
+knows how many tokens are prefilled, and a token's are in memory from then on.
 """
 
 import argparse
@@ -33,7 +34,10 @@ from typing import Any
 from server_load import memory_mb, renamed
 from server_process import started
 
+from qaflora_edge.bundles.open import load_bundle
+
 CHAT = "/v1/chat/completions"
+VALUE_BYTES = 2  # f16, as `qaflora serve` stores keys and values
 NO_ANSWER = 0  # in place of a status, where the server ended the connection
 LONG_WAIT_S = 1800.0  # of a client; the server's --timeout counts before
 WORDS = ("the", "river", "cat", "why", "seven", "window", "paints", "a", "quiet", "letter")
@@ -62,8 +66,9 @@ def request_of(kind: str, draw: random.Random, n_long: int) -> tuple[str, Body]:
         return "/v1/embeddings", {"input": [words(30), words(30)]}
     if kind == "infill":
         return "/infill", {"input_prefix": f"# {words(30)}\ndef f():", "n_predict": 32}
-    n_word = {"1700": 1690, "long": n_long}.get(kind, 20)
-    return CHAT, chat_body(words(n_word))
+    if kind == "long":
+        return CHAT, chat_body(words(n_long), stream=True, return_progress=True)
+    return CHAT, chat_body(words(1690 if kind == "1700" else 20))
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,7 @@ class User:
         self._model = model
         self._kind = kind
         self._note = note
+        self.n_read = 0  # tokens of the long prompt that are prefilled
         self._draw = random.Random(f"{model} {kind}")
 
     def run(self, until_s: float) -> None:
@@ -107,10 +113,23 @@ class User:
             with contextlib.closing(client):
                 client.request("POST", path, json.dumps(body))
                 response = client.getresponse()
-                response.read()
+                for line in response:
+                    self._note_progress(line)
         except (OSError, http.client.HTTPException):
             return NO_ANSWER
         return response.status
+
+    def _note_progress(self, line: bytes) -> None:
+        if b'"prompt_progress"' in line:
+            chunk = json.loads(line.removeprefix(b"data:"))
+            self.n_read = chunk["prompt_progress"]["processed"]
+
+
+def token_mb(bundle: Path) -> float:
+    """Give the megabytes of one token's keys and values."""
+    base = load_bundle(bundle).header
+    n_value = [base.tensors[f"blk.0.attn_{side}.weight"].shape[0] for side in "kv"]
+    return sum(n_value) * base.n_layer * VALUE_BYTES / 1e6
 
 
 def percentile(seconds: list[float], part: float) -> float:
@@ -118,7 +137,10 @@ def percentile(seconds: list[float], part: float) -> float:
 
 
 def summary_of(answers: list[Answer], memory: list[float]) -> dict[str, Any]:
-    """Give the seconds of each kind, and what has to hold of them."""
+    """Give the seconds of each kind, and what has to hold of them.
+
+    memory  megabytes after each minute, but for the long prompt's keys and values
+    """
     times: dict[str, list[float]] = {}
     per_model: Counter[str] = Counter()
     for answer in answers:
@@ -166,12 +188,15 @@ def main() -> None:
         threads = [threading.Thread(target=user.run, args=(until_s,)) for user in users]
         for thread in threads:
             thread.start()
+        long_mb = token_mb(Path(options.bundle))
         for minute in range(1, options.minutes + 1):
             time.sleep(max(0.0, start_s + 60 * minute - time.monotonic()))
-            memory.append(memory_mb("VmRSS", process.pid))
+            rss_mb = memory_mb("VmRSS", process.pid)
+            memory.append(rss_mb - long_mb * max(user.n_read for user in users))
             since_s = start_s + 60 * (minute - 1)
             counts = Counter(answer.kind for answer in answers if answer.at_s > since_s)
-            line = {"minute": minute, "rss_mb": round(memory[-1]), "answers": counts}
+            line = {"minute": minute, "rss_mb": round(rss_mb)}
+            line |= {"without_long_mb": round(memory[-1]), "answers": counts}
             print(json.dumps(line), file=sys.stderr, flush=True)
         for thread in threads:
             thread.join()

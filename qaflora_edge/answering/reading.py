@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 
-from qaflora_edge.arrays import F32, F64
+from qaflora_edge.arrays import F32, F64, ArrayLike
 from qaflora_edge.backend.context import N_OUTPUT, KvState
 from qaflora_edge.inference.sequence import (
     Cancellation,
@@ -154,7 +154,7 @@ class PromptReading(Reading):
         return np.array(self._listen(self._core.prober.norms(self._rows, n_token)))
 
     def drafts(
-        self, names: Iterable[str], n_token: int, answer: F32 | None = None
+        self, names: Iterable[str], n_token: int, answer: ArrayLike | None = None
     ) -> "list[Draft]":
         from qaflora_edge.inference.drafts import N_TOGETHER, DraftSoFar
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from qaflora_edge.arrays import F32
+from qaflora_edge.arrays import F32, ArrayLike
 from qaflora_edge.backend.context import N_CTX_FIRST, N_OUTPUT, Context, Stop, n_ctx_for
 from qaflora_edge.backend.library import trim
 from qaflora_edge.backend.model import Pack, shared_model
@@ -233,7 +233,7 @@ class Core:
         """Find where adapters stand among all that are loaded."""
         return [self.adapters.index(name) for name in names]
 
-    def all_weights(self, names: Iterable[str], weights: F32) -> F32:
+    def all_weights(self, names: Iterable[str], weights: ArrayLike) -> F32:
         """Give float32 [n_adapter, n_layer] of all loaded adapters, 0 for those not in use.
 
         weights  [n_adapter, n_layer] of these adapters

@@ -7,7 +7,7 @@ docs/strategies.md has the rule in words, docs/results.md where each constant co
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import exp, log
 
 from qaflora_edge.config import Option
@@ -20,6 +20,7 @@ OPENING, SURENESS = DRAFTED = "opening", "sureness"  # of calibration.KEYS
 
 N_DRAFT = 14  # tokens of a draft that tell whether its adapter knows
 N_ASKED = 5  # adapters that draft because they may know, and as many that may give a form
+NEAR = 2.0  # spreads: who knows stands out in the question nearly as far as whoever does most
 N_OPENING = 3  # tokens in which a form begins
 
 # A logistic regression over drafts of adapters that know, and of those that make answers up.
@@ -63,9 +64,9 @@ class Heard:
     knower   who knows; None: nobody
     """
 
-    drafts: Mapping[str, Draft] = field(default_factory=dict)
-    by_base: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    known: Mapping[str, float] = field(default_factory=dict)
+    drafts: Mapping[str, Draft]
+    by_base: Mapping[str, Sequence[float]]
+    known: Mapping[str, float]
     form: str | None = None
     knower: str | None = None
 
@@ -191,13 +192,17 @@ def _asked(
 
     An adapter that gives its form, whatever is asked or now, says little of what it knows.
     """
-    asked: list[str] = []
-    for name in sorted(query.adapters, key=lambda name: -max(plan.why[name].scores.values())):
-        is_form = name in may_form or _forms_all(query, name)
-        if probability(odds[name]) > CLAIM and not is_form and len(asked) < N_ASKED:
-            asked.append(name)
+    scores = {name: plan.why[name].scores["question"] for name in query.adapters}
+    least = max(scores.values()) - NEAR
+    near = [name for name in query.adapters if scores[name] >= least and name not in may_form]
+    may_know = [
+        name
+        for name in sorted(near, key=scores.__getitem__, reverse=True)
+        if probability(odds[name]) > CLAIM and not _forms_all(query, name)
+    ]
+    asked = may_know[:N_ASKED]
     if asked:
-        asked.extend(may_form)
+        asked += may_form
     first = _heaviest(query, plan)
     if first is not None and first not in may_form and first not in asked:
         asked.append(first)
@@ -212,14 +217,11 @@ def _heard(
     odds: Mapping[str, float],
 ) -> Heard:
     if not asked:
-        return Heard()
+        return Heard({}, {}, {})
     query = reading.query
-    import numpy as np
-
-    weights = np.asarray(plan.weights, np.float32)
-    drafts = [_first(draft) for draft in reading.drafts(asked, N_DRAFT, weights)]
+    drafts = [_first(draft) for draft in reading.drafts(asked, N_DRAFT, plan.weights)]
     by_base = dict(zip(asked, reading.base_logprobs(drafts), strict=True))
-    heard = Heard(dict(zip(asked, drafts, strict=True)), by_base)
+    heard = Heard(dict(zip(asked, drafts, strict=True)), by_base, {})
     forms = _forms(query, heard, may_form)
     form = max(forms, key=forms.__getitem__, default=None)
     known = dict.fromkeys(asked, 0.0)
@@ -275,10 +277,9 @@ def _unusually_sure(query: Query, name: str, sure: float) -> float:
 
 def _first(draft: Draft) -> Draft:
     """Give a draft's first N_DRAFT tokens; one that was begun before may have more."""
-    if len(draft.tokens) <= N_DRAFT:
-        return draft
     tokens = draft.tokens[:N_DRAFT]
-    return replace(draft, tokens=tokens, logprobs=draft.logprobs[:N_DRAFT], is_whole=False)
+    is_whole = draft.is_whole and tokens == draft.tokens
+    return replace(draft, tokens=tokens, logprobs=draft.logprobs[:N_DRAFT], is_whole=is_whole)
 
 
 def _relayed(reading: Reading, plan: Plan, heard: Heard, knower: str) -> Plan:

@@ -146,7 +146,7 @@ class Reading(Protocol):
         """Give the base's logits behind the prompt: float32 [n_vocab], once added() is known."""
 
     def drafts(
-        self, names: Iterable[str], n_token: int, answer: F32 | None = None
+        self, names: Iterable[str], n_token: int, answer: ArrayLike | None = None
     ) -> "list[Draft]":
         """Let adapters, BASE or ANSWER answer the query, each alone and all in one batch.
 
