@@ -105,12 +105,16 @@ class RelayStrategy(TwoPlace):
         if not may_draft or len(query.adapters) < 2:
             return plan
         odds = _odds(reading, plan)
+        can_know = [name for name, each in odds.items() if probability(each) > CLAIM]
         may_form = _may_form(query, plan)
-        asked = _asked(query, plan, may_form, odds)
+        # Who stands out at the last token of a question that surprises nobody seldom is a form.
+        forms = [name for name in may_form if name in can_know]
+        asked = _asked(query, plan, forms, can_know)
         heard = _heard(reading, plan, asked, may_form, odds)
+        plan = replace(plan, known=heard.known)
         if heard.knower is not None and heard.knower != heard.form:
             return _relayed(reading, plan, heard, heard.knower)
-        return _confirmed(query, plan, heard, may_form)
+        return _confirmed(query, plan, heard, forms)
 
 
 def sureness(logprobs: Sequence[float], of_base: Sequence[float]) -> float:
@@ -185,26 +189,20 @@ def _may_form(query: Query, plan: Plan) -> dict[str, float]:
     return may_form
 
 
-def _asked(
-    query: Query, plan: Plan, may_form: Iterable[str], odds: Mapping[str, float]
-) -> list[str]:
+def _asked(query: Query, plan: Plan, forms: Iterable[str], can_know: Iterable[str]) -> list[str]:
     """Name who drafts: who may know or give a form, if anybody can know, and two-place's first.
 
     An adapter that gives its form, whatever is asked or now, says little of what it knows.
     """
     scores = {name: plan.why[name].scores["question"] for name in query.adapters}
     least = max(scores.values()) - NEAR
-    near = [name for name in query.adapters if scores[name] >= least and name not in may_form]
-    may_know = [
-        name
-        for name in sorted(near, key=scores.__getitem__, reverse=True)
-        if probability(odds[name]) > CLAIM and not _forms_all(query, name)
-    ]
-    asked = may_know[:N_ASKED]
+    near = [name for name in can_know if name not in forms and scores[name] >= least]
+    may_know = [name for name in near if not _forms_all(query, name)]
+    asked = sorted(may_know, key=scores.__getitem__, reverse=True)[:N_ASKED]
     if asked:
-        asked += may_form
+        asked += forms
     first = _heaviest(query, plan)
-    if first is not None and first not in may_form and first not in asked:
+    if first is not None and first not in forms and first not in asked:
         asked.append(first)
     return asked
 
@@ -233,8 +231,10 @@ def _heard(
         known[name] = probability(odds[name] + SURE * sure)
         is_other_form = name != form and _forms_all(query, name)
         if known[name] > CLAIM and not is_other_form:
-            ranks[name] = _unusually_sure(query, name, sure)
-            ranks[name] += AMONG * plan.why[name].scores["question"]
+            # One that was trained for too long is sure of whatever it makes up.
+            typical = query.typical[name][SURENESS]
+            unusual = float((sure - typical["mean"]) / typical["spread"])
+            ranks[name] = unusual + AMONG * plan.why[name].scores["question"]
     # Who gives a form is unusually sure of that, so it has to be surer than others of what it says.
     others = [name for name in ranks if name not in forms]
     knower = max(others, key=ranks.__getitem__, default=None)
@@ -266,15 +266,6 @@ def _begins_as_asked(query: Query, name: str, opening: Sequence[float]) -> bool:
     return opening[0] >= float(usual["mean"]) + MARGIN * float(usual["spread"])
 
 
-def _unusually_sure(query: Query, name: str, sure: float) -> float:
-    """Tell how far an adapter is surer than of everyday answers, in standard deviations.
-
-    One that was trained for too long is sure of whatever it makes up.
-    """
-    typical = query.typical[name][SURENESS]
-    return float((sure - typical["mean"]) / typical["spread"])
-
-
 def _first(draft: Draft) -> Draft:
     """Give a draft's first N_DRAFT tokens; one that was begun before may have more."""
     tokens = draft.tokens[:N_DRAFT]
@@ -287,15 +278,15 @@ def _relayed(reading: Reading, plan: Plan, heard: Heard, knower: str) -> Plan:
     query = reading.query
     (draft,) = reading.drafts([knower], N_DRAFT)
     of_knower = f"{knower} most probably knows ({heard.known[knower]:.0%})"
-    plan = replace(plan, known=heard.known, sure=told_probability(heard.known[knower]))
+    plan = replace(plan, sure=told_probability(heard.known[knower]))
     writer = heard.form
     is_foreign = heard.by_base[knower][0] < -SURPRISED and not _forms_all(query, knower)
     if writer is None and is_foreign:
         writer = BASE
     if writer is None:
         weights = alone_weights(knower, query.adapters, query.n_layer)
-        because = f"{of_knower}, and answers alone."
-        return replace(plan, steps=(WriteStep(weights, "", draft.tokens),), because=because)
+        alone = WriteStep(weights, "", draft.tokens)
+        return replace(plan, steps=(alone,), because=f"{of_knower}, and answers alone.")
     drafting = DraftStep(knower, draft=draft, is_done=draft.is_whole)
     if _takes_form(reading, knower, writer):
         drafting = DraftStep(knower, is_in_words=True)
@@ -312,14 +303,13 @@ def _takes_form(reading: Reading, knower: str, writer: str) -> bool:
     return of_knower.tokens[:1] == of_writer.tokens[:1]
 
 
-def _confirmed(query: Query, plan: Plan, heard: Heard, may_form: Iterable[str]) -> Plan:
+def _confirmed(query: Query, plan: Plan, heard: Heard, forms: Iterable[str]) -> Plan:
     """Keep two-place's choice, unless its first makes its answer up: then the base answers."""
-    plan = replace(plan, known=heard.known)
     first = _heaviest(query, plan)
     if first is None or first not in heard.drafts or first == heard.form:
         return plan
     known = heard.known[first]
-    is_own = heard.says(first) and first not in may_form
+    is_own = heard.says(first) and first not in forms
     is_made_up = is_own and known <= CLAIM / 2
     is_unsure_whole = known <= CLAIM and heard.drafts[first].is_whole
     if not is_made_up and not is_unsure_whole:
@@ -338,10 +328,10 @@ def _by_hand(reading: Reading) -> Plan:
         )
     knower = query.options["knower"]
     writer = query.options["writer"]
-    weights = alone_weights(writer, query.adapters, query.n_layer)
     drafting = DraftStep(knower, is_in_words=_takes_form(reading, knower, writer))
+    writing = WriteStep(alone_weights(writer, query.adapters, query.n_layer), "before")
     because = f"{knower} drafts, {writer} writes with the draft in view, as you asked."
-    return Plan((drafting, WriteStep(weights, "before")), because=because)
+    return Plan((drafting, writing), because=because)
 
 
 def _forms_all(query: Query, name: str) -> bool:
