@@ -10,8 +10,6 @@ from itertools import zip_longest
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
-from qaflora_edge.weighing.plan import LEAST_SURE
-
 if TYPE_CHECKING:
     from typing import TextIO
 
@@ -115,8 +113,7 @@ def who_spoke(fusion: "FusionWeights") -> str:
 
 def doubts(fusion: "FusionWeights") -> list[str]:
     """Say that an answer may be made up, where an adapter is not sure of it; else nothing."""
-    sure = fusion.sure
-    return [] if sure is None or sure >= LEAST_SURE else ["may be made up"]
+    return ["may be made up"] if fusion.is_doubtful else []
 
 
 def others(n_adapter: int) -> list[str]:

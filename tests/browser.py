@@ -112,20 +112,26 @@ class Browser:
         self.send("DELETE", "")
 
 
-@contextlib.contextmanager
-def browser(place: Path) -> Iterator[Browser]:
-    """Start chromedriver on a free port, and a browser with a new profile below `place`."""
+def started(n_more: int = 4) -> tuple[subprocess.Popen[str], str]:
+    """Start chromedriver on a free port, which another program may take before it does."""
     driver = subprocess.Popen(
         ["chromedriver", "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
-    assert driver.stdout is not None
+    said = ""
+    for line in driver.stdout or ():
+        if found := re.search(r"successfully on port (\d+)", line):
+            return driver, found[1]
+        said += line
+    assert n_more, said
+    return started(n_more - 1)
+
+
+@contextlib.contextmanager
+def browser(place: Path) -> Iterator[Browser]:
+    """Start chromedriver, and a browser with a new profile below `place`."""
+    driver, port = started()
     try:
-        for line in driver.stdout:
-            if found := re.search(r"successfully on port (\d+)", line):
-                break
-        else:
-            raise RuntimeError("chromedriver named no port")
-        window = Browser(f"http://127.0.0.1:{found[1]}", place / "profile")
+        window = Browser(f"http://127.0.0.1:{port}", place / "profile")
         try:
             yield window
         finally:

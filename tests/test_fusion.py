@@ -110,5 +110,3 @@ def test_fusion_weights_are_short_in_a_console() -> None:
     weights = np.array([[0.25, 0.75, 0.5], [0.75, 0.25, 0.5]], np.float32)
     mixed = FusionWeights(("math", "a<b>\u202e"), Plan.mix(weights, weights * 2), "qa-flora")
     assert repr(mixed) == "<FusionWeights qa-flora, 3 layers: math ×0.5 · a<b>\\u202e ×0.5>"
-    empty = FusionWeights((), Plan.mix(np.zeros((0, 3), np.float32)), "base")
-    assert repr(empty) == "<FusionWeights base, 3 layers: base>"

@@ -138,7 +138,7 @@ def test_what_is_told_is_a_logistic_regression_of_that() -> None:
     assert told_probability(0.9) == pytest.approx(probability(3.6141716))  # 2.1 ln 9 - 1
 
 
-@pytest.mark.parametrize(("sure", "mark"), [(None, []), (0.51, []), (0.49, ["may be made up"])])
+@pytest.mark.parametrize(("sure", "mark"), [(None, []), (0.5, []), (0.49, ["may be made up"])])
 def test_an_answer_of_which_nobody_is_sure_is_marked(sure, mark) -> None:
     plan = replace(Plan.mix(np.ones((1, 2))), sure=sure)
     assert doubts(FusionWeights(("shop",), plan)) == mark

@@ -283,6 +283,11 @@ class FusionWeights:
         """Give the probability that the answer is right; None where no draft tells."""
         return self.plan.sure
 
+    @property
+    def is_doubtful(self) -> bool:
+        """Tell whether the answer may be made up."""
+        return self.sure is not None and self.sure < LEAST_SURE
+
     def sure_dict(self) -> "Json":
         """Give `sure` for JSON; nothing where there is none."""
         return {} if self.sure is None else {"sure": round(self.sure, 3)}
