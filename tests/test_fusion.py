@@ -70,10 +70,9 @@ def test_unknown_strategy_is_refused(text) -> None:
     )
 
 
-@pytest.mark.parametrize(("text", "near"), [("QA-FLORA", "qa-flora"), ("norms:2", "norm")])
-def test_similar_strategy_is_offered(text, near) -> None:
-    told = refused(StrategyError, parse_strategy, text, NAMES)
-    assert f"{text!r} is not known; did you mean {near}? Expected one of two-place, " in told
+def test_similar_strategy_is_offered() -> None:
+    told = refused(StrategyError, parse_strategy, "Norms:2", NAMES)
+    assert "'Norms:2' is not known; did you mean norm? Expected one of two-place, " in told
 
 
 def test_unknown_adapter_is_refused() -> None:

@@ -50,7 +50,7 @@ class Extras:
             "probe_ms": round(fusion.probe_ms, 3),
             "weights": means,
         }
-        field |= fusion.relay_dict()
+        field |= fusion.relay_dict() | fusion.sure_dict()
         if self.returned in ("why", "layers"):
             field |= fusion.why_dict()
         if self.returned == "layers":
