@@ -72,7 +72,7 @@ def pack(head: Sequence[int], examples: Sequence[Read]) -> Pack:
 def nats_of(model: Any, packed: Pack) -> Tensor:
     """Nats of each learnt token. model: of transformers, with or without PEFT around it."""
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=causal.dtype == torch.bfloat16):
         states = causal.model(
             input_ids=packed.ids,
             attention_mask=packed.sees,
