@@ -24,9 +24,9 @@ def test_command_line_wins_over_environment_over_file_over_bundle(
     made, config, monkeypatch
 ) -> None:
     assert weighed(made.folder) == "qa-flora"
-    config.write_text('strategy = "cosine"\n', encoding="utf-8")
-    assert weighed(made.folder) == "cosine"
-    config.write_text('strategy = "cosine"\n[weights]\nstrategy = "static"\n', encoding="utf-8")
+    config.write_text('strategy = "spectr"\n', encoding="utf-8")
+    assert weighed(made.folder) == "spectr"
+    config.write_text('strategy = "spectr"\n[weights]\nstrategy = "static"\n', encoding="utf-8")
     assert weighed(made.folder) == "static"
     monkeypatch.setenv("QAFLORA_STRATEGY", "norm")
     assert weighed(made.folder) == "norm"

@@ -112,7 +112,7 @@ def test_states_of_both_places_are_those_of_single_tokens(base, adapters, span) 
 
 
 def test_pool_question_weighs_by_the_questions_mean(base, adapters) -> None:
-    with opened(base, adapters) as engine:
+    with Engine(base=base.path, adapters=adapters, n_ctx=128, pool="question", **EXACT) as engine:
         tokens = engine.chat_tokens(asked("a", "b", QUESTION))
         span = engine.read(tokens).question
         assert span is not None
@@ -120,18 +120,13 @@ def test_pool_question_weighs_by_the_questions_mean(base, adapters) -> None:
         plain, *adapted = expected
         norms = np.linalg.norm(expected, axis=-1)
         cosine = 1 - (plain * expected[1:]).sum(axis=-1) / norms[0] / norms[1:]
-        fusion = engine.weights(tokens, strategy="cosine:pool=question")
+        fusion = engine.weights(tokens, strategy="qa-flora:distance=cosine")
         np.testing.assert_allclose(shown(fusion), cosine, rtol=1e-3, atol=1e-6)
-        assert fusion.pool == "question"
-        kl = shown(engine.weights(tokens, strategy="qa-flora:pool=question"))
+        assert fusion.measured.name == "cosine distance"
+        kl = shown(engine.weights(tokens, strategy="qa-flora"))
         core = engine._core.prober._contexts.for_query(1)
         for ia, states in enumerate(adapted):
             logits = [project(core, s).astype(np.float64) for s in (plain, states)]
             log_p, log_q = (z - np.log(np.exp(z).sum(-1, keepdims=True)) for z in logits)
             reference = (np.exp(log_p) * (log_p - log_q)).sum(-1)
             np.testing.assert_allclose(kl[ia], reference, rtol=2e-2, atol=1e-7)
-    with Engine(base=base.path, adapters=adapters, n_ctx=128, pool="question", **EXACT) as engine:
-        for text in ("cosine", "qa-flora:distance=cosine"):
-            same = engine.weights(tokens, strategy=text)
-            np.testing.assert_array_equal(same.weights, fusion.weights)
-            assert same.measured.name == "cosine distance"

@@ -158,9 +158,19 @@ def test_who_knows_drafts_for_who_gives_the_form() -> None:
 
 
 def test_a_form_that_knows_itself_writes_alone() -> None:
-    plan = weighed(Scripted(*FORM_FIRST, [told("shop", -0.2), told("form", -0.001)]))
+    drafts = [told("shop", -0.2), told("form", -0.001)]
+    plan = weighed(Scripted(*FORM_FIRST, drafts))
     assert plan.drafting is None
     assert plan.weights[:, 0].tolist() == [1, 0, 0]
+    in_question = [LOW, TYPICAL_SIZE, LOW]
+    assert who(weighed(Scripted(FORM_FIRST[0], in_question, drafts))) == ("shop", "form")
+
+
+def test_of_two_who_are_as_sure_the_one_answers_that_begins_as_the_base_would() -> None:
+    drafts = [told("shop", -0.01, first=-3.0), told("other", -0.01)]
+    plan = weighed(Scripted(*NOBODY, drafts))
+    assert plan.drafting is None
+    assert plan.weights[:, 0].tolist() == [0, 0, 1]
 
 
 def test_a_knower_that_would_give_the_form_is_asked_for_words() -> None:
@@ -170,12 +180,6 @@ def test_a_knower_that_would_give_the_form_is_asked_for_words() -> None:
     assert not weighed(Scripted(*FORM_FIRST, [alike[0], other])).drafting.is_in_words
 
 
-def test_who_knows_answers_alone_without_a_form() -> None:
-    plan = weighed(Scripted(*NOBODY, [told("shop", -0.01)]))
-    assert plan.drafting is None
-    assert plan.weights[:, 0].tolist() == [0, 1, 0]
-
-
 def test_the_base_writes_where_it_would_begin_in_another_language() -> None:
     plan = weighed(Scripted(*NOBODY, [told("shop", -0.01, first=-5.0)]))
     assert who(plan) == ("shop", BASE)
@@ -183,15 +187,14 @@ def test_the_base_writes_where_it_would_begin_in_another_language() -> None:
 
 
 @pytest.mark.parametrize(
-    ("told_by_shop", "nats"),
+    "told_by_shop",
     [
-        (told("shop", -0.6), 80.0),  # it makes up what the base would not say
-        (told("shop", -0.01), 5.0),  # a question of everyday life
-        (told("shop", -0.01, by_base=-0.1, first=-0.1), 80.0),  # the base says so too
+        told("shop", -0.6),  # it makes up what the base would not say
+        told("shop", -0.01, by_base=-0.1, first=-0.1),  # the base says so too
     ],
 )
-def test_nobody_is_taken_who_does_not_know(told_by_shop, nats) -> None:
-    plan = weighed(Scripted(*NOBODY, [told_by_shop], nats))
+def test_nobody_is_taken_who_does_not_know(told_by_shop) -> None:
+    plan = weighed(Scripted(*NOBODY, [told_by_shop]))
     assert not plan.weights.any()
     assert plan.sure is None
 

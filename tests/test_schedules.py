@@ -24,7 +24,15 @@ from qaflora_edge.inference.runner import Runner
 N_SCHEDULE = int(os.environ.get("QAFLORA_TEST_SCHEDULES", "200"))
 N_THREAD, N_CALL = 6, 60
 NAMES = ("math", "es", "med")
-STRATEGIES = ("qa-flora", "cosine", "norm", "static", "base", "single:es", "manual:math=1.5,med=-1")
+STRATEGIES = (
+    "qa-flora",
+    "qa-flora:distance=cosine",
+    "norm",
+    "static",
+    "base",
+    "single:es",
+    "manual:math=1.5,med=-1",
+)
 # Of logits. The stock library itself changes this tiny gemma3's by up to 1.1e-3 with the batch size
 # alone (and llama's by 7e-6): norms behind its blocks amplify rounding.
 TOLERANCE = {"llama": 1e-4, "gemma3": 5e-3}

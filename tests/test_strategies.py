@@ -44,8 +44,8 @@ def test_baselines_are_found_by_name_and_stand_in_no_help() -> None:
         assert strategy is not None
         assert strategy.name == name
         assert strategy not in registry.offered()
-    with pytest.raises(StrategyError, match=r"'cosine' is one of this package; choose another"):
-        register_strategy(type("Own", (Thirds,), {"name": "cosine"})())
+    with pytest.raises(StrategyError, match=r"'norm' is one of this package; choose another"):
+        register_strategy(type("Own", (Thirds,), {"name": "norm"})())
 
 
 @pytest.mark.slow

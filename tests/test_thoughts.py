@@ -171,7 +171,9 @@ def test_reasoning_asks_the_template_or_closes_what_it_opens(tmp_path) -> None:
     assert (end(HYBRID, begun), end(OPENS, begun)) == ("So", f"{empty}So")
 
 
-@pytest.mark.parametrize("strategy", ["two-place", "qa-flora", "norm", "cosine:pool=question"])
+@pytest.mark.parametrize(
+    "strategy", ["two-place", "qa-flora", "norm", "qa-flora:distance=cosine,pool=question"]
+)
 def test_a_thought_changes_no_weights(tmp_path, strategy) -> None:
     """Oracle: the prompt up to the answer, with nothing after it."""
     template = HYBRID + "{% if opens %}<think>\n{% endif %}"

@@ -80,11 +80,10 @@ def print_told(everything: Sequence[dict[str, Any]]) -> None:
         is_left_out = adapters == knower
         fit = logistic(values[~is_left_out], is_right[~is_left_out])
         told[is_left_out] = [probability(each) for each in values[is_left_out] @ fit]
-    tenths = np.array_split(np.argsort(told), 10)
-    error = sum(len(part) * abs(told[part].mean() - is_right[part].mean()) for part in tenths)
     slope, at_0 = logistic(values, is_right)
     print(f"taken: {len(taken)}, {is_right.sum()} right; fit: {slope:.2f} {at_0:.2f}")
-    print(f"left out: AUROC {auroc(told, is_right):.3f}, error {error / len(taken):.3f}")
+    error = calibration_error(told, is_right)
+    print(f"left out: AUROC {auroc(told, is_right):.3f}, error {error:.3f}")
     is_marked = np.array([told_probability(probability(each)) < LEAST_SURE for each in odds])
     for name, part in (("marked", is_marked), ("not", ~is_marked)):
         print(f"{name}: {is_right[part].sum()} of {part.sum()} right")
@@ -160,6 +159,13 @@ def auroc(scores: F64, is_right: NDArray[np.bool_]) -> float:
     right = scores[is_right][:, None]
     others = scores[~is_right][None]
     return float((right > others).mean() + 0.5 * (right == others).mean())
+
+
+def calibration_error(told: F64, is_right: NDArray[np.bool_]) -> float:
+    """Give the mean distance of what is told from what is right, over tenths of equal size."""
+    tenths = np.array_split(np.argsort(told, kind="stable"), 10)
+    errors = [len(part) * abs(told[part].mean() - is_right[part].mean()) for part in tenths]
+    return float(sum(errors) / len(told))
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ TOLD_AT_0 = -1.0
 
 CLAIM = 0.4  # probability from which an adapter may know; up to half of it, it makes things up
 AMONG = 0.25  # of the score in the question, beside how unusually sure one is, where several may
+BEGINS = 0.05  # of the base's log p of a draft's first token, in nats: low in another language
 SURPRISED = 3.5  # nats from which an adapter, a form or a language is not the base's
 FORMS_ALL = 7.0  # nats by which answers to everyday prompts begin as the base's never do
 MARGIN = 0.5  # spreads by which a place, or an opening, differs from another
@@ -160,13 +161,18 @@ def _odds(reading: Reading, plan: Plan) -> dict[str, float]:
     A later turn about its subject surprises as much as what was asked before.
     """
     query = reading.query
-    scores = {name: plan.why[name].scores["question"] for name in query.adapters}
+    scores = _in_question(plan)
     subjects = [name for name in scores if query.is_later and scores[name] >= SUBJECT]
     odds = dict.fromkeys(scores, log_odds(0.0, reading.surprise()))
     if subjects:
         nats = max(reading.surprise(), reading.earlier_surprise())
         odds |= dict.fromkeys(subjects, log_odds(0.0, nats, is_subject=True))
     return odds
+
+
+def _in_question(plan: Plan) -> dict[str, float]:
+    """Give how far each adapter stands out in the question."""
+    return {name: reason.scores["question"] for name, reason in plan.why.items()}
 
 
 def _may_form(query: Query, plan: Plan) -> dict[str, float]:
@@ -194,7 +200,7 @@ def _asked(query: Query, plan: Plan, forms: Iterable[str], can_know: Iterable[st
 
     An adapter that gives its form, whatever is asked or now, says little of what it knows.
     """
-    scores = {name: plan.why[name].scores["question"] for name in query.adapters}
+    scores = _in_question(plan)
     least = max(scores.values()) - NEAR
     near = [name for name in can_know if name not in forms and scores[name] >= least]
     may_know = [name for name in near if not _forms_all(query, name)]
@@ -223,6 +229,7 @@ def _heard(
     forms = _forms(query, heard, may_form)
     form = max(forms, key=forms.__getitem__, default=None)
     known = dict.fromkeys(asked, 0.0)
+    scores = _in_question(plan)
     ranks = {}  # of those who may know
     for name, draft in heard.drafts.items():
         if not heard.says(name):
@@ -234,11 +241,14 @@ def _heard(
             # One that was trained for too long is sure of whatever it makes up.
             typical = query.typical[name][SURENESS]
             unusual = float((sure - typical["mean"]) / typical["spread"])
-            ranks[name] = unusual + AMONG * plan.why[name].scores["question"]
-    # Who gives a form is unusually sure of that, so it has to be surer than others of what it says.
+            begins = BEGINS * max(by_base[name][0], -MOST_SURPRISED)
+            ranks[name] = unusual + AMONG * scores[name] + begins
+    # Who gives a form is sure of that, so it has to be ahead of others in the question too.
     others = [name for name in ranks if name not in forms]
     knower = max(others, key=ranks.__getitem__, default=None)
-    if form in ranks and (knower is None or known[form] > known[knower]):
+    if form in ranks and (
+        knower is None or (known[form] > known[knower] and scores[form] >= scores[knower])
+    ):
         knower = form
     return replace(heard, known=known, form=form, knower=knower)
 

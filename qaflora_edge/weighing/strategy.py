@@ -44,14 +44,12 @@ _BUILT_IN = {
     "manual": "fixed",
     "base": "fixed",
 }
-BASELINES = {  # in no help
+BASELINES = {  # that work where they are named, and are in no help
     "calibrated": "published.qa_flora",
     "norm": "published.spectr",
     "centroid": "published.centroid",
     "arrow": "published.spectr",
 }
-_OLD_NAMES = {name: f"qa-flora:distance={name}" for name in ("cosine", "euclidean")}
-HIDDEN = (*BASELINES, *_OLD_NAMES)  # that work where they are named, and are listed nowhere
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
 
 
@@ -294,7 +292,7 @@ def register_strategy(strategy: Strategy) -> None:
             "qaflora_edge.Strategy that defines plan(). Its name has small letters, digits and "
             "hyphens, at most 40, and begins with a letter."
         )
-    if name in HIDDEN:
+    if name in BASELINES:
         raise StrategyError(f"The strategy {name!r} is one of this package; choose another name.")
     if name in _registry and _class_of(strategy) != _class_of(_registry[name]):
         raise StrategyError(
@@ -332,19 +330,12 @@ def find_strategy(name: str) -> Strategy | None:
     return _registry.get(name)
 
 
-def _whole(text: str) -> str:
-    name, colon, options = text.partition(":")
-    if name not in _OLD_NAMES:
-        return text
-    return _OLD_NAMES[name] + ("," if colon else "") + options
-
-
 def parse_strategy(text: str, adapters: Sequence[str]) -> ParsedStrategy:
     """Parse a strategy, as in single:NAME or qa-flora:power=2.
 
     Raises StrategyError for what is not known, WeightsError for a weight that is not finite.
     """
-    name, colon, argument = _whole(text).partition(":")
+    name, colon, argument = text.partition(":")
     strategy = find_strategy(name)
     if strategy is None:
         usages = {other.name: other.usage for other in strategies()}
@@ -408,7 +399,7 @@ def written(option: Option) -> str:
 
 def measured_by(text: str) -> Measured:
     """Give how the measure of a strategy is shown; the default for an unknown one."""
-    name, _, options = _whole(text).partition(":")
+    name, _, options = text.partition(":")
     strategy = find_strategy(name)
     return Strategy.measured if strategy is None else strategy.measured_under(options)
 
