@@ -11,7 +11,8 @@ Prints a line for each minute: answers of each kind, and resident memory. Then o
 seconds of each kind. Ends with status 1 where an answer fails or the long prompt does not end,
 relay's median is above 2.5 of a chat's, a chat's 95th percentile above 4 of its median, one copy's
 like users have more than 1.5 times the answers of the other's, or memory after the second minute
-grows by more than 150 MB. Keys and values of the long prompt are not counted there: its client
+grows by more than 150 MB. A minute's memory is the median of a sample a second: copies of a KV
+state come and go within one. Keys and values of the long prompt are not counted there: its client
 knows how many tokens are prefilled, and a token's are in memory from then on.
 """
 
@@ -190,9 +191,12 @@ def main() -> None:
             thread.start()
         long_mb = token_mb(Path(options.bundle))
         for minute in range(1, options.minutes + 1):
-            time.sleep(max(0.0, start_s + 60 * minute - time.monotonic()))
-            rss_mb = memory_mb("VmRSS", process.pid)
-            memory.append(rss_mb - long_mb * max(user.n_read for user in users))
+            samples = []
+            while time.monotonic() < start_s + 60 * minute:
+                time.sleep(1)
+                rss_mb = memory_mb("VmRSS", process.pid)
+                samples.append(rss_mb - long_mb * max(user.n_read for user in users))
+            memory.append(statistics.median(samples))
             since_s = start_s + 60 * (minute - 1)
             counts = Counter(answer.kind for answer in answers if answer.at_s > since_s)
             line = {"minute": minute, "rss_mb": round(rss_mb)}

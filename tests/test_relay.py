@@ -166,13 +166,6 @@ def test_a_form_that_knows_itself_writes_alone() -> None:
     assert who(weighed(Scripted(FORM_FIRST[0], in_question, drafts))) == ("shop", "form")
 
 
-def test_of_two_who_are_as_sure_the_one_answers_that_begins_as_the_base_would() -> None:
-    drafts = [told("shop", -0.01, first=-3.0), told("other", -0.01)]
-    plan = weighed(Scripted(*NOBODY, drafts))
-    assert plan.drafting is None
-    assert plan.weights[:, 0].tolist() == [0, 0, 1]
-
-
 def test_a_knower_that_would_give_the_form_is_asked_for_words() -> None:
     alike = [told("shop", -0.01), told("form", -0.6)]
     assert weighed(Scripted(*FORM_FIRST, alike)).drafting.is_in_words
@@ -217,9 +210,10 @@ def test_a_later_turn_surprises_as_much_as_what_was_asked_before() -> None:
         assert (plan.weights[1, 0], reading.n_earlier) == told_of  # read where a subject goes on
 
 
-def test_who_stands_out_but_begins_as_the_base_would_gives_no_form() -> None:
-    usual = told("form", -0.6, by_base=-0.9)
-    plan = weighed(Scripted(*FORM_FIRST, [told("shop", -0.01), usual]))
+@pytest.mark.parametrize(("by_base", "tokens"), [(-0.9, ()), (UNHEARD_OF, (1, 2, 3))])
+def test_who_begins_as_the_base_or_the_question_does_gives_no_form(by_base, tokens) -> None:
+    drafts = [told("shop", -0.01), told("form", -0.6, by_base=by_base)]
+    plan = weighed(Scripted(*FORM_FIRST, drafts), tokens=tokens, question=(0, 3))
     assert plan.drafting is None
     assert plan.weights[:, 0].tolist() == [0, 1, 0]
 
@@ -251,12 +245,14 @@ def test_of_two_forms_the_one_is_given_that_stands_out_more() -> None:
     assert who(weighed(Scripted(*places, drafts))) == ("shop", "other")
 
 
-def test_of_two_that_know_the_one_answers_whose_subject_is_asked_about() -> None:
+def test_of_two_that_know_the_one_answers_whose_subject_or_language_it_is() -> None:
     of_shop = ([LOW, LOW, LOW], [LOW, HIGH, LOW])
     both = [told("shop", -0.05), told("other", -0.01)]
     plan = weighed(Scripted(*of_shop, both), "relay:abstain=16")
     assert plan.weights[:, 0].tolist() == [0, 1, 0]
     assert weighed(Scripted(*NOBODY, both)).weights[:, 0].tolist() == [0, 0, 1]
+    both[1] = told("other", -0.01, first=-3.0)  # as if in another language
+    assert weighed(Scripted(*NOBODY, both)).weights[:, 0].tolist() == [0, 1, 0]
 
 
 def test_of_two_that_know_the_one_answers_that_is_not_always_so_sure() -> None:

@@ -27,6 +27,7 @@ CONTEXT_PROBE, CONTEXT_DIFFERENTIAL = 1, 2
 CAPTURE = {"last": 0, "mean": 1, "inputs": 2, "none": 3}
 LENS = {"raw": 0, "norm": 1}
 DEVICE_CPU, DEVICE_GPU, DEVICE_INTEGRATED_GPU = 0, 1, 2  # enum ggml_backend_dev_type
+_M_MMAP_THRESHOLD, _LARGE_BYTE = -3, 1 << 20  # malloc.h
 _LOG_LEVEL_ERROR = 4  # ggml.h GGML_LOG_LEVEL_ERROR
 _errors: deque[str] = deque(maxlen=4)
 _log_callback: Any = None
@@ -199,6 +200,7 @@ def load() -> tuple[ModuleType, SimpleNamespace]:
             f"{_INSTALL_ADVICE}."
         )
     _keep_log()
+    _give_back_at_once()
     _load_backends(binding._lib, folder.absolute())
     binding.llama_backend_init()
     return binding, _declare(_PROTOTYPES, "qaflora_", binding._lib)
@@ -242,13 +244,16 @@ def default_threads() -> int:
     return max(1, min(n_core, limit))
 
 
-def trim() -> None:
-    """Let glibc give back what was freed: heaps of several threads would keep most of it."""
+def _give_back_at_once() -> None:
+    """Let glibc give a large block back when it is freed.
+
+    By itself it learns to keep blocks of up to 32 MiB, in a heap for each of several threads.
+    """
     if sys.platform != "linux":
         return
-    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if malloc_trim is not None:
-        malloc_trim(0)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTE)
 
 
 class Handle:

@@ -10,7 +10,6 @@ import numpy as np
 from qaflora_edge.arrays import F32
 from qaflora_edge.backend.batch import Outputs, Span
 from qaflora_edge.backend.context import Context
-from qaflora_edge.backend.library import trim
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import BackendError, CancelledError, QafloraError
 from qaflora_edge.inference.guesses import guess_together
@@ -84,7 +83,6 @@ class Runner:
         self._weights.clear()
         with contextlib.suppress(BackendError, MemoryError):  # nothing changes then
             self.context.resize(n_ctx)
-        trim()
 
     def _copy(self, source: int, target: int) -> None:
         if target in self._unread:

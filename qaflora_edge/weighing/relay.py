@@ -255,23 +255,24 @@ def _heard(
 
 def _forms(query: Query, heard: Heard, may_form: Mapping[str, float]) -> dict[str, float]:
     """Give who begins in a form that the question asks for, and how far each stands out."""
-    forms = {}
-    for name, score in may_form.items():
-        opening = heard.by_base.get(name, ())[:N_OPENING]
-        if opening and _begins_as_asked(query, name, opening):
-            forms[name] = score
-    return forms
+    return {
+        name: score
+        for name, score in may_form.items()
+        if heard.by_base.get(name) and _begins_as_asked(query, heard, name)
+    }
 
 
-def _begins_as_asked(query: Query, name: str, opening: Sequence[float]) -> bool:
+def _begins_as_asked(query: Query, heard: Heard, name: str) -> bool:
     """Tell whether an adapter begins in a form, and the question asks for that.
 
-    The base would not begin so. One that gives all its form begins less oddly where it is asked.
-
-    opening  log p of its draft's first tokens as the base's
+    The base would not begin so; a word of the question, such as a name, is no form. One that gives
+    all its form begins less oddly where it is asked.
     """
+    opening = heard.by_base[name][:N_OPENING]  # log p as the base's
     if not _forms_all(query, name):
-        return min(opening) <= -SURPRISED
+        asked = query.tokens[slice(*query.question)]
+        pairs = zip(heard.drafts[name].tokens, opening, strict=False)
+        return any(p <= -SURPRISED and token not in asked for token, p in pairs)
     usual = query.typical[name][OPENING]
     return opening[0] >= float(usual["mean"]) + MARGIN * float(usual["spread"])
 
