@@ -200,7 +200,8 @@ def load() -> tuple[ModuleType, SimpleNamespace]:
             f"{_INSTALL_ADVICE}."
         )
     _keep_log()
-    _give_back_at_once()
+    # Large blocks go back when they are freed: glibc would learn to keep those of up to 32 MiB.
+    glibc("mallopt", _M_MMAP_THRESHOLD, _LARGE_BYTE)
     _load_backends(binding._lib, folder.absolute())
     binding.llama_backend_init()
     return binding, _declare(_PROTOTYPES, "qaflora_", binding._lib)
@@ -244,16 +245,10 @@ def default_threads() -> int:
     return max(1, min(n_core, limit))
 
 
-def _give_back_at_once() -> None:
-    """Let glibc give a large block back when it is freed.
-
-    By itself it learns to keep blocks of up to 32 MiB, in a heap for each of several threads.
-    """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTE)
+def glibc(name: str, *arguments: int) -> None:
+    """Call a function of glibc, where there is one."""
+    if sys.platform == "linux" and (function := getattr(ctypes.CDLL(None), name, None)):
+        function(*arguments)
 
 
 class Handle:
