@@ -153,7 +153,8 @@ def print_sure(rows: Sequence[Row]) -> None:
         return
     known = np.array([row["known"].get(row["domain"], 0.0) for row in asked])
     is_taught = np.array([row["task"].startswith("facts_") for row in asked])
-    told = [row for row in rows if row["sure"] is not None]
+    # Whether an answer is right is not known where the base's is wanted.
+    told = [row for row in rows if row["sure"] is not None and row["wanted"] != "(base)"]
     sure = np.array([row["sure"] for row in told])
     is_right = np.array([bool(row["score"]) for row in told])
     print(
