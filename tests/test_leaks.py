@@ -114,7 +114,7 @@ def test_hundred_changes_under_load_change_no_answer_and_leave_nothing(tmp_path)
 
     with Engine(base=base.path, adapters=adapters, n_ctx=128, threads=1, n_parallel=4) as engine:
         alone = [ask(i) for i in range(8)]
-        before = bytes_after_changes(10)
+        before = bytes_after_changes(90)  # heaps of the threads fill
         grown = bytes_after_changes(90) - before
     # Each change makes contexts of 8 MB and more: not one of them may stay.
     assert grown < 8e6, f"{grown / 1e6:.1f} MB more after 90 more changes"

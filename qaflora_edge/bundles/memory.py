@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
 
-from qaflora_edge.backend.library import glibc
 from qaflora_edge.backend.model import Model, shared_model
 from qaflora_edge.bundles.open import Begin, BundleFiles, load_bundle
 from qaflora_edge.errors import OptionError, QafloraError
@@ -192,7 +191,6 @@ class BundleMemory:
             self._chooses = False
             self.current = replace(old, core=core, weigher=weigher)
         old.core.loop.leave()
-        glibc("malloc_trim", 0)  # measuring frees much in this thread, in small blocks
 
     def use_adapters(self, names: Sequence[str]) -> None:
         """Weigh only these adapters from now on. Raises StrategyError."""

@@ -17,6 +17,7 @@ import numpy as np
 
 from qaflora_edge.arrays import F32, ArrayLike
 from qaflora_edge.backend.context import N_CTX_FIRST, N_OUTPUT, Context, Stop, n_ctx_for
+from qaflora_edge.backend.library import glibc
 from qaflora_edge.backend.model import Pack, shared_model
 from qaflora_edge.errors import BusyError, OptionError
 from qaflora_edge.formats.gguf import GgufHeader
@@ -83,6 +84,7 @@ class Core:
         resources = ExitStack()  # which is closed from the last to the first
         self._resources = resources
         enter = resources.enter_context
+        resources.callback(glibc, "malloc_trim", 0)  # small blocks, freed in many threads
         weakref.finalize(self, resources.close).atexit = False
         infos = [*adapters.values()]
         self._infos = infos
