@@ -24,6 +24,7 @@ EVIL = [
     "| <img src=x onerror=document.title='pwned'> | [x](javascript:x) |",
     "- <img src=x onerror=document.title='pwned'>\n> <svg/onload=document.title='pwned'>",
     "\\(\\text{<img src=x onerror=document.title='pwned'>}\\) $<style>$ \\[<script>\\]",
+    r"\(\href{javascript:document.title='pwned'}{x}\) \(\includegraphics{https://evil.example/y}\)",
     "\u202e<script>\u202c \u0000 \ufeff<img src=x onerror=document.title='pwned'>",
 ]
 
@@ -31,7 +32,7 @@ EVIL = [
 FOREIGN = (
     ".answer :is(script, style, img, svg:not(.icon), iframe, object, embed, form, input, link,"
     "meta, base, a, video, audio, source, semantics, details:not(.answer > .thought), body,"
-    "button:not([title]), [onerror], [onload], [style]:not(.bar *, .grid, .cell))"
+    "button:not([title]), [onerror], [onload], [style]:not(.bar *, .grid, .cell, math, math *))"
 )
 
 

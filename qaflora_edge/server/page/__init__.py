@@ -1,6 +1,7 @@
 """The page at `/` of `qaflora serve` as one text, and the policy under which browsers use it.
 
-The folder `parts` has its parts. The policy allows one script and one style, by hash, and requests
+The folder `parts` has its parts, and `vendor` what others wrote: Temml 0.13.5, which draws LaTeX as
+MathML, as its package in npm has it. The policy allows one script and one style, by hash, and requests
 to its own server. Trusted types keep scripts from turning a text into HTML: whatever a model writes
 stays text, even where the page has a mistake.
 """
@@ -16,7 +17,7 @@ from qaflora_edge.weighing.strategy import strategies
 
 # In this order: each uses what stands before it.
 SCRIPTS = (
-    *("elements", "icons", "store", "database", "kept", "server", "latex", "markdown", "answered"),
+    *("elements", "icons", "store", "database", "kept", "server", "markdown", "answered"),
     *("mix", "documents", "answer", "turn", "adapters", "presets", "panel", "download", "session"),
     *("chats", "chat"),
 )
@@ -25,10 +26,11 @@ SCRIPTS = (
 @cache
 def page() -> tuple[bytes, dict[str, str]]:
     """Return the page in UTF-8, and its headers."""
-    style = _part("page.css")
-    script = '"use strict";\n{\n' + "".join(_part(f"{name}.js") for name in SCRIPTS) + "}\n"
+    style = _part("parts/page.css")
+    own = "".join(_part(f"parts/{name}.js") for name in SCRIPTS)
+    script = f'"use strict";\n{_part("vendor/temml.min.js")}\n{{\n{own}}}\n'
     helps = json.dumps(_helps()).replace("<", "\\u003c")
-    html = _part("page.html")
+    html = _part("parts/page.html")
     for mark, text in (("style", style), ("helps", helps), ("script", script)):
         before, after = html.split(f"/* {mark} */")
         html = before + text + after
@@ -58,7 +60,7 @@ def _helps() -> Json:
 
 
 def _part(name: str) -> str:
-    text = (files("qaflora_edge.server.page") / "parts" / name).read_text(encoding="utf-8")
+    text = (files("qaflora_edge.server.page") / name).read_text(encoding="utf-8")
     return text.replace("\r\n", "\n")
 
 

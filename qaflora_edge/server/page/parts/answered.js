@@ -7,24 +7,23 @@ const ELEMENTS = {
   h1: "h3", h2: "h4", h3: "h5", h4: "h6", h5: "h6", h6: "h6",
 };
 
-const MATHML = "http://www.w3.org/1998/Math/MathML";
-const MATH_TAGS = new Set([
-  ..."math mrow mi mo mn mtext mspace mfrac msqrt mroot msub msup msubsup munder mover munderover mtable mtr mtd".split(" "),
-]);
-
-// A formula's node, of which attributes and tags are those of latex.js.
-const mathElement = ([tag, attributes, nodes]) => {
-  if (!MATH_TAGS.has(tag)) throw new Error(`No element ${tag} is known.`);
-  const made = document.createElementNS(MATHML, tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  made.append(...nodes.map(node => typeof node === "string" ? node : mathElement(node)));
+// A formula as MathML, or its source where a part of it is unknown.
+const formula = ({ latex, isDisplay }, source) => {
+  const made = el("span");
+  try {
+    temml.render(latex, made, { displayMode: isDisplay, throwOnError: true, maxSize: [50, 50] });
+  } catch (error) {
+    if (!(error instanceof temml.ParseError || error instanceof RangeError)) throw error; // RangeError: too deep
+    return document.createTextNode(source);
+  }
+  made.firstChild.setAttribute("alttext", latex.trim());
   return made;
 };
 
 const build = node => {
   if (typeof node === "string") return document.createTextNode(node);
   const [tag, attributes, nodes] = node;
-  if (tag === "math") return mathElement(node);
+  if (tag === "math") return formula(attributes, nodes[0]);
   if (tag === "pre") return codeBlock(attributes.lang, nodes[0]);
   const children = nodes.map(build);
   if (tag === "link") return linkText(attributes.address, children);

@@ -3,7 +3,7 @@
 //
 // Less is markup than elsewhere, for no number and no formula may lose a sign: a star is emphasis
 // neither inside a word nor beside a digit, `__` never is, and a backslash that is LaTeX's stays.
-// `#### 72` is the answer of a data set and stays as it is. latex.js draws formulas.
+// `#### 72` is the answer of a data set and stays as it is. Temml draws formulas.
 // HTML, images, underlined headings and definitions of links stay text.
 const MAX_NESTED = 32; // quotes and lists in each other; deeper ones are text
 const MAX_OPEN = 100; // runs of stars that wait for their end
@@ -180,28 +180,36 @@ const isEdge = (sign, marks) => !sign.trim() || marks.includes(sign) || WIDE.tes
 const isDigit = sign => /\d/.test(sign);
 const isPunctuation = sign => /[\p{P}\p{S}]/u.test(sign);
 
+const matchAt = (pattern, text, at) => { pattern.lastIndex = at; return pattern.exec(text); };
 const PLAIN = /[^`\\*_~[$\n]+/y, RUN = /`+|\*+|_+|~+/y;
 const LINK = /\[([^[\]\n]*)\]\(<?((?:https?|ftp|mailto):[^\s()<>]*(?:\([^\s()<>]*\)[^\s()<>]*)*)>?(?: +"[^"\n]*")?\)/iy;
 const LATEX = "()[]{}\\,:;|"; // behind a backslash, LaTeX's
 // A formula between single dollars touches both, on one line; $5 and $10 hold none.
 const DOLLARS = /(?<![\w$])\$(?![\s$])((?:[^$\\\n]|\\[^\n])+)(?<!\s)\$(?![\w$])/y;
 const PRICE = /^\d[^\\=^_]*\s\p{L}{2}/u; // words after a number
+const MAX_FORMULA = 4000; // characters
 const CLOSERS = { "\\(": "\\)", "\\[": "\\]", "$$": "$$" };
 
-// The formula at a place: what it took, and its node, or its source where that is unknown.
+const formulaNode = (took, latex, isDisplay) => {
+  if (!latex.trim() || latex.length > MAX_FORMULA) return took;
+  const isBare = latex.includes("&") && !latex.includes("\\begin");
+  return ["math", { latex: isBare ? `\\begin{aligned}${latex}\\end{aligned}` : latex, isDisplay }, [took]];
+};
+
+// The formula at a place: what it took, and its node.
 // noEnd: delimiters that have no end behind this place
 const formulaAt = (text, at, noEnd) => {
   const closer = CLOSERS[text.slice(at, at + 2)];
   if (!closer) {
     const found = matchAt(DOLLARS, text, at);
-    return found && !PRICE.test(found[1]) ? [found[0], latexNode(found[1], false) ?? found[0]] : null;
+    return found && !PRICE.test(found[1]) ? [found[0], formulaNode(found[0], found[1], false)] : null;
   }
   if (text[at] === "$" && (text[at - 1] === "$" || text[at + 2] === "$")) return null;
   const end = noEnd.has(closer) ? -1 : text.indexOf(closer, at + 2);
   if (end < 0) noEnd.add(closer);
   if (end < 0 || text[end + 2] === "$") return null;
   const took = text.slice(at, end + 2);
-  return [took, latexNode(took.slice(2, -2), closer !== "\\)") ?? took];
+  return [took, formulaNode(took, took.slice(2, -2), closer !== "\\)")];
 };
 
 // The nodes of a paragraph, a heading or a cell; a line end is one.
