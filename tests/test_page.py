@@ -177,7 +177,9 @@ def test_latex_is_drawn_where_all_of_it_is_known() -> None:
     pairs = [line.replace("¶", "\n").split("\t") for line in lines.splitlines()]
     temml = json.dumps(str(PARTS.parent / "vendor" / "temml.min.js"))
     draw = f"const temml = new Function(require('fs').readFileSync({temml}) + '; return temml')();"
-    draw = f"(() => {{ {draw}" + """
+    draw = (
+        f"(() => {{ {draw}"
+        + """
         const drawn = ([, { latex, isDisplay }, [source]]) => {
             try {
                 temml.renderToString(latex, { displayMode: isDisplay, throwOnError: true });
@@ -189,6 +191,7 @@ def test_latex_is_drawn_where_all_of_it_is_known() -> None:
         return value.map(([text]) => markdownNodes(text).map(
             ([, , nodes]) => nodes.map(node => node[0] === "math" ? drawn(node) : node)));
     })()"""
+    )
     for (source, expected), [nodes] in zip(pairs, in_node(draw, pairs), strict=True):
         how = "in a block" if source[:2] in (r"\[", "$$") else "in a line"
         assert "".join(nodes) == (how if expected else source)

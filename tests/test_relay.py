@@ -2,8 +2,9 @@
 
 import json
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import exp, log
 from pathlib import Path
@@ -70,13 +71,14 @@ class Scripted:
         question: Any,
         drafts: Iterable[Told] = (),
         nats: float = 80.0,
-        earlier: float = 0.0,
+        earlier: tuple[float, Any] = (0.0, None),
+        goes_on: float = 9.0,
     ) -> None:
         self._sizes = (last, question)
         self._told = {told.draft.adapter: told for told in drafts}
         self._nats = nats
         self._earlier = earlier
-        self.n_earlier = 0
+        self._goes_on = goes_on
         self.asked: list[str] = []
 
     def added(self) -> Any:
@@ -85,9 +87,14 @@ class Scripted:
     def surprise(self) -> float:
         return self._nats
 
+    def goes_on(self) -> float:
+        return self._goes_on
+
     def earlier_surprise(self) -> float:
-        self.n_earlier += 1
-        return self._earlier
+        return self._earlier[0]
+
+    def earlier_added(self) -> Any:
+        return np.repeat(np.array([self._earlier[1]])[:, :, None], 2, axis=2)
 
     def drafts(self, names: Iterable[str], n_token: int, answer: Any = None) -> list[Draft]:
         names = list(names)
@@ -198,16 +205,18 @@ def test_a_question_that_the_base_expects_is_drafted_by_nobody() -> None:
     assert reading.asked == []
 
 
-def test_a_later_turn_surprises_as_much_as_what_was_asked_before() -> None:
-    of_shop = ([LOW, LOW, LOW], [LOW, HIGH, LOW])
-    for places, earlier, told_of in (
-        (of_shop, 80.0, (1, 1)),
-        (of_shop, 10.0, (0, 1)),
-        (NOBODY, 80.0, (0, 0)),
+def test_a_turn_that_goes_on_is_about_what_was_asked_before() -> None:
+    """Nothing stands out in it, nor surprises; the shop stood out in the question before it."""
+    of_shop = [LOW, HIGH, LOW]
+    for earlier, goes_on, knows in (
+        ((80.0, of_shop), 9.0, 1),
+        ((10.0, of_shop), 9.0, 0),
+        ((80.0, of_shop), -1.0, 0),  # it changes the subject
     ):
-        reading = Scripted(*places, [told("shop", -0.01)], 5.0, earlier)
+        drafts = [told("shop", -0.01)]
+        reading = Scripted(*NOBODY, drafts, 5.0, earlier, goes_on)
         plan = weighed(reading, "relay:abstain=16", is_later=True)
-        assert (plan.weights[1, 0], reading.n_earlier) == told_of  # read where a subject goes on
+        assert plan.weights[1, 0] == knows
 
 
 @pytest.mark.parametrize(("by_base", "tokens"), [(-0.9, ()), (UNHEARD_OF, (1, 2, 3))])
@@ -347,19 +356,26 @@ def base_reads_up_to_the_draft(
     monkeypatch.setattr("qaflora_edge.weighing.numbers.n_base_of", lambda n_token: n_before)
 
 
-def test_an_earlier_question_surprises_as_when_it_was_asked(folder) -> None:
-    """The base hears the one while it reads the prompt, and scores the other in a branch."""
+def test_an_earlier_question_reads_as_when_it_was_asked(folder) -> None:
+    """The base hears the one while it reads the prompt, and the other in a branch."""
     first = [{"role": "user", "content": "abc def ghi jkl mno pqr stu?"}]
-    turns = [{"role": "assistant", "content": "abc"}, {"role": "user", "content": "def?"}]
+    turns = [{"role": "assistant", "content": "abc"}, {"role": "user", "content": "def ghi jkl?"}]
     with Engine(folder, n_ctx=1024) as engine:
-        nats = []
-        for messages in (first, first + turns):
+
+        @contextmanager
+        def reading(messages: list[dict[str, str]]) -> Iterator[PromptReading]:
             query = engine.memory.current.weigher.query(engine.read(Chat(messages)))
-            with PromptReading(engine._core, query, engine._core.cancellation()) as reading:
-                nats.append((reading.surprise(), reading.earlier_surprise()))
-        (asked_now, nothing), (_, asked_before) = nats
-        assert asked_before == pytest.approx(asked_now, rel=1e-3)
-        assert nothing == 0.0
+            with PromptReading(engine._core, query, engine._core.cancellation()) as read:
+                yield read
+
+        with reading(first) as before:
+            nats, added = before.surprise(), before.added()
+        with reading(turns[1:]) as alone:
+            nats_alone = alone.surprise()
+        with reading(first + turns) as now:
+            assert now.earlier_surprise() == pytest.approx(nats, rel=1e-3)
+            np.testing.assert_allclose(now.earlier_added(), added[1:], rtol=1e-3)
+            assert now.goes_on() == pytest.approx(nats_alone - now.surprise(), abs=1e-2)
 
 
 @pytest.mark.parametrize("n_parallel", [1, 3])

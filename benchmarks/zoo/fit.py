@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qaflora_edge.weighing.plan import LEAST_SURE
-from qaflora_edge.weighing.relay import CLAIM, SUBJECT, log_odds, probability, told_probability
+from qaflora_edge.weighing.relay import CLAIM, log_odds, probability, told_probability
 
 DRAFTS = Path(__file__).parents[1] / "results" / "zoo" / "drafts.jsonl.gz"
 KNOWERS = ("company", "dynasty", "observatory", "tarn")  # of the choosing half, and of demo
@@ -105,8 +105,7 @@ def taken_drafts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def odds_of(row: dict[str, Any]) -> float:
-    is_subject = row["is_later"] and row["question"] >= SUBJECT
-    return log_odds(row["sure"], row["nats"], is_subject=is_subject)
+    return log_odds(row["sure"], row["nats"])
 
 
 def first_of(rows: Sequence[dict[str, Any]], rank: dict[str, float], knower: str) -> str:

@@ -1,6 +1,7 @@
 """A reading: what is measured of one prompt, each thing once, when a strategy asks for it."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -15,10 +16,10 @@ from qaflora_edge.inference.sequence import (
     RunningSequence,
 )
 from qaflora_edge.progress import Tell, silent
-from qaflora_edge.prompt.tokens import earlier_questions
+from qaflora_edge.prompt.tokens import N_EARLIER, earlier_questions
 from qaflora_edge.weighing.numbers import n_base_of
 from qaflora_edge.weighing.plan import ANSWER, BASE, Draft
-from qaflora_edge.weighing.strategy import Measure, Query, Reading, Routing
+from qaflora_edge.weighing.strategy import Measure, Query, Reading, Routing, Span
 
 if TYPE_CHECKING:
     from qaflora_edge.backend.branches import Steps
@@ -103,14 +104,37 @@ class PromptReading(Reading):
         return self._heard()[1].nats
 
     def earlier_surprise(self) -> float:
-        items = []
-        for start, end in earlier_questions(self._core.model, self._tokens):
-            first = start + 1
-            read = self._tokens[:first]
-            request = Request(read, self._by_base.weights, n_base=n_base_of(first))
-            items.append((request, self._tokens[first : min(first + N_OUTPUT, end)]))
-        scores = self._scores(items)
-        return max((-sum(logprobs) for logprobs in scores), default=0.0)
+        items = [self._asked(span, span[0]) for span in self._earlier()[:N_EARLIER]]
+        return max(-sum(logprobs) for logprobs in self._scores(items))
+
+    def earlier_added(self) -> F64:
+        heard = []
+        for span in self._earlier()[:N_EARLIER]:
+            _, end = span
+            asked = replace(self.query, tokens=self._tokens[:end], question=span, n_weighed=end)
+            steps = self._core.added.together([asked], self._rows, self._kv_state())
+            _, in_question = self._core.run(steps, self._cancellation, kind="branch")
+            heard.append(in_question)
+        return np.concatenate(heard)
+
+    def goes_on(self) -> float:
+        earlier = self._earlier()
+        if not earlier:  # empty texts
+            return 0.0
+        first, _ = earlier[-1]
+        (alone,) = self._scores([self._asked(self.query.question, first)])
+        return -sum(alone) - self.surprise()
+
+    def _earlier(self) -> list[Span]:
+        return earlier_questions(self._core.model, self._tokens)
+
+    def _asked(self, span: Span, n_before: int) -> "Item":
+        """Give the tokens of a question to be scored behind the prompt's first n_before."""
+        start, end = span
+        first = start + 1
+        read = self._tokens[:n_before] + self._tokens[start:first]
+        request = Request(read, self._by_base.weights, n_base=n_base_of(len(read)))
+        return request, self._tokens[first : min(first + N_OUTPUT, end)]
 
     def next_logits(self) -> F32:
         next_logits = self._heard()[1].next_logits

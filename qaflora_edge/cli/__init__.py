@@ -47,7 +47,6 @@ GROUPS = {
     },
     "Set up": {
         "doctor": "Report the library, the devices and the versions.",
-        "settings": "Show what is set by environment and settings file.",
         "completion": "Print completion for a shell.",
     },
 }
@@ -204,7 +203,7 @@ Example:
 Environment:
   QAFLORA_CONFIG  the settings file to read instead of the usual one
   QAFLORA_CACHE   the folder for downloads
-  QAFLORA_...     any shared option, as QAFLORA_THREADS=4; see `qaflora settings`
+  QAFLORA_...     any shared option, as QAFLORA_THREADS=4; see docs/settings.md
   NO_COLOR        no colours
 
 `qaflora COMMAND --help` explains a command, `--help-all` with all of its options."""

@@ -1,17 +1,13 @@
-"""qaflora settings and completion: what environment and settings file can set, and who wins.
+"""What environment and settings file can set, and who wins; and qaflora completion.
 
 The command line wins over the environment, that over the file, that over a bundle's own
 defaults, and those over what is built in.
 """
 
-import json
-import os
-
 import click
 from click.shell_completion import get_completion_class
 
-from qaflora_edge.cli.answers import print_json, say
-from qaflora_edge.cli.options import command, json_option
+from qaflora_edge.cli.options import command
 from qaflora_edge.cli.own_options import OWN, shared_by
 from qaflora_edge.config import (
     LIBRARY_KEYS,
@@ -25,12 +21,6 @@ from qaflora_edge.config import (
 )
 
 PREFIX = "QAFLORA_"
-# Variables that no option has: those of keys of the library, and those without a key.
-OTHERS = {f"{PREFIX}{key}".upper() for key in LIBRARY_KEYS}
-OTHERS |= {
-    f"{PREFIX}{name}"
-    for name in ("CONFIG", "LIB_PATH", "CPU_KERNELS", "RPC_TIMEOUT", "SOURCE_ARCHIVE")
-}
 SECRET = "(secret)"  # shown instead of a value that is one
 # Tables that take the shared options.
 SHARED_TABLES = ("run", "chat", "compare", "eval", "weights", "export", "bench", "serve")
@@ -107,33 +97,6 @@ def attach_variables(verb: str, command: click.Command) -> None:
     for param in command.params:
         if param.name in table_options(verb):
             param.envvar = list(variables(param.name, verb))
-
-
-@command("qaflora settings", "QAFLORA_THREADS=2 qaflora settings --json")
-@json_option("Print one JSON object.")
-def settings(as_json: bool) -> None:
-    """Show what is set by environment and settings file."""
-    path = settings_path()
-    values = _by_key(file_settings())
-    names = set(OTHERS)
-    for name, option in (OPTIONS | OF_COMMANDS).items():
-        table, _, key = name.rpartition(".")
-        of_option = variables(key, table)
-        names.update(of_option)
-        if option.is_secret:
-            said = [each for each in (name, *of_option) if {**os.environ, **values}.get(each)]
-            values |= dict.fromkeys(said, SECRET)
-    for name in sorted(os.environ):
-        if name in names and os.environ[name]:
-            values.setdefault(name, os.environ[name])
-        elif name.startswith(PREFIX) and name not in names:
-            say(f"Note: the variable {name} is no setting, and is not read.")
-    if as_json:
-        print_json({"file": str(path), "exists": path.is_file(), "settings": values})
-        return
-    click.echo(f"{path}{'' if path.is_file() else ' (does not exist)'}")
-    for name, value in values.items():
-        click.echo(f"{name:<22} {json.dumps(value, ensure_ascii=False)}")
 
 
 @command(

@@ -314,11 +314,11 @@ def find_question(model: Model, tokens: Sequence[int]) -> tuple[int, int, bool] 
 
 
 def earlier_questions(model: Model, tokens: Sequence[int]) -> list[tuple[int, int]]:
-    """Find where the texts of N_EARLIER user turns before the last one begin and end."""
+    """Find where the texts of user turns before the last one begin and end, the latest first."""
     head, blanks = _opening(model)
     spans: list[tuple[int, int]] = []
     place = find_question(model, tokens)
-    while place is not None and place[2] and len(spans) < N_EARLIER:
+    while place is not None and place[2]:
         n_before = place[0] - len(head) - len(blanks)
         place = find_question(model, tokens[:n_before])
         if place is not None:

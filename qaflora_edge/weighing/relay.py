@@ -14,7 +14,7 @@ from qaflora_edge.config import Option
 from qaflora_edge.errors import StrategyError
 from qaflora_edge.weighing.plan import BASE, Draft, DraftStep, Plan, WriteStep, alone_weights
 from qaflora_edge.weighing.strategy import Query, Reading
-from qaflora_edge.weighing.two_place import STANDS_OUT, TWO_PLACE_OPTIONS, TwoPlace
+from qaflora_edge.weighing.two_place import FIRST, STANDS_OUT, TWO_PLACE_OPTIONS, TwoPlace
 
 OPENING, SURENESS = DRAFTED = "opening", "sureness"  # of calibration.KEYS
 
@@ -26,8 +26,7 @@ N_OPENING = 3  # tokens in which a form begins
 # A logistic regression over drafts of adapters that know, and of those that make answers up.
 SURE = 9.2  # log-odds for each nat of sureness()
 SURPRISING = 2.4  # for each e-fold of what the question surprises the base by
-LATER = 0.7  # in a later turn, whose words stand out for the adapter by so many deviations:
-SUBJECT = 2.0
+GOES_ON = 2.0  # nats by which what was said before makes a later turn less surprising
 USUAL = -8.7  # where all of that is 0
 MOST_SURPRISED = 6.0  # nats; a token that surprises the base more counts no more
 LEAST_SURPRISED = 0.5  # nats, of a draft that says what the base says
@@ -105,13 +104,14 @@ class RelayStrategy(TwoPlace):
         may_draft = query.is_chat and query.can_draft and not query.has_results
         if not may_draft or len(query.adapters) < 2:
             return plan
-        odds = _odds(reading, plan)
-        can_know = [name for name, each in odds.items() if probability(each) > CLAIM]
+        nats, scores = _subject(reading, plan)
         may_form = _may_form(query, plan)
         # Who stands out at the last token of a question that surprises nobody seldom is a form.
-        forms = [name for name in may_form if name in can_know]
-        asked = _asked(query, plan, forms, can_know)
-        heard = _heard(reading, plan, asked, may_form, odds)
+        is_known = probability(log_odds(0.0, nats)) > CLAIM
+        forms = list(may_form) if is_known else []
+        may_know = scores if is_known else {}
+        asked = _asked(query, plan, forms, may_know)
+        heard = _heard(reading, plan, asked, may_form, nats, scores)
         plan = replace(plan, known=heard.known)
         if heard.knower is not None and heard.knower != heard.form:
             return _relayed(reading, plan, heard, heard.knower)
@@ -130,14 +130,13 @@ def sureness(logprobs: Sequence[float], of_base: Sequence[float]) -> float:
     return weighted / (sum(surprises) + LEAST_SURPRISED)
 
 
-def log_odds(sure: float, nats: float, *, is_subject: bool = False) -> float:
+def log_odds(sure: float, nats: float) -> float:
     """Tell how probable it is that a draft is right, as the logarithm of p / (1 - p).
 
     sure  as sureness() gives it
-    nats  by which the question surprises the base, or one before it
-    is_subject  whether it is a later turn that stands out for the adapter
+    nats  by which the question surprises the base, or one that it goes on from
     """
-    return USUAL + SURE * sure + SURPRISING * log(max(nats, 1.0)) + LATER * is_subject
+    return USUAL + SURE * sure + SURPRISING * log(max(nats, 1.0))
 
 
 def probability(odds: float) -> float:
@@ -155,24 +154,30 @@ def told_probability(known: float) -> float:
     return probability(TOLD * log(known / (1.0 - known)) + TOLD_AT_0)
 
 
-def _odds(reading: Reading, plan: Plan) -> dict[str, float]:
-    """Give the log-odds of each adapter that it knows, if it is sure of its draft.
+def _subject(reading: Reading, plan: Plan) -> tuple[float, dict[str, float]]:
+    """Tell how much the question surprises the base, and how far each adapter stands out in it.
 
-    A later turn about its subject surprises as much as what was asked before.
+    One that goes on from earlier ones is about their subject: the most of all of them counts.
     """
+    import numpy as np
+
+    from qaflora_edge.weighing.calibration import above_typical, without_system
+
     query = reading.query
-    scores = _in_question(plan)
-    subjects = [name for name in scores if query.is_later and scores[name] >= SUBJECT]
-    odds = dict.fromkeys(scores, log_odds(0.0, reading.surprise()))
-    if subjects:
-        nats = max(reading.surprise(), reading.earlier_surprise())
-        odds |= dict.fromkeys(subjects, log_odds(0.0, nats, is_subject=True))
-    return odds
-
-
-def _in_question(plan: Plan) -> dict[str, float]:
-    """Give how far each adapter stands out in the question."""
-    return {name: reason.scores["question"] for name, reason in plan.why.items()}
+    nats = reading.surprise()
+    scores = {name: reason.scores["question"] for name, reason in plan.why.items()}
+    if not query.is_later or reading.goes_on() < GOES_ON:
+        return nats, scores
+    for added in reading.earlier_added():
+        if query.neutral:
+            places = np.stack([added, added])
+            _, added = without_system(query, places, FIRST, reading.neutral())
+        above = above_typical(query, FIRST[1], added).tolist()
+        scores = {
+            name: max(scores[name], score)
+            for name, score in zip(query.adapters, above, strict=True)
+        }
+    return max(nats, reading.earlier_surprise()), scores
 
 
 def _may_form(query: Query, plan: Plan) -> dict[str, float]:
@@ -195,16 +200,19 @@ def _may_form(query: Query, plan: Plan) -> dict[str, float]:
     return may_form
 
 
-def _asked(query: Query, plan: Plan, forms: Iterable[str], can_know: Iterable[str]) -> list[str]:
+def _asked(
+    query: Query, plan: Plan, forms: Sequence[str], may_know: Mapping[str, float]
+) -> list[str]:
     """Name who drafts: who may know or give a form, if anybody can know, and two-place's first.
 
     An adapter that gives its form, whatever is asked or now, says little of what it knows.
+
+    may_know  adapter -> how far it stands out in the question; nobody: the base expects it
     """
-    scores = _in_question(plan)
-    least = max(scores.values()) - NEAR
-    near = [name for name in can_know if name not in forms and scores[name] >= least]
-    may_know = [name for name in near if not _forms_all(query, name)]
-    asked = sorted(may_know, key=scores.__getitem__, reverse=True)[:N_ASKED]
+    least = max(may_know.values(), default=0.0) - NEAR
+    near = [name for name, score in may_know.items() if name not in forms and score >= least]
+    knowers = [name for name in near if not _forms_all(query, name)]
+    asked = sorted(knowers, key=may_know.__getitem__, reverse=True)[:N_ASKED]
     if asked:
         asked += forms
     first = _heaviest(query, plan)
@@ -218,7 +226,8 @@ def _heard(
     plan: Plan,
     asked: Sequence[str],
     may_form: Mapping[str, float],
-    odds: Mapping[str, float],
+    nats: float,
+    scores: Mapping[str, float],
 ) -> Heard:
     if not asked:
         return Heard({}, {}, {})
@@ -229,13 +238,12 @@ def _heard(
     forms = _forms(query, heard, may_form)
     form = max(forms, key=forms.__getitem__, default=None)
     known = dict.fromkeys(asked, 0.0)
-    scores = _in_question(plan)
     ranks = {}  # of those who may know
     for name, draft in heard.drafts.items():
         if not heard.says(name):
             continue
         sure = sureness(draft.logprobs, by_base[name])
-        known[name] = probability(odds[name] + SURE * sure)
+        known[name] = probability(log_odds(sure, nats))
         is_other_form = name != form and _forms_all(query, name)
         if known[name] > CLAIM and not is_other_form:
             # One that was trained for too long is sure of whatever it makes up.

@@ -131,11 +131,20 @@ class Reading(Protocol):
     def surprise(self) -> float:
         """Sum -log p of a chat question's second to 17th token, in nats, once added() is known."""
 
+    def goes_on(self) -> float:
+        """Tell how much less a later turn surprises the base than asked first, in nats.
+
+        A question that goes on from what was said before surprises less, one that does not, more.
+        """
+
     def earlier_surprise(self) -> float:
-        """Give the most that an earlier question surprises the base by, in nats; 0: none was.
+        """Give the most that an earlier question surprises the base by, in nats.
 
         Of a few user turns before the last one, each counted as surprise() counts.
         """
+
+    def earlier_added(self) -> F64:
+        """Measure what adapters would add in them: float64 [n_question, n_adapter, n_layer]."""
 
     def question(self) -> str:
         """Give the question's text."""

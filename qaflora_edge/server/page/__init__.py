@@ -1,9 +1,9 @@
 """The page at `/` of `qaflora serve` as one text, and the policy under which browsers use it.
 
-The folder `parts` has its parts, and `vendor` what others wrote: Temml 0.13.5, which draws LaTeX as
-MathML, as its package in npm has it. The policy allows one script and one style, by hash, and requests
-to its own server. Trusted types keep scripts from turning a text into HTML: whatever a model writes
-stays text, even where the page has a mistake.
+The folder `parts` has its parts, `vendor` what others wrote: Temml 0.13.5 draws LaTeX as MathML,
+and is a file of its package in npm. The policy allows one script and one style, by hash, and
+requests to its own server. Trusted types keep scripts from turning a text into HTML: whatever a
+model writes stays text, even where the page has a mistake.
 """
 
 import base64
