@@ -162,14 +162,6 @@ def test_what_is_no_markup_keeps_every_sign(text) -> None:
     assert in_node("markdownNodes(value)", text) == [["p", {}, [text]]]
 
 
-def markup(node: Any) -> str:
-    if isinstance(node, str):
-        return node
-    tag, attributes, nodes = node
-    given = "".join(f" {name}={value}" for name, value in attributes.items())
-    return f"<{tag}{given}>{''.join(map(markup, nodes))}</{tag}>"
-
-
 @needs_node
 def test_latex_is_drawn_where_all_of_it_is_known() -> None:
     """Each line of formulas.txt has a text, and whether its formula is drawn; `¶` ends a line."""

@@ -2,9 +2,8 @@
 
 import json
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import exp, log
 from pathlib import Path
@@ -90,11 +89,9 @@ class Scripted:
     def goes_on(self) -> float:
         return self._goes_on
 
-    def earlier_surprise(self) -> float:
-        return self._earlier[0]
-
-    def earlier_added(self) -> Any:
-        return np.repeat(np.array([self._earlier[1]])[:, :, None], 2, axis=2)
+    def earlier(self) -> tuple[float, Any]:
+        nats, added = self._earlier
+        return nats, np.repeat(np.array([added])[:, :, None], 2, axis=2)
 
     def drafts(self, names: Iterable[str], n_token: int, answer: Any = None) -> list[Draft]:
         names = list(names)
@@ -362,19 +359,18 @@ def test_an_earlier_question_reads_as_when_it_was_asked(folder) -> None:
     turns = [{"role": "assistant", "content": "abc"}, {"role": "user", "content": "def ghi jkl?"}]
     with Engine(folder, n_ctx=1024) as engine:
 
-        @contextmanager
-        def reading(messages: list[dict[str, str]]) -> Iterator[PromptReading]:
+        def reading(messages: list[dict[str, str]]) -> PromptReading:
             query = engine.memory.current.weigher.query(engine.read(Chat(messages)))
-            with PromptReading(engine._core, query, engine._core.cancellation()) as read:
-                yield read
+            return PromptReading(engine._core, query, engine._core.cancellation())
 
         with reading(first) as before:
             nats, added = before.surprise(), before.added()
         with reading(turns[1:]) as alone:
             nats_alone = alone.surprise()
         with reading(first + turns) as now:
-            assert now.earlier_surprise() == pytest.approx(nats, rel=1e-3)
-            np.testing.assert_allclose(now.earlier_added(), added[1:], rtol=1e-3)
+            nats_before, added_before = now.earlier()
+            assert nats_before == pytest.approx(nats, rel=1e-3)
+            np.testing.assert_allclose(added_before, added[1:], rtol=1e-3)
             assert now.goes_on() == pytest.approx(nats_alone - now.surprise(), abs=1e-2)
 
 

@@ -65,6 +65,7 @@ class PromptReading(Reading):
         n_base = n_base_of(len(query.tokens))
         self._by_base = Request(query.tokens, core.weights_of(BASE), n_base=n_base)
         self._drafts: dict[str, DraftState] = {}
+        self._spans: list[Span] = []  # of earlier questions, once they are found
 
     def __enter__(self) -> Self:
         return self
@@ -103,30 +104,31 @@ class PromptReading(Reading):
     def surprise(self) -> float:
         return self._heard()[1].nats
 
-    def earlier_surprise(self) -> float:
-        items = [self._asked(span, span[0]) for span in self._earlier()[:N_EARLIER]]
-        return max(-sum(logprobs) for logprobs in self._scores(items))
+    def goes_on(self) -> float:
+        if not self._earlier():  # they are empty texts
+            return 0.0
+        first, _ = self._earlier()[-1]
+        (alone,) = self._scores([self._asked(self.query.question, first)])
+        return -sum(alone) - self.surprise()
 
-    def earlier_added(self) -> F64:
+    def earlier(self) -> tuple[float, F64]:
+        spans = self._earlier()[:N_EARLIER]
+        items = [self._asked(span, span[0]) for span in spans]
+        nats = max(-sum(logprobs) for logprobs in self._scores(items))
         heard = []
-        for span in self._earlier()[:N_EARLIER]:
+        for span in spans:
             _, end = span
             asked = replace(self.query, tokens=self._tokens[:end], question=span, n_weighed=end)
             steps = self._core.added.together([asked], self._rows, self._kv_state())
             _, in_question = self._core.run(steps, self._cancellation, kind="branch")
             heard.append(in_question)
-        return np.concatenate(heard)
-
-    def goes_on(self) -> float:
-        earlier = self._earlier()
-        if not earlier:  # empty texts
-            return 0.0
-        first, _ = earlier[-1]
-        (alone,) = self._scores([self._asked(self.query.question, first)])
-        return -sum(alone) - self.surprise()
+        return nats, np.concatenate(heard)
 
     def _earlier(self) -> list[Span]:
-        return earlier_questions(self._core.model, self._tokens)
+        """Find the user turns before the last one, the latest first."""
+        if not self._spans:
+            self._spans = earlier_questions(self._core.model, self._tokens)
+        return self._spans
 
     def _asked(self, span: Span, n_before: int) -> "Item":
         """Give the tokens of a question to be scored behind the prompt's first n_before."""
@@ -134,7 +136,7 @@ class PromptReading(Reading):
         first = start + 1
         read = self._tokens[:n_before] + self._tokens[start:first]
         request = Request(read, self._by_base.weights, n_base=n_base_of(len(read)))
-        return request, self._tokens[first : min(first + N_OUTPUT, end)]
+        return request, self._tokens[first:end][:N_OUTPUT]
 
     def next_logits(self) -> F32:
         next_logits = self._heard()[1].next_logits

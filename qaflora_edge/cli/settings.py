@@ -21,7 +21,6 @@ from qaflora_edge.config import (
 )
 
 PREFIX = "QAFLORA_"
-SECRET = "(secret)"  # shown instead of a value that is one
 # Tables that take the shared options.
 SHARED_TABLES = ("run", "chat", "compare", "eval", "weights", "export", "bench", "serve")
 TABLES = tuple(dict.fromkeys((*SHARED_TABLES, *OWN)))
@@ -65,7 +64,7 @@ def file_settings() -> Table:
     for name, value in _by_key(settings).items():
         option = options.get(name)
         if option is not None and not option.fits(value):
-            shown = SECRET if option.is_secret else value
+            shown = "(secret)" if option.is_secret else value
             raise wrong_value(path, name, shown, option.expected)
         if option is None and name not in LIBRARY_KEYS:
             table = name.rpartition(".")[0]

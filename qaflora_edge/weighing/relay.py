@@ -14,7 +14,7 @@ from qaflora_edge.config import Option
 from qaflora_edge.errors import StrategyError
 from qaflora_edge.weighing.plan import BASE, Draft, DraftStep, Plan, WriteStep, alone_weights
 from qaflora_edge.weighing.strategy import Query, Reading
-from qaflora_edge.weighing.two_place import FIRST, STANDS_OUT, TWO_PLACE_OPTIONS, TwoPlace
+from qaflora_edge.weighing.two_place import FIRST, STANDS_OUT, TWO_PLACE_OPTIONS, TwoPlace, places
 
 OPENING, SURENESS = DRAFTED = "opening", "sureness"  # of calibration.KEYS
 
@@ -41,8 +41,6 @@ BEGINS = 0.05  # of the base's log p of a draft's first token, in nats: low in a
 SURPRISED = 3.5  # nats from which an adapter, a form or a language is not the base's
 FORMS_ALL = 7.0  # nats by which answers to everyday prompts begin as the base's never do
 MARGIN = 0.5  # spreads by which a place, or an opening, differs from another
-
-_AT_LAST = {False: "added_last", True: "later_last"}  # of calibration.EXTENTS, by Query.is_later
 
 # fmt: off
 _OPTIONS = (
@@ -106,10 +104,10 @@ class RelayStrategy(TwoPlace):
             return plan
         nats, scores = _subject(reading, plan)
         may_form = _may_form(query, plan)
+        can_know = probability(log_odds(0.0, nats)) > CLAIM
         # Who stands out at the last token of a question that surprises nobody seldom is a form.
-        is_known = probability(log_odds(0.0, nats)) > CLAIM
-        forms = list(may_form) if is_known else []
-        may_know = scores if is_known else {}
+        forms = list(may_form) if can_know else []
+        may_know = scores if can_know else {}
         asked = _asked(query, plan, forms, may_know)
         heard = _heard(reading, plan, asked, may_form, nats, scores)
         plan = replace(plan, known=heard.known)
@@ -168,16 +166,15 @@ def _subject(reading: Reading, plan: Plan) -> tuple[float, dict[str, float]]:
     scores = {name: reason.scores["question"] for name, reason in plan.why.items()}
     if not query.is_later or reading.goes_on() < GOES_ON:
         return nats, scores
-    for added in reading.earlier_added():
+    earlier_nats, earlier_added = reading.earlier()
+    for added in earlier_added:
         if query.neutral:
-            places = np.stack([added, added])
-            _, added = without_system(query, places, FIRST, reading.neutral())
+            both = np.stack([added, added])
+            _, added = without_system(query, both, FIRST, reading.neutral())
         above = above_typical(query, FIRST[1], added).tolist()
-        scores = {
-            name: max(scores[name], score)
-            for name, score in zip(query.adapters, above, strict=True)
-        }
-    return max(nats, reading.earlier_surprise()), scores
+        for name, score in zip(query.adapters, above, strict=True):
+            scores[name] = max(scores[name], score)
+    return max(nats, earlier_nats), scores
 
 
 def _may_form(query: Query, plan: Plan) -> dict[str, float]:
@@ -190,7 +187,7 @@ def _may_form(query: Query, plan: Plan) -> dict[str, float]:
     from qaflora_edge.weighing.calibration import unusual
 
     assert plan.divergence is not None  # what is added at the last token
-    at_last = _AT_LAST[query.is_later]
+    at_last, _ = places(query)
     scores = unusual(query, {at_last: np.asarray(plan.divergence, np.float64)})  # [n_adapter]
     may_form: dict[str, float] = {}
     for score, name in sorted(zip(scores.tolist(), query.adapters, strict=True), reverse=True):

@@ -137,14 +137,12 @@ class Reading(Protocol):
         A question that goes on from what was said before surprises less, one that does not, more.
         """
 
-    def earlier_surprise(self) -> float:
-        """Give the most that an earlier question surprises the base by, in nats.
+    def earlier(self) -> tuple[float, F64]:
+        """Read a few user turns before the last one, where goes_on() is above 0.
 
-        Of a few user turns before the last one, each counted as surprise() counts.
+        returns  the most that one of them surprises the base by, in nats, counted as surprise() is;
+                 what adapters would add in each: float64 [n_question, n_adapter, n_layer]
         """
-
-    def earlier_added(self) -> F64:
-        """Measure what adapters would add in them: float64 [n_question, n_adapter, n_layer]."""
 
     def question(self) -> str:
         """Give the question's text."""

@@ -73,7 +73,7 @@ class TwoPlace(Strategy):
             return Plan.mix(whole, because=f"{query.adapters[0]} is the only adapter in use.")
         added = reading.added()
         if query.neutral:
-            added = without_system(query, added, _places(query), reading.neutral())
+            added = without_system(query, added, places(query), reading.neutral())
         last, question = added
         scores = _scores(query, last, question)
         first_scores = next(iter(scores.values()))  # [n_adapter]
@@ -114,7 +114,7 @@ def _calls_alone(reading: Reading, weights: F32) -> bool:
     return calls.begins(of_mix.text) and not calls.begins(of_base.text)
 
 
-def _places(query: Query) -> tuple[str, str]:
+def places(query: Query) -> tuple[str, str]:
     """Name what is typical of a chat's last token, and of its question."""
     return LATER if query.is_later else FIRST
 
@@ -128,7 +128,7 @@ def _scores(query: Query, last: F64, question: F64) -> dict[str, F64]:
 
     if not query.is_chat:  # plain text has no question
         return {"text": unusual(query, {"added_text": last})}
-    at_last, in_question = _places(query)
+    at_last, in_question = places(query)
     return {
         "answer": unusual(query, {at_last: last, in_question: question}),
         "question": above_typical(query, in_question, question),
