@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     from qaflora_edge.backend.branches import Steps
     from qaflora_edge.inference.core import Core
     from qaflora_edge.inference.drafts import DraftSoFar
-    from qaflora_edge.inference.score import Item
     from qaflora_edge.weighing.added import Listener
 
 T = TypeVar("T")
+N_RECOGNISED = (
+    48  # last tokens of a question that adapters read again, to tell whether they know it
+)
 
 
 class PromptReading(Reading):
@@ -108,35 +110,38 @@ class PromptReading(Reading):
         if not self._earlier():  # they are empty texts
             return 0.0
         first, _ = self._earlier()[-1]
-        (alone,) = self._scores([self._asked(self.query.question, first)])
-        return -sum(alone) - self.surprise()
+        return self._surprise(self.query.question, first) - self.surprise()
 
     def earlier(self) -> tuple[float, F64]:
-        spans = self._earlier()[:N_EARLIER]
-        items = [self._asked(span, span[0]) for span in spans]
-        nats = max(-sum(logprobs) for logprobs in self._scores(items))
-        heard = []
-        for span in spans:
-            _, end = span
-            asked = replace(self.query, tokens=self._tokens[:end], question=span, n_weighed=end)
-            steps = self._core.added.together([asked], self._rows, self._kv_state())
-            _, in_question = self._core.run(steps, self._cancellation, kind="branch")
-            heard.append(in_question)
-        return nats, np.concatenate(heard)
+        nats = []
+        in_questions = []
+        for span in self._earlier()[:N_EARLIER]:
+            heard = self._core.added.remembered(self._rows, span, self._tokens)
+            in_question, surprise = heard or self._hear_earlier(span)
+            in_questions.append(in_question)
+            nats.append(surprise)
+        return max(nats), np.stack(in_questions)
+
+    def _hear_earlier(self, span: Span) -> tuple[F64, float]:
+        """Tell what adapters would add in an earlier question: [n_adapter, n_layer]; its nats."""
+        start, end = span
+        asked = replace(self.query, tokens=self._tokens[:end], question=span, n_weighed=end)
+        steps = self._core.added.together([asked], self._rows, self._kv_state())
+        _, (in_question,) = self._core.run(steps, self._cancellation, kind="branch")
+        return in_question, self._surprise(span, start)
+
+    def _surprise(self, span: Span, n_before: int) -> float:
+        """Tell how much a question surprises the base behind the prompt's first n_before tokens."""
+        start, end = span
+        question = self._tokens[start:end][: 1 + N_OUTPUT]
+        (logprobs,) = self._behind(n_before, [question], [BASE])
+        return -sum(logprobs)
 
     def _earlier(self) -> list[Span]:
         """Find the user turns before the last one, the latest first."""
         if not self._spans:
             self._spans = earlier_questions(self._core.model, self._tokens)
         return self._spans
-
-    def _asked(self, span: Span, n_before: int) -> "Item":
-        """Give the tokens of a question to be scored behind the prompt's first n_before."""
-        start, end = span
-        first = start + 1
-        read = self._tokens[:n_before] + self._tokens[start:first]
-        request = Request(read, self._by_base.weights, n_base=n_base_of(len(read)))
-        return request, self._tokens[first:end][:N_OUTPUT]
 
     def next_logits(self) -> F32:
         next_logits = self._heard()[1].next_logits
@@ -216,12 +221,29 @@ class PromptReading(Reading):
         return [self._drafts[answering if name == ANSWER else name].draft for name in names]
 
     def base_logprobs(self, drafts: Sequence[Draft]) -> list[tuple[float, ...]]:
-        return self._scores([(self._by_base, draft.tokens) for draft in drafts])
+        n_read = len(self.query.tokens) - 1
+        last = self.query.tokens[n_read:]
+        read_on = [last + draft.tokens for draft in drafts]
+        return self._behind(n_read, read_on, [BASE] * len(drafts))
 
-    def _scores(self, items: "Sequence[Item]") -> list[tuple[float, ...]]:
-        """Give log p, in nats, of each token of some continuations."""
-        steps = self._core.scorer.score(items, self._kv_state)
-        scores = self._core.run(steps, self._cancellation, kind="branch")
+    def expected(self, names: Sequence[str]) -> list[tuple[float, ...]]:
+        start, end = self.query.question
+        start = max(start, end - N_RECOGNISED)
+        question = self._tokens[start:end]
+        return self._behind(start, [question] * len(names), names)
+
+    def _behind(
+        self, n_read: int, continuations: Sequence[tuple[int, ...]], names: Sequence[str]
+    ) -> list[tuple[float, ...]]:
+        """Give log p, in nats, of tokens from the second on, each under an adapter or BASE.
+
+        n_read  the prompt's first tokens, which the base reads before
+        """
+        core = self._core
+        request = replace(self._by_base, tokens=self.query.tokens[:n_read])
+        weights = [core.weights_of(name) for name in names]
+        steps = core.scorer.behind(request, continuations, weights, self._kv_state)
+        scores = core.run(steps, self._cancellation, kind="branch")
         return [tuple(logprobs.tolist()) for logprobs in scores]
 
     def draft_state(self, weights: F32) -> DraftState | None:

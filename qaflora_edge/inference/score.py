@@ -60,6 +60,41 @@ class Scorer:
                 yield from self._score_group(request, group, read())
         return results
 
+    def behind(
+        self,
+        request: Request,
+        continuations: Sequence[Tokens],
+        weights: Sequence[F32],
+        read: Callable[[], KvState | None],
+    ) -> Steps[list[F32]]:
+        """Score continuations under weights of their own, all behind what the base reads.
+
+        request  what the base reads
+        weights  of each continuation: float32 [n_adapter, n_layer], at most N_BRANCH
+        read     gives the base's KV state of a prompt that begins so, where it is known
+        returns  log-probabilities in nats of each continuation's tokens from the second on:
+                 float32 [n_token - 1] each
+
+        Yields between micro-batches. Raises BackendError when one is NaN.
+        """
+        n_read = len(request.tokens)
+        group = [
+            _Continuation(tokens, np.zeros(len(tokens), np.float32)) for tokens in continuations
+        ]
+        with self._branches.context(n_read + sum(map(len, continuations)), read()) as context:
+            context.set_weights(request.weights)
+            n_held = context.keep(n_read, 0)
+            if n_held < n_read:
+                yield from prefill(context, request.tokens, n_held, "none")
+            rows = []
+            for seq, continuation in enumerate(group, start=1):
+                rows += _branch(context, continuation, weights[seq - 1], seq)
+            for at in range(0, len(rows), N_OUTPUT):
+                _score_rows(context, request, group, rows[at : at + N_OUTPUT])
+                yield None
+        _check_numbers(group)
+        return [continuation.logprobs[1:] for continuation in group]
+
     def _score_group(
         self, request: Request, group: Sequence[_Continuation], state: KvState | None
     ) -> Steps[None]:
@@ -67,13 +102,21 @@ class Scorer:
         n_token = len(request.tokens) + sum(len(continuation.tokens) for continuation in group)
         with self._branches.context(n_token, state) as context:
             yield from _prefill_prompt(context, request)
-            rows = _branch(context, request, group)
+            after_prompt = log_softmax(context.logits_view())  # [n_vocab]
+            rows = []
+            for seq, continuation in enumerate(group, start=1):
+                continuation.logprobs[0] = after_prompt[continuation.tokens[0]]
+                rows += _branch(context, continuation, request.weights, seq)
             for at in range(0, len(rows), N_OUTPUT):
                 _score_rows(context, request, group, rows[at : at + N_OUTPUT])
                 yield None
-            for continuation in group:
-                if np.isnan(continuation.logprobs).any():
-                    raise no_numbers("The log-probabilities of a continuation")
+            _check_numbers(group)
+
+
+def _check_numbers(group: Sequence[_Continuation]) -> None:
+    for continuation in group:
+        if np.isnan(continuation.logprobs).any():
+            raise no_numbers("The log-probabilities of a continuation")
 
 
 def _prefill_prompt(context: Context, request: Request) -> Steps[None]:
@@ -90,20 +133,13 @@ def _prefill_prompt(context: Context, request: Request) -> Steps[None]:
     yield None
 
 
-def _branch(context: Context, request: Request, group: Sequence[_Continuation]) -> list[_Row]:
-    """Score first tokens, after the prompt; give the rows that score others, each in a sequence."""
-    after_prompt = log_softmax(context.logits_view())  # [n_vocab]
-    rows = []
-    for seq, continuation in enumerate(group, start=1):
-        first_token = continuation.tokens[0]
-        continuation.logprobs[0] = after_prompt[first_token]
-        n_row = len(continuation.tokens) - 1
-        if n_row:
-            context.copy(0, seq)
-            context.set_weights(request.weights, seq=seq)
-        for place in range(n_row):
-            rows.append(_Row(seq, place))
-    return rows
+def _branch(context: Context, continuation: _Continuation, weights: F32, seq: int) -> list[_Row]:
+    """Give a continuation a sequence, where it needs one; give the rows that score its tokens."""
+    n_row = len(continuation.tokens) - 1
+    if n_row > 0:
+        context.copy(0, seq)
+        context.set_weights(weights, seq=seq)
+    return [_Row(seq, place) for place in range(n_row)]
 
 
 def _score_rows(

@@ -187,6 +187,20 @@ class Added:
         listener.hears_next = n_scored > 0
         return listener
 
+    def remembered(self, rows: Rows, span: Span, tokens: Sequence[int]) -> tuple[F64, float] | None:
+        """Give what listener() heard of an earlier question of a prompt, if it still knows.
+
+        returns  in the question, [n_row, n_layer]; the nats by which it surprised the base
+        """
+        with self._remembering:
+            everything = list(self._heard.items())
+        for (heard_rows, heard_span, n_scored, heard_tokens), heard in everything:
+            is_asked = n_scored and heard_rows == tuple(rows) and heard_span == span
+            if is_asked and heard_tokens == tuple(tokens[: len(heard_tokens)]):
+                (_, in_question), nats = heard
+                return in_question, nats
+        return None
+
     def _remember(self, key: tuple[Any, ...], result: F64, nats: float) -> None:
         with self._remembering:  # callers have threads of their own
             self._heard[key] = result, nats

@@ -163,6 +163,12 @@ class Reading(Protocol):
     def base_logprobs(self, drafts: "Sequence[Draft]") -> list[tuple[float, ...]]:
         """Give log p, in nats, of each token of some drafts as the base's: all in one batch."""
 
+    def expected(self, names: "Sequence[str]") -> list[tuple[float, ...]]:
+        """Give log p, in nats, of the question's tokens under adapters, or BASE, in one batch.
+
+        What stands before the question is read by the base.
+        """
+
     def embedding(self) -> F32:
         """Average the base's state after its last block over tokens: float32 [n_embd]."""
 
