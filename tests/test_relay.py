@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import exp, log
@@ -33,7 +33,13 @@ from qaflora_edge.weighing.plan import (
     WriteStep,
     alone_weights,
 )
-from qaflora_edge.weighing.relay import log_odds, probability, sureness, told_probability
+from qaflora_edge.weighing.relay import (
+    log_odds,
+    probability,
+    recognised,
+    sureness,
+    told_probability,
+)
 
 N_DRAFT = 8
 NAMES = ("form", "shop", "other")
@@ -72,12 +78,14 @@ class Scripted:
         nats: float = 80.0,
         earlier: tuple[float, Any] = (0.0, None),
         goes_on: float = 9.0,
+        expected: Mapping[str, float] = {},  # log p of each of the question's tokens
     ) -> None:
         self._sizes = (last, question)
         self._told = {told.draft.adapter: told for told in drafts}
         self._nats = nats
         self._earlier = earlier
         self._goes_on = goes_on
+        self._expected = expected
         self.asked: list[str] = []
 
     def added(self) -> Any:
@@ -92,6 +100,9 @@ class Scripted:
     def earlier(self) -> tuple[float, Any]:
         nats, added = self._earlier
         return nats, np.repeat(np.array([added])[:, :, None], 2, axis=2)
+
+    def expected(self, names: Iterable[str], goes_on: bool) -> list[tuple[float, ...]]:
+        return [(self._expected.get(name, -4.0),) * 3 for name in names]
 
     def drafts(self, names: Iterable[str], n_token: int, answer: Any = None) -> list[Draft]:
         names = list(names)
@@ -251,14 +262,29 @@ def test_of_two_forms_the_one_is_given_that_stands_out_more() -> None:
     assert who(weighed(Scripted(*places, drafts))) == ("shop", "other")
 
 
-def test_of_two_that_know_the_one_answers_whose_subject_or_language_it_is() -> None:
-    of_shop = ([LOW, LOW, LOW], [LOW, HIGH, LOW])
+def test_of_two_that_know_the_one_answers_that_has_heard_of_it() -> None:
+    """The shop is less sure, but words of the question surprise it less than the base."""
     both = [told("shop", -0.05), told("other", -0.01)]
-    plan = weighed(Scripted(*of_shop, both), "relay:abstain=16")
-    assert plan.weights[:, 0].tolist() == [0, 1, 0]
     assert weighed(Scripted(*NOBODY, both)).weights[:, 0].tolist() == [0, 0, 1]
-    both[1] = told("other", -0.01, first=-3.0)  # as if in another language
-    assert weighed(Scripted(*NOBODY, both)).weights[:, 0].tolist() == [0, 1, 0]
+    heard_of = Scripted(*NOBODY, both, expected={"shop": -1.0})
+    assert weighed(heard_of).weights[:, 0].tolist() == [0, 1, 0]
+    unsure = [told("shop", -0.2), told("other", -0.01)]  # half as probable as a claim has to be
+    heard_of = Scripted(*NOBODY, unsure, expected={"shop": -1.0})
+    assert weighed(heard_of).weights[:, 0].tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("logprobs", "of_base", "expected"),
+    [
+        ([-0.1, -0.5], [-1.0, -4.0], exp(-0.1) - exp(-1) + 4 * (exp(-0.5) - exp(-4))),
+        ([-5.0, -0.5], [-1.0, -90.0], 6 * exp(-0.5)),  # 6 nats at most; nothing below the base
+        ([], [], 0.0),
+    ],
+)
+def test_who_recognises_a_question_adds_to_what_surprises_the_base(
+    logprobs, of_base, expected
+) -> None:
+    assert recognised(logprobs, of_base) == pytest.approx(log(1 + expected))
 
 
 def test_of_two_that_know_the_one_answers_that_is_not_always_so_sure() -> None:
@@ -282,6 +308,14 @@ def test_two_places_first_is_refused_an_answer_that_it_makes_up() -> None:
     assert weighed(at_last).weights.any()  # it may give a form
     at_last._nats = 5.0  # nobody can know the answer, and forms are asked for in more words
     assert not weighed(at_last).weights.any()
+
+
+def test_who_stands_out_far_enough_at_the_end_needs_no_draft() -> None:
+    """The base expects the question, as it does a sum."""
+    for size, asked in ((0.04, ["form"]), (0.06, [])):
+        reading = Scripted([size, LOW, LOW], [TYPICAL_SIZE, LOW, LOW], nats=30.0)
+        weighed(reading)
+        assert reading.asked == asked
 
 
 def test_an_adapter_that_gives_all_its_form_is_not_asked_what_it_knows() -> None:

@@ -226,8 +226,10 @@ class PromptReading(Reading):
         read_on = [last + draft.tokens for draft in drafts]
         return self._behind(n_read, read_on, [BASE] * len(drafts))
 
-    def expected(self, names: Sequence[str]) -> list[tuple[float, ...]]:
+    def expected(self, names: Sequence[str], goes_on: bool) -> list[tuple[float, ...]]:
         start, end = self.query.question
+        if goes_on:
+            start, _ = self._earlier()[-1]
         start = max(start, end - N_RECOGNISED)
         question = self._tokens[start:end]
         return self._behind(start, [question] * len(names), names)

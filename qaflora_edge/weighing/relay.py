@@ -36,8 +36,7 @@ TOLD = 2.1  # for each one of the log-odds
 TOLD_AT_0 = -1.0
 
 CLAIM = 0.4  # probability from which an adapter may know; up to half of it, it makes things up
-AMONG = 0.25  # of the score in the question, beside how unusually sure one is, where several may
-BEGINS = 0.05  # of the base's log p of a draft's first token, in nats: low in another language
+SURELY = 3.5  # spreads; who stands out so far at the last token gives its form, whatever is asked
 SURPRISED = 3.5  # nats from which an adapter, a form or a language is not the base's
 FORMS_ALL = 7.0  # nats by which answers to everyday prompts begin as the base's never do
 MARGIN = 0.5  # spreads by which a place, or an opening, differs from another
@@ -73,6 +72,20 @@ class Heard:
         return sum(self.drafts[name].logprobs) - sum(self.by_base[name]) >= SURPRISED
 
 
+@dataclass(frozen=True)
+class Subject:
+    """Say what a question is about.
+
+    nats     by which it surprises the base, or one that it goes on from
+    scores   adapter -> how far it stands out in it, or in one of these
+    goes_on  whether it goes on from what was said before
+    """
+
+    nats: float
+    scores: dict[str, float]
+    goes_on: bool
+
+
 class RelayStrategy(TwoPlace):
     name = "relay"
     help = "two-place, and where one adapter knows and another writes: one after the other"
@@ -102,14 +115,15 @@ class RelayStrategy(TwoPlace):
         may_draft = query.is_chat and query.can_draft and not query.has_results
         if not may_draft or len(query.adapters) < 2:
             return plan
-        nats, scores = _subject(reading, plan)
+        subject = _subject(reading, plan)
         may_form = _may_form(query, plan)
-        can_know = probability(log_odds(0.0, nats)) > CLAIM
+        can_know = probability(log_odds(0.0, subject.nats)) > CLAIM
         # Who stands out at the last token of a question that surprises nobody seldom is a form.
-        forms = list(may_form) if can_know else []
-        may_know = scores if can_know else {}
+        least = 0.0 if can_know else SURELY
+        forms = [name for name, score in may_form.items() if score >= least]
+        may_know = subject.scores if can_know else {}
         asked = _asked(query, plan, forms, may_know)
-        heard = _heard(reading, plan, asked, may_form, nats, scores)
+        heard = _heard(reading, plan, asked, may_form, subject)
         plan = replace(plan, known=heard.known)
         if heard.knower is not None and heard.knower != heard.form:
             return _relayed(reading, plan, heard, heard.knower)
@@ -126,6 +140,21 @@ def sureness(logprobs: Sequence[float], of_base: Sequence[float]) -> float:
     surprises = [min(-logprob, MOST_SURPRISED) for logprob in of_base]
     weighted = sum(w * logprob for w, logprob in zip(surprises, logprobs, strict=True))
     return weighted / (sum(surprises) + LEAST_SURPRISED)
+
+
+def recognised(logprobs: Sequence[float], of_base: Sequence[float]) -> float:
+    """Tell how far an adapter expects words of a question that the base does not.
+
+    logprobs  log p of the question's tokens under the adapter, in nats: [n_token]
+    of_base   the same under the base
+    returns   at least 0: log(1 + nats), where a token counts as many nats as it surprises the base
+              by, times what the adapter adds to its probability
+    """
+    nats = 0.0
+    for logprob, by_base in zip(logprobs, of_base, strict=True):
+        surprise = min(-by_base, MOST_SURPRISED)
+        nats += surprise * max(exp(logprob) - exp(by_base), 0.0)
+    return log(1.0 + nats)
 
 
 def log_odds(sure: float, nats: float) -> float:
@@ -152,11 +181,8 @@ def told_probability(known: float) -> float:
     return probability(TOLD * log(known / (1.0 - known)) + TOLD_AT_0)
 
 
-def _subject(reading: Reading, plan: Plan) -> tuple[float, dict[str, float]]:
-    """Tell how much the question surprises the base, and how far each adapter stands out in it.
-
-    One that goes on from earlier ones is about their subject: the most of all of them counts.
-    """
+def _subject(reading: Reading, plan: Plan) -> Subject:
+    """Tell what the question is about: the most of all questions that it goes on from counts."""
     import numpy as np
 
     from qaflora_edge.weighing.calibration import above_typical, without_system
@@ -165,7 +191,7 @@ def _subject(reading: Reading, plan: Plan) -> tuple[float, dict[str, float]]:
     nats = reading.surprise()
     scores = {name: reason.scores["question"] for name, reason in plan.why.items()}
     if not query.is_later or reading.goes_on() < GOES_ON:
-        return nats, scores
+        return Subject(nats, scores, goes_on=False)
     earlier_nats, earlier_added = reading.earlier()
     for added in earlier_added:
         if query.neutral:
@@ -174,7 +200,7 @@ def _subject(reading: Reading, plan: Plan) -> tuple[float, dict[str, float]]:
         above = above_typical(query, FIRST[1], added).tolist()
         for name, score in zip(query.adapters, above, strict=True):
             scores[name] = max(scores[name], score)
-    return max(nats, earlier_nats), scores
+    return Subject(max(nats, earlier_nats), scores, goes_on=True)
 
 
 def _may_form(query: Query, plan: Plan) -> dict[str, float]:
@@ -223,8 +249,7 @@ def _heard(
     plan: Plan,
     asked: Sequence[str],
     may_form: Mapping[str, float],
-    nats: float,
-    scores: Mapping[str, float],
+    subject: Subject,
 ) -> Heard:
     if not asked:
         return Heard({}, {}, {})
@@ -235,22 +260,26 @@ def _heard(
     forms = _forms(query, heard, may_form)
     form = max(forms, key=forms.__getitem__, default=None)
     known = dict.fromkeys(asked, 0.0)
-    ranks = {}  # of those who may know
+    unusual = {}  # how unusually sure each is that may know, in spreads
     for name, draft in heard.drafts.items():
         if not heard.says(name):
             continue
         sure = sureness(draft.logprobs, by_base[name])
-        known[name] = probability(log_odds(sure, nats))
+        known[name] = probability(log_odds(sure, subject.nats))
         is_other_form = name != form and _forms_all(query, name)
-        if known[name] > CLAIM and not is_other_form:
+        if known[name] > CLAIM / 2 and not is_other_form:
             # One that was trained for too long is sure of whatever it makes up.
             typical = query.typical[name][SURENESS]
-            unusual = float((sure - typical["mean"]) / typical["spread"])
-            begins = BEGINS * max(by_base[name][0], -MOST_SURPRISED)
-            ranks[name] = unusual + AMONG * scores[name] + begins
+            unusual[name] = float((sure - typical["mean"]) / typical["spread"])
+    ranks = {}  # of those who may know
+    if any(known[name] > CLAIM for name in unusual):
+        of_base, *expected = reading.expected([BASE, *unusual], subject.goes_on)
+        for name, logprobs in zip(unusual, expected, strict=True):
+            ranks[name] = unusual[name] + recognised(logprobs, of_base)
     # Who gives a form is sure of that, so it has to be ahead of others in the question too.
     others = [name for name in ranks if name not in forms]
     knower = max(others, key=ranks.__getitem__, default=None)
+    scores = subject.scores
     if form in ranks and (
         knower is None or (known[form] > known[knower] and scores[form] >= scores[knower])
     ):

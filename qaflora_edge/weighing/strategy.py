@@ -163,10 +163,10 @@ class Reading(Protocol):
     def base_logprobs(self, drafts: "Sequence[Draft]") -> list[tuple[float, ...]]:
         """Give log p, in nats, of each token of some drafts as the base's: all in one batch."""
 
-    def expected(self, names: "Sequence[str]") -> list[tuple[float, ...]]:
-        """Give log p, in nats, of the question's tokens under adapters, or BASE, in one batch.
+    def expected(self, names: "Sequence[str]", goes_on: bool) -> list[tuple[float, ...]]:
+        """Give log p, in nats, of the question's last tokens under adapters, or BASE, in one batch.
 
-        What stands before the question is read by the base.
+        goes_on  whether what was said before counts as the question
         """
 
     def embedding(self) -> F32:
