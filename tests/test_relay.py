@@ -312,10 +312,11 @@ def test_two_places_first_is_refused_an_answer_that_it_makes_up() -> None:
 
 def test_who_stands_out_far_enough_at_the_end_needs_no_draft() -> None:
     """The base expects the question, as it does a sum."""
-    for size, asked in ((0.04, ["form"]), (0.06, [])):
+    for size, asked in ((0.05, ["form"]), (0.06, [])):  # 3.2 and 3.6 spreads
         reading = Scripted([size, LOW, LOW], [TYPICAL_SIZE, LOW, LOW], nats=30.0)
-        weighed(reading)
+        plan = weighed(reading)
         assert reading.asked == asked
+        assert plan.weights.any() == (not asked)
 
 
 def test_an_adapter_that_gives_all_its_form_is_not_asked_what_it_knows() -> None:
