@@ -12,7 +12,7 @@ from qaflora_edge.backend.batch import Span
 from qaflora_edge.backend.branches import N_BRANCH, N_OUTPUT, Branches, Steps, prefill
 from qaflora_edge.backend.context import Context, KvState
 from qaflora_edge.inference.sampler import no_numbers
-from qaflora_edge.inference.sequence import Request, log_softmax
+from qaflora_edge.inference.sequence import Request, log_softmax, surprise
 
 Tokens = tuple[int, ...]
 Item = tuple[Request, Tokens]  # a prompt with its weights, and a continuation
@@ -158,5 +158,4 @@ def _score_rows(
         continuation = group[row.seq - 1]
         next_place = row.place + 1
         next_token = continuation.tokens[next_place]
-        logprobs = log_softmax(context.logits_view(output))  # [n_vocab]
-        continuation.logprobs[next_place] = logprobs[next_token]
+        continuation.logprobs[next_place] = -surprise(context.logits_view(output), next_token)

@@ -19,7 +19,7 @@ from qaflora_edge.weighing.two_place import FIRST, STANDS_OUT, TWO_PLACE_OPTIONS
 OPENING, SURENESS = DRAFTED = "opening", "sureness"  # of calibration.KEYS
 
 N_DRAFT = 14  # tokens of a draft that tell whether its adapter knows
-N_ASKED = 5  # adapters that draft because they may know, and as many that may give a form
+N_ASKED = 3  # adapters that draft because they may know, and as many that may give a form
 NEAR = 2.0  # spreads: who knows stands out in the question nearly as far as whoever does most
 N_OPENING = 3  # tokens in which a form begins
 
