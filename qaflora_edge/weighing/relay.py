@@ -7,7 +7,7 @@ docs/strategies.md has the rule in words, docs/results.md where each constant co
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import exp, log
 
 from qaflora_edge.config import Option
@@ -31,9 +31,10 @@ USUAL = -8.7  # where all of that is 0
 MOST_SURPRISED = 6.0  # nats; a token that surprises the base more counts no more
 LEAST_SURPRISED = 0.5  # nats, of a draft that says what the base says
 
-# What is told of an answer: of the drafts that are taken, log-odds are too close to 0.
-TOLD = 2.1  # for each one of the log-odds
-TOLD_AT_0 = -1.0
+# What is told of an answer: a logistic regression over drafts that were taken.
+TOLD_SURE = 5.3  # log-odds for each nat of sureness()
+TOLD_RECOGNISED = 1.1  # for each one of recognised()
+TOLD_AT_0 = -0.7
 
 CLAIM = 0.4  # probability from which an adapter may know; up to half of it, it makes things up
 SURELY = 3.5  # spreads; who stands out so far at the last token gives its form, whatever is asked
@@ -56,6 +57,7 @@ class Heard:
 
     drafts   adapter -> its draft
     by_base  adapter -> log p, in nats, of its draft's tokens as the base's
+    sure     adapter -> how sure it is of it where the base is surprised, where it says more
     known    adapter -> probability that its draft is right
     form     who gives the answer its form; None: nobody
     knower   who knows; None: nobody
@@ -64,6 +66,8 @@ class Heard:
     drafts: Mapping[str, Draft]
     by_base: Mapping[str, Sequence[float]]
     known: Mapping[str, float]
+    sure: Mapping[str, float] = field(default_factory=dict)
+    recognised: Mapping[str, float] = field(default_factory=dict)
     form: str | None = None
     knower: str | None = None
 
@@ -126,8 +130,9 @@ class RelayStrategy(TwoPlace):
         heard = _heard(reading, plan, asked, may_form, subject)
         plan = replace(plan, known=heard.known)
         if heard.knower is not None and heard.knower != heard.form:
-            return _relayed(reading, plan, heard, heard.knower)
-        return _confirmed(query, plan, heard, forms)
+            sure = _sure(reading, subject, heard, heard.knower)
+            return _relayed(reading, replace(plan, sure=sure), heard, heard.knower)
+        return _confirmed(reading, plan, subject, heard, forms)
 
 
 def sureness(logprobs: Sequence[float], of_base: Sequence[float]) -> float:
@@ -171,14 +176,12 @@ def probability(odds: float) -> float:
     return 1.0 / (1.0 + exp(-odds))
 
 
-def told_probability(known: float) -> float:
+def told_probability(sure: float, recognised: float) -> float:
     """Give the probability that the draft of an adapter is right that was taken to know.
 
-    Of several the surest is taken, so that it is wrong more often than one draft alone.
-
-    known  the probability of its draft alone, above 0 and below 1
+    sure, recognised  as sureness() and recognised() give them
     """
-    return probability(TOLD * log(known / (1.0 - known)) + TOLD_AT_0)
+    return probability(TOLD_SURE * sure + TOLD_RECOGNISED * recognised + TOLD_AT_0)
 
 
 def _subject(reading: Reading, plan: Plan) -> Subject:
@@ -260,22 +263,22 @@ def _heard(
     forms = _forms(query, heard, may_form)
     form = max(forms, key=forms.__getitem__, default=None)
     known = dict.fromkeys(asked, 0.0)
+    sure = {}
     unusual = {}  # how unusually sure each is that may know, in spreads
     for name, draft in heard.drafts.items():
         if not heard.says(name):
             continue
-        sure = sureness(draft.logprobs, by_base[name])
-        known[name] = probability(log_odds(sure, subject.nats))
+        sure[name] = sureness(draft.logprobs, by_base[name])
+        known[name] = probability(log_odds(sure[name], subject.nats))
         is_other_form = name != form and _forms_all(query, name)
         if known[name] > CLAIM / 2 and not is_other_form:
             # One that was trained for too long is sure of whatever it makes up.
             typical = query.typical[name][SURENESS]
-            unusual[name] = float((sure - typical["mean"]) / typical["spread"])
-    ranks = {}  # of those who may know
+            unusual[name] = float((sure[name] - typical["mean"]) / typical["spread"])
+    by_words = {}
     if any(known[name] > CLAIM for name in unusual):
-        of_base, *expected = reading.expected([BASE, *unusual], subject.goes_on)
-        for name, logprobs in zip(unusual, expected, strict=True):
-            ranks[name] = unusual[name] + recognised(logprobs, of_base)
+        by_words = _recognised(reading, subject, list(unusual))
+    ranks = {name: unusual[name] + nats for name, nats in by_words.items()}
     # Who gives a form is sure of that, so it has to be ahead of others in the question too.
     others = [name for name in ranks if name not in forms]
     knower = max(others, key=ranks.__getitem__, default=None)
@@ -284,7 +287,24 @@ def _heard(
         knower is None or (known[form] > known[knower] and scores[form] >= scores[knower])
     ):
         knower = form
-    return replace(heard, known=known, form=form, knower=knower)
+    heard = replace(heard, known=known, sure=sure, recognised=by_words)
+    return replace(heard, form=form, knower=knower)
+
+
+def _recognised(reading: Reading, subject: Subject, names: Sequence[str]) -> dict[str, float]:
+    """Tell of each adapter how far it expects words of the question that the base does not."""
+    of_base, *expected = reading.expected([BASE, *names], subject.goes_on)
+    return {
+        name: recognised(logprobs, of_base) for name, logprobs in zip(names, expected, strict=True)
+    }
+
+
+def _sure(reading: Reading, subject: Subject, heard: Heard, name: str) -> float:
+    """Give the probability that the answer of an adapter is right that is taken."""
+    by_words = heard.recognised
+    if name not in by_words:
+        by_words = _recognised(reading, subject, [name])
+    return told_probability(heard.sure[name], by_words[name])
 
 
 def _forms(query: Query, heard: Heard, may_form: Mapping[str, float]) -> dict[str, float]:
@@ -322,8 +342,7 @@ def _relayed(reading: Reading, plan: Plan, heard: Heard, knower: str) -> Plan:
     """Let who knows draft for who gives the form; else answer alone, in the question's language."""
     query = reading.query
     (draft,) = reading.drafts([knower], N_DRAFT)
-    of_knower = f"{knower} most probably knows ({heard.known[knower]:.0%})"
-    plan = replace(plan, sure=told_probability(heard.known[knower]))
+    of_knower = f"{knower} most probably knows ({plan.sure:.0%})"
     writer = heard.form
     is_foreign = heard.by_base[knower][0] < -SURPRISED and not _forms_all(query, knower)
     if writer is None and is_foreign:
@@ -348,8 +367,11 @@ def _takes_form(reading: Reading, knower: str, writer: str) -> bool:
     return of_knower.tokens[:1] == of_writer.tokens[:1]
 
 
-def _confirmed(query: Query, plan: Plan, heard: Heard, forms: Iterable[str]) -> Plan:
+def _confirmed(
+    reading: Reading, plan: Plan, subject: Subject, heard: Heard, forms: Iterable[str]
+) -> Plan:
     """Keep two-place's choice, unless its first makes its answer up: then the base answers."""
+    query = reading.query
     first = _heaviest(query, plan)
     if first is None or first not in heard.drafts or first == heard.form:
         return plan
@@ -358,7 +380,8 @@ def _confirmed(query: Query, plan: Plan, heard: Heard, forms: Iterable[str]) -> 
     is_made_up = is_own and known <= CLAIM / 2
     is_unsure_whole = known <= CLAIM and heard.drafts[first].is_whole
     if not is_made_up and not is_unsure_whole:
-        return replace(plan, sure=told_probability(known)) if is_own else plan
+        sure = _sure(reading, subject, heard, first) if is_own else None
+        return replace(plan, sure=sure)
     step = WriteStep(alone_weights(BASE, query.adapters, query.n_layer))
     because = f"The base answers alone: {first} is unsure of its answer."
     return replace(plan, steps=(step,), because=because)
