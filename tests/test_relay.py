@@ -101,6 +101,9 @@ class Scripted:
         nats, added = self._earlier
         return nats, np.repeat(np.array([added])[:, :, None], 2, axis=2)
 
+    def question(self) -> str:
+        return "Was kostet Torf?"
+
     def expected(self, names: Iterable[str], goes_on: bool) -> list[tuple[float, ...]]:
         return [(self._expected.get(name, -4.0),) * 3 for name in names]
 
@@ -192,6 +195,16 @@ def test_the_base_writes_where_it_would_begin_in_another_language() -> None:
     plan = weighed(Scripted(*NOBODY, [told("shop", -0.01, first=-5.0)]))
     assert who(plan) == ("shop", BASE)
     assert not plan.weights.any()
+
+
+def test_a_name_of_the_question_is_no_language() -> None:
+    """The second token is a word of the question too, the third one is the answer's first."""
+    for third, knows_its_language in ((-1.0, True), (-8.0, False)):
+        by_base = (-5.0, -8.0, third, -8.0)
+        named = Draft("shop", (1, 2, 3, 4), "Torf kostet 80.", (-0.01,) * 4, is_whole=True)
+        reading = Scripted(*NOBODY, [Told(named, by_base)])
+        plan = weighed(reading, tokens=(7, 2, 8), question=(0, 3))
+        assert (plan.drafting is None) == knows_its_language
 
 
 @pytest.mark.parametrize(

@@ -344,8 +344,8 @@ def _relayed(reading: Reading, plan: Plan, heard: Heard, knower: str) -> Plan:
     (draft,) = reading.drafts([knower], N_DRAFT)
     of_knower = f"{knower} most probably knows ({plan.sure:.0%})"
     writer = heard.form
-    is_foreign = heard.by_base[knower][0] < -SURPRISED and not _forms_all(query, knower)
-    if writer is None and is_foreign:
+    is_foreign = _begins_in_words(reading, heard, knower) < -SURPRISED
+    if writer is None and is_foreign and not _forms_all(query, knower):
         writer = BASE
     if writer is None:
         weights = alone_weights(knower, query.adapters, query.n_layer)
@@ -357,6 +357,21 @@ def _relayed(reading: Reading, plan: Plan, heard: Heard, knower: str) -> Plan:
     writing = WriteStep(alone_weights(writer, query.adapters, query.n_layer), "before")
     because = f"{of_knower} and drafts, {writer} writes with the draft in view."
     return replace(plan, steps=(drafting, writing), because=because)
+
+
+def _begins_in_words(reading: Reading, heard: Heard, name: str) -> float:
+    """Give the base's log p of a draft's first token, or of the one behind a name, in nats.
+
+    A name of the question is of no language.
+    """
+    query = reading.query
+    asked = query.tokens[slice(*query.question)]
+    draft = heard.drafts[name]
+    first, *others = zip(draft.tokens, heard.by_base[name], strict=True)
+    if draft.text.strip().partition(" ")[0] in reading.question():
+        behind = [logprob for token, logprob in others if token not in asked]
+        return next(iter(behind), 0.0)
+    return first[1]
 
 
 def _takes_form(reading: Reading, knower: str, writer: str) -> bool:
