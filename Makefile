@@ -1,6 +1,7 @@
 # make demo           set up, fetch the base of demo/ (1.1 GB), ask five questions; SMALL=1: a smaller base, 491 MB
 # make test           set up, and all tests: under five minutes on two cores
 # make test-demo      what the documents show of `demo`, and its five answers, over its own base
+# make test-zoo       whom `relay` takes of twelve adapters, six of them held out, over 0.5B
 # make test-fast      those that are not marked slow: a minute, for daily work
 # make lint           ruff check, ruff format --check, mypy
 # make help           this list
@@ -45,7 +46,7 @@ DONE := $(VENV)/.done
 PACKAGE_FILES := pyproject.toml CMakeLists.txt models/registry.json \
     $(shell find qaflora_edge patches -type f ! -path '*/__pycache__/*')
 
-.PHONY: help demo test test-demo test-fast test-rpc test-vulkan vulkan-tests cuda-build cuda-tests test-asan asan-tests \
+.PHONY: help demo test test-demo test-zoo test-fast test-rpc test-vulkan vulkan-tests cuda-build cuda-tests test-asan asan-tests \
     test-tsan tsan-tests test-clients clients-tests pin-clients sdist release release-backend test-release release-tests test-aarch64 \
     test-windows test-container \
     lock fuzz bench-server load-server fair-server attack-server bench-convert lint convert-table eval-report eval-smoke clean FORCE
@@ -69,6 +70,12 @@ test-demo: export QAFLORA_TEST_DEMO := 1
 test-demo: $(DONE)/package $(DONE)/test-tools
 	$(BIN)/qaflora pull qwen2.5-coder-1.5b-instruct
 	$(BIN)/pytest tests/test_docs.py tests/test_transcript.py -k "blocks or rightly or typed"
+
+# Whom the rule takes of twelve adapters, six of them held out: benchmarks/zoo.
+test-zoo: export QAFLORA_TEST_ZOO := 1
+test-zoo: $(DONE)/package $(DONE)/test-tools
+	$(BIN)/qaflora pull qwen2.5-coder-0.5b-instruct
+	$(BIN)/pytest tests/test_zoo_rule.py
 
 test-fast: $(DONE)/package $(DONE)/test-tools
 	$(PYTEST) -m "not slow"
