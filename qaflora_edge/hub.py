@@ -36,7 +36,6 @@ from qaflora_edge.files import CHUNK_BYTES, AnyPath, atomic_path, cache_dir, cac
 from qaflora_edge.formats.bundle import BUNDLE_FILE, packed_files, read_bundle_text, safe_join
 from qaflora_edge.formats.names import (
     CONFIG_FILE,
-    INDEX_FILE,
     PICKLES,
     WEIGHTS_FILE,
     HubRef,
@@ -330,7 +329,7 @@ def _choose_peft(ref: HubRef, names: Sequence[str]) -> list[str]:
             f"expected {WEIGHTS_FILE} next to {CONFIG_FILE} in {ref.repo}; there is "
             f"none{pickled}. Ask its owner to save the adapter as safetensors."
         )
-    return [CONFIG_FILE, *weights, *(name for name in (INDEX_FILE, *DOCUMENTS) if name in names)]
+    return [CONFIG_FILE, *weights, *(name for name in DOCUMENTS if name in names)]
 
 
 def _download(

@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import mmap
 import os
+import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -256,25 +257,12 @@ class Model(Handle):
         if len(text) > _BLOCK and self._lib.llama_vocab_type(self.vocab) in _CUT_TYPES:
             marks = [mark for mark in self._marks(parse_special) if mark in text]
         start = 0
-        while marks and len(text) - start > _BLOCK:
-            end = 0
-            for mark in marks:
-                at = text.rfind(mark, start, start + _BLOCK)
-                if at >= 0:
-                    end = max(end, at + len(mark))
-                if end > start + _BLOCK // 2:
-                    break
-            if end <= start:
-                ends = []
-                for mark in marks:
-                    at = text.find(mark, start)
-                    if at >= 0:
-                        ends.append(at + len(mark))
-                if not ends:
-                    break
-                end = min(ends)
-            yield text[start:end]
-            start = end
+        end = 0  # of the last mark so far
+        for mark in re.finditer("|".join(map(re.escape, marks)), text) if marks else ():
+            if mark.end() - start > _BLOCK and end > start:
+                yield text[start:end]
+                start = end
+            end = mark.end()
         yield text[start:]
 
     def _marks(self, parse_special: bool) -> tuple[str, ...]:

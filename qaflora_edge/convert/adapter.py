@@ -39,8 +39,6 @@ LARGEST_VALUE = {
     GGMLQuantizationType.Q8_0: 127 * 65504.0,  # 8-bit numbers times a float16
 }
 _Q8_0_BLOCK = 32
-_N_TOGETHER = 1 << 14  # values that are quantised at once, whole blocks
-_FLOATS = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
 
 
 @dataclass(frozen=True)
@@ -196,15 +194,8 @@ def encoded_tensor(module: Written, side: str, wanted: GGMLQuantizationType) -> 
             "Choose output type f32, or check the adapter's alpha."
         )
     rows = values.reshape(-1, values.shape[-1])
-    if kind in _FLOATS:
-        return rows.astype(_FLOATS[kind])
-    # As one row: gguf steps over rows in Python, and blocks are the same either way.
-    flat = np.ascontiguousarray(rows).reshape(1, -1)
-    parts = []
-    for begin in range(0, flat.size, _N_TOGETHER):
-        part = flat[:, begin : begin + _N_TOGETHER]
-        parts.append(gguf.quants.quantize(part, kind))
-    return np.concatenate(parts, axis=1).reshape(len(rows), -1)
+    encoded: NDArray[Any] = gguf.quants.quantize(np.ascontiguousarray(rows), kind)
+    return encoded
 
 
 _LAYERS = {EMBEDDING: 0, HEAD: -1}  # which layer's weights count for tensors of none

@@ -17,7 +17,6 @@ from qaflora_edge.files import cache_dir, package_data
 
 CONFIG_FILE = "adapter_config.json"  # of a PEFT or MLX folder
 WEIGHTS_FILE = "adapter_model.safetensors"
-INDEX_FILE = "adapter_model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")  # ends of names of adapters that are pickles
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _REF = re.compile(

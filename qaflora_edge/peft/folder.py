@@ -5,16 +5,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qaflora_edge.errors import InputFileError, SafetensorsFileError
+from qaflora_edge.errors import InputFileError
 from qaflora_edge.files import AnyPath, what_is_at
 from qaflora_edge.formats.bundle import BUNDLE_FILE
-from qaflora_edge.formats.inputs import read_json_file, reading
-from qaflora_edge.formats.names import CONFIG_FILE, INDEX_FILE, PICKLES, WEIGHTS_FILE
+from qaflora_edge.formats.inputs import reading
+from qaflora_edge.formats.names import CONFIG_FILE, PICKLES, WEIGHTS_FILE
 from qaflora_edge.peft.config import PeftConfig, parse_config, read_fields
-from qaflora_edge.peft.modules import PeftModule, StoredTensor, make_modules, read_safetensors
+from qaflora_edge.peft.modules import PeftModule, make_modules, read_safetensors
 
 MLX_FILE = "adapters.safetensors"
-OLD_MLX_FILE = "adapters.npz"
 _SAVED = "Give the folder that PEFT's save_pretrained wrote."
 _FOUND = {  # in a folder that is no adapter -> what to do
     BUNDLE_FILE: "It is a bundle; of a bundle give one file, such as adapters/NAME.gguf.",
@@ -24,8 +23,6 @@ _FOUND = {  # in a folder that is no adapter -> what to do
     "folder that was merged, or make the model itself a base with llama.cpp's "
     "convert_hf_to_gguf.py.",
 }
-MAX_INDEX_BYTES = 1 << 24
-MAX_SHARDS = 1000
 MAX_SUBFOLDERS = 1000
 
 
@@ -55,12 +52,7 @@ def read_peft(folder: AnyPath) -> PeftAdapter:
     """
     folder = adapter_folder(folder)
     config = parse_config(folder / CONFIG_FILE, read_fields(folder))
-    tensors: dict[str, StoredTensor] = {}
-    paths = _weight_files(folder, config.mlx_scale is not None)
-    for path in paths:
-        tensors |= read_safetensors(path)
-    if tensors and paths[0].name not in (WEIGHTS_FILE, MLX_FILE):
-        _check_index(tensors)
+    tensors = read_safetensors(_weights_file(folder, config.mlx_scale is not None))
     return PeftAdapter(config, make_modules(config, tensors))
 
 
@@ -131,42 +123,17 @@ def _is_adapter(folder: Path) -> bool:
     return os.path.isfile(folder / CONFIG_FILE)
 
 
-def _weight_files(folder: Path, is_mlx: bool) -> list[Path]:
+def _weights_file(folder: Path, is_mlx: bool) -> Path:
     path = folder / (MLX_FILE if is_mlx else WEIGHTS_FILE)
     if path.is_file():
-        return [path]
-    shards = sorted(folder.glob("adapter_model*.safetensors"))[:MAX_SHARDS]
-    if shards and not is_mlx and (folder / INDEX_FILE).is_file():
-        return shards
+        return path
     fault = f"{path.name} is missing"
     advice = _SAVED
     pickles = sorted(path.name for path in folder.glob("adapter*") if path.suffix in PICKLES)
-    if is_mlx and (folder / OLD_MLX_FILE).is_file():
-        fault = f"it has {OLD_MLX_FILE}, the format of early MLX; expected {MLX_FILE}"
-        advice = "Load it with mlx.core.load and save it with mlx.core.save_safetensors."
-    elif is_mlx:
+    if is_mlx:
         fault = f"{MLX_FILE} is missing, which belongs to an {CONFIG_FILE} of MLX"
         advice = "Give the folder that mlx_lm.lora wrote."
     elif pickles:
         fault = f"it has {pickles[0]}, and pickles can run code; expected {WEIGHTS_FILE}"
         advice = "Load it with PEFT and save it with save_pretrained(..., safe_serialization=True)."
     raise InputFileError(f"Cannot read the adapter {folder}: {fault}. {advice}")
-
-
-def _check_index(tensors: Mapping[str, StoredTensor]) -> None:
-    files = {name: tensor.path.name for name, tensor in tensors.items()}
-    path = next(iter(tensors.values())).path.with_name(INDEX_FILE)
-    index = read_json_file(path, MAX_INDEX_BYTES, SafetensorsFileError, "Save the adapter again.")
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise SafetensorsFileError(
-            f"Cannot read {path}: it has no weight_map; expected the file of each tensor in it. "
-            "Fetch or save the adapter again."
-        )
-    for name in sorted({*weight_map, *files}):
-        if weight_map.get(name) != files.get(name):
-            raise SafetensorsFileError(
-                f"Cannot read {path}: tensor {name} is in {files.get(name, 'no file')}; expected "
-                f"it in {str(weight_map.get(name, 'no file'))[:80]}. The index and the files do "
-                "not belong together; fetch or save the adapter again."
-            )
