@@ -26,7 +26,6 @@ class StockContext:
         params.type_k = params.type_v = 0
         params.flash_attn_type = 0
         params.n_threads = params.n_threads_batch = 2
-        params.no_perf = False
         self.pointer = self._lib.llama_init_from_model(model._pointer, params)
         assert self.pointer
 
@@ -43,14 +42,11 @@ class StockContext:
         pointers = (ctypes.c_void_p * len(adapters))(
             *(ctypes.cast(adapter, ctypes.c_void_p) for adapter in adapters)
         )
-        self._pointers = ctypes.cast(pointers, ctypes.POINTER(ctypes.POINTER(ctypes.c_void_p)))
+        first = ctypes.cast(pointers, ctypes.POINTER(ctypes.POINTER(ctypes.c_void_p)))
         self._keep = pointers
-        self.set_scales(scales)
-
-    def set_scales(self, scales: Sequence[float]) -> None:
         n = len(scales)
         array = (ctypes.c_float * n)(*scales)
-        assert self._lib.llama_set_adapters_lora(self.pointer, self._pointers, n, array) == 0
+        assert self._lib.llama_set_adapters_lora(self.pointer, first, n, array) == 0
 
     def decode(self, tokens: Sequence[int]) -> F32:
         """Logits [n_vocab] after the tokens, which continue what was decoded before."""
@@ -59,10 +55,6 @@ class StockContext:
         assert self._lib.llama_decode(self.pointer, batch) == 0
         logits = self._lib.llama_get_logits_ith(self.pointer, -1)
         return np.ctypeslib.as_array(logits, shape=(self._model.n_vocab,)).copy()
-
-    @property
-    def n_reused(self) -> int:
-        return int(self._lib.llama_perf_context(self.pointer).n_reused)
 
     def close(self) -> None:
         self._lib.llama_free(self.pointer)

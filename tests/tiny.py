@@ -1,16 +1,16 @@
 """Tiny random models and adapters as real files, built in milliseconds.
 
 The bases load and run in llama.cpp; the PEFT folders carry PEFT's own names; the adapter files
-carry upstream's. Everything follows from the seed. No code of the package is used here, so that
-these files can stand beside it as an independent witness.
+carry upstream's. Everything follows from the seed. No code of the package is used here but to find
+llama.cpp, so that these files can stand beside it as an independent witness.
 """
 
+import ctypes
 import json
 import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -294,53 +294,28 @@ def _add_vocabulary(
         writer.add_chat_template(chat_template)
 
 
-def q6_k(array: F32) -> NDArray[np.uint8]:
-    """Blocks of 256: ql [128], qh [64], scales int8 [16], d float16; see dequantize_row_q6_K."""
-    rows = array.reshape(-1, 16, 16)
-    step = np.abs(rows).max(axis=-1) / 31
-    d = (step.max(axis=-1) / 127).astype(np.float16)
-    scales = np.rint(step / d.astype(np.float32)[:, None]).clip(1, 127).astype(np.int8)
-    whole = np.rint(rows / (d.astype(np.float32)[:, None] * scales)[..., None]).clip(-32, 31)
-    q = (whole + 32).astype(np.uint8).reshape(-1, 2, 4, 32)
-    low = (q[:, :, :2] & 15) | ((q[:, :, 2:] & 15) << 4)
-    high = np.bitwise_or.reduce((q >> 4) << np.arange(0, 8, 2, dtype=np.uint8)[:, None], axis=2)
-    parts = [low.reshape(len(rows), 128), high.reshape(len(rows), 64), scales.view(np.uint8)]
-    blocks = np.concatenate([*parts, d.view(np.uint8).reshape(-1, 2)], axis=1)
-    return blocks.reshape(len(array), -1)
+def k_quantised(array: F32, kind: gguf.GGMLQuantizationType) -> NDArray[np.uint8]:
+    """Quantise by llama.cpp's own code, for gguf.quants only reads these types."""
+    from qaflora_edge.backend.library import library_dir
+
+    (path,) = library_dir().glob("*ggml-base*")
+    n_row, n = array.shape
+    blocks = np.empty(gguf.quant_shape_to_byte_shape(array.shape, kind), np.uint8)
+    arguments = [ctypes.c_int64(0), ctypes.c_int64(n_row), ctypes.c_int64(n), None]
+    place = blocks.ctypes.data_as(ctypes.c_void_p)
+    values = array.ctypes.data_as(ctypes.c_void_p)
+    ctypes.CDLL(str(path)).ggml_quantize_chunk(int(kind), values, place, *arguments)
+    return blocks
 
 
-def q4_k(array: F32, n_bit: int = 4) -> NDArray[np.uint8]:
-    """Blocks of 256: d, dmin float16, scales [12], of q5_k qh [32], qs [128]; see gguf.quants."""
-    rows = array.reshape(-1, 8, 32)
-    low = np.minimum(rows.min(axis=-1), 0)
-    both = np.stack([(rows.max(axis=-1) - low) / (2**n_bit - 1), -low])
-    d = (both.max(axis=-1) / 63).astype(np.float16)
-    s, m = steps = np.rint(both / d.astype(np.float32)[..., None]).clip(1, 63).astype(np.uint8)
-    scale, least = (d.astype(np.float32)[..., None] * steps)[..., None]
-    q = np.rint((rows + least) / scale).clip(0, 2**n_bit - 1).astype(np.uint8)
-    late = (s[:, 4:] & 15) | (m[:, 4:] << 4)
-    early = [x[:, :4] | (x[:, 4:] >> 4 << 6) for x in (s, m)]
-    qh = np.bitwise_or.reduce((q >> 4) << np.arange(8, dtype=np.uint8)[:, None], axis=1)
-    qs = ((q & 15)[:, ::2] | ((q & 15)[:, 1::2] << 4)).reshape(-1, 128)
-    parts = [d.T.copy().view(np.uint8), *early, late, *[qh][: n_bit - 4], qs]
-    return np.concatenate(parts, axis=1).reshape(len(array), -1)
-
-
-# gguf.quants reads these and writes others.
-_OURS = {"q4_k": q4_k, "q5_k": partial(q4_k, n_bit=5), "q6_k": q6_k}
-QUANTISED = ("q8_0", "q4_0", "q4_1", "q5_0", *_OURS)
+QUANTISED = ("q8_0", "q4_0", "q4_1", "q5_0", "q4_k", "q5_k", "q6_k")
 
 
 def _add_tensor(writer: gguf.GGUFWriter, name: str, array: F32, dtype: str) -> F32:
     """Add one tensor and return the values that a reader will get."""
-    if array.ndim == 1 or dtype == "f32":
-        writer.add_tensor(name, array)
-        return array
-    if dtype == "f16":
-        writer.add_tensor(name, array.astype(np.float16))
-        return array.astype(np.float16).astype(np.float32)
-    kind = gguf.GGMLQuantizationType[dtype.upper()]
-    data = _OURS[dtype](array) if dtype in _OURS else gguf.quants.quantize(array, kind)
+    kind = gguf.GGMLQuantizationType["F32" if array.ndim == 1 else dtype.upper()]
+    quantise = k_quantised if dtype.endswith("_k") and array.ndim > 1 else gguf.quants.quantize
+    data = quantise(array, kind)
     writer.add_tensor(name, data, raw_dtype=kind)
     return gguf.quants.dequantize(data, kind)
 
@@ -521,17 +496,10 @@ def write_tiny_peft(
         "base_model_name_or_path": "tiny",
         "r": rank,
         "lora_alpha": alpha,
-        "lora_dropout": 0.0,
         "target_modules": list(targets),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
         "use_rslora": use_rslora,
-        "use_dora": False,
         "rank_pattern": dict(rank_pattern or {}),
         "alpha_pattern": dict(alpha_pattern or {}),
-        "modules_to_save": None,
         **(config or {}),
     }
     (folder / "adapter_config.json").write_text(json.dumps(fields, indent=2), encoding="utf-8")
@@ -562,26 +530,14 @@ def write_pairs_of_peft(
 
 def write_safetensors(path: Path, tensors: Mapping[str, F32], dtype: str = "F32") -> None:
     """Write float32 arrays as F32, F16 or BF16 (rounded to nearest even)."""
+    kind = gguf.GGMLQuantizationType[dtype]
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    chunks, offset = [], 0
+    values = b""
     for name, array in tensors.items():
-        data = _encode(array, dtype)
-        shape, end = list(array.shape), offset + len(data)
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
-        chunks.append(data)
-        offset = end
+        begin = len(values)
+        values += gguf.quants.quantize(np.asarray(array, np.float32), kind).tobytes()
+        places = [begin, len(values)]
+        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": places}
     text = json.dumps(header).encode("utf-8")
     text += b" " * (-len(text) % 8)
-    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(chunks))
-
-
-def _encode(array: F32, dtype: str) -> bytes:
-    if dtype == "F32":
-        return array.astype("<f4").tobytes()
-    if dtype == "F16":
-        return array.astype("<f2").tobytes()
-    if dtype != "BF16":
-        raise ValueError(f"no such dtype: {dtype}")
-    bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return rounded.astype("<u2").tobytes()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + values)
