@@ -110,7 +110,6 @@ class Reference:
         self.layers = self.causal.model.layers
         self.head = self.causal.lm_head.weight.detach().double()
         self._states: dict[tuple[tuple[int, ...], str | None], tuple[F64, F32]] = {}
-        self._weights: dict[tuple[tuple[int, ...], str], F64] = {}
 
     def states(self, tokens: Sequence[int], adapter: str | None) -> tuple[F64, F32]:
         """States of the last token after each block [n_layer, n_embd], and logits [n_vocab].
@@ -149,33 +148,22 @@ class Reference:
         return torch.stack(kept).double().numpy(), logits.numpy()
 
     def weights(self, tokens: Sequence[int], lens: str) -> F64:
-        """Weights [n_adapter, n_layer], in float64 from float32 states; kept like them."""
-        key = tuple(tokens), lens
-        if key not in self._weights:
-            states = torch.from_numpy(
-                np.stack([self.states(tokens, name)[0] for name in (None, *self.adapters)])
-            )
-            self._weights[key] = self._weigh(states, lens).numpy()
-        return self._weights[key]
-
-    def _weigh(self, states: torch.Tensor, lens: str) -> torch.Tensor:
-        """states [1 + n_adapter, n_layer, n_embd] -> weights [n_adapter, n_layer]."""
+        """Weights [n_adapter, n_layer], in float64 from float32 states."""
+        by_adapter = [self.states(tokens, name)[0] for name in (None, *self.adapters)]
+        states = torch.from_numpy(np.stack(by_adapter))  # [1 + n_adapter, n_layer, n_embd]
         norm = self.causal.model.norm
         rms = states.square().mean(dim=-1, keepdim=True).add(norm.variance_epsilon).sqrt()
         normed = norm.weight.detach().double() * states / rms
         seen = normed if lens == "norm" else torch.cat([states[:, :-1], normed[:, -1:]], dim=1)
-        all_logits = seen @ self.head.T  # all layers at once: the head is large
-        divergences = torch.empty(len(self.adapters), states.shape[1], dtype=torch.float64)
-        for il in range(states.shape[1]):
-            logits = all_logits[:, il]
-            z, likeliest = logits[0], int(logits[0].argmax())
-            p = z.softmax(dim=-1)
-            # KL = log sum p e^d - sum p d, for d shifted so that it is 0 at the likeliest token
-            d = logits[1:] - z
-            d -= d[:, likeliest : likeliest + 1].clone()
-            divergences[:, il] = (p * d.expm1()).sum(dim=-1).log1p() - (p * d).sum(dim=-1)
+        logits = seen @ self.head.T  # [1 + n_adapter, n_layer, n_vocab]
+        p = logits[0].softmax(dim=-1)
+        # KL = log sum p e^d - sum p d, for d shifted so that it is 0 at the likeliest token
+        d = logits[1:] - logits[0]
+        likeliest = p.argmax(dim=-1, keepdim=True).expand(len(d), -1, -1)
+        d -= d.gather(-1, likeliest)
+        divergences = (p * d.expm1()).sum(dim=-1).log1p() - (p * d).sum(dim=-1)
         divergences.clamp_(min=0.0)
-        return divergences / divergences.sum(dim=0, keepdim=True)
+        return (divergences / divergences.sum(dim=0, keepdim=True)).numpy()
 
     @torch.inference_mode()
     def logits(

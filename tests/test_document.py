@@ -7,6 +7,7 @@ from io import BytesIO
 
 import httpx2 as httpx
 import pytest
+from fuzz.targets import pdf
 from patience import PATIENCE_S, wait_until
 from pypdf import PdfReader, PdfWriter
 from refusals import refused
@@ -34,15 +35,7 @@ def pdf_of(*pages: str) -> bytes:
         page = f"/Type /Page /Parent 2 0 R /Contents {5 + 2 * i} 0 R /Resources {font}"
         objects.append(f"<< {page} /MediaBox [0 0 612 792] >>")
         objects.append(f"<< /Length {len(stream)} >>\nstream\n{stream}\nendstream")
-    data = b"%PDF-1.4\n"
-    places = []
-    for number, body in enumerate(objects, 1):
-        places.append(len(data))
-        data += f"{number} 0 obj\n{body}\nendobj\n".encode()
-    table = "".join(f"{place:010} 00000 n \n" for place in places)
-    size = len(objects) + 1
-    end = f"xref\n0 {size}\n0000000000 65535 f \n{table}trailer << /Size {size} /Root 1 0 R >>\n"
-    return data + f"{end}startxref\n{len(data)}\n%%EOF\n".encode()
+    return pdf([text.encode() for text in objects])
 
 
 def encrypted(password: str) -> bytes:

@@ -102,7 +102,7 @@ def convert_adapter(
     checks: tuple[ModuleCheck, ...] = ()
     with atomic_path(out_path) as temporary:
         with closing(gguf.GGUFWriter(temporary, header.architecture)) as writer:
-            add_metadata(writer, readable(name or adapter.folder.resolve().name), trained_on)
+            add_metadata(writer, readable(name or adapter.folder.resolve().name))
             writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
             write_tensors(writer, modules, OUTTYPES[outtype], tell)
         if verify:
@@ -123,17 +123,11 @@ def convert_adapter(
     )
 
 
-def add_metadata(writer: gguf.GGUFWriter, name: str, trained_on: str | None = None) -> None:
+def add_metadata(writer: gguf.GGUFWriter, name: str) -> None:
     """Add the keys of llama.cpp 0c1e5709, convert_lora_to_gguf.py."""
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_name(name)
-    if trained_on is not None:  # as upstream does where the folder's card says it
-        owner, _, repo = trained_on.partition("/")
-        writer.add_base_model_count(1)
-        writer.add_base_model_name(0, repo)
-        writer.add_base_model_organization(0, owner)
-        writer.add_base_model_repo_url(0, f"https://huggingface.co/{trained_on}")
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
