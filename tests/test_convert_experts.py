@@ -235,9 +235,6 @@ def test_square_experts_of_mlx_have_one_order(tmp_path) -> None:
     folder = write_mlx(tmp_path / "a", tensors, lora_parameters={"rank": RANK, "scale": 2.0})
     found = deltas(convert(folder, base))["down"]
     np.testing.assert_allclose(found, 2.0 * b.astype(np.float64) @ a, rtol=2e-6, atol=1e-5)
-    other = write_base(tmp_path / "other.gguf", n_ff=N_FF)
-    with pytest.raises(AdapterMismatchError, match=r"is for experts of shape \[3, 32, 32\], and"):
-        convert(folder, other)
 
 
 def test_parameters_and_tensors_must_belong_together(tmp_path) -> None:

@@ -170,5 +170,3 @@ def test_an_archive_and_a_repository_of_llama_cpp_are_one_tree(project) -> None:
     assert (done.returncode, done.stdout.splitlines()[0]) == (0, first)
     done = project.run(str(release), "--tree", head, script="move.py")
     assert f"has the tree {tree}, expected {head}" in done.stderr
-    done = project.run(str(release), "--write", script="move.py")
-    assert "b1.tar.gz is none: nothing is written" in done.stderr
