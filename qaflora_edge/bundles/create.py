@@ -100,12 +100,8 @@ def create_bundle(
             "description": description,
             "license": license,
         }
-        if system:
-            raw["system"] = system
-        if examples:
-            raw["examples"] = list(examples)
-        if sampling:
-            raw["sampling"] = dict(sampling)
+        optional = {"system": system, "examples": list(examples), "sampling": dict(sampling or {})}
+        raw |= {key: value for key, value in optional.items() if value}
         raw["base"] = record
         raw["adapters"] = []
         if "\n" in license:

@@ -4,6 +4,9 @@ The command line wins over the environment, that over the file, that over a bund
 defaults, and those over what is built in.
 """
 
+from collections.abc import Mapping
+from pathlib import Path
+
 import click
 from click.shell_completion import get_completion_class
 
@@ -24,13 +27,10 @@ PREFIX = "QAFLORA_"
 # Tables that take the shared options.
 SHARED_TABLES = ("run", "chat", "compare", "eval", "weights", "export", "bench", "serve")
 TABLES = tuple(dict.fromkeys((*SHARED_TABLES, *OWN)))
-# Options by their keys in the file: those of the documents, and shared ones for one command alone.
+# Options by their keys in the file, as in the documents.
 OPTIONS = dict(SHARED)
 for _table, _own in OWN.items():
     OPTIONS |= {f"{_table}.{key}": option for key, option in _own.items()}
-OF_COMMANDS: dict[str, Option] = {}
-for _table in SHARED_TABLES:
-    OF_COMMANDS |= {f"{_table}.{key}": option for key, option in shared_by(_table).items()}
 
 
 def variables(key: str, table: str) -> tuple[str, ...]:
@@ -57,31 +57,28 @@ def file_settings() -> Table:
     """Read the settings file, and check all keys and values. Raises SettingsError."""
     path = settings_path()
     settings = read_settings()
-    options = OPTIONS | OF_COMMANDS
-    for key in settings.keys() & {*TABLES}:
-        if not isinstance(settings[key], dict):
-            raise wrong_value(path, key, settings[key], f"a table, as in [{key}]")
-    for name, value in _by_key(settings).items():
-        option = options.get(name)
-        if option is not None and not option.fits(value):
-            shown = "(secret)" if option.is_secret else value
-            raise wrong_value(path, name, shown, option.expected)
-        if option is None and name not in LIBRARY_KEYS:
-            table = name.rpartition(".")[0]
-            alike = [other for other in options if other.rpartition(".")[0] == table]
-            raise unknown_key(path, name, alike if table else [*alike, *LIBRARY_KEYS, *TABLES])
+    for table in settings.keys() & {*TABLES}:
+        if not isinstance(settings[table], dict):
+            raise wrong_value(path, table, settings[table], f"a table, as in [{table}]")
+        _check(path, settings[table], f"{table}.", table_options(table))
+    others = settings.keys() - {*TABLES, *LIBRARY_KEYS}
+    _check(path, {key: settings[key] for key in others}, "", SHARED)
     return settings
 
 
-def _by_key(settings: Table) -> Table:
-    """Give values by their keys; those of tables as run.temp."""
-    values: Table = {}
-    for key, value in settings.items():
-        if key in TABLES:
-            values |= {f"{key}.{name}": item for name, item in value.items()}
-        else:
-            values[key] = value
-    return values
+def _check(path: Path, values: Table, prefix: str, options: Mapping[str, Option]) -> None:
+    """Check the values of one table; that of the file itself has no prefix."""
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        option = options.get(key)
+        if option is None:
+            names = [f"{prefix}{other}" for other in options]
+            if not prefix:
+                names += [*LIBRARY_KEYS, *TABLES]
+            raise unknown_key(path, name, names)
+        if not option.fits(value):
+            shown = "(secret)" if option.is_secret else value
+            raise wrong_value(path, name, shown, option.expected)
 
 
 def file_defaults(verb: str) -> Table:
