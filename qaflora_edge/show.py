@@ -5,7 +5,7 @@ import math
 import re
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from operator import itemgetter
 from typing import TYPE_CHECKING
@@ -153,41 +153,38 @@ def why(fusion: "FusionWeights") -> str:
 
 def reason_rows(fusion: "FusionWeights") -> list[list[str]]:
     """Lay out what decided where no layer differs: heads, adapters, thresholds; else nothing."""
-    every_reason = list(fusion.why.values())
-    is_measured = fusion.divergence is not None and not every_reason
+    reasons = list(fusion.why.values())
+    is_measured = fusion.divergence is not None and not reasons
     first_layer = fusion.weights[:, :1]
     is_layered = (fusion.weights != first_layer).any()
     if is_measured or is_layered:
         return []
-    shown = top(fusion)
-    means = fusion.weights.mean(axis=1)  # [n_adapter]
-    heads = ["adapter", "weight"]
-    rows = []
-    reasons = []  # of the rows; none where nothing is known
-    for index in shown:
-        rows.append([fusion.adapters[index], f"{means[index]:.2f}"])
-        reasons += every_reason[index : index + 1]
-    last_rows = [[text] for text in others(len(means) - len(shown))]
-    if not reasons:
-        return [heads, *rows, *last_rows]
-    thresholds = reasons[0].thresholds
+    places: list[str] = []
+    thresholds: Mapping[str, float] = {}
+    parts: dict[str, str] = {}
+    if reasons:
+        places = list(reasons[0].scores)
+        thresholds = reasons[0].thresholds
+        parts = _parts(fusion)
     digits = ".2f" if thresholds else ".3g"
-    last_row = ["threshold", ""]
-    for place in reasons[0].scores:
-        heads.append(place)
-        threshold = thresholds.get(place)
-        last_row.append("" if threshold is None else f"{threshold:.2f}")
-        for row, reason in zip(rows, reasons, strict=True):
-            score = reason.scores[place]
-            row.append(f"{score:{digits}}")
-    parts = _parts(fusion)
+    means = fusion.weights.mean(axis=1)  # [n_adapter]
+    shown = top(fusion)
+    rows = []
+    for index in shown:
+        name = fusion.adapters[index]
+        row = [name, f"{means[index]:.2f}"]
+        row += [f"{reasons[index].scores[place]:{digits}}" for place in places]
+        if parts:
+            row.append(parts.get(name, "-"))
+        rows.append(row)
+    rows += [[text] for text in others(len(means) - len(shown))]
+    if thresholds:
+        needed = [f"{thresholds[place]:.2f}" if place in thresholds else "" for place in places]
+        rows.append(["threshold", "", *needed])
+    heads = ["adapter", "weight", *places]
     if parts:
         heads.append("taken as")
-        for row, index in zip(rows, shown, strict=True):
-            row.append(parts.get(fusion.adapters[index], "-"))
-    if thresholds:
-        last_rows.append(last_row)
-    return [heads, *rows, *last_rows]
+    return [heads, *rows]
 
 
 def _parts(fusion: "FusionWeights") -> dict[str, str]:
