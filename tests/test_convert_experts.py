@@ -140,7 +140,7 @@ def test_square_experts_need_a_version(tmp_path) -> None:
     base = write_base(tmp_path / "base.gguf", n_ff=N_EMBD // 2)
     a, b = stacked_pair(N_EMBD, N_EMBD)
     folder, pairs = tmp_path / "a", {EXPERTS: (a, b)}
-    for version in (None, "0.19.0", "0.21.2.dev0"):
+    for version in (None, "0.19.0", "0.19.1.dev0", "0.19.1rc1"):
         write_pairs_of_peft(folder, pairs, **GATE_UP, peft_version=version)
         assert refusal(UnsupportedAdapterError, folder, base) == (
             f"Cannot convert {folder} for {base}: the experts of {EXPERTS}.gate_up_proj are "
@@ -148,7 +148,7 @@ def test_square_experts_need_a_version(tmp_path) -> None:
             "earlier ones may have A and B the other way round. Load it with what trained it, "
             "merge it and train again, or set peft_version if it is later."
         )
-    for version in ("0.19.1", "0.21.2"):
+    for version in ("0.19.1", "0.21.2.dev0"):
         write_pairs_of_peft(folder, pairs, **GATE_UP, peft_version=version)
         found = deltas(convert(folder, base))
         both = np.concatenate([found["gate"], found["up"]], axis=1)
@@ -235,6 +235,9 @@ def test_square_experts_of_mlx_have_one_order(tmp_path) -> None:
     folder = write_mlx(tmp_path / "a", tensors, lora_parameters={"rank": RANK, "scale": 2.0})
     found = deltas(convert(folder, base))["down"]
     np.testing.assert_allclose(found, 2.0 * b.astype(np.float64) @ a, rtol=2e-6, atol=1e-5)
+    other = write_base(tmp_path / "other.gguf", n_ff=N_FF)
+    with pytest.raises(AdapterMismatchError, match=r"is for experts of shape \[3, 32, 32\], and"):
+        convert(folder, other)
 
 
 def test_parameters_and_tensors_must_belong_together(tmp_path) -> None:

@@ -75,6 +75,8 @@ FIELDS: list[tuple[dict[str, Any], str, str, str]] = [
     ({"lora_parameters": None}, "lora_parameters", "missing", "an object with rank and scale"),
     ({"lora_parameters": {"scale": 2.0}}, "lora_parameters.rank", "missing",
      "a whole number from 1 to 16384"),
+    ({"lora_parameters": {"rank": 4, "scale": 1.0, "keys": 3}}, "lora_parameters.keys", "3",
+     "a text or a list of names"),
     ({"model": 3}, "model", "3", "a name"),
 ]  # fmt: skip
 
@@ -163,6 +165,11 @@ REFUSALS = [
      "adapters.safetensors",
      "module model.embed_tokens is an embedding with a LoRA, which MLX applies to a tied head as "
      "well; expected LoRA on linear layers. Train without it."),
+    (PeftConfigError,
+     {"lora_parameters": {"rank": 4, "scale": 1.0, "keys": ["self_attn.v_proj"]}}, PAIR,
+     "adapter_config.json",
+     f"module {Q0} has tensors, but lora_parameters.keys does not name it; expected every module "
+     f"that has tensors. {APART}."),
     (SafetensorsFileError, {}, {f"{Q0}.lora_b": PAIR[f"{Q0}.lora_b"]}, "adapters.safetensors",
      f"module {Q0} has lora_b but no lora_a; expected both. The file is incomplete; save the "
      "adapter again."),
@@ -192,4 +199,10 @@ def test_missing_weights_are_named(tmp_path) -> None:
     assert refusal(InputFileError, folder) == (
         f"Cannot read the adapter {folder}: adapters.safetensors is missing, which belongs to an "
         "adapter_config.json of MLX. Give the folder that mlx_lm.lora wrote."
+    )
+    (folder / "adapters.npz").write_bytes(b"PK")
+    assert refusal(InputFileError, folder) == (
+        f"Cannot read the adapter {folder}: it has adapters.npz, the format of early MLX; expected "
+        "adapters.safetensors. Load it with mlx.core.load and save it with "
+        "mlx.core.save_safetensors."
     )

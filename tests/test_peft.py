@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from qaflora_edge.errors import (
     SafetensorsFileError,
     UnsupportedAdapterError,
 )
-from qaflora_edge.peft.config import REFUSED
+from qaflora_edge.peft.config import REFUSED, parse_config
 from qaflora_edge.peft.folder import read_peft
 
 A0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -92,18 +93,77 @@ def test_embedding_and_copies_of_its_base_weight_are_understood(tmp_path, base) 
     assert len(read_peft(write_pair(tmp_path / "b", copy)).modules) == 1
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "module.base_model.model.model._orig_mod.layers.0.q_proj.lora_{}.math.weight",
-        "base_model.model.base_model.model.model.layers.0.q_proj.lora_{}.weight",
-        "model.layers.0.q_proj.lora_embedding_{}.math",
-    ],
-)
-def test_names_of_a_whole_state_are_understood(tmp_path, name) -> None:
+NAMES = [
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.1.self_attn.q_proj",
+    "model.layers.11.mlp.up_proj",
+    "model.layers.1.mlp.experts.0.up_proj",
+    "transformer.h.1.attn.c_attn",
+    "layers.1.q_proj",
+    "lm_head",
+    "q_proj",
+]
+RULES: list[dict[str, Any]] = [
+    {"target_modules": ["q_proj"]},
+    {"target_modules": ["self_attn.q_proj", "lm_head", "model.layers.11.mlp.up_proj"]},
+    {"target_modules": ["q_proj", "up_proj"], "exclude_modules": ["layers.1.self_attn.q_proj"]},
+    {"target_modules": r"model\.layers\.\d+\.(self_attn|mlp)\.(q|up)_proj"},
+    {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r".*experts.*"},
+    {"target_modules": ["q_proj", "up_proj", "lm_head"], "layers_to_transform": [0, 11]},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", RULES)
+def test_targets_are_those_of_peft(tmp_path, rule) -> None:
+    peft = pytest.importorskip("peft")
+    exists = pytest.importorskip("peft.tuners.tuners_utils").check_target_module_exists
+    fields = {"peft_type": "LORA", **rule}
+    ours, theirs = parse_config(tmp_path, fields), peft.LoraConfig(**rule)
+    for name in NAMES:
+        with nullcontext() if exists(theirs, name) else pytest.raises(PeftConfigError):
+            ours.check_target(name)
+
+
+def test_names_of_a_whole_state_are_understood(tmp_path, base) -> None:
     """As `model.state_dict()` has them, with the adapter's name and what wrappers put in."""
-    tensors = {name.format("A"): PAIR[A0], name.format("B"): PAIR[B0]}
-    assert [*read_peft(write_pair(tmp_path / "a", tensors)).modules] == ["model.layers.0.q_proj"]
+    folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj", "embed_tokens"])
+    plain = read_peft(folder)
+    load_file = pytest.importorskip("safetensors.numpy").load_file
+    tensors = load_file(folder / "adapter_model.safetensors")
+    state = {
+        "module.base_model.model.model._orig_mod." + name.removeprefix("base_model.model.model."):
+            values
+        for name, values in tensors.items()
+    }  # fmt: skip
+    state = {
+        f"{name.removesuffix('.weight')}.math.weight" if name.endswith(".weight")
+        else f"{name}.math": values
+        for name, values in state.items()
+    }  # fmt: skip
+    tiny.write_safetensors(folder / "adapter_model.safetensors", state)
+    named = read_peft(folder)
+    assert named.modules.keys() == plain.modules.keys()
+    nested = {f"base_model.model.{name}": values for name, values in tensors.items()}
+    tiny.write_safetensors(folder / "adapter_model.safetensors", nested)
+    assert read_peft(folder).modules.keys() == plain.modules.keys()
+
+
+def test_shards_are_joined(tmp_path) -> None:
+    folder = write_shards(tmp_path / "a")
+    (module,) = read_peft(folder).modules.values()
+    np.testing.assert_array_equal(module.read_b(), PAIR[B0])
+
+
+def write_shards(folder: Path, **changes: str) -> Path:
+    write_pair(folder)
+    (folder / "adapter_model.safetensors").unlink()
+    files = {A0: "adapter_model-1.safetensors", B0: "adapter_model-2.safetensors"}
+    for name, file in files.items():
+        tiny.write_safetensors(folder / file, {name: PAIR[name]})
+    index = {"metadata": {}, "weight_map": {**files, **changes}}
+    (folder / "adapter_model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
 
 
 FEATURES = REFUSED["fields"]
@@ -192,6 +252,10 @@ INIT = (
     "this initialisation changes the base's weights too, and the adapter alone does not fit the "
     "unchanged base. "
 )
+NOT_NAMED = (
+    f"module {MODULE} has tensors, but target_modules, exclude_modules and layers_to_transform do "
+    f"not name it; expected every module that has tensors. {APART}."
+)
 # The error, fields of the config, the tensors, the file that is named, and what is said of it.
 REFUSALS: list[tuple[type[Exception], dict[str, Any], dict[str, Any], str, str]] = [
     (UnsupportedAdapterError, {"init_lora_weights": "pissa_niter_4"}, PAIR, "config.json",
@@ -199,6 +263,10 @@ REFUSALS: list[tuple[type[Exception], dict[str, Any], dict[str, Any], str, str]]
      "path_initial_model_for_weight_conversion=...)."),
     (UnsupportedAdapterError, {"init_lora_weights": "loftq"}, PAIR, "config.json",
      f'init_lora_weights is "loftq"; {INIT}{OTHER[1]}'),
+    (PeftConfigError, {"target_modules": ["k_proj"]}, PAIR, "config.json", NOT_NAMED),
+    (PeftConfigError, {"target_modules": ["q_proj"], "layers_to_transform": 1}, PAIR,
+     "config.json", NOT_NAMED),
+    (PeftConfigError, {"exclude_modules": ["q_proj"]}, PAIR, "config.json", NOT_NAMED),
     (PeftConfigError, {"rank_pattern": {"q_proj": 8}}, PAIR, "config.json",
      f"module {MODULE} has rank 8 by r and rank_pattern, but lora_A is [4, 64] and lora_B "
      f"[64, 4]; expected [8, n_in] and [n_out, 8]. {APART}."),
@@ -303,6 +371,8 @@ FIELDS: list[tuple[dict[str, Any], str, str, str]] = [
      "a regular expression (unterminated character set at position 1)"),
     ({"rank_pattern": {"a" * 257: 1}}, "a pattern", f'"{"a" * 257}'[:77] + "...",
      "up to 256 characters"),
+    ({"target_modules": [3]}, "field target_modules[0]", "3", "a name"),
+    ({"layers_to_transform": [0.5]}, "field layers_to_transform[0]", "0.5", "a layer"),
     ({"bias": "some"}, "field bias", '"some"', "'none', 'all' or 'lora_only'"),
     ({"base_model_name_or_path": 1}, "field base_model_name_or_path", "1", "a name"),
 ]  # fmt: skip
@@ -371,4 +441,22 @@ def test_values_that_are_not_finite_are_refused(tmp_path, bad, dtype) -> None:
         f"Cannot use tensor {B0} of {folder / 'adapter_model.safetensors'}: 1 of its 256 values "
         "are NaN or infinite; expected finite numbers. The training diverged or the file is "
         "corrupted; use an earlier checkpoint."
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "found", "expected"),
+    [
+        ({B0: "../x.safetensors"}, B0, "adapter_model-2.safetensors", "../x.safetensors"),
+        ({"more": "adapter_model-1.safetensors"}, "more", "no file", "adapter_model-1.safetensors"),
+    ],
+)
+def test_index_that_does_not_fit_its_files_is_refused(
+    tmp_path, changes, name, found, expected
+) -> None:
+    folder = write_shards(tmp_path / "a", **changes)
+    assert refusal(SafetensorsFileError, folder) == (
+        f"Cannot read {folder / 'adapter_model.safetensors.index.json'}: tensor {name} is in "
+        f"{found}; expected it in {expected}. The index and the files do not belong together; "
+        "fetch or save the adapter again."
     )

@@ -39,6 +39,8 @@ LARGEST_VALUE = {
     GGMLQuantizationType.Q8_0: 127 * 65504.0,  # 8-bit numbers times a float16
 }
 _Q8_0_BLOCK = 32
+_N_TOGETHER = 1 << 14  # values that are quantised at once, whole blocks
+_FLOATS = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def convert_adapter(
     checks: tuple[ModuleCheck, ...] = ()
     with atomic_path(out_path) as temporary:
         with closing(gguf.GGUFWriter(temporary, header.architecture)) as writer:
-            add_metadata(writer, readable(name or adapter.folder.resolve().name))
+            add_metadata(writer, readable(name or adapter.folder.resolve().name), trained_on)
             writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
             write_tensors(writer, modules, OUTTYPES[outtype], tell)
         if verify:
@@ -123,11 +125,17 @@ def convert_adapter(
     )
 
 
-def add_metadata(writer: gguf.GGUFWriter, name: str) -> None:
+def add_metadata(writer: gguf.GGUFWriter, name: str, trained_on: str | None = None) -> None:
     """Add the keys of llama.cpp 0c1e5709, convert_lora_to_gguf.py."""
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_name(name)
+    if trained_on is not None:  # as upstream does where the folder's card says it
+        owner, _, repo = trained_on.partition("/")
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, repo)
+        writer.add_base_model_organization(0, owner)
+        writer.add_base_model_repo_url(0, f"https://huggingface.co/{trained_on}")
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
@@ -188,8 +196,15 @@ def encoded_tensor(module: Written, side: str, wanted: GGMLQuantizationType) -> 
             "Choose output type f32, or check the adapter's alpha."
         )
     rows = values.reshape(-1, values.shape[-1])
-    encoded: NDArray[Any] = gguf.quants.quantize(np.ascontiguousarray(rows), kind)
-    return encoded
+    if kind in _FLOATS:
+        return rows.astype(_FLOATS[kind])
+    # As one row: gguf steps over rows in Python, and blocks are the same either way.
+    flat = np.ascontiguousarray(rows).reshape(1, -1)
+    parts = []
+    for begin in range(0, flat.size, _N_TOGETHER):
+        part = flat[:, begin : begin + _N_TOGETHER]
+        parts.append(gguf.quants.quantize(part, kind))
+    return np.concatenate(parts, axis=1).reshape(len(rows), -1)
 
 
 _LAYERS = {EMBEDDING: 0, HEAD: -1}  # which layer's weights count for tensors of none

@@ -47,7 +47,7 @@ _EXPERT_STEMS = {
 }
 # Since this PEFT, A always reads the layer's input. Before, it depended on the shape of the
 # parameter and on transformers, which turned it around again (PEFT's pull request 3165).
-_PEFT_OF_ONE_ORDER = (0, 19, 1)
+_PEFT_OF_ONE_ORDER = (0, 19, 1, True)
 _NO_EXPERTS = "Train without experts, or merge the adapter into its base."
 
 
@@ -387,7 +387,9 @@ def _is_swapped(pair: _Pair, module: PeftModule, names: Sequence[str]) -> bool:
 
 
 def _version(text: str | None) -> tuple[int, ...]:
-    """Give the numbers of a version; () for none, and for one that was not released."""
-    if text is None or not re.fullmatch(r"\d{1,9}(\.\d{1,9})*", text):
+    """Give the numbers at the start of a version and whether it was released; () for no version."""
+    match = re.match(r"(\d{1,9})\.(\d{1,9})(?:\.(\d{1,9}))?", text or "")
+    if match is None or text is None:
         return ()
-    return tuple(map(int, text.split(".")))
+    is_released = not re.match(r"\.?(dev|a|b|rc)", text[match.end() :])
+    return (*(int(part or 0) for part in match.groups()), is_released)

@@ -4,6 +4,7 @@ What a plain LoRA cannot represent is refused by its own name. Patterns take bou
 is `re` with a time limit.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -11,7 +12,7 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import regex
 from msgspec import Meta, Struct
@@ -42,6 +43,8 @@ PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 # peft/utils/peft_types.py): why, and what to do. Tensors: a pattern of the name -> what it is.
 REFUSED: Object = json.loads(package_data("data/refused.json").read_text("utf-8"))
 _OTHER_TYPE = ("only LoRA can be represented", MERGE)
+# Modules, by names or ends of names, or by one expression.
+Rule: TypeAlias = Collection[str] | regex.Pattern[str]
 
 Rank = Annotated[int, Meta(title="a whole number from 1 to 16384", ge=1, le=16384)]
 # From 1e-30 up or down; zero is refused apart.
@@ -50,14 +53,13 @@ Alpha = Annotated[
 ]
 LEAST_ALPHA = 1e-30
 ModuleName = Annotated[str, Meta(title="a name")]
+Names = Annotated[str | list[ModuleName] | None, Meta(title="a text or a list of names")]
+Layer = Annotated[int, Meta(title="a layer")]
 OBJECT_OF_PATTERNS = Meta(title="an object of up to 16384 patterns", max_length=16384)
 
 
 class PeftFields(Struct, frozen=True, kw_only=True):
-    """What is read of PEFT's adapter_config.json; the defaults are PEFT's own.
-
-    Modules with tensors are adapted, so target_modules and the like are not among it.
-    """
+    """What is read of PEFT's adapter_config.json; the defaults are PEFT's own."""
 
     peft_type: Annotated[str, Meta(title='"LORA"')]
     r: Rank = 8
@@ -66,7 +68,13 @@ class PeftFields(Struct, frozen=True, kw_only=True):
     ensure_weight_tying: bool | None = None
     rank_pattern: Annotated[dict[str, Rank], OBJECT_OF_PATTERNS] | None = None
     alpha_pattern: Annotated[dict[str, Alpha], OBJECT_OF_PATTERNS] | None = None
+    target_modules: Names = None
+    exclude_modules: Names = None
+    layers_pattern: Names = None
     target_parameters: Annotated[list[ModuleName], Meta(title="a list of names")] | None = None
+    layers_to_transform: Annotated[
+        Layer | list[Layer] | None, Meta(title="a layer or a list of layers")
+    ] = None
     bias: Annotated[
         Literal["none", "all", "lora_only", ""] | None, Meta(title="'none', 'all' or 'lora_only'")
     ] = None
@@ -79,6 +87,7 @@ class MlxParameters(Struct, frozen=True, kw_only=True):
 
     rank: Rank
     scale: Alpha
+    keys: Names = None
     alpha: Any = None
 
 
@@ -107,6 +116,9 @@ class _Clock:
 class PeftConfig:
     """What decides the size and the scale of each module of a LoRA.
 
+    targets     modules that are adapted, by their names or ends of names; None: told otherwise
+    excluded    modules that are not, in the same way
+    layers      the only ones that are adapted; none: all are
     parameters  bare parameters that are adapted, by their names or ends of names
     bias        "none", or which of the base's biases were trained, if it has any
     version     of the PEFT that wrote it, if it says so
@@ -120,6 +132,9 @@ class PeftConfig:
     use_rslora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    targets: Rule | None = None
+    excluded: Rule | None = None
+    layers: frozenset[int] = frozenset()
     parameters: tuple[str, ...] = ()
     bias: str = "none"
     ties_weights: bool = False
@@ -141,23 +156,29 @@ class PeftConfig:
         alpha = self.alpha_pattern.get(key, self.alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
+    def _matches(self, pattern: regex.Pattern[str], module: str) -> bool:
+        try:
+            return self.clock.matches(pattern, module)
+        except TimeoutError as error:
+            raise PeftConfigError(
+                f"Cannot use {self.path}: matching its patterns with its modules takes more than "
+                f"{MATCH_S:g} s, expected less; it ended at {module} with "
+                f"{shortened(pattern.pattern)}. Write the patterns with fewer repeats and "
+                "alternatives, or save the adapter again."
+            ) from error
+
+    def _is_in(self, rule: Rule, module: str) -> bool:
+        if isinstance(rule, regex.Pattern):
+            return self._matches(rule, module)
+        return is_named(rule, module)
+
     def _matching_key(self, patterns: Mapping[str, object], module: str) -> str:
         """Give the first key that matches the module's name or the end of it at a dot.
 
         As PEFT 0.21 does, peft/utils/other.py get_pattern_key.
         """
         for key in patterns:
-            pattern = _compile_key(key)
-            try:
-                is_match = self.clock.matches(pattern, module)
-            except TimeoutError as error:
-                raise PeftConfigError(
-                    f"Cannot use {self.path}: matching its patterns with its modules takes more "
-                    f"than {MATCH_S:g} s, expected less; it ended at {module} with "
-                    f"{shortened(pattern.pattern)}. Write the patterns with fewer repeats and "
-                    "alternatives, or save the adapter again."
-                ) from error
-            if is_match:
+            if self._matches(_compile_key(key), module):
                 return key
         return module
 
@@ -165,6 +186,24 @@ class PeftConfig:
         """Make the error of a config that says something else than the tensors."""
         advice = "The two files do not belong together; save the adapter again."
         return PeftConfigError(f"Cannot use {self.path}: {found}. {advice}")
+
+    def check_target(self, module: str) -> None:
+        """Refuse a module that has tensors but is not adapted by the config.
+
+        As PEFT 0.21 does, peft/tuners/tuners_utils.py check_target_module_exists.
+        """
+        targets = self.targets or {module}
+        layer = regex.match(r".*?\.[^.]*\.(\d+)\.", module)
+        is_in_layers = not self.layers or (layer is not None and int(layer[1]) in self.layers)
+        is_free = isinstance(targets, regex.Pattern) or module in targets or is_in_layers
+        is_in = is_free and self._is_in(targets, module)
+        if not is_in or self._is_in(self.excluded or (), module):
+            names = "target_modules, exclude_modules and layers_to_transform do"
+            name = names if self.mlx_scale is None else "lora_parameters.keys does"
+            raise self.mismatch(
+                f"module {module} has tensors, but {name} not name it; expected every module that "
+                "has tensors"
+            )
 
 
 def read_fields(folder: Path) -> Json:
@@ -241,6 +280,11 @@ def _peft_config(path: Path, fields: PeftFields) -> PeftConfig:
     _check_alpha("lora_alpha", fields.lora_alpha)
     for key, alpha in alphas.items():
         _check_alpha(f"alpha_pattern.{key}", alpha)
+    layers = fields.layers_to_transform or []
+    if fields.layers_pattern:
+        layers = []
+    if isinstance(layers, int):
+        layers = [layers]
     return PeftConfig(
         path=path,
         rank=fields.r,
@@ -248,6 +292,9 @@ def _peft_config(path: Path, fields: PeftFields) -> PeftConfig:
         use_rslora=bool(fields.use_rslora),
         rank_pattern=ranks,
         alpha_pattern=alphas,
+        targets=_names_of(fields.target_modules),
+        excluded=_names_of(fields.exclude_modules),
+        layers=frozenset(layers),
         parameters=tuple(fields.target_parameters or ()),
         bias=fields.bias or "none",
         ties_weights=bool(fields.ensure_weight_tying),
@@ -259,6 +306,17 @@ def _peft_config(path: Path, fields: PeftFields) -> PeftConfig:
 def _check_alpha(field: str, alpha: float) -> None:
     if abs(alpha) < LEAST_ALPHA:
         raise WrongField(field, f"{alpha:g}", expected_of(Alpha))
+
+
+def _names_of(value: Any) -> Rule | None:
+    """Give names of modules or an expression for them; None for nothing, or what is none."""
+    if isinstance(value, str):
+        if value.lower() != "all-linear" and len(value) <= MAX_PATTERN_LENGTH:
+            with contextlib.suppress(regex.error, RecursionError, OverflowError):
+                expression: Rule = regex.compile(value)
+                return expression
+        return None
+    return frozenset(value) if value else None
 
 
 def is_named(targets: Collection[str], module: str) -> bool:
@@ -299,6 +357,7 @@ def _mlx_config(path: Path, fields: MlxFields) -> PeftConfig:
         path=path,
         rank=rank,
         alpha=parameters.scale * rank,
+        targets=_names_of(parameters.keys),
         base_name=fields.model,
         mlx_scale=parameters.scale,
     )

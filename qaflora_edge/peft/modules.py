@@ -287,6 +287,8 @@ def _peft_module(
     """
     _check_matrix(a)
     _check_matrix(b)
+    if parameter is None:
+        config.check_target(name)
     key = parameter or name  # what PEFT's patterns are matched with
     rank = config.rank_of(key)
     is_stacked = parameter is not None and not parameter.endswith(".weight")
@@ -386,6 +388,7 @@ def _mlx_module(config: PeftConfig, name: str, a: StoredTensor, b: StoredTensor)
             f"Cannot use {a.path}: module {name} is an embedding with a LoRA, which MLX "
             "applies to a tied head as well; expected LoRA on linear layers. Train without it."
         )
+    config.check_target(name)
     if not _MLX_EXPERTS.fullmatch(name):
         if a.shape[1] == b.shape[0] == rank:
             return PeftModule(name, rank, a.shape[0], b.shape[1], scale, a, b, is_transposed=True)
