@@ -65,7 +65,6 @@ ASK: dict[str, dict[str, Any]] = {
     "/v1/responses": {"input": CATS, "max_output_tokens": 16},
     "/v1/embeddings": {"input": CATS},
     "/embeddings": {"input": CATS},
-    "/api/embeddings": {"prompt": CATS},
     "/api/embed": {"input": CATS},
     "/api/chat": {"messages": ASKED, "options": {"num_predict": 4}},
     "/api/generate": {"prompt": CATS, "options": {"num_predict": 4}},

@@ -1,7 +1,7 @@
 """qaflora convert"""
 
-import json
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -56,8 +56,8 @@ def test_names_on_the_hub_are_fetched(hub, hub_cache, tmp_path, base) -> None:
     hub.put("owner/base", {"q8/base.gguf": base.path.read_bytes()})
     here, there = tmp_path / "here.gguf", tmp_path / "there.gguf"
     assert run(folder, "--base", base.path, "-o", here).exit_code == 0
-    result = run("owner/math", "--base", "owner/base/q8/base.gguf", "-o", there, "--json")
-    assert (result.exit_code, json.loads(result.stdout)["path"]) == (0, str(there))
+    result = run("owner/math", "--base", "owner/base/q8/base.gguf", "-o", there)
+    assert result.exit_code == 0, result.stderr
     assert there.read_bytes() == here.read_bytes()
 
 
@@ -77,62 +77,26 @@ def test_what_cannot_be_converted_is_told(tmp_path, base) -> None:
 def test_verify_sums_up(tmp_path, base) -> None:
     folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj", "o_proj"], layers=[1])
     arguments = (folder, "--base", base.path, "-o", tmp_path / "out.gguf", "--verify", "--force")
-    result, report = run(*arguments), json.loads(run(*arguments, "--json").stdout)
-    worst = max(report["checks"], key=lambda check: check["of_allowed"])
-    assert 0 < worst["largest_difference"] < 1e-3
-    assert (result.exit_code, result.stdout) == (
-        0,
-        f"Verified 2 modules: the largest difference is {worst['largest_difference']:.2g}, "
-        f"{worst['of_allowed']:.0%} of what rounding explains, in {worst['module']}.\n",
-    )
+    verified = r"Verified 2 modules: the largest difference is [\d.e-]+, \d+% of what rounding "
+    assert re.fullmatch(rf"{verified}explains, in \S+\.\n", run(*arguments).stdout)
     result = run(*arguments, "--outtype", "f32")
     assert result.stdout == "Verified 2 modules: none differs from its source.\n"
 
 
-def test_json_says_what_was_written(tmp_path, base) -> None:
-    folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj"], rank=8)
-    out = tmp_path / "out.gguf"
-    result = run(folder, "--base", base.path, "-o", out, "--verify", "--json")
-    assert result.exit_code == 0
-    report = json.loads(result.stdout)
-    checks = report.pop("checks")
-    assert report == {
-        "path": str(out),
-        "architecture": "llama",
-        "alpha": 8.0,
-        "rank": 8,
-        "targets": ["attn_q"],
-        "n_module": 3,
-        "size_bytes": out.stat().st_size,
-        "trained_on": None,
-        "base_name": "tiny llama 0",
-    }
-    assert [check["tensor"] for check in checks] == [f"blk.{i}.attn_q.weight" for i in range(3)]
-    assert all(check["is_right"] and 0 < check["of_allowed"] < 1 for check in checks)
-
-
-@pytest.mark.parametrize("value", [2.0, np.nan])
-def test_wrong_conversion_is_reported_with_exit_code_1(tmp_path, base, monkeypatch, value) -> None:
+def test_wrong_conversion_is_reported_with_exit_code_1(tmp_path, base, monkeypatch) -> None:
     folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj"], layers=[0])
     original = convert.encoded_tensor
 
     def wrong(*args: Any) -> Any:
         encoded = original(*args)
-        encoded[0, 0] = value
+        encoded[0, 0] = np.nan
         return encoded
 
     monkeypatch.setattr(convert, "encoded_tensor", wrong)
     out = tmp_path / "out.gguf"
-    result = run(folder, "--base", base.path, "-o", out, "--verify", "--json")
-    assert result.exit_code == 1
-    assert "The conversion is wrong: 1 of 1 modules differ" in result.stderr
-    report = json.loads(result.stdout)
-    assert report["path"] is None
-    (check,) = report["checks"]
-    assert not check["is_right"]
-    assert (check["of_allowed"] is None) == np.isnan(value)
+    stderr = said_by(run(folder, "--base", base.path, "-o", out, "--verify"), 1)
+    assert "The conversion is wrong: 1 of 1 modules differ" in stderr
     assert not out.exists()
-    assert run(folder, "--base", base.path, "-o", out, "--verify").stdout == ""
 
 
 @pytest.mark.slow

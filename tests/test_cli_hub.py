@@ -118,10 +118,6 @@ def test_models_tells_what_is_here() -> None:
     assert (result.exit_code, result.stderr) == (0, "")
     assert f"here: {path}" in result.stdout
     assert "get it: qaflora pull gemma-3-270m" in result.stdout
-    shown = json.loads(qaflora("models", "--json").stdout)
-    assert list(shown) == list(registry.load_registry())
-    assert shown["smollm2-135m-instruct"]["path"] == str(path)
-    assert shown["gemma-3-270m"]["path"] is None
 
 
 def test_pull_from_the_hub(hub, hub_cache) -> None:

@@ -99,7 +99,7 @@ def test_wrong_variable_is_named(monkeypatch) -> None:
     result = qaflora("run", "DIR", "hi")
     assert result.exit_code == 2
     assert result.stderr.endswith(
-        "Error: Invalid value for '--temp': 'hot' is not a valid float range. It is the "
+        "Error: Invalid value for '--temp': 'hot' is not a number from 0 up. It is the "
         "environment variable QAFLORA_TEMP; correct or unset it.\n"
     )
 

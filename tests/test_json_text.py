@@ -48,7 +48,7 @@ def test_many_values_are_refused_before_they_take_memory() -> None:
 
 
 def test_file_of_lines_that_vanishes_is_named(tmp_path) -> None:
-    lines = LineFile(tmp_path / "a.jsonl", "answers")
+    lines = LineFile(tmp_path / "a.jsonl", "answers", b"{")
     (tmp_path / "a.jsonl").write_text("{}\ncut")
     lines.n_byte = 3
     lines.add({"a": 1})

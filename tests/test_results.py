@@ -9,7 +9,7 @@ import pytest
 from made_results import lines
 from refusals import refused
 
-from qaflora_edge.errors import OutputFileError, ResultsFileError
+from qaflora_edge.errors import OutputFileError
 from qaflora_edge.evaluation.tasks import kept_results
 
 HEADER = {**made_results.header({"sums": "number"}), "strategies": ["static"]}
@@ -59,9 +59,9 @@ def test_the_file_of_another_evaluation_stays(tmp_path, key) -> None:
 
 
 WRONG = [
-    (b"my notes", "line 1: it is no results file, expected one"),
-    (b'{"eval": \n', "line 1: it is no JSON object (Expecting value"),
-    (WHOLE + b'{"score": 1e999}\n', "line 2: it is no JSON object (the number 1e999 is not finite"),
+    (b"my notes", "it has no results, and such were expected"),
+    (b'{"eval": \n', "line 1 is no JSON object (Expecting value"),
+    (WHOLE + b'{"score": 1e999}\n', "line 2 is no JSON object (the number 1e999 is not finite"),
 ]
 
 
@@ -69,6 +69,6 @@ WRONG = [
 def test_a_file_that_is_no_results_is_refused(tmp_path, data, message) -> None:
     path = tmp_path / "r.jsonl"
     path.write_bytes(data)
-    told = refused(ResultsFileError, write, path)
-    assert told.startswith(f"Cannot use {path}, {message}")
-    assert told.endswith("Give a file that `qaflora eval -o` has written.")
+    told = refused(OutputFileError, write, path)
+    assert told.startswith(f"Cannot write results into {path}: {message}")
+    assert path.read_bytes() == data

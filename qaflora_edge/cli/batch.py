@@ -27,7 +27,7 @@ from qaflora_edge.errors import OptionError, QafloraError, wrong_option
 from qaflora_edge.evaluation.tasks import LineFile
 from qaflora_edge.files import one_line
 from qaflora_edge.formats.bundle import BUNDLE_FILE, is_base, read_bundle_text
-from qaflora_edge.formats.inputs import Json, Object, checksum, open_input
+from qaflora_edge.formats.inputs import Json, Object, checksum
 from qaflora_edge.progress import TellCount, silent
 from qaflora_edge.prompt.messages import begin_with
 from qaflora_edge.show import crop
@@ -144,23 +144,12 @@ class _Job:
 
     def read(self, file: LineFile) -> None:
         """Note what the file of answers has. Raises OutputFileError when it has anything else."""
-        try:
-            with open_input(file.path) as stream:
-                data = stream.read()
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise file.refused(error.strerror or str(error), "Leave -o out for stdout") from error
-        *lines, torn = data.split(b"\n")
-        if not torn.startswith(_BEGIN[: len(torn)]):
-            lines.append(torn)
-        for number, line in enumerate(lines, 1):
+        for number, record in enumerate(file.read(), 1):
             try:
-                record = json.loads(line)
                 index = int(record["index"])
                 key, digest = record["request"].split("-")
                 failure = record.get("error", {}).get("message", "")
-            except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 raise file.refused(
                     f"line {number} is no answer of this command, and a file was expected that it "
                     "began",
@@ -174,7 +163,6 @@ class _Job:
                 )
             self.digests[index] = digest
             self._note(index, failure)
-            file.n_byte += len(line) + 1
 
     def _note(self, index: int, error: str) -> None:
         self.n_failed += bool(error)
@@ -271,7 +259,7 @@ def answer_file(
     ctx = click.get_current_context()
     if ctx.get_parameter_source("parallel") is ParameterSource.DEFAULT:
         options.parallel = PARALLEL
-    file = None if out is None else LineFile(out, "answers")
+    file = None if out is None else LineFile(out, "answers", _BEGIN)
     key = _key(bundle, options, sampling, system, as_json, no_draft)
     weighing = Weighing(options.strategy, drafts=False if no_draft else None)
     ask = Ask((), weighing, sampling)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qaflora_edge.cli import options as cli
-from qaflora_edge.cli.answers import print_json, say
+from qaflora_edge.cli.answers import say
 from qaflora_edge.cli.own_options import ADAPTER, OWN
 from qaflora_edge.cli.places import bundle_folder, missing_base
 from qaflora_edge.cli.progress import progress_bars
@@ -269,19 +269,9 @@ def samples(folder: Path, name: str, file: str) -> None:
 
 @cli.command("qaflora bundle show demo", group=bundle)
 @_folder
-@cli.json_option("Print bundle.json, and where the base is.")
-def show(folder: Path, as_json: bool) -> None:
+def show(folder: Path) -> None:
     """Show what a bundle says of itself; its files need not be there."""
-    from qaflora_edge.bundles.open import recorded_base
-    from qaflora_edge.formats.bundle import read_bundle_text
-
-    if not as_json:
-        click.echo(describe(folder))
-        return
-    text = read_bundle_text(folder)
-    base_path = recorded_base(folder, text.base)
-    place = None if base_path is None else str(base_path)
-    print_json(dict(text.raw) | {"base_path": place})
+    click.echo(describe(folder))
 
 
 def describe(folder: Path) -> str:

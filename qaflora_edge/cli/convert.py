@@ -1,23 +1,20 @@
 """qaflora convert and export: adapter GGUFs out of PEFT folders and of mixes"""
 
 import functools
-import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from qaflora_edge.cli import options as cli
-from qaflora_edge.cli.answers import print_json, say
+from qaflora_edge.cli.answers import say
 from qaflora_edge.cli.places import bundle_folder, missing_base
 from qaflora_edge.cli.progress import progress_bars
-from qaflora_edge.errors import ConversionError, OutputFileError
+from qaflora_edge.errors import OutputFileError
 from qaflora_edge.files import atomic_path, what_is_at
-from qaflora_edge.formats.inputs import Json
 from qaflora_edge.formats.names import plain_name
 
 if TYPE_CHECKING:
@@ -47,10 +44,8 @@ if TYPE_CHECKING:
     "--verify",
     is_flag=True,
     help="Read the file back, compare A and B of each module with the source, and report the "
-    "largest difference; --json has it for each module. The file is kept only if rounding to its "
-    "type explains them all.",
+    "largest difference. The file is kept only if rounding to its type explains them all.",
 )
-@cli.json_option("Print what was written as one JSON object on stdout.")
 def convert(
     peft_dir: str,
     base: str | None,
@@ -58,7 +53,6 @@ def convert(
     outtype: str,
     force: bool,
     verify: bool,
-    as_json: bool,
 ) -> None:
     """Convert a PEFT adapter to an adapter GGUF.
 
@@ -84,22 +78,19 @@ def convert(
     if base is None:
         raise missing_base([peft_dir])
     label = "Converting and verifying" if verify else "Converting"
-    try:
-        with progress_bars() as tell:
-            source = find_adapter(peft_dir)
-            converted = convert_adapter(
-                source.path,
-                find_base(base)[0],
-                output,
-                outtype=outtype,
-                verify=verify,
-                name=source.name if source.hub else None,
-                progress=functools.partial(tell, label),
-            )
-    except ConversionError as error:
-        _print_report({"path": None}, error.checks, as_json)
-        raise
-    _print_report(asdict(converted) | {"path": str(output)}, converted.checks, as_json)
+    with progress_bars() as tell:
+        source = find_adapter(peft_dir)
+        converted = convert_adapter(
+            source.path,
+            find_base(base)[0],
+            output,
+            outtype=outtype,
+            verify=verify,
+            name=source.name if source.hub else None,
+            progress=functools.partial(tell, label),
+        )
+    if converted.checks:
+        click.echo(_summary(converted.checks))
     say(f"Wrote {output} ({converted.size_bytes / 1e6:.1f} MB).")
     trained_on = converted.trained_on
     base_name = converted.base_name
@@ -111,28 +102,15 @@ def convert(
         )
 
 
-def _print_report(report: Json, checks: "Sequence[ModuleCheck]", as_json: bool) -> None:
-    if as_json:
-        report["checks"] = [_check_fields(check) for check in checks]
-        print_json(report)
-    elif checks and report["path"]:  # else the error says what is wrong
-        worst = max(checks, key=lambda check: check.of_allowed)
-        difference = "none differs from its source"
-        if worst.of_allowed > 0:
-            difference = (
-                f"the largest difference is {worst.largest_difference:.2g}, "
-                f"{worst.of_allowed:.0%} of what rounding explains, in {worst.module}"
-            )
-        click.echo(f"Verified {len(checks)} modules: {difference}.")
-
-
-def _check_fields(check: "ModuleCheck") -> Json:
-    """Write a check for JSON, which has neither NaN nor infinity."""
-    fields: Json = {"is_right": check.is_right}
-    for key, value in asdict(check).items():
-        is_number = not isinstance(value, float) or math.isfinite(value)
-        fields[key] = value if is_number else None
-    return fields
+def _summary(checks: "Sequence[ModuleCheck]") -> str:
+    worst = max(checks, key=lambda check: check.of_allowed)
+    difference = "none differs from its source"
+    if worst.of_allowed > 0:
+        difference = (
+            f"the largest difference is {worst.largest_difference:.2g}, "
+            f"{worst.of_allowed:.0%} of what rounding explains, in {worst.module}"
+        )
+    return f"Verified {len(checks)} modules: {difference}."
 
 
 @cli.command(

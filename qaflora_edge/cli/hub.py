@@ -50,25 +50,15 @@ def pull(ref: str, with_base: bool, update: bool) -> None:
 
 
 @command("qaflora models")
-@json_option("Print one JSON object, name by name.")
-def models(as_json: bool) -> None:
+def models() -> None:
     """List the models that can be pulled.
 
     Tells size, kind (chat or base) and licence of each, and where it is when it is here already.
     """
     from qaflora_edge.formats.names import load_registry, local_path
 
-    places = [(model, local_path(model)) for model in load_registry().values()]
-    if as_json:
-        keys = ("description", "architecture", "kind", "license", "size_bytes", "sha256")
-        entries = {}
-        for model, path in places:
-            facts = {key: getattr(model, key) for key in keys}
-            facts["path"] = None if path is None else str(path)
-            entries[model.name] = facts
-        print_json(entries)
-        return
-    for model, path in places:
+    for model in load_registry().values():
+        path = local_path(model)
         place = f"here: {path}" if path else f"get it: qaflora pull {model.name}"
         click.echo(
             f"{model.name}: {model.description}; {model.size_bytes / 1e6:.0f} MB, {model.kind}, "

@@ -5,7 +5,7 @@ import functools
 import os
 import re
 import shlex
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,17 +56,19 @@ class SharedOptions(SimpleNamespace):
         return Sampling().updated(self.keywords("sampling"))
 
 
-class _NumberOrWord(click.IntRange):
-    """Takes a whole number, or one of some words."""
+class _Number(click.ParamType):  # type: ignore[type-arg]
+    """A number, or one of some words, as an option of `config` takes it."""
 
-    def __init__(self, words: Collection[str], low: Any, high: Any) -> None:
-        super().__init__(low, high)
-        self._words = words
+    name = "number"
+
+    def __init__(self, option: Option) -> None:
+        self._option = option
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        if value in self._words:
-            return value
-        return super().convert(value, param, ctx)
+        number = self._option.parsed(str(value))
+        if not self._option.fits(number):
+            self.fail(f"{value!r} is not {self._option.expected}.", param, ctx)
+        return number
 
 
 class WholeText(click.types.StringParamType):
@@ -178,11 +180,6 @@ class _Option(click.Option):
             self.help += f"  [default: {self.unset}]"
         return super().get_help_record(ctx)
 
-    def get_help_extra(self, ctx: click.Context) -> Any:  # ranges stand in docs/settings.md
-        extra: Keywords = {**super().get_help_extra(ctx)}
-        extra.pop("range", None)
-        return extra
-
 
 def click_option(option: Option, command: str) -> Decorator:
     """An option as a decorator for a command."""
@@ -216,13 +213,8 @@ def click_option(option: Option, command: str) -> Decorator:
 def _click_type(option: Option) -> Any:
     if option.choices:
         return click.Choice(option.choices)
-    if option.words:
-        return _NumberOrWord(option.words, option.low, option.high)
-    if option.kind in (int, float) and option.low is not None:
-        kind: Any = click.FloatRange
-        if option.kind is int:
-            kind = click.IntRange
-        return kind(option.low, option.high, min_open=option.is_open)
+    if option.kind in (int, float):
+        return _Number(option)
     if option.kind is tuple:
         return WholeText()
     return option.kind

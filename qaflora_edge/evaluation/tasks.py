@@ -18,7 +18,7 @@ import hashlib
 import json
 import re
 import string
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +28,8 @@ from msgspec import Meta, Struct, structs
 
 from qaflora_edge.ask import Chat
 from qaflora_edge.errors import (
-    InputFileError,
     OutputFileError,
     PromptError,
-    ResultsFileError,
     TaskFileError,
     os_errors,
 )
@@ -138,7 +136,7 @@ def read_task(path: str | Path) -> Task:
     ):
         data = file.read().removeprefix(codecs.BOM_UTF8)
     where = str(path)
-    lines = list(json_lines(data, where, _wrong))
+    lines = list(_json_lines(data, where))
     header = Header()
     try:
         if lines and "task" in lines[0][1]:
@@ -166,20 +164,15 @@ def _wrong(where: str, what: str) -> TaskFileError:
     return TaskFileError(f"Cannot use the task {where}: {what}. {ADVICE}")
 
 
-def json_lines(
-    data: bytes, path: str, wrong: Callable[[str, str], InputFileError]
-) -> Iterator[tuple[str, Json]]:
-    """Read the lines that are not blank, each with its place.
-
-    wrong  place, what is wrong -> the error that is raised
-    """
+def _json_lines(data: bytes, path: str) -> Iterator[tuple[str, Json]]:
+    """Read the lines that are not blank, each with its place."""
     for number, line in enumerate(data.split(b"\n"), 1):
         where = f"{path}, line {number}"
         try:
             if line.strip():
                 yield where, read_json_object(line)
         except ValueError as error:  # errors of JSON and UTF-8 too
-            raise wrong(where, f"it is no JSON object ({error}), expected one") from error
+            raise _wrong(where, f"it is no JSON object ({error}), expected one") from error
 
 
 def _metric_of(items: Sequence[Fields]) -> str:
@@ -227,7 +220,6 @@ def _filled(template: str, fields: Fields) -> str:
 # Has to be equal in a file that is resumed; strategies may be added.
 IDENTITY = ("bundle", "base", "adapters", "n_layer", "measured", "tasks", "options")
 BEGIN = b'{"eval": '  # of every file
-RESULTS_ADVICE = "Give a file that `qaflora eval -o` has written."
 Record = Mapping[str, Any]
 
 
@@ -236,11 +228,13 @@ class LineFile:
     """A file to which one process adds whole lines; a cut last line is removed first.
 
     holds   what the lines are, for errors
-    n_byte  of its whole lines, set by the reader of the file
+    begin   of the first line
+    n_byte  of its whole lines, set by `read`
     """
 
     path: Path
     holds: str
+    begin: bytes
     n_byte: int = 0
 
     @contextmanager
@@ -254,6 +248,26 @@ class LineFile:
         except Timeout:
             found = f"another process writes {self.holds} into it, and no other was expected"
             raise self.refused(found, "Wait for it to end") from None
+
+    def read(self) -> list[Json]:
+        """Read the objects of the whole lines. Raises OutputFileError for another kind of file."""
+        if not self.path.exists():
+            return []
+        failure = f"Cannot read {self.path}"
+        advice = "Choose another -o FILE."
+        with os_errors(OutputFileError, failure, advice), open_input(self.path) as file:
+            data = file.read()
+        if not data.startswith(self.begin[: len(data)]):
+            raise self.refused(f"it has no {self.holds}, and such were expected", "Leave it")
+        self.n_byte = data.rfind(b"\n") + 1
+        records = []
+        for number, line in enumerate(data[: self.n_byte].splitlines(), 1):
+            try:
+                records.append(read_json_object(line))
+            except ValueError as error:  # errors of JSON and UTF-8 too
+                fault = f"line {number} is no JSON object ({error}), expected one"
+                raise self.refused(fault, "Leave it") from error
+        return records
 
     def add(self, record: Record) -> None:
         """Add an object as a line. Raises OutputFileError when it cannot be written."""
@@ -312,16 +326,14 @@ def kept_results(path: Path | None, header: Record) -> Iterator[Results]:
 
     path  None: nothing is written
 
-    Raises ResultsFileError or OutputFileError, and leaves a file of another evaluation as it is.
+    Raises OutputFileError, and leaves a file of another evaluation as it is.
     """
     if path is None:
         yield Results(header)
         return
-    file = LineFile(path, "results")
+    file = LineFile(path, "results", BEGIN)
     with file.opened():
-        lines: list[Record] = []
-        if path.exists():
-            lines, file.n_byte = _read(path)
+        lines: list[Record] = [*file.read()]
         if not lines:  # it is new, or was killed while its first line was written
             lines = [header]
             file.add(header)
@@ -335,20 +347,3 @@ def kept_results(path: Path | None, header: Record) -> Iterator[Results]:
 
 def _key(record: Record) -> tuple[str, int, str]:
     return record["task"], record["item"], record["strategy"]
-
-
-def _read(path: Path) -> tuple[list[Record], int]:
-    with (
-        os_errors(ResultsFileError, f"Cannot read {path}", RESULTS_ADVICE),
-        open_input(path) as file,
-    ):
-        data = file.read()
-    if not data.startswith(BEGIN[: len(data)]):
-        raise _wrong_results(f"{path}, line 1", "it is no results file, expected one")
-    n_byte = data.rfind(b"\n") + 1
-    lines = json_lines(data[:n_byte], str(path), _wrong_results)
-    return [record for _, record in lines], n_byte
-
-
-def _wrong_results(where: str, what: str) -> ResultsFileError:
-    return ResultsFileError(f"Cannot use {where}: {what}. {RESULTS_ADVICE}")

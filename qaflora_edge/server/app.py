@@ -248,7 +248,6 @@ API: tuple[tuple[str, Any, type[Body] | None], ...] = (
     ("/api/generate", ollama.generate, ollama_dialect.OllamaTextBody),
     ("/api/show", ollama.show, bodies.ShowBody),
     ("/api/embed", ollama.embed, bodies.EmbedBody),
-    ("/api/embeddings", ollama.embeddings, bodies.OldEmbedBody),
     ("/api/tags", ollama.tags, None),
     ("/api/ps", ollama.ps, None),
     ("/api/version", ollama.version, None),

@@ -59,12 +59,6 @@ class EmbedBody(Body, frozen=True, kw_only=True):
     ]
 
 
-class OldEmbedBody(Body, frozen=True, kw_only=True):
-    """Ask /api/embeddings."""
-
-    prompt: str
-
-
 class ShowBody(Body, frozen=True, kw_only=True):
     """Ask /api/show; `name` is the old name of `model`."""
 

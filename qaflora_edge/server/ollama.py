@@ -139,22 +139,6 @@ async def embed(request: Request) -> Computed:
     return embedded(call, several("input", call.body.input, bodies.MAX_EMBEDDED), written)
 
 
-async def embeddings(request: Request) -> Computed:
-    """Embed a text, in the older shape of Ollama."""
-    call = await read_call(request, bodies.OldEmbedBody)
-    texts = []
-    if call.body.prompt:
-        texts.append(call.body.prompt)
-
-    def written(states: list[F32], n_token: int) -> Any:
-        embedding: Any = []
-        if states:
-            embedding = states[0].tolist()
-        return {"embedding": embedding}
-
-    return embedded(call, texts, written)
-
-
 def _answered(call: Call[Any], ask: Ask | None, fields: ollama.Fields) -> Computed | Response:
     """Answer once; without a prompt the model is only loaded, or closed.
 
