@@ -23,6 +23,7 @@ from qaflora_edge.answering.reading import PromptReading
 from qaflora_edge.ask import Chat
 from qaflora_edge.dialects.shapes import Extras
 from qaflora_edge.errors import BusyError, CancelledError, StrategyError
+from qaflora_edge.inference.sequence import Request
 from qaflora_edge.show import doubts
 from qaflora_edge.weighing.plan import (
     BASE,
@@ -401,25 +402,54 @@ def base_reads_up_to_the_draft(
     monkeypatch.setattr("qaflora_edge.weighing.numbers.n_base_of", lambda n_token: n_before)
 
 
-def test_an_earlier_question_reads_as_when_it_was_asked(folder) -> None:
-    """The base hears the one while it reads the prompt, and the other in a branch."""
+def test_an_earlier_question_reads_as_when_it_was_asked(folder, monkeypatch) -> None:
+    """The base hears the one while it reads the prompt, the other in a branch, or remembers it."""
     first = [{"role": "user", "content": "abc def ghi jkl mno pqr stu?"}]
     turns = [{"role": "assistant", "content": "abc"}, {"role": "user", "content": "def ghi jkl?"}]
-    with Engine(folder, n_ctx=1024) as engine:
-
-        def reading(messages: list[dict[str, str]]) -> PromptReading:
-            query = engine.memory.current.weigher.query(engine.read(Chat(messages)))
-            return PromptReading(engine._core, query, engine._core.cancellation())
-
-        with reading(first) as before:
+    with Engine(folder, n_ctx=1024) as engine, Engine(folder, n_ctx=1024) as other:
+        with reading_of(engine, first) as before:
             nats, added = before.surprise(), before.added()
-        with reading(turns[1:]) as alone:
+        with reading_of(engine, turns[1:]) as alone:
             nats_alone = alone.surprise()
-        with reading(first + turns) as now:
-            nats_before, added_before = now.earlier()
-            assert nats_before == pytest.approx(nats, rel=1e-3)
-            np.testing.assert_allclose(added_before, added[1:], rtol=1e-3)
-            assert now.goes_on() == pytest.approx(nats_alone - now.surprise(), abs=1e-2)
+        for remembers in (engine, other):
+            with reading_of(remembers, first + turns) as now:
+                difference = now.goes_on()
+                counts = count_decoded(monkeypatch)
+                nats_before, added_before = now.earlier()
+                assert (not counts) == (remembers is engine)
+                assert nats_before == pytest.approx(nats, rel=1e-3)
+                np.testing.assert_allclose(added_before, added[1:], rtol=1e-3)
+                assert difference == pytest.approx(nats_alone - now.surprise(), abs=1e-2)
+
+
+def reading_of(engine: Engine, messages: list[dict[str, str]]) -> PromptReading:
+    query = engine.memory.current.weigher.query(engine.read(Chat(messages)))
+    return PromptReading(engine._core, query, engine._core.cancellation())
+
+
+@pytest.mark.parametrize("is_heard", [True, False])
+def test_words_of_a_question_are_expected_as_a_prompt_that_the_base_begins(
+    folder, is_heard, monkeypatch
+) -> None:
+    """Each adapter reads the question alone, behind what the base reads: all in one batch."""
+    question = [{"role": "user", "content": "abc def ghi jkl mno pqr stu?"}]
+    with Engine(folder, n_ctx=1024) as engine, reading_of(engine, question) as reading:
+        core = engine._core
+        start, end = reading.query.question
+        tokens = reading.query.tokens
+        items = []
+        for name in ("es", BASE):
+            request = Request(tokens[: start + 1], core.weights_of(name), n_base=start)
+            items.append((request, tokens[start + 1 : end]))
+        wanted = core.run(core.scorer.score(items), core.cancellation(), kind="branch")
+        if is_heard:
+            reading.added()
+        counts = count_decoded(monkeypatch)
+        found = reading.expected(["es", BASE], goes_on=False)
+        assert counts[-1] == 2 * (end - start - 1)
+        assert len(counts) == 2 - is_heard
+    np.testing.assert_allclose(found, wanted, atol=1e-3)
+    assert found[0] != pytest.approx(found[1], abs=1e-3)
 
 
 @pytest.mark.parametrize("n_parallel", [1, 3])
