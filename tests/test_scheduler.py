@@ -14,7 +14,7 @@ from patience import wait_until
 
 from qaflora_edge.ask import Sampling
 from qaflora_edge.backend.batch import Chunks, Span
-from qaflora_edge.backend.context import Stop
+from qaflora_edge.backend.library import Stop
 from qaflora_edge.errors import BackendError, CancelledError
 from qaflora_edge.inference.loop import Loop
 from qaflora_edge.inference.scheduler import Job, Scheduler, Slot

@@ -26,7 +26,7 @@ from qaflora_edge.backend.batch import (
     chunks_of,
     n_ubatch,
 )
-from qaflora_edge.backend.library import default_threads
+from qaflora_edge.backend.library import Stop, default_threads
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.config import KV_TYPES, MAX_CTX
 from qaflora_edge.errors import BackendError, CancelledError
@@ -38,38 +38,6 @@ N_OUTPUT = 16  # most rows with logits in a pass that verifies guesses, or score
 _MAX_SCORES_BYTES = 256 << 20  # 8,192 tokens of a base with 25 heads
 _N_CTX_MIN = 256  # tokens
 N_CTX_FIRST = 1024  # of a context without a limit
-
-
-class Stop:
-    """Flag set by one thread and read by another: between tokens, and inside llama_decode.
-
-    llama.cpp asks its abort callback before every node of a graph. A Python function would wait for
-    the interpreter's lock each time; strlen of a buffer that is empty or "\\1" needs none.
-    """
-
-    def __init__(self) -> None:
-        self._buffer = ctypes.create_string_buffer(2)
-
-    @property
-    def is_set(self) -> bool:
-        return self._buffer.raw[0] != 0
-
-    def set(self) -> None:
-        """End native work that watches the flag."""
-        self._buffer[0] = b"\1"
-
-    def clear(self) -> None:
-        self._buffer[0] = b"\0"
-
-    def watch(self, lib: Any, context: Any) -> None:
-        """Let a llama_context end its work once the flag is set; both live as long as each other.
-
-        Backends without abort callbacks (CUDA, Vulkan) end with their micro-batch.
-        """
-        name = "ucrtbase" if sys.platform == "win32" else None
-        libc = ctypes.CDLL(name)
-        callback = ctypes.cast(libc.strlen, lib.ggml_abort_callback)
-        lib.llama_set_abort_callback(context, callback, ctypes.addressof(self._buffer))
 
 
 @dataclass(frozen=True)

@@ -274,3 +274,35 @@ class Handle:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Stop:
+    """Flag set by one thread and read by another: between tokens, and inside llama_decode.
+
+    llama.cpp asks its abort callback before every node of a graph. A Python function would wait for
+    the interpreter's lock each time; strlen of a buffer that is empty or "\\1" needs none.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = ctypes.create_string_buffer(2)
+
+    @property
+    def is_set(self) -> bool:
+        return self._buffer.raw[0] != 0
+
+    def set(self) -> None:
+        """End native work that watches the flag."""
+        self._buffer[0] = b"\1"
+
+    def clear(self) -> None:
+        self._buffer[0] = b"\0"
+
+    def watch(self, lib: Any, context: Any) -> None:
+        """Let a llama_context end its work once the flag is set; both live as long as each other.
+
+        Backends without abort callbacks (CUDA, Vulkan) end with their micro-batch.
+        """
+        name = "ucrtbase" if sys.platform == "win32" else None
+        libc = ctypes.CDLL(name)
+        callback = ctypes.cast(libc.strlen, lib.ggml_abort_callback)
+        lib.llama_set_abort_callback(context, callback, ctypes.addressof(self._buffer))

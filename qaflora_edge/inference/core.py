@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from qaflora_edge.arrays import F32, ArrayLike
-from qaflora_edge.backend.context import N_CTX_FIRST, N_OUTPUT, Context, Stop, n_ctx_for
-from qaflora_edge.backend.library import glibc
+from qaflora_edge.backend.context import N_CTX_FIRST, N_OUTPUT, Context, n_ctx_for
+from qaflora_edge.backend.library import Stop, glibc
 from qaflora_edge.backend.model import Pack, shared_model
 from qaflora_edge.errors import BusyError, OptionError
 from qaflora_edge.formats.gguf import GgufHeader

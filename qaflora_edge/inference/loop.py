@@ -6,7 +6,8 @@ from collections.abc import Callable, Generator, Sequence
 from enum import Enum, auto
 from typing import Any
 
-from qaflora_edge.backend.context import Context, Stop, cancelled
+from qaflora_edge.backend.context import Context, cancelled
+from qaflora_edge.backend.library import Stop
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import BackendError, BusyError, QafloraError
 from qaflora_edge.inference.runner import Runner
