@@ -155,7 +155,7 @@ def test_a_probability_is_that_of_a_logistic_regression() -> None:
 
 
 def test_what_is_told_is_a_logistic_regression_of_that() -> None:
-    assert told_probability(-0.1, 2.0) == pytest.approx(probability(0.97))  # -.53 + 2.2 - .7
+    assert told_probability(0.9, 0.5) == pytest.approx(probability(1.2972246))  # ln 9 + .6 - 1.5
 
 
 @pytest.mark.parametrize(("sure", "mark"), [(None, []), (0.49, ["may be made up"])])
@@ -173,7 +173,7 @@ def test_who_knows_drafts_for_who_gives_the_form() -> None:
     assert plan.weights[:, 0].tolist() == [1, 0, 0]
     sure = sureness((-0.01,) * 4, (-1, -8, -8, -8))
     assert plan.known["shop"] == pytest.approx(probability(log_odds(sure, 80)))
-    assert plan.sure == pytest.approx(told_probability(sure, 0.0))
+    assert plan.sure == pytest.approx(told_probability(plan.known["shop"], 0.0))
 
 
 def test_a_form_that_knows_itself_writes_alone() -> None:
@@ -317,7 +317,7 @@ def test_two_places_first_is_refused_an_answer_that_it_makes_up() -> None:
     plan = weighed(reading)
     assert reading.asked == ["shop"]  # the others stand out far less in the question
     assert plan.weights[:, 0].tolist() == [0, 1, 0]
-    assert plan.sure == told_probability(sureness((-0.25,) * 4, (-1, -8, -8, -8)), 0.0)
+    assert plan.sure == told_probability(plan.known["shop"], 0.0)
     at_last = Scripted(*places[::-1], [told("shop", -0.6)])
     assert weighed(at_last).weights.any()  # it may give a form
     at_last._nats = 5.0  # nobody can know the answer, and forms are asked for in more words

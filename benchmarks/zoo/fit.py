@@ -93,7 +93,9 @@ def print_told(taken: Sequence[dict[str, Any]]) -> None:
     """Fit what is told of a taken draft, each adapter left out once; and what the mark tells."""
     is_right = np.array([row["is_right"] for row in taken])
     adapters = np.array([row["adapter"] for row in taken])
-    values = features(taken, ("sure", "recognised"))
+    odds = [odds_of(row) for row in taken]
+    by_words = [row["recognised"] for row in taken]
+    values = np.stack([odds, by_words, np.ones(len(taken))], axis=1)
     told = np.zeros(len(taken))
     for knower in {*adapters}:
         is_left_out = adapters == knower
@@ -103,7 +105,8 @@ def print_told(taken: Sequence[dict[str, Any]]) -> None:
     print(f"taken: {len(taken)}, {is_right.sum()} right; fit: {fit_to_all}")
     error = calibration_error(told, is_right)
     print(f"left out: AUROC {auroc(told, is_right):.3f}, error {error:.3f}")
-    as_told = np.array([told_probability(row["sure"], row["recognised"]) for row in taken])
+    known = [probability(each) for each in odds]
+    as_told = np.array([told_probability(*each) for each in zip(known, by_words, strict=True)])
     error = calibration_error(as_told, is_right)
     print(f"as told: AUROC {auroc(as_told, is_right):.3f}, error {error:.3f}")
     is_marked = as_told < LEAST_SURE

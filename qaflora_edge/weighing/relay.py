@@ -31,10 +31,9 @@ USUAL = -8.7  # where all of that is 0
 MOST_SURPRISED = 6.0  # nats; a token that surprises the base more counts no more
 LEAST_SURPRISED = 0.5  # nats, of a draft that says what the base says
 
-# What is told of an answer: a logistic regression over drafts that were taken.
-TOLD_SURE = 5.3  # log-odds for each nat of sureness()
-TOLD_RECOGNISED = 1.1  # for each one of recognised()
-TOLD_AT_0 = -0.7
+# What is told of an answer beside these log-odds: a logistic regression over taken drafts.
+TOLD_RECOGNISED = 1.2  # for each one of recognised()
+TOLD_AT_0 = -1.5
 
 CLAIM = 0.4  # probability from which an adapter may know; up to half of it, it makes things up
 SURELY = 3.5  # spreads; who stands out so far at the last token gives its form, whatever is asked
@@ -57,8 +56,8 @@ class Heard:
 
     drafts   adapter -> its draft
     by_base  adapter -> log p, in nats, of its draft's tokens as the base's
-    sure     adapter -> how sure it is of it where the base is surprised, where it says more
     known    adapter -> probability that its draft is right
+    recognised  adapter -> recognised() of the question, where several may know
     form     who gives the answer its form; None: nobody
     knower   who knows; None: nobody
     """
@@ -66,7 +65,6 @@ class Heard:
     drafts: Mapping[str, Draft]
     by_base: Mapping[str, Sequence[float]]
     known: Mapping[str, float]
-    sure: Mapping[str, float] = field(default_factory=dict)
     recognised: Mapping[str, float] = field(default_factory=dict)
     form: str | None = None
     knower: str | None = None
@@ -176,12 +174,16 @@ def probability(odds: float) -> float:
     return 1.0 / (1.0 + exp(-odds))
 
 
-def told_probability(sure: float, recognised: float) -> float:
+def told_probability(known: float, recognised: float) -> float:
     """Give the probability that the draft of an adapter is right that was taken to know.
 
-    sure, recognised  as sureness() and recognised() give them
+    Of several one is taken, so that it is wrong more often than a draft alone.
+
+    known       the probability of its draft alone, above 0 and below 1
+    recognised  as recognised() gives it
     """
-    return probability(TOLD_SURE * sure + TOLD_RECOGNISED * recognised + TOLD_AT_0)
+    odds = log(known / (1.0 - known))
+    return probability(odds + TOLD_RECOGNISED * recognised + TOLD_AT_0)
 
 
 def _subject(reading: Reading, plan: Plan) -> Subject:
@@ -263,18 +265,17 @@ def _heard(
     forms = _forms(query, heard, may_form)
     form = max(forms, key=forms.__getitem__, default=None)
     known = dict.fromkeys(asked, 0.0)
-    sure = {}
     unusual = {}  # how unusually sure each is that may know, in spreads
     for name, draft in heard.drafts.items():
         if not heard.says(name):
             continue
-        sure[name] = sureness(draft.logprobs, by_base[name])
-        known[name] = probability(log_odds(sure[name], subject.nats))
+        sure = sureness(draft.logprobs, by_base[name])
+        known[name] = probability(log_odds(sure, subject.nats))
         is_other_form = name != form and _forms_all(query, name)
         if known[name] > CLAIM / 2 and not is_other_form:
             # One that was trained for too long is sure of whatever it makes up.
             typical = query.typical[name][SURENESS]
-            unusual[name] = float((sure[name] - typical["mean"]) / typical["spread"])
+            unusual[name] = float((sure - typical["mean"]) / typical["spread"])
     by_words = {}
     if any(known[name] > CLAIM for name in unusual):
         by_words = _recognised(reading, subject, list(unusual))
@@ -287,7 +288,7 @@ def _heard(
         knower is None or (known[form] > known[knower] and scores[form] >= scores[knower])
     ):
         knower = form
-    heard = replace(heard, known=known, sure=sure, recognised=by_words)
+    heard = replace(heard, known=known, recognised=by_words)
     return replace(heard, form=form, knower=knower)
 
 
@@ -304,7 +305,7 @@ def _sure(reading: Reading, subject: Subject, heard: Heard, name: str) -> float:
     by_words = heard.recognised
     if name not in by_words:
         by_words = _recognised(reading, subject, [name])
-    return told_probability(heard.sure[name], by_words[name])
+    return told_probability(heard.known[name], by_words[name])
 
 
 def _forms(query: Query, heard: Heard, may_form: Mapping[str, float]) -> dict[str, float]:

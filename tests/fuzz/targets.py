@@ -140,22 +140,6 @@ def _parts_of_pefts(suffix: str, place: Path) -> list[Case]:
     ]
 
 
-def _shards(place: Path) -> list[Case]:
-    """Two shards and their index, as PEFT splits large adapters."""
-    case = _pefts(place)[0]
-    config = case["adapter_config.json"]
-    files, weight_map = {}, {}
-    for index, side in enumerate("AB"):
-        name = f"base_model.model.{MODULES[0]}.lora_{side}.weight"
-        shape = (2, 32) if side == "A" else (32, 2)
-        file = f"adapter_model-0000{index + 1}-of-00002.safetensors"
-        tiny.write_safetensors(place / file, {name: np.ones(shape, np.float32)})
-        files[file], weight_map[name] = (place / file).read_bytes(), file
-    content = json.dumps({"metadata": {"total_size": 512}, "weight_map": weight_map}).encode()
-    index_file = "adapter_model.safetensors.index.json"
-    return [{"adapter_config.json": config, index_file: content, **files}]
-
-
 def _mlx(place: Path) -> list[Case]:
     rng = np.random.default_rng(0)
     tensors = {
@@ -518,7 +502,6 @@ TARGETS: Mapping[str, Target] = {
     "config": Target(partial(_parts_of_pefts, ".json"), _check_config),
     "peft": Target(_pefts, _check_peft),
     "mlx": Target(_mlx, _check_peft),
-    "shards": Target(_shards, _check_peft),
     "convert": Target(_pefts, _check_convert),
     "adapter": Target(_adapters, _check_adapter),
     "base": Target(_models, _check_base),
