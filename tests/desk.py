@@ -100,6 +100,7 @@ class Desk:
 
     def kept(self, n: int = 1) -> list[dict[str, Any]]:
         """The chats in the browser's database, once there are n."""
+        self.window.run("window.kept = undefined")  # of an earlier call
         self.window.until(
             "const open = indexedDB.open('qaflora'); open.onsuccess = () => {"
             " const all = open.result.transaction('chats').objectStore('chats').getAll();"
