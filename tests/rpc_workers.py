@@ -1,4 +1,4 @@
-"""Processes of `qaflora worker`, and what pretends to be one."""
+"""Processes of `qaflora worker`, and a relay before one that counts what a client sends."""
 
 import contextlib
 import os
@@ -55,6 +55,50 @@ def is_listening(port: int) -> bool:
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
         return True
     return False
+
+
+class Relay:
+    """Passes on what a client and a worker say; `n_sent` are the bytes from the client."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._target = ("127.0.0.1", worker.port)
+        self.n_sent = 0
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = f"127.0.0.1:{self._server.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._server.accept()
+                target = socket.create_connection(self._target, PATIENCE_S)
+                for start, end in ((client, target), (target, client)):
+                    start.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    is_asked = start is client
+                    threading.Thread(
+                        target=self._pass_on, args=(start, end, is_asked), daemon=True
+                    ).start()
+
+    def _pass_on(self, start: socket.socket, end: socket.socket, is_asked: bool) -> None:
+        with start, contextlib.suppress(OSError):
+            while data := start.recv(1 << 16):
+                self.n_sent += is_asked * len(data)
+                end.sendall(data)
+            for each in (start, end):
+                each.shutdown(socket.SHUT_RDWR)
+
+
+@contextlib.contextmanager
+def relay(worker: Worker) -> Iterator[Relay]:
+    """A relay before a worker."""
+    made = Relay(worker)
+    try:
+        yield made
+    finally:
+        made.close()
 
 
 def hello(port: int) -> tuple[socket.socket, bytes]:

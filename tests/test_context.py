@@ -12,6 +12,7 @@ import pytest
 from bundles import TinyBundle, make_bundle
 from click.testing import CliRunner
 from patience import wait_until
+from serving import client_of
 
 from qaflora_edge import Engine
 from qaflora_edge.backend import context, devices
@@ -51,6 +52,15 @@ def test_commands_answer_a_long_prompt(made, fixed, verb) -> None:
     assert "tokens, the context 2048; shorten it, or raise the context" in result.stderr
 
 
+def test_a_server_answers_a_long_prompt(made, fixed) -> None:
+    options = {"engine": {**OPTIONS, "n_parallel": 2}, "sampling": {"temperature": 0}}
+    body = {"messages": [{"role": "user", "content": LONG}], "max_tokens": 8}
+    with client_of(made.folder, **options) as client:
+        (choice,) = client.post("/v1/chat/completions", json=body).json()["choices"]
+        assert choice["message"]["content"] == ask(fixed, LONG)
+        assert client.get("/v1/models").json()["data"][0]["meta"]["n_ctx"] == 8192
+
+
 def test_the_context_grows_beside_an_answer_and_keeps_its_states(made, fixed) -> None:
     short = "a king in the air " * 50
     ends = [token for token in range(fixed.n_vocab) if fixed._model.is_end(token)]
@@ -70,6 +80,24 @@ def test_the_context_grows_beside_an_answer_and_keeps_its_states(made, fixed) ->
         assert running.text() == fixed.generate(short, **endless).text()
         answer = engine.generate(short, wait=False)
         assert answer._sequence.n_max == 4096 - answer.n_prompt + 1
+
+
+def test_a_short_request_waits_for_one_chunk_of_a_long_prompt(made) -> None:
+    """In steps: at most one of the long prompt before each chunk of the short one."""
+    with Engine(made.folder, n_parallel=2, **OPTIONS) as engine:
+        long = engine.generate(LONG, max_tokens=1, wait=False)
+        short = None
+        n_step = 0
+        while short is None or not short.is_done:
+            engine._core.loop.drive(partial(next, iter([False, True])))
+            if long._sequence.n_past > 3000 and short is None:
+                short = engine.generate("a king in the air " * 20, max_tokens=1, wait=False)
+                n_chunk = len([*engine._core.context.chunks().cut([0] * short.n_prompt)])
+                n_step = 0
+            n_step += 1
+        assert n_step <= 2 * n_chunk + 1
+        assert not long.is_done
+        long.cancel()
 
 
 def test_slots_that_nobody_needs_so_large_shrink(made, fixed, monkeypatch) -> None:

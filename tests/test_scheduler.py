@@ -350,6 +350,14 @@ def test_a_short_request_waits_for_one_chunk_however_many_prompts_are_long() -> 
             short = RunningSequence(request([7] * 6, n_base=4), Noting(), 1, 0, Heard(0))
 
 
+def test_a_job_waits_for_one_chunk_of_a_long_prompt() -> None:
+    scheduler = Scheduler(2, CHUNKS)
+    scheduler.waiting.append(RunningSequence(request(range(1, 99)), Noting(), 5))
+    follow(scheduler, 1, 12.0)
+    scheduler.jobs.append(CountedJob(4))
+    assert follow(scheduler, 4, 12.0) == [None] * 4
+
+
 def test_a_prompt_that_is_prefilled_stays_in_its_slot() -> None:
     """Else the states that nobody has read yet would be in two slots."""
     bench = Bench(3)
@@ -397,6 +405,20 @@ def test_one_that_waits_for_a_prompt_lets_others_pass() -> None:
     assert (waiting.slot, other.n_past) == (None, 3)
     bench.finish(waiting)
     assert waiting.n_cached == 36
+
+
+def test_a_long_job_lets_one_of_another_kind_pass() -> None:
+    scheduler = Scheduler(1, CHUNKS)
+    jobs = [CountedJob(9, "score"), CountedJob(2), CountedJob(2)]
+    for job in jobs:
+        scheduler.jobs.append(job)
+    seen = []
+    while any(not job.is_done for job in jobs):
+        chosen = scheduler.step().job
+        chosen.n_left -= 1
+        seen.append(jobs.index(chosen))
+        scheduler.remove_ended()
+    assert seen == [0, 1, 0, 1, 0, 2, 0, 2, 0, 0, 0, 0, 0]
 
 
 def request(tokens: Sequence[int], **more: Any) -> Request:

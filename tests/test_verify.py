@@ -45,6 +45,26 @@ def test_what_was_converted_is_within_rounding(tmp_path, arch, rank, outtype) ->
             assert check.of_allowed > 0.05
 
 
+def test_differences_are_those_of_a_and_b(tmp_path) -> None:
+    base = tiny.write_tiny_base(tmp_path / "base.gguf", "qwen2")
+    folder = tiny.write_tiny_peft(tmp_path / "a", base, alpha=6, targets=["v_proj"])
+    out = tmp_path / "out.gguf"
+    converted = convert_adapter(folder, base.path, out, outtype="bf16", verify=True)
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(out).tensors}
+    load_file = pytest.importorskip("safetensors.numpy").load_file
+    source = load_file(folder / "adapter_model.safetensors")
+    for layer, check in enumerate(converted.checks):
+        name, stem = f"model.layers.{layer}.self_attn.v_proj", f"blk.{layer}.attn_v.weight"
+        assert (check.module, check.tensor) == (name, stem)
+        differences = []
+        for side in "ab":
+            values = source[f"base_model.model.{name}.lora_{side.upper()}.weight"]
+            tensor = stored[f"{stem}.lora_{side}"]
+            read = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            differences.append(np.abs(read - values).max())
+        assert check.largest_difference == pytest.approx(max(differences), rel=1e-6)
+
+
 Change = Callable[[Any], Any]
 MISTAKES: dict[str, tuple[str, Change]] = {
     "rows in HF's order": ("b", lambda b: b[np.argsort(b[:, 0], kind="stable")]),

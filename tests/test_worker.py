@@ -23,7 +23,7 @@ from bundles import qaflora
 from numpy.typing import NDArray
 from patience import PATIENCE_S, wait_until
 from refusals import refused
-from rpc_workers import GRAPH_COMPUTE, Worker, hello, pretender, worker
+from rpc_workers import GRAPH_COMPUTE, Worker, hello, pretender, relay, worker
 from serving import free_port
 from tiny import TinyAdapter, TinyBase, write_tiny_base
 
@@ -121,15 +121,19 @@ def test_engine_agrees_with_layers_here(base, adapters, rpc) -> None:
 
 
 @pytest.mark.slow
-def test_large_tensors_are_kept_in_the_folder(tmp_path) -> None:
+def test_large_tensors_are_kept_and_not_sent_again(tmp_path) -> None:
     base = write_tiny_base(tmp_path / "base.gguf", n_layer=1, n_ff=48_000)  # 12 MB: three of them
     folder = tmp_path / "new" / "cache"
-    with worker(tmp_path, "--cache", str(folder)) as made:
-        logits = []
+    with worker(tmp_path, "--cache", str(folder)) as made, relay(made) as between:
+        sent, logits = [], []
         for _ in range(2):
-            with Engine(base=base.path, adapters={}, rpc=made.endpoint, threads=1) as engine:
+            before = between.n_sent
+            with Engine(base=base.path, adapters={}, rpc=between.endpoint, threads=1) as engine:
                 logits.append(engine.logits(TOKENS))
+            sent.append(between.n_sent - before)
         assert len(list(folder.iterdir())) == 3
+    assert sent[0] > 36e6
+    assert sent[1] < 1e6
     np.testing.assert_array_equal(*logits)
 
 

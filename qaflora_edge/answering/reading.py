@@ -28,9 +28,7 @@ if TYPE_CHECKING:
     from qaflora_edge.weighing.added import Listener
 
 T = TypeVar("T")
-N_RECOGNISED = (
-    48  # last tokens of a question that adapters read again, to tell whether they know it
-)
+N_RECOGNISED = 48  # last tokens of a question that are scored under adapters
 
 
 class PromptReading(Reading):

@@ -36,7 +36,7 @@ TOLD_RECOGNISED = 1.2  # for each one of recognised()
 TOLD_AT_0 = -1.5
 
 CLAIM = 0.4  # probability from which an adapter may know; up to half of it, it makes things up
-SURELY = 3.5  # spreads; who stands out so far at the last token gives its form, whatever is asked
+SURELY = 3.5  # spreads at the last token, from which nobody asks what an adapter knows
 SURPRISED = 3.5  # nats from which an adapter, a form or a language is not the base's
 FORMS_ALL = 7.0  # nats by which answers to everyday prompts begin as the base's never do
 MARGIN = 0.5  # spreads by which a place, or an opening, differs from another
@@ -276,7 +276,7 @@ def _heard(
             # One that was trained for too long is sure of whatever it makes up.
             typical = query.typical[name][SURENESS]
             unusual[name] = float((sure - typical["mean"]) / typical["spread"])
-    by_words = {}
+    by_words = {}  # how far each of them recognises the question
     if any(known[name] > CLAIM for name in unusual):
         by_words = _recognised(reading, subject, list(unusual))
     ranks = {name: unusual[name] + nats for name, nats in by_words.items()}
