@@ -83,7 +83,7 @@ def print_recognised() -> None:
     rows = [json.loads(line) for line in lines]
     for name, rank in TAKEN.items():
         taken = taken_drafts(rows, rank)
-        known = {(row["task"], row["item"]) for row in rows if row["is_right"] and is_other(row)}
+        known = {question_of(row) for row in rows if row["is_right"] and is_other(row)}
         n_right = sum(row["is_right"] for row in taken)
         print(f"taken by {name}: {n_right} of {len(known)} right drafts")
     print_told(taken)
@@ -116,15 +116,19 @@ def print_told(taken: Sequence[dict[str, Any]]) -> None:
 
 def taken_drafts(rows: Sequence[dict[str, Any]], rank: dict[str, float]) -> list[dict[str, Any]]:
     """Give the draft of each question that is taken, where one claims to know."""
-    may_know: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    may_know: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
     for row in rows:
         if is_other(row) and probability(odds_of(row)) > CLAIM / 2:
-            may_know.setdefault((row["task"], row["item"]), []).append(row)
+            may_know.setdefault(question_of(row), []).append(row)
     return [
         max(drafts, key=lambda row: sum(c * row[name] for name, c in rank.items()))
         for drafts in may_know.values()
         if any(probability(odds_of(row)) > CLAIM for row in drafts)
     ]
+
+
+def question_of(row: dict[str, Any]) -> tuple[str, str, int]:
+    return row["loaded"], row["task"], row["item"]
 
 
 def is_other(row: dict[str, Any]) -> bool:
