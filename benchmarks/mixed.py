@@ -3,8 +3,8 @@
     python benchmarks/mixed.py BUNDLE [--repeat 3]
 
 mixed.json has fifty: greetings, everyday questions, code, sums, facts of the demo's shop, forms and
-follow-ups. Both strategies take turns, and other chats come between the runs, so that no KV state
-of one serves the next. The first round is thrown away. A word is final where no draft can change it
+follow-ups, whose first turn is asked before, untimed, as in a chat. Both strategies take turns, and
+other chats come between, so that no KV state of one serves the next. The first round is thrown away. A word is final where no draft can change it
 any more. Prints medians of seconds under `two-place`, and ratios of `relay` to it within a round.
 """
 
@@ -67,11 +67,12 @@ def chat(question: str | list[str]) -> list[dict[str, str]]:
 
 
 def ratios(engine: Engine, messages: Any, repeat: int) -> Ratios:
-    tokens = engine.chat_tokens(messages)
+    turns = [messages[:1], messages] if len(messages) > 1 else [messages]
+    prompts = [engine.chat_tokens(turn) for turn in turns]
     rounds: list[dict[str, Timed]] = []
     for turn in range(1 + repeat):
         order = STRATEGIES if turn % 2 else STRATEGIES[::-1]
-        rounds.append({strategy: answer(engine, tokens, strategy) for strategy in order})
+        rounds.append({strategy: answer(engine, prompts, strategy) for strategy in order})
     pairs = [(runs["relay"], runs["two-place"]) for runs in rounds[1:]]
     return Ratios(
         first=median(relay.first / plain.first for relay, plain in pairs),
@@ -81,7 +82,11 @@ def ratios(engine: Engine, messages: Any, repeat: int) -> Ratios:
     )
 
 
-def answer(engine: Engine, tokens: list[int], strategy: str) -> Timed:
+def answer(engine: Engine, prompts: list[list[int]], strategy: str) -> Timed:
+    """Time the answer to the last of a chat's prompts."""
+    *before, tokens = prompts
+    for prompt in before:
+        engine.generate(prompt, strategy=strategy, max_tokens=1).text()
     for other in neutral("turns")[:4]:  # in every slot
         engine.generate(other, strategy="base", max_tokens=1).text()
     start = time.perf_counter()

@@ -88,6 +88,7 @@ class Scripted:
         self._goes_on = goes_on
         self._expected = expected
         self.asked: list[str] = []
+        self.is_compared = False  # with the same question asked first
 
     def added(self) -> Any:
         return np.repeat(np.array(self._sizes)[:, :, None], 2, axis=2)
@@ -96,6 +97,7 @@ class Scripted:
         return self._nats
 
     def goes_on(self) -> float:
+        self.is_compared = True
         return self._goes_on
 
     def earlier(self) -> tuple[float, Any]:
@@ -230,15 +232,16 @@ def test_a_question_that_the_base_expects_is_drafted_by_nobody() -> None:
 def test_a_turn_that_goes_on_is_about_what_was_asked_before() -> None:
     """Nothing stands out in it, nor surprises; the shop stood out in the question before it."""
     of_shop = [LOW, HIGH, LOW]
-    for earlier, goes_on, knows in (
-        ((80.0, of_shop), 9.0, 1),
-        ((10.0, of_shop), 9.0, 0),
-        ((80.0, of_shop), -1.0, 0),  # it changes the subject
+    for earlier, goes_on, is_compared, knows in (
+        ((80.0, of_shop), 9.0, True, 1),
+        ((10.0, of_shop), 9.0, False, 0),  # nobody could know that either
+        ((80.0, of_shop), -1.0, True, 0),  # it changes the subject
     ):
         drafts = [told("shop", -0.01)]
         reading = Scripted(*NOBODY, drafts, 5.0, earlier, goes_on)
         plan = weighed(reading, "relay:abstain=16", is_later=True)
         assert plan.weights[1, 0] == knows
+        assert reading.is_compared == is_compared
 
 
 @pytest.mark.parametrize(("by_base", "tokens"), [(-0.9, ()), (UNHEARD_OF, (1, 2, 3))])
@@ -420,6 +423,15 @@ def test_an_earlier_question_reads_as_when_it_was_asked(folder, monkeypatch) -> 
                 assert nats_before == pytest.approx(nats, rel=1e-3)
                 np.testing.assert_allclose(added_before, added[1:], rtol=1e-3)
                 assert difference == pytest.approx(nats_alone - now.surprise(), abs=1e-2)
+
+
+def test_a_turn_behind_empty_ones_goes_on_from_nothing(folder) -> None:
+    empty = [{"role": "user", "content": ""}, {"role": "assistant", "content": "abc"}]
+    question = {"role": "user", "content": "def ghi jkl?"}
+    with Engine(folder, n_ctx=1024) as engine, reading_of(engine, [*empty, question]) as reading:
+        nats, added = reading.earlier()
+        assert (nats, len(added)) == (0.0, 0)
+        assert reading.goes_on() == 0.0
 
 
 def reading_of(engine: Engine, messages: list[dict[str, str]]) -> PromptReading:

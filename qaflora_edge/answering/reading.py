@@ -118,7 +118,7 @@ class PromptReading(Reading):
             in_question, surprise = heard or self._hear_earlier(span)
             in_questions.append(in_question)
             nats.append(surprise)
-        return max(nats), np.stack(in_questions)
+        return max(nats, default=0.0), np.array(in_questions)
 
     def _hear_earlier(self, span: Span) -> tuple[F64, float]:
         """Tell what adapters would add in an earlier question: [n_adapter, n_layer]; its nats."""

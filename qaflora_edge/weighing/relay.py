@@ -119,7 +119,7 @@ class RelayStrategy(TwoPlace):
             return plan
         subject = _subject(reading, plan)
         may_form = _may_form(query, plan)
-        can_know = probability(log_odds(0.0, subject.nats)) > CLAIM
+        can_know = _can_know(subject.nats)
         # Who stands out at the last token of a question that surprises nobody seldom is a form.
         least = 0.0 if can_know else SURELY
         forms = [name for name, score in may_form.items() if score >= least]
@@ -195,9 +195,13 @@ def _subject(reading: Reading, plan: Plan) -> Subject:
     query = reading.query
     nats = reading.surprise()
     scores = {name: reason.scores["question"] for name, reason in plan.why.items()}
-    if not query.is_later or reading.goes_on() < GOES_ON:
-        return Subject(nats, scores, goes_on=False)
-    earlier_nats, earlier_added = reading.earlier()
+    alone = Subject(nats, scores, goes_on=False)
+    if not query.is_later:
+        return alone
+    earlier_nats, earlier_added = reading.earlier()  # mostly remembered: goes_on() is not
+    most = max(nats, earlier_nats)
+    if not _can_know(most) or reading.goes_on() < GOES_ON:
+        return alone
     for added in earlier_added:
         if query.neutral:
             both = np.stack([added, added])
@@ -205,7 +209,12 @@ def _subject(reading: Reading, plan: Plan) -> Subject:
         above = above_typical(query, FIRST[1], added).tolist()
         for name, score in zip(query.adapters, above, strict=True):
             scores[name] = max(scores[name], score)
-    return Subject(max(nats, earlier_nats), scores, goes_on=True)
+    return Subject(most, scores, goes_on=True)
+
+
+def _can_know(nats: float) -> bool:
+    """Tell whether the surest draft would claim to be right, behind a question of these nats."""
+    return probability(log_odds(0.0, nats)) > CLAIM
 
 
 def _may_form(query: Query, plan: Plan) -> dict[str, float]:
@@ -288,8 +297,7 @@ def _heard(
         knower is None or (known[form] > known[knower] and scores[form] >= scores[knower])
     ):
         knower = form
-    heard = replace(heard, known=known, recognised=by_words)
-    return replace(heard, form=form, knower=knower)
+    return replace(heard, known=known, recognised=by_words, form=form, knower=knower)
 
 
 def _recognised(reading: Reading, subject: Subject, names: Sequence[str]) -> dict[str, float]:

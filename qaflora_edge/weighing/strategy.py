@@ -138,7 +138,7 @@ class Reading(Protocol):
         """
 
     def earlier(self) -> tuple[float, F64]:
-        """Read a few user turns before the last one, where goes_on() is above 0.
+        """Read a few user turns before the last one.
 
         returns  the most that one of them surprises the base by, in nats, counted as surprise() is;
                  what adapters would add in each: float64 [n_question, n_adapter, n_layer]
