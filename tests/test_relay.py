@@ -264,6 +264,15 @@ def test_who_gives_all_its_form_gives_it_where_the_base_is_less_surprised(size, 
     assert (plan.drafting is not None) == form
 
 
+@pytest.mark.parametrize(("of_form", "is_asked_for"), [(-4.0, True), (-5.0, False)])
+def test_a_form_is_asked_for_where_the_base_nearly_expects_it(of_form, is_asked_for) -> None:
+    """It may begin more oddly than the knower's words, by less than 3.5 nats."""
+    drafts = [told("shop", -0.01, first=-1.0), told("form", -0.6, first=of_form)]
+    plan = weighed(Scripted(*FORM_FIRST, drafts))
+    assert (plan.drafting is not None) == is_asked_for
+    assert plan.weights[:, 0].tolist() == ([1, 0, 0] if is_asked_for else [0, 1, 0])
+
+
 def test_a_form_is_no_other_language() -> None:
     typical = dict.fromkeys(NAMES, TYPICAL)
     typical["shop"] = {**TYPICAL, "opening": {"mean": -10.0, "spread": 3.0}}

@@ -352,7 +352,7 @@ def _relayed(reading: Reading, plan: Plan, heard: Heard, knower: str) -> Plan:
     query = reading.query
     (draft,) = reading.drafts([knower], N_DRAFT)
     of_knower = f"{knower} most probably knows ({plan.sure:.0%})"
-    writer = heard.form
+    writer = _writer(query, heard, knower)
     is_foreign = _begins_in_words(reading, heard, knower) < -SURPRISED
     if writer is None and is_foreign and not _forms_all(query, knower):
         writer = BASE
@@ -366,6 +366,20 @@ def _relayed(reading: Reading, plan: Plan, heard: Heard, knower: str) -> Plan:
     writing = WriteStep(alone_weights(writer, query.adapters, query.n_layer), "before")
     because = f"{of_knower} and drafts, {writer} writes with the draft in view."
     return replace(plan, steps=(drafting, writing), because=because)
+
+
+def _writer(query: Query, heard: Heard, knower: str) -> str | None:
+    """Name who gives the form, if the question asks for it rather than for the knower's words.
+
+    Of two beginnings the base expects that more which is asked for. So a form, or another
+    knower's way to begin, is not asked for where the base is far less surprised by the knower's.
+    """
+    form = heard.form
+    if form is None or _forms_all(query, form):
+        return form
+    of_form = heard.by_base[form][0]
+    of_knower = heard.by_base[knower][0]
+    return form if of_form > of_knower - SURPRISED else None
 
 
 def _begins_in_words(reading: Reading, heard: Heard, name: str) -> float:
