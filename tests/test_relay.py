@@ -273,6 +273,22 @@ def test_a_form_is_asked_for_where_the_base_nearly_expects_it(of_form, is_asked_
     assert plan.weights[:, 0].tolist() == ([1, 0, 0] if is_asked_for else [0, 1, 0])
 
 
+@pytest.mark.parametrize(
+    ("by_base", "is_whole", "weight"),
+    [(UNHEARD_OF, True, 0), (UNHEARD_OF, False, 0.5), (-0.1, True, 0.5)],
+)
+def test_a_second_adapter_that_would_state_a_fact_is_left_out(by_base, is_whole, weight) -> None:
+    """A language says what the base would; who reasons comes to no end."""
+    drafts = [
+        told("shop", -2.0, whole=is_whole, by_base=by_base),
+        told("form", -0.6, first=-4.0),
+    ]
+    plan = weighed(Scripted([HIGH, LOW, LOW], [HIGH, HIGH, LOW], drafts))
+    assert plan.weights[:, 0].tolist() == [1, weight, 0]
+    assert (plan.why["shop"].taken_as == "question") == bool(weight)
+    assert ("shop is left out: it would say something else." in plan.because) != bool(weight)
+
+
 def test_a_form_is_no_other_language() -> None:
     typical = dict.fromkeys(NAMES, TYPICAL)
     typical["shop"] = {**TYPICAL, "opening": {"mean": -10.0, "spread": 3.0}}

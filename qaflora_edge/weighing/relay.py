@@ -130,7 +130,7 @@ class RelayStrategy(TwoPlace):
         if heard.knower is not None and heard.knower != heard.form:
             sure = _sure(reading, subject, heard, heard.knower)
             return _relayed(reading, replace(plan, sure=sure), heard, heard.knower)
-        return _confirmed(reading, plan, subject, heard, forms)
+        return _confirmed(reading, _undisturbed(query, plan, heard), subject, heard, forms)
 
 
 def sureness(logprobs: Sequence[float], of_base: Sequence[float]) -> float:
@@ -423,6 +423,24 @@ def _confirmed(
     step = WriteStep(alone_weights(BASE, query.adapters, query.n_layer))
     because = f"The base answers alone: {first} is unsure of its answer."
     return replace(plan, steps=(step,), because=because)
+
+
+def _undisturbed(query: Query, plan: Plan, heard: Heard) -> Plan:
+    """Leave out a second adapter that would answer with a whole fact of its own.
+
+    A language says what the base would. A fact that is not taken spoils the first one's numbers.
+    """
+    import numpy as np
+
+    for name, draft in heard.drafts.items():
+        reason = plan.why[name]
+        if reason.taken_as == "question" and draft.is_whole and heard.says(name):
+            weights = np.array(plan.weights)
+            weights[query.adapters.index(name)] = 0
+            why = {**plan.why, name: replace(reason, taken_as="")}
+            because = f"{plan.because} {name} is left out: it would say something else."
+            return replace(plan, steps=(WriteStep(weights),), why=why, because=because)
+    return plan
 
 
 def _by_hand(reading: Reading) -> Plan:
