@@ -1,11 +1,12 @@
 """Ask a base for calls of tools, freely and bound to their grammar: questions of bfcl-eval.
 
     python benchmarks/bfcl.py BUNDLE -o RESULTS.jsonl [--strategies base,static] [--every 4]
+        [--choices auto,required,drafted]
 
 `bfcl-eval` (`pip install --no-deps bfcl-eval mpmath`) brings questions, answers and the checks.
-Each strategy answers every fourth question with one tool, and with several to choose from, twice:
-`auto` leaves the answer free, `required` binds it to a call. A call is right where the tool and
-every argument are. Where nothing is to be called (irrelevance, every 8th; live, every 32nd), the
+Each strategy answers every fourth question with one tool, and with several to choose from, thrice:
+`auto` leaves the answer free, `required` binds it to a call, and `drafted` too, behind a draft in
+words, of the base as well. A call is right where the tool and every argument are. Where nothing is to be called (irrelevance, every 8th; live, every 32nd), the
 answer is free, and right without a call.
 
 Conversations of several turns (every 24th) go on until an answer calls nothing, for 8 steps a turn
@@ -33,7 +34,8 @@ CATEGORIES = {"simple_python": "one tool", "multiple": "several tools"}
 NOTHING = {"irrelevance": "nothing to call", "live_irrelevance": "nothing to call, live"}
 TURNS = "multi_turn_base"
 SPARSE = {"irrelevance": 2, "live_irrelevance": 8, TURNS: 6}  # times --every
-TOOL_CHOICES = ("auto", "required")
+DRAFTED = "drafted"
+TOOL_CHOICES = ("auto", "required", DRAFTED)
 MAX_TOKENS = 256
 MAX_STEPS = 8  # answers of one turn
 N_CTX = {TURNS: 12288}  # tokens; 4096 else
@@ -155,7 +157,8 @@ def ask(engine: Engine, checker: ModuleType, question: Question, how: tuple[str,
     answer = engine.chat(
         question.turns[0],
         tools=question.tools,
-        tool_choice=tool_choice,
+        tool_choice="required" if tool_choice == DRAFTED else tool_choice,
+        draft=tool_choice == DRAFTED,
         weights=strategy,
         temperature=0,
         max_tokens=MAX_TOKENS,
@@ -292,8 +295,8 @@ def print_table(results: list[Result]) -> None:
     cells = defaultdict(list)
     for result in results:
         cells[result.strategy, result.category, result.tool_choice].append(result.is_right)
-    print("| strategy | | free | bound |")
-    print("|---|---|--:|--:|")
+    print("| strategy | | free | bound | bound, drafted |")
+    print("|---|---|--:|--:|--:|")
     for strategy in dict.fromkeys(result.strategy for result in results):
         for category, title in {**CATEGORIES, **NOTHING, TURNS: "several turns"}.items():
             row = [cells[strategy, category, choice] for choice in TOOL_CHOICES]
@@ -321,6 +324,7 @@ def main() -> None:
     parser.add_argument("--strategies", default="base,static", metavar="S,...")
     names = ",".join([*CATEGORIES, *NOTHING, TURNS])
     parser.add_argument("--categories", default=names, metavar="C,...")
+    parser.add_argument("--choices", default=",".join(TOOL_CHOICES), metavar="C,...")
     parser.add_argument("--every", type=int, default=4, metavar="N")
     parser.add_argument("--parallel", type=int, default=4, metavar="N")
     parser.add_argument("--threads", type=int, metavar="N")
@@ -342,8 +346,9 @@ def main() -> None:
         left = []
         for question in questions:  # all ways of one question, so that a part can be compared
             for strategy in args.strategies.split(","):
-                for choice in TOOL_CHOICES:
+                for choice in args.choices.split(","):
                     is_asked = choice == "auto" or question.category not in NOTHING
+                    is_asked &= choice != DRAFTED or question.category != TURNS
                     if is_asked and (question.id, strategy, choice) not in done:
                         left.append((question, (strategy, choice)))
         for result in threads.map(lambda one: ask(engine, checker, *one), left):
