@@ -378,16 +378,6 @@ class Engine:
                 cancellation=current.core.cancellation(cancel),
             )
 
-    def embedding(self, prompt: Any) -> F32:
-        """Average the base's last states over a prompt, as `weights` takes it: float32 [n_embd]."""
-        from qaflora_edge.prompt.messages import as_turn
-
-        current = self.memory.current
-        core = current.core
-        with core.call():
-            steps = core.prober.mean_states(current.reader.tokens(as_turn(prompt)))
-            return np.array(core.run(steps)[-1])
-
     def embed(self, text: Plain, cancel: threading.Event | None = None) -> F32:
         """Embed a text by the base alone: float32 [n_embd], of length 1, to compare by products.
 

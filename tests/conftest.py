@@ -70,7 +70,7 @@ def take_one_thread_each() -> None:
 
 
 # Files that import torch, which takes seconds, and files that open the browser.
-IMPORTING = "architectures centroid convert benchmarks peft recipes reference spectral"
+IMPORTING = "architectures convert benchmarks peft recipes reference spectral"
 BROWSER = "page_browser page_hostile page_server"
 LONG = "transcript docs worker"  # single tests of many seconds: none of them is to be the last
 

@@ -266,12 +266,8 @@ def sets(*place: str | int, **fields: Any) -> Callable[[Raw], object]:
         (sets("adapters", 1, name="MATH"), "adapters[1].name is"),
         (sets("base", n_layer=4), "field base.n_layer is 4, expected 3 as in"),
         (sets("base", file="a\0b"), "its base (llama"),
-        (sets("fusion", samples={"no": {"embedding": "AAAA"}}), "fusion.samples.no is "),
-        (
-            sets("fusion", samples={"es": {"embedding": "AAAA"}}),
-            "expected base64 of 64 finite float32",
-        ),
         (sets("fusion", strategy="single:no"), 'fusion.strategy is "single:no"'),
+        (sets("fusion", strategy="centroid"), "'centroid' is not known; expected one of two-place"),
         (sets("fusion", typical={"no": {}}), "fusion.typical.no is {}, expected only adapters"),
         (
             sets("fusion", typical={"es": {"norm": [1, 2]}}),

@@ -86,6 +86,7 @@ def test_unknown_keys_and_order_are_kept(made) -> None:
         raw["colour"] = {"a": [1, None]}
         raw["adapters"][0]["shape"] = "round"
         raw["fusion"]["more"] = "é"
+        raw["fusion"]["samples"] = {"es": {"embedding": "AAAA"}}  # of development versions
 
     rewrite(made.folder, change)
     before = bundle_json(made.folder)

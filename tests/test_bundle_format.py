@@ -1,12 +1,10 @@
 """The fields of bundle.json: what a reader takes, and the JSON Schema that is made of them."""
 
-import base64
 import json
 from typing import Any
 
 import jsonschema
 import msgspec
-import numpy as np
 import pytest
 from bundles import bundle_json
 
@@ -36,8 +34,6 @@ def raw(made) -> Raw:
         "math": {"raw": [1.0, 2, 0.5], "question_norm": [1.0, 2, 0.5], "added_last": usual}
     }
     found["fusion"]["typical_prompts"] = {"sha256": "0" * 64, "n_prompt": 3}
-    embedding = base64.b64encode(np.ones(64, "<f4").tobytes()).decode("ascii")
-    found["fusion"]["samples"] = {"math": {"embedding": embedding, "n_text": 3, "sha256": "0" * 64}}
     return found
 
 

@@ -57,8 +57,6 @@ FILES = {  # that examples of --help name
     "sums.jsonl": QUESTION,
     "chat.jsonl": QUESTION,
     "questions.jsonl": '{"prompt": "Name a fruit."}\n',
-    "preguntas.jsonl": '{"prompt": "¿Qué es un río?"}\n',
-    "questions.txt": PROMPTS,
     "tickets.txt": PROMPTS,
     "prompts.txt": PROMPTS,
     "talk.json": '{"format": "qaflora-session/1", "messages": []}\n',

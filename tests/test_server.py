@@ -248,9 +248,9 @@ def test_models(client) -> None:
         "descriptions": {"math": "", "es": ""},
         "questions": [],
     }
-    status, error = failure(client, model="tiny:centroid", messages=USER)  # it has no samples
+    status, error = failure(client, model="tiny:single:x", messages=USER)
     assert (status, error["param"], error["code"]) == (404, "model", "model_not_found")
-    assert error["message"].startswith("The model is 'tiny:centroid', expected one of tiny, tiny:")
+    assert error["message"].startswith("The model is 'tiny:single:x', expected one of tiny, tiny:")
 
 
 def test_tokens_there_and_back(client, alone) -> None:

@@ -95,9 +95,6 @@ class PromptReading(Reading):
         steps = self._core.prober.states(self._tokens, self._rows, query.pool, query.question)
         return np.array(self._run(steps))
 
-    def embedding(self) -> F32:
-        return np.array(self._run(self._core.prober.mean_states(self._tokens))[-1])
-
     def added(self) -> F64:
         return np.array(self._heard()[0])
 

@@ -13,13 +13,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from qaflora_edge.answering.typical import measure
-from qaflora_edge.arrays import F32
 from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.bundles.source import check_names, find_base, put_adapters
-from qaflora_edge.errors import BundleError, PromptError, StrategyError
+from qaflora_edge.errors import BundleError, StrategyError
 from qaflora_edge.files import AnyPath, cache_lock, check_takes_file, write_text_atomic
 from qaflora_edge.formats.bundle import (
     BUNDLE_FILE,
@@ -33,12 +30,9 @@ from qaflora_edge.formats.inputs import Json, Object, check_file
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.prompt.neutral import neutral
 from qaflora_edge.weighing.calibration import KEYS
-from qaflora_edge.weighing.published.centroid import centroid_text
 from qaflora_edge.weighing.strategy import parse_strategy
 from qaflora_edge.weighing.weigher import Weigher, WeighingFacts, known_of
 
-SAMPLE_CTX = 2048  # tokens of one sample text
-_OF_ADAPTERS = ("typical", "samples")  # of fusion: adapter -> what is measured of it
 CALIBRATION_CTX = 512  # tokens; the neutral prompts are short
 OPENING = "Opening the base"
 ONCE = "Measuring what is typical of each adapter, once"
@@ -94,8 +88,7 @@ def remove_adapter(folder: AnyPath, name: str, *, strategy: str | None = None) -
     with editing(folder) as (text, raw):
         del raw["adapters"][_index(folder, text, name)]
         fusion = raw.setdefault("fusion", {})
-        for key in _OF_ADAPTERS:
-            fusion.get(key, {}).pop(name, None)
+        fusion.get("typical", {}).pop(name, None)
         if strategy is not None:
             fusion["strategy"] = strategy
             check_strategy(f"Cannot weigh the bundle {folder}", raw, strategy)
@@ -125,38 +118,6 @@ def calibrate(
         if strategy is not None:
             raw.setdefault("fusion", {})["strategy"] = strategy
         return measure_typical(folder, raw, strategy, base_path, engine, progress)
-
-
-def set_samples(
-    folder: AnyPath, name: str, texts: Sequence[str], engine: OpenEngine, progress: Tell = silent
-) -> None:
-    """Embed sample texts of an adapter, for the strategy `centroid`; they replace earlier ones.
-
-    bundle.json gets their mean embedding, their number and their hash, and no text.
-
-    Raises BundleError for an unknown adapter or no text, PromptError above 2,048 tokens.
-    """
-    folder = Path(folder)
-    embeddings: list[F32] = []
-    if not texts:
-        raise BundleError(f"No sample texts were given for {name} of {folder}; expected some.")
-    with editing(folder) as (text, raw):
-        _index(folder, text, name)
-        with engine(base=load_bundle(folder).base_path, n_ctx=SAMPLE_CTX) as opened:
-            for n, sample in enumerate(texts, 1):
-                try:
-                    embeddings.append(opened.embedding(sample))
-                except PromptError as error:
-                    raise PromptError(f"Sample text {n} cannot be used: {error}") from error
-                progress("Embedding the samples", n, len(texts))
-        mean = np.mean(embeddings, axis=0, dtype=np.float64)
-        centroid = np.asarray(mean, np.float32)
-        samples = raw.setdefault("fusion", {}).setdefault("samples", {})
-        samples[name] = {
-            "embedding": centroid_text(centroid),
-            "n_text": len(texts),
-            "sha256": prompts_sha256(texts),
-        }
 
 
 def set_default(folder: AnyPath, strategy: str, *, lens: str, pool: str) -> None:
@@ -313,7 +274,7 @@ def check_strategy(what: str, raw: Object, strategy: str) -> None:
     """Check that a strategy finds what it needs to know of a bundle's adapters.
 
     what  fails otherwise, as in "Cannot create the bundle b"
-    raw   bundle.json; sample texts may come later
+    raw   bundle.json
 
     Raises StrategyError for an unknown strategy, else BundleError.
     """

@@ -172,13 +172,10 @@ class BundleMemory:
         from qaflora_edge.bundles.create import UNMEASURED
 
         old = self.current
-        known = old.weigher.known
-        left = opened.adapters.keys() & known.centroids.keys()
-        centroids = {name: known.centroids[name] for name in left}
         weigher = replace(
             old.weigher,
             adapters=tuple(name for name in opened.adapters if name in used),
-            known=replace(known, typical=opened.known.typical, centroids=centroids),
+            known=replace(old.weigher.known, typical=opened.known.typical),
             targets={name: info.targets for name, info in opened.adapters.items()},
         )
         if self._chooses and UNMEASURED in weigher.followed:

@@ -1,4 +1,4 @@
-"""qaflora bundle create, add, remove, base, calibrate, samples, show and verify"""
+"""qaflora bundle create, add, remove, base, calibrate, show and verify"""
 
 import os
 from collections.abc import Sequence
@@ -242,31 +242,6 @@ def calibrate(folder: Path, strategy: str | None) -> None:
     say(f"{done} {folder}, weighed by {_strategy(folder)}.")
 
 
-@cli.command(
-    "qaflora bundle samples my-bundle math questions.txt",
-    "qaflora bundle samples my-bundle es preguntas.jsonl",
-    group=bundle,
-)
-@_folder
-@click.argument("name", metavar="ADAPTER")
-@click.argument("file", metavar="FILE")
-def samples(folder: Path, name: str, file: str) -> None:
-    """Give sample texts of an adapter, for the strategy centroid.
-
-    ADAPTER needs a few dozen questions of its own subject, 1,000 at most. FILE holds one a line,
-    or in a .jsonl file one object a line with `prompt`. bundle.json keeps the mean of their
-    embeddings, and no text. What was given before is replaced.
-    """
-    from qaflora_edge.bundles.edit import set_samples
-    from qaflora_edge.cli.prompts import read_prompts
-    from qaflora_edge.engine import Engine
-
-    texts = read_prompts(file)
-    with progress_bars() as progress:
-        set_samples(folder, name, texts, Engine, progress=progress)
-    say(f"Embedded {len(texts)} sample texts of {name} in {folder}.")
-
-
 @cli.command("qaflora bundle show demo", group=bundle)
 @_folder
 def show(folder: Path) -> None:
@@ -294,7 +269,6 @@ def describe(folder: Path) -> str:
         f"{base.size_bytes / 1e6:.0f} MB",
         f"           {where}",
         f"fusion     {known.strategy}, lens {known.lens}, pool {known.pool}",
-        *([f"samples    of {', '.join(known.centroids)}"] if known.centroids else []),
         *([f"system     {text.system}"] if text.system else []),
         *([f"examples   {len(text.examples)} messages"] if text.examples else []),
         *([f"sampling   {sampling}"] if sampling else []),

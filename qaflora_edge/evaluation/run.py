@@ -41,7 +41,8 @@ def header(
     if not is_base(folder):
         fusion = read_bundle_text(folder).raw.get("fusion", {})
     # What some strategies use: a file from before a calibration is of another evaluation.
-    measured = [fusion.get("typical"), fusion.get("samples")]
+    # None stands where earlier versions had more, so that their files can be continued.
+    measured = [fusion.get("typical"), None]
     measured_json = json.dumps(measured, sort_keys=True)
     sha256 = identity["adapters"]
     adapters = [{"name": name, "sha256": sha256[name]} for name in engine.adapters]

@@ -7,7 +7,6 @@ between them stand in `_check_between_fields`. Unknown keys are kept in `raw`.
 import os
 import re
 import sys
-from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -162,25 +161,6 @@ class TypicalRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
     sureness: Usual | None = None
 
 
-class Samples(Struct, frozen=True, kw_only=True):
-    """What was kept of an adapter's sample texts.
-
-    embedding  the mean of theirs, float32 [n_embd], little-endian, in base64
-    sha256     of the texts in UTF-8, each followed by a line feed
-    """
-
-    embedding: Annotated[
-        str,
-        Meta(
-            title="the mean embedding of the texts, n_embd little-endian float32 numbers in base64",
-            max_length=1_000_000,
-            pattern=_ONE_LINE + "[A-Za-z0-9+/]+={0,2}$",
-        ),
-    ]
-    n_text: Count | None = None
-    sha256: Sha256 | None = None
-
-
 class Fusion(Struct, frozen=True, kw_only=True):
     """Defaults of an Engine, and measurements by adapter.
 
@@ -192,7 +172,6 @@ class Fusion(Struct, frozen=True, kw_only=True):
     prefill: Literal["auto", "base", "mix"] = "mix"  # an older bundle answers as before
     pool: Literal["last", "question", "mean"] | None = None
     typical: dict[str, TypicalRecord] = {}
-    samples: dict[str, Samples] = {}
 
 
 class Example(Struct, frozen=True, kw_only=True):
@@ -368,15 +347,10 @@ def _check_between_fields(text: BundleText) -> None:
         if name.lower() in map(str.lower, names[:index]):
             place = f"adapters[{index}].name"
             raise WrongField(place, shown(name), "a name that no other adapter has")
-    measured: dict[str, Mapping[str, object]] = {
-        "typical": text.fusion.typical,
-        "samples": text.fusion.samples,
-    }
-    for key, by_name in measured.items():
-        for name in by_name.keys() - {*names}:
-            expected = f"only adapters of this bundle ({', '.join(names)})"
-            value = text.raw["fusion"][key][name]
-            raise WrongField(shortened(f"fusion.{key}.{name}"), shown(value), expected)
+    for name in text.fusion.typical.keys() - {*names}:
+        expected = f"only adapters of this bundle ({', '.join(names)})"
+        value = text.raw["fusion"]["typical"][name]
+        raise WrongField(shortened(f"fusion.typical.{name}"), shown(value), expected)
     options = in_group("sampling")
     for name, value in text.sampling.items():
         if name not in options:

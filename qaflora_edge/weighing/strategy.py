@@ -47,7 +47,6 @@ _BUILT_IN = {
 BASELINES = {  # that work where they are named, and are in no help
     "calibrated": "published.qa_flora",
     "norm": "published.spectr",
-    "centroid": "published.centroid",
     "arrow": "published.spectr",
 }
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
@@ -61,7 +60,6 @@ class Query:
     adapters  names of those in use, in the order of every first axis
     lens      "norm" or "raw", pool "last" or "question": see `qaflora weights --help`
     typical   adapter -> typical values by calibration.KEYS, where the bundle has them
-    centroids adapter -> float32 [n_embd], mean embedding of its sample texts
     argument  what parse() of the strategy gave
     options   the strategy's own options, as given
     question  span of the question's tokens: the last user turn of a chat prompt, else all tokens
@@ -80,7 +78,6 @@ class Query:
     lens: str
     pool: str
     typical: Typical
-    centroids: Mapping[str, F32] = field(default_factory=dict)
     argument: Any = None
     options: Options = field(default_factory=dict)
     question: Span = (0, 0)
@@ -168,9 +165,6 @@ class Reading(Protocol):
 
         goes_on  whether what was said before counts as the question
         """
-
-    def embedding(self) -> F32:
-        """Average the base's state after its last block over tokens: float32 [n_embd]."""
 
     def norms(self) -> F64:
         """Measure |scale B A x| at a late query projection: float64 [n_adapter], base pass only.

@@ -47,7 +47,7 @@ class WeighingFacts:
     """Hold a bundle's defaults of weighing, and measurements of its adapters.
 
     prefill  who prefills prompts, of config.PREFILLS
-    typical, centroids  see Query
+    typical  see Query
     """
 
     strategy: str = DEFAULT_STRATEGY
@@ -55,7 +55,6 @@ class WeighingFacts:
     pool: str = DEFAULT_POOL
     prefill: str = "auto"
     typical: Typical = field(default_factory=dict, repr=False)
-    centroids: Mapping[str, F32] = field(default_factory=dict, repr=False)
 
     def under(self, **options: str | None) -> Self:
         """Replace the defaults by the strategy, lens, pool and prefill that a caller gives."""
@@ -66,7 +65,7 @@ class WeighingFacts:
 def known_of(text: BundleText | None) -> WeighingFacts:
     """Collect what a bundle says of weighing; None: the defaults.
 
-    Raises BundleError for a strategy that is not for its adapters, or a damaged sample embedding.
+    Raises BundleError for a strategy that is not for its adapters.
     """
     if text is None:
         return WeighingFacts()
@@ -83,24 +82,7 @@ def known_of(text: BundleText | None) -> WeighingFacts:
         expected = f"a strategy for these adapters ({error})"
         wrong = WrongField("fusion.strategy", shown(known.strategy), expected)
         raise wrong_bundle(text.where, wrong) from error
-    typical = msgspec.to_builtins(fusion.typical)
-    return replace(known, typical=typical, centroids=_centroids(text))
-
-
-def _centroids(text: BundleText) -> dict[str, F32]:
-    """Read the mean embeddings [n_embd] of adapters' sample texts, as far as there are some."""
-    centroids = {}
-    n_embd = text.base.n_embd
-    for name, record in text.fusion.samples.items():
-        from qaflora_edge.weighing.published.centroid import parse_centroid
-
-        try:
-            centroids[name] = parse_centroid(record.embedding, n_embd)
-        except ValueError as error:
-            expected = f"base64 of {n_embd} finite float32 numbers, not all 0"
-            wrong = WrongField(f"fusion.samples.{name}.embedding", str(error), expected)
-            raise wrong_bundle(text.where, wrong) from error
-    return centroids
+    return replace(known, typical=msgspec.to_builtins(fusion.typical))
 
 
 @dataclass(frozen=True)
@@ -285,7 +267,6 @@ class Weigher:
             lens=self.known.lens,
             pool=options.get("pool", self.known.pool),
             typical=self.known.typical,
-            centroids=self.known.centroids,
             argument=argument,
             options=options,
             question=prompt.question or (0, n_token),
