@@ -4,8 +4,9 @@
 
 mixed.json has fifty: greetings, everyday questions, code, sums, facts of the demo's shop, forms and
 follow-ups, whose first turn is asked before, untimed, as in a chat. Both strategies take turns,
-and other chats come between, so that no KV state of one serves the next. The first round is thrown away. A word is final where no draft can change it
-any more. Prints medians of seconds under `two-place`, and ratios of `relay` to it within a round.
+and other chats come between, so that no KV state of one serves the next. The first round is thrown
+away. A word is final where no draft can change it any more. Prints medians of seconds under
+`two-place`, and ratios of `relay` to it within a round.
 """
 
 import argparse
