@@ -6,8 +6,9 @@
 `bfcl-eval` (`pip install --no-deps bfcl-eval mpmath`) brings questions, answers and the checks.
 Each strategy answers every fourth question with one tool, and with several to choose from, thrice:
 `auto` leaves the answer free, `required` binds it to a call, and `drafted` too, behind a draft in
-words, of the base as well. A call is right where the tool and every argument are. Where nothing is to be called (irrelevance, every 8th; live, every 32nd), the
-answer is free, and right without a call.
+words, of the base as well. A call is right where the tool and every argument are. Where nothing is
+to be called (irrelevance, every 8th; live, every 32nd), the answer is free, and right without a
+call.
 
 Conversations of several turns (every 24th) go on until an answer calls nothing, for 8 steps a turn
 at most; `required` binds the first answer of each turn. They are right where the checker says so.
