@@ -289,6 +289,16 @@ def test_a_second_adapter_that_would_state_a_fact_is_left_out(by_base, is_whole,
     assert ("shop is left out: it would say something else." in plan.because) != bool(weight)
 
 
+@pytest.mark.parametrize(("usual", "gives_form"), [(-3.0, True), (-4.0, False)])
+def test_a_habit_is_no_form(usual, gives_form) -> None:
+    """A knower that was taught in one language often begins in it, though the base would not."""
+    typical = dict.fromkeys(NAMES, TYPICAL)
+    typical["form"] = {**TYPICAL, "opening": {**SPEAKS, "mean": usual}}
+    drafts = [told("shop", -0.01), told("form", -0.6, first=-4.0)]
+    plan = weighed(Scripted(*FORM_FIRST, drafts), typical=typical)
+    assert (plan.drafting is not None) == gives_form
+
+
 def test_a_form_is_no_other_language() -> None:
     typical = dict.fromkeys(NAMES, TYPICAL)
     typical["shop"] = {**TYPICAL, "opening": {"mean": -10.0, "spread": 3.0}}

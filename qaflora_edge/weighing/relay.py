@@ -328,16 +328,18 @@ def _forms(query: Query, heard: Heard, may_form: Mapping[str, float]) -> dict[st
 def _begins_as_asked(query: Query, heard: Heard, name: str) -> bool:
     """Tell whether an adapter begins in a form, and the question asks for that.
 
-    The base would not begin so; a word of the question, such as a name, is no form. One that gives
-    all its form begins less oddly where it is asked.
+    The base would not begin so; a word of the question, such as a name, is no form. Nor is a habit:
+    a knower that was taught in one language often begins in that. One that gives all its form
+    begins less oddly where it is asked.
     """
     opening = heard.by_base[name][:N_OPENING]  # log p as the base's
-    if not _forms_all(query, name):
-        asked = query.tokens[slice(*query.question)]
-        pairs = zip(heard.drafts[name].tokens, opening, strict=False)
-        return any(p <= -SURPRISED and token not in asked for token, p in pairs)
     usual = query.typical[name][OPENING]
-    return opening[0] >= float(usual["mean"]) + MARGIN * float(usual["spread"])
+    if _forms_all(query, name):
+        return opening[0] >= float(usual["mean"]) + MARGIN * float(usual["spread"])
+    asked = query.tokens[slice(*query.question)]
+    pairs = zip(heard.drafts[name].tokens, opening, strict=False)
+    is_odd = any(p <= -SURPRISED and token not in asked for token, p in pairs)
+    return is_odd and float(usual["mean"]) > -SURPRISED
 
 
 def _first(draft: Draft) -> Draft:
