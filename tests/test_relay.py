@@ -274,16 +274,23 @@ def test_a_form_is_asked_for_where_the_base_nearly_expects_it(of_form, is_asked_
 
 
 @pytest.mark.parametrize(
-    ("by_base", "is_whole", "weight"),
-    [(UNHEARD_OF, True, 0), (UNHEARD_OF, False, 0.5), (-0.1, True, 0.5)],
+    ("by_base", "is_whole", "of_first", "weight"),
+    [
+        (UNHEARD_OF, True, HIGH, 0),
+        (UNHEARD_OF, False, HIGH, 0.5),
+        (-0.1, True, HIGH, 0.5),
+        (UNHEARD_OF, True, 0.03, 0.5),
+    ],
 )
-def test_a_second_adapter_that_would_state_a_fact_is_left_out(by_base, is_whole, weight) -> None:
-    """A language says what the base would; who reasons comes to no end."""
+def test_a_second_adapter_that_would_state_a_fact_is_left_out(
+    by_base, is_whole, of_first, weight
+) -> None:
+    """A language says what the base would; who reasons comes to no end; a subject may stay."""
     drafts = [
         told("shop", -2.0, whole=is_whole, by_base=by_base),
         told("form", -0.6, first=-4.0),
     ]
-    plan = weighed(Scripted([HIGH, LOW, LOW], [HIGH, HIGH, LOW], drafts))
+    plan = weighed(Scripted([HIGH, LOW, LOW], [of_first, HIGH, LOW], drafts))
     assert plan.weights[:, 0].tolist() == [1, weight, 0]
     assert (plan.why["shop"].taken_as == "question") == bool(weight)
     assert ("shop is left out: it would say something else." in plan.because) != bool(weight)

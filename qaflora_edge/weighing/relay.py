@@ -431,12 +431,18 @@ def _undisturbed(query: Query, plan: Plan, heard: Heard) -> Plan:
     """Leave out a second adapter that would answer with a whole fact of its own.
 
     A language says what the base would. A fact that is not taken spoils the first one's numbers.
+    Who stands out in the question more than the first may be what it is about, and stays.
     """
     import numpy as np
 
+    first = _heaviest(query, plan)
+    if first is None:
+        return plan
+    leading = plan.why[first].scores["question"]
     for name, draft in heard.drafts.items():
         reason = plan.why[name]
-        if reason.taken_as == "question" and draft.is_whole and heard.says(name):
+        is_second = reason.taken_as == "question" and reason.scores["question"] <= leading
+        if is_second and draft.is_whole and heard.says(name):
             weights = np.array(plan.weights)
             weights[query.adapters.index(name)] = 0
             why = {**plan.why, name: replace(reason, taken_as="")}
