@@ -5,10 +5,9 @@
 
 `bfcl-eval` (`pip install --no-deps bfcl-eval mpmath`) brings questions, answers and the checks.
 Each strategy answers every fourth question with one tool, and with several to choose from, thrice:
-`auto` leaves the answer free, `required` binds it to a call, and `drafted` too, behind a draft in
-words, of the base as well. A call is right where the tool and every argument are. Where nothing is
-to be called (irrelevance, every 8th; live, every 32nd), the answer is free, and right without a
-call.
+`auto` leaves the answer free, `required` binds it to a call at once, `drafted` lets whoever answers
+draft in words before. A call is right where the tool and every argument are. Where nothing is to be
+called (irrelevance, every 8th; live, every 32nd), the answer is free, and right without a call.
 
 Conversations of several turns (every 24th) go on until an answer calls nothing, for 8 steps a turn
 at most; `required` binds the first answer of each turn. They are right where the checker says so.
@@ -35,8 +34,9 @@ CATEGORIES = {"simple_python": "one tool", "multiple": "several tools"}
 NOTHING = {"irrelevance": "nothing to call", "live_irrelevance": "nothing to call, live"}
 TURNS = "multi_turn_base"
 SPARSE = {"irrelevance": 2, "live_irrelevance": 8, TURNS: 6}  # times --every
+TOOL_CHOICES = ("auto", "required")
 DRAFTED = "drafted"
-TOOL_CHOICES = ("auto", "required", DRAFTED)
+WAYS = (*TOOL_CHOICES, DRAFTED)
 MAX_TOKENS = 256
 MAX_STEPS = 8  # answers of one turn
 N_CTX = {TURNS: 12288}  # tokens; 4096 else
@@ -300,7 +300,7 @@ def print_table(results: list[Result]) -> None:
     print("|---|---|--:|--:|--:|")
     for strategy in dict.fromkeys(result.strategy for result in results):
         for category, title in {**CATEGORIES, **NOTHING, TURNS: "several turns"}.items():
-            row = [cells[strategy, category, choice] for choice in TOOL_CHOICES]
+            row = [cells[strategy, category, choice] for choice in WAYS]
             counts = [f"{sum(cell)} of {len(cell)}" if cell else "-" for cell in row]
             if any(row):
                 print(f"| {strategy} | {title} | {' | '.join(counts)} |")
@@ -325,7 +325,7 @@ def main() -> None:
     parser.add_argument("--strategies", default="base,static", metavar="S,...")
     names = ",".join([*CATEGORIES, *NOTHING, TURNS])
     parser.add_argument("--categories", default=names, metavar="C,...")
-    parser.add_argument("--choices", default=",".join(TOOL_CHOICES), metavar="C,...")
+    parser.add_argument("--choices", default=",".join(WAYS), metavar="C,...")
     parser.add_argument("--every", type=int, default=4, metavar="N")
     parser.add_argument("--parallel", type=int, default=4, metavar="N")
     parser.add_argument("--threads", type=int, metavar="N")

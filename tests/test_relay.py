@@ -465,6 +465,11 @@ def test_an_earlier_question_reads_as_when_it_was_asked(folder, monkeypatch) -> 
                 assert nats_before == pytest.approx(nats, rel=1e-3)
                 np.testing.assert_allclose(added_before, added[1:], rtol=1e-3)
                 assert difference == pytest.approx(nats_alone - now.surprise(), abs=1e-2)
+            with reading_of(remembers, first + turns) as again:
+                again.surprise()
+                counts = count_decoded(monkeypatch)
+                assert again.earlier()[0] == pytest.approx(nats, rel=1e-3)
+                assert not counts
 
 
 def test_a_turn_behind_empty_ones_goes_on_from_nothing(folder) -> None:

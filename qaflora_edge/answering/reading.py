@@ -122,8 +122,10 @@ class PromptReading(Reading):
         start, end = span
         asked = replace(self.query, tokens=self._tokens[:end], question=span, n_weighed=end)
         steps = self._core.added.together([asked], self._rows, self._kv_state())
-        _, (in_question,) = self._core.run(steps, self._cancellation, kind="branch")
-        return in_question, self._surprise(span, start)
+        heard = self._core.run(steps, self._cancellation, kind="branch")[:, 0]
+        nats = self._surprise(span, start)
+        self._core.added.remember(self._rows, span, asked.tokens, heard, nats)
+        return heard[1], nats
 
     def _surprise(self, span: Span, n_before: int) -> float:
         """Tell how much a question surprises the base behind the prompt's first n_before tokens."""

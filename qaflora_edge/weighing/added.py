@@ -21,6 +21,7 @@ from qaflora_edge.weighing.adapter_inputs import AttentionSizes, sums_of
 from qaflora_edge.weighing.strategy import Query, Span
 
 Rows = Sequence[int]  # numbers of adapters
+_Asked = tuple[tuple[int, ...], Span, tuple[int, ...]]  # rows, question, tokens that were read
 _N_BLOCK = 64  # tokens of a question that are summed together
 _N_NEUTRAL = 64  # system prompts that are remembered
 _N_HEARD = 64  # questions that are, for prompts that go on behind them
@@ -155,7 +156,7 @@ class Added:
         self._nothing = np.zeros((len(infos), n_layer), np.float32)
         self._threads = ThreadPoolExecutor(threads or default_threads())
         self._neutral: dict[tuple[Any, ...], F64] = {}  # the oldest first
-        self._heard: dict[tuple[Any, ...], tuple[F64, float]] = {}  # likewise, of listener()
+        self._heard: dict[_Asked, tuple[F64, float]] = {}  # likewise
         self._remembering = Lock()
 
     def _read_sizes(self, row: int) -> AttentionSizes:
@@ -175,11 +176,11 @@ class Added:
         n_scored  most tokens of the question, after its first, that the base is asked about
         tokens  of the prompt: one that only goes on after `end` is not measured again
         """
-        key = (tuple(rows), span, n_scored, tuple(tokens[:end]))
-        if end < len(tokens) and key in self._heard:
-            return _Remembered(len(tokens), *self._heard[key])
+        asked = (tuple(rows), span, tuple(tokens[:end]))
+        if n_scored and end < len(tokens) and asked in self._heard:
+            return _Remembered(len(tokens), *self._heard[asked])
         sizes = [self._sizes(row) for row in rows]
-        remember = partial(self._remember, key) if tokens else silent
+        remember = partial(self.remember, *asked) if n_scored else silent
         listener = _Added(sizes, span, end, self._threads, remember)
         start, stop = span
         last_scored = min(start + n_scored, stop - 1)
@@ -188,22 +189,29 @@ class Added:
         return listener
 
     def remembered(self, rows: Rows, span: Span, tokens: Sequence[int]) -> tuple[F64, float] | None:
-        """Give what listener() heard of an earlier question of a prompt, if it still knows.
+        """Give what was heard of an earlier question of a prompt, if it is still known.
 
         returns  in the question, [n_row, n_layer]; the nats by which it surprised the base
         """
         with self._remembering:
             everything = list(self._heard.items())
-        for (heard_rows, heard_span, n_scored, heard_tokens), heard in everything:
-            is_asked = n_scored and heard_rows == tuple(rows) and heard_span == span
-            if is_asked and heard_tokens == tuple(tokens[: len(heard_tokens)]):
-                (_, in_question), nats = heard
+        for (of_rows, at, before), (added, nats) in everything:
+            if of_rows == tuple(rows) and at == span and before == tuple(tokens[: len(before)]):
+                _, in_question = added
                 return in_question, nats
         return None
 
-    def _remember(self, key: tuple[Any, ...], result: F64, nats: float) -> None:
+    def remember(
+        self, rows: Rows, span: Span, tokens: Sequence[int], added: F64, nats: float
+    ) -> None:
+        """Keep what was heard of a chat's question, for prompts that go on behind it.
+
+        tokens  of the prompt, as far as it was heard
+        added   [2, n_row, n_layer], as a listener gives it
+        nats    by which the question surprised the base
+        """
         with self._remembering:  # callers have threads of their own
-            self._heard[key] = result, nats
+            self._heard[tuple(rows), span, tuple(tokens)] = added, nats
             while len(self._heard) > _N_HEARD:
                 del self._heard[next(iter(self._heard))]
 
