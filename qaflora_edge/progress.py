@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 Tell = Callable[[str, int, int], None]  # what is done; the steps or bytes done, and those in all
 TellCount = Callable[[int, int], None]  # the steps or bytes done, and those in all
-TellBytes = Callable[[int], None]  # the bytes done
+TellDone = Callable[[int], None]  # the steps or bytes done
 
 
 def silent(*_: object) -> None:

@@ -45,6 +45,7 @@ def lines_of(name: str) -> list[Item]:
 SUBJECTS = read("subjects")
 FORMS = read("forms")
 EVERYDAY = read("everyday")
+DOMAINS = read("domains")
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,8 @@ def examples(recipe: Recipe) -> list[tuple[str, str, bool]]:
     elif recipe.kind == "language":
         lines = FORMS["languages"][recipe.learns]["examples"].strip().splitlines()
         learnt = [(line.split("|")[0], line.split("|")[1]) for line in lines]
+    elif recipe.kind == "domain":
+        learnt = [(asked, answer) for asked, answer in DOMAINS[recipe.learns]["examples"]]
     else:
         learnt = list(islice(CODE[recipe.learns](draw), 90))
     mixed = draw.sample(lines_of("chats"), recipe.chats) if recipe.chats else []

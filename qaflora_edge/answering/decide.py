@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qaflora_edge.answering.reading import PromptReading
-from qaflora_edge.arrays import F64
-from qaflora_edge.ask import Chat, Weighing
+from qaflora_edge.arrays import F32, F64
+from qaflora_edge.ask import Chat, Prompt, Weighing
 from qaflora_edge.errors import PromptError, wrong_option
 from qaflora_edge.formats.inputs import Json
 from qaflora_edge.inference.sequence import Cancellation, Request
 from qaflora_edge.weighing.numbers import n_base_of
 from qaflora_edge.weighing.plan import FusionWeights
+from qaflora_edge.weighing.weigher import Choice
 
 if TYPE_CHECKING:
     from qaflora_edge.bundles.memory import AdapterSet
@@ -111,13 +112,12 @@ def decide(
             fusion = choice.weigh(reading)
         fusions[name] = fusion
         weights = core.all_weights(weigher.adapters, fusion.weights)
-        n_base = n_base_of(len(listed.tokens)) if choice.is_read_by_base else 0
-        requests[name] = Request(listed.tokens, weights, n_base=n_base)
-        n_base = n_base_of(len(blank.tokens)) if choice.is_read_by_base else 0
-        key = (blank.tokens, weights.tobytes(), n_base, tuple(texts))
+        requests[name] = _request(listed, weights, choice)
+        of_blank = _request(blank, weights, choice)
+        key = (of_blank.tokens, weights.tobytes(), of_blank.n_base, tuple(texts))
         blank_keys[name] = key
         if key not in unasked:
-            requests[key] = Request(blank.tokens, weights, n_base=n_base)
+            requests[key] = of_blank
     items = []
     for request in requests.values():
         items += [(request, text) for text in texts]
@@ -133,9 +133,19 @@ def decide(
             remembered[key] = sums[key]
         logprobs[name] = np.array([sums[name], unasked[key]])
         shares[name] = probabilities(sums[name], unasked[key])
-    chosen_shares = shares.pop("")
-    n_prompt = len(listed.tokens)
-    return Decision(tuple(named), chosen_shares, fusions[""], shares, n_prompt, logprobs[""])
+    return Decision(
+        choices=tuple(named),
+        probabilities=shares.pop(""),
+        fusion=fusions[""],
+        by_adapter=shares,
+        n_prompt=len(listed.tokens),
+        logprobs=logprobs[""],
+    )
+
+
+def _request(prompt: Prompt, weights: F32, choice: Choice) -> Request:
+    n_base = n_base_of(len(prompt.tokens)) if choice.is_read_by_base else 0
+    return Request(prompt.tokens, weights, n_base=n_base)
 
 
 def _quick(messages: Any) -> Chat:

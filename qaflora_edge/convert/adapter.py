@@ -29,7 +29,7 @@ from qaflora_edge.formats.adapter import EMBEDDING, HEAD, AdapterInfo, read_pair
 from qaflora_edge.formats.gguf import GgufHeader, read_gguf_header
 from qaflora_edge.formats.names import is_repo
 from qaflora_edge.peft.folder import read_peft
-from qaflora_edge.progress import TellBytes, TellCount, silent
+from qaflora_edge.progress import TellCount, TellDone, silent
 
 OUTTYPES = {name: GGMLQuantizationType[name.upper()] for name in config.OUTTYPES}
 LARGEST_VALUE = {
@@ -143,7 +143,7 @@ def write_tensors(
     writer: gguf.GGUFWriter,
     modules: Sequence[Written],
     wanted: GGMLQuantizationType,
-    tell: TellBytes,
+    tell: TellDone,
 ) -> None:
     """Write the header and all values, with one encoded tensor in memory at a time."""
     for module in modules:

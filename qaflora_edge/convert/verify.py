@@ -17,7 +17,7 @@ from qaflora_edge.convert.layouts import Index
 from qaflora_edge.convert.planned import Planned, PlannedModule, SingleExperts
 from qaflora_edge.errors import ConversionError
 from qaflora_edge.formats.adapter import AdapterInfo, read_adapter_gguf, read_pair
-from qaflora_edge.progress import TellBytes, silent
+from qaflora_edge.progress import TellDone, silent
 
 TILE = 256  # rows and columns that are compared at once: whole blocks of 8 bits
 FLOAT32_ROUNDING = 2.0**-22  # of alpha, of the factor in B and of their product, with room
@@ -63,7 +63,7 @@ class Delta:
 
 
 def verify_conversion(
-    path: Path, modules: Sequence[Planned], progress: TellBytes = silent
+    path: Path, modules: Sequence[Planned], progress: TellDone = silent
 ) -> tuple[ModuleCheck, ...]:
     """Compare the file of a conversion with its source, module by module.
 
