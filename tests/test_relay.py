@@ -25,6 +25,13 @@ from qaflora_edge.dialects.shapes import Extras
 from qaflora_edge.errors import BusyError, CancelledError, StrategyError
 from qaflora_edge.inference.sequence import Request
 from qaflora_edge.show import doubts
+from qaflora_edge.weighing.known import (
+    log_odds,
+    probability,
+    recognised,
+    sureness,
+    told_probability,
+)
 from qaflora_edge.weighing.plan import (
     BASE,
     Draft,
@@ -33,13 +40,6 @@ from qaflora_edge.weighing.plan import (
     Plan,
     WriteStep,
     alone_weights,
-)
-from qaflora_edge.weighing.relay import (
-    log_odds,
-    probability,
-    recognised,
-    sureness,
-    told_probability,
 )
 
 N_DRAFT = 8
@@ -384,6 +384,44 @@ def test_an_adapter_that_gives_all_its_form_is_not_asked_what_it_knows() -> None
     reading = Scripted(*NOBODY, [told("shop", -0.01)])
     assert not weighed(reading, typical=typical).weights.any()
     assert "shop" not in reading.asked
+
+
+def own_way() -> Any:
+    """Let `shop` mostly begin as the base would not, and be as unsure as it is here."""
+    its = {"opening": {"mean": -5.0, "spread": 1.0}, "sureness": {"mean": -2.5, "spread": 1.0}}
+    return {**dict.fromkeys(NAMES, TYPICAL), "shop": {**TYPICAL, **its}}
+
+
+def test_requests_of_its_own_kind_are_left_to_who_has_learnt_them() -> None:
+    """It begins in its own way whatever is asked, and may be unsure: many answers are right."""
+    at_end, asked = ([LOW, TYPICAL_SIZE, LOW], [LOW, 0.03, LOW])
+    own = told("shop", -2.0, first=-6)
+    plan = weighed(Scripted(at_end, asked, [own]), typical=own_way())
+    assert plan.weights[:, 0].tolist() == [0, 1, 0]
+    assert not weighed(Scripted(at_end, asked, [own])).weights.any()  # no way of its own
+    for other in (
+        Scripted(at_end, asked, [told("shop", -2.0, by_base=-1.0)]),  # it begins as the base would
+        Scripted(at_end, asked, [told("shop", -3.5, first=-6)]),  # less sure than it mostly is
+        Scripted(at_end, asked, [own], nats=20.0),  # the question surprises nobody
+        Scripted(at_end, [LOW, 0.008, LOW], [own]),  # nor is it its own
+        Scripted([LOW, 0.002, LOW], asked, [own]),  # it would not begin so here
+    ):
+        assert not weighed(other, typical=own_way()).weights.any()
+
+
+def test_of_two_that_say_something_the_question_is_one_ones_own() -> None:
+    both = [told("shop", -2.0, first=-6), told("other", -2.0)]
+    for of_other, expected in ((0.04, [0, 0, 0]), (0.02, [0, 1, 0])):
+        reading = Scripted([LOW, TYPICAL_SIZE, LOW], [LOW, 0.03, of_other], both)
+        assert weighed(reading, typical=own_way()).weights[:, 0].tolist() == expected
+
+
+def test_a_form_writes_where_the_answer_begins_as_its_own_more_than_as_the_knowers() -> None:
+    knows = [told("shop", -0.01), told("form", -0.3, first=-4)]
+    for of_knower, drafts in ((LOW, True), (0.06, False)):
+        reading = Scripted([HIGH, of_knower, LOW], [TYPICAL_SIZE, HIGH, LOW], knows)
+        plan = weighed(reading)
+        assert (plan.drafting is not None) == drafts
 
 
 def test_a_second_form_knows_nothing() -> None:

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qaflora_edge.weighing.known import log_odds, probability, told_probability
 from qaflora_edge.weighing.plan import LEAST_SURE
-from qaflora_edge.weighing.relay import CLAIM, log_odds, probability, told_probability
+from qaflora_edge.weighing.relay import CLAIM
 
 RESULTS = Path(__file__).parents[1] / "results" / "zoo"
 DRAFTS = RESULTS / "drafts.jsonl.gz"

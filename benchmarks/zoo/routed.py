@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from qaflora_edge import Engine, FusionWeights
+from qaflora_edge.ask import Chat
 
 BASE, NO_DOMAIN, PREFIX = "base", "route_base", "domain-"
 STRATEGIES = ("two-place", "relay")
@@ -53,7 +54,7 @@ def routed(engine: Engine, queries: list[Row]) -> Iterator[Row]:
         wanted = BASE if fits_none else PREFIX + query["expected_adapter"]
         for strategy in STRATEGIES:
             messages = [{"role": "user", "content": query["query"]}]
-            fusion = engine.generate(messages, strategy=strategy, max_tokens=1).fusion
+            fusion = engine.generate(Chat(messages), strategy=strategy, max_tokens=1).fusion
             yield {
                 "id": query["id"],
                 "strategy": strategy,

@@ -28,16 +28,17 @@ from numpy.typing import NDArray
 from score import score
 
 from qaflora_edge import Engine, Plan, Reading, Strategy, register_strategy
+from qaflora_edge.ask import Chat
 from qaflora_edge.config import Option
-from qaflora_edge.weighing.plan import BASE, alone_weights
-from qaflora_edge.weighing.relay import (
-    N_DRAFT,
+from qaflora_edge.weighing.known import (
     log_odds,
     probability,
     recognised,
     sureness,
     told_probability,
 )
+from qaflora_edge.weighing.plan import BASE, alone_weights
+from qaflora_edge.weighing.relay import N_DRAFT
 
 N_FACT, N_SAMPLE, N_TOKEN, N_TOP = 30, 10, 32, 20
 Row = dict[str, Any]
@@ -102,13 +103,13 @@ def read_rows(path: Path) -> list[Row]:
 
 def answered(engine: Engine, name: str, item: Row) -> Row:
     """Answer a question once greedily, and in samples."""
-    messages = [{"role": "user", "content": item["question"]}]
+    chat = Chat([{"role": "user", "content": item["question"]}])
     strategy = f"told:name={name}"
-    one = engine.generate(messages, strategy=strategy, max_tokens=N_TOKEN, logprobs=N_TOP)
+    one = engine.generate(chat, strategy=strategy, max_tokens=N_TOKEN, logprobs=N_TOP)
     text = one.text()
     sampled = list(
         engine.answers(
-            messages,
+            chat,
             N_SAMPLE,
             strategy=f"single:{name}",
             max_tokens=N_TOKEN,

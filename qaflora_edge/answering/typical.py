@@ -12,7 +12,8 @@ from qaflora_edge.ask import Chat, Question
 from qaflora_edge.progress import TellCount, TellDone, silent
 from qaflora_edge.prompt.messages import as_turn
 from qaflora_edge.weighing.calibration import DRAFTED, EXTENTS, KEYS, LAYERS, typical_of
-from qaflora_edge.weighing.relay import N_DRAFT, sureness
+from qaflora_edge.weighing.known import sureness
+from qaflora_edge.weighing.relay import N_DRAFT
 from qaflora_edge.weighing.strategy import Query
 
 if TYPE_CHECKING:

@@ -7,14 +7,30 @@ docs/strategies.md has the rule in words, docs/results.md where each constant co
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from math import exp, log
+from dataclasses import dataclass, replace
 
 from qaflora_edge.config import Option
 from qaflora_edge.errors import StrategyError
+from qaflora_edge.weighing.known import (
+    SURPRISED,
+    Heard,
+    log_odds,
+    probability,
+    recognised,
+    sureness,
+    told_probability,
+)
 from qaflora_edge.weighing.plan import BASE, Draft, DraftStep, Plan, WriteStep, alone_weights
 from qaflora_edge.weighing.strategy import Query, Reading
-from qaflora_edge.weighing.two_place import FIRST, STANDS_OUT, TWO_PLACE_OPTIONS, TwoPlace, places
+from qaflora_edge.weighing.two_place import (
+    FIRST,
+    STANDS_OUT,
+    TWO_PLACE_OPTIONS,
+    TwoPlace,
+    added_by_prompt,
+    caution,
+    places,
+)
 
 OPENING, SURENESS = DRAFTED = "opening", "sureness"  # of calibration.KEYS
 
@@ -23,22 +39,10 @@ N_ASKED = 3  # adapters that draft because they may know, and as many that may g
 NEAR = 2.0  # spreads: who knows stands out in the question nearly as far as whoever does most
 N_OPENING = 3  # tokens in which a form begins
 
-# A logistic regression over drafts of adapters that know, and of those that make answers up.
-SURE = 9.2  # log-odds for each nat of sureness()
-SURPRISING = 2.4  # for each e-fold of what the question surprises the base by
-GOES_ON = 2.0  # nats by which what was said before makes a later turn less surprising
-USUAL = -8.7  # where all of that is 0
-MOST_SURPRISED = 6.0  # nats; a token that surprises the base more counts no more
-LEAST_SURPRISED = 0.5  # nats, of a draft that says what the base says
-
-# What is told of an answer beside these log-odds: a logistic regression over taken drafts.
-TOLD_RECOGNISED = 1.2  # for each one of recognised()
-TOLD_AT_0 = -1.5
-
 CLAIM = 0.4  # probability from which an adapter may know; up to half of it, it makes things up
 SURELY = 3.5  # spreads at the last token, from which nobody asks what an adapter knows
-SURPRISED = 3.5  # nats from which an adapter, a form or a language is not the base's
 FORMS_ALL = 7.0  # nats by which answers to everyday prompts begin as the base's never do
+GOES_ON = 2.0  # nats by which what was said before makes a later turn less surprising
 MARGIN = 0.5  # spreads by which a place, or an opening, differs from another
 
 # fmt: off
@@ -48,30 +52,6 @@ _OPTIONS = (
     Option("writer", str, metavar="NAME", help="who writes with the draft in view"),
 )
 # fmt: on
-
-
-@dataclass(frozen=True)
-class Heard:
-    """Hold what the drafts of one query tell.
-
-    drafts   adapter -> its draft
-    by_base  adapter -> log p, in nats, of its draft's tokens as the base's
-    known    adapter -> probability that its draft is right
-    recognised  adapter -> recognised() of the question, where several may know
-    form     who gives the answer its form; None: nobody
-    knower   who knows; None: nobody
-    """
-
-    drafts: Mapping[str, Draft]
-    by_base: Mapping[str, Sequence[float]]
-    known: Mapping[str, float]
-    recognised: Mapping[str, float] = field(default_factory=dict)
-    form: str | None = None
-    knower: str | None = None
-
-    def says(self, name: str) -> bool:
-        """Tell whether an adapter says what the base would not."""
-        return sum(self.drafts[name].logprobs) - sum(self.by_base[name]) >= SURPRISED
 
 
 @dataclass(frozen=True)
@@ -118,72 +98,30 @@ class RelayStrategy(TwoPlace):
         if not may_draft or len(query.adapters) < 2:
             return plan
         subject = _subject(reading, plan)
-        may_form = _may_form(query, plan)
+        at_last = _at_last(query, plan)
+        may_form = _may_form(plan, at_last)
         can_know = _can_know(subject.nats)
         # Who stands out at the last token of a question that surprises nobody seldom is a form.
         least = 0.0 if can_know else SURELY
         forms = [name for name, score in may_form.items() if score >= least]
         may_know = subject.scores if can_know else {}
         asked = _asked(query, plan, forms, may_know)
+        own = _own(reading) if can_know else {}
+        may_be_own = _may_be_own(reading, own, at_last)
+        if may_be_own is not None and may_be_own not in asked:
+            asked.append(may_be_own)
         heard = _heard(reading, plan, asked, may_form, subject)
         plan = replace(plan, known=heard.known)
         if heard.knower is not None and heard.knower != heard.form:
             sure = _sure(reading, subject, heard, heard.knower)
             return _relayed(reading, replace(plan, sure=sure), heard, heard.knower)
-        return _confirmed(reading, _undisturbed(query, plan, heard), subject, heard, forms)
-
-
-def sureness(logprobs: Sequence[float], of_base: Sequence[float]) -> float:
-    """Tell how sure an adapter is of its draft where the base is surprised by it, in nats.
-
-    logprobs  log p of the draft's tokens under the adapter, [n_token]
-    of_base   the same under the base
-    returns   at most 0: the mean of logprobs, weighted by the base's surprise at each token
-    """
-    surprises = [min(-logprob, MOST_SURPRISED) for logprob in of_base]
-    weighted = sum(w * logprob for w, logprob in zip(surprises, logprobs, strict=True))
-    return weighted / (sum(surprises) + LEAST_SURPRISED)
-
-
-def recognised(logprobs: Sequence[float], of_base: Sequence[float]) -> float:
-    """Tell how far an adapter expects words of a question that the base does not.
-
-    logprobs  log p of the question's tokens under the adapter, in nats: [n_token]
-    of_base   the same under the base
-    returns   at least 0: log(1 + nats), where a token counts as many nats as it surprises the base
-              by, times what the adapter adds to its probability
-    """
-    nats = 0.0
-    for logprob, by_base in zip(logprobs, of_base, strict=True):
-        surprise = min(-by_base, MOST_SURPRISED)
-        nats += surprise * max(exp(logprob) - exp(by_base), 0.0)
-    return log(1.0 + nats)
-
-
-def log_odds(sure: float, nats: float) -> float:
-    """Tell how probable it is that a draft is right, as the logarithm of p / (1 - p).
-
-    sure  as sureness() gives it
-    nats  by which the question surprises the base, or one that it goes on from
-    """
-    return USUAL + SURE * sure + SURPRISING * log(max(nats, 1.0))
-
-
-def probability(odds: float) -> float:
-    """Give p of log(p / (1 - p))."""
-    return 1.0 / (1.0 + exp(-odds))
-
-
-def told_probability(known: float, recognised: float) -> float:
-    """Give the probability that the draft of an adapter is right that was taken to know.
-
-    Of several one is taken, so that it is wrong more often than a draft alone.
-
-    known       the probability of its draft alone, above 0 and below 1
-    recognised  as recognised() gives it
-    """
-    odds = log(known / (1.0 - known))
-    return probability(odds + TOLD_RECOGNISED * recognised + TOLD_AT_0)
+        plan = _undisturbed(query, plan, heard)
+        is_form_sure = heard.form is not None and at_last[heard.form] >= SURELY
+        if is_form_sure and heard.form != may_be_own:
+            may_be_own = None
+        if may_be_own is not None and _has_learnt(query, heard, may_be_own, own):
+            return _left_to(query, plan, may_be_own)
+        return _confirmed(reading, plan, subject, heard, forms)
 
 
 def _subject(reading: Reading, plan: Plan) -> Subject:
@@ -217,24 +155,67 @@ def _can_know(nats: float) -> bool:
     return probability(log_odds(0.0, nats)) > CLAIM
 
 
-def _may_form(query: Query, plan: Plan) -> dict[str, float]:
-    """Give who may give the answer its form, and the score at the last token of each.
-
-    They stand out there, and more than in the question, or twice as far.
-    """
+def _at_last(query: Query, plan: Plan) -> dict[str, float]:
+    """Give how far each adapter stands out at the last token beyond what adapters alike do."""
     import numpy as np
 
     from qaflora_edge.weighing.calibration import unusual
 
     assert plan.divergence is not None  # what is added at the last token
     at_last, _ = places(query)
-    scores = unusual(query, {at_last: np.asarray(plan.divergence, np.float64)})  # [n_adapter]
+    scores = unusual(query, {at_last: np.asarray(plan.divergence, np.float64)}).tolist()
+    return dict(zip(query.adapters, scores, strict=True))
+
+
+def _may_form(plan: Plan, at_last: Mapping[str, float]) -> dict[str, float]:
+    """Give who may give the answer its form, and the score at the last token of each.
+
+    They stand out there, and more than in the question, or twice as far.
+    """
     may_form: dict[str, float] = {}
-    for score, name in sorted(zip(scores.tolist(), query.adapters, strict=True), reverse=True):
+    pairs = [(score, name) for name, score in at_last.items()]
+    for score, name in sorted(pairs, reverse=True):
         leading = min(plan.why[name].scores["question"] + MARGIN, 2 * STANDS_OUT)
         if score >= max(STANDS_OUT, leading) and len(may_form) < N_ASKED:
             may_form[name] = score
     return may_form
+
+
+def _own(reading: Reading) -> dict[str, float]:
+    """Give how far each adapter stands out in the question beyond what adapters alike do."""
+    from qaflora_edge.weighing.calibration import unusual
+
+    query = reading.query
+    _, question = added_by_prompt(reading)
+    _, in_question = places(query)
+    scores = unusual(query, {in_question: question}).tolist()
+    return dict(zip(query.adapters, scores, strict=True))
+
+
+def _may_be_own(
+    reading: Reading, own: Mapping[str, float], at_last: Mapping[str, float]
+) -> str | None:
+    """Name who has a way of its own to answer, and whose kind of request the question may be."""
+    least = MARGIN * caution(reading)
+    query = reading.query
+    likely = [name for name, score in own.items() if score > least and at_last[name] > -MARGIN]
+    may = [name for name in likely if _has_habit(query, name)]
+    return max(may, key=own.__getitem__, default=None)
+
+
+def _has_learnt(query: Query, heard: Heard, name: str, own: Mapping[str, float]) -> bool:
+    """Tell whether an adapter has learnt requests like this one, such as commands for a shell.
+
+    It answers in its own way whatever is asked, and here too, surer than it mostly is. As many
+    answers are right, it need not be as sure as who knows. Who stands out more in the question says
+    what the base would, as a language does.
+    """
+    if not heard.says(name) or not _begins_oddly(query, heard, name):
+        return False
+    if _unusually_sure(query, heard, name) < 0:
+        return False
+    others = [other for other, score in own.items() if score > own[name]]
+    return all(other in heard.drafts and not heard.says(other) for other in others)
 
 
 def _asked(
@@ -283,8 +264,7 @@ def _heard(
         is_other_form = name != form and _forms_all(query, name)
         if known[name] > CLAIM / 2 and not is_other_form:
             # One that was trained for too long is sure of whatever it makes up.
-            typical = query.typical[name][SURENESS]
-            unusual[name] = float((sure - typical["mean"]) / typical["spread"])
+            unusual[name] = _unusually_sure(query, heard, name)
     by_words = {}  # how far each of them recognises the question
     if any(known[name] > CLAIM for name in unusual):
         by_words = _recognised(reading, subject, list(unusual))
@@ -298,6 +278,13 @@ def _heard(
     ):
         knower = form
     return replace(heard, known=known, recognised=by_words, form=form, knower=knower)
+
+
+def _unusually_sure(query: Query, heard: Heard, name: str) -> float:
+    """Tell how much surer an adapter is of its draft than it mostly is, in spreads."""
+    sure = sureness(heard.drafts[name].logprobs, heard.by_base[name])
+    typical = query.typical[name][SURENESS]
+    return float((sure - typical["mean"]) / typical["spread"])
 
 
 def _recognised(reading: Reading, subject: Subject, names: Sequence[str]) -> dict[str, float]:
@@ -332,14 +319,18 @@ def _begins_as_asked(query: Query, heard: Heard, name: str) -> bool:
     a knower that was taught in one language often begins in that. One that gives all its form
     begins less oddly where it is asked.
     """
-    opening = heard.by_base[name][:N_OPENING]  # log p as the base's
-    usual = query.typical[name][OPENING]
     if _forms_all(query, name):
-        return opening[0] >= float(usual["mean"]) + MARGIN * float(usual["spread"])
+        usual = query.typical[name][OPENING]
+        return heard.by_base[name][0] >= float(usual["mean"]) + MARGIN * float(usual["spread"])
+    return _begins_oddly(query, heard, name) and not _has_habit(query, name)
+
+
+def _begins_oddly(query: Query, heard: Heard, name: str) -> bool:
+    """Tell whether an adapter begins as the base would not; a word of the question is not odd."""
+    opening = heard.by_base[name][:N_OPENING]  # log p as the base's
     asked = query.tokens[slice(*query.question)]
     pairs = zip(heard.drafts[name].tokens, opening, strict=False)
-    is_odd = any(p <= -SURPRISED and token not in asked for token, p in pairs)
-    return is_odd and float(usual["mean"]) > -SURPRISED
+    return any(p <= -SURPRISED and token not in asked for token, p in pairs)
 
 
 def _first(draft: Draft) -> Draft:
@@ -354,7 +345,7 @@ def _relayed(reading: Reading, plan: Plan, heard: Heard, knower: str) -> Plan:
     query = reading.query
     (draft,) = reading.drafts([knower], N_DRAFT)
     of_knower = f"{knower} most probably knows ({plan.sure:.0%})"
-    writer = _writer(query, heard, knower)
+    writer = _writer(query, plan, heard, knower)
     is_foreign = _begins_in_words(reading, heard, knower) < -SURPRISED
     if writer is None and is_foreign and not _forms_all(query, knower):
         writer = BASE
@@ -370,18 +361,23 @@ def _relayed(reading: Reading, plan: Plan, heard: Heard, knower: str) -> Plan:
     return replace(plan, steps=(drafting, writing), because=because)
 
 
-def _writer(query: Query, heard: Heard, knower: str) -> str | None:
+def _writer(query: Query, plan: Plan, heard: Heard, knower: str) -> str | None:
     """Name who gives the form, if the question asks for it rather than for the knower's words.
 
-    Of two beginnings the base expects that more which is asked for. So a form, or another
-    knower's way to begin, is not asked for where the base is far less surprised by the knower's.
+    It stands out at the last token more than who knows. Of two beginnings the base expects that
+    more which is asked for. So a form, or another knower's way to begin, is not asked for where the
+    base is far less surprised by the knower's.
     """
     form = heard.form
-    if form is None or _forms_all(query, form):
-        return form
+    if form is None:
+        return None
+    at_last = _at_last(query, plan)
+    if at_last[form] <= at_last[knower]:
+        return None
     of_form = heard.by_base[form][0]
     of_knower = heard.by_base[knower][0]
-    return form if of_form > of_knower - SURPRISED else None
+    is_asked_for = _forms_all(query, form) or of_form > of_knower - SURPRISED
+    return form if is_asked_for else None
 
 
 def _begins_in_words(reading: Reading, heard: Heard, name: str) -> float:
@@ -464,6 +460,20 @@ def _by_hand(reading: Reading) -> Plan:
     writing = WriteStep(alone_weights(writer, query.adapters, query.n_layer), "before")
     because = f"{knower} drafts, {writer} writes with the draft in view, as you asked."
     return Plan((drafting, writing), because=because)
+
+
+def _left_to(query: Query, plan: Plan, name: str) -> Plan:
+    """Let an adapter answer alone whose own kind of request the question is."""
+    if name == _heaviest(query, plan):
+        return plan
+    step = WriteStep(alone_weights(name, query.adapters, query.n_layer))
+    because = f"{name} has learnt requests like this, and answers alone."
+    return replace(plan, steps=(step,), because=because)
+
+
+def _has_habit(query: Query, name: str) -> bool:
+    """Tell whether an adapter mostly begins as the base would not, whatever is asked."""
+    return float(query.typical[name][OPENING]["mean"]) <= -SURPRISED
 
 
 def _forms_all(query: Query, name: str) -> bool:

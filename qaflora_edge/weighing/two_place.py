@@ -63,24 +63,19 @@ class TwoPlace(Strategy):
     def plan(self, reading: Reading) -> Plan:
         import numpy as np
 
-        from qaflora_edge.weighing.calibration import without_system
-
         query = reading.query
         options = {option.name: option.default for option in self.options}
         options |= query.options
         if len(query.adapters) == 1 and "abstain" not in query.options:
             whole = np.full((1, query.n_layer), options["answer"])
             return Plan.mix(whole, because=f"{query.adapters[0]} is the only adapter in use.")
-        added = reading.added()
-        if query.neutral:
-            added = without_system(query, added, places(query), reading.neutral())
-        last, question = added
+        last, question = added_by_prompt(reading)
         scores = _scores(query, last, question)
         first_scores = next(iter(scores.values()))  # [n_adapter]
         is_familiar = False
         asked = options["abstain"]
         if asked != "never":
-            options["abstain"] *= _caution(reading)
+            options["abstain"] *= caution(reading)
             is_familiar = query.is_chat and first_scores.max() > asked
         if query.is_chat:
             weights, taken = pair(scores["answer"], scores["question"], options)
@@ -119,6 +114,20 @@ def places(query: Query) -> tuple[str, str]:
     return LATER if query.is_later else FIRST
 
 
+def added_by_prompt(reading: Reading) -> F64:
+    """Give what adapters add at the last token and in the question, but for a system prompt.
+
+    returns  [2, n_adapter, n_layer]
+    """
+    from qaflora_edge.weighing.calibration import without_system
+
+    query = reading.query
+    added = reading.added()
+    if not query.neutral:
+        return added
+    return without_system(query, added, places(query), reading.neutral())
+
+
 def _scores(query: Query, last: F64, question: F64) -> dict[str, F64]:
     """Give how unusual each adapter is, [n_adapter], by place; the answer's first.
 
@@ -135,7 +144,7 @@ def _scores(query: Query, last: F64, question: F64) -> dict[str, F64]:
     }
 
 
-def _caution(reading: Reading) -> float:
+def caution(reading: Reading) -> float:
     """Say how many times the threshold a first adapter needs: more where the base is at home."""
     if not reading.query.is_chat:
         return TEXT
