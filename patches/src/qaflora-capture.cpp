@@ -1,6 +1,7 @@
+// States that a probe keeps while a graph is computed.
 // shapes: ggml order, ne[0] first
 
-#include "qaflora-capture.h"
+#include "qaflora-graph-input.h"
 
 #include "llama-model.h"
 
@@ -42,13 +43,6 @@ void qaflora_capture_input(const llm_graph_context & gctx, qaflora_graph_input &
             return;
         }
     }
-}
-
-ggml_tensor * qaflora_no_logits(const llm_graph_context & gctx, const ggml_tensor * head) {
-    ggml_tensor * res = ggml_new_tensor_2d(gctx.ctx0, GGML_TYPE_F32, head->ne[1], 1);
-    ggml_set_name(res, "qaflora_no_logits");
-    ggml_set_input(res);
-    return res;
 }
 
 void qaflora_capture_block(const llm_graph_context & gctx, ggml_tensor * cur, const char * name, int il) {

@@ -3,29 +3,42 @@
 
 #include "qaflora-context.h"
 #include "qaflora-error.h"
-#include "qaflora-memory.h"
 
 #include "llama-context.h"
 #include "llama-model.h"
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
+#include <cstring>
 #include <new>
 
 #ifndef QAFLORA_BUILD_INFO
 #error "QAFLORA_BUILD_INFO must name the llama.cpp commit and the patches"
 #endif
 
-int32_t qaflora_abi_version(void) {
-    qaflora_ask_for_exceptions(); // whoever uses the library asks this first
+// llama.cpp 0c1e5709: ggml.c and ggml-alloc.c assert that memory was to be had. Here they throw std::bad_alloc, which llama.cpp catches
+// or lets pass. CMakeLists.txt compiles them so that it may.
+static void on_abort(const char * message) {
+    for (const char * asserted : { "(ctx->mem_buffer != NULL)", "(galloc != NULL)", "(galloc->" }) {
+        if (strstr(message, asserted)) {
+            throw std::bad_alloc();
+        }
+    }
+    fprintf(stderr, "%s\n", message);
+}
+
+int32_t qaflora_abi_version(void) { // whoever uses the library asks this first
+    const ggml_abort_callback_t before = ggml_set_abort_callback(on_abort);
+    if (before && before != on_abort) {
+        ggml_set_abort_callback(before); // of the program that we are part of
+    }
     return QAFLORA_ABI_VERSION;
 }
 
 const char * qaflora_build_info(void) {
     return QAFLORA_BUILD_INFO;
 }
-
-// making a context
 
 // llama_context_params has no room for us: the constructor picks the state up from here
 static thread_local std::shared_ptr<qaflora_context> g_pending;
@@ -102,10 +115,10 @@ llama_context * qaflora_context_init(llama_model * model, const llama_context_pa
 
 int32_t qaflora_decode(llama_context * ctx, const llama_batch * batch) {
     const int32_t no_memory = -2; // as llama_decode says it
-    const uint64_t n_failed = qaflora_n_failed_op();
+    const uint64_t n_failed = qaflora_n_failed_op;
     try {
         const int32_t res = llama_decode(ctx, *batch);
-        if (res != 0 || qaflora_n_failed_op() == n_failed) {
+        if (res != 0 || qaflora_n_failed_op == n_failed) {
             return res;
         }
         qaflora_explain(std::bad_alloc());
@@ -114,8 +127,6 @@ int32_t qaflora_decode(llama_context * ctx, const llama_batch * batch) {
     }
     return no_memory;
 }
-
-// weights and states
 
 // call() with the state of ctx, if seq_id is one of its sequences; returns 1, or 0 with an error
 template <typename F> static int32_t with_sequence(llama_context * ctx, llama_seq_id seq_id, F call) {

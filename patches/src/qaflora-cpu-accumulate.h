@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "qaflora-divergence.h"
+#include "qaflora-cpu.h"
 
 #include <math.h>
 #include <stdint.h>

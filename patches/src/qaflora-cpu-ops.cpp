@@ -3,12 +3,12 @@
 #include "qaflora-cpu-ops.h"
 
 #include "qaflora-cpu-store.h"
-#include "qaflora-memory.h"
 
 #include "ggml.h"
 
 #include <algorithm>
 #include <cmath>
+#include <exception>
 #include <memory>
 #include <utility>
 
@@ -63,7 +63,7 @@ static std::vector<int32_t> pairs_by_expert(const ggml_tensor * experts, int64_t
     return pairs;
 }
 
-static void delta_experts(ggml_tensor * dst, int ith, int nth, void * userdata) {
+void qaflora_op_delta_experts(ggml_tensor * dst, int ith, int nth, void * userdata) try {
     const auto & m = *(const qaflora_cpu_module *) userdata;
     const ggml_tensor * y       = dst->src[0];
     const ggml_tensor * x       = dst->src[1];
@@ -92,10 +92,8 @@ static void delta_experts(ggml_tensor * dst, int ith, int nth, void * userdata) 
         m.kernels->rank_product(p, rows, xi, t.data(), 0, 1);
         m.kernels->add_delta(d, rows, t.data(), yi, (float *) ((char *) dst->data + row*dst->nb[2] + place*dst->nb[1]), 0, 0, 1);
     }
-}
-
-void qaflora_op_delta_experts(ggml_tensor * dst, int ith, int nth, void * userdata) {
-    qaflora_compute([&] { delta_experts(dst, ith, nth, userdata); });
+} catch (const std::exception &) {
+    qaflora_n_failed_op++;
 }
 
 // y of a differential product may have rows more: the rest of base rows that were split. Returns how many it has apart from them.
@@ -154,7 +152,7 @@ void qaflora_op_round(ggml_tensor * dst, int ith, int nth, void * userdata) {
     ((const qaflora_kernels *) userdata)->matmul_round((const float *) x->data, ggml_nrows(x), x->ne[0], dst->data, ith, nth);
 }
 
-static void matmul(ggml_tensor * dst, int ith, int nth, void * userdata) {
+void qaflora_op_matmul(ggml_tensor * dst, int ith, int nth, void * userdata) try {
     const auto & kernels = *(const qaflora_kernels *) userdata;
     const qaflora_matrix m = qaflora_matrix_of(dst->src[1]);
     const int64_t n_out   = dst->ne[0];
@@ -163,17 +161,15 @@ static void matmul(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const int64_t end     = std::min(n_out, n_panel*(ith + 1)/nth*QAFLORA_PANEL);
     const std::unique_ptr<uint8_t[]> room(new uint8_t[kernels.matmul_room_size(m.n_in)]); // 0.6 MB for 8B: not zeroed
     kernels.matmul(m, begin, end, dst->src[0]->data, dst->ne[1], (float *) dst->data + begin, n_out, room.get());
-}
-
-void qaflora_op_matmul(ggml_tensor * dst, int ith, int nth, void * userdata) {
-    qaflora_compute([&] { matmul(dst, ith, nth, userdata); });
+} catch (const std::exception &) {
+    qaflora_n_failed_op++;
 }
 
 static qaflora_strided strided(const ggml_tensor * t) {
     return { (const uint8_t *) t->data, t->nb[3], t->nb[2], t->nb[1] };
 }
 
-static void attend(ggml_tensor * dst, int ith, int nth, void * userdata) {
+void qaflora_op_attend(ggml_tensor * dst, int ith, int nth, void * userdata) try {
     const auto & how = *(const qaflora_cpu_attention *) userdata;
     const ggml_tensor * q = dst->src[0];
     const ggml_tensor * k = dst->src[1];
@@ -182,10 +178,8 @@ static void attend(ggml_tensor * dst, int ith, int nth, void * userdata) {
                                   q->ne[3], q->ne[2], k->ne[2], q->ne[1], k->ne[1], k->ne[0], v->ne[1], how.scale, k->type == GGML_TYPE_F16 };
     const std::unique_ptr<uint8_t[]> room(new uint8_t[how.kernels->attend_room_size(a)]);
     how.kernels->attend(a, room.get(), ith, nth);
-}
-
-void qaflora_op_attend(ggml_tensor * dst, int ith, int nth, void * userdata) {
-    qaflora_compute([&] { attend(dst, ith, nth, userdata); });
+} catch (const std::exception &) {
+    qaflora_n_failed_op++;
 }
 
 void qaflora_op_subtract_base(ggml_tensor * dst, int ith, int nth, void * userdata) {
@@ -214,7 +208,7 @@ int64_t qaflora_n_split(const qaflora_cpu_difference & how, int64_t slot, int64_
     return std::min<int64_t>(n_base, slot == 0 ? how.n_split : 1);
 }
 
-static void coarsest_rows(ggml_tensor * dst, int ith, int nth, void * userdata) {
+void qaflora_op_coarsest_rows(ggml_tensor * dst, int ith, int nth, void * userdata) try {
     const auto & diff = *(const qaflora_cpu_difference *) userdata;
     const ggml_tensor * src = dst->src[0];
     const int64_t n      = src->ne[0];
@@ -245,8 +239,6 @@ static void coarsest_rows(ggml_tensor * dst, int ith, int nth, void * userdata) 
             ((int32_t *) dst->data)[(is == 0 ? 0 : n_first + (is - 1)*n_other) + i] = power[i].second;
         }
     }
-}
-
-void qaflora_op_coarsest_rows(ggml_tensor * dst, int ith, int nth, void * userdata) {
-    qaflora_compute([&] { coarsest_rows(dst, ith, nth, userdata); });
+} catch (const std::exception &) {
+    qaflora_n_failed_op++;
 }

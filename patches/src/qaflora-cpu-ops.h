@@ -5,9 +5,13 @@
 
 #include "qaflora-cpu.h"
 
+#include <atomic>
 #include <vector>
 
 struct ggml_tensor;
+
+// operations of a graph run on threads that no exception may leave: those that failed are counted, and the batch fails
+inline std::atomic<uint64_t> qaflora_n_failed_op { 0 };
 
 // what the CPU's operations need of a module and of a group; without segments the module is not on the CPU
 struct qaflora_cpu_module {

@@ -1,14 +1,12 @@
 // How adapters enter llama.cpp's products.
 // shapes: ggml order, ne[0] first
 
-#include "qaflora-capture.h"
-#include "qaflora-differential.h"
 #include "qaflora-error.h"
+#include "qaflora-graph-input.h"
 
 #include "llama-model.h"
 
 #include <algorithm>
-#include <initializer_list>
 
 uint32_t qaflora_n_nodes(const qaflora_context & qf) {
     // per module: two products, weighting, sum, views and shapes; differential: 13 more per matrix; two per captured layer
@@ -70,22 +68,15 @@ static ggml_tensor * cpu_delta(const llm_graph_context & gctx, qaflora_graph_inp
 }
 
 // sums in F32: GPU kernels may sum in F16, and an overflow there would be NaN at weight 0
-static ggml_tensor * exact_mul_mat(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b) {
-    ggml_tensor * res = ggml_mul_mat(ctx, a, b);
-    ggml_prec_set_acc(res, GGML_PREC_F32);
-    return res;
-}
-
-static ggml_tensor * exact_mul_mat_id(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b, ggml_tensor * ids) {
-    ggml_tensor * res = ggml_mul_mat_id(ctx, a, b, ids);
-    ggml_prec_set_acc(res, GGML_PREC_F32);
-    return res;
+static ggml_tensor * exact(ggml_tensor * product) {
+    ggml_prec_set_acc(product, GGML_PREC_F32);
+    return product;
 }
 
 // A cur, weighted: [rank, n_row]
 static ggml_tensor * weighted_rank(const llm_graph_context & gctx, qaflora_graph_input & inp, ggml_tensor * a, int32_t layout, int32_t il, ggml_tensor * cur) {
     ggml_context * ctx = gctx.ctx0;
-    ggml_tensor * t = exact_mul_mat(ctx, a, cur);
+    ggml_tensor * t = exact(ggml_mul_mat(ctx, a, cur));
     const int64_t n_row = ggml_nrows(t);
     t = ggml_reshape_2d(ctx, t, t->ne[0], n_row);
     return ggml_mul(ctx, t, qaflora_rows_weights(gctx, inp, layout, il, n_row, a));
@@ -121,12 +112,20 @@ static bool use_module(const llm_graph_context & gctx, const qaflora_graph_input
     return true;
 }
 
+// Memory that nobody writes or reads, in the shape of one row of logits: architectures add biases of the head to it, or write into it.
+static ggml_tensor * no_logits(const llm_graph_context & gctx, const ggml_tensor * head) {
+    ggml_tensor * res = ggml_new_tensor_2d(gctx.ctx0, GGML_TYPE_F32, head->ne[1], 1);
+    ggml_set_name(res, "qaflora_no_logits");
+    ggml_set_input(res);
+    return res;
+}
+
 ggml_tensor * qaflora_mm_delta(const llm_graph_context & gctx, ggml_tensor * w, ggml_tensor * cur, ggml_tensor * res) {
     const qaflora_context & qf = *gctx.qaflora;
     qaflora_graph_input & inp = qaflora_get_input(gctx);
     if (qf.is_probe() && w == gctx.qaflora->pack->model->output) {
         ggml_build_forward_expand(gctx.gf, cur); // upstream sets inputs that lead here
-        return qaflora_no_logits(gctx, w); // the head's product stays out of the graph
+        return no_logits(gctx, w); // the head's product stays out of the graph
     }
     if (qf.has_inputs() && cur->ne[0] == qf.n_embd) {
         qaflora_capture_input(gctx, inp, w, cur);
@@ -145,7 +144,7 @@ ggml_tensor * qaflora_mm_delta(const llm_graph_context & gctx, ggml_tensor * w, 
     }
     const bool is_shared = inp.n_slot == 1 && n_row == 1;
     ggml_tensor * t = is_shared ? shared_rank(gctx, inp, m, cur) : weighted_rank(gctx, inp, m.a, m.layout, m.il, cur);
-    ggml_tensor * delta = exact_mul_mat(gctx.ctx0, m.b, t);
+    ggml_tensor * delta = exact(ggml_mul_mat(gctx.ctx0, m.b, t));
     return ggml_add(gctx.ctx0, res, ggml_reshape_4d(gctx.ctx0, delta, res->ne[0], res->ne[1], res->ne[2], res->ne[3]));
 }
 
@@ -166,10 +165,10 @@ ggml_tensor * qaflora_mm_id_delta(const llm_graph_context & gctx, ggml_tensor * 
         return cpu_op(gctx, qaflora_op_delta_experts, res,
                       { ggml_is_contiguous_rows(cur) ? cur : ggml_cont(ctx, cur), ids, qaflora_cpu_weights(gctx, inp), qaflora_slots_of(gctx, inp, n_row) }, &m.cpu);
     }
-    ggml_tensor * t = exact_mul_mat_id(ctx, m.a, cur, ids); // [rank, n_used, n_row]
+    ggml_tensor * t = exact(ggml_mul_mat_id(ctx, m.a, cur, ids)); // [rank, n_used, n_row]
     ggml_tensor * weights = qaflora_rows_weights(gctx, inp, m.layout, m.il, n_row, m.a);
     t = ggml_mul(ctx, t, ggml_reshape_3d(ctx, weights, weights->ne[0], 1, weights->ne[1]));
-    return ggml_add(ctx, res, exact_mul_mat_id(ctx, m.b, t, ids));
+    return ggml_add(ctx, res, exact(ggml_mul_mat_id(ctx, m.b, t, ids)));
 }
 
 ggml_tensor * qaflora_embd_delta(const llm_graph_context & gctx, ggml_tensor * w, ggml_tensor * tokens, ggml_tensor * res) {
@@ -182,5 +181,5 @@ ggml_tensor * qaflora_embd_delta(const llm_graph_context & gctx, ggml_tensor * w
     gctx.qaflora->module_used[qf.pack->embd] = true;
     ggml_tensor * t = ggml_get_rows(gctx.ctx0, m.a, tokens);
     t = ggml_mul(gctx.ctx0, t, qaflora_rows_weights(gctx, inp, m.layout, m.il, ggml_nrows(t), m.a));
-    return ggml_add(gctx.ctx0, res, exact_mul_mat(gctx.ctx0, m.b, t));
+    return ggml_add(gctx.ctx0, res, exact(ggml_mul_mat(gctx.ctx0, m.b, t)));
 }

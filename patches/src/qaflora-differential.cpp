@@ -1,6 +1,7 @@
+// Differential products.
 // shapes: ggml order, ne[0] first
 
-#include "qaflora-differential.h"
+#include "qaflora-graph-input.h"
 
 #include "llama-model.h"
 

@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "qaflora-graph-key.h"
+#include "qaflora-context.h"
 
 #include "llama-graph.h"
 
@@ -11,6 +11,15 @@
 #include <tuple>
 #include <utility>
 #include <vector>
+
+// bits of the graph key
+enum {
+    GRAPH_DIFFERENTIAL     = 1, // rows of all tokens form [.., n_seq] with the base first
+    GRAPH_DIFFERENTIAL_OUT = 2, // so do the output rows
+    GRAPH_INPUTS           = 4, // inputs are captured
+    GRAPH_STATES           = 8, // states are captured
+    GRAPH_KEY_BITS         = 4, // above them: how often the lens was used, and layers changed from which on adapters are computed
+};
 
 struct qaflora_graph_input : public llm_graph_input_i {
     qaflora_graph_input(const qaflora_context & qf, const llm_graph_context & gctx) :
@@ -82,3 +91,14 @@ ggml_tensor * qaflora_rows_weights(const llm_graph_context & gctx, qaflora_graph
 
 // those that the CPU's kernels take
 ggml_tensor * qaflora_cpu_weights(const llm_graph_context & gctx, qaflora_graph_input & inp);
+
+// keeps cur if w is a query projection
+void qaflora_capture_input(const llm_graph_context & gctx, qaflora_graph_input & inp, const ggml_tensor * w, ggml_tensor * cur);
+
+// Whether the product with cur is taken differentially, y_0 = W x_0 and y_j = y_0 + W (x_j - x_0), so that the rounding of activations is
+// common to both.
+bool qaflora_is_differential(const qaflora_graph_input & inp, const ggml_tensor * cur);
+
+// Sequences, from the base on, whose products with w are computed: the others have no adapter up to its layer, so that
+// x_j = x_0 there and y_j = y_0. Prober has those come last.
+int64_t qaflora_n_active(const qaflora_graph_input & inp, const ggml_tensor * w);

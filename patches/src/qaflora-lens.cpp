@@ -2,7 +2,6 @@
 // shapes: numpy order, but for ggml_new_tensor
 
 #include "qaflora-context.h"
-#include "qaflora-divergence.h"
 #include "qaflora-error.h"
 
 #include "llama-context.h"
@@ -11,9 +10,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstring>
 #include <functional>
-#include <stdexcept>
 #include <thread>
 
 // logits and rows held at once: they bound the memory of the lens for any vocabulary and depth
@@ -28,7 +25,7 @@ static std::vector<float> to_host(const ggml_tensor * t) {
         return {};
     }
     if (t->type != GGML_TYPE_F32) {
-        throw std::runtime_error(qaflora_format("'%s' is %s, expected F32", t->name, ggml_type_name(t->type)));
+        qaflora_fail(qaflora_format("'%s' is %s, expected F32", t->name, ggml_type_name(t->type)));
     }
     std::vector<float> data(ggml_nelements(t));
     ggml_backend_tensor_get(t, data.data(), 0, ggml_nbytes(t));
@@ -185,14 +182,14 @@ private:
         ggml_backend_sched_t sched = ctx.get_sched();
         ggml_backend_sched_reset(sched);
         if (!ggml_backend_sched_alloc_graph(sched, gf)) {
-            throw std::runtime_error("no memory for the lens");
+            qaflora_fail("no memory for the lens");
         }
         for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
             set_n_threads(ggml_backend_sched_get_backend(sched, i), ctx.n_threads_batch());
         }
         ggml_backend_tensor_set(x, rows, 0, ggml_nbytes(x));
         if (ggml_backend_sched_graph_compute(sched, gf) != GGML_STATUS_SUCCESS) {
-            throw std::runtime_error("the lens could not be computed");
+            qaflora_fail("the lens could not be computed");
         }
         float * logits = (float *) z->data;
         if (!ggml_backend_buffer_is_host(z->buffer)) {
@@ -206,10 +203,10 @@ private:
 
 static qaflora_lens_state & lens_of(llama_context * ctx) {
     if (!ctx || !ctx->qaflora) {
-        throw std::runtime_error("this context was not made by qaflora_context_init");
+        qaflora_fail("this context was not made by qaflora_context_init");
     }
     if (!ctx->get_model().output) {
-        throw std::runtime_error("the base has no head to project states with");
+        qaflora_fail("the base has no head to project states with");
     }
     if (!ctx->qaflora->lens) {
         ctx->qaflora->lens = std::make_shared<qaflora_lens_state>(ctx->get_model());
@@ -229,7 +226,21 @@ static int64_t tokens_at_once(const llama_model & model, int64_t n_row) {
     return std::min(w->ne[1], std::max(n, SLICE_STEP));
 }
 
-// divergence
+double qaflora_divergence_sums::divergence(int64_t ia) const {
+    const double first = adapters[ia].first/s;
+    const double rest  = adapters[ia].rest/s;
+    const double sum = first + rest;
+    double res;
+    if (adapters[ia].scaled != 0.0) {
+        res = adapters[ia].scaled_max + std::log(adapters[ia].scaled/s) - first;
+    } else if (sum > 1.0) {
+        res = std::log1p(sum) - first; // rest has no digits left for what follows
+    } else {
+        // log1p(sum) - first: by its series where the two would cancel
+        res = rest + (std::fabs(sum) < 1e-3 ? sum*sum*(-1.0/2 + sum*(1.0/3 + sum*(-1.0/4 + sum*(1.0/5 - sum/6)))) : std::log1p(sum) - sum);
+    }
+    return res < 0.0 ? 0.0 : res;
+}
 
 // rows [1 + n_adapter, n_embd] of one layer: what the head sees of the base, and how each adapter moves it, divided by
 // units [1 + n_adapter]. A unit is a power of two, so that nothing is rounded, and leaves values below 1: kernels that
@@ -274,7 +285,7 @@ static int32_t first_moved(int32_t n_adapter, int32_t n_layer, int32_t n_embd, c
 }
 
 [[noreturn]] static void fail_unmeasured(int32_t ia, int32_t il) {
-    throw std::runtime_error(qaflora_format("adapter %d moves the state after block %d by more than can be measured, "
+    qaflora_fail(qaflora_format("adapter %d moves the state after block %d by more than can be measured, "
         "or one of the two is not finite; leave it out, or convert it again", ia, il));
 }
 
