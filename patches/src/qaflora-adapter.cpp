@@ -3,20 +3,15 @@
 #include "qaflora-base.h"
 #include "qaflora-error.h"
 
-#include "llama-mmap.h"
 #include "llama-model.h"
 
 #include "gguf.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
-
-// where llama_file is complete
-qaflora_adapter_file::qaflora_adapter_file() = default;
-qaflora_adapter_file::qaflora_adapter_file(qaflora_adapter_file &&) noexcept = default;
-qaflora_adapter_file::~qaflora_adapter_file() = default;
 
 std::vector<uint8_t> qaflora_adapter_file::read(const ggml_tensor * t) const {
     const size_t offset = offsets.at(t);
@@ -31,26 +26,14 @@ std::vector<uint8_t> qaflora_adapter_file::read(const ggml_tensor * t) const {
     return data;
 }
 
-static std::string gguf_str(const gguf_context * ctx, const char * key) {
-    const int64_t id = gguf_find_key(ctx, key);
-    return id >= 0 && gguf_get_kv_type(ctx, id) == GGUF_TYPE_STRING ? gguf_get_val_str(ctx, id) : "";
-}
-
 static void expect_str(const qaflora_adapter_file & f, const char * key, const std::string & expected) {
-    const std::string found = gguf_str(f.gguf.get(), key);
+    const gguf_context * ctx = f.gguf.get();
+    const int64_t id = gguf_find_key(ctx, key);
+    const std::string found = id >= 0 && gguf_get_kv_type(ctx, id) == GGUF_TYPE_STRING ? gguf_get_val_str(ctx, id) : "";
     if (found != expected) {
         qaflora_fail(qaflora_format("%s: %s is '%s', expected '%s'; use an adapter converted for this base",
                                     f.path.c_str(), key, found.c_str(), expected.c_str()));
     }
-}
-
-static bool strip_suffix(std::string & s, const char * suffix) {
-    const size_t n = strlen(suffix);
-    if (s.size() < n || s.compare(s.size() - n, n, suffix) != 0) {
-        return false;
-    }
-    s.resize(s.size() - n);
-    return true;
 }
 
 qaflora_adapter_file qaflora_open_adapter(const llama_model & model, const char * path) {
@@ -86,11 +69,13 @@ qaflora_adapter_file qaflora_open_adapter(const llama_model & model, const char 
     int64_t index = 0; // gguf_init_from_file() makes the tensors in the file's order
     for (ggml_tensor * t = ggml_get_first_tensor(meta); t; t = ggml_get_next_tensor(meta, t)) {
         f.offsets[t] = gguf_get_data_offset(f.gguf.get()) + gguf_get_tensor_offset(f.gguf.get(), index++);
-        std::string name(t->name);
-        if (strip_suffix(name, ".lora_a")) {
-            f.pairs[name].a = t;
-        } else if (strip_suffix(name, ".lora_b")) {
-            f.pairs[name].b = t;
+        const std::string name(t->name);
+        const size_t      end  = std::min(name.rfind(".lora_"), name.size());
+        const std::string kind = name.substr(end);
+        if (kind == ".lora_a") {
+            f.pairs[name.substr(0, end)].a = t;
+        } else if (kind == ".lora_b") {
+            f.pairs[name.substr(0, end)].b = t;
         } else {
             qaflora_fail(qaflora_format("%s: tensor '%s' is neither lora_a nor lora_b; only plain LoRA can be fused", path, t->name));
         }

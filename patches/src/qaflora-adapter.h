@@ -4,6 +4,7 @@
 #pragma once
 
 #include "ggml-cpp.h"
+#include "llama-mmap.h"
 
 #include <map>
 #include <memory>
@@ -11,7 +12,6 @@
 #include <unordered_map>
 #include <vector>
 
-struct llama_file;
 struct llama_model;
 
 struct qaflora_adapter_pair {
@@ -20,10 +20,6 @@ struct qaflora_adapter_pair {
 };
 
 struct qaflora_adapter_file {
-    qaflora_adapter_file();
-    qaflora_adapter_file(qaflora_adapter_file &&) noexcept;
-    ~qaflora_adapter_file();
-
     std::string path;
     float       alpha = 0.0f;
 

@@ -6,6 +6,7 @@
 #include "llama-model.h"
 
 #include <cstdio>
+#include <utility>
 
 ggml_tensor * qaflora_base_tensor(const llama_model & model, const std::string & name) {
     if (name == "output.weight") {
@@ -42,14 +43,10 @@ int32_t qaflora_layer_of(const std::string & name, int32_t n_layer) {
 }
 
 int qaflora_input_kind(const std::string & name) {
-    for (const char * part : { ".attn_q.", ".attn_k.", ".attn_v." }) {
+    const std::pair<const char *, int> parts[] = { { ".attn_q.", 1 }, { ".attn_k.", 1 }, { ".attn_v.", 1 }, { ".ffn_gate.", 2 }, { ".ffn_up.", 2 } };
+    for (const auto & [part, kind] : parts) {
         if (name.find(part) != std::string::npos) {
-            return 1;
-        }
-    }
-    for (const char * part : { ".ffn_gate.", ".ffn_up." }) {
-        if (name.find(part) != std::string::npos) {
-            return 2;
+            return kind;
         }
     }
     return 0;

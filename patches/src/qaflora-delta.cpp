@@ -14,16 +14,17 @@ uint32_t qaflora_n_nodes(const qaflora_context & qf) {
     return 10u*n_module + (qf.is_differential() ? 16u*(8u*qf.n_layer + 2u) : 0u) + 4u*qf.n_layer + 64u;
 }
 
+// those that there are
+static std::vector<ggml_tensor *> given(std::vector<ggml_tensor *> src) {
+    src.erase(std::remove(src.begin(), src.end(), nullptr), src.end());
+    return src;
+}
+
 // an operation of the CPU on y, in place where nothing else computes; whole: what y is a view of; n_slot: as many sequences as
 // the result is to have, if more than y
 static ggml_tensor * cpu_op(const llm_graph_context & gctx, ggml_custom_op_t op, ggml_tensor * y, std::initializer_list<ggml_tensor *> more,
                             const void * userdata, ggml_tensor * whole = nullptr, int64_t n_slot = 0) {
-    std::vector<ggml_tensor *> src;
-    for (ggml_tensor * t : more) {
-        if (t) {
-            src.push_back(t);
-        }
-    }
+    std::vector<ggml_tensor *> src = given(more);
     if (ggml_backend_sched_get_n_backends(gctx.sched) == 1 && n_slot <= y->ne[2]) {
         return ggml_custom_inplace(gctx.ctx0, y, src.data(), (int) src.size(), op, GGML_N_TASKS_MAX, const_cast<void *>(userdata));
     }
@@ -38,10 +39,7 @@ static ggml_tensor * cpu_product(const llm_graph_context & gctx, qaflora_graph_i
     if (product.cur != cur) {
         const auto & g = inp.qf.pack->groups[group].cpu;
         const int64_t n_row = ggml_nrows(cur);
-        std::vector<ggml_tensor *> src = { ggml_is_contiguous(cur) ? cur : ggml_cont(gctx.ctx0, cur), qaflora_cpu_weights(gctx, inp) };
-        if (ggml_tensor * slot = qaflora_slots_of(gctx, inp, n_row)) {
-            src.push_back(slot);
-        }
+        auto src = given({ ggml_is_contiguous(cur) ? cur : ggml_cont(gctx.ctx0, cur), qaflora_cpu_weights(gctx, inp), qaflora_slots_of(gctx, inp, n_row) });
         product = { cur, ggml_custom_4d(gctx.ctx0, GGML_TYPE_F32, g.n_rank, n_row, 1, 1, src.data(), (int) src.size(),
                                         qaflora_op_product, GGML_N_TASKS_MAX, const_cast<qaflora_cpu_group *>(&g)) };
     }

@@ -14,10 +14,6 @@ void qaflora_set_error(const char * message) {
     snprintf(g_error, sizeof(g_error), "%s", message);
 }
 
-void qaflora_set_error(const std::string & message) {
-    qaflora_set_error(message.c_str());
-}
-
 const char * qaflora_last_error(void) {
     return g_error;
 }

@@ -7,7 +7,6 @@
 
 // sets qaflora_last_error(), without asking for memory
 void qaflora_set_error(const char * message);
-void qaflora_set_error(const std::string & message);
 
 // sets it to what an exception says
 void qaflora_explain(const std::exception & err);
