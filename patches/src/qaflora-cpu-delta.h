@@ -4,7 +4,6 @@
 #pragma once
 
 #include "qaflora-cpu-numbers.h"
-#include "qaflora-cpu-rows.h"
 
 namespace QAFLORA_ISA {
 
@@ -76,7 +75,7 @@ static inline void store_rows(const vec (&acc)[NX][NV], const float * src, const
 
 // NX rows of one slot, one panel
 template <int NX>
-static void delta_tile(const qaflora_delta & d, const qaflora_cpu_rows & rows, int64_t row, int64_t panel, const float * t,
+static void delta_tile(const qaflora_cpu_segments & d, const qaflora_cpu_rows & rows, int64_t row, int64_t panel, const float * t,
                        const float * src, float * y, int64_t n_base) {
     vec acc[NX][NV] = {};
     for (int64_t is = 0; is < d.n_segment; ++is) {
@@ -103,7 +102,7 @@ static void delta_tile(const qaflora_delta & d, const qaflora_cpu_rows & rows, i
                    left < QAFLORA_PANEL ? left : QAFLORA_PANEL, d.n_out);
 }
 
-static bool is_active(const qaflora_delta & d, const qaflora_cpu_rows & rows, int64_t row) {
+static bool is_active(const qaflora_cpu_segments & d, const qaflora_cpu_rows & rows, int64_t row) {
     for (int64_t is = 0; is < d.n_segment; ++is) {
         if (weight_of(rows, row, d.segments[is]) != 0.0f) {
             return true;
@@ -113,7 +112,7 @@ static bool is_active(const qaflora_delta & d, const qaflora_cpu_rows & rows, in
 }
 
 // rows row0 to row1 of the panels p0 to p1
-static void delta_rows(const qaflora_delta & d, const qaflora_cpu_rows & rows, int64_t row0, int64_t row1, int64_t p0, int64_t p1,
+static void delta_rows(const qaflora_cpu_segments & d, const qaflora_cpu_rows & rows, int64_t row0, int64_t row1, int64_t p0, int64_t p1,
                        const float * t, const float * src, float * y, int64_t n_base) {
     for (int64_t row = row0; row < row1; ) {
         // rows of one slot; of the base none follow into the next sequence, where the row to be added starts anew
@@ -179,7 +178,7 @@ struct mixed_sums {
 
 // some rows, in tiles of at most NX
 template <typename T, int NX>
-static void delta_mixed(const qaflora_delta & d, const qaflora_cpu_segment & s, const uint8_t * panel, const int64_t * some, int64_t n,
+static void delta_mixed(const qaflora_cpu_segments & d, const qaflora_cpu_segment & s, const uint8_t * panel, const int64_t * some, int64_t n,
                         const float * t, mixed_sums & sums) {
     for (; n >= NX; n -= NX, some += NX) {
         float *       acc[NX];
@@ -196,7 +195,7 @@ static void delta_mixed(const qaflora_delta & d, const qaflora_cpu_segment & s, 
 }
 
 // n rows of any slots, from row0 on: of each segment those that have a weight for it, so that its B is read once for all of them
-static void delta_mixed_rows(const qaflora_delta & d, const qaflora_cpu_rows & rows, int64_t row0, int64_t n, int64_t p0, int64_t p1,
+static void delta_mixed_rows(const qaflora_cpu_segments & d, const qaflora_cpu_rows & rows, int64_t row0, int64_t n, int64_t p0, int64_t p1,
                              const float * t, const float * src, float * y) {
     mixed_sums sums;
     sums.row0 = row0;
@@ -228,7 +227,7 @@ static void delta_mixed_rows(const qaflora_delta & d, const qaflora_cpu_rows & r
     }
 }
 
-static void add_delta(const qaflora_delta & d, const qaflora_cpu_rows & rows, const float * t, const float * src, float * y,
+static void add_delta(const qaflora_cpu_segments & d, const qaflora_cpu_rows & rows, const float * t, const float * src, float * y,
                       int64_t n_base, int ith, int nth) {
     const int64_t n_panel = (d.n_out + QAFLORA_PANEL - 1)/QAFLORA_PANEL;
     const int64_t p0 = n_panel*ith/nth;

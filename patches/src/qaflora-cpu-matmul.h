@@ -86,25 +86,18 @@ template <typename T> static inline ivec mm_dot(ivec part, ivec w, ivec x) {
 template <typename T> struct mm_n_added { enum { N = T::N_ADDED }; };
 
 static inline ivec mm_part(ivec) { return i_set1(0); }
+static inline ivec mm_add(ivec sum, ivec part) { return i_add(sum, V_OF(madd_epi16)(part, V_OF(set1_epi16)(1))); }
+template <typename T> static inline ivec mm_dot(ivec part, ivec w, ivec x) {
+    if (T::IS_SIGNED) {
 #if defined(__AVX512F__)
-static inline ivec mm_add(ivec sum, ivec part) { return _mm512_add_epi32(sum, _mm512_madd_epi16(part, _mm512_set1_epi16(1))); }
-template <typename T> static inline ivec mm_dot(ivec part, ivec w, ivec x) {
-    if (T::IS_SIGNED) {
         x = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w), i_set1(0), x);
-        w = _mm512_abs_epi8(w);
-    }
-    return _mm512_add_epi16(part, _mm512_maddubs_epi16(w, x));
-}
 #else
-static inline ivec mm_add(ivec sum, ivec part) { return _mm256_add_epi32(sum, _mm256_madd_epi16(part, _mm256_set1_epi16(1))); }
-template <typename T> static inline ivec mm_dot(ivec part, ivec w, ivec x) {
-    if (T::IS_SIGNED) {
         x = _mm256_sign_epi8(x, w);
-        w = _mm256_abs_epi8(w);
-    }
-    return _mm256_add_epi16(part, _mm256_maddubs_epi16(w, x));
-}
 #endif
+        w = V_OF(abs_epi8)(w);
+    }
+    return V_OF(add_epi16)(part, V_OF(maddubs_epi16)(w, x));
+}
 
 #endif
 

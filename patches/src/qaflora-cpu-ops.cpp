@@ -23,15 +23,15 @@ static qaflora_cpu_rows rows_of(int64_t n_row, const ggml_tensor * weights, cons
 }
 
 void qaflora_op_product(ggml_tensor * dst, int ith, int nth, void * userdata) {
-    const auto & g = *(const qaflora_cpu_group *) userdata;
-    const qaflora_rank_product p = { g.segments.data(), (int64_t) g.segments.size(), g.n_in, g.n_rank };
+    const auto & g = *(const qaflora_cpu_module *) userdata;
+    const qaflora_cpu_segments p = { g.segments.data(), (int64_t) g.segments.size(), g.n_in, 0, g.n_rank };
     g.kernels->rank_product(p, rows_of(ggml_nrows(dst), dst->src[1], dst->src[2], g.il),
                             (const float *) dst->src[0]->data, (float *) dst->data, ith, nth);
 }
 
 static void op_delta(ggml_tensor * dst, int64_t n_row, int64_t n_base, int ith, int nth, void * userdata) {
     const auto & m = *(const qaflora_cpu_module *) userdata;
-    const qaflora_delta d = { m.segments.data(), (int64_t) m.segments.size(), m.n_out, m.n_rank };
+    const qaflora_cpu_segments d = { m.segments.data(), (int64_t) m.segments.size(), 0, m.n_out, m.n_rank };
     m.kernels->add_delta(d, rows_of(n_row, dst->src[2], dst->src[3], m.il), (const float *) dst->src[1]->data,
                          (const float *) dst->src[0]->data, (float *) dst->data, n_base, ith, nth);
 }
@@ -73,8 +73,7 @@ void qaflora_op_delta_experts(ggml_tensor * dst, int ith, int nth, void * userda
     const auto pairs = pairs_by_expert(experts, m.n_expert);
     std::vector<float> t(m.n_rank);
     std::vector<qaflora_cpu_segment> segments(m.segments);
-    const qaflora_rank_product p = { segments.data(), (int64_t) segments.size(), m.n_in, m.n_rank };
-    const qaflora_delta        d = { segments.data(), (int64_t) segments.size(), m.n_out, m.n_rank };
+    const qaflora_cpu_segments both = { segments.data(), (int64_t) segments.size(), m.n_in, m.n_out, m.n_rank };
     const int64_t n_pair = (int64_t) pairs.size();
     for (int64_t i = n_pair*ith/nth; i < n_pair*(ith + 1)/nth; ++i) {
         const int64_t row    = pairs[i]/n_used;
@@ -89,8 +88,8 @@ void qaflora_op_delta_experts(ggml_tensor * dst, int ith, int nth, void * userda
         rows.slot = all.slot ? all.slot + row : nullptr;
         const auto * xi = (const float *) ((const char *) x->data + row*x->nb[2] + place % x->ne[1]*x->nb[1]);
         const auto * yi = (const float *) ((const char *) y->data + row*y->nb[2] + place*y->nb[1]);
-        m.kernels->rank_product(p, rows, xi, t.data(), 0, 1);
-        m.kernels->add_delta(d, rows, t.data(), yi, (float *) ((char *) dst->data + row*dst->nb[2] + place*dst->nb[1]), 0, 0, 1);
+        m.kernels->rank_product(both, rows, xi, t.data(), 0, 1);
+        m.kernels->add_delta(both, rows, t.data(), yi, (float *) ((char *) dst->data + row*dst->nb[2] + place*dst->nb[1]), 0, 0, 1);
     }
 } catch (const std::exception &) {
     qaflora_n_failed_op++;
@@ -128,7 +127,7 @@ void qaflora_op_delta_differential(ggml_tensor * dst, int ith, int nth, void * u
 
 void qaflora_op_base_differential(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const auto & kernels = *(const qaflora_kernels *) userdata;
-    qaflora_delta d;
+    qaflora_cpu_segments d;
     d.n_out = dst->ne[0];
     qaflora_cpu_rows rows;
     rows.n_row = add_rest(kernels, dst, dst->src[1], ith, nth);

@@ -13,25 +13,15 @@ struct ggml_tensor;
 // operations of a graph run on threads that no exception may leave: those that failed are counted, and the batch fails
 inline std::atomic<uint64_t> qaflora_n_failed_op { 0 };
 
-// what the CPU's operations need of a module and of a group; without segments the module is not on the CPU
+// what the CPU's operations need of a module, and of a group; without segments the module is not on the CPU
 struct qaflora_cpu_module {
     const qaflora_kernels * kernels = nullptr;
-    int32_t il     = 0;
-    int64_t n_out  = 0;
-    int64_t n_rank = 0; // of the group
-    std::vector<qaflora_cpu_segment> segments; // of experts: those of the first
-
-    // of experts
+    int32_t il       = 0;
     int64_t n_in     = 0;
-    int64_t n_expert = 0;
-};
-
-struct qaflora_cpu_group {
-    const qaflora_kernels * kernels = nullptr;
-    int32_t il     = 0;
-    int64_t n_in   = 0;
-    int64_t n_rank = 0;
-    std::vector<qaflora_cpu_segment> segments; // those of its modules
+    int64_t n_out    = 0; // of a module
+    int64_t n_rank   = 0; // of the group
+    int64_t n_expert = 0; // of experts
+    std::vector<qaflora_cpu_segment> segments; // of experts: those of the first; of a group: those of its modules
 };
 
 // what x_j - x_0 is taken for
@@ -51,7 +41,7 @@ struct qaflora_cpu_attention {
 qaflora_matrix qaflora_matrix_of(const ggml_tensor * w);
 
 // ggml_custom_op_t
-//   product: src x [n_row, n_in], weights [n_layer, n_slot, n_adapter], slot I32 [n_row] or none. userdata qaflora_cpu_group
+//   product: src x [n_row, n_in], weights [n_layer, n_slot, n_adapter], slot I32 [n_row] or none. userdata qaflora_cpu_module of the group
 //   delta:   src y, t [n_row, n_rank], weights, slot or none. userdata qaflora_cpu_module
 //   delta_experts: src y [n_row, n_used, n_out], x [n_row, 1 or n_used, n_in], experts I32 [n_row, n_used], weights, slot or none.
 //            userdata qaflora_cpu_module

@@ -4,7 +4,6 @@
 #pragma once
 
 #include "qaflora-cpu-numbers.h"
-#include "qaflora-cpu-rows.h"
 
 namespace QAFLORA_ISA {
 
@@ -112,7 +111,7 @@ static void dot_rows(const uint8_t * a, int64_t m0, int64_t m1, const dot_tile_r
 
 // some rows of x, wherever they are, in tiles of at most NX
 template <typename T, int NX>
-static void dot_mixed(const qaflora_rank_product & p, const qaflora_cpu_rows & rows, const qaflora_cpu_segment & s, int64_t m0, int64_t m1,
+static void dot_mixed(const qaflora_cpu_segments & p, const qaflora_cpu_rows & rows, const qaflora_cpu_segment & s, int64_t m0, int64_t m1,
                       const int64_t * some, int64_t n, const float * x, float * t) {
     for (; n >= NX; n -= NX, some += NX) {
         dot_tile_rows<NX> tile;
@@ -130,7 +129,7 @@ static void dot_mixed(const qaflora_rank_product & p, const qaflora_cpu_rows & r
 
 // rows of x from row on that have a weight
 template <typename T, int NX>
-static void segment_product(const qaflora_rank_product & p, const qaflora_cpu_rows & rows, const qaflora_cpu_segment & s, int64_t m0, int64_t m1,
+static void segment_product(const qaflora_cpu_segments & p, const qaflora_cpu_rows & rows, const qaflora_cpu_segment & s, int64_t m0, int64_t m1,
                             const float * x, float * t, int64_t row, int64_t n_x) {
     for (int64_t end = row + n_x; row < end; row += ROWS_AT_ONCE) {
         int64_t weighed[ROWS_AT_ONCE];
@@ -150,7 +149,7 @@ static bool is_weighed(const qaflora_cpu_rows & rows, const qaflora_cpu_segment 
 }
 
 // Rows of x that follow each other, A's rows divided among the threads. They weigh alike, or is_mixed.
-static void product_by_rank(const qaflora_rank_product & p, const qaflora_cpu_rows & rows, int64_t row, int64_t n_x,
+static void product_by_rank(const qaflora_cpu_segments & p, const qaflora_cpu_rows & rows, int64_t row, int64_t n_x,
                             const float * x, float * t, int ith, int nth, bool is_mixed) {
     int64_t n_active = 0;
     for (int64_t is = 0; is < p.n_segment; ++is) {
@@ -183,7 +182,7 @@ static void product_by_rank(const qaflora_rank_product & p, const qaflora_cpu_ro
     }
 }
 
-static void rank_product(const qaflora_rank_product & p, const qaflora_cpu_rows & rows, const float * x, float * t, int ith, int nth) {
+static void rank_product(const qaflora_cpu_segments & p, const qaflora_cpu_rows & rows, const float * x, float * t, int ith, int nth) {
     if (is_mixed(rows)) {
         for (int64_t row = 0; row < rows.n_row; row += ROWS_AT_ONCE) {
             const int64_t left = rows.n_row - row;

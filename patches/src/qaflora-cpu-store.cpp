@@ -15,14 +15,6 @@ qaflora_cpu_type qaflora_cpu_type_of(ggml_type type) {
     }
 }
 
-qaflora_cpu_type qaflora_encoded_a(ggml_type type) {
-    return type == GGML_TYPE_Q4_0 ? QAFLORA_CPU_Q4_0 : QAFLORA_CPU_Q8_0;
-}
-
-qaflora_cpu_type qaflora_encoded_b(ggml_type type) {
-    return type == GGML_TYPE_Q4_0 ? QAFLORA_CPU_Q4_0_PANEL : QAFLORA_CPU_Q8_0_PANEL;
-}
-
 ggml_type qaflora_stored_type(ggml_type type) {
     return qaflora_cpu_type_of(type) == QAFLORA_CPU_F32 ? GGML_TYPE_F32 : type;
 }

@@ -11,10 +11,6 @@
 qaflora_cpu_type qaflora_cpu_type_of(ggml_type type);
 ggml_type        qaflora_stored_type(ggml_type type);
 
-// How A and B are stored when they are converted to ggml's Q8_0 or Q4_0; see qaflora_encode_rows() and qaflora_encode_panels().
-qaflora_cpu_type qaflora_encoded_a(ggml_type type);
-qaflora_cpu_type qaflora_encoded_b(ggml_type type);
-
 // bytes of a row of A [rank, n_in]. As ggml's, but for Q8_0 and Q4_0: F32 scales of blocks of 32, then their numbers.
 size_t qaflora_row_size(qaflora_cpu_type type, int64_t n_in);
 

@@ -22,17 +22,14 @@ static inline float bf16_to_f32(uint16_t h) {
     return x;
 }
 
+#if defined(__AVX2__)
+
 #if defined(__AVX512F__)
 
+#define V_OF(name) _mm512_##name
 enum { W = 16 };
 typedef __m512 vec;
 
-static inline vec   v_set1(float x)              { return _mm512_set1_ps(x); }
-static inline vec   v_load(const float * p)      { return _mm512_loadu_ps(p); }
-static inline void  v_store(float * p, vec x)    { _mm512_storeu_ps(p, x); }
-static inline vec   v_add(vec x, vec y)          { return _mm512_add_ps(x, y); }
-static inline vec   v_mul(vec x, vec y)          { return _mm512_mul_ps(x, y); }
-static inline vec   v_fma(vec x, vec y, vec z)   { return _mm512_fmadd_ps(x, y, z); }
 static inline float v_sum(vec x)                 { return _mm512_reduce_add_ps(x); }
 static inline vec   v_load_f16(const uint16_t * p)  { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)); }
 static inline vec   v_load_bf16(const uint16_t * p) {
@@ -44,31 +41,24 @@ static inline vec   v_load_i4(const uint8_t * p, int o) {
     const __m128i u = _mm_and_si128(o ? _mm_srli_epi16(q, 4) : q, _mm_set1_epi8(15));
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_sub_epi8(u, _mm_set1_epi8(8))));
 }
-static inline float f16_to_f32(uint16_t h)       { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h))); }
 
 // x[0] y[0] x[1] y[1] ..: its first half and its second
 static inline void  v_interleave(vec x, vec y, vec & first, vec & second) {
     first  = _mm512_permutex2var_ps(x, _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), y);
     second = _mm512_permutex2var_ps(x, _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31), y);
 }
-static inline vec   v_max(vec x, vec y)          { return _mm512_max_ps(x, y); }
 static inline float v_top(vec x)                 { return _mm512_reduce_max_ps(x); }
 static inline vec   v_round(vec x)               { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 static inline vec   v_scale_2(vec x, vec n)      { return _mm512_scalef_ps(x, n); }
 
 enum { DOT_ROWS = 4, SUM_ROWS = 8, MIX_ROWS = 6, MIX_DOT_F32 = DOT_ROWS, ATTEND_VECS = 4 };
 
-#elif defined(__AVX2__)
+#else
 
+#define V_OF(name) _mm256_##name
 enum { W = 8 };
 typedef __m256 vec;
 
-static inline vec   v_set1(float x)              { return _mm256_set1_ps(x); }
-static inline vec   v_load(const float * p)      { return _mm256_loadu_ps(p); }
-static inline void  v_store(float * p, vec x)    { _mm256_storeu_ps(p, x); }
-static inline vec   v_add(vec x, vec y)          { return _mm256_add_ps(x, y); }
-static inline vec   v_mul(vec x, vec y)          { return _mm256_mul_ps(x, y); }
-static inline vec   v_fma(vec x, vec y, vec z)   { return _mm256_fmadd_ps(x, y, z); }
 static inline float v_sum(vec x) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -84,7 +74,6 @@ static inline vec   v_load_i4(const uint8_t * p, int o) {
     const __m128i u = _mm_and_si128(o < 16 ? q : _mm_srli_epi16(q, 4), _mm_set1_epi8(15));
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_sub_epi8(u, _mm_set1_epi8(8))));
 }
-static inline float f16_to_f32(uint16_t h)       { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h))); }
 
 static inline void  v_interleave(vec x, vec y, vec & first, vec & second) {
     const vec low  = _mm256_unpacklo_ps(x, y); // of each half
@@ -92,7 +81,6 @@ static inline void  v_interleave(vec x, vec y, vec & first, vec & second) {
     first  = _mm256_permute2f128_ps(low, high, 0x20);
     second = _mm256_permute2f128_ps(low, high, 0x31);
 }
-static inline vec   v_max(vec x, vec y)          { return _mm256_max_ps(x, y); }
 static inline float v_top(vec x) {
     __m128 s = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     s = _mm_max_ps(s, _mm_movehl_ps(s, s));
@@ -106,6 +94,17 @@ static inline vec   v_scale_2(vec x, vec n) {
 }
 
 enum { DOT_ROWS = 2, SUM_ROWS = 2, MIX_ROWS = 3, MIX_DOT_F32 = DOT_ROWS, ATTEND_VECS = 2 };
+
+#endif
+
+static inline vec   v_set1(float x)              { return V_OF(set1_ps)(x); }
+static inline vec   v_load(const float * p)      { return V_OF(loadu_ps)(p); }
+static inline void  v_store(float * p, vec x)    { V_OF(storeu_ps)(p, x); }
+static inline vec   v_add(vec x, vec y)          { return V_OF(add_ps)(x, y); }
+static inline vec   v_mul(vec x, vec y)          { return V_OF(mul_ps)(x, y); }
+static inline vec   v_fma(vec x, vec y, vec z)   { return V_OF(fmadd_ps)(x, y, z); }
+static inline vec   v_max(vec x, vec y)          { return V_OF(max_ps)(x, y); }
+static inline float f16_to_f32(uint16_t h)       { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h))); }
 
 #elif defined(__ARM_NEON) && defined(__aarch64__)
 

@@ -78,28 +78,19 @@ static V_INLINE const uint8_t * mm_row(const mm_source & w, int o) { return w.ro
 // 16 bytes of row i
 static inline ivec i_load_rows(const mm_source & w, size_t at, int i) { return i_load(w.row[i] + at); }
 
-#elif defined(__AVX512F__)
+#else
+
+#if defined(__AVX512F__)
 
 typedef __m512i ivec;
 enum { MM_ROWS = 12, MM_PAIR = 1, MM_RUN = 1, MM_AHEAD = 8, MM_KEEPS = 1 };
 
-static inline ivec i_set1(int32_t x)         { return _mm512_set1_epi32(x); }
 static inline ivec i_load(const void * p)    { return _mm512_loadu_si512(p); }
 static inline void i_store(void * p, ivec x) { _mm512_storeu_si512(p, x); }
-static inline vec  i_to_float(ivec x)        { return _mm512_cvtepi32_ps(x); }
-static inline ivec i_nearest(vec x)          { return _mm512_cvtps_epi32(x); }
-static inline ivec i_add(ivec x, ivec y)     { return _mm512_add_epi32(x, y); }
 static inline int32_t i_sum(ivec x)          { return _mm512_reduce_add_epi32(x); }
 static inline void i_store_8(int8_t * p, ivec x) { _mm_storeu_si128((__m128i *) p, _mm512_cvtepi32_epi8(x)); }
 static inline float v_largest(vec x, vec y)  { return _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(x), _mm512_abs_ps(y))); }
-static inline ivec i_low_32 (ivec x, ivec y) { return _mm512_unpacklo_epi32(x, y); }
-static inline ivec i_high_32(ivec x, ivec y) { return _mm512_unpackhi_epi32(x, y); }
-static inline ivec i_low_64 (ivec x, ivec y) { return _mm512_unpacklo_epi64(x, y); }
-static inline ivec i_high_64(ivec x, ivec y) { return _mm512_unpackhi_epi64(x, y); }
-static inline ivec i_left (ivec x, int n)    { return _mm512_sllv_epi32(x, _mm512_set1_epi32(n)); }
-static inline ivec i_right(ivec x, int n)    { return _mm512_srlv_epi32(x, _mm512_set1_epi32(n)); }
 static inline ivec i_shift(ivec x, int n)    { return _mm512_rorv_epi32(x, _mm512_set1_epi32(n)); } // left if n < 0; other bits are of no use
-static inline ivec i_signed(ivec x, int n)   { return _mm512_srav_epi32(x, _mm512_set1_epi32(n)); } // to the right
 static inline vec  i_halves(ivec x)          { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x)); } // the lower ones, as F16
 
 // bytes of every lane: its byte i four times
@@ -127,12 +118,8 @@ static inline ivec i_load_rows(const mm_source & w, size_t at, int i) {
 typedef __m256i ivec;
 enum { MM_ROWS = 6, MM_PAIR = 1, MM_RUN = 1, MM_AHEAD = 8, MM_KEEPS = 1 };
 
-static inline ivec i_set1(int32_t x)         { return _mm256_set1_epi32(x); }
 static inline ivec i_load(const void * p)    { return _mm256_loadu_si256((const __m256i *) p); }
 static inline void i_store(void * p, ivec x) { _mm256_storeu_si256((__m256i *) p, x); }
-static inline vec  i_to_float(ivec x)        { return _mm256_cvtepi32_ps(x); }
-static inline ivec i_nearest(vec x)          { return _mm256_cvtps_epi32(x); }
-static inline ivec i_add(ivec x, ivec y)     { return _mm256_add_epi32(x, y); }
 static inline int32_t i_sum(ivec x) {
     __m128i s = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
     s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
@@ -144,19 +131,11 @@ static inline void i_store_8(int8_t * p, ivec x) {
 }
 static inline float v_largest(vec x, vec y) {
     const vec sign = _mm256_set1_ps(-0.0f);
-    const vec z = _mm256_max_ps(_mm256_andnot_ps(sign, x), _mm256_andnot_ps(sign, y));
-    __m128 s = _mm_max_ps(_mm256_castps256_ps128(z), _mm256_extractf128_ps(z, 1));
-    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+    return v_top(_mm256_max_ps(_mm256_andnot_ps(sign, x), _mm256_andnot_ps(sign, y)));
 }
-static inline ivec i_low_32 (ivec x, ivec y) { return _mm256_unpacklo_epi32(x, y); }
-static inline ivec i_high_32(ivec x, ivec y) { return _mm256_unpackhi_epi32(x, y); }
-static inline ivec i_low_64 (ivec x, ivec y) { return _mm256_unpacklo_epi64(x, y); }
-static inline ivec i_high_64(ivec x, ivec y) { return _mm256_unpackhi_epi64(x, y); }
-static inline ivec i_left (ivec x, int n)    { return _mm256_sllv_epi32(x, _mm256_set1_epi32(n)); }
-static inline ivec i_right(ivec x, int n)    { return _mm256_srlv_epi32(x, _mm256_set1_epi32(n)); }
-static inline ivec i_shift(ivec x, int n)    { return n < 0 ? i_left(x, -n) : i_right(x, n); }
-static inline ivec i_signed(ivec x, int n)   { return _mm256_srav_epi32(x, _mm256_set1_epi32(n)); }
+static inline ivec i_shift(ivec x, int n) {
+    return n < 0 ? _mm256_sllv_epi32(x, _mm256_set1_epi32(-n)) : _mm256_srlv_epi32(x, _mm256_set1_epi32(n));
+}
 static inline vec  i_halves(ivec x) {
     x = _mm256_and_si256(x, _mm256_set1_epi32(0xffff));
     return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
@@ -175,6 +154,20 @@ static inline ivec i_load_rows(const mm_source & w, size_t at, int i) {
     const __m128i x = _mm_loadu_si128((const __m128i *) p);
     return _mm256_inserti128_si256(_mm256_castsi128_si256(x), _mm_loadu_si128((const __m128i *) (p + 4*w.stride)), 1);
 }
+
+#endif
+
+static inline ivec i_set1(int32_t x)         { return V_OF(set1_epi32)(x); }
+static inline vec  i_to_float(ivec x)        { return V_OF(cvtepi32_ps)(x); }
+static inline ivec i_nearest(vec x)          { return V_OF(cvtps_epi32)(x); }
+static inline ivec i_add(ivec x, ivec y)     { return V_OF(add_epi32)(x, y); }
+static inline ivec i_low_32 (ivec x, ivec y) { return V_OF(unpacklo_epi32)(x, y); }
+static inline ivec i_high_32(ivec x, ivec y) { return V_OF(unpackhi_epi32)(x, y); }
+static inline ivec i_low_64 (ivec x, ivec y) { return V_OF(unpacklo_epi64)(x, y); }
+static inline ivec i_high_64(ivec x, ivec y) { return V_OF(unpackhi_epi64)(x, y); }
+static inline ivec i_left (ivec x, int n)    { return V_OF(sllv_epi32)(x, V_OF(set1_epi32)(n)); }
+static inline ivec i_right(ivec x, int n)    { return V_OF(srlv_epi32)(x, V_OF(set1_epi32)(n)); }
+static inline ivec i_signed(ivec x, int n)   { return V_OF(srav_epi32)(x, V_OF(set1_epi32)(n)); } // to the right
 
 #endif
 

@@ -70,19 +70,12 @@ struct qaflora_rounding {
     bool    f16_scale = false; // the step itself is rounded to F16
 };
 
-// t [n_row, n_rank]: weight * scale * A x of every segment, each at its offset; columns of weight 0 are left as they are
-struct qaflora_rank_product {
+// A and B of several adapters
+struct qaflora_cpu_segments {
     const qaflora_cpu_segment * segments = nullptr;
     int64_t n_segment = 0;
-    int64_t n_in      = 0;
-    int64_t n_rank    = 0;
-};
-
-// y [n_row, n_out] = src + sum over segments of B t
-struct qaflora_delta {
-    const qaflora_cpu_segment * segments = nullptr;
-    int64_t n_segment = 0;
-    int64_t n_out     = 0;
+    int64_t n_in      = 0; // of rank_product() alone
+    int64_t n_out     = 0; // of add_delta() alone
     int64_t n_rank    = 0; // columns of t
 };
 
@@ -127,11 +120,12 @@ struct qaflora_divergence_sums {
 struct qaflora_kernels {
     const char * name;
 
-    void (*rank_product)(const qaflora_rank_product & p, const qaflora_cpu_rows & rows, const float * x, float * t, int ith, int nth);
+    // t [n_row, n_rank]: weight * scale * A x of every segment, each at its offset; columns of weight 0 are left as they are
+    void (*rank_product)(const qaflora_cpu_segments & p, const qaflora_cpu_rows & rows, const float * x, float * t, int ith, int nth);
 
+    // y [n_row, n_out] = src + sum over segments of B t; y may be src.
     // n_base > 0: the first n_base rows are the base's, and row i adds row i % n_base of src to its own.
-    // y may be src.
-    void (*add_delta)(const qaflora_delta & d, const qaflora_cpu_rows & rows, const float * t, const float * src, float * y,
+    void (*add_delta)(const qaflora_cpu_segments & d, const qaflora_cpu_rows & rows, const float * t, const float * src, float * y,
                       int64_t n_base, int ith, int nth);
 
     // d [n_row, n] = x for the first n_base rows, x - (row i % n_base of x) for the others

@@ -121,9 +121,8 @@ static void fill_cpu(qaflora_pack & pack, const std::vector<qaflora_adapter_file
         auto & s = m.cpu.segments[pair.segment];
         const auto & f = files[s.ia];
         const auto & p = f.pairs.at(m.name);
-        const int64_t n_expert = std::max<int64_t>(1, m.n_expert);
-        store_a(s, p.a, f.read(p.a), n_expert, (uint8_t *) pair.a->data);
-        store_b(s, p.b, f.read(p.b), n_expert, (uint8_t *) pair.b->data);
+        store_a(s, p.a, f.read(p.a), m.n_matrix(), (uint8_t *) pair.a->data);
+        store_b(s, p.b, f.read(p.b), m.n_matrix(), (uint8_t *) pair.b->data);
         s.a = (const uint8_t *) pair.a->data;
         s.b = (const uint8_t *) pair.b->data;
     }

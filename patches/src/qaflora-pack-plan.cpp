@@ -5,6 +5,7 @@
 #include "qaflora-cpu-store.h"
 #include "qaflora-error.h"
 
+#include <numeric>
 #include <set>
 #include <tuple>
 
@@ -50,21 +51,16 @@ struct planner {
     }
 
     static int64_t stacked_rank(const std::vector<qaflora_segment> & segments) {
-        int64_t rank = 0;
-        for (const auto & s : segments) {
-            rank += s.rank;
-        }
-        return rank;
+        return std::accumulate(segments.begin(), segments.end(), (int64_t) 0, [](int64_t rank, const auto & s) { return rank + s.rank; });
     }
 
     int32_t find_layout(const std::vector<qaflora_segment> & segments, int64_t rank) {
-        for (size_t i = 0; i < pack.layouts.size(); ++i) {
-            if (pack.layouts[i].segments == segments && pack.layouts[i].rank == rank) {
-                return (int32_t) i;
-            }
+        const auto it = std::find_if(pack.layouts.begin(), pack.layouts.end(), [&](const auto & l) { return l.segments == segments && l.rank == rank; });
+        const auto found = (int32_t) (it - pack.layouts.begin());
+        if (it == pack.layouts.end()) {
+            pack.layouts.push_back({ segments, rank });
         }
-        pack.layouts.push_back({ segments, rank });
-        return (int32_t) pack.layouts.size() - 1;
+        return found;
     }
 
     // stacked as they are when all have one type, else as F32
@@ -91,6 +87,7 @@ struct planner {
         m.name = name;
         m.w    = qaflora_base_tensor(*pack.model, name);
         m.il   = qaflora_layer_of(name, pack.n_layer);
+        m.n_expert = qaflora_is_experts(name) ? m.w->ne[2] : 0;
         for (size_t ia = 0; ia < files.size(); ++ia) {
             if (files[ia].pairs.count(name)) {
                 m.adapters.push_back((int32_t) ia);
@@ -106,7 +103,6 @@ struct planner {
             const int64_t rank = files[ia].pairs.at(name).b->ne[0];
             segments.push_back({ ia, rank, files[ia].alpha/rank });
         }
-        m.n_expert = qaflora_is_experts(name) ? m.w->ne[2] : 0;
         m.layout = find_layout(segments, padded_rank(stacked_rank(segments), common_type({ name }, false)));
         return m;
     }
@@ -130,8 +126,9 @@ struct planner {
         s.rank   = p.b->ne[0];
         s.scale  = files[ia].alpha/s.rank;
         s.offset = offset;
-        s.type_a = is_converted(*p.a) ? qaflora_encoded_a(pack.type) : qaflora_cpu_type_of(p.a->type);
-        s.type_b = is_converted(*p.b) ? qaflora_encoded_b(pack.type) : qaflora_cpu_type_of(p.b->type);
+        const bool is_q4 = pack.type == GGML_TYPE_Q4_0;
+        s.type_a = !is_converted(*p.a) ? qaflora_cpu_type_of(p.a->type) : is_q4 ? QAFLORA_CPU_Q4_0 : QAFLORA_CPU_Q8_0;
+        s.type_b = !is_converted(*p.b) ? qaflora_cpu_type_of(p.b->type) : is_q4 ? QAFLORA_CPU_Q4_0_PANEL : QAFLORA_CPU_Q8_0_PANEL;
         if (is_converted(*p.a) && p.a->ne[0] % QAFLORA_PANEL != 0) {
             qaflora_fail(qaflora_format("%s: '%s' has rows of %lld numbers, expected a multiple of %d to convert it to %s; load the adapter as it is",
                                         files[ia].path.c_str(), p.a->name, (long long) p.a->ne[0], QAFLORA_PANEL, ggml_type_name(pack.type)));
@@ -139,7 +136,7 @@ struct planner {
         return s;
     }
 
-    // every adapter keeps its own A and panels of B: of those that weigh 0 nothing is read
+    // every adapter keeps its own A and panels of B: of those that weigh 0 nothing is read. Experts share their input with none
     void add_cpu_group(const std::vector<std::string> & names) {
         qaflora_group g;
         g.cpu.kernels = pack.kernels;
@@ -147,44 +144,51 @@ struct planner {
         const size_t first_pair = plan.cpu_pairs.size();
         for (const auto & name : names) {
             qaflora_module m = new_module(name);
-            m.group = (int32_t) pack.groups.size();
-            m.cpu.kernels = pack.kernels;
-            m.cpu.il      = m.il;
-            m.cpu.n_out   = m.w->ne[1];
+            m.group = m.n_expert > 0 ? -1 : (int32_t) pack.groups.size();
+            m.cpu.kernels  = pack.kernels;
+            m.cpu.il       = m.il;
+            m.cpu.n_in     = m.w->ne[0];
+            m.cpu.n_out    = m.w->ne[1];
+            m.cpu.n_expert = m.n_expert;
             for (const int32_t ia : m.adapters) {
                 const qaflora_cpu_segment s = make_cpu_segment(name, ia, g.cpu.n_rank);
                 g.cpu.n_rank += s.rank;
-
-                ggml_tensor * a = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, s.rank*qaflora_row_size(s.type_a, m.w->ne[0]));
+                ggml_tensor * a = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, m.n_matrix()*s.rank*qaflora_row_size(s.type_a, m.cpu.n_in));
                 plan.cpu_pairs.push_back({ (int32_t) pack.modules.size(), m.cpu.segments.size(), a, nullptr });
                 m.cpu.segments.push_back(s);
             }
-            g.il       = m.il;
-            g.cpu.n_in = m.w->ne[0];
+            g.cpu.il   = m.cpu.il;
+            g.cpu.n_in = m.cpu.n_in;
             pack.by_weight[m.w] = (int32_t) pack.modules.size();
             pack.modules.push_back(m);
         }
         // in the order in which they are read: all A of the group, then B
         for (size_t i = first_pair; i < plan.cpu_pairs.size(); ++i) {
-            const auto & m = pack.modules[plan.cpu_pairs[i].module].cpu;
-            const auto & s = m.segments[plan.cpu_pairs[i].segment];
-            plan.cpu_pairs[i].b = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, qaflora_panel_size(s.type_b, m.n_out, s.rank));
+            const auto & m = pack.modules[plan.cpu_pairs[i].module];
+            const auto & s = m.cpu.segments[plan.cpu_pairs[i].segment];
+            plan.cpu_pairs[i].b = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, m.n_matrix()*qaflora_panel_size(s.type_b, m.cpu.n_out, s.rank));
         }
-        g.cpu.il = g.il;
         for (size_t i = 0; i < names.size(); ++i) {
             pack.modules[pack.modules.size() - 1 - i].cpu.n_rank = g.cpu.n_rank;
         }
-        pack.groups.push_back(g);
+        if (pack.modules.back().group >= 0) {
+            pack.groups.push_back(g);
+        }
     }
 
     void add_group(const std::vector<std::string> & names) {
-        if (pack.has_kernels(qaflora_base_tensor(*pack.model, names[0]))) {
+        const ggml_tensor * w = qaflora_base_tensor(*pack.model, names[0]);
+        if (pack.has_kernels(w)) {
             add_cpu_group(names);
             return;
         }
-        const ggml_backend_buffer_type_t buft = qaflora_adapter_buft(qaflora_base_tensor(*pack.model, names[0]));
+        if (qaflora_is_experts(names[0])) {
+            add_experts(names[0]);
+            return;
+        }
+        const ggml_backend_buffer_type_t buft = qaflora_adapter_buft(w);
         const ggml_type type_a = common_type(names, true);
-        const int64_t n_in = qaflora_base_tensor(*pack.model, names[0])->ne[0];
+        const int64_t n_in = w->ne[0];
         const int64_t step = offset_step(buft, ggml_row_size(type_a, n_in));
         qaflora_group g;
         int64_t rank = 0;
@@ -203,7 +207,6 @@ struct planner {
             segments.insert(segments.end(), layout.segments.begin(), layout.segments.end());
             modules.push_back(m);
         }
-        g.il     = modules[0].il;
         g.layout = find_layout(segments, rank);
 
         ggml_context * ctx = ctx_for(buft);
@@ -223,29 +226,12 @@ struct planner {
     // Experts: like a module that shares its input with none, with a third dimension
     void add_experts(const std::string & name) {
         qaflora_module m = make_module(name);
-        const ggml_backend_buffer_type_t buft = qaflora_adapter_buft(m.w);
-        ggml_context * ctx = ctx_for(buft);
-        if (pack.has_kernels(m.w)) {
-            m.cpu.kernels  = pack.kernels;
-            m.cpu.il       = m.il;
-            m.cpu.n_in     = m.w->ne[0];
-            m.cpu.n_out    = m.w->ne[1];
-            m.cpu.n_expert = m.n_expert;
-            for (const auto & segment : pack.layouts[m.layout].segments) {
-                const auto s = make_cpu_segment(name, segment.ia, m.cpu.n_rank);
-                m.cpu.n_rank += s.rank;
-                ggml_tensor * a = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, m.n_expert*s.rank*qaflora_row_size(s.type_a, m.cpu.n_in));
-                ggml_tensor * b = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, m.n_expert*qaflora_panel_size(s.type_b, m.cpu.n_out, s.rank));
-                plan.cpu_pairs.push_back({ (int32_t) pack.modules.size(), m.cpu.segments.size(), a, b });
-                m.cpu.segments.push_back(s);
-            }
-        } else {
-            const int64_t rank = pack.layouts[m.layout].rank;
-            m.a = ggml_new_tensor_3d(ctx, common_type({ name }, true),  m.w->ne[0], rank, m.n_expert);
-            m.b = ggml_new_tensor_3d(ctx, common_type({ name }, false), rank, m.w->ne[1], m.n_expert);
-            ggml_format_name(m.a, "%s.qaflora_a", name.c_str());
-            ggml_format_name(m.b, "%s.qaflora_b", name.c_str());
-        }
+        const int64_t rank = pack.layouts[m.layout].rank;
+        ggml_context * ctx = ctx_for(qaflora_adapter_buft(m.w));
+        m.a = ggml_new_tensor_3d(ctx, common_type({ name }, true),  m.w->ne[0], rank, m.n_expert);
+        m.b = ggml_new_tensor_3d(ctx, common_type({ name }, false), rank, m.w->ne[1], m.n_expert);
+        ggml_format_name(m.a, "%s.qaflora_a", name.c_str());
+        ggml_format_name(m.b, "%s.qaflora_b", name.c_str());
         pack.by_weight[m.w] = (int32_t) pack.modules.size();
         pack.modules.push_back(m);
     }
@@ -265,14 +251,12 @@ struct planner {
     void build() {
         std::set<std::string> names;
         for (const auto & f : files) {
+            n_tensor_max += 2*f.pairs.size();
             for (const auto & [name, p] : f.pairs) {
                 names.insert(name);
             }
         }
-        n_tensor_max = 4*names.size() + 4;
-        for (const auto & f : files) {
-            n_tensor_max += 2*f.pairs.size();
-        }
+        n_tensor_max += 4*names.size() + 4;
 
         using shared_input = std::tuple<int32_t, int, int64_t, ggml_backend_buffer_type_t>;
         std::map<shared_input, std::vector<std::string>> shared;
@@ -283,9 +267,7 @@ struct planner {
                 continue;
             }
             check_kernels(name);
-            if (qaflora_is_experts(name)) {
-                add_experts(name);
-            } else if (kind == 0) {
+            if (kind == 0) { // experts too
                 add_group({ name });
             } else {
                 const ggml_tensor * w = qaflora_base_tensor(*pack.model, name);

@@ -42,6 +42,8 @@ struct qaflora_module {
     int64_t       n_expert = 0; // 0: a plain matrix. Stacked experts have A and B of three dimensions, the expert last
     qaflora_cpu_module cpu;    // on the CPU the following is empty
 
+    int64_t n_matrix() const { return std::max<int64_t>(1, n_expert); } // that it is a stack of
+
     int32_t       layout = -1;
     int64_t       offset = 0;  // of its rows in the group's A
     ggml_tensor * a = nullptr; // [n_in, rank], rows of the group's A; of the embedding [rank, n_vocab]
@@ -50,8 +52,7 @@ struct qaflora_module {
 
 // modules that read the same input, so that one product serves all their A
 struct qaflora_group {
-    int32_t       il = 0;
-    qaflora_cpu_group cpu;     // on the CPU the following is empty
+    qaflora_cpu_module cpu;    // on the CPU the following is empty
 
     int32_t       layout = -1;
     ggml_tensor * a = nullptr; // [n_in, rank]: the segments of all modules, then rows of zeros
