@@ -58,36 +58,10 @@ void qaflora_capture_block(const llm_graph_context & gctx, ggml_tensor * cur, co
     gctx.qaflora->n_captured = count(inp.captured);
 }
 
-// sums of output rows, or the last ones
-static void extract_states(qaflora_context & qf, const qaflora_graph_input & inp, const std::vector<llama_seq_id> & seq_of_row) {
-    std::vector<float> rows(seq_of_row.size()*qf.n_embd);
-    for (int32_t il = 0; il < qf.n_layer; ++il) {
-        ggml_backend_tensor_get(inp.captured[il], rows.data(), 0, rows.size()*sizeof(float));
-        for (size_t i = 0; i < seq_of_row.size(); ++i) {
-            double * dst = qf.states[seq_of_row[i]].data() + (size_t) il*qf.n_embd;
-            const float * src = rows.data() + i*qf.n_embd;
-            for (int32_t j = 0; j < qf.n_embd; ++j) {
-                dst[j] = qf.capture == QAFLORA_CAPTURE_MEAN ? dst[j] + src[j] : src[j];
-            }
-        }
-    }
-}
-
-// each row's after those before it
-static void extract_inputs(qaflora_context & qf, const qaflora_graph_input & inp, const std::vector<llama_seq_id> & seq_of_row) {
-    const size_t n_value = (size_t) qf.n_layer*qf.n_embd;
-    std::vector<size_t> at_of_row;
-    std::vector<int64_t> n_row = qf.n_row;
-    for (const llama_seq_id seq_id : seq_of_row) {
-        at_of_row.push_back(n_row[seq_id]++*n_value);
-        qf.inputs[seq_id].resize(n_row[seq_id]*n_value);
-    }
-    std::vector<float> rows(seq_of_row.size()*qf.n_embd);
-    for (int32_t il = 0; il < qf.n_layer; ++il) {
-        ggml_backend_tensor_get(inp.captured_input[il], rows.data(), 0, rows.size()*sizeof(float));
-        for (size_t i = 0; i < seq_of_row.size(); ++i) {
-            std::copy_n(rows.data() + i*qf.n_embd, qf.n_embd, qf.inputs[seq_of_row[i]].data() + at_of_row[i] + (size_t) il*qf.n_embd);
-        }
+// a sum of output rows, or the last one
+static void add_state(const qaflora_context & qf, const float * src, double * dst) {
+    for (int32_t j = 0; j < qf.n_embd; ++j) {
+        dst[j] = qf.capture == QAFLORA_CAPTURE_MEAN ? dst[j] + src[j] : src[j];
     }
 }
 
@@ -108,12 +82,27 @@ void qaflora_extract(qaflora_context & qf, const llm_graph_result & res, const l
         return; // qaflora_accepts_graph() said so
     }
     ggml_backend_sched_synchronize(sched);
-    if (qf.has_inputs()) {
-        extract_inputs(qf, *inp, seq_of_row);
-    } else {
-        extract_states(qf, *inp, seq_of_row);
-    }
+    const size_t n_value = (size_t) qf.n_layer*qf.n_embd;
+    std::vector<size_t> at_of_row; // of inputs: each row's after those before it
+    std::vector<int64_t> n_row = qf.n_row;
     for (const llama_seq_id seq_id : seq_of_row) {
-        qf.n_row[seq_id]++;
+        at_of_row.push_back(n_row[seq_id]++*n_value);
+        if (qf.has_inputs()) {
+            qf.inputs[seq_id].resize(at_of_row.back() + n_value);
+        }
     }
+    std::vector<float> rows(seq_of_row.size()*qf.n_embd);
+    for (int32_t il = 0; il < qf.n_layer; ++il) {
+        ggml_backend_tensor_get(captured[il], rows.data(), 0, rows.size()*sizeof(float));
+        for (size_t i = 0; i < seq_of_row.size(); ++i) {
+            const float * src = rows.data() + i*qf.n_embd;
+            const size_t  at  = (size_t) il*qf.n_embd;
+            if (qf.has_inputs()) {
+                std::copy_n(src, qf.n_embd, qf.inputs[seq_of_row[i]].data() + at_of_row[i] + at);
+            } else {
+                add_state(qf, src, qf.states[seq_of_row[i]].data() + at);
+            }
+        }
+    }
+    qf.n_row = std::move(n_row);
 }

@@ -50,31 +50,12 @@ static const qaflora_cpu_difference * rounding_of(const qaflora_context & qf, co
     if (!qf.pack->has_kernels(w) || (n_base > N_SHORT && !is_sensitive)) {
         return nullptr;
     }
-    switch (w->type) {
-        case GGML_TYPE_Q4_0:
-        case GGML_TYPE_Q4_1:
-        case GGML_TYPE_Q5_0:
-        case GGML_TYPE_Q5_1:
-        case GGML_TYPE_Q8_0:
-        case GGML_TYPE_IQ4_NL:
-            return &qf.pack->rounded_32;
-        case GGML_TYPE_Q2_K:
-        case GGML_TYPE_Q3_K:
-        case GGML_TYPE_Q4_K:
-        case GGML_TYPE_Q5_K:
-        case GGML_TYPE_Q6_K:
-        case GGML_TYPE_IQ4_XS:
-        case GGML_TYPE_IQ3_S:
-        case GGML_TYPE_IQ3_XXS:
-        case GGML_TYPE_IQ2_S:
-        case GGML_TYPE_IQ2_XS:
-        case GGML_TYPE_IQ2_XXS:
-        case GGML_TYPE_IQ1_S:
-        case GGML_TYPE_IQ1_M:
-            return &qf.pack->rounded_256;
-        default:
-            return nullptr;
+    if (w->type == GGML_TYPE_MXFP4 || w->type == GGML_TYPE_TQ1_0 || w->type == GGML_TYPE_TQ2_0) {
+        return nullptr;
     }
+    // activations are rounded in blocks as long as those of the weights
+    const int64_t block = ggml_blck_size(w->type);
+    return block == 32 ? &qf.pack->rounded_32 : block == 256 ? &qf.pack->rounded_256 : nullptr;
 }
 
 // x_0 of the base, x_j - x_0 of the others [n_in, n_row]; then the rest of the rows that are split

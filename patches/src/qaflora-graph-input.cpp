@@ -17,8 +17,7 @@ static int32_t slot_of(const llama_ubatch & ubatch, uint32_t i) {
     return ubatch.seq_idx[ubatch.seq_id[i][0]];
 }
 
-void qaflora_graph_input::set_weights(int32_t layout, ggml_tensor * dst, const llama_ubatch & ubatch) {
-    const auto & segments = qf.pack->layouts[layout].segments;
+std::vector<float> qaflora_graph_input::values(const std::vector<qaflora_segment> & segments, const ggml_tensor * dst, const llama_ubatch & ubatch) const {
     std::vector<float> data;
     data.reserve(ggml_nelements(dst));
     for (int32_t il = 0; il < qf.n_layer; ++il) {
@@ -30,6 +29,11 @@ void qaflora_graph_input::set_weights(int32_t layout, ggml_tensor * dst, const l
             data.resize((il*n_slot + s + 1)*dst->ne[0], 0.0f);
         }
     }
+    return data;
+}
+
+void qaflora_graph_input::set_weights(int32_t layout, ggml_tensor * dst, const llama_ubatch & ubatch) {
+    std::vector<float> data = values(qf.pack->layouts[layout].segments, dst, ubatch);
     if (weights_there[dst] != data) { // a device may be another machine
         ggml_backend_tensor_set(dst, data.data(), 0, ggml_nbytes(dst));
         weights_there[dst] = std::move(data);
@@ -37,17 +41,11 @@ void qaflora_graph_input::set_weights(int32_t layout, ggml_tensor * dst, const l
 }
 
 void qaflora_graph_input::set_cpu_weights(const llama_ubatch & ubatch) const {
-    const int64_t n_adapter = cpu_weights->ne[0];
-    std::vector<float> data;
-    data.reserve(ggml_nelements(cpu_weights));
-    for (int32_t il = 0; il < qf.n_layer; ++il) {
-        for (int64_t s = 0; s < n_slot; ++s) {
-            const auto & w = qf.weights[ubatch.seq_id_unq[s]];
-            for (int64_t ia = 0; ia < n_adapter; ++ia) {
-                data.push_back(w[ia*qf.n_layer + il]);
-            }
-        }
+    std::vector<qaflora_segment> each;
+    for (int32_t ia = 0; ia < qf.pack->n_adapter; ++ia) {
+        each.push_back({ ia, 1, 1.0f });
     }
+    const std::vector<float> data = values(each, cpu_weights, ubatch);
     ggml_backend_tensor_set(cpu_weights, data.data(), 0, ggml_nbytes(cpu_weights));
 }
 
@@ -112,21 +110,6 @@ ggml_tensor * qaflora_new_index(const llm_graph_context & gctx, int64_t n, const
     return res;
 }
 
-static ggml_backend_t find_backend(ggml_backend_sched_t sched, ggml_backend_dev_t dev) {
-    for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
-        ggml_backend_t backend = ggml_backend_sched_get_backend(sched, i);
-        if (ggml_backend_get_device(backend) == dev) {
-            return backend;
-        }
-    }
-    return nullptr;
-}
-
-// where a module's products are computed: the device that holds its A
-static ggml_backend_dev_t device_of(const ggml_tensor * a) {
-    return ggml_backend_buft_get_device(ggml_backend_buffer_get_type(a->buffer));
-}
-
 ggml_tensor * qaflora_slots_of(const llm_graph_context & gctx, qaflora_graph_input & inp, int64_t n_row) {
     if (inp.n_slot == 1) {
         return nullptr;
@@ -147,8 +130,12 @@ static ggml_tensor * layer_weights(const llm_graph_context & gctx, qaflora_graph
         ggml_format_name(all, "qaflora_weights_%d", layout);
         ggml_set_input(all);
         ggml_set_output(all); // its memory is nobody else's, so that it stays
-        if (ggml_backend_t backend = find_backend(gctx.sched, dev)) {
-            ggml_backend_sched_set_tensor_backend(gctx.sched, all, backend);
+        for (int i = 0; i < ggml_backend_sched_get_n_backends(gctx.sched); ++i) {
+            ggml_backend_t backend = ggml_backend_sched_get_backend(gctx.sched, i);
+            if (ggml_backend_get_device(backend) == dev) {
+                ggml_backend_sched_set_tensor_backend(gctx.sched, all, backend);
+                break;
+            }
         }
     }
     return ggml_view_2d(gctx.ctx0, all, all->ne[0], all->ne[1], all->nb[1], il*all->nb[2]);
@@ -156,7 +143,7 @@ static ggml_tensor * layer_weights(const llm_graph_context & gctx, qaflora_graph
 
 ggml_tensor * qaflora_rows_weights(const llm_graph_context & gctx, qaflora_graph_input & inp, int32_t layout, int32_t il, int64_t n_row, const ggml_tensor * a) {
     const bool is_output = n_row != inp.n_token;
-    ggml_backend_dev_t dev = device_of(a);
+    ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(a->buffer)); // where the products are computed: it holds A
     ggml_tensor *& res = inp.row_weights[{ layout, il, dev, is_output }];
     if (res) {
         return res;

@@ -68,6 +68,8 @@ struct qaflora_graph_input : public llm_graph_input_i {
     difference last_difference;
 
 private:
+    // what is set in a tensor of weights [n_layer, n_slot, n]: those of the segments, each as often as its rank, and zeros
+    std::vector<float> values(const std::vector<qaflora_segment> & segments, const ggml_tensor * dst, const llama_ubatch & ubatch) const;
     void set_cpu_weights(const llama_ubatch & ubatch) const;
     void set_weights(int32_t layout, ggml_tensor * dst, const llama_ubatch & ubatch);
 
