@@ -12,17 +12,6 @@ bool qaflora_has_logits(const qaflora_context & qf) {
     return !qf.is_probe();
 }
 
-// output rows of cur
-static ggml_tensor * output_rows(const llm_graph_context & gctx, qaflora_graph_input & inp, ggml_tensor * cur) {
-    if (cur->ne[1] != gctx.n_outputs) {
-        if (!inp.output_rows) {
-            inp.output_rows = qaflora_new_index(gctx, gctx.n_outputs, "qaflora_output_rows");
-        }
-        cur = ggml_get_rows(gctx.ctx0, cur, inp.output_rows);
-    }
-    return cur;
-}
-
 static ggml_tensor * kept(const llm_graph_context & gctx, ggml_tensor * cur) {
     ggml_set_output(cur);
     ggml_build_forward_expand(gctx.gf, cur);
@@ -54,7 +43,13 @@ void qaflora_capture_block(const llm_graph_context & gctx, ggml_tensor * cur, co
         return; // several streams side by side, as of gemma3n: no one state is the block's
     }
     qaflora_graph_input & inp = qaflora_get_input(gctx);
-    inp.captured[il] = kept(gctx, output_rows(gctx, inp, cur));
+    if (cur->ne[1] != gctx.n_outputs) {
+        if (!inp.output_rows) {
+            inp.output_rows = qaflora_new_index(gctx, gctx.n_outputs, "qaflora_output_rows");
+        }
+        cur = ggml_get_rows(gctx.ctx0, cur, inp.output_rows);
+    }
+    inp.captured[il] = kept(gctx, cur);
     gctx.qaflora->n_captured = count(inp.captured);
 }
 

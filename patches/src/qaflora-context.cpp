@@ -155,7 +155,7 @@ int32_t qaflora_set_weights(llama_context * ctx, llama_seq_id seq_id, const floa
             }
         }
         std::copy(weights, weights + n_weight, dst.begin());
-        const int32_t first_layer = qf.pack->first_layer(dst);
+        const int32_t first_layer = qf.pack->first_layer([&](int32_t ia, int32_t il) { return dst[ia*qf.n_layer + il] != 0.0f; });
         qf.n_first_layer += qf.first_layer[seq_id] != first_layer;
         qf.first_layer[seq_id] = first_layer;
     });
@@ -187,9 +187,7 @@ int32_t qaflora_get_states(llama_context * ctx, llama_seq_id seq_id, float * sta
             qaflora_fail(qaflora_format("room for %lld state values, expected %zu", (long long) n_state, src.size()));
         }
         const double scale = qf.capture == QAFLORA_CAPTURE_MEAN ? 1.0/qf.n_row[seq_id] : 1.0;
-        for (int64_t i = 0; i < n_state; ++i) {
-            states[i] = (float) (src[i]*scale);
-        }
+        std::transform(src.begin(), src.end(), states, [scale](double x) { return (float) (x*scale); });
     });
 }
 

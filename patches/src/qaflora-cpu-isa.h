@@ -21,7 +21,6 @@ const qaflora_kernels * QAFLORA_KERNELS_OF(QAFLORA_ISA)() { return nullptr; }
 #include "qaflora-cpu-accumulate.h"
 #include "qaflora-cpu-attend.h"
 #include "qaflora-cpu-delta.h"
-#include "qaflora-cpu-difference.h"
 #include "qaflora-cpu-matmul.h"
 #include "qaflora-cpu-product.h"
 

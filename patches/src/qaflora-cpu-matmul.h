@@ -8,8 +8,6 @@
 
 #include "qaflora-cpu-matrix.h"
 
-#include <math.h>
-
 namespace QAFLORA_ISA {
 
 #if defined(QAFLORA_HAS_PRODUCTS)

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <exception>
+#include <functional>
 #include <memory>
 #include <utility>
 
@@ -222,9 +223,7 @@ void qaflora_op_coarsest_rows(ggml_tensor * dst, int ith, int nth, void * userda
             const int64_t row = is*n_base + i;
             const float * xi = x + row*n;
             if (is > 0) {
-                for (int64_t j = 0; j < n; ++j) {
-                    d[j] = xi[j] - x[i*n + j];
-                }
+                std::transform(xi, xi + n, x + i*n, d.begin(), std::minus<>());
                 xi = d.data();
             }
             power[i] = { diff.kernels->rounding_power(diff.rounding, xi, n), (int32_t) row };

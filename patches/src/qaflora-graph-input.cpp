@@ -13,10 +13,6 @@ uint64_t qaflora_graph_key(const qaflora_context & qf, const llama_ubatch & ubat
     return key | GRAPH_DIFFERENTIAL | (has_outputs ? GRAPH_DIFFERENTIAL_OUT : 0);
 }
 
-static int32_t slot_of(const llama_ubatch & ubatch, uint32_t i) {
-    return ubatch.seq_idx[ubatch.seq_id[i][0]];
-}
-
 std::vector<float> qaflora_graph_input::values(const std::vector<qaflora_segment> & segments, const ggml_tensor * dst, const llama_ubatch & ubatch) const {
     std::vector<float> data;
     data.reserve(ggml_nelements(dst));
@@ -32,23 +28,6 @@ std::vector<float> qaflora_graph_input::values(const std::vector<qaflora_segment
     return data;
 }
 
-void qaflora_graph_input::set_weights(int32_t layout, ggml_tensor * dst, const llama_ubatch & ubatch) {
-    std::vector<float> data = values(qf.pack->layouts[layout].segments, dst, ubatch);
-    if (weights_there[dst] != data) { // a device may be another machine
-        ggml_backend_tensor_set(dst, data.data(), 0, ggml_nbytes(dst));
-        weights_there[dst] = std::move(data);
-    }
-}
-
-void qaflora_graph_input::set_cpu_weights(const llama_ubatch & ubatch) const {
-    std::vector<qaflora_segment> each;
-    for (int32_t ia = 0; ia < qf.pack->n_adapter; ++ia) {
-        each.push_back({ ia, 1, 1.0f });
-    }
-    const std::vector<float> data = values(each, cpu_weights, ubatch);
-    ggml_backend_tensor_set(cpu_weights, data.data(), 0, ggml_nbytes(cpu_weights));
-}
-
 void qaflora_graph_input::set_input(const llama_ubatch * ubatch) {
     if (qf.pack->is_offloaded()) {
         // a device may still read the memory of these weights: llama.cpp 0c1e5709, llama-context.cpp process_ubatch
@@ -56,17 +35,27 @@ void qaflora_graph_input::set_input(const llama_ubatch * ubatch) {
         ggml_backend_sched_synchronize(sched);
     }
     if (cpu_weights && cpu_weights->buffer) {
-        set_cpu_weights(*ubatch);
+        std::vector<qaflora_segment> each;
+        for (int32_t ia = 0; ia < qf.pack->n_adapter; ++ia) {
+            each.push_back({ ia, 1, 1.0f });
+        }
+        const auto data = values(each, cpu_weights, *ubatch);
+        ggml_backend_tensor_set(cpu_weights, data.data(), 0, ggml_nbytes(cpu_weights));
     }
     for (const auto & [key, dst] : weights) {
-        if (dst->buffer) {
-            set_weights(key.first, dst, *ubatch);
+        if (!dst->buffer) {
+            continue;
+        }
+        auto data = values(qf.pack->layouts[key.first].segments, dst, *ubatch);
+        if (weights_there[dst] != data) { // a device may be another machine
+            ggml_backend_tensor_set(dst, data.data(), 0, ggml_nbytes(dst));
+            weights_there[dst] = std::move(data);
         }
     }
 
     std::vector<int32_t> tokens, outputs, rows;
     for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
-        tokens.push_back(slot_of(*ubatch, i));
+        tokens.push_back(ubatch->seq_idx[ubatch->seq_id[i][0]]);
         if (ubatch->output[i]) {
             outputs.push_back(tokens.back());
             rows.push_back(i);

@@ -70,8 +70,6 @@ struct qaflora_graph_input : public llm_graph_input_i {
 private:
     // what is set in a tensor of weights [n_layer, n_slot, n]: those of the segments, each as often as its rank, and zeros
     std::vector<float> values(const std::vector<qaflora_segment> & segments, const ggml_tensor * dst, const llama_ubatch & ubatch) const;
-    void set_cpu_weights(const llama_ubatch & ubatch) const;
-    void set_weights(int32_t layout, ggml_tensor * dst, const llama_ubatch & ubatch);
 
     std::map<const ggml_tensor *, std::vector<float>> weights_there; // what a device's tensor of `weights` holds
 };

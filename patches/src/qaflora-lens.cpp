@@ -58,7 +58,6 @@ static void run_parallel(int n_threads, int32_t n_task, const std::function<void
 }
 
 // final norm, on the host in float64
-
 struct final_norm {
     std::vector<float> weight; // [n_embd] or empty
     std::vector<float> bias;   // [n_embd] or empty
@@ -91,7 +90,6 @@ struct final_norm {
 };
 
 // projection: logits of rows, on the device that holds the head
-
 struct qaflora_lens_state {
     std::vector<float>   bias; // [n_vocab] of the head, or empty
     std::vector<uint8_t> meta;
@@ -125,9 +123,7 @@ struct qaflora_lens_state {
     const float * project(llama_context & ctx, const float * rows, int32_t n_row, int64_t v0, int64_t n, int32_t bias_step) {
         float * logits = kernels ? product(ctx, rows, n_row, v0, n) : ggml_product(ctx, rows, n_row, v0, n);
         for (int32_t i = 0; i < n_row && !bias.empty(); i += bias_step) {
-            for (int64_t v = 0; v < n; ++v) {
-                logits[i*n + v] += bias[v0 + v];
-            }
+            std::transform(logits + i*n, logits + (i + 1)*n, bias.begin() + v0, logits + i*n, std::plus<>());
         }
         return logits;
     }
@@ -151,10 +147,7 @@ private:
             kernels->matmul(qaflora_matrix_of(w), v0 + begin, v0 + end, rounded.data(), 2*n_row, host.data() + begin, n, room.data() + ith*n_room);
             for (int64_t row = 0; row < n_row; ++row) {
                 float * y = host.data() + row*n;
-                const float * rest = y + n_row*n;
-                for (int64_t v = begin; v < end; ++v) {
-                    y[v] += rest[v];
-                }
+                std::transform(y + begin, y + end, y + n_row*n + begin, y + begin, std::plus<>());
             }
         });
         return host.data();
@@ -321,15 +314,13 @@ int32_t qaflora_divergence(llama_context * ctx, enum qaflora_lens lens, int32_t 
         std::fill_n(div, (size_t) n_adapter*qf.n_layer, 0.0);
         for (int32_t il0 = first_moved(n_adapter, qf.n_layer, qf.n_embd, base, adapted); il0 < qf.n_layer; il0 += n_chunk) {
             const int32_t n = std::min(n_chunk, qf.n_layer - il0);
+            std::vector<qaflora_divergence_sums::adapter> adapters((size_t) n*n_adapter);
+            std::vector<qaflora_divergence_sums> sums(n);
             for (int32_t i = 0; i < n; ++i) {
                 const int32_t il = il0 + i;
                 const bool is_normed = lens == QAFLORA_LENS_NORM || il == qf.n_layer - 1;
                 lens_rows(norm, is_normed, n_adapter, qf.n_embd, stride, base + (size_t) il*qf.n_embd, adapted + (size_t) il*qf.n_embd,
                           rows.data() + (size_t) i*n_row*qf.n_embd, units.data() + (size_t) i*n_row);
-            }
-            std::vector<qaflora_divergence_sums::adapter> adapters((size_t) n*n_adapter);
-            std::vector<qaflora_divergence_sums> sums(n);
-            for (int32_t i = 0; i < n; ++i) {
                 sums[i].adapters = adapters.data() + (size_t) i*n_adapter;
                 for (int32_t ia = 0; ia < n_adapter; ++ia) {
                     sums[i].adapters[ia].unit = units[(size_t) i*n_row + 1 + ia];

@@ -187,13 +187,7 @@ void qaflora_pack_free(qaflora_pack * pack) {
 }
 
 int32_t qaflora_pack_first_layer(const qaflora_pack * pack, int32_t ia) {
-    int32_t res = pack->n_layer;
-    for (const auto & m : pack->modules) {
-        if (std::binary_search(m.adapters.begin(), m.adapters.end(), ia)) {
-            res = std::min(res, m.il);
-        }
-    }
-    return res;
+    return pack->first_layer([ia](int32_t other, int32_t) { return other == ia; });
 }
 
 int32_t qaflora_pack_n_alike(const qaflora_pack * pack) {

@@ -10,7 +10,6 @@
 #include "ggml-cpp.h"
 
 #include <algorithm>
-#include <memory>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -78,11 +77,11 @@ struct qaflora_pack {
     std::vector<ggml_context_ptr>        ctxs;
     std::vector<ggml_backend_buffer_ptr> bufs;
 
-    // the first layer in which a module has one of these weights [n_layer, n_adapter], or n_layer
-    int32_t first_layer(const std::vector<float> & weights) const {
+    // the first layer in which a module has an adapter that is_used(adapter, layer), or n_layer
+    template <typename F> int32_t first_layer(F is_used) const {
         int32_t res = n_layer;
         for (const auto & m : modules) {
-            if (std::any_of(m.adapters.begin(), m.adapters.end(), [&](int32_t ia) { return weights[ia*n_layer + m.il] != 0.0f; })) {
+            if (std::any_of(m.adapters.begin(), m.adapters.end(), [&](int32_t ia) { return is_used(ia, m.il); })) {
                 res = std::min(res, m.il);
             }
         }
