@@ -17,8 +17,8 @@
 #error "QAFLORA_BUILD_INFO must name the llama.cpp commit and the patches"
 #endif
 
-// llama.cpp 0c1e5709: ggml.c and ggml-alloc.c assert that memory was to be had. Here they throw std::bad_alloc, which llama.cpp catches
-// or lets pass. CMakeLists.txt compiles them so that it may.
+// llama.cpp 0c1e5709: ggml.c and ggml-alloc.c assert that memory was to be had. With this they throw std::bad_alloc, which
+// llama.cpp catches or lets pass. CMakeLists.txt compiles them so that it may.
 static void on_abort(const char * message) {
     for (const char * asserted : { "(ctx->mem_buffer != NULL)", "(galloc != NULL)", "(galloc->" }) {
         if (strstr(message, asserted)) {

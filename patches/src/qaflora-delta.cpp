@@ -39,7 +39,8 @@ static ggml_tensor * cpu_product(const llm_graph_context & gctx, qaflora_graph_i
     if (product.cur != cur) {
         const auto & g = inp.qf.pack->groups[group].cpu;
         const int64_t n_row = ggml_nrows(cur);
-        auto src = given({ ggml_is_contiguous(cur) ? cur : ggml_cont(gctx.ctx0, cur), qaflora_cpu_weights(gctx, inp), qaflora_slots_of(gctx, inp, n_row) });
+        ggml_tensor * x = ggml_is_contiguous(cur) ? cur : ggml_cont(gctx.ctx0, cur);
+        auto src = given({ x, qaflora_cpu_weights(gctx, inp), qaflora_slots_of(gctx, inp, n_row) });
         product = { cur, ggml_custom_4d(gctx.ctx0, GGML_TYPE_F32, g.n_rank, n_row, 1, 1, src.data(), (int) src.size(),
                                         qaflora_op_product, GGML_N_TASKS_MAX, const_cast<qaflora_cpu_module *>(&g)) };
     }

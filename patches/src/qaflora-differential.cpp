@@ -27,12 +27,9 @@ int64_t qaflora_n_active(const qaflora_graph_input & inp, const ggml_tensor * w)
     return res;
 }
 
-static ggml_tensor * first_sequence(ggml_context * ctx, ggml_tensor * x) {
-    return ggml_view_3d(ctx, x, x->ne[0], x->ne[1], 1, x->nb[1], x->nb[2], 0);
-}
-
-static ggml_tensor * other_sequences(ggml_context * ctx, ggml_tensor * x) {
-    return ggml_view_3d(ctx, x, x->ne[0], x->ne[1], x->ne[2] - 1, x->nb[1], x->nb[2], x->nb[2]);
+// n of x [.., n_row, n_seq]
+static ggml_tensor * sequences(ggml_context * ctx, ggml_tensor * x, int64_t first, int64_t n) {
+    return ggml_view_3d(ctx, x, x->ne[0], x->ne[1], n, x->nb[1], x->nb[2], first*x->nb[2]);
 }
 
 // How the products with w round activations, if rows are to be split for them. Where a token's activations are hundreds of
@@ -70,8 +67,8 @@ static qaflora_graph_input::difference & subtract_base(const llm_graph_context &
     }
     diff = { cur, is_cpu, how, x->ne[2], nullptr, nullptr, nullptr };
     if (!is_cpu) {
-        ggml_tensor * x0 = first_sequence(ctx, x);
-        diff.d = x->ne[2] == 1 ? x0 : ggml_concat(ctx, x0, ggml_sub(ctx, other_sequences(ctx, x), x0), 2);
+        ggml_tensor * x0 = sequences(ctx, x, 0, 1);
+        diff.d = x->ne[2] == 1 ? x0 : ggml_concat(ctx, x0, ggml_sub(ctx, sequences(ctx, x, 1, x->ne[2] - 1), x0), 2);
         return diff;
     }
     std::vector<ggml_tensor *> src = { x };
@@ -116,7 +113,7 @@ ggml_tensor * qaflora_mm_base(const llm_graph_context & gctx, ggml_tensor * w, g
     }
     const int64_t n_active = qaflora_n_active(inp, w);
     ggml_tensor * x = ggml_reshape_3d(ctx, cur, cur->ne[0], ggml_nrows(cur)/inp.n_slot, inp.n_slot);
-    x = ggml_view_3d(ctx, x, x->ne[0], x->ne[1], n_active, x->nb[1], x->nb[2], 0);
+    x = sequences(ctx, x, 0, n_active);
     // y_0 = W x_0, y_j = y_0 + W (x_j - x_0): rounding of the activations is then common to both
     auto & diff = subtract_base(gctx, inp, w, cur, x);
     if (qaflora_has_matmul(kernels, w)) {
@@ -130,9 +127,9 @@ ggml_tensor * qaflora_mm_base(const llm_graph_context & gctx, ggml_tensor * w, g
         gctx.prec_policy->apply(y);
     }
     y = ggml_reshape_3d(ctx, y, y->ne[0], x->ne[1], x->ne[2]);
-    ggml_tensor * y0 = first_sequence(ctx, y);
+    ggml_tensor * y0 = sequences(ctx, y, 0, 1);
     if (n_active > 1) {
-        y = ggml_concat(ctx, y0, ggml_add(ctx, other_sequences(ctx, y), y0), 2);
+        y = ggml_concat(ctx, y0, ggml_add(ctx, sequences(ctx, y, 1, n_active - 1), y0), 2);
     }
     if (n_active < inp.n_slot) {
         y = ggml_concat(ctx, y, ggml_repeat_4d(ctx, y0, y0->ne[0], y0->ne[1], inp.n_slot - n_active, 1), 2);

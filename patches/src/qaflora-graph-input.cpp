@@ -13,7 +13,8 @@ uint64_t qaflora_graph_key(const qaflora_context & qf, const llama_ubatch & ubat
     return key | GRAPH_DIFFERENTIAL | (has_outputs ? GRAPH_DIFFERENTIAL_OUT : 0);
 }
 
-std::vector<float> qaflora_graph_input::values(const std::vector<qaflora_segment> & segments, const ggml_tensor * dst, const llama_ubatch & ubatch) const {
+std::vector<float> qaflora_graph_input::values(const std::vector<qaflora_segment> & segments, const ggml_tensor * dst,
+                                               const llama_ubatch & ubatch) const {
     std::vector<float> data;
     data.reserve(ggml_nelements(dst));
     for (int32_t il = 0; il < qf.n_layer; ++il) {
@@ -132,7 +133,8 @@ static ggml_tensor * layer_weights(const llm_graph_context & gctx, qaflora_graph
 
 ggml_tensor * qaflora_rows_weights(const llm_graph_context & gctx, qaflora_graph_input & inp, int32_t layout, int32_t il, int64_t n_row, const ggml_tensor * a) {
     const bool is_output = n_row != inp.n_token;
-    ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(a->buffer)); // where the products are computed: it holds A
+    // where the module's products are computed: the device that holds its A
+    ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(a->buffer));
     ggml_tensor *& res = inp.row_weights[{ layout, il, dev, is_output }];
     if (res) {
         return res;

@@ -260,10 +260,9 @@ static void lens_rows(const final_norm & norm, bool is_normed, int32_t n_adapter
         }
         int exponent = 0;
         std::frexp(largest, &exponent);
-        units[1 + ia] = std::ldexp(1.0, exponent);
-        for (int32_t i = 0; i < n_embd; ++i) {
-            rows[(size_t) (1 + ia)*n_embd + i] = (float) (x[i]/units[1 + ia]);
-        }
+        const double unit = std::ldexp(1.0, exponent);
+        units[1 + ia] = unit;
+        std::transform(x.begin(), x.end(), rows + (size_t) (1 + ia)*n_embd, [unit](double v) { return (float) (v/unit); });
     }
 }
 

@@ -55,12 +55,13 @@ struct planner {
     }
 
     int32_t find_layout(const std::vector<qaflora_segment> & segments, int64_t rank) {
-        const auto it = std::find_if(pack.layouts.begin(), pack.layouts.end(), [&](const auto & l) { return l.segments == segments && l.rank == rank; });
-        const auto found = (int32_t) (it - pack.layouts.begin());
-        if (it == pack.layouts.end()) {
-            pack.layouts.push_back({ segments, rank });
+        for (size_t i = 0; i < pack.layouts.size(); ++i) {
+            if (pack.layouts[i].segments == segments && pack.layouts[i].rank == rank) {
+                return (int32_t) i;
+            }
         }
-        return found;
+        pack.layouts.push_back({ segments, rank });
+        return (int32_t) pack.layouts.size() - 1;
     }
 
     // stacked as they are when all have one type, else as F32

@@ -43,11 +43,10 @@ static bool is_to_repeat() { return WSAGetLastError() == WSAEWOULDBLOCK; }
 #else
 typedef int           socket_fd;
 typedef struct pollfd socket_poll;
-#  ifdef MSG_NOSIGNAL
-static constexpr int SEND_FLAGS = MSG_DONTWAIT | MSG_NOSIGNAL;
-#  else
-static constexpr int SEND_FLAGS = MSG_DONTWAIT;
+#  ifndef MSG_NOSIGNAL
+#    define MSG_NOSIGNAL 0
 #  endif
+static constexpr int SEND_FLAGS = MSG_DONTWAIT | MSG_NOSIGNAL;
 static int  wait_for(socket_poll * what, int ms) { return poll(what, 1, ms); }
 static bool is_to_repeat() { return errno == EINTR || errno == EAGAIN || errno == EWOULDBLOCK; }
 #endif
