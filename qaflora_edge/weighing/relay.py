@@ -98,7 +98,7 @@ class RelayStrategy(TwoPlace):
         if not may_draft or len(query.adapters) < 2:
             return plan
         subject = _subject(reading, plan)
-        at_last = _at_last(query, plan)
+        at_last, own = _standing_out(reading)
         may_form = _may_form(plan, at_last)
         can_know = _can_know(subject.nats)
         # Who stands out at the last token of a question that surprises nobody seldom is a form.
@@ -106,15 +106,14 @@ class RelayStrategy(TwoPlace):
         forms = [name for name, score in may_form.items() if score >= least]
         may_know = subject.scores if can_know else {}
         asked = _asked(query, plan, forms, may_know)
-        own = _own(reading) if can_know else {}
-        may_be_own = _may_be_own(reading, own, at_last)
+        may_be_own = _may_be_own(reading, own, at_last) if can_know else None
         if may_be_own is not None and may_be_own not in asked:
             asked.append(may_be_own)
         heard = _heard(reading, plan, asked, may_form, subject)
         plan = replace(plan, known=heard.known)
         if heard.knower is not None and heard.knower != heard.form:
             sure = _sure(reading, subject, heard, heard.knower)
-            return _relayed(reading, replace(plan, sure=sure), heard, heard.knower)
+            return _relayed(reading, replace(plan, sure=sure), heard, heard.knower, at_last)
         plan = _undisturbed(query, plan, heard)
         is_form_sure = heard.form is not None and at_last[heard.form] >= SURELY
         if is_form_sure and heard.form != may_be_own:
@@ -155,16 +154,19 @@ def _can_know(nats: float) -> bool:
     return probability(log_odds(0.0, nats)) > CLAIM
 
 
-def _at_last(query: Query, plan: Plan) -> dict[str, float]:
-    """Give how far each adapter stands out at the last token beyond what adapters alike do."""
-    import numpy as np
+def _standing_out(reading: Reading) -> list[dict[str, float]]:
+    """Give how far each adapter stands out beyond what adapters alike do.
 
+    returns  at the last token, and in the question
+    """
     from qaflora_edge.weighing.calibration import unusual
 
-    assert plan.divergence is not None  # what is added at the last token
-    at_last, _ = places(query)
-    scores = unusual(query, {at_last: np.asarray(plan.divergence, np.float64)}).tolist()
-    return dict(zip(query.adapters, scores, strict=True))
+    query = reading.query
+    by_place = []
+    for place, added in zip(places(query), added_by_prompt(reading), strict=True):
+        scores = unusual(query, {place: added}).tolist()
+        by_place.append(dict(zip(query.adapters, scores, strict=True)))
+    return by_place
 
 
 def _may_form(plan: Plan, at_last: Mapping[str, float]) -> dict[str, float]:
@@ -179,17 +181,6 @@ def _may_form(plan: Plan, at_last: Mapping[str, float]) -> dict[str, float]:
         if score >= max(STANDS_OUT, leading) and len(may_form) < N_ASKED:
             may_form[name] = score
     return may_form
-
-
-def _own(reading: Reading) -> dict[str, float]:
-    """Give how far each adapter stands out in the question beyond what adapters alike do."""
-    from qaflora_edge.weighing.calibration import unusual
-
-    query = reading.query
-    _, question = added_by_prompt(reading)
-    _, in_question = places(query)
-    scores = unusual(query, {in_question: question}).tolist()
-    return dict(zip(query.adapters, scores, strict=True))
 
 
 def _may_be_own(
@@ -210,12 +201,10 @@ def _has_learnt(query: Query, heard: Heard, name: str, own: Mapping[str, float])
     answers are right, it need not be as sure as who knows. Who stands out more in the question says
     what the base would, as a language does.
     """
-    if not heard.says(name) or not _begins_oddly(query, heard, name):
-        return False
-    if _unusually_sure(query, heard, name) < 0:
-        return False
+    is_sure = heard.says(name) and _unusually_sure(query, heard, name) >= 0
     others = [other for other, score in own.items() if score > own[name]]
-    return all(other in heard.drafts and not heard.says(other) for other in others)
+    say_nothing = all(other in heard.drafts and not heard.says(other) for other in others)
+    return is_sure and say_nothing and _begins_oddly(query, heard, name)
 
 
 def _asked(
@@ -340,12 +329,14 @@ def _first(draft: Draft) -> Draft:
     return replace(draft, tokens=tokens, logprobs=draft.logprobs[:N_DRAFT], is_whole=is_whole)
 
 
-def _relayed(reading: Reading, plan: Plan, heard: Heard, knower: str) -> Plan:
+def _relayed(
+    reading: Reading, plan: Plan, heard: Heard, knower: str, at_last: Mapping[str, float]
+) -> Plan:
     """Let who knows draft for who gives the form; else answer alone, in the question's language."""
     query = reading.query
     (draft,) = reading.drafts([knower], N_DRAFT)
     of_knower = f"{knower} most probably knows ({plan.sure:.0%})"
-    writer = _writer(query, plan, heard, knower)
+    writer = _writer(query, heard, knower, at_last)
     is_foreign = _begins_in_words(reading, heard, knower) < -SURPRISED
     if writer is None and is_foreign and not _forms_all(query, knower):
         writer = BASE
@@ -361,7 +352,7 @@ def _relayed(reading: Reading, plan: Plan, heard: Heard, knower: str) -> Plan:
     return replace(plan, steps=(drafting, writing), because=because)
 
 
-def _writer(query: Query, plan: Plan, heard: Heard, knower: str) -> str | None:
+def _writer(query: Query, heard: Heard, knower: str, at_last: Mapping[str, float]) -> str | None:
     """Name who gives the form, if the question asks for it rather than for the knower's words.
 
     It stands out at the last token more than who knows. Of two beginnings the base expects that
@@ -369,10 +360,7 @@ def _writer(query: Query, plan: Plan, heard: Heard, knower: str) -> str | None:
     base is far less surprised by the knower's.
     """
     form = heard.form
-    if form is None:
-        return None
-    at_last = _at_last(query, plan)
-    if at_last[form] <= at_last[knower]:
+    if form is None or at_last[form] <= at_last[knower]:
         return None
     of_form = heard.by_base[form][0]
     of_knower = heard.by_base[knower][0]
