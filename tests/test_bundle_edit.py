@@ -148,7 +148,7 @@ def test_a_strategy_has_to_fit_the_adapters(made, tmp_path) -> None:
     before = snapshot(made.folder)
     for strategy, engine, message in (
         ("two-place", Engine, "compares what adapters add to q, k and v, but mlp adds nothing"),
-        ("calibrated", None, "needs typical values, missing for math, es, mlp"),
+        ("calibrated", None, "was not measured of math, es, mlp. `qaflora bundle create` and"),
         ("best", Engine, "Strategy 'best' is not known"),
     ):
         with pytest.raises(QafloraError, match=message):

@@ -1,6 +1,6 @@
 """qaflora bundle create, show, verify, and qaflora convert"""
 
-from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from bundles import TinyBundle, bundle_json, make_bundle, make_sources, qaflora, rewrite, said_by
@@ -9,6 +9,7 @@ from click.testing import Result
 from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.cli.bundle import describe
 from qaflora_edge.formats.adapter import read_adapter_gguf
+from qaflora_edge.server.served_models import ServedModels, ServerOptions
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -27,16 +28,27 @@ def test_create_makes_a_calibrated_bundle(tmp_path) -> None:
     assert (known.strategy, set(known.typical)) == ("relay", {"math", "es"})
 
 
-def test_an_interrupted_create_says_how_to_measure_for_its_strategy(tmp_path, monkeypatch) -> None:
-    def interrupted(folder: Path, *args: object, **options: object) -> None:
-        folder.mkdir()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("qaflora_edge.bundles.create.create_bundle", interrupted)
-    words = ("--base", "b.gguf", "--adapter", "a=a.gguf", "--strategy", "relay")
-    result = qaflora("bundle", "create", tmp_path / "mine", *words)
+def test_a_bundle_that_was_not_measured_to_its_end_says_so(tmp_path, monkeypatch) -> None:
+    made = make_sources(tmp_path)
+    with monkeypatch.context() as killed:
+        killed.setattr("qaflora_edge.bundles.create.calibrate", Mock(side_effect=KeyboardInterrupt))
+        result = create(made, "--strategy", "two-place")
     assert result.exit_code == 130
-    assert f"`qaflora bundle calibrate {tmp_path / 'mine'} --strategy relay` does." in result.stderr
+    command = f"qaflora bundle calibrate {made.folder} --strategy two-place"
+    note = (
+        f"{made.folder} works, but is not measured: qa-flora weighs it in place of two-place. "
+        f"`{command}` finishes it."
+    )
+    assert note in result.stderr
+    assert note in describe(made.folder)
+    run = ("run", made.folder, "the", "--max-tokens", 1, "--raw-prompt")
+    assert f"[{note}]\n" in qaflora(*run).stderr
+    models = ServedModels([made.folder], ServerOptions())
+    name = models.listed[0]
+    assert models.card(name)["meta"]["note"] == note
+    assert qaflora("bundle", "calibrate", made.folder).exit_code == 0
+    assert load_bundle(made.folder).known.strategy == "two-place"
+    assert "not measured" not in qaflora(*run).stderr
 
 
 def test_create_records_what_it_is_told(tmp_path) -> None:
@@ -103,7 +115,10 @@ def test_a_bundle_finds_its_base_that_moved(tmp_path) -> None:
 def test_calibrate(tmp_path) -> None:
     made = make_bundle(tmp_path)
     result = qaflora("run", made.folder, "hi", "--strategy", "calibrated", "--raw-prompt")
-    assert "measure them with `qaflora bundle calibrate DIR`." in result.stderr
+    assert result.stderr.endswith(
+        "Strategy calibrated needs to know what each adapter does to everyday prompts, and that "
+        f"was not measured of math, es. Measure it with `qaflora bundle calibrate {made.folder}`.\n"
+    )
     stderr = said_by(qaflora("bundle", "calibrate", made.folder))
     assert stderr == f"Measured the adapters of {made.folder}, weighed by qa-flora.\n"
     result = qaflora("bundle", "calibrate", made.folder, "--strategy", "two-place")

@@ -172,7 +172,7 @@ FAILING = [
     ("/adapters only", "/adapters only is no choice; expected /adapters [on|off|only [NAME ...]]"),
     ("/adapters off law", "The adapter 'law' is not loaded; expected names out of: math, es."),
     ("/strategy best", "Strategy 'best' is not known; expected one of two-place, "),
-    ("/strategy calibrated", "Strategy calibrated needs typical values"),
+    ("/strategy calibrated", "Strategy calibrated needs to know what each"),
     ("/set warmth", "/set has no 'warmth'; expected one of max_tokens, temp, "),
     ("/set temp warm", "Option temperature is 'warm', expected a number from 0 up."),
     ("/set seed 1.5", "Option seed is '1.5', expected a whole number"),

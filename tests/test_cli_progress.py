@@ -2,6 +2,7 @@
 
 import os
 import re
+import subprocess
 import sys
 
 import pytest
@@ -28,6 +29,15 @@ with progress_bars() as tell:
 print("done")
 """
 
+LINES = """
+import time
+from qaflora_edge.cli import progress
+progress._LINES_S = 0.2
+with progress.progress_bars(or_lines=True) as tell:
+    tell("first", 5, 10)
+    time.sleep(0.5)
+"""
+
 
 def shown_by(code: str, **environment: str) -> str:
     """What a terminal is sent by a program."""
@@ -47,3 +57,9 @@ def test_each_label_has_its_bar() -> None:
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
     assert re.search(r"first .* 10/10", plain)
     assert re.search(r"second .* 3/3", plain)
+
+
+def test_lines_are_said_where_nothing_can_be_taken_back() -> None:
+    done = subprocess.run([sys.executable, "-c", LINES], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+    assert re.fullmatch(r"(first: 5 of 10, after \d s\n)+", done.stderr)

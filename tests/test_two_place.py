@@ -447,13 +447,9 @@ def test_an_older_bundle_is_asked_to_be_measured_again(calibrated, tmp_path) -> 
     rewrite(old.folder, forget)
     with Engine(old.folder, strategy="calibrated") as engine:
         assert engine.weights("a").strategy == "calibrated"
-        for strategy, how in (
-            ("two-place", f"({', '.join(ALL)})"),
-            ("calibrated:pool=question", "with lens norm at pool question"),
-        ):
-            assert refused(StrategyError, engine.weights, "a", strategy=strategy) == (
-                f"Strategy {strategy.partition(':')[0]} needs typical values, missing for "
-                f"math, es {how}; measure them with `qaflora bundle calibrate DIR`."
-            )
+        for strategy in ("two-place", "calibrated:pool=question"):
+            message = refused(StrategyError, engine.weights, "a", strategy=strategy)
+            assert message.startswith(f"Strategy {strategy.partition(':')[0]} needs to know")
+            assert "was not measured of math, es. " in message
     calibrate(old.folder, Engine)
     assert load_bundle(old.folder).known.typical == load_bundle(calibrated.folder).known.typical

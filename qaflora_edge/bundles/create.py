@@ -116,6 +116,8 @@ def create_bundle(
             "pool": DEFAULT_POOL,
             "prefill": "auto",
         }
+        if keys and engine is not None:
+            raw["fusion"]["when_measured"] = wanted  # until it is: this process may be killed
         write_bundle_json(temporary, raw, str(folder / BUNDLE_FILE))
     if engine is not None and keys:
         try:
@@ -123,6 +125,7 @@ def create_bundle(
         except BundleError:  # BEST cannot weigh an adapter that adds nothing to q, k and v
             if strategy is not None:
                 raise
+            set_default(folder, PUBLISHED, lens=DEFAULT_LENS, pool=DEFAULT_POOL)
     return folder
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,14 @@ from qaflora_edge.formats.bundle import (
 from qaflora_edge.formats.inputs import Json, Object, check_file
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.prompt.neutral import neutral
-from qaflora_edge.weighing.calibration import KEYS
+from qaflora_edge.weighing.calibration import DRAFTED, KEYS
 from qaflora_edge.weighing.strategy import parse_strategy
 from qaflora_edge.weighing.weigher import Weigher, WeighingFacts, known_of
 
 CALIBRATION_CTX = 512  # tokens; the neutral prompts are short
 OPENING = "Opening the base"
 ONCE = "Measuring what is typical of each adapter, once"
+ANSWERING = "Letting each adapter answer typical prompts, once"
 
 OpenEngine = Callable[..., AbstractContextManager[Any]]  # the class Engine
 
@@ -66,7 +68,8 @@ def add_adapters(
         check_names(names)
         wanted = loaded.known.strategy
         if strategy is not None:
-            wanted = raw.setdefault("fusion", {})["strategy"] = strategy
+            wanted = strategy
+            _set_strategy(raw, strategy)
         parse_strategy(wanted, names)  # raises before the work
         put_adapters(folder, raw, pairs, loaded.header, outtype, progress)
         for record in raw["adapters"][len(loaded.adapters) :]:
@@ -87,10 +90,9 @@ def remove_adapter(folder: AnyPath, name: str, *, strategy: str | None = None) -
     folder = Path(folder)
     with editing(folder) as (text, raw):
         del raw["adapters"][_index(folder, text, name)]
-        fusion = raw.setdefault("fusion", {})
-        fusion.get("typical", {}).pop(name, None)
+        raw.setdefault("fusion", {}).get("typical", {}).pop(name, None)
         if strategy is not None:
-            fusion["strategy"] = strategy
+            _set_strategy(raw, strategy)
             check_strategy(f"Cannot weigh the bundle {folder}", raw, strategy)
             return
         needed = known_of(text).strategy
@@ -109,14 +111,16 @@ def calibrate(
     """Measure what the adapters lack of typical values.
 
     engine    the class Engine
-    strategy  default of an Engine from now on: only what it needs is measured; None: all
+    strategy  default of an Engine from now on: only what it needs is measured; None: all, or
+              what was ended before it was done
     returns   whether there was anything to measure
     """
     folder = Path(folder)
-    with editing(folder) as (_, raw):
+    with editing(folder) as (text, raw):
         base_path = load_bundle(folder).base_path
+        strategy = strategy or text.fusion.when_measured
         if strategy is not None:
-            raw.setdefault("fusion", {})["strategy"] = strategy
+            _set_strategy(raw, strategy)
         return measure_typical(folder, raw, strategy, base_path, engine, progress)
 
 
@@ -126,7 +130,8 @@ def set_default(folder: AnyPath, strategy: str, *, lens: str, pool: str) -> None
     Raises StrategyError or BundleError and leaves the bundle as it was when anything fails.
     """
     with editing(Path(folder)) as (_, raw):
-        raw.setdefault("fusion", {}).update(strategy=strategy, lens=lens, pool=pool)
+        _set_strategy(raw, strategy)
+        raw["fusion"].update(lens=lens, pool=pool)
         check_strategy(f"Cannot weigh the bundle {folder}", raw, strategy)
 
 
@@ -197,6 +202,13 @@ def write_bundle_json(folder: Path, raw: Object, where: str) -> None:
     write_text_atomic(folder / BUNDLE_FILE, content)
 
 
+def _set_strategy(raw: Json, strategy: str) -> None:
+    """Make a strategy the default of an Engine, whatever was to be it once it is measured."""
+    fusion = raw.setdefault("fusion", {})
+    fusion["strategy"] = strategy
+    fusion.pop("when_measured", None)
+
+
 def _index(folder: Path, text: BundleText, name: str) -> int:
     names = [adapter.name for adapter in text.adapters]
     if name not in names:
@@ -250,19 +262,18 @@ def measure_typical(
         tell(OPENING, 0, 1)
         with engine(base=base_path, adapters=adapters, n_ctx=CALIBRATION_CTX) as opened:
             tell(OPENING, 1, 1)
-            tell(ONCE, 0, 1)
             current = opened.memory.current
-            with current.core.call():
-                measured = measure(
-                    current,
-                    prompts,
-                    turns,
-                    exchanges,
-                    lacking_keys,
-                    lambda done, total: tell(ONCE, done, total),
-                )
-        for name, values in measured.items():
-            typical[name] = typical.get(name, {}) | values
+            for what, group in ((ONCE, {*KEYS} - {*DRAFTED}), (ANSWERING, {*DRAFTED})):
+                wanted_keys = [key for key in lacking_keys if key in group]
+                if not wanted_keys:
+                    continue
+                tell(what, 0, 1)
+                tell_count = partial(tell, what)
+                with current.core.call():
+                    measured = measure(current, prompts, turns, exchanges, wanted_keys, tell_count)
+                tell(what, 1, 1)
+                for name, values in measured.items():
+                    typical[name] = typical.get(name, {}) | values
         fusion["typical"] = typical
         fusion["typical_prompts"] = recorded
     if strategy is not None:

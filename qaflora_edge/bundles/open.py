@@ -7,6 +7,7 @@ Opening compares every file with its record and changes nothing.
 """
 
 import os
+import shlex
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qaflora_edge.errors import BundleError, QafloraError, changed_file
+from qaflora_edge.files import one_line
 from qaflora_edge.formats.bundle import (
     BUNDLE_FILE,
     AdapterRecord,
@@ -206,6 +208,18 @@ def recorded_base(folder: Path, base: BaseRecord) -> Path | None:
         if path is not None:
             return path
     return pulled_model(base.registry) if base.registry else None
+
+
+def unmeasured(folder: Path, text: BundleText | None) -> str:
+    """Say so where measuring was ended before it was done, and which command does it; else ""."""
+    if text is None or text.fusion.when_measured is None:
+        return ""
+    strategy = text.fusion.when_measured
+    command = ["qaflora", "bundle", "calibrate", str(folder), "--strategy", strategy]
+    return one_line(
+        f"{folder} works, but is not measured: {text.fusion.strategy} weighs it in place of "
+        f"{strategy}. `{shlex.join(command)}` finishes it."
+    )
 
 
 def may_be_read(folder: Path, base: BaseRecord) -> bool:

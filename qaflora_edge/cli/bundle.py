@@ -106,7 +106,9 @@ def create(
     once; a bundle that is not measured works, and `qaflora bundle calibrate` finishes it.
     """
     from qaflora_edge.bundles.create import create_bundle
+    from qaflora_edge.bundles.open import unmeasured
     from qaflora_edge.engine import Engine
+    from qaflora_edge.formats.bundle import read_bundle_text
 
     pairs: Sequence[tuple[str, AnyPath]] = adapters
     source: AnyPath
@@ -131,15 +133,11 @@ def create(
     is_there = os.path.lexists(folder)
     options["engine"] = Engine if calibrate else None
     try:
-        with progress_bars() as progress:
+        with progress_bars(or_lines=True) as progress:
             create_bundle(folder, source, pairs, progress=progress, **options)
     except BaseException:
         if folder.is_dir() and not is_there:
-            from qaflora_edge.bundles.create import BEST
-
-            strategy = options["strategy"] or BEST
-            finish = f"qaflora bundle calibrate {folder} --strategy {strategy}"
-            say(f"{folder} works, but is not measured; `{finish}` does.")
+            say(unmeasured(folder, read_bundle_text(folder)))
         raise
     weighed = f"weighed by {_strategy(folder)}"
     say(f"Created the bundle {folder}, {weighed}. Try: qaflora chat {folder}")
@@ -183,7 +181,7 @@ def add(
     notes = {key: options.pop(key) for key in ("source", "license", "description")}
     options["note"] = {key: text for key, text in notes.items() if text is not None}
     options["engine"] = Engine if calibrate else None
-    with progress_bars() as progress:
+    with progress_bars(or_lines=True) as progress:
         add_adapters(folder, pairs, progress=progress, **options)
     for name, _ in pairs:
         say(f"Added the adapter {name} to {folder}.")
@@ -236,7 +234,7 @@ def calibrate(folder: Path, strategy: str | None) -> None:
     from qaflora_edge.bundles.edit import calibrate as calibrate_bundle
     from qaflora_edge.engine import Engine
 
-    with progress_bars() as progress:
+    with progress_bars(or_lines=True) as progress:
         is_new = calibrate_bundle(folder, Engine, strategy=strategy, progress=progress)
     done = "Measured the adapters of" if is_new else "Every adapter was measured already in"
     say(f"{done} {folder}, weighed by {_strategy(folder)}.")
@@ -251,7 +249,7 @@ def show(folder: Path) -> None:
 
 def describe(folder: Path) -> str:
     """Give a bundle's description as lines to read; its files need not be there."""
-    from qaflora_edge.bundles.open import how_to_get_base, recorded_base
+    from qaflora_edge.bundles.open import how_to_get_base, recorded_base, unmeasured
     from qaflora_edge.formats.bundle import read_bundle_text
     from qaflora_edge.formats.gguf import plain_name
     from qaflora_edge.weighing.weigher import known_of
@@ -285,6 +283,8 @@ def describe(folder: Path) -> str:
             f"  {adapter.name:<{width}}  rank {adapter.rank:<3} alpha {adapter.alpha:<4g} "
             f"{modules}  {'; '.join(notes)}".rstrip()
         )
+    if note := unmeasured(folder, text):
+        lines.append(note)
     lines += [f"  {count}, in --json" for count in others(len(text.adapters) - len(shown))]
     return "\n".join(map(one_line, lines))
 

@@ -397,12 +397,13 @@ def open_engine(
 
     changes  keywords of Engine in place of those that the options give
     """
+    from qaflora_edge.bundles.open import unmeasured
     from qaflora_edge.engine import Engine
 
     folder = bundle_folder(bundle)
     with contextlib.nullcontext() if is_quiet else waiting(f"Loading {folder}"):
         engine = Engine(folder, **options.engine | changes)
-    if warning := slow_weighing(engine):
+    if warning := slow_weighing(engine) or unmeasured(folder, engine.memory.files.text):
         say(f"[{warning}]")
     return engine
 

@@ -1,10 +1,14 @@
-"""Progress on stderr, on a terminal only: bars for what is counted, a spinner for what is not."""
+"""Progress on stderr: bars on a terminal, and a spinner; elsewhere lines, where they are wanted."""
 
 import os
 import sys
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
+
+import click
 
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.show import visible
@@ -13,6 +17,7 @@ if TYPE_CHECKING:
     from rich.status import Status
 
 PROMPT_WORK = {"weighing": "Weighing the adapters", "reading": "Reading the prompt"}
+_LINES_S = 4.0  # between lines, where nothing can be taken back
 _N_SHOWN = 60  # characters of an answer that fit a line
 
 
@@ -22,10 +27,14 @@ def is_shown() -> bool:
 
 
 @contextmanager
-def progress_bars() -> Iterator[Tell]:
-    """Give a function that draws a bar for each thing it is told of; off a terminal, nothing."""
+def progress_bars(*, or_lines: bool = False) -> Iterator[Tell]:
+    """Give a function that draws a bar for each thing it is told of.
+
+    or_lines  off a terminal, say every few seconds how far it is; else nothing
+    """
     if not is_shown():
-        yield silent
+        with _lines() if or_lines else nullcontext(silent) as tell:
+            yield tell
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -41,6 +50,31 @@ def progress_bars() -> Iterator[Tell]:
             progress.update(tasks[what], completed=done, total=max(1, total))
 
         yield tell
+
+
+@contextmanager
+def _lines() -> Iterator[Tell]:
+    """Give a function whose last words are said every few seconds, also while it is not called."""
+    last = ""
+    is_over = threading.Event()
+
+    def tell(what: str, done: int, total: int) -> None:
+        nonlocal last
+        last = f"{what}: {done} of {total}"
+
+    def repeat() -> None:
+        begun_s = time.monotonic()
+        while not is_over.wait(_LINES_S):
+            if last:
+                click.echo(f"{last}, after {time.monotonic() - begun_s:.0f} s", err=True)
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield tell
+    finally:
+        is_over.set()
+        thread.join()
 
 
 class Waiting:

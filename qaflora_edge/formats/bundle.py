@@ -164,10 +164,12 @@ class TypicalRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Fusion(Struct, frozen=True, kw_only=True):
     """Defaults of an Engine, and measurements by adapter.
 
-    pool  older bundles may have "mean", which is read as "last"
+    pool           older bundles may have "mean", which is read as "last"
+    when_measured  default strategy once the adapters are measured; None: `strategy` stays
     """
 
     strategy: Filled | None = None
+    when_measured: Filled | None = None
     lens: Literal["norm", "raw"] | None = None
     prefill: Literal["auto", "base", "mix"] = "mix"  # an older bundle answers as before
     pool: Literal["last", "question", "mean"] | None = None

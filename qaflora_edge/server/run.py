@@ -228,7 +228,11 @@ def run(places: Sequence[Path], host: str, port: int, options: ServerOptions) ->
     names = ", ".join(app.state.models.listed)
     ready = f"Page: {url}/  API: {url}/v1  Models: {names}"
     server = _Server(config_of(app))
-    app.state.on_ready = lambda: logging.getLogger(__name__).info("%s", ready)
+    log = logging.getLogger(__name__)
+    for model in app.state.models.by_name.values():
+        if note := model.about.get("note"):
+            log.warning("%s", note)
+    app.state.on_ready = lambda: log.info("%s", ready)
     with listener:
         server.run(sockets=[listener])
     if server.is_interrupted:

@@ -14,6 +14,7 @@ from typing import Any
 from starlette.requests import Request
 
 from qaflora_edge.ask import Sampling
+from qaflora_edge.bundles.open import unmeasured
 from qaflora_edge.config import in_group
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import BundleError, BusyError, QafloraError
@@ -105,7 +106,7 @@ class ServedModel:
     strategies  that it can follow, as in NAME:STRATEGY
     sha256      of the base's file, and of each adapter's by its name; empty for a base alone
     n_byte      of the base's file and the adapters'
-    about       what its adapters are for, and questions that the page suggests
+    about       what its adapters are for, questions that the page suggests, and a note on it
     engine      None while it is not loaded; `worker` computes for it
     opening     the task that loads it now; it goes on when the caller gives up
     closing     the one that closed it last
@@ -200,6 +201,8 @@ class ServedModels:
             sha256 = {"base": text.base.sha256, "adapters": hashes}
             descriptions = {adapter.name: adapter.description for adapter in text.adapters}
             about = {"descriptions": descriptions, "questions": list(text.questions)}
+            if note := unmeasured(place, text):
+                about["note"] = note
             options = in_group("sampling")
             of_bundle = {
                 option: value

@@ -1,6 +1,7 @@
 """Calibration: what is typical of an adapter over neutral prompts, as bundle.json stores it."""
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -147,22 +148,19 @@ def _neutral_distances(query: Query, keys: Sequence[str]) -> F64:
     return shared.reshape(len(query.adapters), len(keys), n_prompt)
 
 
-def check_typical(strategy: str, query: Query, keys: Sequence[str], how: str = "") -> None:
-    """Raise StrategyError, which says how, for adapters that lack some of these keys."""
-    missing: dict[str, list[str]] = {}
-    for name in query.adapters:
-        typical = query.typical.get(name, {})
-        lacking = [key for key in keys if key not in typical]
-        if lacking:
-            missing[name] = lacking
-    if missing:
-        names = ", ".join(missing)
-        first_lacking = next(iter(missing.values()))
-        what = how or f"({', '.join(first_lacking)})"
-        raise StrategyError(
-            f"Strategy {strategy} needs typical values, missing for {names} {what}; measure them "
-            "with `qaflora bundle calibrate DIR`."
-        )
+def check_typical(strategy: str, query: Query, keys: Sequence[str]) -> None:
+    """Raise StrategyError for adapters of which some of these keys were not measured."""
+    lacking = [name for name in query.adapters if {*keys} - {*query.typical.get(name, {})}]
+    if not lacking:
+        return
+    finish = "`qaflora bundle create` and `add` measure it, unless --no-calibrate is given."
+    if query.folder:
+        command = shlex.join(["qaflora", "bundle", "calibrate", query.folder])
+        finish = f"Measure it with `{command}`."
+    raise StrategyError(
+        f"Strategy {strategy} needs to know what each adapter does to everyday prompts, and that "
+        f"was not measured of {', '.join(lacking)}. {finish}"
+    )
 
 
 def adds_nothing(typical: Mapping[str, Mapping[str, float]]) -> bool:

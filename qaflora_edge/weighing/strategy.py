@@ -60,6 +60,7 @@ class Query:
     adapters  names of those in use, in the order of every first axis
     lens      "norm" or "raw", pool "last" or "question": see `qaflora weights --help`
     typical   adapter -> typical values by calibration.KEYS, where the bundle has them
+    folder    the bundle's, for messages; empty where there is none
     argument  what parse() of the strategy gave
     options   the strategy's own options, as given
     question  span of the question's tokens: the last user turn of a chat prompt, else all tokens
@@ -78,6 +79,7 @@ class Query:
     lens: str
     pool: str
     typical: Typical
+    folder: str = ""
     argument: Any = None
     options: Options = field(default_factory=dict)
     question: Span = (0, 0)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Self
 
 import msgspec
@@ -48,6 +49,7 @@ class WeighingFacts:
 
     prefill  who prefills prompts, of config.PREFILLS
     typical  see Query
+    folder   the bundle's, for messages; empty where there is none
     """
 
     strategy: str = DEFAULT_STRATEGY
@@ -55,6 +57,7 @@ class WeighingFacts:
     pool: str = DEFAULT_POOL
     prefill: str = "auto"
     typical: Typical = field(default_factory=dict, repr=False)
+    folder: str = ""
 
     def under(self, **options: str | None) -> Self:
         """Replace the defaults by the strategy, lens, pool and prefill that a caller gives."""
@@ -82,7 +85,8 @@ def known_of(text: BundleText | None) -> WeighingFacts:
         expected = f"a strategy for these adapters ({error})"
         wrong = WrongField("fusion.strategy", shown(known.strategy), expected)
         raise wrong_bundle(text.where, wrong) from error
-    return replace(known, typical=msgspec.to_builtins(fusion.typical))
+    folder = str(Path(text.where).parent)
+    return replace(known, typical=msgspec.to_builtins(fusion.typical), folder=folder)
 
 
 @dataclass(frozen=True)
@@ -267,6 +271,7 @@ class Weigher:
             lens=self.known.lens,
             pool=options.get("pool", self.known.pool),
             typical=self.known.typical,
+            folder=self.known.folder,
             argument=argument,
             options=options,
             question=prompt.question or (0, n_token),

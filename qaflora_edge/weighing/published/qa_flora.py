@@ -59,8 +59,7 @@ class Calibrated(Strategy):
     def check(self, query: Query) -> None:
         from qaflora_edge.weighing.calibration import check_typical
 
-        place = "" if query.pool == "last" else f" at pool {query.pool}"
-        check_typical(self.name, query, [_key(query)], f"with lens {query.lens}{place}")
+        check_typical(self.name, query, [_key(query)])
 
     def plan(self, reading: Reading) -> Plan:
         from qaflora_edge.weighing import numbers

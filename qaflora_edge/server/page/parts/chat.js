@@ -184,13 +184,14 @@ addEventListener("keydown", event => {
 
 const drawEmpty = () => {
   const names = adaptersOf(settings.bundle), shown = names.length > N_ALL ? names.slice(0, N_TOP) : names;
-  const { descriptions = {}, questions = [] } = bundles.get(settings.bundle).meta;
+  const { descriptions = {}, questions = [], note = "" } = bundles.get(settings.bundle).meta;
   const suggested = text => el("button", { type: "button", className: "chip", dir: "auto", onclick: () => { if (!running) ask(text); } }, text);
   byId("empty").replaceChildren(
     el("h2", {}, el("bdi", {}, settings.bundle)),
     el("p", {}, names.length
       ? "These adapters are weighed for every question. The bar above an answer shows its mix; open it to see why."
       : "A base without adapters."),
+    el("p", { className: "hint" }, note),
     el("p", { className: "hint weighing" }),
     el("ul", { className: "about" },
       ...shown.map(name => el("li", {}, entry(name, names), " ", descriptions[name] ?? "")),
