@@ -68,13 +68,13 @@ test: $(DONE)/package $(DONE)/test-tools
 # The other tests keep to the small bases. Here the documents are run with the base that they name.
 test-demo: export QAFLORA_TEST_DEMO := 1
 test-demo: $(DONE)/package $(DONE)/test-tools
-	$(BIN)/qaflora pull qwen2.5-coder-1.5b-instruct
+	$(BIN)/python models/pull.py qwen2.5-coder-1.5b-instruct
 	$(BIN)/pytest tests/test_docs.py tests/test_transcript.py -k "blocks or rightly or typed"
 
 # Whom the rule takes of twelve adapters, six of them held out: benchmarks/zoo.
 test-zoo: export QAFLORA_TEST_ZOO := 1
 test-zoo: $(DONE)/package $(DONE)/test-tools
-	$(BIN)/qaflora pull qwen2.5-coder-0.5b-instruct
+	$(BIN)/python models/pull.py qwen2.5-coder-0.5b-instruct
 	$(BIN)/pytest tests/test_zoo_rule.py
 
 test-fast: $(DONE)/package $(DONE)/test-tools
@@ -293,26 +293,26 @@ fuzz: $(DONE)/package
 # `qaflora serve` beside llama.cpp's own server, which is built from the same source (10 minutes on two
 # cores): tokens/s and waiting times of 1 to 16 users.
 bench-server: $(DONE)/package
-	$(BIN)/qaflora pull qwen2.5-coder-0.5b-instruct
+	$(BIN)/python models/pull.py qwen2.5-coder-0.5b-instruct
 	server="$$($(BIN)/python benchmarks/llama_server.py $(BUILD)/llama-server)" && \
 	    $(BIN)/python benchmarks/server.py --llama-server "$$server"
 
 # Two bundles under mixed load: answers against those given alone, memory after a minute and after ten.
 LOAD_MINUTES ?= 10
 load-server: $(DONE)/package
-	$(BIN)/qaflora pull qwen2.5-coder-0.5b-instruct
-	$(BIN)/qaflora pull smollm2-135m-instruct
+	$(BIN)/python models/pull.py qwen2.5-coder-0.5b-instruct
+	$(BIN)/python models/pull.py smollm2-135m-instruct
 	$(BIN)/python benchmarks/server_load.py models/demo-small models/demo --minutes $(LOAD_MINUTES) \
 	    --adapter models/demo/adapters/med.gguf
 
 # Sixteen users of two bundles, one of them with a prompt of 30,000 tokens.
 fair-server: $(DONE)/package
-	$(BIN)/qaflora pull qwen2.5-coder-0.5b-instruct
+	$(BIN)/python models/pull.py qwen2.5-coder-0.5b-instruct
 	$(BIN)/python benchmarks/server_fair.py models/demo-small --minutes $(LOAD_MINUTES)
 
 # Hostile clients of this machine, and how long a user with a key waits beside them.
 attack-server: $(DONE)/package
-	$(BIN)/qaflora pull smollm2-135m-instruct
+	$(BIN)/python models/pull.py smollm2-135m-instruct
 	$(BIN)/python benchmarks/server_attacks.py models/demo
 
 # A rank-64 adapter of an 8B Llama: seconds and peak memory (needs 0.7 GB of temporary space).
@@ -337,7 +337,7 @@ eval-report: $(DONE)/package
 SMOKE := $(BUILD)/smoke
 SMOKE_EVAL := $(BIN)/python benchmarks/code_metric.py eval $(SMOKE)/bundle benchmarks/smoke/*.jsonl -o $(SMOKE)/results.jsonl
 eval-smoke: $(DONE)/package
-	$(BIN)/qaflora pull smollm2-135m-instruct
+	$(BIN)/python models/pull.py smollm2-135m-instruct
 	rm -rf $(SMOKE) && mkdir -p $(SMOKE) && cp -r models/demo $(SMOKE)/bundle
 	$(SMOKE_EVAL) --limit 1
 	$(SMOKE_EVAL) --json $(SMOKE)/results.json --save

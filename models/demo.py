@@ -109,8 +109,8 @@ def main() -> None:
 
 
 def pull(base: str) -> bool:
-    """Tell whether the base is here; what `qaflora pull` says of it is shown."""
-    command = [sys.executable, "-m", "qaflora_edge", "pull", base]
+    """Tell whether the base is here; what `pull.py` says of it is shown."""
+    command = [sys.executable, str(CHECKOUT / "models/pull.py"), base]
     return subprocess.run(command, check=False).returncode == 0
 
 

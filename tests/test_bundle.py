@@ -234,7 +234,7 @@ def test_bundle_can_move_to_a_machine_with_the_pulled_base(tmp_path, monkeypatch
     sources = make_sources(tmp_path)
     base = sources.base.path
     facts = {"description": "", "architecture": "llama", "kind": "chat", "license": "MIT"}
-    facts |= {"sha256": sha256(base), "size_bytes": base.stat().st_size, "sources": ()}
+    facts |= {"sha256": sha256(base), "size_bytes": base.stat().st_size, "hub": None}
     model = registry.Model(name="tiny-model", file="tiny-model.gguf", **facts)
     for module in (registry, source):
         monkeypatch.setattr(module, "load_registry", lambda: {model.name: model})

@@ -176,8 +176,8 @@ def pulled(hub, start, tmp_path, checkout) -> dict[str, str]:
     registry = json.loads((checkout / "models" / "registry.json").read_text())
     entry = registry["models"]["gemma-3-270m"]
     entry |= {"file": "base.gguf", "sha256": sha256(base).hexdigest(), "size_bytes": len(base)}
-    source = {"type": "hub", "repo": "owner/base", "revision": None, "file": "base.gguf"}
-    registry["models"] = {"fake": entry | {"sources": [source]}}
+    hub_ref = {"repo": "owner/base", "revision": None, "file": "base.gguf"}
+    registry["models"] = {"fake": entry | {"hub": hub_ref}}
     (tmp_path / "registry.json").write_text(json.dumps(registry))
     (tmp_path / "empty").mkdir()
     hf = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}

