@@ -31,7 +31,7 @@ from qaflora_edge.answering.typical import measure
 from qaflora_edge.bundles import open as bundle_open
 from qaflora_edge.bundles import source
 from qaflora_edge.bundles.create import create_bundle
-from qaflora_edge.bundles.edit import calibrate, remove_adapter, set_base
+from qaflora_edge.bundles.edit import remove_adapter, set_base
 from qaflora_edge.bundles.open import load_bundle, verify_bundle
 from qaflora_edge.cli.bundle import describe
 from qaflora_edge.config import LENSES
@@ -172,24 +172,6 @@ def test_failed_creation_leaves_the_disk_untouched(tmp_path) -> None:
     with pytest.raises(errors.OutputFileError, match="there is something of that name already"):
         create_bundle(sources.folder, sources.base.path, {"a": sources.adapter.path})
     assert snapshot(tmp_path) == before | {sources.folder.name: ""}
-
-
-def test_a_bundle_whose_measuring_fails_works(tmp_path) -> None:
-    """It is there before anything is measured, and `calibrate` finishes it."""
-    sources = make_sources(tmp_path)
-
-    def stopped(**_: Any) -> Any:
-        raise KeyboardInterrupt
-
-    for strategy in (None, "two-place"):
-        folder = tmp_path / f"b {strategy}"
-        adapters = {"es": sources.adapter.path}
-        with pytest.raises(KeyboardInterrupt):
-            create_bundle(folder, sources.base.path, adapters, engine=stopped, strategy=strategy)
-        with Engine(folder, n_ctx=64) as engine:
-            assert engine.weights("the thing").strategy == "qa-flora"
-        assert calibrate(folder, Engine, strategy="two-place")
-        assert load_bundle(folder).known.strategy == "two-place"
 
 
 def test_texts_of_a_bundle_command_no_terminal(made) -> None:
