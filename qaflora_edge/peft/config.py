@@ -20,18 +20,14 @@ from msgspec import Meta, Struct
 from qaflora_edge.errors import PeftConfigError, UnsupportedAdapterError
 from qaflora_edge.files import package_data
 from qaflora_edge.formats.inputs import (
-    Json,
     Object,
     WrongField,
     expected_of,
     read_as,
-    read_json_file,
     shortened,
     shown,
 )
-from qaflora_edge.formats.names import CONFIG_FILE
 
-MAX_CONFIG_BYTES = 1 << 22
 MAX_PATTERN_LENGTH = 256
 MATCH_S = 1.0  # of the processor, to match all patterns with all modules
 LEAST_S = 1e-3  # that a match may take
@@ -206,15 +202,6 @@ class PeftConfig:
             )
 
 
-def read_fields(folder: Path) -> Json:
-    """Read `adapter_config.json` as a JSON object, unchecked.
-
-    Raises InputFileError when it cannot be opened, PeftConfigError when it is no object.
-    """
-    advice = "Give the folder that PEFT's save_pretrained wrote, or fetch it again."
-    return read_json_file(folder / CONFIG_FILE, MAX_CONFIG_BYTES, PeftConfigError, advice)
-
-
 def is_mlx(fields: Object) -> bool:
     """Tell by its fields whether MLX wrote an adapter_config.json."""
     return "peft_type" not in fields and ("lora_parameters" in fields or "fine_tune_type" in fields)
@@ -225,15 +212,17 @@ def parse_config(path: Path, fields: Object) -> PeftConfig:
 
     Raises PeftConfigError for a wrong one, UnsupportedAdapterError for more than a plain LoRA.
     """
-    was_mlx = is_mlx(fields)
-    if was_mlx:
+    kind: type[MlxFields] | type[PeftFields] = PeftFields
+    if is_mlx(fields):
+        kind = MlxFields
         _refuse_mlx(path, fields)
     else:
         _refuse_peft(path, fields)
     try:
-        if was_mlx:
-            return _mlx_config(path, read_as(MlxFields, fields))
-        return _peft_config(path, read_as(PeftFields, fields))
+        typed = read_as(kind, fields)
+        if isinstance(typed, MlxFields):
+            return _mlx_config(path, typed)
+        return _peft_config(path, typed)
     except WrongField as error:
         raise _wrong(path, str(error)) from error
 

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qaflora_edge.errors import InputFileError
+from qaflora_edge.errors import InputFileError, PeftConfigError
 from qaflora_edge.files import AnyPath, what_is_at
 from qaflora_edge.formats.bundle import BUNDLE_FILE
-from qaflora_edge.formats.inputs import reading
+from qaflora_edge.formats.inputs import Json, read_json_file, reading
 from qaflora_edge.formats.names import CONFIG_FILE, PICKLES, WEIGHTS_FILE
-from qaflora_edge.peft.config import PeftConfig, parse_config, read_fields
+from qaflora_edge.peft.config import PeftConfig, parse_config
 from qaflora_edge.peft.modules import PeftModule, make_modules, read_safetensors
 
 MLX_FILE = "adapters.safetensors"
@@ -24,6 +24,7 @@ _FOUND = {  # in a folder that is no adapter -> what to do
     "convert_hf_to_gguf.py.",
 }
 MAX_SUBFOLDERS = 1000
+MAX_CONFIG_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,20 @@ def read_peft(folder: AnyPath) -> PeftAdapter:
     UnsupportedAdapterError when the adapter is more than a plain LoRA.
     """
     folder = adapter_folder(folder)
-    config = parse_config(folder / CONFIG_FILE, read_fields(folder))
-    tensors = read_safetensors(_weights_file(folder, config.mlx_scale is not None))
+    fields = read_fields(folder)
+    config = parse_config(folder / CONFIG_FILE, fields)
+    weights = _weights_file(folder, config.mlx_scale is not None)
+    tensors = read_safetensors(weights)
     return PeftAdapter(config, make_modules(config, tensors))
+
+
+def read_fields(folder: Path) -> Json:
+    """Read `adapter_config.json` as a JSON object, unchecked.
+
+    Raises InputFileError when it cannot be opened, PeftConfigError when it is no object.
+    """
+    advice = "Give the folder that PEFT's save_pretrained wrote, or fetch it again."
+    return read_json_file(folder / CONFIG_FILE, MAX_CONFIG_BYTES, PeftConfigError, advice)
 
 
 def adapter_folder(folder: AnyPath) -> Path:

@@ -26,8 +26,8 @@ from qaflora_edge.formats.adapter import check_adapter, read_adapter_gguf, read_
 from qaflora_edge.formats.document import document_text, read_pdf
 from qaflora_edge.formats.gguf import read_gguf_header, read_values
 from qaflora_edge.inference.constraint import schema_grammar
-from qaflora_edge.peft.config import parse_config, read_fields
-from qaflora_edge.peft.folder import read_peft
+from qaflora_edge.peft.config import parse_config
+from qaflora_edge.peft.folder import read_fields, read_peft
 from qaflora_edge.peft.modules import read_safetensors
 from qaflora_edge.prompt.conversation import load_session
 from qaflora_edge.prompt.template import render
