@@ -91,10 +91,10 @@ def refuse_adapter(folder: Path) -> None:
 def _trained_on(adapter: str) -> str | None:
     """What the config of a PEFT or MLX folder says; None for anything else."""
     from qaflora_edge.peft.config import is_mlx
-    from qaflora_edge.peft.folder import adapter_folder, read_fields
+    from qaflora_edge.peft.folder import read_fields
 
     try:
-        fields = read_fields(adapter_folder(expanded(adapter)))
+        _, fields = read_fields(expanded(adapter))
     except QafloraError:  # what reads the adapter will say what is wrong
         return None
     key = "base_model_name_or_path"

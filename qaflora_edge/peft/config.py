@@ -109,6 +109,14 @@ class _Clock:
 
 
 @dataclass(frozen=True)
+class LoraSize:
+    """The rank of a module's LoRA, and the factor of B A."""
+
+    rank: int
+    scale: float
+
+
+@dataclass(frozen=True)
 class PeftConfig:
     """What decides the size and the scale of each module of a LoRA.
 
@@ -139,18 +147,15 @@ class PeftConfig:
     mlx_scale: float | None = None
     clock: _Clock = field(default_factory=_Clock, repr=False, compare=False)
 
-    def rank_of(self, module: str) -> int:
-        key = self._matching_key(self.rank_pattern, module)
-        return self.rank_pattern.get(key, self.rank)
-
-    def scale_of(self, module: str) -> float:
-        """Give alpha/rank, or alpha/sqrt(rank) for rsLoRA."""
+    def size_of(self, module: str) -> LoraSize:
+        """Give rank, and alpha/rank, or alpha/sqrt(rank) for rsLoRA."""
         if self.mlx_scale is not None:
-            return self.mlx_scale
-        rank = self.rank_of(module)
+            return LoraSize(self.rank, self.mlx_scale)
+        key = self._matching_key(self.rank_pattern, module)
+        rank = self.rank_pattern.get(key, self.rank)
         key = self._matching_key(self.alpha_pattern, module)
         alpha = self.alpha_pattern.get(key, self.alpha)
-        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+        return LoraSize(rank, alpha / (math.sqrt(rank) if self.use_rslora else rank))
 
     def _matches(self, pattern: regex.Pattern[str], module: str) -> bool:
         try:

@@ -51,21 +51,22 @@ def read_peft(folder: AnyPath) -> PeftAdapter:
     Raises InputFileError and its kinds when a file is missing or damaged,
     UnsupportedAdapterError when the adapter is more than a plain LoRA.
     """
-    folder = adapter_folder(folder)
-    fields = read_fields(folder)
+    folder, fields = read_fields(folder)
     config = parse_config(folder / CONFIG_FILE, fields)
     weights = _weights_file(folder, config.mlx_scale is not None)
     tensors = read_safetensors(weights)
     return PeftAdapter(config, make_modules(config, tensors))
 
 
-def read_fields(folder: Path) -> Json:
-    """Read `adapter_config.json` as a JSON object, unchecked.
+def read_fields(folder: AnyPath) -> tuple[Path, Json]:
+    """Find the folder that holds the adapter, and read its config as a JSON object, unchecked.
 
     Raises InputFileError when it cannot be opened, PeftConfigError when it is no object.
     """
+    folder = adapter_folder(folder)
     advice = "Give the folder that PEFT's save_pretrained wrote, or fetch it again."
-    return read_json_file(folder / CONFIG_FILE, MAX_CONFIG_BYTES, PeftConfigError, advice)
+    fields = read_json_file(folder / CONFIG_FILE, MAX_CONFIG_BYTES, PeftConfigError, advice)
+    return folder, fields
 
 
 def adapter_folder(folder: AnyPath) -> Path:

@@ -19,7 +19,7 @@ from qaflora_edge.errors import SafetensorsFileError, UnsupportedAdapterError
 from qaflora_edge.files import AnyPath
 from qaflora_edge.formats.gguf import DIVERGED
 from qaflora_edge.formats.inputs import open_input, read_bytes, read_json_object, reading
-from qaflora_edge.peft.config import REFUSED, PeftConfig, is_named
+from qaflora_edge.peft.config import REFUSED, LoraSize, PeftConfig, is_named
 
 MAX_HEADER_BYTES = 1 << 24  # the format allows 100 MB; an adapter needs a few hundred KB
 MAX_NAME_LENGTH = 256
@@ -179,10 +179,14 @@ def make_modules(config: PeftConfig, tensors: Mapping[str, StoredTensor]) -> dic
                     "again."
                 )
         a, b = (pair[side] for side in sides)
+        parameter = parameters.get(name)
+        if parameter is None:
+            config.check_target(name)
+        size = config.size_of(parameter or name)  # what PEFT's patterns are matched with
         if is_mlx:
-            module = _mlx_module(config, name, a, b)
+            module = _mlx_module(config, name, size, a, b)
         else:
-            module = _peft_module(config, name, a, b, parameters.get(name), name in embeddings)
+            module = _peft_module(config, name, size, a, b, parameter, name in embeddings)
         modules[module.name] = module
     return modules
 
@@ -276,6 +280,7 @@ def _check_copy(config: PeftConfig, tensor: StoredTensor, pairs: Collection[str]
 def _peft_module(
     config: PeftConfig,
     name: str,
+    size: LoraSize,
     a: StoredTensor,
     b: StoredTensor,
     parameter: str | None,
@@ -287,10 +292,7 @@ def _peft_module(
     """
     _check_matrix(a)
     _check_matrix(b)
-    if parameter is None:
-        config.check_target(name)
-    key = parameter or name  # what PEFT's patterns are matched with
-    rank = config.rank_of(key)
+    rank = size.rank
     is_stacked = parameter is not None and not parameter.endswith(".weight")
     n_expert = max(1, a.shape[0] // rank) if is_stacked else 0
     if not a.shape[0] == b.shape[1] == rank * max(1, n_expert):
@@ -306,11 +308,11 @@ def _peft_module(
             "it, or leave these modules out."
         )
     return PeftModule(
-        name=key if is_stacked else name,
+        name=parameter if parameter and is_stacked else name,
         rank=rank,
         n_in=a.shape[1],
         n_out=b.shape[0],
-        scale=config.scale_of(key),
+        scale=size.scale,
         a=a,
         b=b,
         is_embedding=is_embedding,
@@ -380,15 +382,16 @@ def _mlx_pairs(tensors: Mapping[str, StoredTensor]) -> Pairs:
     return pairs
 
 
-def _mlx_module(config: PeftConfig, name: str, a: StoredTensor, b: StoredTensor) -> PeftModule:
-    rank = config.rank
-    scale = config.scale_of(name)
+def _mlx_module(
+    config: PeftConfig, name: str, size: LoraSize, a: StoredTensor, b: StoredTensor
+) -> PeftModule:
+    rank = size.rank
+    scale = size.scale
     if name.rpartition(".")[2] in _MLX_EMBEDDINGS:
         raise UnsupportedAdapterError(
             f"Cannot use {a.path}: module {name} is an embedding with a LoRA, which MLX "
             "applies to a tied head as well; expected LoRA on linear layers. Train without it."
         )
-    config.check_target(name)
     if not _MLX_EXPERTS.fullmatch(name):
         if a.shape[1] == b.shape[0] == rank:
             return PeftModule(name, rank, a.shape[0], b.shape[1], scale, a, b, is_transposed=True)

@@ -350,10 +350,12 @@ def _check_safetensors(folder: Path, place: Path) -> None:
 
 
 def _check_config(folder: Path, place: Path) -> None:
-    config = parse_config(folder / "adapter_config.json", read_fields(folder))
+    folder, fields = read_fields(folder)
+    config = parse_config(folder / "adapter_config.json", fields)
     for module in MODULES:
-        assert 1 <= config.rank_of(module) <= 1 << 14
-        assert np.isfinite(np.float32(config.scale_of(module)))
+        size = config.size_of(module)
+        assert 1 <= size.rank <= 1 << 14
+        assert np.isfinite(np.float32(size.scale))
 
 
 def _check_peft(folder: Path, place: Path) -> None:
