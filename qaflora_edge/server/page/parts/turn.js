@@ -65,10 +65,20 @@ const turnView = (turn, on) => {
     on.change();
   };
 
-  const append = answer => {
-    const index = views.length, view = answerView(answer, adaptersOf(answer.model), {
-      change: () => { draw(); on.change(); }, goOn: () => on.goOn(made, view),
-    });
+  // An answer that cannot be drawn, as its plain text.
+  const viewOf = (index, actions) => {
+    const answer = turn.answers[index], names = adaptersOf(answer.model);
+    try {
+      return answerView(answer, names, actions);
+    } catch {
+      const { model, strategy, text } = answer;
+      turn.answers[index] = { model, strategy, text: String(text), state: "stop" };
+      return answerView(turn.answers[index], names, actions);
+    }
+  };
+
+  const append = index => {
+    const view = viewOf(index, { change: () => { draw(); on.change(); }, goOn: () => on.goOn(made, view) });
     view.chip = el("button", { type: "button", className: "chip", onclick: () => toggle(index) });
     view.better = el("button", { type: "button", className: "chip", onclick: () => judge(index) }, "This one was better");
     view.actions.append(view.better);
@@ -85,8 +95,7 @@ const turnView = (turn, on) => {
     }
     turn.chosen = Math.max(0, Math.min(turn.chosen, views.length - 1));
     turn.beside = views.length || undefined;
-    turn.answers.push(answer);
-    const view = append(answer);
+    const view = append(turn.answers.push(answer) - 1);
     draw();
     return view;
   };
@@ -118,7 +127,7 @@ const turnView = (turn, on) => {
   };
   const versions = el("div", { className: "versions", onkeydown: leaveWays }, retry, chips, another, ways);
   element.append(question, answers, versions);
-  turn.answers.forEach(append);
+  turn.answers.forEach((_, index) => append(index));
   show();
   draw();
   const made = { turn, element, add, draw, edit, setBusy: isBusy => {
