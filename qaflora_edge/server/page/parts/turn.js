@@ -78,7 +78,7 @@ const turnView = (turn, on) => {
   };
 
   const append = index => {
-    const view = viewOf(index, { change: () => { draw(); on.change(); }, goOn: () => on.goOn(made, view) });
+    const view = viewOf(index, { change: () => { draw(); on.change(); }, goOn: () => on.goOn(made, view), messages: () => messagesOf(turn) });
     view.chip = el("button", { type: "button", className: "chip", onclick: () => toggle(index) });
     view.better = el("button", { type: "button", className: "chip", onclick: () => judge(index) }, "This one was better");
     view.actions.append(view.better);
@@ -101,31 +101,12 @@ const turnView = (turn, on) => {
   };
 
   const retry = button("Ask again, with the settings as they are now", "retry", () => on.ask(made, settings.strategy));
-  const ways = el("div", { className: "chips ways", id: unique("ways"), role: "group", "aria-label": "Another version", hidden: true });
-  const way = strategy => el("button", { type: "button", className: "chip", onclick: () => { openWays(false); on.ask(made, strategy); } }, strategyLabel(strategy));
-  const offer = () => {
-    const names = strategyNames();
-    const n_single = names.filter(isSingle).length;
+  const ways = chooserOf({ label: "Another version", title: "Another version", className: "another", offered: () => {
+    const names = strategyNames(), n_single = names.filter(isSingle).length;
     const rest = n_single > N_ALL ? names.splice(N_TOP - n_single) : [];
-    ways.replaceChildren(...names.map(way));
-    if (rest.length) ways.append(el("button", { type: "button", className: "chip", onclick: event => event.target.replaceWith(...rest.map(way)) }, `${rest.length} others`));
-  };
-  const openWays = isOpen => {
-    if (isOpen) offer();
-    ways.hidden = !isOpen;
-    another.setAttribute("aria-expanded", String(isOpen));
-    if (isOpen) ways.scrollIntoView({ block: "nearest" });
-  };
-  const another = el("button", {
-    type: "button", className: "quiet another", "aria-expanded": "false", "aria-controls": ways.id, onclick: () => openWays(ways.hidden),
-  }, "Another version", drawn("open"));
-  const leaveWays = event => {
-    if (event.key !== "Escape" || ways.hidden) return;
-    event.stopPropagation();
-    openWays(false);
-    another.focus();
-  };
-  const versions = el("div", { className: "versions", onkeydown: leaveWays }, retry, chips, another, ways);
+    return [names, rest].map(some => some.map(strategy => [strategyLabel(strategy), () => on.ask(made, strategy)]));
+  } });
+  const versions = el("div", { className: "versions" }, retry, chips, ways.opener, ways.choices);
   element.append(question, answers, versions);
   turn.answers.forEach((_, index) => append(index));
   show();
