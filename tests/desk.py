@@ -65,7 +65,7 @@ class Desk:
         """Ask for a version of the last answer under a strategy, by the name that is shown."""
         self.window.run(
             "[...document.querySelectorAll('.another')].at(-1).click();"
-            "[...document.querySelectorAll('.ways:not([hidden]) .chip')]"
+            "[...document.querySelectorAll('.versions .choices:not([hidden]) .chip')]"
             ".find(e => e.textContent === arguments[0]).click()",
             strategy,
         )

@@ -46,6 +46,7 @@ class Script:
     key      what it asks for, if anything
     refusal  a status, a message and headers (and `code`) that every question is refused with
     is_broken  whether a stream ends before its end
+    taught   what it is taught; None where teaching is off
     """
 
     answers: dict[str, str] = field(default_factory=dict)
@@ -63,6 +64,7 @@ class Script:
     key: str = ""
     refusal: tuple[int, str, dict[str, str]] | None = None
     is_broken: bool = False
+    taught: list[dict[str, Any]] | None = None
     asked: list[dict[str, Any]] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
     n_left: int = 0  # callers that went away before the end
@@ -118,6 +120,7 @@ def app(script: Script) -> Starlette:
                 "n_ctx": 4096,
                 "descriptions": {"es": "Spanish"},
                 "questions": ["What is 2 + 3?"],
+                "takes_teaching": script.taught is not None,
             }
             meta["strategies"] = [*STRATEGIES, *(f"single:{each}" for each in names)]
             found += [{"id": each, "meta": meta} for each in (name, f"{name}:base")]
@@ -131,6 +134,17 @@ def app(script: Script) -> Starlette:
             error = {"message": message, "code": headers.pop("code", None)}
             return JSONResponse({"error": error}, status_code=status, headers=headers)
         return StreamingResponse(stream(body), media_type="text/event-stream")
+
+    async def teach(request: Request) -> Response:
+        body = await request.json()
+        if script.taught is None:
+            error = {"message": "This server takes no teaching."}
+            return JSONResponse({"error": error}, status_code=403)
+        if "undo" in body:
+            return JSONResponse({"adapter": script.taught.pop()["adapter"], "undone": True})
+        script.taught.append(body)
+        n_taught = sum(other["adapter"] == body["adapter"] for other in script.taught)
+        return JSONResponse({"adapter": body["adapter"], "taught": n_taught})
 
     async def document(request: Request) -> Response:
         name = request.query_params["name"]
@@ -186,6 +200,7 @@ def app(script: Script) -> Starlette:
         routes=[
             Route("/", show_page),
             Route("/v1/models", models),
+            Route("/v1/teach", teach, methods=["POST"]),
             Route("/document", document, methods=["POST"]),
             Route("/v1/chat/completions", answer, methods=["POST"]),
         ],

@@ -208,15 +208,61 @@ def test_every_strategy_is_offered_once_below_the_button(desk) -> None:
     before = desk.window.run(place)
     desk.window.press(ENTER)
     names = ["the bundle's own (qa-flora)", "spectr", "static", "base", "manual"]
-    assert desk.texts(".ways .chip") == [*names, "only math", "only es", "only med"]
+    assert desk.texts(".versions .choices .chip") == [*names, "only math", "only es", "only med"]
     assert desk.window.run(place) == before
     assert desk.window.run(
-        "const [ways, box] = ['.ways', '.box'].map(e => document.querySelector(e));"
+        "const [ways, box] = ['.versions .choices', '.box'].map(e => document.querySelector(e));"
         "return ways.getBoundingClientRect().bottom <= box.getBoundingClientRect().top"
     )
     desk.window.press(TAB, ESCAPE)
-    assert desk.texts(".ways:not([hidden])") == []
+    assert desk.texts(".versions .choices:not([hidden])") == []
     assert desk.window.run("return document.activeElement.textContent") == "Another version"
+
+
+def test_an_answer_teaches_who_should_have_answered(desk) -> None:
+    desk.ask()
+    assert desk.window.run("return document.querySelector('.teach').checkVisibility()") is False
+    desk.script.taught = []
+    desk.set("#system", "Be short.")
+    desk.reload()
+    desk.wait_for_texts()
+    desk.ask("And then?")
+    said = "return document.querySelector('.turn:last-child .taught').innerText"
+    focus = "document.querySelector('.turn:last-child .teach').focus()"
+    focused = "return document.activeElement.textContent"
+
+    def teach(*keys: str) -> str:
+        """What the answer says once somebody chose with the keyboard."""
+        desk.window.run(focus)
+        desk.window.press(ENTER, *keys, ENTER)
+        desk.window.until(f"{said}.startsWith('From')")
+        return desk.window.run(said)
+
+    desk.window.run(focus)
+    desk.window.press(ENTER, TAB)
+    assert desk.texts(".teaching .choices .chip") == ["base", "math", "es", "med"]
+    desk.window.press(ESCAPE)
+    assert desk.window.run(focused) == "Should have been"
+    assert teach(TAB, TAB) == "From the next question on: math (1 example). Undo"
+    question = {"role": "user", "content": QUESTION}
+    messages = [{"role": "system", "content": "Be short."}, question]
+    messages += [{"role": "assistant", "content": ANSWER}, {"role": "user", "content": "And then?"}]
+    taught = {"model": "demo", "messages": messages, "adapter": "math"}
+    assert desk.script.taught == [taught]
+    assert teach(TAB, TAB) == "From the next question on: math (2 examples). Undo"
+    desk.click(".turn:last-child .taught button")
+    desk.window.until(f"{said} === 'Undone: math.'")
+    assert desk.script.taught == [taught]
+    # Only what was taught last can be taken back.
+    teach(TAB)
+    desk.click(".teach")
+    desk.click(".teaching .choices .chip:last-child")
+    first = "return document.querySelector('.taught').innerText"
+    desk.window.until(f"{first} === 'From the next question on: med (1 example). Undo'")
+    assert desk.window.run(said) == "From the next question on: base (1 example)."
+    desk.script.taught = None
+    desk.click(".taught button")
+    desk.window.until(f"{first}.startsWith('This server takes no teaching.')")
 
 
 def many(n: int = 64) -> dict[str, list[str]]:
@@ -230,9 +276,9 @@ def test_of_many_adapters_the_first_five_are_offered(desk, monkeypatch) -> None:
     desk.click(".another")
     ways = ["the bundle's own (qa-flora)", "spectr", "static", "base", "manual"]
     ways += [f"only a{i}" for i in range(5)]
-    assert desk.texts(".ways .chip") == [*ways, "59 others"]
-    desk.click(".ways .chip:last-child")
-    assert desk.texts(".ways .chip")[-1] == "only a63"
+    assert desk.texts(".versions .choices .chip") == [*ways, "59 others"]
+    desk.click(".versions .choices .chip:last-child")
+    assert desk.texts(".versions .choices .chip")[-1] == "only a63"
 
 
 def test_many_adapters_are_filtered_and_ticked_together(desk, monkeypatch) -> None:
@@ -713,10 +759,15 @@ def test_axe_finds_nothing_serious(window, is_dark, width) -> None:
         pytest.skip("axe-core cannot be had: npm or the network is missing")
     window.prefer(is_dark=is_dark)
     with desk_at(window, width) as desk:
+        desk.script.taught = []
+        desk.reload()
         assert axe.findings(window) == []
         desk.ask()
         desk.click("button.mix")
         desk.ask_again("static")
+        desk.click(".teach")
+        desk.click(".teaching .chip")
+        desk.click(".teach")
         desk.script.refusal = (503, "Busy.", {})
         desk.ask()
         assert axe.findings(window) == []

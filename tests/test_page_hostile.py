@@ -1,7 +1,12 @@
 """The page of the server before hostile answers: whatever a model writes stays text."""
 
+import re
+from pathlib import Path
+
 import pytest
 from desk import NEEDS_CHROMIUM
+
+from qaflora_edge.server import page
 
 pytestmark = NEEDS_CHROMIUM
 
@@ -63,6 +68,60 @@ def test_no_part_of_a_hostile_answer_acts(desk) -> None:
     )
     assert desk.window.run("return [document.title, location.href]") == ["qaflora", desk.address]
     assert desk.window.log() == []
+
+
+def temml_formulas() -> list[str]:
+    """Each command of Temml with wrong arguments, each word of its that may be an environment."""
+    source = (Path(page.__file__).parent / "vendor" / "temml.min.js").read_text("utf-8")
+    commands = sorted({*re.findall(r"\\\\([a-zA-Z@]+\*?|[!,:;=>])", source)})
+    words = sorted({*re.findall(r'"([a-zA-Z]+\*?)"', source)})
+    arguments = ["", "{}{}", r"{a\cr b}", "{a & b}", "_", "'", "{question}"]
+    bodies = [r"\\", r"x\label{trouble}", "{c}a&b&c"]
+    found = [rf"\{name}{argument}" for name in commands for argument in arguments]
+    found += [rf"\begin{{{word}}}{body}\end{{{word}}}" for word in words for body in bodies]
+    return found
+
+
+def test_a_formula_is_drawn_or_shown_as_its_source(desk) -> None:
+    """One answer of thousands, of which Temml itself throws at hundreds; then a reload."""
+    sources = [f"\\[{formula}\\]" for formula in temml_formulas()]
+    sources.append(r"$$\bordermatrix{a\cr b}$$")
+    desk.script.answers["all"] = "\n\n".join(sources)
+    desk.script.piece_chars = 10**6
+    desk.ask("all")
+    desk.reload()
+    desk.wait_for_texts()
+    shown: list[str | None] = desk.window.run(
+        "return [...document.querySelectorAll('.markdown p')]"
+        ".map(p => p.querySelector('math') ? null : p.textContent)"
+    )
+    pairs = zip(shown, sources, strict=True)
+    assert {text for text, source in pairs if text != source} == {None}  # those that are drawn
+    assert shown[-1] == sources[-1]
+    assert shown.count(None) > 1000
+    assert desk.window.run("return document.querySelectorAll('.markdown :is([id], a)').length") == 0
+    assert [line for line in desk.window.log() if "inline style violates" not in line] == []
+
+
+def test_an_answer_that_cannot_be_drawn_is_plain_text_beside_others(desk) -> None:
+    desk.ask()
+    [turn] = desk.kept()[0]["turns"]
+    [answer] = turn["answers"]
+    odd = [
+        {**turn, "answers": [{**answer, "text": "*Odd*", "fusion": {"weights": 1, "layers": 2}}]}
+    ]
+    keep = "sessionStorage.setItem('chat', JSON.stringify({turns: arguments[0]}))"
+    desk.window.run(keep, [turn, *odd, turn])
+    desk.reload()
+    desk.wait_for_texts()
+    texts = desk.texts(".markdown")
+    assert (len(texts), texts[1], texts[0]) == (3, "Odd", texts[2])
+    # The same where drawing a block fails.
+    desk.window.run("Object.hasOwn = () => false")
+    desk.click(".turn:last-child [title='Edit the answer']")
+    desk.set(".turn:last-child .answer textarea", "# *As* it\nis")
+    desk.click(".turn:last-child .editor .main")
+    assert desk.text(".as-written") == "# *As* it\nis"
 
 
 def test_hostile_names_and_errors_are_text(desk, monkeypatch) -> None:

@@ -18,8 +18,8 @@ from qaflora_edge.weighing.strategy import strategies
 # In this order: each uses what stands before it.
 SCRIPTS = (
     *("elements", "icons", "store", "database", "kept", "server", "markdown", "answered"),
-    *("mix", "documents", "answer", "turn", "adapters", "presets", "panel", "download", "session"),
-    *("chats", "chat"),
+    *("mix", "documents", "teach", "answer", "turn", "adapters", "presets", "panel", "download"),
+    *("session", "chats", "chat"),
 )
 
 

@@ -54,7 +54,7 @@ const thoughtView = answer => {
 
 // answer   {model, strategy, thought, text, state, isEdited, error, fusion, usage, timings}
 // adapters all names of its bundle
-// on       {change(), goOn()}: it was edited, it is to go on from where it ends
+// on       {change(), goOn(), messages()}: it was edited, it is to go on from where it ends, what its question was asked with
 const answerView = (answer, adapters, on) => {
   let isNamed = false; // next to another
   const head = el("h2", { className: "answer-head" });
@@ -66,9 +66,9 @@ const answerView = (answer, adapters, on) => {
   const note = el("p", { className: "note" });
   const actions = el("div", { className: "actions" }), editPlace = el("div");
   const more = el("button", { type: "button", className: "chip more", title: "Go on from the end, under the same mix", onclick: () => on.goOn() }, "Continue");
-  const about = el("span", { className: "facts" });
+  const about = el("span", { className: "facts" }), teaching = teachView(answer, on.messages);
   const element = el("article", { className: "answer", "aria-label": "Answer" },
-    head, mix, draft.element, thought.element, body.element, editPlace, note, more, el("div", { className: "foot" }, actions, about));
+    head, mix, draft.element, thought.element, body.element, editPlace, note, more, el("div", { className: "foot" }, actions, about), teaching.element);
   const copying = copyButton("Copy the answer", () => answer.text);
   const leave = () => {
     element.classList.remove("is-edited");
@@ -89,7 +89,7 @@ const answerView = (answer, adapters, on) => {
     on.change();
   };
   const editing = button("Edit the answer", "edit", edit);
-  actions.append(copying, editing);
+  actions.append(copying, editing, teaching.opener);
 
   // The draft of a relay, or what will be the answer unless other drafts decide: seen until the answer begins.
   const showDraft = expected => {
@@ -104,6 +104,7 @@ const answerView = (answer, adapters, on) => {
     if (answer.fusion && !mix.childElementCount) mix.append(mixView(answer.fusion, adapters, draft));
     showDraft(progress?.expected);
     thought.update();
+    teaching.update();
     head.hidden = !isNamed;
     head.textContent = strategyName(titleOf(answer));
     copying.hidden = !answer.text;

@@ -7,17 +7,17 @@ const ELEMENTS = {
   h1: "h3", h2: "h4", h3: "h5", h4: "h6", h5: "h6", h6: "h6",
 };
 
-// A formula as MathML, or its source where a part of it is unknown.
+// A formula as MathML, or its source: where a part of it is unknown or refers to another formula, and where Temml itself fails.
 const formula = ({ latex, isDisplay }, source) => {
   const made = el("span");
   try {
     temml.render(latex, made, { displayMode: isDisplay, throwOnError: true, maxSize: [50, 50] });
-  } catch (error) {
-    if (!(error instanceof temml.ParseError || error instanceof RangeError)) throw error; // RangeError: too deep
+    made.firstChild.setAttribute("alttext", latex.trim());
+  } catch {
     return document.createTextNode(source);
   }
-  made.firstChild.setAttribute("alttext", latex.trim());
-  return made;
+  for (const labelled of made.querySelectorAll("[id]")) labelled.removeAttribute("id"); // they are the page's
+  return made.querySelector("a") ? document.createTextNode(source) : made;
 };
 
 const build = node => {
@@ -80,6 +80,8 @@ const spokenText = element => {
   return copied.textContent;
 };
 
+const elementsOf = rows => blocksOf(rows).map(block => build(block.node));
+
 const REDRAW_MS = 60, LOAD = 4; // a redraw is followed by a pause of so many times its own time
 
 // An answer that grows. Blocks that are settled stay the elements that they are.
@@ -88,16 +90,25 @@ const markdownView = onSettled => {
   const element = el("div", { className: "markdown", dir: "auto" }, settled, live);
   let rest = "", timer = null, drawn_ms = 0;
 
+  const drawRest = isWhole => {
+    const rows = rowsOf(rest), n = isWhole ? rows.length : settledRows(rows);
+    const nodes = elementsOf(rows.slice(0, n)), growing = elementsOf(rows.slice(n));
+    settled.append(...nodes);
+    live.replaceChildren(...growing);
+    rest = rows.slice(n).join("\n");
+    onSettled(nodes.map(spokenText).join("\n"));
+  };
+
+  // What cannot be drawn is shown as it was written: one mistake here would hide the whole chat.
   const draw = isWhole => {
     const start = performance.now();
     clearTimeout(timer);
     timer = null;
-    const rows = rowsOf(rest), n = isWhole ? rows.length : settledRows(rows);
-    const nodes = blocksOf(rows.slice(0, n)).map(block => build(block.node));
-    settled.append(...nodes);
-    live.replaceChildren(...blocksOf(rows.slice(n)).map(block => build(block.node)));
-    rest = rows.slice(n).join("\n");
-    onSettled(nodes.map(spokenText).join("\n"));
+    try {
+      drawRest(isWhole);
+    } catch {
+      live.replaceChildren(el("p", { className: "as-written" }, rest));
+    }
     drawn_ms = performance.now() - start;
   };
 

@@ -61,8 +61,7 @@ const answerTurn = (view, strategy) => {
   const { turn } = view;
   const isAgain = turn.answers.some(answer => answer.strategy === strategy && answer.text);
   const seed = isAgain ? newSeed() : turn.seed ??= newSeed();
-  const messages = [...messagesBefore(chat.turns.indexOf(turn)), { role: "user", content: contentOf(turn) }];
-  return run(view, view.add(newAnswer(strategy)), { seed, ...requestOf(strategy), messages });
+  return run(view, view.add(newAnswer(strategy)), { seed, ...requestOf(strategy), messages: messagesOf(turn) });
 };
 
 // Let an answer go on from where it ends.

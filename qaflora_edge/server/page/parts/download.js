@@ -18,6 +18,9 @@ const messagesBefore = end => {
   return messages;
 };
 
+// Those that a turn is asked with.
+const messagesOf = turn => [...messagesBefore(chat.turns.indexOf(turn)), { role: "user", content: contentOf(turn) }];
+
 // The last messages of an answer that goes on. A relay's writer has the draft in view again, where the server puts it.
 const messagesToGoOn = (turn, { text, fusion }) => {
   const draft = fusion?.relay?.draft, asked = contentOf(turn);

@@ -68,6 +68,39 @@ const copyButton = (label, text) => {
   return made;
 };
 
+// A button that opens choices below it; Escape closes them. Long lists begin with a part.
+// offered: () => [first, rest], lists of [text, act]
+const chooserOf = ({ label, title, className, offered }) => {
+  const choices = el("div", { className: "chips choices", id: unique("choices"), role: "group", "aria-label": title, hidden: true });
+  const open = isOpen => {
+    if (isOpen) offer();
+    choices.hidden = !isOpen;
+    opener.setAttribute("aria-expanded", String(isOpen));
+    if (isOpen) choices.scrollIntoView({ block: "nearest" });
+  };
+  const opener = el("button", {
+    type: "button", className: `quiet opener ${className}`, "aria-expanded": "false", "aria-controls": choices.id, onclick: () => open(choices.hidden),
+  }, label, drawn("open"));
+  const leave = event => {
+    if (event.key !== "Escape" || choices.hidden) return;
+    event.stopPropagation();
+    open(false);
+    opener.focus();
+  };
+  const choice = ([text, act]) => el("button", { type: "button", className: "chip", onclick: () => { open(false); opener.focus(); act(); } }, text);
+  const offer = () => {
+    const [first, rest] = offered();
+    choices.replaceChildren(...first.map(choice));
+    const showRest = event => {
+      event.target.replaceWith(...rest.map(choice));
+      choices.children[first.length].focus();
+    };
+    if (rest.length) choices.append(el("button", { type: "button", className: "chip", onclick: showRest }, `${rest.length} others`));
+  };
+  for (const part of [opener, choices]) part.addEventListener("keydown", leave);
+  return { opener, choices };
+};
+
 // A text that is changed in place, as an element. isSent: whether a key saves it
 const editorOf = ({ label, text, act, isSent, save, leave }) => {
   const area = el("textarea", { rows: 1, value: text, dir: "auto", "aria-label": label, oninput: () => grow(area) });

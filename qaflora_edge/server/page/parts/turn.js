@@ -65,10 +65,20 @@ const turnView = (turn, on) => {
     on.change();
   };
 
-  const append = answer => {
-    const index = views.length, view = answerView(answer, adaptersOf(answer.model), {
-      change: () => { draw(); on.change(); }, goOn: () => on.goOn(made, view),
-    });
+  // An answer that cannot be drawn, as its plain text.
+  const viewOf = (index, actions) => {
+    const answer = turn.answers[index], names = adaptersOf(answer.model);
+    try {
+      return answerView(answer, names, actions);
+    } catch {
+      const { model, strategy, text } = answer;
+      turn.answers[index] = { model, strategy, text: String(text), state: "stop" };
+      return answerView(turn.answers[index], names, actions);
+    }
+  };
+
+  const append = index => {
+    const view = viewOf(index, { change: () => { draw(); on.change(); }, goOn: () => on.goOn(made, view), messages: () => messagesOf(turn) });
     view.chip = el("button", { type: "button", className: "chip", onclick: () => toggle(index) });
     view.better = el("button", { type: "button", className: "chip", onclick: () => judge(index) }, "This one was better");
     view.actions.append(view.better);
@@ -85,40 +95,20 @@ const turnView = (turn, on) => {
     }
     turn.chosen = Math.max(0, Math.min(turn.chosen, views.length - 1));
     turn.beside = views.length || undefined;
-    turn.answers.push(answer);
-    const view = append(answer);
+    const view = append(turn.answers.push(answer) - 1);
     draw();
     return view;
   };
 
   const retry = button("Ask again, with the settings as they are now", "retry", () => on.ask(made, settings.strategy));
-  const ways = el("div", { className: "chips ways", id: unique("ways"), role: "group", "aria-label": "Another version", hidden: true });
-  const way = strategy => el("button", { type: "button", className: "chip", onclick: () => { openWays(false); on.ask(made, strategy); } }, strategyLabel(strategy));
-  const offer = () => {
-    const names = strategyNames();
-    const n_single = names.filter(isSingle).length;
+  const ways = chooserOf({ label: "Another version", title: "Another version", className: "another", offered: () => {
+    const names = strategyNames(), n_single = names.filter(isSingle).length;
     const rest = n_single > N_ALL ? names.splice(N_TOP - n_single) : [];
-    ways.replaceChildren(...names.map(way));
-    if (rest.length) ways.append(el("button", { type: "button", className: "chip", onclick: event => event.target.replaceWith(...rest.map(way)) }, `${rest.length} others`));
-  };
-  const openWays = isOpen => {
-    if (isOpen) offer();
-    ways.hidden = !isOpen;
-    another.setAttribute("aria-expanded", String(isOpen));
-    if (isOpen) ways.scrollIntoView({ block: "nearest" });
-  };
-  const another = el("button", {
-    type: "button", className: "quiet another", "aria-expanded": "false", "aria-controls": ways.id, onclick: () => openWays(ways.hidden),
-  }, "Another version", drawn("open"));
-  const leaveWays = event => {
-    if (event.key !== "Escape" || ways.hidden) return;
-    event.stopPropagation();
-    openWays(false);
-    another.focus();
-  };
-  const versions = el("div", { className: "versions", onkeydown: leaveWays }, retry, chips, another, ways);
+    return [names, rest].map(some => some.map(strategy => [strategyLabel(strategy), () => on.ask(made, strategy)]));
+  } });
+  const versions = el("div", { className: "versions" }, retry, chips, ways.opener, ways.choices);
   element.append(question, answers, versions);
-  turn.answers.forEach(append);
+  turn.answers.forEach((_, index) => append(index));
   show();
   draw();
   const made = { turn, element, add, draw, edit, setBusy: isBusy => {
