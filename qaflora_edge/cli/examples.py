@@ -1,0 +1,185 @@
+"""Files of example questions: a question a line, or JSON lines, of which some have an answer."""
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qaflora_edge.cli.answers import say
+from qaflora_edge.cli.progress import progress_bars
+from qaflora_edge.cli.prompts import Line, filled_lines, open_prompts, stream_name
+from qaflora_edge.errors import InputFileError, QafloraError
+from qaflora_edge.evaluation.metrics import is_number, is_text
+from qaflora_edge.files import AnyPath, one_line
+from qaflora_edge.formats.inputs import Json, reading, shown
+from qaflora_edge.prompt.messages import checked_messages
+
+MAX_EXAMPLES = 32  # that are taken of a file: more teach nothing more
+MAX_BYTES = 64 << 20
+TEACHING_CTX = 2048  # tokens of an example question
+_ADVICE = "Correct the line."
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question that an adapter should answer: a text or messages; what a right answer has."""
+
+    question: str | list[Json]
+    answer: str | None = None
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What one adapter is taught, and where it is from.
+
+    about  what the adapter is for, or ""
+    """
+
+    name: str
+    questions: Sequence[Any] = ()
+    answers: Sequence[str | None] | None = None
+    about: str = ""
+    source: str = ""
+    about_source: str = ""
+
+
+def read_lesson(name: str, path: str) -> Lesson:
+    """Read example questions; `-` is stdin. Of a long file an even spread is taken and checked.
+
+    A file in which the first line begins with { has JSON lines. Raises InputFileError.
+    """
+    source = stream_name(path)
+    with open_prompts(path) as stream, reading(source):
+        data = stream.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise InputFileError(
+            f"Cannot read {source}: it has more than {MAX_BYTES >> 20} MiB, expected some "
+            f"questions. {MAX_EXAMPLES} lines are taken at most: give a part of it."
+        )
+    lines = list(filled_lines(io.BytesIO(data), source))
+    if not lines:
+        raise InputFileError(
+            f"Cannot use the examples in {source}: it has no line that is not blank, expected a "
+            "question a line. Write one into it."
+        )
+    is_json = lines[0].data.lstrip().startswith(b"{")
+    read = _json_example if is_json else _text_example
+    examples = [read(line) for line in spread(lines)]
+    if len(examples) < len(lines):
+        source += f", {len(examples)} of its {len(lines)} lines, evenly"
+    questions = [example.question for example in examples]
+    answers = [example.answer for example in examples]
+    return Lesson(name, questions, answers, source=source)
+
+
+def spread(lines: Sequence[Line]) -> list[Line]:
+    """Take MAX_EXAMPLES lines at most, evenly, with the first and the last one."""
+    if len(lines) <= MAX_EXAMPLES:
+        return list(lines)
+    step = (len(lines) - 1) / (MAX_EXAMPLES - 1)
+    return [lines[round(step * index)] for index in range(MAX_EXAMPLES)]
+
+
+def _text_example(line: Line) -> Example:
+    text = line.text().strip()
+    if not text:
+        raise InputFileError(
+            f"Cannot read {line.where}: it is blank, expected a question. Fill it."
+        )
+    return Example(text)
+
+
+def _json_example(line: Line) -> Example:
+    fields = line.parse()
+    answer = fields.get("answer")
+    if answer is not None and not (is_text(answer) or is_number(answer)):
+        raise _wrong(line, "answer", answer, "a text or number that a right answer contains")
+    expected = None if answer is None else str(answer)
+    messages = fields.get("messages")
+    question = fields.get("question")
+    if messages is None:
+        if not is_text(question):
+            raise _wrong(line, "question", question, "a text that is not blank, or messages")
+        return Example(str(question).strip(), expected)
+    try:
+        checked = checked_messages(messages)
+    except QafloraError as error:
+        raise InputFileError(f"Cannot read {line.where}: {error} {_ADVICE}") from error
+    while checked and checked[-1]["role"] != "user":
+        checked.pop()  # a training file has the answer too
+    if not checked:
+        raise _wrong(line, "messages", messages, "messages with one of the user")
+    return Example(checked, expected)
+
+
+def _wrong(line: Line, field: str, value: Any, expected: str) -> InputFileError:
+    found = "missing" if value is None else shown(value)
+    message = f'Cannot read {line.where}: "{field}" is {found}, expected {expected}. {_ADVICE}'
+    return InputFileError(message)
+
+
+def named(option: str, values: Iterable[str], expected: str) -> dict[str, str]:
+    """Read NAME=... of a repeatable option. Raises UsageError for another form, or a name twice."""
+    found: dict[str, str] = {}
+    for value in values:
+        name, equals, rest = value.partition("=")
+        if not (name and equals and rest) or name in found:
+            fault = "names an adapter twice" if name in found and rest else "has another form"
+            raise click.UsageError(f"{option} {value[:80]!r} {fault}; expected NAME={expected}.")
+        found[name] = rest
+    return found
+
+
+def lessons_of(
+    pairs: Sequence[tuple[str, AnyPath]], files: Mapping[str, str], texts: Mapping[str, str]
+) -> list[Lesson]:
+    """Collect what is given of each adapter, else what its model card says."""
+    from qaflora_edge.bundles.source import find_adapter
+    from qaflora_edge.peft.folder import CARD_FILE, ModelCard, read_card
+
+    names = [name for name, _ in pairs]
+    for name in (*files, *texts):
+        if name not in names:
+            raise click.UsageError(f"There is no --adapter {name}; expected {', '.join(names)}.")
+    lessons = []
+    for name, path in pairs:
+        place = find_adapter(path).path
+        card = read_card(place) if place.is_dir() else ModelCard()
+        source = f"its {CARD_FILE}"
+        lesson = Lesson(name, card.questions, None, card.sentence, source, source)
+        if name in files:
+            given = read_lesson(name, files[name])
+            lesson = replace(given, about=lesson.about, about_source=source)
+        if name in texts:
+            lesson = replace(lesson, about=texts[name], about_source="--about")
+        lessons.append(lesson)
+    return lessons
+
+
+def teach_all(folder: Path, lessons: Sequence[Lesson]) -> None:
+    """Teach a new bundle, and say what is taken from where."""
+    from qaflora_edge.engine import Engine
+
+    lessons = [lesson for lesson in lessons if lesson.questions or lesson.about]
+    if not lessons:
+        return
+    with progress_bars() as tell, Engine(folder, n_ctx=TEACHING_CTX) as engine:
+        for done, lesson in enumerate(lessons):
+            tell("Reading examples", done, len(lessons))
+            if lesson.about:
+                engine.describe(lesson.name, lesson.about)
+                say(
+                    f"{lesson.name} is described by {lesson.about_source}: {one_line(lesson.about)}"
+                )
+            if lesson.questions:
+                engine.teach(lesson.questions, lesson.name, answers=lesson.answers)
+                n_question = len(lesson.questions)
+                say(f"{lesson.name} has {counted(n_question)} from {lesson.source}.")
+        tell("Reading examples", len(lessons), len(lessons))
+
+
+def counted(n_example: int) -> str:
+    return f"{n_example} example question{'' if n_example == 1 else 's'}"
