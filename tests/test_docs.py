@@ -57,6 +57,8 @@ FILES = {  # that examples of --help name
     "sums.jsonl": QUESTION,
     "chat.jsonl": QUESTION,
     "questions.jsonl": '{"prompt": "Name a fruit."}\n',
+    "questions.txt": PROMPTS,
+    "everyday.txt": PROMPTS,
     "tickets.txt": PROMPTS,
     "prompts.txt": PROMPTS,
     "talk.json": '{"format": "qaflora-session/1", "messages": []}\n',

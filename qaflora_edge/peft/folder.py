@@ -118,13 +118,13 @@ class ModelCard:
 
 def read_card(folder: Path) -> ModelCard:
     """Read the model card of a PEFT folder; one that is missing or cannot be read says nothing."""
-    import yaml
+    import yaml  # type: ignore[import-untyped]  # of huggingface_hub
     from huggingface_hub import RepoCard
 
     with suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
         text = read_input(adapter_folder(folder) / CARD_FILE, MAX_CARD_BYTES).decode("utf-8")
         card = RepoCard(text, ignore_metadata_errors=True)
-        widgets = card.data.to_dict().get("widget")
+        widgets = card.data.get("widget")
         listed = widgets if isinstance(widgets, list) else []
         questions = map(_widget_question, listed[:MAX_WIDGETS])
         return ModelCard(tuple(filter(None, questions)), _first_sentence(card.text))
