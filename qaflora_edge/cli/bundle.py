@@ -18,6 +18,7 @@ from qaflora_edge.cli.examples import (
     named,
     read_lesson,
     teach_all,
+    with_card,
 )
 from qaflora_edge.cli.own_options import ADAPTER, OWN
 from qaflora_edge.cli.places import bundle_folder, missing_base
@@ -159,7 +160,7 @@ def create(
         options["system"] = cli.check_prompt(read_text(system_path).strip())
     files = named("--examples", examples, "FILE")
     descriptions = named("--about", about, "TEXT")
-    lessons = lessons_of(pairs, files, descriptions)
+    lessons = lessons_of([name for name, _ in pairs], files, descriptions)
     is_there = os.path.lexists(folder)
     options["engine"] = Engine if calibrate else None
     try:
@@ -173,8 +174,9 @@ def create(
             finish = f"qaflora bundle calibrate {folder} --strategy {strategy}"
             say(f"{folder} works, but is not measured; `{finish}` does.")
         raise
-    if calibrate or examples or about:
-        teach_all(folder, lessons)
+    if calibrate:  # without it the base is not loaded unasked
+        lessons = list(map(with_card, lessons, (path for _, path in pairs)))
+    teach_all(folder, lessons)
     weighed = f"weighed by {_strategy(folder)}"
     say(f"Created the bundle {folder}, {weighed}. Try: qaflora chat {folder}")
 

@@ -134,29 +134,34 @@ def named(option: str, values: Iterable[str], expected: str) -> dict[str, str]:
 
 
 def lessons_of(
-    pairs: Sequence[tuple[str, AnyPath]], files: Mapping[str, str], texts: Mapping[str, str]
+    names: Sequence[str], files: Mapping[str, str], texts: Mapping[str, str]
 ) -> list[Lesson]:
-    """Collect what is given of each adapter, else what its model card says."""
-    from qaflora_edge.bundles.source import find_adapter
-    from qaflora_edge.peft.folder import CARD_FILE, ModelCard, read_card
-
-    names = [name for name, _ in pairs]
+    """Collect what --examples and --about give of each adapter."""
     for name in (*files, *texts):
         if name not in names:
             raise click.UsageError(f"There is no --adapter {name}; expected {', '.join(names)}.")
     lessons = []
-    for name, path in pairs:
-        place = find_adapter(path).path
-        card = read_card(place) if place.is_dir() else ModelCard()
-        source = f"its {CARD_FILE}"
-        lesson = Lesson(name, card.questions, None, card.sentence, source, source)
-        if name in files:
-            given = read_lesson(name, files[name])
-            lesson = replace(given, about=lesson.about, about_source=source)
-        if name in texts:
-            lesson = replace(lesson, about=texts[name], about_source="--about")
-        lessons.append(lesson)
+    for name in names:
+        lesson = read_lesson(name, files[name]) if name in files else Lesson(name)
+        lessons.append(replace(lesson, about=texts.get(name, ""), about_source="--about"))
     return lessons
+
+
+def with_card(lesson: Lesson, path: AnyPath) -> Lesson:
+    """Take what is not given from the model card of a PEFT folder."""
+    from qaflora_edge.bundles.source import find_adapter
+    from qaflora_edge.peft.folder import CARD_FILE, read_card
+
+    folder = find_adapter(path).path
+    if not folder.is_dir():
+        return lesson
+    card = read_card(folder)
+    source = f"its {CARD_FILE}"
+    if not lesson.questions:
+        lesson = replace(lesson, questions=card.questions, source=source)
+    if not lesson.about:
+        lesson = replace(lesson, about=card.sentence, about_source=source)
+    return lesson
 
 
 def teach_all(folder: Path, lessons: Sequence[Lesson]) -> None:
