@@ -67,9 +67,7 @@ def test_a_bundle_is_taught_by_files_and_forgets(taught, tmp_path) -> None:
 def test_json_lines_have_questions_messages_and_answers(tmp_path) -> None:
     turn = {"role": "user", "content": "and then"}
     training = {"messages": [turn, {"role": "assistant", "content": "nothing"}]}
-    lesson = read_lesson(
-        "a", str(write(tmp_path / "q", {"question": " 2? ", "answer": 2}, training))
-    )
+    lesson = read_lesson("a", str(write(tmp_path / "q", {"question": "2?", "answer": 2}, training)))
     assert (lesson.questions, lesson.answers) == (["2?", [turn]], ["2", None])
 
 
@@ -79,20 +77,23 @@ def test_json_lines_have_questions_messages_and_answers(tmp_path) -> None:
         (b"\n \n", "it has no line that is not blank, expected a question a line"),
         (b"ok\n\xff\n", "line 2: it is not UTF-8"),
         (b'{"question": "a"}\n[]\n', "line 2: it is no JSON object"),
-        (b'{"question": " "}\n', 'line 1: "question" is " ", expected a text that is not blank'),
+        (
+            b'{"question": " "}\n',
+            'line 1: field question is " ", expected a text',
+        ),
         (b'{"messages": [{"role": "pope"}]}\n', "line 1: Message 0 has role = 'pope'"),
-        (b'{"question": "a", "answer": []}\n', 'line 1: "answer" is [], expected a text or number'),
+        (
+            b'{"question": "a", "answer": []}\n',
+            "line 1: field answer is [], expected a text",
+        ),
     ],
 )
-def test_a_wrong_file_is_refused_by_line_and_teaches_nothing(
-    taught, tmp_path, content, message
-) -> None:
+def test_a_wrong_file_is_refused_by_line(made, tmp_path, content, message) -> None:
     file = tmp_path / "q"
     file.write_bytes(content)
-    said = said_by(qaflora("bundle", "teach", taught.folder, "math", file), 1)
+    said = said_by(qaflora("bundle", "teach", made.folder, "math", file), 1)
     assert str(file) in said
     assert message in said
-    assert taught_in(taught.folder) == {}
 
 
 def test_create_takes_examples_and_what_a_model_card_says(tmp_path) -> None:

@@ -4,31 +4,34 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import click
+from msgspec import Meta, Struct
 
 from qaflora_edge.cli.answers import say
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.cli.prompts import Line, filled_lines, open_prompts, stream_name
-from qaflora_edge.errors import InputFileError, QafloraError
-from qaflora_edge.evaluation.metrics import is_number, is_text
+from qaflora_edge.errors import InputFileError, PromptError
 from qaflora_edge.files import AnyPath, one_line
-from qaflora_edge.formats.inputs import Json, reading, shown
+from qaflora_edge.formats.bundle import Filled
+from qaflora_edge.formats.inputs import Json, WrongField, read_as, reading
 from qaflora_edge.prompt.messages import checked_messages
 
 MAX_EXAMPLES = 32  # that are taken of a file: more teach nothing more
 MAX_BYTES = 64 << 20
 TEACHING_CTX = 2048  # tokens of an example question
-_ADVICE = "Correct the line."
+Example = tuple[str | list[Json], str | None]  # a question, and what a right answer contains
 
 
-@dataclass(frozen=True)
-class Example:
-    """A question that an adapter should answer: a text or messages; what a right answer has."""
+class ExampleLine(Struct, kw_only=True):
+    """The fields that are read of a JSON line; answer is what a right one contains."""
 
-    question: str | list[Json]
-    answer: str | None = None
+    question: Annotated[Filled | None, Meta(title="a text that is not blank, or messages")] = None
+    messages: Annotated[list[Json] | None, Meta(title="a list of messages")] = None
+    answer: Annotated[
+        Filled | int | float | None, Meta(title="a text or number that a right answer contains")
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,11 @@ def read_lesson(name: str, path: str) -> Lesson:
         )
     is_json = lines[0].data.lstrip().startswith(b"{")
     read = _json_example if is_json else _text_example
-    examples = [read(line) for line in spread(lines)]
-    if len(examples) < len(lines):
-        source += f", {len(examples)} of its {len(lines)} lines, evenly"
-    questions = [example.question for example in examples]
-    answers = [example.answer for example in examples]
+    taken = [read(line) for line in spread(lines)]
+    if len(taken) < len(lines):
+        source += f", {len(taken)} of its {len(lines)} lines, evenly"
+    questions = [question for question, _ in taken]
+    answers = [answer for _, answer in taken]
     return Lesson(name, questions, answers, source=source)
 
 
@@ -84,53 +87,38 @@ def spread(lines: Sequence[Line]) -> list[Line]:
 
 
 def _text_example(line: Line) -> Example:
-    text = line.text().strip()
-    if not text:
-        raise InputFileError(
-            f"Cannot read {line.where}: it is blank, expected a question. Fill it."
-        )
-    return Example(text)
+    return line.text(), None
 
 
 def _json_example(line: Line) -> Example:
-    fields = line.parse()
-    answer = fields.get("answer")
-    if answer is not None and not (is_text(answer) or is_number(answer)):
-        raise _wrong(line, "answer", answer, "a text or number that a right answer contains")
-    expected = None if answer is None else str(answer)
-    messages = fields.get("messages")
-    question = fields.get("question")
-    if messages is None:
-        if not is_text(question):
-            raise _wrong(line, "question", question, "a text that is not blank, or messages")
-        return Example(str(question).strip(), expected)
     try:
-        checked = checked_messages(messages)
-    except QafloraError as error:
-        raise InputFileError(f"Cannot read {line.where}: {error} {_ADVICE}") from error
-    while checked and checked[-1]["role"] != "user":
-        checked.pop()  # a training file has the answer too
-    if not checked:
-        raise _wrong(line, "messages", messages, "messages with one of the user")
-    return Example(checked, expected)
-
-
-def _wrong(line: Line, field: str, value: Any, expected: str) -> InputFileError:
-    found = "missing" if value is None else shown(value)
-    message = f'Cannot read {line.where}: "{field}" is {found}, expected {expected}. {_ADVICE}'
-    return InputFileError(message)
+        example = read_as(ExampleLine, line.parse())
+        answer = None if example.answer is None else str(example.answer)
+        if example.messages is None:
+            if example.question is None:
+                raise WrongField("question", "missing", "a text, or the field messages")
+            return example.question, answer
+        messages = checked_messages(example.messages)
+        while messages and messages[-1]["role"] != "user":
+            messages.pop()  # a training file has the answer too
+        if not messages:
+            raise WrongField("messages", "without a question", "one with the role user")
+    except (WrongField, PromptError) as error:
+        reason = str(error).removesuffix(".")
+        raise InputFileError(f"Cannot read {line.where}: {reason}. Correct the line.") from error
+    return messages, answer
 
 
 def named(option: str, values: Iterable[str], expected: str) -> dict[str, str]:
-    """Read NAME=... of a repeatable option. Raises UsageError for another form, or a name twice."""
-    found: dict[str, str] = {}
+    """Read NAME=... of a repeatable option. Raises UsageError."""
+    pairs: dict[str, str] = {}
     for value in values:
-        name, equals, rest = value.partition("=")
-        if not (name and equals and rest) or name in found:
-            fault = "names an adapter twice" if name in found and rest else "has another form"
-            raise click.UsageError(f"{option} {value[:80]!r} {fault}; expected NAME={expected}.")
-        found[name] = rest
-    return found
+        name, _, rest = value.partition("=")
+        if not rest or name in pairs:
+            fault = f"{option} is {value[:80]!r}, expected NAME={expected}, once for a NAME."
+            raise click.UsageError(fault)
+        pairs[name] = rest
+    return pairs
 
 
 def lessons_of(
@@ -176,9 +164,8 @@ def teach_all(folder: Path, lessons: Sequence[Lesson]) -> None:
             tell("Reading examples", done, len(lessons))
             if lesson.about:
                 engine.describe(lesson.name, lesson.about)
-                say(
-                    f"{lesson.name} is described by {lesson.about_source}: {one_line(lesson.about)}"
-                )
+                text = one_line(lesson.about)
+                say(f"{lesson.name} is described by {lesson.about_source}: {text}")
             if lesson.questions:
                 engine.teach(lesson.questions, lesson.name, answers=lesson.answers)
                 n_question = len(lesson.questions)
