@@ -140,7 +140,7 @@ def test_check_tests_answers_and_tells_adapters_that_do_not_act(taught, tmp_path
 
 def _strong(made: TinyBundle, place: Path, strength: float) -> Path:
     path = place / f"{strength:g}.gguf"
-    write_tiny_adapter(path, made.base, strength=strength)
+    write_tiny_adapter(path, made.base, targets=("output",), strength=strength)
     return path
 
 

@@ -1,6 +1,7 @@
 """qaflora bundle create, add, remove, base, calibrate, teach, check, show and verify"""
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,6 @@ import click
 from qaflora_edge.cli import options as cli
 from qaflora_edge.cli.answers import say
 from qaflora_edge.cli.examples import (
-    TEACHING_CTX,
-    Lesson,
     counted,
     lessons_of,
     named,
@@ -44,7 +43,6 @@ def _pairs(ctx: click.Context, param: click.Parameter, values: Any) -> cli.Pairs
     return cli.adapter_pairs(values)
 
 
-CHECKING_CTX = 2048  # tokens of an example question with its answer
 _FOLDER = cli.BUNDLE | {"callback": lambda ctx, param, value: bundle_folder(value)}
 _folder = click.argument("folder", **_FOLDER)
 _adapters: dict[str, Any] = {"multiple": True, "metavar": ADAPTER.metavar, "callback": _pairs}
@@ -300,15 +298,16 @@ def teach(folder: Path, name: str, path: str | None, forget: bool, no_text: bool
     `qaflora bundle check` should test it; - is stdin. Three to ten questions are enough; of more
     than 32 lines an even spread of 32 is taken.
     """
+    from qaflora_edge.bundles import taught
     from qaflora_edge.engine import Engine
 
     if forget == (path is not None):
         raise click.UsageError("Give either a FILE of questions or --forget.")
-    lesson = Lesson(name) if path is None else read_lesson(name, path)
-    with progress_bars() as tell, Engine(folder, n_ctx=TEACHING_CTX) as engine:
-        if forget:
-            say(f"{name} has forgotten {counted(engine.forget(name))}.")
-            return
+    if path is None:
+        say(f"{name} has forgotten {counted(taught.forget(folder, name))}.")
+        return
+    lesson = read_lesson(name, path)
+    with progress_bars() as tell, Engine(folder) as engine:
         tell("Reading examples", 0, 1)
         answers = None if no_text else lesson.answers
         n_taught = engine.teach(lesson.questions, name, answers=answers, keep_text=not no_text)
@@ -326,14 +325,14 @@ def check(folder: Path) -> None:
     is asked of the adapter alone, of the bundle and of the base.
     """
     from qaflora_edge.engine import Engine
-    from qaflora_edge.evaluation.check import check_adapters
+    from qaflora_edge.evaluation.check import check_adapters, tested_of
     from qaflora_edge.show import columns
 
     rows = [["", "acts", "tested", "alone", "in the bundle", "base", "taken instead"]]
     faults = []
-    with Engine(folder, n_ctx=CHECKING_CTX, n_parallel=4) as engine, progress_bars() as tell:
-        tested: dict[str, list[tuple[object, str]]] = {}
-        names = [*engine.adapters, *(["base"] if tested.get("base") else [])]
+    tested = tested_of(folder)
+    with Engine(folder, n_parallel=4) as engine, progress_bars() as tell:
+        names = [*engine.adapters, *(["base"] if "base" in tested else [])]
         for done, found in enumerate(check_adapters(engine, tested, names)):
             tell("Checking adapters", done, len(names))
             others = ", ".join(f"{other} {count}" for other, count in found.others.most_common())
@@ -361,6 +360,7 @@ def show(folder: Path) -> None:
 def describe(folder: Path) -> str:
     """Give a bundle's description as lines to read; its files need not be there."""
     from qaflora_edge.bundles.open import how_to_get_base, recorded_base
+    from qaflora_edge.bundles.taught import read_lines, read_path
     from qaflora_edge.formats.bundle import read_bundle_text
     from qaflora_edge.formats.gguf import plain_name
     from qaflora_edge.weighing.weigher import known_of
@@ -368,6 +368,9 @@ def describe(folder: Path) -> str:
     text = read_bundle_text(folder)
     base = text.base
     known = known_of(text)
+    lines_taught = read_lines(read_path(folder))
+    n_taught = Counter(line.adapter for line in lines_taught if not line.kind)
+    taught = ", ".join(f"{name} {n_example}" for name, n_example in n_taught.items())
     base_name = plain_name(base.name or base.architecture)
     sampling = ", ".join(f"{name} {value}" for name, value in text.sampling.items())
     where = recorded_base(folder, base) or f"not here: {how_to_get_base(folder, base)}"
@@ -381,6 +384,7 @@ def describe(folder: Path) -> str:
         *([f"system     {text.system}"] if text.system else []),
         *([f"examples   {len(text.examples)} messages"] if text.examples else []),
         *([f"sampling   {sampling}"] if sampling else []),
+        *([f"taught     {taught} example questions"] if taught else []),
         f"adapters   {len(text.adapters)}",
     ]
     shown = text.adapters[:N_TOP] if len(text.adapters) > N_ALL else text.adapters

@@ -20,7 +20,6 @@ from qaflora_edge.prompt.messages import checked_messages
 
 MAX_EXAMPLES = 32  # that are taken of a file: more teach nothing more
 MAX_BYTES = 64 << 20
-TEACHING_CTX = 2048  # tokens of an example question
 Example = tuple[str | list[Json], str | None]  # a question, and what a right answer contains
 
 
@@ -159,7 +158,7 @@ def teach_all(folder: Path, lessons: Sequence[Lesson]) -> None:
     lessons = [lesson for lesson in lessons if lesson.questions or lesson.about]
     if not lessons:
         return
-    with progress_bars() as tell, Engine(folder, n_ctx=TEACHING_CTX) as engine:
+    with progress_bars() as tell, Engine(folder) as engine:
         for done, lesson in enumerate(lessons):
             tell("Reading examples", done, len(lessons))
             if lesson.about:

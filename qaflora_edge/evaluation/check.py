@@ -3,11 +3,13 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qaflora_edge.arrays import F32
+from qaflora_edge.bundles.taught import read_lines, read_path
 from qaflora_edge.engine import Engine
 from qaflora_edge.evaluation.metrics import BUILT_IN
 from qaflora_edge.prompt.messages import as_turn
@@ -50,6 +52,15 @@ class AdapterCheck:
         if not self.loss_nats < NOISE_NATS:  # NaN too
             return "makes noise: everyday words become improbable"
         return ""
+
+
+def tested_of(folder: Path) -> dict[str, list[Tested]]:
+    """Collect the examples of a bundle that have an answer, by who should give it."""
+    tested: dict[str, list[Tested]] = {}
+    for line in read_lines(read_path(folder)):
+        if line.answer is not None and line.text is not None:
+            tested.setdefault(line.adapter, []).append((line.text, line.answer))
+    return tested
 
 
 def check_adapters(
