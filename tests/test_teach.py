@@ -182,7 +182,10 @@ def test_others_teach_only_with_a_key(monkeypatch, made) -> None:
     said = said_by(qaflora(*everywhere, "--insecure", "--teach"), 2)
     assert "so it needs an API key" in said
     key = ("--api-key", "abcdefgh")
-    for words in ((*everywhere, *key), (*everywhere, *key, "--teach"), ("serve", made.folder)):
+    here = ("serve", made.folder)
+    proxied = (*here, "--allow-host", "example.org")
+    for words in ((*everywhere, *key), proxied, (*here, "--no-teach")):
         qaflora(*words)
-    qaflora("serve", made.folder, "--no-teach")
-    assert [options.takes_teaching for options in served] == [False, True, True, False]
+    qaflora(*everywhere, *key, "--teach")
+    qaflora(*here)
+    assert [options.takes_teaching for options in served] == [False, False, False, True, True]

@@ -58,7 +58,8 @@ def serve(
             f"--host {host} can be reached from other machines, and there is no API key. Set "
             "QAFLORA_API_KEY, or say --insecure if everyone may use it."
         )
-    if teach and api_key is None and not is_loopback(host):
+    is_private = is_loopback(host) and not allow_host  # a proxy's name lets others in
+    if teach and api_key is None and not is_private:
         raise click.UsageError(
             "--teach lets whoever reaches the server change who answers all, so it needs an API "
             "key. Set QAFLORA_API_KEY."
@@ -88,7 +89,7 @@ def serve(
             timeout_s=timeout,
             ttl_s=ttl,
             adapters=folder,
-            takes_teaching=is_loopback(host) if teach is None else teach,
+            takes_teaching=is_private if teach is None else teach,
             engine=options.engine,
             sampling=options.sampling,
             chosen=frozenset(filter(cli.is_chosen, vars(options))),
