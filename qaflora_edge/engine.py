@@ -395,6 +395,48 @@ class Engine:
             state = np.array(states[3 * self.n_layer // 5], np.float32)
             return np.asarray(state / np.linalg.norm(state))
 
+    def teach(
+        self,
+        prompts: Any,
+        adapter: str,
+        *,
+        answers: Sequence[str | None] | None = None,
+        keep_text: bool = True,
+    ) -> int:
+        """Teach that questions belong to an adapter; they count from the next question on.
+
+        prompts  a text, messages, or a list of those. One that was taught of another adapter
+                 belongs to this one from now on.
+        adapter  its name; "base" for what no adapter should take
+        answers  of each question, to test the bundle with
+        keep_text  False: only states of the base are kept, no texts
+
+        Only the base reads the questions; they are kept next to the bundle, or with the user's
+        data. Returns the number of examples of the adapter. Raises StrategyError for another name.
+        """
+        current = self.memory.current
+        with current.core.call():
+            return self.memory.taught.teach(current, prompts, adapter, answers, keep_text)
+
+    def describe(self, adapter: str, text: str) -> None:
+        """Say in a sentence what an adapter is for: it counts as one more example."""
+        current = self.memory.current
+        with current.core.call():
+            self.memory.taught.describe(current, adapter, text)
+
+    def unteach(self) -> str | None:
+        """Take back this Engine's last call of teach; name its adapter, None without one."""
+        return self.memory.taught.undo()
+
+    def forget(self, adapter: str) -> int:
+        """Forget the examples and the description of an adapter, and count them."""
+        return self.memory.taught.forget(adapter)
+
+    @property
+    def taught(self) -> dict[str, int]:
+        """Count the example questions that were taught, by adapter and "base"."""
+        return self.memory.taught.counts()
+
     def submit(self, ask: Ask) -> Generation:
         """Answer what is asked, once: an iterator over pieces of text.
 

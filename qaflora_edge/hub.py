@@ -29,7 +29,13 @@ from qaflora_edge.errors import (
     os_errors,
 )
 from qaflora_edge.files import CHUNK_BYTES, AnyPath, atomic_path, cache_dir, cache_lock, make_folder
-from qaflora_edge.formats.bundle import BUNDLE_FILE, packed_files, read_bundle_text, safe_join
+from qaflora_edge.formats.bundle import (
+    BUNDLE_FILE,
+    TAUGHT_FILE,
+    packed_files,
+    read_bundle_text,
+    safe_join,
+)
 from qaflora_edge.formats.names import (
     CONFIG_FILE,
     PICKLES,
@@ -48,7 +54,7 @@ LIST_TIMEOUT_SECONDS = 30
 _NAMES = ("ETag", "X-Linked-Etag", "X-Repo-Commit")  # headers that become names of files
 _SAFE_NAME = re.compile(r'(W/)?"?[\w.-]*"?')
 # Fetched next to the files of a bundle or an adapter.
-DOCUMENTS = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
+DOCUMENTS = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", TAUGHT_FILE)
 ADVICE = (
     "Check the name and the network, and that your token may do it (`hf auth whoami`, HF_TOKEN); "
     "try again."

@@ -40,6 +40,7 @@ DEMO = runpy.run_path(str(CHECKOUT / "models/demo.py"))
 IS_DEMO = "QAFLORA_TEST_DEMO" in os.environ
 SHOWN = DEMO["QWEN" if IS_DEMO else "SMALL"]
 PROMPTS = "How many legs do three dogs have?\n¿Qué es un río?\nName a fruit.\n"
+SUMS = "How many legs do three dogs have?\nIda eats 2 of 9 eggs. How many are left?\n3 times 4?\n"
 
 
 def page_id(page: Path) -> str:
@@ -57,6 +58,8 @@ FILES = {  # that examples of --help name
     "sums.jsonl": QUESTION,
     "chat.jsonl": QUESTION,
     "questions.jsonl": '{"prompt": "Name a fruit."}\n',
+    "questions.txt": SUMS,
+    "everyday.txt": PROMPTS,
     "tickets.txt": PROMPTS,
     "prompts.txt": PROMPTS,
     "talk.json": '{"format": "qaflora-session/1", "messages": []}\n',

@@ -17,9 +17,10 @@ from qaflora_edge.inference.sequence import (
 )
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.prompt.tokens import N_EARLIER, earlier_questions
+from qaflora_edge.weighing.added import Heard
 from qaflora_edge.weighing.numbers import n_base_of
 from qaflora_edge.weighing.plan import ANSWER, BASE, Draft
-from qaflora_edge.weighing.strategy import Measure, Query, Reading, Routing, Span
+from qaflora_edge.weighing.strategy import Closeness, Measure, Query, Reading, Routing, Span
 
 if TYPE_CHECKING:
     from qaflora_edge.backend.branches import Steps
@@ -124,7 +125,7 @@ class PromptReading(Reading):
         steps = self._core.added.together([asked], self._rows, self._kv_state())
         heard = self._core.run(steps, self._cancellation, kind="branch")[:, 0]
         nats = self._surprise(span, start)
-        self._core.added.remember(self._rows, span, asked.tokens, heard, nats)
+        self._core.added.remember(self._rows, span, asked.tokens, Heard(heard, nats))
         return heard[1], nats
 
     def _surprise(self, span: Span, n_before: int) -> float:
@@ -139,6 +140,16 @@ class PromptReading(Reading):
         if not self._spans:
             self._spans = earlier_questions(self._core.model, self._tokens)
         return self._spans
+
+    def close(self) -> dict[str, Closeness]:
+        examples = self._core.examples()
+        return {} if examples is None else examples.close(self.base_states(), self.query.adapters)
+
+    def base_states(self) -> F32:
+        """Give what examples are compared by, as weighing.added.Heard has it: [2, n_embd]."""
+        states = self._heard()[1].states
+        assert states is not None
+        return states
 
     def next_logits(self) -> F32:
         next_logits = self._heard()[1].next_logits

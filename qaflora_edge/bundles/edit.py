@@ -17,6 +17,7 @@ from typing import Any
 from qaflora_edge.answering.typical import measure
 from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.bundles.source import check_names, find_base, put_adapters
+from qaflora_edge.bundles.taught import forget
 from qaflora_edge.errors import BundleError, StrategyError
 from qaflora_edge.files import AnyPath, cache_lock, check_takes_file, write_text_atomic
 from qaflora_edge.formats.bundle import (
@@ -81,13 +82,18 @@ def add_adapters(
 
 
 def remove_adapter(folder: AnyPath, name: str, *, strategy: str | None = None) -> None:
-    """Remove an adapter from a bundle; its own files need not be whole.
+    """Remove an adapter from a bundle, with its examples; its own files need not be whole.
 
     strategy  default of an Engine from now on
 
     Raises BundleError when there is no such adapter, or when the bundle's strategy needs it.
     """
     folder = Path(folder)
+    _remove(folder, name, strategy)
+    forget(folder, name)
+
+
+def _remove(folder: Path, name: str, strategy: str | None) -> None:
     with editing(folder) as (text, raw):
         del raw["adapters"][_index(folder, text, name)]
         raw.setdefault("fusion", {}).get("typical", {}).pop(name, None)

@@ -17,12 +17,14 @@ from qaflora_edge.bundles.open import Begin, BundleFiles, load_bundle
 from qaflora_edge.errors import OptionError, QafloraError
 from qaflora_edge.files import AnyPath
 from qaflora_edge.formats.gguf import GgufHeader
+from qaflora_edge.formats.inputs import checksum
 from qaflora_edge.inference.core import Core
 from qaflora_edge.progress import Tell
 from qaflora_edge.weighing.weigher import Weigher, not_loaded
 
 if TYPE_CHECKING:
     from qaflora_edge.bundles.edit import OpenEngine
+    from qaflora_edge.bundles.taught import Taught
     from qaflora_edge.formats.adapter import AdapterInfo
     from qaflora_edge.prompt.tokens import Reader
     from qaflora_edge.weighing.adapter_inputs import AttentionSizes
@@ -50,10 +52,12 @@ class BundleMemory:
     options  of every Core
     current  attribute: what calls use that begin now; those that have begun keep theirs
     files    attribute: facts of the files
+    taught   attribute: examples of adapters
     """
 
     current: AdapterSet
     files: BundleFiles
+    taught: "Taught"
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self._options = options
@@ -91,11 +95,20 @@ class BundleMemory:
             messages = opened.text.examples if opened.text else ()
             examples = tuple(structs.asdict(message) for message in messages)
             reader = Reader(core.model, core.n_ctx, system or None, examples, reasoning)
+            from qaflora_edge.bundles.taught import Taught
+
+            self.taught = Taught(place, self._base_sha256, opened.header.n_embd)
+            core.examples = self.taught.examples
             self.current = AdapterSet(core, weigher, reader, seed)
 
         with self._loading() as begin:
             self.files = load_bundle(place, adapters, begin=begin, use=use)
+        self.taught.examples()  # a damaged file is told of now
         self._cores = [weakref.ref(self.current.core)]
+
+    def _base_sha256(self) -> str:
+        text = self.files.text
+        return checksum(self.files.base_path) if text is None else text.base.sha256
 
     @contextmanager
     def _loading(self) -> Iterator[Begin]:
@@ -181,6 +194,7 @@ class BundleMemory:
         if self._chooses and UNMEASURED in weigher.followed:
             weigher = replace(weigher, known=replace(weigher.known, strategy=UNMEASURED))
         core = self._open_core(opened, weigher)
+        core.examples = self.taught.examples
         core.n_ctx = old.core.n_ctx  # as much memory was free at first
         with old.core.call():  # raises BusyError after close()
             self._cores = [weakref.ref(kept) for kept in (*self.cores(), core)]

@@ -18,6 +18,7 @@ from qaflora_edge.errors import BundleError, QafloraError, changed_file
 from qaflora_edge.files import one_line
 from qaflora_edge.formats.bundle import (
     BUNDLE_FILE,
+    TAUGHT_FILE,
     AdapterRecord,
     BaseRecord,
     BundleText,
@@ -187,8 +188,14 @@ def _read_files(
 
 
 def verify_bundle(folder: Path, progress: Tell = silent) -> BundleFiles:
-    """Load a bundle and hash all of its files again, the base included."""
-    return load_bundle(folder, always_hash=True, progress=progress)
+    """Load a bundle and hash all of its files again, the base included; check its examples."""
+    from qaflora_edge.bundles.taught import Header, read_lines
+
+    files = load_bundle(folder, always_hash=True, progress=progress)
+    assert files.text is not None
+    base = files.text.base
+    read_lines(safe_join(folder, TAUGHT_FILE), Header(1, base.sha256, base.n_embd))
+    return files
 
 
 def recorded_base(folder: Path, base: BaseRecord) -> Path | None:

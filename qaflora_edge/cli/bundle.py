@@ -1,6 +1,7 @@
-"""qaflora bundle create, add, remove, base, calibrate, show and verify"""
+"""qaflora bundle create, add, remove, base, calibrate, teach, check, show and verify"""
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,19 @@ import click
 
 from qaflora_edge.cli import options as cli
 from qaflora_edge.cli.answers import say
+from qaflora_edge.cli.examples import (
+    counted,
+    lessons_of,
+    named,
+    read_lesson,
+    teach_all,
+    with_card,
+)
 from qaflora_edge.cli.own_options import ADAPTER, OWN
 from qaflora_edge.cli.places import bundle_folder, missing_base
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.cli.prompts import read_text
+from qaflora_edge.errors import BundleError
 from qaflora_edge.files import AnyPath, one_line
 from qaflora_edge.show import N_ALL, N_TOP, others
 
@@ -49,6 +59,8 @@ _calibrate = click.option(
 @cli.command(
     "qaflora bundle create my-bundle --base base.gguf \\",
     "    --adapter math=peft/math --adapter es=es.gguf",
+    "qaflora bundle create taught --base base.gguf --adapter math=peft/math \\",
+    "    --examples math=questions.txt --about 'math=Solves word problems.'",
     "qaflora bundle create mine --modelfile Modelfile",
     group=bundle,
 )
@@ -75,6 +87,20 @@ _calibrate = click.option(
     help="Take base, adapters, system message, parameters and licence from a Modelfile of Ollama, "
     "in place of --base, --adapter and --system.",
 )
+@click.option(
+    "--examples",
+    multiple=True,
+    metavar="NAME=FILE",
+    help="Questions that this adapter should answer, as `qaflora bundle teach` takes them; "
+    "repeatable. Those of a PEFT folder's model card (`widget`) are taken where none are given.",
+)
+@click.option(
+    "--about",
+    multiple=True,
+    metavar="NAME=TEXT",
+    help="What this adapter is for, in a sentence; repeatable. Without it the first sentence of a "
+    "PEFT folder's model card is taken.",
+)
 @click.option("--name", help="The bundle's name.  [default: the folder's]")
 @click.option("--description", default="", help="What the bundle is for.")
 @click.option("--license", default="", help="The licence of the bundle.")
@@ -97,6 +123,8 @@ def create(
     adapters: cli.Pairs,
     modelfile_path: Path | None,
     system_path: str | None,
+    examples: Sequence[str],
+    about: Sequence[str],
     calibrate: bool,
     **options: Any,
 ) -> None:
@@ -130,6 +158,9 @@ def create(
         source = base
     if system_path is not None:
         options["system"] = cli.check_prompt(read_text(system_path).strip())
+    files = named("--examples", examples, "FILE")
+    descriptions = named("--about", about, "TEXT")
+    lessons = lessons_of([name for name, _ in pairs], files, descriptions)
     is_there = os.path.lexists(folder)
     options["engine"] = Engine if calibrate else None
     try:
@@ -139,6 +170,9 @@ def create(
         if folder.is_dir() and not is_there:
             say(unmeasured(folder, read_bundle_text(folder)))
         raise
+    if calibrate:  # without it the base is not loaded unasked
+        lessons = list(map(with_card, lessons, (path for _, path in pairs)))
+    teach_all(folder, lessons)
     weighed = f"weighed by {_strategy(folder)}"
     say(f"Created the bundle {folder}, {weighed}. Try: qaflora chat {folder}")
 
@@ -240,6 +274,80 @@ def calibrate(folder: Path, strategy: str | None) -> None:
     say(f"{done} {folder}, weighed by {_strategy(folder)}.")
 
 
+@cli.command(
+    "qaflora bundle teach my-bundle math questions.txt",
+    "qaflora bundle teach my-bundle base everyday.txt",
+    "qaflora bundle teach my-bundle math --forget",
+    group=bundle,
+)
+@_folder
+@click.argument("name")
+@click.argument("path", metavar="[FILE]", required=False)
+@click.option("--forget", is_flag=True, help="Forget the examples of NAME.")
+@click.option(
+    "--no-text",
+    is_flag=True,
+    help="Keep the base's states of the questions alone; answers are not kept then either.",
+)
+def teach(folder: Path, name: str, path: str | None, forget: bool, no_text: bool) -> None:
+    """Teach a bundle which questions are for the adapter NAME, or for base.
+
+    FILE has a question a line, or JSON lines with `question` or `messages`, and `answer` where
+    `qaflora bundle check` should test it; - is stdin. Three to ten questions are enough; of more
+    than 32 lines an even spread of 32 is taken.
+    """
+    from qaflora_edge.bundles import taught
+    from qaflora_edge.engine import Engine
+
+    if forget == (path is not None):
+        raise click.UsageError("Give either a FILE of questions or --forget.")
+    if path is None:
+        say(f"{name} has forgotten {counted(taught.forget(folder, name))}.")
+        return
+    lesson = read_lesson(name, path)
+    with progress_bars() as tell, Engine(folder) as engine:
+        tell("Reading examples", 0, 1)
+        answers = None if no_text else lesson.answers
+        n_taught = engine.teach(lesson.questions, name, answers=answers, keep_text=not no_text)
+        tell("Reading examples", 1, 1)
+    say(f"{name} has {counted(n_taught)} in {folder}, {len(lesson.questions)} of {lesson.source}.")
+
+
+@cli.command("qaflora bundle check demo", group=bundle)
+@_folder
+def check(folder: Path) -> None:
+    """Check that each adapter acts, and test examples that have an answer.
+
+    An adapter that moves nothing, or makes noise, ends the command with an error. An answer is
+    right if it has the expected one in it, as whole words, in any case and spacing. Each question
+    is asked of the adapter alone, of the bundle and of the base.
+    """
+    from qaflora_edge.engine import Engine
+    from qaflora_edge.evaluation.check import check_adapters, tested_of
+    from qaflora_edge.show import columns
+
+    rows = [["", "acts", "tested", "alone", "in the bundle", "base", "taken instead"]]
+    faults = []
+    tested = tested_of(folder)
+    with Engine(folder, n_parallel=4) as engine, progress_bars() as tell:
+        names = [*engine.adapters, *(["base"] if "base" in tested else [])]
+        for done, found in enumerate(check_adapters(engine, tested, names)):
+            tell("Checking adapters", done, len(names))
+            others = ", ".join(f"{other} {count}" for other, count in found.others.most_common())
+            counts = [found.n_tested, found.n_alone, found.n_mixed, found.n_base]
+            shown = [str(count) if found.n_tested else "-" for count in counts]
+            rows.append([found.name, "no" if found.fault else "yes", *shown, others or "-"])
+            if found.fault:
+                faults.append(f"{found.name} {found.fault}.")
+        tell("Checking adapters", len(names), len(names))
+    click.echo("\n".join(columns(rows)))
+    if faults:
+        raise BundleError(
+            f"Not every adapter of {folder} acts, as expected. {' '.join(faults)} Look whether it "
+            "is the adapter's newest file, of this base, and whole."
+        )
+
+
 @cli.command("qaflora bundle show demo", group=bundle)
 @_folder
 def show(folder: Path) -> None:
@@ -250,6 +358,7 @@ def show(folder: Path) -> None:
 def describe(folder: Path) -> str:
     """Give a bundle's description as lines to read; its files need not be there."""
     from qaflora_edge.bundles.open import how_to_get_base, recorded_base, unmeasured
+    from qaflora_edge.bundles.taught import read_lines, read_path
     from qaflora_edge.formats.bundle import read_bundle_text
     from qaflora_edge.formats.gguf import plain_name
     from qaflora_edge.weighing.weigher import known_of
@@ -257,6 +366,9 @@ def describe(folder: Path) -> str:
     text = read_bundle_text(folder)
     base = text.base
     known = known_of(text)
+    lines_taught = read_lines(read_path(folder))
+    n_taught = Counter(line.adapter for line in lines_taught if not line.kind)
+    taught = ", ".join(f"{name} {n_example}" for name, n_example in n_taught.items())
     base_name = plain_name(base.name or base.architecture)
     sampling = ", ".join(f"{name} {value}" for name, value in text.sampling.items())
     where = recorded_base(folder, base) or f"not here: {how_to_get_base(folder, base)}"
@@ -270,6 +382,7 @@ def describe(folder: Path) -> str:
         *([f"system     {text.system}"] if text.system else []),
         *([f"examples   {len(text.examples)} messages"] if text.examples else []),
         *([f"sampling   {sampling}"] if sampling else []),
+        *([f"taught     {taught} example questions"] if taught else []),
         f"adapters   {len(text.adapters)}",
     ]
     shown = text.adapters[:N_TOP] if len(text.adapters) > N_ALL else text.adapters

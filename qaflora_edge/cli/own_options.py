@@ -49,6 +49,8 @@ OWN_OPTIONS = {
                "What the page uploads is kept in it until the server ends."),
         Option("allow_host", tuple, flag="--allow-host", metavar="NAME",
                help="Take requests to this host name, such as a proxy's; repeatable."),
+        Option("teach", bool, flag="--teach/--no-teach", unset="where only this machine reaches it",
+               help="Let who asks teach whose question one is; from other machines with a key."),
         Option("insecure", bool, False, flag="--insecure/--no-insecure",
                help="Serve beyond this machine without an API key: whoever reaches it may ask, by "
                "an address, this machine's name or --allow-host. With a key any name does."),

@@ -34,6 +34,7 @@ def serve(
     cors_origin: tuple[str, ...],
     allow_adapters: str | None,
     allow_host: tuple[str, ...],
+    teach: bool | None,
     insecure: bool,
     options: cli.SharedOptions,
 ) -> None:
@@ -56,6 +57,12 @@ def serve(
         raise click.UsageError(
             f"--host {host} can be reached from other machines, and there is no API key. Set "
             "QAFLORA_API_KEY, or say --insecure if everyone may use it."
+        )
+    is_private = is_loopback(host) and not allow_host  # a proxy's name lets others in
+    if teach and api_key is None and not is_private:
+        raise click.UsageError(
+            "--teach lets whoever reaches the server change who answers all, so it needs an API "
+            "key. Set QAFLORA_API_KEY."
         )
     if api_key is not None and not re.fullmatch("[!-~]{8,}", api_key):
         raise OptionError(
@@ -82,6 +89,7 @@ def serve(
             timeout_s=timeout,
             ttl_s=ttl,
             adapters=folder,
+            takes_teaching=is_private if teach is None else teach,
             engine=options.engine,
             sampling=options.sampling,
             chosen=frozenset(filter(cli.is_chosen, vars(options))),

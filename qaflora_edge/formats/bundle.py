@@ -27,6 +27,7 @@ from qaflora_edge.formats.inputs import (
 
 FORMAT = "qaflora-bundle/1"
 BUNDLE_FILE = "bundle.json"
+TAUGHT_FILE = "examples.jsonl"
 MAX_BUNDLE_BYTES = 8 << 20
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 NAME_RULE = "1 to 64 letters, digits, '.', '_' or '-', beginning with a letter or digit"

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from qaflora_edge.inference.drafts import Drafter
     from qaflora_edge.inference.score import Scorer
     from qaflora_edge.weighing.adapter_inputs import AttentionSizes
+    from qaflora_edge.weighing.examples import Examples
     from qaflora_edge.weighing.published.prober import Prober
 
 T = TypeVar("T")
@@ -75,6 +76,7 @@ class Core:
         self.adapters = tuple(adapters)
         self.options = options
         self.is_closed = False
+        self.examples: Callable[[], Examples | None] = lambda: None  # what was taught by now
         self._idle = threading.Condition()
         self._n_call: dict[int, int] = {}  # by thread
         self._cancellations: weakref.WeakSet[Cancellation] = weakref.WeakSet()

@@ -1,14 +1,17 @@
 """A folder of PEFT or MLX: where the adapter's files are, and what they hold."""
 
 import os
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from qaflora_edge.errors import InputFileError, PeftConfigError
 from qaflora_edge.files import AnyPath, what_is_at
 from qaflora_edge.formats.bundle import BUNDLE_FILE
-from qaflora_edge.formats.inputs import Json, read_json_file, reading
+from qaflora_edge.formats.inputs import Json, read_input, read_json_file, reading
 from qaflora_edge.formats.names import CONFIG_FILE, PICKLES, WEIGHTS_FILE
 from qaflora_edge.peft.config import PeftConfig, parse_config
 from qaflora_edge.peft.modules import PeftModule, make_modules, read_safetensors
@@ -25,6 +28,12 @@ _FOUND = {  # in a folder that is no adapter -> what to do
 }
 MAX_SUBFOLDERS = 1000
 MAX_CONFIG_BYTES = 1 << 22
+CARD_FILE = "README.md"
+MAX_CARD_BYTES = 256 << 10
+MAX_SENTENCE = 300  # characters of a description
+MAX_WIDGETS = 32
+# Sentences that trainers write under every adapter.
+_SAYS_NOTHING = re.compile(r"More Information Needed|fine-tuned version of|Provide a quick summary")
 
 
 @dataclass(frozen=True)
@@ -110,6 +119,62 @@ def adapter_files(folder: Path) -> list[Path]:
     return sorted(
         [folder / CONFIG_FILE, *folder.glob("adapter_model*"), *folder.glob("adapters.*")]
     )
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a model card says of an adapter: example questions, and its first sentence or ""."""
+
+    questions: tuple[str | list[Json], ...] = ()
+    sentence: str = ""
+
+
+def read_card(folder: Path) -> ModelCard:
+    """Read the model card of a PEFT folder; one that is missing or cannot be read says nothing."""
+    import yaml  # type: ignore[import-untyped]  # of huggingface_hub
+    from huggingface_hub import RepoCard
+
+    with suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
+        text = read_input(adapter_folder(folder) / CARD_FILE, MAX_CARD_BYTES).decode("utf-8")
+        card = RepoCard(text, ignore_metadata_errors=True)
+        widgets = card.data.get("widget")
+        listed = widgets if isinstance(widgets, list) else []
+        questions = map(_widget_question, listed[:MAX_WIDGETS])
+        return ModelCard(tuple(filter(None, questions)), _first_sentence(card.text))
+    return ModelCard()
+
+
+def _widget_question(widget: object) -> str | list[Json] | None:
+    if not isinstance(widget, dict):
+        return None
+    text = widget.get("text")
+    if isinstance(text, str):
+        return text.strip()
+    messages = widget.get("messages")
+    if not isinstance(messages, list):
+        return None
+    for message in messages:
+        is_message = isinstance(message, dict) and {"role", "content"} <= message.keys()
+        if not is_message or not isinstance(message["content"], str):
+            return None
+    is_asked = bool(messages) and messages[-1]["role"] == "user"
+    return messages if is_asked else None
+
+
+def _first_sentence(markdown: str) -> str:
+    """Find the first sentence of the first paragraph that says something; else give ""."""
+    from markdown_it import MarkdownIt
+
+    tokens = MarkdownIt().parse(markdown)
+    for before, token in pairwise(tokens):
+        if before.type != "paragraph_open" or before.level:
+            continue
+        words = [child.content or " " for child in token.children or () if child.type != "image"]
+        text = " ".join("".join(words).split())
+        sentence = re.split(r"(?<=[.!?])\s|(?<=[。！？])", text, maxsplit=1)[0]
+        if sentence and not _SAYS_NOTHING.search(sentence):
+            return sentence[:MAX_SENTENCE]
+    return ""
 
 
 def check_no_part(path: Path) -> None:

@@ -74,6 +74,15 @@ class Conversation:
         messages.append({"role": "user", "content": question})
         return messages
 
+    @property
+    def last_question(self) -> list[Message] | None:
+        """Give what was sent with the last question, and it; None where nothing was asked."""
+        if not self.said:
+            return None
+        before = Conversation(self.system, self.said[:-2])
+        n_dropped = min(self.n_dropped, before.n_turn)
+        return before.messages(self.said[-2]["content"], n_dropped=n_dropped)
+
     def add(self, question: str, answer: str, finish_reason: str = "stop") -> None:
         self.said.append({"role": "user", "content": question})
         self.said.append({"role": "assistant", "content": answer, "finish_reason": finish_reason})

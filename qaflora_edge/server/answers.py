@@ -18,6 +18,7 @@ from qaflora_edge.errors import CancelledError, wrong_field
 from qaflora_edge.prompt.tokens import check_size, checked_tokens
 from qaflora_edge.server import bodies
 from qaflora_edge.server.receive import Call, read_call
+from qaflora_edge.server.refusals import Refusal
 from qaflora_edge.server.respond import (
     CHUNKS,
     MESSAGE_EVENTS,
@@ -162,6 +163,34 @@ async def weights(request: Request) -> Computed:
         note_mix(fusion, out, extras_of(call))
         out.facts["prompt_tokens"] = fusion.prompt_tokens
         out.send(fusion.to_dict())
+
+    return Computed(call, compute)
+
+
+async def teach(request: Request) -> Computed:
+    """Teach whose question one is, from the next question on; or undo that."""
+    if not request.app.state.options.takes_teaching:
+        message = (
+            "This server takes no teaching, for others reach it; `qaflora serve --teach` with an "
+            "API key allows it."
+        )
+        raise Refusal(403, message, code="teaching_not_allowed")
+    call = await read_call(request, bodies.TeachBody)
+    body = call.body
+    if bool(body.undo) == (body.messages is not None):
+        raise wrong_field("messages", body.messages, "either messages and adapter, or undo")
+    if (body.messages is None) != (body.adapter is None):
+        raise wrong_field("adapter", body.adapter, "a name beside messages, and none beside undo")
+
+    def compute(engine: Engine, out: Computed) -> None:
+        if body.messages is not None and body.adapter is not None:
+            n_taught = engine.teach(body.messages, body.adapter)
+            out.send({"adapter": body.adapter, "taught": n_taught})
+            return
+        undone = engine.unteach()
+        if undone is None:
+            raise Refusal(400, "There is nothing to undo.", param="undo", code="nothing_taught")
+        out.send({"adapter": undone, "undone": True})
 
     return Computed(call, compute)
 

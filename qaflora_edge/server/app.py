@@ -241,6 +241,7 @@ API: tuple[tuple[str, Any, type[Body] | None], ...] = (
     ("/v1/messages", answers.messages, anthropic.MessagesBody),
     ("/v1/messages/count_tokens", answers.count_tokens, anthropic.TokensBody),
     ("/v1/weights", answers.weights, bodies.WeightsBody),
+    ("/v1/teach", answers.teach, bodies.TeachBody),
     ("/v1/embeddings", answers.embeddings, bodies.EmbeddingsBody),
     ("/completion", answers.completion, texts.CompletionBody),
     ("/infill", answers.infill, texts.InfillBody),

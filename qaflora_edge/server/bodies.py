@@ -41,6 +41,14 @@ class WeightsBody(Weighed, frozen=True, kw_only=True):
     raw: Flag = None
 
 
+class TeachBody(Body, frozen=True, kw_only=True):
+    """Say whose question one is, or take the last such word back."""
+
+    messages: Messages | None = None
+    adapter: Annotated[Text | None, Meta(title="the name of an adapter, or base")] = None
+    undo: Flag = None
+
+
 class AdapterBody(Body, frozen=True, kw_only=True):
     """Ask to add or remove an adapter; config_bytes of an upload are adapter_config.json."""
 

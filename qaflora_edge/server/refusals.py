@@ -21,7 +21,7 @@ _ANTHROPIC = {
 Fields = tuple[str, ...]
 _TEXTS: Fields = ("messages", "input", "prompt", "tokens", "content")
 _FORMS: Fields = ("grammar", "json_schema", "response_format", "tools", "text")
-_MIX: Fields = ("fusion", "lora")
+_MIX: Fields = ("fusion", "lora", "adapter")
 # What the sender of a request can cure -> the fields that may cause it.
 _CAUSES: dict[type[Exception], Fields] = {
     errors.OptionError: (),  # names its field

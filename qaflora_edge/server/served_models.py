@@ -37,6 +37,7 @@ class ServerOptions:
     cors_origins  pages that may ask as our own does; "*" is all
     hosts         names that requests may call the server by, None: any
     adapters      folder of adapters that may be added, resolved; None: adapters cannot change
+    takes_teaching  whether who asks may teach the choice
     engine        keywords of every Engine
     sampling      how tokens are chosen where a request says nothing
     chosen        keys of options that the command chose, before what a bundle says
@@ -50,6 +51,7 @@ class ServerOptions:
     timeout_s: float = 600.0
     ttl_s: float | None = None
     adapters: Path | None = None
+    takes_teaching: bool = False
     engine: Mapping[str, Any] = field(default_factory=dict)
     sampling: Sampling = field(default_factory=Sampling)
     chosen: frozenset[str] = frozenset()
@@ -275,6 +277,7 @@ class ServedModels:
             "failed": model.has_failed,
             "sha256": model.sha256,
             "takes_adapters": self._options.adapters is not None,
+            "takes_teaching": self._options.takes_teaching,
         }
         meta |= model.about
         if engine is not None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from threading import Lock
 from typing import Any, Protocol
@@ -25,7 +25,23 @@ _Asked = tuple[tuple[int, ...], Span, tuple[int, ...]]  # rows, question, tokens
 _N_BLOCK = 64  # tokens of a question that are summed together
 _N_NEUTRAL = 64  # system prompts that are remembered
 _N_HEARD = 64  # questions that are, for prompts that go on behind them
+_LEAST_LENGTH = 1e-12  # of a state
 _N_TOGETHER = 8  # short queries of one batch: the base's matrices are read once for all
+
+
+@dataclass(frozen=True)
+class Heard:
+    """Hold what was heard of one prompt.
+
+    added   [2, n_row, n_layer]: at the last token, in the question
+    nats    by which the question surprised the base
+    states  [2, n_embd], each of length 1: where the question ends, in a middle block, and of the
+            last token, in the last; None where they were not kept
+    """
+
+    added: F64
+    nats: float
+    states: F32 | None = None
 
 
 class Listener(Protocol):
@@ -36,6 +52,7 @@ class Listener(Protocol):
     nats    how much these tokens surprised it, together: -log of their probabilities
     hears_next   whether it takes what the base expects after the prompt
     next_logits  that: float32 [n_vocab]
+    states  of the base, as Heard has them, once all tokens are taken
     result  the measure, once all tokens are taken
     """
 
@@ -44,6 +61,7 @@ class Listener(Protocol):
     nats: float = 0.0
     hears_next: bool = False
     next_logits: F32 | None = None
+    states: F32 | None = None
 
     def take(self, at: int, inputs: F32) -> None:
         """Take inputs [n_token, n_layer, n_embd] of the tokens from position `at` on."""
@@ -64,7 +82,7 @@ class _Added(Listener):
         question: Span,
         end: int,
         threads: Executor,
-        remember: Callable[[F64, float], object],
+        remember: Callable[[Heard], object],
     ) -> None:
         self._sizes = sizes
         self._remember = remember
@@ -85,6 +103,10 @@ class _Added(Listener):
             begin = end
             if self._n_waiting == _N_BLOCK:
                 self._add()
+        last = self._stop - 1 - at  # token of the question
+        if 0 <= last < len(inputs):
+            n_layer = inputs.shape[1]
+            self._question_end = inputs[last, 2 * n_layer // 3].copy()
         if at < self._end:
             until_end = inputs[: self._end - at]
             self._last = until_end[-1:]
@@ -109,17 +131,21 @@ class _Added(Listener):
                 by_row.append(sizes.of_layers(of_modules))
             by_place.append(by_row)
         result = np.array(by_place)
-        self._remember(result, self.nats)
+        states = np.stack([self._question_end, self._last[0, -1]])  # [2, n_embd]
+        lengths = np.linalg.norm(states, axis=1, keepdims=True)
+        self.states = np.asarray(states / np.maximum(lengths, _LEAST_LENGTH), np.float32)
+        self._remember(Heard(result, self.nats, self.states))
         return result
 
 
 class _Remembered(Listener):
     """Give what was heard of a question before: of this prompt nothing has to be read for it."""
 
-    def __init__(self, n_token: int, result: F64, nats: float) -> None:
+    def __init__(self, n_token: int, heard: Heard) -> None:
         self.start = n_token - 1
-        self.nats = nats
-        self._result = result
+        self.nats = heard.nats
+        self.states = heard.states
+        self._result = heard.added
 
     def take(self, at: int, inputs: F32) -> None:
         pass
@@ -156,7 +182,7 @@ class Added:
         self._nothing = np.zeros((len(infos), n_layer), np.float32)
         self._threads = ThreadPoolExecutor(threads or default_threads())
         self._neutral: dict[tuple[Any, ...], F64] = {}  # the oldest first
-        self._heard: dict[_Asked, tuple[F64, float]] = {}  # likewise
+        self._heard: dict[_Asked, Heard] = {}  # likewise
         self._remembering = Lock()
 
     def _read_sizes(self, row: int) -> AttentionSizes:
@@ -177,8 +203,9 @@ class Added:
         tokens  of the prompt: one that only goes on after `end` is not measured again
         """
         asked = (tuple(rows), span, tuple(tokens[:end]))
-        if n_scored and end < len(tokens) and asked in self._heard:
-            return _Remembered(len(tokens), *self._heard[asked])
+        heard = self._heard.get(asked)
+        if n_scored and end < len(tokens) and heard is not None and heard.states is not None:
+            return _Remembered(len(tokens), heard)
         sizes = [self._sizes(row) for row in rows]
         remember = partial(self.remember, *asked) if n_scored else silent
         listener = _Added(sizes, span, end, self._threads, remember)
@@ -195,23 +222,19 @@ class Added:
         """
         with self._remembering:
             everything = list(self._heard.items())
-        for (of_rows, at, before), (added, nats) in everything:
+        for (of_rows, at, before), heard in everything:
             if of_rows == tuple(rows) and at == span and before == tuple(tokens[: len(before)]):
-                _, in_question = added
-                return in_question, nats
+                _, in_question = heard.added
+                return in_question, heard.nats
         return None
 
-    def remember(
-        self, rows: Rows, span: Span, tokens: Sequence[int], added: F64, nats: float
-    ) -> None:
+    def remember(self, rows: Rows, span: Span, tokens: Sequence[int], heard: Heard) -> None:
         """Keep what was heard of a chat's question, for prompts that go on behind it.
 
         tokens  of the prompt, as far as it was heard
-        added   [2, n_row, n_layer], as a listener gives it
-        nats    by which the question surprised the base
         """
         with self._remembering:  # callers have threads of their own
-            self._heard[tuple(rows), span, tuple(tokens)] = added, nats
+            self._heard[tuple(rows), span, tuple(tokens)] = heard
             while len(self._heard) > _N_HEARD:
                 del self._heard[next(iter(self._heard))]
 

@@ -98,6 +98,21 @@ class Query:
         return n_weighed + self.n_thought < len(self.tokens)
 
 
+@dataclass(frozen=True)
+class Closeness:
+    """Say how close a query is to the examples that were taught for an adapter.
+
+    over_nobody  its score less that of "nobody", to whom examples of the base belong; about 1 for
+                 an example itself
+    over_next    its score less the highest of other taught adapters in use; 0 where none is
+    n_example    example questions of this adapter; 0 where only a description is known
+    """
+
+    over_nobody: float
+    over_next: float
+    n_example: int
+
+
 class Reading(Protocol):
     """Read a query for its strategy; each thing is computed once, when it is asked for.
 
@@ -145,6 +160,12 @@ class Reading(Protocol):
 
     def question(self) -> str:
         """Give the question's text."""
+
+    def close(self) -> dict[str, Closeness]:
+        """Compare with what was taught, by adapter of the query; without another pass of the base.
+
+        Empty where nothing was taught.
+        """
 
     def next_logits(self) -> F32:
         """Give the base's logits behind the prompt: float32 [n_vocab], once added() is known."""

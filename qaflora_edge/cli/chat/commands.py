@@ -10,6 +10,7 @@ from qaflora_edge.cli.progress import waiting
 from qaflora_edge.config import expanded, in_group
 from qaflora_edge.errors import QafloraError, nearest
 from qaflora_edge.prompt.conversation import Conversation, bundle_identity, save_session
+from qaflora_edge.weighing.plan import BASE
 from qaflora_edge.weighing.strategy import strategies
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ def completions(text: str, engine: "Engine") -> Iterator[str]:
         candidates = [name for name in engine.loaded_adapters if name not in words[2:-1]]
     elif len(words) > 2:
         candidates = []
+    elif command == "/teach":
+        candidates = [*engine.loaded_adapters, BASE, "undo"]
     else:
         arguments = {"/strategy": engine.strategies, "/set": SAMPLING, "/adapters": ADAPTERS}
         arguments["/drop"] = engine.loaded_adapters
@@ -185,6 +188,22 @@ def undo(chat: "Chat", argument: str) -> None:
     chat.fusion = None
     note = f"taken back: {turn[0]['content'][:40]}" if turn else "nothing has been asked yet"
     chat.view.note(note)
+
+
+@_command("NAME")
+def teach(chat: "Chat", argument: str) -> None:
+    """Say who should have answered the last question, or base; undo takes it back."""
+    if argument == "undo":
+        undone = chat.engine.unteach()
+        note = f"taken back: a question of {undone}" if undone else "nothing has been taught yet"
+        chat.view.note(note)
+        return
+    question = chat.conversation.last_question
+    if question is None:
+        chat.view.note("nothing has been asked yet")
+        return
+    n_taught = chat.engine.teach(question, argument)
+    chat.view.note(f"{argument} is for questions as this one", f"examples of it {n_taught}")
 
 
 @_command()
