@@ -50,6 +50,7 @@ T = TypeVar("T")
 GENERIC_FILE = "data/generic_questions.json"
 MAX_BYTES = 256 << 20  # of the file
 MAX_LINES = 16_384
+MAX_SHORT = 256  # tokens of a question that is read together with others
 _ADVICE = "Teach again: remove the file, or take it from a backup."
 
 
@@ -177,19 +178,21 @@ class Taught:
                 "or None.",
                 "answers",
             )
-        lines = []
-        for prompt, answer in zip(prompts, answers, strict=True):
+        for prompt in prompts:
             is_text = isinstance(prompt, str) and prompt.strip()
             if not is_text and not is_conversation(prompt):
                 raise PromptError(
                     f"teach got the question {prompt!r:.100}, expected a text or messages."
                 )
-            states = read_states(current, as_turn(prompt))
-            line = Line(_encoded(states), adapter)
-            if keep_text:
-                field = "messages" if is_conversation(prompt) else "question"
-                line = msgspec.structs.replace(line, **{field: prompt, "answer": answer})
-            lines.append(line)
+        queries = [_query(current, as_turn(prompt)) for prompt in prompts]
+        lines = []
+        for states in _read(current, queries, not keep_text):
+            lines.append(Line(_encoded(states), adapter))
+        if keep_text:
+            for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+                is_chat = is_conversation(prompt)
+                text = {"messages": list(prompt)} if is_chat else {"question": prompt}
+                lines[index] = msgspec.structs.replace(lines[index], **text, answer=answer)
         if lines:
             self._undo.append(self._put(current, adapter, lines))
         return self.counts().get(adapter, 0)
@@ -198,7 +201,7 @@ class Taught:
         """Keep a description of an adapter, in place of the one before."""
         _check_name(current, adapter)
         described = f"{adapter}: {text}"
-        states = read_states(current, as_turn(described))
+        (states,) = _read(current, [_query(current, as_turn(described))])
         self._put(current, adapter, [Line(_encoded(states[1]), adapter, described, kind="about")])
 
     def _put(self, current: "AdapterSet", adapter: str, lines: Sequence[Line]) -> Change:
@@ -384,11 +387,24 @@ def _encoded(states: F32) -> str:
     return base64.b64encode(states.astype("<f2").tobytes()).decode()
 
 
-def read_states(current: "AdapterSet", question: Question) -> F32:
-    """Let the base read a question: states [2, n_embd], as weighing.added.Heard has them."""
+def _read(current: "AdapterSet", queries: Sequence[Query], is_alone: bool = False) -> list[F32]:
+    """Let the base read questions: states [2, n_embd] of each, as weighing.added.Heard has them.
+
+    is_alone  one by one, so that a question has the same bits each time
+    """
     core = current.core
-    with PromptReading(core, _query(current, question), core.cancellation()) as reading:
-        return reading.base_states()
+    states: dict[int, F32] = {}
+    short = {}
+    for index, query in enumerate(queries):
+        if len(query.tokens) <= MAX_SHORT and not is_alone:
+            short[index] = query
+            continue
+        with PromptReading(core, query, core.cancellation()) as reading:
+            states[index] = reading.base_states()
+    if short:
+        together = core.run(core.added.states([*short.values()]), kind="branch")
+        states |= zip(short, together, strict=True)
+    return [states[index] for index in range(len(queries))]
 
 
 def _query(current: "AdapterSet", question: Question) -> Query:
@@ -399,7 +415,6 @@ def _query(current: "AdapterSet", question: Question) -> Query:
 
 def _generic_lines(current: "AdapterSet") -> list[Line]:
     """Let the base read each generic question in each dress that its chat template takes."""
-    core = current.core
     by_dress: list[list[tuple[int, Query]]] = []  # of one dress prompts begin alike
     for of, dressed in enumerate(generic_questions()):
         by_dress += [[] for _ in dressed[len(by_dress) :]]
@@ -409,8 +424,7 @@ def _generic_lines(current: "AdapterSet") -> list[Line]:
                 asked.append((of, _query(current, Chat(messages, untemplated=plain))))
     lines = []
     for asked in filter(None, by_dress):
-        steps = core.added.states([query for _, query in asked])
-        heard = core.run(steps, kind="branch")
+        heard = _read(current, [query for _, query in asked])
         for (of, _), states in zip(asked, heard, strict=True):
             lines.append(Line(_encoded(states), kind="generic", of=of))
     return lines
