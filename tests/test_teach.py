@@ -1,191 +1,186 @@
-"""Teaching who answers: the command line, a model card, a chat and a server; bundle check"""
+"""Teaching: examples say who answers; the file that keeps them."""
 
+import base64
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from bundles import TinyBundle, make_bundle, make_sources, qaflora, said_by
-from serving import client_of
-from test_cli_chat import chat
-from tiny import USER, write_tiny_adapter
+from bundles import make_bundle
+from patience import python
+from refusals import refused
 
 from qaflora_edge import Engine
-from qaflora_edge.cli.examples import read_lesson
-from qaflora_edge.peft.folder import read_card
+from qaflora_edge.answering.reading import PromptReading
+from qaflora_edge.ask import Chat, Weighing
+from qaflora_edge.bundles.edit import remove_adapter
+from qaflora_edge.bundles.open import verify_bundle
+from qaflora_edge.bundles.taught import read_path
+from qaflora_edge.errors import BundleError, StrategyError
+from qaflora_edge.weighing.examples import RIDGE, Example, fit, nuisance, ridge
+from qaflora_edge.weighing.strategy import Closeness
 
-pytestmark = pytest.mark.usefixtures("own_cache")
-CARD = """---
-license: mit
-widget:
-- text: How many eggs are three and four?
-- messages:
-  - role: user
-    content: What is 2 + 2?
-- image: 1.png
----
-# Model Card for math
-
-<!-- Provide a quick summary. -->
-This model is a fine-tuned version of [base](https://example.org).
-
-Solves **word problems** step
-by step. It was trained for an hour.
-"""
+N_EMBD = 6
+RNG = np.random.default_rng(11)
+EGG = "How many eggs are six and six?"
 
 
-@pytest.fixture
-def taught(tmp_path) -> TinyBundle:
-    """A bundle of a test's own, that can be taught."""
-    return make_bundle(tmp_path, calibrate=True)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return make_bundle(tmp_path_factory.mktemp("taught")).folder
 
 
-def write(path: Path, *lines: Any) -> Path:
-    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
-    path.write_text("\n".join(texts) + "\n", encoding="utf-8")
-    return path
+def random_states(n: int) -> Any:
+    states = RNG.normal(size=(n, 2, N_EMBD)).astype(np.float32)
+    return states / np.linalg.norm(states, axis=2, keepdims=True)
 
 
-def taught_in(folder: Path) -> dict[str, int]:
-    with Engine(folder, n_ctx=512, threads=1) as engine:
-        return dict(engine.taught)
+def close_to(engine: Engine, question: str) -> dict[str, Closeness]:
+    current = engine.memory.current
+    core = current.core
+    with core.call():
+        asked = current.reader.read(Chat([{"role": "user", "content": question}]))
+        query = current.weigher.choice(asked, Weighing("static")).query
+        with PromptReading(core, query, core.cancellation()) as reading:
+            return reading.close()
 
 
-def test_a_bundle_is_taught_by_files_and_forgets(taught, tmp_path) -> None:
-    file = write(tmp_path / "q.txt", "the thing on a ring", "", "and then")
-    said = said_by(qaflora("bundle", "teach", taught.folder, "math", file))
-    assert said == f"math has 2 example questions in {taught.folder}, 2 of {file}.\n"
-    long = "\n".join(f"the {number}" for number in range(100))
-    said = said_by(qaflora("bundle", "teach", taught.folder, "base", "-", stdin=long))
-    assert said.endswith("32 of stdin, 32 of its 100 lines, evenly.\n")
-    assert taught_in(taught.folder) == {"math": 2, "base": 32}
-    said = said_by(qaflora("bundle", "teach", taught.folder, "math", "--forget"))
-    assert said == "math has forgotten 2 example questions.\n"
-    assert taught_in(taught.folder) == {"base": 32}
+@pytest.mark.parametrize("n_row", [5, 40])
+def test_ridge_is_least_squares_with_rows_that_pull_to_zero(n_row) -> None:
+    rows = RNG.normal(size=(n_row, 12))
+    targets = RNG.normal(size=(n_row, 3))
+    row_weights = RNG.uniform(0.1, 3, n_row)
+    roots = np.sqrt(row_weights)[:, None]
+    more_rows = np.concatenate([rows * roots, np.sqrt(RIDGE) * np.eye(12)])
+    more_targets = np.concatenate([targets * roots, np.zeros((12, 3))])
+    expected, *_ = np.linalg.lstsq(more_rows, more_targets)
+    np.testing.assert_allclose(ridge(rows, targets, row_weights), expected, atol=1e-9)
 
 
-def test_json_lines_have_questions_messages_and_answers(tmp_path) -> None:
-    turn = {"role": "user", "content": "and then"}
-    training = {"messages": [turn, {"role": "assistant", "content": "nothing"}]}
-    lesson = read_lesson("a", str(write(tmp_path / "q", {"question": "2?", "answer": 2}, training)))
-    assert (lesson.questions, lesson.answers) == (["2?", [turn]], ["2", None])
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"\n \n", "it has no line that is not blank, expected a question a line"),
-        (b"ok\n\xff\n", "line 2: it is not UTF-8"),
-        (b'{"question": "a"}\n[]\n', "line 2: it is no JSON object"),
-        (
-            b'{"question": " "}\n',
-            'line 1: field question is " ", expected a text',
-        ),
-        (b'{"messages": [{"role": "pope"}]}\n', "line 1: Message 0 has role = 'pope'"),
-        (
-            b'{"question": "a", "answer": []}\n',
-            "line 1: field answer is [], expected a text",
-        ),
-    ],
-)
-def test_a_wrong_file_is_refused_by_line(made, tmp_path, content, message) -> None:
-    file = tmp_path / "q"
-    file.write_bytes(content)
-    said = said_by(qaflora("bundle", "teach", made.folder, "math", file), 1)
-    assert str(file) in said
-    assert message in said
-
-
-def test_create_takes_examples_and_what_a_model_card_says(tmp_path) -> None:
-    made = make_sources(tmp_path)
-    (made.peft / "README.md").write_text(CARD, encoding="utf-8")
-    file = write(tmp_path / "q.txt", "the thing")
-    result = qaflora(
-        *("bundle", "create", made.folder, "--base", made.base.path),
-        *("--adapter", f"math={made.peft}", "--adapter", f"es={made.adapter.path}"),
-        *("--examples", f"es={file}", "--about", "es=Answers in Spanish."),
+def test_how_many_examples_an_adapter_has_does_not_decide() -> None:
+    generic = [random_states(2), random_states(2)]
+    often, once = random_states(2)
+    examples = [Example("math", often)] * 1000 + [Example("es", once)]
+    taught = fit(examples, generic)
+    assert taught.n_example == {"math": 1000, "es": 1}
+    of_once = taught.close(once, ["math", "es"])
+    assert of_once["es"].over_next > 0.5 > 0 > of_once["math"].over_nobody - 0.5
+    assert of_once["es"].over_next == -of_once["math"].over_next
+    both = fit([Example("math", once), Example("es", once)], generic).close(once, ["math", "es"])
+    assert both["math"].over_next == pytest.approx(0, abs=1e-6)
+    assert both["math"].over_nobody > 0
+    # Ways in which a generic question differs from itself change nothing.
+    moved = once + nuisance(generic)[0].reshape(2, N_EMBD).astype(np.float32)
+    assert taught.close(moved, ["es"])["es"].over_nobody == pytest.approx(
+        taught.close(once, ["es"])["es"].over_nobody, abs=1e-5
     )
-    assert said_by(result).splitlines()[:4] == [
-        "math is described by its README.md: Solves word problems step by step.",
-        "math has 2 example questions from its README.md.",
-        "es is described by --about: Answers in Spanish.",
-        f"es has 1 example question from {file}.",
-    ]
-    assert taught_in(made.folder) == {"math": 2, "es": 1}
 
 
-@pytest.mark.parametrize(
-    "card", ["---\na: [\n---\nHi.", "---\n- a\n---\nHi.", "[More Information Needed]", "\x00", ""]
-)
-def test_a_card_that_says_nothing_or_is_broken_is_left_out(tmp_path, card) -> None:
-    (tmp_path / "adapter_config.json").touch()
-    (tmp_path / "README.md").write_text(card, encoding="utf-8")
-    read = read_card(tmp_path)
-    assert read.questions == ()
-    assert not any(map(str.isalpha, read.sentence))
+def test_states_are_those_that_blocks_read(tmp_path) -> None:
+    made = make_bundle(tmp_path)
+    norm = made.base.tensors
+    with Engine(made.folder, n_ctx=512, kv_type="f32") as engine:
+        prompt = engine.read(Chat([{"role": "user", "content": EGG}]))
+        _, end = prompt.question or (0, 0)
+        before = [engine.hidden_states(prompt.tokens[:end]), engine.hidden_states(prompt.tokens)]
+        engine.teach(EGG, "math")
+        *_, line = map(json.loads, read_path(made.folder).read_text().splitlines())
+        expected = []
+        for states, layer in zip(before, (2 * 3 // 3, 2), strict=True):
+            state = states[layer - 1] * norm[f"blk.{layer}.attn_norm.weight"]
+            expected.append(state / np.linalg.norm(state))  # as RMSNorm divides by one number
+    kept = np.frombuffer(base64.b64decode(line["state"]), np.float16).reshape(2, -1)
+    np.testing.assert_allclose(kept, expected, atol=2e-3)  # float16, and rounded products
 
 
-def test_check_tests_answers_and_tells_adapters_that_do_not_act(taught, tmp_path) -> None:
-    qaflora("bundle", "add", taught.folder, f"still={_strong(taught, tmp_path, 0.0)}")
-    qaflora("bundle", "add", taught.folder, f"loud={_strong(taught, tmp_path, 30.0)}")
-    file = write(tmp_path / "q.jsonl", {"question": "the thing", "answer": "no such word"})
-    qaflora("bundle", "teach", taught.folder, "math", file)
-    result = qaflora("bundle", "check", taught.folder)
-    rows = {words[0]: words[1:6] for words in map(str.split, result.stdout.splitlines()[1:])}
-    assert rows["math"] == ["yes", "1", "0", "0", "0"]
-    assert rows["es"] == ["yes", "-", "-", "-", "-"]
-    assert (rows["still"][0], rows["loud"][0], result.exit_code) == ("no", "no", 1)
-    assert "still moves nothing: its answers are the base's. loud makes noise" in result.stderr
+def test_what_is_taught_counts_is_kept_and_taken_back(folder) -> None:
+    with Engine(folder, n_ctx=512) as engine, Engine(folder, n_ctx=512) as other:
+        assert close_to(engine, EGG) == {}
+        assert engine.unteach() is None
+        assert engine.teach([EGG, "And seven?", EGG], "math") == 2
+        close = close_to(other, EGG)["math"]  # another Engine sees it at once
+        assert close.over_nobody > 0.1
+        assert close.n_example == 2
+        assert engine.teach(EGG, "es") == 1  # the newest label counts
+        assert engine.taught == {"math": 1, "es": 1}
+        assert engine.unteach() == "es"
+        assert other.taught == {"math": 2}
+        messages = [{"role": "user", "content": "Who, then?"}]
+        assert engine.teach(messages, "base", answers=["Hello!"], keep_text=False) == 1
+        assert engine.teach(messages, "base", keep_text=False) == 1  # the same state
+        engine.describe("es", "Answers in Spanish.")
+        engine.describe("es", "Answers always in Spanish.")
+        assert close_to(engine, EGG)["es"].n_example == 0
+        text = read_path(folder).read_text()
+        assert EGG in text
+        assert "es: Answers always" in text
+        assert [word for word in (" then", "Hello!") if word in text] == []
+        message = refused(StrategyError, engine.teach, EGG, "maths")
+        assert message == (
+            "The adapter 'maths' is not loaded; expected names out of: base, math, es."
+        )
+        assert engine.forget("math") == 2
+        assert engine.taught == {"base": 1}
+        verify_bundle(folder)
 
 
-def _strong(made: TinyBundle, place: Path, strength: float) -> Path:
-    path = place / f"{strength:g}.gguf"
-    write_tiny_adapter(path, made.base, targets=("output",), strength=strength)
-    return path
+def test_processes_that_teach_at_once_lose_nothing(tmp_path) -> None:
+    folder = make_bundle(tmp_path).folder
+    code = (
+        "import sys\n"
+        "from qaflora_edge import Engine\n"
+        "with Engine(sys.argv[1], n_ctx=512) as engine:\n"
+        "    for i in range(4):\n"
+        "        engine.teach(f'What is {sys.argv[2]} and {i}?', sys.argv[2])\n"
+    )
+    with ThreadPoolExecutor(2) as threads:
+        done = [threads.submit(python, "-c", code, folder, name) for name in ("math", "es")]
+        assert [one.result().stderr for one in done] == ["", ""]
+    with Engine(folder, n_ctx=512) as engine:
+        assert engine.taught == {"math": 4, "es": 4}
+    remove_adapter(folder, "es")
+    with Engine(folder, n_ctx=512) as engine:
+        assert engine.taught == {"math": 4}
 
 
-def test_a_chat_teaches_its_last_question(taught) -> None:
-    lines = ("/teach es", "the thing", "/teach nobody", "/teach es", "/teach undo", "/teach base")
-    told = chat(taught.folder, *lines).stderr
-    assert "[nothing has been asked yet]" in told
-    assert "Error: " in told
-    assert "[es is for questions as this one; examples of it 1]" in told
-    assert "[taken back: a question of es]" in told
-    assert taught_in(taught.folder) == {"base": 1}
+def test_a_bundle_that_is_read_only_is_taught_in_the_users_folder(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("qaflora_edge.bundles.taught.data_dir", lambda: tmp_path / "data")
+    made = make_bundle(tmp_path)
+    with Engine(base=made.base.path, adapters={"es": made.adapter.path}, n_ctx=512) as engine:
+        engine.teach(EGG, "es")
+    monkeypatch.setattr("qaflora_edge.bundles.taught.os.access", lambda path, mode: False)
+    with Engine(made.folder, n_ctx=512) as engine:
+        engine.teach(EGG, "math")
+    with Engine(made.folder, n_ctx=512) as engine:
+        assert engine.taught == {"math": 1}
+    assert not (made.folder / "examples.jsonl").exists()
+    assert len([*(tmp_path / "data" / "taught").iterdir()]) == 2
 
 
-def test_a_server_is_taught_where_it_says_so(taught) -> None:
-    body = {"model": "tiny", "messages": USER, "adapter": "es"}
-    undo = {"model": "tiny", "undo": True}
-    with client_of(taught.folder) as client:
-        assert client.get("/v1/models/tiny").json()["meta"]["takes_teaching"] is False
-        refused = client.post("/v1/teach", json=body)
-        assert refused.status_code == 403
-        assert "--teach" in refused.json()["error"]["message"]
-    with client_of(taught.folder, takes_teaching=True) as client:
-        assert client.get("/v1/models/tiny").json()["meta"]["takes_teaching"] is True
-        assert client.post("/v1/teach", json=body).json() == {"adapter": "es", "taught": 1}
-        assert client.post("/v1/teach", json=undo).json() == {"adapter": "es", "undone": True}
-        wrong = (undo, body | undo, {"undo": False}, {"messages": USER}, body | {"adapter": "x"})
-        fields = []
-        for one in wrong:
-            answer = client.post("/v1/teach", json=one)
-            assert answer.status_code == 400
-            fields.append(answer.json()["error"]["param"])
-        assert fields == ["undo", "messages", "messages", "adapter", "adapter"]
-
-
-def test_others_teach_only_with_a_key(monkeypatch, made) -> None:
-    served: list[Any] = []
-    monkeypatch.setattr("qaflora_edge.server.run.run", lambda *how: served.append(how[-1]))
-    everywhere = ("serve", made.folder, "--host", "0.0.0.0")
-    said = said_by(qaflora(*everywhere, "--insecure", "--teach"), 2)
-    assert "so it needs an API key" in said
-    key = ("--api-key", "abcdefgh")
-    here = ("serve", made.folder)
-    proxied = (*here, "--allow-host", "example.org")
-    for words in ((*everywhere, *key), proxied, (*here, "--no-teach")):
-        qaflora(*words)
-    qaflora(*everywhere, *key, "--teach")
-    qaflora(*here)
-    assert [options.takes_teaching for options in served] == [False, False, False, True, True]
+def test_wrong_files_are_refused_by_line(folder) -> None:
+    with Engine(folder, n_ctx=512) as engine:
+        engine.teach(EGG, "math")
+    path = read_path(folder)
+    good = path.read_text()
+    first, *lines = good.splitlines()
+    number = len(lines) + 1
+    advice = "Teach again: remove the file, or take it from a backup."
+    for broken, why in {
+        '{"adapter": "math"}': "Object missing required field `state`",
+        lines[-1].replace('"state":"', '"state":"AAAA'): None,
+        '{"adapter": "math", "state": "AAAA"}': "buffer size must be a multiple of element size",
+    }.items():
+        path.write_text("\n".join([first, *lines[:-1], broken]))
+        message = refused(BundleError, Engine, folder)
+        assert message.startswith(f"Cannot use {path}: line {number} is damaged (")
+        assert message.endswith(f"expected what `qaflora bundle teach` writes. {advice}")
+        assert why is None or why in message
+    header = json.loads(first)
+    path.write_text("\n".join([json.dumps(header | {"base": "0" * 64}), *lines]))
+    assert refused(BundleError, Engine, folder) == (
+        f"Cannot use the examples in {path}: the base 000000000000 read them ({header['n_embd']} "
+        f"wide), expected this one, {header['base'][:12]} ({header['n_embd']} wide); states of one "
+        "base tell nothing of another. Remove the file and teach again."
+    )

@@ -38,18 +38,18 @@ from qaflora_edge.files import atomic_path, cache_lock, data_dir, make_folder, p
 from qaflora_edge.formats.bundle import TAUGHT_FILE, link_roots, safe_join
 from qaflora_edge.formats.inputs import Json, open_input
 from qaflora_edge.prompt.messages import are_many, as_turn, is_conversation, whole
-from qaflora_edge.weighing.examples import Example, Examples, fit
 from qaflora_edge.weighing.plan import BASE
+from qaflora_edge.weighing.strategy import Query
 from qaflora_edge.weighing.weigher import not_loaded
 
 if TYPE_CHECKING:
     from qaflora_edge.bundles.memory import AdapterSet
+    from qaflora_edge.weighing.examples import Examples
 
 T = TypeVar("T")
 GENERIC_FILE = "data/generic_questions.json"
 MAX_BYTES = 256 << 20  # of the file
 MAX_LINES = 16_384
-SAME = 0.9999  # cosine from which two states are those of one question
 _ADVICE = "Teach again: remove the file, or take it from a backup."
 
 
@@ -121,7 +121,7 @@ class Taught:
         self._examples: Examples | None = None
         self._undo: list[Change] = []
 
-    def examples(self) -> Examples | None:
+    def examples(self) -> "Examples | None":
         """Give the examples by now; None where there are none. Raises BundleError."""
         path = read_path(self._place)
         with self._lock:
@@ -133,7 +133,9 @@ class Taught:
                 self._state = state
             return self._examples
 
-    def _fitted(self, lines: Sequence[Line]) -> Examples | None:
+    def _fitted(self, lines: Sequence[Line]) -> "Examples | None":
+        from qaflora_edge.weighing.examples import Example, fit
+
         generic: dict[int, list[F32]] = {}
         examples = []
         for line in lines:
@@ -183,10 +185,10 @@ class Taught:
                     f"teach got the question {prompt!r:.100}, expected a text or messages."
                 )
             states = read_states(current, as_turn(prompt))
-            line = Line(_encoded(states), adapter, answer=answer)
+            line = Line(_encoded(states), adapter)
             if keep_text:
                 field = "messages" if is_conversation(prompt) else "question"
-                line = msgspec.structs.replace(line, **{field: prompt})
+                line = msgspec.structs.replace(line, **{field: prompt, "answer": answer})
             lines.append(line)
         if lines:
             self._undo.append(self._put(current, adapter, lines))
@@ -207,10 +209,10 @@ class Taught:
                 kept[:0] = generic
             new: list[Line] = []
             for line in lines:
-                new = [*_others(new, line, self._n_embd), line]
+                new = [*_others(new, line), line]
             replaced = []
             for line in new:
-                left = _others(kept, line, self._n_embd)
+                left = _others(kept, line)
                 remaining = {id(other) for other in left}
                 replaced += [other for other in kept if id(other) not in remaining]
                 kept[:] = left
@@ -364,22 +366,18 @@ def _check_name(current: "AdapterSet", name: str) -> None:
         raise not_loaded(name, (BASE, *current.core.adapters))
 
 
-def _others(lines: Sequence[Line], line: Line, n_embd: int) -> list[Line]:
+def _others(lines: Sequence[Line], line: Line) -> list[Line]:
     """Give the lines that are of other questions than one."""
     if line.kind == "about":
         return [o for o in lines if (o.kind, o.adapter) != ("about", line.adapter)]
-    examples = [index for index, other in enumerate(lines) if not other.kind]
-    same = set()
-    for index in examples:
-        other = lines[index]
-        if line.text is not None and other.text is not None:
-            is_same = line.text == other.text
-        else:
-            product = np.vdot(line.states(n_embd), other.states(n_embd))
-            is_same = product / 2 >= SAME  # of two states of length 1
-        if is_same:
-            same.add(index)
-    return [other for index, other in enumerate(lines) if index not in same]
+    return [other for other in lines if other.kind or not _is_same(other, line)]
+
+
+def _is_same(one: Line, other: Line) -> bool:
+    """Tell whether two examples are of one question; its state is the same bits each time."""
+    if one.text is None or other.text is None:
+        return one.state == other.state
+    return bool(one.text == other.text)
 
 
 def _encoded(states: F32) -> str:
@@ -389,21 +387,32 @@ def _encoded(states: F32) -> str:
 def read_states(current: "AdapterSet", question: Question) -> F32:
     """Let the base read a question: states [2, n_embd], as weighing.added.Heard has them."""
     core = current.core
-    query = current.weigher.query(current.reader.read(question))
-    alone = replace(query, adapters=())
-    with PromptReading(core, alone, core.cancellation()) as reading:
+    with PromptReading(core, _query(current, question), core.cancellation()) as reading:
         return reading.base_states()
+
+
+def _query(current: "AdapterSet", question: Question) -> Query:
+    """Ask the base alone."""
+    query = current.weigher.query(current.reader.read(question))
+    return replace(query, adapters=())
 
 
 def _generic_lines(current: "AdapterSet") -> list[Line]:
     """Let the base read each generic question in each dress that its chat template takes."""
-    lines = []
+    core = current.core
+    by_dress: list[list[tuple[int, Query]]] = []  # of one dress prompts begin alike
     for of, dressed in enumerate(generic_questions()):
-        for messages in dressed:
+        by_dress += [[] for _ in dressed[len(by_dress) :]]
+        for asked, messages in zip(by_dress, dressed, strict=True):
             plain = "\n".join(message["content"] for message in messages)
             with suppress(ChatTemplateError, ContextError):
-                states = read_states(current, Chat(messages, untemplated=plain))
-                lines.append(Line(_encoded(states), kind="generic", of=of))
+                asked.append((of, _query(current, Chat(messages, untemplated=plain))))
+    lines = []
+    for asked in filter(None, by_dress):
+        steps = core.added.states([query for _, query in asked])
+        heard = core.run(steps, kind="branch")
+        for (of, _), states in zip(asked, heard, strict=True):
+            lines.append(Line(_encoded(states), kind="generic", of=of))
     return lines
 
 

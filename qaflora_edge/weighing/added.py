@@ -244,6 +244,19 @@ class Added:
         """Measure the same of many short queries: [2, n_query, n_row, n_layer].
 
         state  the base's KV state of a prompt that begins as they do, where it is known
+        """
+        heard = yield from self._together(queries, rows, state)
+        return np.stack([one.added for one in heard], axis=1)
+
+    def states(self, queries: Sequence[Query]) -> Steps[list[F32]]:
+        """Give the base's states of many short queries, as Heard has them."""
+        heard = yield from self._together(queries, (), None)
+        return [one.states for one in heard if one.states is not None]
+
+    def _together(
+        self, queries: Sequence[Query], rows: Rows, state: KvState | None
+    ) -> Steps[list[Heard]]:
+        """Let the base read short queries, several in a batch.
 
         What all have before their questions is prefilled once. Yields how many are measured.
         """
@@ -258,7 +271,7 @@ class Added:
         for group in groups:
             n_most = max(n_most, sum(len(query.tokens) - n_same for query in group))
         n_held = 0 if state is None else len(state.tokens)
-        results: list[F64] = []
+        heard: list[Heard] = []
         with self._branches.context(max(n_same + n_most, n_held), state) as context:
             context.set_weights(self._nothing)
             n_held = context.keep(n_common(first[:n_same], context.tokens[0]), 0)
@@ -279,10 +292,11 @@ class Added:
                     n_own = len(query.tokens) - n_same
                     inputs = context.inputs(seq, n_own)  # [n_own, n_layer, n_embd]
                     listener.take(n_same, inputs)
-                    results.append(listener.result())
+                    added = listener.result()
+                    heard.append(Heard(added, 0.0, listener.states))
                 context.capture_begin("none")
-                yield len(results)
-        return np.stack(results, axis=1)
+                yield len(heard)
+        return heard
 
     def neutral(self, query: Query, rows: Rows, read: Callable[[], KvState | None]) -> Steps[F64]:
         """Measure what strategy.Reading.neutral gives: once behind each of the last system prompts.
