@@ -79,7 +79,7 @@ const chooserOf = ({ label, title, className, offered }) => {
     if (isOpen) choices.scrollIntoView({ block: "nearest" });
   };
   const opener = el("button", {
-    type: "button", className: `quiet opener ${className}`, "aria-expanded": "false", "aria-controls": choices.id, onclick: () => open(choices.hidden),
+    type: "button", className: `quiet opener ${className}`, title, "aria-expanded": "false", "aria-controls": choices.id, onclick: () => open(choices.hidden),
   }, label, drawn("open"));
   const leave = event => {
     if (event.key !== "Escape" || choices.hidden) return;

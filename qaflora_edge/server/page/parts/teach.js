@@ -1,15 +1,15 @@
 // Teaching: the question of an answer belongs to an adapter, or to the base, from the next question on.
-const takesTeaching = bundle => Boolean(bundles.get(bundle)?.meta.takes_teaching);
+const takesTeaching = bundle => Boolean(bundles.get(bundle)?.meta.takes_teaching && adaptersOf(bundle).length);
 let withdrawUndo = () => {}; // the server takes back what was taught last
 
 // messages: () => the conversation up to the answer's question
 const teachView = (answer, messages) => {
-  const chooser = chooserOf({ label: "Should have been", title: "Should have been", className: "teach", offered: () => {
+  const chooser = chooserOf({ label: "Should have been", title: "Who should have answered this question", className: "teach", offered: () => {
     const names = adaptersOf(answer.model), n_first = names.length > N_ALL ? N_TOP : names.length;
     const choices = names.map(name => [name, () => teach(name)]);
     return [[["base", () => teach("base")], ...choices.slice(0, n_first)], choices.slice(n_first)];
   } });
-  const undo = el("button", { type: "button", className: "chip", hidden: true, onclick: () => takeBack() }, "Undo");
+  const undo = el("button", { type: "button", className: "chip", title: "Take back what was taught", hidden: true, onclick: () => takeBack() }, "Undo");
   const text = el("span"), note = el("p", { className: "taught", hidden: true }, text, " ", undo);
 
   const tell = (words, isTrouble = false) => {
