@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -10,8 +10,16 @@ from bundles import qaflora
 from patience import python
 from refusals import refused
 
-from qaflora_edge import Engine, Measured, Plan, Strategy, register_strategy
-from qaflora_edge.errors import StrategyError, WeightsError
+from qaflora_edge import (
+    DraftStep,
+    Engine,
+    Measured,
+    Plan,
+    Strategy,
+    WriteStep,
+    register_strategy,
+)
+from qaflora_edge.errors import StrategyError
 from qaflora_edge.weighing import strategy as registry
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples/own_strategy.py"
@@ -118,26 +126,40 @@ class Thirds(Strategy):
         return [[query.argument] * query.n_layer for _ in query.adapters]
 
 
+EVEN = [[0.5] * 3] * 2
+WRITING = WriteStep(EVEN)
+
+
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("plan", "message"),
     [
         ([[0, 0, np.nan]] * 2, "The weight of 'math' at layer 2 is nan, expected a finite number."),
+        (Plan.mix(EVEN, [[1.0] * 2] * 2), "Weights have the shape [2, 2], expected [2, 3]"),
+        (Plan((WriteStep([[1]]),)), "Weights have the shape [1, 1], expected [2, 3]"),
+        (Plan((DraftStep("es", [1]), WRITING)), "Weights have the shape [1], expected [2, 3]"),
+        (Plan(()), "its steps are (), expected a tuple of them."),
+        (Plan((DraftStep("es"),)), "step 1 of 1 is a DraftStep, expected a WriteStep."),
+        (Plan((WRITING, WRITING)), "step 1 of 2 is a WriteStep, expected a DraftStep."),
         (
-            Plan.mix([[0.5] * 3] * 2, [[1.0] * 2] * 2),
-            "Weights have the shape [2, 2], expected [2, 3]",
+            Plan((DraftStep("nobody"), WRITING)),
+            "step 1 of 2 has the knower 'nobody', expected one of base, math, es.",
+        ),
+        (
+            Plan((DraftStep("es"), WriteStep(EVEN, cast("Any", "after")))),
+            "step 2 of 2 has the view 'after', expected '' or 'before'.",
         ),
     ],
 )
-def test_wrong_weights_name_their_strategy(made, given, message) -> None:
+def test_a_wrong_plan_is_refused_by_the_name_of_its_strategy(made, plan, message) -> None:
     class Wrong(Strategy):
         name = "wrong"
 
         def plan(self, reading: Any) -> Any:
-            return given
+            return plan
 
     register_strategy(Wrong())
     with Engine(made.folder) as engine:
-        told = refused(WeightsError, engine.weights, "a", strategy="wrong")
+        told = refused(StrategyError, engine.weights, "a", strategy="wrong")
         assert told.startswith(f"Strategy 'wrong': {message}")
         failed, fine = dict(
             engine.generate_many([{"prompt": "a", "weights": "wrong"}, "a"], max_tokens=1)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from qaflora_edge.arrays import F32, F64
-from qaflora_edge.errors import WeightsError
+from qaflora_edge.errors import QafloraError, WeightsError
 
 N_TAIL = 16  # tokens of a prompt that the mix reads, where the base prefills the others
 # Below this nothing in float32 states is an adapter's effect; the formula itself keeps its digits.
@@ -18,20 +18,25 @@ _TYPICAL_EPS = 1e-12  # nats, see typical_divergence
 
 
 def check_weights(
-    weights: ArrayLike, adapters: Sequence[str], n_layer: int, *, source: str = ""
+    weights: ArrayLike,
+    adapters: Sequence[str],
+    n_layer: int,
+    *,
+    source: str = "",
+    kind: type[QafloraError] = WeightsError,
 ) -> F32:
     """Check weights, and give them as float32 [n_adapter, n_layer].
 
     source  what messages begin with
 
-    Raises WeightsError for another shape, or for values that are NaN or infinite.
+    Raises an error of this kind for another shape, or for values that are NaN or infinite.
     """
     try:
         array = np.asarray(weights, dtype=np.float32)
     except (TypeError, ValueError) as err:
-        raise WeightsError(f"{source}Weights are not an array of numbers: {err}.") from err
+        raise kind(f"{source}Weights are not an array of numbers: {err}.") from err
     if array.shape != (len(adapters), n_layer):
-        raise WeightsError(
+        raise kind(
             f"{source}Weights have the shape {list(array.shape)}, expected "
             f"[{len(adapters)}, {n_layer}]: one row for each of "
             f"{', '.join(adapters) or 'no adapters'}, one column per layer."
@@ -40,7 +45,7 @@ def check_weights(
     if is_wrong.any():
         first = np.argwhere(is_wrong)[0]
         ia, il = first.tolist()
-        raise WeightsError(
+        raise kind(
             f"{source}The weight of {adapters[ia]!r} at layer {il} is {array[ia, il]}, "
             "expected a finite number."
         )

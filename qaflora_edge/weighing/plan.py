@@ -6,7 +6,7 @@ two: an adapter drafts, and another writes with the draft in view.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self, get_args
 
 from qaflora_edge.arrays import F32, ArrayLike
 
@@ -23,6 +23,7 @@ DEFAULT_LENS = "norm"
 DEFAULT_POOL = "last"
 
 View = Literal["", "before"]  # where a draft stands from the question; "": nowhere
+VIEWS = get_args(View)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,12 +22,17 @@ from qaflora_edge.formats.inputs import WrongField, shown
 from qaflora_edge.weighing import numbers
 from qaflora_edge.weighing.numbers import normalise
 from qaflora_edge.weighing.plan import (
+    BASE,
     DEFAULT_LENS,
     DEFAULT_POOL,
     DEFAULT_STRATEGY,
+    VIEWS,
+    DraftStep,
     FusionWeights,
     Plan,
     Reason,
+    Step,
+    WriteStep,
 )
 from qaflora_edge.weighing.strategy import (
     Options,
@@ -146,19 +152,45 @@ class Choice:
 
 
 def _checked(plan: Plan, parsed: ParsedStrategy, query: Query) -> Plan:
-    """Check a plan's arrays, and shape its weights as the strategy's options ask for."""
+    """Check a plan, and shape its weights as the strategy's options ask for.
+
+    Raises StrategyError.
+    """
     source = f"Strategy {parsed.text!r}: "
+    steps = plan.steps
+    if not isinstance(steps, tuple) or not steps:
+        raise StrategyError(f"{source}its steps are {steps!r:.100}, expected a tuple of them.")
+    check = partial(
+        numbers.check_weights,
+        adapters=query.adapters,
+        n_layer=query.n_layer,
+        source=source,
+        kind=StrategyError,
+    )
 
-    def check(array: ArrayLike) -> F32:
-        return numbers.check_weights(array, query.adapters, query.n_layer, source=source)
-
+    checked: list[Step] = []
+    for number, step in enumerate(steps, 1):
+        at = f"{source}step {number} of {len(steps)}"
+        expected = WriteStep if number == len(steps) else DraftStep
+        if not isinstance(step, expected):
+            found = type(step).__name__
+            raise StrategyError(f"{at} is a {found}, expected a {expected.__name__}.")
+        if step.view not in VIEWS:
+            raise StrategyError(f"{at} has the view {step.view!r}, expected '' or 'before'.")
+        if isinstance(step, WriteStep):
+            weights = check(step.weights)
+            options = parsed.options if query.adapters else {}
+            step = replace(step, weights=shaped(weights, options, source))
+        elif step.knower not in (BASE, *query.adapters):
+            names = ", ".join((BASE, *query.adapters))
+            raise StrategyError(f"{at} has the knower {step.knower!r}, expected one of {names}.")
+        elif step.mix is not None:
+            step = replace(step, mix=check(step.mix))
+        checked.append(step)
     divergence = None
     if plan.divergence is not None:
         divergence = check(plan.divergence)
-    weights = check(plan.weights)
-    options = parsed.options if query.adapters else {}
-    writing = replace(plan.writing, weights=shaped(weights, options, source))
-    return replace(plan, steps=(*plan.steps[:-1], writing), divergence=divergence)
+    return replace(plan, steps=tuple(checked), divergence=divergence)
 
 
 @dataclass(frozen=True)
