@@ -90,6 +90,9 @@ class Scripted:
         self.asked: list[str] = []
         self.is_compared = False  # with the same question asked first
 
+    def close(self) -> dict[str, Any]:
+        return {}
+
     def added(self) -> Any:
         return np.repeat(np.array(self._sizes)[:, :, None], 2, axis=2)
 

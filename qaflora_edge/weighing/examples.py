@@ -36,7 +36,7 @@ class Examples:
     """Compare queries with examples.
 
     n_example  example questions of each adapter, and of BASE where it has some
-    weights    [2 * n_embd, 1 + n_adapter]: columns are BASE, then the adapters of n_example
+    weights    [2 * n_embd, 1 + n_name]: columns are nobody, then the names of n_example
     """
 
     n_example: Mapping[str, int]
@@ -47,18 +47,17 @@ class Examples:
 
         states  [2, n_embd] of the query
         """
-        names = [name for name in self.n_example if name != BASE]
-        base_score, *scores = (states.ravel() @ self.weights).tolist()
-        in_use = set(adapters)
+        of_nobody, *scores = (states.ravel() @ self.weights).tolist()
+        in_use = {BASE, *adapters}
         by_name = {}
-        for name, score in zip(names, scores, strict=True):
+        for name, score in zip(self.n_example, scores, strict=True):
             if name in in_use:
                 by_name[name] = score
         closeness = {}
         for name, score in by_name.items():
             others = [other for rival, other in by_name.items() if rival != name]
             over_next = score - max(others, default=0.0)
-            closeness[name] = Closeness(score - base_score, over_next, self.n_example[name])
+            closeness[name] = Closeness(score - of_nobody, over_next, self.n_example[name])
         return closeness
 
 
@@ -68,8 +67,8 @@ def fit(examples: Sequence[Example], generic: Sequence[F32]) -> Examples:
     generic  of each generic question: [n_dress, 2, n_embd]
     """
     counts = Counter(example.adapter for example in examples)
-    names = [name for name in counts if name != BASE]
-    column = {name: index for index, name in enumerate([BASE, *names])}
+    names = list(counts)
+    column = {name: index for index, name in enumerate(names, 1)}
     rows = [example.states.ravel() for example in examples]
     owners = [column[example.adapter] for example in examples]
     shares = balanced(counts)
@@ -78,13 +77,13 @@ def fit(examples: Sequence[Example], generic: Sequence[F32]) -> Examples:
         rows += [state.ravel() for state in states]
         owners += [0] * len(states)
         row_weights += [1.0] * len(states)
-    targets = np.eye(len(column))[owners]  # [n_row, n_column]
+    targets = np.eye(1 + len(names))[owners]  # [n_row, n_column]
     apart = projected(np.array(rows, np.float64), nuisance(generic))
     weights = ridge(apart, targets, np.array(row_weights))
     n_example = dict.fromkeys(names, 0)
     for example in examples:
         if not example.is_about:
-            n_example[example.adapter] = n_example.get(example.adapter, 0) + 1
+            n_example[example.adapter] += 1
     return Examples(n_example, np.asarray(weights, np.float32))
 
 

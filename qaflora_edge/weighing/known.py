@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import exp, log
 
-from qaflora_edge.weighing.plan import Draft
+from qaflora_edge.weighing.plan import BASE, Draft
+from qaflora_edge.weighing.strategy import Closeness, Reading
 
 # A logistic regression over drafts of adapters that know, and of those that make answers up.
 SURE = 9.2  # log-odds for each nat of sureness()
@@ -18,6 +19,13 @@ TOLD_RECOGNISED = 1.2  # for each one of recognised()
 TOLD_AT_0 = -1.5
 
 SURPRISED = 3.5  # nats from which an adapter, a form or a language is not the base's
+
+# What examples tell, by margins of their regression: benchmarks/zoo has what each is worth.
+CLOSE, CLOSE_NEXT = 0.3, 0.2  # over nobody and over the next one, from which they decide
+MAYBE_CLOSE = 0.1  # over nobody, from which who is closest drafts
+TAUGHT = 8.0  # log-odds that a draft is right, for each 1 over the next one
+TAUGHT_RANK = 4.0  # spreads among those who may know, likewise
+MOST_TAUGHT = 0.5  # over the next one; more counts no more
 
 
 @dataclass(frozen=True)
@@ -95,3 +103,41 @@ def told_probability(known: float, recognised: float) -> float:
     """
     odds = log(known / (1.0 - known))
     return probability(odds + TOLD_RECOGNISED * recognised + TOLD_AT_0)
+
+
+@dataclass(frozen=True)
+class Taught:
+    """Say what example questions tell of a question.
+
+    close    adapter, or BASE -> how close the question is to its examples
+    closest  who is closest, where that is more than chance; "": nobody
+    decides  whether it answers, where no draft claims to know
+    """
+
+    close: Mapping[str, Closeness] = field(default_factory=dict)
+    closest: str = ""
+    decides: bool = False
+
+    def ahead(self, name: str) -> float:
+        """Tell how far a name is ahead of the next one."""
+        if name not in self.close:
+            return 0.0
+        return max(-MOST_TAUGHT, min(self.close[name].over_next, MOST_TAUGHT))
+
+    def because(self) -> str:
+        """Say why it decides."""
+        n_example = self.close[self.closest].n_example
+        examples = f"{n_example} example question{'s' * (n_example != 1)}"
+        whose = f"the {examples}" if n_example else "the description"
+        who = "The base" if self.closest == BASE else self.closest
+        return f"{who} answers alone: the question is close to {whose} it was taught."
+
+
+def taught_by(reading: Reading) -> Taught:
+    """Tell what example questions tell of the question that is read."""
+    close = reading.close()
+    closest = max(close, key=lambda name: close[name].over_nobody, default="")
+    if not closest or close[closest].over_nobody < MAYBE_CLOSE:
+        return Taught(close)
+    is_close = close[closest].over_nobody >= CLOSE and close[closest].over_next >= CLOSE_NEXT
+    return Taught(close, closest, is_close)

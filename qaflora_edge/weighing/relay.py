@@ -13,11 +13,15 @@ from qaflora_edge.config import Option
 from qaflora_edge.errors import StrategyError
 from qaflora_edge.weighing.known import (
     SURPRISED,
+    TAUGHT,
+    TAUGHT_RANK,
     Heard,
+    Taught,
     log_odds,
     probability,
     recognised,
     sureness,
+    taught_by,
     told_probability,
 )
 from qaflora_edge.weighing.plan import BASE, Draft, DraftStep, Plan, WriteStep, alone_weights
@@ -94,9 +98,12 @@ class RelayStrategy(TwoPlace):
         if "knower" in query.options:
             return _by_hand(reading)
         plan = super().plan(reading)
+        taught = taught_by(reading) if query.is_chat else Taught()
+        if taught.decides and taught.closest == BASE:
+            return _as_taught(query, plan, taught)
         may_draft = query.is_chat and query.can_draft and not query.has_results
         if not may_draft or len(query.adapters) < 2:
-            return plan
+            return _as_taught(query, plan, taught) if taught.decides else plan
         subject = _subject(reading, plan)
         at_last, own = _standing_out(reading)
         may_form = _may_form(plan, at_last)
@@ -109,11 +116,15 @@ class RelayStrategy(TwoPlace):
         may_be_own = _may_be_own(reading, own, at_last) if can_know else None
         if may_be_own is not None and may_be_own not in asked:
             asked.append(may_be_own)
-        heard = _heard(reading, plan, asked, may_form, subject)
+        if taught.closest not in ("", BASE, *asked):
+            asked.append(taught.closest)
+        heard = _heard(reading, plan, asked, may_form, subject, taught)
         plan = replace(plan, known=heard.known)
         if heard.knower is not None and heard.knower != heard.form:
             sure = _sure(reading, subject, heard, heard.knower)
             return _relayed(reading, replace(plan, sure=sure), heard, heard.knower, at_last)
+        if taught.decides:
+            return _as_taught(query, plan, taught)
         plan = _undisturbed(query, plan, heard)
         is_form_sure = heard.form is not None and at_last[heard.form] >= SURELY
         if is_form_sure and heard.form != may_be_own:
@@ -147,6 +158,12 @@ def _subject(reading: Reading, plan: Plan) -> Subject:
         for name, score in zip(query.adapters, above, strict=True):
             scores[name] = max(scores[name], score)
     return Subject(most, scores, goes_on=True)
+
+
+def _as_taught(query: Query, plan: Plan, taught: Taught) -> Plan:
+    """Let who is closest to its examples answer alone."""
+    step = WriteStep(alone_weights(taught.closest, query.adapters, query.n_layer))
+    return replace(plan, steps=(step,), because=taught.because())
 
 
 def _can_know(nats: float) -> bool:
@@ -234,6 +251,7 @@ def _heard(
     asked: Sequence[str],
     may_form: Mapping[str, float],
     subject: Subject,
+    taught: Taught,
 ) -> Heard:
     if not asked:
         return Heard({}, {}, {})
@@ -249,7 +267,8 @@ def _heard(
         if not heard.says(name):
             continue
         sure = sureness(draft.logprobs, by_base[name])
-        known[name] = probability(log_odds(sure, subject.nats))
+        odds = log_odds(sure, subject.nats) + TAUGHT * taught.ahead(name)
+        known[name] = probability(odds)
         is_other_form = name != form and _forms_all(query, name)
         if known[name] > CLAIM / 2 and not is_other_form:
             # One that was trained for too long is sure of whatever it makes up.
@@ -257,7 +276,10 @@ def _heard(
     by_words = {}  # how far each of them recognises the question
     if any(known[name] > CLAIM for name in unusual):
         by_words = _recognised(reading, subject, list(unusual))
-    ranks = {name: unusual[name] + nats for name, nats in by_words.items()}
+    ranks = {
+        name: unusual[name] + nats + TAUGHT_RANK * taught.ahead(name)
+        for name, nats in by_words.items()
+    }
     # Who gives a form is sure of that, so it has to be ahead of others in the question too.
     others = [name for name in ranks if name not in forms]
     knower = max(others, key=ranks.__getitem__, default=None)

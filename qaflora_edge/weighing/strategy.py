@@ -102,9 +102,9 @@ class Query:
 class Closeness:
     """Say how close a query is to the examples that were taught for an adapter.
 
-    over_nobody  its score less that of "nobody", to whom examples of the base belong; about 1 for
-                 an example itself
-    over_next    its score less the highest of other taught adapters in use; 0 where none is
+    over_nobody  its score less that of "nobody", to whom generic questions belong; about 1 for an
+                 example itself
+    over_next    its score less the highest of others that were taught, the base among them
     n_example    example questions of this adapter; 0 where only a description is known
     """
 
@@ -162,7 +162,7 @@ class Reading(Protocol):
         """Give the question's text."""
 
     def close(self) -> dict[str, Closeness]:
-        """Compare with what was taught, by adapter of the query; without another pass of the base.
+        """Compare with what was taught, by adapter of the query or BASE; no pass of the base more.
 
         Empty where nothing was taught.
         """
