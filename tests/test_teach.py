@@ -17,7 +17,7 @@ from qaflora_edge.answering.reading import PromptReading
 from qaflora_edge.ask import Chat, Weighing
 from qaflora_edge.bundles.edit import remove_adapter
 from qaflora_edge.bundles.open import verify_bundle
-from qaflora_edge.bundles.taught import read_path
+from qaflora_edge.bundles.taught import counts_of, read_path
 from qaflora_edge.errors import BundleError, StrategyError
 from qaflora_edge.weighing.examples import RIDGE, Example, fit, nuisance, ridge
 from qaflora_edge.weighing.strategy import Closeness
@@ -121,6 +121,7 @@ def test_what_is_taught_counts_is_kept_and_taken_back(folder) -> None:
         assert message == (
             "The adapter 'maths' is not loaded; expected names out of: base, math, es."
         )
+        assert engine.teach([], "es") == 0
         assert engine.forget("math") == 2
         assert engine.taught == {"base": 1}
         verify_bundle(folder)
@@ -140,6 +141,7 @@ def test_processes_that_teach_at_once_lose_nothing(tmp_path) -> None:
         assert [one.result().stderr for one in done] == ["", ""]
     with Engine(folder, n_ctx=512) as engine:
         assert engine.taught == {"math": 4, "es": 4}
+    assert counts_of(folder) == {"math": 4, "es": 4}
     remove_adapter(folder, "es")
     with Engine(folder, n_ctx=512) as engine:
         assert engine.taught == {"math": 4}

@@ -13,6 +13,7 @@ import base64
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -170,7 +171,7 @@ class Taught:
         _check_name(current, adapter)
         prompts = whole(prompts)
         if not are_many(prompts):
-            prompts = [prompts] if prompts else []
+            prompts = [] if prompts == [] else [prompts]
         answers = [None] * len(prompts) if answers is None else list(answers)
         if len(answers) != len(prompts):
             raise OptionError(
@@ -239,6 +240,12 @@ class Taught:
             kept[:] = [line for line in kept if line not in change.new]
             kept += change.replaced
         return change.adapter
+
+
+def counts_of(place: Path) -> dict[str, int]:
+    """Count example questions by adapter, and of BASE, without its base. Raises BundleError."""
+    lines = read_lines(read_path(place))
+    return dict(Counter(line.adapter for line in lines if not line.kind))
 
 
 def forget(place: Path, adapter: str) -> int:
