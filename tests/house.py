@@ -13,7 +13,7 @@ PACKAGE = "qaflora_edge"
 LONG = 35  # words; no sentence for people has more
 ROOM = 1.05  # the tests allow so many times a budget: who adds an option need not delete one first
 BUDGETS = {
-    "tokens of code of the package": 176_000,
+    "tokens of code of the package": 182_000,
     "lines of its longest module": 500,
     "tokens a line of code": 8.5,
     "modules": 140,

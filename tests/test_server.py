@@ -243,6 +243,7 @@ def test_models(client) -> None:
         "loaded": True,
         "failed": False,
         "takes_adapters": False,
+        "takes_teaching": False,
         "base": "tiny llama 0",
         "n_ctx_train": 512,
         "descriptions": {"math": "", "es": ""},

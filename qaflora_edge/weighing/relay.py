@@ -3,7 +3,7 @@
 A sum of two adapters loses what each has learnt: one of facts and one of JSON write wrong numbers
 together. Text carries a fact without loss. So two-place's choice stands unless an adapter knows:
 it is sure of its draft where the base is surprised by it, and the question surprises the base too.
-docs/strategies.md has the rule in words, docs/results.md where each constant comes from.
+docs/strategies.md has the rule, docs/results.md the constants.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -162,8 +162,8 @@ def _subject(reading: Reading, plan: Plan) -> Subject:
 
 def _as_taught(query: Query, plan: Plan, taught: Taught) -> Plan:
     """Let who is closest to its examples answer alone."""
-    step = WriteStep(alone_weights(taught.closest, query.adapters, query.n_layer))
-    return replace(plan, steps=(step,), because=taught.because())
+    weights = alone_weights(taught.closest, query.adapters, query.n_layer)
+    return replace(plan, steps=(WriteStep(weights),), because=taught.because())
 
 
 def _can_know(nats: float) -> bool:
