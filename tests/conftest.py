@@ -59,6 +59,10 @@ def pytest_xdist_auto_num_workers() -> int:
     return (os.cpu_count() or 1) + 1
 
 
+# Strategies of benchmarks/published.py are tested as those of the package.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+
 def take_one_thread_each() -> None:
     """Let every worker of `pytest -n 2`, and all that it starts, compute with one thread.
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import published  # noqa: F401 (registers norm)
 from families import FAMILIES, MIXTURES, AnyFamily
 from specimen import ADAPTERS, EXPERTS, LAYER_WEIGHTS, TOKENS, UPSTREAM, Specimen
 from stock import StockContext

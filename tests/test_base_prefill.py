@@ -15,6 +15,7 @@ from qaflora_edge.ask import Weighing
 from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.errors import BundleError, CancelledError, OptionError
 from qaflora_edge.weighing.numbers import N_TAIL
+from qaflora_edge.weighing.published.projections import AttentionInputs
 from qaflora_edge.weighing.two_place import TwoPlace
 
 EXACT: dict[str, Any] = {"kv_type": "f32", "flash_attn": False, "threads": 1}
@@ -142,7 +143,7 @@ def test_a_failure_between_weighing_and_answer_frees_the_slot(engine, monkeypatc
 
     def fails(_: Any, reading: Any) -> None:
         reading.added()
-        reading.norms()
+        reading.listen(AttentionInputs)
         raise RuntimeError("after measuring")
 
     with monkeypatch.context() as patch:

@@ -474,7 +474,7 @@ def test_each_file_is_parsed_once(made, monkeypatch) -> None:
     monkeypatch.setattr(GgufCursor, "read_header", count)
     with Engine(made.folder, n_ctx=64) as opened:
         opened.weights("the thing")
-        opened.weights("the thing", strategy="norm")
+        opened.weights("the thing", strategy="spectr")
     assert parsed == ALL
 
 

@@ -84,7 +84,7 @@ def test_what_older_bundles_have_is_kept_and_ignored(raw) -> None:
     document = {**raw, "fusion": fusion}
     text = read(document)
     assert text.raw == document
-    assert (known_of(text).pool, known_of(text).strategy) == ("last", "norm:top=2")
+    assert (known_of(text).pool, known_of(text).strategy) == ("last", "spectr:top=2")
 
 
 def test_all_that_calibration_measures_is_read() -> None:

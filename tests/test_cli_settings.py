@@ -42,8 +42,8 @@ def test_command_line_wins_over_environment_over_file_over_bundle(
     assert weighed(made.folder) == "spectr"
     config.write_text('strategy = "spectr"\n[weights]\nstrategy = "static"\n', encoding="utf-8")
     assert weighed(made.folder) == "static"
-    monkeypatch.setenv("QAFLORA_STRATEGY", "norm")
-    assert weighed(made.folder) == "norm"
+    monkeypatch.setenv("QAFLORA_STRATEGY", "spectr")
+    assert weighed(made.folder) == "spectr"
     monkeypatch.setenv("QAFLORA_WEIGHTS_STRATEGY", "single:es")
     assert weighed(made.folder) == "single:es"
     assert weighed(made.folder, "--strategy", "single:math") == "single:math"

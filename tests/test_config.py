@@ -29,7 +29,7 @@ COMMANDS = SHARED_TABLES
 NEEDED = {"compare": ["QUESTION"], "eval": ["TASK"], "export": ["-o", "OUT"], "weights": ["PROMPT"]}
 # Values at the ends of each range, and beyond them.
 GOOD_AND_BAD: Mapping[str, tuple[list[Any], list[Any]]] = {
-    "strategy": (["norm", "manual:a=1"], []),
+    "strategy": (["spectr", "manual:a=1"], []),
     "lens": (["norm", "raw"], ["wide"]),
     "prefill": (["auto", "base", "mix"], ["all"]),
     "pool": (["last", "question"], ["mean"]),

@@ -71,8 +71,8 @@ def test_unknown_strategy_is_refused(text) -> None:
 
 
 def test_similar_strategy_is_offered() -> None:
-    told = refused(StrategyError, parse_strategy, "Norms:2", NAMES)
-    assert "'Norms:2' is not known; did you mean norm? Expected one of two-place, " in told
+    told = refused(StrategyError, parse_strategy, "Spectrs:2", NAMES)
+    assert "'Spectrs:2' is not known; did you mean spectr? Expected one of two-place, " in told
 
 
 def test_unknown_adapter_is_refused() -> None:

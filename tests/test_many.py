@@ -136,7 +136,7 @@ def test_what_cannot_be_scored(engine, case) -> None:
     assert refused(kind, engine.score, prompt, continuation, **more).startswith(message)
 
 
-@pytest.mark.parametrize("strategy", ["qa-flora", "norm"])
+@pytest.mark.parametrize("strategy", ["qa-flora", "spectr"])
 def test_weights_of_a_list_are_those_one_by_one(alone, strategy) -> None:
     prompts = ["a thing", drawn(30), "a thing on a ring", np.array(drawn(3, seed=4))]
     together = alone.weights(prompts, strategy=strategy)  # type: ignore[call-overload]

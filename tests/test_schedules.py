@@ -27,7 +27,7 @@ NAMES = ("math", "es", "med")
 STRATEGIES = (
     "qa-flora",
     "qa-flora:distance=cosine",
-    "norm",
+    "spectr",
     "static",
     "base",
     "single:es",

@@ -60,12 +60,12 @@ def test_shaping_of_negative_weights_is_refused() -> None:
 
 def test_every_probed_strategy_takes_them(calibrated) -> None:
     with Engine(calibrated.folder) as engine:
-        plain_weights = engine.weights(PROMPT, strategy="norm:top=1")
-        fusion = engine.weights(PROMPT, strategy="norm:top=1,power=2,total=1.5")
+        plain_weights = engine.weights(PROMPT, strategy="spectr:top=1")
+        fusion = engine.weights(PROMPT, strategy="spectr:top=1,power=2,total=1.5")
     powers = plain_weights.weights.astype(np.float64) ** 2
     np.testing.assert_allclose(fusion.weights, 1.5 * powers / powers.sum(axis=0), rtol=1e-4)
     np.testing.assert_array_equal(fusion.divergence, plain_weights.divergence)
-    assert fusion.strategy == "norm:top=1,power=2,total=1.5"
+    assert fusion.strategy == "spectr:top=1,power=2,total=1.5"
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_every_probed_strategy_takes_them(calibrated) -> None:
         ("qa-flora:total=l3", "the option total is 'l3', expected a number above 0 to 16 or l2."),
         ("qa-flora:pool=mean", "the option pool is 'mean', expected one of last, question."),
         ("qa-flora:top=1,top=2", "has the option top twice, expected it once."),
-        ("norm:2", "Strategy 'norm:2': '2' is no option of it; expected some of power=P"),
+        ("spectr:2", "Strategy 'spectr:2': '2' is no option of it; expected some of power=P"),
         ("static:power=2", "Strategy 'static:power=2' is not known; expected one of two"),
     ],
 )

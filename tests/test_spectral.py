@@ -1,10 +1,11 @@
-"""The strategies `arrow` and `spectr`: what the adapters' matrices read of the query."""
+"""The strategy `spectr`, and benchmarks' `arrow`: what adapters' matrices read of the query."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import published  # noqa: F401 (registers arrow)
 import pytest
 import tiny
 from refusals import refused

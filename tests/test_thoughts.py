@@ -172,7 +172,7 @@ def test_reasoning_asks_the_template_or_closes_what_it_opens(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "strategy", ["two-place", "qa-flora", "norm", "qa-flora:distance=cosine,pool=question"]
+    "strategy", ["two-place", "qa-flora", "spectr", "qa-flora:distance=cosine,pool=question"]
 )
 def test_a_thought_changes_no_weights(tmp_path, strategy) -> None:
     """Oracle: the prompt up to the answer, with nothing after it."""

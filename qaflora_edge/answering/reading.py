@@ -20,7 +20,14 @@ from qaflora_edge.prompt.tokens import N_EARLIER, earlier_questions
 from qaflora_edge.weighing.added import Heard
 from qaflora_edge.weighing.numbers import n_base_of
 from qaflora_edge.weighing.plan import ANSWER, BASE, Draft
-from qaflora_edge.weighing.strategy import Closeness, Measure, Query, Reading, Routing, Span
+from qaflora_edge.weighing.strategy import (
+    AdapterMatrices,
+    Closeness,
+    Measure,
+    Query,
+    Reading,
+    Span,
+)
 
 if TYPE_CHECKING:
     from qaflora_edge.backend.branches import Steps
@@ -184,13 +191,9 @@ class PromptReading(Reading):
         data = self._core.model.detokenize(self.query.tokens[start:end])
         return data.decode("utf-8", "replace")
 
-    def routing(self, routing: Routing) -> tuple[F64, F64]:
-        result: tuple[F64, F64] = self._listen(self._core.prober.routing(self._rows, routing))
-        return result
-
-    def norms(self) -> F64:
-        n_token = len(self._tokens)
-        return np.array(self._listen(self._core.prober.norms(self._rows, n_token)))
+    def listen(self, read: type[AdapterMatrices]) -> Any:
+        matrices = self._core.prober.matrices(tuple(self._rows), read)
+        return self._listen(matrices.listener(len(self._tokens)))
 
     def drafts(
         self, names: Iterable[str], n_token: int, answer: ArrayLike | None = None

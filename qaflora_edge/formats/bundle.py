@@ -165,6 +165,7 @@ class TypicalRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Fusion(Struct, frozen=True, kw_only=True):
     """Defaults of an Engine, and measurements by adapter.
 
+    strategy       of older bundles: norm and arrow, which left the package, are read as their kin
     pool           older bundles may have "mean", which is read as "last"
     when_measured  default strategy once the adapters are measured; None: `strategy` stays
     """
@@ -175,6 +176,12 @@ class Fusion(Struct, frozen=True, kw_only=True):
     prefill: Literal["auto", "base", "mix"] = "mix"  # an older bundle answers as before
     pool: Literal["last", "question", "mean"] | None = None
     typical: dict[str, TypicalRecord] = {}
+
+    def __post_init__(self) -> None:
+        if self.strategy is not None:
+            with_option = re.sub(r"^norm:(?=\d)", "norm:top=", self.strategy)  # of 0.1
+            kin = re.sub(r"^(norm|arrow)(?=:|$)", "spectr", with_option)
+            structs.force_setattr(self, "strategy", kin)
 
 
 class Example(Struct, frozen=True, kw_only=True):

@@ -23,7 +23,7 @@ from qaflora_edge.formats.gguf import read_gguf_header
 from qaflora_edge.formats.inputs import Json, Object
 from qaflora_edge.server.refusals import Refusal
 from qaflora_edge.server.security import share_of
-from qaflora_edge.weighing.strategy import BASELINES
+from qaflora_edge.weighing.strategy import find_strategy
 from qaflora_edge.weighing.weigher import Weigher, WeighingFacts, known_of
 
 log = logging.getLogger(__name__)
@@ -140,7 +140,8 @@ class ServedModel:
 
     def can_follow(self, strategy: str) -> bool:
         """Tell whether NAME:STRATEGY is a model: of those that are listed, or a baseline."""
-        if strategy in self.strategies or strategy not in BASELINES:
+        named = find_strategy(strategy)
+        if strategy in self.strategies or named is None or not named.is_baseline:
             return strategy in self.strategies
         with suppress(QafloraError):
             self.weigher.parse(strategy)

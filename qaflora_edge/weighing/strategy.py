@@ -18,13 +18,13 @@ from qaflora_edge.config import SHAPING, Option
 from qaflora_edge.errors import StrategyError, nearest
 
 if TYPE_CHECKING:
+    from qaflora_edge.formats.adapter import AdapterInfo
     from qaflora_edge.prompt.calls import Calls
+    from qaflora_edge.weighing.added import Listener
     from qaflora_edge.weighing.plan import Draft, Plan
 
 Measure = Literal["kl", "cosine", "euclidean"]
-Routing = Literal["arrow", "spectr"]
 
-QUERIES = ("attn_q", "attn_qkv")
 KINDS = ("attn_q", "attn_k", "attn_v", "attn_qkv")  # modules with the same input
 
 Span = tuple[int, int]  # begin and end of a part of a prompt
@@ -43,11 +43,7 @@ _BUILT_IN = {
     "single": "fixed",
     "manual": "fixed",
     "base": "fixed",
-}
-BASELINES = {  # that work where they are named, and are in no help
     "calibrated": "published.qa_flora",
-    "norm": "published.spectr",
-    "arrow": "published.spectr",
 }
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
 
@@ -189,19 +185,24 @@ class Reading(Protocol):
         goes_on  whether what was said before counts as the question
         """
 
-    def norms(self) -> F64:
-        """Measure |scale B A x| at a late query projection: float64 [n_adapter], base pass only.
+    def listen(self, read: "type[AdapterMatrices]") -> Any:
+        """Give a measure of what the base's q, k and v read, in one pass of the base.
 
-        Raises StrategyError when the adapters have no query projection in common.
+        read  made of the adapters' files, once for many queries; its listener() measures one
         """
 
-    def routing(self, routing: Routing) -> tuple[F64, F64]:
-        """Compute Arrow's or SpectR's weights and their measure, means over tokens and modules.
 
-        returns  two float64 [n_adapter, n_layer], in one pass of the base
+class AdapterMatrices(Protocol):
+    """Hold what a measure takes of the adapters in use.
 
-        Raises StrategyError when the adapters have no projection of the attention in common.
-        """
+    infos    their facts: where each file is, and which modules it adapts
+    n_layer  of the base
+    """
+
+    def __init__(self, infos: "Sequence[AdapterInfo]", n_layer: int) -> None: ...
+
+    def listener(self, n_token: int) -> "Listener":
+        """Listen to a query of n_token tokens."""
 
 
 @dataclass(frozen=True)
@@ -322,8 +323,6 @@ def register_strategy(strategy: Strategy) -> None:
             "qaflora_edge.Strategy that defines plan(). Its name has small letters, digits and "
             "hyphens, at most 40, and begins with a letter."
         )
-    if name in BASELINES:
-        raise StrategyError(f"The strategy {name!r} is one of this package; choose another name.")
     if name in _registry and _class_of(strategy) != _class_of(_registry[name]):
         raise StrategyError(
             f"The strategy {name!r} of {_class_of(strategy)} is there already, by "
@@ -337,10 +336,7 @@ def _class_of(strategy: Strategy) -> str:
 
 
 def strategies() -> list[Strategy]:
-    """List the strategies of the package, then others in order of registration.
-
-    Those of BASELINES are there once their module was loaded.
-    """
+    """List the strategies of the package, then others in order of registration."""
     for name in _BUILT_IN:
         _load_built_in(name)
     others = [strategy for name, strategy in _registry.items() if name not in _BUILT_IN]
@@ -355,8 +351,6 @@ def offered() -> list[Strategy]:
 def find_strategy(name: str) -> Strategy | None:
     """Find a strategy by name, and import what it needs."""
     _load_built_in(name)
-    if name in BASELINES and name not in _registry:
-        _load(BASELINES[name])
     return _registry.get(name)
 
 
@@ -369,9 +363,7 @@ def parse_strategy(text: str, adapters: Sequence[str]) -> ParsedStrategy:
     strategy = find_strategy(name)
     if strategy is None:
         usages = {other.name: other.usage for other in strategies()}
-        usages |= dict.fromkeys(BASELINES, "")
-        near = nearest(name.lower(), usages)
-        raise _unknown(text, usages.get(near) or near)
+        raise _unknown(text, usages.get(nearest(name.lower(), usages), ""))
     if strategy.is_probed and argument and not strategy.argument:
         options = read_options(argument, strategy.options, text)
         return ParsedStrategy(text, strategy, strategy.parse("", adapters, text), options)
@@ -435,11 +427,8 @@ def measured_by(text: str) -> Measured:
 
 
 def _load_built_in(name: str) -> None:
-    if name in _BUILT_IN and name not in _registry:
-        _load(_BUILT_IN[name])
-
-
-def _load(module_name: str) -> None:
-    module = import_module(f"qaflora_edge.weighing.{module_name}")
+    if name not in _BUILT_IN or name in _registry:
+        return
+    module = import_module(f"qaflora_edge.weighing.{_BUILT_IN[name]}")
     for strategy in module.STRATEGIES:
         _registry.setdefault(strategy.name, strategy)

@@ -18,9 +18,7 @@ from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.adapter import AdapterInfo, read_adapter_gguf
 from qaflora_edge.weighing import numbers
-from qaflora_edge.weighing.added import Listener
-from qaflora_edge.weighing.published.projections import AttentionInputs, QueryProjections
-from qaflora_edge.weighing.strategy import Measure, Routing, Span
+from qaflora_edge.weighing.strategy import AdapterMatrices, Measure, Span
 
 Rows = Sequence[int]  # numbers of adapters
 RowKey = tuple[int, ...]  # the same
@@ -56,43 +54,13 @@ def _check_finite(states: F32, paths: Sequence[Path]) -> None:
     )
 
 
-class _Norms(Listener):
-    def __init__(self, projections: QueryProjections, n_token: int) -> None:
-        self._projections = projections
-        self.start = n_token - 1
-
-    def take(self, at: int, inputs: F32) -> None:
-        if at <= self.start:  # a thought may follow it
-            self._last = inputs[self.start - at]
-
-    def result(self) -> F64:
-        return self._projections.norms(self._last)
-
-
-class _Routing(Listener):
-    start = 0
-
-    def __init__(self, attention: AttentionInputs) -> None:
-        self._attention = attention
-        self._sums = np.zeros(())
-        self._n_token = 0
-
-    def take(self, at: int, inputs: F32) -> None:
-        self._sums = self._sums + self._attention.sums(inputs)
-        self._n_token += len(inputs)
-
-    def result(self) -> tuple[F64, F64]:
-        weights, sizes = self._sums / self._n_token
-        return weights, sizes
-
-
 class Prober:
     """Measure with sequences of one context: the base, then each adapter alone at weight 1.
 
     infos  the adapters' facts, where they were read before
 
-    The last query's KV state is reused. Two measures of one query in turn cost one pass. Listeners
-    and mean_states() measure with the base alone: one pass, however many adapters there are.
+    The last query's KV state is reused. Two measures of one query in turn cost one pass.
+    mean_states() measures with the base alone: one pass, however many adapters there are.
 
     rows, in all methods: which adapters of the pack are measured, in ascending order.
     """
@@ -109,37 +77,21 @@ class Prober:
         self._pack = pack
         self._options = options
         self._infos = infos or [read_adapter_gguf(path) for path in pack.paths]
-        # Adapters' matrices as measures take them, read when first asked for.
-        self._queries = lru_cache(1)(self._read_queries)
-        self._attention = lru_cache(2)(self._read_attention)
+        # (rows, read) -> what a measure takes of the adapters, read when first asked for
+        self.matrices = lru_cache(2)(self._read_matrices)
         self._contexts = GrowingContext(self._make_context)
         self._rows: RowKey = ()  # adapters of the sequences after the base's
         self._n_exact: int | None = None  # tokens held in the cuts of a whole prompt; None: all
         self._last: tuple[_StatesKey, F32] | None = None
 
-    def _read_queries(self, rows: RowKey) -> QueryProjections:
+    def _read_matrices(self, rows: RowKey, read: type[AdapterMatrices]) -> AdapterMatrices:
         infos = [self._infos[row] for row in rows]
-        return QueryProjections(infos, self._model.n_layer)
-
-    def _read_attention(self, rows: RowKey, routing: Routing) -> AttentionInputs:
-        infos = [self._infos[row] for row in rows]
-        return AttentionInputs(infos, self._model.n_layer, routing)
+        return read(infos, self._model.n_layer)
 
     def close(self) -> None:
         """Free the context."""
         self._contexts.close()
         self._last = None
-
-    def norms(self, rows: Rows, n_token: int) -> Listener:
-        """Measure what each adapter adds to a late query projection: float64 [n_row].
-
-        Raises as strategy.Reading.norms does.
-        """
-        return _Norms(self._queries(tuple(rows)), n_token)
-
-    def routing(self, rows: Rows, routing: Routing) -> Listener:
-        """Compute what strategy.Reading.routing gives, and raise as it does."""
-        return _Routing(self._attention(tuple(rows), routing))
 
     def mean_states(self, tokens: Ids, n_skipped: int = 0) -> Steps[F32]:
         """Average the states after each block over tokens: float32 [n_layer, n_embd].

@@ -1,4 +1,4 @@
-"""Projections that all adapters adapt, for `arrow`, `spectr` and `norm`."""
+"""Projections that all adapters adapt, for `spectr`."""
 
 from collections.abc import Sequence
 
@@ -8,41 +8,59 @@ from qaflora_edge.arrays import F32, F64
 from qaflora_edge.errors import StrategyError
 from qaflora_edge.formats.adapter import AdapterInfo, read_pair
 from qaflora_edge.weighing.adapter_inputs import module_matrix, on_one_thread, shared_modules
+from qaflora_edge.weighing.added import Listener
 from qaflora_edge.weighing.numbers import softmax
-from qaflora_edge.weighing.strategy import KINDS, QUERIES, Routing
+from qaflora_edge.weighing.strategy import KINDS, AdapterMatrices
 
 
-def _direction(matrix: F64) -> F64:
-    """Give the unit vector v with the largest |P v|, up to its sign: [1, n_embd]."""
-    _, _, right = np.linalg.svd(matrix, full_matrices=False)
-    return np.asarray(right[:1])
+class _Weights(Listener):
+    start = 0
+
+    def __init__(self, attention: "AttentionInputs", n_token: int) -> None:
+        self._attention = attention
+        self._end = n_token
+        self._sums = np.zeros(())
+        self._n_token = 0
+
+    def take(self, at: int, inputs: F32) -> None:
+        inputs = inputs[: max(0, self._end - at)]  # a thought may follow them
+        self._sums = self._sums + self._attention.sums(inputs)
+        self._n_token += len(inputs)
+
+    def result(self) -> tuple[F64, F64]:
+        weights, sizes = self._sums / self._n_token
+        return weights, sizes
 
 
-class AttentionInputs:
-    """Read attention projections that all adapters adapt, for `arrow` and `spectr`.
+class AttentionInputs(AdapterMatrices):
+    """Read attention projections that all adapters adapt.
 
-    routing   "arrow": one direction of each module; "spectr": all, with their scales
+    Its listener gives two float64 [n_adapter, n_layer]: weights, and what they are shares of.
 
     Raises StrategyError when the adapters have no such module in common.
     """
 
+    strategy = "spectr"
+    module = staticmethod(module_matrix)
+
     @on_one_thread()
-    def __init__(self, infos: Sequence[AdapterInfo], n_layer: int, routing: Routing) -> None:
+    def __init__(self, infos: Sequence[AdapterInfo], n_layer: int) -> None:
         self._modules: dict[int, list[list[F64]]] = {}  # layer -> module -> adapter -> [n, n_embd]
         for layer in range(n_layer):
             for name in shared_modules(infos, layer, KINDS):
-                matrices = [module_matrix(*read_pair(info, name)) for info in infos]
-                if routing == "arrow":
-                    matrices = list(map(_direction, matrices))
+                matrices = [self.module(*read_pair(info, name)) for info in infos]
                 self._modules.setdefault(layer, []).append(matrices)
         if not self._modules:
             raise StrategyError(
-                f"Strategy {routing} compares what adapters read at the attention's projections, "
-                f"but no block has one ({', '.join(KINDS)}) that all of them adapt; use another "
-                "strategy."
+                f"Strategy {self.strategy} compares what adapters read at the attention's "
+                f"projections, but no block has one ({', '.join(KINDS)}) that all of them adapt; "
+                "use another strategy."
             )
         self._n_layer = n_layer
         self._n_adapter = len(infos)
+
+    def listener(self, n_token: int) -> Listener:
+        return _Weights(self, n_token)
 
     @on_one_thread()
     def sums(self, inputs: F32) -> F64:
@@ -70,37 +88,3 @@ class AttentionInputs:
         others = [layer for layer in range(self._n_layer) if layer not in self._modules]
         sums[:, :, others] = sums[:, :, read].mean(axis=2, keepdims=True)
         return sums
-
-
-class QueryProjections:
-    """Read the query projection of the last block that all adapters adapt, for `norm`.
-
-    Raises StrategyError when there is no such block.
-    """
-
-    @on_one_thread()
-    def __init__(self, infos: Sequence[AdapterInfo], n_layer: int) -> None:
-        common = []
-        for layer in range(n_layer):
-            for name in shared_modules(infos, layer, QUERIES):
-                common.append((layer, name))
-        if not common:
-            queries = set(QUERIES)
-            lacking = [str(info.path) for info in infos if queries.isdisjoint(info.targets)]
-            raise StrategyError(
-                "Strategy norm compares what adapters add to one query projection, but no block's "
-                f"is adapted by all of them ({', '.join(lacking) or 'they adapt different blocks'})"
-                "; use another strategy."
-            )
-        self._layer, name = common[-1]
-        self._matrices = [module_matrix(*read_pair(info, name)) for info in infos]
-
-    @on_one_thread()
-    def norms(self, inputs: F32) -> F64:
-        """Compute |scale B A x| of each adapter: float64 [n_adapter].
-
-        inputs  [n_layer, n_embd]  x at every layer
-        """
-        x = inputs[self._layer].astype(np.float64)
-        sizes = [np.linalg.norm(matrix @ x) for matrix in self._matrices]
-        return np.array(sizes)
