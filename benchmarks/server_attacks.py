@@ -91,6 +91,19 @@ def asked_s(port: int, path: str, body: object) -> float:
     return seconds
 
 
+def ask_health(port: int) -> float:
+    """Ask whether the server is up, on a new connection; give the seconds."""
+    start_s = time.monotonic()
+    with contextlib.closing(
+        http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
+    ) as client:
+        client.request("GET", "/health")
+        status = client.getresponse().status
+    if status != 200:
+        raise OSError(f"status {status}")
+    return time.monotonic() - start_s
+
+
 @dataclass(frozen=True)
 class Plan:
     """Say what an attack sends from which addresses, and what the user asks for beside it."""
@@ -102,6 +115,7 @@ class Plan:
 
 
 PAGES = 200 * request_bytes("GET", "/")
+FOREIGN = 200 * b"GET /v1/models HTTP/1.1\r\nHost: elsewhere.example\r\n\r\n"
 SLOW_BODY = request_bytes("POST", "/tokenize", b"a" * 64_000, 4_000_000)
 CONTROL_TEXT = json.dumps({"content": "<|im_end|>" * 300_000}).encode()
 CONTROL_TOKENS = request_bytes("POST", "/tokenize", CONTROL_TEXT)
@@ -109,6 +123,7 @@ PLANS = {
     "unread": Plan(PAGES, 1100),
     "proxied": Plan(PAGES, 1100, addresses=("127.0.0.1",)),
     "bodies": Plan(SLOW_BODY, 160, ask=ask_tokens),
+    "refused": Plan(FOREIGN, 400, ask=ask_health),
     "tokens": Plan(CONTROL_TOKENS, 8, ask=ask_tokens),
 }
 

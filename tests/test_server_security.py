@@ -1,11 +1,13 @@
 """Who may ask the server: keys, hosts, origins, and what it listens at."""
 
+import contextlib
+import socket
 from collections.abc import Iterator
 
 import pytest
 from bundles import qaflora
 from click.testing import CliRunner
-from serving import client_of, error_of
+from serving import address_of, client_of, error_of, got, listening
 from starlette.testclient import TestClient
 
 from qaflora_edge.cli import main
@@ -210,3 +212,16 @@ def test_model_ids_are_names_and_no_paths(opened, model) -> None:
     response = opened.post("/v1/chat/completions", json=body)
     assert response.status_code == 404
     assert response.json()["error"]["code"] == "model_not_found"
+
+
+def test_a_connection_that_may_not_ask_is_closed_after_ten_refusals(made) -> None:
+    asked = b"GET /health HTTP/1.1\r\nHost: elsewhere.example\r\n\r\n"
+    with listening(made.folder) as url, socket.create_connection(address_of(url)) as client:
+        client.settimeout(30)
+        client.sendall(200 * asked)
+        told = b""
+        with contextlib.suppress(ConnectionResetError):  # as what was sent was not read
+            while data := client.recv(65536):
+                told += data
+        assert told.count(b"HTTP/1.1 403") == security.MAX_REFUSALS
+        assert got(f"{url}/health").status_code == 200

@@ -24,7 +24,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from qaflora_edge.errors import OptionError, os_errors
 from qaflora_edge.server.app import expire_all, make_app
 from qaflora_edge.server.refusals import RETRY_AFTER_S, Refusal
-from qaflora_edge.server.security import client_of, share_of
+from qaflora_edge.server.security import REFUSALS, Refusals, client_of, share_of
 from qaflora_edge.server.served_models import ServerOptions
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
@@ -78,6 +78,7 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=0)
         self.conn = Reader(h11.SERVER, MAX_HEAD_BYTES)
+        self.app_state = {**self.app_state, REFUSALS: Refusals()}  # copied for each request
         self.address = client_of(self.client[0]) if self.client else ""
         self._wait_for_client(HEAD_S)
         everyone = [other for other in self.connections if isinstance(other, Connection)]

@@ -3,9 +3,11 @@
 import hmac
 import ipaddress
 import re
+from dataclasses import dataclass
 from functools import partial
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qaflora_edge.server.refusals import Refusal
@@ -13,6 +15,8 @@ from qaflora_edge.server.refusals import Refusal
 WITHOUT_KEY = frozenset({"/", "/health", "/v1/health"})  # the page asks for the key itself
 LOCAL_NAMES = frozenset({"localhost"})
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:@/\s]+)(?::[0-9]*)?")
+MAX_REFUSALS = 10  # of a connection
+REFUSALS = "refusals"  # in the state of a connection's requests
 OWN_ADDRESSES = frozenset({"127.0.0.1", "::1"})
 
 
@@ -45,6 +49,26 @@ def share_of(n_place: int, client: str, part: int = 4) -> int:
     return n_place if client in OWN_ADDRESSES else (n_place + part - 1) // part
 
 
+@dataclass
+class Refusals:
+    """Count the requests of a connection whose sender may not ask."""
+
+    n: int = 0
+
+
+def refusing(refused: Refusal, scope: Scope) -> Response:
+    """Answer a request that may not be asked; a connection of many such requests is closed.
+
+    Else one that sends thousands at once makes everybody wait.
+    """
+    response = refused.response(scope["path"])
+    refusals = scope.get("state", {}).get(REFUSALS, Refusals())
+    refusals.n += 1
+    if refusals.n >= MAX_REFUSALS:
+        response.headers["Connection"] = "close"
+    return response
+
+
 class Gate:
     """Reject requests with a wrong Host or Origin (403).
 
@@ -66,7 +90,7 @@ class Gate:
         if scope["type"] == "http":
             refused = self._refusal(Headers(scope=scope))
             if refused is not None:
-                answering = refused.response(scope["path"])
+                answering = refusing(refused, scope)
         await answering(scope, receive, partial(_send_guarded, send))
 
     def _refusal(self, headers: Headers) -> Refusal | None:
@@ -134,7 +158,7 @@ class Lock:
                     "X-Api-Key: KEY."
                 )
                 refused = Refusal(401, message, code="invalid_api_key")
-                response = refused.response(scope["path"])
+                response = refusing(refused, scope)
                 response.headers["WWW-Authenticate"] = "Bearer"
                 await response(scope, receive, send)
                 return
