@@ -31,6 +31,8 @@ ADAPTER_TYPES = {"auto": 0, "q8_0": 1, "q4_0": 2}  # qaflora.h enum qaflora_adap
 # Where options stand in the help, in this order; those of the last one are in --help-all alone.
 SECTIONS = ("Options", "Server", "Prompt", "Answer", "Mix", "Model", ADVANCED := "Advanced")
 
+NEVER = "never"  # of an option's words
+
 
 @dataclass(frozen=True)
 class Option:
@@ -49,7 +51,7 @@ class Option:
               strategies, {options} for those of their options
     low, high, is_open  the range; is_open: low itself is not in it
     noun      what a number is, in messages
-    words     texts that may stand in place of a number
+    words     texts that may stand in place of a number; NEVER is read as None
     unset     the default in words, where `default` does not say it
     defaults  command -> the default that it has instead
     aliases   other names in OpenAI's calls
@@ -108,6 +110,8 @@ class Option:
         if self.kind is dict:
             pairs = value.items() if isinstance(value, Mapping) else [("", None)]
             return all(_ID.fullmatch(str(key)) and self._is_in_range(n) for key, n in pairs)
+        if value is None:
+            return NEVER in self.words
         if isinstance(value, str) and value in self.words:
             return True
         if self.kind not in (int, float):
@@ -116,6 +120,8 @@ class Option:
 
     def parsed(self, text: str) -> Any:
         """Read a text as a value of this kind; one that is none stays text, and fits nowhere."""
+        if text == NEVER and text in self.words:
+            return None
         if self.kind in (int, float) and text not in self.words:
             with contextlib.suppress(ValueError):
                 return self.kind(text)

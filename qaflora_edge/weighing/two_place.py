@@ -74,7 +74,7 @@ class TwoPlace(Strategy):
         first_scores = next(iter(scores.values()))  # [n_adapter]
         is_familiar = False
         asked = options["abstain"]
-        if asked != "never":
+        if asked is not None:
             options["abstain"] *= caution(reading)
             is_familiar = query.is_chat and first_scores.max() > asked
         if query.is_chat:
@@ -87,7 +87,7 @@ class TwoPlace(Strategy):
             query.adapters, scores, taken, options, asked=asked, is_familiar=is_familiar
         )
         by_layer = np.repeat(weights[:, None], query.n_layer, axis=1)
-        if taken and asked != "never" and _calls_alone(reading, by_layer):
+        if taken and asked is not None and _calls_alone(reading, by_layer):
             by_layer = np.zeros_like(by_layer)
             reasons = {name: replace(reason, taken_as="") for name, reason in reasons.items()}
             because = "The base answers alone: the mix would call a tool, and the base would not."
@@ -161,7 +161,7 @@ def single(text: F64, options: Options) -> tuple[F32, Taken]:
 
     weights = np.zeros(len(text), np.float32)
     first = int(text.argmax())
-    if options["abstain"] != "never" and text[first] <= options["abstain"]:
+    if options["abstain"] is not None and text[first] <= options["abstain"]:
         return weights, {}
     weights[first] = options["answer"]
     return weights, {first: "text"}
@@ -177,7 +177,7 @@ def pair(both: F64, question: F64, options: Options) -> tuple[F32, Taken]:
 
     weights = np.zeros(len(both), np.float32)
     first = int(both.argmax())
-    if options["abstain"] != "never" and both[first] <= options["abstain"]:
+    if options["abstain"] is not None and both[first] <= options["abstain"]:
         return weights, {}
     weights[first] = options["answer"]
     taken = {first: "answer"}
@@ -196,13 +196,13 @@ def _told(
     taken: Taken,
     options: Options,
     *,
-    asked: float | str,
+    asked: float | None,
     is_familiar: bool,
 ) -> tuple[dict[str, Reason], str]:
     """Give each adapter's numbers, and say in words what decided.
 
     scores  place -> [n_adapter], how unusual each adapter is there; the answer's first
-    asked   score that the first needs, where the question surprises the base
+    asked   score that the first needs, where the question surprises the base; None: none
     is_familiar  whether the first would do for a question that surprises the base more
     """
     limits = {
@@ -210,7 +210,7 @@ def _told(
         "text": options["abstain"],
         "question": options["second"],
     }
-    needed = {place: limits[place] for place in scores if limits[place] != "never"}
+    needed = {place: limits[place] for place in scores if limits[place] is not None}
     reasons: dict[str, Reason] = {}
     for i, name in enumerate(names):
         numbers = {place: float(score[i]) for place, score in scores.items()}
