@@ -41,6 +41,7 @@ from qaflora_edge.weighing.plan import (
     WriteStep,
     alone_weights,
 )
+from qaflora_edge.weighing.strategy import Closeness
 
 N_DRAFT = 8
 NAMES = ("form", "shop", "other")
@@ -87,11 +88,12 @@ class Scripted:
         self._earlier = earlier
         self._goes_on = goes_on
         self._expected = expected
+        self.taught: dict[str, Closeness] = {}
         self.asked: list[str] = []
         self.is_compared = False  # with the same question asked first
 
-    def close(self) -> dict[str, Any]:
-        return {}
+    def close(self) -> dict[str, Closeness]:
+        return self.taught
 
     def added(self) -> Any:
         return np.repeat(np.array(self._sizes)[:, :, None], 2, axis=2)
@@ -179,6 +181,34 @@ def test_who_knows_drafts_for_who_gives_the_form() -> None:
     sure = sureness((-0.01,) * 4, (-1, -8, -8, -8))
     assert plan.known["shop"] == pytest.approx(probability(log_odds(sure, 80)))
     assert plan.sure == pytest.approx(told_probability(plan.known["shop"], 0.0))
+
+
+def test_examples_decide_where_nobody_claims_to_know() -> None:
+    reading = Scripted(*NOBODY)
+    assert not weighed(reading).weights.any()
+    reading.taught = {"other": Closeness(0.6, 0.4, 3)}
+    plan = weighed(reading)
+    assert plan.weights[:, 0].tolist() == [0, 0, 1]
+    assert "the 3 example questions" in plan.because
+    reading.taught = {"other": Closeness(0.6, 0.1, 3), "shop": Closeness(0.5, -0.1, 3)}
+    assert not weighed(reading).weights.any()  # two are as close
+    # A draft that claims to know comes before a question that is close to another's.
+    surely = Scripted(*FORM_FIRST, [told("shop", -0.01), told("form", -0.6)])
+    surely.taught = {"other": Closeness(0.6, 0.4, 3)}
+    assert who(weighed(surely)) == ("shop", "form")
+    surely.taught = {"base": Closeness(0.6, 0.4, 3)}
+    asked = len(surely.asked)
+    plan = weighed(surely)
+    assert not plan.weights.any()
+    assert len(surely.asked) == asked  # nobody drafts
+
+
+def test_closeness_raises_how_probably_a_draft_is_right() -> None:
+    reading = Scripted(*FORM_FIRST, [told("shop", -0.2), told("form", -0.6)])
+    before = weighed(reading).known["shop"]
+    reading.taught = {"shop": Closeness(0.2, 0.1, 3)}
+    odds = [log(known / (1 - known)) for known in (before, weighed(reading).known["shop"])]
+    assert odds[1] - odds[0] == pytest.approx(0.8)
 
 
 def test_a_form_that_knows_itself_writes_alone() -> None:

@@ -1,7 +1,6 @@
 """qaflora bundle create, add, remove, base, calibrate, teach, check, show and verify"""
 
 import os
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -358,7 +357,7 @@ def show(folder: Path) -> None:
 def describe(folder: Path) -> str:
     """Give a bundle's description as lines to read; its files need not be there."""
     from qaflora_edge.bundles.open import how_to_get_base, recorded_base, unmeasured
-    from qaflora_edge.bundles.taught import read_lines, read_path
+    from qaflora_edge.bundles.taught import counts_of
     from qaflora_edge.formats.bundle import read_bundle_text
     from qaflora_edge.formats.gguf import plain_name
     from qaflora_edge.weighing.weigher import known_of
@@ -366,9 +365,7 @@ def describe(folder: Path) -> str:
     text = read_bundle_text(folder)
     base = text.base
     known = known_of(text)
-    lines_taught = read_lines(read_path(folder))
-    n_taught = Counter(line.adapter for line in lines_taught if not line.kind)
-    taught = ", ".join(f"{name} {n_example}" for name, n_example in n_taught.items())
+    taught = ", ".join(f"{name} {n_example}" for name, n_example in counts_of(folder).items())
     base_name = plain_name(base.name or base.architecture)
     sampling = ", ".join(f"{name} {value}" for name, value in text.sampling.items())
     where = recorded_base(folder, base) or f"not here: {how_to_get_base(folder, base)}"

@@ -96,11 +96,11 @@ def _everyday(engine: Engine, strategy: str) -> F32:
 
 def _ask(engine: Engine, check: AdapterCheck, tested: Sequence[Tested]) -> None:
     check.n_tested = len(tested)
-    check.n_base = len(_right(engine, tested, BASE))
+    check.n_base = _right(engine, tested, BASE)
     check.n_alone = check.n_base
     if check.name != BASE:
-        check.n_alone = len(_right(engine, tested, f"single:{check.name}"))
-    check.n_mixed = len(_right(engine, tested, None, check))
+        check.n_alone = _right(engine, tested, f"single:{check.name}")
+    check.n_mixed = _right(engine, tested, None, check)
 
 
 def _right(
@@ -108,19 +108,19 @@ def _right(
     tested: Sequence[Tested],
     strategy: str | None,
     check: AdapterCheck | None = None,
-) -> list[int]:
-    """List which questions are answered right; count who was taken in another's place."""
+) -> int:
+    """Count the questions answered right, and in `check` who was taken in its place."""
     requests = [{"prompt": as_turn(question)} for question, _ in tested]
-    right = []
+    n_right = 0
     for index, answer in engine.generate_many(requests, strategy=strategy, max_tokens=MAX_TOKENS):
         text = answer.text()
         if BUILT_IN["contains"].score(text, {"answer": tested[index][1]}):
-            right.append(index)
+            n_right += 1
         if check is not None:
             taken = _taken(answer.fusion)
             if check.name not in taken:
                 check.others["+".join(taken)] += 1
-    return right
+    return n_right
 
 
 def _taken(fusion: Any) -> list[str]:

@@ -3,7 +3,7 @@
 A sum of two adapters loses what each has learnt: one of facts and one of JSON write wrong numbers
 together. Text carries a fact without loss. So two-place's choice stands unless an adapter knows:
 it is sure of its draft where the base is surprised by it, and the question surprises the base too.
-docs/strategies.md has the rule, docs/results.md the constants.
+docs/strategies.md has the rule in words, docs/results.md where its constants come from.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

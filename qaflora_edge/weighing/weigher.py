@@ -1,6 +1,5 @@
 """The weigher: from a strategy's name, or given weights, to the fusion weights of a query."""
 
-import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -80,9 +79,7 @@ def known_of(text: BundleText | None) -> WeighingFacts:
         return WeighingFacts()
     fusion = text.fusion
     strategy = fusion.strategy
-    if strategy and re.fullmatch(r"norm:[1-9]\d*", strategy):  # of 0.1
-        strategy = strategy.replace(":", ":top=")
-    pool = None if fusion.pool == "mean" else fusion.pool  # of 0.1 too
+    pool = None if fusion.pool == "mean" else fusion.pool  # of 0.1
     options = {"lens": fusion.lens, "pool": pool, "prefill": fusion.prefill}
     known = WeighingFacts().under(strategy=strategy, **options)
     try:
