@@ -1,8 +1,8 @@
 """Every option, declared once; and the user's settings file.
 
-Commands, settings, Python calls, server requests and docs/settings.md are made from it. What one
-command has besides stands in `cli.own_options`.
-Of the file, `cli.settings` checks the options; `cache` and `bundles` are the library's as well.
+Commands, settings, Python calls, server requests and docs/settings.md are made from it.
+`cli.settings` has what one command has besides, and checks the options of the file; `cache` and
+`bundles` are the library's as well.
 """
 
 import contextlib

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="terminals are POSIX 
 
 WAITING = """
 import time
-from qaflora_edge.cli.progress import waiting
+from qaflora_edge.cli.output import waiting
 with waiting("Loading [base]") as wait:
     time.sleep(0.3)
     wait.tell("weighing", 45, 100)
@@ -20,7 +20,7 @@ with waiting("Loading [base]") as wait:
 print("done")
 """
 BARS = """
-from qaflora_edge.cli.progress import progress_bars
+from qaflora_edge.cli.output import progress_bars
 with progress_bars() as tell:
     for done in (0, 5, 10):
         tell("first", done, 10)
@@ -31,9 +31,9 @@ print("done")
 
 LINES = """
 import time
-from qaflora_edge.cli import progress
-progress._LINES_S = 0.2
-with progress.progress_bars(or_lines=True) as tell:
+from qaflora_edge.cli import output
+output._LINES_S = 0.2
+with output.progress_bars(or_lines=True) as tell:
     tell("first", 5, 10)
     time.sleep(0.5)
 """

@@ -17,8 +17,7 @@ from qaflora_edge import Engine, config
 from qaflora_edge.ask import Sampling
 from qaflora_edge.cli import main
 from qaflora_edge.cli.options import SharedOptions
-from qaflora_edge.cli.own_options import shared_by
-from qaflora_edge.cli.settings import SHARED_TABLES, file_settings
+from qaflora_edge.cli.settings import SHARED_TABLES, file_settings, shared_by
 from qaflora_edge.config import OPTIONS, SHARED, Option, in_group
 from qaflora_edge.dialects.options import read_body
 from qaflora_edge.dialects.texts import TextBody

@@ -11,7 +11,7 @@ from refusals import refused
 from qaflora_edge import Engine
 from qaflora_edge.config import PROBING, SHAPING
 from qaflora_edge.errors import StrategyError
-from qaflora_edge.weighing.published.qa_flora import DISTANCE
+from qaflora_edge.weighing.published import DISTANCE
 from qaflora_edge.weighing.strategy import parse_strategy, written
 from qaflora_edge.weighing.two_place import TwoPlace
 from qaflora_edge.weighing.weigher import shaped

@@ -57,7 +57,7 @@ _PLACES = {verb: ("hub", verb) for verb in ("pull", "models", "remove")}
 _PLACES |= {
     "list": ("hub", "list_here"),
     "chat": ("chat.app", "chat"),
-    "completion": ("settings", "completion"),
+    "completion": ("options", "completion"),
     "decide": ("weights", "decide"),
     "export": ("convert", "export"),
     "worker": ("serve", "worker"),

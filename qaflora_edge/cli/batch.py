@@ -17,11 +17,10 @@ from click.core import ParameterSource
 from qaflora_edge.answering.generation import Generation
 from qaflora_edge.ask import Ask, Chat, Question, Sampling, Weighing
 from qaflora_edge.cli import prompts
-from qaflora_edge.cli.answers import answer_dict, incomplete, print_json, say
 from qaflora_edge.cli.options import SharedOptions, check_outputs, open_engine
-from qaflora_edge.cli.own_options import OWN
+from qaflora_edge.cli.output import answer_dict, incomplete, print_json, progress_bars, say
 from qaflora_edge.cli.places import bundle_folder
-from qaflora_edge.cli.progress import progress_bars
+from qaflora_edge.cli.settings import OWN
 from qaflora_edge.config import SHARED, Option, in_group
 from qaflora_edge.errors import OptionError, QafloraError, wrong_option
 from qaflora_edge.evaluation.tasks import LineFile

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qaflora_edge.cli.answers import print_json
 from qaflora_edge.cli.options import (
     Decorator,
     SharedOptions,
@@ -15,8 +14,8 @@ from qaflora_edge.cli.options import (
     json_option,
     shared_options,
 )
+from qaflora_edge.cli.output import print_json, progress_bars
 from qaflora_edge.cli.places import bundle_folder
-from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.errors import BundleError, OptionError
 from qaflora_edge.formats.inputs import Json
 from qaflora_edge.show import columns

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qaflora_edge.cli import options as cli
-from qaflora_edge.cli.answers import say
 from qaflora_edge.cli.examples import (
     counted,
     lessons_of,
@@ -18,10 +17,10 @@ from qaflora_edge.cli.examples import (
     teach_all,
     with_card,
 )
-from qaflora_edge.cli.own_options import ADAPTER, OWN
+from qaflora_edge.cli.output import progress_bars, say
 from qaflora_edge.cli.places import bundle_folder, missing_base
-from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.cli.prompts import read_text
+from qaflora_edge.cli.settings import ADAPTER, OWN
 from qaflora_edge.errors import BundleError
 from qaflora_edge.files import AnyPath, one_line
 from qaflora_edge.show import N_ALL, N_TOP, others

@@ -10,8 +10,7 @@ import click
 
 from qaflora_edge.ask import Ask, Weighing
 from qaflora_edge.cli import options as cli
-from qaflora_edge.cli.answers import answer_dict, print_json
-from qaflora_edge.cli.progress import progress_bars
+from qaflora_edge.cli.output import answer_dict, print_json, progress_bars
 from qaflora_edge.show import can_show, visible, who_spoke
 
 if TYPE_CHECKING:

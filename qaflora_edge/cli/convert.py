@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 import click
 
 from qaflora_edge.cli import options as cli
-from qaflora_edge.cli.answers import say
+from qaflora_edge.cli.output import progress_bars, say
 from qaflora_edge.cli.places import bundle_folder, missing_base
-from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.errors import OutputFileError
 from qaflora_edge.files import atomic_path, what_is_at
 from qaflora_edge.formats.names import plain_name

@@ -10,8 +10,8 @@ from typing import Any
 import click
 
 from qaflora_edge import __version__
-from qaflora_edge.cli.answers import print_json
 from qaflora_edge.cli.options import command, json_option
+from qaflora_edge.cli.output import print_json
 from qaflora_edge.errors import LibraryError
 from qaflora_edge.formats.inputs import Json
 

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qaflora_edge.cli import options as cli
-from qaflora_edge.cli.answers import print_json, say
 from qaflora_edge.cli.compare import expand
+from qaflora_edge.cli.output import print_json, progress_bars, say
 from qaflora_edge.cli.places import bundle_folder
-from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.files import one_line, write_text_atomic
 
 if TYPE_CHECKING:

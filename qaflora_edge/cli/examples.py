@@ -9,8 +9,7 @@ from typing import Annotated, Any
 import click
 from msgspec import Meta, Struct
 
-from qaflora_edge.cli.answers import say
-from qaflora_edge.cli.progress import progress_bars
+from qaflora_edge.cli.output import progress_bars, say
 from qaflora_edge.cli.prompts import Line, filled_lines, open_prompts, stream_name
 from qaflora_edge.errors import InputFileError, PromptError
 from qaflora_edge.files import AnyPath, one_line

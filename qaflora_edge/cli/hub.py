@@ -5,9 +5,8 @@ from functools import partial
 
 import click
 
-from qaflora_edge.cli.answers import print_json, say
 from qaflora_edge.cli.options import command, json_option
-from qaflora_edge.cli.progress import progress_bars
+from qaflora_edge.cli.output import print_json, progress_bars, say
 from qaflora_edge.files import one_line
 
 

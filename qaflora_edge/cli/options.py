@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
-from click.shell_completion import CompletionItem
+from click.shell_completion import CompletionItem, get_completion_class
 
 from qaflora_edge.ask import Chat, Question, Sampling
-from qaflora_edge.cli.answers import say
-from qaflora_edge.cli.own_options import ADAPTER, OWN, shared_by
+from qaflora_edge.cli.output import progress_bars, say, waiting
 from qaflora_edge.cli.places import bundle_folder
-from qaflora_edge.cli.progress import progress_bars, waiting
 from qaflora_edge.cli.prompts import read_message
+from qaflora_edge.cli.settings import ADAPTER, OWN, shared_by
 from qaflora_edge.config import ADVANCED, SECTIONS, Option, expanded, in_group
 from qaflora_edge.errors import PromptError, QafloraError
 from qaflora_edge.files import check_takes_file
@@ -457,3 +456,20 @@ def question(prompt: str, options: SharedOptions, system: str | None = None) -> 
         messages.append({"role": "system", "content": system})
     messages.append({"role": "user", "content": prompt})
     return Chat(messages)
+
+
+@command(
+    "qaflora completion bash > ~/.local/share/bash-completion/completions/qaflora",
+    "qaflora completion fish > ~/.config/fish/completions/qaflora.fish",
+)
+@click.argument("shell", type=click.Choice(("bash", "zsh", "fish")))
+def completion(shell: str) -> None:
+    """Print completion for a shell.
+
+    It completes commands, options, bundles and strategies. SHELL is bash (4.4 or newer), zsh or
+    fish; docs/settings.md says where each looks.
+    """
+    shell_class = get_completion_class(shell)
+    assert shell_class is not None
+    root = click.get_current_context().find_root().command
+    click.echo(shell_class(root, {}, "qaflora", "_QAFLORA_COMPLETE").source(), nl=False)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from qaflora_edge.cli.progress import waiting
+from qaflora_edge.cli.output import waiting
 from qaflora_edge.errors import InputFileError
 from qaflora_edge.formats.inputs import Json, read_json_object, reading, shown
 

@@ -8,9 +8,15 @@ from typing import TYPE_CHECKING
 import click
 
 from qaflora_edge.ask import Ask, Weighing
-from qaflora_edge.cli import answers
 from qaflora_edge.cli import options as cli
-from qaflora_edge.cli.progress import waiting
+from qaflora_edge.cli.output import (
+    answer_dict,
+    incomplete,
+    print_json,
+    stream_answer,
+    summary_line,
+    waiting,
+)
 from qaflora_edge.cli.prompts import read_message, read_piped, read_text
 
 if TYPE_CHECKING:
@@ -130,13 +136,13 @@ def run(
             answer = engine.submit(ask)
         if as_json:
             with waiting("Answering"):
-                facts = answers.answer_dict(answer)
-            answers.print_json(facts)
+                facts = answer_dict(answer)
+            print_json(facts)
         else:
-            answers.stream_answer(answer)
-            click.echo(answers.summary_line(answer), err=True)
+            stream_answer(answer)
+            click.echo(summary_line(answer), err=True)
     if not answer.is_whole:
-        raise answers.incomplete(answer)
+        raise incomplete(answer)
 
 
 def _is_on_terminal() -> bool:

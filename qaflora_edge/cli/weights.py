@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qaflora_edge.cli import options as cli
-from qaflora_edge.cli.answers import print_json
+from qaflora_edge.cli.output import print_json
 from qaflora_edge.cli.places import bundle_folder
 from qaflora_edge.cli.prompts import read_prompts
 from qaflora_edge.errors import OutputFileError

@@ -37,13 +37,13 @@ Options = Mapping[str, Any]  # of a strategy: name -> value
 _BUILT_IN = {
     "two-place": "two_place",
     "relay": "relay",
-    "qa-flora": "published.qa_flora",
-    "spectr": "published.spectr",
+    "qa-flora": "published",
+    "spectr": "published",
     "static": "fixed",
     "single": "fixed",
     "manual": "fixed",
     "base": "fixed",
-    "calibrated": "published.qa_flora",
+    "calibrated": "published",
 }
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
 

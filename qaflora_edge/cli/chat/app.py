@@ -12,7 +12,7 @@ import click
 
 from qaflora_edge.ask import Ask
 from qaflora_edge.cli import options as cli
-from qaflora_edge.cli.answers import thought_parts
+from qaflora_edge.cli.output import thought_parts
 from qaflora_edge.cli.places import bundle_folder
 from qaflora_edge.errors import CancelledError, PromptError, QafloraError
 from qaflora_edge.prompt import conversation

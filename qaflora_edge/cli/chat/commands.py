@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qaflora_edge.cli.options import slow_weighing
-from qaflora_edge.cli.progress import waiting
+from qaflora_edge.cli.output import waiting
 from qaflora_edge.config import expanded, in_group
 from qaflora_edge.errors import QafloraError, nearest
 from qaflora_edge.prompt.conversation import Conversation, bundle_identity, save_session
