@@ -25,7 +25,7 @@ class Surest(Strategy):
         best = max(drafts, key=lambda draft: least[draft.adapter])
         if least[best.adapter] <= SURE:
             return nobody
-        drafting = DraftStep(best.adapter, draft=best, is_done=best.is_whole)
+        drafting = DraftStep(best.adapter, begun=best)
         writing = WriteStep(nobody, view="before")
         return Plan((drafting, writing), because=f"{best.adapter} drafts.")
 

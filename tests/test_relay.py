@@ -723,8 +723,11 @@ def test_a_plan_may_have_three_steps(folder, monkeypatch) -> None:
     with Engine(folder, n_ctx=1024, guesses=0) as engine:
         plain = asked(engine)
         answer = engine.generate(plain, strategy=BY_HAND, max_tokens=12)
+        plan = answer.fusion.plan
         told = list(answer.drafting())
         text = answer.text()
+        assert answer.fusion.plan is plan  # what was drafted stands beside it
+        scores = engine.score(plain, "xyz", strategy=BY_HAND)
         first = engine.generate(plain, strategy="single:math", max_tokens=128).text()
         second_prompt = asked(engine, f"({first.strip()})\n\nabc def?")
         with monkeypatch.context() as patch:
@@ -734,6 +737,8 @@ def test_a_plan_may_have_three_steps(folder, monkeypatch) -> None:
             third_prompt = asked(engine, f"({answer.draft.text.strip()})\n\nabc def?")
             assert answer.prompt == tuple(third_prompt)
             assert text == engine.generate(third_prompt, strategy="base", max_tokens=12).text()
+            expected = engine.score(third_prompt, "xyz", strategy="base")
+            assert scores == pytest.approx(expected, abs=1e-5)
         second = engine.generate(second_prompt, strategy="single:es", max_tokens=128).text()
         assert answer.draft.text == second
 

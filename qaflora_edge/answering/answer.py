@@ -30,7 +30,6 @@ from qaflora_edge.weighing.plan import (
     DraftStep,
     FusionWeights,
     Plan,
-    Step,
 )
 from qaflora_edge.weighing.strategy import Query, Reading
 from qaflora_edge.weighing.weigher import Choice
@@ -87,7 +86,7 @@ def _answer(adapters: "AdapterSet", ask: Ask) -> Generation:
             choice.query,
             cancellation,
             tell=ask.on_progress,
-            n_answer=_n_room(choice, writing),
+            n_answer=_n_room(choice, sampler, ask.sampling.max_tokens),
             on_draft=ask.on_draft,
         )
         with reading:
@@ -127,9 +126,10 @@ def drafted_first(
     (own,) = reading.drafts([ANSWER], N_OPENING, weights)
     if fits(own.text):
         return fusion
-    drafting = DraftStep(fusion.writer, mix=weights, draft=own, is_done=own.is_whole)
+    drafting = DraftStep(fusion.writer, mix=weights, begun=own)
     writing = replace(plan.writing, view="before", guesses=())
-    return replace(fusion, plan=replace(plan, steps=(drafting, writing)))
+    plan = replace(plan, steps=(drafting, writing))
+    return replace(fusion, plan=plan, drafts=plan.read_drafts)
 
 
 def answers(adapters: "AdapterSet", ask: Ask) -> Iterator[Generation]:
@@ -204,44 +204,39 @@ def _scored(
     core: "Core", choice: Choice, prompt: Prompt, n_after: int, cancellation: Cancellation
 ) -> Request:
     """Plan for a prompt after which n_after tokens are scored; drafts are written first."""
-    with PromptReading(core, choice.query, cancellation) as reading:
+    writing = Writing(core, Ask(prompt), None, cancellation, choice.is_read_by_base, n_after)
+    n_room = DRAFT_TOKENS if choice.drafts else 0
+    with PromptReading(core, choice.query, cancellation, n_answer=n_room) as reading:
         fusion = choice.weigh(reading)
-    draft = None
-    for step in fusion.plan.steps:
-        tokens = prompt_of(core, prompt, step, draft, n_after)
-        if isinstance(step, DraftStep):
-            draft = step.draft
-            if not step.is_done:
-                query = replace(choice.query, tokens=tokens)
-                drafting = PromptReading(core, query, cancellation)
-                (draft,) = drafting.drafts([step.knower], DRAFT_TOKENS)
-    n_base = n_base_of(prompt.tokens, tokens) if choice.is_read_by_base else 0
-    weights = core.all_weights(fusion.adapters, fusion.weights)
-    return Request(tokens, weights, n_base=n_base)
+        while isinstance(fusion.step, DraftStep):
+            fusion = writing.draft(fusion, reading)
+    return writing.request(fusion)
 
 
-def _n_room(choice: Choice, writing: "Writing") -> int | None:
+def _n_room(choice: Choice, sampler: Sampler, n_answer: int | None) -> int | None:
     """Count the tokens that may follow where the prompt is read; None: no limit."""
-    n_room = writing.ask.sampling.max_tokens if choice.is_read_by_base else 0
-    if n_room is not None and (choice.drafts or writing.sampler.constraint):
+    n_room = n_answer if choice.is_read_by_base else 0
+    if n_room is not None and (choice.drafts or sampler.constraint):
         n_room = max(n_room, DRAFT_TOKENS)  # who drafts may go on in the same slot
     return n_room
 
 
 @dataclass(frozen=True)
 class Writing:
-    """Begin the steps of one answer's plan.
+    """Run one answer's plan: begin a step, and note the draft once it has ended.
 
     ask      with its prompt as the base reads it
-    sampler  of the answer; drafts are greedy
+    sampler  of the answer, None where that is not written; drafts are greedy
     is_read_by_base  whether the base prefills the answer's prompt
+    n_after  tokens that follow the prompt in any case
     """
 
     core: "Core"
     ask: Ask
-    sampler: Sampler
+    sampler: Sampler | None
     cancellation: Cancellation
     is_read_by_base: bool
+    n_after: int = 0
 
     @property
     def prompt(self) -> Prompt:
@@ -255,18 +250,18 @@ class Writing:
         if calls is not None and calls.begins(text):
             return True
         begun = text.lstrip().removeprefix("```json").removeprefix("```")
+        assert self.sampler is not None
         assert self.sampler.constraint is not None
         return self.sampler.constraint.may_begin(begun.lstrip())
 
     def begin(self, fusion: FusionWeights, reading: PromptReading | None = None) -> RunningSequence:
-        """Begin the first step that is not done.
+        """Begin the next step.
 
         reading  of the prompt: a slot has it, perhaps, and drafts begin; the step goes on there.
                  None: a step before has been told, so that a cancelled one ends and does not fail
         """
-        at = fusion.plan.n_done
-        step = fusion.plan.steps[at]
-        request = self._request(fusion, step, fusion.plan.draft_before(at))
+        step = fusion.step
+        request = self.request(fusion)
         sampler = self.sampler
         if isinstance(step, DraftStep):
             sampler = Sampler(self.core.model, request.sampling)
@@ -288,46 +283,68 @@ class Writing:
             is_told=reading is None,
         )
 
-    def _request(self, fusion: FusionWeights, step: Step, draft: Draft | None) -> Request:
-        tokens = prompt_of(self.core, self.prompt, step, draft)
+    def note(self, fusion: FusionWeights, sequence: RunningSequence) -> FusionWeights:
+        """Add the draft of the step whose sequence has ended."""
+        step = fusion.step
+        assert isinstance(step, DraftStep)
+        times = sequence.timings
+        draft = Draft(
+            adapter=step.knower,
+            tokens=tuple(sequence.answer),
+            text=self.core.model.text(sequence.answer),
+            logprobs=tuple(entry.logprob for entry in sequence.logprobs),
+            is_whole=sequence.finish_reason == "stop",
+            draft_ms=times.prefill_ms + times.decode_ms,
+        )
+        return replace(fusion, drafts=(*fusion.drafts, draft))
+
+    def draft(self, fusion: FusionWeights, reading: PromptReading) -> FusionWeights:
+        """Run the next step, which drafts, to its end."""
+        sequence = self.begin(fusion, reading)
+        self.core.loop.drive(lambda: sequence.is_done)
+        if sequence.error is not None:
+            raise sequence.error
+        return self.note(fusion, sequence)
+
+    def request(self, fusion: FusionWeights) -> Request:
+        """Give the request of the next step."""
+        core = self.core
+        step = fusion.step
+        tokens = self._tokens(fusion)
+        n_base = numbers.n_base_of(len(tokens))
         if isinstance(step, DraftStep):
-            weights = self.core.weights_of(step.knower)
+            weights = core.weights_of(step.knower)
             if step.mix is not None:
-                weights = self.core.all_weights(fusion.adapters, np.asarray(step.mix, np.float32))
+                weights = core.all_weights(fusion.adapters, step.mix)
+            sampling = Sampling(max_tokens=DRAFT_TOKENS, logprobs=0)
+            adapters = (step.knower,)
             return Request(
-                tokens,
-                weights,
-                Sampling(max_tokens=DRAFT_TOKENS, logprobs=0),
-                (step.knower,),
-                numbers.n_base_of(len(tokens)),
-                cancellation=self.cancellation,
+                tokens, weights, sampling, adapters, n_base, cancellation=self.cancellation
             )
+        # A writer reads a draft itself, and what follows.
+        n_base = min(n_base, n_common(self.prompt.tokens, tokens)) if self.is_read_by_base else 0
         return Request(
             tokens,
-            self.core.all_weights(fusion.adapters, fusion.weights),
+            core.all_weights(fusion.adapters, fusion.weights),
             self.ask.sampling,
             fusion.adapters,
-            n_base_of(self.prompt.tokens, tokens) if self.is_read_by_base else 0,
+            n_base,
             None if self.ask.parse_special else self.prompt.thinking,
             self.cancellation,
         )
 
-
-def prompt_of(
-    core: "Core", prompt: Prompt, step: Step, draft: Draft | None, n_after: int = 0
-) -> tuple[int, ...]:
-    """Give the prompt of a step: the caller's, or with what it is asked or sees beside.
-
-    draft    of the step before
-    n_after  tokens that follow the prompt in any case
-    """
-    tokens: Sequence[int] = prompt.tokens
-    n_ctx = core.n_ctx - n_after
-    if isinstance(step, DraftStep) and step.is_in_words:
-        tokens = in_words(core.model, tokens, prompt.question, n_ctx)
-    if step.view and draft is not None:
-        tokens = with_draft(core.model, tokens, prompt.question, draft, n_ctx)
-    return tuple(tokens)
+    def _tokens(self, fusion: FusionWeights) -> tuple[int, ...]:
+        """Give the prompt of the next step: the caller's, or with what it is asked or sees too."""
+        step = fusion.step
+        model = self.core.model
+        question = self.prompt.question
+        n_ctx = self.core.n_ctx - self.n_after
+        tokens: Sequence[int] = self.prompt.tokens
+        if isinstance(step, DraftStep) and step.is_in_words:
+            tokens = in_words(model, tokens, question, n_ctx)
+        if step.view and fusion.drafts:
+            tokens = with_draft(model, tokens, question, fusion.drafts[-1], n_ctx)
+        return tuple(tokens)
 
 
 def in_words(
@@ -375,14 +392,3 @@ def with_draft(
     n_more = len(prompt) - len(tokens)  # bytes that are no text become more tokens
     has_room = n_more <= n_room + _N_AROUND and len(prompt) < n_ctx
     return prompt if has_room else tokens
-
-
-def n_base_of(asked: Sequence[int], read: Sequence[int]) -> int:
-    """Count the tokens that the base prefills; a writer reads a draft itself, and what follows.
-
-    asked, read  the prompt without the draft, and as it is prefilled
-    """
-    n_base = numbers.n_base_of(len(read))
-    if read == asked:
-        return n_base
-    return min(n_base, n_common(asked, read))

@@ -36,9 +36,9 @@ class Generation(Iterator[str]):
     Its plan may have several steps: where one has ended, the next begins when the caller asks for
     more, in the caller's thread.
 
-    fusion     the weights of prefill and answer, and the plan with what was drafted so far
+    fusion     the weights of prefill and answer, the plan, and what was drafted so far
     sequence   of the first step that was not done
-    writing    begins the other steps; None: there are none
+    writing    runs the plan; None: it has no other step
     reasoning  attribute: what was taken of the thought before the answer
     calls      attribute: how it may call tools; None: the base was told of none
     """
@@ -57,22 +57,20 @@ class Generation(Iterator[str]):
         self.reasoning = ""  # what was taken of the thought
         self.calls: Calls | None = None if writing is None else writing.prompt.calls
         self._n_taken = 0  # tokens of the answer until the last piece that was taken
-        self._is_drafting = fusion.plan.n_done + 1 < len(fusion.plan.steps)
         self._draft_sequences: list[RunningSequence] = []  # whose pieces may wait
-        self._note_draft()
         self._is_draft_told = False
-        sequence.timings.probe_ms = fusion.probe_ms
+        self._follow(sequence)
         weakref.finalize(self, Cancellation.set, sequence.request.cancellation).atexit = False
 
     @property
     def is_done(self) -> bool:
         """Tell whether all of it is computed; pieces may still wait to be taken."""
-        return not self._is_drafting and self._sequence.is_done
+        return not self.is_drafting and self._sequence.is_done
 
     @property
     def is_drafting(self) -> bool:
         """Tell whether a step before the last is computed, or waits for its turn."""
-        return self._is_drafting
+        return self._sequence in self._draft_sequences
 
     @property
     def is_step_done(self) -> bool:
@@ -81,45 +79,24 @@ class Generation(Iterator[str]):
 
     def go_on(self) -> None:
         """Begin the next step of the plan where a draft has ended."""
-        if not self._is_drafting or not self._sequence.is_done:
+        sequence = self._sequence
+        if not self.is_drafting or not sequence.is_done:
             return
         assert self._core is not None
         assert self._writing is not None
-        sequence = self._sequence
         with self._core.call():
-            step = self._drafted_step(self._core.model.text)
-            plan = self.fusion.plan
-            plan = plan.with_step(plan.n_done, step)
-            self.fusion = replace(self.fusion, plan=plan)
-            if step.is_done:
-                self._sequence = self._writing.begin(self.fusion)
-                self._is_drafting = plan.n_done + 1 < len(plan.steps)
-                self._note_draft()
+            if sequence.error is None:
+                self.fusion = self._writing.note(self.fusion, sequence)
+            if sequence.error is None and not sequence.is_cancelled:
+                self._follow(self._writing.begin(self.fusion))
             else:
                 self._sequence = _ended(sequence.request, sequence.error)
-                self._is_drafting = False
-        self._sequence.timings.probe_ms = self.fusion.probe_ms
 
-    def _note_draft(self) -> None:
-        if self._is_drafting:
-            self._draft_sequences.append(self._sequence)
-
-    def _drafted_step(self, text: Callable[[list[int]], str]) -> DraftStep:
-        """Give the step that has ended, with its draft; text: gives that of tokens."""
-        plan = self.fusion.plan
-        step = plan.steps[plan.n_done]
-        assert isinstance(step, DraftStep)
-        sequence = self._sequence
-        draft = Draft(
-            adapter=step.knower,
-            tokens=tuple(sequence.answer),
-            text=text(sequence.answer),
-            logprobs=tuple(entry.logprob for entry in sequence.logprobs),
-            is_whole=sequence.finish_reason == "stop",
-        )
-        is_done = sequence.error is None and not sequence.is_cancelled
-        draft_ms = sequence.timings.prefill_ms + sequence.timings.decode_ms
-        return replace(step, draft=draft, is_done=is_done, draft_ms=draft_ms)
+    def _follow(self, sequence: RunningSequence) -> None:
+        """Follow the sequence of the plan's next step."""
+        self._sequence = sequence
+        if isinstance(self.fusion.step, DraftStep):
+            self._draft_sequences.append(sequence)
 
     def _drive(self, is_ready: Callable[[], bool]) -> None:
         if self._core is not None:
@@ -158,7 +135,7 @@ class Generation(Iterator[str]):
 
     @property
     def timings(self) -> Timings:
-        return self._sequence.timings
+        return replace(self._sequence.timings, probe_ms=self.fusion.probe_ms)
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -176,14 +153,12 @@ class Generation(Iterator[str]):
     @property
     def draft(self) -> Draft | None:
         """Give the draft that the answer is written from, where there is one, as far as it is."""
-        step = self.fusion.plan.drafting
-        return None if step is None else step.draft
+        return self.fusion.draft
 
     @property
     def n_draft(self) -> int:
         """Count the tokens of the draft, which were generated too."""
-        steps = [step for step in self.fusion.plan.steps if isinstance(step, DraftStep)]
-        return sum(len(step.guesses) for step in steps)
+        return sum(len(draft.tokens) for draft in self.fusion.drafted)
 
     @property
     def n_completion(self) -> int:
@@ -238,17 +213,14 @@ class Generation(Iterator[str]):
         if not sequences and self.draft is not None and not self._is_draft_told:
             self._is_draft_told = True
             yield self.draft.text
-        at = 0
-        while at < len(sequences):
-            sequence = sequences[at]
+        for sequence in sequences:
             self._wait_for_piece(sequence)
             while sequence.pieces:
                 piece, _, _ = sequence.pieces.popleft()
                 yield piece
                 self._wait_for_piece(sequence)
             if sequence is self._sequence:
-                self.go_on()  # to another draft, perhaps
-            at += 1
+                self.go_on()  # to another draft, perhaps, which is one more of the sequences
 
     def _wait_for_piece(self, sequence: RunningSequence) -> None:
         if not sequence.pieces and not sequence.is_done:
@@ -256,7 +228,7 @@ class Generation(Iterator[str]):
 
     def wait_for_draft(self) -> None:
         """Compute until the plan's last step begins."""
-        while self._is_drafting:
+        while self.is_drafting:
             self._drive(lambda: self.is_step_done)
             self.go_on()
 

@@ -166,10 +166,8 @@ def _answered(call: Call[Any], ask: Ask | None, fields: ollama.Fields) -> Comput
 def _counts(facts: Mapping[str, Any], answer: Generation) -> dict[str, int]:
     """Count tokens and nanoseconds as Ollama does; a relay's draft was generated too."""
     times = answer.timings
-    step = answer.fusion.plan.drafting
-    draft_ms = 0.0
-    if step is not None:
-        draft_ms = step.draft_ms
+    draft = answer.draft
+    draft_ms = 0.0 if draft is None else draft.draft_ms
     spent_s = time.perf_counter() - facts["start_s"]
     return {
         "total_duration": int(1e9 * spent_s),

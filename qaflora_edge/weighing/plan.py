@@ -35,6 +35,7 @@ class Draft:
     text      of them
     logprobs  of each token, in nats
     is_whole  whether it ended by itself
+    draft_ms  time of writing it once a plan was made; 0 where a strategy read it
     """
 
     adapter: str
@@ -42,10 +43,14 @@ class Draft:
     text: str
     logprobs: tuple[float, ...]
     is_whole: bool
+    draft_ms: float = 0.0
 
     def has(self, n_token: int) -> bool:
         """Tell whether it is whole, or has so many tokens."""
         return self.is_whole or len(self.tokens) >= n_token
+
+
+_NOTHING_DRAFTED = Draft("", (), "", (), is_whole=False)
 
 
 @dataclass(frozen=True)
@@ -56,23 +61,19 @@ class DraftStep:
     mix     [n_adapter, n_layer], where a mix drafts; None: the knower alone
     is_in_words  ask it to answer in words, behind the question
     view    where it sees the draft of the step before
-    draft   what there is of it; None: nothing
-    is_done  whether that is all
-    draft_ms  time of what was drafted once the plan was made
+    begun   what the strategy has read of its draft; a whole one is not written again
     """
 
     knower: str
     mix: ArrayLike | None = None
     is_in_words: bool = False
     view: View = ""
-    draft: Draft | None = None
-    is_done: bool = False
-    draft_ms: float = 0.0
+    begun: Draft | None = None
 
     @property
     def guesses(self) -> tuple[int, ...]:
         """Give the tokens with which the draft probably begins."""
-        return () if self.draft is None else self.draft.tokens
+        return () if self.begun is None else self.begun.tokens
 
 
 @dataclass(frozen=True)
@@ -151,26 +152,14 @@ class Plan:
         return None
 
     @property
-    def n_done(self) -> int:
-        """Count the steps at the beginning that are done: drafts that are there."""
-        n_done = 0
+    def read_drafts(self) -> tuple[Draft, ...]:
+        """Give the drafts of the first steps that were read whole: these steps are done."""
+        drafts = []
         for step in self.steps:
-            if not isinstance(step, DraftStep) or not step.is_done:
+            if not isinstance(step, DraftStep) or step.begun is None or not step.begun.is_whole:
                 break
-            n_done += 1
-        return n_done
-
-    def draft_before(self, at: int) -> Draft | None:
-        """Give the draft that the step of this number may see."""
-        before = self.steps[at - 1] if at else None
-        return before.draft if isinstance(before, DraftStep) else None
-
-    def with_step(self, at: int, step: Step) -> Self:
-        return replace(self, steps=(*self.steps[:at], step, *self.steps[at + 1 :]))
-
-    def undrafted(self) -> Self:
-        """Give the same without drafts: who writes answers alone."""
-        return replace(self, steps=(replace(self.writing, view=""),))
+            drafts.append(step.begun)
+        return tuple(drafts)
 
 
 @dataclass(frozen=True)
@@ -179,8 +168,9 @@ class FusionWeights:
 
     adapters  names, in the order of the first axis
     plan      of checked arrays: float32 [n_adapter, n_layer]
-    prompt    ids of the query; the plan's drafts are for no other
+    prompt    ids of the query; its drafts are for no other
     probe_ms  time of reading and planning in milliseconds, 0 where nothing is read
+    drafts    of the plan's first steps, which are done
     """
 
     adapters: tuple[str, ...]
@@ -190,6 +180,29 @@ class FusionWeights:
     pool: str = DEFAULT_POOL
     prompt: tuple[int, ...] = field(default=(), repr=False)
     probe_ms: float = 0.0
+    drafts: tuple[Draft, ...] = ()
+
+    @property
+    def step(self) -> Step:
+        """Give the plan's first step that is not done."""
+        return self.plan.steps[len(self.drafts)]
+
+    @property
+    def drafted(self) -> list[Draft]:
+        """List the drafts of steps that are done, and what was read of the others'."""
+        left = self.plan.steps[len(self.drafts) :]
+        begun = [step.begun for step in left if isinstance(step, DraftStep) and step.begun]
+        return [*self.drafts, *begun]
+
+    @property
+    def draft(self) -> Draft | None:
+        """Give the draft that the answer is written from, where there is one, as far as it is."""
+        return self.drafted[-1] if self.drafted else None
+
+    def undrafted(self) -> Self:
+        """Give the same without drafts: who writes answers alone."""
+        writing = replace(self.plan.writing, view="")
+        return replace(self, plan=replace(self.plan, steps=(writing,)), drafts=())
 
     @property
     def weights(self) -> F32:
@@ -270,12 +283,13 @@ class FusionWeights:
         step = self.plan.drafting
         if step is None:
             return {}
+        draft = self.draft or _NOTHING_DRAFTED
         fields = {
             "knower": step.knower,
             "writer": self.writer,
-            "draft": "" if step.draft is None else step.draft.text,
-            "draft_tokens": len(step.guesses),
-            "draft_ms": round(step.draft_ms, 3),
+            "draft": draft.text,
+            "draft_tokens": len(draft.tokens),
+            "draft_ms": round(draft.draft_ms, 3),
         }
         return {"relay": fields}
 

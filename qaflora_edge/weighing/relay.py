@@ -366,7 +366,7 @@ def _relayed(
         weights = alone_weights(knower, query.adapters, query.n_layer)
         alone = WriteStep(weights, "", draft.tokens)
         return replace(plan, steps=(alone,), because=f"{of_knower}, and answers alone.")
-    drafting = DraftStep(knower, draft=draft, is_done=draft.is_whole)
+    drafting = DraftStep(knower, begun=draft)
     if _takes_form(reading, knower, writer):
         drafting = DraftStep(knower, is_in_words=True)
     writing = WriteStep(alone_weights(writer, query.adapters, query.n_layer), "before")

@@ -121,7 +121,7 @@ class Choice:
         )
         if self.may_relay:
             return fusion
-        return replace(fusion, plan=fusion.plan.undrafted())
+        return fusion.undrafted()
 
     def _planned(self, reading: Reading) -> FusionWeights:
         parsed = self.parsed
@@ -136,14 +136,16 @@ class Choice:
             probe_ms = 1e3 * (time.perf_counter() - start_s)
         if not isinstance(plan, Plan):
             plan = Plan.mix(plan)
+        plan = _checked(plan, parsed, query)
         fusion = FusionWeights(
             adapters=query.adapters,
-            plan=_checked(plan, parsed, query),
+            plan=plan,
             strategy=parsed.text,
             lens=query.lens,
             pool=query.pool,
             prompt=query.tokens,
             probe_ms=probe_ms,
+            drafts=plan.read_drafts,
         )
         return _with_reasons(fusion)
 
@@ -367,7 +369,7 @@ def _for_query(fusion: FusionWeights, query: Query) -> FusionWeights:
         return replace(fusion, lens=query.lens, pool=query.pool, prompt=query.tokens)
     if fusion.prompt == query.tokens:
         return fusion
-    return replace(fusion, plan=fusion.plan.undrafted())
+    return fusion.undrafted()
 
 
 def _with_reasons(fusion: FusionWeights) -> FusionWeights:
