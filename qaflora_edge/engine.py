@@ -381,19 +381,13 @@ class Engine:
     def embed(self, text: Plain, cancel: threading.Event | None = None) -> F32:
         """Embed a text by the base alone: float32 [n_embd], of length 1, to compare by products.
 
-        Texts of one meaning are closest in the middle of a base: its states after three of five
-        blocks are averaged, but for the first token's, which bases use for something else.
-
         cancel  once it is set, CancelledError is raised
         """
         current = self.memory.current
         core = current.core
         with core.call():
-            tokens = current.reader.tokens(text)
-            steps = core.prober.mean_states(tokens, min(1, len(tokens) - 1))
-            states = core.run(steps, core.cancellation(cancel))  # [n_layer, n_embd]
-            state = np.array(states[3 * self.n_layer // 5], np.float32)
-            return np.asarray(state / np.linalg.norm(state))
+            steps = core.prober.embedding(current.reader.tokens(text))
+            return core.run(steps, core.cancellation(cancel))
 
     def teach(
         self,

@@ -8,7 +8,7 @@ Opening compares every file with its record and changes nothing.
 
 import os
 import shlex
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,16 +45,6 @@ if TYPE_CHECKING:
 
 MAX_EDITS = 5  # of a bundle while it is opened
 Begin = Callable[[GgufHeader], None]
-
-
-@dataclass(frozen=True)
-class Files:
-    """Files to open together: a base and adapters, of a bundle as its text names them."""
-
-    place: Path
-    base: Path
-    adapters: Mapping[str, Path]
-    text: BundleText | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,16 +98,10 @@ def load_bundle(
     recorded one, InputFileError, GgufFileError, AdapterMismatchError or UnsupportedAdapterError
     for a file that cannot be used.
     """
-    is_bundle = adapters is None and not is_base(place)
     for _ in range(MAX_EDITS):
         edit = _last_edit(place)
         try:
-            files = _recorded_files(place) if is_bundle else Files(place, place, adapters or {})
-            states = _check_files(files, always_hash, progress)
-            known_good = set() if always_hash else passed(states, files.base)
-            opened = _read_files(files, states, known_good, begin)
-            if states.keys() != known_good:
-                remember_passed(states, files.base)
+            opened = _read_files(place, adapters, always_hash, progress, begin)
             use(opened)
             return opened
         except QafloraError:
@@ -134,23 +118,55 @@ def _last_edit(place: Path) -> tuple[int, int]:
     return 0, 0
 
 
-def _recorded_files(folder: Path) -> Files:
-    """Read bundle.json, and find the files that it names."""
-    text = read_bundle_text(folder)
-    adapters = adapter_paths(folder, text)
-    base = recorded_base(folder, text.base)
-    if base is None:
-        raise BundleError(
-            f"Cannot open the bundle {folder}: its base ({text.base.architecture}, "
-            f"{text.base.size_bytes} bytes) is not here; {how_to_get_base(folder, text.base)}."
-        )
-    return Files(folder, base, adapters, text)
+def _read_files(
+    place: Path,
+    adapters: Mapping[str, Path] | None,
+    always_hash: bool,
+    progress: Tell,
+    begin: Begin,
+) -> BundleFiles:
+    """Read a bundle's text and the files that it names, or the given ones, and check them all.
+
+    What reading values finds is remembered: files that are known good passed it before.
+    """
+    from qaflora_edge.formats.adapter import read_adapter
+    from qaflora_edge.formats.base import check_base, check_record
+
+    text = None
+    base = place
+    if adapters is None and not is_base(place):
+        text = read_bundle_text(place)
+        adapters = adapter_paths(place, text)
+        recorded = recorded_base(place, text.base)
+        if recorded is None:
+            raise BundleError(
+                f"Cannot open the bundle {place}: its base ({text.base.architecture}, "
+                f"{text.base.size_bytes} bytes) is not here; {how_to_get_base(place, text.base)}."
+            )
+        base = recorded
+    adapters = adapters or {}
+    states = _check_files(text, [base, *adapters.values()], always_hash, progress)
+    known_good = set() if always_hash else passed(states, base)
+    header = read_gguf_header(base)
+    check_base(header, checks_tokens=base not in known_good)
+    if text is not None:
+        check_record(text, header)
+    begin(header)
+    infos: dict[str, AdapterInfo] = {}
+    for name, path in adapters.items():
+        adapter = read_gguf_header(path)
+        infos[name] = read_adapter(adapter, header, checks_values=path not in known_good)
+    if states.keys() != known_good:
+        remember_passed(states, base)
+    return BundleFiles(
+        place=place, header=header, adapters=infos, states=states, known=known_of(text), text=text
+    )
 
 
-def _check_files(files: Files, always_hash: bool, progress: Tell) -> dict[Path, FileState]:
-    """Compare files with their records, where they have some, and give their states."""
-    paths = (files.base, *files.adapters.values())
-    text = files.text
+def _check_files(
+    text: BundleText | None, paths: Sequence[Path], always_hash: bool, progress: Tell
+) -> dict[Path, FileState]:
+    """Compare base and adapters with their records, where they have some, and give their states."""
     if text is None:
         return {path: file_state(path) for path in paths}
     records: list[BaseRecord | AdapterRecord] = [text.base, *text.adapters]
@@ -159,32 +175,6 @@ def _check_files(files: Files, always_hash: bool, progress: Tell) -> dict[Path, 
         progress("Checking", len(states), len(records))
         states[path] = check_file(path, record, text.where, always_hash=always_hash)
     return states
-
-
-def _read_files(
-    files: Files, states: Mapping[Path, FileState], known_good: Collection[Path], begin: Begin
-) -> BundleFiles:
-    """Read headers, and check them and values; files that are known good passed it all before."""
-    from qaflora_edge.formats.adapter import read_adapter
-    from qaflora_edge.formats.base import check_base, check_record
-
-    header = read_gguf_header(files.base)
-    check_base(header, checks_tokens=files.base not in known_good)
-    if files.text is not None:
-        check_record(files.text, header)
-    begin(header)
-    infos: dict[str, AdapterInfo] = {}
-    for name, path in files.adapters.items():
-        adapter = read_gguf_header(path)
-        infos[name] = read_adapter(adapter, header, checks_values=path not in known_good)
-    return BundleFiles(
-        place=files.place,
-        header=header,
-        adapters=infos,
-        states=states,
-        known=known_of(files.text),
-        text=files.text,
-    )
 
 
 def verify_bundle(folder: Path, progress: Tell = silent) -> BundleFiles:

@@ -60,7 +60,7 @@ class Prober:
     infos  the adapters' facts, where they were read before
 
     The last query's KV state is reused. Two measures of one query in turn cost one pass.
-    mean_states() measures with the base alone: one pass, however many adapters there are.
+    embedding() measures with the base alone: one pass, however many adapters there are.
 
     rows, in all methods: which adapters of the pack are measured, in ascending order.
     """
@@ -93,11 +93,13 @@ class Prober:
         self._contexts.close()
         self._last = None
 
-    def mean_states(self, tokens: Ids, n_skipped: int = 0) -> Steps[F32]:
-        """Average the states after each block over tokens: float32 [n_layer, n_embd].
+    def embedding(self, tokens: Ids) -> Steps[F32]:
+        """Embed a text by the base alone, in one pass: float32 [n_embd], of length 1.
 
-        n_skipped  first tokens that do not count
+        Texts of one meaning are closest in the middle of a base: its states after three of five
+        blocks are averaged, but for the first token's, which bases use for something else.
         """
+        n_skipped = min(1, len(tokens) - 1)
         n_ctx = n_ctx_for(len(tokens))
         options: Any = self._options
         with Context(self._model, self._pack, n_ctx=n_ctx, is_probe=True, **options) as context:
@@ -105,9 +107,10 @@ class Prober:
                 context.decode(tokens[:n_skipped], start=0, outputs="none", n_seq=1)
             context.capture_begin("mean")
             yield from prefill(context, tokens, n_skipped, "all")
-            states = context.states(0)
+            states = context.states(0)  # [n_layer, n_embd]
         _check_finite(states[None], [self._model.path])
-        return np.array(states)
+        state = np.array(states[3 * self._model.n_layer // 5], np.float32)
+        return np.asarray(state / np.linalg.norm(state))
 
     def states(
         self, tokens: Ids, rows: Rows, pool: str = "last", span: Span | None = None
