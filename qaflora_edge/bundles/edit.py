@@ -95,7 +95,13 @@ def remove_adapter(folder: AnyPath, name: str, *, strategy: str | None = None) -
 
 def _remove(folder: Path, name: str, strategy: str | None) -> None:
     with editing(folder) as (text, raw):
-        del raw["adapters"][_index(folder, text, name)]
+        names = [adapter.name for adapter in text.adapters]
+        if name not in names:
+            raise BundleError(
+                f"The bundle {folder} has no adapter {name!r}; expected one of: "
+                f"{', '.join(names) or 'it has none'}."
+            )
+        del raw["adapters"][names.index(name)]
         raw.setdefault("fusion", {}).get("typical", {}).pop(name, None)
         if strategy is not None:
             _set_strategy(raw, strategy)
@@ -215,22 +221,6 @@ def _set_strategy(raw: Json, strategy: str) -> None:
     fusion.pop("when_measured", None)
 
 
-def _index(folder: Path, text: BundleText, name: str) -> int:
-    names = [adapter.name for adapter in text.adapters]
-    if name not in names:
-        raise BundleError(
-            f"The bundle {folder} has no adapter {name!r}; expected one of: "
-            f"{', '.join(names) or 'it has none'}."
-        )
-    return names.index(name)
-
-
-def prompts_sha256(prompts: Sequence[str]) -> str:
-    """Hash prompts in UTF-8, each followed by a line feed."""
-    lines = [f"{prompt}\n" for prompt in prompts]
-    return hashlib.sha256("".join(lines).encode("utf-8")).hexdigest()
-
-
 def measure_typical(
     folder: Path, raw: Json, strategy: str | None, base_path: Path, engine: OpenEngine, tell: Tell
 ) -> bool:
@@ -250,7 +240,9 @@ def measure_typical(
     read = [*prompts, *turns]
     for exchange in exchanges:
         read += [message["content"] for message in exchange]
-    recorded = {"sha256": prompts_sha256(read), "n_prompt": len(read)}
+    lines = "".join(f"{prompt}\n" for prompt in read)
+    sha256 = hashlib.sha256(lines.encode("utf-8")).hexdigest()
+    recorded = {"sha256": sha256, "n_prompt": len(read)}
     fusion = raw.setdefault("fusion", {})
     typical: dict[str, Json] = fusion.get("typical", {})
     measured_on = fusion.get("typical_prompts", {}).get("sha256")

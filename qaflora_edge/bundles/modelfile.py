@@ -141,7 +141,7 @@ def _commands(path: Path, text: str) -> Iterator[Command]:
                 f"of {', '.join(COMMANDS)}. A text of several lines stands between "
                 'three quotation marks, """.'
             )
-        mark = _quotation_mark(value)
+        mark = next((mark for mark in ('"""', '"') if value.startswith(mark)), "")
         text_lines = [value.removeprefix(mark)]
         while mark and not text_lines[-1].rstrip().endswith(mark):
             _, more = next(lines, (0, None))
@@ -158,14 +158,6 @@ def _commands(path: Path, text: str) -> Iterator[Command]:
 def _word(text: str) -> tuple[str, str]:
     word, rest, *_ = (*text.split(maxsplit=1), "", "")
     return word, rest.strip()
-
-
-def _quotation_mark(value: str) -> str:
-    """Give the marks with which a text begins, one or three, or nothing."""
-    for mark in ('"""', '"'):
-        if value.startswith(mark):
-            return mark
-    return ""
 
 
 def _take(part: Modelfile, command: Command, path: Path, froms: Sequence[Command]) -> None:

@@ -207,7 +207,9 @@ class Taught:
 
     def _put(self, current: "AdapterSet", adapter: str, lines: Sequence[Line]) -> Change:
         """Add lines; those of the same questions go, whoever's they were."""
-        generic = [] if self._has_generic() else _generic_lines(current)
+        before = read_lines(read_path(self._place), self._header())
+        has_generic = any(line.kind == "generic" for line in before)
+        generic = [] if has_generic else _generic_lines(current)
         with changing(self._place, self._header()) as kept:
             if not any(line.kind == "generic" for line in kept):
                 kept[:0] = generic
@@ -222,10 +224,6 @@ class Taught:
                 kept[:] = left
             kept += new
         return Change(adapter, tuple(new), tuple(replaced))
-
-    def _has_generic(self) -> bool:
-        lines = read_lines(read_path(self._place), self._header())
-        return any(line.kind == "generic" for line in lines)
 
     def forget(self, adapter: str) -> int:
         """Forget an adapter's examples and description; count them."""

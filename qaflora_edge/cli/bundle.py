@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -24,9 +24,6 @@ from qaflora_edge.cli.settings import ADAPTER, OWN
 from qaflora_edge.errors import BundleError
 from qaflora_edge.files import AnyPath, one_line
 from qaflora_edge.show import N_ALL, N_TOP, others
-
-if TYPE_CHECKING:
-    from qaflora_edge.bundles.modelfile import Modelfile
 
 
 @click.group()
@@ -132,6 +129,7 @@ def create(
     once; a bundle that is not measured works, and `qaflora bundle calibrate` finishes it.
     """
     from qaflora_edge.bundles.create import create_bundle
+    from qaflora_edge.bundles.modelfile import read_modelfile
     from qaflora_edge.bundles.open import unmeasured
     from qaflora_edge.engine import Engine
     from qaflora_edge.formats.bundle import read_bundle_text
@@ -141,7 +139,9 @@ def create(
     if modelfile_path is not None:
         if base or adapters or system_path:
             raise click.UsageError("--modelfile stands in place of --base, --adapter and --system.")
-        modelfile = _read_modelfile(modelfile_path)
+        modelfile = read_modelfile(modelfile_path)
+        for note in modelfile.notes:
+            say(note)
         source = modelfile.base
         pairs = modelfile.adapters
         options["license"] = options["license"] or modelfile.license
@@ -173,15 +173,6 @@ def create(
     teach_all(folder, lessons)
     weighed = f"weighed by {_strategy(folder)}"
     say(f"Created the bundle {folder}, {weighed}. Try: qaflora chat {folder}")
-
-
-def _read_modelfile(path: Path) -> "Modelfile":
-    from qaflora_edge.bundles.modelfile import read_modelfile
-
-    modelfile = read_modelfile(path)
-    for note in modelfile.notes:
-        say(note)
-    return modelfile
 
 
 @cli.command(

@@ -79,7 +79,7 @@ def eval(
     from qaflora_edge.bundles.edit import editing, set_default
     from qaflora_edge.cli.doctor import cpu_name
     from qaflora_edge.evaluation.run import evaluate, header, left
-    from qaflora_edge.evaluation.table import best_strategy
+    from qaflora_edge.evaluation.table import best_strategy, cells
     from qaflora_edge.evaluation.tasks import kept_results, read_task
 
     cli.check_outputs((out, None if json_path == "-" else json_path), paths, added_to=out)
@@ -111,7 +111,13 @@ def eval(
                 raw = options.raw_prompt
                 records.append(evaluate(engine, task, some, options.sampling, raw_prompt=raw))
             _keep(results, chain.from_iterable(records), sum(map(len, items)))
-    _show(results, json_path)
+    document = {**results.header, "results": list(results.records.values())}
+    if json_path == "-":
+        print_json(document)
+    else:
+        _print_tables(cells(results))
+        if json_path is not None:
+            write_text_atomic(json_path, json.dumps(document, ensure_ascii=False) + "\n")
     if save:
         best = best_strategy(results)
         how = results.header["options"]
@@ -155,19 +161,6 @@ def _keep(results: "Results", records: "Iterable[Record]", n_asked: int) -> None
             first = "{task}, item {item}: {error}".format_map(failed[0])
             parts.append(f"{len(failed)} failed, the first: {first}")
         say(f"[{one_line('; '.join(parts))}]")
-
-
-def _show(results: "Results", json_path: str | None) -> None:
-    from qaflora_edge.evaluation.table import cells
-
-    document = dict(results.header)
-    document["results"] = list(results.records.values())
-    if json_path == "-":
-        print_json(document)
-        return
-    _print_tables(cells(results))
-    if json_path is not None:
-        write_text_atomic(json_path, json.dumps(document, ensure_ascii=False) + "\n")
 
 
 def _print_tables(results: "Sequence[Cell]") -> None:

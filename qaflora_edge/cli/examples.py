@@ -67,8 +67,7 @@ def read_lesson(name: str, path: str) -> Lesson:
             "question a line. Write one into it."
         )
     is_json = lines[0].data.lstrip().startswith(b"{")
-    read = _json_example if is_json else _text_example
-    taken = [read(line) for line in spread(lines)]
+    taken = [_json_example(line) if is_json else (line.text(), None) for line in spread(lines)]
     if len(taken) < len(lines):
         source += f", {len(taken)} of its {len(lines)} lines, evenly"
     questions = [question for question, _ in taken]
@@ -82,10 +81,6 @@ def spread(lines: Sequence[Line]) -> list[Line]:
         return list(lines)
     step = (len(lines) - 1) / (MAX_EXAMPLES - 1)
     return [lines[round(step * index)] for index in range(MAX_EXAMPLES)]
-
-
-def _text_example(line: Line) -> Example:
-    return line.text(), None
 
 
 def _json_example(line: Line) -> Example:

@@ -110,7 +110,8 @@ def run(
     is_asked = prompts_path is not None or "-" in (prompt, file, schema_path, grammar_path)
     piped = "" if is_asked else read_piped()
     is_nothing_asked = prompt is None and file is None and not piped
-    if is_nothing_asked and prompts_path is None and _is_on_terminal():
+    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if is_nothing_asked and prompts_path is None and is_terminal:
         return _chat()
     if is_nothing_asked == (prompts_path is None):
         raise click.UsageError("Give PROMPT, -f FILE or text on stdin, or else --prompts FILE.")
@@ -143,10 +144,6 @@ def run(
             click.echo(summary_line(answer), err=True)
     if not answer.is_whole:
         raise incomplete(answer)
-
-
-def _is_on_terminal() -> bool:
-    return sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def _chat() -> None:

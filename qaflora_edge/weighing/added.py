@@ -174,19 +174,14 @@ class Added:
         threads: int | None,
     ) -> None:
         self._branches = branches
-        self._infos = infos
-        self._n_layer = n_layer
         self._sizes: Callable[[int], AttentionSizes] = sizes.__getitem__
         if not sizes:
-            self._sizes = cache(self._read_sizes)
+            self._sizes = cache(lambda row: AttentionSizes(infos[row], n_layer))
         self._nothing = np.zeros((len(infos), n_layer), np.float32)
         self._threads = ThreadPoolExecutor(threads or default_threads())
         self._neutral: dict[tuple[Any, ...], F64] = {}  # the oldest first
         self._heard: dict[_Asked, Heard] = {}  # likewise
         self._remembering = Lock()
-
-    def _read_sizes(self, row: int) -> AttentionSizes:
-        return AttentionSizes(self._infos[row], self._n_layer)
 
     def close(self) -> None:
         """End its threads."""

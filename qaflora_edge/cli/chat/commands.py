@@ -145,7 +145,8 @@ def strategy(chat: "Chat", argument: str) -> None:
         followed = {text.partition(":")[0] for text in chat.engine.strategies} | {"manual"}
         rows = [(each.usage, each.help) for each in strategies() if each.name in followed]
         chat.view.show(_table(rows))
-    chat.view.note(f"strategy {chat.engine.strategy}", *_slow(chat))
+    warning = slow_weighing(chat.engine)
+    chat.view.note(f"strategy {chat.engine.strategy}", *([warning] if warning else []))
 
 
 @_command("[TEXT]")
@@ -246,11 +247,6 @@ def help_(chat: "Chat", argument: str) -> None:
         ("//TEXT", "Send a message that begins with one slash."),
     ]
     chat.view.show(f"{_table(rows)}\n\n{KEYS}")
-
-
-def _slow(chat: "Chat") -> list[str]:
-    warning = slow_weighing(chat.engine)
-    return [warning] if warning else []
 
 
 def _table(rows: list[tuple[str, str]]) -> str:
