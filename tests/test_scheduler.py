@@ -271,7 +271,7 @@ def test_jobs_and_prefill_take_turns_and_decoding_stops_for_neither() -> None:
     decoding = RunningSequence(request([1]), Noting(), 99)
     scheduler.waiting.append(decoding)
     scheduler.step()
-    decoding.n_past, decoding.next_token = 1, 7
+    decoding.n_past = 1
     reading = RunningSequence(request(range(64)), Noting(), 5)
     scheduler.waiting.append(reading)
     job = CountedJob(4)
@@ -297,7 +297,6 @@ def follow(scheduler: Scheduler, n: int, long_ms: float) -> list[RunningSequence
         step = scheduler.step()
         for sequence, n_token in step.prefill:
             sequence.n_past += n_token
-            sequence.next_token = 7
         firsts.append(step.prefill[0][0] if step.prefill else None)
         is_long = any(sequence.n_prompt > 8 for sequence, _ in step.prefill)
         scheduler.note(step, long_ms if is_long else 1.0)

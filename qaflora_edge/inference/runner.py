@@ -206,8 +206,7 @@ class Runner:
     def _decode(self, group: Sequence[RunningSequence], slots: Sequence[Slot]) -> None:
         spans = []
         for sequence, guess in zip(group, guess_together(group, self.context.n_ctx), strict=True):
-            assert sequence.next_token is not None
-            tokens = [sequence.next_token, *guess]
+            tokens = [sequence.answer[-1], *guess]
             spans.append(Span(_slot(sequence), tokens, sequence.n_past, "all"))
             self._set_weights(sequence, _slot(sequence))
         self.computing(group)
@@ -228,7 +227,7 @@ class Runner:
         """Choose the token after each row from this one on, as long as the next was guessed."""
         n_before = sequence.n_past
         for token in span.tokens:
-            if token != sequence.next_token:
+            if sequence.is_done or token != sequence.answer[-1]:
                 break
             sequence.n_past += 1
             slot.tokens.append(token)

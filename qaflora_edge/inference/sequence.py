@@ -223,7 +223,6 @@ class RunningSequence:
     slot: int | None = None
     n_past: int = 0
     n_cached: int = 0
-    next_token: int | None = None
     answer: list[int] = field(default_factory=list)
     pieces: deque[tuple[str, int, bool]] = field(default_factory=deque)
     n_thought: int = 0
@@ -251,7 +250,6 @@ class RunningSequence:
         self.text = TextDecoder(request.sampling.stop, self._split)
         self.tags = thinking.tags if thinking else {}
         self._n_open = 0  # tokens since the thought began
-        self._is_closing = False  # it ends
         self._lead_thought()
 
     @property
@@ -301,8 +299,6 @@ class RunningSequence:
             self.finish("stop")
         elif len(self.answer) >= self.n_max:
             self.finish("length")
-        else:
-            self.next_token = token
 
     def finish(self, reason: str) -> None:
         """End the answer with "stop", "length" or "cancelled"; text held back is shown now."""
@@ -326,12 +322,11 @@ class RunningSequence:
                 self.close_thought()
 
     def close_thought(self) -> bool:
-        """Let the tag that ends a thought come next; False where none is open."""
-        if not self._split.is_open or self._is_closing:
-            return False
+        """Let the tag that ends a thought come next; False where none is open, or it is coming."""
         assert self.sampler is not None
+        if not self._split.is_open or self.sampler.forced:
+            return False
         assert self.request.thinking is not None
-        self._is_closing = True
         self.sampler.forced = [*self.request.thinking.closing]
         return True
 
@@ -341,7 +336,6 @@ class RunningSequence:
             self._end("error")
 
     def _end(self, reason: str) -> None:
-        self.next_token = None
         if self.sampler is not None:
             self.sampler.close()
         self.finish_reason = reason
