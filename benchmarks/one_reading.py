@@ -167,7 +167,7 @@ def score_texts(engine: Engine, job: Job, texts: Sequence[str]) -> list[list[flo
     request = Request(tuple(job.tokens), job.weights, n_base=job.n_base)
     items = [(request, tuple(engine.tokenize(text))) for text in texts]
     core = engine._core
-    return [scores.tolist() for scores in core.run(core.scorer.score(items), kind="branch")]
+    return [scores.tolist() for scores in core.run(core.scorer.score(items), contexts="branch")]
 
 
 def likelihood_result(item: Question, scores: Sequence[Sequence[float]]) -> dict[str, Any]:

@@ -80,8 +80,8 @@ class StockContext(Context):
         for index, adapter in enumerate(adapters):
             pointers[index] = ctypes.cast(adapter, ctypes.c_void_p)
             scales[index] = 1.0 / n_adapter
-        kind = ctypes.POINTER(ctypes.POINTER(ctypes.c_void_p))
-        array = ctypes.cast(pointers, kind)
+        pointers_type = ctypes.POINTER(ctypes.POINTER(ctypes.c_void_p))
+        array = ctypes.cast(pointers, pointers_type)
         code = self._lib.llama_set_adapters_lora(self._pointer, array, n_adapter, scales)
         if code:
             raise BackendError(f"llama_set_adapters_lora failed with code {code}.")

@@ -80,10 +80,10 @@ class OptionError(QafloraError):
 
 
 @contextmanager
-def os_errors(kind: type[QafloraError], failure: str, advice: str) -> Iterator[None]:
+def os_errors(error_type: type[QafloraError], failure: str, advice: str) -> Iterator[None]:
     """Raise an error of ours in place of the system's: what failed, its reason, what to do.
 
-    Of a full disk the kind is OutputFileError, and the advice is to free some space.
+    Of a full disk the error is an OutputFileError, and the advice is to free some space.
     """
     try:
         yield
@@ -91,7 +91,7 @@ def os_errors(kind: type[QafloraError], failure: str, advice: str) -> Iterator[N
         if is_disk_full(error):
             message = f"{failure}: the disk is full. Free some space and try again."
             raise OutputFileError(message) from error
-        raise kind(f"{failure}: {error.strerror or error}. {advice}") from error
+        raise error_type(f"{failure}: {error.strerror or error}. {advice}") from error
 
 
 def is_disk_full(error: OSError) -> bool:
@@ -103,8 +103,8 @@ def nearest(word: str, words: Iterable[str]) -> str:
     return next(iter(difflib.get_close_matches(word, list(words), n=1)), "")
 
 
-def changed_file(path: Path, kind: type[QafloraError]) -> QafloraError:
-    return kind(
+def changed_file(path: Path, error_type: type[QafloraError]) -> QafloraError:
+    return error_type(
         f"Cannot read {path}: it changed while it was read; expected a file that stays as it is. "
         "Try again."
     )

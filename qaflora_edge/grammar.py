@@ -106,23 +106,23 @@ def _printed(node: Any, names: Mapping[str, str], uses: dict[str, int], depth: i
     names  rule -> its name in Lark
     uses   filled: rules in the node, each with the number of groups around it
     """
-    kind = type(node).__name__
-    if kind == "RuleRefNode":
+    node_type = type(node).__name__
+    if node_type == "RuleRefNode":
         if node.name not in names:
             raise ValueError(f"the rule {node.name!r} is not defined, expected {node.name} ::=")
         uses[node.name] = max(depth, uses.get(node.name, 0))
         return names[node.name]
-    if kind == "LiteralNode":
+    if node_type == "LiteralNode":
         chars = _CHAR.findall(node.value)  # an escape means the same in a regular expression
         terminals = [f"/{c}/" if len(c) > 1 else rf"/\x{{{ord(c):x}}}/" for c in chars]
         return " ".join(terminals) or '""'
-    if kind == "RegexNode":  # && and ~~ mean something in a class of Rust
+    if node_type == "RegexNode":  # && and ~~ mean something in a class of Rust
         regex = "(?s:.)" if node.rx == "." else re.sub("([&~]){2,}", r"\1", node.rx)
         return f"/{regex}/"
-    depth += kind == "AlternativeNode"
+    depth += node_type == "AlternativeNode"
     inner = [_printed(child, names, uses, depth) for child in node.children()]
-    if kind != "RepetitionNode":
-        sign = " | " if kind == "AlternativeNode" else " "
+    if node_type != "RepetitionNode":
+        sign = " | " if node_type == "AlternativeNode" else " "
         return f"({sign.join(inner)})" if inner else '""'
     most = "" if node.max_times is None else node.max_times
     return '""' if most == 0 else f"({inner[0]}){{{node.min_times},{most}}}"
@@ -216,16 +216,16 @@ class _Checker:
             if not self._is_lenient or _is_followed(key, place)
             if key != "format" or str(value) in _FORMATS  # the others restrict nothing
         }
-        kinds = [kind for kind, keys in _TYPED.items() if keys & written.keys()]
-        n_part = len(_COMBINED & written.keys()) + bool(kinds)
+        json_types = [name for name, keys in _TYPED.items() if keys & written.keys()]
+        n_part = len(_COMBINED & written.keys()) + bool(json_types)
         self.is_combined |= n_part > 1 or len(schema.get("allOf", [])) > 1
-        if not self.narrows or not kinds:
+        if not self.narrows or not json_types:
             return written
         if _NAMED & written.keys() and "additionalProperties" not in written:
             names = written.get("properties", {})
             unnamed = {name: True for name in written.get("required", []) if name not in names}
             written |= {"properties": names | unnamed, "additionalProperties": False}
-        return {"type": kinds} | written
+        return {"type": json_types} | written
 
     def _value(self, key: str, value: Any, place: str) -> Any:
         at = f"{place}/{key}"

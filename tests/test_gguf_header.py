@@ -119,7 +119,7 @@ def test_long_arrays_stay_in_the_file(tmp_path) -> None:
         found = metadata[name]
         assert isinstance(found, RawArray)
         data = read_bytes(path, found.offset, found.n_bytes, GgufFileError)
-        assert (found.kind, found.length, data) == (kind, 20000, items)
+        assert (found.item_type, found.length, data) == (kind, 20000, items)
     assert metadata["last"] == "reached"
 
 

@@ -571,7 +571,7 @@ def test_words_of_a_question_are_expected_as_a_prompt_that_the_base_begins(
         for name in ("es", BASE):
             request = Request(tokens[: start + 1], core.weights_of(name), n_base=start)
             items.append((request, tokens[start + 1 : end]))
-        wanted = core.run(core.scorer.score(items), core.cancellation(), kind="branch")
+        wanted = core.run(core.scorer.score(items), core.cancellation(), contexts="branch")
         if is_heard:
             reading.added()
         counts = count_decoded(monkeypatch)

@@ -254,8 +254,8 @@ def test_what_the_base_reads_is_one_chunk_and_shared_token_by_token_where_that_i
 
 
 class CountedJob:
-    def __init__(self, n: int, kind: str = "probe") -> None:
-        self.n_left, self.kind = n, kind
+    def __init__(self, n: int, contexts: str = "probe") -> None:
+        self.n_left, self.contexts = n, contexts
         self.cancellation = Cancellation()
 
     @property
@@ -406,7 +406,7 @@ def test_one_that_waits_for_a_prompt_lets_others_pass() -> None:
     assert waiting.n_cached == 36
 
 
-def test_a_long_job_lets_one_of_another_kind_pass() -> None:
+def test_a_long_job_lets_one_of_other_contexts_pass() -> None:
     scheduler = Scheduler(1, CHUNKS)
     jobs = [CountedJob(9, "score"), CountedJob(2), CountedJob(2)]
     for job in jobs:

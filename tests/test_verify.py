@@ -84,7 +84,7 @@ def test_mistake_is_found_and_the_older_file_kept(tmp_path, monkeypatch, mistake
 
     def wrong(module: PlannedModule, side: str, wanted: Any) -> Any:
         encoded = original(module, side, wanted)
-        if module.kind != "attn_q" or side != wrong_side:
+        if module.target != "attn_q" or side != wrong_side:
             return encoded
         kind = stored_type(module.shape(side)[-1], wanted)
         values = gguf.quants.dequantize(encoded, kind).astype(np.float32)

@@ -197,7 +197,7 @@ def score(
             choice = adapters.weigher.choice(prompt, weighing)
             requests[prompt.tokens] = _scored(core, choice, prompt, len(tokens), cancellation)
         items.append((requests[prompt.tokens], tokens))
-    return core.run(core.scorer.score(items), cancellation, kind="branch")
+    return core.run(core.scorer.score(items), cancellation, contexts="branch")
 
 
 def _scored(

@@ -121,7 +121,7 @@ def decide(
     items = []
     for request in requests.values():
         items += [(request, text) for text in texts]
-    scores = core.run(core.scorer.score(items), cancellation, kind="branch")
+    scores = core.run(core.scorer.score(items), cancellation, contexts="branch")
     every_sum = np.array([score.sum(dtype=np.float64) for score in scores])
     by_request = every_sum.reshape(-1, len(texts))  # [n_request, n_choice]
     sums = dict(zip(requests, by_request, strict=True))

@@ -130,7 +130,7 @@ class PromptReading(Reading):
         start, end = span
         asked = replace(self.query, tokens=self._tokens[:end], question=span, n_weighed=end)
         steps = self._core.added.together([asked], self._rows, self._kv_state())
-        heard = self._core.run(steps, self._cancellation, kind="branch")[:, 0]
+        heard = self._core.run(steps, self._cancellation, contexts="branch")[:, 0]
         nats = self._surprise(span, start)
         self._core.added.remember(self._rows, span, asked.tokens, Heard(heard, nats))
         return heard[1], nats
@@ -184,7 +184,7 @@ class PromptReading(Reading):
 
     def neutral(self) -> F64:
         steps = self._core.added.neutral(self.query, self._rows, self._kv_state)
-        return np.array(self._core.run(steps, self._cancellation, kind="branch"))
+        return np.array(self._core.run(steps, self._cancellation, contexts="branch"))
 
     def question(self) -> str:
         start, end = self.query.question
@@ -227,7 +227,7 @@ class PromptReading(Reading):
                 first,
             )
             tell = partial(self._show, first) if left[at] == answering else None
-            for state in core.run(steps, self._cancellation, tell, kind="branch"):
+            for state in core.run(steps, self._cancellation, tell, contexts="branch"):
                 self._drafts[state.draft.adapter] = state
         return [self._drafts[answering if name == ANSWER else name].draft for name in names]
 
@@ -256,7 +256,7 @@ class PromptReading(Reading):
         request = replace(self._by_base, tokens=self.query.tokens[:n_read])
         weights = [core.weights_of(name) for name in names]
         steps = core.scorer.behind(request, continuations, weights, self._kv_state)
-        scores = core.run(steps, self._cancellation, kind="branch")
+        scores = core.run(steps, self._cancellation, contexts="branch")
         return [tuple(logprobs.tolist()) for logprobs in scores]
 
     def draft_state(self, weights: F32) -> DraftState | None:

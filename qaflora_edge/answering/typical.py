@@ -91,7 +91,7 @@ def _extents(
             tell(n_before + n_read)
 
         steps = core.added.together(group, rows)
-        extents.append(core.run(steps, cancellation, tell_group, kind="branch"))
+        extents.append(core.run(steps, cancellation, tell_group, contexts="branch"))
         n_before += len(group)
     first, text, *others = extents
     later = np.concatenate(others or [first], axis=1)

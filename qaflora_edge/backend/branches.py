@@ -79,7 +79,7 @@ class GrowingContext:
 class Branches:
     """Keep one unified context: sequence 0 has a prompt, and the others share its KV state.
 
-    Drafts, scores and neutral prompts use it, one after the other, as jobs of one kind.
+    Drafts, scores and neutral prompts use it, one job after the other.
 
     options  of contexts that take the KV state of an answer
     """

@@ -72,13 +72,13 @@ def rpc() -> SimpleNamespace:
 def gpus() -> list[int]:
     """List the GPUs of this machine; integrated ones where there is no other."""
     registry = ggml()
-    by_kind: dict[int, list[int]] = {library.DEVICE_GPU: [], library.DEVICE_INTEGRATED_GPU: []}
+    by_type: dict[int, list[int]] = {library.DEVICE_GPU: [], library.DEVICE_INTEGRATED_GPU: []}
     for index in range(registry.dev_count()):
         device = registry.dev_get(index)
-        kind = registry.dev_type(device)
-        if kind in by_kind:
-            by_kind[kind].append(device)
-    return by_kind[library.DEVICE_GPU] or by_kind[library.DEVICE_INTEGRATED_GPU]
+        device_type = registry.dev_type(device)
+        if device_type in by_type:
+            by_type[device_type].append(device)
+    return by_type[library.DEVICE_GPU] or by_type[library.DEVICE_INTEGRATED_GPU]
 
 
 def endpoints(text: str) -> tuple[str, ...]:
@@ -255,10 +255,10 @@ def automatic_ctx(model: "Model", base: "GgufHeader", kv_type: str, n_seq: int) 
             n_train = min(n_train, n_orig)
     n_value = 0  # of a token's keys and values
     for name, tensor in base.tensors.items():
-        kind = name.removesuffix(".weight").rpartition(".")[2]
-        if kind in ("attn_k", "attn_v"):
+        module = name.removesuffix(".weight").rpartition(".")[2]
+        if module in ("attn_k", "attn_v"):
             n_value += tensor.shape[0]
-        elif kind == "attn_qkv":
+        elif module == "attn_qkv":
             n_value += tensor.shape[0] - base.n_embd
     kv_bytes = n_value * _VALUE_BYTES[kv_type]
     score_bytes = 0 if model.has_attention else 4 * model.n_head * n_ubatch()

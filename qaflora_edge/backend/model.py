@@ -413,8 +413,10 @@ class Pack(Handle):
         self.paths = tuple(Path(path) for path in paths)
         names = [os.fsencode(path) for path in paths]
         array = (ctypes.c_char_p * self.n_adapter)(*names)
-        kind = ADAPTER_TYPES[adapter_type]
-        self._pointer = self._functions.pack_init(model._pointer, array, self.n_adapter, kind)
+        tensor_type = ADAPTER_TYPES[adapter_type]
+        self._pointer = self._functions.pack_init(
+            model._pointer, array, self.n_adapter, tensor_type
+        )
         if not self._pointer:
             raise BackendError(f"Adapters cannot be loaded: {last_error()}.")
         self.n_alike = int(self._functions.pack_n_alike(self._pointer))

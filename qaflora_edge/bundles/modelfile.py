@@ -308,19 +308,19 @@ def _of_model(command: Command, folder: Path, path: Path) -> tuple[Path, list[Co
     commands = []
     for layer in layers if isinstance(layers, list) else []:
         fields = layer if isinstance(layer, dict) else {}
-        kind = str(fields.get("mediaType")).rpartition(".")[2]
+        layer_type = str(fields.get("mediaType")).rpartition(".")[2]
         digest = _DIGEST.fullmatch(str(fields.get("digest")))
-        if digest is None or kind not in _LAYERS:
+        if digest is None or layer_type not in _LAYERS:
             continue
         blob = (folder / "blobs" / f"sha256-{digest[1]}").absolute()
         if not os.path.isfile(blob):
             raise InputFileError(f"the file {blob} of {command.value} is missing. {advice}")
-        if kind == "model":
+        if layer_type == "model":
             bases.append(blob)
-        elif kind == "adapter":
+        elif layer_type == "adapter":
             commands.append(Command(command.line, "ADAPTER", str(blob)))
         else:
-            commands += _commands_of(command, kind, _text(blob))
+            commands += _commands_of(command, layer_type, _text(blob))
     if len(bases) != 1:
         raise InputFileError(
             f"{command.value} has {len(bases)} GGUF files of a base, expected 1: a model in "
@@ -329,20 +329,22 @@ def _of_model(command: Command, folder: Path, path: Path) -> tuple[Path, list[Co
     return bases[0], commands
 
 
-def _commands_of(command: Command, kind: str, text: str) -> Iterator[Command]:
+def _commands_of(command: Command, layer_type: str, text: str) -> Iterator[Command]:
     line = command.line
-    if kind in ("system", "license"):
-        yield Command(line, kind.upper(), text.strip())
+    if layer_type in ("system", "license"):
+        yield Command(line, layer_type.upper(), text.strip())
         return
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputFileError(f"the {kind} of {command.value} are no JSON ({error}).") from error
-    if kind == "params" and isinstance(content, dict):
+        raise InputFileError(
+            f"the {layer_type} of {command.value} are no JSON ({error})."
+        ) from error
+    if layer_type == "params" and isinstance(content, dict):
         for name, value in content.items():
             for item in value if isinstance(value, list) else [value]:
                 yield Command(line, "PARAMETER", str(item), name)
-    if kind == "messages" and isinstance(content, list):
+    if layer_type == "messages" and isinstance(content, list):
         for message in content:
             if isinstance(message, dict):
                 said = str(message.get("content"))

@@ -332,9 +332,9 @@ def _read_bytes(path: Path) -> bytes:
     return data
 
 
-def _parsed(path: Path, number: int, data: bytes, kind: type[T]) -> T:
+def _parsed(path: Path, number: int, data: bytes, line_type: type[T]) -> T:
     try:
-        return msgspec.json.decode(data, type=kind)
+        return msgspec.json.decode(data, type=line_type)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise _damaged(path, number, error) from error
 
@@ -407,7 +407,7 @@ def _read(current: "AdapterSet", queries: Sequence[Query], is_alone: bool = Fals
         with PromptReading(core, query, core.cancellation()) as reading:
             states[index] = reading.base_states()
     if short:
-        together = core.run(core.added.states([*short.values()]), kind="branch")
+        together = core.run(core.added.states([*short.values()]), contexts="branch")
         states |= zip(short, together, strict=True)
     return [states[index] for index in range(len(queries))]
 

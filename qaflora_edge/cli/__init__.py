@@ -170,8 +170,8 @@ def _prepare_streams() -> None:
     """
     for name, mode in (("stdin", "rb"), ("stdout", "wb"), ("stderr", "wb")):
         if getattr(sys, name) is None:
-            kind = _ClosedOutput if name == "stdout" else io.TextIOWrapper
-            setattr(sys, name, kind(open(os.devnull, mode), encoding="utf-8"))  # noqa: SIM115
+            stream_type = _ClosedOutput if name == "stdout" else io.TextIOWrapper
+            setattr(sys, name, stream_type(open(os.devnull, mode), encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

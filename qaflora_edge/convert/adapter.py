@@ -116,7 +116,7 @@ def convert_adapter(
         architecture=header.architecture,
         alpha=alpha,
         rank=max(module.rank for module in modules),
-        targets=tuple(sorted({module.kind for module in modules})),
+        targets=tuple(sorted({module.target for module in modules})),
         n_module=len(modules),
         size_bytes=out_path.stat().st_size,
         trained_on=trained_on,
@@ -149,10 +149,10 @@ def write_tensors(
     for module in modules:
         for side in "ab":
             shape = module.shape(side)
-            kind = stored_type(shape[-1], wanted)
-            n_byte = math.prod(gguf.quant_shape_to_byte_shape(shape, kind))
+            tensor_type = stored_type(shape[-1], wanted)
+            n_byte = math.prod(gguf.quant_shape_to_byte_shape(shape, tensor_type))
             tensor = f"{module.base_name}.lora_{side}"
-            writer.add_tensor_info(tensor, shape, np.dtype(np.float32), n_byte, kind)
+            writer.add_tensor_info(tensor, shape, np.dtype(np.float32), n_byte, tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -185,26 +185,26 @@ def encoded_tensor(module: Written, side: str, wanted: GGMLQuantizationType) -> 
     """
     with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite is found below
         values = module.values(side)
-    kind = stored_type(values.shape[-1], wanted)
+    tensor_type = stored_type(values.shape[-1], wanted)
     highest = float(values.max(initial=0))
     lowest = float(values.min(initial=0))
     largest = max(highest, -lowest)
-    if largest > LARGEST_VALUE[kind]:
+    if largest > LARGEST_VALUE[tensor_type]:
         raise UnsupportedAdapterError(
             f"Cannot convert module {module.name} of {module.path}: the largest value of "
-            f"lora_{side.upper()} is {largest:g}, more than {kind.name} holds. "
+            f"lora_{side.upper()} is {largest:g}, more than {tensor_type.name} holds. "
             "Choose output type f32, or check the adapter's alpha."
         )
     rows = values.reshape(-1, values.shape[-1])
-    if kind in _FLOATS:
-        return rows.astype(_FLOATS[kind])
+    if tensor_type in _FLOATS:
+        return rows.astype(_FLOATS[tensor_type])
     # As one row: gguf steps over rows in Python, and blocks are the same either way.
     flat = np.ascontiguousarray(rows).reshape(1, -1)
-    parts = []
+    blocks = []
     for begin in range(0, flat.size, _N_TOGETHER):
-        part = flat[:, begin : begin + _N_TOGETHER]
-        parts.append(gguf.quants.quantize(part, kind))
-    return np.concatenate(parts, axis=1).reshape(len(rows), -1)
+        floats = flat[:, begin : begin + _N_TOGETHER]
+        blocks.append(gguf.quants.quantize(floats, tensor_type))
+    return np.concatenate(blocks, axis=1).reshape(len(rows), -1)
 
 
 _LAYERS = {EMBEDDING: 0, HEAD: -1}  # which layer's weights count for tensors of none

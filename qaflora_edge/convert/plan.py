@@ -202,10 +202,10 @@ def _place(
     name = _mapped(pair, module, name_map)
     stem = name.rpartition(".")[2]
     if module.is_embedding != (stem == "token_embd"):
-        kind = "an embedding" if module.is_embedding else "a linear layer"
+        layer_type = "an embedding" if module.is_embedding else "a linear layer"
         raise pair.unsupported(
-            f"module {module.name} has LoRA of {kind}, and {stem}.weight of the base is not one. "
-            "Train a plain LoRA."
+            f"module {module.name} has LoRA of {layer_type}, and {stem}.weight of the base is not "
+            "one. Train a plain LoRA."
         )
     try:
         return layout(layouts.Module(name, pair.header, module.n_out, module.n_in))

@@ -8,7 +8,7 @@ import numpy as np
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.convert.layouts import Index
-from qaflora_edge.formats.adapter import module_kind
+from qaflora_edge.formats.adapter import target_of
 from qaflora_edge.peft.modules import PeftModule
 
 
@@ -23,8 +23,8 @@ class Target:
     base_name: str  # such as blk.0.attn_q.weight
 
     @property
-    def kind(self) -> str:
-        return module_kind(self.base_name)
+    def target(self) -> str:
+        return target_of(self.base_name)
 
     @property
     def name(self) -> str:

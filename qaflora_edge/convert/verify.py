@@ -122,25 +122,27 @@ def _check_module(info: AdapterInfo, module: Planned) -> ModuleCheck:
     return ModuleCheck(module.name, module.base_name, difference, of_allowed)
 
 
-def _compare(source: F32, stored: F32, scale: float, kind: GGMLQuantizationType, axis: int) -> F64:
+def _compare(
+    source: F32, stored: F32, scale: float, stored_type: GGMLQuantizationType, axis: int
+) -> F64:
     """Compare a side: the largest difference, and the largest share of what rounding explains.
 
-    source   [n, m]       times `scale` to be stored as `kind`
+    source   [n, m]       times `scale` to be stored as `stored_type`
     stored   [n.., m..]   what is beyond the source has to be 0: experts are filled up to one rank
     axis     along which blocks of 8 bits lie
     returns  [2]
     """
     largest = np.zeros(2)
-    relative, smallest = _ROUNDING[kind]
-    for place in _tiles(stored):
-        found = stored[place]
-        part = source[place]
-        n_row, n_column = part.shape
+    relative, smallest = _ROUNDING[stored_type]
+    for tile in _tiles(stored):
+        found = stored[tile]
+        of_source = source[tile]
+        n_row, n_column = of_source.shape
         expected = np.zeros_like(found)
-        expected[:n_row, :n_column] = part * np.float32(scale)
+        expected[:n_row, :n_column] = of_source * np.float32(scale)
         size = np.abs(expected)
         rounded = size
-        if kind == GGMLQuantizationType.Q8_0:
+        if stored_type == GGMLQuantizationType.Q8_0:
             rounded = size.max(axis=axis, keepdims=True)
         allowed = rounded * relative + smallest + size * FLOAT32_ROUNDING
         with np.errstate(all="ignore"):  # a file that is wrong may hold anything

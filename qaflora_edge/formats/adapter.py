@@ -58,7 +58,7 @@ class AdapterInfo:
 
 
 @lru_cache(maxsize=8192)  # the adapters of a bundle name the same modules
-def module_kind(base_name: str) -> str:
+def target_of(base_name: str) -> str:
     """Give attn_q of blk.3.attn_q.weight, and output of output.weight."""
     return re.sub(r"^blk\.\d+\.", "", base_name).removesuffix(".weight")
 
@@ -69,10 +69,10 @@ def why_not_adapted(architecture: str, base_name: str) -> str:
 
     base_name  such as blk.0.attn_q_a.weight
     """
-    kind = module_kind(base_name)
+    target = target_of(base_name)
     facts = ARCH_FACTS.get(architecture)
-    is_multiplied = base_name == EMBEDDING or not _NOT_MULTIPLIED.search(kind)
-    if not is_multiplied or (facts and kind in facts.bypassed):
+    is_multiplied = base_name == EMBEDDING or not _NOT_MULTIPLIED.search(target)
+    if not is_multiplied or (facts and target in facts.bypassed):
         return f"llama.cpp computes without adapters for {architecture}"
     if not base_name.startswith(("blk.", "token_embd.", "output.")):
         return "belongs to no layer, so that no layer's weight applies"
@@ -112,7 +112,7 @@ def adapter_info(header: GgufHeader) -> AdapterInfo:
         alpha=alpha,
         rank=max(ranks.values()),
         ranks=ranks,
-        targets=tuple(sorted(set(map(module_kind, ranks)))),
+        targets=tuple(sorted(set(map(target_of, ranks)))),
         tensors=header.tensors,
     )
 
@@ -186,9 +186,9 @@ def _wrong(
     found: str,
     expected: str,
     advice: str = "Convert the adapter again.",
-    kind: type[QafloraError] = GgufFileError,
+    error_type: type[QafloraError] = GgufFileError,
 ) -> QafloraError:
-    return kind(f"Cannot use adapter {header.path}: {found}; expected {expected}. {advice}")
+    return error_type(f"Cannot use adapter {header.path}: {found}; expected {expected}. {advice}")
 
 
 def _check_metadata(header: GgufHeader) -> float:

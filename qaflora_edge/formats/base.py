@@ -263,20 +263,22 @@ class _Base:
         if isinstance(alignment, int) and alignment < LEAST_ALIGNMENT:
             self.refuse("general.alignment", alignment, f"at least {LEAST_ALIGNMENT}")
         for tensor in self.header.tensors.values():
-            kind = tensor.ggml_type
+            tensor_type = tensor.ggml_type
             if tensor.name == "d2t" or "tid2eid" in tensor.name:
                 continue  # tables of token ids
-            if len(tensor.shape) == 1 and kind != GGMLQuantizationType.F32:
+            if len(tensor.shape) == 1 and tensor_type != GGMLQuantizationType.F32:
                 self.refuse(
-                    f"the type of tensor {tensor.name}", kind.name, "F32, as of every vector"
+                    f"the type of tensor {tensor.name}", tensor_type.name, "F32, as of every vector"
                 )
-            if kind in NO_FLOATS:
-                self.refuse(f"the type of tensor {tensor.name}", kind.name, "a type of weights")
+            if tensor_type in NO_FLOATS:
+                self.refuse(
+                    f"the type of tensor {tensor.name}", tensor_type.name, "a type of weights"
+                )
 
     def check_tokens(self) -> None:
         """Check that every token has a text of its own: llama-vocab.cpp asserts it."""
         array = self.header.metadata.get(TOKENS)
-        if not isinstance(array, RawArray) or array.kind != STRING:
+        if not isinstance(array, RawArray) or array.item_type != STRING:
             return  # the loader refuses it
         if array.length > MAX_TOKENS:
             self.refuse(f"the length of {TOKENS}", array.length, f"at most {MAX_TOKENS}")
@@ -301,11 +303,11 @@ class _Base:
             types = ()
         self.check_bytes(tokens, types)
 
-    def check_bytes(self, tokens: Mapping[bytes, int], kinds: tuple[object, ...]) -> None:
+    def check_bytes(self, tokens: Mapping[bytes, int], types: tuple[object, ...]) -> None:
         """Check the tokens of single bytes: llama-vocab.cpp token_to_byte and byte_to_token."""
         model = self.header.metadata.get("tokenizer.ggml.model")
-        for token, (text, kind) in enumerate(zip(tokens, kinds, strict=False)):
-            if kind == BYTE_TOKEN and (model == "bert" or not _BYTE.fullmatch(text)):
+        for token, (text, token_type) in enumerate(zip(tokens, types, strict=False)):
+            if token_type == BYTE_TOKEN and (model == "bert" or not _BYTE.fullmatch(text)):
                 shown = text.decode("utf-8", "replace")
                 self.refuse(f"{TOKENS}[{token}], of type byte,", shown, "a name such as <0x0A>")
         if model == "llama":  # what it has no token for is spelled in bytes

@@ -52,11 +52,11 @@ Scalar = int | float | bool
 class RawArray:
     """A metadata array of strings, or of more than MAX_PARSED_ARRAY numbers.
 
-    kind             type of its items
+    item_type        of its items
     offset, n_bytes  where they lie in the file; each string follows its length, a U64
     """
 
-    kind: int
+    item_type: int
     length: int
     offset: int
     n_bytes: int
@@ -180,26 +180,26 @@ class GgufCursor:
             metadata[key] = self.read_value(int(self.scalar(U32, f"the type of {field}")), field)
         return metadata
 
-    def read_value(self, kind: int, field: str) -> MetadataValue:
-        if kind in SCALARS:
-            return self.scalar(SCALARS[kind], field)
-        if kind == STRING:
+    def read_value(self, value_type: int, field: str) -> MetadataValue:
+        if value_type in SCALARS:
+            return self.scalar(SCALARS[value_type], field)
+        if value_type == STRING:
             return self.text(field, strict=False)
-        if kind != ARRAY:
-            self.fail(f"the type of {field}", kind, "a type of GGUF, 0 to 12")
-        item_kind = int(self.scalar(U32, f"the element type of {field}"))
+        if value_type != ARRAY:
+            self.fail(f"the type of {field}", value_type, "a type of GGUF, 0 to 12")
+        item_type = int(self.scalar(U32, f"the element type of {field}"))
         length = int(self.scalar(U64, f"the length of {field}"))
         begin = self.position
-        if item_kind == STRING:
+        if item_type == STRING:
             self.skip_strings(length, field)
-        elif item_kind in SCALARS:
-            self.take(length * SCALARS[item_kind].size, field)
+        elif item_type in SCALARS:
+            self.take(length * SCALARS[item_type].size, field)
         else:
-            self.fail(f"the element type of {field}", item_kind, "a number or a string")
-        if item_kind == STRING or length > MAX_PARSED_ARRAY:
-            return RawArray(item_kind, length, begin, self.position - begin)
+            self.fail(f"the element type of {field}", item_type, "a number or a string")
+        if item_type == STRING or length > MAX_PARSED_ARRAY:
+            return RawArray(item_type, length, begin, self.position - begin)
         items = bytes(self.data[begin : self.position])
-        return tuple(value for (value,) in SCALARS[item_kind].iter_unpack(items))
+        return tuple(value for (value,) in SCALARS[item_type].iter_unpack(items))
 
     def skip_strings(self, length: int, field: str) -> None:
         """Step over strings; the loop is tight because vocabularies are long."""

@@ -137,7 +137,7 @@ class UnknownField(WrongField):
     """A field that does not exist, where others are refused; `expected` lists those that do."""
 
 
-def read_as(kind: type[T], document: object, place: str = "") -> T:
+def read_as(annotation: type[T], document: object, place: str = "") -> T:
     """Read a document as a typed struct, the only list of its fields.
 
     What a field should be is said by the title of its type. Structs of a union are told apart by
@@ -146,75 +146,77 @@ def read_as(kind: type[T], document: object, place: str = "") -> T:
     Raises WrongField for the first difference.
     """
     try:
-        return msgspec.convert(document, kind)
+        return msgspec.convert(document, annotation)
     except msgspec.ValidationError:
-        raise _difference(kind, document, place) from None
+        raise _difference(annotation, document, place) from None
 
 
-def _difference(kind: Any, value: Any, place: str) -> WrongField:
-    """Find the first part of a value that is not as its type says: at last the value itself."""
-    members = [kind]
+def _difference(annotation: Any, value: Any, place: str) -> WrongField:
+    """Find the first value inside a value that is not as its type says: at last the value itself."""
+    members = [annotation]
     tags: list[str] = []
     for member in members:
         origin = get_origin(member)
-        parts: Iterable[tuple[str, Any, Any]] = ()
+        contents: Iterable[tuple[str, Any, Any]] = ()
         if origin is Annotated:
             members.append(get_args(member)[0])
         elif origin in (Union, UnionType):
             members += get_args(member)
         elif origin is dict and isinstance(value, dict):
             of_items = get_args(member)[1]
-            parts = [(f"{place}.{key}", of_items, item) for key, item in value.items()]
+            contents = [(f"{place}.{key}", of_items, item) for key, item in value.items()]
         elif origin is list and isinstance(value, list):
             (of_items,) = get_args(member)
-            parts = [(f"{place}[{at}]", of_items, item) for at, item in enumerate(value)]
+            contents = [(f"{place}[{at}]", of_items, item) for at, item in enumerate(value)]
         elif is_struct(member) and isinstance(value, dict):
             config = member.__struct_config__
             before = f"{place}." if place else ""
             if config.tag is None or value.get(config.tag_field) == config.tag:
-                parts = _fields(member, value, before)
+                contents = _fields(member, value, before)
             else:
                 tags.append(config.tag)
-        for part_place, part_kind, part in parts:
+        for inner_place, inner_annotation, inner in contents:
             try:
-                msgspec.convert(part, part_kind)
+                msgspec.convert(inner, inner_annotation)
             except msgspec.ValidationError:
-                return _difference(part_kind, part, part_place)
+                return _difference(inner_annotation, inner, inner_place)
     if tags:
         tag = value.get("type")
         return WrongField(f"{place}.type", shown(tag), f"one of {', '.join(tags)}", tag)
-    return WrongField(shortened(place), shown(value), expected_of(kind), value)
+    return WrongField(shortened(place), shown(value), expected_of(annotation), value)
 
 
-def _fields(kind: type[msgspec.Struct], value: Json, before: str) -> Iterator[tuple[str, Any, Any]]:
-    fields = {field.encode_name: field for field in msgspec.structs.fields(kind)}
+def _fields(
+    struct: type[msgspec.Struct], value: Json, before: str
+) -> Iterator[tuple[str, Any, Any]]:
+    fields = {field.encode_name: field for field in msgspec.structs.fields(struct)}
     for name, field in fields.items():
         if name in value:
             yield before + name, field.type, value[name]
         elif field.required:
             raise WrongField(before + name, "missing", expected_of(field.type))
     for name in value.keys() - fields.keys():
-        if kind.__struct_config__.forbid_unknown_fields:
+        if struct.__struct_config__.forbid_unknown_fields:
             place = shortened(before + name)
             raise UnknownField(place, shown(value[name]), f"one of {', '.join(fields)}")
 
 
-def is_struct(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
+def is_struct(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, msgspec.Struct)
 
 
-def expected_of(kind: Any) -> str:
+def expected_of(annotation: Any) -> str:
     """Say in words what a value of a type is: by the title of the type, if it has one."""
-    origin = get_origin(kind)
+    origin = get_origin(annotation)
     if origin is Annotated:
-        inner, *metas = get_args(kind)
+        inner, *metas = get_args(annotation)
         titles = [meta.title for meta in metas if meta.title]
         return titles[-1] if titles else expected_of(inner)
     if origin in (Union, UnionType):
-        return expected_of(get_args(kind)[0])
+        return expected_of(get_args(annotation)[0])
     if origin is Literal:
-        return f"one of {', '.join(get_args(kind))}"
-    return "an object" if is_struct(kind) else _WORDS[origin or kind]
+        return f"one of {', '.join(get_args(annotation))}"
+    return "an object" if is_struct(annotation) else _WORDS[origin or annotation]
 
 
 def shown(value: object) -> str:
@@ -270,29 +272,35 @@ def read_input(path: AnyPath, most: int) -> bytes:
 
 
 def read_bytes(
-    path: Path, offset: int, n_bytes: int, kind: type[QafloraError], file: BinaryIO | None = None
+    path: Path,
+    offset: int,
+    n_bytes: int,
+    error_type: type[QafloraError],
+    file: BinaryIO | None = None,
 ) -> bytes:
-    """Read a part of a file. Raises InputFileError when it is gone, `kind` when it is shorter."""
+    """Read some bytes of a file. Raises InputFileError if it is gone, error_type if it is short."""
     with reading(path), contextlib.ExitStack() as stack:
         if file is None:
             file = stack.enter_context(open_input(path))
         file.seek(offset)
         data = file.read(n_bytes)
     if len(data) != n_bytes:
-        raise changed_file(path, kind)
+        raise changed_file(path, error_type)
     return data
 
 
-def read_json_file(path: Path, most: int, kind: type[QafloraError], advice: str) -> Json:
+def read_json_file(path: Path, most: int, error_type: type[QafloraError], advice: str) -> Json:
     """Read a JSON object from a file of at most so many bytes.
 
-    Raises InputFileError when it cannot be opened, `kind` when it holds anything else.
+    Raises InputFileError when it cannot be opened, error_type when it holds anything else.
     """
     try:
         with reading(path):
             return read_json_object(read_input(path, most))
     except ValueError as error:
-        raise kind(f"Cannot read {path}: {error}; expected a JSON object. {advice}") from error
+        raise error_type(
+            f"Cannot read {path}: {error}; expected a JSON object. {advice}"
+        ) from error
 
 
 def sha256_file(path: AnyPath) -> str:

@@ -254,10 +254,10 @@ class Core:
         cancellation: Cancellation | None = None,
         tell: Callable[[int], None] | None = None,
         *,
-        kind: str = "probe",
+        contexts: str = "probe",
     ) -> T:
         """Drive a generator to its end, with other callers' work in between; tell its yields."""
-        result: T = self.loop.run(kind, steps, cancellation or self.cancellation(), tell)
+        result: T = self.loop.run(contexts, steps, cancellation or self.cancellation(), tell)
         return result
 
     def begin(

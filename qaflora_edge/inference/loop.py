@@ -89,17 +89,17 @@ class Loop:
 
     def run(
         self,
-        kind: str,
+        contexts: str,
         steps: Generator[int | None, None, Any],
         cancellation: Cancellation,
         tell: Callable[[int], None] | None = None,
     ) -> Any:
         """Drive a generator to its end, with other work in between; give its result.
 
-        kind  generators of one kind share contexts, and run one after the other
+        contexts  what it computes in: those of the same contexts run one after the other
         tell  called by this thread, between steps, with the last number that was yielded
         """
-        job = Job(kind, steps, cancellation)
+        job = Job(contexts, steps, cancellation)
         with self._turn:
             self._scheduler.jobs.append(job)
             self._turn.notify_all()

@@ -14,12 +14,12 @@ from qaflora_edge.inference.sequence import Cancellation, RunningSequence, State
 class Job:
     """Advance work other than answers, such as a probe, by one micro-batch at a time.
 
-    kind    jobs of one kind share contexts, and run one after the other
+    contexts  "branch" or "probe", which it computes in: jobs of the same run one after the other
     n_done  the last number that the generator yielded
-    is_begun  whether a step had it: no other of its kind may use their contexts until it is done
+    is_begun  whether a step had it: no other may use its contexts until it is done
     """
 
-    kind: str
+    contexts: str
     steps: Generator[int | None, None, Any]
     cancellation: Cancellation
     is_done: bool = False
@@ -191,7 +191,7 @@ class Scheduler:
         self.jobs: deque[Job] = deque()
         self._chunks = chunks
         self._is_jobs_turn = True
-        self._last_kind = ""
+        self._last_contexts = ""
         self._owed_ms = 0.0  # to all that is not long
         self._is_shortest_turn = True
 
@@ -231,7 +231,7 @@ class Scheduler:
         if self.jobs and (self._is_jobs_turn or not prefills):
             step.job = self._next_job()
             step.job.is_begun = True
-            self._last_kind = step.job.kind
+            self._last_contexts = step.job.contexts
             self._is_jobs_turn = False
             return step
         self._is_jobs_turn = True
@@ -246,12 +246,12 @@ class Scheduler:
         return step
 
     def _next_job(self) -> Job:
-        """Choose one that has begun, else of the earliest call, in turn with jobs of other kinds.
+        """Choose one that has begun, else of the earliest call; jobs of other contexts in turn.
 
-        So a long job of one kind does not block another kind, and none of its own interrupts it.
+        So a long job does not block those of other contexts, and none of its own interrupts it.
         """
         jobs = sorted(self.jobs, key=lambda job: (not job.is_begun, job.cancellation.number))
-        others = (job for job in jobs if job.kind != self._last_kind)
+        others = (job for job in jobs if job.contexts != self._last_contexts)
         return next(others, jobs[0])
 
     def note(self, step: Step, ms: float) -> None:

@@ -217,14 +217,14 @@ def parse_config(path: Path, fields: Object) -> PeftConfig:
 
     Raises PeftConfigError for a wrong one, UnsupportedAdapterError for more than a plain LoRA.
     """
-    kind: type[MlxFields] | type[PeftFields] = PeftFields
+    struct: type[MlxFields] | type[PeftFields] = PeftFields
     if is_mlx(fields):
-        kind = MlxFields
+        struct = MlxFields
         _refuse_mlx(path, fields)
     else:
         _refuse_peft(path, fields)
     try:
-        typed = read_as(kind, fields)
+        typed = read_as(struct, fields)
         if isinstance(typed, MlxFields):
             return _mlx_config(path, typed)
         return _peft_config(path, typed)
@@ -239,11 +239,11 @@ def _wrong(path: Path, what: str) -> PeftConfigError:
 
 
 def _refuse_peft(path: Path, fields: Object) -> None:
-    kind = str(fields.get("peft_type", "LORA"))
-    if kind.upper() != "LORA" and isinstance(fields["peft_type"], str):
-        reason, advice = REFUSED["types"].get(kind.upper(), _OTHER_TYPE)
+    peft_type = str(fields.get("peft_type", "LORA"))
+    if peft_type.upper() != "LORA" and isinstance(fields["peft_type"], str):
+        reason, advice = REFUSED["types"].get(peft_type.upper(), _OTHER_TYPE)
         raise UnsupportedAdapterError(
-            f"Cannot use {path}: peft_type is {kind[:80]!r}; expected 'LORA', for {reason}. "
+            f"Cannot use {path}: peft_type is {peft_type[:80]!r}; expected 'LORA', for {reason}. "
             f"{advice}"
         )
     for name, (reason, advice) in REFUSED["fields"].items():
@@ -320,13 +320,13 @@ def is_named(targets: Collection[str], module: str) -> bool:
 
 
 def _refuse_mlx(path: Path, fields: Object) -> None:
-    kind = fields.get("fine_tune_type", "lora")
-    if kind == "lora" and fields.get("use_dora"):
-        kind = "dora"  # as versions before September 2024 wrote it
-    if isinstance(kind, str) and kind in REFUSED["mlx_types"]:
+    tuning = fields.get("fine_tune_type", "lora")
+    if tuning == "lora" and fields.get("use_dora"):
+        tuning = "dora"  # as versions before September 2024 wrote it
+    if isinstance(tuning, str) and tuning in REFUSED["mlx_types"]:
         raise UnsupportedAdapterError(
-            f"Cannot use {path}: fine_tune_type is {kind!r}; {REFUSED['mlx_types'][kind]}, and a "
-            "plain LoRA cannot represent it. Fuse it into its base with mlx_lm.fuse, or train a "
+            f"Cannot use {path}: fine_tune_type is {tuning!r}; {REFUSED['mlx_types'][tuning]}, and "
+            "a plain LoRA cannot represent it. Fuse it into its base with mlx_lm.fuse, or train a "
             "plain LoRA."
         )
 

@@ -208,9 +208,9 @@ def _check_matrix(tensor: StoredTensor) -> None:
 
 
 def _other_tensor(tensor: StoredTensor, name: str, pair: str, advice: str) -> Exception:
-    kinds = (kind for end, kind in REFUSED["tensors"].items() if re.search(end, name))
+    features = (feature for end, feature in REFUSED["tensors"].items() if re.search(end, name))
     return UnsupportedAdapterError(
-        f"Cannot use {tensor.path}: tensor {tensor.name} is {next(kinds, 'not known here')}; "
+        f"Cannot use {tensor.path}: tensor {tensor.name} is {next(features, 'not known here')}; "
         f"expected only {pair}, for a plain LoRA cannot represent more. {advice}"
     )
 

@@ -345,7 +345,7 @@ def gemma_rules(rule: str, schema: Object) -> list[str]:
         types = types_of(value, schema)
         options = [json.dumps(_MARK + text + _MARK) for text in texts_of(value)]
         if not options:
-            options = [way for kind, way in by_type.items() if kind in types]
+            options = [way for json_type, way in by_type.items() if json_type in types]
             if plain := sorted(types - {*by_type}):
                 narrowed = value if value.get("type") == plain[0] else {"type": plain}
                 options.append(json_rule(narrowed, schema))

@@ -76,13 +76,13 @@ _TEXTS = ("text", "input_text", "output_text")  # the last two are of responses
 def _joined(i: int, parts: Sequence[Any]) -> Any:
     texts = []
     for part in parts:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if isinstance(kind, str) and kind not in _TEXTS:
+        part_type = part.get("type") if isinstance(part, Mapping) else None
+        if isinstance(part_type, str) and part_type not in _TEXTS:
             raise ModalityError(
-                f"Message {i} has a part of type {kind!r:.40}, expected texts alone: a bundle "
+                f"Message {i} has a part of type {part_type!r:.40}, expected texts alone: a bundle "
                 "reads no images, audio or files. Leave it out, or send what it says as text."
             )
-        text = None if kind is None else part.get("text")
+        text = None if part_type is None else part.get("text")
         if not isinstance(text, str):
             return parts
         texts.append(text)

@@ -10,10 +10,10 @@ from qaflora_edge.files import package_data
 PROMPTS_FILE = "data/neutral_prompts.json"
 
 
-def neutral(kind: str) -> list[Any]:
+def neutral(name: str) -> list[Any]:
     """Read what ships with the package: "prompts", "turns" of a few words, or "exchanges"."""
     text = package_data(PROMPTS_FILE).read_text(encoding="utf-8")
-    return list(json.loads(text)[kind])
+    return list(json.loads(text)[name])
 
 
 def few() -> list[str]:

@@ -31,11 +31,11 @@ def on_one_thread() -> Iterator[None]:
         yield
 
 
-def shared_modules(infos: Sequence[AdapterInfo], layer: int, kinds: Sequence[str]) -> list[str]:
-    """Name the modules of these kinds in a layer that all adapters adapt."""
+def shared_modules(infos: Sequence[AdapterInfo], layer: int, modules: Sequence[str]) -> list[str]:
+    """Name those of some modules in a layer that all adapters adapt."""
     common = []
-    for kind in kinds:
-        name = f"blk.{layer}.{kind}.weight"
+    for module in modules:
+        name = f"blk.{layer}.{module}.weight"
         if all(name in info.ranks for info in infos):
             common.append(name)
     return common

@@ -23,20 +23,20 @@ def check_weights(
     n_layer: int,
     *,
     source: str = "",
-    kind: type[QafloraError] = WeightsError,
+    error_type: type[QafloraError] = WeightsError,
 ) -> F32:
     """Check weights, and give them as float32 [n_adapter, n_layer].
 
     source  what messages begin with
 
-    Raises an error of this kind for another shape, or for values that are NaN or infinite.
+    Raises an error of this type for another shape, or for values that are NaN or infinite.
     """
     try:
         array = np.asarray(weights, dtype=np.float32)
     except (TypeError, ValueError) as err:
-        raise kind(f"{source}Weights are not an array of numbers: {err}.") from err
+        raise error_type(f"{source}Weights are not an array of numbers: {err}.") from err
     if array.shape != (len(adapters), n_layer):
-        raise kind(
+        raise error_type(
             f"{source}Weights have the shape {list(array.shape)}, expected "
             f"[{len(adapters)}, {n_layer}]: one row for each of "
             f"{', '.join(adapters) or 'no adapters'}, one column per layer."
@@ -45,7 +45,7 @@ def check_weights(
     if is_wrong.any():
         first = np.argwhere(is_wrong)[0]
         ia, il = first.tolist()
-        raise kind(
+        raise error_type(
             f"{source}The weight of {adapters[ia]!r} at layer {il} is {array[ia, il]}, "
             "expected a finite number."
         )

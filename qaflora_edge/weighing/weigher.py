@@ -164,7 +164,7 @@ def _checked(plan: Plan, parsed: ParsedStrategy, query: Query) -> Plan:
         adapters=query.adapters,
         n_layer=query.n_layer,
         source=source,
-        kind=StrategyError,
+        error_type=StrategyError,
     )
 
     checked: list[Step] = []
