@@ -301,9 +301,9 @@ def read_settings() -> Table:
     settings = _read_toml(path)
     if "cache" in settings and not _is_text(settings["cache"]):
         raise wrong_value(path, "cache", settings["cache"], "the path of a folder, as a text")
-    places = settings.get("bundles", [])
-    if not (isinstance(places, list) and all(_is_text(place) for place in places)):
-        raise wrong_value(path, "bundles", places, "a list of paths of folders, as texts")
+    folders = settings.get("bundles", [])
+    if not (isinstance(folders, list) and all(_is_text(folder) for folder in folders)):
+        raise wrong_value(path, "bundles", folders, "a list of paths of folders, as texts")
     return settings
 
 

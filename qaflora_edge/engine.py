@@ -23,7 +23,7 @@ from qaflora_edge.ask import (
     one_of,
 )
 from qaflora_edge.backend.model import Model
-from qaflora_edge.bundles.memory import BundleMemory, places_of
+from qaflora_edge.bundles.memory import BundleMemory, paths_of
 from qaflora_edge.config import check
 from qaflora_edge.errors import OptionError, QafloraError
 from qaflora_edge.files import AnyPath
@@ -97,12 +97,12 @@ class Engine:
         }
         check("engine", unknown | options | placing | {"seed": seed, "reasoning": reasoning})
         check_process()
-        place, paths = places_of(bundle, base, adapters)
+        path, paths = paths_of(bundle, base, adapters)
         self.n_parallel = n_parallel
         self._placing: dict[str, Any] = placing | {"threads": threads}
         self.memory = BundleMemory(options | {"placing": placing})
         self.memory.open(
-            place,
+            path,
             paths,
             {"strategy": strategy, "lens": lens, "pool": pool, "prefill": prefill},
             reasoning=reasoning,

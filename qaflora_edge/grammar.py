@@ -29,11 +29,11 @@ def _check_length(text: str, source: str) -> None:
 
 
 def _check_chain(
-    start: str, parts: Callable[[str], Iterable[tuple[str, int]]], source: str
+    start: str, leads_to: Callable[[str], Iterable[tuple[str, int]]], source: str
 ) -> None:
     """Refuse more than MAX_CHAIN steps on a way; a name on its own way counts once.
 
-    parts  gives the names that a name leads to, and the steps to each
+    leads_to  gives the names that a name leads to, and the steps to each
     """
     lengths: dict[str, int] = {}
 
@@ -45,7 +45,7 @@ def _check_chain(
             )
         if name not in lengths:
             lengths[name] = 0
-            ways = [n + length(part, n_before + n) for part, n in parts(name)]
+            ways = [n + length(inner, n_before + n) for inner, n in leads_to(name)]
             lengths[name] = max(ways, default=0)
         return lengths[name]
 
@@ -200,25 +200,25 @@ class _Checker:
         self._references: dict[str, str] = {}  # place of a $ref -> place that it names
         self._multiples: list[Decimal] = []
 
-    def _error(self, place: str, found: str, advice: str) -> GrammarError:
-        return GrammarError(f"{self._source}, at {place:.200}: {found}; {advice}.")
+    def _error(self, pointer: str, found: str, advice: str) -> GrammarError:
+        return GrammarError(f"{self._source}, at {pointer:.200}: {found}; {advice}.")
 
-    def visit(self, schema: Any, place: str) -> Any:
+    def visit(self, schema: Any, pointer: str) -> Any:
         """Give the schema without notes."""
         if isinstance(schema, bool):
             return schema
         if not isinstance(schema, dict):
-            raise self._error(place, f"found {schema!r:.60}", "expected a schema (an object)")
+            raise self._error(pointer, f"found {schema!r:.60}", "expected a schema (an object)")
         written = {
-            key: self._value(key, value, place)
+            key: self._value(key, value, pointer)
             for key, value in schema.items()
             if key not in _NOTES and not key.startswith("x-")
-            if not self._is_lenient or _is_followed(key, place)
+            if not self._is_lenient or _is_followed(key, pointer)
             if key != "format" or str(value) in _FORMATS  # the others restrict nothing
         }
         json_types = [name for name, keys in _TYPED.items() if keys & written.keys()]
-        n_part = len(_COMBINED & written.keys()) + bool(json_types)
-        self.is_combined |= n_part > 1 or len(schema.get("allOf", [])) > 1
+        n_restriction = len(_COMBINED & written.keys()) + bool(json_types)
+        self.is_combined |= n_restriction > 1 or len(schema.get("allOf", [])) > 1
         if not self.narrows or not json_types:
             return written
         if _NAMED & written.keys() and "additionalProperties" not in written:
@@ -227,14 +227,14 @@ class _Checker:
             written |= {"properties": names | unnamed, "additionalProperties": False}
         return {"type": json_types} | written
 
-    def _value(self, key: str, value: Any, place: str) -> Any:
-        at = f"{place}/{key}"
-        if not _is_followed(key, place):
-            raise self._error(place, f"the keyword {key!r:.60} is not supported", "leave it out")
+    def _value(self, key: str, value: Any, pointer: str) -> Any:
+        at = f"{pointer}/{key}"
+        if not _is_followed(key, pointer):
+            raise self._error(pointer, f"the keyword {key!r:.60} is not supported", "leave it out")
         if expected := _expected(key, value):
-            raise self._error(place, f"{key!r} is {value!r:.60}", f"expected {expected}")
+            raise self._error(pointer, f"{key!r} is {value!r:.60}", f"expected {expected}")
         if key == "$ref":
-            self._references[place] = unquote(value)
+            self._references[pointer] = unquote(value)
         is_number = type(value) in (int, float)
         shift = {"exclusiveMinimum": 1e-9, "exclusiveMaximum": -1e-9}.get(key, 0)
         is_whole = is_number and value % 1 == 0 and abs(value) < 10**6
@@ -245,21 +245,21 @@ class _Checker:
         if key in ("items", "additionalProperties"):
             return self.visit(value, at)
         if key in _LISTS:
-            return [self.visit(part, f"{at}/{i}") for i, part in enumerate(value)]
+            return [self.visit(inner, f"{at}/{i}") for i, inner in enumerate(value)]
         if key in _BY_NAME:
             visited = {}
-            for name, part in value.items():
+            for name, inner in value.items():
                 step = name.replace("~", "~0").replace("/", "~1")  # of a JSON pointer
-                visited[name] = self.visit(part, f"{at}/{step}")
+                visited[name] = self.visit(inner, f"{at}/{step}")
             return visited
         return value
 
-    def leads_to(self, place: str) -> list[tuple[str, int]]:
+    def leads_to(self, pointer: str) -> list[tuple[str, int]]:
         """Give the places that references in a schema name, and how deep each reference stands."""
         return [
-            (target, 1 + (inner.count("/") - place.count("/")) // 2)
+            (target, 1 + (inner.count("/") - pointer.count("/")) // 2)
             for inner, target in self._references.items()
-            if f"{inner}/".startswith(f"{place}/")
+            if f"{inner}/".startswith(f"{pointer}/")
         ]
 
     def check_multiples(self) -> None:
@@ -271,8 +271,8 @@ class _Checker:
             raise self._error("#", "'multipleOf' is too large or too fine", "use smaller numbers")
 
 
-def _is_followed(key: str, place: str) -> bool:
-    return key in _KNOWN and (key != "$id" or place == "#")
+def _is_followed(key: str, pointer: str) -> bool:
+    return key in _KNOWN and (key != "$id" or pointer == "#")
 
 
 def _expected(key: str, value: Any) -> str:
@@ -289,26 +289,26 @@ def _expected(key: str, value: Any) -> str:
     return ""
 
 
-def moved_schema(schema: Any, place: str) -> Any:
+def moved_schema(schema: Any, pointer: str) -> Any:
     """Point the references of a schema, from `#` on, to its place in a larger schema.
 
     Raises OptionError for a schema of too many levels.
     """
     try:
-        return _moved(schema, place)
+        return _moved(schema, pointer)
     except RecursionError as error:
         raise OptionError(
             "Option tools has parameters of too many levels, expected fewer; use $defs.", "tools"
         ) from error
 
 
-def _moved(schema: Any, place: str) -> Any:
+def _moved(schema: Any, pointer: str) -> Any:
     if isinstance(schema, list):
-        return [_moved(part, place) for part in schema]
+        return [_moved(inner, pointer) for inner in schema]
     if not isinstance(schema, Mapping):
         return schema
-    moved = {key: _moved(value, place) for key, value in schema.items()}
+    moved = {key: _moved(value, pointer) for key, value in schema.items()}
     reference = moved.get("$ref")
     if isinstance(reference, str) and reference.startswith("#"):
-        moved["$ref"] = place + reference[1:]
+        moved["$ref"] = pointer + reference[1:]
     return moved

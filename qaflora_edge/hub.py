@@ -76,8 +76,8 @@ def bundles_in(folder: Path) -> list[Path]:
 def named_bundles() -> dict[str, Path]:
     """Map names to the bundles in the places of the setting `bundles`; the first one wins."""
     by_name: dict[str, Path] = {}
-    for place in bundle_places():
-        for folder in [place] if is_bundle(place) else bundles_in(place):
+    for listed in bundle_places():
+        for folder in [listed] if is_bundle(listed) else bundles_in(listed):
             by_name.setdefault(folder.name, folder)
     return by_name
 
@@ -222,7 +222,7 @@ def fetch_hub(
         return here  # only the Hub knows whether one GGUF file is all of a repository
     from huggingface_hub import HfApi
 
-    place = None if to is None else Path(to).absolute()  # the library expands ~
+    target = None if to is None else Path(to).absolute()  # the library expands ~
     try:
         with hub_errors(f"the Hub did not give the list of files of {parsed.repo}"):
             info = HfApi().model_info(
@@ -230,20 +230,20 @@ def fetch_hub(
             )
         listed = [str(sibling.rfilename) for sibling in info.siblings or []]
         names = _choose(parsed, listed)
-        folder = _download(parsed, names, place, progress)
+        folder = _download(parsed, names, target, progress)
         if names == [BUNDLE_FILE]:
             packed = packed_files(read_bundle_text(folder))
             documents = [name for name in DOCUMENTS if name in listed]
-            folder = _download(parsed, [BUNDLE_FILE, *packed, *documents], place, progress)
+            folder = _download(parsed, [BUNDLE_FILE, *packed, *documents], target, progress)
     except DownloadError as error:
         raise DownloadError(f"Could not pull {ref}: {error}") from error
-    place = whole_path(folder, names[0] if names[0].endswith(".gguf") else None)
-    if place is None:
+    path = whole_path(folder, names[0] if names[0].endswith(".gguf") else None)
+    if path is None:
         raise DownloadError(
             f"Could not pull {ref}: {parsed.repo} lacks files that its {names[0]} names; expected "
             "all of them. Ask its owner to push it again."
         )
-    return place
+    return path
 
 
 def _choose(ref: HubRef, names: Sequence[str]) -> list[str]:
@@ -377,8 +377,8 @@ def all_here() -> list[Here]:
     first = [Here("bundle", name, path.absolute()) for name, path in bundles.items()]
     rest = []
     for model in load_registry().values():
-        if place := local_path(model):
-            rest.append(Here("base", model.name, place, is_pulled=True))
+        if base := local_path(model):
+            rest.append(Here("base", model.name, base, is_pulled=True))
     for name, path, commit in pulled():
         here = Here(_kind(path), name, path, True, commit)
         if here.kind == "bundle":

@@ -101,14 +101,14 @@ def who_spoke(fusion: "FusionWeights") -> str:
     step = fusion.plan.drafting
     if step is not None and step.mix is None:
         return f"{spelt(step.knower)} → {spelt(fusion.writer)}"
-    parts = []
+    names = []
     for name, mean in sorted(fusion.means.items(), key=itemgetter(1), reverse=True):
         weight = round(mean, 2)
         if weight:
-            parts.append(f"{spelt(name)} ×{weight:g}")
-    if len(parts) > N_ALL:
-        parts[N_TOP:] = others(len(parts) - N_TOP)
-    return " · ".join(parts) or "base"
+            names.append(f"{spelt(name)} ×{weight:g}")
+    if len(names) > N_ALL:
+        names[N_TOP:] = others(len(names) - N_TOP)
+    return " · ".join(names) or "base"
 
 
 def doubts(fusion: "FusionWeights") -> list[str]:
@@ -161,11 +161,11 @@ def reason_rows(fusion: "FusionWeights") -> list[list[str]]:
         return []
     places: list[str] = []
     thresholds: Mapping[str, float] = {}
-    parts: dict[str, str] = {}
+    roles: dict[str, str] = {}
     if reasons:
         places = list(reasons[0].scores)
         thresholds = reasons[0].thresholds
-        parts = _parts(fusion)
+        roles = _roles(fusion)
     digits = ".2f" if thresholds else ".3g"
     means = fusion.weights.mean(axis=1)  # [n_adapter]
     shown = top(fusion)
@@ -174,21 +174,21 @@ def reason_rows(fusion: "FusionWeights") -> list[list[str]]:
         name = fusion.adapters[index]
         row = [name, f"{means[index]:.2f}"]
         row += [f"{reasons[index].scores[place]:{digits}}" for place in places]
-        if parts:
-            row.append(parts.get(name, "-"))
+        if roles:
+            row.append(roles.get(name, "-"))
         rows.append(row)
     rows += [[text] for text in others(len(means) - len(shown))]
     if thresholds:
         needed = [f"{thresholds[place]:.2f}" if place in thresholds else "" for place in places]
         rows.append(["threshold", "", *needed])
     heads = ["adapter", "weight", *places]
-    if parts:
+    if roles:
         heads.append("taken as")
     return [heads, *rows]
 
 
-def _parts(fusion: "FusionWeights") -> dict[str, str]:
-    """Map adapters to what they were taken for, where they were: a place, or a part of a relay."""
+def _roles(fusion: "FusionWeights") -> dict[str, str]:
+    """Map adapters to what they were taken for, where they were: a place, or a role in a relay."""
     step = fusion.plan.drafting
     if step is not None:
         return {step.knower: "knower", fusion.writer: "writer"}
@@ -197,15 +197,15 @@ def _parts(fusion: "FusionWeights") -> dict[str, str]:
 
 def facts(fusion: "FusionWeights") -> str:
     """Say how weights came about."""
-    parts = [f"strategy {fusion.strategy}"]
+    phrases = [f"strategy {fusion.strategy}"]
     if fusion.divergence is not None:
         for option in fusion.measured.reads:
-            parts.append(f"{option} {getattr(fusion, option)}")
-    parts.append(f"{fusion.prompt_tokens} prompt tokens")
+            phrases.append(f"{option} {getattr(fusion, option)}")
+    phrases.append(f"{fusion.prompt_tokens} prompt tokens")
     if fusion.probe_ms > 0:
-        parts.append(f"probe {fusion.probe_ms:.0f} ms")
-    parts += doubts(fusion)
-    return ", ".join(parts)
+        phrases.append(f"probe {fusion.probe_ms:.0f} ms")
+    phrases += doubts(fusion)
+    return ", ".join(phrases)
 
 
 def scale(fusion: "FusionWeights") -> tuple[float, float]:

@@ -46,8 +46,8 @@ class Batch:
             if span.outputs == "last":
                 logits[-1] = 1
             elif not isinstance(span.outputs, str):
-                for place in span.outputs:
-                    logits[place - n] = 1
+                for at in span.outputs:
+                    logits[at - n] = 1
             self.last.append(len(token) - 1)
         self.n_token = len(token)
         self.n_output = sum(logits)

@@ -137,8 +137,8 @@ def check_worker(endpoint: str) -> None:
         with socket.create_connection((host, int(port)), GREETING_S) as connection:
             why = "it does not answer as a worker: it serves another client, or is something else"
             connection.sendall(_HELLO)
-            while part := connection.recv(_HELLO_ANSWER.size - len(answer)):
-                answer += part
+            while received := connection.recv(_HELLO_ANSWER.size - len(answer)):
+                answer += received
     except OSError:
         pass
     if len(answer) == _HELLO_ANSWER.size:

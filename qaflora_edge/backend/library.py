@@ -94,8 +94,8 @@ def library_dir() -> Path:
         from importlib.metadata import PackageNotFoundError, distribution  # slow to import
 
         with contextlib.suppress(PackageNotFoundError):
-            place = distribution("qaflora-edge").locate_file("qaflora_edge/lib")
-            installed = Path(str(place))
+            located = distribution("qaflora-edge").locate_file("qaflora_edge/lib")
+            installed = Path(str(located))
             return installed if installed.is_dir() else beside
     return beside
 

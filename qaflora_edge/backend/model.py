@@ -224,8 +224,8 @@ class Model(Handle):
             _check_going_on(len(tokens), n_most, cancel)
             n_tried = _LARGE_BLOCK
             while n_most is not None and n_tried < len(block):
-                part = self._split(block[:n_tried], False, parse_special)
-                _check_going_on(len(tokens) + len(part), n_most, cancel)
+                tried = self._split(block[:n_tried], False, parse_special)
+                _check_going_on(len(tokens) + len(tried), n_most, cancel)
                 n_tried *= 4
             tokens += self._split(block, False, parse_special)
         return tokens + around[n_before:]

@@ -139,17 +139,17 @@ def cached_bundle(base: Path, adapters: Sequence[tuple[str, str]], progress: Tel
     """
     source.check_names([name for name, _ in adapters])
     files = [base]
-    parts = [__version__]
+    facts = [__version__]
     for name, reference in adapters:
         path = source.find_adapter(reference).path
         if path.is_dir():
             files += adapter_files(adapter_folder(path))
         else:
             files.append(path)
-        parts += [name, str(len(files))]
+        facts += [name, str(len(files))]
     for file in files:
-        parts.append(f"{file.absolute()} {file_state(file)}")
-    identity = os.fsencode("\n".join(parts))
+        facts.append(f"{file.absolute()} {file_state(file)}")
+    identity = os.fsencode("\n".join(facts))
     key = hashlib.sha256(identity).hexdigest()[:16]
     folder = cache_dir() / "mixes" / key / base.stem
     make_folder(folder.parent, "the environment variable QAFLORA_CACHE")
@@ -157,16 +157,17 @@ def cached_bundle(base: Path, adapters: Sequence[tuple[str, str]], progress: Tel
         if folder.exists():
             checksum(base)  # it lies outside of the bundle, and may be forgotten
         else:
-            part = folder.with_name(f"{base.stem}.part")  # may be left by a run that was ended
-            shutil.rmtree(part, ignore_errors=True)
-            create_bundle(part, base, adapters, name=base.stem, progress=progress)
-            text = read_bundle_text(part)
+            # It may be left by a run that was ended.
+            unfinished = folder.with_name(f"{base.stem}.part")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            create_bundle(unfinished, base, adapters, name=base.stem, progress=progress)
+            text = read_bundle_text(unfinished)
             targets = {adapter.name: adapter.targets for adapter in text.adapters}
             known = known_of(text)
             weigher = Weigher(tuple(targets), text.base.n_layer, targets=targets)
             if UNMEASURED in weigher.followed:
-                set_default(part, UNMEASURED, lens=known.lens, pool=known.pool)
-            part.rename(folder)
+                set_default(unfinished, UNMEASURED, lens=known.lens, pool=known.pool)
+            unfinished.rename(folder)
     return folder
 
 
@@ -210,6 +211,6 @@ def with_adapter(
     raw = {"base": {"n_layer": both.header.n_layer}, "adapters": records, "fusion": fusion}
     for strategy in strategies:
         with suppress(BundleError):  # this adapter cannot be weighed by it
-            measure_typical(both.place, raw, strategy, both.base_path, engine, progress)
+            measure_typical(both.path, raw, strategy, both.base_path, engine, progress)
     known = replace(both.known, typical=fusion["typical"])
     return replace(both, known=known)

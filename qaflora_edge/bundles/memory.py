@@ -66,7 +66,7 @@ class BundleMemory:
 
     def open(
         self,
-        place: Path,
+        path: Path,
         adapters: Mapping[str, Path] | None,
         defaults: Mapping[str, str | None],
         *,
@@ -97,12 +97,12 @@ class BundleMemory:
             reader = Reader(core.model, core.n_ctx, system or None, examples, reasoning)
             from qaflora_edge.bundles.taught import Taught
 
-            self.taught = Taught(place, self._base_sha256, opened.header.n_embd)
+            self.taught = Taught(path, self._base_sha256, opened.header.n_embd)
             core.examples = self.taught.examples
             self.current = AdapterSet(core, weigher, reader, seed)
 
         with self._loading() as begin:
-            self.files = load_bundle(place, adapters, begin=begin, use=use)
+            self.files = load_bundle(path, adapters, begin=begin, use=use)
         self.taught.examples()  # a damaged file is told of now
         self._cores = [weakref.ref(self.current.core)]
 
@@ -217,7 +217,7 @@ class BundleMemory:
             self._chooses = False
 
 
-def places_of(
+def paths_of(
     bundle: AnyPath | None, base: AnyPath | None, adapters: Mapping[str, AnyPath] | None
 ) -> tuple[Path, dict[str, Path] | None]:
     """Give the bundle, or the base and its adapters, as load_bundle takes them."""

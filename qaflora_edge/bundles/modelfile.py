@@ -58,7 +58,7 @@ class Modelfile:
     """What a Modelfile asks for, as create_bundle takes it.
 
     base      of FROM: a file, or a name that create_bundle knows
-    adapters  name and place of each
+    adapters  name and path of each
     sampling  option -> value, of PARAMETER
     examples  messages, of MESSAGE
     notes     a sentence for each line that is left out because it changes no answer
@@ -98,13 +98,13 @@ def read_modelfile(path: Path) -> Modelfile:
                 f"{MAX_COMMANDS}. Leave some out."
             )
             break
-        part = Modelfile()
+        of_group = Modelfile()
         for command in group:
             try:
-                _take(part, command, path, froms)
+                _take(of_group, command, path, froms)
             except InputFileError as problem:
                 problems.append(f"{path}:{command.line}: {problem}")
-        _add(modelfile, part)
+        _add(modelfile, of_group)
     if problems:
         raise InputFileError(" ".join(problems))
     return modelfile
@@ -160,7 +160,7 @@ def _word(text: str) -> tuple[str, str]:
     return word, rest.strip()
 
 
-def _take(part: Modelfile, command: Command, path: Path, froms: Sequence[Command]) -> None:
+def _take(modelfile: Modelfile, command: Command, path: Path, froms: Sequence[Command]) -> None:
     name = command.name
     if name == "FROM":
         line = froms[0].line
@@ -169,30 +169,30 @@ def _take(part: Modelfile, command: Command, path: Path, froms: Sequence[Command
         raise InputFileError(f"{name} is not taken: the base brings its own. Leave the line out.")
     idle = command.argument if name == "PARAMETER" else name
     if idle in _IDLE:
-        part.notes.append(f"{path}:{command.line}: {idle} is left out: it changes no answer.")
+        modelfile.notes.append(f"{path}:{command.line}: {idle} is left out: it changes no answer.")
     elif name == "ADAPTER":
-        place = _adapter(command.value, path.parent)
-        part.adapters.append((place.name, place))
+        adapter_path = _adapter(command.value, path.parent)
+        modelfile.adapters.append((adapter_path.name, adapter_path))
     elif name == "LICENSE":
-        part.license = "\n\n".join(filter(None, (part.license, command.value)))
+        modelfile.license = "\n\n".join(filter(None, (modelfile.license, command.value)))
     elif name == "PARAMETER":
-        _take_parameter(part, command)
+        _take_parameter(modelfile, command)
     elif name == "SYSTEM" or command.argument == "system":
-        part.system = command.value
+        modelfile.system = command.value
     elif command.argument in ROLES:
-        part.examples.append({"role": command.argument, "content": command.value})
+        modelfile.examples.append({"role": command.argument, "content": command.value})
     else:
         expected = ", ".join(ROLES)
         raise InputFileError(f"the role is {command.argument!r:.40}, expected one of {expected}.")
 
 
-def _take_parameter(part: Modelfile, command: Command) -> None:
+def _take_parameter(modelfile: Modelfile, command: Command) -> None:
     name = command.argument
     value = command.value
     if name == "repeat_last_n" and value == "64":
         return
     if name == "stop":
-        part.sampling["stop"] = [*part.sampling.get("stop", []), value]
+        modelfile.sampling["stop"] = [*modelfile.sampling.get("stop", []), value]
         return
     if name not in SAMPLING:
         raise InputFileError(
@@ -202,7 +202,7 @@ def _take_parameter(part: Modelfile, command: Command) -> None:
     option = in_group("sampling")[key]
     number = option.parsed(value)
     if option.fits(number):
-        part.sampling[option.name] = number
+        modelfile.sampling[option.name] = number
         return
     is_open = name in _SIGNED and isinstance(number, int) and number < 0
     if not is_open:
@@ -210,32 +210,32 @@ def _take_parameter(part: Modelfile, command: Command) -> None:
 
 
 def _adapter(value: str, folder: Path) -> Path:
-    place = folder / expanded(value)
-    if not os.path.exists(place):
+    path = folder / expanded(value)
+    if not os.path.exists(path):
         raise InputFileError(
-            f"the adapter {place} {what_is_at(place)}; expected a PEFT folder, its safetensors "
+            f"the adapter {path} {what_is_at(path)}; expected a PEFT folder, its safetensors "
             "file, or an adapter GGUF. Correct the path."
         )
-    if place.suffix != ".safetensors":
-        return place
-    if not os.path.isfile(place.parent / CONFIG_FILE):
+    if path.suffix != ".safetensors":
+        return path
+    if not os.path.isfile(path.parent / CONFIG_FILE):
         raise InputFileError(
-            f"{CONFIG_FILE} is missing in {place.parent.absolute()}; expected it next to "
-            f"{place.name}, for it has the adapter's scale. Give the folder that PEFT wrote."
+            f"{CONFIG_FILE} is missing in {path.parent.absolute()}; expected it next to "
+            f"{path.name}, for it has the adapter's scale. Give the folder that PEFT wrote."
         )
-    return place.parent
+    return path.parent
 
 
-def _add(modelfile: Modelfile, part: Modelfile) -> None:
-    """Put a part behind what is there: of two texts or values the later one counts."""
-    for title, place in part.adapters:
+def _add(modelfile: Modelfile, later: Modelfile) -> None:
+    """Put what another has behind what is there: of two texts or values the later one counts."""
+    for title, path in later.adapters:
         name = _adapter_name(title, [name for name, _ in modelfile.adapters])
-        modelfile.adapters.append((name, place))
-    modelfile.system = part.system or modelfile.system
-    modelfile.license = part.license or modelfile.license
-    modelfile.examples = part.examples or modelfile.examples
-    modelfile.sampling |= part.sampling
-    modelfile.notes += part.notes
+        modelfile.adapters.append((name, path))
+    modelfile.system = later.system or modelfile.system
+    modelfile.license = later.license or modelfile.license
+    modelfile.examples = later.examples or modelfile.examples
+    modelfile.sampling |= later.sampling
+    modelfile.notes += later.notes
 
 
 def _adapter_name(title: str, taken: Sequence[str]) -> str:
@@ -254,14 +254,14 @@ def _adapter_name(title: str, taken: Sequence[str]) -> str:
 
 
 def _base(command: Command, folder: Path) -> tuple[AnyPath, list[Command]]:
-    place = folder / expanded(command.value)
-    if os.path.isdir(place):
+    path = folder / expanded(command.value)
+    if os.path.isdir(path):
         raise InputFileError(
-            f"the base {place} is a folder, expected a GGUF file. Convert it with llama.cpp's "
+            f"the base {path} is a folder, expected a GGUF file. Convert it with llama.cpp's "
             "convert_hf_to_gguf.py."
         )
-    if os.path.isfile(place):
-        return place, []
+    if os.path.isfile(path):
+        return path, []
     if command.value in load_registry():
         return command.value, []
     if model := _manifest(command.value):
@@ -269,10 +269,10 @@ def _base(command: Command, folder: Path) -> tuple[AnyPath, list[Command]]:
     if command.value.endswith(".gguf") and command.value.count("/") >= 2:
         parse_hub_ref(command.value)
         return command.value, []
-    places = " or ".join(map(str, ollama_folders()))
+    folders = " or ".join(map(str, ollama_folders()))
     raise InputFileError(
         f"the base {command.value:.100} is no file in {folder.absolute()}, no name of `qaflora "
-        f"models`, and no model of Ollama in {places}; expected one of them. Correct it, set "
+        f"models`, and no model of Ollama in {folders}; expected one of them. Correct it, set "
         "OLLAMA_MODELS, or fetch the model with `ollama pull`."
     )
 
@@ -289,9 +289,9 @@ def _manifest(name: str) -> tuple[Path, Path] | None:
     *owners, last = name.split("/")
     model, _, tag = last.partition(":")
     n_missing = max(0, 2 - len(owners))
-    parts = [*("registry.ollama.ai", "library")[:n_missing], *owners, model]
-    tail = Path(*parts, tag or "latest")
-    if len(parts) != 3 or not all(map(_PART.fullmatch, tail.parts)):
+    folders = [*("registry.ollama.ai", "library")[:n_missing], *owners, model]
+    tail = Path(*folders, tag or "latest")
+    if len(folders) != 3 or not all(map(_PART.fullmatch, tail.parts)):
         return None
     for folder in ollama_folders():
         path = folder / "manifests" / tail

@@ -51,7 +51,7 @@ Begin = Callable[[GgufHeader], None]
 class BundleFiles:
     """A base and its adapters, each parsed and checked once.
 
-    place     folder of the bundle, or the base's file
+    path      folder of the bundle, or the base's file
     header    of the base
     adapters  name -> facts of its file, in order
     states    file -> its state when it was checked, for check_unchanged after its use
@@ -59,7 +59,7 @@ class BundleFiles:
     text      what bundle.json says, of a bundle
     """
 
-    place: Path
+    path: Path
     header: GgufHeader = field(repr=False)
     adapters: "Mapping[str, AdapterInfo]" = field(repr=False)
     states: Mapping[Path, FileState] = field(repr=False)
@@ -76,7 +76,7 @@ class BundleFiles:
 
 
 def load_bundle(
-    place: Path,
+    path: Path,
     adapters: Mapping[str, Path] | None = None,
     *,
     always_hash: bool = False,
@@ -88,7 +88,7 @@ def load_bundle(
 
     A bundle that is edited meanwhile is read again: files of one state belong together.
 
-    place        a bundle's folder, or the file of a base
+    path         a bundle's folder, or the file of a base
     adapters     name -> adapter GGUF, with a base
     always_hash  hash and check also files that are known in this state: see formats.inputs
     begin        called with the base's header once it is checked, before adapters are read
@@ -99,27 +99,27 @@ def load_bundle(
     for a file that cannot be used.
     """
     for _ in range(MAX_EDITS):
-        edit = _last_edit(place)
+        edit = _last_edit(path)
         try:
-            opened = _read_files(place, adapters, always_hash, progress, begin)
+            opened = _read_files(path, adapters, always_hash, progress, begin)
             use(opened)
             return opened
         except QafloraError:
-            if _last_edit(place) == edit:
+            if _last_edit(path) == edit:
                 raise
-    raise changed_file(place / BUNDLE_FILE, BundleError)
+    raise changed_file(path / BUNDLE_FILE, BundleError)
 
 
-def _last_edit(place: Path) -> tuple[int, int]:
+def _last_edit(path: Path) -> tuple[int, int]:
     """Give time and number of bundle.json: each edit replaces the file. A base alone has none."""
     with suppress(OSError):
-        status = os.stat(place / BUNDLE_FILE)
+        status = os.stat(path / BUNDLE_FILE)
         return status.st_mtime_ns, status.st_ino
     return 0, 0
 
 
 def _read_files(
-    place: Path,
+    path: Path,
     adapters: Mapping[str, Path] | None,
     always_hash: bool,
     progress: Tell,
@@ -133,15 +133,15 @@ def _read_files(
     from qaflora_edge.formats.base import check_base, check_record
 
     text = None
-    base = place
-    if adapters is None and not is_base(place):
-        text = read_bundle_text(place)
-        adapters = adapter_paths(place, text)
-        recorded = recorded_base(place, text.base)
+    base = path
+    if adapters is None and not is_base(path):
+        text = read_bundle_text(path)
+        adapters = adapter_paths(path, text)
+        recorded = recorded_base(path, text.base)
         if recorded is None:
             raise BundleError(
-                f"Cannot open the bundle {place}: its base ({text.base.architecture}, "
-                f"{text.base.size_bytes} bytes) is not here; {how_to_get_base(place, text.base)}."
+                f"Cannot open the bundle {path}: its base ({text.base.architecture}, "
+                f"{text.base.size_bytes} bytes) is not here; {how_to_get_base(path, text.base)}."
             )
         base = recorded
     adapters = adapters or {}
@@ -153,13 +153,13 @@ def _read_files(
         check_record(text, header)
     begin(header)
     infos: dict[str, AdapterInfo] = {}
-    for name, path in adapters.items():
-        adapter = read_gguf_header(path)
-        infos[name] = read_adapter(adapter, header, checks_values=path not in known_good)
+    for name, adapter_path in adapters.items():
+        adapter = read_gguf_header(adapter_path)
+        infos[name] = read_adapter(adapter, header, checks_values=adapter_path not in known_good)
     if states.keys() != known_good:
         remember_passed(states, base)
     return BundleFiles(
-        place=place, header=header, adapters=infos, states=states, known=known_of(text), text=text
+        path=path, header=header, adapters=infos, states=states, known=known_of(text), text=text
     )
 
 

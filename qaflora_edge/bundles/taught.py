@@ -110,12 +110,12 @@ class Change:
 class Taught:
     """Keep what was taught of one bundle: the file is read again when it has changed.
 
-    place   the bundle's folder, or the base's file
+    bundle  its folder, or the base's file
     base    gives the base's SHA-256
     """
 
-    def __init__(self, place: Path, base: Callable[[], str], n_embd: int) -> None:
-        self._place = place
+    def __init__(self, bundle: Path, base: Callable[[], str], n_embd: int) -> None:
+        self._bundle = bundle
         self._base = base
         self._n_embd = n_embd
         self._lock = RLock()
@@ -125,7 +125,7 @@ class Taught:
 
     def examples(self) -> "Examples | None":
         """Give the examples by now; None where there are none. Raises BundleError."""
-        path = read_path(self._place)
+        path = read_path(self._bundle)
         with self._lock:
             state = _file_state(path)
             if state != self._state:
@@ -207,10 +207,10 @@ class Taught:
 
     def _put(self, current: "AdapterSet", adapter: str, lines: Sequence[Line]) -> Change:
         """Add lines; those of the same questions go, whoever's they were."""
-        before = read_lines(read_path(self._place), self._header())
+        before = read_lines(read_path(self._bundle), self._header())
         has_generic = any(line.kind == "generic" for line in before)
         generic = [] if has_generic else _generic_lines(current)
-        with changing(self._place, self._header()) as kept:
+        with changing(self._bundle, self._header()) as kept:
             if not any(line.kind == "generic" for line in kept):
                 kept[:0] = generic
             new: list[Line] = []
@@ -227,43 +227,43 @@ class Taught:
 
     def forget(self, adapter: str) -> int:
         """Forget an adapter's examples and description; count them."""
-        return forget(self._place, adapter)
+        return forget(self._bundle, adapter)
 
     def undo(self) -> str | None:
         """Take back the last call of teach; name its adapter, or None."""
         if not self._undo:
             return None
         change = self._undo.pop()
-        with changing(self._place, self._header()) as kept:
+        with changing(self._bundle, self._header()) as kept:
             kept[:] = [line for line in kept if line not in change.new]
             kept += change.replaced
         return change.adapter
 
 
-def counts_of(place: Path) -> dict[str, int]:
+def counts_of(bundle: Path) -> dict[str, int]:
     """Count example questions by adapter, and of BASE, without its base. Raises BundleError."""
-    lines = read_lines(read_path(place))
+    lines = read_lines(read_path(bundle))
     return dict(Counter(line.adapter for line in lines if not line.kind))
 
 
-def forget(place: Path, adapter: str) -> int:
+def forget(bundle: Path, adapter: str) -> int:
     """Forget the examples and the description of an adapter; count them."""
-    if not read_path(place).exists():
+    if not read_path(bundle).exists():
         return 0
-    with changing(place) as lines:
+    with changing(bundle) as lines:
         n_before = len(lines)
         lines[:] = [line for line in lines if line.adapter != adapter]
         return n_before - len(lines)
 
 
 @contextmanager
-def changing(place: Path, header: Header | None = None) -> Iterator[list[Line]]:
+def changing(bundle: Path, header: Header | None = None) -> Iterator[list[Line]]:
     """Hold the file for one change: give its lines, which are written when the block succeeds.
 
     header  of the base that is open; None: as the file has it
     """
-    with cache_lock(f"taught {os.path.realpath(place)}"):
-        path = read_path(place)
+    with cache_lock(f"taught {os.path.realpath(bundle)}"):
+        path = read_path(bundle)
         header = header or read_header(path)
         before = read_lines(path, header)
         lines = list(before)
@@ -275,11 +275,11 @@ def changing(place: Path, header: Header | None = None) -> Iterator[list[Line]]:
                 f"{path} would have {len(lines)} lines, expected at most {MAX_LINES}. Teach fewer "
                 "questions: a spread of 32 an adapter says as much."
             )
-        target = write_path(place)
+        target = write_path(bundle)
         make_folder(target.parent, "the environment variable XDG_DATA_HOME")
         encode = msgspec.json.encode
         with atomic_path(target) as temporary:
-            temporary.write_bytes(b"".join(encode(part) + b"\n" for part in (header, *lines)))
+            temporary.write_bytes(b"".join(encode(line) + b"\n" for line in (header, *lines)))
 
 
 def read_header(path: Path) -> Header:
@@ -346,19 +346,19 @@ def _damaged(path: Path, number: int, error: Exception) -> BundleError:
     )
 
 
-def read_path(place: Path) -> Path:
+def read_path(bundle: Path) -> Path:
     """Give where examples are read: the user's own come before a bundle's that is read only."""
-    written = write_path(place)
-    if written.exists() or not place.is_dir():
+    written = write_path(bundle)
+    if written.exists() or not bundle.is_dir():
         return written
-    return safe_join(place, TAUGHT_FILE)
+    return safe_join(bundle, TAUGHT_FILE)
 
 
-def write_path(place: Path) -> Path:
+def write_path(bundle: Path) -> Path:
     """Give where examples are written."""
-    if place.is_dir() and os.access(place, os.W_OK) and not link_roots(place):
-        return safe_join(place, TAUGHT_FILE)
-    key = hashlib.sha256(os.fsencode(os.path.realpath(place))).hexdigest()
+    if bundle.is_dir() and os.access(bundle, os.W_OK) and not link_roots(bundle):
+        return safe_join(bundle, TAUGHT_FILE)
+    key = hashlib.sha256(os.fsencode(os.path.realpath(bundle))).hexdigest()
     return data_dir() / "taught" / f"{key[:16]}.jsonl"
 
 

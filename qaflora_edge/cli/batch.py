@@ -232,12 +232,12 @@ class _Job:
             names = crop(", ".join(map(repr, self.unknown)), 400)
             say(f"Not options of a request, and ignored: {names}")
         rate = self.n_token / seconds if seconds > 0 else 0.0
-        parts = [f"{self.n_done} lines done, {self.n_token} tokens at {rate:.1f} tok/s"]
+        phrases = [f"{self.n_done} lines done, {self.n_token} tokens at {rate:.1f} tok/s"]
         if n_before := len(self.digests):
-            parts.append(f"{n_before} were done before")
+            phrases.append(f"{n_before} were done before")
         if self.n_failed:
-            parts.append(f"{self.n_failed} failed, the first: {self.first_failure}")
-        say(f"[{one_line('; '.join(parts))}]")
+            phrases.append(f"{self.n_failed} failed, the first: {self.first_failure}")
+        say(f"[{one_line('; '.join(phrases))}]")
 
 
 def answer_file(
@@ -292,14 +292,14 @@ def _key(
     bundle: str, options: SharedOptions, sampling: Sampling, system: str | None, *flags: bool
 ) -> str:
     """Equal where the bundle and all options are that decide an answer."""
-    place = bundle_folder(bundle)
-    if not is_base(place):
-        read_bundle_text(place)  # says what is wrong with it
-        place /= BUNDLE_FILE
+    path = bundle_folder(bundle)
+    if not is_base(path):
+        read_bundle_text(path)  # says what is wrong with it
+        path /= BUNDLE_FILE
     engine = {name: value for name, value in options.engine.items() if name not in _NO_MATTER}
     chosen = {name: getattr(sampling, name) for name in options.keywords("sampling")}
     chosen["grammar"] = sampling.grammar
-    facts = [checksum(place), engine, options.raw_prompt, chosen, system, *flags]
+    facts = [checksum(path), engine, options.raw_prompt, chosen, system, *flags]
     facts_json = json.dumps(facts, sort_keys=True)
     return hashlib.sha256(facts_json.encode()).hexdigest()[:12]
 

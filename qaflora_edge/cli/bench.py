@@ -87,7 +87,7 @@ def bench(
     loaded = load_bundle(bundle_folder(bundle))
     if not loaded.adapter_paths:
         raise BundleError(
-            f"Cannot measure the bundle {loaded.place}: it has no adapters, expected at least "
+            f"Cannot measure the bundle {loaded.path}: it has no adapters, expected at least "
             "one. Give a bundle with adapters."
         )
     sizes |= {"max_tokens": options.max_tokens}
@@ -116,7 +116,7 @@ def _measured(
         if "decode" in only:
             measured["decode"] = [*parts.measure_decode(rig, plan, tell)]
         if "ttft" in only:
-            with Engine(loaded.place, **engine_options) as engine:
+            with Engine(loaded.path, **engine_options) as engine:
                 measured["ttft"] = [*parts.measure_first_token(rig, engine, plan, tell)]
     return measured
 

@@ -45,8 +45,8 @@ def doctor(as_json: bool) -> None:
     else:
         click.echo(_lines(report))
         if error is None:
-            place = "a GPU" if library["gpu_offload"] else "the CPU"
-            click.echo(f"All is well: the library fits this version and computes on {place}.")
+            processor = "a GPU" if library["gpu_offload"] else "the CPU"
+            click.echo(f"All is well: the library fits this version and computes on {processor}.")
     if error is not None:
         raise error
 

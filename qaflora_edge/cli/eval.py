@@ -154,13 +154,13 @@ def _keep(results: "Results", records: "Iterable[Record]", n_asked: int) -> None
                 n_token += record.get("n_token", 0)
                 tell("Evaluating", n_done, n_asked)
     finally:  # also of Ctrl-C
-        parts = [f"{n_done} results in {time.perf_counter() - start:.0f} s, {n_token} tokens"]
+        phrases = [f"{n_done} results in {time.perf_counter() - start:.0f} s, {n_token} tokens"]
         if n_before:
-            parts.append(f"{n_before} were there before")
+            phrases.append(f"{n_before} were there before")
         if failed := results.failed:
             first = "{task}, item {item}: {error}".format_map(failed[0])
-            parts.append(f"{len(failed)} failed, the first: {first}")
-        say(f"[{one_line('; '.join(parts))}]")
+            phrases.append(f"{len(failed)} failed, the first: {first}")
+        say(f"[{one_line('; '.join(phrases))}]")
 
 
 def _print_tables(results: "Sequence[Cell]") -> None:

@@ -58,10 +58,10 @@ def models() -> None:
 
     for model in load_registry().values():
         path = local_path(model)
-        place = f"here: {path}" if path else f"get it: qaflora pull {model.name}"
+        how = f"here: {path}" if path else f"get it: qaflora pull {model.name}"
         click.echo(
             f"{model.name}: {model.description}; {model.size_bytes / 1e6:.0f} MB, {model.kind}, "
-            f"{model.license}\n  {place}"
+            f"{model.license}\n  {how}"
         )
 
 

@@ -295,14 +295,14 @@ def _with_adapters(adapters: Sequence[tuple[str, str]], base: str, *others: str)
     from qaflora_edge.bundles.create import cached_bundle
     from qaflora_edge.formats.bundle import is_base
 
-    place = bundle_folder(base)
-    if others or not is_base(place):
+    base_path = bundle_folder(base)
+    if others or not is_base(base_path):
         raise click.UsageError(
             f"--adapter goes with one base, a .gguf file, and not with {' '.join((base, *others))};"
             " to put an adapter into a bundle: qaflora bundle add DIR PATH."
         )
     with progress_bars() as tell:
-        folder = cached_bundle(place, adapters, tell)
+        folder = cached_bundle(base_path, adapters, tell)
     words = ["qaflora", "bundle", "create", "my-bundle", "--base", base]
     for name, path in adapters:
         words += ["--adapter", f"{name}={path}"]

@@ -101,18 +101,18 @@ def thought_parts(answer: "Generation") -> list[str]:
 def summary_line(answer: "Generation") -> str:
     """Mix, times and the reason of the end, in one line."""
     timings = answer.timings
-    parts = [who_spoke(answer.fusion), *doubts(answer.fusion), f"probe {timings.probe_ms:.0f} ms"]
+    phrases = [who_spoke(answer.fusion), *doubts(answer.fusion), f"probe {timings.probe_ms:.0f} ms"]
     if answer.n_draft:
-        parts.append(f"draft {answer.n_draft} tokens")
-    parts.append(f"prefill {timings.prefill_ms:.0f} ms")
+        phrases.append(f"draft {answer.n_draft} tokens")
+    phrases.append(f"prefill {timings.prefill_ms:.0f} ms")
     tokens = f"{answer.n_completion} tokens"
     if timings.n_decoded:  # none where the draft is the answer
         tokens += f" at {timings.tokens_per_second:.1f} tok/s"
-    parts.append(tokens)
-    parts += thought_parts(answer)
+    phrases.append(tokens)
+    phrases += thought_parts(answer)
     if answer.finish_reason == "length":
-        parts.append("cut at the limit of tokens")
-    return f"[{'; '.join(parts)}]"
+        phrases.append("cut at the limit of tokens")
+    return f"[{'; '.join(phrases)}]"
 
 
 def is_shown() -> bool:

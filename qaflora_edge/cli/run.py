@@ -119,9 +119,9 @@ def run(
         raise click.UsageError("-o is for the answers to --prompts FILE.")
     if [prompt, file, prompts_path, schema_path, grammar_path].count("-") > 1:
         raise click.UsageError("stdin (`-`) can be read only once.")
-    parts = [] if prompt is None else [cli.read_prompt(prompt)]
-    parts += [] if file is None else [cli.check_prompt(read_message(file))]
-    text = "\n\n".join([*parts, piped] if piped else parts)
+    texts = [] if prompt is None else [cli.read_prompt(prompt)]
+    texts += [] if file is None else [cli.check_prompt(read_message(file))]
+    text = "\n\n".join([*texts, piped] if piped else texts)
     sampling = replace(options.sampling, grammar=_read_grammar(schema_path, grammar_path))
     if schema_path is not None:
         sampling = replace(sampling, stop=())  # one out of the settings is meant for prose

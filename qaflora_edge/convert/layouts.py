@@ -90,7 +90,7 @@ def grouped_rows(module: Module) -> list[Index]:
     q = rows[:, :-2]
     k = rows[:, -2]
     v = rows[:, -1]
-    return [part.reshape(-1) for part in (q, k, v)]
+    return [head_rows.reshape(-1) for head_rows in (q, k, v)]
 
 
 def neox_rows(n_out: int, n_head: int, n_rotary: int) -> Index:
@@ -234,7 +234,7 @@ def qwen3next_rows(module: Module) -> Parts:
     k_end = 2 * n_dim
     v_end = k_end + n_inner // n_key
     q, k, v, z = np.split(rows, [n_dim, k_end, v_end], axis=1)
-    flat = [part.reshape(-1) for part in (q, k, v)]
+    flat = [head_rows.reshape(-1) for head_rows in (q, k, v)]
     qkv = np.concatenate(flat)
     return (
         Part(module.beside("attn_qkv"), qkv),

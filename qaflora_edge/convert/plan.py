@@ -99,8 +99,8 @@ def plan_modules(adapter: PeftAdapter, header: GgufHeader) -> tuple[float, list[
             experts.append(module)
             continue
         factor = _scale_factor(module.scale, module.rank, alpha)
-        for part in _place(pair, module, layout, name_map):
-            target = PlannedModule(module, f"{part.tensor}.weight", factor, part.rows, part.columns)
+        for cut in _place(pair, module, layout, name_map):
+            target = PlannedModule(module, f"{cut.tensor}.weight", factor, cut.rows, cut.columns)
             if other := planned.get(target.base_name):
                 raise pair.unsupported(
                     f"modules {other.name} and {module.name} both name {target.base_name} of the "
@@ -113,8 +113,8 @@ def plan_modules(adapter: PeftAdapter, header: GgufHeader) -> tuple[float, list[
 
 
 def _natural_key(base_name: str) -> tuple[int, str]:
-    parts = base_name.split(".")
-    return (int(parts[1]), parts[2]) if parts[0] == "blk" else (-1, base_name)
+    words = base_name.split(".")
+    return (int(words[1]), words[2]) if words[0] == "blk" else (-1, base_name)
 
 
 def _common_alpha(modules: Iterable[PeftModule]) -> float:
@@ -256,23 +256,23 @@ def _plan_experts(pair: _Pair, modules: Sequence[PeftModule], alpha: float) -> l
     members: dict[str, dict[int, PeftModule]] = defaultdict(dict)
     planned: dict[str, Planned] = {}
 
-    def put(places: dict[Any, Any], place: Any, value: Any, module: PeftModule) -> None:
-        if place in places:
+    def put(taken: dict[Any, Any], key: Any, value: Any, module: PeftModule) -> None:
+        if key in taken:
             raise pair.unsupported(
-                f"modules {places[place].name} and {module.name} are of the same experts; expected "
+                f"modules {taken[key].name} and {module.name} are of the same experts; expected "
                 "one LoRA for each. Save it again."
             )
-        places[place] = value
+        taken[key] = value
 
     for module in modules:
         layer, expert, stem = _expert_place(pair, module)
         if expert is not None:
             put(members[f"blk.{layer}.ffn_{stem}_exps.weight"], expert, module, module)
             continue
-        parts = _expert_parts(pair, module)
-        is_swapped = _is_swapped(pair, module, [name for name, _ in parts])
+        tensors = _expert_parts(pair, module)
+        is_swapped = _is_swapped(pair, module, [name for name, _ in tensors])
         factor = _scale_factor(module.scale, module.rank, alpha)
-        for name, rows in parts:
+        for name, rows in tensors:
             _, n_out, n_in = _expert_shape(pair, module, name)
             shape = module.n_expert, module.rank, n_in, n_out
             experts_of = StackedExperts(module, name, *shape, factor, rows, is_swapped)

@@ -198,10 +198,10 @@ def source_deltas(module: Planned) -> Iterator[Delta]:
             yield Delta(left[rows], right, source.scale)
 
 
-def _all_or(part: Index | None) -> Index | slice:
-    if part is None:
+def _all_or(rows: Index | None) -> Index | slice:
+    if rows is None:
         return slice(None)
-    return part
+    return rows
 
 
 def stored_deltas(info: AdapterInfo, module: Planned) -> Iterator[Delta]:

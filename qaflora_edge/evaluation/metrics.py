@@ -137,9 +137,9 @@ def _inside_words(text: str) -> set[int]:
     inside: set[int] = set()
     for number in _DIGITS.finditer(text):
         inside.update(range(number.start() + 1, number.end()))
-    for place in range(1, len(text)):
-        if text[place - 1].islower() and text[place].islower():
-            inside.add(place)
+    for at in range(1, len(text)):
+        if text[at - 1].islower() and text[at].islower():
+            inside.add(at)
     return inside
 
 
@@ -254,12 +254,12 @@ def last_number(answer: str) -> frozenset[Decimal]:
 def _readings(token: str) -> set[str]:
     """Write digits with separators as every decimal number that they may stand for."""
     readings = set()
-    parts = re.split(_GAP, token)[1:]
-    if parts:
-        is_grouped = all(re.match(r"\d{3}(?!\d)", part) for part in parts)
+    groups = re.split(_GAP, token)[1:]
+    if groups:
+        is_grouped = all(re.match(r"\d{3}(?!\d)", group) for group in groups)
         if is_grouped:
             readings |= _readings(re.sub(_GAP, "", token))
-        return readings | _readings(parts[-1])
+        return readings | _readings(groups[-1])
     tail = re.split("[.,]", token)[-1]
     before = token.removesuffix(tail)
     head = before[:-1]

@@ -188,10 +188,10 @@ def cells(results: Results) -> list[Cell]:
     by_name = {task["name"]: Cell(task, adapters) for task in results.header["tasks"]}
     order = results.strategies
 
-    def place(record: Record) -> int:
+    def by_strategy(record: Record) -> int:
         return order.index(record["strategy"])
 
-    for record in sorted(results.records.values(), key=place):
+    for record in sorted(results.records.values(), key=by_strategy):
         cell = by_name[record["task"]]
         of_strategy = cell.rows.setdefault(record["strategy"], {})
         of_strategy[record["item"]] = record

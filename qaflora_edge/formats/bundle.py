@@ -232,9 +232,9 @@ class BundleText(BundleFields, frozen=True, kw_only=True):
     raw: Object
 
 
-def is_base(place: Path) -> bool:
+def is_base(path: Path) -> bool:
     """Tell a base alone, which is one GGUF file, from a bundle."""
-    return place.suffix.lower() == ".gguf" and os.path.isfile(place)
+    return path.suffix.lower() == ".gguf" and os.path.isfile(path)
 
 
 def read_bundle_text(folder: Path) -> BundleText:
@@ -355,8 +355,8 @@ def _check_between_fields(text: BundleText) -> None:
     names = [adapter.name for adapter in text.adapters]
     for index, name in enumerate(names):
         if name.lower() in map(str.lower, names[:index]):
-            place = f"adapters[{index}].name"
-            raise WrongField(place, shown(name), "a name that no other adapter has")
+            field = f"adapters[{index}].name"
+            raise WrongField(field, shown(name), "a name that no other adapter has")
     for name in text.fusion.typical.keys() - {*names}:
         expected = f"only adapters of this bundle ({', '.join(names)})"
         value = text.raw["fusion"]["typical"][name]

@@ -152,7 +152,7 @@ def read_as(annotation: type[T], document: object, place: str = "") -> T:
 
 
 def _difference(annotation: Any, value: Any, place: str) -> WrongField:
-    """Find the first value inside a value that is not as its type says: at last the value itself."""
+    """Find the first value in a value that is not as its type says: at last the value itself."""
     members = [annotation]
     tags: list[str] = []
     for member in members:

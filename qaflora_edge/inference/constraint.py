@@ -74,12 +74,12 @@ def either_grammar(form: Grammar, other: Grammar) -> Grammar:
     form  of schema_grammar; other  of framed_grammar
     """
     (schema,) = json.loads(form)["grammars"]
-    parts = [
+    grammars = [
         {"lark_grammar": 'start: @form | @other ("\\n" @other)*'},
         {"name": "form", **schema},
         {"name": "other", "lark_grammar": other},
     ]
-    return Grammar(json.dumps({"grammars": parts}), f"{form.source} or {other.source.lower()}")
+    return Grammar(json.dumps({"grammars": grammars}), f"{form.source} or {other.source.lower()}")
 
 
 def chosen_grammar(
@@ -168,9 +168,9 @@ class _Vocabulary:
         model = self._model()
         assert model is not None
         found = []
-        for part in filter(None, self._parts.split(text)):
-            token = self._written.get(part)
-            found += model.tokenize_inside(part) if token is None else [token]
+        for run in filter(None, self._parts.split(text)):
+            token = self._written.get(run)
+            found += model.tokenize_inside(run) if token is None else [token]
         return found
 
 

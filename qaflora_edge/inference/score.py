@@ -24,10 +24,10 @@ class _Continuation(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """Name a token that predicts the next one: its sequence, and its place in the continuation."""
+    """Name a token that predicts the next one: its sequence, and its index in the continuation."""
 
     seq: int
-    place: int
+    at: int
 
 
 class Scorer:
@@ -139,7 +139,7 @@ def _branch(context: Context, continuation: _Continuation, weights: F32, seq: in
     if n_row > 0:
         context.copy(0, seq)
         context.set_weights(weights, seq=seq)
-    return [_Row(seq, place) for place in range(n_row)]
+    return [_Row(seq, at) for at in range(n_row)]
 
 
 def _score_rows(
@@ -149,13 +149,13 @@ def _score_rows(
     n_prompt = len(request.tokens)
     spans = []
     for seq, of_seq in groupby(rows, lambda row: row.seq):
-        places = [row.place for row in of_seq]
-        start = places[0]
-        tokens = group[seq - 1].tokens[start : start + len(places)]
+        indices = [row.at for row in of_seq]
+        start = indices[0]
+        tokens = group[seq - 1].tokens[start : start + len(indices)]
         spans.append(Span(seq, tokens, n_prompt + start, "all"))
     context.decode_spans(spans)
     for output, row in enumerate(rows):
         continuation = group[row.seq - 1]
-        next_place = row.place + 1
-        next_token = continuation.tokens[next_place]
-        continuation.logprobs[next_place] = -surprise(context.logits_view(output), next_token)
+        next_at = row.at + 1
+        next_token = continuation.tokens[next_at]
+        continuation.logprobs[next_at] = -surprise(context.logits_view(output), next_token)

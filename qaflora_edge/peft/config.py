@@ -315,8 +315,8 @@ def _names_of(value: Any) -> Rule | None:
 
 def is_named(targets: Collection[str], module: str) -> bool:
     """Tell whether a target is the module's name, or the end of it at a dot."""
-    parts = module.split(".")
-    return any(".".join(parts[begin:]) in targets for begin in range(len(parts)))
+    words = module.split(".")
+    return any(".".join(words[begin:]) in targets for begin in range(len(words)))
 
 
 def _refuse_mlx(path: Path, fields: Object) -> None:

@@ -109,10 +109,10 @@ _BASE_LAYER = ".base_layer"
 # PEFT leaves out the adapter's name where it saves one adapter; a whole state has it in each key.
 _LORA_NAME = re.compile(
     r"(?P<module>.+)\.(?:"
-    r"lora_(?P<part>[AB])(?:\.weight|\.(?P<adapter>[^.]+)\.weight)?"
-    r"|lora_embedding_(?P<embedding_part>[AB])(?:\.weight|\.(?P<embedding_adapter>[^.]+))?)"
+    r"lora_(?P<side>[AB])(?:\.weight|\.(?P<adapter>[^.]+)\.weight)?"
+    r"|lora_embedding_(?P<embedding_side>[AB])(?:\.weight|\.(?P<embedding_adapter>[^.]+))?)"
 )
-_MLX_NAME = re.compile(r"(?P<module>.+)\.lora_(?P<part>[ab])")
+_MLX_NAME = re.compile(r"(?P<module>.+)\.lora_(?P<side>[ab])")
 _MLX_EXPERTS = re.compile(r".+\.switch_mlp\.(gate|up|down)_proj")
 # The last name of what MLX makes an Embedding of.
 _MLX_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
@@ -171,10 +171,10 @@ def make_modules(config: PeftConfig, tensors: Mapping[str, StoredTensor]) -> dic
     parameters = _parameter_names(config, pairs)
     modules = {}
     for name, pair in pairs.items():
-        for part, missing in (sides, sides[::-1]):
+        for side, missing in (sides, sides[::-1]):
             if missing not in pair:
                 raise SafetensorsFileError(
-                    f"Cannot use {pair[part].path}: module {name} has lora_{part} but no "
+                    f"Cannot use {pair[side].path}: module {name} has lora_{side} but no "
                     f"lora_{missing}; expected both. The file is incomplete; save the adapter "
                     "again."
                 )
@@ -241,14 +241,14 @@ def _peft_pairs(
                 "save_pretrained(selected_adapters=[...])."
             )
         module = match["module"]
-        part = match["part"] or match["embedding_part"]
-        if part in pairs.setdefault(module, {}):
+        side = match["side"] or match["embedding_side"]
+        if side in pairs.setdefault(module, {}):
             raise SafetensorsFileError(
-                f"Cannot use {tensor.path}: module {module} has two tensors for lora_{part}; "
+                f"Cannot use {tensor.path}: module {module} has two tensors for lora_{side}; "
                 "expected one. Save the adapter again."
             )
-        pairs[module][part] = tensor
-        if match["embedding_part"]:
+        pairs[module][side] = tensor
+        if match["embedding_side"]:
             embeddings.add(module)
     for tensor in copies:
         _check_copy(config, tensor, pairs)
@@ -256,16 +256,16 @@ def _peft_pairs(
 
 
 def _module_name(name: str) -> str:
-    parts = [part for part in name.split(".") if part not in _WRAPPERS]
-    plain = ".".join(parts).removeprefix(f"module.{_PREFIX}").removeprefix(_PREFIX)
+    words = [word for word in name.split(".") if word not in _WRAPPERS]
+    plain = ".".join(words).removeprefix(f"module.{_PREFIX}").removeprefix(_PREFIX)
     return plain.removeprefix(_PREFIX)  # PEFT in PEFT, as some trainers save it
 
 
 def _check_copy(config: PeftConfig, tensor: StoredTensor, pairs: Collection[str]) -> None:
     """Let pass the copies of the base's own tensors that PEFT saves with LoRA on embeddings."""
     name = _module_name(tensor.name)
-    module, _, part = name.rpartition(f"{_BASE_LAYER}.")
-    if module in pairs and (part == "weight" or (part == "bias" and config.bias == "none")):
+    module, _, suffix = name.rpartition(f"{_BASE_LAYER}.")
+    if module in pairs and (suffix == "weight" or (suffix == "bias" and config.bias == "none")):
         return
     advice = "Train a plain LoRA, or merge the adapter into its base."
     if re.search(r"(^|\.)(embed_tokens|lm_head)(\.base_layer)?\.weight$", name):
@@ -378,7 +378,7 @@ def _mlx_pairs(tensors: Mapping[str, StoredTensor]) -> Pairs:
             raise _other_tensor(tensor, plain, "lora_a and lora_b", "Train a plain LoRA.")
         if not (_MLX_EXPERTS.fullmatch(match["module"]) and len(tensor.shape) == 3):
             _check_matrix(tensor)
-        pairs.setdefault(match["module"], {})[match["part"]] = tensor
+        pairs.setdefault(match["module"], {})[match["side"]] = tensor
     return pairs
 
 

@@ -192,16 +192,16 @@ def tool_grammar(
 
 def tag_rules(rule: str, schema: Object) -> list[str]:
     required = schema.get("required") or []
-    parts = []
+    arguments = []
     written = []
     for i, (name, value) in enumerate((schema.get("properties") or {}).items()):
         argument = f"{rule}value{i}"
         mark = "" if name in required else "?"
-        parts.append(argument + mark)
+        arguments.append(argument + mark)
         head = json.dumps(f"<parameter={name}>\n")
         written.append(f"{argument}: {head} {argument}inner")
         written.append(_value_rule(f"{argument}inner", value, schema))
-    whole = " ".join(parts) or '""'
+    whole = " ".join(arguments) or '""'
     return [f"{rule}: {whole}", *written]
 
 
@@ -220,8 +220,8 @@ def _value_rule(rule: str, schema: Any, root: Any) -> str:
 
 def json_rule(schema: Any, root: Any) -> str:
     """Write a rule for JSON under a schema, with references into its root."""
-    place = "#/$defs/whole"
-    whole = moved_schema(schema, place) | {"$defs": {"whole": moved_schema(root, place)}}
+    pointer = "#/$defs/whole"
+    whole = moved_schema(schema, pointer) | {"$defs": {"whole": moved_schema(root, pointer)}}
     return f"%json {json.dumps(whole)}"
 
 

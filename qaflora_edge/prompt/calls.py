@@ -203,8 +203,8 @@ class Calls:
         for i, tool in enumerate(tools):
             name = tool["function"]["name"]
             parameters = tool["function"].get("parameters") or {"type": "object"}
-            place = f"#/anyOf/{i}/properties/{field}" if field else "#"
-            parameters = moved_schema(parameters, place)
+            pointer = f"#/anyOf/{i}/properties/{field}" if field else "#"
+            parameters = moved_schema(parameters, pointer)
             forms.append((begin.replace("{name}", name), parameters, end))
             fields = {"name": {"const": name}, field: parameters}
             calls.append({"type": "object", "properties": fields, "required": [*fields]})

@@ -99,11 +99,11 @@ def _size(value: Any, most: int, depth: int = 0) -> int:
     if depth > MAX_DEPTH:
         raise TemplateLimit(f"more than {MAX_DEPTH} lists or objects in each other")
     total = 1
-    parts = value
+    items = value
     if isinstance(value, Mapping):
-        parts = (*value, *value.values())
-    for part in parts:
-        total += _size(part, most - total, depth + 1)
+        items = (*value, *value.values())
+    for inner in items:
+        total += _size(inner, most - total, depth + 1)
         if total > most:
             raise TemplateLimit("more text or more steps than a conversation needs")
     return total
@@ -285,8 +285,8 @@ def _to_json(
 
 def _check_format(text: str) -> None:
     _, *behind = text.replace("%%", "").split("%")
-    for part in behind:
-        if not part.startswith(("s", "d", "r", "i", "f")):
+    for code in behind:
+        if not code.startswith(("s", "d", "r", "i", "f")):
             raise TemplateLimit("a format with a width, expected %s, %d, %r, %i or %f")
 
 

@@ -62,10 +62,10 @@ class Reader:
         asked = _without_results(question)
         if asked is not None:
             n_weighed = n_common(self.tokens(asked), tokens)
-        place = find_question(self.model, tokens[:n_weighed])
-        if place is None:
+        span = find_question(self.model, tokens[:n_weighed])
+        if span is None:
             return Prompt(tuple(tokens))
-        start, end, is_later = place
+        start, end, is_later = span
         thinking = _thinking_after(self.model, tokens, end)
         n_before = _n_before_turns(self.model, tokens)
         neutral = self._neutral(tuple(tokens[:n_before]))
@@ -299,7 +299,7 @@ def find_question(model: Model, tokens: Sequence[int]) -> tuple[int, int, bool] 
     None without such a turn. Only tokens count: typed text never becomes a control token.
     """
     head, blanks = _opening(model)
-    at = _last_place(head, tokens)
+    at = _last_start(head, tokens)
     if at is None:
         return None
     start = at + len(head)
@@ -309,7 +309,7 @@ def find_question(model: Model, tokens: Sequence[int]) -> tuple[int, int, bool] 
     end = start
     while end < len(tokens) and tokens[end] not in control:
         end += 1
-    is_later = _last_place(head, tokens[:at]) is not None
+    is_later = _last_start(head, tokens[:at]) is not None
     return (start, end, is_later) if start < end else None
 
 
@@ -317,12 +317,12 @@ def earlier_questions(model: Model, tokens: Sequence[int]) -> list[tuple[int, in
     """Find where the texts of user turns before the last one begin and end, the latest first."""
     head, blanks = _opening(model)
     spans: list[tuple[int, int]] = []
-    place = find_question(model, tokens)
-    while place is not None and place[2]:
-        n_before = place[0] - len(head) - len(blanks)
-        place = find_question(model, tokens[:n_before])
-        if place is not None:
-            spans.append(place[:2])
+    question = find_question(model, tokens)
+    while question is not None and question[2]:
+        n_before = question[0] - len(head) - len(blanks)
+        question = find_question(model, tokens[:n_before])
+        if question is not None:
+            spans.append(question[:2])
     return spans
 
 
@@ -339,9 +339,9 @@ def _usual_prompts(model: Model, system: str | None, examples: str) -> tuple[Pro
     prompts = []
     for text in few():
         tokens = _first_turn(model, system, examples, text)
-        place = find_question(model, tokens)
-        assert place is not None
-        prompts.append(Prompt(tokens, place[:2]))
+        question = find_question(model, tokens)
+        assert question is not None
+        prompts.append(Prompt(tokens, question[:2]))
     return tuple(prompts)
 
 
@@ -354,8 +354,8 @@ def _first_turn(model: Model, system: str | None, examples: str, text: str) -> t
 def _n_before_turns(model: Model, tokens: Sequence[int]) -> int:
     """Count the tokens before the first user turn, such as a system prompt."""
     head, _ = _opening(model)
-    places = range(len(tokens) - len(head) + 1)
-    return next((at for at in places if [*tokens[at : at + len(head)]] == head), 0)
+    starts = range(len(tokens) - len(head) + 1)
+    return next((at for at in starts if [*tokens[at : at + len(head)]] == head), 0)
 
 
 @lru_cache(4)
@@ -388,16 +388,16 @@ def _opening(model: Model) -> tuple[list[int], list[int]]:
     for start in range(end - 1, -1, -1):
         head = one[start:end]
         # Long enough to be no assistant's turn, which may begin with the same token.
-        if head[0] in control and _last_place(head, behind) is None:
+        if head[0] in control and _last_start(head, behind) is None:
             return head, one[end:n_before]
     return [], []
 
 
-def _last_place(part: Sequence[int], tokens: Sequence[int]) -> int | None:
-    n_part = len(part)
-    starts = range(len(tokens) - n_part, -1, -1) if n_part else ()
+def _last_start(sought: Sequence[int], tokens: Sequence[int]) -> int | None:
+    n_sought = len(sought)
+    starts = range(len(tokens) - n_sought, -1, -1) if n_sought else ()
     for at in starts:
-        if list(tokens[at : at + n_part]) == list(part):
+        if list(tokens[at : at + n_sought]) == list(sought):
             return at
     return None
 

@@ -66,12 +66,12 @@ class TypedText:
 
     def tokens(self, text: str, n_most: int) -> list[int]:
         """Token ids of a rendered text with marks; see Model.tokenize."""
-        parts = text.replace(_escaped(self._mark), self._mark).split(self._mark)
-        plain = "".join(parts)
+        pieces = text.replace(_escaped(self._mark), self._mark).split(self._mark)
+        plain = "".join(pieces)
         typed = []
         at = 0
-        for part in parts[:-1]:
-            at += len(part)
+        for piece in pieces[:-1]:
+            at += len(piece)
             typed.append(at - 1)
 
         def is_typed(start: int, token: SpecialToken) -> bool:
@@ -80,8 +80,8 @@ class TypedText:
             return i < len(typed) and typed[i] < end
 
         for token in self._guarded:
-            places = _places(plain, token.text, 0, len(plain))
-            if any(is_typed(at, token) for at in places):
+            starts = _places(plain, token.text, 0, len(plain))
+            if any(is_typed(at, token) for at in starts):
                 return self._apart(plain, is_typed)
         return self._model.tokenize(plain, parse_special=True, n_most=n_most)
 
@@ -159,13 +159,13 @@ def _strings(value: Any, depth: int) -> Iterator[str]:
     if isinstance(value, str):
         yield value
         return
-    parts: Any = ()
+    inner: Any = ()
     if isinstance(value, Mapping):
-        parts = (*value, *value.values())
+        inner = (*value, *value.values())
     elif isinstance(value, list | tuple):
-        parts = value
-    for part in parts:
-        yield from _strings(part, depth + 1)
+        inner = value
+    for item in inner:
+        yield from _strings(item, depth + 1)
 
 
 def _unused(texts: list[str]) -> str:

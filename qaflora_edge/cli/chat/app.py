@@ -130,8 +130,8 @@ class Chat:
         engine = self.engine
         penalty = self.sampling.repeat_penalty
         names = ", ".join(engine.adapters) or "no adapters"
-        parts = [engine.name, names, f"strategy {engine.strategy}"]
-        self.view.note(*parts, *[f"repeat penalty {penalty:g}"] * (penalty != 1.0))
+        phrases = [engine.name, names, f"strategy {engine.strategy}"]
+        self.view.note(*phrases, *[f"repeat penalty {penalty:g}"] * (penalty != 1.0))
         if engine.n_ctx > engine.n_ctx_train:
             self.view.note(
                 f"warning: the base was trained for {engine.n_ctx_train} tokens; answers to longer "
@@ -260,7 +260,7 @@ def _read(typed: "PlainInput | TerminalInput") -> str | None:
 def _status(generation: "Generation", reason: str) -> list[str]:
     timings = generation.timings
     ends = {"cancelled": ["stopped"], "length": ["cut at the limit of tokens"]}
-    parts = [*doubts(generation.fusion), *thought_parts(generation), *ends.get(reason, [])]
+    phrases = [*doubts(generation.fusion), *thought_parts(generation), *ends.get(reason, [])]
     if timings.n_decoded:
-        parts.append(f"{timings.tokens_per_second:.1f} tok/s")
-    return [*parts, f"first token {(timings.probe_ms + timings.prefill_ms) / 1e3:.2f} s"]
+        phrases.append(f"{timings.tokens_per_second:.1f} tok/s")
+    return [*phrases, f"first token {(timings.probe_ms + timings.prefill_ms) / 1e3:.2f} s"]

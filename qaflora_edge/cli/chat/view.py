@@ -60,8 +60,8 @@ class View:
     def end(self) -> None:
         click.echo()
 
-    def note(self, *parts: str) -> None:
-        text = visible("; ".join(parts))
+    def note(self, *phrases: str) -> None:
+        text = visible("; ".join(phrases))
         click.echo(f"[{text}]", err=True, color=False)
 
     def error(self, error: Exception) -> None:
@@ -74,8 +74,8 @@ class View:
         """Show a message of a conversation that goes on."""
         self.show(visible(text))
 
-    def status(self, parts: Sequence[str], fusion: "FusionWeights") -> None:
-        self.note(*parts, who_spoke(fusion))
+    def status(self, phrases: Sequence[str], fusion: "FusionWeights") -> None:
+        self.note(*phrases, who_spoke(fusion))
 
     def weights(self, fusion: "FusionWeights") -> None:
         from qaflora_edge.show import print_heatmap
@@ -168,8 +168,8 @@ class TerminalView(View):
         self._out.print(shown)
         self._n_block += 1
 
-    def note(self, *parts: str) -> None:
-        text = self._dot.join(parts)
+    def note(self, *phrases: str) -> None:
+        text = self._dot.join(phrases)
         self._err.print(visible(text), style="dim")
 
     def error(self, error: Exception) -> None:
