@@ -85,7 +85,11 @@ def read_base(path: AnyPath) -> GgufHeader:
 
 
 def check_base(header: GgufHeader, *, checks_tokens: bool = True) -> None:
-    """Check what llama.cpp relies on without looking. Raises GgufFileError naming the field."""
+    """Check what llama.cpp relies on without looking. Raises GgufFileError naming the field.
+
+    To load the file in a child process first would not do: llama.cpp's assertions name a line of
+    its source and no field, some files end the process only when it decodes, and some hang it.
+    """
     facts = ARCH_FACTS.get(header.architecture, ArchFacts())
     base = _Base(header, facts)
     base.check_ranges()

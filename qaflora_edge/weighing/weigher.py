@@ -206,9 +206,11 @@ class Weigher:
 
     def __post_init__(self) -> None:
         known = self.known
-        _check_one_of("lens", known.lens, LENSES)
-        _check_one_of("pool", known.pool, POOLS)
-        _check_one_of("prefill", known.prefill, PREFILLS)
+        for name, choices in (("lens", LENSES), ("pool", POOLS), ("prefill", PREFILLS)):
+            value = getattr(known, name)
+            if value not in choices:
+                expected = " or ".join(choices)
+                raise StrategyError(f"The {name} {value!r} is not known; expected {expected}.")
         self.parse(known.strategy)
 
     def using(self, names: Sequence[str] | None) -> Self:
@@ -231,15 +233,9 @@ class Weigher:
         parsed.strategy.check(self.query(Prompt(()), parsed))
         return parsed
 
-    def strategy_of(self, by: Weights) -> Strategy | None:
-        """Find the strategy that weights are given by, or were; None where numbers are given."""
-        if isinstance(by, FusionWeights):
-            by = by.strategy
-        if isinstance(by, Mapping) and not by:
-            by = "base"
-        if not isinstance(by, str | None):
-            return None
-        name, _, _ = (by or self.known.strategy).partition(":")
+    def strategy_of(self, text: str | None) -> Strategy | None:
+        """Find a strategy by its name, whatever follows that; None: the default one."""
+        name, _, _ = (text or self.known.strategy).partition(":")
         return find_strategy(name)
 
     def by_of(self, weighing: Weighing) -> Weights:
@@ -255,13 +251,16 @@ class Weigher:
         """List the strategies that can be followed here without an argument.
 
         First the base, the static mix and each adapter alone, then those that look at the query.
+        One that compares modules needs a kind of them that all adapters adapt.
         """
         if not self.adapters:
             return ("base",)
+        targets = [self.targets[name] for name in self.adapters if name in self.targets]
         fixed = []
         probed = []
         for strategy in strategies():
-            if strategy.needs_argument or not self._can_compare(strategy):
+            compared = set(strategy.compares).intersection(*targets)
+            if strategy.needs_argument or (strategy.compares and not compared):
                 continue
             if not strategy.is_probed:
                 fixed.append(strategy.name)
@@ -275,12 +274,6 @@ class Weigher:
                 self.parse(text)
                 followed.append(text)
         return tuple(followed)
-
-    def _can_compare(self, strategy: Strategy) -> bool:
-        """Tell whether all adapters adapt a kind of modules that a strategy compares."""
-        targets = [self.targets[name] for name in self.adapters if name in self.targets]
-        shared = set(strategy.compares).intersection(*targets)
-        return bool(shared) or not strategy.compares
 
     def query(self, prompt: Prompt, parsed: ParsedStrategy | None = None) -> Query:
         """Make a query from a prompt, these defaults, and what follows the strategy's name."""
@@ -327,18 +320,20 @@ class Weigher:
             weigher = self.using(weighing.adapters)
             return weigher.choice(prompt, replace(weighing, adapters=None))
         by = self.by_of(weighing)
-        strategy = self.strategy_of(by)
-        how = weighing.prefill or self.known.prefill
-        if how == "auto" and prompt.question and strategy and strategy.is_base_prefilled:
-            how = "base"
         if isinstance(by, Mapping):
-            by = _manual(by)
+            pairs = [f"{name}={weight}" for name, weight in by.items()]
+            by = f"manual:{','.join(pairs)}" if pairs else "base"
         parsed = None
         given = None
         if by is None or isinstance(by, str):
             parsed = self.parse(by or self.known.strategy)
+            strategy: Strategy | None = parsed.strategy
         else:
             given = self._given(by)
+            strategy = self.strategy_of(given.strategy)
+        how = weighing.prefill or self.known.prefill
+        if how == "auto" and prompt.question and strategy and strategy.is_base_prefilled:
+            how = "base"
         query = self.query(prompt, parsed)
         is_read_by_base = how == "base" and bool(self.adapters)
         return Choice(query, parsed, given, is_read_by_base, weighing.relays)
@@ -355,12 +350,6 @@ class Weigher:
             )
         numbers.check_weights(by.weights, self.adapters, self.n_layer)
         return by
-
-
-def _manual(weights: Mapping[str, float]) -> str:
-    """Write weights by name as a strategy."""
-    pairs = [f"{name}={weight}" for name, weight in weights.items()]
-    return f"manual:{','.join(pairs)}" if pairs else "base"
 
 
 def _for_query(fusion: FusionWeights, query: Query) -> FusionWeights:
@@ -396,12 +385,6 @@ def not_loaded(name: str, loaded: Iterable[str]) -> StrategyError:
         f"The adapter {name!r} is not loaded; expected names out of: "
         f"{', '.join(loaded) or 'none is loaded'}."
     )
-
-
-def _check_one_of(what: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        expected = " or ".join(choices)
-        raise StrategyError(f"The {what} {value!r} is not known; expected {expected}.")
 
 
 def shaped(weights: F32, options: Options, source: str) -> F32:
