@@ -89,11 +89,6 @@ def remove_adapter(folder: AnyPath, name: str, *, strategy: str | None = None) -
     Raises BundleError when there is no such adapter, or when the bundle's strategy needs it.
     """
     folder = Path(folder)
-    _remove(folder, name, strategy)
-    forget(folder, name)
-
-
-def _remove(folder: Path, name: str, strategy: str | None) -> None:
     with editing(folder) as (text, raw):
         names = [adapter.name for adapter in text.adapters]
         if name not in names:
@@ -106,15 +101,17 @@ def _remove(folder: Path, name: str, strategy: str | None) -> None:
         if strategy is not None:
             _set_strategy(raw, strategy)
             check_strategy(f"Cannot weigh the bundle {folder}", raw, strategy)
-            return
-        needed = known_of(text).strategy
-        try:
-            parse_strategy(needed, [adapter["name"] for adapter in raw["adapters"]])
-        except StrategyError as error:
-            raise BundleError(
-                f"Cannot remove the adapter {name} from {folder}: the strategy {needed!r} needs "
-                "it. Choose another with --strategy."
-            ) from error
+        else:
+            names.remove(name)
+            needed = known_of(text).strategy
+            try:
+                parse_strategy(needed, names)
+            except StrategyError as error:
+                raise BundleError(
+                    f"Cannot remove the adapter {name} from {folder}: the strategy {needed!r} "
+                    "needs it. Choose another with --strategy."
+                ) from error
+    forget(folder, name)
 
 
 def calibrate(

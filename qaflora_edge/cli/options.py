@@ -409,9 +409,7 @@ def open_engine(
 
 def slow_weighing(engine: "Engine") -> str:
     """Say so where the strategy reads each prompt once for every adapter, and these are many."""
-    from qaflora_edge.weighing.strategy import find_strategy
-
-    strategy = find_strategy(engine.strategy.partition(":")[0])
+    strategy = engine.memory.current.weigher.strategy_of(None)
     n_adapter = len(engine.adapters)
     if strategy is None or not strategy.reads_each or n_adapter <= N_SLOW:
         return ""
