@@ -226,7 +226,7 @@ class PromptReading(Reading):
                 self._logits_heard,
                 first,
             )
-            tell = partial(self._show, first) if left[at] == answering else None
+            tell = partial(self._show, first) if left[at] == answering else silent
             for state in core.run(steps, self._cancellation, tell, contexts="branch"):
                 self._drafts[state.draft.adapter] = state
         return [self._drafts[answering if name == ANSWER else name].draft for name in names]

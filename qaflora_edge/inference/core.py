@@ -27,6 +27,7 @@ from qaflora_edge.inference.loop import Loop
 from qaflora_edge.inference.sampler import Sampler
 from qaflora_edge.inference.scheduler import Scheduler
 from qaflora_edge.inference.sequence import Cancellation, DraftState, Request, RunningSequence
+from qaflora_edge.progress import TellDone, silent
 from qaflora_edge.weighing.plan import alone_weights
 
 if TYPE_CHECKING:
@@ -252,7 +253,7 @@ class Core:
         self,
         steps: "Steps[T]",
         cancellation: Cancellation | None = None,
-        tell: Callable[[int], None] | None = None,
+        tell: TellDone = silent,
         *,
         contexts: str = "probe",
     ) -> T:

@@ -13,6 +13,7 @@ from qaflora_edge.errors import BackendError, BusyError, QafloraError
 from qaflora_edge.inference.runner import Runner
 from qaflora_edge.inference.scheduler import Job, Scheduler
 from qaflora_edge.inference.sequence import Cancellation, RunningSequence, State
+from qaflora_edge.progress import TellDone, silent
 
 _POLL_S = 0.1  # for an event of a caller that cancels
 _PAUSE_S = 0.005
@@ -92,7 +93,7 @@ class Loop:
         contexts: str,
         steps: Generator[int | None, None, Any],
         cancellation: Cancellation,
-        tell: Callable[[int], None] | None = None,
+        tell: TellDone = silent,
     ) -> Any:
         """Drive a generator to its end, with other work in between; give its result.
 
@@ -106,12 +107,12 @@ class Loop:
         n_told = 0
 
         def has_more() -> bool:
-            return job.is_done or (tell is not None and job.n_done > n_told)
+            return job.is_done or job.n_done > n_told
 
         try:
             while not job.is_done:
                 self.drive(has_more)
-                if tell is not None and job.n_done > n_told:
+                if job.n_done > n_told:
                     n_told = job.n_done
                     tell(n_told)
         except BaseException:
