@@ -1,5 +1,6 @@
 """Anthropic's messages: their bodies, and a generation as a message or its events."""
 
+import itertools
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -21,7 +22,7 @@ from qaflora_edge.dialects.options import (
     chosen_tools,
     thinking,
 )
-from qaflora_edge.dialects.shapes import NOTHING, Extras
+from qaflora_edge.dialects.shapes import NOTHING, AnswerBlock, BlockEvent, Extras, block_events
 from qaflora_edge.errors import wrong_field
 from qaflora_edge.formats.inputs import Json
 from qaflora_edge.prompt.calls import CallPart
@@ -296,10 +297,10 @@ def message(head: Json, generation: Generation, extras: Extras = NOTHING) -> Jso
     calls = choice["message"].get("tool_calls", ())
     text = choice["message"]["content"]
     if text or not calls:
-        content.append({"type": "text", "text": text})
+        content.append(_text_block(text))
     for call in calls:
         arguments = openai_chat.arguments_of(call) or {}
-        content.append(_tool_block(call) | {"input": arguments})
+        content.append(_tool_block(call, arguments))
     fields = {"content": content, "usage": _usage(generation)}
     stop = _stop(generation, is_call=bool(calls))
     return head | fields | stop | extras.mix(generation.fusion)
@@ -309,24 +310,16 @@ def events(head: Json, generation: Generation, extras: Extras = NOTHING) -> Iter
     """Yield an answer as events. Pieces of a relay's draft stand in pings, which clients skip."""
     begun = head | {"usage": _usage(generation)} | extras.mix(generation.fusion)
     yield {"type": "message_start", "message": begun}
-    blocks = _Blocks()
-    for thought, draft in extras.drafting(generation):
-        if thought:
-            yield from blocks.thought(thought)
-        else:
+    thoughts = generation.thoughts()
+    if extras.drafts_are_thoughts:
+        thoughts = itertools.chain(generation.drafting(), thoughts)
+    else:
+        for _, draft in extras.drafting(generation):
             yield {"type": "ping", "fusion": draft}
-    for thought in generation.thoughts():
-        yield from blocks.thought(thought)
     is_call = False
-    for part in openai_chat.answer_parts(generation):
-        if isinstance(part, str):
-            yield from blocks.text(part)
-        else:
-            is_call = True
-            yield from blocks.call(part)
-    if blocks.n_begun == 0:
-        yield from blocks.text("")
-    yield from blocks.close()
+    for event in block_events(openai_chat.answer_parts(generation), thoughts):
+        is_call = is_call or event.block.kind == "call"
+        yield _event(event)
     end = {"type": "message_delta", "delta": _stop(generation, is_call=is_call)}
     yield end | {"usage": _usage(generation)} | extras.mix(generation.fusion)
     yield {"type": "message_stop"}
@@ -355,56 +348,41 @@ def _stop(generation: Generation, *, is_call: bool) -> Json:
     return {"stop_reason": reason, "stop_sequence": stop}
 
 
+# Kind of a block -> the type of what is added to it, and the field that has it.
+_DELTAS = {
+    "thought": ("thinking_delta", "thinking"),
+    "text": ("text_delta", "text"),
+    "call": ("input_json_delta", "partial_json"),
+}
+
+
+def _event(event: BlockEvent) -> Json:
+    block = event.block
+    fields: Json = {"type": f"content_block_{event.name}", "index": block.index}
+    if event.name == "start":
+        fields["content_block"] = _content(block)
+    elif event.name == "delta":
+        kind, field = _DELTAS[block.kind]
+        fields["delta"] = {"type": kind, field: event.piece}
+    return fields
+
+
+def _content(block: AnswerBlock) -> Json:
+    if block.kind == "thought":
+        return _thinking_block(block.text)
+    if block.kind == "text":
+        return _text_block(block.text)
+    return _tool_block(block.call, {})
+
+
 def _thinking_block(thought: str) -> Json:
     return {"type": "thinking", "thinking": thought, "signature": ""}
 
 
-def _tool_block(call: CallPart) -> Json:
+def _text_block(text: str) -> Json:
+    return {"type": "text", "text": text}
+
+
+def _tool_block(call: CallPart, arguments: Json) -> Json:
     name = call["function"]["name"]
-    return {"type": "tool_use", "id": call["id"], "name": name, "input": {}}
-
-
-class _Blocks:
-    """Write the events of an answer's blocks, one after another.
-
-    n_begun  blocks that have begun; the last is open
-    """
-
-    def __init__(self) -> None:
-        self.n_begun = 0
-        self._open = ""  # the type of that one
-
-    def thought(self, piece: str) -> Iterator[Json]:
-        if self._open != "thinking":
-            yield from self._begin(_thinking_block(""))
-        yield self._event("delta", delta={"type": "thinking_delta", "thinking": piece})
-
-    def text(self, piece: str) -> Iterator[Json]:
-        if self._open != "text":
-            yield from self._begin({"type": "text", "text": ""})
-        yield self._event("delta", delta={"type": "text_delta", "text": piece})
-
-    def call(self, part: CallPart) -> Iterator[Json]:
-        if "id" in part:
-            yield from self._begin(_tool_block(part))
-        arguments = part["function"]["arguments"]
-        if arguments:
-            yield self._event(
-                "delta", delta={"type": "input_json_delta", "partial_json": arguments}
-            )
-
-    def close(self) -> Iterator[Json]:
-        """End the last block, if there is one."""
-        if self._open:
-            yield self._event("stop")
-        self._open = ""
-
-    def _begin(self, block: Json) -> Iterator[Json]:
-        yield from self.close()
-        self._open = block["type"]
-        self.n_begun += 1
-        yield self._event("start", content_block=block)
-
-    def _event(self, what: str, **fields: Any) -> Json:
-        event = {"type": f"content_block_{what}", "index": self.n_begun - 1}
-        return event | fields
+    return {"type": "tool_use", "id": call["id"], "name": name, "input": arguments}

@@ -11,8 +11,8 @@ from qaflora_edge.answering.generation import Generation
 from qaflora_edge.ask import Ask, Sampling
 from qaflora_edge.dialects import openai_chat
 from qaflora_edge.dialects.options import FIXED, SAMPLING, Count, Text, Tooled, check_off
-from qaflora_edge.dialects.shapes import NOTHING, Extras
-from qaflora_edge.formats.inputs import Json, Object
+from qaflora_edge.dialects.shapes import NOTHING, AnswerBlock, BlockEvent, Extras, block_events
+from qaflora_edge.formats.inputs import Json
 
 
 class TextForm(Struct, frozen=True):
@@ -161,25 +161,26 @@ Events = Iterator[tuple[str, Json]]
 
 def _events(head: Json, generation: Generation, extras: Extras) -> Events:
     yield "created", {"response": head | extras.mix(generation.fusion)}
-    items = _Items()
-    for part in openai_chat.answer_parts(generation):
-        if isinstance(part, str):
-            yield from items.text(part)
-        else:
-            yield from items.call(part)
-    if not items.output:
-        yield from items.text("")
-    is_cut = generation.finish_reason in ("length", "cancelled")
-    status = "completed"
-    if is_cut:
-        status = "incomplete"
-    yield from items.close(status)
-    response = head | {"status": status, "output": items.output, "usage": _usage(generation)}
-    if is_cut:
+    output = []
+    for event in block_events(openai_chat.answer_parts(generation)):
+        status = "in_progress"
+        if event.name == "stop":
+            status = _status(generation) if event.block.is_last else "completed"
+            output.append(_item(event.block, status))
+        yield from _item_events(event, status)
+    status = _status(generation)
+    response = head | {"status": status, "output": output, "usage": _usage(generation)}
+    if status == "incomplete":
         response["incomplete_details"] = {"reason": "max_output_tokens"}
     else:
         response["completed_at"] = int(time.time())
     yield status, {"response": response | extras.end(generation)}
+
+
+def _status(generation: Generation) -> str:
+    """Say how an answer ended."""
+    is_cut = generation.finish_reason in ("length", "cancelled")
+    return "incomplete" if is_cut else "completed"
 
 
 def _usage(generation: Generation) -> Json:
@@ -193,63 +194,54 @@ def _usage(generation: Generation) -> Json:
     }
 
 
-class _Items:
-    """Write the events of an answer's items, one after another: its text, and calls of tools.
+def _text_part(text: str) -> Json:
+    return {"type": "output_text", "text": text, "annotations": []}
 
-    output  the items; the last is open
-    """
 
-    def __init__(self) -> None:
-        self.output: list[Json] = []
+def _item(block: AnswerBlock, status: str) -> Json:
+    """Write a block as far as it is."""
+    if block.kind == "text":
+        item: Json = {
+            "type": "message",
+            "role": "assistant",
+            "content": [_text_part(block.text)],
+            "id": f"msg_{block.id}",
+        }
+    else:
+        item = {
+            "type": "function_call",
+            "call_id": block.call["id"],
+            "name": block.call["function"]["name"],
+            "arguments": block.text,
+            "id": f"fc_{block.id}",
+        }
+    item["status"] = status
+    return item
 
-    def text(self, text: str) -> Events:
-        if not self.output or self.output[-1]["type"] != "message":
-            part = {"type": "output_text", "text": "", "annotations": []}
-            item = {"type": "message", "role": "assistant", "content": [part]}
-            yield from self._begin("msg", item, content=[])
-            added = self._place(content_index=0, part=dict(part))
-            yield "content_part.added", added
-        self.output[-1]["content"][0]["text"] += text
-        delta = self._place(content_index=0, delta=text, logprobs=[])
-        yield "output_text.delta", delta
 
-    def call(self, part: Object) -> Events:
-        function = part["function"]
-        if "id" in part:
-            item = {"type": "function_call", "call_id": part["id"]}
-            yield from self._begin("fc", item | function, arguments="")
-        elif function["arguments"]:
-            self.output[-1]["arguments"] += function["arguments"]
-        if function["arguments"]:
-            yield "function_call_arguments.delta", self._place(delta=function["arguments"])
-
-    def close(self, status: str) -> Events:
-        """End the last item, if there is one."""
-        if not self.output:
-            return
-        item = self.output[-1]
-        item["status"] = status
-        if item["type"] == "message":
-            (part,) = item["content"]
-            text = self._place(content_index=0, text=part["text"], logprobs=[])
-            yield "output_text.done", text
-            yield "content_part.done", self._place(content_index=0, part=part)
-        else:
-            call = self._place(name=item["name"], arguments=item["arguments"])
-            yield "function_call_arguments.done", call
-        last = len(self.output) - 1
-        yield "output_item.done", {"output_index": last, "item": item}
-
-    def _begin(self, kind: str, item: Json, **empty: Any) -> Events:
-        """End the item before, and begin one: `empty` replaces what is told of it at first."""
-        yield from self.close("completed")
-        item["id"] = f"{kind}_{uuid.uuid4().hex}"
-        item["status"] = "in_progress"
-        self.output.append(item)
-        last = len(self.output) - 1
-        yield "output_item.added", {"output_index": last, "item": item | empty}
-
-    def _place(self, **fields: Any) -> Json:
-        last = len(self.output) - 1
-        place = {"item_id": self.output[last]["id"], "output_index": last}
-        return place | fields
+def _item_events(event: BlockEvent, status: str) -> Events:
+    """Write what happens to an item: a text, which is the one part of a message, or a call."""
+    block = event.block
+    item = _item(block, status)
+    of_item = {"output_index": block.index, "item": item}
+    place = {"item_id": item["id"], "output_index": block.index}
+    in_text = place | {"content_index": 0}
+    match event.name, block.kind:
+        case "start", "text":
+            item["content"] = []
+            yield "output_item.added", of_item
+            yield "content_part.added", in_text | {"part": _text_part("")}
+        case "delta", "text":
+            yield "output_text.delta", in_text | {"delta": event.piece, "logprobs": []}
+        case "stop", "text":
+            yield "output_text.done", in_text | {"text": block.text, "logprobs": []}
+            yield "content_part.done", in_text | {"part": _text_part(block.text)}
+            yield "output_item.done", of_item
+        case "start", _:
+            yield "output_item.added", of_item
+        case "delta", _:
+            yield "function_call_arguments.delta", place | {"delta": event.piece}
+        case "stop", _:
+            call = {"name": item["name"], "arguments": block.text}
+            yield "function_call_arguments.done", place | call
+            yield "output_item.done", of_item

@@ -3,14 +3,17 @@
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
 from qaflora_edge.answering.generation import Generation
 from qaflora_edge.dialects.options import Answered
 from qaflora_edge.formats.inputs import Json
 from qaflora_edge.inference.sequence import TokenLogprob
 from qaflora_edge.weighing.plan import FusionWeights
+
+if TYPE_CHECKING:
+    from qaflora_edge.prompt.calls import CallPart
 
 
 @dataclass(frozen=True)
@@ -250,3 +253,77 @@ class ShownTokens:
 
 def token_text(entry: TokenLogprob) -> str:
     return entry.data.decode("utf-8", "replace")
+
+
+@dataclass
+class AnswerBlock:
+    """Hold a block of an answer, as far as it is written: a thought, a text, or a call of a tool.
+
+    kind     thought, text or call
+    index    among the blocks of the answer
+    call     a call's first part, with its id and name
+    text     of a call its arguments
+    is_last  whether none follows; known at its end
+    id       of its own, for dialects that name blocks
+    """
+
+    kind: str
+    index: int
+    call: "CallPart"
+    text: str = ""
+    is_last: bool = False
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+
+class BlockEvent(NamedTuple):
+    """Tell what happens to a block.
+
+    name   start, delta or stop
+    piece  what a delta adds
+    """
+
+    name: str
+    block: AnswerBlock
+    piece: str = ""
+
+
+def block_events(
+    parts: "Iterable[str | CallPart]", thoughts: Iterable[str] = ()
+) -> Iterator[BlockEvent]:
+    """Yield an answer as blocks, one after another; one that says nothing is an empty text.
+
+    parts  its text, and its calls of tools in parts
+    """
+    block: AnswerBlock | None = None
+    for kind, piece, call in _pieces(parts, thoughts):
+        if block is None or kind != block.kind or call:
+            n_block = 0
+            if block is not None:
+                n_block = block.index + 1
+                yield BlockEvent("stop", block)
+            block = AnswerBlock(kind, n_block, call)
+            yield BlockEvent("start", block)
+        if piece or kind != "call":
+            block.text += piece
+            yield BlockEvent("delta", block, piece)
+    assert block is not None
+    block.is_last = True
+    yield BlockEvent("stop", block)
+
+
+def _pieces(
+    parts: "Iterable[str | CallPart]", thoughts: Iterable[str]
+) -> "Iterator[tuple[str, str, CallPart]]":
+    """Yield the kind of each piece, its text, and the call that begins with it, or {}."""
+    is_empty = True
+    for thought in thoughts:
+        is_empty = False
+        yield "thought", thought, {}
+    for part in parts:
+        is_empty = False
+        if isinstance(part, str):
+            yield "text", part, {}
+        else:
+            yield "call", part["function"]["arguments"], part if "id" in part else {}
+    if is_empty:
+        yield "text", "", {}
