@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qaflora_edge.answering.generation import Generation as Generation
+    from qaflora_edge.dialects.dialect import Dialect as Dialect
+    from qaflora_edge.dialects.dialect import register_dialect as register_dialect
+    from qaflora_edge.dialects.options import StreamedBody as StreamedBody
     from qaflora_edge.engine import Engine as Engine
     from qaflora_edge.errors import QafloraError as QafloraError
     from qaflora_edge.evaluation.metrics import Metric as Metric
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 _HOMES = {
     "answering.generation": "Generation",
+    "dialects.dialect": "Dialect register_dialect",
+    "dialects.options": "StreamedBody",
     "engine": "Engine",
     "errors": "QafloraError",
     "evaluation.metrics": "Metric register_metric",

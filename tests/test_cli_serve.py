@@ -76,9 +76,9 @@ def test_a_stuck_step_ends_with_the_process(bundle) -> None:
     """After the announced time, whatever still computes."""
     code = (
         "import time\n"
-        "from qaflora_edge.server import answers, run; run.DRAIN_S = run.CUT_S = 0.3\n"
+        "from qaflora_edge.server import respond, run; run.DRAIN_S = run.CUT_S = 0.3\n"
         "def fail(*a, **k): time.sleep(999)\n"
-        "answers.Engine.submit_all = fail\n"
+        "respond.Engine.submit_all = fail\n"
         "from qaflora_edge.cli import main; main()"
     )
     with serving(str(bundle), "--ctx", "600", program=["-c", code]) as (process, address):

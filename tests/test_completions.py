@@ -16,7 +16,7 @@ from tiny import CHATML, QWEN, USER, constant_logits, write_tiny_adapter, write_
 
 from qaflora_edge import Engine
 from qaflora_edge.ask import Tools
-from qaflora_edge.dialects.shapes import ShownTokens
+from qaflora_edge.dialects.openai_chat import ShownTokens
 from qaflora_edge.dialects.texts import text_logprobs
 from qaflora_edge.errors import ModalityError, OptionError, PromptError, ToolsError
 from qaflora_edge.inference.constraint import Constraint

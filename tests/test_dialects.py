@@ -1,15 +1,17 @@
 """Dialects without a server: bodies become an Ask, and a generation events."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from tiny import USER
 
 from qaflora_edge.ask import Ask, Chat, Sampling, Weighing
 from qaflora_edge.dialects import ollama, openai_chat, openai_responses, texts
+from qaflora_edge.dialects.dialect import Reply
 from qaflora_edge.dialects.options import Weighed, read_body, weighing_of
 from qaflora_edge.errors import OptionError
+from qaflora_edge.inference.sequence import Timings
 
 DEFAULTS = Ask((), Weighing("static"), Sampling(temperature=0.5, seed=3))
 
@@ -18,6 +20,8 @@ class Spoken(SimpleNamespace):
     """A generation that has ended."""
 
     calls = draft = fusion = None
+    timings = Timings()
+    usage: ClassVar = {"completion_tokens": 2}
     wants_logprobs, finish_reason, reasoning = False, "stop", ""
     n_prompt = n_cached = n_completion = n_draft = n_thought = 2
 
@@ -34,17 +38,17 @@ class Spoken(SimpleNamespace):
 def test_one_question_is_one_ask_in_every_dialect() -> None:
     expected = Ask(Chat(USER), Weighing("static"), Sampling(9, 0.5, seed=3))
     chat = openai_chat.ChatBody(messages=USER, max_tokens=9)
-    assert openai_chat.ask(chat, DEFAULTS) == expected
+    assert openai_chat.asks(chat, DEFAULTS) == [expected]
     response = openai_responses.ResponsesBody(input="the thing?", max_output_tokens=9)
-    assert openai_responses.ask(response, DEFAULTS) == expected
+    assert openai_responses.asks(response, DEFAULTS) == [expected]
     theirs = ollama.OllamaChatBody(model="", messages=USER, options={"num_predict": 9})
-    assert ollama.ask_chat(theirs, DEFAULTS) == expected
+    assert ollama.chat_asks(theirs, DEFAULTS) == [expected]
 
 
 def test_texts_are_taken_as_they_are() -> None:
     for ask in (
         *texts.asks(texts.TextBody(prompt=["a", [5]]), DEFAULTS),
-        texts.ask(texts.CompletionBody(prompt="a", n_predict=16), DEFAULTS),
+        *texts.completion_asks(texts.CompletionBody(prompt="a", n_predict=16), DEFAULTS),
     ):
         assert (ask.parse_special, ask.sampling.max_tokens, ask.sampling.seed) == (True, 16, 3)
 
@@ -54,10 +58,14 @@ def test_an_answer_in_every_dialect() -> None:
     deltas = [choice["delta"] for choice in openai_chat.SHAPE.choices(answer)]
     told = {"reasoning_content": "Hm"}, {"content": "Yes"}, {"content": "."}
     assert deltas == [{"role": "assistant"}, *told, {}]
-    lines = ollama.events({}, ollama.text_fields, True, lambda _: {"eval_count": 2}, [answer])
+    facts = {"start_s": 0.0, "wait_ms": 0.0}
+    reply = Reply(ollama.OllamaTextBody(model="tiny"), "tiny", [DEFAULTS], facts=facts)
+    lines = ollama.GENERATE.pieces(reply, iter([answer]))
     assert [line["response"] for line in lines] == ["", "Yes", ".", ""]
-    events = texts.events(texts.CompletionBody(prompt="a", stream=True), "tiny", [answer])
+    reply = Reply(texts.CompletionBody(prompt="a"), "tiny", [DEFAULTS])
+    events = texts.COMPLETION.pieces(reply, iter([answer]))
     assert [event["content"] for event in events] == ["Yes", ".", ""]
+    assert texts.COMPLETION.whole(reply, iter([answer]))["content"] == "Yes."
 
 
 @pytest.mark.parametrize(

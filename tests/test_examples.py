@@ -1,12 +1,17 @@
 """The example scripts are short, and run."""
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
 from bundles import make_bundle
+from huggingface_hub import InferenceClient
 from patience import python
+from serving import listening
 from tiny import CHATML, constant_logits
+
+from qaflora_edge.dialects.dialect import registered
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "examples").glob("*.py"))
 
@@ -47,3 +52,16 @@ def test_a_strategy_of_somebody_else_drafts(tmp_path, checkout) -> None:
     assert relay["knower"] in ("math", "es")
     assert relay["writer"] == "base"
     assert relay["draft_tokens"] > 8
+
+
+def test_a_dialect_of_somebody_else_is_served(alone, served, checkout, monkeypatch) -> None:
+    """By the client of its API, whole and as a stream."""
+    monkeypatch.setitem(registered, "/generate", None)  # until the end of the test
+    monkeypatch.setattr("qaflora_edge.cli.main", lambda: None)
+    runpy.run_path(str(checkout / "examples/own_dialect.py"))
+    expected = alone.generate("the thing", max_tokens=5).text()
+    with listening(served.folder) as url:
+        client = InferenceClient(f"{url}/generate")
+        assert client.text_generation("the thing", max_new_tokens=5) == expected
+        streamed = client.text_generation("the thing", max_new_tokens=5, stream=True)
+        assert "".join(streamed) == expected

@@ -21,7 +21,7 @@ from qaflora_edge import Engine
 from qaflora_edge.answering.answer import in_words, with_draft
 from qaflora_edge.answering.reading import PromptReading
 from qaflora_edge.ask import Chat
-from qaflora_edge.dialects.shapes import Extras
+from qaflora_edge.dialects.dialect import Extras
 from qaflora_edge.errors import BusyError, CancelledError, StrategyError
 from qaflora_edge.inference.sequence import Request
 from qaflora_edge.show import doubts

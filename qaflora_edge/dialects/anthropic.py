@@ -1,7 +1,6 @@
 """Anthropic's messages: their bodies, and a generation as a message or its events."""
 
 import itertools
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -11,6 +10,15 @@ from msgspec import Meta, Struct
 from qaflora_edge.answering.generation import Generation
 from qaflora_edge.ask import Ask, Chat, Tools
 from qaflora_edge.dialects import openai_chat
+from qaflora_edge.dialects.dialect import (
+    NAMED_EVENTS,
+    AnswerBlock,
+    Answers,
+    BlockEvent,
+    Dialect,
+    Reply,
+    block_events,
+)
 from qaflora_edge.dialects.options import (
     MAX_MESSAGES,
     MAX_STOPS,
@@ -22,7 +30,6 @@ from qaflora_edge.dialects.options import (
     chosen_tools,
     thinking,
 )
-from qaflora_edge.dialects.shapes import NOTHING, AnswerBlock, BlockEvent, Extras, block_events
 from qaflora_edge.errors import wrong_field
 from qaflora_edge.formats.inputs import Json
 from qaflora_edge.prompt.calls import CallPart
@@ -135,7 +142,6 @@ class TokensBody(Weighed, frozen=True, kw_only=True):
 class MessagesBody(TokensBody, frozen=True, kw_only=True):
     """Ask /v1/messages."""
 
-    stream_media = "text/event-stream"
     max_tokens: Count
     stream: Flag = None
     stop_sequences: (
@@ -154,7 +160,7 @@ class MessagesBody(TokensBody, frozen=True, kw_only=True):
         return bool(self.stream)
 
 
-def ask(body: MessagesBody, defaults: Ask) -> Ask:
+def asks(body: MessagesBody, defaults: Ask) -> list[Ask]:
     """Read a body; the defaults hold where it says nothing."""
     options: Json = {
         "max_tokens": body.max_tokens,
@@ -169,12 +175,13 @@ def ask(body: MessagesBody, defaults: Ask) -> Ask:
     schema: Any = defaults.json_schema
     if body.output_config is not None and body.output_config.format is not None:
         schema = body.output_config.format.schema
-    return replace(
+    ask = replace(
         defaults,
         prompt=conversation(body),
         sampling=defaults.sampling.updated(given),
         json_schema=schema,
     )
+    return [ask]
 
 
 def conversation(body: TokensBody) -> Chat:
@@ -271,27 +278,25 @@ def _tools(body: TokensBody) -> Tools | None:
     return chosen_tools(tools, chosen, not choice.disable_parallel_tool_use)
 
 
-def head_of(model_name: str) -> Json:
+def _head(reply: Reply) -> Json:
     """Make a message that is in progress."""
     return {
-        "id": f"msg_{uuid.uuid4().hex}",
+        "id": f"msg_{reply.id.hex}",
         "type": "message",
         "role": "assistant",
-        "model": model_name,
+        "model": reply.model,
         "content": [],
         "stop_reason": None,
         "stop_sequence": None,
     }
 
 
-def message(head: Json, generation: Generation, extras: Extras = NOTHING) -> Json:
-    """Make the whole message of an answer.
-
-    head  see head_of
-    """
+def whole(reply: Reply, answers: Answers) -> Json:
+    """Make the whole message."""
+    generation = next(answers)
     choice = openai_chat.SHAPE.choice(generation)
     content: list[Json] = []
-    thought = extras.thought_of(generation) or generation.reasoning
+    thought = reply.extras.thought_of(generation) or generation.reasoning
     if thought:
         content.append(_thinking_block(thought))
     calls = choice["message"].get("tool_calls", ())
@@ -303,12 +308,14 @@ def message(head: Json, generation: Generation, extras: Extras = NOTHING) -> Jso
         content.append(_tool_block(call, arguments))
     fields = {"content": content, "usage": _usage(generation)}
     stop = _stop(generation, is_call=bool(calls))
-    return head | fields | stop | extras.mix(generation.fusion)
+    return _head(reply) | fields | stop | reply.extras.mix(generation.fusion)
 
 
-def events(head: Json, generation: Generation, extras: Extras = NOTHING) -> Iterator[Json]:
+def pieces(reply: Reply, answers: Answers) -> Iterator[Json]:
     """Yield an answer as events. Pieces of a relay's draft stand in pings, which clients skip."""
-    begun = head | {"usage": _usage(generation)} | extras.mix(generation.fusion)
+    generation = next(answers)
+    extras = reply.extras
+    begun = _head(reply) | {"usage": _usage(generation)} | extras.mix(generation.fusion)
     yield {"type": "message_start", "message": begun}
     thoughts = generation.thoughts()
     if extras.drafts_are_thoughts:
@@ -386,3 +393,14 @@ def _text_block(text: str) -> Json:
 def _tool_block(call: CallPart, arguments: Json) -> Json:
     name = call["function"]["name"]
     return {"type": "tool_use", "id": call["id"], "name": name, "input": arguments}
+
+
+MESSAGES = Dialect(
+    "/v1/messages",
+    "Answer as a message, in the shape of Anthropic.",
+    MessagesBody,
+    asks,
+    whole,
+    pieces,
+    replace(NAMED_EVENTS, ping=b'event: ping\ndata: {"type": "ping"}\n\n'),
+)

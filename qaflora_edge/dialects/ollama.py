@@ -1,7 +1,10 @@
 """Ollama's chats and texts."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, defstruct
@@ -10,17 +13,17 @@ from qaflora_edge.answering.generation import Generation
 from qaflora_edge.ask import Ask, Chat, Gap
 from qaflora_edge.config import in_group
 from qaflora_edge.dialects import openai_chat
+from qaflora_edge.dialects.dialect import Answers, Dialect, Reply, Wire, encoded
 from qaflora_edge.dialects.options import (
     Flag,
     MessageList,
+    StreamedBody,
     ToolList,
-    Weighed,
     chosen_tools,
     option_field,
     read_body,
     thinking,
 )
-from qaflora_edge.dialects.shapes import NOTHING, Extras
 from qaflora_edge.errors import ModalityError
 from qaflora_edge.formats.inputs import Json, Object
 from qaflora_edge.prompt.calls import add_part
@@ -32,19 +35,16 @@ OF_OLLAMA = (
 )
 Part = Object  # of a message, in OpenAI's shape
 Fields = Callable[[Part], Json]  # a part in Ollama's
-Times = Callable[[Generation], dict[str, int]]
 
 
-class OllamaBody(Weighed, frozen=True, kw_only=True):
+class OllamaBody(StreamedBody, frozen=True, kw_only=True):
     """Ask in Ollama's shape: sampling options apart, and a stream unless `stream` is false.
 
     options  see OllamaOptions
     """
 
-    stream_media = "application/x-ndjson"
     model: Annotated[str, Meta(min_length=1, title="a model that GET /api/tags lists")]
     options: Annotated[Json | None, Meta(title='an object, as in {"temperature": 0}')] = None
-    stream: Flag = None
     think: Annotated[
         bool | str | None, Meta(title="true, false, or a text such as none or high")
     ] = None
@@ -56,6 +56,10 @@ class OllamaBody(Weighed, frozen=True, kw_only=True):
     @property
     def is_stream(self) -> bool:
         return self.stream is not False
+
+    @property
+    def is_unload(self) -> bool:
+        return self.keep_alive in (0, "0", "0s")
 
     @property
     def effort(self) -> str | bool | None:
@@ -95,33 +99,33 @@ class OllamaOptions(_Options, frozen=True, kw_only=True):  # type: ignore[misc, 
     ] = None
 
 
-def ask_chat(body: OllamaChatBody, defaults: Ask) -> Ask | None:
-    """Read a body of /api/chat; None without messages. See openai_chat.ask."""
+def chat_asks(body: OllamaChatBody, defaults: Ask) -> list[Ask]:
+    """Read a body of /api/chat; nothing without messages. See openai_chat.asks."""
     messages = chat_messages(body.messages or ())
     if not messages:
-        return None
+        return []
     chat = Chat(messages, chosen_tools(body.tools, None), chat_template_kwargs=_variables(body))
-    return replace(_answered(body, defaults), prompt=chat)
+    return [replace(_answered(body, defaults), prompt=chat)]
 
 
-def ask_text(body: OllamaTextBody, defaults: Ask) -> Ask | None:
-    """Read a body of /api/generate; None without a text."""
+def text_asks(body: OllamaTextBody, defaults: Ask) -> list[Ask]:
+    """Read a body of /api/generate; nothing without a text."""
     if body.images:
         raise _has_images("The request")
     text = body.prompt or ""
     if not (text or body.suffix):
-        return None
+        return []
     question = replace(_answered(body, defaults), prompt=text, parse_special=True)
     if body.suffix:
         gap = Gap(text, body.suffix, n_answer=question.sampling.max_tokens or 0)
-        return replace(question, prompt=gap)
+        return [replace(question, prompt=gap)]
     if body.raw:
-        return question
+        return [question]
     messages = [{"role": "user", "content": text}]
     if body.system:
         messages.insert(0, {"role": "system", "content": body.system})
     chat = Chat(messages, chat_template_kwargs=_variables(body), untemplated=text)
-    return replace(question, prompt=chat)
+    return [replace(question, prompt=chat)]
 
 
 def _answered(body: OllamaBody, defaults: Ask) -> Ask:
@@ -223,34 +227,87 @@ def _parts(answer: Generation) -> Iterator[Part]:
         yield {"tool_calls": calls}
 
 
-def events(
-    head: Json,
-    fields: Fields,
-    is_stream: bool,
-    times: Times,
-    answers: Iterable[Generation],
-    extras: Extras = NOTHING,
-) -> Iterator[Json]:
-    """Yield answers as lines of a stream, or each as one.
+def _whole(fields: Fields, reply: Reply, answers: Answers) -> Json:
+    """Write an answer as one line; without one, that the model is loaded, or closed."""
+    answer = next(answers, None)
+    if answer is None:
+        reason = "unload" if reply.body.is_unload else "load"
+        return _head(reply) | fields({}) | {"done": True, "done_reason": reason}
+    message = openai_chat.SHAPE.choice(answer)["message"]
+    if thought := reply.extras.thought_of(answer):
+        message["reasoning_content"] = thought
+    return _last(reply, fields(message), answer)
 
-    times  gives the durations of a last line
-    """
+
+def _pieces(fields: Fields, reply: Reply, answers: Answers) -> Iterator[Json]:
+    """Yield an answer as lines, of which the last says how it ended."""
+    if not reply.asks:
+        yield _whole(fields, reply, answers)
+        return
+    answer = next(answers)
+    head = _head(reply)
     more: Json = {"done": False}
-    for answer in answers:
-        message: Json = {}
-        if is_stream:
-            for thought, draft in extras.drafting(answer):
-                line = head | fields({"reasoning_content": thought}) | more
-                if draft:
-                    line["fusion"] = draft
-                yield line
-            for part in _parts(answer):
-                yield head | fields(part) | more
-        else:
-            message = openai_chat.SHAPE.choice(answer)["message"]
-            if thought := extras.thought_of(answer):
-                message["reasoning_content"] = thought
-        last = head | fields(message)
-        last["done"] = True
-        last["done_reason"] = "stop" if answer.finish_reason == "stop" else "length"
-        yield last | times(answer) | extras.end(answer)
+    for thought, draft in reply.extras.drafting(answer):
+        line = head | fields({"reasoning_content": thought}) | more
+        if draft:
+            line["fusion"] = draft
+        yield line
+    for part in _parts(answer):
+        yield head | fields(part) | more
+    yield _last(reply, fields({}), answer)
+
+
+def _head(reply: Reply) -> Json:
+    return {"model": reply.body.model, "created_at": written_time(reply.created_s)}
+
+
+def written_time(time_s: float) -> str:
+    written = datetime.fromtimestamp(time_s, UTC).isoformat()
+    return written.replace("+00:00", "Z")
+
+
+def _last(reply: Reply, fields: Json, answer: Generation) -> Json:
+    reason = "stop" if answer.finish_reason == "stop" else "length"
+    end = {"done": True, "done_reason": reason}
+    return _head(reply) | fields | end | _counts(reply, answer) | reply.extras.end(answer)
+
+
+def _counts(reply: Reply, answer: Generation) -> dict[str, int]:
+    """Count tokens and nanoseconds as Ollama does; a relay's draft was generated too."""
+    times = answer.timings
+    draft = answer.draft
+    draft_ms = 0.0 if draft is None else draft.draft_ms
+    spent_s = time.perf_counter() - reply.facts["start_s"]
+    return {
+        "total_duration": int(1e9 * spent_s),
+        "load_duration": int(1e6 * reply.facts["wait_ms"]),
+        "prompt_eval_count": answer.n_prompt,
+        "prompt_eval_duration": int(1e6 * (times.probe_ms + times.prefill_ms)),
+        "eval_count": answer.usage["completion_tokens"],
+        "eval_duration": int(1e6 * (draft_ms + times.decode_ms)),
+    }
+
+
+def _line(value: Any) -> bytes:
+    return encoded(value) + b"\n"
+
+
+LINES = Wire("application/x-ndjson", _line, whole=_line)
+CHAT = Dialect(
+    "/api/chat",
+    "Answer a conversation, in the shape of Ollama.",
+    OllamaChatBody,
+    chat_asks,
+    partial(_whole, chat_fields),
+    partial(_pieces, chat_fields),
+    LINES,
+)
+GENERATE = Dialect(
+    "/api/generate",
+    "Answer a text, or go on with it, in the shape of Ollama.",
+    OllamaTextBody,
+    text_asks,
+    partial(_whole, text_fields),
+    partial(_pieces, text_fields),
+    LINES,
+)

@@ -1,15 +1,16 @@
-"""OpenAI's chat completions."""
+"""OpenAI's chat completions; and choices, usage and logprobs, which its texts share."""
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from msgspec import Meta, structs
 
 from qaflora_edge.answering.generation import Generation
 from qaflora_edge.ask import Ask, Chat, asked
+from qaflora_edge.dialects.dialect import EVENTS, Answers, Dialect, Extras, Reply
 from qaflora_edge.dialects.options import (
     FIXED,
     UNUSED,
@@ -24,7 +25,6 @@ from qaflora_edge.dialects.options import (
     sampling_of,
     thinking,
 )
-from qaflora_edge.dialects.shapes import Shape, ShownTokens, choices_of, token_text
 from qaflora_edge.errors import wrong_field, wrong_option
 from qaflora_edge.formats.inputs import Json, Object
 from qaflora_edge.inference.sequence import TokenLogprob
@@ -60,7 +60,7 @@ _FIELDS = {field.name for field in structs.fields(ChatBody)} - {
 }
 
 
-def ask(body: ChatBody, defaults: Ask) -> Ask:
+def asks(body: ChatBody, defaults: Ask) -> list[Ask]:
     """Read a body.
 
     defaults  hold where it says nothing: how tokens are chosen, who is weighed
@@ -72,7 +72,7 @@ def ask(body: ChatBody, defaults: Ask) -> Ask:
         raise wrong_field("json_schema", own_schema, "nothing next to response_format")
     if schema is None:
         schema = own_schema
-    return replace(
+    ask = replace(
         defaults,
         prompt=conversation(body),
         sampling=sampling_of(
@@ -81,6 +81,7 @@ def ask(body: ChatBody, defaults: Ask) -> Ask:
         json_schema=defaults.json_schema if schema is None else schema,
         n=1 if body.n is None else body.n,
     )
+    return [ask]
 
 
 def conversation(body: ChatBody) -> Chat:
@@ -118,6 +119,135 @@ def response_schema(response_format: Object | None) -> Any:
     form = "{'type': 'json_schema', 'json_schema': {'schema': ...}}"
     expected = f"{{'type': 'json_object'}} or {form}"
     raise wrong_option("response_format", response_format, expected)
+
+
+CHUNKS = replace(EVENTS, done=b"data: [DONE]\n\n")
+
+
+class Shape(NamedTuple):
+    """Write answers in OpenAI's choices.
+
+    prefix   of ids
+    kind     what a whole answer is called
+    chunk    what a chunk is called
+    choice   makes the one of a whole answer
+    choices  yields those of its chunks
+    thought  makes that of a chunk with a thought, or with nothing
+    """
+
+    prefix: str
+    kind: str
+    chunk: str
+    choice: Callable[[Generation], Json]
+    choices: Callable[[Generation], Iterator[Json]]
+    thought: Callable[[str], Json]
+
+    def whole(self, reply: Reply, answers: Answers) -> Json:
+        choices = []
+        ended: list[Generation] = []
+        for generation in answers:
+            choice = _choice(len(ended), self.choice(generation), reply.extras)
+            if thought := reply.extras.thought_of(generation):
+                choice["message"]["reasoning_content"] = thought
+            choices.append(choice)
+            ended.append(generation)
+        fields = {"choices": choices, "usage": usage(ended, reply)}
+        return self._head(reply, self.kind) | fields | reply.extras.end(ended[0])
+
+    def pieces(self, reply: Reply, answers: Answers) -> Iterator[Json]:
+        """Yield the same as chunks, one answer after another.
+
+        The first has the mix. That of the usage has it again, with the times.
+        """
+        extras = reply.extras
+        options = reply.body.stream_options
+        has_usage = bool(options and options.include_usage)
+        ended: list[Generation] = []
+        head = self._head(reply, self.chunk)
+        if has_usage:
+            head["usage"] = None
+        mix: Json = {}
+        for index, generation in enumerate(answers):
+            if index == 0:  # the answers share one draft
+                mix = extras.mix(generation.fusion)
+                for thought, draft in extras.drafting(generation):
+                    choice = _choice(index, self.thought(thought), extras)
+                    chunk = head | {"choices": [choice]}
+                    fusion = mix.get("fusion", {}) | draft
+                    if fusion:
+                        chunk["fusion"] = fusion
+                    yield chunk
+                    mix = {}
+            for part in self.choices(generation):
+                choices = [_choice(index, part, extras)]
+                yield head | {"choices": choices} | mix
+                mix = {}
+            ended.append(generation)
+        if has_usage:
+            fields = {"choices": [], "usage": usage(ended, reply)}
+            yield head | fields | extras.end(ended[0])
+
+    def progress(self, reply: Reply, progress: Json) -> Json:
+        """Make the chunk that says how far a prompt is, as llama-server does."""
+        return self._head(reply, self.chunk) | {"choices": [], "prompt_progress": progress}
+
+    def _head(self, reply: Reply, kind: str) -> Json:
+        return {
+            "id": f"{self.prefix}-{reply.id}",
+            "object": kind,
+            "created": int(reply.created_s),
+            "model": reply.model,
+        }
+
+
+def _choice(index: int, choice: Json, extras: Extras) -> Json:
+    reason = extras.reason(choice["finish_reason"])
+    return {"index": index} | choice | {"finish_reason": reason}
+
+
+def usage(ended: Sequence[Generation], reply: Reply) -> Json:
+    """Count tokens of answers; a prompt, and its draft, count once for all of its answers."""
+    firsts = ended[:: reply.asks[0].n]
+    n_prompt = sum(generation.n_prompt for generation in firsts)
+    n_cached = sum(generation.n_cached for generation in firsts)
+    n_draft = sum(generation.n_draft for generation in firsts)
+    n_completion = n_draft + sum(generation.n_completion for generation in ended)
+    n_thought = sum(generation.n_thought for generation in ended)
+    return {
+        "prompt_tokens": n_prompt,
+        "completion_tokens": n_completion,
+        "total_tokens": n_prompt + n_completion,
+        "prompt_tokens_details": {"cached_tokens": n_cached},
+        "completion_tokens_details": {"reasoning_tokens": n_thought},
+    }
+
+
+class ShownTokens:
+    """Hand out tokens as their text is shown; those of thoughts and of a stop text never are."""
+
+    def __init__(self, generation: Generation) -> None:
+        self._generation = generation
+        self._n_token = generation.n_thought  # they came before the first text
+        self._n_byte = 0  # of the tokens handed out
+        self._n_text = 0  # bytes shown
+
+    def take(self, text: str) -> list[TokenLogprob] | None:
+        """Take the tokens of a next piece of text; None where nobody asks for them."""
+        if not self._generation.wants_logprobs:
+            return None
+        self._n_text += len(text.encode("utf-8"))
+        taken = []
+        for entry in self._generation.logprobs[self._n_token :]:
+            if self._n_byte >= self._n_text:
+                break
+            taken.append(entry)
+            self._n_byte += entry.n_shown
+        self._n_token += len(taken)
+        return taken
+
+
+def token_text(entry: TokenLogprob) -> str:
+    return entry.data.decode("utf-8", "replace")
 
 
 def _whole(generation: Generation) -> Json:
@@ -161,6 +291,16 @@ def _chunks(generation: Generation) -> Iterator[Json]:
 
 
 SHAPE = Shape("chatcmpl", "chat.completion", "chat.completion.chunk", _whole, _chunks, _thought)
+CHAT = Dialect(
+    "/v1/chat/completions",
+    "Answer a conversation.",
+    ChatBody,
+    asks,
+    SHAPE.whole,
+    SHAPE.pieces,
+    CHUNKS,
+    SHAPE.progress,
+)
 
 
 def answer_parts(generation: Generation) -> "Iterator[str | CallPart]":
@@ -238,11 +378,10 @@ def answer_chat(
         elif value is not None and name not in UNUSED:
             keywords[name] = value
     body = ChatBody(stream_options=StreamOptions(include_usage=has_usage), **fields)
-    question = ask(body, asked((), **keywords))
-    answers = engine.submit_all(question)
+    questions = asks(body, asked((), **keywords))
+    answers = engine.submit_all(questions[0])
     answers = itertools.chain([next(answers)], answers)
-    events = choices_of(body, engine.name, SHAPE).events(answers)
+    reply = Reply(body, engine.name, questions)
     if stream:
-        return map(with_attributes, events)
-    (whole,) = events
-    return Answer(with_attributes(whole))
+        return map(with_attributes, SHAPE.pieces(reply, answers))
+    return Answer(with_attributes(SHAPE.whole(reply, answers)))

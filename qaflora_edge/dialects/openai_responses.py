@@ -1,17 +1,24 @@
 """OpenAI's responses, stateless: their requests as a chat's, and a chat's answer as theirs."""
 
 import time
-import uuid
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
 from qaflora_edge.answering.generation import Generation
-from qaflora_edge.ask import Ask, Sampling
+from qaflora_edge.ask import Ask
 from qaflora_edge.dialects import openai_chat
+from qaflora_edge.dialects.dialect import (
+    NAMED_EVENTS,
+    AnswerBlock,
+    Answers,
+    BlockEvent,
+    Dialect,
+    Reply,
+    block_events,
+)
 from qaflora_edge.dialects.options import FIXED, SAMPLING, Count, Text, Tooled, check_off
-from qaflora_edge.dialects.shapes import NOTHING, AnswerBlock, BlockEvent, Extras, block_events
 from qaflora_edge.formats.inputs import Json
 
 
@@ -86,8 +93,8 @@ _CONSTANT: Json = {
 }
 
 
-def ask(body: ResponsesBody, defaults: Ask) -> Ask:
-    """Read a body as a chat's: see openai_chat.ask."""
+def asks(body: ResponsesBody, defaults: Ask) -> list[Ask]:
+    """Read a body as a chat's: see openai_chat.asks."""
     check_off("responses", body, _OFF)
     messages = _messages(body.input)
     if body.instructions is not None:
@@ -105,7 +112,7 @@ def ask(body: ResponsesBody, defaults: Ask) -> Ask:
         reasoning_effort=body.reasoning.effort if body.reasoning else None,
         **sampling,
     )
-    return openai_chat.ask(chat, defaults)
+    return openai_chat.asks(chat, defaults)
 
 
 def _messages(items: str | list[Item]) -> list[Json]:
@@ -127,31 +134,36 @@ def _messages(items: str | list[Item]) -> list[Json]:
     return messages
 
 
-def head_of(model_name: str, sampling: Sampling) -> Json:
+def _head(reply: Reply) -> Json:
     """Make a response that is in progress; it must have some sampling options."""
+    sampling = reply.asks[0].sampling
     return {
         **_CONSTANT,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "frequency_penalty": sampling.frequency_penalty,
         "presence_penalty": sampling.presence_penalty,
-        "id": f"resp_{uuid.uuid4().hex}",
-        "created_at": int(time.time()),
+        "id": f"resp_{reply.id.hex}",
+        "created_at": int(reply.created_s),
         "completed_at": None,
         "status": "in_progress",
         "incomplete_details": None,
-        "model": model_name,
+        "model": reply.model,
         "output": [],
         "usage": None,
     }
 
 
-def events(head: Json, generation: Generation, extras: Extras = NOTHING) -> Iterator[Json]:
-    """Yield an answer as events, each with its type and number; the last has the whole response.
+def whole(reply: Reply, answers: Answers) -> Json:
+    """Make the whole response."""
+    *_, (_, last) = _events(reply, next(answers))
+    response: Json = last["response"]
+    return response
 
-    head  see head_of
-    """
-    for number, (kind, fields) in enumerate(_events(head, generation, extras)):
+
+def pieces(reply: Reply, answers: Answers) -> Iterator[Json]:
+    """Yield an answer as events, each with its type and number; the last has the whole response."""
+    for number, (kind, fields) in enumerate(_events(reply, next(answers))):
         event = {"type": f"response.{kind}", "sequence_number": number}
         yield event | fields
 
@@ -159,8 +171,9 @@ def events(head: Json, generation: Generation, extras: Extras = NOTHING) -> Iter
 Events = Iterator[tuple[str, Json]]
 
 
-def _events(head: Json, generation: Generation, extras: Extras) -> Events:
-    yield "created", {"response": head | extras.mix(generation.fusion)}
+def _events(reply: Reply, generation: Generation) -> Events:
+    head = _head(reply)
+    yield "created", {"response": head | reply.extras.mix(generation.fusion)}
     output = []
     for event in block_events(openai_chat.answer_parts(generation)):
         status = "in_progress"
@@ -174,7 +187,7 @@ def _events(head: Json, generation: Generation, extras: Extras) -> Events:
         response["incomplete_details"] = {"reason": "max_output_tokens"}
     else:
         response["completed_at"] = int(time.time())
-    yield status, {"response": response | extras.end(generation)}
+    yield status, {"response": response | reply.extras.end(generation)}
 
 
 def _status(generation: Generation) -> str:
@@ -245,3 +258,14 @@ def _item_events(event: BlockEvent, status: str) -> Events:
             call = {"name": item["name"], "arguments": block.text}
             yield "function_call_arguments.done", place | call
             yield "output_item.done", of_item
+
+
+RESPONSES = Dialect(
+    "/v1/responses",
+    "Answer as a response.",
+    ResponsesBody,
+    asks,
+    whole,
+    pieces,
+    NAMED_EVENTS,
+)

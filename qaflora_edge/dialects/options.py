@@ -6,7 +6,7 @@ and in OpenAPI. Sampling options come from `config`, with their ranges. null sta
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct, defstruct, field
@@ -72,9 +72,8 @@ ToolList = (
 
 
 class Body(Struct, frozen=True, kw_only=True):
-    """Ask a model; a stream of its answer, where it has one, is of some media type."""
+    """Ask a model."""
 
-    stream_media: ClassVar[str] = ""
     model: Annotated[str | None, Meta(title="a model that GET /v1/models lists")] = None
 
     @property
@@ -125,6 +124,21 @@ class Weighed(Body, frozen=True, kw_only=True):
         """How long the base is asked to think, where a body says it."""
         return None
 
+    @property
+    def is_unload(self) -> bool:
+        """Whether a body that asks nothing wants the model closed, where it may say so."""
+        return False
+
+
+class StreamedBody(Weighed, frozen=True, kw_only=True):
+    """Ask for what may come as a stream."""
+
+    stream: Flag = None
+
+    @property
+    def is_stream(self) -> bool:
+        return bool(self.stream)
+
 
 class StreamOptions(Struct, frozen=True):
     """Say what a stream ends with."""
@@ -149,7 +163,7 @@ def option_field(name: str, option: Option) -> tuple[str, Any, None]:
 
 
 if TYPE_CHECKING:
-    Sampled = Weighed  # sampling_of and check_off read its fields by their names
+    Sampled = StreamedBody  # sampling_of and check_off read its fields by their names
 else:
     _OPTIONS = in_group("sampling")
     Sampled = defstruct(
@@ -158,7 +172,7 @@ else:
             *(option_field(name, _OPTIONS[option]) for name, option in SAMPLING.items()),
             *((name, Any, None) for name in FIXED),
         ],
-        bases=(Weighed,),
+        bases=(StreamedBody,),
         frozen=True,
         kw_only=True,
     )
@@ -167,23 +181,17 @@ else:
 class Answered(Sampled, frozen=True, kw_only=True):
     """Ask for answers: how they are sampled, and how they are sent."""
 
-    stream_media = "text/event-stream"
     n: (
         Annotated[
             int, Meta(title=f"a number of answers from 1 to {MAX_CHOICES}", ge=1, le=MAX_CHOICES)
         ]
         | None
     ) = None
-    stream: Flag = None
     stream_options: Annotated[
         StreamOptions | None, Meta(title='an object, as in {"include_usage": true}')
     ] = None
     return_progress: Flag = None
     json_schema: Annotated[Json | bool | None, Meta(title="a JSON schema")] = None
-
-    @property
-    def is_stream(self) -> bool:
-        return bool(self.stream)
 
 
 class Tooled(Answered, frozen=True, kw_only=True):

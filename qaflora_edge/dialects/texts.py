@@ -3,7 +3,7 @@
 import codecs
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -11,6 +11,8 @@ from msgspec import Meta, Struct
 
 from qaflora_edge.answering.generation import Generation
 from qaflora_edge.ask import Ask, Gap, Question
+from qaflora_edge.dialects.dialect import Answers, Dialect, Reply
+from qaflora_edge.dialects.openai_chat import CHUNKS, Shape, ShownTokens, token_text
 from qaflora_edge.dialects.options import (
     FIXED,
     MAX_PROMPTS,
@@ -23,7 +25,6 @@ from qaflora_edge.dialects.options import (
     check_off,
     sampling_of,
 )
-from qaflora_edge.dialects.shapes import NOTHING, Extras, Shape, ShownTokens, token_text
 from qaflora_edge.errors import wrong_field
 from qaflora_edge.formats.inputs import Json
 from qaflora_edge.inference.sequence import TokenLogprob
@@ -95,7 +96,7 @@ def several(field: str, value: Any, most: int) -> list[Any]:
 
 
 def asks(body: TextBody, defaults: Ask) -> list[Ask]:
-    """Read a body: an Ask for each of its prompts; see openai_chat.ask."""
+    """Read a body: an Ask for each of its prompts; see openai_chat.asks."""
     check_off("completions", body, FIXED)
     sampling = sampling_of(body, defaults.sampling)
     n_token = N_ANSWER if sampling.max_tokens is None else sampling.max_tokens
@@ -159,12 +160,12 @@ def text_logprobs(entries: Sequence[TokenLogprob] | None, offset: int) -> Any:
     }
 
 
-def ask(body: CompletionBody, defaults: Ask) -> Ask:
-    """Read a body of /completion; see openai_chat.ask."""
+def completion_asks(body: CompletionBody, defaults: Ask) -> list[Ask]:
+    """Read a body of /completion; see openai_chat.asks."""
     return _asked(body, body.prompt, defaults)
 
 
-def ask_infill(body: InfillBody, defaults: Ask) -> Ask:
+def infill_asks(body: InfillBody, defaults: Ask) -> list[Ask]:
     """Read a body of /infill."""
     files = [(file.filename, file.text) for file in body.input_extra or ()]
     prefix = body.input_prefix + body.prompt
@@ -174,47 +175,79 @@ def ask_infill(body: InfillBody, defaults: Ask) -> Ask:
     return _asked(body, gap, defaults)
 
 
-def _asked(body: CompletionBody, question: Question, defaults: Ask) -> Ask:
+def _asked(body: CompletionBody, question: Question, defaults: Ask) -> list[Ask]:
     check_off("completions", body, FIXED)
     sampling = sampling_of(body, defaults.sampling)
     if body.n_predict is not None:
         n_token = None if body.n_predict < 0 else body.n_predict
         sampling = replace(sampling, max_tokens=n_token)
-    return replace(
+    ask = replace(
         defaults,
         prompt=question,
         sampling=sampling,
         json_schema=body.json_schema,
         parse_special=True,
     )
+    return [ask]
 
 
-def events(
-    body: CompletionBody, model_name: str, answers: Iterable[Generation], extras: Extras = NOTHING
-) -> Iterator[Json]:
-    """Yield answers as events; the last of each is all that is told without a stream."""
-    is_stream = body.is_stream
-    limit_ms = body.t_max_predict_ms or math.inf
-    for answer in answers:
-        start_s = time.perf_counter()
-        text = ""
-        for piece in answer:
-            text += piece
-            if is_stream:
-                yield {"index": 0, "content": piece, "stop": False}
-            spent_ms = 1e3 * (time.perf_counter() - start_s)
-            if "\n" in text and spent_ms > limit_ms:
-                answer.cancel()
-        last = {
-            "index": 0,
-            "content": "" if is_stream else text,
-            "stop": True,
-            "model": model_name,
-            "stop_type": "eos" if answer.finish_reason == "stop" else "limit",
-            "truncated": False,
-            "has_new_line": "\n" in text,
-            "tokens_predicted": answer.n_completion,
-            "tokens_evaluated": answer.n_prompt,
-            "tokens_cached": answer.n_cached,
-        }
-        yield last | extras.end(answer)
+def whole(reply: Reply, answers: Answers) -> Json:
+    """Make an answer of /completion or /infill."""
+    *parts, last = pieces(reply, answers)
+    text = "".join(part["content"] for part in parts)
+    return last | {"content": text}
+
+
+def pieces(reply: Reply, answers: Answers) -> Iterator[Json]:
+    """Yield one as events; the last says how it ended."""
+    answer = next(answers)
+    limit_ms = reply.body.t_max_predict_ms or math.inf
+    start_s = time.perf_counter()
+    has_line = False
+    for piece in answer:
+        yield {"index": 0, "content": piece, "stop": False}
+        has_line = has_line or "\n" in piece
+        spent_ms = 1e3 * (time.perf_counter() - start_s)
+        if has_line and spent_ms > limit_ms:
+            answer.cancel()
+    last = {
+        "index": 0,
+        "content": "",
+        "stop": True,
+        "model": reply.model,
+        "stop_type": "eos" if answer.finish_reason == "stop" else "limit",
+        "truncated": False,
+        "has_new_line": has_line,
+        "tokens_predicted": answer.n_completion,
+        "tokens_evaluated": answer.n_prompt,
+        "tokens_cached": answer.n_cached,
+    }
+    yield last | reply.extras.end(answer)
+
+
+COMPLETIONS = Dialect(
+    "/v1/completions",
+    "Go on with a text.",
+    TextBody,
+    asks,
+    SHAPE.whole,
+    SHAPE.pieces,
+    CHUNKS,
+    SHAPE.progress,
+)
+COMPLETION = Dialect(
+    "/completion",
+    "Go on with a text, in the shape of llama-server.",
+    CompletionBody,
+    completion_asks,
+    whole,
+    pieces,
+)
+INFILL = Dialect(
+    "/infill",
+    "Fill a gap in code, in the shape of llama-server.",
+    InfillBody,
+    infill_asks,
+    whole,
+    pieces,
+)

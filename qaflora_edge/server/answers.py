@@ -1,17 +1,13 @@
-"""Routes that take a body: chats, texts, weights and tokens."""
+"""Routes that take a body and are no dialect's: weights, teaching, embeddings and tokens."""
 
 import base64
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from starlette.requests import Request
 
-from qaflora_edge.answering.generation import Generation
 from qaflora_edge.arrays import F32
-from qaflora_edge.ask import Ask
-from qaflora_edge.dialects import anthropic, openai_chat, openai_responses, texts
-from qaflora_edge.dialects.shapes import Extras, choices_of
+from qaflora_edge.dialects import anthropic
 from qaflora_edge.dialects.texts import several
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import CancelledError, wrong_field
@@ -19,83 +15,9 @@ from qaflora_edge.prompt.tokens import check_size, checked_tokens
 from qaflora_edge.server import bodies
 from qaflora_edge.server.receive import Call, read_call
 from qaflora_edge.server.refusals import Refusal
-from qaflora_edge.server.respond import (
-    CHUNKS,
-    MESSAGE_EVENTS,
-    NAMED_EVENTS,
-    Computed,
-    answered,
-    extras_of,
-    note_mix,
-)
+from qaflora_edge.server.respond import Computed, extras_of, note_mix
 
 N_AT_ONCE = 4096  # tokens that are written before a client may have gone
-
-
-async def chat_completions(request: Request) -> Computed:
-    """Answer a conversation."""
-    call = await read_call(request, openai_chat.ChatBody)
-    ask = openai_chat.ask(call.body, call.defaults)
-    choices = choices_of(call.body, call.model, openai_chat.SHAPE)
-    return answered(call, [ask], choices.events, wire=CHUNKS, progress=choices.progress)
-
-
-async def completions(request: Request) -> Computed:
-    """Go on with a text."""
-    call = await read_call(request, texts.TextBody)
-    asks = texts.asks(call.body, call.defaults)
-    choices = choices_of(call.body, call.model, texts.SHAPE)
-    return answered(call, asks, choices.events, wire=CHUNKS, progress=choices.progress)
-
-
-async def completion(request: Request) -> Computed:
-    """Go on with a text, in the shape of llama-server."""
-    call = await read_call(request, texts.CompletionBody)
-    return _completed(call, texts.ask(call.body, call.defaults))
-
-
-async def infill(request: Request) -> Computed:
-    """Fill a gap in code, in the shape of llama-server."""
-    call = await read_call(request, texts.InfillBody)
-    return _completed(call, texts.ask_infill(call.body, call.defaults))
-
-
-def _completed(call: Call[Any], ask: Ask) -> Computed:
-    return answered(call, [ask], partial(texts.events, call.body, call.model))
-
-
-async def responses(request: Request) -> Computed:
-    """Answer as a response."""
-    call = await read_call(request, openai_responses.ResponsesBody)
-    ask = openai_responses.ask(call.body, call.defaults)
-    head = openai_responses.head_of(call.model, ask.sampling)
-
-    def events(answers: Iterator[Generation], extras: Extras) -> Iterator[Any]:
-        for answer in answers:
-            events = openai_responses.events(head, answer, extras)
-            if call.body.is_stream:
-                yield from events
-            else:
-                *_, last = events
-                yield last["response"]
-
-    return answered(call, [ask], events, wire=NAMED_EVENTS)
-
-
-async def messages(request: Request) -> Computed:
-    """Answer as a message, in the shape of Anthropic."""
-    call = await read_call(request, anthropic.MessagesBody)
-    ask = anthropic.ask(call.body, call.defaults)
-    head = anthropic.head_of(call.model)
-
-    def events(answers: Iterator[Generation], extras: Extras) -> Iterator[Any]:
-        for answer in answers:
-            if call.body.is_stream:
-                yield from anthropic.events(head, answer, extras)
-            else:
-                yield anthropic.message(head, answer, extras)
-
-    return answered(call, [ask], events, wire=MESSAGE_EVENTS)
 
 
 async def count_tokens(request: Request) -> Computed:

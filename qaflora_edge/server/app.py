@@ -21,14 +21,15 @@ from starlette.routing import Route
 from qaflora_edge import __version__
 from qaflora_edge.dialects import anthropic, openai_chat, openai_responses, texts
 from qaflora_edge.dialects import ollama as ollama_dialect
-from qaflora_edge.dialects.options import Body
+from qaflora_edge.dialects.dialect import Dialect, registered
 from qaflora_edge.errors import QafloraError
 from qaflora_edge.server import answers, bodies, ollama, uploads
+from qaflora_edge.server.bodies import Operation
 from qaflora_edge.server.metrics import Metrics, Recorder
 from qaflora_edge.server.page import page
 from qaflora_edge.server.receive import MAX_HELD_BYTES, MAX_LARGE_BODIES, BodyRoom, Places
 from qaflora_edge.server.refusals import Refusal, refusal
-from qaflora_edge.server.respond import State
+from qaflora_edge.server.respond import State, speaking
 from qaflora_edge.server.security import Gate, Lock
 from qaflora_edge.server.served_models import (
     N_LIGHT,
@@ -155,11 +156,7 @@ async def metrics(request: Request) -> Response:
 
 async def openapi(request: Request) -> Response:
     """Describe the API in OpenAPI."""
-    paths = []
-    for path, route, kind in API:
-        shown = path.replace(":path", "")
-        paths.append((shown, route.__doc__, kind))
-    return JSONResponse(bodies.describe(paths))
+    return JSONResponse(bodies.describe(_operations()))
 
 
 async def models(request: Request) -> Response:
@@ -233,37 +230,49 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return response
 
 
-# (path, route, body): POST with a body, else GET. The route's docstring is its summary.
-API: tuple[tuple[str, Any, type[Body] | None], ...] = (
-    ("/v1/chat/completions", answers.chat_completions, openai_chat.ChatBody),
-    ("/v1/completions", answers.completions, texts.TextBody),
-    ("/v1/responses", answers.responses, openai_responses.ResponsesBody),
-    ("/v1/messages", answers.messages, anthropic.MessagesBody),
-    ("/v1/messages/count_tokens", answers.count_tokens, anthropic.TokensBody),
-    ("/v1/weights", answers.weights, bodies.WeightsBody),
-    ("/v1/teach", answers.teach, bodies.TeachBody),
-    ("/v1/embeddings", answers.embeddings, bodies.EmbeddingsBody),
-    ("/completion", answers.completion, texts.CompletionBody),
-    ("/infill", answers.infill, texts.InfillBody),
-    ("/api/chat", ollama.chat, ollama_dialect.OllamaChatBody),
-    ("/api/generate", ollama.generate, ollama_dialect.OllamaTextBody),
-    ("/api/show", ollama.show, bodies.ShowBody),
-    ("/api/embed", ollama.embed, bodies.EmbedBody),
-    ("/api/tags", ollama.tags, None),
-    ("/api/ps", ollama.ps, None),
-    ("/api/version", ollama.version, None),
-    ("/tokenize", answers.tokenize, bodies.TokenizeBody),
-    ("/detokenize", answers.detokenize, bodies.DetokenizeBody),
-    ("/v1/load_lora_adapter", uploads.load, bodies.AdapterBody),
-    ("/v1/unload_lora_adapter", uploads.unload, bodies.AdapterBody),
-    ("/v1/models", models, None),
-    ("/v1/models/{model:path}", model, None),
-    ("/lora-adapters", lora_adapters, None),
-    ("/props", props, None),
-    ("/health", health, None),
-    ("/metrics", metrics, None),
-    ("/openapi.json", openapi, None),
+DIALECTS: tuple[Dialect, ...] = (
+    openai_chat.CHAT,
+    texts.COMPLETIONS,
+    openai_responses.RESPONSES,
+    anthropic.MESSAGES,
+    texts.COMPLETION,
+    texts.INFILL,
+    ollama_dialect.CHAT,
+    ollama_dialect.GENERATE,
 )
+OTHERS = (
+    Operation("/v1/messages/count_tokens", answers.count_tokens, anthropic.TokensBody),
+    Operation("/v1/weights", answers.weights, bodies.WeightsBody),
+    Operation("/v1/teach", answers.teach, bodies.TeachBody),
+    Operation("/v1/embeddings", answers.embeddings, bodies.EmbeddingsBody),
+    Operation("/api/show", ollama.show, bodies.ShowBody),
+    Operation("/api/embed", ollama.embed, bodies.EmbedBody),
+    Operation("/api/tags", ollama.tags),
+    Operation("/api/ps", ollama.ps),
+    Operation("/api/version", ollama.version),
+    Operation("/tokenize", answers.tokenize, bodies.TokenizeBody),
+    Operation("/detokenize", answers.detokenize, bodies.DetokenizeBody),
+    Operation("/v1/load_lora_adapter", uploads.load, bodies.AdapterBody),
+    Operation("/v1/unload_lora_adapter", uploads.unload, bodies.AdapterBody),
+    Operation("/v1/models", models),
+    Operation("/v1/models/{model:path}", model),
+    Operation("/lora-adapters", lora_adapters),
+    Operation("/props", props),
+    Operation("/health", health),
+    Operation("/metrics", metrics),
+    Operation("/openapi.json", openapi),
+)
+
+
+def _operations() -> list[Operation]:
+    """List what is offered; a program's own dialects replace others of their paths."""
+    dialects = {dialect.path: dialect for dialect in DIALECTS} | registered
+    operations = []
+    for dialect in dialects.values():
+        media = dialect.wire.media.partition(";")[0]
+        operation = Operation(dialect.path, speaking(dialect), dialect.body, media)
+        operations.append(operation)
+    return [*operations, *OTHERS]
 
 
 # Other paths that clients try -> those that answer.
@@ -283,15 +292,13 @@ def _routes() -> list[Route]:
         Route("/progress", uploads.progress, methods=["GET"], include_in_schema=False),
         Route("/document", uploads.document, methods=["POST"], include_in_schema=False),
     ]
-    names = {path: alias for alias, path in ALIASES.items()}
-    for path, route, kind in API:
-        methods = ["POST"]
-        if kind is None:
-            methods = ["GET"]
-        routes.append(Route(path, route, methods=methods))
-        if path in names:
-            alias = Route(names[path], route, methods=methods, include_in_schema=False)
-            routes.append(alias)
+    operations = {operation.path: operation for operation in _operations()}
+    for path, operation in operations.items():
+        routes.append(Route(path, operation.route, methods=[operation.method]))
+    for alias, path in ALIASES.items():
+        operation = operations[path]
+        methods = [operation.method]
+        routes.append(Route(alias, operation.route, methods=methods, include_in_schema=False))
     for path in NOT_HERE:
         routes.append(Route(path, not_here, methods=["GET", "POST"]))
     return routes

@@ -3,11 +3,13 @@
 A field's `title` says what it has to be, in messages too.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
+from starlette.requests import Request
 
 from qaflora_edge import __version__
 from qaflora_edge.dialects.options import Body, Flag, Messages, Prompts, Text, Tokens, Weighed
@@ -113,19 +115,33 @@ _FAILED = {
 }
 
 
-def describe(paths: Iterable[tuple[str, str, type[Body] | None]]) -> Json:
-    """Describe a server in OpenAPI 3.1.
+@dataclass(frozen=True)
+class Operation:
+    """Offer a path: POST with a body, else GET.
 
-    paths  (path, summary, body, or None for GET)
+    route         its docstring is the summary
+    stream_media  the media type of a stream, where an answer may be one
     """
-    operations = {}
+
+    path: str
+    route: Callable[[Request], Any]
+    body: type[Body] | None = None
+    stream_media: str = ""
+
+    @property
+    def method(self) -> str:
+        return "GET" if self.body is None else "POST"
+
+
+def describe(operations: Iterable[Operation]) -> Json:
+    """Describe a server in OpenAPI 3.1."""
+    paths = {}
     kinds: list[Any] = []
-    for path, summary, kind in paths:
-        if kind is None:
-            operations[path] = {"get": _read(path, summary)}
-        else:
-            operations[path] = {"post": _asked(path, summary, kind)}
-            kinds.append(kind)
+    for operation in operations:
+        path = operation.path.replace(":path", "")
+        paths[path] = {operation.method.lower(): _described(path, operation)}
+        if operation.body is not None:
+            kinds.append(operation.body)
     _, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
     keys = {
         "key": {"type": "http", "scheme": "bearer"},
@@ -136,40 +152,32 @@ def describe(paths: Iterable[tuple[str, str, type[Body] | None]]) -> Json:
         "info": {"title": "qaflora serve", "version": __version__},
         "security": [{name: []} for name in keys],
         "components": {"schemas": schemas, "securitySchemes": keys},
-        "paths": operations,
+        "paths": paths,
     }
 
 
-def _operation(path: str, summary: str, stream_media: str = "") -> Json:
+def _described(path: str, operation: Operation) -> Json:
     media = "application/json"
     schema = {"type": "array" if path == "/lora-adapters" else "object"}
     if path == "/metrics" or path.endswith("load_lora_adapter"):
         media = "text/plain"
         schema = {"type": "string"}
     content: Json = {media: {"schema": schema}}
-    if stream_media:
-        content[stream_media] = {"schema": {}}
+    if operation.stream_media:
+        content[operation.stream_media] = {"schema": {}}
     answer = {"description": "The answer", "content": content}
-    return {"summary": summary, "responses": {"200": answer, "4XX": _FAILED, "5XX": _FAILED}}
-
-
-def _asked(path: str, summary: str, kind: type[Body]) -> Json:
-    operation = _operation(path, summary, kind.stream_media)
-    schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
-    content = {"application/json": {"schema": schema}}
-    operation["requestBody"] = {"required": True, "content": content}
-    return operation
-
-
-def _read(path: str, summary: str) -> Json:
-    operation = _operation(path, summary)
+    responses = {"200": answer, "4XX": _FAILED, "5XX": _FAILED}
+    described: Json = {"summary": operation.route.__doc__, "responses": responses}
+    if operation.body is not None:
+        ref = {"$ref": f"#/components/schemas/{operation.body.__name__}"}
+        body = {"application/json": {"schema": ref}}
+        described["requestBody"] = {"required": True, "content": body}
     model: Json = {"name": "model", "in": "query", "schema": {"type": "string"}}
     if path == "/health":
-        responses = operation["responses"]
-        responses["503"] = responses["200"]
-        operation["security"] = []
+        responses["503"] = answer
+        described["security"] = []
     elif "{model}" in path:
-        operation["parameters"] = [model | {"in": "path", "required": True}]
+        described["parameters"] = [model | {"in": "path", "required": True}]
     elif path in ("/lora-adapters", "/props"):
-        operation["parameters"] = [model]
-    return operation
+        described["parameters"] = [model]
+    return described

@@ -1,20 +1,14 @@
-"""Ollama's API, as far as it asks models: for programs that look for it on port 11434."""
+"""What Ollama's API tells of models, and its embeddings: for programs that look for it on 11434."""
 
 import hashlib
 import json
-import time
-from collections.abc import Mapping
-from datetime import UTC, datetime
-from functools import partial
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from qaflora_edge.answering.generation import Generation
 from qaflora_edge.arrays import F32
-from qaflora_edge.ask import Ask
-from qaflora_edge.dialects import ollama
+from qaflora_edge.dialects.ollama import written_time
 from qaflora_edge.dialects.texts import several
 from qaflora_edge.engine import Engine
 from qaflora_edge.prompt.calls import call_format
@@ -23,7 +17,7 @@ from qaflora_edge.prompt.tokens import thought_tags
 from qaflora_edge.server import bodies
 from qaflora_edge.server.answers import embedded
 from qaflora_edge.server.receive import Call, read, read_call
-from qaflora_edge.server.respond import LINES, Computed, answered
+from qaflora_edge.server.respond import Computed
 from qaflora_edge.server.served_models import ServedModel, models_of
 
 VERSION = "0.12.6"  # of the Ollama whose API this follows: some clients refuse older ones
@@ -61,7 +55,7 @@ def _card(model: ServedModel, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "model": name,
-        "modified_at": _written(model.created_s),
+        "modified_at": written_time(model.created_s),
         "size": model.n_byte,
         "digest": hashlib.sha256(facts.encode()).hexdigest(),
         "details": {
@@ -73,11 +67,6 @@ def _card(model: ServedModel, name: str) -> dict[str, Any]:
             "quantization_level": "",
         },
     }
-
-
-def _written(time_s: float) -> str:
-    written = datetime.fromtimestamp(time_s, UTC).isoformat()
-    return written.replace("+00:00", "Z")
 
 
 async def show(request: Request) -> Computed:
@@ -114,20 +103,6 @@ async def show(request: Request) -> Computed:
     return Computed(Call(request, body, served), compute, is_light=True)
 
 
-async def chat(request: Request) -> Computed | Response:
-    """Answer a conversation, in the shape of Ollama."""
-    call = await read_call(request, ollama.OllamaChatBody)
-    ask = ollama.ask_chat(call.body, call.defaults)
-    return _answered(call, ask, ollama.chat_fields)
-
-
-async def generate(request: Request) -> Computed | Response:
-    """Answer a text, or go on with it, in the shape of Ollama."""
-    call = await read_call(request, ollama.OllamaTextBody)
-    ask = ollama.ask_text(call.body, call.defaults)
-    return _answered(call, ask, ollama.text_fields)
-
-
 async def embed(request: Request) -> Computed:
     """Embed texts, in the shape of Ollama."""
     call = await read_call(request, bodies.EmbedBody)
@@ -137,43 +112,3 @@ async def embed(request: Request) -> Computed:
         return {"model": call.body.model, "embeddings": listed, "prompt_eval_count": n_token}
 
     return embedded(call, several("input", call.body.input, bodies.MAX_EMBEDDED), written)
-
-
-def _answered(call: Call[Any], ask: Ask | None, fields: ollama.Fields) -> Computed | Response:
-    """Answer once; without a prompt the model is only loaded, or closed.
-
-    fields  write a part of a message in Ollama's shape
-    """
-    head = {"model": call.body.model, "created_at": _written(time.time())}
-    if ask is not None:
-        times = partial(_counts, call.request.scope["qaflora"])
-        events = partial(ollama.events, head, fields, call.body.is_stream, times)
-        return answered(call, [ask], events, wire=LINES)
-    nothing = head | fields({})
-    nothing["done"] = True
-    if call.body.keep_alive in (0, "0", "0s"):
-        models_of(call.request).close_idle(call.served)
-        nothing["done_reason"] = "unload"
-        return JSONResponse(nothing)
-    nothing["done_reason"] = "load"
-
-    def load(engine: Engine, out: Computed) -> None:
-        out.send(nothing)
-
-    return Computed(call, load, is_light=True, wire=LINES)
-
-
-def _counts(facts: Mapping[str, Any], answer: Generation) -> dict[str, int]:
-    """Count tokens and nanoseconds as Ollama does; a relay's draft was generated too."""
-    times = answer.timings
-    draft = answer.draft
-    draft_ms = 0.0 if draft is None else draft.draft_ms
-    spent_s = time.perf_counter() - facts["start_s"]
-    return {
-        "total_duration": int(1e9 * spent_s),
-        "load_duration": int(1e6 * facts["wait_ms"]),
-        "prompt_eval_count": answer.n_prompt,
-        "prompt_eval_duration": int(1e6 * (times.probe_ms + times.prefill_ms)),
-        "eval_count": answer.usage["completion_tokens"],
-        "eval_duration": int(1e6 * (draft_ms + times.decode_ms)),
-    }

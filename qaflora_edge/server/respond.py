@@ -1,30 +1,34 @@
 """A response that is computed: it waits for a slot, computes in a thread, and is sent as it comes.
 
-How a stream is written is a Wire; a dialect says which.
+What is sent, and how, a Dialect says.
 """
 
 import asyncio
-import json
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Generator, Iterable
+from dataclasses import replace
 from enum import Enum
+from functools import partial
 from typing import Any
 
 from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from qaflora_edge.answering.generation import Generation
 from qaflora_edge.ask import Ask
+from qaflora_edge.dialects.dialect import EVENTS, Dialect, Extras, Reply, Wire
 from qaflora_edge.dialects.options import wants_thoughts
-from qaflora_edge.dialects.shapes import Extras
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import CancelledError
 from qaflora_edge.formats.inputs import Json
 from qaflora_edge.inference.sequence import CallEvent
-from qaflora_edge.server.receive import Call, address_of
+from qaflora_edge.server.receive import Call, address_of, read_call
 from qaflora_edge.server.refusals import Refusal, refusal
+from qaflora_edge.server.served_models import models_of
 from qaflora_edge.weighing.plan import FusionWeights
 
 log = logging.getLogger(__name__)
@@ -38,55 +42,6 @@ STREAM_HEADERS = {
 Part = bytes | BaseException | None  # None is the end
 
 
-def encoded(value: Any) -> bytes:
-    """Encode JSON in UTF-8; half of a surrogate pair, which a model may write, is escaped."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError:
-        return json.dumps(value).encode("ascii")
-
-
-@dataclass(frozen=True)
-class Wire:
-    """Say how a dialect writes.
-
-    media  of a stream
-    part   writes one of its parts
-    ping   keeps a silent one alive
-    done   ends one that went well
-    whole  writes an answer without a stream
-    """
-
-    media: str
-    part: Callable[[Any], bytes]
-    ping: bytes = b""
-    done: bytes = b""
-    whole: Callable[[Any], bytes] = encoded
-
-
-def _event(value: Any) -> bytes:
-    return b"data: " + encoded(value) + b"\n\n"
-
-
-def _named_event(value: Any) -> bytes:
-    name = value.get("type")
-    head = f"event: {name}\n".encode() if name else b""
-    return head + _event(value)
-
-
-def _line(value: Any) -> bytes:
-    return encoded(value) + b"\n"
-
-
-EVENTS = Wire("text/event-stream; charset=utf-8", _event, ping=b": ping\n\n")
-NAMED_EVENTS = replace(EVENTS, part=_named_event)  # of responses
-_PING = b'event: ping\ndata: {"type": "ping"}\n\n'
-MESSAGE_EVENTS = replace(NAMED_EVENTS, ping=_PING)  # Anthropic's
-CHUNKS = replace(EVENTS, done=b"data: [DONE]\n\n")  # of chats and texts
-LINES = Wire("application/x-ndjson", _line, whole=_line)  # Ollama's
-
-
 class State(Enum):
     """Say where a response is; the last two end it."""
 
@@ -97,8 +52,6 @@ class State(Enum):
 
 
 Compute = Callable[[Engine, "Computed"], None]
-Events = Callable[[Iterator[Generation], Extras], Iterable[Any]]
-MakeProgress = Callable[[str, int, int, float, str | None], Any]
 
 
 class Computed:
@@ -267,41 +220,47 @@ def extras_of(call: Call[Any]) -> Extras:
     return Extras(returned or "summary", wants_thoughts(body.effort))
 
 
-def answered(
-    call: Call[Any],
-    asks: Sequence[Ask],
-    events: Events,
-    *,
-    wire: Wire = EVENTS,
-    progress: MakeProgress | None = None,
-) -> Computed:
-    """Answer what is asked.
+def speaking(dialect: Dialect) -> Callable[[Request], Awaitable[Computed | Response]]:
+    """Make the route of a dialect."""
 
-    events    makes what is sent of the answers
-    progress  for a stream with `return_progress`: makes what it sends while one prompt is
-              prefilled, of the stage, its tokens done and all, seconds, and the expected answer
-    """
-    is_told = progress is not None and call.body.return_progress and call.body.is_stream
+    async def answer(request: Request) -> Computed | Response:
+        call = await read_call(request, dialect.body)
+        asks = dialect.asks(call.body, call.defaults)
+        reply = Reply(call.body, call.model, asks, extras_of(call), request.scope["qaflora"])
+        if not asks and call.body.is_unload:
+            models_of(request).close_idle(call.served)
+            return JSONResponse(dialect.whole(reply, iter(())))
+        return answered(call, dialect, reply)
+
+    answer.__doc__ = dialect.summary
+    return answer
+
+
+def answered(call: Call[Any], dialect: Dialect, reply: Reply) -> Computed:
+    """Answer what is asked; nothing asked takes no step of the Engine."""
+    is_stream = call.body.is_stream
+    is_told = dialect.progress is not None and is_stream and call.body.return_progress
 
     def compute(engine: Engine, out: Computed) -> None:
-        extras = extras_of(call)
-        watched = [replace(ask, cancel=out.cancel) for ask in asks]
-        if is_told and len(watched) == 1:
-            assert progress is not None
-            teller = _Progress(progress, out)
-            (ask,) = watched
-            watched = [replace(ask, on_progress=teller.tell, on_draft=teller.expected)]
-        answers = _noted(engine, watched, out, extras)
-        for event in events(answers, extras):
-            out.send(event)
-        out.end()
+        asks = [replace(ask, cancel=out.cancel) for ask in reply.asks]
+        if is_told and len(asks) == 1:
+            assert dialect.progress is not None
+            teller = _Progress(partial(dialect.progress, reply), out)
+            asks = [replace(asks[0], on_progress=teller.tell, on_draft=teller.expected)]
+        with contextlib.closing(_noted(engine, asks, out, reply.extras)) as answers:
+            if is_stream:
+                for piece in dialect.pieces(reply, answers):
+                    out.send(piece)
+                out.end()
+            else:
+                out.send(dialect.whole(reply, answers))
 
-    return Computed(call, compute, wire=wire)
+    return Computed(call, compute, is_light=not reply.asks, wire=dialect.wire)
 
 
 def _noted(
-    engine: Engine, asks: Sequence[Ask], out: Computed, extras: Extras
-) -> Iterator[Generation]:
+    engine: Engine, asks: Iterable[Ask], out: Computed, extras: Extras
+) -> Generator[Generation]:
     """Yield all answers; note the mix of the first, and the tokens of each when it is over."""
     for ask in asks:
         n_begun = 0
@@ -340,9 +299,13 @@ def _note_tokens(facts: Json, answer: Generation, *, is_first: bool) -> None:
 
 
 class _Progress:
-    """Tell how far a prompt is, each step once, and the answer that is expected."""
+    """Tell how far a prompt is, each step once, and the answer that is expected.
 
-    def __init__(self, make: MakeProgress, out: Computed) -> None:
+    Its fields are those of llama-server; `expected` is the answer so far, of which nothing is
+    decided yet.
+    """
+
+    def __init__(self, make: Callable[[Json], Any], out: Computed) -> None:
         self._make = make
         self._out = out
         self._start_s = time.perf_counter()
@@ -358,4 +321,12 @@ class _Progress:
 
     def _send(self, stage: str, n_done: int, n_token: int, expected: str | None) -> None:
         seconds = time.perf_counter() - self._start_s
-        self._out.send(self._make(stage, n_done, n_token, seconds, expected))
+        progress: Json = {
+            "stage": stage,
+            "total": n_token,
+            "processed": n_done,
+            "time_ms": round(1e3 * seconds, 3),
+        }
+        if expected is not None:
+            progress["expected"] = expected
+        self._out.send(self._make(progress))
