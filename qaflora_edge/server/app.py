@@ -252,14 +252,14 @@ OTHERS = (
     Operation("/api/version", ollama.version),
     Operation("/tokenize", answers.tokenize, bodies.TokenizeBody),
     Operation("/detokenize", answers.detokenize, bodies.DetokenizeBody),
-    Operation("/v1/load_lora_adapter", uploads.load, bodies.AdapterBody),
-    Operation("/v1/unload_lora_adapter", uploads.unload, bodies.AdapterBody),
+    Operation("/v1/load_lora_adapter", uploads.load, bodies.AdapterBody, str),
+    Operation("/v1/unload_lora_adapter", uploads.unload, bodies.AdapterBody, str),
     Operation("/v1/models", models),
-    Operation("/v1/models/{model:path}", model),
-    Operation("/lora-adapters", lora_adapters),
-    Operation("/props", props),
+    Operation("/v1/models/{model:path}", model, parameters=("model",)),
+    Operation("/lora-adapters", lora_adapters, answer=list, parameters=("model",)),
+    Operation("/props", props, parameters=("model",)),
     Operation("/health", health),
-    Operation("/metrics", metrics),
+    Operation("/metrics", metrics, answer=str),
     Operation("/openapi.json", openapi),
 )
 
@@ -270,7 +270,8 @@ def _operations() -> list[Operation]:
     operations = []
     for dialect in dialects.values():
         media = dialect.wire.media.partition(";")[0]
-        operation = Operation(dialect.path, speaking(dialect), dialect.body, media)
+        route = speaking(dialect)
+        operation = Operation(dialect.path, route, dialect.body, stream_media=media)
         operations.append(operation)
     return [*operations, *OTHERS]
 

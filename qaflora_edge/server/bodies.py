@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta, Struct
 from starlette.requests import Request
 
 from qaflora_edge import __version__
@@ -91,28 +91,19 @@ class DetokenizeBody(Body, frozen=True, kw_only=True):
     ]
 
 
-_TEXT_OR_NULL = {"type": ["string", "null"]}
-_ERROR = {  # as OpenAI words it
-    "type": "object",
-    "required": ["message", "type", "param", "code"],
-    "properties": {
-        "message": {"type": "string"},
-        "type": {"type": "string"},
-        "param": _TEXT_OR_NULL,
-        "code": _TEXT_OR_NULL,
-    },
-}
-# Anthropic's has two fields, Ollama's is a text.
-_ERROR_OF_MESSAGES = {
-    "type": "object",
-    "required": ["message", "type"],
-    "properties": {"message": {"type": "string"}, "type": {"type": "string"}},
-}
-_FAILURE = {"properties": {"error": {"anyOf": [_ERROR, _ERROR_OF_MESSAGES, {"type": "string"}]}}}
-_FAILED = {
-    "description": "`param` names the field that is wrong; Retry-After when to come again",
-    "content": {"application/json": {"schema": _FAILURE}},
-}
+class Error(Struct):
+    """Say what failed, in OpenAI's words; Anthropic's have the first two alone."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class Failure(Struct):
+    """Answer what failed; Ollama's is a text."""
+
+    error: Error | str
 
 
 @dataclass(frozen=True)
@@ -120,13 +111,17 @@ class Operation:
     """Offer a path: POST with a body, else GET.
 
     route         its docstring is the summary
+    answer        a dict or a list of JSON, or a plain text
     stream_media  the media type of a stream, where an answer may be one
+    parameters    names of those in the path or the query
     """
 
     path: str
     route: Callable[[Request], Any]
     body: type[Body] | None = None
+    answer: type = dict
     stream_media: str = ""
+    parameters: tuple[str, ...] = ()
 
     @property
     def method(self) -> str:
@@ -136,13 +131,13 @@ class Operation:
 def describe(operations: Iterable[Operation]) -> Json:
     """Describe a server in OpenAPI 3.1."""
     paths = {}
-    kinds: list[Any] = []
+    kinds: list[Any] = [Failure]
     for operation in operations:
         path = operation.path.replace(":path", "")
         paths[path] = {operation.method.lower(): _described(path, operation)}
         if operation.body is not None:
             kinds.append(operation.body)
-    _, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
+    _, schemas = msgspec.json.schema_components(kinds, ref_template=_REF)
     keys = {
         "key": {"type": "http", "scheme": "bearer"},
         "x_api_key": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
@@ -156,28 +151,38 @@ def describe(operations: Iterable[Operation]) -> Json:
     }
 
 
+_REF = "#/components/schemas/{name}"
+
+
+def _content(kind: type) -> Json:
+    """Describe JSON of a kind that is declared here."""
+    ref = _REF.format(name=kind.__name__)
+    return {"application/json": {"schema": {"$ref": ref}}}
+
+
 def _described(path: str, operation: Operation) -> Json:
-    media = "application/json"
-    schema = {"type": "array" if path == "/lora-adapters" else "object"}
-    if path == "/metrics" or path.endswith("load_lora_adapter"):
-        media = "text/plain"
-        schema = {"type": "string"}
-    content: Json = {media: {"schema": schema}}
+    media = "text/plain" if operation.answer is str else "application/json"
+    content: Json = {media: {"schema": msgspec.json.schema(operation.answer)}}
     if operation.stream_media:
         content[operation.stream_media] = {"schema": {}}
     answer = {"description": "The answer", "content": content}
-    responses = {"200": answer, "4XX": _FAILED, "5XX": _FAILED}
+    failed = {
+        "description": "`param` names the field that is wrong; Retry-After when to come again",
+        "content": _content(Failure),
+    }
+    responses = {"200": answer, "4XX": failed, "5XX": failed}
     described: Json = {"summary": operation.route.__doc__, "responses": responses}
     if operation.body is not None:
-        ref = {"$ref": f"#/components/schemas/{operation.body.__name__}"}
-        body = {"application/json": {"schema": ref}}
-        described["requestBody"] = {"required": True, "content": body}
-    model: Json = {"name": "model", "in": "query", "schema": {"type": "string"}}
+        described["requestBody"] = {"required": True, "content": _content(operation.body)}
+    if operation.parameters:
+        described["parameters"] = [_parameter(path, name) for name in operation.parameters]
     if path == "/health":
         responses["503"] = answer
         described["security"] = []
-    elif "{model}" in path:
-        described["parameters"] = [model | {"in": "path", "required": True}]
-    elif path in ("/lora-adapters", "/props"):
-        described["parameters"] = [model]
     return described
+
+
+def _parameter(path: str, name: str) -> Json:
+    is_in_path = f"{{{name}}}" in path
+    place = "path" if is_in_path else "query"
+    return {"name": name, "in": place, "required": is_in_path, "schema": {"type": "string"}}
