@@ -16,6 +16,7 @@ from tiny import CHATML, QWEN, USER, constant_logits, write_tiny_adapter, write_
 
 from qaflora_edge import Engine
 from qaflora_edge.ask import Tools
+from qaflora_edge.config import in_group
 from qaflora_edge.dialects.openai_chat import ShownTokens
 from qaflora_edge.dialects.texts import text_logprobs
 from qaflora_edge.errors import ModalityError, OptionError, PromptError, ToolsError
@@ -580,9 +581,8 @@ def test_a_refused_option_of_completions_is_said_to_be_theirs(client) -> None:
         ),
         (
             {"max_token": 3},
-            "Option max_token is 3, expected no such option; sampling takes max_tokens, "
-            "temperature, top_p, top_k, min_p, repeat_penalty, presence_penalty, "
-            "frequency_penalty, seed, stop, reasoning_budget, grammar, logit_bias, logprobs.",
+            "Option max_token is 3, expected no such option; sampling takes "
+            f"{', '.join(in_group('sampling'))}.",
         ),
     ],
 )

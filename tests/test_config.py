@@ -26,43 +26,43 @@ from qaflora_edge.errors import OptionError, SettingsError
 BY_NAME = {option.name: option for option in OPTIONS}
 COMMANDS = SHARED_TABLES
 NEEDED = {"compare": ["QUESTION"], "eval": ["TASK"], "export": ["-o", "OUT"], "weights": ["PROMPT"]}
-# Values at the ends of each range, and beyond them.
-GOOD_AND_BAD: Mapping[str, tuple[list[Any], list[Any]]] = {
+# Options with a flag that are texts of any kind, or numbers without a range.
+TEXTS: Mapping[str, tuple[list[Any], list[Any]]] = {
     "strategy": (["spectr", "manual:a=1"], []),
-    "lens": (["norm", "raw"], ["wide"]),
-    "prefill": (["auto", "base", "mix"], ["all"]),
-    "pool": (["last", "question"], ["mean"]),
-    "kv_type": (["f16", "f32", "q8_0"], ["q4"]),
-    "adapter_type": (["auto", "q8_0", "q4_0"], ["f16"]),
-    "guesses": (["auto", 0, 15], [-1, 16, "off"]),
-    "n_ctx": ([1, 16777216], [0, 16777217]),
-    "n_parallel": ([1, 256], [0, 257]),
-    "threads": ([1, 512], [0, 513]),
-    "gpu_layers": ([-1, 0, 99], ["many"]),
     "rpc": (["127.0.0.1:50052", "a:1,b:2"], []),
     "tensor_split": (["1", "3,1.5"], []),
-    "max_tokens": ([0, 10**9], [-1, "x"]),
-    "temperature": ([0.0, 0.5, 100], [-0.001]),
-    "top_p": ([0.0, 1.0], [-0.001, 1.001]),
-    "top_k": ([0, 2147483647], [-1, 2147483648]),
-    "min_p": ([0.0, 1.0], [-0.001, 1.001]),
-    "repeat_penalty": ([0.001, 100.0], [0.0, 100.001]),
-    "presence_penalty": ([-100.0, 100.0], [-100.001, 100.001]),
-    "frequency_penalty": ([-100.0, 100.0], [-100.001, 100.001]),
-    "seed": ([0, 4294967294], [-1, 4294967295]),
-    "reasoning": (["auto", "on", "off"], ["maybe"]),
-    "reasoning_budget": ([-1, 0, 10**9], [-2]),
+    "gpu_layers": ([-1, 0, 99], ["many"]),
 }
 
 
-def test_every_option_with_a_range_is_tried() -> None:
-    others = {"raw_prompt", "flash_attn", "stop", "grammar", "n", "logit_bias", "logprobs"}
-    assert sorted(GOOD_AND_BAD) == sorted(BY_NAME.keys() - others)
+def good_and_bad(option: Option) -> tuple[list[Any], list[Any]]:
+    """Values at the ends of an option's range, and beyond them."""
+    if option.name in TEXTS:
+        return TEXTS[option.name]
+    if option.choices:
+        return [*option.choices], ["none of them"]
+    step = 1 if option.kind is int else 0.001
+    assert option.low is not None
+    low, beyond = option.low, option.low - step
+    if option.is_open:
+        low, beyond = option.low + step, option.low
+    good, bad = [*option.words, low], [beyond, "x"]
+    if option.high is None:
+        good.append(option.kind(1e9))
+    else:
+        good.append(option.kind(option.high))
+        bad.append(option.high + step)
+    return good, bad
 
 
-@pytest.mark.parametrize("name", GOOD_AND_BAD)
+def test_ends_of_a_range() -> None:
+    assert good_and_bad(BY_NAME["guesses"]) == (["auto", 0, 15], [-1, "x", 16])
+    assert good_and_bad(BY_NAME["repeat_penalty"]) == ([0.001, 100.0], [0.0, "x", 100.001])
+
+
+@pytest.mark.parametrize("name", [o.name for o in SHARED.values() if o.kind not in (bool, tuple)])
 def test_range_is_the_same_everywhere(name, tmp_path, monkeypatch) -> None:
-    for is_good, values in zip((True, False), GOOD_AND_BAD[name], strict=True):
+    for is_good, values in zip((True, False), good_and_bad(BY_NAME[name]), strict=True):
         for value in values:
             refused = refusals(BY_NAME[name], value, tmp_path / "config.toml", monkeypatch)
             assert refused == dict.fromkeys(refused, not is_good), value
@@ -153,21 +153,12 @@ def test_negated_flag_is_the_keyword_in_python(tmp_path, monkeypatch) -> None:
 
 
 def test_options_of_the_command_line_reach_the_sampler(made) -> None:
-    options = {
-        "max_tokens": 16,
-        "temperature": 1.5,
-        "top_p": 0.9,
-        "top_k": 40,
-        "min_p": 0.01,
-        "repeat_penalty": 1.3,
-        "presence_penalty": 0.5,
-        "frequency_penalty": 0.2,
-        "seed": 5,
-        "stop": ("xyzzy", "plugh"),
-        "reasoning_budget": 7,
-    }
-    in_calls = {"grammar", "logit_bias", "logprobs"}
-    assert options.keys() == in_group("sampling").keys() - in_calls
+    options: dict[str, Any] = {"stop": ("xyzzy", "plugh"), "max_tokens": 16, "temperature": 1.5}
+    for name, option in in_group("sampling").items():
+        if option.flag and name not in options:
+            _, high = good_and_bad(option)[0]
+            options[name] = option.kind(high / 2)
+            assert options[name] != option.default
     line = [str(made.folder), "the thing", "--raw-prompt"]
     for name, value in options.items():
         values = value if isinstance(value, tuple) else (value,)

@@ -16,6 +16,7 @@ from qaflora_edge.config import (
     SHARED,
     Option,
     Table,
+    in_group,
     read_settings,
     settings_path,
     unknown_key,
@@ -94,6 +95,8 @@ OWN_OPTIONS = {
 OWN = {
     command: {option.key: option for option in options} for command, options in OWN_OPTIONS.items()
 }
+# Options of sampling that say what is written, not how much of it.
+_OF_TEXTS = in_group("sampling").keys() - {"max_tokens", "seed"}
 # Command -> groups and names of shared options that would have no effect there, apart by spaces.
 WITHOUT = {
     "serve": "raw_prompt",
@@ -101,8 +104,7 @@ WITHOUT = {
     "weights": "sampling n_parallel guesses reasoning",
     "decide": "sampling n_parallel guesses reasoning raw_prompt",
     "export": "sampling n_parallel guesses prefill reasoning",
-    "bench": "n_ctx n_parallel raw_prompt temperature top_p top_k min_p repeat_penalty stop "
-    "presence_penalty frequency_penalty reasoning reasoning_budget",
+    "bench": "n_ctx n_parallel raw_prompt reasoning " + " ".join(_OF_TEXTS),
 }
 PREFIX = "QAFLORA_"
 # Tables that take the shared options.
