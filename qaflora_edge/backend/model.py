@@ -29,6 +29,7 @@ from qaflora_edge.errors import (
 from qaflora_edge.files import AnyPath
 from qaflora_edge.formats.gguf import GgufHeader
 
+PIECE_BYTES = 16  # of a token; most are shorter
 PLACING = ("gpu_layers", "rpc", "tensor_split")  # options that say where layers go
 _MULTIPLIED = {Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q8_0, Type.Q4_K, Type.Q5_K, Type.Q6_K}
 _VOCAB_TYPE_NONE = 0

@@ -1,9 +1,8 @@
 """Gaps in code as prompts, for bases that were trained to fill them."""
 
 from qaflora_edge.ask import Gap
-from qaflora_edge.backend.model import Model
+from qaflora_edge.backend.model import PIECE_BYTES, Model
 from qaflora_edge.errors import PromptError
-from qaflora_edge.prompt.tokens import PIECE_BYTES
 
 PARTS = ("pre", "suf", "mid", "rep", "sep")  # marks of prefix, suffix, gap, project, file
 _LEAST_ANSWER = 128  # tokens that the prompt of a gap leaves for the answer

@@ -12,7 +12,7 @@ from typing import Any
 
 from qaflora_edge.ask import Chat, Gap, Plain, Prompt, Question, Thinking
 from qaflora_edge.backend.batch import n_common
-from qaflora_edge.backend.model import Model
+from qaflora_edge.backend.model import PIECE_BYTES, Model
 from qaflora_edge.config import MAX_CTX
 from qaflora_edge.errors import (
     ChatTemplateError,
@@ -29,7 +29,6 @@ from qaflora_edge.prompt.messages import Message, begin_with, checked_messages
 from qaflora_edge.prompt.neutral import behind_system, few
 from qaflora_edge.prompt.typed import TypedText
 
-PIECE_BYTES = 16  # of a token; most are shorter
 N_EARLIER = 3  # user turns before the last one, that tell of a conversation's subject
 
 Tags = tuple[str, str]  # around a thought
