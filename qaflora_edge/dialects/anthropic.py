@@ -28,6 +28,7 @@ from qaflora_edge.dialects.options import (
     Text,
     Weighed,
     chosen_tools,
+    said,
     thinking,
 )
 from qaflora_edge.errors import wrong_field
@@ -171,14 +172,13 @@ def asks(body: MessagesBody, defaults: Ask) -> list[Ask]:
     }
     if body.thinking is not None:
         options["reasoning_budget"] = body.thinking.budget_tokens
-    given = {name: value for name, value in options.items() if value is not None}
     schema: Any = defaults.json_schema
     if body.output_config is not None and body.output_config.format is not None:
         schema = body.output_config.format.schema
     ask = replace(
         defaults,
         prompt=conversation(body),
-        sampling=defaults.sampling.updated(given),
+        sampling=defaults.sampling.updated(said(options)),
         json_schema=schema,
     )
     return [ask]
@@ -196,8 +196,7 @@ def conversation(body: TokensBody) -> Chat:
             messages.append(_answer(number, message.content))
         else:
             messages += _turns(number, message.role, message.content)
-    variables = None if body.effort is None else thinking(body.effort)
-    return Chat(messages, _tools(body), chat_template_kwargs=variables)
+    return Chat(messages, _tools(body), chat_template_kwargs=thinking(body.effort))
 
 
 def _joined(content: str | Iterable[TextBlock] | None) -> str:

@@ -22,6 +22,7 @@ from qaflora_edge.dialects.options import (
     chosen_tools,
     option_field,
     read_body,
+    said,
     thinking,
 )
 from qaflora_edge.errors import ModalityError
@@ -83,20 +84,17 @@ class OllamaTextBody(OllamaBody, frozen=True, kw_only=True):
     images: list[str] | None = None
 
 
-_Options: Any = defstruct(
-    "_Options",
-    [option_field(name, in_group("sampling")[name]) for name in OF_OLLAMA],
+_N_TOKEN = "a number of tokens, 0 or less for as many as there is room for"
+# How Ollama's clients sample.
+OllamaOptions: Any = defstruct(
+    "OllamaOptions",
+    [
+        *(option_field(name, in_group("sampling")[name]) for name in OF_OLLAMA),
+        ("num_predict", Annotated[int | None, Meta(title=_N_TOKEN)], None),
+    ],
     frozen=True,
     kw_only=True,
 )
-
-
-class OllamaOptions(_Options, frozen=True, kw_only=True):  # type: ignore[misc, call-arg]
-    """Say how Ollama's clients sample."""
-
-    num_predict: Annotated[
-        int | None, Meta(title="a number of tokens, 0 or less for as many as there is room for")
-    ] = None
 
 
 def chat_asks(body: OllamaChatBody, defaults: Ask) -> list[Ask]:
@@ -104,7 +102,7 @@ def chat_asks(body: OllamaChatBody, defaults: Ask) -> list[Ask]:
     messages = chat_messages(body.messages or ())
     if not messages:
         return []
-    chat = Chat(messages, chosen_tools(body.tools, None), chat_template_kwargs=_variables(body))
+    chat = Chat(messages, chosen_tools(body.tools, None), chat_template_kwargs=thinking(body.think))
     return [replace(_answered(body, defaults), prompt=chat)]
 
 
@@ -124,7 +122,7 @@ def text_asks(body: OllamaTextBody, defaults: Ask) -> list[Ask]:
     messages = [{"role": "user", "content": text}]
     if body.system:
         messages.insert(0, {"role": "system", "content": body.system})
-    chat = Chat(messages, chat_template_kwargs=_variables(body), untemplated=text)
+    chat = Chat(messages, chat_template_kwargs=thinking(body.think), untemplated=text)
     return [replace(question, prompt=chat)]
 
 
@@ -133,9 +131,8 @@ def _answered(body: OllamaBody, defaults: Ask) -> Ask:
     sampling = {name: getattr(options, name) for name in OF_OLLAMA}
     if options.num_predict is not None and options.num_predict > 0:
         sampling["max_tokens"] = options.num_predict
-    given = {name: value for name, value in sampling.items() if value is not None}
     schema = {"type": "object"} if body.format == "json" else body.format or None
-    return replace(defaults, sampling=defaults.sampling.updated(given), json_schema=schema)
+    return replace(defaults, sampling=defaults.sampling.updated(said(sampling)), json_schema=schema)
 
 
 def _options(given: Json) -> OllamaOptions:
@@ -150,10 +147,6 @@ def _options(given: Json) -> OllamaOptions:
         stops = [text for text in stops if text != ""] or None
     ours["stop"] = stops
     return read_body(OllamaOptions, ours, "options")
-
-
-def _variables(body: OllamaBody) -> Json | None:
-    return None if body.think is None else thinking(body.think)
 
 
 def _has_images(who: str) -> ModalityError:

@@ -87,8 +87,9 @@ def asks(body: ChatBody, defaults: Ask) -> list[Ask]:
 def conversation(body: ChatBody) -> Chat:
     """Read the messages, the tools, and what the chat template is told."""
     variables = body.chat_template_kwargs
-    if body.reasoning_effort is not None and isinstance(variables, Mapping | None):
-        variables = thinking(body.reasoning_effort) | dict(variables or {})
+    of_effort = thinking(body.reasoning_effort)
+    if of_effort is not None and isinstance(variables, Mapping | None):
+        variables = of_effort | dict(variables or {})
     return Chat(
         body.messages,
         chosen_tools(body.tools, body.tool_choice, body.parallel_tool_calls),

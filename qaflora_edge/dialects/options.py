@@ -229,8 +229,12 @@ def sampling_of(body: Body, defaults: Sampling, **more: Any) -> Sampling:
     for name, option in SAMPLING.items():
         if getattr(body, name) is not None:
             options[option] = getattr(body, name)
-    options |= {option: value for option, value in more.items() if value is not None}
-    return defaults.updated(options)
+    return defaults.updated(options | said(more))
+
+
+def said(options: Json) -> Json:
+    """Give the options that a body says something of: None is nothing."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def n_logprob(is_wanted: Any, n_top: Any) -> int | None:
@@ -265,12 +269,14 @@ def wants_thoughts(effort: str | bool | None) -> bool:
     return effort not in (*_NO_THOUGHT, False, None)
 
 
-def thinking(effort: str | bool) -> Json:
+def thinking(effort: str | bool | None) -> Json | None:
     """Return an effort as variables of chat templates; bases that do not think read none.
 
     effort  OpenAI's `reasoning_effort` or Ollama's `think`: "none", "minimal" and False ask for no
-            thought, all else for one
+            thought, all else for one; None asks for nothing
     """
+    if effort is None:
+        return None
     if not isinstance(effort, str | bool):
         raise wrong_option("reasoning_effort", effort, "a text such as none, low or high")
     is_wanted = wants_thoughts(effort)
