@@ -1,6 +1,5 @@
 """Anthropic's messages: their bodies, and a generation as a message or its events."""
 
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -18,6 +17,8 @@ from qaflora_edge.dialects.dialect import (
     Dialect,
     Reply,
     block_events,
+    drafting,
+    told,
 )
 from qaflora_edge.dialects.options import (
     MAX_MESSAGES,
@@ -293,13 +294,12 @@ def _head(reply: Reply) -> Json:
 def whole(reply: Reply, answers: Answers) -> Json:
     """Make the whole message."""
     generation = next(answers)
-    choice = openai_chat.SHAPE.choice(generation)
+    message = openai_chat.SHAPE.choice(generation, reply.extras)["message"]
     content: list[Json] = []
-    thought = reply.extras.thought_of(generation) or generation.reasoning
-    if thought:
-        content.append(_thinking_block(thought))
-    calls = choice["message"].get("tool_calls", ())
-    text = choice["message"]["content"]
+    if "reasoning_content" in message:
+        content.append(_thinking_block(message["reasoning_content"]))
+    calls = message.get("tool_calls", ())
+    text = message["content"]
     if text or not calls:
         content.append(_text_block(text))
     for call in calls:
@@ -316,14 +316,11 @@ def pieces(reply: Reply, answers: Answers) -> Iterator[Json]:
     extras = reply.extras
     begun = _head(reply) | {"usage": _usage(generation)} | extras.mix(generation.fusion)
     yield {"type": "message_start", "message": begun}
-    thoughts = generation.thoughts()
-    if extras.drafts_are_thoughts:
-        thoughts = itertools.chain(generation.drafting(), thoughts)
-    else:
-        for _, draft in extras.drafting(generation):
-            yield {"type": "ping", "fusion": draft}
+    if not extras.drafts_are_thoughts:
+        for draft in drafting(generation, extras):
+            yield {"type": "ping", "fusion": {"draft": draft.text}}
     is_call = False
-    for event in block_events(openai_chat.answer_parts(generation), thoughts):
+    for event in block_events(told(generation, extras)):
         is_call = is_call or event.block.kind == "call"
         yield _event(event)
     end = {"type": "message_delta", "delta": _stop(generation, is_call=is_call)}
@@ -369,7 +366,7 @@ def _event(event: BlockEvent) -> Json:
         fields["content_block"] = _content(block)
     elif event.name == "delta":
         kind, field = _DELTAS[block.kind]
-        fields["delta"] = {"type": kind, field: event.piece}
+        fields["delta"] = {"type": kind, field: event.text}
     return fields
 
 

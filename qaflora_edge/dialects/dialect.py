@@ -1,5 +1,6 @@
 """A dialect: what a server has to know of an API to speak it; and what their answers share."""
 
+import itertools
 import json
 import time
 import uuid
@@ -70,14 +71,6 @@ class Extras:
     returned: str = "summary"
     drafts_are_thoughts: bool = False
     is_python: bool = False
-
-    def drafting(self, answer: Generation) -> Iterator[tuple[str, dict[str, str]]]:
-        """Yield a relay's draft by pieces: each as a thought, or as part of the field `fusion`."""
-        for piece in answer.drafting():
-            if self.drafts_are_thoughts:
-                yield piece, {}
-            elif self.returned != "none":
-                yield "", {"draft": piece}
 
     def thought_of(self, answer: Generation) -> str:
         """Give the draft of an answer that has ended, where it is told as a thought."""
@@ -193,75 +186,86 @@ def register_dialect(dialect: Dialect) -> None:
     registered[dialect.path] = dialect
 
 
-@dataclass
-class AnswerBlock:
-    """Hold a block of an answer, as far as it is written: a thought, a text, or a call of a tool.
+_NO_CALL: "CallPart" = {}
 
-    kind     thought, text or call
-    index    among the blocks of the answer
-    call     a call's first part, with its id and name
-    text     of a call its arguments
-    is_last  whether none follows; known at its end
-    id       of its own, for dialects that name blocks
+
+class Piece(NamedTuple):
+    """Hold a piece of an answer.
+
+    kind  draft, thought, text or call; a draft is no part of the answer
+    text  of a call more of its arguments
+    call  of a call, as OpenAI streams it: the first piece has its id and name; else empty
     """
 
     kind: str
+    text: str
+    call: "CallPart" = _NO_CALL
+
+
+def drafting(answer: Generation, extras: Extras) -> Iterator[Piece]:
+    """Yield a relay's draft, as a thought or a draft, where it is told."""
+    for text in answer.drafting():
+        if extras.drafts_are_thoughts:
+            yield Piece("thought", text)
+        elif extras.returned != "none":
+            yield Piece("draft", text)
+
+
+def told(answer: Generation, extras: Extras = NOTHING) -> Iterator[Piece]:
+    """Yield an answer as it is written: a draft, a thought, then its text and calls of tools."""
+    yield from drafting(answer, extras)
+    for thought in answer.thoughts():
+        yield Piece("thought", thought)
+    parts = answer.calls.read(answer) if answer.calls else answer
+    for part in parts:
+        if isinstance(part, str):
+            yield Piece("text", part)
+        else:
+            yield Piece("call", part["function"]["arguments"], part)
+
+
+@dataclass
+class AnswerBlock:
+    """Hold a block of an answer, as far as it is written: pieces of one kind, or of one call.
+
+    index  among the blocks of the answer
+    call   a call's first piece, with its id and name
+    id     of its own, for dialects that name blocks
+    """
+
     index: int
+    kind: str
     call: "CallPart"
     text: str = ""
-    is_last: bool = False
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
 class BlockEvent(NamedTuple):
     """Tell what happens to a block.
 
-    name   start, delta or stop
-    piece  what a delta adds
+    name     start, delta or stop
+    text     what a delta adds
+    is_last  of a stop: no block follows
     """
 
     name: str
     block: AnswerBlock
-    piece: str = ""
+    text: str = ""
+    is_last: bool = False
 
 
-def block_events(
-    parts: "Iterable[str | CallPart]", thoughts: Iterable[str] = ()
-) -> Iterator[BlockEvent]:
-    """Yield an answer as blocks, one after another; one that says nothing is an empty text.
-
-    parts  its text, and its calls of tools in parts
-    """
-    block: AnswerBlock | None = None
-    for kind, piece, call in _pieces(parts, thoughts):
-        if block is None or kind != block.kind or call:
-            n_block = 0
-            if block is not None:
-                n_block = block.index + 1
-                yield BlockEvent("stop", block)
-            block = AnswerBlock(kind, n_block, call)
+def block_events(pieces: Iterator[Piece]) -> Iterator[BlockEvent]:
+    """Yield pieces as blocks, one after another; without any there is an empty text."""
+    first = next(pieces, Piece("text", ""))
+    block = AnswerBlock(0, first.kind, first.call)
+    yield BlockEvent("start", block)
+    for piece in itertools.chain([first], pieces):
+        begins_call = "id" in piece.call and piece is not first
+        if begins_call or piece.kind != block.kind:
+            yield BlockEvent("stop", block)
+            block = AnswerBlock(block.index + 1, piece.kind, piece.call)
             yield BlockEvent("start", block)
-        if piece or kind != "call":
-            block.text += piece
-            yield BlockEvent("delta", block, piece)
-    assert block is not None
-    block.is_last = True
-    yield BlockEvent("stop", block)
-
-
-def _pieces(
-    parts: "Iterable[str | CallPart]", thoughts: Iterable[str]
-) -> "Iterator[tuple[str, str, CallPart]]":
-    """Yield the kind of each piece, its text, and the call that begins with it, or {}."""
-    is_empty = True
-    for thought in thoughts:
-        is_empty = False
-        yield "thought", thought, {}
-    for part in parts:
-        is_empty = False
-        if isinstance(part, str):
-            yield "text", part, {}
-        else:
-            yield "call", part["function"]["arguments"], part if "id" in part else {}
-    if is_empty:
-        yield "text", "", {}
+        if piece.text or piece.kind != "call":
+            block.text += piece.text
+            yield BlockEvent("delta", block, piece.text)
+    yield BlockEvent("stop", block, is_last=True)

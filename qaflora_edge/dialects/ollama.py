@@ -13,7 +13,7 @@ from qaflora_edge.answering.generation import Generation
 from qaflora_edge.ask import Ask, Chat, Gap
 from qaflora_edge.config import in_group
 from qaflora_edge.dialects import openai_chat
-from qaflora_edge.dialects.dialect import Answers, Dialect, Reply, Wire, encoded
+from qaflora_edge.dialects.dialect import Answers, Dialect, Reply, Wire, encoded, told
 from qaflora_edge.dialects.options import (
     Flag,
     MessageList,
@@ -204,31 +204,13 @@ def _call(index: int, call: Object) -> Json:
     return {"id": call["id"], "function": function}
 
 
-def _parts(answer: Generation) -> Iterator[Part]:
-    """Yield the parts of a streamed message; calls come whole, as Ollama has them."""
-    calls: list[Json] = []
-    for choice in openai_chat.SHAPE.choices(answer):
-        part = choice["delta"]
-        part.pop("role", None)
-        for call in part.pop("tool_calls", ()):
-            add_part(calls, call)
-        if part:
-            yield part
-    if calls and openai_chat.arguments_of(calls[-1]) is None:
-        calls.pop()  # it is cut
-    if calls:
-        yield {"tool_calls": calls}
-
-
 def _whole(fields: Fields, reply: Reply, answers: Answers) -> Json:
     """Write an answer as one line; without one, that the model is loaded, or closed."""
     answer = next(answers, None)
     if answer is None:
         reason = "unload" if reply.body.is_unload else "load"
         return _head(reply) | fields({}) | {"done": True, "done_reason": reason}
-    message = openai_chat.SHAPE.choice(answer)["message"]
-    if thought := reply.extras.thought_of(answer):
-        message["reasoning_content"] = thought
+    message = openai_chat.SHAPE.choice(answer, reply.extras)["message"]
     return _last(reply, fields(message), answer)
 
 
@@ -240,13 +222,20 @@ def _pieces(fields: Fields, reply: Reply, answers: Answers) -> Iterator[Json]:
     answer = next(answers)
     head = _head(reply)
     more: Json = {"done": False}
-    for thought, draft in reply.extras.drafting(answer):
-        line = head | fields({"reasoning_content": thought}) | more
-        if draft:
-            line["fusion"] = draft
-        yield line
-    for part in _parts(answer):
-        yield head | fields(part) | more
+    calls: list[Json] = []  # they come whole, as Ollama has them
+    for piece in told(answer, reply.extras):
+        if piece.kind == "draft":
+            yield head | fields({}) | more | {"fusion": {"draft": piece.text}}
+        elif piece.kind == "thought":
+            yield head | fields({"reasoning_content": piece.text}) | more
+        elif piece.kind == "text":
+            yield head | fields({"content": piece.text}) | more
+        else:
+            add_part(calls, piece.call)
+    if calls and openai_chat.arguments_of(calls[-1]) is None:
+        calls.pop()  # it is cut
+    if calls:
+        yield head | fields({"tool_calls": calls}) | more
     yield _last(reply, fields({}), answer)
 
 

@@ -10,7 +10,7 @@ from msgspec import Meta, structs
 
 from qaflora_edge.answering.generation import Generation
 from qaflora_edge.ask import Ask, Chat, asked
-from qaflora_edge.dialects.dialect import EVENTS, Answers, Dialect, Extras, Reply
+from qaflora_edge.dialects.dialect import EVENTS, Answers, Dialect, Extras, Reply, drafting, told
 from qaflora_edge.dialects.options import (
     FIXED,
     UNUSED,
@@ -30,7 +30,7 @@ from qaflora_edge.formats.inputs import Json, Object
 from qaflora_edge.inference.sequence import TokenLogprob
 
 if TYPE_CHECKING:
-    from qaflora_edge.prompt.calls import CallPart
+    pass
 
 
 class ChatBody(Tooled, frozen=True, kw_only=True):
@@ -139,7 +139,7 @@ class Shape(NamedTuple):
     prefix: str
     kind: str
     chunk: str
-    choice: Callable[[Generation], Json]
+    choice: Callable[[Generation, Extras], Json]
     choices: Callable[[Generation], Iterator[Json]]
     thought: Callable[[str], Json]
 
@@ -147,10 +147,8 @@ class Shape(NamedTuple):
         choices = []
         ended: list[Generation] = []
         for generation in answers:
-            choice = _choice(len(ended), self.choice(generation), reply.extras)
-            if thought := reply.extras.thought_of(generation):
-                choice["message"]["reasoning_content"] = thought
-            choices.append(choice)
+            choice = self.choice(generation, reply.extras)
+            choices.append(_choice(len(ended), choice, reply.extras))
             ended.append(generation)
         fields = {"choices": choices, "usage": usage(ended, reply)}
         return self._head(reply, self.kind) | fields | reply.extras.end(ended[0])
@@ -171,13 +169,12 @@ class Shape(NamedTuple):
         for index, generation in enumerate(answers):
             if index == 0:  # the answers share one draft
                 mix = extras.mix(generation.fusion)
-                for thought, draft in extras.drafting(generation):
+                for piece in drafting(generation, extras):
+                    thought = piece.text if piece.kind == "thought" else ""
                     choice = _choice(index, self.thought(thought), extras)
-                    chunk = head | {"choices": [choice]}
-                    fusion = mix.get("fusion", {}) | draft
-                    if fusion:
-                        chunk["fusion"] = fusion
-                    yield chunk
+                    if piece.kind == "draft":
+                        mix = {"fusion": mix.get("fusion", {}) | {"draft": piece.text}}
+                    yield head | {"choices": [choice]} | mix
                     mix = {}
             for part in self.choices(generation):
                 choices = [_choice(index, part, extras)]
@@ -228,7 +225,7 @@ class ShownTokens:
 
     def __init__(self, generation: Generation) -> None:
         self._generation = generation
-        self._n_token = generation.n_thought  # they came before the first text
+        self._n_token = 0  # handed out
         self._n_byte = 0  # of the tokens handed out
         self._n_text = 0  # bytes shown
 
@@ -238,7 +235,8 @@ class ShownTokens:
             return None
         self._n_text += len(text.encode("utf-8"))
         taken = []
-        for entry in self._generation.logprobs[self._n_token :]:
+        n_before = self._generation.n_thought + self._n_token  # thoughts came before any text
+        for entry in self._generation.logprobs[n_before:]:
             if self._n_byte >= self._n_text:
                 break
             taken.append(entry)
@@ -251,7 +249,7 @@ def token_text(entry: TokenLogprob) -> str:
     return entry.data.decode("utf-8", "replace")
 
 
-def _whole(generation: Generation) -> Json:
+def _whole(generation: Generation, extras: Extras) -> Json:
     text = generation.text()
     logprobs = chat_logprobs(ShownTokens(generation).take(text))
     calls: list[Json] = []
@@ -259,8 +257,8 @@ def _whole(generation: Generation) -> Json:
         text, calls = generation.calls.parse(text)
     # Strict clients look for the third and the fourth.
     message: Json = {"role": "assistant", "content": text, "refusal": None, "annotations": []}
-    if generation.reasoning:
-        message["reasoning_content"] = generation.reasoning
+    if thought := extras.thought_of(generation) or generation.reasoning:
+        message["reasoning_content"] = thought
     if calls:
         message["content"] = text or None
         message["tool_calls"] = calls
@@ -278,16 +276,16 @@ def _thought(thought: str) -> Json:
 
 def _chunks(generation: Generation) -> Iterator[Json]:
     yield _delta({"role": "assistant"})
-    for thought in generation.thoughts():
-        yield _thought(thought)
     shown = ShownTokens(generation)
     is_call = False
-    for part in answer_parts(generation):
-        if isinstance(part, str):
-            yield _delta({"content": part}, chat_logprobs(shown.take(part)))
+    for piece in told(generation):
+        if piece.kind == "thought":
+            yield _thought(piece.text)
+        elif piece.kind == "text":
+            yield _delta({"content": piece.text}, chat_logprobs(shown.take(piece.text)))
         else:
             is_call = True
-            yield _delta({"tool_calls": [part]})
+            yield _delta({"tool_calls": [piece.call]})
     yield _delta({}, None, _reason(generation, is_call=is_call))
 
 
@@ -302,11 +300,6 @@ CHAT = Dialect(
     CHUNKS,
     SHAPE.progress,
 )
-
-
-def answer_parts(generation: Generation) -> "Iterator[str | CallPart]":
-    """Yield an answer's text, and its calls of tools in parts."""
-    return generation.calls.read(generation) if generation.calls else generation
 
 
 def arguments_of(call: Object) -> Json | None:

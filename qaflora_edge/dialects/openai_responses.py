@@ -17,6 +17,7 @@ from qaflora_edge.dialects.dialect import (
     Dialect,
     Reply,
     block_events,
+    told,
 )
 from qaflora_edge.dialects.options import FIXED, SAMPLING, Count, Text, Tooled, check_off
 from qaflora_edge.formats.inputs import Json
@@ -175,10 +176,11 @@ def _events(reply: Reply, generation: Generation) -> Events:
     head = _head(reply)
     yield "created", {"response": head | reply.extras.mix(generation.fusion)}
     output = []
-    for event in block_events(openai_chat.answer_parts(generation)):
+    pieces = (piece for piece in told(generation) if piece.kind != "thought")
+    for event in block_events(pieces):
         status = "in_progress"
         if event.name == "stop":
-            status = _status(generation) if event.block.is_last else "completed"
+            status = _status(generation) if event.is_last else "completed"
             output.append(_item(event.block, status))
         yield from _item_events(event, status)
     status = _status(generation)
@@ -245,7 +247,7 @@ def _item_events(event: BlockEvent, status: str) -> Events:
             yield "output_item.added", of_item
             yield "content_part.added", in_text | {"part": _text_part("")}
         case "delta", "text":
-            yield "output_text.delta", in_text | {"delta": event.piece, "logprobs": []}
+            yield "output_text.delta", in_text | {"delta": event.text, "logprobs": []}
         case "stop", "text":
             yield "output_text.done", in_text | {"text": block.text, "logprobs": []}
             yield "content_part.done", in_text | {"part": _text_part(block.text)}
@@ -253,7 +255,7 @@ def _item_events(event: BlockEvent, status: str) -> Events:
         case "start", _:
             yield "output_item.added", of_item
         case "delta", _:
-            yield "function_call_arguments.delta", place | {"delta": event.piece}
+            yield "function_call_arguments.delta", place | {"delta": event.text}
         case "stop", _:
             call = {"name": item["name"], "arguments": block.text}
             yield "function_call_arguments.done", place | call

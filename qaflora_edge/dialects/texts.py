@@ -11,7 +11,7 @@ from msgspec import Meta, Struct
 
 from qaflora_edge.answering.generation import Generation
 from qaflora_edge.ask import Ask, Gap, Question
-from qaflora_edge.dialects.dialect import Answers, Dialect, Reply
+from qaflora_edge.dialects.dialect import Answers, Dialect, Extras, Reply
 from qaflora_edge.dialects.openai_chat import CHUNKS, Shape, ShownTokens, token_text
 from qaflora_edge.dialects.options import (
     FIXED,
@@ -115,7 +115,7 @@ def _choice_of(text: str, logprobs: Any, finish_reason: str | None) -> Json:
     return {"text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-def _whole(generation: Generation) -> Json:
+def _whole(generation: Generation, extras: Extras) -> Json:
     text = generation.text()
     logprobs = text_logprobs(ShownTokens(generation).take(text), 0)
     return _choice_of(text, logprobs, generation.finish_reason)
