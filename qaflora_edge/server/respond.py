@@ -239,12 +239,11 @@ def speaking(dialect: Dialect) -> Callable[[Request], Awaitable[Computed | Respo
 def answered(call: Call[Any], dialect: Dialect, reply: Reply) -> Computed:
     """Answer what is asked; nothing asked takes no step of the Engine."""
     is_stream = call.body.is_stream
-    is_told = dialect.progress is not None and is_stream and call.body.return_progress
 
     def compute(engine: Engine, out: Computed) -> None:
         asks = [replace(ask, cancel=out.cancel) for ask in reply.asks]
-        if is_told and len(asks) == 1:
-            assert dialect.progress is not None
+        is_told = is_stream and len(asks) == 1
+        if is_told and dialect.progress is not None and call.body.return_progress:
             teller = _Progress(partial(dialect.progress, reply), out)
             asks = [replace(asks[0], on_progress=teller.tell, on_draft=teller.expected)]
         with contextlib.closing(_noted(engine, asks, out, reply.extras)) as answers:
