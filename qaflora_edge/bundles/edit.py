@@ -23,12 +23,13 @@ from qaflora_edge.files import AnyPath, cache_lock, check_takes_file, write_text
 from qaflora_edge.formats.bundle import (
     BUNDLE_FILE,
     BundleText,
+    check_file,
     link_roots,
     parse_bundle,
     read_bundle_text,
     safe_join,
 )
-from qaflora_edge.formats.inputs import Json, Object, check_file
+from qaflora_edge.formats.inputs import Json, Object
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.prompt.neutral import neutral
 from qaflora_edge.weighing.calibration import DRAFTED, KEYS

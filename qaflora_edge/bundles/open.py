@@ -23,6 +23,7 @@ from qaflora_edge.formats.bundle import (
     BaseRecord,
     BundleText,
     adapter_paths,
+    check_file,
     is_base,
     read_bundle_text,
     safe_join,
@@ -30,7 +31,6 @@ from qaflora_edge.formats.bundle import (
 from qaflora_edge.formats.gguf import GgufHeader, read_gguf_header
 from qaflora_edge.formats.inputs import (
     FileState,
-    check_file,
     file_state,
     is_remembered,
     passed,

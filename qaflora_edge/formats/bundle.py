@@ -13,11 +13,14 @@ from typing import Annotated, Any, ClassVar, Literal
 from msgspec import Meta, Struct, field, structs
 
 from qaflora_edge.config import in_group
-from qaflora_edge.errors import BundleError, os_errors
+from qaflora_edge.errors import BundleError, ChecksumError, os_errors
 from qaflora_edge.files import what_is_at
 from qaflora_edge.formats.inputs import (
+    FileState,
     Object,
     WrongField,
+    checksum,
+    file_state,
     open_input,
     read_as,
     read_json_object,
@@ -375,3 +378,30 @@ def _check_between_fields(text: BundleText) -> None:
                 found = f"a list of {len(layers)}"
                 expected = f"{n_layer} numbers, one per layer"
                 raise WrongField(f"fusion.typical.{name}.{key}", found, expected)
+
+
+def check_file(
+    path: Path, record: BaseRecord | AdapterRecord, where: str, *, always_hash: bool = False
+) -> FileState:
+    """Compare a file with its record; give the state that was compared.
+
+    where        names the bundle.json of the record
+    always_hash  hash it even when its hash is remembered
+
+    Raises ChecksumError for another size or hash or a changed file, InputFileError for an
+    unreadable one. A file of another size is not read.
+    """
+    state = file_state(path)
+    failure = f"{record.title} is not the file that was recorded: {path} has"
+    if record.size_bytes not in (None, state[0]):
+        raise ChecksumError(
+            f"{failure} {state[0]} bytes, expected {record.size_bytes} as {where} says. "
+            f"{record.advice}"
+        )
+    digest = checksum(path, always_hash=always_hash)
+    if digest != record.sha256:
+        raise ChecksumError(
+            f"{failure} the SHA-256 {digest}, expected {record.sha256} as {where} says. "
+            f"{record.advice}"
+        )
+    return state

@@ -20,7 +20,6 @@ from io import BufferedReader
 from pathlib import Path
 from types import UnionType
 from typing import (
-    TYPE_CHECKING,
     Annotated,
     Any,
     BinaryIO,
@@ -36,9 +35,6 @@ import msgspec
 from qaflora_edge import __version__
 from qaflora_edge.errors import ChecksumError, InputFileError, QafloraError, changed_file, os_errors
 from qaflora_edge.files import AnyPath, cache_dir, cache_lock, kind_of, write_text_atomic
-
-if TYPE_CHECKING:
-    from qaflora_edge.formats.bundle import AdapterRecord, BaseRecord
 
 Json = dict[str, Any]  # an object, as json.loads gives it
 Object = Mapping[str, Any]  # one that is only read
@@ -326,33 +322,6 @@ def _check_stored(file: BufferedReader) -> None:
         raise OSError(errno.EINVAL, f"only {found}, the others are a hole; expected a whole file")
 
 
-def check_file(
-    path: Path, record: "BaseRecord | AdapterRecord", where: str, *, always_hash: bool = False
-) -> FileState:
-    """Compare a file with its record; give the state that was compared.
-
-    where        names the bundle.json of the record
-    always_hash  hash it even when its hash is remembered
-
-    Raises ChecksumError for another size or hash or a changed file, InputFileError for an
-    unreadable one. A file of another size is not read.
-    """
-    state = file_state(path)
-    failure = f"{record.title} is not the file that was recorded: {path} has"
-    if record.size_bytes not in (None, state[0]):
-        raise ChecksumError(
-            f"{failure} {state[0]} bytes, expected {record.size_bytes} as {where} says. "
-            f"{record.advice}"
-        )
-    digest = checksum(path, always_hash=always_hash)
-    if digest != record.sha256:
-        raise ChecksumError(
-            f"{failure} the SHA-256 {digest}, expected {record.sha256} as {where} says. "
-            f"{record.advice}"
-        )
-    return state
-
-
 def check_unchanged(states: Mapping[Path, FileState]) -> None:
     """Check that files are still those whose states were kept when they were checked.
 
@@ -371,7 +340,10 @@ def file_state(path: Path) -> FileState:
 
 
 def checksum(path: Path, *, always_hash: bool = False) -> str:
-    """Give the SHA-256 of a file, remembered or computed. Raises as check_file does."""
+    """Give the SHA-256 of a file, remembered or computed.
+
+    Raises ChecksumError for a file that changes, InputFileError for an unreadable one.
+    """
     state = file_state(path)
     key = str(path.resolve())
     remembered = _read_memory().get(key, [])
