@@ -743,6 +743,36 @@ def test_a_plan_may_have_three_steps(folder, monkeypatch) -> None:
         assert answer.draft.text == second
 
 
+def test_an_interrupted_score_cancels_its_draft(folder, monkeypatch) -> None:
+    with Engine(folder, n_ctx=512) as engine:
+        begun: list[Any] = []
+        begin, drive = engine._core.begin, engine._core.loop.drive
+
+        def noted(*given: Any, **options: Any) -> Any:
+            begun.append(begin(*given, **options))
+            return begun[-1]
+
+        def interrupted(is_ready: Any) -> None:
+            if begun:
+                raise KeyboardInterrupt
+            drive(is_ready)
+
+        monkeypatch.setattr(engine._core, "begin", noted)
+        monkeypatch.setattr(engine._core.loop, "drive", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.score(asked(engine), "abc", strategy=BY_HAND)
+        assert begun[0].is_cancelled
+
+
+def test_times_that_are_held_go_on_with_the_answer(folder) -> None:
+    with Engine(folder, n_ctx=512) as engine:
+        answer = engine.generate(asked(engine), strategy="qa-flora", max_tokens=4)
+        times = answer.timings
+        answer.text()
+        assert times.n_decoded == answer.timings.n_decoded > 0
+        assert times.probe_ms == answer.fusion.probe_ms > 0
+
+
 def test_a_draft_is_scored_under_the_base_in_one_batch(folder, monkeypatch) -> None:
     with Engine(folder, n_ctx=1024, guesses=0) as engine:
         prompt = asked(engine)

@@ -301,7 +301,11 @@ class Writing:
     def draft(self, fusion: FusionWeights, reading: PromptReading) -> FusionWeights:
         """Run the next step, which drafts, to its end."""
         sequence = self.begin(fusion, reading)
-        self.core.loop.drive(lambda: sequence.is_done)
+        try:
+            self.core.loop.drive(lambda: sequence.is_done)
+        except BaseException:
+            self.cancellation.set()
+            raise
         if sequence.error is not None:
             raise sequence.error
         return self.note(fusion, sequence)

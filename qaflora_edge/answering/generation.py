@@ -91,10 +91,12 @@ class Generation(Iterator[str]):
                 self._follow(self._writing.begin(self.fusion))
             else:
                 self._sequence = _ended(sequence.request, sequence.error)
+                self._sequence.timings.probe_ms = self.fusion.probe_ms
 
     def _follow(self, sequence: RunningSequence) -> None:
         """Follow the sequence of the plan's next step."""
         self._sequence = sequence
+        sequence.timings.probe_ms = self.fusion.probe_ms
         if isinstance(self.fusion.step, DraftStep):
             self._draft_sequences.append(sequence)
 
@@ -135,7 +137,7 @@ class Generation(Iterator[str]):
 
     @property
     def timings(self) -> Timings:
-        return replace(self._sequence.timings, probe_ms=self.fusion.probe_ms)
+        return self._sequence.timings
 
     @property
     def prompt(self) -> tuple[int, ...]:
