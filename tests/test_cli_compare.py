@@ -54,7 +54,7 @@ def test_table_has_each_strategy_with_its_mix_and_answer(made) -> None:
         ("base", ["base"]),
         ("single", ["single:math", "single:es"]),
         ("single:es, single,base,base", ["single:es", "single:math", "base"]),
-        ("manual:math=1,es=.5,norm:top=2", ["manual:math=1,es=.5", "norm:top=2"]),
+        ("manual:math=1,es=.5,spectr:top=2", ["manual:math=1,es=.5", "spectr:top=2"]),
     ],
 )
 def test_list_of_strategies(ways, expected) -> None:

@@ -476,23 +476,23 @@ def _check_bodies(folder: Path, place: Path) -> None:
     from qaflora_edge.server.receive import _parsed
     from qaflora_edge.server.refusals import Refusal
 
-    readers: dict[str, tuple[Any, Callable[[Any, Ask], object]]] = {
-        "chat": (openai_chat.ChatBody, openai_chat.ask),
-        "text": (texts.TextBody, texts.asks),
-        "completion": (texts.CompletionBody, texts.ask),
-        "infill": (texts.InfillBody, texts.ask_infill),
-        "responses": (openai_responses.ResponsesBody, openai_responses.ask),
-        "messages": (anthropic.MessagesBody, anthropic.ask),
-        "ollama": (ollama.OllamaChatBody, ollama.ask_chat),
-        "generate": (ollama.OllamaTextBody, ollama.ask_text),
+    dialects = {
+        "chat": openai_chat.CHAT,
+        "text": texts.COMPLETIONS,
+        "completion": texts.COMPLETION,
+        "infill": texts.INFILL,
+        "responses": openai_responses.RESPONSES,
+        "messages": anthropic.MESSAGES,
+        "ollama": ollama.CHAT,
+        "generate": ollama.GENERATE,
     }
     for path in folder.glob("*.json"):
-        kind, ask = readers[path.stem]
+        dialect = dialects[path.stem]
         try:
-            body = _parsed(kind, path.read_bytes())
+            body = _parsed(dialect.body, path.read_bytes())
         except Refusal as refusal:
             raise InputFileError(str(refusal)) from refusal
-        ask(body, Ask(()))
+        dialect.asks(body, Ask(()))
 
 
 TARGETS: Mapping[str, Target] = {
